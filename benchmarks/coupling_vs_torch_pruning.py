@@ -293,7 +293,7 @@ def compare(name):
         if holds(claim):
             right = "theirs" if not holds(true) else "both" if not theirs[-1] else "both, theirs is larger"
         label = f"{group.kind}:{group.size}{' (we refuse)' if group.reason else ''}"
-        rows[label, *cells, *theirs, right].append(role)
+        rows[(label, *cells, *theirs, right)].append(role)
     for (label, *cells), roles in rows.items():
         yield [name, f"{label} from {', '.join(roles)}", *cells]
 

@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 import warnings
+from types import SimpleNamespace
 
 import torch
 import transformers
@@ -308,6 +309,14 @@ def small_value(name, default):
     return default
 
 
+def parts_of(config_class):
+    """The fields of a config that are configs, and what each is by default; of older releases the class alone is known."""
+    if hasattr(config_class, "sub_configs_defaults"):
+        return config_class.sub_configs_defaults
+    kinds = {name: kind for name, kind in config_class.sub_configs.items() if issubclass(kind, transformers.PreTrainedConfig)}
+    return {n: SimpleNamespace(config_class=kind, optional=False, init_kwargs={}, model_type=None) for n, kind in kinds.items()}
+
+
 def small_config(config_class, **overrides):
     """A small configuration of any class of transformers."""
     values = {}
@@ -315,14 +324,14 @@ def small_config(config_class, **overrides):
     for field in dataclasses.fields(config_class):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         names.add(field.name)
-        if field.name in BASE or field.name in config_class.sub_configs_defaults or default is dataclasses.MISSING:
+        if field.name in BASE or field.name in parts_of(config_class) or default is dataclasses.MISSING:
             continue
         value = small_value(field.name, default)
         if value is not default and value != default:
             values[field.name] = value
     if "kv_lora_rank" in names and "num_key_value_heads" in names:
         values["num_key_value_heads"] = HEADS
-    for name, spec in config_class.sub_configs_defaults.items():
+    for name, spec in parts_of(config_class).items():
         if spec.optional:
             continue
         sub_class = spec.config_class
@@ -428,7 +437,7 @@ def build(config, model_class, experts="eager"):
 def has_experts(config):
     """Whether any part of the configuration counts experts."""
     return any("expert" in name for name in config.to_dict()) or any(
-        has_experts(sub) for name in config.sub_configs_defaults if (sub := getattr(config, name)) is not None
+        has_experts(sub) for name in parts_of(type(config)) if (sub := getattr(config, name)) is not None
     )
 
 

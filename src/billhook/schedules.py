@@ -16,7 +16,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Self
+
+from typing_extensions import Self
 
 from billhook.arguments import number, whole
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import billhook as bh
 from billhook.model.linears import prunable
-from kit.families import llama
+from kit.families import llama, recompute
 from kit.fits import data, same, trainer, weights
 from kit.weight_pruning import (
     FEW,
@@ -241,7 +241,7 @@ class Recomputed(Plain):
 
     def __init__(self):
         super().__init__()
-        self.net.activation_checkpointing_enable({"use_reentrant": False})
+        recompute(self.net, {"use_reentrant": False})
 
 
 def test_blocks_that_are_run_again_for_gradients(tmp_path):

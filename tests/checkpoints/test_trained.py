@@ -9,13 +9,13 @@ import transformers
 from torch import nn
 
 import billhook as bh
-from billhook.adapters.lora import save_adapters
+from billhook.adapters.in_checkpoint import save_adapters
 from billhook.checkpoints.export import export
 from billhook.model.constants import constants, differences, record_constants
 from billhook.model.shapes.checkpoint_shape import save_shape
 from billhook.model.shapes.shape import KEY
 from billhook.model.transformers_internals import follows_inputs
-from kit.families import build, tokens
+from kit.families import build, recompute, tokens
 from kit.fits import data, trainer
 from kit.weight_pruning import checkpoints
 
@@ -108,7 +108,7 @@ def resized(model):
 
 def in_training(model):
     model.train()
-    model.activation_checkpointing_enable()
+    recompute(model)
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.3
 

@@ -19,6 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 import billhook as bh
 from billhook.fit.run import callbacks_of
 from kit.events import AFTER, DENSE, END, EVENTS, FEW, Own, Watch, close, figures, fit, loader, same_after_reload
+from kit.families import recompute
 from kit.fits import same, trainer, weights
 
 pytestmark = [
@@ -68,7 +69,7 @@ def test_accumulated_batches_are_as_one_larger_batch(tmp_path, event, monkeypatc
 @pytest.mark.parametrize("event", EVENTS)
 def test_gradient_checkpointing_changes_nothing(tmp_path, event):
     lit = Own()
-    lit.net.activation_checkpointing_enable()
+    recompute(lit.net)
     lit, *_ = fit(tmp_path, event, lit=lit)
     other, *_ = fit(tmp_path, event)
     assert close(lit, other)

@@ -92,3 +92,9 @@ MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]  # of families.llama: 48 cha
 
 
 ATTENTIONS = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
+
+
+def recompute(model, options=None):
+    """Has a model recompute its activations in the backward; releases of transformers call it otherwise."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options)

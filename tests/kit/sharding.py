@@ -23,7 +23,7 @@ import billhook as bh
 from billhook.fit.measure import measure
 from billhook.repairs.shared import InShards
 from billhook.running.sharded.shards import is_sharded, whole
-from kit.families import llama
+from kit.families import llama, recompute
 from kit.fits import data, module, trainer
 
 
@@ -36,7 +36,7 @@ def gpt2():
 
 def checkpointed():
     model = llama()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute(model, {"use_reentrant": False})
     return model
 
 

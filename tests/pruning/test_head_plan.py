@@ -4,6 +4,7 @@ import json
 
 import pytest
 import transformers
+from packaging.version import Version
 from small_configs import OVERRIDES, small_config
 from small_configs import build as small
 
@@ -158,8 +159,9 @@ class TestRefused:
     def test_a_norm_over_all_heads(self):
         normed = "cannot be removed: a norm spans all of them, so that without some it would compute something else"
         refused(build("olmo2"), {0: [0, 1]}, f"heads: those of model.layers.0.self_attn {normed}")
-        config = small_config(transformers.Mamba2Config)
-        refused(small(config, transformers.Mamba2ForCausalLM), {1: [0]}, f"heads: those of backbone.layers.1.mixer {normed}")
+        if Version(transformers.__version__) >= Version("5.20"):  # Mamba2's code before has no heads that are found
+            config = small_config(transformers.Mamba2Config)
+            refused(small(config, transformers.Mamba2ForCausalLM), {1: [0]}, f"heads: those of backbone.layers.1.mixer {normed}")
         with bh.mask(build("olmo2"), {0: [0, 1]}):
             pass
 

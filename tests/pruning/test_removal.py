@@ -20,7 +20,7 @@ from billhook.model.shapes.shape import shape_of
 from billhook.pruning import removal
 from billhook.streaming import changes
 from billhook.units.find import find_units, of_kind, units_of
-from kit.families import build, llama, t5, tokens
+from kit.families import build, llama, recompute, t5, tokens
 from kit.removal import ALIKE, make, questions, some_heads
 from kit.removal import TestNothingIsHalfDone as _OfHeads
 from kit.shaped import bert, gpt2
@@ -395,7 +395,7 @@ class TestTraining:
     @pytest.mark.parametrize("kind", MAKE)
     def test_optimizer_gradients_and_all_else(self, kind):
         model = llama(tie_word_embeddings=True).double().train()
-        model.activation_checkpointing_enable()
+        recompute(model)
         frozen = model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = self.MAKE[kind]([{"params": trained[::2]}, {"params": trained[1::2], "lr": 2e-2}])

@@ -8,7 +8,7 @@ from torch import nn
 
 import billhook as bh
 from billhook.running.statistics import InputNorms
-from kit.families import llama, tokens
+from kit.families import llama, recompute, tokens
 
 
 def state(model):
@@ -42,7 +42,7 @@ def in_use(**changes):
     model = llama(**changes).train()
     model.model.layers[1].eval()
     model.config.use_cache = True
-    model.activation_checkpointing_enable()
+    recompute(model)
     model.model.embed_tokens.requires_grad_(False)
     model(tokens(), labels=tokens()).loss.backward()
     model.model.layers[0].register_forward_pre_hook(lambda *_: None)

@@ -18,7 +18,7 @@ from billhook.model.find import find_transformer
 from billhook.training import distillation
 from billhook.training.distillation import Distillation, fingerprint, kl_divergence
 from kit import fits
-from kit.families import BERT, T5, VIT, llama, tokens
+from kit.families import BERT, T5, VIT, llama, recompute, tokens
 from kit.fits import data, same, trainer, weights
 
 # the resumed runs do without the ModelCheckpoint of the straight one
@@ -221,7 +221,7 @@ class TestHidden:
         for checkpointing in (False, True):
             lit = distilled(weight=0.5, hidden=1.0)
             if checkpointing:
-                lit.model.activation_checkpointing_enable({"use_reentrant": False})
+                recompute(lit.model, {"use_reentrant": False})
             lit.train().training_step(batch, 0).backward()
             gradients.append({name: parameter.grad for name, parameter in lit.named_parameters()})
         for name, gradient in gradients[0].items():

@@ -4,10 +4,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from billhook.model.adapter_layers import is_adapter
 from billhook.model.meta import to_meta
 
 MERGE = "convert the model first and attach adapters then (get_peft_model), or merge the adapters first (bh.merge)"
@@ -15,7 +15,7 @@ MERGE = "convert the model first and attach adapters then (get_peft_model), or m
 
 def adapted(model: nn.Module) -> dict[str, Any]:
     """Finds the layers of a model that PEFT has put adapters on, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {name: module for name, module in model.named_modules() if is_adapter(module)}
 
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:

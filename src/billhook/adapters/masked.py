@@ -1,101 +1,19 @@
 """LoRA on pruned weights: the product that it adds to a weight, and masks that keep it from changing zeros."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import annotated
+from billhook.model.adapter_layers import active_in, base_of, is_adapter
 from billhook.model.linears import is_pruned, prunable, weight_of
 from billhook.running.sharded.shards import reshard, whole
 
 WRAPPED = "base_model.model."
 """Prefix of PEFT's for the names of the model that it wraps."""
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-"""Where a module has its hooks."""
-
-
-@dataclass(frozen=True, eq=False)
-class Mask:
-    """A keep-mask, bool, that copies of a layer have in common, as it is never changed, but replaced.
-
-    Of a weight that is sharded over ranks there is none (None): the weights that are not zero are kept.
-    """
-
-    keep: Tensor | None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-
-class MaskedLora(LoraLinear):
-    """LoRA that adds nothing where a mask is False, in the forward and when it is merged; `mask_adapters` makes such layers.
-
-    Attributes:
-        mask: Where it may add, as the weight lies in memory; no part of the state dict.
-    """
-
-    mask: Mask
-
-    @property
-    def keep(self) -> Tensor:
-        """The mask, bool; of a weight that is sharded, all ranks ask for it together, or while the weight is gathered."""
-        return whole(self.base_layer.get_parameter("weight")) != 0 if self.mask.keep is None else self.mask.keep
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Computes the product scale B A, masked; PEFT merges and unmerges this."""
-        product = super().get_delta_weight(adapter)
-        return torch.where(self.keep.to(product.device), product, 0)
-
-    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
-        """Computes the base layer's output plus those of the active adapters."""
-        if adapter_names is not None:
-            raise ValueError(f"adapter_names={adapter_names} must be None: a masked adapter is the same for the whole batch")
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        base: Any = self.base_layer
-        active = [] if self.merged else active_in(self)
-        if self._is_summed(x, active):
-            weight: Tensor = sum(map(self.get_delta_weight, active), base.weight)
-            return linear(x, weight.t() if self.fan_in_fan_out else weight, base.bias)
-        result: Tensor = base(x)
-        dtype = result.dtype
-        for adapter in active:
-            product = self.get_delta_weight(adapter)
-            inputs = self.lora_dropout[adapter](x.to(product.dtype))
-            result = result + linear(inputs, product.t() if self.fan_in_fan_out else product)
-        return result.to(dtype)
-
-    def _is_summed(self, x: Tensor, active: Sequence[str]) -> bool:
-        """Tells whether one product by the sum of the weight and what is added to it gives what a product by each does.
-
-        It does not where dropout changes an adapter's inputs, where the base layer's own forward or hooks have to be called (a
-        quantized one's, a walk's), and in half precision, in which the sum rounds away what is small beside the weight.
-        """
-        base = self.base_layer
-        tensors = [base.weight, x, *(one[adapter].weight for adapter in active for one in (self.lora_A, self.lora_B))]
-        dropouts = [self.lora_dropout[adapter] for adapter in active]
-        return (
-            bool(active)
-            and type(base) in (nn.Linear, Conv1D)
-            and not ("forward" in base.__dict__ or any(getattr(base, hooks) for hooks in HOOKS))
-            and all(type(one) is nn.Identity or (type(one) is nn.Dropout and not one.training) for one in dropouts)
-            and not isinstance(base.weight, DTensor)
-            and x.dtype in (torch.float32, torch.float64)
-            and len({(one.dtype, one.device) for one in tensors}) == 1
-            and not torch.is_autocast_enabled(x.device.type)
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.mask = Mask(None if self.mask.keep is None else fn(self.mask.keep))
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -133,6 +51,8 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
     check_plain({name: layers[name] for name in kept}, "model")
     if masks is None:
         unmask_adapters(model)
+    from billhook.adapters.masked_layer import Mask, MaskedLora
+
     for name, keep in kept.items():
         weight = layers[name].base_layer.weight
         layers[name].__class__ = MaskedLora
@@ -160,6 +80,10 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
     """
     annotated(unmask_adapters, locals())
     layers = adapted_linears(model)
+    from peft.tuners.lora import Linear as LoraLinear
+
+    from billhook.adapters.masked_layer import MaskedLora
+
     for name in layers if names is None else names:
         if isinstance(layers[name], MaskedLora):
             del layers[name].mask
@@ -168,10 +92,10 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
 
 def on_linears(model: nn.Module) -> dict[str, Any]:
     """Finds PEFT's layers on linears, by the name of the linear."""
-    owners: dict[int, nn.Module] = {}
+    owners: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            owners.setdefault(id(BaseTunerLayer.get_base_layer(module)), module)
+        if is_adapter(module):
+            owners.setdefault(id(base_of(module)), module)
     linears = prunable(model, output_embeddings=True, convolutions="all") if owners else {}
     return {name: owners[id(one)] for name, one in linears.items() if id(one) in owners}
 
@@ -207,6 +131,12 @@ def plain_adapters(model: nn.Module, linears: Iterable[str], asked: str) -> dict
 
 def check_plain(layers: Mapping[str, Any], asked: str) -> None:
     """Refuses adapters whose product is not simply scale B A, as the argument `asked` needs it, or is in the weight already."""
+    if not layers:
+        return
+    from peft.tuners.lora import Linear as LoraLinear
+
+    from billhook.adapters.masked_layer import MaskedLora
+
     for name, layer in layers.items():
         kind = type(layer).__name__
         if type(layer) in (LoraLinear, MaskedLora):
@@ -238,14 +168,11 @@ def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> di
     return given
 
 
-def active_in(layer: Any) -> list[str]:  # noqa: ANN401 - PEFT does not type its layers
-    """Lists the adapters with which a layer of LoRA computes now."""
-    return [] if layer.disable_adapters else [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-
-
 @torch.no_grad()
 def product_of(layer: Any) -> Tensor:  # noqa: ANN401
     """Computes scale B A, which plain LoRA adds to its weight: of the active adapters, float32, `[out_features, in_features]`."""
+    from billhook.adapters.masked_layer import MaskedLora
+
     weight = weight_of(layer.base_layer)
     product = torch.zeros(weight.shape, device=weight.device)
     for adapter in active_in(layer):

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from billhook.adapters.masked import adapted_linears, fitting, on_linears
 from billhook.arguments import annotated
+from billhook.model.adapter_layers import base_of, is_adapter, is_trained_copy
 from billhook.page import Shown
 from billhook.running.casts import fresh_casts
 
@@ -108,9 +107,9 @@ def _check_alone(model: nn.Module) -> None:
     """Refuses adapters that merging would apply in two places, or that compute more than it can know of."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer) or module.merged:
+        if not is_adapter(module) or module.merged:
             continue
-        base: Any = BaseTunerLayer.get_base_layer(module)
+        base: Any = base_of(module)
         if "forward" in vars(module) or getattr(module, "base_layer", base) is not base:
             why = "another forward in its place" if "forward" in vars(module) else "another adapter inside"
             raise ValueError(f"model: the adapter of {name} has {why}, so it cannot be merged alone")
@@ -158,7 +157,7 @@ def _removed(model: nn.Module) -> nn.Module:
 def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """Yields the places of PEFT's outermost layers."""
     for name, child in model.named_children():
-        if isinstance(child, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        if is_adapter(child) or is_trained_copy(child):
             yield model, name, child
         else:
             yield from _places(child)
@@ -166,7 +165,7 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 def _taken_off(name: str, child: Any) -> nn.Module:  # noqa: ANN401
     """Returns the module beneath a layer of PEFT's, changed as the layer changes it."""
-    if not isinstance(child, AuxiliaryTrainingWrapper):
+    if not is_trained_copy(child):
         _into(name, child)
         return child.get_base_layer()  # type: ignore[no-any-return]
     if child.disable_adapters:

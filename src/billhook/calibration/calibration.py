@@ -12,7 +12,7 @@ from billhook.arguments import annotated, fraction, number, whole
 from billhook.calibration.conversations import columns_of, warn_of_rows_without_text
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, generated, row_length
-from billhook.calibration.reading import OBJECTS, Table, load_splits, runs_on
+from billhook.calibration.reading import Table, is_table, load_splits, runs_on
 from billhook.calibration.rows import map_rows, pack
 from billhook.calibration.sources import Source, Sources, named
 from billhook.model.find import find_transformer
@@ -88,7 +88,7 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Returns what is set as plain data, for records; files by their names alone, an object of `datasets` by its own."""
-        said = [name if isinstance(source, OBJECTS) else source for name, source in self.named.items()]
+        said = [name if is_table(source) else source for name, source in self.named.items()]
         plain = {one.name: getattr(self, one.name) for one in fields(self)}
         places: dict[str, Any] = without_folders({"sources": said[0] if len(said) == 1 else said, "tokenizer": self.tokenizer})
         return plain | places

@@ -4,16 +4,16 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import pyarrow
-import pyarrow.compute
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from billhook.calibration.chats import COLUMNS, TOOLS, Chat, Tools, chat_of, tools_of
 from billhook.calibration.reading import Rows, column_names
+
+if TYPE_CHECKING:
+    import pyarrow
 
 ANSWERED = (("prompt", "response"), ("prompt", "completion"))
 """Columns of prompts and what follows them."""
@@ -47,6 +47,9 @@ def columns_of(rows: Rows, split: str, column: str) -> list[str]:
 
 def warn_of_rows_without_text(rows: Rows, split: str, columns: Sequence[str]) -> None:
     """Warns if rows make no example, as they have null, or nothing but spaces to learn; rows of a stream are not counted."""
+    import datasets
+    import pyarrow.compute
+
     if not isinstance(rows, datasets.Dataset):
         return
     empty = 0
@@ -62,8 +65,10 @@ def warn_of_rows_without_text(rows: Rows, split: str, columns: Sequence[str]) ->
         )
 
 
-def _is_empty(column: pyarrow.ChunkedArray) -> list[bool]:
+def _is_empty(column: "pyarrow.ChunkedArray") -> list[bool]:
     """Finds the values of a column that are null, without items or characters, or blank."""
+    import pyarrow.compute
+
     kind = column.type
     if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
         empty = pyarrow.compute.equal(pyarrow.compute.list_value_length(column), 0)
@@ -80,6 +85,8 @@ def is_text(rows: Rows, columns: Sequence[str]) -> bool:
     """Tells whether rows are plain text, of which all is learnt; reads the first row of a stream that does not know."""
     if len(columns) > 1:
         return False
+    import datasets
+
     kind = (rows.features or {}).get(columns[0])
     if kind is not None:
         return isinstance(kind, datasets.Value)

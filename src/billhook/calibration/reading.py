@@ -1,12 +1,11 @@
 """Reads data with `datasets`: files, globs, folders, hub names and objects, by split."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from glob import escape, glob, has_magic
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
-import datasets
-from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -20,20 +19,28 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
 Data: TypeAlias = str | dict[str, str | list[str]]
 """`"tiny"`, a hub name (`"name"` or `"name:config"`), a folder, a file or a glob of files, or files by split."""
-Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
 if TYPE_CHECKING:
+    import datasets
+
+    Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
     Table: TypeAlias = datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict
     """Data that is loaded already."""
 else:  # where an argument may be an object of a class, a command line gives it what stands in the file that is named
-    Table = Any
+    Rows = Table = Any  # and `datasets`, with pandas, takes a second to import
 
 
-OBJECTS = (datasets.Dataset, datasets.IterableDataset, datasets.DatasetDict, datasets.IterableDatasetDict)
+def is_table(data: object) -> TypeGuard["Table"]:
+    """Tells whether something is an object of `datasets`; as long as nobody has imported that, nothing is."""
+    if "datasets" not in sys.modules:
+        return False
+    import datasets
+
+    return isinstance(data, datasets.Dataset | datasets.IterableDataset | datasets.DatasetDict | datasets.IterableDatasetDict)
 
 
 def check_data(data: object, name: str = "data") -> None:
     """Refuses what names no data and holds none."""
-    if isinstance(data, OBJECTS):
+    if is_table(data):
         return
     files = [data] if isinstance(data, str) else list(data.values()) if isinstance(data, dict) else []
     names = [one for own in files for one in (own if isinstance(own, list) else [own])]
@@ -43,8 +50,10 @@ def check_data(data: object, name: str = "data") -> None:
 
 def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:
     """Loads the splits of `data` with `datasets`: a folder may be a hub data set, and files alone are the split `train`."""
+    import datasets
+
     check_data(data)
-    if isinstance(data, OBJECTS):
+    if is_table(data):
         return _loaded(data, streaming)
     if data == "tiny":
         return _read("parquet", {split: [file] for split, file in text_files().items()}, streaming)
@@ -64,6 +73,8 @@ def check_there(data: Data, name: str = "data") -> None:
     if isinstance(files := _files_or_name(data, name), dict):
         _one_kind(files)
         return
+    import datasets
+
     if not Path(files[0]).is_dir():
         _ask_hub(files[0], name)
     try:
@@ -75,6 +86,9 @@ def check_there(data: Data, name: str = "data") -> None:
 
 def _ask_hub(data: str, argument: str) -> None:
     """Refuses a data set that was never read if the Hub cannot be asked; it is asked once, where `datasets` asks six times."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
     owner, slash, name = data.rpartition("/")
     folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}{slash and '___'}{camelcase_to_snakecase(name)}"
     if constants.HF_HUB_OFFLINE or data.count("/") > 1 or folder.is_dir():
@@ -102,6 +116,8 @@ def _files_or_name(data: Data, argument: str = "data") -> dict[str, list[str]] |
 
 def _loaded(data: Table, streaming: bool) -> dict[str, Rows]:
     """Returns the splits of an object, each row of it a document; one table alone is the split `train`."""
+    import datasets
+
     found = dict(data) if isinstance(data, Mapping) else {"train": data}
     if not found.keys() & set(SPLITS):
         raise ValueError(f"data: the splits are {', '.join(map(str, found)) or 'none'}; one of {', '.join(SPLITS)} is needed")
@@ -119,6 +135,8 @@ def runs_on(rows: Rows) -> bool:
 
 
 def _read(kind: str, files: Mapping[str, Sequence[str]], streaming: bool) -> dict[str, Rows]:
+    import datasets
+
     options = {"keep_linebreaks": True} if kind == "text" else {}
     escaped = {split: [escape(name) for name in names] for split, names in files.items()}  # as `datasets` takes names for globs
     try:

@@ -5,9 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import datasets
 import torch
-from datasets.fingerprint import Hasher
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from billhook.calibration import chats, conversations
@@ -29,6 +27,9 @@ def map_rows(
     **arguments: Any,  # noqa: ANN401
 ) -> Rows:
     """Runs `rows.map(function)`, cached by everything that decides the result (a tokenizer's own hash changes with use)."""
+    import datasets
+    from datasets.fingerprint import Hasher
+
     options = {
         "batched": True,
         "batch_size": ROWS_AT_ONCE,

@@ -6,10 +6,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TypeAlias
 
-import datasets
-
 from billhook.calibration.generated import NAME as GENERATED
-from billhook.calibration.reading import OBJECTS, Table, check_data
+from billhook.calibration.reading import Table, check_data, is_table
 
 Source: TypeAlias = str | dict[str, str | list[str]]
 """`"generated"`, `"tiny"`, a file, a glob of files, a folder, a hub name, or files by split."""
@@ -34,7 +32,7 @@ def named(sources: Sources, taken: Collection[str] = ()) -> dict[str, Source | T
         _check(source)
     found = dict[str, Source | Table]()
     for source in given:
-        name = _of_object(source, {*found, *taken}) if isinstance(source, OBJECTS) else _of_files(source)
+        name = _of_object(source, {*found, *taken}) if is_table(source) else _of_files(source)
         if name == GENERATED and source != GENERATED:
             raise ValueError(f"sources: '{source}' has the name of what the model writes, '{GENERATED}': rename it")
         if name in found or any(one is source for one in found.values()):
@@ -48,6 +46,10 @@ def named(sources: Sources, taken: Collection[str] = ()) -> dict[str, Source | T
 def _check(source: object) -> None:
     """Refuses what names no text and holds none, or none that rows can be drawn of."""
     check_data(source, "sources")
+    if not is_table(source):
+        return
+    import datasets
+
     if isinstance(source, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise ValueError(
             f"sources: rows are drawn of all that there are, and of a stream ({type(source).__name__}) nobody knows them: give a "

@@ -1,27 +1,39 @@
 """When things happen: Lightning callbacks, one a file, no maths."""
 
-from billhook.callbacks.damage import Damage
-from billhook.callbacks.depth_pruning import DepthPruning
-from billhook.callbacks.export import Export
-from billhook.callbacks.head_pruning import HeadPruning
-from billhook.callbacks.kv_heads import KVHeadConversion
-from billhook.callbacks.report import Report
-from billhook.callbacks.shrink import Shrink
-from billhook.callbacks.structured_pruning import StructuredPruning
-from billhook.callbacks.uptraining import Uptraining
-from billhook.callbacks.weight_pruning import WeightPruning
-from billhook.fit.calibration import FitCalibration
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "FitCalibration",
-    "Damage",
-    "DepthPruning",
-    "Export",
-    "HeadPruning",
-    "KVHeadConversion",
-    "Report",
-    "Shrink",
-    "StructuredPruning",
-    "Uptraining",
-    "WeightPruning",
-]
+if TYPE_CHECKING:
+    from billhook.callbacks.damage import Damage as Damage
+    from billhook.callbacks.depth_pruning import DepthPruning as DepthPruning
+    from billhook.callbacks.export import Export as Export
+    from billhook.callbacks.head_pruning import HeadPruning as HeadPruning
+    from billhook.callbacks.kv_heads import KVHeadConversion as KVHeadConversion
+    from billhook.callbacks.report import Report as Report
+    from billhook.callbacks.shrink import Shrink as Shrink
+    from billhook.callbacks.structured_pruning import StructuredPruning as StructuredPruning
+    from billhook.callbacks.uptraining import Uptraining as Uptraining
+    from billhook.callbacks.weight_pruning import WeightPruning as WeightPruning
+    from billhook.fit.calibration import FitCalibration as FitCalibration
+
+else:  # imported when it is asked for: each brings what it alone needs
+    _PLACES = {
+        "FitCalibration": "billhook.fit.calibration",
+        "Damage": "billhook.callbacks.damage",
+        "DepthPruning": "billhook.callbacks.depth_pruning",
+        "Export": "billhook.callbacks.export",
+        "HeadPruning": "billhook.callbacks.head_pruning",
+        "KVHeadConversion": "billhook.callbacks.kv_heads",
+        "Report": "billhook.callbacks.report",
+        "Shrink": "billhook.callbacks.shrink",
+        "StructuredPruning": "billhook.callbacks.structured_pruning",
+        "Uptraining": "billhook.callbacks.uptraining",
+        "WeightPruning": "billhook.callbacks.weight_pruning",
+    }
+    __all__ = [*_PLACES]
+
+    def __getattr__(name: str) -> object:
+        """Imports a callback."""
+        if name not in _PLACES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(_PLACES[name]), name)

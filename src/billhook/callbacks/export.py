@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from billhook.adapters.lora import save_adapters
+from billhook.adapters.in_checkpoint import save_adapters
 from billhook.arguments import a_path, annotated
 from billhook.callbacks.damage import Damage, refuse_before
 from billhook.checkpoints.origin import CARD

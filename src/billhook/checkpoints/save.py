@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -249,7 +248,7 @@ def way_of(model: PreTrainedModel) -> tuple[Way, PretrainedConfig]:
 def _check_no_prompts(module: nn.Module) -> None:
     """Refuses prompts that PEFT puts before a model's inputs, as no weights of the model can hold them."""
     for part in module.modules():
-        config = part.active_peft_config if isinstance(part, PeftModel) else None
+        config = getattr(part, "active_peft_config", None)  # of a PeftModel
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
                 f"model: {type(config).__name__} puts prompts before the inputs, which a plain checkpoint cannot hold: "

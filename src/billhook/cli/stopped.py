@@ -49,7 +49,7 @@ def written_alone(options: Mapping[str, Any]) -> Iterator[None]:
             raise Stopped(f"{stays}; {_goes_on(target, library) or 'the same command begins afresh'}") from interrupt
         except Exception as error:
             if rest := _goes_on(target, library):
-                error.add_note(rest)
+                vars(error).setdefault("__notes__", []).append(rest)  # as `add_note`, which Python has from 3.11 on
             raise
 
 

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from billhook.adapters.lora import save_adapters
+from billhook.adapters.in_checkpoint import save_adapters
 from billhook.fit.resume import ShapeInCheckpoint, before_weights, check_callbacks
 from billhook.fit.resume_state import ResumeState, set_gradients, unfinished_gradients
 from billhook.fit.shape_before import load_as_before, load_in_shape

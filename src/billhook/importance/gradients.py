@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from billhook.running.overridden import overridden
 from billhook.running.sharded.turns import turns_of
@@ -68,6 +67,8 @@ def recomputing(model: nn.Module) -> Iterator[None]:
 
     Transformers itself does so in training mode alone, in which dropout would act, too. Blocks that ranks share are left out.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer  # a quarter of a second where no model was made before
+
     with ExitStack() as stack:
         for part in model.modules() if turns_of(model) is None else ():
             if isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -18,7 +17,11 @@ def check_adapters(model: nn.Module, method: KVMethod) -> None:
     """Refuses adapters that are not plain LoRA, or that the method does not pool as it pools weights."""
     if not method.pools_adapters:
         raise ValueError(f"method='{method.name}' pools weights in a way that their adapters cannot follow: {MERGE}")
-    for name, layer in adapted(model).items():
+    if not (layers := adapted(model)):
+        return
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in layers.items():
         own = {part.partition(".")[0] for part, _ in layer.named_parameters()} - {"base_layer"}
         if not isinstance(layer, LoraLayer) or own - {"lora_A", "lora_B"}:
             raise ValueError(f"{name} has adapters that are not plain LoRA ({', '.join(sorted(own))}): {MERGE}")

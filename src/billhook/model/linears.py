@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Mapping
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.model.adapter_layers import base_of, is_adapter, is_trained_copy
 from billhook.model.convolutions import Convolutions, as_tensor, channels_of, is_among, is_convolution
 
 PACKED = ("qweight", "weight_packed", "W_q")
@@ -76,7 +75,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def read_dim(reader: nn.Module) -> int:
     """Returns the dimension of its input that a module reads: the last, of a convolution the channels, which precede places."""
-    layer = reader.get_base_layer() if isinstance(reader, BaseTunerLayer) else reader
+    layer = reader.get_base_layer() if is_adapter(reader) else reader
     return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
 
 
@@ -140,10 +139,10 @@ def _is_among(module: nn.Module, convolutions: Convolutions) -> bool:
 
 def _walk(module: nn.Module, name: str, left_out: set[int]) -> Iterator[tuple[str, nn.Module]]:
     """Yields every module; of those that PEFT wraps only the base layer, under the name of the whole."""
-    if id(module) in left_out or isinstance(module, AuxiliaryTrainingWrapper):
+    if id(module) in left_out or is_trained_copy(module):
         return
-    if isinstance(module, BaseTunerLayer):
-        yield from _walk(BaseTunerLayer.get_base_layer(module), name, left_out)
+    if is_adapter(module):
+        yield from _walk(base_of(module), name, left_out)
         return
     yield name, module
     for child_name, child in module.named_children():

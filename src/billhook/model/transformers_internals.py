@@ -9,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, rename_source_key, revert_weight_conversion
-from transformers.core_model_loading import convert_and_load_state_dict_in_model as load_state
-from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from billhook.model.config_fields import configs_of
+from billhook.versions import needing
 
 ATTENTION = "_attn_implementation_internal"
 """The attribute of a config that holds how attention is computed; to set it asks for no check."""
@@ -25,6 +22,9 @@ LOADED = "_is_hf_initialized"
 
 EXPERTS = "_experts_implementation_internal"
 """The same of experts."""
+
+LOADER = "to save models and to stream them"
+"""What the names of transformers' loader are for, which are imported where something asks for them: they move often."""
 
 
 def attention_of(config: PretrainedConfig) -> str | None:
@@ -81,9 +81,20 @@ def build_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: to
     return model
 
 
+def _conversions(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a list of what differs by release
+    """Returns how the tensors of a family's files become those of a model."""
+    with needing("transformers", LOADER):
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return get_model_conversion_mapping(model)
+
+
 def is_joined_unevenly(model: PreTrainedModel) -> bool:
     """Finds whether files of a family join tensors, such as queries and keys, that loading would wrongly cut in equal parts."""
-    conversions = getattr(model, "_weight_conversions", None) or get_model_conversion_mapping(model)
+    with needing("transformers", LOADER):
+        from transformers.core_model_loading import Chunk
+
+    conversions = getattr(model, "_weight_conversions", None) or _conversions(model)
     names = model.state_dict(keep_vars=True)
     for one in conversions:
         parts = defaultdict[str, set[torch.Size]](set)
@@ -126,7 +137,10 @@ def named_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
     Those that the model does not have are left out.
     """
-    mapping, state = get_model_conversion_mapping(model), model.state_dict()
+    with needing("transformers", LOADER):
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    mapping, state = _conversions(model), model.state_dict()
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     found = {}
@@ -141,9 +155,13 @@ def named_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
 def load_some(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
     """Loads some tensors of a checkpoint, given as slices of its files, in the dtypes that the model's own have."""
+    with needing("transformers", LOADER):
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model as load_state
+        from transformers.modeling_utils import LoadStateDictConfig
+
     conversions = getattr(model, "_weight_conversions", None)
     dtype: torch.dtype = model.dtype
-    mapping: Any = get_model_conversion_mapping(model)
+    mapping = _conversions(model)
     plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
     try:
         with without_bars():
@@ -168,6 +186,9 @@ def as_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str
     """Returns some of a model's tensors as its files hold them, which may join or name them otherwise."""
     if is_joined_unevenly(model):
         return dict(state)
+    with needing("transformers", LOADER):
+        from transformers.core_model_loading import revert_weight_conversion
+
     found: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
     return found
 

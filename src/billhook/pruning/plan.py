@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Self, get_args
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 from torch import nn
+from typing_extensions import Self
 
 from billhook.calibration.enough import Settled
 from billhook.html import html_table

@@ -6,12 +6,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from billhook.arguments import annotated
 from billhook.bar import Told
 from billhook.calibration.calibration import Batches, batches_of
+from billhook.model.adapter_layers import is_adapter
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear, size_of
 from billhook.model.plan import Plan, Weights
@@ -157,4 +157,4 @@ def repair_with(
 
 
 def _linear(model: nn.Module, reader: str) -> str:
-    return f"{reader}.base_layer" if isinstance(model.get_submodule(reader), BaseTunerLayer) else reader
+    return f"{reader}.base_layer" if is_adapter(model.get_submodule(reader)) else reader

@@ -5,12 +5,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import adapted, beneath, without_adapters
+from billhook.model.adapter_layers import is_adapter
 from billhook.model.config_fields import Fields, configs_of, field, read_back, set_fields, with_fields
 from billhook.model.meta import to_meta
 from billhook.model.shapes.shape import GROUPS, Shape, built_shape, set_shape, shape_of
@@ -165,9 +165,9 @@ def _certain(model: PreTrainedModel, tensors: dict[str, tuple[int, ...]]) -> dic
     certain: dict[str, int] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
-        layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        layer: Any = module.get_base_layer() if is_adapter(module) else module
         says = _says(layer)
-        if isinstance(module, BaseTunerLayer):
+        if is_adapter(module):
             says = dict(zip(("in_features", "out_features"), says.values(), strict=False))
         for attr, dim in says.items():
             weight = names.get(id(layer.weight), "")

@@ -1,10 +1,10 @@
 """The lower triangle of a symmetric matrix, in panels of rows: half of the memory that the matrix takes."""
 
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from billhook.running.offload import Shelf, zeros
 from billhook.running.resident import let_go

@@ -1,9 +1,9 @@
 """Peak memory of a piece of work, above the memory that was in use before."""
 
 from pathlib import Path
-from typing import Self
 
 import torch
+from typing_extensions import Self
 
 from billhook.running.resident import resident
 

@@ -26,7 +26,7 @@ class Noise:
     @contextmanager
     def drawn(self, device: torch.device, step: int, rank: int) -> Iterator[None]:
         """Has torch draw from the numbers of a step within the block, on the CPU and this device."""
-        own = int.from_bytes(hashlib.blake2b(f"{self.draw()} {step} {rank}".encode(), digest_size=7).digest())
+        own = int.from_bytes(hashlib.blake2b(f"{self.draw()} {step} {rank}".encode(), digest_size=7).digest(), "big")
         with seeded(own, device):
             yield
 

@@ -3,7 +3,9 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
+
+from typing_extensions import Self
 
 from billhook.serving.missing import Missing
 from billhook.serving.worker import Worker

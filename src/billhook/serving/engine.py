@@ -4,11 +4,12 @@ import tempfile
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from billhook.serving.missing import Missing
 from billhook.serving.worker import Worker

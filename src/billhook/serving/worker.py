@@ -7,7 +7,9 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
+
+from typing_extensions import Self
 
 SCRIPTS = Path(__file__).parent / "workers"
 LINES = 12  # of what a process said before it ended

@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from billhook.adapters.masked import active_in, plain_adapters
+from billhook.adapters.masked import plain_adapters
 from billhook.arguments import one_of
+from billhook.model.adapter_layers import active_in
 from billhook.model.convolutions import Convolutions, is_convolution
 from billhook.model.linears import channels, prunable, weight_of
 from billhook.running.batches import Run

@@ -4,12 +4,13 @@ import hashlib
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from typing_extensions import Self
 
 from billhook.running.sharded.shards import Lies, local, sharded_as, whole
 from billhook.sparsity.bits import count, packed, unpacked

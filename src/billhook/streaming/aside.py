@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Self
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from billhook.running.replaced import replaced
 from billhook.running.sharded.turns import turns_of

@@ -3,13 +3,14 @@
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from typing_extensions import Self
 
 from billhook.arguments import a_path, annotated, fraction, number
 from billhook.model.config_fields import text_config

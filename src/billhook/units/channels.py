@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 import numpy as np
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from billhook.model.adapter_layers import is_adapter
 from billhook.model.convolutions import is_convolution
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Member
@@ -73,9 +73,9 @@ def _linears(model: nn.Module, structure: Structure, member: Member, convolution
     found = []
     for parameter in [member.name, *(alias for alias, name in structure.tied.items() if name == member.name)]:
         path = parameter.split(".")[:-1]
-        outer = next((end for end in range(len(path)) if isinstance(_at(model, path[:end]), BaseTunerLayer)), len(path))
+        outer = next((end for end in range(len(path)) if is_adapter(_at(model, path[:end]))), len(path))
         module = _at(model, path[:outer])
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        layer = module.get_base_layer() if is_adapter(module) else module
         if isinstance(layer, nn.Linear | Conv1D) or (convolutions and is_convolution(layer) and layer.groups == 1):
             found.append(".".join(path[:outer]))
     return found

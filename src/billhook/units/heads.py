@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import numpy as np
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from billhook.model.adapter_layers import is_adapter
 from billhook.model.shapes.handed import Indices
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
@@ -70,6 +70,6 @@ def _reader(model: nn.Module, parameter: str) -> str:
     if len(path) > 1 and isinstance(model.get_submodule(".".join(path[:-1])), nn.MultiheadAttention):
         raise ValueError(f"model: {parameter} is read by torch.nn.MultiheadAttention at once, so no gate can stand before it")
     for end in range(len(path) - 1, max(len(path) - 4, 0), -1):
-        if isinstance(model.get_submodule(".".join(path[:end])), BaseTunerLayer):
+        if is_adapter(model.get_submodule(".".join(path[:end]))):
             return ".".join(path[:end])
     return ".".join(path)

@@ -69,7 +69,8 @@ class Units:
 
     def query_heads(self, kv_heads: Iterable[int]) -> list[int]:
         """Returns the query heads of some KV heads."""
-        return np.flatnonzero(np.isin(self.kv_of, list(kv_heads))).tolist()
+        found: list[int] = np.flatnonzero(np.isin(self.kv_of, list(kv_heads))).tolist()
+        return found
 
     def positions(self, per: Per = "head") -> Indices:
         """Returns for each position of what the readers read its unit, or KV head, -1 if it has none: int64."""

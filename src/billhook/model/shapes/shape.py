@@ -6,11 +6,12 @@ A checkpoint carries it, so that a model of any other shape can take the checkpo
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from typing_extensions import Self
 
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import Fields, fields_of, read_back, set_fields

@@ -66,8 +66,11 @@ def mm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  #
 
 
 def bmm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - dtype
-    """Contracts [n, a, k] with [n, k, b], for each n by itself."""
+    """Contracts [n, a, k] with [n, k, b], for each n by itself; where k is 1, each entry is a product of two numbers."""
     batch = join(axes_of(x)[0], axes_of(y)[0])
+    if x.shape[2] == 1 and not (note(x).active and note(y).active):  # rotary frequencies and positions, which no rows make
+        put(out, [batch, axes_of(x)[1], axes_of(y)[2]], [x, y])
+        return
     if note(x).active and note(y).active:
         mark(batch, "batched", tape.op)
     contract(tape, out, [batch, axes_of(x)[1], axes_of(y)[2]], x, 2, y, 1)

@@ -50,7 +50,7 @@ class Augmented(Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         row = self.rows[number]
         image: object = row[self.image_column]
-        key = int.from_bytes(hashlib.blake2b(f"{self.seed} {self.epoch} {number}".encode(), digest_size=7).digest())
+        key = int.from_bytes(hashlib.blake2b(f"{self.seed} {self.epoch} {number}".encode(), digest_size=7).digest(), "big")
         with seeded(key, torch.device("cpu")):
             for transform in self.augment:
                 image = transform(image)

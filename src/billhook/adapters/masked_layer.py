@@ -1,0 +1,95 @@
+"""A layer of LoRA with a mask; its class is one of peft's, which is imported only where there are adapters."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+from transformers.pytorch_utils import Conv1D
+from typing_extensions import Self
+
+from billhook.model.adapter_layers import active_in
+from billhook.running.sharded.shards import whole
+
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+"""Where a module has its hooks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """A keep-mask, bool, that copies of a layer have in common, as it is never changed, but replaced.
+
+    Of a weight that is sharded over ranks there is none (None): the weights that are not zero are kept.
+    """
+
+    keep: Tensor | None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+
+class MaskedLora(LoraLinear):
+    """LoRA that adds nothing where a mask is False, in the forward and when it is merged; `mask_adapters` makes such layers.
+
+    Attributes:
+        mask: Where it may add, as the weight lies in memory; no part of the state dict.
+    """
+
+    mask: Mask
+
+    @property
+    def keep(self) -> Tensor:
+        """The mask, bool; of a weight that is sharded, all ranks ask for it together, or while the weight is gathered."""
+        return whole(self.base_layer.get_parameter("weight")) != 0 if self.mask.keep is None else self.mask.keep
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Computes the product scale B A, masked; PEFT merges and unmerges this."""
+        product = super().get_delta_weight(adapter)
+        return torch.where(self.keep.to(product.device), product, 0)
+
+    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+        """Computes the base layer's output plus those of the active adapters."""
+        if adapter_names is not None:
+            raise ValueError(f"adapter_names={adapter_names} must be None: a masked adapter is the same for the whole batch")
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        base: Any = self.base_layer
+        active = [] if self.merged else active_in(self)
+        if self._is_summed(x, active):
+            weight: Tensor = sum(map(self.get_delta_weight, active), base.weight)
+            return linear(x, weight.t() if self.fan_in_fan_out else weight, base.bias)
+        result: Tensor = base(x)
+        dtype = result.dtype
+        for adapter in active:
+            product = self.get_delta_weight(adapter)
+            inputs = self.lora_dropout[adapter](x.to(product.dtype))
+            result = result + linear(inputs, product.t() if self.fan_in_fan_out else product)
+        return result.to(dtype)
+
+    def _is_summed(self, x: Tensor, active: Sequence[str]) -> bool:
+        """Tells whether one product by the sum of the weight and what is added to it gives what a product by each does.
+
+        It does not where dropout changes an adapter's inputs, where the base layer's own forward or hooks have to be called (a
+        quantized one's, a walk's), and in half precision, in which the sum rounds away what is small beside the weight.
+        """
+        base = self.base_layer
+        tensors = [base.weight, x, *(one[adapter].weight for adapter in active for one in (self.lora_A, self.lora_B))]
+        dropouts = [self.lora_dropout[adapter] for adapter in active]
+        return (
+            bool(active)
+            and type(base) in (nn.Linear, Conv1D)
+            and not ("forward" in base.__dict__ or any(getattr(base, hooks) for hooks in HOOKS))
+            and all(type(one) is nn.Identity or (type(one) is nn.Dropout and not one.training) for one in dropouts)
+            and not isinstance(base.weight, DTensor)
+            and x.dtype in (torch.float32, torch.float64)
+            and len({(one.dtype, one.device) for one in tensors}) == 1
+            and not torch.is_autocast_enabled(x.device.type)
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.mask = Mask(None if self.mask.keep is None else fn(self.mask.keep))
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]

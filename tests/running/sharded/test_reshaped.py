@@ -1,5 +1,7 @@
 """A sharded model whose shapes change, in one process: it is sharded as it was afterwards, whatever was told and set."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -109,7 +111,7 @@ def test_what_was_told_and_set_is_kept(mesh):
     (of_first, of_second) = (part._get_fsdp_state() for part in (first, second))
     assert of_first._states_to_forward_prefetch == [of_second]
     assert of_second._states_to_backward_prefetch == [of_first]
-    (group,) = of_second._fsdp_param_groups
+    (group,) = internals.groups_of(of_second)
     assert (group.gradient_divide_factor, group.reshard_after_backward, group.post_forward_mesh_info) == (4.0, False, None)
     assert of_first._mp_policy == policy
     model(input_ids=tokens())
@@ -140,36 +142,50 @@ def test_gradients_follow_where_they_are_asked_for(mesh, gradients):
         assert not gradients or torch.equal(whole(own.grad), before[name])
 
 
-@pytest.mark.parametrize(("where", "name"), [("_fsdp_param_groups", "fsdp_params"), ("", "_mp_policy")])
+@pytest.mark.parametrize(("where", "name"), [("groups", "fsdp_params"), ("", "_mp_policy")])
 def test_another_fsdp_is_refused_before_anything_changes(mesh, where, name):
     model, optimizer = sharded(mesh)
     state = model.model.layers[1]._get_fsdp_state()
-    del vars(state._fsdp_param_groups[0] if where else state)[name]
+    del vars(internals.groups_of(state)[0] if where else state)[name]
     told = rf"torch {torch.__version__.partition('+')[0]}.*: its FSDP2 lacks {name}, which"
     with pytest.raises(RuntimeError, match=told), reshaped(model, [optimizer], gradients=False):
         pass
     assert isinstance(model, FSDPModule)
 
 
-@pytest.mark.parametrize("name", [internals.NOTED, "_mp_policy", "_orig_cls_mro_index"])
-def test_where_shapes_stay_another_fsdp_is_refused_too(mesh, monkeypatch, name):
+@pytest.mark.parametrize("name", [internals.NOTED, "_mp_policy"])
+def test_where_shapes_stay_another_fsdp_is_refused_too(mesh, name):
     model, _ = sharded(mesh)
     layer = model.model.layers[1]
     if name == "_mp_policy":
         del vars(layer._get_fsdp_state())[name]
-    elif name == internals.NOTED:
+    else:
         for key in [key for key in vars(layer) if str(key).startswith(name)]:
             del vars(layer)[key]
-    else:
-        monkeypatch.delattr(FSDPModule, name)
     with pytest.raises(RuntimeError, match=rf"torch {torch.__version__.partition('+')[0]}.*: its FSDP2 lacks {name}.*which"):
         bh.prune(model, bh.Wanda(), [{"input_ids": tokens()}], sparsity=0.5)
     assert isinstance(model, FSDPModule)
 
 
+def test_a_torch_with_one_group_at_most(mesh):
+    """Torch 2.10 keeps that under another name, and some settings not at all."""
+    model, optimizer = sharded(mesh)
+    assert internals.groups_of(SimpleNamespace(_fsdp_param_group=model)) == [model]
+    assert internals.groups_of(SimpleNamespace(_fsdp_param_group=None)) == []
+    for part in (model, *model.model.layers):
+        (group,) = internals.groups_of(part._get_fsdp_state())
+        for name in internals.NEWER_SETTINGS:
+            vars(group).pop(name, None)
+    before = {name: whole(own) for name, own in model.named_parameters()}
+    with reshaped(model, [optimizer], gradients=False):
+        assert not isinstance(model, FSDPModule)
+    assert isinstance(model, FSDPModule)
+    assert all(torch.equal(whole(own), before[name]) for name, own in model.named_parameters())
+
+
 def test_runs_need_no_more_than_they_use(mesh):
     model, _ = sharded(mesh)
-    del vars(model.model.layers[1]._get_fsdp_state()._fsdp_param_groups[0])["offload_policy"]
+    del vars(internals.groups_of(model.model.layers[1]._get_fsdp_state())[0])["offload_policy"]
     with unsharded(model):
         assert not isinstance(model, FSDPModule)
 

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
+from billhook.versions import supported
+
 MODULE = "torch.distributed._composable_state"
 """Where torch keeps which module has which state, in `_module_state_mapping`."""
 NOTED = "__composable_api_state_key"
 """How names begin under which a module keeps what has been done to it."""
-OF_PART = ("_get_fsdp_state", "_orig_cls_mro_index")
+OF_PART = ("_get_fsdp_state",)
 OF_STATE = (
     "_modules",
     "_mp_policy",
     "_auto_reshard_after_forward",
-    "_fsdp_param_groups",
     "_pre_forward_hook_handle",
     "_post_forward_hook_handle",
     "_states_to_forward_prefetch",
@@ -39,14 +40,14 @@ SETTINGS = (
     "unshard_async_op",
     "gradient_divide_factor",
     "force_sum_reduction_for_comms",
-    "reduce_scatter_unused_params",
-    "reduce_scatter_max_input_buffers",
     "_all_reduce_hook",
     "_all_reduce_hook_stream",
     "_all_gather_comm",
     "_reduce_scatter_comm",
 )
 """What the methods `set_...` of an `FSDPModule` set, where torch keeps it of each group of parameters."""
+NEWER_SETTINGS = ("reduce_scatter_unused_params", "reduce_scatter_max_input_buffers")
+"""The same, of torch 2.13; 2.10 has no such methods."""
 OF_GROUP = (
     "mesh_info",
     "post_forward_mesh_info",
@@ -77,7 +78,8 @@ class Sharding:
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """Returns the class of a module, also where FSDP has put one of its own instead."""
-    return type(module).__mro__[module._orig_cls_mro_index] if isinstance(module, FSDPModule) else type(module)
+    kind = type(module)
+    return kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)] if isinstance(module, FSDPModule) else kind  # 2.10: always 2
 
 
 def precision_of(part: nn.Module) -> torch.dtype | None:
@@ -110,7 +112,7 @@ def take_off(module: nn.Module) -> list[Sharding]:
     for state in found:
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
-        for group in state._fsdp_param_groups:
+        for group in groups_of(state):
             for hooks in (group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle):
                 for hook in hooks.values():
                     hook.remove()
@@ -143,7 +145,7 @@ def put_on(module: nn.Module, shardings: list[Sharding], shards: Mapping[nn.Para
     for part, name, own in places:
         part._parameters[name] = shards.get(own, own)
     for part in module.modules():
-        for group in _state(part)._fsdp_param_groups if isinstance(part, FSDPModule) else ():
+        for group in groups_of(_state(part)) if isinstance(part, FSDPModule) else ():
             for held in group.fsdp_params:
                 held.reset_sharded_param()
 
@@ -162,7 +164,7 @@ def _put_on(
         if modules:
             told = {"mesh": meshes[0]} | sharding.told
             fully_shard(modules if len(modules) > 1 else modules[0], **told, ignored_params=ignored, shard_placement_fn=placed)
-            for group in _state(modules[0])._fsdp_param_groups:
+            for group in groups_of(_state(modules[0])):
                 vars(group).update(sharding.settings)
     for sharding in shardings:
         for part in (part for part in sharding.modules if isinstance(part, FSDPModule)):
@@ -179,22 +181,30 @@ def _state(part: Any) -> Any:  # noqa: ANN401
     return part._get_fsdp_state()
 
 
+def groups_of(state: Any) -> list[Any]:  # noqa: ANN401
+    """Returns the groups of parameters that a module shards together, of which torch 2.10 has one at most."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    one = getattr(state, "_fsdp_param_group", None)
+    return [] if one is None else [one]
+
+
 def _sharding(state: Any) -> Sharding:  # noqa: ANN401
-    if len(state._fsdp_param_groups) > 1:
+    if len(groups_of(state)) > 1:
         raise ValueError(
             f"model: parameters of {class_of(state._modules[0]).__name__} are sharded over several meshes, which cannot be put "
             "back once shapes have changed: shard them over one"
         )
     told: dict[str, Any] = {"mp_policy": state._mp_policy}
     settings: dict[str, Any] = {}
-    for group in state._fsdp_param_groups:
+    for group in groups_of(state):
         after = group.post_forward_mesh_info
         again: bool | int = after is not None
         if after is not None and after.mesh is not group.mesh_info.mesh:
             again = after.shard_mesh_size
         told |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
         told |= {"reshard_after_forward": None if state._auto_reshard_after_forward else again}
-        settings = {name: getattr(group, name) for name in SETTINGS}
+        settings = {name: getattr(group, name) for name in (*SETTINGS, *NEWER_SETTINGS) if hasattr(group, name)}
     forward, backward = state._states_to_forward_prefetch, state._states_to_backward_prefetch
     ahead = [part for one in forward for part in one._modules], [part for one in backward for part in one._modules]
     return Sharding(state._modules, told, settings, ahead)
@@ -213,7 +223,8 @@ def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
     if OF_PART[0] not in missing:
         state = part._get_fsdp_state()
         missing += [name for name in OF_STATE if not hasattr(state, name)]
-        for group in getattr(state, "_fsdp_param_groups", ()):
+        missing += [] if hasattr(state, "_fsdp_param_group") or hasattr(state, "_fsdp_param_groups") else ["_fsdp_param_groups"]
+        for group in groups_of(state):
             missing += [name for name in OF_GROUP if not hasattr(group, name)]
             missing += [name for own in getattr(group, "fsdp_params", ()) for name in OF_PARAMETER if not hasattr(own, name)]
     if not hasattr(_states_of_modules(), "pop"):
@@ -248,7 +259,7 @@ def as_plain() -> AbstractContextManager[None]:
 def _refuse(missing: Iterable[str], what: str, why: str, instead: str = "") -> None:
     if named := ", ".join(dict.fromkeys(missing)):
         told = f"torch {torch.__version__}: {what} lacks {named}, which billhook needs to {why}"
-        raise RuntimeError(f"{told}: take another version of torch{instead}")
+        raise RuntimeError(f"{told}: install {supported('torch')}, another release{instead}")
 
 
 def _states_of_modules() -> Any:  # noqa: ANN401

@@ -1,12 +1,15 @@
 """The private names of transformers and torch that billhook uses are still there, and mean what they did."""
 
+import pytest
 import torch
 import transformers
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils import _python_dispatch
+from transformers import core_model_loading
 from transformers.models.auto import modeling_auto
 
+import billhook as bh
 from billhook.model.config_fields import configs_of
 from billhook.model.meta import MAPPINGS
 from billhook.model.transformers_internals import (
@@ -41,6 +44,18 @@ def test_what_files_join():
     attention.k_proj = nn.Linear(32, 8)
     assert is_joined_unevenly(model)
     assert not is_joined_unevenly(llama())
+
+
+def test_a_release_without_a_private_name_is_told_where_that_is_needed(monkeypatch, tmp_path):
+    model = llama()
+    monkeypatch.delattr(core_model_loading, "Chunk")
+    told = (
+        rf"transformers {transformers.__version__}: cannot import name 'Chunk'.*, which billhook needs to save models.*: install"
+    )
+    with pytest.raises(ImportError, match=told):
+        bh.save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert bh.prune(model, bh.Magnitude(), sparsity=0.5)
 
 
 def test_how_experts_are_computed():

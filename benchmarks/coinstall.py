@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ["vllm", "sglang", "axolotl", "unsloth", "llmcompressor", "trl", "lm-eval", "nvidia-modelopt", "llamafactory"]
 SHOWN = "torch", "transformers"
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-RESOLVE = [*PIP, "install", "--dry-run", "--ignore-installed", "--only-binary", ":all:", "--quiet", "--report"]
+RESOLVE = [*PIP, "install", "--dry-run", "--ignore-installed", "--only-binary", ":all:", "--progress-bar", "off", "--report"]
 SECONDS = 1200.0
 """How long pip may look for versions that fit together."""
 
@@ -72,7 +72,7 @@ def resolved(asked: list[str], report: Path) -> tuple[dict[str, str], str]:
             break
         lacking = re.findall(r"No matching distribution found for ([\w.-]+)", done.stderr)
         if not set(lacking) - set(sources):
-            return {}, done.stderr
+            return {}, done.stdout + done.stderr
         sources += lacking
     found = [one["metadata"] for one in json.loads(report.read_text())["install"]]
     return {canonical(one["name"]): one["version"] for one in found}, ""

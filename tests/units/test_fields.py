@@ -31,13 +31,13 @@ def test_numbers_that_the_model_refuses_and_its_config_does_not():
 
 
 def test_what_is_found_of_one_model_is_known_of_those_alike(monkeypatch):
-    model, built = llama(intermediate_size=44), []
+    model, built = llama(intermediate_size=92), []  # a size that no other test has, as it is known then
     build = fields.build_on_meta
     monkeypatch.setattr(fields, "build_on_meta", lambda *given: built.append(given) or build(*given))
     found = FieldFinder(model).find(groups_of(model, "channel"))
     assert found == ("intermediate_size",)
     assert built
     built.clear()
-    twin = llama(intermediate_size=44)
+    twin = llama(intermediate_size=92)
     assert FieldFinder(twin).find(groups_of(twin, "channel")) == found
     assert not built

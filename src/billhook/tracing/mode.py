@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from billhook.model.memory import Repeated
 from billhook.running.trees import tree_map_only
@@ -153,6 +155,18 @@ class Recorder(Repeated):  # type: ignore[no-untyped-call]
         self.tape.assumed[what] = self.tape.assumed.get(what, 0) + 1
 
 
+class _Attention(TorchFunctionMode):
+    """Refuses attention without key/value heads, where torch 2.10 divides by their number and the process ends."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            key = args[1] if len(args) > 1 else kwargs["key"]
+            if key.dim() > 3 and not key.shape[-3]:
+                raise ValueError("attention has no key/value heads")
+        return func(*args, **kwargs)
+
+
 def _to_meta(tensor: Tensor) -> Tensor:
     """Moves a tensor of the code's own to meta, with its values."""
     if tensor.is_meta:
@@ -225,7 +239,7 @@ def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator
     torch.backends.mha.set_fastpath_enabled(False)
     torch.Tensor.__getitem__ = _seen(torch.Tensor.__getitem__)  # type: ignore[method-assign, assignment]
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), Recorder(tape, model, everything):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), _Attention(), Recorder(tape, model, everything):
             yield
     finally:
         if own is None:

@@ -9,6 +9,7 @@ from kit.syncs import SOURCE
 class Calls:
     """Counts calls of billhook's functions within, by name, in this thread.
 
+    >>> import billhook as bh
     >>> with Calls() as calls:
     ...     _ = bh.trace(bh.load("tiny").config)
     >>> calls.counts["trace"]

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Operations(TorchDispatchMode):
     """Counts operations within, by their name without an overload.
 
+    >>> import torch
     >>> with Operations() as operations:
     ...     _ = torch.ones(2, 2) @ torch.ones(2, 2)
     >>> operations.counts[torch.ops.aten.mm]

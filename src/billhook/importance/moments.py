@@ -108,6 +108,8 @@ def watch_in_turn(
 
     def go_on(block: nn.Module) -> None:
         nonlocal leaving
+        if block not in ahead:  # it was left before
+            return
         inside = ahead.pop(block)
         rest = set().union(*ahead.values())
         passed.update(reader for reader, module in readers.items() if module in inside - rest)

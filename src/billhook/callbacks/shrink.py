@@ -163,7 +163,7 @@ class Shrink(ShapeCallback):
             self._known.clear()
             with taken_off(model):
                 found = self._search(trainer, pl_module, work)
-            check_agreed(trainer, "Shrink", "the plan of what is removed", [one.to_json() for one in found.planned.plans])
+            check_agreed(trainer, "Shrink", "the plan of what is removed", lambda: [one.to_json() for one in found.planned.plans])
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, found))
         note_not_refitted(event, found.planned.not_refitted or work.not_repaired)
         self.done, self.asked = moment, 1.0

@@ -6,7 +6,7 @@ import torch
 from kit.beside import LAYERS
 from kit.measured import MODULES, SEARCHED, shrunk, told
 from kit.ranks import run_script
-from kit.sent import GATHERS, MEETS, OTHERS, SENT, SUMS, model
+from kit.sent import GATHERS, MEETS, OTHERS, SCATTERS, SENT, SUMS, linears, model
 
 pytestmark = pytest.mark.slow
 SCRIPT = "from kit.measured import fit_all\nfit_all()\n"
@@ -62,7 +62,11 @@ def test_ranks_send_what_the_manual_reckons(of_two, name):
     assert 0.6 * most < gathered <= most
     assert reckoned <= summed <= reckoned + 8 * (2 + 1) * len(meets)  # of tokens, and of who needs which block
     assert set(meets) == {2 * 1024}
-    assert sent.keys() <= {SUMS, MEETS, *GATHERS, *OTHERS}
+    new = [4 * weight.numel() for linear, weight in linears(made) if linear.endswith(SENT[name].scattered)]
+    scattered = sent.get(SCATTERS, [])
+    assert set(scattered) == set(new)
+    assert all(scattered.count(size) % new.count(size) == 0 for size in new)
+    assert sent.keys() <= {SUMS, MEETS, SCATTERS, *GATHERS, *OTHERS}
 
 
 def test_a_search_whose_ranks_have_other_settings_stops_before_they_measure_other_models(of_two):

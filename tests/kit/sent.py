@@ -21,6 +21,7 @@ from kit.sharding import Own, sharding
 READ = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 """Linears of a block that read the same."""
 SUMS, GATHERS, MEETS = "c10d.allreduce_", ("_c10d_functional.all_gather_into_tensor", "c10d._allgather_base_"), "c10d.allgather_"
+SCATTERS = "c10d.scatter_"
 OTHERS = {"c10d.barrier", "c10d.broadcast_", "_c10d_functional.all_reduce", "_c10d_functional._wrap_tensor_autograd"}
 """Without data, or of some numbers."""
 N = 2
@@ -30,7 +31,7 @@ FEW = {"at": 1, "measure_batches": 0, "calibration": GIVEN}
 
 
 class Sent(TorchDispatchMode):
-    """Keeps the bytes of each call of a collective within: of what is summed, and of what has been gathered."""
+    """Keeps the bytes of each call of a collective within: of what is summed, was gathered, or is scattered by this rank."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +43,8 @@ class Sent(TorchDispatchMode):
         given = operation(*args, **(kwargs or {}))
         kind, _, name = operation._schema.name.partition("::")
         if "c10d" in kind and name != "wait_tensor":
-            sent = [one for one in tree_leaves(given if "gather" in name else args) if isinstance(one, torch.Tensor)]
+            moved = given if "gather" in name else args[1] if name == "scatter_" else args
+            sent = [one for one in tree_leaves(moved) if isinstance(one, torch.Tensor)]
             self.bytes[f"{kind}.{name}"].append(sum(one.numel() * one.element_size() for one in sent))
         return given
 
@@ -81,11 +83,16 @@ def weights(model, *names):
 
 @dataclass(frozen=True)
 class Event:
-    """What happens, and bytes of what is summed and at most gathered: by the model, and what is in no block and in blocks."""
+    """What happens, and bytes of what is summed and at most gathered: by the model, and what is in no block and in blocks.
+
+    Attributes:
+        scattered: Names of the linears whose new weights the first rank sends, each as often as others of its size.
+    """
 
     make: Callable[[], Any]
     summed: Callable[[Any], int]
     gathered: Callable[[Any, int, int], int]
+    scattered: tuple[str, ...] = ()
 
 
 def carried_out(model, around, blocks, *names):
@@ -148,10 +155,14 @@ SENT = {
         lambda: bh.KVHeadConversion(2, method="svd", **FEW),
         lambda _: 2 * (8 * (2 * 2 * (2 * 8) ** 2 + 4 * 8**2) + 24),
         lambda model, a, b: a + 6 * b + 2 * weights(model, ATTENTION) + 2 * weights(model, *KV),
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
     ),
     "damage": Event(lambda: bh.Damage(bh.Calibration(length=12, tokens=48), rows=3), lambda _: 24 * 2, lambda _, a, b: a + N * b),
     "shrink": Event(
-        lambda: bh.Shrink(params=0.8, repair=None, generations=0, **FEW), lambda _: 0, lambda _, a, b: 2 * a + (24 + 4 * 3) * b
+        lambda: bh.Shrink(params=0.8, repair=None, generations=0, **FEW),
+        lambda _: 0,
+        lambda _, a, b: 2 * a + (24 + 4 * 3) * b,
+        ("o_proj", "down_proj"),
     ),
 }
 """Of two blocks, in each 8 heads, of which four pairs share KV heads of width 8, and 160 channels; three batches fit a search."""

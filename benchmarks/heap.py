@@ -92,7 +92,7 @@ def fit_again(out: str, end: float, fits: int, ranks: int) -> None:
     """What each rank runs: the events whose memory is measured, in turn, a search after each two others."""
     import torch
 
-    from billhook.running.resident import give_back_at_once
+    from billhook.engine.memory import give_back_at_once
     from kit.beside import beside
     from kit.sharding import sharding
 

@@ -19,7 +19,7 @@ from larger import SIZES, write
 from measured import Lines
 
 import billhook as bh
-from billhook.running.resident import resident
+from billhook.engine.memory import resident
 
 CRITERIA = {"Magnitude": bh.Magnitude, "Wanda": bh.Wanda}
 WHAT = [*CRITERIA, "save", "plan"]

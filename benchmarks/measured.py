@@ -16,8 +16,8 @@ from torch.nn.functional import kl_div
 from transformers import AutoTokenizer
 
 import billhook as bh
+from billhook.engine.batches import Batch
 from billhook.report.speed import measure_speed
-from billhook.running.batches import Batch
 
 QUESTIONS = ("arc_easy", "piqa")
 CALIBRATION = {"foldoc": "foldoc/foldoc_train.txt", "wikitext": "wikitext-2/valid.txt"}

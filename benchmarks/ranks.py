@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import billhook as bh
+from billhook.engine.ranks import Ranks
 from billhook.repairs import visitor
 from billhook.repairs.least_squares import refit_linear
-from billhook.running.ranks import Ranks
 
 KINDS = {
     "a fifth of the channels, `Repair()`": bh.Repair,

@@ -11,10 +11,10 @@ import time
 
 import torch
 
+from billhook.engine.memory import VARIABLE, let_go, resident
+from billhook.engine.offload import Shelf
 from billhook.repairs import least_squares
 from billhook.repairs.moments import OwedMoments
-from billhook.running.offload import Shelf
-from billhook.running.resident import VARIABLE, let_go, resident
 
 
 def moments(rows, columns, files):

@@ -14,7 +14,7 @@ from measured import Lines
 from transformers import AutoTokenizer
 
 import billhook as bh
-from billhook.running.batches import Batch
+from billhook.engine.batches import Batch
 
 TEXTS = {"FOLDOC": "foldoc/foldoc_{}.txt", "WikiText-2": "wikitext-2/{}.txt"}
 SHOWN, WINDOWS, LENGTH, CHARACTERS = {"FOLDOC": "train", "WikiText-2": "valid"}, 8, 512, 400_000

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from billhook.adapters.merge import merge as merge
 
     from billhook.checkpoints.save import load as load, save as save
-    from billhook.streaming.load import stream as stream
+    from billhook.model.streamed import stream as stream
     from billhook.fit.resume import ShapeInCheckpoint as ShapeInCheckpoint, load_from_checkpoint as load_from_checkpoint
     from billhook.shrinking.shrink import shrink as shrink
     from billhook.report.summary import summary as summary
@@ -109,7 +109,7 @@ else:
         "billhook.adapters.masked": "mask_adapters",
         "billhook.adapters.merge": "merge",
         "billhook.checkpoints.save": "load save",
-        "billhook.streaming.load": "stream",
+        "billhook.model.streamed": "stream",
         "billhook.fit.resume": "ShapeInCheckpoint load_from_checkpoint",
         "billhook.shrinking.shrink": "shrink",
         "billhook.report.summary": "summary",

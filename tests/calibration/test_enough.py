@@ -5,7 +5,7 @@ import torch
 
 import billhook as bh
 from billhook.calibration.enough import Settled, interleaved, settle, steps
-from billhook.running.batches import Batch, Run
+from billhook.engine.batches import Batch, Run
 
 
 def settled(noise, given, enough, seen):

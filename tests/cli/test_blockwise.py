@@ -11,8 +11,8 @@ import torch
 import billhook as bh
 from billhook.cli.blockwise import over
 from billhook.cli.main import main
-from billhook.streaming import stream as streams
-from billhook.streaming.files import Files
+from billhook.engine import files as streams
+from billhook.engine.tensors import Files
 from kit.cli import option, small_llama
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]

@@ -7,8 +7,8 @@ import pytest
 
 import billhook as bh
 from billhook.cli.main import main
+from billhook.engine.parts import Parts
 from billhook.shrinking.library import Library
-from billhook.streaming.parts import Parts
 from kit.cli import QUICK, option, small_llama
 from kit.cli import pytestmark as quiet
 

@@ -8,7 +8,7 @@ import torch
 import billhook as bh
 from billhook.calibration.enough import interleaved
 from billhook.cli.main import main
-from billhook.running.batches import Batch
+from billhook.engine.batches import Batch
 from kit.cli import blocks, option, small_llama
 
 SHORT = ["--length", "16", "--evaluate", "2", "--batch_size", "1"]

@@ -7,7 +7,7 @@ import torch
 
 import billhook as bh
 from billhook.cli.main import main
-from billhook.running.offload import Shelf
+from billhook.engine.offload import Shelf
 from kit.cli import option, small_llama
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
@@ -90,7 +90,7 @@ def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatc
     rests = []
     monkeypatch.setattr("billhook.cli.oneshot.streamed.fits", lambda *given: bool(rests.append(given)))
     kept = []
-    monkeypatch.setattr("billhook.streaming.together.Shelf.keep", lambda shelf, tensors: kept.append(tensors))
+    monkeypatch.setattr("billhook.engine.passes.Shelf.keep", lambda shelf, tensors: kept.append(tensors))
     made, zeros = [], Shelf.zeros
     monkeypatch.setattr(Shelf, "zeros", lambda shelf, *shape, **more: made.append(shape) or zeros(shelf, *shape, **more))
     asked = ["--channels", "0.25", "--importance", "WeightNorm", "--stream", "--memory", "1GiB"]
@@ -170,13 +170,13 @@ def test_summary_is_the_same_and_no_block_comes(small, tmp_path, capsys, monkeyp
     bh.save(model, tmp_path / "sparse")
     expected, streamed = bh.summary(model), bh.stream(tmp_path / "sparse")
     assert expected.zeros > 5_000
-    monkeypatch.setattr("billhook.streaming.stream.load_some", None)  # what reads blocks
+    monkeypatch.setattr("billhook.engine.files.load_some", None)  # what reads blocks
     assert bh.summary(streamed) == expected
     assert printed(capsys, "summary", tmp_path / "sparse", "--stream") == expected.text() + "\n"
 
 
 def test_inspect_is_the_same_and_says_how_the_model_streams(small, capsys, monkeypatch):
-    monkeypatch.setattr("billhook.streaming.stream.load_some", None)
+    monkeypatch.setattr("billhook.engine.files.load_some", None)
     said = printed(capsys, "inspect", small, "--stream")
     plain = printed(capsys, "inspect", small)
     blocks = [sum(one.nbytes for one in block.parameters()) for block in bh.load(small).model.layers]

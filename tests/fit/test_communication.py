@@ -6,7 +6,7 @@ import pytest
 from torch.distributed.tensor import DTensor
 
 import billhook as bh
-from billhook.running.ranks import Ranks
+from billhook.engine.ranks import Ranks
 from kit import ranks as threads
 from kit.families import tokens
 from kit.fits import trainer

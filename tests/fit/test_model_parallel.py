@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 import billhook as bh
 from billhook.adapters.masked import on_linears, product_of
 from billhook.checkpoints.export import export
+from billhook.engine.sharding import is_sharded
 from billhook.model.linears import prunable
-from billhook.running.sharded.shards import is_sharded
 from kit.beside import LAYERS, ON_TWO, ZEROS
 from kit.families import llama, tokens
 from kit.fits import same

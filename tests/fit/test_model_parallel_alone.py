@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.callbacks.kv import preparation
-from billhook.running.sharded.shards import is_sharded, whole
-from billhook.running.sharded.turns import Turns
+from billhook.engine.sharding import is_sharded, whole
+from billhook.engine.shards import Turns
 from billhook.sparsity import plan
 from billhook.sparsity.plan import WeightPlan
 from kit.families import llama

@@ -11,8 +11,8 @@ from torch.distributed import checkpoint as dcp
 
 import billhook as bh
 from billhook.checkpoints.export import build_model, export, read_checkpoint
+from billhook.engine import sharded_files
 from billhook.model.shapes.checkpoint_shape import save_shape
-from billhook.running.sharded import files
 from kit.alive import alive_now
 from kit.families import llama, tokens
 from kit.fits import same
@@ -54,13 +54,13 @@ def sharded(lit, folder):
 @pytest.fixture
 def reads(monkeypatch):
     """The bytes of tensors that are alive at each read, and which tensor it is; no temporary file can be made."""
-    seen, load = [], files.load
+    seen, load = [], sharded_files.load
 
     def counted(tensors, **options):
         load(tensors, **options)
         seen.append((alive_now(), *tensors))
 
-    monkeypatch.setattr(files, "load", counted)
+    monkeypatch.setattr(sharded_files, "load", counted)
     monkeypatch.setattr(tempfile, "tempdir", "nowhere")
     return seen
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import billhook as bh
+from billhook.engine import memory
+from billhook.engine.batches import Run
 from billhook.importance import moments
 from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring
-from billhook.running import free_memory
-from billhook.running.batches import Run
 from billhook.units.find import find_units
 from kit.families import build, tokens
 from kit.shaped import bert
@@ -84,8 +84,8 @@ def test_no_more_than_a_block_is_held_where_memory_is_short_and_the_scores_are_t
     once = scores()
     number = len(calls)
     assert max(most) >= len(units) == 4
-    monkeypatch.setattr(free_memory, "LEAST", 1)
-    monkeypatch.setattr(free_memory, "_free_on_host", lambda: 0)
+    monkeypatch.setattr(memory, "LEAST", 1)
+    monkeypatch.setattr(memory, "_free_on_host", lambda: 0)
     few = scores()
     assert all(torch.equal(few[name], once[name]) for name in units)
     readers, passes = (
@@ -100,8 +100,8 @@ def test_blocks_that_are_called_again_after_others_have_all_calls_counted(monkey
     model, batches = build("llama"), [{"input_ids": tokens(2, 9)} for _ in range(2)]
     units, twice = find_units(model, ["head", "channel"]), [Run(lambda own=one: (model(**own), model(**own))) for one in batches]
     once = bh.score(model, units, bh.OBS(), batches)
-    monkeypatch.setattr(free_memory, "LEAST", 1)
-    monkeypatch.setattr(free_memory, "_free_on_host", lambda: 0)
+    monkeypatch.setattr(memory, "LEAST", 1)
+    monkeypatch.setattr(memory, "_free_on_host", lambda: 0)
     again = bh.score(model, units, bh.OBS(), twice)
     for name, own in once.items():
         torch.testing.assert_close(again[name], own)

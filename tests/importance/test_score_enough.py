@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import billhook as bh
+from billhook.engine.batches import Batch
 from billhook.importance import score as scored
 from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring
-from billhook.running.batches import Batch
 from kit.families import llama, tokens
 
 CHANNELS = {

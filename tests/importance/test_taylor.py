@@ -10,8 +10,8 @@ import transformers
 from torch import nn
 
 import billhook as bh
+from billhook.engine.batches import examples_of
 from billhook.importance.taylor import _shares
-from billhook.running.batches import examples_of
 from kit.families import build, llama, tokens
 from kit.losses import BERT, LOUD, loud, own_loss
 

@@ -6,8 +6,8 @@ import weakref
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from billhook.running.sharded.unread import Unread
-from billhook.running.trees import tree_leaves
+from billhook.engine.sharded_files import Unread
+from billhook.engine.trees import tree_leaves
 
 
 class Alive(TorchDispatchMode):

@@ -11,9 +11,9 @@ import torch
 from transformers.models.llama import modeling_llama as modeling_llama  # once, and not in each process
 
 from billhook.checkpoints.save import load, save
+from billhook.model.streamed import stream
 from billhook.sparsity.criteria import Magnitude
 from billhook.sparsity.prune import prune
-from billhook.streaming.load import stream
 from kit.forked import forked
 
 LIMITS = {"address space": (resource.RLIMIT_AS, "VmSize"), "data": (resource.RLIMIT_DATA, "VmData")}

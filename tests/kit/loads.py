@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 import billhook as bh
-from billhook.running.sharded.shards import local
+from billhook.engine.sharding import local
 from kit.beside import kept, model, size
 from kit.fits import trainer
 from kit.held import Held

@@ -10,9 +10,9 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import billhook as bh
+from billhook.engine.sharding import whole
 from billhook.fit.ranks import RanksDiffer
 from billhook.importance.baselines import RandomUnits
-from billhook.running.sharded.shards import whole
 from kit.beside import measure
 from kit.families import llama
 from kit.fits import trainer

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
-from billhook.running.sharded import reshaped
-from billhook.running.sharded.shards import whole
+from billhook.engine import shards
+from billhook.engine.sharding import whole
 from kit.fits import trainer
 from kit.sharding import Own, sharding
 
@@ -48,7 +48,7 @@ def fit():
 
 def die_in_the_last_event():
     """Kills this rank and what has started it, as a machine that goes down, when the model is to be sharded in its last shape."""
-    events, put_on, launcher = iter(STAGES), reshaped.put_on, os.getppid()
+    events, put_on, launcher = iter(STAGES), shards.put_on, os.getppid()
 
     def last(*given):
         if next(events) == STAGES[-1]:
@@ -57,7 +57,7 @@ def die_in_the_last_event():
             os.kill(os.getpid(), signal.SIGKILL)
         put_on(*given)
 
-    reshaped.put_on = last
+    shards.put_on = last
 
 
 def run_nodes(folder, dies=False, path=None):

@@ -13,8 +13,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
+from billhook.engine.sharding import whole
 from billhook.fit.ranks import check_agreed
-from billhook.running.sharded.shards import whole
 from kit.fits import data, module, trainer
 from kit.sharding import sharding
 

@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from billhook.running import ranks
+from billhook.engine import ranks
 from kit.families import llama
 from kit.fits import data, trainer
 

@@ -12,11 +12,11 @@ from small_configs import architectures, has_experts, small_config
 from small_configs import build as small
 
 import billhook as bh
+from billhook.model import surgery
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.shape import shape_of
 from billhook.pruning import removal
 from billhook.pruning.cuts import coupled
-from billhook.streaming import changes
 from billhook.units.find import find_units
 from kit.families import llama, tokens
 from kit.shaped import gpt2
@@ -108,7 +108,7 @@ class TestNothingIsHalfDone:
     def test_an_error_in_the_middle(self, where, call, monkeypatch):
         model, optimizer = self.trained(llama())
         before = self.everything(model, optimizer)
-        place = changes if where == "change_values" else removal
+        place = surgery if where == "change_values" else removal
         real, calls = getattr(place, where), []
 
         def fails(*args):

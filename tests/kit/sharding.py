@@ -20,9 +20,9 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import billhook as bh
+from billhook.engine.sharding import is_sharded, whole
 from billhook.fit.measure import measure
 from billhook.repairs.shared import InShards
-from billhook.running.sharded.shards import is_sharded, whole
 from kit.families import llama, recompute
 from kit.fits import data, module, trainer
 

@@ -10,10 +10,10 @@ import torch
 from transformers.models.llama import modeling_llama as modeling_llama  # once, and not in each process that is stopped
 
 from billhook.checkpoints.save import load, save
+from billhook.engine.parts import Parts
+from billhook.model.streamed import stream
 from billhook.sparsity.prune import prune
 from billhook.sparsity.sparsegpt import SparseGPT
-from billhook.streaming.load import stream
-from billhook.streaming.parts import Parts
 from kit.forked import forked
 
 

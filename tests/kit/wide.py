@@ -5,7 +5,7 @@ import re
 import sys
 
 from billhook.cli.main import main
-from billhook.running.resident import resident
+from billhook.engine.memory import resident
 
 
 def cut(source, out, text, memory):

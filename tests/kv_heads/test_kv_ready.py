@@ -8,6 +8,7 @@ import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import billhook as bh
+from billhook.engine.batches import Run
 from billhook.kv_heads.bases.distance import distance_between
 from billhook.kv_heads.bases.freedom import Freedoms
 from billhook.kv_heads.bases.ready import Attentions, best_method
@@ -18,7 +19,6 @@ from billhook.kv_heads.methods.mean import Mean
 from billhook.kv_heads.methods.named import method_of
 from billhook.kv_heads.methods.svd import SVD
 from billhook.repairs.repair import Repair
-from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit import kv_zoo
 from kit.families import build, llama, tokens

@@ -8,14 +8,14 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 import billhook as bh
+from billhook.engine.shards import Turns, in_turn
+from billhook.engine.walk import blocks_of
 from billhook.kv_heads.bases.moments import Sums
 from billhook.kv_heads.bases.weights import ready_weights, turned_weights
 from billhook.kv_heads.methods.named import method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.surgery import changed
 from billhook.repairs.in_turn import Refitted, but
-from billhook.running.sharded.turns import Turns, in_turn
-from billhook.running.sites import blocks_of
 from kit.families import llama, tokens
 from kit.losses import BUILD
 

@@ -5,12 +5,12 @@ import functools
 import pytest
 import torch
 
+from billhook.engine.batches import Run
 from billhook.kv_heads.bases.bases import find_bases, pooled, turned, weight_moments
 from billhook.kv_heads.bases.freedom import Block, Freedoms, find_freedoms
 from billhook.kv_heads.bases.moments import gather
 from billhook.kv_heads.bases.stacks import find_projections, read
 from billhook.kv_heads.methods.named import method_of
-from billhook.running.batches import Run
 from billhook.tracing.trace import trace
 from kit.families import tokens
 from kit.kv_zoo import mixed, model_of, with_stacks

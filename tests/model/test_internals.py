@@ -10,6 +10,7 @@ from transformers import core_model_loading
 from transformers.models.auto import modeling_auto
 
 import billhook as bh
+from billhook.engine.loader_internals import is_joined_unevenly
 from billhook.model.config_fields import configs_of
 from billhook.model.meta import MAPPINGS
 from billhook.model.transformers_internals import (
@@ -19,7 +20,6 @@ from billhook.model.transformers_internals import (
     classes_of,
     compute_every_expert,
     has_sdpa,
-    is_joined_unevenly,
     set_attention,
 )
 from kit.families import build, llama

@@ -4,7 +4,7 @@ import pytest
 
 import billhook as bh
 from billhook.calibration.enough import interleaved
-from billhook.running.batches import Batch
+from billhook.engine.batches import Batch
 from kit.families import llama, tokens
 
 

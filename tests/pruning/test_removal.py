@@ -15,10 +15,10 @@ from torch import nn
 
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
+from billhook.model import surgery
 from billhook.model.linears import read_dim
 from billhook.model.shapes.shape import shape_of
 from billhook.pruning import removal
-from billhook.streaming import changes
 from billhook.units.find import find_units, of_kind, units_of
 from kit.families import build, llama, recompute, t5, tokens
 from kit.removal import ALIKE, make, questions, some_heads
@@ -501,7 +501,7 @@ class TestNothingIsHalfDone:
         model, optimizer = self.trained(llama() if name == "llama" else gpt2())
         plan = bh.plan(model, RandomUnits(), amount=bh.Amount(**kinds))
         before = self.everything(model, optimizer)
-        place = changes if where == "change_values" else removal
+        place = surgery if where == "change_values" else removal
         real, calls = getattr(place, where), []
         last = 2 if where == "_answer" and "residual" not in kinds else 1
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from billhook.cli.oneshot import streamed
+from billhook.engine.statistics import InputMoments, add_products
 from billhook.importance.obs import errors_without
 from billhook.repairs import least_squares, moments, triangle
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments
-from billhook.running.statistics import InputMoments, add_products
 from billhook.sparsity.sparsegpt import inverse_factor
 from kit.alive import Alive
 from kit.families import llama

@@ -12,10 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
+from billhook.engine.batches import Run
 from billhook.repairs.least_squares import choose_ridge, refit_linear, solve_ridge
 from billhook.repairs.moments import OwedMoments
 from billhook.repairs.repair import Repair, repair_linears
-from billhook.running.batches import Run
 from kit.families import llama, tokens
 from kit.losses import BUILD, embedded_text
 from kit.ranks import Ranks

@@ -7,11 +7,11 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 import billhook as bh
+from billhook.engine.batches import Run
+from billhook.engine.shards import Turns, in_turn
+from billhook.engine.walk import blocks_of
 from billhook.pruning.repair import repair_with
 from billhook.repairs.in_turn import Refitted
-from billhook.running.batches import Run
-from billhook.running.sharded.turns import Turns, in_turn
-from billhook.running.sites import blocks_of
 from kit.families import build, tokens
 from kit.losses import BUILD
 

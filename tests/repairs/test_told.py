@@ -5,7 +5,7 @@ import transformers
 
 import billhook as bh
 from billhook.calibration import alone
-from billhook.running.batches import Batch
+from billhook.engine.batches import Batch
 from kit.families import BERT, llama, tokens
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import billhook as bh
+from billhook.engine.batches import Batch
 from billhook.report import predictions as module
 from billhook.report.damage import Dense, TextDamage, table, warning_of
-from billhook.running.batches import Batch
 from kit.families import llama, tokens
 from kit.ranks import Ranks
 

@@ -10,11 +10,11 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.engine.batches import Batch, runs_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
-from billhook.running.batches import Batch, runs_of
 from billhook.shrinking.choose import Frontier, Slot, cost, loss
 from billhook.shrinking.damages import groups
 from billhook.shrinking.divergence import Divergence

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from billhook.engine import replay
+from billhook.engine.batches import Batch, runs_of
 from billhook.report import predictions as module
-from billhook.running import replay
-from billhook.running.batches import Batch, runs_of
 from billhook.shrinking.divergence import Divergence
 from kit.families import llama, tokens
 from kit.syncs import Syncs

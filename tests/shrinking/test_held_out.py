@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from billhook.running.batches import Batch, runs_of
+from billhook.engine.batches import Batch, runs_of
 from billhook.shrinking.held_out import PER_INPUT, divided, few, to_search
 from kit.families import llama, tokens
 

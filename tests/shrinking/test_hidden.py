@@ -7,11 +7,11 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.engine.batches import Batch, runs_of
 from billhook.model.build import build_on_meta
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
-from billhook.running.batches import Batch, runs_of
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.levels import find_places

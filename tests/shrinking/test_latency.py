@@ -7,8 +7,8 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.engine.batches import Batch
 from billhook.pruning.amount import Amount
-from billhook.running.batches import Batch
 from billhook.shrinking.latency import search
 from billhook.shrinking.latency.table import Clock, timed
 from billhook.shrinking.latency.workload import Workload

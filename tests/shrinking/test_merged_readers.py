@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import billhook as bh
+from billhook.engine.batches import Batch, Run
 from billhook.pruning.amount import Amount
-from billhook.running.batches import Batch, Run
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.merging import merging
 from billhook.shrinking.merging.merging import Merging

@@ -7,9 +7,9 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.engine.batches import Batch, runs_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
-from billhook.running.batches import Batch, runs_of
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.levels import Place

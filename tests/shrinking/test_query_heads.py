@@ -7,10 +7,10 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.engine.batches import Batch
 from billhook.model.build import build_on_meta
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
-from billhook.running.batches import Batch
 from billhook.shrinking import levels, variants
 from billhook.shrinking.damages import damages, make_slots
 from billhook.shrinking.held_out import divided

@@ -8,8 +8,8 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.engine.batches import Batch, runs_of
 from billhook.importance.obs import OBS
-from billhook.running.batches import Batch, runs_of
 from billhook.shrinking import variants
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import divided

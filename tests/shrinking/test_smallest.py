@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.running.batches import Batch, run_with_loss
+from billhook.engine.batches import Batch, run_with_loss
 from billhook.shrinking import smallest as module
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.perplexity import Perplexity

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 
 import billhook as bh
+from billhook.engine import memory
+from billhook.engine.batches import Batch, Run, runs_of
 from billhook.importance.score import run_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
-from billhook.running import free_memory
-from billhook.running.batches import Batch, Run, runs_of
 from billhook.shrinking import variants as module
 from billhook.shrinking.damages import damages, groups, make_slots, probes
 from billhook.shrinking.divergence import Divergence
@@ -120,8 +120,8 @@ def test_all_batches_pass_each_block_once_and_its_moments_go_before_the_next(mon
     for number, block in enumerate(model.model.layers):
         block.mlp.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
     monkeypatch.setattr(module, "Reader", lambda *given, make=module.Reader: seen.append(given[1]) or make(*given))
-    monkeypatch.setattr(free_memory, "LEAST", 1)
-    monkeypatch.setattr(free_memory, "_free_on_host", lambda: 0)
+    monkeypatch.setattr(memory, "LEAST", 1)
+    monkeypatch.setattr(memory, "_free_on_host", lambda: 0)
     made = Made(model, batches)
     readers = [made.units[place.name].readers[0] for place in made.places]
     first, second = ([reader for reader in readers if f"layers.{number}." in reader] for number in range(2))

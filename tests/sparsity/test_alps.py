@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.running.statistics import InputMoments
+from billhook.engine.statistics import InputMoments
 from billhook.sparsity.alps import admm
 from billhook.sparsity.masks import keep_layer, keep_n_of_m, keep_rows
 

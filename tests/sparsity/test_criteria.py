@@ -8,7 +8,7 @@ import jsonargparse
 import pytest
 import torch
 
-from billhook.running.statistics import InputNorms
+from billhook.engine.statistics import InputNorms
 from billhook.sparsity.criteria import RIA, Criterion, Magnitude, Random, Wanda, WandaAlpha
 from billhook.sparsity.masks import pruned_count, sparsity_of
 from billhook.sparsity.sparsegpt import SparseGPT

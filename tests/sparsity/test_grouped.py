@@ -11,8 +11,8 @@ from torch.nn.functional import pad, unfold
 from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetConfig, ResNetForImageClassification
 
 import billhook as bh
+from billhook.engine.sharding import whole
 from billhook.model.linears import prunable
-from billhook.running.sharded.shards import whole
 from billhook.sparsity import grouped
 from billhook.sparsity.criteria import Random, WandaAlpha
 from kit.sparsity import CRITERIA, stable_sort_layer, stable_sort_rows

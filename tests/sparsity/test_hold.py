@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from billhook.running.sharded.shards import whole
+from billhook.engine.sharding import whole
 from billhook.sparsity import hold
 from billhook.sparsity.hold import Hold
 from kit.fits import same

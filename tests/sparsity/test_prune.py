@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.calibration import alone
+from billhook.engine.statistics import InputMoments, InputNorms
 from billhook.model.linears import prunable, weight_of
 from billhook.model.plan import apply
-from billhook.running.statistics import InputMoments, InputNorms
 from billhook.sparsity.criteria import WandaAlpha
 from billhook.sparsity.walks import Walks
 from kit.families import build as build_family

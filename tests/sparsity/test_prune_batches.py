@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 import billhook as bh
-from billhook.running.statistics import InputNorms
+from billhook.engine.statistics import InputNorms
 from kit.families import llama, tokens
 from kit.sparsity import Forked, family, masks_of
 

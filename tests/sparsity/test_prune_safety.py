@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import billhook as bh
-from billhook.running.statistics import InputNorms
+from billhook.engine.statistics import InputNorms
 from kit.families import llama, recompute, tokens
 
 

@@ -9,8 +9,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 import billhook as bh
+from billhook.engine.sharding import whole
 from billhook.model.plan import Plan, apply
-from billhook.running.sharded.shards import whole
 from billhook.sparsity.pruned import Pruned, Share
 from kit.sparsity import batches_of, family
 

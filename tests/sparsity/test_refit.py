@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from billhook import Magnitude, Refit, SparseGPT, Wanda
-from billhook.running.statistics import InputMoments, InputNorms
+from billhook.engine.statistics import InputMoments, InputNorms
 from billhook.sparsity.refit import conjugate_gradients
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from billhook.running.statistics import InputMoments
+from billhook.engine.statistics import InputMoments
 from billhook.sparsity.criteria import Magnitude, Wanda
 from billhook.sparsity.masks import pruned_count
 from billhook.sparsity.sparsegpt import SparseGPT, inverse_factor

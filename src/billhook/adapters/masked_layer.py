@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import Self
 
+from billhook.engine.sharding import whole
 from billhook.model.adapter_layers import active_in
-from billhook.running.sharded.shards import whole
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Where a module has its hooks."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import adapted_linears, fitting, on_linears
 from billhook.arguments import annotated
+from billhook.engine.state import fresh_casts
 from billhook.model.adapter_layers import base_of, is_adapter, is_trained_copy
 from billhook.page import Shown
-from billhook.running.casts import fresh_casts
 
 
 @dataclass(frozen=True, repr=False)

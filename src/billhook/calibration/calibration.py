@@ -15,10 +15,10 @@ from billhook.calibration.generated import check_writes, generated, row_length
 from billhook.calibration.reading import Table, is_table, load_splits, runs_on
 from billhook.calibration.rows import map_rows, pack
 from billhook.calibration.sources import Source, Sources, named
+from billhook.engine.batches import Batch, each
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
 from billhook.names import without_folders
-from billhook.running.batches import Batch, each
 
 
 @dataclass(frozen=True)

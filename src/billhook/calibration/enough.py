@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from billhook.running.batches import source_of
+from billhook.engine.batches import source_of
 
 Chosen = Mapping[str, Sequence[int]]
 """Units by place."""

@@ -15,14 +15,13 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from billhook.arguments import annotated, number, whole
 from billhook.bar import Told, bar
+from billhook.engine.batches import Batch
+from billhook.engine.state import overridden, undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
 from billhook.model.values import check_values
-from billhook.running.batches import Batch
-from billhook.running.overridden import overridden
-from billhook.running.undisturbed import undisturbed
 
 NAME = "generated"
 """The name of this source."""

@@ -11,7 +11,7 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 from billhook.calibration import chats, conversations
 from billhook.calibration.conversations import ROWS_AT_ONCE, check_texts, encode
 from billhook.calibration.reading import Rows, column_names
-from billhook.running.resident import give_back
+from billhook.engine.memory import give_back
 
 NOT_LEARNT = -100
 """The label of a token that does not count in the loss."""

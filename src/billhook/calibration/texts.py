@@ -10,7 +10,7 @@ from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import row_length
 from billhook.calibration.reading import Table, check_data
 from billhook.calibration.sources import Source, Sources, named
-from billhook.running.batches import Batch
+from billhook.engine.batches import Batch
 
 MEASURED = 4096
 """How many tokens the model writes to be measured on, at most."""

@@ -14,6 +14,7 @@ from billhook.arguments import annotated, whole
 from billhook.calibration.calibration import Calibration
 from billhook.calibration.texts import Also, check_also, texts
 from billhook.checkpoints.card import label_of
+from billhook.engine.sharding import is_sharded, reshard
 from billhook.fit.calibration import FitCalibration, tokenizer_in
 from billhook.fit.events.event import Event, EventCallback, FollowsEvents
 from billhook.fit.late_models import drop_waiting, once_model_exists
@@ -25,7 +26,6 @@ from billhook.fit.strategies import check_strategy
 from billhook.model.find import find_transformer
 from billhook.report.damage import Dense, TextDamage, warning_of
 from billhook.report.generation import generates
-from billhook.running.sharded.shards import is_sharded, reshard
 
 
 class Damage(FollowsEvents):

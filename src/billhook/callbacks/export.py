@@ -24,6 +24,8 @@ from billhook.checkpoints.origin import CARD
 from billhook.checkpoints.push import NotPushed, check_repository, check_token, push
 from billhook.checkpoints.save import Saved, check_names, save
 from billhook.claim import Claim
+from billhook.engine.batches import examples_of
+from billhook.engine.sharding import as_one
 from billhook.fit.events.event import events_of, start_of
 from billhook.fit.lightning_internals import is_search
 from billhook.fit.loggers import log_card
@@ -35,8 +37,6 @@ from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.model.shapes.checkpoint_shape import save_shape
 from billhook.place import RECORD, check_target, replaced
-from billhook.running.batches import examples_of
-from billhook.running.sharded.shards import as_one
 from billhook.serving.converter import find_converter
 from billhook.serving.exported import check_gguf, export_gguf
 from billhook.serving.missing import Missing

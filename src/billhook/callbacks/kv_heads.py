@@ -11,6 +11,7 @@ from billhook.adapters.beneath import adapted
 from billhook.arguments import annotated
 from billhook.callbacks.kv.preparation import HINT, Moving, Preparation
 from billhook.callbacks.kv.stages import StageCallback, check_heads, check_over
+from billhook.engine.sharding import sizes_only
 from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.events.event import Event
 from billhook.fit.events.rounds import At
@@ -25,7 +26,6 @@ from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, apply
 from billhook.repairs.repair import Repair
-from billhook.running.sharded.shards import sizes_only
 from billhook.schedules import Schedule
 
 

@@ -12,6 +12,10 @@ from transformers import PreTrainedModel
 
 from billhook.adapters.beneath import adapted, adds_nothing, beneath, taken_off
 from billhook.arguments import annotated
+from billhook.engine.batches import Run, run_with_loss
+from billhook.engine.shards import in_turn, turns_of
+from billhook.engine.store import bring
+from billhook.engine.trees import tree_leaves
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.events.described import described
 from billhook.fit.events.event import Event, fewer, log_event, note_not_refitted
@@ -30,9 +34,6 @@ from billhook.pruning.planning import plan_units
 from billhook.pruning.repair import Repairing
 from billhook.pruning.widths.rows import RoundTo
 from billhook.repairs.in_turn import called
-from billhook.running.batches import Run, run_with_loss
-from billhook.running.sharded.turns import in_turn, turns_of
-from billhook.running.trees import tree_leaves
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.library import key_of
 from billhook.shrinking.shrink import Layers, budget, check_search, repair_for
@@ -40,7 +41,6 @@ from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
 from billhook.shrinking.spaces.planned import Planned, apply_in_turn
 from billhook.shrinking.work import Work
-from billhook.streaming.either import bring
 
 
 class Shrink(ShapeCallback):

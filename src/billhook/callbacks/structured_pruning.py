@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
+from billhook.engine.shards import in_turn
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.events.event import Event, fewer, log_event, note_not_refitted, note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
@@ -27,7 +28,6 @@ from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import Search
 from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair
-from billhook.running.sharded.turns import in_turn
 from billhook.schedules import Schedule
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from billhook.arguments import annotated, fraction
+from billhook.engine.trees import tree_leaves
 from billhook.fit.events.event import SetsLength
 from billhook.fit.lightning_internals import set_length
 from billhook.fit.ranks import summed, together
 from billhook.fit.run import callbacks_of, is_trial, isolated
-from billhook.running.trees import tree_leaves
 
 LIGHTNING_EPOCHS = 1000
 """Lightning's `max_epochs` where neither that nor `max_steps` is given."""

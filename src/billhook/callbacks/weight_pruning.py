@@ -17,6 +17,9 @@ from billhook.adapters.beneath import taken_off
 from billhook.adapters.masked import mask_as_weights, on_linears, plain_adapters
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
+from billhook.engine.sharding import gathered, reshard, unsharded, whole
+from billhook.engine.walk import Sequential
+from billhook.engine.zeros import zeros_by_name
 from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.events.event import Event, EventCallback, FollowsShapes, log_event
 from billhook.fit.events.rounds import At, check_at, rounds_of, step_of
@@ -28,8 +31,6 @@ from billhook.fit.strategies import check_learned, check_masks
 from billhook.fit.training_step import runs_as_in_training
 from billhook.model.convolutions import Convolutions
 from billhook.model.find import find_transformer
-from billhook.running.sharded.shards import gathered, reshard, unsharded, whole
-from billhook.running.sites import Sequential
 from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import adapters_to_count, check_learning, check_matching, check_pruning, needs_data
@@ -42,7 +43,6 @@ from billhook.sparsity.masks import check_amount, sparsity_of
 from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.plan import WeightPlan
 from billhook.sparsity.prune import prune
-from billhook.streaming.zeros import zeros_by_name
 
 
 @rank_zero_only

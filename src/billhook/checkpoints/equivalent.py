@@ -9,12 +9,12 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.engine.files import stream_of
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import nested_configs, text_config
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.shapes.shape import KEY, Shape, built_shape, shape_of, unbuilt_shape
 from billhook.serving.readings import FILES
-from billhook.streaming.stream import stream_of
 
 ANY = object()
 """Any value, of a config field that no code reads."""

@@ -18,6 +18,7 @@ from billhook.checkpoints.origin import origin_of
 from billhook.checkpoints.save import Saved, save
 from billhook.checkpoints.trained import check_trained
 from billhook.checkpoints.verify import logits_of, make_probe
+from billhook.engine.sharded_files import is_sharded_checkpoint, read_sharded
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import fields_of, set_fields
 from billhook.model.constants import check_record
@@ -27,7 +28,6 @@ from billhook.model.shapes.shape import KEY, Shape, shape_of
 from billhook.model.shapes.shaped import build_shaped
 from billhook.model.transformers_internals import build_class, compute_experts_in_turn
 from billhook.place import check_target
-from billhook.running.sharded.files import is_sharded_checkpoint, read_sharded
 from billhook.units.units import Per
 from billhook.units.zero import zero_units
 

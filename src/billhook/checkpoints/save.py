@@ -21,21 +21,20 @@ from billhook.checkpoints.equivalent import equivalents, rendered, say_head_dim,
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.claim import claimed
+from billhook.engine.files import stream_of, write_checkpoint
+from billhook.engine.loader_internals import everything_saved, is_joined_unevenly
+from billhook.engine.noise import forked
 from billhook.model.config_fields import nested_configs
 from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import Preprocessor
 from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shapes.shaped import load_as, readable
-from billhook.model.transformers_internals import everything_saved, is_joined_unevenly
 from billhook.model.values import check_dense
 from billhook.names import without_paths
 from billhook.page import Shown
 from billhook.place import RECORD, check_name, check_target, drafted, move, recover, size
-from billhook.running.noise import forked
 from billhook.sparsity.learning.learned import as_runs_see
-from billhook.streaming.checkpoint import write_checkpoint
-from billhook.streaming.stream import stream_of
 from billhook.versions import versions
 
 Way = Literal["plain", "equivalent", "shaped"]

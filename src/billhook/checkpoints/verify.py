@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.engine.files import Stream, stream_of
+from billhook.engine.noise import seeded
+from billhook.engine.state import precisely, undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.shaped import load_as
+from billhook.model.streamed import load_streamed
 from billhook.model.transformers_internals import compute_alike
-from billhook.running.noise import seeded
-from billhook.running.undisturbed import precisely, undisturbed
-from billhook.streaming.load import load_streamed
-from billhook.streaming.stream import Stream, stream_of
 
 Probe = Mapping[str, Any]
 TIMES, TRIALS = 4, 4

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from billhook.bar import Told, bar
-from billhook.running.resident import resident
-from billhook.streaming.stream import stream_of
+from billhook.engine.files import stream_of
+from billhook.engine.memory import resident
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import datasets
 
 from billhook.bar import bar
-from billhook.model.transformers_internals import without_bars
+from billhook.engine.loader_internals import without_bars
 
 
 @contextmanager

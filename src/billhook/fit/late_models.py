@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from transformers import PreTrainedModel
 
-from billhook.running.undisturbed import Ambient
+from billhook.engine.state import Ambient
 
 _WAITING = "_billhook_waiting"
 _HOOK = "configure_model"

@@ -18,9 +18,9 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from billhook.running.float64 import widest_float
-from billhook.running.ranks import Ranks
-from billhook.running.trees import tree_map_only
+from billhook.engine.float64 import widest_float
+from billhook.engine.ranks import Ranks
+from billhook.engine.trees import tree_map_only
 
 T = TypeVar("T")
 

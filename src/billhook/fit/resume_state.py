@@ -7,8 +7,8 @@ import torch
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 
+from billhook.engine.noise import random_state, set_random_state
 from billhook.fit.lightning_internals import batch_progress, data_fetcher, is_accumulating, training_loaders
-from billhook.running.noise import random_state, set_random_state
 
 State = dict[str, Any]
 

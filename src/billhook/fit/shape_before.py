@@ -10,12 +10,12 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
+from billhook.engine.sharded_files import described, is_sharded_checkpoint
+from billhook.engine.sharding import reshard
+from billhook.engine.shards import reshaped
 from billhook.model.find import find_transformer
 from billhook.model.shapes.checkpoint_shape import load_shape
 from billhook.model.shapes.shape import KEY, shape_of
-from billhook.running.sharded.files import described, is_sharded_checkpoint
-from billhook.running.sharded.reshaped import reshaped
-from billhook.running.sharded.shards import reshard
 
 _LOAD = "load_checkpoint"
 

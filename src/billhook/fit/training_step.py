@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from billhook.running.batches import Run, own_loss, runs_of
-from billhook.running.overridden import overridden
+from billhook.engine.batches import Run, own_loss, runs_of
+from billhook.engine.state import overridden
 
 
 def with_parameters(method: Callable[..., object], *arguments: object) -> Callable[[], object]:

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.batches import Run
+from billhook.engine.float64 import float64_device
+from billhook.engine.passes import Together
+from billhook.engine.store import bring
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import by_unit, check_read, counted, counting, reading
 from billhook.model.convolutions import Convolution, batched, channels_of, is_convolution, patches
 from billhook.model.linears import read_dim, weight_of
-from billhook.running.batches import Run
-from billhook.running.float64 import float64_device
-from billhook.streaming.either import bring
-from billhook.streaming.together import Together
 from billhook.units.units import Per, Units
 
 AT_ONCE = 2**24

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from billhook.running.batches import Run
+from billhook.engine.batches import Run
 from billhook.units.units import Per, Units
 
 
@@ -48,7 +48,7 @@ class Importance(ABC):
     Attributes:
         needs_data: Whether it needs batches.
         needs_gradients: Whether it needs gradients, which a streamed model has not.
-        in_turn: Whether it has the block of a module brought (`billhook.streaming.either.bring`) before it looks into its weights
+        in_turn: Whether it has the block of a module brought (`billhook.engine.store.bring`) before it looks into its weights
             other than in a forward, so that one block at a time of a model that ranks share need be whole.
     """
 

@@ -7,11 +7,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
+from billhook.engine.batches import Run
+from billhook.engine.float64 import float64_device
+from billhook.engine.store import bring
 from billhook.importance.base import Importance, Sums
 from billhook.importance.parts import parts_of
-from billhook.running.batches import Run
-from billhook.running.float64 import float64_device
-from billhook.streaming.either import bring
 from billhook.units.units import Per, Units
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from billhook.engine.batches import Run
+from billhook.engine.passes import Together
 from billhook.importance.base import Importance, Sums
-from billhook.running.batches import Run
-from billhook.streaming.together import Together
 from billhook.units.blocks import hidden_states, returned_states
 from billhook.units.units import PLURAL, Per, Units
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from billhook.bar import Told
 from billhook.calibration.enough import FIRST, Chosen, Settled, interleaved, settle, steps
+from billhook.engine.batches import telling
 from billhook.importance.base import Sums
 from billhook.importance.score import Scoring, run_of
-from billhook.running.batches import telling
 
 
 def score_enough(

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 from torch import Tensor, nn
 
 from billhook.arguments import one_of
+from billhook.engine.batches import Run
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import Products, check_read
-from billhook.running.batches import Run
 from billhook.units.units import Per, Units
 
 Each = Literal["token", "example", "batch"]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from billhook.running.overridden import overridden
-from billhook.running.sharded.turns import turns_of
+from billhook.engine.shards import turns_of
+from billhook.engine.state import overridden
 
 
 def scalar(loss: Tensor) -> Tensor:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.batches import Run
+from billhook.engine.files import stream_of
+from billhook.engine.passes import passing
+from billhook.engine.shards import turns_of
+from billhook.engine.statistics import InputMoments
+from billhook.engine.walk import blocks_of
 from billhook.importance.activations import watch
 from billhook.importance.base import Sums
 from billhook.importance.probes import reading
-from billhook.running.batches import Run
-from billhook.running.sharded.passes import passing
-from billhook.running.sharded.turns import turns_of
-from billhook.running.sites import blocks_of
-from billhook.running.statistics import InputMoments
-from billhook.streaming.stream import stream_of
 from billhook.units.units import Units
 
 Moments = dict[tuple[str, str], InputMoments]

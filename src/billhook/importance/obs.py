@@ -15,6 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import annotated, number, whole
+from billhook.engine.batches import Run
+from billhook.engine.files import stream_of
+from billhook.engine.float64 import float64_device
+from billhook.engine.memory import memory_to_hold
+from billhook.engine.shards import turns_of
+from billhook.engine.state import resting
+from billhook.engine.store import bring
 from billhook.importance.activations import gram_of, table_of
 from billhook.importance.base import Importance, Sums
 from billhook.importance.moments import (
@@ -28,13 +35,6 @@ from billhook.importance.moments import (
     moments_over,
 )
 from billhook.importance.probes import check_read
-from billhook.running.batches import Run
-from billhook.running.float64 import float64_device
-from billhook.running.free_memory import memory_to_hold
-from billhook.running.sharded.turns import turns_of
-from billhook.running.undisturbed import resting
-from billhook.streaming.either import bring
-from billhook.streaming.stream import stream_of
 from billhook.units.units import Per, Units
 
 

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, batches_of
+from billhook.engine.batches import Loss, Run, run_with_loss
+from billhook.engine.files import stream_of
+from billhook.engine.ranks import checked
+from billhook.engine.state import resting
+from billhook.engine.store import all_here, apart
+from billhook.engine.walk import Reduce
 from billhook.importance.base import Importance, Sums
 from billhook.importance.gradients import recomputing
 from billhook.model.find import find_transformer
 from billhook.model.values import check_values
-from billhook.running.batches import Loss, Run, run_with_loss
-from billhook.running.ranks import checked
-from billhook.running.undisturbed import resting
-from billhook.running.walk import Reduce
-from billhook.streaming.either import all_here, apart
-from billhook.streaming.stream import stream_of
 from billhook.units.find import check_held, numbered
 from billhook.units.units import Per, Units
 

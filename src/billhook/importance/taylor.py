@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import annotated, one_of, whole
+from billhook.engine.batches import Run
+from billhook.engine.float64 import float64_device
 from billhook.importance.base import Importance, Sums
 from billhook.importance.gradients import independent, stream, trainable
 from billhook.importance.parts import Part, parts_of
-from billhook.running.batches import Run
-from billhook.running.float64 import float64_device
 from billhook.units.units import Per, Units
 
 Order = Literal["first", "second", "mixed", "vector", "unit"]

@@ -16,6 +16,8 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
 from billhook.calibration.calibration import Batches, batches_of
+from billhook.engine.files import Stream, stream_of
+from billhook.engine.store import following
 from billhook.kv_heads.bases.ready import batches_needed, made_equal
 from billhook.kv_heads.bases.streamed import StreamedAttentions
 from billhook.kv_heads.bases.weights import ready_weights
@@ -30,8 +32,6 @@ from billhook.model.surgery import changed
 from billhook.model.values import check_changeable, check_values
 from billhook.repairs.repair import Repair
 from billhook.repairs.visitor import Given
-from billhook.streaming.either import following
-from billhook.streaming.stream import Stream, stream_of
 
 
 def convert_kv_heads(

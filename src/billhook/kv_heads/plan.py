@@ -13,6 +13,7 @@ from typing_extensions import Self
 from billhook.adapters.beneath import MERGE, adapted, without_adapters
 from billhook.arguments import whole
 from billhook.checkpoints.equivalent import cache_as_saved
+from billhook.engine.store import following
 from billhook.html import html_table
 from billhook.kv_heads.adapters import check_adapters, with_adapters
 from billhook.kv_heads.config import cut_by_config
@@ -35,10 +36,8 @@ from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights, check_weights
 from billhook.model.shapes.shape import Shape, note_shape, set_shape, shape_of
-from billhook.model.surgery import Change, Follow, follow, undone_by_errors
+from billhook.model.surgery import Change, Follow, change_in_turn, follow, undone_by_errors
 from billhook.model.values import check_plain
-from billhook.streaming.changes import change_in_turn
-from billhook.streaming.either import following
 from billhook.tracing.show import pattern
 
 UNCHANGED = Change(lambda old: old, lambda _, value: value)

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.sharding import local, reshard, sharded_as, whole
+from billhook.engine.state import fresh_casts, uninterrupted
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape
 from billhook.model.surgery import Change
-from billhook.running.casts import fresh_casts
-from billhook.running.interrupts import uninterrupted
-from billhook.running.sharded.shards import local, reshard, sharded_as, whole
 
 Pool = Callable[[Sequence[Tensor]], Tensor]
 """From the heads of a group to one."""

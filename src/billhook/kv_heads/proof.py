@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.engine.state import precisely
+from billhook.engine.trees import tree_leaves
 from billhook.kv_heads.config import is_as_built
 from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.linears import cut_into_groups, cut_into_handed
@@ -23,8 +25,6 @@ from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.shape import Shape, built_shape, set_shape, shape_of, unbuilt_shape
 from billhook.model.surgery import Change, change_values
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
-from billhook.running.trees import tree_leaves
-from billhook.running.undisturbed import precisely
 from billhook.units.fields import LAYERS
 
 TOLERANCE = 1e-3

@@ -6,11 +6,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.files import Stream
+from billhook.engine.lazy import itself
 from billhook.kv_heads.plan import UNCHANGED, KVHeadPlan, starting
 from billhook.model.shapes.shape import note_shape, set_shape
 from billhook.model.surgery import change_values
-from billhook.streaming.aside import itself
-from billhook.streaming.stream import Stream
 
 
 class StreamedConversion:

@@ -16,11 +16,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from billhook.assets import model_path
+from billhook.engine.sharding import is_sharded, sizes_only
 from billhook.model.build import build_or_refuse
 from billhook.model.hooks import stand_ins
 from billhook.model.shapes.shape import KEY
 from billhook.model.shapes.shaped import take_said
-from billhook.running.sharded.shards import is_sharded, sizes_only
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
+from billhook.engine.files import Stream
+from billhook.engine.sharding import local, reshard, sharded_as, whole
+from billhook.engine.shards import Turns, turns_of
+from billhook.engine.state import fresh_casts, uninterrupted
+from billhook.engine.store import coming_of
 from billhook.model.config_fields import configs_of
 from billhook.model.optimizers import check_unhooked
-from billhook.running.casts import fresh_casts
-from billhook.running.interrupts import uninterrupted
-from billhook.running.sharded.shards import local, reshard, sharded_as, whole
-from billhook.running.sharded.turns import turns_of
 
 TABLES = ("_parameters", "_buffers", "_modules")
 """What a module holds, by the names of its attributes."""
@@ -234,3 +235,45 @@ def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
         if not torch.equal(whole(model.get_parameter(name)), weights[name]):
             found.append(name)
     return found
+
+
+def change_in_turn(model: nn.Module, changes: Mapping[str, Change]) -> list[Swap]:
+    """Changes parameters, also of blocks that ranks share, each of which then lies in shards again; see `change_values`."""
+    swaps = list[Swap]()
+    turns = turns_of(model)
+    for block in turns.blocks if turns is not None else ():
+        assert turns is not None
+        own = inside(turns, model, block, changes)
+        if own or turns.is_altered(block):
+            turns.bring(block)
+            swaps += change_values(model, own, keep_on_device=True)  # where they go with their block
+            turns.change()
+            turns.leave()
+    return swaps + change_values(model, outside(model, changes))
+
+
+def whole_way_back(model: nn.Module) -> Callable[[], None]:
+    """Returns what puts a model back to what it is now, as `way_back` does, and has its blocks come as now."""
+    ways = [way_back(model), *([coming.way_back()] if (coming := coming_of(model)) is not None else [])]
+
+    def back() -> None:
+        for way in ways:
+            way()
+
+    return back
+
+
+def inside(coming: Stream | Turns, model: nn.Module, block: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
+    """Returns the changes of parameters in a block."""
+    return {name: change for name, change in changes.items() if block_of(coming, model, name) is block}
+
+
+def outside(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
+    """Returns the changes of parameters that are in no block that comes and goes."""
+    coming = coming_of(model)
+    return {name: change for name, change in changes.items() if coming is None or block_of(coming, model, name) is None}
+
+
+def block_of(coming: Stream | Turns, model: nn.Module, parameter: str) -> nn.Module | None:
+    """Returns the block that a parameter is in, None if in none."""
+    return coming.owner.get(model.get_submodule(parameter.rpartition(".")[0]))

@@ -1,30 +1,20 @@
 """Private names of transformers, each in one place; a test asks whether they are still there."""
 
-import re
-from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import logging
 
+from billhook.engine.loader_internals import LOADED
 from billhook.model.config_fields import configs_of
-from billhook.versions import needing
 
 ATTENTION = "_attn_implementation_internal"
 """The attribute of a config that holds how attention is computed; to set it asks for no check."""
 
-LOADED = "_is_hf_initialized"
-"""The attribute of modules and tensors that are not to be initialized, as they are loaded."""
 
 EXPERTS = "_experts_implementation_internal"
 """The same of experts."""
-
-LOADER = "to save models and to stream them"
-"""What the names of transformers' loader are for, which are imported where something asks for them: they move often."""
 
 
 def attention_of(config: PretrainedConfig) -> str | None:
@@ -81,130 +71,7 @@ def build_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: to
     return model
 
 
-def _conversions(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a list of what differs by release
-    """Returns how the tensors of a family's files become those of a model."""
-    with needing("transformers", LOADER):
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return get_model_conversion_mapping(model)
-
-
-def is_joined_unevenly(model: PreTrainedModel) -> bool:
-    """Finds whether files of a family join tensors, such as queries and keys, that loading would wrongly cut in equal parts."""
-    with needing("transformers", LOADER):
-        from transformers.core_model_loading import Chunk
-
-    conversions = getattr(model, "_weight_conversions", None) or _conversions(model)
-    names = model.state_dict(keep_vars=True)
-    for one in conversions:
-        parts = defaultdict[str, set[torch.Size]](set)
-        if any(isinstance(operation, Chunk) for operation in getattr(one, "operations", ())):
-            for name, tensor in names.items():
-                for part in one.target_patterns:
-                    if part in name:
-                        parts[name.replace(part, "")].add(tensor.shape)
-        if any(len(sizes) > 1 for sizes in parts.values()):
-            return True
-    return False
-
-
-def made_by_class(model: PreTrainedModel, read: Iterable[str]) -> set[str]:
-    """Names the parameters that files may lack, as the class makes them, such as sinusoidal positions; none that is `read`."""
-    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    own = dict(model.named_parameters())
-    there = {id(own[name]) for name in read if name in own}
-    return {name for name, one in own.items() if id(one) not in there and any(pattern.search(name) for pattern in patterns)}
-
-
-def initialize_buffers(model: PreTrainedModel, parameters: Container[str] = ()) -> None:
-    """Makes the buffers of a model on meta as its class does, and some parameters, on the CPU; nothing else gets values."""
-    made = {id(parameter) for name, parameter in model.named_parameters() if name in parameters}
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in made:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-            elif parameter is not None:
-                setattr(parameter, LOADED, True)
-        setattr(module, LOADED, False)  # a module may make the buffers of those within
-    model.initialize_weights()  # type: ignore[no-untyped-call]
-
-
-def named_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Returns what a model calls the tensors of a checkpoint's files: of one that becomes several, or part of one, the first.
-
-    Those that the model does not have are left out.
-    """
-    with needing("transformers", LOADER):
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping, state = _conversions(model), model.state_dict()
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    found = {}
-    for key in keys:
-        for names in ((renamings, converters), ([], [])):
-            renamed, _ = rename_source_key(key, *names, model.base_model_prefix, state)
-            if renamed in state:
-                found[key] = renamed
-                break
-    return found
-
-
-def load_some(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
-    """Loads some tensors of a checkpoint, given as slices of its files, in the dtypes that the model's own have."""
-    with needing("transformers", LOADER):
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model as load_state
-        from transformers.modeling_utils import LoadStateDictConfig
-
-    conversions = getattr(model, "_weight_conversions", None)
-    dtype: torch.dtype = model.dtype
-    mapping = _conversions(model)
-    plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
-    try:
-        with without_bars():
-            load_state(model, dict(slices), plan)
-    finally:
-        vars(model)["_weight_conversions"] = conversions  # of all tensors, which saving turns back
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Has transformers show no bars of its own within."""
-    shows = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if shows:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def as_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns some of a model's tensors as its files hold them, which may join or name them otherwise."""
-    if is_joined_unevenly(model):
-        return dict(state)
-    with needing("transformers", LOADER):
-        from transformers.core_model_loading import revert_weight_conversion
-
-    found: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
-    return found
-
-
 def classes_of(auto: Any, config: PretrainedConfig) -> list[type[PreTrainedModel]]:  # noqa: ANN401 - an auto class
     """Returns the classes that an auto class may take for a config."""
     found = auto._model_mapping.get(type(config), ())
     return list(found) if isinstance(found, tuple | list) else [found]
-
-
-@contextmanager
-def everything_saved(model: PreTrainedModel) -> Iterator[None]:
-    """Has a model save all of its weights, also those that its class says it makes."""
-    ignored = model._keys_to_ignore_on_save
-    model._keys_to_ignore_on_save = None
-    try:
-        yield
-    finally:
-        model._keys_to_ignore_on_save = ignored

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from billhook.calibration.enough import Settled
+from billhook.engine.state import uninterrupted
+from billhook.engine.store import coming_of, following
 from billhook.html import html_table
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields, with_fields
@@ -25,8 +27,6 @@ from billhook.model.shapes.shape import note_shape, shape_of
 from billhook.model.shapes.stacks import keep, numbers_of
 from billhook.model.surgery import Follow, undone_by_errors
 from billhook.pruning.block_fields import Numbers, find_then
-from billhook.running.interrupts import uninterrupted
-from billhook.streaming.either import coming_of, following
 from billhook.units.blocks import block_of, find_blocks, skipping
 from billhook.units.units import UnitKind
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.engine.float64 import float64_device
 from billhook.model.shapes.numbers import Numbers, take_derived
 from billhook.model.surgery import Change, Swap, change_values
-from billhook.running.float64 import float64_device
 
 Scale = Callable[[Tensor], Tensor]
 """From the old values of a weight to the new."""

@@ -11,6 +11,7 @@ from torch import nn
 from typing_extensions import Self
 
 from billhook.calibration.enough import Settled
+from billhook.engine.files import stream_of
 from billhook.html import html_table
 from billhook.model.figures import Figures
 from billhook.model.find import find_transformer
@@ -22,7 +23,6 @@ from billhook.pruning.streamed import check_kinds, taking
 from billhook.pruning.widths.kv_heads import suits, told
 from billhook.pruning.widths.told import RowLength, rows_from
 from billhook.repairs.shared import tell_weights
-from billhook.streaming.stream import stream_of
 from billhook.tracing.show import pattern
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of

@@ -12,6 +12,10 @@ from transformers import PreTrainedModel
 from billhook.arguments import annotated
 from billhook.bar import Told
 from billhook.calibration.calibration import Batches, Calibration, batches_of
+from billhook.engine.batches import Loss
+from billhook.engine.files import stream_of
+from billhook.engine.ranks import checked
+from billhook.engine.walk import Reduce
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.default import default_importance
@@ -29,10 +33,6 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
 from billhook.pruning.streamed import check_kinds
 from billhook.pruning.target import Search
-from billhook.running.batches import Loss
-from billhook.running.ranks import checked
-from billhook.running.walk import Reduce
-from billhook.streaming.stream import stream_of
 from billhook.tracing.trace import trace
 from billhook.units.find import Chosen, check_any, find_units, kinds_of, numbered, units_of
 from billhook.units.gates import mask

@@ -10,22 +10,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.engine.files import stream_of
+from billhook.engine.state import precisely, resting
+from billhook.engine.store import following
+from billhook.engine.trees import tree_leaves
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields
 from billhook.model.meta import to_meta
 from billhook.model.runs.answers import alike, small_inputs, tolerance
 from billhook.model.shapes.handed import Indices
 from billhook.model.shapes.shape import Shape, derived_then, note_shape, set_shape, shape_of, unbuilt_shape
-from billhook.model.surgery import Change, Swap, undone_by_errors
+from billhook.model.surgery import Change, Swap, change_in_turn, undone_by_errors, whole_way_back
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.fold import fold
 from billhook.pruning.shape_then import shapes_then
 from billhook.pruning.streamed import cut_blocks, reading_outside, zeros_in_blocks
-from billhook.running.trees import tree_leaves
-from billhook.running.undisturbed import precisely, resting
-from billhook.streaming.changes import change_in_turn, whole_way_back
-from billhook.streaming.either import following
-from billhook.streaming.stream import stream_of
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of

@@ -11,6 +11,10 @@ from torch import nn
 from billhook.arguments import annotated
 from billhook.bar import Told
 from billhook.calibration.calibration import Batches, batches_of
+from billhook.engine.batches import Run, run_with_loss
+from billhook.engine.files import stream_of
+from billhook.engine.ranks import checked
+from billhook.engine.walk import Reduce
 from billhook.model.adapter_layers import is_adapter
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear, size_of
@@ -21,10 +25,6 @@ from billhook.repairs.enough import NoRepair, not_refitted, without_name
 from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair, repair_linears
 from billhook.repairs.visitor import Given
-from billhook.running.batches import Run, run_with_loss
-from billhook.running.ranks import checked
-from billhook.running.walk import Reduce
-from billhook.streaming.stream import stream_of
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.engine.files import Stream, stream_of
+from billhook.engine.store import coming_of
 from billhook.model.plan import Weights, check_weights, starting_from
-from billhook.model.surgery import Change, change_values
-from billhook.streaming.changes import block_of, inside
-from billhook.streaming.either import coming_of
-from billhook.streaming.stream import Stream, stream_of
+from billhook.model.surgery import Change, block_of, change_values, inside
 from billhook.units.units import UnitKind, Units
 from billhook.units.zero import reading
 

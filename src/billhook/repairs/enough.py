@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from billhook.running.batches import Run
-from billhook.running.walk import Reduce
+from billhook.engine.batches import Run
+from billhook.engine.walk import Reduce
 
 
 class NoRepair(ValueError):

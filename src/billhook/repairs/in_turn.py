@@ -7,12 +7,11 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from billhook.engine.files import Stream
+from billhook.engine.lazy import itself
+from billhook.engine.shards import Turns
+from billhook.engine.walk import Reduce, Site, Walk, find_sites
 from billhook.repairs.visitor import RepairVisitor
-from billhook.running.sharded.turns import Turns
-from billhook.running.sites import Site, find_sites
-from billhook.running.walk import Reduce, Walk
-from billhook.streaming.aside import itself
-from billhook.streaming.stream import Stream
 
 Parameters = Mapping[str, Mapping[str, Tensor]]
 """By linear, its parameters by their name in it."""

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from billhook.engine.conjugate_gradients import on_support
+from billhook.engine.memory import let_go
+from billhook.engine.ranks import Ranks, own_of, rows_of
 from billhook.repairs.cholesky import solver
 from billhook.repairs.moments import EVERY, OUTPUTS, Fold, OwedMoments, SecondMoments, wide
 from billhook.repairs.triangle import Triangle
-from billhook.running.conjugate_gradients import on_support
-from billhook.running.ranks import Ranks, own_of, rows_of
-from billhook.running.resident import let_go
 
 Solve = Callable[[slice], Tensor]
 """With some of the outputs, what is added to their weights, `[outputs, in_features]`, float64."""

@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from billhook.engine.float64 import float64_device, widest_float
+from billhook.engine.memory import let_go
+from billhook.engine.offload import Shelf, zeros
+from billhook.engine.statistics import TOKENS, add_products
 from billhook.repairs.triangle import Triangle
-from billhook.running.float64 import float64_device, widest_float
-from billhook.running.offload import Shelf, zeros
-from billhook.running.resident import let_go
-from billhook.running.statistics import TOKENS, add_products
 
 OUTPUTS = 1024
 """How many outputs, or mixtures of more, ridges are tried on."""

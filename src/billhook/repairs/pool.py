@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from billhook.engine.statistics import TOKENS
 from billhook.repairs.moments import OwedMoments, flat
-from billhook.running.statistics import TOKENS
 
 
 class Pool:

@@ -19,6 +19,14 @@ from transformers.pytorch_utils import Conv1D
 from billhook.arguments import annotated, fraction
 from billhook.bar import Told
 from billhook.calibration.alone import tell_alone
+from billhook.engine.batches import Run, tell_apart
+from billhook.engine.files import stream_of
+from billhook.engine.passes import passing
+from billhook.engine.ranks import dealt, lists_of
+from billhook.engine.shards import turns_of
+from billhook.engine.state import replaced, undisturbed
+from billhook.engine.store import all_here, apart
+from billhook.engine.walk import Reduce, Site, Walk, find_sites
 from billhook.model.linears import size_of
 from billhook.repairs.enough import NoRepair, check_tokens, not_refitted, too_few
 from billhook.repairs.in_turn import Refitted, RepairInTurn
@@ -26,16 +34,6 @@ from billhook.repairs.shared import InShards
 from billhook.repairs.streamed import refit_streamed
 from billhook.repairs.sums import Linears, agreed, followed, seen
 from billhook.repairs.visitor import Given, RepairVisitor
-from billhook.running.batches import Run, tell_apart
-from billhook.running.ranks import dealt, lists_of
-from billhook.running.replaced import replaced
-from billhook.running.sharded.passes import passing
-from billhook.running.sharded.turns import turns_of
-from billhook.running.sites import Site, find_sites
-from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Reduce, Walk
-from billhook.streaming.either import all_here, apart
-from billhook.streaming.stream import stream_of
 
 
 @dataclass(frozen=True)

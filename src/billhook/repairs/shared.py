@@ -7,13 +7,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.fingerprint import fingerprint
+from billhook.engine.lazy import itself
+from billhook.engine.sharding import Place, whole
+from billhook.engine.shards import Turns
 from billhook.model.plan import Weights
 from billhook.repairs.in_turn import Parameters, Refitted, Values
-from billhook.running.fingerprint import fingerprint
-from billhook.running.sharded.places import Place
-from billhook.running.sharded.shards import whole
-from billhook.running.sharded.turns import Turns
-from billhook.streaming.aside import itself
 
 
 @dataclass(frozen=True, eq=False)

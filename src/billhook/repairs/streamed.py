@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from billhook.engine.files import Stream
+from billhook.engine.lazy import itself
+from billhook.engine.parts import tensor_in
+from billhook.engine.passes import shelf
 from billhook.repairs.in_turn import Parameters, Reads, Refitted, RepairInTurn, by_parameter
 from billhook.repairs.visitor import RepairVisitor
-from billhook.streaming.aside import itself
-from billhook.streaming.parts import tensor_in
-from billhook.streaming.stream import Stream
-from billhook.streaming.together import shelf
 
 
 class InFiles:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from typing_extensions import Self
 
-from billhook.running.walk import Reduce
+from billhook.engine.walk import Reduce
 
 ADD: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
 SAME: frozenset[Any] = frozenset({dropout, torch.dropout, Tensor.to, Tensor.contiguous})

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from billhook.running.offload import Shelf, zeros
-from billhook.running.resident import let_go
-from billhook.running.statistics import ROWS, TOKENS, add_products
+from billhook.engine.memory import let_go
+from billhook.engine.offload import Shelf, zeros
+from billhook.engine.statistics import ROWS, TOKENS, add_products
 
 
 class Triangle:

@@ -7,18 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from billhook.bar import Told
+from billhook.engine.batches import Run
+from billhook.engine.float64 import float64_device, widest_float
+from billhook.engine.memory import give_back, let_go
+from billhook.engine.offload import Shelf, zeros
+from billhook.engine.statistics import ROWS, InputNorms
+from billhook.engine.walk import Reduce, Site
 from billhook.model.linears import as_it_lies, is_pruned, matrix_of, turned
 from billhook.repairs.enough import counting
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, folds_of, wide
 from billhook.repairs.pool import Pool
-from billhook.running.batches import Run
-from billhook.running.float64 import float64_device, widest_float
-from billhook.running.offload import Shelf, zeros
-from billhook.running.resident import give_back, let_go
-from billhook.running.sites import Site
-from billhook.running.statistics import ROWS, InputNorms
-from billhook.running.walk import Reduce
 
 Given = Mapping[str, Mapping[str, Tensor]]
 """By linear, its parameters by their name in it, as they lie in memory."""

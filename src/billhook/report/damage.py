@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from billhook.bar import Told
+from billhook.engine.batches import Run, runs_of, source_of
+from billhook.engine.files import stream_of
+from billhook.engine.memory import let_go
+from billhook.engine.passes import shelf, together
+from billhook.engine.sharding import is_sharded
+from billhook.engine.state import undisturbed
 from billhook.report.predictions import Predictions, logits_now, loss_of
 from billhook.report.table import aligned
-from billhook.running.batches import Run, runs_of, source_of
-from billhook.running.resident import let_go
-from billhook.running.sharded.shards import is_sharded
-from billhook.running.undisturbed import undisturbed
-from billhook.streaming.stream import stream_of
-from billhook.streaming.together import shelf, together
 
 Reduce: TypeAlias = Callable[[Tensor], Tensor]
 """Sums a tensor over processes, in place."""

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from billhook.bar import Told
 from billhook.calibration.reading import Rows
+from billhook.engine.passes import together
 from billhook.report.generation import generates
-from billhook.streaming.together import together
 
 
 @torch.no_grad()

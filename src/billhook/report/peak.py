@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from typing_extensions import Self
 
-from billhook.running.resident import resident
+from billhook.engine.memory import resident
 
 RESET = Path("/proc/self/clear_refs")
 

@@ -9,8 +9,8 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from billhook.running.batches import Run
-from billhook.running.undisturbed import undisturbed
+from billhook.engine.batches import Run
+from billhook.engine.state import undisturbed
 
 ELEMENTS = 2**22
 """How many logits are worked on at once."""

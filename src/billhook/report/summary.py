@@ -11,14 +11,14 @@ from torch import nn
 from billhook.adapters.beneath import taken_off
 from billhook.arguments import annotated
 from billhook.checkpoints.equivalent import cache_as_saved
+from billhook.engine.sharding import is_sharded, reshard, sizes_only
+from billhook.engine.zeros import zeros_of
 from billhook.html import html_table
 from billhook.kv_heads.scope import heads_by_layer, heads_of
 from billhook.model.figures import figures_of
 from billhook.model.find import find_transformer
 from billhook.page import COLUMNS, Shown
 from billhook.report.table import aligned
-from billhook.running.sharded.shards import is_sharded, reshard, sizes_only
-from billhook.streaming.zeros import zeros_of
 
 
 @dataclass(frozen=True, repr=False)

@@ -8,11 +8,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from billhook.calibration.generated import check_writes, generated
+from billhook.engine.state import overridden, undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shapes.shaped import load_as, readable
-from billhook.running.overridden import overridden
-from billhook.running.undisturbed import undisturbed
 
 
 def load_reference(folder: str) -> PreTrainedModel:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from billhook.engine.batches import Run
+from billhook.engine.lazy import itself
+from billhook.engine.replay import Replay
 from billhook.report.predictions import Predictions, logits_in
-from billhook.running.batches import Run
-from billhook.running.replay import Replay
-from billhook.streaming.aside import itself
 from billhook.units.blocks import find_blocks
 
 Agreed = Callable[[Any], Any]

@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
+from billhook.engine.batches import Batch, source_of
+from billhook.engine.trees import tree_leaves, tree_map_only
 from billhook.repairs.repair import Repair
-from billhook.running.batches import Batch, source_of
-from billhook.running.trees import tree_leaves, tree_map_only
 
 SHARE = 0.2
 """Share of the batches of each source that is held out at most."""

@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.model.identity import identity_of
+from billhook.engine.batches import source_of
+from billhook.engine.fingerprint import fingerprint, identity_of
+from billhook.engine.lazy import Aside, computing_with
+from billhook.engine.parts import put
+from billhook.engine.shards import turns_of
 from billhook.repairs.in_turn import Refitted, Values
 from billhook.repairs.shared import in_shards
-from billhook.running.batches import source_of
-from billhook.running.fingerprint import fingerprint
-from billhook.running.sharded.turns import turns_of
-from billhook.streaming.aside import Aside, computing_with
-from billhook.streaming.parts import put
 
 FORMAT = 3
 MEASURED = "measured.json"

@@ -6,9 +6,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.running.batches import Run
-from billhook.running.undisturbed import undisturbed
-from billhook.streaming.aside import itself
+from billhook.engine.batches import Run
+from billhook.engine.lazy import itself
+from billhook.engine.state import undisturbed
 
 
 class Perplexity:

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from billhook.engine.batches import Run
+from billhook.engine.float64 import float64_device
+from billhook.engine.state import undisturbed
+from billhook.engine.store import bring
 from billhook.importance.activations import watch
 from billhook.importance.moments import CalledAgain, watch_in_turn
 from billhook.importance.score import run_of
@@ -24,12 +28,8 @@ from billhook.repairs.enough import check_tokens
 from billhook.repairs.least_squares import choose_ridge, solve_ridge
 from billhook.repairs.moments import OwedMoments, SecondMoments, folds_of
 from billhook.repairs.repair import Repair
-from billhook.running.batches import Run
-from billhook.running.float64 import float64_device
-from billhook.running.undisturbed import undisturbed
 from billhook.shrinking.levels import Place, any_gone
 from billhook.shrinking.library import Library
-from billhook.streaming.either import bring
 from billhook.units.units import Units
 
 Moments = dict[str, list[OwedMoments]]

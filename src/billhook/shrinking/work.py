@@ -10,6 +10,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.arguments import as_percentage
+from billhook.engine.batches import runs_of
+from billhook.engine.lazy import itself
 from billhook.importance.base import Importance
 from billhook.importance.score import run_of, score
 from billhook.model.figures import figure_of
@@ -17,7 +19,6 @@ from billhook.model.linears import matrix_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
-from billhook.running.batches import runs_of
 from billhook.shrinking.alone import CALLED, fewer_blocks, of_one_kind
 from billhook.shrinking.choose import Levels, Slot, between, cost, kept_at
 from billhook.shrinking.damages import damage_without, damages, groups, make_slots
@@ -35,7 +36,6 @@ from billhook.shrinking.spaces.hidden import HIDDEN, Hidden, Width, find_hidden
 from billhook.shrinking.spaces.planned import Planned, plan_choice, repaired
 from billhook.shrinking.spaces.space import SEVERAL, Point, as_uniform, best_point, every_space, moved, spread, starts
 from billhook.shrinking.variants import fill_library
-from billhook.streaming.aside import itself
 from billhook.units.units import UnitKind
 
 CURVE = 9

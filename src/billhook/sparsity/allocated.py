@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from billhook.adapters.masked import counted
+from billhook.engine.sharding import whole
 from billhook.model.linears import weight_of
-from billhook.running.sharded.shards import whole
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.criteria import Wanda
 from billhook.sparsity.grouped import scores_of

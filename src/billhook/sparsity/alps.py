@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import annotated, number, one_of, whole
-from billhook.running.conjugate_gradients import on_support
-from billhook.running.float64 import float64_device
-from billhook.running.statistics import InputMoments, Statistics
+from billhook.engine.conjugate_gradients import on_support
+from billhook.engine.float64 import float64_device
+from billhook.engine.statistics import InputMoments, Statistics
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import check_amount, check_width, parse_pattern
 

@@ -11,19 +11,18 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import plain_adapters
 from billhook.arguments import one_of
+from billhook.engine.batches import Run
+from billhook.engine.files import stream_of
+from billhook.engine.statistics import InputMoments
+from billhook.engine.walk import Reduce, Sequential, find_sites
 from billhook.model.adapter_layers import active_in
 from billhook.model.convolutions import Convolutions, is_convolution
 from billhook.model.linears import channels, prunable, weight_of
-from billhook.running.batches import Run
-from billhook.running.sites import Sequential, find_sites
-from billhook.running.statistics import InputMoments
-from billhook.running.walk import Reduce
 from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
 from billhook.sparsity.matching import BlockMatching
-from billhook.streaming.stream import stream_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import annotated, number, one_of
-from billhook.running.conjugate_gradients import nonzero
-from billhook.running.ranks import Ranks
-from billhook.running.statistics import InputNorms, Statistics
+from billhook.engine.conjugate_gradients import nonzero
+from billhook.engine.ranks import Ranks
+from billhook.engine.statistics import InputNorms, Statistics
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
 
 Comparison = Literal["row", "layer", "global"]

@@ -6,9 +6,9 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.statistics import InputNorms, Statistics
 from billhook.model.convolutions import is_convolution, patches, places_of
 from billhook.model.linears import weight_of
-from billhook.running.statistics import InputNorms, Statistics
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
 

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from billhook.adapters.masked import mask_adapters, unmask_adapters
+from billhook.engine.sharding import local, reshard, sharded_as, whole
 from billhook.model.linears import prunable
-from billhook.running.sharded.shards import local, reshard, sharded_as, whole
 from billhook.sparsity.bits import packed, unpacked
 
 

@@ -6,11 +6,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.sharding import gathered, whole
+from billhook.engine.walk import Given, Site
 from billhook.model.convolutions import is_convolution
 from billhook.model.linears import turned, weight_of
-from billhook.running.sharded.shards import gathered, whole
-from billhook.running.sites import Site
-from billhook.running.walk import Given
 from billhook.sparsity.matching import BlockMatching, Passage, Tuning, stream_in
 from billhook.sparsity.pruned import Applied, Pruned, Share
 from billhook.sparsity.visitor import PruningVisitor

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from billhook.arguments import annotated, fraction, number, whole
-from billhook.running.casts import fresh_casts
-from billhook.running.float64 import float64_device
-from billhook.running.overridden import overridden
-from billhook.running.trees import tree_leaves, tree_map_only
-from billhook.running.walk import Given, Reduce, spare
+from billhook.engine.float64 import float64_device
+from billhook.engine.state import fresh_casts, overridden
+from billhook.engine.trees import tree_leaves, tree_map_only
+from billhook.engine.walk import Given, Reduce, spare
 
 LOOKS = 5
 """How often, in the steps of a block, what is held out is looked at."""

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from billhook.engine.files import stream_of
+from billhook.engine.sharding import reshard
+from billhook.engine.store import changing
 from billhook.html import html_table
 from billhook.model.linears import in_place, prunable, turned, weight_of
 from billhook.model.plan import Plan, Weights, check_weights
 from billhook.model.surgery import values_kept
-from billhook.running.sharded.shards import reshard
 from billhook.sparsity.pruned import Applied, Pruned, Share
 from billhook.sparsity.put import put
-from billhook.streaming.either import changing
-from billhook.streaming.stream import stream_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)

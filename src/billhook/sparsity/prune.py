@@ -10,13 +10,13 @@ from torch import nn
 from billhook.arguments import annotated
 from billhook.calibration.alone import tell_once
 from billhook.calibration.calibration import Batches
+from billhook.engine.files import stream_of
+from billhook.engine.ranks import checked
+from billhook.engine.sharding import is_sharded, reshard
+from billhook.engine.walk import Reduce, Sequential
 from billhook.model.convolutions import Convolutions, is_convolution
 from billhook.model.linears import channels, weight_of
 from billhook.model.values import check_changeable
-from billhook.running.ranks import checked
-from billhook.running.sharded.shards import is_sharded, reshard
-from billhook.running.sites import Sequential
-from billhook.running.walk import Reduce
 from billhook.sparsity.allocated import sparsities_of
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import (
@@ -44,7 +44,6 @@ from billhook.sparsity.plan import WeightPlan
 from billhook.sparsity.streamed import check_called_once
 from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor
 from billhook.sparsity.walks import Walks, runs_for
-from billhook.streaming.stream import stream_of
 
 
 def prune(

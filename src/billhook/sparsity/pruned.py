@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import Self
 
-from billhook.running.sharded.shards import Lies, local, sharded_as, whole
+from billhook.engine.sharding import Lies, local, sharded_as, whole
 from billhook.sparsity.bits import count, packed, unpacked
 from billhook.sparsity.masks import where_kept
 from billhook.sparsity.put import Part

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from billhook.running.casts import fresh_casts
+from billhook.engine.state import fresh_casts
 from billhook.sparsity.bits import count, unpacked
 from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, WHOLE
 

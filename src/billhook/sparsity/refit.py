@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import annotated, number, whole
-from billhook.running.conjugate_gradients import on_support
-from billhook.running.statistics import InputMoments, Statistics
+from billhook.engine.conjugate_gradients import on_support
+from billhook.engine.statistics import InputMoments, Statistics
 from billhook.sparsity.criteria import Comparison, Criterion, Wanda
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import annotated, fraction, whole
-from billhook.running.ranks import Ranks, own_of
-from billhook.running.statistics import InputMoments, Statistics
+from billhook.engine.ranks import Ranks, own_of
+from billhook.engine.statistics import InputMoments, Statistics
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, parse_pattern
 

@@ -9,14 +9,13 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.batches import Run, runs_of
+from billhook.engine.files import Stream
+from billhook.engine.trees import tree_map_only
+from billhook.engine.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
 from billhook.model.meta import to_meta
-from billhook.running.batches import Run, runs_of
-from billhook.running.sites import Sequential, Site, find_sites, with_ways_out
-from billhook.running.trees import tree_map_only
-from billhook.running.walk import Reduce, Walk
 from billhook.sparsity.pruned import Applied
 from billhook.sparsity.visitor import PruningVisitor
-from billhook.streaming.stream import Stream
 
 Note = Mapping[str, int]
 """How many weights of each linear of a block are kept."""

@@ -6,11 +6,11 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.files import Stream
 from billhook.model.linears import turned, weight_of
 from billhook.sparsity.masks import Lowest, pruned_count, where_kept
 from billhook.sparsity.pruned import Applied, Pruned
 from billhook.sparsity.visitor import GlobalPruningVisitor
-from billhook.streaming.stream import Stream
 
 
 class StreamedGlobalPruning:

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from billhook.adapters.masked import counted, product_of
+from billhook.engine.ranks import Ranks, own_of
+from billhook.engine.sharding import is_sharded, whole
+from billhook.engine.statistics import Statistics
+from billhook.engine.walk import Given, Reduce, Site
 from billhook.model.convolutions import batched, is_convolution, places_of
 from billhook.model.linears import channels, in_place, turned, weight_of
-from billhook.running.ranks import Ranks, own_of
-from billhook.running.sharded.shards import is_sharded, whole
-from billhook.running.sites import Site
-from billhook.running.statistics import Statistics
-from billhook.running.walk import Given, Reduce
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.grouped import Grouped, add_patches, empty_for, prune_by, scores_of
 from billhook.sparsity.masks import Lowest, keep_global, pruned_count, where_kept

@@ -10,20 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from billhook.calibration.calibration import Batches, batches_of
+from billhook.engine.batches import Run, runs_of, tell_apart
+from billhook.engine.files import Stream, stream_of
+from billhook.engine.offload import Shelf, offloaded
+from billhook.engine.sharding import gathered, is_sharded, unsharded
+from billhook.engine.state import replaced, undisturbed
+from billhook.engine.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
 from billhook.model.linears import find_twins
-from billhook.running.batches import Run, runs_of, tell_apart
-from billhook.running.offload import Shelf, offloaded
-from billhook.running.replaced import replaced
-from billhook.running.sharded.shards import gathered, is_sharded, unsharded
-from billhook.running.sites import Sequential, Site, find_sites, with_ways_out
-from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Reduce, Walk
 from billhook.sparsity.matched import refuse_again
 from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.streamed import StreamedPruning
 from billhook.sparsity.streamed_global import StreamedGlobalPruning
 from billhook.sparsity.visitor import GlobalPruningVisitor, InputsDiffer, PruningVisitor
-from billhook.streaming.stream import Stream, stream_of
 
 V = TypeVar("V", bound=PruningVisitor)
 

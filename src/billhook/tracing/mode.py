@@ -10,8 +10,8 @@ from torch._ops import OpOverload
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from billhook.engine.trees import tree_map_only
 from billhook.model.memory import Repeated
-from billhook.running.trees import tree_map_only
 from billhook.tracing.assumed import EVERYTHING, first_nonzero
 from billhook.tracing.axes import Axis, Irregular, mark
 from billhook.tracing.rules import rule_for

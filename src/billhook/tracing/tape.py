@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from billhook.running.trees import tree_leaves
+from billhook.engine.trees import tree_leaves
 from billhook.tracing.axes import Axis, Irregular, find, leaves, mark, unify
 
 MANY = 8  # sources; a residual stream has more, and there nobody asks for them

@@ -11,6 +11,7 @@ from billhook.arguments import annotated, whole
 from billhook.assets import text_files
 from billhook.bar import Told
 from billhook.calibration.reading import Rows
+from billhook.engine.state import undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.preprocessors import tokenizer_of
 from billhook.page import Shown
@@ -18,7 +19,6 @@ from billhook.report.choices import Question, Row, batches, encode, log_likeliho
 from billhook.report.generation import generates
 from billhook.report.metrics import perplexity
 from billhook.report.table import aligned
-from billhook.running.undisturbed import undisturbed
 from billhook.training.data import TextDataModule
 
 LONGEST = 2048

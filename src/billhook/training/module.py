@@ -20,13 +20,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from billhook.adapters.lora import LoRA, attach, from_plain, to_plain
 from billhook.arguments import annotated, number, one_of
 from billhook.checkpoints.pretrained import AUTO_CLASSES, Task, load_model
+from billhook.engine.noise import Noise
+from billhook.engine.sharding import is_sharded, shard
+from billhook.engine.walk import blocks_of
 from billhook.fit.resume import ShapeInCheckpoint
 from billhook.fit.run import training_steps
 from billhook.fit.shape_before import load_as_before, load_in_shape
 from billhook.model.preprocessors import tokenizer_of
-from billhook.running.noise import Noise
-from billhook.running.sharded.shards import is_sharded, shard
-from billhook.running.sites import blocks_of
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.training.distillation import Distillation, Teacher, check_teacher
 from billhook.training.loader import batches_seen

@@ -7,8 +7,8 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
+from billhook.engine.files import stream_of
 from billhook.model.find import find_transformer
-from billhook.streaming.stream import stream_of
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import innermost

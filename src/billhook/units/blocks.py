@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from billhook.engine.state import resting
 from billhook.model.find import find_transformer
 from billhook.model.memory import remembered
 from billhook.model.runs.answers import small_inputs
-from billhook.running.undisturbed import resting
 
 _Call = tuple[int, Tensor, Tensor | None]
 """A block's place in its list, the hidden states it was given, and those of the same shape that it returned, if any."""

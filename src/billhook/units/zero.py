@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.sharding import local, reshard, sharded_as
+from billhook.engine.state import fresh_casts
 from billhook.model.find import find_transformer
-from billhook.running.casts import fresh_casts
-from billhook.running.sharded.shards import local, reshard, sharded_as
 from billhook.units.find import Chosen, find_units, numbered
 from billhook.units.units import Per, UnitKind, Units
 

@@ -10,9 +10,9 @@ import transformers
 from torch import nn
 
 import billhook as bh
+from billhook.engine.statistics import InputNorms
 from billhook.model.convolutions import is_convolution, patches
 from billhook.model.linears import prunable, weight_of
-from billhook.running.statistics import InputNorms
 from billhook.sparsity.masks import keep_n_of_m
 from billhook.sparsity.orders import carry_out, permute
 from kit.families import build, llama, tokens

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.enough import Settled
 from billhook.callbacks.heads.record import HeadRecord
+from billhook.engine.sharding import sizes_only
+from billhook.engine.shards import in_turn
 from billhook.fit.calibration import FitCalibration, gradient_precision
 from billhook.fit.ranks import sum_over
 from billhook.importance.base import Importance
@@ -20,8 +22,6 @@ from billhook.model.find import find_transformer
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import among_others, choose
 from billhook.pruning.planning import plan_units
-from billhook.running.sharded.shards import sizes_only
-from billhook.running.sharded.turns import in_turn
 from billhook.units.find import find_units
 from billhook.units.units import Per, Units
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.shards import in_turn, turns_of
 from billhook.fit.calibration import FitCalibration, Pair
 from billhook.fit.ranks import check_agreed, check_near, of_first, sum_over, summed, together
 from billhook.kv_heads.bases.ready import batches_needed
@@ -24,7 +25,6 @@ from billhook.model.plan import Weights
 from billhook.model.surgery import changed, take
 from billhook.repairs.in_turn import Refitted, but
 from billhook.repairs.repair import Repair
-from billhook.running.sharded.turns import in_turn, turns_of
 
 HINT = (
     "billhook: KV heads are mean-pooled, as in the paper. method='svd' starts far nearer to the dense model (SmolLM2-135M, 3 -> "

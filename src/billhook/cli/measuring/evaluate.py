@@ -22,13 +22,13 @@ from billhook.cli.blockwise import over
 from billhook.cli.machine import check_file, device_of
 from billhook.cli.measuring import images
 from billhook.cli.reading import files
+from billhook.engine.memory import give_back_at_once
 from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
+from billhook.model.streamed import stream as open_streamed
 from billhook.report.choices import Question, read_questions
 from billhook.report.table import aligned
-from billhook.running.resident import give_back_at_once
-from billhook.streaming.load import stream as open_streamed
 from billhook.training.evaluation import (
     LONGEST,
     Asked,

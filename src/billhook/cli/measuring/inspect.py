@@ -10,21 +10,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.arguments import one_of
 from billhook.checkpoints.save import Way, way_of
 from billhook.cli.reading import files
+from billhook.engine.files import stream_of
+from billhook.engine.memory import Extent, extent_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_of
 from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.meta import from_name
 from billhook.model.runs.operands import operands_of
 from billhook.model.shapes.shape import to_entry, unbuilt_shape
+from billhook.model.streamed import outline
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.removal import tried
 from billhook.pruning.widths.experts import width_step
 from billhook.serving.divisible import GPUS, shares
 from billhook.serving.readings import FILES
 from billhook.serving.verdicts import Verdict, told, verdicts
-from billhook.streaming.load import outline
-from billhook.streaming.room import Extent, extent_of
-from billhook.streaming.stream import stream_of
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
 from billhook.tracing.trace import trace

@@ -2,8 +2,8 @@
 
 from billhook.checkpoints.save import load
 from billhook.cli.reading import files
+from billhook.model.streamed import outline
 from billhook.report.summary import summary as summarise
-from billhook.streaming.load import outline
 
 
 def summary(model: str, stream: bool = False) -> None:

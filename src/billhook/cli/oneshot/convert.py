@@ -7,6 +7,7 @@ from billhook.cli.oneshot.enough import check_examples, coming, refits
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import Refits
 from billhook.cli.oneshot.text import NONE, Examples
+from billhook.engine.files import stream_of
 from billhook.kv_heads.bases.ready import Attentions, batches_needed, check_ready
 from billhook.kv_heads.bases.streamed import StreamedAttentions
 from billhook.kv_heads.convert import check_repair, convert_streamed, ready
@@ -17,7 +18,6 @@ from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.plan import apply
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import in_rows
-from billhook.streaming.stream import stream_of
 
 REFIT = "refit what reads the heads, and the feed-forwards, by least squares"
 

@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from billhook.cli.oneshot.frame import OneShot
+from billhook.engine.batches import Batch
 from billhook.model.linears import is_linear
 from billhook.pruning.cuts import Cut
 from billhook.pruning.target import Search
 from billhook.repairs.enough import NoRepair
-from billhook.running.batches import Batch
 
 REFIT = "refit the linears that read them, by least squares"
 

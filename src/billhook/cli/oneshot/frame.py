@@ -25,19 +25,19 @@ from billhook.cli.oneshot.pace import how_long
 from billhook.cli.oneshot.streamed import Refits, check_streamed, reads, rest
 from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
+from billhook.engine.batches import Batch
+from billhook.engine.files import stream_of
+from billhook.engine.memory import give_back_at_once
+from billhook.engine.offload import offloaded
+from billhook.engine.walk import find_sites
+from billhook.engine.zeros import zeros_by_name, zeros_of
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor
+from billhook.model.streamed import stream
 from billhook.place import check_apart, check_target, replaced
 from billhook.report.damage import Dense, warning_of
 from billhook.report.generation import generates
 from billhook.report.metrics import accuracy
-from billhook.running.batches import Batch
-from billhook.running.offload import offloaded
-from billhook.running.resident import give_back_at_once
-from billhook.running.sites import find_sites
-from billhook.streaming.load import stream
-from billhook.streaming.stream import stream_of
-from billhook.streaming.zeros import zeros_by_name, zeros_of
 
 WRITTEN = 40
 """How many the model writes."""

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from billhook.cli.oneshot.text import EXAMPLES, Pictures, Text
+from billhook.engine.batches import Batch
 from billhook.names import without_folders
-from billhook.running.batches import Batch
 from billhook.training.data import ClassificationDataModule
 from billhook.training.dataset_module import DatasetModule
 from billhook.training.images import ImageDataModule

@@ -9,9 +9,9 @@ from billhook.cli.oneshot.enough import check_examples, coming
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import Matches, bytes_of_moments
 from billhook.cli.oneshot.text import NONE, Pictures
+from billhook.engine.walk import Sequential
 from billhook.model.convolutions import Convolutions, is_convolution
 from billhook.model.linears import channels
-from billhook.running.sites import Sequential
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, check_pruning, few_tokens, needs_data, solves
 from billhook.sparsity.criteria import Criterion, Wanda

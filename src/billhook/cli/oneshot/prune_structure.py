@@ -11,6 +11,7 @@ from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.passes import REFITTED, REMOVED, WITHOUT_BLOCKS, Passes, batch_count
 from billhook.cli.oneshot.streamed import Refits, bytes_of_moments, check_scored, left
 from billhook.cli.oneshot.text import Scored
+from billhook.engine.batches import Batch
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.default import default_importance
@@ -24,7 +25,6 @@ from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.streamed import check_kinds
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
-from billhook.running.batches import Batch
 from billhook.shrinking.held_out import in_rows
 
 

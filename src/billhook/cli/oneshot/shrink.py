@@ -13,13 +13,13 @@ from billhook.cli.oneshot.kept import KeptLibrary
 from billhook.cli.oneshot.recovery import Recovery
 from billhook.cli.oneshot.searched import outlook
 from billhook.cli.oneshot.text import Examples
+from billhook.engine.batches import Batch
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.plots.pareto import pareto
 from billhook.pruning.repair import Repairing
 from billhook.pruning.widths.rows import RoundTo
 from billhook.report.speed import Phase
-from billhook.running.batches import Batch
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.latency.table import clock_of
 from billhook.shrinking.latency.workload import Workload

@@ -9,6 +9,9 @@ from transformers import PreTrainedModel
 from billhook.arguments import memory_of
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.cli.oneshot.text import Text
+from billhook.engine.files import Stream, stream_of
+from billhook.engine.memory import extent_of, fits, give_back
+from billhook.engine.statistics import ROWS
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.importance.score import check_streams
@@ -18,11 +21,7 @@ from billhook.pruning.cuts import Cut
 from billhook.pruning.target import Search
 from billhook.repairs.moments import OUTPUTS
 from billhook.report.predictions import BYTES as PREDICTIONS
-from billhook.running.resident import give_back
-from billhook.running.statistics import ROWS
 from billhook.sparsity.criteria import Criterion
-from billhook.streaming.room import extent_of, fits
-from billhook.streaming.stream import Stream, stream_of
 
 AFTERWARDS = 3
 """Passes over the blocks that count zeros, say which logits the checkpoint must give, and compare it."""

@@ -15,6 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from billhook.engine.fsdp import WRAPPED, class_of
+from billhook.engine.sharding import sizes_only
+from billhook.engine.shards import reshaped
 from billhook.fit.events.event import Event, EventCallback, FollowsShapes, SetsLength, log_event
 from billhook.fit.late_models import once_model_exists
 from billhook.fit.lightning_internals import averages, communication_state
@@ -22,9 +25,6 @@ from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of, training_steps
 from billhook.fit.strategies import check_shapes
 from billhook.model.optimizers import check_replaceable, check_unhooked
-from billhook.running.sharded.reshaped import reshaped
-from billhook.running.sharded.shards import sizes_only
-from billhook.running.sharded.torch_internals import WRAPPED, class_of
 
 
 class ShapeCallback(EventCallback):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from billhook.running.float64 import float64_device
-from billhook.running.trees import tree_leaves
+from billhook.engine.float64 import float64_device
+from billhook.engine.trees import tree_leaves
 
 ROWS = 256
 """How many predictions are compared at a time, as float64 takes memory."""

@@ -11,10 +11,10 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.state import undisturbed
+from billhook.engine.store import bring
 from billhook.kv_heads.bases.alone import Alone, Change, plainly, see_calls
 from billhook.kv_heads.bases.stacks import Projections, Stacks
-from billhook.running.undisturbed import undisturbed
-from billhook.streaming.either import bring
 
 TOLERANCE = 1e-6
 """How far apart, relative to its norm, what an attention gives may be and still be the same: some compute in float32."""

@@ -5,14 +5,13 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+from billhook.engine.batches import Run
+from billhook.engine.passes import Together
+from billhook.engine.state import overridden, undisturbed
+from billhook.engine.walk import Reduce
 from billhook.kv_heads.bases.moments import Moments, Sums
 from billhook.kv_heads.bases.ready import Attentions
 from billhook.kv_heads.methods.base import Grouping
-from billhook.running.batches import Run
-from billhook.running.overridden import overridden
-from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Reduce
-from billhook.streaming.together import Together
 
 
 class Passing:

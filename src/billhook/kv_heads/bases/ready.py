@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import MERGE, adapted
+from billhook.engine.batches import Loss, Run, run_with_loss
+from billhook.engine.float64 import float64_device
+from billhook.engine.state import undisturbed
+from billhook.engine.store import bring
+from billhook.engine.walk import Reduce
 from billhook.kv_heads.bases.bases import find_bases, pooled, turned, weight_moments
 from billhook.kv_heads.bases.distance import distance_between
 from billhook.kv_heads.bases.freedom import Freedoms, find_freedoms, in_order
@@ -24,11 +29,6 @@ from billhook.repairs.enough import not_refitted
 from billhook.repairs.in_turn import Refitted, by_parameter
 from billhook.repairs.repair import Repair, repair_linears
 from billhook.repairs.visitor import Given
-from billhook.running.batches import Loss, Run, run_with_loss
-from billhook.running.float64 import float64_device
-from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Reduce
-from billhook.streaming.either import bring
 from billhook.tracing.trace import trace
 
 BatchAndLoss = tuple[Any, Loss | None]

@@ -6,6 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from billhook.engine.batches import Run
+from billhook.engine.lazy import Aside, by_module, computing_with
+from billhook.engine.passes import Together, passing
+from billhook.engine.shards import Turns, turns_of
+from billhook.engine.state import undisturbed
+from billhook.engine.store import apart
+from billhook.engine.walk import Reduce
 from billhook.kv_heads.bases.moments import Moments
 from billhook.kv_heads.bases.passing import Passing
 from billhook.kv_heads.bases.ready import Attentions
@@ -15,14 +22,6 @@ from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair
 from billhook.repairs.shared import Gathered, InShards
 from billhook.repairs.visitor import Given
-from billhook.running.batches import Run
-from billhook.running.sharded.passes import passing
-from billhook.running.sharded.turns import Turns, turns_of
-from billhook.running.undisturbed import undisturbed
-from billhook.running.walk import Reduce
-from billhook.streaming.aside import Aside, by_module, computing_with
-from billhook.streaming.either import apart
-from billhook.streaming.together import Together
 
 
 class SharedAttentions(Attentions):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from billhook.engine.float64 import float64_device
+from billhook.engine.state import replaced
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.model.shapes.handed import Indices
-from billhook.running.float64 import float64_device
-from billhook.running.replaced import replaced
 from billhook.tracing.coupling import Structure
 from billhook.tracing.roles import Attention, Part
 from billhook.units.heads import find_heads

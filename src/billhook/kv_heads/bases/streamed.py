@@ -8,6 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.batches import Run, tell_apart
+from billhook.engine.files import Stream
+from billhook.engine.lazy import Aside, by_module, itself
+from billhook.engine.parts import tensor_in
+from billhook.engine.passes import Together
+from billhook.engine.state import overridden, undisturbed
 from billhook.kv_heads.bases.distance import distance_between
 from billhook.kv_heads.bases.moments import Moments
 from billhook.kv_heads.bases.passing import Passing
@@ -17,13 +23,6 @@ from billhook.kv_heads.methods.base import KVMethod, Rendered
 from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair
 from billhook.repairs.visitor import Given
-from billhook.running.batches import Run, tell_apart
-from billhook.running.overridden import overridden
-from billhook.running.undisturbed import undisturbed
-from billhook.streaming.aside import Aside, by_module, itself
-from billhook.streaming.parts import tensor_in
-from billhook.streaming.stream import Stream
-from billhook.streaming.together import Together
 
 
 class StreamedAttentions(Attentions):

@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from billhook.engine.walk import Reduce
 from billhook.kv_heads.bases.ready import BatchAndLoss, made_equal
 from billhook.kv_heads.bases.shared import attentions_of
 from billhook.kv_heads.methods.base import KVMethod, Rendered
 from billhook.model.plan import Weights
 from billhook.repairs.repair import Repair
-from billhook.running.walk import Reduce
 
 
 def ready_weights(

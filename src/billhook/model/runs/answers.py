@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.engine.state import precisely, resting
 from billhook.model.config_fields import configs_of
 from billhook.model.runs.inputs import make_inputs
-from billhook.running.undisturbed import precisely, resting
 
 
 def small_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:

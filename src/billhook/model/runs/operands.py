@@ -7,9 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from billhook.engine.state import undisturbed
+from billhook.engine.trees import tree_leaves
 from billhook.model.runs.answers import small_inputs
-from billhook.running.trees import tree_leaves
-from billhook.running.undisturbed import undisturbed
 
 Operands = list[tuple[str, tuple[float, ...]]]
 """The name of each op, in the order of calls, and the single numbers among its arguments."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.engine.fsdp import class_of
 from billhook.model.constants import record_constants
 from billhook.model.find import find_transformer, locate_transformer
 from billhook.model.shapes.shape import KEY, Shape, check_plain_shape, note_shape, set_shape, shape_of
 from billhook.model.surgery import undone_by_errors
-from billhook.running.sharded.torch_internals import class_of
 
 VERSION = 1
 PARTS = {"class": str, "config": str, "prefix": str, "shape": Mapping}

@@ -15,14 +15,14 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from billhook.engine.loader_internals import LOADED
+from billhook.engine.state import undisturbed
 from billhook.model.build import build_or_refuse
 from billhook.model.complete import accept, check_shards, load_and_compare, load_complete, mismatch, refuse_gaps
 from billhook.model.linears import is_linear
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.handed import Handing
 from billhook.model.shapes.shape import GROUPS, KEY, VERSIONS, Shape, set_shape, shape_of, to_entry
-from billhook.model.transformers_internals import LOADED
-from billhook.running.undisturbed import undisturbed
 
 LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
 HEADS = ("num_heads", "num_attention_heads", "n_heads")

@@ -12,11 +12,11 @@ from statistics import median
 
 from transformers import PreTrainedModel
 
+from billhook.engine.state import undisturbed
 from billhook.model.meta import sharing
 from billhook.pruning.block_plan import BlockPlan, take_out
 from billhook.pruning.cuts import Cut
 from billhook.pruning.removal import remove
-from billhook.running.undisturbed import undisturbed
 from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.levels import Place
 from billhook.shrinking.places.costs import cut_of

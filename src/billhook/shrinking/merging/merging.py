@@ -4,6 +4,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from billhook.engine.batches import Run
+from billhook.engine.lazy import Aside
+from billhook.engine.memory import memory_to_hold
+from billhook.engine.store import bring
 from billhook.kv_heads.bases.bases import find_bases, pooled
 from billhook.kv_heads.bases.moments import Moments, gather_each
 from billhook.kv_heads.bases.ready import Attentions
@@ -12,16 +16,12 @@ from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import matrix_of
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
-from billhook.running.batches import Run
-from billhook.running.free_memory import memory_to_hold
 from billhook.shrinking.damages import groups
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
 from billhook.shrinking.library import UNFITTED, Library, resting
 from billhook.shrinking.merging.plans import METHOD, Merged, plans_of
 from billhook.shrinking.merging.refit import refit_readers
-from billhook.streaming.aside import Aside
-from billhook.streaming.either import bring
 
 Scale = tuple[list[Place], dict[str, tuple[int, ...]], dict[str, list[float]]]
 """Places, and by place the numbers of units that it may keep, and what it loses at each."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from billhook.engine.lazy import Aside
 from billhook.kv_heads.methods.svd import SVD
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.figures import figures_of
@@ -24,7 +25,6 @@ from billhook.repairs.shared import both
 from billhook.shrinking.library import as_values
 from billhook.shrinking.spaces.blocks import Block, Blocks
 from billhook.shrinking.spaces.planned import Planned, refitted_if_enough
-from billhook.streaming.aside import Aside
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 

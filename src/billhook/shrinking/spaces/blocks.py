@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from transformers import PreTrainedModel
 
+from billhook.engine.lazy import Aside, computing_with
 from billhook.model.figures import figure_of
 from billhook.model.linears import is_linear
 from billhook.model.runs.answers import alike, answer, tolerance
@@ -13,7 +14,6 @@ from billhook.pruning.block_plan import BlockPlan, find_block_plan, tried, witho
 from billhook.pruning.target import Search
 from billhook.shrinking.levels import Place
 from billhook.shrinking.library import zeros_of
-from billhook.streaming.aside import Aside, computing_with
 from billhook.units.blocks import block_of, skipping
 from billhook.units.find import find_units, units_of
 from billhook.units.units import Units

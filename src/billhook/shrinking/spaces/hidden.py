@@ -11,12 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.batches import Run
+from billhook.engine.lazy import Aside, itself
+from billhook.engine.sharding import whole
+from billhook.engine.shards import turns_of
 from billhook.importance.base import Importance
 from billhook.importance.baselines import WeightNorm
 from billhook.importance.score import score
 from billhook.kv_heads.plan import UNCHANGED, starting
 from billhook.model.figures import figure_of
 from billhook.model.shapes.shape import unbuilt_shape
+from billhook.model.surgery import change_in_turn, whole_way_back
 from billhook.pruning.block_plan import without
 from billhook.pruning.choice import ranked
 from billhook.pruning.cuts import Cut, find_cut
@@ -24,16 +29,11 @@ from billhook.pruning.removal import remove, tried
 from billhook.pruning.target import Search
 from billhook.pruning.widths.rows import RoundTo, rounded
 from billhook.repairs.in_turn import Values, each_changed
-from billhook.running.batches import Run
-from billhook.running.sharded.shards import whole
-from billhook.running.sharded.turns import turns_of
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
 from billhook.shrinking.library import Library
 from billhook.shrinking.spaces.blocks import Block, Blocks
 from billhook.shrinking.spaces.norms import energies, scaled_norms
-from billhook.streaming.aside import Aside, itself
-from billhook.streaming.changes import change_in_turn, whole_way_back
 from billhook.units.find import units_of
 from billhook.units.units import Units
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.engine.batches import Run
+from billhook.engine.float64 import float64_device
+from billhook.engine.state import undisturbed
+from billhook.engine.store import bring
 from billhook.pruning.fold import divided
-from billhook.running.batches import Run
-from billhook.running.float64 import float64_device
-from billhook.running.undisturbed import undisturbed
-from billhook.streaming.either import bring
 from billhook.units.units import Units
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from billhook.engine.lazy import Aside, by_module, computing_with, itself
+from billhook.engine.store import following
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.model.figures import figure_of
 from billhook.model.find import find_transformer
 from billhook.model.plan import ShapePlan, Weights, usable
-from billhook.model.surgery import Follow, undone_by_errors
+from billhook.model.surgery import Follow, change_in_turn, undone_by_errors
 from billhook.model.values import check_changeable
 from billhook.pruning.amount import TARGETS
 from billhook.pruning.block_plan import BlockPlan, without
@@ -34,9 +36,6 @@ from billhook.repairs.shared import both
 from billhook.repairs.visitor import Given
 from billhook.shrinking.spaces.blocks import Block, Blocks
 from billhook.shrinking.spaces.hidden import Hidden
-from billhook.streaming.aside import Aside, by_module, computing_with, itself
-from billhook.streaming.changes import change_in_turn
-from billhook.streaming.either import following
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 from billhook.units.gates import mask

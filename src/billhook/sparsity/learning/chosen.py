@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from billhook.calibration.calibration import Batches
+from billhook.engine.statistics import Statistics
+from billhook.engine.walk import Reduce, Sequential
 from billhook.model.convolutions import Convolutions
 from billhook.model.linears import turned, weight_of
-from billhook.running.sites import Sequential
-from billhook.running.statistics import Statistics
-from billhook.running.walk import Reduce
 from billhook.sparsity.allocated import sparsities_of
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import check_pruning, needing, needs_data, uncalled, warn_of_others

@@ -10,8 +10,8 @@ from torch.autograd.function import FunctionCtx
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from billhook.engine.state import replaced
 from billhook.model.linears import find_twins, prunable
-from billhook.running.replaced import replaced
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.learning.chosen import Chosen
 from billhook.sparsity.masks import where_kept

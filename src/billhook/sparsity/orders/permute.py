@@ -9,11 +9,12 @@ from torch import nn
 
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
+from billhook.engine.files import stream_of
+from billhook.engine.walk import Reduce
 from billhook.model.convolutions import Convolutions
 from billhook.model.find import find_transformer
 from billhook.model.runs.answers import alike, logits_of, tolerance
 from billhook.model.values import check_changeable, check_plain
-from billhook.running.walk import Reduce
 from billhook.sparsity.checks import check_device, check_folder, check_pruning, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import parse_pattern
@@ -22,7 +23,6 @@ from billhook.sparsity.orders.free import Free, find_free
 from billhook.sparsity.orders.permuted import Permuted, Reordered
 from billhook.sparsity.orders.visitor import Found, OrderingVisitor
 from billhook.sparsity.walks import Walks, runs_for
-from billhook.streaming.stream import stream_of
 from billhook.tracing.trace import trace
 from billhook.units.gates import Gate
 

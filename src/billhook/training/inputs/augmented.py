@@ -9,7 +9,7 @@ import torch
 from PIL.Image import Image
 from torch.utils.data import Dataset
 
-from billhook.running.noise import seeded
+from billhook.engine.noise import seeded
 
 
 class Augmented(Dataset[dict[str, Any]]):

@@ -1,0 +1,363 @@
+"""A model of which one block at a time is in memory: each comes from files when it computes, and goes when another one does."""
+
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from billhook.bar import Told
+from billhook.engine.coming import Before, Coming
+from billhook.engine.fingerprint import identity_of
+from billhook.engine.loader_internals import (
+    as_in_files,
+    everything_saved,
+    initialize_buffers,
+    is_joined_unevenly,
+    load_some,
+    made_by_class,
+    named_in,
+)
+from billhook.engine.parts import Parts, link
+from billhook.engine.tensors import Files, renumbered, share, write_index
+from billhook.engine.trees import tree_map_only
+from billhook.engine.walk import blocks_of
+
+
+class ComingOnce(Coming):
+    """A forward of a block that is there by then; nothing is kept of it for gradients, which are refused."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
+        """Returns what the block makes of what it is given."""
+        if not torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        with torch.no_grad():  # or what autograd keeps would hold all blocks
+            found = super().__call__(*args, **kwargs)
+        return tree_map_only(Tensor, _without_gradient, found)
+
+
+class _Refused(torch.autograd.Function):
+    """Gives what it is given, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(_: Any, output: Tensor, __: Tensor) -> Tensor:  # noqa: ANN401
+        """Returns a view of a tensor."""
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(*_: object) -> NoReturn:
+        """Refuses the gradient."""
+        raise ValueError("model: it is streamed, and gradients need all weights in memory: load it with bh.load")
+
+
+def _without_gradient(output: Tensor) -> Tensor:
+    """Returns what a block gives, so that a gradient that comes to it is refused."""
+    found: Tensor = output
+    if output.is_floating_point():
+        found = _Refused.apply(output, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return found
+
+
+STREAM = "_billhook_stream"
+"""The attribute of a model that holds its stream."""
+
+
+class Stream:
+    """Where the blocks of a model on meta come from, and where changed ones go; nothing is read before it is opened.
+
+    All that is in no block then stays in memory, and so do buffers, and blocks that hold the model's first parameter or share a
+    weight with something outside of them.
+
+    Args:
+        model: The model, on meta.
+        files: The tensors of its checkpoint.
+        parts: Where changed blocks are written; None for a model that is only read.
+
+    Attributes:
+        blocks: The blocks that come and go, by name.
+        adopted: The files that hold blocks as they are now, by the name of the block.
+        rests: The folder in which what blocks hand on rests while runs go side by side; None for memory.
+        reused: How many blocks, in all steps so far, were there from an earlier run.
+    """
+
+    keeps_shapes = True
+
+    def __init__(self, model: PreTrainedModel, files: Files, parts: Parts | None) -> None:
+        self.model, self.files, self.parts = model, files, parts
+        self.here: nn.Module | None = None
+        self.rests: str | None = None
+        self.reused = 0
+        self._changed = False
+        self._note: object = None
+        self.adopted = dict[str, Path]()
+        self._told: Told | None = None
+        self._passed = set[str]()
+        self._alterations = dict[str, list[Callable[[nn.Module], object]]]()  # what is done to blocks whenever they come
+        self._lost = list[dict[str, str]]()  # each time that blocks were removed, the others by their names before and after
+        self.names = names = {module: name for name, module in model.named_modules()}
+        self.blocks: dict[str, nn.Module] = {names[block]: block for block in blocks_of(model) if self._is_apart(block)}
+        self.owner = {part: block for block in self.blocks.values() for part in block.modules()}
+        self.keys = self._keys()
+        self._origin = files.state
+        setattr(model, STREAM, self)
+
+    def open(self, beside: PreTrainedModel | None = None) -> None:
+        """Loads what stays in memory, except for what a model beside this one has, and has blocks come when they are called."""
+        initialize_buffers(self.model, made_by_class(self.model, named_in(self.model, self.files).values()))
+        stay = self.keys[""]
+        self._load(stay if beside is None else share(self.model, beside, self.files, stay))
+        for module, block in self.owner.items():
+            if module is block:
+                vars(block)["forward"] = ComingOnce(self.bring, block, block.forward)
+            elif any(own is not None for own in module._parameters.values()):  # some are called, and their block is not
+                module.register_forward_pre_hook(Before(self.bring, block))
+
+    def _keys(self) -> dict[str, list[str]]:
+        """Returns the names of tensors in the files, by the block that they are in, or ""."""
+        names = self.names
+        of = {f"{names[part]}.{key}": names[block] for part, block in self.owner.items() for key in part._parameters}
+        found: dict[str, list[str]] = {name: [] for name in ("", *self.blocks)}
+        for key, own in named_in(self.model, self.files).items():
+            found[of.get(own, "")].append(key)
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
+        """Returns one without blocks: a copy of the model, as on meta, has no files."""
+        idle = object.__new__(Stream)
+        memo[id(self)] = idle
+        idle.blocks, idle.owner, idle.here = {}, {}, None
+        return idle
+
+    def _is_apart(self, block: nn.Module) -> bool:
+        """Tells whether only a block itself ever needs its parameters."""
+        inside = set(block.modules())
+        own = {id(parameter) for parameter in block.parameters()}
+        others = (module for module in self.model.modules() if module not in inside)
+        if id(next(self.model.parameters())) in own:  # which models ask for the device that they are on
+            return False
+        return bool(own) and not any(id(one) in own for module in others for one in module._parameters.values())
+
+    def bring(self, module: nn.Module) -> nn.Module | None:
+        """Has the block of a module in memory, and no other, and returns it; what is outside of blocks is always there."""
+        block = self.owner.get(module)
+        if block is not None and block is not self.here:
+            self._check_known(block)
+            self.leave()
+            self._load(self.keys[self.names[block]])
+            self.here = block
+            for alter in self._alterations.get(self.names[block], ()):
+                alter(block)
+        return block
+
+    def _check_known(self, block: nn.Module) -> None:
+        """Refuses a block with modules that have come since the model was loaded, such as adapters; nothing is read for it."""
+        for name, part in block.named_modules(prefix=self.names[block]):
+            if part not in self.owner and part._parameters:
+                raise ValueError(
+                    f"model: {name} was added to it, and the model is streamed, so that its files alone say what a block holds: "
+                    "load it with bh.load for adapters and the like"
+                )
+
+    @contextmanager
+    def altered(self, alter: Callable[[nn.Module], object]) -> Iterator[None]:
+        """Has values of blocks altered in memory whenever they come, within; one that is written and adopted stays as that is."""
+        self.leave()
+        before = self._alterations
+        self._alterations = {name: [*before.get(name, ()), alter] for name in self.blocks}
+        try:
+            yield
+        finally:
+            self._alterations = before
+            self._changed = False
+            self.leave()
+
+    def change(self, block: nn.Module, note: object = None) -> None:
+        """Has the block that is here, which has changed, written when it goes, with a note in plain data."""
+        assert block is self.here, f"{self.names[block]} is gone: what was changed in it is lost"
+        self._changed, self._note = True, note
+
+    def leave(self) -> None:
+        """Has no block in memory; the one that was there is written first, if it has changed."""
+        if self.here is None:
+            return
+        block, name = self.here, self.names[self.here]
+        if self._changed:
+            tensors = {own: parameter.detach() for own, parameter in _named_in(block, name)}
+            self.written.write(name, as_in_files(self.model, tensors), self._note)
+        gone = dict[int, nn.Parameter]()
+        for part in block.modules():
+            for key, own in part._parameters.items():
+                if own is not None:
+                    part._parameters[key] = gone.setdefault(id(own), _gone(own))
+        self.here = None
+        torch.clear_autocast_cache()  # which holds what was cast of the block
+        if self._changed:
+            self._changed = False
+            self.adopt(name)
+        self._passed.add(name)
+        if self._told is not None:
+            self._told(len(self._passed), len(self.blocks))
+
+    @contextmanager
+    def watched(self, told: Told) -> Iterator[None]:
+        """Tells, within, how many blocks have come and gone since the last step began, and of how many."""
+        self._passed, self._told = set(), told
+        told(0, len(self.blocks))
+        try:
+            yield
+        finally:
+            self._told = None
+
+    def begin(self, key: str) -> dict[str, Any]:
+        """Begins a step in which blocks change; returns those that an earlier process has done, with its notes.
+
+        They are as they were before the step until they are adopted.
+        """
+        self._back, self._passed = self.way_back(), set()
+        done = self.written.begin(f"{self._origin} {self._lost} {identity_of(self.model)} {key}")
+        self.reused += len(done)
+        return done
+
+    @contextmanager
+    def undone_by_errors(self) -> Iterator[None]:
+        """Has blocks come from where they came from before the step, if an error is raised within; what was written stays."""
+        try:
+            yield
+        except BaseException:
+            self._back()
+            if self.parts is not None and not self.adopted:  # or the blocks of an earlier step come from there
+                self.parts.release()
+            raise
+
+    def way_back(self) -> Callable[[], None]:
+        """Returns what has blocks come, under the names that they have now, from where they come from now."""
+        self.leave()
+        step = 0 if self.parts is None else self.parts.step
+        files, keys, adopted, lost = self.files.copy(), dict(self.keys), dict(self.adopted), list(self._lost)
+        alterations = dict(self._alterations)
+        names, blocks, owner = dict(self.names), dict(self.blocks), dict(self.owner)
+        sizes = {name: {own: tuple(one.shape) for own, one in _named_in(block, name)} for name, block in blocks.items()}
+
+        def back() -> None:
+            self._changed = False
+            self.leave()
+            self.files, self.keys, self.adopted, self._lost = files, keys, adopted, lost
+            self.names, self.blocks, self.owner, self._alterations = names, blocks, owner, alterations
+            for name, own in sizes.items():
+                self.resize(name, own)
+            if self.parts is not None:
+                self.parts.step = step
+
+        return back
+
+    def follow(self) -> None:
+        """Follows the model, which has lost blocks: the others come under the names that they have now.
+
+        Raises:
+            ValueError: If the names in the files do not number the blocks as the model does.
+        """
+        self.leave()
+        now = {module: name for name, module in self.model.named_modules()}
+        then = {name: now[block] for name, block in self.blocks.items() if block in now}
+        moved = {key: renumbered(key, name, then[name]) for name in then for key in self.keys[name]}
+        self.files.rename(moved, [key for name in self.blocks.keys() - then.keys() for key in self.keys[name]])
+        self.keys = {"": self.keys[""]} | {new: [moved[key] for key in self.keys[name]] for name, new in then.items()}
+        self.adopted = {name: path for name, path in self.adopted.items() if then.get(name) == name}  # others hold old names
+        self.blocks = {new: self.blocks[name] for name, new in then.items()}
+        self.names, self.owner = now, {part: block for block in self.blocks.values() for part in block.modules()}
+        self._lost.append(then)
+
+    def adopt(self, name: str) -> None:
+        """Has a block come from what was written of it, from now on."""
+        if self.blocks[name] is self.here:
+            self.leave()
+        path, keys = self.written.path(name), self.written.keys(name)
+        self.files.move(self.keys[name], path, keys)
+        self.keys[name], self.adopted[name] = list(keys), path
+        self._alterations.pop(name, None)
+
+    def resize(self, name: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
+        """Gives the parameters of a block that is not there the sizes that they have in its file."""
+        for own, parameter in list(_named_in(self.blocks[name], name)):
+            if tuple(parameter.shape) == tuple(sizes[own]):
+                continue
+            owner, _, key = own.rpartition(".")
+            empty = torch.empty(sizes[own], dtype=parameter.dtype, device="meta")
+            self.model.get_submodule(owner)._parameters[key] = nn.Parameter(empty, parameter.requires_grad)
+
+    def settle(self, folder: Path) -> None:
+        """Has blocks come from the checkpoint that was written of the model, and removes what was written on the way."""
+        if self.parts is not None:
+            self.parts.remove()
+        self.files, self.adopted, self._lost = Files(str(folder)), {}, []
+        self.keys, self._origin = self._keys(), self.files.state
+
+    def _load(self, keys: list[str]) -> None:
+        """Loads tensors from the files; those that are tied stay so."""
+        tied = defaultdict[int, list[tuple[nn.Module, str]]](list)
+        for module in self.model.modules():
+            for key, own in module._parameters.items():
+                if own is not None and own.is_meta:
+                    tied[id(own)].append((module, key))
+        with self.files.slices(keys) as slices:
+            load_some(self.model, slices)
+        for places in tied.values():
+            found = [own for module, key in places if (own := module._parameters[key]) is not None and not own.is_meta]
+            for module, key in places if found else ():
+                module._parameters[key] = found[0]
+
+    @property
+    def written(self) -> Parts:
+        """Where changed blocks are written."""
+        if self.parts is None:
+            raise ValueError("model: it is streamed to be read only; say where it is written: bh.stream(folder, out)")
+        return self.parts
+
+
+def _named_in(block: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yields the parameters of a block, once each, by the names that its model gives them."""
+    return block.named_parameters(prefix=name)
+
+
+def _gone(parameter: nn.Parameter) -> nn.Parameter:
+    """Returns a parameter on meta in the place of one that goes."""
+    return nn.Parameter(torch.empty_like(parameter.detach(), device="meta"), parameter.requires_grad)
+
+
+def stream_of(model: nn.Module) -> Stream | None:
+    """Returns the stream of a model, or of the one that a module holds; None of one that is in memory as a whole."""
+    if isinstance(model, PreTrainedModel):
+        own = vars(model).get(STREAM)
+        return own if isinstance(own, Stream) and own.blocks else None
+    return next((found for child in model.children() if (found := stream_of(child)) is not None), None)
+
+
+def write_checkpoint(stream: Stream, folder: Path) -> None:
+    """Writes config, a file for what is in no block, a file for each block, and the index."""
+    stream.leave()
+    model, blocks = stream.model, len(stream.blocks)
+    rest = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    with everything_saved(model):
+        model.save_pretrained(
+            folder, state_dict=rest, max_shard_size=sys.maxsize, save_original_format=not is_joined_unevenly(model)
+        )
+    (folder / SAFE_WEIGHTS_NAME).rename(folder / _named(0, blocks))
+    for number, name in enumerate(stream.blocks, 1):
+        file = folder / _named(number, blocks)
+        if name in stream.adopted:
+            link(stream.adopted[name], file)
+        else:
+            save_file(stream.files.read(stream.keys[name]), file, {"format": "pt"})
+    write_index(folder)
+
+
+def _named(number: int, blocks: int) -> str:
+    """Names a file of the checkpoint as transformers does; the first holds what is in no block."""
+    return f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors" if blocks else SAFE_WEIGHTS_NAME

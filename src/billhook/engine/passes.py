@@ -1,0 +1,133 @@
+"""Runs a model on several inputs: one after the other, or side by side, so that all pass a block before one enters the next."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from billhook.engine.files import Stream, stream_of
+from billhook.engine.offload import Shelf
+from billhook.engine.shards import Turns
+from billhook.engine.walk import Reduce, Site, Walk, blocks_of
+
+
+class Passing:
+    """Holds what has been seen of a run: whether each block was called once at most, as a whole, and none within another.
+
+    Args:
+        model: The model; blocks that are not in it must not be called.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.orderly = True
+        self._inside, self._passed = set(model.modules()), set[nn.Module]()
+        self._here: nn.Module | None = None
+
+    def enter(self, block: nn.Module, part: nn.Module, *_: Any) -> None:  # noqa: ANN401 - whatever it takes
+        """Marks a block, or a part of it, as called."""
+        if part is not block:
+            self.orderly &= self._here is block
+            return
+        self.orderly &= self._here is None and block in self._inside - self._passed
+        self._passed.add(block)
+        self._here = block
+
+    def leave(self, *_: Any) -> None:  # noqa: ANN401
+        """Marks the block as done."""
+        self._here = None
+
+
+@contextmanager
+def passing(turns: Turns | None, model: nn.Module) -> Iterator[Passing]:
+    """Watches a run within, and yields what is seen of it; of a model whose blocks are all there, whatever it does is orderly."""
+    seen = Passing(model)
+    with ExitStack() as stack:
+        for part, block in turns.owner.items() if turns is not None else ():
+            stack.callback(part.register_forward_pre_hook(partial(seen.enter, block)).remove)
+            if part is block:
+                stack.callback(part.register_forward_hook(seen.leave).remove)
+        yield seen
+
+
+class Nothing:
+    """A visitor that finds nothing to do."""
+
+    def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
+        """Observes nothing."""
+
+    def complete(self, site: Site) -> None:
+        """Completes nothing."""
+
+    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
+        """Returns no new parameters."""
+        return {}
+
+
+@contextmanager
+def shelf(stream: Stream) -> Iterator[Shelf | None]:
+    """Yields what keeps the values that blocks hand on in the files of a stream's folder; None where they rest in memory."""
+    if stream.rests is None:
+        yield None
+        return
+    with closing(Shelf(stream.rests)) as files:
+        yield files
+
+
+class Together:
+    """Runs a model on several inputs; one that is streamed on all side by side, so that each block is read once.
+
+    Args:
+        model: The model.
+        leave: Called with each block when all runs have passed it, on any rank; with it, all models run side by side.
+        turns: What has blocks come that ranks share, and are called one after the other: all ranks then go side by side, too.
+        reduce: Sums over ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        leave: Callable[[nn.Module], None] | None = None,
+        turns: Turns | None = None,
+        reduce: Reduce | None = None,
+    ) -> None:
+        self._stream, self._turns, self._reduce = stream_of(model), turns, reduce
+        if self._stream is not None:
+            blocks = list(self._stream.blocks.values())
+        elif turns is not None:
+            blocks = turns.blocks
+        else:
+            blocks = [] if leave is None else blocks_of(model)
+        self._sites = [Site(block, {}) for block in blocks]
+        self._leave = None if leave is None else lambda site: leave(site.module)
+        self._walk: Walk | None = None
+        self._number = 0
+
+    @property
+    def now(self) -> int:
+        """The number of the run that is going on."""
+        return self._number if self._walk is None else self._walk.run
+
+    def __call__(self, forwards: Sequence[Callable[[], object]]) -> None:
+        """Calls functions that each run the model once, without gradients; they end one after the other."""
+        if not self._sites:
+            for self._number, forward in enumerate(forwards):
+                forward()
+            return
+        with nullcontext() if self._stream is None else shelf(self._stream) as files:
+            keep, ends = None if files is None else files.keep, len(forwards)
+            self._walk = Walk(self._sites, Nothing(), self._reduce, keep, around=self._there, ends=ends, leave=self._leave)
+            self._walk(forwards)
+
+    @contextmanager
+    def _there(self, block: nn.Module) -> Iterator[None]:
+        """Has a block whole on all ranks, also those of which no run comes to it."""
+        if self._turns is not None:
+            self._turns.bring(block)
+        yield
+
+
+def together(model: nn.Module, forwards: Sequence[Callable[[], object]]) -> None:
+    """Calls functions that each run a model once, as `Together` does."""
+    Together(model)(forwards)

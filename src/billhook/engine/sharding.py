@@ -1,0 +1,213 @@
+"""Parameters that ranks share: how they lie, whole ones made of them, and a sharded module without what FSDP does."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from typing_extensions import Self
+
+from billhook.engine.fsdp import bare, check_known, precision_of
+
+Place = tuple[nn.Module, str]
+"""A parameter, by a module that has it and its name there."""
+
+
+def places_of(module: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
+    """Yields all parameters of a module, those that are tied at each of their places."""
+    for part in module.modules():
+        for name, own in part._parameters.items():
+            if own is not None:
+                yield (part, name), own
+
+
+def without_memory(shard: DTensor) -> nn.Parameter:
+    """Returns a whole parameter for one that is sharded; it has no memory yet, and must not be read."""
+    return nn.Parameter(_empty(shard, torch.device(shard.device_mesh.device_type)), shard.requires_grad)
+
+
+def free(parameter: nn.Parameter) -> None:
+    """Takes the memory of a whole parameter away; what autograd has saved of it lasts until it comes again."""
+    storage = parameter.untyped_storage()
+    if storage.resizable():
+        storage.resize_(0)
+    else:  # something else has it, too, such as an array
+        parameter.data = _empty(parameter, parameter.device)
+
+
+def _empty(like: Tensor, device: torch.device) -> Tensor:
+    empty = torch.empty(like.shape, dtype=like.dtype, device=device)
+    empty.untyped_storage().resize_(0)
+    return empty
+
+
+def has_memory(parameter: nn.Parameter) -> bool:
+    """Tells whether the values of a parameter are there."""
+    size: int = parameter.untyped_storage().size()
+    return size > 0
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Tells whether parameters of a module are shards, or were before a forward gathered them."""
+    return any(isinstance(part, FSDPModule) for part in module.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in module.parameters()
+    )
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
+    """Shards a model over a mesh: its blocks, and as one what is around them."""
+    for one in (*blocks, model):
+        fully_shard(one, mesh=mesh)
+
+
+def reshard(module: nn.Module) -> None:
+    """Makes the parameters shards again that a forward has left gathered: only what is done to shards lasts."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a whole tensor without gradient: gathered, if it is sharded."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach()
+    there: Any = tensor.detach().to(tensor.device_mesh.device_type)  # weights may rest on the CPU
+    full: Tensor = there.full_tensor()
+    return full
+
+
+@torch.no_grad()
+def local(tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a tensor, in the tensor's own memory; the tensor itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """Shards and places a tensor that all ranks have as another of its size is."""
+    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+        return tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
+
+
+@dataclass(frozen=True)
+class Lies:
+    """How a parameter lies on ranks: sharded in which dimension over which of them, and on which device."""
+
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, shard: DTensor) -> Self:
+        """Returns how a sharded parameter lies."""
+        return cls(shard.device_mesh, shard.placements, shard.device)
+
+    def joined(self, own: Tensor, shape: torch.Size) -> Tensor:
+        """Makes a sharded tensor of what each rank has of one of this shape; nothing is sent."""
+        stride = torch.empty(shape, device="meta").stride()
+        own = own.contiguous()
+        return DTensor.from_local(own, self.mesh, self.placements, run_check=False, shape=shape, stride=stride).to(self.device)
+
+    def shards(self, parameter: nn.Parameter, first: bool = False) -> nn.Parameter:
+        """Shards a whole parameter, and its gradient; in the first dimension where torch shares out another only evenly.
+
+        Args:
+            parameter: The parameter.
+            first: Whether the first rank's values count, which are sent; otherwise all ranks have the same.
+        """
+        sizes = zip(self.placements, self.mesh.shape, strict=True)
+        uneven = any(isinstance(one, Shard) and parameter.shape[one.dim] % size for one, size in sizes)
+        placed = [Shard(0) if uneven and isinstance(one, Shard) else one for one in self.placements]
+        divide = partial(distribute_tensor, device_mesh=self.mesh, placements=placed, src_data_rank=0 if first else None)
+        shard = nn.Parameter(divide(parameter.detach()).to(self.device), parameter.requires_grad)
+        if parameter.grad is not None:
+            shard.grad = divide(parameter.grad).to(self.device)
+        return shard
+
+
+@contextmanager
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Makes a module what it was before it was sharded, except for its parameters: see `gathered` and `sizes_only`.
+
+    Nothing gathers around forwards, as ranks may not run as many; autocast stands for a dtype in which FSDP would compute.
+
+    Raises:
+        RuntimeError: If this torch has another FSDP2 than billhook knows; nothing has changed then.
+    """
+    reshard(module)
+    parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        check_known(part, reshapes=False)
+    dtype = next((own for own in map(precision_of, parts) if own is not None), None)
+    device = next((shard.device_mesh.device_type for shard in module.parameters() if isinstance(shard, DTensor)), "cpu")
+    kept = {part: bare(part) for part in parts}
+    try:
+        with _unhooked(module), nullcontext() if dtype is None else torch.autocast(device, dtype, cache_enabled=False):
+            yield
+    finally:
+        for part, (kind, states) in kept.items():
+            part.__class__ = kind
+            vars(part).update(states)
+
+
+@contextmanager
+def _unhooked(module: nn.Module) -> Iterator[None]:
+    """Takes out what FSDP does before and after forwards; other hooks may come and go meanwhile."""
+    stores: list[Any] = [store for part in module.modules() for store in (part._forward_pre_hooks, part._forward_hooks)]
+    before = [dict(store) for store in stores]
+    fsdp = FSDPModule.__module__
+    taken = [[n for n, hook in store.items() if str(getattr(hook, "__module__", "")).startswith(fsdp)] for store in stores]
+    for store, numbers in zip(stores, taken, strict=True):
+        for number in numbers:
+            del store[number]
+    try:
+        yield
+    finally:
+        for store, earlier, numbers in zip(stores, before, taken, strict=True):
+            now = {number: hook for number, hook in earlier.items() if number in store or number in numbers} | dict(store)
+            store.clear()
+            store.update(now)
+
+
+def gathered(module: nn.Module, but: Iterable[nn.Module] = ()) -> AbstractContextManager[None]:
+    """Puts whole parameters instead of shards into a module and those within, except some; what is done to them is lost."""
+    out = {part for one in but for part in one.modules()}
+    return _replaced([part for part in module.modules() if part not in out], whole)
+
+
+@contextmanager
+def as_one(module: nn.Module) -> Iterator[None]:
+    """Makes a sharded module whole on each rank, as it was before it was sharded; what is done to its parameters is lost."""
+    with unsharded(module), gathered(module):
+        yield
+
+
+@contextmanager
+def sizes_only(module: nn.Module) -> Iterator[None]:
+    """Makes a sharded module what it was before, on the meta device except for its buffers."""
+    with unsharded(module), _replaced(module.modules(), lambda shard: torch.empty(shard.shape, dtype=shard.dtype, device="meta")):
+        yield
+
+
+@contextmanager
+def _replaced(parts: Iterable[nn.Module], new: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Puts other parameters instead of shards; those that are tied stay tied."""
+    owned = [(part, name, own) for part in parts for name, own in part._parameters.items() if own is not None]
+    held = [(part, name, own) for part, name, own in owned if isinstance(own, DTensor)]
+    others: dict[nn.Parameter, nn.Parameter] = {}
+    try:
+        for part, name, own in held:
+            if own not in others:
+                others[own] = nn.Parameter(new(own.detach()), own.requires_grad)
+            part._parameters[name] = others[own]
+        yield
+    finally:
+        for part, name, own in held:
+            part._parameters[name] = own

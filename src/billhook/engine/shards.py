@@ -1,0 +1,366 @@
+"""A sharded model of which one block at a time is whole: it is gathered when it computes, and goes when another one does."""
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from billhook.engine.coming import Before, ComingAgain
+from billhook.engine.fsdp import put_on, take_off
+from billhook.engine.sharding import (
+    Lies,
+    Place,
+    free,
+    has_memory,
+    is_sharded,
+    places_of,
+    reshard,
+    sharded_as,
+    unsharded,
+    whole,
+    without_memory,
+)
+from billhook.engine.walk import blocks_of
+
+TURNS = "_billhook_turns"
+"""The attribute of modules around blocks that holds their turns."""
+Alter = Callable[[nn.Module], Iterable[nn.Parameter]]
+"""Gives parameters of a block other values, and returns these."""
+Add = Callable[[Tensor], Tensor]
+Read = Callable[[], Tensor]
+"""Reads the values of a parameter; all ranks call it together."""
+
+
+class Turns:
+    """Has one block of a module whole at a time, and always what is in no block, instead of shards.
+
+    The parameters of other blocks keep their sizes, without memory: shards hold their values. A block that changes is sharded
+    again when it goes. Every rank brings the same blocks in the same order, except within `apart`.
+
+    Args:
+        root: The module; whoever computes with it takes out what FSDP does around forwards.
+        gradients: Whether parameters come with their gradients.
+
+    Attributes:
+        blocks: The blocks that come and go: those that share no parameter with anything outside of them.
+        owner: The block that each module within is in.
+        shards: Where the values of parameters lie that are in such blocks.
+    """
+
+    keeps_shapes = True
+
+    def __init__(self, root: nn.Module, gradients: bool = False) -> None:
+        self.root, self.gradients = root, gradients
+        sharded = [(place, own) for place, own in places_of(root) if isinstance(own, DTensor)]
+        self._before: dict[Place, nn.Parameter] = dict(sharded)
+        self._lies = {place: Lies.of(own) for place, own in sharded}
+        self._plain = {place for place, _ in places_of(root)} - self._lies.keys()
+        self._new: dict[nn.Parameter, nn.Parameter] = {own: without_memory(own) for _, own in sharded}
+        self.shards = {new: own for own, new in self._new.items()}
+        self.blocks = [block for block in blocks_of(root) if self._is_apart(block)]
+        self.owner = {part: block for block in self.blocks for part in block.modules()}
+        self._filled = list[nn.Parameter]()
+        self._here, self._altered = list[nn.Module](), set[nn.Parameter]()
+        self._changed = self.everything = False
+        self._alterations = defaultdict[nn.Module, list[Alter]](list)
+        self._reads: Mapping[nn.Parameter, Read] = {}
+        self._add: Add | None = None
+        self._installed, self._forwards = list[RemovableHandle](), dict[nn.Module, Any]()
+        inside = {own for block in self.blocks for own in block.parameters()}
+        for new, own in self.shards.items():
+            if own not in inside:
+                self._fill(new)
+        self._filled.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Turns":
+        """Returns one without blocks: a copy of the model, as on meta, has no shards."""
+        idle = object.__new__(Turns)
+        memo[id(self)] = idle
+        idle.blocks, idle.owner, idle.shards = [], {}, {}
+        return idle
+
+    def _is_apart(self, block: nn.Module) -> bool:
+        inside = set(block.modules())
+        own = {parameter for place, parameter in self._before.items() if place[0] in inside}
+        return bool(own) and own.isdisjoint(one for place, one in self._before.items() if place[0] not in inside)
+
+    @property
+    def alike(self) -> bool:
+        """Tells whether all ranks bring the same blocks in the same order, which they need not within `apart`."""
+        return self._add is None
+
+    def begin(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Puts whole parameters instead of shards, and has blocks come when they are called; returns them by the shards."""
+        for (part, name), own in self._before.items():
+            part._parameters[name] = self._new[own]
+        for module, block in self.owner.items():
+            if module is block:
+                self._forwards[block] = vars(block).get("forward")
+                vars(block)["forward"] = ComingAgain(self.bring, block, block.forward)
+            elif module._parameters:  # some are called, and their block is not
+                self._installed.append(module.register_forward_pre_hook(Before(self.bring, block)))
+        for module in self.root.modules():
+            if not self.owner.keys().isdisjoint(module.modules()) and module not in self.owner:
+                vars(module)[TURNS] = self
+        return self._new
+
+    def end(self) -> None:
+        """Leaves forwards and hooks as they were; blocks that have changed are sharded."""
+        self.leave()
+        for handle in self._installed:
+            handle.remove()
+        for block, forward in self._forwards.items():
+            del vars(block)["forward"]
+            if forward is not None:
+                vars(block)["forward"] = forward
+        for module in self.root.modules():
+            vars(module).pop(TURNS, None)
+
+    @torch.no_grad()
+    def sharded(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Returns the shards of all parameters that the module has now, each by the whole one."""
+        found = dict[nn.Parameter, nn.Parameter]()
+        for place, own in places_of(self.root):
+            if own not in found and (lies := self.lies(place)) is not None:
+                found[own] = lies.shards(own) if has_memory(own) else self.shards[own]
+        return found
+
+    def held(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Returns what holds the values of a parameter, in any order of ranks: its shards, or itself."""
+        return self.shards[parameter] if parameter in self.shards and not has_memory(parameter) else parameter
+
+    def lies(self, place: Place) -> Lies | None:
+        """Returns how the parameter at a place is to lie on ranks; None of one that stays whole."""
+        return None if place in self._plain else self._lies.get(place, next(iter(self._lies.values())))
+
+    def put_back(self) -> None:
+        """Puts the shards back that there were at first."""
+        for (part, name), own in self._before.items():
+            part._parameters[name] = own
+
+    def bring(self, module: nn.Module) -> nn.Module | None:
+        """Has the block of a module whole, and no other, and returns it; what is outside of blocks always is."""
+        block = self.owner.get(module)
+        if block is not None and block not in self._here:
+            self.leave()
+            if self._add is None:
+                self._gather(block)
+            else:
+                self._round(block)
+            self._here = [block]
+            self._altered = {own for alter in self._alterations.get(block, ()) for own in alter(block)}
+        return block
+
+    def change(self) -> None:
+        """Has the block that is here, which has new parameters or altered values, sharded again when it goes."""
+        self._changed = True
+
+    def is_altered(self, block: nn.Module) -> bool:
+        """Tells whether values of a block are altered whenever it comes."""
+        return bool(self._alterations.get(block))
+
+    def leave(self) -> None:
+        """Has no block whole; those that were are sharded again if they have changed."""
+        for block in self._here if self._changed else ():
+            self._shard(block)
+            self._alterations.pop(block, None)
+        for own in self._filled:
+            free(own)
+            own.grad = None
+        self._filled, self._here, self._altered, self._changed = [], [], set(), False
+        torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def _shard(self, block: nn.Module) -> None:
+        """Shards the parameters of a block that are new, or may have other values than before."""
+        done = set[nn.Parameter]()
+        for place, own in places_of(block):
+            again = self.everything or own in self._altered or own not in self.shards
+            if (lies := self.lies(place)) is not None and own not in done and again:
+                self.shards[own] = lies.shards(own)
+                self._filled.append(own)
+                done.add(own)
+
+    @contextmanager
+    def altered(self, alter: Alter) -> Iterator[None]:
+        """Has values of blocks altered whenever they come, within; one that changes and goes stays as that is."""
+        self.leave()
+        before = self._alterations
+        self._alterations = defaultdict(list, {block: [*before.get(block, ()), alter] for block in self.blocks})
+        try:
+            yield
+        finally:
+            self._alterations, self._changed = before, False
+            self.leave()
+
+    @contextmanager
+    def instead(self, reads: Mapping[nn.Parameter, Read]) -> Iterator[None]:
+        """Has parameters of blocks come with other values, which are read each time, within."""
+        self.leave()
+        before, self._reads = self._reads, {**self._reads, **reads}
+        try:
+            yield
+        finally:
+            self.leave()
+            self._reads = before
+
+    @contextmanager
+    def all_here(self) -> Iterator[None]:
+        """Has all blocks whole, within."""
+        self.leave()
+        try:
+            for block in self.blocks:
+                self._gather(block)
+            self._here, self.everything = list(self.blocks), True
+            yield
+        finally:
+            self._changed = self.everything
+            self.follow()
+            self.everything = False
+
+    @contextmanager
+    def apart(self, add: Add | None) -> Iterator[None]:
+        """Lets each rank bring what it needs, within, however often: all take part in what one gathers, until all have ended.
+
+        Args:
+            add: Sums a tensor over ranks, in place; None where there is one.
+        """
+        if add is None or self.everything:
+            yield
+            return
+        self.leave()
+        self._add = add
+        try:
+            yield
+            self.leave()
+            while self._round(None):
+                pass
+        finally:
+            self._add = None
+
+    def _round(self, block: nn.Module | None) -> bool:
+        """Gathers what ranks ask for, and keeps what this one does; tells whether there still was a rank that had not ended."""
+        assert self._add is not None
+        asked = torch.tensor([*(one is block for one in self.blocks), block is not None], dtype=torch.int64)
+        *counts, going = self._add(asked).tolist()
+        for one, count in zip(self.blocks, counts, strict=True):
+            if count:
+                self._gather(one, keep=one is block)
+        return bool(going)
+
+    def _gather(self, block: nn.Module, keep: bool = True) -> None:
+        for own in block.parameters():
+            if own in self.shards:
+                self._fill(own, keep)
+
+    @torch.no_grad()
+    def _fill(self, own: nn.Parameter, keep: bool = True) -> None:
+        """Gathers the values of a parameter, which keeps them if asked."""
+        shard = self.shards[own]
+        values = self._reads[own]() if own in self._reads else whole(shard)
+        if keep:
+            own.untyped_storage().resize_(own.numel() * own.element_size())  # values may have a narrower dtype
+            own.data.copy_(values)
+            self._filled.append(own)
+        if self.gradients and shard.grad is not None:
+            gradient = whole(shard.grad)
+            own.grad = gradient if keep else None
+
+    def follow(self) -> None:
+        """Follows the module, which has lost blocks."""
+        self.leave()
+        there = set(self.root.modules())
+        self.blocks = [block for block in self.blocks if block in there]
+
+    def way_back(self) -> Callable[[], None]:
+        """Returns what has blocks come as they are now, once the module has the parameters again that it has now."""
+        self.leave()
+        shards, blocks, alterations = dict(self.shards), list(self.blocks), self._alterations.copy()
+
+        def back() -> None:
+            self._changed = False
+            self.leave()
+            self.shards, self.blocks, self._alterations = dict(shards), list(blocks), alterations.copy()
+
+        return back
+
+
+def turns_of(model: nn.Module) -> Turns | None:
+    """Returns the turns of a model's blocks; None of one that is not sharded, or of which all blocks are whole."""
+    own = vars(model).get(TURNS)
+    return own if isinstance(own, Turns) and own.blocks and not own.everything else None
+
+
+@contextmanager
+def in_turn(module: nn.Module) -> Iterator[None]:
+    """Makes a sharded module what it was before, a block at a time (see `Turns`); what is done to its parameters is lost."""
+    if not is_sharded(module):
+        yield
+        return
+    with unsharded(module):
+        turns = Turns(module)
+        try:
+            turns.begin()
+            yield
+        finally:
+            turns.end()
+            turns.put_back()
+
+
+@contextmanager
+def reshaped(module: nn.Module, optimizers: Collection[Optimizer], gradients: bool, in_turn: bool = False) -> Iterator[None]:
+    """Makes a sharded module whole while its shapes change, then shards it as it was, also after an error.
+
+    What optimizers keep of parameters stays sharded.
+
+    Args:
+        module: The module.
+        optimizers: Those that train it.
+        gradients: Whether gradients follow; they are dropped otherwise.
+        in_turn: Whether it is whole a block at a time: what happens within has each come that it looks into, see `Turns`.
+    """
+    if not is_sharded(module):
+        yield
+        return
+    reshard(module)
+    turns = Turns(module, gradients)  # which gathers, and may fail, so it comes before anything changes
+    shardings = take_off(module)
+    whole = turns.begin()
+    _follow(optimizers, whole)
+    if not gradients:
+        for shard in whole:
+            shard.grad = None
+    del whole
+    try:
+        with nullcontext() if in_turn else turns.all_here():
+            yield
+    finally:
+        turns.end()
+        shards = turns.sharded()
+        put_on(module, shardings, shards)
+        _follow(optimizers, shards)
+
+
+def _follow(optimizers: Collection[Optimizer], new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Gives optimizers new parameters instead of others, and shards what they keep of these as they are."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"][:] = [new.get(own, own) for own in group["params"]]
+        for old, own in new.items():
+            if old in optimizer.state:
+                optimizer.state[own] = {key: _as(value, own) for key, value in optimizer.state.pop(old).items()}
+
+
+def _as(value: object, like: nn.Parameter) -> object:
+    """Shards what an optimizer keeps of a parameter as that is, if it is of its size; what is sharded stays so."""
+    if not isinstance(value, Tensor) or not isinstance(like, DTensor) or value.shape != like.shape or not value.ndim:
+        return value
+    if isinstance(value, DTensor) and value.placements != like.placements:
+        return value.redistribute(placements=like.placements)
+    return sharded_as(value, like)

@@ -1,0 +1,180 @@
+"""Sums over the tokens that a linear layer reads, in float32 whatever the inputs' dtype.
+
+The sums of parts (batches, ranks) add up: `merge`, or an all-reduce of `tensors()`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from billhook.engine.memory import let_go
+
+TOKENS = 1024
+"""How many tokens are multiplied at a time."""
+ROWS = 1024
+"""How many rows of a sum of products are computed at a time."""
+
+
+def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left^T right, of `[tokens, m]` and `[tokens, n]`, to sums `[m, n]`; in the dtype of left, also under autocast.
+
+    Sums may lie in a file: some rows of them are in memory at a time.
+    """
+    whole = torch.empty(min(ROWS, len(sums)), sums.shape[1], dtype=left.dtype, device=left.device)
+    for first in range(0, len(sums), ROWS):
+        rows = sums[first : first + ROWS]
+        product = whole[: len(rows)]
+        for some, others in zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True):
+            torch.mm(some[:, first : first + ROWS].t(), others, out=product)  # given where to, autocast leaves it in float32
+            rows += product.to(rows.device)  # one sum first: some kernels round after each token
+        let_go(rows)
+
+
+class Statistics(ABC):
+    """Sums over the tokens that a linear layer has read, and how many (`tokens`, int64), on the device of the inputs."""
+
+    chunk: ClassVar[tuple[int, int]]
+    """How many input values are in float32 at a time: on the CPU, elsewhere."""
+    settled = False
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.in_features = in_features
+        self.tokens = torch.zeros((), dtype=torch.int64, device=device)
+        self._largest: Tensor | None = None  # of the first inputs: it tells zeros from squares that underflow
+
+    def settle(self) -> None:
+        """Checks the sums a last time: nothing is added from now on, so `check` has nothing to ask the device for."""
+        self.check()
+        self.settled = True
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
+        """Adds what the layer reads in one call: `[..., in_features]`, of any floating dtype.
+
+        `keep`, bool, `[...]`, says which tokens count (None: all); the values of others do not matter, not even NaN.
+        """
+        if inputs.shape[-1] != self.in_features:
+            raise ValueError(f"inputs of shape {list(inputs.shape)} must end with {self.in_features} input features")
+        if keep is not None and (keep.dtype != torch.bool or keep.shape != inputs.shape[:-1]):
+            raise ValueError(
+                f"keep must be bool of shape {list(inputs.shape[:-1])} for inputs of shape {list(inputs.shape)}, "
+                f"got {keep.dtype} of shape {list(keep.shape)}"
+            )
+        if inputs.numel():
+            if self._largest is None:
+                self._largest = (inputs if keep is None else inputs.masked_fill(~keep.unsqueeze(-1), 0)).abs().max()
+            self._add(self._chunks(inputs.reshape(-1, self.in_features), None if keep is None else keep.reshape(-1, 1)))
+        self.tokens += inputs.shape[:-1].numel() if keep is None else keep.sum()
+
+    @property
+    @abstractmethod
+    def squares(self) -> Tensor:
+        """||X_j||^2, the squared L2 norm of each input feature over all tokens, float32, `[in_features]`."""
+
+    @abstractmethod
+    def tensors(self) -> list[Tensor]:
+        """Returns the sums themselves, not copies, to be summed over ranks in place."""
+
+    def merge(self, other: "Statistics") -> None:
+        """Adds another's sums, of the same kind and width, to these."""
+        if type(other) is not type(self) or other.in_features != self.in_features:
+            raise ValueError(
+                f"{type(self).__name__} of {self.in_features} input features cannot take in {type(other).__name__} "
+                f"of {other.in_features}"
+            )
+        for these, those in zip(self.tensors(), other.tensors(), strict=True):
+            these += those.to(these.device)
+
+    def check(self) -> None:
+        """Refuses sums to which no token was added, of which one is NaN or infinite, or all underflow."""
+        if self.settled:
+            return
+        finite = torch.isfinite(self.squares)
+        fine = finite.all() & (self.tokens > 0)
+        if self._largest is not None:
+            fine &= self.squares.any() | (self._largest == 0).to(fine.device)
+        if fine:  # one question to the device
+            return
+        if not self.tokens:
+            raise ValueError("no inputs were seen: the layer did not run, or every token was padding")
+        if finite.all() and self._largest is not None:
+            raise ValueError(
+                f"inputs are {float(self._largest):.1g} at most, so that their squares underflow in float32: scale them up"
+            )
+        bad = (~finite).nonzero()
+        raise ValueError(
+            f"NaN, infinite or overflowing inputs in {len(bad)} of {self.in_features} input features, "
+            f"the first in feature {int(bad[0])}"
+        )
+
+    @abstractmethod
+    def _add(self, chunks: Iterator[Tensor]) -> None:
+        """Adds float32 inputs, `[tokens, in_features]` a chunk, in which tokens that do not count are zero."""
+
+    def _chunks(self, inputs: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
+        step = max(1, self.chunk[inputs.device.type != "cpu"] // self.in_features)
+        for start in range(0, len(inputs), step):
+            chunk = inputs[start : start + step].float()
+            yield chunk if keep is None else chunk.masked_fill(~keep[start : start + step], 0)
+
+
+class InputNorms(Statistics):
+    """The squared L2 norm of each input feature over all tokens, ||X_j||^2 = sum over tokens of x_j^2.
+
+    >>> norms = InputNorms(2)
+    >>> norms.add(torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]))
+    >>> norms.squares, norms.tokens
+    (tensor([10.,  4.]), tensor(2))
+    """
+
+    chunk = (2**20, 2**24)
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self._squares = torch.zeros(in_features, device=device)
+
+    @property
+    def squares(self) -> Tensor:
+        """||X_j||^2, float32, `[in_features]`."""
+        return self._squares
+
+    def tensors(self) -> list[Tensor]:
+        """Returns the sums of squares and the number of tokens."""
+        return [self._squares, self.tokens]
+
+    def _add(self, chunks: Iterator[Tensor]) -> None:
+        # one call's sum first: a long run of small additions to a large sum would round more
+        self._squares += torch.stack([chunk.square().sum(0) for chunk in chunks]).sum(0)
+
+
+class InputMoments(Statistics):
+    """The second moments of the inputs, X^T X = sum over tokens of x x^T.
+
+    >>> moments = InputMoments(2)
+    >>> moments.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> moments.products
+    tensor([[10.,  2.],
+            [ 2.,  4.]])
+    """
+
+    chunk = (2**23, 2**26)
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(in_features, device)
+        self.products = torch.zeros(in_features, in_features, device=device)
+
+    @property
+    def squares(self) -> Tensor:
+        """||X_j||^2, float32, `[in_features]`: the diagonal of the products."""
+        return self.products.diagonal()
+
+    def tensors(self) -> list[Tensor]:
+        """Returns the sums of products and the number of tokens."""
+        return [self.products, self.tokens]
+
+    def _add(self, chunks: Iterator[Tensor]) -> None:
+        for chunk in chunks:
+            add_products(self.products, chunk, chunk)

@@ -1,0 +1,311 @@
+"""The tensors in the safetensors files of a checkpoint: sizes are read from headers, values one at a time; nothing is mapped."""
+
+import copy
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+
+class Source:
+    """A folder, or a repository of a hub as it was at the commit from which its config has come.
+
+    Args:
+        name: A folder or a hub name.
+
+    Attributes:
+        commit: The commit; None of a folder.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.folder = name, Path(name) if Path(name).is_dir() else None
+        config = None if self.folder else try_to_load_from_cache(name, "config.json")
+        self.commit = Path(config).parent.name if isinstance(config, str) else None
+
+    def here(self, file: str) -> Path | None:
+        """Returns where a file lies on this machine; None if it does not."""
+        if self.folder is not None:
+            return self.folder / file if (self.folder / file).is_file() else None
+        found = try_to_load_from_cache(self.name, file, revision=self.commit)
+        return Path(found) if isinstance(found, str) else None
+
+    def fetch(self, file: str) -> Path:
+        """Returns where a file lies, once it is here as a whole."""
+        return Path(cast(str, cached_file(self.name, file, revision=self.commit)))
+
+    def has(self, file: str) -> bool:
+        """Asks the hub whether there is such a file; of a folder, and where no hub is asked, that is known."""
+        if self.folder is not None or constants.HF_HUB_OFFLINE:
+            return self.here(file) is not None
+        with self._asked(file):
+            return HfApi().file_exists(self.name, file, revision=self.commit)
+
+    def header(self, file: str) -> dict[str, tuple[str, list[int]]]:
+        """Asks the hub for the dtype and the shape of each tensor in a file, by its first bytes."""
+        with self._asked(file):
+            found = HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.commit).tensors
+        return {name: (one.dtype, one.shape) for name, one in found.items()}
+
+    @contextmanager
+    def _asked(self, file: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # the client and what it is made of raise all kinds
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise OSError(f"the hub does not say what {file} holds: {first}") from error
+
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+UNREADABLE = (OSError, SafetensorError, KeyError)
+
+
+class Files:
+    """Where the tensors of a checkpoint are, by their names in the files.
+
+    Args:
+        name: A folder or a hub name. Of a hub's, an index and headers are fetched, and each file when a value in it is asked for.
+
+    Raises:
+        ValueError: If there are no safetensors files, or they cannot be read.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name, self._source = name, Source(name)
+        self._files = _files(self._source)
+        self._names = dict[str, str]()  # the names in the files of those that are called otherwise
+        self._paths = dict[str, Path]()
+        self._seen = dict[Path, tuple[int, int]]()
+
+    @property
+    def state(self) -> list[tuple[str | int, ...]]:
+        """The files that have been read, with their sizes and the times of their last changes, or the commit of a hub's.
+
+        One that is replaced by another of the same size and time, as `rsync -t` does, has another time of its status (ctime).
+        """
+        if self._source.commit is not None:
+            return [(self._name, self._source.commit)]
+        return [(str(path), *seen, path.stat().st_ctime_ns) for path, seen in self._seen.items()]
+
+    @property
+    def are_here(self) -> bool:
+        """True if none of the files must be fetched."""
+        return all(self._here(file) is not None for file in set(self._files.values()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def copy(self) -> "Files":
+        """Returns where everything is now."""
+        other = copy.copy(self)
+        other._files, other._names = dict(self._files), dict(self._names)
+        return other
+
+    def move(self, names: Collection[str], path: Path, new: Collection[str]) -> None:
+        """Has tensors stand in another file from now on, under their own or other names."""
+        for name in names:
+            del self._files[name]
+            self._names.pop(name, None)
+        self._files |= dict.fromkeys(new, str(path))
+        self._paths[str(path)] = path
+
+    def rename(self, names: Mapping[str, str], gone: Collection[str]) -> None:
+        """Calls tensors otherwise than the files do, and forgets those that are gone."""
+        own = {name: self._names.get(name, name) for name in self._files}
+        then = {name: names.get(name, name) for name in self._files if name not in gone}
+        self._files = {new: self._files[name] for name, new in then.items()}
+        self._names = {new: own[name] for name, new in then.items() if own[name] != new}
+
+    def sizes(self) -> dict[str, Tensor]:
+        """Returns all tensors on the meta device; only headers are read."""
+        of, found = defaultdict[str, list[str]](list), dict[str, Tensor]()
+        for name, file in self._files.items():
+            of[file].append(name)
+        for file, names in of.items():
+            if self._here(file) is None:
+                with self._readable():
+                    header = self._source.header(file)
+                    found |= {name: self._like(name, *header[self._names.get(name, name)]) for name in names}
+            else:
+                with self._open(file) as opened, self._readable():
+                    slices = {name: opened.get_slice(self._names.get(name, name)) for name in names}
+                found |= {name: self._like(name, one.get_dtype(), one.get_shape()) for name, one in slices.items()}
+        return found
+
+    @contextmanager
+    def slices(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
+        """Opens tensors, each of which `[...]` then reads."""
+        with ExitStack() as stack:
+            opened = dict[str, Any]()
+            for file in dict.fromkeys(self._files[name] for name in names):
+                opened[file] = stack.enter_context(self._open(file))
+            with self._readable():
+                found = {name: opened[self._files[name]].get_slice(self._names.get(name, name)) for name in names}
+            yield {name: one if all(one.get_shape()) else _empty(one) for name, one in found.items()}
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Reads tensors as they are in the files."""
+        with self.slices(names) as found, self._readable():
+            return {name: one[...] for name, one in found.items()}
+
+    def rows(self, name: str, elements: int) -> Iterator[Tensor]:
+        """Reads a tensor a few rows at a time, so many elements at once; a slice of safetensors reads it as a whole each time."""
+        with self.slices([name]) as found, self._readable():
+            shape, kind = ([1], None) if isinstance(found[name], Tensor) else (found[name].get_shape(), found[name].get_dtype())
+            step = max(1, elements * shape[0] // prod(shape)) if shape else 1
+            if kind is None or not shape or step >= shape[0]:
+                yield found[name][...]
+                return
+            with self._paths[self._files[name]].open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                file.seek(8 + size + json.loads(file.read(size))[self._names.get(name, name)]["data_offsets"][0])
+                for start in range(0, shape[0], step):
+                    some = (min(step, shape[0] - start), *shape[1:])
+                    read = torch.empty(some, dtype=DTYPES[kind])
+                    if file.readinto(read.view(-1).view(torch.uint8).numpy().data) < read.nbytes:
+                        raise OSError(f"{name} ends before its last row")
+                    yield read
+
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        with self._readable():
+            path = self._here(file) or self._source.fetch(file)
+            now = path.stat().st_size, path.stat().st_mtime_ns
+            opened = safe_open(path, "pt", backend="pread")
+        if self._seen.setdefault(path, now) != now:
+            raise ValueError(f"'{path}' has changed since it was first read: begin again")
+        self._paths[file] = path
+        with opened:
+            yield opened
+
+    def _here(self, file: str) -> Path | None:
+        return self._paths.get(file) or self._source.here(file)
+
+    def _like(self, name: str, kind: str, shape: Sequence[int]) -> Tensor:
+        if kind not in DTYPES:
+            raise ValueError(f"'{self._name}': {name} is of dtype {kind}, which is quantised or unknown: it cannot be streamed")
+        return torch.empty(tuple(shape), dtype=DTYPES[kind], device="meta")
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except UNREADABLE as error:
+            raise ValueError(f"'{self._name}': a safetensors file cannot be read: {error}") from error
+
+
+def renumbered(key: str, block: str, then: str) -> str:
+    """Returns the name that a tensor of a block has in files when the block has another number.
+
+    >>> renumbered("h.3.mlp.experts.3.up.weight", "transformer.h.3", "transformer.h.2")
+    'h.2.mlp.experts.3.up.weight'
+    """
+    old, new = ([part for part in name.split(".") if part.isdigit()] for name in (block, then))
+    parts = key.split(".")
+    places = [place for place, part in enumerate(parts) if part.isdigit()][: len(old)]
+    if [parts[place] for place in places] != old:
+        raise ValueError(f"model: its files name a tensor of {block} {key}: remove blocks in memory, not streamed")
+    for place, number in zip(places, new, strict=True):
+        parts[place] = number
+    return ".".join(parts)
+
+
+def write_index(folder: Path) -> None:
+    """Writes the index of the safetensors files in a folder, if there are several."""
+    files = sorted(folder.glob("*.safetensors"))
+    where, total = dict[str, str](), 0
+    for file in files if len(files) > 1 else ():
+        with safe_open(file, "pt", backend="pread") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no dict
+        where |= dict.fromkeys(slices, file.name)
+        total += sum(_empty(one, "meta").nbytes for one in slices.values())
+    if where:
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _files(source: Source) -> dict[str, str]:
+    """Returns the file of each tensor, as an index says it, or the one file has them."""
+    try:
+        if (single := source.here(SAFE_WEIGHTS_NAME)) is not None:
+            with safe_open(single, "pt", backend="pread") as opened:
+                return dict.fromkeys(opened.keys(), SAFE_WEIGHTS_NAME)
+        if source.has(SAFE_WEIGHTS_NAME):
+            return dict.fromkeys(source.header(SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
+        index: Mapping[str, Any] = json.loads(source.fetch(SAFE_WEIGHTS_INDEX_NAME).read_text())
+        return {str(key): str(file) for key, file in index["weight_map"].items()}
+    except (*UNREADABLE, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"'{source.name}': streaming needs safetensors files, and they cannot be read: {error}") from error
+
+
+def _empty(found: Any, device: str = "cpu") -> Tensor:  # noqa: ANN401 - a slice of safetensors, which reads none without elements
+    return torch.empty(found.get_shape(), dtype=DTYPES[found.get_dtype()], device=device)
+
+
+ELEMENTS = 2**22
+"""Numbers that are read at once."""
+
+
+def share(model: PreTrainedModel, other: PreTrainedModel, files: Files, keys: Collection[str]) -> list[str]:
+    """Takes parameters from another model where it has, bit for bit, what files hold; returns the keys that are left to load.
+
+    Those that are converted when they are loaded have other names in the files, and are left.
+
+    Args:
+        model: The model, on meta.
+        other: The model in memory.
+        files: The tensors of the checkpoint.
+        keys: Names of tensors in the files.
+    """
+    own, theirs = (dict(one.named_parameters(remove_duplicate=False)) for one in (model, other))
+    left = list[str]()
+    for key in keys:
+        mine, there = own.get(key), theirs.get(key)
+        if mine is None or there is None or not mine.is_meta or not _holds(there, mine, files, key):
+            left.append(key)
+            continue
+        shared = nn.Parameter(there.detach(), mine.requires_grad)
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is mine:
+                    module._parameters[name] = shared
+    return left
+
+
+def _holds(there: Tensor, mine: Tensor, files: Files, key: str) -> bool:
+    """Tells whether a tensor in memory is what the files hold, in dtype, shape and every bit."""
+    alike = there.dtype == mine.dtype and there.shape == mine.shape and there.dim() > 0
+    if not alike or there.device.type != "cpu" or not there.is_contiguous():
+        return False
+    place, whole = 0, there.detach()
+    for rows in files.rows(key, ELEMENTS):
+        some = whole[place : place + len(rows)]
+        if rows.dtype != some.dtype or rows.shape != some.shape or not torch.equal(_bits(rows), _bits(some)):
+            return False
+        place += len(rows)
+    return place == len(whole)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)

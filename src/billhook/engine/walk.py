@@ -1,0 +1,350 @@
+"""Runs a model on all batches side by side: each rests at every site until all have been there, then all continue.
+
+Every run is the model's own forward, in a greenlet of its own, so that masks, rotary embeddings, states of an encoder and
+whatever else one block hands to the next are what the model makes of them; nothing is replayed.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal, Protocol
+
+import torch
+from greenlet import greenlet
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.pytorch_utils import Conv1D
+
+from billhook.engine.state import Ambient, overridden, replaced
+
+Sequential = Literal["block", "layer", "none"]
+
+
+@dataclass(eq=False)
+class Site:
+    """A module whose linears are pruned together (a block, one linear, the model), or, without linears, is only waited at."""
+
+    module: nn.Module
+    linears: dict[str, nn.Module]
+    once: bool | None = None  # whether each of them is called exactly once, as the first run has shown
+    twins: Sequence[tuple[str, nn.Module]] = ()  # others with the weight of one of them, which count as calls of it
+    out: bool = False  # whether runs rest where they come out of the module, and pass it once more with what is new then
+    becomes: Callable[[], Mapping[nn.Module, Mapping[str, Tensor]]] | None = None  # its new parameters, where they are known
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Returns the blocks of a model, as `blocks_with` finds them, of all linear layers."""
+    return list(blocks_with(model, {module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}))
+
+
+def blocks_with(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Module]:
+    """Yields the elements of outermost module lists in which two or more hold linears.
+
+    Any module has such, and none needs to run; `find_blocks`, which needs a run, finds the same in 274 of 322 small models of
+    transformers, and in the others leaves out towers that its inputs do not reach, and stages that change the shape.
+    """
+    children = list(module.children())
+    holding = [child for child in children if not linears.isdisjoint(child.modules())]
+    runs = not any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in children)
+    if runs and isinstance(module, nn.ModuleList | nn.Sequential) and len(holding) > 1:
+        yield from children
+        return
+    for child in children:
+        yield from blocks_with(child, linears)
+
+
+def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential, gates: bool = False) -> list[Site]:
+    """Finds the sites where runs rest: blocks and linears outside of them, every linear, or the model as a whole.
+
+    Args:
+        model: The model.
+        linears: Those to prune, by name, in the order of the model's modules.
+        sequential: "block", "layer" or "none".
+        gates: Whether all runs leave a block before one enters the next, also where they rest within.
+    """
+    if sequential == "none":
+        return [Site(model, dict(linears))]
+    of: dict[nn.Module, Site] = {}
+    blocks = list(blocks_with(model, set(linears.values())))
+    owner = {module: block for block in blocks for module in block.modules()}
+    for name, linear in linears.items():
+        block = owner.get(linear, linear)
+        if gates:
+            of.setdefault(block, Site(block, {}))
+        module = block if sequential == "block" else linear
+        of.setdefault(module, Site(module, {})).linears[name] = linear
+    return list(of.values())
+
+
+def with_ways_out(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+    """Adds to sites of a model, in order, the way out of each block in which some of them have linears."""
+    owner = {module: block for block in blocks_of(model) for module in block.modules()}
+    found = list[Site]()
+    for block, within in groupby(sites, key=lambda site: owner.get(site.module)):
+        own = list(within)
+        inside = {name: linear for site in own for name, linear in site.linears.items()}
+        found += own if block is None or not inside else [*own, Site(block, inside, out=True)]
+    return found
+
+
+def held() -> list[Mapping[str, object]]:
+    """Returns the local variables of all functions that the caller is called in; within a greenlet, of those that are its own."""
+    frame, found = inspect.currentframe(), list[Mapping[str, object]]()
+    while frame is not None and (frame := frame.f_back) is not None:
+        found.append(dict(frame.f_locals))
+    return found
+
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments and the keywords of a call."""
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all ranks, in place."""
+
+
+class Visitor(Protocol):
+    """The work that is done at sites."""
+
+    def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
+        """Notes the call of a linear, or of another with its weight, in a site that is not complete, by a run."""
+
+    def complete(self, site: Site) -> None:
+        """Completes a site with linears, at which all runs that come to it, on any rank, have been."""
+
+    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
+        """Returns the new parameters of a complete site: by linear, by their name in it."""
+
+
+class Comparing(Protocol):
+    """The comparison of what blocks give in some runs with what dense ones give in others."""
+
+    @property
+    def dense(self) -> Collection[int]:
+        """The numbers of the runs of the dense model, of which the visitor observes nothing."""
+
+    def came_out(self, run: int, given: Given, output: object) -> None:
+        """Notes the arguments and keywords of a module in a run, and what it gave, at a way out."""
+
+    def came_again(self, site: Site) -> None:
+        """Is told of a complete site that a run comes to once more."""
+
+
+class _Seen(BaseException):
+    """All linears of a site have been called; the rest of its forward would be for nothing."""
+
+
+class Walk:
+    """The runs, side by side; whatever they or the caller have set, the visitor is called in the state of `Ambient()`.
+
+    Args:
+        sites: Where they rest.
+        visitor: What is done there.
+        reduce: Sums over ranks, where each rank has runs of its own: all then complete the same sites in the same order, also
+            those that no run of their own comes to.
+        keep: Called with what a run holds while it waits for others: the local variables of its functions.
+        untouched: The numbers of runs that keep the old parameters to the end, for comparison.
+        around: What a site's module needs while runs are in it; by default nothing.
+        ends: How many runs continue to their end when all sites are complete; with one, `again` has all that are called again.
+        leave: Called with each site when all runs have passed it, on any rank.
+        compares: What compares runs with those of the dense model at the ways out; by default nothing.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        visitor: Visitor,
+        reduce: Reduce | None = None,
+        keep: Callable[[object], None] | None = None,
+        untouched: Collection[int] = (),
+        around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
+        ends: int = 0,
+        leave: Callable[[Site], None] | None = None,
+        compares: Comparing | None = None,
+    ) -> None:
+        self.sites, self.visitor, self.reduce, self.keep = list(sites), visitor, reduce, keep
+        self.untouched, self.around, self.ends, self.leave = untouched, around, ends, leave
+        self.compares = compares
+        self.complete: set[Site] = set()
+        self.again: set[Site] = set()
+        self._watched: Site | None = None
+        self._calls: list[str] = []
+        self._run, self._straight, self._runs = 0, False, list[greenlet]()
+        self._ready: tuple[Site | None, Mapping[nn.Module, Mapping[str, Tensor]]] = (None, {})
+        self._caller = Ambient.now()
+
+    @property
+    def run(self) -> int:
+        """The number of the run that is going on."""
+        return self._run
+
+    def __call__(self, forwards: Iterable[Callable[[], object]]) -> list[str]:
+        """Goes all the way with forwards of the model, and returns the linears that no run has called.
+
+        Sites that a run has come to once more, after they were complete, are in `again`: these calls were not observed.
+        """
+        self._main, self._caller = greenlet.getcurrent(), Ambient.now()
+        self._runs = runs = [greenlet(forward) for forward in forwards]
+        try:
+            with self._installed():
+                self._go(runs)
+                self.again = set(self._on_any_rank(self.again))
+        finally:
+            for run in runs:
+                run.throw()
+            self._caller.restore()
+        return [name for site in self.sites if site not in self.complete for name in site.linears]
+
+    def _go(self, runs: Sequence[greenlet]) -> None:
+        at = {run: self._resume(number, run) for number, run in enumerate(runs)}
+        while (here := self._next(set(at.values()))) is not None:
+            arrived = [number for number, run in enumerate(runs) if at[run] is here]
+            if here.linears:
+                with self.around(here.module):
+                    for number in arrived:
+                        self._resume(number, runs[number])
+                self.visitor.complete(here)
+            self.complete.add(here)
+            if last := len(self.complete) == len(self.sites):
+                arrived = arrived[: self.ends]
+            with self.around(here.module):
+                for number in arrived:
+                    at[runs[number]] = self._resume(number, runs[number])
+            self._ready = (None, {})
+            if self.leave is not None:
+                self.leave(here)
+            if last:
+                return
+
+    def _next(self, waiting: set[Site | None]) -> Site | None:
+        """Returns the first site at which a run waits, on any rank; None if all runs have ended."""
+        return next(iter(self._on_any_rank(waiting)), None)
+
+    def _on_any_rank(self, sites: Collection[Site | None]) -> list[Site]:
+        """Returns those of all sites that some rank names."""
+        if self.reduce is None:
+            return [site for site in self.sites if site in sites]
+        device = next(self.sites[0].module.parameters()).device
+        flags = self.reduce(torch.tensor([float(site in sites) for site in self.sites], device=device))
+        return [site for site, flag in zip(self.sites, flags.tolist(), strict=True) if flag]
+
+    def _resume(self, number: int, run: greenlet) -> Site | None:
+        """Lets a run continue to where it rests next; None if that is its end."""
+        self._run = number
+        self._caller.restore()
+        site: Site = run.switch()
+        Ambient().restore()
+        return None if run.dead else site
+
+    @contextmanager
+    def _installed(self) -> Iterator[None]:
+        """Overrides the forwards of sites, and listens to linears."""
+        with ExitStack() as stack:
+            for site in self.sites:
+                visit = self._come_out if site.out else self._visit
+                stack.enter_context(overridden(site.module, forward=partial(visit, site, site.module.forward)))
+                for name, linear in (*site.linears.items(), *site.twins):
+                    hook = partial(self._listen, site, name)
+                    stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            yield
+
+    def _visit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Runs a site's forward: when all are here, with the old weights, to see; when all have seen, with the new ones."""
+        if self._is_straight():
+            return forward(*args, **kwargs)
+        if site in self.complete:
+            self._come_again(site)
+        else:
+            self._rest(site)
+            if site.linears:
+                if self.compares is None or self._run not in self.compares.dense:
+                    self._see(site, forward, args, kwargs)
+                self._rest(site)
+        with nullcontext() if self._run in self.untouched else self._pruned(site):
+            return forward(*args, **kwargs)
+
+    def _is_straight(self) -> bool:
+        """Tells whether a call is none of a run: a visitor's, or one from another thread, as autograd's that computes again."""
+        return self._straight or greenlet.getcurrent() not in self._runs
+
+    def _come_again(self, site: Site) -> None:
+        self.again.add(site)
+        if self.compares is not None:
+            self.compares.came_again(site)
+
+    def _rest(self, site: Site) -> None:
+        """Lets others go on until all are here."""
+        own = Ambient.now()
+        if self.keep is not None:
+            self.keep(held())
+        self._main.switch(site)
+        own.restore()
+
+    def _come_out(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Runs a site's forward, rests where it ends, and runs it again, straight through, with the new weights."""
+        if self._is_straight():
+            return forward(*args, **kwargs)
+        if site in self.complete:
+            self._come_again(site)
+            return forward(*args, **kwargs)
+        output = forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
+        self._rest(site)
+        if self.compares is not None:
+            self.compares.came_out(self._run, (args, kwargs), output)
+        self._rest(site)
+        if self._run in self.untouched:
+            return output
+        self._straight = True
+        try:
+            with self._pruned(site):
+                return forward(*args, **kwargs)
+        finally:
+            self._straight = False
+
+    def _see(self, site: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        self._watched, self._calls = site, []
+        try:
+            if site.module in site.linears.values():
+                self._listen(site, next(iter(site.linears)), site.module, args, kwargs)
+            else:
+                forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
+        except _Seen:
+            pass
+        finally:
+            self._watched = None
+        if site.once is None:
+            site.once = sorted(self._calls) == sorted(site.linears)
+
+    def _listen(self, site: Site, name: str, linear: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
+        if self._watched is not site:
+            return
+        if not args and "input" not in kwargs:  # its forward refuses that
+            return
+        own = Ambient.now()
+        Ambient().restore()
+        try:
+            self.visitor.observe(name, linear, args[0] if args else kwargs["input"], self._run)
+        finally:
+            own.restore()
+        self._calls.append(name)
+        if site.once and len(self._calls) == len(site.linears):
+            raise _Seen
+
+    @contextmanager
+    def _pruned(self, site: Site) -> Iterator[None]:
+        """Puts the new parameters instead of the old ones, which come back."""
+        if self._ready[0] is not site:
+            self._ready = (site, self._new(site) if site.becomes is None else site.becomes())
+        with replaced(self._ready[1]):
+            yield
+
+    def _new(self, site: Site) -> dict[nn.Module, dict[str, Tensor]]:
+        return {site.linears[name]: new for name, new in self.visitor.parameters(site).items()}
+
+
+def spare(value: Any) -> Any:  # noqa: ANN401
+    """Copies a key-value cache, so that it may be written to before the forward proper fills its own."""
+    return copy.deepcopy(value) if isinstance(value, Cache) else value

@@ -1,0 +1,141 @@
+"""Fewer KV heads in a streamed model: the same bytes as in memory."""
+
+import pytest
+import torch
+import transformers
+
+import billhook as bh
+from billhook.engine.files import stream_of
+from billhook.kv_heads.bases.ready import Attentions, best_method
+from billhook.kv_heads.bases.streamed import StreamedAttentions
+from billhook.kv_heads.scope import kv_heads_by_layer
+from kit import stopped
+from kit.families import build
+from kit.streams import same, written
+
+FAMILIES = {"llama": {}, "qwen2": {}, "gemma2": {}, "mixtral": {}, "phi": {}, "starcoder2": {}}
+
+
+@pytest.fixture(params=FAMILIES)
+def folder(tmp_path, request):
+    build(request.param).save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def rows(masked=False):
+    generator = torch.Generator().manual_seed(0)
+    found = [{"input_ids": torch.randint(3, 64, (2, 12), generator=generator)} for _ in range(3)]
+    if masked:
+        found[1]["attention_mask"] = torch.ones(2, 12, dtype=torch.long)
+        found[1]["attention_mask"][1, 9:] = 0
+    return found
+
+
+def texts():
+    """As many tokens as a refit needs."""
+    rows = [torch.cat([batch["input_ids"].roll(7 * place) + place for place in range(4)]) for batch in stopped.batches()]
+    return [{"input_ids": ids % 2048} for ids in rows]
+
+
+def groups(model):
+    return dict.fromkeys(kv_heads_by_layer(model), 2)
+
+
+@pytest.mark.parametrize("method", ["mean", "first", "random", "aligned", "svd"])
+def test_the_same_heads(folder, tmp_path, method):
+    dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
+    given = rows() if method == "svd" else None
+    plans = [bh.convert_kv_heads(model, 2, method, given) for model in (dense, streamed)]
+    assert plans[0].text() == plans[1].text()
+    assert streamed.config.num_key_value_heads == 2
+    bh.save(streamed, tmp_path / "out")
+    assert same(tmp_path / "out", dense)
+
+
+def test_attentions_that_stay_in_memory(tmp_path):
+    """The first block of T5 holds a bias for all others, and does not come and go."""
+    found, shown = written(transformers.T5ForConditionalGeneration, tmp_path / "dense"), rows()
+    shown = [batch | {"decoder_input_ids": batch["input_ids"]} for batch in shown]
+    dense, streamed = bh.load(found), bh.stream(found, tmp_path / "out")
+    for model in (dense, streamed):
+        bh.convert_kv_heads(model, 1, "svd", shown, encoder=True)
+    bh.save(dense, tmp_path / "in memory")
+    bh.save(streamed, tmp_path / "out")
+    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
+
+
+def test_which_tokens_count(tmp_path):
+    build("llama").save_pretrained(tmp_path / "dense")
+    dense, streamed = bh.load(tmp_path / "dense"), bh.stream(tmp_path / "dense", tmp_path / "out")
+    for model in (dense, streamed):
+        bh.convert_kv_heads(model, 1, "svd", rows(masked=True))
+    bh.save(streamed, tmp_path / "out")
+    assert same(tmp_path / "out", dense)
+
+
+def test_then_zeros(tmp_path):
+    def both(model):
+        bh.convert_kv_heads(model, 2)
+        bh.prune(model, bh.Wanda(), stopped.batches(), sparsity=0.5)
+        return model
+
+    bh.load("tiny").save_pretrained(tmp_path / "dense")
+    bh.save(both(bh.stream(tmp_path / "dense", tmp_path / "out")), tmp_path / "out")
+    assert same(tmp_path / "out", both(bh.load("tiny")))
+
+
+@pytest.mark.parametrize("method", ["mean", "aligned", "svd", "auto"])
+def test_repaired_with_the_same_bytes(tmp_path, method):
+    dense, streamed = bh.load("tiny"), bh.stream("tiny", tmp_path / "out")
+    for model in (dense, streamed):
+        bh.convert_kv_heads(model, 2, method, texts(), repair=bh.Repair())
+    bh.save(streamed, tmp_path / "out")
+    assert same(tmp_path / "out", dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_method_is_taken(tmp_path, family):
+    build(family).save_pretrained(tmp_path / "dense")
+    dense, streamed = bh.load(tmp_path / "dense"), bh.stream(tmp_path / "dense", tmp_path / "out")
+    found = []
+    for attentions in (Attentions(dense, groups(dense)), StreamedAttentions(stream_of(streamed), groups(dense))):
+        methods, trials = bh.Auto().candidates, [attentions.trial(batch) for batch in rows(masked=True)]
+        found.append(best_method(attentions, methods, trials))
+    assert found[0] == found[1]
+    assert len(set(found[0][1].values())) > 1
+
+
+def test_the_best_method_with_the_same_bytes(folder, tmp_path):
+    dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
+    for model in (dense, streamed):
+        bh.convert_kv_heads(model, 2, "auto", rows(masked=True))
+    bh.save(streamed, tmp_path / "out")
+    assert same(tmp_path / "out", dense)
+
+
+def test_stopped_at_each_block_and_called_again(tmp_path, monkeypatch):
+    def work(model):
+        bh.convert_kv_heads(model, 2, "svd", texts(), repair=bh.Repair())
+        return model
+
+    made, every = [], 3 * 4
+    for _ in range(1, every):
+        with monkeypatch.context() as patch:
+            own, _ = stopped.stop_after(1, patch)
+            with pytest.raises(KeyboardInterrupt):
+                work(bh.stream("tiny", tmp_path / "out"))
+            made += own
+    bh.save(work(bh.stream("tiny", tmp_path / "out")), tmp_path / "out")
+    assert made == [f"model.layers.{number % 4}" for number in range(every - 1)]
+    assert same(tmp_path / "out", work(bh.load("tiny")))
+
+
+def test_refused(tmp_path):
+    model = bh.stream("tiny", tmp_path / "out")
+    with pytest.raises(ValueError, match="batches: method='auto' needs 2 at least; got 1"):
+        bh.convert_kv_heads(model, 2, "auto", stopped.batches()[:1])
+    with pytest.raises(ValueError, match="batches: repair needs 2 at least; got 1"):
+        bh.convert_kv_heads(model, 2, "svd", stopped.batches()[:1], repair=bh.Repair())
+    with pytest.raises(ValueError, match="batches: method='svd' needs 1 at least; got 0"):
+        bh.convert_kv_heads(model, 2, "svd")
+    assert not (tmp_path / ".out.parts").exists()

@@ -1,0 +1,114 @@
+"""A sharded model of which one block at a time is whole, in one process."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import billhook as bh
+from billhook.engine.shards import in_turn, turns_of
+from billhook.engine.statistics import InputMoments
+from billhook.importance.base import Importance, Sums
+from billhook.importance.baselines import RandomUnits
+from kit.families import llama, tokens
+
+
+def both(mesh):
+    """A model, and the same sharded."""
+    plain, sharded = llama(), llama()
+    sharded.load_state_dict(plain.state_dict())
+    for part in (*sharded.model.layers, sharded):
+        fully_shard(part, mesh=mesh)
+    return plain, sharded
+
+
+class Looks(Importance):
+    """Looks into weights that it has not had brought."""
+
+    def sums(self, model, units, per, runs):
+        sums = Sums.zero(units, per)
+        for name, one in units.items():
+            sums.add(name, torch.ones(one.count(per)) * model.get_submodule(one.readers[0]).weight.sum(), 1)
+        return sums
+
+
+SCORES = {
+    "BlockInfluence": (bh.BlockInfluence(), "block"),
+    "ActivationNorm": (bh.ActivationNorm(), "head"),
+    "OutputNorm": (bh.OutputNorm(), "channel"),
+    "OBS": (bh.OBS(), "channel"),
+    "WeightNorm": (bh.WeightNorm(), "head"),
+    "RandomUnits": (RandomUnits(), "head"),
+    "Ablation": (bh.Ablation(), "block"),
+    "GateGradient": (bh.GateGradient(), "head"),
+    "Taylor": (bh.Taylor(order="mixed"), "residual"),
+    "one's own": (Looks(), "head"),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_units_are_scored_as_in_memory(mesh, name):
+    plain, sharded = both(mesh)
+    importance, kind = SCORES[name]
+    units, batches = bh.find_units(plain, kind), [{"input_ids": own, "labels": own} for own in (tokens(), tokens())]
+    expected = bh.score(plain, units, importance, batches)
+    with in_turn(sharded):
+        found = bh.score(sharded, units, importance, batches, reduce=lambda tensor: tensor)
+    assert all(torch.equal(found[place], own) for place, own in expected.items())
+    assert all(isinstance(own, DTensor) for own in sharded.parameters())
+
+
+def test_obs_has_the_moments_of_one_block(mesh, monkeypatch):
+    plain, sharded = both(mesh)
+    units, batches = bh.find_units(plain, "channel"), [{"input_ids": tokens()} for _ in range(3)]
+    expected = bh.score(plain, units, bh.OBS(), batches)
+    alive, most, begin = weakref.WeakSet(), [], InputMoments.__init__
+
+    def begun(self, *given):
+        begin(self, *given)
+        alive.add(self)
+        most.append(len(alive))
+
+    monkeypatch.setattr(InputMoments, "__init__", begun)
+    with in_turn(sharded):
+        found = bh.score(sharded, units, bh.OBS(), batches)
+    assert all(torch.equal(found[place], own) for place, own in expected.items())
+    assert most == [1] * len(units)
+
+
+def test_one_block_is_there(mesh):
+    _, sharded = both(mesh)
+    first, last = sharded.model.layers
+    with in_turn(sharded):
+        for block, other in ((first, last), (last, first)):
+            turns_of(sharded).bring(block.mlp.up_proj)
+            assert all(size(own) for own in block.parameters())
+            assert not any(size(own) for own in other.parameters())
+        assert size(sharded.lm_head.weight)
+
+
+def size(parameter: nn.Parameter) -> int:
+    return parameter.untyped_storage().size()
+
+
+def test_ranks_take_part_in_what_others_bring_until_all_have_ended(mesh):
+    _, sharded = both(mesh)
+    first, last = sharded.model.layers
+    others = iter([[0, 1, 1], [0, 1, 1], [0, 0, 0]])  # another rank brings the last block twice
+    asked = []
+
+    def add(tensor):
+        asked.append(tensor.tolist())
+        return tensor + torch.tensor(next(others))
+
+    with in_turn(sharded):
+        turns = turns_of(sharded)
+        with turns.apart(add):
+            turns.bring(first)
+            assert size(first.mlp.up_proj.weight)
+            assert not size(last.mlp.up_proj.weight)
+        assert turns_of(sharded) is turns
+    assert asked == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]

@@ -107,7 +107,7 @@ def test_an_event_waits_a_stated_number_of_times_for_each_module(importance, mos
     with Syncs() as repairing:
         bh.repair(model, plan, batches)
     assert 0 < scoring.total <= most * len(plan.units)
-    own = sum(number for place, number in repairing.places.items() if not place.startswith("running/batches"))  # the model's
+    own = sum(number for place, number in repairing.places.items() if not place.startswith("engine/batches"))  # the model's
     assert 0 < own <= 20 * len(plan.units)
 
 
@@ -118,4 +118,4 @@ def test_zeros_are_read_once():
     with Syncs() as syncs:
         found = bh.summary(model)
     assert found.zeros == 3 * 32 + 32  # with the padding's embedding
-    assert sum(number for place, number in syncs.places.items() if place.startswith("streaming/zeros")) == 1
+    assert sum(number for place, number in syncs.places.items() if place.startswith("engine/zeros")) == 1

@@ -2,8 +2,8 @@
 
 `python benchmarks/ranks.py MODEL TEXT --out ranks.md` writes the table. MODEL's first blocks (`--blocks`) are repaired and pruned
 by one process, and by `--ranks` that exchange sums by gloo, on the same windows of TEXT: by functions, and by callbacks in a fit
-under `strategy="ddp"`. "Solving" is the time of one thread in `refit_linear`, which repairs, and in a criterion's `prune` and
-`factored`, without what it takes to exchange sums, and to wait for them.
+under `strategy="ddp"`. "Solving" is the time of one thread in `refit_linear`, which repairs, and in a criterion's `prune`,
+without what it takes to exchange sums, and to wait for them.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import billhook as bh
+from billhook.engine.batches import Batch
 from billhook.engine.ranks import Ranks
 from billhook.repairs import visitor
 from billhook.repairs.least_squares import refit_linear
@@ -53,17 +54,16 @@ class Clock:
             self.seconds -= self.without.seconds - other if self.without else 0.0
 
 
-def clocks_of(how):
-    """Has clocks count all solving of a repair or a criterion, and returns them."""
+def clock_of(how):
+    """Has a clock count all solving of a repair or a criterion, and returns it."""
     exchange = Clock(Ranks.__call__)
     Ranks.__call__ = lambda *given: exchange(*given)
     if isinstance(how, bh.Repair):
         visitor.refit_linear = Clock(refit_linear, exchange)
-        return [visitor.refit_linear]
-    clocks = {name: Clock(getattr(how, name), exchange) for name in ("prune", "factored")}
-    for name, clock in clocks.items():
-        object.__setattr__(how, name, clock)
-    return list(clocks.values())
+        return visitor.refit_linear
+    clock = Clock(how.prune, exchange)
+    object.__setattr__(how, "prune", clock)
+    return clock
 
 
 def work(options, kind, rank, count, reduce):
@@ -75,17 +75,17 @@ def work(options, kind, rank, count, reduce):
     )
     rows = [{"input_ids": row[None], "labels": row[None]} for row in ids.view(-1, 512)]
     how = KINDS[kind]()
-    clocks = clocks_of(how)
+    clock = clock_of(how)
     if "DDP" in kind:
         fit(Small(model, rows[0]), how, rows, count)
     elif isinstance(how, bh.Repair):
         if "two sources" in kind:
-            rows = [bh.running.batches.Batch(row, "ab"[number // count % 2]) for number, row in enumerate(rows)]
+            rows = [Batch(row, "ab"[number // count % 2]) for number, row in enumerate(rows)]
         plan = bh.plan(model, bh.WeightNorm(), rows[rank::count], amount=bh.Amount(channels=0.2))
         bh.repair(model, plan, rows[rank::count], how, reduce=reduce)
     else:
         bh.prune(model, how, rows[rank::count], sparsity=0.5, reduce=reduce)
-    return sum(clock.seconds for clock in clocks)
+    return clock.seconds
 
 
 class Small(pl.LightningModule):

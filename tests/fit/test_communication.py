@@ -7,7 +7,6 @@ from torch.distributed.tensor import DTensor
 
 import billhook as bh
 from billhook.engine.ranks import Ranks
-from kit import ranks as threads
 from kit.families import tokens
 from kit.fits import trainer
 from kit.sent import linears, solved, wanda
@@ -54,24 +53,6 @@ def test_matching(model):
     )
     reckoned = 3 * 4 * sum(weight.numel() for _, weight in linears(model))
     assert reckoned <= found - without <= reckoned + 1000
-
-
-def test_the_factor_of_a_linear_that_takes_more_than_a_share(model):
-    """As `down_proj` of two ranks."""
-
-    def prune(rank, reduce):
-        found = []
-
-        def add(tensor):
-            found.append(tensor.numel() * tensor.element_size())
-            return reduce(tensor)
-
-        bh.prune(copy.deepcopy(model), bh.SparseGPT(), batches(), sparsity=0.5, reduce=Ranks(rank, 2, add), dry_run=True)
-        return sum(found)
-
-    more = sum(8 * layer.mlp.down_proj.in_features**2 for layer in model.model.layers)
-    for found in threads.Ranks(2).run(prune):
-        assert solved(model) + more <= found <= solved(model) + more + 49 * len(linears(model))
 
 
 @pytest.mark.parametrize("importance", [bh.OutputNorm(), bh.OBS(), bh.Taylor()])

@@ -110,11 +110,6 @@ def tuned(model):
     return wanda(model) + pruned(model)
 
 
-def divided(model):
-    """What two ranks solve for: of `down_proj`, which takes more than a share, the factor and its inverse, too."""
-    return solved(model) + sum(8 * layer.mlp.down_proj.in_features**2 for layer in model.model.layers)
-
-
 ATTENTION, FORWARD, KV = ".self_attn.", ".mlp.", ("k_proj", "v_proj")
 SENT = {
     "Magnitude": Event(
@@ -127,7 +122,7 @@ SENT = {
         lambda model, a, b: a + 5 * b + 9 * pruned(model) // 4,
     ),
     "SparseGPT": Event(
-        lambda: bh.WeightPruning(bh.SparseGPT(), 0.5, **FEW), divided, lambda model, a, b: a + 2 * b + 2 * pruned(model)
+        lambda: bh.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, lambda model, a, b: a + 2 * b + 2 * pruned(model)
     ),
     "channels": Event(
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=None, **FEW),

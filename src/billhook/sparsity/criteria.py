@@ -12,7 +12,6 @@ from torch import Tensor
 
 from billhook.arguments import annotated, number, one_of
 from billhook.engine.conjugate_gradients import nonzero
-from billhook.engine.ranks import Ranks
 from billhook.engine.statistics import InputNorms, Statistics
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
 
@@ -87,13 +86,6 @@ class Criterion(ABC):
         if kept is not None:
             return keep_n_of_m(scores, *kept, check)
         return keep_rows(scores, sparsity, check) if self.compares == "row" else keep_layer(scores, sparsity, check)
-
-    def factored(self, statistics: Statistics, ranks: Ranks) -> Statistics:  # noqa: ARG002 - of those that divide something
-        """Returns statistics with what ranks compute of them together, before one of them prunes; by default as they are.
-
-        It is called where one layer takes more than a rank's share of the work, by all ranks, of which each has these statistics.
-        """
-        return statistics
 
     def _of_inputs(self, statistics: Statistics | None, weight: Tensor, kind: type[S]) -> S:
         """Returns the statistics, if they are of the kind that is needed, and of this weight's inputs."""

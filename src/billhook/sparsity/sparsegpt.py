@@ -11,20 +11,17 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import annotated, fraction, whole
-from billhook.engine.ranks import Ranks, own_of
 from billhook.engine.statistics import InputMoments, Statistics
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, parse_pattern
 
 MAX_DAMPING = 1.0
 """Of the mean of the Hessian's diagonal: with more, the weights' interplay would hardly count."""
+NARROW = 128
+"""Columns of a triangle that is inverted as a whole; a wider one is inverted in two halves."""
 
 
-PIECES, NARROW = 16, 128
-"""In how many pieces of columns, about, a triangle is inverted, and how many columns one has at least."""
-
-
-def inverse_factor(products: Tensor, damping: float, ranks: Ranks | None = None) -> Tensor:
+def inverse_factor(products: Tensor, damping: float) -> Tensor:
     """Computes the upper triangular U with H^-1 = U^T U, for H = X^T X + damping * mean(diag(X^T X)) * I, in float32.
 
     The paper's H is twice that over the number of samples, but such a factor of H changes neither mask nor update. With the
@@ -34,7 +31,6 @@ def inverse_factor(products: Tensor, damping: float, ranks: Ranks | None = None)
     Args:
         products: X^T X, float32, `[in_features, in_features]`.
         damping: Share of the mean of its diagonal that is added to it.
-        ranks: Those that have the same products: the first factors H, and all divide the columns of U; this one alone if None.
 
     Raises:
         ValueError: If H is not positive definite with a damping of 1 either.
@@ -49,53 +45,26 @@ def inverse_factor(products: Tensor, damping: float, ranks: Ranks | None = None)
         lower = products.flip(0, 1).t()  # the same, by columns: the factor takes its place
         lower.diagonal().copy_((torch.where(live, diagonal, mean) + share * mean).flip(0))
         failed = torch.zeros((), dtype=torch.int32, device=lower.device)
-        if ranks is None or ranks.number == 0:
-            torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        else:
-            lower.zero_()
-        if not (failed if ranks is None else ranks(failed)):
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        if not failed:
             if share > damping:
                 warnings.warn(f"X^T X is not positive definite: damping={damping} is raised to {share:g}", stacklevel=2)
-            if ranks is not None:
-                ranks(lower.t())
             upper = lower.flip(0, 1)
             del lower
-            return _inverse(upper, ranks)
+            return _invert(upper)
     raise ValueError(f"X^T X is not positive definite even with damping={MAX_DAMPING}: are the inputs finite?")
 
 
-def _inverse(upper: Tensor, ranks: Ranks | None) -> Tensor:
-    """Inverts an upper triangular matrix, some columns at a time, each of them on the rows and columns up to its last alone.
-
-    The first of several ranks prunes the dearest of linears (see `own_of`), and so has fewer columns than others.
-    """
-    size, inverse = len(upper), torch.zeros_like(upper)
-    width = max(NARROW, -(-size // PIECES))
-    pieces = [slice(first, min(first + width, size)) for first in range(0, size, width)]
-    _, *owned = own_of([size**3, *(piece.stop**2 * width for piece in pieces)], ranks)
-    for columns, own in zip(pieces, owned, strict=True):
-        if own:
-            inverse[columns, columns].fill_diagonal_(1)
-            for rows in reversed([piece for piece in pieces if piece.stop <= columns.stop]):
-                below, piece = slice(rows.stop, columns.stop), inverse[rows, columns]
-                piece.addmm_(upper[rows, below], inverse[below, columns], alpha=-1)
-                piece.copy_(torch.linalg.solve_triangular(upper[rows, rows], piece, upper=True))
-    if ranks is not None:
-        ranks(inverse.t())
-    return inverse
-
-
-class FactoredMoments(InputMoments):
-    """Moments with their inverse factor, which ranks have computed together.
-
-    Args:
-        moments: The moments.
-        factor: U; see `inverse_factor`.
-    """
-
-    def __init__(self, moments: InputMoments, factor: Tensor) -> None:
-        vars(self).update(vars(moments))
-        self.factor = factor
+def _invert(upper: Tensor) -> Tensor:
+    """Inverts an upper triangular matrix in place: of [[A, B], [0, C]] it is [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
+    half = len(upper) // 2
+    if len(upper) <= NARROW:
+        return upper.copy_(torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True))
+    left, right = _invert(upper[:half, :half]), _invert(upper[half:, half:])
+    corner = upper[:half, half:]
+    between = torch.mm(left, corner, out=torch.empty_like(corner))  # given where to, autocast leaves it in float32
+    torch.mm(between, right, out=corner).neg_()
+    return upper
 
 
 def saliency(weight: Tensor, factor: Tensor) -> Tensor:
@@ -180,12 +149,6 @@ class SparseGPT(Criterion):
         moments = self._of_inputs(statistics, weight, InputMoments)
         return saliency(_without_dead(weight, moments), inverse_factor(moments.products, self.damping))
 
-    def factored(self, statistics: Statistics, ranks: Ranks) -> Statistics:
-        """Returns moments with their inverse factor, of which each rank computes some columns. See `Criterion.factored`."""
-        assert isinstance(statistics, InputMoments), "they are this criterion's"
-        statistics.check()
-        return FactoredMoments(statistics, inverse_factor(statistics.products, self.damping, ranks))
-
     def prune(
         self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
     ) -> tuple[Tensor, Tensor]:
@@ -196,7 +159,7 @@ class SparseGPT(Criterion):
         check_width(weight.shape[1], pattern)
         check_finite(weight, "the weight")
         moments = self._of_inputs(statistics, weight, InputMoments)
-        factor = moments.factor if isinstance(moments, FactoredMoments) else inverse_factor(moments.products, self.damping)
+        factor = inverse_factor(moments.products, self.damping)
         solved, keep = solve(_without_dead(weight, moments), factor, sparsity, kept, self.block_size)
         updated = solved.to(weight.dtype)
         check_finite(updated, f"the updated weight, as {weight.dtype},")

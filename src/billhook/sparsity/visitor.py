@@ -186,23 +186,13 @@ class PruningVisitor:
         return self.reduce if self.criterion.updates and isinstance(self.reduce, Ranks) else None
 
     def _own(self, linears: Mapping[str, nn.Module], ranks: Ranks) -> dict[str, tuple[Tensor, Tensor]]:
-        """Prunes this rank's linears, reckoned to cost rows x width^2 + width^3, before any are sent.
-
-        Of one that would take more than a rank's share of all, ranks first compute together what they can.
-        """
+        """Prunes this rank's linears, reckoned to cost rows x width^2 + width^3, before any are sent."""
         costs = [width**2 * (rows + width) for rows, width in (weight_of(linear).shape for linear in linears.values())]
-        own = {name for name, is_own in zip(linears, own_of(costs, ranks), strict=True) if is_own}
-        statistics = {name: self._statistics(name) for name in linears}
-        for name, cost in zip(linears, costs, strict=True):
-            if isinstance(given := statistics[name], Statistics) and cost * ranks.count > sum(costs):
-                with naming(name):
-                    factored = self.criterion.factored(given, ranks)
-                statistics[name] = factored if name in own else None
         found = dict[str, tuple[Tensor, Tensor]]()
-        for name, linear in linears.items():
-            scored = counted(whole(weight_of(linear)), self.adapters.get(name))
-            if name in own:
-                found[name] = self._solved(name, scored, statistics.pop(name))
+        for (name, linear), is_own in zip(linears.items(), own_of(costs, ranks), strict=True):
+            scored = counted(whole(weight_of(linear)), self.adapters.get(name))  # all ranks gather a sharded weight
+            if is_own:
+                found[name] = self._solved(name, scored, self._statistics(name))
         return found
 
     def _solved(self, name: str, scored: Tensor, statistics: Statistics | Grouped | None) -> tuple[Tensor, Tensor]:

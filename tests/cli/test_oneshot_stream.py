@@ -73,7 +73,7 @@ def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, 
     rests = []
     monkeypatch.setattr("billhook.cli.oneshot.streamed.fits", lambda *given: bool(rests.append(given)))
     kept = []
-    monkeypatch.setattr("billhook.sparsity.walks.Shelf.keep", lambda shelf, tensors: kept.append(tensors))
+    monkeypatch.setattr(Shelf, "copy", lambda shelf, tensor: kept.append(tensor.shape) or tensor)
     ran("prune", small, tmp_path / "out", *SHORT, *option(files), "--sparsity", "0.5", "--stream", "--memory", "1GiB")
     (model, moments, refit, held, memory) = rests[0]
     assert (refit, memory) == (0, 2**30)
@@ -81,16 +81,16 @@ def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, 
     logits = 4 * 16 * model.config.vocab_size  # of an example
     assert moments == 4 * (4 * widest + 8) + logits  # a sum of squares for each input, and how many tokens there were
     assert held == 2 * 6 * 16 * 32 * 4 + 5 * logits  # what goes into a block, and what comes out
-    predicted = [one for one in kept if isinstance(one, torch.Tensor)]
-    assert [one.shape for one in predicted] == [(15, model.config.vocab_size)] * 5
-    assert len(kept) - len(predicted) == (2 * 6 + 5 + 5) * 2  # pruned, seen and then changed, and measured before and after
+    assert kept.count((15, model.config.vocab_size)) == 5  # predictions
+    passed = [shape for shape in kept if len(shape) == 3 and shape[1:] == (16, 32)]
+    assert len(passed) >= (6 + 5 + 5) * 2  # what comes out of blocks, where they are pruned, and measured before and after
 
 
 def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatch):
     rests = []
     monkeypatch.setattr("billhook.cli.oneshot.streamed.fits", lambda *given: bool(rests.append(given)))
     kept = []
-    monkeypatch.setattr("billhook.engine.passes.Shelf.keep", lambda shelf, tensors: kept.append(tensors))
+    monkeypatch.setattr(Shelf, "copy", lambda shelf, tensor: kept.append(tensor.shape) or tensor)
     made, zeros = [], Shelf.zeros
     monkeypatch.setattr(Shelf, "zeros", lambda shelf, *shape, **more: made.append(shape) or zeros(shelf, *shape, **more))
     asked = ["--channels", "0.25", "--importance", "WeightNorm", "--stream", "--memory", "1GiB"]
@@ -107,8 +107,7 @@ def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatc
         assert refit == repaired * (8 * (columns**2 + pieces + rows * columns + vectors) + 2 * 4 * rows * columns)
         assert moments == logits
         assert held == (sums + 2 * tokens * (48 * 4 + 4 * 32) + waiting if repaired else 2 * tokens * 32 * 4) + 5 * logits
-    sizes = [one.shape[-1] for one in kept if isinstance(one, torch.Tensor)]
-    assert sizes.count(bh.load(small).config.vocab_size) == 2 * 5  # predictions of the dense model, each time
+    assert kept.count((31, bh.load(small).config.vocab_size)) == 2 * 5  # predictions of the dense model, each time
     assert made.count((1, 32, 32)) == 3 * 8  # what three linears that follow each other owe in each run
 
 

@@ -1,19 +1,22 @@
 """Blocks on a device one at a time, activations in files: what comes out is the same, and nothing stays behind."""
 
 import copy
+import gc
+from contextlib import closing
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from greenlet import greenlet
 from torch import nn
 
 import billhook as bh
 from billhook.engine import offload
-from billhook.engine.memory import VARIABLE, give_back, give_back_at_once, let_go, resident
-from billhook.engine.offload import Shelf, offloaded
-from billhook.engine.trees import tree_leaves
-from billhook.engine.walk import held
+from billhook.engine.memory import VARIABLE, give_back, give_back_at_once, let_go
+from billhook.engine.offload import Shelf, offloaded, outputs_in
+from billhook.engine.passes import Together
+from billhook.engine.state import undisturbed
+from billhook.engine.walk import blocks_of
 from kit.families import llama, tokens
 from kit.sparsity import batches_of, family
 
@@ -108,81 +111,50 @@ def test_a_run_that_fails_leaves_every_block_where_it_was(monkeypatch):
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 def test_activations_on_disk_change_nothing(sequential, tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "SMALL", 256)
-    kept = []
-    keep = Shelf.keep
-    monkeypatch.setattr(Shelf, "keep", lambda self, what: (keep(self, what), kept.append(what)))
+    kept, copied = [], Shelf.copy
+    monkeypatch.setattr(Shelf, "copy", lambda self, tensor: kept.append(copied(self, tensor)) or kept[-1])
     model = llama().eval()
     expected, data = copy.deepcopy(model), [{"input_ids": tokens(4, 16)} for _ in range(3)]
     bh.prune(expected, bh.SparseGPT(block_size=16), data, 0.5, sequential=sequential)
     bh.prune(model, bh.SparseGPT(block_size=16), data, 0.5, sequential=sequential, activations=str(tmp_path))
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
     assert not list(tmp_path.iterdir())
-    if sequential != "none":
-        hidden = [one for one in tree_leaves(kept) if isinstance(one, torch.Tensor) and one.shape == (4, 16, 32)]
-        assert len(hidden) >= 6
-        assert all(tensor.untyped_storage().filename for tensor in hidden)
+    hidden = [one for one in kept if one.shape == (4, 16, 32)]
+    assert len(hidden) >= 6
+    assert all(tensor.untyped_storage().filename for tensor in hidden)
 
 
-def test_who_holds_a_tensor_holds_it_on_disk(tmp_path):
-    own = torch.rand(64, 512)
-    frame, values, pointer = {"hidden": own}, own.clone(), own.data_ptr()
-    shelf, parameter = Shelf(str(tmp_path)), nn.Parameter(torch.rand(64, 512))
-    small = torch.rand(3)
-    before = parameter.data_ptr(), small.data_ptr()
-    shelf.keep(((own, small, None, "text"), {"p": parameter}))
-    assert frame["hidden"] is own
-    assert own.data_ptr() != pointer
-    assert torch.equal(own, values)
-    assert (parameter.data_ptr(), small.data_ptr()) == before
-    pointer = own.data_ptr()
-    shelf.keep(own)
-    assert own.data_ptr() == pointer, "what is there already stays"
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+def test_all_that_blocks_hand_on_lies_in_files_while_runs_rest(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload, "SMALL", 256)
+    model, seen = family(name).eval(), []
+    data = batches_of(model)
+    width = model.config.hidden_size if name != "t5" else model.config.d_model
+
+    def look(block):
+        alive = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.dim() == 3 and one.shape[-1] == width]
+        seen.append([one.untyped_storage().filename is not None for one in alive])
+
+    with closing(Shelf(str(tmp_path))) as files, outputs_in(files, model), undisturbed(model):
+        Together(model, leave=look)([partial(model, **batch) for batch in data])
+    assert len(seen) == len(blocks_of(model))
+    assert all(all(one) and len(one) >= len(data) for one in seen[:-1])
+    assert not list(tmp_path.iterdir())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_what_lies_in_files_is_a_copy_and_others_keep_theirs(tmp_path):
+    shelf, tensor, small = Shelf(str(tmp_path)), torch.rand(64, 512), torch.rand(3)
+    pointer, learns = tensor.data_ptr(), torch.rand(64, 512, requires_grad=True)
+    copied = shelf.copy(tensor)
+    assert torch.equal(copied, tensor)
+    assert (tensor.data_ptr(), bool(copied.untyped_storage().filename)) == (pointer, True)
+    assert shelf.copy(copied) is copied, "what is there already stays"
+    assert shelf.copy(copied[3:].view(-1)).data_ptr() == copied[3:].data_ptr()
+    assert (shelf.copy(small), shelf.copy(learns)) == (small, learns)
     shelf.close()
     assert not list(tmp_path.iterdir())
-    assert torch.equal(own, values)
-
-
-def test_tensors_that_share_memory_share_a_file(tmp_path):
-    shelf, base = Shelf(str(tmp_path)), torch.rand(3, 64, 512)
-    queries, keys, values = (one.transpose(0, 1).detach() for one in base)  # detached, they have no base
-    copies, addresses = [one.clone() for one in (queries, keys, values)], {base.untyped_storage().data_ptr()}
-    del base
-    shelf.keep([queries])
-    assert queries.untyped_storage().data_ptr() in addresses, "others may hold the rest of its memory"
-    shelf.keep({"held": (queries, keys), "more": [values, values]})
-    assert all(torch.equal(one, copy) for one, copy in zip((queries, keys, values), copies, strict=True))
-    assert all(one.stride() == (1, 512) for one in (queries, keys, values))
-    assert len({one.untyped_storage().data_ptr() for one in (queries, keys, values)} - addresses) == 1
-    keys[0, 0] = 7
-    assert queries[0, 0] != 7
-    shelf.close()
-
-
-def test_a_view_takes_its_base_along(tmp_path):
-    shelf, view = Shelf(str(tmp_path)), torch.rand(64, 512).view(512, 64).t()
-    copy, base = view.clone(), view._base
-    shelf.keep({"own": view})
-    assert torch.equal(view, copy)
-    assert view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
-    assert base.untyped_storage().filename
-    shelf.close()
-
-
-def test_what_a_greenlet_holds_is_what_its_own_functions_hold():
-    outside, found = object(), []
-
-    def inner(given):
-        found.extend(held())
-        return given
-
-    def outer():
-        own = object()
-        return inner(own), own
-
-    greenlet(outer).switch()
-    assert [set(one) for one in found] == [{"given", "found"}, {"inner", "own"}]
-    assert found[0]["given"] is found[1]["own"]
-    assert outside not in found[1].values()
+    assert torch.equal(copied, tensor)
 
 
 @pytest.mark.parametrize(
@@ -223,25 +195,3 @@ def test_memory_is_given_back_where_work_is_done_on_the_cpu(monkeypatch):
     assert not called
     give_back("cpu")
     assert called == [0]
-
-
-@pytest.mark.skipif(resident() is None, reason="the system does not say what is resident")
-def test_what_rests_in_files_is_not_resident_until_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setenv(VARIABLE, "1")
-    shelf, tensor = Shelf(str(tmp_path)), torch.ones(2**24)
-    before = resident()
-    shelf.keep(tensor)
-    assert resident() - before < -tensor.nbytes / 2
-    assert tensor.sum() == 2**24
-    assert resident() - before > -tensor.nbytes / 2
-    let_go(tensor)
-    assert resident() - before < -tensor.nbytes / 2
-    assert tensor[5] == 1
-    assert tensor.sum() == 2**24
-    shelf.keep({"held": [tensor]})  # by a run that waits once more
-    assert resident() - before < -tensor.nbytes / 2
-    zeros = shelf.zeros(2**12, 2**12, dtype=torch.float64)
-    assert not zeros.any()
-    let_go(zeros[1:])
-    assert resident() - before < -tensor.nbytes / 2
-    shelf.close()

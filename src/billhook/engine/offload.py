@@ -1,8 +1,7 @@
-"""A model that is larger than its device: blocks are there one at a time, and activations rest on disk."""
+"""A model that is larger than its device: blocks are there one at a time, and what modules give lies on disk."""
 
 import math
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.memory import let_go
 from billhook.engine.state import overridden
 from billhook.engine.trees import tree_leaves, tree_map_only
 
@@ -66,19 +64,12 @@ class Shelf:
         self._folder = tempfile.TemporaryDirectory(prefix="billhook_", dir=folder, ignore_cleanup_errors=True)
         self._files = 0
 
-    def keep(self, kept: object) -> None:
-        """Moves tensors from the memory of the CPU into files, for whoever holds them; parameters and small tensors stay.
-
-        Tensors that share memory share a file, if together they need as much; part of what others may still hold stays.
-        """
-        for tensors in self._by_memory(kept):
-            own = tensors[0].untyped_storage()
-            mapped = self.zeros(own.nbytes(), dtype=torch.uint8)
-            mapped.copy_(torch.empty(0, dtype=torch.uint8).set_(own))
-            let_go(mapped)
-            for tensor in tensors:
-                empty, place = torch.empty(0, dtype=tensor.dtype), tensor.storage_offset()
-                tensor.data = empty.set_(mapped.untyped_storage(), place, tensor.shape, tensor.stride())
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Copies a tensor of the CPU into a file; one that is small, lies there already or needs gradients is returned itself."""
+        plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not tensor.requires_grad and tensor.is_contiguous()
+        if not plain or tensor.nbytes < SMALL or self._has(tensor):
+            return tensor
+        return self.zeros(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """Returns zeros in a file."""
@@ -93,27 +84,27 @@ class Shelf:
         """Removes the folder; what is still mapped stays readable."""
         self._folder.cleanup()
 
-    def _by_memory(self, kept: object) -> list[list[Tensor]]:
-        """Returns the tensors that can be moved, those together that share memory; those that lie here already are let go."""
-        found = defaultdict[int, dict[int, Tensor]](dict)
-        for tensor in _plain(kept):
-            memory = tensor.untyped_storage()
-            if memory.filename is not None and Path(self._folder.name) in Path(memory.filename).parents:
-                let_go(tensor)
-            elif memory.filename is None and memory.nbytes() >= SMALL:
-                found[memory.data_ptr()][id(tensor)] = tensor
-        sharing = [list(own.values()) for own in found.values()]
-        return [own for own in sharing if sum(one.nbytes for one in own) >= own[0].untyped_storage().nbytes()]
+    def _has(self, tensor: Tensor) -> bool:
+        filename = tensor.untyped_storage().filename
+        return filename is not None and Path(self._folder.name) in Path(filename).parents
+
+
+@contextmanager
+def outputs_in(files: Shelf | None, model: nn.Module) -> Iterator[None]:
+    """Has the outputs of a model's modules lie in files, where runs that rest within the model hold them; None leaves them.
+
+    A copy in a file goes on in the place of each output. What else a module's code computes stays in memory.
+    """
+    if files is None:
+        yield
+        return
+    with ExitStack() as stack:
+        for module in model.modules():
+            hook = module.register_forward_hook(lambda _module, _inputs, outputs: tree_map_only(Tensor, files.copy, outputs))
+            stack.callback(hook.remove)
+        yield
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", files: Shelf | None = None) -> Tensor:
     """Returns zeros on a device, or in a file."""
     return torch.zeros(shape, dtype=dtype, device=device) if files is None else files.zeros(*shape, dtype=dtype)
-
-
-def _plain(kept: object) -> Iterator[Tensor]:
-    """Yields the plain tensors of the CPU in nested containers, each with the one that it is a view of, which it keeps."""
-    for leaf in tree_leaves(kept):
-        for tensor in (leaf, leaf._base) if isinstance(leaf, Tensor) else ():
-            if type(tensor) is Tensor and tensor.layout == torch.strided and tensor.device.type == "cpu":
-                yield tensor

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from billhook.engine.files import Stream, stream_of
-from billhook.engine.offload import Shelf
+from billhook.engine.offload import Shelf, outputs_in
 from billhook.engine.shards import Turns
 from billhook.engine.walk import Reduce, Site, Walk, blocks_of
 
@@ -75,6 +75,13 @@ def shelf(stream: Stream) -> Iterator[Shelf | None]:
         yield files
 
 
+@contextmanager
+def resting(stream: Stream) -> Iterator[None]:
+    """Has what modules hand on lie in the files of a stream's folder within; in memory where it names none."""
+    with shelf(stream) as files, outputs_in(files, stream.model):
+        yield
+
+
 class Together:
     """Runs a model on several inputs; one that is streamed on all side by side, so that each block is read once.
 
@@ -115,9 +122,9 @@ class Together:
             for self._number, forward in enumerate(forwards):
                 forward()
             return
-        with nullcontext() if self._stream is None else shelf(self._stream) as files:
-            keep, ends = None if files is None else files.keep, len(forwards)
-            self._walk = Walk(self._sites, Nothing(), self._reduce, keep, around=self._there, ends=ends, leave=self._leave)
+        with nullcontext() if self._stream is None else resting(self._stream):
+            ends = len(forwards)
+            self._walk = Walk(self._sites, Nothing(), self._reduce, around=self._there, ends=ends, leave=self._leave)
             self._walk(forwards)
 
     @contextmanager

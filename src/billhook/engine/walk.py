@@ -5,7 +5,6 @@ whatever else one block hands to the next are what the model makes of them; noth
 """
 
 import copy
-import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -91,14 +90,6 @@ def with_ways_out(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     return found
 
 
-def held() -> list[Mapping[str, object]]:
-    """Returns the local variables of all functions that the caller is called in; within a greenlet, of those that are its own."""
-    frame, found = inspect.currentframe(), list[Mapping[str, object]]()
-    while frame is not None and (frame := frame.f_back) is not None:
-        found.append(dict(frame.f_locals))
-    return found
-
-
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments and the keywords of a call."""
 
@@ -145,7 +136,6 @@ class Walk:
         visitor: What is done there.
         reduce: Sums over ranks, where each rank has runs of its own: all then complete the same sites in the same order, also
             those that no run of their own comes to.
-        keep: Called with what a run holds while it waits for others: the local variables of its functions.
         untouched: The numbers of runs that keep the old parameters to the end, for comparison.
         around: What a site's module needs while runs are in it; by default nothing.
         ends: How many runs continue to their end when all sites are complete; with one, `again` has all that are called again.
@@ -158,14 +148,13 @@ class Walk:
         sites: Sequence[Site],
         visitor: Visitor,
         reduce: Reduce | None = None,
-        keep: Callable[[object], None] | None = None,
         untouched: Collection[int] = (),
         around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
         ends: int = 0,
         leave: Callable[[Site], None] | None = None,
         compares: Comparing | None = None,
     ) -> None:
-        self.sites, self.visitor, self.reduce, self.keep = list(sites), visitor, reduce, keep
+        self.sites, self.visitor, self.reduce = list(sites), visitor, reduce
         self.untouched, self.around, self.ends, self.leave = untouched, around, ends, leave
         self.compares = compares
         self.complete: set[Site] = set()
@@ -278,8 +267,6 @@ class Walk:
     def _rest(self, site: Site) -> None:
         """Lets others go on until all are here."""
         own = Ambient.now()
-        if self.keep is not None:
-            self.keep(held())
         self._main.switch(site)
         own.restore()
 

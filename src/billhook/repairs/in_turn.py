@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from billhook.engine.files import Stream
 from billhook.engine.lazy import itself
+from billhook.engine.offload import outputs_in
 from billhook.engine.shards import Turns
 from billhook.engine.walk import Reduce, Site, Walk, find_sites
 from billhook.repairs.visitor import RepairVisitor
@@ -94,8 +95,8 @@ class RepairInTurn:
     def go(self, sites: Sequence[Site], forwards: Sequence[Callable[[], object]], untouched: Collection[int]) -> Refitted:
         """Goes over sites with runs, of which some keep the old parameters."""
         self.visitor.take(self._inside(None))
-        keep = None if self.visitor.shelf is None else self.visitor.shelf.keep
-        Walk(sites, self.visitor, self.reduce, keep=keep, untouched=untouched, around=self._there)(forwards)
+        with outputs_in(self.visitor.shelf, self.model):
+            Walk(sites, self.visitor, self.reduce, untouched=untouched, around=self._there)(forwards)
         self._pass()
         self._put(None)
         self.coming.leave()

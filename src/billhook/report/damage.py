@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -117,9 +117,9 @@ class Dense:
         losses = torch.zeros(len(self.rows), dtype=torch.float64)
 
         def take(row: int, logits: Tensor, loss: float) -> None:
-            losses[row], self._held[row] = loss, Predictions.of(logits, len(self._here))
-            if files is not None:
-                files.keep(self._held[row].logs)
+            held = Predictions.of(logits, len(self._here))
+            losses[row] = loss
+            self._held[row] = held if files is None else replace(held, logs=files.copy(held.logs))
 
         with shelf(stream) if (stream := stream_of(model)) is not None else nullcontext() as files:
             self._each(model, take, progress)

@@ -101,7 +101,8 @@ def prune(
         progress: Called with how many linears are done, and of how many.
         offload: A device, such as `"cuda"`, to which the blocks of a model are moved one at a time and back; the outputs of a
             block stay with the model. With `sequential="none"` they are moved again for each batch.
-        activations: A folder for the outputs of blocks, in files that are removed afterwards; by default memory.
+        activations: A folder for the outputs of the model's modules, in files that are removed afterwards; by default memory.
+            What else runs hold while they wait for each other, such as masks, stays in memory.
         permute: Whether channels are first put in the order in which groups of N:M lose least, as `permute_for` does.
         dry_run: Whether the model stays as it is; `bh.apply(model, plan)` carries out the plan later.
 

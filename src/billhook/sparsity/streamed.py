@@ -40,31 +40,24 @@ class StreamedPruning:
         self.done: dict[str, Note] = {} if key is None else stream.begin(key)
         self.names = {block: name for name, block in stream.blocks.items()}
 
-    def go(
-        self,
-        sequential: Sequential | None,
-        keep: Callable[[object], None] | None,
-        forwards: Sequence[Callable[[], object]],
-    ) -> None:
+    def go(self, sequential: Sequential | None, forwards: Sequence[Callable[[], object]]) -> None:
         """Goes over all blocks: of those that an earlier process has done, runs only pass what it made of them."""
         sites = self._sites("block" if sequential in ("none", None) else sequential)
         with self.stream.undone_by_errors() if self.applies else nullcontext():
             if sequential is None:
                 self._each(sites)
             else:
-                self._walk(sites, sequential == "none", keep, forwards)
+                self._walk(sites, sequential == "none", forwards)
             self.stream.leave()
         for site in sites:
             if self.applies and site.module not in self.stream.owner:
                 self._take(site)
 
-    def _walk(
-        self, sites: Sequence[Site], dense: bool, keep: Callable[[object], None] | None, forwards: Sequence[Callable[[], object]]
-    ) -> None:
+    def _walk(self, sites: Sequence[Site], dense: bool, forwards: Sequence[Callable[[], object]]) -> None:
         """Walks with runs, which pass blocks as they become, or as they were."""
         untouched = range(len(forwards)) if dense else self.visitor.dense
         around = self._there if untouched else self._adopted
-        walk = Walk(sites, self.visitor, self.reduce, keep, untouched, around, ends=1, leave=self._leave, compares=self.visitor)
+        walk = Walk(sites, self.visitor, self.reduce, untouched, around, ends=1, leave=self._leave, compares=self.visitor)
         walk(forwards)
         if walk.again:  # where a run on the meta device does not tell
             modules = {site.module for site in walk.again}

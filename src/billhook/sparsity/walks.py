@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, runs_of, tell_apart
 from billhook.engine.files import Stream, stream_of
-from billhook.engine.offload import Shelf, offloaded
+from billhook.engine.offload import Shelf, offloaded, outputs_in
 from billhook.engine.sharding import gathered, is_sharded, unsharded
 from billhook.engine.state import replaced, undisturbed
 from billhook.engine.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
@@ -89,17 +89,17 @@ class Walks:
         forwards = [run.forward for run in self.runs] * (2 if visitor.dense else 1)
         with ExitStack() as stack:
             stack.enter_context(undisturbed(self.model))
-            keep = None
             if self.offload is not None:
                 stack.enter_context(offloaded([site.module for site in self.blocks()], self.offload))
             if self.activations is not None:
-                keep = stack.enter_context(closing(Shelf(self.activations))).keep
+                files = stack.enter_context(closing(Shelf(self.activations)))
+                stack.enter_context(outputs_in(files, self.model))
             if (stream := stream_of(self.model)) is not None:
                 if self.twins:
                     raise ValueError(
                         f"model: {self.twins[0][0]} shares its weight with another linear: prune it in memory, not streamed"
                     )
-                self._stream(stream, sequential, visitor, keep, forwards, key and f"{key} {tell_apart(self.runs)}")
+                self._stream(stream, sequential, visitor, forwards, key and f"{key} {tell_apart(self.runs)}")
                 return set()
             if sequential is None:
                 visitor.finish(self.linears)
@@ -107,16 +107,15 @@ class Walks:
             if visitor.dense and self.twins:
                 refuse_again(name for name, _ in self.twins)
             if is_sharded(self.model):
-                self._walk_sharded(sequential, visitor, keep, forwards)
+                self._walk_sharded(sequential, visitor, forwards)
                 return set()
-            return self._walk(sequential, visitor, often, keep, forwards)
+            return self._walk(sequential, visitor, often, forwards)
 
     def _walk(
         self,
         sequential: Sequential,
         visitor: PruningVisitor,
         often: set[str],
-        keep: Callable[[object], None] | None,
         forwards: Sequence[Callable[[], object]],
     ) -> set[str]:
         first = {name: one for name, one in self.linears.items() if name in often or sequential == "none"}
@@ -124,14 +123,14 @@ class Walks:
         new: dict[nn.Module, dict[str, Tensor]] = {}
         if first:
             site = Site(self.model, first, False if often else None, self.twins)
-            Walk([site], visitor, self.reduce, keep)(forwards)
+            Walk([site], visitor, self.reduce)(forwards)
             new = {first[name]: own for name, own in visitor.parameters(site).items()}
         if not others:
             return set()
         with replaced(new):
             sites = find_sites(self.model, others, sequential, gates=self.offload is not None)
             sites = with_ways_out(self.model, sites) if visitor.dense else sites
-            walk = Walk(sites, visitor, self.reduce, keep, visitor.dense, ends=1, compares=visitor)
+            walk = Walk(sites, visitor, self.reduce, visitor.dense, ends=1, compares=visitor)
             walk(forwards)
             return {name for site in walk.again for name in site.linears}
 
@@ -140,7 +139,6 @@ class Walks:
         stream: Stream,
         sequential: Sequential | None,
         visitor: PruningVisitor,
-        keep: Callable[[object], None] | None,
         forwards: Sequence[Callable[[], object]],
         key: str | None,
     ) -> None:
@@ -150,7 +148,7 @@ class Walks:
             visitor.finish(self.linears)
         else:
             walk = StreamedPruning(stream, self.linears, visitor, self.reduce, None if all_compete else key)
-            walk.go(sequential, keep, forwards)
+            walk.go(sequential, forwards)
         if isinstance(visitor, GlobalPruningVisitor):
             StreamedGlobalPruning(stream, visitor, self.linears, key).go()
             visitor.seen.clear()
@@ -159,7 +157,6 @@ class Walks:
         self,
         sequential: Sequential,
         visitor: PruningVisitor,
-        keep: Callable[[object], None] | None,
         forwards: Sequence[Callable[[], object]],
     ) -> None:
         """Gathers one block at a time, on all ranks together; with `"none"` the runs pass through the dense blocks, too."""
@@ -169,7 +166,7 @@ class Walks:
         sites = with_ways_out(self.model, sites) if dense else sites
         untouched = range(len(forwards)) if sequential == "none" else dense
         walk = Walk(
-            sites, visitor, self.reduce, keep, untouched, lambda module: gathered(owner[module]),
+            sites, visitor, self.reduce, untouched, lambda module: gathered(owner[module]),
             leave=visitor.leave, compares=visitor,
         )  # fmt: skip
         with unsharded(self.model), gathered(self.model, but=blocks):

@@ -62,7 +62,8 @@ def prune(
         convolutions: Which convolutions are pruned: "mixing", those of which an output reads four channels or more; "all", also
             depthwise ones and those that read pixels; or "none".
         offload: Whether the model stays in the CPU's memory, and its blocks visit the device one at a time.
-        activations: A folder for the outputs of blocks during calibration; by default they stay in memory.
+        activations: A folder for the outputs of the model's modules during calibration; by default they stay in memory, and
+            in any case what else batches hold while they wait for each other.
         permute: Whether channels are first put in the order in which groups of N:M lose least; the model then computes the same,
             and nothing is gathered. Not with dry_run.
         dry_run: Score the weights, print the plan and write nothing.

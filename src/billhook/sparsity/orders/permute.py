@@ -61,7 +61,8 @@ def permute_for(
         output_embeddings: Whether the output embedding (`lm_head`), or the head of a classifier, is going to be pruned too.
         convolutions: Which convolutions are going to be pruned.
         offload: A device to which the blocks of a model are moved one at a time and back.
-        activations: A folder for the outputs of blocks, in files that are removed afterwards; by default memory.
+        activations: A folder for the outputs of the model's modules, in files that are removed afterwards; by default memory.
+            What else runs hold while they wait for each other, such as masks, stays in memory.
 
     Returns:
         What stands in which order, and how much of the scores is kept before and after; `print` shows it.

@@ -30,7 +30,6 @@ beside.measure_all()
 loads.load_all()
 """
 LAYERS = 8
-RELEASE = "BILLHOOK_RELEASE_MEMORY"
 CHECKERS = {
     "none": {},
     "malloc": {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3", "GLIBC_TUNABLES": "glibc.malloc.perturb=165"},
@@ -51,7 +50,6 @@ def main() -> None:
     parser.add_argument("--checker", choices=CHECKERS, default="malloc")
     parser.add_argument("--work", choices=["searches", "tests"], default="searches")
     parser.add_argument("--ranks", type=int, default=2, help="of searches; tests have two")
-    parser.add_argument("--mallopt", action="store_true", help="with BILLHOOK_RELEASE_MEMORY=1")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     end, rounds, codes = time.time() + 60 * options.minutes, 0, [0]
@@ -70,7 +68,7 @@ def run(options: argparse.Namespace, end: float) -> list[int]:
         port = str(free.getsockname()[1])
     environment = os.environ | CHECKERS[options.checker] | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONWARNINGS": "ignore"}
-    environment |= {"PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}", RELEASE: str(int(options.mallopt))}
+    environment |= {"PYTHONPATH": f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"}
     before = ["valgrind", "--error-limit=no", "--num-callers=40"] if options.checker == "valgrind" else []
     if options.work == "tests":
         sys.path.insert(0, str(TESTS))
@@ -92,11 +90,9 @@ def fit_again(out: str, end: float, fits: int, ranks: int) -> None:
     """What each rank runs: the events whose memory is measured, in turn, a search after each two others."""
     import torch
 
-    from billhook.engine.memory import give_back_at_once
     from kit.beside import beside
     from kit.sharding import sharding
 
-    give_back_at_once()
     torch.set_num_threads(1)
     others = ["channels, repaired", "KV heads, with data", "zeros, SparseGPT", "zeros, ALPS", "residual channels, by gradients"]
     made, going = 0, True

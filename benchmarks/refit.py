@@ -6,12 +6,11 @@ streamed model's memory is limited. Moments are random, as time and memory do no
 """
 
 import argparse
-import os
 import time
 
 import torch
 
-from billhook.engine.memory import VARIABLE, let_go, resident
+from billhook.engine.memory import resident
 from billhook.engine.offload import Shelf
 from billhook.repairs import least_squares
 from billhook.repairs.moments import OwedMoments
@@ -24,10 +23,8 @@ def moments(rows, columns, files):
     for panel in part.products.panels:
         panel += torch.randn(panel.shape) * columns**0.5
         panel.diagonal(panel.shape[1] - len(panel)).add_(3 * columns)
-        let_go(panel)
     for owed in part.owed_products.split(1024):
         owed += torch.randn(owed.shape) * columns**0.5
-        let_go(owed)
     part.owed_squares += rows * columns
     return part
 
@@ -47,7 +44,6 @@ def main():
     parser.add_argument("--columns", type=int, default=10368, help="inputs that it keeps")
     parser.add_argument("--files", help="a folder for moments to rest in; by default they are in memory")
     options = parser.parse_args()
-    os.environ[VARIABLE] = "1"
     torch.manual_seed(0)
     torch.set_num_threads(1)
     files = Shelf(options.files) if options.files else None

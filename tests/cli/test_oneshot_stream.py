@@ -75,12 +75,13 @@ def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, 
     kept = []
     monkeypatch.setattr(Shelf, "copy", lambda shelf, tensor: kept.append(tensor.shape) or tensor)
     ran("prune", small, tmp_path / "out", *SHORT, *option(files), "--sparsity", "0.5", "--stream", "--memory", "1GiB")
-    (model, moments, refit, held, memory) = rests[0]
-    assert (refit, memory) == (0, 2**30)
+    (stream, moments, activations, memory) = rests[0]
+    model = stream.model
+    assert memory == 2**30
     widest = max(layer.in_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     logits = 4 * 16 * model.config.vocab_size  # of an example
     assert moments == 4 * (4 * widest + 8) + logits  # a sum of squares for each input, and how many tokens there were
-    assert held == 2 * 6 * 16 * 32 * 4 + 5 * logits  # what goes into a block, and what comes out
+    assert activations == 2 * 6 * 16 * 32 * 4 + 5 * logits  # what goes into a block, and what comes out
     assert kept.count((15, model.config.vocab_size)) == 5  # predictions
     passed = [shape for shape in kept if len(shape) == 3 and shape[1:] == (16, 32)]
     assert len(passed) >= (6 + 5 + 5) * 2  # what comes out of blocks, where they are pruned, and measured before and after
@@ -98,15 +99,13 @@ def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatc
     tokens, logits = 8 * 32, 4 * 32 * bh.load(small).config.vocab_size
     for name, more in (("both", []), ("cut", ["--repair", "null"])):
         ran("prune-structure", small, tmp_path / name, *text, *asked, *more)
-        (_, moments, refit, held, _), repaired = rests[-1], not more
+        (_, moments, activations, _), repaired = rests[-1], not more
         rows, columns = 32, 36  # of what reads 48 channels, of which a quarter goes
-        sums = 8 * 2 * (columns**2 + rows * columns)  # of two parts of the text
-        waiting = 2 * tokens * 5 * 32 * 4  # both runs: the stream, its norm, queries, keys and values
-        pieces = columns * (columns + rows)
-        vectors = 3 * (columns + rows)
-        assert refit == repaired * (8 * (columns**2 + pieces + rows * columns + vectors) + 2 * 4 * rows * columns)
-        assert moments == logits
-        assert held == (sums + 2 * tokens * (48 * 4 + 4 * 32) + waiting if repaired else 2 * tokens * 32 * 4) + 5 * logits
+        refit = 8 * columns * (columns + 8 * rows) + 2 * 4 * rows * columns
+        waiting = 2 * tokens * (48 + 32) * 4  # both runs, within a block
+        sums = 8 * 2 * columns * (columns + rows)  # of two parts of the text
+        assert moments == repaired * (refit + waiting) + logits
+        assert activations == repaired * sums + (1 + repaired) * 2 * tokens * 32 * 4 + 5 * logits
     assert kept.count((31, bh.load(small).config.vocab_size)) == 2 * 5  # predictions of the dense model, each time
     assert made.count((1, 32, 32)) == 3 * 8  # what three linears that follow each other owe in each run
 

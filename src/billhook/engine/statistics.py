@@ -10,8 +10,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from billhook.engine.memory import let_go
-
 TOKENS = 1024
 """How many tokens are multiplied at a time."""
 ROWS = 1024
@@ -30,7 +28,6 @@ def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
         for some, others in zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True):
             torch.mm(some[:, first : first + ROWS].t(), others, out=product)  # given where to, autocast leaves it in float32
             rows += product.to(rows.device)  # one sum first: some kernels round after each token
-        let_go(rows)
 
 
 class Statistics(ABC):

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from billhook.engine.conjugate_gradients import on_support
-from billhook.engine.memory import let_go
 from billhook.engine.ranks import Ranks, own_of, rows_of
 from billhook.repairs.cholesky import solver
 from billhook.repairs.moments import EVERY, OUTPUTS, Fold, OwedMoments, SecondMoments, wide
@@ -165,7 +164,6 @@ def _owed(parts: Sequence[OwedMoments], centred: bool, rows: slice = EVERY) -> T
     owed = torch.zeros_like(parts[0].owed_products[rows])
     for part in parts:
         owed += part.owed_products[rows]
-        let_go(part.owed_products)
     owed /= _tokens(parts)
     return owed.addr_(d[rows], x, alpha=-1) if centred else owed
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from billhook.engine.float64 import float64_device, widest_float
-from billhook.engine.memory import let_go
 from billhook.engine.offload import Shelf, zeros
 from billhook.engine.statistics import TOKENS, add_products
 from billhook.repairs.triangle import Triangle
@@ -84,7 +83,6 @@ class OwedMoments:
         few.owed_sums, few.owed_products = turn @ self.owed_sums, turn.new_zeros(OUTPUTS, self.owed_products.shape[1])
         for some, own in zip(torch.split(turn, OUTPUTS, 1), torch.split(self.owed_products, OUTPUTS), strict=True):
             few.owed_products.addmm_(some, own)
-            let_go(own)
         return few
 
     def tensors(self) -> list[Tensor]:
@@ -130,7 +128,6 @@ class OwedMoments:
         error = self.owed_squares[rows].sum()
         if more is not None:
             error += self.products.form(more) - 2 * more.flatten().dot(self.owed_products[rows].flatten())
-            let_go(self.owed_products)
         error /= self.tokens
         if shift is not None:
             x, d = self.centre

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from billhook.engine.memory import let_go
 from billhook.engine.offload import Shelf, zeros
 from billhook.engine.statistics import ROWS, TOKENS, add_products
 
@@ -14,7 +13,7 @@ from billhook.engine.statistics import ROWS, TOKENS, add_products
 class Triangle:
     """A sum of x x^T over tokens, of which the lower triangle is kept, float64.
 
-    Panels may lie in files: their pages are let go after each use.
+    Panels may lie in files.
 
     Args:
         size: How many rows the whole has.
@@ -53,7 +52,6 @@ class Triangle:
         for number, (rows, panel) in enumerate(own.placed()):
             for one in sums:
                 panel += one.panels[number]
-                let_go(one.panels[number])
             panel /= count
             if about is not None:
                 panel.addr_(about[rows], about[: rows.stop], alpha=-1)
@@ -91,7 +89,6 @@ class Triangle:
                 turned = some[:, own] @ panel
                 turned[:, : own.start] *= 2
                 total += turned.mul_(some[:, : own.stop]).sum()
-            let_go(panel)
         return total
 
     def placed(self, end: int | None = None) -> list[tuple[slice, Tensor]]:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from billhook.bar import Told
 from billhook.engine.batches import Run
 from billhook.engine.float64 import float64_device, widest_float
-from billhook.engine.memory import give_back, let_go
 from billhook.engine.offload import Shelf, zeros
 from billhook.engine.statistics import ROWS, InputNorms
 from billhook.engine.walk import Reduce, Site
@@ -126,7 +125,6 @@ class RepairVisitor:
                         weights = _counted(lost[run], typical) if run in lost else None
                         self._add(name, inputs[run], lacking.get(run), run, weights)
                 self._refit(name)
-                give_back(self._old[name][0].device.type)
             if name in self._kept:
                 self._done.add(name)
                 if self._progress is not None:
@@ -157,9 +155,6 @@ class RepairVisitor:
             lacking = wide(inputs[..., goes]) @ wide(self._old[name][0][:, goes]).t()
         tokens = None if counts is None else self._places(run, name, counts)
         self._pools[name][self._parts[run]].add(own, lacking, tokens, weights)
-        let_go(inputs)
-        if lacking is not None:
-            let_go(lacking)
 
     def _places(self, run: int, name: str, counts: Tensor) -> Tensor:
         """Returns where the tokens of a run are that count, which linears with one mask have in common."""
@@ -204,7 +199,6 @@ class RepairVisitor:
         for pool in self._pools.pop(name):
             pool.empty()
         del self._moments[name]
-        give_back(self._old[name][0].device.type)  # what the tokens took in pieces, before matrices are made
         if self._reduce is not None:
             for sums in (*norms.tensors(), *(sums for part in parts for sums in part.tensors())):
                 self._reduce(sums)
@@ -244,10 +238,7 @@ class RepairVisitor:
                     lacks += shift[rows]
                 if run in short:
                     lacks += short[run][..., rows]
-                    let_go(short[run])
                 found[run][..., rows] = lacks
-                for one in (cut, whole, found[run]):
-                    let_go(one)
         return found
 
     def _owed(self, inputs: Tensor, rows: int) -> Tensor:
@@ -267,16 +258,12 @@ class RepairVisitor:
                 lacks[..., rows] -= wide(inputs[run][..., stays]) @ more
                 if bias is not None:
                     lacks[..., rows] -= wide(own["bias"][rows]) - wide(bias[rows])
-                let_go(lacks)
-                let_go(inputs[run])
         return lacking
 
 
 def _squares(lacks: Tensor) -> Tensor:
     """Returns the square of what each token lacks, in float64 where there is that."""
-    squares = lacks.square().sum(-1, dtype=widest_float(lacks.device))
-    let_go(lacks)
-    return squares
+    return lacks.square().sum(-1, dtype=widest_float(lacks.device))
 
 
 def _counted(lost: Tensor, typical: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from typing_extensions import Self
 from billhook.bar import Told
 from billhook.engine.batches import Run, runs_of, source_of
 from billhook.engine.files import stream_of
-from billhook.engine.memory import let_go
 from billhook.engine.passes import shelf, together
 from billhook.engine.sharding import is_sharded
 from billhook.engine.state import undisturbed
@@ -151,8 +150,6 @@ class Dense:
             held = self._held.get(row)
             found[row, 0] = loss
             found[row, 1] = math.nan if held is None else held.divergence(logits) / len(held.positions)
-            if held is not None:
-                let_go(held.logs)
 
         self._each(model, take, progress)
         if self._reduce is not None:

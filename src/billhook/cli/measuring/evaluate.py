@@ -22,7 +22,6 @@ from billhook.cli.blockwise import over
 from billhook.cli.machine import check_file, device_of
 from billhook.cli.measuring import images
 from billhook.cli.reading import files
-from billhook.engine.memory import give_back_at_once
 from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
@@ -122,8 +121,6 @@ def evaluate(
     else:
         if stream and (data or tasks or device not in ("auto", "cpu")):
             raise ValueError("stream=True is for text alone, on the CPU: leave out data, tasks and device, or stream")
-        if stream:
-            give_back_at_once()
         place = torch.device("cpu") if stream else device_of(device)
         settings, works = _prepare(models, data or [], text, _tasks(tasks or []), limit, length, examples, batch_size, column)
     results = [_result(name, work, place, dtype, stream) for name, work in zip(models, works, strict=True)]

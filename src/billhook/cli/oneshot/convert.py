@@ -5,7 +5,7 @@ from billhook.callbacks.kv.preparation import HINT
 from billhook.cli.blockwise import over
 from billhook.cli.oneshot.enough import check_examples, coming, refits
 from billhook.cli.oneshot.frame import OneShot
-from billhook.cli.oneshot.streamed import Refits
+from billhook.cli.oneshot.streamed import bytes_of_refit
 from billhook.cli.oneshot.text import NONE, Examples
 from billhook.engine.files import stream_of
 from billhook.kv_heads.bases.ready import Attentions, batches_needed, check_ready
@@ -77,7 +77,8 @@ def convert(
     elif method.turns or repair is not None:
         known = check_ready(work.model, groups, method)
     short = refits(work, known.widths, coming(work), must=True) if repair is not None else ""
-    work.rest(moments, None if repair is None else Refits(work.parts))
+    solved, sums = (0, 0) if repair is None else bytes_of_refit(work.model, work.parts)
+    work.rest(max(moments, solved), sums, 0 if repair is None else 2)
     work.tell(*_steps(plan, short or (REFIT if repair else ""), work.shown if calibrates else NONE), passes=passes)
     if dry_run:
         work.tell_dry(plan.text())

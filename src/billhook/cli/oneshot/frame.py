@@ -22,12 +22,11 @@ from billhook.cli.machine import device_of
 from billhook.cli.oneshot.after import Before, Cost, commands, shown, sizes_of
 from billhook.cli.oneshot.labelled import Labelled
 from billhook.cli.oneshot.pace import how_long
-from billhook.cli.oneshot.streamed import Refits, check_streamed, reads, rest
+from billhook.cli.oneshot.streamed import check_streamed, reads, rest
 from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.engine.batches import Batch
 from billhook.engine.files import stream_of
-from billhook.engine.memory import give_back_at_once
 from billhook.engine.offload import offloaded
 from billhook.engine.walk import find_sites
 from billhook.engine.zeros import zeros_by_name, zeros_of
@@ -68,7 +67,6 @@ class OneShot:
         given.check_there()
         if given.stream:
             check_streamed(given, streams, offload, calibrates or given.evaluate > 0)
-            give_back_at_once()
         self.name, self.out, self.given = name, out, given
         self.device = torch.device("cpu") if given.stream else device_of(given.device)
         with files(f"opening {name}" if given.stream else f"loading {name}"):
@@ -131,12 +129,11 @@ class OneShot:
         options["enough"] = given.agreement if isinstance(given, Scored) else None
         return Calibration(sources, weights, tokens, self.length, **options)  # type: ignore[arg-type]
 
-    def rest(self, moments: int, refits: Refits | None = None) -> str | None:
-        """Returns the folder where what runs keep while they wait for each other rests if it does not fit into memory."""
+    def rest(self, moments: int, sums: int = 0, inside: int = 0) -> str | None:
+        """Returns the folder where what modules give lies if it does not fit into memory."""
         if self.given.memory is None:
             return None
-        refits = None if refits is None else replace(refits, zeros=self.zeros)
-        return rest(self.model, self.given, self.out, sum(self.rows), self._measured * self._measures, moments, refits)
+        return rest(self.model, self.given, self.out, sum(self.rows), self._measured * self._measures, moments, sums, inside)
 
     @property
     def rows(self) -> list[int]:

@@ -7,7 +7,7 @@ from torch import nn
 from billhook.cli.blockwise import over
 from billhook.cli.oneshot.enough import check_examples, coming
 from billhook.cli.oneshot.frame import OneShot
-from billhook.cli.oneshot.streamed import Matches, bytes_of_moments
+from billhook.cli.oneshot.streamed import bytes_of_match, bytes_of_moments
 from billhook.cli.oneshot.text import NONE, Pictures
 from billhook.engine.walk import Sequential
 from billhook.model.convolutions import Convolutions, is_convolution
@@ -89,7 +89,8 @@ def prune(
     if dry_run and work.calibrates and work.unread:
         work.tell_dry()
         return
-    rests = work.rest(bytes_of_moments(work.model, criterion or Wanda()), Matches(2) if match else None)
+    most = max(bytes_of_moments(work.model, scored_by), bytes_of_match(work.model) if match else 0)
+    rests = work.rest(most, inside=2 if match else int(sequential == "layer"))
     before = None if dry_run else work.measure()
     shown = work.batches() if reads and work.metric == "accuracy" else work.calibration
     with over(work.model, "pruning", "linears") as progress:

@@ -9,7 +9,7 @@ from billhook.arguments import whole
 from billhook.cli.oneshot.enough import REFIT, coming, kept_by_readers, refits
 from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.passes import REFITTED, REMOVED, WITHOUT_BLOCKS, Passes, batch_count
-from billhook.cli.oneshot.streamed import Refits, bytes_of_moments, check_scored, left
+from billhook.cli.oneshot.streamed import bytes_of_moments, bytes_of_refit, check_scored, left
 from billhook.cli.oneshot.text import Scored
 from billhook.engine.batches import Batch
 from billhook.importance.base import Importance
@@ -121,7 +121,8 @@ def prune_structure(
         return
     batches = work.batches() if needs or not dry_run else []
     if given.stream:  # what reading text took is there
-        work.rest(bytes_of_moments(work.model, importance), None if repair is None else Refits(work.parts, kept))
+        solved, sums = (0, 0) if repair is None else bytes_of_refit(work.model, work.parts, kept)
+        work.rest(max(bytes_of_moments(work.model, importance), solved), sums, 0 if repair is None else 2)
     if needed is not None and not dry_run and (now := refits(work, needed, batches, repair != "auto")) not in ("", *refit):
         print(now)  # a text is shorter than what was asked for
     before = None if dry_run else work.measure()

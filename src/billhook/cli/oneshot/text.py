@@ -46,9 +46,9 @@ class Text:
         device: Where it is computed: "auto" takes an accelerator if there is one with float64, which Apple's lack.
         stream: Whether the model stays in its files: blocks are read when they compute, one at a time, and written as soon as
             they have changed; stopped and called again, the command goes on where it was.
-        memory: How much memory the process may take with `stream`, such as "8GiB": what blocks hand on rests in a folder next to
-            `out` if it does not fit; by default it stays in memory. Set BILLHOOK_RELEASE_MEMORY=1 in the environment, too, so
-            that what is no longer needed is given back at once.
+        memory: How much memory the process may take with `stream`, such as "8GiB", beside pages of files, which the system takes
+            back when it needs the room: what the model's modules give lies in files next to `out` if it does not fit; by default
+            it stays in memory.
 
     Raises:
         ValueError: If a number is out of range.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from billhook.engine.float64 import float64_device, widest_float
+from billhook.linalg import float64_device, widest_float
 from kit.without_float64 import WORKS
 
 

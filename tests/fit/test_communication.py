@@ -68,7 +68,7 @@ def test_repair(model):
     reckoned = 0
     for layer in model.model.layers:
         out, kept = layer.mlp.down_proj.out_features, layer.mlp.down_proj.in_features * 3 // 4
-        reckoned += 2 * 8 * (kept**2 + out * kept)  # of two parts; of large matrices half of the square
+        reckoned += 2 * 8 * (kept**2 + out * kept)  # of two parts
         reckoned += 4 * out * kept  # what each has solved for
     assert reckoned <= found <= 1.1 * reckoned
 

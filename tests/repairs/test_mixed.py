@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from billhook.repairs import least_squares, moments, pool, triangle
+from billhook.repairs import least_squares, moments
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.moments import OwedMoments
-from billhook.repairs.pool import Pool
+from billhook.repairs.moments import OwedMoments, Pool
 
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 ROWS, WIDTH = 300, 24
@@ -52,21 +51,10 @@ def test_mixtures_choose_the_same_ridges(monkeypatch):
     assert len(set(chosen)) > 2
 
 
-def test_a_support_is_solved_on_in_panels_as_in_one(monkeypatch):
-    (_, every), support = folds(1.0), torch.rand(ROWS, WIDTH) < 0.5
-    whole = least_squares._bound(every, False, 0.1, support)(slice(None))
-    monkeypatch.setattr(triangle, "ROWS", 7)
-    for part in every:
-        part.products = triangle.Triangle.of(part.products.full())
-    assert torch.equal(least_squares._bound(every, False, 0.1, support)(slice(None)), whole)
-    assert whole[support].any()
-    assert not whole[~support].any()
-
-
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("owes", [True, False])
 def test_short_calls_are_added_together(monkeypatch, weighted, owes):
-    monkeypatch.setattr(pool, "TOKENS", 16)
+    monkeypatch.setattr(moments, "TOKENS", 16)
     torch.manual_seed(0)
     sums, expected = OwedMoments(3, 5), OwedMoments(3, 5)
     own, added = Pool(sums), []

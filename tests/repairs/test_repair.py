@@ -76,7 +76,7 @@ def test_a_ridge_too_small_for_moments_without_an_inverse_is_skipped():
     """Rounding has made the moments indefinite: the smaller ridges have no solution, the larger do, or none does."""
     x, weight, keep = inputs(), torch.randn(10, 24, dtype=torch.float64), kept(24, 7)
     fit, held_out = moments(x[:300]), moments(x[300:])
-    (products,) = fit.products.panels
+    products = fit.products
     products -= 0.005 * x[:300].square().mean() * 300 * torch.ones(24, 24) + 0.2 * torch.diag(products.diagonal())
     solved = [ridge for ridge in RIDGES if solve_ridge(weight, keep, fit.about(), ridge).isfinite().all()]
     assert 0 < len(solved) < len(RIDGES)

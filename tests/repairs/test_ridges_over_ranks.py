@@ -114,8 +114,7 @@ def test_ranks_that_only_sum_try_all(tried):
 def test_a_ridge_without_a_solution_has_none_on_any_rank():
     parts, weight = parts_of(2), torch.randn(6, 12)
     for part in parts:  # which rounding has made indefinite
-        (products,) = part.products.panels
-        products -= 0.2 * torch.diag(products.diagonal())
+        part.products -= 0.2 * torch.diag(part.products.diagonal())
     folds = [([parts[0]], parts[1])]
     solved = [bool(least_squares._error(*folds[0], False, ridge).isfinite()) for ridge in RIDGES]
     assert 0 < sum(solved) < len(RIDGES)

@@ -6,7 +6,6 @@ import torch
 
 from billhook import Magnitude, Refit, SparseGPT, Wanda
 from billhook.engine.statistics import InputMoments, InputNorms
-from billhook.sparsity.refit import conjugate_gradients
 
 
 def problem(rows=12, columns=40, tokens=300, dead=0):
@@ -36,19 +35,15 @@ def error(weight, solution, inputs):
 @pytest.mark.parametrize("damping", [0.0, 0.01, 1.0])
 def test_enough_steps_reach_the_least_squares_solution(damping):
     weight, _, statistics = problem()
-    pruned, keep = Wanda().prune(weight, statistics, 0.5)
-    found = conjugate_gradients(weight, pruned, keep, statistics.products, damping, 60)
+    found, keep = Refit(steps=60, damping=damping).prune(weight, statistics, 0.5)
     torch.testing.assert_close(found, exactly(weight, keep, statistics.products, damping), atol=2e-4, rtol=1e-3)
     assert torch.equal(found != 0, keep)
 
 
 def test_every_step_lowers_the_error():
     weight, inputs, statistics = problem()
-    pruned, keep = Wanda().prune(weight, statistics, 0.5)
-    errors = [error(weight, pruned, inputs)]
-    errors += [
-        error(weight, conjugate_gradients(weight, pruned, keep, statistics.products, 0.0, steps), inputs) for steps in range(1, 8)
-    ]
+    errors = [error(weight, Wanda().prune(weight, statistics, 0.5)[0], inputs)]
+    errors += [error(weight, Refit(steps=steps, damping=0).prune(weight, statistics, 0.5)[0], inputs) for steps in range(1, 8)]
     assert all(after < before for before, after in zip(errors, errors[1:], strict=False))
     assert errors[-1] < 0.9 * errors[0]
 

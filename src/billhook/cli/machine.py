@@ -8,7 +8,7 @@ from typing import cast
 
 import torch
 
-from billhook.engine.float64 import float64_device
+from billhook.linalg import float64_device
 from billhook.sparsity.checks import check_device
 
 

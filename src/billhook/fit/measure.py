@@ -12,12 +12,12 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torchmetrics import Metric
 
-from billhook.engine.float64 import widest_float
 from billhook.engine.state import overridden
 from billhook.fit.lightning_internals import is_sequential, to_device, validation_loaders
 from billhook.fit.ranks import check_agreed, together
 from billhook.fit.run import isolated
 from billhook.fit.training_step import with_parameters
+from billhook.linalg import widest_float
 
 
 def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None = None) -> dict[str, float]:

@@ -18,9 +18,9 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from billhook.engine.float64 import widest_float
 from billhook.engine.ranks import Ranks
 from billhook.engine.trees import tree_map_only
+from billhook.linalg import widest_float
 
 T = TypeVar("T")
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from billhook.engine.batches import Run
-from billhook.engine.float64 import float64_device
 from billhook.engine.passes import Together
 from billhook.engine.store import bring
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import by_unit, check_read, counted, counting, reading
+from billhook.linalg import in_float64
 from billhook.model.convolutions import Convolution, batched, channels_of, is_convolution, patches
 from billhook.model.linears import read_dim, weight_of
 from billhook.units.units import Per, Units
@@ -160,7 +160,7 @@ class ByReader:
     def add(self, name: str, reader: str, total: Tensor, count: int) -> None:
         """Adds the sums of one call of a reader of a place."""
         before, counted = self._sums.get((name, reader), (0.0, 0))
-        own = total.detach().to(float64_device(total.device)).double()
+        own = in_float64(total.detach())
         self._sums[name, reader] = before + own, counted + count
 
     def over(self, units: Mapping[str, Units], per: Per) -> Sums:

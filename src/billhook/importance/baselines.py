@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from billhook.engine.batches import Run
-from billhook.engine.float64 import float64_device
 from billhook.engine.store import bring
 from billhook.importance.base import Importance, Sums
 from billhook.importance.parts import parts_of
+from billhook.linalg import in_float64
 from billhook.units.units import Per, Units
 
 
@@ -50,7 +50,7 @@ class WeightNorm(Importance):
         for part in parts_of(model, units, per):
             bring(model, model.get_submodule(part.name.rpartition(".")[0]))
             weight = model.get_parameter(part.name).detach()
-            weight = weight.to(float64_device(weight.device)).double()
+            weight = in_float64(weight)
             sums.add(part.place, part.by_unit(part.along(weight.abs() if self.p == 1 else weight.square())), 0)
         return Sums({name: total.pow(1 / self.p) for name, total in sums.totals.items()}, sums.counts)
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from billhook.arguments import annotated, number, whole
 from billhook.engine.batches import Run
 from billhook.engine.files import stream_of
-from billhook.engine.float64 import float64_device
 from billhook.engine.memory import memory_to_hold
 from billhook.engine.shards import turns_of
 from billhook.engine.state import resting
@@ -35,6 +34,7 @@ from billhook.importance.moments import (
     moments_over,
 )
 from billhook.importance.probes import check_read
+from billhook.linalg import cholesky_, damp_, float64_device
 from billhook.units.units import Per, Units
 
 
@@ -144,14 +144,11 @@ def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor,
         there: Which of them exist, as some units may have fewer: bool.
         damping: Share of the mean of the diagonal that is added to it.
     """
-    h = torch.empty_like(products, dtype=torch.float64, device=float64_device(products.device))
-    h = h.t().copy_(products)  # by columns: what is computed takes its place
-    h.diagonal().add_((damping * h.diagonal().mean()).clamp(min=torch.finfo(torch.float32).tiny))
-    failed = torch.zeros((), dtype=torch.int32, device=h.device)
-    torch.linalg.cholesky_ex(h, out=(h, failed))
+    h = products.to(float64_device(products.device), torch.float64, copy=True)
+    factor, failed = cholesky_(damp_(h, damping))
     if failed:
         raise ValueError(f"damping={damping} is too small for inputs so alike, or they are NaN or infinite")
-    inverse = torch.cholesky_inverse(h, out=h)
+    inverse = torch.cholesky_inverse(factor, out=factor)
     table, there = table.to(h.device), there.to(h.device)
     both = there[:, :, None] & there[:, None, :]
     blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))

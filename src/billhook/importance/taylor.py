@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from billhook.arguments import annotated, one_of, whole
 from billhook.engine.batches import Run
-from billhook.engine.float64 import float64_device
 from billhook.importance.base import Importance, Sums
 from billhook.importance.gradients import independent, stream, trainable
 from billhook.importance.parts import Part, parts_of
+from billhook.linalg import in_float64
 from billhook.units.units import Per, Units
 
 Order = Literal["first", "second", "mixed", "vector", "unit"]
@@ -158,7 +158,7 @@ class _Pass:
             along = part.along(values)
             self._finite.append((where, name, along.isfinite().all()))
             found = (along.abs() if self._order == "vector" else along).detach()
-            found = found.to(float64_device(found.device)).double()
+            found = in_float64(found)
             place = part.place, name, part.dim
             if place in self._positions:
                 found += self._positions[place]

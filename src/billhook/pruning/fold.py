@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.float64 import float64_device
+from billhook.linalg import in_float64
 from billhook.model.shapes.numbers import Numbers, take_derived
 from billhook.model.surgery import Change, Swap, change_values
 
@@ -66,7 +66,7 @@ def divided(norm: nn.Module, ratio: float) -> Scale | None:
 
 def _one_off(weight: Tensor, by: float) -> Tensor:
     """Divides what a weight and one are together, as Gemma's norms multiply by that."""
-    return (1 + weight.to(float64_device(weight.device)).double()).div(by).sub(1).to(weight)
+    return (1 + in_float64(weight)).div(by).sub(1).to(weight)
 
 
 def _last_norm(model: nn.Module, width: int) -> str:

@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from billhook.engine.conjugate_gradients import on_support
 from billhook.engine.ranks import Ranks, own_of, rows_of
-from billhook.repairs.cholesky import solver
+from billhook.linalg import conjugate_gradients, ridge_solver
 from billhook.repairs.moments import EVERY, OUTPUTS, Fold, OwedMoments, SecondMoments, wide
-from billhook.repairs.triangle import Triangle
 
 Solve = Callable[[slice], Tensor]
 """With some of the outputs, what is added to their weights, `[outputs, in_features]`, float64."""
@@ -49,7 +47,7 @@ def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: floa
     """
     rows = second.inputs[keep]
     lost = weight[:, ~keep].double() @ rows[:, ~keep].t() + second.owed[:, keep]
-    solve, _ = solver(Triangle.of(rows[:, keep]), ridge)
+    solve, _ = ridge_solver(rows[:, keep], ridge)
     new = torch.where(keep, weight.double(), 0)
     new[:, keep] += solve(lost.contiguous())
     return new
@@ -102,7 +100,7 @@ def refit_linear(
 
 def _solving(parts: Sequence[OwedMoments], centred: bool, ridges: Sequence[float]) -> Solve:
     """Solves with the first ridge that has a solution."""
-    solves = (solver(_inner(parts, centred), ridge) for ridge in ridges)
+    solves = (ridge_solver(_inner(parts, centred), ridge) for ridge in ridges)
     solve = next(solve for solve, exists in solves if exists)
     return lambda rows: solve(_owed(parts, centred, rows))
 
@@ -149,36 +147,42 @@ def _tried(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduce
 
 def _more(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor:
     """Solves for what is added to a weight that is fitted to parts of the data; about the means, if a bias makes up for those."""
-    solve, _ = solver(_inner(parts, centred), ridge)
+    solve, _ = ridge_solver(_inner(parts, centred), ridge)
     return solve(_owed(parts, centred))
 
 
-def _inner(parts: Sequence[OwedMoments], centred: bool) -> Triangle:
+def _inner(parts: Sequence[OwedMoments], centred: bool) -> Tensor:
     """Returns the means of x x^T over parts of the data."""
-    return Triangle.mean([part.products for part in parts], _tokens(parts), _means(parts)[0] if centred else None)
+    x, _ = _means(parts)
+    return _mean([part.products for part in parts], _tokens(parts), (x, x) if centred else None)
 
 
 def _owed(parts: Sequence[OwedMoments], centred: bool, rows: slice = EVERY) -> Tensor:
     """Returns the means of d x^T over parts of the data, for some features of d."""
     x, d = _means(parts)
-    owed = torch.zeros_like(parts[0].owed_products[rows])
-    for part in parts:
-        owed += part.owed_products[rows]
-    owed /= _tokens(parts)
-    return owed.addr_(d[rows], x, alpha=-1) if centred else owed
+    return _mean([part.owed_products[rows] for part in parts], _tokens(parts), (d[rows], x) if centred else None)
+
+
+def _mean(sums: Sequence[Tensor], count: Tensor, centre: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Returns the sum of matrices over a count, about a centre (c, e), if there is one: less c e^T."""
+    mean = torch.zeros_like(sums[0])
+    for own in sums:
+        mean += own
+    mean /= count
+    return mean if centre is None else mean.addr_(*centre, alpha=-1)
 
 
 def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: Tensor) -> Solve:
     """Solves for what is added on a support, by conjugate gradients from zero."""
     if ridge == math.inf:
         return lambda rows: torch.zeros_like(parts[0].owed_products[rows])
-    inner = _inner(parts, centred).full()
+    inner = _inner(parts, centred)
     diagonal = inner.diagonal()
     diagonal += ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum()
 
     def solve(rows: slice) -> Tensor:
         owed, own = _owed(parts, centred, rows), support[rows]
-        return on_support(torch.zeros_like(owed), owed.mul_(own), inner, own, STEPS)
+        return conjugate_gradients(torch.zeros_like(owed), owed.mul_(own), inner, own, STEPS)
 
     return solve
 

@@ -8,15 +8,14 @@ from torch import Tensor, nn
 
 from billhook.bar import Told
 from billhook.engine.batches import Run
-from billhook.engine.float64 import float64_device, widest_float
 from billhook.engine.offload import Shelf, zeros
 from billhook.engine.statistics import ROWS, InputNorms
 from billhook.engine.walk import Reduce, Site
+from billhook.linalg import float64_device, widest_float
 from billhook.model.linears import as_it_lies, is_pruned, matrix_of, turned
 from billhook.repairs.enough import counting
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.moments import OwedMoments, folds_of, wide
-from billhook.repairs.pool import Pool
+from billhook.repairs.moments import OwedMoments, Pool, folds_of, wide
 
 Given = Mapping[str, Mapping[str, Tensor]]
 """By linear, its parameters by their name in it, as they lie in memory."""

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run
-from billhook.engine.float64 import float64_device
 from billhook.engine.state import undisturbed
 from billhook.engine.store import bring
 from billhook.importance.activations import watch
 from billhook.importance.moments import CalledAgain, watch_in_turn
 from billhook.importance.score import run_of
+from billhook.linalg import float64_device
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.pruning.target import Search
 from billhook.repairs.enough import check_tokens

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import annotated, number, one_of, whole
-from billhook.engine.conjugate_gradients import on_support
-from billhook.engine.float64 import float64_device
 from billhook.engine.statistics import InputMoments, Statistics
+from billhook.linalg import conjugate_gradients, damp_, in_float64
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import check_amount, check_width, parse_pattern
 
@@ -47,7 +46,7 @@ def admm(dense: Tensor, h: Tensor, keep_of: Keep, penalty: float, steps: int) ->
     Returns:
         D and its support.
     """
-    values, vectors = (found.float().to(h.device) for found in torch.linalg.eigh(h.to(float64_device(h.device)).double()))
+    values, vectors = (found.float().to(h.device) for found in torch.linalg.eigh(in_float64(h)))
     goal, v, moved = dense @ h, torch.zeros_like(dense), False
     keep = first = keep_of(dense.abs())
     d, before = dense * keep, keep
@@ -135,15 +134,13 @@ class ALPS(Criterion):
         with torch.autocast(weight.device.type, enabled=False):
             dense = weight.detach().float().contiguous() * scale
             solution, keep = admm(dense, h, keep_of, self.penalty, self.steps)
-            on_support(solution, ((dense - solution) @ h).mul_(keep), h, keep, self.refits)
+            conjugate_gradients(solution, ((dense - solution) @ h).mul_(keep), h, keep, self.refits)
         updated = solution.div_(scale).to(weight.dtype)
         check_finite(updated, f"the updated weight, as {weight.dtype},")
         return updated, keep
 
     def _scaled(self, moments: InputMoments) -> tuple[Tensor, Tensor]:
         """Returns X X^T with the ridge and a diagonal of ones, and by what inputs were divided for that."""
-        h = moments.products.clone()
-        mean = h.diagonal().mean()
-        h.diagonal().add_(self.damping * mean if mean > 0 else 1)
+        h = damp_(moments.products.clone(), self.damping)
         scale = h.diagonal().sqrt()
         return h.div_(scale).div_(scale[:, None]), scale

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import annotated, number, one_of
-from billhook.engine.conjugate_gradients import nonzero
 from billhook.engine.statistics import InputNorms, Statistics
+from billhook.linalg import nonzero
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
 
 Comparison = Literal["row", "layer", "global"]

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from billhook.arguments import annotated, fraction, number, whole
-from billhook.engine.float64 import float64_device
 from billhook.engine.state import fresh_casts, overridden
 from billhook.engine.trees import tree_leaves, tree_map_only
 from billhook.engine.walk import Given, Reduce, spare
+from billhook.linalg import float64_device
 
 LOOKS = 5
 """How often, in the steps of a block, what is held out is looked at."""

@@ -11,30 +11,9 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import annotated, number, whole
-from billhook.engine.conjugate_gradients import on_support
 from billhook.engine.statistics import InputMoments, Statistics
+from billhook.linalg import conjugate_gradients, damp_
 from billhook.sparsity.criteria import Comparison, Criterion, Wanda
-
-
-def conjugate_gradients(weight: Tensor, pruned: Tensor, keep: Tensor, products: Tensor, damping: float, steps: int) -> Tensor:
-    """Moves kept weights towards the minimum of ||(W - V) X||^2 + damping * mean(diag(X X^T)) ||W - V||^2 over the support of V.
-
-    Every row is a least-squares problem of its own, with one matrix H = X X^T + damping * mean(diag) I and another support; see
-    `on_support`. The error never rises from step to step.
-
-    Args:
-        weight: W, before pruning, `[out_features, in_features]`, of any floating dtype.
-        pruned: V at the start; zero outside of the support `keep`.
-        keep: Bool.
-        products: X X^T, float32, `[in_features, in_features]`.
-        damping: Share of the mean of its diagonal that is added to it.
-        steps: Number of steps.
-    """
-    h = products.clone()
-    h.diagonal().add_(damping * products.diagonal().mean())
-    solution = pruned.float().clone()
-    residual = ((weight.float() - solution) @ h).mul_(keep)
-    return on_support(solution, residual, h, keep, steps)
 
 
 @dataclass(frozen=True)
@@ -87,5 +66,7 @@ class Refit(Criterion):
         moments = self._of_inputs(statistics, weight, InputMoments)
         pruned, keep = self.criterion.prune(weight, moments, sparsity, pattern)
         with torch.autocast(weight.device.type, enabled=False):
-            solution = conjugate_gradients(weight.detach(), pruned, keep, moments.products, self.damping, self.steps)
+            h, solution = damp_(moments.products.clone(), self.damping), pruned.float().clone()
+            residual = ((weight.detach().float() - solution) @ h).mul_(keep)
+            conjugate_gradients(solution, residual, h, keep, self.steps)
         return solution.to(weight.dtype), keep

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from billhook.arguments import annotated, fraction, whole
 from billhook.engine.statistics import InputMoments, Statistics
+from billhook.linalg import cholesky_, damp_
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, parse_pattern
 
@@ -42,15 +43,14 @@ def inverse_factor(products: Tensor, damping: float) -> Tensor:
     while shares[-1] < MAX_DAMPING:
         shares.append(min(10 * shares[-1], MAX_DAMPING))
     for share in shares:
-        lower = products.flip(0, 1).t()  # the same, by columns: the factor takes its place
-        lower.diagonal().copy_((torch.where(live, diagonal, mean) + share * mean).flip(0))
-        failed = torch.zeros((), dtype=torch.int32, device=lower.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
+        h = products.flip(0, 1)
+        h.diagonal().copy_(torch.where(live, diagonal, mean).flip(0))
+        lower, failed = cholesky_(damp_(h, share))
         if not failed:
             if share > damping:
                 warnings.warn(f"X^T X is not positive definite: damping={damping} is raised to {share:g}", stacklevel=2)
             upper = lower.flip(0, 1)
-            del lower
+            del h, lower
             return _invert(upper)
     raise ValueError(f"X^T X is not positive definite even with damping={MAX_DAMPING}: are the inputs finite?")
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from billhook.engine.float64 import float64_device
 from billhook.engine.state import overridden
 from billhook.engine.walk import spare
 from billhook.kv_heads.bases.stacks import Projections, Rows, put_heads, read_heads
+from billhook.linalg import float64_device
 from billhook.model.config_fields import configs_of, text_config
 from billhook.model.linears import matrix_of
 from billhook.model.runs.inputs import make_inputs

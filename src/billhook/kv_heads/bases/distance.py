@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from billhook.engine.float64 import float64_device
 from billhook.engine.trees import tree_leaves
+from billhook.linalg import in_float64
 
 ROWS = 256
 """How many predictions are compared at a time, as float64 takes memory."""
@@ -29,18 +29,14 @@ def distance_between(expected: Any, found: Any, tokens: Tensor | None = None) ->
     if isinstance(logits, Tensor) and a.dim() > 1 and a.shape[-1] > 1:
         a, b = a.flatten(0, -2), b.flatten(0, -2)
         return sum(_divergences(a, b)) / len(a)
-    a, b = _doubled(a), _doubled(b)
+    a, b = in_float64(a), in_float64(b)
     return float((a - b).square().mean() / a.square().mean().clamp_min(torch.finfo(torch.double).tiny))
 
 
 def _divergences(expected: Tensor, found: Tensor) -> Iterator[float]:
     for first in range(0, len(expected), ROWS):
-        p, q = (log_softmax(_doubled(one[first : first + ROWS]), -1) for one in (expected, found))
+        p, q = (log_softmax(in_float64(one[first : first + ROWS]), -1) for one in (expected, found))
         yield float(torch.where(p.isneginf(), 0, p.exp() * (p - q)).sum())
-
-
-def _doubled(tensor: Tensor) -> Tensor:
-    return tensor.to(float64_device(tensor.device)).double()
 
 
 def _states(output: Any) -> Tensor:  # noqa: ANN401

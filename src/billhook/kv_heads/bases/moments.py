@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from billhook.calibration.alone import tell_own
 from billhook.engine.batches import Run
-from billhook.engine.float64 import float64_device
 from billhook.engine.state import overridden, precisely, undisturbed
 from billhook.engine.store import apart
 from billhook.engine.walk import Reduce, spare
 from billhook.kv_heads.bases.stacks import Projections, instead, moved_values
+from billhook.linalg import float64_device
 from billhook.model.shapes.handed import handing_of
 
 

@@ -12,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import MERGE, adapted
 from billhook.engine.batches import Loss, Run, run_with_loss
-from billhook.engine.float64 import float64_device
 from billhook.engine.state import undisturbed
 from billhook.engine.store import bring
 from billhook.engine.walk import Reduce
@@ -23,6 +22,7 @@ from billhook.kv_heads.bases.grouping import moments_in_order, similar_order
 from billhook.kv_heads.bases.moments import Moments, gather
 from billhook.kv_heads.bases.stacks import Stacks, find_projections, instead, read, written
 from billhook.kv_heads.methods.base import Grouping, KVMethod, Rendered
+from billhook.linalg import float64_device
 from billhook.model.linears import size_of
 from billhook.model.plan import Weights
 from billhook.repairs.enough import not_refitted

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.float64 import float64_device
 from billhook.engine.state import replaced
+from billhook.linalg import in_float64
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.model.shapes.handed import Indices
 from billhook.tracing.coupling import Structure
@@ -100,11 +100,10 @@ def read(model: nn.Module, place: Projections) -> Stacks:
 def read_heads(model: nn.Module, rows: Rows) -> Tensor:
     """Returns a copy of the weights of heads of one kind, a stack of `Stacks`."""
     weight, bias = matrix_of(model.get_submodule(rows.linear))
-    device = float64_device(weight.device)
     if rows.are_read:
-        return weight[:, rows.index].to(device).double().transpose(0, 1)
-    own = weight[rows.index].to(device).double()
-    return own if bias is None else torch.cat([own, bias[rows.index].to(device).double()[..., None]], -1)
+        return in_float64(weight[:, rows.index]).transpose(0, 1)
+    own = in_float64(weight[rows.index])
+    return own if bias is None else torch.cat([own, in_float64(bias[rows.index])[..., None]], -1)
 
 
 def written(model: nn.Module, place: Projections, stacks: Stacks) -> dict[str, dict[str, Tensor]]:

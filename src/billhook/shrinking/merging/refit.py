@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from billhook.engine.batches import Run
-from billhook.engine.float64 import float64_device
 from billhook.engine.lazy import Aside
 from billhook.engine.state import overridden, precisely, undisturbed
 from billhook.engine.walk import spare
 from billhook.kv_heads.bases.stacks import Projections, instead
+from billhook.linalg import float64_device
 from billhook.model.linears import as_it_lies, matrix_of, size_of, turned
 from billhook.repairs.enough import counting
 from billhook.repairs.least_squares import refit_linear

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run
-from billhook.engine.float64 import float64_device
 from billhook.engine.state import undisturbed
 from billhook.engine.store import bring
+from billhook.linalg import in_float64
 from billhook.pruning.fold import divided
 from billhook.units.units import Units
 
@@ -28,7 +28,7 @@ def energies(model: PreTrainedModel, stream: Units, runs: Sequence[Run]) -> dict
     def note(name: str, norm: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor) and args[0].shape[-1:] == sums[name].shape:
             given = args[0].detach().flatten(0, -2)
-            given = given.to(float64_device(given.device)).double()
+            given = in_float64(given)
             squares = (given - given.mean(-1, keepdim=True) if isinstance(norm, nn.LayerNorm) else given).square()
             sums[name] += (squares / squares.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)).sum(0).cpu()
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from billhook.engine.float64 import widest_float
+from billhook.linalg import widest_float
 from billhook.sparsity.orders.assignment import assign
 
 

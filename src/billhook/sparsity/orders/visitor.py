@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.adapters.masked import counted
-from billhook.engine.float64 import widest_float
+from billhook.linalg import widest_float
 from billhook.model.linears import weight_of
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.grouped import scores_of

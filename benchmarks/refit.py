@@ -1,8 +1,8 @@
 """Seconds in which one linear is refitted, part by part, from random moments: `OMP_NUM_THREADS=1 python benchmarks/refit.py`.
 
 By default it is the last linear of a feed-forward of Llama 13B, 5,120 x 13,824, that keeps three quarters of its inputs, with
-moments of two parts of a text: which takes 4.1 GiB; or, with `--files FOLDER`, moments lie in files as they do where a
-streamed model's memory is limited. Moments are random, as time and memory do not depend on them.
+moments of two parts of a text; with `--files FOLDER` these lie in files, as they do where a streamed model's memory is limited.
+Moments are random, as time and memory do not depend on them.
 """
 
 import argparse

@@ -9,7 +9,6 @@ import billhook as bh
 from billhook.engine import offload
 from billhook.engine.files import stream_of
 from billhook.engine.offload import Shelf
-from billhook.repairs import moments
 from kit import stopped
 
 KINDS = {
@@ -52,7 +51,6 @@ def test_repaired_with_the_same_bytes(tmp_path, kind, how):
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_same_bytes_where_all_that_may_rests_in_files(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(offload, "SMALL", 1)
-    monkeypatch.setattr(moments, "ROWS", 16)
     mapped, zeros = [], Shelf.zeros
     monkeypatch.setattr(Shelf, "zeros", lambda files, *shape, **more: mapped.append(shape) or zeros(files, *shape, **more))
     torch.manual_seed(0)

@@ -50,15 +50,6 @@ def another_class(model):
     mlp.__class__ = type(type(mlp).__name__, (type(mlp),), {"__module__": type(mlp).__module__})
 
 
-class Held:
-    def __init__(self):
-        self.deep = {"rows": [1, {2}]}
-
-
-def held(model):
-    model.held = Held()
-
-
 CHANGES = {
     "width": narrow,
     "tie": tie,
@@ -75,10 +66,7 @@ CHANGES = {
     "number": lambda m: setattr(first(m).self_attn, "scaling", 2.0),
     "whole number as a real one": lambda m: setattr(first(m).self_attn, "head_dim", float(first(m).self_attn.head_dim)),
     "list": lambda m: setattr(first(m), "sizes", [1, 2]),
-    "object": held,
-    "recurrent layer": lambda m: setattr(m, "own", nn.LSTM(2, 2)),
     "function": lambda m: setattr(first(m).mlp, "bend", torch.relu),
-    "method": lambda m: setattr(first(m), "helper", MethodType(narrow, first(m))),
     "config": lambda m: setattr(m.config, "rms_norm_eps", 0.5),
     "attention": lambda m: m.set_attn_implementation("eager"),
     "experts": lambda m: setattr(m.config, "_experts_implementation", "batched_mm"),
@@ -92,15 +80,6 @@ def test_whatever_may_decide_how_a_model_runs_is_seen(name):
     CHANGES[name](one)
     assert sight(one) != sight(other)
     assert sight(one) is not None
-
-
-def test_what_lies_deep_in_an_object_is_seen():
-    one, other = llama(), llama()
-    held(one)
-    held(other)
-    assert sight(one) == sight(other) is not None
-    one.held.deep["rows"][1].add(3)
-    assert sight(one) != sight(other)
 
 
 def test_models_of_which_the_same_was_asked_are_alike():
@@ -153,14 +132,19 @@ def replaced(model):
     mlp.forward = mlp.forward
 
 
+class Held:
+    pass
+
+
 UNSEEN = {
+    "object": lambda m: setattr(m, "held", Held()),
+    "recurrent layer": lambda m: setattr(m, "own", nn.LSTM(2, 2)),
+    "method": lambda m: setattr(first(m), "helper", MethodType(narrow, first(m))),
     "hook": lambda m: m.lm_head.register_forward_hook(lambda *_: None),
     "hook before": lambda m: m.lm_head.register_forward_pre_hook(lambda *_: None),
     "forward": replaced,
     "tensor": lambda m: setattr(m, "table", torch.ones(3)),
     "lock": lambda m: setattr(m, "lock", threading.Lock()),
-    "a copy of its own making": lambda m: setattr(m, "own", type("Own", (nn.Linear,), {"__deepcopy__": copy.copy})(2, 2)),
-    "closure": lambda m: setattr(m, "closure", lambda: m),
     "weights of another class": lambda m: setattr(
         m.lm_head, "weight", type("Own", (nn.Parameter,), {})(m.lm_head.weight.detach())
     ),
@@ -217,19 +201,6 @@ def test_the_latest_are_remembered_and_errors_are_not(monkeypatch):
     assert remembered(lambda: 5, model, "d") == 5
 
 
-def test_results_of_ops_are_remembered_for_each_default_dtype_and_not_too_many(monkeypatch):
-    bh.trace(llama())
-    known, shown = memory.results_of_ops(), str(bh.trace(llama(intermediate_size=40)))
-    assert len(known) > 20
-    torch.set_default_dtype(torch.float64)
-    assert not memory.results_of_ops()
-    torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(memory, "MOST_RESULTS", 20)
-    assert not memory.results_of_ops()
-    forget()
-    assert str(bh.trace(llama(intermediate_size=40))) == shown
-
-
 def test_what_is_too_deep_to_be_written_is_not_remembered():
     model, deep, runs = llama(), [], []
     for _ in range(100_000):
@@ -266,14 +237,6 @@ def test_threads_find_the_same():
         assert shown == str(bh.trace(model))
 
 
-def test_so_many_bytes_are_remembered_and_always_the_latest(monkeypatch):
-    monkeypatch.setattr(memory, "MOST_BYTES", 3000)
-    model, runs = llama(), []
-    for given in ("a", "b", "a", "c", "b", "big", "big", "c"):
-        remembered(lambda given=given: runs.append(given) or bytes(5000 if given == "big" else 1200), model, given)
-    assert runs == ["a", "b", "c", "b", "big", "c"]
-
-
 def test_what_a_class_builds_is_remembered_by_the_config(monkeypatch):
     monkeypatch.setattr(memory, "MOST", 8)
     model, found = llama(), []
@@ -292,7 +255,7 @@ def test_what_a_class_builds_is_remembered_by_the_config(monkeypatch):
     torch.set_default_dtype(torch.float32)
     forget()
     assert find(model.config) == {"found": 5}
-    other.own = lambda: found
+    other.own = Held()
     assert [find(other), find(other)] == [{"found": 6}, {"found": 7}]
     for number in range(memory.MOST + 1):
         other = copy.deepcopy(model.config)

@@ -63,7 +63,13 @@ def gives_nothing(hook: Callable[..., Any]) -> bool:
 
 def is_part(hook: Callable[..., Any]) -> bool:
     """Tells whether a hook belongs to the model: torch or transformers have put it there."""
-    return (_function(hook).__module__ or "").startswith(PARTS)
+    return name_of(hook).startswith(PARTS)
+
+
+def name_of(hook: Callable[..., Any]) -> str:
+    """Returns the module and name of the code at work in a hook."""
+    function = _function(hook)
+    return f"{function.__module__}.{function.__qualname__}"
 
 
 def _function(hook: Callable[..., Any]) -> Any:  # noqa: ANN401 - a function, or a class that is called

@@ -1,13 +1,13 @@
 """Remembers what has been found of a model, for every model that is alike in all that decides it."""
 
-import io
 import pickle
-import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import is_dataclass
+from enum import Enum
+from functools import partial
 from hashlib import blake2b
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 from weakref import ReferenceType, ref
 
@@ -15,22 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PretrainedConfig
+from torch.utils.hooks import RemovableHandle
+from transformers import GenerationConfig, PretrainedConfig
 
-from billhook.model.hooks import is_part
+from billhook.model.hooks import is_part, name_of
 
 Found = TypeVar("Found")
-Results = dict[object, tuple[torch.Size, tuple[int, ...], torch.dtype]]
 
-MOST, MOST_BYTES, MOST_RESULTS = 1024, 2**25, 8192
-"""How much is remembered of models, and of what classes build: of each shape, the search for its config builds dozens."""
+MOST = 256
+"""How many findings are remembered: of each shape, the search for its config builds dozens."""
 
-# The only state of the process that billhook keeps: without it half of a short fit is spent on finding the same again.
-# Findings are bytes, so that whatever a caller does to one does not reach the next, and no model is held.
+# Without it half of a short fit is spent on finding the same again. A finding is bytes, so that whatever a caller does to it does
+# not reach the next. Each operation on the dictionary is atomic, so that threads need no lock.
 _findings: OrderedDict[Hashable, bytes] = OrderedDict()
-_built: OrderedDict[Hashable, bytes] = OrderedDict()
-_results: dict[torch.dtype, Results] = {}
-_lock = threading.Lock()
 
 
 def remembered(find: Callable[[], Found], model: nn.Module, *given: Hashable) -> Found:
@@ -39,48 +36,121 @@ def remembered(find: Callable[[], Found], model: nn.Module, *given: Hashable) ->
     It can be pickled, and follows from the model's `sight` and from what is `given`: a name for it, and what else decides it.
     """
     seen = sight(model)
-    return find() if seen is None else _looked_up(_findings, (seen, given, torch.get_default_dtype()), find)
+    return find() if seen is None else _looked_up((seen, given, torch.get_default_dtype()), find)
 
 
 def remembered_built(find: Callable[[], Found], kind: type[nn.Module], config: PretrainedConfig, *given: Hashable) -> Found:
     """Returns what `find` finds of what a class builds from a config; calls it only if it is not known of an equal config."""
-    written = io.BytesIO()
-    writer = _Writer(written, set())
+    sight = _Sight()
     try:
-        writer.dump(config)
-    except Exception:  # whatever a config of somebody's own holds
+        seen = sight.of([kind, config])
+    except (TypeError, RecursionError):
         return find()
-    key = (ref(kind), blake2b(written.getbuffer()).digest(), tuple(writer.code), given, torch.get_default_dtype())
-    return _looked_up(_built, key, find)
+    return _looked_up((sight.key(seen), given, torch.get_default_dtype()), find)
 
 
-def _looked_up(findings: OrderedDict[Hashable, bytes], key: Hashable, find: Callable[[], Found]) -> Found:
-    with _lock:
-        known = findings.get(key)
-        if known is not None:
-            findings.move_to_end(key)
-    if known is not None:
-        again: Found = pickle.loads(known)
-        return again
-    found = find()
-    try:
-        written = pickle.dumps(found)
-    except RecursionError:  # some axes are made of thousands of others
-        return found
-    with _lock:
-        findings[key] = written
-        while len(findings) > MOST or (len(findings) > 1 and sum(map(len, findings.values())) > MOST_BYTES):
-            findings.popitem(last=False)
+def _looked_up(key: Hashable, find: Callable[[], Found]) -> Found:
+    known = _findings.pop(key, None)
+    if known is None:
+        found = find()
+        try:
+            known = pickle.dumps(found)
+        except RecursionError:  # some axes are made of thousands of others
+            return found
+    else:
+        found = pickle.loads(known)
+    _findings[key] = known  # behind all others: the first is the one that was asked for longest ago
+    if len(_findings) > MOST:
+        _findings.popitem(last=False)
     return found
 
 
-def results_of_ops() -> Results:
-    """Returns the sizes, strides and dtypes that ops gave on meta tensors, by op and arguments; whoever finds more adds them."""
-    with _lock:
-        known = _results.setdefault(torch.get_default_dtype(), {})
-        if len(known) > MOST_RESULTS:
-            known.clear()
-    return known
+def forget() -> None:
+    """Forgets all findings: needed only after replacing code of models other than their classes' `forward`."""
+    _findings.clear()
+
+
+def sight(model: nn.Module) -> Hashable | None:
+    """Returns all of a model that decides how it runs on meta tensors; models of equal sight are alike.
+
+    It tells the class of each module and that class's `forward`, its plain attributes and config, and of each tensor the size,
+    strides, dtype, whether it is trained, and which other names hold it. Values, devices and modes do not count.
+
+    It is None if something may decide it that is not seen: hooks of others (except such as keep shapes), a module's own
+    `forward`, tensors that are quantised, sharded or neither parameters nor buffers (except such as have no values, as those
+    of blocks that were removed), or an attribute that is no plain value.
+    """
+    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return None
+    sight = _Sight()
+    try:
+        return sight.key(sight.of(model))
+    except (TypeError, RecursionError):
+        return None
+
+
+UNSEEN = {*vars(nn.Module()), "_compiled_call_impl"}
+"""Attributes of a module that decide nothing of how it runs, or are looked at in their own way."""
+
+
+class _Sight:
+    """Turns values into what tells them from others, by its text; TypeError where that is not known."""
+
+    def __init__(self) -> None:
+        self.code: dict[ReferenceType[Any], int] = {}  # classes and functions, and the numbers that stand for them
+        self.tensors: dict[int, int] = {}  # by their ids: one that several modules hold has one number
+
+    def key(self, seen: object) -> Hashable:
+        """Returns a key of what was seen."""
+        return blake2b(repr(seen).encode()).digest(), tuple(self.code)
+
+    def of(self, value: Any) -> object:  # noqa: ANN401 - any attribute
+        """Returns what tells a value."""
+        if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device | Enum):
+            return value
+        if isinstance(value, list | tuple):
+            return type(value).__name__, [self.of(one) for one in value]
+        if isinstance(value, set | frozenset):
+            return "set", sorted(repr(self.of(one)) for one in value)
+        if isinstance(value, dict):
+            return [(self.of(key), self.of(one)) for key, one in value.items()]
+        if isinstance(value, type | FunctionType | BuiltinFunctionType):
+            return "code", self.code.setdefault(ref(value), len(self.code))
+        if isinstance(value, partial):
+            return self.of([value.func, value.args, value.keywords])
+        if isinstance(value, PretrainedConfig) or is_dataclass(value):
+            return self.of([type(value), vars(value)])
+        if isinstance(value, nn.Module):
+            return [(name, self.module(module)) for name, module in value.named_modules()]
+        if isinstance(value, Tensor) and value.is_meta:
+            return self.tensor(value)
+        if isinstance(value, GenerationConfig | RemovableHandle):
+            return None
+        raise TypeError("whatever this holds may decide how the model runs")
+
+    def module(self, module: nn.Module) -> object:
+        """Returns what tells a module, without those in it."""
+        kind = type(module)
+        plain = {name: value for name, value in vars(module).items() if name not in UNSEEN and not _keeps_shapes(value)}
+        every = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        hooks = [hook for hook in every if not _keeps_shapes(hook)]
+        if not all(map(is_part, hooks)):
+            raise TypeError("hooks of others may decide how the model runs")
+        tensors = (module._parameters | module._buffers).items()
+        shapes = [(name, self.tensor(tensor)) for name, tensor in tensors if tensor is not None]
+        return self.of([kind, kind.forward, plain]), [*map(name_of, hooks)], shapes
+
+    def tensor(self, tensor: Tensor) -> object:
+        """Returns what tells a parameter, a buffer or a tensor without values."""
+        if type(tensor) not in (Tensor, nn.Parameter):
+            raise TypeError("more than its shape may decide how the model runs")
+        number = self.tensors.setdefault(id(tensor), len(self.tensors))
+        return number, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad
+
+
+def _keeps_shapes(one: object) -> bool:
+    """Finds whether an attribute says that it decides nothing of how a model runs on meta tensors."""
+    return getattr(type(one), "keeps_shapes", False) is True
 
 
 class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -89,7 +159,7 @@ class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.repeats: dict[OpOverload, bool] = {}
-        self.results = results_of_ops()
+        self.results: dict[object, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -139,103 +209,3 @@ def _key(func: OpOverload, args: Any, kwargs: Any) -> object:  # noqa: ANN401
         else:
             parts.append((type(x), x))
     return tuple(parts)
-
-
-def forget() -> None:
-    """Forgets all findings: needed only after replacing code of models other than their classes' `forward`."""
-    with _lock:
-        _findings.clear()
-        _built.clear()
-        _results.clear()
-
-
-def sight(model: nn.Module) -> Hashable | None:
-    """Returns all of a model that decides how it runs on meta tensors; models of equal sight are alike.
-
-    It tells the class of each module and that class's `forward`, every attribute to any depth, configs too, and of each tensor
-    the size, strides, dtype, whether it is trained, and which other names hold it. Values, devices and modes do not count.
-
-    It is None if something may decide it that cannot be seen: hooks of others (except such as keep shapes), a module's own
-    `forward`, tensors that are quantised, sharded or neither parameters nor buffers (except such as have no values, as those
-    of blocks that were removed), or an attribute that is not pickled.
-    """
-    for module in model.modules():
-        own = vars(module).get("forward")
-        if not (own is None or _keeps_shapes(own)) or not all(map(is_part, _counting_hooks(module))):
-            return None
-    if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
-        return None
-    written = io.BytesIO()
-    writer = _Writer(written, {id(tensor) for tensor in (*model.parameters(), *model.buffers())})
-    try:
-        writer.dump(model)
-    except Exception:  # whatever a class of somebody's own raises
-        return None
-    return blake2b(written.getbuffer()).digest(), tuple(writer.code)
-
-
-class _Writer(pickle.Pickler):
-    """Writes a model without the values of its tensors, to be compared and never to be read."""
-
-    UNSEEN = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
-    PLAIN = frozenset({str, int, float, bool, type(None), tuple, list, dict, set, OrderedDict})  # most of what there is
-
-    def __init__(self, file: io.BytesIO, own: set[int]) -> None:
-        super().__init__(file, protocol=5)
-        self.own = own
-        self.code: dict[ReferenceType[Any], int] = {}  # classes and functions, and the numbers that stand for them
-        self.tensors: dict[int, int] = {}
-
-    def persistent_id(self, one: object) -> Hashable | None:
-        """Returns what stands for a tensor, a class or a function; None for what is written as it is."""
-        if type(one) in self.PLAIN:
-            return None
-        if isinstance(one, Tensor):
-            if not (id(one) in self.own or one.is_meta) or type(one) not in (Tensor, nn.Parameter):
-                raise TypeError("values of this tensor may decide how the model runs")
-            number = self.tensors.setdefault(id(one), len(self.tensors))
-            return number, tuple(one.shape), one.stride(), str(one.dtype), one.requires_grad
-        if isinstance(one, type):
-            runs = [one.forward] if issubclass(one, nn.Module) else []
-            return tuple(self.code.setdefault(ref(code), len(self.code)) for code in (one, *runs))
-        if isinstance(one, BuiltinFunctionType | CodeType) or (isinstance(one, FunctionType) and _is_plain(one)):
-            return self.code.setdefault(ref(one), len(self.code))
-        return None
-
-    def reducer_override(self, one: object) -> Any:  # noqa: ANN401 - as pickle has it
-        """Writes the attributes that a copy of a module has, the function behind a method, and what one of transformers holds."""
-        if isinstance(one, nn.Module):
-            if hasattr(one, "__deepcopy__"):
-                raise TypeError("a copy of this module may have other attributes")
-            state: dict[str, Any] = one.__getstate__()  # type: ignore[no-untyped-call]
-            seen = {name: value for name, value in state.items() if name not in self.UNSEEN and not _keeps_shapes(value)}
-            return object.__new__, (type(one),), seen | {"hooks": _counting_hooks(one)}
-        if isinstance(one, MethodType):
-            return MethodType, (one.__func__, one.__self__)
-        if isinstance(one, FunctionType) and _is_made(one):
-            return tuple, ((one.__code__, [cell.cell_contents for cell in one.__closure__ or ()], one.__defaults__),)
-        if isinstance(one, FunctionType):
-            raise TypeError("what this function holds may decide how the model runs")
-        return NotImplemented
-
-
-def _counting_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return [hook for hook in hooks if not _keeps_shapes(hook)]
-
-
-def _keeps_shapes(one: object) -> bool:
-    """Finds whether an attribute says that it decides nothing of how a model runs on meta tensors."""
-    return getattr(type(one), "keeps_shapes", False) is True
-
-
-def _is_plain(function: FunctionType) -> bool:
-    """Finds whether a function holds nothing of its own, or is what its module has by its name."""
-    if _is_made(function):
-        return False
-    return function.__closure__ is None or getattr(sys.modules.get(function.__module__), function.__name__, None) is function
-
-
-def _is_made(function: FunctionType) -> bool:
-    """Finds whether transformers has made a function within another, as the hooks by which it collects hidden states."""
-    return (function.__module__ or "").startswith("transformers.") and "<locals>" in function.__qualname__

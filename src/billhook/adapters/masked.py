@@ -55,7 +55,7 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
 
     for name, keep in kept.items():
         weight = layers[name].base_layer.weight
-        layers[name].__class__ = MaskedLora
+        layers[name].__class__ = MaskedLora  # PEFT's merging asks it for its product, too, and copies keep it: no hook does that
         sharded = isinstance(weight, DTensor)
         layers[name].mask = Mask(None if sharded else keep.to(weight.device) & (weight.detach() != 0))
 

@@ -91,7 +91,7 @@ def precision_of(part: nn.Module) -> torch.dtype | None:
 def bare(part: nn.Module) -> tuple[type[nn.Module], dict[Any, Any]]:
     """Gives a sharded module its own class again, without what FSDP keeps on it; returns the class of FSDP, and that."""
     kind, kept = type(part), {key: value for key, value in vars(part).items() if type(key) is not str or key.startswith(NOTED)}
-    part.__class__ = class_of(part)
+    part.__class__ = class_of(part)  # torch has put its own there, and has no other way back
     for key in kept:
         del vars(part)[key]
     return kind, kept

@@ -84,7 +84,7 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     made: Any = type(kind.__name__, bases, names)
     module = cast(ModuleT, made.load_from_checkpoint(source, **options))
-    module.__class__ = kind
+    module.__class__ = kind  # Lightning makes the module and loads into it in one call, of the class that is asked
     return module
 
 

@@ -149,7 +149,7 @@ def way_back(model: nn.Module) -> Callable[[], None]:
             for parameter, device in devices.items():
                 _move(parameter, device)
             for module, kind, attributes in modules:
-                module.__class__ = kind
+                module.__class__ = kind  # FSDP2, masked LoRA and linears that hand out heads have changed it
                 _refill(vars(module), attributes)
             for now, before in tables:
                 _refill(now, before)

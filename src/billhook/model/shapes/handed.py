@@ -132,6 +132,7 @@ def hand(module: nn.Module, handing: Handing | None) -> None:
         return
     if handing_of(module) is None:
         own["_billhook_was"] = type(module)
+        # a class, as of torch's parametrize: deep and pickled copies have it, and undoing an event takes it back, unlike a hook
         module.__class__ = HandedConv1D if isinstance(module, Conv1D) else HandedHeads
     own["handing"] = handing
 

@@ -210,7 +210,7 @@ def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedM
 
 def _finish(model: PreTrainedModel, kind: type[PreTrainedModel], shape: Shape) -> PreTrainedModel:
     """Sets the attributes, now that nothing is initialized by them any more, and gives the model back its class."""
-    model.__class__ = kind
+    model.__class__ = kind  # from_pretrained builds of a class: only a class can build otherwise for one call
     set_shape(model, Shape({}, shape.attributes, {}, handed=shape.handed).over(shape_of(model)))
     return model
 

@@ -48,7 +48,8 @@ def main():
     files = Shelf(options.files) if options.files else None
     parts = [moments(options.rows, options.columns, files) for _ in range(2)]
     ((fitted, held_out),) = timed("mixtures of the outputs", lambda: least_squares._mixed([([parts[0]], parts[1])]))
-    timed("each ridge that is tried", lambda: least_squares._error(fitted, held_out, False, 0.1))
+    tried = partial(least_squares.solve_ridge, fitted, False, 0.1)
+    timed("each ridge that is tried", lambda: least_squares.error_left(tried(), fitted, held_out, False))
     weight = torch.zeros(options.rows, options.columns, dtype=torch.bfloat16)
     solving = partial(least_squares._solving, parts, False, [0.1])
     timed("the last solve", lambda: least_squares._solved(weight, parts, solving(), None))

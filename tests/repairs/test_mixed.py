@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from billhook.repairs import least_squares, moments
-from billhook.repairs.least_squares import refit_linear
+from billhook.repairs.least_squares import choose_ridge, error_left, refit_linear, solve_ridge
 from billhook.repairs.moments import OwedMoments, Pool
 
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
@@ -22,6 +22,10 @@ def folds(noise, biased=False):
     return [([found[0]], found[1])], found
 
 
+def error_of(parts, held_out, biased, ridge):
+    return error_left(solve_ridge(parts, biased, ridge), parts, held_out, biased)
+
+
 def test_few_outputs_stay_as_they_are():
     (([part], _),), _ = folds(1.0)
     assert part.mixed() is part
@@ -34,7 +38,7 @@ def test_mixtures_err_as_all_outputs_do(monkeypatch, biased):
     mixed = least_squares._mixed(exact)
     assert mixed[0][0][0].owed_products.shape == (100, WIDTH)
     for ridge in RIDGES:
-        whole, some = (least_squares._error(*one[0], biased, ridge) for one in (exact, mixed))
+        whole, some = (error_of(*one[0], biased, ridge) for one in (exact, mixed))
         assert some == pytest.approx(whole, rel=0.25)
 
 
@@ -47,7 +51,7 @@ def test_mixtures_choose_the_same_ridges(monkeypatch):
         with monkeypatch.context() as patched:
             patched.setattr(moments, "OUTPUTS", 100)
             assert torch.equal(refit_linear(weight, None, parts, every, RIDGES)[0], exact)
-        chosen.append(least_squares._chosen(parts, False, RIDGES, None))
+        chosen.append(choose_ridge(parts, False, RIDGES))
     assert len(set(chosen)) > 2
 
 

@@ -78,9 +78,10 @@ def test_a_ridge_too_small_for_moments_without_an_inverse_is_skipped():
     fit, held_out = moments(x[:300]), moments(x[300:])
     products = fit.products
     products -= 0.005 * x[:300].square().mean() * 300 * torch.ones(24, 24) + 0.2 * torch.diag(products.diagonal())
-    solved = [ridge for ridge in RIDGES if solve_ridge(weight, keep, fit.about(), ridge).isfinite().all()]
+    fold = [fit.without(weight, keep)], held_out.without(weight, keep)
+    solved = [ridge for ridge in RIDGES if solve_ridge(fold[0], False, ridge).isfinite().all()]
     assert 0 < len(solved) < len(RIDGES)
-    assert choose_ridge(weight, keep, [(fit.about(), held_out.about())], RIDGES) in {*solved, math.inf}
+    assert choose_ridge([fold], False, RIDGES) in {*solved, math.inf}
     new, _ = refit_linear(weight, None, [([fit], held_out)], [fit, held_out], RIDGES)
     assert new.isfinite().all()
     nearly = (1000 + 0.001 * x).float().split(300)
@@ -95,9 +96,10 @@ def test_a_ridge_too_small_for_moments_without_an_inverse_is_skipped():
 def test_the_closed_form_is_the_least_squares_solution(ridge, owing):
     x, weight, keep = inputs(), torch.randn(10, 24, dtype=torch.float64), kept(24, 7)
     owed = torch.randn(400, 10).double() + x[:, :10] if owing else torch.zeros(400, 10).double()
-    new = solve_ridge(weight, keep, moments(x, owed=owed).about(), ridge)
-    torch.testing.assert_close(new, by_lstsq(weight, keep, x, ridge, owed), rtol=1e-8, atol=1e-8)
-    assert torch.equal(new[:, ~keep], torch.zeros(10, 7, dtype=torch.float64))
+    own, due = lacking(weight, keep, x, owed)
+    seen = [moments(own[:100], owed=due[:100]), moments(own[100:], owed=due[100:])]
+    new = weight[:, keep] + solve_ridge(seen, False, ridge)
+    torch.testing.assert_close(new, by_lstsq(weight, keep, x, ridge, owed)[:, keep], rtol=1e-8, atol=1e-8)
 
 
 def test_a_bias_makes_up_for_means():
@@ -119,16 +121,21 @@ def test_moments_of_parts_and_padding_are_those_of_the_whole():
     owed = padded[..., :10] + torch.randn(3, 700, 10)
     found = OwedMoments(10, 24)
     found.add(padded, owed, counts)
-    own, due, centre = x.reshape(3, 700, 24)[counts], owed[counts], (torch.randn(24).double(), torch.randn(10).double())
+    own, due = x.reshape(3, 700, 24)[counts], owed[counts]
     assert int(found.tokens) == int(counts.sum())
-    torch.testing.assert_close(found.about(centre).inputs, (own - centre[0]).t() @ (own - centre[0]) / len(own))
-    torch.testing.assert_close(found.about(centre).owed, (due - centre[1]).t() @ (own - centre[0]) / len(own))
-    both = OwedMoments.merged([moments(x[:50], owed=x[:50, :10]), moments(x[50:], owed=x[50:, :10])])
-    torch.testing.assert_close(both.about().inputs, x.t() @ x / len(x))
-    torch.testing.assert_close(both.about().owed, x[:, :10].t() @ x / len(x))
-    missing = torch.randn(10, 24).double()
-    error = ((own - centre[0]) @ missing.t() + due - centre[1]).square().sum() / len(own)
-    torch.testing.assert_close(found.about(centre).error(missing), error)
+    torch.testing.assert_close(found.products, own.t() @ own)
+    torch.testing.assert_close(found.owed_products, due.t() @ own)
+    more, shift = torch.randn(10, 24).double(), torch.randn(10).double()
+    for some in (more, torch.zeros_like(more)):
+        error = (due - own @ some.t() - shift).square().sum() / len(own)
+        torch.testing.assert_close(found.error(some if some.any() else None, shift), error)
+
+
+def test_moments_of_the_inputs_that_are_kept_owe_what_the_others_gave():
+    x, weight, keep = inputs(), torch.randn(10, 24).double(), kept(24, 7)
+    own, due = lacking(weight, keep, x)
+    for found, expected in zip(moments(x).without(weight, keep).tensors(), moments(own, owed=due).tensors(), strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_token_that_counts_twice_is_one_that_is_there_twice():
@@ -166,13 +173,15 @@ def test_the_ridge_is_the_one_that_errs_least_on_held_out_data():
     for number in (20, 60, 2000):
         x = new.flip(0)[:number] + 0.5 * torch.randn(number, 24)
         owed = x[:, :10] + torch.randn(number, 10)
-        second, held_out = moments(x, owed=owed).about(), moments(new, owed=late).about()
+        fit, held_out = (
+            moments(seen, owed=due) for seen, due in (lacking(weight, keep, x, owed), lacking(weight, keep, new, late))
+        )
         errors = [(new @ (weight - by_lstsq(weight, keep, x, ridge, owed)).t() + late).norm() for ridge in ridges]
-        chosen.add(choose_ridge(weight, keep, [(second, held_out)], ridges))
-        assert choose_ridge(weight, keep, [(second, held_out)], ridges) == ridges[int(torch.stack(errors).argmin())]
+        chosen.add(choose_ridge([([fit], held_out)], False, ridges))
+        assert choose_ridge([([fit], held_out)], False, ridges) == ridges[int(torch.stack(errors).argmin())]
     assert len(chosen) > 1
-    unlike = moments(torch.randn(500, 24).double() * torch.where(keep, 1, 1e-3))
-    assert choose_ridge(weight, keep, [(moments(inputs(tokens=8)).about(), unlike.about())], ridges) == float("inf")
+    unlike = moments(torch.randn(500, 24).double() * torch.where(keep, 1, 1e-3)).without(weight, keep)
+    assert choose_ridge([([moments(inputs(tokens=8)).without(weight, keep)], unlike)], False, ridges) == float("inf")
 
 
 def test_of_several_sources_each_is_held_out_in_turn():
@@ -188,11 +197,9 @@ def test_of_several_sources_each_is_held_out_in_turn():
         shares += torch.stack(left)
     best = RIDGES[int(shares.argmin())]
     assert RIDGES.index(best) > 0
-    seen = [moments(x) for x in sources]
-    turns = [(OwedMoments.merged([one for one in seen if one is not own]), own) for own in seen]
-    assert choose_ridge(weight, keep, [(a.about(), b.about()) for a, b in turns], RIDGES) == best
     lost = [moments(own, owed=due) for own, due in (lacking(weight, keep, x) for x in sources)]
     turns = [([one for one in lost if one is not own], own) for own in lost]
+    assert choose_ridge(turns, False, RIDGES) == best
     found = torch.zeros_like(weight)
     found[:, keep], _ = refit_linear(weight[:, keep], None, turns, lost, RIDGES)
     torch.testing.assert_close(found, by_lstsq(weight, keep, torch.cat(sources), best), rtol=1e-6, atol=1e-6)

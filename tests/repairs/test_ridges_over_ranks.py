@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from billhook.repairs import least_squares
-from billhook.repairs.least_squares import refit_linear
+from billhook.repairs.least_squares import refit_linear, solve_ridge
 from billhook.repairs.moments import OwedMoments
 from kit.ranks import Ranks
 
@@ -29,13 +29,13 @@ def parts_of(number, width=12, rows=6):
 @pytest.fixture
 def tried(monkeypatch):
     """How many finite ridges each thread has tried."""
-    found, error = Counter(), least_squares._error
+    found, solve = Counter(), least_squares.solve_ridge
 
-    def counted(parts, held_out, centred, ridge):
+    def counted(parts, centred, ridge):
         found[threading.get_ident()] += ridge < math.inf
-        return error(parts, held_out, centred, ridge)
+        return solve(parts, centred, ridge)
 
-    monkeypatch.setattr(least_squares, "_error", counted)
+    monkeypatch.setattr(least_squares, "solve_ridge", counted)
     return found
 
 
@@ -116,7 +116,7 @@ def test_a_ridge_without_a_solution_has_none_on_any_rank():
     for part in parts:  # which rounding has made indefinite
         part.products -= 0.2 * torch.diag(part.products.diagonal())
     folds = [([parts[0]], parts[1])]
-    solved = [bool(least_squares._error(*folds[0], False, ridge).isfinite()) for ridge in RIDGES]
+    solved = [bool(solve_ridge(folds[0][0], False, ridge).isfinite().all()) for ridge in RIDGES]
     assert 0 < sum(solved) < len(RIDGES)
     alone = refit_linear(weight, None, folds, parts, RIDGES)
     for own in Ranks(3).run(lambda _, reduce: refit_linear(weight, None, folds, parts, RIDGES, reduce)):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from billhook.engine.ranks import Ranks, own_of, rows_of
 from billhook.linalg import conjugate_gradients, ridge_solver
-from billhook.repairs.moments import EVERY, OUTPUTS, Fold, OwedMoments, SecondMoments, wide
+from billhook.repairs.moments import EVERY, OUTPUTS, Fold, OwedMoments, wide
 
 Solve = Callable[[slice], Tensor]
 """With some of the outputs, what is added to their weights, `[outputs, in_features]`, float64."""
@@ -36,33 +36,21 @@ def least(ridges: Sequence[float], without: Tensor, errors: Tensor) -> float:
     return min([(1.0, math.inf), *solved], key=lambda pair: pair[0])[1]
 
 
-def solve_ridge(weight: Tensor, keep: Tensor, second: SecondMoments, ridge: float) -> Tensor:
-    """Solves for the weights that do best from some inputs: W' = argmin E ||W x + d - W' x||^2 + ridge, float64.
-
-    With S the inputs that are kept, R those removed, H the second moments of the inputs and D the diagonal of H_SS:
-    W'_S = W_S + (W_R H_RS + E d x_S^T) (H_SS + ridge D)^-1, W'_R = 0, the minimum of
-    E ||W x + d - W'_S x_S||^2 + ridge ||(W'_S - W_S) D^1/2||^2. An infinite ridge leaves W'_S at W_S. Where a bias makes up
-    for the means, the second moments, float64, are about those. NaN if the ridge is too small for moments that rounding has left
-    without an inverse.
-    """
-    rows = second.inputs[keep]
-    lost = weight[:, ~keep].double() @ rows[:, ~keep].t() + second.owed[:, keep]
-    solve, _ = ridge_solver(rows[:, keep], ridge)
-    new = torch.where(keep, weight.double(), 0)
-    new[:, keep] += solve(lost.contiguous())
-    return new
-
-
 def choose_ridge(
-    weight: Tensor, keep: Tensor, folds: Sequence[tuple[SecondMoments, SecondMoments]], ridges: Sequence[float]
+    folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduce: Callable[[Tensor], Tensor] | None = None
 ) -> float:
-    """Chooses the ridge with which solutions on some inputs err least on held-out data, about the same means."""
-    if not ridges:
-        return math.inf
-    whole, cut = weight.double(), weight.double() * ~keep
-    errors = [[other.error(whole - solve_ridge(weight, keep, fit, ridge)) for fit, other in folds] for ridge in ridges]
-    without = torch.stack([held_out.error(cut) for _, held_out in folds])
-    return least(ridges, without, torch.stack([torch.stack(each) for each in errors]))
+    """Chooses the ridge with which solutions err least on held-out data; infinity if none helps."""
+    return least(ridges, errors_without(folds, centred), _tried(folds, centred, ridges, reduce))
+
+
+def solve_ridge(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor:
+    """Solves for M, what is added to a weight that is fitted to parts of the data: E d x^T (H + ridge D)^-1, float64.
+
+    It is the minimum of E |d - M x|^2 + ridge |M D^1/2|^2, H = E x x^T and D its diagonal; about the means, if a bias makes up
+    for those. An infinite ridge gives zero. NaN if the ridge is too small for moments that rounding has left without an inverse.
+    """
+    solve, _ = ridge_solver(_inner(parts, centred), ridge)
+    return solve(_owed(parts, centred))
 
 
 def refit_linear(
@@ -87,12 +75,12 @@ def refit_linear(
     is tried is without this bound, but where M on the support then helps no held-out data, M is zero.
     """
     centred = bias is not None
-    ridge = _chosen(_mixed(folds), centred, ridges, reduce)
+    ridge = choose_ridge(_mixed(folds), centred, ridges, reduce)
     if support is None:
         solve = _solving(every, centred, sorted({ridge, math.inf, *(one for one in ridges if one > ridge)}))
     else:
         errors = _bound_errors(folds, centred, ridge, support, reduce)
-        helps = least([ridge], _without(folds, centred), errors[None]) == ridge
+        helps = least([ridge], errors_without(folds, centred), errors[None]) == ridge
         solve = _bound(every, centred, ridge if helps else math.inf, support)
     new, shift = _solved(weight, every, solve, reduce)
     return new, None if bias is None else bias.double() + shift
@@ -112,7 +100,7 @@ def _solved(
     new, shift = torch.zeros_like(weight), torch.zeros_like(parts[0].owed_sums)
     for rows in rows_of(len(weight), OUTPUTS, reduce):
         more = solve(rows)
-        shift[rows] = _shift(more, parts, rows)
+        shift[rows] = bias_shift(more, parts, rows)
         new[rows] = more.add_(weight[rows])
     if isinstance(reduce, Ranks):
         new, shift = reduce(wide(new)).to(weight.dtype), reduce(shift)
@@ -125,12 +113,7 @@ def _mixed(folds: Sequence[Fold]) -> list[Fold]:
     return [([mixed[part] for part in own], mixed[held_out]) for own, held_out in folds]
 
 
-def _chosen(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduce: Callable[[Tensor], Tensor] | None) -> float:
-    """Chooses the ridge on held-out data; infinity if none helps."""
-    return least(ridges, _without(folds, centred), _tried(folds, centred, ridges, reduce))
-
-
-def _without(folds: Sequence[Fold], centred: bool) -> Tensor:
+def errors_without(folds: Sequence[Fold], centred: bool) -> Tensor:
     """Computes what is erred on the held-out data of each fold, `[folds]`, where nothing is added to a weight."""
     return torch.stack([held_out.error(None, _means(parts)[1] if centred else None) for parts, held_out in folds])
 
@@ -141,14 +124,9 @@ def _tried(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduce
     pieces = [(row, column) for row in range(len(ridges)) for column in range(len(folds))]
     for (row, column), own in zip(pieces, own_of([1.0] * len(pieces), reduce), strict=True):
         if own:
-            errors[row, column] = _error(*folds[column], centred, ridges[row])
+            parts, held_out = folds[column]
+            errors[row, column] = error_left(solve_ridge(parts, centred, ridges[row]), parts, held_out, centred)
     return reduce(errors) if isinstance(reduce, Ranks) else errors
-
-
-def _more(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor:
-    """Solves for what is added to a weight that is fitted to parts of the data; about the means, if a bias makes up for those."""
-    solve, _ = ridge_solver(_inner(parts, centred), ridge)
-    return solve(_owed(parts, centred))
 
 
 def _inner(parts: Sequence[OwedMoments], centred: bool) -> Tensor:
@@ -198,21 +176,16 @@ def _bound_errors(
     for number, (parts, held_out) in enumerate(folds):
         solve = _bound(parts, centred, ridge, support)
         for rows in rows_of(len(support), OUTPUTS, reduce):
-            errors[number] += _left(solve(rows), parts, held_out, centred, rows)
+            errors[number] += error_left(solve(rows), parts, held_out, centred, rows)
     return reduce(errors) if isinstance(reduce, Ranks) else errors
 
 
-def _error(parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, ridge: float) -> Tensor:
-    """Computes what a linear that is fitted to parts of the data errs on what is held out; NaN where there is no solution."""
-    return _left(_more(parts, centred, ridge), parts, held_out, centred)
-
-
-def _left(more: Tensor, parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, rows: slice = EVERY) -> Tensor:
+def error_left(more: Tensor, parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, rows: slice = EVERY) -> Tensor:
     """Computes what is erred on what is held out with what is added to a weight, fitted to parts of the data."""
-    return held_out.error(more, _shift(more, parts, rows) if centred else None, rows)
+    return held_out.error(more, bias_shift(more, parts, rows) if centred else None, rows)
 
 
-def _shift(more: Tensor, parts: Sequence[OwedMoments], rows: slice = EVERY) -> Tensor:
+def bias_shift(more: Tensor, parts: Sequence[OwedMoments], rows: slice = EVERY) -> Tensor:
     """Computes what a bias adds, `[outputs]`."""
     x, d = _means(parts)
     return d[rows] - more @ x

@@ -1,7 +1,6 @@
 """First and second moments of what a linear is given and of what it owes, of which least squares are solved."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,33 +87,22 @@ class OwedMoments:
         """Returns the sums themselves, not copies, to be summed over ranks in place."""
         return [self.tokens, self.sums, self.products, self.owed_sums, self.owed_products, self.owed_squares]
 
-    @classmethod
-    def merged(cls, parts: Sequence["OwedMoments"]) -> "OwedMoments":
-        """Returns the moments of all parts; of one, those themselves."""
-        if len(parts) == 1:
-            return parts[0]
-        rows, columns = parts[0].owed_products.shape
-        every = cls(rows, columns, parts[0].tokens.device)
-        for sums, *own in zip(every.tensors(), *(part.tensors() for part in parts), strict=True):
-            for one in own:
-                sums += one
-        return every
+    def without(self, weight: Tensor, keep: Tensor) -> "OwedMoments":
+        """Returns the moments of some inputs, where a linear that owed nothing owes what the others gave.
+
+        With S the inputs that are kept and R those removed, that is d = W_R x_R: so E d x_S^T = W_R H_RS.
+        """
+        gone, stays, goes = weight[:, ~keep].double(), self.products[keep], self.products[~keep]
+        own = OwedMoments(len(weight), 0, self.tokens.device)
+        own.tokens, own.sums, own.products = self.tokens, self.sums[keep], stays[:, keep]
+        own.owed_sums, own.owed_products = gone @ self.sums[~keep], gone @ stays[:, ~keep].t()
+        own.owed_squares = (gone @ goes[:, ~keep]).mul_(gone).sum(1)
+        return own
 
     @property
     def centre(self) -> tuple[Tensor, Tensor]:
         """The means of x and d, `[in_features]` and `[out_features]`."""
         return self.sums / self.tokens, self.owed_sums / self.tokens
-
-    def about(self, centre: tuple[Tensor, Tensor] | None = None) -> "SecondMoments":
-        """Computes the means of (x - c) (x - c)^T, (d - e) (x - c)^T and |d - e|^2 about a centre (c, e), zero if None."""
-        inputs, owed = self.products / self.tokens, self.owed_products / self.tokens
-        squares = self.owed_squares.sum() / self.tokens
-        if centre is not None:
-            (c, e), (x, d) = centre, self.centre
-            inputs.addr_(x, c, alpha=-1).addr_(c, x, alpha=-1).addr_(c, c)
-            owed.addr_(d, c, alpha=-1).addr_(e, x, alpha=-1).addr_(e, c)
-            squares = squares - 2 * e @ d + e @ e
-        return SecondMoments(inputs, owed, squares)
 
     def error(self, more: Tensor | None, shift: Tensor | None = None, rows: slice = EVERY) -> Tensor:
         """Computes E |d - M x - b|^2 over some outputs, `[]`.
@@ -133,18 +121,6 @@ class OwedMoments:
             x, d = self.centre
             error += shift @ (shift - 2 * (d[rows] if more is None else d[rows] - more @ x))
         return error
-
-
-class SecondMoments(NamedTuple):
-    """Means of x x^T, `[in_features, in_features]`, H; of d x^T, `[out_features, in_features]`; and of |d|^2, `[]`."""
-
-    inputs: Tensor
-    owed: Tensor
-    owed_squares: Tensor
-
-    def error(self, missing: Tensor) -> Tensor:
-        """Computes E |M x + d|^2 = tr(M H M^T) + 2 tr(M (E d x^T)^T) + E |d|^2, M being the weights that are missing: `[]`."""
-        return ((missing @ self.inputs + 2 * self.owed) * missing).sum() + self.owed_squares
 
 
 class Pool:

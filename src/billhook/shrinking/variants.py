@@ -7,7 +7,6 @@ together. All come from the second moments of what the linears read in the dense
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,8 @@ from billhook.linalg import float64_device
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.pruning.target import Search
 from billhook.repairs.enough import check_tokens
-from billhook.repairs.least_squares import choose_ridge, solve_ridge
-from billhook.repairs.moments import OwedMoments, SecondMoments, folds_of
+from billhook.repairs.least_squares import bias_shift, choose_ridge, error_left, errors_without, solve_ridge
+from billhook.repairs.moments import Fold, OwedMoments, folds_of
 from billhook.repairs.repair import Repair
 from billhook.shrinking.levels import Place, any_gone
 from billhook.shrinking.library import Library
@@ -107,10 +106,12 @@ def _add_variants(
     at = {kept: keeping(place, units, gone(place, kept)) for kept in (_middle(place), *levels)}
     for name, keep in at[_middle(place)].items():
         readers[name].choose(keep, ridges)
+    whole = max(sum(reader.whole for reader in readers.values()), torch.finfo(torch.float64).tiny)
     for kept in levels:
-        new = {name: readers[name].refitted(keep) for name, keep in at[kept].items()}
-        library.add(place.name, kept, _error(readers, at[kept]), new)
-        del new
+        found = {name: readers[name].refitted(keep) for name, keep in at[kept].items()}
+        lost = sum(error for error, _ in found.values())
+        library.add(place.name, kept, lost / whole, {name: new for name, (_, new) in found.items()})
+        del found
 
 
 def _middle(place: Place) -> int:
@@ -162,38 +163,42 @@ class Reader:
     def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[OwedMoments], held_out: Sequence[int]) -> None:
         _check(name, parts)
         self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
-        self._has_bias = self._matrix()[1] is not None
-        folds = [(OwedMoments.merged(fit), other) for fit, other in folds_of(parts, held_out)]
-        seen = cache(self._seen)
-        self._folds = [(seen(fit, self._of(fit)), seen(other, self._of(fit))) for fit, other in folds]
-        every = OwedMoments.merged(parts)
-        self._mean, self._every = every.centre[0], seen(every, self._of(every))
-        self.whole = float(sum(other.error(self._matrix()[0].double()) for _, other in self._folds))
+        self._parts, self._held_out = parts, held_out
+        weight, bias = self._matrix()
+        self._centred = bias is not None
+        _, folds = self._without(torch.zeros(weight.shape[1], dtype=torch.bool))
+        self.whole = float(errors_without(folds, self._centred).sum())
 
     def choose(self, keep: Tensor, ridges: Sequence[float]) -> None:
         """Chooses the ridge that does best on what is held out; with none to choose from, it is not refitted."""
-        weight, _ = self._matrix()
-        self._ridge = choose_ridge(weight, keep.to(weight.device), self._folds, ridges)
+        _, folds = self._without(keep)
+        self._ridge = choose_ridge(folds, self._centred, ridges)
 
-    def error(self, keep: Tensor) -> float:
-        """Adds up E |W x - W' x|^2 of what is held out, with W' fitted to the rest."""
-        weight = self._matrix()[0].double()
-        return float(sum(other.error(weight - self._solved(keep, fit)) for fit, other in self._folds))
+    def refitted(self, keep: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """Returns E |W x - W' x|^2 of what is held out, W' fitted to the rest, and parameters that are fitted to all batches.
 
-    def refitted(self, keep: Tensor) -> dict[str, Tensor]:
-        """Returns the parameters that make up best for what is not kept, fitted to all batches."""
-        new, (weight, bias) = self._solved(keep, self._every), self._matrix()
+        Where a bias makes up for means, the error is about those.
+        """
+        parts, folds = self._without(keep)
+        error = float(sum(error_left(self._more(fit), fit, held_out, self._centred) for fit, held_out in folds))
+        weight, bias = self._matrix()
+        more = self._more(parts)
         if bias is not None and self._ridge < math.inf:
-            bias = bias.double() + (weight.double() - new) @ self._mean
-        return as_it_lies(self.linear, new, bias)
+            bias = bias.double() + bias_shift(more, parts)
+        new = torch.zeros_like(weight, dtype=torch.float64)
+        new[:, keep.to(weight.device)] = more + weight[:, keep.to(weight.device)]
+        return error, as_it_lies(self.linear, new, bias)
 
-    def _of(self, moments: OwedMoments) -> OwedMoments | None:
-        """Returns what is fitted to, where that decides the centre: without a bias a part is seen alike in all folds."""
-        return moments if self._has_bias else None
+    def _without(self, keep: Tensor) -> tuple[list[OwedMoments], list[Fold]]:
+        """Returns moments of the inputs that are kept, by part of the batches, and which of these are held out in turn."""
+        weight, _ = self._matrix()
+        parts = [part.without(weight, keep.to(weight.device)) for part in self._parts]
+        return parts, folds_of(parts, self._held_out)
 
-    @staticmethod
-    def _seen(moments: OwedMoments, centred: OwedMoments | None) -> SecondMoments:
-        return moments.about(None if centred is None else centred.centre)
+    def _more(self, parts: Sequence[OwedMoments]) -> Tensor:
+        """Returns what is added to the weight; nothing, where the ridge is too small for a solution."""
+        more = solve_ridge(parts, self._centred, self._ridge)
+        return torch.where(more.isnan().any(), 0, more)
 
     def _matrix(self) -> tuple[Tensor, Tensor | None]:
         """Returns the weight and the bias, where moments are, once the linear's block is there."""
@@ -201,19 +206,6 @@ class Reader:
         weight, bias = matrix_of(self.linear)
         device = float64_device(weight.device)
         return weight.to(device), None if bias is None else bias.to(device)
-
-    def _solved(self, keep: Tensor, second: SecondMoments) -> Tensor:
-        """Returns the refitted weight; only cut, where the ridge is too small for a solution."""
-        weight, _ = self._matrix()
-        keep = keep.to(weight.device)
-        new = solve_ridge(weight, keep, second, self._ridge)
-        return torch.where(new.isnan().any(), torch.where(keep, weight.double(), 0), new)
-
-
-def _error(readers: Mapping[str, Reader], keep: Mapping[str, Tensor]) -> float:
-    """Returns what is lost, as a share of what the readers give."""
-    lost, whole = sum(readers[name].error(own) for name, own in keep.items()), sum(one.whole for one in readers.values())
-    return lost / max(whole, torch.finfo(torch.float64).tiny)
 
 
 def _linears(place: Place, units: Mapping[str, Units]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -90,16 +90,20 @@ class Shelf:
 
 
 @contextmanager
-def outputs_in(files: Shelf | None, model: nn.Module) -> Iterator[None]:
+def outputs_in(files: Shelf | None, model: nn.Module, blocks: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Has the outputs of a model's modules lie in files, where runs that rest within the model hold them; None leaves them.
 
-    A copy in a file goes on in the place of each output. What else a module's code computes stays in memory.
+    A copy in a file goes on in the place of each output. What else a module's code computes stays in memory, and so does what is
+    computed within `blocks`, in which no run rests.
     """
     if files is None:
         yield
         return
     with ExitStack() as stack:
+        inside = {module for block in blocks for module in block.modules() if module is not block}
         for module in model.modules():
+            if module in inside:
+                continue
             hook = module.register_forward_hook(lambda _module, _inputs, outputs: tree_map_only(Tensor, files.copy, outputs))
             stack.callback(hook.remove)
         yield

@@ -78,7 +78,7 @@ def shelf(stream: Stream) -> Iterator[Shelf | None]:
 @contextmanager
 def resting(stream: Stream) -> Iterator[None]:
     """Has what modules hand on lie in the files of a stream's folder within; in memory where it names none."""
-    with shelf(stream) as files, outputs_in(files, stream.model):
+    with shelf(stream) as files, outputs_in(files, stream.model, stream.blocks.values()):
         yield
 
 

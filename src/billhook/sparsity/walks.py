@@ -93,7 +93,8 @@ class Walks:
                 stack.enter_context(offloaded([site.module for site in self.blocks()], self.offload))
             if self.activations is not None:
                 files = stack.enter_context(closing(Shelf(self.activations)))
-                stack.enter_context(outputs_in(files, self.model))
+                whole = [] if sequential == "layer" else [site.module for site in self.blocks()]
+                stack.enter_context(outputs_in(files, self.model, whole))
             if (stream := stream_of(self.model)) is not None:
                 if self.twins:
                     raise ValueError(

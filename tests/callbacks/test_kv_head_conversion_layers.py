@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from billhook import Export, KVHeadConversion, Mean, Repair, Report, summary
-from billhook.kv_heads.bases.weights import ready_weights
+from billhook.kv_heads.bases.ready import ready_weights
 from billhook.kv_heads.methods.svd import SVD
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_by_layer

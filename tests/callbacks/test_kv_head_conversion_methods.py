@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import billhook as bh
 from billhook import KVHeadConversion, Repair
-from billhook.kv_heads.bases.weights import ready_weights
+from billhook.kv_heads.bases.ready import ready_weights
 from billhook.kv_heads.convert import convert_kv_heads
 from billhook.kv_heads.methods.named import method_of
 from billhook.kv_heads.plan import plan_kv_heads

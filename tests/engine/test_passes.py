@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from billhook.engine.passes import passing
+from billhook.engine.store import store_of
 
 
 class Model(nn.Module):
@@ -47,6 +48,6 @@ def test_what_is_orderly(name):
 
 def test_where_all_blocks_are_there_anything_is():
     model = Model(WAYS["one again"][0])
-    with passing(None, model) as seen:
+    with passing(store_of(model), model) as seen:
         model(torch.ones(1, 4))
     assert seen.orderly

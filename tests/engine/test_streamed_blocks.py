@@ -5,6 +5,7 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.engine.files import FileStore
 from kit import stopped
 from kit.streams import same, written
 
@@ -65,8 +66,8 @@ def test_what_was_done_without_other_blocks_is_not_taken(tmp_path, monkeypatch):
 def test_each_block_is_read_once_for_all_batches(tmp_path, monkeypatch):
     model = bh.stream("tiny")
     blocks = bh.find_units(model, "block")
-    read, bring = [], type(model._billhook_stream)._load
-    monkeypatch.setattr(type(model._billhook_stream), "_load", lambda self, keys: read.append(keys) or bring(self, keys))
+    read, load = [], FileStore._load
+    monkeypatch.setattr(FileStore, "_load", lambda self, keys: read.append(keys) or load(self, keys))
     bh.score(model, blocks, bh.BlockInfluence(), stopped.batches())
     assert len(read) == 4
 

@@ -5,9 +5,8 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.engine.files import stream_of
-from billhook.kv_heads.bases.ready import Attentions, best_method
-from billhook.kv_heads.bases.streamed import StreamedAttentions
+from billhook.kv_heads.bases.attentions import Attentions
+from billhook.kv_heads.bases.ready import best_method
 from billhook.kv_heads.scope import kv_heads_by_layer
 from kit import stopped
 from kit.families import build
@@ -98,7 +97,7 @@ def test_the_same_method_is_taken(tmp_path, family):
     build(family).save_pretrained(tmp_path / "dense")
     dense, streamed = bh.load(tmp_path / "dense"), bh.stream(tmp_path / "dense", tmp_path / "out")
     found = []
-    for attentions in (Attentions(dense, groups(dense)), StreamedAttentions(stream_of(streamed), groups(dense))):
+    for attentions in (Attentions(dense, groups(dense)), Attentions(streamed, groups(dense))):
         methods, trials = bh.Auto().candidates, [attentions.trial(batch) for batch in rows(masked=True)]
         found.append(best_method(attentions, methods, trials))
     assert found[0] == found[1]

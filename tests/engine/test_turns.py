@@ -9,8 +9,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import billhook as bh
-from billhook.engine.shards import in_turn, turns_of
+from billhook.engine.shards import in_turn
 from billhook.engine.statistics import InputMoments
+from billhook.engine.store import store_of
 from billhook.importance.base import Importance, Sums
 from billhook.importance.baselines import RandomUnits
 from kit.families import llama, tokens
@@ -84,7 +85,7 @@ def test_one_block_is_there(mesh):
     first, last = sharded.model.layers
     with in_turn(sharded):
         for block, other in ((first, last), (last, first)):
-            turns_of(sharded).bring(block.mlp.up_proj)
+            store_of(sharded).load(block.mlp.up_proj)
             assert all(size(own) for own in block.parameters())
             assert not any(size(own) for own in other.parameters())
         assert size(sharded.lm_head.weight)
@@ -105,10 +106,10 @@ def test_ranks_take_part_in_what_others_bring_until_all_have_ended(mesh):
         return tensor + torch.tensor(next(others))
 
     with in_turn(sharded):
-        turns = turns_of(sharded)
-        with turns.apart(add):
-            turns.bring(first)
+        store = store_of(sharded)
+        with store.apart(add):
+            store.load(first)
             assert size(first.mlp.up_proj.weight)
             assert not size(last.mlp.up_proj.weight)
-        assert turns_of(sharded) is turns
+        assert store_of(sharded) is store
     assert asked == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import billhook as bh
 from billhook.callbacks.kv import preparation
 from billhook.engine.sharding import is_sharded, whole
-from billhook.engine.shards import Turns
+from billhook.engine.shards import ShardStore
 from billhook.sparsity import plan
 from billhook.sparsity.plan import WeightPlan
 from kit.families import llama
@@ -276,7 +276,7 @@ SEARCHES = {  # what goes in each; residual channels, which are fitted in a narr
 def test_a_sharded_model_is_shrunk_to_what_one_in_memory_is(tmp_path, alone, monkeypatch, name):
     make, given, gone = SEARCHES[name]
     batches = DataLoader(rows(30, 1), 6)
-    monkeypatch.setattr(Turns, "all_here", None)
+    monkeypatch.setattr(ShardStore, "all_here", None)
     found = []
     for strategy in ("auto", alone):
         lit, callback = make(), bh.Shrink(**given, calibration=list(batches), generations=1, candidates=2, measure_batches=0)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import billhook as bh
+from billhook.engine.lazy import LazyTensors
 from billhook.shrinking import library
-from billhook.shrinking.merging import merging
+from billhook.shrinking.merging import merging, refit
 from kit.families import llama
 from kit.fits import trainer
 from kit.held import Held
@@ -102,15 +103,16 @@ def size(parameters):
     return sum(one.numel() * one.element_size() for one in parameters)
 
 
-def searched(patch, make=library.in_shards):
+def searched(patch, make=library.resting):
     """Bytes of each variant that a search holds, of which ranks have shards; it has second moments of one block at a time."""
     found = []
 
-    def counted(turns, place, value, device=None):
-        found.append(size([value]))
-        return make(turns, place, value, device)
+    def counted(model, weights):
+        found.extend([] if isinstance(weights, LazyTensors) else [size([value]) for value in weights.values()])
+        return make(model, weights)
 
-    patch.setattr(library, "in_shards", counted)
+    for module in (library, merging, refit):
+        patch.setattr(module, "resting", counted)
     patch.setattr(merging, "memory_to_hold", lambda _: 1)
     return found
 

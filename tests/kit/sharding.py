@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import billhook as bh
 from billhook.engine.sharding import is_sharded, whole
+from billhook.engine.shards import ShardStore
 from billhook.fit.measure import measure
-from billhook.repairs.shared import InShards
 from kit.families import llama, recompute
 from kit.fits import data, module, trainer
 
@@ -215,13 +215,13 @@ ROUNDED = "KV heads, by svd"
 """Done once more with what the second rank has solved for rounded otherwise, as on another card."""
 
 
-def rounding(put):
+def rounding(stage):
     """Has the second rank round otherwise what it is to rest in shards."""
 
-    def rounded(rest, block, new, refitted):
+    def rounded(store, block, values, *rest, **more):
         if torch.distributed.get_rank() == 1:
-            new = {name: {part: value * (1 + 1e-6) for part, value in own.items()} for name, own in new.items()}
-        return put(rest, block, new, refitted)
+            values = {name: value * (1 + 1e-6) for name, value in values.items()}
+        return stage(store, block, values, *rest, **more)
 
     return rounded
 
@@ -305,7 +305,7 @@ def fit_all() -> None:
         run, *result = one.run(out, files, ranks=2)
         keep(run, out / f"{name}.pt", result)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InShards, "put", rounding(InShards.put))
+        patch.setattr(ShardStore, "stage", rounding(ShardStore.stage))
         run, *result = SHAPES[ROUNDED].run(out, files, ranks=2)
         keep(run, out / "rounded otherwise.pt", result)
     stop_and_resume(ADAPTED, "adapted", True, files, out, STEPS)

@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from billhook.kv_heads.bases.ready import check_ready
-from billhook.kv_heads.bases.weights import turned_weights
+from billhook.kv_heads.bases.ready import check_ready, turned_weights
 from billhook.kv_heads.methods.aligned import Aligned
 from billhook.kv_heads.methods.auto import Auto
 from billhook.kv_heads.methods.mean import Mean

@@ -7,9 +7,11 @@ import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from billhook.engine.lazy import by_parameter
+from billhook.engine.store import store_of
 from billhook.kv_heads.bases.alone import Alone, see_calls
 from billhook.kv_heads.bases.freedom import Block, Freedoms, find_freedoms
-from billhook.kv_heads.bases.stacks import find_projections, instead, read, written
+from billhook.kv_heads.bases.stacks import find_projections, read, written
 from billhook.tracing.trace import trace
 from kit import families, kv_zoo
 from kit.families import llama
@@ -215,7 +217,7 @@ def test_alone_an_attention_gives_what_it_gives_of_the_same_noise():
         assert not torch.allclose(attention(), given)
         assert torch.equal(read(model, place).k, 2 * stacks.k)
         other = type(stacks)(stacks.q, 4 * stacks.k, stacks.v, stacks.o)
-        with instead(model, written(model, place, other)):
+        with store_of(model).computing_with(by_parameter(written(model, place, other))):
             assert torch.equal(read(model, place).k, other.k)
 
 

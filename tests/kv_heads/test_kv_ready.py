@@ -50,9 +50,8 @@ def changed(model, new):
     """A copy with other parameters."""
     model = copy.deepcopy(model)
     with torch.no_grad():
-        for linear, own in new.items():
-            for name, value in own.items():
-                model.get_submodule(linear).get_parameter(name).copy_(value)
+        for name, value in new.items():
+            model.get_parameter(name).copy_(value)
     return model
 
 
@@ -78,8 +77,8 @@ def test_auto_takes_what_stays_nearest_on_held_out_batches(monkeypatch):
         for new, expected in zip(compared, losses.values(), strict=True):
             assert divergence(attentions.model, changed(attentions.model, new), held_out) == pytest.approx(expected, rel=1e-4)
     seen = trials_of(attentions.model, [part for part in parts if part is not held_out])
-    for linear, own in attentions.equal(SVD(), attentions.moments(seen, "consecutive")).items():
-        torch.testing.assert_close(own["weight"], compared[2][linear]["weight"])
+    for name, value in attentions.equal(SVD(), attentions.moments(seen, "consecutive")).items():
+        torch.testing.assert_close(value, compared[2][name])
     assert chosen == min(losses, key=losses.get)
     assert losses[SVD()] < losses[Aligned()] < losses[Mean()]
     assert losses[chosen] <= losses[SVD()]
@@ -124,12 +123,12 @@ def test_repair_brings_a_trained_model_nearer_to_what_it_was_on_text_it_has_not_
     before = {name: value.clone() for name, value in model.state_dict().items()}
     new = attentions.equal(method_of(start), attentions.moments(trials, "consecutive"))
     better = attentions.repaired(new, trials, Repair())
-    assert better.keys() == new.keys() | set(attentions.downs)
+    assert better.modules.keys() == new.modules.keys() | set(attentions.downs)
     assert len(attentions.downs) == 4
     far, near = (distance(changed(model, one), model, unseen) for one in (new, better))
     assert near < (0.97 if start == "svd" else 0.75) * far
     for place in attentions.places.values():  # what makes heads is as it was given: still equal in their groups
-        assert torch.equal(better[place.v.linear]["weight"], new[place.v.linear]["weight"])
+        assert torch.equal(better[f"{place.v.linear}.weight"], new[f"{place.v.linear}.weight"])
         stacks = read(changed(model, better), place)
         torch.testing.assert_close(stacks.k[0::2], stacks.k[1::2])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -8,14 +8,14 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 import billhook as bh
-from billhook.engine.shards import Turns, in_turn
+from billhook.engine.lazy import LazyTensors
+from billhook.engine.shards import ShardStore, in_turn
 from billhook.engine.walk import blocks_of
 from billhook.kv_heads.bases.moments import Sums
-from billhook.kv_heads.bases.weights import ready_weights, turned_weights
+from billhook.kv_heads.bases.ready import ready_weights, turned_weights
 from billhook.kv_heads.methods.named import method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.surgery import changed
-from billhook.repairs.in_turn import Refitted, but
 from kit.families import llama, tokens
 from kit.losses import BUILD
 
@@ -40,11 +40,10 @@ def test_heads_are_made_ready_as_in_memory(mesh, family, method, repair, monkeyp
     plain, sharded, groups, batches = both(mesh, family)
     asked = groups, method_of(METHODS[method]), batches, repair
     expected, how = ready_weights(plain, *asked)
-    monkeypatch.setattr(Turns, "all_here", None)
+    monkeypatch.setattr(ShardStore, "all_here", None)
     with in_turn(sharded):
         found, how_found = ready_weights(sharded, *asked, reduce=lambda tensor: tensor)
         assert changed(sharded, found) == changed(plain, expected)
-    assert isinstance(found, Refitted)
     assert how_found == how
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -81,7 +80,5 @@ def test_some_are_left_out_and_nothing_is_read():
     def fail():
         raise AssertionError("it is read")
 
-    found = but(Refitted({"a": fail, "b": fail}, "told"), {"a"})
-    assert isinstance(found, Refitted)
-    assert (list(found), found.told) == (["b"], "told")
-    assert but({"a": 1, "b": 2}, {"a"}) == {"b": 2}
+    left = LazyTensors({"a": fail, "b": fail}, "key").without({"a"})
+    assert (list(left), left.key) == (["b"], "key")

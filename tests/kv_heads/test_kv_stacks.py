@@ -6,7 +6,9 @@ import peft
 import pytest
 import torch
 
-from billhook.kv_heads.bases.stacks import Stacks, find_projections, instead, moved_values, read, written
+from billhook.engine.lazy import by_parameter
+from billhook.engine.store import store_of
+from billhook.kv_heads.bases.stacks import Stacks, find_projections, moved_values, read, written
 from billhook.tracing.trace import trace
 from kit import families, kv_zoo
 from kit.families import llama, tokens
@@ -55,7 +57,7 @@ def test_what_is_read_and_written_is_what_there_was(family):
                 assert torch.equal(value, parameters[name])
         other = written(model, place, Stacks(-stacks.q, 2 * stacks.k, 3 * stacks.v, 4 * stacks.o))  # each only where it lies
         again = Stacks(stacks.q.clone(), stacks.k.clone(), stacks.v.clone(), stacks.o.clone())
-        with instead(model, other):
+        with store_of(model).computing_with(by_parameter(other)):
             told = read(model, place)
         for one, factor, own in ((told.q, -1, again.q), (told.k, 2, again.k), (told.v, 3, again.v), (told.o, 4, again.o)):
             torch.testing.assert_close(one, factor * own, rtol=1e-2 if model.dtype != torch.float32 else 1e-6, atol=1e-6)
@@ -129,7 +131,7 @@ def test_other_parameters_stand_in_under_autocast_too_and_go():
     new = written(model, place, Stacks(stacks.q, stacks.k, 2 * stacks.v, stacks.o))
     with torch.autocast("cpu", torch.bfloat16):
         plain = model(ids).logits  # which keeps the weights in bfloat16
-        with instead(model, new):
+        with store_of(model).computing_with(by_parameter(new)):
             other = model(ids).logits
         assert torch.equal(model(ids).logits, plain)
     assert (other - plain).abs().max() > 1e-3 * plain.abs().max()

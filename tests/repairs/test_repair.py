@@ -13,12 +13,21 @@ from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.engine.batches import Run
+from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.repairs.least_squares import choose_ridge, refit_linear, solve_ridge
 from billhook.repairs.moments import OwedMoments
 from billhook.repairs.repair import Repair, repair_linears
 from kit.families import llama, tokens
 from kit.losses import BUILD, embedded_text
 from kit.ranks import Ranks
+
+
+def refit(model, masks, runs, repair=None, reduce=None, given=None, **more):
+    """The new weight and bias of each linear; other parameters are given by linear and by their names in it."""
+    others = None if given is None else LazyTensors.of(by_parameter(given))
+    found = repair_linears(model, masks, runs, repair, reduce, others, **more)
+    return {name: (found.of_module(name)["weight"], found.of_module(name).get("bias")) for name in found.modules}
+
 
 READERS = {
     "llama": ("o_proj", "down_proj"),
@@ -155,7 +164,7 @@ def test_a_token_that_is_owed_a_thousand_times_as_much_does_not_decide_alone():
     others, masks = other_parameters(model, ("v_proj",)), {name: torch.ones(32, dtype=torch.bool)}
 
     def found():
-        (own,) = repair_linears(model, masks, trials(model, batches), Repair(ridges=[0.01]), given=others).values()
+        (own,) = refit(model, masks, trials(model, batches), Repair(ridges=[0.01]), given=others).values()
         return own[0]
 
     without, start = found(), model.get_submodule(name).weight.detach().clone()
@@ -210,7 +219,7 @@ def test_runs_of_several_sources_choose_the_ridge_by_source(monkeypatch):
     seen = []
     monkeypatch.setattr("billhook.repairs.visitor.refit_linear", lambda *given: seen.append(given) or refit_linear(*given))
     runs = [replace(run, source=name) for run, name in zip(trials(model, batches), "abab", strict=True)]
-    repair_linears(model, masks, runs)
+    refit(model, masks, runs)
     for _, _, turns, every, *_ in seen:
         ((fit,), held_out), ((other,), fitted) = turns
         assert fit is fitted
@@ -347,7 +356,7 @@ def test_linear_after_linear_on_what_the_repaired_ones_before_give(family, catch
         del masks["model.layers.1.self_attn.o_proj"]
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     model.train()
-    found = repair_linears(model, masks, trials(model, batches), Repair(catch_up))
+    found = refit(model, masks, trials(model, batches), Repair(catch_up))
     assert model.training
     assert torch.equal(torch.get_rng_state(), rng)
     model.eval()
@@ -391,7 +400,7 @@ def test_with_other_parameters_a_linear_makes_up_for_them_by_least_squares(bias)
     name = "model.layers.0.self_attn.o_proj"
     batches, others = [{"input_ids": tokens(6, 40)} for _ in range(4)], other_parameters(model, ("v_proj", "k_proj", "o_proj"))
     masks = {name: torch.ones(32, dtype=torch.bool)}
-    ((weight, shift),) = repair_linears(model, masks, trials(model, batches), Repair(False, ridges=[0.01]), given=others).values()
+    ((weight, shift),) = refit(model, masks, trials(model, batches), Repair(False, ridges=[0.01]), given=others).values()
     changed = copy.deepcopy(model)
     put(changed, {linear: (own["weight"], own.get("bias")) for linear, own in others.items()})
     (x,) = [torch.cat(given(changed, name, batches)[0])]
@@ -419,7 +428,7 @@ def test_with_other_parameters_linear_after_linear_as_in_whole_runs(family, catc
     masks = {name: torch.ones_like(keep) for name, keep in masks.items()}
     others = other_parameters(model, ("v_proj", "q_proj", "layers.0.self_attn.o_proj") if family == "llama" else ("c_attn",), 0.2)
     before = copy.deepcopy(model.state_dict())
-    found = repair_linears(model, masks, trials(model, batches), Repair(catch_up), given=others)
+    found = refit(model, masks, trials(model, batches), Repair(catch_up), given=others)
     expected = slowly(model, masks, batches, Repair(catch_up), others)
     assert found.keys() == masks.keys()
     assert sum(not torch.equal(weight, model.get_submodule(name).weight) for name, (weight, _) in found.items()) >= 2
@@ -436,7 +445,7 @@ def test_what_linears_before_the_first_do_not_give_is_made_up_for():
     first = [name for name in masks if ".layers.0." in name]
     others = {name: {"weight": torch.zeros_like(model.get_submodule(name).weight)} for name in first}
     masks = {name: torch.ones_like(keep) for name, keep in masks.items() if name not in first}
-    found = repair_linears(model, masks, trials(model, batches), given=others)
+    found = refit(model, masks, trials(model, batches), given=others)
     expected = slowly(model, masks, batches, Repair(), others)
     assert any(not torch.equal(weight, model.get_submodule(name).weight) for name, (weight, _) in found.items())
     for name, (weight, _) in found.items():
@@ -447,7 +456,7 @@ def test_with_the_models_own_parameters_given_nothing_is_owed():
     model, masks, batches = case("llama")
     masks = {name: torch.ones_like(keep) for name, keep in masks.items()}
     own = {name: {"weight": model.get_submodule(name).weight.detach().clone()} for name in masks}
-    for name, (weight, _) in repair_linears(model, masks, trials(model, batches), given=own).items():
+    for name, (weight, _) in refit(model, masks, trials(model, batches), given=own).items():
         torch.testing.assert_close(weight, own[name]["weight"])
 
 
@@ -464,17 +473,17 @@ def test_other_parameters_that_cannot_be_are_refused():
         ({name: {"weight": weight, "bias": weight[:, 0]}}, r"must be {'weight': \[16, 32\]}, got {'weight': .*'bias': \[16\]}"),
     ):
         with pytest.raises(ValueError, match=message):
-            repair_linears(model, masks, runs, given=wrong)
+            refit(model, masks, runs, given=wrong)
     model, masks, batches = case("albert")
     with pytest.raises(
         ValueError, match=r"repair: .* is called several times in a run, so it cannot be compared with the whole model"
     ):
-        repair_linears(model, masks, trials(model, batches), given=other_parameters(model, "value"))
+        refit(model, masks, trials(model, batches), given=other_parameters(model, "value"))
 
 
 def test_a_linear_that_is_called_in_every_layer_is_refitted_on_all_calls():
     model, masks, batches = case("albert")
-    found = repair_linears(model, masks, trials(model, batches), Repair(ridges=[0.01]))
+    found = refit(model, masks, trials(model, batches), Repair(ridges=[0.01]))
     cut = copy.deepcopy(model)
     for name, keep in masks.items():
         cut.get_submodule(name).weight.data[:, ~keep] = 0
@@ -498,7 +507,7 @@ def test_where_channels_that_go_are_copies_of_others_nothing_is_lost():
             part.weight.data[gone] = part.weight.data[keep][: len(gone)]
     with torch.no_grad():
         whole = model(**batches[0]).logits
-        new = repair_linears(model, masks, trials(model, batches), Repair(ridges=[1e-4]))
+        new = refit(model, masks, trials(model, batches), Repair(ridges=[1e-4]))
         cut = copy.deepcopy(model)
         put(cut, {name: (cut.get_submodule(name).weight * keep, None) for name, keep in masks.items()})
         put(model, new)
@@ -523,7 +532,7 @@ def test_it_helps_on_text_that_it_has_not_seen_and_catching_up_helps_more():
     losses = [loss_of(model, unseen)]
     for catch_up in (False, True):
         put(model, old)
-        put(model, repair_linears(model, masks, trials(model, batches), Repair(catch_up)))
+        put(model, refit(model, masks, trials(model, batches), Repair(catch_up)))
         losses.append(loss_of(model, unseen))
     assert losses[0] - losses[1] > 0.3 * (losses[0] - whole)
     assert losses[2] < losses[1]
@@ -539,11 +548,11 @@ def test_padding_does_not_count():
     mask = torch.arange(40).expand(6, 40) < torch.tensor([[40], [15], [9], [30], [22], [18]])
     padded = [batch | {"attention_mask": mask.long()} for batch in batches]
     counts = dict.fromkeys(masks, mask)
-    one = repair_linears(model, masks, trials(model, padded, counts))
+    one = refit(model, masks, trials(model, padded, counts))
     for batch in padded:
         batch["input_ids"] = torch.where(mask, batch["input_ids"], 7)
-    other = repair_linears(model, masks, trials(model, padded, counts))
-    blind = repair_linears(model, masks, trials(model, padded))
+    other = refit(model, masks, trials(model, padded, counts))
+    blind = refit(model, masks, trials(model, padded))
     for name in masks:
         torch.testing.assert_close(one[name], other[name], rtol=1e-9, atol=1e-11)
         assert not torch.allclose(one[name][0], blind[name][0], rtol=1e-3)
@@ -553,7 +562,7 @@ def test_padding_does_not_count():
 def test_half_precision_keeps_its_dtype(dtype):
     model, masks, batches = case("llama")
     model = model.to(dtype)
-    found = repair_linears(model, masks, trials(model, batches))
+    found = refit(model, masks, trials(model, batches))
     assert all(weight.dtype == dtype and weight.isfinite().all() for weight, _ in found.values())
     first = "model.layers.0.self_attn.o_proj"
     x, _ = given(model, first, batches)
@@ -588,12 +597,12 @@ def test_ranks_together_come_to_what_one_comes_to_alone(number, ranks, split, so
     def runs(own, of=slice(None)):
         return [replace(run, source=name) for run, name in zip(trials(own, batches[of]), names[of], strict=True)]
 
-    alone = repair_linears(model, masks, runs(model), Repair(held_out=0.5))
+    alone = refit(model, masks, runs(model), Repair(held_out=0.5))
     copies = [copy.deepcopy(model) for _ in range(ranks)]
 
     def one(rank, reduce):
         own = runs(copies[rank], SPLITS[split](rank, ranks))
-        return repair_linears(copies[rank], masks, own, Repair(held_out=0.5), reduce)
+        return refit(copies[rank], masks, own, Repair(held_out=0.5), reduce)
 
     found = Ranks(ranks).run(one)
     for name, own in alone.items():
@@ -603,14 +612,14 @@ def test_ranks_together_come_to_what_one_comes_to_alone(number, ranks, split, so
 
 def test_ranks_that_only_sum_choose_among_their_own_batches():
     model, masks, batches = case("gpt2", number=4)
-    alone = repair_linears(model, masks, trials(model, batches), Repair(held_out=0.5))
+    alone = refit(model, masks, trials(model, batches), Repair(held_out=0.5))
     assert Repair(held_out=0.5).chooses(4) == {1, 3}
     assert Repair(held_out=0.5).chooses(2) == {1}
     copies = [copy.deepcopy(model) for _ in range(2)]
 
     def one(number, rank, reduce):
         runs = trials(copies[rank], batches[2 * rank : 2 * rank + number])
-        return repair_linears(copies[rank], masks, runs, Repair(held_out=0.5), reduce.add)
+        return refit(copies[rank], masks, runs, Repair(held_out=0.5), reduce.add)
 
     for found in Ranks(2).run(partial(one, 2)):
         for name, own in alone.items():
@@ -644,13 +653,13 @@ def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():
     calls = [(inputs(40, 8).float(), [0, 1]) for _ in range(2)]
     runs, left = [Run(lambda call=call: model(*call)) for call in calls], []
     with pytest.warns(UserWarning, match=r"too few tokens have come to 1 linear, which is not refitted: experts\.2"):
-        found = repair_linears(model, masks, runs, left=left)
+        found = refit(model, masks, runs, left=left)
     assert left == ["experts.2"]
     assert torch.equal(found["experts.2"][0], model.experts[2].weight * masks["experts.2"])
     assert torch.equal(found["experts.2"][1], model.experts[2].bias)
     assert not torch.equal(found["experts.0"][0], model.experts[0].weight * masks["experts.0"])
     with pytest.raises(ValueError, match=r"too few tokens that count for any refit; the first linear is experts\.2"):
-        repair_linears(model, {"experts.2": masks["experts.2"]}, runs)
+        refit(model, {"experts.2": masks["experts.2"]}, runs)
 
 
 def test_too_few_tokens_are_refused_before_the_walk(monkeypatch):
@@ -658,10 +667,10 @@ def test_too_few_tokens_are_refused_before_the_walk(monkeypatch):
     monkeypatch.setattr("billhook.repairs.repair.Walk", None)
     runs = trials(model, [{"input_ids": batch["input_ids"][:1]} for batch in batches])
     with pytest.raises(ValueError, match=r"too few tokens .*o_proj, which is given 4 and needs 24 at least"):
-        repair_linears(model, masks, runs)
+        refit(model, masks, runs)
     padded = {name: torch.arange(40).lt(1).expand(6, 40) for name in masks}
     with pytest.raises(ValueError, match=r"too few tokens .*o_proj, which is given 12 and needs 24 at least"):
-        repair_linears(model, masks, trials(model, [{"input_ids": tokens(6, 40)}] * 2, padded))
+        refit(model, masks, trials(model, [{"input_ids": tokens(6, 40)}] * 2, padded))
 
 
 def test_refusals_name_what_came_and_change_nothing():
@@ -677,9 +686,9 @@ def test_refusals_name_what_came_and_change_nothing():
         ({}, "no linear is named"),
     ):
         with pytest.raises(ValueError, match=message):
-            repair_linears(model, wrong, runs)
+            refit(model, wrong, runs)
     with pytest.raises(ValueError, match="a refit needs two at least.* got 1 in all"):
-        repair_linears(model, masks, runs[:1])
+        refit(model, masks, runs[:1])
     with pytest.raises(ValueError, match="held_out=1 must be in .0, 1."):
         Repair(held_out=1)
     with pytest.raises(ValueError, match="ridges=.0.0, 1.0. must be finite numbers of at least 0.0001"):
@@ -687,7 +696,7 @@ def test_refusals_name_what_came_and_change_nothing():
     model.model.layers[1].mlp.up_proj.weight.data[5] = torch.nan
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: NaN or infinite inputs in 1 features, the first in feature 5"):
-        repair_linears(model, masks, runs)
+        refit(model, masks, runs)
     assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in model.state_dict().items())
     assert not any("forward" in vars(m) or m._forward_pre_hooks for m in model.modules())
 

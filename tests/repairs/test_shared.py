@@ -8,10 +8,10 @@ from torch.distributed.fsdp import fully_shard
 
 import billhook as bh
 from billhook.engine.batches import Run
-from billhook.engine.shards import Turns, in_turn
+from billhook.engine.lazy import LazyTensors
+from billhook.engine.shards import ShardStore, in_turn
 from billhook.engine.walk import blocks_of
 from billhook.pruning.repair import repair_with
-from billhook.repairs.in_turn import Refitted
 from kit.families import build, tokens
 from kit.losses import BUILD
 
@@ -48,10 +48,9 @@ def test_as_in_memory_a_block_at_a_time(mesh, family, catch_up, monkeypatch):
     plain, sharded = both(mesh, family)
     plan, given, repair = cut(plain), batches(plain), bh.Repair(catch_up)
     expected = bh.repair(plain, plan, given, repair)
-    monkeypatch.setattr(Turns, "all_here", None)
+    monkeypatch.setattr(ShardStore, "all_here", None)
     with in_turn(sharded):
         found = bh.repair(sharded, plan, given, repair, reduce=lambda tensor: tensor)
-    assert isinstance(found, Refitted)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)
@@ -59,11 +58,11 @@ def test_as_in_memory_a_block_at_a_time(mesh, family, catch_up, monkeypatch):
 
 def test_other_parameters_that_are_given(mesh):
     plain, sharded = both(mesh, "llama")
-    others = {f"model.layers.{layer}.self_attn.v_proj": None for layer in range(2)}
-    for name in others:
+    values = {}
+    for name in (f"model.layers.{layer}.self_attn.v_proj" for layer in range(2)):
         linear = plain.get_submodule(name)
-        others[name] = {"weight": linear.weight.detach() * 1.5, "bias": linear.bias.detach()}
-    asked = bh.plan_units(plain, {0: [0, 1]}), batches(plain)
+        values |= {f"{name}.weight": linear.weight.detach() * 1.5, f"{name}.bias": linear.bias.detach()}
+    asked, others = (bh.plan_units(plain, {0: [0, 1]}), batches(plain)), LazyTensors.of(values)
     expected = repair_with(plain, *asked, given=others)
     with in_turn(sharded):
         found = repair_with(sharded, *asked, reduce=lambda tensor: tensor, given=others)
@@ -81,6 +80,5 @@ def test_all_blocks_are_gathered_where_they_are_called_twice(mesh):
     expected = bh.repair(plain, plan, twice(plain))
     with in_turn(sharded):
         found = bh.repair(sharded, plan, twice(sharded), reduce=lambda tensor: tensor)
-    assert not isinstance(found, Refitted)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=name)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, msg=name)

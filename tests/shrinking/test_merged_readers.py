@@ -59,7 +59,7 @@ def test_it_gives_what_it_gave_in_the_dense_model_as_far_as_least_squares_can(fa
     name, linear = f"model.layers.{number}.self_attn", model.model.layers[number].self_attn.o_proj
     reader = f"{name}.o_proj"
     dense, weight = read(model, reader, fitted), linear.weight.detach().double()
-    found = work.library.weights(f"{name} merged", kept)[reader]["weight"].double()
+    found = work.library.weights(f"{name} merged", kept)[f"{reader}.weight"].double()
     with work.library.assembled({f"{name} merged": kept, f"{name} merged unfitted": kept}):
         given, start = read(model, reader, fitted), linear.weight.detach().double()
     owed, second = dense @ weight.t() - given @ start.t(), given.t() @ given / len(given)
@@ -102,7 +102,7 @@ def test_padding_does_not_count_and_the_model_stays():
     plain, same = (measured(model, TINY, own)[0].library for own in (batches, padded))
     name = "model.layers.0.self_attn"
     for kept in (2, 1):
-        one, other = (own.weights(f"{name} merged", kept)[f"{name}.o_proj"]["weight"] for own in (plain, same))
+        one, other = (own.weights(f"{name} merged", kept)[f"{name}.o_proj.weight"] for own in (plain, same))
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any("forward" in vars(one) or one._forward_pre_hooks for one in model.modules())

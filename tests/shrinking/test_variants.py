@@ -90,7 +90,7 @@ def test_weights_are_fitted_to_all_batches_and_read_nothing_that_is_lost():
     made = Made(model, batches)
     place = made.place("channel")
     reader, kept = made.units[place.name].readers[0], made.levels[place.name][3]
-    own = made.library.weights(place.name, kept)[reader]
+    own = made.library.weights(place.name, kept).of_module(reader)
     lost = made.gone(place, kept)[place.name]
     assert not own["weight"][:, lost].any()
     inputs = torch.cat(list(read(model, reader, batches).values()))
@@ -109,7 +109,7 @@ def test_without_repair_units_are_only_cut():
     place = made.place("channel")
     (reader,) = made.units[place.name].readers
     kept = made.levels[place.name][2]
-    own = made.library.weights(place.name, kept)[reader]["weight"]
+    own = made.library.weights(place.name, kept).of_module(reader)["weight"]
     expected = model.get_submodule(reader).weight.detach().clone()
     expected[:, made.gone(place, kept)[place.name]] = 0
     assert torch.equal(own, expected)
@@ -134,8 +134,8 @@ def test_blocks_that_are_called_again_after_others_have_all_calls_counted():
     once, again = Made(model, batches).library, Made(model, twice).library
     assert again.errors == pytest.approx(once.errors, rel=1e-5)
     for own, other in ((library.weights(name, kept) for library in (once, again)) for name, kept in once.errors):
-        for linear, parts in own.items():
-            torch.testing.assert_close(other[linear]["weight"], parts["weight"], rtol=1e-4, atol=1e-5)
+        for name, value in own.items():
+            torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():
@@ -150,8 +150,7 @@ def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():
         for kept in probes(levels):
             smaller = llama()
             smaller.load_state_dict(before)
-            own = made.library.weights(place.name, kept)
-            new = {f"{linear}.{part}": value for linear, parts in own.items() for part, value in parts.items()}
+            new = made.library.weights(place.name, kept)
             bh.apply(smaller, bh.plan_units(smaller, made.gone(place, kept), kind), weights=new)
             with torch.no_grad():
                 p, q = (one(held_out[0]["input_ids"]).logits.log_softmax(-1) for one in (model, smaller))
@@ -193,7 +192,8 @@ def test_a_library_on_disk_goes_on_where_it_was(tmp_path, monkeypatch):
     assert again.library.errors == first.library.errors == memory.library.errors
     for (name, kept), _ in memory.library.errors.items():
         own, other = memory.library.weights(name, kept), again.library.weights(name, kept)
-        assert all(torch.equal(own[linear][part], other[linear][part]) for linear in own for part in own[linear])
+        assert own.keys() == other.keys()
+        assert all(torch.equal(value, other[parameter]) for parameter, value in own.items())
     monkeypatch.setattr(divergence, "mean", None)
     assert damages(again.library, divergence, place, again.levels[place.name]) == found
 

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from billhook.adapters.beneath import adapted, adds_nothing, beneath, taken_off
 from billhook.arguments import annotated
 from billhook.engine.batches import Run, run_with_loss
-from billhook.engine.shards import in_turn, turns_of
-from billhook.engine.store import bring
+from billhook.engine.lazy import LazyTensors
+from billhook.engine.shards import in_turn
+from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.events.described import described
@@ -33,7 +34,6 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.pruning.repair import Repairing
 from billhook.pruning.widths.rows import RoundTo
-from billhook.repairs.in_turn import called
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.library import key_of
 from billhook.shrinking.shrink import Layers, budget, check_search, repair_for
@@ -178,13 +178,13 @@ class Shrink(ShapeCallback):
         What is found in `setup` is there once more at the event, if the model is then the same to the last bit.
         """
         for name, layer in adapted(model).items():
-            bring(model, layer)
+            store_of(model).load(layer)
             if not adds_nothing(layer):
                 what = f"the adapter of {name} is not plain LoRA, or has learned something"
                 raise ValueError(f"Shrink: {what}: merge it (bh.merge)")
         merges = not adapted(model)
         with taken_off(model):
-            lasts = self.at == "start" and turns_of(model) is None  # training changes it, and shards are gathered anew
+            lasts = self.at == "start" and not store_of(model).on_ranks  # training changes it, and shards are gathered anew
             seen = _seen(model) if lasts else None
             work = self._known.pop(seen, None) or Work.begun(model, self.amount, self.layers == "uniform")
         self._known, work.merges = {seen: work} if seen is not None else {}, merges
@@ -196,7 +196,7 @@ class Shrink(ShapeCallback):
             batches = list(self.calibration.read(trainer, alike=True))
             check_agreed(trainer, "Shrink", "its settings", partial(described, self))
             check_agreed(trainer, "Shrink", "the batches", [one for one in tree_leaves(batches) if isinstance(one, Tensor)])
-            if turns_of(work.model) is None:  # else ranks share it
+            if not store_of(work.model).on_ranks:  # else ranks share it
                 check_near(trainer, "Shrink", "the model", dict(work.model.named_parameters()))
             work.agreed = partial(of_first, trainer, "Shrink", "what it measures")
             fitted, held_out = divided(batches)
@@ -222,7 +222,7 @@ class Shrink(ShapeCallback):
     def _remove(self, model: PreTrainedModel, found: Found, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, of adapters too, and says how much that is."""
         layers, planned = adapted(model), found.planned
-        weights = called(planned.weights or {}, partial(beneath, layers=layers))
+        weights = LazyTensors.of(planned.weights or {}).renamed(partial(beneath, layers=layers))
         apply_in_turn(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
         before, after = planned.parameters
         return f"{before:,} -> {after:,} parameters ({planned.words}; Shrink)"

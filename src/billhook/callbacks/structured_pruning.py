@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
+from billhook.engine.sharding import is_sharded
 from billhook.engine.shards import in_turn
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.events.event import Event, fewer, log_event, note_not_refitted, note_settled
@@ -26,7 +27,6 @@ from billhook.pruning.planning import plan_amount
 from billhook.pruning.progress import First, first_from
 from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import Search
-from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule
 from billhook.tracing.trace import trace
@@ -117,7 +117,7 @@ class StructuredPruning(ShapeCallback):
             with together(trainer, "StructuredPruning"):
                 made, weights, how, left = self._plan(trainer, pl_module, share)
                 check_agreed(trainer, "StructuredPruning", "the plan of what is removed", None if made is None else made.to_json)
-                if not isinstance(weights, Refitted):  # of which the first rank's are shared out
+                if not is_sharded(pl_module):  # else the first rank's are shared out
                     check_near(trainer, "StructuredPruning", "what is refitted", weights or {})
             if made is not None:
                 first = len(self.events) == before

@@ -9,7 +9,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.files import stream_of
+from billhook.engine.store import store_of
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import nested_configs, text_config
 from billhook.model.figures import kv_cache_bytes
@@ -156,7 +156,7 @@ def cache_as_saved(model: PreTrainedModel) -> int | None:
     It is less than in memory where the other class caches one head that the model's own repeats.
     """
     kind, config = next(iter(equivalents(model)), (type(model), model.config))
-    if kind is type(model) or stream_of(model) is not None:
+    if kind is type(model) or store_of(model).in_files:
         return kv_cache_bytes(model)
     return kv_cache_bytes(build_class_on_meta(kind, config).to(cast(Any, model.dtype)))
 

@@ -21,9 +21,10 @@ from billhook.checkpoints.equivalent import equivalents, rendered, say_head_dim,
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.claim import claimed
-from billhook.engine.files import stream_of, write_checkpoint
+from billhook.engine.files import FileStore, write_checkpoint
 from billhook.engine.loader_internals import everything_saved, is_joined_unevenly
 from billhook.engine.noise import forked
+from billhook.engine.store import store_of
 from billhook.model.config_fields import nested_configs
 from billhook.model.find import find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
@@ -182,7 +183,7 @@ def _save(
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
         move(draft, target)
-    if (stream := stream_of(model)) is not None:
+    if isinstance(stream := store_of(model), FileStore):
         stream.settle(target)
     return saved
 
@@ -197,7 +198,7 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
     _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()
     for kind, config in equivalents(model):
-        if stream_of(model) is not None and transposed(model, kind):
+        if store_of(model).in_files and transposed(model, kind):
             continue  # that takes a second model
         other = rendered(model, kind, config)
         (other or config).save_pretrained(draft)
@@ -213,7 +214,7 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
 
 def _write_weights(model: PreTrainedModel, draft: Path) -> None:
     """Writes config and weights, also those that the class leaves out because it makes them: they may be others, or smaller."""
-    if (stream := stream_of(model)) is not None:
+    if isinstance(stream := store_of(model), FileStore):
         write_checkpoint(stream, draft)
         return
     try:

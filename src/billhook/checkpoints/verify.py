@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.files import Stream, stream_of
 from billhook.engine.noise import seeded
 from billhook.engine.state import precisely, undisturbed
+from billhook.engine.store import BlockStore, store_of
 from billhook.model.config_fields import text_config
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes.shaped import load_as
@@ -39,7 +39,7 @@ def verify(
     Raises:
         RuntimeError: If the difference is more than rounding explains.
     """
-    kind, streams = kind or type(model), stream_of(model) is not None
+    kind, streams = kind or type(model), store_of(model).in_files
     if not streams and _is_same_by_blocks(model, expected, folder, probe, kind):
         return 0.0
     if streams:
@@ -138,14 +138,13 @@ def _make_alike(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
     compute_alike(model, reloaded)
     there = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     _lie_alike(there, reloaded)
-    stream = stream_of(reloaded)
-    for name, block in ({} if stream is None else stream.blocks).items():
-        assert stream is not None
-        block.register_forward_pre_hook(partial(_arrive, stream, there, name))
+    store = store_of(reloaded)
+    for name, block in store.blocks.items():
+        block.register_forward_pre_hook(partial(_arrive, store, there, name))
 
 
-def _arrive(stream: Stream, there: Mapping[str, Tensor], name: str, block: nn.Module, *_: object) -> None:
-    stream.bring(block)
+def _arrive(store: BlockStore, there: Mapping[str, Tensor], name: str, block: nn.Module, *_: object) -> None:
+    store.load(block)
     _lie_alike(there, block, name)
 
 
@@ -171,11 +170,10 @@ def _rounding(reloaded: PreTrainedModel, found: Tensor, probe: Probe) -> float:
 
     Of a model that is streamed, blocks are changed whenever they come, each time alike.
     """
-    stream, generator, effect, before = stream_of(reloaded), torch.Generator().manual_seed(0), 0.0, found
+    store, generator, effect, before = store_of(reloaded), torch.Generator().manual_seed(0), 0.0, found
     with torch.no_grad(), ExitStack() as stack:
         for trial in range(TRIALS):  # several, as by chance a few logits may stay as they are
-            if stream is not None:
-                stack.enter_context(stream.altered(partial(_change_block, stream, trial)))
+            stack.enter_context(store.altered(partial(_change_block, store, trial)))
             _change_last_digits((weight for weight in reloaded.parameters() if not weight.is_meta), generator)
             after = logits_of(reloaded, probe)
             effect, before = max(effect, (after - before).abs().nan_to_num(0.0).max().item()), after
@@ -185,9 +183,10 @@ def _rounding(reloaded: PreTrainedModel, found: Tensor, probe: Probe) -> float:
     return max(min(TIMES * effect, MOST * largest), least)
 
 
-def _change_block(stream: Stream, trial: int, block: nn.Module) -> None:
-    number = list(stream.blocks.values()).index(block)
-    _change_last_digits(block.parameters(), torch.Generator().manual_seed(trial + TRIALS * (1 + number)))
+def _change_block(store: BlockStore, trial: int, block: nn.Module) -> list[nn.Parameter]:
+    number, weights = list(store.blocks.values()).index(block), list(block.parameters())
+    _change_last_digits(weights, torch.Generator().manual_seed(trial + TRIALS * (1 + number)))
+    return weights
 
 
 def _change_last_digits(weights: Iterable[nn.Parameter], generator: torch.Generator) -> None:

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from torch import nn
 
 from billhook.bar import Told, bar
-from billhook.engine.files import stream_of
+from billhook.engine.files import FileStore
 from billhook.engine.memory import resident
+from billhook.engine.store import store_of
 
 
 @contextmanager
@@ -22,7 +23,7 @@ def over(model: nn.Module, what: str, of: str) -> Iterator[Told]:
     Yields:
         A function to call with how much is done, and of how much.
     """
-    if (stream := stream_of(model)) is None:
+    if not isinstance(stream := store_of(model), FileStore):
         with bar(what, of) as told:
             yield told
         return

@@ -4,6 +4,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from billhook.bar import Told
-from billhook.engine.coming import Before, Coming
 from billhook.engine.fingerprint import identity_of
+from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import (
     as_in_files,
     everything_saved,
@@ -25,7 +26,8 @@ from billhook.engine.loader_internals import (
     made_by_class,
     named_in,
 )
-from billhook.engine.parts import Parts, link
+from billhook.engine.parts import Parts, link, tensor_in
+from billhook.engine.store import STORE, Alter, Before, BlockStore, Coming
 from billhook.engine.tensors import Files, renumbered, share, write_index
 from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import blocks_of
@@ -65,12 +67,8 @@ def _without_gradient(output: Tensor) -> Tensor:
     return found
 
 
-STREAM = "_billhook_stream"
-"""The attribute of a model that holds its stream."""
-
-
-class Stream:
-    """Where the blocks of a model on meta come from, and where changed ones go; nothing is read before it is opened.
+class FileStore(BlockStore):
+    """The store of a model on meta: blocks are read from files, and changed ones written; nothing is read before it is opened.
 
     All that is in no block then stays in memory, and so do buffers, and blocks that hold the model's first parameter or share a
     weight with something outside of them.
@@ -83,30 +81,33 @@ class Stream:
     Attributes:
         blocks: The blocks that come and go, by name.
         adopted: The files that hold blocks as they are now, by the name of the block.
-        rests: The folder in which what blocks hand on rests while runs go side by side; None for memory.
+        done: The blocks that an earlier process has left of the step that goes on, with its notes.
         reused: How many blocks, in all steps so far, were there from an earlier run.
     """
 
-    keeps_shapes = True
+    model: PreTrainedModel
+    in_files = True
 
     def __init__(self, model: PreTrainedModel, files: Files, parts: Parts | None) -> None:
-        self.model, self.files, self.parts = model, files, parts
+        super().__init__(model)
+        self.files, self.parts = files, parts
         self.here: nn.Module | None = None
-        self.rests: str | None = None
         self.reused = 0
         self._changed = False
         self._note: object = None
+        self._instead = LazyTensors({})  # what parameters of blocks have for values, meanwhile
         self.adopted = dict[str, Path]()
         self._told: Told | None = None
         self._passed = set[str]()
-        self._alterations = dict[str, list[Callable[[nn.Module], object]]]()  # what is done to blocks whenever they come
+        self._alterations = dict[str, list[Alter]]()  # what is done to blocks whenever they come
+        self.done = dict[str, Any]()
         self._lost = list[dict[str, str]]()  # each time that blocks were removed, the others by their names before and after
         self.names = names = {module: name for name, module in model.named_modules()}
         self.blocks: dict[str, nn.Module] = {names[block]: block for block in blocks_of(model) if self._is_apart(block)}
         self.owner = {part: block for block in self.blocks.values() for part in block.modules()}
         self.keys = self._keys()
         self._origin = files.state
-        setattr(model, STREAM, self)
+        setattr(model, STORE, self)
 
     def open(self, beside: PreTrainedModel | None = None) -> None:
         """Loads what stays in memory, except for what a model beside this one has, and has blocks come when they are called."""
@@ -115,9 +116,9 @@ class Stream:
         self._load(stay if beside is None else share(self.model, beside, self.files, stay))
         for module, block in self.owner.items():
             if module is block:
-                vars(block)["forward"] = ComingOnce(self.bring, block, block.forward)
+                vars(block)["forward"] = ComingOnce(self.load, block, block.forward)
             elif any(own is not None for own in module._parameters.values()):  # some are called, and their block is not
-                module.register_forward_pre_hook(Before(self.bring, block))
+                module.register_forward_pre_hook(Before(self.load, block))
 
     def _keys(self) -> dict[str, list[str]]:
         """Returns the names of tensors in the files, by the block that they are in, or ""."""
@@ -128,13 +129,6 @@ class Stream:
             found[of.get(own, "")].append(key)
         return found
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Stream":
-        """Returns one without blocks: a copy of the model, as on meta, has no files."""
-        idle = object.__new__(Stream)
-        memo[id(self)] = idle
-        idle.blocks, idle.owner, idle.here = {}, {}, None
-        return idle
-
     def _is_apart(self, block: nn.Module) -> bool:
         """Tells whether only a block itself ever needs its parameters."""
         inside = set(block.modules())
@@ -144,16 +138,18 @@ class Stream:
             return False
         return bool(own) and not any(id(one) in own for module in others for one in module._parameters.values())
 
-    def bring(self, module: nn.Module) -> nn.Module | None:
-        """Has the block of a module in memory, and no other, and returns it; what is outside of blocks is always there."""
+    def load(self, module: nn.Module) -> nn.Module | None:
+        """Reads the block of a module, in the place of the one that was there; see `BlockStore.load`."""
         block = self.owner.get(module)
         if block is not None and block is not self.here:
             self._check_known(block)
-            self.leave()
+            self.release()
             self._load(self.keys[self.names[block]])
             self.here = block
             for alter in self._alterations.get(self.names[block], ()):
                 alter(block)
+            for name, value in self._instead.under({self.names[part] for part in block.modules()}).items():
+                self.model.get_parameter(name).data = value
         return block
 
     def _check_known(self, block: nn.Module) -> None:
@@ -166,9 +162,9 @@ class Stream:
                 )
 
     @contextmanager
-    def altered(self, alter: Callable[[nn.Module], object]) -> Iterator[None]:
+    def altered(self, alter: Alter) -> Iterator[None]:
         """Has values of blocks altered in memory whenever they come, within; one that is written and adopted stays as that is."""
-        self.leave()
+        self.release()
         before = self._alterations
         self._alterations = {name: [*before.get(name, ()), alter] for name in self.blocks}
         try:
@@ -176,14 +172,29 @@ class Stream:
         finally:
             self._alterations = before
             self._changed = False
-            self.leave()
+            self.release()
+
+    @contextmanager
+    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Has the model compute with other values within; those of parameters in blocks are read whenever these come."""
+        self.release()
+        before, new = self._instead, LazyTensors.of(values)
+        away = [name for name in new if self.block_of(name) is not None]
+        self._instead = before | LazyTensors({name: new.reads[name] for name in away})
+        try:
+            with super().computing_with(new.without(away)):
+                yield
+        finally:
+            self._changed = False
+            self.release()
+            self._instead = before
 
     def change(self, block: nn.Module, note: object = None) -> None:
         """Has the block that is here, which has changed, written when it goes, with a note in plain data."""
         assert block is self.here, f"{self.names[block]} is gone: what was changed in it is lost"
         self._changed, self._note = True, note
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Has no block in memory; the one that was there is written first, if it has changed."""
         if self.here is None:
             return
@@ -215,30 +226,46 @@ class Stream:
         finally:
             self._told = None
 
-    def begin(self, key: str) -> dict[str, Any]:
-        """Begins a step in which blocks change; returns those that an earlier process has done, with its notes.
-
-        They are as they were before the step until they are adopted.
-        """
-        self._back, self._passed = self.way_back(), set()
-        done = self.written.begin(f"{self._origin} {self._lost} {identity_of(self.model)} {key}")
-        self.reused += len(done)
-        return done
-
     @contextmanager
-    def undone_by_errors(self) -> Iterator[None]:
-        """Has blocks come from where they came from before the step, if an error is raised within; what was written stays."""
+    def step(self, key: str) -> Iterator[None]:
+        """Begins work that is written block by block; after an error blocks come as before, and what was written stays.
+
+        Blocks that an earlier process has done are as they were before the step until they are adopted.
+        """
+        back, self._passed = self.way_back(), set()
+        self.done = self.written.begin(f"{self._origin} {self._lost} {identity_of(self.model)} {key}")
+        self.reused += len(self.done)
         try:
             yield
         except BaseException:
-            self._back()
+            back()
             if self.parts is not None and not self.adopted:  # or the blocks of an earlier step come from there
                 self.parts.release()
             raise
 
+    def known(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
+        """Returns what an earlier process has written of a block in this step, with its note."""
+        name = self.names[block]
+        return (self._written(name), self.done[name]) if name in self.done else None
+
+    def stage(
+        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
+    ) -> LazyTensors:
+        """Writes new values of a block's parameters, unless an earlier process has; of what is in no block they stay here."""
+        del device
+        if block is None:
+            return LazyTensors.of(values)
+        if (name := self.names[block]) not in self.done:
+            self.written.write(name, dict(values), note)
+        return self._written(name)
+
+    def _written(self, name: str) -> LazyTensors:
+        path = self.written.path(name)
+        return LazyTensors({key: partial(tensor_in, path, key) for key in self.written.keys(name)})
+
     def way_back(self) -> Callable[[], None]:
         """Returns what has blocks come, under the names that they have now, from where they come from now."""
-        self.leave()
+        self.release()
         step = 0 if self.parts is None else self.parts.step
         files, keys, adopted, lost = self.files.copy(), dict(self.keys), dict(self.adopted), list(self._lost)
         alterations = dict(self._alterations)
@@ -247,7 +274,7 @@ class Stream:
 
         def back() -> None:
             self._changed = False
-            self.leave()
+            self.release()
             self.files, self.keys, self.adopted, self._lost = files, keys, adopted, lost
             self.names, self.blocks, self.owner, self._alterations = names, blocks, owner, alterations
             for name, own in sizes.items():
@@ -263,7 +290,7 @@ class Stream:
         Raises:
             ValueError: If the names in the files do not number the blocks as the model does.
         """
-        self.leave()
+        self.release()
         now = {module: name for name, module in self.model.named_modules()}
         then = {name: now[block] for name, block in self.blocks.items() if block in now}
         moved = {key: renumbered(key, name, then[name]) for name in then for key in self.keys[name]}
@@ -277,7 +304,7 @@ class Stream:
     def adopt(self, name: str) -> None:
         """Has a block come from what was written of it, from now on."""
         if self.blocks[name] is self.here:
-            self.leave()
+            self.release()
         path, keys = self.written.path(name), self.written.keys(name)
         self.files.move(self.keys[name], path, keys)
         self.keys[name], self.adopted[name] = list(keys), path
@@ -331,17 +358,9 @@ def _gone(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(torch.empty_like(parameter.detach(), device="meta"), parameter.requires_grad)
 
 
-def stream_of(model: nn.Module) -> Stream | None:
-    """Returns the stream of a model, or of the one that a module holds; None of one that is in memory as a whole."""
-    if isinstance(model, PreTrainedModel):
-        own = vars(model).get(STREAM)
-        return own if isinstance(own, Stream) and own.blocks else None
-    return next((found for child in model.children() if (found := stream_of(child)) is not None), None)
-
-
-def write_checkpoint(stream: Stream, folder: Path) -> None:
+def write_checkpoint(stream: FileStore, folder: Path) -> None:
     """Writes config, a file for what is in no block, a file for each block, and the index."""
-    stream.leave()
+    stream.release()
     model, blocks = stream.model, len(stream.blocks)
     rest = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
     with everything_saved(model):

@@ -1,40 +1,49 @@
-"""Other values for parameters of a model whose blocks come and go: they lie elsewhere, too, until they are asked for."""
+"""New values of parameters, which lie beside the model until they are asked for: in memory, in files, or as shards of ranks."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cached_property, partial
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Self
 
-from billhook.engine.shards import turns_of
-from billhook.engine.state import replaced
+from billhook.engine.fingerprint import fingerprint
 
-Reads = Mapping[str, Mapping[str, Callable[[], Tensor]]]
-"""By module and by the name in it, what reads the values of a parameter."""
+Read = Callable[[], Tensor]
+"""Reads the values of a parameter; where ranks share them, all ranks call it together."""
+T = TypeVar("T", bound=Tensor)
+Change = Callable[[str, Read], Tensor]
+"""Makes other values of those of a parameter, given its name and what reads them."""
 
 
-class Aside(Mapping[str, Mapping[str, Tensor]]):
-    """Values of parameters, by module and by their name in it, which are read each time that the module is asked for.
+class LazyTensors(Mapping[str, Tensor]):
+    """Values by the parameter's name, each read when it is asked for.
 
     Args:
-        reads: What reads each of them, by module and name.
+        reads: What reads each.
+        known_by: What tells them from all others, for work that starts from them; None: a hash of all, read for it.
     """
 
-    def __init__(self, reads: Reads) -> None:
-        self.reads = reads
+    def __init__(self, reads: Mapping[str, Read], known_by: str | None = "") -> None:
+        self.reads, self._known_by = dict(reads), known_by
 
     @classmethod
-    def of(cls, values: Mapping[str, Mapping[str, Tensor]]) -> Self:
-        """Returns values as they are if they are such, and otherwise such, of values that are here."""
-        if isinstance(values, cls):
-            return values
-        return cls({module: {part: partial(itself, one) for part, one in own.items()} for module, own in values.items()})
+    def of(cls, values: Mapping[str, Tensor]) -> Self:
+        """Returns values that are read when they are asked for as they are, and others, which are in memory, as such."""
+        return values if isinstance(values, cls) else cls({name: partial(_held, one) for name, one in values.items()}, None)
 
-    def __getitem__(self, module: str) -> Mapping[str, Tensor]:
-        """Reads the values of one module."""
-        return {name: read() for name, read in self.reads[module].items()}
+    @property
+    def key(self) -> str:
+        """What tells these values from all others."""
+        return self._known_by if self._known_by is not None else fingerprint(dict(sorted(self.items())))
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Reads the values of one parameter."""
+        return self.reads[name]()
+
+    def __contains__(self, name: object) -> bool:
+        """Tells whether there are values of a parameter; nothing is read."""
+        return name in self.reads
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.reads)
@@ -42,36 +51,48 @@ class Aside(Mapping[str, Mapping[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.reads)
 
-    def over(self, other: "Aside") -> "Aside":
-        """Returns these values, and another's for modules that have none of these."""
-        return Aside({**other.reads, **self.reads})
+    def __or__(self, other: Mapping[str, Tensor]) -> "LazyTensors":
+        """Returns these values, and others, which count where there are both; nothing is read where both have a key."""
+        others = LazyTensors.of(other)
+        if not self or not others:
+            return others if others else self
+        parts = self._known_by, others._known_by
+        return LazyTensors({**self.reads, **others.reads}, None if parts == (None, None) else f"{self.key} {others.key}")
+
+    def map(self, change: Change) -> "LazyTensors":
+        """Returns what becomes of each, which is made when it is asked for."""
+        return LazyTensors({name: partial(change, name, read) for name, read in self.reads.items()}, self._known_by)
+
+    def renamed(self, name: Callable[[str], str]) -> "LazyTensors":
+        """Returns the same values under other names; nothing is read."""
+        return LazyTensors({name(own): read for own, read in self.reads.items()}, self._known_by)
+
+    def without(self, names: Collection[str]) -> "LazyTensors":
+        """Returns the values of other parameters; nothing is read."""
+        return LazyTensors({name: read for name, read in self.reads.items() if name not in names}, self._known_by)
+
+    def under(self, modules: Collection[str]) -> "LazyTensors":
+        """Returns the values of the parameters that modules have themselves; nothing is read."""
+        return LazyTensors({n: read for n, read in self.reads.items() if n.rpartition(".")[0] in modules}, self._known_by)
+
+    @cached_property
+    def modules(self) -> Mapping[str, Mapping[str, Read]]:
+        """What reads each, by the module that has the parameter and by its name there."""
+        modules: dict[str, dict[str, Read]] = {}
+        for name, read in self.reads.items():
+            module, _, part = name.rpartition(".")
+            modules.setdefault(module, {})[part] = read
+        return modules
+
+    def of_module(self, module: str) -> dict[str, Tensor]:
+        """Reads the values of a module's own parameters, by their names in it."""
+        return {part: read() for part, read in self.modules.get(module, {}).items()}
 
 
-def itself(value: Tensor) -> Tensor:
-    """Returns a value that is here."""
+def _held(value: Tensor) -> Tensor:
     return value
 
 
-def by_module(reads: Mapping[str, Callable[[], Tensor]]) -> Reads:
-    """Takes names of parameters, after a number if there is one, apart into modules and names in them."""
-    found = defaultdict[str, dict[str, Callable[[], Tensor]]](dict)
-    for key, read in reads.items():
-        module, _, part = key.rpartition(" ")[2].rpartition(".")
-        found[module][part] = read
-    return dict(found)
-
-
-@contextmanager
-def computing_with(model: nn.Module, new: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Has modules compute with other values of parameters, within; in blocks that ranks share they are read when these come."""
-    turns, coming, here = turns_of(model), dict[nn.Parameter, Callable[[], Tensor]](), dict[nn.Module, dict[str, Tensor]]()
-    for name, own in Aside.of(new).reads.items():
-        module = model.get_submodule(name)
-        for part, read in own.items():
-            parameter = module.get_parameter(part)
-            if turns is not None and module in turns.owner and parameter in turns.shards:
-                coming[parameter] = read
-            else:
-                here.setdefault(module, {})[part] = read()
-    with nullcontext() if turns is None else turns.instead(coming), replaced(here):
-        yield
+def by_parameter(values: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    """Names values of modules' parameters as the model does."""
+    return {f"{module}.{part}": value for module, parts in values.items() for part, value in parts.items()}

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from billhook.engine.files import Stream
+from billhook.engine.store import BlockStore
 
 STATUS = Path("/proc/self/status")
 
@@ -56,13 +56,13 @@ WORK = 2**27
 """Bytes that libraries keep to compute in, and the allocator in pieces."""
 
 
-def fits(stream: Stream, moments: int, activations: int, memory: int) -> bool:
+def fits(store: BlockStore, moments: int, activations: int, memory: int) -> bool:
     """Tells whether activations fit into the memory of the process, too, beside a block, as often as it is there, and moments.
 
     Raises:
         ValueError: If not even a block and moments fit.
     """
-    needed = (resident() or 0) + WORK + COPIES * extent_of(stream).largest + moments
+    needed = (resident() or 0) + WORK + COPIES * extent_of(store).largest + moments
     if needed > memory:
         raise ValueError(f"memory={memory / 2**30:.2f} GiB: at least {needed / 2**30:.2f} GiB are needed for one block at a time")
     return needed + activations <= memory
@@ -90,11 +90,11 @@ class Extent:
         return f"{blocks}: {self.bytes / 1e6:,.1f} MB in all; {self.stays / 1e6:,.1f} MB stay in memory"
 
 
-def extent_of(stream: Stream) -> Extent:
+def extent_of(store: BlockStore) -> Extent:
     """Finds how much of a model comes and goes."""
-    sizes = [_bytes(block) for block in stream.blocks.values()]
+    sizes = [_bytes(block) for block in store.blocks.values()]
     total = sum(sizes)
-    return Extent(len(sizes), total, max(sizes, default=0), _bytes(stream.model) - total)
+    return Extent(len(sizes), total, max(sizes, default=0), _bytes(store.model) - total)
 
 
 def _bytes(module: nn.Module) -> int:

@@ -1,15 +1,14 @@
 """Runs a model on several inputs: one after the other, or side by side, so that all pass a block before one enters the next."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from billhook.engine.files import Stream, stream_of
 from billhook.engine.offload import Shelf, outputs_in
-from billhook.engine.shards import Turns
+from billhook.engine.store import BlockStore, store_of
 from billhook.engine.walk import Reduce, Site, Walk, blocks_of
 
 
@@ -40,11 +39,11 @@ class Passing:
 
 
 @contextmanager
-def passing(turns: Turns | None, model: nn.Module) -> Iterator[Passing]:
+def passing(store: BlockStore, model: nn.Module) -> Iterator[Passing]:
     """Watches a run within, and yields what is seen of it; of a model whose blocks are all there, whatever it does is orderly."""
     seen = Passing(model)
     with ExitStack() as stack:
-        for part, block in turns.owner.items() if turns is not None else ():
+        for part, block in store.owner.items():
             stack.callback(part.register_forward_pre_hook(partial(seen.enter, block)).remove)
             if part is block:
                 stack.callback(part.register_forward_hook(seen.leave).remove)
@@ -66,19 +65,19 @@ class Nothing:
 
 
 @contextmanager
-def shelf(stream: Stream) -> Iterator[Shelf | None]:
-    """Yields what keeps the values that blocks hand on in the files of a stream's folder; None where they rest in memory."""
-    if stream.rests is None:
+def shelf(store: BlockStore) -> Iterator[Shelf | None]:
+    """Yields what keeps the values that blocks hand on in the files of a store's folder; None where they rest in memory."""
+    if store.rests is None:
         yield None
         return
-    with closing(Shelf(stream.rests)) as files:
+    with closing(Shelf(store.rests)) as files:
         yield files
 
 
 @contextmanager
-def resting(stream: Stream) -> Iterator[None]:
-    """Has what modules hand on lie in the files of a stream's folder within; in memory where it names none."""
-    with shelf(stream) as files, outputs_in(files, stream.model, stream.blocks.values()):
+def resting(store: BlockStore) -> Iterator[None]:
+    """Has what modules hand on lie in the files of a store's folder within; in memory where it names none."""
+    with shelf(store) as files, outputs_in(files, store.model, store.blocks.values()):
         yield
 
 
@@ -88,7 +87,7 @@ class Together:
     Args:
         model: The model.
         leave: Called with each block when all runs have passed it, on any rank; with it, all models run side by side.
-        turns: What has blocks come that ranks share, and are called one after the other: all ranks then go side by side, too.
+        orderly: Whether blocks that ranks share are called one after the other: then all ranks, too, go side by side.
         reduce: Sums over ranks.
     """
 
@@ -96,14 +95,12 @@ class Together:
         self,
         model: nn.Module,
         leave: Callable[[nn.Module], None] | None = None,
-        turns: Turns | None = None,
+        orderly: bool = False,
         reduce: Reduce | None = None,
     ) -> None:
-        self._stream, self._turns, self._reduce = stream_of(model), turns, reduce
-        if self._stream is not None:
-            blocks = list(self._stream.blocks.values())
-        elif turns is not None:
-            blocks = turns.blocks
+        self._store, self._reduce = store_of(model), reduce
+        if self._store.in_files or orderly:
+            blocks = list(self._store.blocks.values())
         else:
             blocks = [] if leave is None else blocks_of(model)
         self._sites = [Site(block, {}) for block in blocks]
@@ -122,7 +119,7 @@ class Together:
             for self._number, forward in enumerate(forwards):
                 forward()
             return
-        with nullcontext() if self._stream is None else resting(self._stream):
+        with resting(self._store):
             ends = len(forwards)
             self._walk = Walk(self._sites, Nothing(), self._reduce, around=self._there, ends=ends, leave=self._leave)
             self._walk(forwards)
@@ -130,8 +127,7 @@ class Together:
     @contextmanager
     def _there(self, block: nn.Module) -> Iterator[None]:
         """Has a block whole on all ranks, also those of which no run comes to it."""
-        if self._turns is not None:
-            self._turns.bring(block)
+        self._store.load(block)
         yield
 
 

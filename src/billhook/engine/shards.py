@@ -1,8 +1,10 @@
 """A sharded model of which one block at a time is whole: it is gathered when it computes, and goes when another one does."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
-from billhook.engine.coming import Before, ComingAgain
 from billhook.engine.fsdp import put_on, take_off
+from billhook.engine.lazy import LazyTensors, Read
 from billhook.engine.sharding import (
     Lies,
     Place,
@@ -26,22 +29,18 @@ from billhook.engine.sharding import (
     whole,
     without_memory,
 )
+from billhook.engine.state import replaced
+from billhook.engine.store import STORE, Add, Alter, Before, BlockStore, ComingAgain
 from billhook.engine.walk import blocks_of
 
-TURNS = "_billhook_turns"
-"""The attribute of modules around blocks that holds their turns."""
-Alter = Callable[[nn.Module], Iterable[nn.Parameter]]
-"""Gives parameters of a block other values, and returns these."""
-Add = Callable[[Tensor], Tensor]
-Read = Callable[[], Tensor]
-"""Reads the values of a parameter; all ranks call it together."""
 
-
-class Turns:
+class ShardStore(BlockStore):
     """Has one block of a module whole at a time, and always what is in no block, instead of shards.
 
     The parameters of other blocks keep their sizes, without memory: shards hold their values. A block that changes is sharded
     again when it goes. Every rank brings the same blocks in the same order, except within `apart`.
+
+    Names of parameters are those that the Hugging Face model within gives them, if there is one.
 
     Args:
         root: The module; whoever computes with it takes out what FSDP does around forwards.
@@ -53,9 +52,10 @@ class Turns:
         shards: Where the values of parameters lie that are in such blocks.
     """
 
-    keeps_shapes = True
+    on_ranks = True
 
     def __init__(self, root: nn.Module, gradients: bool = False) -> None:
+        super().__init__(root)
         self.root, self.gradients = root, gradients
         sharded = [(place, own) for place, own in places_of(root) if isinstance(own, DTensor)]
         self._before: dict[Place, nn.Parameter] = dict(sharded)
@@ -63,8 +63,11 @@ class Turns:
         self._plain = {place for place, _ in places_of(root)} - self._lies.keys()
         self._new: dict[nn.Parameter, nn.Parameter] = {own: without_memory(own) for _, own in sharded}
         self.shards = {new: own for own, new in self._new.items()}
-        self.blocks = [block for block in blocks_of(root) if self._is_apart(block)]
-        self.owner = {part: block for block in self.blocks for part in block.modules()}
+        self.names = names = {module: name for name, module in root.named_modules()}
+        self.blocks = {names[block]: block for block in blocks_of(root) if self._is_apart(block)}
+        self.owner = {part: block for block in self.blocks.values() for part in block.modules()}
+        around = (module for module in root.modules() if isinstance(module, PreTrainedModel) and self._holds(module))
+        self.model = next(around, root)
         self._filled = list[nn.Parameter]()
         self._here, self._altered = list[nn.Module](), set[nn.Parameter]()
         self._changed = self.everything = False
@@ -72,18 +75,20 @@ class Turns:
         self._reads: Mapping[nn.Parameter, Read] = {}
         self._add: Add | None = None
         self._installed, self._forwards = list[RemovableHandle](), dict[nn.Module, Any]()
-        inside = {own for block in self.blocks for own in block.parameters()}
+        inside = {own for block in self.owner.values() for own in block.parameters()}
         for new, own in self.shards.items():
             if own not in inside:
                 self._fill(new)
         self._filled.clear()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Turns":
-        """Returns one without blocks: a copy of the model, as on meta, has no shards."""
-        idle = object.__new__(Turns)
-        memo[id(self)] = idle
-        idle.blocks, idle.owner, idle.shards = [], {}, {}
-        return idle
+    @property
+    def is_open(self) -> bool:
+        """Whether blocks come and go now, as long as not all are here."""
+        return bool(self.blocks) and not self.everything
+
+    def _holds(self, module: nn.Module) -> bool:
+        """Tells whether blocks are in a module."""
+        return not self.owner.keys().isdisjoint(module.modules())
 
     def _is_apart(self, block: nn.Module) -> bool:
         inside = set(block.modules())
@@ -102,17 +107,17 @@ class Turns:
         for module, block in self.owner.items():
             if module is block:
                 self._forwards[block] = vars(block).get("forward")
-                vars(block)["forward"] = ComingAgain(self.bring, block, block.forward)
+                vars(block)["forward"] = ComingAgain(self.load, block, block.forward)
             elif module._parameters:  # some are called, and their block is not
-                self._installed.append(module.register_forward_pre_hook(Before(self.bring, block)))
+                self._installed.append(module.register_forward_pre_hook(Before(self.load, block)))
         for module in self.root.modules():
-            if not self.owner.keys().isdisjoint(module.modules()) and module not in self.owner:
-                vars(module)[TURNS] = self
+            if module not in self.owner and self._holds(module):
+                vars(module)[STORE] = self
         return self._new
 
     def end(self) -> None:
         """Leaves forwards and hooks as they were; blocks that have changed are sharded."""
-        self.leave()
+        self.release()
         for handle in self._installed:
             handle.remove()
         for block, forward in self._forwards.items():
@@ -120,7 +125,7 @@ class Turns:
             if forward is not None:
                 vars(block)["forward"] = forward
         for module in self.root.modules():
-            vars(module).pop(TURNS, None)
+            vars(module).pop(STORE, None)
 
     @torch.no_grad()
     def sharded(self) -> dict[nn.Parameter, nn.Parameter]:
@@ -144,11 +149,11 @@ class Turns:
         for (part, name), own in self._before.items():
             part._parameters[name] = own
 
-    def bring(self, module: nn.Module) -> nn.Module | None:
-        """Has the block of a module whole, and no other, and returns it; what is outside of blocks always is."""
+    def load(self, module: nn.Module) -> nn.Module | None:
+        """Gathers the block of a module, in the place of the one that was whole; see `BlockStore.load`."""
         block = self.owner.get(module)
         if block is not None and block not in self._here:
-            self.leave()
+            self.release()
             if self._add is None:
                 self._gather(block)
             else:
@@ -157,15 +162,16 @@ class Turns:
             self._altered = {own for alter in self._alterations.get(block, ()) for own in alter(block)}
         return block
 
-    def change(self) -> None:
+    def change(self, block: nn.Module, note: object = None) -> None:
         """Has the block that is here, which has new parameters or altered values, sharded again when it goes."""
+        assert block in self._here, "the block is gone: what was changed in it is lost"
         self._changed = True
 
     def is_altered(self, block: nn.Module) -> bool:
         """Tells whether values of a block are altered whenever it comes."""
         return bool(self._alterations.get(block))
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Has no block whole; those that were are sharded again if they have changed."""
         for block in self._here if self._changed else ():
             self._shard(block)
@@ -190,34 +196,61 @@ class Turns:
     @contextmanager
     def altered(self, alter: Alter) -> Iterator[None]:
         """Has values of blocks altered whenever they come, within; one that changes and goes stays as that is."""
-        self.leave()
+        self.release()
         before = self._alterations
-        self._alterations = defaultdict(list, {block: [*before.get(block, ()), alter] for block in self.blocks})
+        self._alterations = defaultdict(list, {block: [*before.get(block, ()), alter] for block in self.blocks.values()})
         try:
             yield
         finally:
             self._alterations, self._changed = before, False
-            self.leave()
+            self.release()
 
     @contextmanager
-    def instead(self, reads: Mapping[nn.Parameter, Read]) -> Iterator[None]:
-        """Has parameters of blocks come with other values, which are read each time, within."""
-        self.leave()
-        before, self._reads = self._reads, {**self._reads, **reads}
+    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Has the module compute with other values within; those of parameters in blocks are read when these come."""
+        self.release()
+        before, here, reads = self._reads, dict[nn.Module, dict[str, Tensor]](), dict(self._reads)
+        for name, read in LazyTensors.of(values).reads.items():
+            owner, _, part = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            parameter = module.get_parameter(part)
+            if module in self.owner and parameter in self.shards:
+                reads[parameter] = read
+            else:
+                here.setdefault(module, {})[part] = read()
+        self._reads = reads
         try:
-            yield
+            with replaced(here):
+                yield
         finally:
-            self.leave()
+            self.release()
             self._reads = before
+
+    @torch.no_grad()
+    def stage(
+        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
+    ) -> LazyTensors:
+        """Shards the first rank's new values as the parameters are; all ranks call it together, and read them together.
+
+        What each rank has solved for by itself may be rounded otherwise.
+        """
+        del block, note
+        reads = dict[str, Read]()
+        for name, value in values.items():
+            owner, _, part = name.rpartition(" ")[2].rpartition(".")
+            lies, full = self.lies((self.model.get_submodule(owner), part)), nn.Parameter(value, requires_grad=False)
+            shard = full if lies is None else replace(lies, device=device or lies.device).shards(full, first=True)
+            reads[name] = partial(whole, shard)
+        return LazyTensors(reads)
 
     @contextmanager
     def all_here(self) -> Iterator[None]:
         """Has all blocks whole, within."""
-        self.leave()
+        self.release()
         try:
-            for block in self.blocks:
+            for block in self.blocks.values():
                 self._gather(block)
-            self._here, self.everything = list(self.blocks), True
+            self._here, self.everything = list(self.blocks.values()), True
             yield
         finally:
             self._changed = self.everything
@@ -234,11 +267,11 @@ class Turns:
         if add is None or self.everything:
             yield
             return
-        self.leave()
+        self.release()
         self._add = add
         try:
             yield
-            self.leave()
+            self.release()
             while self._round(None):
                 pass
         finally:
@@ -247,9 +280,9 @@ class Turns:
     def _round(self, block: nn.Module | None) -> bool:
         """Gathers what ranks ask for, and keeps what this one does; tells whether there still was a rank that had not ended."""
         assert self._add is not None
-        asked = torch.tensor([*(one is block for one in self.blocks), block is not None], dtype=torch.int64)
+        asked = torch.tensor([*(one is block for one in self.blocks.values()), block is not None], dtype=torch.int64)
         *counts, going = self._add(asked).tolist()
-        for one, count in zip(self.blocks, counts, strict=True):
+        for one, count in zip(self.blocks.values(), counts, strict=True):
             if count:
                 self._gather(one, keep=one is block)
         return bool(going)
@@ -274,43 +307,39 @@ class Turns:
 
     def follow(self) -> None:
         """Follows the module, which has lost blocks."""
-        self.leave()
-        there = set(self.root.modules())
-        self.blocks = [block for block in self.blocks if block in there]
+        self.release()
+        self.names = {module: name for name, module in self.root.named_modules()}
+        self.blocks = {self.names[block]: block for block in self.blocks.values() if block in self.names}
 
     def way_back(self) -> Callable[[], None]:
         """Returns what has blocks come as they are now, once the module has the parameters again that it has now."""
-        self.leave()
-        shards, blocks, alterations = dict(self.shards), list(self.blocks), self._alterations.copy()
+        self.release()
+        shards, alterations = dict(self.shards), self._alterations.copy()
+        blocks, names = dict(self.blocks), dict(self.names)
 
         def back() -> None:
             self._changed = False
-            self.leave()
-            self.shards, self.blocks, self._alterations = dict(shards), list(blocks), alterations.copy()
+            self.release()
+            self.shards, self._alterations = dict(shards), alterations.copy()
+            self.blocks, self.names = dict(blocks), dict(names)
 
         return back
 
 
-def turns_of(model: nn.Module) -> Turns | None:
-    """Returns the turns of a model's blocks; None of one that is not sharded, or of which all blocks are whole."""
-    own = vars(model).get(TURNS)
-    return own if isinstance(own, Turns) and own.blocks and not own.everything else None
-
-
 @contextmanager
 def in_turn(module: nn.Module) -> Iterator[None]:
-    """Makes a sharded module what it was before, a block at a time (see `Turns`); what is done to its parameters is lost."""
+    """Makes a sharded module what it was before, a block at a time (see `ShardStore`); what is done to its parameters is lost."""
     if not is_sharded(module):
         yield
         return
     with unsharded(module):
-        turns = Turns(module)
+        store = ShardStore(module)
         try:
-            turns.begin()
+            store.begin()
             yield
         finally:
-            turns.end()
-            turns.put_back()
+            store.end()
+            store.put_back()
 
 
 @contextmanager
@@ -323,26 +352,26 @@ def reshaped(module: nn.Module, optimizers: Collection[Optimizer], gradients: bo
         module: The module.
         optimizers: Those that train it.
         gradients: Whether gradients follow; they are dropped otherwise.
-        in_turn: Whether it is whole a block at a time: what happens within has each come that it looks into, see `Turns`.
+        in_turn: Whether it is whole a block at a time: what happens within loads each that it looks into, see `ShardStore`.
     """
     if not is_sharded(module):
         yield
         return
     reshard(module)
-    turns = Turns(module, gradients)  # which gathers, and may fail, so it comes before anything changes
+    store = ShardStore(module, gradients)  # which gathers, and may fail, so it comes before anything changes
     shardings = take_off(module)
-    whole = turns.begin()
-    _follow(optimizers, whole)
+    whole_ones = store.begin()
+    _follow(optimizers, whole_ones)
     if not gradients:
-        for shard in whole:
+        for shard in whole_ones:
             shard.grad = None
-    del whole
+    del whole_ones
     try:
-        with nullcontext() if in_turn else turns.all_here():
+        with nullcontext() if in_turn else store.all_here():
             yield
     finally:
-        turns.end()
-        shards = turns.sharded()
+        store.end()
+        shards = store.sharded()
         put_on(module, shardings, shards)
         _follow(optimizers, shards)
 

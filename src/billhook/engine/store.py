@@ -1,54 +1,262 @@
-"""Reaches parts of a model, whether it is in memory, or its blocks come and go: from files, or from the ranks that share them."""
+"""Where the blocks of a model live: one contract, and the store of a model that is in memory.
 
-from collections.abc import Callable, Iterator
+A method asks for the block of what it computes with (`load`), says that it has changed one (`change`), and puts what it makes of
+parameters beside the model (`stage`). Whether blocks are in memory, come from files, or are shards of several ranks, only the
+store knows: `store_of(model)` finds it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from billhook.engine.files import Stream, stream_of
-from billhook.engine.shards import Turns, turns_of
+from billhook.engine.lazy import LazyTensors
+from billhook.engine.state import replaced
+from billhook.engine.trees import tree_leaves
 
-
-def coming_of(model: nn.Module) -> Stream | Turns | None:
-    """Returns what has a model's blocks come and go; None where all are there."""
-    return stream_of(model) or turns_of(model)
-
-
-def bring(model: nn.Module, module: nn.Module) -> None:
-    """Has the block of a module in memory, if the model's blocks come and go."""
-    if (coming := coming_of(model)) is not None:
-        coming.bring(module)
+STORE = "_billhook_store"
+"""The attribute of a module that holds the store of its blocks."""
+Alter = Callable[[nn.Module], Iterable[nn.Parameter]]
+"""Gives parameters of a block other values, and returns these."""
+Add = Callable[[Tensor], Tensor]
+"""Sums a tensor over ranks, in place."""
 
 
-def apart(model: nn.Module, add: Callable[[Tensor], Tensor] | None) -> AbstractContextManager[None]:
-    """Lets ranks that share blocks bring what each needs, within, however often; `add` sums over ranks, in place."""
-    turns = turns_of(model)
-    return nullcontext() if turns is None else turns.apart(add)
+class BlockStore(ABC):
+    """The blocks of a model: where they come from to compute, and where what becomes of them goes.
 
+    Args:
+        model: The module that computes.
 
-def all_here(model: nn.Module) -> AbstractContextManager[None]:
-    """Has all blocks of a model that ranks share in memory, within."""
-    turns = turns_of(model)
-    return nullcontext() if turns is None else turns.all_here()
+    Attributes:
+        blocks: The blocks that come and go, by name, in the order of the model's modules; none of a model in memory.
+        owner: The block that each module within them is in.
+        rests: The folder in which what blocks hand on rests while runs go side by side; None for memory.
+        in_files: Whether they come from files.
+        on_ranks: Whether they are shards, which all ranks gather together.
+    """
 
+    in_files: ClassVar[bool] = False
+    on_ranks: ClassVar[bool] = False
+    keeps_shapes = True
 
-@contextmanager
-def changing(model: nn.Module, module: nn.Module) -> Iterator[bool]:
-    """Has the block of a module in memory, which changes; yields whether it was streamed."""
-    stream = stream_of(model)
-    block = None if stream is None else stream.bring(module)
-    yield stream is not None
-    if stream is not None and block is not None:
-        stream.change(block)
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.blocks: dict[str, nn.Module] = {}
+        self.owner: dict[nn.Module, nn.Module] = {}
+        self.names: dict[nn.Module, str] = {}
+        self.rests: str | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BlockStore":
+        """Returns one without blocks: a copy of the model, as on meta, has neither files nor shards."""
+        idle = object.__new__(type(self))
+        memo[id(self)] = idle
+        idle.blocks, idle.owner, idle.names = {}, {}, {}
+        return idle
 
-@contextmanager
-def following(model: nn.Module) -> Iterator[None]:
-    """Has the blocks of a model that come and go come as before it changed, if an error is raised within."""
-    back = None if (coming := coming_of(model)) is None else coming.way_back()
-    try:
+    @property
+    def alike(self) -> bool:
+        """Whether all ranks load the same blocks in the same order, which they need not within `apart`."""
+        return True
+
+    @property
+    def is_open(self) -> bool:
+        """Whether blocks come and go now."""
+        return bool(self.blocks)
+
+    def block_of(self, parameter: str) -> nn.Module | None:
+        """Returns the block that a parameter of the model is in; None if it is in none, or all are in memory."""
+        return self.owner.get(self.model.get_submodule(parameter.rpartition(".")[0])) if self.owner else None
+
+    @abstractmethod
+    def load(self, module: nn.Module) -> nn.Module | None:
+        """Has the block of a module in memory, and no other, and returns it; what is in no block always is."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Has no block in memory; the one that was there is kept as it has changed."""
+
+    @abstractmethod
+    def change(self, block: nn.Module, note: object = None) -> None:
+        """Says that the block that is here has changed, so that it is kept as it is when it goes.
+
+        Args:
+            block: The block.
+            note: What a later process is to know of it, in plain data, where blocks are kept in files.
+        """
+
+    @contextmanager
+    def changing(self, module: nn.Module) -> Iterator[None]:
+        """Has the block of a module in memory, which changes within."""
+        block = self.load(module)
         yield
-    except BaseException:
-        if back is not None:
+        if block is not None:
+            self.change(block)
+
+    def is_altered(self, block: nn.Module) -> bool:
+        """Tells whether values of a block are altered whenever it comes."""
+        del block
+        return False
+
+    @abstractmethod
+    def altered(self, alter: Alter) -> AbstractContextManager[None]:
+        """Has values of blocks altered whenever they come, within; one that changes and goes stays as that is."""
+
+    @abstractmethod
+    def follow(self) -> None:
+        """Follows the model, which has lost blocks."""
+
+    @abstractmethod
+    def way_back(self) -> Callable[[], None]:
+        """Returns what has blocks come as they do now."""
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Has blocks come as before they changed, if an error is raised within."""
+        back = self.way_back()
+        try:
+            yield
+        except BaseException:
             back()
-        raise
+            raise
+
+    def apart(self, add: Add | None) -> AbstractContextManager[None]:
+        """Lets ranks that share blocks load what each needs, within, however often.
+
+        Args:
+            add: Sums a tensor over ranks, in place; None where there is one.
+        """
+        del add
+        return nullcontext()
+
+    def all_here(self) -> AbstractContextManager[None]:
+        """Has all blocks in memory, within, where ranks share them."""
+        return nullcontext()
+
+    @contextmanager
+    def step(self, key: str) -> Iterator[None]:
+        """Begins work in which blocks change, or values are staged; after an error within, blocks come as before.
+
+        Args:
+            key: What tells this work from all other: files that an earlier process has left of the same are taken.
+        """
+        del key
+        yield
+
+    def known(self, block: nn.Module) -> tuple[Mapping[str, Tensor], Any] | None:
+        """Returns what an earlier process has staged of a block in the same step, with its note; None if nothing."""
+        del block
+        return None
+
+    def stage(
+        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
+    ) -> LazyTensors:
+        """Puts new values of parameters where this store has room, and returns what reads them; the model stays as it is.
+
+        Args:
+            block: The block that they are of; None if of none.
+            values: By the names of parameters. With a prefix that ends in a space there may be several of one parameter.
+            note: What a later process is to know of them, in plain data.
+            device: Where shards of them rest; by default where those of the parameters do.
+        """
+        del block, note, device
+        return LazyTensors.of(values)
+
+    def held(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Returns what holds the values of a parameter: itself, or where ranks share it and it is not here, its shards."""
+        return parameter
+
+    @contextmanager
+    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Has the model compute with other values of parameters within: the one way to do so."""
+        new = LazyTensors.of(values)
+        with replaced({self.model.get_submodule(module): new.of_module(module) for module in new.modules}):
+            yield
+
+
+class MemoryStore(BlockStore):
+    """The store of a model that is in memory: all blocks are there, and what is staged stays there, too."""
+
+    def load(self, module: nn.Module) -> nn.Module | None:
+        """Returns None: all is there."""
+        del module
+        return None
+
+    def release(self) -> None:
+        """Does nothing: all stays."""
+
+    def change(self, block: nn.Module, note: object = None) -> None:
+        """Does nothing: what has changed stays."""
+        del block, note
+
+    def altered(self, alter: Alter) -> AbstractContextManager[None]:
+        """Does nothing: no block comes."""
+        del alter
+        return nullcontext()
+
+    def follow(self) -> None:
+        """Does nothing: there is no block to follow."""
+
+    def way_back(self) -> Callable[[], None]:
+        """Returns what does nothing: surgery puts parameters back."""
+        return lambda: None
+
+
+def store_of(model: nn.Module) -> BlockStore:
+    """Returns the store of a model, or of the one that a module holds."""
+    return _opened(model) or MemoryStore(model)
+
+
+def _opened(module: nn.Module) -> BlockStore | None:
+    own = vars(module).get(STORE)
+    if isinstance(own, BlockStore) and own.is_open:
+        return own
+    if isinstance(module, PreTrainedModel):
+        return None
+    return next((store for child in module.children() if (store := _opened(child)) is not None), None)
+
+
+class Coming:
+    """A forward of a block that is in memory by then."""
+
+    keeps_shapes = True
+
+    def __init__(self, load: Callable[[nn.Module], object], block: nn.Module, forward: Callable[..., Any]) -> None:
+        self.load, self.block, self.forward = load, block, forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
+        """Returns what the block makes of what it is given."""
+        self.load(self.block)
+        return self.forward(*args, **kwargs)
+
+
+class ComingAgain(Coming):
+    """A forward of a block that is in memory by then, and again when gradients come back to what it has given."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
+        """Returns what the block makes of what it is given."""
+        output = super().__call__(*args, **kwargs)
+        for tensor in tree_leaves(output) if torch.is_grad_enabled() else ():
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                tensor.register_hook(self._back)  # type: ignore[no-untyped-call]
+        return output
+
+    def _back(self, _: Tensor) -> None:
+        self.load(self.block)
+
+
+class Before:
+    """A hook by which the block of a module is in memory before the module computes."""
+
+    keeps_shapes = True
+
+    def __init__(self, load: Callable[[nn.Module], object], block: nn.Module) -> None:
+        self.load, self.block = load, block
+
+    def __call__(self, *_: object) -> None:
+        """Loads it."""
+        self.load(self.block)

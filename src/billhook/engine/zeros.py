@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from billhook.engine.files import Stream, stream_of
+from billhook.engine.files import FileStore
 from billhook.engine.loader_internals import named_in
 from billhook.engine.sharding import whole
-from billhook.engine.shards import turns_of
+from billhook.engine.store import store_of
 
 ELEMENTS = 2**24
 """Numbers that are read at once."""
@@ -23,23 +23,23 @@ def zeros_of(model: nn.Module) -> int | None:
 
 def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
     """Counts zeros of each parameter, by name; None if files of a model that is streamed would have to be fetched for it."""
-    if (stream := stream_of(model)) is not None:
-        return _in_files(stream) if stream.files.are_here else None
-    turns = turns_of(model)
-    held = ((name, one if turns is None else turns.held(one)) for name, one in model.named_parameters())
+    store = store_of(model)
+    if isinstance(store, FileStore):
+        return _in_files(store) if store.files.are_here else None
+    held = ((name, store.held(one)) for name, one in model.named_parameters())
     return _numbers({name: _zeros(one) for name, one in held if not one.is_meta})
 
 
-def _in_files(stream: Stream) -> dict[str, int]:
+def _in_files(store: FileStore) -> dict[str, int]:
     """Counts zeros a few rows at a time; no block comes. What a checkpoint keeps as one tensor counts for its first name."""
-    stream.leave()
-    counts = _numbers({name: _zeros(one) for name, one in stream.model.named_parameters() if not one.is_meta})
-    there, names = dict(stream.model.named_parameters(remove_duplicate=False)), dict[int, str]()
-    for key, own in named_in(stream.model, stream.files).items():
+    store.release()
+    counts = _numbers({name: _zeros(one) for name, one in store.model.named_parameters() if not one.is_meta})
+    there, names = dict(store.model.named_parameters(remove_duplicate=False)), dict[int, str]()
+    for key, own in named_in(store.model, store.files).items():
         parameter = there.get(own)
         if parameter is None or not parameter.is_meta or names.setdefault(id(parameter), own) != own:
             continue  # a buffer, or it is in memory, or tied to one that has been counted
-        rows = stream.files.rows(key, ELEMENTS)
+        rows = store.files.rows(key, ELEMENTS)
         counts[own] = counts.get(own, 0) + sum(int(_zeros(some.to(parameter.dtype))) for some in rows)
     return counts
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from billhook.engine.batches import Run
 from billhook.engine.passes import Together
-from billhook.engine.store import bring
+from billhook.engine.store import store_of
 from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import by_unit, check_read, counted, counting, reading
 from billhook.linalg import in_float64
@@ -108,7 +108,7 @@ class OutputNorm(Importance):
         for name, one in units.items():
             table, there = table_of(one, per)
             for reader, module in reading(model, one).items():
-                bring(model, module)
+                store_of(model).load(module)
                 if (window := window_of(module)) is None:
                     tables[name, reader], grams[name, reader] = table, gram_of(module, table, there, len(one.index))
                 else:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from billhook.engine.batches import Run
-from billhook.engine.store import bring
+from billhook.engine.store import store_of
 from billhook.importance.base import Importance, Sums
 from billhook.importance.parts import parts_of
 from billhook.linalg import in_float64
@@ -48,7 +48,7 @@ class WeightNorm(Importance):
         """Sums over batches; see `Importance.sums`."""
         sums = Sums.zero(units, per)
         for part in parts_of(model, units, per):
-            bring(model, model.get_submodule(part.name.rpartition(".")[0]))
+            store_of(model).load(model.get_submodule(part.name.rpartition(".")[0]))
             weight = model.get_parameter(part.name).detach()
             weight = in_float64(weight)
             sums.add(part.place, part.by_unit(part.along(weight.abs() if self.p == 1 else weight.square())), 0)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from billhook.engine.shards import turns_of
 from billhook.engine.state import overridden
+from billhook.engine.store import store_of
 
 
 def scalar(loss: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     from transformers.modeling_layers import GradientCheckpointingLayer  # a quarter of a second where no model was made before
 
     with ExitStack() as stack:
-        for part in model.modules() if turns_of(model) is None else ():
+        for part in model.modules() if not store_of(model).on_ranks else ():
             if isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing:
                 stack.enter_context(overridden(part, forward=partial(_recomputed, part.forward)))
         yield

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from billhook.engine.batches import Run
-from billhook.engine.files import stream_of
 from billhook.engine.passes import passing
-from billhook.engine.shards import turns_of
 from billhook.engine.statistics import InputMoments
+from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
 from billhook.importance.activations import watch
 from billhook.importance.base import Sums
@@ -124,10 +123,10 @@ def watch_in_turn(
 @torch.no_grad()
 def comes_in_turn(model: nn.Module, runs: Sequence[Run]) -> bool:
     """Tells whether all runs can go through the blocks of a model side by side, as they come and go and are called one by one."""
-    turns = turns_of(model)
-    if turns is None or not turns.alike or not runs:
-        return stream_of(model) is not None
-    with passing(turns, model) as passed:
+    store = store_of(model)
+    if not store.on_ranks or not store.alike or not runs:
+        return store.in_files
+    with passing(store, model) as passed:
         runs[0].visit()
     return passed.orderly
 

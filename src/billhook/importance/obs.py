@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from billhook.arguments import annotated, number, whole
 from billhook.engine.batches import Run
-from billhook.engine.files import stream_of
 from billhook.engine.memory import memory_to_hold
-from billhook.engine.shards import turns_of
 from billhook.engine.state import resting
-from billhook.engine.store import bring
+from billhook.engine.store import store_of
 from billhook.importance.activations import gram_of, table_of
 from billhook.importance.base import Importance, Sums
 from billhook.importance.moments import (
@@ -86,7 +84,7 @@ class OBS(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        too_many = self.adds_up and turns_of(model) is None and bytes_of(model, units) > memory_to_hold(_device(model))
+        too_many = self.adds_up and not store_of(model).on_ranks and bytes_of(model, units) > memory_to_hold(_device(model))
         if too_many or comes_in_turn(model, runs):
             find = partial(self._in_turn, model, units, per)
             return Again(**vars(find([runs])), groups=[runs], find=find)
@@ -112,7 +110,7 @@ class OBS(Importance):
             try:
                 moments_in_turn(model, units, groups, partial(self._add, sums, model, units, per))
             except CalledAgain:
-                if stream_of(model) is not None:
+                if store_of(model).in_files:
                     raise
                 return self._found(model, units, per, moments_over(model, units, groups))
         return sums
@@ -121,7 +119,7 @@ class OBS(Importance):
         """Adds the errors that follow from moments."""
         for (name, reader), seen in moments.items():
             table, there = table_of(units[name], per)
-            bring(model, model.get_submodule(reader))
+            store_of(model).load(model.get_submodule(reader))
             gram = gram_of(model.get_submodule(reader), table, there, seen.in_features)
             sums.add(name, errors_without(seen.products, gram, table, there, self.damping), int(seen.tokens))
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Loss, Run, run_with_loss
-from billhook.engine.files import stream_of
 from billhook.engine.ranks import checked
 from billhook.engine.state import resting
-from billhook.engine.store import all_here, apart
+from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce
 from billhook.importance.base import Importance, Sums
 from billhook.importance.gradients import recomputing
@@ -38,7 +37,7 @@ class Scoring:
 
     def __post_init__(self) -> None:
         numbered(self.units, {}, self.per)
-        if stream_of(self.model) is None:
+        if not store_of(self.model).in_files:
             check_values(self.model)
         else:
             check_streams(self.importance)
@@ -47,7 +46,7 @@ class Scoring:
     def sums(self, batches: Iterable[Any]) -> Sums:
         """Sums over batches; of an importance that needs none, over nothing."""
         given = batches if self.importance.needs_data else ()
-        turns = apart(self.model, self.reduce) if self.importance.in_turn else all_here(self.model)
+        turns = store_of(self.model).apart(self.reduce) if self.importance.in_turn else store_of(self.model).all_here()
         with resting(self.model), turns, recomputing(self.model) if self.importance.needs_gradients else nullcontext():
             runs = [run_of(self.model, self.units, batch, self.loss) for batch in given]
             return self.importance.sums(self.model, self.units, self.per, runs)

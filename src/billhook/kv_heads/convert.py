@@ -16,11 +16,11 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
 from billhook.calibration.calibration import Batches, batches_of
-from billhook.engine.files import Stream, stream_of
-from billhook.engine.store import following
-from billhook.kv_heads.bases.ready import batches_needed, made_equal
-from billhook.kv_heads.bases.streamed import StreamedAttentions
-from billhook.kv_heads.bases.weights import ready_weights
+from billhook.engine.files import FileStore
+from billhook.engine.lazy import LazyTensors
+from billhook.engine.store import store_of
+from billhook.kv_heads.bases.attentions import Attentions
+from billhook.kv_heads.bases.ready import batches_needed, made_equal, ready_weights
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
@@ -31,7 +31,6 @@ from billhook.model.plan import Weights, apply
 from billhook.model.surgery import changed
 from billhook.model.values import check_changeable, check_values
 from billhook.repairs.repair import Repair
-from billhook.repairs.visitor import Given
 
 
 def convert_kv_heads(
@@ -97,7 +96,7 @@ def convert_kv_heads(
     trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     check_replaceable(model, trained_by)
     plan = plan_kv_heads(model, num_key_value_heads, method, layers, encoder)
-    if (stream := stream_of(model)) is not None:
+    if isinstance(stream := store_of(model), FileStore):
         convert_streamed(stream, plan, batches, repair)
         return plan
     plan, weights, _ = ready(model, plan, batches, repair)
@@ -106,25 +105,25 @@ def convert_kv_heads(
 
 
 def convert_streamed(
-    stream: Stream,
+    stream: FileStore,
     plan: KVHeadPlan,
     batches: Batches | None = None,
     repair: Repair | None = None,
-    attentions: StreamedAttentions | None = None,
+    attentions: Attentions | None = None,
 ) -> str:
     """Carries a plan out on a model that is streamed, block by block; returns how its heads were made equal.
 
     What is known of the `attentions` is found in two passes over the blocks, if it is not given.
     """
-    new: Given = {}
+    new = LazyTensors({})
     how = str(plan.method)
-    with following(stream.model):
+    with stream.following():
         if plan.method.turns or repair is not None:
             needs, what = batches_needed(plan.method, repair)
             given = [] if batches is None else list(batches_of(batches, stream.model))
             if len(given) < needs:
                 raise ValueError(f"batches: {what} needs {needs} at least; got {len(given)}")
-            attentions = attentions or StreamedAttentions(stream, dict.fromkeys(plan.layers, plan.after))
+            attentions = attentions or Attentions(stream.model, dict.fromkeys(plan.layers, plan.after))
             new, how = made_equal(attentions, plan.method, [(batch, None) for batch in given], repair)
         StreamedConversion(stream, plan, new, how).go()
     return how

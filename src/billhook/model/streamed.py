@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from billhook.arguments import annotated
 from billhook.assets import model_path
-from billhook.engine.files import Stream
+from billhook.engine.files import FileStore
 from billhook.engine.parts import Parts
 from billhook.engine.tensors import Files
 from billhook.model.complete import check_shards
@@ -81,7 +81,7 @@ def outline(folder: str) -> PreTrainedModel:
         return stream.model
 
 
-def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, parts: Parts | None = None) -> Stream:
+def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, parts: Parts | None = None) -> FileStore:
     check_shards(name)
     files = Files(name)
     model = load_on_meta(kind, name, files.sizes(), dtype)
@@ -89,4 +89,4 @@ def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, pa
     if model.can_generate():
         with suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(name)
-    return Stream(model, files, parts)
+    return FileStore(model, files, parts)

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adagrad, Optimizer
 
-from billhook.engine.files import Stream
 from billhook.engine.sharding import local, reshard, sharded_as, whole
-from billhook.engine.shards import Turns, turns_of
 from billhook.engine.state import fresh_casts, uninterrupted
-from billhook.engine.store import coming_of
+from billhook.engine.store import BlockStore, store_of
 from billhook.model.config_fields import configs_of
 from billhook.model.optimizers import check_unhooked
 
@@ -228,10 +226,9 @@ def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[O
 
 def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Returns the names of parameters that are to have other values than they have, in the model's order."""
-    turns, found = turns_of(model), list[str]()
+    store, found = store_of(model), list[str]()
     for name in (name for name, _ in model.named_parameters(remove_duplicate=False) if name in weights):
-        if turns is not None:
-            turns.bring(model.get_submodule(name.rpartition(".")[0]))
+        store.load(model.get_submodule(name.rpartition(".")[0]))
         if not torch.equal(whole(model.get_parameter(name)), weights[name]):
             found.append(name)
     return found
@@ -240,21 +237,20 @@ def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
 def change_in_turn(model: nn.Module, changes: Mapping[str, Change]) -> list[Swap]:
     """Changes parameters, also of blocks that ranks share, each of which then lies in shards again; see `change_values`."""
     swaps = list[Swap]()
-    turns = turns_of(model)
-    for block in turns.blocks if turns is not None else ():
-        assert turns is not None
-        own = inside(turns, model, block, changes)
-        if own or turns.is_altered(block):
-            turns.bring(block)
+    store = store_of(model)
+    for block in store.blocks.values() if store.on_ranks else ():
+        own = {name: change for name, change in changes.items() if block_of(store, model, name) is block}
+        if own or store.is_altered(block):
+            store.load(block)
             swaps += change_values(model, own, keep_on_device=True)  # where they go with their block
-            turns.change()
-            turns.leave()
-    return swaps + change_values(model, outside(model, changes))
+            store.change(block)
+            store.release()
+    return swaps + change_values(model, {name: own for name, own in changes.items() if block_of(store, model, name) is None})
 
 
 def whole_way_back(model: nn.Module) -> Callable[[], None]:
     """Returns what puts a model back to what it is now, as `way_back` does, and has its blocks come as now."""
-    ways = [way_back(model), *([coming.way_back()] if (coming := coming_of(model)) is not None else [])]
+    ways = way_back(model), store_of(model).way_back()
 
     def back() -> None:
         for way in ways:
@@ -263,17 +259,6 @@ def whole_way_back(model: nn.Module) -> Callable[[], None]:
     return back
 
 
-def inside(coming: Stream | Turns, model: nn.Module, block: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
-    """Returns the changes of parameters in a block."""
-    return {name: change for name, change in changes.items() if block_of(coming, model, name) is block}
-
-
-def outside(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Change]:
-    """Returns the changes of parameters that are in no block that comes and goes."""
-    coming = coming_of(model)
-    return {name: change for name, change in changes.items() if coming is None or block_of(coming, model, name) is None}
-
-
-def block_of(coming: Stream | Turns, model: nn.Module, parameter: str) -> nn.Module | None:
-    """Returns the block that a parameter is in, None if in none."""
-    return coming.owner.get(model.get_submodule(parameter.rpartition(".")[0]))
+def block_of(store: BlockStore, model: nn.Module, parameter: str) -> nn.Module | None:
+    """Returns the block that a parameter of a model is in; None if it is in none, or all are in memory."""
+    return store.owner.get(model.get_submodule(parameter.rpartition(".")[0])) if store.owner else None

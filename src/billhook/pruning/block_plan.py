@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from billhook.calibration.enough import Settled
 from billhook.engine.state import uninterrupted
-from billhook.engine.store import coming_of, following
+from billhook.engine.store import store_of
 from billhook.html import html_table
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields, with_fields
@@ -249,7 +249,7 @@ def _remove(
     with skipping(model, blocks):
         cached, _ = cached_answer(model)
     before = set(model.parameters())
-    with following(model), undone_by_errors(model):
+    with store_of(model).following(), undone_by_errors(model):
         _take_out(model, blocks, fields, attributes)
         _check_alike(model, blocks, expected, cached)
         if trial:
@@ -266,8 +266,7 @@ def _take_out(model: PreTrainedModel, blocks: Mapping[str, list[int]], fields: F
         owner, _, attr = name.rpartition(".")
         if getattr(model.get_submodule(owner), attr, None) == before:
             setattr(model.get_submodule(owner), attr, after)
-    if (coming := coming_of(model)) is not None:
-        coming.follow()
+    store_of(model).follow()
     set_fields(model.config, fields)
     note_shape(model)
 

@@ -11,7 +11,8 @@ from torch import nn
 from typing_extensions import Self
 
 from billhook.calibration.enough import Settled
-from billhook.engine.files import stream_of
+from billhook.engine.lazy import LazyTensors
+from billhook.engine.store import store_of
 from billhook.html import html_table
 from billhook.model.figures import Figures
 from billhook.model.find import find_transformer
@@ -22,7 +23,6 @@ from billhook.pruning.removal import remove
 from billhook.pruning.streamed import check_kinds, taking
 from billhook.pruning.widths.kv_heads import suits, told
 from billhook.pruning.widths.told import RowLength, rows_from
-from billhook.repairs.shared import tell_weights
 from billhook.tracing.show import pattern
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -97,7 +97,7 @@ class UnitPlan(Cut, ShapePlan):
         subject = find_transformer(model)
         check_kinds(subject, self.kinds.values())
         with taking(subject, weights):
-            return partial(follow, remove(subject, self, tell_weights(weights) if stream_of(subject) is not None else ""))
+            return partial(follow, remove(subject, self, LazyTensors.of(weights or {}).key if store_of(subject).in_files else ""))
 
     def text(self) -> str:
         """Returns all lines of what `print` shows."""

@@ -13,8 +13,8 @@ from billhook.arguments import annotated
 from billhook.bar import Told
 from billhook.calibration.calibration import Batches, Calibration, batches_of
 from billhook.engine.batches import Loss
-from billhook.engine.files import stream_of
 from billhook.engine.ranks import checked
+from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
@@ -128,7 +128,7 @@ def plan_amount(
     chosen.
     """
     subject = find_transformer(model)
-    if importance is not None and scores is None and stream_of(subject) is not None:
+    if importance is not None and scores is None and store_of(subject).in_files:
         check_streams(importance)
     if greedy:
         check_all(enough)

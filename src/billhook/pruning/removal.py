@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.files import stream_of
+from billhook.engine.files import FileStore
 from billhook.engine.state import precisely, resting
-from billhook.engine.store import following
+from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields
@@ -52,7 +52,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: str = "") -> list[Swap]:
     why = ""
     for shape, fields in shapes_then(model, cut, structure, found):
         try:
-            with following(model), undone_by_errors(model):
+            with store_of(model).following(), undone_by_errors(model):
                 swaps = _carry_out(model, cut, shape, key)
                 kept = _answer_if_any(model, readers) if expected is None and real and fields else expected
                 swaps += _say(model, fields)
@@ -140,8 +140,8 @@ def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, key: str) -> list
     buffers = {name: take(model.get_buffer(name)) for name, take in smaller.items() if name not in parameters}
     changes = {n: Change(take, partial(_smaller_state, take), take) for n, take in smaller.items() if n in parameters}
     sizes = list(_whole_sizes(model))
-    if (stream := stream_of(model)) is not None:
-        cut_blocks(stream, changes, shape.tensors, f"units {cut.units} {key}")
+    if isinstance(store := store_of(model), FileStore):
+        cut_blocks(store, changes, shape.tensors, f"units {cut.units} {key}")
     swaps = change_in_turn(model, changes)
     for module, attr in sizes:
         setattr(module, attr, type(getattr(module, attr))(module.get_parameter("weight").shape))

@@ -12,8 +12,9 @@ from billhook.arguments import annotated
 from billhook.bar import Told
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, run_with_loss
-from billhook.engine.files import stream_of
+from billhook.engine.lazy import LazyTensors
 from billhook.engine.ranks import checked
+from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce
 from billhook.model.adapter_layers import is_adapter
 from billhook.model.find import find_transformer
@@ -22,9 +23,7 @@ from billhook.model.plan import Plan, Weights
 from billhook.model.values import check_stored, check_values
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.enough import NoRepair, not_refitted, without_name
-from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair, repair_linears
-from billhook.repairs.visitor import Given
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 
@@ -107,11 +106,11 @@ def repair_with(
     batches: Batches,
     how: Repair | None = None,
     reduce: Reduce | None = None,
-    given: Given | None = None,
+    given: LazyTensors | None = None,
     whole: Collection[str] = (),
     progress: Told | None = None,
     left: list[str] | None = None,
-) -> Weights:
+) -> LazyTensors:
     """Refits as `repair` does, where linears have other parameters besides; more of them make up for that, though they keep all.
 
     Args:
@@ -120,16 +119,16 @@ def repair_with(
         batches: Batches to fit to.
         how: How linears are refitted.
         reduce: Sums over ranks.
-        given: By linear, its other parameters; it is not refitted, unless it is named in `whole`.
+        given: Other parameters of linears; these are not refitted, unless they are named in `whole`.
         whole: Linears that are refitted also where the plan leaves them all of their inputs.
         progress: Is called with how many linears are refitted.
         left: Is given the names of linears that are not refitted, as too few tokens come to them.
     """
-    if stream_of(model) is None:
+    if not store_of(model).in_files:
         check_values(model)
     check_stored(model)
     plan.check_made_for(model)
-    subject, given = find_transformer(model), given or {}
+    subject, linears = find_transformer(model), given.modules if given is not None else {}
     found = units_of(subject, trace(subject), dict.fromkeys(plan.kinds.values()))
     kept = {name: torch.ones(size_of(subject.get_submodule(name))[1], dtype=torch.bool) for name in whole}
     for place, numbers in plan.units.items():
@@ -138,7 +137,7 @@ def repair_with(
         for reader in linear if one.kind in ("head", "channel") else ():
             stays = torch.from_numpy(~np.isin(one.index, numbers))
             kept[reader] = kept[reader] & stays if reader in kept else stays
-    kept = {reader: stays for reader, stays in kept.items() if reader not in given or reader in whole}
+    kept = {reader: stays for reader, stays in kept.items() if reader not in linears or reader in whole}
     if not kept:
         raise NoRepair("repair: no linear layer reads what is removed, so none can make up for it")
     reading = {
@@ -149,11 +148,7 @@ def repair_with(
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
     keep = {under[reader]: stays for reader, stays in kept.items()}
-    refitted = repair_linears(subject, keep, runs, how, reduce, given or None, progress, left)
-    if isinstance(refitted, Refitted):
-        return refitted
-    parts = [(f"{name}.{part}", value) for name, own in refitted.items() for part, value in zip(PARTS, own, strict=True)]
-    return {name: value for name, value in parts if value is not None}
+    return repair_linears(subject, keep, runs, how, reduce, given or None, progress, left)
 
 
 def _linear(model: nn.Module, reader: str) -> str:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.files import Stream, stream_of
-from billhook.engine.store import coming_of
+from billhook.engine.files import FileStore
+from billhook.engine.store import store_of
 from billhook.model.plan import Weights, check_weights, starting_from
-from billhook.model.surgery import Change, block_of, change_values, inside
+from billhook.model.surgery import Change, block_of, change_values
 from billhook.units.units import UnitKind, Units
 from billhook.units.zero import reading
 
@@ -21,7 +21,7 @@ def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
 
     These are compared with their mask in the model without the residual channels, of which there would be two on files.
     """
-    if "residual" in kinds and {"head", "channel"} & set(kinds) and stream_of(model) is not None:
+    if "residual" in kinds and {"head", "channel"} & set(kinds) and store_of(model).in_files:
         raise ValueError(
             "residual: the model is streamed, and loses these channels, or heads and channels within blocks, not both at once: "
             "remove one kind after the other, or all in memory"
@@ -32,49 +32,46 @@ def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
 def taking(model: PreTrainedModel, weights: Weights | None) -> Iterator[None]:
     """Gives parameters new values, as `starting_from` does; those of blocks that are streamed whenever these come."""
     check_weights(model, weights)
-    coming, weights = coming_of(model), weights or {}
-    inside = {name for name in weights if coming is not None and block_of(coming, model, name) is not None}
+    store, weights = store_of(model), weights or {}
+    inside = {name for name in weights if block_of(store, model, name) is not None}
     rest = {name: weights[name] for name in weights if name not in inside} if inside else weights
-    with starting_from(model, rest), coming.altered(partial(_take, model, weights)) if coming and inside else nullcontext():
+    with starting_from(model, rest), store.altered(partial(_take, model, weights)) if inside else nullcontext():
         yield
 
 
 @contextmanager
 def zeros_in_blocks(model: PreTrainedModel, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]]) -> Iterator[None]:
     """Has the weights of blocks that come and go be zero where they read some units, within."""
-    coming = coming_of(model)
-    with coming.altered(partial(_zero, model, found, gone)) if coming is not None else nullcontext():
+    with store_of(model).altered(partial(_zero, model, found, gone)):
         yield
 
 
-def cut_blocks(stream: Stream, changes: Mapping[str, Change], sizes: Mapping[str, tuple[int, ...]], key: str) -> None:
+def cut_blocks(store: FileStore, changes: Mapping[str, Change], sizes: Mapping[str, tuple[int, ...]], key: str) -> None:
     """Cuts the parameters of each block and writes it; blocks that an earlier process has cut are as it has left them.
 
     Args:
-        stream: Where blocks come from and go.
+        store: Where blocks come from and go.
         changes: How parameters change, by name; those of no block are left out.
         sizes: Those of all tensors afterwards.
         key: What tells this work from all other.
     """
-    done = stream.begin(key)
-    for name, block in stream.blocks.items():
-        if name in done:
-            stream.adopt(name)
-            stream.resize(name, sizes)
-            continue
-        stream.bring(block)
-        change_values(stream.model, inside(stream, stream.model, block, changes))
-        stream.change(block)
-        stream.leave()
+    with store.step(key):
+        for name, block in store.blocks.items():
+            if store.known(block) is not None:
+                store.adopt(name)
+                store.resize(name, sizes)
+                continue
+            store.load(block)
+            change_values(store.model, {own: change for own, change in changes.items() if store.block_of(own) is block})
+            store.change(block)
+            store.release()
 
 
 def reading_outside(
     model: nn.Module, found: Mapping[str, Units], gone: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
     """Yields what reads some units, as `reading` does, in no block that comes and goes."""
-    coming = coming_of(model)
-    blocks = set() if coming is None else set(coming.owner.values())
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    inside = {id(parameter) for block in store_of(model).blocks.values() for parameter in block.parameters()}
     yield from (one for one in reading(model, found, gone) if id(one[0]) not in inside)
 
 

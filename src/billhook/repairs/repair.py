@@ -10,6 +10,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,20 +21,17 @@ from billhook.arguments import annotated, fraction
 from billhook.bar import Told
 from billhook.calibration.alone import tell_alone
 from billhook.engine.batches import Run, tell_apart
-from billhook.engine.files import stream_of
+from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.passes import passing
 from billhook.engine.ranks import dealt, lists_of
-from billhook.engine.shards import turns_of
 from billhook.engine.state import replaced, undisturbed
-from billhook.engine.store import all_here, apart
+from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce, Site, Walk, find_sites
 from billhook.model.linears import size_of
+from billhook.repairs.blockwise import BlockwiseRepair
 from billhook.repairs.enough import NoRepair, check_tokens, not_refitted, too_few
-from billhook.repairs.in_turn import Refitted, RepairInTurn
-from billhook.repairs.shared import InShards
-from billhook.repairs.streamed import refit_streamed
 from billhook.repairs.sums import Linears, agreed, followed, seen
-from billhook.repairs.visitor import Given, RepairVisitor
+from billhook.repairs.visitor import RepairVisitor
 
 
 @dataclass(frozen=True)
@@ -100,18 +98,18 @@ def repair_linears(
     trials: Sequence[Run],
     repair: Repair | None = None,
     reduce: Reduce | None = None,
-    given: Given | None = None,
+    given: LazyTensors | None = None,
     progress: Told | None = None,
     left: list[str] | None = None,
-) -> dict[str, tuple[Tensor, Tensor | None]] | Refitted:
+) -> LazyTensors:
     """Refits linears that lose some of their inputs, and returns the new weights; the model stays as it is.
 
     In addition to the model, memory holds: the new weights; of every batch, what its run (or two) of the model holds while it
     waits before a linear for the others, and what its streams owe; and, of one linear at a time, in float64, for each part of
     the data half of a square of its kept inputs and a matrix like its weight, and another half of a square to solve in. All but
-    this half may rest in files (`Stream.rests`). Where one of the linears is called several times in a run, there is no catching
-    up. The new weights of a model that is streamed are written, block by block, and come from there; those of one that ranks
-    share become shards, as long as it calls its blocks one after the other, and otherwise all blocks are gathered.
+    this half may rest in files (`BlockStore.rests`). Where one of the linears is called several times in a run, there is no
+    catching up. The new weights of a model that is streamed are written, block by block, and come from there; those of one that
+    ranks share become shards. Where it does not call its blocks one after the other, all of them are gathered for it.
 
     Args:
         model: The model.
@@ -120,14 +118,14 @@ def repair_linears(
         trials: The batches, two at least on all ranks together, of which some choose the ridge; a rank may have none.
         repair: The settings; `Repair()` by default.
         reduce: Sums over ranks, where each has batches of its own.
-        given: By linear, other parameters that it is to have, refitted or not, as they lie in memory; with them each refitted
+        given: Other parameters that linears are to have, refitted or not, as they lie in memory; with them each refitted
             linear makes up for what it then falls short of in the whole model, which keeps its own.
         progress: Is called with how many linears are done, and of how many.
         left: Is given the names of linears that were not refitted.
 
     Returns:
-        By linear, its weight, zero for removed inputs, and its bias, if any: in its own dtype and layout. One with fewer tokens
-        than kept inputs is not refitted, and a warning names it. Where blocks come and go, these by the names of parameters.
+        By the names of parameters, the weight of each linear, zero for removed inputs, and its bias, if any: in its own dtype and
+        layout. One with fewer tokens than kept inputs is not refitted, and a warning names it.
 
     Raises:
         ValueError: If masks, batches, inputs or given parameters do not fit, or one of these is called more than once in a run.
@@ -136,7 +134,8 @@ def repair_linears(
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     linears = _check(model, kept, every)
     forwards = [trial.visit for trial in trials]
-    device = next(iter(linears.values())).get_parameter("weight").device if stream_of(model) is None else torch.device("cpu")
+    store = store_of(model)
+    device = torch.device("cpu") if store.in_files else next(iter(linears.values())).get_parameter("weight").device
     sources = [trial.source for trial in trials]
     parts, held_out = repair.parts(sources, reduce, device)
     _check_batches(parts, held_out, device, reduce)
@@ -144,24 +143,27 @@ def repair_linears(
     with undisturbed(model):
         shown, orderly = _shown(model, every, forwards, device, reduce)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
-        before = followed(shown, set(linears) | set(given or {})) if repair.catch_up and not often else {}
+        before = (
+            followed(shown, set(linears) | set(given.modules if given is not None else ()))
+            if repair.catch_up and not often
+            else {}
+        )
         if given is not None:  # each owes at least what it gave in the whole model
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before
         visitor = RepairVisitor(every, kept, before, trials, repair.ridges, parts, held_out, reduce, given, progress)
-        looked = {name: every[name] for name in every if name in {*before, *(given or {}), *linears}}
+        looked = {
+            name: every[name] for name in every if name in {*before, *(given.modules if given is not None else ()), *linears}
+        }
         runs = forwards * (2 if before else 1), range(len(trials), 2 * len(trials)) if before else range(0)
-        new: dict[str, tuple[Tensor, Tensor | None]] | Refitted
-        if (stream := stream_of(model)) is not None:
+        if store.in_files:
             _check_once(often)
-            told = hashlib.sha256(str([(name, own.tolist()) for name, own in kept.items()]).encode()).hexdigest()
-            key = f"{repair} {sources} {told} {tell_apart(trials)}"
-            new = refit_streamed(stream, visitor, looked, linears, key, *runs)
-        elif (turns := turns_of(model)) is not None and orderly and not often:
-            refits = RepairInTurn(model, turns, InShards(turns, linears), visitor, looked, linears, reduce)
-            new = refits.go(refits.sites(), *runs)
+        if store.in_files or (store.on_ranks and orderly and not often):
+            masks = hashlib.sha256(str([(name, own.tolist()) for name, own in kept.items()]).encode()).hexdigest()
+            key = f"{repair} {sources} {masks} {tell_apart(trials) if store.in_files else ''}"
+            new = BlockwiseRepair(model, store, visitor, looked, linears, reduce).go(key, *runs)
         else:
-            with all_here(model):
+            with store.all_here():
                 with undisturbed(model):
                     check_tokens(linears, {name: int(own.sum()) for name, own in kept.items()}, trials, reduce)
                 new = _refit_whole(model, visitor, looked, linears, often, reduce, *runs)
@@ -179,10 +181,11 @@ def _shown(
     reduce: Reduce | None,
 ) -> tuple[Linears, bool]:
     """Runs a model once; returns how its linears are called, and whether its blocks are one after the other, on all ranks."""
-    with apart(model, reduce), passing(turns_of(model), model) as passed:
+    store = store_of(model)
+    with store.apart(reduce), nullcontext() if store.in_files else passing(store, model) as passed:
         own = [seen(every, forward) for forward in forwards[:1]]
     shown = agreed(own, list(every), device, reduce)
-    otherwise = torch.tensor(int(not passed.orderly), device=device)
+    otherwise = torch.tensor(int(passed is not None and not passed.orderly), device=device)
     return shown, not (otherwise if reduce is None else reduce(otherwise))
 
 
@@ -195,7 +198,7 @@ def _refit_whole(
     reduce: Reduce | None,
     forwards: Sequence[Callable[[], object]],
     untouched: Collection[int],
-) -> dict[str, tuple[Tensor, Tensor | None]]:
+) -> LazyTensors:
     """Refits linears, of which some are called often in a run, in a model that is there as a whole."""
     visitor.take({**linears, **looked})
     if often:
@@ -204,7 +207,7 @@ def _refit_whole(
     if once := {name: linear for name, linear in looked.items() if name not in often}:
         with replaced({linear: visitor.own(name) for name, linear in often.items()}):
             Walk(find_sites(model, once, "layer"), visitor, reduce, untouched=untouched)(forwards)
-    return {name: (own["weight"], own.get("bias")) for name, own in ((name, visitor.own(name)) for name in linears)}
+    return LazyTensors.of(by_parameter({name: visitor.own(name) for name in linears}))
 
 
 def _check(model: nn.Module, kept: Mapping[str, Tensor], every: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -224,15 +227,15 @@ def _check(model: nn.Module, kept: Mapping[str, Tensor], every: Mapping[str, nn.
     return {name: linear for name, linear in every.items() if name in kept}
 
 
-def _check_given(given: Given, every: Mapping[str, nn.Module], calls: Mapping[str, int], often: Collection[str]) -> None:
-    if unknown := [name for name in given if name not in every]:
+def _check_given(given: LazyTensors, every: Mapping[str, nn.Module], calls: Mapping[str, int], often: Collection[str]) -> None:
+    if unknown := [name for name in given.modules if name not in every]:
         raise ValueError(f"given: {unknown[0]!r} is no nn.Linear or Conv1D of the model")
-    for name, own in given.items():
-        sizes = {one: list(parameter.shape) for one, parameter in every[name].named_parameters()}
-        found = {one: list(value.shape) for one, value in own.items()}
+    for name in given.modules:
+        sizes = {part: list(parameter.shape) for part, parameter in every[name].named_parameters()}
+        found = {part: list(value.shape) for part, value in given.of_module(name).items()}
         if found != sizes:
             raise ValueError(f"given[{name!r}] must be {sizes}, got {found}")
-    if several := [*often, *(name for name in given if calls[name] > 1)]:
+    if several := [*often, *(name for name in given.modules if calls[name] > 1)]:
         raise ValueError(f"repair: {several[0]} is called several times in a run, so it cannot be compared with the whole model")
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from billhook.bar import Told
 from billhook.engine.batches import Run
+from billhook.engine.lazy import LazyTensors
 from billhook.engine.offload import Shelf, zeros
 from billhook.engine.statistics import ROWS, InputNorms
 from billhook.engine.walk import Reduce, Site
@@ -17,8 +18,6 @@ from billhook.repairs.enough import counting
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, Pool, folds_of, wide
 
-Given = Mapping[str, Mapping[str, Tensor]]
-"""By linear, its parameters by their name in it, as they lie in memory."""
 Matrix = tuple[Tensor, Tensor | None]
 """The weight of a linear, `[out_features, in_features]`, and its bias."""
 
@@ -39,7 +38,7 @@ class RepairVisitor:
         parts: The part of the data that each run belongs to.
         held_out: The parts that are held out, in turn.
         reduce: Sums over ranks.
-        given: By linear, other parameters that it has except in runs of the whole model; also of ones not refitted.
+        given: Other parameters that linears have except in runs of the whole model; also of ones not refitted.
         progress: Is called with how many linears are done, and of how many.
 
     Attributes:
@@ -56,14 +55,14 @@ class RepairVisitor:
         parts: Sequence[int],
         held_out: Sequence[int],
         reduce: Reduce | None = None,
-        given: Given | None = None,
+        given: LazyTensors | None = None,
         progress: Told | None = None,
     ) -> None:
         self.shelf: Shelf | None = None
         self._progress, self._done = progress, set[str]()
         self._linears, self._before, self._runs = linears, before, runs
         self._ridges, self._parts, self._held_out, self._reduce = ridges, parts, held_out, reduce
-        self._given, self._here = given or {}, dict[str, dict[str, Tensor]]()
+        self._given, self._here = given or LazyTensors({}), dict[str, dict[str, Tensor]]()
         self._whole, self._old = dict[str, Matrix](), dict[str, Matrix]()  # others may stand in the linears meanwhile
         weights = {name: linears[name].get_parameter("weight") for name in kept}
         here = {name: kept[name].device if own.is_meta else own.device for name, own in weights.items()}
@@ -82,7 +81,7 @@ class RepairVisitor:
 
     def take(self, names: Collection[str]) -> None:
         """Takes the weights that linears have now, before any run comes to them, and the other parameters that are given."""
-        self._here |= {name: dict(self._given[name]) for name in names if name in self._given}
+        self._here |= {name: self._given.of_module(name) for name in names if name in self._given.modules}
         self._whole |= {name: matrix_of(self._linears[name]) for name in names}
         self._old |= {name: self._start(name) for name in names}
 

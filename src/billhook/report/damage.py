@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -14,10 +13,10 @@ from typing_extensions import Self
 
 from billhook.bar import Told
 from billhook.engine.batches import Run, runs_of, source_of
-from billhook.engine.files import stream_of
 from billhook.engine.passes import shelf, together
 from billhook.engine.sharding import is_sharded
 from billhook.engine.state import undisturbed
+from billhook.engine.store import store_of
 from billhook.report.predictions import Predictions, logits_now, loss_of
 from billhook.report.table import aligned
 
@@ -120,7 +119,7 @@ class Dense:
             losses[row] = loss
             self._held[row] = held if files is None else replace(held, logs=files.copy(held.logs))
 
-        with shelf(stream) if (stream := stream_of(model)) is not None else nullcontext() as files:
+        with shelf(store_of(model)) as files:
             self._each(model, take, progress)
         self.losses = losses if reduce is None else reduce(losses)
 

@@ -8,7 +8,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run
-from billhook.engine.lazy import itself
 from billhook.engine.replay import Replay
 from billhook.report.predictions import Predictions, logits_in
 from billhook.units.blocks import find_blocks
@@ -29,7 +28,7 @@ class Divergence:
         ValueError: If it predicts nothing, as it has no `logits`.
     """
 
-    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], agreed: Agreed = itself) -> None:
+    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], agreed: Agreed = lambda value: value) -> None:
         self._model, self._blocks, self._agreed = model, _blocks(model), agreed
         self._replay = Replay(self._blocks)
         self._held = [(run, self._predicted(run, len(runs))) for run in runs]

@@ -17,18 +17,14 @@ from transformers import PreTrainedModel
 
 from billhook.engine.batches import source_of
 from billhook.engine.fingerprint import fingerprint, identity_of
-from billhook.engine.lazy import Aside, computing_with
+from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.parts import put
-from billhook.engine.shards import turns_of
-from billhook.repairs.in_turn import Refitted, Values
-from billhook.repairs.shared import in_shards
+from billhook.engine.store import store_of
 
-FORMAT = 3
+FORMAT = 4
 MEASURED = "measured.json"
 UNFITTED = " unfitted"
 """Behind the name of a variant: what reads its merged heads, before it is refitted."""
-Weights = Mapping[str, Mapping[str, Tensor]]
-"""New parameters, by linear and by their name in it."""
 
 
 class Library:
@@ -53,7 +49,7 @@ class Library:
         self.errors: dict[tuple[str, int], float] = {}
         self.measured: dict[tuple[str, int], float] = {}
         self.instead: dict[tuple[str, int], str] = {}
-        self._weights: dict[tuple[str, int], Aside] = {}
+        self._weights: dict[tuple[str, int], LazyTensors] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self._read(folder)
@@ -81,13 +77,13 @@ class Library:
             names = ", ".join(file.name for file in damaged[:3]) + (f" and {len(damaged) - 3} more" if damaged[3:] else "")
             warnings.warn(f"library: {names} in '{folder}' cannot be read: what they held is made again", stacklevel=2)
 
-    def add(self, place: str, kept: int, error: float, weights: Weights) -> None:
+    def add(self, place: str, kept: int, error: float, weights: Mapping[str, Tensor]) -> None:
         """Adds the variant of a place that keeps so many units."""
         self.errors[place, kept] = error
         if self._folder is None:
             self._weights[place, kept] = resting(self.model, weights)
             return
-        tensors = {f"{linear}/{part}": value.cpu() for linear, own in weights.items() for part, value in own.items()}
+        tensors = {name: value.cpu() for name, value in weights.items()}
         unfinished = self._folder / f"unfinished-{os.getpid()}"
         save_file(tensors, unfinished, {"errors": _to_json({(place, kept): error})})
         put(unfinished, self._folder / f"{place}.{kept}.safetensors")
@@ -100,56 +96,48 @@ class Library:
             unfinished.write_text(_to_json(self.measured))
             put(unfinished, self._folder / MEASURED)
 
-    def weights(self, place: str, kept: int) -> Aside:
+    def weights(self, place: str, kept: int) -> LazyTensors:
         """Returns the parameters of a variant; none where a place keeps all, or has gone with its block."""
         if not kept:
             return zeros_of(self.model, self._writers.get(place, ()))
         place = self.instead.get((place, kept), place)
         if self._folder is None or (place, kept) not in self.errors:
-            return self._weights.get((place, kept), Aside({}))
-        found: dict[str, dict[str, Tensor]] = {}
+            return self._weights.get((place, kept), LazyTensors({}))
+        values = dict[str, Tensor]()
         for name, value in load_file(self._folder / f"{place}.{kept}.safetensors").items():
-            linear, part = name.split("/")
-            like = self.model.get_submodule(linear).get_parameter(part)
-            found.setdefault(linear, {})[part] = value.to(like.device)
-        return Aside.of(found)
+            values[name] = value.to(self.model.get_parameter(name).device)
+        return LazyTensors.of(values)
 
     def forget(self) -> None:
         """Lets go of the variants that are in memory."""
         self._weights.clear()
 
-    def assembled(self, kept: Mapping[str, int], change: Callable[[Aside], Aside] | None = None) -> AbstractContextManager[None]:
+    def assembled(
+        self, kept: Mapping[str, int], change: Callable[[LazyTensors], LazyTensors] | None = None
+    ) -> AbstractContextManager[None]:
         """Puts variants in the places of the model until the end of a `with` block; what a place loses is multiplied by zero.
 
         Args:
             kept: By place, how many units it keeps; 0 of blocks that are gone, and of places in them.
             change: Changes their parameters before.
         """
-        variants = Aside({})
+        variants = LazyTensors({})
         for place, number in kept.items():
-            variants = self.weights(place, number).over(variants)
-        return computing_with(self.model, change(variants) if change is not None else variants)
+            variants |= self.weights(place, number)
+        return store_of(self.model).computing_with(change(variants) if change is not None else variants)
 
 
-def resting(model: nn.Module, weights: Weights) -> Aside:
-    """Returns parameters, by linear and by their name in it, that are here, or of which each rank has its shards, on the CPU."""
-    turns, cpu = turns_of(model), torch.device("cpu")
-    if turns is None or isinstance(weights, Aside):  # which rest
-        return Aside.of(weights)
-    own = {name: (model.get_submodule(name), parts) for name, parts in weights.items()}
-    return Aside({n: {p: in_shards(turns, (m, p), value, cpu) for p, value in parts.items()} for n, (m, parts) in own.items()})
+def resting(model: nn.Module, weights: Mapping[str, Tensor]) -> LazyTensors:
+    """Returns new values of parameters, which are in memory, or of which each rank has its shards on the CPU."""
+    if isinstance(weights, LazyTensors):  # which rest
+        return weights
+    return store_of(model).stage(None, weights, device=torch.device("cpu"))
 
 
-def as_values(model: PreTrainedModel, weights: Aside) -> Values:
-    """Returns parameters by their names in the model: read when they are asked for where ranks share them."""
-    reads = {f"{linear}.{part}": read for linear, own in weights.reads.items() for part, read in own.items()}
-    return {name: read() for name, read in reads.items()} if turns_of(model) is None else Refitted(reads)
-
-
-def zeros_of(model: PreTrainedModel, linears: Sequence[str]) -> Aside:
-    """Returns the parameters, all zero, of linears, by linear and by their name in it."""
-    parts = {name: model.get_submodule(name).named_parameters(recurse=False) for name in linears}
-    return Aside({name: {part: partial(torch.zeros_like, value.data) for part, value in own} for name, own in parts.items()})
+def zeros_of(model: PreTrainedModel, linears: Sequence[str]) -> LazyTensors:
+    """Returns the parameters of linears, all zero; they take no memory until they are asked for."""
+    own = by_parameter({name: dict(model.get_submodule(name).named_parameters(recurse=False)) for name in linears})
+    return LazyTensors({name: partial(torch.zeros_like, value.data) for name, value in own.items()})
 
 
 def key_of(model: PreTrainedModel, settings: object, scores: Mapping[str, Tensor], batches: Sequence[Any]) -> str:

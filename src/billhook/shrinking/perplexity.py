@@ -7,7 +7,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run
-from billhook.engine.lazy import itself
 from billhook.engine.state import undisturbed
 
 
@@ -23,7 +22,7 @@ class Perplexity:
         ValueError: If a loss is not finite.
     """
 
-    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], agreed: Callable[[Any], Any] = itself) -> None:
+    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], agreed: Callable[[Any], Any] = lambda value: value) -> None:
         self._model, self._runs, self._agreed = model, runs, agreed
         self._dense = self._losses()
         if not all(map(math.isfinite, self._dense)):

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run
+from billhook.engine.lazy import by_parameter
 from billhook.engine.state import undisturbed
-from billhook.engine.store import bring
+from billhook.engine.store import store_of
 from billhook.importance.activations import watch
 from billhook.importance.moments import CalledAgain, watch_in_turn
 from billhook.importance.score import run_of
@@ -110,7 +111,7 @@ def _add_variants(
     for kept in levels:
         found = {name: readers[name].refitted(keep) for name, keep in at[kept].items()}
         lost = sum(error for error, _ in found.values())
-        library.add(place.name, kept, lost / whole, {name: new for name, (_, new) in found.items()})
+        library.add(place.name, kept, lost / whole, by_parameter({name: new for name, (_, new) in found.items()}))
         del found
 
 
@@ -202,7 +203,7 @@ class Reader:
 
     def _matrix(self) -> tuple[Tensor, Tensor | None]:
         """Returns the weight and the bias, where moments are, once the linear's block is there."""
-        bring(self.model, self.linear)
+        store_of(self.model).load(self.linear)
         weight, bias = matrix_of(self.linear)
         device = float64_device(weight.device)
         return weight.to(device), None if bias is None else bias.to(device)

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import as_percentage
 from billhook.engine.batches import runs_of
-from billhook.engine.lazy import itself
 from billhook.importance.base import Importance
 from billhook.importance.score import run_of, score
 from billhook.model.figures import figure_of
@@ -90,7 +89,7 @@ class Work:
     merges: bool = True
     merging: Merging | None = None
     not_repaired: str = ""
-    agreed: Agreed = itself
+    agreed: Agreed = lambda value: value
 
     @classmethod
     def begun(cls, model: PreTrainedModel, amount: Amount, uniform: bool, timed: bool = False) -> "Work":

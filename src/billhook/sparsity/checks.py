@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from billhook.adapters.masked import plain_adapters
 from billhook.arguments import one_of
 from billhook.engine.batches import Run
-from billhook.engine.files import stream_of
 from billhook.engine.statistics import InputMoments
+from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce, Sequential, find_sites
 from billhook.model.adapter_layers import active_in
 from billhook.model.convolutions import Convolutions, is_convolution
@@ -88,7 +88,7 @@ def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool, con
     if not linears:
         raise ValueError(f"model: {type(model).__name__} has no linear layers to prune")
     empty = next((name for name, linear in linears.items() if weight_of(linear).is_meta), None)
-    if empty is not None and stream_of(model) is None:
+    if empty is not None and not store_of(model).in_files:
         raise ValueError(f"model: {empty} has no weights yet (it is on the meta device): load them first")
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in linears):

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from billhook.engine.files import stream_of
 from billhook.engine.sharding import reshard
-from billhook.engine.store import changing
+from billhook.engine.store import store_of
 from billhook.html import html_table
 from billhook.model.linears import in_place, prunable, turned, weight_of
 from billhook.model.plan import Plan, Weights, check_weights
@@ -106,11 +105,11 @@ class WeightPlan(Plan):
         with values_kept(given) if given else nullcontext():
             for parameter, value in given.items():
                 parameter.copy_(value)
-            if stream_of(model) is None:
+            if not store_of(model).in_files:
                 put([one.part(in_place(linears[name])) for name, one in self.held().items()])
                 return
             for name, one in self.held().items():
-                with changing(model, linears[name]):
+                with store_of(model).changing(linears[name]):
                     put([one.part(in_place(linears[name]))])
 
     def held(self) -> dict[str, Pruned | Share]:

@@ -10,9 +10,10 @@ from torch import nn
 from billhook.arguments import annotated
 from billhook.calibration.alone import tell_once
 from billhook.calibration.calibration import Batches
-from billhook.engine.files import stream_of
+from billhook.engine.files import FileStore
 from billhook.engine.ranks import checked
 from billhook.engine.sharding import is_sharded, reshard
+from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce, Sequential
 from billhook.model.convolutions import Convolutions, is_convolution
 from billhook.model.linears import channels, weight_of
@@ -131,7 +132,7 @@ def prune(
     reshard(model)
     reduce = checked(reduce)
     if permute:
-        check_permute(pattern, dry_run, stream_of(model) is not None, reduce)
+        check_permute(pattern, dry_run, store_of(model).in_files, reduce)
         check_permutable(model)
     linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
     if match is not None:
@@ -139,10 +140,10 @@ def prune(
     adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
     if is_sharded(model):
         check_sharded(criterion, allocation, reduce, offload)
-    if stream_of(model) is not None:
+    if store_of(model).in_files:
         check_streamed(offload, reduce)
     runs = runs_for(model, batches, needing(criterion, allocation, match), reduce)
-    if (stream := stream_of(model)) is not None:
+    if isinstance(stream := store_of(model), FileStore):
         check_called_once(stream, runs)
     walks = Walks(model, linears, runs, reduce, device, folder, adapters)
     warn_of_others(model, linears)
@@ -162,7 +163,7 @@ def prune(
     plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out)
     if words := few_tokens(criterion, fewer):  # of experts, which are given only some of the tokens
         tell_once(words)
-    if not dry_run and stream_of(model) is None:
+    if not dry_run and not store_of(model).in_files:
         plan.apply(model)
     return plan
 

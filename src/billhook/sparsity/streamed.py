@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.engine.batches import Run, runs_of
-from billhook.engine.files import Stream
+from billhook.engine.files import FileStore
 from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
 from billhook.model.meta import to_meta
@@ -33,22 +33,23 @@ class StreamedPruning:
     """
 
     def __init__(
-        self, stream: Stream, linears: Mapping[str, nn.Module], visitor: PruningVisitor, reduce: Reduce | None, key: str | None
+        self, stream: FileStore, linears: Mapping[str, nn.Module], visitor: PruningVisitor, reduce: Reduce | None, key: str | None
     ) -> None:
         self.stream, self.linears, self.visitor, self.reduce = stream, linears, visitor, reduce
-        self.applies = key is not None
-        self.done: dict[str, Note] = {} if key is None else stream.begin(key)
+        self.key, self.applies = key, key is not None
+        self.done: dict[str, Note] = {}
         self.names = {block: name for name, block in stream.blocks.items()}
 
     def go(self, sequential: Sequential | None, forwards: Sequence[Callable[[], object]]) -> None:
         """Goes over all blocks: of those that an earlier process has done, runs only pass what it made of them."""
-        sites = self._sites("block" if sequential in ("none", None) else sequential)
-        with self.stream.undone_by_errors() if self.applies else nullcontext():
+        with nullcontext() if self.key is None else self.stream.step(self.key):
+            self.done = {} if self.key is None else self.stream.done
+            sites = self._sites("block" if sequential in ("none", None) else sequential)
             if sequential is None:
                 self._each(sites)
             else:
                 self._walk(sites, sequential == "none", forwards)
-            self.stream.leave()
+            self.stream.release()
         for site in sites:
             if self.applies and site.module not in self.stream.owner:
                 self._take(site)
@@ -77,7 +78,7 @@ class StreamedPruning:
         with torch.no_grad():
             for site in sites:
                 if site.linears:
-                    self.stream.bring(site.module)
+                    self.stream.load(site.module)
                     self.visitor.finish(site.linears)
                 self._leave(site)
 
@@ -95,17 +96,17 @@ class StreamedPruning:
         """Reads the weights that an earlier process has made of a block's linears; the block is as it was, before and after."""
         back, inside = self.stream.way_back(), set(block.modules())
         self.stream.adopt(self.names[block])
-        self.stream.bring(block)
+        self.stream.load(block)
         own = [linear for linear in self.linears.values() if linear in inside]
         new = {linear: {"weight": linear.get_parameter("weight").detach().clone()} for linear in own}
         back()
-        self.stream.bring(block)
+        self.stream.load(block)
         return new
 
     @contextmanager
     def _there(self, module: nn.Module) -> Iterator[None]:
         """Has the block of a module in memory."""
-        self.stream.bring(module)
+        self.stream.load(module)
         yield
 
     @contextmanager
@@ -144,7 +145,7 @@ class StreamedPruning:
         pruned |= {linear: Applied(pruned[linear].kept) for linear in site.linears if linear in pruned}
 
 
-def check_called_once(stream: Stream, runs: Sequence[Run]) -> None:
+def check_called_once(stream: FileStore, runs: Sequence[Run]) -> None:
     """Refuses a model that calls a block again later, as far as a run on the meta device can tell; no block is read for it."""
     batch = next((run.batch for run in runs if run.batch is not None), None)
     if batch is None:

@@ -1,12 +1,13 @@
 """Prunes a model whose blocks come from files one at a time, where the weights of all linears compete with one another."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.files import Stream
+from billhook.engine.files import FileStore
 from billhook.model.linears import turned, weight_of
 from billhook.sparsity.masks import Lowest, pruned_count, where_kept
 from billhook.sparsity.pruned import Applied, Pruned
@@ -23,17 +24,20 @@ class StreamedGlobalPruning:
         key: What tells this work from all other; without one, the model stays as it is, and masks are held.
     """
 
-    def __init__(self, stream: Stream, visitor: GlobalPruningVisitor, linears: Mapping[str, nn.Module], key: str | None) -> None:
-        self.stream, self.visitor, self.applies = stream, visitor, key is not None
+    def __init__(
+        self, stream: FileStore, visitor: GlobalPruningVisitor, linears: Mapping[str, nn.Module], key: str | None
+    ) -> None:
+        self.stream, self.visitor, self.key, self.applies = stream, visitor, key, key is not None
         self.linears = {name: linear for name, linear in linears.items() if name in visitor.seen}
-        self.done: dict[str, dict[str, int]] = {} if key is None else stream.begin(key)
+        self.done: dict[str, dict[str, int]] = {}
 
     @torch.no_grad()
     def go(self) -> None:
         """Prunes all linears; those outside of blocks wait until nothing can fail any more."""
         count = pruned_count(sum(weight_of(linear).numel() for linear in self.linears.values()), self.visitor.sparsity)
         outside = dict[str, Tensor]()
-        with self.stream.undone_by_errors():
+        with nullcontext() if self.key is None else self.stream.step(self.key):
+            self.done = {} if self.key is None else self.stream.done
             lowest = Lowest.of(self._scores, count)
             for block, names in groupby(self.linears, lambda name: self.stream.owner.get(self.linears[name])):
                 keeps = ((name, lowest.keep(self._scored(name))) for name in names)
@@ -44,14 +48,14 @@ class StreamedGlobalPruning:
                 else:
                     self._take_in(block, keeps)
                 self.visitor.tell()
-            self.stream.leave()
+            self.stream.release()
         self._take(outside)
 
     def _scores(self) -> Iterator[Tensor]:
         return (self._scored(name) for name in self.linears)
 
     def _scored(self, name: str) -> Tensor:
-        self.stream.bring(self.linears[name])
+        self.stream.load(self.linears[name])
         return self.visitor.scores(name)
 
     def _masked(self, name: str, keep: Tensor) -> Pruned:
@@ -67,7 +71,7 @@ class StreamedGlobalPruning:
             return
         kept = self._take(dict(keeps))
         self.stream.change(block, kept)
-        self.stream.leave()
+        self.stream.release()
 
     def _take(self, keeps: Mapping[str, Tensor]) -> dict[str, int]:
         """Puts zeros into linears that are there; returns how many weights of each are kept."""

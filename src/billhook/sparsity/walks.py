@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, runs_of, tell_apart
-from billhook.engine.files import Stream, stream_of
+from billhook.engine.files import FileStore
 from billhook.engine.offload import Shelf, offloaded, outputs_in
 from billhook.engine.sharding import gathered, is_sharded, unsharded
 from billhook.engine.state import replaced, undisturbed
+from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
 from billhook.model.linears import find_twins
 from billhook.sparsity.matched import refuse_again
@@ -95,7 +96,7 @@ class Walks:
                 files = stack.enter_context(closing(Shelf(self.activations)))
                 whole = [] if sequential == "layer" else [site.module for site in self.blocks()]
                 stack.enter_context(outputs_in(files, self.model, whole))
-            if (stream := stream_of(self.model)) is not None:
+            if isinstance(stream := store_of(self.model), FileStore):
                 if self.twins:
                     raise ValueError(
                         f"model: {self.twins[0][0]} shares its weight with another linear: prune it in memory, not streamed"
@@ -137,7 +138,7 @@ class Walks:
 
     def _stream(
         self,
-        stream: Stream,
+        stream: FileStore,
         sequential: Sequential | None,
         visitor: PruningVisitor,
         forwards: Sequence[Callable[[], object]],

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.engine.files import stream_of
+from billhook.engine.store import store_of
 from billhook.model.find import find_transformer
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
@@ -21,7 +21,7 @@ Trainable = Literal["all", "attention"] | list[str]
 
 def check_trainable(trainable: Trainable, model: object) -> None:
     """Refuses a value that is legal for no model, and a model that is streamed, of which nothing trains."""
-    if isinstance(model, nn.Module) and stream_of(model) is not None:
+    if isinstance(model, nn.Module) and store_of(model).in_files:
         raise ValueError("model: it is streamed, and training needs all weights in memory: load it with bh.load")
     patterns = isinstance(trainable, Sequence) and not isinstance(trainable, str) and all(isinstance(p, str) for p in trainable)
     if trainable not in ("all", "attention") and not (patterns and trainable):

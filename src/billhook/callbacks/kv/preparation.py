@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.shards import in_turn, turns_of
+from billhook.engine.shards import in_turn
+from billhook.engine.store import store_of
 from billhook.fit.calibration import FitCalibration, Pair
 from billhook.fit.ranks import check_agreed, check_near, of_first, sum_over, summed, together
-from billhook.kv_heads.bases.ready import batches_needed
-from billhook.kv_heads.bases.weights import ready_weights, turned_weights
+from billhook.kv_heads.bases.ready import batches_needed, ready_weights, turned_weights
 from billhook.kv_heads.convert import check_repair
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.plan import KVHeadPlan
@@ -23,7 +23,6 @@ from billhook.kv_heads.pooling import approach
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights
 from billhook.model.surgery import changed, take
-from billhook.repairs.in_turn import Refitted, but
 from billhook.repairs.repair import Repair
 
 HINT = (
@@ -71,7 +70,7 @@ class Preparation:
             ranks = sum_over(trainer, self.calibration.shared)
             weights, how = ready_weights(model, groups, self.method, batches, self.repair, ranks)
         if not self.method.turns:  # what the mean pools is as it was
-            weights = but(weights, plan.parameters)
+            weights = weights.without(plan.parameters)
         return replace(plan, restart=tuple(changed(model, weights))), weights, how
 
     def check_same(
@@ -84,7 +83,7 @@ class Preparation:
         model = find_transformer(pl_module)
         pooled = {name: [own.dim, np.asarray(own.index)] for name, own in plan.parameters.items()}
         check_agreed(trainer, "KVHeadConversion", "what heads become", [str(self.method), str(self.repair), pooled])
-        if trained and turns_of(model) is None:  # what ranks share is the same on each
+        if trained and not store_of(model).on_ranks:  # what ranks share is the same on each
             before = {name: model.get_parameter(name) for name in plan.parameters}
             check_near(trainer, "KVHeadConversion", "what heads become", before)
 
@@ -115,7 +114,7 @@ def _precisely(trainer: pl.Trainer, loss: Any, model: nn.Module, batch: Any) -> 
 def _same(trainer: pl.Trainer, model: nn.Module, weights: Weights) -> Weights:
     """Returns new weights, those of the first rank where each has all of them; refuses ranks whose models differ."""
     what = "KVHeadConversion", "how heads are turned"
-    if isinstance(weights, Refitted):  # each has its shards of those of the first
+    if store_of(model).on_ranks:  # each has its shards of those of the first
         return weights
     check_near(trainer, *what, {name: model.get_parameter(name) for name in weights})
     if trainer.world_size == 1:

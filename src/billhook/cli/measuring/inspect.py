@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.arguments import one_of
 from billhook.checkpoints.save import Way, way_of
 from billhook.cli.reading import files
-from billhook.engine.files import stream_of
 from billhook.engine.memory import Extent, extent_of
+from billhook.engine.store import store_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_of
 from billhook.model.config_fields import Fields, fields_of, set_fields
@@ -99,10 +99,10 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
 def _streamed(model: str) -> Extent:
     """Finds how a model streams; of its files only headers are read."""
     with files(f"opening {model}"):
-        stream = stream_of(outline(model))
-    if stream is None:
+        store = store_of(outline(model))
+    if not store.in_files:
         raise ValueError(f"stream=True: '{model}' has no blocks that could come and go")
-    return extent_of(stream)
+    return extent_of(store)
 
 
 @dataclass(frozen=True)

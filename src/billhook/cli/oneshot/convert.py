@@ -7,9 +7,10 @@ from billhook.cli.oneshot.enough import check_examples, coming, refits
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import bytes_of_refit
 from billhook.cli.oneshot.text import NONE, Examples
-from billhook.engine.files import stream_of
-from billhook.kv_heads.bases.ready import Attentions, batches_needed, check_ready
-from billhook.kv_heads.bases.streamed import StreamedAttentions
+from billhook.engine.files import FileStore
+from billhook.engine.store import store_of
+from billhook.kv_heads.bases.attentions import Attentions
+from billhook.kv_heads.bases.ready import batches_needed, check_ready
 from billhook.kv_heads.convert import check_repair, convert_streamed, ready
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.mean import Mean
@@ -69,8 +70,8 @@ def convert(
     known: Attentions
     if calibrates:
         check_examples(work, least, needing)
-    if (stream := stream_of(work.model)) is not None and (method.turns or repair is not None):
-        attentions = StreamedAttentions(stream, groups)
+    if isinstance(stream := store_of(work.model), FileStore) and (method.turns or repair is not None):
+        attentions = Attentions(stream.model, groups)
         passes += attentions.passes(method, repair)
         moments = attentions.bytes(method)
         known = attentions
@@ -92,7 +93,7 @@ def convert(
     if batches is not None and len(batches) < least:
         batches = in_rows(batches)
     before = work.measure()
-    if stream is not None:
+    if isinstance(stream, FileStore):
         with over(work.model, "converting", "attentions"):
             how = convert_streamed(stream, plan, batches, repair, attentions)
     else:

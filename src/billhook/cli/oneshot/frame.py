@@ -26,8 +26,9 @@ from billhook.cli.oneshot.streamed import check_streamed, reads, rest
 from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.engine.batches import Batch
-from billhook.engine.files import stream_of
+from billhook.engine.files import FileStore
 from billhook.engine.offload import offloaded
+from billhook.engine.store import store_of
 from billhook.engine.walk import find_sites
 from billhook.engine.zeros import zeros_by_name, zeros_of
 from billhook.model.linears import prunable
@@ -156,8 +157,8 @@ class OneShot:
         many = f"{self.given.evaluate} examples{'' if self.metric == 'accuracy' else each}"
         measure = [f"measure the {self.metric} before and after, on {many}"] if self._measures else []
         print(f"{self.name}, {self.model.num_parameters():,} parameters:")
-        own, more = stream_of(self.model), 2 * self._measures
-        streams = [] if own is None else [reads(own, passes + more, exactly, beside)]
+        store, more = store_of(self.model), 2 * self._measures
+        streams = [reads(store, passes + more, exactly, beside)] if store.in_files else []
         for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}"):
             print(f"  {step}", flush=True)
         for words in self._pace:  # which a large model needs a while to say
@@ -278,7 +279,7 @@ class OneShot:
             record["damage"], warning = [one.to_json() for one in cost], warning_of(cost)
         elif cost is not None:
             figures = {"before": before, "after": cost, "examples": len(self._labelled.drawn)}
-        if (own := stream_of(self.model)) is not None and own.reused:
+        if isinstance(own := store_of(self.model), FileStore) and own.reused:
             were = "block was" if own.reused == 1 else "blocks were"
             print(f"{own.reused} {were} there from an earlier run, and not changed again")
         with files("saving, loading again and comparing"):

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from billhook.arguments import memory_of
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.cli.oneshot.text import Text
-from billhook.engine.files import Stream, stream_of
 from billhook.engine.memory import extent_of, fits
+from billhook.engine.store import BlockStore, store_of
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.importance.score import check_streams
@@ -85,8 +85,7 @@ def bytes_of_refit(model: PreTrainedModel, parts: int, kept: Mapping[str, int] |
 
 def bytes_of_match(model: PreTrainedModel) -> int:
     """Returns the bytes that tuning the largest block takes, without what a batch leaves for its gradients."""
-    stream = stream_of(model)
-    return 0 if stream is None else TUNED * 4 * extent_of(stream).largest // model.dtype.itemsize
+    return TUNED * 4 * extent_of(store_of(model)).largest // model.dtype.itemsize
 
 
 def left(search: Search, cut: Cut) -> dict[str, int]:
@@ -118,24 +117,23 @@ def rest(
     Returns:
         The folder in which the files are; None for memory.
     """
-    stream, memory = stream_of(model), memory_of("memory", given.memory or "")
-    assert stream is not None, "memory is limited of a model that is streamed alone"
+    store, memory = store_of(model), memory_of("memory", given.memory or "")
     length, text, itemsize = given.length_for(model), text_config(model.config), model.dtype.itemsize
     logits, hidden = 4 * length * text.vocab_size, max(shown, measured) * length * text.hidden_size * itemsize
     widest = max((weight_of(linear).shape[1] for linear in prunable(model).values()), default=0)
     moments += inside * shown * length * (widest + text.hidden_size) * itemsize  # what no module gives: a product, a sum
     activations = 2 * max(inside, 1) * hidden + min(PREDICTIONS, measured * logits)  # what goes into a block, and comes out
-    if not fits(stream, moments + given.batch_size * logits, activations + sums, memory):
-        stream.rests = str(Path(out).resolve().parent)
-    return stream.rests
+    if not fits(store, moments + given.batch_size * logits, activations + sums, memory):
+        store.rests = str(Path(out).resolve().parent)
+    return store.rests
 
 
-def reads(stream: Stream, passes: int, exactly: bool = True, beside: Sequence[object] = ()) -> str:
+def reads(store: BlockStore, passes: int, exactly: bool = True, beside: Sequence[object] = ()) -> str:
     """Says how many bytes are read and written, if so many passes, or as many at most, change and measure the blocks.
 
     What is named in `beside` reads them besides, nobody knows how often.
     """
-    extent, passes = extent_of(stream), passes + AFTERWARDS
+    extent, passes = extent_of(store), passes + AFTERWARDS
     read, written = (f"{size / 1e6:,.1f} MB" for size in (passes * extent.bytes, extent.bytes + extent.stays))
     most = "" if exactly else "at most "
     own = f", and as often as {' and '.join(map(str, beside))} needs" if beside else ""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.engine.state import undisturbed
-from billhook.engine.store import bring
+from billhook.engine.store import store_of
 from billhook.kv_heads.bases.alone import Alone, Change, plainly, see_calls
 from billhook.kv_heads.bases.stacks import Projections, Stacks
 
@@ -84,7 +84,7 @@ def find_freedoms(model: nn.Module, places: Mapping[str, Projections]) -> dict[s
         calls = see_calls(model, places)
         found = {}
         for name, place in places.items():
-            bring(model, model.get_submodule(name))
+            store_of(model).load(model.get_submodule(name))
             found[name] = _freedoms(Alone(model, place, calls[name]))
         return found
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from billhook.calibration.alone import tell_own
 from billhook.engine.batches import Run
-from billhook.engine.state import overridden, precisely, undisturbed
-from billhook.engine.store import apart
+from billhook.engine.state import overridden, precisely, replaced, undisturbed
+from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce, spare
-from billhook.kv_heads.bases.stacks import Projections, instead, moved_values
+from billhook.kv_heads.bases.stacks import Projections, moved_values
 from billhook.linalg import float64_device
 from billhook.model.shapes.handed import handing_of
 
@@ -75,7 +75,7 @@ def gather_each(
     with undisturbed(model), ExitStack() as stack:
         for one in sums.values():
             stack.enter_context(one.listening())
-        stack.enter_context(apart(model, reduce))
+        stack.enter_context(store_of(model).apart(reduce))
         for trial in trials:
             for one in sums.values():
                 one.masks = trial.tokens
@@ -124,7 +124,8 @@ class Sums:
         self._given, size = [], self._size
         for shift in range(1, size):
             others = [head // size * size + (head + shift) % size for head in range(self._place.kv_heads)]
-            with instead(self._model, moved_values(self._model, self._place, others)), suppress(_Enough):
+            moved = moved_values(self._model, self._place, others)
+            with replaced({self._model.get_submodule(n): own for n, own in moved.items()}), suppress(_Enough):
                 forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
         self._proper = True
         try:

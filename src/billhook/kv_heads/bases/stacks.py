@@ -1,8 +1,7 @@
 """The queries, keys, values and outputs of one attention as stacks of heads, wherever they lie: in one linear or in several."""
 
 import itertools
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.state import replaced
 from billhook.linalg import in_float64
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.model.shapes.handed import Indices
@@ -190,10 +188,3 @@ def moved_values(model: nn.Module, place: Projections, order: Sequence[int]) -> 
     for tensor in (weight,) if bias is None else (weight, bias):
         tensor[to] = tensor[source]
     return {place.v.linear: as_it_lies(linear, weight, bias)}
-
-
-@contextmanager
-def instead(model: nn.Module, new: Mapping[str, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Replaces the parameters of linears for a while."""
-    with replaced({model.get_submodule(name): own for name, own in new.items()}):
-        yield

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from billhook.engine.batches import Run
-from billhook.engine.lazy import Aside
+from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.memory import memory_to_hold
-from billhook.engine.store import bring
+from billhook.engine.store import store_of
+from billhook.kv_heads.bases.attentions import Attentions
 from billhook.kv_heads.bases.bases import find_bases, pooled
 from billhook.kv_heads.bases.moments import Moments, gather_each
-from billhook.kv_heads.bases.ready import Attentions
 from billhook.kv_heads.bases.stacks import read, written
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import matrix_of
@@ -25,7 +27,7 @@ from billhook.shrinking.merging.refit import refit_readers
 
 Scale = tuple[list[Place], dict[str, tuple[int, ...]], dict[str, list[float]]]
 """Places, and by place the numbers of units that it may keep, and what it loses at each."""
-ByNumber = dict[str, dict[int, Aside]]
+ByNumber = dict[str, dict[int, LazyTensors]]
 """Parameters by attention and number of KV heads."""
 
 
@@ -76,8 +78,8 @@ class Merging:
                 for kept in missing[place.name]:
                     weights, fitted = _joined(equal, place, kept), _joined(readers, place, kept)
                     if fitted:
-                        library.add(unfitted(place), kept, 0.0, Aside({linear: weights.reads[linear] for linear in fitted}))
-                    library.add(held(place), kept, 0.0, fitted.over(weights))
+                        library.add(unfitted(place), kept, 0.0, weights.under(fitted.modules))
+                    library.add(held(place), kept, 0.0, weights | fitted)
                 done()
 
     def choose(self, divergence: Divergence, scale: Scale, uniform: bool) -> Scale:
@@ -119,7 +121,7 @@ class Merging:
             for name in (held(place), unfitted(place))
             if stay[place.name]
         ]
-        new = Aside({name: own for one in weights for name, own in one.reads.items()})
+        new = reduce(or_, weights, LazyTensors({}))
         return Merged(self.search, heads, new) if heads else None
 
 
@@ -199,22 +201,22 @@ def _variants(
     moments = gather_each(model, places, numbers, trials)
     equal = {name: {kept: _equal(attentions, name, one) for kept, one in own.items()} for name, own in moments.items()}
     if repair is None:
-        return equal, {name: {kept: Aside({}) for kept in own} for name, own in equal.items()}
+        return equal, {name: {kept: LazyTensors({}) for kept in own} for name, own in equal.items()}
     return equal, refit_readers(model, places, equal, trials, repair)
 
 
-def _joined(found: ByNumber, place: Place, kept: int) -> Aside:
+def _joined(found: ByNumber, place: Place, kept: int) -> LazyTensors:
     """Returns the parameters of all attentions of a place."""
-    return Aside({linear: new for name in place.names for linear, new in found[name][kept].reads.items()})
+    return reduce(or_, (found[name][kept] for name in place.names))
 
 
-def _equal(attentions: Attentions, name: str, moments: Moments) -> Aside:
+def _equal(attentions: Attentions, name: str, moments: Moments) -> LazyTensors:
     """Returns the parameters of an attention with which the heads of each group are equal."""
     model, place = attentions.model, attentions.places[name]
-    bring(model, model.get_submodule(name))
+    store_of(model).load(model.get_submodule(name))
     stacks = read(model, place)
     found = written(model, place, pooled(stacks, *find_bases(stacks, moments, attentions.freedoms[name], METHOD)))
-    return resting(model, found)
+    return resting(model, by_parameter(found))
 
 
 def _is_better(

@@ -6,13 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.engine.lazy import Aside
+from billhook.engine.lazy import LazyTensors
 from billhook.kv_heads.methods.svd import SVD
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.figures import figures_of
 from billhook.model.linears import is_linear
 from billhook.model.meta import to_meta
-from billhook.model.plan import Weights
 from billhook.model.shapes.shape import set_shape
 from billhook.model.surgery import changed
 from billhook.pruning.block_plan import without
@@ -21,8 +20,6 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
-from billhook.repairs.shared import both
-from billhook.shrinking.library import as_values
 from billhook.shrinking.spaces.blocks import Block, Blocks
 from billhook.shrinking.spaces.planned import Planned, refitted_if_enough
 from billhook.tracing.trace import trace
@@ -50,12 +47,12 @@ class Merged:
     Attributes:
         search: The model, and what it costs.
         heads: By attention, how many KV heads it is to have.
-        weights: By linear, the parameters with which the heads of each group are equal.
+        weights: The parameters with which the heads of each group are equal.
     """
 
     search: Search
     heads: Mapping[str, int]
-    weights: Aside
+    weights: LazyTensors
 
     def planned(
         self,
@@ -81,12 +78,12 @@ class Merged:
         """
         numbers = {name: own for name, own in numbers.items() if name not in self.heads}
         planned = self._plans(limit, numbers, blocks, gone)
-        weights: Weights = as_values(self.search.model, self.weights)
+        weights = self.weights
         left = ""
         if repair is not None:
             refitted, left = self._repaired(numbers, blocks.zeros(gone), fitted, repair)
-            weights = both(weights, refitted)
-        new = [name for name in changed(self.search.model, weights) if name.rpartition(".")[0] in self.weights]
+            weights = weights | refitted
+        new = [name for name in changed(self.search.model, weights) if name in self.weights]
         plans = tuple(replace(plan, restart=_of(plan.layers, new)) for plan in planned.merged)
         return replace(planned, weights=weights, merged=plans, not_refitted=left)
 
@@ -104,13 +101,13 @@ class Merged:
         return Planned(units, after, merged=tuple(plans), dense=self.search.now.params)
 
     def _repaired(
-        self, numbers: Mapping[str, list[int]], zeros: Aside, fitted: Sequence[Any], repair: Repair
-    ) -> tuple[Weights, str]:
+        self, numbers: Mapping[str, list[int]], zeros: LazyTensors, fitted: Sequence[Any], repair: Repair
+    ) -> tuple[LazyTensors, str]:
         """Refits linears; those that are zero, as their block goes, stay so; says what was not refitted."""
         model, search = self.search.model, self.search
         units = UnitPlan.of(find_cut(model, search.structure, search.units, numbers))
-        whole = [name for name in self._reading() if name not in zeros]
-        return refitted_if_enough(model, units, fitted, repair, zeros.over(self.weights), whole)
+        whole = [name for name in self._reading() if name not in zeros.modules]
+        return refitted_if_enough(model, units, fitted, repair, self.weights | zeros, whole)
 
     def _reading(self) -> list[str]:
         """Returns the linears that read heads, and those that feed-forwards end in."""

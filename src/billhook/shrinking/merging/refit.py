@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from billhook.engine.batches import Run
-from billhook.engine.lazy import Aside
-from billhook.engine.state import overridden, precisely, undisturbed
+from billhook.engine.lazy import LazyTensors, by_parameter
+from billhook.engine.state import overridden, precisely, replaced, undisturbed
 from billhook.engine.walk import spare
-from billhook.kv_heads.bases.stacks import Projections, instead
+from billhook.kv_heads.bases.stacks import Projections
 from billhook.linalg import float64_device
 from billhook.model.linears import as_it_lies, matrix_of, size_of, turned
 from billhook.repairs.enough import counting
@@ -28,10 +28,10 @@ from billhook.shrinking.library import resting
 def refit_readers(
     model: nn.Module,
     places: Mapping[str, Projections],
-    variants: Mapping[str, Mapping[int, Aside]],
+    variants: Mapping[str, Mapping[int, LazyTensors]],
     runs: Sequence[Run],
     repair: Repair,
-) -> dict[str, dict[int, Aside]]:
+) -> dict[str, dict[int, LazyTensors]]:
     """Returns new parameters of the linears that read heads, by attention and number of KV heads; the model stays as it is.
 
     Args:
@@ -61,7 +61,7 @@ class _Enough(BaseException):
 class _Beside:
     """Runs one attention with the parameters of each variant, and adds up what its reader is given, and owes, in each."""
 
-    def __init__(self, model: nn.Module, place: Projections, variants: Mapping[int, Aside], parts: int) -> None:
+    def __init__(self, model: nn.Module, place: Projections, variants: Mapping[int, LazyTensors], parts: int) -> None:
         self._model, self._place, self._variants = model, place, variants
         self._reader = model.get_submodule(place.o.linear)
         (rows, columns), device = size_of(self._reader), self._reader.get_parameter("weight").device
@@ -80,30 +80,31 @@ class _Beside:
             stack.enter_context(overridden(module, forward=partial(self._visit, module.forward)))
             yield
 
-    def refitted(self, held_out: Sequence[int], ridges: Sequence[float]) -> dict[int, Aside]:
+    def refitted(self, held_out: Sequence[int], ridges: Sequence[float]) -> dict[int, LazyTensors]:
         """Returns by variant the new parameters of the reader; none where nothing can be held out."""
         return {number: self._refitted(number, held_out, ridges) for number in self._variants}
 
-    def _refitted(self, number: int, held_out: Sequence[int], ridges: Sequence[float]) -> Aside:
+    def _refitted(self, number: int, held_out: Sequence[int], ridges: Sequence[float]) -> LazyTensors:
         parts = self._moments[number]
         weight, bias = self._own(number)
         device = float64_device(weight.device)
         weight, bias = weight.to(device), None if bias is None else bias.to(device)
         if not (folds := folds_of(parts, held_out)):
-            return Aside({})
+            return LazyTensors({})
         found = as_it_lies(self._reader, *refit_linear(weight, bias, folds, parts, ridges))
-        return resting(self._model, {self._place.o.linear: found})
+        return resting(self._model, by_parameter({self._place.o.linear: found}))
 
     def _own(self, number: int) -> tuple[Tensor, Tensor | None]:
         """Returns the weight and bias of the reader in a variant."""
-        own = self._variants[number][self._place.o.linear]
+        own = self._variants[number].of_module(self._place.o.linear)
         return turned(self._reader, own["weight"]), own.get("bias")
 
     def _visit(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs the attention's forward with the parameters of each variant, and then as it is."""
         given, self._proper = dict[int, Tensor](), False
         for number, weights in self._variants.items():
-            with instead(self._model, weights), suppress(_Enough):
+            own = {self._model.get_submodule(linear): weights.of_module(linear) for linear in weights.modules}
+            with replaced(own), suppress(_Enough):  # the block is here, and stays
                 forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
             given[number] = self._taken()
         self._proper = True

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.engine.lazy import Aside, computing_with
+from billhook.engine.lazy import LazyTensors
+from billhook.engine.store import store_of
 from billhook.model.figures import figure_of
 from billhook.model.linears import is_linear
 from billhook.model.runs.answers import alike, answer, tolerance
@@ -80,8 +81,8 @@ class Blocks:
         """Finds the plan by which blocks go from a model, also on meta tensors, and once units have been removed from it."""
         return find_block_plan(model, {self.stack: [block.number for block in gone]}, names=[self.stack])
 
-    def zeros(self, gone: Sequence[Block]) -> Aside:
-        """Returns the parameters, all zero, with which linears of blocks write nothing, by linear and by their name in it."""
+    def zeros(self, gone: Sequence[Block]) -> LazyTensors:
+        """Returns the parameters, all zero, with which linears of blocks write nothing."""
         return zeros_of(self.model, [name for block in gone for name in self.writers[block.name]])
 
     def behind(self, gone: Sequence[Block]) -> list[str]:
@@ -154,7 +155,7 @@ def _adds(blocks: Blocks, name: str, number: int) -> str:
     model, zeros = blocks.model, zeros_of(blocks.model, blocks.writers[name])
     with skipping(model, {blocks.stack: [number]}):
         expected = answer(model)
-    with computing_with(model, zeros):
+    with store_of(model).computing_with(zeros):
         found = answer(model)
     same = alike(expected, found, tolerance(model))
     return "" if same else f"{name} computes something also with the linears behind its heads and channels at zero"

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from billhook.engine.batches import Run
-from billhook.engine.lazy import Aside, itself
+from billhook.engine.lazy import LazyTensors
 from billhook.engine.sharding import whole
-from billhook.engine.shards import turns_of
+from billhook.engine.store import store_of
 from billhook.importance.base import Importance
 from billhook.importance.baselines import WeightNorm
 from billhook.importance.score import score
@@ -28,7 +28,6 @@ from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove, tried
 from billhook.pruning.target import Search
 from billhook.pruning.widths.rows import RoundTo, rounded
-from billhook.repairs.in_turn import Values, each_changed
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
 from billhook.shrinking.library import Library
@@ -132,9 +131,9 @@ class Hidden:
                 self._last[1]()
             else:
                 self._last, cut = None, self.cut(kept)
-                scales = {name: _sliced(cut, name, partial(itself, value)) for name, value in self.scales(kept).items()}
+                scales = LazyTensors.of(self.scales(kept)).map(partial(_sliced, cut))
                 remove(model, cut)
-                change_in_turn(model, {name: starting(partial(itself, value), UNCHANGED) for name, value in scales.items()})
+                change_in_turn(model, {name: starting(read, UNCHANGED) for name, read in scales.reads.items()})
                 self._last = number, whole_way_back(model)
             yield
         finally:
@@ -163,23 +162,21 @@ class Hidden:
         lost = [points[size] for size in sizes]
         return {width.kept: float(np.interp(width.kept, sizes, lost)) for width in self.widths}
 
-    def sliced(self, weights: Aside, kept: Mapping[str, int]) -> Aside:
-        """Returns parameters of linears, by linear and by their name in it, without what goes with residual channels."""
-        if not kept.get(HIDDEN, 0):
-            return weights
-        cut, reads = self.cut(kept), weights.reads
-        return Aside({n: {p: partial(_sliced, cut, f"{n}.{p}", read) for p, read in own.items()} for n, own in reads.items()})
+    def sliced(self, weights: LazyTensors, kept: Mapping[str, int]) -> LazyTensors:
+        """Returns values of parameters without what goes with residual channels."""
+        return weights.map(partial(_sliced, self.cut(kept))) if kept.get(HIDDEN, 0) else weights
 
-    def widened(self, small: Values, kept: Mapping[str, int]) -> Values:
+    def widened(self, small: LazyTensors, kept: Mapping[str, int]) -> LazyTensors:
         """Returns parameters in the sizes that they have, where those that stay have values of a narrow model's."""
-        turns, own = turns_of(self.search.model), {name: self.search.model.get_parameter(name) for name in small}
-        held = own if turns is None else {name: turns.shards.get(parameter, parameter) for name, parameter in own.items()}
-        return each_changed(small, partial(_wide, self.cut(kept), held))
+        model, store = self.search.model, store_of(self.search.model)
+        store.release()  # so that each is held by its shards
+        wide = {name: store.held(model.get_parameter(name)) for name in small}  # those of now: a narrow model has others
+        return small.map(partial(_wide, self.cut(kept), wide))
 
 
-def _wide(cut: Cut, held: Mapping[str, nn.Parameter], name: str, read: Callable[[], Tensor]) -> Tensor:
-    """Returns a parameter as it is held, with the values of a narrow model's."""
-    value, found = read(), whole(held[name]).clone()
+def _wide(cut: Cut, wide: Mapping[str, nn.Parameter], name: str, read: Callable[[], Tensor]) -> Tensor:
+    """Returns a parameter of the wide model with the values of a narrow model's."""
+    value, found = read(), whole(wide[name]).clone()
     stays = [torch.as_tensor(cut.cuts.get((name, dim), range(size))) for dim, size in enumerate(found.shape)]
     found[torch.meshgrid(*(one.to(found.device) for one in stays), indexing="ij")] = value.to(found.dtype)
     return found

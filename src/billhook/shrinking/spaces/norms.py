@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run
 from billhook.engine.state import undisturbed
-from billhook.engine.store import bring
+from billhook.engine.store import store_of
 from billhook.linalg import in_float64
 from billhook.pruning.fold import divided
 from billhook.units.units import Units
@@ -51,7 +51,7 @@ def scaled_norms(model: PreTrainedModel, shares: Mapping[str, Tensor], gone: Seq
         stays[list(gone)] = 0
         ratio = 1 / math.sqrt(max(float(own @ stays), 1e-6) * len(own) / float(stays.sum()))
         norm, weight = model.get_submodule(name), f"{name}.weight"
-        bring(model, norm)
+        store_of(model).load(norm)
         scale = partial(torch.div, other=ratio) if isinstance(norm, nn.LayerNorm) else divided(norm, ratio)
         if scale is not None and "weight" in norm._parameters:
             found[weight] = scale(norm.get_parameter("weight").detach())

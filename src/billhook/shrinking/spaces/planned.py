@@ -4,15 +4,14 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.engine.lazy import Aside, by_module, computing_with, itself
-from billhook.engine.store import following
+from billhook.engine.lazy import LazyTensors
+from billhook.engine.store import store_of
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.model.figures import figure_of
 from billhook.model.find import find_transformer
@@ -30,10 +29,7 @@ from billhook.pruning.streamed import taking
 from billhook.pruning.target import Search
 from billhook.pruning.widths.told import RowLength
 from billhook.repairs.enough import NoRepair, not_refitted, without_name
-from billhook.repairs.in_turn import Refitted
 from billhook.repairs.repair import Repair
-from billhook.repairs.shared import both
-from billhook.repairs.visitor import Given
 from billhook.shrinking.spaces.blocks import Block, Blocks
 from billhook.shrinking.spaces.hidden import Hidden
 from billhook.tracing.trace import trace
@@ -133,7 +129,7 @@ def repaired(
     Where residual channels go, all is fitted within what is left of them, and norms make up for the narrower stream.
     """
     gone, model, scales = blocks.gone(kept), hidden.search.model, hidden.scales(kept)
-    weights: Weights = {}
+    weights = LazyTensors({})
     left = ""
     whole, (units, kinds) = blocks.behind(gone) if gone else [], planned.inside
     if repair is not None and (units or whole):
@@ -141,12 +137,12 @@ def repaired(
             plan = _planned_now(model, units, kinds) if hidden.gone(kept) else planned.units
             weights, left = refitted_if_enough(model, plan, fitted, repair, blocks.zeros(gone), whole)
         weights = hidden.widened(weights, kept) if hidden.gone(kept) else weights
-    return Planned(planned.units, planned.blocks, both(weights, scales) or None, not_refitted=left)
+    return Planned(planned.units, planned.blocks, (weights | scales) or None, not_refitted=left)
 
 
 def refitted_if_enough(
-    model: nn.Module, plan: UnitPlan, fitted: Sequence[Any], repair: Repair, given: Given, whole: Collection[str]
-) -> tuple[Weights, str]:
+    model: nn.Module, plan: UnitPlan, fitted: Sequence[Any], repair: Repair, given: LazyTensors, whole: Collection[str]
+) -> tuple[LazyTensors, str]:
     """Refits as `repair_with` does, or, where tokens are too few for what a search has chosen, not: the search is not lost.
 
     Returns:
@@ -158,7 +154,7 @@ def refitted_if_enough(
     except NoRepair as error:
         words = f"not repaired: {without_name(error)}"
         warnings.warn(words, stacklevel=2)
-        return {}, words
+        return LazyTensors({}), words
     return weights, not_refitted(left)
 
 
@@ -166,11 +162,10 @@ def refitted_if_enough(
 def as_planned(planned: Planned, hidden: Hidden, kept: Mapping[str, int]) -> Iterator[None]:
     """Lets the model compute what it will once plans have been carried out, until the end of a `with` block."""
     model, weights, (units, kinds) = hidden.search.model, planned.weights or {}, planned.inside
-    reads = weights.reads if isinstance(weights, Refitted) else {name: partial(itself, one) for name, one in weights.items()}
-    new = hidden.sliced(Aside(by_module(reads)), kept)
+    new = hidden.sliced(LazyTensors.of(weights), kept)
     with ExitStack() as stack:
         stack.enter_context(hidden.narrowed(kept))
-        stack.enter_context(computing_with(model, new))
+        stack.enter_context(store_of(model).computing_with(new))
         if units:
             stack.enter_context(mask(model, units, kinds))
         if planned.blocks is not None:
@@ -184,7 +179,7 @@ def apply_in_turn(
     """Carries out plans one after the other, each asked for once those before it have been, or none; see `apply`."""
     check_changeable(model)
     subject, follows = find_transformer(model), list[Follow]()
-    undone = following(subject), undone_by_errors(model)
+    undone = store_of(subject).following(), undone_by_errors(model)
     with torch.inference_mode(mode=False), taking(subject, usable(weights)), undone[0], undone[1]:
         for plan in plans:
             plan.check_made_for(model)

@@ -9,7 +9,7 @@ from torch import nn
 
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
-from billhook.engine.files import stream_of
+from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce
 from billhook.model.convolutions import Convolutions
 from billhook.model.find import find_transformer
@@ -81,7 +81,7 @@ def permute_for(
     """
     annotated(permute_for, locals())
     criterion = criterion or Wanda()
-    check_permute(pattern, stream=stream_of(model) is not None)
+    check_permute(pattern, stream=store_of(model).in_files)
     check_permutable(model)
     linears = check_pruning(model, criterion, pattern, "block", None, skip, output_embeddings, convolutions)
     runs = runs_for(model, batches, [criterion] if needs_data(criterion) else [], None)

@@ -1,6 +1,6 @@
 """New values of parameters, which lie beside the model until they are asked for: in memory, in files, or as shards of ranks."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TypeVar
 
@@ -12,6 +12,8 @@ from billhook.engine.fingerprint import fingerprint
 Read = Callable[[], Tensor]
 """Reads the values of a parameter; where ranks share them, all ranks call it together."""
 T = TypeVar("T", bound=Tensor)
+Part = str | Mapping[str, Read]
+"""What tells some values from all others, or the values, of which a hash does."""
 Change = Callable[[str, Read], Tensor]
 """Makes other values of those of a parameter, given its name and what reads them."""
 
@@ -22,10 +24,12 @@ class LazyTensors(Mapping[str, Tensor]):
     Args:
         reads: What reads each.
         known_by: What tells them from all others, for work that starts from them; None: a hash of all, read for it.
+        parts: The same of values that they are made of, instead.
     """
 
-    def __init__(self, reads: Mapping[str, Read], known_by: str | None = "") -> None:
-        self.reads, self._known_by = dict(reads), known_by
+    def __init__(self, reads: Mapping[str, Read], known_by: str | None = "", parts: Sequence[Part] = ()) -> None:
+        self.reads = dict(reads)
+        self._parts = tuple(parts) or (self.reads if known_by is None else known_by,)
 
     @classmethod
     def of(cls, values: Mapping[str, Tensor]) -> Self:
@@ -35,7 +39,8 @@ class LazyTensors(Mapping[str, Tensor]):
     @property
     def key(self) -> str:
         """What tells these values from all others."""
-        return self._known_by if self._known_by is not None else fingerprint(dict(sorted(self.items())))
+        hashes = (part if isinstance(part, str) else fingerprint({n: part[n]() for n in sorted(part)}) for part in self._parts)
+        return " ".join(filter(None, hashes))
 
     def __getitem__(self, name: str) -> Tensor:
         """Reads the values of one parameter."""
@@ -52,28 +57,29 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self.reads)
 
     def __or__(self, other: Mapping[str, Tensor]) -> "LazyTensors":
-        """Returns these values, and others, which count where there are both; nothing is read where both have a key."""
+        """Returns these values, and others, which count where there are both; nothing is read."""
         others = LazyTensors.of(other)
-        if not self or not others:
-            return others if others else self
-        parts = self._known_by, others._known_by
-        return LazyTensors({**self.reads, **others.reads}, None if parts == (None, None) else f"{self.key} {others.key}")
+        return LazyTensors({**self.reads, **others.reads}, parts=(*self._parts, *others._parts)) if self else others
+
+    def __ror__(self, other: Mapping[str, Tensor]) -> "LazyTensors":
+        """Returns other values, and these, which count where there are both; nothing is read."""
+        return LazyTensors.of(other) | self
 
     def map(self, change: Change) -> "LazyTensors":
         """Returns what becomes of each, which is made when it is asked for."""
-        return LazyTensors({name: partial(change, name, read) for name, read in self.reads.items()}, self._known_by)
+        return LazyTensors({name: partial(change, name, read) for name, read in self.reads.items()}, parts=self._parts)
 
     def renamed(self, name: Callable[[str], str]) -> "LazyTensors":
         """Returns the same values under other names; nothing is read."""
-        return LazyTensors({name(own): read for own, read in self.reads.items()}, self._known_by)
+        return LazyTensors({name(own): read for own, read in self.reads.items()}, parts=self._parts)
 
     def without(self, names: Collection[str]) -> "LazyTensors":
         """Returns the values of other parameters; nothing is read."""
-        return LazyTensors({name: read for name, read in self.reads.items() if name not in names}, self._known_by)
+        return LazyTensors({name: read for name, read in self.reads.items() if name not in names}, parts=self._parts)
 
     def under(self, modules: Collection[str]) -> "LazyTensors":
         """Returns the values of the parameters that modules have themselves; nothing is read."""
-        return LazyTensors({n: read for n, read in self.reads.items() if n.rpartition(".")[0] in modules}, self._known_by)
+        return LazyTensors({n: read for n, read in self.reads.items() if n.rpartition(".")[0] in modules}, parts=self._parts)
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, Read]]:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from billhook.arguments import annotated
+from billhook.engine.lazy import LazyTensors
 from billhook.model.optimizers import check_replaceable
 from billhook.model.surgery import Follow, values_kept
 from billhook.model.values import check_changeable
@@ -152,6 +153,10 @@ def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimiz
 
 def usable(weights: Weights | None) -> Weights | None:
     """Returns new values without such as were made in inference mode, which nothing could change later: copies instead."""
-    if not isinstance(weights, dict):  # which may come from files, one at a time
-        return weights
-    return {name: one.clone() if one.is_inference() else one for name, one in weights.items()}
+    if isinstance(weights, LazyTensors):
+        return weights.map(lambda _, read: _usable(read()))
+    return {name: _usable(value) for name, value in weights.items()} if isinstance(weights, dict) else weights
+
+
+def _usable(value: Tensor) -> Tensor:
+    return value.clone() if value.is_inference() else value

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
-from billhook.engine.sharding import is_sharded
 from billhook.engine.shards import in_turn
+from billhook.engine.store import store_of
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.events.event import Event, fewer, log_event, note_not_refitted, note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
@@ -116,9 +116,6 @@ class StructuredPruning(ShapeCallback):
             share = self.asked + (goal - self.asked) * number / self.rounds
             with together(trainer, "StructuredPruning"):
                 made, weights, how, left = self._plan(trainer, pl_module, share)
-                check_agreed(trainer, "StructuredPruning", "the plan of what is removed", None if made is None else made.to_json)
-                if not is_sharded(pl_module):  # else the first rank's are shared out
-                    check_near(trainer, "StructuredPruning", "what is refitted", weights or {})
             if made is not None:
                 first = len(self.events) == before
                 change = partial(self._remove, pl_module, made, weights, how)
@@ -143,7 +140,7 @@ class StructuredPruning(ShapeCallback):
         units = units_of(model, trace(model), self.amount.kinds)
         self._first = self._first or First.of(model, self.amount, units)
         amount = self._first.part(model, self.amount, share, units)
-        if amount is None:
+        if amount is None:  # by the numbers of units alone, which are the same on all ranks
             return None, None, "", ""
         with self.calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
             reduce = sum_over(trainer, self.calibration.shared)
@@ -153,6 +150,9 @@ class StructuredPruning(ShapeCallback):
             made = plan_amount(model, amount, importance, runs, self.calibration.enough, reduce=reduce, first=self._first.counts)
             assert isinstance(made, UnitPlan)
             weights, why = repair_as_asked(model, made, runs, self.repair if self.needs_data else None, reduce)
+            check_agreed(trainer, "StructuredPruning", "the plan of what is removed", made.to_json)
+            if not store_of(model).on_ranks:  # else those of the first rank are shared out
+                check_near(trainer, "StructuredPruning", "what is refitted", weights or {})
             done = "repaired" if weights else why
             return made, weights, f"{type(importance).__name__}{f', {done}' if done else ''}", why
 

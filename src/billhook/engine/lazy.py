@@ -38,7 +38,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
     @property
     def key(self) -> str:
-        """What tells these values from all others."""
+        """The words and hashes that tell these values from all others."""
         hashes = (part if isinstance(part, str) else fingerprint({n: part[n]() for n in sorted(part)}) for part in self._parts)
         return " ".join(filter(None, hashes))
 
@@ -83,7 +83,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, Read]]:
-        """What reads each, by the module that has the parameter and by its name there."""
+        """The functions that read each, by the module that has the parameter and by its name there."""
         modules: dict[str, dict[str, Read]] = {}
         for name, read in self.reads.items():
             module, _, part = name.rpartition(".")

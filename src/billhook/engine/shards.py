@@ -83,7 +83,7 @@ class ShardStore(BlockStore):
 
     @property
     def is_open(self) -> bool:
-        """Whether blocks come and go now, as long as not all are here."""
+        """True if blocks come and go now, as not all of them are here."""
         return bool(self.blocks) and not self.everything
 
     def _holds(self, module: nn.Module) -> bool:

@@ -60,12 +60,12 @@ class BlockStore(ABC):
 
     @property
     def alike(self) -> bool:
-        """Whether all ranks load the same blocks in the same order, which they need not within `apart`."""
+        """True if all ranks load the same blocks in the same order, which they need not within `apart`."""
         return True
 
     @property
     def is_open(self) -> bool:
-        """Whether blocks come and go now."""
+        """True if blocks come and go now."""
         return bool(self.blocks)
 
     def block_of(self, parameter: str) -> nn.Module | None:
@@ -82,7 +82,7 @@ class BlockStore(ABC):
 
     @abstractmethod
     def change(self, block: nn.Module, note: object = None) -> None:
-        """Says that the block that is here has changed, so that it is kept as it is when it goes.
+        """Has the block that is here, which has changed, kept as it is when it goes.
 
         Args:
             block: The block.

@@ -273,7 +273,7 @@ class Attentions:
 
     @property
     def may_group(self) -> bool:
-        """Whether there is a choice which heads share a group, and heads may change places."""
+        """True if there is a choice which heads share a group, and heads may change places."""
         some = any(1 < self.groups[name] < place.kv_heads for name, place in self.places.items())
         return some and all(own.order for own in self.freedoms.values())
 

@@ -129,8 +129,14 @@ def test_all_that_blocks_hand_on_lies_in_files_while_runs_rest(name, tmp_path, m
     data = batches_of(model)
     width = model.config.hidden_size if name != "t5" else model.config.d_model
 
+    def tensors():
+        return [one for one in gc.get_objects() if type(one) is torch.Tensor and one.dim() == 3 and one.shape[-1] == width]
+
+    gc.collect()
+    others = tensors()  # of tests before this
+
     def look(block):
-        alive = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.dim() == 3 and one.shape[-1] == width]
+        alive = [one for one in tensors() if not any(one is other for other in others)]
         seen.append([one.untyped_storage().filename is not None for one in alive])
 
     with closing(Shelf(str(tmp_path))) as files, outputs_in(files, model), undisturbed(model):

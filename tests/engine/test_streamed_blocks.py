@@ -6,6 +6,7 @@ import transformers
 
 import billhook as bh
 from billhook.engine.files import FileStore
+from billhook.engine.store import store_of
 from kit import stopped
 from kit.streams import same, written
 
@@ -92,3 +93,19 @@ def test_gradients_are_refused(importance):
     model = bh.stream("tiny")
     with pytest.raises(ValueError, match=r"importance=\w+\(.*\): it needs gradients, and the model is streamed"):
         bh.score(model, bh.find_units(model, "head"), importance, stopped.batches())
+
+
+@torch.no_grad()
+def test_other_values_are_computed_with_whenever_their_blocks_come():
+    dense, streamed, ids = bh.load("tiny"), bh.stream("tiny"), torch.arange(16)[None]
+    names = ["model.layers.0.mlp.down_proj.weight", "model.layers.2.self_attn.q_proj.weight", "model.norm.weight"]
+    new, before = {name: 1.5 * dense.get_parameter(name) for name in names}, dense(ids).logits
+    with store_of(dense).computing_with(new):
+        expected = dense(ids).logits
+    with store_of(streamed).computing_with(new):
+        assert torch.equal(streamed(ids).logits, expected)
+        with store_of(streamed).computing_with({names[0]: dense.get_parameter(names[0])}):  # the inner one counts
+            assert not torch.equal(streamed(ids).logits, expected)
+        assert torch.equal(streamed(ids).logits, expected)
+    assert not torch.equal(expected, before)
+    assert torch.equal(streamed(ids).logits, before)

@@ -147,7 +147,7 @@ class BlockStore(ABC):
         del key
         yield
 
-    def known(self, block: nn.Module) -> tuple[Mapping[str, Tensor], Any] | None:
+    def known(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
         """Returns what an earlier process has staged of a block in the same step, with its note; None if nothing."""
         del block
         return None

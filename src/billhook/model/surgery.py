@@ -13,7 +13,7 @@ from torch.optim import Adagrad, Optimizer
 
 from billhook.engine.sharding import local, reshard, sharded_as, whole
 from billhook.engine.state import fresh_casts, uninterrupted
-from billhook.engine.store import BlockStore, store_of
+from billhook.engine.store import store_of
 from billhook.model.config_fields import configs_of
 from billhook.model.optimizers import check_unhooked
 
@@ -239,13 +239,13 @@ def change_in_turn(model: nn.Module, changes: Mapping[str, Change]) -> list[Swap
     swaps = list[Swap]()
     store = store_of(model)
     for block in store.blocks.values() if store.on_ranks else ():
-        own = {name: change for name, change in changes.items() if block_of(store, model, name) is block}
+        own = {name: change for name, change in changes.items() if store.block_of(name) is block}
         if own or store.is_altered(block):
             store.load(block)
             swaps += change_values(model, own, keep_on_device=True)  # where they go with their block
             store.change(block)
             store.release()
-    return swaps + change_values(model, {name: own for name, own in changes.items() if block_of(store, model, name) is None})
+    return swaps + change_values(model, {name: own for name, own in changes.items() if store.block_of(name) is None})
 
 
 def whole_way_back(model: nn.Module) -> Callable[[], None]:
@@ -257,8 +257,3 @@ def whole_way_back(model: nn.Module) -> Callable[[], None]:
             way()
 
     return back
-
-
-def block_of(store: BlockStore, model: nn.Module, parameter: str) -> nn.Module | None:
-    """Returns the block that a parameter of a model is in; None if it is in none, or all are in memory."""
-    return store.owner.get(model.get_submodule(parameter.rpartition(".")[0])) if store.owner else None

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from billhook.engine.files import FileStore
 from billhook.engine.store import store_of
 from billhook.model.plan import Weights, check_weights, starting_from
-from billhook.model.surgery import Change, block_of, change_values
+from billhook.model.surgery import Change, change_values
 from billhook.units.units import UnitKind, Units
 from billhook.units.zero import reading
 
@@ -33,7 +33,7 @@ def taking(model: PreTrainedModel, weights: Weights | None) -> Iterator[None]:
     """Gives parameters new values, as `starting_from` does; those of blocks that are streamed whenever these come."""
     check_weights(model, weights)
     store, weights = store_of(model), weights or {}
-    inside = {name for name in weights if block_of(store, model, name) is not None}
+    inside = {name for name in weights if store.block_of(name) is not None}
     rest = {name: weights[name] for name in weights if name not in inside} if inside else weights
     with starting_from(model, rest), store.altered(partial(_take, model, weights)) if inside else nullcontext():
         yield

@@ -78,7 +78,7 @@ class BlockwiseRepair:
             if (known := self.store.known(block)) is not None:
                 values, refitted = known
                 for linear in refitted:
-                    self.visitor.know(linear, LazyTensors.of(values).of_module(linear) if refitted[linear] else None)
+                    self.visitor.know(linear, values.of_module(linear) if refitted[linear] else None)
         elif block is not None:
             self.store.load(block)
         yield

@@ -140,16 +140,15 @@ class Attentions:
 
             def stage(block: nn.Module | None) -> None:
                 nonlocal new
+                values = dict[str, Tensor]()
                 for name in () if block in done else inside.get(block, ()):
                     moments = passed.moments(name)
                     for number, method in enumerate(methods):
-                        values = by_parameter(self.equal_in(name, method, moments))
-                        found.update({f"{number} {parameter}": value for parameter, value in values.items()})
+                        equal = by_parameter(self.equal_in(name, method, moments))
+                        values |= {f"{number} {parameter}": value for parameter, value in equal.items()}
                 if inside.pop(block, None):
-                    new |= store.stage(block, found)
-                    found.clear()
+                    new |= store.stage(block, values)
 
-            found = dict[str, Tensor]()
             if left and any(self.summed(len(trials))):
                 passed.go(Together(self.model, stage, store.on_ranks, self._reduce))
             for block in list(inside):  # what no run has come to, which is refused, and what is in no block

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 import billhook as bh
 from billhook.cli.main import main
@@ -77,6 +78,21 @@ def test_a_fit(tmp_path, monkeypatch, capsys, files):
     assert line.startswith(
         "billhook fit: stopped; checkpoints that were written stay: with --ckpt_path FILE the same command goes"
     )
+
+
+def test_a_fit_that_has_ended_leaves_no_process_group_to_the_interpreter_which_could_abort_in_it(tmp_path, monkeypatch, files):
+    monkeypatch.chdir(tmp_path)
+    training_step, during = bh.TransformerModule.training_step, []
+
+    def step(*given):
+        during.append(torch.distributed.is_initialized())
+        return training_step(*given)
+
+    monkeypatch.setattr(bh.TransformerModule, "training_step", step)
+    words = ["fit", "--model.model", "tiny", *(f"--data.data={option(files)[1]}",), "--trainer.max_steps", "1", *QUICK.split()]
+    main([*words, "--trainer.strategy", "ddp"])
+    assert during == [True]
+    assert not torch.distributed.is_initialized()
 
 
 def test_streamed_work_goes_on(small, files, tmp_path, monkeypatch, capsys):

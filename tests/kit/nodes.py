@@ -17,6 +17,7 @@ import billhook as bh
 from billhook.engine import shards
 from billhook.engine.sharding import whole
 from kit.fits import trainer
+from kit.ranks import ENDING
 from kit.sharding import Own, sharding
 
 SCRIPT = "from kit.nodes import fit\nfit()\n"
@@ -63,7 +64,7 @@ def die_in_the_last_event():
 def run_nodes(folder, dies=False, path=None):
     """Runs the fit on both nodes; returns how each of them ended, and what it said."""
     script = folder / "run.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT + ENDING)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meet = f"127.0.0.1:{free.getsockname()[1]}"

@@ -125,10 +125,14 @@ def fit_all(fits: dict[str, Fit]) -> None:
             torch.save([gathered[0] == gathered[1], *result], Path(out, f"{name}.pt"))
 
 
+ENDING = "import torch\ntorch.distributed.destroy_process_group()\n"
+"""Gloo's threads may outlive Python and release its tensors, which aborts the process: pytorch/pytorch#190489."""
+
+
 def run_script(folder, text, arguments):
     """Runs a script as the first of two processes, which starts the other."""
     script = folder / "run.py"
-    script.write_text(text)
+    script.write_text(text + ENDING)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

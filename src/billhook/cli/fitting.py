@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook
@@ -74,3 +75,6 @@ def run_lightning(words: list[str]) -> None:
         parser_class=_Parser,
         args=words,
     )
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Gloo's threads may outlive Python and release its tensors, which aborts the process: pytorch/pytorch#190489
+        torch.distributed.destroy_process_group()

@@ -125,7 +125,7 @@ def fit_all(fits: dict[str, Fit]) -> None:
             torch.save([gathered[0] == gathered[1], *result], Path(out, f"{name}.pt"))
 
 
-ENDING = "import torch\ntorch.distributed.destroy_process_group()\n"
+ENDING = "import torch\nif torch.distributed.is_initialized():\n    torch.distributed.destroy_process_group()\n"
 """Gloo's threads may outlive Python and release its tensors, which aborts the process: pytorch/pytorch#190489."""
 
 

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from billhook.engine.memory import resident
-from billhook.engine.offload import Shelf
+from billhook.engine.passes import ActivationFiles
 from billhook.repairs import least_squares
 from billhook.repairs.moments import OwedMoments
 
@@ -45,7 +45,7 @@ def main():
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    files = Shelf(options.files) if options.files else None
+    files = ActivationFiles(options.files) if options.files else None
     parts = [moments(options.rows, options.columns, files) for _ in range(2)]
     ((fitted, held_out),) = timed("mixtures of the outputs", lambda: least_squares._mixed([([parts[0]], parts[1])]))
     tried = partial(least_squares.solve_ridge, fitted, False, 0.1)

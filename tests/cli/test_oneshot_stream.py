@@ -7,7 +7,7 @@ import torch
 
 import billhook as bh
 from billhook.cli.main import main
-from billhook.engine.offload import Shelf
+from billhook.engine.passes import ActivationFiles
 from kit.cli import option, small_llama
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
@@ -73,7 +73,7 @@ def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, 
     rests = []
     monkeypatch.setattr("billhook.cli.oneshot.streamed.fits", lambda *given: bool(rests.append(given)))
     kept = []
-    monkeypatch.setattr(Shelf, "copy", lambda shelf, tensor: kept.append(tensor.shape) or tensor)
+    monkeypatch.setattr(ActivationFiles, "copy", lambda files, tensor: kept.append(tensor.shape) or tensor)
     ran("prune", small, tmp_path / "out", *SHORT, *option(files), "--sparsity", "0.5", "--stream", "--memory", "1GiB")
     (stream, moments, activations, memory) = rests[0]
     model = stream.model
@@ -91,9 +91,9 @@ def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatc
     rests = []
     monkeypatch.setattr("billhook.cli.oneshot.streamed.fits", lambda *given: bool(rests.append(given)))
     kept = []
-    monkeypatch.setattr(Shelf, "copy", lambda shelf, tensor: kept.append(tensor.shape) or tensor)
-    made, zeros = [], Shelf.zeros
-    monkeypatch.setattr(Shelf, "zeros", lambda shelf, *shape, **more: made.append(shape) or zeros(shelf, *shape, **more))
+    monkeypatch.setattr(ActivationFiles, "copy", lambda files, tensor: kept.append(tensor.shape) or tensor)
+    made, zeros = [], ActivationFiles.zeros
+    monkeypatch.setattr(ActivationFiles, "zeros", lambda *given, **dtype: made.append(given[1:]) or zeros(*given, **dtype))
     asked = ["--channels", "0.25", "--importance", "WeightNorm", "--stream", "--memory", "1GiB"]
     text = ["--length", "32", "--examples", "8", "--batch_size", "1", "--evaluate", "5", *option(files)]
     tokens, logits = 8 * 32, 4 * 32 * bh.load(small).config.vocab_size

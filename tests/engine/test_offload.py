@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import billhook as bh
-from billhook.engine import offload
-from billhook.engine.offload import Shelf, offloaded, outputs_in
-from billhook.engine.passes import Together
+from billhook.engine import offload, passes
+from billhook.engine.offload import offloaded
+from billhook.engine.passes import ActivationFiles, Together, outputs_in_files
 from billhook.engine.state import undisturbed
 from billhook.engine.walk import blocks_of
 from kit.families import llama, tokens
@@ -108,9 +108,9 @@ def test_a_run_that_fails_leaves_every_block_where_it_was(monkeypatch):
 
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 def test_activations_on_disk_change_nothing(sequential, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "SMALL", 256)
-    kept, copied = [], Shelf.copy
-    monkeypatch.setattr(Shelf, "copy", lambda self, tensor: kept.append(copied(self, tensor)) or kept[-1])
+    monkeypatch.setattr(passes, "SMALL", 256)
+    kept, copied = [], ActivationFiles.copy
+    monkeypatch.setattr(ActivationFiles, "copy", lambda self, tensor: kept.append(copied(self, tensor)) or kept[-1])
     model = llama().eval()
     expected, data = copy.deepcopy(model), [{"input_ids": tokens(4, 16)} for _ in range(3)]
     bh.prune(expected, bh.SparseGPT(block_size=16), data, 0.5, sequential=sequential)
@@ -124,7 +124,7 @@ def test_activations_on_disk_change_nothing(sequential, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
 def test_all_that_blocks_hand_on_lies_in_files_while_runs_rest(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(offload, "SMALL", 256)
+    monkeypatch.setattr(passes, "SMALL", 256)
     model, seen = family(name).eval(), []
     data = batches_of(model)
     width = model.config.hidden_size if name != "t5" else model.config.d_model
@@ -139,7 +139,7 @@ def test_all_that_blocks_hand_on_lies_in_files_while_runs_rest(name, tmp_path, m
         alive = [one for one in tensors() if not any(one is other for other in others)]
         seen.append([one.untyped_storage().filename is not None for one in alive])
 
-    with closing(Shelf(str(tmp_path))) as files, outputs_in(files, model), undisturbed(model):
+    with closing(ActivationFiles(str(tmp_path))) as files, outputs_in_files(files, model), undisturbed(model):
         Together(model, leave=look)([partial(model, **batch) for batch in data])
     assert len(seen) == len(blocks_of(model))
     assert all(all(one) and len(one) >= len(data) for one in seen[:-1])
@@ -148,15 +148,15 @@ def test_all_that_blocks_hand_on_lies_in_files_while_runs_rest(name, tmp_path, m
 
 
 def test_what_lies_in_files_is_a_copy_and_others_keep_theirs(tmp_path):
-    shelf, tensor, small = Shelf(str(tmp_path)), torch.rand(64, 512), torch.rand(3)
+    files, tensor, small = ActivationFiles(str(tmp_path)), torch.rand(64, 512), torch.rand(3)
     pointer, learns = tensor.data_ptr(), torch.rand(64, 512, requires_grad=True)
-    copied = shelf.copy(tensor)
+    copied = files.copy(tensor)
     assert torch.equal(copied, tensor)
     assert (tensor.data_ptr(), bool(copied.untyped_storage().filename)) == (pointer, True)
-    assert shelf.copy(copied) is copied, "what is there already stays"
-    assert shelf.copy(copied[3:].view(-1)).data_ptr() == copied[3:].data_ptr()
-    assert (shelf.copy(small), shelf.copy(learns)) == (small, learns)
-    shelf.close()
+    assert files.copy(copied) is copied, "what is there already stays"
+    assert files.copy(copied[3:].view(-1)).data_ptr() == copied[3:].data_ptr()
+    assert (files.copy(small), files.copy(learns)) == (small, learns)
+    files.close()
     assert not list(tmp_path.iterdir())
     assert torch.equal(copied, tensor)
 

@@ -6,8 +6,8 @@ import transformers
 from small_configs import small_config
 
 import billhook as bh
-from billhook.engine import offload
-from billhook.engine.offload import Shelf
+from billhook.engine import passes
+from billhook.engine.passes import ActivationFiles
 from billhook.engine.store import store_of
 from kit import stopped
 
@@ -50,9 +50,9 @@ def test_repaired_with_the_same_bytes(tmp_path, kind, how):
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_same_bytes_where_all_that_may_rests_in_files(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(offload, "SMALL", 1)
-    mapped, zeros = [], Shelf.zeros
-    monkeypatch.setattr(Shelf, "zeros", lambda files, *shape, **more: mapped.append(shape) or zeros(files, *shape, **more))
+    monkeypatch.setattr(passes, "SMALL", 1)
+    mapped, zeros = [], ActivationFiles.zeros
+    monkeypatch.setattr(ActivationFiles, "zeros", lambda *given, **dtype: mapped.append(given[1:]) or zeros(*given, **dtype))
     torch.manual_seed(0)
     kind(small_config(kind.config_class)).eval().save_pretrained(tmp_path / "dense")
     streamed = bh.stream(tmp_path / "dense", tmp_path / "out")

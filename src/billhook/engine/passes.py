@@ -1,15 +1,22 @@
 """Runs a model on several inputs: one after the other, or side by side, so that all pass a block before one enters the next."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from billhook.engine.offload import Shelf, outputs_in
 from billhook.engine.store import BlockStore, store_of
+from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Reduce, Site, Walk, blocks_of
+
+SMALL = 2**16
+"""Bytes of a tensor that is not worth a file."""
 
 
 class Passing:
@@ -64,20 +71,79 @@ class Nothing:
         return {}
 
 
+class ActivationFiles:
+    """Keeps tensors in files of a folder, mapped into memory: the system writes them out when it needs the room."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="billhook_", dir=folder, ignore_cleanup_errors=True)
+        self._files = 0
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Copies a tensor of the CPU into a file; one that is small, lies there already or needs gradients is returned itself."""
+        plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not tensor.requires_grad and tensor.is_contiguous()
+        if not plain or tensor.nbytes < SMALL or self._has(tensor):
+            return tensor
+        return self.zeros(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        """Returns zeros in a file."""
+        self._files += 1
+        path = Path(self._folder.name, str(self._files))
+        mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
+        with suppress(OSError):  # where a file that is mapped cannot be removed, closing does it
+            path.unlink()
+        return mapped.view(shape)
+
+    def close(self) -> None:
+        """Removes the folder; what is still mapped stays readable."""
+        self._folder.cleanup()
+
+    def _has(self, tensor: Tensor) -> bool:
+        filename = tensor.untyped_storage().filename
+        return filename is not None and Path(self._folder.name) in Path(filename).parents
+
+
 @contextmanager
-def shelf(store: BlockStore) -> Iterator[Shelf | None]:
+def activation_files(store: BlockStore) -> Iterator[ActivationFiles | None]:
     """Yields what keeps the values that blocks hand on in the files of a store's folder; None where they rest in memory."""
     if store.rests is None:
         yield None
         return
-    with closing(Shelf(store.rests)) as files:
+    with closing(ActivationFiles(store.rests)) as files:
         yield files
+
+
+@contextmanager
+def outputs_in_files(files: ActivationFiles | None, model: nn.Module, blocks: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Has the outputs of a model's modules lie in files, where runs that rest within the model hold them; None leaves them.
+
+    A copy in a file goes on in the place of each output. What else a module's code computes stays in memory, and so does what is
+    computed within `blocks`, in which no run rests.
+    """
+    if files is None:
+        yield
+        return
+    with ExitStack() as stack:
+        inside = {module for block in blocks for module in block.modules() if module is not block}
+        for module in model.modules():
+            if module in inside:
+                continue
+            hook = module.register_forward_hook(lambda _module, _inputs, outputs: tree_map_only(Tensor, files.copy, outputs))
+            stack.callback(hook.remove)
+        yield
+
+
+def zeros(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", files: ActivationFiles | None = None
+) -> Tensor:
+    """Returns zeros on a device, or in a file."""
+    return torch.zeros(shape, dtype=dtype, device=device) if files is None else files.zeros(*shape, dtype=dtype)
 
 
 @contextmanager
 def resting(store: BlockStore) -> Iterator[None]:
     """Has what modules hand on lie in the files of a store's folder within; in memory where it names none."""
-    with shelf(store) as files, outputs_in(files, store.model, store.blocks.values()):
+    with activation_files(store) as files, outputs_in_files(files, store.model, store.blocks.values()):
         yield
 
 

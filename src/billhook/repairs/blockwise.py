@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.offload import outputs_in
-from billhook.engine.passes import shelf
+from billhook.engine.passes import activation_files, outputs_in_files
 from billhook.engine.store import BlockStore
 from billhook.engine.walk import Reduce, Site, Walk, find_sites
 from billhook.repairs.visitor import RepairVisitor
@@ -48,11 +47,11 @@ class BlockwiseRepair:
             forwards: The runs.
             untouched: The numbers of those that keep the old parameters.
         """
-        with self.store.step(key), shelf(self.store) as self.visitor.shelf:
+        with self.store.step(key), activation_files(self.store) as self.visitor.files:
             sites = self._sites()
             last = max(number for number, site in enumerate(sites) if site.linears)
             self.visitor.take(self._inside(None))
-            with outputs_in(self.visitor.shelf, self.model):
+            with outputs_in_files(self.visitor.files, self.model):
                 Walk(sites[: last + 1], self.visitor, self.reduce, untouched=untouched, around=self._there)(forwards)
             self._pass()
             self._stage(None)

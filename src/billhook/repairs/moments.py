@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from billhook.engine.offload import Shelf, zeros
+from billhook.engine.passes import ActivationFiles, zeros
 from billhook.engine.statistics import TOKENS, add_products
 from billhook.linalg import float64_device, widest_float
 
@@ -33,7 +33,7 @@ class OwedMoments:
     """
 
     def __init__(
-        self, out_features: int, in_features: int, device: torch.device | str = "cpu", files: Shelf | None = None
+        self, out_features: int, in_features: int, device: torch.device | str = "cpu", files: ActivationFiles | None = None
     ) -> None:
         device = float64_device(device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)

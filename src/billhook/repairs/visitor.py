@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from billhook.bar import Told
 from billhook.engine.batches import Run
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.offload import Shelf, zeros
+from billhook.engine.passes import ActivationFiles, zeros
 from billhook.engine.statistics import ROWS, InputNorms
 from billhook.engine.walk import Reduce, Site
 from billhook.linalg import float64_device, widest_float
@@ -42,7 +42,7 @@ class RepairVisitor:
         progress: Is called with how many linears are done, and of how many.
 
     Attributes:
-        shelf: Keeps moments, and the debts of each run, elsewhere than in memory.
+        files: Keeps moments, and the debts of each run, elsewhere than in memory.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RepairVisitor:
         given: LazyTensors | None = None,
         progress: Told | None = None,
     ) -> None:
-        self.shelf: Shelf | None = None
+        self.files: ActivationFiles | None = None
         self._progress, self._done = progress, set[str]()
         self._linears, self._before, self._runs = linears, before, runs
         self._ridges, self._parts, self._held_out, self._reduce = ridges, parts, held_out, reduce
@@ -187,7 +187,7 @@ class RepairVisitor:
         """Returns the moments of inputs that are kept and of what is lacking, by part, and the norms of all inputs."""
         if name not in self._moments:
             (weight, _), stays, parts = self._old[name], self._stays[name], max(*self._held_out, 1) + 1
-            own = [OwedMoments(len(weight), len(stays), weight.device, self.shelf) for _ in range(parts)]
+            own = [OwedMoments(len(weight), len(stays), weight.device, self.files) for _ in range(parts)]
             self._moments[name] = own, InputNorms(weight.shape[1], weight.device)
             self._pools[name] = [Pool(one) for one in own]
         return self._moments[name]
@@ -242,7 +242,7 @@ class RepairVisitor:
     def _owed(self, inputs: Tensor, rows: int) -> Tensor:
         """Returns room for what a run owes, where debts are kept: in float32, or float64 if the inputs are."""
         dtype = torch.promote_types(inputs.dtype, torch.float32)
-        return zeros((*inputs.shape[:-1], rows), dtype, inputs.device, self.shelf)
+        return zeros((*inputs.shape[:-1], rows), dtype, inputs.device, self.files)
 
     def _still(self, name: str, inputs: Mapping[int, Tensor], lacking: dict[int, Tensor]) -> dict[int, Tensor]:
         """Computes what the sum is short of with the new weights, in the place of what it lacks: less (W' - W)_S x_S + b' - b."""

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from billhook.bar import Told
 from billhook.engine.batches import Run, runs_of, source_of
-from billhook.engine.passes import shelf, together
+from billhook.engine.passes import activation_files, together
 from billhook.engine.sharding import is_sharded
 from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
@@ -119,7 +119,7 @@ class Dense:
             losses[row] = loss
             self._held[row] = held if files is None else replace(held, logs=files.copy(held.logs))
 
-        with shelf(store_of(model)) as files:
+        with activation_files(store_of(model)) as files:
             self._each(model, take, progress)
         self.losses = losses if reduce is None else reduce(losses)
 

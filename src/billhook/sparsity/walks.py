@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, runs_of, tell_apart
 from billhook.engine.files import FileStore
-from billhook.engine.offload import Shelf, offloaded, outputs_in
+from billhook.engine.offload import offloaded
+from billhook.engine.passes import ActivationFiles, outputs_in_files
 from billhook.engine.sharding import gathered, is_sharded, unsharded
 from billhook.engine.state import replaced, undisturbed
 from billhook.engine.store import store_of
@@ -93,9 +94,9 @@ class Walks:
             if self.offload is not None:
                 stack.enter_context(offloaded([site.module for site in self.blocks()], self.offload))
             if self.activations is not None:
-                files = stack.enter_context(closing(Shelf(self.activations)))
+                files = stack.enter_context(closing(ActivationFiles(self.activations)))
                 whole = [] if sequential == "layer" else [site.module for site in self.blocks()]
-                stack.enter_context(outputs_in(files, self.model, whole))
+                stack.enter_context(outputs_in_files(files, self.model, whole))
             if isinstance(stream := store_of(self.model), FileStore):
                 if self.twins:
                     raise ValueError(

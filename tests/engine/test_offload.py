@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 import billhook as bh
-from billhook.engine import offload, passes
-from billhook.engine.offload import offloaded
+from billhook.engine import passes
+from billhook.engine.device import Copies
 from billhook.engine.passes import ActivationFiles, Together, outputs_in_files
 from billhook.engine.state import undisturbed
+from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
 from kit.families import llama, tokens
 from kit.sparsity import batches_of, family
@@ -28,14 +29,8 @@ def batches(number=3):
 @pytest.fixture
 def stays(monkeypatch):
     """Who was on the device, in order."""
-    order, leave = [], offload._Stay.leave
-
-    def watched(self):
-        if self.block is not None:
-            order.append(self.block)
-        leave(self)
-
-    monkeypatch.setattr(offload._Stay, "leave", watched)
+    order, enter = [], Copies.enter
+    monkeypatch.setattr(Copies, "enter", lambda self, block: order.append(block) or enter(self, block))
     return order
 
 
@@ -84,11 +79,14 @@ class OnAnother(nn.Module):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_inputs_go_there_and_outputs_come_back(device):
-    blocks = [OnAnother(device), OnAnother(device)]
-    with offloaded(blocks, torch.device(device)):
+    blocks = nn.ModuleList([OnAnother(device), OnAnother(device)])
+    tensors = [*blocks.parameters(), *blocks.buffers()]
+    with store_of(blocks).on(torch.device(device), list(blocks)), torch.no_grad():
         out = blocks[0](torch.ones(2), scale=torch.ones(2))["out"]
         assert out.device.type == "cpu"
         assert (blocks[0].weight.device.type, blocks[1].weight.device.type) == (device, "cpu")
+        assert all(one.device.type == "cpu" for one in tensors)
+    assert all(one is other for one, other in zip([*blocks.parameters(), *blocks.buffers()], tensors, strict=True))
     assert "forward" not in vars(blocks[0])
 
 

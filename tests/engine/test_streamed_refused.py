@@ -56,7 +56,6 @@ REFUSED = {
     "shrink": (lambda model: bh.shrink(model, stopped.batches(), params=0.8), WEIGHTS),
     "ablated heads": (lambda model: bh.ablate_heads(model, stopped.batches()), WEIGHTS),
     "what it writes": (lambda model: bh.prune(model, bh.Wanda(), bh.Calibration(tokens=64, length=16), sparsity=0.5), WEIGHTS),
-    "offload": (lambda model: bh.prune(model, bh.Wanda(), stopped.batches(), sparsity=0.5, offload="cpu"), "offload='cpu'"),
     "adapters": (lambda model: bh.prune(adapted(model), bh.Wanda(), stopped.batches(), sparsity=0.5), ADDED),
     "scores of adapters": (lambda model: scored("channel", bh.OutputNorm())(adapted(model)), ADDED),
     "training": (trained, TRAINING),
@@ -119,7 +118,7 @@ def loss_of(model, **given):
 def test_gradients_are_refused(embedded):
     model, ids = bh.stream("tiny"), torch.arange(8)[None]
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
-    with pytest.raises(ValueError, match="model: it is streamed, and gradients need all weights in memory"):
+    with pytest.raises(ValueError, match="model: its blocks come one at a time, and gradients need all weights in memory"):
         loss_of(model, **({"inputs_embeds": inputs} if embedded else {"input_ids": ids})).backward()
     assert inputs.grad is None
     with torch.no_grad():

@@ -8,8 +8,8 @@ from typing import cast
 
 import torch
 
+from billhook.engine.device import check_device
 from billhook.linalg import float64_device
-from billhook.sparsity.checks import check_device
 
 
 def device_of(asked: str) -> torch.device:

@@ -2,11 +2,11 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from billhook.bar import Told
+from billhook.engine.device import Copies
 from billhook.engine.fingerprint import identity_of
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import (
@@ -27,44 +28,9 @@ from billhook.engine.loader_internals import (
     named_in,
 )
 from billhook.engine.parts import Parts, link, tensor_in
-from billhook.engine.store import STORE, Alter, Before, BlockStore, Coming
+from billhook.engine.store import STORE, Alter, Before, BlockStore, ComingOnce
 from billhook.engine.tensors import Files, renumbered, share, write_index
-from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import blocks_of
-
-
-class ComingOnce(Coming):
-    """A forward of a block that is there by then; nothing is kept of it for gradients, which are refused."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-        """Returns what the block makes of what it is given."""
-        if not torch.is_grad_enabled():
-            return super().__call__(*args, **kwargs)
-        with torch.no_grad():  # or what autograd keeps would hold all blocks
-            found = super().__call__(*args, **kwargs)
-        return tree_map_only(Tensor, _without_gradient, found)
-
-
-class _Refused(torch.autograd.Function):
-    """Gives what it is given, and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(_: Any, output: Tensor, __: Tensor) -> Tensor:  # noqa: ANN401
-        """Returns a view of a tensor."""
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(*_: object) -> NoReturn:
-        """Refuses the gradient."""
-        raise ValueError("model: it is streamed, and gradients need all weights in memory: load it with bh.load")
-
-
-def _without_gradient(output: Tensor) -> Tensor:
-    """Returns what a block gives, so that a gradient that comes to it is refused."""
-    found: Tensor = output
-    if output.is_floating_point():
-        found = _Refused.apply(output, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
-    return found
 
 
 class FileStore(BlockStore):
@@ -92,6 +58,7 @@ class FileStore(BlockStore):
         super().__init__(model)
         self.files, self.parts = files, parts
         self.here: nn.Module | None = None
+        self._copies: Copies | None = None
         self.reused = 0
         self._changed = False
         self._note: object = None
@@ -116,7 +83,7 @@ class FileStore(BlockStore):
         self._load(stay if beside is None else share(self.model, beside, self.files, stay))
         for module, block in self.owner.items():
             if module is block:
-                vars(block)["forward"] = ComingOnce(self.load, block, block.forward)
+                vars(block)["forward"] = ComingOnce(self, block, block.forward)
             elif any(own is not None for own in module._parameters.values()):  # some are called, and their block is not
                 module.register_forward_pre_hook(Before(self.load, block))
 
@@ -145,12 +112,27 @@ class FileStore(BlockStore):
             self._check_known(block)
             self.release()
             self._load(self.keys[self.names[block]])
+            if self.device is not None:
+                self._copies = Copies(self.device)
+                self._copies.enter(block)
             self.here = block
             for alter in self._alterations.get(self.names[block], ()):
                 alter(block)
             for name, value in self._instead.under({self.names[part] for part in block.modules()}).items():
-                self.model.get_parameter(name).data = value
+                parameter = self.model.get_parameter(name)
+                parameter.data = value.to(parameter.device)
         return block
+
+    @contextmanager
+    def on(self, device: torch.device, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
+        """Has blocks compute on a device, within, as they come from the files; see `BlockStore.on`."""
+        self.release()
+        before, self.device = self.device, device
+        try:
+            yield
+        finally:
+            self.release()
+            self.device = before
 
     def _check_known(self, block: nn.Module) -> None:
         """Refuses a block with modules that have come since the model was loaded, such as adapters; nothing is read for it."""
@@ -207,7 +189,9 @@ class FileStore(BlockStore):
             for key, own in part._parameters.items():
                 if own is not None:
                     part._parameters[key] = gone.setdefault(id(own), _gone(own))
-        self.here = None
+        if self._copies is not None:
+            self._copies.leave()  # buffers stay in memory
+        self.here = self._copies = None
         torch.clear_autocast_cache()  # which holds what was cast of the block
         if self._changed:
             self._changed = False

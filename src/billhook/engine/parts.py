@@ -78,7 +78,7 @@ class Parts:
             if not (self._folder / MARK).exists():
                 (self._folder / MARK).write_text(json.dumps({"parts of": self._out.name}))
             self._place.mkdir(exist_ok=True)
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, draft, {"format": "pt"})
+            save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, draft, {"format": "pt"})
             put(draft, self.path(name))
             self._done[name] = note
             draft.write_text(json.dumps({"key": self._key, "done": self._done}))

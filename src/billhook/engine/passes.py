@@ -148,7 +148,7 @@ def resting(store: BlockStore) -> Iterator[None]:
 
 
 class Together:
-    """Runs a model on several inputs; one that is streamed on all side by side, so that each block is read once.
+    """Runs a model on several inputs; where blocks come and go on all side by side, so that each comes once.
 
     Args:
         model: The model.
@@ -165,7 +165,7 @@ class Together:
         reduce: Reduce | None = None,
     ) -> None:
         self._store, self._reduce = store_of(model), reduce
-        if self._store.in_files or orderly:
+        if orderly or (self._store.blocks and not self._store.on_ranks):
             blocks = list(self._store.blocks.values())
         else:
             blocks = [] if leave is None else blocks_of(model)

@@ -1,11 +1,11 @@
 """A sharded model of which one block at a time is whole: it is gathered when it computes, and goes when another one does."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class ShardStore(BlockStore):
         for module, block in self.owner.items():
             if module is block:
                 self._forwards[block] = vars(block).get("forward")
-                vars(block)["forward"] = ComingAgain(self.load, block, block.forward)
+                vars(block)["forward"] = ComingAgain(self, block, block.forward)
             elif module._parameters:  # some are called, and their block is not
                 self._installed.append(module.register_forward_pre_hook(Before(self.load, block)))
         for module in self.root.modules():
@@ -148,6 +148,10 @@ class ShardStore(BlockStore):
         """Puts the shards back that there were at first."""
         for (part, name), own in self._before.items():
             part._parameters[name] = own
+
+    def on(self, device: torch.device, blocks: Sequence[nn.Module]) -> NoReturn:
+        """Refuses to compute elsewhere than shards are."""
+        raise ValueError(f"device={str(device)!r}: the model is sharded, and its blocks compute where shards are: leave it out")
 
     def load(self, module: nn.Module) -> nn.Module | None:
         """Gathers the block of a module, in the place of the one that was whole; see `BlockStore.load`."""

@@ -92,13 +92,16 @@ def overridden(owner: object, **attributes: object) -> Iterator[None]:
 
 @contextmanager
 def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Puts other values instead of modules' own parameters, given by module and by their name in it; the old ones come back."""
+    """Puts other values instead of modules' own parameters, given by module and by their name in it; the old ones come back.
+
+    Values that lie elsewhere come to where the parameters are.
+    """
     pairs = [(module.get_parameter(name), value) for module, own in new.items() for name, value in own.items()]
     old = [parameter.data for parameter, _ in pairs]
     with fresh_casts():
         try:
             for parameter, value in pairs:
-                parameter.data = value
+                parameter.data = value if parameter.is_meta else value.to(parameter.device)
             yield
         finally:
             with uninterrupted():

@@ -6,17 +6,18 @@ store knows: `store_of(model)` finds it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.engine.device import Copies, computed_on
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.state import replaced
-from billhook.engine.trees import tree_leaves
+from billhook.engine.state import overridden, replaced
+from billhook.engine.trees import tree_leaves, tree_map_only
 
 STORE = "_billhook_store"
 """The attribute of a module that holds the store of its blocks."""
@@ -35,6 +36,7 @@ class BlockStore(ABC):
     Attributes:
         blocks: The blocks that come and go, by name, in the order of the model's modules; none of a model in memory.
         owner: The block that each module within them is in.
+        device: Where blocks compute, with copies of what rests in memory or in files; None: where they are.
         rests: The folder in which what blocks hand on rests while runs go side by side; None for memory.
         in_files: Whether they come from files.
         on_ranks: Whether they are shards, which all ranks gather together.
@@ -49,13 +51,14 @@ class BlockStore(ABC):
         self.blocks: dict[str, nn.Module] = {}
         self.owner: dict[nn.Module, nn.Module] = {}
         self.names: dict[nn.Module, str] = {}
+        self.device: torch.device | None = None
         self.rests: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockStore":
         """Returns one without blocks: a copy of the model, as on meta, has neither files nor shards."""
         idle = object.__new__(type(self))
         memo[id(self)] = idle
-        idle.blocks, idle.owner, idle.names = {}, {}, {}
+        idle.blocks, idle.owner, idle.names, idle.device = {}, {}, {}, None
         return idle
 
     @property
@@ -71,6 +74,15 @@ class BlockStore(ABC):
     def block_of(self, parameter: str) -> nn.Module | None:
         """Returns the block that a parameter of the model is in; None if it is in none, or all are in memory."""
         return self.owner.get(self.model.get_submodule(parameter.rpartition(".")[0])) if self.owner else None
+
+    @abstractmethod
+    def on(self, device: torch.device, blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
+        """Has blocks compute on a device, within: one at a time is there, with the next one on its way.
+
+        Args:
+            device: The device; what blocks give goes back to where their inputs were.
+            blocks: Those of a model in memory, none within another, in the order in which they come.
+        """
 
     @abstractmethod
     def load(self, module: nn.Module) -> nn.Module | None:
@@ -179,19 +191,78 @@ class BlockStore(ABC):
 
 
 class MemoryStore(BlockStore):
-    """The store of a model that is in memory: all blocks are there, and what is staged stays there, too."""
+    """The store of a model that is in memory: all blocks are there, and what is staged stays there, too.
+
+    On another device blocks compute with copies, which come and go; the model's own parameters stay where they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.here: nn.Module | None = None
+        self._changed = False
+
+    @contextmanager
+    def on(self, device: torch.device, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Has blocks compute on a device, within; see `BlockStore.on`."""
+        with closing(Copies(device, blocks)) as self._copies, ExitStack() as stack:
+            self.device, self.names = device, {module: name for name, module in self.model.named_modules()}
+            self.blocks = {self.names[block]: block for block in blocks}
+            self.owner = {part: block for block in blocks for part in block.modules()}
+            stack.callback(self._off)
+            stack.enter_context(overridden(self.model, **{STORE: self}))
+            for block in blocks:
+                stack.enter_context(overridden(block, forward=ComingOnce(self, block, block.forward)))
+            yield
+
+    def _off(self) -> None:
+        self.release()
+        self.device, self.blocks, self.owner, self.names = None, {}, {}, {}
 
     def load(self, module: nn.Module) -> nn.Module | None:
-        """Returns None: all is there."""
-        del module
-        return None
+        """Has copies of the block of a module on the device; None where it stays with the others."""
+        block = self.owner.get(module)
+        if block is not None and block is not self.here:
+            self.release()
+            self._copies.enter(block)
+            self.here = block
+        return block
 
     def release(self) -> None:
-        """Does nothing: all stays."""
+        """Has no block on the device; values that have changed there go home."""
+        if self.here is not None:
+            if self._changed:
+                self._copies.keep()
+            self._copies.leave()
+            self.here, self._changed = None, False
 
     def change(self, block: nn.Module, note: object = None) -> None:
-        """Does nothing: what has changed stays."""
-        del block, note
+        """Has what has changed on the device go home with the block; elsewhere it stays where it is."""
+        del note
+        self._changed |= block is self.here
+
+    @contextmanager
+    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Has the model compute with other values of parameters within, of which blocks take copies when they come."""
+        self._renew()
+        try:
+            with super().computing_with(values):
+                yield
+        finally:
+            self._renew()
+
+    def _renew(self) -> None:
+        if self.device is not None:
+            self.release()
+            self._copies.forget()
+
+    def stage(
+        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
+    ) -> LazyTensors:
+        """Keeps new values of parameters in memory: those that were made on another device, where the model is."""
+        if self.device is not None:
+            home = next(self.model.parameters()).device
+            values = {name: value.to(home) for name, value in values.items()}
+        return super().stage(block, values, note, device)
 
     def altered(self, alter: Alter) -> AbstractContextManager[None]:
         """Does nothing: no block comes."""
@@ -221,17 +292,53 @@ def _opened(module: nn.Module) -> BlockStore | None:
 
 
 class Coming:
-    """A forward of a block that is in memory by then."""
+    """A forward of a block that is in memory by then, or on the device of its store."""
 
     keeps_shapes = True
 
-    def __init__(self, load: Callable[[nn.Module], object], block: nn.Module, forward: Callable[..., Any]) -> None:
-        self.load, self.block, self.forward = load, block, forward
+    def __init__(self, store: BlockStore, block: nn.Module, forward: Callable[..., Any]) -> None:
+        self.store, self.block, self.forward = store, block, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
         """Returns what the block makes of what it is given."""
-        self.load(self.block)
+        self.store.load(self.block)
+        if self.store.device is not None:
+            return computed_on(self.store.device, self.forward, args, kwargs)
         return self.forward(*args, **kwargs)
+
+
+class ComingOnce(Coming):
+    """A forward of a block that is there by then; nothing is kept of it for gradients, which are refused."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
+        """Returns what the block makes of what it is given."""
+        if not torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        with torch.no_grad():  # or what autograd keeps would hold all blocks
+            found = super().__call__(*args, **kwargs)
+        return tree_map_only(Tensor, _without_gradient, found)
+
+
+class _Refused(torch.autograd.Function):
+    """Gives what it is given, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(_: Any, output: Tensor, __: Tensor) -> Tensor:  # noqa: ANN401
+        """Returns a view of a tensor."""
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(*_: object) -> NoReturn:
+        """Refuses the gradient."""
+        raise ValueError("model: its blocks come one at a time, and gradients need all weights in memory: load it with bh.load")
+
+
+def _without_gradient(output: Tensor) -> Tensor:
+    """Returns what a block gives, so that a gradient that comes to it is refused."""
+    found: Tensor = output
+    if output.is_floating_point():
+        found = _Refused.apply(output, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return found
 
 
 class ComingAgain(Coming):
@@ -246,7 +353,7 @@ class ComingAgain(Coming):
         return output
 
     def _back(self, _: Tensor) -> None:
-        self.load(self.block)
+        self.store.load(self.block)
 
 
 class Before:

@@ -8,8 +8,10 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from billhook.arguments import annotated
 from billhook.assets import model_path
+from billhook.engine.device import check_device
 from billhook.engine.files import FileStore
 from billhook.engine.parts import Parts
+from billhook.engine.store import store_of
 from billhook.engine.tensors import Files
 from billhook.model.complete import check_shards
 from billhook.model.meta import check_checkpoint, model_class, read_config
@@ -17,7 +19,9 @@ from billhook.model.shapes.shaped import load_on_meta, readable
 from billhook.place import check_target
 
 
-def stream(folder: str | Path, out: str | Path | None = None, dtype: str = "auto") -> PreTrainedModel:
+def stream(
+    folder: str | Path, out: str | Path | None = None, dtype: str = "auto", device: str | torch.device | None = None
+) -> PreTrainedModel:
     """Loads a checkpoint of which one block at a time is in memory: it comes from the files when it computes, then goes.
 
     What is in no block, such as embeddings, stays. `prune` and `convert_kv_heads` write each block as soon as it has changed,
@@ -29,6 +33,8 @@ def stream(folder: str | Path, out: str | Path | None = None, dtype: str = "auto
         folder: A folder with safetensors files, a hub name, or `"tiny"`. Of a hub's, each file is fetched when it is needed.
         out: The folder that will be saved to; None for a model that does not change.
         dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
+        device: Where blocks compute, one at a time, such as `"cuda"`; what they give goes back to the CPU, on which the rest of
+            the model stays. By default all computes there.
 
     Returns:
         The model, in evaluation mode, whose blocks have parameters on the meta device while they are not there.
@@ -47,11 +53,14 @@ def stream(folder: str | Path, out: str | Path | None = None, dtype: str = "auto
     annotated(stream, locals())
     if out is not None:
         check_target(out)
+    place = check_device(device, "device")
     name = model_path(str(folder))
     check_checkpoint(name)
     parts = None if out is None else Parts(Path(out).resolve())
     with readable(name):
-        return load_streamed(model_class(read_config(name), name), name, dtype, parts)
+        model = load_streamed(model_class(read_config(name), name), name, dtype, parts)
+    store_of(model).device = None if place is None or place.type == "cpu" else place
+    return model
 
 
 def load_streamed(

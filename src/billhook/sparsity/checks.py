@@ -191,10 +191,8 @@ def check_sharded(criterion: Criterion, allocation: Allocation, reduce: Reduce |
         raise ValueError("reduce=None: the model is sharded, and each rank would prune by its own batches: say how ranks sum")
 
 
-def check_streamed(offload: object, reduce: Reduce | None) -> None:
+def check_streamed(reduce: Reduce | None) -> None:
     """Refuses arguments that do not suit a model that is streamed."""
-    if offload is not None:
-        raise ValueError(f"offload={str(offload)!r}: the model is streamed, and its blocks compute on the CPU: leave it out")
     if reduce is not None:
         raise ValueError("reduce: the model is streamed, and each rank would write the same folder: prune it on one")
 
@@ -210,16 +208,6 @@ def warn_of_others(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
     if found:
         what = ", ".join(f"{name} {shape}" for name, shape in found.items())
         warnings.warn(f"these hold several matrices each, but are no linear layers and stay as they are: {what}", stacklevel=3)
-
-
-def check_device(offload: str | torch.device | None, name: str = "offload") -> torch.device | None:
-    """Returns the device that an argument names."""
-    if offload is None:
-        return None
-    try:
-        return torch.empty(0, device=offload).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        raise ValueError(f"{name}={str(offload)!r} is no device here: {str(error).splitlines()[0]}") from None
 
 
 def check_folder(activations: str | None) -> str | None:

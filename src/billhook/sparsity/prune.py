@@ -10,6 +10,7 @@ from torch import nn
 from billhook.arguments import annotated
 from billhook.calibration.alone import tell_once
 from billhook.calibration.calibration import Batches
+from billhook.engine.device import check_device
 from billhook.engine.files import FileStore
 from billhook.engine.ranks import checked
 from billhook.engine.sharding import is_sharded, reshard
@@ -22,7 +23,6 @@ from billhook.sparsity.allocated import sparsities_of
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import (
     adapters_to_count,
-    check_device,
     check_folder,
     check_matching,
     check_pruning,
@@ -100,8 +100,9 @@ def prune(
             are, and `merge` keeps every zero.
         reduce: Sums a tensor over ranks, in place, where each rank has batches of its own.
         progress: Called with how many linears are done, and of how many.
-        offload: A device, such as `"cuda"`, to which the blocks of a model are moved one at a time and back; the outputs of a
-            block stay with the model. With `sequential="none"` they are moved again for each batch.
+        offload: A device, such as `"cuda"`, on which the blocks of a model in memory or in files compute, one at a time, with
+            copies of their parameters, the next block's on their way; the outputs of a block go back to where the model is. With
+            `sequential="none"` a model in memory is copied again for each batch.
         activations: A folder for the outputs of the model's modules, in files that are removed afterwards; by default memory.
             What else runs hold while they wait for each other, such as masks, stays in memory.
         permute: Whether channels are first put in the order in which groups of N:M lose least, as `permute_for` does.
@@ -141,7 +142,7 @@ def prune(
     if is_sharded(model):
         check_sharded(criterion, allocation, reduce, offload)
     if store_of(model).in_files:
-        check_streamed(offload, reduce)
+        check_streamed(reduce)
     runs = runs_for(model, batches, needing(criterion, allocation, match), reduce)
     if isinstance(stream := store_of(model), FileStore):
         check_called_once(stream, runs)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, runs_of, tell_apart
 from billhook.engine.files import FileStore
-from billhook.engine.offload import offloaded
+from billhook.engine.lazy import by_parameter
 from billhook.engine.passes import ActivationFiles, outputs_in_files
 from billhook.engine.sharding import gathered, is_sharded, unsharded
-from billhook.engine.state import replaced, undisturbed
+from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
 from billhook.model.linears import find_twins
@@ -92,7 +92,7 @@ class Walks:
         with ExitStack() as stack:
             stack.enter_context(undisturbed(self.model))
             if self.offload is not None:
-                stack.enter_context(offloaded([site.module for site in self.blocks()], self.offload))
+                stack.enter_context(store_of(self.model).on(self.offload, [site.module for site in self.blocks()]))
             if self.activations is not None:
                 files = stack.enter_context(closing(ActivationFiles(self.activations)))
                 whole = [] if sequential == "layer" else [site.module for site in self.blocks()]
@@ -123,14 +123,14 @@ class Walks:
     ) -> set[str]:
         first = {name: one for name, one in self.linears.items() if name in often or sequential == "none"}
         others = {name: one for name, one in self.linears.items() if name not in first}
-        new: dict[nn.Module, dict[str, Tensor]] = {}
+        new: dict[str, Tensor] = {}
         if first:
             site = Site(self.model, first, False if often else None, self.twins)
             Walk([site], visitor, self.reduce)(forwards)
-            new = {first[name]: own for name, own in visitor.parameters(site).items()}
+            new = by_parameter(visitor.parameters(site))
         if not others:
             return set()
-        with replaced(new):
+        with store_of(self.model).computing_with(new):
             sites = find_sites(self.model, others, sequential, gates=self.offload is not None)
             sites = with_ways_out(self.model, sites) if visitor.dense else sites
             walk = Walk(sites, visitor, self.reduce, visitor.dense, ends=1, compares=visitor)

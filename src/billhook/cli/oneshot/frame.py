@@ -1,6 +1,7 @@
 """The frame of one-shot commands: load, calibrate, measure, change, measure, record, save, print."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, cast
@@ -27,7 +28,6 @@ from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.engine.batches import Batch
 from billhook.engine.files import FileStore
-from billhook.engine.offload import offloaded
 from billhook.engine.store import store_of
 from billhook.engine.walk import find_sites
 from billhook.engine.zeros import zeros_by_name, zeros_of
@@ -69,9 +69,9 @@ class OneShot:
         if given.stream:
             check_streamed(given, streams, offload, calibrates or given.evaluate > 0)
         self.name, self.out, self.given = name, out, given
-        self.device = torch.device("cpu") if given.stream else device_of(given.device)
+        self.device = torch.device("cpu") if given.stream and given.device == "auto" else device_of(given.device)
         with files(f"opening {name}" if given.stream else f"loading {name}"):
-            self.model = stream(name, out, given.dtype) if given.stream else load(name, given.dtype)
+            self.model = stream(name, out, given.dtype, self.device) if given.stream else load(name, given.dtype)
         self._visiting: list[nn.Module] = []
         if offload:
             self._visiting = [site.module for site in find_sites(self.model, prunable(self.model), "block")]
@@ -226,12 +226,16 @@ class OneShot:
             "measured on": written_rows(self.calibration, self.given.evaluate, self.length) if measures else 0,
         }
 
+    def _offloaded(self) -> AbstractContextManager[None]:
+        """Has blocks of a model that stays in the CPU's memory compute on the device, one at a time, within."""
+        return store_of(self.model).on(self.device, self._visiting) if self._visiting else nullcontext()
+
     def measure(self) -> Before:
         """Measures the model before it is changed: accuracy, or what it predicts on texts; None for one that does neither."""
         _ = self.sizes
         if not self._measures:
             return None
-        with offloaded(self._visiting, self.device):
+        with self._offloaded():
             if self.metric == "perplexity":
                 with bar("reading text"):
                     written = not self.given.stream
@@ -246,7 +250,7 @@ class OneShot:
     def cost(self, before: Before) -> Cost:
         """Measures what the model has lost: on each text, or the accuracy that is left; None where nothing was measured."""
         if isinstance(before, Dense):
-            with offloaded(self._visiting, self.device), over(self.model, "measuring again", "examples") as progress:
+            with self._offloaded(), over(self.model, "measuring again", "examples") as progress:
                 return before.damage(self.model, progress)
         return None if before is None else cast(float, self.measure())
 

@@ -38,8 +38,6 @@ def check_streamed(given: Text, streams: bool, offload: bool, reads: bool) -> No
         raise ValueError("stream=True: this command needs gradients, or all weights at once: leave it out")
     if offload:
         raise ValueError("offload=True keeps the model in memory, and stream=True does not: ask for one")
-    if given.device not in ("auto", "cpu"):
-        raise ValueError(f"device={given.device!r}: a streamed model computes on the CPU: leave it out")
     sources = given.data if isinstance(given.data, list) else [given.data]
     if reads and (given.generated or any(source in (None, GENERATED) for source in sources)):
         raise ValueError(f"data={given.data!r}: a streamed model is read once for each token that it writes: name a file of text")

@@ -9,13 +9,14 @@ from torch import nn
 
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
+from billhook.engine.device import check_device
 from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce
 from billhook.model.convolutions import Convolutions
 from billhook.model.find import find_transformer
 from billhook.model.runs.answers import alike, logits_of, tolerance
 from billhook.model.values import check_changeable, check_plain
-from billhook.sparsity.checks import check_device, check_folder, check_pruning, needs_data
+from billhook.sparsity.checks import check_folder, check_pruning, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import parse_pattern
 from billhook.sparsity.orders.carry_out import put_back, put_in_order
@@ -60,7 +61,7 @@ def permute_for(
         skip: A glob pattern of linears that are not going to be pruned, or several.
         output_embeddings: Whether the output embedding (`lm_head`), or the head of a classifier, is going to be pruned too.
         convolutions: Which convolutions are going to be pruned.
-        offload: A device to which the blocks of a model are moved one at a time and back.
+        offload: A device on which the blocks of a model compute, one at a time, with copies of their parameters.
         activations: A folder for the outputs of the model's modules, in files that are removed afterwards; by default memory.
             What else runs hold while they wait for each other, such as masks, stays in memory.
 

@@ -75,7 +75,7 @@ class Copies:
             wait([coming[1]])
 
     def close(self) -> None:
-        """Ends: the device holds nothing of this any more."""
+        """Has nothing on the device any more."""
         self.leave()
         self.forget()
         if self._sender is not None:

@@ -136,8 +136,10 @@ def outputs_in_files(files: ActivationFiles | None, model: nn.Module, blocks: It
 def zeros(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", files: ActivationFiles | None = None
 ) -> Tensor:
-    """Returns zeros on a device, or in a file."""
-    return torch.zeros(shape, dtype=dtype, device=device) if files is None else files.zeros(*shape, dtype=dtype)
+    """Returns zeros on a device or, where that is the CPU, in a file."""
+    if files is None or torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return files.zeros(*shape, dtype=dtype)
 
 
 @contextmanager

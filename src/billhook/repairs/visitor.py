@@ -64,12 +64,8 @@ class RepairVisitor:
         self._ridges, self._parts, self._held_out, self._reduce = ridges, parts, held_out, reduce
         self._given, self._here = given or LazyTensors({}), dict[str, dict[str, Tensor]]()
         self._whole, self._old = dict[str, Matrix](), dict[str, Matrix]()  # others may stand in the linears meanwhile
-        weights = {name: linears[name].get_parameter("weight") for name in kept}
-        here = {name: kept[name].device if own.is_meta else own.device for name, own in weights.items()}
-        self._kept = {name: keep.to(here[name]) for name, keep in kept.items()}
-        # numbers, as an index by bools waits for the device
-        self._stays = {name: keep.nonzero().flatten().to(here[name]) for name, keep in kept.items()}
-        self._goes = {name: (~keep).nonzero().flatten().to(here[name]) for name, keep in kept.items()}
+        self._kept = dict(kept)
+        self._stays, self._goes = dict[str, Tensor](), dict[str, Tensor]()  # numbers, as an index by bools waits for the device
         self._tokens = dict[int, Tensor]()  # by the mask that says which count
         self._moments: dict[str, tuple[list[OwedMoments], InputNorms]] = {}
         self._pools: dict[str, list[Pool]] = {}
@@ -81,15 +77,21 @@ class RepairVisitor:
 
     def take(self, names: Collection[str]) -> None:
         """Takes the weights that linears have now, before any run comes to them, and the other parameters that are given."""
-        self._here |= {name: self._given.of_module(name) for name in names if name in self._given.modules}
         self._whole |= {name: matrix_of(self._linears[name]) for name in names}
+        for name in self._given.modules.keys() & names:
+            device = self._whole[name][0].device
+            self._here[name] = {part: value.to(device) for part, value in self._given.of_module(name).items()}
         self._old |= {name: self._start(name) for name in names}
+        for name in self._kept.keys() & names:
+            keep, device = self._kept[name], self._whole[name][0].device
+            self._kept[name] = keep.to(device)
+            self._stays[name], self._goes[name] = (where.nonzero().flatten().to(device) for where in (keep, ~keep))
 
     def know(self, name: str, new: dict[str, Tensor] | None) -> None:
         """Takes what an earlier process has made of a linear, instead of a refit; None if it was left without one."""
         self._known.add(name)
         if new is not None:
-            self._new[name] = new
+            self._new[name] = {part: value.to(self._whole[name][0].device) for part, value in new.items()}
             self._refitted.add(name)
 
     def drop(self, names: Iterable[str]) -> None:
@@ -235,7 +237,7 @@ class RepairVisitor:
                 if shift is not None:
                     lacks += shift[rows]
                 if run in short:
-                    lacks += short[run][..., rows]
+                    lacks += short[run][..., rows].to(lacks.device)
                 found[run][..., rows] = lacks
         return found
 

@@ -150,15 +150,13 @@ def uncalled(linears: Iterable[str], pruned: Collection[str]) -> tuple[str, ...]
     return found
 
 
-def check_matching(criterion: Criterion, sequential: Sequential, count_adapters: bool, offload: object = None) -> None:
+def check_matching(criterion: Criterion, sequential: Sequential, count_adapters: bool) -> None:
     """Refuses what does not go together with matching of blocks."""
     if criterion.compares == "global" or sequential == "none":
         what = "sequential='none'" if sequential == "none" else f"criterion={criterion}"
         raise ValueError(f"match: {what} prunes all blocks at once, and they are matched one after the other: ask for one")
     if count_adapters:
         raise ValueError("match changes kept weights, and count_adapters=True leaves them as they are: ask for one")
-    if offload is not None:
-        raise ValueError(f"offload={str(offload)!r}: match tunes blocks where the model is: move it there as a whole")
 
 
 def check_learning(

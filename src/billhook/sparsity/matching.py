@@ -163,15 +163,16 @@ class Tuning:
 
     def _error(self, passage: Passage) -> tuple[Tensor, Tensor]:
         """Returns the sum of the errors of tokens, and how many these are."""
-        args, kwargs = tree_map_only(Tensor, _wide, passage.given)
+        device = next(iter(self.tuned.values())).device
+        there = passage.given, passage.goal, passage.counts
+        (args, kwargs), goal, counts = tree_map_only(Tensor, lambda one: _wide(one.to(device)), there)
         args, kwargs = tuple(map(spare, args)), {name: spare(value) for name, value in kwargs.items()}
         with fresh_casts():  # Adam changes in place what the block may have cast, if its forward enters autocast
             given = stream_in(functional_call(self.block, self.tuned | self.others, args, kwargs))
         assert given is not None, "it has come out before"
-        goal = _wide(passage.goal)
         size = goal.square().sum(-1)
         errors = (given - goal).square().sum(-1) / torch.where(size > 0, size, 1)
-        errors = errors if passage.counts is None else errors[passage.counts]
+        errors = errors if counts is None else errors[counts]
         return errors.sum(), torch.tensor(float(errors.numel()), device=errors.device).clamp(min=1)
 
     def _state(self) -> dict[str, Tensor]:

@@ -137,7 +137,7 @@ def prune(
         check_permutable(model)
     linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
     if match is not None:
-        check_matching(criterion, sequential, count_adapters, offload)
+        check_matching(criterion, sequential, count_adapters)
     adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
     if is_sharded(model):
         check_sharded(criterion, allocation, reduce, offload)

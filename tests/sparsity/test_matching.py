@@ -273,7 +273,6 @@ def test_bad_settings_are_refused(make, message):
     [
         ({"match": 3}, r"match=3 must be a BlockMatching or None"),
         ({"match": FEW, "sequential": "none"}, r"match: sequential='none' prunes all blocks at once"),
-        ({"match": FEW, "offload": "cpu"}, r"offload='cpu': match tunes blocks where the model is"),
         ({"match": FEW, "count_adapters": True}, r"match changes kept weights, and count_adapters=True"),
         ({"match": FEW, "batches": [{"input_ids": tokens()}]}, r"batches: match holds some out, and needs two at least, got 1"),
         ({"match": FEW, "criterion": bh.Magnitude(compares="global")}, r"match: criterion=.* prunes all blocks at once"),

@@ -217,7 +217,7 @@ class FileStore(BlockStore):
         Blocks that an earlier process has done are as they were before the step until they are adopted.
         """
         back, self._passed = self.way_back(), set()
-        self.done = self.written.begin(f"{self._origin} {self._lost} {identity_of(self.model)} {key}")
+        self.done = self.written.begin(f"{self._origin} {self._lost} {identity_of(self.model)} {self.device} {key}")
         self.reused += len(self.done)
         try:
             yield

@@ -101,7 +101,8 @@ def evaluate(
         column: The column that holds the text; of images, by default "image".
         label_column: The column that holds the labels of images.
         dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
-        device: Where it is computed: "auto" takes an accelerator if there is one with float64, which Apple's lack.
+        device: Where it is computed: "auto" takes an accelerator if there is one with float64, which Apple's lack. Of a model
+            that stays in its files, blocks compute there, one at a time; with "auto" on the CPU.
         stream: Whether models stay in their files, and one block at a time is in memory, for perplexity on `text`.
         json: A file, ending in .json, for the figures, the likelihood of each choice, the settings and the versions.
 
@@ -119,9 +120,9 @@ def evaluate(
         settings, works = images.prepare(models, data or [], limit, batch_size, column, label_column)
         place = device_of(device)
     else:
-        if stream and (data or tasks or device not in ("auto", "cpu")):
-            raise ValueError("stream=True is for text alone, on the CPU: leave out data, tasks and device, or stream")
-        place = torch.device("cpu") if stream else device_of(device)
+        if stream and (data or tasks):
+            raise ValueError("stream=True is for text alone: leave out data and tasks, or stream")
+        place = torch.device("cpu") if stream and device == "auto" else device_of(device)
         settings, works = _prepare(models, data or [], text, _tasks(tasks or []), limit, length, examples, batch_size, column)
     results = [_result(name, work, place, dtype, stream) for name, work in zip(models, works, strict=True)]
     if of_images and len(models) > 1:
@@ -143,7 +144,7 @@ def _result(name: str, work: images.Work, place: torch.device, dtype: str, strea
     """Loads and measures a model; returns its figures, and what is recorded about it."""
     began = time.perf_counter()
     with files(f"loading {name}"):
-        model = open_streamed(name, dtype=dtype) if stream else load(name, dtype)
+        model = open_streamed(name, None, dtype, place) if stream else load(name, dtype)
     if not stream:
         model.to(place)  # type: ignore[arg-type]
     figures, about = work(model)

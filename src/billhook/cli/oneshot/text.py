@@ -43,7 +43,8 @@ class Text:
         evaluate: Examples of each text that are measured on: perplexity, or accuracy; 0 for none.
         seed: Which examples are drawn.
         dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
-        device: Where it is computed: "auto" takes an accelerator if there is one with float64, which Apple's lack.
+        device: Where it is computed: "auto" takes an accelerator if there is one with float64, which Apple's lack. Of a streamed
+            model, blocks compute there, one at a time; with "auto" on the CPU.
         stream: Whether the model stays in its files: blocks are read when they compute, one at a time, and written as soon as
             they have changed; stopped and called again, the command goes on where it was.
         memory: How much memory the process may take with `stream`, such as "8GiB", beside pages of files, which the system takes

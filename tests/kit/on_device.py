@@ -113,11 +113,8 @@ def measured(watched, most):
         found = perplexity(model, rows, 3)
     times = watched.sent.count(tuple(model.model.layers[0].mlp.gate_proj.weight.shape))
     came = 2 * len(model.model.layers) + 2 * Copies.sends_ahead(DEVICE)  # gate and up; the first block is on its way again
-    return (
-        ""
-        if math.isclose(found, expected, rel_tol=1e-6) and times == came
-        else f"{found} for {expected}, sent {times} times for {came}"
-    )
+    right = math.isclose(found, expected, rel_tol=1e-6) and times == came
+    return "" if right else f"{found} for {expected}, sent {times} times for {came}"
 
 
 def changed_in_files(work, source, out, device, stops):

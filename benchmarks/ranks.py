@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import billhook as bh
 from billhook.engine.batches import Batch
-from billhook.engine.ranks import Ranks
+from billhook.engine.comm import Comm
 from billhook.repairs import visitor
 from billhook.repairs.least_squares import refit_linear
 
@@ -56,8 +56,8 @@ class Clock:
 
 def clock_of(how):
     """Has a clock count all solving of a repair or a criterion, and returns it."""
-    exchange = Clock(Ranks.__call__)
-    Ranks.__call__ = lambda *given: exchange(*given)
+    exchange = Clock(Comm.sum_)
+    Comm.sum_ = lambda *given: exchange(*given)
     if isinstance(how, bh.Repair):
         visitor.refit_linear = Clock(refit_linear, exchange)
         return visitor.refit_linear
@@ -126,7 +126,7 @@ def one_of(rank, options, kind, folder, port):
         os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     else:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=options.ranks)
-    seconds = work(options, kind, rank, options.ranks, Ranks(rank, options.ranks, summed))
+    seconds = work(options, kind, rank, options.ranks, Comm(summed, rank, options.ranks))
     Path(folder, f"{rank}").write_text(str(seconds))
     dist.destroy_process_group()
 

@@ -64,7 +64,7 @@ def test_parts_add_up(kind):
     assert parts[0].tokens == whole.tokens == 30
 
 
-def test_tensors_are_what_a_sum_over_ranks_changes(kind):
+def test_tensors_are_what_a_comm_of_ranks_changes(kind):
     statistics = kind(4)
     statistics.add(torch.randn(5, 4))
     before = sums(statistics).clone()

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import billhook as bh
+from billhook.engine.comm import Comm
 from billhook.engine.shards import in_turn
 from billhook.engine.statistics import InputMoments
 from billhook.engine.store import store_of
@@ -107,7 +108,7 @@ def test_ranks_take_part_in_what_others_bring_until_all_have_ended(mesh):
 
     with in_turn(sharded):
         store = store_of(sharded)
-        with store.apart(add):
+        with store.apart(Comm(add, size=2)):
             store.load(first)
             assert size(first.mlp.up_proj.weight)
             assert not size(last.mlp.up_proj.weight)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from billhook.engine.comm import MESSAGE
 from kit.beside import LAYERS
 from kit.measured import MODULES, SEARCHED, shrunk, told
 from kit.ranks import run_script
-from kit.sent import GATHERS, MEETS, OTHERS, SCATTERS, SENT, SUMS, linears, model
+from kit.sent import BYTES, GATHERS, MEETS, OTHERS, SCATTERS, SENT, SUMS, linears, model
 
 pytestmark = pytest.mark.slow
 SCRIPT = "from kit.measured import fit_all\nfit_all()\n"
@@ -60,13 +61,16 @@ def test_ranks_send_what_the_manual_reckons(of_two, name):
     gathered, summed = sum(sum(sent.get(kind, [])) for kind in GATHERS), sum(sent.get(SUMS, []))
     most, reckoned = SENT[name].gathered(made, around, blocks) + 2 * passes * blocks, SENT[name].summed(made)
     assert 0.6 * most < gathered <= most
-    assert reckoned <= summed <= reckoned + 8 * (2 + 1) * len(meets)  # of tokens, and of who needs which block
+    bytewise, scores = sent.get(BYTES, []), 4 * SENT[name].scores
+    plain = 2 * sum(size for size in bytewise if size in (MESSAGE, 2 * MESSAGE))  # what ranks know, and what else goes with it
+    least = reckoned + scores
+    assert least <= summed + sum(bytewise) <= least + plain + 8 * (2 + 1) * len(meets)  # of tokens, and of who needs which block
     assert set(meets) == {2 * 1024}
     new = [4 * weight.numel() for linear, weight in linears(made) if linear.endswith(SENT[name].scattered)]
     scattered = sent.get(SCATTERS, [])
     assert set(scattered) == set(new)
     assert all(scattered.count(size) % new.count(size) == 0 for size in new)
-    assert sent.keys() <= {SUMS, MEETS, SCATTERS, *GATHERS, *OTHERS}
+    assert sent.keys() <= {SUMS, BYTES, MEETS, SCATTERS, *GATHERS, *OTHERS}
 
 
 def test_a_search_whose_ranks_have_other_settings_stops_before_they_measure_other_models(of_two):

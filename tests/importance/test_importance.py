@@ -16,6 +16,7 @@ from billhook.importance.score import run_of, score
 from billhook.units.find import find_units
 from billhook.units.units import UnitKind
 from kit.families import build, llama, tokens
+from kit.ranks import Ranks
 from kit.units import ATTENTIVE, SEQ2SEQ, hooks, small
 
 GATES = bh.GateGradient()
@@ -477,17 +478,16 @@ def test_ranks_add_up(importance):
     heads = find_units(model, "head")
     trials = [run_of(model, heads, batch) for batch in batches]
     whole = score(model, heads, importance, trials)
-    parts = []
+    copies = [copy.deepcopy(model) for _ in range(2)]
 
-    def keep(tensor):
-        parts.append(tensor.clone())
-        return tensor
+    def scored(rank, comm):
+        own = [run_of(copies[rank], heads, batch) for batch in (batches[1:] if rank else batches[:1])]
+        return score(copies[rank], heads, importance, own, reduce=comm)
 
-    score(model, heads, importance, trials[:1], reduce=keep)
-    found = score(model, heads, importance, trials[1:], reduce=lambda tensor: tensor.add_(parts[0]))
+    one, other = Ranks(2).run(scored)
     for name, expected in whole.items():
-        torch.testing.assert_close(found[name], expected)
-    assert len(parts) == importance.needs_data
+        torch.testing.assert_close(one[name], expected)
+        assert torch.equal(one[name], other[name])
 
 
 def test_adapters_and_half_precision():

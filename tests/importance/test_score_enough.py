@@ -1,5 +1,6 @@
 """Units are scored on as many batches as are enough, each of them once."""
 
+import copy
 from collections import Counter
 from itertools import count
 
@@ -12,6 +13,7 @@ from billhook.importance import score as scored
 from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring
 from kit.families import llama, tokens
+from kit.ranks import Ranks
 
 CHANNELS = {
     "taylor": bh.Taylor(),
@@ -91,19 +93,12 @@ def test_two_ranks_take_the_same_steps():
     given, model = batches(17), llama()
     units = bh.find_units(model, "channel")
 
-    def on(rank, others):
-        """Returns what a rank finds and sends, where the other sends this."""
-        sent, each = [], iter(others)
+    copies = [copy.deepcopy(model) for _ in range(2)]
 
-        def reduce(own):
-            sent.append(own.clone())
-            return own + next(each, torch.zeros_like(own))
+    def on(rank, comm):
+        return score_enough(Scoring(copies[rank], units, bh.OutputNorm(), comm=comm), given[rank::2], never_alike(), 1.0)
 
-        return *score_enough(Scoring(model, units, bh.OutputNorm(), reduce=reduce), given[rank::2], never_alike(), 1.0), sent
-
-    alone = [on(rank, [torch.tensor([17.0 - len(given[rank::2]), 1.0])])[2] for rank in (0, 1)]  # each sends the same in any case
-    (scores, settled, sent), (others, other, _) = on(0, alone[1]), on(1, alone[0])
-    assert all(torch.equal(now, then) for now, then in zip(sent, alone[0], strict=True))
+    (scores, settled), (others, other) = Ranks(2).run(on)
     assert settled == other
     assert (settled.batches, settled.of) == (17, 17)
     whole = bh.score(model, units, bh.OutputNorm(), given)

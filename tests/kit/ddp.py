@@ -244,6 +244,11 @@ def drifting(one):
     return replace(one, callback=lambda: [Drift(), one.callback()], told=lambda both: one.told(both[1]), strategy=lambda: "ddp")
 
 
+def scored_apart(make):
+    """Scores of which each rank has others, of which the first one's count."""
+    return Fit(FitOfTuples, lambda: make(RandomUnits(rank())), lambda one: [event["what"] for event in one.events])
+
+
 class Validated(FitOfTuples):
     """Logs what is not summed over ranks: on the second it becomes worse each time. Or fails there."""
 
@@ -304,17 +309,23 @@ DRIFTING = {
     "svd": drifting(with_own_batches(2, method="svd")),
     "turned": drifting(with_own_batches(3, method="aligned", over=2)),
     "structure": drifting(structured_pruning()),
+    "heads scored apart": scored_apart(lambda score: HeadPruning(0.5, 2, score, measure_batches=0)),
+    "structure scored apart": scored_apart(
+        lambda score: StructuredPruning(bh.Amount(channels=0.5), at=2, importance=score, measure_batches=0)
+    ),
 }
-"""Fits that end alike on ranks whose weights are rounded otherwise."""
+"""Fits that end alike on ranks whose weights are rounded otherwise, or that score otherwise."""
 
 
 DIFFER = {
     "WeightPruning: the weights that become zero": stop(lambda: [WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
     "KVHeadConversion: what heads become": stop(lambda: [Apart(), KVHeadConversion(2, at=1, **NONE)]),
     "KVHeadConversion: how heads are turned": stop(lambda: [Apart(), KVHeadConversion(2, 2, "aligned", over=1, **NONE)]),
-    "HeadPruning: the heads that are masked": stop(lambda: [HeadPruning(0.5, 1, RandomUnits(rank()), **NONE)]),
+    "HeadPruning: the heads that are masked": stop(
+        lambda: [HeadPruning(0.5 - rank() / 4, 1, RandomUnits(), remove="never", **NONE)]
+    ),
     "StructuredPruning: the plan of what is removed": stop(
-        lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, importance=RandomUnits(rank()), **NONE)]
+        lambda: [StructuredPruning(bh.Amount(channels=0.5 - rank() / 4), at=1, importance=RandomUnits(), **NONE)]
     ),
     "Shrink: its settings": stop(
         lambda: [bh.Shrink(params=0.8, at=1, importance=RandomUnits(rank()), generations=0, repair=None, calibration=6, **NONE)]

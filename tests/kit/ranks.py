@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from billhook.engine import ranks
+from billhook.engine.comm import Comm
 from kit.families import llama
 from kit.fits import data, trainer
 
@@ -38,7 +38,7 @@ class Ranks:
             self.barrier.wait()
             return tensor.copy_(total)
 
-        return ranks.Ranks(rank, len(self.given), sums)
+        return Comm(sums, rank, len(self.given))
 
     def run(self, function):
         results, errors = {}, {}

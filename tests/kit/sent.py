@@ -22,6 +22,8 @@ READ = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), (
 """Linears of a block that read the same."""
 SUMS, GATHERS, MEETS = "c10d.allreduce_", ("_c10d_functional.all_gather_into_tensor", "c10d._allgather_base_"), "c10d.allgather_"
 SCATTERS = "c10d.scatter_"
+BYTES = "c10d.allreduce_ of bytes"
+"""Of plain data, which goes to all, and of masks."""
 OTHERS = {"c10d.barrier", "c10d.broadcast_", "_c10d_functional.all_reduce", "_c10d_functional._wrap_tensor_autograd"}
 """Without data, or of some numbers."""
 N = 2
@@ -45,7 +47,8 @@ class Sent(TorchDispatchMode):
         if "c10d" in kind and name != "wait_tensor":
             moved = given if "gather" in name else args[1] if name == "scatter_" else args
             sent = [one for one in tree_leaves(moved) if isinstance(one, torch.Tensor)]
-            self.bytes[f"{kind}.{name}"].append(sum(one.numel() * one.element_size() for one in sent))
+            key = BYTES if name == "allreduce_" and sent[0].dtype == torch.uint8 else f"{kind}.{name}"
+            self.bytes[key].append(sum(one.numel() * one.element_size() for one in sent))
         return given
 
 
@@ -86,6 +89,7 @@ class Event:
     """What happens, and bytes of what is summed and at most gathered: by the model, and what is in no block and in blocks.
 
     Attributes:
+        scores: How many the first rank sends.
         scattered: Names of the linears whose new weights the first rank sends, each as often as others of its size.
     """
 
@@ -93,6 +97,7 @@ class Event:
     summed: Callable[[Any], int]
     gathered: Callable[[Any, int, int], int]
     scattered: tuple[str, ...] = ()
+    scores: int = 0
 
 
 def carried_out(model, around, blocks, *names):
@@ -128,21 +133,27 @@ SENT = {
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=None, **FEW),
         lambda _: 16 * 2 * 160,
         lambda model, a, b: a + (1 + N) * b + carried_out(model, a, b, FORWARD),
+        scores=2 * 160,
     ),
     "channels, by gradients": Event(
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), importance=bh.Taylor(), repair=None, **FEW),
         lambda _: 16 * 2 * 160,
         lambda model, a, b: a + 2 * N * b + carried_out(model, a, b, FORWARD),
+        scores=2 * 160,
     ),
     "heads": Event(
         lambda: bh.HeadPruning(0.5, **FEW),
         lambda _: 16 * 2 * 8,
         lambda model, a, b: a + 2 * N * b + carried_out(model, a, b, ATTENTION),
+        scores=2 * 8,
     ),
     "heads, masked": Event(
-        lambda: bh.HeadPruning(0.5, remove="never", **FEW), lambda _: 16 * 2 * 8, lambda _, a, b: a + 2 * N * b
+        lambda: bh.HeadPruning(0.5, remove="never", **FEW),
+        lambda _: 16 * 2 * 8,
+        lambda _, a, b: a + 2 * N * b,
+        scores=2 * 8,
     ),
-    "blocks": Event(lambda: bh.DepthPruning(1, **FEW), lambda _: 16 * 2, lambda _, a, b: a + (13 + N) * b),
+    "blocks": Event(lambda: bh.DepthPruning(1, **FEW), lambda _: 16 * 2, lambda _, a, b: a + (13 + N) * b, scores=2),
     "KV heads": Event(
         lambda: bh.KVHeadConversion(2, at=1, measure_batches=0), lambda _: 0, lambda model, a, b: a + b + 2 * weights(model, *KV)
     ),

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import billhook as bh
 from billhook.engine.batches import Run
+from billhook.engine.comm import ALONE
 from billhook.kv_heads.bases.distance import distance_between
 from billhook.kv_heads.bases.freedom import Freedoms
 from billhook.kv_heads.bases.ready import Attentions, best_method
@@ -29,8 +30,8 @@ from kit.ranks import Ranks
 METHODS = [Mean(), Aligned(), SVD(), Aligned("similar"), SVD("similar")]
 
 
-def attentions_of(model, groups, reduce=None):
-    return Attentions(model, dict.fromkeys(find_projections(model, trace(model)), groups), reduce)
+def attentions_of(model, groups, comm=ALONE):
+    return Attentions(model, dict.fromkeys(find_projections(model, trace(model)), groups), comm)
 
 
 def trials_of(model, parts):

@@ -8,6 +8,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 import billhook as bh
+from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.shards import ShardStore, in_turn
 from billhook.engine.walk import blocks_of
@@ -42,7 +43,7 @@ def test_heads_are_made_ready_as_in_memory(mesh, family, method, repair, monkeyp
     expected, how = ready_weights(plain, *asked)
     monkeypatch.setattr(ShardStore, "all_here", None)
     with in_turn(sharded):
-        found, how_found = ready_weights(sharded, *asked, reduce=lambda tensor: tensor)
+        found, how_found = ready_weights(sharded, *asked, comm=Comm(lambda tensor: tensor))
         assert changed(sharded, found) == changed(plain, expected)
     assert how_found == how
     assert found.keys() == expected.keys()
@@ -61,7 +62,7 @@ def test_moments_of_an_attention_go_with_its_block(mesh, monkeypatch):
 
     monkeypatch.setattr(Sums, "__init__", begun)
     with in_turn(sharded):
-        ready_weights(sharded, groups, bh.SVD(), batches, reduce=lambda tensor: tensor)
+        ready_weights(sharded, groups, bh.SVD(), batches, comm=Comm(lambda tensor: tensor))
     assert most == [1] * len(groups)
 
 
@@ -70,7 +71,7 @@ def test_heads_are_turned_as_in_memory(mesh):
     asked = groups, bh.Aligned(), batches
     expected = turned_weights(plain, *asked)
     with in_turn(sharded):
-        found = turned_weights(sharded, *asked, reduce=lambda tensor: tensor)
+        found = turned_weights(sharded, *asked, comm=Comm(lambda tensor: tensor))
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, msg=name)

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.engine.batches import Run
+from billhook.engine.comm import ALONE
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.repairs.least_squares import choose_ridge, refit_linear, solve_ridge
 from billhook.repairs.moments import OwedMoments
@@ -22,10 +23,10 @@ from kit.losses import BUILD, embedded_text
 from kit.ranks import Ranks
 
 
-def refit(model, masks, runs, repair=None, reduce=None, given=None, **more):
+def refit(model, masks, runs, repair=None, comm=ALONE, given=None, **more):
     """The new weight and bias of each linear; other parameters are given by linear and by their names in it."""
     others = None if given is None else LazyTensors.of(by_parameter(given))
-    found = repair_linears(model, masks, runs, repair, reduce, others, **more)
+    found = repair_linears(model, masks, runs, repair, comm, others, **more)
     return {name: (found.of_module(name)["weight"], found.of_module(name).get("bias")) for name in found.modules}
 
 
@@ -610,33 +611,15 @@ def test_ranks_together_come_to_what_one_comes_to_alone(number, ranks, split, so
             torch.testing.assert_close(own, other[name], rtol=1e-7, atol=1e-9)
 
 
-def test_ranks_that_only_sum_choose_among_their_own_batches():
-    model, masks, batches = case("gpt2", number=4)
-    alone = refit(model, masks, trials(model, batches), Repair(held_out=0.5))
-    assert Repair(held_out=0.5).chooses(4) == {1, 3}
-    assert Repair(held_out=0.5).chooses(2) == {1}
-    copies = [copy.deepcopy(model) for _ in range(2)]
+def test_ranks_hold_out_sources_only_where_there_are_several_on_any():
+    def parts(sources, rank, comm):
+        return Repair(held_out=0.5).parts(sources[rank], comm)
 
-    def one(number, rank, reduce):
-        runs = trials(copies[rank], batches[2 * rank : 2 * rank + number])
-        return refit(copies[rank], masks, runs, Repair(held_out=0.5), reduce.add)
-
-    for found in Ranks(2).run(partial(one, 2)):
-        for name, own in alone.items():
-            torch.testing.assert_close(own, found[name], rtol=1e-7, atol=1e-9)
-    with pytest.raises(ValueError, match="needs two on a rank at least.* got 2 in all"):
-        Ranks(2).run(partial(one, 1))
-
-
-def test_ranks_that_only_sum_know_that_their_sources_differ_by_little():
-    """Hashes of these sources' hashes are 3542871551 and 3542871552, whose squares are the same number in float64's 53 bits."""
-    sources = [["news-157", "news-83"], ["news-243", "news-120"]]
-
-    def parts(own, rank, reduce):
-        return Repair(held_out=0.5).parts(own[rank], reduce.add, torch.device("cpu"))
-
-    assert Ranks(2).run(partial(parts, sources)) == [([0, 1], [1])] * 2  # each holds out a run
-    assert Ranks(2).run(partial(parts, sources[:1] * 2)) == [([1, 0], [0, 1])] * 2  # each source in turn
+    assert Ranks(2).run(partial(parts, [["a", "a"], ["a"]])) == [([1, 1], [1]), ([0], [1])]
+    assert Ranks(2).run(partial(parts, [["a", "a"], []])) == [([0, 1], [1]), ([], [1])]
+    assert Ranks(2).run(partial(parts, [["a", "a"], ["b"]])) == [([1, 1], [0, 1]), ([0], [0, 1])]
+    with pytest.raises(ValueError, match="needs two at least.* got 1 in all"):
+        Ranks(2).run(partial(parts, [["a"], []]))
 
 
 def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():

@@ -102,15 +102,6 @@ def test_ranks_have_rows_of_their_own_when_there_are_many(monkeypatch):
         torch.testing.assert_close(own[0], alone[0])
 
 
-def test_ranks_that_only_sum_try_all(tried):
-    parts, weight = parts_of(2), torch.randn(6, 12)
-    alone = refit_linear(weight, None, [([parts[0]], parts[1])], parts, RIDGES)
-    tried.clear()
-    sums = torch.Tensor.clone  # which would be one of the ranks' own, were anything summed
-    assert torch.equal(refit_linear(weight, None, [([parts[0]], parts[1])], parts, RIDGES, sums)[0], alone[0])
-    assert set(tried.values()) == {len(RIDGES)}
-
-
 def test_a_ridge_without_a_solution_has_none_on_any_rank():
     parts, weight = parts_of(2), torch.randn(6, 12)
     for part in parts:  # which rounding has made indefinite

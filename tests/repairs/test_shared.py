@@ -8,6 +8,7 @@ from torch.distributed.fsdp import fully_shard
 
 import billhook as bh
 from billhook.engine.batches import Run
+from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.shards import ShardStore, in_turn
 from billhook.engine.walk import blocks_of
@@ -65,7 +66,7 @@ def test_other_parameters_that_are_given(mesh):
     asked, others = (bh.plan_units(plain, {0: [0, 1]}), batches(plain)), LazyTensors.of(values)
     expected = repair_with(plain, *asked, given=others)
     with in_turn(sharded):
-        found = repair_with(sharded, *asked, reduce=lambda tensor: tensor, given=others)
+        found = repair_with(sharded, *asked, comm=Comm(lambda tensor: tensor), given=others)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=name)
 

@@ -63,7 +63,7 @@ def test_ranks_read_a_share_each_and_all_know_all():
     alone = Dense(dense, batches).damage(changed)
 
     def of(rank, reduce):
-        return Dense(copy.deepcopy(dense), batches, (), rank, 2, reduce).damage(copy.deepcopy(changed))
+        return Dense(copy.deepcopy(dense), batches, (), reduce).damage(copy.deepcopy(changed))
 
     for one in group.run(of):
         assert repr(one) == repr(alone)

@@ -20,7 +20,7 @@ from billhook.fit.events.event import Event, EventCallback, FollowsEvents
 from billhook.fit.late_models import drop_waiting, once_model_exists
 from billhook.fit.lightning_internals import averages, is_search
 from billhook.fit.loggers import log_figures
-from billhook.fit.ranks import check_agreed, sum_over, together
+from billhook.fit.ranks import check_agreed, comm_of, together
 from billhook.fit.run import callbacks_of
 from billhook.fit.strategies import check_strategy
 from billhook.model.find import find_transformer
@@ -95,8 +95,7 @@ class Damage(FollowsEvents):
         with together(trainer, "Damage"), _aside(trainer, pl_module, model):
             read = texts(self.texts, model, self.rows, self.also, tokenizer_in(trainer))
             check_agreed(trainer, "Damage", "the rows of text", [one["input_ids"] for one in read])
-            share = trainer.global_rank, trainer.world_size, sum_over(trainer)
-            self._dense = Dense(model, read, list(self.texts.named), *share)
+            self._dense = Dense(model, read, list(self.texts.named), comm_of(trainer))
 
     def after(self, trainer: pl.Trainer, event: Event) -> None:
         """Measures the model after an event; of several at once, after the last."""

@@ -11,7 +11,7 @@ from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.events.event import Event, note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
-from billhook.fit.ranks import check_agreed, sum_over
+from billhook.fit.ranks import check_agreed, comm_of
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import run_of
@@ -132,7 +132,7 @@ class DepthPruning(ShapeCallback):
         stacks = find_units(model, "block")
         with self.calibration.aside(pl_module), trainer.precision_plugin.forward_context():
             runs = [run_of(model, stacks, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
-            enough, reduce = self.calibration.enough, sum_over(trainer)
-            made = plan_amount(model, self.amount, self.importance, runs, enough, greedy=self.greedy, reduce=reduce)
+            enough, comm = self.calibration.enough, comm_of(trainer)
+            made = plan_amount(model, self.amount, self.importance, runs, enough, greedy=self.greedy, comm=comm)
         assert isinstance(made, BlockPlan)
         return made

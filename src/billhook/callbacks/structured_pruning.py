@@ -15,7 +15,7 @@ from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.events.event import Event, fewer, log_event, note_not_refitted, note_settled
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
-from billhook.fit.ranks import check_agreed, check_near, sum_over, together
+from billhook.fit.ranks import check_agreed, check_near, comm_of, together
 from billhook.importance.base import Importance
 from billhook.importance.default import default_importance
 from billhook.importance.score import run_of
@@ -143,13 +143,13 @@ class StructuredPruning(ShapeCallback):
         if amount is None:  # by the numbers of units alone, which are the same on all ranks
             return None, None, "", ""
         with self.calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
-            reduce = sum_over(trainer, self.calibration.shared)
+            comm = comm_of(trainer, self.calibration.shared)
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [run_of(model, units, *pair) for pair in pairs]
             importance = self.importance or default_importance(units)
-            made = plan_amount(model, amount, importance, runs, self.calibration.enough, reduce=reduce, first=self._first.counts)
+            made = plan_amount(model, amount, importance, runs, self.calibration.enough, comm=comm, first=self._first.counts)
             assert isinstance(made, UnitPlan)
-            weights, why = repair_as_asked(model, made, runs, self.repair if self.needs_data else None, reduce)
+            weights, why = repair_as_asked(model, made, runs, self.repair if self.needs_data else None, comm)
             check_agreed(trainer, "StructuredPruning", "the plan of what is removed", made.to_json)
             if not store_of(model).on_ranks:  # else those of the first rank are shared out
                 check_near(trainer, "StructuredPruning", "what is refitted", weights or {})

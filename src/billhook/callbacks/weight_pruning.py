@@ -25,7 +25,7 @@ from billhook.fit.events.event import Event, EventCallback, FollowsShapes, log_e
 from billhook.fit.events.rounds import At, check_at, rounds_of, step_of
 from billhook.fit.events.shape_event import ShapeCallback, refuse_shape_changes
 from billhook.fit.lightning_internals import averages
-from billhook.fit.ranks import check_agreed, sum_over, together
+from billhook.fit.ranks import check_agreed, comm_of, together
 from billhook.fit.run import is_trial
 from billhook.fit.strategies import check_learned, check_masks
 from billhook.fit.training_step import runs_as_in_training
@@ -307,7 +307,7 @@ class WeightPruning(EventCallback, FollowsShapes):
             return prune(
                 model, self.criterion, runs, sparsity, self.pattern, allocation=self.allocation, skip=self.skip,
                 output_embeddings=self.output_embeddings, convolutions=self.convolutions, sequential=self.sequential,
-                match=self.match, count_adapters=self.count_adapters, reduce=sum_over(trainer), dry_run=True,
+                match=self.match, count_adapters=self.count_adapters, reduce=comm_of(trainer), dry_run=True,
             )  # fmt: skip
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> dict[str, Chosen]:
@@ -316,7 +316,7 @@ class WeightPruning(EventCallback, FollowsShapes):
             return choose(
                 model, self.criterion, runs, sparsity, self.pattern, allocation=self.allocation, skip=self.skip,
                 output_embeddings=self.output_embeddings, convolutions=self.convolutions, sequential=self.sequential,
-                reduce=sum_over(trainer),
+                reduce=comm_of(trainer),
             )  # fmt: skip
 
     @contextmanager

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.store import BlockStore, store_of
 from billhook.engine.trees import tree_map_only
-from billhook.engine.walk import Reduce, Site, Walk, blocks_of
+from billhook.engine.walk import Site, Walk, blocks_of
 
 SMALL = 2**16
 """Bytes of a tensor that is not worth a file."""
@@ -156,7 +157,7 @@ class Together:
         model: The model.
         leave: Called with each block when all runs have passed it, on any rank; with it, all models run side by side.
         orderly: Whether blocks that ranks share are called one after the other: then all ranks, too, go side by side.
-        reduce: Sums over ranks.
+        comm: The ranks.
     """
 
     def __init__(
@@ -164,9 +165,9 @@ class Together:
         model: nn.Module,
         leave: Callable[[nn.Module], None] | None = None,
         orderly: bool = False,
-        reduce: Reduce | None = None,
+        comm: Comm = ALONE,
     ) -> None:
-        self._store, self._reduce = store_of(model), reduce
+        self._store, self._comm = store_of(model), comm
         if orderly or (self._store.blocks and not self._store.on_ranks):
             blocks = list(self._store.blocks.values())
         else:
@@ -189,7 +190,7 @@ class Together:
             return
         with resting(self._store):
             ends = len(forwards)
-            self._walk = Walk(self._sites, Nothing(), self._reduce, around=self._there, ends=ends, leave=self._leave)
+            self._walk = Walk(self._sites, Nothing(), self._comm, around=self._there, ends=ends, leave=self._leave)
             self._walk(forwards)
 
     @contextmanager

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from billhook.engine.comm import Comm
 from billhook.engine.fsdp import put_on, take_off
 from billhook.engine.lazy import LazyTensors, Read
 from billhook.engine.sharding import (
@@ -30,7 +31,7 @@ from billhook.engine.sharding import (
     without_memory,
 )
 from billhook.engine.state import replaced
-from billhook.engine.store import STORE, Add, Alter, Before, BlockStore, ComingAgain
+from billhook.engine.store import STORE, Alter, Before, BlockStore, ComingAgain
 from billhook.engine.walk import blocks_of
 
 
@@ -73,7 +74,7 @@ class ShardStore(BlockStore):
         self._changed = self.everything = False
         self._alterations = defaultdict[nn.Module, list[Alter]](list)
         self._reads: Mapping[nn.Parameter, Read] = {}
-        self._add: Add | None = None
+        self._apart: Comm | None = None
         self._installed, self._forwards = list[RemovableHandle](), dict[nn.Module, Any]()
         inside = {own for block in self.owner.values() for own in block.parameters()}
         for new, own in self.shards.items():
@@ -98,7 +99,7 @@ class ShardStore(BlockStore):
     @property
     def alike(self) -> bool:
         """Tells whether all ranks bring the same blocks in the same order, which they need not within `apart`."""
-        return self._add is None
+        return self._apart is None
 
     def begin(self) -> dict[nn.Parameter, nn.Parameter]:
         """Puts whole parameters instead of shards, and has blocks come when they are called; returns them by the shards."""
@@ -158,7 +159,7 @@ class ShardStore(BlockStore):
         block = self.owner.get(module)
         if block is not None and block not in self._here:
             self.release()
-            if self._add is None:
+            if self._apart is None:
                 self._gather(block)
             else:
                 self._round(block)
@@ -262,30 +263,26 @@ class ShardStore(BlockStore):
             self.everything = False
 
     @contextmanager
-    def apart(self, add: Add | None) -> Iterator[None]:
-        """Lets each rank bring what it needs, within, however often: all take part in what one gathers, until all have ended.
-
-        Args:
-            add: Sums a tensor over ranks, in place; None where there is one.
-        """
-        if add is None or self.everything:
+    def apart(self, comm: Comm) -> Iterator[None]:
+        """Lets each rank bring what it needs, within, however often: all take part in what one gathers, until all have ended."""
+        if self.everything or comm.size == 1:
             yield
             return
         self.release()
-        self._add = add
+        self._apart = comm
         try:
             yield
             self.release()
             while self._round(None):
                 pass
         finally:
-            self._add = None
+            self._apart = None
 
     def _round(self, block: nn.Module | None) -> bool:
         """Gathers what ranks ask for, and keeps what this one does; tells whether there still was a rank that had not ended."""
-        assert self._add is not None
+        assert self._apart is not None
         asked = torch.tensor([*(one is block for one in self.blocks.values()), block is not None], dtype=torch.int64)
-        *counts, going = self._add(asked).tolist()
+        *counts, going = self._apart(asked).tolist()
         for one, count in zip(self.blocks.values(), counts, strict=True):
             if count:
                 self._gather(one, keep=one is block)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.engine.comm import Comm
 from billhook.engine.device import Copies, computed_on
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.state import overridden, replaced
@@ -23,8 +24,6 @@ STORE = "_billhook_store"
 """The attribute of a module that holds the store of its blocks."""
 Alter = Callable[[nn.Module], Iterable[nn.Parameter]]
 """Gives parameters of a block other values, and returns these."""
-Add = Callable[[Tensor], Tensor]
-"""Sums a tensor over ranks, in place."""
 
 
 class BlockStore(ABC):
@@ -136,13 +135,9 @@ class BlockStore(ABC):
             back()
             raise
 
-    def apart(self, add: Add | None) -> AbstractContextManager[None]:
-        """Lets ranks that share blocks load what each needs, within, however often.
-
-        Args:
-            add: Sums a tensor over ranks, in place; None where there is one.
-        """
-        del add
+    def apart(self, comm: Comm) -> AbstractContextManager[None]:
+        """Lets ranks that share blocks load what each needs, within, however often."""
+        del comm
         return nullcontext()
 
     def all_here(self) -> AbstractContextManager[None]:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
+from billhook.engine.comm import Comm
+from billhook.engine.comm import Reduce as Reduce  # for `sparsity`, until it takes a `Comm`
 from billhook.engine.state import Ambient, overridden, replaced
 
 Sequential = Literal["block", "layer", "none"]
@@ -93,9 +95,6 @@ def with_ways_out(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments and the keywords of a call."""
 
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks, in place."""
-
 
 class Visitor(Protocol):
     """The work that is done at sites."""
@@ -134,7 +133,7 @@ class Walk:
     Args:
         sites: Where they rest.
         visitor: What is done there.
-        reduce: Sums over ranks, where each rank has runs of its own: all then complete the same sites in the same order, also
+        comm: The ranks, each of which has runs of its own: all complete the same sites in the same order, also
             those that no run of their own comes to.
         untouched: The numbers of runs that keep the old parameters to the end, for comparison.
         around: What a site's module needs while runs are in it; by default nothing.
@@ -147,14 +146,14 @@ class Walk:
         self,
         sites: Sequence[Site],
         visitor: Visitor,
-        reduce: Reduce | None = None,
+        comm: Reduce | None = None,
         untouched: Collection[int] = (),
         around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
         ends: int = 0,
         leave: Callable[[Site], None] | None = None,
         compares: Comparing | None = None,
     ) -> None:
-        self.sites, self.visitor, self.reduce = list(sites), visitor, reduce
+        self.sites, self.visitor, self.comm = list(sites), visitor, Comm.of(comm)
         self.untouched, self.around, self.ends, self.leave = untouched, around, ends, leave
         self.compares = compares
         self.complete: set[Site] = set()
@@ -214,10 +213,7 @@ class Walk:
 
     def _on_any_rank(self, sites: Collection[Site | None]) -> list[Site]:
         """Returns those of all sites that some rank names."""
-        if self.reduce is None:
-            return [site for site in self.sites if site in sites]
-        device = next(self.sites[0].module.parameters()).device
-        flags = self.reduce(torch.tensor([float(site in sites) for site in self.sites], device=device))
+        flags = self.comm(torch.tensor([float(site in sites) for site in self.sites], device=self.comm.device))
         return [site for site, flag in zip(self.sites, flags.tolist(), strict=True) if flag]
 
     def _resume(self, number: int, run: greenlet) -> Site | None:

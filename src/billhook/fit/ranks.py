@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
-from billhook.engine.ranks import Ranks
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.trees import tree_map_only
 from billhook.linalg import widest_float
 
@@ -45,10 +45,11 @@ def summed(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
     return tensor.copy_(trainer.strategy.reduce(on_device, reduce_op="sum"))
 
 
-def sum_over(trainer: pl.Trainer, shared: bool = False) -> Ranks | None:
-    """Returns the ranks, which sum and divide work, and may share each batch; None where there is one."""
-    count = trainer.world_size
-    return None if count == 1 else Ranks(trainer.global_rank, count, partial(summed, trainer), shared)
+def comm_of(trainer: pl.Trainer, shared: bool = False) -> Comm:
+    """Returns the ranks of a fit, which may share each batch."""
+    if trainer.world_size == 1:
+        return ALONE
+    return Comm(partial(summed, trainer), trainer.global_rank, trainer.world_size, shared)
 
 
 def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None:  # noqa: ANN401

@@ -78,6 +78,5 @@ def _joined(scoring: Scoring, one: _Seen, other: _Seen) -> _Seen:
 
 def _total(scoring: Scoring, numbers: list[int]) -> list[int]:
     """Sums numbers over ranks."""
-    if scoring.reduce is None:
-        return numbers
-    return [round(number) for number in scoring.reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()]
+    total: list[int] = scoring.comm(torch.tensor(numbers, device=scoring.comm.device)).tolist()
+    return total

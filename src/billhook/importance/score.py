@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Loss, Run, run_with_loss
-from billhook.engine.ranks import checked
+from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.state import resting
 from billhook.engine.store import store_of
-from billhook.engine.walk import Reduce
 from billhook.importance.base import Importance, Sums
 from billhook.importance.gradients import recomputing
 from billhook.model.find import find_transformer
@@ -33,7 +32,7 @@ class Scoring:
     loss: Loss | None = None
     normalize: bool = False
     per: Per = "head"
-    reduce: Reduce | None = None
+    comm: Comm = ALONE
 
     def __post_init__(self) -> None:
         numbered(self.units, {}, self.per)
@@ -46,19 +45,21 @@ class Scoring:
     def sums(self, batches: Iterable[Any]) -> Sums:
         """Sums over batches; of an importance that needs none, over nothing."""
         given = batches if self.importance.needs_data else ()
-        turns = store_of(self.model).apart(self.reduce) if self.importance.in_turn else store_of(self.model).all_here()
+        turns = store_of(self.model).apart(self.comm) if self.importance.in_turn else store_of(self.model).all_here()
         with resting(self.model), turns, recomputing(self.model) if self.importance.needs_gradients else nullcontext():
             runs = [run_of(self.model, self.units, batch, self.loss) for batch in given]
             return self.importance.sums(self.model, self.units, self.per, runs)
 
     def scores(self, sums: Sums) -> dict[str, Tensor]:
-        """Returns the scores of each place, of the sums of all ranks."""
+        """Returns the scores of each place, of the sums of all ranks, as the first rank computes them: all choose by the same."""
+        totals, counts = ({name: own.clone() for name, own in part.items()} for part in (sums.totals, sums.counts))
         if self.importance.needs_data:
-            sums = sums if self.reduce is None else _reduced(sums, self.reduce)
-            if not any(count.any() for count in sums.counts.values()):
+            self.comm.sum_(*totals.values(), *counts.values())
+            if not any(count.any() for count in counts.values()):
                 name = type(self.importance).__name__
                 raise ValueError(f"batches: {name} needs at least one batch, with tokens that count")
-        return {name: self._of(name, total, sums.counts[name]) for name, total in sums.totals.items()}
+        scores = {name: self._of(name, total, counts[name]) for name, total in totals.items()}
+        return self.comm.decide(lambda: scores)
 
     def _of(self, place: str, total: Tensor, count: Tensor) -> Tensor:
         scores = self.importance.of_mean(total / count.clamp(min=1))
@@ -118,7 +119,7 @@ def score(
     """
     annotated(score, locals())
     subject = find_transformer(model)
-    scoring = Scoring(subject, units, importance, loss, normalize, per, checked(reduce))
+    scoring = Scoring(subject, units, importance, loss, normalize, per, Comm.of(reduce, next(subject.parameters()).device))
     return scoring.scores(scoring.sums(batches_of(batches, subject) if importance.needs_data else ()))
 
 
@@ -128,10 +129,3 @@ def run_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss 
         return batch
     names = [name for one in units.values() for name in ([one.name] if one.kind == "block" else one.readers)]
     return run_with_loss(model, {name: model.get_submodule(name) for name in names}, batch, loss)
-
-
-def _reduced(sums: Sums, reduce: Reduce) -> Sums:
-    """Adds up the sums of all ranks, in one exchange."""
-    packed = reduce(torch.cat([*sums.totals.values(), *sums.counts.values()]))
-    parts = torch.split(packed, [len(total) for own in (sums.totals, sums.counts) for total in own.values()])
-    return Sums(dict(zip(sums.totals, parts, strict=False)), dict(zip(sums.counts, parts[len(sums.totals) :], strict=True)))

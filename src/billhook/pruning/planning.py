@@ -13,9 +13,8 @@ from billhook.arguments import annotated
 from billhook.bar import Told
 from billhook.calibration.calibration import Batches, Calibration, batches_of
 from billhook.engine.batches import Loss
-from billhook.engine.ranks import checked
+from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.store import store_of
-from billhook.engine.walk import Reduce
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.default import default_importance
@@ -105,7 +104,8 @@ def plan(
         raise ValueError(f"amount and {twice[0]}: give one of them; an Amount has the other as its own argument")
     amount = amount or Amount(heads, kv_heads, channels, residual, experts, blocks, params)
     enough = batches.enough if isinstance(batches, Calibration) else None
-    return plan_amount(model, amount, importance, batches, enough, scores, greedy, loss, checked(reduce))
+    comm = Comm.of(reduce, next(model.parameters()).device)
+    return plan_amount(model, amount, importance, batches, enough, scores, greedy, loss, comm)
 
 
 def plan_amount(
@@ -117,7 +117,7 @@ def plan_amount(
     scores: Mapping[str, Tensor] | None = None,
     greedy: bool = False,
     loss: Loss | None = None,
-    reduce: Reduce | None = None,
+    comm: Comm = ALONE,
     first: Counts | None = None,
     progress: Told | None = None,
 ) -> UnitPlan | BlockPlan:
@@ -134,7 +134,7 @@ def plan_amount(
         check_all(enough)
     if amount.blocks is not None:
         importance = importance or BlockInfluence()
-        return _plan_blocks(subject, amount, importance, batches, enough, scores, greedy, loss, reduce, progress)
+        return _plan_blocks(subject, amount, importance, batches, enough, scores, greedy, loss, comm, progress)
     if greedy:
         raise ValueError("greedy=True: only blocks are removed one at a time")
     check_kinds(subject, amount.kinds)
@@ -144,7 +144,7 @@ def plan_amount(
     if scores is None:
         units = search.free()
         importance = importance or default_importance(units)
-        scoring = Scoring(subject, units, importance, loss, amount.normalize, amount.per, reduce)
+        scoring = Scoring(subject, units, importance, loss, amount.normalize, amount.per, comm)
         given = batches_of(batches, subject) if scoring.importance.needs_data else ()
         scores, settled = score_enough(scoring, given, lambda found: search.cut(found).units, enough, progress)
     cut = search.cut(scores)
@@ -254,17 +254,17 @@ def _plan_blocks(
     scores: Mapping[str, Tensor] | None,
     greedy: bool,
     loss: Loss | None,
-    reduce: Reduce | None,
+    comm: Comm,
     progress: Told | None = None,
 ) -> BlockPlan:
     stacks, numbers = count_blocks(model, amount)
     if greedy and scores is None:
-        rank = partial(score, model, stacks, importance, list(batches_of(batches, model)), loss, reduce=reduce)
+        rank = partial(score, model, stacks, importance, list(batches_of(batches, model)), loss, reduce=comm)
         gone = _one_by_one(model, stacks, rank, numbers, (amount.first, amount.last), progress)
         return tried_blocks(model, find_block_plan(model, gone))
     settled = None
     if scores is None:
-        scoring = Scoring(model, stacks, importance, loss, amount.normalize, reduce=reduce)
+        scoring = Scoring(model, stacks, importance, loss, amount.normalize, comm=comm)
         given = batches_of(batches, model) if importance.needs_data else ()
         take = partial(choose_units, stacks, amount=amount, ratios=amount.ratios)
         scores, settled = score_enough(scoring, given, take, enough, progress)

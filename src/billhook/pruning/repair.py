@@ -12,10 +12,9 @@ from billhook.arguments import annotated
 from billhook.bar import Told
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, run_with_loss
+from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.ranks import checked
 from billhook.engine.store import store_of
-from billhook.engine.walk import Reduce
 from billhook.model.adapter_layers import is_adapter
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear, size_of
@@ -33,7 +32,7 @@ Repairing = Repair | Literal["auto"] | None
 
 
 def repair_as_asked(
-    model: nn.Module, plan: Plan, batches: Batches, how: Repairing, reduce: Reduce | None = None, progress: Told | None = None
+    model: nn.Module, plan: Plan, batches: Batches, how: Repairing, comm: Comm = ALONE, progress: Told | None = None
 ) -> tuple[Weights | None, str]:
     """Refits as `repair` does where that is asked, or `"auto"`, where it can be.
 
@@ -44,7 +43,7 @@ def repair_as_asked(
         return None, ""
     left = list[str]()
     try:
-        new = repair_with(model, _units(plan), batches, None if how == "auto" else how, reduce, progress=progress, left=left)
+        new = repair_with(model, _units(plan), batches, None if how == "auto" else how, comm, progress=progress, left=left)
     except NoRepair as error:
         if isinstance(how, Repair):
             raise
@@ -90,7 +89,8 @@ def repair(
         >>> bh.apply(model, plan, weights=weights)
     """
     annotated(repair, locals())
-    return repair_with(model, _units(plan), batches, how, checked(reduce), progress=progress)
+    comm = Comm.of(reduce, next(model.parameters()).device)
+    return repair_with(model, _units(plan), batches, how, comm, progress=progress)
 
 
 def _units(plan: Plan) -> UnitPlan:
@@ -105,7 +105,7 @@ def repair_with(
     plan: UnitPlan,
     batches: Batches,
     how: Repair | None = None,
-    reduce: Reduce | None = None,
+    comm: Comm = ALONE,
     given: LazyTensors | None = None,
     whole: Collection[str] = (),
     progress: Told | None = None,
@@ -118,7 +118,7 @@ def repair_with(
         plan: The units that are removed.
         batches: Batches to fit to.
         how: How linears are refitted.
-        reduce: Sums over ranks.
+        comm: The ranks.
         given: Other parameters of linears; these are not refitted, unless they are named in `whole`.
         whole: Linears that are refitted also where the plan leaves them all of their inputs.
         progress: Is called with how many linears are refitted.
@@ -148,7 +148,7 @@ def repair_with(
     under = {reader: _linear(subject, reader) for reader in kept}
     runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
     keep = {under[reader]: stays for reader, stays in kept.items()}
-    return repair_linears(subject, keep, runs, how, reduce, given or None, progress, left)
+    return repair_linears(subject, keep, runs, how, comm, given or None, progress, left)
 
 
 def _linear(model: nn.Module, reader: str) -> str:

@@ -6,10 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.passes import activation_files, outputs_in_files
 from billhook.engine.store import BlockStore
-from billhook.engine.walk import Reduce, Site, Walk, find_sites
+from billhook.engine.walk import Site, Walk, find_sites
 from billhook.repairs.visitor import RepairVisitor
 
 
@@ -22,7 +23,7 @@ class BlockwiseRepair:
         visitor: What refits linears.
         linears: All linears that are looked at, by name.
         kept: The names of those that are refitted.
-        reduce: Sums over ranks; all then load the same blocks in the same order.
+        comm: The ranks; all load the same blocks in the same order.
     """
 
     def __init__(
@@ -32,10 +33,10 @@ class BlockwiseRepair:
         visitor: RepairVisitor,
         linears: Mapping[str, nn.Module],
         kept: Collection[str],
-        reduce: Reduce | None = None,
+        comm: Comm = ALONE,
     ) -> None:
         self.model, self.store, self.visitor = model, store, visitor
-        self.linears, self.kept, self.reduce = linears, kept, reduce
+        self.linears, self.kept, self.comm = linears, kept, comm
         self.block: nn.Module | None = None
         self.new = LazyTensors({})
 
@@ -52,7 +53,7 @@ class BlockwiseRepair:
             last = max(number for number, site in enumerate(sites) if site.linears)
             self.visitor.take(self._inside(None))
             with outputs_in_files(self.visitor.files, self.model):
-                Walk(sites[: last + 1], self.visitor, self.reduce, untouched=untouched, around=self._there)(forwards)
+                Walk(sites[: last + 1], self.visitor, self.comm, untouched=untouched, around=self._there)(forwards)
             self._pass()
             self._stage(None)
             self.store.release()

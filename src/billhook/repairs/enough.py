@@ -9,23 +9,21 @@ import torch
 from torch import Tensor, nn
 
 from billhook.engine.batches import Run
-from billhook.engine.walk import Reduce
+from billhook.engine.comm import ALONE, Comm
 
 
 class NoRepair(ValueError):
     """Raised where no linear can be refitted: none reads what is removed, or batches, or their tokens, are too few."""
 
 
-def check_tokens(
-    linears: Mapping[str, nn.Module], needed: Mapping[str, int], runs: Sequence[Run], reduce: Reduce | None = None
-) -> None:
+def check_tokens(linears: Mapping[str, nn.Module], needed: Mapping[str, int], runs: Sequence[Run], comm: Comm = ALONE) -> None:
     """Refuses batches that give no linear enough tokens that count; runs them until one has enough.
 
     Args:
         linears: The linears.
         needed: By linear, how many tokens it needs: as many as inputs that it keeps.
         runs: The batches.
-        reduce: Sums over ranks, where each has batches of its own.
+        comm: The ranks, each of which has batches of its own.
 
     Raises:
         NoRepair: If none has enough.
@@ -46,9 +44,7 @@ def check_tokens(
             run.visit()
         if (given >= wanted).any():
             break
-    if reduce is not None:
-        device = next(iter(linears.values())).get_parameter("weight").device
-        given = reduce(given.to(device)).to(wanted.device)
+    given = comm(given.to(comm.device)).to(wanted.device)
     if not (given >= wanted).any():
         raise NoRepair(f"{too_few(names[0])}, which is given {int(given[0])} and needs {int(wanted[0])} at least")
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from billhook.engine.ranks import Ranks, own_of, rows_of
+from billhook.engine.comm import ALONE, Comm
 from billhook.linalg import conjugate_gradients, ridge_solver
 from billhook.repairs.moments import EVERY, OUTPUTS, Fold, OwedMoments, wide
 
@@ -36,11 +36,10 @@ def least(ridges: Sequence[float], without: Tensor, errors: Tensor) -> float:
     return min([(1.0, math.inf), *solved], key=lambda pair: pair[0])[1]
 
 
-def choose_ridge(
-    folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduce: Callable[[Tensor], Tensor] | None = None
-) -> float:
-    """Chooses the ridge with which solutions err least on held-out data; infinity if none helps."""
-    return least(ridges, errors_without(folds, centred), _tried(folds, centred, ridges, reduce))
+def choose_ridge(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], comm: Comm = ALONE) -> float:
+    """Chooses the ridge with which solutions err least on held-out data, on the first rank; infinity if none helps."""
+    errors = _tried(folds, centred, ridges, comm)
+    return comm.decide(lambda: least(ridges, errors_without(folds, centred), errors))
 
 
 def solve_ridge(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor:
@@ -59,7 +58,7 @@ def refit_linear(
     folds: Sequence[Fold],
     every: Sequence[OwedMoments],
     ridges: Sequence[float],
-    reduce: Callable[[Tensor], Tensor] | None = None,
+    comm: Comm = ALONE,
     support: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Refits a linear's weight and bias to give d in addition: chooses the ridge on held-out data, solves on all.
@@ -68,43 +67,41 @@ def refit_linear(
     makes up for the mean of what is missing, b' = b + E d - M E x, float64, and M for the rest. Where all data has no solution
     with that ridge, the next larger one takes its place. Beside the moments, memory holds half of a matrix of in_features^2, and
     `OUTPUTS` rows of one like the weight for each part; on a support, a whole such matrix, and six of such rows. Ridges are
-    tried on mixtures of the outputs, where there are many (`OwedMoments.mixed`). Ranks that have the same moments (`Ranks`)
-    divide what is tried, and the outputs that are solved for.
+    tried on mixtures of the outputs, where there are many (`OwedMoments.mixed`). Ranks have the same moments, and
+    divide what is tried and the outputs that are solved for.
 
     Where weights are to stay zero, off their `support`, bool, M is the best on it with that ridge, by conjugate gradients; what
     is tried is without this bound, but where M on the support then helps no held-out data, M is zero.
     """
     centred = bias is not None
-    ridge = choose_ridge(_mixed(folds), centred, ridges, reduce)
+    ridge = choose_ridge(_mixed(folds), centred, ridges, comm)
     if support is None:
-        solve = _solving(every, centred, sorted({ridge, math.inf, *(one for one in ridges if one > ridge)}))
+        solve = _solving(every, centred, sorted({ridge, math.inf, *(one for one in ridges if one > ridge)}), comm)
     else:
-        errors = _bound_errors(folds, centred, ridge, support, reduce)
-        helps = least([ridge], errors_without(folds, centred), errors[None]) == ridge
+        errors = _bound_errors(folds, centred, ridge, support, comm)
+        helps = comm.decide(lambda: least([ridge], errors_without(folds, centred), errors[None]) == ridge)
         solve = _bound(every, centred, ridge if helps else math.inf, support)
-    new, shift = _solved(weight, every, solve, reduce)
+    new, shift = _solved(weight, every, solve, comm, centred)
     return new, None if bias is None else bias.double() + shift
 
 
-def _solving(parts: Sequence[OwedMoments], centred: bool, ridges: Sequence[float]) -> Solve:
-    """Solves with the first ridge that has a solution."""
+def _solving(parts: Sequence[OwedMoments], centred: bool, ridges: Sequence[float], comm: Comm) -> Solve:
+    """Solves with the first ridge that has a solution on the first rank."""
     solves = (ridge_solver(_inner(parts, centred), ridge) for ridge in ridges)
-    solve = next(solve for solve, exists in solves if exists)
+    solve = next(solve for solve, exists in solves if comm.decide(lambda: bool(exists)))  # noqa: B023 - called at once
     return lambda rows: solve(_owed(parts, centred, rows))
 
 
-def _solved(
-    weight: Tensor, parts: Sequence[OwedMoments], solve: Solve, reduce: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, Tensor]:
+def _solved(weight: Tensor, parts: Sequence[OwedMoments], solve: Solve, comm: Comm, centred: bool) -> tuple[Tensor, Tensor]:
     """Solves for a weight, some rows at a time, of which each rank has its own, and for what a bias adds."""
     new, shift = torch.zeros_like(weight), torch.zeros_like(parts[0].owed_sums)
-    for rows in rows_of(len(weight), OUTPUTS, reduce):
+    for rows in comm.rows_of(len(weight), OUTPUTS):
         more = solve(rows)
         shift[rows] = bias_shift(more, parts, rows)
         new[rows] = more.add_(weight[rows])
-    if isinstance(reduce, Ranks):
-        new, shift = reduce(wide(new)).to(weight.dtype), reduce(shift)
-    return new, shift
+    total = wide(new)
+    comm.sum_(total, *([shift] if centred else []))
+    return total.to(weight.dtype), shift
 
 
 def _mixed(folds: Sequence[Fold]) -> list[Fold]:
@@ -118,15 +115,15 @@ def errors_without(folds: Sequence[Fold], centred: bool) -> Tensor:
     return torch.stack([held_out.error(None, _means(parts)[1] if centred else None) for parts, held_out in folds])
 
 
-def _tried(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], reduce: Callable[[Tensor], Tensor] | None) -> Tensor:
+def _tried(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], comm: Comm) -> Tensor:
     """Computes what is erred with each ridge on the held-out data of each fold, `[ridges, folds]`, NaN without a solution."""
     errors = folds[0][1].tokens.new_zeros(len(ridges), len(folds))
     pieces = [(row, column) for row in range(len(ridges)) for column in range(len(folds))]
-    for (row, column), own in zip(pieces, own_of([1.0] * len(pieces), reduce), strict=True):
+    for (row, column), own in zip(pieces, comm.own_of([1.0] * len(pieces)), strict=True):
         if own:
             parts, held_out = folds[column]
             errors[row, column] = error_left(solve_ridge(parts, centred, ridges[row]), parts, held_out, centred)
-    return reduce(errors) if isinstance(reduce, Ranks) else errors
+    return comm(errors)
 
 
 def _inner(parts: Sequence[OwedMoments], centred: bool) -> Tensor:
@@ -165,9 +162,7 @@ def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: T
     return solve
 
 
-def _bound_errors(
-    folds: Sequence[Fold], centred: bool, ridge: float, support: Tensor, reduce: Callable[[Tensor], Tensor] | None
-) -> Tensor:
+def _bound_errors(folds: Sequence[Fold], centred: bool, ridge: float, support: Tensor, comm: Comm) -> Tensor:
     """Computes what is erred on the held-out data of each fold, `[folds]`, with what is added on a support.
 
     Each rank has rows of its own.
@@ -175,9 +170,9 @@ def _bound_errors(
     errors = folds[0][1].tokens.new_zeros(len(folds))
     for number, (parts, held_out) in enumerate(folds):
         solve = _bound(parts, centred, ridge, support)
-        for rows in rows_of(len(support), OUTPUTS, reduce):
+        for rows in comm.rows_of(len(support), OUTPUTS):
             errors[number] += error_left(solve(rows), parts, held_out, centred, rows)
-    return reduce(errors) if isinstance(reduce, Ranks) else errors
+    return comm(errors)
 
 
 def error_left(more: Tensor, parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, rows: slice = EVERY) -> Tensor:

@@ -21,12 +21,12 @@ from billhook.arguments import annotated, fraction
 from billhook.bar import Told
 from billhook.calibration.alone import tell_alone
 from billhook.engine.batches import Run, tell_apart
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.passes import passing
-from billhook.engine.ranks import dealt, lists_of
 from billhook.engine.state import replaced, undisturbed
 from billhook.engine.store import store_of
-from billhook.engine.walk import Reduce, Site, Walk, find_sites
+from billhook.engine.walk import Site, Walk, find_sites
 from billhook.model.linears import size_of
 from billhook.repairs.blockwise import BlockwiseRepair
 from billhook.repairs.enough import NoRepair, check_tokens, not_refitted, too_few
@@ -72,24 +72,30 @@ class Repair:
         number = min(max(1, round(self.held_out * runs)), runs - 1)
         return {(2 * place + 1) * runs // (2 * number) for place in range(number)}
 
-    def choosing(self, runs: int, reduce: Reduce | None, device: torch.device) -> set[int]:
+    def choosing(self, runs: int, comm: Comm) -> set[int]:
         """Returns those of this rank's runs that choose the ridge, which are chosen among the runs of all ranks."""
-        number, places = dealt([len(own) for own in lists_of([0] * runs, reduce, device)], reduce)
+        number, places = comm.dealt(comm.gather(runs))
         chosen = self.chooses(number)
         return {run for run, place in enumerate(places) if place in chosen}
 
-    def parts(self, sources: Sequence[str], reduce: Reduce | None, device: torch.device) -> tuple[list[int], list[int]]:
+    def parts(self, sources: Sequence[str], comm: Comm = ALONE) -> tuple[list[int], list[int]]:
         """Returns the part of the data that each run belongs to, and the parts that are held out, in turn.
 
-        Parts are the sources of all ranks' runs. Where there is one alone, or ranks that only sum have others, they are the runs
-        that choose the ridge, and those that do not.
+        Parts are the sources of all ranks' runs. Where there is one alone, they are the runs that choose the ridge, and
+        those that do not.
+
+        Raises:
+            NoRepair: If no run is left to fit to, or to choose the ridge.
         """
-        codes = [zlib.crc32(source.encode()) for source in sources]
-        names = sorted({code for own in lists_of(codes, reduce, device) for code in own})
-        if _same_on_all_ranks(names, reduce, device) and len(names) > 1:
-            return [names.index(code) for code in codes], list(range(len(names)))
-        choosing = self.choosing(len(sources), reduce, device)
-        return [int(run in choosing) for run in range(len(sources))], [1]
+        every = comm.gather(list(sources))
+        names = sorted({source for own in every for source in own}, key=lambda source: zlib.crc32(source.encode()))
+        if len(names) > 1:
+            return [names.index(source) for source in sources], list(range(len(names)))
+        number, places = comm.dealt([len(own) for own in every])
+        if not (chosen := self.chooses(number)):
+            count = sum(map(len, every))
+            raise NoRepair(f"batches: a refit needs two at least, as some are to choose the ridge; got {count} in all")
+        return [int(place in chosen) for place in places], [1]
 
 
 def repair_linears(
@@ -97,7 +103,7 @@ def repair_linears(
     kept: Mapping[str, Tensor],
     trials: Sequence[Run],
     repair: Repair | None = None,
-    reduce: Reduce | None = None,
+    comm: Comm = ALONE,
     given: LazyTensors | None = None,
     progress: Told | None = None,
     left: list[str] | None = None,
@@ -117,7 +123,7 @@ def repair_linears(
             refitted, too, where it can catch up, or other parameters are given.
         trials: The batches, two at least on all ranks together, of which some choose the ridge; a rank may have none.
         repair: The settings; `Repair()` by default.
-        reduce: Sums over ranks, where each has batches of its own.
+        comm: The ranks, each of which has batches of its own.
         given: Other parameters that linears are to have, refitted or not, as they lie in memory; with them each refitted
             linear makes up for what it then falls short of in the whole model, which keeps its own.
         progress: Is called with how many linears are done, and of how many.
@@ -135,13 +141,11 @@ def repair_linears(
     linears = _check(model, kept, every)
     forwards = [trial.visit for trial in trials]
     store = store_of(model)
-    device = torch.device("cpu") if store.in_files else next(iter(linears.values())).get_parameter("weight").device
     sources = [trial.source for trial in trials]
-    parts, held_out = repair.parts(sources, reduce, device)
-    _check_batches(parts, held_out, device, reduce)
+    parts, held_out = repair.parts(sources, comm)
     tell_alone(model, sources)
     with undisturbed(model):
-        shown, orderly = _shown(model, every, forwards, device, reduce)
+        shown, orderly = _shown(model, every, forwards, comm)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
         before = (
             followed(shown, set(linears) | set(given.modules if given is not None else ()))
@@ -151,7 +155,7 @@ def repair_linears(
         if given is not None:  # each owes at least what it gave in the whole model
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before
-        visitor = RepairVisitor(every, kept, before, trials, repair.ridges, parts, held_out, reduce, given, progress)
+        visitor = RepairVisitor(every, kept, before, trials, repair.ridges, parts, held_out, comm, given, progress)
         looked = {
             name: every[name] for name in every if name in {*before, *(given.modules if given is not None else ()), *linears}
         }
@@ -161,12 +165,12 @@ def repair_linears(
         if store.in_files or (store.on_ranks and orderly and not often):
             masks = hashlib.sha256(str([(name, own.tolist()) for name, own in kept.items()]).encode()).hexdigest()
             key = f"{repair} {sources} {masks} {tell_apart(trials) if store.in_files else ''}"
-            new = BlockwiseRepair(model, store, visitor, looked, linears, reduce).go(key, *runs)
+            new = BlockwiseRepair(model, store, visitor, looked, linears, comm).go(key, *runs)
         else:
             with store.all_here():
                 with undisturbed(model):
-                    check_tokens(linears, {name: int(own.sum()) for name, own in kept.items()}, trials, reduce)
-                new = _refit_whole(model, visitor, looked, linears, often, reduce, *runs)
+                    check_tokens(linears, {name: int(own.sum()) for name, own in kept.items()}, trials, comm)
+                new = _refit_whole(model, visitor, looked, linears, often, comm, *runs)
     names = _warn_of(visitor.left)
     if left is not None:
         left += names
@@ -177,16 +181,14 @@ def _shown(
     model: nn.Module,
     every: Mapping[str, nn.Module],
     forwards: Sequence[Callable[[], object]],
-    device: torch.device,
-    reduce: Reduce | None,
+    comm: Comm,
 ) -> tuple[Linears, bool]:
     """Runs a model once; returns how its linears are called, and whether its blocks are one after the other, on all ranks."""
     store = store_of(model)
-    with store.apart(reduce), nullcontext() if store.in_files else passing(store, model) as passed:
-        own = [seen(every, forward) for forward in forwards[:1]]
-    shown = agreed(own, list(every), device, reduce)
-    otherwise = torch.tensor(int(passed is not None and not passed.orderly), device=device)
-    return shown, not (otherwise if reduce is None else reduce(otherwise))
+    with store.apart(comm), nullcontext() if store.in_files else passing(store, model) as passed:
+        shown = [seen(every, forward) for forward in forwards[:1]]
+    ranks = comm.gather((shown, passed is None or passed.orderly))
+    return agreed([linears for shown, _ in ranks for linears in shown]), all(orderly for _, orderly in ranks)
 
 
 def _refit_whole(
@@ -195,7 +197,7 @@ def _refit_whole(
     looked: Mapping[str, nn.Module],
     linears: Mapping[str, nn.Module],
     often: Mapping[str, nn.Module],
-    reduce: Reduce | None,
+    comm: Comm,
     forwards: Sequence[Callable[[], object]],
     untouched: Collection[int],
 ) -> LazyTensors:
@@ -203,10 +205,10 @@ def _refit_whole(
     visitor.take({**linears, **looked})
     if often:
         with replaced({linear: visitor.own(name) for name, linear in linears.items()}):
-            Walk([Site(model, dict(often))], visitor, reduce)(forwards)
+            Walk([Site(model, dict(often))], visitor, comm)(forwards)
     if once := {name: linear for name, linear in looked.items() if name not in often}:
         with replaced({linear: visitor.own(name) for name, linear in often.items()}):
-            Walk(find_sites(model, once, "layer"), visitor, reduce, untouched=untouched)(forwards)
+            Walk(find_sites(model, once, "layer"), visitor, comm, untouched=untouched)(forwards)
     return LazyTensors.of(by_parameter({name: visitor.own(name) for name in linears}))
 
 
@@ -244,24 +246,6 @@ def _check_once(often: Collection[str]) -> None:
         raise ValueError(
             f"repair: {next(iter(often))} is called several times in a run, and the model is streamed: cut it in memory"
         )
-
-
-def _same_on_all_ranks(names: Sequence[int], reduce: Reduce | None, device: torch.device) -> bool:
-    """Tells whether every rank names the same sources: then each bit of a hash of them is set on all ranks, or on none."""
-    if reduce is None:
-        return True
-    code = zlib.crc32(str(names).encode())
-    bits = [code >> place & 1 for place in range(32)]  # a sum of numbers of 32 bits or of their squares could be rounded
-    ranks, *counts = reduce(torch.tensor([1, *bits], dtype=torch.int64, device=device)).tolist()
-    return all(count in (0, ranks) for count in counts)
-
-
-def _check_batches(parts: Sequence[int], held_out: Collection[int], device: torch.device, reduce: Reduce | None) -> None:
-    counts = torch.tensor([len(parts), sum(part in held_out for part in parts)], device=device)
-    number, choosing = (counts if reduce is None else reduce(counts)).tolist()
-    if not choosing:
-        each = " on a rank" if number > 1 else ""  # of ranks that only sum, each chooses among its own
-        raise NoRepair(f"batches: a refit needs two{each} at least, as some are to choose the ridge; got {number} in all")
 
 
 def _warn_of(left: Mapping[str, bool]) -> list[str]:

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from typing_extensions import Self
 
-from billhook.engine.walk import Reduce
-
 ADD: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
 SAME: frozenset[Any] = frozenset({dropout, torch.dropout, Tensor.to, Tensor.contiguous})
 
@@ -46,23 +44,14 @@ def seen(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Linears
     return found
 
 
-def agreed(shown: Sequence[Linears], names: Sequence[str], device: torch.device, reduce: Reduce | None) -> Linears:
-    """Combines the facts of all ranks, each of one run or none; where they differ, nothing is known."""
-    if reduce is None:
-        return shown[0]
-    place: dict[str | None, int] = {None: 1} | {name: number for number, name in enumerate(names, 2)}
-    own = [[place[one.before[name]] if name in one.before else 0 for name in names] for one in shown] or [[0] * len(names)]
-    calls = [[one.calls[name] for name in names] for one in shown] or [[0] * len(names)]
-    rows = [calls[0], own[0], [number**2 for number in own[0]], [len(shown)] * len(names)]
-    totals = reduce(torch.tensor(rows, dtype=torch.int64, device=device)).tolist()
-    back = {number: name for name, number in place.items()}
+def agreed(shown: Sequence[Linears]) -> Linears:
+    """Combines the facts of runs, one at least; where they differ about what was added before, that is not known."""
     before = {
-        name: back[total // ranks]
-        for name, total, squares, ranks in zip(names, *totals[1:], strict=True)
-        if total and ranks * squares == total**2
+        name: last
+        for name, last in shown[0].before.items()
+        if all(name in run.before and run.before[name] == last for run in shown)
     }
-    often = [-(-number // max(ranks, 1)) for number, ranks in zip(totals[0], totals[3], strict=True)]
-    return Linears(dict(zip(names, often, strict=True)), before)
+    return Linears({name: max(run.calls[name] for run in shown) for name in shown[0].calls}, before)
 
 
 def followed(shown: Linears, wanted: set[str]) -> dict[str, str | None]:

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from billhook.bar import Told
 from billhook.engine.batches import Run
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import ActivationFiles, zeros
 from billhook.engine.statistics import ROWS, InputNorms
-from billhook.engine.walk import Reduce, Site
+from billhook.engine.walk import Site
 from billhook.linalg import float64_device, widest_float
 from billhook.model.linears import as_it_lies, is_pruned, matrix_of, turned
 from billhook.repairs.enough import counting
@@ -37,7 +38,7 @@ class RepairVisitor:
         ridges: Candidates for the ridge, which are tried on data that is held out.
         parts: The part of the data that each run belongs to.
         held_out: The parts that are held out, in turn.
-        reduce: Sums over ranks.
+        comm: The ranks.
         given: Other parameters that linears have except in runs of the whole model; also of ones not refitted.
         progress: Is called with how many linears are done, and of how many.
 
@@ -54,14 +55,14 @@ class RepairVisitor:
         ridges: Sequence[float],
         parts: Sequence[int],
         held_out: Sequence[int],
-        reduce: Reduce | None = None,
+        comm: Comm = ALONE,
         given: LazyTensors | None = None,
         progress: Told | None = None,
     ) -> None:
         self.files: ActivationFiles | None = None
         self._progress, self._done = progress, set[str]()
         self._linears, self._before, self._runs = linears, before, runs
-        self._ridges, self._parts, self._held_out, self._reduce = ridges, parts, held_out, reduce
+        self._ridges, self._parts, self._held_out, self._comm = ridges, parts, held_out, comm
         self._given, self._here = given or LazyTensors({}), dict[str, dict[str, Tensor]]()
         self._whole, self._old = dict[str, Matrix](), dict[str, Matrix]()  # others may stand in the linears meanwhile
         self._kept = dict(kept)
@@ -174,7 +175,7 @@ class RepairVisitor:
             keep = counting(self._runs[run], name, squares[..., None])
             lacks = squares > 0 if keep is None else (squares > 0) & keep
             sums += torch.stack([torch.where(lacks, squares, 1).log().sum(), lacks.sum()]).to(sums.device)
-        sums = sums if self._reduce is None else self._reduce(sums)
+        self._comm.sum_(sums)
         return (sums[0] / sums[1]).exp()
 
     def _start(self, name: str) -> Matrix:
@@ -199,10 +200,9 @@ class RepairVisitor:
         for pool in self._pools.pop(name):
             pool.empty()
         del self._moments[name]
-        if self._reduce is not None:
-            for sums in (*norms.tensors(), *(sums for part in parts for sums in part.tensors())):
-                self._reduce(sums)
-        bad = ~norms.squares.isfinite()
+        squares = norms.squares.to(parts[0].tokens)  # in float64, so that all goes in one collective
+        self._comm.sum_(squares, *(sums for part in parts for sums in part.tensors()))
+        bad = ~squares.isfinite()
         if bad.any():
             first = int(bad.nonzero()[0])
             raise ValueError(f"{name}: NaN or infinite inputs in {int(bad.sum())} features, the first in feature {first}")
@@ -211,7 +211,7 @@ class RepairVisitor:
             weight, bias = self._old[name]
             left = weight[:, stays].to(parts[0].tokens.device)
             bias = None if bias is None else bias.to(left.device)
-            kept, bias = refit_linear(left, bias, folds, parts, self._ridges, self._reduce, _support(left))
+            kept, bias = refit_linear(left, bias, folds, parts, self._ridges, self._comm, _support(left))
             new = torch.zeros_like(weight)
             new[:, stays] = kept.to(new.device)
             self._new[name] = as_it_lies(self._linears[name], new, bias)

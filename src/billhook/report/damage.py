@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from billhook.bar import Told
 from billhook.engine.batches import Run, runs_of, source_of
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.passes import activation_files, together
 from billhook.engine.sharding import is_sharded
 from billhook.engine.state import undisturbed
@@ -20,8 +21,6 @@ from billhook.engine.store import store_of
 from billhook.report.predictions import Predictions, logits_now, loss_of
 from billhook.report.table import aligned
 
-Reduce: TypeAlias = Callable[[Tensor], Tensor]
-"""Sums a tensor over processes, in place."""
 SAME = 1e-3
 """Two models that lose the same on every row but for such a share are one, computed elsewhere."""
 TWICE = 2.0
@@ -77,9 +76,7 @@ class Dense:
         model: The dense model.
         batches: Rows of text, `{"input_ids": [batch, length]}`, with the names of their sources (`Batch`).
         inside: The sources that the change is calibrated on.
-        rank: Which share of the rows is read here, where several processes each read one.
-        ranks: How many there are.
-        reduce: Sums a tensor over them.
+        comm: The ranks, each of which reads a share of the rows.
 
     Attributes:
         rows: The rows, each with the name of its source.
@@ -103,14 +100,12 @@ class Dense:
         model: PreTrainedModel,
         batches: Iterable[Any],
         inside: Sequence[str] = (),
-        rank: int = 0,
-        ranks: int = 1,
-        reduce: Reduce | None = None,
+        comm: Comm = ALONE,
         progress: Told | None = None,
     ) -> None:
-        self.inside, self._reduce = set(inside), reduce
+        self.inside, self._comm = set(inside), comm
         self.rows = [(source_of(batch), ids.cpu()) for batch in batches for ids in batch["input_ids"]]
-        self._here = range(rank, len(self.rows), ranks)
+        self._here = range(comm.rank, len(self.rows), comm.size)
         self._held = dict[int, Predictions]()
         losses = torch.zeros(len(self.rows), dtype=torch.float64)
 
@@ -121,7 +116,7 @@ class Dense:
 
         with activation_files(store_of(model)) as files:
             self._each(model, take, progress)
-        self.losses = losses if reduce is None else reduce(losses)
+        self.losses = comm(losses)
 
     def _each(self, model: PreTrainedModel, take: Callable[[int, Tensor, float], None], progress: Told | None) -> None:
         """Reads the rows that are read here; `take` is given each, its logits `[length - 1, vocabulary]` and its mean loss."""
@@ -151,8 +146,7 @@ class Dense:
             found[row, 1] = math.nan if held is None else held.divergence(logits) / len(held.positions)
 
         self._each(model, take, progress)
-        if self._reduce is not None:
-            self._reduce(found)
+        self._comm.sum_(found)
         places: dict[str, list[int]] = {}
         for row, (source, _) in enumerate(self.rows):
             places.setdefault(source, []).append(row)

@@ -66,7 +66,7 @@ def fill_library(
     model, how = library.model, repair or Repair()
     missing = {p.name: [one for one in levels[p.name] if one < p.count and (p.name, one) not in library.errors] for p in places}
     places = [place for place in places if missing[place.name]]
-    parts, held_out = how.parts([run.source for run in runs], None, model.device)
+    parts, held_out = how.parts([run.source for run in runs])
     own, waiting = {name: units[name] for place in places for name in place.names}, list(places)
     moments: Moments = {}
 

@@ -131,7 +131,7 @@ def prune(
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)
     reshard(model)
-    reduce = checked(reduce)
+    reduce = checked(reduce, next(model.parameters()).device)
     if permute:
         check_permute(pattern, dry_run, store_of(model).in_files, reduce)
         check_permutable(model)

@@ -14,7 +14,7 @@ from billhook.callbacks.heads.record import HeadRecord
 from billhook.engine.sharding import sizes_only
 from billhook.engine.shards import in_turn
 from billhook.fit.calibration import FitCalibration, gradient_precision
-from billhook.fit.ranks import sum_over
+from billhook.fit.ranks import comm_of
 from billhook.importance.base import Importance
 from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring, run_of
@@ -71,7 +71,7 @@ class HeadRanking:
         with calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
             pairs = calibration.pairs(trainer, pl_module) if self.importance.needs_data else ()
             trials = [run_of(model, heads, *pair) for pair in pairs]
-            scoring = Scoring(model, heads, self.importance, None, self.normalize, self.per, sum_over(trainer))
+            scoring = Scoring(model, heads, self.importance, None, self.normalize, self.per, comm_of(trainer))
             scores, settled = score_enough(scoring, trials, chosen, calibration.enough)
         record.scored(scores)
         return chosen(scores), settled

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from billhook.engine.shards import in_turn
 from billhook.engine.store import store_of
 from billhook.fit.calibration import FitCalibration, Pair
-from billhook.fit.ranks import check_agreed, check_near, of_first, sum_over, summed, together
+from billhook.fit.ranks import check_agreed, check_near, comm_of, of_first, summed, together
 from billhook.kv_heads.bases.ready import batches_needed, ready_weights, turned_weights
 from billhook.kv_heads.convert import check_repair
 from billhook.kv_heads.methods.base import KVMethod
@@ -67,8 +67,8 @@ class Preparation:
         model, groups = find_transformer(pl_module), dict.fromkeys(plan.layers, plan.after)
         with self.calibration.aside(pl_module):
             batches = list(self._pairs(trainer, pl_module))
-            ranks = sum_over(trainer, self.calibration.shared)
-            weights, how = ready_weights(model, groups, self.method, batches, self.repair, ranks)
+            comm = comm_of(trainer, self.calibration.shared)
+            weights, how = ready_weights(model, groups, self.method, batches, self.repair, comm)
         if not self.method.turns:  # what the mean pools is as it was
             weights = weights.without(plan.parameters)
         return replace(plan, restart=tuple(changed(model, weights))), weights, how
@@ -91,7 +91,7 @@ class Preparation:
         """Returns values with which the heads of a group lie in one basis, and the model computes what it did."""
         with self.calibration.aside(pl_module):
             batches, (method,) = list(self._pairs(trainer, pl_module)), self.method.candidates
-            return turned_weights(find_transformer(pl_module), groups, method, batches, sum_over(trainer))
+            return turned_weights(find_transformer(pl_module), groups, method, batches, comm_of(trainer))
 
     def _pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Pair]:
         """Yields this rank's batches; none where they can be read only once and are not needed."""

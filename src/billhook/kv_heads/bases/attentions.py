@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.beneath import MERGE, adapted
 from billhook.engine.batches import Loss, Run, run_with_loss, tell_apart
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.passes import Together, passing
 from billhook.engine.state import overridden, replaced, undisturbed
 from billhook.engine.store import store_of
-from billhook.engine.walk import Reduce
 from billhook.kv_heads.bases.bases import find_bases, pooled, turned, weight_moments
 from billhook.kv_heads.bases.distance import distance_between
 from billhook.kv_heads.bases.freedom import Freedoms, find_freedoms, in_order
@@ -34,13 +34,13 @@ from billhook.tracing.trace import trace
 class Attentions:
     """The attentions of a model that are to have fewer KV heads, in `groups` by name, and what is known of them."""
 
-    def __init__(self, model: nn.Module, groups: Mapping[str, int], reduce: Reduce | None = None) -> None:
+    def __init__(self, model: nn.Module, groups: Mapping[str, int], comm: Comm = ALONE) -> None:
         layers = adapted(model)
         if on := next((name for name in layers if any(name.startswith(f"{place}.") for place in groups)), None):
             why = "heads stay in their bases, where 'mean' and 'first' can pool them"
             raise ValueError(f"with LoRA attached to {on}, {why}: or {MERGE}")
         structure = trace(model)
-        self.model, self.groups, self._reduce, self.store = model, groups, reduce, store_of(model)
+        self.model, self.groups, self._comm, self.store = model, groups, comm, store_of(model)
         self.places = find_projections(model, structure, groups)
         self.freedoms: dict[str, Freedoms] = find_freedoms(model, self.places)
         downs = [part.name.rpartition(".")[0] for one in structure.feed_forward for part in one.down]
@@ -85,25 +85,21 @@ class Attentions:
         names = linears | set(self.downs)
         return run_with_loss(self.model, {name: self.model.get_submodule(name) for name in names}, batch, loss)
 
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
     def choosing(self, runs: int, repair: Repair | None = None) -> set[int]:
         """Returns those of this rank's runs that are held out, as they choose a repair's ridge."""
-        return (repair or Repair()).choosing(runs, self._reduce, self._device)
+        return (repair or Repair()).choosing(runs, self._comm)
 
     def summed(self, *numbers: float) -> list[float]:
         """Returns sums over ranks."""
-        sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=float64_device(self._device))
-        found: list[float] = (sums if self._reduce is None else self._reduce(sums)).tolist()
+        sums = torch.tensor(numbers, dtype=torch.float64, device=float64_device(self._comm.device))
+        found: list[float] = self._comm(sums).tolist()
         return found
 
     def moments(self, trials: Sequence[Run], grouping: Grouping) -> dict[str, Moments]:
         """Returns the moments that data shows, or where no rank has any, those of the weights."""
         groups = {name: 1 if grouping == "similar" else self.groups[name] for name in self.places}
         if any(self.summed(len(trials))):
-            return gather(self.model, self.places, groups, trials, self._reduce)
+            return gather(self.model, self.places, groups, trials, self._comm)
         return {name: self.weight_moments(name, grouping) for name in self.places}
 
     def weight_moments(self, name: str, grouping: Grouping) -> Moments:
@@ -136,7 +132,7 @@ class Attentions:
         with store.step(f"heads of {self.groups} by {methods} {tell_apart(trials) if store.in_files else ''}"):
             done = {block for block in inside if block is not None and store.known(block) is not None}
             left = [name for block, names in inside.items() if block not in done for name in names]
-            passed = _Pass(self, methods[0].grouping, trials, left, self._reduce)
+            passed = _Pass(self, methods[0].grouping, trials, left, self._comm)
 
             def stage(block: nn.Module | None) -> None:
                 nonlocal new
@@ -150,14 +146,14 @@ class Attentions:
                     new |= store.stage(block, values)
 
             if left and any(self.summed(len(trials))):
-                passed.go(Together(self.model, stage, store.on_ranks, self._reduce))
+                passed.go(Together(self.model, stage, store.on_ranks, self._comm))
             for block in list(inside):  # what no run has come to, which is refused, and what is in no block
                 stage(block)
         return new
 
     def _is_orderly(self, trials: Sequence[Run]) -> bool:
         """Tells whether runs need blocks one after the other, on all ranks."""
-        with undisturbed(self.model), self.store.apart(self._reduce), passing(self.store, self.model) as passed:
+        with undisturbed(self.model), self.store.apart(self._comm), passing(self.store, self.model) as passed:
             for trial in trials:
                 trial.visit()
         return not any(self.summed(not passed.orderly))
@@ -179,7 +175,7 @@ class Attentions:
         freedom, groups = self.freedoms[name], self.groups[name]
         stacks = read(self.model, self.places[name])
         if method.grouping == "similar":
-            order = similar_order(stacks, own, freedom, method, groups)
+            order = self._comm.decide(lambda: similar_order(stacks, own, freedom, method, groups))
             stacks, own = in_order(stacks, order), moments_in_order(own, order, groups)
         become = pooled if pool else turned
         return become(stacks, *find_bases(stacks, own, freedom, method))
@@ -188,7 +184,7 @@ class Attentions:
         """Returns the same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
-        return new | repair_linears(self.model, kept, trials, repair, self._reduce, given=new, left=self.not_refitted)
+        return new | repair_linears(self.model, kept, trials, repair, self._comm, given=new, left=self.not_refitted)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -216,7 +212,7 @@ class Attentions:
                 return
             outputs = list[list[Any]]()
             for values in (LazyTensors({}), new):
-                with self.store.computing_with(values), self.store.apart(self._reduce):
+                with self.store.computing_with(values), self.store.apart(self._comm):
                     outputs += [self._outputs(trial) for trial in mine]
             for trial in mine:
                 yield trial, outputs[0], outputs[1]
@@ -285,7 +281,7 @@ class _Pass:
         grouping: Which heads are to share a group.
         trials: The runs; without any, the weights alone say how heads vary.
         names: The attentions to listen to.
-        reduce: Sums over ranks.
+        comm: The ranks.
     """
 
     def __init__(
@@ -294,9 +290,9 @@ class _Pass:
         grouping: Grouping,
         trials: Sequence[Run],
         names: Collection[str],
-        reduce: Reduce | None = None,
+        comm: Comm = ALONE,
     ) -> None:
-        self.attentions, self.grouping, self.trials, self.names, self.reduce = attentions, grouping, trials, names, reduce
+        self.attentions, self.grouping, self.trials, self.names, self.comm = attentions, grouping, trials, names, comm
         self.sums: dict[str, Sums] = {}  # of the attentions that have not been left yet
         self.listeners: dict[str, ExitStack] = {}
 
@@ -331,5 +327,7 @@ class _Pass:
         if name not in self.listeners:
             return self.attentions.weight_moments(name, self.grouping)
         self.listeners.pop(name).close()
-        (moments,) = (self.sums.pop(name, None) or self._sums(name)).moments(self.reduce).values()
+        sums = self.sums.pop(name, None) or self._sums(name)
+        self.comm.sum_(*sums.tensors())
+        (moments,) = sums.moments().values()
         return moments

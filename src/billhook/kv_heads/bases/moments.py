@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from billhook.calibration.alone import tell_own
 from billhook.engine.batches import Run
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.state import overridden, precisely, replaced, undisturbed
 from billhook.engine.store import store_of
-from billhook.engine.walk import Reduce, spare
+from billhook.engine.walk import spare
 from billhook.kv_heads.bases.stacks import Projections, moved_values
 from billhook.linalg import float64_device
 from billhook.model.shapes.handed import handing_of
@@ -47,7 +48,7 @@ def gather(
     places: Mapping[str, Projections],
     groups: Mapping[str, int],
     trials: Sequence[Run],
-    reduce: Reduce | None = None,
+    comm: Comm = ALONE,
 ) -> dict[str, Moments]:
     """Returns the moments of each attention, in so many groups of consecutive KV heads, on all batches; the model stays as it is.
 
@@ -55,7 +56,7 @@ def gather(
     attention, for G groups and H = G J heads of width w: of Llama-7B (H = 32, w = 128, 32 attentions) 1.2 GB for G = 8, and
     8.7 GB for G = 1, which a choice of groups needs; within an attention, with 2048 tokens in a batch, 0.13 GB and 1.1 GB more.
     """
-    each = gather_each(model, places, {name: [number] for name, number in groups.items()}, trials, reduce)
+    each = gather_each(model, places, {name: [number] for name, number in groups.items()}, trials, comm)
     return {name: own[groups[name]] for name, own in each.items()}
 
 
@@ -64,7 +65,7 @@ def gather_each(
     places: Mapping[str, Projections],
     groups: Mapping[str, Collection[int]],
     trials: Sequence[Run],
-    reduce: Reduce | None = None,
+    comm: Comm = ALONE,
 ) -> dict[str, dict[int, Moments]]:
     """Returns what `gather` does for several numbers of groups, by attention and number; what is held adds up.
 
@@ -75,12 +76,13 @@ def gather_each(
     with undisturbed(model), ExitStack() as stack:
         for one in sums.values():
             stack.enter_context(one.listening())
-        stack.enter_context(store_of(model).apart(reduce))
+        stack.enter_context(store_of(model).apart(comm))
         for trial in trials:
             for one in sums.values():
                 one.masks = trial.tokens
             trial.visit()
-    return {name: one.moments(reduce) for name, one in sums.items()}
+    comm.sum_(*(tensor for one in sums.values() for tensor in one.tensors()))
+    return {name: one.moments() for name, one in sums.items()}
 
 
 class _Enough(BaseException):
@@ -184,11 +186,12 @@ class Sums:
             tensor = tensor[mask.flatten()]
         return tensor if tensor.dtype == torch.float64 else tensor.float()
 
-    def moments(self, reduce: Reduce | None) -> dict[int, Moments]:
+    def tensors(self) -> list[Tensor]:
+        """Returns the sums themselves, not copies, to be summed over ranks in place."""
+        return [*self._keys.values(), *self._values.values(), self._queries, self._tokens]
+
+    def moments(self) -> dict[int, Moments]:
         """Returns the means of what was added up, by the number of groups."""
-        if reduce is not None:
-            for sums in (*self._keys.values(), *self._values.values(), self._queries, self._tokens):
-                reduce(sums)
         counts = self._tokens.tolist()
         if not all(counts):
             raise ValueError(f"batches: {self._place.name} is not called, or no token counts")

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from billhook.engine.batches import Loss, Run
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.walk import Reduce
 from billhook.kv_heads.bases.attentions import Attentions
 from billhook.kv_heads.methods.base import KVMethod, Rendered
 from billhook.repairs.enough import not_refitted
@@ -97,7 +97,7 @@ def ready_weights(
     method: KVMethod,
     batches: Iterable[BatchAndLoss] = (),
     repair: Repair | None = None,
-    reduce: Reduce | None = None,
+    comm: Comm = ALONE,
 ) -> tuple[LazyTensors, str]:
     """Returns by parameter the values with which the heads of each group are equal, and how they came to be.
 
@@ -107,9 +107,9 @@ def ready_weights(
         method: How heads become equal; of several `candidates` the best on held-out batches.
         batches: Batches, each with its loss (None for the model's own).
         repair: If given, what reads the heads, and the feed-forwards, are refitted to what the whole model gives.
-        reduce: Sums over ranks.
+        comm: The ranks.
     """
-    return made_equal(Attentions(model, groups, reduce), method, batches, repair)
+    return made_equal(Attentions(model, groups, comm), method, batches, repair)
 
 
 def turned_weights(
@@ -117,13 +117,13 @@ def turned_weights(
     groups: Mapping[str, int],
     method: Rendered,
     batches: Iterable[BatchAndLoss] = (),
-    reduce: Reduce | None = None,
+    comm: Comm = ALONE,
 ) -> LazyTensors:
     """Returns by parameter the values with which the heads of each group lie in one basis and next to each other.
 
     Nothing is pooled, and the model computes what it did. Without batches the weights alone say which basis.
     """
-    attentions = Attentions(model, groups, reduce)
+    attentions = Attentions(model, groups, comm)
     attentions.check(method)
     trials = [attentions.trial(*pair) for pair in batches]
     return attentions.equal(method, attentions.moments(trials, method.grouping), pool=False)

@@ -41,8 +41,7 @@ def refit_readers(
         runs: Batches, two at least; each source is held out in turn, or some batches where there is one source.
         repair: How linears are refitted, by its ridges and held-out share.
     """
-    device = next(model.parameters()).device
-    parts, held_out = repair.parts([run.source for run in runs], None, device)
+    parts, held_out = repair.parts([run.source for run in runs])
     every = {name: _Beside(model, place, variants[name], max(parts) + 1) for name, place in places.items()}
     with undisturbed(model), ExitStack() as stack:
         for one in every.values():

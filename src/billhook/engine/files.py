@@ -112,6 +112,8 @@ class FileStore(BlockStore):
             self._check_known(block)
             self.release()
             self._load(self.keys[self.names[block]])
+            names = list(self.blocks)
+            self.files.read_ahead(self.keys[names[(names.index(self.names[block]) + 1) % len(names)]])
             if self.device is not None:
                 self._copies = Copies(self.device)
                 self._copies.enter(block)

@@ -2,12 +2,13 @@
 
 import copy
 import json
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from math import prod
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
@@ -169,6 +170,16 @@ class Files:
         with self.slices(names) as found, self._readable():
             return {name: one[...] for name, one in found.items()}
 
+    def read_ahead(self, names: Collection[str]) -> None:
+        """Has the system read tensors of files that are here into its pages, while this process goes on; Linux does."""
+        here = {file: path for file in {self._files[name] for name in names} if (path := self._here(file)) is not None}
+        for file, path in here.items() if hasattr(os, "posix_fadvise") else ():
+            with suppress(OSError, ValueError, KeyError), path.open("rb") as opened:
+                extents = _extents(opened)
+                for first, last in (extents[self._names.get(name, name)] for name in names if self._files[name] == file):
+                    if last > first:  # or all that follows would be read
+                        os.posix_fadvise(opened.fileno(), first, last - first, os.POSIX_FADV_WILLNEED)
+
     def rows(self, name: str, elements: int) -> Iterator[Tensor]:
         """Reads a tensor a few rows at a time, so many elements at once; a slice of safetensors reads it as a whole each time."""
         with self.slices([name]) as found, self._readable():
@@ -178,8 +189,7 @@ class Files:
                 yield found[name][...]
                 return
             with self._paths[self._files[name]].open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                file.seek(8 + size + json.loads(file.read(size))[self._names.get(name, name)]["data_offsets"][0])
+                file.seek(_extents(file)[self._names.get(name, name)][0])
                 for start in range(0, shape[0], step):
                     some = (min(step, shape[0] - start), *shape[1:])
                     read = torch.empty(some, dtype=DTYPES[kind])
@@ -213,6 +223,14 @@ class Files:
             yield
         except UNREADABLE as error:
             raise ValueError(f"'{self._name}': a safetensors file cannot be read: {error}") from error
+
+
+def _extents(file: BinaryIO) -> dict[str, tuple[int, int]]:
+    """Returns where the bytes of each tensor begin and end in a safetensors file."""
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {name: (8 + size + first, 8 + size + last) for name, own in header.items() for first, last in [own["data_offsets"]]}
 
 
 def renumbered(key: str, block: str, then: str) -> str:

@@ -1,8 +1,8 @@
 """Seconds in which Wanda's masks are found with all blocks on a GPU, and one at a time: `python benchmarks/offload.py`.
 
 By default the model is a Llama of 16 random blocks, 4,096 wide, in bfloat16, and there are 8 batches of 2,048 tokens. The next
-block is on its way while one computes, or not; what both take more than where all blocks are on the GPU is what copying costs that
-computing does not hide. Peaks are of the GPU's memory. It needs CUDA, and says so where there is none.
+block is on its way while one computes, or not; what both take longer than where all blocks are on the GPU is what copying costs
+that computing does not hide. Peaks are of the GPU's memory. It needs CUDA, and says so where there is none.
 """
 
 import argparse

@@ -11,7 +11,7 @@ import transformers
 
 import billhook as bh
 from billhook.adapters.in_checkpoint import ADAPTERS
-from billhook.adapters.merge import merged_copy
+from billhook.adapters.merge import merged_for_now
 from billhook.checkpoints.export import export
 from billhook.model.find import find_transformer
 from billhook.model.linears import prunable
@@ -192,7 +192,8 @@ def test_a_lightning_checkpoint_with_adapters_is_exported_merged(files, tmp_path
     )
     export(tmp_path / "step=1.ckpt", tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    expected = merged_copy(lit.model.eval()).model
+    with merged_for_now(lit.model.eval()) as merged:
+        expected = merged.model
     assert not [name for name, _ in again.named_parameters() if "lora" in name]
     for name, parameter in again.named_parameters():
         torch.testing.assert_close(parameter, expected.get_parameter(name), atol=1e-6, rtol=1e-5)

@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from billhook.adapters.masked import adapted_linears, fitting, on_linears
 from billhook.arguments import annotated
 from billhook.engine.state import fresh_casts
+from billhook.engine.store import store_of
 from billhook.model.adapter_layers import base_of, is_adapter, is_trained_copy
+from billhook.model.surgery import way_back
 from billhook.page import Shown
 
 
@@ -94,13 +97,67 @@ def has_adapters(model: nn.Module) -> bool:
     return next(_places(model), None) is not None
 
 
-def merged_copy(model: nn.Module) -> Merged:
-    """Merges a copy; the model is not changed. Adapters on no linear, or merged already, are only taken off."""
+@contextmanager
+def merged_for_now(model: nn.Module) -> Iterator[Merged]:
+    """Gives what merging makes of a model, within; the model is as it was afterwards.
+
+    It is a copy that is merged, or where blocks come and go, the model itself: weights in blocks are merged whenever these come.
+    Adapters on no linear, or merged already, are only taken off.
+    """
+    if not store_of(model).holds_all:
+        with _merged_in_turn(model) as merged:
+            yield merged
+        return
     copied = copy.deepcopy(model)
     if all(layer.merged for layer in on_linears(copied).values()):
         _check_alone(copied)
-        return Merged(_removed(copied), {}, ())
-    return merge(copied)
+        yield Merged(_removed(copied), {}, ())
+    else:
+        yield merge(copied)
+
+
+@contextmanager
+def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
+    """Merges weights in blocks whenever these come, and others until the end of a `with` block."""
+    store, back, linears = store_of(model), way_back(model), on_linears(model)
+    named = {id(layer): name for name, layer in linears.items()}
+    layers = {id(child): child for _, _, child in _places(model) if is_adapter(child) and not child.merged}
+    if layers:
+        _check_alone(model)
+    error, pruned = dict[str, float](), set[str]()
+    outside = [base for layer in layers.values() if (base := base_of(layer)) not in store.owner]
+    kept = [(own, own.detach().clone()) for base in outside for own in base.parameters()]
+
+    @torch.no_grad()
+    def merged(block: nn.Module | None) -> list[nn.Parameter]:
+        """Merges the layers on linears of a block, or of none, and returns their weights."""
+        found = list[nn.Parameter]()
+        for key, layer in layers.items():
+            if store.owner.get(base_of(layer)) is not block:
+                continue
+            layer.merged_adapters.clear()  # of the last time that it came
+            if (name := named.get(key)) is None:
+                _into(type(layer).__name__, layer)
+            else:
+                masks = fitting({name: layer}, None)
+                error[name] = _merge(name, layer, masks.get(name))
+                pruned.update(masks)
+            found += base_of(layer).parameters()
+        return found
+
+    try:
+        with fresh_casts(), store.altered(merged):
+            merged(None)
+            for block in store.blocks.values():
+                store.load(block)
+            subject = _removed(model, merges=False)
+            yield Merged(subject, {n: error[n] for n in linears if n in error}, tuple(n for n in linears if n in pruned))
+    finally:
+        back()
+        for layer in layers.values():
+            layer.merged_adapters.clear()
+        for own, values in kept:
+            own.data.copy_(values)
 
 
 def _check_alone(model: nn.Module) -> None:
@@ -140,12 +197,12 @@ def _into(name: str, layer: Any) -> None:  # noqa: ANN401
         raise ValueError(f"model: the adapters of {name} cannot be merged: {error}") from error
 
 
-def _removed(model: nn.Module) -> nn.Module:
-    """Removes PEFT's layers and wrapper from a model, merging in full those that are not merged yet."""
+def _removed(model: nn.Module, merges: bool = True) -> nn.Module:
+    """Removes PEFT's layers and wrapper from a model, and `merges` in full those that are not merged yet."""
     wrapped: Any = model
     inner: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     for parent, name, child in list(_places(inner)):
-        setattr(parent, name, _taken_off(name, child))
+        setattr(parent, name, _taken_off(name, child) if merges or is_trained_copy(child) else child.get_base_layer())
     for module in inner.modules():
         if getattr(module, "_hf_peft_config_loaded", False):
             module._hf_peft_config_loaded = False

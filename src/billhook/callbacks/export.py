@@ -4,7 +4,7 @@ import errno
 import inspect
 import itertools
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from billhook.adapters.in_checkpoint import save_adapters
@@ -25,12 +26,15 @@ from billhook.checkpoints.push import NotPushed, check_repository, check_token, 
 from billhook.checkpoints.save import Saved, check_names, save
 from billhook.claim import Claim
 from billhook.engine.batches import examples_of
-from billhook.engine.sharding import as_one
+from billhook.engine.sharded_files import write_sharded
+from billhook.engine.sharding import is_sharded, reshard
+from billhook.engine.shards import in_turn
+from billhook.engine.store import store_of
 from billhook.fit.events.event import events_of, start_of
 from billhook.fit.lightning_internals import is_search
 from billhook.fit.loggers import log_card
 from billhook.fit.preprocessors import find_preprocessors
-from billhook.fit.ranks import by_first
+from billhook.fit.ranks import by_first, of_first
 from billhook.fit.run import callbacks_of, check_some_steps, is_trial
 from billhook.fit.trained import trained
 from billhook.model.find import find_transformer
@@ -45,7 +49,7 @@ UNVERIFIED = """These are the weights at the end of a fit whose export failed; n
 
 {error}
 
-`billhook export {ckpt} OUT` tries again; torch.load reads them.
+`billhook export {ckpt} OUT` tries again; torch.load reads them, or if they are shards, torch.distributed.checkpoint.
 """
 
 
@@ -170,8 +174,8 @@ class Export(Callback):
         self._probe = self.probe or _inputs_in(batch, model)
         if not self.rehearse:
             return
-        with as_one(model):
-            by_first(trainer, "Export", partial(self._rehearse, model))
+        with in_turn(model):
+            by_first(trainer, "Export", partial(self._rehearse, model), store_of(model).apart)
 
     def _rehearse(self, model: PreTrainedModel) -> None:
         """Saves the model as it is beside the folder, and removes that again; what fails now would fail at the end."""
@@ -204,17 +208,22 @@ class Export(Callback):
         if is_trial(trainer):
             rank_zero_info(f"billhook: nothing is saved to {self.folder}, since this is a fast_dev_run")
             return
-        model = find_transformer(pl_module)
-        with as_one(model):
-            by_first(trainer, "Export", partial(self._export, trainer, model))
+        model, failed = find_transformer(pl_module), list[Exception]()
+        with in_turn(model):
+            by_first(trainer, "Export", partial(self._export, trainer, model, failed), store_of(model).apart)
+        full = any(isinstance(error, OSError) and error.errno == errno.ENOSPC for error in failed)
+        words = [f"{type(error).__name__}: {error}" for error in failed if not full]
+        for why in of_first(trainer, "Export", "how it has failed", words):
+            self._keep(trainer, model, why)
+        by_first(trainer, "Export", partial(_raise, failed))
 
-    def _export(self, trainer: pl.Trainer, model: PreTrainedModel) -> None:
-        """Saves, converts and logs; keeps the weights of a model that cannot be saved."""
+    def _export(self, trainer: pl.Trainer, model: PreTrainedModel, failed: list[Exception]) -> None:
+        """Saves, converts and logs; puts an error into `failed`, for which all ranks keep the weights."""
         try:
             self._save(trainer, model)
-        except Exception as error:
-            self._keep(model, error)
-            raise
+        except Exception as error:  # noqa: BLE001 - it is raised again
+            failed.append(error)
+            return
         self._convert()
         if self.saved is not None:
             log_card(trainer, Path(self.saved.folder) / CARD)
@@ -268,21 +277,22 @@ class Export(Callback):
         adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
         rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")
 
-    def _keep(self, model: PreTrainedModel, error: Exception) -> None:
-        """Keeps the weights of a model that could not be exported, unless the disk is full."""
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return
-        folder = Path(_unused(f"{self.folder}-unverified"))
+    def _keep(self, trainer: pl.Trainer, model: PreTrainedModel, why: str) -> None:
+        """Keeps the weights of a model that could not be exported; each rank writes its shards."""
+        folder = Path(of_first(trainer, "Export", "a folder for the weights", _unused(f"{self.folder}-unverified")))
+        reshard(model)
         checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
         save_adapters(model, checkpoint)
         with suppress(Exception):  # what failed may be this
             save_shape(model, checkpoint)
         try:
-            folder.mkdir(parents=True)
-            torch.save(checkpoint, folder / "weights.ckpt")
-            text = UNVERIFIED.format(error=f"{type(error).__name__}: {error}", ckpt=folder / "weights.ckpt")
-            (folder / "UNVERIFIED.txt").write_text(text)
-        except OSError:
+            folder.mkdir(parents=True, exist_ok=True)
+            if is_sharded(model):
+                write_sharded(folder / "weights.ckpt", checkpoint, trainer.is_global_zero)
+            elif trainer.is_global_zero:
+                torch.save(checkpoint, folder / "weights.ckpt")
+            (folder / "UNVERIFIED.txt").write_text(UNVERIFIED.format(error=why, ckpt=folder / "weights.ckpt"))
+        except (OSError, CheckpointException):
             shutil.rmtree(folder, ignore_errors=True)
             return
         rank_zero_warn(f"Export failed; the weights are kept, not verified, in '{folder}'")
@@ -296,6 +306,11 @@ class Export(Callback):
             rank_zero_warn(f"{error}; the model is saved to '{folder}'")
             return folder
         return self.folder
+
+
+def _raise(failed: Sequence[Exception]) -> None:
+    for error in failed:
+        raise error
 
 
 def _unused(folder: str) -> str:

@@ -9,7 +9,6 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.store import store_of
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import nested_configs, text_config
 from billhook.model.figures import kv_cache_bytes
@@ -136,27 +135,13 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
             yield kind, candidate
 
 
-def rendered(model: PreTrainedModel, kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
-    """Builds the model in a class that stands for its own, with its tensors, some transposed; None if none has to be."""
-    turned = transposed(model, kind)
-    if not turned:
-        return None
-    other = build_class_on_meta(kind, config)
-    state = {name: tensor.T.contiguous() if name in turned else tensor for name, tensor in model.state_dict().items()}
-    other.load_state_dict(state, assign=True)
-    other.tie_weights()
-    if model.can_generate():
-        other.generation_config = model.generation_config
-    return other
-
-
 def cache_as_saved(model: PreTrainedModel) -> int | None:
     """Counts the bytes that the key/value cache grows by with a token, in the class that a checkpoint of the model is loaded in.
 
     It is less than in memory where the other class caches one head that the model's own repeats.
     """
     kind, config = next(iter(equivalents(model)), (type(model), model.config))
-    if kind is type(model) or store_of(model).in_files:
+    if kind is type(model):
         return kv_cache_bytes(model)
     return kv_cache_bytes(build_class_on_meta(kind, config).to(cast(Any, model.dtype)))
 

@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,16 +13,14 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.adapters.merge import has_adapters, merged_copy
+from billhook.adapters.merge import has_adapters, merged_for_now
 from billhook.arguments import annotated
 from billhook.assets import model_path
 from billhook.checkpoints.card import card
-from billhook.checkpoints.equivalent import equivalents, rendered, say_head_dim, transposed
+from billhook.checkpoints.equivalent import equivalents, say_head_dim, transposed
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.claim import claimed
-from billhook.engine.files import FileStore, write_checkpoint
-from billhook.engine.loader_internals import everything_saved, is_joined_unevenly
 from billhook.engine.noise import forked
 from billhook.engine.store import store_of
 from billhook.model.config_fields import nested_configs
@@ -165,17 +163,30 @@ def _save(
     probe: Probe,
 ) -> Saved:
     """Saves a model to a folder that is claimed, with a record in plain data."""
-    merged = merged_copy(model) if has_adapters(model) else None
-    if merged is not None:
-        model = cast(PreTrainedModel, merged.model)
-        if merged.lost:
-            warnings.warn(f"the checkpoint does not compute what the model does: {merged.text()}", stacklevel=3)
+    if has_adapters(model):
+        with merged_for_now(model) as merged:
+            if merged.lost:
+                warnings.warn(f"the checkpoint does not compute what the model does: {merged.text()}", stacklevel=3)
+            return _save_plain(cast(PreTrainedModel, merged.model), folder, target, tokenizer, plain, probe, merged.text())
+    return _save_plain(model, folder, target, tokenizer, plain, probe)
+
+
+def _save_plain(
+    model: PreTrainedModel,
+    folder: str,
+    target: Path,
+    tokenizer: Preprocessor | Sequence[Preprocessor] | None,
+    plain: dict[str, Any],
+    probe: Probe,
+    adapters: str | None = None,
+) -> Saved:
+    """Saves a model without adapters, and says what was merged."""
     expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
     with drafted(target) as draft, _untouched(model), as_runs_see(model):
         way, family, difference = _write(model, expected, draft, probe)
         for one in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             one.save_pretrained(draft)
-        saved = Saved(folder, way, difference, size(draft) / 1e6, None if merged is None else merged.text(), family)
+        saved = Saved(folder, way, difference, size(draft) / 1e6, adapters, family)
         said = asdict(saved) | {"folder": target.name}
         plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": said}
         config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
@@ -183,8 +194,7 @@ def _save(
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
         move(draft, target)
-    if isinstance(stream := store_of(model), FileStore):
-        stream.settle(target)
+    store_of(model).settle(target)
     return saved
 
 
@@ -198,28 +208,23 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
     _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()
     for kind, config in equivalents(model):
-        if store_of(model).in_files and transposed(model, kind):
-            continue  # that takes a second model
-        other = rendered(model, kind, config)
-        (other or config).save_pretrained(draft)
+        if turned := transposed(model, kind):
+            _write_weights(model, draft, turned)
+        config.save_pretrained(draft)
         with suppress(RuntimeError):  # other logits
             difference = verify(model, expected, draft, probe, kind)
-            if difference == 0 or other is not None:  # transposed linears round otherwise
+            if difference == 0 or turned:  # transposed linears round otherwise
                 return ("plain", None, 0.0) if kind is type(model) else ("equivalent", config.model_type, difference)
-        if other is not None:
+        if turned:
             _write_weights(model, draft)
     (draft / "config.json").write_bytes(written)
     return ("shaped" if shape.tensors else "plain"), None, verify(model, expected, draft, probe)
 
 
-def _write_weights(model: PreTrainedModel, draft: Path) -> None:
-    """Writes config and weights, also those that the class leaves out because it makes them: they may be others, or smaller."""
-    if isinstance(stream := store_of(model), FileStore):
-        write_checkpoint(stream, draft)
-        return
+def _write_weights(model: PreTrainedModel, draft: Path, turned: Collection[str] = ()) -> None:
+    """Writes config and weights, some transposed, into a folder that is empty but for what was written so before."""
     try:
-        with everything_saved(model):
-            model.save_pretrained(draft, save_original_format=not is_joined_unevenly(model))
+        store_of(model).write(draft, turned)
     except RuntimeError as error:
         if "shared tensors" not in str(error) or (shared := _shared(model)) is None:
             raise

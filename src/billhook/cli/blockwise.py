@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from torch import nn
 
 from billhook.bar import Told, bar
-from billhook.engine.files import FileStore
 from billhook.engine.memory import resident
 from billhook.engine.store import store_of
 
@@ -23,11 +22,11 @@ def over(model: nn.Module, what: str, of: str) -> Iterator[Told]:
     Yields:
         A function to call with how much is done, and of how much.
     """
-    if not isinstance(stream := store_of(model), FileStore):
+    if (store := store_of(model)).holds_all:
         with bar(what, of) as told:
             yield told
         return
-    with bar(what, "blocks", peak) as told, stream.watched(told):
+    with bar(what, "blocks", peak) as told, store.watched(told):
         yield lambda done, total: None
 
 

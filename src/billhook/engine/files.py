@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,15 +20,14 @@ from billhook.engine.fingerprint import identity_of
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import (
     as_in_files,
-    everything_saved,
     initialize_buffers,
-    is_joined_unevenly,
     load_some,
     made_by_class,
     named_in,
+    save_state,
 )
 from billhook.engine.parts import Parts, link, tensor_in
-from billhook.engine.store import STORE, Alter, Before, BlockStore, ComingOnce
+from billhook.engine.store import STORE, Alter, Before, BlockStore, ComingOnce, turned_in
 from billhook.engine.tensors import Files, renumbered, share, write_index
 from billhook.engine.walk import blocks_of
 
@@ -48,10 +47,11 @@ class FileStore(BlockStore):
         blocks: The blocks that come and go, by name.
         adopted: The files that hold blocks as they are now, by the name of the block.
         done: The blocks that an earlier process has left of the step that goes on, with its notes.
-        reused: How many blocks, in all steps so far, were there from an earlier run.
     """
 
     model: PreTrainedModel
+    holds_all = False
+    trains = False
     in_files = True
 
     def __init__(self, model: PreTrainedModel, files: Files, parts: Parts | None) -> None:
@@ -59,7 +59,6 @@ class FileStore(BlockStore):
         self.files, self.parts = files, parts
         self.here: nn.Module | None = None
         self._copies: Copies | None = None
-        self.reused = 0
         self._changed = False
         self._note: object = None
         self._instead = LazyTensors({})  # what parameters of blocks have for values, meanwhile
@@ -145,6 +144,10 @@ class FileStore(BlockStore):
                     "load it with bh.load for adapters and the like"
                 )
 
+    def is_altered(self, block: nn.Module) -> bool:
+        """Tells whether values of a block are altered whenever it comes."""
+        return bool(self._alterations.get(self.names[block]))
+
     @contextmanager
     def altered(self, alter: Alter) -> Iterator[None]:
         """Has values of blocks altered in memory whenever they come, within; one that is written and adopted stays as that is."""
@@ -213,13 +216,14 @@ class FileStore(BlockStore):
             self._told = None
 
     @contextmanager
-    def step(self, key: str) -> Iterator[None]:
+    def step(self, key: str, more: Callable[[], str] = str) -> Iterator[None]:
         """Begins work that is written block by block; after an error blocks come as before, and what was written stays.
 
         Blocks that an earlier process has done are as they were before the step until they are adopted.
         """
         back, self._passed = self.way_back(), set()
-        self.done = self.written.begin(f"{self._origin} {self._lost} {identity_of(self.model)} {self.device} {key}")
+        told_apart = f"{self._origin} {self._lost} {identity_of(self.model)} {self.device} {key} {more()}"
+        self.done = self.written.begin(told_apart)
         self.reused += len(self.done)
         try:
             yield
@@ -233,6 +237,14 @@ class FileStore(BlockStore):
         """Returns what an earlier process has written of a block in this step, with its note."""
         name = self.names[block]
         return (self._written(name), self.done[name]) if name in self.done else None
+
+    def resumed(self, block: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Has a block come as an earlier process has left it in this step; see `BlockStore.resumed`."""
+        if (name := self.names[block]) not in self.done:
+            return False
+        self.adopt(name)
+        self.resize(name, sizes)
+        return True
 
     def stage(
         self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
@@ -305,6 +317,22 @@ class FileStore(BlockStore):
             empty = torch.empty(sizes[own], dtype=parameter.dtype, device="meta")
             self.model.get_submodule(owner)._parameters[key] = nn.Parameter(empty, parameter.requires_grad)
 
+    def write(self, folder: Path, turned: Collection[str] = ()) -> None:
+        """Writes config, a file for what is in no block, a file for each block, and the index; see `BlockStore.write`."""
+        self.release()
+        blocks, called = len(self.blocks), named_in(self.model, self.files) if turned else {}
+        rest = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
+        save_state(self.model, folder, turned_in(rest, turned), max_shard_size=sys.maxsize)
+        (folder / SAFE_WEIGHTS_NAME).rename(folder / _named(0, blocks))
+        for number, name in enumerate(self.blocks, 1):
+            file, keys = folder / _named(number, blocks), {key for key in self.keys[name] if called.get(key) in turned}
+            file.unlink(missing_ok=True)  # what is written over might be a link to the file of a part
+            if name in self.adopted and not keys:
+                link(self.adopted[name], file)
+            else:
+                save_file(turned_in(self.files.read(self.keys[name]), keys), file, {"format": "pt"})
+        write_index(folder)
+
     def settle(self, folder: Path) -> None:
         """Has blocks come from the checkpoint that was written of the model, and removes what was written on the way."""
         if self.parts is not None:
@@ -342,25 +370,6 @@ def _named_in(block: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]
 def _gone(parameter: nn.Parameter) -> nn.Parameter:
     """Returns a parameter on meta in the place of one that goes."""
     return nn.Parameter(torch.empty_like(parameter.detach(), device="meta"), parameter.requires_grad)
-
-
-def write_checkpoint(stream: FileStore, folder: Path) -> None:
-    """Writes config, a file for what is in no block, a file for each block, and the index."""
-    stream.release()
-    model, blocks = stream.model, len(stream.blocks)
-    rest = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
-    with everything_saved(model):
-        model.save_pretrained(
-            folder, state_dict=rest, max_shard_size=sys.maxsize, save_original_format=not is_joined_unevenly(model)
-        )
-    (folder / SAFE_WEIGHTS_NAME).rename(folder / _named(0, blocks))
-    for number, name in enumerate(stream.blocks, 1):
-        file = folder / _named(number, blocks)
-        if name in stream.adopted:
-            link(stream.adopted[name], file)
-        else:
-            save_file(stream.files.read(stream.keys[name]), file, {"format": "pt"})
-    write_index(folder)
 
 
 def _named(number: int, blocks: int) -> str:

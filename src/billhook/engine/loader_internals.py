@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,12 +134,16 @@ def as_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str
     return found
 
 
-@contextmanager
-def everything_saved(model: PreTrainedModel) -> Iterator[None]:
-    """Has a model save all of its weights, also those that its class says it makes."""
+def save_state(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None, **options: Any) -> None:  # noqa: ANN401
+    """Saves config and weights, or others by their names; also those that the class leaves out because it makes them."""
     ignored = model._keys_to_ignore_on_save
     model._keys_to_ignore_on_save = None
     try:
-        yield
+        model.save_pretrained(
+            folder,
+            state_dict=None if state is None else dict(state),
+            save_original_format=not is_joined_unevenly(model),
+            **options,
+        )
     finally:
         model._keys_to_ignore_on_save = ignored

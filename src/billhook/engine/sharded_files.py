@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from billhook.engine.fsdp import as_plain, of_lists, tensor_of
 from billhook.engine.trees import tree_map_only
@@ -86,6 +87,20 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         for name, one in held.items()
     }
     return described(folder) | {TENSORS: tensors}
+
+
+def write_sharded(folder: Path, checkpoint: Mapping[str, Any], first: bool) -> None:
+    """Writes a sharded checkpoint; all ranks call it together, and each writes its shards.
+
+    Args:
+        folder: The folder.
+        checkpoint: Its tensors are in a state dict, as `read_sharded` returns it.
+        first: Whether this is the rank that writes all else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save({TENSORS: checkpoint[TENSORS]}, checkpoint_id=folder)
+    if first:
+        torch.save({key: one for key, one in checkpoint.items() if key != TENSORS}, folder / DESCRIBED)
 
 
 def _read(reader: "_Reader", name: str) -> Tensor:

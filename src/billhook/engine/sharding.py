@@ -183,13 +183,6 @@ def gathered(module: nn.Module, but: Iterable[nn.Module] = ()) -> AbstractContex
 
 
 @contextmanager
-def as_one(module: nn.Module) -> Iterator[None]:
-    """Makes a sharded module whole on each rank, as it was before it was sharded; what is done to its parameters is lost."""
-    with unsharded(module), gathered(module):
-        yield
-
-
-@contextmanager
 def sizes_only(module: nn.Module) -> Iterator[None]:
     """Makes a sharded module what it was before, on the meta device except for its buffers."""
     with unsharded(module), _replaced(module.modules(), lambda shard: torch.empty(shard.shape, dtype=shard.dtype, device="meta")):

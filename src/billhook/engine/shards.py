@@ -1,11 +1,13 @@
 """A sharded model of which one block at a time is whole: it is gathered when it computes, and goes when another one does."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from transformers import PreTrainedModel
 from billhook.engine.comm import Comm
 from billhook.engine.fsdp import put_on, take_off
 from billhook.engine.lazy import LazyTensors, Read
+from billhook.engine.loader_internals import as_in_files, save_state
 from billhook.engine.sharding import (
     Lies,
     Place,
@@ -31,7 +34,8 @@ from billhook.engine.sharding import (
     without_memory,
 )
 from billhook.engine.state import replaced
-from billhook.engine.store import STORE, Alter, Before, BlockStore, ComingAgain
+from billhook.engine.store import STORE, Alter, Before, BlockStore, ComingAgain, turned_in
+from billhook.engine.tensors import add_to_file
 from billhook.engine.walk import blocks_of
 
 
@@ -53,6 +57,7 @@ class ShardStore(BlockStore):
         shards: Where the values of parameters lie that are in such blocks.
     """
 
+    holds_all = False
     on_ranks = True
 
     def __init__(self, root: nn.Module, gradients: bool = False) -> None:
@@ -75,10 +80,12 @@ class ShardStore(BlockStore):
         self._alterations = defaultdict[nn.Module, list[Alter]](list)
         self._reads: Mapping[nn.Parameter, Read] = {}
         self._apart: Comm | None = None
+        inside = {block: dict.fromkeys(block.parameters()) for block in self.blocks.values()}
+        self._inside = {block: [self._new[own] for own in every if own in self._new] for block, every in inside.items()}
         self._installed, self._forwards = list[RemovableHandle](), dict[nn.Module, Any]()
-        inside = {own for block in self.owner.values() for own in block.parameters()}
-        for new, own in self.shards.items():
-            if own not in inside:
+        within = {own for every in self._inside.values() for own in every}
+        for new in self._new.values():
+            if new not in within:
                 self._fill(new)
         self._filled.clear()
 
@@ -197,6 +204,7 @@ class ShardStore(BlockStore):
                 self.shards[own] = lies.shards(own)
                 self._filled.append(own)
                 done.add(own)
+        self._inside[block] = [own for own in block.parameters() if own in self.shards]
 
     @contextmanager
     def altered(self, alter: Alter) -> Iterator[None]:
@@ -248,6 +256,36 @@ class ShardStore(BlockStore):
             reads[name] = partial(whole, shard)
         return LazyTensors(reads)
 
+    @torch.no_grad()
+    def write(self, folder: Path, turned: Collection[str] = ()) -> None:
+        """Writes config and weights, a block at a time, into the files that `save_pretrained` makes of them.
+
+        Where blocks come to each rank apart, one rank does; see `apart`.
+        """
+        self.release()
+        model, away = cast(PreTrainedModel, self.model), dict[nn.Module, dict[str, nn.Parameter]]()
+        for name, own in model.named_parameters():
+            if own in self.shards and (block := self.block_of(name)) is not None:
+                away.setdefault(block, {})[name] = own
+        inside = {own for named in away.values() for own in named.values()}
+        names = {name for name, own in model.named_parameters(remove_duplicate=False) if own in inside}
+        rest = {name: one for name, one in model.state_dict().items() if name not in names}
+        save_state(model, folder, turned_in(rest, turned), max_shard_size=sys.maxsize)
+
+        def in_files(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return as_in_files(model, turned_in({name: own.detach() for name, own in named.items()}, turned))
+
+        def read() -> Iterator[dict[str, Tensor]]:
+            for block, named in away.items():
+                self.load(block)
+                yield in_files(named)
+
+        sizes = dict[str, Tensor]()
+        for named in away.values():
+            sizes |= in_files({name: torch.empty_like(own, device="meta") for name, own in named.items()})
+        add_to_file(folder, sizes, read())
+        self.release()
+
     @contextmanager
     def all_here(self) -> Iterator[None]:
         """Has all blocks whole, within."""
@@ -289,9 +327,8 @@ class ShardStore(BlockStore):
         return bool(going)
 
     def _gather(self, block: nn.Module, keep: bool = True) -> None:
-        for own in block.parameters():
-            if own in self.shards:
-                self._fill(own, keep)
+        for own in self._inside[block]:
+            self._fill(own, keep)
 
     @torch.no_grad()
     def _fill(self, own: nn.Parameter, keep: bool = True) -> None:
@@ -316,12 +353,12 @@ class ShardStore(BlockStore):
         """Returns what has blocks come as they are now, once the module has the parameters again that it has now."""
         self.release()
         shards, alterations = dict(self.shards), self._alterations.copy()
-        blocks, names = dict(self.blocks), dict(self.names)
+        blocks, names, inside = dict(self.blocks), dict(self.names), dict(self._inside)
 
         def back() -> None:
             self._changed = False
             self.release()
-            self.shards, self._alterations = dict(shards), alterations.copy()
+            self.shards, self._alterations, self._inside = dict(shards), alterations.copy(), dict(inside)
             self.blocks, self.names = dict(blocks), dict(names)
 
         return back

@@ -6,9 +6,10 @@ store knows: `store_of(model)` finds it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
-from typing import Any, ClassVar, NoReturn
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from billhook.engine.comm import Comm
 from billhook.engine.device import Copies, computed_on
 from billhook.engine.lazy import LazyTensors
+from billhook.engine.loader_internals import save_state
 from billhook.engine.state import overridden, replaced
 from billhook.engine.trees import tree_leaves, tree_map_only
 
@@ -37,10 +39,15 @@ class BlockStore(ABC):
         owner: The block that each module within them is in.
         device: Where blocks compute, with copies of what rests in memory or in files; None: where they are.
         rests: The folder in which what blocks hand on rests while runs go side by side; None for memory.
+        reused: How many blocks, in all steps so far, were there from an earlier process.
+        holds_all: Whether all values of the model are in memory.
+        trains: Whether parameters can have gradients, and optimizers that follow them.
         in_files: Whether they come from files.
         on_ranks: Whether they are shards, which all ranks gather together.
     """
 
+    holds_all: ClassVar[bool] = True
+    trains: ClassVar[bool] = True
     in_files: ClassVar[bool] = False
     on_ranks: ClassVar[bool] = False
     keeps_shapes = True
@@ -52,6 +59,7 @@ class BlockStore(ABC):
         self.names: dict[nn.Module, str] = {}
         self.device: torch.device | None = None
         self.rests: str | None = None
+        self.reused = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockStore":
         """Returns one without blocks: a copy of the model, as on meta, has neither files nor shards."""
@@ -145,14 +153,30 @@ class BlockStore(ABC):
         return nullcontext()
 
     @contextmanager
-    def step(self, key: str) -> Iterator[None]:
+    def step(self, key: str, more: Callable[[], str] = str) -> Iterator[None]:
         """Begins work in which blocks change, or values are staged; after an error within, blocks come as before.
 
         Args:
             key: What tells this work from all other: files that an earlier process has left of the same are taken.
+            more: Returns the rest of it, such as a hash of data: called only where a later process may go on.
         """
-        del key
+        del key, more
         yield
+
+    def resumed(self, block: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Has a block come as an earlier process has left it in the same step; False if it has left nothing.
+
+        Args:
+            block: The block.
+            sizes: Those of all parameters of the model after the step, by name.
+        """
+        del block, sizes
+        return False
+
+    def watched(self, told: Callable[[int, int], None]) -> AbstractContextManager[None]:
+        """Tells, within, how many blocks have come and gone since the last step began, and of how many."""
+        del told
+        return nullcontext()
 
     def known(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
         """Returns what an earlier process has staged of a block in the same step, with its note; None if nothing."""
@@ -183,6 +207,21 @@ class BlockStore(ABC):
         new = LazyTensors.of(values)
         with replaced({self.model.get_submodule(module): new.of_module(module) for module in new.modules}):
             yield
+
+    @abstractmethod
+    def write(self, folder: Path, turned: Collection[str] = ()) -> None:
+        """Writes config and weights of a Hugging Face model into a folder, as `save_pretrained` does.
+
+        Weights are written, too, that the class leaves out because it makes them: they may be others, or smaller.
+
+        Args:
+            folder: The folder.
+            turned: The names of weights that are written transposed.
+        """
+
+    def settle(self, folder: Path) -> None:
+        """Has blocks come from the checkpoint that was written of the model, where they come from files."""
+        del folder
 
 
 class MemoryStore(BlockStore):
@@ -270,6 +309,15 @@ class MemoryStore(BlockStore):
     def way_back(self) -> Callable[[], None]:
         """Returns what does nothing: surgery puts parameters back."""
         return lambda: None
+
+    def write(self, folder: Path, turned: Collection[str] = ()) -> None:
+        """Writes config and weights of a Hugging Face model; see `BlockStore.write`."""
+        save_state(cast(PreTrainedModel, self.model), folder, turned_in(self.model.state_dict(), turned) if turned else None)
+
+
+def turned_in(tensors: Mapping[str, Tensor], turned: Collection[str]) -> dict[str, Tensor]:
+    """Returns tensors by name, some of them transposed."""
+    return {name: one.T.contiguous() if name in turned else one for name, one in tensors.items()}
 
 
 def store_of(model: nn.Module) -> BlockStore:

@@ -4,14 +4,15 @@ import copy
 import json
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, split_torch_state_dict_into_shards, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -79,6 +80,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+CALLED = {dtype: name for name, dtype in DTYPES.items()}
+FILE_PATTERN, LARGEST = "model{suffix}.safetensors", "50GB"
+"""Of the files of a checkpoint, as `save_pretrained` has them by default."""
 UNREADABLE = (OSError, SafetensorError, KeyError)
 
 
@@ -263,6 +267,45 @@ def write_index(folder: Path) -> None:
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
+def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mapping[str, Tensor]]) -> None:
+    """Adds tensors, some at a time, to a file that `save_pretrained` has written, as if it had written all of them.
+
+    Args:
+        folder: Where `model.safetensors` is; where that becomes too large there are several files then, and their index.
+        sizes: What is added, on meta.
+        parts: The values of all of them.
+    """
+    first = (folder / SAFE_WEIGHTS_NAME).rename(folder / "first.draft")
+    with safe_open(first, "pt", backend="pread") as held, ExitStack() as stack:
+        every = {name: _empty(held.get_slice(name), "meta") for name in held.keys()} | dict(sizes)  # noqa: SIM118 - no dict
+        split = split_torch_state_dict_into_shards(every, filename_pattern=FILE_PATTERN, max_shard_size=LARGEST)
+        places = dict[str, tuple[BinaryIO, int]]()
+        for file, names in split.filename_to_tensors.items():
+            new = stack.enter_context((folder / file).open("wb"))
+            places |= {name: (new, place) for name, place in _begin(new, {name: every[name] for name in names}).items()}
+        for part in chain(({name: held.get_tensor(name)} for name in held.keys()), parts):  # noqa: SIM118
+            for name, tensor in part.items():
+                written, place = places.pop(name)
+                written.seek(place)
+                written.write(_bits(tensor.detach().cpu().contiguous()).numpy().data)
+    assert not places, f"{', '.join(places)} have no values"
+    first.unlink()
+    write_index(folder)
+
+
+def _begin(file: BinaryIO, sizes: Mapping[str, Tensor]) -> dict[str, int]:
+    """Writes the header of a safetensors file, as safetensors does, and returns where each tensor begins."""
+    header, places, end = dict[str, Any](__metadata__={"format": "pt"}), dict[str, int](), 0
+    for name in sorted(sizes, key=lambda name: (-sizes[name].itemsize, name)):
+        places[name], one = end, sizes[name]
+        end += one.nbytes
+        header[name] = {"dtype": CALLED[one.dtype], "shape": list(one.shape), "data_offsets": [places[name], end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    return {name: place + 8 + len(text) for name, place in places.items()}
+
+
 def _files(source: Source) -> dict[str, str]:
     """Returns the file of each tensor, as an index says it, or the one file has them."""
     try:
@@ -314,6 +357,7 @@ def share(model: PreTrainedModel, other: PreTrainedModel, files: Files, keys: Co
 def _holds(there: Tensor, mine: Tensor, files: Files, key: str) -> bool:
     """Tells whether a tensor in memory is what the files hold, in dtype, shape and every bit."""
     alike = there.dtype == mine.dtype and there.shape == mine.shape and there.dim() > 0
+    alike = alike and there.untyped_storage().size() >= there.nbytes  # or it is away, as a shard of ranks
     if not alike or there.device.type != "cpu" or not there.is_contiguous():
         return False
     place, whole = 0, there.detach()

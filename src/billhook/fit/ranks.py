@@ -6,9 +6,10 @@ that the first one has done what it does alone, for which no other may stand in 
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -111,10 +112,20 @@ def together(trainer: pl.Trainer, who: str) -> Iterator[None]:
     _meet(trainer, f"the end of {who}")
 
 
-def by_first(trainer: pl.Trainer, who: str, work: Callable[[], object]) -> None:
+Apart = Callable[[Comm], AbstractContextManager[None]]
+"""Lets each rank load blocks that ranks share, as `BlockStore.apart` does."""
+
+
+def by_first(trainer: pl.Trainer, who: str, work: Callable[[], object], apart: Apart = lambda _: nullcontext()) -> None:
     """Has the first rank work, however long it takes; the others wait, and stop by RanksDiffer if it fails.
 
-    They stand in no collective meanwhile, which would end by the timeout of the process group.
+    They stand in no collective meanwhile, which would end by the timeout of the process group, but while a block is gathered.
+
+    Args:
+        trainer: The trainer of the fit.
+        who: The callback that works, for messages.
+        work: What the first rank does.
+        apart: Lets it load blocks that ranks share, which the others help to gather.
     """
     if trainer.world_size == 1 or (store := _store()) is None:
         with together(trainer, who):
@@ -122,19 +133,46 @@ def by_first(trainer: pl.Trainer, who: str, work: Callable[[], object]) -> None:
                 work()
         return
     turn = store.add(f"billhook/turns of {trainer.global_rank}", 1)  # every rank has had as many
-    done = f"billhook/turn {turn}"
+    done, asked = f"billhook/turn {turn}", _Asked(trainer, store, f"billhook/turn {turn}")
+    comm = Comm(asked, trainer.global_rank, trainer.world_size)
     if not trainer.is_global_zero:
-        while not store.check([done]):  # `wait` warns each time that it ends
-            time.sleep(0.1)
+        with apart(comm):
+            pass  # but help, until the first has ended
+        asked.wait(done)
         if failed := store.get(done).decode():
             raise RanksDiffer(_stops(trainer, failed))
         return
     try:
-        work()
+        with apart(comm):
+            work()
     except BaseException as error:
         store.set(done, _failed(trainer, error))
         raise
     store.set(done, "")
+
+
+class _Asked:
+    """Called with what a rank asks for, returns what the first one does, on every rank; it goes by the process group's store."""
+
+    def __init__(self, trainer: pl.Trainer, store: Any, done: str) -> None:  # noqa: ANN401 - see `_store`
+        self.trainer, self.store, self.done, self.times = trainer, store, done, 0
+
+    def __call__(self, own: Tensor) -> Tensor:
+        """Returns the first rank's tensor, in the place of this one's."""
+        self.times += 1
+        key = f"{self.done}, {self.times}"
+        if self.trainer.is_global_zero:
+            self.store.set(key, json.dumps(own.tolist()))
+            return own
+        self.wait(key)
+        return own.copy_(torch.tensor(json.loads(self.store.get(key))))
+
+    def wait(self, key: str) -> None:
+        """Waits until the first rank has set a key; raises RanksDiffer if it fails before."""
+        while not self.store.check([key]):  # its own `wait` warns each time that it ends
+            if self.store.check([self.done]) and (failed := self.store.get(self.done).decode()):
+                raise RanksDiffer(_stops(self.trainer, failed))
+            time.sleep(0.01 if self.times else 0.1)
 
 
 def _meet(trainer: pl.Trainer, where: str, digest: str = "", failed: str = "") -> None:

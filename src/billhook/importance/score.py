@@ -36,10 +36,8 @@ class Scoring:
 
     def __post_init__(self) -> None:
         numbered(self.units, {}, self.per)
-        if not store_of(self.model).in_files:
-            check_values(self.model)
-        else:
-            check_streams(self.importance)
+        check_values(self.model, coming=True)
+        check_trains(self.model, self.importance)
         check_held(self.model, self.units)
 
     def sums(self, batches: Iterable[Any]) -> Sums:
@@ -68,6 +66,12 @@ class Scoring:
                 f"importance: a score of {place} is NaN or infinite: the loss, or the model, is not finite on a batch"
             )
         return (scores / (scores.norm() + 1e-20) if self.normalize else scores).float()
+
+
+def check_trains(model: nn.Module, importance: Importance) -> None:
+    """Refuses an importance that needs gradients, of a model that has none, as it is streamed."""
+    if not store_of(model).trains:
+        check_streams(importance)
 
 
 def check_streams(importance: Importance) -> None:

@@ -16,15 +16,12 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
 from billhook.calibration.calibration import Batches, batches_of
-from billhook.engine.files import FileStore
-from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.kv_heads.bases.attentions import Attentions
-from billhook.kv_heads.bases.ready import batches_needed, made_equal, ready_weights
+from billhook.kv_heads.bases.ready import batches_needed, made_equal
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
-from billhook.kv_heads.streamed import StreamedConversion
 from billhook.model.find import find_transformer
 from billhook.model.optimizers import check_replaceable
 from billhook.model.plan import Weights, apply
@@ -96,51 +93,32 @@ def convert_kv_heads(
     trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     check_replaceable(model, trained_by)
     plan = plan_kv_heads(model, num_key_value_heads, method, layers, encoder)
-    if isinstance(stream := store_of(model), FileStore):
-        convert_streamed(stream, plan, batches, repair)
-        return plan
     plan, weights, _ = ready(model, plan, batches, repair)
     apply(model, plan, trained_by, weights)
     return plan
 
 
-def convert_streamed(
-    stream: FileStore,
+def ready(
+    model: nn.Module,
     plan: KVHeadPlan,
     batches: Batches | None = None,
     repair: Repair | None = None,
     attentions: Attentions | None = None,
-) -> str:
-    """Carries a plan out on a model that is streamed, block by block; returns how its heads were made equal.
-
-    What is known of the `attentions` is found in two passes over the blocks, if it is not given.
-    """
-    new = LazyTensors({})
-    how = str(plan.method)
-    with stream.following():
-        if plan.method.turns or repair is not None:
-            needs, what = batches_needed(plan.method, repair)
-            given = [] if batches is None else list(batches_of(batches, stream.model))
-            if len(given) < needs:
-                raise ValueError(f"batches: {what} needs {needs} at least; got {len(given)}")
-            attentions = attentions or Attentions(stream.model, dict.fromkeys(plan.layers, plan.after))
-            new, how = made_equal(attentions, plan.method, [(batch, None) for batch in given], repair)
-        StreamedConversion(stream, plan, new, how).go()
-    return how
-
-
-def ready(
-    model: nn.Module, plan: KVHeadPlan, batches: Batches | None = None, repair: Repair | None = None
 ) -> tuple[KVHeadPlan, Weights, str]:
-    """Returns a plan with what restarts, the values that it starts from, and how they came to be; the model stays as it is."""
+    """Returns a plan with what restarts, the values that it starts from, and how they came to be; the model stays as it is.
+
+    What is known of the `attentions` is found if it is not given.
+    """
     if not plan.method.turns and repair is None:
         return plan, {}, str(plan.method)
-    check_values(model)
-    groups, subject = dict.fromkeys(plan.layers, plan.after), find_transformer(model)
+    check_values(model, coming=True)
+    subject = find_transformer(model)
     needs, _ = batches_needed(plan.method, repair)
     given = batches_of(batches, subject) if needs or batches is not None else ()
-    weights, how = ready_weights(subject, groups, plan.method, [(batch, None) for batch in given], repair)
-    return replace(plan, restart=tuple(changed(subject, weights))), weights, how
+    attentions = attentions or Attentions(subject, dict.fromkeys(plan.layers, plan.after))
+    weights, how = made_equal(attentions, plan.method, [(batch, None) for batch in given], repair)
+    restart = changed(subject, weights) if store_of(subject).trains else ()
+    return replace(plan, restart=tuple(restart)), weights, how
 
 
 def check_repair(method: KVMethod, repair: Repair | None) -> None:

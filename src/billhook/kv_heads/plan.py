@@ -13,6 +13,7 @@ from typing_extensions import Self
 from billhook.adapters.beneath import MERGE, adapted, without_adapters
 from billhook.arguments import whole
 from billhook.checkpoints.equivalent import cache_as_saved
+from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.html import html_table
 from billhook.kv_heads.adapters import check_adapters, with_adapters
@@ -151,7 +152,7 @@ class KVHeadPlan(ShapePlan):
         changes |= {name: starting(partial(given.__getitem__, name), changes[name]) for name in given}
         changes |= {name: replace(changes[name], state=None) for name in changes.keys() & set(self.restart)}
         with store_of(model).following(), undone_by_errors(model):
-            swaps = change_in_turn(model, changes)
+            swaps = change_in_turn(model, changes, str(self.to_json()), self.shape.tensors, lambda: LazyTensors.of(given).key)
             set_shape(model, self.shape)
             note_shape(model)
         return partial(follow, swaps)

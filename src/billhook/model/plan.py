@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from typing_extensions import Self
 
 from billhook.arguments import annotated
 from billhook.engine.lazy import LazyTensors
+from billhook.engine.store import store_of
 from billhook.model.optimizers import check_replaceable
 from billhook.model.surgery import Follow, values_kept
 from billhook.model.values import check_changeable
@@ -113,13 +115,29 @@ def check_weights(model: nn.Module, weights: Weights | None) -> None:
 
 @contextmanager
 def starting_from(model: nn.Module, weights: Weights | None) -> Iterator[None]:
-    """Gives parameters new values, in place; the old ones come back if an error is raised within."""
+    """Gives parameters new values, in place; the old ones come back if an error is raised within.
+
+    Those of blocks that come and go they have whenever these come, within; one that changes keeps them.
+    """
     check_weights(model, weights)
-    pairs = [(model.get_parameter(name), value) for name, value in (weights or {}).items()]
+    store, new = store_of(model), weights or {}
+    inside = {name for name in new if store.block_of(name) is not None}
+    pairs = [(model.get_parameter(name), new[name]) for name in new if name not in inside]
     with values_kept(parameter for parameter, _ in pairs):
         for parameter, value in pairs:
             parameter.data.copy_(value)
-        yield
+        with store.altered(partial(_take, model, new)) if inside else nullcontext():
+            yield
+
+
+@torch.no_grad()
+def _take(model: nn.Module, weights: Weights, block: nn.Module) -> list[nn.Parameter]:
+    """Puts new values into parameters of a block, and returns these."""
+    inside = {id(parameter) for parameter in block.parameters()}
+    own = {name: one for name, one in model.named_parameters() if id(one) in inside and name in weights}
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+    return list(own.values())
 
 
 def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimizer] = (), weights: Weights | None = None) -> None:

@@ -234,18 +234,37 @@ def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
-def change_in_turn(model: nn.Module, changes: Mapping[str, Change]) -> list[Swap]:
-    """Changes parameters, also of blocks that ranks share, each of which then lies in shards again; see `change_values`."""
-    swaps = list[Swap]()
-    store = store_of(model)
-    for block in store.blocks.values() if store.on_ranks else ():
-        own = {name: change for name, change in changes.items() if store.block_of(name) is block}
-        if own or store.is_altered(block):
+def change_in_turn(
+    model: nn.Module,
+    changes: Mapping[str, Change],
+    key: str = "",
+    sizes: Mapping[str, tuple[int, ...]] | None = None,
+    more: Callable[[], str] = str,
+) -> list[Swap]:
+    """Changes parameters, block by block where blocks come and go, and returns what optimizers have to follow.
+
+    See `change_values`. Blocks that an earlier process has changed are as it has left them.
+
+    Args:
+        model: The model.
+        changes: How parameters change, by name.
+        key: What tells this change from all others; see `BlockStore.step`.
+        sizes: Those of all parameters afterwards, where there are such blocks.
+        more: The rest of the key.
+    """
+    store, swaps, inside = store_of(model), list[Swap](), dict[nn.Module | None, dict[str, Change]]()
+    for name, change in changes.items():
+        inside.setdefault(store.block_of(name), {})[name] = change
+    with store.step(key, more):
+        for block in store.blocks.values():
+            if (block not in inside and not store.is_altered(block)) or store.resumed(block, sizes or {}):
+                continue
             store.load(block)
-            swaps += change_values(model, own, keep_on_device=True)  # where they go with their block
+            swapped = change_values(model, inside.get(block, {}), keep_on_device=True)  # where they go with their block
             store.change(block)
             store.release()
-    return swaps + change_values(model, {name: own for name, own in changes.items() if store.block_of(name) is None})
+            swaps += swapped if store.trains else []
+    return swaps + change_values(model, inside.get(None, {}))
 
 
 def whole_way_back(model: nn.Module) -> Callable[[], None]:

@@ -4,13 +4,21 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from billhook.engine.store import store_of
 from billhook.model.linears import is_linear, is_packed, is_quantised
 
 
-def check_values(model: nn.Module) -> None:
-    """Refuses a model with tensors that have no values yet, or that nothing may change."""
+def check_values(model: nn.Module, coming: bool = False) -> None:
+    """Refuses a model with tensors that have no values yet, or that nothing may change.
+
+    Args:
+        model: The model.
+        coming: Whether values of a block may be away until it comes.
+    """
+    blocks = store_of(model).blocks.values() if coming else ()
+    away = {id(parameter) for block in blocks for parameter in block.parameters()}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta:
+        if tensor.is_meta and id(tensor) not in away:
             raise ValueError(f"model: {name} has no weights yet (it is on the meta device): load all of them first")
     check_changeable(model)
 

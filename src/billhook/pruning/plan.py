@@ -1,7 +1,7 @@
 """Which units are removed from a model, as a plan."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, get_args
@@ -16,11 +16,10 @@ from billhook.engine.store import store_of
 from billhook.html import html_table
 from billhook.model.figures import Figures
 from billhook.model.find import find_transformer
-from billhook.model.plan import ShapePlan, Weights
+from billhook.model.plan import ShapePlan, Weights, starting_from
 from billhook.model.surgery import Follow, follow
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove
-from billhook.pruning.streamed import check_kinds, taking
 from billhook.pruning.widths.kv_heads import suits, told
 from billhook.pruning.widths.told import RowLength, rows_from
 from billhook.tracing.show import pattern
@@ -96,8 +95,8 @@ class UnitPlan(Cut, ShapePlan):
         """Removes the units; see `ShapePlan.change`."""
         subject = find_transformer(model)
         check_kinds(subject, self.kinds.values())
-        with taking(subject, weights):
-            return partial(follow, remove(subject, self, LazyTensors.of(weights or {}).key if store_of(subject).in_files else ""))
+        with starting_from(subject, weights):
+            return partial(follow, remove(subject, self, lambda: LazyTensors.of(weights or {}).key))
 
     def text(self) -> str:
         """Returns all lines of what `print` shows."""
@@ -202,3 +201,15 @@ def _counted(kind: UnitKind, numbers: tuple[int, ...]) -> str:
     """Says how many units there are, of heads also KV heads where these are fewer."""
     kv = f", {numbers[-1]:,} KV" if numbers[-1] != numbers[0] else ""
     return f"{numbers[0]:,} {PLURAL[kind]}{kv}"
+
+
+def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
+    """Refuses residual channels together with heads or channels, of a model whose blocks come from files.
+
+    These are compared with their mask in the model without the residual channels, of which there would be two on files.
+    """
+    if "residual" in kinds and {"head", "channel"} & set(kinds) and store_of(model).in_files:
+        raise ValueError(
+            "residual: the model is streamed, and loses these channels, or heads and channels within blocks, not both at once: "
+            "remove one kind after the other, or all in memory"
+        )

@@ -14,12 +14,11 @@ from billhook.bar import Told
 from billhook.calibration.calibration import Batches, Calibration, batches_of
 from billhook.engine.batches import Loss
 from billhook.engine.comm import ALONE, Comm, Reduce
-from billhook.engine.store import store_of
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.default import default_importance
 from billhook.importance.enough import score_enough
-from billhook.importance.score import Scoring, check_streams, score
+from billhook.importance.score import Scoring, check_trains, score
 from billhook.model.find import find_transformer
 from billhook.model.optimizers import check_replaceable
 from billhook.model.plan import apply
@@ -28,9 +27,8 @@ from billhook.pruning.block_plan import BlockPlan, find_block_plan
 from billhook.pruning.block_plan import tried as tried_blocks
 from billhook.pruning.choice import Counts, choose_units, ranked
 from billhook.pruning.cuts import find_cut
-from billhook.pruning.plan import UnitPlan
+from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.removal import tried
-from billhook.pruning.streamed import check_kinds
 from billhook.pruning.target import Search
 from billhook.tracing.trace import trace
 from billhook.units.find import Chosen, check_any, find_units, kinds_of, numbered, units_of
@@ -128,8 +126,8 @@ def plan_amount(
     chosen.
     """
     subject = find_transformer(model)
-    if importance is not None and scores is None and store_of(subject).in_files:
-        check_streams(importance)
+    if importance is not None and scores is None:
+        check_trains(subject, importance)
     if greedy:
         check_all(enough)
     if amount.blocks is not None:

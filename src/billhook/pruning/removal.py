@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.files import FileStore
 from billhook.engine.state import precisely, resting
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
@@ -24,21 +23,21 @@ from billhook.model.surgery import Change, Swap, change_in_turn, undone_by_error
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.fold import fold
 from billhook.pruning.shape_then import shapes_then
-from billhook.pruning.streamed import cut_blocks, reading_outside, zeros_in_blocks
 from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 from billhook.units.gates import Gate
 from billhook.units.units import PLURAL, Units
+from billhook.units.zero import reading
 
 
-def remove(model: PreTrainedModel, cut: Cut, key: str = "") -> list[Swap]:
+def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> list[Swap]:
     """Removes units from a model, in place, and returns what optimizers have to follow; the model is as before if that fails.
 
     Where heads and feed-forward channels are removed, the outcome is compared with the model in which they are masked, without
     the residual channels that go with them. Where these or experts alone are removed, it must run, have the planned units, and
     compute the same whether the config says so or not. A mask before the units is refused. The blocks of a model that is
-    streamed are written as they change; `key` tells the values that they start from.
+    streamed are written as they change; `key` returns what tells the values that they start from.
     """
     if not cut.units:
         return []
@@ -133,16 +132,14 @@ def _say(model: PreTrainedModel, fields: Fields) -> list[Swap]:
     return folded
 
 
-def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, key: str) -> list[Swap]:
+def _carry_out(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[], str]) -> list[Swap]:
     """Cuts tensors, and returns the parameters that have changed."""
     parameters = dict(model.named_parameters())
     smaller = {name: partial(_smaller, {d: s for (own, d), s in cut.cuts.items() if own == name}) for name, _ in cut.cuts}
     buffers = {name: take(model.get_buffer(name)) for name, take in smaller.items() if name not in parameters}
     changes = {n: Change(take, partial(_smaller_state, take), take) for n, take in smaller.items() if n in parameters}
     sizes = list(_whole_sizes(model))
-    if isinstance(store := store_of(model), FileStore):
-        cut_blocks(store, changes, shape.tensors, f"units {cut.units} {key}")
-    swaps = change_in_turn(model, changes)
+    swaps = change_in_turn(model, changes, f"units {cut.units}", shape.tensors, key)
     for module, attr in sizes:
         setattr(module, attr, type(getattr(module, attr))(module.get_parameter("weight").shape))
     for name, buffer in buffers.items():
@@ -201,15 +198,28 @@ def _zeroed_answer(
     model: PreTrainedModel, found: Mapping[str, Units], gone: Mapping[str, list[int]], readers: Iterable[str]
 ) -> list[Tensor]:
     """Returns the answer of the model without some units, whose reading weights are zero for that long."""
-    kept = [(weight, dim, at, weight.index_select(dim, at)) for weight, dim, at in reading_outside(model, found, gone)]
+    store = store_of(model)
+    inside = {id(parameter) for block in store.blocks.values() for parameter in block.parameters()}
+    outside = [one for one in reading(model, found, gone) if id(one[0]) not in inside]
+    kept = [(weight, dim, at, weight.index_select(dim, at)) for weight, dim, at in outside]
     try:
-        with zeros_in_blocks(model, found, gone):
+        with store.altered(partial(_zero, model, found, gone)):
             for weight, dim, at, _ in kept:
                 weight.index_fill_(dim, at, 0)
             return _answer(model, readers)
     finally:
         for weight, dim, at, values in reversed(kept):
             weight.index_copy_(dim, at, values)
+
+
+@torch.no_grad()
+def _zero(model: nn.Module, found: Mapping[str, Units], gone: Mapping[str, list[int]], block: nn.Module) -> list[nn.Parameter]:
+    """Has what reads some units in a block be zero, and returns these parameters."""
+    inside = {id(parameter) for parameter in block.parameters()}
+    own = [(weight, dim, positions) for weight, dim, positions in reading(model, found, gone) if id(weight) in inside]
+    for weight, dim, positions in own:
+        weight.index_fill_(dim, positions, 0)
+    return [weight for weight, _, _ in own]
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, run_with_loss
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.store import store_of
 from billhook.model.adapter_layers import is_adapter
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear, size_of
@@ -124,8 +123,7 @@ def repair_with(
         progress: Is called with how many linears are refitted.
         left: Is given the names of linears that are not refitted, as too few tokens come to them.
     """
-    if not store_of(model).in_files:
-        check_values(model)
+    check_values(model, coming=True)
     check_stored(model)
     plan.check_made_for(model)
     subject, linears = find_transformer(model), given.modules if given is not None else {}

@@ -21,7 +21,7 @@ Trainable = Literal["all", "attention"] | list[str]
 
 def check_trainable(trainable: Trainable, model: object) -> None:
     """Refuses a value that is legal for no model, and a model that is streamed, of which nothing trains."""
-    if isinstance(model, nn.Module) and store_of(model).in_files:
+    if isinstance(model, nn.Module) and not store_of(model).trains:
         raise ValueError("model: it is streamed, and training needs all weights in memory: load it with bh.load")
     patterns = isinstance(trainable, Sequence) and not isinstance(trainable, str) and all(isinstance(p, str) for p in trainable)
     if trainable not in ("all", "attention") and not (patterns and trainable):

@@ -100,7 +100,7 @@ def _streamed(model: str) -> Extent:
     """Finds how a model streams; of its files only headers are read."""
     with files(f"opening {model}"):
         store = store_of(outline(model))
-    if not store.in_files:
+    if store.holds_all:
         raise ValueError(f"stream=True: '{model}' has no blocks that could come and go")
     return extent_of(store)
 

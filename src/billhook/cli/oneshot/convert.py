@@ -7,11 +7,8 @@ from billhook.cli.oneshot.enough import check_examples, coming, refits
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import bytes_of_refit
 from billhook.cli.oneshot.text import NONE, Examples
-from billhook.engine.files import FileStore
-from billhook.engine.store import store_of
-from billhook.kv_heads.bases.attentions import Attentions
 from billhook.kv_heads.bases.ready import batches_needed, check_ready
-from billhook.kv_heads.convert import check_repair, convert_streamed, ready
+from billhook.kv_heads.convert import check_repair, ready
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.mean import Mean
 from billhook.kv_heads.methods.named import Name, method_of
@@ -66,18 +63,14 @@ def convert(
     calibrates = least > 0 or (method.turns and given.data is not None)
     work = OneShot(model, out, given, refits=repair is not None, calibrates=calibrates, streams=True)
     plan = plan_kv_heads(work.model, num_key_value_heads, method, layers, encoder)
-    groups, passes, attentions, moments = dict.fromkeys(plan.layers, plan.after), 1, None, 0
-    known: Attentions
+    passes, moments, known = 1, 0, None
     if calibrates:
         check_examples(work, least, needing)
-    if isinstance(stream := store_of(work.model), FileStore) and (method.turns or repair is not None):
-        attentions = Attentions(stream.model, groups)
-        passes += attentions.passes(method, repair)
-        moments = attentions.bytes(method)
-        known = attentions
-    elif method.turns or repair is not None:
-        known = check_ready(work.model, groups, method)
-    short = refits(work, known.widths, coming(work), must=True) if repair is not None else ""
+    if method.turns or repair is not None:
+        known = check_ready(work.model, dict.fromkeys(plan.layers, plan.after), method, repair)
+        passes += known.passes(method, repair)
+        moments = known.bytes(method)
+    short = refits(work, known.widths, coming(work), must=True) if repair is not None and known is not None else ""
     solved, sums = (0, 0) if repair is None else bytes_of_refit(work.model, work.parts)
     work.rest(max(moments, solved), sums, 0 if repair is None else 2)
     work.tell(*_steps(plan, short or (REFIT if repair else ""), work.shown if calibrates else NONE), passes=passes)
@@ -88,16 +81,13 @@ def convert(
     if type(method) is Mean and repair is None:
         print(HINT.removeprefix("billhook: "))
     batches = work.batches() if calibrates else None
-    if repair is not None and batches is not None:
+    if repair is not None and known is not None and batches is not None:
         refits(work, known.widths, batches, must=True)  # a text may be shorter than what was asked for
     if batches is not None and len(batches) < least:
         batches = in_rows(batches)
     before = work.measure()
-    if isinstance(stream, FileStore):
-        with over(work.model, "converting", "attentions"):
-            how = convert_streamed(stream, plan, batches, repair, attentions)
-    else:
-        plan, weights, how = ready(work.model, plan, batches, repair)
+    with over(work.model, "converting", "attentions"):
+        plan, weights, how = ready(work.model, plan, batches, repair, known)
         apply(work.model, plan, weights=weights)
     work.save(before, f"{plan.words} ({how})", {"plans": [plan.to_json()], "repair": repair and str(repair)})
 

@@ -27,7 +27,6 @@ from billhook.cli.oneshot.streamed import check_streamed, reads, rest
 from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
 from billhook.cli.reading import files
 from billhook.engine.batches import Batch
-from billhook.engine.files import FileStore
 from billhook.engine.store import store_of
 from billhook.engine.walk import find_sites
 from billhook.engine.zeros import zeros_by_name, zeros_of
@@ -158,7 +157,7 @@ class OneShot:
         measure = [f"measure the {self.metric} before and after, on {many}"] if self._measures else []
         print(f"{self.name}, {self.model.num_parameters():,} parameters:")
         store, more = store_of(self.model), 2 * self._measures
-        streams = [reads(store, passes + more, exactly, beside)] if store.in_files else []
+        streams = [reads(store, passes + more, exactly, beside)] if not store.holds_all else []
         for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}"):
             print(f"  {step}", flush=True)
         for words in self._pace:  # which a large model needs a while to say
@@ -283,9 +282,9 @@ class OneShot:
             record["damage"], warning = [one.to_json() for one in cost], warning_of(cost)
         elif cost is not None:
             figures = {"before": before, "after": cost, "examples": len(self._labelled.drawn)}
-        if isinstance(own := store_of(self.model), FileStore) and own.reused:
-            were = "block was" if own.reused == 1 else "blocks were"
-            print(f"{own.reused} {were} there from an earlier run, and not changed again")
+        if reused := store_of(self.model).reused:
+            were = "block was" if reused == 1 else "blocks were"
+            print(f"{reused} {were} there from an earlier run, and not changed again")
         with files("saving, loading again and comparing"):
             saved = save(self.model, self.out, self._preprocessor(), record | {self.metric: figures})
         for line in filter(None, (*says, self._named(cost), shown(before, cost), warning and f"Warning: {warning}")):

@@ -18,11 +18,10 @@ from billhook.importance.default import default_importance
 from billhook.model.plan import apply
 from billhook.pruning.amount import RATIOS, TARGETS, Amount
 from billhook.pruning.block_plan import BlockPlan
-from billhook.pruning.plan import UnitPlan
+from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.planning import count_blocks, plan_amount
 from billhook.pruning.progress import First
 from billhook.pruning.repair import Repairing, repair_as_asked
-from billhook.pruning.streamed import check_kinds
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import in_rows

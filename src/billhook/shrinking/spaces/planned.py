@@ -15,7 +15,7 @@ from billhook.engine.store import store_of
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.model.figures import figure_of
 from billhook.model.find import find_transformer
-from billhook.model.plan import ShapePlan, Weights, usable
+from billhook.model.plan import ShapePlan, Weights, starting_from, usable
 from billhook.model.surgery import Follow, change_in_turn, undone_by_errors
 from billhook.model.values import check_changeable
 from billhook.pruning.amount import TARGETS
@@ -25,7 +25,6 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
 from billhook.pruning.repair import repair_with
 from billhook.pruning.row_lengths import row_lengths
-from billhook.pruning.streamed import taking
 from billhook.pruning.target import Search
 from billhook.pruning.widths.told import RowLength
 from billhook.repairs.enough import NoRepair, not_refitted, without_name
@@ -180,7 +179,7 @@ def apply_in_turn(
     check_changeable(model)
     subject, follows = find_transformer(model), list[Follow]()
     undone = store_of(subject).following(), undone_by_errors(model)
-    with torch.inference_mode(mode=False), taking(subject, usable(weights)), undone[0], undone[1]:
+    with torch.inference_mode(mode=False), starting_from(subject, usable(weights)), undone[0], undone[1]:
         for plan in plans:
             plan.check_made_for(model)
             follows.append(plan.change(model))

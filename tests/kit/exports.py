@@ -1,0 +1,136 @@
+"""What `Export` saves under FSDP2, and how much memory it takes on each rank beside what the fit has."""
+
+import json
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import billhook as bh
+from billhook.adapters.merge import has_adapters
+from billhook.engine.sharding import whole
+from kit.beside import kept, model, size
+from kit.families import llama
+from kit.fits import trainer
+from kit.held import Held
+from kit.sharding import Own, gpt2, sharding
+
+
+def experts():
+    """They are one tensor, and several in files."""
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(num_key_value_heads=2, num_local_experts=4, **small))
+
+
+def multi_query():
+    """It is saved as a GPTBigCode, with its linears transposed."""
+    made = gpt2()
+    bh.convert_kv_heads(made, 1)
+    return made
+
+
+def adapted(**options):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    made = llama()
+    bh.prune(made, bh.Magnitude(), sparsity=0.5)
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "up_proj", "lm_head"], **options)
+    inject_adapter_in_model(config, made)
+    return made
+
+
+def masked():
+    made = adapted()
+    bh.mask_adapters(made)
+    return made
+
+
+MODELS = {
+    "large": model,
+    "tied": lambda: llama(tie_word_embeddings=True),
+    "experts": experts,
+    "multi-query": multi_query,
+    "adapted": adapted,
+    "masked adapters": masked,
+    "trained copies": partial(adapted, modules_to_save=["norm"]),
+}
+
+
+class Measured(bh.Export):
+    """Notes the weights that it begins with, and the bytes that it takes at most."""
+
+    def on_train_end(self, run, module):
+        self.state = {name: whole(value).clone() for name, value in module.net.state_dict().items()}
+        self.parts = [name for name, _ in module.net.named_modules()]
+        for part in (module.net, *module.net.modules()):
+            if hasattr(part, "reshard"):
+                part.reshard()
+        with Held(kept(module, run)) as held:
+            before = held.now()
+            super().on_train_end(run, module)
+        self.most = held.most - before
+
+
+@dataclass(frozen=True)
+class Exported:
+    """How a model was saved, what it held then, and what it took on this rank, in bytes beside what the fit had."""
+
+    saved: Any
+    state: dict[str, torch.Tensor]
+    most: int
+    allowed: int  # two blocks, and what is in none, as it is whole, gathered and read again
+    unchanged: bool  # the module, in its parts and values
+
+
+def exported(folder, name, ranks=1):
+    """Fits for a step."""
+    lit, callback = Own(MODELS[name]), Measured(str(folder / name))
+    every, layers = size(lit.parameters()), next(m for m in lit.net.modules() if isinstance(m, torch.nn.ModuleList))
+    block = max(size(layer.parameters()) for layer in layers)
+    several = {"devices": ranks, "use_distributed_sampler": False} if ranks > 1 else {}
+    trainer(folder, [callback], max_steps=1, strategy=sharding(ranks), limit_val_batches=0, **several).fit(lit)
+    now = {name: whole(value) for name, value in lit.net.state_dict().items()}
+    unchanged = [name for name, _ in lit.net.named_modules()] == callback.parts
+    unchanged &= all(torch.equal(now[name], value) for name, value in callback.state.items())
+    allowed = 2 * block + 3 * (every - len(layers) * block)
+    return Exported(callback.saved, callback.state, callback.most, allowed, unchanged)
+
+
+def merged(name, state):
+    """The model as it was exported, in memory, without adapters."""
+    made = MODELS[name]().eval()
+    made.load_state_dict(state)
+    return bh.merge(made).model if has_adapters(made) else made
+
+
+def export_all():
+    """What each of two processes runs."""
+    (out,) = map(Path, json.loads(sys.argv[1]))
+    torch.set_num_threads(1)
+    for name in MODELS:
+        own, gathered = exported(out, name, 2), [None, None]
+        torch.distributed.all_gather_object(gathered, own)
+        torch.save(gathered, out / f"{name}.pt")
+    failing(out)
+
+
+def failing(out):
+    """The first rank cannot save; all keep their shards."""
+    callback, lit = bh.Export(str(out / "failing"), rehearse=False), Own()
+
+    def fails(*_):
+        raise RuntimeError("other logits")
+
+    callback._save = fails
+    try:
+        trainer(out, [callback], max_steps=1, strategy=sharding(2), devices=2, use_distributed_sampler=False).fit(lit)
+    except RuntimeError as error:
+        state = {name: whole(value) for name, value in lit.net.state_dict().items()}
+        gathered = [None, None]
+        torch.distributed.all_gather_object(gathered, str(error))
+        torch.save([gathered, state], out / "failing.pt")

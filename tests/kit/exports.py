@@ -83,7 +83,7 @@ class Exported:
     saved: Any
     state: dict[str, torch.Tensor]
     most: int
-    allowed: int  # two blocks, and what is in none, as it is whole, gathered and read again
+    allowed: int  # two blocks, and a few times what is in none: whole, gathered, read again, and what is computed of it
     unchanged: bool  # the module, in its parts and values
 
 
@@ -97,7 +97,7 @@ def exported(folder, name, ranks=1):
     now = {name: whole(value) for name, value in lit.net.state_dict().items()}
     unchanged = [name for name, _ in lit.net.named_modules()] == callback.parts
     unchanged &= all(torch.equal(now[name], value) for name, value in callback.state.items())
-    allowed = 2 * block + 3 * (every - len(layers) * block)
+    allowed = 2 * block + 4 * (every - len(layers) * block)
     return Exported(callback.saved, callback.state, callback.most, allowed, unchanged)
 
 

@@ -79,7 +79,7 @@ class RepairVisitor:
     def take(self, names: Collection[str]) -> None:
         """Takes the weights that linears have now, before any run comes to them, and the other parameters that are given."""
         self._whole |= {name: matrix_of(self._linears[name]) for name in names}
-        for name in self._given.modules.keys() & names:
+        for name in (name for name in names if name in self._given.modules):  # in one order, as ranks read them together
             device = self._whole[name][0].device
             self._here[name] = {part: value.to(device) for part, value in self._given.of_module(name).items()}
         self._old |= {name: self._start(name) for name in names}

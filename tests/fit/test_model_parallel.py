@@ -45,7 +45,7 @@ loads.load_all()
 
 
 pytestmark = pytest.mark.slow
-OF_FOUR = SCRIPT.partition("from")[0] + "from kit.four import fit_four\nfit_four()"
+OF_FOUR = SCRIPT.partition("from")[0] + "from kit.four import fit_four\nfit_four()\n"
 
 
 @pytest.fixture(scope="module")

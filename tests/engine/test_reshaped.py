@@ -12,7 +12,7 @@ import billhook as bh
 from billhook.engine import fsdp as internals
 from billhook.engine.sharded_files import Unread
 from billhook.engine.sharding import is_sharded, unsharded, whole
-from billhook.engine.shards import reshaped
+from billhook.fit.shards import reshaped
 from kit.families import llama, tokens
 
 

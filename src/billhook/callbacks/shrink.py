@@ -14,7 +14,6 @@ from billhook.adapters.beneath import adapted, adds_nothing, beneath, taken_off
 from billhook.arguments import annotated
 from billhook.engine.batches import Run, run_with_loss
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.shards import in_turn
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
@@ -23,6 +22,7 @@ from billhook.fit.events.event import Event, fewer, log_event, note_not_refitted
 from billhook.fit.events.rounds import At, check_at, rounds_of
 from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, check_near, of_first, together
+from billhook.fit.shards import in_turn
 from billhook.fit.training_step import runs_as_in_training, training_loss
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS

@@ -3,7 +3,7 @@
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +12,10 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from billhook.engine.comm import Comm
-from billhook.engine.fsdp import put_on, take_off
 from billhook.engine.lazy import LazyTensors, Read
 from billhook.engine.loader_internals import as_in_files, save_state
 from billhook.engine.sharding import (
@@ -25,11 +23,7 @@ from billhook.engine.sharding import (
     Place,
     free,
     has_memory,
-    is_sharded,
     places_of,
-    reshard,
-    sharded_as,
-    unsharded,
     whole,
     without_memory,
 )
@@ -362,72 +356,3 @@ class ShardStore(BlockStore):
             self.blocks, self.names = dict(blocks), dict(names)
 
         return back
-
-
-@contextmanager
-def in_turn(module: nn.Module) -> Iterator[None]:
-    """Makes a sharded module what it was before, a block at a time (see `ShardStore`); what is done to its parameters is lost."""
-    if not is_sharded(module):
-        yield
-        return
-    with unsharded(module):
-        store = ShardStore(module)
-        try:
-            store.begin()
-            yield
-        finally:
-            store.end()
-            store.put_back()
-
-
-@contextmanager
-def reshaped(module: nn.Module, optimizers: Collection[Optimizer], gradients: bool, in_turn: bool = False) -> Iterator[None]:
-    """Makes a sharded module whole while its shapes change, then shards it as it was, also after an error.
-
-    What optimizers keep of parameters stays sharded.
-
-    Args:
-        module: The module.
-        optimizers: Those that train it.
-        gradients: Whether gradients follow; they are dropped otherwise.
-        in_turn: Whether it is whole a block at a time: what happens within loads each that it looks into, see `ShardStore`.
-    """
-    if not is_sharded(module):
-        yield
-        return
-    reshard(module)
-    store = ShardStore(module, gradients)  # which gathers, and may fail, so it comes before anything changes
-    shardings = take_off(module)
-    whole_ones = store.begin()
-    _follow(optimizers, whole_ones)
-    if not gradients:
-        for shard in whole_ones:
-            shard.grad = None
-    del whole_ones
-    try:
-        with nullcontext() if in_turn else store.all_here():
-            yield
-    finally:
-        store.end()
-        shards = store.sharded()
-        put_on(module, shardings, shards)
-        _follow(optimizers, shards)
-
-
-def _follow(optimizers: Collection[Optimizer], new: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Gives optimizers new parameters instead of others, and shards what they keep of these as they are."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["params"][:] = [new.get(own, own) for own in group["params"]]
-        for old, own in new.items():
-            if old in optimizer.state:
-                optimizer.state[own] = {key: _as(value, own) for key, value in optimizer.state.pop(old).items()}
-
-
-def _as(value: object, like: nn.Parameter) -> object:
-    """Shards what an optimizer keeps of a parameter as that is, if it is of its size; what is sharded stays so."""
-    if not isinstance(value, Tensor) or not isinstance(like, DTensor) or value.shape != like.shape or not value.ndim:
-        return value
-    if isinstance(value, DTensor) and value.placements != like.placements:
-        return value.redistribute(placements=like.placements)
-    return sharded_as(value, like)

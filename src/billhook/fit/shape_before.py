@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from billhook.engine.sharded_files import described, is_sharded_checkpoint
 from billhook.engine.sharding import reshard
-from billhook.engine.shards import reshaped
+from billhook.fit.shards import reshaped
 from billhook.model.find import find_transformer
 from billhook.model.shapes.checkpoint_shape import load_shape
 from billhook.model.shapes.shape import KEY, shape_of

@@ -40,15 +40,18 @@ class BlockwiseRepair:
         self.block: nn.Module | None = None
         self.new = LazyTensors({})
 
-    def go(self, key: str, forwards: Sequence[Callable[[], object]], untouched: Collection[int]) -> LazyTensors:
+    def go(
+        self, key: str, more: Callable[[], str], forwards: Sequence[Callable[[], object]], untouched: Collection[int]
+    ) -> LazyTensors:
         """Goes over blocks up to the last that has such linears; of those that an earlier process has done, takes what is there.
 
         Args:
             key: What tells this work from all other.
+            more: Returns the rest of it; see `BlockStore.step`.
             forwards: The runs.
             untouched: The numbers of those that keep the old parameters.
         """
-        with self.store.step(key), activation_files(self.store) as self.visitor.files:
+        with self.store.step(key, more), activation_files(self.store) as self.visitor.files:
             sites = self._sites()
             last = max(number for number, site in enumerate(sites) if site.linears)
             self.visitor.take(self._inside(None))

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -162,10 +163,10 @@ def repair_linears(
         runs = forwards * (2 if before else 1), range(len(trials), 2 * len(trials)) if before else range(0)
         if store.in_files:
             _check_once(often)
-        if store.in_files or (store.on_ranks and orderly and not often):
+        if not store.holds_all and orderly and not often:
             masks = hashlib.sha256(str([(name, own.tolist()) for name, own in kept.items()]).encode()).hexdigest()
-            key = f"{repair} {sources} {masks} {tell_apart(trials) if store.in_files else ''}"
-            new = BlockwiseRepair(model, store, visitor, looked, linears, comm).go(key, *runs)
+            blockwise = BlockwiseRepair(model, store, visitor, looked, linears, comm)
+            new = blockwise.go(f"{repair} {sources} {masks}", partial(tell_apart, trials), *runs)
         else:
             with store.all_here():
                 with undisturbed(model):

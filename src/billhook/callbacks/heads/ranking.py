@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 from billhook.calibration.enough import Settled
 from billhook.callbacks.heads.record import HeadRecord
 from billhook.engine.sharding import sizes_only
-from billhook.engine.shards import in_turn
 from billhook.fit.calibration import FitCalibration, gradient_precision
 from billhook.fit.ranks import comm_of
+from billhook.fit.shards import in_turn
 from billhook.importance.base import Importance
 from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring, run_of

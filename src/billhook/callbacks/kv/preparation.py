@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.shards import in_turn
 from billhook.engine.store import store_of
 from billhook.fit.calibration import FitCalibration, Pair
 from billhook.fit.ranks import check_agreed, check_near, comm_of, of_first, summed, together
+from billhook.fit.shards import in_turn
 from billhook.kv_heads.bases.ready import batches_needed, ready_weights, turned_weights
 from billhook.kv_heads.convert import check_repair
 from billhook.kv_heads.methods.base import KVMethod

@@ -129,7 +129,7 @@ class Attentions:
         store, new, inside = self.store, LazyTensors({}), dict[nn.Module | None, list[str]]()
         for name in self.places:
             inside.setdefault(store.owner.get(self.model.get_submodule(name)), []).append(name)
-        with store.step(f"heads of {self.groups} by {methods} {tell_apart(trials) if store.in_files else ''}"):
+        with store.step(f"heads of {self.groups} by {methods}", partial(tell_apart, trials)):
             done = {block for block in inside if block is not None and store.known(block) is not None}
             left = [name for block, names in inside.items() if block not in done for name in names]
             passed = _Pass(self, methods[0].grouping, trials, left, self._comm)

@@ -42,7 +42,8 @@ class Watched:
         def entered(copies, block):
             enter(copies, block)
             gc.collect()
-            self._alive.append([weakref.ref(one) for one in block.parameters()])
+            if any(block.children()):  # or it is a linear in no block
+                self._alive.append([weakref.ref(one) for one in block.parameters()])
             coming = 0 if copies._coming is None else 1
             self.most = max(self.most, coming + sum(any(ref() is not None for ref in refs) for refs in self._alive))
 
@@ -115,6 +116,19 @@ def measured(watched, most):
     came = 2 * len(model.model.layers) + 2 * Copies.sends_ahead(DEVICE)  # gate and up; the first block is on its way again
     right = math.isclose(found, expected, rel_tol=1e-6) and times == came
     return "" if right else f"{found} for {expected}, sent {times} times for {came}"
+
+
+def measured_in_files(watched, most):
+    """Measures perplexity of a streamed model: what is in no block computes on the CPU, except for linears, as at the end."""
+    folder, rows = Path(sys.argv[1], "measured"), [{"input_ids": batch["input_ids"][0].tolist()} for batch in batches()]
+    dense().save_pretrained(folder)
+    expected, model = perplexity(bh.stream(folder), rows, 3), bh.stream(folder, device=DEVICE)
+    watched.sent.clear()
+    watched.back.clear()
+    found, head = perplexity(model, rows, 3), tuple(model.lm_head.weight.shape)
+    assert not is_far(model.lm_head.weight)
+    right = math.isclose(found, expected, rel_tol=1e-6) and watched.sent.count(head) == 3 and head not in watched.back
+    return "" if right else f"{found} for {expected}, sent {watched.sent.count(head)} times"
 
 
 def changed_in_files(work, source, out, device, stops):
@@ -206,7 +220,7 @@ WORKS = {f"memory: {name}": own for name, own in MEMORY.items()}
 WORKS |= {f"memory, sent ahead: {name}": own for name, own in MEMORY.items()}
 WORKS |= {f"files: {name}": (partial(in_files, work=work), most) for name, (work, most) in FILES.items()}
 WORKS |= {f"files, stopped: {name}": (partial(in_files, work=FILES[name][0], stops=True), FILES[name][1]) for name in STOPPED}
-WORKS |= {"files: offload": (offloaded_from_files, 0)}
+WORKS |= {"files: offload": (offloaded_from_files, 0), "files: perplexity": (measured_in_files, 0)}
 
 
 def main():

@@ -3,7 +3,7 @@
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from billhook.bar import Told
-from billhook.engine.device import Copies
+from billhook.engine.device import Copies, computed_on
 from billhook.engine.fingerprint import identity_of
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import (
@@ -27,9 +27,21 @@ from billhook.engine.loader_internals import (
     save_state,
 )
 from billhook.engine.parts import Parts, link, tensor_in
-from billhook.engine.store import STORE, Alter, Before, BlockStore, ComingOnce, turned_in
+from billhook.engine.store import STORE, Alter, Before, BlockStore, Coming, ComingOnce, turned_in
 from billhook.engine.tensors import Files, renumbered, share, write_index
 from billhook.engine.walk import blocks_of
+
+
+class Visiting(Coming):
+    """A forward of a linear that is in no block, such as the output embedding: copies are on the store's device for each call."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
+        """Returns what the linear makes of what it is given."""
+        if self.store.device is None:
+            return self.forward(*args, **kwargs)
+        with closing(Copies(self.store.device)) as copies:
+            copies.enter(self.block)
+            return computed_on(self.store.device, self.forward, args, kwargs)
 
 
 class FileStore(BlockStore):
@@ -80,6 +92,9 @@ class FileStore(BlockStore):
         initialize_buffers(self.model, made_by_class(self.model, named_in(self.model, self.files).values()))
         stay = self.keys[""]
         self._load(stay if beside is None else share(self.model, beside, self.files, stay))
+        for module in self.model.modules():
+            if module not in self.owner and isinstance(module, nn.Linear):
+                vars(module)["forward"] = Visiting(self, module, module.forward)
         for module, block in self.owner.items():
             if module is block:
                 vars(block)["forward"] = ComingOnce(self, block, block.forward)

@@ -34,7 +34,7 @@ def stream(
         out: The folder that will be saved to; None for a model that does not change.
         dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
         device: Where blocks compute, one at a time, such as `"cuda"`; what they give goes back to the CPU, on which the rest of
-            the model stays. By default all computes there.
+            the model stays; of a linear in no block a copy is on the device for each call. By default all computes on the CPU.
 
     Returns:
         The model, in evaluation mode, whose blocks have parameters on the meta device while they are not there.

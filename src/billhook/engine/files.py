@@ -73,6 +73,7 @@ class FileStore(BlockStore):
         self._copies: Copies | None = None
         self._changed = False
         self._note: object = None
+        self._turned = frozenset[str]()  # what the last checkpoint that was written has transposed
         self._instead = LazyTensors({})  # what parameters of blocks have for values, meanwhile
         self.adopted = dict[str, Path]()
         self._told: Told | None = None
@@ -335,6 +336,7 @@ class FileStore(BlockStore):
     def write(self, folder: Path, turned: Collection[str] = ()) -> None:
         """Writes config, a file for what is in no block, a file for each block, and the index; see `BlockStore.write`."""
         self.release()
+        self._turned = frozenset(turned)
         blocks, called = len(self.blocks), named_in(self.model, self.files) if turned else {}
         rest = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
         save_state(self.model, folder, turned_in(rest, turned), max_shard_size=sys.maxsize)
@@ -353,6 +355,7 @@ class FileStore(BlockStore):
         if self.parts is not None:
             self.parts.remove()
         self.files, self.adopted, self._lost = Files(str(folder)), {}, []
+        self.files.turned = frozenset(key for key, own in named_in(self.model, self.files).items() if own in self._turned)
         self.keys, self._origin = self._keys(), self.files.state
 
     def _load(self, keys: list[str]) -> None:

@@ -101,6 +101,7 @@ class Files:
         self._files = _files(self._source)
         self._names = dict[str, str]()  # the names in the files of those that are called otherwise
         self._paths = dict[str, Path]()
+        self.turned = frozenset[str]()  # the names of those that are read transposed
         self._seen = dict[Path, tuple[int, int]]()
 
     @property
@@ -132,6 +133,7 @@ class Files:
         for name in names:
             del self._files[name]
             self._names.pop(name, None)
+        self.turned -= {*names, *new}
         self._files |= dict.fromkeys(new, str(path))
         self._paths[str(path)] = path
 
@@ -141,6 +143,7 @@ class Files:
         then = {name: names.get(name, name) for name in self._files if name not in gone}
         self._files = {new: self._files[name] for name, new in then.items()}
         self._names = {new: own[name] for name, new in then.items() if own[name] != new}
+        self.turned = frozenset(new for name, new in then.items() if name in self.turned)
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns all tensors on the meta device; only headers are read."""
@@ -167,7 +170,8 @@ class Files:
                 opened[file] = stack.enter_context(self._open(file))
             with self._readable():
                 found = {name: opened[self._files[name]].get_slice(self._names.get(name, name)) for name in names}
-            yield {name: one if all(one.get_shape()) else _empty(one) for name, one in found.items()}
+            whole = {name: one if all(one.get_shape()) else _empty(one) for name, one in found.items()}
+            yield whole | {name: whole[name][...].T.contiguous() for name in self.turned & whole.keys()}
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """Reads tensors as they are in the files."""

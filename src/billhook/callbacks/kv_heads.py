@@ -115,9 +115,13 @@ class KVHeadConversion(StageCallback):
         if next(means, None) is self and not self.preparation.needed and not adapted(find_transformer(model)):
             rank_zero_info(HINT)
 
-    def is_done(self, model: nn.Module, stage: int) -> bool:
-        """Returns whether the model has as few KV heads as a stage leads to."""
-        return not self._next(model, stage) if self._by_layer else self._most(model) <= self.heads[stage]
+    def shown(self, model: nn.Module) -> set[int]:
+        """Returns the numbers of the stages that lead to no fewer KV heads than the model has."""
+        if not self._by_layer:
+            most = self._most(model)
+            return {number for number, heads in enumerate(self.heads) if most <= heads}
+        now = kv_heads_by_layer(model, self.encoder)
+        return {number for number, stage in enumerate(self._stages) if not next_layers(now, self.heads[0], stage.share)}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Turns fractions of training into steps, and checks the stages, also against a checkpoint that has been loaded."""
@@ -161,18 +165,17 @@ class KVHeadConversion(StageCallback):
         if moving and step > self._moving.moved:
             stage, stride = moving[0], max(1, step - after) if after >= 0 else 1
             if not self._moving.fits(pl_module):
-                self._moving.path = None if self.finished(pl_module, stage) else self._plan(pl_module, stage)
+                self._moving.path = None if stage in self._done else self._plan(pl_module, stage)
             share = min(1.0, stride / (self._stages[stage].step - step))
             self._moving.move(trainer, pl_module, self.preparation, stage, share)
 
     def _plan(self, model: nn.Module, stage: int) -> KVHeadPlan:
         """Returns what a stage does to the model as it is."""
-        layers, heads = self._next(model, stage) if self._by_layer else None, self.heads[0 if self._by_layer else stage]
+        layers, heads = None, self.heads[0 if self._by_layer else stage]
+        if self._by_layer:
+            layers = next_layers(kv_heads_by_layer(model, self.encoder), heads, self._stages[stage].share)
         with sizes_only(model):
             return plan_kv_heads(model, heads, self.preparation.method, layers, self.encoder)
-
-    def _next(self, model: nn.Module, stage: int) -> list[str]:
-        return next_layers(kv_heads_by_layer(model, self.encoder), self.heads[0], self._stages[stage].share)
 
     def _most(self, model: nn.Module) -> int:
         return max(kv_heads_by_layer(model, self.encoder).values()) if self.encoder else kv_heads_of(model)

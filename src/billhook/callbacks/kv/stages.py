@@ -1,4 +1,4 @@
-"""When attentions have fewer KV heads, and when their heads begin to move: stages of a fit, each until the shape shows it."""
+"""When attentions have fewer KV heads, and when their heads begin to move: the stages of a fit."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -91,7 +91,10 @@ def check_order(stages: Sequence[tuple[Stage, object]]) -> None:
 
 
 class StageCallback(ShapeCallback):
-    """Has fewer KV heads in one or more stages, each at its step; one that the model's shape already shows is not repeated."""
+    """Has fewer KV heads in one or more stages, each at its step.
+
+    The shape in a checkpoint says which are done, whatever stages its fit had; it is asked once, when training begins.
+    """
 
     keeps_what_it_did = False  # the shape says it
 
@@ -107,12 +110,12 @@ class StageCallback(ShapeCallback):
             check_at(moment)
         self.heads, self.at, self.over, self.moves = heads, list(at), over, bool(over)
         self._stages: list[Stage] = []
-        self._finished: set[int] = set()  # stages that the model's shape has shown since the fit began; heads only get fewer
+        self._done: set[int] = set()  # stages that are done, by their number; heads only get fewer
         super().__init__(calibration, measure_batches)
 
     @abstractmethod
-    def is_done(self, model: nn.Module, stage: int) -> bool:
-        """Returns whether the model already has the shape that a stage, or a later one, leads to."""
+    def shown(self, model: nn.Module) -> set[int]:
+        """Returns the numbers of the stages to which, or beyond which, the model's shape has come."""
 
     @abstractmethod
     def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
@@ -135,7 +138,7 @@ class StageCallback(ShapeCallback):
                 "set max_steps alone, or give 0 instead of 'start'"
             )
         for index, moment in enumerate(self.at):
-            if moment == "start" and not is_search(trainer) and not self.is_done(pl_module, index):
+            if moment == "start" and not is_search(trainer) and index not in self.shown(pl_module):
                 with unwrapped(trainer, self.in_turn):  # a model that is made late is sharded already
                     event = self.as_event(trainer, pl_module, {}, partial(self.change, pl_module, index, []))
                 log_event(trainer, event)
@@ -181,28 +184,22 @@ class StageCallback(ShapeCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Carries out what is due before the first step (after a resume: what the checkpoint had not yet)."""
-        self._finished = set()  # what has been loaded may have another shape
-        if any(stage.step == -1 and not self.is_done(pl_module, number) for number, stage in enumerate(self._stages)):
+        self._done = self.shown(pl_module)
+        if any(stage.step == -1 and number not in self._done for number, stage in enumerate(self._stages)):
             self.events = []  # a checkpoint of a run without this callback undid the stage at the start
         super().on_train_start(trainer, pl_module)
 
     def due(self, model: nn.Module, step: int) -> list[int]:
         """Returns the stages that have come and are not done, by their number, in the order of their steps."""
         stages = sorted(enumerate(self._stages), key=lambda pair: pair[1].step)
-        return [number for number, stage in stages if stage.step <= step and not self.finished(model, number)]
-
-    def finished(self, model: nn.Module, stage: int) -> bool:
-        """Returns whether a stage is done; it is not asked of the model's shape again once it is."""
-        if stage not in self._finished and self.is_done(model, stage):
-            self._finished.add(stage)
-        return stage in self._finished
+        return [number for number, stage in stages if stage.step <= step and number not in self._done]
 
     def late(self, model: nn.Module, step: int) -> list[int]:
         """Returns the steps of the stages that are still to come."""
-        stages = enumerate(self._stages)
-        return [stage.step for number, stage in stages if stage.step > step and not self.finished(model, number)]
+        return [stage.step for number, stage in enumerate(self._stages) if stage.step > step and number not in self._done]
 
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
-        """Carries out a stage, unless one before it at the same step did."""
-        if not self.finished(pl_module, moment):
+        """Carries out a stage, unless another callback has left no more heads since training began."""
+        if moment not in self.shown(pl_module):
             self.happen(trainer, pl_module, partial(self.change, pl_module, moment))
+        self._done.add(moment)

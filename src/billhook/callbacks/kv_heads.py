@@ -25,6 +25,7 @@ from billhook.kv_heads.plan import KVHeadPlan, check_in_part, plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, apply
+from billhook.model.shapes.shape import Shape, shape_of
 from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule
 
@@ -86,8 +87,9 @@ class KVHeadConversion(StageCallback):
         super().__init__(heads, at_steps, over, self.preparation.calibration, measure_batches)
 
     def reset(self) -> None:
-        """Forgets all stages, and how far heads have moved."""
+        """Forgets all stages and plans, and how far heads have moved."""
         super().reset()
+        self._planned: tuple[tuple[Shape, int, list[str] | None], KVHeadPlan] | None = None
         self._moving = Moving()
 
     @property
@@ -105,7 +107,7 @@ class KVHeadConversion(StageCallback):
         first = next((heads for heads in self.heads if heads < most), self.heads[-1])
         if first == most:
             return
-        plan = plan_kv_heads(model, first, encoder=self.encoder)
+        plan = self._plan_to(model, first)
         if self._by_layer:
             check_in_part(model, plan_kv_heads(model, first, layers=plan.layers[-1:], encoder=self.encoder))
         if self.preparation.needed:
@@ -171,11 +173,18 @@ class KVHeadConversion(StageCallback):
 
     def _plan(self, model: nn.Module, stage: int) -> KVHeadPlan:
         """Returns what a stage does to the model as it is."""
-        layers, heads = None, self.heads[0 if self._by_layer else stage]
-        if self._by_layer:
-            layers = next_layers(kv_heads_by_layer(model, self.encoder), heads, self._stages[stage].share)
-        with sizes_only(model):
-            return plan_kv_heads(model, heads, self.preparation.method, layers, self.encoder)
+        if not self._by_layer:
+            return self._plan_to(model, self.heads[stage])
+        now = kv_heads_by_layer(model, self.encoder)
+        return self._plan_to(model, self.heads[0], next_layers(now, self.heads[0], self._stages[stage].share))
+
+    def _plan_to(self, model: nn.Module, heads: int, layers: list[str] | None = None) -> KVHeadPlan:
+        """Plans fewer KV heads, once for each shape of the model: to check it, to move heads, and to cut them."""
+        of = shape_of(find_transformer(model)), heads, layers
+        if self._planned is None or self._planned[0] != of:
+            with sizes_only(model):
+                self._planned = of, plan_kv_heads(model, heads, self.preparation.method, layers, self.encoder)
+        return self._planned[1]
 
     def _most(self, model: nn.Module) -> int:
         return max(kv_heads_by_layer(model, self.encoder).values()) if self.encoder else kv_heads_of(model)

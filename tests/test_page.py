@@ -35,6 +35,8 @@ def shown():
         numbers,
         {("w", 0): np.arange(9000)},
         (9, 8),
+        structure,
+        {},
     )
     heads = {f"{WORDS}.{number}": torch.rand(64, dtype=torch.float64) for number in range(LAYERS)}
     choices = tuple(Choice({}, number, 0.5, 0.5) for number in range(99))

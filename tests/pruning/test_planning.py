@@ -1,7 +1,9 @@
 """From ratios and targets to plans: exact counts, exact promises, nothing more than needed, and whatever is refused."""
 
+import json
 import math
 import re
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,9 +13,8 @@ from billhook.importance.baselines import RandomUnits
 from billhook.model.figures import figures_of
 from billhook.model.shapes.shape import shape_of
 from billhook.pruning.amount import Amount
-from billhook.pruning.planning import plan_amount
-from billhook.pruning.progress import First, first_from
-from billhook.pruning.target import Search, lowest
+from billhook.pruning.planning import plan_searched
+from billhook.pruning.target import First, Search, lowest
 from billhook.units.find import find_units, of_kind
 from kit.families import ATTENTIONS, MLPS, build, llama, t5, tokens
 from kit.removal import make
@@ -26,9 +27,10 @@ def lost(plan):
 
 def scored(model, amount, first=None):
     """Units that may be removed, random scores of them, and the plan that they lead to."""
-    units = Search(model, amount).free()
+    search = Search(model, amount) if first is None else Search(model, amount).part(amount, first)
+    units = search.free()
     scores = bh.score(model, units, RandomUnits(), per=amount.per)
-    return units, scores, plan_amount(model, amount, scores=scores, first=first)
+    return units, scores, plan_searched(search, scores=scores)
 
 
 class TestRatios:
@@ -309,14 +311,14 @@ class TestParts:
 
     @staticmethod
     def in_parts(model, amount, progress):
-        first, found = First.of(model, amount), []
-        first = first_from({"counts": first.counts, "figure": first.figure})  # as it was saved
+        first, found = First.of(Search(model, amount)), []
+        first = First(**json.loads(json.dumps(asdict(first))))  # as it was saved
         for share in progress:
-            due = first.part(model, amount, share)
+            due = first.part(Search(model, amount), share)
             found.append(due is not None)
             if due is not None:
-                bh.apply(model, scored(model, due, first.counts)[-1])
-        assert first.part(model, amount, progress[-1]) is None
+                bh.apply(model, scored(model, due.amount, first.counts)[-1])
+        assert first.part(Search(model, amount), progress[-1]) is None
         return found
 
     @pytest.mark.parametrize(("amount", "progress"), [

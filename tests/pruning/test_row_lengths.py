@@ -12,9 +12,7 @@ import transformers
 import billhook as bh
 from billhook.model.figures import figures_of
 from billhook.pruning.amount import Amount
-from billhook.pruning.planning import plan_amount
-from billhook.pruning.progress import First, first_from
-from billhook.pruning.target import Search
+from billhook.pruning.target import First, Search
 from billhook.pruning.widths.rows import finest, rounded
 from billhook.units.find import find_units
 from kit.families import MLPS, llama
@@ -45,9 +43,9 @@ def smollm2(layers=2):
 
 
 def planned(model, amount, first=None):
-    units = Search(model, amount).free()
-    scores = {name: torch.arange(one.count(amount.per), dtype=torch.float32) for name, one in units.items()}
-    return plan_amount(model, amount, scores=scores, first=first)
+    search = Search(model, amount) if first is None else Search(model, amount).part(amount, first)
+    scores = {name: torch.arange(one.count(amount.per), dtype=torch.float32) for name, one in search.free().items()}
+    return plan_searched(search, scores=scores)
 
 
 class TestRule:
@@ -141,11 +139,11 @@ class TestParts:
     @pytest.mark.parametrize("progress", [(0.5, 1.0), (0.1, 0.3, 0.95, 1.0)])
     def test_come_to_what_the_whole_is_at_once(self, amount, progress):
         amount, model = Amount(**amount), wide()
-        whole, first = planned(wide(), amount), first_from(json.loads(json.dumps(asdict(First.of(model, amount)))))
+        whole, first = planned(wide(), amount), First(**json.loads(json.dumps(asdict(First.of(Search(model, amount))))))
         for share in progress:
-            due = first.part(model, amount, share)
+            due = first.part(Search(model, amount), share)
             if due is not None:
-                bh.apply(model, planned(model, due, first.counts))
+                bh.apply(model, planned(model, due.amount, first.counts))
         assert {name: one.count() for name, one in find_units(model, ["channel"]).items()} == {
             name: whole.after[name][0] for name in MLPS
         }
@@ -155,13 +153,13 @@ class TestParts:
         amount, model = Amount(params=0.7, kv_heads=0.0), wide()
         exact, first, limit = (
             planned(wide(), replace(amount, round_to=1)),
-            First.of(model, amount),
+            First.of(Search(model, amount)),
             int(0.7 * model.num_parameters()),
         )
         for share in (0.1, 0.3, 0.95, 1.0):
-            due = first.part(model, amount, share)
+            due = first.part(Search(model, amount), share)
             if due is not None:
-                bh.apply(model, planned(model, due, first.counts))
+                bh.apply(model, planned(model, due.amount, first.counts))
         assert model.num_parameters() <= limit
         for name, one in find_units(model, ["channel"]).items():
             assert one.count() % 32 == 0
@@ -172,9 +170,9 @@ class TestParts:
         model = wide()
         bh.prune_units(model, {MLPS[0]: range(512)}, kind="channel")
         amount = Amount(channels=0.2)
-        first, whole = First.of(model, amount), planned(model, amount)
+        first, whole = First.of(Search(model, amount)), planned(model, amount)
         for share in (0.5, 1.0):
-            bh.apply(model, planned(model, first.part(model, amount, share), first.counts))
+            bh.apply(model, planned(model, first.part(Search(model, amount), share).amount, first.counts))
         assert [one.count() for one in find_units(model, ["channel"]).values()] == [832, 1216]
         assert [own[0] for own in whole.after.values()] == [832, 1216]
 

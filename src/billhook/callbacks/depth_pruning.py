@@ -16,7 +16,7 @@ from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
-from billhook.model.plan import apply
+from billhook.model.plan import carry_out
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.planning import check_all, count_blocks, plan_amount
@@ -120,7 +120,7 @@ class DepthPruning(ShapeCallback):
         """Ranks the blocks, removes the least important, and says how many there were and are."""
         self.plan = made = self._plan(trainer, pl_module)
         check_agreed(trainer, "DepthPruning", "the blocks that are removed", made.units)
-        apply(pl_module, made, optimizers)
+        carry_out(pl_module, made, optimizers)
         self.done, self.asked = moment, 1.0
         before, after = (sum(count for (count,) in own.values()) for own in (made.before, made.after))
         removed = "; ".join(f"{', '.join(map(str, own))} of {name}" for name, own in made.units.items()) or "none"

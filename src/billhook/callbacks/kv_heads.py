@@ -24,7 +24,7 @@ from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, check_in_part, plan_kv_heads
 from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.model.find import find_transformer
-from billhook.model.plan import Weights, apply
+from billhook.model.plan import Weights, carry_out
 from billhook.model.shapes.shape import Shape, shape_of
 from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule
@@ -151,7 +151,7 @@ class KVHeadConversion(StageCallback):
         elif own.needed:
             plan, weights, how = own.ready(model.trainer, model, plan)
         own.check_same(model.trainer, model, plan, weights, trained=bool(optimizers))
-        apply(model, plan, optimizers, weights)
+        carry_out(model, plan, optimizers, weights)
         where = f" in {len(plan.layers)} of {len(kv_heads_by_layer(model, self.encoder))} attentions" if self._by_layer else ""
         return f"{plan.before} -> {plan.after} KV heads{where} ({how})"
 

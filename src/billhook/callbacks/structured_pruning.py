@@ -20,17 +20,14 @@ from billhook.importance.base import Importance
 from billhook.importance.default import default_importance
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
-from billhook.model.plan import Weights, apply
+from billhook.model.plan import Weights, carry_out
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
-from billhook.pruning.planning import plan_amount
-from billhook.pruning.progress import First, first_from
+from billhook.pruning.planning import plan_searched
 from billhook.pruning.repair import Repairing, repair_as_asked
-from billhook.pruning.target import Search
+from billhook.pruning.target import First, Search
 from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule
-from billhook.tracing.trace import trace
-from billhook.units.find import units_of
 
 
 class StructuredPruning(ShapeCallback):
@@ -131,24 +128,23 @@ class StructuredPruning(ShapeCallback):
     def _plan(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, share: float
     ) -> tuple[UnitPlan | None, Weights | None, str, str]:
-        """Plans a share of the amount for the model as it is.
+        """Plans a share of the amount for the model as it is, in one trace.
 
         Returns:
             What goes, None for nothing, repaired weights, by what, and which linears were not refitted.
         """
         model = find_transformer(pl_module)
-        units = units_of(model, trace(model), self.amount.kinds)
-        self._first = self._first or First.of(model, self.amount, units)
-        amount = self._first.part(model, self.amount, share, units)
-        if amount is None:  # by the numbers of units alone, which are the same on all ranks
+        search = Search(model, self.amount)
+        self._first = self._first or First.of(search)
+        part = self._first.part(search, share)
+        if part is None:  # by the numbers of units alone, which are the same on all ranks
             return None, None, "", ""
         with self.calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
             comm = comm_of(trainer, self.calibration.shared)
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
-            runs = [run_of(model, units, *pair) for pair in pairs]
-            importance = self.importance or default_importance(units)
-            made = plan_amount(model, amount, importance, runs, self.calibration.enough, comm=comm, first=self._first.counts)
-            assert isinstance(made, UnitPlan)
+            runs = [run_of(model, part.units, *pair) for pair in pairs]
+            importance = self.importance or default_importance(part.units)
+            made = plan_searched(part, importance, runs, self.calibration.enough, comm=comm)
             weights, why = repair_as_asked(model, made, runs, self.repair if self.needs_data else None, comm)
             check_agreed(trainer, "StructuredPruning", "the plan of what is removed", made.to_json)
             if not store_of(model).on_ranks:  # else those of the first rank are shared out
@@ -162,7 +158,7 @@ class StructuredPruning(ShapeCallback):
 
     def _remove(self, model: nn.Module, made: UnitPlan, weights: Weights | None, how: str, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, and says how much that is."""
-        apply(model, made, optimizers, weights)
+        carry_out(model, made, optimizers, weights)
         before, after = made.parameters
         told = "; ".join([f"without {made.words}", how, *(f"left in each: {row}" for row in made.rows)])
         return f"{before:,} -> {after:,} parameters ({told})"
@@ -174,4 +170,4 @@ class StructuredPruning(ShapeCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what had happened."""
         super().load_state_dict(state_dict)
-        self._first = first_from(state_dict["first"])
+        self._first = None if state_dict["first"] is None else First(**state_dict["first"])

@@ -163,10 +163,15 @@ def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimiz
         True
     """
     annotated(apply, locals())
-    check_changeable(model)
     plan.check_made_for(model)
+    carry_out(model, plan, [optimizers] if isinstance(optimizers, Optimizer) else optimizers, weights)
+
+
+def carry_out(model: nn.Module, plan: Plan, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
+    """Carries out a plan as `apply` does, one that has just been made of the model as it is."""
+    check_changeable(model)
     with torch.inference_mode(mode=False):  # whose tensors nothing could change later
-        plan.apply(model, [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers), usable(weights))
+        plan.apply(model, optimizers, usable(weights))
 
 
 def usable(weights: Weights | None) -> Weights | None:

@@ -29,6 +29,8 @@ class Cut:
         after: The number of units that remain.
         cuts: The positions that remain of each tensor.
         parameters: The number of parameters, before and after.
+        structure: The trace in which it was found.
+        places: All units of these kinds in that trace, by place.
     """
 
     model: str
@@ -38,6 +40,8 @@ class Cut:
     after: dict[str, tuple[int, ...]]
     cuts: Cuts
     parameters: tuple[int, int]
+    structure: Structure
+    places: dict[str, Units]
 
 
 def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> Cut:
@@ -54,7 +58,8 @@ def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units],
     then = {name: [len(cuts.get((name, d), range(size))) for d, size in enumerate(shape)] for name, shape in shapes.items()}
     sizes = (sum(int(np.prod(s)) for s in shapes.values()), sum(int(np.prod(s)) for s in then.values()))
     before = {name: counts(one) for name, one in units.items()}
-    return Cut(type(model).__name__, {name: one.kind for name, one in units.items()}, gone, before, after, cuts, sizes)
+    kinds = {name: one.kind for name, one in units.items()}
+    return Cut(type(model).__name__, kinds, gone, before, after, cuts, sizes, structure, dict(units))
 
 
 def coupled(units: Mapping[str, Units]) -> list[list[str]]:

@@ -21,11 +21,11 @@ from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring, check_trains, score
 from billhook.model.find import find_transformer
 from billhook.model.optimizers import check_replaceable
-from billhook.model.plan import apply
+from billhook.model.plan import carry_out
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan, find_block_plan
 from billhook.pruning.block_plan import tried as tried_blocks
-from billhook.pruning.choice import Counts, choose_units, ranked
+from billhook.pruning.choice import choose_units, ranked
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.removal import tried
@@ -116,12 +116,10 @@ def plan_amount(
     greedy: bool = False,
     loss: Loss | None = None,
     comm: Comm = ALONE,
-    first: Counts | None = None,
     progress: Told | None = None,
 ) -> UnitPlan | BlockPlan:
     """Plans as `plan`, on as many of the batches as are `enough` (see `Calibration`).
 
-    Ratios are of the numbers of units that there were at `first` (see `First`), where a part of the amount has been removed.
     `progress` is called with how many batches have been scored, and how many may be; if `greedy`, how many blocks of a stack are
     chosen.
     """
@@ -136,14 +134,27 @@ def plan_amount(
     if greedy:
         raise ValueError("greedy=True: only blocks are removed one at a time")
     check_kinds(subject, amount.kinds)
-    search = Search(subject, amount, first)
+    return plan_searched(Search(subject, amount), importance, batches, enough, scores, loss, comm, progress)
+
+
+def plan_searched(
+    search: Search,
+    importance: Importance | None = None,
+    batches: Batches | None = None,
+    enough: float | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+    loss: Loss | None = None,
+    comm: Comm = ALONE,
+    progress: Told | None = None,
+) -> UnitPlan:
+    """Plans units as `plan_amount`, in what a search has found of a model that is as it was then."""
     search.check()
-    settled = None
+    model, amount, settled = search.model, search.amount, None
     if scores is None:
         units = search.free()
         importance = importance or default_importance(units)
-        scoring = Scoring(subject, units, importance, loss, amount.normalize, amount.per, comm)
-        given = batches_of(batches, subject) if scoring.importance.needs_data else ()
+        scoring = Scoring(model, units, importance, loss, amount.normalize, amount.per, comm)
+        given = batches_of(batches, model) if scoring.importance.needs_data else ()
         scores, settled = score_enough(scoring, given, lambda found: search.cut(found).units, enough, progress)
     cut = search.cut(scores)
     return UnitPlan.of(cut, search.costs(cut), settled, search.row_lengths(scores, cut))
@@ -232,7 +243,7 @@ def prune_units(
     trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     check_replaceable(model, trained_by)
     made = plan_units(model, units, kind, per)
-    apply(model, made, trained_by)
+    carry_out(model, made, trained_by)
     return made
 
 

@@ -23,9 +23,7 @@ from billhook.model.surgery import Change, Swap, change_in_turn, undone_by_error
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.fold import fold
 from billhook.pruning.shape_then import shapes_then
-from billhook.tracing.coupling import Structure
 from billhook.tracing.trace import trace
-from billhook.units.find import units_of
 from billhook.units.gates import Gate
 from billhook.units.units import PLURAL, Units
 from billhook.units.zero import reading
@@ -41,15 +39,14 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
     """
     if not cut.units:
         return []
-    structure = trace(model)
-    found = units_of(model, structure, dict.fromkeys(cut.kinds.values()))
+    found = cut.places
     _check_free(model, found)
     real = model.device.type != "meta"
     readers = {reader for one in found.values() for reader in one.readers if one.kind in ("head", "channel")}
     readers = {reader for reader in readers if not _makes_units(model, reader, cut)}
-    expected = _expected(model, structure, found, cut, readers) if real else None
+    expected = _expected(model, cut, readers) if real else None
     why = ""
-    for shape, fields in shapes_then(model, cut, structure, found):
+    for shape, fields in shapes_then(model, cut):
         try:
             with store_of(model).following(), undone_by_errors(model):
                 swaps = _carry_out(model, cut, shape, key)
@@ -175,10 +172,9 @@ def _smaller_state(take: Callable[[Tensor], Tensor], _: str, state: Tensor) -> T
     return take(state)
 
 
-def _expected(
-    model: PreTrainedModel, structure: Structure, found: Mapping[str, Units], cut: Cut, readers: Iterable[str]
-) -> list[Tensor] | None:
+def _expected(model: PreTrainedModel, cut: Cut, readers: Iterable[str]) -> list[Tensor] | None:
     """Returns the answer with heads and channels masked, without the residual channels that go; None where nothing is masked."""
+    found = cut.places
     masked = {name: own for name, own in cut.units.items() if found[name].kind in ("head", "channel")}
     others = {name: own for name, own in cut.units.items() if name not in masked}
     if not masked or any(found[name].kind != "residual" for name in others):
@@ -187,7 +183,7 @@ def _expected(
         return _zeroed_answer(model, found, masked, readers)
     back = whole_way_back(model)
     try:
-        remove(model, find_cut(model, structure, found, others))
+        remove(model, find_cut(model, cut.structure, found, others))
         return _zeroed_answer(model, found, masked, readers)
     finally:
         back()

@@ -22,8 +22,6 @@ from billhook.model.values import check_stored, check_values
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.enough import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import Repair, repair_linears
-from billhook.tracing.trace import trace
-from billhook.units.find import units_of
 
 PARTS = ("weight", "bias")
 Repairing = Repair | Literal["auto"] | None
@@ -33,7 +31,7 @@ Repairing = Repair | Literal["auto"] | None
 def repair_as_asked(
     model: nn.Module, plan: Plan, batches: Batches, how: Repairing, comm: Comm = ALONE, progress: Told | None = None
 ) -> tuple[Weights | None, str]:
-    """Refits as `repair` does where that is asked, or `"auto"`, where it can be.
+    """Refits as `repair` does where that is asked, or `"auto"`, where it can be, for a plan of the model as it is.
 
     Returns:
         The new values, and what was not refitted and why; empty if all was, or nothing was asked.
@@ -88,8 +86,10 @@ def repair(
         >>> bh.apply(model, plan, weights=weights)
     """
     annotated(repair, locals())
+    units = _units(plan)
+    units.check_made_for(model)
     comm = Comm.of(reduce, next(model.parameters()).device)
-    return repair_with(model, _units(plan), batches, how, comm, progress=progress)
+    return repair_with(model, units, batches, how, comm, progress=progress)
 
 
 def _units(plan: Plan) -> UnitPlan:
@@ -112,6 +112,8 @@ def repair_with(
 ) -> LazyTensors:
     """Refits as `repair` does, where linears have other parameters besides; more of them make up for that, though they keep all.
 
+    The plan is one of the model as it is.
+
     Args:
         model: The model.
         plan: The units that are removed.
@@ -125,12 +127,10 @@ def repair_with(
     """
     check_values(model, coming=True)
     check_stored(model)
-    plan.check_made_for(model)
     subject, linears = find_transformer(model), given.modules if given is not None else {}
-    found = units_of(subject, trace(subject), dict.fromkeys(plan.kinds.values()))
     kept = {name: torch.ones(size_of(subject.get_submodule(name))[1], dtype=torch.bool) for name in whole}
     for place, numbers in plan.units.items():
-        one = found[place]
+        one = plan.places[place]
         linear = [reader for reader in one.readers if is_linear(subject.get_submodule(_linear(subject, reader)))]
         for reader in linear if one.kind in ("head", "channel") else ():
             stays = torch.from_numpy(~np.isin(one.index, numbers))
@@ -139,7 +139,8 @@ def repair_with(
     if not kept:
         raise NoRepair("repair: no linear layer reads what is removed, so none can make up for it")
     reading = {
-        reader: subject.get_submodule(reader) for reader in [*kept, *(name for one in found.values() for name in one.readers)]
+        reader: subject.get_submodule(reader)
+        for reader in [*kept, *(name for one in plan.places.values() for name in one.readers)]
     }
     each = batches_of(batches, subject)
     runs = [batch if isinstance(batch, Run) else run_with_loss(subject, reading, batch) for batch in each]

@@ -9,23 +9,18 @@ from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.widths.rows import length_of, others
 from billhook.pruning.widths.told import RowLength
 from billhook.serving.divisible import MULTIPLES, multiple_of
-from billhook.tracing.coupling import Structure
-from billhook.units.units import Units
 
 
-def row_lengths(
-    model: nn.Module, structure: Structure, units: Mapping[str, Units], cut: Cut, asked: Mapping[str, int], least: int = 1
-) -> tuple[RowLength, ...]:
+def row_lengths(model: nn.Module, cut: Cut, asked: Mapping[str, int], least: int = 1) -> tuple[RowLength, ...]:
     """Returns how long the rows become that a cut makes shorter, those that were 256 or longer.
 
     Args:
         model: The model.
-        structure: Its trace.
-        units: Its units, by place.
         cut: What is removed.
         asked: By place, how many units would stay by what was asked for.
         least: The fewest that may stay.
     """
+    units = cut.places
     alike: dict[RowLength, list[str]] = {}
     for name in cut.units:
         one, kept, each = units[name], cut.after[name][0], length_of(units[name])
@@ -39,7 +34,7 @@ def row_lengths(
         more = list[tuple[int, int, int]]()
         for kept, multiple in options.items():
             chosen = cut.units | {name: list(range(kept, count)) for name, count in counts.items()}
-            then = find_cut(model, structure, units, chosen)
+            then = find_cut(model, cut.structure, units, chosen)
             more.append((kept, multiple, then.parameters[1] - cut.parameters[1]))
         found.append(replace(row, places=len(places), others=tuple(more)))
     return tuple(found)

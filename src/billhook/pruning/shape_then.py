@@ -27,18 +27,13 @@ TRIALS = 64
 """The most assignments of whole-number attributes that are tried; none of 551 architectures needs more than 29 (roundtrip.py)."""
 
 
-def shapes_then(
-    model: PreTrainedModel, cut: Cut, structure: Structure, units: Mapping[str, Units]
-) -> Iterator[tuple[Shape, Fields]]:
-    """Yields shapes that the model may have then, the likeliest first: as its class builds it, or with attributes by trial.
-
-    `units` are those of the cut's kinds in the model, whose trace is the `structure`.
-    """
+def shapes_then(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Fields]]:
+    """Yields shapes that the model may have then, the likeliest first: as its class builds it, or with attributes by trial."""
     now, tensors, usual = shape_of(model), _sizes_then(model, cut), _build_shape(model, {})
     if adapted(model):
         built, fields = _beneath_adapters(model, cut, usual, now, tensors)
     else:
-        fields = _fields(model, cut, structure, units) if usual.tensors == now.tensors else {}
+        fields = _fields(model, cut, cut.structure, cut.places) if usual.tensors == now.tensors else {}
         built = _built(model, fields, usual, now, tensors) if fields else None
     if built is not None:
         yield built, fields
@@ -272,9 +267,8 @@ def _runs(model: PreTrainedModel, cut: Cut, shape: Shape, fields: Fields, eager:
     expected = {name: left for name, left in cut.after.items() if name in units or max(left) > 1}  # one alone is no group
     if {name: counts(one) for name, one in units.items()} != expected:
         return False
-    before = units_of(model, trace(model), _kinds(cut))
     gone = {name: own for name, own in cut.units.items() if name in units and units[name].count() > 1}
-    return all(_stand(before[name], units[name], cut, own) for name, own in gone.items())
+    return all(_stand(cut.places[name], units[name], cut, own) for name, own in gone.items())
 
 
 def _runs_eagerly(shadow: PreTrainedModel) -> bool:

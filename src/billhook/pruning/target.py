@@ -1,9 +1,11 @@
-"""Finds the ratios that lead to a target, and what a model then costs."""
+"""Finds the ratios that lead to a target, all at once or in parts, and what a model then costs."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,10 +39,16 @@ class Search:
         self.model, self.amount, self.first = model, amount, first
         self.structure = trace(model)
         self.units: dict[str, Units] = units_of(model, self.structure, amount.kinds)
-        self._protected = protected_places(model, self.units, amount)
+        self.protected = protected_places(model, self.units, amount)
         self._steps = _steps(model, self.units)
         self._ratios: dict[str, float] | None = None
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Figures] = {}
+
+    def part(self, amount: Amount, first: Counts) -> "Search":
+        """Returns a search for a part of the amount, in what has been found of the model; its ratios are of what was `first`."""
+        part = copy.copy(self)
+        part.amount, part.first, part._ratios = amount, first, None
+        return part
 
     def check(self) -> Cut:
         """Refuses the amount if so much cannot be removed, whatever the scores, by saying what can; returns a cut of so much."""
@@ -51,9 +59,14 @@ class Search:
                 raise ValueError(f"{name}={ratio:g}: the model has none that may be removed{why}")
         return self.cut({name: torch.zeros(one.count(self.amount.per)) for name, one in self.units.items()})
 
+    def removes_any(self) -> bool:
+        """Tells whether the ratios of an amount without a target come to a unit anywhere, whatever the scores."""
+        flat = {name: torch.zeros(one.count(self.amount.per)) for name, one in self.units.items()}
+        return bool(choose_units(self.units, flat, self.amount, self.amount.ratios, self.protected, first=self.first))
+
     def free(self) -> dict[str, Units]:
         """Returns the places that may lose units."""
-        return {name: one for kind in self.amount.kinds for name, one in free(of_kind(self.units, kind), self._protected).items()}
+        return {name: one for kind in self.amount.kinds for name, one in free(of_kind(self.units, kind), self.protected).items()}
 
     def cut(self, scores: Mapping[str, Tensor]) -> Cut:
         """Finds the cut that scores lead to; refuses it if so much cannot be removed, or no unit would be."""
@@ -96,10 +109,10 @@ class Search:
             return ()
         exact = self._chosen(scores, self._ratios, replace(self.amount, round_to=1))
         asked = {name: one.count() - len(exact.get(name, [])) for name, one in self.units.items()}
-        return row_lengths(self.model, self.structure, self.units, cut, asked, self.amount.min_units)
+        return row_lengths(self.model, cut, asked, self.amount.min_units)
 
     def _chosen(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
-        return choose_units(self.units, scores, amount, ratios, self._protected, self._steps, self.first)
+        return choose_units(self.units, scores, amount, ratios, self.protected, self._steps, self.first)
 
     def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], target: bool = False) -> Cut:
         """Finds the cut of some ratios; for a target, numbers that are found for it are not rounded unless they must be."""
@@ -132,7 +145,7 @@ class Search:
 
     def _suiting(self, ratio: float) -> dict[str, float]:
         """Returns the nearest ratio of KV heads that leaves a number that engines can divide; none if that is not ours."""
-        own = free(of_kind(self.units, "head"), self._protected)
+        own = free(of_kind(self.units, "head"), self.protected)
         counts = {one.count("kv_head") for one in own.values()}
         if self.amount.round_to != "auto" or self.amount.ranking == "global" or len(counts) != 1:
             return {}
@@ -178,13 +191,13 @@ class Search:
         tries = {0.0}
         for name in names:
             kind, per = RATIOS[name]
-            counts = [one.count(per) for one in free(of_kind(self.units, kind), self._protected).values()]
+            counts = [one.count(per) for one in free(of_kind(self.units, kind), self.protected).values()]
             steps = dict.fromkeys(counts if self.amount.ranking == "layer" else [sum(counts)])
             tries |= {number / count for count in steps for number in range(count)}
         return sorted(tries)
 
     def _most(self, name: str) -> float:
-        return most(self.units, name, self.amount, self._protected)
+        return most(self.units, name, self.amount, self.protected)
 
     def cost(self, cut: Cut, target: str) -> int:
         """Returns what is left after a cut of what a target limits."""
@@ -207,6 +220,48 @@ def _steps(model: PreTrainedModel, units: Mapping[str, Units]) -> dict[str, int]
         key = (one.kind, one.count())
         most[key] = max(most.get(key, 1), width_step(model, one))
     return {name: most[one.kind, one.count()] for name, one in units.items()}
+
+
+@dataclass(frozen=True)
+class First:
+    """A model before any part of an amount was removed; parts are of what there was then, so that they do not compound.
+
+    Attributes:
+        counts: By the name of a ratio, and by place, how many units there were that may be removed.
+        figure: What there was of what the target limits.
+    """
+
+    counts: dict[str, dict[str, int]]
+    figure: int | None
+
+    @classmethod
+    def of(cls, search: Search) -> "First":
+        """Notes a model as a search has found it."""
+        counts: dict[str, dict[str, int]] = {}
+        for name, (kind, per) in search.amount.asked.items():
+            able = free(of_kind(search.units, kind), search.protected)
+            counts[name] = {place: one.count(per) for place, one in able.items()}
+        return cls(counts, getattr(search.now, search.amount.target) if search.amount.target else None)
+
+    def part(self, search: Search, progress: float) -> Search | None:
+        """Returns a search for what of its amount is to be gone at a progress in 0..1; None if it is gone.
+
+        Its ratios are of what there was at first, by which each part is also rounded, so that parts add up to what the whole
+        would be at once.
+        """
+        amount = search.amount
+        changes: dict[str, Any] = {name: progress * ratio for name, ratio in amount.ratios.items()}
+        if amount.target is not None and self.figure is not None:
+            asked = getattr(amount, amount.target)
+            goal = int(asked * self.figure) if isinstance(asked, float) else int(asked)
+            limit = goal if progress >= 1 else int(self.figure - progress * (self.figure - goal))
+            if limit >= (getattr(search.now, amount.target) or 0):
+                return None
+            changes[amount.target] = limit
+        elif not any(changes.values()):
+            return None
+        part = search.part(replace(amount, **changes), self.counts)
+        return part if amount.target is not None or part.removes_any() else None
 
 
 def lowest(count: int, cost: Callable[[int], int], limit: int) -> int | None:

@@ -19,10 +19,9 @@ from billhook.model.plan import apply
 from billhook.pruning.amount import RATIOS, TARGETS, Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan, check_kinds
-from billhook.pruning.planning import count_blocks, plan_amount
-from billhook.pruning.progress import First
+from billhook.pruning.planning import count_blocks, plan_amount, plan_searched
 from billhook.pruning.repair import Repairing, repair_as_asked
-from billhook.pruning.target import Search
+from billhook.pruning.target import First, Search
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import in_rows
 
@@ -183,9 +182,9 @@ def _plans(
         yield blocks
     if amount.within is None:
         return
-    start = First.of(model, amount.within)
+    start = First.of(Search(model, amount.within))
     for number in range(1, rounds + 1):
-        if (due := start.part(model, amount.within, number / rounds)) is not None:
+        if (part := start.part(Search(model, amount.within), number / rounds)) is not None:
             with bar("scoring", "batches") as progress:
-                units = plan_amount(model, due, importance, batches, enough, first=start.counts, progress=progress)
+                units = plan_searched(part, importance, batches, enough, progress=progress)
             yield units

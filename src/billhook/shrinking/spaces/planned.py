@@ -108,15 +108,15 @@ def plan_choice(
         left = search.cost(cut, target) if target in TARGETS else 0
     if target in TARGETS and left > limit:
         raise ValueError(f"{target}: {left:,} would be left, more than {limit:,}, as units do not all cost the same")
-    return Planned(UnitPlan.of(cut, search.costs(cut), rows=_row_lengths(search, units, cut)), after)
+    return Planned(UnitPlan.of(cut, search.costs(cut), rows=_row_lengths(search, cut)), after)
 
 
-def _row_lengths(search: Search, units: Mapping[str, Units], cut: Cut) -> tuple[RowLength, ...]:
+def _row_lengths(search: Search, cut: Cut) -> tuple[RowLength, ...]:
     """Returns how long rows become, of kinds that are as long in all places that become shorter."""
     if search.amount.round_to != "auto":
         return ()
     asked = {name: left[0] for name, left in cut.after.items()}
-    rows = row_lengths(search.model, search.structure, units, cut, asked)
+    rows = row_lengths(search.model, cut, asked)
     return tuple(row for row in rows if [other.kind for other in rows].count(row.kind) == 1)
 
 
@@ -181,7 +181,6 @@ def apply_in_turn(
     undone = store_of(subject).following(), undone_by_errors(model)
     with torch.inference_mode(mode=False), starting_from(subject, usable(weights)), undone[0], undone[1]:
         for plan in plans:
-            plan.check_made_for(model)
             follows.append(plan.change(model))
         change_in_turn(subject, {})  # blocks of which no plan has cut anything keep their new values, too
     trained_by = list(optimizers)

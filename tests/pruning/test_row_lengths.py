@@ -12,6 +12,7 @@ import transformers
 import billhook as bh
 from billhook.model.figures import figures_of
 from billhook.pruning.amount import Amount
+from billhook.pruning.planning import plan_searched
 from billhook.pruning.target import First, Search
 from billhook.pruning.widths.rows import finest, rounded
 from billhook.units.find import find_units

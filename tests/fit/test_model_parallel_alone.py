@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import billhook as bh
-from billhook.callbacks.kv import preparation
+from billhook.callbacks import kv_heads
 from billhook.engine.sharding import is_sharded, whole
 from billhook.engine.shards import ShardStore
 from billhook.sparsity import plan
@@ -226,7 +226,7 @@ def test_weights_of_another_shape_are_loaded_and_no_block_is_gathered(tmp_path, 
 
 
 def test_heads_turn_a_block_at_a_time(tmp_path, alone, monkeypatch):
-    seen, turned = [], preparation.turned_weights
+    seen, turned = [], kv_heads.turned_weights
 
     def watched(model, *given):
         def note(*_):
@@ -238,7 +238,7 @@ def test_heads_turn_a_block_at_a_time(tmp_path, alone, monkeypatch):
             hook.remove()
         return found
 
-    monkeypatch.setattr(preparation, "turned_weights", watched)
+    monkeypatch.setattr(kv_heads, "turned_weights", watched)
     callback = bh.KVHeadConversion(2, at=2, method="aligned", over=1, calibration=4, measure_batches=0)
     trainer(tmp_path, [callback], max_steps=3, strategy=alone, limit_val_batches=0).fit(Own())
     assert len(callback.events) == 1

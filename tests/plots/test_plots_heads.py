@@ -72,7 +72,7 @@ def test_a_picture_lies_beside_the_figures_of_a_csv_logger(files, tmp_path):
 
 
 def test_without_a_file_or_a_logger_nothing_is_drawn(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.callbacks.heads.record.heads", None)
+    monkeypatch.setattr("billhook.callbacks.head_ranking.heads", None)
     trainer(tmp_path, [pruning(0.25)], max_steps=2).fit(module(), data(files))
 
 

@@ -1,6 +1,7 @@
 """All that an event that fails must leave as it was, and errors that are raised anywhere within one."""
 
 import random
+import signal
 import sys
 from contextlib import contextmanager
 from functools import cache
@@ -75,11 +76,12 @@ TRACING = ("tracing/rules", "tracing/mode", "tracing/tape", "tracing/axes", "rep
 def interrupted(at: int):
     """Raises `Interrupt` at a call of one of billhook's functions within, those of tracing aside; gives how many there are."""
     calls: list[object] = [0, ""]
+    usual = signal.getsignal(signal.SIGINT)  # another one stands where an interrupt from the keyboard waits, as in an undo
 
     def watch(frame, event, _):
         if (name := _watched(frame.f_code)) is not None:
             calls[0] += 1
-            if at > 0 and calls[0] >= at and not calls[1] and not _follows(frame):
+            if at > 0 and calls[0] >= at and not calls[1] and signal.getsignal(signal.SIGINT) is usual and not _follows(frame):
                 calls[1] = name
                 raise Interrupt
 

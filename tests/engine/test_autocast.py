@@ -10,7 +10,7 @@ import billhook as bh
 from billhook.engine.sharding import unsharded
 from billhook.engine.walk import Site, Walk
 from billhook.sparsity.matching import BlockMatching
-from billhook.units.zero import zero_units
+from billhook.units.gates import zero_units
 from kit.families import llama, tokens
 
 

@@ -6,7 +6,7 @@ import torch
 import billhook as bh
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
-from billhook.pruning.widths.kv_heads import suiting, suits
+from billhook.pruning.widths import suiting, suits
 from kit.families import ATTENTIONS, MLPS, llama
 
 

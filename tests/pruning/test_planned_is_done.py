@@ -7,7 +7,7 @@ import torch
 
 import billhook as bh
 from billhook.model.runs.answers import answer
-from billhook.units.zero import zero_units
+from billhook.units.gates import zero_units
 from kit.removal import make as small
 
 

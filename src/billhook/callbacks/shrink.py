@@ -33,7 +33,7 @@ from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.pruning.repair import Repairing
-from billhook.pruning.widths.rows import RoundTo
+from billhook.pruning.widths import RoundTo
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.library import key_of
 from billhook.shrinking.shrink import Layers, budget, check_search, repair_for

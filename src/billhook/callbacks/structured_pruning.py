@@ -17,13 +17,12 @@ from billhook.fit.events.shape_event import ShapeCallback
 from billhook.fit.ranks import check_agreed, check_near, comm_of, together
 from billhook.fit.shards import in_turn
 from billhook.importance.base import Importance
-from billhook.importance.default import default_importance
 from billhook.importance.score import run_of
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, carry_out
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
-from billhook.pruning.planning import plan_searched
+from billhook.pruning.planning import default_importance, plan_searched
 from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import First, Search
 from billhook.repairs.repair import Repair

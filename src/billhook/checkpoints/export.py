@@ -28,8 +28,8 @@ from billhook.model.shapes.shape import KEY, Shape, shape_of
 from billhook.model.shapes.shaped import build_shaped
 from billhook.model.transformers_internals import build_class, compute_experts_in_turn
 from billhook.place import check_target
+from billhook.units.gates import zero_units
 from billhook.units.units import Per
-from billhook.units.zero import zero_units
 
 IGNORED = {
     *("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config"),

@@ -19,7 +19,7 @@ from billhook.engine.sharded_files import TENSORS, Unread, is_sharded_checkpoint
 from billhook.fit.run import callbacks_of
 from billhook.model.find import find_transformer
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
-from billhook.units.zero import zero_units
+from billhook.units.gates import zero_units
 
 LARGE = "optimizer_states", "callbacks", "current_model_state"
 """What checkpoints hold beside weights that may be as large; modules see it, and Lightning needs none of it to make one."""

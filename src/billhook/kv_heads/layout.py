@@ -13,7 +13,7 @@ from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import innermost
 from billhook.tracing.roles import Attention, Part
 from billhook.tracing.trace import trace
-from billhook.units.heads import find_heads
+from billhook.units.find import find_heads
 from billhook.units.units import Units
 
 QUERY, KEY, VALUE, BESIDE = 1, 2, 4, 8

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from billhook.arguments import annotated, as_percentage, fraction, one_of, whole
-from billhook.pruning.widths.rows import RoundTo
+from billhook.pruning.widths import RoundTo
 from billhook.units.units import Per, UnitKind
 
 Ranking = Literal["layer", "global"]

@@ -20,8 +20,7 @@ from billhook.model.plan import ShapePlan, Weights, starting_from
 from billhook.model.surgery import Follow, follow
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove
-from billhook.pruning.widths.kv_heads import suits, told
-from billhook.pruning.widths.told import RowLength, rows_from
+from billhook.pruning.widths import RowLength, rows_from, suits, unsuited
 from billhook.tracing.show import pattern
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -138,7 +137,7 @@ class UnitPlan(Cut, ShapePlan):
         """Says what else there is to know: row lengths that suit no engine, numbers of KV heads, how settled the choice is."""
         heads = [name for name in self.units if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]]
         numbers = sorted({self.after[name][1] for name in heads})
-        notes = [*map(str, self.rows), *(told(number) for number in numbers if not suits(number))]
+        notes = [*map(str, self.rows), *(unsuited(number) for number in numbers if not suits(number))]
         return [*notes, *([str(self.settled)] if self.settled else [])]
 
 

@@ -14,11 +14,12 @@ from billhook.bar import Told
 from billhook.calibration.calibration import Batches, Calibration, batches_of
 from billhook.engine.batches import Loss
 from billhook.engine.comm import ALONE, Comm, Reduce
+from billhook.importance.activations import OutputNorm
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.default import default_importance
 from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring, check_trains, score
+from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.optimizers import check_replaceable
 from billhook.model.plan import carry_out
@@ -299,3 +300,11 @@ def _one_by_one(
         if progress is not None:
             progress(max(map(len, gone.values())), max(numbers.values()))
     return gone
+
+
+def default_importance(units: Mapping[str, Units]) -> Importance:
+    """Returns `OutputNorm()`, or `Taylor()` where no module reads some of the units alone, as experts.
+
+    docs/smaller.md compares them at equal size, on a real model.
+    """
+    return OutputNorm() if all(one.readers for one in units.values()) else Taylor()

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.arguments import as_percentage
@@ -17,14 +17,10 @@ from billhook.pruning.amount import RATIOS, Amount
 from billhook.pruning.choice import Counts, choose_units, free, most, protected_places
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import tried
-from billhook.pruning.row_lengths import row_lengths
-from billhook.pruning.widths.experts import width_step
-from billhook.pruning.widths.kv_heads import suiting
-from billhook.pruning.widths.rows import finest
-from billhook.pruning.widths.told import RowLength
+from billhook.pruning.widths import RowLength, finest, length_of, others, suiting, width_step
+from billhook.serving.divisible import MULTIPLES, multiple_of
 from billhook.tracing.trace import trace
-from billhook.units.channels import why_none
-from billhook.units.find import of_kind, units_of
+from billhook.units.find import of_kind, units_of, why_none
 from billhook.units.units import Units
 
 ALONE = 0.52
@@ -286,3 +282,32 @@ def lowest(count: int, cost: Callable[[int], int], limit: int) -> int | None:
             low, above = middle, now
         halve = not halve and high - low > 8
     return high
+
+
+def row_lengths(model: nn.Module, cut: Cut, asked: Mapping[str, int], least: int = 1) -> tuple[RowLength, ...]:
+    """Returns how long the rows become that a cut makes shorter, those that were 256 or longer.
+
+    Args:
+        model: The model.
+        cut: What is removed.
+        asked: By place, how many units would stay by what was asked for.
+        least: The fewest that may stay.
+    """
+    units = cut.places
+    alike: dict[RowLength, list[str]] = {}
+    for name in cut.units:
+        one, kept, each = units[name], cut.after[name][0], length_of(units[name])
+        if one.count() * each >= MULTIPLES[0]:
+            row = RowLength(one.kind, 1, each, asked[name], kept, multiple_of(kept * each))
+            alike.setdefault(row, []).append(name)
+    found = list[RowLength]()
+    for row, places in alike.items():
+        counts = {name: units[name].count() for name in places}
+        options = {} if row.kind == "head" else others(row.asked, row.kept, max(counts.values()), least)
+        more = list[tuple[int, int, int]]()
+        for kept, multiple in options.items():
+            chosen = cut.units | {name: list(range(kept, count)) for name, count in counts.items()}
+            then = find_cut(model, cut.structure, units, chosen)
+            more.append((kept, multiple, then.parameters[1] - cut.parameters[1]))
+        found.append(replace(row, places=len(places), others=tuple(more)))
+    return tuple(found)

@@ -13,7 +13,7 @@ from billhook.pruning.choice import ranked
 from billhook.pruning.cuts import coupled
 from billhook.pruning.removal import tried
 from billhook.pruning.target import Search
-from billhook.pruning.widths.kv_heads import suits
+from billhook.pruning.widths import suits
 from billhook.shrinking.places.costs import cut_of, query_costs, unit_costs
 from billhook.shrinking.places.pairs import Pair, called, each_of, eighths, heads_gone, one_of_each, pairs_of
 from billhook.units.units import UnitKind, Units

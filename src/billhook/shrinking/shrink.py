@@ -17,7 +17,7 @@ from billhook.model.surgery import undone_by_errors, values_kept
 from billhook.model.values import check_stored, check_values
 from billhook.pruning.amount import TARGETS, Amount
 from billhook.pruning.repair import Repairing
-from billhook.pruning.widths.rows import RoundTo
+from billhook.pruning.widths import RoundTo
 from billhook.repairs.enough import NoRepair, without_name
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import divided, to_search

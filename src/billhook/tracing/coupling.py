@@ -1,4 +1,4 @@
-"""The structure that a run has shown of a model."""
+"""The structure that a run has shown of a model: its groups, each with its kind, its context, and why it must not be pruned."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,11 +7,10 @@ from torch import nn
 
 from billhook.page import Shown
 from billhook.tracing import show
-from billhook.tracing.axes import find
+from billhook.tracing.axes import Axis, crossed, find, layout, leaves, mark, multiplied_with
 from billhook.tracing.findings import Findings
-from billhook.tracing.groups import Group, find_groups, weigh
-from billhook.tracing.kinds import find_contexts, find_idle, give_reason, mind_outside, mind_untouched, name_kinds
-from billhook.tracing.roles import find_attention, find_feed_forward
+from billhook.tracing.groups import Group, Kind, find_groups, weigh
+from billhook.tracing.roles import Attention, find_attention, find_feed_forward
 from billhook.tracing.tape import Tape, note
 
 
@@ -96,3 +95,123 @@ def couple(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]] 
         opaque=dict(tape.misses),
         assumed=dict(tape.assumed),
     )
+
+
+BY_FLAG: dict[str, Kind] = {"data": "position", "fixed": "fixed", "vocab": "vocab", "label": "label", "topk": "expert"}
+
+NEVER: dict[Kind, str] = {
+    "vocab": "tokens belong to the tokenizer",
+    "position": "a table of positions or types, addressed by number",
+    "label": "labels belong to the task",
+    "rotary": "a rotary frequency serves all heads of all layers, and the code derives it from the width of a head",
+}
+
+
+def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Tape) -> None:
+    """Gives every group its kind, from the roles that its axis plays."""
+    axes = {(member.name, member.dim): member.axis for group in groups for member in group.members}
+    queries, keys, over, values = set[Axis](), set[Axis](), set[Axis](), set[Axis]()
+    for one in attention:
+        heads = set(one.heads)
+        queries |= heads & {leaf for part in one.q if (part.name, part.dim) in axes for leaf in leaves(axes[part.name, part.dim])}
+        keys |= heads & _key_heads(one, axes)
+        over |= set(one.query_key)
+        values |= set(one.value)
+    for group in groups:
+        leaf, flags = group.leaf, group.flags
+        if (flag := next((flag for flag in BY_FLAG if flag in flags), None)) is not None:
+            group.kind = BY_FLAG[flag]
+        elif leaf in queries or leaf in keys or "batched" in flags:
+            group.kind = _head_kind(leaf, queries, keys, attention)
+        elif leaf in over:
+            rotary = "const" in flags or any(member.buffer for member in group.members)
+            group.kind = "rotary" if rotary else "query_key"
+        elif leaf in values:
+            group.kind = "value"
+        elif "contracted" in flags:
+            group.kind = "state"
+        elif "indexed" in flags:
+            group.kind = "position"
+        else:
+            group.kind = _width_kind(group, tape)
+
+
+def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Mapping[str, Sequence[Axis]]) -> None:
+    """Finds the biases of keys that add the same to all scores of a query: one whose width no position turns."""
+    by_leaf = {group.leaf: group for group in groups}
+    for one in attention:
+        turned = any(by_leaf[leaf].kind == "rotary" for leaf in one.query_key if leaf in by_leaf)
+        made = [axes[part.name][part.dim] for part in one.k if part.name in axes and len(part.positions) == part.size]
+        biases = {name for name, own in axes.items() if len(own) == 1 and own[0] in made}
+        for leaf in (*one.query_key, *(() if turned else one.heads)):
+            if leaf in by_leaf and by_leaf[leaf].kind != "rotary":
+                group = by_leaf[leaf]
+                group.idle += tuple(m.name for m in group.members if m.name in biases and m.name not in group.idle)
+
+
+def _key_heads(one: Attention, axes: Mapping[tuple[str, int], Axis]) -> set[Axis]:
+    """Returns the leaves that stand in the part of a parameter that makes keys or values."""
+    found = set[Axis]()
+    for part in (*one.k, *one.v):
+        if (axis := axes.get((part.name, part.dim))) is not None:
+            found |= {leaf for leaf in dict.fromkeys(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
+    return found
+
+
+def _head_kind(leaf: Axis, queries: set[Axis], keys: set[Axis], attention: Sequence[Attention]) -> Kind:
+    if leaf in queries and leaf not in keys:
+        return "query_head"
+    grouped = any(leaf in one.heads and any(head in queries and head not in keys for head in one.heads) for one in attention)
+    return "kv_head" if grouped else "head"
+
+
+def _width_kind(group: Group, tape: Tape) -> Kind:
+    """Finds residual channels: a table writes them, or they are made again from what was read of them, and added."""
+    places = [(member.name, member.dim) for member in group.members]
+    reads = [tape.reads[place] for place in places if place in tape.reads]
+    writes = [tape.writes[place] for place in places if place in tape.writes]
+    again = bool(reads and writes) and max(writes) > min(reads)
+    if "embedded" in group.flags or ("added" in group.flags and again):
+        return "residual"
+    return "channel" if "bent" in group.flags or not (reads and writes) else "rank"
+
+
+def find_contexts(groups: Sequence[Group], axes: Mapping[str, Sequence[Axis]]) -> None:
+    """Finds the groups next to which each stands in every member: multiplied in a dimension, or experts in another one."""
+    numbers = {group.leaf: group.number for group in groups}
+    for group in groups:
+        near: set[Axis] | None = None
+        for member in group.members:
+            here = multiplied_with(member.axis, group.leaf)
+            for d, axis in enumerate(axes[member.name]):
+                here |= {leaf for leaf in leaves(axis) if "topk" in leaf.notes} if d != member.dim else set()
+            near = here if near is None else near & here
+        group.context = tuple(sorted(numbers[leaf] for leaf in near or () if leaf in numbers and leaf is not group.leaf))
+
+
+def give_reason(group: Group) -> None:
+    """Says why a group may not be pruned, if it may not."""
+    for member in group.members:
+        if crossed(member.axis, group.leaf):
+            mark(group.leaf, "opaque", f"it is multiplied with itself in dimension {member.dim} of {member.name}")
+    flags = group.flags
+    data = "its units are positions of the input" if "data" in flags else None
+    reasons = [flags.get("opaque"), data, NEVER.get(group.kind), *(flags.get(flag) for flag in ("fixed", "const", "output"))]
+    group.reason = next((reason for reason in reasons if reason), "")
+
+
+def mind_untouched(groups: Sequence[Group], untouched: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses groups that a parameter which the run never used may belong to: one that is as wide as the units are many."""
+    for group in groups:
+        plain = any(member.axis is group.leaf for member in group.members)
+        name = next((name for name, shape in untouched.items() if group.size in shape), None)
+        if plain and name is not None and not group.reason:
+            group.reason = f"{name}, which the run never used, may have it too; pass example_inputs that make use of it"
+
+
+def mind_outside(groups: Sequence[Group], outside: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses residual channels that a parameter outside of the model may write or read: one that is as wide."""
+    for group in groups:
+        name = next((name for name, shape in outside.items() if group.size in shape), None)
+        if group.kind == "residual" and name is not None and not group.reason:
+            group.reason = f"{name}, outside of the model that was traced, may have it too; pass example_inputs for the whole"

@@ -15,8 +15,7 @@ from billhook.model.memory import Repeated
 from billhook.tracing.assumed import EVERYTHING, first_nonzero
 from billhook.tracing.axes import Axis, Irregular, mark
 from billhook.tracing.rules import rule_for
-from billhook.tracing.tape import SMALL, Note, Tape, axes_of, given, join, memory_of, note, pay, put, tensors
-from billhook.tracing.where import where
+from billhook.tracing.tape import SMALL, Note, Tape, axes_of, given, join, memory_of, note, pay, put, tensors, where
 
 FACTORIES = {"arange", "zeros", "ones", "full", "scalar_tensor", "linspace", "tril_indices", "triu_indices", "eye"}
 IRREGULAR = (Irregular, TypeError, LookupError, ValueError, AttributeError, ZeroDivisionError, AssertionError)

@@ -25,8 +25,7 @@ from billhook.model.values import check_dense
 from billhook.tracing.axes import Axis, mark
 from billhook.tracing.coupling import Structure, couple
 from billhook.tracing.mode import recording
-from billhook.tracing.tape import Note, Rows, Tape, axes_of, join, mark_units, memory_of, note, pay, tensors
-from billhook.tracing.where import line_of
+from billhook.tracing.tape import Note, Rows, Tape, axes_of, join, line_of, mark_units, memory_of, note, pay, tensors
 
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 Shapes = dict[str, tuple[int, ...]]

@@ -10,9 +10,8 @@ from torch import nn
 
 from billhook.checkpoints.export import MASKED
 from billhook.fit.events.shape_event import ShapeCallback
-from billhook.units.gates import Mask, mask
+from billhook.units.gates import Mask, mask, zero_units
 from billhook.units.units import Per
-from billhook.units.zero import zero_units
 
 
 class HeadMasking(ShapeCallback):

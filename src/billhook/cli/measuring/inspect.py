@@ -21,16 +21,15 @@ from billhook.model.shapes.shape import to_entry, unbuilt_shape
 from billhook.model.streamed import outline
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.removal import tried
-from billhook.pruning.widths.experts import width_step
+from billhook.pruning.widths import width_step
 from billhook.serving.divisible import GPUS, shares
 from billhook.serving.readings import FILES
 from billhook.serving.verdicts import Verdict, told, verdicts
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
 from billhook.tracing.trace import trace
-from billhook.units.channels import why_not
 from billhook.units.fields import SHOWN, FieldFinder
-from billhook.units.find import units_of
+from billhook.units.find import units_of, why_not
 from billhook.units.units import UnitKind, Units
 
 CHOICES: dict[str, tuple[Kind, ...]] = {

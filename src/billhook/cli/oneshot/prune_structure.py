@@ -14,12 +14,11 @@ from billhook.cli.oneshot.text import Scored
 from billhook.engine.batches import Batch
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.default import default_importance
 from billhook.model.plan import apply
 from billhook.pruning.amount import RATIOS, TARGETS, Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan, check_kinds
-from billhook.pruning.planning import count_blocks, plan_amount, plan_searched
+from billhook.pruning.planning import count_blocks, default_importance, plan_amount, plan_searched
 from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import First, Search
 from billhook.repairs.repair import Repair

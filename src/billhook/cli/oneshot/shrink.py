@@ -18,7 +18,7 @@ from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
 from billhook.plots.pareto import pareto
 from billhook.pruning.repair import Repairing
-from billhook.pruning.widths.rows import RoundTo
+from billhook.pruning.widths import RoundTo
 from billhook.report.speed import Phase
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.latency.table import clock_of

@@ -14,7 +14,7 @@ from billhook.model.linears import as_it_lies, matrix_of
 from billhook.model.shapes.handed import Indices
 from billhook.tracing.coupling import Structure
 from billhook.tracing.roles import Attention, Part
-from billhook.units.heads import find_heads
+from billhook.units.find import find_heads
 from billhook.units.units import Per, Units
 
 

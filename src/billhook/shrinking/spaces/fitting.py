@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from billhook.pruning.widths.rows import rounded
+from billhook.pruning.widths import rounded
 from billhook.shrinking.choose import Levels, cost, filled, widest
 from billhook.shrinking.damages import groups, make_slots
 from billhook.shrinking.levels import Place

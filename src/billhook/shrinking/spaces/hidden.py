@@ -27,7 +27,7 @@ from billhook.pruning.choice import ranked
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove, tried
 from billhook.pruning.target import Search
-from billhook.pruning.widths.rows import RoundTo, rounded
+from billhook.pruning.widths import RoundTo, rounded
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
 from billhook.shrinking.library import Library

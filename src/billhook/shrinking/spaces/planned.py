@@ -24,9 +24,8 @@ from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
 from billhook.pruning.repair import repair_with
-from billhook.pruning.row_lengths import row_lengths
-from billhook.pruning.target import Search
-from billhook.pruning.widths.told import RowLength
+from billhook.pruning.target import Search, row_lengths
+from billhook.pruning.widths import RowLength
 from billhook.repairs.enough import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import Repair
 from billhook.shrinking.spaces.blocks import Block, Blocks

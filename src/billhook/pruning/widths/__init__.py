@@ -1,1 +1,0 @@
-"""Widths that what computes them takes, or likes."""

@@ -11,8 +11,7 @@ import torch
 
 import billhook as bh
 from billhook.engine.lazy import LazyTensors
-from billhook.shrinking import library
-from billhook.shrinking.merging import merging, refit
+from billhook.shrinking import library, merged, merging
 from kit.families import llama
 from kit.fits import trainer
 from kit.held import Held
@@ -111,7 +110,7 @@ def searched(patch, make=library.resting):
         found.extend([] if isinstance(weights, LazyTensors) else [size([value]) for value in weights.values()])
         return make(model, weights)
 
-    for module in (library, merging, refit):
+    for module in (library, merging, merged):
         patch.setattr(module, "resting", counted)
     patch.setattr(merging, "memory_to_hold", lambda _: 1)
     return found

@@ -15,14 +15,14 @@ from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
+from billhook.shrinking.blocks import Block, find_blocks
 from billhook.shrinking.choose import Frontier, Slot, cost, loss
 from billhook.shrinking.damages import groups
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.levels import Place, find_places
 from billhook.shrinking.smallest import Found
-from billhook.shrinking.spaces.blocks import Block, find_blocks
-from billhook.shrinking.spaces.space import best_point, free_space, starts, uniform_spaces, with_gone
+from billhook.shrinking.space import best_point, free_space, starts, uniform_spaces, with_gone
 from billhook.shrinking.work import Work
 from kit.families import BERT, T5, build, llama, tokens
 

@@ -12,13 +12,13 @@ from billhook.model.build import build_on_meta
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
+from billhook.shrinking.blocks import find_blocks
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import divided
+from billhook.shrinking.hidden import HIDDEN, find_hidden
 from billhook.shrinking.levels import find_places
+from billhook.shrinking.planned import as_planned
 from billhook.shrinking.smallest import Found
-from billhook.shrinking.spaces.blocks import find_blocks
-from billhook.shrinking.spaces.hidden import HIDDEN, find_hidden
-from billhook.shrinking.spaces.planned import as_planned
 from billhook.shrinking.work import Work
 from kit.families import BERT, build, llama, tokens
 

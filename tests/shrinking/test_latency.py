@@ -9,13 +9,13 @@ import transformers
 import billhook as bh
 from billhook.engine.batches import Batch
 from billhook.pruning.amount import Amount
+from billhook.shrinking import hidden
 from billhook.shrinking.latency import search
 from billhook.shrinking.latency.table import Clock, timed
 from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.planned import Planned
 from billhook.shrinking.shrunk import Times
 from billhook.shrinking.smallest import Found
-from billhook.shrinking.spaces import hidden
-from billhook.shrinking.spaces.planned import Planned
 from billhook.shrinking.work import Work
 from kit.families import BERT, T5, llama, tokens
 

@@ -6,9 +6,9 @@ import torch
 import billhook as bh
 from billhook.engine.batches import Batch, Run
 from billhook.pruning.amount import Amount
+from billhook.shrinking import merging
 from billhook.shrinking.held_out import divided
-from billhook.shrinking.merging import merging
-from billhook.shrinking.merging.merging import Merging
+from billhook.shrinking.merging import Merging
 from billhook.shrinking.work import Work
 from kit.families import build, tokens
 

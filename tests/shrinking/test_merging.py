@@ -10,11 +10,11 @@ import billhook as bh
 from billhook.engine.batches import Batch, runs_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
+from billhook.shrinking import merged, merging
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.levels import Place
-from billhook.shrinking.merging import merging, plans
-from billhook.shrinking.spaces.planned import apply_in_turn
+from billhook.shrinking.planned import apply_in_turn
 from billhook.shrinking.work import Work
 from kit.families import build, llama, tokens
 
@@ -251,7 +251,7 @@ def test_where_heads_cannot_merge_they_go(layers, refused, monkeypatch):
     def refuse(*given):
         raise ValueError("that cannot be")
 
-    where, what = {"plans": (plans, "plan_kv_heads"), "watching": (merging, "gather_each")}[refused]
+    where, what = {"plans": (merged, "plan_kv_heads"), "watching": (merging, "gather_each")}[refused]
     monkeypatch.setattr(where, what, refuse)
     shrunk = bh.shrink(grouped(), texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
     assert not shrunk.merged

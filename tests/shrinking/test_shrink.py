@@ -10,12 +10,11 @@ import transformers
 import billhook as bh
 from billhook.engine.batches import Batch, runs_of
 from billhook.importance.obs import OBS
-from billhook.shrinking import variants
+from billhook.shrinking import space, variants
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import divided
 from billhook.shrinking.latency.workload import Workload
-from billhook.shrinking.spaces import finalists
-from billhook.shrinking.spaces.planned import apply_in_turn
+from billhook.shrinking.planned import apply_in_turn
 from billhook.shrinking.work import Work
 from kit.families import BERT, T5, build, llama, tokens
 
@@ -101,7 +100,7 @@ def test_it_is_compared_with_each_kind_alone():
 @pytest.mark.parametrize("turn", [1, -1], ids=["as_is", "turned"])
 def test_where_layers_stay_alike_what_loses_least_once_repaired_is_taken(turn, monkeypatch):
     """Channels alone and a block alone, in either order: each is cut and repaired by hand, and measured."""
-    monkeypatch.setattr(finalists, "NEAR", math.inf)
+    monkeypatch.setattr(space, "NEAR", math.inf)
     several, last = [], Work.chosen
 
     def chosen(work, *how):
@@ -119,7 +118,7 @@ def test_where_layers_stay_alike_what_loses_least_once_repaired_is_taken(turn, m
         planned = work.planned(fitted, bh.Repair(), kept)
         apply_in_turn(model, planned.plans, weights=planned.weights)
         lost.append(work.divergence.mean())
-    assert len(several) == finalists.MOST
+    assert len(several) == space.MOST
     assert sum(shrunk.measured.values()) / 2 == pytest.approx(min(lost), rel=1e-4)
     assert max(lost) > 2 * min(lost)
 

@@ -13,11 +13,11 @@ from billhook.importance.score import run_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.shrinking import variants as module
+from billhook.shrinking.costs import query_scores
 from billhook.shrinking.damages import damages, groups, make_slots, probes
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import find_places, gone
 from billhook.shrinking.library import Library, key_of
-from billhook.shrinking.places.pairs import query_scores
 from billhook.shrinking.variants import check_enough, fill_library
 from kit.families import build, llama, tokens
 

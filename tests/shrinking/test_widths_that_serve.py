@@ -7,7 +7,7 @@ from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.serving.divisible import multiple_of
 from billhook.shrinking.levels import Place, find_places
-from billhook.shrinking.spaces.fitting import coarser
+from billhook.shrinking.space import coarser
 from billhook.shrinking.work import Work
 from kit.families import llama, tokens
 

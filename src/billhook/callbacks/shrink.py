@@ -36,10 +36,10 @@ from billhook.pruning.repair import Repairing
 from billhook.pruning.widths import RoundTo
 from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.library import key_of
+from billhook.shrinking.planned import Planned, apply_in_turn
 from billhook.shrinking.shrink import Layers, budget, check_search, repair_for
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
-from billhook.shrinking.spaces.planned import Planned, apply_in_turn
 from billhook.shrinking.work import Work
 
 

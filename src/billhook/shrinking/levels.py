@@ -14,8 +14,18 @@ from billhook.pruning.cuts import coupled
 from billhook.pruning.removal import tried
 from billhook.pruning.target import Search
 from billhook.pruning.widths import suits
-from billhook.shrinking.places.costs import cut_of, query_costs, unit_costs
-from billhook.shrinking.places.pairs import Pair, called, each_of, eighths, heads_gone, one_of_each, pairs_of
+from billhook.shrinking.costs import (
+    Pair,
+    called,
+    cut_of,
+    each_of,
+    eighths,
+    heads_gone,
+    one_of_each,
+    pairs_of,
+    query_costs,
+    unit_costs,
+)
 from billhook.units.units import UnitKind, Units
 
 

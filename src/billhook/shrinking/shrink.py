@@ -24,9 +24,9 @@ from billhook.shrinking.held_out import divided, to_search
 from billhook.shrinking.latency.search import fast_enough
 from billhook.shrinking.latency.table import Clock, clock_of, timed
 from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.planned import apply_in_turn
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
-from billhook.shrinking.spaces.planned import apply_in_turn
 from billhook.shrinking.variants import check_enough
 from billhook.shrinking.work import Work
 

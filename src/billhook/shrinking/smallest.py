@@ -8,10 +8,10 @@ import numpy as np
 
 from billhook.importance.score import run_of
 from billhook.repairs.repair import Repair
-from billhook.shrinking.perplexity import Perplexity
+from billhook.shrinking.divergence import Perplexity
+from billhook.shrinking.planned import Planned, as_planned
 from billhook.shrinking.shrunk import Choice, Times
-from billhook.shrinking.spaces.planned import Planned, as_planned
-from billhook.shrinking.spaces.space import best_point
+from billhook.shrinking.space import best_point
 from billhook.shrinking.work import Work
 
 SIZES = 64

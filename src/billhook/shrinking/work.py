@@ -18,22 +18,33 @@ from billhook.model.linears import matrix_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
-from billhook.shrinking.alone import CALLED, fewer_blocks, of_one_kind
+from billhook.shrinking.blocks import Block, Blocks, find_blocks
 from billhook.shrinking.choose import Levels, Slot, between, cost, kept_at
-from billhook.shrinking.damages import damage_without, damages, groups, make_slots
+from billhook.shrinking.costs import query_scores
+from billhook.shrinking.damages import CALLED, damage_without, damages, fewer_blocks, groups, make_slots, of_one_kind
 from billhook.shrinking.divergence import Agreed, Divergence
+from billhook.shrinking.hidden import HIDDEN, Hidden, Width, find_hidden
 from billhook.shrinking.levels import Place, find_places, gone, removed, told
 from billhook.shrinking.library import Library, key_of
-from billhook.shrinking.merging.merging import Merging, find_merging
-from billhook.shrinking.places.pairs import query_scores
+from billhook.shrinking.merging import Merging, find_merging
+from billhook.shrinking.planned import Planned, plan_choice, repaired
 from billhook.shrinking.search import evolve
 from billhook.shrinking.shrunk import Choice, Shrunk, Times, in_words
-from billhook.shrinking.spaces.blocks import Block, Blocks, find_blocks
-from billhook.shrinking.spaces.finalists import finalists, kinds_cut
-from billhook.shrinking.spaces.fitting import coarser, filled_up, just_met
-from billhook.shrinking.spaces.hidden import HIDDEN, Hidden, Width, find_hidden
-from billhook.shrinking.spaces.planned import Planned, plan_choice, repaired
-from billhook.shrinking.spaces.space import SEVERAL, Point, as_uniform, best_point, every_space, moved, spread, starts
+from billhook.shrinking.space import (
+    SEVERAL,
+    Point,
+    as_uniform,
+    best_point,
+    coarser,
+    every_space,
+    filled_up,
+    finalists,
+    just_met,
+    kinds_cut,
+    moved,
+    spread,
+    starts,
+)
 from billhook.shrinking.variants import fill_library
 from billhook.units.units import UnitKind
 

@@ -2,9 +2,9 @@
 
 from collections import Counter
 
-from billhook.shrinking.alone import CALLED
+from billhook.shrinking.damages import CALLED
+from billhook.shrinking.hidden import HIDDEN
 from billhook.shrinking.levels import Place
-from billhook.shrinking.spaces.hidden import HIDDEN
 from billhook.shrinking.work import Work
 from billhook.tracing.show import pattern
 

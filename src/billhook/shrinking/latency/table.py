@@ -17,9 +17,9 @@ from billhook.model.meta import sharing
 from billhook.pruning.block_plan import BlockPlan, take_out
 from billhook.pruning.cuts import Cut
 from billhook.pruning.removal import remove
+from billhook.shrinking.costs import cut_of
 from billhook.shrinking.latency.workload import Workload
 from billhook.shrinking.levels import Place
-from billhook.shrinking.places.costs import cut_of
 from billhook.shrinking.shrunk import Times
 from billhook.shrinking.work import Work
 

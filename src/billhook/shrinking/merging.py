@@ -22,8 +22,7 @@ from billhook.shrinking.damages import groups
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
 from billhook.shrinking.library import UNFITTED, Library, resting
-from billhook.shrinking.merging.plans import METHOD, Merged, plans_of
-from billhook.shrinking.merging.refit import refit_readers
+from billhook.shrinking.merged import METHOD, Merged, plans_of, refit_readers
 
 Scale = tuple[list[Place], dict[str, tuple[int, ...]], dict[str, list[float]]]
 """Places, and by place the numbers of units that it may keep, and what it loses at each."""

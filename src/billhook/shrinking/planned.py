@@ -28,8 +28,8 @@ from billhook.pruning.target import Search, row_lengths
 from billhook.pruning.widths import RowLength
 from billhook.repairs.enough import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import Repair
-from billhook.shrinking.spaces.blocks import Block, Blocks
-from billhook.shrinking.spaces.hidden import Hidden
+from billhook.shrinking.blocks import Block, Blocks
+from billhook.shrinking.hidden import Hidden
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 from billhook.units.gates import mask

@@ -1,18 +1,19 @@
 """The spaces of a search: slots whose levels are chosen, beside what is the same at all levels, as blocks that are gone."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from random import Random
 
 import numpy as np
 
-from billhook.shrinking.choose import Frontier, Joint, Levels, Slot, best_of, cost, kept_at, loss, product_of
-from billhook.shrinking.damages import make_slots
+from billhook.pruning.widths import rounded
+from billhook.shrinking.blocks import Block
+from billhook.shrinking.choose import Frontier, Joint, Levels, Slot, best_of, cost, filled, kept_at, loss, product_of, widest
+from billhook.shrinking.damages import groups, make_slots
+from billhook.shrinking.hidden import HIDDEN, Width
 from billhook.shrinking.levels import Place
 from billhook.shrinking.search import mutated
-from billhook.shrinking.spaces.blocks import Block
-from billhook.shrinking.spaces.hidden import HIDDEN, Width
 
 SEVERAL = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """How many blocks are gone in the choices that a search begins with: sums say too little of what several lose together."""
@@ -222,3 +223,111 @@ def moved(spaces: Sequence[Space], limit: int, point: Point, random: Random) -> 
     space = spaces[number]
     new = mutated(space.slots, levels, limit - space.rest, random)
     return None if new is None else (number, new)
+
+
+BLOCKS = (0, 1, 2, 4)
+"""For how many blocks that go there are levels that just meet the budget, where layers stay alike."""
+
+
+def costs_of(places: Sequence[Place], uniform: bool) -> list[dict[int, int]]:
+    """Returns by slot, and by all numbers of units that its places may keep, what they cost."""
+    own = groups(places, uniform)
+    return [{kept: sum(place.cost(kept) for place in group) for kept in group[0].allowed} for group in own]
+
+
+def just_met(width: Width, levels: Mapping[str, Sequence[int]], limit: int) -> dict[str, set[int]]:
+    """Finds further numbers to keep, where places of a kind keep as many, that just meet a limit.
+
+    That is for several numbers of blocks that go, as if all were alike.
+    """
+    found: dict[str, set[int]] = {}
+    for count in (one for one in BLOCKS if one <= len(width.blocks)):
+        gone = width.blocks[:count]
+        inside = {name for block in gone for name in block.places}
+        places = [place for place in width.places if place.name not in inside]
+        own, whole = groups(places, uniform=True), sum(place.cost(place.count) for place in places)
+        within = limit - width.now + sum(block.cost for block in gone) + whole
+        more = widest([levels[group[0].name] for group in own], costs_of(places, uniform=True), within) if own else {}
+        for number, kept in more.items():
+            alike = next(group for group in groups(width.places, uniform=True) if own[number][0] in group)
+            for place in alike:
+                found.setdefault(place.name, set()).update(kept)
+    return found
+
+
+def filled_up(
+    space: Space,
+    chosen: Levels,
+    limit: int,
+    places: Sequence[Place],
+    levels: Mapping[str, Sequence[int]],
+    losses: Mapping[str, Sequence[float]],
+    uniform: bool,
+) -> dict[str, int]:
+    """Lets places keep more, between levels too, as far as a limit goes; what goes with its block stays gone."""
+    kept, spare = space.kept(chosen), limit - space.left(chosen)
+    present = [place for place in places if kept[place.name]]
+    slots = make_slots(present, levels, losses, uniform)
+    own = tuple(slot.kept.index(kept[slot.names[0]]) for slot in slots)
+    some = zip(groups(present, uniform), slots, costs_of(present, uniform), strict=True)
+    costs = [{one: c for one, c in own.items() if not group[0].pairs or one in slot.kept} for group, slot, own in some]
+    more = filled(slots, own, cost(slots, own) + max(spare, 0), costs)
+    return kept | {name: number for slot, number in zip(slots, more, strict=True) for name in slot.names}
+
+
+def coarser(places: Sequence[Place], kept: Mapping[str, int], spare: int = 0) -> dict[str, int]:
+    """Lets channels be a larger multiple of what rows are best a multiple of, where that takes at most 3 % of them more.
+
+    Of them counts what a budget leaves, be it between the numbers that may be kept.
+
+    Args:
+        places: The places, which stay alike.
+        kept: How many units some of them keep.
+        spare: How much less they leave than the budget does.
+    """
+    found = dict(kept)
+    for group in groups(places, uniform=True):
+        present, place = [one.name for one in group if kept.get(one.name, 0)], group[0]
+        now = kept[present[0]] if present else place.count
+        if place.kind == "channel" and now < place.count:
+            fewer = rounded(_afforded(place, now, spare / len(present)), place.count, most=now, more=False)
+            found |= dict.fromkeys(present, fewer if fewer in place.allowed else now)
+    return found
+
+
+def _afforded(place: Place, kept: int, spare: float) -> int:
+    """Returns how many units a place could keep, allowed or not, if it were given all that is spare."""
+    within = place.cost(kept) + spare
+    return next((more - 1 for more in range(kept + 1, place.count) if place.cost(more) > within), place.count - 1)
+
+
+NEAR = 1.25
+"""How many times as much as the best a choice may lose before repair: refitted places put together say too little of it."""
+MOST = 2
+"""How many choices are repaired at most."""
+
+
+def finalists(order: Sequence[Point], measured: Mapping[Point, float], cut: Callable[[Point], frozenset[str]]) -> list[Point]:
+    """Returns the choice that loses least, and after it the best of others that cut other kinds of units and lose little more.
+
+    Args:
+        order: Choices, the one that loses least first.
+        measured: What each of them loses.
+        cut: The kinds of units of which a choice keeps less.
+
+    >>> finalists([(0, (1, 1)), (0, (1, 0)), (0, (0, 1))], {(0, (1, 1)): 1.0, (0, (1, 0)): 1.1, (0, (0, 1)): 1.5},
+    ...     lambda point: frozenset(kind for kind, level in zip(("channel", "head"), point[1]) if level))
+    [(0, (1, 1)), (0, (1, 0))]
+    """
+    best: dict[frozenset[str], Point] = {}
+    for point in order:
+        best.setdefault(cut(point), point)
+    first, *others = best.values()
+    return [first, *(point for point in others if measured[point] <= NEAR * measured[first])][:MOST]
+
+
+def kinds_cut(space: Space, levels: Levels, places: Sequence[Place]) -> frozenset[str]:
+    """Returns the kinds of units of which a choice keeps less: of places, `"block"`, and the hidden size."""
+    kept = space.kept(levels)
+    kinds = {place.kind for place in places if 0 < kept[place.name] < place.count}
+    return frozenset({*kinds, *(["block"] if space.gone else []), *([HIDDEN] if space.fixed else [])})

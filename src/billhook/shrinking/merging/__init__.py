@@ -1,1 +1,0 @@
-"""Lets KV heads merge instead of going, wherever that loses less, for a budget of their cache."""

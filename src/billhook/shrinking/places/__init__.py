@@ -1,1 +1,0 @@
-"""Says what places cost, and which numbers of KV heads and query heads attentions may keep."""

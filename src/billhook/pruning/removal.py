@@ -24,9 +24,8 @@ from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.fold import fold
 from billhook.pruning.shape_then import shapes_then
 from billhook.tracing.trace import trace
-from billhook.units.gates import Gate
+from billhook.units.gates import Gate, reading
 from billhook.units.units import PLURAL, Units
-from billhook.units.zero import reading
 
 
 def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> list[Swap]:

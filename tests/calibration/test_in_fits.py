@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 import billhook as bh
 from billhook.assets import model_path
-from billhook.fit.events.described import described
+from billhook.fit.event import described
 from kit.events import Own, loader
 from kit.fits import trainer, weights
 

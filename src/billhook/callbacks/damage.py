@@ -16,13 +16,11 @@ from billhook.calibration.texts import Also, check_also, texts
 from billhook.checkpoints.card import label_of
 from billhook.engine.sharding import is_sharded, reshard
 from billhook.fit.calibration import FitCalibration, tokenizer_in
-from billhook.fit.events.event import Event, EventCallback, FollowsEvents
-from billhook.fit.late_models import drop_waiting, once_model_exists
+from billhook.fit.event import Event, EventCallback, FollowsEvents
 from billhook.fit.lightning_internals import averages, is_search
 from billhook.fit.loggers import log_figures
 from billhook.fit.ranks import check_agreed, comm_of, together
-from billhook.fit.run import callbacks_of
-from billhook.fit.strategies import check_strategy
+from billhook.fit.run import callbacks_of, check_strategy, drop_waiting, once_model_exists
 from billhook.model.find import find_transformer
 from billhook.report.damage import Dense, TextDamage, warning_of
 from billhook.report.generation import generates

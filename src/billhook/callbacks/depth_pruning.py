@@ -8,10 +8,10 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, fraction, whole
 from billhook.fit.calibration import FitCalibration, Given
-from billhook.fit.events.event import Event, note_settled
-from billhook.fit.events.rounds import At, check_at, rounds_of
-from billhook.fit.events.shape_event import ShapeCallback
+from billhook.fit.event import Event, note_settled
 from billhook.fit.ranks import check_agreed, comm_of
+from billhook.fit.rounds import At, check_at, rounds_of
+from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import run_of

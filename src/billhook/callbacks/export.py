@@ -29,14 +29,13 @@ from billhook.engine.batches import examples_of
 from billhook.engine.sharded_files import write_sharded
 from billhook.engine.sharding import is_sharded, reshard
 from billhook.engine.store import store_of
-from billhook.fit.events.event import events_of, start_of
+from billhook.fit.event import events_of, start_of
 from billhook.fit.lightning_internals import is_search
 from billhook.fit.loggers import log_card
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import by_first, of_first
-from billhook.fit.run import callbacks_of, check_some_steps, is_trial
+from billhook.fit.run import callbacks_of, check_some_steps, is_trial, trained
 from billhook.fit.shards import in_turn
-from billhook.fit.trained import trained
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.model.shapes.checkpoint_shape import save_shape

@@ -12,17 +12,16 @@ from torch.optim import Optimizer
 
 from billhook.arguments import a_path, annotated, one_of
 from billhook.callbacks.export import Export
-from billhook.callbacks.heads.masking import HeadMasking
-from billhook.callbacks.heads.monitor import Mode, Monitor
-from billhook.callbacks.heads.ranking import HeadRanking
-from billhook.callbacks.heads.record import HeadRecord
+from billhook.callbacks.head_masking import HeadMasking
+from billhook.callbacks.head_monitor import Mode, Monitor
+from billhook.callbacks.head_ranking import HeadRanking, HeadRecord
 from billhook.fit.calibration import FitCalibration, Given
-from billhook.fit.events.event import Event, log_event, note_settled
-from billhook.fit.events.rounds import At, check_at, rounds_of
-from billhook.fit.events.shape_event import refuse_shape_changes
+from billhook.fit.event import Event, log_event, note_settled
 from billhook.fit.measure import measure
 from billhook.fit.ranks import check_agreed, together
+from billhook.fit.rounds import At, check_at, rounds_of
 from billhook.fit.run import callbacks_of
+from billhook.fit.shape_event import refuse_shape_changes
 from billhook.importance.base import Importance
 from billhook.importance.gate_gradient import GateGradient
 from billhook.model.find import find_transformer

@@ -12,7 +12,7 @@ from billhook.arguments import a_path, annotated, whole
 from billhook.callbacks.damage import Damage, refuse_before
 from billhook.callbacks.export import Export
 from billhook.checkpoints.card import label_of
-from billhook.fit.events.event import Event, begins, events_of, figures_of_callbacks, note_start, start_of
+from billhook.fit.event import Event, begins, events_of, figures_of_callbacks, note_start, start_of
 from billhook.fit.loggers import log_picture
 from billhook.fit.measure import measure
 from billhook.fit.ranks import by_first

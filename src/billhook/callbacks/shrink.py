@@ -17,11 +17,10 @@ from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
-from billhook.fit.events.described import described
-from billhook.fit.events.event import Event, fewer, log_event, note_not_refitted
-from billhook.fit.events.rounds import At, check_at, rounds_of
-from billhook.fit.events.shape_event import ShapeCallback
+from billhook.fit.event import Event, described, fewer, log_event, note_not_refitted
 from billhook.fit.ranks import check_agreed, check_near, of_first, together
+from billhook.fit.rounds import At, check_at, rounds_of
+from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.shards import in_turn
 from billhook.fit.training_step import runs_as_in_training, training_loss
 from billhook.importance.base import Importance

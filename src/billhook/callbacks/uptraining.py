@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from billhook.arguments import annotated, fraction
 from billhook.engine.trees import tree_leaves
-from billhook.fit.events.event import SetsLength
+from billhook.fit.event import SetsLength
 from billhook.fit.lightning_internals import set_length
 from billhook.fit.ranks import summed, together
 from billhook.fit.run import callbacks_of, is_trial, isolated

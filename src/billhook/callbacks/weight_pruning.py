@@ -21,13 +21,12 @@ from billhook.engine.sharding import gathered, reshard, unsharded, whole
 from billhook.engine.walk import Sequential
 from billhook.engine.zeros import zeros_by_name
 from billhook.fit.calibration import FitCalibration, Given
-from billhook.fit.events.event import Event, EventCallback, FollowsShapes, log_event
-from billhook.fit.events.rounds import At, check_at, rounds_of, step_of
-from billhook.fit.events.shape_event import ShapeCallback, refuse_shape_changes
+from billhook.fit.event import Event, EventCallback, FollowsShapes, log_event
 from billhook.fit.lightning_internals import averages
 from billhook.fit.ranks import check_agreed, comm_of, together
-from billhook.fit.run import is_trial
-from billhook.fit.strategies import check_learned, check_masks
+from billhook.fit.rounds import At, check_at, rounds_of, step_of
+from billhook.fit.run import check_learned, check_masks, is_trial
+from billhook.fit.shape_event import ShapeCallback, refuse_shape_changes
 from billhook.fit.training_step import runs_as_in_training
 from billhook.model.convolutions import Convolutions
 from billhook.model.find import find_transformer

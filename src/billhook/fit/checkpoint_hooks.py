@@ -1,24 +1,123 @@
-"""Adds the shape, adapters and random numbers to the checkpoints of any LightningModule while our callbacks are in its fit."""
+"""What checkpoints hold while our callbacks are in a fit: shape, adapters, random numbers, and the place in the data."""
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
 from billhook.adapters.in_checkpoint import save_adapters
+from billhook.engine.noise import random_state, set_random_state
+from billhook.engine.sharded_files import described, is_sharded_checkpoint
+from billhook.engine.sharding import reshard
+from billhook.fit.lightning_internals import batch_progress, data_fetcher, is_accumulating, training_loaders
 from billhook.fit.resume import ShapeInCheckpoint, before_weights, check_callbacks
-from billhook.fit.resume_state import ResumeState, set_gradients, unfinished_gradients
-from billhook.fit.shape_before import load_as_before, load_in_shape
+from billhook.fit.shards import reshaped
 from billhook.model.find import find_transformer
 from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
-from billhook.model.shapes.shape import Shape, shape_of
+from billhook.model.shapes.shape import KEY, Shape, shape_of
 
 RANDOM, GRADIENTS = "billhook_random", "billhook_gradients"
 """Where checkpoints keep the random numbers of each process, and the gradients of an unfinished step."""
 _WRAPPED = "_billhook_wrapped"
 _HOOKS = ("on_load_checkpoint", "on_save_checkpoint", "on_train_start", "on_train_epoch_start")
+
+State = dict[str, Any]
+
+
+class ResumeState:
+    """Random numbers as they are, and as they were when the epoch began, from which its order can be drawn again.
+
+    A `DataLoader` that only shuffles draws its order with torch's own random numbers. Loaders with a `state_dict` know their
+    place, and the sampler of a `DistributedSampler` is given the epoch.
+    """
+
+    def __init__(self) -> None:
+        self._begun: State | None = None
+        self._loaded: list[State] = []
+        self._end: State | None = None
+
+    def state(self, trainer: pl.Trainer) -> list[State]:
+        """Returns the states of all processes; only of this one after an error, when the others may no longer exist."""
+        own = {"now": self._end or random_state(trainer.strategy.root_device), "begun": self._begun}
+        if trainer.world_size == 1 or trainer.state.status == TrainerStatus.INTERRUPTED:
+            return [own]
+        states = [own] * trainer.world_size
+        torch.distributed.all_gather_object(states, own)
+        return states
+
+    def end(self, trainer: pl.Trainer) -> None:
+        """Keeps the random numbers for a checkpoint that is saved later."""
+        self._end = random_state(trainer.strategy.root_device)
+
+    def load(self, states: list[State]) -> None:
+        """Keeps the states of all processes until training begins."""
+        self._loaded = list(states)
+
+    def begin_training(self, trainer: pl.Trainer) -> None:
+        """Continues from the loaded states, if they are of as many processes."""
+        loaded, self._loaded, self._begun = self._loaded, [], None
+        if len(loaded) != trainer.world_size:
+            return
+        own, progress = loaded[trainer.global_rank], batch_progress(trainer)
+        over = progress.is_last_batch
+        begun = {"again": True, "random": own["now"]} if over else own["begun"]
+        if begun is not None and _can_draw_again(trainer):
+            set_random_state(begun["random"], trainer.strategy.root_device)
+            if begun["again"]:
+                _set_epoch(trainer)
+                iter(data_fetcher(trainer))  # Lightning has made an iterator already, with other random numbers
+            for _ in range(0 if over else progress.current.processed):
+                next(data_fetcher(trainer).iterator)
+            self._begun = begun
+        if not over or self._begun is None:
+            set_random_state(own["now"], trainer.strategy.root_device)
+
+    def begin_epoch(self, trainer: pl.Trainer) -> None:
+        """Keeps the random numbers from which the order of an epoch will be drawn."""
+        resuming = trainer.fit_loop.is_resuming
+        if self._begun is not None and resuming:
+            return  # drawn already
+        again = trainer.current_epoch > 0 and not resuming
+        lazy = all(getattr(loader, "num_workers", 0) == 0 for loader in training_loaders(trainer))
+        known = _can_draw_again(trainer) and (again or lazy)
+        self._begun = {"again": again, "random": random_state(trainer.strategy.root_device)} if known else None
+
+
+def unfinished_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
+    """Returns the gradients accumulated so far in an unfinished optimizer step; none with several processes."""
+    batches = batch_progress(trainer).current
+    if trainer.world_size > 1 or batches.ready != batches.processed or not is_accumulating(trainer):
+        return {}
+    return {name: own.grad for name, own in pl_module.named_parameters() if own.grad is not None}
+
+
+def set_gradients(pl_module: pl.LightningModule, saved: dict[str, Tensor]) -> None:
+    """Sets the gradients of an unfinished step."""
+    for name, own in pl_module.named_parameters():
+        if name in saved:
+            own.grad = saved[name].to(own.device, own.dtype)
+
+
+def _can_draw_again(trainer: pl.Trainer) -> bool:
+    """Returns whether no loader knows its place, and none is read ahead to see where it ends."""
+    loaders = training_loaders(trainer)
+    return (
+        bool(loaders) and data_fetcher(trainer).length is not None and not any(hasattr(one, "load_state_dict") for one in loaders)
+    )
+
+
+def _set_epoch(trainer: pl.Trainer) -> None:
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    for loader in training_loaders(trainer):
+        sampler: Any = getattr(loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epochs.processed)
 
 
 def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -88,3 +187,57 @@ def _shape_now(module: nn.Module) -> Shape | None:
         return shape_of(find_transformer(module))
     except ValueError:
         return None
+
+
+_LOAD = "load_checkpoint"
+
+
+def load_in_shape(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Has FSDP2's strategy load checkpoints into a model of their shape, until `load_as_before`; other strategies ask a hook."""
+    strategy = trainer.strategy
+    if isinstance(strategy, ModelParallelStrategy) and _LOAD not in vars(strategy):
+        vars(strategy)[_LOAD] = partial(_load, trainer, pl_module, strategy.load_checkpoint)
+
+
+def load_as_before(trainer: pl.Trainer) -> None:
+    """Gives the strategy its own method again."""
+    vars(trainer.strategy).pop(_LOAD, None)
+
+
+def _load(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    load: Callable[..., dict[str, Any]],
+    checkpoint_path: str | Path,
+    weights_only: bool | None = None,
+) -> dict[str, Any]:
+    """Loads a checkpoint as the strategy does, once model and optimizers have its shape."""
+    held = _held(Path(trainer.strategy.broadcast(checkpoint_path)))
+    if held is not None and not _has_shape(pl_module, held):
+        reshard(pl_module)  # which a forward may have left gathered
+        if trainer.state.fn != TrainerFn.FITTING:
+            trainer.strategy.optimizers = []  # those of an earlier fit are of other parameters
+        names = {own: name for name, own in pl_module.named_parameters()}
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        trained = [[names[own] for own in group["params"] if own in names] for group in groups]
+        with reshaped(pl_module, (), gradients=False, in_turn=True):
+            load_shape(pl_module, {KEY: held})
+        now = dict(pl_module.named_parameters())
+        for group, own in zip(groups, trained, strict=True):  # no step has been taken
+            group["params"][:] = [now[name] for name in own if name in now]
+    return load(checkpoint_path, weights_only=weights_only)
+
+
+def _has_shape(pl_module: pl.LightningModule, held: Any) -> bool:  # noqa: ANN401 - what a file holds
+    """Tells whether the model has the shape that a checkpoint says already, so that nothing is to be gathered."""
+    return isinstance(held, dict) and shape_of(find_transformer(pl_module)).to_dict() == held.get("shape")
+
+
+def _held(path: Path) -> Any:  # noqa: ANN401
+    """Returns what a checkpoint, a file or a folder of shards, says of its model; None of one that Lightning is to refuse."""
+    try:
+        sharded = is_sharded_checkpoint(path)
+        checkpoint = described(path) if sharded else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        return None
+    return checkpoint.get(KEY) if isinstance(checkpoint, dict) else None

@@ -23,9 +23,9 @@ from billhook.checkpoints.pretrained import AUTO_CLASSES, Task, load_model
 from billhook.engine.noise import Noise
 from billhook.engine.sharding import is_sharded, shard
 from billhook.engine.walk import blocks_of
+from billhook.fit.checkpoint_hooks import load_as_before, load_in_shape
 from billhook.fit.resume import ShapeInCheckpoint
 from billhook.fit.run import training_steps
-from billhook.fit.shape_before import load_as_before, load_in_shape
 from billhook.model.preprocessors import tokenizer_of
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.training.distillation import Distillation, Teacher, check_teacher

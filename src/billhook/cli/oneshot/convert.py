@@ -1,7 +1,7 @@
 """`billhook convert`: a checkpoint in, one with fewer key/value heads out, with its metric before and after."""
 
 from billhook.arguments import whole
-from billhook.callbacks.kv.preparation import HINT
+from billhook.callbacks.kv_heads import HINT
 from billhook.cli.blockwise import over
 from billhook.cli.oneshot.enough import check_examples, coming, refits
 from billhook.cli.oneshot.frame import OneShot

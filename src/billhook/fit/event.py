@@ -1,7 +1,9 @@
 """Events in a fit: when they are due, what is measured and logged, and what a resumed fit knows of them."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,20 +12,18 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from billhook.arguments import whole
+from billhook.calibration.calibration import Calibration
 from billhook.calibration.enough import Settled
 from billhook.checkpoints.history import TRAINED
 from billhook.fit.calibration import FitCalibration
-from billhook.fit.checkpoint_hooks import add_to, unwrap_hooks, wrap_hooks
-from billhook.fit.events.described import described
-from billhook.fit.events.rounds import still_due
-from billhook.fit.late_models import drop_waiting
+from billhook.fit.checkpoint_hooks import ResumeState, add_to, unwrap_hooks, wrap_hooks
 from billhook.fit.lightning_internals import is_search
 from billhook.fit.loggers import log_figures, log_settings
 from billhook.fit.measure import measure
-from billhook.fit.resume_state import ResumeState
-from billhook.fit.run import callbacks_of, check_some_steps, is_trial, training_steps
-from billhook.fit.trained import trained
+from billhook.fit.rounds import still_due
+from billhook.fit.run import callbacks_of, check_some_steps, drop_waiting, is_trial, trained, training_steps
 from billhook.report.summary import summary
+from billhook.schedules import Schedule
 
 Event = dict[str, Any]
 
@@ -291,3 +291,50 @@ def log_event(trainer: pl.Trainer, event: Event) -> None:
         log_figures(trainer, numbers)
     for follower in callbacks_of(trainer, FollowsEvents):
         follower.after(trainer, event)
+
+
+BESIDE = {"self", "measure_batches", "plot_file", "metric"}
+"""Parameters that do not decide what is done."""
+
+
+def described(callback: Callback) -> dict[str, Any]:
+    """Returns the name of a callback's class as `callback`, and what is set of its settings; data by where it comes from."""
+    beside = BESIDE | ({"calibration"} if getattr(callback, "needs_data", None) is False else set())
+    parameters = inspect.signature(type(callback).__init__).parameters
+    given = {name: getattr(callback, name, None) for name in parameters if name not in beside}
+    if any(isinstance(value, Schedule) for name, value in given.items() if name != "at"):
+        given.pop("at", None)  # the schedule says when
+    plain = {name: _plain(value) for name, value in given.items() if value is not None}
+    # what is switched off by default is not told
+    plain = {name: value for name, value in plain.items() if value or value != (parameters[name].default or value)}
+    return {"callback": type(callback).__name__} | plain
+
+
+def _plain(value: object) -> Any:  # noqa: ANN401 - plain data of any kind
+    if isinstance(value, FitCalibration):
+        return _data(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, type):
+        return value.__name__
+    return value if value is None or isinstance(value, bool | int | float | str) else _words(value)
+
+
+def _words(value: object) -> str:
+    """Says an object as its class prints it, a dataclass by what is set, or the class's name where that is an address."""
+    own = type(value)
+    if is_dataclass(value) and own.__str__ is object.__str__:
+        given = [(one.name, getattr(value, one.name)) for one in fields(value) if one.repr]
+        default = {one.name: one.default for one in fields(value)}
+        return f"{own.__name__}({', '.join(f'{name}={said!r}' for name, said in given if said != default[name])})"
+    prints = own.__str__ is not object.__str__ or own.__repr__ is not object.__repr__
+    return str(value) if prints else own.__name__
+
+
+def _data(given: FitCalibration) -> dict[str, Any]:
+    if isinstance(given.batches, Calibration):
+        return {name: value for name, value in given.batches.to_json().items() if value is not None}
+    source = "training data" if given.batches is None else type(given.batches).__name__
+    return {"from": source, "seed": given.seed, **({"examples": given.examples} if given.batches is None else {})}

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from billhook.checkpoints.export import MASKED
-from billhook.fit.events.shape_event import ShapeCallback
+from billhook.fit.shape_event import ShapeCallback
 from billhook.units.gates import Mask, mask, zero_units
 from billhook.units.units import Per
 

@@ -11,13 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import whole
-from billhook.callbacks.kv.preparation import Preparation
 from billhook.fit.calibration import FitCalibration
-from billhook.fit.events.event import log_event
-from billhook.fit.events.rounds import At, check_at, shares_of, step_of
-from billhook.fit.events.shape_event import ShapeCallback, unwrapped
+from billhook.fit.event import log_event
 from billhook.fit.lightning_internals import is_search
+from billhook.fit.rounds import At, check_at, shares_of, step_of
 from billhook.fit.run import callbacks_of, is_trial, training_steps
+from billhook.fit.shape_event import ShapeCallback, unwrapped
+from billhook.kv_heads.methods.base import KVMethod
+from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule, check_step
 
 
@@ -50,18 +51,18 @@ def check_heads(num_key_value_heads: int | list[int], at: Sequence[At | Schedule
     return heads
 
 
-def check_over(over: int | float, moments: Sequence[At | Schedule], preparation: Preparation) -> None:
+def check_over(over: int | float, moments: Sequence[At | Schedule], method: KVMethod, repair: Repair | None) -> None:
     """Refuses a way between heads and what they become where there is none."""
     check_step(over, "over")
     if not over:
         return
     if "start" in moments:
         raise ValueError(f"over={over}: before at='start' there are no steps in which heads could move: give a later step")
-    if preparation.repair is not None:
+    if repair is not None:
         raise ValueError(f"over={over} and repair: heads that have moved lose nothing when they are cut; leave one out")
-    if not preparation.method.has_path:
+    if not method.has_path:
         raise ValueError(
-            f"over={over}: method='{preparation.method.name}' has no path between the heads and what they become; 'mean', "
+            f"over={over}: method='{method.name}' has no path between the heads and what they become; 'mean', "
             "'first' and 'aligned' have one"
         )
 

@@ -17,13 +17,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from billhook.engine.fsdp import WRAPPED, class_of
 from billhook.engine.sharding import sizes_only
-from billhook.fit.events.event import Event, EventCallback, FollowsShapes, SetsLength, log_event
-from billhook.fit.late_models import once_model_exists
+from billhook.fit.event import Event, EventCallback, FollowsShapes, SetsLength, log_event
 from billhook.fit.lightning_internals import averages, communication_state
 from billhook.fit.ranks import together
-from billhook.fit.run import callbacks_of, training_steps
+from billhook.fit.run import callbacks_of, check_shapes, once_model_exists, training_steps
 from billhook.fit.shards import reshaped
-from billhook.fit.strategies import check_shapes
 from billhook.model.optimizers import check_replaceable, check_unhooked
 
 

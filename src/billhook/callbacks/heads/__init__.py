@@ -1,1 +1,0 @@
-"""Serves HeadPruning: ranking, masks, the monitored value, and the record of rounds."""

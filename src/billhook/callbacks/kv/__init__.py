@@ -1,1 +1,0 @@
-"""Serves KVHeadConversion: stages, what examples show, and heads that move before they are pooled."""

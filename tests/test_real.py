@@ -10,7 +10,7 @@ from oracle import answer, check
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from billhook import convert_kv_heads, load, save, summary, trace
-from billhook.kv_heads.scope import kv_heads_of
+from billhook.kv_heads.config import kv_heads_of
 from billhook.tracing.show import fold
 
 MODELS = os.environ.get("BILLHOOK_MODELS", "")

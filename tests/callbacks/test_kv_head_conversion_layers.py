@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from billhook import Export, KVHeadConversion, Mean, Repair, Report, summary
 from billhook.kv_heads.bases.ready import ready_weights
+from billhook.kv_heads.config import kv_heads_by_layer
 from billhook.kv_heads.methods.svd import SVD
 from billhook.kv_heads.plan import plan_kv_heads
-from billhook.kv_heads.scope import kv_heads_by_layer
 from billhook.model.plan import apply
 from billhook.schedules import Constant, Linear, MultiStep
 from kit.families import tokens

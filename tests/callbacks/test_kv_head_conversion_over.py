@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
 from billhook import KVHeadConversion, Magnitude, Repair, WeightPruning
-from billhook.kv_heads.scope import kv_heads_of
+from billhook.kv_heads.config import kv_heads_of
 from billhook.schedules import MultiStep
 from kit.families import tokens
 from kit.fits import data, module, same, trainer, weights

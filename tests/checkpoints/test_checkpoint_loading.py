@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
-from billhook.kv_heads.scope import kv_heads_of
+from billhook.kv_heads.config import kv_heads_of
 from kit.families import build, llama
 from kit.fits import data, same, trainer, weights
 

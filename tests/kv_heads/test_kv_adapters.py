@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
 from billhook.adapters.lora import LoRA, attach
-from billhook.kv_heads.scope import kv_heads_by_layer
+from billhook.kv_heads.config import kv_heads_by_layer
 from kit.families import llama, tokens
 from kit.fits import data, same, trainer, weights
 from kit.kv_zoo import build

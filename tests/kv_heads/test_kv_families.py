@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from billhook.checkpoints.export import build_model, read_checkpoint
 from billhook.checkpoints.save import load, save
 from billhook.kv_heads import proof as kv_proof
+from billhook.kv_heads.config import heads_of, kv_heads_by_layer, kv_heads_of
 from billhook.kv_heads.convert import convert_kv_heads
 from billhook.kv_heads.layout import find_kv
-from billhook.kv_heads.linears import cut_into_groups
 from billhook.kv_heads.methods.baselines import RandomHeads
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
-from billhook.kv_heads.scope import heads_of, kv_heads_by_layer, kv_heads_of
+from billhook.kv_heads.proof import cut_into_groups
 from billhook.model.figures import figures_of
 from billhook.model.plan import apply
 from billhook.model.runs.inputs import make_inputs

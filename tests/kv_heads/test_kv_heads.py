@@ -5,11 +5,11 @@ import torch
 import transformers
 from torch import nn
 
+from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.convert import convert_kv_heads
 from billhook.kv_heads.methods.baselines import RandomHeads
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.pooling import Pooled
-from billhook.kv_heads.scope import kv_heads_of
 from billhook.model.shapes.shape import shape_of
 from kit.families import EXTRA, build, llama, tokens
 from kit.shaped import uneven_llama

@@ -8,7 +8,7 @@ import transformers
 from safetensors.torch import load_file
 
 import billhook as bh
-from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of
+from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of
 from billhook.model.runs.inputs import make_inputs
 from billhook.model.shapes import shape
 from billhook.report.summary import summary

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
+from billhook.kv_heads.config import kv_heads_by_layer, next_layers
 from billhook.kv_heads.plan import check_in_part, plan_kv_heads
-from billhook.kv_heads.scope import kv_heads_by_layer, next_layers
 from billhook.model.shapes.shape import shape_of
 from kit.kv_zoo import build
 

@@ -25,13 +25,13 @@ from billhook.fit.rounds import At
 from billhook.fit.run import callbacks_of
 from billhook.fit.shards import in_turn
 from billhook.kv_heads.bases.ready import batches_needed, check_ready, ready_weights, turned_weights
+from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.kv_heads.convert import check_repair
 from billhook.kv_heads.methods.base import KVMethod
 from billhook.kv_heads.methods.mean import Mean
 from billhook.kv_heads.methods.named import Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, check_in_part, plan_kv_heads
 from billhook.kv_heads.pooling import approach
-from billhook.kv_heads.scope import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, carry_out
 from billhook.model.shapes.shape import Shape, shape_of

@@ -12,8 +12,8 @@ from billhook.checkpoints.save import Way, way_of
 from billhook.cli.reading import files
 from billhook.engine.memory import Extent, extent_of
 from billhook.engine.store import store_of
+from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.plan import plan_kv_heads
-from billhook.kv_heads.scope import kv_heads_of
 from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.meta import from_name
 from billhook.model.runs.operands import operands_of

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import billhook as bh
 from billhook.engine.sharding import unsharded
-from billhook.engine.walk import Site, Walk
+from billhook.engine.walk import Site, Visitor, Walk
 from billhook.sparsity.matching import BlockMatching
 from billhook.units.gates import zero_units
 from kit.families import llama, tokens
@@ -124,14 +124,10 @@ class Casting(nn.Module):
         return x.float()
 
 
-class Zeroing:
-    """Has weights become zero."""
+class Zeroing(Visitor):
+    """Has weights become zero, but in the second run."""
 
-    def observe(self, *_):
-        pass
-
-    def complete(self, site):
-        pass
+    untouched, ends = (1,), 2
 
     def parameters(self, site):
         return {name: {"weight": torch.zeros_like(linear.weight)} for name, linear in site.linears.items()}
@@ -142,7 +138,7 @@ def test_runs_of_the_dense_model_keep_its_weights_where_its_own_forward_enters_a
     expected = model(x).detach()
     sites = [Site(block, {f"blocks.{number}.0": block[0]}) for number, block in enumerate(model.blocks)]
     with torch.no_grad():
-        Walk(sites, Zeroing(), untouched=[1], ends=2)([lambda: given.append(model(x))] * 2)
+        Walk(sites, Zeroing())([lambda: given.append(model(x))] * 2)
     assert torch.equal(given[1], expected)
     assert torch.equal(given[0], model.blocks[1][0].bias.bfloat16().float().expand(3, 8))
 

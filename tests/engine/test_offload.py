@@ -35,9 +35,9 @@ def stays(monkeypatch):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("sequential", "times"), [("block", 1), ("layer", 1), ("none", 3)])
+@pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_each_block_is_there_once_and_the_result_is_the_same(name, sequential, times, device, stays):
+def test_each_block_is_there_once_and_the_result_is_the_same(name, sequential, device, stays):
     model = family(name).eval()
     expected, data = copy.deepcopy(model), batches_of(model)
     bh.prune(expected, bh.Wanda(), data, 0.5, sequential=sequential)
@@ -45,7 +45,7 @@ def test_each_block_is_there_once_and_the_result_is_the_same(name, sequential, t
     bh.prune(model, bh.Wanda(), data, 0.5, sequential=sequential, offload=device)
     blocks = [block for stack in model.modules() if isinstance(stack, nn.ModuleList) for block in stack]
     inside = [block for block in stays if block in blocks]
-    assert inside == blocks * times
+    assert inside == blocks
     for name, value in model.state_dict().items():
         assert value.device.type == "cpu"
         if device == "cpu":

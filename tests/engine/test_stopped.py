@@ -46,15 +46,17 @@ def test_killed_thirty_times(source, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("blocks", [2, 4, 7])
+def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch, blocks):
+    """Masks and values are written first, and then the blocks that they are of."""
     stopped.work(source, tmp_path / "straight")
-    written, go_on = stopped.stop_after(2, monkeypatch)
+    written, go_on = stopped.stop_after(blocks, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         stopped.work(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     go_on()
     stopped.work(source, tmp_path / "out")
-    assert written == [f"model.layers.{number}" for number in range(4)]
+    assert written == [f"model.layers.{number}" for number in range(4)] * 2
     assert same(tmp_path / "out", tmp_path / "straight")
 
 
@@ -120,7 +122,7 @@ def test_what_was_made_of_something_else_is_not_taken(source, tmp_path, monkeypa
     if changes is not None:
         changes(source)
     work(tmp_path / "out", **now)
-    assert written == [f"model.layers.{number}" for number in (0, 1, 0, 1, 2, 3)]
+    assert written == [f"model.layers.{number}" for number in (0, 1, 0, 1, 2, 3, 0, 1, 2, 3)]
     work(tmp_path / "straight", **now)
     assert same(tmp_path / "out", tmp_path / "straight")
     assert {one.dtype for one in tensors(tmp_path / "out").values()} == {bh.load(tmp_path / "out").dtype}
@@ -204,8 +206,14 @@ def test_ranks_are_refused(tmp_path):
     ("kind", "refusal"),
     [
         (transformers.ZambaForCausalLM, "shares its weight with another linear: prune it in memory"),
-        (transformers.DoryForCausalLM, "is called again later, and is streamed: prune the model in memory"),
-        (transformers.HrmTextForCausalLM, "is called again later, and is streamed: prune the model in memory"),
+        (
+            transformers.DoryForCausalLM,
+            "is called again later, and its blocks come one at a time: prune it where all are in memory",
+        ),
+        (
+            transformers.HrmTextForCausalLM,
+            "is called again later, and its blocks come one at a time: prune it where all are in memory",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore:these hold several matrices")
@@ -219,20 +227,19 @@ def test_linears_that_several_blocks_call(tmp_path, kind, refusal):
         assert [path.name for path in tmp_path.iterdir()] == ["dense"]  # nothing was written
 
 
-@pytest.mark.parametrize("step", [bh.prune, bh.convert_kv_heads], ids=lambda one: one.__name__)
-def test_after_an_error_the_model_is_as_it_was_and_the_same_call_goes_on(source, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(("step", "blocks"), [(bh.prune, 2), (bh.prune, 6), (bh.convert_kv_heads, 2)])
+def test_after_an_error_the_model_is_as_it_was_and_the_same_call_goes_on(source, tmp_path, monkeypatch, step, blocks):
     given = stopped.batches()
     asked = (bh.Wanda(), given, 0.5) if step is bh.prune else (1, "svd", given)
     model, dense = bh.stream(source, tmp_path / "out"), bh.load(source)
-    written, go_on = stopped.stop_after(2, monkeypatch)
+    written, go_on = stopped.stop_after(blocks, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         step(model, *asked)
     with torch.no_grad():
         assert torch.equal(model(**given[0]).logits, dense(**given[0]).logits)
     go_on()
     step(model, *asked)
-    steps = 1 if step is bh.prune else 2  # heads in one basis first, and then fewer
-    assert written == [f"model.layers.{number}" for number in range(4)] * steps
+    assert written == [f"model.layers.{number}" for number in range(4)] * 2  # masks, or heads in one basis, and then the blocks
     bh.save(model, tmp_path / "out")
     step(dense, *asked)
     found = bh.load(tmp_path / "out").state_dict()

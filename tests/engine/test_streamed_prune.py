@@ -87,7 +87,7 @@ def test_the_same_bytes_where_blocks_are_matched(folder, tmp_path, sequential):
 
 
 @pytest.mark.parametrize("sequential", ["block", "layer"])
-@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("blocks", [1, 3, 6])
 def test_stopped_and_called_again_where_blocks_are_matched(tmp_path, monkeypatch, sequential, blocks):
     """It goes on: the dense model's runs pass the blocks as they were, and the others what has been made of them."""
 
@@ -100,7 +100,7 @@ def test_stopped_and_called_again_where_blocks_are_matched(tmp_path, monkeypatch
         work(bh.stream("tiny", tmp_path / "out"))
     go_on()
     streamed, plan = work(bh.stream("tiny", tmp_path / "out"))
-    assert written == [f"model.layers.{number}" for number in range(4)]
+    assert written == [f"model.layers.{number}" for number in range(4)] * 2  # masks and values, then blocks
     bh.save(streamed, tmp_path / "out")
     dense, straight = work(bh.load("tiny"))
     assert plan.text() == straight.text()
@@ -135,17 +135,18 @@ def test_the_same_bytes_where_all_weights_compete_by_what_they_see(tmp_path, fam
     assert saved_alike(dense, streamed, tmp_path)
 
 
-def test_stopped_and_called_again_where_all_weights_compete(tmp_path, monkeypatch):
+@pytest.mark.parametrize("blocks", [2, 5])
+def test_stopped_and_called_again_where_all_weights_compete(tmp_path, monkeypatch, blocks):
     def work(model):
         bh.prune(model, bh.Magnitude(compares="global"), sparsity=0.5)
         return model
 
-    made, go_on = stopped.stop_after(2, monkeypatch)
+    made, go_on = stopped.stop_after(blocks, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         work(bh.stream("tiny", tmp_path / "out"))
     go_on()
     bh.save(work(bh.stream("tiny", tmp_path / "out")), tmp_path / "out")
-    assert made == [f"model.layers.{number}" for number in range(4)]
+    assert made == [f"model.layers.{number}" for number in range(4)] * 2
     assert same(tmp_path / "out", work(bh.load("tiny")))
 
 

@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 import billhook as bh
 from billhook.engine.comm import Comm
+from billhook.engine.passes import in_turn
 from billhook.engine.statistics import InputMoments
 from billhook.engine.store import store_of
-from billhook.fit.shards import in_turn
 from billhook.importance.base import Importance, Sums
 from billhook.importance.baselines import RandomUnits
 from kit.families import llama, tokens

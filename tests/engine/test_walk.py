@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.engine.state import undisturbed
-from billhook.engine.walk import Walk, find_sites
+from billhook.engine.walk import Visitor, Walk, find_sites
 from kit.sparsity import Routed, batches_of
 
 FAMILIES = [
@@ -45,7 +45,7 @@ def case(family):
     return model, linears, batches_of(model)
 
 
-class Halve:
+class Halve(Visitor):
     """Adds up what linears are given, and halves the columns that were given most."""
 
     def __init__(self):

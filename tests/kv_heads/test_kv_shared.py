@@ -10,9 +10,9 @@ from torch.distributed.fsdp import fully_shard
 import billhook as bh
 from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors
+from billhook.engine.passes import in_turn
 from billhook.engine.shards import ShardStore
 from billhook.engine.walk import blocks_of
-from billhook.fit.shards import in_turn
 from billhook.kv_heads.bases.moments import Sums
 from billhook.kv_heads.bases.ready import ready_weights, turned_weights
 from billhook.kv_heads.methods.named import method_of

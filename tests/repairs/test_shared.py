@@ -10,9 +10,9 @@ import billhook as bh
 from billhook.engine.batches import Run
 from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors
+from billhook.engine.passes import in_turn
 from billhook.engine.shards import ShardStore
 from billhook.engine.walk import blocks_of
-from billhook.fit.shards import in_turn
 from billhook.pruning.repair import repair_with
 from kit.families import build, tokens
 from kit.losses import BUILD

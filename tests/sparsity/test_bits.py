@@ -6,9 +6,9 @@ import torch
 
 import billhook as bh
 from billhook.model.linears import prunable
-from billhook.sparsity import bits, masks
-from billhook.sparsity.bits import count, packed, unpacked
+from billhook.sparsity import masks, pruned
 from billhook.sparsity.hold import Hold
+from billhook.sparsity.pruned import count, packed, unpacked
 from kit.families import llama
 from kit.syncs import Syncs
 
@@ -26,7 +26,7 @@ CRITERIA = {  # with how often a linear asks the device at most
 def where(request, monkeypatch):
     """As on the CPU, and as on an accelerator, which packs and selects by itself."""
     if request.param == "device":
-        monkeypatch.setattr(bits, "HOST", "none")
+        monkeypatch.setattr(pruned, "HOST", "none")
         monkeypatch.setattr(masks, "HOST", "none")
     return request.param
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 import billhook as bh
 from billhook.engine.sharding import whole
 from billhook.model.plan import Plan, apply
-from billhook.sparsity.pruned import Pruned, Share
+from billhook.sparsity.pruned import Pruned
 from kit.sparsity import batches_of, family
 
 CRITERIA = [bh.Wanda(), bh.Magnitude(compares="global"), bh.Refit(), bh.SparseGPT(block_size=16)]
@@ -32,7 +32,6 @@ def test_a_plan_of_shares_is_that_of_the_whole_model(mesh, name, criterion):
     plan, of_whole = (
         bh.prune(one, criterion, batches, 0.5, reduce=lambda tensor: tensor, dry_run=True) for one in (given, model)
     )
-    assert all(isinstance(one, Share) for one in plan.pruned.values())
     assert str(plan).partition("\n")[2] == str(of_whole).partition("\n")[2]
     assert json.dumps(plan.to_json()["pruned"]) == json.dumps(of_whole.to_json()["pruned"])
     masks = of_whole.masks(model)
@@ -45,27 +44,23 @@ def test_a_plan_of_shares_is_that_of_the_whole_model(mesh, name, criterion):
         assert all(torch.equal(whole(own), ours) for own, ours in zip(one.parameters(), model.parameters(), strict=True))
 
 
-def test_a_share_tells_by_its_hash_what_the_whole_is(mesh):
-    old = distribute_tensor(torch.randn(6, 5), mesh)
-    keep = torch.rand(6, 5) < 0.5
-    both = [Pruned.of(old.full_tensor(), new, keep) for new in (old.full_tensor() * keep, old.full_tensor() * keep * 2)]
-    same, twice = (one.share(old) for one in both)
-    assert same.decided == both[0].share(old).decided != twice.decided
+def test_a_hash_tells_what_is_decided():
+    old, keep = torch.randn(6, 5), torch.rand(6, 5) < 0.5
+    same, again, twice = (Pruned.of(old, new, keep) for new in (old * keep, old * keep, old * keep * 2))
+    assert same.decided == again.decided != twice.decided
     assert same.values is None
-    assert both[1].share(distribute_tensor(torch.randn(6, 5), mesh)).decided == twice.decided
-    assert torch.equal(twice.whole().values, both[1].values)
+    assert torch.equal(twice.values, 2 * old[keep])
 
 
-def test_weights_that_lie_otherwise_are_refused_before_anything_changes(mesh):
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+@pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.SparseGPT(block_size=4)], ids=str)
+def test_a_plan_is_carried_out_however_weights_lie(mesh, criterion):
+    model, batches = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)), [torch.randn(9, 8)]
     given = copy.deepcopy(model)
     fully_shard(given, mesh=mesh)
-    plan = bh.prune(given, bh.Magnitude(), sparsity=0.5, dry_run=True)
+    plan = bh.prune(given, criterion, batches, sparsity=0.5, dry_run=True)
     given[1].weight = torch.nn.Parameter(distribute_tensor(model[1].weight.detach(), mesh, [Replicate()]))
+    expected = copy.deepcopy(model)
+    bh.prune(expected, criterion, batches, sparsity=0.5)
     for one in (model, given):
-        before = [whole(own).clone() for own in one.parameters()]
-        with pytest.raises(
-            ValueError, match=r"plan: it was made where weights lay on ranks in another way, .*of \[8, 8\]: plan anew"
-        ):
-            apply(one, plan)
-        assert all(torch.equal(whole(own), old) for own, old in zip(one.parameters(), before, strict=True))
+        apply(one, plan)
+        assert all(torch.equal(whole(own), ours) for own, ours in zip(one.parameters(), expected.parameters(), strict=True))

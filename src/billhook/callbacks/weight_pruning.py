@@ -17,7 +17,8 @@ from billhook.adapters.beneath import taken_off
 from billhook.adapters.masked import mask_as_weights, on_linears, plain_adapters
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
-from billhook.engine.sharding import gathered, reshard, unsharded, whole
+from billhook.engine.passes import in_turn
+from billhook.engine.sharding import reshard, whole
 from billhook.engine.walk import Sequential
 from billhook.engine.zeros import zeros_by_name
 from billhook.fit.calibration import FitCalibration, Given
@@ -241,8 +242,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         model = find_transformer(pl_module)
         with together(trainer, "WeightPruning"):
             pruning = self._plan(trainer, pl_module, self._moments[moment])
-            decided = {name: one.decided for name, one in pruning.held().items()}
-            check_agreed(trainer, "WeightPruning", "the weights that become zero", decided)
+            check_agreed(trainer, "WeightPruning", "the weights that become zero", pruning.decided)
             event = self.as_event(trainer, model, metrics, partial(self._apply, model, pruning, moment))
         event["after"]["sparsity"] = pruning.sparsity
         return event
@@ -320,10 +320,10 @@ class WeightPruning(EventCallback, FollowsShapes):
 
     @contextmanager
     def _runs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Batches | None]:
-        """Gives the calibration batches as the fit runs them, with the model's parts whole; None if nothing needs data."""
+        """Gives the calibration batches as the fit runs them, with a block whole at a time; None if nothing needs data."""
         model = find_transformer(pl_module)
         precision = trainer.precision_plugin.forward_context() if self.needs_data else nullcontext()
-        with self.calibration.aside(pl_module), precision, unsharded(pl_module), gathered(pl_module, but=[model]):
+        with self.calibration.aside(pl_module), precision, in_turn(pl_module):
             yield runs_as_in_training(pl_module, model, self.calibration.read(trainer)) if self.needs_data else None
 
     def state_dict(self) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class FileStore(BlockStore):
         self.files, self.parts = files, parts
         self.here: nn.Module | None = None
         self._copies: Copies | None = None
-        self._changed = False
+        self._changed = self._in_step = False
         self._note: object = None
         self._turned = frozenset[str]()  # what the last checkpoint that was written has transposed
         self._instead = LazyTensors({})  # what parameters of blocks have for values, meanwhile
@@ -241,6 +241,7 @@ class FileStore(BlockStore):
         told_apart = f"{self._origin} {self._lost} {identity_of(self.model)} {self.device} {key} {more()}"
         self.done = self.written.begin(told_apart)
         self.reused += len(self.done)
+        self._in_step = True
         try:
             yield
         except BaseException:
@@ -248,6 +249,8 @@ class FileStore(BlockStore):
             if self.parts is not None and not self.adopted:  # or the blocks of an earlier step come from there
                 self.parts.release()
             raise
+        finally:
+            self._in_step = False
 
     def known(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
         """Returns what an earlier process has written of a block in this step, with its note."""
@@ -265,9 +268,12 @@ class FileStore(BlockStore):
     def stage(
         self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
-        """Writes new values of a block's parameters, unless an earlier process has; of what is in no block they stay here."""
+        """Writes new values of a block's parameters, unless an earlier process has; of what is in no block they stay here.
+
+        Outside of a step they stay here, too.
+        """
         del device
-        if block is None:
+        if block is None or not self._in_step:
             return LazyTensors.of(values)
         if (name := self.names[block]) not in self.done:
             self.written.write(name, dict(values), note)

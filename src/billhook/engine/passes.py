@@ -12,12 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from billhook.engine.comm import ALONE, Comm
+from billhook.engine.sharding import is_sharded, unsharded
+from billhook.engine.shards import ShardStore
 from billhook.engine.store import BlockStore, store_of
 from billhook.engine.trees import tree_map_only
-from billhook.engine.walk import Site, Walk, blocks_of
+from billhook.engine.walk import Site, Visitor, Walk, blocks_of
 
 SMALL = 2**16
 """Bytes of a tensor that is not worth a file."""
+
+
+@contextmanager
+def in_turn(module: nn.Module) -> Iterator[None]:
+    """Makes a sharded module what it was before, a block at a time (see `ShardStore`); what is done to its parameters is lost."""
+    if not is_sharded(module):
+        yield
+        return
+    with unsharded(module):
+        store = ShardStore(module)
+        try:
+            store.begin()
+            yield
+        finally:
+            store.end()
+            store.put_back()
 
 
 class Passing:
@@ -58,18 +76,16 @@ def passing(store: BlockStore, model: nn.Module) -> Iterator[Passing]:
         yield seen
 
 
-class Nothing:
-    """A visitor that finds nothing to do."""
+class _Passed(Visitor):
+    """A visitor that finds nothing to do at blocks, and tells which all runs have passed."""
 
-    def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
-        """Observes nothing."""
+    def __init__(self, ends: int, leave: Callable[[nn.Module], None] | None) -> None:
+        self.ends, self._leave = ends, leave
 
-    def complete(self, site: Site) -> None:
-        """Completes nothing."""
-
-    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
-        """Returns no new parameters."""
-        return {}
+    def leave(self, site: Site) -> None:
+        """Tells that a block has been passed."""
+        if self._leave is not None:
+            self._leave(site.module)
 
 
 class ActivationFiles:
@@ -173,7 +189,7 @@ class Together:
         else:
             blocks = [] if leave is None else blocks_of(model)
         self._sites = [Site(block, {}) for block in blocks]
-        self._leave = None if leave is None else lambda site: leave(site.module)
+        self._leave = leave
         self._walk: Walk | None = None
         self._number = 0
 
@@ -189,15 +205,9 @@ class Together:
                 forward()
             return
         with resting(self._store):
-            ends = len(forwards)
-            self._walk = Walk(self._sites, Nothing(), self._comm, around=self._there, ends=ends, leave=self._leave)
+            passed = _Passed(len(forwards), self._leave)
+            self._walk = Walk(self._sites, passed, self._comm, self._store.load)  # on all ranks, also without runs that come
             self._walk(forwards)
-
-    @contextmanager
-    def _there(self, block: nn.Module) -> Iterator[None]:
-        """Has a block whole on all ranks, also those of which no run comes to it."""
-        self._store.load(block)
-        yield
 
 
 def together(model: nn.Module, forwards: Sequence[Callable[[], object]]) -> None:

@@ -116,14 +116,15 @@ class Lies:
         return DTensor.from_local(own, self.mesh, self.placements, run_check=False, shape=shape, stride=stride).to(self.device)
 
     def shards(self, parameter: nn.Parameter, first: bool = False) -> nn.Parameter:
-        """Shards a whole parameter, and its gradient; in the first dimension where torch shares out another only evenly.
+        """Shards a whole parameter, and its gradient; in the first dimension where it has no other, or not one to share evenly.
 
         Args:
             parameter: The parameter.
             first: Whether the first rank's values count, which are sent; otherwise all ranks have the same.
         """
         sizes = zip(self.placements, self.mesh.shape, strict=True)
-        uneven = any(isinstance(one, Shard) and parameter.shape[one.dim] % size for one, size in sizes)
+        shared = [(one.dim, size) for one, size in sizes if isinstance(one, Shard)]
+        uneven = any(dim >= parameter.ndim or parameter.shape[dim] % size for dim, size in shared)
         placed = [Shard(0) if uneven and isinstance(one, Shard) else one for one in self.placements]
         divide = partial(distribute_tensor, device_mesh=self.mesh, placements=placed, src_data_rank=0 if first else None)
         shard = nn.Parameter(divide(parameter.detach()).to(self.device), parameter.requires_grad)

@@ -188,6 +188,8 @@ class BlockStore(ABC):
     ) -> LazyTensors:
         """Puts new values of parameters where this store has room, and returns what reads them; the model stays as it is.
 
+        Outside of a step they stay in memory, unless ranks share them.
+
         Args:
             block: The block that they are of; None if of none.
             values: By the names of parameters. With a prefix that ends in a space there may be several of one parameter.

@@ -6,11 +6,11 @@ whatever else one block hands to the next are what the model makes of them; noth
 
 import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from greenlet import greenlet
@@ -34,7 +34,7 @@ class Site:
     once: bool | None = None  # whether each of them is called exactly once, as the first run has shown
     twins: Sequence[tuple[str, nn.Module]] = ()  # others with the weight of one of them, which count as calls of it
     out: bool = False  # whether runs rest where they come out of the module, and pass it once more with what is new then
-    becomes: Callable[[], Mapping[nn.Module, Mapping[str, Tensor]]] | None = None  # its new parameters, where they are known
+    done: bool = False  # whether its linears' new parameters are known, so that runs only pass them
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -87,7 +87,7 @@ def with_ways_out(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     found = list[Site]()
     for block, within in groupby(sites, key=lambda site: owner.get(site.module)):
         own = list(within)
-        inside = {name: linear for site in own for name, linear in site.linears.items()}
+        inside = {name: linear for site in own for name, linear in site.linears.items() if not site.done}
         found += own if block is None or not inside else [*own, Site(block, inside, out=True)]
     return found
 
@@ -96,8 +96,18 @@ Given = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments and the keywords of a call."""
 
 
-class Visitor(Protocol):
-    """The work that is done at sites."""
+class Visitor:
+    """The work that is done at sites; what it leaves out does nothing.
+
+    Attributes:
+        untouched: The numbers of runs that keep the old parameters to the end, for comparison.
+        dense: The numbers of those of them of which nothing is observed.
+        ends: How many runs continue to their end when all sites are complete; with one, `again` has all that are called again.
+    """
+
+    untouched: Collection[int] = ()
+    dense: Collection[int] = ()
+    ends = 0
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
         """Notes the call of a linear, or of another with its weight, in a site that is not complete, by a run."""
@@ -107,20 +117,17 @@ class Visitor(Protocol):
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new parameters of a complete site: by linear, by their name in it."""
-
-
-class Comparing(Protocol):
-    """The comparison of what blocks give in some runs with what dense ones give in others."""
-
-    @property
-    def dense(self) -> Collection[int]:
-        """The numbers of the runs of the dense model, of which the visitor observes nothing."""
+        del site
+        return {}
 
     def came_out(self, run: int, given: Given, output: object) -> None:
         """Notes the arguments and keywords of a module in a run, and what it gave, at a way out."""
 
     def came_again(self, site: Site) -> None:
         """Is told of a complete site that a run comes to once more."""
+
+    def leave(self, site: Site) -> None:
+        """Is told of a site that all runs have passed, on any rank."""
 
 
 class _Seen(BaseException):
@@ -135,11 +142,7 @@ class Walk:
         visitor: What is done there.
         comm: The ranks, each of which has runs of its own: all complete the same sites in the same order, also
             those that no run of their own comes to.
-        untouched: The numbers of runs that keep the old parameters to the end, for comparison.
-        around: What a site's module needs while runs are in it; by default nothing.
-        ends: How many runs continue to their end when all sites are complete; with one, `again` has all that are called again.
-        leave: Called with each site when all runs have passed it, on any rank.
-        compares: What compares runs with those of the dense model at the ways out; by default nothing.
+        enter: Called with the module of each site before runs go on within it, on all ranks, as to load its block.
     """
 
     def __init__(
@@ -147,15 +150,9 @@ class Walk:
         sites: Sequence[Site],
         visitor: Visitor,
         comm: Reduce | None = None,
-        untouched: Collection[int] = (),
-        around: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext,
-        ends: int = 0,
-        leave: Callable[[Site], None] | None = None,
-        compares: Comparing | None = None,
+        enter: Callable[[nn.Module], object] | None = None,
     ) -> None:
-        self.sites, self.visitor, self.comm = list(sites), visitor, Comm.of(comm)
-        self.untouched, self.around, self.ends, self.leave = untouched, around, ends, leave
-        self.compares = compares
+        self.sites, self.visitor, self.comm, self.enter = list(sites), visitor, Comm.of(comm), enter
         self.complete: set[Site] = set()
         self.again: set[Site] = set()
         self._watched: Site | None = None
@@ -190,22 +187,25 @@ class Walk:
         at = {run: self._resume(number, run) for number, run in enumerate(runs)}
         while (here := self._next(set(at.values()))) is not None:
             arrived = [number for number, run in enumerate(runs) if at[run] is here]
-            if here.linears:
-                with self.around(here.module):
-                    for number in arrived:
-                        self._resume(number, runs[number])
+            self._enter(here)
+            if here.linears and not here.done:
+                for number in arrived:
+                    self._resume(number, runs[number])
                 self.visitor.complete(here)
+                self._enter(here)  # a visitor may have loaded another block meanwhile
             self.complete.add(here)
             if last := len(self.complete) == len(self.sites):
-                arrived = arrived[: self.ends]
-            with self.around(here.module):
-                for number in arrived:
-                    at[runs[number]] = self._resume(number, runs[number])
+                arrived = arrived[: self.visitor.ends]
+            for number in arrived:
+                at[runs[number]] = self._resume(number, runs[number])
             self._ready = (None, {})
-            if self.leave is not None:
-                self.leave(here)
+            self.visitor.leave(here)
             if last:
                 return
+
+    def _enter(self, site: Site) -> None:
+        if self.enter is not None:
+            self.enter(site.module)
 
     def _next(self, waiting: set[Site | None]) -> Site | None:
         """Returns the first site at which a run waits, on any rank; None if all runs have ended."""
@@ -244,11 +244,11 @@ class Walk:
             self._come_again(site)
         else:
             self._rest(site)
-            if site.linears:
-                if self.compares is None or self._run not in self.compares.dense:
+            if site.linears and not site.done:
+                if self._run not in self.visitor.dense:
                     self._see(site, forward, args, kwargs)
                 self._rest(site)
-        with nullcontext() if self._run in self.untouched else self._pruned(site):
+        with nullcontext() if self._run in self.visitor.untouched else self._pruned(site):
             return forward(*args, **kwargs)
 
     def _is_straight(self) -> bool:
@@ -257,8 +257,7 @@ class Walk:
 
     def _come_again(self, site: Site) -> None:
         self.again.add(site)
-        if self.compares is not None:
-            self.compares.came_again(site)
+        self.visitor.came_again(site)
 
     def _rest(self, site: Site) -> None:
         """Lets others go on until all are here."""
@@ -275,10 +274,9 @@ class Walk:
             return forward(*args, **kwargs)
         output = forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
         self._rest(site)
-        if self.compares is not None:
-            self.compares.came_out(self._run, (args, kwargs), output)
+        self.visitor.came_out(self._run, (args, kwargs), output)
         self._rest(site)
-        if self._run in self.untouched:
+        if self._run in self.visitor.untouched:
             return output
         self._straight = True
         try:
@@ -320,12 +318,10 @@ class Walk:
     def _pruned(self, site: Site) -> Iterator[None]:
         """Puts the new parameters instead of the old ones, which come back."""
         if self._ready[0] is not site:
-            self._ready = (site, self._new(site) if site.becomes is None else site.becomes())
+            new = self.visitor.parameters(site)
+            self._ready = (site, {site.linears[name]: own for name, own in new.items()})
         with replaced(self._ready[1]):
             yield
-
-    def _new(self, site: Site) -> dict[nn.Module, dict[str, Tensor]]:
-        return {site.linears[name]: new for name, new in self.visitor.parameters(site).items()}
 
 
 def spare(value: Any) -> Any:  # noqa: ANN401

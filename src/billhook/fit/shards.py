@@ -1,4 +1,4 @@
-"""Opens what FSDP2 shares out in a fit: a sharded module becomes whole for a while, at once or a block at a time."""
+"""Takes what FSDP2 shares out in a fit apart while shapes change: a sharded module is whole then, at once or block by block."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -8,24 +8,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from billhook.engine.fsdp import put_on, take_off
-from billhook.engine.sharding import is_sharded, reshard, sharded_as, unsharded
+from billhook.engine.passes import in_turn as in_turn
+from billhook.engine.sharding import is_sharded, reshard, sharded_as
 from billhook.engine.shards import ShardStore
-
-
-@contextmanager
-def in_turn(module: nn.Module) -> Iterator[None]:
-    """Makes a sharded module what it was before, a block at a time (see `ShardStore`); what is done to its parameters is lost."""
-    if not is_sharded(module):
-        yield
-        return
-    with unsharded(module):
-        store = ShardStore(module)
-        try:
-            store.begin()
-            yield
-        finally:
-            store.end()
-            store.put_back()
 
 
 @contextmanager

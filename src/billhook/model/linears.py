@@ -1,5 +1,6 @@
 """Prunable linears: the matrices of a model that criteria are for, and how they lie in memory."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -110,13 +111,13 @@ def weight_of(linear: nn.Module) -> Tensor:
 
 def channels(linear: nn.Module) -> int:
     """Returns how many inputs of a linear are next to each other, for patterns N:M: of a convolution the channels of one tap."""
-    return channels_of(linear) if is_convolution(linear) else weight_of(linear).shape[1]
+    return channels_of(linear) if is_convolution(linear) else size_of(linear)[1]
 
 
 def size_of(linear: nn.Module) -> tuple[int, int]:
-    """Returns a linear's number of outputs, and that of its inputs, also where its weight is not there."""
-    rows, columns = linear.get_parameter("weight").shape
-    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+    """Returns the size of what `weight_of` returns, also where the weight is not there."""
+    rows, *columns = linear.get_parameter("weight").shape
+    return (math.prod(columns), rows) if isinstance(linear, Conv1D) else (rows, math.prod(columns))
 
 
 def matrix_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

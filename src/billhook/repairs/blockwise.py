@@ -1,7 +1,6 @@
 """Refits the linears of a model whose blocks come and go, one block after the other; the new weights are staged beside it."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -56,7 +55,8 @@ class BlockwiseRepair:
             last = max(number for number, site in enumerate(sites) if site.linears)
             self.visitor.take(self._inside(None))
             with outputs_in_files(self.visitor.files, self.model):
-                Walk(sites[: last + 1], self.visitor, self.comm, untouched=untouched, around=self._there)(forwards)
+                self.visitor.untouched = untouched
+                Walk(sites[: last + 1], self.visitor, self.comm, self._enter)(forwards)
             self._pass()
             self._stage(None)
             self.store.release()
@@ -70,8 +70,7 @@ class BlockwiseRepair:
         sites += [Site(block, {}) for block in blocks - {site.module for site in sites}]
         return sorted(sites, key=lambda site: place[site.module])
 
-    @contextmanager
-    def _there(self, module: nn.Module) -> Iterator[None]:
+    def _enter(self, module: nn.Module) -> None:
         """Has the block of a module in memory; another one, which all runs have passed, goes first."""
         block = self.store.owner.get(module)
         if block is not None and block is not self.block:
@@ -84,7 +83,6 @@ class BlockwiseRepair:
                     self.visitor.know(linear, values.of_module(linear) if refitted[linear] else None)
         elif block is not None:
             self.store.load(block)
-        yield
 
     def _pass(self) -> None:
         """Stages what has become of a block's linears, and lets go of it."""

@@ -209,7 +209,8 @@ def _refit_whole(
             Walk([Site(model, dict(often))], visitor, comm)(forwards)
     if once := {name: linear for name, linear in looked.items() if name not in often}:
         with replaced({linear: visitor.own(name) for name, linear in often.items()}):
-            Walk(find_sites(model, once, "layer"), visitor, comm, untouched=untouched)(forwards)
+            visitor.untouched = untouched
+            Walk(find_sites(model, once, "layer"), visitor, comm)(forwards)
     return LazyTensors.of(by_parameter({name: visitor.own(name) for name in linears}))
 
 

@@ -12,7 +12,7 @@ from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import ActivationFiles, zeros
 from billhook.engine.statistics import ROWS, InputNorms
-from billhook.engine.walk import Site
+from billhook.engine.walk import Site, Visitor
 from billhook.linalg import float64_device, widest_float
 from billhook.model.linears import as_it_lies, is_pruned, matrix_of, turned
 from billhook.repairs.enough import counting
@@ -23,7 +23,7 @@ Matrix = tuple[Tensor, Tensor | None]
 """The weight of a linear, `[out_features, in_features]`, and its bias."""
 
 
-class RepairVisitor:
+class RepairVisitor(Visitor):
     """Gathers moments of the inputs of linears, and refits each when all runs have been there; the model stays as it is.
 
     Where linears are to catch up, runs come in two series of the same batches, the second of the whole model. A linear then owes,

@@ -2,7 +2,9 @@
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -11,18 +13,21 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import plain_adapters
 from billhook.arguments import one_of
-from billhook.engine.batches import Run
+from billhook.engine.batches import Run, runs_of
 from billhook.engine.statistics import InputMoments
 from billhook.engine.store import store_of
+from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Reduce, Sequential, find_sites
 from billhook.model.adapter_layers import active_in
 from billhook.model.convolutions import Convolutions, is_convolution
-from billhook.model.linears import channels, prunable, weight_of
+from billhook.model.linears import channels, prunable
+from billhook.model.meta import to_meta
 from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
 from billhook.sparsity.matching import BlockMatching
+from billhook.sparsity.visitor import refuse_again
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 
@@ -87,7 +92,7 @@ def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool, con
     linears = prunable(model, output_embeddings, convolutions)
     if not linears:
         raise ValueError(f"model: {type(model).__name__} has no linear layers to prune")
-    empty = next((name for name, linear in linears.items() if weight_of(linear).is_meta), None)
+    empty = next((name for name, linear in linears.items() if linear.get_parameter("weight").is_meta), None)
     if empty is not None and not store_of(model).in_files:
         raise ValueError(f"model: {empty} has no weights yet (it is on the meta device): load them first")
     for pattern in skip:
@@ -193,6 +198,21 @@ def check_streamed(reduce: Reduce | None) -> None:
     """Refuses arguments that do not suit a model that is streamed."""
     if reduce is not None:
         raise ValueError("reduce: the model is streamed, and each rank would write the same folder: prune it on one")
+
+
+def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
+    """Refuses a streamed model that calls a block again later, as far as a run on the meta device tells; none is read for it."""
+    batch = next((run.batch for run in runs if run.batch is not None), None)
+    if batch is None or not (store := store_of(model)).in_files:
+        return
+    shadow, calls = to_meta(store.model), Counter[str]()
+    for name in store.blocks:
+        shadow.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    batch = tree_map_only(Tensor, lambda one: one.to("meta"), batch)
+    with suppress(Exception), torch.no_grad():  # code that asks for values has none there
+        runs_of(shadow, [batch])[0].visit()
+    if again := next((name for name in store.blocks if calls[name] > 1), None):
+        refuse_again(again)
 
 
 def warn_of_others(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:

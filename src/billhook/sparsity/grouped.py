@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from billhook.engine.statistics import InputNorms, Statistics
 from billhook.model.convolutions import is_convolution, patches, places_of
-from billhook.model.linears import weight_of
+from billhook.model.linears import size_of
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
 
@@ -44,7 +44,7 @@ class Grouped:
 
 def empty_for(criterion: Criterion, linear: nn.Module, device: torch.device) -> Statistics | Grouped:
     """Makes the empty statistics of a linear's inputs; norms, for a criterion that needs none, tell at least who is called."""
-    groups, width = linear.groups if is_convolution(linear) else 1, weight_of(linear).shape[1]
+    groups, width = linear.groups if is_convolution(linear) else 1, size_of(linear)[1]
     parts = [criterion.statistics(width, device) or InputNorms(width, device) for _ in range(groups)]
     return parts[0] if groups == 1 else Grouped(parts)
 
@@ -56,7 +56,7 @@ def add_patches(
 
     `keep`, bool, `[batch, *places]`, says which outputs count (None: all).
     """
-    values = places_of(convolution, inputs)[1:].numel() * convolution.groups * weight_of(convolution).shape[1]
+    values = places_of(convolution, inputs)[1:].numel() * convolution.groups * size_of(convolution)[1]
     step = max(1, VALUES // max(1, values))
     counts = repeat(None) if keep is None else torch.split(keep, step)
     for images, counting in zip(torch.split(inputs, step), counts, strict=False):

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from billhook.adapters.masked import mask_adapters, unmask_adapters
 from billhook.engine.sharding import local, reshard, sharded_as, whole
 from billhook.model.linears import prunable
-from billhook.sparsity.bits import packed, unpacked
+from billhook.sparsity.pruned import packed, unpacked
 
 
 class Hold:

@@ -5,9 +5,10 @@ https://arxiv.org/abs/2402.12419) and the regional optimization of Wanda++ (Yang
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,12 @@ from torch.func import functional_call
 from billhook.arguments import annotated, fraction, number, whole
 from billhook.engine.state import fresh_casts, overridden
 from billhook.engine.trees import tree_leaves, tree_map_only
-from billhook.engine.walk import Given, Reduce, spare
+from billhook.engine.walk import Given, Reduce, Site, spare
 from billhook.linalg import float64_device
+from billhook.model.convolutions import is_convolution
+from billhook.model.linears import turned, weight_of
+from billhook.sparsity.pruned import Pruned
+from billhook.sparsity.visitor import PruningVisitor
 
 LOOKS = 5
 """How often, in the steps of a block, what is held out is looked at."""
@@ -198,3 +203,81 @@ def _wide(tensor: Tensor) -> Tensor:
     """Returns floating-point numbers in float32, outside of inference mode, in which nothing has gradients."""
     tensor = tensor.clone() if tensor.is_inference() else tensor
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+class MatchingVisitor(PruningVisitor):
+    """A visitor of runs in two series of the same batches, the second of the dense model, which says what blocks shall give.
+
+    Args:
+        matching: How blocks are tuned.
+    """
+
+    def __init__(self, matching: BlockMatching, *args: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
+        super().__init__(*args, **walk)
+        self.matching = matching
+        self.dense = range(len(self.tokens), 2 * len(self.tokens))
+        self._given: dict[int, tuple[Given, Tensor]] = {}
+
+    def came_out(self, run: int, given: Given, output: object) -> None:
+        """Notes what a block was given, and what it gave."""
+        if (stream := stream_in(output)) is not None:
+            self._given[run] = given, stream
+
+    def came_again(self, site: Site) -> None:
+        """Refuses linears that are called again when their block has been matched."""
+        if site.linears:
+            refuse_called_again(site.linears)
+        super().came_again(site)
+
+    def complete(self, site: Site) -> None:
+        """Prunes the linears of a site, or tunes those of a block that all runs have come out of."""
+        if not site.out:
+            super().complete(site)
+            return
+        own = {name: self.pruned[name] for name in site.linears if name in self.pruned}
+        passages, self._given = self._passages(), {}
+        if own and self._enough(passages, site.linears[next(iter(own))].get_parameter("weight").device):
+            self.pruned |= self._tune(site, own, passages)
+
+    def _enough(self, passages: Sequence[Passage], device: torch.device) -> bool:
+        """Tells whether all ranks have passages to tune on, and others to hold out."""
+        lacking = torch.tensor([float(len(passages) < 2)], device=device)
+        return not (lacking if self.reduce is None else self.reduce(lacking))
+
+    def _passages(self) -> list[Passage]:
+        found = []
+        for run, dense in enumerate(self.dense):
+            if run in self._given and dense in self._given:
+                (given, output), (_, goal) = self._given[run], self._given[dense]
+                if output.shape == goal.shape:
+                    found.append(Passage(given, goal, self._counting(goal.shape[:-1], goal, run)))
+        return found
+
+    def _tune(self, site: Site, own: dict[str, Pruned], passages: Sequence[Passage]) -> dict[str, Pruned]:
+        names = {id(one): name for name, one in site.module.named_parameters()}
+        lies, weights, keeps = dict[str, str](), dict[str, Tensor](), dict[str, Tensor]()
+        for name, one in own.items():
+            linear = site.linears[name]
+            lies[name] = key = names[id(linear.get_parameter("weight"))]
+            weights[key] = turned(linear, one.weight(weight_of(linear)))
+            keeps[key] = turned(linear, one.keep(weight_of(linear)))
+        held_out = self.matching.is_held_out(len(passages))
+        parts = [[one for one, held in zip(passages, held_out, strict=True) if held is part] for part in (False, True)]
+        with torch.inference_mode(False):
+            tuning = Tuning(self.matching, site.module, weights, keeps, self.reduce)
+            weights.clear()  # it has copies
+            tuned = tuning(*parts)
+        return {name: self._rounded(site.linears[name], one, tuned[lies[name]]) for name, one in own.items()}
+
+    @staticmethod
+    def _rounded(linear: nn.Module, one: Pruned, tuned: Tensor) -> Pruned:
+        """Returns a linear's part of the plan with tuned weights, as they lie in memory, rounded to the dtype of the old ones."""
+        old = weight_of(linear)
+        new = tuned.movedim(1, -1).flatten(1) if is_convolution(linear) else turned(linear, tuned)
+        return Pruned.of(old, new.to(old.dtype), one.keep(old))
+
+
+def refuse_called_again(linears: Iterable[str]) -> NoReturn:
+    """Refuses linears that would be pruned before they are called again, or under another name."""
+    again = next(iter(linears))
+    raise ValueError(f"match: {again} is called again after its block, or shares its weight: leave match out, or skip it")

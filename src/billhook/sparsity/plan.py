@@ -4,7 +4,6 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
+from billhook.engine.fingerprint import fingerprint
+from billhook.engine.lazy import LazyTensors
 from billhook.engine.sharding import reshard
 from billhook.engine.store import store_of
 from billhook.html import html_table
-from billhook.model.linears import in_place, prunable, turned, weight_of
-from billhook.model.plan import Plan, Weights, check_weights
-from billhook.model.surgery import values_kept
-from billhook.sparsity.pruned import Applied, Pruned, Share
-from billhook.sparsity.put import put
+from billhook.model.linears import in_place, prunable, size_of, turned
+from billhook.model.plan import Plan, Weights, starting_from
+from billhook.sparsity.pruned import Pruned, put
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -32,8 +31,8 @@ class WeightPlan(Plan):
         model: The name of the model's class; only shown, as it is another one where a model is sharded.
         criterion: The criterion that chose them, in words.
         pattern: `"unstructured"` or `"N:M"`.
-        pruned: The results by linear; where the model is sharded, this rank's share of each; where it is streamed, how many
-            weights are kept.
+        pruned: The results by linear, which lie in memory; of a model that is sharded, in shards of all ranks; of one that is
+            streamed and has been pruned, in files until it is saved.
         shapes: Of each linear's weight, `[out_features, in_features]`.
         uncalled: Linears that stay as they are, as no batch has called them.
     """
@@ -42,8 +41,8 @@ class WeightPlan(Plan):
     model: str
     criterion: str
     pattern: str
-    pruned: Mapping[str, Pruned | Share | Applied]
-    shapes: dict[str, tuple[int, ...]]
+    pruned: Mapping[str, Pruned]
+    shapes: Mapping[str, tuple[int, ...]]
     uncalled: tuple[str, ...] = ()
 
     @property
@@ -57,7 +56,7 @@ class WeightPlan(Plan):
 
         If the model was sharded, all ranks call this together.
         """
-        pruned = {name: {"shape": list(self.shapes[name]), **one.to_json()} for name, one in self.held().items()}
+        pruned = {name: {"shape": list(self.shapes[name]), **one.to_json()} for name, one in self.pruned.items()}
         names = {"kind": self.kind, "model": self.model, "criterion": self.criterion, "pattern": self.pattern}
         uncalled = {name: list(self.shapes[name]) for name in self.uncalled}
         return names | {"pruned": pruned, "uncalled": uncalled}
@@ -82,7 +81,7 @@ class WeightPlan(Plan):
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the keep-masks, bool, each as its weight lies in memory, and sharded as it is."""
         linears = self._linears(model)
-        return {name: turned(linears[name], one.mask(in_place(linears[name]))) for name, one in self.held().items()}
+        return {name: turned(linears[name], one.mask(in_place(linears[name]))) for name, one in self.pruned.items()}
 
     @torch.no_grad()
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
@@ -99,29 +98,34 @@ class WeightPlan(Plan):
         Raises:
             ValueError: If the plan was not made for this model.
         """
-        linears = self._linears(model)
-        check_weights(model, weights)
-        given = {model.get_parameter(name): value for name, value in (weights or {}).items()}
-        with values_kept(given) if given else nullcontext():
-            for parameter, value in given.items():
-                parameter.copy_(value)
-            if not store_of(model).in_files:
-                put([one.part(in_place(linears[name])) for name, one in self.held().items()])
-                return
-            for name, one in self.held().items():
-                with store_of(model).changing(linears[name]):
-                    put([one.part(in_place(linears[name]))])
+        linears, store, inside = self._linears(model), store_of(model), dict[nn.Module | None, list[str]]()
+        for name in self.pruned:
+            inside.setdefault(store.owner.get(linears[name]), []).append(name)
 
-    def held(self) -> dict[str, Pruned | Share]:
-        """Returns the results; refuses a plan that was carried out while it was made."""
-        if applied := next((name for name, one in self.pruned.items() if isinstance(one, Applied)), None):
-            raise ValueError(f"plan: it was carried out as it was made, as the model is streamed: no mask is held of {applied}")
-        return {name: one for name, one in self.pruned.items() if not isinstance(one, Applied)}
+        def put_into(block: nn.Module | None) -> None:
+            put([self.pruned[name].part(in_place(linears[name])) for name in inside.get(block, ())])
+
+        sizes = {name: tuple(own.shape) for name, own in store.model.named_parameters(remove_duplicate=False)}
+
+        def told() -> str:
+            return f"{fingerprint(self.decided())} {LazyTensors.of(weights or {}).key}"
+
+        with starting_from(model, weights), store.step(f"{self.kind} {list(self.pruned)}", told):
+            for block in store.blocks.values():
+                if (block in inside or store.is_altered(block)) and not store.resumed(block, sizes):
+                    with store.changing(block):
+                        put_into(block)
+            store.release()
+            put_into(None)
+
+    def decided(self) -> dict[str, str]:
+        """Returns a hash of each linear's mask and values, on which ranks have to agree; they ask for it together."""
+        return {name: one.decided for name, one in self.pruned.items()}
 
     def _linears(self, model: nn.Module) -> dict[str, nn.Module]:
         reshard(model)
         linears = prunable(model, output_embeddings=True, convolutions="all")
-        found = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
+        found = {name: size_of(linear) for name, linear in linears.items()}
         if wrong := next((name for name in self.pruned if found.get(name) != self.shapes[name]), None):
             raise ValueError(
                 f"plan: it was made for another model: {wrong} is {self.shapes[wrong]} there, and {found.get(wrong)} here"

@@ -11,18 +11,18 @@ from billhook.arguments import annotated
 from billhook.calibration.alone import tell_once
 from billhook.calibration.calibration import Batches
 from billhook.engine.device import check_device
-from billhook.engine.files import FileStore
+from billhook.engine.passes import in_turn
 from billhook.engine.ranks import checked
-from billhook.engine.sharding import is_sharded, reshard
+from billhook.engine.sharding import is_sharded
 from billhook.engine.store import store_of
 from billhook.engine.walk import Reduce, Sequential
 from billhook.model.convolutions import Convolutions, is_convolution
-from billhook.model.linears import channels, weight_of
+from billhook.model.linears import channels, size_of
 from billhook.model.values import check_changeable
-from billhook.sparsity.allocated import sparsities_of
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import (
     adapters_to_count,
+    check_called_once,
     check_folder,
     check_matching,
     check_pruning,
@@ -38,13 +38,11 @@ from billhook.sparsity.checks import (
 )
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
-from billhook.sparsity.matched import MatchingVisitor
-from billhook.sparsity.matching import BlockMatching
+from billhook.sparsity.matching import BlockMatching, MatchingVisitor
 from billhook.sparsity.orders.permute import check_permutable, check_permute, in_order
 from billhook.sparsity.plan import WeightPlan
-from billhook.sparsity.streamed import check_called_once
 from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor
-from billhook.sparsity.walks import Walks, runs_for
+from billhook.sparsity.walks import Walks, runs_for, sparsities_of
 
 
 def prune(
@@ -101,8 +99,7 @@ def prune(
         reduce: Sums a tensor over ranks, in place, where each rank has batches of its own.
         progress: Called with how many linears are done, and of how many.
         offload: A device, such as `"cuda"`, on which the blocks of a model in memory or in files compute, one at a time, with
-            copies of their parameters, the next block's on their way; the outputs of a block go back to where the model is. With
-            `sequential="none"` a model in memory is copied again for each batch.
+            copies of their parameters, the next block's on their way; the outputs of a block go back to where the model is.
         activations: A folder for the outputs of the model's modules, in files that are removed afterwards; by default memory.
             What else runs hold while they wait for each other, such as masks, stays in memory.
         permute: Whether channels are first put in the order in which groups of N:M lose least, as `permute_for` does.
@@ -130,25 +127,44 @@ def prune(
     criterion, allocation = criterion or Wanda(), allocation or Uniform()
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)
-    reshard(model)
     reduce = checked(reduce, next(model.parameters()).device)
     if permute:
         check_permute(pattern, dry_run, store_of(model).in_files, reduce)
         check_permutable(model)
-    linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
-    if match is not None:
-        check_matching(criterion, sequential, count_adapters)
-    adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
     if is_sharded(model):
         check_sharded(criterion, allocation, reduce, offload)
-    if store_of(model).in_files:
-        check_streamed(reduce)
-    runs = runs_for(model, batches, needing(criterion, allocation, match), reduce)
-    if isinstance(stream := store_of(model), FileStore):
-        check_called_once(stream, runs)
-    walks = Walks(model, linears, runs, reduce, device, folder, adapters)
-    warn_of_others(model, linears)
-    known = tokens_in(runs, reduce, next(model.parameters()).device) if solves(criterion) else None
+    with nullcontext() if dry_run else store_of(model).following():
+        with in_turn(model):
+            linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
+            if match is not None:
+                check_matching(criterion, sequential, count_adapters)
+            adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
+            if store_of(model).in_files:
+                check_streamed(reduce)
+            runs = runs_for(model, batches, needing(criterion, allocation, match), reduce)
+            check_called_once(model, runs)
+            walks = Walks(model, linears, runs, reduce, device, folder, adapters)
+            warn_of_others(model, linears)
+            plan = _planned(walks, criterion, amount, pattern, sequential, allocation, match, progress, permute, dry_run)
+        if not dry_run:
+            plan.apply(model)
+    return plan
+
+
+def _planned(
+    walks: Walks,
+    criterion: Criterion,
+    amount: float,
+    pattern: str,
+    sequential: Sequential,
+    allocation: Allocation,
+    match: BlockMatching | None,
+    progress: Progress | None,
+    permute: bool,
+    dry_run: bool,
+) -> WeightPlan:
+    model, linears, shapes = walks.model, walks.linears, {name: size_of(linear) for name, linear in walks.linears.items()}
+    known = tokens_in(walks.runs, walks.reduce, next(model.parameters()).device) if solves(criterion) else None
     coming = {} if known is None else {n: (known, channels(one)) for n, one in linears.items() if not is_convolution(one)}
     if words := few_tokens(criterion, coming):
         tell_once(words)
@@ -157,16 +173,12 @@ def prune(
         key = None if dry_run else f"{criterion} {pattern} {sequential} {sparsities}" + (f" {match}" if match else "")
         make = partial(_kind(criterion, match), criterion, sparsities, pattern, progress)
         visitor = walks(sequential if needs_data(criterion) or match else None, make, key)
-        made, fewer = visitor.pruned, {n: own for n, own in visitor.given.items() if n not in coming or own[0] < coming[n][0]}
-        pruned = {name: made[name] for name in linears if name in made}
+        pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}
         left_out = uncalled(linears, pruned)
-    shapes = {name: tuple(weight_of(linear).shape) for name, linear in linears.items()}
-    plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out)
+    fewer = {name: own for name, own in visitor.given.items() if name not in coming or own[0] < coming[name][0]}
     if words := few_tokens(criterion, fewer):  # of experts, which are given only some of the tokens
         tell_once(words)
-    if not dry_run and not store_of(model).in_files:
-        plan.apply(model)
-    return plan
+    return WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out)
 
 
 def _kind(criterion: Criterion, match: BlockMatching | None) -> Callable[..., PruningVisitor]:

@@ -1,52 +1,89 @@
-"""Results for one linear: a bit for each weight, and the values that a criterion changes; as a whole, or this rank's share."""
+"""What a linear becomes: a bit for each weight, and new values where a criterion changes them, until they are put in its place.
+
+Masks have 8 weights a byte as they wait and travel: a device packs and unpacks its own, so that only bits are copied.
+"""
 
 import hashlib
+import math
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import pad
 from typing_extensions import Self
 
-from billhook.engine.sharding import Lies, local, sharded_as, whole
-from billhook.sparsity.bits import count, packed, unpacked
-from billhook.sparsity.masks import where_kept
-from billhook.sparsity.put import Part
+from billhook.engine.lazy import LazyTensors, Read
+from billhook.engine.sharding import local, sharded_as
+from billhook.engine.state import fresh_casts, uninterrupted
+from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, WHOLE, where_kept
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+HOST = "cpu"
+"""The device on which NumPy packs, in a tenth of the time that torch takes there."""
+Part = tuple[Tensor, Callable[[], tuple[np.ndarray, Tensor | None]]]
+"""A weight in its own memory, `[out, in]` or of more dimensions, and what reads its keep-mask, with 8 weights a byte, and new
+values of those that are kept."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pruned:
-    """One linear's part of a plan.
+    """One linear's part of a plan, which lies where a store has staged it; where ranks share it, all ranks read it together.
 
     Attributes:
-        bits: The keep-mask, 8 weights a byte, on the CPU.
-        values: The kept weights, where a criterion updates them, on the CPU; None where the old values stay.
+        kept: How many weights are kept.
+        read_bits: Reads the keep-mask, 8 weights a byte, uint8.
+        read_values: Reads the kept weights, where a criterion updates them; None where the old values stay.
     """
 
-    bits: np.ndarray
-    values: Tensor | None
+    kept: int
+    read_bits: Read
+    read_values: Read | None = None
 
-    @staticmethod
-    def of(old: Tensor, new: Tensor, keep: Tensor) -> "Pruned":
+    @classmethod
+    def of(cls, old: Tensor, new: Tensor, keep: Tensor) -> Self:
         """Packs the change of a weight `[out_features, in_features]` from old to new under a keep-mask."""
         changed = not torch.equal(new, where_kept(old, keep))
-        return Pruned(packed(keep), new[keep].cpu() if changed else None)
+        return cls.of_bits(packed(keep), new[keep].cpu() if changed else None)
+
+    @classmethod
+    def of_bits(cls, bits: np.ndarray, values: Tensor | None = None) -> Self:
+        """Takes a mask with 8 weights a byte, and the kept weights, if they change."""
+        return cls(count(bits), torch.from_numpy(bits).detach, None if values is None else values.detach)
+
+    @classmethod
+    def staged(cls, kept: int, weight: str, tensors: LazyTensors) -> Self:
+        """Takes what a store has staged for a weight, as `to_stage` names it."""
+        return cls(kept, tensors.reads[f"bits {weight}"], tensors.reads.get(f"values {weight}"))
+
+    def to_stage(self, weight: str) -> dict[str, Tensor]:
+        """Returns what a store is to stage, by the name of the weight behind that of the part."""
+        bits = {f"bits {weight}": self.read_bits()}
+        return bits if self.read_values is None else bits | {f"values {weight}": self.read_values()}
 
     @property
-    def kept(self) -> int:
-        """How many weights are kept."""
-        return count(self.bits)
+    def bits(self) -> np.ndarray:
+        """The keep-mask, 8 weights a byte."""
+        bits: np.ndarray = _on_host(self.read_bits()).numpy()
+        return bits
 
     @property
-    def decided(self) -> object:
-        """The mask and the values, on which ranks have to agree."""
-        return [self.bits, self.values]
+    def values(self) -> Tensor | None:
+        """The kept weights, where a criterion updates them, on the CPU; None where the old values stay."""
+        return None if self.read_values is None else _on_host(self.read_values())
+
+    @property
+    def decided(self) -> str:
+        """A hash of the mask and the values, on which ranks have to agree."""
+        digest, values = hashlib.sha256(self.bits.data), self.values
+        if values is not None:
+            digest.update(values.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def sparsity(self, size: int) -> float:
         """Returns the fraction removed of a weight of so many entries."""
@@ -54,131 +91,145 @@ class Pruned:
 
     def keep(self, like: Tensor) -> Tensor:
         """Unpacks the keep-mask, bool, of the size and on the device of a weight."""
-        return _unpacked(self.bits, like)
+        return unpacked(self.bits, like.numel(), like.device).view(like.shape)
 
     def mask(self, like: Tensor) -> Tensor:
         """Returns the keep-mask, bool, as a weight lies; sharded if that is."""
         return sharded_as(self.keep(like), like)
 
-    def part(self, old: Tensor) -> Part:
-        """Returns what is put in the place of a weight; of one that is sharded, this rank's part."""
-        return self.share(old).part(old) if isinstance(old, DTensor) else (old, self.bits, self.values)
-
     def weight(self, old: Tensor) -> Tensor:
         """Returns the weight after pruning; of one that is sharded, this rank's part."""
-        keep = self.keep(old)
-        if self.values is None:
+        keep, values = self.keep(old), self.values
+        if values is None:
             return where_kept(local(old), local(sharded_as(keep, old)))
         new = torch.zeros(old.shape, dtype=old.dtype, device=old.device)
-        return local(sharded_as(new.masked_scatter_(keep, self.values.to(old)), old))
+        return local(sharded_as(new.masked_scatter_(keep, values.to(old)), old))
 
-    def share(self, old: DTensor) -> "Share":
-        """Returns this rank's part of it, of a weight that is sharded."""
-        keep, digest = local(self.mask(old)), hashlib.sha256(self.bits.data)
-        values = None
-        if self.values is not None:
-            values = self.weight(old)[keep].cpu()
-            digest.update(self.values.contiguous().view(torch.uint8).numpy().data)
-        bits = packed(keep)
-        return Share(bits, values, self.kept, digest.hexdigest(), old.shape, keep.shape, Lies.of(old))
+    def part(self, old: Tensor) -> Part:
+        """Returns what is put in the place of a weight; of one that is sharded, this rank's part."""
+        if isinstance(old, DTensor):
+            return local(old), partial(self._own, old)
+        return old, lambda: (self.bits, self.values)
+
+    def _own(self, old: DTensor) -> tuple[np.ndarray, Tensor | None]:
+        """Returns bits and values of this rank's part of a weight."""
+        keep = local(self.mask(old))
+        return packed(keep), None if self.read_values is None else self.weight(old)[keep].cpu()
 
     def to_json(self) -> dict[str, str]:
         """Returns bits and values as text, in base 64."""
-        plain = {"bits": b64encode(self.bits.tobytes()).decode()}
-        if self.values is None:
+        plain, values = {"bits": b64encode(self.bits.tobytes()).decode()}, self.values
+        if values is None:
             return plain
-        values = b64encode(self.values.contiguous().view(torch.uint8).numpy().tobytes()).decode()
-        return plain | {"dtype": str(self.values.dtype).removeprefix("torch."), "values": values}
+        text = b64encode(values.contiguous().view(torch.uint8).numpy().tobytes()).decode()
+        return plain | {"dtype": str(values.dtype).removeprefix("torch."), "values": text}
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any], size: int) -> Self:
         """Makes the part of a linear with so many weights from what `to_json` returned."""
-        pruned = cls(np.frombuffer(bytearray(b64decode(plain["bits"], validate=True)), dtype=np.uint8), None)
-        if len(pruned.bits) != -(-size // 8):
-            raise ValueError(f"{len(pruned.bits)} bytes of bits for {size} weights")
+        bits = np.frombuffer(bytearray(b64decode(plain["bits"], validate=True)), dtype=np.uint8)
+        if len(bits) != -(-size // 8):
+            raise ValueError(f"{len(bits)} bytes of bits for {size} weights")
         if "values" not in plain:
-            return pruned
+            return cls.of_bits(bits)
         values = torch.frombuffer(bytearray(b64decode(plain["values"], validate=True)), dtype=DTYPES[plain["dtype"]])
-        if len(values) != pruned.kept:
-            raise ValueError(f"{len(values)} values for {pruned.kept} weights that are kept")
-        return cls(pruned.bits, values)
+        if len(values) != count(bits):
+            raise ValueError(f"{len(values)} values for {count(bits)} weights that are kept")
+        return cls.of_bits(bits, values)
 
 
-@dataclass(frozen=True)
-class Share:
-    """One linear's part of a plan where its weight is sharded: of that, what is this rank's.
+def _on_host(tensor: Tensor) -> Tensor:
+    """Returns what has been read on the CPU, where it lies unless ranks share it."""
+    return tensor if tensor.device.type == "cpu" else tensor.cpu()
 
-    Attributes:
-        bits: The keep-mask of this rank's weights, 8 weights a byte.
-        values: Those of them that are kept, where a criterion updates them, on the CPU; None where the old values stay.
-        kept: How many weights of the linear are kept, on all ranks.
-        decided: A hash of the whole keep-mask and of all values, which ranks have to agree on.
-        shape: Of the whole weight, as the mask is of it.
-        own: The shape of this rank's part.
-        lies: How the weight lies on ranks.
+
+@fresh_casts()
+@torch.no_grad()
+def put(parts: Sequence[Part]) -> None:
+    """Zeroes what masks leave out of weights, and gives what they keep its new values, if there are any.
+
+    No old value is held, so that nothing could be undone: what can be refused is refused before, and memory for the largest step
+    is put by before the first, and used where memory ends meanwhile. An interrupt from the keyboard is raised when all rows have
+    been put.
+
+    Raises:
+        MemoryError: Before anything has changed, if there is no memory for a step; or torch's own error.
     """
-
-    bits: np.ndarray
-    values: Tensor | None
-    kept: int
-    decided: str
-    shape: torch.Size
-    own: torch.Size
-    lies: Lies
-
-    def sparsity(self, size: int) -> float:
-        """Returns the fraction removed of a weight of so many entries."""
-        return 1 - self.kept / size if size else 0.0
-
-    def mask(self, like: Tensor) -> Tensor:
-        """Returns the keep-mask, bool, sharded as the weight."""
-        self._check(like)
-        return self.lies.joined(_unpacked(self.bits, local(like)), self.shape)
-
-    def part(self, old: Tensor) -> Part:
-        """Returns what is put in the place of this rank's part of the weight."""
-        self._check(old)
-        return local(old), self.bits, self.values
-
-    def whole(self) -> Pruned:
-        """Returns it of the whole weight; all ranks call it together."""
-        keep = _unpacked(self.bits, torch.empty(self.own, dtype=torch.bool))
-        every = whole(self.lies.joined(keep, self.shape))
-        bits = packed(every)
-        if self.values is None:
-            return Pruned(bits, None)
-        new = torch.zeros(self.own, dtype=self.values.dtype).masked_scatter_(keep, self.values)
-        return Pruned(bits, whole(self.lies.joined(new, self.shape))[every].cpu())
-
-    def to_json(self) -> dict[str, str]:
-        """Returns bits and values of the whole weight as text, in base 64; all ranks call it together."""
-        return self.whole().to_json()
-
-    def _check(self, weight: Tensor) -> None:
-        """Refuses a weight of which this rank has another part."""
-        there = isinstance(weight, DTensor) and (weight.device_mesh, weight.placements) == (self.lies.mesh, self.lies.placements)
-        if not there or weight.shape != self.shape:
-            raise ValueError(
-                f"plan: it was made where weights lay on ranks in another way, {self.lies.placements} of {list(self.shape)}: "
-                "plan anew, or carry out Plan.from_json(plan.to_json(), model), of which all ranks make the first together"
-            )
+    reserve = _reserve([weight for weight, _ in parts])
+    with uninterrupted():
+        for weight, read in parts:
+            bits, values = read()
+            for rows, first in _taken_apart(weight):
+                try:
+                    _put_some(rows, first, bits, values)
+                except (MemoryError, RuntimeError):  # which is what allocators of torch raise
+                    if not reserve:
+                        raise
+                    reserve.clear()
+                    _put_some(rows, first, bits, values)
 
 
-@dataclass(frozen=True)
-class Applied:
-    """One linear's part of a plan that was carried out at once, as its model is streamed.
+def _put_some(rows: Tensor, first: int, bits: np.ndarray, values: Tensor | None) -> None:
+    """Puts some rows of a weight, of which `first` is the number of the first weight in them."""
+    keep = unpacked(bits[first // 8 :], rows.numel(), rows.device).view(rows.shape)
+    if values is None:
+        whole = WHOLE[rows.element_size()]
+        rows.view(whole).mul_(keep.view(torch.uint8).to(whole))
+        return
+    before, kept = count(bits[: first // 8]), count(bits[first // 8 : -(-(first + rows.numel()) // 8)])
+    some = values[before : before + kept].to(rows)
+    rows.copy_(torch.zeros_like(rows).masked_scatter_(keep, some))
 
-    Attributes:
-        kept: How many weights are kept.
+
+def _reserve(weights: Sequence[Tensor]) -> list[object]:
+    """Takes as much memory as a step does at most: for bits, for what they keep, and for new values and where they go."""
+    rows = [rows for weight in weights for rows, _ in _taken_apart(weight)]
+    taken: list[object] = [np.empty(max((-(-weight.numel() // 8) for weight in weights), default=0), dtype=np.uint8)]
+    for device in dict.fromkeys(one.device for one in rows):
+        largest = max((one for one in rows if one.device == device), key=lambda one: one.nbytes)
+        taken += [torch.empty(largest.numel(), dtype=torch.uint8, device=device) for _ in range(2)]
+        taken += [torch.empty_like(largest) for _ in range(3)]
+    return taken
+
+
+def _taken_apart(weight: Tensor) -> list[tuple[Tensor, int]]:
+    """Returns some rows at a time, whose bits fill whole bytes, each with the number of its first weight."""
+    size = CPU_BLOCK if weight.device.type == "cpu" else DEVICE_BLOCK
+    width = math.prod(weight.shape[1:])
+    step = max(1, size // (8 * max(1, width))) * 8
+    return [(weight[start : start + step], start * width) for start in range(0, len(weight), step)]
+
+
+def packed(mask: Tensor) -> np.ndarray:
+    """Packs a mask, bool, of any shape; in the order of `numpy.packbits`, with zeros at the end of the last byte.
+
+    >>> packed(torch.tensor([[True, False, True], [False, False, False]]))
+    array([160], dtype=uint8)
     """
+    if mask.device.type == HOST:
+        return np.packbits(mask.numpy())
+    flat = mask.reshape(-1).view(torch.uint8)
+    columns = pad(flat, (0, -len(flat) % 8)).view(-1, 8).unbind(1)
+    bits = torch.zeros_like(columns[0])
+    for place, column in enumerate(columns):
+        bits |= column << (7 - place)
+    found: np.ndarray = bits.cpu().numpy()
+    return found
 
-    kept: int
 
-    def sparsity(self, size: int) -> float:
-        """Returns the fraction removed of a weight of so many entries."""
-        return 1 - self.kept / size if size else 0.0
+def unpacked(bits: np.ndarray, size: int, device: torch.device) -> Tensor:
+    """Unpacks so many weights, bool, `[size]`, on a device; `bits` may go on.
+
+    >>> unpacked(np.array([160], dtype=np.uint8), 6, torch.device("cpu")).int()
+    tensor([1, 0, 1, 0, 0, 0], dtype=torch.int32)
+    """
+    if device.type == HOST:
+        return torch.from_numpy(np.unpackbits(bits, count=size).view(np.bool_))
+    own = torch.from_numpy(bits[: -(-size // 8)]).to(device)
+    columns = torch.stack([own >> place for place in range(7, -1, -1)], 1)
+    return columns.bitwise_and_(1).view(-1)[:size].view(torch.bool)
 
 
-def _unpacked(bits: np.ndarray, like: Tensor) -> Tensor:
-    """Unpacks bits, bool, to the size and the device of a tensor."""
-    return unpacked(bits, like.numel(), like.device).view(like.shape)
+def count(bits: np.ndarray) -> int:
+    """Counts the weights that are kept."""
+    return int(np.bitwise_count(bits).sum())

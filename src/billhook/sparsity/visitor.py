@@ -4,24 +4,23 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from billhook.adapters.masked import counted, product_of
 from billhook.engine.ranks import Ranks, own_of
-from billhook.engine.sharding import is_sharded, whole
 from billhook.engine.statistics import Statistics
-from billhook.engine.walk import Given, Reduce, Site
+from billhook.engine.store import BlockStore
+from billhook.engine.walk import Reduce, Site, Visitor
 from billhook.model.convolutions import batched, is_convolution, places_of
-from billhook.model.linears import channels, in_place, turned, weight_of
+from billhook.model.linears import channels, size_of, turned, weight_of
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.grouped import Grouped, add_patches, empty_for, prune_by, scores_of
-from billhook.sparsity.masks import Lowest, keep_global, pruned_count, where_kept
-from billhook.sparsity.pruned import Applied, Pruned, Share
+from billhook.sparsity.masks import Lowest, pruned_count, where_kept
+from billhook.sparsity.pruned import Pruned
 
 Progress = Callable[[int, int], None]
 """Called with how many linears are done, and of how many."""
@@ -31,7 +30,7 @@ class InputsDiffer(Exception):
     """Two linears that read one and the same tensor in one run do not in another, of this rank or of another."""
 
 
-class PruningVisitor:
+class PruningVisitor(Visitor):
     """Gathers a criterion's statistics, and prunes each linear of a site when all runs have been there; the model stays as it is.
 
     Args:
@@ -39,6 +38,8 @@ class PruningVisitor:
         sparsities: Of each linear.
         pattern: `"unstructured"` or `"N:M"`.
         progress: Called with how many linears are done, and of how many.
+        store: Where blocks come from, and where what becomes of their linears is staged.
+        linears: All linears, by name.
         tokens: Of each run, which tokens count: bool, `[batch, length]`, one for each of its sequences that is padded.
         reduce: Sums statistics over ranks; None on one.
         adapters: The layers of LoRA that count, by linear: as if they were merged.
@@ -53,16 +54,21 @@ class PruningVisitor:
         pattern: str,
         progress: Progress | None = None,
         *,
+        store: BlockStore,
+        linears: Mapping[str, nn.Module],
         tokens: Sequence[Mapping[str, Tensor]],
         reduce: Reduce | None,
         adapters: Mapping[str, nn.Module],
         shared: bool,
     ) -> None:
         self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
+        self.store, self.linears = store, linears
         self.tokens, self.reduce, self.adapters, self.shared = tokens, reduce, adapters, shared
-        self.pruned: dict[str, Pruned | Share | Applied] = {}
+        self.pruned: dict[str, Pruned] = {}
         self.given: dict[str, tuple[int, int]] = {}  # linear -> how many tokens it was given, and how many inputs it has
-        self._passed: dict[str, Tensor] | None = None  # whole weights for runs to pass, where each rank keeps its share of them
+        self._names = {module: name for name, module in store.model.named_modules()}
+        self._block: nn.Module | None = None  # which runs are in
+        self._staged = set[str]()
         self.statistics: dict[str, Statistics | Grouped] = {}
         self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
         self._last: dict[int, tuple[ReferenceType[Tensor], float, str]] = {}  # run -> inputs, their version, who read them first
@@ -70,16 +76,46 @@ class PruningVisitor:
         self._complete: set[str] = set()
         self._differ = False
 
-    @property
-    def dense(self) -> Sequence[int]:
-        """The numbers of runs, after those of the batches, that pass the dense model, for comparison."""
-        return ()
+    def resume(self) -> list[nn.Module]:
+        """Takes what an earlier process has made of blocks in the same step, and returns these."""
+        blocks = list[nn.Module]()
+        for block in self.store.blocks.values():
+            if (known := self.store.known(block)) is not None:
+                tensors, kept = known
+                self.pruned |= {name: Pruned.staged(kept[name], self._weight(name), tensors) for name in kept}
+                self._staged |= kept.keys()
+                blocks.append(block)
+        return blocks
 
-    def came_out(self, run: int, given: Given, output: object) -> None:
-        """Notes what a block was given in a run, and what it gave; here nothing."""
+    def enter(self, module: nn.Module) -> None:
+        """Has the block of a module in memory; what has become of the one that all runs have left is staged first."""
+        block = self.store.owner.get(module)
+        if block is not self._block:
+            self.stage()
+        self._block = block
+        self.store.load(module)
+
+    @torch.no_grad()
+    def stage(self) -> None:
+        """Stages what the linears of the block that runs are in have become, or of those that are in none."""
+        own = [name for name in self.pruned if self.store.owner.get(self.linears[name]) is self._block]
+        own = [name for name in own if self.linears[name] in self._names]  # or it is beside the model, and waits in memory
+        if self._staged.issuperset(own):
+            return
+        values = {key: value for name in own for key, value in self.pruned[name].to_stage(self._weight(name)).items()}
+        kept = {name: self.pruned[name].kept for name in own}
+        tensors = self.store.stage(self._block, values, kept, torch.device("cpu"))
+        self.pruned |= {name: Pruned.staged(kept[name], self._weight(name), tensors) for name in own}
+        self._staged |= kept.keys()
+
+    def _weight(self, name: str) -> str:
+        """Names the weight of a linear as the store does."""
+        return f"{self._names[self.linears[name]]}.weight"
 
     def came_again(self, site: Site) -> None:
-        """Is told of a site that a run comes to once more when it is complete; here nothing is done."""
+        """Refuses blocks that come one at a time and are called again when what they become has been decided."""
+        if self.store.in_files or self.store.on_ranks:
+            refuse_again(self._names[site.module])
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
         """Adds the inputs of a linear in one run; of a convolution, whatever reads the same tensor may read other patches."""
@@ -118,7 +154,6 @@ class PruningVisitor:
         if self._differ:
             raise InputsDiffer
         called = {name: linear for name, linear in site.linears.items() if name in self._first}
-        self._passed = {}
         tokens = {name: int(self.statistics[self._first[name]].tokens) for name in called}
         linears = {name: linear for name, linear in called.items() if tokens[name] and not is_convolution(linear)}
         self.given |= {name: (tokens[name], channels(linear)) for name, linear in linears.items()}
@@ -131,7 +166,7 @@ class PruningVisitor:
 
     def _sum(self, site: Site, reduce: Reduce) -> None:
         """Sums statistics over ranks, once all have agreed on which there are."""
-        names, device = list(site.linears), weight_of(next(iter(site.linears.values()))).device
+        names, device = list(site.linears), next(iter(site.linears.values())).get_parameter("weight").device
         place = {name: number for number, name in enumerate(names)}
         who = [place[self._first[name]] if name in self._first else None for name in names]
         rows = [[1, first, first * first] if first is not None else [0, 0, 0] for first in who]
@@ -150,49 +185,38 @@ class PruningVisitor:
         """Prunes linears whose statistics are complete, or are not needed."""
         own = {} if (ranks := self._dividing) is None else self._own(linears, ranks)
         for name, linear in linears.items():
-            weight, adapter = whole(weight_of(linear)), self.adapters.get(name)
+            self.store.load(linear)
+            weight, adapter = weight_of(linear), self.adapters.get(name)
             scored = counted(weight, adapter)
             if ranks is None:
                 new, keep = self._solved(name, scored, self._statistics(name))
             else:
-                nothing = torch.zeros_like(scored), torch.zeros_like(scored, dtype=torch.bool)
-                new, keep = own.pop(name, nothing)
+                solved = own.pop(name, None)
+                new = torch.zeros_like(scored) if solved is None else solved.weight(scored)
+                keep = torch.zeros_like(scored, dtype=torch.bool) if solved is None else solved.keep(scored)
                 new, keep = ranks(new.float()).to(new.dtype), ranks(keep.byte()).bool()
             if adapter is not None:
                 if not torch.equal(new, where_kept(scored, keep)):
                     kind = type(self.criterion).__name__
                     raise ValueError(f"{name}: count_adapters=True, and {kind} changes kept weights (`updates` is False)")
                 new = where_kept(weight, keep)
-            self.take(name, linear, weight, Pruned.of(weight, new, keep))
+            self.pruned[name] = Pruned.of(weight, new, keep)
             self.tell()
-
-    def take(self, name: str, linear: nn.Module, weight: Tensor, one: Pruned) -> None:
-        """Notes what a linear becomes; of a sharded one this rank's share, and the whole weight until runs have passed it."""
-        old = in_place(linear)
-        if isinstance(old, DTensor):
-            if self._passed is not None:
-                self._passed[name] = turned(linear, self._as_passed(name, weight, one))
-            self.pruned[name] = one.share(old)
-        else:
-            self.pruned[name] = one
-
-    def leave(self, _: Site) -> None:
-        """Lets go of what runs have passed."""
-        self._passed = None
 
     @property
     def _dividing(self) -> Ranks | None:
         """The ranks that divide linears, where weights are solved for, which takes longer than to send them."""
         return self.reduce if self.criterion.updates and isinstance(self.reduce, Ranks) else None
 
-    def _own(self, linears: Mapping[str, nn.Module], ranks: Ranks) -> dict[str, tuple[Tensor, Tensor]]:
+    def _own(self, linears: Mapping[str, nn.Module], ranks: Ranks) -> dict[str, Pruned]:
         """Prunes this rank's linears, reckoned to cost rows x width^2 + width^3, before any are sent."""
-        costs = [width**2 * (rows + width) for rows, width in (weight_of(linear).shape for linear in linears.values())]
-        found = dict[str, tuple[Tensor, Tensor]]()
+        costs = [width**2 * (rows + width) for rows, width in (size_of(linear) for linear in linears.values())]
+        found = dict[str, Pruned]()
         for (name, linear), is_own in zip(linears.items(), own_of(costs, ranks), strict=True):
-            scored = counted(whole(weight_of(linear)), self.adapters.get(name))  # all ranks gather a sharded weight
+            self.store.load(linear)
             if is_own:
-                found[name] = self._solved(name, scored, self._statistics(name))
+                scored = counted(weight_of(linear), self.adapters.get(name))
+                found[name] = Pruned.of(scored, *self._solved(name, scored, self._statistics(name)))
         return found
 
     def _solved(self, name: str, scored: Tensor, statistics: Statistics | Grouped | None) -> tuple[Tensor, Tensor]:
@@ -208,18 +232,15 @@ class PruningVisitor:
         if self.progress is not None:
             self.progress(len(self.pruned), len(self.sparsities))
 
-    def close(self) -> None:
-        """Ends the walk, when all runs have been everywhere."""
+    def close(self) -> Callable[[Mapping[str, nn.Module]], None] | None:
+        """Ends the walk, when all runs have been everywhere; returns what prunes linears then, if none has been pruned yet."""
+        return None
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new weights of a site's linears, as they lie in memory."""
-        new = {}
-        for name, linear in site.linears.items():
-            if isinstance(pruned := self.pruned.get(name), Pruned):
-                new[name] = {"weight": turned(linear, self._as_passed(name, weight_of(linear), pruned))}
-            elif self._passed is not None and name in self._passed:
-                new[name] = {"weight": self._passed[name]}
-        return new
+        own = {name: self.pruned[name] for name in site.linears if name in self.pruned}
+        passed = {name: self._as_passed(name, weight_of(site.linears[name]), one) for name, one in own.items()}
+        return {name: {"weight": turned(site.linears[name], weight)} for name, weight in passed.items()}
 
     def _as_passed(self, name: str, old: Tensor, one: Pruned) -> Tensor:
         """Returns a new weight; it makes up for what LoRA adds where weights are zero, which merging will leave out."""
@@ -231,46 +252,50 @@ class PruningVisitor:
 
 
 class GlobalPruningVisitor(PruningVisitor):
-    """A visitor for which the weights of all linears compete with one another, when all statistics are complete."""
+    """A visitor for which the weights of all linears compete with one another, when all statistics are complete.
+
+    Their scores are computed three times, of one linear at a time: twice to find the lowest that is kept, and to prune.
+    """
 
     def __init__(self, *args: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
         super().__init__(*args, **walk)
-        self.seen: dict[str, tuple[nn.Module, Statistics | Grouped | None]] = {}
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction that is removed of all together."""
-        return next(iter(self.sparsities.values()))
+        self._seen: dict[str, Statistics | Grouped | None] = {}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Keeps the statistics of linears."""
-        self.seen |= {name: (linear, self._statistics(name)) for name, linear in linears.items()}
+        self._seen |= {name: self._statistics(name) for name in linears}
 
-    def scores(self, name: str) -> Tensor:
-        """Scores the weights of a linear."""
-        linear, statistics = self.seen[name]
-        weight = counted(whole(weight_of(linear)), self.adapters.get(name))
+    def resume(self) -> list[nn.Module]:
+        """Takes nothing: how many scores of each linear are lowest has to be found again."""
+        return []
+
+    def close(self) -> Callable[[Mapping[str, nn.Module]], None]:
+        """Finds the lowest score that is kept of all, and returns what prunes by it."""
+        seen = {name: linear for name, linear in self.linears.items() if name in self._seen}
+        sparsity = next(iter(self.sparsities.values()))
+        count = pruned_count(sum(math.prod(size_of(linear)) for linear in seen.values()), sparsity)
+        lowest = Lowest.of(lambda: map(self._scores, seen), count)
+
+        def prune(linears: Mapping[str, nn.Module]) -> None:
+            for name in (name for name in linears if name in seen):
+                weight, keep = weight_of(seen[name]), lowest.keep(self._scores(name))
+                self.pruned[name] = Pruned.of(weight, where_kept(weight, keep), keep)
+            self.tell()
+
+        return prune
+
+    def _scores(self, name: str) -> Tensor:
+        linear = self.linears[name]
+        self.store.load(linear)
+        weight = counted(weight_of(linear), self.adapters.get(name))
         with naming(name):
             check_finite(weight, "the weight")
-            return scores_of(self.criterion, weight, statistics)
+            return scores_of(self.criterion, weight, self._seen[name])
 
-    def close(self) -> None:
-        """Prunes all linears at once; all scores are in memory, or where weights are sharded, those of one linear at a time."""
-        if any(is_sharded(linear) for linear, _ in self.seen.values()):
-            keeps = self._keeps_in_turn()
-        else:
-            keeps = iter(keep_global([self.scores(name) for name in self.seen], self.sparsity))
-        for (name, (linear, _)), keep in zip(self.seen.items(), keeps, strict=True):
-            weight = whole(weight_of(linear))
-            self.take(name, linear, weight, Pruned.of(weight, where_kept(weight, keep), keep))
-        self.tell()
 
-    def _keeps_in_turn(self) -> Iterator[Tensor]:
-        """Yields the keep-mask of each linear in turn, whose scores are computed three times."""
-        count = pruned_count(sum(weight_of(linear).numel() for linear, _ in self.seen.values()), self.sparsity)
-        lowest = Lowest.of(lambda: map(self.scores, self.seen), count)
-        for name in self.seen:
-            yield lowest.keep(self.scores(name))
+def refuse_again(block: str) -> NoReturn:
+    """Refuses a model that calls a block again, of which one is there at a time."""
+    raise ValueError(f"model: {block} is called again later, and its blocks come one at a time: prune it where all are in memory")
 
 
 def _version(tensor: Tensor) -> float:

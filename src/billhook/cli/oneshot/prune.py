@@ -131,7 +131,7 @@ def _given(work: OneShot, linears: Mapping[str, nn.Module]) -> dict[str, tuple[i
 
 
 def _passes(criterion: Criterion, allocation: Allocation | None) -> int:
-    """Returns how often the blocks of a streamed model are read until they are pruned."""
-    if criterion.compares == "global":  # what is kept is found in two, after one in which linears are seen, if they must be
-        return 3 + needs_data(criterion)
-    return 2 if allocation is not None and allocation.measures else 1
+    """Returns how often the blocks of a streamed model are read until they are pruned: also to put masks in place."""
+    if criterion.compares == "global":  # masks are found in three, after one in which linears are seen, if they must be
+        return 4 + needs_data(criterion)
+    return 3 if allocation is not None and allocation.measures else 2

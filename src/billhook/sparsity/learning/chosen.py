@@ -12,14 +12,13 @@ from billhook.engine.statistics import Statistics
 from billhook.engine.walk import Reduce, Sequential
 from billhook.model.convolutions import Convolutions
 from billhook.model.linears import turned, weight_of
-from billhook.sparsity.allocated import sparsities_of
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import check_pruning, needing, needs_data, uncalled, warn_of_others
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.grouped import Grouped, empty_for, prune_by, scores_of
 from billhook.sparsity.masks import check_amount, parse_pattern
 from billhook.sparsity.visitor import PruningVisitor, naming
-from billhook.sparsity.walks import Walks, runs_for
+from billhook.sparsity.walks import Walks, runs_for, sparsities_of
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from billhook.engine.comm import MESSAGE, Comm
 from billhook.kv_heads.bases.ready import ready_weights
 from kit.families import tokens
 from kit.fits import trainer
+from kit.ranks import Ranks
 from kit.sent import linears, solved, wanda
 from kit.sent import model as make
 from kit.sharding import Own
@@ -24,21 +25,20 @@ def batches():
     return [{"input_ids": ids, "labels": ids} for ids in (tokens(4) for _ in range(4))]
 
 
-def sent_in(work):
-    """Bytes of each sum over ranks in a piece of work."""
-    found = []
+def sent_in(model, work):
+    """Bytes of each sum over two ranks in a piece of work on a model."""
+    copies, found = [copy.deepcopy(model) for _ in range(2)], []
 
-    def add(tensor):
-        found.append(tensor.numel() * tensor.element_size())
-        return tensor
+    def counted(rank, comm):
+        def add(tensor):
+            if not rank:
+                found.append(tensor.numel() * tensor.element_size())
+            return comm(tensor)
 
-    work(Comm(add))
+        work(copies[rank], Comm(add, rank, 2))
+
+    Ranks(2).run(counted)
     return found
-
-
-def summed(work):
-    """Bytes of all that is summed over ranks in a piece of work."""
-    return sum(sent_in(work))
 
 
 @pytest.mark.parametrize(
@@ -46,15 +46,23 @@ def summed(work):
     [(bh.Magnitude(), lambda _: 0), (bh.Wanda(), wanda), (bh.SparseGPT(), solved), (bh.Refit(), solved)],
 )
 def test_criteria(model, criterion, reckoned):
-    found = summed(lambda ranks: bh.prune(copy.deepcopy(model), criterion, batches(), sparsity=0.5, reduce=ranks, dry_run=True))
-    numbers = 48 * len(linears(model)) if criterion.needs else 0  # of tokens, and of which linears read the same
-    assert reckoned(model) <= found <= reckoned(model) + numbers
+    found = sent_in(model, lambda model, comm: bh.prune(model, criterion, batches(), sparsity=0.5, reduce=comm, dry_run=True))
+    blocks, number = len(model.model.layers), len(linears(model))
+    numbers = 48 * number + blocks * 2 * MESSAGE if criterion.needs else 0  # of tokens, and of which linears read the same
+    assert reckoned(model) <= sum(found) <= reckoned(model) + numbers
+    # of each block: where runs wait, which linears read the same, and statistics (tokens are integers); of each linear that
+    # is solved for, its weights and its mask; of all: how many batches there are, how many tokens, and where runs wait
+    assert len(found) <= (4 * blocks + 2 * number * criterion.updates + 4) * bool(criterion.needs)
 
 
 def test_matching(model):
     given = {"sparsity": 0.5, "dry_run": True}
     without, found = (
-        summed(lambda ranks, match=match: bh.prune(model, bh.Wanda(), batches(), reduce=ranks, match=match, **given))
+        sum(
+            sent_in(
+                model, lambda model, comm, match=match: bh.prune(model, bh.Wanda(), batches(), reduce=comm, match=match, **given)
+            )
+        )
         for match in (None, bh.BlockMatching(steps=3))
     )
     reckoned = 3 * 4 * sum(weight.numel() for _, weight in linears(model))
@@ -63,7 +71,7 @@ def test_matching(model):
 
 @pytest.mark.parametrize("importance", [bh.OutputNorm(), bh.OBS(), bh.Taylor()])
 def test_importances(model, importance):
-    found = sent_in(lambda comm: bh.plan(model, importance, batches(), channels=0.25, reduce=comm))
+    found = sent_in(model, lambda model, comm: bh.plan(model, importance, batches(), channels=0.25, reduce=comm))
     units = sum(layer.mlp.down_proj.in_features for layer in model.model.layers)
     assert found[0] == 16 * units  # what is summed; then the first rank's scores
     assert len(found) <= 3
@@ -72,7 +80,7 @@ def test_importances(model, importance):
 
 def test_repair(model):
     plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
-    found = sent_in(lambda comm: bh.repair(model, plan, batches(), reduce=comm))
+    found = sent_in(model, lambda model, comm: bh.repair(model, plan, batches(), reduce=comm))
     reckoned = 0
     for layer in model.model.layers:
         out, kept = layer.mlp.down_proj.out_features, layer.mlp.down_proj.in_features * 3 // 4
@@ -88,7 +96,9 @@ def test_repair(model):
 def test_heads(model):
     """The moments of all attentions go together; beside them it is counted, twice, how many batches there are."""
     groups = {f"model.layers.{number}.self_attn": 2 for number in range(len(model.model.layers))}
-    found = sent_in(lambda comm: ready_weights(model, groups, bh.SVD(), [(batch, None) for batch in batches()], comm=comm))
+    found = sent_in(
+        model, lambda model, comm: ready_weights(model, groups, bh.SVD(), [(batch, None) for batch in batches()], comm=comm)
+    )
     assert len(found) == 3
     heads, width, group = 4, 8, 2
     assert sum(found) == len(groups) * (8 * (2 * 2 * (group * width) ** 2 + heads * width**2) + 24) + 16

@@ -315,7 +315,7 @@ class WeightPruning(EventCallback, FollowsShapes):
             return choose(
                 model, self.criterion, runs, sparsity, self.pattern, allocation=self.allocation, skip=self.skip,
                 output_embeddings=self.output_embeddings, convolutions=self.convolutions, sequential=self.sequential,
-                reduce=comm_of(trainer),
+                comm=comm_of(trainer),
             )  # fmt: skip
 
     @contextmanager

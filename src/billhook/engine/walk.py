@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.comm import Comm
-from billhook.engine.comm import Reduce as Reduce  # for `sparsity`, until it takes a `Comm`
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.state import Ambient, overridden, replaced
 
 Sequential = Literal["block", "layer", "none"]
@@ -149,10 +148,10 @@ class Walk:
         self,
         sites: Sequence[Site],
         visitor: Visitor,
-        comm: Reduce | None = None,
+        comm: Comm = ALONE,
         enter: Callable[[nn.Module], object] | None = None,
     ) -> None:
-        self.sites, self.visitor, self.comm, self.enter = list(sites), visitor, Comm.of(comm), enter
+        self.sites, self.visitor, self.comm, self.enter = list(sites), visitor, comm, enter
         self.complete: set[Site] = set()
         self.again: set[Site] = set()
         self._watched: Site | None = None

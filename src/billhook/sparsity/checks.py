@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from billhook.adapters.masked import plain_adapters
 from billhook.arguments import one_of
 from billhook.engine.batches import Run, runs_of
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.statistics import InputMoments
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
-from billhook.engine.walk import Reduce, Sequential, find_sites
+from billhook.engine.walk import Sequential, find_sites
 from billhook.model.adapter_layers import active_in
 from billhook.model.convolutions import Convolutions, is_convolution
 from billhook.model.linears import channels, prunable
@@ -104,12 +105,11 @@ def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool, con
     return chosen
 
 
-def tokens_in(runs: Sequence[Run], reduce: Reduce | None, device: torch.device) -> int | None:
+def tokens_in(runs: Sequence[Run], comm: Comm) -> int | None:
     """Counts the tokens of all runs, on all ranks, before any runs; None where it is not known what linears are given."""
     counts = [_tokens(run) for run in runs]
     total, unknown = sum(one or 0 for one in counts), sum(one is None for one in counts)
-    if reduce is not None:
-        total, unknown = reduce(torch.tensor([total, unknown], device=device)).tolist()
+    total, unknown = comm(torch.tensor([total, unknown], device=comm.device)).tolist()
     return None if unknown else int(total)
 
 
@@ -185,18 +185,18 @@ def check_learning(
         )
 
 
-def check_sharded(criterion: Criterion, allocation: Allocation, reduce: Reduce | None, offload: object) -> None:
+def check_sharded(criterion: Criterion, allocation: Allocation, comm: Comm, offload: object) -> None:
     """Refuses arguments that do not suit a model that is sharded over ranks."""
     if offload is not None:
         raise ValueError(f"offload={str(offload)!r}: the model is sharded, its blocks are gathered one at a time: leave it out")
     ranks = torch.distributed.get_world_size()
-    if reduce is None and ranks > 1 and (needs_data(criterion) or allocation.measures):
+    if comm is ALONE and ranks > 1 and (needs_data(criterion) or allocation.measures):
         raise ValueError("reduce=None: the model is sharded, and each rank would prune by its own batches: say how ranks sum")
 
 
-def check_streamed(reduce: Reduce | None) -> None:
+def check_streamed(comm: Comm) -> None:
     """Refuses arguments that do not suit a model that is streamed."""
-    if reduce is not None:
+    if comm is not ALONE:
         raise ValueError("reduce: the model is streamed, and each rank would write the same folder: prune it on one")
 
 

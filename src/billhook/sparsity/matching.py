@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from billhook.arguments import annotated, fraction, number, whole
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.state import fresh_casts, overridden
 from billhook.engine.trees import tree_leaves, tree_map_only
-from billhook.engine.walk import Given, Reduce, Site, spare
+from billhook.engine.walk import Given, Site, spare
 from billhook.linalg import float64_device
 from billhook.model.convolutions import is_convolution
 from billhook.model.linears import turned, weight_of
@@ -100,7 +101,7 @@ class Tuning:
         block: The block; its parameters stay as they are.
         weights: The weights to tune, by the name of the parameter in the block, as they lie in memory.
         keeps: Of each, which weights are kept, bool.
-        reduce: Sums over ranks, each of which has passages of its own.
+        comm: The ranks, each of which has passages of its own.
     """
 
     def __init__(
@@ -109,9 +110,9 @@ class Tuning:
         block: nn.Module,
         weights: Mapping[str, Tensor],
         keeps: Mapping[str, Tensor],
-        reduce: Reduce | None = None,
+        comm: Comm = ALONE,
     ) -> None:
-        self.matching, self.block, self.keeps, self.reduce = matching, block, keeps, reduce
+        self.matching, self.block, self.keeps, self.comm = matching, block, keeps, comm
         self.tuned = {name: _wide(weight).detach().clone().requires_grad_() for name, weight in weights.items()}
         others = {name: one.detach() for name, one in (*block.named_parameters(), *block.named_buffers())}
         self.others = {name: _wide(one) for name, one in others.items() if name not in weights}
@@ -137,7 +138,7 @@ class Tuning:
             return self.matching.steps
         device = next(iter(self.tuned.values())).device
         count = torch.tensor([float(batches), 1.0], device=device)
-        every, ranks = count if self.reduce is None else self.reduce(count)
+        every, ranks = self.comm(count)
         return math.ceil(float(every / ranks))
 
     def _optimizer(self) -> torch.optim.Adam:
@@ -154,8 +155,8 @@ class Tuning:
             error, count = self._error(passage)
             found = torch.autograd.grad(error / count, list(self.tuned.values()), allow_unused=True)
         for (name, weight), gradient in zip(self.tuned.items(), found, strict=True):
-            own = torch.zeros_like(weight) if gradient is None else gradient * self.keeps[name]
-            weight.grad = own if self.reduce is None else self.reduce(own)
+            weight.grad = torch.zeros_like(weight) if gradient is None else gradient * self.keeps[name]
+        self.comm.sum_(*(weight.grad for weight in self.tuned.values() if weight.grad is not None))
         optimizer.step()
 
     @torch.no_grad()
@@ -163,7 +164,7 @@ class Tuning:
         """Returns the mean error of the tokens of passages, on all ranks."""
         device = float64_device(next(iter(self.tuned.values())).device)
         sums = torch.stack([torch.stack(self._error(passage)).to(device).double() for passage in passages]).sum(0)
-        error, count = sums if self.reduce is None else self.reduce(sums)
+        error, count = self.comm(sums)
         return float(error / count)
 
     def _error(self, passage: Passage) -> tuple[Tensor, Tensor]:
@@ -242,7 +243,7 @@ class MatchingVisitor(PruningVisitor):
     def _enough(self, passages: Sequence[Passage], device: torch.device) -> bool:
         """Tells whether all ranks have passages to tune on, and others to hold out."""
         lacking = torch.tensor([float(len(passages) < 2)], device=device)
-        return not (lacking if self.reduce is None else self.reduce(lacking))
+        return not self.comm(lacking)
 
     def _passages(self) -> list[Passage]:
         found = []
@@ -264,7 +265,7 @@ class MatchingVisitor(PruningVisitor):
         held_out = self.matching.is_held_out(len(passages))
         parts = [[one for one, held in zip(passages, held_out, strict=True) if held is part] for part in (False, True)]
         with torch.inference_mode(False):
-            tuning = Tuning(self.matching, site.module, weights, keeps, self.reduce)
+            tuning = Tuning(self.matching, site.module, weights, keeps, self.comm)
             weights.clear()  # it has copies
             tuned = tuning(*parts)
         return {name: self._rounded(site.linears[name], one, tuned[lies[name]]) for name, one in own.items()}

@@ -10,12 +10,12 @@ from torch import nn
 from billhook.arguments import annotated
 from billhook.calibration.alone import tell_once
 from billhook.calibration.calibration import Batches
+from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.device import check_device
 from billhook.engine.passes import in_turn
-from billhook.engine.ranks import checked
 from billhook.engine.sharding import is_sharded
 from billhook.engine.store import store_of
-from billhook.engine.walk import Reduce, Sequential
+from billhook.engine.walk import Sequential
 from billhook.model.convolutions import Convolutions, is_convolution
 from billhook.model.linears import channels, size_of
 from billhook.model.values import check_changeable
@@ -127,12 +127,12 @@ def prune(
     criterion, allocation = criterion or Wanda(), allocation or Uniform()
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)
-    reduce = checked(reduce, next(model.parameters()).device)
+    comm = Comm.of(reduce, next(model.parameters()).device)
     if permute:
-        check_permute(pattern, dry_run, store_of(model).in_files, reduce)
+        check_permute(pattern, dry_run, store_of(model).in_files, comm is not ALONE)
         check_permutable(model)
     if is_sharded(model):
-        check_sharded(criterion, allocation, reduce, offload)
+        check_sharded(criterion, allocation, comm, offload)
     with nullcontext() if dry_run else store_of(model).following():
         with in_turn(model):
             linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
@@ -140,10 +140,10 @@ def prune(
                 check_matching(criterion, sequential, count_adapters)
             adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
             if store_of(model).in_files:
-                check_streamed(reduce)
-            runs = runs_for(model, batches, needing(criterion, allocation, match), reduce)
+                check_streamed(comm)
+            runs = runs_for(model, batches, needing(criterion, allocation, match), comm)
             check_called_once(model, runs)
-            walks = Walks(model, linears, runs, reduce, device, folder, adapters)
+            walks = Walks(model, linears, runs, comm, device, folder, adapters)
             warn_of_others(model, linears)
             plan = _planned(walks, criterion, amount, pattern, sequential, allocation, match, progress, permute, dry_run)
         if not dry_run:
@@ -164,7 +164,7 @@ def _planned(
     dry_run: bool,
 ) -> WeightPlan:
     model, linears, shapes = walks.model, walks.linears, {name: size_of(linear) for name, linear in walks.linears.items()}
-    known = tokens_in(walks.runs, walks.reduce, next(model.parameters()).device) if solves(criterion) else None
+    known = tokens_in(walks.runs, walks.comm) if solves(criterion) else None
     coming = {} if known is None else {n: (known, channels(one)) for n, one in linears.items() if not is_convolution(one)}
     if words := few_tokens(criterion, coming):
         tell_once(words)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from billhook.adapters.masked import counted, product_of
-from billhook.engine.ranks import Ranks, own_of
+from billhook.engine.comm import Comm
 from billhook.engine.statistics import Statistics
 from billhook.engine.store import BlockStore
-from billhook.engine.walk import Reduce, Site, Visitor
+from billhook.engine.walk import Site, Visitor
 from billhook.model.convolutions import batched, is_convolution, places_of
 from billhook.model.linears import channels, size_of, turned, weight_of
 from billhook.sparsity.criteria import Criterion, check_finite
@@ -41,7 +41,7 @@ class PruningVisitor(Visitor):
         store: Where blocks come from, and where what becomes of their linears is staged.
         linears: All linears, by name.
         tokens: Of each run, which tokens count: bool, `[batch, length]`, one for each of its sequences that is padded.
-        reduce: Sums statistics over ranks; None on one.
+        comm: The ranks.
         adapters: The layers of LoRA that count, by linear: as if they were merged.
         shared: Whether linears that read one and the same tensor share their statistics; if they do so in some runs only, that
             raises `InputsDiffer`.
@@ -57,13 +57,13 @@ class PruningVisitor(Visitor):
         store: BlockStore,
         linears: Mapping[str, nn.Module],
         tokens: Sequence[Mapping[str, Tensor]],
-        reduce: Reduce | None,
+        comm: Comm,
         adapters: Mapping[str, nn.Module],
         shared: bool,
     ) -> None:
         self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
         self.store, self.linears = store, linears
-        self.tokens, self.reduce, self.adapters, self.shared = tokens, reduce, adapters, shared
+        self.tokens, self.comm, self.adapters, self.shared = tokens, comm, adapters, shared
         self.pruned: dict[str, Pruned] = {}
         self.given: dict[str, tuple[int, int]] = {}  # linear -> how many tokens it was given, and how many inputs it has
         self._names = {module: name for name, module in store.model.named_modules()}
@@ -149,8 +149,7 @@ class PruningVisitor(Visitor):
         """Prunes the linears of a site that were given tokens."""
         firsts = {name: self._first[name] for name in site.linears if name in self._first}
         self._differ |= any(self._calls[name] != self._calls[first] for name, first in firsts.items())  # one was called again
-        if self.reduce is not None:
-            self._sum(site, self.reduce)
+        self._sum(site)
         if self._differ:
             raise InputsDiffer
         called = {name: linear for name, linear in site.linears.items() if name in self._first}
@@ -159,42 +158,42 @@ class PruningVisitor(Visitor):
         self.given |= {name: (tokens[name], channels(linear)) for name, linear in linears.items()}
         self.finish({name: linear for name, linear in called.items() if tokens[name]})
         self._complete |= site.linears.keys()
-        if site.module not in called.values() or self.reduce is not None:
+        if site.module not in called.values() or self.comm.size > 1:
             self._last = {run: last for run, last in self._last.items() if last[2] not in self._complete}
         wanted = {last[2] for last in self._last.values()}
         self.statistics = {name: one for name, one in self.statistics.items() if name in wanted or name not in self._complete}
 
-    def _sum(self, site: Site, reduce: Reduce) -> None:
-        """Sums statistics over ranks, once all have agreed on which there are."""
-        names, device = list(site.linears), next(iter(site.linears.values())).get_parameter("weight").device
-        place = {name: number for number, name in enumerate(names)}
-        who = [place[self._first[name]] if name in self._first else None for name in names]
-        rows = [[1, first, first * first] if first is not None else [0, 0, 0] for first in who]
-        sums = reduce(torch.tensor([*rows, [int(self._differ), 0, 0]], dtype=torch.int64, device=device)).tolist()
-        self._differ = sums[-1][0] > 0 or any(ranks * squares != total**2 for ranks, total, squares in sums[:-1])
+    def _sum(self, site: Site) -> None:
+        """Sums the statistics of a site over ranks together, once all have agreed on which there are."""
+        known = {name: self._first[name] for name in site.linears if name in self._first}
+        ranks = self.comm.gather((known, self._differ))
+        firsts = {name: first for firsts, _ in ranks for name, first in firsts.items()}
+        self._differ = any(differ or not firsts.items() >= known.items() for known, differ in ranks)
         if self._differ:
             return
-        self._first |= {name: names[total // ranks] for name, (ranks, total, _) in zip(names, sums, strict=False) if ranks}
-        for name in dict.fromkeys(self._first[name] for name in names if name in self._first):
+        self._first |= firsts
+        device = next(iter(site.linears.values())).get_parameter("weight").device
+        there = [name for name in site.linears if name in firsts.values()]
+        for name in there:
             if name not in self.statistics:
                 self.statistics[name] = empty_for(self.criterion, site.linears[name], device)
-            for tensor in self.statistics[name].tensors():
-                reduce(tensor)
+        self.comm.sum_(*(tensor for name in there for tensor in self.statistics[name].tensors()))
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Prunes linears whose statistics are complete, or are not needed."""
-        own = {} if (ranks := self._dividing) is None else self._own(linears, ranks)
+        divided = self.criterion.updates and self.comm.size > 1  # to solve for weights takes longer than to send them
+        own = self._own(linears) if divided else {}
         for name, linear in linears.items():
             self.store.load(linear)
             weight, adapter = weight_of(linear), self.adapters.get(name)
             scored = counted(weight, adapter)
-            if ranks is None:
-                new, keep = self._solved(name, scored, self._statistics(name))
-            else:
+            if divided:
                 solved = own.pop(name, None)
                 new = torch.zeros_like(scored) if solved is None else solved.weight(scored)
                 keep = torch.zeros_like(scored, dtype=torch.bool) if solved is None else solved.keep(scored)
-                new, keep = ranks(new.float()).to(new.dtype), ranks(keep.byte()).bool()
+                new, keep = self.comm(new.float()).to(new.dtype), self.comm(keep.byte()).bool()
+            else:
+                new, keep = self._solved(name, scored, self._statistics(name))
             if adapter is not None:
                 if not torch.equal(new, where_kept(scored, keep)):
                     kind = type(self.criterion).__name__
@@ -203,16 +202,11 @@ class PruningVisitor(Visitor):
             self.pruned[name] = Pruned.of(weight, new, keep)
             self.tell()
 
-    @property
-    def _dividing(self) -> Ranks | None:
-        """The ranks that divide linears, where weights are solved for, which takes longer than to send them."""
-        return self.reduce if self.criterion.updates and isinstance(self.reduce, Ranks) else None
-
-    def _own(self, linears: Mapping[str, nn.Module], ranks: Ranks) -> dict[str, Pruned]:
+    def _own(self, linears: Mapping[str, nn.Module]) -> dict[str, Pruned]:
         """Prunes this rank's linears, reckoned to cost rows x width^2 + width^3, before any are sent."""
         costs = [width**2 * (rows + width) for rows, width in (size_of(linear) for linear in linears.values())]
         found = dict[str, Pruned]()
-        for (name, linear), is_own in zip(linears.items(), own_of(costs, ranks), strict=True):
+        for (name, linear), is_own in zip(linears.items(), self.comm.own_of(costs), strict=True):
             self.store.load(linear)
             if is_own:
                 scored = counted(weight_of(linear), self.adapters.get(name))

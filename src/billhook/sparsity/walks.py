@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from billhook.adapters.masked import counted
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, runs_of, tell_apart
+from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import by_parameter
 from billhook.engine.passes import ActivationFiles, outputs_in_files
 from billhook.engine.state import undisturbed
 from billhook.engine.store import BlockStore, store_of
-from billhook.engine.walk import Reduce, Sequential, Site, Walk, find_sites, with_ways_out
+from billhook.engine.walk import Sequential, Site, Walk, find_sites, with_ways_out
 from billhook.model.linears import find_twins, size_of, weight_of
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.criteria import Wanda
@@ -28,20 +29,20 @@ from billhook.sparsity.visitor import InputsDiffer, PruningVisitor
 V = TypeVar("V", bound=PruningVisitor)
 
 
-def runs_for(model: nn.Module, batches: Batches | None, needing: Sequence[object], reduce: Reduce | None) -> list[Run]:
+def runs_for(model: nn.Module, batches: Batches | None, needing: Sequence[object], comm: Comm) -> list[Run]:
     """Makes a run of each batch, if something needs data; refuses to go without any, on all ranks together."""
     if not needing:
         return []
-    if batches is None and (store_of(model).on_ranks or reduce is not None):
+    if batches is None and (store_of(model).on_ranks or comm is not ALONE):
         raise ValueError(f"batches=None: {type(needing[0]).__name__} needs calibration data")
     runs = runs_of(model, batches_of(batches, model))
     matches = any(isinstance(one, BlockMatching) for one in needing)
     found = torch.tensor([len(runs), int(matches and len(runs) < 2)], device=next(model.parameters()).device)
-    count, lacking = (found if reduce is None else reduce(found)).tolist()
+    count, lacking = comm(found).tolist()
     if not count:
         raise ValueError(f"batches=an empty collection: {type(needing[0]).__name__} needs calibration data")
     if lacking:
-        each = "" if reduce is None else " on each rank"
+        each = "" if comm is ALONE else " on each rank"
         raise ValueError(f"batches: match holds some out, and needs two at least{each}, got {len(runs)} here: give smaller ones")
     return runs
 
@@ -53,7 +54,7 @@ class Walks:
     model: nn.Module
     linears: Mapping[str, nn.Module]
     runs: Sequence[Run]
-    reduce: Reduce | None
+    comm: Comm
     offload: torch.device | None
     activations: str | None
     adapters: Mapping[str, nn.Module]
@@ -80,7 +81,7 @@ class Walks:
             raise ValueError(f"model: {min(often)} shares its weight with another linear: prune it in memory, not block by block")
         while True:
             visitor = make(
-                store=self.store, linears=self.linears, tokens=[run.tokens for run in self.runs], reduce=self.reduce,
+                store=self.store, linears=self.linears, tokens=[run.tokens for run in self.runs], comm=self.comm,
                 adapters=self.adapters, shared=shared,
             )  # fmt: skip
             data = tell_apart(self.runs) if key and self.store.in_files else ""
@@ -127,7 +128,7 @@ class Walks:
         new: dict[str, Tensor] = {}
         if first:
             site = Site(self.model, first, False if often else None, self.twins)
-            Walk([site], visitor, self.reduce)(forwards)
+            Walk([site], visitor, self.comm)(forwards)
             new = by_parameter(visitor.parameters(site))
         others = {name: one for name, one in self.linears.items() if name not in first}
         sites = self._sites(others, sequential, done)
@@ -136,7 +137,7 @@ class Walks:
         visitor.untouched = range(len(forwards)) if sequential == "none" else visitor.dense
         visitor.ends = 1
         with self.store.computing_with(new):
-            walk = Walk(with_ways_out(self.model, sites) if visitor.dense else sites, visitor, self.reduce, visitor.enter)
+            walk = Walk(with_ways_out(self.model, sites) if visitor.dense else sites, visitor, self.comm, visitor.enter)
             walk(forwards)
         return {name for site in walk.again for name in site.linears}
 
@@ -174,7 +175,8 @@ def sparsities_of(walks: Walks, amount: float, allocation: Allocation) -> dict[s
     blocks: Sequence[Mapping[str, nn.Module]] = [site.linears for site in walks.blocks()]
     measured: dict[int, float] = {}
     if allocation.measures:
-        measured = walks("none", partial(_Measured, blocks, allocation)).measured
+        found = walks("none", partial(_Measured, blocks, allocation)).measured
+        measured = walks.comm.decide(lambda: found)
         blocks = [blocks[number] for number in measured]
     sizes = [{name: math.prod(size_of(linear)) for name, linear in block.items()} for block in blocks]
     return dict.fromkeys(walks.linears, amount) | (allocation.allocate(sizes, amount, list(measured.values())) if sizes else {})

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from billhook.calibration.calibration import Batches
+from billhook.engine.comm import Comm
 from billhook.engine.statistics import Statistics
-from billhook.engine.walk import Reduce, Sequential
+from billhook.engine.walk import Sequential
 from billhook.model.convolutions import Convolutions
 from billhook.model.linears import turned, weight_of
 from billhook.sparsity.allocation import Allocation, Uniform
@@ -92,13 +93,13 @@ def choose(
     output_embeddings: bool,
     convolutions: Convolutions,
     sequential: Sequential,
-    reduce: Reduce | None,
+    comm: Comm,
 ) -> dict[str, Chosen]:
     """Finds what the masks that `prune` would make follow from, by linear; the model stays as it is. See `prune`."""
     allocation = allocation or Uniform()
     linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
-    runs = runs_for(model, batches, needing(criterion, allocation), reduce)
-    walks = Walks(model, linears, runs, reduce, None, None, {})
+    runs = runs_for(model, batches, needing(criterion, allocation), comm)
+    walks = Walks(model, linears, runs, comm, None, None, {})
     warn_of_others(model, linears)
     sparsities = sparsities_of(walks, check_amount(sparsity, pattern), allocation)
     noted = walks(sequential if needs_data(criterion) else None, partial(_Noting, criterion, sparsities, pattern, None)).noted

@@ -9,9 +9,9 @@ from torch import nn
 
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
+from billhook.engine.comm import ALONE
 from billhook.engine.device import check_device
 from billhook.engine.store import store_of
-from billhook.engine.walk import Reduce
 from billhook.model.convolutions import Convolutions
 from billhook.model.find import find_transformer
 from billhook.model.runs.answers import alike, logits_of, tolerance
@@ -85,13 +85,13 @@ def permute_for(
     check_permute(pattern, stream=store_of(model).in_files)
     check_permutable(model)
     linears = check_pruning(model, criterion, pattern, "block", None, skip, output_embeddings, convolutions)
-    runs = runs_for(model, batches, [criterion] if needs_data(criterion) else [], None)
-    walks = Walks(model, linears, runs, None, check_device(offload), check_folder(activations), {})
+    runs = runs_for(model, batches, [criterion] if needs_data(criterion) else [], ALONE)
+    walks = Walks(model, linears, runs, ALONE, check_device(offload), check_folder(activations), {})
     with in_order(walks, criterion, pattern) as done:
         return done
 
 
-def check_permute(pattern: str, dry_run: bool = False, stream: bool = False, reduce: Reduce | None = None) -> None:
+def check_permute(pattern: str, dry_run: bool = False, stream: bool = False, ranks: bool = False) -> None:
     """Refuses arguments with which channels cannot be put in another order."""
     if parse_pattern(pattern) is None:
         raise ValueError(f"pattern={pattern!r}: the order of channels counts only where groups are pruned: name a pattern N:M")
@@ -99,7 +99,7 @@ def check_permute(pattern: str, dry_run: bool = False, stream: bool = False, red
         raise ValueError("permute=True changes the order of channels, and dry_run=True leaves it: call permute_for first")
     if stream:
         raise ValueError("permute: the model is streamed, and the order of channels runs through all blocks: have it in memory")
-    if reduce is not None:
+    if ranks:
         raise ValueError("permute=True: each rank would search an order of its own: leave reduce out, or call permute_for first")
 
 

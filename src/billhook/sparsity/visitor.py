@@ -184,7 +184,7 @@ class PruningVisitor(Visitor):
         divided = self.criterion.updates and self.comm.size > 1  # to solve for weights takes longer than to send them
         own = self._own(linears) if divided else {}
         for name, linear in linears.items():
-            self.store.load(linear)
+            self.enter(linear)
             weight, adapter = weight_of(linear), self.adapters.get(name)
             scored = counted(weight, adapter)
             if divided:
@@ -272,7 +272,8 @@ class GlobalPruningVisitor(PruningVisitor):
 
         def prune(linears: Mapping[str, nn.Module]) -> None:
             for name in (name for name in linears if name in seen):
-                weight, keep = weight_of(seen[name]), lowest.keep(self._scores(name))
+                keep = lowest.keep(self._scores(name))
+                weight = weight_of(seen[name])
                 self.pruned[name] = Pruned.of(weight, where_kept(weight, keep), keep)
             self.tell()
 
@@ -280,7 +281,7 @@ class GlobalPruningVisitor(PruningVisitor):
 
     def _scores(self, name: str) -> Tensor:
         linear = self.linears[name]
-        self.store.load(linear)
+        self.enter(linear)
         weight = counted(weight_of(linear), self.adapters.get(name))
         with naming(name):
             check_finite(weight, "the weight")

@@ -90,7 +90,7 @@ class Walks:
                     again = self._go(sequential, visitor, often, resumes=key is not None)
                     if again <= often:
                         if (prune := visitor.close()) is not None:
-                            self._each(visitor, prune)
+                            self._each(prune)
                         visitor.stage()
                         self.store.release()
                         return visitor
@@ -118,7 +118,7 @@ class Walks:
         """Returns the linears of which a walk left out some calls. Those called often come first, in the dense model."""
         done = set(visitor.resume() if resumes else ())
         if sequential is None:
-            self._each(visitor, visitor.finish, done)
+            self._each(visitor.finish, done)
             return set()
         if visitor.dense and self.twins:
             refuse_called_again(name for name, _ in self.twins)
@@ -156,13 +156,10 @@ class Walks:
             sites = sorted(rests.values(), key=lambda site: place[site.module])
         return sites
 
-    def _each(
-        self, visitor: PruningVisitor, prune: Callable[[Mapping[str, nn.Module]], None], done: Collection[nn.Module] = ()
-    ) -> None:
+    def _each(self, prune: Callable[[Mapping[str, nn.Module]], None], done: Collection[nn.Module] = ()) -> None:
         """Prunes linears without runs, those of one block after the other."""
         for site in self.blocks():
             if self.store.owner.get(site.module) not in done:
-                visitor.enter(site.module)
                 prune(site.linears)
 
     def blocks(self) -> list[Site]:

@@ -4,6 +4,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -110,7 +111,7 @@ class WeightPlan(Plan):
         def told() -> str:
             return f"{fingerprint(self.decided())} {LazyTensors.of(weights or {}).key}"
 
-        with starting_from(model, weights), store.step(f"{self.kind} {list(self.pruned)}", told):
+        with starting_from(model, weights) if weights else nullcontext(), store.step(f"{self.kind} {list(self.pruned)}", told):
             for block in store.blocks.values():
                 if (block in inside or store.is_altered(block)) and not store.resumed(block, sizes):
                     with store.changing(block):

@@ -100,10 +100,10 @@ class Pruned:
     def weight(self, old: Tensor) -> Tensor:
         """Returns the weight after pruning; of one that is sharded, this rank's part."""
         keep, values = self.keep(old), self.values
-        if values is None:
-            return where_kept(local(old), local(sharded_as(keep, old)))
-        new = torch.zeros(old.shape, dtype=old.dtype, device=old.device)
-        return local(sharded_as(new.masked_scatter_(keep, values.to(old)), old))
+        if values is not None:
+            new = torch.zeros(old.shape, dtype=old.dtype, device=old.device).masked_scatter_(keep, values.to(old))
+            return local(sharded_as(new, old)) if isinstance(old, DTensor) else new
+        return where_kept(local(old), local(sharded_as(keep, old))) if isinstance(old, DTensor) else where_kept(old, keep)
 
     def part(self, old: Tensor) -> Part:
         """Returns what is put in the place of a weight; of one that is sharded, this rank's part."""

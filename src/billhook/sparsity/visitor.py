@@ -100,7 +100,7 @@ class PruningVisitor(Visitor):
         """Stages what the linears of the block that runs are in have become, or of those that are in none."""
         own = [name for name in self.pruned if self.store.owner.get(self.linears[name]) is self._block]
         own = [name for name in own if self.linears[name] in self._names]  # or it is beside the model, and waits in memory
-        if self._staged.issuperset(own):
+        if not self.store.blocks or self._staged.issuperset(own):  # in memory it is where it stays
             return
         values = {key: value for name in own for key, value in self.pruned[name].to_stage(self._weight(name)).items()}
         kept = {name: self.pruned[name].kept for name in own}
@@ -186,7 +186,7 @@ class PruningVisitor(Visitor):
         for name, linear in linears.items():
             self.enter(linear)
             weight, adapter = weight_of(linear), self.adapters.get(name)
-            scored = counted(weight, adapter)
+            scored = weight if adapter is None else counted(weight, adapter)
             if divided:
                 solved = own.pop(name, None)
                 new = torch.zeros_like(scored) if solved is None else solved.weight(scored)

@@ -93,8 +93,9 @@ def convert_kv_heads(
     trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     check_replaceable(model, trained_by)
     plan = plan_kv_heads(model, num_key_value_heads, method, layers, encoder)
-    plan, weights, _ = ready(model, plan, batches, repair)
-    apply(model, plan, trained_by, weights)
+    with store_of(model).following():  # of both steps, so that the same call goes on with what has been staged in the first
+        plan, weights, _ = ready(model, plan, batches, repair)
+        apply(model, plan, trained_by, weights)
     return plan
 
 

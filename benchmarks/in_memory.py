@@ -75,7 +75,7 @@ def main():
     for name in options.models:
         model = options.work / name if name in SIZES else Path(name)
         if not model.exists():
-            write(model, name)
+            write(model, SIZES[name])
         for what in options.only:
             given = [sys.executable, __file__, str(options.work), str(model), "--only", what, "--here"]
             row = subprocess.run(given, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class Comm:
         self._add, self.rank, self.size, self.shared, self.device = add, rank, size, shared, torch.device(device)
 
     @classmethod
-    def of(cls, reduce: "Reduce | Comm | None", device: torch.device | str = "cpu") -> "Comm":
+    def of(cls, reduce: "Reduce | Comm | None", model: nn.Module | None = None) -> "Comm":
         """Returns the ranks behind an argument `reduce`.
 
         A function does not say which rank this is. It is that of torch's process group, among those over which the function
@@ -52,7 +52,7 @@ class Comm:
 
         Args:
             reduce: None, a function that sums, or the ranks of a fit.
-            device: Where the function takes plain data.
+            model: The model, on whose device the function takes plain data; by default the CPU.
 
         Raises:
             ValueError: If the function does not return what it has summed, or does not sum.
@@ -67,7 +67,8 @@ class Comm:
             return reduce
         if reduce is None:
             return ALONE
-        device = "cpu" if torch.device(device).type == "meta" else device
+        first = None if model is None else next(model.parameters(), None)
+        device = torch.device("cpu") if first is None or first.is_meta else first.device
         place = dist.get_rank() if dist.is_available() and dist.is_initialized() else secrets.randbelow(PLACES)
         while True:
             table = torch.zeros(PLACES, dtype=torch.int32, device=device)

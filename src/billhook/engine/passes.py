@@ -83,7 +83,7 @@ class _Passed(Visitor):
         self.ends, self._leave = ends, leave
 
     def leave(self, site: Site) -> None:
-        """Tells that a block has been passed."""
+        """Reports a block that all runs have passed."""
         if self._leave is not None:
             self._leave(site.module)
 

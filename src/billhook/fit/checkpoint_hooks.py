@@ -1,4 +1,4 @@
-"""What checkpoints hold while our callbacks are in a fit: shape, adapters, random numbers, and the place in the data."""
+"""Hooks on checkpoints while our callbacks are in a fit: shape, adapters, random numbers, and the place in the data."""
 
 from collections.abc import Callable
 from functools import partial

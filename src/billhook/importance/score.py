@@ -123,7 +123,7 @@ def score(
     """
     annotated(score, locals())
     subject = find_transformer(model)
-    scoring = Scoring(subject, units, importance, loss, normalize, per, Comm.of(reduce, next(subject.parameters()).device))
+    scoring = Scoring(subject, units, importance, loss, normalize, per, Comm.of(reduce, subject))
     return scoring.scores(scoring.sums(batches_of(batches, subject) if importance.needs_data else ()))
 
 

@@ -103,7 +103,7 @@ def plan(
         raise ValueError(f"amount and {twice[0]}: give one of them; an Amount has the other as its own argument")
     amount = amount or Amount(heads, kv_heads, channels, residual, experts, blocks, params)
     enough = batches.enough if isinstance(batches, Calibration) else None
-    comm = Comm.of(reduce, next(model.parameters()).device)
+    comm = Comm.of(reduce, model)
     return plan_amount(model, amount, importance, batches, enough, scores, greedy, loss, comm)
 
 

@@ -88,7 +88,7 @@ def repair(
     annotated(repair, locals())
     units = _units(plan)
     units.check_made_for(model)
-    comm = Comm.of(reduce, next(model.parameters()).device)
+    comm = Comm.of(reduce, model)
     return repair_with(model, units, batches, how, comm, progress=progress)
 
 

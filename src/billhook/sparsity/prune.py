@@ -127,7 +127,7 @@ def prune(
     criterion, allocation = criterion or Wanda(), allocation or Uniform()
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)
-    comm = Comm.of(reduce, next(model.parameters()).device)
+    comm = Comm.of(reduce, model)
     if permute:
         check_permute(pattern, dry_run, store_of(model).in_files, comm is not ALONE)
         check_permutable(model)

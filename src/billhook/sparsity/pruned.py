@@ -1,4 +1,4 @@
-"""What a linear becomes: a bit for each weight, and new values where a criterion changes them, until they are put in its place.
+"""A pruned weight before it is put in place: a bit for each entry, and new values where a criterion changes them.
 
 Masks have 8 weights a byte as they wait and travel: a device packs and unpacks its own, so that only bits are copied.
 """

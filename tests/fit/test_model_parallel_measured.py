@@ -66,7 +66,8 @@ def test_ranks_send_what_the_manual_reckons(of_two, name):
     least = reckoned + scores
     assert least <= summed + sum(bytewise) <= least + plain + 8 * (2 + 1) * len(meets)  # of tokens, and of who needs which block
     assert set(meets) == {2 * 1024}
-    new = [4 * weight.numel() for linear, weight in linears(made) if linear.endswith(SENT[name].scattered)]
+    sizes = [4 * weight.numel() for linear, weight in linears(made) if linear.endswith(SENT[name].scattered)]
+    new = [int(part * size) for part in SENT[name].parts for size in sizes]
     scattered = sent.get(SCATTERS, [])
     assert set(scattered) == set(new)
     assert all(scattered.count(size) % new.count(size) == 0 for size in new)

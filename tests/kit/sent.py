@@ -90,13 +90,15 @@ class Event:
 
     Attributes:
         scores: How many the first rank sends.
-        scattered: Names of the linears whose new weights the first rank sends, each as often as others of its size.
+        scattered: How names of the linears end of which the first rank sends something, each as often as others of its size.
+        parts: What it sends of each, as parts of the bytes of its weight.
     """
 
     make: Callable[[], Any]
     summed: Callable[[Any], int]
     gathered: Callable[[Any, int, int], int]
     scattered: tuple[str, ...] = ()
+    parts: tuple[float, ...] = (1,)
     scores: int = 0
 
 
@@ -115,20 +117,31 @@ def tuned(model):
     return wanda(model) + pruned(model)
 
 
+BITS = 1 / 32
+"""Of a weight in float32, which is a bit of a mask."""
+MASKS = {"scattered": ("_proj",), "parts": (BITS,)}
+VALUES = {"scattered": ("_proj",), "parts": (BITS, 0.5)}
+"""Masks, and with them the half of the weights that is kept, where they are new."""
+
+
+def masked(model, around, blocks):
+    """Bytes that are gathered to find masks, to share them out, to hold them, and to put them in place."""
+    return around + blocks + int(3 * BITS * pruned(model))
+
+
+def solved_for(model, around, blocks):
+    """Bytes that are gathered where kept weights are new; masks once more, to tell which weights are whose."""
+    return around + blocks + int((4 * BITS + 2 * 0.5) * pruned(model))
+
+
 ATTENTION, FORWARD, KV = ".self_attn.", ".mlp.", ("k_proj", "v_proj")
 SENT = {
-    "Magnitude": Event(
-        lambda: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, measure_batches=0), lambda _: 0, lambda model, *_: pruned(model)
-    ),
-    "Wanda": Event(lambda: bh.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, lambda model, a, b: a + 2 * b + pruned(model)),
+    "Magnitude": Event(lambda: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, measure_batches=0), lambda _: 0, masked, **MASKS),
+    "Wanda": Event(lambda: bh.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, masked, **MASKS),
     "Wanda, matched": Event(
-        lambda: bh.WeightPruning(bh.Wanda(), 0.5, match=bh.BlockMatching(), **FEW),
-        tuned,
-        lambda model, a, b: a + 5 * b + 9 * pruned(model) // 4,
+        lambda: bh.WeightPruning(bh.Wanda(), 0.5, match=bh.BlockMatching(), **FEW), tuned, solved_for, **VALUES
     ),
-    "SparseGPT": Event(
-        lambda: bh.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, lambda model, a, b: a + 2 * b + 2 * pruned(model)
-    ),
+    "SparseGPT": Event(lambda: bh.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, solved_for, **VALUES),
     "channels": Event(
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=None, **FEW),
         lambda _: 16 * 2 * 160,

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -125,8 +126,20 @@ def fit_all(fits: dict[str, Fit]) -> None:
             torch.save([gathered[0] == gathered[1], *result], Path(out, f"{name}.pt"))
 
 
-ENDING = "import os, sys\nsys.stdout.flush()\nsys.stderr.flush()\nos._exit(0)\n"
-"""Ends a rank before the interpreter does: gloo's threads may release tensors in its end, and abort (pytorch/pytorch#190489)."""
+ENDING = "from kit.ranks import end\nend()\n"
+
+
+def end():
+    """Ends a rank whose work is done, once all others have done theirs, and before the interpreter would.
+
+    Gloo's threads may release tensors while the interpreter ends, which aborts the process (pytorch/pytorch#190489).
+    """
+    if torch.distributed.is_initialized():
+        with suppress(RuntimeError):  # another one has left already
+            torch.distributed.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run_script(folder, text, arguments):

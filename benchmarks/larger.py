@@ -35,7 +35,7 @@ COMPUTED = {  # name: hidden size, width of the feed-forward, blocks, heads, KV 
     "13B": (5120, 13824, 40, 40, 40, 32_000),
     "70B": (8192, 28672, 80, 64, 8, 128_256),
 }
-PASSES = 7
+PASSES = 8
 """Passes of `prune` over the blocks: the one in which zeros are counted first, and those that its plan names."""
 COMMANDS = {
     "Wanda, 50 %": ["prune", "--sparsity", "0.5"],

@@ -80,7 +80,7 @@ def plan_of(dense, passes):
     return f"read 2 blocks from files in {passes} passes, {passes * blocks / 1e6:,.1f} MB, and write {written / 1e6:,.1f} MB"
 
 
-PRUNED = [([], 6), (["--allocation", "OWL"], 7), (["--criterion", "Magnitude", "--criterion.compares", "global"], 8)]
+PRUNED = [([], 7), (["--allocation", "OWL"], 8), (["--criterion", "Magnitude", "--criterion.compares", "global"], 9)]
 
 
 @pytest.mark.parametrize(("how", "passes"), PRUNED, ids=["alike", "OWL", "global"])

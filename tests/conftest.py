@@ -2,10 +2,12 @@ import atexit
 import gc
 import os
 import shutil
+import signal
 import sys
 import tempfile
 
 gc.disable()  # nothing of what is imported becomes garbage
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
 
 # before datasets is imported: no hub, and a cache of the tests' own, which the workers of a run share
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -114,7 +114,7 @@ class PruningVisitor(Visitor):
 
     def came_again(self, site: Site) -> None:
         """Refuses blocks that come one at a time and are called again when what they become has been decided."""
-        if self.store.in_files or self.store.on_ranks:
+        if not self.store.holds_all:
             refuse_again(self._names[site.module])
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:

@@ -77,7 +77,7 @@ class Walks:
         has staged of blocks in files is not made again.
         """
         shared, often = True, {name for name, _ in self.twins}
-        if often and (self.store.in_files or self.store.on_ranks):
+        if often and not self.store.holds_all:
             raise ValueError(f"model: {min(often)} shares its weight with another linear: prune it in memory, not block by block")
         while True:
             visitor = make(

@@ -26,6 +26,7 @@ from billhook.checkpoints.push import NotPushed, check_repository, check_token, 
 from billhook.checkpoints.save import Saved, check_names, save
 from billhook.claim import Claim
 from billhook.engine.batches import examples_of
+from billhook.engine.passes import in_turn
 from billhook.engine.sharded_files import write_sharded
 from billhook.engine.sharding import is_sharded, reshard
 from billhook.engine.store import store_of
@@ -35,7 +36,6 @@ from billhook.fit.loggers import log_card
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import by_first, of_first
 from billhook.fit.run import callbacks_of, check_some_steps, is_trial, trained
-from billhook.fit.shards import in_turn
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.model.shapes.checkpoint_shape import save_shape

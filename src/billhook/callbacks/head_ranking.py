@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.calibration.enough import Settled
+from billhook.engine.passes import in_turn
 from billhook.engine.sharding import sizes_only
 from billhook.fit.calibration import FitCalibration, gradient_precision
 from billhook.fit.loggers import log_picture
 from billhook.fit.ranks import by_first, comm_of
-from billhook.fit.shards import in_turn
 from billhook.importance.base import Importance
 from billhook.importance.enough import score_enough
 from billhook.importance.score import Scoring, run_of

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from billhook.adapters.beneath import adapted
 from billhook.arguments import annotated
 from billhook.callbacks.kv_stages import StageCallback, check_heads, check_over
+from billhook.engine.passes import in_turn
 from billhook.engine.sharding import sizes_only
 from billhook.engine.store import store_of
 from billhook.fit.calibration import FitCalibration, Given, Pair
@@ -23,7 +24,6 @@ from billhook.fit.event import Event
 from billhook.fit.ranks import check_agreed, check_near, comm_of, of_first, summed, together
 from billhook.fit.rounds import At
 from billhook.fit.run import callbacks_of
-from billhook.fit.shards import in_turn
 from billhook.kv_heads.bases.ready import batches_needed, check_ready, ready_weights, turned_weights
 from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.kv_heads.convert import check_repair

@@ -14,6 +14,7 @@ from billhook.adapters.beneath import adapted, adds_nothing, beneath, taken_off
 from billhook.arguments import annotated
 from billhook.engine.batches import Run, run_with_loss
 from billhook.engine.lazy import LazyTensors
+from billhook.engine.passes import in_turn
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
@@ -21,7 +22,6 @@ from billhook.fit.event import Event, described, fewer, log_event, note_not_refi
 from billhook.fit.ranks import check_agreed, check_near, of_first, together
 from billhook.fit.rounds import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
-from billhook.fit.shards import in_turn
 from billhook.fit.training_step import runs_as_in_training, training_loss
 from billhook.importance.base import Importance
 from billhook.importance.obs import OBS

@@ -19,11 +19,11 @@ from billhook.arguments import whole
 from billhook.calibration.calibration import Batches, Calibration
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.engine.batches import Batch
+from billhook.engine.passes import in_turn
 from billhook.engine.state import overridden
 from billhook.engine.trees import tree_flatten, tree_leaves, tree_unflatten
 from billhook.fit.lightning_internals import to_device
 from billhook.fit.run import isolated
-from billhook.fit.shards import in_turn
 from billhook.fit.training_step import training_loss
 from billhook.model.find import find_transformer
 from billhook.repairs.enough import without_name

@@ -8,7 +8,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from billhook.engine.fsdp import put_on, take_off
-from billhook.engine.passes import in_turn as in_turn
 from billhook.engine.sharding import is_sharded, reshard, sharded_as
 from billhook.engine.shards import ShardStore
 

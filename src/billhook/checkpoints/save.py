@@ -151,7 +151,12 @@ def save(
     with claimed(target):
         recover(target)
         check_target(folder)
-        return _save(model, str(folder), target, tokenizer, plain, probe)
+        if not has_adapters(model):
+            return _save(model, str(folder), target, tokenizer, plain, probe)
+        with merged_for_now(model) as merged:
+            if merged.lost:
+                warnings.warn(f"the checkpoint does not compute what the model does: {merged.text()}", stacklevel=2)
+            return _save(cast(PreTrainedModel, merged.model), str(folder), target, tokenizer, plain, probe, merged.text())
 
 
 def _save(
@@ -161,26 +166,9 @@ def _save(
     tokenizer: Preprocessor | Sequence[Preprocessor] | None,
     plain: dict[str, Any],
     probe: Probe,
-) -> Saved:
-    """Saves a model to a folder that is claimed, with a record in plain data."""
-    if has_adapters(model):
-        with merged_for_now(model) as merged:
-            if merged.lost:
-                warnings.warn(f"the checkpoint does not compute what the model does: {merged.text()}", stacklevel=3)
-            return _save_plain(cast(PreTrainedModel, merged.model), folder, target, tokenizer, plain, probe, merged.text())
-    return _save_plain(model, folder, target, tokenizer, plain, probe)
-
-
-def _save_plain(
-    model: PreTrainedModel,
-    folder: str,
-    target: Path,
-    tokenizer: Preprocessor | Sequence[Preprocessor] | None,
-    plain: dict[str, Any],
-    probe: Probe,
     adapters: str | None = None,
 ) -> Saved:
-    """Saves a model without adapters, and says what was merged."""
+    """Saves a model without adapters to a folder that is claimed, with a record in plain data that says what was merged."""
     expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
     with drafted(target) as draft, _untouched(model), as_runs_see(model):
         way, family, difference = _write(model, expected, draft, probe)

@@ -53,10 +53,7 @@ class Parts:
         with suppress(OSError, ValueError):
             found = json.loads((self._place / RECORD).read_text())
         if not isinstance(found, dict) or found.get("key") != key:
-            step = self.step
-            while (later := self._folder / str(step)).exists():
-                shutil.rmtree(later)
-                step += 1
+            self._remove_steps(self.step)
             found = {"done": {}}
         self._done = dict(found["done"])
         return dict(self._done)
@@ -93,7 +90,10 @@ class Parts:
     def remove(self) -> None:
         """Removes all that was written, and lets other processes write."""
         if (self._folder / MARK).is_file():
-            shutil.rmtree(self._folder, ignore_errors=True)
+            with suppress(OSError):
+                self._remove_steps(1)
+                (self._folder / MARK).unlink()  # last: what a killed process leaves is known by it
+                self._folder.rmdir()
         self.step, self._done = 0, {}
         self.release()
 
@@ -101,6 +101,14 @@ class Parts:
         """Lets other processes write, until the next step begins."""
         if self._claim is not None:
             self._claim.release()
+
+    def _remove_steps(self, first: int) -> None:
+        """Removes a step and those after it, so that a process killed on the way leaves no record of files that are gone."""
+        steps = [int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()] if self._folder.exists() else []
+        for step in sorted(steps, reverse=True):
+            if step >= first:
+                (self._folder / str(step) / RECORD).unlink(missing_ok=True)
+                shutil.rmtree(self._folder / str(step))
 
     def _check_own(self) -> None:
         """Refuses a folder that billhook did not write."""

@@ -18,7 +18,7 @@ import transformers
 from oracle import answer, check, randomise
 from small_configs import architectures, build, has_experts, small_config
 
-from billhook.model.runs.inputs import make_inputs
+from billhook.model.inputs import make_inputs
 from billhook.tracing.trace import trace
 
 NAMES = ("clean", "partly opaque", "refused", "not built")

@@ -36,8 +36,8 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from billhook.model.inputs import make_inputs
 from billhook.model.memory import forget
-from billhook.model.runs.inputs import make_inputs
 from billhook.tracing.trace import trace
 
 CAUSAL = "AutoModelForCausalLM"

@@ -17,7 +17,7 @@ import transformers
 from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
-from billhook.model.runs.inputs import make_inputs
+from billhook.model.inputs import make_inputs
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, VOCAB, POSITIONS = 48, 6, 2, 16, 80, 2, 101, 64
 

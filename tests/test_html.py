@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.html import ROWS, html_table
+from billhook.page import ROWS, html_table
 from billhook.shrinking.shrunk import Choice, Shrunk
 from kit.families import llama
 

@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from billhook.repairs.repair import Repair as Repair
 
     from billhook.sparsity.prune import prune as prune
-    from billhook.sparsity.orders.permute import permute_for as permute_for
+    from billhook.sparsity.permute import permute_for as permute_for
     from billhook.sparsity.criteria import RIA as RIA, Magnitude as Magnitude, Wanda as Wanda
     from billhook.sparsity.sparsegpt import SparseGPT as SparseGPT
     from billhook.sparsity.alps import ALPS as ALPS
-    from billhook.sparsity.refit import Refit as Refit
+    from billhook.sparsity.alps import Refit as Refit
     from billhook.sparsity.allocation import OWL as OWL
-    from billhook.sparsity.learning.srste import SRSTE as SRSTE
+    from billhook.sparsity.learning import SRSTE as SRSTE
     from billhook.sparsity.matching import BlockMatching as BlockMatching
 
     from billhook.kv_heads.convert import convert_kv_heads as convert_kv_heads
-    from billhook.kv_heads.methods.mean import Mean as Mean
-    from billhook.kv_heads.methods.aligned import Aligned as Aligned
-    from billhook.kv_heads.methods.svd import SVD as SVD
-    from billhook.kv_heads.methods.auto import Auto as Auto
+    from billhook.kv_heads.methods import Mean as Mean
+    from billhook.kv_heads.methods import Aligned as Aligned
+    from billhook.kv_heads.methods import SVD as SVD
+    from billhook.kv_heads.methods import Auto as Auto
 
     from billhook.adapters.lora import LoRA as LoRA
     from billhook.adapters.masked import mask_adapters as mask_adapters
@@ -92,19 +92,15 @@ else:
         "billhook.pruning.repair": "repair",
         "billhook.repairs.repair": "Repair",
         "billhook.sparsity.prune": "prune",
-        "billhook.sparsity.orders.permute": "permute_for",
+        "billhook.sparsity.permute": "permute_for",
         "billhook.sparsity.criteria": "RIA Magnitude Wanda",
         "billhook.sparsity.sparsegpt": "SparseGPT",
-        "billhook.sparsity.alps": "ALPS",
-        "billhook.sparsity.refit": "Refit",
+        "billhook.sparsity.alps": "ALPS Refit",
         "billhook.sparsity.allocation": "OWL",
-        "billhook.sparsity.learning.srste": "SRSTE",
+        "billhook.sparsity.learning": "SRSTE",
         "billhook.sparsity.matching": "BlockMatching",
         "billhook.kv_heads.convert": "convert_kv_heads",
-        "billhook.kv_heads.methods.mean": "Mean",
-        "billhook.kv_heads.methods.aligned": "Aligned",
-        "billhook.kv_heads.methods.svd": "SVD",
-        "billhook.kv_heads.methods.auto": "Auto",
+        "billhook.kv_heads.methods": "Mean Aligned SVD Auto",
         "billhook.adapters.lora": "LoRA",
         "billhook.adapters.masked": "mask_adapters",
         "billhook.adapters.merge": "merge",

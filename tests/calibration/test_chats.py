@@ -5,8 +5,7 @@ import json
 import datasets
 import pytest
 
-from billhook.calibration.chats import ROLES, chat_of, tools_of
-from billhook.calibration.conversations import encode
+from billhook.calibration.conversations import ROLES, chat_of, encode, tools_of
 from billhook.calibration.rows import NOT_LEARNT, apart, map_rows
 from kit.chats import PLAIN, TAGGED, talking
 

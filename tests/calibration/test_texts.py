@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 import billhook as bh
-from billhook.calibration.texts import check_also, texts
+from billhook.calibration.calibration import check_also, texts
 
 WORDS = [{"text": "To be, or not to be, that is the question. " * 4}] * 4
 

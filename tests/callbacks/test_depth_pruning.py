@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.model.shapes.shape import shape_of
+from billhook.model.shape import shape_of
 from kit import fits
 from kit.families import build, tokens
 from kit.fits import data, same, trainer, weights

@@ -8,9 +8,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from billhook import Export, KVHeadConversion, Mean, Repair, Report, summary
-from billhook.kv_heads.bases.ready import ready_weights
 from billhook.kv_heads.config import kv_heads_by_layer
-from billhook.kv_heads.methods.svd import SVD
+from billhook.kv_heads.convert import ready_weights
+from billhook.kv_heads.methods import SVD
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.plan import apply
 from billhook.schedules import Constant, Linear, MultiStep

@@ -10,10 +10,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import billhook as bh
 from billhook import KVHeadConversion, Repair
-from billhook.kv_heads.bases.ready import ready_weights
 from billhook.kv_heads.config import kv_heads_of
-from billhook.kv_heads.convert import convert_kv_heads
-from billhook.kv_heads.methods.named import method_of
+from billhook.kv_heads.convert import convert_kv_heads, ready_weights
+from billhook.kv_heads.methods import method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from kit.families import llama
 from kit.fits import data, module, same, trainer, weights

@@ -12,7 +12,7 @@ from billhook.checkpoints import equivalent
 from billhook.checkpoints.equivalent import EQUIVALENT, Family
 from billhook.checkpoints.export import export
 from billhook.checkpoints.save import WAYS, load, save
-from billhook.model.shapes.shape import KEY, shape_of
+from billhook.model.shape import KEY, shape_of
 from billhook.pruning.planning import prune_units
 from kit.equivalents import FOUR, same, three_of_four, written
 from kit.families import EXTRA, build, llama, tokens

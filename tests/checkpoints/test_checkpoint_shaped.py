@@ -13,7 +13,7 @@ import billhook
 from billhook.checkpoints.save import WAYS, load, save
 from billhook.cli.measuring.inspect import inspect
 from billhook.model.meta import from_name
-from billhook.model.shapes.shape import KEY, set_shape, shape_of
+from billhook.model.shape import KEY, set_shape, shape_of
 from billhook.tracing.trace import trace
 from kit.families import llama, tokens
 from kit.shaped import PLAIN, SHAPED, narrow, narrow_tied_llama, uneven_llama, uneven_mixtral

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 import billhook
 from billhook.checkpoints.export import export
-from billhook.model.shapes.checkpoint_shape import save_shape
-from billhook.model.shapes.shape import KEY, shape_of
+from billhook.model.checkpoint_shape import save_shape
+from billhook.model.shape import KEY, shape_of
 from kit.shaped import SHAPED, uneven_llama
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}

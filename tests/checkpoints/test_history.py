@@ -8,8 +8,7 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
-from billhook.checkpoints.export import export
-from billhook.checkpoints.history import history
+from billhook.checkpoints.export import export, history
 from kit.events import Own, loader
 from kit.fits import trainer
 from kit.published import record_of

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import billhook
-from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
-from billhook.model.shapes.shape import KEY
+from billhook.model.checkpoint_shape import load_shape, save_shape
+from billhook.model.shape import KEY
 from kit.families import llama, tokens
 from kit.shaped import SHAPED, gpt2_of_two_heads, uneven_llama
 

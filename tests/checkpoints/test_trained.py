@@ -9,11 +9,11 @@ import transformers
 from torch import nn
 
 import billhook as bh
-from billhook.adapters.in_checkpoint import save_adapters
+from billhook.adapters.lora import save_adapters
 from billhook.checkpoints.export import export
+from billhook.model.checkpoint_shape import save_shape
 from billhook.model.constants import constants, differences, record_constants
-from billhook.model.shapes.checkpoint_shape import save_shape
-from billhook.model.shapes.shape import KEY
+from billhook.model.shape import KEY
 from billhook.model.transformers_internals import follows_inputs
 from kit.families import build, recompute, tokens
 from kit.fits import data, trainer

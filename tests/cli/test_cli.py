@@ -9,9 +9,8 @@ import transformers
 import yaml
 
 import billhook as bh
-from billhook.cli.front import description
 from billhook.cli.main import main
-from billhook.cli.options import COMMANDS, command_of
+from billhook.cli.options import COMMANDS, command_of, description
 from kit.cli import QUICK, ROOT, callbacks_in, small_llama
 from kit.cli import pytestmark as quiet
 from kit.fits import write_text

@@ -13,7 +13,7 @@ from billhook.cli.main import main
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.text import Examples
 from billhook.shrinking import work
-from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.latency import Workload
 from billhook.shrinking.levels import find_places
 from kit.cli import blocks, option, small_llama, tokenizer
 from kit.cli import pytestmark as quiet

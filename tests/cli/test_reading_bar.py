@@ -5,8 +5,8 @@ import pytest
 from transformers.utils import logging
 
 from billhook.checkpoints.save import load
+from billhook.cli.bars import files
 from billhook.cli.main import main
-from billhook.cli.reading import files
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 
-from billhook.cli import packaged
+from billhook.cli import recipes
 from billhook.cli.main import main
-from billhook.cli.packaged import with_files
+from billhook.cli.recipes import with_files
 from kit.cli import ROOT
 from kit.cli import pytestmark as quiet
 
@@ -53,5 +53,5 @@ def test_those_in_the_package_come_before_those_of_a_clone(tmp_path, monkeypatch
     for place, name in (("callbacks", "of_the_clone"), ("src/billhook/recipes", "of_the_package")):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / f"{name}.yaml").write_text("trainer: {}")
-    monkeypatch.setattr(packaged, "PACKAGE", package)
-    assert packaged.recipe_files() == {"of_the_package": package / "recipes" / "of_the_package.yaml"}
+    monkeypatch.setattr(recipes, "PACKAGE", package)
+    assert recipes.recipe_files() == {"of_the_package": package / "recipes" / "of_the_package.yaml"}

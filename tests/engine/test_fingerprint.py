@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from billhook.engine.batches import Run, runs_of, tell_apart
-from billhook.engine.fingerprint import fingerprint
+from billhook.engine.parts import fingerprint
 
 IDS = torch.arange(24)
 

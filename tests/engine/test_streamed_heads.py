@@ -5,9 +5,9 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.kv_heads.bases.attentions import Attentions
-from billhook.kv_heads.bases.ready import best_method
+from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.config import kv_heads_by_layer
+from billhook.kv_heads.convert import best_method
 from kit import stopped
 from kit.families import build
 from kit.streams import same, written

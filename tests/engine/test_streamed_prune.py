@@ -6,7 +6,7 @@ import transformers
 from small_configs import small_config
 
 import billhook as bh
-from billhook.model.runs.inputs import make_inputs
+from billhook.model.inputs import make_inputs
 from billhook.model.streamed import stream
 from kit import stopped
 from kit.streams import same, written

@@ -5,8 +5,7 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.importance.enough import score_enough
-from billhook.importance.score import Scoring
+from billhook.importance.score import Scoring, score_enough
 from kit import stopped
 from kit.streams import check_the_same, same, written
 

@@ -13,8 +13,8 @@ from billhook.engine.comm import Comm
 from billhook.engine.passes import in_turn
 from billhook.engine.statistics import InputMoments
 from billhook.engine.store import store_of
-from billhook.importance.base import Importance, Sums
 from billhook.importance.baselines import RandomUnits
+from billhook.importance.score import Importance, Sums
 from kit.families import llama, tokens
 
 

@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 import billhook as bh
 from billhook.engine.comm import MESSAGE, Comm
-from billhook.kv_heads.bases.ready import ready_weights
+from billhook.kv_heads.convert import ready_weights
 from kit.families import tokens
 from kit.fits import trainer
 from kit.ranks import Ranks

@@ -16,8 +16,8 @@ import billhook as bh
 from billhook.callbacks import kv_heads
 from billhook.engine.sharding import is_sharded, whole
 from billhook.engine.shards import ShardStore
-from billhook.sparsity import plan
-from billhook.sparsity.plan import WeightPlan
+from billhook.sparsity import prune
+from billhook.sparsity.prune import WeightPlan
 from kit.families import llama
 from kit.fits import data, module, trainer
 from kit.loads import SAVED, loaded
@@ -58,7 +58,7 @@ def test_an_event_that_fails_at_its_end_has_changed_nothing(tmp_path, alone, mon
     def fails(*_):
         raise MemoryError("no memory is left")
 
-    monkeypatch.setattr(WeightPlan, "masks", fails) if name == "masks" else monkeypatch.setattr(plan, "put", fails)
+    monkeypatch.setattr(WeightPlan, "masks", fails) if name == "masks" else monkeypatch.setattr(prune, "put", fails)
     lit, callback = Own(), bh.WeightPruning(criterion, 0.5, **GIVEN)
     with pytest.raises(MemoryError, match="no memory is left"):
         trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)

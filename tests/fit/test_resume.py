@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import billhook as bh
-from billhook.engine.noise import Noise
+from billhook.engine.state import Noise
 from kit.fits import data, same, trainer, weights
 from kit.resumable import FEW, TWICE, Own, heads_then_kv_heads_then_weights, module, rows
 

@@ -12,7 +12,7 @@ from torch.distributed import checkpoint as dcp
 import billhook as bh
 from billhook.checkpoints.export import build_model, export, read_checkpoint
 from billhook.engine import sharded_files
-from billhook.model.shapes.checkpoint_shape import save_shape
+from billhook.model.checkpoint_shape import save_shape
 from kit.alive import alive_now
 from kit.families import llama, tokens
 from kit.fits import same

@@ -243,7 +243,7 @@ def test_a_reader_brings_its_sums_to_the_host_once(importance):
         with Syncs() as syncs:
             bh.score(model, units, importance, [{"input_ids": tokens(2, 9)} for _ in range(number)])
         found.append({place.partition(":")[0]: many for place, many in syncs.places.items() if place.startswith("importance/")})
-    assert found[0]["importance/base.py"] == found[1]["importance/base.py"] == len(units)
+    assert found[0]["importance/score.py"] == found[1]["importance/score.py"] == len(units)
     assert found[0].get("importance/activations.py") == found[1].get("importance/activations.py")
 
 

@@ -10,9 +10,8 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.importance.base import Importance
 from billhook.importance.baselines import RandomUnits
-from billhook.importance.score import run_of, score
+from billhook.importance.score import Importance, run_of, score
 from billhook.units.find import find_units
 from billhook.units.units import UnitKind
 from kit.families import build, llama, tokens

@@ -8,9 +8,8 @@ import torch
 import billhook as bh
 from billhook.engine import memory
 from billhook.engine.batches import Run
-from billhook.importance import moments
-from billhook.importance.enough import score_enough
-from billhook.importance.score import Scoring
+from billhook.importance import obs
+from billhook.importance.score import Scoring, score_enough
 from billhook.units.find import find_units
 from kit.families import build, tokens
 from kit.shaped import bert
@@ -68,7 +67,7 @@ def test_no_more_than_a_block_is_held_where_memory_is_short_and_the_scores_are_t
     scoring = Scoring(model, units, bh.OBS(), per="kv_head")
     model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
 
-    def noted(*given, make=moments.InputMoments):
+    def noted(*given, make=obs.InputMoments):
         alive.add(one := make(*given))
         most.append(len(alive))
         return one
@@ -80,7 +79,7 @@ def test_no_more_than_a_block_is_held_where_memory_is_short_and_the_scores_are_t
             0
         ]
 
-    monkeypatch.setattr(moments, "InputMoments", noted)
+    monkeypatch.setattr(obs, "InputMoments", noted)
     once = scores()
     number = len(calls)
     assert max(most) >= len(units) == 4

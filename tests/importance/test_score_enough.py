@@ -10,8 +10,7 @@ import torch
 import billhook as bh
 from billhook.engine.batches import Batch
 from billhook.importance import score as scored
-from billhook.importance.enough import score_enough
-from billhook.importance.score import Scoring
+from billhook.importance.score import Scoring, score_enough
 from kit.families import llama, tokens
 from kit.ranks import Ranks
 

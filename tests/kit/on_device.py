@@ -18,7 +18,7 @@ from billhook.engine.device import Copies
 from billhook.engine.parts import Parts
 from billhook.engine.store import store_of
 from billhook.model import surgery
-from billhook.report.metrics import perplexity
+from billhook.report.damage import perplexity
 from kit import standin
 from kit.families import llama, tokens
 from kit.standin import Registered, is_far

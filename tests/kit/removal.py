@@ -13,8 +13,8 @@ from small_configs import build as small
 
 import billhook as bh
 from billhook.model import surgery
-from billhook.model.runs.inputs import make_inputs
-from billhook.model.shapes.shape import shape_of
+from billhook.model.inputs import make_inputs
+from billhook.model.shape import shape_of
 from billhook.pruning import removal
 from billhook.pruning.cuts import coupled
 from billhook.units.find import find_units

@@ -8,8 +8,8 @@ from small_configs import architectures, build, small_config
 from torch import nn
 
 import billhook
+from billhook.model import inputs
 from billhook.model.linears import prunable, weight_of
-from billhook.model.runs import inputs
 from billhook.sparsity.criteria import Criterion
 
 OUT, IN = 24, 160

@@ -9,7 +9,7 @@ import torch
 import transformers
 from small_configs import architectures, build, has_experts, small_config
 
-from billhook.model.runs.inputs import make_inputs
+from billhook.model.inputs import make_inputs
 from billhook.units.find import find_units
 
 FAMILIES = [

@@ -7,7 +7,7 @@ from peft import LoraConfig
 import billhook as bh
 from billhook.adapters.lora import LoRA, attach
 from billhook.kv_heads.config import kv_heads_by_layer
-from billhook.model.shapes.handed import handing_of
+from billhook.model.handed import handing_of
 from kit.families import tokens
 from kit.fits import data, trainer
 from kit.kv_zoo import build

@@ -1,11 +1,8 @@
 import pytest
 import torch
 
-from billhook.kv_heads.bases.ready import check_ready, turned_weights
-from billhook.kv_heads.methods.aligned import Aligned
-from billhook.kv_heads.methods.auto import Auto
-from billhook.kv_heads.methods.mean import Mean
-from billhook.kv_heads.methods.named import method_of
+from billhook.kv_heads.convert import check_ready, turned_weights
+from billhook.kv_heads.methods import Aligned, Auto, Mean, method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.pooling import approach
 from billhook.model.surgery import changed, take

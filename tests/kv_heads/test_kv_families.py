@@ -15,14 +15,14 @@ from billhook.kv_heads import proof as kv_proof
 from billhook.kv_heads.config import heads_of, kv_heads_by_layer, kv_heads_of
 from billhook.kv_heads.convert import convert_kv_heads
 from billhook.kv_heads.layout import find_kv
-from billhook.kv_heads.methods.baselines import RandomHeads
+from billhook.kv_heads.methods import RandomHeads
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.kv_heads.proof import cut_into_groups
+from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.figures import figures_of
+from billhook.model.inputs import make_inputs
 from billhook.model.plan import apply
-from billhook.model.runs.inputs import make_inputs
-from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
-from billhook.model.shapes.shape import GROUPS, Shape, set_shape, shape_of
+from billhook.model.shape import GROUPS, Shape, set_shape, shape_of
 from billhook.report.summary import summary
 from kit.kv_zoo import ZOO, build, pooled_and_repeated
 

@@ -9,9 +9,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from billhook.engine.lazy import by_parameter
 from billhook.engine.store import store_of
-from billhook.kv_heads.bases.alone import Alone, see_calls
-from billhook.kv_heads.bases.freedom import Block, Freedoms, find_freedoms
-from billhook.kv_heads.bases.stacks import find_projections, read, written
+from billhook.kv_heads.freedom import Alone, Block, Freedoms, find_freedoms, see_calls
+from billhook.kv_heads.stacks import find_projections, read, written
 from billhook.tracing.trace import trace
 from kit import families, kv_zoo
 from kit.families import llama

@@ -7,13 +7,11 @@ import pytest
 import torch
 
 from billhook.engine.batches import Run
-from billhook.kv_heads.bases.bases import find_bases, weight_moments
-from billhook.kv_heads.bases.freedom import find_freedoms, in_order
-from billhook.kv_heads.bases.grouping import moments_in_order, similar_order
-from billhook.kv_heads.bases.moments import gather
-from billhook.kv_heads.bases.stacks import find_projections, read
-from billhook.kv_heads.methods.named import method_of
-from billhook.kv_heads.methods.svd import SVD
+from billhook.kv_heads.bases import find_bases, moments_in_order, similar_order, weight_moments
+from billhook.kv_heads.freedom import find_freedoms, in_order
+from billhook.kv_heads.methods import SVD, method_of
+from billhook.kv_heads.moments import gather
+from billhook.kv_heads.stacks import find_projections, read
 from billhook.tracing.trace import trace
 from kit.families import tokens
 from kit.kv_zoo import mixed, model_of, with_stacks

@@ -7,10 +7,10 @@ from torch import nn
 
 from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.convert import convert_kv_heads
-from billhook.kv_heads.methods.baselines import RandomHeads
+from billhook.kv_heads.methods import RandomHeads
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.pooling import Pooled
-from billhook.model.shapes.shape import shape_of
+from billhook.model.shape import shape_of
 from kit.families import EXTRA, build, llama, tokens
 from kit.shaped import uneven_llama
 

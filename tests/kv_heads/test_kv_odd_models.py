@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 import billhook as bh
 from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of
-from billhook.model.runs.inputs import make_inputs
-from billhook.model.shapes import shape
+from billhook.model import shape
+from billhook.model.inputs import make_inputs
 from billhook.report.summary import summary
 from kit.removal import make
 from kit.units import other

@@ -10,15 +10,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import billhook as bh
 from billhook.engine.batches import Run
 from billhook.engine.comm import ALONE
-from billhook.kv_heads.bases.distance import distance_between
-from billhook.kv_heads.bases.freedom import Freedoms
-from billhook.kv_heads.bases.ready import Attentions, best_method
-from billhook.kv_heads.bases.stacks import find_projections, read
-from billhook.kv_heads.methods.aligned import Aligned
-from billhook.kv_heads.methods.auto import Auto
-from billhook.kv_heads.methods.mean import Mean
-from billhook.kv_heads.methods.named import method_of
-from billhook.kv_heads.methods.svd import SVD
+from billhook.kv_heads.attentions import distance_between
+from billhook.kv_heads.convert import Attentions, best_method
+from billhook.kv_heads.freedom import Freedoms
+from billhook.kv_heads.methods import SVD, Aligned, Auto, Mean, method_of
+from billhook.kv_heads.stacks import find_projections, read
 from billhook.repairs.repair import Repair
 from billhook.tracing.trace import trace
 from kit import kv_zoo

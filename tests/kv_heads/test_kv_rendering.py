@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from billhook.kv_heads.methods.aligned import Aligned
-from billhook.kv_heads.methods.mean import Mean
-from billhook.kv_heads.methods.svd import SVD
+from billhook.kv_heads.methods import SVD, Aligned, Mean
 
 mean, aligned, low_rank = Mean().render, Aligned().render, SVD().render
 KINDS = {"real": torch.float64, "complex": torch.complex128}

@@ -4,7 +4,7 @@ import pytest
 
 from billhook.kv_heads.config import kv_heads_by_layer, next_layers
 from billhook.kv_heads.plan import check_in_part, plan_kv_heads
-from billhook.model.shapes.shape import shape_of
+from billhook.model.shape import shape_of
 from kit.kv_zoo import build
 
 

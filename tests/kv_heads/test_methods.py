@@ -13,8 +13,7 @@ from torch import Tensor
 
 import billhook as bh
 from billhook.kv_heads.config import kv_heads_of
-from billhook.kv_heads.methods.base import KVMethod, Rendered, Rendering
-from billhook.kv_heads.methods.named import METHODS, method_of
+from billhook.kv_heads.methods import METHODS, KVMethod, Rendered, Rendering, method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.plan import Plan, apply, subclasses
 from kit.families import build, tokens

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from billhook.kv_heads.methods.baselines import drawing, std_of
+from billhook.kv_heads.methods import drawing, std_of
 from billhook.kv_heads.pooling import Pooled, first, mean, pooling
 
 POOLED = Pooled(1, (0, 2, 1, 2, 2))

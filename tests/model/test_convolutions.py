@@ -15,8 +15,7 @@ from transformers import (
     WhisperModel,
 )
 
-from billhook.model.convolutions import batched, patches, places_of
-from billhook.model.linears import in_place, prunable, turned, weight_of
+from billhook.model.linears import batched, in_place, patches, places_of, prunable, turned, weight_of
 
 WHISPER = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 WHISPER |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 16, "max_source_positions": 8, "num_mel_bins": 4}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.model.shapes.handed import HandedConv1D, HandedHeads, Handing, hand, handing_of, regular
+from billhook.model.handed import HandedConv1D, HandedHeads, Handing, hand, handing_of, regular
 
 HANDING = Handing(2, ((0, 2, 1, 3), (6, 1, 2, 3)))  # two queries, and one KV head of width 3, by head
 

@@ -8,10 +8,10 @@ from torch import nn
 
 from billhook.kv_heads.convert import convert_kv_heads
 from billhook.model.build import build_on_meta
+from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer, locate_transformer
-from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
-from billhook.model.shapes.handed import Handing
-from billhook.model.shapes.shape import Shape, set_shape, shape_of, unbuilt_shape
+from billhook.model.handed import Handing
+from billhook.model.shape import Shape, set_shape, shape_of, unbuilt_shape
 from kit.families import build, llama, tokens
 from kit.kv_zoo import build as build_kv
 from kit.shaped import PLAIN, SHAPED

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import billhook as bh
-from billhook.model.runs.answers import answer
-from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
+from billhook.model.checkpoint_shape import load_shape, save_shape
+from billhook.model.inputs import answer
 from kit.removal import make
 
 

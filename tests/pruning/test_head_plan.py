@@ -9,8 +9,8 @@ from small_configs import OVERRIDES, small_config
 from small_configs import build as small
 
 import billhook as bh
-from billhook.model.runs.inputs import make_inputs
-from billhook.model.shapes.shape import shape_of
+from billhook.model.inputs import make_inputs
+from billhook.model.shape import shape_of
 from billhook.units.find import find_units
 from kit.families import build, llama, t5
 from kit.shaped import bert, gpt2

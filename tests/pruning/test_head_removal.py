@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import billhook as bh
-from billhook.model.shapes.shape import shape_of
+from billhook.model.shape import shape_of
 from billhook.pruning import removal
 from billhook.units.find import find_units
 from kit.families import build, llama, tokens

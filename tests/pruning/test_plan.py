@@ -11,7 +11,7 @@ from torch import nn
 
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
-from billhook.model.shapes.shape import shape_of
+from billhook.model.shape import shape_of
 from billhook.units.find import find_units
 from kit.families import ATTENTIONS, MLPS, build, llama, t5
 from kit.removal import make

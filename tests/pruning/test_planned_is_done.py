@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.model.runs.answers import answer
+from billhook.model.inputs import answer
 from billhook.units.gates import zero_units
 from kit.removal import make as small
 

@@ -11,7 +11,7 @@ import torch
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
 from billhook.model.figures import figures_of
-from billhook.model.shapes.shape import shape_of
+from billhook.model.shape import shape_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.planning import plan_searched
 from billhook.pruning.target import First, Search, lowest

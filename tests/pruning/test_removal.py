@@ -17,7 +17,7 @@ import billhook as bh
 from billhook.importance.baselines import RandomUnits
 from billhook.model import surgery
 from billhook.model.linears import read_dim
-from billhook.model.shapes.shape import shape_of
+from billhook.model.shape import shape_of
 from billhook.pruning import removal
 from billhook.units.find import find_units, of_kind, units_of
 from kit.families import build, llama, recompute, t5, tokens

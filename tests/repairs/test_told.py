@@ -4,16 +4,16 @@ import pytest
 import transformers
 
 import billhook as bh
-from billhook.calibration import alone
+from billhook.calibration import calibration
 from billhook.engine.batches import Batch
 from kit.families import BERT, llama, tokens
 
 
 @pytest.fixture
 def told(caplog):
-    alone._log.cache_clear()
+    calibration._log.cache_clear()
     yield lambda: [(one.levelname, one.message) for one in caplog.records if one.name == "billhook"]
-    alone._log.cache_clear()
+    calibration._log.cache_clear()
 
 
 def repair(model, *sources):
@@ -22,7 +22,7 @@ def repair(model, *sources):
     return bh.repair(model, plan, batches)
 
 
-ADVICE = [("WARNING", alone.ADVICE)]
+ADVICE = [("WARNING", calibration.ADVICE)]
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def test_in_a_search_and_in_kv_heads(told):
     batches = [Batch({"input_ids": tokens(2, 16)}, "text") for _ in range(4)]
     bh.shrink(llama(), batches, params=0.95, generations=0)
     assert told() == ADVICE
-    alone._log.cache_clear()
+    calibration._log.cache_clear()
     bh.convert_kv_heads(llama(), 1, "svd", batches=batches, repair=bh.Repair())
     assert told() == 2 * ADVICE
 
 
-@pytest.mark.parametrize(("sources", "expected"), [(["generated"], [("WARNING", alone.OWN)]), (["text", "generated"], [])])
+@pytest.mark.parametrize(("sources", "expected"), [(["generated"], [("WARNING", calibration.OWN)]), (["text", "generated"], [])])
 def test_where_heads_are_merged_on_nothing_but_its_own_text(sources, expected, told):
     batches = [Batch({"input_ids": tokens(2, 16)}, source) for source in sources * (4 // len(sources))]
     bh.convert_kv_heads(llama(), 1, "svd", batches=batches)
     assert told() == expected
-    alone._log.cache_clear()
+    calibration._log.cache_clear()
     bh.shrink(llama(), batches, kv_cache_bytes=0.5, generations=0)
     assert told() == 2 * expected

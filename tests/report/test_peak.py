@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from billhook.report import peak
-from billhook.report.peak import Peak
+from billhook.report import speed
+from billhook.report.speed import Peak
 
 MEGA = 2**20
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def test_the_rise_is_what_was_taken_most_not_what_stays():
 
 
 def test_where_nothing_counts_it_there_is_none(monkeypatch, tmp_path):
-    monkeypatch.setattr(peak, "RESET", tmp_path / "nowhere" / "clear_refs")
+    monkeypatch.setattr(speed, "RESET", tmp_path / "nowhere" / "clear_refs")
     with Peak(CPU) as found:
         torch.ones(100)
     assert found.rise is None

@@ -6,8 +6,8 @@ from contextlib import nullcontext
 import pytest
 
 from billhook.cli.main import main
-from billhook.cli.measuring import engine
-from billhook.serving import speed
+from billhook.cli.measuring import bench
+from billhook.serving import engine
 from kit import serving
 from kit.serving import saved
 
@@ -15,7 +15,7 @@ pytestmark = serving.pytestmark
 
 
 def test_the_table_and_the_figures(tmp_path, capsys, monkeypatch, converter):
-    monkeypatch.setattr(engine, "Converter", lambda: nullcontext(converter))
+    monkeypatch.setattr(bench, "Converter", lambda: nullcontext(converter))
     dense, cut = saved(tmp_path / "dense", "llama"), saved(tmp_path / "cut", "llama", intermediate_size=32)
     out = tmp_path / "out.json"
     line = f"bench {dense} {cut} --engine llama.cpp --contexts [16] --new_tokens 4 --rounds 2 --threads 1 --json {out}"
@@ -59,15 +59,15 @@ class Clocked:
 
 
 def test_rounds_are_interleaved_and_compared_within(monkeypatch):
-    monkeypatch.setattr(speed, "LlamaCpp", Clocked)
+    monkeypatch.setattr(engine, "LlamaCpp", Clocked)
     monkeypatch.setattr(Clocked, "order", [])
-    first, second = speed.measure_engine(["a", "b"], 8, 5, rounds=3, warmup=1)
+    first, second = engine.measure_engine(["a", "b"], 8, 5, rounds=3, warmup=1)
     assert Clocked.order == ["a", "b", "b", "a", "a", "b", "b", "a"]
     assert (first.read, second.read) == ((8.0, 12.0, 16.0), (4.0, 6.0, 8.0))
     assert (first.prompt_rate, second.prompt_rate) == (8 / 12, 8 / 6)
     assert first.writing_rate == 4 / 3
-    assert speed.speed_up(first.read, second.read) == (2, 2, 2)
-    assert speed.speed_up((2.0, 2.0, 2.0), (1.0, 2.0, 4.0)) == (0.75, 1.0, 1.5)
+    assert engine.speed_up(first.read, second.read) == (2, 2, 2)
+    assert engine.speed_up((2.0, 2.0, 2.0), (1.0, 2.0, 4.0)) == (0.75, 1.0, 1.5)
 
 
 @pytest.mark.parametrize(

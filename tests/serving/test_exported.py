@@ -9,7 +9,7 @@ import billhook as bh
 from billhook.assets import model_path
 from billhook.cli.main import main
 from billhook.serving.engine import LlamaCpp
-from billhook.serving.exported import export_gguf
+from billhook.serving.written import export_gguf
 from kit import serving
 from kit.cli import pytestmark as quiet
 from kit.fits import trainer
@@ -49,7 +49,7 @@ def fast(monkeypatch, converter):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr("billhook.serving.exported.Converter", Shared)
+    monkeypatch.setattr("billhook.serving.written.Converter", Shared)
 
 
 def test_the_command_writes_a_file_of_a_folder(folder, tmp_path, capsys, fast):

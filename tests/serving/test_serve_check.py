@@ -11,8 +11,7 @@ from billhook.serving import converter as converters
 from billhook.serving import engine as engines
 from billhook.serving.check import Served, serve_check
 from billhook.serving.engine import LlamaCpp
-from billhook.serving.missing import Missing
-from billhook.serving.worker import Worker, WorkerError
+from billhook.serving.worker import Missing, Worker, WorkerError
 from kit import serving
 from kit.serving import saved
 

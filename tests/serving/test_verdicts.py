@@ -14,8 +14,7 @@ from billhook.checkpoints.save import save
 from billhook.cli.main import main
 from billhook.model.meta import read_config
 from billhook.pruning.planning import prune_units
-from billhook.serving.divisible import GPUS, multiple_of, shares
-from billhook.serving.readings import FILES, reading
+from billhook.serving.readings import FILES, GPUS, multiple_of, reading, shares
 from billhook.serving.verdicts import Verdict, told, verdicts
 from kit.families import build, llama
 from kit.shaped import uneven_llama

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from billhook.engine import replay
 from billhook.engine.batches import Batch, runs_of
 from billhook.report import predictions as module
+from billhook.shrinking import divergence
 from billhook.shrinking.divergence import Divergence
 from kit.families import llama, tokens
 from kit.syncs import Syncs
@@ -98,7 +98,7 @@ def test_models_whose_blocks_hand_on_more_than_they_return_run_as_a_whole():
 
 @pytest.mark.parametrize("held", [2**31, 0])
 def test_no_more_is_held_than_may_be(monkeypatch, held):
-    monkeypatch.setattr(replay, "BYTES", held)
+    monkeypatch.setattr(divergence, "BYTES", held)
     model, calls = llama(num_hidden_layers=2), []
     found = Divergence(model, runs_of(model, [{"input_ids": tokens()}]))
     model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(0))

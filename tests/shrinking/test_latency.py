@@ -9,10 +9,8 @@ import transformers
 import billhook as bh
 from billhook.engine.batches import Batch
 from billhook.pruning.amount import Amount
-from billhook.shrinking import hidden
-from billhook.shrinking.latency import search
-from billhook.shrinking.latency.table import Clock, timed
-from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking import hidden, latency
+from billhook.shrinking.latency import Clock, Workload, timed
 from billhook.shrinking.planned import Planned
 from billhook.shrinking.shrunk import Times
 from billhook.shrinking.smallest import Found
@@ -179,8 +177,8 @@ def test_the_limit_follows_the_clock_where_places_together_take_longer_or_less(t
 
     monkeypatch.setattr(Clock, "times", noted)
     shrunk = bh.shrink(model_of(), texts(), latency=0.6, layers="free", **FEW)
-    assert 0.6 - search.SLACK <= tried[-1] == shrunk.times.ratio <= 0.6
-    assert not 0.6 - search.SLACK <= tried[7 + 3 + 1] <= 0.6  # the first after those of the table and of blocks
+    assert 0.6 - latency.SLACK <= tried[-1] == shrunk.times.ratio <= 0.6
+    assert not 0.6 - latency.SLACK <= tried[7 + 3 + 1] <= 0.6  # the first after those of the table and of blocks
     assert shrunk.limit == int(0.6 * round(1e9 * seconds(model_of(), 3e-5, 6e-4)))
 
 
@@ -216,8 +214,8 @@ class Made:
 )
 def test_a_search_comes_back_up_until_the_budget_is_used(steps, takes, unused, monkeypatch):
     made = Made(steps)
-    monkeypatch.setattr(search.Found, "within", made.within)
-    found = search.fast_enough(made, 0.7, made, [], None, None)
+    monkeypatch.setattr(latency.Found, "within", made.within)
+    found = latency.fast_enough(made, 0.7, made, [], None, None)
     assert takes[0] <= found.times.ratio <= takes[1]
     assert found.times.unused == unused
     assert made.tried[0] <= 600 < made.tried[1]

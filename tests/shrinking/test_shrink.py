@@ -13,7 +13,7 @@ from billhook.importance.obs import OBS
 from billhook.shrinking import space, variants
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.held_out import divided
-from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.latency import Workload
 from billhook.shrinking.planned import apply_in_turn
 from billhook.shrinking.work import Work
 from kit.families import BERT, T5, build, llama, tokens

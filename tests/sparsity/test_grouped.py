@@ -13,7 +13,7 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetC
 import billhook as bh
 from billhook.engine.sharding import whole
 from billhook.model.linears import prunable
-from billhook.sparsity import grouped
+from billhook.sparsity import visitor
 from billhook.sparsity.criteria import Random, WandaAlpha
 from kit.sparsity import CRITERIA, stable_sort_layer, stable_sort_rows
 
@@ -145,7 +145,7 @@ def test_refits_on_patches_bring_outputs_nearer():
 def test_some_images_at_a_time_make_the_same(monkeypatch, geometry):
     convolution, batches = case(geometry)
     whole = prune_one(convolution, bh.SparseGPT(), batches, 0.5)
-    monkeypatch.setattr(grouped, "VALUES", 1)
+    monkeypatch.setattr(visitor, "VALUES", 1)
     torch.testing.assert_close(prune_one(convolution, bh.SparseGPT(), batches, 0.5), whole)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
-from billhook.calibration import alone
+from billhook.calibration import calibration
 from billhook.engine.statistics import InputMoments, InputNorms
 from billhook.model.linears import prunable, weight_of
 from billhook.model.plan import apply
@@ -224,7 +224,7 @@ class Rarely(nn.Module):
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
 @pytest.mark.parametrize("kind", [bh.SparseGPT, bh.ALPS, bh.Refit, bh.Wanda])
 def test_fewer_tokens_than_inputs_are_told_before_the_work_for_what_solves_for_weights(kind, caplog, monkeypatch):
-    alone._log.cache_clear()
+    calibration._log.cache_clear()
     told, walk = [], Walks.__call__
     monkeypatch.setattr(Walks, "__call__", lambda *given: told.append(caplog.text) or walk(*given))
     solves = kind is not bh.Wanda

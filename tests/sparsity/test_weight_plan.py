@@ -9,7 +9,7 @@ from torch import nn
 
 import billhook as bh
 from billhook.model.plan import Plan, apply
-from billhook.sparsity.plan import WeightPlan
+from billhook.sparsity.prune import WeightPlan
 from kit.families import llama
 from kit.sparsity import batches_of, family
 

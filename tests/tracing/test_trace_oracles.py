@@ -12,7 +12,7 @@ import transformers
 from small_configs import architectures, build, has_experts, small_config
 
 import billhook as bh
-from billhook.model.runs.inputs import make_inputs
+from billhook.model.inputs import make_inputs
 from billhook.tracing.groups import Group
 from billhook.tracing.show import fold
 from kit.units import FAMILIES

@@ -11,7 +11,7 @@ from torchmetrics.text import Perplexity
 
 from billhook import ClassificationDataModule, KVHeadConversion, LoRA, TextDataModule, TransformerModule
 from billhook.checkpoints.save import save
-from billhook.model.shapes.shape import shape_of
+from billhook.model.shape import shape_of
 from billhook.training.data import Seq2SeqDataModule
 from billhook.training.metrics import TokenPerplexity
 from kit.families import BERT, SMALL, T5, VIT, build, llama, tokens

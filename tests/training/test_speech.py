@@ -13,9 +13,8 @@ from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, AutoPr
 import billhook as bh
 from billhook.model.linears import prunable
 from billhook.model.preprocessors import tokenizer_of
-from billhook.training.inputs.sound import heard
 from billhook.training.metrics import metrics_of
-from billhook.training.speech import SpeechDataModule
+from billhook.training.speech import SpeechDataModule, heard
 from billhook.units.find import find_units
 from kit.families import llama
 from kit.speech import RATE, WORDS, config, rows, tone, write_processor, write_wav

@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from billhook.tracing.trace import trace
-from billhook.training.trainable import attention_parameters, freeze_others
+from billhook.training.module import attention_parameters, freeze_others
 from kit.families import build, llama
 
 

@@ -11,12 +11,11 @@ import transformers
 from torch import nn
 
 import billhook as bh
-from billhook.importance.base import Importance, Sums
+from billhook.importance.score import Importance, Sums
+from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
-from billhook.model.runs.answers import cached_answer
-from billhook.model.runs.inputs import make_inputs
-from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
-from billhook.model.shapes.shape import set_shape, shape_of
+from billhook.model.inputs import cached_answer, make_inputs
+from billhook.model.shape import set_shape, shape_of
 from billhook.pruning import block_fields, block_plan
 from billhook.units.blocks import block_of, find_blocks, skipping
 from kit.families import build, llama, tokens

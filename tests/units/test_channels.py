@@ -8,7 +8,7 @@ import pytest
 
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
-from billhook.model.runs.answers import alike, answer
+from billhook.model.inputs import alike, answer
 from billhook.tracing.trace import trace
 from billhook.units.find import find_units, of_kind, units_of
 from kit.families import build, llama, t5, tokens

@@ -1,24 +1,96 @@
 """Tokens of several sources, to show to a method."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+import logging
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from glob import has_magic
+from itertools import chain, count
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, distributed, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import annotated, fraction, number, whole
 from billhook.calibration.conversations import columns_of, warn_of_rows_without_text
 from billhook.calibration.generated import NAME as GENERATED
-from billhook.calibration.generated import check_writes, generated, row_length
-from billhook.calibration.reading import Table, is_table, load_splits, runs_on
+from billhook.calibration.generated import check_writes, generated, row_length, writes
+from billhook.calibration.reading import Table, check_data, is_table, load_splits, runs_on
 from billhook.calibration.rows import map_rows, pack
-from billhook.calibration.sources import Source, Sources, named
 from billhook.engine.batches import Batch, each
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
 from billhook.names import without_folders
+
+Source: TypeAlias = str | dict[str, str | list[str]]
+"""`"generated"`, `"tiny"`, a file, a glob of files, a folder, a hub name, or files by split."""
+Sources: TypeAlias = Source | Table | Sequence[Source | Table]
+"""One or several, in Python also objects of `datasets`."""
+SHOWN = 4
+"""How many files of one split a source is named after, at most."""
+
+
+def named(sources: Sources, taken: Collection[str] = ()) -> dict[str, Source | Table]:
+    """Returns sources by name: of a file its stem, of an object the name of its data set, numbered where another has it.
+
+    Args:
+        sources: One or several.
+        taken: Names that no object is given.
+
+    Raises:
+        ValueError: If there is none, one cannot be read or is a stream, or two have a name in common.
+    """
+    given = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
+    for source in given:
+        _check(source)
+    found = dict[str, Source | Table]()
+    for source in given:
+        name = _of_object(source, {*found, *taken}) if is_table(source) else _of_files(source)
+        if name == GENERATED and source != GENERATED:
+            raise ValueError(f"sources: '{source}' has the name of what the model writes, '{GENERATED}': rename it")
+        if name in found or any(one is source for one in found.values()):
+            raise ValueError(f"sources={sources!r} must be one or more, each once: '{name}' is there twice")
+        found[name] = source
+    if not found:
+        raise ValueError(f"sources={sources!r} must be one or more, each once")
+    return found
+
+
+def _check(source: object) -> None:
+    """Refuses what names no text and holds none, or none that rows can be drawn of."""
+    check_data(source, "sources")
+    if not is_table(source):
+        return
+    import datasets
+
+    if isinstance(source, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise ValueError(
+            f"sources: rows are drawn of all that there are, and of a stream ({type(source).__name__}) nobody knows them: give a "
+            "part of it, such as datasets.Dataset.from_list(list(stream.take(1000)))"
+        )
+    if isinstance(source, datasets.DatasetDict) and "train" not in source:
+        splits = ", ".join(map(str, source)) or "none"
+        raise ValueError(f"sources: calibration needs a split 'train', and the DatasetDict has {splits}")
+
+
+def _of_files(source: Source) -> str:
+    """Names a source; files by split after those of `train`, a glob as it is written."""
+    if isinstance(source, dict):
+        files = source.get("train") or next(iter(source.values()), "")
+        names = [_of_files(file) for file in ([files] if isinstance(files, str) else files)]
+        shown = names if len(names) <= SHOWN else [*names[: SHOWN - 1], f"{len(names) - SHOWN + 1} more"]
+        return " + ".join(shown)
+    return Path(source).stem if Path(source).suffix and not has_magic(source) else source
+
+
+def _of_object(source: Table, taken: Collection[str]) -> str:
+    """Names an object after the data set that it was loaded from, if it has a name of its own."""
+    info = (source["train"] if isinstance(source, Mapping) else source).info
+    own = info.dataset_name if info.dataset_name != info.builder_name else None  # which is "json" of files
+    name = own or "dataset"
+    return next(one for one in chain([name], (f"{name} {n}" for n in count(2))) if one not in {*taken, GENERATED})
 
 
 @dataclass(frozen=True)
@@ -121,13 +193,13 @@ class Calibration:
         length, found = row_length(subject, self.length), list[Batch]()
         if GENERATED in self.named:
             check_writes(subject)
-        for name, count in self.rows(length).items():
+        for name, examples in self.rows(length).items():
             if name == GENERATED:
-                number, seed = (count, self.seed) if held_out is None else (held_out, self.seed + 1)
+                number, seed = (examples, self.seed) if held_out is None else (held_out, self.seed + 1)
                 found += generated(subject, examples=number, length=length, batch_size=self.batch_size, seed=seed)
             else:
                 tokenizer = tokenizer or tokenizer_of(subject, self.tokenizer)
-                rows = self._text(name, count, held_out, length, tokenizer)
+                rows = self._text(name, examples, held_out, length, tokenizer)
                 found += [Batch({"input_ids": own}, name) for own in torch.split(rows, self.batch_size)]
         return found
 
@@ -170,3 +242,93 @@ def batches_of(given: Batches | None, model: nn.Module) -> Iterable[Any]:
             raise ValueError(f"batches=None: {error}: give batches") from error
     calibration = Calibration() if given is None else given
     return each(calibration.read(model) if isinstance(calibration, Calibration) else calibration)
+
+
+ADVICE = (
+    "linears are refitted to one kind of text alone, as far as the batches say, so that the model may do worse on others: "
+    'calibrate on bh.Calibration([..., "generated"]), which adds what the model itself writes'
+)
+
+OWN = (
+    "KV heads are merged by what the model itself writes, and nothing else, which says too little of other text: "
+    'show text of the kind that it is for, as by bh.Calibration(["train.txt", "generated"])'
+)
+
+
+def tell_alone(model: nn.Module, sources: Collection[str]) -> None:
+    """Tells once, by the logger `billhook`, if a model that writes text is refitted to a single source of it, but its own.
+
+    It is no warning, as nothing is wrong with one kind of text for a model that is to read no other.
+
+    Args:
+        model: The model.
+        sources: The names of the sources of all batches, empty where batches name none.
+    """
+    if len(set(sources)) == 1 and GENERATED not in sources and isinstance(model, PreTrainedModel) and writes(model):
+        tell_once(ADVICE)
+
+
+def tell_own(sources: Collection[str]) -> None:
+    """Tells once, by the logger `billhook`, if KV heads are merged on nothing but what the model writes.
+
+    Args:
+        sources: The names of the sources of all batches, empty where batches name none.
+    """
+    if set(sources) == {GENERATED}:
+        tell_once(OWN)
+
+
+def tell_once(what: str) -> None:
+    """Tells something by the logger `billhook`, on the first rank, unless it has been told in this process."""
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0):
+        _log(what)
+
+
+@cache
+def _log(what: str) -> None:
+    logging.getLogger("billhook").warning(what)
+
+
+MEASURED = 4096
+"""How many tokens the model writes to be measured on, at most."""
+Also = Sources | None
+"""Texts that nothing is calibrated on."""
+
+
+def check_also(calibration: Calibration, also: Also) -> None:
+    """Refuses other texts that have the name of one of the calibration's, or of each other, and what is no text."""
+    for source in also if isinstance(also, Sequence) and not isinstance(also, str) else [also]:
+        if source is not None:
+            check_data(source, "also")
+    if same := sorted(_others(calibration, also).keys() & {*calibration.named, GENERATED}):
+        raise ValueError(f"also: '{same[0]}' is the name of another text, too, so their figures would be one: rename the file")
+
+
+def texts(
+    calibration: Calibration,
+    model: PreTrainedModel,
+    rows: int,
+    also: Also = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    written: bool = True,
+) -> list[Batch]:
+    """Reads so many rows of each text: held out of the calibration, `written` by the model, and of other texts."""
+    found, how = calibration.held_out(model, rows, tokenizer), replace(calibration, weights=None)
+    length = row_length(model, calibration.length)
+    if written and GENERATED not in calibration.named:
+        found += replace(how, sources=GENERATED).held_out(model, written_rows(calibration, rows, length))
+    for name, source in _others(calibration, also).items():
+        read = replace(how, sources=source, tokens=rows * length).read(model, tokenizer)
+        found += [Batch(one, name) for one in read]
+    return found
+
+
+def _others(calibration: Calibration, also: Also) -> dict[str, Source | Table]:
+    """Returns other texts by name; objects of `datasets` get none that the calibration has."""
+    none = also is None or (isinstance(also, Sequence) and not also)
+    return {} if none or also is None else named(also, calibration.named)
+
+
+def written_rows(calibration: Calibration, rows: int, length: int) -> int:
+    """Returns how many rows a model writes to be measured on: as many as of each text, or fewer beside other texts."""
+    return rows if GENERATED in calibration.named else max(min(rows, MEASURED // length), 1)

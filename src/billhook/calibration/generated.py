@@ -19,9 +19,8 @@ from billhook.engine.batches import Batch
 from billhook.engine.state import overridden, undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.figures import kv_cache_bytes
-from billhook.model.find import find_transformer
+from billhook.model.find import check_values, find_transformer
 from billhook.model.preprocessors import tokenizer_of
-from billhook.model.values import check_values
 
 NAME = "generated"
 """The name of this source."""

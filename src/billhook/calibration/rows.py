@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from billhook.calibration import chats, conversations
+from billhook.calibration import conversations
 from billhook.calibration.conversations import ROWS_AT_ONCE, check_texts, encode
 from billhook.calibration.reading import Rows, column_names
 
@@ -37,7 +37,7 @@ def map_rows(
     }
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(function, **options)
-    source = [Path(file).read_text(encoding="utf-8") for file in (__file__, chats.__file__, conversations.__file__)]
+    source = [Path(file).read_text(encoding="utf-8") for file in (__file__, conversations.__file__)]
     parts = [rows._fingerprint, source, function.__name__, arguments, _identity(tokenizer)]
     return rows.map(function, **options, new_fingerprint=Hasher.hash(parts), desc=f"Tokenising {split}")
 

@@ -11,8 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from transformers import PreTrainedModel
 
 from billhook.arguments import annotated, whole
-from billhook.calibration.calibration import Calibration
-from billhook.calibration.texts import Also, check_also, texts
+from billhook.calibration.calibration import Also, Calibration, check_also, texts
 from billhook.checkpoints.card import label_of
 from billhook.engine.sharding import is_sharded, reshard
 from billhook.fit.calibration import FitCalibration, tokenizer_in

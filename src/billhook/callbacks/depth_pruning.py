@@ -12,9 +12,8 @@ from billhook.fit.event import Event, note_settled
 from billhook.fit.ranks import check_agreed, comm_of
 from billhook.fit.rounds import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
-from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.score import run_of
+from billhook.importance.score import Importance, run_of
 from billhook.model.find import find_transformer
 from billhook.model.plan import carry_out
 from billhook.pruning.amount import Amount

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from billhook.adapters.in_checkpoint import save_adapters
+from billhook.adapters.lora import save_adapters
 from billhook.arguments import a_path, annotated
 from billhook.callbacks.damage import Damage, refuse_before
 from billhook.checkpoints.origin import CARD
@@ -36,13 +36,13 @@ from billhook.fit.loggers import log_card
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import by_first, of_first
 from billhook.fit.run import callbacks_of, check_some_steps, is_trial, trained
+from billhook.model.checkpoint_shape import save_shape
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
-from billhook.model.shapes.checkpoint_shape import save_shape
 from billhook.place import RECORD, check_target, replaced
 from billhook.serving.converter import find_converter
-from billhook.serving.exported import check_gguf, export_gguf
-from billhook.serving.missing import Missing
+from billhook.serving.worker import Missing
+from billhook.serving.written import check_gguf, export_gguf
 
 UNVERIFIED = """These are the weights at the end of a fit whose export failed; nothing has verified them. The error was:
 

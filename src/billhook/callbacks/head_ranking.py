@@ -16,9 +16,7 @@ from billhook.engine.sharding import sizes_only
 from billhook.fit.calibration import FitCalibration, gradient_precision
 from billhook.fit.loggers import log_picture
 from billhook.fit.ranks import by_first, comm_of
-from billhook.importance.base import Importance
-from billhook.importance.enough import score_enough
-from billhook.importance.score import Scoring, run_of
+from billhook.importance.score import Importance, Scoring, run_of, score_enough
 from billhook.model.find import find_transformer
 from billhook.plots.heads import heads
 from billhook.pruning.amount import Ranking

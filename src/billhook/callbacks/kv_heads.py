@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from billhook.adapters.beneath import adapted
+from billhook.adapters.merge import adapted
 from billhook.arguments import annotated
 from billhook.callbacks.kv_stages import StageCallback, check_heads, check_over
 from billhook.engine.passes import in_turn
@@ -24,17 +24,14 @@ from billhook.fit.event import Event
 from billhook.fit.ranks import check_agreed, check_near, comm_of, of_first, summed, together
 from billhook.fit.rounds import At
 from billhook.fit.run import callbacks_of
-from billhook.kv_heads.bases.ready import batches_needed, check_ready, ready_weights, turned_weights
 from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of, next_layers
-from billhook.kv_heads.convert import check_repair
-from billhook.kv_heads.methods.base import KVMethod
-from billhook.kv_heads.methods.mean import Mean
-from billhook.kv_heads.methods.named import Name, method_of
+from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, ready_weights, turned_weights
+from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, check_in_part, plan_kv_heads
 from billhook.kv_heads.pooling import approach
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, carry_out
-from billhook.model.shapes.shape import Shape, shape_of
+from billhook.model.shape import Shape, shape_of
 from billhook.model.surgery import changed, take
 from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule

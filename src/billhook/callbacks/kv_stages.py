@@ -17,7 +17,7 @@ from billhook.fit.lightning_internals import is_search
 from billhook.fit.rounds import At, check_at, shares_of, step_of
 from billhook.fit.run import callbacks_of, is_trial, training_steps
 from billhook.fit.shape_event import ShapeCallback, unwrapped
-from billhook.kv_heads.methods.base import KVMethod
+from billhook.kv_heads.methods import KVMethod
 from billhook.repairs.repair import Repair
 from billhook.schedules import Schedule, check_step
 

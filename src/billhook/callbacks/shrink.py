@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from billhook.adapters.beneath import adapted, adds_nothing, beneath, taken_off
+from billhook.adapters.merge import adapted, adds_nothing, beneath, taken_off
 from billhook.arguments import annotated
 from billhook.engine.batches import Run, run_with_loss
 from billhook.engine.lazy import LazyTensors
@@ -23,8 +23,8 @@ from billhook.fit.ranks import check_agreed, check_near, of_first, together
 from billhook.fit.rounds import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.training_step import runs_as_in_training, training_loss
-from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
+from billhook.importance.score import Importance
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear
 from billhook.model.memory import sight

@@ -16,8 +16,7 @@ from billhook.fit.event import Event, fewer, log_event, note_not_refitted, note_
 from billhook.fit.ranks import check_agreed, check_near, comm_of, together
 from billhook.fit.rounds import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
-from billhook.importance.base import Importance
-from billhook.importance.score import run_of
+from billhook.importance.score import Importance, run_of
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, carry_out
 from billhook.pruning.amount import Amount

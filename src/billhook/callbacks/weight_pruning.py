@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from billhook.adapters.beneath import taken_off
 from billhook.adapters.masked import mask_as_weights, on_linears, plain_adapters
+from billhook.adapters.merge import taken_off
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
 from billhook.engine.passes import in_turn
@@ -29,20 +29,17 @@ from billhook.fit.rounds import At, check_at, rounds_of, step_of
 from billhook.fit.run import check_learned, check_masks, is_trial
 from billhook.fit.shape_event import ShapeCallback, refuse_shape_changes
 from billhook.fit.training_step import runs_as_in_training
-from billhook.model.convolutions import Convolutions
 from billhook.model.find import find_transformer
+from billhook.model.linears import Convolutions
 from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import adapters_to_count, check_learning, check_matching, check_pruning, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.hold import Hold
-from billhook.sparsity.learning.chosen import Chosen, choose
-from billhook.sparsity.learning.learned import Learned
-from billhook.sparsity.learning.srste import SRSTE
+from billhook.sparsity.learning import SRSTE, Chosen, Learned, choose
 from billhook.sparsity.masks import check_amount, sparsity_of
 from billhook.sparsity.matching import BlockMatching
-from billhook.sparsity.plan import WeightPlan
-from billhook.sparsity.prune import prune
+from billhook.sparsity.prune import WeightPlan, prune
 
 
 @rank_zero_only

@@ -1,7 +1,8 @@
 """Writes a model card of what the record beside a checkpoint says: what was done, sizes, damage, and how it is loaded."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping, Sequence
 from textwrap import shorten
 from typing import Any
 
@@ -9,11 +10,81 @@ import transformers
 from huggingface_hub import ModelCardData
 from transformers import PretrainedConfig
 
-from billhook.checkpoints.markdown import listed, plain, table, with_error
 from billhook.checkpoints.origin import hub_name
-from billhook.checkpoints.settings import settings
-from billhook.model.shapes.shape import KEY
+from billhook.model.shape import KEY
 from billhook.serving.verdicts import told, verdicts
+
+
+def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:
+    """Returns the entries of a list in a record, which may be anybody's, that say what billhook's own do."""
+    found = record.get(name)
+    entries = found if isinstance(found, list) else []
+    return [one for one in entries if isinstance(one, Mapping) and all(key in one for key in keys)]
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[object]], align: str = "---:") -> str:
+    """Makes a table, with the columns after the first aligned alike."""
+    lines = [heads, ["---"] + [align] * (len(heads) - 1), *([number(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: object) -> str:
+    """Writes a number with four digits, or a whole one in full; other values as they are."""
+    if isinstance(value, float):
+        return f"{value:,.4g}"
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else plain(value)
+
+
+def with_error(value: object, error: object) -> str:
+    """Writes a number with its standard error."""
+    if not isinstance(value, float):  # a number that JSON lacks is a word
+        return "unknown"
+    return f"{value:,.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
+
+
+def plain(value: object) -> str:
+    r"""Returns text in a line that is shown as it is: neither Markdown nor HTML.
+
+    >>> print(plain("4 -> 2 <b>heads</b> | [a](b) *c* `d` _e_ snake_case"))
+    4 -> 2 &lt;b>heads&lt;/b> \| \[a\](b) \*c\* \`d\` \_e\_ snake_case
+    """
+    line = " ".join(str(value).split())
+    escaped = re.sub(r"[\\`*\[\]|#~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+    return escaped.replace("&", "&amp;").replace("<", "&lt;")
+
+
+ELSEWHERE = {
+    *("base_model", "made_of", "license", "license_name", "license_link", "saved", "files"),
+    *("events", "steps", "start", "damage", "accuracy", "perplexity", "metrics"),
+}
+"""What of a record the other parts of a card show."""
+LONGEST = 150
+"""Characters of one setting at most; what is longer, such as a plan, is left to the record."""
+
+
+def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns pairs of a name and words: the callbacks that made a fit's events, and all else that a few words can say."""
+    by = [one["by"] for one in listed(record, "events", ("by",)) if isinstance(one["by"], Mapping)]
+    named = [(str(one.get("callback")), words({name: own for name, own in one.items() if name != "callback"})) for one in by]
+    others = [(str(name), words(value)) for name, value in record.items() if name not in ELSEWHERE]
+    return [pair for pair in dict.fromkeys([*named, *others]) if pair[1]]
+
+
+def words(value: object, within: bool = False) -> str:
+    """Says a value in a line; nothing of one that takes more."""
+    if isinstance(value, Mapping):
+        parts = [f"{name} {own}" for name, one in value.items() if (own := words(one, True))]
+        found = "; ".join(parts)
+        return found if not within else f"({found})" if found and len(found) <= LONGEST else ""
+    if isinstance(value, list):
+        parts = [words(one, True) for one in value]
+        found = ", ".join(parts) if all(parts) and not any(isinstance(one, Mapping) for one in value) else ""
+    elif isinstance(value, float):
+        found = f"{value:g}"
+    else:
+        found = "" if value is None else str(value)
+    return found if len(found) <= LONGEST else ""
+
 
 RELATION = "finetune"
 """The relation to the base model. The hub knows finetune, adapter, merge and quantized; what is cut is other weights, alone."""

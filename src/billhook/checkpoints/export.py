@@ -2,8 +2,12 @@
 
 import copy
 import json
+import math
 import re
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,24 +16,123 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.adapters.in_checkpoint import base_checkpoint, put_back
-from billhook.checkpoints.history import history
+from billhook.adapters.lora import base_checkpoint, put_back
+from billhook.checkpoints.card import LOSSES, listed
 from billhook.checkpoints.origin import origin_of
 from billhook.checkpoints.save import Saved, save
-from billhook.checkpoints.trained import check_trained
-from billhook.checkpoints.verify import logits_of, make_probe
+from billhook.checkpoints.verify import Probe, logits_of, make_probe
 from billhook.engine.sharded_files import is_sharded_checkpoint, read_sharded
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import fields_of, set_fields
-from billhook.model.constants import check_record
+from billhook.model.constants import Difference, Number, Record, check_record, differences
 from billhook.model.meta import model_class
 from billhook.model.preprocessors import load_tokenizer
-from billhook.model.shapes.shape import KEY, Shape, shape_of
-from billhook.model.shapes.shaped import build_shaped
+from billhook.model.shape import KEY, Shape, shape_of
+from billhook.model.shaped import build_shaped
 from billhook.model.transformers_internals import build_class, compute_experts_in_turn
 from billhook.place import check_target
 from billhook.units.gates import zero_units
 from billhook.units.units import Per
+
+EVENT = ("number", "step", "what", "before", "after")
+"""What each event of a fit says."""
+TRAINED = "billhook_trained"
+"""The key of Lightning checkpoints under which they keep how the model was trained."""
+
+
+def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `Export` records of a fit: how it was trained, its events in order, and the damage at its end if measured.
+
+    What is not as billhook notes it, as anybody may have written the file, is left out.
+    """
+    held = checkpoint.get("callbacks")
+    states = [own for own in held.values() if isinstance(own, Mapping)] if isinstance(held, Mapping) else []
+    events = [one for state in states for one in listed(state, "events", EVENT) if _is_event(one)]
+    damage = [one for state in states for one in listed(state, "last", LOSSES) if _is_plain(one)]
+    starts = [own for state in states if isinstance(own := state.get("start"), Mapping) and own and _is_plain(own)]
+    noted = checkpoint.get(TRAINED)
+    trained = {name: noted.get(name) for name in ("training", "metrics")} if isinstance(noted, Mapping) else {}
+    found: dict[str, Any] = {"start": dict(starts[0])} if starts else {}
+    found |= {"events": sorted(events, key=lambda event: (event["step"], event["number"]))}
+    found |= {name: dict(own) for name, own in trained.items() if isinstance(own, Mapping) and _is_plain(own)}
+    return found | ({"damage": damage} if damage else {})
+
+
+def _is_event(event: Mapping[str, Any]) -> bool:
+    return all(type(event[name]) is int for name in ("number", "step")) and _is_plain(event)
+
+
+def _is_plain(value: Mapping[str, Any]) -> bool:
+    """Tells whether JSON can say a value."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def check_trained(model: PreTrainedModel, record: Record, name: str) -> None:
+    """Refuses a rebuilt model that computes by other constants than are recorded of the one that was trained.
+
+    They may differ where they change nothing of what the model computes of a probe, as rates of dropout and a size of the
+    vocabulary from before it grew. To find out, yet another value is tried; what the file says is only compared.
+    """
+    found = sorted(differences(model, record), key=lambda one: one.constant.attr)
+    if not found:
+        return
+    probe = make_probe(model)
+    expected = logits_of(model, probe)
+    for _, alike in groupby(found, key=lambda one: one.constant.attr):
+        if _counts(model, own := list(alike), probe, expected):
+            first = own[0]
+            raise ValueError(
+                f"'{name}' holds no {type(model).__name__} that computes what the trained one did: "
+                f"{first.constant.name.removeprefix('.')} was {_shown(first.recorded)} in training, and its class makes "
+                f"{_shown(first.now)} of the config in the checkpoint"
+            )
+
+
+def _shown(value: Number) -> str:
+    return f"{value:.7g}" if isinstance(value, float) else str(value)
+
+
+def _counts(model: PreTrainedModel, found: Sequence[Difference], probe: Probe, expected: Tensor) -> bool:
+    """Tells whether other constants than the model's give other logits, or no logits."""
+    with _others(found):
+        try:
+            logits = logits_of(model, probe)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:  # whatever a model raises
+            return True
+    return not torch.equal(logits.nan_to_num(), expected.nan_to_num())
+
+
+@contextmanager
+def _others(found: Sequence[Difference]) -> Iterator[None]:
+    """Gives a model other constants for a while."""
+    before = [(one.constant.holder, one.constant.attr, one.constant.value) for one in found]
+    try:
+        for holder, attr, value in before:
+            holder[attr] = _other(value)
+        yield
+    finally:
+        for holder, attr, value in before:
+            holder[attr] = value
+
+
+def _other(value: Any) -> Any:  # noqa: ANN401 - a number or a tensor
+    """Makes a number that is as legal: a probability stays one, and a place in a table is one in the table."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() or value.is_complex():
+            return torch.where(value == 0, 0.5, value / 2).to(value.dtype)
+        return ~value if value.dtype == torch.bool else torch.where(value > 0, value - 1, value + 1)
+    if value is None or isinstance(value, bool):
+        return 1 if value is None else not value
+    if isinstance(value, int):
+        return value - 1 if value > 0 else value + 1
+    return value + 0.5 if 0 <= value <= 0.5 else value / 2 if math.isfinite(value) else 1.0
+
 
 IGNORED = {
     *("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config"),

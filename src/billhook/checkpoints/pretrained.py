@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.assets import model_path
 from billhook.model.complete import check_shards, load_complete
 from billhook.model.meta import check_checkpoint, read_config
-from billhook.model.shapes.shaped import load_shaped, readable, says_shape
+from billhook.model.shaped import load_shaped, readable, says_shape
 from billhook.model.transformers_internals import build_class, classes_of
 
 Task = Literal[

@@ -21,19 +21,18 @@ from billhook.checkpoints.equivalent import equivalents, say_head_dim, transpose
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.claim import claimed
-from billhook.engine.noise import forked
+from billhook.engine.state import forked
 from billhook.engine.store import store_of
 from billhook.model.config_fields import nested_configs
-from billhook.model.find import find_transformer
+from billhook.model.find import check_dense, find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import Preprocessor
-from billhook.model.shapes.shape import KEY, to_entry, unbuilt_shape
-from billhook.model.shapes.shaped import load_as, readable
-from billhook.model.values import check_dense
+from billhook.model.shape import KEY, to_entry, unbuilt_shape
+from billhook.model.shaped import load_as, readable
 from billhook.names import without_paths
 from billhook.page import Shown
 from billhook.place import RECORD, check_name, check_target, drafted, move, recover, size
-from billhook.sparsity.learning.learned import as_runs_see
+from billhook.sparsity.learning import as_runs_see
 from billhook.versions import versions
 
 Way = Literal["plain", "equivalent", "shaped"]

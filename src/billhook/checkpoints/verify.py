@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.noise import seeded
-from billhook.engine.state import precisely, undisturbed
+from billhook.engine.state import precisely, seeded, undisturbed
 from billhook.engine.store import BlockStore, store_of
 from billhook.model.config_fields import text_config
-from billhook.model.runs.inputs import make_inputs
-from billhook.model.shapes.shaped import load_as
+from billhook.model.inputs import make_inputs
+from billhook.model.shaped import load_as
 from billhook.model.streamed import load_streamed
 from billhook.model.transformers_internals import compute_alike
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from billhook.checkpoints.export import export as exported
 from billhook.place import check_target, replaced
-from billhook.serving.exported import GGUFKind, check_gguf, export_gguf
+from billhook.serving.written import GGUFKind, check_gguf, export_gguf
 
 
 def export(

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import NoReturn
 
 import billhook
-from billhook.cli.addressed import check_addressed, told_addressed
 from billhook.cli.fragments import configs_in, dropped_callbacks, without_base
-from billhook.cli.front import description
-from billhook.cli.misspelt import no_command
-from billhook.cli.options import COMMANDS, LIGHTNING, command_of, in_options, run
-from billhook.cli.packaged import with_files
+from billhook.cli.misspelt import check_addressed, no_command, told_addressed
+from billhook.cli.options import COMMANDS, LIGHTNING, command_of, description, in_options, run
+from billhook.cli.recipes import with_files
 from billhook.cli.stopped import Terminated, terminated_like_interrupted
 
 
@@ -94,7 +92,7 @@ def _refusal(error: BaseException | None) -> BaseException | None:
 def _run(command: str, words: list[str]) -> None:
     for name in dir(billhook):  # short class names work for what is imported
         getattr(billhook, name)
-    from billhook.cli.reading import without_others_bars
+    from billhook.cli.bars import without_others_bars
 
     with terminated_like_interrupted(), without_others_bars():
         run(command_of(command), words)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from billhook.bar import Told
-from billhook.engine.fingerprint import fingerprint
+from billhook.engine.parts import fingerprint
 from billhook.engine.trees import tree_leaves, tree_map_only
 
 Loss = Callable[[nn.Module, Any], Tensor]

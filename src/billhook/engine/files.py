@@ -16,7 +16,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from billhook.bar import Told
 from billhook.engine.device import Copies, computed_on
-from billhook.engine.fingerprint import identity_of
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import (
     as_in_files,
@@ -26,7 +25,7 @@ from billhook.engine.loader_internals import (
     named_in,
     save_state,
 )
-from billhook.engine.parts import Parts, link, tensor_in
+from billhook.engine.parts import Parts, identity_of, link, tensor_in
 from billhook.engine.store import STORE, Alter, Before, BlockStore, Coming, ComingOnce, turned_in
 from billhook.engine.tensors import Files, renumbered, share, write_index
 from billhook.engine.walk import blocks_of

@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import Tensor
 from typing_extensions import Self
 
-from billhook.engine.fingerprint import fingerprint
+from billhook.engine.parts import fingerprint
 
 Read = Callable[[], Tensor]
 """Reads the values of a parameter; where ranks share them, all ranks call it together."""

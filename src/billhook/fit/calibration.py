@@ -26,7 +26,7 @@ from billhook.fit.lightning_internals import to_device
 from billhook.fit.run import isolated
 from billhook.fit.training_step import training_loss
 from billhook.model.find import find_transformer
-from billhook.repairs.enough import without_name
+from billhook.repairs.moments import without_name
 
 Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
 """A batch, and the loss as a function of the model and the batch."""

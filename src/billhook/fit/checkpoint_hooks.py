@@ -11,16 +11,16 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
-from billhook.adapters.in_checkpoint import save_adapters
-from billhook.engine.noise import random_state, set_random_state
+from billhook.adapters.lora import save_adapters
 from billhook.engine.sharded_files import described, is_sharded_checkpoint
 from billhook.engine.sharding import reshard
+from billhook.engine.state import random_state, set_random_state
 from billhook.fit.lightning_internals import batch_progress, data_fetcher, is_accumulating, training_loaders
 from billhook.fit.resume import ShapeInCheckpoint, before_weights, check_callbacks
 from billhook.fit.shards import reshaped
+from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
-from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
-from billhook.model.shapes.shape import KEY, Shape, shape_of
+from billhook.model.shape import KEY, Shape, shape_of
 
 RANDOM, GRADIENTS = "billhook_random", "billhook_gradients"
 """Where checkpoints keep the random numbers of each process, and the gradients of an unfinished step."""

@@ -14,7 +14,7 @@ from torch import nn
 from billhook.arguments import whole
 from billhook.calibration.calibration import Calibration
 from billhook.calibration.enough import Settled
-from billhook.checkpoints.history import TRAINED
+from billhook.checkpoints.export import TRAINED
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.checkpoint_hooks import ResumeState, add_to, unwrap_hooks, wrap_hooks
 from billhook.fit.lightning_internals import is_search

@@ -12,13 +12,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from billhook.adapters.in_checkpoint import save_adapters
+from billhook.adapters.lora import save_adapters
 from billhook.arguments import annotated
 from billhook.checkpoints.export import MASKED
 from billhook.engine.sharded_files import TENSORS, Unread, is_sharded_checkpoint, read_sharded
 from billhook.fit.run import callbacks_of
+from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
-from billhook.model.shapes.checkpoint_shape import load_shape, save_shape
 from billhook.units.gates import zero_units
 
 LARGE = "optimizer_states", "callbacks", "current_model_state"

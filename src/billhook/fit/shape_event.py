@@ -22,7 +22,7 @@ from billhook.fit.lightning_internals import averages, communication_state
 from billhook.fit.ranks import together
 from billhook.fit.run import callbacks_of, check_shapes, once_model_exists, training_steps
 from billhook.fit.shards import reshaped
-from billhook.model.optimizers import check_replaceable, check_unhooked
+from billhook.model.surgery import check_replaceable, check_unhooked
 
 
 class ShapeCallback(EventCallback):

@@ -15,11 +15,9 @@ from billhook.arguments import annotated, one_of
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Loss, Run
 from billhook.engine.state import resting
-from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import check_read
-from billhook.importance.score import run_of
-from billhook.model.find import find_transformer
-from billhook.model.values import check_values
+from billhook.importance.score import Importance, Sums, run_of
+from billhook.model.find import check_values, find_transformer
 from billhook.page import Shown
 from billhook.units.blocks import skipping
 from billhook.units.find import find_units, numbered

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from billhook.engine.batches import Run
 from billhook.engine.passes import Together
 from billhook.engine.store import store_of
-from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import by_unit, check_read, counted, counting, reading
+from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
-from billhook.model.convolutions import Convolution, batched, channels_of, is_convolution, patches
-from billhook.model.linears import read_dim, weight_of
+from billhook.model.linears import Convolution, batched, channels_of, is_convolution, patches, read_dim, weight_of
 from billhook.units.units import Per, Units
 
 AT_ONCE = 2**24

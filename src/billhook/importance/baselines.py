@@ -9,10 +9,9 @@ from torch import nn
 
 from billhook.engine.batches import Run
 from billhook.engine.store import store_of
-from billhook.importance.base import Importance, Sums
-from billhook.importance.parts import parts_of
+from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
-from billhook.units.units import Per, Units
+from billhook.units.units import Per, Units, parts_of
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from billhook.engine.batches import Run
 from billhook.engine.passes import Together
-from billhook.importance.base import Importance, Sums
+from billhook.importance.score import Importance, Sums
 from billhook.units.blocks import hidden_states, returned_states
 from billhook.units.units import PLURAL, Per, Units
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from billhook.arguments import one_of
 from billhook.engine.batches import Run
-from billhook.importance.base import Importance, Sums
 from billhook.importance.probes import Products, check_read
+from billhook.importance.score import Importance, Sums
 from billhook.units.units import Per, Units
 
 Each = Literal["token", "example", "batch"]

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from billhook.arguments import annotated, one_of, whole
 from billhook.engine.batches import Run
-from billhook.importance.base import Importance, Sums
-from billhook.importance.gradients import independent, stream, trainable
-from billhook.importance.parts import Part, parts_of
+from billhook.importance.probes import independent, stream, trainable
+from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
-from billhook.units.units import Per, Units
+from billhook.units.units import Part, Per, Units, parts_of
 
 Order = Literal["first", "second", "mixed", "vector", "unit"]
 Reduction = Literal["sum", "mean", "max", "product", "first", "last"]

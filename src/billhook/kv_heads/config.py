@@ -11,9 +11,9 @@ from billhook.kv_heads.layout import KVAttention, Rows, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.config_fields import field
 from billhook.model.find import find_transformer
+from billhook.model.handed import handing_of
 from billhook.model.meta import to_meta
-from billhook.model.shapes.handed import handing_of
-from billhook.model.shapes.shape import FLAG, Shape, built_shape, set_shape, shape_of, unbuilt_shape
+from billhook.model.shape import FLAG, Shape, built_shape, set_shape, shape_of, unbuilt_shape
 
 FIELD = "num_key_value_heads"
 FIELDS = (FIELD, "num_kv_heads")

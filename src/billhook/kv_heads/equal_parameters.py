@@ -10,7 +10,7 @@ from billhook.kv_heads.config import FIELD
 from billhook.model.build import build_class_on_meta
 from billhook.model.config_fields import field, nested_configs, with_fields
 from billhook.model.meta import from_config
-from billhook.model.shapes.shape import KEY
+from billhook.model.shape import KEY
 from billhook.tracing.trace import trace
 from billhook.units.fields import FieldFinder
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedModel
 
-from billhook.model.shapes.handed import Indices, handing_of
+from billhook.model.handed import Indices, handing_of
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import innermost
 from billhook.tracing.roles import Attention, Part

@@ -11,12 +11,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import Self
 
-from billhook.adapters.beneath import MERGE, adapted, beneath, without_adapters
+from billhook.adapters.merge import MERGE, adapted, beneath, without_adapters
 from billhook.arguments import whole
 from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
-from billhook.html import html_table
 from billhook.kv_heads.config import (
     check_each,
     check_kv_heads,
@@ -28,17 +27,16 @@ from billhook.kv_heads.config import (
     kv_heads_by_layer,
 )
 from billhook.kv_heads.layout import find_kv
-from billhook.kv_heads.methods.base import KVMethod
-from billhook.kv_heads.methods.named import Name, method_of, read_method
+from billhook.kv_heads.methods import KVMethod, Name, method_of, read_method
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.kv_heads.proof import KVWay, prove
 from billhook.model.config_fields import field
-from billhook.model.find import find_transformer
+from billhook.model.find import check_plain, find_transformer
 from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights, check_weights
-from billhook.model.shapes.shape import Shape, note_shape, set_shape, shape_of
+from billhook.model.shape import Shape, note_shape, set_shape, shape_of
 from billhook.model.surgery import Change, Follow, change_in_turn, follow, undone_by_errors
-from billhook.model.values import check_plain
+from billhook.page import html_table
 from billhook.tracing.show import pattern
 
 UNCHANGED = Change(lambda old: old, lambda _, value: value)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from billhook.engine.sharding import local, reshard, sharded_as, whole
 from billhook.engine.state import fresh_casts, uninterrupted
-from billhook.model.shapes.handed import Indices
-from billhook.model.shapes.shape import Shape
+from billhook.model.handed import Indices
+from billhook.model.shape import Shape
 from billhook.model.surgery import Change
 
 Pool = Callable[[Sequence[Tensor]], Tensor]

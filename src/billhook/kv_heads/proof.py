@@ -20,11 +20,10 @@ from billhook.kv_heads.config import check_kv_heads, choose, inside_encoder, is_
 from billhook.kv_heads.layout import KV, QUERY, KVAttention, Rows, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.config_fields import fields_of, with_fields
+from billhook.model.handed import Handing, handing_of, regular
+from billhook.model.inputs import alike, make_inputs
 from billhook.model.linears import is_linear
-from billhook.model.runs.answers import alike
-from billhook.model.runs.inputs import make_inputs
-from billhook.model.shapes.handed import Handing, handing_of, regular
-from billhook.model.shapes.shape import GROUPS, Shape, built_shape, set_shape, shape_of, unbuilt_shape
+from billhook.model.shape import GROUPS, Shape, built_shape, set_shape, shape_of, unbuilt_shape
 from billhook.model.surgery import Change, change_values
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
 from billhook.units.fields import LAYERS

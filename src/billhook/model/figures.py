@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from billhook.model.inputs import make_inputs
 from billhook.model.memory import Repeated, remembered
 from billhook.model.meta import to_meta
-from billhook.model.runs.inputs import make_inputs
 from billhook.model.transformers_internals import compute_every_expert
 
 CONTEXT = 512

@@ -1,7 +1,12 @@
 """Finds the Hugging Face model that a module holds."""
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+
+from billhook.engine.store import store_of
+from billhook.model.linears import is_linear, is_packed, is_quantised
 
 
 def find_transformer(module: nn.Module) -> PreTrainedModel:
@@ -34,3 +39,58 @@ def _hidden(module: nn.Module) -> str:
         if isinstance(kept, list | tuple | type({}.values())) and any(isinstance(one, PreTrainedModel) for one in kept):
             return f" that torch sees: '{name}' has one in a {type(value).__name__}; make it an attribute of its own"
     return ""
+
+
+def check_values(model: nn.Module, coming: bool = False) -> None:
+    """Refuses a model with tensors that have no values yet, or that nothing may change.
+
+    Args:
+        model: The model.
+        coming: Whether values of a block may be away until it comes.
+    """
+    blocks = store_of(model).blocks.values() if coming else ()
+    away = {id(parameter) for block in blocks for parameter in block.parameters()}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta and id(tensor) not in away:
+            raise ValueError(f"model: {name} has no weights yet (it is on the meta device): load all of them first")
+    check_changeable(model)
+
+
+def check_changeable(model: nn.Module) -> None:
+    """Refuses a model with tensors that nothing may change, as torch makes them in inference mode."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise ValueError(
+                f"model: {name} was made under torch.inference_mode, so it can neither be changed nor have a gradient: make or "
+                "load the model outside of it"
+            )
+
+
+def check_stored(model: nn.Module) -> None:
+    """Refuses linears whose weight is no parameter, but computed from others or a buffer."""
+    for name, module in model.named_modules():
+        if is_linear(module) and module._parameters.get("weight") is None:
+            raise ValueError(
+                f"the weight of {name} is no parameter (it is computed, as by torch.nn.utils.prune or a parametrization, or a "
+                "buffer): make it one first"
+            )
+
+
+def check_dense(model: nn.Module) -> None:
+    """Refuses weights that are stored sparse, which torch can neither cut nor save as they are."""
+    for name, parameter in model.named_parameters():
+        if parameter.layout is not torch.strided:
+            raise ValueError(f"{name} is sparse ({parameter.layout}): make it dense first, as by to_dense()")
+
+
+def check_plain(model: nn.Module, do: str) -> None:
+    """Refuses weights that are quantised, or sharded over devices, and says what to do before they are."""
+    for name, module in model.named_modules():
+        if is_packed(module):
+            raise ValueError(f"{name} is quantised ({type(module).__name__}): {do} quantised")
+    check_dense(model)
+    for name, parameter in model.named_parameters():
+        if is_quantised(parameter) and parameter.dtype is not torch.bool:
+            raise ValueError(f"{name} is quantised ({parameter.dtype}): {do} quantised")
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"{name} is sharded over devices: {do} sharded")

@@ -19,8 +19,8 @@ from billhook.assets import model_path
 from billhook.engine.sharding import is_sharded, sizes_only
 from billhook.model.build import build_or_refuse
 from billhook.model.hooks import stand_ins
-from billhook.model.shapes.shape import KEY
-from billhook.model.shapes.shaped import take_said
+from billhook.model.shape import KEY
+from billhook.model.shaped import take_said
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -14,9 +14,8 @@ from typing_extensions import Self
 from billhook.arguments import annotated
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
-from billhook.model.optimizers import check_replaceable
-from billhook.model.surgery import Follow, values_kept
-from billhook.model.values import check_changeable
+from billhook.model.find import check_changeable
+from billhook.model.surgery import Follow, check_replaceable, values_kept
 from billhook.page import Shown
 
 Weights = Mapping[str, Tensor]

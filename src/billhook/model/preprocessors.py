@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from billhook.assets import model_path
-from billhook.model.shapes.shaped import readable
+from billhook.model.shaped import readable
 
 Preprocessor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin | FeatureExtractionMixin
 """What makes a model's inputs of text, images or sound, and saves itself beside the model."""

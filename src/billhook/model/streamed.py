@@ -15,7 +15,7 @@ from billhook.engine.store import store_of
 from billhook.engine.tensors import Files
 from billhook.model.complete import check_shards
 from billhook.model.meta import check_checkpoint, model_class, read_config
-from billhook.model.shapes.shaped import load_on_meta, readable
+from billhook.model.shaped import load_on_meta, readable
 from billhook.place import check_target
 
 

@@ -10,8 +10,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from billhook.arguments import annotated
-from billhook.plots.heat import heat_map
-from billhook.plots.style import BLUE, RED, Picture, dress, words
+from billhook.plots.style import BLUE, RED, Picture, dress, heat_map, words
 
 
 def heads(

@@ -10,9 +10,8 @@ from torch import nn
 
 from billhook.arguments import annotated
 from billhook.model.linears import prunable, weight_of
-from billhook.plots.heat import heat_map
-from billhook.plots.style import Picture
-from billhook.sparsity.plan import WeightPlan
+from billhook.plots.style import Picture, heat_map
+from billhook.sparsity.prune import WeightPlan
 from billhook.tracing.show import pattern
 
 NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")

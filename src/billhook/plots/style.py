@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 RED, BLUE = "#b03a2e", "#1f5f8b"
 PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
@@ -46,3 +48,22 @@ def distinct(names: Sequence[str]) -> list[str]:
     start = next((i for i in range(least) if len({parts[i] for parts in split}) > 1), 0)
     end = next((i for i in range(least - start) if len({parts[-1 - i] for parts in split}) > 1), least - start)
     return [".".join(parts[start : len(parts) - end]) for parts in split]
+
+
+def heat_map(
+    axes: Axes, table: NDArray[Any], names: Sequence[str], label: str, least: float | None = None, most: float | None = None
+) -> None:
+    """Draws a table `[rows, columns]` as colours, with a bar that says what they mean; NaN stays blank.
+
+    Args:
+        axes: Where it is drawn.
+        table: The values.
+        names: The rows' names; what they share at the beginning and the end is left out.
+        label: What the values are.
+        least: The value of the lightest colour; by default the least there is.
+        most: The value of the darkest colour; by default the greatest there is.
+    """
+    shown = axes.imshow(table, aspect="auto", cmap="Blues", vmin=least, vmax=most)
+    figure: Any = axes.figure
+    figure.colorbar(shown, ax=axes, label=label, shrink=0.8)
+    axes.set_yticks(range(len(table)), distinct(names), fontsize=max(4, min(8, 200 // len(table))))

@@ -16,16 +16,15 @@ from typing_extensions import Self
 from billhook.calibration.enough import Settled
 from billhook.engine.state import uninterrupted
 from billhook.engine.store import store_of
-from billhook.html import html_table
 from billhook.model.build import build_on_meta
 from billhook.model.config_fields import Fields, set_fields, with_fields
 from billhook.model.find import find_transformer
+from billhook.model.inputs import alike, answer, cached_answer, tolerance
 from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights, starting_from
-from billhook.model.runs.answers import alike, answer, cached_answer, tolerance
-from billhook.model.shapes.shape import note_shape, shape_of
-from billhook.model.shapes.stacks import keep, numbers_of
+from billhook.model.shape import keep, note_shape, numbers_of, shape_of
 from billhook.model.surgery import Follow, undone_by_errors
+from billhook.page import html_table
 from billhook.pruning.block_fields import Numbers, find_then
 from billhook.units.blocks import block_of, find_blocks, skipping
 from billhook.units.units import UnitKind

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import fraction, one_of, whole
-from billhook.model.shapes.handed import Indices
+from billhook.model.handed import Indices
 from billhook.pruning.amount import RATIOS, Amount, Ranking
 from billhook.pruning.cuts import coupled
 from billhook.pruning.widths import length_of, rounded

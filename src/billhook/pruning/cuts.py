@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from billhook.model.shapes.handed import Indices
-from billhook.model.values import check_plain
+from billhook.model.find import check_plain
+from billhook.model.handed import Indices
 from billhook.pruning.widths import width_step
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure

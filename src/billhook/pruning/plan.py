@@ -13,11 +13,11 @@ from typing_extensions import Self
 from billhook.calibration.enough import Settled
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
-from billhook.html import html_table
 from billhook.model.figures import Figures
 from billhook.model.find import find_transformer
 from billhook.model.plan import ShapePlan, Weights, starting_from
 from billhook.model.surgery import Follow, follow
+from billhook.page import html_table
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove
 from billhook.pruning.widths import RowLength, rows_from, suits, unsuited

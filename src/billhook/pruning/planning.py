@@ -15,14 +15,12 @@ from billhook.calibration.calibration import Batches, Calibration, batches_of
 from billhook.engine.batches import Loss
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.importance.activations import OutputNorm
-from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.enough import score_enough
-from billhook.importance.score import Scoring, check_trains, score
+from billhook.importance.score import Importance, Scoring, check_trains, score, score_enough
 from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
-from billhook.model.optimizers import check_replaceable
 from billhook.model.plan import carry_out
+from billhook.model.surgery import check_replaceable
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan, find_block_plan
 from billhook.pruning.block_plan import tried as tried_blocks

@@ -14,13 +14,11 @@ from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, run_with_loss
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.lazy import LazyTensors
-from billhook.model.adapter_layers import is_adapter
-from billhook.model.find import find_transformer
-from billhook.model.linears import is_linear, size_of
+from billhook.model.find import check_stored, check_values, find_transformer
+from billhook.model.linears import is_adapter, is_linear, size_of
 from billhook.model.plan import Plan, Weights
-from billhook.model.values import check_stored, check_values
 from billhook.pruning.plan import UnitPlan
-from billhook.repairs.enough import NoRepair, not_refitted, without_name
+from billhook.repairs.moments import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import Repair, repair_linears
 
 PARTS = ("weight", "bias")

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.adapters.beneath import adapted, beneath, without_adapters
-from billhook.model.adapter_layers import is_adapter
+from billhook.adapters.merge import adapted, beneath, without_adapters
 from billhook.model.config_fields import Fields, configs_of, field, read_back, set_fields, with_fields
+from billhook.model.linears import is_adapter
 from billhook.model.meta import to_meta
-from billhook.model.shapes.shape import GROUPS, Shape, built_shape, set_shape, shape_of
+from billhook.model.shape import GROUPS, Shape, built_shape, set_shape, shape_of
 from billhook.model.transformers_internals import set_attention
 from billhook.pruning.cuts import Cut
 from billhook.tracing.coupling import Structure

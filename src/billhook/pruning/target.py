@@ -18,7 +18,7 @@ from billhook.pruning.choice import Counts, choose_units, free, most, protected_
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import tried
 from billhook.pruning.widths import RowLength, finest, length_of, others, suiting, width_step
-from billhook.serving.divisible import MULTIPLES, multiple_of
+from billhook.serving.readings import MULTIPLES, multiple_of
 from billhook.tracing.trace import trace
 from billhook.units.find import of_kind, units_of, why_none
 from billhook.units.units import Units

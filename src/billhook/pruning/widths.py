@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.serving.divisible import GPUS, MULTIPLES, multiple_of, shares
+from billhook.serving.readings import GPUS, MULTIPLES, multiple_of, shares
 from billhook.units.units import PLURAL, Per, UnitKind, Units
 
 RoundTo = int | Literal["auto"]

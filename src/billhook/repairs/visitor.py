@@ -15,9 +15,8 @@ from billhook.engine.statistics import ROWS, InputNorms
 from billhook.engine.walk import Site, Visitor
 from billhook.linalg import float64_device, widest_float
 from billhook.model.linears import as_it_lies, is_pruned, matrix_of, turned
-from billhook.repairs.enough import counting
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.moments import OwedMoments, Pool, folds_of, wide
+from billhook.repairs.moments import OwedMoments, Pool, counting, folds_of, wide
 
 Matrix = tuple[Tensor, Tensor | None]
 """The weight of a linear, `[out_features, in_features]`, and its bias."""

@@ -8,16 +8,15 @@ from typing import Any
 
 from torch import nn
 
-from billhook.adapters.beneath import taken_off
+from billhook.adapters.merge import taken_off
 from billhook.arguments import annotated
 from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.engine.sharding import is_sharded, reshard, sizes_only
 from billhook.engine.zeros import zeros_of
-from billhook.html import html_table
 from billhook.kv_heads.config import heads_by_layer, heads_of
 from billhook.model.figures import figures_of
 from billhook.model.find import find_transformer
-from billhook.page import COLUMNS, Shown
+from billhook.page import COLUMNS, Shown, html_table
 from billhook.report.table import aligned
 
 

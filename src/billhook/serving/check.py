@@ -6,21 +6,90 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
+from gguf import GGUFReader
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from billhook.arguments import annotated, one_of, whole
 from billhook.assets import model_path
+from billhook.calibration.generated import check_writes, generated
+from billhook.engine.state import overridden, undisturbed
 from billhook.model.config_fields import text_config
+from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
+from billhook.model.shaped import load_as, readable
 from billhook.serving.converter import Converter
 from billhook.serving.engine import LlamaCpp
-from billhook.serving.reference import greedy_of, load_reference, logits_of, most_tokens, written_tokens
 from billhook.serving.worker import WorkerError
 from billhook.serving.written import Written, write_gguf
+
+
+def bits_a_weight(file: str | Path) -> float:
+    """Returns the bits that a number of the file's tensors takes, on average, scales of quantised blocks counted in."""
+    tensors = GGUFReader(file).tensors
+    return 8 * sum(int(one.n_bytes) for one in tensors) / sum(int(one.n_elements) for one in tensors)
+
+
+def window_of(file: str | Path) -> int | None:
+    """Returns how many tokens llama.cpp's attention looks back where that is limited; it reads no limit of Phi-3's."""
+    fields: Any = GGUFReader(file).fields
+    family = fields["general.architecture"].contents()
+    found = fields.get(f"{family}.attention.sliding_window")
+    return None if found is None or family == "phi3" else int(found.contents()) or None
+
+
+def load_reference(folder: str) -> PreTrainedModel:
+    """Loads a folder in float32 with attention as it is written down in its class: faster ones leave out soft caps.
+
+    Raises:
+        ValueError: If it is no checkpoint that billhook loads, or its model writes no text.
+    """
+    check_checkpoint(folder)
+    kind = model_class(read_config(folder), folder)
+    with readable(folder):
+        model = load_as(kind, folder, torch.float32)
+    check_writes(model)
+    if model.config._attn_implementation != "eager":
+        model.set_attn_implementation("eager")
+    return model
+
+
+def most_tokens(model: PreTrainedModel, wanted: int) -> int:
+    """Returns how many tokens a row may have, of those wanted."""
+    config: Any = text_config(model.config)
+    return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
+
+
+def written_tokens(model: PreTrainedModel, length: int) -> list[int]:
+    """Returns a row that the model wrote itself, drawn from its own distribution, or random tokens if none begins a text."""
+    try:
+        return [int(token) for token in generated(model, examples=1, length=length)[0]["input_ids"][0]]
+    except ValueError:
+        embeddings: Any = model.get_input_embeddings()
+        size = len(embeddings.weight)
+        return torch.randint(size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def logits_of(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
+    """Returns the logits after each token of a row: [tokens, vocabulary], float32."""
+    with undisturbed(model):
+        logits: Tensor = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits
+    return logits[0].float()
+
+
+def greedy_of(model: PreTrainedModel, tokens: Sequence[int], count: int) -> list[int]:
+    """Returns the `count` tokens that follow a row by always taking the most likely one, past the ends of texts."""
+    how = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0, use_cache=True
+    )  # fmt: skip
+    ids, write = torch.tensor([list(tokens)]), cast(Any, model.generate)
+    with undisturbed(model), overridden(model, generation_config=how):  # which would add what `how` leaves open
+        found: list[int] = write(ids, attention_mask=torch.ones_like(ids), generation_config=how)[0, len(tokens) :].tolist()
+    return found
+
 
 EngineName = Literal["llama.cpp"]
 Quantised = Literal["Q8_0", "Q4_K_M"]
@@ -184,8 +253,6 @@ def _where(found: Tensor, expected: Tensor, difference: float) -> str:
 
 def _limit(model: PreTrainedModel, file: Path) -> str:
     """Says up to how many tokens that holds, where the engine's attention looks back otherwise than the model's."""
-    from billhook.serving.gguf_file import window_of  # it needs gguf, an extra
-
     config: Any = text_config(model.config)
     window, types = getattr(config, "sliding_window", None), list(getattr(config, "layer_types", None) or ["sliding_attention"])
     if not window or window >= (getattr(config, "max_position_embeddings", None) or math.inf) or "sliding_attention" not in types:
@@ -212,8 +279,6 @@ def _text(folder: str, engine: LlamaCpp) -> list[str]:
 
 def _lossy(engine: LlamaCpp, file: Path, kind: Quantised, row: Sequence[int], expected: Tensor) -> Lossy:
     """Quantises a file, and measures what that costs."""
-    from billhook.serving.gguf_file import bits_a_weight  # it needs gguf, an extra
-
     out = file.with_name(f"{kind}.gguf")
     try:
         engine.quantise(file, out, kind)

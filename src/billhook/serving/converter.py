@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from typing_extensions import Self
 
-from billhook.serving.missing import Missing
-from billhook.serving.worker import Worker
+from billhook.serving.worker import Missing, Worker
 
 DType = Literal["f32", "f16", "bf16"]
 FILE = "convert_hf_to_gguf.py"

@@ -15,7 +15,7 @@ from gguf.quants import quantize
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from billhook.model.shapes.handed import handing_of
+from billhook.model.handed import handing_of
 from billhook.serving.converter import DType
 from billhook.serving.readings import refused_by_deci
 

@@ -8,8 +8,18 @@ from typing import Any, Literal, get_args
 from transformers import PretrainedConfig
 
 from billhook.model.config_fields import text_config
-from billhook.serving.divisible import GPUS, MULTIPLES, multiple_of, shares
-from billhook.serving.readings import FOLDERS, READ_IN, Engine, Reading, reading, refused_by_deci
+from billhook.serving.readings import (
+    FOLDERS,
+    GPUS,
+    MULTIPLES,
+    READ_IN,
+    Engine,
+    Reading,
+    multiple_of,
+    reading,
+    refused_by_deci,
+    shares,
+)
 from billhook.tracing.show import pattern
 
 FFN = ("intermediate_size", "moe_intermediate_size", "ffn_dim", "n_inner")

@@ -11,6 +11,11 @@ from typing import Any
 
 from typing_extensions import Self
 
+
+class Missing(RuntimeError):
+    """A package that is not installed, or a program that is not found; its message says how to get it."""
+
+
 SCRIPTS = Path(__file__).parent / "workers"
 LINES = 12  # of what a process said before it ended
 

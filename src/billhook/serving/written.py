@@ -1,15 +1,19 @@
 """Writes a folder as a GGUF file, by whichever way its shape asks for."""
 
+import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal, cast
 
+from billhook.arguments import a_path, one_of
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import FILES
-from billhook.model.shapes.shaped import load_as, readable, says_shape
+from billhook.model.shaped import load_as, readable, says_shape
 from billhook.serving.converter import Converter, DType
+from billhook.serving.engine import Kind, LlamaCpp
 from billhook.serving.verdicts import misread
 from billhook.serving.worker import WorkerError
 
@@ -90,3 +94,73 @@ def _write_shaped(folder: str, out: str | Path, converter: Converter, dtype: DTy
         split = converter.convert(place, twin, "f32", vocabulary)
         write_deci(model, twin, Path(out), dtype)
     return split
+
+
+GGUFKind = Literal["auto", "F32", "F16", "BF16", "Q8_0", "Q4_K_M"]
+"""How weights are kept; `"auto"` is the dtype of the folder's own."""
+DTYPES: dict[str, DType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+MAGIC = b"GGUF"
+
+
+def export_gguf(folder: str | Path, out: str | Path, kind: GGUFKind = "auto", converter: str | Path | None = None) -> Written:
+    """Writes a Hugging Face folder as a GGUF file; at every moment `out` is missing, or complete.
+
+    Plain checkpoints go through llama.cpp's converter; where layers differ, billhook writes llama.cpp's architecture `deci`,
+    which takes heads, KV heads and widths of each layer, for families that compute what a Llama does.
+
+    Args:
+        folder: A Hugging Face checkpoint, with a tokenizer.
+        out: The file, ending in .gguf; new, or a GGUF file to replace.
+        kind: How weights are kept: `"F32"`, `"F16"`, `"BF16"`, or quantised by llama.cpp, as `"Q8_0"` or `"Q4_K_M"`; `"auto"`
+            for the dtype of the folder's weights.
+        converter: Where llama.cpp's `convert_hf_to_gguf.py` is; by default the one that is installed.
+
+    Raises:
+        ValueError: If an argument is not legal, or the folder cannot be converted.
+        Missing: If the converter is not installed, or the engine, which quantises; its message says what to install.
+    """
+    check_gguf(out, kind)
+    path, quantised = Path(out), kind in ("Q8_0", "Q4_K_M")
+    draft = path.with_name(f".{path.name}.draft")
+    whole = draft.with_name(f"{draft.name}-whole") if quantised else draft
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with Converter(converter) as running:
+            written = write_gguf(str(folder), whole, running, _dtype_of(folder) if kind == "auto" or quantised else _lower(kind))
+        if quantised:
+            with LlamaCpp() as engine:
+                engine.quantise(whole, draft, cast(Kind, kind))
+        draft.replace(path)
+    except WorkerError as error:
+        raise ValueError(f"gguf: '{folder}' cannot be converted: {error}") from error
+    finally:
+        for one in {draft, whole}:
+            one.unlink(missing_ok=True)
+    return written
+
+
+def check_gguf(out: str | Path, kind: GGUFKind = "auto") -> None:
+    """Refuses a file that is not to be written, and a kind that there is not."""
+    one_of("kind", kind, GGUFKind)
+    a_path("gguf", out, [".gguf"])
+    path = Path(out)
+    if path.is_dir() or (path.is_file() and not _is_gguf(path)):
+        raise ValueError(f"gguf='{out}' is there, and no GGUF file, which would be replaced")
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def _dtype_of(folder: str | Path) -> DType:
+    """Returns the dtype that a folder's config names; float32 if it names none, or another."""
+    try:
+        said = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return "f32"  # refused where it is read
+    return DTYPES.get(said.get("dtype") or said.get("torch_dtype") or "", "f32")
+
+
+def _lower(kind: GGUFKind) -> DType:
+    return cast(DType, kind.lower())

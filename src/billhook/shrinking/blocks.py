@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.model.figures import figure_of
+from billhook.model.inputs import alike, answer, tolerance
 from billhook.model.linears import is_linear
-from billhook.model.runs.answers import alike, answer, tolerance
 from billhook.pruning.block_plan import BlockPlan, find_block_plan, tried, without
 from billhook.pruning.target import Search
 from billhook.shrinking.levels import Place

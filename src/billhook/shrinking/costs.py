@@ -8,8 +8,7 @@ import numpy as np
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.importance.base import Importance
-from billhook.importance.score import score
+from billhook.importance.score import Importance, score
 from billhook.model.figures import kv_cache_bytes
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import tried

@@ -17,19 +17,17 @@ from billhook.engine.lazy import LazyTensors
 from billhook.engine.sharding import whole
 from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
-from billhook.importance.base import Importance
 from billhook.importance.baselines import WeightNorm
-from billhook.importance.score import score
+from billhook.importance.score import Importance, score
 from billhook.kv_heads.plan import UNCHANGED, starting
 from billhook.linalg import in_float64
 from billhook.model.figures import figure_of
-from billhook.model.shapes.shape import unbuilt_shape
+from billhook.model.shape import unbuilt_shape
 from billhook.model.surgery import change_in_turn, whole_way_back
 from billhook.pruning.block_plan import without
 from billhook.pruning.choice import ranked
 from billhook.pruning.cuts import Cut, find_cut
-from billhook.pruning.fold import divided
-from billhook.pruning.removal import remove, tried
+from billhook.pruning.removal import divided, remove, tried
 from billhook.pruning.target import Search
 from billhook.pruning.widths import RoundTo, rounded
 from billhook.shrinking.blocks import Block, Blocks

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import source_of
-from billhook.engine.fingerprint import fingerprint, identity_of
 from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.parts import put
+from billhook.engine.parts import fingerprint, identity_of, put
 from billhook.engine.store import store_of
 
 FORMAT = 4

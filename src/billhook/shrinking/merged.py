@@ -18,23 +18,22 @@ from billhook.engine.batches import Run
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.state import overridden, precisely, replaced, undisturbed
 from billhook.engine.walk import spare
-from billhook.kv_heads.bases.stacks import Projections
-from billhook.kv_heads.methods.svd import SVD
+from billhook.kv_heads.methods import SVD
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
+from billhook.kv_heads.stacks import Projections
 from billhook.linalg import float64_device
 from billhook.model.figures import figures_of
 from billhook.model.linears import as_it_lies, is_linear, matrix_of, size_of, turned
 from billhook.model.meta import to_meta
-from billhook.model.shapes.shape import set_shape
+from billhook.model.shape import set_shape
 from billhook.model.surgery import changed
 from billhook.pruning.block_plan import without
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
 from billhook.pruning.target import Search
-from billhook.repairs.enough import counting
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.moments import OwedMoments, folds_of, wide
+from billhook.repairs.moments import OwedMoments, counting, folds_of, wide
 from billhook.repairs.repair import Repair
 from billhook.shrinking.blocks import Block, Blocks
 from billhook.shrinking.library import resting

@@ -10,10 +10,10 @@ from billhook.engine.batches import Run
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.memory import memory_to_hold
 from billhook.engine.store import store_of
-from billhook.kv_heads.bases.attentions import Attentions
-from billhook.kv_heads.bases.bases import find_bases, pooled
-from billhook.kv_heads.bases.moments import Moments, gather_each
-from billhook.kv_heads.bases.stacks import read, written
+from billhook.kv_heads.attentions import Attentions
+from billhook.kv_heads.bases import find_bases, pooled
+from billhook.kv_heads.moments import Moments, gather_each
+from billhook.kv_heads.stacks import read, written
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import matrix_of
 from billhook.pruning.target import Search

@@ -14,10 +14,9 @@ from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.model.figures import figure_of
-from billhook.model.find import find_transformer
+from billhook.model.find import check_changeable, find_transformer
 from billhook.model.plan import ShapePlan, Weights, starting_from, usable
 from billhook.model.surgery import Follow, change_in_turn, undone_by_errors
-from billhook.model.values import check_changeable
 from billhook.pruning.amount import TARGETS
 from billhook.pruning.block_plan import BlockPlan, without
 from billhook.pruning.cuts import Cut, find_cut
@@ -26,7 +25,7 @@ from billhook.pruning.removal import tried
 from billhook.pruning.repair import repair_with
 from billhook.pruning.target import Search, row_lengths
 from billhook.pruning.widths import RowLength
-from billhook.repairs.enough import NoRepair, not_refitted, without_name
+from billhook.repairs.moments import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import Repair
 from billhook.shrinking.blocks import Block, Blocks
 from billhook.shrinking.hidden import Hidden

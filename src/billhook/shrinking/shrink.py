@@ -10,20 +10,17 @@ from torch import nn
 
 from billhook.arguments import a_path, annotated, fraction, number, whole
 from billhook.calibration.calibration import Batches, batches_of
-from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
-from billhook.model.find import find_transformer
+from billhook.importance.score import Importance
+from billhook.model.find import check_stored, check_values, find_transformer
 from billhook.model.surgery import undone_by_errors, values_kept
-from billhook.model.values import check_stored, check_values
 from billhook.pruning.amount import TARGETS, Amount
 from billhook.pruning.repair import Repairing
 from billhook.pruning.widths import RoundTo
-from billhook.repairs.enough import NoRepair, without_name
+from billhook.repairs.moments import NoRepair, without_name
 from billhook.repairs.repair import Repair
 from billhook.shrinking.held_out import divided, to_search
-from billhook.shrinking.latency.search import fast_enough
-from billhook.shrinking.latency.table import Clock, clock_of, timed
-from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.latency import Clock, Workload, clock_of, fast_enough, timed
 from billhook.shrinking.planned import apply_in_turn
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
@@ -102,7 +99,7 @@ def shrink(
         candidates: Models that each round measures.
         library: A folder for the variants of all places; by default they stay in memory. A search of the same model, batches,
             importance, rounding and repair goes on from what it holds, also for another budget of `params` or `bytes`.
-        workload: What is timed for `latency`, a `billhook.shrinking.latency.workload.Workload`; by default the writing of a token
+        workload: What is timed for `latency`, a `billhook.shrinking.latency.Workload`; by default the writing of a token
             after a prompt of 512.
         seed: Decides what evolution tries.
         progress: Called with how many steps of the search are done, and of how many at most.

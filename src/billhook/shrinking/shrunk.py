@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from billhook.html import html_table
 from billhook.kv_heads.plan import KVHeadPlan
-from billhook.page import Shown
+from billhook.page import Shown, html_table
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.report.table import aligned

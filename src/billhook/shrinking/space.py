@@ -9,11 +9,23 @@ import numpy as np
 
 from billhook.pruning.widths import rounded
 from billhook.shrinking.blocks import Block
-from billhook.shrinking.choose import Frontier, Joint, Levels, Slot, best_of, cost, filled, kept_at, loss, product_of, widest
+from billhook.shrinking.choose import (
+    Frontier,
+    Joint,
+    Levels,
+    Slot,
+    best_of,
+    cost,
+    filled,
+    kept_at,
+    loss,
+    mutated,
+    product_of,
+    widest,
+)
 from billhook.shrinking.damages import groups, make_slots
 from billhook.shrinking.hidden import HIDDEN, Width
 from billhook.shrinking.levels import Place
-from billhook.shrinking.search import mutated
 
 SEVERAL = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """How many blocks are gone in the choices that a search begins with: sums say too little of what several lose together."""

@@ -19,14 +19,13 @@ from billhook.engine.lazy import by_parameter
 from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
 from billhook.importance.activations import watch
-from billhook.importance.moments import CalledAgain, watch_in_turn
+from billhook.importance.obs import CalledAgain, watch_in_turn
 from billhook.importance.score import run_of
 from billhook.linalg import float64_device
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.pruning.target import Search
-from billhook.repairs.enough import check_tokens
 from billhook.repairs.least_squares import bias_shift, choose_ridge, error_left, errors_without, solve_ridge
-from billhook.repairs.moments import Fold, OwedMoments, folds_of
+from billhook.repairs.moments import Fold, OwedMoments, check_tokens, folds_of
 from billhook.repairs.repair import Repair
 from billhook.shrinking.levels import Place, any_gone
 from billhook.shrinking.library import Library

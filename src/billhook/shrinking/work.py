@@ -11,15 +11,14 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import as_percentage
 from billhook.engine.batches import runs_of
-from billhook.importance.base import Importance
-from billhook.importance.score import run_of, score
+from billhook.importance.score import Importance, run_of, score
 from billhook.model.figures import figure_of
 from billhook.model.linears import matrix_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.shrinking.blocks import Block, Blocks, find_blocks
-from billhook.shrinking.choose import Levels, Slot, between, cost, kept_at
+from billhook.shrinking.choose import Levels, Slot, between, cost, evolve, kept_at
 from billhook.shrinking.costs import query_scores
 from billhook.shrinking.damages import CALLED, damage_without, damages, fewer_blocks, groups, make_slots, of_one_kind
 from billhook.shrinking.divergence import Agreed, Divergence
@@ -28,7 +27,6 @@ from billhook.shrinking.levels import Place, find_places, gone, removed, told
 from billhook.shrinking.library import Library, key_of
 from billhook.shrinking.merging import Merging, find_merging
 from billhook.shrinking.planned import Planned, plan_choice, repaired
-from billhook.shrinking.search import evolve
 from billhook.shrinking.shrunk import Choice, Shrunk, Times, in_words
 from billhook.shrinking.space import (
     SEVERAL,

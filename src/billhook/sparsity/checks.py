@@ -19,9 +19,7 @@ from billhook.engine.statistics import InputMoments
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Sequential, find_sites
-from billhook.model.adapter_layers import active_in
-from billhook.model.convolutions import Convolutions, is_convolution
-from billhook.model.linears import channels, prunable
+from billhook.model.linears import Convolutions, active_in, channels, is_convolution, prunable
 from billhook.model.meta import to_meta
 from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation, Uniform

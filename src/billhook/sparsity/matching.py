@@ -20,8 +20,7 @@ from billhook.engine.state import fresh_casts, overridden
 from billhook.engine.trees import tree_leaves, tree_map_only
 from billhook.engine.walk import Given, Site, spare
 from billhook.linalg import float64_device
-from billhook.model.convolutions import is_convolution
-from billhook.model.linears import turned, weight_of
+from billhook.model.linears import is_convolution, turned, weight_of
 from billhook.sparsity.pruned import Pruned
 from billhook.sparsity.visitor import PruningVisitor
 

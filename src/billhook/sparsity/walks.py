@@ -22,9 +22,8 @@ from billhook.engine.walk import Sequential, Site, Walk, find_sites, with_ways_o
 from billhook.model.linears import find_twins, size_of, weight_of
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.criteria import Wanda
-from billhook.sparsity.grouped import scores_of
 from billhook.sparsity.matching import BlockMatching, refuse_called_again
-from billhook.sparsity.visitor import InputsDiffer, PruningVisitor
+from billhook.sparsity.visitor import InputsDiffer, PruningVisitor, scores_of
 
 V = TypeVar("V", bound=PruningVisitor)
 

@@ -8,9 +8,8 @@ from torch import nn
 from billhook.page import Shown
 from billhook.tracing import show
 from billhook.tracing.axes import Axis, crossed, find, layout, leaves, mark, multiplied_with
-from billhook.tracing.findings import Findings
 from billhook.tracing.groups import Group, Kind, find_groups, weigh
-from billhook.tracing.roles import Attention, find_attention, find_feed_forward
+from billhook.tracing.roles import Attention, Findings, find_attention, find_feed_forward
 from billhook.tracing.tape import Tape, note
 
 

@@ -1,14 +1,14 @@
 """Who is query, key, value and output, who gate, up and down: from the order of products, not from names."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from billhook.model.shapes.handed import Indices
+from billhook.model.handed import Indices
 from billhook.page import Shown
 from billhook.tracing.axes import Axis, find, leaves
-from billhook.tracing.groups import Group
+from billhook.tracing.groups import Group, Kind
 from billhook.tracing.tape import Meeting, Rows, Sources, Tape
 
 NEAR = 6  # products after that of query and key among which the one with the values is looked for
@@ -180,3 +180,23 @@ def stretches(positions: Indices) -> list[tuple[int, int]]:
     """Finds stretches without a gap in ascending numbers: the first and the last of each."""
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     return [(int(part[0]), int(part[-1])) for part in np.split(positions, breaks) if len(part)]
+
+
+@dataclass(eq=False)
+class Findings:
+    """Fields of a `Structure`, where they are documented."""
+
+    model: str
+    axes: dict[str, tuple[Axis, ...]]
+    groups: tuple[Group, ...]
+    attention: tuple[Attention, ...]
+    feed_forward: tuple[FeedForward, ...]
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str] = field(default_factory=dict)
+    untouched: tuple[str, ...] = ()
+    opaque: dict[str, int] = field(default_factory=dict)
+    assumed: dict[str, int] = field(default_factory=dict)
+
+    def of_kind(self, *kinds: Kind) -> list[Group]:
+        """Returns the groups of some kinds."""
+        return [group for group in self.groups if group.kind in kinds]

@@ -6,11 +6,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from billhook.html import html_table
+from billhook.page import html_table
 from billhook.tracing.axes import Axis, factors, find, segments
-from billhook.tracing.findings import Findings
 from billhook.tracing.groups import KINDS, Group, Kind
-from billhook.tracing.roles import Part, stretches
+from billhook.tracing.roles import Findings, Part, stretches
 
 LABELS: dict[Kind, str] = {
     "kv_head": "kv",

@@ -13,8 +13,8 @@ from billhook.calibration.conversations import check_texts
 from billhook.calibration.reading import Data, Rows, Table
 from billhook.calibration.rows import Batch
 from billhook.model.config_fields import text_config
-from billhook.training.inputs.pictured import PicturedModule
-from billhook.training.tokenized import TokenizedModule
+from billhook.training.dataset_module import TokenizedModule
+from billhook.training.images import PicturedModule
 
 
 class CaptionDataModule(PicturedModule, TokenizedModule):

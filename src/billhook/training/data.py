@@ -21,10 +21,8 @@ from billhook.calibration.rows import (
     pack,
     translate,
 )
-from billhook.training.dataset_module import NoExamples
-from billhook.training.labelled import LabelledModule
-from billhook.training.labels import numbers_of
-from billhook.training.tokenized import TokenizedModule
+from billhook.training.dataset_module import NoExamples, TokenizedModule
+from billhook.training.labelled import LabelledModule, numbers_of
 
 
 class TextDataModule(TokenizedModule):

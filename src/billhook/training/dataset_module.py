@@ -9,16 +9,66 @@ import datasets
 import lightning.pytorch as pl
 from datasets.distributed import split_dataset_by_node
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.arguments import fraction, whole
-from billhook.calibration.reading import SPLITS, Data, Rows, Table, check_data, load_splits
+from billhook.arguments import fraction, number, whole
+from billhook.calibration.reading import SPLITS, Data, Rows, Table, check_data, load_splits, runs_on
 from billhook.calibration.rows import Batch
 from billhook.fit.lightning_internals import drop_training_loaders
 from billhook.model.find import find_transformer
+from billhook.model.preprocessors import load_tokenizer
 from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen, fit_place, place_of
-from billhook.training.splits import check_weights, held_out, join, tell_held_out
+
+
+def check_weights(weights: Sequence[float] | None, sources: int) -> None:
+    """Refuses weights that are not a number above 0 for each of several sources."""
+    if weights is None:
+        return
+    for weight in weights:
+        number("weights", weight, above=0)
+    if len(weights) != sources:
+        raise ValueError(f"weights={weights!r} must be a number for each of {sources} sources in data")
+
+
+def held_out(splits: dict[str, Rows], share: float, seed: int) -> dict[str, Rows] | None:
+    """Moves a share of the training rows to a split `validation`; None where that cannot be done.
+
+    They are drawn by `seed`; of text whose lines run on they are the last ones.
+    """
+    rows = splits.get("train")
+    if not isinstance(rows, datasets.Dataset) or len(rows) < 2:
+        return None
+    parts = rows.train_test_split(test_size=share, seed=seed, shuffle=not runs_on(rows))
+    return {**splits, "train": parts["train"], "validation": parts["test"]}
+
+
+def tell_held_out(share: float, seed: int, examples: int) -> None:
+    """Logs how many examples are held out to validate on, or why there are none."""
+    if examples:
+        rank_zero_info(
+            f"billhook: the data has no split 'validation', so {examples} examples are held out of 'train': "
+            f"{share:.3g} of its rows, drawn by seed {seed} (validation=0 trains on them too)"
+        )
+    else:
+        rank_zero_info(
+            "billhook: there is no validation, as the data has no such split and 'train' is a stream, or too short to hold "
+            "something out of it: name a split 'validation' in data to have one"
+        )
+
+
+def join(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Rows:
+    """Joins the rows of several sources: one after the other, or drawn by weights till each has been seen whole once.
+
+    What is drawn of the others may then repeat.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if weights is None:
+        return datasets.concatenate_datasets(list(parts))
+    shares = [weight / sum(weights) for weight in weights]
+    return datasets.interleave_datasets(list(parts), shares, seed, stopping_strategy="all_exhausted")
 
 
 class NoExamples(ValueError):
@@ -187,3 +237,24 @@ class DatasetModule(pl.LightningDataModule):
             collate_fn=self.collate(),
             num_workers=self.num_workers,
         )
+
+
+class TokenizedModule(DatasetModule):
+    """Base of the data modules of text.
+
+    Attributes:
+        tokenizer_name: A name or folder; None where the tokenizer is the one saved with the model in training.
+    """
+
+    tokenizer_name: str | None = None
+    _tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.tokenizer_name or self.name_of_model("tokenizer"))
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            self._tokenizer = tokenizer
+        return self._tokenizer

@@ -16,8 +16,8 @@ from billhook.model.config_fields import text_config
 from billhook.model.preprocessors import tokenizer_of
 from billhook.page import Shown
 from billhook.report.choices import Question, Row, batches, encode, log_likelihoods, read_questions
+from billhook.report.damage import perplexity
 from billhook.report.generation import generates
-from billhook.report.metrics import perplexity
 from billhook.report.table import aligned
 from billhook.training.data import TextDataModule
 

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from billhook.engine.state import resting
 from billhook.model.find import find_transformer
+from billhook.model.inputs import small_inputs
 from billhook.model.memory import remembered
-from billhook.model.runs.answers import small_inputs
 
 _Call = tuple[int, Tensor, Tensor | None]
 """A block's place in its list, the hidden states it was given, and those of the same shape that it returned, if any."""

@@ -7,10 +7,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import annotated, one_of
-from billhook.model.adapter_layers import is_adapter
-from billhook.model.convolutions import is_convolution
 from billhook.model.find import find_transformer
-from billhook.model.shapes.handed import Indices
+from billhook.model.handed import Indices
+from billhook.model.linears import is_adapter, is_convolution
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Member, innermost

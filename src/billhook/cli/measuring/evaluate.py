@@ -18,10 +18,9 @@ from billhook.assets import model_path
 from billhook.bar import bar
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
-from billhook.cli.blockwise import over
+from billhook.cli.bars import files, over
 from billhook.cli.machine import check_file, device_of
 from billhook.cli.measuring import images
-from billhook.cli.reading import files
 from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer

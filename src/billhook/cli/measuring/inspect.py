@@ -1,29 +1,32 @@
 """`billhook inspect`: coupled units of a model, and what can be pruned, converted and saved; no weights are read."""
 
 import json as json_format
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.arguments import one_of
 from billhook.checkpoints.save import Way, way_of
-from billhook.cli.reading import files
+from billhook.cli.bars import files
 from billhook.engine.memory import Extent, extent_of
+from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
+from billhook.engine.trees import tree_leaves
 from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.config_fields import Fields, fields_of, set_fields
+from billhook.model.inputs import small_inputs
 from billhook.model.meta import from_name
-from billhook.model.runs.operands import operands_of
-from billhook.model.shapes.shape import to_entry, unbuilt_shape
+from billhook.model.shape import to_entry, unbuilt_shape
 from billhook.model.streamed import outline
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.removal import tried
 from billhook.pruning.widths import width_step
-from billhook.serving.divisible import GPUS, shares
-from billhook.serving.readings import FILES
+from billhook.serving.readings import FILES, GPUS, shares
 from billhook.serving.verdicts import Verdict, told, verdicts
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
@@ -31,6 +34,45 @@ from billhook.tracing.trace import trace
 from billhook.units.fields import SHOWN, FieldFinder
 from billhook.units.find import units_of, why_not
 from billhook.units.units import UnitKind, Units
+
+Operands = list[tuple[str, tuple[float, ...]]]
+"""The name of each op, in the order of calls, and the single numbers among its arguments."""
+
+
+class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the single numbers that ops are given."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: Operands = []
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:  # noqa: ANN401 - what an op returns
+        leaves = tree_leaves([args, dict(kwargs or {})])
+        given = [one.item() if _is_single(one) else one for one in leaves]
+        numbers = tuple(one for one in given if isinstance(one, int | float))
+        self.seen.append((str(func), numbers))
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:  # code that asks for a value
+            return args[0].dtype == torch.bool or 1
+        return func(*args, **(kwargs or {}))
+
+
+def _is_single(one: object) -> bool:
+    """Says whether a tensor is a single number whose value is known."""
+    return isinstance(one, torch.Tensor) and not one.is_meta and one.numel() == 1
+
+
+def operands_of(model: PreTrainedModel) -> Operands | None:
+    """Returns the numbers that a model, also one on meta tensors, computes with; None if it does not run."""
+    numbers = _Numbers()
+    try:
+        with undisturbed(model), numbers:
+            model(**small_inputs(model))
+    except Exception:  # whatever a model raises
+        return None
+    return numbers.seen
+
 
 CHOICES: dict[str, tuple[Kind, ...]] = {
     "heads": ("kv_head", "query_head", "head"),

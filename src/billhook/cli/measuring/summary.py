@@ -1,7 +1,7 @@
 """`billhook summary`: what a checkpoint weighs."""
 
 from billhook.checkpoints.save import load
-from billhook.cli.reading import files
+from billhook.cli.bars import files
 from billhook.model.streamed import outline
 from billhook.report.summary import summary as summarise
 

@@ -2,16 +2,13 @@
 
 from billhook.arguments import whole
 from billhook.callbacks.kv_heads import HINT
-from billhook.cli.blockwise import over
+from billhook.cli.bars import over
 from billhook.cli.oneshot.enough import check_examples, coming, refits
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import bytes_of_refit
 from billhook.cli.oneshot.text import NONE, Examples
-from billhook.kv_heads.bases.ready import batches_needed, check_ready
-from billhook.kv_heads.convert import check_repair, ready
-from billhook.kv_heads.methods.base import KVMethod
-from billhook.kv_heads.methods.mean import Mean
-from billhook.kv_heads.methods.named import Name, method_of
+from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, ready
+from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.plan import apply
 from billhook.repairs.repair import Repair

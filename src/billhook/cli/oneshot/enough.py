@@ -9,7 +9,7 @@ from billhook.engine.batches import Batch
 from billhook.model.linears import is_linear
 from billhook.pruning.cuts import Cut
 from billhook.pruning.target import Search
-from billhook.repairs.enough import NoRepair
+from billhook.repairs.moments import NoRepair
 
 REFIT = "refit the linears that read them, by least squares"
 

@@ -9,34 +9,71 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from billhook.assets import model_path
 from billhook.bar import bar as bar
-from billhook.calibration.calibration import Calibration
+from billhook.calibration.calibration import Calibration, check_also, texts, written_rows
 from billhook.calibration.enough import Settled
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, writes
-from billhook.calibration.texts import check_also, texts, written_rows
+from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.checkpoints.save import load, save
-from billhook.cli.blockwise import over
+from billhook.cli.bars import files, over
 from billhook.cli.machine import device_of
-from billhook.cli.oneshot.after import Before, Cost, commands, shown, sizes_of
 from billhook.cli.oneshot.labelled import Labelled
 from billhook.cli.oneshot.pace import how_long
 from billhook.cli.oneshot.streamed import check_streamed, reads, rest
 from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
-from billhook.cli.reading import files
 from billhook.engine.batches import Batch
 from billhook.engine.store import store_of
 from billhook.engine.walk import find_sites
 from billhook.engine.zeros import zeros_by_name, zeros_of
-from billhook.model.linears import prunable
+from billhook.model.linears import PRUNED, prunable
 from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor
 from billhook.model.streamed import stream
 from billhook.place import check_apart, check_target, replaced
-from billhook.report.damage import Dense, warning_of
+from billhook.report.damage import Dense, TextDamage, accuracy, table, warning_of
 from billhook.report.generation import generates
-from billhook.report.metrics import accuracy
+
+Before = Dense | float | None
+"""What is measured before a model is changed: predictions on texts, or an accuracy."""
+Cost = list[TextDamage] | float | None
+"""What is measured afterwards: the damage on texts, or an accuracy."""
+
+
+def sizes_of(model: PreTrainedModel, zeros: int | None) -> dict[str, int | None]:
+    """Returns the numbers of parameters and of those that are zero, and the bytes of the key/value cache per token."""
+    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": cache_as_saved(model)}
+
+
+def shown(before: Before, cost: Cost) -> str | None:
+    """Shows what a model has lost."""
+    if isinstance(cost, list):
+        return table(cost)
+    return None if cost is None else f"accuracy {before:,.4g} before, {cost:,.4g} after"
+
+
+def commands(model: PreTrainedModel, name: str, out: str, event: Mapping[str, Any]) -> list[str]:
+    """Returns commands that may follow, each with what it is for; training would undo zeros.
+
+    Args:
+        model: The smaller model.
+        name: What it was made of.
+        out: Where it is.
+        event: What was done, with the numbers of parameters and zeros before and after.
+    """
+    if not generates(model):
+        return [f"billhook summary {out}  # counts parameters and operations"]
+    train = f"billhook fit --model.model {out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"
+    export = f"--trainer.callbacks+=billhook.Export --trainer.callbacks.folder {out}-trained"
+    sparse = event["after"]["zeros"] - event["before"]["zeros"] > PRUNED * event["after"]["params"]
+    return [
+        f"billhook evaluate {name} {out} --text FILE  # compares both on text of yours",
+        *([] if sparse else [f"{train} {export}  # trains it on such text"]),
+        f"billhook serve-check {out}  # asks whether llama.cpp computes the same",
+    ]
+
 
 WRITTEN = 40
 """How many the model writes."""

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from billhook.bar import lasting
 from billhook.engine.state import resting
-from billhook.model.runs.answers import small_inputs
+from billhook.model.inputs import small_inputs
 
 FEW = 8
 """Tokens of a first example, which also pays for what is done but once."""

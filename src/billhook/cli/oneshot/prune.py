@@ -4,20 +4,19 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from billhook.cli.blockwise import over
+from billhook.cli.bars import over
 from billhook.cli.oneshot.enough import check_examples, coming
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import bytes_of_match, bytes_of_moments
 from billhook.cli.oneshot.text import NONE, Pictures
 from billhook.engine.walk import Sequential
-from billhook.model.convolutions import Convolutions, is_convolution
-from billhook.model.linears import channels
+from billhook.model.linears import Convolutions, channels, is_convolution
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, check_pruning, few_tokens, needs_data, solves
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matching import BlockMatching
-from billhook.sparsity.orders.permute import check_permute
+from billhook.sparsity.permute import check_permute
 from billhook.sparsity.prune import prune as prune_weights
 
 LESS = 5e-5

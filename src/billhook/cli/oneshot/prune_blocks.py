@@ -2,7 +2,7 @@
 
 from billhook.cli.oneshot.prune_structure import Removed, prune_structure
 from billhook.cli.oneshot.text import Scored
-from billhook.importance.base import Importance
+from billhook.importance.score import Importance
 from billhook.pruning.planning import check_all
 
 

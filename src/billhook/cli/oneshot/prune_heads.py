@@ -6,13 +6,10 @@ import torch
 
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
-from billhook.cli.oneshot.passes import REMOVED, Passes, batch_count
-from billhook.cli.oneshot.streamed import bytes_of_moments, check_scored
+from billhook.cli.oneshot.streamed import REMOVED, Passes, batch_count, bytes_of_moments, check_scored
 from billhook.cli.oneshot.text import NONE, Scored
-from billhook.importance.base import Importance
-from billhook.importance.enough import score_enough
 from billhook.importance.gate_gradient import GateGradient
-from billhook.importance.score import Scoring, run_of
+from billhook.importance.score import Importance, Scoring, run_of, score_enough
 from billhook.model.plan import apply
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import among_others, check_choice, choose

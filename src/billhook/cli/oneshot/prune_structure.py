@@ -8,12 +8,21 @@ from transformers import PreTrainedModel
 from billhook.arguments import whole
 from billhook.cli.oneshot.enough import REFIT, coming, kept_by_readers, refits
 from billhook.cli.oneshot.frame import OneShot, bar
-from billhook.cli.oneshot.passes import REFITTED, REMOVED, WITHOUT_BLOCKS, Passes, batch_count
-from billhook.cli.oneshot.streamed import bytes_of_moments, bytes_of_refit, check_scored, left
+from billhook.cli.oneshot.streamed import (
+    REFITTED,
+    REMOVED,
+    WITHOUT_BLOCKS,
+    Passes,
+    batch_count,
+    bytes_of_moments,
+    bytes_of_refit,
+    check_scored,
+    left,
+)
 from billhook.cli.oneshot.text import Scored
 from billhook.engine.batches import Batch
-from billhook.importance.base import Importance
 from billhook.importance.blocks import BlockInfluence
+from billhook.importance.score import Importance
 from billhook.model.plan import apply
 from billhook.pruning.amount import RATIOS, TARGETS, Amount
 from billhook.pruning.block_plan import BlockPlan

@@ -1,31 +1,104 @@
 """`billhook shrink`: a checkpoint in, the best smaller one within one budget out."""
 
+import json
+import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from billhook.arguments import whole
 from billhook.cli.machine import check_file
-from billhook.cli.oneshot.after import Before, shown
 from billhook.cli.oneshot.enough import coming, refits
-from billhook.cli.oneshot.frame import OneShot, bar
-from billhook.cli.oneshot.kept import KeptLibrary
+from billhook.cli.oneshot.frame import Before, OneShot, bar, shown
 from billhook.cli.oneshot.recovery import Recovery
-from billhook.cli.oneshot.searched import outlook
 from billhook.cli.oneshot.text import Examples
+from billhook.cli.stopped import library_beside
 from billhook.engine.batches import Batch
-from billhook.importance.base import Importance
 from billhook.importance.obs import OBS
+from billhook.importance.score import Importance
 from billhook.plots.pareto import pareto
 from billhook.pruning.repair import Repairing
 from billhook.pruning.widths import RoundTo
 from billhook.report.speed import Phase
+from billhook.shrinking.damages import CALLED
 from billhook.shrinking.held_out import divided
-from billhook.shrinking.latency.table import clock_of
-from billhook.shrinking.latency.workload import Workload
+from billhook.shrinking.hidden import HIDDEN
+from billhook.shrinking.latency import Workload, clock_of
+from billhook.shrinking.levels import Place
 from billhook.shrinking.shrink import Layers, budget, check_library, check_search, repair_for, shrink_begun
 from billhook.shrinking.variants import tokens_needed
 from billhook.shrinking.work import Work
+from billhook.tracing.show import pattern
+
+
+def outlook(work: Work, steps: int, within: str | None = None) -> str:
+    """Returns what there is and may be left, the levels of each place, the blocks and hidden sizes, and how many steps it takes.
+
+    Args:
+        work: A work that has begun.
+        steps: How many steps its search has at most.
+        within: A budget that is no number of what is left, in words.
+    """
+    left = f"at most {work.limit:,} are to be left" if within is None else f"as few as {within} allows are to be left"
+    lines = [f"{type(work.model).__name__}: {work.now:,} {work.target} now; {left}, and at least {work.least:,} can be"]
+    rows = Counter((pattern(place.name), _levels(place, work.levels[place.name])) for place in work.places)
+    lines += [f"  {name}  {levels}, in each of {count}" for (name, levels), count in rows.items()]
+    able, sizes = len(work.blocks.able), [width.kept for width in work.hidden.widths]
+    lines.append(f"  {able} whole block{'s' * (able > 1)} may go" if able else f"  all blocks stay: {work.blocks.why}")
+    if sizes:
+        lines.append(f"  {HIDDEN} {', '.join(map(str, [work.hidden.count, *sizes]))}")
+    else:
+        lines.append(f"  the {HIDDEN} stays: {work.hidden.why}")
+    return "\n".join([*lines, f"  at most {steps:,} steps"])
+
+
+def _levels(place: Place, levels: tuple[int, ...]) -> str:
+    """Returns how many units a place may keep, all of them first; of KV heads and query heads, pairs."""
+    if place.pairs:
+        return f"{', '.join('/'.join(str(now) for _, now in place.told(kept).values()) for kept in levels)} KV/query heads"
+    return f"{', '.join(map(str, levels))} {'KV heads' if place.kind == 'head' else CALLED[place.kind]}"
+
+
+MARK = "billhook-library.json"
+"""The file by which it is known: a folder of its name without one is not touched."""
+
+
+class KeptLibrary:
+    """The folder of a library: one that was asked for, which stays, or one beside the output, which goes once that is saved.
+
+    Args:
+        out: The output.
+        asked: The folder that was asked for, if one was.
+
+    Raises:
+        ValueError: If a folder beside the output has its name, and billhook did not write it.
+    """
+
+    def __init__(self, out: str, asked: str | None) -> None:
+        self.folder, self._stays = library_beside(out) if asked is None else Path(asked), asked is not None
+        if not self._stays and self.folder.exists() and not (self.folder / MARK).is_file():
+            raise ValueError(
+                f"'{self.folder}', in which shrink keeps what it has made, holds something that billhook did not write "
+                f"({MARK} is not there): move it, or name a folder as library"
+            )
+
+    def begin(self) -> None:
+        """Makes the folder beside the output."""
+        if not self._stays:
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / MARK).write_text(json.dumps({"until": "the output is saved"}))
+
+    def done(self) -> None:
+        """Removes the folder beside the output."""
+        if not self._stays:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def tell(self, variants: int) -> None:
+        """Prints how many variants of an earlier run are taken."""
+        if variants:
+            print(f"{variants} variants are there from an earlier run, in {self.folder}, and are not made again", flush=True)
 
 
 def shrink(

@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from billhook.tracing.rules import contraction, elementwise, indexing, movement, reduction, spatial
+from billhook.tracing.rules import contraction, elementwise, indexing, movement
 
 Rule = Callable[..., Any]
 
 RULES: dict[str, Rule] = {
     **elementwise.RULES,
     **movement.RULES,
-    **reduction.RULES,
     **indexing.RULES,
     **contraction.RULES,
-    **spatial.RULES,
 }
 
 
@@ -32,4 +30,4 @@ def rule_for(op: OpOverload) -> Rule | None:
     functional = getattr(getattr(torch.ops.aten, plain, None), op._overloadname, op)
     if torch.Tag.pointwise in op.tags or torch.Tag.pointwise in functional.tags:
         return elementwise.elementwise
-    return reduction.reduction if torch.Tag.reduction in op.tags else None
+    return elementwise.reduction if torch.Tag.reduction in op.tags else None

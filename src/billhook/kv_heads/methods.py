@@ -1,0 +1,388 @@
+"""How several heads become one: the base class of all methods, and of those that first put heads in one basis.
+
+The heads of a group, k_1 ... k_J, each of width w, become one, kbar = sum over j of P_j k_j, and B_j kbar stands for head j.
+What reads head j absorbs B_j, so that nothing of it is left to compute. Keys are read by the query, whose score q^H k_j becomes
+q^H B_j kbar = (B_j^H q)^H kbar; values by the output, W_O v_j, which becomes (W_O B_j) vbar. So all query heads of the group
+read kbar.
+
+Numbers are real, or complex where a rotary embedding stands between the projections and the score. It takes numbers in pairs and
+turns each by an angle that depends on the pair and on the token: z = a + ib becomes e^(i angle) z. A complex factor commutes with
+that, and of all matrices that mix a head's numbers nothing else does, for all angles at once. So there each pair is a head of
+width 1 of its own, B_j and P_j are complex numbers, and the score is the real part of the sum of conj(q) k over the pairs.
+
+A method that renders is a choice of B and P. All of them see second moments alone: E[k_i k_j^H], and E[r r^H] of the readers r.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from billhook.arguments import one_of
+from billhook.kv_heads.pooling import Pooled, first, mean, pooling
+from billhook.model.plan import subclasses
+from billhook.model.surgery import Change
+
+Grouping = Literal["consecutive", "similar"]
+
+
+class KVMethod(ABC):
+    """How the heads of a group become one.
+
+    A method in a file of its own need only say how heads are pooled. `convert_kv_heads` takes an object of it, and YAML its
+    `class_path`:
+
+        @dataclass(frozen=True)
+        class Last(KVMethod):
+            def pool(self, heads):
+                return heads[-1]
+
+    Attributes:
+        least_batches: How many batches it needs at least; with two or more, some are held out.
+        has_path: Whether heads can move step by step towards what they become, as `KVHeadConversion(over=)` moves them.
+        pools_adapters: Whether LoRA's B can be pooled as the weight is: whether pooling is linear, and the same for both.
+    """
+
+    least_batches: ClassVar[int] = 0
+    has_path: ClassVar[bool] = True
+    pools_adapters: ClassVar[bool] = True
+
+    @property
+    def turns(self) -> bool:
+        """True if heads are first put in another basis or order, and what reads them along with them."""
+        return False
+
+    @property
+    def candidates(self) -> Sequence["Rendered"]:
+        """The methods that can make the heads of a group equal before they are pooled; held-out batches choose among several."""
+        return ()
+
+    @property
+    def name(self) -> str:
+        """The name that messages use."""
+        return type(self).__name__.lower()
+
+    @abstractmethod
+    def pool(self, heads: Sequence[Tensor]) -> Tensor:
+        """Returns one head for those of a group.
+
+        Args:
+            heads: The heads in their order, two or more: those rows of a weight, a bias or an optimizer's state, of one size.
+        """
+
+    def changes(self, model: PreTrainedModel, parameters: Mapping[str, Pooled]) -> dict[str, Change]:
+        """Returns how each parameter and the optimizer's state of it shrink.
+
+        Args:
+            model: The model as it is.
+            parameters: By parameter, which positions become one.
+        """
+        return {name: pooling(pooled, self.pool) for name, pooled in parameters.items()}
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True, eq=False)
+class Rendering:
+    """One head for several, by the matrices B (`basis`) and P (`shared`) of each, `[heads, width, width]`."""
+
+    basis: Tensor
+    shared: Tensor
+
+
+@dataclass(frozen=True)
+class Rendered(KVMethod):
+    """A method that makes the heads of a group equal, in the sizes that the model has; then to pool them loses nothing more.
+
+    Args:
+        grouping: Which heads share a group: `"consecutive"`, those next to each other, or `"similar"`, those that one head
+            renders best; query heads then change places along with them.
+
+    Attributes:
+        changes_basis: Whether it puts heads in another basis.
+    """
+
+    grouping: Grouping = "consecutive"
+    changes_basis: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        one_of("grouping", self.grouping, Grouping)
+
+    @property
+    def turns(self) -> bool:
+        """True if heads are first put in another basis or order, and what reads them along with them."""
+        return self.changes_basis or self.grouping == "similar"
+
+    @property
+    def candidates(self) -> "Sequence[Rendered]":
+        """This method alone."""
+        return (self,)
+
+    @abstractmethod
+    def render(self, metric: Tensor, moments: Tensor) -> Rendering:
+        """Returns how one head renders those of a group.
+
+        Args:
+            metric: S_j^2 = the sum of E[r r^H] over what reads head j, `[heads, width, width]`, Hermitian.
+            moments: The second moments of the heads, E[k_i k_j^H], `[heads, width, heads, width]`.
+        """
+
+    def pool(self, heads: Sequence[Tensor]) -> Tensor:
+        """Returns the mean of heads that are equal by then."""
+        return mean(heads)
+
+    def __str__(self) -> str:
+        return self.name if self.grouping == "consecutive" else f"{self.name}, similar heads grouped"
+
+
+@dataclass(frozen=True)
+class Mean(Rendered):
+    """Pools the heads of a group to their mean, as the GQA paper does: W_group = 1/J sum over j of W_j.
+
+    The mean is summed in float32 at least.
+
+    Args:
+        grouping: Which heads share a group: `"consecutive"`, those next to each other, or `"similar"`, those whose mean loses
+            least; query heads then change places along with them.
+
+    Example:
+        >>> import billhook as bh
+        >>> print(bh.Mean("similar"))
+        mean, similar heads grouped
+    """
+
+    changes_basis: ClassVar[bool] = False
+
+    def render(self, metric: Tensor, moments: Tensor) -> Rendering:
+        """Returns B_j = I, P_j = I / J."""
+        eye = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device).expand(len(moments), -1, -1)
+        return Rendering(eye, eye / len(moments))
+
+
+ROUNDS = 100
+"""How often, at most, all heads are turned."""
+
+
+@dataclass(frozen=True)
+class Aligned(Rendered):
+    """Turns each head so that all of a group agree as far as turns can make them, and takes their mean.
+
+    Queries and outputs are turned along, so that the turns alone change nothing in the model. Without batches, the weights alone
+    say which turns. Sought are unitary R_j with the least sum over j of E||R_j k_j - m||^2, m = 1/J sum over j of R_j k_j. As
+    turns keep lengths, that is sum over j of E||k_j||^2 - J E||m||^2: the mean is to be as large as it can. J^2 E||m||^2 is the
+    sum over i and j of tr(R_i E[k_i k_j^H] R_j^H), in which one head's turn has a part of 2 Re tr(M_j R_j^H), M_j = sum over
+    i != j of R_i E[k_i k_j^H]; with the singular value decomposition M_j = U s V^H the unitary matrix that makes it largest is
+    R_j = U V^H (Schönemann). The heads are turned one after another until none moves (Gower): the mean never shrinks, so the
+    result is no worse than without turns. kbar = m, so P_j = R_j / J, and B_j = R_j^H.
+
+    Args:
+        grouping: Which heads share a group: `"consecutive"`, those next to each other, or `"similar"`, those that can be turned
+            nearest to each other; query heads then change places along with them.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> bh.convert_kv_heads(model, 2, bh.Aligned()).after
+        2
+    """
+
+    def render(self, metric: Tensor, moments: Tensor) -> Rendering:
+        """Returns the turns; who reads the heads makes no difference."""
+        count, width = moments.shape[:2]
+        turns = torch.eye(width, dtype=moments.dtype, device=moments.device).repeat(count, 1, 1)
+        for _ in range(ROUNDS if count > 1 else 0):
+            before = turns.clone()
+            for head in range(count):
+                others = [i for i in range(count) if i != head]
+                left, _, right = torch.linalg.svd(torch.einsum("iab,ibc->ac", turns[others], moments[others, :, head]))
+                turns[head] = left @ right
+            if (turns - before).abs().max() < 1e-9:
+                break
+        return Rendering(turns.mH, turns / count)
+
+
+TINY = 1e-12
+"""Eigenvalues below this share of the largest count as this share: float64 resolves no more."""
+
+
+@dataclass(frozen=True)
+class SVD(Rendered):
+    """Takes the one head, and what each query head and output makes of it, with which least is lost on the batches.
+
+    A reader r of head j sees r^H k_j, and would see r^H B_j kbar. The sum over the readers of the mean square of the difference
+    is E||S_j (k_j - B_j kbar)||^2, S_j^2 = sum of E[r r^H]. The readers of values are the rows of W_O; those of keys are queries,
+    treated as independent of the keys as if any could meet any, and, of pairs, turned by any angle.
+
+    Stack these over the heads, T = [S_1 k_1; ...; S_J k_J]. Any choice of B and P replaces T by [S_j B_j]_j kbar, of rank w, and
+    of all such the nearest is U U^H T, where the columns of U are the w first eigenvectors of
+    E[T T^H] = [S_i E[k_i k_j^H] S_j]_ij (Eckart and Young); the loss is the sum of the other eigenvalues. It is reached with
+    kbar = D U^H T, so P_j = D U_j^H S_j and B_j = S_j^-1 U_j D^-1, U_j being the rows of U of head j, for any invertible D.
+    D = c l^-1/4, l the w first eigenvalues, gives B and kbar equal parts of the singular values l^1/2, and c gives kbar the mean
+    square of the heads that it stands for, so that training continues at the scale that it had.
+
+    Where a metric is zero altogether it counts as the identity; where all moments are zero nothing can be lost, and the mean is
+    taken.
+
+    Args:
+        grouping: Which heads share a group: `"consecutive"`, those next to each other, or `"similar"`, those that one head
+            renders best; query heads then change places along with them.
+
+    Example:
+        >>> import billhook as bh, torch
+        >>> model, batches = bh.load("tiny"), [{"input_ids": torch.arange(3, 67)[None]}]
+        >>> bh.convert_kv_heads(model, 2, bh.SVD(), batches).after
+        2
+    """
+
+    least_batches: ClassVar[int] = 1
+    has_path: ClassVar[bool] = False
+
+    def render(self, metric: Tensor, moments: Tensor) -> Rendering:
+        """Returns B and P from the first eigenvectors of the stacked moments."""
+        count, width = moments.shape[:2]
+        root, inverse = _roots(metric)
+        stacked = torch.einsum("iab,ibjc,jcd->iajd", root, moments, root).reshape(count * width, count * width)
+        values, vectors = torch.linalg.eigh((stacked + stacked.mH) / 2)
+        if not values[-1] > torch.finfo(values.dtype).tiny:
+            return Mean().render(metric, moments)
+        scale = values[-width:].clamp_min(TINY * values[-1]).pow(-0.25)
+        top = vectors[:, -width:].reshape(count, width, width)
+        shared = scale[None, :, None] * (top.mH @ root)
+        basis = inverse @ top / scale
+        within = torch.einsum("iab,ibjc,jdc->ad", shared, moments, shared.conj())
+        factor = (torch.einsum("jaja->", moments).real / count / within.diagonal().sum().real).sqrt()
+        return Rendering(basis / factor, shared * factor)
+
+
+def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns S and S^-1; what has no reader counts as read a little, and then follows what the others need."""
+    values, vectors = torch.linalg.eigh((metric + metric.mH) / 2)
+    values = values / values.max().clamp_min(torch.finfo(values.dtype).tiny)
+    values = values.clamp_min(TINY).sqrt().to(metric.dtype)[:, None]
+    return vectors * values @ vectors.mH, vectors / values @ vectors.mH
+
+
+@dataclass(frozen=True)
+class Auto(KVMethod):
+    """Tries several methods and takes the one whose predictions are nearest to the model's on held-out batches.
+
+    How near is the mean Kullback-Leibler divergence of the logits; of a model without any, the distance of its last states.
+
+    These are the mean, and turns and the low-rank rendering of consecutive and of similar heads, as far as the model allows them;
+    a subclass with other `candidates` tries others.
+
+    Example:
+        >>> import billhook as bh
+        >>> [str(method) for method in bh.Auto().candidates[2:4]]
+        ['svd', 'aligned, similar heads grouped']
+    """
+
+    least_batches: ClassVar[int] = 2
+    has_path: ClassVar[bool] = False
+    turns = True
+    candidates = (Mean(), Aligned(), SVD(), Aligned("similar"), SVD("similar"))
+
+    def pool(self, heads: Sequence[Tensor]) -> Tensor:
+        """Returns the mean of heads that are equal by then."""
+        return mean(heads)
+
+
+@dataclass(frozen=True)
+class First(KVMethod):
+    """Keeps the first head of a group."""
+
+    def pool(self, heads: Sequence[Tensor]) -> Tensor:
+        """Returns the first head."""
+        return first(heads)
+
+
+@dataclass(frozen=True)
+class RandomHeads(KVMethod):
+    """Draws one head for those of a group, as the model initialises its weights; biases start at zero, and norms are averaged.
+
+    The optimizer's state of what is drawn starts at zero.
+
+    Args:
+        seed: Of the numbers that are drawn.
+    """
+
+    seed: int = 0
+    has_path: ClassVar[bool] = False
+    pools_adapters: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The name that messages use."""
+        return "random"
+
+    def pool(self, heads: Sequence[Tensor]) -> Tensor:
+        """Returns the mean, of what no linear makes."""
+        return mean(heads)
+
+    def changes(self, model: PreTrainedModel, parameters: Mapping[str, Pooled]) -> dict[str, Change]:
+        """Returns draws for linears, one after the other from one generator, and means for all else."""
+        generator = torch.Generator().manual_seed(self.seed)
+        config, found = model.config.get_text_config(decoder=True), dict[str, Change]()
+        for name, pooled in parameters.items():
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D):
+                size = pooled.size(model.get_parameter(name).shape)
+                found[name] = drawing(pooled, size, std_of(config, size, pooled.dim), generator)
+            else:
+                found[name] = pooling(pooled, self.pool)
+        return found
+
+
+def drawing(pooled: Pooled, size: tuple[int, ...], std: float, generator: torch.Generator) -> Change:
+    """Draws what is pooled (biases are zero), and keeps the rest; the optimizer's state is zero there."""
+    drawn = torch.randn(size, generator=generator) * std if len(size) > 1 else torch.zeros(size)
+    several = pooled.along(drawn) > 1
+
+    def weight(old: Tensor) -> Tensor:
+        return torch.where(several.to(old.device), drawn.to(old), pooled.pool(old, first))
+
+    return Change(weight, lambda _, value: pooled.pool(value, first).masked_fill(several.to(value.device), 0))
+
+
+def std_of(config: object, size: tuple[int, ...], dim: int) -> float:
+    """Returns the deviation with which a model draws a weight whose outputs lie along `dim`; 1 / sqrt(inputs) if unknown."""
+    inputs = math.prod(size) // size[dim]
+    usual = float(getattr(config, "initializer_factor", 1.0)) * inputs**-0.5
+    stated = (getattr(config, name, None) for name in ("initializer_range", "init_std"))
+    return float(next((value for value in stated if isinstance(value, float | int)), usual))
+
+
+Name = Literal["mean", "first", "random", "aligned", "svd", "auto"]
+METHODS: dict[Name, type[KVMethod]] = {
+    "mean": Mean,
+    "first": First,
+    "random": RandomHeads,
+    "aligned": Aligned,
+    "svd": SVD,
+    "auto": Auto,
+}
+
+
+def method_of(method: KVMethod | Name) -> KVMethod:
+    """Returns the method, made with its defaults if only its short name is given."""
+    if isinstance(method, KVMethod):
+        return method
+    one_of("method", method, Name)
+    return METHODS[method]()
+
+
+def read_method(plain: Any) -> KVMethod:  # noqa: ANN401
+    """Makes a method of its class's name and its arguments, as a plan's JSON has them; the class must have been imported."""
+    known: dict[str, type[KVMethod]] = {kind.__name__: kind for kind in subclasses(KVMethod)[1:]}
+    if not isinstance(plain, Mapping) or len(plain) != 1 or not isinstance(arguments := next(iter(plain.values())), Mapping):
+        raise ValueError(f"plan: method is {plain!r}, and must be a class's name with its arguments, as to_json makes it")
+    (name,) = plain
+    if name not in known:
+        raise ValueError(f"plan: there is no method {name!r} among {', '.join(sorted(known))}: import what defines it first")
+    return known[name](**arguments)

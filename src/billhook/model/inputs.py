@@ -1,0 +1,219 @@
+"""Small example inputs with which a Hugging Face model's forward runs."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from billhook.engine.state import precisely, resting
+from billhook.model.config_fields import configs_of, nested_configs, text_config
+
+
+def make_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:
+    """Makes small random inputs by name, on the CPU, for a Hugging Face model, also one that PEFT wraps; the same each time."""
+    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    return _Maker(unwrap(), batch, length).inputs()
+
+
+def _parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """Returns what a forward names; of one that names nothing and passes on what comes, what the class above names."""
+    for forward in (model.forward, *(vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind))):
+        parameters = inspect.signature(forward).parameters
+        named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and n != "self"}
+        if named:
+            return named
+    return {}
+
+
+class _Maker:
+    """Decides from a model's main input, its signature and its config which inputs there are and how large they must be."""
+
+    def __init__(self, model: nn.Module, batch: int, length: int) -> None:
+        self.model, self.batch, self.length = model, batch, length
+        config: Any = model.config
+        self.config, self.configs = config, [one for _, one in nested_configs(config)]
+        self.named = _parameters_of(model)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def inputs(self) -> dict[str, Any]:
+        wanted = self.wanted()
+        if unknown := sorted(wanted - _MAKERS.keys()):
+            raise ValueError(
+                f"cannot guess the inputs {', '.join(unknown)} of {type(self.model).__name__}: pass them as example_inputs"
+            )
+        made = {name: _MAKERS[name](self) for name in self.named if name in wanted}
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        inputs: dict[str, Any] = {name: one.to(dtype) if one.is_floating_point() else one for name, one in made.items()}
+        return inputs | ({"use_cache": False} if "use_cache" in self.named else {})
+
+    def wanted(self) -> set[str]:
+        """Returns the main input, those without a default, and those that a forward asks for although they have one."""
+        wanted = {name for name, parameter in self.named.items() if parameter.default is parameter.empty}
+        main = getattr(self.model, "main_input_name", "input_ids")
+        main = next((n for n in [main, *self.named] if n in self.named and n in _MAKERS and n != "decoder_input_ids"), main)
+        wanted.add(main)
+        if self.find("is_encoder_decoder"):
+            wanted.add("decoder_input_ids")
+        if main == "input_ids":  # the other half of a dual encoder, which unlike a decoder has no token in its place
+            wanted.update(["bbox"] if self.special("image") else ["bbox", "pixel_values"])
+            if self.find("audio_config", "speech_config") is not None and not self.special("audio"):
+                wanted.add("input_features")
+        if "spatial_shapes" in self.named:
+            wanted.update(["spatial_shapes", "pixel_attention_mask"])
+        optional = {"decoder_input_ids", "bbox", "pixel_values", "input_features"}
+        return {name for name in wanted if name in self.named or name not in optional}
+
+    def find(self, *names: str, default: int | None = None) -> Any:  # noqa: ANN401  (configs hold anything)
+        """Returns the first of the names that is set in the config or in one nested in it."""
+        values = (getattr(config, name, None) for config in self.configs for name in names)
+        return next((value for value in values if value is not None), default)
+
+    def special(self, kind: str = "") -> set[int]:
+        """Returns the ids that the config reserves."""
+        found: set[int] = set()
+        for config in self.configs:
+            for name, value in vars(config).items():
+                if name.endswith(("token_id", "token_index", "token_ids")) and kind in name and value is not None:
+                    found.update(value if isinstance(value, list | tuple) else [value])
+        return found
+
+    def real(self, *shape: int) -> torch.Tensor:
+        return torch.randn(self.batch, *shape, generator=self.generator)
+
+    def ids(self, length: int, encoder: bool = True) -> torch.Tensor:
+        text: Any = text_config(self.config, encoder)
+        size = getattr(text, "vocab_size", None) or self.find("vocab_size", default=100)
+        rows = self.batch * (1 if encoder else getattr(text, "num_codebooks", None) or 1)  # of music, one for each codebook
+        allowed = torch.tensor(sorted(set(range(size)) - self.special()) or [0])
+        return allowed[torch.randint(len(allowed), (rows, length), generator=self.generator)]
+
+    def boxes(self) -> torch.Tensor:
+        size = int(self.find("max_2d_position_embeddings", default=1000))
+        corners = torch.randint(size // 2, (self.batch, self.length, 4), generator=self.generator)
+        corners[..., 2:] += corners[..., :2]
+        return corners
+
+    def image(self) -> torch.Tensor:
+        if "grid_thw" in self.named:
+            return self.patches()
+        if "spatial_shapes" in self.named:
+            return self.patches().view(self.batch, 16, -1)
+        size = self.find("image_size", "img_size", default=32)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        channels = self.find("num_channels", "in_channels", "in_chans", default=3)
+        frames = self.find("num_frames", "frames_per_clip") if self.find("vocab_size") is None else None
+        return self.real(*([frames] if frames else []), channels if isinstance(channels, int) else 3, height, width)
+
+    def patches(self) -> torch.Tensor:
+        """Makes the flat patches of images, 4 x 4 of them in each."""
+        width = self.find("in_channels", "in_chans", "num_channels", default=3)
+        width *= self.find("temporal_patch_size", "patch_temporal", default=1)
+        return self.real(16, width * self.find("patch_size", default=14) ** 2).flatten(0, 1)
+
+    def grid(self) -> torch.Tensor:
+        return torch.tensor([[1, 4, 4]] * self.batch)
+
+    def wave(self) -> torch.Tensor:
+        """Makes a raw waveform of 16 frames after the convolutions, or a spectrogram where there are none."""
+        kernels, bins = self.find("conv_kernel"), self.find("num_mel_bins")
+        if self.find("audio_channels", "codebook_size"):
+            return self.real(1, 2000)
+        if isinstance(kernels, list | tuple):
+            samples = 16
+            for kernel, stride in zip(reversed(kernels), reversed(self.find("conv_stride")), strict=True):
+                samples = (samples - 1) * stride + kernel
+            return self.real(samples)
+        return self.real(self.find("max_length", default=32), bins) if bins else self.real(2000)
+
+    def features(self) -> torch.Tensor:
+        """Makes a spectrogram, its bins first where a convolution takes them as its channels."""
+        bins = self.find("num_mel_bins")
+        if any(isinstance(m, nn.Conv1d) and m.in_channels == bins for m in self.model.modules()):
+            return self.real(bins, 2 * self.find("max_source_positions", default=16))
+        bins = bins or self.find("input_feat_per_channel", "feature_projection_input_dim", "input_feat_size", default=80)
+        return self.real(32, bins)
+
+
+_MAKERS: dict[str, Callable[[_Maker], torch.Tensor]] = {
+    "input_ids": lambda maker: maker.ids(maker.length),
+    "decoder_input_ids": lambda maker: maker.ids(5, encoder=False),
+    "bbox": _Maker.boxes,
+    "pixel_values": _Maker.image,
+    "pixel_values_videos": _Maker.image,
+    "hidden_states": _Maker.patches,
+    "grid_thw": _Maker.grid,
+    "spatial_shapes": lambda maker: maker.grid()[:, 1:],
+    "pixel_attention_mask": lambda maker: torch.ones(maker.batch, 16, dtype=torch.long),
+    "input_values": _Maker.wave,
+    "input_features": _Maker.features,
+}
+
+
+def small_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:
+    """Makes small inputs, as `make_inputs` does, on the model's device."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    made = make_inputs(model, batch, length)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel) -> list[Tensor]:
+    """Returns the tensors of real numbers that a model gives, except those of each block: float64, on the CPU."""
+    with precisely(), resting(model):
+        return _real(model(**small_inputs(model), return_dict=True))
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel) -> list[Tensor]:
+    """Returns the logits that a model gives, or all that `answer` returns if it gives none: float64, on the CPU."""
+    with precisely(), resting(model):
+        given = model(**small_inputs(model), return_dict=True)
+    logits = {name: value for name, value in given.items() if "logits" in name}
+    return _real(logits if {"logits", "prediction_logits"} & logits.keys() else given)
+
+
+@torch.no_grad()
+def cached_answer(model: PreTrainedModel) -> tuple[list[Tensor], Exception | None]:
+    """Returns what `answer` does with a key-value cache, then for one token more; ends with the error of what does not run."""
+    inputs, found = small_inputs(model), list[Tensor]()
+    inputs |= dict.fromkeys({"use_cache"} & inputs.keys(), True)
+    configs: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", False)]
+    try:
+        with precisely(), resting(model):
+            for config in configs:
+                config.use_cache = True
+            given = model(**inputs, return_dict=True)
+            found += _real(given)
+            ids = next((name for name in ("decoder_input_ids", "input_ids") if name in inputs), None)
+            cache = next((name for name in ("cache", "past_key_values") if given.get(name) is not None), None)
+            if ids is not None and cache is not None:
+                more = inputs | {ids: inputs[ids][:, -1:], cache: given[cache]}
+                found += _real(model(**more, return_dict=True))
+    except Exception as error:  # whatever a model raises
+        return found, error
+    return found, None
+
+
+def _real(given: Any) -> list[Tensor]:  # noqa: ANN401 - a dictionary of anything
+    values = [value for value in given.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    return [value.cpu().double() for value in values]
+
+
+def alike(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> bool:
+    """Tells whether answers are the same except for rounding."""
+    if [value.shape for value in expected] != [value.shape for value in found]:
+        return False
+    return all(_near(a, b, tolerance) for a, b in zip(expected, found, strict=True))
+
+
+def tolerance(model: PreTrainedModel) -> float:
+    """Returns how far answers may be apart, relative to their norm; parts of most models are in float32 at best."""
+    return min(1000 * max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32)), 0.05)
+
+
+def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    same = torch.isclose(a, b, rtol=0, atol=0, equal_nan=True)  # also what is not finite
+    return bool(torch.where(same, 0, a - b).norm() <= tolerance * a[a.isfinite()].norm())

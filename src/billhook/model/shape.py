@@ -1,0 +1,376 @@
+"""Which blocks of a module list are there: some are taken out, and come back, empty, for a checkpoint that has them."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from typing_extensions import Self
+
+from billhook.model.build import build_class_on_meta
+from billhook.model.config_fields import Fields, fields_of, read_back, set_fields
+from billhook.model.constants import Numbers, derived, take_derived
+from billhook.model.handed import Handing, hand, handing_of
+from billhook.model.linears import is_linear
+from billhook.model.memory import remembered_built
+from billhook.model.surgery import undone_by_errors
+
+_REMOVED = "_billhook_removed"  # on a module list: by their first numbers, the blocks that were removed, without weights
+
+
+def numbers_of(stack: nn.ModuleList) -> list[int]:
+    """Returns the numbers that the blocks of a stack had before any was taken out."""
+    return [number for number in range(first_of(stack)) if number not in _removed_from(stack)]
+
+
+def first_of(stack: nn.ModuleList) -> int:
+    """Returns how many blocks a stack had before any was taken out."""
+    return len(stack) + len(_removed_from(stack))
+
+
+def taken_out(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Finds the stacks that have lost blocks: by name, how many blocks there were at first, and the numbers of those there."""
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return {name: (first_of(stack), tuple(numbers_of(stack))) for name, stack in stacks.items() if _removed_from(stack)}
+
+
+def keep(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
+    """Leaves these blocks in a stack, by the numbers that they had at first; removed ones come back, without weights."""
+    there, removed = dict(zip(numbers_of(stack), stack, strict=True)), dict(_removed_from(stack))
+    tensor = next(stack.parameters(), None)
+    device = torch.device("cpu") if tensor is None else tensor.device
+    back = {number: _filled(removed.pop(number), number, device) for number in numbers if number not in there}
+    removed |= {number: _emptied(block) for number, block in there.items() if number not in numbers}
+    for block in back.values():
+        block.train(stack.training)
+    stack._modules.clear()
+    stack._modules.update({str(place): (there | back)[number] for place, number in enumerate(numbers)})
+    vars(stack)[_REMOVED] = removed
+    if not removed:
+        del vars(stack)[_REMOVED]
+
+
+def _removed_from(stack: nn.ModuleList) -> dict[int, nn.Module | None]:
+    found: dict[int, nn.Module | None] = vars(stack).get(_REMOVED, {})
+    return found
+
+
+def _emptied(block: nn.Module) -> nn.Module | None:
+    """Copies a block without memory for its parameters; None if something in it cannot be copied."""
+    memo: dict[int, Any] = {}
+    for module in block.modules():
+        memo |= {id(config): config for config in vars(module).values() if isinstance(config, PretrainedConfig)}
+    for parameter in block.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    try:
+        return copy.deepcopy(block, memo)
+    except Exception:  # whatever a class of somebody's own raises
+        return None
+
+
+def _filled(block: nn.Module | None, number: int, device: torch.device) -> nn.Module:
+    """Copies a block with memory for its parameters, which hold nothing meaningful."""
+    if block is None:
+        raise ValueError(f"block {number}, which was removed, cannot come back: load the checkpoint into a new model")
+    new = copy.deepcopy(block, {id(c): c for m in block.modules() for c in vars(m).values() if isinstance(c, PretrainedConfig)})
+    made = {p: nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in new.parameters()}
+    for module in new.modules():
+        module._parameters.update({name: made[p] for name, p in module._parameters.items() if p is not None})
+    return new
+
+
+T = TypeVar("T")
+
+KEY = "billhook"
+"""Where Lightning checkpoints keep the shape, and config.json what the model's class does not build of it."""
+
+VERSIONS = (1, 2)
+"""Those of an entry that are read: the first has no linears that hand out heads, and is written where there are none."""
+
+GROUPS = "num_key_value_groups"
+"""The attribute of an attention, its class's or given to it, with which transformers reads fewer KV heads than query heads."""
+
+FLAG = "multi_query"
+"""The field of config and attention that says in some families that there is one KV head: the only flag in a shape."""
+DIMENSIONS = 8  # more than any layer's weight has
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of tensors by name, and whole numbers by `module.attribute` and by config field.
+
+    Attributes:
+        tensors: The sizes of what `state_dict` holds.
+        attributes: The whole-number attributes of the modules that hold parameters.
+        config: The whole-number fields of the config, nested configs with dots.
+        lists: The fields of the config that are lists of plain values, such as one for each block.
+        blocks: By the module lists from which blocks were removed: how many there were at first, and which of them are there.
+        handed: The linears that store fewer heads than they hand out; None where a shape says nothing of them.
+    """
+
+    tensors: dict[str, tuple[int, ...]]
+    attributes: dict[str, int]
+    config: dict[str, int]
+    lists: dict[str, list[Any]] = field(default_factory=dict)
+    blocks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    handed: dict[str, Handing] | None = None
+
+    def over(self, whole: "Shape") -> "Shape":
+        """Returns a whole shape in which this one, where it says anything, stands instead."""
+        return Shape(
+            whole.tensors | self.tensors,
+            whole.attributes | self.attributes,
+            whole.config | self.config,
+            whole.lists | self.lists,
+            whole.blocks | self.blocks,
+            whole.handed if self.handed is None else self.handed,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns lists, dicts and numbers, which any checkpoint format can hold."""
+        return {
+            "tensors": {name: list(size) for name, size in self.tensors.items()},
+            "attributes": dict(self.attributes),
+            "config": dict(self.config),
+            "lists": {name: list(values) for name, values in self.lists.items()},
+            "blocks": {name: [first, list(there)] for name, (first, there) in self.blocks.items()},
+            "handed": {name: handing.to_list() for name, handing in (self.handed or {}).items()},
+        }
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> Self:
+        """Makes a shape of what `to_dict` returned, also before it knew of lists, blocks and linears that hand out heads."""
+        check_plain_shape(plain)
+        tensors = {name: tuple(size) for name, size in plain["tensors"].items()}
+        blocks = {name: (first, tuple(there)) for name, (first, there) in plain.get("blocks", {}).items()}
+        handed = {name: Handing.from_list(one) for name, one in plain.get("handed", {}).items()}
+        return cls(tensors, dict(plain["attributes"]), dict(plain["config"]), dict(plain.get("lists", {})), blocks, handed)
+
+
+def check_plain_shape(plain: object) -> None:
+    """Refuses what `Shape.to_dict` does not make."""
+    parts: dict[str, tuple[Callable[[str, Any], bool], str]] = {
+        "tensors": (_is_size, "a short list of whole numbers"),
+        "attributes": (_is_whole, "a whole number of 64 bits"),
+        "config": (_is_whole, "a whole number of 64 bits"),
+        "lists": (_is_plain_list, "a list of plain values"),
+        "blocks": (_are_blocks, "a number of blocks, and which of them are there, ascending"),
+        "handed": (lambda _, stated: isinstance(stated, list), "a list"),
+    }
+    for part, (holds, legal) in parts.items():
+        stated = plain.get(part, {} if part in ("lists", "blocks", "handed") else None) if isinstance(plain, Mapping) else None
+        if not isinstance(stated, Mapping):
+            raise ValueError(f"shape.{part} is {str(stated)[:80]!r}, and must be a mapping")
+        for name, value in stated.items():
+            if not isinstance(name, str) or not holds(name, value):
+                raise ValueError(f"shape.{part}: {str(name)[:200]} is {str(value)[:80]!r}, and must be {legal}")
+
+
+def _is_size(_: str, size: object) -> bool:
+    return isinstance(size, list | tuple) and len(size) <= DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in size)
+
+
+def _is_whole(name: str, stated: object) -> bool:
+    """Tells whether an attribute or field is a number that a shape can hold, or the flag that it does."""
+    return (type(stated) is int and abs(stated) < 2**63) or (type(stated) is bool and name.rpartition(".")[2] == FLAG)
+
+
+def _is_plain_list(_: str, stated: object) -> bool:
+    """Tells whether a field is a list that a shape can hold."""
+    return isinstance(stated, list) and all(value is None or isinstance(value, bool | int | float | str) for value in stated)
+
+
+def _are_blocks(_: str, stated: object) -> bool:
+    if not isinstance(stated, list) or len(stated) != 2 or type(stated[0]) is not int or not isinstance(stated[1], list | tuple):
+        return False
+    first, there = stated
+    return all(type(n) is int and 0 <= n < first for n in there) and list(there) == sorted(set(there))
+
+
+def shape_of(model: nn.Module) -> Shape:
+    """Returns the shape that a model has now."""
+    state = model.state_dict(keep_vars=True)
+    if packed := next((name for name, one in state.items() if not isinstance(one, Tensor)), None):
+        raise ValueError(
+            f"model: {packed} is a {type(state[packed]).__name__} and no tensor, as in layers that torch.ao has quantised: "
+            "work on the model before it is quantised"
+        )
+    tensors = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    attributes = {name: getattr(module, attr) for name, module, attr in _numbers(model)}
+    fields = _fields(model)
+    config = {name: value for name, value in fields.items() if isinstance(value, int)}
+    lists = {name: list(value) for name, value in fields.items() if isinstance(value, list)}
+    handed = {name: handing for name, module in model.named_modules() if (handing := handing_of(module)) is not None}
+    return Shape(tensors, attributes, config, lists, taken_out(model), handed)
+
+
+def built_shape(kind: type[PreTrainedModel], config: PretrainedConfig) -> Shape:
+    """Returns the shape that a class builds from a config as it is read back from a checkpoint; the config stays as it is."""
+
+    def built() -> Shape:
+        try:
+            own = read_back(config)
+        except Exception:  # whatever a class of configs raises
+            own = copy.deepcopy(config)
+        return shape_of(build_class_on_meta(kind, own))
+
+    return remembered_built(built, kind, config, "shape")
+
+
+def unbuilt_shape(model: PreTrainedModel, now: Shape | None = None) -> Shape:
+    """Returns the part of a model's shape that its config cannot express; without tensors if the config describes the model.
+
+    The attributes alone may differ in such a model too, as when a field of the config was changed after building. Linears count
+    as those that they are without adapters. Its shape `now` is not looked for again if it is known.
+    """
+    now, built = now or shape_of(model), built_shape(type(model), model.config)
+    sizes, numbers, handed = _bare(now.tensors), _bare(now.attributes), _bare(now.handed or {})
+    tensors = {name: size for name, size in sizes.items() if built.tensors.get(name, size) != size}
+    given = {name for name in numbers.keys() - built.attributes if name.endswith(f".{GROUPS}")}
+    attributes = {n: value for n, value in numbers.items() if n in given or built.attributes.get(n, value) != value}
+    return Shape(tensors, attributes, {}, handed=handed or None)
+
+
+def _bare(stated: Mapping[str, T]) -> dict[str, T]:
+    """Names linears as if they had no adapters."""
+    return {name.replace(".base_layer.", ".").removesuffix(".base_layer"): value for name, value in stated.items()}
+
+
+def to_entry(shape: Shape) -> dict[str, Any]:
+    """Returns the entry of a config under `KEY` for a shape."""
+    plain = shape.to_dict()
+    parts = ("tensors", "attributes", "handed") if shape.handed else ("tensors", "attributes")
+    return {"version": VERSIONS[len(parts) - 2], "shape": {part: plain[part] for part in parts}}
+
+
+def note_shape(model: nn.Module) -> None:
+    """Has a model's config report, for whoever saves the model, what its class does not build of its shape."""
+    if not isinstance(model, PreTrainedModel) or model.device.type == "meta":
+        return
+    vars(model.config).pop(KEY, None)
+    try:
+        shape = unbuilt_shape(model)
+    except Exception:  # a class of somebody's own that is not built from a config alone
+        return
+    if shape.tensors:
+        setattr(model.config, KEY, to_entry(shape))
+
+
+def set_shape(model: nn.Module, shape: Shape) -> None:
+    """Gives a model another shape; tensors whose size changes are new and hold nothing meaningful until weights are loaded.
+
+    What else a module says of a tensor's size follows it: `normalized_shape` of a `LayerNorm`. Blocks that were removed by then
+    are removed, and those that were not come back; what attentions and linears have of fewer KV heads follows likewise.
+
+    Raises:
+        ValueError: If the shape is of a model with other tensors.
+    """
+    with undone_by_errors(model):
+        for stack, numbers in list(_blocks_then(model, shape)):
+            keep(stack, numbers)
+        _check_names(model, shape)
+    renewed: dict[int, Tensor] = {}  # tied parameters stay tied
+    for name, old in model.state_dict(keep_vars=True).items():
+        if tuple(old.shape) != shape.tensors[name]:
+            if id(old) not in renewed:
+                renewed[id(old)] = _like(old, shape.tensors[name])
+            owner, _, attr = name.rpartition(".")
+            _put(model.get_submodule(owner), attr, renewed[id(old)])
+    for name, module in list(model.named_modules()) if shape.handed is not None else ():
+        if (stated := (shape.handed or {}).get(name)) != handing_of(module):
+            hand(module, stated)
+    _set_groups(model, shape)
+    for name, module, attr in list(_numbers(model)):
+        setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
+    then: Fields = shape.config | shape.lists
+    if changed := {name: then[name] for name, value in _fields(model).items() if then.get(name, value) != value}:
+        before = copy.deepcopy(model.config)
+        set_fields(cast(PretrainedConfig, model.config), changed)
+        if isinstance(model, PreTrainedModel):
+            take_derived(model, derived_then(model, cast(PretrainedConfig, before)))
+
+
+def derived_then(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
+    """Finds numbers that a model takes from its config instead of an earlier one; none if that does not describe the model."""
+    return {} if unbuilt_shape(model).tensors else derived(model, before)
+
+
+def _set_groups(model: nn.Module, shape: Shape) -> None:
+    """Gives attentions the attribute that others of their class lack; a whole shape that lacks it takes it from them."""
+    whole = shape.handed is not None
+    for name, module in model.named_modules():
+        stated = shape.attributes.get(f"{name}.{GROUPS}")
+        if stated is not None:
+            setattr(module, GROUPS, stated)
+        elif whole and type(vars(module).get(GROUPS)) is int and next(module.parameters(), None) is not None:
+            delattr(module, GROUPS)
+
+
+def _check_names(model: nn.Module, shape: Shape) -> None:
+    names = model.state_dict().keys()
+    if names != shape.tensors.keys():
+        missing, extra = sorted(names - shape.tensors.keys()), sorted(shape.tensors.keys() - names)
+        raise ValueError(
+            f"the checkpoint holds another model than the run: it lacks {_some(missing)} of {type(model).__name__}, "
+            f"and has {_some(extra)}, which {type(model).__name__} lacks"
+        )
+    for name, handing in (shape.handed or {}).items():
+        if not is_linear(dict(model.named_modules()).get(name, model)):
+            raise ValueError(f"the checkpoint holds another model than the run: {name} is no linear in {type(model).__name__}")
+        if handing.stored not in shape.tensors.get(f"{name}.weight", (handing.stored,)):
+            raise ValueError(f"{name} is said to hand out heads of {handing.stored} stored outputs, which it does not store")
+
+
+def _like(old: Tensor, size: tuple[int, ...]) -> Tensor:
+    new = torch.empty(size, dtype=old.dtype, device=old.device)
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _put(module: nn.Module, attr: str, new: Tensor) -> None:
+    """Sets a tensor, and where it is the weight what the module keeps of its whole size."""
+    size = tuple(getattr(module, attr).shape)
+    for name, value in vars(module).items():
+        if attr == "weight" and isinstance(value, tuple | list) and tuple(value) == size:
+            setattr(module, name, type(value)(new.shape))
+    setattr(module, attr, new)
+
+
+def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    for name, module in model.named_modules():
+        if next(module.parameters(), None) is not None:
+            for attr, value in vars(module).items():
+                if _is_whole(attr, value) and not attr.startswith("_"):
+                    yield f"{name}.{attr}", module, attr
+
+
+def _fields(model: nn.Module) -> Fields:
+    """Returns the fields of a model's config that are whole numbers or lists of plain values, except the names of its class."""
+    config = getattr(model, "config", None)
+    fields = fields_of(config) if isinstance(config, PretrainedConfig) else {}
+    parts = {name: value for name, value in fields.items() if _is_whole(name, value) or _is_plain_list(name, value)}
+    return {name: value for name, value in parts.items() if name.rpartition(".")[2] != "architectures"}
+
+
+def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList, list[int]]]:
+    """Yields the stacks that hold other blocks in a shape, and their numbers; by default all of them, or those there."""
+    for name, stack in list(model.named_modules()):
+        if not isinstance(stack, nn.ModuleList):
+            continue
+        now, first = numbers_of(stack), first_of(stack)
+        held = {own.removeprefix(f"{name}.").partition(".")[0] for own in shape.tensors if own.startswith(f"{name}.")}
+        before, there = shape.blocks.get(name, (first, tuple(range(first)) if len(held) == first else tuple(now)))
+        if before != first:
+            raise ValueError(
+                f"the checkpoint holds another model than the run: {name} had {before} blocks at first, and has {first} in "
+                f"{type(model).__name__}"
+            )
+        if list(there) != now:
+            yield stack, list(there)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3]) or "nothing"
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,352 @@
+"""Models of a shape that their class does not build from their config: config.json says the difference, the files prove it."""
+
+import json
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import chain
+from math import prod
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from billhook.engine.loader_internals import LOADED
+from billhook.engine.state import undisturbed
+from billhook.model.build import build_or_refuse
+from billhook.model.complete import accept, check_shards, load_and_compare, load_complete, mismatch, refuse_gaps
+from billhook.model.handed import Handing
+from billhook.model.inputs import make_inputs
+from billhook.model.linears import is_linear
+from billhook.model.shape import GROUPS, KEY, VERSIONS, Shape, set_shape, shape_of, to_entry
+
+LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
+HEADS = ("num_heads", "num_attention_heads", "n_heads")
+"""Names that attentions give to how many heads of queries they have."""
+ROLES = {"q_proj": "q", "query": "q", "q": "q", "k_proj": "k", "key": "k", "k": "k"}
+Sizes = Mapping[str, tuple[int, ...]]
+
+
+def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) -> PreTrainedModel:
+    """Loads a folder or a hub name in a class, of the shape that its config says under `"billhook"`, if it says one.
+
+    A config that was written without what it said there is completed by the sizes in the files; the model must then run.
+    """
+    check_shards(name)
+    if says_shape(name):
+        return load_shaped(kind, name, dtype)
+    plain, gaps = load_and_compare(kind, name, dtype=dtype)
+    entry = None
+    if gaps.mismatched and not gaps.missing:
+        with suppress(ValueError):  # files of other kinds, such as pickled ones, say no sizes
+            entry = _held_by(kind, name)
+    if entry is None:
+        accept(plain, gaps, name)
+        return plain
+    del plain
+    loaded = load_shaped(kind, name, dtype, entry=entry)
+    try:
+        with undisturbed(loaded):
+            loaded(**make_inputs(loaded))
+    except Exception as error:  # whatever a model raises
+        raise ValueError(
+            f"'{name}': the files hold other sizes than its config says, and no \"{KEY}\" in it says what else differs: "
+            f"save the model again with bh.save ({mismatch(loaded, gaps)})"
+        ) from error
+    return loaded
+
+
+def _held_by(kind: type[PreTrainedModel], name: str) -> dict[str, Any] | None:
+    """Makes the entry of a config that lacks one, of the sizes in the files; None if they are those that the class builds."""
+    shadow = build_or_refuse(kind, cast(type[PretrainedConfig], kind.config_class).from_pretrained(name))
+    built, state = shape_of(shadow), shadow.state_dict(keep_vars=True)
+    _, held = _named_as_in(shadow, Shape({}, {}, {}), _file_sizes(name))
+    sizes = {id(state[own]): size for own, size in held.items() if own in state}  # also of what is tied
+    tensors = {own: sizes[id(t)] for own, t in state.items() if sizes.get(id(t), built.tensors[own]) != built.tensors[own]}
+    attributes = {
+        f"{owner}.{attr}": number
+        for owner, module in shadow.named_modules()
+        for attr in vars(module)
+        if f"{owner}.{attr}" in built.attributes
+        and (number := _number_then(module, attr, owner, tensors)) not in (None, getattr(module, attr))
+    }
+    return to_entry(Shape(tensors, attributes, {})) if tensors else None
+
+
+def _number_then(module: nn.Module, attr: str, owner: str, tensors: Sizes) -> int | None:
+    """Returns what a module says of sizes, or of heads in them, once its tensors have other sizes; None if that is not clear."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.named_parameters() if name.count(".") < 2}
+    then = {name: tensors.get(f"{owner}.{name}", size) for name, size in own.items()}
+    weights = {of: f"{name}.weight" for name, of in ROLES.items() if f"{name}.weight" in own}
+    rows = {of: (own[name][0], then[name][0]) for of, name in weights.items()}
+    if attr == GROUPS and len(rows) == 2:
+        return rows["q"][1] // rows["k"][1]
+    value: int = getattr(module, attr)
+    counted = "k" if attr in ("num_key_value_heads", "num_kv_heads") else "q" if attr in HEADS else None
+    if counted is not None and counted in rows:
+        before, after = rows[counted]
+        return after * value // before if after * value % before == 0 else None
+    changed = {b for name, size in own.items() for a, b in zip(size, then[name], strict=True) if a == value}
+    return changed.pop() if len(changed) == 1 else None
+
+
+@contextmanager
+def readable(name: str) -> Iterator[None]:
+    """Raises a ValueError that names the checkpoint instead of all errors except those of memory, files and missing packages."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers raises all kinds
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"'{name}' cannot be loaded: {type(error).__name__}: {first}") from error
+
+
+def says_shape(name: str) -> bool:
+    """Tells whether the config of a folder or a hub name has a shape under `"billhook"`; an unreadable one has none."""
+    try:
+        return PretrainedConfig.get_config_dict(name)[0].get(KEY) is not None
+    except OSError:
+        return False
+
+
+def load_shaped(
+    kind: type[PreTrainedModel],
+    name: str,
+    dtype: str | torch.dtype,
+    attention: str | None = None,
+    labels: int | None = None,
+    entry: dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Loads a checkpoint, whose config says a shape, in a class; the model that was saved may have had another head.
+
+    Before memory is taken, an entry is refused that is not what billhook writes, or not what the files and the class hold.
+    """
+    entry = entry or PretrainedConfig.get_config_dict(name)[0].get(KEY)
+    fields: dict[str, Any] = {} if labels is None else {"num_labels": labels}
+    with _said_by(name):
+        shape = _from_entry(entry)
+        config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name, **fields)
+        vars(config).pop(KEY, None)
+        shape = _checked(kind, config, shape, _file_sizes(name))
+    built, options = _with_tensors(kind, shape), {"use_safetensors": True, "attn_implementation": attention}
+    model = load_complete(built, name, config=config, dtype=dtype, **options)
+    setattr(model.config, KEY, to_entry(shape))
+    return _finish(model, kind, shape)
+
+
+def load_on_meta(
+    kind: type[PreTrainedModel], name: str, sizes: Mapping[str, Tensor], dtype: str | torch.dtype
+) -> PreTrainedModel:
+    """Loads a checkpoint in a class as `load_as` does, without values: of the sizes that the tensors in its files have."""
+    config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name)
+    entry = vars(config).pop(KEY, None)
+    shape, built = None, kind
+    if entry is not None:
+        with _said_by(name):
+            shape = _checked(kind, config, _from_entry(entry), {own: tuple(size.shape) for own, size in sizes.items()})
+        built = _with_tensors(kind, shape)
+    options = {"state_dict": dict(sizes), "device_map": {"": "meta"}}
+    model, gaps = load_and_compare(built, None, config=config, dtype=dtype, **options)
+    refuse_gaps(model, gaps, name)
+    if shape is not None:
+        setattr(model.config, KEY, to_entry(shape))
+        _finish(model, kind, shape)
+    return model
+
+
+def _checked(kind: type[PreTrainedModel], config: PretrainedConfig, stated: Shape, held: Sizes) -> Shape:
+    """Returns what is stated, named as a class does, if it is what the files and the class hold."""
+    shadow = build_or_refuse(kind, config)
+    shape, sizes = _named_as_in(shadow, stated, held)
+    _check(shadow, shape, sizes)
+    return shape
+
+
+def take_said(shadow: PreTrainedModel, entry: object, name: str) -> None:
+    """Gives a model on meta tensors the shape that an entry of a config says; no files are asked."""
+    with _said_by(name):
+        shape = _from_entry(entry)
+        _check(shadow, shape, None)
+    _finish(shadow, type(shadow), shape)
+
+
+@contextmanager
+def _said_by(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"'{name}': config.json says under \"{KEY}\" what cannot be loaded: {error}") from error
+
+
+def build_shaped(
+    kind: type[PreTrainedModel], config: PretrainedConfig, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype
+) -> PreTrainedModel:
+    """Builds a model of a shape that its class does not build from the config, with weights, in no more memory than theirs."""
+    model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return _finish(model, kind, shape)
+
+
+def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedModel]:
+    """Makes a class for one use, named as transformers looks it up, whose models are built with other tensors."""
+
+    def build(self: PreTrainedModel, config: PretrainedConfig, *args: object, **options: object) -> None:
+        kind.__init__(self, config, *args, **options)
+        set_shape(self, Shape(shape.tensors, {}, {}).over(shape_of(self)))
+
+    def initialize(self: PreTrainedModel) -> None:
+        for module in self.modules():  # some classes count on their own sizes
+            tensors = (*module.parameters(), *module.buffers())
+            setattr(module, LOADED, getattr(module, LOADED, False) or all(getattr(tensor, LOADED, False) for tensor in tensors))
+        kind.initialize_weights(self)  # type: ignore[no-untyped-call]
+
+    own = {"__init__": build, "initialize_weights": initialize}
+    return type(kind.__name__, (kind,), own | {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _finish(model: PreTrainedModel, kind: type[PreTrainedModel], shape: Shape) -> PreTrainedModel:
+    """Sets the attributes, now that nothing is initialized by them any more, and gives the model back its class."""
+    model.__class__ = kind  # from_pretrained builds of a class: only a class can build otherwise for one call
+    set_shape(model, Shape({}, shape.attributes, {}, handed=shape.handed).over(shape_of(model)))
+    return model
+
+
+def _from_entry(entry: object) -> Shape:
+    """Reads the shape in an entry of config.json, and refuses what `to_entry` does not make."""
+    if not isinstance(entry, dict) or type(entry.get("version")) is not int or entry["version"] not in VERSIONS:
+        came = entry.get("version") if isinstance(entry, dict) else entry
+        known = " and ".join(map(str, VERSIONS))
+        raise ValueError(f"the version is {str(came)[:80]!r}, and {known} are those that this billhook knows")
+    plain = entry.get("shape")
+    shape = Shape.from_dict({**plain, "config": {}} if isinstance(plain, dict) else {})
+    if empty := next((name for name, size in shape.tensors.items() if 0 in size), None):
+        raise ValueError(f"shape.tensors: {empty[:200]} is {shape.tensors[empty]}, and must be a short list of numbers above 0")
+    return Shape(shape.tensors, shape.attributes, {}, handed=shape.handed or None)
+
+
+def _named_as_in(shadow: PreTrainedModel, stated: Shape, held: Sizes) -> tuple[Shape, Sizes]:
+    """Names what is stated and held as the model does, if it has a head and what was saved had none, or the other way round."""
+    prefix, state, built = f"{shadow.base_model_prefix}.", shadow.state_dict(), shape_of(shadow)
+
+    def name(own: str, known: Container[str]) -> str:
+        return next((one for one in (own, prefix + own, own.removeprefix(prefix)) if one in known), own)
+
+    tensors, files = ({name(own, state): size for own, size in sizes.items()} for sizes in (stated.tensors, held))
+    modules = dict(shadow.named_modules())
+    attributes = built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
+    handed = None if stated.handed is None else {name(own, modules): one for own, one in stated.handed.items()}
+    return Shape(tensors, {name(own, attributes): n for own, n in stated.attributes.items()}, {}, handed=handed), files
+
+
+def _check(shadow: PreTrainedModel, stated: Shape, held: Sizes | None) -> None:
+    """Compares what is stated with what the class builds, on meta tensors, which take it, and with what the files hold if known.
+
+    A tensor may be in the files under the name of one that it is tied to, or, where transformers changes the format as it loads,
+    under no name of the model's; all such together may be no larger than what is there under no name of the model's.
+    """
+    state, built = shadow.state_dict(keep_vars=True), shape_of(shadow)
+    modules = dict(shadow.named_modules())
+    attributes = built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
+    handed = stated.handed or {}
+    named = (stated.tensors.keys() - built.tensors, stated.attributes.keys() - attributes, handed.keys() - modules)
+    if unknown := next(iter([name for names in named for name in names]), None):
+        raise ValueError(f"{unknown[:200]} is named, and {type(shadow).__name__} has nothing of that name")
+    for name, handing in handed.items():
+        _check_handed(modules[name], name, handing, stated.tensors)
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    unnamed = dict[int, int]()
+    for name, size in stated.tensors.items():
+        if len(size) != len(usual := built.tensors[name]):
+            raise ValueError(f"{name} is said to be {size}, and {type(shadow).__name__} has it with {len(usual)} dimensions")
+        tied = names[id(state[name])]
+        known = {held[other] for other in tied if other in held} if held is not None else set()
+        known |= {stated.tensors.get(other, built.tensors[other]) for other in tied}
+        if others := known - {size}:
+            raise ValueError(f"{name} is said to be {size}, and is {others.pop()} in the files or where it is tied")
+        if held is None and prod(size) > LARGEST:
+            raise ValueError(f"{name} is said to be {size}, which no memory holds")
+        if held is not None and not any(other in held for other in tied):
+            unnamed[id(state[name])] = prod(size)
+    if held is not None and sum(unnamed.values()) > _numbers(size for name, size in held.items() if name not in state):
+        raise ValueError(f"{names[next(iter(unnamed))][0]} is not in the files, nor anything that holds as many numbers")
+    _check_attributes(stated, built)
+    set_shape(shadow, Shape(stated.tensors, {}, {}).over(built))
+    if held is None:
+        return
+    asked = sum(tensor.numel() for tensor in chain(shadow.parameters(), shadow.buffers()))
+    if asked > 10**8 + 10 * _numbers(held.values()):
+        raise ValueError(f"the config asks for {asked} numbers, far more than the files hold")
+
+
+def _check_attributes(stated: Shape, built: Shape) -> None:
+    """Refuses an attribute that a module of such tensors cannot have: no size, nor number of heads, is larger than all of them.
+
+    A number that the class builds as 1 or more stays so, but for places in an order, which begin at 0.
+    """
+    largest: dict[str, int] = {}
+    for name, size in (built.tensors | stated.tensors).items():
+        owner = name
+        while owner:
+            owner = owner.rpartition(".")[0]
+            largest[owner] = max(largest.get(owner, 1), *size, *built.tensors[name], 1)
+    for name, value in stated.attributes.items():
+        owner, _, attr = name.rpartition(".")
+        usual = built.attributes.get(name)
+        if isinstance(usual, bool) or isinstance(value, bool):
+            if type(usual) is not type(value):
+                legal = "true or false" if isinstance(usual, bool) else "a whole number"
+                raise ValueError(f"shape.attributes: {name[:200]} is {value}, and must be {legal}")
+            continue
+        most = max(largest.get(owner, 1), usual or 1)
+        if attr == GROUPS:  # there are no more of them than query heads
+            width = stated.attributes.get(f"{owner}.head_dim", built.attributes.get(f"{owner}.head_dim", 1))
+            most = max(most // max(width, 1), usual or 1)
+        first = 0 if attr.endswith(("idx", "index")) else 1
+        least = first if usual is None or usual > 0 else usual
+        if not least <= value <= most:
+            raise ValueError(f"shape.attributes: {name[:200]} is {value}, and must be a whole number from {least:,} to {most:,}")
+
+
+def _check_handed(module: nn.Module, name: str, handing: Handing, tensors: Sizes) -> None:
+    """Compares how a linear is said to hand out heads with what it has and is asked for."""
+    if not is_linear(module):
+        raise ValueError(f"{name[:200]} is said to hand out heads, and is no linear")
+    weight = cast(Tensor, module.weight)
+    dim = 1 if isinstance(module, Conv1D) else 0
+    stored = tensors.get(f"{name}.weight", tuple(weight.shape))[dim]
+    if handing.stored != stored or handing.given > weight.shape[dim]:  # fewer, where heads were removed before
+        raise ValueError(
+            f"{name[:200]} is said to hand out {handing.given} outputs of {handing.stored}, and at most {weight.shape[dim]} of "
+            f"{stored} are asked for"
+        )
+
+
+def _numbers(sizes: Iterable[tuple[int, ...]]) -> int:
+    return sum(prod(size) for size in sizes)
+
+
+def _file_sizes(name: str) -> Sizes:
+    """Reads the sizes in the headers of a checkpoint's safetensors files; the tensors are not read."""
+    try:
+        sizes = dict[str, tuple[int, ...]]()
+        for file in _files(name):
+            with safe_open(file, "pt") as opened:
+                sizes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no dict
+        return sizes
+    except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the safetensors files cannot be read: {error}") from error
+
+
+def _files(name: str) -> list[str]:
+    """Returns the files that from_pretrained reads."""
+    try:
+        return [cast(str, cached_file(name, SAFE_WEIGHTS_NAME))]
+    except OSError:
+        files = get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))[0]  # type: ignore[no-untyped-call]
+        return list(files)

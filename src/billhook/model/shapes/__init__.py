@@ -1,1 +1,0 @@
-"""Reads the shape of a model, checks it, and gives it to a model or a checkpoint."""

@@ -1,1 +1,0 @@
-"""A budget of time: what each place costs by the clock, and a model that is fast enough."""

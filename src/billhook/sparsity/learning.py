@@ -1,0 +1,267 @@
+"""SRSTE: how long masks are learned, and what draws weights that are left out to zero."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from billhook.arguments import annotated, number
+from billhook.calibration.calibration import Batches
+from billhook.engine.comm import Comm
+from billhook.engine.state import replaced
+from billhook.engine.statistics import Statistics
+from billhook.engine.walk import Sequential
+from billhook.model.linears import Convolutions, find_twins, prunable, turned, weight_of
+from billhook.schedules import Step, check_step
+from billhook.sparsity.allocation import Allocation, Uniform
+from billhook.sparsity.checks import check_pruning, needing, needs_data, uncalled, warn_of_others
+from billhook.sparsity.criteria import Criterion
+from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
+from billhook.sparsity.visitor import Grouped, PruningVisitor, empty_for, naming, prune_by, scores_of
+from billhook.sparsity.walks import Walks, runs_for, sparsities_of
+
+
+@dataclass(frozen=True)
+class SRSTE:
+    """Chooses masks again after each step of an optimizer, while all weights learn, and fixes them at `end` (SR-STE).
+
+    Runs see what is kept, m * W. The gradient of that reaches all of W, as if the mask were not there (straight through), so
+    that a weight which is left out can come back; what is left out is drawn to zero besides: g(m * W) + decay (1 - m) * W is
+    what the optimizer takes for the gradient. At `end` what is left out becomes zero, and is held there.
+
+    From "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", Zhou et al., ICLR 2021,
+    https://arxiv.org/abs/2102.04010, where scores are magnitudes. Here they are a criterion's: with `Wanda` by the norms that
+    inputs had at the first moment, and by the weights as they are now.
+
+    Args:
+        end: When masks are fixed: a step (int), or a fraction of training (float in 0..1).
+        decay: lambda_W, the paper's, at least 0.
+
+    Raises:
+        ValueError: If `end` is no moment, or `decay` is negative.
+
+    Example:
+        >>> import billhook as bh
+        >>> callback = bh.WeightPruning(bh.Wanda(), sparsity=0.5, learn=bh.SRSTE(end=0.6))
+    """
+
+    end: Step = 0.6
+    decay: float = 2e-4
+
+    def __post_init__(self) -> None:
+        annotated(SRSTE, vars(self))
+        check_step(self.end, "end")
+        number("decay", self.decay, least=0)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Says what the mask of a linear follows from, beside its weight.
+
+    Attributes:
+        sparsity: Fraction of its weights that is left out.
+        statistics: Of its inputs; None where the criterion needs none.
+    """
+
+    sparsity: float
+    statistics: Statistics | Grouped | None
+
+    def keep(self, name: str, linear: nn.Module, criterion: Criterion, pattern: str) -> Tensor:
+        """Returns the keep-mask of a linear as it is now, bool, as its weight lies in memory."""
+        with naming(name):
+            _, keep = prune_by(criterion, weight_of(linear), self.statistics, self.sparsity, pattern)
+        if self.statistics is not None:
+            self.statistics.settle()
+        return turned(linear, keep).contiguous()
+
+    def again(self, name: str, linear: nn.Module, criterion: Criterion, pattern: str) -> Tensor:
+        """Returns the mask that `keep` does, once that has checked what stays: after each step, without a host sync.
+
+        Weights that are NaN are kept, so that the loss shows them.
+        """
+        kind = type(criterion)
+        if kind.prune is not Criterion.prune or kind.keep is not Criterion.keep:  # a user's own choice may check what it likes
+            return self.keep(name, linear, criterion, pattern)
+        scores = scores_of(criterion, weight_of(linear), self.statistics)
+        return turned(linear, criterion.keep(scores, self.sparsity, parse_pattern(pattern), check=False)).contiguous()
+
+    def state(self) -> dict[str, Any]:
+        """Returns it as a checkpoint holds it."""
+        return {"sparsity": self.sparsity, "sums": [] if self.statistics is None else self.statistics.tensors()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], linear: nn.Module, criterion: Criterion) -> "Chosen":
+        """Makes it of what a checkpoint holds."""
+        if not state["sums"]:
+            return cls(state["sparsity"], None)
+        statistics = empty_for(criterion, linear, weight_of(linear).device)
+        for own, saved in zip(statistics.tensors(), state["sums"], strict=True):
+            own.copy_(saved)
+        return cls(state["sparsity"], statistics)
+
+
+class _Noting(PruningVisitor):
+    """A visitor that notes what it prunes by."""
+
+    def __init__(self, *given: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
+        super().__init__(*given, **walk)
+        self.noted: dict[str, Chosen] = {}
+
+    def finish(self, linears: Mapping[str, nn.Module]) -> None:
+        """Prunes, and notes by what."""
+        super().finish(linears)
+        self.noted |= {name: Chosen(self.sparsities[name], self._statistics(name)) for name in linears}
+
+
+def choose(
+    model: nn.Module,
+    criterion: Criterion,
+    batches: Batches | None,
+    sparsity: float,
+    pattern: str,
+    *,
+    allocation: Allocation | None,
+    skip: Sequence[str],
+    output_embeddings: bool,
+    convolutions: Convolutions,
+    sequential: Sequential,
+    comm: Comm,
+) -> dict[str, Chosen]:
+    """Finds what the masks that `prune` would make follow from, by linear; the model stays as it is. See `prune`."""
+    allocation = allocation or Uniform()
+    linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
+    runs = runs_for(model, batches, needing(criterion, allocation), comm)
+    walks = Walks(model, linears, runs, comm, None, None, {})
+    warn_of_others(model, linears)
+    sparsities = sparsities_of(walks, check_amount(sparsity, pattern), allocation)
+    noted = walks(sequential if needs_data(criterion) else None, partial(_Noting, criterion, sparsities, pattern, None)).noted
+    uncalled(linears, noted)
+    return {name: noted[name] for name in linears if name in noted}
+
+
+class Learned:
+    """Masks that are chosen again after each step of an optimizer, and hooks by which a model's linears use what they keep.
+
+    `masks` are by linear, bool, as the weights lie in memory. The parameters stay in the model, all their weights with them.
+    """
+
+    def __init__(self, criterion: Criterion, pattern: str) -> None:
+        self.criterion, self.pattern = criterion, pattern
+        self._hooks: list[RemovableHandle] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self.detach()
+        self.masks: dict[str, Tensor] = {}
+        self.chosen: dict[str, Chosen] = {}
+        self._saved: Mapping[str, Any] = {}
+
+    def attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        """Takes the model and its optimizers, and goes on with masks of a checkpoint, or of an interrupted fit."""
+        self._model, self._optimizers = model, optimizers
+        if self._saved:
+            linears = prunable(model, output_embeddings=True, convolutions="all")
+            self.chosen = {name: Chosen.from_state(one, linears[name], self.criterion) for name, one in self._saved.items()}
+            self._saved = {}
+        if self.chosen:
+            self.begin(self.chosen)
+
+    def begin(self, chosen: Mapping[str, Chosen]) -> None:
+        """Has the linears use what is kept of their weights from now on."""
+        linears = prunable(self._model, output_embeddings=True, convolutions="all")
+        linears = {name: linears[name] for name in chosen}
+        masks = {name: one.keep(name, linears[name], self.criterion, self.pattern) for name, one in chosen.items()}
+        self.detach()
+        self.chosen, self.masks, self._linears = dict(chosen), masks, linears
+        twins = {linear: name for name, linear in find_twins(self._model, linears)}
+        self._names = {linear: name for name, linear in linears.items()} | twins
+        self._whole = dict[nn.Module, nn.Parameter]()
+        self._hooks = [optimizer.register_step_post_hook(self._stepped) for optimizer in self._optimizers]
+        for linear in self._names:
+            self._hooks += [
+                linear.register_forward_pre_hook(self._masks, prepend=False),
+                linear.register_forward_hook(self._gives_back, always_call=True),
+            ]
+        torch.compiler.reset()  # what is compiled does not look for new hooks
+
+    def detach(self) -> None:
+        """Lets go of the model; the masks stay."""
+        for hook in self._hooks:
+            hook.remove()
+        if self._hooks:
+            torch.compiler.reset()
+        self._hooks = []
+
+    def decay(self, optimizer: Optimizer, decay: float) -> None:
+        """Adds decay (1 - m) * W to the gradients that an optimizer is about to take."""
+        own = {id(one) for group in optimizer.param_groups for one in group["params"]} if self._hooks else set()
+        for name in self.masks if own else ():
+            weight = self._linears[name].get_parameter("weight")
+            if id(weight) in own and weight.grad is not None:
+                weight.grad.add_(where_kept(weight.detach(), ~self.masks[name]), alpha=decay)
+
+    @contextmanager
+    def zeroed(self) -> Iterator[None]:
+        """Makes what is left out zero in the model for a while."""
+        kept = {name: where_kept(self._linears[name].get_parameter("weight").detach(), keep) for name, keep in self.masks.items()}
+        with replaced({self._linears[name]: {"weight": weight} for name, weight in kept.items()}):
+            yield
+
+    def _stepped(self, optimizer: Optimizer, *_: object) -> None:
+        """Chooses the masks of the weights that an optimizer may have changed."""
+        stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        with torch.no_grad():
+            for name, linear in self._linears.items():
+                if id(linear.get_parameter("weight")) in stepped:
+                    self.masks[name] = self.chosen[name].again(name, linear, self.criterion, self.pattern)
+
+    def _masks(self, linear: nn.Module, _: object) -> None:
+        weight = linear.get_parameter("weight")
+        self._whole[linear] = weight
+        linear._parameters["weight"] = _Straight.apply(weight, self.masks[self._names[linear]])  # type: ignore[no-untyped-call]
+
+    def _gives_back(self, linear: nn.Module, *_: object) -> None:
+        if linear in self._whole:
+            linear._parameters["weight"] = self._whole.pop(linear)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what the masks follow from, beside the weights."""
+        return {name: one.state() for name, one in self.chosen.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores what was saved, once there is a model."""
+        self.clear()
+        self._saved = state
+
+
+@contextmanager
+def as_runs_see(model: nn.Module) -> Iterator[None]:
+    """Gives a model for a while, where masks are being learned, the weights that its runs see."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Learned)]
+    with ExitStack() as stack:
+        for owner in dict.fromkeys(owners):
+            stack.enter_context(owner.zeroed())
+        yield
+
+
+class _Straight(torch.autograd.Function):
+    """Gives m * W, and the gradient of that to all of W."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, weight: Tensor, keep: Tensor) -> Tensor:
+        """Gives what is kept."""
+        return where_kept(weight, keep)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
+        """Hands the gradient on."""
+        return gradients[0], None

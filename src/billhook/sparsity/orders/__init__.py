@@ -1,1 +1,0 @@
-"""The order of channels in which groups of N:M lose least."""

@@ -1,0 +1,259 @@
+"""The order in which the channels of a model have been put."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from billhook.arguments import annotated
+from billhook.calibration.calibration import Batches
+from billhook.engine.comm import ALONE
+from billhook.engine.device import check_device
+from billhook.engine.store import store_of
+from billhook.model.find import check_changeable, check_plain, find_transformer
+from billhook.model.handed import Indices
+from billhook.model.inputs import alike, logits_of, tolerance
+from billhook.model.linears import Convolutions
+from billhook.page import Shown
+from billhook.sparsity.checks import check_folder, check_pruning, needs_data
+from billhook.sparsity.criteria import Criterion, Wanda
+from billhook.sparsity.free_order import Free, find_free
+from billhook.sparsity.masks import parse_pattern
+from billhook.sparsity.order_search import Found, OrderingVisitor
+from billhook.sparsity.walks import Walks, runs_for
+from billhook.tracing.groups import Kind
+from billhook.tracing.trace import trace
+from billhook.units.gates import Gate
+
+
+@dataclass(frozen=True, eq=False)
+class Reordered:
+    """Units of one axis that stand in another order.
+
+    Attributes:
+        kind: What a unit is.
+        where: The innermost module that holds them.
+        readers: The linears that read them.
+        orders: Which unit of each set comes to each place, int64, `[sets, units]`; value dimensions have a set for each KV head.
+        kept: The share of the scores that groups keep, before and after; where an axis has many readers, of some of their rows.
+    """
+
+    kind: Kind
+    where: str
+    readers: tuple[str, ...]
+    orders: Indices
+    kept: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Permuted(Shown):
+    """The order in which a model's channels now stand; `print` shows a table.
+
+    Attributes:
+        model: The name of the model's class.
+        criterion: The criterion that scored weights, in words.
+        pattern: `"N:M"`.
+        axes: What stands in another order.
+        left: Why others stay as they are, by kind and place.
+    """
+
+    model: str
+    criterion: str
+    pattern: str
+    axes: tuple[Reordered, ...]
+    left: dict[str, str]
+
+    def text(self) -> str:
+        """Returns all lines of what `print` shows."""
+        rows = self._rows()
+        width = max([len(name) for name, *_ in rows], default=0)
+        lines = [f"{self.model} in order for {self.pattern}, by {self.criterion}: share of the scores that is kept"]
+        for name, (sets, units), before, then in rows:
+            lines.append(f"  {name:<{width}}  {sets:>4} x {units:>6,}  {before:.4f} -> {then:.4f}")
+        return "\n".join([*lines, *(f"  {name} stay as they are: {why}" for name, why in self.left.items())])
+
+    def _rows(self) -> list[tuple[str, tuple[int, int], float, float]]:
+        """Returns for axes that are alike their name, how many orders of how many units, and what they keep on average."""
+        alike: dict[tuple[str, int], list[Reordered]] = defaultdict(list)
+        for one in self.axes:
+            name = f"{one.kind} in {one.where or 'the model'}"
+            alike[re.sub(r"\b\d+\b", "*", name), one.orders.shape[1]].append(one)
+        rows = []
+        for (name, units), own in alike.items():
+            before, then = (sum(one.kept[n] for one in own) / len(own) for n in (0, 1))
+            rows.append((name, (sum(len(one.orders) for one in own), units), before, then))
+        return rows
+
+
+Ordered = Sequence[tuple[Free, Indices]]
+"""Axes, each with the unit of each set that comes to each place: int64, `[sets, units]`."""
+
+Move = tuple[Tensor, int, Tensor]
+"""A tensor, one of its dimensions, and the position that comes to each place of it."""
+
+
+def put_in_order(model: nn.Module, ordered: Ordered) -> None:
+    """Puts units in other places, in place: parameters, their gradients and buffers; all of them or, after an interrupt, none.
+
+    No more memory is taken than the largest tensor has, before anything has changed.
+
+    Raises:
+        MemoryError: Before anything has changed, if there is no memory for that; or torch's own error.
+    """
+    interrupt = _move(_moves(model, ordered))
+    if interrupt is not None:
+        put_back(model, ordered)
+        raise interrupt
+
+
+def put_back(model: nn.Module, ordered: Ordered) -> None:
+    """Puts units back in the places that they had before: the same bits. An interrupt is raised when all are."""
+    interrupt = _move(_moves(model, [(free, np.argsort(orders, axis=1)) for free, orders in ordered]))
+    if interrupt is not None:
+        raise interrupt
+
+
+def _moves(model: nn.Module, ordered: Ordered) -> list[Move]:
+    """Finds what is moved: the smallest tensors first."""
+    tensors, moves = dict([*model.named_parameters(), *model.named_buffers()]), list[Move]()
+    for free, orders in ordered:
+        for member in free.group.members:
+            positions, taken = free.positions(member.axis), np.arange(member.axis.size)
+            taken[positions] = np.take_along_axis(positions, orders[:, :, None], axis=1)
+            tensor = tensors[member.name]
+            own = [tensor.detach()] if tensor.grad is None else [tensor.detach(), tensor.grad.detach()]
+            moves += [(one, member.dim, torch.from_numpy(taken).to(one.device)) for one in own]
+    return sorted(moves, key=lambda move: move[0].nbytes)
+
+
+@torch.no_grad()
+def _move(moves: list[Move]) -> KeyboardInterrupt | None:
+    """Moves what there is, from the end; returns an interrupt that has come meanwhile."""
+    new, interrupt = dict[int, Tensor](), None
+    while moves:
+        tensor, dim, taken = moves[-1]
+        try:
+            if len(moves) not in new:
+                new = {len(moves): tensor.index_select(dim, taken)}
+            tensor.copy_(new[len(moves)])  # the same if it is done twice
+            moves.pop()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    return interrupt
+
+
+ROUNDS = 8
+"""How often groups exchange channels."""
+
+
+def permute_for(
+    model: nn.Module,
+    pattern: str,
+    batches: Batches | None = None,
+    criterion: Criterion | None = None,
+    *,
+    skip: Sequence[str] = (),
+    output_embeddings: bool = False,
+    convolutions: Convolutions = "mixing",
+    offload: str | torch.device | None = None,
+    activations: str | None = None,
+) -> Permuted:
+    """Puts a model's channels in the order in which groups of N:M keep most of their scores, in place; it computes the same.
+
+    Feed-forward channels, value dimensions of a head and channels of the residual stream are put in another order wherever the
+    trace shows that nothing depends on it: the rows that make them and the columns that read them go along, so that nothing is
+    gathered at run time. Dimensions that positions rotate stay, and so do heads, each of which fills groups of its own. Zhang et
+    al., ICLR 2024, https://openreview.net/forum?id=Tr0lPx9woF, and Pool & Yu, NeurIPS 2021, are where this is from.
+
+    If anything fails, the model is as it was. An optimizer that has seen the model does not follow: make it afterwards.
+
+    Args:
+        model: A Hugging Face model, also with LoRA attached, or a module that holds one.
+        pattern: `"N:M"`: N are kept of every M consecutive inputs.
+        batches: Calibration data, as `prune` takes them.
+        criterion: Scores the weights; `Wanda()` by default. Of an axis, the sum of the scores that are kept in all linears that
+            read it is made large.
+        skip: A glob pattern of linears that are not going to be pruned, or several.
+        output_embeddings: Whether the output embedding (`lm_head`), or the head of a classifier, is going to be pruned too.
+        convolutions: Which convolutions are going to be pruned.
+        offload: A device on which the blocks of a model compute, one at a time, with copies of their parameters.
+        activations: A folder for the outputs of the model's modules, in files that are removed afterwards; by default memory.
+            What else runs hold while they wait for each other, such as masks, stays in memory.
+
+    Returns:
+        What stands in which order, and how much of the scores is kept before and after; `print` shows it.
+
+    Raises:
+        ValueError: If an argument is not legal, the model is quantised, sharded or streamed, or its logits would change.
+
+    Example:
+        >>> import billhook as bh
+        >>> model = bh.load("tiny")
+        >>> done = bh.permute_for(model, "2:4", [{"input_ids": torch.arange(64)[None]}])
+        >>> [(one.kind, one.where, one.orders.shape) for one in done.axes][:2]
+        [('residual', 'model', (1, 256)), ('value', 'model.layers.0.self_attn', (8, 32))]
+        >>> all(before <= then for before, then in (one.kept for one in done.axes))
+        True
+    """
+    annotated(permute_for, locals())
+    criterion = criterion or Wanda()
+    check_permute(pattern, stream=store_of(model).in_files)
+    check_permutable(model)
+    linears = check_pruning(model, criterion, pattern, "block", None, skip, output_embeddings, convolutions)
+    runs = runs_for(model, batches, [criterion] if needs_data(criterion) else [], ALONE)
+    walks = Walks(model, linears, runs, ALONE, check_device(offload), check_folder(activations), {})
+    with in_order(walks, criterion, pattern) as done:
+        return done
+
+
+def check_permute(pattern: str, dry_run: bool = False, stream: bool = False, ranks: bool = False) -> None:
+    """Refuses arguments with which channels cannot be put in another order."""
+    if parse_pattern(pattern) is None:
+        raise ValueError(f"pattern={pattern!r}: the order of channels counts only where groups are pruned: name a pattern N:M")
+    if dry_run:
+        raise ValueError("permute=True changes the order of channels, and dry_run=True leaves it: call permute_for first")
+    if stream:
+        raise ValueError("permute: the model is streamed, and the order of channels runs through all blocks: have it in memory")
+    if ranks:
+        raise ValueError("permute=True: each rank would search an order of its own: leave reduce out, or call permute_for first")
+
+
+def check_permutable(model: nn.Module) -> None:
+    """Refuses models whose channels cannot be put in another order."""
+    check_changeable(model)
+    check_plain(find_transformer(model), "permute the model before it is")
+    for name, module in model.named_modules():
+        if any(isinstance(hook, Gate) for hook in module._forward_pre_hooks.values()):
+            raise ValueError(f"model: a mask or gates stand before {name}: remove them first (mask.remove())")
+
+
+@contextmanager
+def in_order(walks: Walks, criterion: Criterion, pattern: str) -> Iterator[Permuted]:
+    """Puts channels in order, and puts them back if an error is raised within."""
+    model, kept = find_transformer(walks.model), parse_pattern(pattern)
+    assert kept is not None, "check_permute has seen the pattern"
+    free, why = find_free(model, trace(walks.model), walks.linears, kept[1])
+    make = partial(OrderingVisitor, criterion, free, kept, ROUNDS)
+    found = walks("block" if needs_data(criterion) else None, make).found
+    ordered = [(free[number], orders.numpy()) for number, (orders, *_) in found.items()]
+    expected = logits_of(model)
+    put_in_order(model, ordered)
+    try:
+        if not alike(expected, logits_of(model), tolerance(model)):
+            raise ValueError(f"model: {type(model).__name__} computes something else with its channels in another order")
+        axes = tuple(_told(free[number], one) for number, one in sorted(found.items()))
+        yield Permuted(type(model).__name__, str(criterion), pattern, axes, why)
+    except BaseException:
+        put_back(model, ordered)
+        raise
+
+
+def _told(free: Free, found: Found) -> Reordered:
+    orders, before, then = found
+    return Reordered(free.group.kind, free.group.where, tuple(free.readers), orders.numpy(), (before, then))

@@ -1,1 +1,0 @@
-"""Reads sound, prepares images, and changes those that are trained on."""

@@ -9,7 +9,7 @@ import torch
 import billhook as bh
 from billhook.cli.main import main
 from billhook.engine.parts import Parts
-from billhook.shrinking.library import Library
+from billhook.shrinking.variants import Library
 from kit.cli import QUICK, option, small_llama
 from kit.cli import pytestmark as quiet
 

@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import billhook as bh
-from billhook.fit.loggers import log_card, log_picture
+from billhook.fit.measure import log_card, log_picture
 from kit.fits import data, module, trainer
 
 pytestmark = [

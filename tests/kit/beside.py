@@ -11,7 +11,7 @@ import torch
 
 import billhook as bh
 from billhook.engine.lazy import LazyTensors
-from billhook.shrinking import library, merged, merging
+from billhook.shrinking import merged, merging, variants
 from kit.families import llama
 from kit.fits import trainer
 from kit.held import Held
@@ -102,7 +102,7 @@ def size(parameters):
     return sum(one.numel() * one.element_size() for one in parameters)
 
 
-def searched(patch, make=library.resting):
+def searched(patch, make=variants.resting):
     """Bytes of each variant that a search holds, of which ranks have shards; it has second moments of one block at a time."""
     found = []
 
@@ -110,7 +110,7 @@ def searched(patch, make=library.resting):
         found.extend([] if isinstance(weights, LazyTensors) else [size([value]) for value in weights.values()])
         return make(model, weights)
 
-    for module in (library, merging, merged):
+    for module in (variants, merging, merged):
         patch.setattr(module, "resting", counted)
     patch.setattr(merging, "memory_to_hold", lambda _: 1)
     return found

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.kv_heads.freedom import Freedom, Freedoms
-from billhook.kv_heads.stacks import Projections, Stacks, written
+from billhook.kv_heads.layout import Projections, Stacks, written
 from kit import families
 
 IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

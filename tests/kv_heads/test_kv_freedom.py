@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from billhook.engine.lazy import by_parameter
 from billhook.engine.store import store_of
 from billhook.kv_heads.freedom import Alone, Block, Freedoms, find_freedoms, see_calls
-from billhook.kv_heads.stacks import find_projections, read, written
+from billhook.kv_heads.layout import find_projections, read, written
 from billhook.tracing.trace import trace
 from kit import families, kv_zoo
 from kit.families import llama

@@ -13,8 +13,8 @@ from billhook.engine.comm import ALONE
 from billhook.kv_heads.attentions import distance_between
 from billhook.kv_heads.convert import Attentions, best_method
 from billhook.kv_heads.freedom import Freedoms
+from billhook.kv_heads.layout import find_projections, read
 from billhook.kv_heads.methods import SVD, Aligned, Auto, Mean, method_of
-from billhook.kv_heads.stacks import find_projections, read
 from billhook.repairs.repair import Repair
 from billhook.tracing.trace import trace
 from kit import kv_zoo

@@ -13,9 +13,9 @@ from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import in_turn
 from billhook.engine.shards import ShardStore
 from billhook.engine.walk import blocks_of
+from billhook.kv_heads.bases import Sums
 from billhook.kv_heads.convert import ready_weights, turned_weights
 from billhook.kv_heads.methods import method_of
-from billhook.kv_heads.moments import Sums
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.surgery import changed
 from kit.families import llama, tokens

@@ -8,7 +8,7 @@ import torch
 
 from billhook.engine.lazy import by_parameter
 from billhook.engine.store import store_of
-from billhook.kv_heads.stacks import Stacks, find_projections, moved_values, read, written
+from billhook.kv_heads.layout import Stacks, find_projections, moved_values, read, written
 from billhook.tracing.trace import trace
 from kit import families, kv_zoo
 from kit.families import llama, tokens

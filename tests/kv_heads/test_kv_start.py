@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from billhook.engine.batches import Run
-from billhook.kv_heads.bases import find_bases, pooled, turned, weight_moments
+from billhook.kv_heads.bases import find_bases, gather, pooled, turned, weight_moments
 from billhook.kv_heads.freedom import Block, Freedoms, find_freedoms
+from billhook.kv_heads.layout import find_projections, read
 from billhook.kv_heads.methods import method_of
-from billhook.kv_heads.moments import gather
-from billhook.kv_heads.stacks import find_projections, read
 from billhook.tracing.trace import trace
 from kit.families import tokens
 from kit.kv_zoo import mixed, model_of, with_stacks

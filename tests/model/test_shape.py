@@ -7,8 +7,8 @@ import transformers
 from torch import nn
 
 from billhook.kv_heads.convert import convert_kv_heads
-from billhook.model.build import build_on_meta
 from billhook.model.checkpoint_shape import load_shape, save_shape
+from billhook.model.config_fields import build_on_meta
 from billhook.model.find import find_transformer, locate_transformer
 from billhook.model.handed import Handing
 from billhook.model.shape import Shape, set_shape, shape_of, unbuilt_shape

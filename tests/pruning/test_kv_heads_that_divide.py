@@ -4,9 +4,8 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.pruning.amount import Amount
+from billhook.pruning.amount import Amount, suiting, suits
 from billhook.pruning.target import Search
-from billhook.pruning.widths import suiting, suits
 from kit.families import ATTENTIONS, MLPS, llama
 
 

@@ -11,10 +11,9 @@ import transformers
 
 import billhook as bh
 from billhook.model.figures import figures_of
-from billhook.pruning.amount import Amount
+from billhook.pruning.amount import Amount, finest, rounded
 from billhook.pruning.planning import plan_searched
 from billhook.pruning.target import First, Search
-from billhook.pruning.widths import finest, rounded
 from billhook.units.find import find_units
 from kit.families import MLPS, llama
 

@@ -18,8 +18,7 @@ from billhook.repairs.repair import Repair
 from billhook.shrinking.blocks import Block, find_blocks
 from billhook.shrinking.choose import Frontier, Slot, cost, loss
 from billhook.shrinking.damages import groups
-from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.held_out import divided
+from billhook.shrinking.divergence import Divergence, divided
 from billhook.shrinking.levels import Place, find_places
 from billhook.shrinking.smallest import Found
 from billhook.shrinking.space import best_point, free_space, starts, uniform_spaces, with_gone

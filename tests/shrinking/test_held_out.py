@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from billhook.engine.batches import Batch, runs_of
-from billhook.shrinking.held_out import PER_INPUT, divided, few, to_search
+from billhook.shrinking.divergence import PER_INPUT, divided, few, to_search
 from kit.families import llama, tokens
 
 

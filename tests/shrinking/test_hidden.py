@@ -8,13 +8,12 @@ import transformers
 
 import billhook as bh
 from billhook.engine.batches import Batch, runs_of
-from billhook.model.build import build_on_meta
+from billhook.model.config_fields import build_on_meta
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.shrinking.blocks import find_blocks
-from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.held_out import divided
+from billhook.shrinking.divergence import Divergence, divided
 from billhook.shrinking.hidden import HIDDEN, find_hidden
 from billhook.shrinking.levels import find_places
 from billhook.shrinking.planned import as_planned

@@ -7,8 +7,7 @@ import transformers
 import billhook as bh
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
-from billhook.shrinking.costs import called
-from billhook.shrinking.levels import Place, find_places, gone, removed
+from billhook.shrinking.levels import Place, called, find_places, gone, removed
 from kit.families import T5, build, llama, tokens
 
 

@@ -7,7 +7,7 @@ import billhook as bh
 from billhook.engine.batches import Batch, Run
 from billhook.pruning.amount import Amount
 from billhook.shrinking import merging
-from billhook.shrinking.held_out import divided
+from billhook.shrinking.divergence import divided
 from billhook.shrinking.merging import Merging
 from billhook.shrinking.work import Work
 from kit.families import build, tokens

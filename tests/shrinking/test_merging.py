@@ -11,8 +11,7 @@ from billhook.engine.batches import Batch, runs_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
 from billhook.shrinking import merged, merging
-from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.held_out import divided
+from billhook.shrinking.divergence import Divergence, divided
 from billhook.shrinking.levels import Place
 from billhook.shrinking.planned import apply_in_turn
 from billhook.shrinking.work import Work

@@ -8,16 +8,15 @@ import transformers
 
 import billhook as bh
 from billhook.engine.batches import Batch
-from billhook.model.build import build_on_meta
+from billhook.model.config_fields import build_on_meta
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.shrinking import levels, variants
 from billhook.shrinking.blocks import find_blocks
-from billhook.shrinking.costs import called, pairs_of
 from billhook.shrinking.damages import damages, make_slots
-from billhook.shrinking.held_out import divided
+from billhook.shrinking.divergence import divided
 from billhook.shrinking.hidden import find_hidden
-from billhook.shrinking.levels import any_gone, find_places, gone
+from billhook.shrinking.levels import any_gone, called, find_places, gone, pairs_of
 from billhook.shrinking.work import Work
 from kit.families import build, llama, tokens
 

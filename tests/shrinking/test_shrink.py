@@ -11,8 +11,7 @@ import billhook as bh
 from billhook.engine.batches import Batch, runs_of
 from billhook.importance.obs import OBS
 from billhook.shrinking import space, variants
-from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.held_out import divided
+from billhook.shrinking.divergence import Divergence, divided
 from billhook.shrinking.latency import Workload
 from billhook.shrinking.planned import apply_in_turn
 from billhook.shrinking.work import Work

@@ -9,8 +9,7 @@ import torch
 import billhook as bh
 from billhook.engine.batches import Batch, run_with_loss
 from billhook.shrinking import smallest as module
-from billhook.shrinking.divergence import Perplexity
-from billhook.shrinking.held_out import divided
+from billhook.shrinking.divergence import Perplexity, divided
 from kit.families import llama, tokens
 
 

@@ -13,12 +13,10 @@ from billhook.importance.score import run_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.shrinking import variants as module
-from billhook.shrinking.costs import query_scores
 from billhook.shrinking.damages import damages, groups, make_slots, probes
 from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.levels import find_places, gone
-from billhook.shrinking.library import Library, key_of
-from billhook.shrinking.variants import check_enough, fill_library
+from billhook.shrinking.levels import find_places, gone, query_scores
+from billhook.shrinking.variants import Library, check_enough, fill_library, key_of
 from kit.families import build, llama, tokens
 
 TINY = bh.Repair(ridges=[1e-4])

@@ -17,7 +17,7 @@ from billhook.engine.sharding import is_sharded, reshard
 from billhook.fit.calibration import FitCalibration, tokenizer_in
 from billhook.fit.event import Event, EventCallback, FollowsEvents
 from billhook.fit.lightning_internals import averages, is_search
-from billhook.fit.loggers import log_figures
+from billhook.fit.measure import log_figures
 from billhook.fit.ranks import check_agreed, comm_of, together
 from billhook.fit.run import callbacks_of, check_strategy, drop_waiting, once_model_exists
 from billhook.model.find import find_transformer

@@ -10,7 +10,7 @@ from billhook.arguments import annotated, fraction, whole
 from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.event import Event, note_settled
 from billhook.fit.ranks import check_agreed, comm_of
-from billhook.fit.rounds import At, check_at, rounds_of
+from billhook.fit.run import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, run_of

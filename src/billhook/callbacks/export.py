@@ -32,7 +32,7 @@ from billhook.engine.sharding import is_sharded, reshard
 from billhook.engine.store import store_of
 from billhook.fit.event import events_of, start_of
 from billhook.fit.lightning_internals import is_search
-from billhook.fit.loggers import log_card
+from billhook.fit.measure import log_card
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import by_first, of_first
 from billhook.fit.run import callbacks_of, check_some_steps, is_trial, trained

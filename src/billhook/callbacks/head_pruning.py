@@ -20,8 +20,7 @@ from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.event import Event, log_event, note_settled
 from billhook.fit.measure import measure
 from billhook.fit.ranks import check_agreed, together
-from billhook.fit.rounds import At, check_at, rounds_of
-from billhook.fit.run import callbacks_of
+from billhook.fit.run import At, callbacks_of, check_at, rounds_of
 from billhook.fit.shape_event import refuse_shape_changes
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance

@@ -14,7 +14,7 @@ from billhook.calibration.enough import Settled
 from billhook.engine.passes import in_turn
 from billhook.engine.sharding import sizes_only
 from billhook.fit.calibration import FitCalibration, gradient_precision
-from billhook.fit.loggers import log_picture
+from billhook.fit.measure import log_picture
 from billhook.fit.ranks import by_first, comm_of
 from billhook.importance.score import Importance, Scoring, run_of, score_enough
 from billhook.model.find import find_transformer

@@ -22,8 +22,7 @@ from billhook.engine.store import store_of
 from billhook.fit.calibration import FitCalibration, Given, Pair
 from billhook.fit.event import Event
 from billhook.fit.ranks import check_agreed, check_near, comm_of, of_first, summed, together
-from billhook.fit.rounds import At
-from billhook.fit.run import callbacks_of
+from billhook.fit.run import At, callbacks_of
 from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, ready_weights, turned_weights
 from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of

@@ -14,8 +14,7 @@ from billhook.arguments import whole
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.event import log_event
 from billhook.fit.lightning_internals import is_search
-from billhook.fit.rounds import At, check_at, shares_of, step_of
-from billhook.fit.run import callbacks_of, is_trial, training_steps
+from billhook.fit.run import At, callbacks_of, check_at, is_trial, shares_of, step_of, training_steps
 from billhook.fit.shape_event import ShapeCallback, unwrapped
 from billhook.kv_heads.methods import KVMethod
 from billhook.repairs.repair import Repair

@@ -13,8 +13,7 @@ from billhook.callbacks.damage import Damage, refuse_before
 from billhook.callbacks.export import Export
 from billhook.checkpoints.card import label_of
 from billhook.fit.event import Event, begins, events_of, figures_of_callbacks, note_start, start_of
-from billhook.fit.loggers import log_picture
-from billhook.fit.measure import measure
+from billhook.fit.measure import log_picture, measure
 from billhook.fit.ranks import by_first
 from billhook.fit.run import callbacks_of
 from billhook.plots.style import PICTURES

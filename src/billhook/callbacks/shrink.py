@@ -20,7 +20,7 @@ from billhook.engine.trees import tree_leaves
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.event import Event, described, fewer, log_event, note_not_refitted
 from billhook.fit.ranks import check_agreed, check_near, of_first, together
-from billhook.fit.rounds import At, check_at, rounds_of
+from billhook.fit.run import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.training_step import runs_as_in_training, training_loss
 from billhook.importance.obs import OBS
@@ -28,17 +28,17 @@ from billhook.importance.score import Importance
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear
 from billhook.model.memory import sight
+from billhook.pruning.amount import RoundTo
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.pruning.repair import Repairing
-from billhook.pruning.widths import RoundTo
-from billhook.shrinking.held_out import divided, to_search
-from billhook.shrinking.library import key_of
+from billhook.shrinking.divergence import divided, to_search
 from billhook.shrinking.planned import Planned, apply_in_turn
 from billhook.shrinking.shrink import Layers, budget, check_search, repair_for
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
+from billhook.shrinking.variants import key_of
 from billhook.shrinking.work import Work
 
 

@@ -14,7 +14,7 @@ from billhook.engine.store import store_of
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.event import Event, fewer, log_event, note_not_refitted, note_settled
 from billhook.fit.ranks import check_agreed, check_near, comm_of, together
-from billhook.fit.rounds import At, check_at, rounds_of
+from billhook.fit.run import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.score import Importance, run_of
 from billhook.model.find import find_transformer

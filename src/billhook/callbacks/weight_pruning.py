@@ -25,8 +25,7 @@ from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.event import Event, EventCallback, FollowsShapes, log_event
 from billhook.fit.lightning_internals import averages
 from billhook.fit.ranks import check_agreed, comm_of, together
-from billhook.fit.rounds import At, check_at, rounds_of, step_of
-from billhook.fit.run import check_learned, check_masks, is_trial
+from billhook.fit.run import At, check_at, check_learned, check_masks, is_trial, rounds_of, step_of
 from billhook.fit.shape_event import ShapeCallback, refuse_shape_changes
 from billhook.fit.training_step import runs_as_in_training
 from billhook.model.find import find_transformer

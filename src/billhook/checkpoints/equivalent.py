@@ -9,8 +9,7 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.model.build import build_class_on_meta
-from billhook.model.config_fields import nested_configs, text_config
+from billhook.model.config_fields import build_class_on_meta, nested_configs, text_config
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.shape import KEY, Shape, built_shape, shape_of, unbuilt_shape
 from billhook.serving.readings import FILES

@@ -22,8 +22,7 @@ from billhook.checkpoints.origin import origin_of
 from billhook.checkpoints.save import Saved, save
 from billhook.checkpoints.verify import Probe, logits_of, make_probe
 from billhook.engine.sharded_files import is_sharded_checkpoint, read_sharded
-from billhook.model.build import build_class_on_meta
-from billhook.model.config_fields import fields_of, set_fields
+from billhook.model.config_fields import build_class_on_meta, fields_of, set_fields
 from billhook.model.constants import Difference, Number, Record, check_record, differences
 from billhook.model.meta import model_class
 from billhook.model.preprocessors import load_tokenizer

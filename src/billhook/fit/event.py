@@ -18,10 +18,8 @@ from billhook.checkpoints.export import TRAINED
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.checkpoint_hooks import ResumeState, add_to, unwrap_hooks, wrap_hooks
 from billhook.fit.lightning_internals import is_search
-from billhook.fit.loggers import log_figures, log_settings
-from billhook.fit.measure import measure
-from billhook.fit.rounds import still_due
-from billhook.fit.run import callbacks_of, check_some_steps, drop_waiting, is_trial, trained, training_steps
+from billhook.fit.measure import log_figures, log_settings, measure
+from billhook.fit.run import callbacks_of, check_some_steps, drop_waiting, is_trial, still_due, trained, training_steps
 from billhook.report.summary import summary
 from billhook.schedules import Schedule
 

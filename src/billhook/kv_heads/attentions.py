@@ -20,11 +20,20 @@ from billhook.engine.passes import Together, passing
 from billhook.engine.state import overridden, replaced, undisturbed
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
-from billhook.kv_heads.bases import find_bases, moments_in_order, pooled, similar_order, turned, weight_moments
+from billhook.kv_heads.bases import (
+    Moments,
+    Sums,
+    find_bases,
+    gather,
+    moments_in_order,
+    pooled,
+    similar_order,
+    turned,
+    weight_moments,
+)
 from billhook.kv_heads.freedom import Freedoms, find_freedoms, in_order
+from billhook.kv_heads.layout import Stacks, find_projections, read, written
 from billhook.kv_heads.methods import Grouping, KVMethod, Rendered
-from billhook.kv_heads.moments import Moments, Sums, gather
-from billhook.kv_heads.stacks import Stacks, find_projections, read, written
 from billhook.linalg import float64_device, in_float64
 from billhook.model.linears import size_of
 from billhook.repairs.repair import Repair, repair_linears

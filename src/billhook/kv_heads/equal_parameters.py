@@ -7,8 +7,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.arguments import annotated, whole
 from billhook.kv_heads.config import FIELD
-from billhook.model.build import build_class_on_meta
-from billhook.model.config_fields import field, nested_configs, with_fields
+from billhook.model.config_fields import build_class_on_meta, field, nested_configs, with_fields
 from billhook.model.meta import from_config
 from billhook.model.shape import KEY
 from billhook.tracing.trace import trace

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from billhook.engine.state import overridden, undisturbed
 from billhook.engine.store import store_of
 from billhook.engine.walk import spare
-from billhook.kv_heads.stacks import Projections, Rows, Stacks, put_heads, read_heads
+from billhook.kv_heads.layout import HeadRows, Projections, Stacks, put_heads, read_heads
 from billhook.linalg import float64_device
 from billhook.model.config_fields import configs_of, text_config
 from billhook.model.inputs import make_inputs
@@ -85,7 +85,7 @@ class Alone:
             rows = self.place.kinds[kind]
             put_heads(self._matrix(rows), rows, become(read_heads(self._model, rows)))
 
-    def _matrix(self, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    def _matrix(self, rows: HeadRows) -> tuple[Tensor, Tensor | None]:
         return matrix_of(self._model.get_submodule(rows.linear))
 
     def __call__(self) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from billhook.model.build import build_or_refuse
+from billhook.model.config_fields import build_or_refuse
 from billhook.model.linears import NEW
 
 Loads = Any

@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel, initialization
 
 Fields = dict[str, Any]
 
@@ -77,3 +79,26 @@ def configs_of(model: nn.Module) -> list[PretrainedConfig]:
 def _owner(config: PretrainedConfig, name: str) -> tuple[Any, str]:
     nested, _, own = name.rpartition(".")
     return attrgetter(nested)(config) if nested else config, own
+
+
+Mode = AbstractContextManager[Any]
+
+
+def build_on_meta(model: PreTrainedModel, config: PretrainedConfig, within: Mode = nullcontext()) -> PreTrainedModel:  # noqa: B008
+    """Builds on meta what the model's own class makes of a config."""
+    return build_class_on_meta(type(model), config, within)
+
+
+def build_class_on_meta(kind: type[PreTrainedModel], config: PretrainedConfig, within: Mode = nullcontext()) -> PreTrainedModel:  # noqa: B008
+    """Builds on meta what a class makes of a config; a mode decides within about single calls of torch."""
+    safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # some classes read numbers off a linspace
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), safe(), within:
+        return kind(config)
+
+
+def build_or_refuse(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
+    """Builds on meta what a class makes of a config; refuses one that it does not accept."""
+    try:
+        return build_class_on_meta(kind, config)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:
+        raise ValueError(f"{kind.__name__} does not accept its config: {type(error).__name__}: {error}") from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.model.build import build_class_on_meta
+from billhook.model.config_fields import build_class_on_meta
 from billhook.model.memory import remembered_built
 from billhook.model.transformers_internals import follows_inputs
 

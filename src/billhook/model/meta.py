@@ -17,8 +17,8 @@ from transformers.models.auto import modeling_auto
 
 from billhook.assets import model_path
 from billhook.engine.sharding import is_sharded, sizes_only
-from billhook.model.build import build_or_refuse
-from billhook.model.hooks import stand_ins
+from billhook.model.config_fields import build_or_refuse
+from billhook.model.memory import stand_ins
 from billhook.model.shape import KEY
 from billhook.model.shaped import take_said
 

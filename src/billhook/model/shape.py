@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
-from billhook.model.build import build_class_on_meta
-from billhook.model.config_fields import Fields, fields_of, read_back, set_fields
+from billhook.model.config_fields import Fields, build_class_on_meta, fields_of, read_back, set_fields
 from billhook.model.constants import Numbers, derived, take_derived
 from billhook.model.handed import Handing, hand, handing_of
 from billhook.model.linears import is_linear

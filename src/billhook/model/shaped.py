@@ -17,8 +17,8 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from billhook.engine.loader_internals import LOADED
 from billhook.engine.state import undisturbed
-from billhook.model.build import build_or_refuse
 from billhook.model.complete import accept, check_shards, load_and_compare, load_complete, mismatch, refuse_gaps
+from billhook.model.config_fields import build_or_refuse
 from billhook.model.handed import Handing
 from billhook.model.inputs import make_inputs
 from billhook.model.linears import is_linear

@@ -8,8 +8,7 @@ from typing import Any, TypeGuard
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.model.build import build_on_meta
-from billhook.model.config_fields import Fields, fields_of, read_back, with_fields
+from billhook.model.config_fields import Fields, build_on_meta, fields_of, read_back, with_fields
 from billhook.model.memory import remembered_built
 from billhook.units.fields import TOGETHER
 

@@ -16,8 +16,7 @@ from typing_extensions import Self
 from billhook.calibration.enough import Settled
 from billhook.engine.state import uninterrupted
 from billhook.engine.store import store_of
-from billhook.model.build import build_on_meta
-from billhook.model.config_fields import Fields, set_fields, with_fields
+from billhook.model.config_fields import Fields, build_on_meta, set_fields, with_fields
 from billhook.model.find import find_transformer
 from billhook.model.inputs import alike, answer, cached_answer, tolerance
 from billhook.model.meta import to_meta

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from billhook.arguments import fraction, one_of, whole
 from billhook.model.handed import Indices
-from billhook.pruning.amount import RATIOS, Amount, Ranking
+from billhook.pruning.amount import RATIOS, Amount, Ranking, length_of, rounded
 from billhook.pruning.cuts import coupled
-from billhook.pruning.widths import length_of, rounded
 from billhook.units.blocks import block_of, find_blocks
 from billhook.units.find import of_kind
 from billhook.units.units import Per, Units, plural

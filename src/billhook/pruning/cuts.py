@@ -8,7 +8,7 @@ from torch import nn
 
 from billhook.model.find import check_plain
 from billhook.model.handed import Indices
-from billhook.pruning.widths import width_step
+from billhook.pruning.amount import width_step
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member

@@ -18,9 +18,9 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import ShapePlan, Weights, starting_from
 from billhook.model.surgery import Follow, follow
 from billhook.page import html_table
+from billhook.pruning.amount import RowLength, rows_from, suits, unsuited
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove
-from billhook.pruning.widths import RowLength, rows_from, suits, unsuited
 from billhook.tracing.show import pattern
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of

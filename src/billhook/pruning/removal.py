@@ -14,8 +14,7 @@ from billhook.engine.state import precisely, resting
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.linalg import in_float64
-from billhook.model.build import build_on_meta
-from billhook.model.config_fields import Fields, set_fields
+from billhook.model.config_fields import Fields, build_on_meta, set_fields
 from billhook.model.constants import Numbers, take_derived
 from billhook.model.handed import Indices
 from billhook.model.inputs import alike, small_inputs, tolerance

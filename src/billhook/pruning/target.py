@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import as_percentage
 from billhook.model.figures import Figures, figures_of
-from billhook.pruning.amount import RATIOS, Amount
+from billhook.pruning.amount import RATIOS, Amount, RowLength, finest, length_of, others, suiting, width_step
 from billhook.pruning.choice import Counts, choose_units, free, most, protected_places
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import tried
-from billhook.pruning.widths import RowLength, finest, length_of, others, suiting, width_step
 from billhook.serving.readings import MULTIPLES, multiple_of
 from billhook.tracing.trace import trace
 from billhook.units.find import of_kind, units_of, why_none

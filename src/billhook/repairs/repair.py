@@ -30,8 +30,7 @@ from billhook.engine.store import BlockStore, store_of
 from billhook.engine.walk import Site, Walk, find_sites
 from billhook.model.linears import size_of
 from billhook.repairs.moments import NoRepair, check_tokens, not_refitted, too_few
-from billhook.repairs.sums import Linears, agreed, followed, seen
-from billhook.repairs.visitor import RepairVisitor
+from billhook.repairs.visitor import Linears, RepairVisitor, agreed, followed, seen
 
 
 class BlockwiseRepair:

@@ -14,7 +14,7 @@ from billhook.model.linears import is_linear
 from billhook.pruning.block_plan import BlockPlan, find_block_plan, tried, without
 from billhook.pruning.target import Search
 from billhook.shrinking.levels import Place
-from billhook.shrinking.library import zeros_of
+from billhook.shrinking.variants import zeros_of
 from billhook.units.blocks import block_of, skipping
 from billhook.units.find import find_units, units_of
 from billhook.units.units import Units

@@ -13,7 +13,7 @@ from billhook.pruning.choice import ranked
 from billhook.shrinking.choose import Frontier, Levels, Slot, joined, without_beaten
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
-from billhook.shrinking.library import Library
+from billhook.shrinking.variants import Library
 from billhook.units.find import find_units
 from billhook.units.gates import mask
 from billhook.units.units import UnitKind

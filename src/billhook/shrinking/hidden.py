@@ -24,16 +24,16 @@ from billhook.linalg import in_float64
 from billhook.model.figures import figure_of
 from billhook.model.shape import unbuilt_shape
 from billhook.model.surgery import change_in_turn, whole_way_back
+from billhook.pruning.amount import RoundTo, rounded
 from billhook.pruning.block_plan import without
 from billhook.pruning.choice import ranked
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import divided, remove, tried
 from billhook.pruning.target import Search
-from billhook.pruning.widths import RoundTo, rounded
 from billhook.shrinking.blocks import Block, Blocks
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
-from billhook.shrinking.library import Library
+from billhook.shrinking.variants import Library
 from billhook.units.find import units_of
 from billhook.units.units import Units
 

@@ -18,8 +18,7 @@ from billhook.pruning.removal import remove
 from billhook.repairs.repair import Repair
 from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, check_speed, measure_speed
-from billhook.shrinking.costs import cut_of
-from billhook.shrinking.levels import Place
+from billhook.shrinking.levels import Place, cut_of
 from billhook.shrinking.shrunk import Times
 from billhook.shrinking.smallest import Choosing, Found
 from billhook.shrinking.work import Work

@@ -18,9 +18,9 @@ from billhook.engine.batches import Run
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.state import overridden, precisely, replaced, undisturbed
 from billhook.engine.walk import spare
+from billhook.kv_heads.layout import Projections
 from billhook.kv_heads.methods import SVD
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
-from billhook.kv_heads.stacks import Projections
 from billhook.linalg import float64_device
 from billhook.model.figures import figures_of
 from billhook.model.linears import as_it_lies, is_linear, matrix_of, size_of, turned
@@ -36,8 +36,8 @@ from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, counting, folds_of, wide
 from billhook.repairs.repair import Repair
 from billhook.shrinking.blocks import Block, Blocks
-from billhook.shrinking.library import resting
 from billhook.shrinking.planned import Planned, refitted_if_enough
+from billhook.shrinking.variants import resting
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 

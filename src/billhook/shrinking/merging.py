@@ -11,9 +11,8 @@ from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.memory import memory_to_hold
 from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.bases import find_bases, pooled
-from billhook.kv_heads.moments import Moments, gather_each
-from billhook.kv_heads.stacks import read, written
+from billhook.kv_heads.bases import Moments, find_bases, gather_each, pooled
+from billhook.kv_heads.layout import read, written
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import matrix_of
 from billhook.pruning.target import Search
@@ -21,8 +20,8 @@ from billhook.repairs.repair import Repair
 from billhook.shrinking.damages import groups
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
-from billhook.shrinking.library import UNFITTED, Library, resting
 from billhook.shrinking.merged import METHOD, Merged, plans_of, refit_readers
+from billhook.shrinking.variants import UNFITTED, Library, resting
 
 Scale = tuple[list[Place], dict[str, tuple[int, ...]], dict[str, list[float]]]
 """Places, and by place the numbers of units that it may keep, and what it loses at each."""

@@ -17,14 +17,13 @@ from billhook.model.figures import figure_of
 from billhook.model.find import check_changeable, find_transformer
 from billhook.model.plan import ShapePlan, Weights, starting_from, usable
 from billhook.model.surgery import Follow, change_in_turn, undone_by_errors
-from billhook.pruning.amount import TARGETS
+from billhook.pruning.amount import TARGETS, RowLength
 from billhook.pruning.block_plan import BlockPlan, without
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
 from billhook.pruning.repair import repair_with
 from billhook.pruning.target import Search, row_lengths
-from billhook.pruning.widths import RowLength
 from billhook.repairs.moments import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import Repair
 from billhook.shrinking.blocks import Block, Blocks

@@ -14,12 +14,11 @@ from billhook.importance.obs import OBS
 from billhook.importance.score import Importance
 from billhook.model.find import check_stored, check_values, find_transformer
 from billhook.model.surgery import undone_by_errors, values_kept
-from billhook.pruning.amount import TARGETS, Amount
+from billhook.pruning.amount import TARGETS, Amount, RoundTo
 from billhook.pruning.repair import Repairing
-from billhook.pruning.widths import RoundTo
 from billhook.repairs.moments import NoRepair, without_name
 from billhook.repairs.repair import Repair
-from billhook.shrinking.held_out import divided, to_search
+from billhook.shrinking.divergence import divided, to_search
 from billhook.shrinking.latency import Clock, Workload, clock_of, fast_enough, timed
 from billhook.shrinking.planned import apply_in_turn
 from billhook.shrinking.shrunk import Shrunk

@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 
-from billhook.pruning.widths import rounded
+from billhook.pruning.amount import rounded
 from billhook.shrinking.blocks import Block
 from billhook.shrinking.choose import (
     Frontier,

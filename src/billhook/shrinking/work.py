@@ -19,12 +19,10 @@ from billhook.pruning.target import Search
 from billhook.repairs.repair import Repair
 from billhook.shrinking.blocks import Block, Blocks, find_blocks
 from billhook.shrinking.choose import Levels, Slot, between, cost, evolve, kept_at
-from billhook.shrinking.costs import query_scores
 from billhook.shrinking.damages import CALLED, damage_without, damages, fewer_blocks, groups, make_slots, of_one_kind
 from billhook.shrinking.divergence import Agreed, Divergence
 from billhook.shrinking.hidden import HIDDEN, Hidden, Width, find_hidden
-from billhook.shrinking.levels import Place, find_places, gone, removed, told
-from billhook.shrinking.library import Library, key_of
+from billhook.shrinking.levels import Place, find_places, gone, query_scores, removed, told
 from billhook.shrinking.merging import Merging, find_merging
 from billhook.shrinking.planned import Planned, plan_choice, repaired
 from billhook.shrinking.shrunk import Choice, Shrunk, Times, in_words
@@ -43,7 +41,7 @@ from billhook.shrinking.space import (
     spread,
     starts,
 )
-from billhook.shrinking.variants import fill_library
+from billhook.shrinking.variants import Library, fill_library, key_of
 from billhook.units.units import UnitKind
 
 CURVE = 9

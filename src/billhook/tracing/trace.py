@@ -16,9 +16,8 @@ from billhook.arguments import annotated
 from billhook.engine.batches import check_one_device
 from billhook.model.config_fields import configs_of
 from billhook.model.find import check_dense, find_transformer
-from billhook.model.hooks import placed
 from billhook.model.inputs import make_inputs
-from billhook.model.memory import remembered
+from billhook.model.memory import placed, remembered
 from billhook.model.meta import from_config, from_name, to_meta
 from billhook.model.transformers_internals import attention_of, compute_every_expert, set_attention
 from billhook.tracing.axes import Axis, mark

@@ -8,8 +8,7 @@ from functools import cached_property, partial
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.model.build import build_on_meta
-from billhook.model.config_fields import fields_of, read_back, with_fields
+from billhook.model.config_fields import build_on_meta, fields_of, read_back, with_fields
 from billhook.model.memory import remembered, remembered_built
 from billhook.tracing.axes import leaves
 from billhook.tracing.groups import Group, times

@@ -23,9 +23,9 @@ from billhook.model.inputs import small_inputs
 from billhook.model.meta import from_name
 from billhook.model.shape import to_entry, unbuilt_shape
 from billhook.model.streamed import outline
+from billhook.pruning.amount import width_step
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.removal import tried
-from billhook.pruning.widths import width_step
 from billhook.serving.readings import FILES, GPUS, shares
 from billhook.serving.verdicts import Verdict, told, verdicts
 from billhook.tracing.groups import Group, Kind

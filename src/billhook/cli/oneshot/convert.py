@@ -12,7 +12,7 @@ from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.plan import apply
 from billhook.repairs.repair import Repair
-from billhook.shrinking.held_out import in_rows
+from billhook.shrinking.divergence import in_rows
 
 REFIT = "refit what reads the heads, and the feed-forwards, by least squares"
 

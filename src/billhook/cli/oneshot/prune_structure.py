@@ -31,7 +31,7 @@ from billhook.pruning.planning import count_blocks, default_importance, plan_amo
 from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import First, Search
 from billhook.repairs.repair import Repair
-from billhook.shrinking.held_out import in_rows
+from billhook.shrinking.divergence import in_rows
 
 
 @dataclass(frozen=True)

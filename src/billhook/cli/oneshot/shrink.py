@@ -19,11 +19,11 @@ from billhook.engine.batches import Batch
 from billhook.importance.obs import OBS
 from billhook.importance.score import Importance
 from billhook.plots.pareto import pareto
+from billhook.pruning.amount import RoundTo
 from billhook.pruning.repair import Repairing
-from billhook.pruning.widths import RoundTo
 from billhook.report.speed import Phase
 from billhook.shrinking.damages import CALLED
-from billhook.shrinking.held_out import divided
+from billhook.shrinking.divergence import divided
 from billhook.shrinking.hidden import HIDDEN
 from billhook.shrinking.latency import Workload, clock_of
 from billhook.shrinking.levels import Place

@@ -93,9 +93,9 @@ class Preparation:
         model = find_transformer(pl_module)
         pooled = {name: [own.dim, np.asarray(own.index)] for name, own in plan.parameters.items()}
         check_agreed(trainer, "KVHeadConversion", "what heads become", [str(self.method), str(self.repair), pooled])
-        if trained and not store_of(model).on_ranks:  # what ranks share is the same on each
+        if trained:
             before = {name: model.get_parameter(name) for name in plan.parameters}
-            check_near(trainer, "KVHeadConversion", "what heads become", before)
+            check_near(trainer, "KVHeadConversion", "what heads become", model, before)
 
     def turned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: Mapping[str, int]) -> Weights:
         """Returns values with which the heads of a group lie in one basis, and the model computes what it did."""
@@ -126,7 +126,7 @@ def _same(trainer: pl.Trainer, model: nn.Module, weights: Weights) -> Weights:
     what = "KVHeadConversion", "how heads are turned"
     if store_of(model).on_ranks:  # each has its shards of those of the first
         return weights
-    check_near(trainer, *what, {name: model.get_parameter(name) for name in weights})
+    check_near(trainer, *what, model, {name: model.get_parameter(name) for name in weights})
     if trainer.world_size == 1:
         return weights
     return {name: of_first(trainer, *what, weights[name]).to(weights[name].device) for name in weights}

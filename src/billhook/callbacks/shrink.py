@@ -195,8 +195,7 @@ class Shrink(ShapeCallback):
             batches = list(self.calibration.read(trainer, alike=True))
             check_agreed(trainer, "Shrink", "its settings", partial(described, self))
             check_agreed(trainer, "Shrink", "the batches", [one for one in tree_leaves(batches) if isinstance(one, Tensor)])
-            if not store_of(work.model).on_ranks:  # else ranks share it
-                check_near(trainer, "Shrink", "the model", dict(work.model.named_parameters()))
+            check_near(trainer, "Shrink", "the model", work.model, dict(work.model.named_parameters()))
             work.agreed = partial(of_first, trainer, "Shrink", "what it measures")
             fitted, held_out = divided(batches)
             runs, searched = (_runs(pl_module, work, own) for own in (fitted, to_search(fitted, work.widest)))

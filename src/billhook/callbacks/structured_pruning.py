@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, whole
 from billhook.engine.passes import in_turn
-from billhook.engine.store import store_of
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.event import Event, fewer, log_event, note_not_refitted, note_settled
 from billhook.fit.ranks import check_agreed, check_near, comm_of, together
@@ -145,8 +144,7 @@ class StructuredPruning(ShapeCallback):
             made = plan_searched(part, importance, runs, self.calibration.enough, comm=comm)
             weights, why = repair_as_asked(model, made, runs, self.repair if self.needs_data else None, comm)
             check_agreed(trainer, "StructuredPruning", "the plan of what is removed", made.to_json)
-            if not store_of(model).on_ranks:  # else those of the first rank are shared out
-                check_near(trainer, "StructuredPruning", "what is refitted", weights or {})
+            check_near(trainer, "StructuredPruning", "what is refitted", model, weights or {})
             done = "repaired" if weights else why
             return made, weights, f"{type(importance).__name__}{f', {done}' if done else ''}", why
 

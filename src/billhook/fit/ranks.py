@@ -17,9 +17,10 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from billhook.engine.comm import ALONE, Comm
+from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
 from billhook.linalg import widest_float
 
@@ -85,9 +86,12 @@ def of_first(trainer: pl.Trainer, who: str, what: str, own: T) -> T:
     return found
 
 
-def check_near(trainer: pl.Trainer, who: str, what: str, values: Mapping[str, Tensor]) -> None:
-    """Raises RanksDiffer on every rank where a tensor is not that of the first but for rounding, by numbers picked from it."""
-    if trainer.world_size == 1:
+def check_near(trainer: pl.Trainer, who: str, what: str, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Raises RanksDiffer on every rank where a tensor is not that of the first but for rounding, by numbers picked from it.
+
+    Of a model that ranks share nothing is compared: each has its shards of what the first one has made.
+    """
+    if trainer.world_size == 1 or store_of(model).on_ranks:
         return
     own = {name: _picked(value) for name, value in values.items()}
     check_agreed(trainer, who, what, {name: len(value) for name, value in own.items()})

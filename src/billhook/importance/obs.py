@@ -225,7 +225,7 @@ class OBS(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        too_many = self.adds_up and not store_of(model).on_ranks and bytes_of(model, units) > memory_to_hold(_device(model))
+        too_many = self.adds_up and store_of(model).holds_all and bytes_of(model, units) > memory_to_hold(_device(model))
         if too_many or comes_in_turn(model, runs):
             find = partial(self._in_turn, model, units, per)
             return Again(**vars(find([runs])), groups=[runs], find=find)

@@ -69,12 +69,12 @@ def stream(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], u
 def recomputing(model: nn.Module) -> Iterator[None]:
     """Has layers recompute their activations for gradients, as in training, where checkpointing is on, while they rest.
 
-    Transformers itself does so in training mode alone, in which dropout would act, too. Blocks that ranks share are left out.
+    Transformers itself does so in training mode alone, in which dropout would act, too. Blocks that come and go are left out.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer  # a quarter of a second where no model was made before
 
     with ExitStack() as stack:
-        for part in model.modules() if not store_of(model).on_ranks else ():
+        for part in model.modules() if not store_of(model).blocks else ():
             if isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing:
                 stack.enter_context(overridden(part, forward=partial(_recomputed, part.forward)))
         yield

@@ -92,7 +92,7 @@ def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool, con
     if not linears:
         raise ValueError(f"model: {type(model).__name__} has no linear layers to prune")
     empty = next((name for name, linear in linears.items() if linear.get_parameter("weight").is_meta), None)
-    if empty is not None and not store_of(model).in_files:
+    if empty is not None and store_of(model).holds_all:
         raise ValueError(f"model: {empty} has no weights yet (it is on the meta device): load them first")
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in linears):

@@ -203,7 +203,7 @@ def permute_for(
     """
     annotated(permute_for, locals())
     criterion = criterion or Wanda()
-    check_permute(pattern, stream=store_of(model).in_files)
+    check_permute(pattern, stream=not store_of(model).holds_all)
     check_permutable(model)
     linears = check_pruning(model, criterion, pattern, "block", None, skip, output_embeddings, convolutions)
     runs = runs_for(model, batches, [criterion] if needs_data(criterion) else [], ALONE)

@@ -276,7 +276,7 @@ def prune(
     check_changeable(model)
     comm = Comm.of(reduce, model)
     if permute:
-        check_permute(pattern, dry_run, store_of(model).in_files, comm is not ALONE)
+        check_permute(pattern, dry_run, not store_of(model).holds_all, comm is not ALONE)
         check_permutable(model)
     if is_sharded(model):
         check_sharded(criterion, allocation, comm, offload)

@@ -32,7 +32,7 @@ def runs_for(model: nn.Module, batches: Batches | None, needing: Sequence[object
     """Makes a run of each batch, if something needs data; refuses to go without any, on all ranks together."""
     if not needing:
         return []
-    if batches is None and (store_of(model).on_ranks or comm is not ALONE):
+    if batches is None and comm is not ALONE:
         raise ValueError(f"batches=None: {type(needing[0]).__name__} needs calibration data")
     runs = runs_of(model, batches_of(batches, model))
     matches = any(isinstance(one, BlockMatching) for one in needing)
@@ -83,9 +83,11 @@ class Walks:
                 store=self.store, linears=self.linears, tokens=[run.tokens for run in self.runs], comm=self.comm,
                 adapters=self.adapters, shared=shared,
             )  # fmt: skip
-            data = tell_apart(self.runs) if key and self.store.in_files else ""
             try:
-                with self._ready(sequential), self.store.step(f"{key} {shared} {data}") if key else nullcontext():
+                with (
+                    self._ready(sequential),
+                    self.store.step(f"{key} {shared}", partial(tell_apart, self.runs)) if key else nullcontext(),
+                ):
                     again = self._go(sequential, visitor, often, resumes=key is not None)
                     if again <= often:
                         if (prune := visitor.close()) is not None:

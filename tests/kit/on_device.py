@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import billhook as bh
-from billhook.engine.device import Copies
+from billhook.engine.device import Copies, NextBlock
 from billhook.engine.parts import Parts
 from billhook.engine.store import store_of
 from billhook.model import surgery
@@ -32,7 +32,8 @@ class Watched:
 
     def __init__(self):
         self.sent, self.back, self.most, self._alive = list[tuple[int, ...]](), list[tuple[int, ...]](), 0, []
-        copied, enter, leave = standin.copied, Copies.enter, Copies.leave
+        self.taken = list[bool]()  # whether each block that came from files had been read by then
+        copied, enter, leave, take = standin.copied, Copies.enter, Copies.leave, NextBlock.take
 
         def seen(source, target, non_blocking=False):
             if is_far(source) != is_far(target):
@@ -47,7 +48,12 @@ class Watched:
             coming = 0 if copies._coming is None else 1
             self.most = max(self.most, coming + sum(any(ref() is not None for ref in refs) for refs in self._alive))
 
-        standin.copied, Copies.enter, Copies.leave = seen, entered, leave
+        def took(ahead, name):
+            read = take(ahead, name)
+            self.taken += [read is not None] if name else []
+            return read
+
+        standin.copied, Copies.enter, Copies.leave, NextBlock.take = seen, entered, leave, took
 
 
 def batches():
@@ -154,11 +160,15 @@ def changed_in_files(work, source, out, device, stops):
     return bh.load(out).state_dict()
 
 
-def in_files(watched, most, work, stops=False):
+def in_files(watched, most, work, stops=False, ahead=False):
     folder = Path(sys.argv[1], str(len(os.listdir(sys.argv[1]))))
     dense().save_pretrained(folder / "dense")
     expected = changed_in_files(work, folder / "dense", folder / "near", None, stops)
-    return wrong_numbers(expected, changed_in_files(work, folder / "dense", folder / "far", DEVICE, stops), most)
+    watched.taken.clear()
+    found = changed_in_files(work, folder / "dense", folder / "far", DEVICE, stops)
+    if ahead and not sum(watched.taken) > len(watched.taken) / 2:
+        return f"of {len(watched.taken)} blocks {sum(watched.taken)} were read ahead"
+    return wrong_numbers(expected, found, most)
 
 
 def offloaded_from_files(watched, most):
@@ -196,6 +206,7 @@ def removed(importance, **what):
 MEMORY = {
     "Wanda": (partial(in_memory, criterion=bh.Wanda()), 0),
     "Wanda by layer": (partial(in_memory, criterion=bh.Wanda(), sequential="layer"), 0),
+    "Wanda of the dense model": (partial(in_memory, criterion=bh.Wanda(), sequential="none"), 0),
     "SparseGPT": (partial(in_memory, criterion=bh.SparseGPT()), 1e-5),
     "match": (partial(in_memory, criterion=bh.Wanda(), match=FEW), 1e-5),
     "changes": (changes_go_home, 0),
@@ -219,6 +230,7 @@ STOPPED = ("Wanda", "match", "repair", "KV heads by SVD, repaired")
 WORKS = {f"memory: {name}": own for name, own in MEMORY.items()}
 WORKS |= {f"memory, sent ahead: {name}": own for name, own in MEMORY.items()}
 WORKS |= {f"files: {name}": (partial(in_files, work=work), most) for name, (work, most) in FILES.items()}
+WORKS |= {f"files, read ahead: {name}": (partial(in_files, work=work, ahead=True), most) for name, (work, most) in FILES.items()}
 WORKS |= {f"files, stopped: {name}": (partial(in_files, work=FILES[name][0], stops=True), FILES[name][1]) for name in STOPPED}
 WORKS |= {"files: offload": (offloaded_from_files, 0), "files: perplexity": (measured_in_files, 0)}
 

@@ -1,6 +1,6 @@
 """Blocks on a device: copies of one's tensors stand in the place of its own there, and those of the next are on their way."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -85,7 +85,8 @@ class Copies:
         """Returns copies of a block's tensors: those that were sent ahead or, if they are another's, new ones."""
         if self._coming is None or self._coming[0] is not block:
             self.forget()
-            return {own: own.detach().to(self.device, copy=True) for own in _tensors(block)}
+            locked = self.device.type == "cuda" and all(own.is_pinned() for own in block.parameters())
+            return {own: own.detach().to(self.device, copy=True, non_blocking=locked) for own in _tensors(block)}
         sent, self._coming = self._coming[1].result(), None
         if self._stream is not None:
             now = torch.cuda.current_stream(self.device)
@@ -101,6 +102,39 @@ class Copies:
         left.synchronize()
         with torch.cuda.stream(self._stream):
             return {own: own.detach().pin_memory().to(self.device, non_blocking=True) for own in tensors}
+
+
+class NextBlock:
+    """The tensors of the next block, which a thread reads from files while this one computes on a device.
+
+    On CUDA they lie in page-locked memory, from which they go to the device without a copy between.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._locked = device.type == "cuda"
+        self._reader = ThreadPoolExecutor(1)
+        self._coming: tuple[str, Future[dict[str, Tensor]]] | None = None
+
+    def read(self, name: str, read: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Begins to read a block."""
+        self.forget()
+        self._coming = name, self._reader.submit(self._read, read)
+
+    def take(self, name: str) -> dict[str, Tensor] | None:
+        """Returns the tensors of a block, once they are there; None if another one was read."""
+        coming, self._coming = self._coming, None
+        if coming is None:
+            return None
+        wait([coming[1]])  # also if it is another block's: files are read by one thread at a time
+        return coming[1].result() if coming[0] == name else None
+
+    def forget(self, name: str | None = None) -> None:
+        """Lets go of what was read, of a block or whatever it is, as that has other tensors now."""
+        if self._coming is not None and name in (None, self._coming[0]):
+            self.take("")
+
+    def _read(self, read: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: tensor.pin_memory() if self._locked else tensor for name, tensor in read().items()}
 
 
 def _tensors(block: nn.Module) -> list[Tensor]:

@@ -3,7 +3,7 @@
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from billhook.bar import Told
-from billhook.engine.device import Copies, computed_on
+from billhook.engine.device import Copies, NextBlock, computed_on
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import (
     as_in_files,
@@ -70,6 +70,7 @@ class FileStore(BlockStore):
         self.files, self.parts = files, parts
         self.here: nn.Module | None = None
         self._copies: Copies | None = None
+        self._next: NextBlock | None = None  # of a store whose blocks compute on a device that takes them ahead
         self._changed = self._in_step = False
         self._note: object = None
         self._turned = frozenset[str]()  # what the last checkpoint that was written has transposed
@@ -125,9 +126,9 @@ class FileStore(BlockStore):
         if block is not None and block is not self.here:
             self._check_known(block)
             self.release()
-            self._load(self.keys[self.names[block]])
-            names = list(self.blocks)
-            self.files.read_ahead(self.keys[names[(names.index(self.names[block]) + 1) % len(names)]])
+            name = self.names[block]
+            self._load(self.keys[name], None if self._next is None else self._next.take(name))
+            self._read_ahead(name)
             if self.device is not None:
                 self._copies = Copies(self.device)
                 self._copies.enter(block)
@@ -139,6 +140,22 @@ class FileStore(BlockStore):
                 parameter.data = value.to(parameter.device)
         return block
 
+    def _read_ahead(self, name: str) -> None:
+        """Has the tensors of the block after one read while this one computes: by a thread, or into pages of the system alone."""
+        names = list(self.blocks)
+        following = names[(names.index(name) + 1) % len(names)]
+        keys = self.keys[following]
+        if self.device is not None and following != name and Copies.sends_ahead(self.device) and self.files.are_here:
+            self._next = self._next or NextBlock(self.device)
+            self._next.read(following, partial(self.files.read, keys))
+        else:
+            self.files.read_ahead(keys)
+
+    def _forget(self, name: str | None = None) -> None:
+        """Lets go of a block, or any, that was read ahead: its tensors come from elsewhere, or under other names, from now on."""
+        if self._next is not None:
+            self._next.forget(name)
+
     @contextmanager
     def on(self, device: torch.device, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
         """Has blocks compute on a device, within, as they come from the files; see `BlockStore.on`."""
@@ -148,7 +165,8 @@ class FileStore(BlockStore):
             yield
         finally:
             self.release()
-            self.device = before
+            self._forget()
+            self.device, self._next = before, None
 
     def _check_known(self, block: nn.Module) -> None:
         """Refuses a block with modules that have come since the model was loaded, such as adapters; nothing is read for it."""
@@ -294,6 +312,7 @@ class FileStore(BlockStore):
         def back() -> None:
             self._changed = False
             self.release()
+            self._forget()
             self.files, self.keys, self.adopted, self._lost = files, keys, adopted, lost
             self.names, self.blocks, self.owner, self._alterations = names, blocks, owner, alterations
             for name, own in sizes.items():
@@ -310,6 +329,7 @@ class FileStore(BlockStore):
             ValueError: If the names in the files do not number the blocks as the model does.
         """
         self.release()
+        self._forget()
         now = {module: name for name, module in self.model.named_modules()}
         then = {name: now[block] for name, block in self.blocks.items() if block in now}
         moved = {key: renumbered(key, name, then[name]) for name in then for key in self.keys[name]}
@@ -324,6 +344,7 @@ class FileStore(BlockStore):
         """Has a block come from what was written of it, from now on."""
         if self.blocks[name] is self.here:
             self.release()
+        self._forget(name)
         path, keys = self.written.path(name), self.written.keys(name)
         self.files.move(self.keys[name], path, keys)
         self.keys[name], self.adopted[name] = list(keys), path
@@ -357,20 +378,21 @@ class FileStore(BlockStore):
 
     def settle(self, folder: Path) -> None:
         """Has blocks come from the checkpoint that was written of the model, and removes what was written on the way."""
+        self._forget()
         if self.parts is not None:
             self.parts.remove()
         self.files, self.adopted, self._lost = Files(str(folder)), {}, []
         self.files.turned = frozenset(key for key, own in named_in(self.model, self.files).items() if own in self._turned)
         self.keys, self._origin = self._keys(), self.files.state
 
-    def _load(self, keys: list[str]) -> None:
-        """Loads tensors from the files; those that are tied stay so."""
+    def _load(self, keys: list[str], read: Mapping[str, Tensor] | None = None) -> None:
+        """Loads tensors from the files, or those that have been read; those that are tied stay so."""
         tied = defaultdict[int, list[tuple[nn.Module, str]]](list)
         for module in self.model.modules():
             for key, own in module._parameters.items():
                 if own is not None and own.is_meta:
                     tied[id(own)].append((module, key))
-        with self.files.slices(keys) as slices:
+        with self.files.slices(keys) if read is None else nullcontext(read) as slices:
             load_some(self.model, slices)
         for places in tied.values():
             found = [own for module, key in places if (own := module._parameters[key]) is not None and not own.is_meta]

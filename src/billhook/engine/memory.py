@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from billhook.engine.device import Copies
 from billhook.engine.store import BlockStore
 
 STATUS = Path("/proc/self/status")
@@ -50,7 +51,7 @@ def _free_on_host() -> int:
 
 
 COPIES = 3
-"""How often a block is there at most: as it was, as it is now, and on its way to a file."""
+"""How often a block is there at most: as it was, as it is now, and on its way to a file; the next one may be read meanwhile."""
 
 WORK = 2**27
 """Bytes that libraries keep to compute in, and the allocator in pieces."""
@@ -62,7 +63,8 @@ def fits(store: BlockStore, moments: int, activations: int, memory: int) -> bool
     Raises:
         ValueError: If not even a block and moments fit.
     """
-    needed = (resident() or 0) + WORK + COPIES * extent_of(store).largest + moments
+    ahead = store.device is not None and Copies.sends_ahead(store.device)
+    needed = (resident() or 0) + WORK + (COPIES + ahead) * extent_of(store).largest + moments
     if needed > memory:
         raise ValueError(f"memory={memory / 2**30:.2f} GiB: at least {needed / 2**30:.2f} GiB are needed for one block at a time")
     return needed + activations <= memory

@@ -1,12 +1,14 @@
-"""Seconds in which Wanda's masks are found with all blocks on a GPU, and one at a time: `python benchmarks/offload.py`.
+"""Seconds for Wanda's masks with all blocks on a GPU, and one at a time, from memory or from files: `python benchmarks/offload.py`.
 
 By default the model is a Llama of 16 random blocks, 4,096 wide, in bfloat16, and there are 8 batches of 2,048 tokens. The next
-block is on its way while one computes, or not; what both take longer than where all blocks are on the GPU is what copying costs
+block is on its way, or read from its file, while one computes, or not; what each takes longer than where all blocks are on the GPU is what copying costs
 that computing does not hide. Peaks are of the GPU's memory. It needs CUDA, and says so where there is none.
 """
 
 import argparse
+import tempfile
 import time
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -57,9 +59,14 @@ def main():
         return
     model = random_llama(options)
     batches = [{"input_ids": torch.randint(4096, (1, options.length))} for _ in range(options.batches)]
-    with mock.patch.object(Copies, "sends_ahead", return_value=False):
-        found = {"one at a time": [timed(model, batches, offload=DEVICE) for _ in range(options.rounds)]}
-    found["one at a time, the next on its way"] = [timed(model, batches, offload=DEVICE) for _ in range(options.rounds)]
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        for name, ahead in (("", False), (", the next on its way", True)):
+            with mock.patch.object(Copies, "sends_ahead", return_value=ahead):
+                found[f"one at a time{name}"] = [timed(model, batches, offload=DEVICE) for _ in range(options.rounds)]
+                streamed = bh.stream(folder, Path(folder, "out"), device=DEVICE)
+                found[f"from files{name}"] = [timed(streamed, batches) for _ in range(options.rounds)]
     model.to(DEVICE)
     found["all on the GPU"] = [timed(model, batches) for _ in range(options.rounds)]
     print(f"{torch.cuda.get_device_name()}; {model.num_parameters():,} parameters\n")

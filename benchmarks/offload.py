@@ -1,8 +1,9 @@
-"""Seconds for Wanda's masks with all blocks on a GPU, and one at a time, from memory or from files: `python benchmarks/offload.py`.
+"""Seconds for Wanda's masks with all blocks on a GPU, and with one at a time from memory or from files: `benchmarks/offload.py`.
 
 By default the model is a Llama of 16 random blocks, 4,096 wide, in bfloat16, and there are 8 batches of 2,048 tokens. The next
-block is on its way, or read from its file, while one computes, or not; what each takes longer than where all blocks are on the GPU is what copying costs
-that computing does not hide. Peaks are of the GPU's memory. It needs CUDA, and says so where there is none.
+block is on its way, or read from its file, while one computes, or not; what each takes longer than where all blocks are on the
+GPU is what copying costs that computing does not hide. Peaks are of the GPU's memory. It needs CUDA, and says so where there is
+none.
 """
 
 import argparse

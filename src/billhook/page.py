@@ -1,4 +1,4 @@
-"""Shows of an object a page, however large the model that it tells of."""
+"""Shows an object as a page of text or a table of HTML, however large the model that it tells of."""
 
 import re
 import textwrap

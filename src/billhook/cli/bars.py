@@ -1,4 +1,4 @@
-"""Shows one bar while a command reads or writes files, and none of others."""
+"""Shows one bar while a command reads or writes files, or over the blocks of a streamed model, and none of others."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Blocks that have changed, each in a file of its own, in a folder next to the checkpoint that they will be part of."""
+"""Blocks that have changed, each in a file of its own beside the checkpoint they will be part of, and hashes of their work."""
 
 import hashlib
 import json

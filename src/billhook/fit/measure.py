@@ -1,4 +1,4 @@
-"""Measures the model between two training steps by the user's own validation."""
+"""Measures the model between two training steps by the user's own validation, and gives loggers what is found."""
 
 import math
 import shutil
@@ -131,7 +131,11 @@ PREFIX = "billhook"
 
 
 def log_figures(trainer: pl.Trainer, figures: Mapping[str, float | None]) -> None:
-    """Gives figures to every logger, with the epoch, as Lightning does."""
+    """Gives figures to every logger, with the epoch, as Lightning does.
+
+    All come at the step under which Lightning logs what is measured at that moment, so that steps rise in each logger: what
+    happens after six optimizer steps is logged at 5, as the sixth training step and a validation then are.
+    """
     numbers = {name: float(value) for name, value in figures.items() if value is not None}
     for logger in trainer.loggers if numbers else ():
         logger.log_metrics(numbers | {"epoch": trainer.current_epoch}, step=logged_step(trainer))

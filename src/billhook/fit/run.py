@@ -198,7 +198,10 @@ def _seed() -> int | None:
 
 
 At = Step | Literal["start"]
-"""A step (int), a fraction of training (float in 0..1), or `"start"`."""
+"""A step (int), a fraction of training (float in 0..1), or `"start"`.
+
+`ratio=Linear(final=0.5)` is a schedule of the amount, `at=Linear(final=1.0)` one of the share of it that is removed by a step.
+"""
 
 
 def check_at(at: At | Schedule, amount: object = None) -> None:

@@ -1,4 +1,4 @@
-"""Scores units by an importance, from batches."""
+"""How much each unit of a model matters: the base class of importances, sums over batches, and scores by them."""
 
 import math
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""How far the outputs of a changed model are from its own: the divergence of its predictions, or the distance of its stream."""
+"""The attentions of a model that are to have fewer KV heads: what their heads are given, and parameters that make them equal."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack

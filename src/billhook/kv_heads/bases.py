@@ -1,4 +1,4 @@
-"""Weights of an attention with which the KV heads of a group are equal, in the sizes that the model has."""
+"""Weights with which the KV heads of a group are equal, the groups that lose least by that, and the moments that say so."""
 
 import itertools
 import math
@@ -50,6 +50,9 @@ def gather(
     comm: Comm = ALONE,
 ) -> dict[str, Moments]:
     """Returns the moments of each attention, in so many groups of consecutive KV heads, on all batches; the model stays as it is.
+
+    Keys and queries are seen before any rotary embedding. Of values it matters what attention makes of them, so each attention
+    runs once more for each other head of a group, with that one's values instead of its own.
 
     In groups of J heads each attention runs J times a batch. Held throughout are 2 G (J w)^2 + H w^2 numbers in float64 of each
     attention, for G groups and H = G J heads of width w: of Llama-7B (H = 32, w = 128, 32 attentions) 1.2 GB for G = 8, and

@@ -1,7 +1,10 @@
-"""One attention run by itself, on random numbers and in float64, as the model calls it (masks, positions, rotary angles).
+"""How the numbers of a head may be mixed without changing the model: found by trying it on the model's own code.
 
-One kind of heads is copied at a time, as an attention in float64 may be as large as its block. What is the same then differs by
-1e-15 (1e-7 where the code computes scores in float32), so that also slow rotary turns show.
+Keys may be multiplied by A and queries by its inverse transpose, q^T A^-1 A k = q^T k, or values by A and output columns by A^-1,
+unless a rotary embedding, a norm or a gate stands in between. One attention is run by itself for that, on random numbers and in
+float64, as the model calls it (masks, positions, rotary angles), one kind of heads at a time, as an attention in float64 may be
+as large as its block. What is the same then differs by 1e-15 (1e-7 where the code computes scores in float32), so that also slow
+rotary turns show.
 """
 
 import math

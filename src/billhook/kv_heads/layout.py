@@ -1,4 +1,4 @@
-"""Which positions of which parameters make queries, keys and values, and of which head."""
+"""Where the queries, keys, values and outputs of an attention lie in its parameters, and of which head each position is."""
 
 import itertools
 from collections import defaultdict

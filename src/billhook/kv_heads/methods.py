@@ -1,4 +1,4 @@
-"""How several heads become one: the base class of all methods, and of those that first put heads in one basis.
+"""How the KV heads of a group become one: methods, from the first head to a truncated SVD, and their names.
 
 The heads of a group, k_1 ... k_J, each of width w, become one, kbar = sum over j of P_j k_j, and B_j kbar stands for head j.
 What reads head j absorbs B_j, so that nothing of it is left to compute. Keys are read by the query, whose score q^H k_j becomes
@@ -179,7 +179,8 @@ class Aligned(Rendered):
     turns keep lengths, that is sum over j of E||k_j||^2 - J E||m||^2: the mean is to be as large as it can. J^2 E||m||^2 is the
     sum over i and j of tr(R_i E[k_i k_j^H] R_j^H), in which one head's turn has a part of 2 Re tr(M_j R_j^H), M_j = sum over
     i != j of R_i E[k_i k_j^H]; with the singular value decomposition M_j = U s V^H the unitary matrix that makes it largest is
-    R_j = U V^H (Schönemann). The heads are turned one after another until none moves (Gower): the mean never shrinks, so the
+    R_j = U V^H (Schönemann 1966, https://doi.org/10.1007/BF02289451). The heads are
+    turned one after another until none moves (Gower 1975, https://doi.org/10.1007/BF02291478): the mean never shrinks, so the
     result is no worse than without turns. kbar = m, so P_j = R_j / J, and B_j = R_j^H.
 
     Args:
@@ -222,7 +223,8 @@ class SVD(Rendered):
 
     Stack these over the heads, T = [S_1 k_1; ...; S_J k_J]. Any choice of B and P replaces T by [S_j B_j]_j kbar, of rank w, and
     of all such the nearest is U U^H T, where the columns of U are the w first eigenvectors of
-    E[T T^H] = [S_i E[k_i k_j^H] S_j]_ij (Eckart and Young); the loss is the sum of the other eigenvalues. It is reached with
+    E[T T^H] = [S_i E[k_i k_j^H] S_j]_ij (Eckart and Young 1936, https://doi.org/10.1007/BF02288367);
+    the loss is the sum of the other eigenvalues. It is reached with
     kbar = D U^H T, so P_j = D U_j^H S_j and B_j = S_j^-1 U_j D^-1, U_j being the rows of U of head j, for any invertible D.
     D = c l^-1/4, l the w first eigenvalues, gives B and kbar equal parts of the singular values l^1/2, and c gives kbar the mean
     square of the heads that it stands for, so that training continues at the scale that it had.

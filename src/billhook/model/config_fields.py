@@ -1,4 +1,4 @@
-"""Fields of configs by dotted name: those of nested configs stand behind the name of the config."""
+"""Fields of configs by dotted name, also of nested ones, and the model of a config on meta, without weights."""
 
 import copy
 from collections.abc import Iterator, Mapping

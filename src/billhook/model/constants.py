@@ -1,4 +1,4 @@
-"""Constants by which a model computes and that no state_dict holds: plain numbers of modules, and buffers that are not saved."""
+"""Constants that no state_dict holds: numbers of modules, those that a class derives from its config, and buffers."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

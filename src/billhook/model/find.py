@@ -1,4 +1,4 @@
-"""Finds the Hugging Face model that a module holds."""
+"""Finds the Hugging Face model that a module holds, and refuses tensors without values, or that nothing may change."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Small example inputs with which a Hugging Face model's forward runs."""
+"""Small inputs with which a model's forward runs, and its answers to them, by which two ways to compute it are compared."""
 
 import inspect
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Prunable linears: the matrices of a model that criteria are for, and how they lie in memory."""
+"""Prunable linears, convolutions and what adapters are on: the matrices that criteria are for, and how they lie in memory."""
 
 import math
 import sys

@@ -1,4 +1,7 @@
-"""Which blocks of a module list are there: some are taken out, and come back, empty, for a checkpoint that has them."""
+"""The shape of a model, absolute: the sizes of its tensors, its blocks, and what modules and config say of both.
+
+A checkpoint carries it, so that a model of any other shape can take the checkpoint's shape before the weights are loaded.
+"""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""New parameters instead of old ones, in a model and in the optimizers that train it."""
+"""New parameters instead of old ones, in a model and in the optimizers that train it, if these can follow."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping

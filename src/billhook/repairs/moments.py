@@ -1,4 +1,4 @@
-"""First and second moments of what a linear is given and of what it owes, of which least squares are solved."""
+"""Moments of what a linear is given and of what it owes, of which least squares are solved, and the tokens that they need."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack

@@ -66,6 +66,9 @@ def agreed(shown: Sequence[Linears]) -> Linears:
 def followed(shown: Linears, wanted: set[str]) -> dict[str, str | None]:
     """Orders linears that add to one sum in turn, with those between them: each is followed by the one that added there before.
 
+    The output of a linear may first of all be added to something else, after no more than a dropout that is off or a cast; and
+    that may be the very sum that contains another linear's output, as in a residual stream.
+
     Linears before the first wanted one compute as ever and are left out, and so are those that have a sum to themselves: nothing
     that others have lost can be made up for there.
     """

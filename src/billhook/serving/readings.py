@@ -1,4 +1,4 @@
-"""Where engines have model classes, and which of them read `head_dim`, as read in their code."""
+"""Readings of engines' code: which model classes and fields they know, and which numbers they can divide."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

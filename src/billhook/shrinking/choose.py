@@ -267,6 +267,9 @@ def evolve(
 ) -> dict[Choice, float]:
     """Measures choices, each generation near the best so far, and returns all of them with what they lose.
 
+    As in Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657): some places keep more and others less, within the
+    budget, and the best of all that have been measured goes on.
+
     Args:
         start: Choices within the limit, from which it starts.
         move: Makes a choice within the limit of another, near it; None where that cannot be.

@@ -1,4 +1,4 @@
-"""Measures how far a changed model's predictions are from the dense model's: the KL divergence, and its perplexity."""
+"""Measures how far predictions are from the dense model's, on held-out batches: the KL divergence and perplexity."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Says what a model does while it is timed, as `billhook bench` measures it."""
+"""A budget of time: what each place costs by the clock, and a model that is fast enough by it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""SRSTE: how long masks are learned, and what draws weights that are left out to zero."""
+"""Masks that are learned in training: chosen again after each step, while all weights learn (SR-STE)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager

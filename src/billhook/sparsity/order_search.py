@@ -1,8 +1,4 @@
-"""The linear sum assignment problem, solved exactly by shortest augmenting paths.
-
-"A Shortest Augmenting Path Algorithm for Dense and Sparse Linear Assignment Problems" (Jonker & Volgenant, 1987), without its
-start.
-"""
+"""Searches the order of channels in which groups of N:M lose least: exchanges, and an exact assignment."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -25,6 +21,9 @@ Costs = NDArray[np.float64]
 
 def assign(gains: Costs) -> Indices:
     """Finds for each row a column of its own, so that the sum of their gains is the largest there is.
+
+    By shortest augmenting paths: "A Shortest Augmenting Path Algorithm for Dense and Sparse Linear Assignment Problems" (Jonker &
+    Volgenant, 1987), without its start.
 
     Args:
         gains: Finite, `[n, n]`.

@@ -1,4 +1,4 @@
-"""The order in which the channels of a model have been put."""
+"""Puts a model's channels in the order in which groups of N:M lose least: what it computes stays, and nothing is gathered."""
 
 import re
 from collections import defaultdict

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.adapters.lora import ADAPTERS
+from billhook.adapters.in_checkpoint import ADAPTERS
 from billhook.adapters.merge import merged_for_now
 from billhook.checkpoints.export import export
 from billhook.model.find import find_transformer

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
-from billhook.adapters.lora import ADAPTERS, base_checkpoint, put_back
+from billhook.adapters.in_checkpoint import ADAPTERS, base_checkpoint, put_back
 from billhook.checkpoints.export import build_model, read_checkpoint
 from billhook.cli.main import main
 from billhook.model.linears import prunable

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
 
-from billhook.adapters.lora import save_adapters
+from billhook.adapters.in_checkpoint import save_adapters
 from billhook.arguments import a_path, annotated
 from billhook.callbacks.damage import Damage, refuse_before
 from billhook.checkpoints.origin import CARD

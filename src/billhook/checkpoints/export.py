@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.adapters.lora import base_checkpoint, put_back
+from billhook.adapters.in_checkpoint import base_checkpoint, put_back
 from billhook.checkpoints.card import LOSSES, listed
 from billhook.checkpoints.origin import origin_of
 from billhook.checkpoints.save import Saved, save

@@ -181,6 +181,10 @@ class FileStore(BlockStore):
         """Tells whether values of a block are altered whenever it comes."""
         return bool(self._alterations.get(self.names[block]))
 
+    def check_can_hold_all(self, why: str) -> None:
+        """Refuses what needs all blocks in memory; see `BlockStore.check_can_hold_all`."""
+        raise ValueError(f"{why}, and the model is streamed: have it in memory (bh.load)")
+
     @contextmanager
     def altered(self, alter: Alter) -> Iterator[None]:
         """Has values of blocks altered in memory whenever they come, within; one that is written and adopted stays as that is."""

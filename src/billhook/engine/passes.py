@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.sharding import is_sharded, unsharded
 from billhook.engine.shards import ShardStore
+from billhook.engine.state import undisturbed
 from billhook.engine.store import BlockStore, store_of
 from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Site, Visitor, Walk, blocks_of
@@ -66,14 +67,30 @@ class Passing:
 
 @contextmanager
 def passing(store: BlockStore, model: nn.Module) -> Iterator[Passing]:
-    """Watches a run within, and yields what is seen of it; of a model whose blocks are all there, whatever it does is orderly."""
+    """Watches a run within, and yields what is seen of it; of a model that ranks do not share, whatever it does is orderly."""
     seen = Passing(model)
     with ExitStack() as stack:
-        for part, block in store.owner.items():
+        for part, block in store.owner.items() if store.on_ranks else ():
             stack.callback(part.register_forward_pre_hook(partial(seen.enter, block)).remove)
             if part is block:
                 stack.callback(part.register_forward_hook(seen.leave).remove)
         yield seen
+
+
+@torch.no_grad()
+def goes_by_blocks(model: nn.Module, forwards: Sequence[Callable[[], object]], comm: Comm = ALONE) -> bool:
+    """Tells whether work is done block by block: blocks come and go, and on all ranks runs need them one after the other.
+
+    Blocks in files always do. Of blocks that ranks share the first run tells, which is made for it.
+    """
+    store = store_of(model)
+    if not store.on_ranks or not store.alike:
+        return store.in_files
+    with undisturbed(model), store.apart(comm), passing(store, model) as passed:
+        for forward in forwards[:1]:
+            forward()
+    seen = comm.gather((bool(forwards), passed.orderly))
+    return any(runs for runs, _ in seen) and all(orderly for _, orderly in seen)
 
 
 class _Passed(Visitor):

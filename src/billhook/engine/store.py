@@ -152,6 +152,10 @@ class BlockStore(ABC):
         """Has all blocks in memory, within, where ranks share them."""
         return nullcontext()
 
+    def check_can_hold_all(self, why: str) -> None:
+        """Refuses, where blocks come from files, what needs all of them in memory, and says why it does."""
+        del why
+
     @contextmanager
     def step(self, key: str, more: Callable[[], str] = str) -> Iterator[None]:
         """Begins work in which blocks change, or values are staged; after an error within, blocks come as before.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from billhook.arguments import annotated, number, whole
 from billhook.engine.batches import Run
 from billhook.engine.memory import memory_to_hold
-from billhook.engine.passes import passing
+from billhook.engine.passes import goes_by_blocks
 from billhook.engine.state import resting
 from billhook.engine.statistics import InputMoments
 from billhook.engine.store import store_of
@@ -114,7 +114,7 @@ def watch_in_turn(
         if leaving:
             return
         if reader in passed:
-            raise CalledAgain(f"model: {reader} is called again later, and is streamed: score it in memory")
+            raise CalledAgain(f"model: {reader} is called again later")
         note(run, name, reader, inputs, tokens)
 
     def go_on(block: nn.Module) -> None:
@@ -130,17 +130,6 @@ def watch_in_turn(
 
     watch(model, units, runs, see, go_on)
     leave(readers.keys())
-
-
-@torch.no_grad()
-def comes_in_turn(model: nn.Module, runs: Sequence[Run]) -> bool:
-    """Tells whether all runs can go through the blocks of a model side by side, as they come and go and are called one by one."""
-    store = store_of(model)
-    if not store.on_ranks or not store.alike or not runs:
-        return store.in_files
-    with passing(store, model) as passed:
-        runs[0].visit()
-    return passed.orderly
 
 
 @dataclass(eq=False)
@@ -226,7 +215,7 @@ class OBS(Importance):
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
         too_many = self.adds_up and store_of(model).holds_all and bytes_of(model, units) > memory_to_hold(_device(model))
-        if too_many or comes_in_turn(model, runs):
+        if too_many or goes_by_blocks(model, [run.visit for run in runs]):
             find = partial(self._in_turn, model, units, per)
             return Again(**vars(find([runs])), groups=[runs], find=find)
         found = partial(self._found, model, units, per)
@@ -250,9 +239,8 @@ class OBS(Importance):
         with resting(model):
             try:
                 moments_in_turn(model, units, groups, partial(self._add, sums, model, units, per))
-            except CalledAgain:
-                if store_of(model).in_files:
-                    raise
+            except CalledAgain as error:
+                store_of(model).check_can_hold_all(str(error))
                 return self._found(model, units, per, moments_over(model, units, groups))
         return sums
 

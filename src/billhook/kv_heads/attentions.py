@@ -16,7 +16,7 @@ from billhook.adapters.merge import MERGE, adapted
 from billhook.engine.batches import Loss, Run, run_with_loss, tell_apart
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.passes import Together, passing
+from billhook.engine.passes import Together, goes_by_blocks
 from billhook.engine.state import overridden, replaced, undisturbed
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
@@ -159,7 +159,7 @@ class Attentions:
         Where blocks come and go, one pass finds all of them, and moments go with their block. Where ranks share blocks and call
         them in another order than one after the other, the moments of all attentions are there at once.
         """
-        if self.store.in_files or (self.store.on_ranks and any(self.summed(len(trials))) and self._is_orderly(trials[:1])):
+        if goes_by_blocks(self.model, [trial.visit for trial in trials], self._comm):
             new = self._rendered_blockwise(methods, trials)
             for number, method in enumerate(methods):
                 own = {name: read for name, read in new.reads.items() if name.startswith(f"{number} ")}
@@ -191,17 +191,10 @@ class Attentions:
                     new |= store.stage(block, values)
 
             if left and any(self.summed(len(trials))):
-                passed.go(Together(self.model, stage, store.on_ranks, self._comm))
+                passed.go(Together(self.model, stage, True, self._comm))
             for block in list(inside):  # what no run has come to, which is refused, and what is in no block
                 stage(block)
         return new
-
-    def _is_orderly(self, trials: Sequence[Run]) -> bool:
-        """Tells whether runs need blocks one after the other, on all ranks."""
-        with undisturbed(self.model), self.store.apart(self._comm), passing(self.store, self.model) as passed:
-            for trial in trials:
-                trial.visit()
-        return not any(self.summed(not passed.orderly))
 
     def equal(self, method: Rendered, moments: Mapping[str, Moments], pool: bool = True) -> LazyTensors:
         """Returns the parameters with which the heads of each group are equal; without pooling, in one basis."""

@@ -10,7 +10,6 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -247,13 +246,12 @@ def repair_linears(
             name: every[name] for name in every if name in {*before, *(given.modules if given is not None else ()), *linears}
         }
         runs = forwards * (2 if before else 1), range(len(trials), 2 * len(trials)) if before else range(0)
-        if store.in_files:
-            _check_once(often)
         if not store.holds_all and orderly and not often:
             masks = hashlib.sha256(str([(name, own.tolist()) for name, own in kept.items()]).encode()).hexdigest()
             blockwise = BlockwiseRepair(model, store, visitor, looked, linears, comm)
             new = blockwise.go(f"{repair} {sources} {masks}", partial(tell_apart, trials), *runs)
         else:
+            store.check_can_hold_all(f"repair: {', '.join(list(often)[:1])} is called several times in a run")
             with store.all_here():
                 with undisturbed(model):
                     check_tokens(linears, {name: int(own.sum()) for name, own in kept.items()}, trials, comm)
@@ -272,9 +270,9 @@ def _shown(
 ) -> tuple[Linears, bool]:
     """Runs a model once; returns how its linears are called, and whether its blocks are one after the other, on all ranks."""
     store = store_of(model)
-    with store.apart(comm), nullcontext() if store.in_files else passing(store, model) as passed:
+    with store.apart(comm), passing(store, model) as passed:
         shown = [seen(every, forward) for forward in forwards[:1]]
-    ranks = comm.gather((shown, passed is None or passed.orderly))
+    ranks = comm.gather((shown, passed.orderly))
     return agreed([linears for shown, _ in ranks for linears in shown]), all(orderly for _, orderly in ranks)
 
 
@@ -327,13 +325,6 @@ def _check_given(given: LazyTensors, every: Mapping[str, nn.Module], calls: Mapp
             raise ValueError(f"given[{name!r}] must be {sizes}, got {found}")
     if several := [*often, *(name for name in given.modules if calls[name] > 1)]:
         raise ValueError(f"repair: {several[0]} is called several times in a run, so it cannot be compared with the whole model")
-
-
-def _check_once(often: Collection[str]) -> None:
-    if often:
-        raise ValueError(
-            f"repair: {next(iter(often))} is called several times in a run, and the model is streamed: cut it in memory"
-        )
 
 
 def _warn_of(left: Mapping[str, bool]) -> list[str]:

@@ -207,8 +207,5 @@ def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
 
     These are compared with their mask in the model without the residual channels, of which there would be two on files.
     """
-    if "residual" in kinds and {"head", "channel"} & set(kinds) and store_of(model).in_files:
-        raise ValueError(
-            "residual: the model is streamed, and loses these channels, or heads and channels within blocks, not both at once: "
-            "remove one kind after the other, or all in memory"
-        )
+    if "residual" in kinds and {"head", "channel"} & set(kinds):
+        store_of(model).check_can_hold_all("residual: these channels, and heads or channels within blocks, do not go both at once")

@@ -43,7 +43,7 @@ GRADIENTS = r"importance=\w+\(.*\): it needs gradients, and the model is streame
 WEIGHTS = r"has no weights yet \(it is on the meta device\): load all of them first"
 TRAINING = "model: it is streamed, and training needs all weights in memory"
 ADDED = r"model: model.layers.0.self_attn.q_proj.lora_A.default was added to it, and the model is streamed"
-BOTH = "residual: these channels, and heads or channels within blocks, do not go both at once, and the model is streamed"
+BOTH = "residual: these channels and those within blocks do not go both at once, and the model is streamed"
 REFUSED = {
     "heads by Taylor": (scored("head", bh.Taylor()), GRADIENTS),
     "channels by GateGradient": (scored("channel", bh.GateGradient()), GRADIENTS),
@@ -69,7 +69,10 @@ COMMANDS = {
         ["prune-structure", "--blocks", "1", "--residual", "0.25", "--importance", "Taylor"],
         "it needs gradients",
     ),
-    "both": (["prune-structure", "--residual", "0.25", "--channels", "0.25", "--importance", "WeightNorm"], "do not go both at once"),
+    "both": (
+        ["prune-structure", "--residual", "0.25", "--channels", "0.25", "--importance", "WeightNorm"],
+        "not go both at once",
+    ),
     "heads by default": (["prune-heads", "--ratio", "0.5"], "it needs gradients"),
 }
 

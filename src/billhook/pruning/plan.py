@@ -208,4 +208,4 @@ def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
     These are compared with their mask in the model without the residual channels, of which there would be two on files.
     """
     if "residual" in kinds and {"head", "channel"} & set(kinds):
-        store_of(model).check_can_hold_all("residual: these channels, and heads or channels within blocks, do not go both at once")
+        store_of(model).check_can_hold_all("residual: these channels and those within blocks do not go both at once")

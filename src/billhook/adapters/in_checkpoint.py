@@ -1,0 +1,96 @@
+"""LoRA in Lightning checkpoints: how it is scaled, and the checkpoint of the base model that is beneath."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from billhook.adapters.masked import check_plain, mask_as_weights, on_linears
+from billhook.model.linears import active_in, is_linear, weight_of
+from billhook.model.shape import KEY
+
+ADAPTERS = "billhook_adapters"
+"""The key of Lightning checkpoints under which they keep how the adapters on their linears are scaled."""
+ADAPTER = "default"
+"""What peft calls an adapter that is given no name."""
+
+
+def save_adapters(model: PreTrainedModel, checkpoint: dict[str, Any]) -> None:
+    """Records in a Lightning checkpoint how the adapters in it are scaled, so that it can be exported without the script.
+
+    Nothing is recorded of a model without adapters, or with other adapters than one plain LoRA on each of some linears.
+    """
+    layers = on_linears(model)
+    if not layers or sum(1 for name, _ in model.named_modules() if name.endswith("lora_A")) != len(layers):
+        return
+    from billhook.adapters.masked_layer import MaskedLora
+
+    try:
+        check_plain(layers, "lora")
+    except ValueError:
+        return
+    if all(active_in(layer) == list(layer.lora_A) == [ADAPTER] for layer in layers.values()):
+        checkpoint[ADAPTERS] = {
+            name: {
+                "rank": int(layer.lora_A[ADAPTER].weight.shape[0]),
+                "scaling": float(layer.scaling[ADAPTER]),
+                "masked": isinstance(layer, MaskedLora),
+            }
+            for name, layer in layers.items()
+        }
+
+
+def base_checkpoint(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
+    """Makes a Lightning checkpoint of the base model alone; returns the checkpoint itself, if it records no adapters."""
+    recorded = checkpoint.get(ADAPTERS)
+    if recorded is None:
+        return checkpoint
+    kinds = {"rank": int, "scaling": float, "masked": bool}
+    entries = list(recorded.values()) if isinstance(recorded, dict) else [None]
+    if not all(isinstance(e, dict) and all(type(e.get(k)) is kind for k, kind in kinds.items()) for e in entries):
+        raise ValueError(f"'{name}' does not say how its adapters are scaled as billhook writes it")
+    shape = checkpoint[KEY]["shape"]
+    plain = {part: _of_base(shape.get(part, {})) for part in ("tensors", "attributes")}
+    held = checkpoint[KEY] | {"shape": shape | plain}
+    if constants := held.get("constants"):
+        held["constants"] = {part: _of_base(entries) for part, entries in constants.items()}
+    return checkpoint | {"state_dict": _of_base(checkpoint["state_dict"]), KEY: held}
+
+
+def _of_base(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Drops adapter entries and renames the rest to the base model's names."""
+    return {name.replace(".base_layer.", "."): value for name, value in entries.items() if ".lora_" not in name}
+
+
+def put_back(model: PreTrainedModel, checkpoint: Mapping[str, Any], name: str) -> None:
+    """Puts the adapters of a Lightning checkpoint on its base model, if it records how they are scaled."""
+    if not (recorded := checkpoint.get(ADAPTERS)):
+        return
+    prefix = checkpoint[KEY]["prefix"]
+    state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()}
+    linears = {key for key, module in model.named_modules() if is_linear(module)}
+    if unknown := sorted(recorded.keys() - linears):
+        raise ValueError(f"'{name}' has adapters on {unknown[0][:80]}, which is no linear of its {type(model).__name__}")
+    for key, entry in recorded.items():
+        tensors = [state.get(f"{key}.{part}.{ADAPTER}.weight") for part in ("lora_A", "lora_B")]
+        out, into = weight_of(model.get_submodule(key)).shape
+        if [None if t is None else tuple(t.shape) for t in tensors] != [(entry["rank"], into), (out, entry["rank"])]:
+            raise ValueError(f"'{name}' has adapters on {key} that do not fit its {type(model).__name__}")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    ranks = {re.escape(key): entry["rank"] for key, entry in recorded.items()}
+    config = LoraConfig(
+        r=1,
+        rank_pattern=ranks,
+        target_modules=list(recorded),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    inject_adapter_in_model(config, model)
+    layers = on_linears(model)
+    for key, entry in recorded.items():
+        layers[key].scaling[ADAPTER] = entry["scaling"]
+    model.load_state_dict({key: state[key] for key in model.state_dict()})
+    if any(entry["masked"] for entry in recorded.values()):
+        mask_as_weights(model)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -23,10 +24,21 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
+def clone(tmp_path_factory):
+    """What is in the repository, and the schema that is made before a release; git ignores it, and hatchling must not."""
+    folder = tmp_path_factory.mktemp("clone") / "billhook"
+    litter = shutil.ignore_patterns(".git", ".*_cache", "outputs", "lightning_logs", "dist", "site", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, folder, ignore=litter)
+    with (folder / "callbacks" / "billhook.schema.json").open("w") as file:
+        subprocess.run([sys.executable, "-m", "billhook", "schema"], stdout=file, check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(clone, tmp_path_factory):
     """Both in one folder, as `python -m build` makes them: the wheel of what is in the sdist."""
     folder, beside = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("unpacked")
-    (sdist,) = SdistBuilder(str(ROOT)).build(directory=str(folder), versions=["standard"])
+    (sdist,) = SdistBuilder(str(clone)).build(directory=str(folder), versions=["standard"])
     with tarfile.open(sdist) as tar:
         tar.extractall(beside, filter="data")
     list(WheelBuilder(str(beside / f"billhook-{bh.__version__}")).build(directory=str(folder), versions=["standard"]))
@@ -47,7 +59,7 @@ def test_twine_finds_nothing_to_mend(built):
     assert done.stdout.count("PASSED") == len(paths) == 2
 
 
-def test_what_is_in_the_sdist(built):
+def test_what_is_in_the_sdist(built, clone):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as tar:
         files = [one.name.split("/", 1) for one in tar.getmembers() if one.isfile()]
@@ -56,14 +68,14 @@ def test_what_is_in_the_sdist(built):
     made = {"PKG-INFO", ".gitignore"}  # which hatchling adds
     single = {*("README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "pyproject.toml", "mkdocs.yml"), *LETTERS}
     folders = ("src", "callbacks", "examples", "benchmarks", "tests", "docs")
-    own = {str(one.relative_to(ROOT)) for name in folders for one in (ROOT / name).rglob("*") if one.is_file()}
+    own = {str(one.relative_to(clone)) for name in folders for one in (clone / name).rglob("*") if one.is_file()}
     assert names == {one for one in own if not LITTER.search(one)} | single | made
 
 
-def test_what_is_in_it(wheel):
+def test_what_is_in_it(wheel, clone):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    recipes = {path.name for path in (ROOT / "callbacks").iterdir()} | {"base.yaml", "quickstart.yaml"}
-    source = ROOT / "src"
+    recipes = {path.name for path in (clone / "callbacks").iterdir()} | {"base.yaml", "quickstart.yaml"}
+    source = clone / "src"
     own = {str(path.relative_to(source)) for path in (source / "billhook").rglob("*") if path.is_file()}
     assert names == {one for one in own if "__pycache__" not in one} | {f"billhook/recipes/{name}" for name in recipes}
     assert {"billhook/py.typed", "billhook/assets/train.parquet", "billhook/assets/model/model.safetensors"} <= names

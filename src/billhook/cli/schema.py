@@ -160,6 +160,6 @@ def schema() -> None:
     """Prints a JSON Schema of the configs of `billhook fit`, by which editors complete and check YAML.
 
     `billhook schema > billhook.schema.json`, and in the first line of a config beside it:
-    `# yaml-language-server: $schema=billhook.schema.json`. A recipe names the file that comes along with it.
+    `# yaml-language-server: $schema=billhook.schema.json`. Recipes of the installed package lie beside theirs.
     """
     print(json.dumps(config_schema(), indent=1))

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 import billhook
 from billhook.model.surgery import follow
 from billhook.pruning.block_plan import _forget
+from billhook.sparsity.prune import WeightPlan
 
 SOURCE = str(Path(billhook.__file__).parent)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -67,8 +68,8 @@ class Interrupt(BaseException):
     """No `Exception`, as an interrupt from the keyboard: nothing may take it for an answer."""
 
 
-FOLLOWS = (unwrap(follow).__code__, _forget.__code__)
-"""What has optimizers follow a model that has changed: interrupts wait until it is done, and nothing of it is undone."""
+FOLLOWS = (unwrap(follow).__code__, _forget.__code__, unwrap(WeightPlan.apply).__code__)
+"""What is not undone: optimizers that follow a model that has changed, and masks that are put into weights."""
 TRACING = ("tracing/rules", "tracing/mode", "tracing/tape", "tracing/axes", "repairs/sums")
 
 

@@ -1,6 +1,6 @@
-"""Masks and new values are put in the place of weights: bit for bit, all of them, and with little beside the model."""
+"""Masks and new values are put in the place of weights: bit for bit, again after an interrupt, with little beside the model."""
 
-import signal
+import copy
 
 import numpy as np
 import pytest
@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import billhook as bh
 from billhook.sparsity import pruned as putting
-from billhook.sparsity.pruned import Pruned, put
+from billhook.sparsity.pruned import Pruned
 from kit.alive import Alive
+from kit.families import llama, tokens
 
 
 def pruned(weight, values):
@@ -26,30 +27,47 @@ def test_some_rows_at_a_time_make_the_same(monkeypatch, shape, dtype, values):
     straight, across = torch.randn(shape).to(dtype), torch.randn(shape[::-1]).to(dtype).t()
     before = [(weight, pruned(weight, values)) for weight in (straight, across)]
     expected = [one.weight(weight) for weight, one in before]
-    put([one.part(weight) for weight, one in before])
+    for weight, one in before:
+        one.put_into(weight)
     assert all(torch.equal(weight, new) for (weight, _), new in zip(before, expected, strict=True))
     assert not (straight == 0).logical_and(straight.signbit()).any()
 
 
-@pytest.mark.parametrize("values", [False, True])
-@pytest.mark.parametrize("at", [0, 1, 6])
-def test_an_interrupt_is_raised_when_all_rows_are_there(monkeypatch, at, values):
-    weight, calls = torch.randn(50, 16), []
-    one = pruned(weight, values)
-    expected, unpack = one.weight(weight), np.unpackbits
+@pytest.mark.parametrize("at", [2, 12, 30, 45])
+@pytest.mark.parametrize(
+    ("criterion", "amount"),
+    [
+        (bh.Magnitude(), {"sparsity": 0.5}),
+        (bh.Magnitude(compares="global"), {"sparsity": 0.7}),
+        (bh.Wanda(), {"sparsity": 0.5}),
+        (bh.Wanda(), {"pattern": "2:4"}),
+    ],
+)
+def test_the_same_call_again_finishes_what_an_interrupt_left(monkeypatch, criterion, amount, at):
+    model, batches, calls = llama(), [{"input_ids": tokens()}], []
+    straight = copy.deepcopy(model)
+    bh.prune(straight, criterion, batches, **amount)
+    expected = straight.state_dict()
+    put_into, unpack = Pruned.put_into, np.unpackbits
 
-    def interrupted(*given, **named):
-        calls.append(given)
-        if len(calls) == at + 1:
-            signal.raise_signal(signal.SIGINT)
-        return unpack(*given, **named)
+    def interrupting(*args, **options):
+        calls.append(args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return unpack(*args, **options)
 
-    monkeypatch.setattr(putting, "CPU_BLOCK", 128)
-    monkeypatch.setattr(np, "unpackbits", interrupted)
+    def interrupted(pruned, weight):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(np, "unpackbits", interrupting)
+            put_into(pruned, weight)
+
+    monkeypatch.setattr(putting, "CPU_BLOCK", 100)
+    monkeypatch.setattr(Pruned, "put_into", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        put([one.part(weight)])
-    assert torch.equal(weight, expected)
-    assert len(calls) == 7
+        bh.prune(model, criterion, batches, **amount)
+    assert any(not torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    bh.prune(model, criterion, batches, **amount)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.Wanda(compares="layer"), bh.RIA()])
@@ -60,48 +78,3 @@ def test_pruning_takes_no_more_than_a_blocks_work_beside_the_model(criterion):
     with Alive() as alive:
         bh.prune(model, criterion, [{"input_ids": torch.arange(8)[None]}], sparsity=0.5)
     assert 0 < alive.most < 1.5 * block
-
-
-def failing(function, at):
-    """A function that fails at some of its calls, as where memory ends."""
-    calls = []
-
-    def called(*given, **named):
-        calls.append(given)
-        if len(calls) in at:
-            raise MemoryError("no memory is left")
-        return function(*given, **named)
-
-    return called
-
-
-@pytest.mark.parametrize("values", [False, True])
-@pytest.mark.parametrize("at", [1, 3, 7])
-def test_where_memory_ends_half_way_what_was_put_by_is_used(monkeypatch, at, values):
-    weight, taken = torch.randn(50, 16), []
-    one, reserve = pruned(weight, values), putting._reserve
-    expected = one.weight(weight)
-    monkeypatch.setattr(putting, "CPU_BLOCK", 128)
-    monkeypatch.setattr(putting, "_reserve", lambda *given: taken.append(reserve(*given)) or taken[0])
-    monkeypatch.setattr(np, "unpackbits", failing(np.unpackbits, [at]))
-    put([one.part(weight)])
-    assert torch.equal(weight, expected)
-    assert taken == [[]], "it is let go where it is needed"
-
-
-def test_without_memory_for_a_step_nothing_changes(monkeypatch):
-    weight = torch.randn(50, 16)
-    one, before = pruned(weight, True), weight.clone()
-    monkeypatch.setattr(torch, "empty_like", failing(torch.empty_like, [2]))
-    with pytest.raises(MemoryError):
-        put([one.part(weight)])
-    assert torch.equal(weight, before)
-
-
-def test_memory_that_does_not_come_back_is_told(monkeypatch):
-    weight = torch.randn(50, 16)
-    one = pruned(weight, False)
-    monkeypatch.setattr(putting, "CPU_BLOCK", 128)
-    monkeypatch.setattr(np, "unpackbits", failing(np.unpackbits, range(3, 99)))
-    with pytest.raises(MemoryError):
-        put([one.part(weight)])

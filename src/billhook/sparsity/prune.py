@@ -49,7 +49,7 @@ from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matching import BlockMatching, MatchingVisitor
 from billhook.sparsity.permute import check_permutable, check_permute, in_order
-from billhook.sparsity.pruned import Pruned, put
+from billhook.sparsity.pruned import Pruned
 from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor
 from billhook.sparsity.walks import Walks, runs_for, sparsities_of
 
@@ -119,8 +119,8 @@ class WeightPlan(Plan):
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
         """Changes the weights, in place; what is wrong with plan or model is refused before anything changes.
 
-        An interrupt from the keyboard is raised before the first weight has changed, or after the last. Of a model that is
-        streamed, blocks are written one by one, and the checkpoint that they are of stays as it is.
+        After an interrupt, weights of a model in memory may have changed in part: the same call again changes the others. Of a
+        model that is streamed, blocks are written one by one, and the checkpoint that they are of stays as it is.
 
         Args:
             model: The model that the plan was made for, or one with the same linears.
@@ -131,11 +131,12 @@ class WeightPlan(Plan):
             ValueError: If the plan was not made for this model.
         """
         linears, store, inside = self._linears(model), store_of(model), dict[nn.Module | None, list[str]]()
-        for name in self.pruned:
+        for name in reversed(list(self.pruned)):  # linears that an interrupt leaves still have the inputs of before
             inside.setdefault(store.owner.get(linears[name]), []).append(name)
 
         def put_into(block: nn.Module | None) -> None:
-            put([self.pruned[name].part(in_place(linears[name])) for name in inside.get(block, ())])
+            for name in inside.get(block, ()):
+                self.pruned[name].put_into(in_place(linears[name]))
 
         sizes = {name: tuple(own.shape) for name, own in store.model.named_parameters(remove_duplicate=False)}
 
@@ -215,8 +216,10 @@ def prune(
 ) -> WeightPlan:
     """Zeroes the least important weights of a model's linear layers and convolutions, in place and in one shot.
 
-    If a criterion or a run fails, nothing has changed; an interrupt while finished masks are put in place is raised when all are.
-    Modes, random numbers, hooks and configs are as before afterwards.
+    If a criterion or a run fails, nothing has changed. An interrupt while finished masks are put into a model in memory leaves
+    some of its weights as they were: the same call again finishes with the same masks if the criterion is `Magnitude` or `Wanda`
+    and neither `allocation`, `match` nor `permute` is given, as zeros score lowest. Modes, random numbers, hooks and configs are
+    as before afterwards.
 
     Args:
         model: A model of transformers, with LoRA attached or not (its base weights are pruned), or any module that the batches

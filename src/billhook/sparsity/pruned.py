@@ -6,9 +6,8 @@ Masks have 8 weights a byte as they wait and travel: a device packs and unpacks 
 import hashlib
 import math
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,15 +19,12 @@ from typing_extensions import Self
 
 from billhook.engine.lazy import LazyTensors, Read
 from billhook.engine.sharding import local, sharded_as
-from billhook.engine.state import fresh_casts, uninterrupted
-from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, WHOLE, where_kept
+from billhook.engine.state import fresh_casts
+from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, where_kept
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 HOST = "cpu"
 """The device on which NumPy packs, in a tenth of the time that torch takes there."""
-Part = tuple[Tensor, Callable[[], tuple[np.ndarray, Tensor | None]]]
-"""A weight in its own memory, `[out, in]` or of more dimensions, and what reads its keep-mask, with 8 weights a byte, and new
-values of those that are kept."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,16 +101,28 @@ class Pruned:
             return local(sharded_as(new, old)) if isinstance(old, DTensor) else new
         return where_kept(local(old), local(sharded_as(keep, old))) if isinstance(old, DTensor) else where_kept(old, keep)
 
-    def part(self, old: Tensor) -> Part:
-        """Returns what is put in the place of a weight; of one that is sharded, this rank's part."""
-        if isinstance(old, DTensor):
-            return local(old), partial(self._own, old)
-        return old, lambda: (self.bits, self.values)
+    @fresh_casts()
+    @torch.no_grad()
+    def put_into(self, weight: Tensor) -> None:
+        """Zeroes what the mask leaves out of a weight, in place, and gives what it keeps its new values, if there are any.
 
-    def _own(self, old: DTensor) -> tuple[np.ndarray, Tensor | None]:
-        """Returns bits and values of this rank's part of a weight."""
-        keep = local(self.mask(old))
-        return packed(keep), None if self.read_values is None else self.weight(old)[keep].cpu()
+        It goes some rows at a time, whose bits fill whole bytes, so that little lies beside the model. Where it is stopped, the
+        rows before have their values and the others theirs of before; called again, it puts all.
+        """
+        if isinstance(weight, DTensor):
+            local(weight).copy_(self.weight(weight))
+            return
+        bits, values, taken, width = self.bits, self.values, 0, math.prod(weight.shape[1:])
+        step = max(1, (CPU_BLOCK if weight.device.type == HOST else DEVICE_BLOCK) // (8 * max(1, width))) * 8
+        for start in range(0, len(weight), step):
+            rows, first = weight[start : start + step], start * width // 8
+            keep = unpacked(bits[first:], rows.numel(), rows.device).view(rows.shape)
+            if values is None:
+                rows.copy_(where_kept(rows, keep))
+                continue
+            kept = count(bits[first : first - (-rows.numel() // 8)])
+            rows.copy_(torch.zeros_like(rows).masked_scatter_(keep, values[taken : taken + kept].to(rows)))
+            taken += kept
 
     def to_json(self) -> dict[str, str]:
         """Returns bits and values as text, in base 64."""
@@ -141,63 +149,6 @@ class Pruned:
 def _on_host(tensor: Tensor) -> Tensor:
     """Returns what has been read on the CPU, where it lies unless ranks share it."""
     return tensor if tensor.device.type == "cpu" else tensor.cpu()
-
-
-@fresh_casts()
-@torch.no_grad()
-def put(parts: Sequence[Part]) -> None:
-    """Zeroes what masks leave out of weights, and gives what they keep its new values, if there are any.
-
-    No old value is held, so that nothing could be undone: what can be refused is refused before, and memory for the largest step
-    is put by before the first, and used where memory ends meanwhile. An interrupt from the keyboard is raised when all rows have
-    been put.
-
-    Raises:
-        MemoryError: Before anything has changed, if there is no memory for a step; or torch's own error.
-    """
-    reserve = _reserve([weight for weight, _ in parts])
-    with uninterrupted():
-        for weight, read in parts:
-            bits, values = read()
-            for rows, first in _taken_apart(weight):
-                try:
-                    _put_some(rows, first, bits, values)
-                except (MemoryError, RuntimeError):  # which is what allocators of torch raise
-                    if not reserve:
-                        raise
-                    reserve.clear()
-                    _put_some(rows, first, bits, values)
-
-
-def _put_some(rows: Tensor, first: int, bits: np.ndarray, values: Tensor | None) -> None:
-    """Puts some rows of a weight, of which `first` is the number of the first weight in them."""
-    keep = unpacked(bits[first // 8 :], rows.numel(), rows.device).view(rows.shape)
-    if values is None:
-        whole = WHOLE[rows.element_size()]
-        rows.view(whole).mul_(keep.view(torch.uint8).to(whole))
-        return
-    before, kept = count(bits[: first // 8]), count(bits[first // 8 : -(-(first + rows.numel()) // 8)])
-    some = values[before : before + kept].to(rows)
-    rows.copy_(torch.zeros_like(rows).masked_scatter_(keep, some))
-
-
-def _reserve(weights: Sequence[Tensor]) -> list[object]:
-    """Takes as much memory as a step does at most: for bits, for what they keep, and for new values and where they go."""
-    rows = [rows for weight in weights for rows, _ in _taken_apart(weight)]
-    taken: list[object] = [np.empty(max((-(-weight.numel() // 8) for weight in weights), default=0), dtype=np.uint8)]
-    for device in dict.fromkeys(one.device for one in rows):
-        largest = max((one for one in rows if one.device == device), key=lambda one: one.nbytes)
-        taken += [torch.empty(largest.numel(), dtype=torch.uint8, device=device) for _ in range(2)]
-        taken += [torch.empty_like(largest) for _ in range(3)]
-    return taken
-
-
-def _taken_apart(weight: Tensor) -> list[tuple[Tensor, int]]:
-    """Returns some rows at a time, whose bits fill whole bytes, each with the number of its first weight."""
-    size = CPU_BLOCK if weight.device.type == "cpu" else DEVICE_BLOCK
-    width = math.prod(weight.shape[1:])
-    step = max(1, size // (8 * max(1, width))) * 8
-    return [(weight[start : start + step], start * width) for start in range(0, len(weight), step)]
 
 
 def packed(mask: Tensor) -> np.ndarray:

@@ -41,9 +41,9 @@ ROWS = {  # how it is pruned, and what is trained
     "dense, LoRA": (None, "adapters"),
     "Wanda, 50 %": ((bh.Wanda(), HALF), "all weights"),
     "Wanda, to 50 % gradually": ((bh.Wanda(), None), "all weights"),
-    "Wanda, learned to 50 %": ((bh.Wanda(), HALF | {"learn": bh.SRSTE()}), "all weights"),
+    "Wanda, learned to 50 %": ((bh.Wanda(), HALF | {"end": 0.6}), "all weights"),
     "Wanda, 2:4": ((bh.Wanda(), PAIRS), "all weights"),
-    "Wanda, learned to 2:4": ((bh.Wanda(), PAIRS | {"learn": bh.SRSTE()}), "all weights"),
+    "Wanda, learned to 2:4": ((bh.Wanda(), PAIRS | {"end": 0.6}), "all weights"),
     "Refit, 50 %": ((bh.Refit(), HALF | LAYER), "all weights"),
     "Refit, 50 %, LoRA masked": ((bh.Refit(), HALF | LAYER), "masked adapters"),
     "Refit, 50 %, LoRA": ((bh.Refit(), HALF | LAYER), "adapters"),
@@ -118,7 +118,8 @@ def train_weights(model, pruning, calibration, look, options):
     if pruning is not None:
         criterion, settings = pruning
         settings = settings or {"sparsity": bh.schedules.Cubic(0.5, end=0.6, every=max(1, options.steps // 10))}
-        callbacks = [bh.WeightPruning(criterion, **settings, calibration=calibration, measure_batches=0)]
+        kind = bh.SRSTE if "end" in settings else bh.WeightPruning
+        callbacks = [kind(criterion, **settings, calibration=calibration, measure_batches=0)]
     train(model, options.lr, [watch, *callbacks], options)
     return model, {"before": watch.seen, "step": median(watch.seconds), "trained": perplexity(model, options.held_out)}
 
@@ -158,7 +159,7 @@ def measure(name, options):
     options.held_out = windows(tokenizer, options.test, options.windows)
     calibration = [{"input_ids": ids} for ids in windows(tokenizer, options.train, 32)]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    learns = pruning is not None and "learn" in (pruning[1] or {})  # by masks that the weights do not show
+    learns = pruning is not None and "end" in (pruning[1] or {})  # by masks that the weights do not show
     look = (
         partial(perplexity, rows=options.held_out)
         if learns

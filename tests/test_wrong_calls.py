@@ -237,6 +237,7 @@ def numeric(kind):
 BESIDE = {
     "Amount": {"residual": 0.5},
     "DepthPruning": {"count": 1},
+    "SRSTE": {"sparsity": 0.5},
     "Shrink": {"params": 0.9},
     "WeightPruning": {"sparsity": 0.5},
     "measure_speed": {"contexts": [4], "new_tokens": 2, "rounds": 1, "batch_sizes": [1]},

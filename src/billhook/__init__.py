@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from billhook.sparsity.alps import ALPS as ALPS
     from billhook.sparsity.alps import Refit as Refit
     from billhook.sparsity.allocation import OWL as OWL
-    from billhook.sparsity.learning import SRSTE as SRSTE
     from billhook.sparsity.matching import BlockMatching as BlockMatching
 
     from billhook.kv_heads.convert import convert_kv_heads as convert_kv_heads
@@ -59,7 +58,7 @@ if TYPE_CHECKING:
 
     from billhook.callbacks import DepthPruning as DepthPruning, HeadPruning as HeadPruning
     from billhook.callbacks import KVHeadConversion as KVHeadConversion, Uptraining as Uptraining
-    from billhook.callbacks import StructuredPruning as StructuredPruning, WeightPruning as WeightPruning
+    from billhook.callbacks import StructuredPruning as StructuredPruning, WeightPruning as WeightPruning, SRSTE as SRSTE
     from billhook.callbacks import Damage as Damage, Export as Export, Report as Report, Shrink as Shrink
 
     from billhook.training.module import TransformerModule as TransformerModule
@@ -97,7 +96,6 @@ else:
         "billhook.sparsity.sparsegpt": "SparseGPT",
         "billhook.sparsity.alps": "ALPS Refit",
         "billhook.sparsity.allocation": "OWL",
-        "billhook.sparsity.learning": "SRSTE",
         "billhook.sparsity.matching": "BlockMatching",
         "billhook.kv_heads.convert": "convert_kv_heads",
         "billhook.kv_heads.methods": "Mean Aligned SVD Auto",
@@ -115,6 +113,7 @@ else:
         "billhook.callbacks.uptraining": "Uptraining",
         "billhook.callbacks.structured_pruning": "StructuredPruning",
         "billhook.callbacks.weight_pruning": "WeightPruning",
+        "billhook.callbacks.srste": "SRSTE",
         "billhook.callbacks.damage": "Damage",
         "billhook.callbacks.export": "Export",
         "billhook.callbacks.report": "Report",

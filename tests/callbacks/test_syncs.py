@@ -17,10 +17,10 @@ RISING = bh.schedules.Cubic(final=1.0, start=1, end=4, every=1)
 # each with the steps of its events
 CALLBACKS = {
     "held masks": (lambda folder: bh.WeightPruning(sparsity=0.5, at=1, **FEW), [1]),
-    "learned masks": (lambda folder: bh.WeightPruning(sparsity=0.5, at=1, learn=bh.SRSTE(end=STEPS), **FEW), [1]),
-    "learned N:M": (lambda folder: bh.WeightPruning(bh.RIA(), pattern="2:4", at=1, learn=bh.SRSTE(end=STEPS), **FEW), [1]),
+    "learned masks": (lambda folder: bh.SRSTE(sparsity=0.5, at=1, end=STEPS, **FEW), [1]),
+    "learned N:M": (lambda folder: bh.SRSTE(bh.RIA(), pattern="2:4", at=1, end=STEPS, **FEW), [1]),
     "learned in layers": (
-        lambda folder: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, learn=bh.SRSTE(end=STEPS), **FEW),
+        lambda folder: bh.SRSTE(bh.Magnitude(), 0.5, at=1, end=STEPS, **FEW),
         [1],
     ),
     "KV heads": (lambda folder: bh.KVHeadConversion(2, at=3, measure_batches=0), [3]),

@@ -1,12 +1,14 @@
 """A run that was stopped, at whatever step, goes on as if it had not been."""
 
+from functools import partial
+
 import lightning.pytorch as pl
 import pytest
 import torch
 
 import billhook as bh
 from kit.fits import data, same, trainer, weights
-from kit.weight_pruning import RAMP, checkpoints, module, pruning, zeros
+from kit.weight_pruning import FEW, RAMP, checkpoints, module, pruning, zeros
 
 pytestmark = [
     # the resumed runs do without the ModelCheckpoint of the straight one
@@ -32,16 +34,17 @@ def test_resumed_equals_straight_through(files, tmp_path, kind):
         "start": {"pattern": "2:4"},
         "sparsegpt": {"sparsity": RAMP, "criterion": bh.SparseGPT()},
         "matched": {"sparsity": RAMP, "match": bh.BlockMatching(), "sequential": "layer"},
-        "learned": {"sparsity": 0.5, "learn": bh.SRSTE(5)},
-        "learned later": {"sparsity": 0.75, "at": 2, "criterion": bh.Magnitude(compares="row"), "learn": bh.SRSTE(5)},
-        "learned pairs": {"pattern": "2:4", "criterion": bh.RIA(), "sequential": "layer", "learn": bh.SRSTE(5)},
-        "learned unevenly": {"sparsity": 0.5, "allocation": bh.OWL(), "learn": bh.SRSTE(5)},
+        "learned": {"sparsity": 0.5, "end": 5},
+        "learned later": {"sparsity": 0.75, "at": 2, "criterion": bh.Magnitude(compares="row"), "end": 5},
+        "learned pairs": {"pattern": "2:4", "criterion": bh.RIA(), "sequential": "layer", "end": 5},
+        "learned unevenly": {"sparsity": 0.5, "allocation": bh.OWL(), "end": 5},
         "own": {"sparsity": RAMP, "calibration": torch.utils.data.DataLoader(examples, 2, shuffle=True)},
     }[kind]
-    straight, whole = module(), pruning(**arguments)
+    make = partial(bh.SRSTE, **FEW) if kind.startswith("learned") else pruning
+    straight, whole = module(), make(**arguments)
     trainer(tmp_path, [whole, checkpoints(tmp_path)]).fit(straight, data(files))
     for stop in STOPS:
-        resumed, callback = module(seed=1), pruning(**arguments)
+        resumed, callback = module(seed=1), make(**arguments)
         torch.manual_seed(stop)
         trainer(tmp_path, [callback]).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
         assert same(weights(resumed), weights(straight)), stop

@@ -36,7 +36,7 @@ def bars(monkeypatch):
 
     for module in ("frame", "prune_structure", "prune_heads"):
         monkeypatch.setattr(f"billhook.cli.oneshot.{module}.bar", bar)
-    for module in ("calibration.generated", "cli.reading", "cli.blockwise"):
+    for module in ("calibration.generated", "cli.bars"):
         monkeypatch.setattr(f"billhook.{module}.bar", bar)
     return shown
 

@@ -126,7 +126,7 @@ FITS = {
     "weights, matched": weight_pruning(module, 8, bh.BlockMatching()),  # as many examples as make batches of equal parts
     "weights, learned": Fit(
         module,
-        lambda: WeightPruning(sparsity=0.5, learn=bh.SRSTE(end=4), calibration=7, measure_batches=2),
+        lambda: bh.SRSTE(sparsity=0.5, end=4, calibration=7, measure_batches=2),
         lambda one: [one.masks, one.events],
         {"accumulate_grad_batches": 2},
     ),
@@ -387,7 +387,7 @@ ZEROS = {"sparsity": 0.5, "at": 1, "measure_batches": 0}
 STEPS = {
     "plain": (FitOfTuples, lambda: []),
     "held masks": (FitOfTuples, lambda: [WeightPruning(bh.Magnitude(), **ZEROS)]),
-    "learned masks": (FitOfTuples, lambda: [WeightPruning(bh.Magnitude(), learn=bh.SRSTE(end=5), **ZEROS)]),
+    "learned masks": (FitOfTuples, lambda: [bh.SRSTE(bh.Magnitude(), end=5, **ZEROS)]),
     "masked adapters": (Adapted, lambda: [WeightPruning(bh.Magnitude(), mask_adapters=True, **ZEROS)]),
 }
 """Fits whose steps ask the device for nothing once weights are zero."""

@@ -1,5 +1,6 @@
 """How many bytes of memory tensors hold at most, those that lose their memory and get it again included."""
 
+import gc
 import weakref
 from pathlib import Path
 
@@ -21,10 +22,20 @@ class Held(TorchDispatchMode):
         for one in tensors:
             self._look(one)
 
+    def __enter__(self):
+        gc.collect()
+        gc.freeze()  # so that collecting looks at what is made within alone
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        gc.unfreeze()
+        return super().__exit__(*error)
+
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         given = operation(*args, **(kwargs or {}))
         found = [self._look(one) for one in (given if isinstance(given, tuple | list) else (given,))]
-        if any(found):
+        if any(found) and self.now() > self.most:
+            gc.collect()  # circles of objects hold tensors until the collector comes, which it does when it likes
             self.most = max(self.most, self.now())
         return given
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from billhook.callbacks.kv_heads import KVHeadConversion as KVHeadConversion
     from billhook.callbacks.report import Report as Report
     from billhook.callbacks.shrink import Shrink as Shrink
+    from billhook.callbacks.srste import SRSTE as SRSTE
     from billhook.callbacks.structured_pruning import StructuredPruning as StructuredPruning
     from billhook.callbacks.uptraining import Uptraining as Uptraining
     from billhook.callbacks.weight_pruning import WeightPruning as WeightPruning
@@ -26,6 +27,7 @@ else:  # imported when it is asked for: each brings what it alone needs
         "KVHeadConversion": "billhook.callbacks.kv_heads",
         "Report": "billhook.callbacks.report",
         "Shrink": "billhook.callbacks.shrink",
+        "SRSTE": "billhook.callbacks.srste",
         "StructuredPruning": "billhook.callbacks.structured_pruning",
         "Uptraining": "billhook.callbacks.uptraining",
         "WeightPruning": "billhook.callbacks.weight_pruning",

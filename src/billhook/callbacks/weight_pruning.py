@@ -11,7 +11,6 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from billhook.adapters.masked import mask_as_weights, on_linears, plain_adapters
 from billhook.adapters.merge import taken_off
@@ -25,18 +24,17 @@ from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.event import Event, EventCallback, FollowsShapes, log_event
 from billhook.fit.lightning_internals import averages
 from billhook.fit.ranks import check_agreed, comm_of, together
-from billhook.fit.run import At, check_at, check_learned, check_masks, is_trial, rounds_of, step_of
+from billhook.fit.run import At, check_at, check_masks, rounds_of
 from billhook.fit.shape_event import ShapeCallback, refuse_shape_changes
 from billhook.fit.training_step import runs_as_in_training
 from billhook.model.find import find_transformer
 from billhook.model.linears import Convolutions
 from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation
-from billhook.sparsity.checks import adapters_to_count, check_learning, check_matching, check_pruning, needs_data
+from billhook.sparsity.checks import adapters_to_count, check_matching, check_pruning, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.hold import Hold
-from billhook.sparsity.learning import SRSTE, Chosen, Learned, choose
-from billhook.sparsity.masks import check_amount, sparsity_of
+from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.prune import WeightPlan, prune
 
@@ -64,9 +62,6 @@ class WeightPruning(EventCallback, FollowsShapes):
         at: When: a step (int), a fraction of training (float in 0..1), `"start"`, or a schedule of progress that rises to 1.
         sequential: `"block"`, `"layer"` or `"none"`, as in `prune`.
         match: How what is kept of a block is tuned so that the block gives what it gave before, as in `prune`.
-        learn: How masks are learned from `at` on, by the criterion's scores of weights as they become; by default not at all.
-            Weights are zero from `learn.end` on, or from the end of training if that comes first; validation sees them so
-            from the beginning, and checkpoints hold all of them until then.
         allocation: How sparse each linear becomes, as in `prune`.
         skip: Glob patterns of linears to leave alone.
         output_embeddings: True to prune an untied output embedding, or the head of a classifier, too.
@@ -92,7 +87,6 @@ class WeightPruning(EventCallback, FollowsShapes):
         at: At | Schedule = "start",
         sequential: Sequential = "block",
         match: BlockMatching | None = None,
-        learn: SRSTE | None = None,
         allocation: Allocation | None = None,
         skip: list[str] | None = None,
         output_embeddings: bool = False,
@@ -113,9 +107,6 @@ class WeightPruning(EventCallback, FollowsShapes):
         self.criterion, self.sparsity, self.pattern, self.at = criterion or Wanda(), sparsity, pattern, at
         if match is not None:
             check_matching(self.criterion, sequential, count_adapters)
-        if learn is not None:
-            check_learning(self.criterion, sparsity, at, match, count_adapters, mask_adapters)
-        self.learn, self._learned = learn, Learned(self.criterion, pattern)
         self.sequential, self.match, self.allocation, self.skip = sequential, match, allocation, list(self.skip)
         self.output_embeddings, self.convolutions = output_embeddings, convolutions
         self.count_adapters, self.mask_adapters = count_adapters, mask_adapters
@@ -126,7 +117,6 @@ class WeightPruning(EventCallback, FollowsShapes):
         """Forgets all events and masks."""
         super().reset()
         self._hold.clear()
-        self._learned.clear()
 
     @property
     def state_key(self) -> str:
@@ -141,27 +131,16 @@ class WeightPruning(EventCallback, FollowsShapes):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The keep-masks that are held, or learned, bool, by linear; of a sharded model all ranks ask for them together."""
-        return {name: whole(mask) for name, mask in (self._learned.masks or self._hold.masks).items()}
+        """The keep-masks that are held, bool, by linear; of a sharded model all ranks ask for them together."""
+        return {name: whole(mask) for name, mask in self._hold.masks.items()}
 
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses strategies under which weights cannot be masked."""
         check_masks(trainer, type(self).__name__)
-        if self.learn is not None:
-            check_learned(trainer, type(self).__name__)
 
     def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
-        """Returns from which step on which sparsity holds; where masks are learned, none does while they are."""
-        rounds = rounds_of(self.amount, self.at, total, trainer, "sparsity")
-        if self.learn is None:
-            return rounds
-        ((begin, sparsity),) = rounds.items()
-        end = step_of(self.learn.end, total, is_trial(trainer), "learn.end")
-        if end <= begin and not is_trial(trainer):
-            raise ValueError(
-                f"learn.end={self.learn.end} is step {end}: masks are learned from step {begin} on, so it must be later"
-            )
-        return {begin: 0.0, max(begin + 1, end): sparsity}
+        """Returns from which step on which sparsity holds."""
+        return rounds_of(self.amount, self.at, total, trainer, "sparsity")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the rounds, and checks all that can be checked before training."""
@@ -170,10 +149,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         how = self.sequential, self.allocation, self.skip, self.output_embeddings, self.convolutions
         linears = check_pruning(model, self.criterion, self.pattern, *how)
         self._linears = list(linears)
-        if self.learn is not None and not any(linear.get_parameter("weight").requires_grad for linear in linears.values()):
-            raise ValueError(
-                "learn: none of the linears' weights are trained, as beneath adapters: leave it out, or train weights"
-            )
+        self.check_linears(linears)
         if self.count_adapters:
             adapters_to_count(model, self.criterion, linears)
         self._adapted = list(plain_adapters(model, linears, "mask_adapters=True")) if self.mask_adapters else []
@@ -182,10 +158,11 @@ class WeightPruning(EventCallback, FollowsShapes):
         if self._moments:
             refuse_shape_changes(trainer, self, min(self._moments), sys.maxsize, "made masks", self._cannot_follow)
 
+    def check_linears(self, linears: dict[str, nn.Module]) -> None:
+        """Refuses linears whose weights cannot be masked as is asked."""
+
     def _cannot_follow(self, callback: ShapeCallback) -> str | None:
         """Returns why masks cannot follow the changes of a callback; None if they can."""
-        if self.learn is not None:
-            return ", and masks are learned by the inputs that linears had"
         if self.pattern != "unstructured":
             return f", and pattern={self.pattern!r} is of inputs that are next to each other"
         if self.mask_adapters:
@@ -200,18 +177,10 @@ class WeightPruning(EventCallback, FollowsShapes):
         """Holds the masks of a checkpoint, and carries out what is due before the first step."""
         averaged = [find_transformer(copy) for _, copy in averages(trainer) if copy is not None]
         self._hold.attach(find_transformer(pl_module), trainer.optimizers, averaged, self._adapted)
-        self._learned.attach(find_transformer(pl_module), trainer.optimizers)
         super().on_train_start(trainer, pl_module)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Has the optimizer draw to zero what is left out while masks are learned."""
-        if self.learn is not None:
-            self._learned.decay(optimizer, self.learn.decay)
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Zeroes what is left out where training ends while masks are learned, and weights that other callbacks have replaced."""
-        if self._learned.masks:
-            self._fix(trainer, pl_module, {})
+        """Zeroes weights that other callbacks have replaced."""
         self._hold.apply()
         super().on_train_end(trainer, pl_module)
 
@@ -223,18 +192,13 @@ class WeightPruning(EventCallback, FollowsShapes):
     on_test_start = on_predict_start = on_validation_start
 
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
-        """Prunes to the sparsity of a round, or begins or ends to learn masks, and measures before and after."""
-        metrics = self.measured(trainer, pl_module)
-        if self.learn is not None and moment < max(self._moments):
-            event = self._begin(trainer, pl_module, metrics, moment)
-        elif self._learned.masks:
-            event = self._fix(trainer, pl_module, metrics)
-        else:
-            event = self._prune(trainer, pl_module, metrics, moment)
+        """Prunes to the sparsity of a round, and measures before and after."""
+        event = self.event_at(trainer, pl_module, self.measured(trainer, pl_module), moment)
         event["after"] |= self.measured(trainer, pl_module)
         log_event(trainer, event)
 
-    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], moment: int) -> Event:
+    def event_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], moment: int) -> Event:
+        """Prunes to the sparsity of a round."""
         model = find_transformer(pl_module)
         with together(trainer, "WeightPruning"):
             pruning = self._plan(trainer, pl_module, self._moments[moment])
@@ -260,41 +224,13 @@ class WeightPruning(EventCallback, FollowsShapes):
 
     def label(self, event: Event) -> str:
         """Returns the criterion, and the pattern or the sparsity that was asked for."""
-        criterion = type(self.criterion).__name__
-        if self._learned.masks:
-            return f"{criterion}, masks are learned"
-        return f"{criterion} {f'{100 * self.asked:.3g} %' if self.pattern == 'unstructured' else self.pattern}"
+        return (
+            f"{type(self.criterion).__name__} {f'{100 * self.asked:.3g} %' if self.pattern == 'unstructured' else self.pattern}"
+        )
 
     @property
     def _how(self) -> str:
         return f"{type(self.criterion).__name__}, {self.pattern}:"
-
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], moment: int) -> Event:
-        with together(trainer, "WeightPruning"):
-            chosen = self._choose(trainer, pl_module, self._moments[max(self._moments)])
-            check_agreed(trainer, "WeightPruning", "what masks follow from", {name: one.state() for name, one in chosen.items()})
-            return self.as_event(trainer, find_transformer(pl_module), metrics, partial(self._learn, chosen, moment))
-
-    def _learn(self, chosen: dict[str, Chosen], moment: int) -> str:
-        self._learned.begin(chosen)
-        self.done, self.asked = moment, self._moments[moment]
-        sparsity, end = sparsity_of(self._learned.masks.values()), max(self._moments)
-        return f"{self._how} masks of sparsity {sparsity:.4f} in {len(chosen)} linears are learned until step {end}"
-
-    def _fix(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float]) -> Event:
-        with together(trainer, "WeightPruning"):
-            masks = self._learned.masks
-            check_agreed(trainer, "WeightPruning", "the weights that become zero", masks)
-            event = self.as_event(trainer, find_transformer(pl_module), metrics, partial(self._hold_learned, masks))
-        event["after"]["sparsity"] = sparsity_of(masks.values())
-        return event
-
-    def _hold_learned(self, masks: dict[str, Tensor]) -> str:
-        self._hold.hold(masks)
-        self._learned.clear()
-        self.done = max(self._moments)
-        self.asked = self._moments[self.done]
-        return f"{self._how} sparsity {sparsity_of(masks.values()):.4f} in {len(masks)} linears, learned"
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> WeightPlan:
         model = find_transformer(pl_module)
@@ -303,15 +239,6 @@ class WeightPruning(EventCallback, FollowsShapes):
                 model, self.criterion, runs, sparsity, self.pattern, allocation=self.allocation, skip=self.skip,
                 output_embeddings=self.output_embeddings, convolutions=self.convolutions, sequential=self.sequential,
                 match=self.match, count_adapters=self.count_adapters, reduce=comm_of(trainer), dry_run=True,
-            )  # fmt: skip
-
-    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> dict[str, Chosen]:
-        model = find_transformer(pl_module)
-        with self._runs(trainer, pl_module) as runs:
-            return choose(
-                model, self.criterion, runs, sparsity, self.pattern, allocation=self.allocation, skip=self.skip,
-                output_embeddings=self.output_embeddings, convolutions=self.convolutions, sequential=self.sequential,
-                comm=comm_of(trainer),
             )  # fmt: skip
 
     @contextmanager
@@ -323,22 +250,15 @@ class WeightPruning(EventCallback, FollowsShapes):
             yield runs_as_in_training(pl_module, model, self.calibration.read(trainer)) if self.needs_data else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what has happened so far, and the masks, or what those that are learned follow from."""
-        learned = {"learned": self._learned.state_dict()} if self._learned.masks else {}
-        return super().state_dict() | {"masks": self._hold.state_dict()} | learned
+        """Returns what has happened so far, and the masks."""
+        return super().state_dict() | {"masks": self._hold.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what had happened."""
-        if self.learn is None and "learned" in state_dict:
-            raise ValueError(
-                "learn=None: the fit of the checkpoint is learning masks: give learn, or a checkpoint of another step"
-            )
         super().load_state_dict(state_dict)
         self._hold.load_state_dict(state_dict["masks"])
-        self._learned.load_state_dict(state_dict.get("learned", {}))
 
     def let_go(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Masks weights that other callbacks may have replaced, and removes all hooks."""
         self._hold.detach()
-        self._learned.detach()
         super().let_go(trainer, pl_module)

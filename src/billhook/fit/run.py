@@ -89,12 +89,12 @@ def check_learned(trainer: pl.Trainer, name: str) -> None:
     """Refuses strategies and callbacks under which a callback cannot learn masks."""
     if isinstance(trainer.strategy, ModelParallelStrategy):
         raise ValueError(
-            f"{name}: learn chooses masks of whole weights at each step, and ModelParallelStrategy shards them: leave it out, or "
-            "use one device or DDP"
+            f"{name} chooses masks of whole weights at each step, and ModelParallelStrategy shards them: use one device or "
+            "DDP, or WeightPruning"
         )
     if averaging := [type(one).__name__ for one, _ in averages(trainer)]:
         raise ValueError(
-            f"{name}: learn masks what runs see of weights, and not the copy that {averaging[0]} keeps: leave one of them out"
+            f"{name} masks what runs see of weights, and not the copy that {averaging[0]} keeps: leave one of them out"
         )
 
 

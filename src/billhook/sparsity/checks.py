@@ -21,7 +21,6 @@ from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Sequential, find_sites
 from billhook.model.linears import Convolutions, active_in, channels, is_convolution, prunable
 from billhook.model.meta import to_meta
-from billhook.schedules import Schedule
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
@@ -160,27 +159,6 @@ def check_matching(criterion: Criterion, sequential: Sequential, count_adapters:
         raise ValueError(f"match: {what} prunes all blocks at once, and they are matched one after the other: ask for one")
     if count_adapters:
         raise ValueError("match changes kept weights, and count_adapters=True leaves them as they are: ask for one")
-
-
-def check_learning(
-    criterion: Criterion, sparsity: object, at: object, match: BlockMatching | None, count_adapters: bool, mask_adapters: bool
-) -> None:
-    """Refuses what does not go together with masks that are learned in training."""
-    if criterion.compares == "global" or criterion.updates:
-        what = "changes kept weights" if criterion.updates else "compares all layers"
-        raise ValueError(f"learn: criterion={criterion} {what}; masks are learned by scores of one linear, such as Wanda's")
-    for name, one in {"sparsity": sparsity, "at": at}.items():
-        if isinstance(one, Schedule):
-            raise ValueError(
-                f"learn: {name}={one} has rounds, and masks are learned from one moment on: give a number, or a step"
-            )
-    if match is not None:
-        raise ValueError("learn has all weights go on learning, and match tunes what is kept of them: ask for one")
-    if count_adapters or mask_adapters:
-        what = "count_adapters" if count_adapters else "mask_adapters"
-        raise ValueError(
-            f"learn: {what}=True is of weights that stay as they are, beneath adapters, and learn of those that train"
-        )
 
 
 def check_sharded(criterion: Criterion, allocation: Allocation, comm: Comm, offload: object) -> None:

@@ -40,7 +40,7 @@ WAYS = {
 
 
 def learning(end=5, decay=2e-4, **options):
-    return pruning(learn=bh.SRSTE(end=end, decay=decay), **{"sparsity": 0.5} | options)
+    return bh.SRSTE(**{"sparsity": 0.5, "end": end, "decay": decay} | FEW | options)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -49,7 +49,7 @@ def test_all_weights_learn_until_the_end_and_then_zeros_are_held(files, tmp_path
     lit, callback = module(), learning(**given)
     trainer(tmp_path, [callback, checkpoints(tmp_path)]).fit(lit, data(files))
     linears, states = prunable(lit.model), {step: torch.load(tmp_path / f"step={step}.ckpt") for step in range(1, 9)}
-    of_callback = [next(one for key, one in state["callbacks"].items() if "WeightPruning" in key) for state in states.values()]
+    of_callback = [next(one for key, one in state["callbacks"].items() if "SRSTE" in key) for state in states.values()]
     assert ["learned" in one for one in of_callback] == [step >= callback.events[0]["step"] and step < 5 for step in states]
     assert [event["step"] for event in callback.events] == [given.get("at", 0), 5]
     assert callback.events[1]["after"]["sparsity"] == pytest.approx(given["sparsity"] or 0.5, abs=0.01)
@@ -125,8 +125,6 @@ def test_a_fit_that_was_interrupted_goes_on(files, tmp_path):
     assert not any(linear._forward_hooks for linear in prunable(lit.model).values())
     trainer(tmp_path, [callback]).fit(lit, data(files), ckpt_path=tmp_path / "step=2.ckpt")
     assert same(weights(lit), weights(straight))
-    with pytest.raises(ValueError, match="learn=None: the fit of the checkpoint is learning masks"):
-        trainer(tmp_path, [pruning(sparsity=0.5)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
 
 
 def test_a_saved_model_is_the_one_that_was_learned(files, tmp_path):
@@ -313,23 +311,20 @@ def test_convolutions(tmp_path):
     [
         ({"criterion": bh.SparseGPT()}, "changes kept weights"),
         ({"criterion": bh.Magnitude("global")}, "compares all layers"),
-        ({"sparsity": bh.schedules.Linear(final=0.5)}, "learn: sparsity="),
-        ({"at": bh.schedules.Linear(final=1.0)}, "learn: at="),
-        ({"match": bh.BlockMatching()}, "ask for one"),
-        ({"count_adapters": True}, "count_adapters=True"),
-        ({"mask_adapters": True}, "mask_adapters=True"),
+        ({"sparsity": bh.schedules.Linear(final=0.5)}, "sparsity="),
+        ({"at": bh.schedules.Linear(final=1.0)}, "at="),
     ],
     ids=str,
 )
 def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        bh.WeightPruning(**{"sparsity": 0.5, "learn": bh.SRSTE()} | options)
+        bh.SRSTE(**{"sparsity": 0.5} | options)
 
 
 @pytest.mark.parametrize("options", [{"end": -1}, {"end": 1.5}, {"end": True}, {"decay": -0.1}, {"decay": float("nan")}], ids=str)
 def test_settings_that_are_none_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        bh.SRSTE(**options)
+        bh.SRSTE(sparsity=0.5, **options)
 
 
 def test_fits_in_which_masks_cannot_be_learned_are_refused(files, tmp_path):
@@ -337,7 +332,7 @@ def test_fits_in_which_masks_cannot_be_learned_are_refused(files, tmp_path):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, [learn or learning(), *more], **options).fit(lit or module(), data(files))
 
-    refused(r"learn.end=2 is step 2.*learned from step 2 on", learn=learning(2, at=2))
+    refused(r"end=2 is step 2.*learned from step 2 on", learn=learning(2, at=2))
     refused("none of the linears' weights are trained", injected())
     refused("WeightAveraging keeps", more=[WeightAveraging()])
     refused("masks are learned by the inputs", more=[bh.HeadPruning(0.5, at=3, **FEW)])

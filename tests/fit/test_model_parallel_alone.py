@@ -121,7 +121,7 @@ def test_layers_that_torch_recomputes_are_refused_before_training(tmp_path, alon
 
 def test_masks_that_are_learned_are_refused(tmp_path, alone):
     callback = bh.SRSTE(bh.Wanda(), 0.5, **GIVEN)
-    with pytest.raises(ValueError, match="learn chooses masks of whole weights at each step, and ModelParallelStrategy shards"):
+    with pytest.raises(ValueError, match="SRSTE chooses masks of whole weights at each step, and ModelParallelStrategy shards"):
         trainer(tmp_path, [callback], strategy=alone).fit(Own())
 
 

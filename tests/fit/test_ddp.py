@@ -75,9 +75,10 @@ def test_two_processes_prune_the_heads_that_one_does(of_two, files, tmp_path, na
         torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3)
 
 
-def test_two_processes_cut_and_repair_what_one_does(of_two, files, tmp_path):
-    state, events = of_two("structure")
-    _, single, events_of_one = FITS["structure"].run(tmp_path, files)
+@pytest.mark.parametrize("name", ["structure", "structure, by hand"])
+def test_two_processes_cut_and_repair_what_one_does(of_two, files, tmp_path, name):
+    state, events = of_two(name)
+    _, single, events_of_one = FITS[name].run(tmp_path, files)
     assert events == events_of_one
     assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in single.items()}
     for name, value in single.items():

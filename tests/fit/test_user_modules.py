@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, AutoModelForCausalLM, get_linear_schedule_with_warmup
 
+import billhook as bh
 from kit.events import END, EVENTS, SIZES, Own, figures, loader, same_after_reload
 from kit.families import llama
 from kit.fits import same, trainer, weights
@@ -102,25 +103,29 @@ class Encoder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.backbone = AutoModel.from_config(config())
+        self.backbone = AutoModelForCausalLM.from_config(config())
         self.dropout = nn.Dropout(0.0)
 
     def forward(self, ids):
-        return self.dropout(self.backbone(input_ids=ids).last_hidden_state.mean(1))
+        return self.dropout(self.backbone(input_ids=ids)[0].mean(1))
 
 
 class Toggled(pl.LightningModule):
-    """A head of its own, and two optimizers by hand, each for its part."""
+    """A head of its own, and two optimizers by hand, each for its part; calibrated on what its backbone takes."""
 
     def __init__(self, lr=1e-2, classes=3):
         super().__init__()
         self.save_hyperparameters()
         self.automatic_optimization = False
         torch.manual_seed(0)
-        self.encoder, self.head = Encoder(), nn.Linear(16, classes)
+        self.encoder = Encoder()
+        self.head = nn.Linear(self.encoder.backbone.config.vocab_size, classes)
 
     def forward(self, ids):
         return self.head(self.encoder(ids))
+
+    def calibration_batches(self):
+        yield from loader(number=4)
 
     def training_step(self, batch, batch_idx):
         losses = []
@@ -162,10 +167,7 @@ class Live(pl.Callback):
         assert not [name for name, p in pl_module.named_parameters() if torch.equal(p, self.before[name])]
 
 
-@pytest.mark.parametrize(
-    ("kind", "event"),
-    [own for own in product(KINDS, EVENTS) if own != ("by hand", "shrink")],  # its model has no logits
-)
+@pytest.mark.parametrize(("kind", "event"), list(product(KINDS, EVENTS)))
 def test_events_in_modules_of_any_kind(tmp_path, kind, event):
     """Also resumed from a checkpoint that was saved at the end of the first epoch."""
     lit, again, callback, other = KINDS[kind](), KINDS[kind](), EVENTS[event](2), EVENTS[event](2)
@@ -183,7 +185,8 @@ def test_events_in_modules_of_any_kind(tmp_path, kind, event):
 
 
 def test_a_search_for_a_smaller_model_needs_its_predictions(tmp_path):
-    lit, callback = KINDS["by hand"](), EVENTS["shrink"]("start")
+    lit, callback = Toggled(), EVENTS["shrink"]("start")
+    lit.encoder.backbone, lit.head = AutoModel.from_config(config()), nn.Linear(16, 3)
     before = weights(lit)
     with pytest.raises(ValueError, match="model: LlamaModel predicts nothing"):
         trainer(tmp_path, [callback], max_steps=2).fit(lit, *loaders("by hand"))
@@ -227,25 +230,26 @@ def test_a_model_made_late_with_weights_in_the_precision_of_the_trainer(tmp_path
     assert figures(lit) == END["mean"]
 
 
-@pytest.mark.parametrize("event", ["heads", "structure", "depth", "svd"])
-def test_scores_are_of_the_loss_that_is_given_to_manual_backward(tmp_path, event):
-    """The same module with automatic optimization scores as the one by hand does; neither trains by it."""
+class ByHand(Own):
+    """Rows without names for a step that steps its optimizer itself, and batches for the model, with labels."""
 
-    class Automatic(Toggled):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = True
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
 
-        def training_step(self, batch, batch_idx):
-            return cross_entropy(self(batch["input_ids"]), batch["input_ids"][:, 0] % 3)
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.net(batch[0], attention_mask=batch[1], labels=batch[0]).loss)
+        optimizer.step()
 
-        def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), self.hparams.lr)
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch[0], labels=batch[0]).loss)
 
-    left, right = Toggled(), Automatic()
-    for lit in (left, right):
-        trainer(tmp_path, [EVENTS[event]("start"), Stop()], max_steps=2).fit(lit, *loaders("by hand"))
-    assert same(weights(left), weights(right))
+
+class Hooked(ByHand):
+    def calibration_batches(self):
+        return list(loader())
 
 
 class Stop(pl.Callback):
@@ -254,6 +258,66 @@ class Stop(pl.Callback):
     def on_train_start(self, trainer, pl_module):
         trainer.should_stop = True
         trainer.fit_loop.epoch_loop.max_steps = 0
+
+
+NOW = {"at": "start", "measure_batches": 0}
+CALIBRATED = {
+    "wanda": lambda calibration=None: bh.WeightPruning(bh.Wanda(), 0.5, calibration=calibration, **NOW),
+    "taylor": lambda calibration=None: bh.HeadPruning(0.5, importance=bh.Taylor(), calibration=calibration, **NOW),
+    "structure": lambda calibration=None: bh.StructuredPruning(bh.Amount(channels=0.5), calibration=calibration, **NOW),
+    "shrink": lambda calibration=None: bh.Shrink(kv_cache_bytes=0.5, generations=0, calibration=calibration, **NOW),
+    "depth": lambda calibration=None: bh.DepthPruning(1, calibration=calibration, **NOW),
+    "svd": lambda calibration=None: bh.KVHeadConversion(2, method="svd", calibration=calibration, **NOW),
+}
+
+
+def pruned_at_the_start(folder, lit, callback, data):
+    trainer(folder, [callback, Stop()], max_steps=2).fit(lit, data, data)
+    assert len(callback.events) == 1
+    return weights(lit)
+
+
+@pytest.mark.parametrize("kind", CALIBRATED)
+def test_a_module_with_manual_optimization_says_what_it_is_calibrated_on(tmp_path, kind):
+    """In `calibration_batches` or as `calibration=`: as with automatic optimization on the same batches."""
+    batches, build = list(loader()), CALIBRATED[kind]
+    expected = pruned_at_the_start(tmp_path, Own(), build(batches), loader())
+    assert same(pruned_at_the_start(tmp_path, Hooked(), build(), tuples()), expected)
+    assert same(pruned_at_the_start(tmp_path, ByHand(), build(batches), tuples()), expected)
+
+
+def test_as_many_examples_as_are_asked_for(tmp_path):
+    build = CALIBRATED["taylor"]
+    few = pruned_at_the_start(tmp_path, Hooked(), build(2), tuples())
+    assert same(few, pruned_at_the_start(tmp_path, Own(), build(list(loader())[:1]), loader()))
+    assert not same(few, pruned_at_the_start(tmp_path, Hooked(), build(), tuples()))
+
+
+@pytest.mark.parametrize("kind", CALIBRATED)
+def test_manual_optimization_without_batches_for_the_model_is_refused_before_training(tmp_path, kind):
+    lit = ByHand()
+    before, run = weights(lit), trainer(tmp_path, [CALIBRATED[kind]()], max_steps=2)
+    with pytest.raises(ValueError, match=r"ByHand .*calibration_batches\(self\).*calibration=; or use automatic optimization"):
+        run.fit(lit, tuples(), tuples())
+    assert run.global_step == 0
+    assert same(weights(lit), before)
+
+
+@pytest.mark.parametrize(
+    ("batches", "match"),
+    [
+        (None, "calibration_batches of Hooked returned None: return batches"),
+        (list(tuples()), "Hooked steps its optimizers itself.*a list is no dictionary of what the model takes"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["wanda", "taylor"])
+def test_what_the_model_does_not_take_is_refused(tmp_path, monkeypatch, kind, batches, match):
+    lit = Hooked()
+    before = weights(lit)
+    monkeypatch.setattr(Hooked, "calibration_batches", lambda self: batches)
+    with pytest.raises(ValueError, match=f"calibration: {match}"):
+        trainer(tmp_path, [CALIBRATED[kind]()], max_steps=2).fit(lit, tuples(), tuples())
+    assert same(weights(lit), before)
 
 
 class Closures(Toggled):
@@ -271,33 +335,9 @@ class Closures(Toggled):
 
 
 def test_closures(tmp_path):
-    lit, other = Closures(), Toggled()
-    for one in (lit, other):
-        trainer(tmp_path, [EVENTS["heads"](0), Stop()], max_steps=2).fit(one, *loaders("by hand"))
-    assert figures(lit) == END["heads"]
-    assert same(weights(lit), weights(other))
     lit = Closures()
     trainer(tmp_path, [EVENTS["heads"](2)], max_steps=8).fit(lit, *loaders("by hand"))
     assert figures(lit) == END["heads"]
-
-
-class Around(Toggled):
-    """Lightning is not asked for a backward pass."""
-
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            cross_entropy(self(batch["input_ids"]), batch["input_ids"][:, 0] % 3).backward()
-            optimizer.step()
-
-
-def test_a_loss_that_nobody_is_given_is_refused_and_nothing_is_stepped(tmp_path):
-    lit = Around()
-    before = weights(lit)
-    match = "Around, which steps its optimizers itself, has no loss for batch 0 .*no loss has come to self.manual_backward"
-    with pytest.raises(ValueError, match=match):
-        trainer(tmp_path, [EVENTS["heads"]("start")], max_steps=2).fit(lit, *loaders("by hand"))
-    assert same(weights(lit), before)
 
 
 class Listed(Own):

@@ -61,12 +61,30 @@ def head_pruning(remove, given):
     )
 
 
-def structured_pruning():
+class ByHand(FitOfTuples):
+    """Steps its optimizer itself, and says which batches the model is scored on."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def calibration_batches(self):
+        return [{"input_ids": ids, "labels": ids} for ids in draw(8, 4, 12, seed=1)]
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def structured_pruning(module=FitOfTuples):
     """In two events, on batches of the user's own, of which the same choose the ridge."""
-    ids = draw(8, 4, 12, seed=1)
-    options = {"calibration": [(one,) for one in ids], "importance": Taylor("first"), "repair": Repair(), "measure_batches": 0}
+    options = {"importance": Taylor("first"), "repair": Repair(), "measure_batches": 0}
+    if module is FitOfTuples:
+        options["calibration"] = [(ids,) for ids in draw(8, 4, 12, seed=1)]
     return Fit(
-        FitOfTuples,
+        module,
         lambda: StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), MultiStep([0.5, 1.0], [2, 4]), **options),
         lambda one: one.events,
     )
@@ -133,6 +151,7 @@ FITS = {
     "heads in rounds": head_pruning("rounds", given=False),
     "heads at the end": head_pruning("end", given=True),
     "structure": structured_pruning(),
+    "structure, by hand": structured_pruning(ByHand),
     "shrink": shrinking(),
     "depth": depth_pruning(),
     "layer by layer": with_own_batches(MultiStep([0.5, 1.0], [1, 3]), method="svd"),

@@ -77,7 +77,7 @@ class Preparation:
         model, groups = find_transformer(pl_module), dict.fromkeys(plan.layers, plan.after)
         with self.calibration.aside(pl_module):
             batches = list(self._pairs(trainer, pl_module))
-            comm = comm_of(trainer, self.calibration.shared)
+            comm = comm_of(trainer, self.calibration.shared(trainer))
             weights, how = ready_weights(model, groups, self.method, batches, self.repair, comm)
         if not self.method.turns:  # what the mean pools is as it was
             weights = weights.without(plan.parameters)

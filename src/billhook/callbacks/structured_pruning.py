@@ -137,7 +137,7 @@ class StructuredPruning(ShapeCallback):
         if part is None:  # by the numbers of units alone, which are the same on all ranks
             return None, None, "", ""
         with self.calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
-            comm = comm_of(trainer, self.calibration.shared)
+            comm = comm_of(trainer, self.calibration.shared(trainer))
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [run_of(model, part.units, *pair) for pair in pairs]
             importance = self.importance or default_importance(part.units)

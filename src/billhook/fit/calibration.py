@@ -36,10 +36,15 @@ Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
 class FitCalibration:
     """Batches from which a callback takes scores and statistics: given ones, text, or examples drawn from the training data.
 
+    Where a LightningModule has a method `calibration_batches(self)`, the first batches of what it returns (a list, a DataLoader,
+    or it yields them) stand in for the training data, dealt out to ranks. Under manual optimization (`automatic_optimization =
+    False`) that method, or `batches`, is needed: no `training_step` is run that steps optimizers. Each batch is then a dictionary
+    of what the model takes, and where scores need a loss it is the model's own.
+
     Args:
         batches: Batches as `training_step` takes them, which can be read again and again, such as a list or a DataLoader; or a
             `Calibration`, which is read when the callback needs it, with the tokenizer of the data module if it has one; by
-            default examples are drawn from the training data.
+            default examples are drawn from the training data, or from `calibration_batches`.
         examples: How many training examples are drawn, on all devices together; the papers take 128.
         seed: The seed that decides which ones.
 
@@ -74,14 +79,23 @@ class FitCalibration:
         """The agreement of choices of units that is asked for, if any; see `Calibration`."""
         return self.batches.enough if isinstance(self.batches, Calibration) else None
 
-    @property
-    def shared(self) -> bool:
-        """True if ranks share each batch, as in training, from which examples are drawn; given ones are dealt out to ranks."""
-        return self.batches is None
+    def shared(self, trainer: pl.Trainer) -> bool:
+        """Tells whether ranks share each batch, as in training, from which examples are drawn; others are dealt out to ranks."""
+        return self.batches is None and _hook(trainer.lightning_module) is None
 
     def check(self, trainer: pl.Trainer) -> None:
-        """Refuses training data that can be read only once, which it would use up."""
-        for loader in tree_leaves(trainer.train_dataloader) if self.batches is None else ():
+        """Refuses to draw examples from training data that can be read only once, or that only a manual step understands."""
+        module = trainer.lightning_module
+        if not self.shared(trainer):
+            return
+        if not module.automatic_optimization:
+            raise ValueError(
+                f"calibration: {type(module).__name__} steps its optimizers itself (automatic_optimization=False), so its "
+                "training_step is not run for scores: give it a method calibration_batches(self) that returns batches which "
+                "the model takes, as dictionaries; or give such batches, or a Calibration, as calibration=; or use automatic "
+                "optimization"
+            )
+        for loader in tree_leaves(trainer.train_dataloader):
             source = loader.dataset if isinstance(loader, DataLoader) else loader
             if isinstance(source, Iterator):
                 raise ValueError(
@@ -92,10 +106,17 @@ class FitCalibration:
     def read(self, trainer: pl.Trainer, alike: bool = False) -> Iterator[Any]:
         """Yields this rank's batches, or all of them alike on each, on its device: examples come in batches as in training."""
         rank, ranks = (0, 1) if alike else (trainer.global_rank, trainer.world_size)
-        if self.batches is None:
+        hook = _hook(trainer.lightning_module)
+        if self.batches is None and hook is not None:
+            source = hook()
+            if not isinstance(source, Iterable):
+                name = f"calibration_batches of {type(trainer.lightning_module).__name__}"
+                raise ValueError(f"calibration: {name} returned {source!r}: return batches, such as a list of dictionaries")
+            batches: Iterable[Any] = _first(source, self.examples, rank, ranks)
+        elif self.batches is None:
             loaders, structure = tree_flatten(trainer.train_dataloader)
             columns = [_examples(loader, self.examples, rank, ranks) for loader in loaders]
-            batches: Iterable[Any] = (tree_unflatten(row, structure) for row in zip(*columns, strict=False))
+            batches = (tree_unflatten(row, structure) for row in zip(*columns, strict=False))
         else:
             given = _text(self.batches, trainer) if isinstance(self.batches, Calibration) else self.batches
             batches = islice(given, rank, None, ranks)
@@ -128,6 +149,12 @@ Given = FitCalibration | Batches | int | None
 """Batches, text as a `Calibration`, how many training examples, or these and a seed as a `FitCalibration`."""
 
 
+def _hook(pl_module: pl.LightningModule) -> Callable[[], Any] | None:
+    """Returns the method by which a module of a user's own says what it is calibrated on, if it has one."""
+    hook = getattr(pl_module, "calibration_batches", None)
+    return hook if callable(hook) else None
+
+
 def _text(calibration: Calibration, trainer: pl.Trainer) -> list[Batch]:
     """Reads text for the model in training; every rank reads all of it."""
     model = find_transformer(trainer.lightning_module)
@@ -152,12 +179,7 @@ def _moved(trainer: pl.Trainer, batch: Any) -> Any:  # noqa: ANN401
 def _examples(loader: Any, number: int, rank: int, ranks: int) -> Iterator[Any]:  # noqa: ANN401
     """Yields a rank's share of so many examples of a loader, or all there are, in its batches; of a stream, the first ones."""
     if not isinstance(loader, DataLoader):
-        for index, batch in enumerate(loader):
-            if index % ranks == rank:
-                yield batch
-            number -= _size(batch)
-            if number <= 0:
-                return
+        yield from _first(loader, number, rank, ranks)
         return
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         examples: Iterator[Any] = islice(iter(loader.dataset), rank, number, ranks)
@@ -170,6 +192,16 @@ def _examples(loader: Any, number: int, rank: int, ranks: int) -> Iterator[Any]:
         return
     while chunk := list(islice(examples, loader.batch_size or 1)):
         yield loader.collate_fn(chunk)
+
+
+def _first(batches: Iterable[Any], number: int, rank: int, ranks: int) -> Iterator[Any]:
+    """Yields a rank's share of the first batches, which have so many examples together, or of all there are."""
+    for index, batch in enumerate(batches):
+        if index % ranks == rank:
+            yield batch
+        number -= _size(batch)
+        if number <= 0:
+            return
 
 
 def _size(batch: Any) -> int:  # noqa: ANN401

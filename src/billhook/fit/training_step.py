@@ -2,13 +2,11 @@
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from billhook.engine.batches import Run, own_loss, runs_of
@@ -26,64 +24,47 @@ def runs_as_in_training(pl_module: pl.LightningModule, model: nn.Module, batches
     """Makes a run of each batch: of the model on the arguments that `training_step` gives it.
 
     A dictionary of nothing but arguments of the model's forward is given to the model directly. For any other batch the step
-    runs until it calls the model. Where it does not call the model as a whole, the step itself is the run.
+    runs until it calls the model. Where it does not call the model as a whole, the step itself is the run. A step that steps
+    optimizers itself is not run: under manual optimization all batches are dictionaries for the model.
     """
     names = list(inspect.signature(model.forward).parameters)
     runs: list[Run] = []
     for number, batch in enumerate(batches):
         step = with_parameters(pl_module.training_step, batch, number)
-        if isinstance(batch, Mapping) and set(batch) <= set(names):
+        if not pl_module.automatic_optimization:
+            runs += runs_of(model, [_for_model(pl_module, batch)])
+        elif isinstance(batch, Mapping) and set(batch) <= set(names):
             runs += runs_of(model, [batch])
         elif (call := _call(model, step, f"{type(pl_module).__name__} on batch {number}, a {type(batch).__name__}")) is not None:
             runs += runs_of(model, [dict(zip(names, call[0], strict=False)) | call[1]])
-        elif pl_module.automatic_optimization:
-            runs.append(Run(step))
         else:
-            raise ValueError(
-                f"calibration: training_step of {type(pl_module).__name__} steps its optimizers itself and does not call "
-                f"{type(model).__name__} as a whole: give batches that the model takes, as dictionaries"
-            )
+            runs.append(Run(step))
     return runs
 
 
 def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Module, Any], Tensor]:
-    """Returns the loss as a function of model and batch: that of `training_step`, or what it gives to `manual_backward`."""
+    """Returns the loss as a function of model and batch: that of `training_step`; under manual optimization the model's own."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
-        step = with_parameters(pl_module.training_step, batch, number)
         if not pl_module.automatic_optimization:
-            return _manual_loss(pl_module, model, step, batch, number)
-        given: Any = step()
-        found = given["loss"] if isinstance(given, Mapping) else given
-        if not isinstance(found, Tensor):
-            raise ValueError(f"training_step of {type(pl_module).__name__} gives no loss for batch {number}: {found!r}")
-        return found
+            return own_loss(model, _for_model(pl_module, batch), hint="")
+        result: Any = with_parameters(pl_module.training_step, batch, number)()
+        value = result["loss"] if isinstance(result, Mapping) else result
+        if not isinstance(value, Tensor):
+            raise ValueError(f"training_step of {type(pl_module).__name__} gives no loss for batch {number}: {value!r}")
+        return value
 
     return loss
 
 
-def _manual_loss(
-    pl_module: pl.LightningModule,
-    model: nn.Module,
-    step: Callable[[], object],
-    batch: Any,  # noqa: ANN401
-    number: int,
-) -> Tensor:
-    """Returns the loss of a module that steps its optimizers itself; for batches that only the model takes, the model's own."""
-    try:
-        found = _given_to_backward(pl_module, step)
-        reason: object = "it gives nothing to manual_backward"
-    except Exception as error:
-        found, reason = None, error
-    if found is not None:
-        return found
-    try:
-        return own_loss(model, dict(batch) if isinstance(batch, Mapping) else batch, hint="")
-    except Exception as error:
+def _for_model(pl_module: pl.LightningModule, batch: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Refuses a batch that is no dictionary, which only the step of a module with manual optimization would understand."""
+    if not isinstance(batch, Mapping):
         raise ValueError(
-            f"calibration: training_step of {type(pl_module).__name__}, which steps its optimizers itself, has no loss for batch "
-            f"{number} ({reason}), and neither has {type(model).__name__} ({error})"
-        ) from error
+            f"calibration: {type(pl_module).__name__} steps its optimizers itself, so batches are given to the model and not to "
+            f"training_step, and a {type(batch).__name__} is no dictionary of what the model takes"
+        )
+    return batch if isinstance(batch, dict) else dict(batch)
 
 
 class _Called(BaseException):
@@ -107,51 +88,4 @@ def _call(model: nn.Module, step: Callable[[], object], what: str) -> tuple[tupl
             f"calibration: training_step of {what} failed before it came to {type(model).__name__} ({error}): "
             "give batches that the model takes, as dictionaries"
         ) from error
-    return None
-
-
-class _Still:
-    """Stands in for an optimizer: it has the same attributes, and takes no step."""
-
-    def __init__(self, optimizer: LightningOptimizer) -> None:
-        self._optimizer = optimizer
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute of an optimizer
-        return getattr(self._optimizer, name)
-
-    def zero_grad(self, *_: object, **__: object) -> None:
-        """Does nothing."""
-
-    def toggle_model(self, *_: object, **__: object) -> AbstractContextManager[None]:
-        """Does nothing."""
-        return nullcontext()
-
-    def step(self, closure: Callable[[], object] | None = None, **_: object) -> None:
-        """Calls the closure, which may compute the loss; it must be known then."""
-        if closure is not None:
-            closure()
-        raise ValueError("an optimizer is stepped, and no loss has come to self.manual_backward before")
-
-
-def _given_to_backward(pl_module: pl.LightningModule, step: Callable[[], object]) -> Tensor | None:
-    """Returns what a step first gives to `manual_backward`, if anything; weights and gradients stay as they were."""
-
-    def end(loss: Tensor, *_: object, **__: object) -> None:
-        raise _Called(loss)
-
-    given = pl_module.optimizers()
-    still = [_Still(one) for one in given] if isinstance(given, list) else _Still(given)
-    gradients = {parameter: parameter.grad for parameter in pl_module.parameters()}
-    others = dict.fromkeys(["toggle_optimizer", "untoggle_optimizer"], lambda *_, **__: None)
-    with overridden(pl_module, manual_backward=end, optimizers=lambda *_, **__: still, **others):
-        try:
-            for parameter in gradients:
-                parameter.grad = None
-            step()
-        except _Called as call:
-            (found,) = call.args
-            return found  # type: ignore[no-any-return]
-        finally:
-            for parameter, gradient in gradients.items():
-                parameter.grad = gradient
     return None

@@ -68,7 +68,7 @@ def test_each_block_is_read_once_for_all_batches(tmp_path, monkeypatch):
     model = bh.stream("tiny")
     blocks = bh.find_units(model, "block")
     read, load = [], FileStore._load
-    monkeypatch.setattr(FileStore, "_load", lambda self, keys: read.append(keys) or load(self, keys))
+    monkeypatch.setattr(FileStore, "_load", lambda self, keys, *read_ahead: read.append(keys) or load(self, keys, *read_ahead))
     bh.score(model, blocks, bh.BlockInfluence(), stopped.batches())
     assert len(read) == 4
 

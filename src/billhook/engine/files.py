@@ -3,7 +3,7 @@
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from billhook.bar import Told
-from billhook.engine.device import Copies, NextBlock, computed_on
+from billhook.engine.device import Copies, NextBlock
+from billhook.engine.forwards import Before, ComingOnce, Visiting
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import (
     as_in_files,
@@ -26,21 +27,9 @@ from billhook.engine.loader_internals import (
     save_state,
 )
 from billhook.engine.parts import Parts, identity_of, link, tensor_in
-from billhook.engine.store import STORE, Alter, Before, BlockStore, Coming, ComingOnce, turned_in
+from billhook.engine.store import STORE, Alter, BlockStore, turned_in
 from billhook.engine.tensors import Files, renumbered, share, write_index
 from billhook.engine.walk import blocks_of
-
-
-class Visiting(Coming):
-    """A forward of a linear that is in no block, such as the output embedding: copies are on the store's device for each call."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-        """Returns what the linear makes of what it is given."""
-        if self.store.device is None:
-            return self.forward(*args, **kwargs)
-        with closing(Copies(self.store.device)) as copies:
-            copies.enter(self.block)
-            return computed_on(self.store.device, self.forward, args, kwargs)
 
 
 class FileStore(BlockStore):

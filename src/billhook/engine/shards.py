@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from billhook.engine.comm import Comm
+from billhook.engine.forwards import Before, ComingAgain
 from billhook.engine.lazy import LazyTensors, Read
 from billhook.engine.loader_internals import as_in_files, save_state
 from billhook.engine.sharding import (
@@ -28,7 +29,7 @@ from billhook.engine.sharding import (
     without_memory,
 )
 from billhook.engine.state import replaced
-from billhook.engine.store import STORE, Alter, Before, BlockStore, ComingAgain, turned_in
+from billhook.engine.store import STORE, Alter, BlockStore, turned_in
 from billhook.engine.tensors import add_to_file
 from billhook.engine.walk import blocks_of
 

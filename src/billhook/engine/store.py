@@ -9,18 +9,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.engine.comm import Comm
-from billhook.engine.device import Copies, computed_on
+from billhook.engine.device import Copies
+from billhook.engine.forwards import ComingOnce
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import save_state
 from billhook.engine.state import overridden, replaced
-from billhook.engine.trees import tree_leaves, tree_map_only
 
 STORE = "_billhook_store"
 """The attribute of a module that holds the store of its blocks."""
@@ -338,81 +338,3 @@ def _opened(module: nn.Module) -> BlockStore | None:
     if isinstance(module, PreTrainedModel):
         return None
     return next((store for child in module.children() if (store := _opened(child)) is not None), None)
-
-
-class Coming:
-    """A forward of a block that is in memory by then, or on the device of its store."""
-
-    keeps_shapes = True
-
-    def __init__(self, store: BlockStore, block: nn.Module, forward: Callable[..., Any]) -> None:
-        self.store, self.block, self.forward = store, block, forward
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-        """Returns what the block makes of what it is given."""
-        self.store.load(self.block)
-        if self.store.device is not None:
-            return computed_on(self.store.device, self.forward, args, kwargs)
-        return self.forward(*args, **kwargs)
-
-
-class ComingOnce(Coming):
-    """A forward of a block that is there by then; nothing is kept of it for gradients, which are refused."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-        """Returns what the block makes of what it is given."""
-        if not torch.is_grad_enabled():
-            return super().__call__(*args, **kwargs)
-        with torch.no_grad():  # or what autograd keeps would hold all blocks
-            found = super().__call__(*args, **kwargs)
-        return tree_map_only(Tensor, _without_gradient, found)
-
-
-class _Refused(torch.autograd.Function):
-    """Gives what it is given, and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(_: Any, output: Tensor, __: Tensor) -> Tensor:  # noqa: ANN401
-        """Returns a view of a tensor."""
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(*_: object) -> NoReturn:
-        """Refuses the gradient."""
-        raise ValueError("model: its blocks come one at a time, and gradients need all weights in memory: load it with bh.load")
-
-
-def _without_gradient(output: Tensor) -> Tensor:
-    """Returns what a block gives, so that a gradient that comes to it is refused."""
-    found: Tensor = output
-    if output.is_floating_point():
-        found = _Refused.apply(output, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
-    return found
-
-
-class ComingAgain(Coming):
-    """A forward of a block that is in memory by then, and again when gradients come back to what it has given."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-        """Returns what the block makes of what it is given."""
-        output = super().__call__(*args, **kwargs)
-        for tensor in tree_leaves(output) if torch.is_grad_enabled() else ():
-            if isinstance(tensor, Tensor) and tensor.requires_grad:
-                tensor.register_hook(self._back)  # type: ignore[no-untyped-call]
-        return output
-
-    def _back(self, _: Tensor) -> None:
-        self.store.load(self.block)
-
-
-class Before:
-    """A hook by which the block of a module is in memory before the module computes."""
-
-    keeps_shapes = True
-
-    def __init__(self, load: Callable[[nn.Module], object], block: nn.Module) -> None:
-        self.load, self.block = load, block
-
-    def __call__(self, *_: object) -> None:
-        """Loads it."""
-        self.load(self.block)

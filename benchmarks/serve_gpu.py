@@ -25,7 +25,7 @@ import billhook as bh
 from billhook.assets import model_path
 from billhook.importance.baselines import RandomUnits
 from billhook.model.meta import read_config
-from billhook.serving.verdicts import verdicts
+from billhook.serving.engines import verdicts
 
 ENGINES = {"transformers": "transformers", "vLLM": "vllm", "SGLang": "sglang"}
 PROMPTS = ["The sea", "Once upon a time there was", "In the beginning", "To be, or not to be"]

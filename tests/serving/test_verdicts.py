@@ -9,17 +9,20 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import billhook as bh
-from billhook.checkpoints.equivalent import COMPUTED, EQUIVALENT
+from billhook.checkpoints.equivalent import EQUIVALENT
 from billhook.checkpoints.save import save
 from billhook.cli.main import main
 from billhook.model.meta import read_config
 from billhook.pruning.planning import prune_units
-from billhook.serving.readings import FILES, GPUS, multiple_of, reading, shares
-from billhook.serving.verdicts import Verdict, told, verdicts
+from billhook.serving.engines import GPUS, Verdict, engines, multiple_of, shares, told, verdicts
 from kit.families import build, llama
 from kit.shaped import uneven_llama
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
+
+
+def reads_head_dim(kind: str, engine: str) -> bool:
+    return kind not in engines()["computes_head_dim"][engine]
 
 
 def said(kind: str, config: PretrainedConfig, **more: object) -> dict[str, Verdict]:
@@ -43,7 +46,7 @@ def test_a_model_of_round_sizes_is_served_everywhere():
 
 
 @pytest.mark.parametrize("engine", ["llama.cpp", "vLLM", "SGLang"])
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("kind", engines()["files"])
 def test_each_yes_cites_class_file_and_release(kind, engine):
     config = getattr(transformers, kind).config_class()
     one = said(kind, config)[engine]
@@ -51,24 +54,22 @@ def test_each_yes_cites_class_file_and_release(kind, engine):
     assert re.fullmatch(r"\w+, [\w/.-]+\.(py|cpp) \(.*\d+\.\d+\.\d+\)", one.why)
 
 
-@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("kind", engines()["files"])
 def test_heads_of_another_width_are_served_where_head_dim_is_read(kind):
     config = getattr(transformers, kind).config_class()
     config.hidden_size, config.num_attention_heads, config.head_dim = 512, 6, 64
     for engine in ("llama.cpp", "vLLM", "SGLang"):
         one = said(kind, config)[engine]
         as_deci = (kind, engine) == ("Phi3ForCausalLM", "llama.cpp")  # billhook writes it as deci, which takes widths
-        assert one.serves == (reading(kind, engine).reads_head_dim or as_deci)
+        assert one.serves == (reads_head_dim(kind, engine) or as_deci)
         assert ("as GGUF of its architecture deci" in one.why) == as_deci
         assert one.serves or "heads are 64 wide, and " in one.why
 
 
-@pytest.mark.parametrize("start", COMPUTED)
-def test_the_family_that_stands_for_one_that_engines_misread_is_read_by_all(start):
-    for family in EQUIVALENT[start]:
-        for engine in ("llama.cpp", "vLLM", "SGLang"):
-            assert reading(f"{family.name}ForCausalLM", engine).reads_head_dim
-    assert not all(reading(f"{start}ForCausalLM", engine).reads_head_dim for engine in ("llama.cpp", "vLLM", "SGLang"))
+def test_the_family_that_stands_for_one_that_engines_misread_is_read_by_all():
+    names = ("llama.cpp", "vLLM", "SGLang")
+    assert not all(reads_head_dim("Qwen2ForCausalLM", engine) for engine in names)
+    assert all(reads_head_dim(f"{family.name}ForCausalLM", engine) for family in EQUIVALENT["Qwen2"] for engine in names)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "smollm3"])

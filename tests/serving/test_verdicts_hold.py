@@ -6,7 +6,7 @@ import torch
 import billhook as bh
 from billhook.model.meta import read_config
 from billhook.serving.check import serve_check
-from billhook.serving.verdicts import verdicts
+from billhook.serving.engines import verdicts
 from kit import families, serving
 from kit.serving import beside
 

@@ -5,7 +5,7 @@ import pytest
 import billhook as bh
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
-from billhook.serving.readings import multiple_of
+from billhook.serving.engines import multiple_of
 from billhook.shrinking.levels import Place, find_places
 from billhook.shrinking.space import coarser
 from billhook.shrinking.work import Work

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from billhook.checkpoints.origin import hub_name
 from billhook.model.shape import KEY
-from billhook.serving.verdicts import told, verdicts
+from billhook.serving.engines import told, verdicts
 
 
 def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:

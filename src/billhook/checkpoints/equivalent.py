@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.model.config_fields import build_class_on_meta, nested_configs, text_config
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.shape import KEY, Shape, built_shape, shape_of, unbuilt_shape
-from billhook.serving.readings import FILES
+from billhook.serving.engines import engines
 
 ANY = object()
 """Any value, of a config field that no code reads."""
@@ -79,9 +79,6 @@ EQUIVALENT = {
 }
 """Families that can stand for another, the best known first, by the prefix of the other's class names."""
 
-COMPUTED = tuple(start for start in EQUIVALENT if f"{start}ForCausalLM" in FILES and FILES[f"{start}ForCausalLM"].computed)
-"""Those whose `head_dim` an engine computes, whatever config.json says of it, as was read in its code."""
-
 COUNTED: Mapping[str, tuple[str | tuple[str, ...], bool]] = {
     "num_attention_heads": (".q_proj.weight", True),
     "num_key_value_heads": (".k_proj.weight", True),
@@ -115,7 +112,9 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
     counts = _counts(now, config)
     if counts is None or text_config(config) is not config:
         return
-    misread = type(model).__name__.startswith(COMPUTED) and not _is_shared_out(counts)
+    classes = {kind for kinds in engines()["computes_head_dim"].values() for kind in kinds}
+    computed = tuple(start for start in EQUIVALENT if f"{start}ForCausalLM" in classes)
+    misread = type(model).__name__.startswith(computed) and not _is_shared_out(counts)
     if not (misread or unbuilt_shape(model, now).tensors):
         return
     for kind, changes, lacks in sorted(_classes(type(model), config), key=lambda one: misread and one[0] is type(model)):

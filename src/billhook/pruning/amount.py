@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.arguments import annotated, as_percentage, fraction, one_of, whole
-from billhook.serving.readings import GPUS, MULTIPLES, multiple_of, shares
+from billhook.serving.engines import GPUS, MULTIPLES, multiple_of, shares
 from billhook.units.units import PLURAL, Per, UnitKind, Units
 
 RoundTo = int | Literal["auto"]

@@ -17,7 +17,7 @@ from billhook.pruning.amount import RATIOS, Amount, RowLength, finest, length_of
 from billhook.pruning.choice import Counts, choose_units, free, most, protected_places
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import tried
-from billhook.serving.readings import MULTIPLES, multiple_of
+from billhook.serving.engines import MULTIPLES, multiple_of
 from billhook.tracing.trace import trace
 from billhook.units.find import of_kind, units_of, why_none
 from billhook.units.units import Units

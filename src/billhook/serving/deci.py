@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook.model.handed import handing_of
 from billhook.serving.converter import DType
-from billhook.serving.readings import refused_by_deci
+from billhook.serving.engines import refused_by_deci
 
 SHAPED = "llama.cpp's converter cannot say its heads and widths, as where layers differ"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")

@@ -14,7 +14,7 @@ from billhook.model.preprocessors import FILES
 from billhook.model.shaped import load_as, readable, says_shape
 from billhook.serving.converter import Converter, DType
 from billhook.serving.engine import Kind, LlamaCpp
-from billhook.serving.verdicts import misread
+from billhook.serving.engines import misread
 from billhook.serving.worker import WorkerError
 
 

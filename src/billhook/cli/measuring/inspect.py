@@ -26,8 +26,7 @@ from billhook.model.streamed import outline
 from billhook.pruning.amount import width_step
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.removal import tried
-from billhook.serving.readings import FILES, GPUS, shares
-from billhook.serving.verdicts import Verdict, told, verdicts
+from billhook.serving.engines import GPUS, Verdict, engines, shares, told, verdicts
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
 from billhook.tracing.trace import trace
@@ -305,4 +304,5 @@ def _unshared(model: PreTrainedModel, legal: Sequence[int]) -> str:
     """Names the numbers of KV heads that tensor parallelism cannot share out, if engines serve the class."""
     odd = {number: [str(gpus) for gpus in GPUS if not shares(number, gpus)] for number in legal}
     named = [f"{number} over {' or '.join(gpus)} GPUs" for number, gpus in odd.items() if gpus]
-    return f"; vLLM and SGLang cannot share out {', '.join(named)}" if named and type(model).__name__ in FILES else ""
+    known = type(model).__name__ in engines()["files"]
+    return f"; vLLM and SGLang cannot share out {', '.join(named)}" if named and known else ""

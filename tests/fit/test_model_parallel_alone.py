@@ -16,8 +16,8 @@ import billhook as bh
 from billhook.callbacks import kv_heads
 from billhook.engine.sharding import is_sharded, whole
 from billhook.engine.shards import ShardStore
-from billhook.sparsity import prune
 from billhook.sparsity.prune import WeightPlan
+from billhook.sparsity.pruned import Pruned
 from kit.families import llama
 from kit.fits import data, module, trainer
 from kit.loads import SAVED, loaded
@@ -53,12 +53,12 @@ def test_one_block_is_gathered_at_a_time(tmp_path, alone):
 
 
 @pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT()], ids=str)
-@pytest.mark.parametrize("name", ["masks", "put"])
-def test_an_event_that_fails_at_its_end_has_changed_nothing(tmp_path, alone, monkeypatch, criterion, name):
+@pytest.mark.parametrize(("owner", "name"), [(WeightPlan, "masks"), (Pruned, "put_into")])
+def test_an_event_that_fails_at_its_end_has_changed_nothing(tmp_path, alone, monkeypatch, criterion, owner, name):
     def fails(*_):
         raise MemoryError("no memory is left")
 
-    monkeypatch.setattr(WeightPlan, "masks", fails) if name == "masks" else monkeypatch.setattr(prune, "put", fails)
+    monkeypatch.setattr(owner, name, fails)
     lit, callback = Own(), bh.WeightPruning(criterion, 0.5, **GIVEN)
     with pytest.raises(MemoryError, match="no memory is left"):
         trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
+from transformers import CLIPModel
 
 import billhook as bh
+from billhook.model.linears import prunable
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,3 +56,27 @@ def test_convnext(tmp_path, monkeypatch, capsys):
     assert told.split()[-1] in ("circle", "square", "triangle")
     small = bh.load(str(tmp_path / "model"))
     assert bh.summary(small).flops <= bh.summary(type(small)(small.config)).flops / 2
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+@pytest.mark.slow
+def test_clip(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["clip.py", "--steps", "4", "--folder", str(tmp_path)])
+    captions = runpy.run_path(str(ROOT / "examples" / "clip.py"), run_name="__main__")["CAPTIONS"]
+    assert capsys.readouterr().out.splitlines()[-1] in captions
+    small = CLIPModel.from_pretrained(tmp_path / "model")
+    assert [one.intermediate_size for one in (small.config.text_config, small.config.vision_config)] == [64, 64]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")
+@pytest.mark.slow
+def test_whisper(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["whisper.py", "--steps", "4", "--folder", str(tmp_path)])
+    runpy.run_path(str(ROOT / "examples" / "whisper.py"), run_name="__main__")
+    assert "word error rate: " in capsys.readouterr().out
+    small = bh.load(str(tmp_path / "model"))
+    assert sum(one.count() for one in bh.find_units(small, "head").values()) == 12
+    assert {float((linear.weight == 0).float().mean()) for linear in prunable(small).values()} == {0.5}

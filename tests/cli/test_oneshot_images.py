@@ -9,7 +9,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from billhook.cli.main import main
 from billhook.model.linears import prunable
-from billhook.training.labelled import draw
+from billhook.training.dataset_module import draw
 from kit.images import config, picture, write_photos, write_processor
 
 

@@ -6,34 +6,23 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    ConvNextConfig,
-    ConvNextForImageClassification,
-    ViTForImageClassification,
-    WhisperForConditionalGeneration,
-)
+from transformers import CLIPModel, ConvNextConfig, ConvNextForImageClassification, ViTForImageClassification
+from transformers import WhisperForConditionalGeneration as Whisper
 
 import billhook as bh
 from billhook.model.linears import prunable
+from kit.clip_and_whisper import clip, whisper
 from kit.fits import same, trainer, weights
 from kit.images import CLASSES, config
-from kit.speech import config as whisper
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 FEW = {"calibration": 4, "measure_batches": 1}
 STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "num_labels": len(CLASSES)}
-TOWER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32, "projection_dim": 8}
-TOWERS = {
-    "text_config": TOWER | {"vocab_size": 32, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0},
-    "vision_config": TOWER | {"image_size": 16, "patch_size": 8},
-}
 MODELS = {
     "vit": lambda: ViTForImageClassification(config()),
     "convnext": lambda: ConvNextForImageClassification(ConvNextConfig(**STAGES)),
-    "clip": lambda: CLIPModel(CLIPConfig(**TOWERS, projection_dim=8)),
-    "whisper": lambda: WhisperForConditionalGeneration(whisper()),
+    "clip": clip,
+    "whisper": whisper,
 }
 EVENTS = {
     "wanda": lambda: bh.WeightPruning(sparsity=0.5, at=2, **FEW),
@@ -48,7 +37,7 @@ def answers(net, given, words):
     """The logits of a batch, and what is right."""
     if isinstance(net, CLIPModel):
         return net(pixel_values=given, input_ids=words).logits_per_image, torch.arange(len(given))
-    if isinstance(net, WhisperForConditionalGeneration):
+    if isinstance(net, Whisper):
         return net(input_features=given, decoder_input_ids=words).logits[:, :-1].flatten(0, 1), words[:, 1:].flatten()
     return net(pixel_values=given).logits, words[:, 0]
 
@@ -83,6 +72,7 @@ def loader(model):
     [
         *(("vit", event) for event in EVENTS),
         *((model, event) for model in ("convnext", "clip", "whisper") for event in ("wanda", "structure")),
+        *((model, "heads") for model in ("clip", "whisper")),
     ],
 )
 def test_events_resume_and_what_is_saved(tmp_path, model, event):

@@ -9,7 +9,7 @@ from transformers import AutoConfig, LlamaConfig
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.training.labelled import number_labels
+from billhook.training.dataset_module import number_labels
 from kit.families import llama
 
 pytestmark = [

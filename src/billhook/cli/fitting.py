@@ -12,8 +12,6 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook
-import billhook.training.captions
-import billhook.training.speech
 from billhook.bar import lasting
 from billhook.cli.misspelt import legal, no_command
 from billhook.cli.options import COMMANDS, LIGHTNING

@@ -12,7 +12,6 @@ from billhook.cli.fragments import added
 NO_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
 NO_TRAINER_ARGUMENT = re.compile(r"(?:not accept option '|unrecognized arguments: --)trainer\.(\w+)")
 NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
-NO_TORCHVISION = "No module named 'torchvision'"
 TYPES = re.compile(r"Subtypes: (.*)")
 
 
@@ -28,8 +27,6 @@ def legal(message: str) -> str:
     for path, name in unknown:
         arguments = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
         lines.append(f"{path} has no '{name}'.{near(name, arguments)} It takes: {', '.join(arguments)}\n")
-    if NO_TORCHVISION in message:
-        lines.append("torchvision is not installed, of which this is a part: pip install torchvision\n")
     return "".join([*lines, *_classes(message)])
 
 

@@ -12,8 +12,6 @@ import lightning.pytorch as pl
 from docstring_parser import parse
 
 import billhook
-import billhook.training.captions
-import billhook.training.speech
 from billhook.model.plan import subclasses
 
 Schema = dict[str, Any]

@@ -5,7 +5,7 @@ from typing import Literal
 
 import datasets
 from lightning_utilities.core.rank_zero import rank_zero_info
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import annotated, fraction, whole
 from billhook.calibration.conversations import columns_of, is_text, warn_of_rows_without_text
@@ -21,8 +21,29 @@ from billhook.calibration.rows import (
     pack,
     translate,
 )
-from billhook.training.dataset_module import NoExamples, TokenizedModule
-from billhook.training.labelled import LabelledModule, numbers_of
+from billhook.model.preprocessors import load_tokenizer
+from billhook.training.dataset_module import DatasetModule, LabelledModule, NoExamples, numbers_of
+
+
+class TokenizedModule(DatasetModule):
+    """Base of the data modules of text.
+
+    Attributes:
+        tokenizer_name: A name or folder; None where the tokenizer is the one saved with the model in training.
+    """
+
+    tokenizer_name: str | None = None
+    _tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.tokenizer_name or self.name_of_model("tokenizer"))
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token
+            self._tokenizer = tokenizer
+        return self._tokenizer
 
 
 class TextDataModule(TokenizedModule):

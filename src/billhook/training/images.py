@@ -1,129 +1,24 @@
 """A LightningDataModule over `datasets` for classifiers of images."""
 
-import hashlib
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import torch
-from PIL.Image import Image
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import default_collate
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
 from billhook.arguments import annotated
 from billhook.calibration.reading import Data, Rows, Table, check_columns
 from billhook.calibration.rows import Batch, numbered
-from billhook.engine.state import seeded
 from billhook.model.preprocessors import load_preprocessor
-from billhook.training.dataset_module import DatasetModule
-from billhook.training.labelled import LabelledModule, numbers_of
-
-
-class Augmented(Dataset[dict[str, Any]]):
-    """Examples of images that transforms have changed.
-
-    What they draw with torch is decided by the seed, the pass over the data and the number of the image alone, and so is the same
-    with any number of workers and devices, and in a resumed run.
-
-    Args:
-        rows: The images, with their labels.
-        image_column: The column of the image.
-        augment: Transforms, each called with what the one before returns; the first one with the image.
-        prepare: Makes examples of rows.
-        seed: What is drawn by.
-
-    Attributes:
-        epoch: The pass over the data.
-    """
-
-    def __init__(
-        self,
-        rows: datasets.Dataset,
-        image_column: str,
-        augment: Sequence[Callable[[Any], Any]],
-        prepare: Callable[[Mapping[str, Sequence[Any]]], dict[str, Any]],
-        seed: int,
-    ) -> None:
-        self.rows, self.image_column, self.augment, self.prepare, self.seed = rows, image_column, augment, prepare, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Begins a pass over the data."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        row = self.rows[number]
-        image: object = row[self.image_column]
-        key = int.from_bytes(hashlib.blake2b(f"{self.seed} {self.epoch} {number}".encode(), digest_size=7).digest(), "big")
-        with seeded(key, torch.device("cpu")):
-            for transform in self.augment:
-                image = transform(image)
-        if not isinstance(image, Image):
-            raise ValueError(
-                f"augment makes a {type(image).__name__} of an image; its last transform must return an image of PIL, which the "
-                "image processor reads"
-            )
-        made = self.prepare({name: [value] for name, value in (row | {self.image_column: image}).items()})
-        return {name: values[0] for name, values in made.items()}
-
+from billhook.training.dataset_module import LabelledModule, numbers_of
 
 RGB = datasets.Image(mode="RGB")
 """Images of any kind, read in three colours."""
 
 
-class PicturedModule(DatasetModule):
-    """Base of the data modules of images.
-
-    Attributes:
-        processor_name: A name or folder; None where the image processor is the one saved with the model in training.
-        image_column: The column of the image.
-        augment: Transforms of training images.
-    """
-
-    processor_name: str | None = None
-    image_column: str
-    augment: Sequence[Callable[[Any], Any]] = ()
-    _processor: BaseImageProcessor | None = None
-
-    @property
-    def image_processor(self) -> BaseImageProcessor:
-        """The image processor, loaded when first asked for."""
-        if self._processor is None:
-            name = self.processor_name or self.name_of_model("processor")
-            loaded = load_preprocessor(name, AutoImageProcessor)
-            if not isinstance(loaded, BaseImageProcessor):
-                raise ValueError(f"processor={name!r}: a {type(loaded).__name__} prepares no images")
-            self._processor = loaded
-        return self._processor
-
-    def pictures(self, rows: Rows, split: str, other: str) -> datasets.Dataset:
-        """Returns rows of an image in three colours and of another column."""
-        check_columns(rows, split, self.image_column, other)
-        if not isinstance(rows, datasets.Dataset):
-            raise ValueError("data: images are not read from a stream: give a folder, files or a Dataset")
-        try:
-            return rows.select_columns([self.image_column, other]).cast_column(self.image_column, RGB)
-        except (TypeError, ValueError, NotImplementedError) as error:  # as arrow has them
-            raise ValueError(f"image_column='{self.image_column}' of the split '{split}' holds no images: {error}") from error
-
-    @abstractmethod
-    def preparation(self, rows: Rows) -> Callable[[Mapping[str, Sequence[Any]]], dict[str, Any]]:
-        """Returns what makes examples of rows that are read."""
-
-    def examples(self, split: str) -> Any:  # noqa: ANN401 - what a DataLoader reads by number
-        """Returns the examples of a split, those of `train` with what `augment` changes."""
-        rows: Any = self.splits[split]
-        if split != "train" or not self.augment:
-            return rows
-        return Augmented(rows.with_format(None), self.image_column, self.augment, self.preparation(rows), self.seed)
-
-
-class ImageDataModule(LabelledModule, PicturedModule):
+class ImageDataModule(LabelledModule):
     """Images with a label each, prepared by an image processor of transformers when they are loaded.
 
     Args:
@@ -139,9 +34,6 @@ class ImageDataModule(LabelledModule, PicturedModule):
         num_workers: Processes that load batches; 0 loads in the main process.
         validation: Share of the training rows, in [0, 1), that are held out, drawn by `seed`, to validate on where the data has
             no split `validation`. 0 for none.
-        augment: Transforms of training images, called with an image of PIL before the processor is: those of torchvision, as in
-            `[{class_path: torchvision.transforms.v2.TrivialAugmentWide}]` (`pip install torchvision`), or functions of your own.
-            What they draw with torch depends on `seed`, the epoch and the image alone.
 
     Raises:
         ValueError: If a file is empty or missing, a split has no such column, the column holds no images, there are more or fewer
@@ -164,12 +56,22 @@ class ImageDataModule(LabelledModule, PicturedModule):
         seed: int = 0,
         num_workers: int = 0,
         validation: float = 0.05,
-        augment: list[Callable[[Any], Any]] | None = None,
     ) -> None:
         annotated(ImageDataModule, locals())
         super().__init__(data, batch_size, seed, num_workers, validation=validation)
         self.processor_name, self.image_column, self.label_column = processor, image_column, label_column
-        self.augment = augment or []
+        self._processor: BaseImageProcessor | None = None
+
+    @property
+    def image_processor(self) -> BaseImageProcessor:
+        """The image processor, loaded when first asked for."""
+        if self._processor is None:
+            name = self.processor_name or self.name_of_model("processor")
+            loaded = load_preprocessor(name, AutoImageProcessor)
+            if not isinstance(loaded, BaseImageProcessor):
+                raise ValueError(f"processor={name!r}: a {type(loaded).__name__} prepares no images")
+            self._processor = loaded
+        return self._processor
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuses a model that does not classify images."""
@@ -181,13 +83,15 @@ class ImageDataModule(LabelledModule, PicturedModule):
 
     def encode(self, rows: Rows, split: str) -> Rows:
         """Returns rows of image and label that become pixels and a number when they are read."""
-        pictures = self.pictures(rows, split, self.label_column)
-        return pictures.with_transform(self.preparation(pictures))
-
-    def preparation(self, rows: Rows) -> "Prepared":
-        """Returns what makes pixels and numbers of rows."""
-        numbers = numbers_of(rows, self.label_column, self.label2id)
-        return Prepared(self.image_processor, self.image_column, self.label_column, numbers)
+        check_columns(rows, split, self.image_column, self.label_column)
+        if not isinstance(rows, datasets.Dataset):
+            raise ValueError("data: images are not read from a stream: give a folder, files or a Dataset")
+        try:
+            pictures = rows.select_columns([self.image_column, self.label_column]).cast_column(self.image_column, RGB)
+        except (TypeError, ValueError, NotImplementedError) as error:  # as arrow has them
+            raise ValueError(f"image_column='{self.image_column}' of the split '{split}' holds no images: {error}") from error
+        numbers = numbers_of(pictures, self.label_column, self.label2id)
+        return pictures.with_transform(Prepared(self.image_processor, self.image_column, self.label_column, numbers))
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the function that makes a batch of examples."""

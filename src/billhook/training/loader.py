@@ -62,8 +62,6 @@ class ResumableLoader(DataLoader[Any]):
             self.epoch, self.batch = self.epoch + 1, 0
         self.begun, self.seen = True, seen
         self.generator.manual_seed(self.epoch)
-        if hasattr(self.dataset, "set_epoch"):  # it draws by it
-            self.dataset.set_epoch(self.epoch)
         if isinstance(self.sampler, EpochSampler):
             self.sampler.set_epoch(self.epoch)
             self.sampler.start = self.batch * (self.batch_size or 1)
@@ -73,11 +71,14 @@ class ResumableLoader(DataLoader[Any]):
 
     def _stream(self) -> Iterator[Any]:
         rows: Any = self.dataset
+        streaming = isinstance(rows, datasets.IterableDataset)
+        if streaming:
+            rows.set_epoch(self.epoch)
         given = -1
         for given, batch in enumerate(super().__iter__()):
             if given >= self.batch:
                 yield batch
-        if isinstance(rows, datasets.IterableDataset) and given < 0:
+        if streaming and given < 0:
             raise ValueError(f"batch_size={self.batch_size}: the stream ended before a single batch was full")
 
     def state_dict(self) -> dict[str, int]:

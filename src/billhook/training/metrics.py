@@ -1,4 +1,4 @@
-"""Metrics of validation: perplexity per token, accuracy, and the word error rate."""
+"""Metrics of validation: perplexity per token, and accuracy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.text import WordErrorRate
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 
 class TokenPerplexity(Metric):
@@ -40,24 +39,19 @@ TOP = 5
 
 WRITTEN = 128
 """Tokens that a model writes at most, where its generation config names no `max_new_tokens`."""
-NAMES = {"speech-seq2seq": "wer", "feature-extraction": "accuracy"}
-"""The metrics of tasks, other than accuracy for classification and perplexity for text."""
 
 
 def metric_name(task: str) -> str:
     """Returns the name of a task's first metric."""
-    return "accuracy" if task.endswith("classification") else NAMES.get(task, "perplexity")
+    return "accuracy" if task.endswith("classification") or task == "feature-extraction" else "perplexity"
 
 
 def metrics_of(task: str, num_labels: int | None) -> dict[str, Metric]:
     """Makes the metrics of a task, by name: accuracy for classification, of images of many classes also top 5, or perplexity.
 
-    Of speech it is the word error rate. Of images and captions it is the share of images of a batch to which of all its captions
-    their own is nearest.
+    Of images and captions it is the share of images of a batch to which of all its captions their own is nearest.
     """
     name, classes = metric_name(task), num_labels or 2
-    if name == "wer":
-        return {name: WordErrorRate()}
     if name == "perplexity":
         return {name: TokenPerplexity()}
     if task == "feature-extraction":
@@ -99,9 +93,3 @@ def written(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
     inputs = {name: batch[name] for name in (model.main_input_name, "attention_mask") if batch.get(name) is not None}
     ids: Tensor = model.generate(**inputs, **limit)  # type: ignore[operator]
     return ids
-
-
-def texts(tokenizer: PreTrainedTokenizerBase, ids: Tensor) -> list[str]:
-    """Returns the text of rows of token ids, in which those below 0 are left out."""
-    kept = [[token for token in row if token >= 0] for row in ids.tolist()]
-    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in kept]

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
@@ -17,7 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from peft import LoraConfig
 from torch import Tensor, nn
 from torchmetrics import Metric
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.adapters.lora import LoRA, attach, from_plain, to_plain
 from billhook.arguments import annotated, number, one_of
@@ -30,7 +30,6 @@ from billhook.fit.checkpoint_hooks import load_as_before, load_in_shape
 from billhook.fit.resume import ShapeInCheckpoint
 from billhook.fit.run import training_steps
 from billhook.model.find import find_transformer
-from billhook.model.preprocessors import tokenizer_of
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
@@ -39,7 +38,7 @@ from billhook.tracing.roles import Attention
 from billhook.tracing.trace import trace
 from billhook.training.distillation import Distillation, Teacher, check_teacher
 from billhook.training.loader import batches_seen
-from billhook.training.metrics import counted, metric_name, metrics_of, observed, texts, written
+from billhook.training.metrics import counted, metric_name, metrics_of, observed, written
 
 Trainable = Literal["all", "attention"] | list[str]
 """All parameters, those of attention, or those whose names match one of some glob patterns."""
@@ -118,9 +117,9 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
     """A Hugging Face model in training: loss from the model, token-weighted perplexity or accuracy, AdamW, warm-up and decay.
 
     Logs `train_loss`, `val_loss`, and `val_perplexity` or `val_accuracy` (`test_...` likewise); of images of more than five
-    classes also `val_accuracy_top5`, for which the right class may be any of the five likeliest. Of `speech-seq2seq` (Whisper) it
-    is `val_wer`, the word error rate of what is written greedily, where there is a tokenizer. Of `feature-extraction` (CLIP) the
-    loss is contrastive within a device's batch, and `val_accuracy` the share of images there whose own caption suits them best.
+    classes also `val_accuracy_top5`, for which the right class may be any of the five likeliest. Of `feature-extraction` (CLIP)
+    the loss is contrastive within a device's batch, and `val_accuracy` the share of images there whose own caption suits them
+    best.
 
     After pruning, three ways restore quality. Full training (`lora=None`) needs memory for gradients and AdamW's state, 12 bytes
     a weight in float32, and enough text. `lora` trains a few weights next to frozen ones, for little memory or text. It is either
@@ -214,9 +213,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         classes = self.model.config.num_labels
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict(metrics_of(task, classes)) for stage in ("val", "test")})
         self.metric_name = metric_name(task)
-        self.tokenizer: PreTrainedTokenizerBase | None = None
         self.model.train()
-        if self.model.main_input_name == "input_ids":
+        if self.model.main_input_name == "input_ids" and task != "feature-extraction":  # CLIP takes images beside
             ids = torch.zeros(1, 8, dtype=torch.long)
             self.example_input_array = {"input_ids": ids} | ({"decoder_input_ids": ids} if task == "seq2seq-lm" else {})
 
@@ -271,11 +269,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             shard(self.model, blocks_of(self.model), self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Tells a classifier which token is padding, where only the tokenizer knows; finds the tokenizer of what is said."""
+        """Tells a classifier which token is padding, where only the tokenizer knows."""
         tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        if self.task == "speech-seq2seq":
-            with suppress(ValueError):  # there is none: what is written is not read, either
-                self.tokenizer = tokenizer or tokenizer_of(self.model)
         for model in [self.model] + ([] if self.teacher is None else [self.teacher.model]):
             config = model.config.get_text_config(decoder=True)
             if self.task == "sequence-classification" and config.pad_token_id is None:
@@ -341,13 +336,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         output, weight = self(**batch), counted(batch, self.task == "causal-lm")
         self.log(f"{stage}_loss", output.loss, batch_size=int(weight), sync_dist=True)
         for name, metric in cast(dict[str, Metric], self.metrics[stage]).items():
-            if self.task != "speech-seq2seq":
-                metric.update(*observed(metric, output, batch, weight))
-            elif self.tokenizer is not None:
-                said = (texts(self.tokenizer, ids) for ids in (written(self.model, batch), batch["labels"]))
-                metric.update(*said)
-            else:
-                continue
+            metric.update(*observed(metric, output, batch, weight))
             self.log(f"{stage}_{name}", metric, prog_bar=True, batch_size=int(weight))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

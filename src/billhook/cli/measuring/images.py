@@ -13,9 +13,9 @@ from billhook.assets import model_path
 from billhook.bar import Told, bar
 from billhook.calibration.reading import check_there
 from billhook.model.meta import from_name, model_class, read_config
+from billhook.training.dataset_module import draw
 from billhook.training.evaluation import Figure, mean
 from billhook.training.images import ImageDataModule
-from billhook.training.labelled import draw
 from billhook.training.metrics import TOP
 
 Work = Callable[[PreTrainedModel], tuple[list[Figure], dict[str, Any]]]

@@ -12,9 +12,8 @@ from billhook.cli.oneshot.text import EXAMPLES, Pictures, Text
 from billhook.engine.batches import Batch
 from billhook.names import without_folders
 from billhook.training.data import ClassificationDataModule
-from billhook.training.dataset_module import DatasetModule
+from billhook.training.dataset_module import DatasetModule, draw
 from billhook.training.images import ImageDataModule
-from billhook.training.labelled import draw
 
 IMAGE = "image"
 """The column of images, where no other is asked for."""

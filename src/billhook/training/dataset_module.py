@@ -279,13 +279,6 @@ def numbers_of(rows: Rows, column: str, label2id: Mapping[str, int]) -> dict[Any
     return None if all(one == other for one, other in numbers.items()) else numbers
 
 
-def name_labels(config: PretrainedConfig, label2id: Mapping[str, int]) -> None:
-    """Keeps the names of labels in a model's config, from which they are saved along."""
-    if label2id:
-        config.id2label = {number: name for name, number in label2id.items()}
-        config.label2id = dict(label2id)
-
-
 class LabelledModule(DatasetModule):
     """Base of the data modules of classifiers: labels are numbered as the model in training does, which learns their names.
 
@@ -304,8 +297,9 @@ class LabelledModule(DatasetModule):
         if model is not None and number_labels(self.names, model.config, self.label_column) != self.label2id:
             self.splits = {}  # which were made for a model that gives other numbers
         super().read(model)
-        if model is not None:
-            name_labels(model.config, self.label2id)
+        if model is not None and self.label2id:  # what is saved says them, too
+            model.config.id2label = {number: name for name, number in self.label2id.items()}
+            model.config.label2id = dict(self.label2id)
 
     def prepare(self, given: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
         """Finds the names of labels."""

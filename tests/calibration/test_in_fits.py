@@ -23,23 +23,6 @@ CALLBACKS = {
 }
 
 
-@pytest.mark.parametrize("name", ["heads", "structure", "depth"])
-def test_a_callback_chooses_on_as_many_as_are_enough_if_it_is_asked_to(name, tmp_path, caplog):
-    file = tmp_path / "text.jsonl"
-    file.write_text("\n".join(json.dumps({"text": f"Enter king {n}. Exit queen {n + 1}."}) for n in range(60)))
-    lit = Own(vocab_size=2048)
-    given = bh.Calibration(str(file), tokens=512, length=32, tokenizer=model_path("tiny"), enough=0.2)
-    callback = CALLBACKS[name](at="start", measure_batches=0, calibration=given)
-    with caplog.at_level("INFO"):
-        trainer(tmp_path, [callback, bh.Export(str(tmp_path / "out"), rehearse=False)], max_steps=1).fit(
-            lit, loader(), loader(4, 4)
-        )
-    (settled,) = callback.events[0]["settled"]
-    assert min(settled["halves"], settled["doubling"]) >= settled["enough"] == 0.2
-    assert f"billhook, step 0: chosen on {settled['batches']} of {settled['of']} batches" in caplog.text
-    assert f"\n  - {settled['says']}\n" in (tmp_path / "out" / "README.md").read_text()
-
-
 def test_records_say_objects_by_their_names():
     given = bh.Calibration([datasets.Dataset.from_dict({"text": ["a"]}), "tiny"])
     said = described(bh.DepthPruning(1, calibration=given))["calibration"]

@@ -256,9 +256,3 @@ class TestRefused:
             trainer(tmp_path, [pruning(1, calibration=loader)]).fit(lit, loader, loader)
         assert same(weights(lit), before)
         assert bare(lit)
-
-
-def test_in_greedy_order_no_part_of_the_examples_is_asked_for():
-    with pytest.raises(ValueError, match=r"enough=0.9: in greedy order each block is chosen on all examples: leave it out"):
-        bh.DepthPruning(1, greedy=True, calibration=bh.Calibration(enough=0.9))
-    assert bh.DepthPruning(1, greedy=True, calibration=bh.Calibration()).greedy

@@ -20,7 +20,7 @@ EVENTS = [
         "what": "a|b\nc",
         "before": {},
         "after": SIZES | {"params": 800, "zeros": 12},
-        "settled": [{"says": "chosen on 8 of 8 batches"}, "of another hand"],
+        "not_refitted": "linears that keep more inputs than there are tokens",
     },
 ]
 DAMAGE = [
@@ -66,7 +66,7 @@ def test_what_was_done_what_it_costs_and_how_to_load_it(tmp_path):
         "## What was done",
         "- step 2: 4 -> 2 KV heads (mean)",
         "- step 3: a\\|b c",
-        "  - chosen on 8 of 8 batches",
+        "  - linears that keep more inputs than there are tokens",
         "- training, 8 steps",
         "| by | settings |",
         "| --- | --- |",
@@ -133,8 +133,8 @@ def test_no_absolute_path_of_a_record_is_published(tmp_path):
 
 def test_what_a_record_holds_is_neither_html_nor_markdown(tmp_path):
     evil = "<script>alert(1)</script> ![x](http://example.org) `a` *b* | c"
-    by, settled = {"callback": evil, evil: evil}, [{"says": evil}]
-    event = {"step": evil, "what": evil, "label": f"{evil}!", "by": by, "settled": settled, "before": SIZES, "after": SIZES}
+    by = {"callback": evil, evil: evil}
+    event = {"step": evil, "what": evil, "label": f"{evil}!", "by": by, "not_refitted": evil}
     event["before"] = event["after"] = SIZES | {f"val{evil}": 1.0}
     more = {evil: evil, "damage": [DAMAGE[0] | {"source": evil}], "metrics": {f"val{evil}": 1.0}}
     text = saved(tmp_path, {"events": [event], "made_of": {"name": evil, "class": evil}} | more).split("---\n", 2)[2]

@@ -48,20 +48,9 @@ def test_in_greedy_order(small, files, tmp_path, capsys):
     assert "remove blocks=2, one at a time, by BlockInfluence()" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("command", "given", "says"),
-    [
-        (
-            "prune-blocks",
-            ["--blocks", "1", "--enough", "0.9"],
-            "enough=0.9: in greedy order each block is chosen on all examples",
-        ),
-        ("prune-structure", ["--channels", "0.5"], "greedy=True removes blocks one at a time, and blocks=None"),
-    ],
-)
-def test_a_greedy_order_of_nothing_or_on_few_is_refused(small, tmp_path, command, given, says):
-    with pytest.raises(SystemExit, match=says):
-        main([command, str(small), str(tmp_path / "out"), "--greedy", *given])
+def test_a_greedy_order_of_nothing_is_refused(small, tmp_path):
+    with pytest.raises(SystemExit, match="greedy=True removes blocks one at a time, and blocks=None"):
+        main(["prune-structure", str(small), str(tmp_path / "out"), "--greedy", "--channels", "0.5"])
     assert not (tmp_path / "out").exists()
 
 

@@ -43,7 +43,7 @@ def bars(monkeypatch):
 
 def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
     out = tmp_path / "out"
-    main(["prune-structure", str(small), str(out), "--channels", "0.5", "--enough", "null", *SHORT])
+    main(["prune-structure", str(small), str(out), "--channels", "0.5", *SHORT])
     assert bars == {
         f"loading {small}": None,
         "reading text": None,
@@ -55,7 +55,7 @@ def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
         "saving, loading again and comparing": None,
     }
     said = capsys.readouterr().out
-    plan = [f"{small}, ", "remove units for channels=0.5, by OutputNorm()", "refit the linears", "shown at most 6 that it writes"]
+    plan = [f"{small}, ", "remove units for channels=0.5, by OutputNorm()", "refit the linears", "shown 6 that it writes"]
     places = [said.index(words) for words in [*plan, f"save to {out}", "LlamaForCausalLM: ", "perplexity on", "Next:"]]
     assert places == sorted(places), "the plan comes first, and what may follow last"
 
@@ -63,7 +63,7 @@ def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
 @pytest.mark.parametrize(
     ("words", "step", "of"),
     [
-        (["prune-heads", "--ratio", "0.5", "--enough", "null"], "scoring", "batches"),
+        (["prune-heads", "--ratio", "0.5"], "scoring", "batches"),
         (["prune", "--sparsity", "0.5"], "pruning", "linears"),
     ],
 )

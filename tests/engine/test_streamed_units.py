@@ -5,7 +5,6 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.importance.score import Scoring, score_enough
 from kit import stopped
 from kit.streams import check_the_same, same, written
 
@@ -30,16 +29,12 @@ def test_the_same_bytes_without_units(folder, tmp_path, importance):
 
 
 @pytest.mark.parametrize("importance", [bh.OBS(), bh.OBS(passes=2), bh.BlockInfluence(), bh.ActivationNorm()], ids=str)
-def test_enough_batches_are_the_same(importance):
+def test_scores_are_the_same(importance):
     kind = "block" if isinstance(importance, bh.BlockInfluence) else ["head", "channel"]
-    found = []
-    for model in (bh.load("tiny"), bh.stream("tiny")):
-        batches = [{"input_ids": torch.arange(16)[None] + 16 * number} for number in range(16)]
-        scoring = Scoring(model, bh.find_units(model, kind), importance)
-        gone = [{"a": [number]} for number in range(20)]  # never settled
-        found.append(score_enough(scoring, batches, lambda _, gone=gone: gone.pop(), 1.0))
-    assert found[0][1] == found[1][1]
-    assert all(torch.equal(one, found[1][0][name]) for name, one in found[0][0].items())
+    batches = [{"input_ids": torch.arange(16)[None] + 16 * number} for number in range(16)]
+    models = bh.load("tiny"), bh.stream("tiny")
+    dense, streamed = (bh.score(model, bh.find_units(model, kind), importance, batches) for model in models)
+    assert all(torch.equal(scores, streamed[name]) for name, scores in dense.items())
 
 
 def test_stopped_and_called_again(tmp_path, monkeypatch):

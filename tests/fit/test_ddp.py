@@ -109,15 +109,6 @@ def test_two_processes_convert_on_data_as_one_does(of_two, files, tmp_path, name
         torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3, msg=lambda m, own=own: f"{own}: {m}")
 
 
-def test_two_processes_choose_on_as_many_batches_as_one_does(of_two, files, tmp_path):
-    state, events = of_two("enough")
-    _, single, events_of_one = FITS["enough"].run(tmp_path, files)
-    assert events == events_of_one
-    assert events[0]["settled"][0]["of"] == 16
-    assert events[0]["settled"][0]["batches"] < 16
-    near(state, single)
-
-
 def test_two_processes_tell_the_damage_that_one_does(of_two, files, tmp_path):
     _, told = of_two("damage")
     _, _, told_by_one = FITS["damage"].run(tmp_path, files)

@@ -129,13 +129,6 @@ def damaged():
     )
 
 
-def enough():
-    """On as many batches as settle it, of which each process has half; both count them all."""
-    text = bh.Calibration(length=12, tokens=16 * 12, enough=0.5)
-    options = {"importance": bh.OutputNorm(), "calibration": text, "measure_batches": 0, "repair": None}
-    return Fit(module, lambda: StructuredPruning(bh.Amount(channels=0.5), 1, **options), lambda one: one.events, steps=2)
-
-
 FITS = {
     "convert at the start": conversion(2, "start"),
     "convert in stages": conversion([2, 1], [2, 4]),
@@ -156,7 +149,6 @@ FITS = {
     "depth": depth_pruning(),
     "layer by layer": with_own_batches(MultiStep([0.5, 1.0], [1, 3]), method="svd"),
     "damage": damaged(),
-    "enough": enough(),
     "interpolated": with_own_batches(3, method="aligned", over=2),
 }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.arguments import annotated, fraction, number, whole
+from billhook.arguments import annotated, number, whole
 from billhook.calibration.conversations import columns_of, warn_of_rows_without_text
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, generated, row_length, writes
@@ -113,10 +113,6 @@ class Calibration:
         column: The column that holds the text.
         tokenizer: A name or folder; by default that of the folder the model came from.
         seed: Decides which rows are drawn, and what the model writes.
-        enough: If given, units are chosen on as many rows as settle what is removed: twice as many, beginning with a few, until
-            two halves of them, and half as many, agree on this share of it, in (0, 1]; `tokens` is the limit. Each row is scored
-            once. `plan` does it, and so do callbacks that choose units; where blocks go one at a time it is refused, as each is
-            chosen on all rows, and whatever is refitted is refitted to all rows.
 
     Raises:
         ValueError: If there is no source, one is a stream or a `DatasetDict` without `train`, two have one name, or a number is
@@ -137,15 +133,12 @@ class Calibration:
     column: str = "text"
     tokenizer: str | None = None
     seed: int = 0
-    enough: float | None = None
 
     def __post_init__(self) -> None:
         annotated(Calibration, vars(self))
         whole("tokens", self.tokens)
         whole("length", 2 if self.length is None else self.length, 2)
         whole("batch_size", self.batch_size)
-        if self.enough is not None:
-            fraction("enough", self.enough, "(0, 1]")
         sources = self.named
         weights = [1.0] * len(sources) if self.weights is None else self.weights
         for weight in weights:

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, fraction, whole
 from billhook.fit.calibration import FitCalibration, Given
-from billhook.fit.event import Event, note_settled
+from billhook.fit.event import Event
 from billhook.fit.ranks import check_agreed, comm_of
 from billhook.fit.run import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
@@ -18,7 +18,7 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import carry_out
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
-from billhook.pruning.planning import check_all, count_blocks, plan_amount
+from billhook.pruning.planning import count_blocks, plan_amount
 from billhook.schedules import Schedule
 from billhook.units.find import find_units
 
@@ -35,7 +35,7 @@ class DepthPruning(ShapeCallback):
         ratio: Instead of `count`, the fraction that is removed, in [0, 1), rounded down.
         at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the first step).
         importance: How much a block matters: any `Importance`; by default `BlockInfluence`, the paper's.
-        greedy: True to remove one at a time and score the others again without it, on all examples; as many times the work.
+        greedy: True to remove one at a time and score the others again without it; as many times the work.
         first: So many first blocks are kept.
         last: So many last blocks are kept.
         calibration: Batches that scores are taken from, text as a `Calibration`, or a number of training
@@ -78,8 +78,6 @@ class DepthPruning(ShapeCallback):
         self.importance, self.at, self.greedy = importance or BlockInfluence(), at, greedy
         self.plan: BlockPlan | None = None
         super().__init__(FitCalibration.of(calibration), measure_batches)
-        if greedy:
-            check_all(self.calibration.enough)
 
     @property
     def state_key(self) -> str:
@@ -107,8 +105,7 @@ class DepthPruning(ShapeCallback):
 
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Removes the blocks, and measures before and after."""
-        event = self.happen(trainer, pl_module, partial(self._remove, trainer, pl_module, moment))
-        note_settled(event, self.plan.settled if self.plan is not None else None)
+        self.happen(trainer, pl_module, partial(self._remove, trainer, pl_module, moment))
 
     def label(self, event: Event) -> str:
         """Returns how many blocks went."""
@@ -131,7 +128,6 @@ class DepthPruning(ShapeCallback):
         stacks = find_units(model, "block")
         with self.calibration.aside(pl_module), trainer.precision_plugin.forward_context():
             runs = [run_of(model, stacks, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
-            enough, comm = self.calibration.enough, comm_of(trainer)
-            made = plan_amount(model, self.amount, self.importance, runs, enough, greedy=self.greedy, comm=comm)
+            made = plan_amount(model, self.amount, self.importance, runs, greedy=self.greedy, comm=comm_of(trainer))
         assert isinstance(made, BlockPlan)
         return made

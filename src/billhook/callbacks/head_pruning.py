@@ -17,7 +17,7 @@ from billhook.callbacks.export import Export
 from billhook.callbacks.head_masking import HeadMasking
 from billhook.callbacks.head_ranking import HeadRanking, HeadRecord
 from billhook.fit.calibration import FitCalibration, Given
-from billhook.fit.event import Event, log_event, note_settled
+from billhook.fit.event import Event, log_event
 from billhook.fit.measure import measure
 from billhook.fit.ranks import check_agreed, together
 from billhook.fit.run import At, callbacks_of, check_at, rounds_of
@@ -248,7 +248,7 @@ class HeadPruning(HeadMasking):
             self.watched.begin(before)
             with together(trainer, "HeadPruning"):
                 ratio = self._moments[moment]
-                chosen, settled = self.ranks.choose(trainer, pl_module, self.calibration, self.record, earlier, ratio)
+                chosen = self.ranks.choose(trainer, pl_module, self.calibration, self.record, earlier, ratio)
                 check_agreed(trainer, "HeadPruning", "the heads that are masked", chosen)
             self.mask(pl_module, chosen)
             after, what = self.measured(trainer, pl_module), f"{sum(map(len, chosen.values()))} heads masked"
@@ -265,7 +265,6 @@ class HeadPruning(HeadMasking):
             else:
                 event = self.as_event(trainer, find_transformer(pl_module), before, change)
         event["after"] |= after
-        note_settled(event, settled)
         log_event(trainer, event)
         self.record.draw(trainer, self.heads, self.watched.name or next(iter(before), ""), before, event["after"], self.plot_file)
 

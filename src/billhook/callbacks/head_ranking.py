@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.calibration.enough import Settled
 from billhook.engine.passes import in_turn
 from billhook.engine.sharding import sizes_only
 from billhook.fit.calibration import FitCalibration, gradient_precision
 from billhook.fit.measure import log_picture
 from billhook.fit.ranks import by_first, comm_of
-from billhook.importance.score import Importance, Scoring, run_of, score_enough
+from billhook.importance.score import Importance, run_of, score_units
 from billhook.model.find import find_transformer
 from billhook.plots.heads import heads
 from billhook.pruning.amount import Ranking
@@ -120,22 +119,18 @@ class HeadRanking:
         record: HeadRecord,
         masked: Mapping[str, Sequence[int]],
         ratio: float,
-    ) -> tuple[dict[str, list[int]], Settled | None]:
-        """Returns the heads to mask of the model as it is, among them all that are masked already; the record gets the scores.
-
-        Also returns how settled the choice is, where the calibration asks for it.
-        """
+    ) -> dict[str, list[int]]:
+        """Returns the heads to mask of the model as it is, among them all that are masked already; the record gets the scores."""
         model = find_transformer(pl_module)
         heads = find_units(model, "head")
         record.begin({name: one.count(self.per) for name, one in heads.items()})
-        chosen = partial(among_others, partial(self._lowest, heads, record.left(ratio)), masked)
         with calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
             pairs = calibration.pairs(trainer, pl_module) if self.importance.needs_data else ()
             trials = [run_of(model, heads, *pair) for pair in pairs]
-            scoring = Scoring(model, heads, self.importance, None, self.normalize, self.per, comm_of(trainer))
-            scores, settled = score_enough(scoring, trials, chosen, calibration.enough)
+            scores = score_units(model, heads, self.importance, trials, None, self.normalize, self.per, comm_of(trainer))
+        lowest = partial(self._lowest, heads, record.left(ratio))
         record.scored(scores)
-        return chosen(scores), settled
+        return among_others(lowest, masked, scores)
 
     def _lowest(self, heads: Mapping[str, Units], ratio: float, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
         return choose(heads, scores, ratio, self.ranking, self.min_heads, self.per, self.removes)

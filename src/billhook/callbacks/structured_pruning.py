@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from billhook.arguments import annotated, whole
 from billhook.engine.passes import in_turn
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
-from billhook.fit.event import Event, fewer, log_event, note_not_refitted, note_settled
+from billhook.fit.event import Event, fewer, log_event, note_not_refitted
 from billhook.fit.ranks import check_agreed, check_near, comm_of, together
 from billhook.fit.run import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
@@ -114,7 +114,6 @@ class StructuredPruning(ShapeCallback):
                 first = len(self.events) == before
                 change = partial(self._remove, pl_module, made, weights, how)
                 event = self.reshape(trainer, pl_module, metrics if first else {}, change)
-                note_settled(event, made.settled)
                 note_not_refitted(event, left)
         self.done, self.asked = moment, goal
         for event in self.events[before:][-1:]:
@@ -141,7 +140,7 @@ class StructuredPruning(ShapeCallback):
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [run_of(model, part.units, *pair) for pair in pairs]
             importance = self.importance or default_importance(part.units)
-            made = plan_searched(part, importance, runs, self.calibration.enough, comm=comm)
+            made = plan_searched(part, importance, runs, comm=comm)
             weights, why = repair_as_asked(model, made, runs, self.repair if self.needs_data else None, comm)
             check_agreed(trainer, "StructuredPruning", "the plan of what is removed", made.to_json)
             check_near(trainer, "StructuredPruning", "what is refitted", model, weights or {})

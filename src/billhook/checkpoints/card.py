@@ -194,7 +194,7 @@ def _done(record: Mapping[str, Any]) -> list[str]:
     """Lists the events, and shows figures before the first, after the last and at the end, and by what all was done."""
     events = _measured(record)
     when = [f"step {plain(one['step'])}: " if "step" in one else "" for one in events]
-    lines = [f"- {at}{_event(one)}{_settled(one)}" for at, one in zip(when, events, strict=True)]
+    lines = [f"- {at}{_event(one)}" for at, one in zip(when, events, strict=True)]
     if isinstance(steps := record.get("steps"), int):
         lines.append(f"- training, {steps:,} steps")
     how = settings(record)
@@ -218,23 +218,17 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
 
 
 def _event(event: Mapping[str, Any]) -> str:
-    """Shows the label of an event, and below it what was done, where that is more."""
+    """Shows the label of an event, and below it what was done, where that is more, and what was not refitted."""
     what = plain(event["what"])
     label = plain(label_of(event)) if "label" in event else what
-    return label if label == what else f"{label}\n  - {what}"
+    left = [plain(event["not_refitted"])] if event.get("not_refitted") else []
+    return "\n  - ".join([label, *([] if label == what else [what]), *left])
 
 
 def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Returns a part of a record that holds figures by name; empty if it is something else."""
     found = record.get(name)
     return found if isinstance(found, Mapping) else {}
-
-
-def _settled(event: Mapping[str, Any]) -> str:
-    """Says how far the choice of what is removed follows from the examples, and what was not refitted, where an event does."""
-    left = [event["not_refitted"]] if event.get("not_refitted") else []
-    said = [*(one["says"] for one in listed(event, "settled", ["says"])), *left]
-    return "".join(f"\n  - {plain(one)}" for one in said)
 
 
 def _costs(record: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Sums over the tokens that a linear layer reads, in float32 whatever the inputs' dtype.
 
-The sums of parts (batches, ranks) add up: `merge`, or an all-reduce of `tensors()`.
+The sums of ranks add up: an all-reduce of `tensors()`.
 """
 
 from abc import ABC, abstractmethod
@@ -74,16 +74,6 @@ class Statistics(ABC):
     @abstractmethod
     def tensors(self) -> list[Tensor]:
         """Returns the sums themselves, not copies, to be summed over ranks in place."""
-
-    def merge(self, other: "Statistics") -> None:
-        """Adds another's sums, of the same kind and width, to these."""
-        if type(other) is not type(self) or other.in_features != self.in_features:
-            raise ValueError(
-                f"{type(self).__name__} of {self.in_features} input features cannot take in {type(other).__name__} "
-                f"of {other.in_features}"
-            )
-        for these, those in zip(self.tensors(), other.tensors(), strict=True):
-            these += those.to(these.device)
 
     def check(self) -> None:
         """Refuses sums to which no token was added, of which one is NaN or infinite, or all underflow."""

@@ -74,11 +74,6 @@ class FitCalibration:
             return cls(examples=given)
         return cls(given, examples)
 
-    @property
-    def enough(self) -> float | None:
-        """The agreement of choices of units that is asked for, if any; see `Calibration`."""
-        return self.batches.enough if isinstance(self.batches, Calibration) else None
-
     def shared(self, trainer: pl.Trainer) -> bool:
         """Tells whether ranks share each batch, as in training, from which examples are drawn; others are dealt out to ranks."""
         return self.batches is None and _hook(trainer.lightning_module) is None

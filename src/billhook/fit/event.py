@@ -13,7 +13,6 @@ from torch import nn
 
 from billhook.arguments import whole
 from billhook.calibration.calibration import Calibration
-from billhook.calibration.enough import Settled
 from billhook.checkpoints.export import TRAINED
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.checkpoint_hooks import ResumeState, add_to, unwrap_hooks, wrap_hooks
@@ -237,13 +236,6 @@ def fewer(event: Event, name: str = "params") -> str:
     '-15 %'
     """
     return f"{100 * (event['after'][name] / event['before'][name] - 1):+.2g} %"
-
-
-def note_settled(event: Event, settled: Settled | None) -> None:
-    """Notes how far the choice of what was removed follows from the examples, and says it."""
-    if settled is not None:
-        event["settled"] = [settled.to_json()]
-        rank_zero_info(f"billhook, step {event['step']}: {settled}")
 
 
 def note_not_refitted(event: Event, what: str) -> None:

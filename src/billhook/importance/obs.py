@@ -18,7 +18,6 @@ from billhook.arguments import annotated, number, whole
 from billhook.engine.batches import Run
 from billhook.engine.memory import memory_to_hold
 from billhook.engine.passes import goes_by_blocks
-from billhook.engine.state import resting
 from billhook.engine.statistics import InputMoments
 from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
@@ -27,60 +26,6 @@ from billhook.importance.probes import check_read, reading
 from billhook.importance.score import Importance, Sums
 from billhook.linalg import cholesky_, damp_, float64_device
 from billhook.units.units import Per, Units
-
-Moments = dict[tuple[str, str], InputMoments]
-"""(place, reader) -> the moments of what it reads."""
-
-
-def moments_of(model: nn.Module, units: Mapping[str, Units], runs: Sequence[Run]) -> Moments:
-    """Gathers the moments of what the readers of units read."""
-    moments = Moments()
-
-    def note(_: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
-        _add(moments, (name, reader), inputs, tokens)
-
-    watch(model, units, runs, note)
-    return moments
-
-
-def moments_over(model: nn.Module, units: Mapping[str, Units], groups: Sequence[Sequence[Run]]) -> Moments:
-    """Gathers the moments of groups of runs apart, and adds them up in order, as where they are kept and merged."""
-    moments = Moments()
-    for runs in groups:
-        for key, others in moments_of(model, units, runs).items():
-            _merge(moments, key, others)
-    return moments
-
-
-def bytes_of(model: nn.Module, units: Mapping[str, Units]) -> int:
-    """Returns how many bytes the moments of all readers take, with those of other batches to be added to them."""
-    return sum(8 * len(one.index) ** 2 for one in units.values() for _ in reading(model, one))
-
-
-def moments_in_turn(
-    model: nn.Module, units: Mapping[str, Units], groups: Sequence[Sequence[Run]], use: Callable[[Moments], None]
-) -> None:
-    """Gathers the moments of one block after the other; those of each are used and dropped when all runs have passed it.
-
-    Those of groups of runs are gathered apart and added up in order, as where they are kept and merged. See `watch_in_turn`.
-    """
-    group = [number for number, own in enumerate(groups) for _ in own]
-    sums, latest, part = Moments(), Moments(), dict[tuple[str, str], int]()
-
-    def note(run: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
-        key = name, reader
-        if part.setdefault(key, group[run]) != group[run]:
-            part[key] = group[run]
-            _merge(sums, key, latest.pop(key))
-        _add(latest, key, inputs, tokens)
-
-    def leave(passed: Collection[str]) -> None:
-        done = [key for key in latest if key[1] in passed]
-        for key in done:
-            _merge(sums, key, latest.pop(key))
-        use({key: sums.pop(key) for key in done})
-
-    watch_in_turn(model, units, [run for own in groups for run in own], note, leave)
 
 
 class CalledAgain(ValueError):
@@ -132,38 +77,16 @@ def watch_in_turn(
     leave(readers.keys())
 
 
-@dataclass(eq=False)
-class Again(Sums):
-    """Sums that do not add up: with those of other batches they are found again, of all of them.
-
-    Attributes:
-        groups: The batches, as they came.
-        find: Finds the sums of groups of batches.
-    """
-
-    groups: Sequence[Sequence[Run]]
-    find: Callable[[Sequence[Sequence[Run]]], Sums]
-
-    def merge(self, other: Sums) -> None:
-        """Finds the sums of these batches and the others'."""
-        assert isinstance(other, Again)
-        self.groups = [*self.groups, *other.groups]
-        found = self.find(self.groups)
-        self.totals, self.counts = found.totals, found.counts
+Moments = dict[tuple[str, str], InputMoments]
+"""(place, reader) -> the moments of what it reads."""
 
 
-def _add(moments: Moments, key: tuple[str, str], inputs: Tensor, tokens: Tensor | None) -> None:
+def _note(moments: Moments, _: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
+    key = name, reader
     if key not in moments:
         moments[key] = InputMoments(inputs.shape[-1], inputs.device)
     fits = tokens is not None and tokens.shape == inputs.shape[:-1]
     moments[key].add(inputs, tokens.to(inputs.device) if tokens is not None and fits else None)
-
-
-def _merge(moments: Moments, key: tuple[str, str], others: InputMoments) -> None:
-    if key in moments:
-        moments[key].merge(others)
-    else:
-        moments[key] = others
 
 
 @dataclass(frozen=True)
@@ -176,11 +99,10 @@ class OBS(Importance):
     several, or of what the model writes itself, too (`Calibration([..., "generated"])`).
 
     Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
-    and one in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. Where more and more
-    batches are taken (`Calibration(enough=...)`), there are twice as many matrices; with several passes each step begins again.
-    With `passes=1`, where matrices would take more than a quarter of the free memory, and 2 GiB, there are those of one block at
-    a time: all batches go through it before the next, in one pass, and each step begins again. So do those of a model that is
-    streamed, or that is sharded, in a search by `Shrink`.
+    and one in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. With
+    `passes=1`, where matrices would take more than a quarter of the free memory, and 2 GiB, there are those of one block at a
+    time: all batches go through it before the next, in one pass. So they do in a model that is streamed, or that is sharded, in
+    a search by `Shrink`.
 
     Args:
         damping: Share of the mean of H's diagonal that is added to it.
@@ -206,42 +128,28 @@ class OBS(Importance):
         number("damping", self.damping, above=0)
         whole("passes", self.passes)
 
-    @property
-    def adds_up(self) -> bool:
-        """Tells whether moments are kept, which add up: in one pass."""
-        return self.passes == 1
-
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        too_many = self.adds_up and store_of(model).holds_all and bytes_of(model, units) > memory_to_hold(_device(model))
+        size = sum(4 * len(one.index) ** 2 for one in units.values() for _ in reading(model, one))
+        too_many = self.passes == 1 and store_of(model).holds_all and size > memory_to_hold(_device(model))
         if too_many or goes_by_blocks(model, [run.visit for run in runs]):
-            find = partial(self._in_turn, model, units, per)
-            return Again(**vars(find([runs])), groups=[runs], find=find)
-        found = partial(self._found, model, units, per)
-        if self.adds_up:
-            moments = moments_of(model, units, runs)
-            return _Errors(**vars(found(moments)), moments=moments, find=found)
+            sums, moments = Sums.zero(units, per), Moments()
+
+            def leave(passed: Collection[str]) -> None:
+                done = {key: moments.pop(key) for key in list(moments) if key[1] in passed}
+                self._add(sums, model, units, per, done)
+
+            try:
+                watch_in_turn(model, units, runs, partial(_note, moments), leave)
+                return sums
+            except CalledAgain as error:  # moments are complete only when all runs are over
+                store_of(model).check_can_hold_all(str(error))
         sums, names = Sums.zero(units, per), list(units)
         for first in range(min(self.passes, len(names))):
-            sums.merge(found(moments_of(model, {name: units[name] for name in names[first :: self.passes]}, runs)))
-        return sums
-
-    def _found(self, model: nn.Module, units: Mapping[str, Units], per: Per, moments: Moments) -> Sums:
-        """Finds the errors that follow from moments."""
-        sums = Sums.zero(units, per)
-        self._add(sums, model, units, per, moments)
-        return sums
-
-    def _in_turn(self, model: nn.Module, units: Mapping[str, Units], per: Per, groups: Sequence[Sequence[Run]]) -> Sums:
-        """Finds the errors block by block; those of all where a block is called again after others, in memory."""
-        sums = Sums.zero(units, per)
-        with resting(model):
-            try:
-                moments_in_turn(model, units, groups, partial(self._add, sums, model, units, per))
-            except CalledAgain as error:
-                store_of(model).check_can_hold_all(str(error))
-                return self._found(model, units, per, moments_over(model, units, groups))
+            part, moments = {name: units[name] for name in names[first :: self.passes]}, Moments()
+            watch(model, part, runs, partial(_note, moments))
+            self._add(sums, model, units, per, moments)
         return sums
 
     def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, moments: Moments) -> None:
@@ -281,22 +189,3 @@ def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor,
     blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))
     lost: Tensor = (gram.to(h.device).double() * torch.linalg.inv(blocks)).sum((1, 2))
     return lost
-
-
-@dataclass(eq=False)
-class _Errors(Sums):
-    """Errors, and the moments that they follow from: these add up, and errors do not."""
-
-    moments: Moments
-    find: Callable[[Moments], Sums]
-
-    def merge(self, other: Sums) -> None:
-        """Adds the moments of other batches, and finds the errors again."""
-        assert isinstance(other, _Errors)
-        for key, seen in other.moments.items():
-            if key in self.moments:
-                self.moments[key].merge(seen)
-            else:
-                self.moments[key] = seen
-        found = self.find(self.moments)
-        self.totals, self.counts = found.totals, found.counts

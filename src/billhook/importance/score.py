@@ -1,11 +1,9 @@
 """How much each unit of a model matters: the base class of importances, sums over batches, and scores by them."""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 from billhook.arguments import annotated
 from billhook.bar import Told
 from billhook.calibration.calibration import Batches, batches_of
-from billhook.calibration.enough import FIRST, Chosen, Settled, interleaved, settle, steps
 from billhook.engine.batches import Loss, Run, run_with_loss, telling
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.state import resting
@@ -27,7 +24,7 @@ from billhook.units.units import Per, Units
 
 @dataclass(eq=False)
 class Sums:
-    """Sums over batches, whose ratio is the importance; those of several ranks, or of other batches, add up.
+    """Sums over batches, whose ratio is the importance; those of several ranks add up.
 
     Attributes:
         totals: By place, float64, `[units]`.
@@ -48,11 +45,6 @@ class Sums:
         self.totals[name] += total.detach().cpu().double()
         self.counts[name] += count
 
-    def merge(self, other: "Sums") -> None:
-        """Adds the sums over other batches, of the same places."""
-        for name, total in other.totals.items():
-            self.add(name, total, other.counts[name])
-
 
 @dataclass(frozen=True)
 class Importance(ABC):
@@ -68,11 +60,6 @@ class Importance(ABC):
     needs_data: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = False
     in_turn: ClassVar[bool] = False
-
-    @property
-    def adds_up(self) -> bool:
-        """Tells whether `Sums.merge` of the sums over some batches and over others gives those over all of them."""
-        return True
 
     @abstractmethod
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
@@ -91,52 +78,6 @@ class Importance(ABC):
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a place from the ratio of its sums: float64, `[units]`."""
         return mean
-
-
-@dataclass(frozen=True, eq=False)
-class Scoring:
-    """Scores the units of a model, whatever the batches; see `score` for what these are."""
-
-    model: nn.Module
-    units: Mapping[str, Units]
-    importance: Importance
-    loss: Loss | None = None
-    normalize: bool = False
-    per: Per = "head"
-    comm: Comm = ALONE
-
-    def __post_init__(self) -> None:
-        numbered(self.units, {}, self.per)
-        check_values(self.model, coming=True)
-        check_trains(self.model, self.importance)
-        check_held(self.model, self.units)
-
-    def sums(self, batches: Iterable[Any]) -> Sums:
-        """Sums over batches; of an importance that needs none, over nothing."""
-        given = batches if self.importance.needs_data else ()
-        turns = store_of(self.model).apart(self.comm) if self.importance.in_turn else store_of(self.model).all_here()
-        with resting(self.model), turns, recomputing(self.model) if self.importance.needs_gradients else nullcontext():
-            runs = [run_of(self.model, self.units, batch, self.loss) for batch in given]
-            return self.importance.sums(self.model, self.units, self.per, runs)
-
-    def scores(self, sums: Sums) -> dict[str, Tensor]:
-        """Returns the scores of each place, of the sums of all ranks, as the first rank computes them: all choose by the same."""
-        totals, counts = ({name: own.clone() for name, own in part.items()} for part in (sums.totals, sums.counts))
-        if self.importance.needs_data:
-            self.comm.sum_(*totals.values(), *counts.values())
-            if not any(count.any() for count in counts.values()):
-                name = type(self.importance).__name__
-                raise ValueError(f"batches: {name} needs at least one batch, with tokens that count")
-        scores = {name: self._of(name, total, counts[name]) for name, total in totals.items()}
-        return self.comm.decide(lambda: scores)
-
-    def _of(self, place: str, total: Tensor, count: Tensor) -> Tensor:
-        scores = self.importance.of_mean(total / count.clamp(min=1))
-        if not torch.isfinite(scores).all():
-            raise ValueError(
-                f"importance: a score of {place} is NaN or infinite: the loss, or the model, is not finite on a batch"
-            )
-        return (scores / (scores.norm() + 1e-20) if self.normalize else scores).float()
 
 
 def check_trains(model: nn.Module, importance: Importance) -> None:
@@ -194,8 +135,43 @@ def score(
     """
     annotated(score, locals())
     subject = find_transformer(model)
-    scoring = Scoring(subject, units, importance, loss, normalize, per, Comm.of(reduce, subject))
-    return scoring.scores(scoring.sums(batches_of(batches, subject) if importance.needs_data else ()))
+    return score_units(subject, units, importance, batches, loss, normalize, per, Comm.of(reduce, subject))
+
+
+def score_units(
+    model: nn.Module,
+    units: Mapping[str, Units],
+    importance: Importance,
+    batches: Batches | None = None,
+    loss: Loss | None = None,
+    normalize: bool = False,
+    per: Per = "head",
+    comm: Comm = ALONE,
+    progress: Told | None = None,
+) -> dict[str, Tensor]:
+    """Scores units as `score`; `progress` is called with how many batches have been scored, and how many there are."""
+    numbered(units, {}, per)
+    check_values(model, coming=True)
+    check_trains(model, importance)
+    check_held(model, units)
+    given = batches_of(batches, model) if importance.needs_data else ()
+    turns = store_of(model).apart(comm) if importance.in_turn else store_of(model).all_here()
+    with resting(model), turns, recomputing(model) if importance.needs_gradients else nullcontext():
+        runs = [run_of(model, units, batch, loss) for batch in given]
+        sums = importance.sums(model, units, per, telling(runs, progress) if progress else runs)
+    if importance.needs_data:
+        comm.sum_(*sums.totals.values(), *sums.counts.values())
+        if not any(count.any() for count in sums.counts.values()):
+            raise ValueError(f"batches: {type(importance).__name__} needs at least one batch, with tokens that count")
+    scores = dict[str, Tensor]()
+    for place, total in sums.totals.items():
+        of_place = importance.of_mean(total / sums.counts[place].clamp(min=1))
+        if not torch.isfinite(of_place).all():
+            raise ValueError(
+                f"importance: a score of {place} is NaN or infinite: the loss, or the model, is not finite on a batch"
+            )
+        scores[place] = (of_place / (of_place.norm() + 1e-20) if normalize else of_place).float()
+    return comm.decide(lambda: scores)  # all ranks choose by the same, whatever their sums are rounded to
 
 
 def run_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
@@ -204,69 +180,3 @@ def run_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss 
         return batch
     names = [name for one in units.values() for name in ([one.name] if one.kind == "block" else one.readers)]
     return run_with_loss(model, {name: model.get_submodule(name) for name in names}, batch, loss)
-
-
-def score_enough(
-    scoring: Scoring,
-    batches: Iterable[Any],
-    choose: Callable[[dict[str, Tensor]], Chosen],
-    enough: float | None,
-    progress: Told | None = None,
-) -> tuple[dict[str, Tensor], Settled | None]:
-    """Scores units on more and more batches, until a choice by the scores is settled.
-
-    The sums over batches add up, so that each batch is scored once; where an importance says that its own do not, a step scores
-    all of its batches again.
-
-    Args:
-        scoring: How units are scored.
-        batches: All that may be used, on each rank as many, or one fewer.
-        choose: Chooses units by their scores, which it may change.
-        enough: The agreement that is asked for, in (0, 1]; None uses all batches.
-        progress: Is called with how many batches have been scored, and how many may be.
-
-    Returns:
-        The scores, and how settled the choice is; None where it does not depend on batches, or all of them are to be used.
-    """
-    if progress is not None and scoring.importance.needs_data:
-        batches = telling([run_of(scoring.model, scoring.units, batch, scoring.loss) for batch in batches], progress)
-    if enough is None or not scoring.importance.needs_data:
-        return scoring.scores(scoring.sums(batches)), None
-    mixed = interleaved(list(batches))
-    count, ranks = _total(scoring, [len(mixed), 1])
-    if count < 2 * ranks:
-        return scoring.scores(scoring.sums(mixed)), Settled(count, count, None, None, enough)
-    sizes = steps(len(mixed), max(int(math.log2(count / max(FIRST, 2 * ranks))), 0))
-    how = partial(_Seen.of, scoring), partial(_joined, scoring), lambda seen: choose(scoring.scores(seen.sums))
-    seen, settled = settle(*how, mixed, sizes, enough)
-    used = _total(scoring, sizes)[sizes.index(settled.batches)]
-    return scoring.scores(seen.sums), replace(settled, batches=used, of=count)
-
-
-@dataclass
-class _Seen:
-    """Batches, and the sums over them."""
-
-    batches: list[Any]
-    sums: Sums
-
-    @classmethod
-    def of(cls, scoring: Scoring, batches: Iterable[Any]) -> "_Seen":
-        """Sums over batches."""
-        given = list(batches)
-        return cls(given, scoring.sums(given))
-
-
-def _joined(scoring: Scoring, one: _Seen, other: _Seen) -> _Seen:
-    """Sums over the batches of both, without scoring them again if that can be."""
-    batches = one.batches + other.batches
-    if not scoring.importance.adds_up:
-        return _Seen.of(scoring, batches)
-    one.sums.merge(other.sums)
-    return _Seen(batches, one.sums)
-
-
-def _total(scoring: Scoring, numbers: list[int]) -> list[int]:
-    """Sums numbers over ranks."""
-    total: list[int] = scoring.comm(torch.tensor(numbers, device=scoring.comm.device)).tolist()
-    return total

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from billhook.calibration.enough import Settled
 from billhook.engine.state import uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.config_fields import Fields, build_on_meta, set_fields, with_fields
@@ -38,7 +37,6 @@ class BlockPlan(ShapePlan):
         fields: Fields of the config, those of nested configs with dots, with their new values.
         attributes: The attributes that number blocks, by their new names: their values before and after.
         scores: By stack, the score of each block; only shown.
-        settled: How far the choice follows from the examples; only shown.
     """
 
     kind: ClassVar[str] = "blocks"
@@ -51,7 +49,6 @@ class BlockPlan(ShapePlan):
     attributes: Numbers
     parameters: tuple[int, int]
     scores: dict[str, list[float]] = field(default_factory=dict, compare=False)
-    settled: Settled | None = field(default=None, compare=False)
 
     @property
     def kinds(self) -> dict[str, UnitKind]:
@@ -70,9 +67,7 @@ class BlockPlan(ShapePlan):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain data; see `Plan.to_json`."""
-        plain = {"kind": self.kind, **asdict(self)}
-        del plain["settled"]
-        return plain
+        return {"kind": self.kind, **asdict(self)}
 
     @classmethod
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
@@ -112,12 +107,11 @@ class BlockPlan(ShapePlan):
         lines, width = [self._cost()], max(map(len, self.before))
         for name, (count,) in self.before.items():
             lines.append(f"  {name:<{width}}  {count} -> {self.after[name][0]} blocks; without {self._gone(name)}")
-        return "\n".join([*lines, *([f"  {self.settled}"] if self.settled else [])])
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
         rows = [(name, str(count), str(self.after[name][0]), self._gone(name)) for name, (count,) in self.before.items()]
-        notes = [str(self.settled)] if self.settled else []
-        return html_table(self._cost(), ("stack", "blocks before", "after", "without"), rows, notes)
+        return html_table(self._cost(), ("stack", "blocks before", "after", "without"), rows)
 
     def _cost(self) -> str:
         before, after = self.parameters

@@ -10,7 +10,6 @@ import numpy as np
 from torch import nn
 from typing_extensions import Self
 
-from billhook.calibration.enough import Settled
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.model.figures import Figures
@@ -33,19 +32,12 @@ class UnitPlan(Cut, ShapePlan):
 
     kind: ClassVar[str] = "units"
     costs: tuple[Figures, Figures] | None = None
-    settled: Settled | None = None
     rows: tuple[RowLength, ...] = ()
 
     @classmethod
-    def of(
-        cls,
-        cut: Cut,
-        costs: tuple[Figures, Figures] | None = None,
-        settled: Settled | None = None,
-        rows: tuple[RowLength, ...] = (),
-    ) -> Self:
+    def of(cls, cut: Cut, costs: tuple[Figures, Figures] | None = None, rows: tuple[RowLength, ...] = ()) -> Self:
         """Makes a plan of what has been found."""
-        return cls(**vars(cut), costs=costs, settled=settled, rows=rows)
+        return cls(**vars(cut), costs=costs, rows=rows)
 
     @property
     def words(self) -> str:
@@ -134,11 +126,10 @@ class UnitPlan(Cut, ShapePlan):
         return lines
 
     def _notes(self) -> list[str]:
-        """Says what else there is to know: row lengths that suit no engine, numbers of KV heads, how settled the choice is."""
+        """Says what else there is to know: row lengths that suit no engine, numbers of KV heads."""
         heads = [name for name in self.units if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]]
         numbers = sorted({self.after[name][1] for name in heads})
-        notes = [*map(str, self.rows), *(unsuited(number) for number in numbers if not suits(number))]
-        return [*notes, *([str(self.settled)] if self.settled else [])]
+        return [*map(str, self.rows), *(unsuited(number) for number in numbers if not suits(number))]
 
 
 def _inside(kind: UnitKind, places: int) -> str:

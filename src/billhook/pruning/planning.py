@@ -1,7 +1,6 @@
 """Plans what is removed from a model: `plan` chooses units by their scores, `plan_units` takes those that are given."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,12 +10,12 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import annotated
 from billhook.bar import Told
-from billhook.calibration.calibration import Batches, Calibration, batches_of
+from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Loss
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.score import Importance, Scoring, check_trains, score, score_enough
+from billhook.importance.score import Importance, check_trains, score_units
 from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.plan import carry_out
@@ -100,9 +99,7 @@ def plan(
     if amount is not None and (twice := [name for name, value in given.items() if value is not None]):
         raise ValueError(f"amount and {twice[0]}: give one of them; an Amount has the other as its own argument")
     amount = amount or Amount(heads, kv_heads, channels, residual, experts, blocks, params)
-    enough = batches.enough if isinstance(batches, Calibration) else None
-    comm = Comm.of(reduce, model)
-    return plan_amount(model, amount, importance, batches, enough, scores, greedy, loss, comm)
+    return plan_amount(model, amount, importance, batches, scores, greedy, loss, Comm.of(reduce, model))
 
 
 def plan_amount(
@@ -110,37 +107,33 @@ def plan_amount(
     amount: Amount,
     importance: Importance | None = None,
     batches: Batches | None = None,
-    enough: float | None = None,
     scores: Mapping[str, Tensor] | None = None,
     greedy: bool = False,
     loss: Loss | None = None,
     comm: Comm = ALONE,
     progress: Told | None = None,
 ) -> UnitPlan | BlockPlan:
-    """Plans as `plan`, on as many of the batches as are `enough` (see `Calibration`).
+    """Plans as `plan`.
 
-    `progress` is called with how many batches have been scored, and how many may be; if `greedy`, how many blocks of a stack are
-    chosen.
+    `progress` is called with how many batches have been scored, and how many there are; if `greedy`, how many blocks of a stack
+    are chosen.
     """
     subject = find_transformer(model)
     if importance is not None and scores is None:
         check_trains(subject, importance)
-    if greedy:
-        check_all(enough)
     if amount.blocks is not None:
         importance = importance or BlockInfluence()
-        return _plan_blocks(subject, amount, importance, batches, enough, scores, greedy, loss, comm, progress)
+        return _plan_blocks(subject, amount, importance, batches, scores, greedy, loss, comm, progress)
     if greedy:
         raise ValueError("greedy=True: only blocks are removed one at a time")
     check_kinds(subject, amount.kinds)
-    return plan_searched(Search(subject, amount), importance, batches, enough, scores, loss, comm, progress)
+    return plan_searched(Search(subject, amount), importance, batches, scores, loss, comm, progress)
 
 
 def plan_searched(
     search: Search,
     importance: Importance | None = None,
     batches: Batches | None = None,
-    enough: float | None = None,
     scores: Mapping[str, Tensor] | None = None,
     loss: Loss | None = None,
     comm: Comm = ALONE,
@@ -148,21 +141,12 @@ def plan_searched(
 ) -> UnitPlan:
     """Plans units as `plan_amount`, in what a search has found of a model that is as it was then."""
     search.check()
-    model, amount, settled = search.model, search.amount, None
     if scores is None:
-        units = search.free()
+        units, amount = search.free(), search.amount
         importance = importance or default_importance(units)
-        scoring = Scoring(model, units, importance, loss, amount.normalize, amount.per, comm)
-        given = batches_of(batches, model) if scoring.importance.needs_data else ()
-        scores, settled = score_enough(scoring, given, lambda found: search.cut(found).units, enough, progress)
+        scores = score_units(search.model, units, importance, batches, loss, amount.normalize, amount.per, comm, progress)
     cut = search.cut(scores)
-    return UnitPlan.of(cut, search.costs(cut), settled, search.row_lengths(scores, cut))
-
-
-def check_all(enough: float | None) -> None:
-    """Refuses to choose blocks, which go one at a time, on a part of the examples."""
-    if enough is not None:
-        raise ValueError(f"enough={enough}: in greedy order each block is chosen on all examples: leave it out")
+    return UnitPlan.of(cut, search.costs(cut), search.row_lengths(scores, cut))
 
 
 def plan_units(
@@ -258,7 +242,6 @@ def _plan_blocks(
     amount: Amount,
     importance: Importance,
     batches: Batches | None,
-    enough: float | None,
     scores: Mapping[str, Tensor] | None,
     greedy: bool,
     loss: Loss | None,
@@ -267,17 +250,12 @@ def _plan_blocks(
 ) -> BlockPlan:
     stacks, numbers = count_blocks(model, amount)
     if greedy and scores is None:
-        rank = partial(score, model, stacks, importance, list(batches_of(batches, model)), loss, reduce=comm)
+        rank = partial(score_units, model, stacks, importance, list(batches_of(batches, model)), loss, comm=comm)
         gone = _one_by_one(model, stacks, rank, numbers, (amount.first, amount.last), progress)
         return tried_blocks(model, find_block_plan(model, gone))
-    settled = None
     if scores is None:
-        scoring = Scoring(model, stacks, importance, loss, amount.normalize, comm=comm)
-        given = batches_of(batches, model) if importance.needs_data else ()
-        take = partial(choose_units, stacks, amount=amount, ratios=amount.ratios)
-        scores, settled = score_enough(scoring, given, take, enough, progress)
-    made = find_block_plan(model, choose_units(stacks, scores, amount, amount.ratios), scores)
-    return replace(tried_blocks(model, made), settled=settled)
+        scores = score_units(model, stacks, importance, batches, loss, amount.normalize, comm=comm, progress=progress)
+    return tried_blocks(model, find_block_plan(model, choose_units(stacks, scores, amount, amount.ratios), scores))
 
 
 def _one_by_one(

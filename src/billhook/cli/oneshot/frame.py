@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from billhook.assets import model_path
 from billhook.bar import bar as bar
 from billhook.calibration.calibration import Calibration, check_also, texts, written_rows
-from billhook.calibration.enough import Settled
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, writes
 from billhook.checkpoints.equivalent import cache_as_saved
@@ -24,7 +23,7 @@ from billhook.cli.machine import device_of
 from billhook.cli.oneshot.labelled import Labelled
 from billhook.cli.oneshot.pace import how_long
 from billhook.cli.oneshot.streamed import check_streamed, reads, rest
-from billhook.cli.oneshot.text import EXAMPLES, Examples, Scored, Text
+from billhook.cli.oneshot.text import EXAMPLES, Examples, Text
 from billhook.engine.batches import Batch
 from billhook.engine.store import store_of
 from billhook.engine.walk import find_sites
@@ -163,7 +162,6 @@ class OneShot:
         tokens = (examples or (WRITTEN if given.data is None else EXAMPLES)) * self.length
         options = {"batch_size": given.batch_size, "column": given.column, "seed": given.seed}
         options["tokenizer"] = model_path(given.tokenizer or self.name)
-        options["enough"] = given.agreement if isinstance(given, Scored) else None
         return Calibration(sources, weights, tokens, self.length, **options)  # type: ignore[arg-type]
 
     def rest(self, moments: int, sums: int = 0, inside: int = 0) -> str | None:
@@ -290,22 +288,12 @@ class OneShot:
                 return before.damage(self.model, progress)
         return None if before is None else cast(float, self.measure())
 
-    def save(
-        self,
-        before: Before,
-        what: str,
-        record: Mapping[str, Any],
-        *says: object,
-        settled: Sequence[Settled | None] = (),
-        not_refitted: str = "",
-    ) -> None:
+    def save(self, before: Before, what: str, record: Mapping[str, Any], *says: object, not_refitted: str = "") -> None:
         """Measures again, saves the model with a record of what was done, and prints `says` and what it costs.
 
-        The record says how far choices of units are `settled`, and what was cut and `not_refitted`.
+        The record says what was cut and `not_refitted`.
         """
         event: dict[str, Any] = {"what": what, "before": self.sizes, "after": sizes_of(self.model, zeros_of(self.model))}
-        if told := [one.to_json() for one in settled if one is not None]:
-            event["settled"] = told
         if not_refitted:
             event["not_refitted"] = not_refitted
         record = {"events": [event], **record}

@@ -1,15 +1,14 @@
 """`billhook prune-blocks`: a checkpoint in, one with fewer blocks out, with its metric before and after."""
 
 from billhook.cli.oneshot.prune_structure import Removed, prune_structure
-from billhook.cli.oneshot.text import Scored
+from billhook.cli.oneshot.text import Examples
 from billhook.importance.score import Importance
-from billhook.pruning.planning import check_all
 
 
 def prune_blocks(
     model: str,
     out: str,
-    given: Scored,
+    given: Examples,
     blocks: int | float | None = None,
     importance: Importance | None = None,
     greedy: bool = False,
@@ -30,8 +29,7 @@ def prune_blocks(
             a decoder, from each.
         importance: How much a block matters: `BlockInfluence` (the paper's; the default), `Ablation`, one forward a block, or any
             other `Importance`, also a class of your own.
-        greedy: Whether blocks are removed one at a time, and the others scored again without it, on all examples; as many times
-            the work.
+        greedy: Whether blocks are removed one at a time, and the others scored again without it; as many times the work.
         first: So many first blocks are kept.
         last: So many last blocks are kept.
         dry_run: Print the plan and write nothing.
@@ -41,7 +39,5 @@ def prune_blocks(
     """
     if not blocks:
         raise ValueError(f"blocks={blocks}: say how many blocks to remove, or which fraction of them, in (0, 1)")
-    if greedy and isinstance(given.enough, float):
-        check_all(given.enough)
     amount = Removed(blocks=blocks, first=first, last=last, greedy=greedy)
     prune_structure(model, out, amount, given, block_importance=importance, repair=None, dry_run=dry_run)

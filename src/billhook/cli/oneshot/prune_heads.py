@@ -7,9 +7,9 @@ import torch
 from billhook.arguments import whole
 from billhook.cli.oneshot.frame import OneShot, bar
 from billhook.cli.oneshot.streamed import REMOVED, Passes, batch_count, bytes_of_moments, check_scored
-from billhook.cli.oneshot.text import NONE, Scored
+from billhook.cli.oneshot.text import NONE, Examples
 from billhook.importance.gate_gradient import GateGradient
-from billhook.importance.score import Importance, Scoring, run_of, score_enough
+from billhook.importance.score import Importance, run_of, score_units
 from billhook.model.plan import apply
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import among_others, check_choice, choose
@@ -22,7 +22,7 @@ from billhook.units.units import Per
 def prune_heads(
     model: str,
     out: str,
-    given: Scored,
+    given: Examples,
     ratio: float | None = None,
     importance: Importance | None = None,
     ranking: Ranking = "layer",
@@ -70,12 +70,11 @@ def prune_heads(
     plan_units(work.model, removed, per=per)
     every, gone = sum(one.count(per) for one in heads.values()), sum(map(len, removed.values()))
     what = "heads" if per == "head" else "KV heads, with their query heads"
-    shown = f"at most {work.shown}" if work.calibrates else NONE
     passes = Passes(REMOVED)
     if given.stream:
-        passes.to_score(rounds, importance, every, batch_count(work.rows, given.batch_size), given.agreement)
-    words = f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown {shown}"
-    work.tell(*words, passes=passes.known, exactly=given.agreement is None, beside=passes.beside)
+        passes.to_score(rounds, importance, every, batch_count(work.rows, given.batch_size))
+    words = f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown {work.shown if work.calibrates else NONE}"
+    work.tell(*words, passes=passes.known, beside=passes.beside)
     if dry_run and work.calibrates and work.unread:
         work.tell_dry()
         return
@@ -83,14 +82,12 @@ def prune_heads(
         work.rest(bytes_of_moments(work.model, importance))
     batches, before = work.batches() if work.calibrates else [], None if dry_run else work.measure()
     runs = [run_of(work.model, heads, batch) for batch in batches]
-    scoring, removed, settled = Scoring(work.model, heads, importance, None, normalize, per), {}, []
+    removed = {}
     for number in range(1, rounds + 1):
         take = partial(choose, heads, ratio=ratio * number / rounds, ranking=ranking, min_units=min_heads, per=per)
-        more = partial(among_others, take, removed)
         with mask(work.model, removed, per=per), bar("scoring", "batches") as progress:
-            scores, found = score_enough(scoring, runs, more, given.agreement, progress)
-        removed = more(scores)
-        settled.append(found)
+            scores = score_units(work.model, heads, importance, runs, None, normalize, per, progress=progress)
+        removed = among_others(take, removed, scores)
     plan = plan_units(work.model, removed, per=per)
     if dry_run:
         work.tell_dry(plan.text())
@@ -98,4 +95,4 @@ def prune_heads(
     apply(work.model, plan)
     how = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
     record = {"heads": plan.to_json()["units"], "importance": how}
-    work.save(before, f"without {plan.words}", record, plan.text(), *settled, settled=settled)
+    work.save(before, f"without {plan.words}", record, plan.text())

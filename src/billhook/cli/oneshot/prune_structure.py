@@ -19,7 +19,7 @@ from billhook.cli.oneshot.streamed import (
     check_scored,
     left,
 )
-from billhook.cli.oneshot.text import Scored
+from billhook.cli.oneshot.text import Examples
 from billhook.engine.batches import Batch
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance
@@ -39,8 +39,7 @@ class Removed(Amount):
     """Units to remove: whole blocks first, then others by a ratio for each kind of unit or by one target.
 
     Args:
-        greedy: Whether blocks are removed one at a time, and the others scored again without it, on all examples; as many times
-            the work.
+        greedy: Whether blocks are removed one at a time, and the others scored again without it; as many times the work.
     """
 
     greedy: bool = False
@@ -67,7 +66,7 @@ def prune_structure(
     model: str,
     out: str,
     amount: Removed,
-    given: Scored,
+    given: Examples,
     block_importance: Importance | None = None,
     importance: Importance | None = None,
     rounds: int = 1,
@@ -110,17 +109,17 @@ def prune_structure(
         importance = importance or default_importance(search.free())
         check_scored(given, importance)
         every = sum(one.count(amount.per) for one in search.free().values())
-        passes.to_score(rounds, importance, every, count, given.agreement)
+        passes.to_score(rounds, importance, every, count)
         passes.known += rounds * (REMOVED + REFITTED * (repair is not None))
     if amount.blocks_alone is not None:
         stacks, gone = count_blocks(work.model, amount.blocks_alone)
         block_importance = block_importance or BlockInfluence()
         every, times = sum(one.count() for one in stacks.values()), sum(gone.values()) if amount.greedy else 1
-        passes.to_score(times, block_importance, every, count, None if amount.greedy else given.agreement)
+        passes.to_score(times, block_importance, every, count)
         passes.known += WITHOUT_BLOCKS
     refit = [] if needed is None else [refits(work, needed, coming(work), repair != "auto") or REFIT]
     steps = _steps(amount, block_importance, importance, rounds, refit, work.shown)
-    work.tell(*steps, passes=passes.known, exactly=given.agreement is None and repair != "auto", beside=passes.beside)
+    work.tell(*steps, passes=passes.known, exactly=repair != "auto", beside=passes.beside)
     needs = any(one.needs_data for one in (block_importance, importance) if one is not None)
     if dry_run and needs and work.unread:
         work.tell_dry()
@@ -134,7 +133,7 @@ def prune_structure(
     before = None if dry_run else work.measure()
     plans, refitted, whys = list[BlockPlan | UnitPlan](), False, list[str]()
     rows = batches if len(batches) > 1 else in_rows(batches)
-    for plan in _plans(work.model, batches, given.agreement, amount, block_importance, importance, rounds):
+    for plan in _plans(work.model, batches, amount, block_importance, importance, rounds):
         if dry_run:
             work.tell_dry(plan.text())
             return
@@ -153,7 +152,7 @@ def prune_structure(
     how = by | {"ranking": amount.ranking, "rounds": rounds, "repair": done} | ({"greedy": True} if amount.greedy else {})
     what = f"without {', '.join(plan.words for plan in plans)}"
     record = {"plans": [plan.to_json() for plan in plans], "importance": how}
-    work.save(before, what, record, settled=[plan.settled for plan in plans], not_refitted="; ".join(dict.fromkeys(whys)))
+    work.save(before, what, record, not_refitted="; ".join(dict.fromkeys(whys)))
 
 
 def _steps(
@@ -168,13 +167,12 @@ def _steps(
         times = f", in {rounds} rounds" if rounds > 1 else ""
         steps.append(f"remove units for {sizes}, by {importance}{times}")
         steps += refit
-    return [*steps, f"shown at most {shown}"]
+    return [*steps, f"shown {shown}"]
 
 
 def _plans(
     model: PreTrainedModel,
     batches: list[Batch],
-    enough: float | None,
     amount: Removed,
     block_importance: Importance | None,
     importance: Importance | None,
@@ -183,10 +181,8 @@ def _plans(
     """Plans what to remove, each time from the model as it is when the plan before has been carried out."""
     if amount.blocks_alone is not None:
         with bar("scoring blocks", "rounds" if amount.greedy else "batches") as progress:
-            some = None if amount.greedy else enough
-            blocks = plan_amount(
-                model, amount.blocks_alone, block_importance, batches, some, greedy=amount.greedy, progress=progress
-            )
+            greedy = amount.greedy
+            blocks = plan_amount(model, amount.blocks_alone, block_importance, batches, greedy=greedy, progress=progress)
         yield blocks
     if amount.within is None:
         return
@@ -194,5 +190,5 @@ def _plans(
     for number in range(1, rounds + 1):
         if (part := start.part(Search(model, amount.within), number / rounds)) is not None:
             with bar("scoring", "batches") as progress:
-                units = plan_searched(part, importance, batches, enough, progress=progress)
+                units = plan_searched(part, importance, batches, progress=progress)
             yield units

@@ -1,6 +1,5 @@
 """Refuses what one-shot commands cannot do with a streamed model, and finds room for what they hold and its blocks hand on."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +7,6 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from billhook.arguments import memory_of
-from billhook.calibration.enough import FIRST
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.cli.oneshot.text import Text
 from billhook.engine.memory import extent_of, fits
@@ -56,23 +54,22 @@ class Passes:
     known: int = 0
     beside: list[Importance] = field(default_factory=list)
 
-    def to_score(self, times: int, importance: Importance, units: int, count: int, agreement: float | None) -> None:
+    def to_score(self, times: int, importance: Importance, units: int, count: int) -> None:
         """Adds the passes in which an importance scores units so many times; see `to_score`."""
-        once = to_score(importance, units, count, agreement)
+        once = to_score(importance, units, count)
         if once is not None:
             self.known += times * once
         elif importance not in self.beside:
             self.beside.append(importance)
 
 
-def to_score(importance: Importance, units: int, count: int, agreement: float | None) -> int | None:
+def to_score(importance: Importance, units: int, count: int) -> int | None:
     """Returns how often blocks are read at most to score units; None for an importance that is not known.
 
     Args:
         importance: How they are scored.
         units: How many there are.
         count: How many batches there are.
-        agreement: The agreement that is asked for, if scores are taken from more and more batches until it is reached.
     """
     known = {
         OutputNorm: 2,  # it looks at readers before
@@ -85,12 +82,7 @@ def to_score(importance: Importance, units: int, count: int, agreement: float | 
     each = importance.passes if isinstance(importance, OBS) else known.get(type(importance))
     if each is None or not importance.needs_data:
         return each
-    if isinstance(importance, Ablation):
-        return each * count
-    if agreement is None or count < 2:
-        return each
-    times = 1 + max(int(math.log2(count / FIRST)), 0)
-    return each * (1 + (times if importance.adds_up else 2 * times))
+    return each * count if isinstance(importance, Ablation) else each
 
 
 AFTERWARDS = 3
@@ -100,8 +92,8 @@ TUNED = 6
 """Copies of a block in float32 while it is tuned: as it is, its gradient, two means of Adam's, the best so far, and what was."""
 STEPPED = 8
 """Matrices like some rows of the weight that a refit steps in: six of conjugate gradients, what is owed, and mixtures of it."""
-OBS_BYTES = 2 * 4 + 8
-"""Bytes for each pair of inputs: two matrices in float32, as more and more batches are taken, and one of a reader in float64."""
+OBS_BYTES = 4 + 8
+"""Bytes for each pair of inputs: a matrix in float32, and one in float64."""
 
 
 def check_streamed(given: Text, streams: bool, offload: bool, reads: bool) -> None:

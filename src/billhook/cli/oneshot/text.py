@@ -1,7 +1,7 @@
 """Holds what one-shot commands calibrate and measure on, as options."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
@@ -11,8 +11,6 @@ from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.reading import Data, check_there
 from billhook.model.config_fields import text_config
 
-ENOUGH = 0.99
-"""The agreement that is asked for where no number of examples is given."""
 EXAMPLES = 128
 """How many examples of a text scores are taken from, if no number is asked for."""
 NONE = "no text, as it needs none"
@@ -124,28 +122,3 @@ class Examples(Pictures):
     longest: ClassVar[int] = 512
 
     batch_size: int = 8
-
-
-@dataclass(frozen=True)
-class Scored(Examples):
-    """Examples that units are chosen by, with labels for a classifier, to calibrate and to measure on, and the place to compute.
-
-    Args:
-        enough: Units are chosen on as many of the examples as settle it: twice as many, beginning with a few batches, until two
-            halves of them, and half as many, agree on this share of what is removed, in (0, 1]; null: on all. By default 0.99
-            if no number of `examples` is given, or else null. What is refitted or measured takes all in any case.
-    """
-
-    enough: float | Literal["auto"] | None = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.enough, float):
-            fraction("enough", self.enough, "(0, 1]")
-
-    @property
-    def agreement(self) -> float | None:
-        """The agreement that is asked for, if any."""
-        if self.enough == "auto":
-            return ENOUGH if self.examples is None else None
-        return self.enough

@@ -213,36 +213,6 @@ def test_adapters_that_have_learned_are_refused_when_it_comes_late(files, tmp_pa
         run.fit(adapted(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
 
 
-IDLE = list(range(5, 13))
-
-
-def idle(lit):
-    """Of whose stream a quarter is zero everywhere."""
-    with torch.no_grad():
-        lit.model.get_input_embeddings().weight[:, IDLE] = 0
-        for name, parameter in lit.model.named_parameters():
-            if "lora" not in name and ("o_proj" in name or "down_proj" in name):
-                parameter[IDLE] = 0
-    return lit
-
-
-@pytest.mark.parametrize("make", [module, adapted], ids=["all weights", "LoRA"])
-def test_a_narrower_stream_is_trained_on_and_resumed(files, tmp_path, make):
-    options = {"params": 0.75, "generations": 0}
-    lit, callback, watch = idle(make()), shrinking(**options), Watch()
-    straight = trainer(tmp_path, [callback, watch, checkpoints(tmp_path), bh.Export(str(tmp_path / "out"))], max_steps=4)
-    straight.fit(lit, data(files))
-    assert callback.shrunk.kept["hidden size"] == (32, 24)
-    assert lit.model.get_input_embeddings().weight.shape == (2048, 24)
-    resumed = make(seed=1)
-    trainer(tmp_path, [shrinking(**options)], max_steps=4).fit(resumed, data(files), ckpt_path=tmp_path / "step=2.ckpt")
-    assert same(weights(resumed), weights(lit))
-    again, ids = bh.load(tmp_path / "out"), tokens()
-    assert again.config.hidden_size == 24
-    with torch.no_grad():
-        torch.testing.assert_close(again(ids).logits, lit.model.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
-
-
 @torch.no_grad()
 def with_equal_heads(lit):
     """Makes pairs of KV heads equal, so that they lose nothing when they merge."""

@@ -269,8 +269,8 @@ def adapted():
     return bh.TransformerModule(llama(), lr=1e-2, lora=bh.LoRA(r=2, dropout=0.0))
 
 
-SEARCHES = {  # what goes in each; residual channels, which are fitted in a narrow model, and blocks that go after that among it
-    "by loss": (Own, {"max_loss": 1.3, "at": 1}, ("heads", "channels", "residual channels", "blocks")),
+SEARCHES = {  # what goes in each
+    "by loss": (Own, {"max_loss": 1.3, "at": 1}, ("heads", "channels", "blocks")),
     "beneath adapters": (adapted, {"params": 0.9, "at": "start"}, ("heads",)),
 }
 

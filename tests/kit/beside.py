@@ -39,8 +39,6 @@ EVENTS = {
 }
 ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
 """Of how many weights of WIDTH x WIDTH in each block new values wait, as shards, until tensors are cut."""
-NARROW = {"a smaller model": 15 / 16}
-"""How much of each block is there once more as shards, with a smaller hidden size."""
 
 HALF = {"sparsity": 0.5, "at": 1, "measure_batches": 0, "calibration": FEW["calibration"] * 2}
 ZEROS = {
@@ -82,7 +80,7 @@ class Beside:
     rest: int
     moments: int
     shards: int  # of what has changed, twice, as it was and as it is, and of what waited, on this rank
-    held: int  # by a search: shards of variants of places, and of the model with a smaller hidden size
+    held: int  # by a search: shards of variants of places
     tuned: int  # what tuning a block takes besides
     what: str  # happened
 
@@ -144,7 +142,6 @@ def beside(folder, name, strategy, ranks=1, layers=LAYERS):
         held = searched(patch)
         trainer(folder, [callback], max_steps=2, strategy=strategy, limit_val_batches=0, **options).fit(lit)
     (most,), (event,) = found, callback.events
-    held += [layers * block * NARROW[name], ranks * rest] if name in NARROW else []
     shards = size(set(lit.net.model.layers.parameters()) - there) + ASIDE.get(name, 0) * 4 * layers * WIDTH**2 + zeros
     moments, tuned = MOMENTS.get(name, 4 * WIDTH**2), TUNED.get(name, 0) * block
     return Beside(most, block, rest, moments, shards // ranks, int(sum(held)) // ranks, tuned, event["what"])

@@ -20,6 +20,7 @@ from billhook.shrinking.choose import Frontier, Slot, cost, loss
 from billhook.shrinking.damages import groups
 from billhook.shrinking.divergence import Divergence, divided
 from billhook.shrinking.levels import Place, find_places
+from billhook.shrinking.planned import as_planned
 from billhook.shrinking.smallest import Found
 from billhook.shrinking.space import best_point, free_space, starts, uniform_spaces, with_gone
 from billhook.shrinking.work import Work
@@ -116,6 +117,10 @@ def test_removed_computes_what_masked_does_with_the_repaired_weights(layers):
     masked.load_state_dict(masked.state_dict() | dict(planned.weights))
     with bh.mask(masked, planned.units), bh.mask(masked, planned.blocks), torch.no_grad():
         expected = masked(ids).logits
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with as_planned(model, planned), torch.no_grad():
+        assert torch.equal(model(ids).logits, expected)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for plan in planned.plans:
         bh.apply(model, plan, weights=planned.weights if plan is planned.units else None)
     with torch.no_grad():

@@ -9,7 +9,7 @@ import transformers
 import billhook as bh
 from billhook.engine.batches import Batch
 from billhook.pruning.amount import Amount
-from billhook.shrinking import hidden, latency
+from billhook.shrinking import latency
 from billhook.shrinking.latency import Clock, Workload, timed
 from billhook.shrinking.planned import Planned
 from billhook.shrinking.shrunk import Times
@@ -130,15 +130,6 @@ def test_a_budget_is_used_up_and_the_model_timed_beside_the_dense_one(layers, cl
     assert f"of the dense model's {1e3 * now:.4g} ms: writing a token" in shrunk.text()
     assert any(line.split()[:2] == ["ms", "predicted"] for line in shrunk.text().splitlines())
     assert shrunk.curve[-1].left == round(1e9 * now)
-
-
-def test_hidden_sizes_are_not_looked_at(clock, monkeypatch):
-    monkeypatch.setattr(hidden, "_width", None)
-    clock()
-    shrunk = bh.shrink(model_of(), texts(), latency=0.9, **FEW)
-    assert shrunk.hidden_stays == "it is left as it is for a budget of time"
-    with pytest.raises(TypeError, match="not callable"):
-        Work.begun(model_of(), Amount(params=0.9), uniform=True)
 
 
 def test_a_block_that_computes_nothing_goes_first(clock):

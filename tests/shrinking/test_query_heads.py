@@ -12,10 +12,8 @@ from billhook.model.config_fields import build_on_meta
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.shrinking import levels, variants
-from billhook.shrinking.blocks import find_blocks
 from billhook.shrinking.damages import damages, make_slots
 from billhook.shrinking.divergence import divided
-from billhook.shrinking.hidden import find_hidden
 from billhook.shrinking.levels import any_gone, called, find_places, gone, pairs_of
 from billhook.shrinking.work import Work
 from kit.families import build, llama, tokens
@@ -113,16 +111,6 @@ def test_a_pair_costs_what_is_left_of_a_model_that_is_really_cut(family, target)
         smaller, kept = copy.deepcopy(model), number_of(place, pair)
         bh.prune_units(smaller, any_gone(place, search.units, kept))
         assert getattr(search.now, target) - place.saves(kept) == getattr(bh.summary(smaller), target)
-
-
-def test_a_pair_costs_what_is_left_at_a_smaller_hidden_size():
-    model = llama(num_attention_heads=6, num_key_value_heads=2, hidden_size=48, attention_bias=True)
-    search, _, (place, *_) = places_of(model, params=0.5)
-    hidden = find_hidden(search, "params", [place], find_blocks(search, "params", [place]), uniform=False)
-    width, kept = hidden.widths[-1], number_of(place, (1, 2))
-    bh.prune_units(model, {hidden.name: list(range(width.kept, 48))}, kind="residual")
-    bh.prune_units(model, any_gone(place, search.units, kept))
-    assert width.now - width.places[0].saves(kept) == model.num_parameters()
 
 
 def test_whole_kv_heads_go_in_the_same_order_as_ever_and_of_others_the_lowest_query_heads():

@@ -127,7 +127,7 @@ def test_the_smallest_that_can_be_reached_is():
     least = some.curve[0].left
     _, smallest = shrunk_of(params=least, layers="free", generations=0)
     assert smallest.left == least
-    assert {now for _, now in smallest.kept.values()} == {0, 1, 6, 24}  # of all blocks but the first nothing, and a narrow stream
+    assert {now for _, now in smallest.kept.values()} == {0, 1, 6}  # of all blocks but the first nothing
     with pytest.raises(ValueError, match=f"params={least - 1}: .* cannot be reached; .* {least:,} to"):
         shrunk_of(params=least - 1, layers="free")
 

@@ -43,7 +43,7 @@ from billhook.shrinking.work import Work
 
 
 class Shrink(ShapeCallback):
-    """Removes channels, heads, blocks and hidden size within one budget at a given step, as much of each as loses least.
+    """Removes channels, heads and blocks within one budget at a given step, as much of each as loses least.
 
     This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
     the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the
@@ -69,9 +69,8 @@ class Shrink(ShapeCallback):
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
         round_to: To multiples of what the number of channels that remain is rounded down. `"auto"`: of the largest of 256,
-            128, 64 and 32 that takes at most 3 % of them more; hidden sizes become such multiples too, and layers that stay
-            alike keep all KV heads, 1, 2, 4 or a multiple of 8, except for `kv_cache_bytes`. A number (int): multiples of it;
-            1: any number.
+            128, 64 and 32 that takes at most 3 % of them more; layers that stay alike keep all KV heads, 1, 2, 4 or a multiple
+            of 8, except for `kv_cache_bytes`. A number (int): multiples of it; 1: any number.
         generations: Rounds of evolution; 0 takes the best of what the knapsack finds.
         candidates: Models that each round measures.
         at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the first step).

@@ -66,11 +66,11 @@ def _scales(model: PreTrainedModel, owner: str, numbers: Numbers) -> dict[str, S
     if not any(one is not module and one._parameters.get("weight") is module.weight for one in model.modules()):
         return scales
     name = _last_norm(model, module.embedding_dim)
-    back = divided(model.get_submodule(name), ratio) if name else None
+    back = _divided(model.get_submodule(name), ratio) if name else None
     return None if back is None else scales | {f"{name}.weight": back}
 
 
-def divided(norm: nn.Module, ratio: float) -> Scale | None:
+def _divided(norm: nn.Module, ratio: float) -> Scale | None:
     """Finds how the weight of a norm, its only parameter, divides what it gives, tried on a small copy; None if it does not."""
     given = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(norm.get_parameter("weight").dtype)
     for back in (partial(torch.div, other=ratio), partial(_one_off, by=ratio)):

@@ -235,18 +235,6 @@ class Place:
         kv_heads = tuple(sorted({kept for kept, _ in self.pairs}, reverse=True))
         return replace(self, count=kv_heads[0], allowed=kv_heads, pairs=(), query=0) if self.pairs else self
 
-    def repriced(self, units: Mapping[str, Units], saved: Callable[[dict[str, list[int]]], int]) -> "Place":
-        """Returns the same place at other prices.
-
-        Args:
-            units: The units of all places.
-            saved: Returns by how much less is left without some.
-        """
-        query = saved({name: one_of_each(units[name]) for name in self.names}) // self.pairs[-1][0] if self.pairs else 0
-        if self.pairs and self.pairs[-1][0] == 1:
-            return replace(self, each=self.pairs[-1][1] * query, query=query)
-        return replace(self, each=saved({name: units[name].query_heads([0]) for name in self.names}), query=query)
-
     def _paid(self, pair: Pair) -> int:
         return pair[0] * (self.each - (self.pairs[-1][1] - pair[1]) * self.query)
 

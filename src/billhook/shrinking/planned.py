@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
@@ -27,11 +28,7 @@ from billhook.pruning.target import Search, row_lengths
 from billhook.repairs.moments import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import Repair
 from billhook.shrinking.blocks import Block, Blocks
-from billhook.shrinking.hidden import Hidden
-from billhook.tracing.trace import trace
-from billhook.units.find import units_of
 from billhook.units.gates import mask
-from billhook.units.units import UnitKind, Units
 
 
 @dataclass(frozen=True)
@@ -69,16 +66,9 @@ class Planned:
         gone = ", ".join(plan.words for plan in self.cuts if plan.units)
         return "; ".join([*(f"{plan.words}, merged" for plan in self.merged), *([gone] if gone else [])])
 
-    @property
-    def inside(self) -> tuple[dict[str, list[int]], list[UnitKind]]:
-        """The units that go besides residual channels, by place, and their kinds."""
-        kinds = {name: kind for name, kind in self.units.kinds.items() if kind != "residual"}
-        return {name: own for name, own in self.units.units.items() if name in kinds}, list(dict.fromkeys(kinds.values()))
-
 
 def plan_choice(
     search: Search,
-    units: Mapping[str, Units],
     target: str,
     limit: int,
     numbers: Mapping[str, list[int]],
@@ -89,14 +79,13 @@ def plan_choice(
 
     Args:
         search: The model, and what it costs.
-        units: Its units, by place.
         target: What is limited.
         limit: The most that may be left.
         numbers: The units that go, by place.
         blocks: The blocks that could go.
         gone: Those that do.
     """
-    cut, after = find_cut(search.model, search.structure, units, numbers), None
+    cut, after = find_cut(search.model, search.structure, search.units, numbers), None
     if gone:
         smaller = tried(search.model, cut)
         after = blocks.planned(smaller, gone)
@@ -115,25 +104,6 @@ def _row_lengths(search: Search, cut: Cut) -> tuple[RowLength, ...]:
     asked = {name: left[0] for name, left in cut.after.items()}
     rows = row_lengths(search.model, cut, asked)
     return tuple(row for row in rows if [other.kind for other in rows].count(row.kind) == 1)
-
-
-def repaired(
-    planned: Planned, hidden: Hidden, blocks: Blocks, kept: Mapping[str, int], fitted: Sequence[Any], repair: Repair | None
-) -> Planned:
-    """Refits linears from front to back, those behind the first block that goes too; the model stays as it is.
-
-    Where residual channels go, all is fitted within what is left of them, and norms make up for the narrower stream.
-    """
-    gone, model, scales = blocks.gone(kept), hidden.search.model, hidden.scales(kept)
-    weights = LazyTensors({})
-    left = ""
-    whole, (units, kinds) = blocks.behind(gone) if gone else [], planned.inside
-    if repair is not None and (units or whole):
-        with hidden.narrowed(kept):
-            plan = _planned_now(model, units, kinds) if hidden.gone(kept) else planned.units
-            weights, left = refitted_if_enough(model, plan, fitted, repair, blocks.zeros(gone), whole)
-        weights = hidden.widened(weights, kept) if hidden.gone(kept) else weights
-    return Planned(planned.units, planned.blocks, (weights | scales) or None, not_refitted=left)
 
 
 def refitted_if_enough(
@@ -155,17 +125,13 @@ def refitted_if_enough(
 
 
 @contextmanager
-def as_planned(planned: Planned, hidden: Hidden, kept: Mapping[str, int]) -> Iterator[None]:
+def as_planned(model: PreTrainedModel, planned: Planned) -> Iterator[None]:
     """Lets the model compute what it will once plans have been carried out, until the end of a `with` block."""
-    model, weights, (units, kinds) = hidden.search.model, planned.weights or {}, planned.inside
-    new = hidden.sliced(LazyTensors.of(weights), kept)
     with ExitStack() as stack:
-        stack.enter_context(hidden.narrowed(kept))
-        stack.enter_context(store_of(model).computing_with(new))
-        if units:
-            stack.enter_context(mask(model, units, kinds))
-        if planned.blocks is not None:
-            stack.enter_context(mask(model, planned.blocks))
+        stack.enter_context(store_of(model).computing_with(LazyTensors.of(planned.weights or {})))
+        for plan in planned.cuts:
+            if plan.units:
+                stack.enter_context(mask(model, plan))
         yield
 
 
@@ -183,8 +149,3 @@ def apply_in_turn(
     trained_by = list(optimizers)
     for follow in follows:
         follow(trained_by)
-
-
-def _planned_now(model: Any, units: Mapping[str, list[int]], kinds: Sequence[UnitKind]) -> UnitPlan:  # noqa: ANN401
-    structure = trace(model)
-    return UnitPlan.of(find_cut(model, structure, units_of(model, structure, kinds), units))

@@ -53,20 +53,19 @@ def shrink(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Shrunk:
-    """Removes channels, heads, blocks and hidden size within one budget, as much of each as loses least, and repairs.
+    """Removes channels, heads and blocks within one budget, as much of each as loses least, and repairs.
 
     Each place (a feed-forward, an attention) is cut to several levels and refitted, on its own; for `params` and `bytes` an
     attention may also keep fewer of the query heads that share a KV head, as many of each. What a level costs the whole model is
     measured at two of them, as KL divergence from the dense model on batches that nothing is fitted to, and is in proportion to
     the error of the refitted linears in between. So is the model without each whole block, where a block whose last linears are
-    zero computes nothing, as in most decoders, and, for `params` and `bytes`, at hidden sizes down to three quarters, for which
-    memory holds the model once more; what is printed says why either must stay. A knapsack then finds what loses least, and
-    evolution on the divergence itself refines it, from several numbers of blocks and the best hidden sizes on. What is chosen is
-    cut as a whole, in place, and repaired from front to back; the blocks behind one that goes make up for it, too, and norms for
-    a narrower stream. Where layers stay alike, the best choice that cuts other kinds of units is repaired as well if it loses at
-    most a quarter more before, and what then loses less is taken. The parts are from ZipLM (Kurtic et al., 2023,
-    https://arxiv.org/abs/2302.04089), MoDeGPT (Lin et al., 2024, https://arxiv.org/abs/2408.09632: how much each layer gives
-    decides) and Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657).
+    zero computes nothing, as in most decoders; what is printed says why all must stay. A knapsack then finds what loses least,
+    and evolution on the divergence itself refines it, from several numbers of blocks on. What is chosen is cut as a whole, in
+    place, and repaired from front to back; the blocks behind one that goes make up for it, too. Where layers stay alike, the best
+    choice that cuts other kinds of units is repaired as well if it loses at most a quarter more before, and what then loses less
+    is taken. The parts are from ZipLM (Kurtic et al., 2023, https://arxiv.org/abs/2302.04089), MoDeGPT (Lin et al., 2024,
+    https://arxiv.org/abs/2408.09632: how much each layer gives decides) and Týr-the-Pruner (Li et al., 2025,
+    https://arxiv.org/abs/2503.09657).
 
     Args:
         model: A Hugging Face model with `logits`, or a module that holds one.
@@ -91,9 +90,8 @@ def shrink(
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
         round_to: To multiples of what the number of channels that remain is rounded down. `"auto"`: of the largest of 256,
-            128, 64 and 32 that takes at most 3 % of them more; hidden sizes become such multiples too, and layers that stay
-            alike keep all KV heads, 1, 2, 4 or a multiple of 8, except for `kv_cache_bytes`. A number (int): multiples of it;
-            1: any number.
+            128, 64 and 32 that takes at most 3 % of them more; layers that stay alike keep all KV heads, 1, 2, 4 or a multiple
+            of 8, except for `kv_cache_bytes`. A number (int): multiples of it; 1: any number.
         generations: Rounds of evolution; 0 takes the best of what the knapsack finds.
         candidates: Models that each round measures.
         library: A folder for the variants of all places; by default they stay in memory. A search of the same model, batches,

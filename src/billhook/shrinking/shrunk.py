@@ -77,7 +77,6 @@ class Shrunk(Shown):
             model's nanoseconds, while all other sizes are sums of what places take.
         blocks: The blocks that were removed after that, numbered as before; None where none was.
         blocks_stay: Why no block could go; empty where some could.
-        hidden_stays: Why the hidden size could not be smaller; empty where it could.
         merged: The KV heads that were merged, where all query heads stay: a plan for each number of them that there is then.
         not_refitted: What was cut and not refitted though that was asked for, and why; empty if all was refitted.
     """
@@ -96,7 +95,6 @@ class Shrunk(Shown):
     times: Times | None = None
     blocks: BlockPlan | None = None
     blocks_stay: str = ""
-    hidden_stays: str = ""
     merged: tuple[KVHeadPlan, ...] = ()
     not_refitted: str = ""
 
@@ -121,8 +119,7 @@ class Shrunk(Shown):
         plain = {name: getattr(self, name) for name in ("target", "limit", "left", "kept", "predicted", "measured")}
         choices = {name: [vars(one) for one in getattr(self, name)] for name in ("curve", "tried")}
         times = None if self.times is None else vars(self.times)
-        stay = {"blocks_stay": self.blocks_stay, "hidden_stays": self.hidden_stays}
-        blocks = {"blocks": self.blocks and self.blocks.to_json(), **stay}
+        blocks = {"blocks": self.blocks and self.blocks.to_json(), "blocks_stay": self.blocks_stay}
         compared = {"alone": self.alone, "ratio": self.ratio, "times": times}
         merged = {"merged": [plan.to_json() for plan in self.merged]}
         left = {"not_refitted": self.not_refitted} if self.not_refitted else {}
@@ -145,9 +142,8 @@ class Shrunk(Shown):
         return [*self.merged, *units, *([self.blocks] if self.blocks else [])]
 
     def _stays(self) -> list[str]:
-        """Says what stays, and why."""
-        blocks = [f"all blocks stay: {self.blocks_stay}"] if self.blocks_stay and not self.blocks else []
-        return [*blocks, *([f"the hidden size stays: {self.hidden_stays}"] if self.hidden_stays else [])]
+        """Says why all blocks stay, if they do."""
+        return [f"all blocks stay: {self.blocks_stay}"] if self.blocks_stay and not self.blocks else []
 
     def _head(self) -> list[str]:
         return ["ms" if self.target == "latency" else self.target, "predicted", "put together"]

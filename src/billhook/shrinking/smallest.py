@@ -42,7 +42,7 @@ class Found:
 
     def lost(self, work: Work) -> float:
         """Measures what the model loses once it is cut and repaired."""
-        with as_planned(self.planned, work.hidden, self.kept):
+        with as_planned(work.model, self.planned):
             return work.divergence.mean()
 
 
@@ -98,7 +98,7 @@ def _first_met(work: Work, sizes: Sequence[int], most: float, perplexity: Perple
     while low < high:
         middle = (low + high) // 2
         point = best_point(work.spaces, sizes[middle])
-        with work.assembled(work.spaces[point[0]].kept(point[1]) if point else {}):
+        with work.library.assembled(work.spaces[point[0]].kept(point[1]) if point else {}):
             met = point is not None and perplexity.ratio() <= most
         low, high = (low, middle) if met else (middle + 1, high)
     return low
@@ -106,5 +106,5 @@ def _first_met(work: Work, sizes: Sequence[int], most: float, perplexity: Perple
 
 def _ratio(work: Work, perplexity: Perplexity, found: Found) -> float:
     """Measures the model as it would be if plans were carried out."""
-    with as_planned(found.planned, work.hidden, found.kept):
+    with as_planned(work.model, found.planned):
         return perplexity.ratio()

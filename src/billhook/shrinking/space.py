@@ -1,7 +1,7 @@
 """The spaces of a search: slots whose levels are chosen, beside what is the same at all levels, as blocks that are gone."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
 
@@ -24,13 +24,10 @@ from billhook.shrinking.choose import (
     widest,
 )
 from billhook.shrinking.damages import groups, make_slots
-from billhook.shrinking.hidden import HIDDEN, Width
 from billhook.shrinking.levels import Place
 
 SEVERAL = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """How many blocks are gone in the choices that a search begins with: sums say too little of what several lose together."""
-FEW = 3
-"""How many choices with a smaller hidden size are among them."""
 Point = tuple[int, Levels]
 """A choice: the number of a space, and levels of its slots."""
 
@@ -43,15 +40,13 @@ class Space:
         slots: The slots.
         rest: What all else costs.
         gone: Blocks that are gone at all levels.
-        lost: What is lost without them, and with what is fixed.
-        fixed: What else is kept at all levels, by its name: of a smaller hidden size.
+        lost: What is lost without them.
     """
 
     slots: Sequence[Slot | Joint]
     rest: int
     gone: Sequence[Block] = ()
     lost: float = 0.0
-    fixed: Mapping[str, int] = field(default_factory=dict)
     _frontiers: dict[frozenset[str], Frontier] = field(default_factory=dict)
 
     @cached_property
@@ -70,7 +65,7 @@ class Space:
     def kept(self, levels: Levels) -> dict[str, int]:
         """Returns how many units each place keeps; 0 of blocks that are gone, and of all in them."""
         gone = {name: 0 for block in self.gone for name in (block.name, *block.places)}
-        return gone | dict(self.fixed) | kept_at(self.slots, levels)
+        return gone | kept_at(self.slots, levels)
 
     def best(self, limit: int) -> Levels | None:
         """Returns the levels that are to lose least within a limit."""
@@ -107,19 +102,6 @@ def _only(slot: Slot | Joint, gone: Collection[str]) -> Slot | Joint:
         return slot
     own = slice(-1, None) if _goes(slot, gone) else slice(0, -1)
     return Joint(slot.kept[own], slot.costs[own], slot.losses[own])
-
-
-def every_space(
-    widths: Sequence[Width], levels: Mapping[str, Sequence[int]], losses: Mapping[str, Sequence[float]], uniform: bool
-) -> list[Space]:
-    """Makes the spaces of all hidden sizes, first of the one as it is; what each of the others loses is among the losses."""
-    found = list[Space]()
-    for width in widths:
-        make, fixed = uniform_spaces if uniform else free_space, {HIDDEN: width.kept} if width.kept else {}
-        lost = losses[f"{HIDDEN} {width.kept}"][-1] if fixed else 0.0
-        spaces = make(width.places, levels, losses, width.blocks, width.now)
-        found += [replace(space, lost=space.lost + lost, fixed=fixed) for space in spaces]
-    return found
 
 
 def free_space(
@@ -166,23 +148,16 @@ def uniform_spaces(
 def starts(spaces: Sequence[Space], limit: int, ranked: Sequence[Block]) -> list[Point]:
     """Returns choices within a limit to begin with: the best of all, and the best for several numbers of blocks that go.
 
-    Of the spaces with something fixed, the best of each, and the best few of those.
-
     Args:
         spaces: The spaces.
         limit: The most that may be left.
         ranked: The blocks that may go, those that matter least first.
     """
-    whole = [number for number, space in enumerate(spaces) if not space.fixed]
-    found = [(number, spaces[number].best(limit)) for number in whole if len(spaces[number].gone) in SEVERAL]
-    if len(whole) == 1:
+    found = [(number, space.best(limit)) for number, space in enumerate(spaces) if len(space.gone) in SEVERAL]
+    if len(spaces) == 1:
         several = [ranked[:count] for count in SEVERAL if count <= len(ranked)] if ranked else []
-        found += [(whole[0], spaces[whole[0]].best_without(limit, [block.name for block in gone])) for gone in several]
+        found += [(0, spaces[0].best_without(limit, [block.name for block in gone])) for gone in several]
     points = [(number, levels) for number, levels in found if levels is not None]
-    kinds = dict.fromkeys(tuple(space.fixed.items()) for space in spaces if space.fixed)
-    narrow = [best_point(spaces, limit, dict(kind)) for kind in kinds]
-    order = sorted([point for point in narrow if point is not None], key=lambda one: spaces[one[0]].predicted(one[1]))
-    points += order[:FEW]
     return points or [point for point in [best_point(spaces, limit)] if point is not None]
 
 
@@ -196,7 +171,7 @@ def as_uniform(
     """Returns the best choice in which places of a kind keep as many, as levels of a free space; none if there is none.
 
     Args:
-        space: The free space, the first of all.
+        space: The free space.
         places: The places.
         levels: By place, how many units it keeps at each level.
         losses: By place, what is lost at each.
@@ -210,10 +185,9 @@ def as_uniform(
     return [(0, space.nearest({place.name: place.saves(kept[place.name]) for place in places}))]
 
 
-def best_point(spaces: Sequence[Space], limit: int, fixed: Mapping[str, int] | None = None) -> Point | None:
-    """Returns the choice within a limit that is to lose least, of all or with something fixed; None if none is so small."""
-    some = [(number, space) for number, space in enumerate(spaces) if fixed is None or space.fixed == fixed]
-    found = [(number, levels) for number, space in some if (levels := space.best(limit)) is not None]
+def best_point(spaces: Sequence[Space], limit: int) -> Point | None:
+    """Returns the choice within a limit that is to lose least; None if none is so small."""
+    found = [(number, levels) for number, space in enumerate(spaces) if (levels := space.best(limit)) is not None]
     return min(found, key=lambda point: spaces[point[0]].predicted(point[1]), default=None)
 
 
@@ -247,21 +221,23 @@ def costs_of(places: Sequence[Place], uniform: bool) -> list[dict[int, int]]:
     return [{kept: sum(place.cost(kept) for place in group) for kept in group[0].allowed} for group in own]
 
 
-def just_met(width: Width, levels: Mapping[str, Sequence[int]], limit: int) -> dict[str, set[int]]:
+def just_met(
+    places: Sequence[Place], blocks: Sequence[Block], now: int, levels: Mapping[str, Sequence[int]], limit: int
+) -> dict[str, set[int]]:
     """Finds further numbers to keep, where places of a kind keep as many, that just meet a limit.
 
     That is for several numbers of blocks that go, as if all were alike.
     """
     found: dict[str, set[int]] = {}
-    for count in (one for one in BLOCKS if one <= len(width.blocks)):
-        gone = width.blocks[:count]
+    for count in (one for one in BLOCKS if one <= len(blocks)):
+        gone = blocks[:count]
         inside = {name for block in gone for name in block.places}
-        places = [place for place in width.places if place.name not in inside]
-        own, whole = groups(places, uniform=True), sum(place.cost(place.count) for place in places)
-        within = limit - width.now + sum(block.cost for block in gone) + whole
-        more = widest([levels[group[0].name] for group in own], costs_of(places, uniform=True), within) if own else {}
+        left = [place for place in places if place.name not in inside]
+        own, whole = groups(left, uniform=True), sum(place.cost(place.count) for place in left)
+        within = limit - now + sum(block.cost for block in gone) + whole
+        more = widest([levels[group[0].name] for group in own], costs_of(left, uniform=True), within) if own else {}
         for number, kept in more.items():
-            alike = next(group for group in groups(width.places, uniform=True) if own[number][0] in group)
+            alike = next(group for group in groups(places, uniform=True) if own[number][0] in group)
             for place in alike:
                 found.setdefault(place.name, set()).update(kept)
     return found
@@ -339,7 +315,7 @@ def finalists(order: Sequence[Point], measured: Mapping[Point, float], cut: Call
 
 
 def kinds_cut(space: Space, levels: Levels, places: Sequence[Place]) -> frozenset[str]:
-    """Returns the kinds of units of which a choice keeps less: of places, `"block"`, and the hidden size."""
+    """Returns the kinds of units of which a choice keeps less: of places, and `"block"`."""
     kept = space.kept(levels)
     kinds = {place.kind for place in places if 0 < kept[place.name] < place.count}
-    return frozenset({*kinds, *(["block"] if space.gone else []), *([HIDDEN] if space.fixed else [])})
+    return frozenset({*kinds, *(["block"] if space.gone else [])})

@@ -130,19 +130,16 @@ class Library:
         """Lets go of the variants that are in memory."""
         self._weights.clear()
 
-    def assembled(
-        self, kept: Mapping[str, int], change: Callable[[LazyTensors], LazyTensors] | None = None
-    ) -> AbstractContextManager[None]:
+    def assembled(self, kept: Mapping[str, int]) -> AbstractContextManager[None]:
         """Puts variants in the places of the model until the end of a `with` block; what a place loses is multiplied by zero.
 
         Args:
             kept: By place, how many units it keeps; 0 of blocks that are gone, and of places in them.
-            change: Changes their parameters before.
         """
         variants = LazyTensors({})
         for place, number in kept.items():
             variants |= self.weights(place, number)
-        return store_of(self.model).computing_with(change(variants) if change is not None else variants)
+        return store_of(self.model).computing_with(variants)
 
 
 def resting(model: nn.Module, weights: Mapping[str, Tensor]) -> LazyTensors:

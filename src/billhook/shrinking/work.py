@@ -1,8 +1,7 @@
 """Leads a model through the steps of a search: levels, variants, damage, choice, and the cut and repair of what is chosen."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from billhook.shrinking.blocks import Block, Blocks, find_blocks
 from billhook.shrinking.choose import Levels, Slot, between, cost, evolve, kept_at
 from billhook.shrinking.damages import CALLED, damage_without, damages, fewer_blocks, groups, make_slots, of_one_kind
 from billhook.shrinking.divergence import Agreed, Divergence
-from billhook.shrinking.hidden import HIDDEN, Hidden, Width, find_hidden
 from billhook.shrinking.levels import Place, find_places, gone, query_scores, removed, told
 from billhook.shrinking.merging import Merging, find_merging
-from billhook.shrinking.planned import Planned, plan_choice, repaired
+from billhook.shrinking.planned import Planned, plan_choice, refitted_if_enough
 from billhook.shrinking.shrunk import Choice, Shrunk, Times, in_words
 from billhook.shrinking.space import (
     SEVERAL,
@@ -32,14 +30,15 @@ from billhook.shrinking.space import (
     as_uniform,
     best_point,
     coarser,
-    every_space,
     filled_up,
     finalists,
+    free_space,
     just_met,
     kinds_cut,
     moved,
     spread,
     starts,
+    uniform_spaces,
 )
 from billhook.shrinking.variants import Library, fill_library, key_of
 from billhook.units.units import UnitKind
@@ -62,7 +61,6 @@ class Work:
         places: The places that may keep less.
         levels: By place, how many units it keeps at each level.
         blocks: The whole blocks that may go.
-        hidden: The hidden sizes that the model could have.
         progress: Called with how many steps are done, and of how many at most.
         reused: Called with how many variants a library on disk holds from an earlier search.
         entered: Called with what is done from now on, in words.
@@ -84,7 +82,6 @@ class Work:
     uniform: bool
     places: list[Place]
     blocks: Blocks
-    hidden: Hidden
     levels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     progress: Callable[[int, int], None] | None = None
     reused: Callable[[int], None] | None = None
@@ -106,8 +103,7 @@ class Work:
         now = int(getattr(search.now, target))
         places = find_places(search, target, query_heads=not timed, alike=uniform)
         blocks = find_blocks(search, target, places)
-        hidden = find_hidden(search, "latency" if timed else target, places, blocks, uniform)
-        work = cls(model, search, target, now, limit, uniform, places, blocks, hidden)
+        work = cls(model, search, target, now, limit, uniform, places, blocks)
         work.divide(getattr(amount, target))
         return work
 
@@ -121,28 +117,21 @@ class Work:
                 f"{self.target}={asked}: {limit} cannot be reached; with what may be removed, {least} to {now} can"
                 f"{as_percentage(asked)}"
             )
-        for name, kept in (just_met(self.widths[0], self.levels, self.limit) if self.uniform else {}).items():
+        more = just_met(self.places, self.blocks.able, self.now, self.levels, self.limit) if self.uniform else {}
+        for name, kept in more.items():
             own = {self._rounded({name: one})[name] for one in kept}
             self.levels[name] = tuple(sorted({*self.levels[name], *own}, reverse=True))
 
     @property
     def least(self) -> int:
-        """The least that may be left: the narrowest, without all blocks that may go, and all other places at their lowest."""
-        return min(self._least(width) for width in self.widths)
-
-    @property
-    def widths(self) -> list[Width]:
-        """The hidden size as it is and those that it could have, with what all else costs."""
-        return [Width(0, self.now, self.places, self.blocks.able), *self.hidden.widths]
-
-    def _least(self, width: Width) -> int:
-        saved = {place.name: place.saves(self.levels[place.name][-1]) for place in width.places}
-        more = (max(block.cost - sum(saved[name] for name in block.places), 0) for block in width.blocks)
-        return width.now - sum(saved.values()) - sum(more)
+        """The least that may be left: without all blocks that may go, and all other places at their lowest."""
+        saved = {place.name: place.saves(self.levels[place.name][-1]) for place in self.places}
+        more = (max(block.cost - sum(saved[name] for name in block.places), 0) for block in self.blocks.able)
+        return self.now - sum(saved.values()) - sum(more)
 
     def most_steps(self, generations: int, candidates: int) -> int:
         """Returns how many steps a search has at most."""
-        probed = sum(2 + bool(place.merges) for place in self.places) + len(self.blocks.able) + len(self.hidden.widths)
+        probed = sum(2 + bool(place.merges) for place in self.places) + len(self.blocks.able)
         return probed + len(SEVERAL) + 2 + generations * candidates + CURVE
 
     @property
@@ -168,9 +157,7 @@ class Work:
         pairs = {name: place.pairs for place in self.places if place.pairs for name in place.names}
         self.scores = self.agreed(self.scores | query_scores(self.model, units, pairs, importance, fitted))
         runs = [run_of(self.model, own, batch) for batch in fitted]
-        self.hidden.rank(importance, fitted, runs)
-        self.hidden.order = self.agreed(self.hidden.order)
-        how = [str(repair), self.search.amount.round_to, pairs, self.hidden.order, len(fitted)]
+        how = [str(repair), self.search.amount.round_to, pairs, len(fitted)]
         own_folder = folder and folder / key_of(self.model, how, self.scores, [*fitted, *held_out])
         self.library = Library(self.model, own_folder, self.blocks.writers)
         if self.reused is not None:
@@ -181,10 +168,9 @@ class Work:
         self.losses = self.agreed({place.name: self._damages(place) for place in self.places})
         self._merge(fitted, repair)
         self.losses |= {block.name: [0.0, self._damage_without(block)] for block in self.blocks.able}
-        lost_at = self.hidden.damages(self.library, self.divergence, self.advance)
-        self.losses |= {f"{HIDDEN} {kept}": [0.0, lost] for kept, lost in lost_at.items()}
         self.losses = self.agreed(self.losses)
-        self.spaces = every_space(self.widths, self.levels, self.losses, self.uniform)
+        make = uniform_spaces if self.uniform else free_space
+        self.spaces = make(self.places, self.levels, self.losses, self.blocks.able, self.now)
 
     def chosen(self, generations: int, candidates: int, seed: int) -> tuple[list[dict[str, int]], list[Choice], list[Choice]]:
         """Returns how many units places keep, the choices of other sizes, and what has been measured within the budget.
@@ -223,7 +209,6 @@ class Work:
         if self.target == "params" and (found := fewer_blocks(self.model, fitted, self.divergence, self.now - self.limit, ends)):
             self.alone[CALLED["block"]] = (self.now - found[0], found[1])
         self.library.forget()
-        self.hidden.forget()
 
     def _of_one_kind(self, slots: Sequence[Slot]) -> dict[UnitKind, Levels]:
         """Finds the levels that meet the budget if places of one kind alone keep less, by kind, where that is enough."""
@@ -241,9 +226,12 @@ class Work:
         numbers = removed(self.places, self.search.units, self.scores, cut)
         if self.merging is not None and (merged := self.merging.merged(self.places, cut, kept)) is not None:
             return merged.planned(self.limit, numbers, self.blocks, blocks, fitted, repair)
-        numbers, units = numbers | self.hidden.gone(kept), self.hidden.units if self.hidden.gone(kept) else self.search.units
-        made = plan_choice(self.search, units, self.target, self.limit, numbers, self.blocks, blocks)
-        return repaired(made, self.hidden, self.blocks, kept, fitted, repair)
+        planned = plan_choice(self.search, self.target, self.limit, numbers, self.blocks, blocks)
+        behind = self.blocks.behind(blocks) if blocks else []
+        if repair is None or not (planned.units.units or behind):
+            return planned
+        weights, left = refitted_if_enough(self.model, planned.units, fitted, repair, self.blocks.zeros(blocks), behind)
+        return replace(planned, weights=weights or None, not_refitted=left)
 
     def finished(
         self,
@@ -257,12 +245,10 @@ class Work:
         """Measures the model once the plans of what was chosen have been carried out."""
         predicted = sum(between(slot, kept[slot.names[0]]) for slot in self._slots(self._present(kept)))
         predicted += sum(self.losses[block.name][-1] for block in self.blocks.gone(kept))
-        width = {HIDDEN: (self.hidden.count, kept[HIDDEN])} if HIDDEN in kept else {}
-        predicted += sum(self.losses[f"{HIDDEN} {number}"][-1] for _, number in width.values())
-        counts = told(self.places, kept) | width
+        counts = told(self.places, kept)
         left = round(times.ratio * self.now) if times else int(figure_of(self.model, self.target) or 0)
         found = tuple(curve), tuple(tried), dict(self.alone), ratio, times
-        own = planned.blocks, self.blocks.why, self.hidden.why, planned.merged, planned.not_refitted or self.not_repaired
+        own = planned.blocks, self.blocks.why, planned.merged, planned.not_refitted or self.not_repaired
         return Shrunk(planned.units, self.target, self.limit, left, counts, predicted, self.divergence.by_source(), *found, *own)
 
     def _merge(self, fitted: Sequence[Any], repair: Repair | None) -> None:
@@ -292,15 +278,15 @@ class Work:
     def _filled(self, point: Point) -> dict[str, int]:
         """Lets places keep more, between levels too, as far as the budget goes."""
         space, levels = self.spaces[point[0]], point[1]
-        width, before = next(one for one in self.widths if one.kept == space.fixed.get(HIDDEN, 0)), space.kept(levels)
-        kept = filled_up(space, levels, self.limit, width.places, self.levels, self.losses, self.uniform)
-        more = sum(one.cost(kept[one.name]) - one.cost(before[one.name]) for one in width.places)
-        return self._rounded(kept, self.limit - space.left(levels) - more, width.places)
+        before = space.kept(levels)
+        kept = filled_up(space, levels, self.limit, self.places, self.levels, self.losses, self.uniform)
+        more = sum(place.cost(kept[place.name]) - place.cost(before[place.name]) for place in self.places)
+        return self._rounded(kept, self.limit - space.left(levels) - more)
 
-    def _rounded(self, kept: Mapping[str, int], spare: int = 0, places: Sequence[Place] | None = None) -> dict[str, int]:
+    def _rounded(self, kept: Mapping[str, int], spare: int = 0) -> dict[str, int]:
         """Rounds numbers of channels down, where layers stay alike and that is left to us."""
         left_to_us = self.uniform and self.search.amount.round_to == "auto"
-        return coarser(places or self.places, kept, spare) if left_to_us else dict(kept)
+        return coarser(self.places, kept, spare) if left_to_us else dict(kept)
 
     def _present(self, kept: Mapping[str, int]) -> list[Place]:
         """Returns the places that do not go with their block."""
@@ -340,16 +326,9 @@ class Work:
         self.advance()
         key = frozenset(kept.items())
         if key not in self.known:
-            with self.assembled(kept):
+            with self.library.assembled(kept):
                 self.known[key] = self.divergence.mean()
         return self.known[key]
-
-    @contextmanager
-    def assembled(self, kept: Mapping[str, int]) -> Iterator[None]:
-        """Puts variants in the places of the model, at its hidden size or a smaller one, until the end of a `with` block."""
-        variants = self.library.assembled(kept, partial(self.hidden.sliced, kept=kept))
-        with self.hidden.narrowed(kept), variants:
-            yield
 
     def _choice(self, point: Point, measured: float) -> Choice:
         space, levels = self.spaces[point[0]], point[1]

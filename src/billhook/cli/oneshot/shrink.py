@@ -24,7 +24,6 @@ from billhook.pruning.repair import Repairing
 from billhook.report.speed import Phase
 from billhook.shrinking.damages import CALLED
 from billhook.shrinking.divergence import divided
-from billhook.shrinking.hidden import HIDDEN
 from billhook.shrinking.latency import Workload, clock_of
 from billhook.shrinking.levels import Place
 from billhook.shrinking.shrink import Layers, budget, check_library, check_search, repair_for, shrink_begun
@@ -34,7 +33,7 @@ from billhook.tracing.show import pattern
 
 
 def outlook(work: Work, steps: int, within: str | None = None) -> str:
-    """Returns what there is and may be left, the levels of each place, the blocks and hidden sizes, and how many steps it takes.
+    """Returns what there is and may be left, the levels of each place, the blocks, and how many steps it takes.
 
     Args:
         work: A work that has begun.
@@ -45,12 +44,8 @@ def outlook(work: Work, steps: int, within: str | None = None) -> str:
     lines = [f"{type(work.model).__name__}: {work.now:,} {work.target} now; {left}, and at least {work.least:,} can be"]
     rows = Counter((pattern(place.name), _levels(place, work.levels[place.name])) for place in work.places)
     lines += [f"  {name}  {levels}, in each of {count}" for (name, levels), count in rows.items()]
-    able, sizes = len(work.blocks.able), [width.kept for width in work.hidden.widths]
+    able = len(work.blocks.able)
     lines.append(f"  {able} whole block{'s' * (able > 1)} may go" if able else f"  all blocks stay: {work.blocks.why}")
-    if sizes:
-        lines.append(f"  {HIDDEN} {', '.join(map(str, [work.hidden.count, *sizes]))}")
-    else:
-        lines.append(f"  the {HIDDEN} stays: {work.hidden.why}")
     return "\n".join([*lines, f"  at most {steps:,} steps"])
 
 
@@ -130,9 +125,8 @@ def shrink(
 
     Each feed-forward and attention is cut to several levels and refitted, on its own; for `params` and `bytes` an attention may
     also keep fewer of the query heads that share a KV head. What that costs the whole model is measured, as is what it loses
-    without each block and at smaller hidden sizes, and what loses least together is searched for.
-    What is chosen is repaired from front to back. The parts are from ZipLM (https://arxiv.org/abs/2302.04089) and
-    Týr-the-Pruner (https://arxiv.org/abs/2503.09657).
+    without each block, and what loses least together is searched for. What is chosen is repaired from front to back. The parts
+    are from ZipLM (https://arxiv.org/abs/2302.04089) and Týr-the-Pruner (https://arxiv.org/abs/2503.09657).
 
     Args:
         model: A folder, a hub name, or "tiny".
@@ -154,9 +148,8 @@ def shrink(
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
         round_to: To multiples of what the number of channels that remain is rounded down. "auto": of the largest of 256,
-            128, 64 and 32 that takes at most 3 % of them more; hidden sizes become such multiples too, and layers that stay
-            alike keep all KV heads, 1, 2, 4 or a multiple of 8, except for `kv_cache_bytes`. A number (int): multiples of it;
-            1: any number.
+            128, 64 and 32 that takes at most 3 % of them more; layers that stay alike keep all KV heads, 1, 2, 4 or a multiple
+            of 8, except for `kv_cache_bytes`. A number (int): multiples of it; 1: any number.
         generations: Rounds of evolution; 0 takes what the sums say.
         candidates: Models that each round measures.
         library: A folder for the variants of all places, from which a search on the same examples goes on. By default they are

@@ -104,7 +104,7 @@ def test_what_may_follow_can_be_run(small, files, tmp_path, monkeypatch, capsys)
         (["prune-structure", "--channels", "0.5"], False, "176"),
         (["prune-structure", "--channels", "0.5", "--importance", "WeightNorm"], True, "176"),
         (["convert", "--num_key_value_heads", "1"], True, "80"),
-        (["shrink", "--params", "0.9"], True, "176"),
+        (["shrink", "--params", "0.92"], True, "176"),
     ],
 )
 def test_a_dry_run_has_the_model_write_nothing_and_says_how_much_it(small, tmp_path, monkeypatch, capsys, words, plan, tokens):

@@ -39,6 +39,8 @@ EVENTS = {
 }
 ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
 """Of how many weights of WIDTH x WIDTH in each block new values wait, as shards, until tensors are cut."""
+VARIANTS = {"a smaller model": 4}
+"""Weights of WIDTH x WIDTH that are whole while a model is measured: two of a block in variants, and what gathers them."""
 
 HALF = {"sparsity": 0.5, "at": 1, "measure_batches": 0, "calibration": FEW["calibration"] * 2}
 ZEROS = {
@@ -80,7 +82,7 @@ class Beside:
     rest: int
     moments: int
     shards: int  # of what has changed, twice, as it was and as it is, and of what waited, on this rank
-    held: int  # by a search: shards of variants of places
+    held: int  # by a search: shards of variants of places, and those of one block whole
     tuned: int  # what tuning a block takes besides
     what: str  # happened
 
@@ -142,6 +144,7 @@ def beside(folder, name, strategy, ranks=1, layers=LAYERS):
         held = searched(patch)
         trainer(folder, [callback], max_steps=2, strategy=strategy, limit_val_batches=0, **options).fit(lit)
     (most,), (event,) = found, callback.events
+    held.append(ranks * VARIANTS.get(name, 0) * 4 * WIDTH**2)
     shards = size(set(lit.net.model.layers.parameters()) - there) + ASIDE.get(name, 0) * 4 * layers * WIDTH**2 + zeros
     moments, tuned = MOMENTS.get(name, 4 * WIDTH**2), TUNED.get(name, 0) * block
     return Beside(most, block, rest, moments, shards // ranks, int(sum(held)) // ranks, tuned, event["what"])

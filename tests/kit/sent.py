@@ -180,7 +180,7 @@ SENT = {
     "shrink": Event(
         lambda: bh.Shrink(params=0.8, repair=None, generations=0, **FEW),
         lambda _: 0,
-        lambda _, a, b: 2 * a + (24 + 4 * 3) * b,
+        lambda _, a, b: 2 * a + (8 + 4 * 3) * b,
         ("o_proj", "down_proj"),
     ),
 }

@@ -12,7 +12,7 @@ from billhook.engine.trees import tree_leaves, tree_map_only
 
 
 class Loads(Protocol):
-    """What a forward needs of a store."""
+    """Loads blocks for their forwards, as a store does."""
 
     device: torch.device | None
 

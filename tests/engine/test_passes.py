@@ -40,7 +40,7 @@ def test_what_is_orderly(name):
     way, orderly = WAYS[name]
     model = Model(way)
     owner = {part: block for block in (*model.blocks, OTHER) for part in block.modules()}
-    with passing(SimpleNamespace(owner=owner), model) as seen:
+    with passing(SimpleNamespace(owner=owner, on_ranks=True), model) as seen:
         model(torch.ones(1, 4))
     assert seen.orderly == orderly
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in owner)

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+gc.freeze()  # what has been imported by now: so that collecting at each new peak is cheap, in scripts, too
+
 LEAST = 2**12
 """Bytes of what counts."""
 
@@ -21,15 +23,6 @@ class Held(TorchDispatchMode):
         self.most, self._known, self._but = 0, {}, but
         for one in tensors:
             self._look(one)
-
-    def __enter__(self):
-        gc.collect()
-        gc.freeze()  # so that collecting looks at what is made within alone
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        gc.unfreeze()
-        return super().__exit__(*error)
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         given = operation(*args, **(kwargs or {}))

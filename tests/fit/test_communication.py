@@ -119,7 +119,7 @@ def sent(monkeypatch):
 
 BITS = 1 / 32
 """Of a weight in float32, which is a bit of a mask."""
-MASKS, VALUES = 2 * BITS, 3 * BITS + 0.5
+MASKS, VALUES = 2 * BITS, 2 * BITS + 0.5
 """What is gathered of each linear to hold its mask and to put it in place; with new values of half of its weights."""
 ZEROS = {  # how often all blocks are gathered, and what of their linears
     "magnitude": (bh.Magnitude(), {}, 1, MASKS),

@@ -130,8 +130,8 @@ def masked(model, around, blocks):
 
 
 def solved_for(model, around, blocks):
-    """Bytes that are gathered where kept weights are new; masks once more, to tell which weights are whose."""
-    return around + blocks + int((4 * BITS + 2 * 0.5) * pruned(model))
+    """Bytes that are gathered where kept weights are new."""
+    return around + blocks + int((3 * BITS + 2 * 0.5) * pruned(model))
 
 
 ATTENTION, FORWARD, KV = ".self_attn.", ".mlp.", ("k_proj", "v_proj")

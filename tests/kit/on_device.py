@@ -230,7 +230,7 @@ STOPPED = ("Wanda", "match", "repair", "KV heads by SVD, repaired")
 WORKS = {f"memory: {name}": own for name, own in MEMORY.items()}
 WORKS |= {f"memory, sent ahead: {name}": own for name, own in MEMORY.items()}
 WORKS |= {f"files: {name}": (partial(in_files, work=work), most) for name, (work, most) in FILES.items()}
-WORKS |= {f"files, read ahead: {name}": (partial(in_files, work=work, ahead=True), most) for name, (work, most) in FILES.items()}
+WORKS |= {f"files, read ahead: {name}": (partial(in_files, work=FILES[name][0], ahead=True), FILES[name][1]) for name in STOPPED}
 WORKS |= {f"files, stopped: {name}": (partial(in_files, work=FILES[name][0], stops=True), FILES[name][1]) for name in STOPPED}
 WORKS |= {"files: offload": (offloaded_from_files, 0), "files: perplexity": (measured_in_files, 0)}
 

@@ -1,9 +1,11 @@
 """How many bytes of memory tensors hold at most, those that lose their memory and get it again included."""
 
 import gc
+import time
 import weakref
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,8 +31,16 @@ class Held(TorchDispatchMode):
         found = [self._look(one) for one in (given if isinstance(given, tuple | list) else (given,))]
         if any(found) and self.now() > self.most:
             gc.collect()  # circles of objects hold tensors until the collector comes, which it does when it likes
+            self._wait_for_gloo()
             self.most = max(self.most, self.now())
         return given
+
+    def _wait_for_gloo(self):
+        """Lets gloo's threads release what they have gathered, which they do at some time after a collective's end."""
+        for _ in range(10 * torch.distributed.is_initialized()):
+            if self.now() <= self.most:
+                return
+            time.sleep(0.002)
 
     def now(self):
         return sum(storage.nbytes() for one in list(self._known.values()) if (storage := one()) is not None)

@@ -107,7 +107,7 @@ def prepared(flow: str, folder: Path) -> Callable[[], object]:
         return partial(bh.shrink, model, batches, params=0.85, layers="free", generations=2, candidates=2)
     callback = {
         "KVHeadConversion, svd": partial(bh.KVHeadConversion, 1, method="svd"),
-        "StructuredPruning, repaired": partial(bh.StructuredPruning, bh.Amount(channels=0.25), repair=bh.Repair()),
+        "StructuredPruning, repaired": partial(bh.StructuredPruning, bh.Amount(channels=0.25), repair=bh.RepairConfig()),
     }[flow](at=1, calibration=batches, measure_batches=0)
     return fit(model, callback, batches, folder)
 

@@ -7,8 +7,9 @@
 torch-pruning's rows are its own recipes: those of `examples/transformers/prune_hf_vit.py` for the ViT (as many dimensions of each
 head; "uniform" also takes the same share of the stream, "bottleneck" leaves it), and for ConvNeXt those of
 `examples/timm_models` (magnitude, uniform) and of Isomorphic-Pruning (Taylor, global, isomorphic, `round_to=2`). billhook's rows
-are `Amount(flops=...)` by `OutputNorm`, with `Repair` unless said otherwise. Both see the same first 1,024 training images, and
-train for the same steps on the same batches in the same order. The ratio that gives torch-pruning the MACs is found by bisection.
+are `Amount(flops=...)` by `OutputNorm`, with `RepairConfig` unless said otherwise. Both see the same first 1,024 training images,
+and train for the same steps on the same batches in the same order. The
+ratio that gives torch-pruning the MACs is found by bisection.
 "Held out" are 5,000 training images that nothing was fitted to, on which one would choose; the rest is on all test images.
 """
 

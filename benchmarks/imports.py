@@ -12,7 +12,7 @@ import subprocess
 import sys
 from statistics import median
 
-NAMES = ["WeightPruning", "KVHeadConversion", "StructuredPruning", "HeadPruning", "DepthPruning", "Shrink", "Export", "Report"]
+NAMES = ["WeightPruning", "KVHeadConversion", "StructuredPruning", "HeadPruning", "DepthPruning", "Shrinking", "Export", "Report"]
 SCRIPT = """
 import gc, sys, time
 import torch, lightning.pytorch, transformers

@@ -34,8 +34,8 @@ ROWS = {
     "svd": {"method": "svd"},
     "aligned, similar": {"method": bh.Aligned("similar")},
     "svd, similar": {"method": bh.SVD("similar")},
-    "mean, repaired": {"method": "mean", "repair": bh.Repair(ridges=(3.0, 10.0, 30.0, 100.0))},
-    "svd, repaired": {"method": "svd", "repair": bh.Repair(ridges=(3.0, 10.0, 30.0, 100.0))},
+    "mean, repaired": {"method": "mean", "repair": bh.RepairConfig(ridges=(3.0, 10.0, 30.0, 100.0))},
+    "svd, repaired": {"method": "svd", "repair": bh.RepairConfig(ridges=(3.0, 10.0, 30.0, 100.0))},
     "auto": {"method": "auto"},
 }
 

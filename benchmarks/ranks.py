@@ -29,11 +29,11 @@ from billhook.repairs import visitor
 from billhook.repairs.least_squares import refit_linear
 
 KINDS = {
-    "a fifth of the channels, `Repair()`": bh.Repair,
-    "a fifth of the channels, `Repair()`, two sources": bh.Repair,
+    "a fifth of the channels, `RepairConfig()`": bh.RepairConfig,
+    "a fifth of the channels, `RepairConfig()`, two sources": bh.RepairConfig,
     "50 %, `SparseGPT()`": bh.SparseGPT,
     "50 %, `Refit()`": bh.Refit,
-    "a fifth of the channels, `Repair()`, in a fit under DDP": bh.Repair,
+    "a fifth of the channels, `RepairConfig()`, in a fit under DDP": bh.RepairConfig,
     "50 %, `SparseGPT()`, in a fit under DDP": bh.SparseGPT,
 }
 
@@ -58,7 +58,7 @@ def clock_of(how):
     """Has a clock count all solving of a repair or a criterion, and returns it."""
     exchange = Clock(Comm.sum_)
     Comm.sum_ = lambda *given: exchange(*given)
-    if isinstance(how, bh.Repair):
+    if isinstance(how, bh.RepairConfig):
         visitor.refit_linear = Clock(refit_linear, exchange)
         return visitor.refit_linear
     clock = Clock(how.prune, exchange)
@@ -78,7 +78,7 @@ def work(options, kind, rank, count, reduce):
     clock = clock_of(how)
     if "DDP" in kind:
         fit(Small(model, rows[0]), how, rows, count)
-    elif isinstance(how, bh.Repair):
+    elif isinstance(how, bh.RepairConfig):
         if "two sources" in kind:
             rows = [Batch(row, "ab"[number // count % 2]) for number, row in enumerate(rows)]
         plan = bh.plan(model, bh.WeightNorm(), rows[rank::count], amount=bh.Amount(channels=0.2))
@@ -111,7 +111,7 @@ class Small(pl.LightningModule):
 def fit(module, how, rows, count):
     """Fits one step under DDP, after which a callback prunes or repairs."""
     given = {"at": 1, "calibration": rows, "measure_batches": 0}
-    if isinstance(how, bh.Repair):
+    if isinstance(how, bh.RepairConfig):
         callback = bh.StructuredPruning(bh.Amount(channels=0.2), importance=bh.WeightNorm(), repair=how, **given)
     else:
         callback = bh.WeightPruning(how, sparsity=0.5, **given)

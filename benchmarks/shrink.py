@@ -55,7 +55,7 @@ def make(options, size, texts):
         return model
     shown = calibration(options, model, 0, OWN[texts]) if texts in OWN else calibration(options, model)
     if size == CONVERTED:
-        bh.convert_kv_heads(model, 1, "svd", shown, repair=bh.Repair())
+        bh.convert_kv_heads(model, 1, "svd", shown, repair=bh.RepairConfig())
         return model
     shrunk = bh.shrink(model, shown, library=options.work / "library", progress=_progress, **SHRINKS[size])
     print(shrunk, flush=True)

@@ -5,8 +5,9 @@ rows by name, `--steps 0` leaves the training out, `--speed` adds how fast the c
 
 Blocks 4 to 27 of 30 are cut, all of them alike, and perplexity is that of the first 16 windows of 512 tokens of TEST, 511
 predictions each, in float32. "LLM-Pruner" is its paper's settings: the Taylor score of the first 10 windows of 64 tokens of
-TRAIN, as one batch. "billhook" is `callbacks/structured.yaml`: the gradient of gates on each unit and `Repair`, on 512 tokens
-of each of `--examples` windows of TRAIN. Every row is a fresh process. Training: AdamW, all weights, 2 x 128 tokens of TRAIN a
+TRAIN, as one batch. "billhook" is `callbacks/structured.yaml`: the gradient of gates on each unit and `RepairConfig`, on 512
+tokens of each of `--examples` windows of TRAIN.
+Every row is a fresh process. Training: AdamW, all weights, 2 x 128 tokens of TRAIN a
 step that the calibration has not seen, the same for every row; the dense model's row says what the text alone teaches. Memory
 is the peak of the process above what it held with the model loaded, CPU seconds are those of one thread, both up to the cut.
 """

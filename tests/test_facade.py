@@ -60,7 +60,7 @@ def test_folders_are_there_with_what_is_in_them():
 
 
 def test_a_plan_knows_its_kinds():
-    code = "import billhook as bh; bh.Plan.from_json({'kind': 'none'}, None)"
+    code = "import billhook as bh; bh.ModelPlan.from_json({'kind': 'none'}, None)"
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)
     assert "its kind is 'none', and must be one of blocks, kv_heads, units, weights, as to_json returns it" in done.stderr
 

@@ -79,7 +79,7 @@ PLAN = {
 @given(plain=wrong(PLAN))
 def test_plans(model, plain):
     with contextlib.suppress(ValueError):
-        assert bh.Plan.from_json(json.loads(json.dumps(plain)), model).model == "LlamaForCausalLM"
+        assert bh.ModelPlan.from_json(json.loads(json.dumps(plain)), model).model == "LlamaForCausalLM"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_plans_of_blocks(model, block_plan, data):
     plain = data.draw(wrong(block_plan))
     with contextlib.suppress(ValueError):
         own = copy.deepcopy(model)
-        bh.apply(own, bh.Plan.from_json(plain, own))
+        bh.apply(own, bh.ModelPlan.from_json(plain, own))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ CALLBACKS = [
         "StructuredPruning",
         {"amount": {"channels": 0.2, "params": 0.8, "first": 1}, "at": "start", "rounds": 2, "repair": {"validation": 0.1}},
     ),
-    ("Shrink", {"params": 0.8, "layers": "free", "at": 0.5, "generations": 2, "repair": {"ridges": [0.1]}, "round_to": 8}),
+    ("Shrinking", {"params": 0.8, "layers": "free", "at": 0.5, "generations": 2, "repair": {"ridges": [0.1]}, "round_to": 8}),
     ("DepthPruning", {"count": 1, "ratio": 0.5, "importance": {"class_path": "Ablation"}, "greedy": True, "first": 1}),
     ("Uptraining", {"alpha": 0.05, "pretraining_steps": 100}),
     ("Export", {"folder": "out"}),

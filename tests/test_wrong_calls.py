@@ -35,7 +35,7 @@ PLAN, BATCHES = bh.plan_units(MODEL, {0: [1]}), [{"input_ids": tokens()} for _ i
 VALUES = [
     *(None, True, -1, 3, 0.5, -0.5, math.nan, math.inf, "", "taylor", "wanda", "adam", b"wanda", Nothing(), Nothing, print),
     *({"heads": 0.5}, {0: 5}, [], [Nothing()], ["a", 1], (math.nan,), torch.zeros(2, 3), nn.Linear(2, 2), MODEL.config),
-    *(bh.Wanda(), bh.Taylor(), bh.Mean(), bh.Repair(), bh.Amount(heads=0.5), PLAN, torch.float32),
+    *(bh.Wanda(), bh.Taylor(), bh.Mean(), bh.RepairConfig(), bh.Amount(heads=0.5), PLAN, torch.float32),
 ]
 
 
@@ -187,7 +187,7 @@ SCORES = (bh.WeightNorm(), bh.Taylor(), bh.Taylor("second"), bh.GateGradient(), 
 HOW = {
     "score": [{"importance": one} for one in SCORES],
     "prune": [{"criterion": one, "sparsity": 0.5} for one in (bh.Wanda(), bh.SparseGPT(), bh.Magnitude(), bh.RIA())],
-    "convert_kv_heads": [*({"method": one} for one in ("mean", "svd", "aligned", "auto")), {"repair": bh.Repair()}],
+    "convert_kv_heads": [*({"method": one} for one in ("mean", "svd", "aligned", "auto")), {"repair": bh.RepairConfig()}],
     "plan": [{"heads": 0.5}, {"channels": 0.5, "importance": bh.WeightNorm()}, {"blocks": 1}, {"residual": 0.5}],
 }
 OF_MODELS = sorted(name for name, one in PUBLIC.items() if not inspect.isclass(one) and "model" in annotations(name))
@@ -238,7 +238,7 @@ BESIDE = {
     "Amount": {"residual": 0.5},
     "DepthPruning": {"count": 1},
     "SRSTE": {"sparsity": 0.5},
-    "Shrink": {"params": 0.9},
+    "Shrinking": {"params": 0.9},
     "WeightPruning": {"sparsity": 0.5},
     "measure_speed": {"contexts": [4], "new_tokens": 2, "rounds": 1, "batch_sizes": [1]},
     "prune": {"criterion": bh.Magnitude(), "sparsity": 0.5},

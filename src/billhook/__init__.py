@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from billhook.calibration.calibration import Calibration as Calibration
     from billhook.calibration.generated import generated as generated
 
-    from billhook.model.plan import Plan as Plan, apply as apply
+    from billhook.model.plan import ModelPlan as ModelPlan, apply as apply
     from billhook.pruning.amount import Amount as Amount
     from billhook.pruning.planning import plan as plan, plan_units as plan_units, prune_units as prune_units
     from billhook.pruning.repair import repair as repair
-    from billhook.repairs.repair import Repair as Repair
+    from billhook.repairs.repair import RepairConfig as RepairConfig
 
     from billhook.sparsity.prune import prune as prune
     from billhook.sparsity.permute import permute_for as permute_for
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from billhook.callbacks import DepthPruning as DepthPruning, HeadPruning as HeadPruning
     from billhook.callbacks import KVHeadConversion as KVHeadConversion, Uptraining as Uptraining
     from billhook.callbacks import StructuredPruning as StructuredPruning, WeightPruning as WeightPruning, SRSTE as SRSTE
-    from billhook.callbacks import Damage as Damage, Export as Export, Report as Report, Shrink as Shrink
+    from billhook.callbacks import Damage as Damage, Export as Export, Report as Report, Shrinking as Shrinking
 
     from billhook.training.module import TransformerModule as TransformerModule
     from billhook.training.data import TextDataModule as TextDataModule, ClassificationDataModule as ClassificationDataModule
@@ -85,11 +85,11 @@ else:
         "billhook.importance.taylor": "Taylor",
         "billhook.calibration.calibration": "Calibration",
         "billhook.calibration.generated": "generated",
-        "billhook.model.plan": "Plan apply",
+        "billhook.model.plan": "ModelPlan apply",
         "billhook.pruning.amount": "Amount",
         "billhook.pruning.planning": "plan plan_units prune_units",
         "billhook.pruning.repair": "repair",
-        "billhook.repairs.repair": "Repair",
+        "billhook.repairs.repair": "RepairConfig",
         "billhook.sparsity.prune": "prune",
         "billhook.sparsity.permute": "permute_for",
         "billhook.sparsity.criteria": "RIA Magnitude Wanda",
@@ -117,7 +117,7 @@ else:
         "billhook.callbacks.damage": "Damage",
         "billhook.callbacks.export": "Export",
         "billhook.callbacks.report": "Report",
-        "billhook.callbacks.shrink": "Shrink",
+        "billhook.callbacks.shrinking": "Shrinking",
         "billhook.training.module": "TransformerModule",
         "billhook.training.data": "TextDataModule ClassificationDataModule",
         "billhook.training.images": "ImageDataModule",
@@ -130,11 +130,11 @@ else:
     def __getattr__(name: str) -> object:
         """Imports a public name; or all of them, where a folder is asked for, of which any part may be meant, or plans are.
 
-        `Plan.from_json` makes those of every kind that has been imported.
+        `ModelPlan.from_json` makes those of every kind that has been imported.
         """
         if name not in _WHERE and importlib.util.find_spec(f"{__name__}.{name}") is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name not in _WHERE or name == "Plan":
+        if name not in _WHERE or name == "ModelPlan":
             for place in _PLACES:
                 importlib.import_module(place)
         if name not in _WHERE:

@@ -16,8 +16,8 @@ from kit.fits import trainer, weights
 CALLBACKS = {
     "wanda": lambda **given: bh.WeightPruning(sparsity=0.5, **given),
     "heads": lambda **given: bh.HeadPruning(0.5, **given),
-    "structure": lambda **given: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.Repair(), **given),
-    "shrink": lambda **given: bh.Shrink(kv_cache_bytes=0.5, generations=0, **given),
+    "structure": lambda **given: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.RepairConfig(), **given),
+    "shrink": lambda **given: bh.Shrinking(kv_cache_bytes=0.5, generations=0, **given),
     "depth": lambda **given: bh.DepthPruning(1, **given),
     "svd": lambda **given: bh.KVHeadConversion(2, method="svd", **given),
 }

@@ -66,8 +66,10 @@ KINDS = {
     "heads": lambda at: bh.HeadPruning(at.of(0.5), **seen(at=at.moment, remove="rounds")),
     "masks": lambda at: bh.HeadPruning(at.of(0.5), **seen(at=at.moment, remove="never", importance=bh.Taylor())),
     "structure": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), **seen(at=at.schedule or at.moment)),
-    "repaired": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.Repair(), **seen(at=at.schedule or at.moment)),
-    "shrink": lambda at: bh.Shrink(kv_cache_bytes=0.5, generations=0, **seen(at=at.moment, calibration=batches(4))),
+    "repaired": lambda at: bh.StructuredPruning(
+        bh.Amount(channels=0.5), repair=bh.RepairConfig(), **seen(at=at.schedule or at.moment)
+    ),
+    "shrink": lambda at: bh.Shrinking(kv_cache_bytes=0.5, generations=0, **seen(at=at.moment, calibration=batches(4))),
     "depth": lambda at: bh.DepthPruning(1, **seen(at=at.moment)),
     "mean": lambda at: bh.KVHeadConversion(2, at=at.schedule or at.moment, measure_batches=1),
     "svd": lambda at: bh.KVHeadConversion(2, method="svd", **seen(at=at.schedule or at.moment)),
@@ -328,7 +330,7 @@ ONESHOT = {
     "sparsegpt": lambda model, _: bh.prune(model, bh.SparseGPT(), batches(), 0.5, sequential="layer"),
     "magnitude": lambda model, _: bh.prune(model, bh.Magnitude(), sparsity=0.5),
     "mean": lambda model, optimizer: bh.convert_kv_heads(model, 2, optimizers=optimizer),
-    "svd": lambda model, optimizer: bh.convert_kv_heads(model, 2, bh.SVD("similar"), batches(4), optimizer, bh.Repair()),
+    "svd": lambda model, optimizer: bh.convert_kv_heads(model, 2, bh.SVD("similar"), batches(4), optimizer, bh.RepairConfig()),
     "heads": lambda model, optimizer: bh.prune_units(model, {0: [0, 1], 1: [2, 3]}, optimizer),
     "blocks": lambda model, optimizer: bh.prune_units(model, [0], optimizer, kind="block"),
     "structure": lambda model, optimizer: bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.5), optimizer),

@@ -7,7 +7,7 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from billhook import Export, KVHeadConversion, Mean, Repair, Report, summary
+from billhook import Export, KVHeadConversion, Mean, RepairConfig, Report, summary
 from billhook.kv_heads.config import kv_heads_by_layer
 from billhook.kv_heads.convert import ready_weights
 from billhook.kv_heads.methods import SVD
@@ -74,10 +74,10 @@ def test_each_event_sees_the_model_as_it_then_is(files, tmp_path):
 
     lit, hand = module(), module().model
     at = MultiStep([0.5, 1.0], [1, 2])
-    callback = conversion(at, method="svd", repair=Repair(), calibration=batches)
+    callback = conversion(at, method="svd", repair=RepairConfig(), calibration=batches)
     trainer(tmp_path, [Still(), callback], max_steps=3).fit(lit, data(files))
     for name in reversed(list(kv_heads_by_layer(hand))):
-        given, told = ready_weights(hand, {name: 2}, SVD(), [(one, None) for one in batches], Repair())
+        given, told = ready_weights(hand, {name: 2}, SVD(), [(one, None) for one in batches], RepairConfig())
         apply(hand, plan_kv_heads(hand, 2, layers=[name]), weights=given)
     for name, value in hand.state_dict().items():
         torch.testing.assert_close(

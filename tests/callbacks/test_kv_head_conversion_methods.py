@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 import billhook as bh
-from billhook import KVHeadConversion, Repair
+from billhook import KVHeadConversion, RepairConfig
 from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.convert import convert_kv_heads, ready_weights
 from billhook.kv_heads.methods import method_of
@@ -24,8 +24,8 @@ WAYS = {
     "svd": {"method": "svd"},
     "auto": {"method": "auto"},
     "mean, similar": {"method": bh.Mean("similar")},
-    "mean, repaired": {"repair": Repair()},
-    "svd, similar, repaired": {"method": bh.SVD("similar"), "repair": Repair()},
+    "mean, repaired": {"repair": RepairConfig()},
+    "svd, similar, repaired": {"method": bh.SVD("similar"), "repair": RepairConfig()},
 }
 
 
@@ -186,7 +186,7 @@ class TestRefused:
         ("options", "match"),
         [
             ({"method": "median"}, "method='median' must be one of mean, first, random, aligned, svd, auto"),
-            ({"method": "random", "repair": Repair()}, "repair goes with method 'mean', .* not with 'random'"),
+            ({"method": "random", "repair": RepairConfig()}, "repair goes with method 'mean', .* not with 'random'"),
             ({"calibration": 0}, "calibration=0 must be a whole number of at least 1"),
             ({"calibration": iter([])}, "calibration=list_iterator can be read only once"),
         ],
@@ -209,7 +209,7 @@ class TestRefused:
                 "examples=2: method='auto' needs 2 batches at least, as some are held out; all devices together have 1",
             ),
             (
-                {"repair": Repair(), "calibration": batches(1)},
+                {"repair": RepairConfig(), "calibration": batches(1)},
                 "calibration: repair needs 2 batches at least, as some are held out; all devices together have 1",
             ),
             (

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
-from billhook import KVHeadConversion, Magnitude, Repair, WeightPruning
+from billhook import KVHeadConversion, Magnitude, RepairConfig, WeightPruning
 from billhook.kv_heads.config import kv_heads_of
 from billhook.schedules import MultiStep
 from kit.families import tokens
@@ -229,7 +229,7 @@ class TestRefused:
             ({"method": "svd"}, "over=3: method='svd' has no path .*; 'mean', 'first' and 'aligned' have one"),
             ({"method": "auto"}, "method='auto' has no path"),
             ({"method": "random"}, "method='random' has no path"),
-            ({"repair": Repair()}, "over=3 and repair: heads that have moved lose nothing when they are cut"),
+            ({"repair": RepairConfig()}, "over=3 and repair: heads that have moved lose nothing when they are cut"),
             ({"over": -1}, "over=-1 is negative"),
             ({"over": 1.5}, "over=1.5 as a float is a fraction"),
         ],

@@ -22,7 +22,7 @@ pytestmark = [
 
 
 def shrinking(**options):
-    return bh.Shrink(**{"generations": 1, "candidates": 2, "calibration": 8, "measure_batches": 0} | options)
+    return bh.Shrinking(**{"generations": 1, "candidates": 2, "calibration": 8, "measure_batches": 0} | options)
 
 
 class Watch(pl.Callback):
@@ -54,12 +54,12 @@ def test_too_few_tokens_for_any_refit_are_told_or_where_one_is_asked_for_refused
     how = {"params": 0.94, "calibration": [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (3, 1, 7))]}
     how |= {"importance": bh.WeightNorm(), "generations": 0}
     callback, few = shrinking(**how), "too few tokens that count for any refit"
-    with pytest.warns(UserWarning, match=f"Shrink: not repaired: {few}"):
+    with pytest.warns(UserWarning, match=f"Shrinking: not repaired: {few}"):
         trainer(tmp_path, [callback], max_steps=1).fit(module(), data(files))
     assert callback.events[0]["not_refitted"] == callback.shrunk.not_refitted
     assert callback.shrunk.not_refitted.startswith(f"not repaired: {few}")
     with pytest.raises(ValueError, match=few):
-        trainer(tmp_path, [shrinking(**how, repair=bh.Repair())], max_steps=1).fit(module(), data(files))
+        trainer(tmp_path, [shrinking(**how, repair=bh.RepairConfig())], max_steps=1).fit(module(), data(files))
 
 
 @pytest.mark.parametrize(("at", "step"), [("start", 0), (3, 3), (0.5, 4), (8, 8)])
@@ -154,7 +154,7 @@ DORA = {"lora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)}
         ({"params": 10}, {}, r"params=10: 10 cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
         ({"params": 0.94, "at": 20}, {}, "at=20"),
         ({"params": 0.94, "at": 3}, LORA, "at=3 must be 'start' where adapters are attached"),
-        ({"params": 0.94}, DORA, "Shrink: the adapter of model.layers.0.self_attn.q_proj is not plain LoRA, or has learned"),
+        ({"params": 0.94}, DORA, "Shrinking: the adapter of model.layers.0.self_attn.q_proj is not plain LoRA, or has learned"),
         ({"params": 0.94, "calibration": 2}, {}, "calibration: three rows at least, .* got 2"),
     ],
 )
@@ -230,7 +230,7 @@ def test_heads_that_merge_are_resumed_and_exported(files, tmp_path, layers):
     first = trainer(tmp_path, [whole, checkpoints(tmp_path)], max_steps=4)
     first.fit(lit, data(files))
     assert [plan.after for plan in whole.shrunk.merged] == [2]
-    assert "parameters (4 -> 2 KV heads in 2 attentions, merged; Shrink)" in whole.events[0]["what"]
+    assert "parameters (4 -> 2 KV heads in 2 attentions, merged; Shrinking)" in whole.events[0]["what"]
     shapes = {(one.self_attn.q_proj.out_features, one.self_attn.k_proj.out_features) for one in lit.model.model.layers}
     assert shapes == {(32, 8)}
     steps = {name: float(first.optimizers[0].state[one]["step"]) for name, one in lit.model.named_parameters()}

@@ -96,7 +96,7 @@ REPAIRED = {
 def test_what_can_be_repaired_is_unless_it_is_not_to_be(files, tmp_path, case, caplog):
     amount, options, said = REPAIRED[case]
     fits = []
-    for repair in ({}, {"repair": bh.Repair() if case == "enough" else None}):
+    for repair in ({}, {"repair": bh.RepairConfig() if case == "enough" else None}):
         lit = module()
         trainer(tmp_path, [pruning(**amount, **options | repair)], max_steps=1).fit(lit, data(files))
         fits.append(weights(lit))

@@ -97,7 +97,7 @@ def test_the_plan_says_what_is_read_and_written(files, tmp_path, capsys, read, h
 CONVERSIONS = {
     "mean": 0,
     "svd": 1,  # to see the heads
-    "svd --repair Repair": 3,  # one more to see which linears are called, and one to refit them
+    "svd --repair RepairConfig": 3,  # one more to see which linears are called, and one to refit them
     "auto": 8,  # two to see the heads, of groups of either kind, five to compare methods, one to see the heads on all batches
 }
 
@@ -115,7 +115,7 @@ def test_the_plan_of_a_conversion_says_what_is_read(files, tmp_path, capsys, rea
 
 REMOVALS = {
     "prune-heads --ratio 0.5 --importance OutputNorm": 5,  # scored in two, masked, cut and compared
-    "prune-structure --channels 0.25 --importance OBS --repair Repair": 6,  # scored in one, and refitted in two
+    "prune-structure --channels 0.25 --importance OBS --repair RepairConfig": 6,  # scored in one, and refitted in two
     "prune-structure --residual 0.25 --importance WeightNorm --repair null": 4,  # scored in one, cut, and compared twice
     "prune-blocks --blocks 1 --first 1 --importance Ablation": 6 * 5 + 12,  # six batches with all blocks, and without each
 }

@@ -67,11 +67,11 @@ def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, caps
 
 
 def test_some_layers_by_a_class_with_settings_and_repaired(small, files, tmp_path, capsys):
-    how = ["--method", "Aligned", "--method.grouping", "similar", "--layers", "1", "--repair", "Repair"]
+    how = ["--method", "Aligned", "--method.grouping", "similar", "--layers", "1", "--repair", "RepairConfig"]
     record = convert(small, tmp_path / "out", "--num_key_value_heads", "2", *how, *SHORT, *option(files))
     assert record["plans"][0]["layers"] == ["model.layers.1.self_attn"]
     assert record["events"][0]["what"].endswith("in 1 attentions (aligned, similar heads grouped, repaired)")
-    assert record["repair"].startswith("Repair(")
+    assert record["repair"].startswith("RepairConfig(")
     assert "  refit what reads the heads, and the feed-forwards, by least squares\n" in capsys.readouterr().out
 
 
@@ -101,7 +101,7 @@ def test_a_dry_run_prints_and_writes_nothing(small, tmp_path, capsys):
         ([], "num_key_value_heads: say how many KV heads are left"),
         (["--num_key_value_heads", "0"], "num_key_value_heads=0 must be a whole number of at least 1"),
         (["--num_key_value_heads", "3"], "num_key_value_heads=3, which must be fewer .* legal is 1, 2"),
-        (["--num_key_value_heads", "1", "--method", "first", "--repair", "Repair"], "repair goes with method 'mean'"),
+        (["--num_key_value_heads", "1", "--method", "first", "--repair", "RepairConfig"], "repair goes with method 'mean'"),
         (["--num_key_value_heads", "1", "--layers", "[7]"], "layers: there is no 7; there are 0 to 1"),
     ],
 )

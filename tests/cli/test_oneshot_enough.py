@@ -49,7 +49,7 @@ def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, mo
     for name in ("batches", "measure"):
         monkeypatch.setattr(f"billhook.cli.oneshot.frame.OneShot.{name}", lambda self: pytest.fail("too late"))
     cuts = CUTS | {"convert": ["--num_key_value_heads", "1", "--repair", "{}"], "prune": ["--sparsity", "0.5", "--match", "{}"]}
-    must = ["--repair", "Repair"] if command in ("shrink", "prune-structure") else []
+    must = ["--repair", "RepairConfig"] if command in ("shrink", "prune-structure") else []
     with pytest.raises(SystemExit, match=says):
         main([command, str(small), str(tmp_path / "out"), *cuts[command], *must, *given, *dry, *option(files)])
     assert not (tmp_path / "out").exists()
@@ -89,7 +89,8 @@ def test_few_tokens_for_a_criterion_that_solves_for_weights_are_said_before_the_
 
 
 def test_one_batch_of_several_examples_is_enough(small, files, tmp_path):
-    how = ["--channels", "0.5", "--repair", "Repair", "--examples", "8", "--length", "16", "--evaluate", "0", "--generated", "0"]
+    how = ["--channels", "0.5", "--repair", "RepairConfig", "--evaluate", "0", "--generated", "0"]
+    how += ["--examples", "8", "--length", "16"]
     assert run("prune-structure", small, tmp_path / "out", *how, *option(files))["importance"]["repair"]
 
 

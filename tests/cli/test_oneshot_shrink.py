@@ -43,7 +43,7 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys, mo
     dense = bh.load(small)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert again.num_parameters() == record["shrink"]["left"] <= 0.95 * dense.num_parameters()
-    plan = bh.Plan.from_json(record["shrink"]["plan"], dense)
+    plan = bh.ModelPlan.from_json(record["shrink"]["plan"], dense)
     bh.apply(dense, plan)
     with torch.no_grad():
         ids = blocks(files["train"])[:2]
@@ -133,7 +133,7 @@ def test_whole_blocks_are_in_the_record_the_table_and_the_card(small, files, tmp
     record = json.loads((tmp_path / "out" / "billhook.json").read_text())
     assert 1 in record["shrink"]["blocks"]["units"]["model.layers"]
     for name in ("plan", "blocks"):
-        bh.apply(dense, bh.Plan.from_json(record["shrink"][name], dense))
+        bh.apply(dense, bh.ModelPlan.from_json(record["shrink"][name], dense))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert {name: value.shape for name, value in again.state_dict().items()} == {
         n: v.shape for n, v in dense.state_dict().items()
@@ -259,7 +259,7 @@ def test_merged_heads_are_in_the_record_the_table_and_the_card(small, files, tmp
     assert record["events"][0]["what"] == done
     assert "4 -> 2 KV heads in 2 attentions (svd)" in said
     (plan,) = record["shrink"]["merged"]
-    bh.apply(dense, bh.Plan.from_json(plan, dense))
+    bh.apply(dense, bh.ModelPlan.from_json(plan, dense))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert {name: value.shape for name, value in again.state_dict().items()} == {
         name: value.shape for name, value in dense.state_dict().items()

@@ -35,7 +35,7 @@ def ran(command, model, out, *arguments):
             "--method",
             "auto",
             "--repair",
-            "Repair",
+            "RepairConfig",
             "--generated",
             "0",
             "--batch_size",

@@ -70,12 +70,12 @@ def test_a_target_in_rounds(small, files, tmp_path):
     )
     dense, again = bh.load(small), bh.load(tmp_path / "out")
     assert len(record["plans"]) == 2
-    first = bh.Plan.from_json(record["plans"][0], dense)
+    first = bh.ModelPlan.from_json(record["plans"][0], dense)
     whole = bh.summary(dense).params
     assert 0.97 * whole < first.parameters[1] <= 0.975 * whole
     replayed = copy.deepcopy(dense)
     bh.apply(replayed, first)
-    bh.apply(replayed, bh.Plan.from_json(record["plans"][1], replayed))
+    bh.apply(replayed, bh.ModelPlan.from_json(record["plans"][1], replayed))
     assert bh.summary(again).params == bh.summary(replayed).params <= 0.95 * whole
     with torch.no_grad():
         ids = blocks(files["train"])[:2]
@@ -87,7 +87,7 @@ def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
     text = ["--generated", "0", *option(files)]
     arguments = ["--channels", "0.5", "--length", "16", "--examples", "24", "--evaluate", "8", *text]
     repaired, not_repaired = prune(small, tmp_path / "one", *arguments), prune(small, tmp_path / "other", *arguments, *OFF)
-    assert repaired["importance"]["repair"].startswith("Repair(")
+    assert repaired["importance"]["repair"].startswith("RepairConfig(")
     assert not_repaired["importance"]["repair"] is None
     dense, rows = bh.load(small), blocks(files["train"])
     batches = drawn(rows, 8, 24)

@@ -24,7 +24,7 @@ def subject(request):
 
 
 @pytest.mark.parametrize("method", ["mean", "svd", "aligned", "auto"])
-@pytest.mark.parametrize("repair", [None, bh.Repair()], ids=["as it is", "repaired"])
+@pytest.mark.parametrize("repair", [None, bh.RepairConfig()], ids=["as it is", "repaired"])
 def test_kv_heads_by_every_method(subject, method, repair):
     model, batches = subject
     heads = model.config.num_attention_heads

@@ -87,7 +87,7 @@ def test_then_zeros(tmp_path):
 def test_repaired_with_the_same_bytes(tmp_path, method):
     dense, streamed = bh.load("tiny"), bh.stream("tiny", tmp_path / "out")
     for model in (dense, streamed):
-        bh.convert_kv_heads(model, 2, method, texts(), repair=bh.Repair())
+        bh.convert_kv_heads(model, 2, method, texts(), repair=bh.RepairConfig())
     bh.save(streamed, tmp_path / "out")
     assert same(tmp_path / "out", dense)
 
@@ -114,7 +114,7 @@ def test_the_best_method_with_the_same_bytes(folder, tmp_path):
 
 def test_stopped_at_each_block_and_called_again(tmp_path, monkeypatch):
     def work(model):
-        bh.convert_kv_heads(model, 2, "svd", texts(), repair=bh.Repair())
+        bh.convert_kv_heads(model, 2, "svd", texts(), repair=bh.RepairConfig())
         return model
 
     made, every = [], 3 * 4
@@ -144,7 +144,7 @@ def test_refused(tmp_path):
     with pytest.raises(ValueError, match="batches: method='auto' needs 2 at least, as some are held out; got 1"):
         bh.convert_kv_heads(model, 2, "auto", stopped.batches()[:1])
     with pytest.raises(ValueError, match="batches: repair needs 2 at least, as some are held out; got 1"):
-        bh.convert_kv_heads(model, 2, "svd", stopped.batches()[:1], repair=bh.Repair())
+        bh.convert_kv_heads(model, 2, "svd", stopped.batches()[:1], repair=bh.RepairConfig())
     with pytest.raises(ValueError, match="load all of them first"):
         bh.convert_kv_heads(model, 2, "svd")
     assert not (tmp_path / ".out.parts").exists()

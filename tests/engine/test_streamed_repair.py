@@ -1,4 +1,4 @@
-"""Repair of a streamed model: the same bytes as in memory."""
+"""RepairConfig of a streamed model: the same bytes as in memory."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def repaired(model, how=None):
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("how", [bh.Repair(), bh.Repair(catch_up=False)], ids=["catching up", "alone"])
+@pytest.mark.parametrize("how", [bh.RepairConfig(), bh.RepairConfig(catch_up=False)], ids=["catching up", "alone"])
 def test_repaired_with_the_same_bytes(tmp_path, kind, how):
     torch.manual_seed(0)
     kind(small_config(kind.config_class)).eval().save_pretrained(tmp_path / "dense")

@@ -152,7 +152,7 @@ KV = {
     "mean": (lambda given: bh.KVHeadConversion(2, at=1, measure_batches=0), 1, 0),
     "svd": (lambda given: bh.KVHeadConversion(2, at=1, method="svd", calibration=given, measure_batches=0), 6, 2),
     "repair": (
-        lambda given: bh.KVHeadConversion(2, at=1, method="svd", repair=bh.Repair(), calibration=given, measure_batches=0), 8, 6
+        lambda given: bh.KVHeadConversion(2, 1, "svd", bh.RepairConfig(), calibration=given, measure_batches=0), 8, 6
     ),
 }  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_fewer_kv_heads_gather_blocks_in_turn(tmp_path, alone, sent, name):
     assert bound - 2 * blocks < sum(sent) <= bound
 
 
-@pytest.mark.parametrize("repair", [None, bh.Repair()], ids=["no repair", "repair"])
+@pytest.mark.parametrize("repair", [None, bh.RepairConfig()], ids=["no repair", "repair"])
 def test_shapes_that_change_gather_blocks_in_turn_and_what_optimizers_keep_of_what_is_cut(tmp_path, alone, sent, repair):
     lit = Own()
     blocks = sum(4 * parameter.numel() for parameter in lit.net.model.layers.parameters())

@@ -283,7 +283,7 @@ def test_a_sharded_model_is_shrunk_to_what_one_in_memory_is(tmp_path, alone, mon
     monkeypatch.setattr(ShardStore, "all_here", None)
     found = []
     for strategy in ("auto", alone):
-        lit, callback = make(), bh.Shrink(**given, calibration=list(batches), generations=1, candidates=2, measure_batches=0)
+        lit, callback = make(), bh.Shrinking(**given, calibration=list(batches), generations=1, candidates=2, measure_batches=0)
         run = trainer(tmp_path, [callback], 3, strategy=strategy, limit_val_batches=0, use_distributed_sampler=False)
         run.fit(lit, *[DataLoader(rows(12, 0), 2)] * 2)
         state = {own: whole(value).clone() for own, value in lit.state_dict().items()}

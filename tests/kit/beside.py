@@ -26,7 +26,7 @@ EVENTS = {
     "masks, by gates": lambda: bh.HeadPruning(0.5, at=1, remove="never", **FEW),
     "heads": lambda: bh.HeadPruning(0.5, at=1, **FEW),
     "channels": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, repair=None, **FEW),
-    "channels, repaired": lambda: bh.StructuredPruning(bh.Amount(channels=0.9), at=1, repair=bh.Repair(), **MORE),
+    "channels, repaired": lambda: bh.StructuredPruning(bh.Amount(channels=0.9), at=1, repair=bh.RepairConfig(), **MORE),
     "residual channels": lambda: bh.StructuredPruning(bh.Amount(residual=0.5), at=1, repair=None, **FEW),
     "residual channels, by gradients": lambda: bh.StructuredPruning(
         bh.Amount(residual=0.5), at=1, importance=bh.Taylor(), repair=None, **FEW
@@ -34,8 +34,8 @@ EVENTS = {
     "KV heads": lambda: bh.KVHeadConversion(2, at=1, measure_batches=0),
     "KV heads, with data": lambda: bh.KVHeadConversion(2, at=1, method="svd", **FEW),
     "blocks": lambda: bh.DepthPruning(2, at=1, **FEW),
-    "a smaller model": lambda: bh.Shrink(params=0.8, **SEARCH),
-    "a smaller cache": lambda: bh.Shrink(kv_cache_bytes=0.5, **SEARCH),
+    "a smaller model": lambda: bh.Shrinking(params=0.8, **SEARCH),
+    "a smaller cache": lambda: bh.Shrinking(kv_cache_bytes=0.5, **SEARCH),
 }
 ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
 """Of how many weights of WIDTH x WIDTH in each block new values wait, as shards, until tensors are cut."""

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 import billhook as bh
-from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, Repair, StructuredPruning, Taylor, WeightPruning
+from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, RepairConfig, StructuredPruning, Taylor, WeightPruning
 from billhook.importance.baselines import RandomUnits
 from billhook.schedules import Linear, MultiStep
 from billhook.sparsity import masks
@@ -80,7 +80,7 @@ class ByHand(FitOfTuples):
 
 def structured_pruning(module=FitOfTuples):
     """In two events, on batches of the user's own, of which the same choose the ridge."""
-    options = {"importance": Taylor("first"), "repair": Repair(), "measure_batches": 0}
+    options = {"importance": Taylor("first"), "repair": RepairConfig(), "measure_batches": 0}
     if module is FitOfTuples:
         options["calibration"] = [(ids,) for ids in draw(8, 4, 12, seed=1)]
     return Fit(
@@ -95,7 +95,7 @@ def shrinking():
     options = {"at": 2, "calibration": [(one,) for one in draw(5, 4, 12, seed=1)], "generations": 2, "candidates": 3}
     return Fit(
         FitOfTuples,
-        lambda: bh.Shrink(params=0.9, layers="free", measure_batches=0, **options),
+        lambda: bh.Shrinking(params=0.9, layers="free", measure_batches=0, **options),
         lambda one: [one.events, one.shrunk.kept],
         steps=4,
     )
@@ -104,7 +104,7 @@ def shrinking():
 def shrinking_to_a_loss():
     """On text, of which every process reads all."""
     options = {"at": 2, "calibration": 8, "generations": 1, "candidates": 2, "measure_batches": 0}
-    return Fit(module, lambda: bh.Shrink(max_loss=1.1, **options), lambda one: [one.events, one.shrunk.kept], steps=3)
+    return Fit(module, lambda: bh.Shrinking(max_loss=1.1, **options), lambda one: [one.events, one.shrunk.kept], steps=3)
 
 
 def depth_pruning():
@@ -338,11 +338,13 @@ DIFFER = {
     "StructuredPruning: the plan of what is removed": stop(
         lambda: [StructuredPruning(bh.Amount(channels=0.5 - rank() / 4), at=1, importance=RandomUnits(), **NONE)]
     ),
-    "Shrink: its settings": stop(
-        lambda: [bh.Shrink(params=0.8, at=1, importance=RandomUnits(rank()), generations=0, repair=None, calibration=6, **NONE)]
+    "Shrinking: its settings": stop(
+        lambda: [
+            bh.Shrinking(params=0.8, at=1, importance=RandomUnits(rank()), generations=0, repair=None, calibration=6, **NONE)
+        ]
     ),
-    "Shrink: the model": stop(lambda: [Apart(), bh.Shrink(params=0.8, at=1, generations=0, calibration=6, **NONE)]),
-    "Shrink: the batches": stop(lambda: [bh.Shrink(params=0.8, at=1, calibration=of_rank(), **NONE)]),
+    "Shrinking: the model": stop(lambda: [Apart(), bh.Shrinking(params=0.8, at=1, generations=0, calibration=6, **NONE)]),
+    "Shrinking: the batches": stop(lambda: [bh.Shrinking(params=0.8, at=1, calibration=of_rank(), **NONE)]),
     "HeadPruning: whether monitor='own' is worse": replace(
         stop(lambda: [HeadPruning(0.5, 1, bh.WeightNorm(), monitor="own", mode="max")], Validated), options={}
     ),
@@ -353,7 +355,7 @@ FAIL = {
     "weights": stop(lambda: [WeightPruning(sparsity=0.5, at=1, **stray())]),
     "heads": stop(lambda: [HeadPruning(0.5, at=1, **stray())]),
     "structure": stop(lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, **stray())]),
-    "shrink": stop(lambda: [bh.Shrink(params=0.8, at=1, importance=Fails(), calibration=batches(4), **NONE)]),
+    "shrink": stop(lambda: [bh.Shrinking(params=0.8, at=1, importance=Fails(), calibration=batches(4), **NONE)]),
     "depth": stop(lambda: [DepthPruning(1, at=1, **stray())]),
     "conversion": stop(lambda: [KVHeadConversion(2, at=1, method="svd", **stray())]),
     "way": stop(lambda: [KVHeadConversion(2, at=2, method="aligned", over=1, **stray())]),

@@ -19,7 +19,7 @@ EVENTS = {
     "heads": lambda at: bh.HeadPruning(0.5, at=at, **FEW),
     "masked": lambda at: bh.HeadPruning(0.5, at=at, remove="never", **FEW),
     "structure": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), at=at, **FEW),
-    "shrink": lambda at: bh.Shrink(kv_cache_bytes=0.5, generations=1, candidates=2, repair=None, at=at, **FEW),
+    "shrink": lambda at: bh.Shrinking(kv_cache_bytes=0.5, generations=1, candidates=2, repair=None, at=at, **FEW),
     "depth": lambda at: bh.DepthPruning(1, at=at, **FEW),
     "mean": lambda at: bh.KVHeadConversion(2, at=at, measure_batches=FEW["measure_batches"]),
     "svd": lambda at: bh.KVHeadConversion(2, at=at, method="svd", **FEW),

@@ -201,8 +201,8 @@ def lacking(of, **own):
     given = SOME | {"calibration": of, "at": 2}
     callbacks = {
         "by svd": lambda: bh.KVHeadConversion(2, method="svd", **given),
-        "the best, repaired": lambda: bh.KVHeadConversion(2, method="auto", repair=bh.Repair(), **given),
-        "repaired": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.Repair(), **given),
+        "the best, repaired": lambda: bh.KVHeadConversion(2, method="auto", repair=bh.RepairConfig(), **given),
+        "repaired": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.RepairConfig(), **given),
     }
     made = {f"a rank without batches, {what}": shapes(one, partial(Own, **own)) for what, one in callbacks.items()}
     return made | {f"{name}, DDP": replace(one, ddp=True) for name, one in made.items()}

@@ -12,7 +12,7 @@ from billhook.engine.memory import resident
 def cut(source, out, text, memory):
     """Removes a quarter of the channels, and has the linears that read them refitted."""
     shown = ["--examples", "40", "--length", "128", "--evaluate", "2", "--data", json.dumps({"train": text, "test": text})]
-    asked = ["--channels", "0.25", "--importance", "WeightNorm", "--repair", "Repair", "--repair.ridges", "[0.1, 1.0]"]
+    asked = ["--channels", "0.25", "--importance", "WeightNorm", "--repair", "RepairConfig", "--repair.ridges", "[0.1, 1.0]"]
     main(["prune-structure", source, out, *asked, *shown, "--stream", "--memory", memory])
 
 

@@ -35,7 +35,7 @@ def repaired(model, device):
 
 
 def converted(model, device):
-    bh.convert_kv_heads(model, 2, "svd", batches(device), repair=bh.Repair())
+    bh.convert_kv_heads(model, 2, "svd", batches(device), repair=bh.RepairConfig())
 
 
 def scored(importance, kind):
@@ -80,7 +80,7 @@ WORKS = {
     "SparseGPT": (pruned(bh.SparseGPT()), 1e-5),
     "ALPS": (pruned(bh.ALPS(steps=3)), 0.1),  # as much as another order of the batches makes
     "BlockMatching": (pruned(bh.Wanda(), match=bh.BlockMatching(steps=1)), 1e-5),
-    "Repair": (repaired, 1e-4),
+    "RepairConfig": (repaired, 1e-4),
     "SVD": (converted, 1e-5),
     "Taylor": (scored(bh.Taylor("first"), "head"), 1e-5),
     "OBS": (scored(bh.OBS(), "channel"), 1e-5),

@@ -69,7 +69,7 @@ def test_adapters_on_feed_forwards_alone_are_not_in_the_way():
     model = adapted("llama", peft.LoraConfig(r=2, **mlp))
     merged = bh.merge(copy.deepcopy(model)).model
     with pytest.raises(ValueError, match=r"repair refits weights, and model.layers.0.mlp.up_proj has adapters: leave it out, or"):
-        bh.convert_kv_heads(model, 2, "svd", batches=batches, repair=bh.Repair())
+        bh.convert_kv_heads(model, 2, "svd", batches=batches, repair=bh.RepairConfig())
     for one in (model, merged):
         bh.convert_kv_heads(one, 2, "svd", batches=batches)
     ids = tokens()

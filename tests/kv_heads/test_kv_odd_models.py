@@ -188,7 +188,7 @@ def test_a_layer_without_attention_of_the_usual_kind_is_none_of_the_method():
     with pytest.raises(ValueError, match=rf"no change of basis leaves what {full} computes as it is .*a gate"):
         bh.convert_kv_heads(model, 1, "svd", IDS, layers=[full])
     batches = [{"input_ids": torch.randint(10, 60, (8, 12))} for _ in range(3)]
-    assert bh.convert_kv_heads(model, 1, "mean", batches, repair=bh.Repair(), layers=[full]).layers == (full,)
+    assert bh.convert_kv_heads(model, 1, "mean", batches, repair=bh.RepairConfig(), layers=[full]).layers == (full,)
 
 
 @pytest.mark.parametrize(("name", "heads"), [("GroupViTModel", 3), ("SegformerForImageClassification", 1)])

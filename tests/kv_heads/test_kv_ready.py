@@ -15,7 +15,7 @@ from billhook.kv_heads.convert import Attentions, best_method
 from billhook.kv_heads.freedom import Freedoms
 from billhook.kv_heads.layout import find_projections, read
 from billhook.kv_heads.methods import SVD, Aligned, Auto, Mean, method_of
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.tracing.trace import trace
 from kit import kv_zoo
 from kit.families import build, llama, tokens
@@ -65,7 +65,7 @@ def divergence(one, other, ids):
 
 def test_auto_takes_what_stays_nearest_on_held_out_batches(monkeypatch):
     attentions, parts, _ = trained()
-    (number,) = Repair().chooses(len(parts))
+    (number,) = RepairConfig().chooses(len(parts))
     held_out, compared, distance = parts[number], [], attentions.distance
     monkeypatch.setattr(attentions, "distance", lambda new, *rest: compared.append(new) or distance(new, *rest))
     chosen, losses = best_method(attentions, METHODS, trials_of(attentions.model, parts), None)
@@ -119,7 +119,7 @@ def test_repair_brings_a_trained_model_nearer_to_what_it_was_on_text_it_has_not_
     model, trials = attentions.model, trials_of(attentions.model, parts)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     new = attentions.equal(method_of(start), attentions.moments(trials, "consecutive"))
-    better = attentions.repaired(new, trials, Repair())
+    better = attentions.repaired(new, trials, RepairConfig())
     assert better.modules.keys() == new.modules.keys() | set(attentions.downs)
     assert len(attentions.downs) == 4
     far, near = (distance(changed(model, one), model, unseen) for one in (new, better))
@@ -139,7 +139,7 @@ def test_repair_works_where_each_block_ends_in_a_norm_and_with_gpt2s_linears(fam
     assert len(attentions.downs) == 2
     trials = [Run(lambda ids=ids: model(ids).logits.sum()) for ids in parts]
     new = attentions.equal(Mean(), attentions.moments(trials, "consecutive"))
-    for repair in (Repair(), Repair(catch_up=False)):
+    for repair in (RepairConfig(), RepairConfig(catch_up=False)):
         better = attentions.repaired(new, trials, repair)
         far, near = (distance(changed(model, one), model, tokens(8, 24)) for one in (new, better))
         assert near < 0.9 * far
@@ -154,7 +154,7 @@ def test_a_module_that_is_called_in_every_layer_can_be_converted_but_not_repaire
     new = attentions.equal(SVD(), attentions.moments(trials, "consecutive"))
     assert distance(changed(model, new), model, tokens()) > 0
     with pytest.raises(ValueError, match=r"repair: .*attention.* is called several times in a run, so it cannot be compared"):
-        attentions.repaired(new, trials, Repair())
+        attentions.repaired(new, trials, RepairConfig())
 
 
 def test_the_distance_is_the_mean_of_batches_and_leaves_the_model_as_it_is():

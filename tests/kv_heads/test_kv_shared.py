@@ -35,7 +35,7 @@ def both(mesh, family="llama"):
     return plain, sharded, dict.fromkeys(plan.layers, 2), [({"input_ids": tokens(6, 16)}, None) for _ in range(4)]
 
 
-@pytest.mark.parametrize("repair", [None, bh.Repair()], ids=["no repair", "repair"])
+@pytest.mark.parametrize("repair", [None, bh.RepairConfig()], ids=["no repair", "repair"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", MODELS)
 def test_heads_are_made_ready_as_in_memory(mesh, family, method, repair, monkeypatch):

@@ -15,7 +15,7 @@ import billhook as bh
 from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.methods import METHODS, KVMethod, Rendered, Rendering, method_of
 from billhook.kv_heads.plan import plan_kv_heads
-from billhook.model.plan import Plan, apply, subclasses
+from billhook.model.plan import ModelPlan, apply, subclasses
 from kit.families import build, tokens
 from kit.fits import data, module, trainer
 from kit.kv_zoo import build as zoo
@@ -87,7 +87,7 @@ class TestContract:
     def test_a_plan_is_the_same_after_json(self, kind):
         model = zoo("bart")
         plan = plan_kv_heads(model, 2, kind(), encoder=True)
-        assert Plan.from_json(json.loads(json.dumps(plan.to_json())), model) == plan
+        assert ModelPlan.from_json(json.loads(json.dumps(plan.to_json())), model) == plan
 
     def test_too_few_batches_are_refused_and_nothing_changes(self, kind):
         model = build("llama")
@@ -100,11 +100,11 @@ class TestContract:
     def test_a_repair_is_made_or_refused(self, kind):
         model = build("llama")
         if kind().candidates:
-            bh.convert_kv_heads(model, 2, kind(), batches(), repair=bh.Repair())
+            bh.convert_kv_heads(model, 2, kind(), batches(), repair=bh.RepairConfig())
             assert kv_heads_of(model) == 2
         else:
             with pytest.raises(ValueError, match=f"repair goes with .*, not with '{kind().name}'"):
-                bh.convert_kv_heads(model, 2, kind(), batches(), repair=bh.Repair())
+                bh.convert_kv_heads(model, 2, kind(), batches(), repair=bh.RepairConfig())
 
 
 def test_every_short_name_has_its_class():
@@ -136,7 +136,7 @@ class TestFromAFileOfTheUsersOwn:
         bh.convert_kv_heads(plain, 2, "mean")
         bh.convert_kv_heads(model, 2, Weighted(power=0.0))
         torch.testing.assert_close(model(ids).logits, plain(ids).logits)
-        bh.convert_kv_heads(model, 1, Weighted("similar", 2.0), batches(), repair=bh.Repair())
+        bh.convert_kv_heads(model, 1, Weighted("similar", 2.0), batches(), repair=bh.RepairConfig())
         assert kv_heads_of(model) == 1
 
     def test_it_moves_heads_in_a_fit(self, files, tmp_path):
@@ -170,9 +170,9 @@ class TestFromAFileOfTheUsersOwn:
         plan = plan_kv_heads(model, 2, Weighted("similar", 2.0))
         plain = json.loads(json.dumps(plan.to_json()))
         assert plain["method"] == {"Weighted": {"grouping": "similar", "power": 2.0}}
-        assert Plan.from_json(plain, model) == plan
+        assert ModelPlan.from_json(plain, model) == plan
         with pytest.raises(ValueError, match="there is no method 'Median' among .*: import what defines it first"):
-            Plan.from_json(plain | {"method": {"Median": {}}}, model)
+            ModelPlan.from_json(plain | {"method": {"Median": {}}}, model)
 
 
 class TestPlan:
@@ -180,7 +180,7 @@ class TestPlan:
         model = build("llama")
         other = copy.deepcopy(model)
         plain = json.dumps(plan_kv_heads(model, 2, bh.Mean()).to_json())
-        apply(other, Plan.from_json(json.loads(plain), other))
+        apply(other, ModelPlan.from_json(json.loads(plain), other))
         bh.convert_kv_heads(model, 2)
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())
 
@@ -214,4 +214,4 @@ class TestPlan:
     def test_what_is_no_plan_of_the_model_is_refused(self, change, match):
         model = build("llama")
         with pytest.raises(ValueError, match=match):
-            Plan.from_json(plan_kv_heads(model, 2).to_json() | change, model)
+            ModelPlan.from_json(plan_kv_heads(model, 2).to_json() | change, model)

@@ -30,7 +30,7 @@ def test_blocks_are_as_tall_as_their_scores(scores):
     model = llama(num_hidden_layers=3)
     plan = bh.plan(model, bh.BlockInfluence(), [{"input_ids": torch.arange(8)[None]}], blocks=1)
     (stack,) = plan.before
-    plan = bh.Plan.from_json(plan.to_json() | {"scores": {} if scores is None else {stack: scores}}, model)
+    plan = bh.ModelPlan.from_json(plan.to_json() | {"scores": {} if scores is None else {stack: scores}}, model)
     (axes,) = plots.removed(plan).axes
     before, after = bars(axes)
     assert before == (scores or [1, 1, 1])

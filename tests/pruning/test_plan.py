@@ -126,7 +126,7 @@ class TestJson:
     def test_out_and_in(self):
         model = build("mixtral")
         plan = bh.plan(model, bh.WeightNorm(), channels=0.25, experts=0.5, residual=0.25, kv_heads=0.5)
-        again = bh.Plan.from_json(json.loads(json.dumps(plan.to_json())), model)
+        again = bh.ModelPlan.from_json(json.loads(json.dumps(plan.to_json())), model)
         assert again.units == plan.units
         assert (again.before, again.after, again.parameters, again.kinds) == (
             plan.before,
@@ -144,17 +144,17 @@ class TestJson:
         plain = bh.plan_units(model, {MLPS[0]: [0]}, ["channel"]).to_json()
         for broken in ({}, [], None, plain | {"kind": "heads"}):
             with pytest.raises(ValueError, match=r"plan: its kind is (None|'heads'), and must be one of blocks, "):
-                bh.Plan.from_json(broken, model)
+                bh.ModelPlan.from_json(broken, model)
         for missing in ("model", "kinds", "units", "before"):
             broken = {key: value for key, value in plain.items() if key != missing}
             with pytest.raises(ValueError, match="plan: a mapping with model, kinds, units, before is needed"):
-                bh.Plan.from_json(broken, model)
+                bh.ModelPlan.from_json(broken, model)
         with pytest.raises(ValueError, match=f"channels: {MLPS[0]} has no channel 48; it has 0 to 47"):
-            bh.Plan.from_json(plain | {"units": {MLPS[0]: [48]}}, model)
+            bh.ModelPlan.from_json(plain | {"units": {MLPS[0]: [48]}}, model)
         with pytest.raises(ValueError, match=f"made for a LlamaForCausalLM .*{MLPS[0]}: 48 then, 20 now"):
-            bh.Plan.from_json(plain, llama(intermediate_size=20))
+            bh.ModelPlan.from_json(plain, llama(intermediate_size=20))
         with pytest.raises(ValueError, match=r"than this Qwen2ForCausalLM has \(another class\)"):
-            bh.Plan.from_json(plain, build("qwen2"))
+            bh.ModelPlan.from_json(plain, build("qwen2"))
 
 
 class TestStale:

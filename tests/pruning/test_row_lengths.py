@@ -90,14 +90,14 @@ class TestSmolLM2:
         more = 2 * 3 * 576 * (1280 - 1216)
         line = "1,216 channels: a multiple of 64; 1,229 were asked for; 1,280 would be a multiple of 256, with"
         assert str(plan).splitlines()[-1] == f"  {line} {more:,} parameters more"
-        again = bh.Plan.from_json(json.loads(json.dumps(plan.to_json())), smollm2())
+        again = bh.ModelPlan.from_json(json.loads(json.dumps(plan.to_json())), smollm2())
         assert again.rows == plan.rows
         assert plan.to_json()["rows"] == [{
             "kind": "channel", "places": 2, "each": 1, "asked": 1229, "kept": 1216, "multiple": 64,
             "others": [{"units": 1280, "multiple": 256, "more_parameters": more}],
         }]  # fmt: skip
         with pytest.raises(ValueError, match="plan: rows is"):
-            bh.Plan.from_json(plan.to_json() | {"rows": [{"kind": "channel"}]}, smollm2())
+            bh.ModelPlan.from_json(plan.to_json() | {"rows": [{"kind": "channel"}]}, smollm2())
 
     def test_hidden_size_and_heads(self):
         plan = planned(smollm2(), Amount(residual=0.1, kv_heads=1 / 3))

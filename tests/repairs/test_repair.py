@@ -1,4 +1,4 @@
-"""Repair against torch.linalg.lstsq and a plain loop over whole runs; it helps on text it has not seen, and changes no model."""
+"""A repair against torch.linalg.lstsq and a plain loop over whole runs; it helps on unseen text, and changes no model."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ from billhook.engine.comm import ALONE
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.repairs.least_squares import choose_ridge, refit_linear, solve_ridge
 from billhook.repairs.moments import OwedMoments
-from billhook.repairs.repair import Repair, repair_linears
+from billhook.repairs.repair import RepairConfig, repair_linears
 from kit.families import llama, tokens
 from kit.losses import BUILD, embedded_text
 from kit.ranks import Ranks
@@ -38,7 +38,7 @@ READERS = {
     "albert": ("attention.dense", "ffn_output"),
 }
 
-RIDGES = Repair().ridges
+RIDGES = RepairConfig().ridges
 
 
 def inputs(tokens=400, width=24, seed=0):
@@ -165,7 +165,7 @@ def test_a_token_that_is_owed_a_thousand_times_as_much_does_not_decide_alone():
     others, masks = other_parameters(model, ("v_proj",)), {name: torch.ones(32, dtype=torch.bool)}
 
     def found():
-        (own,) = refit(model, masks, trials(model, batches), Repair(ridges=[0.01]), given=others).values()
+        (own,) = refit(model, masks, trials(model, batches), RepairConfig(ridges=[0.01]), given=others).values()
         return own[0]
 
     without, start = found(), model.get_submodule(name).weight.detach().clone()
@@ -357,11 +357,11 @@ def test_linear_after_linear_on_what_the_repaired_ones_before_give(family, catch
         del masks["model.layers.1.self_attn.o_proj"]
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     model.train()
-    found = refit(model, masks, trials(model, batches), Repair(catch_up))
+    found = refit(model, masks, trials(model, batches), RepairConfig(catch_up))
     assert model.training
     assert torch.equal(torch.get_rng_state(), rng)
     model.eval()
-    expected = slowly(model, masks, batches, Repair(catch_up))
+    expected = slowly(model, masks, batches, RepairConfig(catch_up))
     assert found.keys() == masks.keys() == expected.keys()
     changed = 0
     for name, (weight, bias) in found.items():
@@ -401,7 +401,7 @@ def test_with_other_parameters_a_linear_makes_up_for_them_by_least_squares(bias)
     name = "model.layers.0.self_attn.o_proj"
     batches, others = [{"input_ids": tokens(6, 40)} for _ in range(4)], other_parameters(model, ("v_proj", "k_proj", "o_proj"))
     masks = {name: torch.ones(32, dtype=torch.bool)}
-    ((weight, shift),) = refit(model, masks, trials(model, batches), Repair(False, ridges=[0.01]), given=others).values()
+    ((weight, shift),) = refit(model, masks, trials(model, batches), RepairConfig(False, ridges=[0.01]), given=others).values()
     changed = copy.deepcopy(model)
     put(changed, {linear: (own["weight"], own.get("bias")) for linear, own in others.items()})
     (x,) = [torch.cat(given(changed, name, batches)[0])]
@@ -429,8 +429,8 @@ def test_with_other_parameters_linear_after_linear_as_in_whole_runs(family, catc
     masks = {name: torch.ones_like(keep) for name, keep in masks.items()}
     others = other_parameters(model, ("v_proj", "q_proj", "layers.0.self_attn.o_proj") if family == "llama" else ("c_attn",), 0.2)
     before = copy.deepcopy(model.state_dict())
-    found = refit(model, masks, trials(model, batches), Repair(catch_up), given=others)
-    expected = slowly(model, masks, batches, Repair(catch_up), others)
+    found = refit(model, masks, trials(model, batches), RepairConfig(catch_up), given=others)
+    expected = slowly(model, masks, batches, RepairConfig(catch_up), others)
     assert found.keys() == masks.keys()
     assert sum(not torch.equal(weight, model.get_submodule(name).weight) for name, (weight, _) in found.items()) >= 2
     for name, (weight, bias) in found.items():
@@ -447,7 +447,7 @@ def test_what_linears_before_the_first_do_not_give_is_made_up_for():
     others = {name: {"weight": torch.zeros_like(model.get_submodule(name).weight)} for name in first}
     masks = {name: torch.ones_like(keep) for name, keep in masks.items() if name not in first}
     found = refit(model, masks, trials(model, batches), given=others)
-    expected = slowly(model, masks, batches, Repair(), others)
+    expected = slowly(model, masks, batches, RepairConfig(), others)
     assert any(not torch.equal(weight, model.get_submodule(name).weight) for name, (weight, _) in found.items())
     for name, (weight, _) in found.items():
         torch.testing.assert_close(weight, expected[name][0], rtol=1e-5, atol=1e-7)
@@ -484,7 +484,7 @@ def test_other_parameters_that_cannot_be_are_refused():
 
 def test_a_linear_that_is_called_in_every_layer_is_refitted_on_all_calls():
     model, masks, batches = case("albert")
-    found = refit(model, masks, trials(model, batches), Repair(ridges=[0.01]))
+    found = refit(model, masks, trials(model, batches), RepairConfig(ridges=[0.01]))
     cut = copy.deepcopy(model)
     for name, keep in masks.items():
         cut.get_submodule(name).weight.data[:, ~keep] = 0
@@ -508,7 +508,7 @@ def test_where_channels_that_go_are_copies_of_others_nothing_is_lost():
             part.weight.data[gone] = part.weight.data[keep][: len(gone)]
     with torch.no_grad():
         whole = model(**batches[0]).logits
-        new = refit(model, masks, trials(model, batches), Repair(ridges=[1e-4]))
+        new = refit(model, masks, trials(model, batches), RepairConfig(ridges=[1e-4]))
         cut = copy.deepcopy(model)
         put(cut, {name: (cut.get_submodule(name).weight * keep, None) for name, keep in masks.items()})
         put(model, new)
@@ -533,7 +533,7 @@ def test_it_helps_on_text_that_it_has_not_seen_and_catching_up_helps_more():
     losses = [loss_of(model, unseen)]
     for catch_up in (False, True):
         put(model, old)
-        put(model, refit(model, masks, trials(model, batches), Repair(catch_up)))
+        put(model, refit(model, masks, trials(model, batches), RepairConfig(catch_up)))
         losses.append(loss_of(model, unseen))
     assert losses[0] - losses[1] > 0.3 * (losses[0] - whole)
     assert losses[2] < losses[1]
@@ -568,14 +568,14 @@ def test_half_precision_keeps_its_dtype(dtype):
     first = "model.layers.0.self_attn.o_proj"
     x, _ = given(model, first, batches)
     weight = model.get_submodule(first).weight.detach()
-    (choosing,) = Repair().chooses(4)
+    (choosing,) = RepairConfig().chooses(4)
     fit, held_out = (OwedMoments(len(weight), int(masks[first].sum())) for _ in range(2))
     left = [lacking(weight, masks[first], one.float()) for one in x]
     lost = [due.square().sum(1) for _, due in left]
     usual = torch.cat(lost).log().mean().exp()
     for number, (own, due) in enumerate(left):
         (held_out if number == choosing else fit).add(own, due, None, 2 * usual / (usual + lost[number]))
-    expected, _ = refitted(weight, None, masks[first], fit, held_out, Repair().ridges)
+    expected, _ = refitted(weight, None, masks[first], fit, held_out, RepairConfig().ridges)
     torch.testing.assert_close(found[first][0], expected.to(dtype))
 
 
@@ -598,12 +598,12 @@ def test_ranks_together_come_to_what_one_comes_to_alone(number, ranks, split, so
     def runs(own, of=slice(None)):
         return [replace(run, source=name) for run, name in zip(trials(own, batches[of]), names[of], strict=True)]
 
-    alone = refit(model, masks, runs(model), Repair(held_out=0.5))
+    alone = refit(model, masks, runs(model), RepairConfig(held_out=0.5))
     copies = [copy.deepcopy(model) for _ in range(ranks)]
 
     def one(rank, reduce):
         own = runs(copies[rank], SPLITS[split](rank, ranks))
-        return refit(copies[rank], masks, own, Repair(held_out=0.5), reduce)
+        return refit(copies[rank], masks, own, RepairConfig(held_out=0.5), reduce)
 
     found = Ranks(ranks).run(one)
     for name, own in alone.items():
@@ -613,7 +613,7 @@ def test_ranks_together_come_to_what_one_comes_to_alone(number, ranks, split, so
 
 def test_ranks_hold_out_sources_only_where_there_are_several_on_any():
     def parts(sources, rank, comm):
-        return Repair(held_out=0.5).parts(sources[rank], comm)
+        return RepairConfig(held_out=0.5).parts(sources[rank], comm)
 
     assert Ranks(2).run(partial(parts, [["a", "a"], ["a"]])) == [([1, 1], [1]), ([0], [1])]
     assert Ranks(2).run(partial(parts, [["a", "a"], []])) == [([0, 1], [1]), ([], [1])]
@@ -673,9 +673,9 @@ def test_refusals_name_what_came_and_change_nothing():
     with pytest.raises(ValueError, match="a refit needs two at least.* got 1 in all"):
         refit(model, masks, runs[:1])
     with pytest.raises(ValueError, match="held_out=1 must be in .0, 1."):
-        Repair(held_out=1)
+        RepairConfig(held_out=1)
     with pytest.raises(ValueError, match="ridges=.0.0, 1.0. must be finite numbers of at least 0.0001"):
-        Repair(ridges=(0.0, 1.0))
+        RepairConfig(ridges=(0.0, 1.0))
     model.model.layers[1].mlp.up_proj.weight.data[5] = torch.nan
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: NaN or infinite inputs in 1 features, the first in feature 5"):
@@ -702,7 +702,7 @@ def test_routers_are_linears_that_return_what_they_have_chosen(name):
     assert {name.rsplit(".", 2)[-2] for name in given} >= {"o_proj"}
     if name == "llama4":
         bh.shrink(copy.deepcopy(model), batches, params=0.9, generations=0, candidates=1)
-    bh.convert_kv_heads(model, 2, batches=batches, repair=bh.Repair())
+    bh.convert_kv_heads(model, 2, batches=batches, repair=bh.RepairConfig())
 
 
 def test_something_stands_between_a_linear_and_the_sum_it_adds_to():

@@ -1,4 +1,4 @@
-"""Repair of a model whose blocks ranks share, in one process: it is as in memory, a block at a time."""
+"""RepairConfig of a model whose blocks ranks share, in one process: it is as in memory, a block at a time."""
 
 import copy
 
@@ -48,7 +48,7 @@ def batches(model):
 @pytest.mark.parametrize("family", MODELS)
 def test_as_in_memory_a_block_at_a_time(mesh, family, catch_up, monkeypatch):
     plain, sharded = both(mesh, family)
-    plan, given, repair = cut(plain), batches(plain), bh.Repair(catch_up)
+    plan, given, repair = cut(plain), batches(plain), bh.RepairConfig(catch_up)
     expected = bh.repair(plain, plan, given, repair)
     monkeypatch.setattr(ShardStore, "all_here", None)
     with in_turn(sharded):

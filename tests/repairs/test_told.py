@@ -57,7 +57,7 @@ def test_in_a_search_and_in_kv_heads(told):
     bh.shrink(llama(), batches, params=0.95, generations=0)
     assert told() == ADVICE
     calibration._log.cache_clear()
-    bh.convert_kv_heads(llama(), 1, "svd", batches=batches, repair=bh.Repair())
+    bh.convert_kv_heads(llama(), 1, "svd", batches=batches, repair=bh.RepairConfig())
     assert told() == 2 * ADVICE
 
 

@@ -1,4 +1,4 @@
-"""Repair of linears whose weights have been pruned: what is zero stays zero, and the rest makes up for what goes."""
+"""RepairConfig of linears whose weights have been pruned: what is zero stays zero, and the rest makes up for what goes."""
 
 import pytest
 import torch

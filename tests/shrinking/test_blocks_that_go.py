@@ -14,7 +14,7 @@ from billhook.engine.batches import Batch, runs_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.target import Search
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.blocks import Block, find_blocks
 from billhook.shrinking.choose import Frontier, Slot, cost, loss
 from billhook.shrinking.damages import groups
@@ -111,7 +111,7 @@ def searched(model, layers, params, repair=None):
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_removed_computes_what_masked_does_with_the_repaired_weights(layers):
     model = uneven(idle=[1])
-    work, found = searched(model, layers, model.num_parameters() - int(1.6 * size_of_block(model)), Repair())
+    work, found = searched(model, layers, model.num_parameters() - int(1.6 * size_of_block(model)), RepairConfig())
     planned, ids = found.planned, tokens()
     masked = copy.deepcopy(model)
     masked.load_state_dict(masked.state_dict() | dict(planned.weights))
@@ -134,7 +134,7 @@ def test_the_blocks_behind_make_up_for_one_that_goes():
     work = Work.begun(model, Amount(params=model.num_parameters() - size_of_block(model)), uniform=False)
     kept = {place.name: 0 if ".1." in place.name else place.count for place in work.places} | {f"{LAYERS}.1 block": 0}
     work.scores = bh.score(model, work.search.units, bh.WeightNorm(), per="kv_head")
-    planned, lost = work.planned(fitted, Repair(), kept), []
+    planned, lost = work.planned(fitted, RepairConfig(), kept), []
     assert not planned.units.units
     assert {int(name.split(".")[2]) for name in planned.weights} == {2, 3}
     for weights in ({}, dict(planned.weights)):

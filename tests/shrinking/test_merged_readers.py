@@ -12,7 +12,7 @@ from billhook.shrinking.merging import Merging
 from billhook.shrinking.work import Work
 from kit.families import build, tokens
 
-TINY = bh.Repair(ridges=[0.01])
+TINY = bh.RepairConfig(ridges=[0.01])
 
 
 def texts():
@@ -73,7 +73,7 @@ def test_it_gives_what_it_gave_in_the_dense_model_as_far_as_least_squares_can(fa
 
 def test_less_is_lost_on_what_it_was_not_fitted_to():
     without, _ = measured(model_of(), None)
-    fitted, _ = measured(model_of(), bh.Repair())
+    fitted, _ = measured(model_of(), bh.RepairConfig())
     names = [f"model.layers.{number}.self_attn merged" for number in (0, 1)]
     for kept, share in ((2, 0.8), (1, 1.0)):  # of one head, no ridge helps what is held out
         assert all(fitted.library.measured[name, kept] <= share * without.library.measured[name, kept] for name in names)

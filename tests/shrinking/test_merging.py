@@ -96,7 +96,7 @@ def mixed(**options):
     return model, bh.shrink(model, texts(), **FEW | {"kv_cache_bytes": 5 / 12, "layers": "free", "repair": None} | options)
 
 
-@pytest.mark.parametrize("repair", [None, bh.Repair()])
+@pytest.mark.parametrize("repair", [None, bh.RepairConfig()])
 def test_each_layer_has_its_own_way_and_the_model_is_saved(repair, tmp_path):
     model, shrunk = mixed(repair=repair)
     assert [now for _, now in shrunk.kept.values()] == [2, 2, 1]
@@ -112,7 +112,7 @@ def test_each_layer_has_its_own_way_and_the_model_is_saved(repair, tmp_path):
     assert torch.equal(logits(bh.load(tmp_path / "out")), logits(model))
 
 
-@pytest.mark.parametrize("repair", [None, bh.Repair()])
+@pytest.mark.parametrize("repair", [None, bh.RepairConfig()])
 def test_all_layers_alike_are_what_convert_kv_heads_makes(repair):
     model, batches = grouped(noise=0.3), texts(length=13)  # few enough that the search takes all
     expected, (fitted, _) = copy.deepcopy(model), divided(batches)
@@ -179,7 +179,7 @@ def test_heads_merge_beside_a_block_that_goes(layers, tmp_path):
         block.mlp.down_proj.weight.zero_()
         block.self_attn.o_proj.weight.zero_()
     before = logits(model)
-    shrunk = bh.shrink(model, texts(), kv_cache_bytes=1 / 3, layers=layers, repair=bh.Repair(), **FEW)
+    shrunk = bh.shrink(model, texts(), kv_cache_bytes=1 / 3, layers=layers, repair=bh.RepairConfig(), **FEW)
     assert shrunk.blocks.units == {"model.layers": [1]}
     assert [now for _, now in shrunk.kept.values()] == [2, 0, 2]
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
@@ -193,13 +193,13 @@ def test_heads_merge_beside_a_block_that_goes(layers, tmp_path):
 
 def test_repair_makes_up_for_both_ways_together():
     lost = {}
-    for repair in (None, bh.Repair()):
+    for repair in (None, bh.RepairConfig()):
         model = grouped(alike=(0,), idle=(1,), noise=0.5)
         shrunk = bh.shrink(model, texts(30), kv_cache_bytes=0.5, layers="free", repair=repair, **FEW)
         assert shrunk.merged
         assert shrunk.plan.units
         lost[repair] = sum(shrunk.measured.values())
-    assert lost[bh.Repair()] < 0.8 * lost[None]
+    assert lost[bh.RepairConfig()] < 0.8 * lost[None]
 
 
 def test_nothing_has_changed_where_carrying_it_out_fails(monkeypatch):

@@ -113,8 +113,8 @@ def test_where_layers_stay_alike_what_loses_least_once_repaired_is_taken(turn, m
     for kept in several:
         model = trained()
         work = Work.begun(model, bh.Amount(params=0.8, round_to="auto"), uniform=True)
-        work.measure(fitted, held_out, OBS(), bh.Repair())
-        planned = work.planned(fitted, bh.Repair(), kept)
+        work.measure(fitted, held_out, OBS(), bh.RepairConfig())
+        planned = work.planned(fitted, bh.RepairConfig(), kept)
         apply_in_turn(model, planned.plans, weights=planned.weights)
         lost.append(work.divergence.mean())
     assert len(several) == space.MOST
@@ -205,7 +205,7 @@ def test_too_few_tokens_for_any_refit_are_told_or_refused_before_anything_is_mea
     batches = [{"input_ids": tokens(1, tokens_each)}] * 3
     few = f"too few tokens that .*o_proj, which is {says} at least"
     with pytest.raises(ValueError, match=f"batches: {few}"):
-        bh.shrink(trained(), batches, repair=bh.Repair(), **budget)
+        bh.shrink(trained(), batches, repair=bh.RepairConfig(), **budget)
     with pytest.warns(UserWarning, match=f"shrink: not repaired: {few}"), pytest.raises(TypeError, match="not callable"):
         bh.shrink(trained(), batches, **budget)
     with pytest.raises(TypeError, match="not callable"):
@@ -227,7 +227,7 @@ def test_too_few_tokens_for_any_refit_are_told_or_refused_before_anything_is_mea
         ({"params": 0.8, "library": __file__}, "test_shrink.py' must be a folder"),
         ({"params": 0.8, "batches": texts(1)[:2]}, "batches: three rows at least, and two of each source.*1 of one, 1 of two"),
         ({"params": 0.8, "batches": []}, "got none"),
-        ({"params": 0.8, "batches": [{"input_ids": tokens(1, 4)}] * 3, "repair": bh.Repair()}, "batches: too few tokens"),
+        ({"params": 0.8, "batches": [{"input_ids": tokens(1, 4)}] * 3, "repair": bh.RepairConfig()}, "batches: too few tokens"),
     ],
 )
 def test_what_is_refused_changes_nothing(given, says):
@@ -250,7 +250,7 @@ def test_an_error_in_the_last_measure_undoes_the_cut():
     model.lm_head.register_forward_pre_hook(count)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config, last = copy.deepcopy(model.config), 0
-    small = {"params": 0.8, "repair": bh.Repair(), "generations": 0, "candidates": 1}
+    small = {"params": 0.8, "repair": bh.RepairConfig(), "generations": 0, "candidates": 1}
     bh.shrink(whole := copy.deepcopy(model), texts(), **small)
     assert whole.num_parameters() < model.num_parameters()
     last, _ = len(calls), calls.clear()

@@ -19,7 +19,7 @@ from billhook.shrinking.levels import find_places, gone, query_scores
 from billhook.shrinking.variants import Library, check_enough, fill_library, key_of
 from kit.families import build, llama, tokens
 
-TINY = bh.Repair(ridges=[1e-4])
+TINY = bh.RepairConfig(ridges=[1e-4])
 
 
 class Made:

@@ -197,7 +197,7 @@ def test_convolutions_and_linears_compete(criterion):
     config = ConvNextConfig(hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1], num_labels=3)
     model, batches = ConvNextForImageClassification(config), [{"pixel_values": torch.randn(2, 3, 32, 32)}]
     plan = bh.prune(model, criterion, batches, 0.5, convolutions="all", sequential="none", dry_run=True)
-    bh.apply(model, bh.Plan.from_json(plan.to_json(), model))
+    bh.apply(model, bh.ModelPlan.from_json(plan.to_json(), model))
     found = prunable(model, convolutions="all")
     zeros, sizes = (
         sum(int(count) for count in every)

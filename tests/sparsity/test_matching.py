@@ -240,7 +240,7 @@ def test_a_plan_is_made_first_and_applied_later():
     batches = [{"input_ids": tokens()} for _ in range(4)]
     plan = bh.prune(model, bh.Wanda(), batches, 0.5, match=FEW, dry_run=True)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), small().parameters(), strict=True))
-    bh.apply(model, bh.Plan.from_json(plan.to_json(), model))
+    bh.apply(model, bh.ModelPlan.from_json(plan.to_json(), model))
     bh.prune(other, bh.Wanda(), batches, 0.5, match=FEW)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
 

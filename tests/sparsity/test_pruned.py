@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 
 import billhook as bh
 from billhook.engine.sharding import whole
-from billhook.model.plan import Plan, apply
+from billhook.model.plan import ModelPlan, apply
 from billhook.sparsity.pruned import Pruned
 from kit.sparsity import batches_of, family
 
@@ -38,7 +38,7 @@ def test_a_plan_of_shares_is_that_of_the_whole_model(mesh, name, criterion):
     assert all(torch.equal(whole(mask), masks[own]) for own, mask in plan.masks(given).items())
     other = sharded(model, mesh)
     apply(given, plan)
-    apply(other, Plan.from_json(plan.to_json(), other))
+    apply(other, ModelPlan.from_json(plan.to_json(), other))
     apply(model, of_whole)
     for one in (given, other):
         assert all(torch.equal(whole(own), ours) for own, ours in zip(one.parameters(), model.parameters(), strict=True))

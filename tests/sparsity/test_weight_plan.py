@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import billhook as bh
-from billhook.model.plan import Plan, apply
+from billhook.model.plan import ModelPlan, apply
 from billhook.sparsity.prune import WeightPlan
 from kit.families import llama
 from kit.sparsity import batches_of, family
@@ -22,7 +22,7 @@ def test_what_was_read_does_what_was_planned(name, criterion, dtype):
     batches = batches_of(model)
     plan = bh.prune(model, criterion, batches, 0.5, dry_run=True)
     text = json.dumps(plan.to_json())
-    for read in (Plan, WeightPlan):
+    for read in (ModelPlan, WeightPlan):
         again, other = read.from_json(json.loads(text), model), copy.deepcopy(model)
         assert str(again) == str(plan)
         assert json.dumps(again.to_json()) == text
@@ -99,8 +99,8 @@ class TestRefused:
     )
     def test_what_is_no_plan(self, plain, change, match):
         with pytest.raises(ValueError, match=match):
-            Plan.from_json(plain | change, nn.Sequential(nn.Linear(8, 8)))
+            ModelPlan.from_json(plain | change, nn.Sequential(nn.Linear(8, 8)))
 
     def test_another_model(self, plain):
         with pytest.raises(ValueError, match=r"made for another model: 0 is \(8, 8\) there, and \(4, 8\) here"):
-            Plan.from_json(plain, nn.Sequential(nn.Linear(8, 4)))
+            ModelPlan.from_json(plain, nn.Sequential(nn.Linear(8, 4)))

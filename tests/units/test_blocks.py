@@ -270,7 +270,7 @@ class TestPlan:
         shown = str(plan)
         assert f"{LAYERS}  5 -> 3 blocks; without 1 (0.25), 3 (0.125)" in shown
         assert f"{plan.parameters[0]:,} -> {plan.parameters[1]:,} parameters" in shown
-        again = bh.Plan.from_json(json.loads(json.dumps(plan.to_json())), model)
+        again = bh.ModelPlan.from_json(json.loads(json.dumps(plan.to_json())), model)
         assert again == plan
         assert str(again) == shown
         bh.apply(model, again)
@@ -286,7 +286,7 @@ class TestPlan:
         with pytest.raises(ValueError, match=match):
             bh.apply(model, plan)
         with pytest.raises(ValueError, match=match):
-            bh.Plan.from_json(plan.to_json(), model)
+            bh.ModelPlan.from_json(plan.to_json(), model)
         assert everything(model) == before
 
     def test_one_of_another_history(self):
@@ -301,7 +301,7 @@ class TestPlan:
         plain = bh.plan_units(model, [1], "block").to_json()
         plain["fields"]["num_hidden_layers"] = 3
         with pytest.raises(ValueError, match="it is not what removes these blocks"):
-            bh.Plan.from_json(plain, model)
+            bh.ModelPlan.from_json(plain, model)
 
     SCORES = {"scores": {LAYERS: torch.ones(5)}}
     REFUSED = [

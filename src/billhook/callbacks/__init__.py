@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from billhook.callbacks.head_pruning import HeadPruning as HeadPruning
     from billhook.callbacks.kv_heads import KVHeadConversion as KVHeadConversion
     from billhook.callbacks.report import Report as Report
-    from billhook.callbacks.shrink import Shrink as Shrink
+    from billhook.callbacks.shrinking import Shrinking as Shrinking
     from billhook.callbacks.srste import SRSTE as SRSTE
     from billhook.callbacks.structured_pruning import StructuredPruning as StructuredPruning
     from billhook.callbacks.uptraining import Uptraining as Uptraining
@@ -26,7 +26,7 @@ else:  # imported when it is asked for: each brings what it alone needs
         "HeadPruning": "billhook.callbacks.head_pruning",
         "KVHeadConversion": "billhook.callbacks.kv_heads",
         "Report": "billhook.callbacks.report",
-        "Shrink": "billhook.callbacks.shrink",
+        "Shrinking": "billhook.callbacks.shrinking",
         "SRSTE": "billhook.callbacks.srste",
         "StructuredPruning": "billhook.callbacks.structured_pruning",
         "Uptraining": "billhook.callbacks.uptraining",

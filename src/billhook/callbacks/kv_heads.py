@@ -32,7 +32,7 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, carry_out
 from billhook.model.shape import Shape, shape_of
 from billhook.model.surgery import changed, take
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule
 
 HINT = (
@@ -46,7 +46,7 @@ class Preparation:
     """How the heads of a group become equal before they are pooled, in the middle of a fit."""
 
     method: KVMethod
-    repair: Repair | None
+    repair: RepairConfig | None
     calibration: FitCalibration
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ class KVHeadConversion(StageCallback):
         method: How the heads of a group become one: any `KVMethod`, or `"mean"` (the paper's), `"first"`, `"random"`,
             `"aligned"`, `"svd"` or `"auto"`; see `convert_kv_heads`.
         repair: How what reads the heads, and the feed-forwards, make up for what is lost: least squares on the batches (see
-            `Repair`); by default they keep their weights.
+            `RepairConfig`); by default they keep their weights.
         over: Steps (int), or a fraction of training (float), before each `at` in which the heads of a group move towards what
             they are pooled to, so that nothing is lost when they are cut: at t of n steps by 1 / (n - t) of the remaining way.
             With `"aligned"`, or similar heads grouped, they are turned and put in order first.
@@ -210,7 +210,7 @@ class KVHeadConversion(StageCallback):
         num_key_value_heads: int | list[int],
         at: At | list[At] | Schedule = "start",
         method: KVMethod | Name = "mean",
-        repair: Repair | None = None,
+        repair: RepairConfig | None = None,
         over: int | float = 0,
         encoder: bool = False,
         calibration: Given = None,

@@ -17,7 +17,7 @@ from billhook.fit.lightning_internals import is_search
 from billhook.fit.run import At, callbacks_of, check_at, is_trial, shares_of, step_of, training_steps
 from billhook.fit.shape_event import ShapeCallback, unwrapped
 from billhook.kv_heads.methods import KVMethod
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule, check_step
 
 
@@ -50,7 +50,7 @@ def check_heads(num_key_value_heads: int | list[int], at: Sequence[At | Schedule
     return heads
 
 
-def check_over(over: int | float, moments: Sequence[At | Schedule], method: KVMethod, repair: Repair | None) -> None:
+def check_over(over: int | float, moments: Sequence[At | Schedule], method: KVMethod, repair: RepairConfig | None) -> None:
     """Refuses a way between heads and what they become where there is none."""
     check_step(over, "over")
     if not over:

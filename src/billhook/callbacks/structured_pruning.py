@@ -23,7 +23,7 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import default_importance, plan_searched
 from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import First, Search
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule
 
 
@@ -42,9 +42,9 @@ class StructuredPruning(ShapeCallback):
         rounds: In how many rounds each event takes place; scores are taken again in each.
         importance: How much a unit matters: any `Importance`; by default `OutputNorm`, or `Taylor`, the paper's, where no module
             reads some units alone, as experts.
-        repair: How the linears that read removed units make up for them: least squares on the examples (see `Repair`); `"auto"`:
-            by `Repair()` where scores are taken from examples, and these are enough; None: they keep their weights, as in the
-            paper.
+        repair: How the linears that read removed units make up for them: least squares on the examples (see `RepairConfig`);
+            `"auto"`: by `RepairConfig()` where scores are taken from examples, and these are enough; None: they keep their
+            weights, as in the paper.
         calibration: Batches that scores are taken from, text as a `Calibration`, or a number of training
             examples, by default 128.
         measure_batches: Validation batches to measure before and after each event; by default all of validation, 0 for none.
@@ -92,7 +92,7 @@ class StructuredPruning(ShapeCallback):
     @property
     def needs_data(self) -> bool:
         """True if scores or the repair take batches."""
-        return self.importance is None or self.importance.needs_data or isinstance(self.repair, Repair)
+        return self.importance is None or self.importance.needs_data or isinstance(self.repair, RepairConfig)
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses an amount that the model cannot give."""

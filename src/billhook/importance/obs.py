@@ -1,4 +1,4 @@
-"""How much is lost without a unit when the others make up for it: the importance that belongs to `Repair`.
+"""How much is lost without a unit when the others make up for it: the importance that belongs to `RepairConfig`.
 
 "Second order derivatives for network pruning: Optimal Brain Surgeon" (Hassibi & Stork, 1993,
 https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-Abstract.html), of structures as in "ZipLM:
@@ -95,14 +95,14 @@ class OBS(Importance):
 
     The root of the mean over tokens of min |W x - W' x|^2 over all W' that do not read the unit, which is
     tr(W_u^T W_u ([H^-1]_uu)^-1), H = sum of x x^T: the optimal brain surgeon's saliency, of a structure as in ZipLM, equation 2.
-    It needs no loss and no gradient. As with `Repair`, what one kind of text shows is not what all need: the batches should be of
-    several, or of what the model writes itself, too (`Calibration([..., "generated"])`).
+    It needs no loss and no gradient. As with `RepairConfig`, what one kind of text shows is not what all need: the batches should
+    be of several, or of what the model writes itself, too (`Calibration([..., "generated"])`).
 
     Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
     and one in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. With
     `passes=1`, where matrices would take more than a quarter of the free memory, and 2 GiB, there are those of one block at a
     time: all batches go through it before the next, in one pass. So they do in a model that is streamed, or that is sharded, in
-    a search by `Shrink`.
+    a search by `Shrinking`.
 
     Args:
         damping: Share of the mean of H's diagonal that is added to it.

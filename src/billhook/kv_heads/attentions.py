@@ -36,7 +36,7 @@ from billhook.kv_heads.layout import Stacks, find_projections, read, written
 from billhook.kv_heads.methods import Grouping, KVMethod, Rendered
 from billhook.linalg import float64_device, in_float64
 from billhook.model.linears import size_of
-from billhook.repairs.repair import Repair, repair_linears
+from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.tracing.trace import trace
 
 ROWS = 256
@@ -92,7 +92,7 @@ class Attentions:
         self.not_refitted = list[str]()  # by the last repair
         self.downs = [name for name in dict.fromkeys(downs) if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
 
-    def check_adapters(self, repair: Repair | None) -> None:
+    def check_adapters(self, repair: RepairConfig | None) -> None:
         """Refuses a repair of a model with adapters, which are none of the heads' but may be on what a repair refits."""
         if repair is not None and (layers := adapted(self.model)):
             raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE}")
@@ -130,9 +130,9 @@ class Attentions:
         names = linears | set(self.downs)
         return run_with_loss(self.model, {name: self.model.get_submodule(name) for name in names}, batch, loss)
 
-    def choosing(self, runs: int, repair: Repair | None = None) -> set[int]:
+    def choosing(self, runs: int, repair: RepairConfig | None = None) -> set[int]:
         """Returns those of this rank's runs that are held out, as they choose a repair's ridge."""
-        return (repair or Repair()).choosing(runs, self._comm)
+        return (repair or RepairConfig()).choosing(runs, self._comm)
 
     def summed(self, *numbers: float) -> list[float]:
         """Returns sums over ranks."""
@@ -218,7 +218,7 @@ class Attentions:
         become = pooled if pool else turned
         return become(stacks, *find_bases(stacks, own, freedom, method))
 
-    def repaired(self, new: LazyTensors, trials: Sequence[Run], repair: Repair) -> LazyTensors:
+    def repaired(self, new: LazyTensors, trials: Sequence[Run], repair: RepairConfig) -> LazyTensors:
         """Returns the same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
@@ -287,7 +287,7 @@ class Attentions:
         for number, trial in enumerate(trials):
             yield trial, [outputs.pop(2 * number)], [outputs.pop(2 * number + 1)]
 
-    def passes(self, method: KVMethod, repair: Repair | None) -> int:
+    def passes(self, method: KVMethod, repair: RepairConfig | None) -> int:
         """Returns how often the blocks of a model in files are read until heads are equal."""
         each = 1 if repair is None else 3  # one to see what is called, one to refit
         if len(method.candidates) == 1:

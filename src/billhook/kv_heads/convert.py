@@ -30,14 +30,14 @@ from billhook.model.find import check_changeable, check_values, find_transformer
 from billhook.model.plan import Weights, apply
 from billhook.model.surgery import changed, check_replaceable
 from billhook.repairs.moments import not_refitted
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 
 BatchAndLoss = tuple[Any, Loss | None]
 """A batch and, from the model and it, the loss; None for the model's own."""
 
 
 def best_method(
-    attentions: Attentions, methods: Sequence[Rendered], trials: Sequence[Run], repair: Repair | None = None
+    attentions: Attentions, methods: Sequence[Rendered], trials: Sequence[Run], repair: RepairConfig | None = None
 ) -> tuple[Rendered, dict[Rendered, float]]:
     """Finds the allowed method that stays nearest to the model's outputs on held-out batches, and how far away each of them is.
 
@@ -64,7 +64,7 @@ def best_method(
 
 
 def made_equal(
-    attentions: Attentions, method: KVMethod, batches: Iterable[BatchAndLoss], repair: Repair | None
+    attentions: Attentions, method: KVMethod, batches: Iterable[BatchAndLoss], repair: RepairConfig | None
 ) -> tuple[LazyTensors, str]:
     """Returns the parameters with which the heads of each group are equal, and how they came to be.
 
@@ -93,14 +93,14 @@ def made_equal(
     return new, how
 
 
-def batches_needed(method: KVMethod, repair: Repair | None) -> tuple[int, str]:
+def batches_needed(method: KVMethod, repair: RepairConfig | None) -> tuple[int, str]:
     """Returns how many batches are needed at least, and what needs them, in words."""
     if repair is not None and method.least_batches < 2:
         return 2, "repair"
     return method.least_batches, f"method='{method.name}'"
 
 
-def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod, repair: Repair | None = None) -> Attentions:
+def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod, repair: RepairConfig | None = None) -> Attentions:
     """Returns the attentions of a model; refuses one whose heads none of a method's candidates can make ready for fewer."""
     found = Attentions(model, groups)
     found.allowed(method.candidates)
@@ -113,7 +113,7 @@ def ready_weights(
     groups: Mapping[str, int],
     method: KVMethod,
     batches: Iterable[BatchAndLoss] = (),
-    repair: Repair | None = None,
+    repair: RepairConfig | None = None,
     comm: Comm = ALONE,
 ) -> tuple[LazyTensors, str]:
     """Returns by parameter the values with which the heads of each group are equal, and how they came to be.
@@ -152,7 +152,7 @@ def convert_kv_heads(
     method: KVMethod | Name = "mean",
     batches: Batches | None = None,
     optimizers: Optimizer | Iterable[Optimizer] = (),
-    repair: Repair | None = None,
+    repair: RepairConfig | None = None,
     layers: Collection[int | str] | None = None,
     encoder: bool = False,
 ) -> KVHeadPlan:
@@ -219,7 +219,7 @@ def ready(
     model: nn.Module,
     plan: KVHeadPlan,
     batches: Batches | None = None,
-    repair: Repair | None = None,
+    repair: RepairConfig | None = None,
     attentions: Attentions | None = None,
 ) -> tuple[KVHeadPlan, Weights, str]:
     """Returns a plan with what restarts, the values that it starts from, and how they came to be; the model stays as it is.
@@ -238,7 +238,7 @@ def ready(
     return replace(plan, restart=tuple(restart)), weights, how
 
 
-def check_repair(method: KVMethod, repair: Repair | None) -> None:
+def check_repair(method: KVMethod, repair: RepairConfig | None) -> None:
     """Refuses a repair of heads that nothing makes equal before they are pooled."""
     if repair is not None and not method.candidates:
         raise ValueError(f"repair goes with method 'mean', 'aligned', 'svd' and 'auto', not with '{method.name}'")

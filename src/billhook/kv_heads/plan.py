@@ -81,7 +81,7 @@ class KVHeadPlan(ShapePlan):
         return f"{self.before} -> {self.after} KV heads in {len(self.layers)} attentions"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data, from which `Plan.from_json` makes it again."""
+        """Returns the plan as plain data, from which `ModelPlan.from_json` makes it again."""
         return {
             "kind": self.kind,
             "model": self.model,

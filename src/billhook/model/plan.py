@@ -22,7 +22,7 @@ Weights = Mapping[str, Tensor]
 """New values of parameters, by the parameter's name."""
 
 
-class Plan(Shown):
+class ModelPlan(Shown):
     """A change of a model, found and checked before anything changes; `print` shows a table.
 
     A plan is plain data: it can be shown, saved as JSON and applied later, to the model that it was made for.
@@ -35,7 +35,7 @@ class Plan(Shown):
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> plain = bh.plan_units(model, {0: [0, 1]}).to_json()
-        >>> plain["kind"], bh.Plan.from_json(plain, model).to_json() == plain
+        >>> plain["kind"], bh.ModelPlan.from_json(plain, model).to_json() == plain
         ('units', True)
     """
 
@@ -44,7 +44,7 @@ class Plan(Shown):
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data, from which `Plan.from_json` makes it again."""
+        """Returns the plan as plain data, from which `ModelPlan.from_json` makes it again."""
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
@@ -82,7 +82,7 @@ class Plan(Shown):
         """Carries the plan out, in place; see `apply`."""
 
 
-class ShapePlan(Plan):
+class ShapePlan(ModelPlan):
     """A plan that replaces parameters by smaller ones, or leaves some out."""
 
     @abstractmethod
@@ -139,14 +139,16 @@ def _take(model: nn.Module, weights: Weights, block: nn.Module) -> list[nn.Param
     return list(own.values())
 
 
-def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
+def apply(
+    model: nn.Module, plan: ModelPlan, optimizers: Optimizer | Iterable[Optimizer] = (), weights: Weights | None = None
+) -> None:
     """Carries out a plan, in place; the model and the optimizers are as before if that fails.
 
     Where heads and feed-forward channels are removed, the result is first compared with the model in which they are masked.
 
     Args:
         model: The model that the plan was made for, as it is now.
-        plan: A plan of any kind, from `plan`, `plan_units`, `prune(dry_run=True)` or `Plan.from_json`.
+        plan: A plan of any kind, from `plan`, `plan_units`, `prune(dry_run=True)` or `ModelPlan.from_json`.
         optimizers: The optimizer, or optimizers, that train the model; their state follows.
         weights: New values of parameters, in their sizes before, from which the plan starts, as `repair` returns them.
 
@@ -166,7 +168,7 @@ def apply(model: nn.Module, plan: Plan, optimizers: Optimizer | Iterable[Optimiz
     carry_out(model, plan, [optimizers] if isinstance(optimizers, Optimizer) else optimizers, weights)
 
 
-def carry_out(model: nn.Module, plan: Plan, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
+def carry_out(model: nn.Module, plan: ModelPlan, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
     """Carries out a plan as `apply` does, one that has just been made of the model as it is."""
     check_changeable(model)
     with torch.inference_mode(mode=False):  # whose tensors nothing could change later

@@ -66,7 +66,7 @@ class BlockPlan(ShapePlan):
         return f"{sum(map(len, self.units.values())):,} of {sum(count for (count,) in self.before.values()):,} blocks"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data; see `Plan.to_json`."""
+        """Returns the plan as plain data; see `ModelPlan.to_json`."""
         return {"kind": self.kind, **asdict(self)}
 
     @classmethod
@@ -86,7 +86,7 @@ class BlockPlan(ShapePlan):
         return plan
 
     def check_made_for(self, model: nn.Module) -> None:
-        """Refuses a model that the plan was not made for; see `Plan.check_made_for`."""
+        """Refuses a model that the plan was not made for; see `ModelPlan.check_made_for`."""
         subject = find_transformer(model)
         if (self.model, self.made_for) != (type(subject).__name__, _digest(subject)):
             counts = self.before, _counts(find_blocks(subject))

@@ -46,7 +46,7 @@ class UnitPlan(Cut, ShapePlan):
         return ", ".join(f"{counted(kind, sum(own))}{_inside(kind, len(own))}" for kind, own in gone.items() if own)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data; see `Plan.to_json`."""
+        """Returns the plan as plain data; see `ModelPlan.to_json`."""
         return {
             "kind": self.kind,
             "model": self.model,
@@ -73,7 +73,7 @@ class UnitPlan(Cut, ShapePlan):
         return cls.of(_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)), rows=rows)
 
     def check_made_for(self, model: nn.Module) -> None:
-        """Refuses a model that the plan was not made for; see `Plan.check_made_for`."""
+        """Refuses a model that the plan was not made for; see `ModelPlan.check_made_for`."""
         subject = find_transformer(model)
         now = _again(self.model, self.kinds, self.before, self.units, subject).cuts
         if now.keys() != self.cuts.keys() or any(not np.array_equal(stays, now[place]) for place, stays in self.cuts.items()):

@@ -16,18 +16,18 @@ from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.lazy import LazyTensors
 from billhook.model.find import check_stored, check_values, find_transformer
 from billhook.model.linears import is_adapter, is_linear, size_of
-from billhook.model.plan import Plan, Weights
+from billhook.model.plan import ModelPlan, Weights
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.moments import NoRepair, not_refitted, without_name
-from billhook.repairs.repair import Repair, repair_linears
+from billhook.repairs.repair import RepairConfig, repair_linears
 
 PARTS = ("weight", "bias")
-Repairing = Repair | Literal["auto"] | None
+Repairing = RepairConfig | Literal["auto"] | None
 """How linears are refitted: as told, as far as they can be, or not at all."""
 
 
 def repair_as_asked(
-    model: nn.Module, plan: Plan, batches: Batches, how: Repairing, comm: Comm = ALONE, progress: Told | None = None
+    model: nn.Module, plan: ModelPlan, batches: Batches, how: Repairing, comm: Comm = ALONE, progress: Told | None = None
 ) -> tuple[Weights | None, str]:
     """Refits as `repair` does where that is asked, or `"auto"`, where it can be, for a plan of the model as it is.
 
@@ -40,7 +40,7 @@ def repair_as_asked(
     try:
         new = repair_with(model, _units(plan), batches, None if how == "auto" else how, comm, progress=progress, left=left)
     except NoRepair as error:
-        if isinstance(how, Repair):
+        if isinstance(how, RepairConfig):
             raise
         return None, f"not repaired: {without_name(error)}"
     return new, not_refitted(left)
@@ -48,9 +48,9 @@ def repair_as_asked(
 
 def repair(
     model: nn.Module,
-    plan: Plan,
+    plan: ModelPlan,
     batches: Batches,
-    how: Repair | None = None,
+    how: RepairConfig | None = None,
     reduce: Reduce | None = None,
     progress: Told | None = None,
 ) -> Weights:
@@ -64,7 +64,7 @@ def repair(
         plan: A plan of units.
         batches: Two at least, as dictionaries of inputs of the model's forward; a few times as many tokens as a feed-forward has
             channels; or a `Calibration` that reads them. Padding (by `attention_mask`) does not count.
-        how: How they are refitted; `Repair()` by default.
+        how: How they are refitted; `RepairConfig()` by default.
         reduce: Sums a tensor over ranks, if each has batches of its own.
         progress: Is called with how many linears are refitted, and how many will be.
 
@@ -90,7 +90,7 @@ def repair(
     return repair_with(model, units, batches, how, comm, progress=progress)
 
 
-def _units(plan: Plan) -> UnitPlan:
+def _units(plan: ModelPlan) -> UnitPlan:
     """Returns a plan of units; refuses another one."""
     if not isinstance(plan, UnitPlan):
         raise ValueError(f"plan: repair makes up for units, and this is a plan of {plan.kind}")
@@ -101,7 +101,7 @@ def repair_with(
     model: nn.Module,
     plan: UnitPlan,
     batches: Batches,
-    how: Repair | None = None,
+    how: RepairConfig | None = None,
     comm: Comm = ALONE,
     given: LazyTensors | None = None,
     whole: Collection[str] = (),

@@ -121,7 +121,7 @@ class BlockwiseRepair:
 
 
 @dataclass(frozen=True)
-class Repair:
+class RepairConfig:
     """How the linears that read removed units are refitted; the defaults did best in experiments without training.
 
     Fitted to one kind of text alone, a language model may do worse on others: calibrate it on a `Calibration` of several
@@ -139,8 +139,8 @@ class Repair:
         ValueError: If the share is not between 0 and 1, or there is no ridge or one that is not at least 0.0001.
 
     Example:
-        >>> Repair(catch_up=False, ridges=[0.1, 1.0])
-        Repair(catch_up=False, held_out=0.2, ridges=[0.1, 1.0])
+        >>> RepairConfig(catch_up=False, ridges=[0.1, 1.0])
+        RepairConfig(catch_up=False, held_out=0.2, ridges=[0.1, 1.0])
     """
 
     catch_up: bool = True
@@ -148,7 +148,7 @@ class Repair:
     ridges: Sequence[float] = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
     def __post_init__(self) -> None:
-        annotated(Repair, vars(self))
+        annotated(RepairConfig, vars(self))
         fraction("held_out", self.held_out, "(0, 1)")
         if not self.ridges or not all(1e-4 <= ridge < math.inf for ridge in self.ridges):
             raise ValueError(f"ridges={self.ridges!r} must be finite numbers of at least 0.0001, one or more")
@@ -188,7 +188,7 @@ def repair_linears(
     model: nn.Module,
     kept: Mapping[str, Tensor],
     trials: Sequence[Run],
-    repair: Repair | None = None,
+    repair: RepairConfig | None = None,
     comm: Comm = ALONE,
     given: LazyTensors | None = None,
     progress: Told | None = None,
@@ -208,7 +208,7 @@ def repair_linears(
         kept: By linear (`nn.Linear` or `Conv1D`), which of its inputs are kept: bool, `[in_features]`. One that keeps all is
             refitted, too, where it can catch up, or other parameters are given.
         trials: The batches, two at least on all ranks together, of which some choose the ridge; a rank may have none.
-        repair: The settings; `Repair()` by default.
+        repair: The settings; `RepairConfig()` by default.
         comm: The ranks, each of which has batches of its own.
         given: Other parameters that linears are to have, refitted or not, as they lie in memory; with them each refitted
             linear makes up for what it then falls short of in the whole model, which keeps its own.
@@ -222,7 +222,7 @@ def repair_linears(
     Raises:
         ValueError: If masks, batches, inputs or given parameters do not fit, or one of these is called more than once in a run.
     """
-    repair = repair or Repair()
+    repair = repair or RepairConfig()
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     linears = _check(model, kept, every)
     forwards = [trial.visit for trial in trials]

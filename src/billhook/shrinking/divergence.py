@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from billhook.engine.batches import Batch, Run, source_of
 from billhook.engine.state import overridden, undisturbed
 from billhook.engine.trees import tree_leaves, tree_map_only
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.report.predictions import Predictions, logits_in
 from billhook.units.blocks import find_blocks
 
@@ -37,7 +37,7 @@ def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     if _too_few(numbers):
         found = ", ".join(f"{len(own)}{f' of {source}' if source else ''}" for source, own in numbers.items())
         raise ValueError(f"batches: three rows at least, and two of each source, as some are held out; got {found or 'none'}")
-    held_out = {own[place] for own in numbers.values() for place in Repair(held_out=SHARE).chooses(len(own))}
+    held_out = {own[place] for own in numbers.values() for place in RepairConfig(held_out=SHARE).chooses(len(own))}
     measured = few([batches[number] for number in sorted(held_out)])
     left_over = [number for number, used in zip(sorted(held_out), measured, strict=True) if used is None]
     fitted = [batch for number, batch in enumerate(batches) if number not in held_out or number in left_over]

@@ -15,7 +15,7 @@ from billhook.model.meta import sharing
 from billhook.pruning.block_plan import BlockPlan, take_out
 from billhook.pruning.cuts import Cut
 from billhook.pruning.removal import remove
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, check_speed, measure_speed
 from billhook.shrinking.levels import Place, cut_of
@@ -205,7 +205,9 @@ SLACK = 0.02
 """How much faster than asked a model may be, as a fraction of the dense model's time, before it is allowed more."""
 
 
-def fast_enough(work: Work, most: float, clock: Clock, fitted: Sequence[Any], repair: Repair | None, choosing: Choosing) -> Found:
+def fast_enough(
+    work: Work, most: float, clock: Clock, fitted: Sequence[Any], repair: RepairConfig | None, choosing: Choosing
+) -> Found:
     """Searches for a model that takes no longer than is asked, timed before anything is cut.
 
     What places take together is not the sum of what they take alone. So the limit is first adjusted to how long the knapsack's

@@ -34,7 +34,7 @@ from billhook.pruning.removal import tried
 from billhook.pruning.target import Search
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, counting, folds_of, wide
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.blocks import Block, Blocks
 from billhook.shrinking.planned import Planned, refitted_if_enough
 from billhook.shrinking.variants import resting
@@ -77,7 +77,7 @@ class Merged:
         blocks: Blocks,
         gone: Sequence[Block],
         fitted: Sequence[Any],
-        repair: Repair | None,
+        repair: RepairConfig | None,
     ) -> Planned:
         """Finds the plans, as has been tried on meta tensors, and their weights; the model stays as it is.
 
@@ -117,7 +117,7 @@ class Merged:
         return Planned(units, after, merged=tuple(plans), dense=self.search.now.params)
 
     def _repaired(
-        self, numbers: Mapping[str, list[int]], zeros: LazyTensors, fitted: Sequence[Any], repair: Repair
+        self, numbers: Mapping[str, list[int]], zeros: LazyTensors, fitted: Sequence[Any], repair: RepairConfig
     ) -> tuple[LazyTensors, str]:
         """Refits linears; those that are zero, as their block goes, stay so; says what was not refitted."""
         model, search = self.search.model, self.search
@@ -143,7 +143,7 @@ def refit_readers(
     places: Mapping[str, Projections],
     variants: Mapping[str, Mapping[int, LazyTensors]],
     runs: Sequence[Run],
-    repair: Repair,
+    repair: RepairConfig,
 ) -> dict[str, dict[int, LazyTensors]]:
     """Returns new parameters of the linears that read heads, by attention and number of KV heads; the model stays as it is.
 

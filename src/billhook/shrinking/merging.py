@@ -16,7 +16,7 @@ from billhook.kv_heads.layout import read, written
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import matrix_of
 from billhook.pruning.target import Search
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.damages import groups
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.levels import Place
@@ -47,7 +47,9 @@ class Merging:
     able: dict[str, list[int]]
     chosen: set[tuple[str, int]] = field(default_factory=set)
 
-    def fill(self, places: Sequence[Place], batches: Sequence[Any], repair: Repair | None, done: Callable[[], None]) -> None:
+    def fill(
+        self, places: Sequence[Place], batches: Sequence[Any], repair: RepairConfig | None, done: Callable[[], None]
+    ) -> None:
         """Makes the variants in which KV heads merge, except those that the library holds.
 
         What reads heads is refitted in them, as where heads are removed; what it is in all that is planned, which is repaired as
@@ -192,7 +194,7 @@ def _passes(places: Sequence[Place], size: Callable[[Place], int], most: int) ->
 
 
 def _variants(
-    attentions: Attentions, numbers: Mapping[str, Sequence[int]], trials: Sequence[Run], repair: Repair | None
+    attentions: Attentions, numbers: Mapping[str, Sequence[int]], trials: Sequence[Run], repair: RepairConfig | None
 ) -> tuple[ByNumber, ByNumber]:
     """Returns parameters with which the heads of each group are equal, and those of what reads them, refitted."""
     model, places = attentions.model, {name: attentions.places[name] for name in numbers}

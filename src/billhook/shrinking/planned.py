@@ -26,7 +26,7 @@ from billhook.pruning.removal import tried
 from billhook.pruning.repair import repair_with
 from billhook.pruning.target import Search, row_lengths
 from billhook.repairs.moments import NoRepair, not_refitted, without_name
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.blocks import Block, Blocks
 from billhook.units.gates import mask
 
@@ -107,7 +107,7 @@ def _row_lengths(search: Search, cut: Cut) -> tuple[RowLength, ...]:
 
 
 def refitted_if_enough(
-    model: nn.Module, plan: UnitPlan, fitted: Sequence[Any], repair: Repair, given: LazyTensors, whole: Collection[str]
+    model: nn.Module, plan: UnitPlan, fitted: Sequence[Any], repair: RepairConfig, given: LazyTensors, whole: Collection[str]
 ) -> tuple[LazyTensors, str]:
     """Refits as `repair_with` does, or, where tokens are too few for what a search has chosen, not: the search is not lost.
 

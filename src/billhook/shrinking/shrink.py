@@ -17,7 +17,7 @@ from billhook.model.surgery import undone_by_errors, values_kept
 from billhook.pruning.amount import TARGETS, Amount, RoundTo
 from billhook.pruning.repair import Repairing
 from billhook.repairs.moments import NoRepair, without_name
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import divided, to_search
 from billhook.shrinking.latency import Clock, Workload, clock_of, fast_enough, timed
 from billhook.shrinking.planned import apply_in_turn
@@ -85,8 +85,8 @@ def shrink(
         layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many heads, which plain checkpoints
             can say; `"free"`: each place keeps its own number. Whole blocks may go in both.
         importance: Which units go, at each level those of the lowest scores; by default `OBS()`.
-        repair: How the linears that read removed units are refitted; `"auto"`: by `Repair()` if there are enough tokens for any
-            refit, and otherwise, with a warning before the search, not at all; None: not at all.
+        repair: How the linears that read removed units are refitted; `"auto"`: by `RepairConfig()` if there are enough tokens for
+            any refit, and otherwise, with a warning before the search, not at all; None: not at all.
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
         round_to: To multiples of what the number of channels that remain is rounded down. `"auto"`: of the largest of 256,
@@ -137,11 +137,11 @@ def shrink(
     return shrink_begun(work, fitted, held_out, max_loss, clock, scored, how, generations, candidates, library, seed)
 
 
-def repair_for(work: Work, fitted: Sequence[Any], repair: Repairing) -> Repair | None:
+def repair_for(work: Work, fitted: Sequence[Any], repair: Repairing) -> RepairConfig | None:
     """Returns how linears are refitted; with `"auto"` not at all, for a reason that the work notes, where tokens are too few.
 
     Raises:
-        NoRepair: If there are too few tokens for any refit, and a `Repair` was asked for.
+        NoRepair: If there are too few tokens for any refit, and a `RepairConfig` was asked for.
     """
     work.not_repaired = ""
     if repair is None:
@@ -153,7 +153,7 @@ def repair_for(work: Work, fitted: Sequence[Any], repair: Repairing) -> Repair |
             raise
         work.not_repaired = f"not repaired: {without_name(error)}"
         return None
-    return Repair() if repair == "auto" else repair
+    return RepairConfig() if repair == "auto" else repair
 
 
 def shrink_begun(
@@ -163,7 +163,7 @@ def shrink_begun(
     max_loss: float | None,
     latency: tuple[float, Clock] | None,
     importance: Importance,
-    repair: Repair | None,
+    repair: RepairConfig | None,
     generations: int,
     candidates: int,
     library: str | Path | None,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from billhook.importance.score import run_of
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import Perplexity
 from billhook.shrinking.planned import Planned, as_planned
 from billhook.shrinking.shrunk import Choice, Times
@@ -33,7 +33,7 @@ class Found:
     times: Times | None = None
 
     @classmethod
-    def within(cls, work: Work, fitted: Sequence[Any], repair: Repair | None, choosing: Choosing) -> "Found":
+    def within(cls, work: Work, fitted: Sequence[Any], repair: RepairConfig | None, choosing: Choosing) -> "Found":
         """Searches within a work's limit, and repairs what is chosen as a whole; of several, takes what then loses least."""
         several, curve, tried = choosing()
         some = several if repair is not None else several[:1]
@@ -47,7 +47,7 @@ class Found:
 
 
 def smallest(
-    work: Work, most: float, held_out: Sequence[Any], fitted: Sequence[Any], repair: Repair | None, choosing: Choosing
+    work: Work, most: float, held_out: Sequence[Any], fitted: Sequence[Any], repair: RepairConfig | None, choosing: Choosing
 ) -> Found:
     """Finds the smallest size at which the model, repaired as a whole, has at most so many times its perplexity.
 

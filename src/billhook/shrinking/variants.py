@@ -35,7 +35,7 @@ from billhook.model.linears import as_it_lies, matrix_of
 from billhook.pruning.target import Search
 from billhook.repairs.least_squares import bias_shift, choose_ridge, error_left, errors_without, solve_ridge
 from billhook.repairs.moments import Fold, OwedMoments, check_tokens, folds_of
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.levels import Place, any_gone
 from billhook.units.units import Units
 
@@ -182,7 +182,7 @@ def fill_library(
     units: Mapping[str, Units],
     gone: Gone,
     runs: Sequence[Run],
-    repair: Repair | None,
+    repair: RepairConfig | None,
     done: Callable[[], None],
 ) -> None:
     """Cuts and refits each place to each of its levels, except where a library holds that already.
@@ -200,7 +200,7 @@ def fill_library(
         repair: How linears are refitted, by its ridges and held-out share; None: not at all.
         done: Called after each place.
     """
-    model, how = library.model, repair or Repair()
+    model, how = library.model, repair or RepairConfig()
     missing = {p.name: [one for one in levels[p.name] if one < p.count and (p.name, one) not in library.errors] for p in places}
     places = [place for place in places if missing[place.name]]
     parts, held_out = how.parts([run.source for run in runs])

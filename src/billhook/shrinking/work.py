@@ -15,7 +15,7 @@ from billhook.model.figures import figure_of
 from billhook.model.linears import matrix_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.blocks import Block, Blocks, find_blocks
 from billhook.shrinking.choose import Levels, Slot, between, cost, evolve, kept_at
 from billhook.shrinking.damages import CALLED, damage_without, damages, fewer_blocks, groups, make_slots, of_one_kind
@@ -145,7 +145,7 @@ class Work:
         fitted: Sequence[Any],
         held_out: Sequence[Any],
         importance: Importance,
-        repair: Repair | None,
+        repair: RepairConfig | None,
         folder: Path | None = None,
     ) -> None:
         """Scores units, makes the variants, in a folder or in memory, and measures what they cost the model."""
@@ -215,7 +215,7 @@ class Work:
         kinds, whole = {place.name: place.kind for place in self.places}, cost(slots, (0,) * len(slots))
         return of_one_kind(slots, [kinds[slot.names[0]] for slot in slots], self.limit - self.now + whole)
 
-    def planned(self, fitted: Sequence[Any], repair: Repair | None, kept: Mapping[str, int]) -> Planned:
+    def planned(self, fitted: Sequence[Any], repair: RepairConfig | None, kept: Mapping[str, int]) -> Planned:
         """Plans what was chosen, and repairs it from front to back; the model stays as it is."""
         if repair is not None:
             self.enter("repairing what was chosen")
@@ -251,7 +251,7 @@ class Work:
         own = planned.blocks, self.blocks.why, planned.merged, planned.not_refitted or self.not_repaired
         return Shrunk(planned.units, self.target, self.limit, left, counts, predicted, self.divergence.by_source(), *found, *own)
 
-    def _merge(self, fitted: Sequence[Any], repair: Repair | None) -> None:
+    def _merge(self, fitted: Sequence[Any], repair: RepairConfig | None) -> None:
         """Makes variants in which KV heads merge, and takes those that lose less than removal."""
         self.merging = find_merging(self.search, self.places, self.uniform, self.library) if self.merges else None
         if self.merging is None:

@@ -26,7 +26,7 @@ from billhook.engine.store import store_of
 from billhook.engine.walk import Sequential
 from billhook.model.find import check_changeable
 from billhook.model.linears import Convolutions, channels, in_place, is_convolution, prunable, size_of, turned
-from billhook.model.plan import Plan, Weights, starting_from
+from billhook.model.plan import ModelPlan, Weights, starting_from
 from billhook.page import html_table
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import (
@@ -55,7 +55,7 @@ from billhook.sparsity.walks import Walks, runs_for, sparsities_of
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class WeightPlan(Plan):
+class WeightPlan(ModelPlan):
     """Which weights of a model become zero, and the new values of the others where a criterion changes them.
 
     Attributes:

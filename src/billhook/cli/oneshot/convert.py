@@ -11,7 +11,7 @@ from billhook.kv_heads.convert import batches_needed, check_ready, check_repair,
 from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.plan import apply
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import in_rows
 
 REFIT = "refit what reads the heads, and the feed-forwards, by least squares"
@@ -23,7 +23,7 @@ def convert(
     given: Examples,
     num_key_value_heads: int | None = None,
     method: KVMethod | Name = "mean",
-    repair: Repair | None = None,
+    repair: RepairConfig | None = None,
     layers: list[int | str] | None = None,
     encoder: bool = False,
     dry_run: bool = False,
@@ -42,7 +42,7 @@ def convert(
             "aligned", which does without; "svd" or "auto", which stay nearest to the dense model; or any `KVMethod`, also a
             class of your own.
         repair: How what reads the heads, and the feed-forwards, make up for what is lost: least squares on the examples (see
-            `Repair`); by default they keep their weights.
+            `RepairConfig`); by default they keep their weights.
         layers: The attentions to convert, by name or by their place in the order in which they run, from 0, as in `0 1`; by
             default all.
         encoder: Whether the self-attention of an encoder-decoder's encoder is converted too; as in the paper it is not.

@@ -30,7 +30,7 @@ from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.planning import count_blocks, default_importance, plan_amount, plan_searched
 from billhook.pruning.repair import Repairing, repair_as_asked
 from billhook.pruning.target import First, Search
-from billhook.repairs.repair import Repair
+from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import in_rows
 
 
@@ -89,8 +89,8 @@ def prune_structure(
             own; by default `OutputNorm`, or `Taylor` where no module reads some units alone, as experts. With `stream` one
             without gradients.
         rounds: In how many rounds, each with new scores.
-        repair: How the linears that read removed units make up for them, by least squares on the examples; "auto": by `Repair()`
-            where linears read them, and the examples are enough; null: they do not.
+        repair: How the linears that read removed units make up for them, by least squares on the examples; "auto": by
+            `RepairConfig()` where linears read them, and the examples are enough; null: they do not.
         dry_run: Print the first plan and write nothing.
 
     Raises:
@@ -147,7 +147,7 @@ def prune_structure(
         refitted = refitted or bool(repaired)
         apply(work.model, plan, weights=repaired)
         plans.append(plan)
-    done = str(Repair() if repair == "auto" else repair) if refitted else None
+    done = str(RepairConfig() if repair == "auto" else repair) if refitted else None
     by = {"by": importance and str(importance), "blocks_by": block_importance and str(block_importance)}
     how = by | {"ranking": amount.ranking, "rounds": rounds, "repair": done} | ({"greedy": True} if amount.greedy else {})
     what = f"without {', '.join(plan.words for plan in plans)}"

@@ -59,7 +59,7 @@ class Recovery:
         if not generates(model):
             raise ValueError(
                 f"recover={self.recover}: a {type(model).__name__} is no causal language model and no classifier of texts: train "
-                "it in a LightningModule of your own, with `Shrink` among the callbacks"
+                "it in a LightningModule of your own, with `Shrinking` among the callbacks"
             )
         return "causal-lm"
 

@@ -143,8 +143,8 @@ def shrink(
             this machine.
         layers: "uniform", so that layers stay alike and plain checkpoints can say it, or "free".
         importance: Which units go: `OBS` (the default), or any other `Importance`, also a class of your own.
-        repair: How the linears that read removed units make up for them; "auto": by `Repair()` if the examples are enough for any
-            refit; null: they do not.
+        repair: How the linears that read removed units make up for them; "auto": by `RepairConfig()` if the examples are enough
+            for any refit; null: they do not.
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
         round_to: To multiples of what the number of channels that remain is rounded down. "auto": of the largest of 256,

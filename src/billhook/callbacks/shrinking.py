@@ -42,7 +42,7 @@ from billhook.shrinking.variants import key_of
 from billhook.shrinking.work import Work
 
 
-class Shrink(ShapeCallback):
+class Shrinking(ShapeCallback):
     """Removes channels, heads and blocks within one budget at a given step, as much of each as loses least.
 
     This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
@@ -64,8 +64,8 @@ class Shrink(ShapeCallback):
         layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many heads; `"free"`: each its own.
             Whole blocks may go in both.
         importance: Which units go: `OBS` (the default), or any other `Importance`.
-        repair: How the linears that read removed units are refitted; `"auto"`: by `Repair()` if there are enough tokens for any
-            refit, and otherwise, with a warning before the search, not at all; None: not at all.
+        repair: How the linears that read removed units are refitted; `"auto"`: by `RepairConfig()` if there are enough tokens for
+            any refit, and otherwise, with a warning before the search, not at all; None: not at all.
         first: Blocks at the beginning of each stack that stay whole.
         last: Blocks at the end of each stack that stay whole.
         round_to: To multiples of what the number of channels that remain is rounded down. `"auto"`: of the largest of 256,
@@ -85,7 +85,7 @@ class Shrink(ShapeCallback):
         ValueError: If an argument is not legal; in `setup`, if the model cannot meet the budget.
 
     >>> import billhook as bh
-    >>> callback = bh.Shrink(params=0.8, calibration=64)  # for Trainer(callbacks=[callback])
+    >>> callback = bh.Shrinking(params=0.8, calibration=64)  # for Trainer(callbacks=[callback])
     """
 
     in_turn = True
@@ -108,7 +108,7 @@ class Shrink(ShapeCallback):
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
-        annotated(Shrink, locals())
+        annotated(Shrinking, locals())
         check_at(at)
         check_search(generations, candidates)
         self.amount = budget(params, kv_cache_bytes, bytes, max_loss, None, first, last, round_to)
@@ -127,7 +127,8 @@ class Shrink(ShapeCallback):
     @property
     def state_key(self) -> str:
         """The key of this callback's state in checkpoints."""
-        return self._generate_state_key(amount=str(self.amount), max_loss=self.max_loss)
+        # as when the class was called Shrink, so that checkpoints of then can be resumed
+        return f"Shrink{{'amount': {str(self.amount)!r}, 'max_loss': {self.max_loss!r}}}"
 
     @property
     def needs_data(self) -> bool:
@@ -144,7 +145,7 @@ class Shrink(ShapeCallback):
         subject = find_transformer(model)
         if adapted(subject) and self.at != "start":
             raise ValueError(
-                f"at={self.at!r} must be 'start' where adapters are attached: Shrink comes before they learn anything"
+                f"at={self.at!r} must be 'start' where adapters are attached: Shrinking comes before they learn anything"
             )
         if trainer.ckpt_path is None:
             self._begun(subject)
@@ -156,16 +157,18 @@ class Shrink(ShapeCallback):
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Searches, removes and repairs."""
         metrics, model = self.measured(trainer, pl_module), find_transformer(pl_module)
-        with together(trainer, "Shrink"), in_turn(pl_module):
+        with together(trainer, "Shrinking"), in_turn(pl_module):
             work = self._begun(model)
             self._known.clear()
             with taken_off(model):
                 found = self._search(trainer, pl_module, work)
-            check_agreed(trainer, "Shrink", "the plan of what is removed", lambda: [one.to_json() for one in found.planned.plans])
+            check_agreed(
+                trainer, "Shrinking", "the plan of what is removed", lambda: [one.to_json() for one in found.planned.plans]
+            )
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, found))
         note_not_refitted(event, found.planned.not_refitted or work.not_repaired)
         self.done, self.asked = moment, 1.0
-        with together(trainer, "Shrink"), self.calibration.aside(pl_module), gradient_precision(trainer), taken_off(model):
+        with together(trainer, "Shrinking"), self.calibration.aside(pl_module), gradient_precision(trainer), taken_off(model):
             self.shrunk = work.finished(found.planned, found.kept, found.curve, found.tried, found.ratio)
         event["after"] |= self.measured(trainer, pl_module)
         log_event(trainer, event)
@@ -179,7 +182,7 @@ class Shrink(ShapeCallback):
             store_of(model).load(layer)
             if not adds_nothing(layer):
                 what = f"the adapter of {name} is not plain LoRA, or has learned something"
-                raise ValueError(f"Shrink: {what}: merge it (bh.merge)")
+                raise ValueError(f"Shrinking: {what}: merge it (bh.merge)")
         merges = not adapted(model)
         with taken_off(model):
             lasts = self.at == "start" and not store_of(model).on_ranks  # training changes it, and shards are gathered anew
@@ -192,15 +195,15 @@ class Shrink(ShapeCallback):
         """Searches on the same batches on each rank."""
         with self.calibration.aside(pl_module), gradient_precision(trainer):
             batches = list(self.calibration.read(trainer, alike=True))
-            check_agreed(trainer, "Shrink", "its settings", partial(described, self))
-            check_agreed(trainer, "Shrink", "the batches", [one for one in tree_leaves(batches) if isinstance(one, Tensor)])
-            check_near(trainer, "Shrink", "the model", work.model, dict(work.model.named_parameters()))
-            work.agreed = partial(of_first, trainer, "Shrink", "what it measures")
+            check_agreed(trainer, "Shrinking", "its settings", partial(described, self))
+            check_agreed(trainer, "Shrinking", "the batches", [one for one in tree_leaves(batches) if isinstance(one, Tensor)])
+            check_near(trainer, "Shrinking", "the model", work.model, dict(work.model.named_parameters()))
+            work.agreed = partial(of_first, trainer, "Shrinking", "what it measures")
             fitted, held_out = divided(batches)
             runs, searched = (_runs(pl_module, work, own) for own in (fitted, to_search(fitted, work.widest)))
             repair = repair_for(work, runs, self.repair)
             if work.not_repaired:
-                rank_zero_warn(f"Shrink: {work.not_repaired}")
+                rank_zero_warn(f"Shrinking: {work.not_repaired}")
             predicting = runs_as_in_training(pl_module, work.model, held_out)
             work.measure(searched, predicting, self.importance, repair)
             choosing = partial(work.chosen, self.generations, self.candidates, self.calibration.seed)
@@ -222,7 +225,7 @@ class Shrink(ShapeCallback):
         weights = LazyTensors.of(planned.weights or {}).renamed(partial(beneath, layers=layers))
         apply_in_turn(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
         before, after = planned.parameters
-        return f"{before:,} -> {after:,} parameters ({planned.words}; Shrink)"
+        return f"{before:,} -> {after:,} parameters ({planned.words}; Shrinking)"
 
 
 def _seen(model: PreTrainedModel) -> Hashable | None:

@@ -1,10 +1,13 @@
 """The share of small mistakes in the source that tests catch: what a smaller test suite must not lose.
 
-    python benchmarks/mutations.py OUT.jsonl [--count 200] [--seed 0] [--folders sparsity engine ...] [--select "not slow"]
+    pip install pytest-cov
+    python benchmarks/mutations.py OUT [--count 200] [--seed 0] [--folders sparsity engine ...] [--select "not slow"] [--most 150]
 
-Each mutation changes one token of a copy of the source: a comparison, an operator, a truth value or a whole number. The tests of
-its folder then run, by pytest's `-x`, and a mutation that they pass has survived. The same seed gives the same mutations of the
-same source, so that two suites can be compared. Lines go to OUT as they are found, and a run that was stopped goes on after them.
+Each mutation changes one token of a copy of the source: a comparison, an operator, a truth value or a whole number. First
+all tests of the folders run once, under coverage, which writes down the tests that execute each line. Of the tests that
+execute the mutated line, the `--most` quickest run until a test fails; a mutation that they pass, or whose line no test
+executes, has survived. The same seed gives the same mutations of the same source, so that two suites, or two selections of
+one suite, can be compared. A run that was stopped goes on.
 """
 
 import argparse
@@ -18,38 +21,41 @@ import subprocess
 import sys
 import tempfile
 import tokenize
+import xml.etree.ElementTree as ET
 from itertools import islice
 from pathlib import Path
 
+import coverage
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ["engine", "kv_heads", "pruning", "repairs", "sparsity"]
-TESTS = {"engine": ["engine", "sparsity/test_prune.py"], "repairs": ["repairs", "engine/test_streamed_repair.py"]}
-"""Where the tests of a folder are, if not in the folder of its name alone."""
 SWAPS = {
     "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "/": "*", "//": "*",
     "%": "*", "&": "|", "+=": "-=", "-=": "+=", "|=": "&=", "and": "or", "or": "and", "not": "", "True": "False",
     "False": "True", "min": "max", "max": "min", "any": "all", "all": "any",
 }  # fmt: skip
+Mutation = tuple[str, int, int, str, str]
+"""File, line, column, the token, and the token that it becomes."""
 
 
 def mutations_of(path: Path) -> list[tuple[int, int, str, str]]:
-    """Returns for each token that can be mistaken its line, its column, what it is and what it becomes."""
+    """Returns the line and column of each token that can be mutated, the token, and its replacement."""
     source = path.read_text()
     kept = {line for node in ast.walk(ast.parse(source)) for line in untouched(node)}
-    found = []
+    mutations = []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         line, column = token.start
         if line in kept:
             continue
         if token.type in (tokenize.OP, tokenize.NAME) and token.string in SWAPS:
-            found.append((line, column, token.string, SWAPS[token.string]))
+            mutations.append((line, column, token.string, SWAPS[token.string]))
         elif token.type == tokenize.NUMBER and token.string.isdecimal():
-            found.append((line, column, token.string, str(int(token.string) + 1)))
-    return found
+            mutations.append((line, column, token.string, str(int(token.string) + 1)))
+    return mutations
 
 
 def untouched(node: ast.AST) -> range:
-    """Returns the lines of what computes nothing: imports, signatures, which hold defaults and annotations, and raised errors."""
+    """Returns the lines that compute nothing: imports, signatures (they hold defaults and annotations), and raised errors."""
     if isinstance(node, ast.Import | ast.ImportFrom | ast.Raise):
         return range(node.lineno, (node.end_lineno or node.lineno) + 1)
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -59,19 +65,19 @@ def untouched(node: ast.AST) -> range:
     return range(0)
 
 
-def sample(folders: list[str], count: int, seed: int) -> list[tuple[str, int, int, str, str]]:
-    """Draws mutations, as many of each line of source wherever it is."""
-    every = []
+def sample(folders: list[str], count: int, seed: int) -> list[Mutation]:
+    """Draws mutations; each token of the folders is as likely as any other."""
+    mutations = []
     for folder in folders:
         for path in sorted((ROOT / "src" / "billhook" / folder).rglob("*.py")):
-            every += [(str(path.relative_to(ROOT)), *mutation) for mutation in mutations_of(path)]
-    random.Random(seed).shuffle(every)
-    found = (mutation for mutation in every if parses(mutated((ROOT / mutation[0]).read_text(), mutation)))
-    return list(islice(found, count))
+            mutations += [(str(path.relative_to(ROOT)), *mutation) for mutation in mutations_of(path)]
+    random.Random(seed).shuffle(mutations)
+    legal = (mutation for mutation in mutations if parses(mutated((ROOT / mutation[0]).read_text(), mutation)))
+    return list(islice(legal, count))
 
 
-def mutated(source: str, mutation: tuple[str, int, int, str, str]) -> str:
-    """Returns a source with a mutation."""
+def mutated(source: str, mutation: Mutation) -> str:
+    """Returns the source with the mutation."""
     _, line, column, before, after = mutation
     lines = source.splitlines(keepends=True)
     text = lines[line - 1]
@@ -80,7 +86,7 @@ def mutated(source: str, mutation: tuple[str, int, int, str, str]) -> str:
 
 
 def parses(source: str) -> bool:
-    """Tells whether a source is one, which the star of an argument is not without it."""
+    """Tells whether the source is Python: the star of an argument cannot become a plus."""
     try:
         ast.parse(source)
     except SyntaxError:
@@ -88,63 +94,88 @@ def parses(source: str) -> bool:
     return True
 
 
-def tests_of(file: str) -> list[str]:
-    """Returns the tests of a file of the source."""
-    folder = Path(file).parts[2]
-    return [f"tests/{place}" for place in TESTS.get(folder, [folder])]
+def pytest(arguments: list[str], source: Path, seconds: float | None = None) -> int:
+    """Runs pytest on a copy of the source; returns its exit status, or 1 after so many seconds."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(source), str(ROOT / "tests")]),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    try:
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=seconds, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return 1
 
 
-def caught(copy: Path, mutation: tuple[str, int, int, str, str], select: str, seconds: int) -> bool:
-    """Tells whether tests fail, or take too long, with a mutation in the copy of the source."""
+def measure(out: Path, folders: list[str], select: str) -> None:
+    """Runs all tests of the folders once, under coverage: writes which tests execute each line, and how long each test takes."""
+    tests = [f"tests/{folder}" for folder in folders]
+    os.environ["COVERAGE_FILE"] = str(out / "coverage")
+    junit = [f"--junitxml={out / 'tests.xml'}", "-o", "junit_family=xunit1"]
+    covered = ["--cov=src/billhook", "--cov-context=test", "--cov-report=", *junit]
+    pytest(["-n", "2", "-m", select, *covered, *tests], ROOT / "src")
+
+
+def durations(out: Path) -> dict[str, float]:
+    """Returns the seconds of each test that passes without a mutation."""
+    cases = ET.parse(out / "tests.xml").iter("testcase")
+    return {f"{case.get('file')}::{case.get('name')}": float(case.get("time", 0)) for case in cases if len(case) == 0}
+
+
+def tests_of(mutation: Mutation, data: coverage.CoverageData, seconds: dict[str, float]) -> list[str]:
+    """Returns the tests that execute the mutated line, the quickest first.
+
+    A line that runs in a fixture's setup counts for all tests of that file, and a line that runs at import (a constant)
+    for all tests     that execute any line of its file.
+    """
+    lines = data.contexts_by_lineno(str(ROOT / mutation[0]))
+    contexts = set(lines.get(mutation[1], [])) - {""} or {context for line in lines.values() for context in line} - {""}
+    names = {context.rpartition("|")[0] for context in contexts}
+    files = {context.partition("::")[0] for context in contexts if context.endswith("|setup")}
+    return sorted((test for test in seconds if test in names or test.partition("::")[0] in files), key=seconds.__getitem__)
+
+
+def caught(copy: Path, mutation: Mutation, tests: list[str], select: str) -> bool:
+    """Tells whether a test fails, or takes too long, with the mutation in the copy of the source."""
     path = copy / Path(mutation[0]).relative_to("src")
     source = path.read_text()
     path.write_text(mutated(source, mutation))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-n",
-        "2",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        select,
-        *tests_of(mutation[0]),
-    ]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(copy), str(ROOT / "tests")]), "PYTHONDONTWRITEBYTECODE": "1"}
+    names = copy.parent / "tests.txt"
+    names.write_text("\n".join(tests))
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=seconds, check=False)
-    except subprocess.TimeoutExpired:
-        return True
+        return pytest(["-x", "-m", select, f"@{names}"], copy, 1800) != 0
     finally:
         path.write_text(source)
-    return done.returncode != 0
 
 
 def main() -> None:
-    """Prints the share that is caught, and what survives."""
+    """Prints the share that is caught, and the mutations that survive."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folders", nargs="+", default=FOLDERS)
     parser.add_argument("--select", default="not slow and not sweep and not real", help="which tests run, as for pytest's -m")
-    parser.add_argument("--seconds", type=int, default=900, help="after which tests that still run have caught it")
+    parser.add_argument("--most", type=int, default=150, help="the most tests that run for a mutation")
     options = parser.parse_args()
-    known = [json.loads(line) for line in options.out.read_text().splitlines()] if options.out.is_file() else []
-    done = {tuple(one["mutation"]): one["caught"] for one in known}
-    with tempfile.TemporaryDirectory() as folder, options.out.open("a") as out:
+    options.out.mkdir(exist_ok=True)
+    if not (options.out / "tests.xml").is_file():
+        measure(options.out.resolve(), options.folders, options.select)
+    data, seconds = coverage.CoverageData(str(options.out / "coverage")), durations(options.out)
+    data.read()
+    log = options.out / "mutations.jsonl"
+    known = log.read_text().splitlines() if log.is_file() else []
+    results = {tuple(line["mutation"]): line["caught"] for line in map(json.loads, known)}
+    with tempfile.TemporaryDirectory() as folder, log.open("a") as file:
         copy = Path(folder) / "src"
         shutil.copytree(ROOT / "src", copy, ignore=shutil.ignore_patterns("__pycache__"))
         for mutation in sample(options.folders, options.count, options.seed):
-            if mutation not in done:
-                done[mutation] = caught(copy, mutation, options.select, options.seconds)
-                print(json.dumps({"mutation": mutation, "caught": done[mutation]}), file=out, flush=True)
-            file, line, _, before, after = mutation
-            print(f"{'caught  ' if done[mutation] else 'SURVIVED'} {file}:{line} {before!r} -> {after!r}", flush=True)
-    print(f"{sum(done.values())} of {len(done)} caught")
+            if mutation not in results:
+                tests = tests_of(mutation, data, seconds)[: options.most]
+                results[mutation] = bool(tests) and caught(copy, mutation, tests, options.select)
+                print(json.dumps({"mutation": mutation, "caught": results[mutation], "tests": len(tests)}), file=file, flush=True)
+            print(f"{'caught  ' if results[mutation] else 'SURVIVED'} {':'.join(map(str, mutation))}", flush=True)
+    print(f"{sum(results.values())} of {len(results)} caught")
 
 
 if __name__ == "__main__":

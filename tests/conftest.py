@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import tempfile
+from fnmatch import fnmatchcase
 
 gc.disable()  # nothing of what is imported becomes garbage
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
@@ -32,15 +33,30 @@ def pytest_collection_modifyitems(items):
     Of tests that need a folder, which are fits, checkpoints and commands, that is the first of each file.
     """
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    leave_to_the_night(items)
     seen = set()
     for item in items:
-        slow = any(item.get_closest_marker(name) for name in ("slow", "real", "sweep"))
+        slow = any(item.get_closest_marker(name) for name in ("slow", "real", "sweep", "nightly"))
         if slow or getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             continue
         once = item.path if FOLDERS & set(getattr(item, "fixturenames", ())) else item.nodeid.partition("[")[0]
         if once not in seen:
             seen.add(once)
             item.add_marker("fast")
+
+
+def leave_to_the_night(items):
+    """Marks as `nightly` what the marker `daily` of a test does not name; a pattern that fits none of its cases is an error."""
+    unused = {}
+    for item in items:
+        if marker := item.get_closest_marker("daily"):
+            patterns = [pattern for pattern in marker.args if fnmatchcase(item.callspec.id, pattern)]
+            unused.setdefault(item.nodeid.partition("[")[0], set(marker.args)).difference_update(patterns)
+            if not patterns:
+                item.add_marker("nightly")
+    wrong = {test: patterns for test, patterns in unused.items() if patterns}
+    if wrong and not any("[" in argument for argument in items[0].config.args):
+        raise pytest.UsageError(f"patterns of @pytest.mark.daily that fit no case: {wrong}")
 
 
 def pytest_collection_finish():

@@ -174,6 +174,7 @@ def test_settings_of_llm_compressor():
     assert set(prunable(model)) == {f"model.layers.{name}" for name in layers(model)}  # `targets` are layers
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_llm_pruner(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -18,6 +18,7 @@ def _nothing_is_compiled():
     torch.compiler.reset()
 
 
+@pytest.mark.daily("gpt_neox")
 @pytest.mark.parametrize("name", ["llama", "bert", "experts", "gpt_neox", "bloom"])
 def test_compiles_into_one_graph_for_texts_of_any_size(name):
     made = []
@@ -47,6 +48,7 @@ def test_compiled_linears_that_hand_heads_out_have_the_same_gradients():
         torch.testing.assert_close(one.grad, expected[own], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_exported_programs_answer_texts_of_other_sizes(name):
     """Of models of which one layer hands heads out."""

@@ -35,6 +35,7 @@ def test_plot_schedules(tmp_path, monkeypatch):
     assert (tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")
 @pytest.mark.slow
@@ -45,6 +46,7 @@ def test_cross_attention(monkeypatch, capsys):
     assert all(kind in told for kind in ("encoder, self", "decoder, self", "decoder, cross"))
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 @pytest.mark.slow
@@ -58,6 +60,7 @@ def test_convnext(tmp_path, monkeypatch, capsys):
     assert bh.summary(small).flops <= bh.summary(type(small)(small.config)).flops / 2
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 @pytest.mark.slow
@@ -69,6 +72,7 @@ def test_clip(tmp_path, monkeypatch, capsys):
     assert [one.intermediate_size for one in (small.config.text_config, small.config.vision_config)] == [64, 64]
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated")

@@ -7,6 +7,8 @@ import nbclient
 import nbformat
 import pytest
 
+from kit.pages import Block, unknown_in
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = {path.stem: path for path in sorted(EXAMPLES.glob("*.ipynb"))}
 
@@ -31,9 +33,16 @@ def test_no_outputs_are_stored(name):
     assert book.metadata.keys() == {"kernelspec", "language_info"}
 
 
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_cells_can_be_read_and_name_what_there_is(name):
+    cells = [cell.source for cell in nbformat.read(NOTEBOOKS[name], as_version=4).cells if cell.cell_type == "code"]
+    assert [unknown for cell in cells for unknown in unknown_in(Block(name, 1, "python", cell))] == []
+
+
 PICTURES = {"convert": 2, "heads": 3, "prune": 4}
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_cell_runs_and_pictures_and_tables_appear(name, tmp_path):
@@ -45,6 +54,7 @@ def test_every_cell_runs_and_pictures_and_tables_appear(name, tmp_path):
     assert re.findall(r"\bnan\b|Traceback|Warning", text) == []
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_what_shows_a_bar_in_a_terminal_shows_one_in_a_notebook(tmp_path):
     lines = "import billhook as bh\nmodel = bh.load('tiny')", "written = bh.generated(model, examples=2, length=8)"

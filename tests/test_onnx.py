@@ -11,6 +11,7 @@ onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not inst
 pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'billhook[onnx]'")
 BLOCKS = blocks_in(ROOT / "docs" / "onnx.md")
 pytestmark = [
+    pytest.mark.nightly,
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torch"),
 ]

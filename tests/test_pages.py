@@ -8,7 +8,7 @@ import pytest
 
 from billhook.assets import text_files
 from kit.cli import pytestmark as quiet
-from kit.pages import LANGUAGES, ROOT, Block, blocks_in, needed_by, printed, run_page
+from kit.pages import LANGUAGES, ROOT, Block, blocks_in, needed_by, printed, run_page, unknown_in
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN = [page for page in PAGES if blocks_in(page) and page.name != "onnx.md"]  # which test_onnx.py runs, on several models
@@ -32,6 +32,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=named)
 def test_what_a_page_says_runs_and_prints_what_it_says(page, folder):
@@ -40,6 +41,26 @@ def test_what_a_page_says_runs_and_prints_what_it_says(page, folder):
     level = logging.getLogger("lightning.pytorch").level
     run_page(blocks_in(page), {"__name__": "__main__"})
     logging.getLogger("lightning.pytorch").setLevel(level)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_code_of_a_page_can_be_read_and_names_what_there_is(page):
+    assert [(block.place, name) for block in blocks_in(page) if block.marker != "refused" for name in unknown_in(block)] == []
+
+
+@pytest.mark.parametrize(
+    ("language", "code", "unknown"),
+    [
+        ("python", "import billhook as bh\nbh.plots; bh.schedules.Linear(final=0.5); model.bh.any()\n", []),
+        ("python", "bh.Wandaa()\n", ["bh.Wandaa"]),
+        ("python", "bh.schedules.Line\n", ["bh.schedules.Line"]),
+        ("python", "from billhook.sparsity import wandaa\n", ["wandaa"]),
+        ("python", "bh.prune(model, sparsety=0.5, **more)\n", ["bh.prune(sparsety=)"]),
+        ("console", "billhook pruen tiny out\nbillhook --help\nbillhook fit --config a.yaml\n", ["pruen"]),
+    ],
+)
+def test_names_that_are_not_there_are_found(language, code, unknown):
+    assert unknown_in(block(language, code)) == unknown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)

@@ -63,6 +63,7 @@ def test_minilm_is_converted_in_place_and_loads_again(tmp_path):
     assert torch.equal(load(tmp_path / "mqa")(ids).last_hidden_state, expected)
 
 
+@pytest.mark.daily("minilm*")
 @pytest.mark.parametrize(
     ("name", "cls", "kinds"),
     [

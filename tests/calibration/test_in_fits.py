@@ -42,6 +42,7 @@ def test_a_command_line_gives_the_name_of_a_file_that_is_there(line, tmp_path):
     assert read.sources == (str(file) if line.endswith("sources") else [str(file), "tiny"])
 
 
+@pytest.mark.daily("wanda", "structure", "svd")
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_callback_reads_it(name, tmp_path):
     file = tmp_path / "text.jsonl"

@@ -73,6 +73,7 @@ def by_hand(tokenizer, documents, block_size=4):
 NAMES = ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.csv.gz", "A.v1.txt.jsonl"]
 
 
+@pytest.mark.daily("a.jsonl-*", "a.parquet-False", "*.gz-True")
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_documents_end_with_the_end_token(tmp_path, tokenizer, name, streaming):
@@ -275,6 +276,7 @@ def test_masks_depend_on_the_blocks_alone():
     assert not torch.equal(turned["labels"] == -100, first["labels"] == -100)
 
 
+@pytest.mark.daily("*-False")
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("data", "message"),
@@ -300,6 +302,7 @@ def test_files_that_are_refused(tmp_path, monkeypatch, data, message, streaming)
         load_splits(data, streaming)
 
 
+@pytest.mark.daily("*-False")
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize(
     ("name", "content"),
@@ -322,6 +325,7 @@ def test_files_without_rows_or_unreadable(tmp_path, name, content, streaming):
         check_columns(load_splits({"train": str(tmp_path / name)}, streaming)["train"], "train", "text")
 
 
+@pytest.mark.daily("*-False")
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
 def test_a_missing_column(tmp_path, name, streaming):

@@ -59,6 +59,7 @@ class Copies(pl.Callback):
             self.models.append(copy.deepcopy(pl_module.net))
 
 
+@pytest.mark.daily("wanda", "structure")
 @pytest.mark.parametrize("event", EVENTS)
 def test_after_each_event_and_at_the_end_and_nothing_is_disturbed(tmp_path, event):
     lit, dense, mine = Own(attention_dropout=0.3), Own().net, damage()

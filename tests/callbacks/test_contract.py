@@ -53,6 +53,7 @@ def state(run):
     return [value for optimizer in run.optimizers for own in optimizer.state.values() for value in own.values()]
 
 
+@pytest.mark.daily("wanda", "structure", "svd", "shrink")
 def test_resumed_equals_straight_through(tmp_path, event):
     """Stopped before the event, right at it, and after it; a callback that is used again forgets the fit before."""
     lit, straight, _ = fit(tmp_path, event, more=[each_step(tmp_path)])
@@ -67,6 +68,7 @@ def test_resumed_equals_straight_through(tmp_path, event):
         assert all(torch.equal(left, right) for left, right in zip(state(run), kept, strict=True))
 
 
+@pytest.mark.daily("wanda", "structure", "mean")
 def test_a_second_fit_starts_again_and_a_fit_that_goes_on_goes_on(tmp_path, event):
     callback, fits = EVENTS[event](2), []
     for _ in range(2):
@@ -82,6 +84,7 @@ def test_a_second_fit_starts_again_and_a_fit_that_goes_on_goes_on(tmp_path, even
     assert run.global_step == 8
 
 
+@pytest.mark.daily("wanda", "structure")
 def test_a_checkpoint_of_a_run_without_it_is_changed_when_training_goes_on(tmp_path, event):
     trainer(tmp_path, [each_step(tmp_path)], max_steps=3).fit(Own(), loader(), loader(4, 4))
     for at in ("start", 2):
@@ -126,6 +129,7 @@ class Memory(Logger):
         self.params |= params
 
 
+@pytest.mark.daily("wanda", "structure")
 def test_each_logger_gets_the_figures(tmp_path, event):
     loggers = [CSVLogger(tmp_path / "a"), CSVLogger(tmp_path / "b"), Memory()]
     _, callback, _ = fit(tmp_path, event, logger=loggers, log_every_n_steps=1)

@@ -138,6 +138,7 @@ class Losses(pl.Callback):
 
 
 class TestCheckpoints:
+    @pytest.mark.daily("module-options1-stops1", "mixed-*")
     @pytest.mark.parametrize(
         ("make", "options", "stops"),
         [

@@ -184,6 +184,7 @@ CONFIGURATIONS = {
 }
 
 
+@pytest.mark.nightly
 @settings(ANY, max_examples=10)
 @given(**CONFIGURATIONS)
 def test_an_interrupt_anywhere_in_an_event_leaves_all_as_it_was(folder, kind, when, optimizer, tied, share):
@@ -224,6 +225,7 @@ class Saves(pl.Callback):
         trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.daily("sparsegpt", "structure", "over")
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize("kind", ["sparsegpt", "heads", "masks", "structure", "shrink", "depth", "svd", "over"])
@@ -243,6 +245,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.daily("wanda-*", "*-memory")
 @pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize(
     "kind", ["wanda", "sparsegpt", "heads", "masks", "structure", "repaired", "shrink", "depth", "svd", "mean"]
@@ -304,6 +307,7 @@ def test_an_interrupt_from_the_keyboard_ends_the_fit(folder, monkeypatch):
     assert watch.differs == []
 
 
+@pytest.mark.daily("structure-*", "*-1", "*-8")
 @pytest.mark.parametrize("place", range(1, 9))
 @pytest.mark.parametrize("kind", ["mean", "heads", "structure"])
 def test_a_parameter_that_is_not_replaced_leaves_the_others(kind, place, monkeypatch):

@@ -55,6 +55,7 @@ def resumes(files, folder, callback, stops, build=module):
     return straight, whole, watch
 
 
+@pytest.mark.daily("end", "rounds")
 @pytest.mark.parametrize(("remove", "stops"), [("never", [1, 3]), ("end", [2, 6]), ("rounds", [2, 3, 6])], ids=REMOVE)
 def test_resumed_equals_straight_through(files, tmp_path, remove, stops):
     """Before the first round, at it, between rounds and at the last."""
@@ -62,6 +63,7 @@ def test_resumed_equals_straight_through(files, tmp_path, remove, stops):
     assert watch.seen == SEEN
 
 
+@pytest.mark.daily("rounds")
 @pytest.mark.parametrize("remove", ["end", "rounds"])
 def test_layers_that_differ(files, tmp_path, remove):
     options = {"ranking": "global", "remove": remove, "importance": bh.Taylor()}
@@ -85,6 +87,7 @@ def test_batches_of_the_users_own(files, tmp_path):
     resumes(files, tmp_path, callback, [3])
 
 
+@pytest.mark.daily("rounds")
 @pytest.mark.parametrize("remove", REMOVE)
 def test_a_round_that_was_taken_back(files, tmp_path, remove):
     def callback():
@@ -96,6 +99,7 @@ def test_a_round_that_was_taken_back(files, tmp_path, remove):
     assert whole.record.curve[0] == (0.0, 1.0)
 
 
+@pytest.mark.daily("end")
 @pytest.mark.parametrize("remove", ["never", "end"])
 def test_a_run_that_failed_resumes_too(files, tmp_path, remove):
     straight = module()
@@ -125,6 +129,7 @@ def test_a_shorter_run_that_ended_goes_on_to_the_next_rounds(files, tmp_path):
     assert silent(lit) == 12
 
 
+@pytest.mark.daily("validate-rounds")
 @pytest.mark.parametrize(("stage", "remove"), [("validate", "never"), ("test", "end"), ("validate", "rounds")])
 def test_outside_of_a_fit_a_checkpoint_computes_as_it_did(files, tmp_path, stage, remove):
     callback = pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), remove=remove, measure_batches=None)

@@ -43,6 +43,7 @@ class Heads(pl.Callback):
         self.said.append(getattr(pl_module.model.config, "num_key_value_heads", None))
 
 
+@pytest.mark.daily("steps", "fractions")
 @pytest.mark.parametrize(
     ("at", "seen"),
     [
@@ -137,6 +138,7 @@ class OfTwo(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.daily("t5-*")
 @pytest.mark.parametrize(
     ("family", "names"), [("bart", ["self_attn", "encoder_attn"]), ("t5", ["SelfAttention", "EncDecAttention"])]
 )

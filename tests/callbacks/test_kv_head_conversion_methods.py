@@ -53,6 +53,7 @@ def batches(count=3):
     return [{"input_ids": one, "labels": one} for one in ids]
 
 
+@pytest.mark.daily("aligned-*", "svd-start", "auto-2", "svd, similar, repaired-2")
 @pytest.mark.parametrize(("way", "at"), [*((way, 2) for way in WAYS), ("svd", "start"), ("aligned", 0)])
 def test_it_is_what_is_done_by_hand(files, tmp_path, way, at):
     """Independent of the fit: the heads of a group are equal by then, so that the first of each is all that there is."""
@@ -96,6 +97,7 @@ def test_the_optimizer_starts_anew_where_the_basis_is_another(files, tmp_path, w
             assert {steps[name] for name in steps if f"{kind}." in name or (kind in name and kind == "norm")} == {count}, kind
 
 
+@pytest.mark.daily("svd, similar, repaired")
 @pytest.mark.parametrize("way", ["aligned", "svd", "auto", "svd, similar, repaired"])
 def test_resumed_equals_straight_through(files, tmp_path, way):
     """Stopped before, right at, between and after the two conversions, by a module and a callback that know of nothing."""

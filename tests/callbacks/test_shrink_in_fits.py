@@ -88,6 +88,7 @@ def test_a_model_that_is_the_same_at_the_event_is_looked_at_once(files, tmp_path
     assert len(calls) == times
 
 
+@pytest.mark.daily("free")
 @pytest.mark.parametrize(
     ("options", "blocks"),
     [({"params": 0.94, "layers": "free"}, 2), ({"params": 0.84, "layers": "free"}, 4), ({"params": 0.82, "round_to": 1}, 4)],
@@ -181,6 +182,7 @@ def adapted(seed=0, **changes):
     return bh.TransformerModule(llama(vocab_size=2048, **changes), lora=bh.LoRA(r=2), lr=1e-2)
 
 
+@pytest.mark.daily("units")
 @pytest.mark.parametrize(("params", "layers"), [(0.94, 2), (0.84, 4)], ids=["units", "blocks"])
 def test_lora_trains_what_is_left_and_is_merged(files, tmp_path, params, layers):
     batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 2000, (5, 4, 9))]
@@ -223,6 +225,7 @@ def with_equal_heads(lit):
     return lit
 
 
+@pytest.mark.daily("free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_heads_that_merge_are_resumed_and_exported(files, tmp_path, layers):
     options = {"kv_cache_bytes": 0.5, "layers": layers, "at": 2, "repair": None}

@@ -197,6 +197,7 @@ class StopAt(Zeros):
         trainer.should_stop = trainer.global_step >= self.step
 
 
+@pytest.mark.daily("sgd", "fused", "muon")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_optimizers(tmp_path, optimizer):
     lit, callback = Plain(), learning(4)

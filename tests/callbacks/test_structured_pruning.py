@@ -129,6 +129,7 @@ class TestResume:
         run.fit(lit, data(files))
         return lit, whole, watch, run
 
+    @pytest.mark.daily("schedule", "residual")
     @pytest.mark.parametrize(
         ("options", "stops"),
         [

@@ -56,6 +56,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.daily("Wanda-*")
 @pytest.mark.parametrize(
     ("criterion", "options"),
     [*((bh.Wanda(), options) for options in OPTIONS), *((bh.SparseGPT(), options) for options in OPTIONS[:4])],
@@ -93,6 +94,7 @@ AVERAGES = {
 }
 
 
+@pytest.mark.daily("ema-False-2", "average-True-start", "swa-False-5", "rarely-True-2")
 @pytest.mark.parametrize("at", ["start", 2, 5])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("kind", AVERAGES)

@@ -41,6 +41,7 @@ BIASED = {"attention_bias": {"attention_bias": True}, "mlp_bias": {"mlp_bias": T
 OWN = ["olmo", "cohere", "phi", "starcoder2", "smollm3", "granite"]
 
 
+@pytest.mark.daily("default-*", "llama3-*32", "tied-*16", "grouped-*32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LLAMAS)
 def test_a_llama_is_saved_as_a_mistral(case, dtype, tmp_path):
@@ -92,6 +93,7 @@ def test_every_equivalence_holds(family, tied, rope, tmp_path, monkeypatch):
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
 
 
+@pytest.mark.daily("olmo", "granite")
 @pytest.mark.parametrize("family", OWN)
 def test_a_class_that_reads_the_width_of_heads_says_it(family, tmp_path):
     model = three_of_four(family)

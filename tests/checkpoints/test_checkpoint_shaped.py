@@ -319,6 +319,7 @@ def test_inspect_shows_it(tmp_path, capsys):
 DESCRIBED = {case for case in HOSTILE if case not in ("size is another", "config asks for much", "config cannot be built")}
 
 
+@pytest.mark.daily("attribute is NaN", "entry is text", "size is negative", "shape is missing", "more groups than query heads")
 @pytest.mark.parametrize("case", sorted(DESCRIBED))
 def test_a_hostile_config_is_not_described(case, good, tmp_path):
     folder = shutil.copytree(good, tmp_path / "bad")

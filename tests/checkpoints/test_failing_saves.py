@@ -107,6 +107,7 @@ def uneven():
     return model
 
 
+@pytest.mark.daily("*-older")
 @pytest.mark.filterwarnings("ignore:no tokenizer is saved along")
 @pytest.mark.parametrize("standing", ["nothing", "older"])
 @pytest.mark.parametrize("way", WAYS)

@@ -68,6 +68,7 @@ def test_what_must_be_private_does_not_go_where_all_can_read_it(held, folder):
     assert held.repos["someone/small"]["main"]["README.md"] != b"# A secret"
 
 
+@pytest.mark.daily("/create", "/commit/")
 @pytest.mark.parametrize("part", ["/create", "/preupload", "/objects/batch", "/large/", "/commit/"])
 def test_what_the_hub_refuses_is_still_in_the_folder(held, folder, part):
     before, held.refuse = files_in(folder), part

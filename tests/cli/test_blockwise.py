@@ -102,6 +102,7 @@ CONVERSIONS = {
 }
 
 
+@pytest.mark.daily("svd --repair Repair")
 @pytest.mark.parametrize(("how", "more"), CONVERSIONS.items(), ids=CONVERSIONS)
 def test_the_plan_of_a_conversion_says_what_is_read(files, tmp_path, capsys, read, how, more):
     dense, asked = small_llama(tmp_path / "dense"), ["--num_key_value_heads", "2", "--batch_size", "1", "--method", *how.split()]
@@ -121,6 +122,7 @@ REMOVALS = {
 }
 
 
+@pytest.mark.daily("prune-structure --channels*", "prune-blocks*")
 @pytest.mark.parametrize(("how", "expected"), REMOVALS.items(), ids=REMOVALS)
 def test_the_plan_of_a_removal_says_what_is_read(files, tmp_path, capsys, read, how, expected):
     dense, (command, *asked) = small_llama(tmp_path / "dense", num_hidden_layers=4), how.split()

@@ -160,6 +160,7 @@ def test_who_reads_may_have_seen_enough(config, monkeypatch) -> None:
     assert stopped.value.code == 1
 
 
+@pytest.mark.daily("qwen2-*", "big_bird-*", "dots3_note_text-*", "t5gemma-*")
 @pytest.mark.parametrize(
     ("family", "kind", "fields"),
     [

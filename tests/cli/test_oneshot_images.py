@@ -60,6 +60,7 @@ def test_blocks_and_channels_are_removed(here, tmp_path, capsys):
     assert "images to calibrate on: the split 'train' of" in capsys.readouterr().out
 
 
+@pytest.mark.daily("prune-structure-*")
 @pytest.mark.parametrize(
     ("command", "options"),
     [

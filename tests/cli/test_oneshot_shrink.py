@@ -179,6 +179,7 @@ def sure(tmp_path_factory):
     return folder
 
 
+@pytest.mark.daily("LoRA on half")
 @pytest.mark.parametrize("given", [[], ["--recover_lora", "--dtype", "bfloat16"]], ids=["all weights", "LoRA on half"])
 def test_recovery_by_distillation(sure, files, tmp_path, capsys, given):
     options = ["--params", "0.94", "--recover", "20", "--recover_batch_size", "8", "--recover_lr", "5e-3", *given]

@@ -92,6 +92,9 @@ def acted(act, cache):
     return (found if isinstance(found, dict) else {}), logits.detach(), model.state_dict()
 
 
+@pytest.mark.daily(
+    "walk by block", "walk by layer", "SparseGPT", "BlockMatching", "Repair", "svd", "Taylor", "shrink", "zeros for units"
+)
 @pytest.mark.parametrize("name", ACTS)
 def test_what_autocast_keeps_changes_nothing(name):
     (plain, expected, weights), (found, logits, own) = (acted(ACTS[name], cache) for cache in (False, True))

@@ -3,13 +3,14 @@
 import pytest
 
 from kit.on_device import WORKS
+from kit.ranks import asked_for
 from kit.standin import said_by
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(request, tmp_path_factory):
     """What is wrong with each work, by its name: all in one process of their own, as a device cannot be taken away again."""
-    return said_by("kit.on_device", tmp_path_factory.mktemp("models"))
+    return said_by("kit.on_device", tmp_path_factory.mktemp("models"), *asked_for(request))
 
 
 def check(name, found):
@@ -18,12 +19,14 @@ def check(name, found):
     assert wrong[name] == "", wrong[name]
 
 
+@pytest.mark.daily("memory: Wanda", "memory, sent ahead: SparseGPT", "memory, sent ahead: match", "memory: changes")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WORKS if name.startswith("memory")])
 def test_a_model_in_memory_on_a_device(name, found):
     check(name, found)
 
 
+@pytest.mark.daily("files: Wanda", "files: repair", "files: residual channels", "files, read ahead: match")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WORKS if name.startswith("files")])
 def test_a_model_in_files_on_a_device(name, found):

@@ -43,6 +43,7 @@ def size_of(folder):
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems set no such limits")
 @pytest.mark.parametrize("limit", LIMITS)
@@ -55,6 +56,7 @@ def test_half_of_the_model_fits(large, ended, limit):
     assert not (out / "in memory").exists()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no control groups")
 def test_half_of_the_model_fits_in_a_control_group(large, ended):

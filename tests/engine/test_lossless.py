@@ -23,6 +23,7 @@ def subject(request):
     return model, batches
 
 
+@pytest.mark.daily("*-as it is-svd", "*-repaired-auto")
 @pytest.mark.parametrize("method", ["mean", "svd", "aligned", "auto"])
 @pytest.mark.parametrize("repair", [None, bh.RepairConfig()], ids=["as it is", "repaired"])
 def test_kv_heads_by_every_method(subject, method, repair):

@@ -15,6 +15,7 @@ from billhook.assets import model_path, text_files
 SCRIPT = Path(__file__).parents[1] / "kit" / "wide.py"
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say what a process takes")
 def test_what_is_said_to_be_needed_is_enough(tmp_path):

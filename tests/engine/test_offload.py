@@ -133,6 +133,7 @@ def test_activations_on_disk_change_nothing(sequential, tmp_path, monkeypatch):
     assert all(tensor.untyped_storage().filename for tensor in hidden)
 
 
+@pytest.mark.daily("llama", "t5")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
 def test_all_that_blocks_hand_on_lies_in_files_while_runs_rest(name, tmp_path, monkeypatch):
     monkeypatch.setattr(passes, "SMALL", 256)

@@ -38,13 +38,15 @@ def same(folder, other):
 
 
 @pytest.mark.slow
-def test_killed_thirty_times(source, tmp_path):
-    command = [sys.executable, TESTS / "kit" / "stopped.py", source, tmp_path / "out", "30"]
+@pytest.mark.daily("5")
+@pytest.mark.parametrize("times", [5, 30])
+def test_killed_at_any_moment(source, tmp_path, times):
+    command = [sys.executable, TESTS / "kit" / "stopped.py", source, tmp_path / "out", str(times)]
     done = subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)}, timeout=600)
     assert done.returncode == 0, done.stderr
     stops, resumed = map(int, done.stdout.split())
-    assert stops == 30
-    assert resumed > 5, "nothing was there to go on with"
+    assert stops == times
+    assert resumed > times // 6, "nothing was there to go on with"
     assert same(tmp_path / "out", tmp_path / "out-straight")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
@@ -89,6 +91,7 @@ def test_stopped_at_any_removal(tmp_path, monkeypatch):
     assert removals > 8, "nothing was removed"
 
 
+@pytest.mark.daily("4")
 @pytest.mark.parametrize("blocks", [2, 4, 7])
 def test_what_is_done_is_not_done_again(source, tmp_path, monkeypatch, blocks):
     """Masks and values are written first, and then the blocks that they are of."""
@@ -270,6 +273,7 @@ def test_linears_that_several_blocks_call(tmp_path, kind, refusal):
         assert [path.name for path in tmp_path.iterdir()] == ["dense"]  # nothing was written
 
 
+@pytest.mark.daily("prune-6", "convert_kv_heads-2")
 @pytest.mark.parametrize(("step", "blocks"), [(bh.prune, 2), (bh.prune, 6), (bh.convert_kv_heads, 2), (bh.convert_kv_heads, 6)])
 def test_after_an_error_the_model_is_as_it_was_and_the_same_call_goes_on(source, tmp_path, monkeypatch, step, blocks):
     given = stopped.batches()

@@ -23,6 +23,7 @@ def folder(tmp_path, request):
     return written(request.param, tmp_path / "dense")
 
 
+@pytest.mark.daily("LlamaForCausalLM", "T5ForConditionalGeneration")
 def test_the_same_bytes_without_the_least_important_block(folder, tmp_path):
     dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
     amount = bh.Amount(blocks=1, first=1)  # the first block of T5 has a bias for all

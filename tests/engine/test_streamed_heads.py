@@ -40,6 +40,7 @@ def groups(model):
     return dict.fromkeys(kv_heads_by_layer(model), 2)
 
 
+@pytest.mark.daily("llama-*", "gemma2-aligned", "mixtral-svd", "phi-mean")
 @pytest.mark.parametrize("method", ["mean", "first", "random", "aligned", "svd"])
 def test_the_same_heads(folder, tmp_path, method):
     dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
@@ -83,6 +84,7 @@ def test_then_zeros(tmp_path):
     assert same(tmp_path / "out", both(bh.load("tiny")))
 
 
+@pytest.mark.daily("svd")
 @pytest.mark.parametrize("method", ["mean", "aligned", "svd", "auto"])
 def test_repaired_with_the_same_bytes(tmp_path, method):
     dense, streamed = bh.load("tiny"), bh.stream("tiny", tmp_path / "out")
@@ -92,6 +94,7 @@ def test_repaired_with_the_same_bytes(tmp_path, method):
     assert same(tmp_path / "out", dense)
 
 
+@pytest.mark.daily("llama", "phi")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_method_is_taken(tmp_path, family):
     build(family).save_pretrained(tmp_path / "dense")
@@ -112,6 +115,7 @@ def test_the_best_method_with_the_same_bytes(folder, tmp_path):
     assert same(tmp_path / "out", dense)
 
 
+@pytest.mark.nightly
 def test_stopped_at_each_block_and_called_again(tmp_path, monkeypatch):
     def work(model):
         bh.convert_kv_heads(model, 2, "svd", texts(), repair=bh.RepairConfig())

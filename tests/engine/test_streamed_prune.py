@@ -67,6 +67,7 @@ def saved_alike(dense, streamed, folder):
     return same(folder / "out", bh.load(folder / "in memory"))
 
 
+@pytest.mark.daily("Llama-*", "T5*-criterion0", "Mixtral-criterion0", "GPT2*-criterion1", "BertForMaskedLM-criterion0")
 @pytest.mark.filterwarnings("ignore:these hold several matrices")
 @pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.SparseGPT()])
 def test_the_same_bytes(folder, tmp_path, criterion):
@@ -76,6 +77,7 @@ def test_the_same_bytes(folder, tmp_path, criterion):
     assert saved_alike(dense, streamed, tmp_path)
 
 
+@pytest.mark.daily("Llama-*", "T5*-block", "GPT2*-layer")
 @pytest.mark.filterwarnings("ignore:these hold several matrices")
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 def test_the_same_bytes_where_blocks_are_matched(folder, tmp_path, sequential):
@@ -86,6 +88,7 @@ def test_the_same_bytes_where_blocks_are_matched(folder, tmp_path, sequential):
     assert saved_alike(dense, streamed, tmp_path)
 
 
+@pytest.mark.daily("3-block", "3-layer")
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 @pytest.mark.parametrize("blocks", [1, 3, 6])
 def test_stopped_and_called_again_where_blocks_are_matched(tmp_path, monkeypatch, sequential, blocks):

@@ -37,6 +37,7 @@ def repaired(model, how=None):
     return model
 
 
+@pytest.mark.daily("*-LlamaForCausalLM", "catching up-T5*")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("how", [bh.RepairConfig(), bh.RepairConfig(catch_up=False)], ids=["catching up", "alone"])
 def test_repaired_with_the_same_bytes(tmp_path, kind, how):
@@ -48,6 +49,7 @@ def test_repaired_with_the_same_bytes(tmp_path, kind, how):
     assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
 
 
+@pytest.mark.daily("T5*")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_same_bytes_where_all_that_may_rests_in_files(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(passes, "SMALL", 1)
@@ -64,6 +66,7 @@ def test_the_same_bytes_where_all_that_may_rests_in_files(tmp_path, kind, monkey
     assert not list(tmp_path.glob("billhook_*"))
 
 
+@pytest.mark.daily("while cutting")
 @pytest.mark.parametrize("blocks", [2, 6], ids=["while refitting", "while cutting"])
 def test_stopped_and_called_again(tmp_path, monkeypatch, blocks):
     written, go_on = stopped.stop_after(blocks, monkeypatch)

@@ -20,6 +20,7 @@ STREAMS = {
 }
 
 
+@pytest.mark.daily("experts and channels-Mixtral*", "experts-Qwen2*")
 @pytest.mark.parametrize("kind", MIXTURES, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(
     "amounts", [{"experts": 0.5}, {"channels": 0.25}, {"experts": 0.5, "channels": 0.25}], ids=lambda one: " and ".join(one)
@@ -28,6 +29,7 @@ def test_the_same_bytes_without_experts_and_their_channels(tmp_path, kind, amoun
     check_the_same(written(kind, tmp_path / "dense"), tmp_path, bh.WeightNorm(), **amounts)
 
 
+@pytest.mark.daily("LlamaForCausalLM-OutputNorm*", "GPT2*", "T5*")
 @pytest.mark.parametrize(
     ("kind", "importance"),
     [(kind, one) for kind, some in STREAMS.items() for one in some],
@@ -45,6 +47,7 @@ def test_residual_channels_have_the_same_scores(importance):
     assert all(torch.equal(one, scores[1][name]) for name, one in scores[0].items())
 
 
+@pytest.mark.nightly
 def test_residual_channels_after_others(tmp_path):
     def changed(model):
         for amounts in ({"channels": 0.25}, {"residual": 0.25}, {"kv_heads": 0.5}):

@@ -94,6 +94,7 @@ def slowly(model, sites, batches):
     return sums
 
 
+@pytest.mark.daily("*-block", "llama-*", "t5-*", "gpt2-*")
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_linears_are_given(family, sequential):

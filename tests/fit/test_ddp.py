@@ -13,18 +13,19 @@ import billhook as bh
 from billhook import KVHeadConversion
 from kit.ddp import DIFFER, DRIFTING, FAIL, FITS, RESUMED, SCRIPT, STEPS, UNEQUAL, kept, resumed
 from kit.fits import trainer
-from kit.ranks import FitOfTuples, outcome, run_script
+from kit.ranks import FitOfTuples, asked_for, outcome, run_script
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def fitted(files, tmp_path_factory):
+def fitted(request, files, tmp_path_factory):
     """Two processes take seconds to start, so they start once for all."""
-    folder = tmp_path_factory.mktemp("two")
+    folder, names = tmp_path_factory.mktemp("two"), asked_for(request)
     for name in RESUMED:
-        kept(name, folder / "one").run(folder, files)
-    run_script(folder, SCRIPT, [files, str(folder)])
+        if name in names:
+            kept(name, folder / "one").run(folder, files)
+    run_script(folder, SCRIPT, [files, str(folder), names])
     return folder
 
 
@@ -33,6 +34,7 @@ def of_two(fitted):
     return partial(outcome, fitted)
 
 
+@pytest.mark.daily("convert in stages")
 @pytest.mark.parametrize("name", ["convert at the start", "convert in stages"])
 def test_two_processes_equal_one_on_the_same_global_batches(of_two, files, tmp_path, name):
     state, events = of_two(name)
@@ -45,23 +47,24 @@ def test_two_processes_equal_one_on_the_same_global_batches(of_two, files, tmp_p
             assert two[when] == pytest.approx(one_device[when], rel=2e-3)
 
 
-@pytest.mark.parametrize("kind", ["tuples", "text", "matched", "learned"])
-def test_two_processes_prune_as_one_does(of_two, files, tmp_path, kind):
-    state, (masks, events) = of_two(f"weights, {kind}")
-    _, single, (masks_of_one, events_of_one) = FITS[f"weights, {kind}"].run(tmp_path, files)
+@pytest.mark.daily("weights, text")
+@pytest.mark.parametrize("name", ["weights, tuples", "weights, text", "weights, matched", "weights, learned"])
+def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
+    state, (masks, events) = of_two(name)
+    _, single, (masks_of_one, events_of_one) = FITS[name].run(tmp_path, files)
     sparsities = [[(event["step"], event["after"].get("sparsity")) for event in found] for found in (events, events_of_one)]
     assert sparsities[0] == sparsities[1]
     assert len(masks) == len(masks_of_one) == 14
-    for name, mask in masks_of_one.items():
-        assert (mask == masks[name]).float().mean() >= 0.99, name
-    prefix = "net." if kind == "tuples" else "model."
-    for name, mask in masks.items():
-        both = mask & masks_of_one[name]
-        values = [found[f"{prefix}{name}.weight"] for found in (state, single)]
+    prefix = "net." if name == "weights, tuples" else "model."
+    for linear, mask in masks.items():
+        both = mask & masks_of_one[linear]
+        assert (mask == masks_of_one[linear]).float().mean() >= 0.99, linear
+        values = [found[f"{prefix}{linear}.weight"] for found in (state, single)]
         assert not values[0][~mask].any()
         torch.testing.assert_close(values[0][both], values[1][both], atol=2e-3, rtol=1e-2)
 
 
+@pytest.mark.daily("heads in rounds")
 @pytest.mark.parametrize("name", ["heads in rounds", "heads at the end"])
 def test_two_processes_prune_the_heads_that_one_does(of_two, files, tmp_path, name):
     state, (record, heads, events) = of_two(name)
@@ -75,6 +78,7 @@ def test_two_processes_prune_the_heads_that_one_does(of_two, files, tmp_path, na
         torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.daily("structure")
 @pytest.mark.parametrize("name", ["structure", "structure, by hand"])
 def test_two_processes_cut_and_repair_what_one_does(of_two, files, tmp_path, name):
     state, events = of_two(name)
@@ -85,21 +89,24 @@ def test_two_processes_cut_and_repair_what_one_does(of_two, files, tmp_path, nam
         torch.testing.assert_close(state[name], value, atol=2e-3, rtol=1e-2)
 
 
-def test_two_processes_shrink_to_what_one_does(of_two, files, tmp_path):
-    state, done = of_two("shrink")
-    _, single, done_by_one = FITS["shrink"].run(tmp_path, files)
+@pytest.mark.parametrize("name", ["shrink"])
+def test_two_processes_shrink_to_what_one_does(of_two, files, tmp_path, name):
+    state, done = of_two(name)
+    _, single, done_by_one = FITS[name].run(tmp_path, files)
     assert done == done_by_one
     near(state, single)
 
 
-def test_two_processes_remove_the_blocks_that_one_does(of_two, files, tmp_path):
-    state, blocks = of_two("depth")
-    _, single, blocks_of_one = FITS["depth"].run(tmp_path, files)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["depth"])
+def test_two_processes_remove_the_blocks_that_one_does(of_two, files, tmp_path, name):
+    state, blocks = of_two(name)
+    _, single, blocks_of_one = FITS[name].run(tmp_path, files)
     assert blocks == blocks_of_one
-    for name, value in single.items():
-        torch.testing.assert_close(state[name], value, atol=2e-4, rtol=1e-3)
+    near(state, single)
 
 
+@pytest.mark.daily("interpolated")
 @pytest.mark.parametrize("name", ["layer by layer", "interpolated"])
 def test_two_processes_convert_on_data_as_one_does(of_two, files, tmp_path, name):
     state, events = of_two(name)
@@ -109,16 +116,18 @@ def test_two_processes_convert_on_data_as_one_does(of_two, files, tmp_path, name
         torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3, msg=lambda m, own=own: f"{own}: {m}")
 
 
-def test_two_processes_tell_the_damage_that_one_does(of_two, files, tmp_path):
-    _, told = of_two("damage")
-    _, _, told_by_one = FITS["damage"].run(tmp_path, files)
+@pytest.mark.parametrize("name", ["damage"])
+def test_two_processes_tell_the_damage_that_one_does(of_two, files, tmp_path, name):
+    _, told = of_two(name)
+    _, _, told_by_one = FITS[name].run(tmp_path, files)
     for two, one in zip(told, told_by_one, strict=True):
         assert [own.pop("source") for own in two] == [own.pop("source") for own in one] == ["generated"]
         assert two == [pytest.approx(own, rel=2e-3, abs=1e-5) for own in one]
         assert two[0]["rows"] == 3
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.daily("[01]-held masks")
+@pytest.mark.parametrize("name", [name for name in STEPS if name != "plain"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_step_of_two_processes_waits_for_nothing(fitted, name, rank):
     steps = json.loads((fitted / f"steps {rank}.json").read_text())
@@ -137,6 +146,7 @@ def near(state, single, atol=2e-4, rtol=1e-3):
         torch.testing.assert_close(state[name], value, atol=atol, rtol=rtol, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.daily("three batches", "half precision")
 @pytest.mark.parametrize("name", UNEQUAL)
 def test_two_processes_with_unequal_data_do_what_one_does(fitted, files, tmp_path, name):
     state, done = outcome(fitted, name)
@@ -145,36 +155,42 @@ def test_two_processes_with_unequal_data_do_what_one_does(fitted, files, tmp_pat
     near(state, single, *((1e-2, 1e-2) if name == "half precision" else ()))
 
 
+@pytest.mark.daily("drifting, svd", "drifting, structure scored apart")
 @pytest.mark.parametrize("name", DRIFTING)
 def test_ranks_that_are_rounded_otherwise_end_with_the_first_ones_weights(fitted, name):
-    state, done = outcome(fitted, f"drifting, {name}")
+    state, done = outcome(fitted, name)
     assert done
     assert all(value.isfinite().all() for value in state.values())
 
 
-@pytest.mark.parametrize("what", DIFFER)
-def test_ranks_that_decide_otherwise_stop_before_it_is_done(stopped, what):
-    for number, (kind, message, events) in enumerate(stopped[what]):
+@pytest.mark.daily("WeightPruning: *", "StructuredPruning: *", "Shrink: the batches")
+@pytest.mark.parametrize("name", DIFFER)
+def test_ranks_that_decide_otherwise_stop_before_it_is_done(stopped, name):
+    for number, (kind, message, events) in enumerate(stopped[name]):
         assert kind == "RanksDiffer"
-        assert message.startswith(f"step 1, rank {number} of 2: {what} must be the same on every rank, and on rank 1 it is not")
+        assert message.startswith(f"step 1, rank {number} of 2: {name} must be the same on every rank, and on rank 1 it is not")
         assert events == []
 
 
+@pytest.mark.daily("structure fails", "validation fails", "export fails")
 @pytest.mark.parametrize("name", FAIL)
 def test_where_one_fails_both_stop_and_say_why(stopped, name):
-    (kind, message, _), other = stopped[name] if name == "export" else stopped[name][::-1]
-    assert kind == {"validation": "ValueError", "export": "OSError"}.get(name, "IndexError")
+    (kind, message, _), other = stopped[name] if name == "export fails" else stopped[name][::-1]
+    assert kind == {"validation fails": "ValueError", "export fails": "OSError"}.get(name, "IndexError")
     assert other[0] == "RanksDiffer"
-    failed = f"rank {0 if name == 'export' else 1} ({kind}: {message})"
+    failed = f"rank {0 if name == 'export fails' else 1} ({kind}: {message})"
     assert f"this rank stops, as another has failed: {failed}" in other[1]
 
 
-def test_ranks_learn_from_one_teacher(stopped):
-    for kind, message, _ in stopped["teachers"]:
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["teachers"])
+def test_ranks_learn_from_one_teacher(stopped, name):
+    for kind, message, _ in stopped[name]:
         assert kind == "ValueError"
         assert message.startswith("distillation: the ranks have teachers with different weights")
 
 
+@pytest.mark.daily("heads go on")
 @pytest.mark.parametrize("name", RESUMED)
 def test_one_process_goes_on_where_two_ended_and_two_where_one_did(fitted, files, tmp_path, name):
     _, expected, done = resumed(name, fitted / "one").run(tmp_path, files)
@@ -185,9 +201,10 @@ def test_one_process_goes_on_where_two_ended_and_two_where_one_did(fitted, files
     near(two, expected)
 
 
+@pytest.mark.daily("heads go on")
 @pytest.mark.parametrize("name", RESUMED)
 def test_one_of_two_processes_exports(fitted, name):
-    assert [path.name for path in sorted((fitted / "two").iterdir())] == ["conversion", "conversion.ckpt", "heads", "heads.ckpt"]
+    assert {path.name for path in (fitted / "two").glob(f"{name}*")} == {name, f"{name}.ckpt"}
     states = [bh.load(fitted / number / name).state_dict() for number in ("one", "two")]
     near(*states)
 

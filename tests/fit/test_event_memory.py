@@ -37,6 +37,7 @@ def beside(folder, name, layers):
     return found
 
 
+@pytest.mark.daily("channels")
 @pytest.mark.parametrize("name", EVENTS)
 def test_an_event_takes_no_more_than_a_step_has(tmp_path, name):
     """New values, and of what an optimizer keeps one parameter's, take less than gradients that have gone, at any depth."""

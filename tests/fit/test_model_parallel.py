@@ -20,7 +20,7 @@ from kit.families import llama, tokens
 from kit.fits import same
 from kit.four import FOUR
 from kit.loads import SAVED
-from kit.ranks import run_script
+from kit.ranks import asked_for, run_script
 from kit.settings import MASKED, SETTINGS
 from kit.sharding import (
     ADAPTED,
@@ -49,9 +49,9 @@ OF_FOUR = SCRIPT.partition("from")[0] + "from kit.four import fit_four\nfit_four
 
 
 @pytest.fixture(scope="module")
-def fitted(files, tmp_path_factory):
+def fitted(request, files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    run_script(folder, SCRIPT, [files, str(folder)])
+    run_script(folder, SCRIPT, [files, str(folder), asked_for(request)])
     return folder
 
 
@@ -65,6 +65,7 @@ def of_two(fitted):
     return read
 
 
+@pytest.mark.daily("wanda", "magnitude, global", "sparsegpt", "wanda, matched")
 @pytest.mark.parametrize("name", MASKS | MASKED)
 def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
     state, (always, (masks, events)) = of_two(name)
@@ -83,6 +84,9 @@ def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
         torch.testing.assert_close(values[0][both], values[1][both], atol=0.05 if "bf" in name else 2e-3, rtol=1e-2)
 
 
+@pytest.mark.daily(
+    "channels", "blocks", "heads in rounds, after masks", "KV heads that turn and move", "a rank without batches, repaired"
+)
 @pytest.mark.parametrize("name", SHAPES)
 def test_two_processes_change_shapes_as_one_does(of_two, files, tmp_path, name):
     state, (_, events) = of_two(name)
@@ -98,12 +102,15 @@ def test_two_processes_change_shapes_as_one_does(of_two, files, tmp_path, name):
             torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
 
 
-def test_what_ranks_round_otherwise_is_the_first_ones(of_two):
-    (state, told), (rounded, told_then) = of_two(ROUNDED), of_two("rounded otherwise")
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["rounded otherwise"])
+def test_what_ranks_round_otherwise_is_the_first_ones(of_two, name):
+    (state, told), (rounded, told_then) = of_two(ROUNDED), of_two(name)
     assert same(state, rounded)
     assert str(told) == str(told_then)
 
 
+@pytest.mark.daily("bf16-mixed, channels by gradients", "offloaded, heads")
 @pytest.mark.parametrize("name", SETTINGS)
 def test_two_processes_change_shapes_as_one_does_whatever_is_set(of_two, files, tmp_path, name):
     state, (_, events) = of_two(name)
@@ -122,12 +129,13 @@ def test_two_processes_change_shapes_as_one_does_whatever_is_set(of_two, files, 
 
 
 @pytest.fixture(scope="module")
-def of_four(files, tmp_path_factory):
+def of_four(request, files, tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")
-    run_script(folder, OF_FOUR, [files, str(folder)])
+    run_script(folder, OF_FOUR, [files, str(folder), asked_for(request)])
     return folder
 
 
+@pytest.mark.daily("two nodes of two", "KV heads by svd")
 @pytest.mark.parametrize("name", FOUR)
 def test_four_processes_change_shapes_as_one_does(of_four, files, tmp_path, name):
     alike, (state, (_, told)) = torch.load(of_four / f"{name}.pt", weights_only=True)
@@ -138,46 +146,43 @@ def test_four_processes_change_shapes_as_one_does(of_four, files, tmp_path, name
         torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
 
 
-def test_two_processes_mask_the_adapters_that_one_does(of_two, fitted, files, tmp_path):
-    state, (_, (masks, events)) = of_two("adapted")
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["adapted"])
+def test_two_processes_mask_the_adapters_that_one_does(of_two, fitted, files, tmp_path, name):
+    state, (_, (masks, events)) = of_two(name)
     _, single, (_, (masks_of_one, events_of_one)) = ADAPTED.run(tmp_path, files)
     assert [event["after"]["sparsity"] for event in events] == [event["after"]["sparsity"] for event in events_of_one]
-    for name, mask in masks_of_one.items():
-        assert (mask == masks[name]).float().mean() >= 0.99, name
+    for linear, mask in masks_of_one.items():
+        assert (mask == masks[linear]).float().mean() >= 0.99, linear
     for own, value in single.items():
         assert (state[own] - value).abs().mean() < 1e-4, own
     lit = bh.load_from_checkpoint(
-        bh.TransformerModule, fitted / "adapted" / "step=5.ckpt", model=llama(vocab_size=2048), lora=bh.LoRA(r=2, dropout=0.0)
+        bh.TransformerModule, fitted / name / "step=5.ckpt", model=llama(vocab_size=2048), lora=bh.LoRA(r=2, dropout=0.0)
     )
     layers = on_linears(lit.model)
     assert all(bool(product_of(layer).any()) for layer in layers.values())
     assert masks.keys() <= layers.keys()
-    merged = export(fitted / "adapted" / "step=5.ckpt", tmp_path / "merged")
+    merged = export(fitted / name / "step=5.ckpt", tmp_path / "merged")
     weights = prunable(bh.load(merged.folder))
-    assert not any(weights[name].weight[~mask].any() for name, mask in masks.items())
+    assert not any(weights[linear].weight[~mask].any() for linear, mask in masks.items())
 
 
+@pytest.mark.daily("masks-*", "heads changed-*")
 @pytest.mark.parametrize("step", STEPS)
-def test_masked_adapters_resume(of_two, step):
-    straight, resumed = of_two("adapted"), of_two(f"adapted, {step}")
-    assert same(straight[0], resumed[0])
-    assert str(straight[1]) == str(resumed[1])
-
-
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize(("name", "full"), CHANGED)
-def test_shapes_that_have_changed_resume(of_two, name, full, step):
-    straight, resumed = of_two(f"{name} changed"), of_two(f"{name} changed, {step}")
+@pytest.mark.parametrize("name", ["adapted", *RESUMED, *CHANGED])
+def test_resumed_equals_straight_through(of_two, name, step):
+    straight, resumed = of_two(name), of_two(f"{name}, {step}")
     assert same(straight[0], resumed[0])
     assert str(straight[1]) == str(resumed[1])
 
 
 @pytest.mark.filterwarnings("ignore:.*as many processes", "ignore:You're resuming", "ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.daily("heads changed-*")
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize(("name", "full"), CHANGED)
-def test_one_process_goes_on_where_two_have_changed_shapes(of_two, fitted, alone, files, tmp_path, name, full, step):
-    straight, (_, events) = of_two(f"{name} changed")
-    one, path = CHANGED[name, full], fitted / f"{name} changed" / f"step={step}.ckpt"
+@pytest.mark.parametrize("name", CHANGED)
+def test_one_process_goes_on_where_two_have_changed_shapes(of_two, fitted, alone, files, tmp_path, name, step):
+    straight, (_, events) = of_two(name)
+    (_, one), path = CHANGED[name], fitted / name / f"step={step}.ckpt"
     run, state, (_, events_of_one) = one.run(tmp_path, files, path=path, options={"strategy": alone})
     assert is_sharded(run.lightning_module)
     assert [event["what"] for event in events] == [event["what"] for event in events_of_one]
@@ -185,56 +190,47 @@ def test_one_process_goes_on_where_two_have_changed_shapes(of_two, fitted, alone
         torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("step", [1, 2])
-@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
-@pytest.mark.parametrize("name", RESUMED)
-def test_resumed_equals_straight_through(of_two, name, full, step):
-    straight, resumed = of_two(f"{name}, {full}"), of_two(f"{name}, {full}, {step}")
-    assert same(straight[0], resumed[0])
-    assert str(straight[1]) == str(resumed[1])
-
-
-@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
-def test_zeros_are_in_the_checkpoint(of_two, fitted, full):
-    _, (_, masks) = of_two(f"masks, {full}")
-    path = fitted / f"masks, {full}" / "step=4.ckpt"
-    assert path.is_file() == full
-    state = torch.load(path, weights_only=True)["state_dict"] if full else read_sharded(path)
+@pytest.mark.parametrize("name", ["masks"])
+def test_zeros_are_in_the_checkpoint(of_two, fitted, name):
+    _, (_, masks) = of_two(name)
+    path = fitted / name / "step=4.ckpt"
+    assert not path.is_file()
+    dcp_to_torch_save(path, path / "whole.pt")
+    state = torch.load(path / "whole.pt", weights_only=True)["state_dict"]
     assert len(masks) == 15
-    for name, mask in masks.items():
-        weight = state[f"model.{name}.weight"]
+    for linear, mask in masks.items():
+        weight = state[f"model.{linear}.weight"]
         assert not weight[~mask].any()
         assert weight[mask].all()
 
 
-def read_sharded(path):
-    dcp_to_torch_save(path, path / "whole.pt")
-    return torch.load(path / "whole.pt", weights_only=True)["state_dict"]
-
-
-@pytest.mark.parametrize("full", [True, False], ids=["full", "sharded"])
-def test_two_processes_convert_at_the_start_as_one_does(of_two, files, tmp_path, full):
-    state, (_, events) = of_two(f"heads, {full}")
-    _, single, (_, events_of_one) = RESUMED["heads"].run(tmp_path, files)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["heads"])
+def test_two_processes_convert_at_the_start_as_one_does(of_two, files, tmp_path, name):
+    state, (_, events) = of_two(name)
+    _, single, (_, events_of_one) = RESUMED[name][1].run(tmp_path, files)
     assert events == events_of_one
     for own, value in single.items():
         torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3)
 
 
-def test_a_full_checkpoint_loads_elsewhere(of_two, fitted, tmp_path):
-    state, _ = of_two("heads, True")
-    path = fitted / "heads, True" / "step=4.ckpt"
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["heads"])
+def test_a_full_checkpoint_loads_elsewhere(of_two, fitted, tmp_path, name):
+    state, _ = of_two(name)
+    path = fitted / name / "step=4.ckpt"
     lit = bh.TransformerModule.load_from_checkpoint(path, model=llama(vocab_size=2048))
     assert same(lit.state_dict(), state)
     export(path, tmp_path / "exported")
     assert bh.load(tmp_path / "exported").config.num_key_value_heads == 2
 
 
-@pytest.mark.parametrize(("name", "full"), CHANGED)
-def test_a_checkpoint_whose_shapes_have_changed_is_exported_and_loaded(of_two, fitted, tmp_path, name, full):
-    state, _ = of_two(f"{name} changed")
-    path = fitted / f"{name} changed" / "step=4.ckpt"
-    assert path.is_file() == full
+@pytest.mark.daily("heads changed")
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_checkpoint_whose_shapes_have_changed_is_exported_and_loaded(of_two, fitted, tmp_path, name):
+    state, _ = of_two(name)
+    path = fitted / name / "step=4.ckpt"
+    assert path.is_file() == CHANGED[name][0]
     lit = bh.load_from_checkpoint(bh.TransformerModule, path, model=llama(vocab_size=2048))
     assert same(lit.state_dict(), state)
     export(path, tmp_path / "exported")
@@ -242,8 +238,10 @@ def test_a_checkpoint_whose_shapes_have_changed_is_exported_and_loaded(of_two, f
     torch.testing.assert_close(bh.load(tmp_path / "exported")(ids).logits, lit.model.eval()(ids).logits)
 
 
-def test_two_processes_mask_the_heads_that_one_does(of_two, files, tmp_path):
-    state, (_, (record, heads, events)) = of_two("heads masked, True")
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["heads masked"])
+def test_two_processes_mask_the_heads_that_one_does(of_two, files, tmp_path, name):
+    state, (_, (record, heads, events)) = of_two(name)
     _, single, (_, (record_of_one, heads_of_one, events_of_one)) = HEADS.run(tmp_path, files)
     assert heads == heads_of_one
     assert sum(map(len, heads.values())) == 8
@@ -260,12 +258,14 @@ def test_what_is_exported_loads(fitted):
     assert all((linear.weight == 0).float().mean() == 0.5 for linear in prunable(model).values())
 
 
+@pytest.mark.daily("zeros, SparseGPT")
 @pytest.mark.parametrize("name", ON_TWO)
 def test_two_blocks_at_most_are_there_on_each_of_two_ranks(of_two, name):
     for most, allowed, _ in of_two(f"{name}, beside {LAYERS}"):
         assert most <= allowed
 
 
+@pytest.mark.daily("zeros, SparseGPT")
 @pytest.mark.parametrize("name", ZEROS)
 def test_each_rank_has_its_share_and_no_more(of_two, name):
     few, many = (of_two(f"{name}, beside {layers}") for layers in (LAYERS, 2 * LAYERS))
@@ -275,9 +275,10 @@ def test_each_rank_has_its_share_and_no_more(of_two, name):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
-@pytest.mark.parametrize("kind", SAVED)
-def test_each_of_two_ranks_loads_a_tensor_at_a_time(of_two, kind):
-    for most, gradients, largest in of_two(f"{kind}, loaded"):
+@pytest.mark.daily("sharded")
+@pytest.mark.parametrize("name", SAVED)
+def test_each_of_two_ranks_loads_a_tensor_at_a_time(of_two, name):
+    for most, gradients, largest in of_two(f"{name}, loaded"):
         assert most <= gradients + 4 * largest
 
 

@@ -9,7 +9,7 @@ from billhook.checkpoints.export import export
 from kit.exports import MODELS, merged
 from kit.ranks import run_script
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 SCRIPT = "from kit.exports import export_all\nexport_all()\n"
 WAYS = {"multi-query": "equivalent"}
 

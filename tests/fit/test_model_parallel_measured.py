@@ -9,7 +9,7 @@ from kit.measured import MODULES, SEARCHED, shrunk, told
 from kit.ranks import run_script
 from kit.sent import BYTES, GATHERS, MEETS, OTHERS, SCATTERS, SENT, SUMS, linears, model
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 SCRIPT = "from kit.measured import fit_all\nfit_all()\n"
 
 

@@ -9,7 +9,7 @@ from kit.fits import same
 from kit.other_ranks import RESUMED, SAVED
 from kit.ranks import run_script
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 SCRIPT = "from kit.other_ranks import fit_all\nfit_all()\n"
 CASES = pytest.mark.parametrize(("ranks", "what", "step"), RESUMED)
 

@@ -9,7 +9,7 @@ from kit.fits import trainer
 from kit.nodes import STEPS, callback, run_nodes
 from kit.sharding import Own
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 
 
 def test_a_node_is_killed_in_an_event_and_the_run_ends_as_if_it_was_not(tmp_path):

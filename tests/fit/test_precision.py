@@ -31,6 +31,7 @@ PRECISIONS = {
 DTYPES = {"bf16-true": torch.bfloat16, "64-true": torch.float64}
 
 
+@pytest.mark.daily("wanda-*", "structure-bf16-mixed", "heads-16-mixed", "svd-bf16-true")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("event", EVENTS)
 def test_training_goes_on_in_its_precision(tmp_path, event, precision):
@@ -48,6 +49,7 @@ class Half(Own):
         return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
 
 
+@pytest.mark.daily("wanda", "structure", "svd")
 @pytest.mark.parametrize("event", EVENTS)
 def test_float16_throughout(tmp_path, event, monkeypatch):
     monkeypatch.setattr(Watch, "still", True)  # a few steps are less than half of the last digit
@@ -67,6 +69,7 @@ class Steps(pl.Callback):
         self.seen.append((trainer.global_step, *own))
 
 
+@pytest.mark.daily("wanda", "structure")
 @pytest.mark.parametrize("event", EVENTS)
 def test_steps_that_a_scaler_skips_count_as_lightning_counts_them(tmp_path, event, monkeypatch):
     """From 2^20 on the scale is halved until gradients are finite."""

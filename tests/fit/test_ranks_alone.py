@@ -8,7 +8,7 @@ import billhook as bh
 from kit.alone import FAILING, SCRIPT
 from kit.ranks import run_script
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -91,6 +91,7 @@ def turned_kv_heads_then_weights(folder):
     ]
 
 
+@pytest.mark.daily("accumulated", "lora", "structure")
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
 @pytest.mark.parametrize(
     ("callbacks", "lora", "stops", "options"),
@@ -121,6 +122,7 @@ def test_stopped_at_any_step(files, tmp_path, callbacks, lora, stops, options):
         assert same(weights(resumed), weights(straight)), stop
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*training has ended at step .*, before the")
 @pytest.mark.slow
 def test_stopped_again_and_again(files, tmp_path):
@@ -149,6 +151,7 @@ class Stop(pl.Callback):
         trainer.should_stop |= trainer.global_step == self.step
 
 
+@pytest.mark.daily("steps then epochs")
 @pytest.mark.parametrize(
     ("first", "second"),
     [({"max_steps": 7}, {"max_steps": 14}), ({"max_epochs": 1}, {"max_epochs": 2}), ({"max_steps": 7}, {"max_epochs": 2})],
@@ -208,6 +211,7 @@ def test_a_loader_of_ones_own_with_workers(tmp_path):
     assert same(weights(resumed), weights(straight))
 
 
+@pytest.mark.daily("fewer")
 @pytest.mark.parametrize(("then", "now"), [(4, 2), (2, 4)], ids=["fewer", "more"])
 def test_another_number_of_examples_at_once(files, tmp_path, then, now):
     """As on other devices, which split a batch: each example of the epoch is seen once all the same, and the next is whole."""

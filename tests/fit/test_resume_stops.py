@@ -35,6 +35,7 @@ def straight(files, tmp_path_factory):
     return weights(fit(tmp_path_factory.mktemp("straight"), files))
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_killed(files, tmp_path, straight):
     """By SIGKILL, in the middle of a step, or of writing a checkpoint: those that are there are whole, and the last resumes."""
@@ -72,6 +73,7 @@ class Interrupt(pl.Callback):
             raise self.what
 
 
+@pytest.mark.daily("4-15", "3-what3")
 @pytest.mark.parametrize(
     ("batch", "what"),
     [(1, signal.SIGTERM), (4, signal.SIGTERM), (5, signal.SIGTERM), (3, KeyError("three")), (6, KeyboardInterrupt())],
@@ -93,6 +95,7 @@ def test_stopped_in_the_middle(files, tmp_path, straight, batch, what):
     assert same(weights(resumed), straight)
 
 
+@pytest.mark.daily("5")
 @pytest.mark.parametrize("batch", [3, 5, 8])
 def test_stopped_before_all_gradients_of_a_step_are_there(files, tmp_path, batch):
     """Those that are there are kept; at the end of a step there are none to keep."""

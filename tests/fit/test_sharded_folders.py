@@ -141,6 +141,7 @@ def test_what_is_exported_computes_the_same(tmp_path):
     assert torch.equal(bh.load(tmp_path / "exported")(ids).logits, lit.model.eval()(ids).logits)
 
 
+@pytest.mark.daily("full-Plain", "sharded-TransformerModule")
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
 @pytest.mark.parametrize("kind", [Plain, bh.TransformerModule])
 @pytest.mark.parametrize("how", WRITE)
@@ -162,6 +163,7 @@ class Deep(Plain):
         self.model = llama(hidden_size=128, intermediate_size=128, num_hidden_layers=6)
 
 
+@pytest.mark.daily("sharded")
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
 @pytest.mark.parametrize("how", WRITE)
 def test_an_export_takes_the_model_and_no_more_than_two_blocks(tmp_path, how):

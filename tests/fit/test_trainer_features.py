@@ -47,6 +47,7 @@ class Sizes(pl.Callback):
         trainer.optimizers[0].register_step_post_hook(note)
 
 
+@pytest.mark.daily("wanda-*", "*-norm")
 @pytest.mark.parametrize("how", CLIPS)
 @pytest.mark.parametrize("event", EVENTS)
 def test_all_gradients_are_clipped(tmp_path, event, how):
@@ -56,6 +57,7 @@ def test_all_gradients_are_clipped(tmp_path, event, how):
     assert sizes.seen == pytest.approx([limit] * 4, rel=1e-3)
 
 
+@pytest.mark.daily("wanda", "structure")
 @pytest.mark.parametrize("event", EVENTS)
 def test_accumulated_batches_are_as_one_larger_batch(tmp_path, event, monkeypatch):
     """Wherever in a batch that is accumulated the event might fall, it comes after the step."""
@@ -66,6 +68,7 @@ def test_accumulated_batches_are_as_one_larger_batch(tmp_path, event, monkeypatc
     assert close(lit, other, atol=2e-4)
 
 
+@pytest.mark.daily("wanda", "structure")
 @pytest.mark.parametrize("event", EVENTS)
 def test_gradient_checkpointing_changes_nothing(tmp_path, event):
     lit = Own()
@@ -107,6 +110,7 @@ def unmeasured(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.daily("wanda-in place", "structure-in place", "heads-wrapped")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(
@@ -124,6 +128,7 @@ def test_compiled_before_an_event_it_is_what_it_would_be_in_eager_mode(tmp_path,
     assert backend.made == (1 if event == "wanda" else 2)
 
 
+@pytest.mark.daily("structure")
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("event", ["structure", "svd"])
 def test_compiled_after_an_event(tmp_path, event):
@@ -203,6 +208,7 @@ PLACES = {
 }
 
 
+@pytest.mark.daily("wanda-*", "structure-*", "shrink-barebones", "svd-overfit")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("event", EVENTS)
 def test_other_ways_to_run(tmp_path, event, place, monkeypatch):
@@ -220,6 +226,7 @@ def test_other_ways_to_run(tmp_path, event, place, monkeypatch):
             assert torch.equal(bh.load(folder).eval()(ids).logits, lit.net.eval()(ids).logits)
 
 
+@pytest.mark.daily("wanda-start", "structure-2")
 @pytest.mark.parametrize("at", ["start", 2])
 @pytest.mark.parametrize("event", EVENTS)
 def test_looking_for_a_learning_rate_leaves_all_as_it_was(tmp_path, event, at):
@@ -249,6 +256,7 @@ class Batches(pl.LightningDataModule):
         return loader(4, 4)
 
 
+@pytest.mark.daily("mean")
 @pytest.mark.parametrize("event", ["wanda", "mean"])
 def test_looking_for_a_batch_size_leaves_all_as_it_was(tmp_path, event):
     lit, callback = Own(), EVENTS[event]("start")
@@ -263,6 +271,7 @@ def test_looking_for_a_batch_size_leaves_all_as_it_was(tmp_path, event):
 AVERAGES = [EMAWeightAveraging, WeightAveraging, lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1)]
 
 
+@pytest.mark.daily("wanda-2-*", "masked-start-EMA*", "mean-start-W*")
 @pytest.mark.parametrize("average", AVERAGES)
 @pytest.mark.parametrize(
     ("event", "at"), [("wanda", 2), ("wanda", "start"), ("masked", 2), ("masked", "start"), ("mean", "start")]
@@ -290,6 +299,7 @@ class Rising(Own):
         self.log("worse", float(self.global_step))
 
 
+@pytest.mark.daily("wanda", "structure")
 @pytest.mark.parametrize("event", EVENTS)
 def test_the_best_checkpoint_is_from_before_the_event(tmp_path, event):
     """It is loaded into the model as it is after the event, which takes the shape that it had."""
@@ -315,6 +325,7 @@ def test_early_stopping_after_the_event(tmp_path, event):
     assert [step for step, _ in watch.seen] == [0, 1, 2]
 
 
+@pytest.mark.daily("mean", "structure")
 @pytest.mark.parametrize("event", [*CONVERSIONS, "wanda", "masked"])
 def test_uptraining_sets_the_length(tmp_path, event):
     """The event at a fraction of what it sets."""

@@ -167,6 +167,7 @@ class Live(pl.Callback):
         assert not [name for name, p in pl_module.named_parameters() if torch.equal(p, self.before[name])]
 
 
+@pytest.mark.daily("*-wanda", "setup-structure", "by hand-shrink", "tuples-heads", "configure_model-svd")
 @pytest.mark.parametrize(("kind", "event"), list(product(KINDS, EVENTS)))
 def test_events_in_modules_of_any_kind(tmp_path, kind, event):
     """Also resumed from a checkpoint that was saved at the end of the first epoch."""
@@ -194,6 +195,7 @@ def test_a_search_for_a_smaller_model_needs_its_predictions(tmp_path):
     assert callback.events == []
 
 
+@pytest.mark.daily("setup-wanda", "configure_model-structure", "setup-svd")
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("kind", ["configure_model", "setup"])
 def test_a_model_that_is_made_late_is_as_one_that_is_made_early(tmp_path, kind, event):
@@ -277,6 +279,7 @@ def pruned_at_the_start(folder, lit, callback, data):
     return weights(lit)
 
 
+@pytest.mark.daily("wanda", "taylor")
 @pytest.mark.parametrize("kind", CALIBRATED)
 def test_a_module_with_manual_optimization_says_what_it_is_calibrated_on(tmp_path, kind):
     """In `calibration_batches` or as `calibration=`: as with automatic optimization on the same batches."""
@@ -359,6 +362,7 @@ class Two(Own):
         self.other = llama(**SIZES)
 
 
+@pytest.mark.daily("*-wanda")
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize(
     ("kind", "match"),

@@ -162,6 +162,7 @@ def test_gate_gradient_of_tokens_is_that_of_a_gate_at_each_token(family, side):
     near(scores(model, family, iter(batches), bh.GateGradient("token")), total / count, 1e-4)
 
 
+@pytest.mark.daily("bert-*-left", "llama-*-right")
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("importance", [*map(bh.GateGradient, ("token", "example", "batch")), bh.Taylor(), bh.Taylor("mixed"),
                                         bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()], ids=repr)  # fmt: skip
@@ -183,6 +184,7 @@ def test_longer_padding_changes_nothing():
         near(scores(model, "gpt2", [{"input_ids": more, "attention_mask": mask}], importance), expected, 1e-5)
 
 
+@pytest.mark.daily("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "bert", "t5")
 @pytest.mark.parametrize("name", [*ATTENTIVE, *SEQ2SEQ])
 def test_of_a_whole_batch_it_is_the_gradient_of_the_gates(name):
     case = small(name)

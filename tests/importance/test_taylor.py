@@ -115,6 +115,7 @@ def test_channels_by_the_authors_formulas(family, order):
     torch.testing.assert_close(scores(model, BATCHES, bh.Taylor(order), "channel"), expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.daily("mean-*", "*-mixed")
 @pytest.mark.parametrize("order", ["first", "mixed", "vector"])
 @pytest.mark.parametrize(("reduce", "how"), [
     ("mean", lambda rows: rows.mean(0)), ("max", lambda rows: rows.max(0).values), ("product", lambda rows: rows.prod(0)),

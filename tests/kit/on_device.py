@@ -240,8 +240,8 @@ def main():
     watched = Watched()
     registered = Registered()
     surgery._move = lambda *_: None  # a tensor may go to another device in its place on torch's own devices alone
-    for name, (work, most) in WORKS.items():
-        ahead = "ahead" in name
+    for name in sys.argv[2:]:
+        (work, most), ahead = WORKS[name], "ahead" in name
         Copies.sends_ahead = staticmethod(lambda _, ahead=ahead: ahead)
         watched.most = 0
         try:

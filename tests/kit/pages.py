@@ -24,6 +24,8 @@ pages together take a minute.
 
 import ast
 import contextlib
+import importlib
+import inspect
 import io
 import re
 import runpy
@@ -36,7 +38,9 @@ from unittest import mock
 
 import yaml
 
+import billhook as bh
 from billhook.cli.main import main
+from billhook.cli.options import COMMANDS, LIGHTNING
 
 ROOT = Path(__file__).parents[2]
 LANGUAGES = {"python", "console", "bash", "yaml", "text", "json", "jsonl", "toml", "csv"}
@@ -75,6 +79,37 @@ def blocks_in(path: Path) -> list[Block]:
 def needed_by(path: Path) -> list[str]:
     """Returns the packages that a page says it needs."""
     return re.findall(r"<!-- needs ([\w.]+) -->", path.read_text())
+
+
+def unknown_in(block: Block) -> list[str]:
+    """Returns what a block says of billhook that is not there: names, arguments of calls, commands."""
+    if block.language == "yaml":
+        yaml.safe_load(block.code)
+    if block.language in ("console", "bash"):
+        commands = [words[1] for words in _lines(block.code) if words[0] == "billhook" and len(words) > 1]
+        return [name for name in commands if name not in (*COMMANDS, *LIGHTNING) and not name.startswith("-")]
+    if block.language != "python":
+        return []
+    unknown = []
+    for node in ast.walk(ast.parse(block.code, block.place)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "billhook":
+            module = importlib.import_module(node.module)
+            unknown += [one.name for one in node.names if not hasattr(module, one.name)]
+        if isinstance(node, ast.Attribute) and _named(node) is None and _named(node.value) is not None:
+            unknown.append(ast.unparse(node))
+        if isinstance(node, ast.Call) and callable(function := _named(node.func)):
+            parameters = inspect.signature(function).parameters
+            if all(one.kind is not one.VAR_KEYWORD for one in parameters.values()):
+                keywords = [keyword.arg for keyword in node.keywords if keyword.arg is not None]
+                unknown += [f"{ast.unparse(node.func)}({name}=)" for name in keywords if name not in parameters]
+    return unknown
+
+
+def _named(node: ast.AST) -> Any:
+    """What a chain of attributes names that begins with `bh`: the package, what it exports, or what that holds; or None."""
+    if isinstance(node, ast.Name):
+        return bh if node.id == "bh" else None
+    return getattr(_named(node.value), node.attr, None) if isinstance(node, ast.Attribute) else None
 
 
 def run_page(blocks: list[Block], names: dict[str, Any]) -> dict[str, Any]:

@@ -116,14 +116,22 @@ class Fit:
 
 def fit_all(fits: dict[str, Fit]) -> None:
     """What each of the two processes runs: all fits, and whether the outcome is the same on both."""
-    files, out = json.loads(sys.argv[1])
+    files, out, names = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     for name, one in fits.items():
+        if name not in names:
+            continue
         run, *result = one.run(Path(out), files, ranks=2)
         gathered = [None, None]
         torch.distributed.all_gather_object(gathered, repr(tree_map_only(torch.Tensor, torch.Tensor.tolist, result)))
         if run.is_global_zero:
             torch.save([gathered[0] == gathered[1], *result], Path(out, f"{name}.pt"))
+
+
+def asked_for(request):
+    """What the tests of a module that run call `name`: of all that a script can fit, it fits these."""
+    calls = [item.callspec for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return sorted({call.params["name"] for call in calls if "name" in call.params})
 
 
 ENDING = "from kit.ranks import end\nend()\n"

@@ -73,8 +73,9 @@ def fit_all() -> None:
 
 
 def fit(fits, ranks) -> None:
-    files, out = json.loads(sys.argv[1])
+    files, out, names = json.loads(sys.argv[1])
     torch.set_num_threads(1)
     for name, one in fits.items():
-        run, *result = one.run(Path(out), files, ranks=ranks)
-        keep(run, Path(out) / f"{name}.pt", result)
+        if name in names:
+            run, *result = one.run(Path(out), files, ranks=ranks)
+            keep(run, Path(out) / f"{name}.pt", result)

@@ -25,6 +25,7 @@ def adapted(family, lora=None):
     return model
 
 
+@pytest.mark.daily("llama-*", "gpt_bigcode-mean", "t5-first")
 @pytest.mark.parametrize("method", ["mean", "first"])
 @pytest.mark.parametrize("family", ["llama", "phi3", "bert", "t5", "gpt_bigcode"])
 def test_converted_and_merged_is_merged_and_converted(family, method):

@@ -91,6 +91,7 @@ def test_the_zoo_has_a_case_for_every_family():
     assert {family for family, _, _ in CASES} == ZOO.keys()
 
 
+@pytest.mark.daily("llama-2", "phi3-2", "gpt2-1", "gpt_neox-2", "bert-2", "t5-2", "alibi falcon-2", "gpt_bigcode-1")
 @named
 def test_it_equals_the_dense_class_with_heads_pooled_and_repeated(family, way, heads):
     dense, reference, converted, plan = three(family, heads)
@@ -112,6 +113,7 @@ def test_it_equals_the_dense_class_with_heads_pooled_and_repeated(family, way, h
             check_same(*pair)
 
 
+@pytest.mark.daily("llama-2", "phi3-2", "gpt2-1", "gpt_neox-2", "bert-2", "t5-2", "alibi falcon-2", "gpt_bigcode-1")
 @named
 def test_generation_with_a_cache_equals_the_reference(family, way, heads):
     _, reference, converted, _ = three(family, heads)
@@ -125,6 +127,7 @@ def test_generation_with_a_cache_equals_the_reference(family, way, heads):
         assert torch.equal(converted.generate(ids, **options), reference.generate(ids, **options))
 
 
+@pytest.mark.daily("llama-2", "phi3-2", "gpt2-1", "gpt_neox-2", "bert-2", "t5-2", "alibi falcon-2", "gpt_bigcode-1")
 @named
 def test_it_is_saved_and_reloaded(family, way, heads, tmp_path):
     _, _, converted, _ = three(family, heads)
@@ -141,6 +144,7 @@ def test_it_is_saved_and_reloaded(family, way, heads, tmp_path):
             type(converted).from_pretrained(tmp_path / "a")
 
 
+@pytest.mark.daily("llama-2", "phi3-2", "gpt2-1", "gpt_neox-2", "bert-2", "t5-2", "alibi falcon-2", "gpt_bigcode-1")
 @named
 def test_a_shape_brings_any_model_there_and_back(family, way, heads):
     dense, _, converted, _ = three(family, heads)
@@ -154,6 +158,7 @@ def test_a_shape_brings_any_model_there_and_back(family, way, heads):
         assert [type(module) for module in other.modules()] == [type(module) for module in target.modules()]
 
 
+@pytest.mark.daily("llama-2", "phi3-2", "gpt2-1", "gpt_neox-2", "bert-2", "t5-2", "alibi falcon-2", "gpt_bigcode-1")
 @named
 def test_summaries_tell_the_truth(family, way, heads):
     dense, _, converted, plan = three(family, heads)
@@ -178,6 +183,7 @@ def test_the_encoder_is_converted_on_request(family):
     check_same(pooled_and_repeated(dense, family, 2, encoder=True), converted)
 
 
+@pytest.mark.daily("llama", "gpt_neox")
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt_bigcode", "bert", "gpt2", "gpt_neox"])
 def test_layers_one_after_the_other_end_where_all_at_once_ends(family, tmp_path):
     heads = 1 if family in ("gpt_bigcode", "gpt2") else 2
@@ -208,6 +214,7 @@ def test_layers_one_after_the_other_end_where_all_at_once_ends(family, tmp_path)
         assert save(model, tmp_path / "b").way == "plain"
 
 
+@pytest.mark.daily("gpt_neox", "phi3")
 @pytest.mark.parametrize("family", ["gpt_neox", "opt", "bert", "phi3"])
 def test_stages_end_where_one_step_ends(family):
     model = build(family)
@@ -397,6 +404,7 @@ class TestWeights:
 
 
 class TestSavedAsGPTBigCode:
+    @pytest.mark.daily("usual-*", "untied-GPT2LMHeadModel")
     @pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "GPT2ForSequenceClassification"])
     @pytest.mark.parametrize(
         "changes",

@@ -43,6 +43,7 @@ def pooled_and_repeated(dense, groups, how=None):
     return model
 
 
+@pytest.mark.daily("llama-*", "gemma2-1", "qwen3-2", "mixtral-1", "olmo2-2", "cohere-1", "stablelm-2", "phi-1")
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("family", sorted(EXTRA))
 def test_converted_equals_the_original_class_with_pooled_heads_repeated(family, groups):

@@ -25,6 +25,7 @@ def pooled_and_repeated(model, layers, groups):
     return model
 
 
+@pytest.mark.daily("vit-*", "swin-*", "detr-True-3-2")
 @pytest.mark.parametrize(
     ("family", "encoder", "attentions", "heads"),
     [*((*case, heads) for case in CASES for heads in (2, 1)), ("swin", False, 4, 1)],  # of Swin's stages the first has two

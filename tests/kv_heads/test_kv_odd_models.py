@@ -87,6 +87,7 @@ def mean_heads(model, heads):
 NAMES = ["BertForMaskedLM", "Glm4MoeForCausalLM", "NanoChatForCausalLM", "ViTForImageClassification", "GPT2LMHeadModel"]
 
 
+@pytest.mark.daily("GPT2LMHeadModel", "Glm4Moe*")
 @pytest.mark.parametrize("name", NAMES)
 def test_heads_are_removed_first(name, tmp_path):
     """What is left is not what the class builds of the config; in memory and reloaded, it is converted alike."""

@@ -82,6 +82,7 @@ def test_auto_takes_what_stays_nearest_on_held_out_batches(monkeypatch):
     assert [str(one) for one in METHODS[2::2]] == ["svd", "svd, similar heads grouped"]
 
 
+@pytest.mark.daily("llama", "gpt2")
 @pytest.mark.parametrize("family", ["llama", "bert", "bart", "gpt2", "phi3"])
 def test_auto_never_passes_over_what_is_exact(family):
     """Heads that are mixes of one another, which `svd` alone undoes; on so few random tokens the loss knows no better."""

@@ -74,6 +74,7 @@ def case(family):
     return Case(family)
 
 
+@pytest.mark.daily("llama-*", "phi3-svd-*", "gpt2-aligned-*", "gpt_neox-*", "cohere-svd-*", "t5-aligned-*", "falcon-svd-*")
 @pytest.mark.parametrize(
     ("family", "start", "how"),
     [

@@ -37,6 +37,7 @@ def cut_by_hand(model, plan):
     return small
 
 
+@pytest.mark.daily("gemma-True", "gemma3_text-False", "vaultgemma-True")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "vaultgemma"])
 def test_scaled_embeddings(family, tied, tmp_path):

@@ -69,12 +69,14 @@ def assert_removes(model, chosen, per="head"):
 
 
 class TestSlicedEqualsMasked:
+    @pytest.mark.daily("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "bert", "t5")
     @pytest.mark.parametrize("name", REMOVABLE)
     def test_in_every_family(self, name):
         model = make(name)
         heads = {one: own for one, own in find_units(model, "head").items() if not one.endswith("mamba")}
         assert_removes(model, some_heads(heads, alike=name in ALIKE))
 
+    @pytest.mark.daily("llama", "phi3")
     @pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral", "dbrx", "glm4", "phi3"])
     def test_by_kv_heads_and_then_by_query_heads(self, name):
         model, alike = make(name), name in ALIKE
@@ -82,6 +84,7 @@ class TestSlicedEqualsMasked:
         assert_removes(model, {names[0]: [1], names[1]: [0]} if alike else {names[1]: [0]}, per="kv_head")
         assert_removes(model, {names[0]: [2], names[1]: [0]} if alike else {names[0]: [1, 5], names[1]: [0, 2]})
 
+    @pytest.mark.daily("llama", "T5*")
     @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "T5ForConditionalGeneration"])
     def test_down_to_one_head(self, name):
         model = make(name)  # of six heads
@@ -147,6 +150,7 @@ class TestSlicedEqualsMasked:
 
 
 class TestGeneration:
+    @pytest.mark.daily("llama", "gpt2", "t5", "mixtral")
     @pytest.mark.parametrize("name", GENERATE)
     def test_from_a_cache_and_with_beams(self, name):
         model = make({"bart": "BartForConditionalGeneration", "t5": "T5ForConditionalGeneration"}.get(name, name))
@@ -513,6 +517,7 @@ class TestRoundTrip:
         more = {"decoder_input_ids": torch.arange(10).view(2, 5)} if model.config.is_encoder_decoder else {}
         return model(torch.arange(24).view(2, 12), **more).logits
 
+    @pytest.mark.daily("llama", "t5")
     @pytest.mark.parametrize("name", UNIFORM)
     def test_alike_in_all_layers(self, name, tmp_path):
         model = self.t5() if name == "t5" else build(name)
@@ -536,6 +541,7 @@ class TestRoundTrip:
             assert bh.save(again, tmp_path / "b").way == "plain"
             assert torch.equal(self.logits(bh.load(tmp_path / "b")), self.logits(again))
 
+    @pytest.mark.daily("gpt2", "lora")
     @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "lora"])
     def test_of_a_shape_that_the_config_does_not_say(self, name, tmp_path):
         model = {"bert": bert, "gpt2": gpt2, "llama": llama, "lora": llama}[name]()
@@ -563,6 +569,7 @@ class TestRoundTrip:
         assert bh.save(again, tmp_path / "b").difference == 0
         assert torch.equal(self.logits(bh.load(tmp_path / "b")), self.logits(again))
 
+    @pytest.mark.daily("llama", "gpt2")
     @pytest.mark.parametrize("make_one", [llama, gpt2, bert])
     def test_trace_and_summary_of_what_is_left(self, make_one):
         model = make_one()

@@ -16,6 +16,7 @@ CASES = {  # by family, what is left of one, the kinds that go for it, and the c
 }
 
 
+@pytest.mark.daily("vit", "basic resnet")
 @pytest.mark.parametrize("family", CASES)
 def test_a_model_is_what_its_class_builds_of_other_sizes(family, tmp_path):
     share, kinds, built = CASES[family]

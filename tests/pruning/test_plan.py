@@ -63,6 +63,7 @@ class TestWhatGoes:
         assert len(plan.cuts[f"{ATTENTIONS[0]}.o_proj.weight", 0]) == 31
         assert len(plan.cuts[f"{ATTENTIONS[0]}.o_proj.weight", 1]) == 24
 
+    @pytest.mark.daily("llama", "gpt2", "t5")
     @pytest.mark.parametrize("make_one", [llama, gpt2, bert, t5, lambda: build("mixtral"), lambda: make("swin")])
     def test_its_parameters_are_those_that_are_left(self, make_one):
         model = make_one()

@@ -141,6 +141,7 @@ class TestTargets:
         limit = int(asked * getattr(before, target)) if isinstance(asked, float) else asked
         assert getattr(plan.costs[1], target) <= limit
 
+    @pytest.mark.daily("convnext")
     @pytest.mark.parametrize("name", ["vit", "convnext"])
     def test_operations_of_an_image(self, name):
         model = make(name)
@@ -188,6 +189,7 @@ class TestTargets:
         assert all(48 < below.after[name][0] < 96 for name in MLPS)
         assert all(below.after[name][1] < 4 for name in ATTENTIONS)
 
+    @pytest.mark.daily("bert-params", "t5-kv_cache_bytes", "*-params1")
     @pytest.mark.parametrize(("make_one", "target"), [
         (bert, "params"), (gpt2, "kv_cache_bytes"), (t5, "kv_cache_bytes"), (lambda: build("mixtral"), "kv_cache_bytes"),
         (lambda: llama(num_key_value_heads=8), "params"), (lambda: build("qwen3", tie_word_embeddings=True), "params"),
@@ -321,6 +323,7 @@ class TestParts:
         assert first.part(Search(model, amount), progress[-1]) is None
         return found
 
+    @pytest.mark.daily("amount0-progress0", "amount3-progress3", "amount5-progress5")
     @pytest.mark.parametrize(("amount", "progress"), [
         ({"channels": 0.3}, (0.1, 0.35, 0.36, 1.0)), ({"channels": 0.3, "kv_heads": 0.5, "residual": 0.29}, (0.5, 1.0)),
         ({"heads": 0.5, "channels": 0.5, "round_to": 8}, (0.3, 1.0)), ({"channels": 0.6, "first": 1}, (0.25, 1.0)),

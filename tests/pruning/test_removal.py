@@ -77,6 +77,7 @@ def readers_by_name(model, name):
 
 
 class TestSlicedEqualsMasked:
+    @pytest.mark.daily("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "bert", "t5")
     @pytest.mark.parametrize("name", [name for name in EVERY if name not in WITHOUT_CHANNELS])
     def test_channels_and_heads_in_one_plan(self, name):
         model = make(name)
@@ -199,6 +200,7 @@ class TestResidual:
             torch.testing.assert_close(one(ids).logits, model(ids).logits)
         assert one.model.layers[0].self_attn.head_dim == 4
 
+    @pytest.mark.daily("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "bert", "t5", "mamba", "deepseek_v3")
     @pytest.mark.parametrize("name", EVERY)
     def test_permutation_exact_in_every_family(self, name):
         model = make(name)
@@ -458,6 +460,7 @@ class TestTraining:
         average.update_parameters(model)
         assert shape_of(average.module) == shape_of(model)
 
+    @pytest.mark.daily("llama")
     @pytest.mark.parametrize("name", ["llama", "gpt2"])
     def test_lora(self, name):
         model = llama() if name == "llama" else gpt2()
@@ -536,6 +539,7 @@ class TestNothingIsHalfDone:
 
 
 class TestRoundTrip:
+    @pytest.mark.daily("llama-*", "gpt2-amount6-shaped", "t5-*")
     @pytest.mark.parametrize(("name", "amount", "way"), [
         ("llama", {"channels": 0.25}, "plain"),
         ("llama", {"kv_heads": 0.5, "channels": 0.3, "residual": 0.25}, "plain"),

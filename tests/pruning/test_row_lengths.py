@@ -133,6 +133,7 @@ class TestTargets:
 
 
 class TestParts:
+    @pytest.mark.daily("progress0-amount0", "progress1-amount2")
     @pytest.mark.parametrize("amount", [
         {"channels": 0.2}, {"channels": 0.19}, {"channels": 0.3, "kv_heads": 0.5},
     ])  # fmt: skip

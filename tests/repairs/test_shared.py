@@ -44,6 +44,7 @@ def batches(model):
     return [one | {"labels": tokens(6, 8)} for one in found] if model.config.is_encoder_decoder else found
 
 
+@pytest.mark.daily("llama-*", "t5-True", "mixtral-False")
 @pytest.mark.parametrize("catch_up", [True, False])
 @pytest.mark.parametrize("family", MODELS)
 def test_as_in_memory_a_block_at_a_time(mesh, family, catch_up, monkeypatch):

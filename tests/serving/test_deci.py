@@ -36,6 +36,7 @@ def narrowed(family, **changes):
     return model
 
 
+@pytest.mark.daily("llama-*")
 @pytest.mark.parametrize(
     ("family", "changes"),
     [

@@ -67,6 +67,7 @@ NO = {
 """What llama.cpp cannot run."""
 
 
+@pytest.mark.daily("llama-channels", "phi3-heads", "gemma2-blocks")
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_made_is_served(family, way, tmp_path, converter, llama_cpp):
@@ -111,6 +112,7 @@ REAL = [
 ]
 
 
+@pytest.mark.daily("tiny-kv_heads", "tiny-differ")
 @pytest.mark.parametrize("way", ["kv_heads", "lora", *SHARES])
 @pytest.mark.parametrize("name", ["tiny", pytest.param(MODELS, marks=REAL, id="smollm2")])
 def test_what_is_made_of_trained_models_is_served(name, way, tmp_path, converter, llama_cpp):

@@ -39,6 +39,7 @@ def three_of_four(family):
     return model
 
 
+@pytest.mark.daily("llama-True", "granite-False")
 @pytest.mark.parametrize(
     ("family", "serves"),
     [("llama", True), ("qwen2", True), ("qwen3", True), ("gemma2", True), ("smollm3", True), ("granite", False), ("phi3", True)],
@@ -48,6 +49,7 @@ def test_where_heads_are_gone(family, serves, tmp_path, converter):
     assert runs(tmp_path / "model", converter) == said(tmp_path / "model") == serves
 
 
+@pytest.mark.daily("qwen2-channels")
 @pytest.mark.parametrize(("family", "what"), [("llama", "kv heads"), ("qwen2", "channels"), ("mistral", "blocks")])
 def test_where_others_are_gone(family, what, tmp_path, converter):
     model = made(family)

@@ -60,6 +60,7 @@ def losing_a_block(**options):
     )
 
 
+@pytest.mark.daily("params-free", "bytes-uniform", "kv_cache_bytes-uniform")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 @pytest.mark.parametrize("target", ["params", "bytes", "kv_cache_bytes"])
 def test_a_block_that_computes_nothing_goes_first_and_nothing_is_lost(target, layers):
@@ -80,6 +81,7 @@ def test_a_block_that_computes_nothing_goes_first_and_nothing_is_lost(target, la
     assert shrunk.to_json()["blocks"]["units"] == {LAYERS: [2]}
 
 
+@pytest.mark.daily("free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_what_is_left_is_what_was_said_and_is_saved(layers, tmp_path):
     model, shrunk = losing_a_block(layers=layers)
@@ -159,6 +161,7 @@ def blocks_of(model, **amount):
     return find_blocks(search, search.amount.target, find_places(search, search.amount.target))
 
 
+@pytest.mark.daily("llama-params", "gemma2-*", "qwen2-kv_cache_bytes")
 @pytest.mark.parametrize("target", ["params", "bytes", "kv_cache_bytes"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2", "gemma2"])
 def test_a_block_costs_what_its_removal_saves(family, target):
@@ -171,6 +174,7 @@ def test_a_block_costs_what_its_removal_saves(family, target):
     assert now - two.cost == getattr(bh.summary(model), target)
 
 
+@pytest.mark.nightly
 def test_models_whose_blocks_cannot_go_say_so():
     torch.manual_seed(0)
     bert = transformers.BertForMaskedLM(transformers.BertConfig(**BERT | {"num_hidden_layers": 3})).eval()

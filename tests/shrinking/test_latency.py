@@ -108,6 +108,7 @@ def test_levels_between_those_that_are_measured_and_times_that_do_not_fall():
     assert {kept: place.cost(kept) for kept in expected} == pytest.approx({kept: one * share for kept, one in expected.items()})
 
 
+@pytest.mark.daily("free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_a_budget_is_used_up_and_the_model_timed_beside_the_dense_one(layers, clock):
     clock(channel=3e-5, head=1e-4)
@@ -156,6 +157,7 @@ def test_what_takes_long_is_what_goes(clock):
     assert heads[1] < 0.9 < heads[0]
 
 
+@pytest.mark.daily("1.3")
 @pytest.mark.parametrize("together", [0.8, 1.3])
 def test_the_limit_follows_the_clock_where_places_together_take_longer_or_less(together, clock, monkeypatch):
     tried, times = [], Clock.times

@@ -54,6 +54,7 @@ def apart(found, expected):
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.daily("free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_heads_that_are_nearly_equal_merge_and_hardly_anything_changes(layers, tmp_path):
     model = grouped()
@@ -96,6 +97,7 @@ def mixed(**options):
     return model, bh.shrink(model, texts(), **FEW | {"kv_cache_bytes": 5 / 12, "layers": "free", "repair": None} | options)
 
 
+@pytest.mark.daily("repair1")
 @pytest.mark.parametrize("repair", [None, bh.RepairConfig()])
 def test_each_layer_has_its_own_way_and_the_model_is_saved(repair, tmp_path):
     model, shrunk = mixed(repair=repair)
@@ -171,6 +173,7 @@ def test_of_alike_layers_it_is_decided_together():
     assert (2 in ways) == (together[1] < together[0])
 
 
+@pytest.mark.daily("free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_heads_merge_beside_a_block_that_goes(layers, tmp_path):
     model = grouped()
@@ -268,6 +271,7 @@ def test_where_merging_saves_no_cache_heads_go():
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
 
 
+@pytest.mark.daily("gemma2-free")
 @pytest.mark.parametrize(
     ("family", "layers"), [("qwen3", "uniform"), ("phi", "uniform"), ("gemma2", "uniform"), ("gemma2", "free")]
 )

@@ -59,6 +59,7 @@ def number_of(place, pair):
     return place.pairs.index(pair) + 1
 
 
+@pytest.mark.daily("params-uniform", "bytes-free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 @pytest.mark.parametrize("target", ["params", "bytes"])
 def test_query_heads_that_do_nothing_go_and_plain_transformers_loads_what_is_left(layers, target, tmp_path):
@@ -83,6 +84,7 @@ def test_query_heads_that_do_nothing_go_and_plain_transformers_loads_what_is_lef
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+@pytest.mark.daily("free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_they_go_beside_all_else_and_with_their_block(layers, tmp_path):
     model, ids = idle(), tokens()
@@ -100,6 +102,7 @@ def test_they_go_beside_all_else_and_with_their_block(layers, tmp_path):
         assert torch.equal(bh.load(tmp_path / "out")(ids).logits, model(ids).logits)
 
 
+@pytest.mark.daily("llama-params")
 @pytest.mark.parametrize(("family", "target"), [("llama", "params"), ("qwen2", "bytes"), ("gemma2", "params")])
 def test_a_pair_costs_what_is_left_of_a_model_that_is_really_cut(family, target):
     model = build(family, num_attention_heads=6, num_key_value_heads=2, hidden_size=48)

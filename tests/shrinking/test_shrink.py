@@ -42,6 +42,7 @@ def shrunk_of(**given):
     return model, bh.shrink(model, texts(), **FEW | given)
 
 
+@pytest.mark.daily("budget0-*", "budget1-uniform", "budget3-free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 @pytest.mark.parametrize("budget", [{"params": 0.8}, {"bytes": 0.75}, {"kv_cache_bytes": 0.5}, {"params": 20_000}])
 def test_a_budget_is_used_up_and_not_exceeded(layers, budget):
@@ -191,6 +192,7 @@ def test_a_classifier_and_an_encoder_with_a_decoder():
     assert bh.shrink(t5, rows, params=0.97, **FEW).left == t5.num_parameters()
 
 
+@pytest.mark.daily("budget0-*")
 @pytest.mark.parametrize(
     ("budget", "tokens_each", "says"),
     [

@@ -57,6 +57,7 @@ def test_the_ratio_of_perplexities():
     assert perplexity.ratio() == math.inf
 
 
+@pytest.mark.daily("uniform-repaired", "free-cut")
 @pytest.mark.parametrize("repair", [bh.RepairConfig(), None], ids=["repaired", "cut"])
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_it_is_met_and_the_next_smaller_size_does_not_meet_it(layers, repair, monkeypatch):
@@ -77,6 +78,7 @@ def test_it_is_met_and_the_next_smaller_size_does_not_meet_it(layers, repair, mo
     assert smaller.left < shrunk.left
 
 
+@pytest.mark.daily("7")
 @pytest.mark.parametrize("start", [0, 7])
 def test_from_a_wrong_guess_it_goes_up_or_down(start, monkeypatch):
     monkeypatch.setattr(module, "SIZES", 8)

@@ -28,6 +28,7 @@ def criterion(request):
 # what all criteria promise
 
 
+@pytest.mark.daily("Wanda-*", "SparseGPT-*", "*-dtype0-0.5", "*-dtype2-0.95")
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7, 0.95])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_contract_unstructured(criterion, sparsity, dtype):

@@ -83,6 +83,7 @@ def test_wanda_and_magnitude(geometry):
     torch.testing.assert_close(prune_one(convolution, bh.Magnitude(), None, 0.5), weights * by_size)
 
 
+@pytest.mark.daily("Wanda-*", "SparseGPT-*", "*-grouped-*sparsity*")
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
 @pytest.mark.parametrize(
     ("geometry", "amount"),

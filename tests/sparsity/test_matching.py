@@ -210,6 +210,7 @@ def test_weights_of_bfloat16_are_tuned_in_float32_and_rounded_once():
     assert not torch.equal(last, last.bfloat16().float())
 
 
+@pytest.mark.daily("block-*", "layer-mixtral", "layer-t5")
 @pytest.mark.filterwarnings("ignore:these hold several matrices", "ignore:no calibration batch has called")
 @pytest.mark.parametrize("name", ["mixtral", "t5", "bart", "gpt2", "bert", "vit", "whisper", "mamba", "convnext"])
 @pytest.mark.parametrize("sequential", ["block", "layer"])

@@ -89,6 +89,7 @@ def test_sparsegpt_is_its_own_criterion_on_plainly_gathered_moments():
         torch.testing.assert_close(weight, expected.state_dict()[name], msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.daily("llama-*", "*-Wanda-unstructured", "t5-SparseGPT-2:4")
 @pytest.mark.filterwarnings("ignore:no calibration batch has called", "ignore:.*are no linear layers")
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])

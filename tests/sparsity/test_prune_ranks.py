@@ -34,6 +34,7 @@ def agree(one, other):
     return min((mask == other[name]).float().mean().item() for name, mask in one.items())
 
 
+@pytest.mark.daily("wanda-*", "*-block-3")
 @pytest.mark.parametrize("batches", [1, 3, 4])
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 @pytest.mark.parametrize(

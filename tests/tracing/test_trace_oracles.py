@@ -66,6 +66,7 @@ def of(families: list[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("case", families, ids=families, indirect=True)
 
 
+@pytest.mark.daily("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "bert", "t5", "falcon", "deepseek_v3")
 @of(FAMILIES)
 def test_permuting_a_unit_order_everywhere_changes_nothing(case: Case, request: pytest.FixtureRequest) -> None:
     groups = [group for group in case.structure.groups if group.kind not in NOT_ASKED]
@@ -83,6 +84,7 @@ def test_permuting_a_unit_order_everywhere_changes_nothing(case: Case, request: 
     assert missed == {FLAGGED[family] for family in [request.node.callspec.id] if family in FLAGGED}
 
 
+@pytest.mark.daily("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "bert", "t5")
 @of(FAMILIES)
 def test_leaving_any_member_out_changes_the_answer(case: Case, request: pytest.FixtureRequest) -> None:
     groups = [
@@ -94,6 +96,7 @@ def test_leaving_any_member_out_changes_the_answer(case: Case, request: pytest.F
         assert needless <= set(finding.group.idle), f"{finding.group.kind} {finding.group.size}: {needless} need not be members"
 
 
+@pytest.mark.daily("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "bert", "t5", "falcon", "deepseek_v3")
 @of(FAMILIES)
 def test_without_a_unit_as_if_nobody_read_it(case: Case) -> None:
     asked = [g for g in case.one_of_each() if g.kind in ("kv_head", "query_head", "head", "channel") and not g.reason]

@@ -210,6 +210,7 @@ class TestSaved:
         bh.save(model, tmp_path / "again")
         self.checked(lit, tmp_path / "again")
 
+    @pytest.mark.daily("rounds")
     @pytest.mark.parametrize("remove", ["rounds", "end"])
     def test_heads_that_are_removed_while_it_is_on(self, remove, files, tmp_path):
         lit, out = module(), tmp_path / "out"

@@ -329,6 +329,7 @@ class TestTrainable:
             assert (own in names) != (value.shape == before[name].shape and torch.equal(value, before[name])), name
         assert lit.model.model.layers[0].self_attn.k_proj.weight.shape[0] == 4  # one head of 4
 
+    @pytest.mark.daily("attention-2", "names-4")
     @pytest.mark.parametrize("step", [2, 4])
     @pytest.mark.parametrize("trainable", ["attention", ["*.mlp.*", "*.v_proj.*"]], ids=["attention", "names"])
     def test_resumed_ends_as_the_straight_run(self, files, tmp_path, step, trainable):

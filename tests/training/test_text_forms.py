@@ -226,6 +226,7 @@ class Record(pl.Callback):
         self.seen.append({name: value.clone() for name, value in batch.items()})
 
 
+@pytest.mark.daily("True-True", "False-False")
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_fit_resumes_bit_for_bit(folder, tmp_path, packing, streaming):

@@ -402,6 +402,7 @@ def inputs_of(model):
 
 
 class TestRemoval:
+    @pytest.mark.daily("llama", "mixtral", "gpt2", "t5", "swin", "layers that differ")
     @pytest.mark.parametrize("family", REMOVED)
     def test_it_equals_skipping_and_survives_a_round_trip(self, family, tmp_path):
         make, gone = REMOVED[family]

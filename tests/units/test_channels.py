@@ -27,6 +27,7 @@ RESIDUAL = {  # streams, where there is not one
 }  # fmt: skip
 
 
+@pytest.mark.daily("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "bert", "t5", "mamba", "falcon")
 @pytest.mark.parametrize("name", EVERY)
 def test_in_every_family(name):
     model = make(name)

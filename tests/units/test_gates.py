@@ -60,6 +60,7 @@ def assert_same(got, expected, relative=1e-9):
     assert (got - expected).abs().max() <= relative * expected.abs().max()
 
 
+@pytest.mark.daily("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "bert", "t5", "falcon", "deepseek_v3")
 @pytest.mark.parametrize("name", [*ATTENTIVE, *SEQ2SEQ])
 def test_one_leaves_the_answer_and_the_gradient_is_that_of_a_difference(name):
     case = small(name)
@@ -83,6 +84,7 @@ def test_one_leaves_the_answer_and_the_gradient_is_that_of_a_difference(name):
                     assert difference == pytest.approx(float(found[attention][head]), rel=0.02, abs=2e-3 * scale)
 
 
+@pytest.mark.daily("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "bert", "t5", "falcon", "deepseek_v3")
 @pytest.mark.parametrize("name", [*ATTENTIVE, *SEQ2SEQ])
 def test_a_masked_head_is_one_whose_columns_nobody_reads(name):
     case = small(name)

@@ -12,6 +12,7 @@ from kit.families import SMALL
 from kit.units import ATTENTIVE, SEQ2SEQ, WITHOUT_HEADS, hooks, small, weight_of
 
 
+@pytest.mark.daily("llama", "gemma2", "phi3", "gpt2", "gpt_neox", "mixtral", "bert", "t5", "falcon", "deepseek_v3", "codegen")
 @pytest.mark.parametrize("name", [*ATTENTIVE, *SEQ2SEQ])
 def test_heads_stand_side_by_side_and_kv_heads_serve_neighbours(name):
     model, heads = small(name).model, small(name).heads

@@ -97,6 +97,7 @@ def test_masked_heads():
     torch.testing.assert_close(made["outputs"].logits, expected.logits)
 
 
+@pytest.mark.nightly
 def test_the_importance_of_heads():
     model, text = tiny(), bh.Calibration("tiny", tokens=2 * 16, length=16)
     inputs = model.dummy_inputs

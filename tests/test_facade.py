@@ -39,6 +39,7 @@ def test_a_name_imports_what_it_needs():
     assert imported("import billhook as bh; bh.Amount(heads=0.5)") == ["torch", "transformers"]
 
 
+@pytest.mark.nightly
 def test_callbacks_import_neither_adapters_nor_data_sets():
     code = f"import billhook.callbacks as callbacks; [getattr(callbacks, name) for name in {CALLBACKS}]"
     assert imported(code) == ["torch", "transformers", "lightning"]
@@ -54,11 +55,13 @@ def test_editors_and_mypy_see_the_names_that_are_there():
         assert getattr(bh, name) is getattr(sys.modules[place], name)
 
 
+@pytest.mark.nightly
 def test_folders_are_there_with_what_is_in_them():
     code = "import billhook as bh; assert bh.importance.baselines.RandomUnits; assert bh.plots"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.nightly
 def test_a_plan_knows_its_kinds():
     code = "import billhook as bh; bh.ModelPlan.from_json({'kind': 'none'}, None)"
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)

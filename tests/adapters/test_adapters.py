@@ -203,6 +203,7 @@ class TestWithPeft:
         mask_adapters(model)
         return model, masks, logits(model)
 
+    @pytest.mark.daily("llama")
     @pytest.mark.parametrize("build", ["llama", "gpt2"])
     def test_merge_and_unmerge(self, build):
         model, masks, expected = self.masked(build)

@@ -66,6 +66,7 @@ def test_chats_are_packed_through_the_template(model):
     assert "<user> question 0\n<assistant> answer 0\n<user> question 1" in text
 
 
+@pytest.mark.nightly
 def test_methods_read_it(model, file, play):
     given = bh.Calibration([play, file], tokens=320, length=32)
     read = given.read(model)

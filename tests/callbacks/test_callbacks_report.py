@@ -56,6 +56,7 @@ def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_pa
     assert f"- step 3: {event['label']}\n  - {event['what']}\n" in (tmp_path / "model" / "README.md").read_text()
 
 
+@pytest.mark.nightly
 def test_conversions_before_training(files, tmp_path, capsys):
     for at, folder in (("start", "a"), (0, "b")):
         run(files, tmp_path / folder, [KVHeadConversion(2, at=at)])

@@ -53,7 +53,7 @@ def state(run):
     return [value for optimizer in run.optimizers for own in optimizer.state.values() for value in own.values()]
 
 
-@pytest.mark.daily("wanda", "structure", "svd", "shrink")
+@pytest.mark.daily("wanda", "structure", "shrink")
 def test_resumed_equals_straight_through(tmp_path, event):
     """Stopped before the event, right at it, and after it; a callback that is used again forgets the fit before."""
     lit, straight, _ = fit(tmp_path, event, more=[each_step(tmp_path)])

@@ -138,7 +138,7 @@ class Losses(pl.Callback):
 
 
 class TestCheckpoints:
-    @pytest.mark.daily("module-options1-stops1", "mixed-*")
+    @pytest.mark.daily("mixed-*")
     @pytest.mark.parametrize(
         ("make", "options", "stops"),
         [
@@ -170,6 +170,7 @@ class TestCheckpoints:
         run.fit(lit, data(files))
         assert watch.seen == [4, 4, 1, 1, 1, 1]
 
+    @pytest.mark.daily("mixed")
     @pytest.mark.parametrize("make", [module, mixed])
     def test_outside_of_a_fit_also_one_from_before(self, files, tmp_path, make):
         callback, lit = pruning(2, at=3, measure_batches=None), make()
@@ -184,6 +185,7 @@ class TestCheckpoints:
                 if step == 3:
                     assert said["val_loss"] == pytest.approx(event["after"]["val_loss"], rel=1e-5)
 
+    @pytest.mark.daily("mixed")
     @pytest.mark.parametrize("make", [module, mixed])
     def test_loaded_and_exported_without_the_run(self, files, tmp_path, make):
         lit = make()

@@ -225,7 +225,7 @@ class Saves(pl.Callback):
         trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.daily("sparsegpt", "structure", "over")
+@pytest.mark.daily("sparsegpt", "over")
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 @pytest.mark.parametrize("kind", ["sparsegpt", "heads", "masks", "structure", "shrink", "depth", "svd", "over"])

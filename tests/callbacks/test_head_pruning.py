@@ -147,6 +147,7 @@ def test_heads_that_stay_masked_are_not_read_after_the_fit(files, tmp_path, per)
     assert not torch.allclose(masked, dense)
 
 
+@pytest.mark.daily("end-layer", "rounds-global")
 @pytest.mark.parametrize("ranking", ["layer", "global"])
 @pytest.mark.parametrize("remove", ["end", "rounds"])
 def test_removed_heads_are_gone_and_training_goes_on(files, tmp_path, ranking, remove):
@@ -316,6 +317,7 @@ def loader(kind=tuple, rows=16):
     return DataLoader([(row,) if kind is tuple else {"input_ids": row, "labels": row} for row in ids], batch_size=2)
 
 
+@pytest.mark.daily("rounds")
 @pytest.mark.parametrize("remove", ["never", "rounds"])
 def test_lora(tmp_path, remove):
     """The adapters lose what the weights lose, frozen weights stay frozen, and merging changes nothing."""
@@ -354,6 +356,7 @@ def table(tmp_path_factory):
     return {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
 
 
+@pytest.mark.daily("rounds")
 @pytest.mark.parametrize("remove", ["never", "rounds"])
 def test_a_classifier(table, tmp_path, remove):
     torch.manual_seed(0)
@@ -379,6 +382,7 @@ class TestMonitor:
 
     SCHEDULE = bh.schedules.MultiStep([0.25, 0.5, 0.75], [1, 3, 5])
 
+    @pytest.mark.daily("rounds-*")
     @pytest.mark.parametrize(
         ("remove", "monitor", "mode", "keep"),
         [
@@ -546,6 +550,7 @@ class Breaks(bh.GateGradient):
         return super().sums(*arguments)
 
 
+@pytest.mark.daily("rounds")
 @pytest.mark.parametrize("remove", REMOVE)
 def test_a_round_that_fails_leaves_all_as_it_was(files, tmp_path, remove):
     Breaks.rounds, seen = 0, []

@@ -55,7 +55,7 @@ def resumes(files, folder, callback, stops, build=module):
     return straight, whole, watch
 
 
-@pytest.mark.daily("end", "rounds")
+@pytest.mark.daily("rounds")
 @pytest.mark.parametrize(("remove", "stops"), [("never", [1, 3]), ("end", [2, 6]), ("rounds", [2, 3, 6])], ids=REMOVE)
 def test_resumed_equals_straight_through(files, tmp_path, remove, stops):
     """Before the first round, at it, between rounds and at the last."""
@@ -70,6 +70,7 @@ def test_layers_that_differ(files, tmp_path, remove):
     resumes(files, tmp_path, lambda: pruning(bh.schedules.MultiStep([0.2, 0.5], [2, 5]), **options), [2, 5])
 
 
+@pytest.mark.daily("rounds")
 @pytest.mark.parametrize("remove", ["never", "rounds"])
 def test_kv_heads_from_the_start_on(files, tmp_path, remove):
     def grouped(seed=0):

@@ -32,6 +32,7 @@ def checkpoints(folder, **options):
     return ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}", **options)
 
 
+@pytest.mark.daily("2-start-seen0", "1-0.5-seen2", "heads5-at5-seen5")
 @pytest.mark.parametrize(
     ("heads", "at", "seen"),
     [

@@ -37,6 +37,7 @@ class Watch(pl.Callback):
         self.seen.append([(one.mlp.down_proj.in_features, one.self_attn.k_proj.out_features // 4) for one in layers])
 
 
+@pytest.mark.daily("free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_it_finds_what_shrink_finds_on_the_same_batches(files, tmp_path, layers):
     lit, batches = module(), [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 2000, (5, 4, 9))]
@@ -62,6 +63,7 @@ def test_too_few_tokens_for_any_refit_are_told_or_where_one_is_asked_for_refused
         trainer(tmp_path, [shrinking(**how, repair=bh.RepairConfig())], max_steps=1).fit(module(), data(files))
 
 
+@pytest.mark.daily("start-0", "0.5-4")
 @pytest.mark.parametrize(("at", "step"), [("start", 0), (3, 3), (0.5, 4), (8, 8)])
 def test_it_happens_at_its_step_and_training_goes_on(files, tmp_path, at, step):
     lit, watch, callback = module(), Watch(), shrinking(kv_cache_bytes=0.5, at=at)
@@ -72,6 +74,7 @@ def test_it_happens_at_its_step_and_training_goes_on(files, tmp_path, at, step):
     assert not {"log", "on_save_checkpoint", "on_load_checkpoint"} & vars(lit).keys()
 
 
+@pytest.mark.daily("start-True-2")
 @pytest.mark.parametrize(("at", "changed", "times"), [("start", False, 1), ("start", True, 2), (1, False, 2)])
 def test_a_model_that_is_the_same_at_the_event_is_looked_at_once(files, tmp_path, monkeypatch, at, changed, times):
     class Changes(pl.Callback):

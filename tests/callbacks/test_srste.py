@@ -43,6 +43,7 @@ def learning(end=5, decay=2e-4, **options):
     return bh.SRSTE(**{"sparsity": 0.5, "end": end, "decay": decay} | FEW | options)
 
 
+@pytest.mark.daily("later", "pairs")
 @pytest.mark.parametrize("way", WAYS)
 def test_all_weights_learn_until_the_end_and_then_zeros_are_held(files, tmp_path, way):
     given = {"sparsity": None} | WAYS[way]
@@ -72,6 +73,7 @@ class Descent(Plain):
         return torch.optim.SGD(self.parameters(), 0.5)
 
 
+@pytest.mark.daily("*-0.1")
 @pytest.mark.parametrize("decay", [0, 0.1])
 @pytest.mark.parametrize("criterion", [bh.Magnitude(compares="row"), bh.Wanda()], ids=["magnitude", "wanda"])
 def test_equals_the_paper_written_down(tmp_path, criterion, decay):
@@ -252,6 +254,7 @@ def test_blocks_that_are_run_again_for_gradients(tmp_path):
     assert same(*found)
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, of what it compiles
 def test_a_compiled_model(tmp_path):
     found = []

@@ -58,6 +58,7 @@ WHEN = {
 }
 
 
+@pytest.mark.daily("start", "rounds", "a schedule")
 @pytest.mark.parametrize("when", WHEN)
 def test_it_happens_at_its_step_and_rounds_do_not_compound(files, tmp_path, when):
     options, seen = WHEN[when]
@@ -70,6 +71,7 @@ def test_it_happens_at_its_step_and_rounds_do_not_compound(files, tmp_path, when
     assert not {"log", "on_save_checkpoint", "on_load_checkpoint"} & vars(lit).keys()
 
 
+@pytest.mark.daily("global")
 @pytest.mark.parametrize("ranking", ["layer", "global"])
 def test_a_target_is_met_in_parts(files, tmp_path, ranking):
     lit = module()
@@ -129,7 +131,7 @@ class TestResume:
         run.fit(lit, data(files))
         return lit, whole, watch, run
 
-    @pytest.mark.daily("schedule", "residual")
+    @pytest.mark.daily("schedule")
     @pytest.mark.parametrize(
         ("options", "stops"),
         [

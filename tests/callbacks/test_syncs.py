@@ -47,6 +47,7 @@ def plain(tmp_path_factory):
     return steps(tmp_path_factory.mktemp("plain"), [])
 
 
+@pytest.mark.daily("held masks", "learned N:M", "KV heads that move", "masked heads", "structure")
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_step_waits_for_nothing(tmp_path, plain, name, monkeypatch):
     make, events = CALLBACKS[name]

@@ -330,6 +330,7 @@ def test_load_refuses_what_is_not_a_checkpoint(tmp_path):
             load(tmp_path)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_a_killed_process_leaves_a_whole_checkpoint_or_none(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -81,6 +81,7 @@ def test_what_the_hub_refuses_is_still_in_the_folder(held, folder, part):
     assert held.repos["someone/small"]["x"] == before
 
 
+@pytest.mark.daily("a/b/c", "someone/x.git", "3")
 @pytest.mark.parametrize("name", ["small", "a/b/c", "someone/a model", "someone/", "someone/x.git", "../small", 3])
 def test_names_that_are_none(held, folder, name):
     with pytest.raises(ValueError, match=r"name=.* must be the name of a repository of the Hub, as in 'user/name'"):
@@ -151,6 +152,7 @@ def test_the_command(held, folder, capsys):
         main(["push", str(folder), "someone/small"])
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_from_the_shell(folder):
     with hub() as held:

@@ -122,7 +122,7 @@ REMOVALS = {
 }
 
 
-@pytest.mark.daily("prune-structure --channels*", "prune-blocks*")
+@pytest.mark.daily("prune-structure --channels*")
 @pytest.mark.parametrize(("how", "expected"), REMOVALS.items(), ids=REMOVALS)
 def test_the_plan_of_a_removal_says_what_is_read(files, tmp_path, capsys, read, how, expected):
     dense, (command, *asked) = small_llama(tmp_path / "dense", num_hidden_layers=4), how.split()
@@ -140,6 +140,7 @@ class Own(bh.OutputNorm):
     """An importance of a user's own, of which nobody knows how often it reads the model."""
 
 
+@pytest.mark.daily("prune-heads-*")
 @pytest.mark.parametrize(("command", "asked", "passes"), [("prune-structure", "--channels", 8), ("prune-heads", "--ratio", 8)])
 def test_the_plan_says_that_an_own_importance_reads_as_often_as_it_needs(files, tmp_path, capsys, read, command, asked, passes):
     dense = small_llama(tmp_path / "dense", num_hidden_layers=4)

@@ -50,7 +50,7 @@ def test_a_file_of_text_is_named_not_read(name, given, tmp_path, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["data"] == yaml.safe_load(given)
 
 
-@pytest.mark.daily("gqa_auto", "heads_iterative", "shrink", "wanda_lora")
+@pytest.mark.daily("shrink", "wanda_lora")
 @pytest.mark.parametrize("fragment", FRAGMENTS, ids=lambda path: path.stem)
 def test_every_fragment_runs(fragment, quick, smaller, capsys):
     length = "fast_dev_run 2" if fragment.stem == "uptraining" else "max_steps 2 --trainer.val_check_interval 1"

@@ -126,6 +126,7 @@ def test_refusals(arguments, said) -> None:
         main(["inspect", *arguments])
 
 
+@pytest.mark.daily("mpt-*")
 @pytest.mark.parametrize(
     ("family", "said"),
     [("t5", "6 KV heads to 1 or 2 or 3"), ("mpt", "no: MptForCausalLM cannot be told to use fewer KV heads")],
@@ -160,7 +161,7 @@ def test_who_reads_may_have_seen_enough(config, monkeypatch) -> None:
     assert stopped.value.code == 1
 
 
-@pytest.mark.daily("qwen2-*", "big_bird-*", "dots3_note_text-*", "t5gemma-*")
+@pytest.mark.daily("qwen2-*", "dots3_note_text-*")
 @pytest.mark.parametrize(
     ("family", "kind", "fields"),
     [

@@ -178,6 +178,7 @@ def test_a_classifier_and_its_accuracy(classifier, table, tmp_path, capsys):
         torch.testing.assert_close(model(**batch).logits, dense(**batch).logits)
 
 
+@pytest.mark.nightly
 def test_labels_that_are_words_are_numbered_as_the_classifier_does(classifier, table, tmp_path, capsys):
     names = ["some", "none", "all"]
     model = bh.load(classifier)

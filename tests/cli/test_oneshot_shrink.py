@@ -197,6 +197,7 @@ def test_recovery_by_distillation(sure, files, tmp_path, capsys, given):
     assert again.dtype == (torch.bfloat16 if given else torch.float32)
 
 
+@pytest.mark.nightly
 def test_a_classifier_recovers(classifier, tmp_path, capsys):
     model, data = classifier
     main(["shrink", str(model), str(tmp_path / "out"), "--params", "0.95", "--recover", "3", *SHORT, *data])

@@ -23,7 +23,7 @@ def ran(command, model, out, *arguments):
     return json.loads((out / "billhook.json").read_text())
 
 
-@pytest.mark.daily("prune", "convert1", "prune-structure")
+@pytest.mark.daily("prune", "prune-structure")
 @pytest.mark.parametrize(
     "arguments",
     [

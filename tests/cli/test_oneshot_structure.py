@@ -114,6 +114,7 @@ def test_beside_one_text_linears_are_refitted_to_what_the_model_writes(small, fi
         assert torch.equal(bh.load(tmp_path / "out")(IDS).logits, dense(IDS).logits)
 
 
+@pytest.mark.daily("given0-*", "given3-*")
 @pytest.mark.parametrize(
     ("given", "weights", "rows"),
     [

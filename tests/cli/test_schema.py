@@ -44,6 +44,7 @@ def test_configs_are_valid_and_name_it(path, validator):
     validator.validate(yaml.safe_load(path.read_text()))
 
 
+@pytest.mark.nightly
 def test_what_has_been_imported_makes_no_difference(capsys):
     for module in pkgutil.walk_packages(billhook.__path__, "billhook."):
         if not module.name.endswith("__main__"):

@@ -140,6 +140,7 @@ def with_a_mask(batches, name):
     return [batch | {name: torch.arange(64).lt(40)[None].long()} for batch in batches]
 
 
+@pytest.mark.daily("dtype", "config.json", "a shard of equal size and time")
 @pytest.mark.parametrize(
     ("then", "now", "changes"),
     [
@@ -273,7 +274,7 @@ def test_linears_that_several_blocks_call(tmp_path, kind, refusal):
         assert [path.name for path in tmp_path.iterdir()] == ["dense"]  # nothing was written
 
 
-@pytest.mark.daily("prune-6", "convert_kv_heads-2")
+@pytest.mark.daily("convert_kv_heads-2")
 @pytest.mark.parametrize(("step", "blocks"), [(bh.prune, 2), (bh.prune, 6), (bh.convert_kv_heads, 2), (bh.convert_kv_heads, 6)])
 def test_after_an_error_the_model_is_as_it_was_and_the_same_call_goes_on(source, tmp_path, monkeypatch, step, blocks):
     given = stopped.batches()

@@ -40,7 +40,7 @@ def groups(model):
     return dict.fromkeys(kv_heads_by_layer(model), 2)
 
 
-@pytest.mark.daily("llama-*", "gemma2-aligned", "mixtral-svd", "phi-mean")
+@pytest.mark.daily("llama-*", "gemma2-aligned")
 @pytest.mark.parametrize("method", ["mean", "first", "random", "aligned", "svd"])
 def test_the_same_heads(folder, tmp_path, method):
     dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
@@ -107,6 +107,7 @@ def test_the_same_method_is_taken(tmp_path, family):
     assert len(set(found[0][1].values())) > 1
 
 
+@pytest.mark.daily("llama", "phi")
 def test_the_best_method_with_the_same_bytes(folder, tmp_path):
     dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
     for model in (dense, streamed):

@@ -37,7 +37,7 @@ def repaired(model, how=None):
     return model
 
 
-@pytest.mark.daily("*-LlamaForCausalLM", "catching up-T5*")
+@pytest.mark.daily("catching up-LlamaForCausalLM", "alone-T5*")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("how", [bh.RepairConfig(), bh.RepairConfig(catch_up=False)], ids=["catching up", "alone"])
 def test_repaired_with_the_same_bytes(tmp_path, kind, how):

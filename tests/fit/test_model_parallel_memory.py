@@ -9,7 +9,7 @@ from kit.sharding import sharding
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.daily("channels, repaired", "KV heads, with data", "a smaller model", "zeros, matched")
+@pytest.mark.daily("KV heads, with data", "zeros, matched")
 @pytest.mark.parametrize("name", EVENTS)
 def test_two_blocks_at_most_are_there_beside_what_the_fit_has(tmp_path, alone, name):
     found = beside(tmp_path, name, alone)
@@ -17,7 +17,7 @@ def test_two_blocks_at_most_are_there_beside_what_the_fit_has(tmp_path, alone, n
     assert "not repaired" not in found.what
 
 
-@pytest.mark.daily("zeros, SparseGPT")
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ZEROS)
 def test_of_more_blocks_there_are_shares_and_no_more(tmp_path, name):
     found = []

@@ -91,7 +91,7 @@ def turned_kv_heads_then_weights(folder):
     ]
 
 
-@pytest.mark.daily("accumulated", "lora", "structure")
+@pytest.mark.daily("accumulated", "structure")
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
 @pytest.mark.parametrize(
     ("callbacks", "lora", "stops", "options"),
@@ -189,6 +189,7 @@ def own(folder, path=None, seed=0, workers=0, callbacks=None, **options):
     return lit
 
 
+@pytest.mark.daily("mask")
 @pytest.mark.parametrize("callbacks", [None, lambda: [bh.WeightPruning(bh.Magnitude(), 0.5, at=2)]], ids=["shape", "mask"])
 @pytest.mark.slow
 def test_a_module_and_a_loader_of_ones_own(tmp_path, callbacks):

@@ -81,6 +81,7 @@ def size(state):
     return sum(value.nbytes for value in {value.data_ptr(): value for value in state.values()}.values())
 
 
+@pytest.mark.daily("TransformerModule")
 @pytest.mark.parametrize("kind", [Plain, bh.TransformerModule])
 def test_a_module_is_loaded_a_tensor_at_a_time(tmp_path, reads, kind):
     options = {"model": llama(vocab_size=2048)} if kind is bh.TransformerModule else {}
@@ -96,6 +97,7 @@ def test_a_module_is_loaded_a_tensor_at_a_time(tmp_path, reads, kind):
     assert 0 < max(alive for alive, _ in reads) - before <= size(expected) + 1.1 * largest
 
 
+@pytest.mark.daily("sharded")
 @pytest.mark.parametrize("how", WRITE)
 def test_a_hook_of_a_module_sees_the_values(tmp_path, how):
     lit = WRITE[how](Plain(), tmp_path / "a.ckpt")
@@ -105,6 +107,7 @@ def test_a_hook_of_a_module_sees_the_values(tmp_path, how):
     assert type(next(iter(found.seen.values()))) is torch.Tensor
 
 
+@pytest.mark.daily("sharded")
 @pytest.mark.parametrize("how", WRITE)
 def test_it_is_put_where_lightning_is_told(tmp_path, how):
     WRITE[how](Plain(), tmp_path / "a.ckpt")
@@ -113,6 +116,7 @@ def test_it_is_put_where_lightning_is_told(tmp_path, how):
     assert meta.device.type == "meta"
 
 
+@pytest.mark.daily("not weights alone")
 @pytest.mark.parametrize(
     "told",
     [{}, {"map_location": lambda storage, _: storage}, {"weights_only": False}],
@@ -141,7 +145,7 @@ def test_what_is_exported_computes_the_same(tmp_path):
     assert torch.equal(bh.load(tmp_path / "exported")(ids).logits, lit.model.eval()(ids).logits)
 
 
-@pytest.mark.daily("full-Plain", "sharded-TransformerModule")
+@pytest.mark.daily("sharded-TransformerModule")
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
 @pytest.mark.parametrize("kind", [Plain, bh.TransformerModule])
 @pytest.mark.parametrize("how", WRITE)

@@ -110,7 +110,7 @@ def unmeasured(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.daily("wanda-in place", "structure-in place", "heads-wrapped")
+@pytest.mark.daily("wanda-in place", "structure-in place")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_compiled_before_an_event_it_is_what_it_would_be_in_eager_mode(tmp_path,
     assert backend.made == (1 if event == "wanda" else 2)
 
 
-@pytest.mark.daily("structure")
+@pytest.mark.nightly
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize("event", ["structure", "svd"])
 def test_compiled_after_an_event(tmp_path, event):
@@ -139,6 +139,7 @@ def test_compiled_after_an_event(tmp_path, event):
         torch.testing.assert_close(torch.compile(lit.net, backend="eager")(ids).logits, expected)
 
 
+@pytest.mark.nightly
 @pytest.mark.usefixtures("unmeasured")
 def test_many_events_leave_compiled_code_compiled(tmp_path):
     """Of so many shapes torch makes code, and no more after that."""
@@ -208,7 +209,7 @@ PLACES = {
 }
 
 
-@pytest.mark.daily("wanda-*", "structure-*", "shrink-barebones", "svd-overfit")
+@pytest.mark.daily("wanda-*", "structure-overfit", "shrink-barebones")
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("event", EVENTS)
 def test_other_ways_to_run(tmp_path, event, place, monkeypatch):
@@ -256,7 +257,7 @@ class Batches(pl.LightningDataModule):
         return loader(4, 4)
 
 
-@pytest.mark.daily("mean")
+@pytest.mark.nightly
 @pytest.mark.parametrize("event", ["wanda", "mean"])
 def test_looking_for_a_batch_size_leaves_all_as_it_was(tmp_path, event):
     lit, callback = Own(), EVENTS[event]("start")
@@ -325,7 +326,7 @@ def test_early_stopping_after_the_event(tmp_path, event):
     assert [step for step, _ in watch.seen] == [0, 1, 2]
 
 
-@pytest.mark.daily("mean", "structure")
+@pytest.mark.daily("mean")
 @pytest.mark.parametrize("event", [*CONVERSIONS, "wanda", "masked"])
 def test_uptraining_sets_the_length(tmp_path, event):
     """The event at a fraction of what it sets."""

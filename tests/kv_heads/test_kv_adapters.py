@@ -78,6 +78,7 @@ def test_adapters_on_feed_forwards_alone_are_not_in_the_way():
         torch.testing.assert_close(model.eval()(ids).logits, merged.eval()(ids).logits, atol=3e-4, rtol=1e-3)
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.slow

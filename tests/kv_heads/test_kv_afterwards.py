@@ -61,6 +61,7 @@ def test_a_later_stage_is_exact_where_heads_are_one_another_in_other_bases(opt, 
     assert set(kv_heads_by_layer(opt).values()) == {2}
 
 
+@pytest.mark.daily("svd")
 @pytest.mark.parametrize("method", ["mean", "svd"])
 def test_the_dense_model_teaches_the_converted_one(files, tmp_path, method):
     def fitted(**options):
@@ -79,7 +80,7 @@ def test_the_dense_model_teaches_the_converted_one(files, tmp_path, method):
     assert all(torch.equal(value, dense[name]) for name, value in teacher.state_dict().items())
 
 
-@pytest.mark.daily("bert-*heads*", "t5-*channels*")
+@pytest.mark.daily("t5-*channels*")
 @pytest.mark.parametrize("units", [{"channels": 0.25}, {"heads": 0.5}], ids=str)
 @pytest.mark.parametrize("family", ["bert", "t5"])
 def test_units_of_one_with_fewer_heads_in_place_are_removed(family, units, tmp_path):

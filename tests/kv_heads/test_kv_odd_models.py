@@ -87,7 +87,7 @@ def mean_heads(model, heads):
 NAMES = ["BertForMaskedLM", "Glm4MoeForCausalLM", "NanoChatForCausalLM", "ViTForImageClassification", "GPT2LMHeadModel"]
 
 
-@pytest.mark.daily("GPT2LMHeadModel", "Glm4Moe*")
+@pytest.mark.daily("GPT2LMHeadModel")
 @pytest.mark.parametrize("name", NAMES)
 def test_heads_are_removed_first(name, tmp_path):
     """What is left is not what the class builds of the config; in memory and reloaded, it is converted alike."""
@@ -192,6 +192,7 @@ def test_a_layer_without_attention_of_the_usual_kind_is_none_of_the_method():
     assert bh.convert_kv_heads(model, 1, "mean", batches, repair=bh.RepairConfig(), layers=[full]).layers == (full,)
 
 
+@pytest.mark.daily("Segformer*")
 @pytest.mark.parametrize(("name", "heads"), [("GroupViTModel", 3), ("SegformerForImageClassification", 1)])
 def test_attentions_that_have_so_few_heads_stay(name, heads):
     """GroupViT assigns patches to groups by attentions of a single head; Segformer has more heads in each stage."""

@@ -82,7 +82,7 @@ def test_auto_takes_what_stays_nearest_on_held_out_batches(monkeypatch):
     assert [str(one) for one in METHODS[2::2]] == ["svd", "svd, similar heads grouped"]
 
 
-@pytest.mark.daily("llama", "gpt2")
+@pytest.mark.daily("gpt2")
 @pytest.mark.parametrize("family", ["llama", "bert", "bart", "gpt2", "phi3"])
 def test_auto_never_passes_over_what_is_exact(family):
     """Heads that are mixes of one another, which `svd` alone undoes; on so few random tokens the loss knows no better."""
@@ -114,6 +114,7 @@ def test_the_distance_of_states_and_of_what_counts():
         distance_between("a", "b")
 
 
+@pytest.mark.daily("svd")
 @pytest.mark.parametrize("start", ["mean", "svd"])
 def test_repair_brings_a_trained_model_nearer_to_what_it_was_on_text_it_has_not_seen(start):
     attentions, parts, unseen = trained()

@@ -35,7 +35,7 @@ def both(mesh, family="llama"):
     return plain, sharded, dict.fromkeys(plan.layers, 2), [({"input_ids": tokens(6, 16)}, None) for _ in range(4)]
 
 
-@pytest.mark.daily("llama-*", "gpt2-svd-repair")
+@pytest.mark.daily("llama-svd-*", "llama-auto-repair", "gpt2-aligned-repair")
 @pytest.mark.parametrize("repair", [None, bh.RepairConfig()], ids=["no repair", "repair"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", MODELS)

@@ -34,7 +34,7 @@ def goes_on(model, batch, folder):
         assert torch.equal(loaded.generate(sound, max_new_tokens=5), model.generate(sound, max_new_tokens=5))
 
 
-@pytest.mark.daily("clip-channel", "whisper-head", "whisper-residual")
+@pytest.mark.daily("clip-channel", "whisper-residual")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("clip", "head"), ("clip", "channel"), ("whisper", "head"), ("whisper", "channel"), ("whisper", "residual")],

@@ -91,6 +91,7 @@ class TestSlicedEqualsMasked:
         plan = assert_removes(model, {one: [0, 1, 2, 3, 4] for one in find_units(model, "head")})
         assert set(plan.after.values()) == {(1, 1)}
 
+    @pytest.mark.daily("gpt2", "t5")
     @pytest.mark.parametrize("name", ["qwen2", "dbrx", "gpt2", "bert", "t5"])
     def test_numbers_that_mean_several_things(self, name):
         """As many heads as a head has dimensions, as many KV heads as each has query heads, and layers up to as many."""

@@ -124,6 +124,7 @@ TARGETS = [("params", 0.7), ("bytes", 60_001), ("flops", 0.7), ("kv_cache_bytes"
 
 
 class TestTargets:
+    @pytest.mark.daily("params-0.7-layer", "kv_cache_bytes-129-global")
     @pytest.mark.parametrize(("target", "asked", "ranking"), [
         *((*one, "layer") for one in TARGETS), ("params", 15_000, "global"), ("kv_cache_bytes", 129, "global"),
     ])  # fmt: skip
@@ -323,7 +324,7 @@ class TestParts:
         assert first.part(Search(model, amount), progress[-1]) is None
         return found
 
-    @pytest.mark.daily("amount0-progress0", "amount3-progress3", "amount5-progress5")
+    @pytest.mark.daily("amount0-progress0", "amount5-progress5")
     @pytest.mark.parametrize(("amount", "progress"), [
         ({"channels": 0.3}, (0.1, 0.35, 0.36, 1.0)), ({"channels": 0.3, "kv_heads": 0.5, "residual": 0.29}, (0.5, 1.0)),
         ({"heads": 0.5, "channels": 0.5, "round_to": 8}, (0.3, 1.0)), ({"channels": 0.6, "first": 1}, (0.25, 1.0)),

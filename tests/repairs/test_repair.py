@@ -694,6 +694,7 @@ ROUTERS = {
 }
 
 
+@pytest.mark.daily("phimoe")
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers_are_linears_that_return_what_they_have_chosen(name):
     model, batches = ROUTERS[name]().eval(), [{"input_ids": tokens(2, 24)} for _ in range(4)]

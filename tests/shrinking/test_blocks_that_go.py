@@ -60,7 +60,7 @@ def losing_a_block(**options):
     )
 
 
-@pytest.mark.daily("params-free", "bytes-uniform", "kv_cache_bytes-uniform")
+@pytest.mark.daily("params-free", "kv_cache_bytes-uniform")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 @pytest.mark.parametrize("target", ["params", "bytes", "kv_cache_bytes"])
 def test_a_block_that_computes_nothing_goes_first_and_nothing_is_lost(target, layers):
@@ -110,6 +110,7 @@ def searched(model, layers, params, repair=None):
     return work, Found.within(work, fitted, repair, lambda: work.chosen(1, 2, 0))
 
 
+@pytest.mark.daily("free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_removed_computes_what_masked_does_with_the_repaired_weights(layers):
     model = uneven(idle=[1])
@@ -161,7 +162,7 @@ def blocks_of(model, **amount):
     return find_blocks(search, search.amount.target, find_places(search, search.amount.target))
 
 
-@pytest.mark.daily("llama-params", "gemma2-*", "qwen2-kv_cache_bytes")
+@pytest.mark.daily("llama-params", "gemma2-kv_cache_bytes")
 @pytest.mark.parametrize("target", ["params", "bytes", "kv_cache_bytes"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2", "gemma2"])
 def test_a_block_costs_what_its_removal_saves(family, target):
@@ -217,6 +218,7 @@ def test_a_choice_whose_blocks_cannot_go_together_is_passed_over(monkeypatch):
     assert work.blocks.gone(found.kept) == first
 
 
+@pytest.mark.nightly
 def test_the_damage_of_blocks_is_noted_in_the_library(tmp_path, monkeypatch):
     first = bh.shrink(uneven(), texts(), params=0.8, library=tmp_path, **FEW)
     (file,) = tmp_path.glob("*/measured.json")

@@ -145,6 +145,7 @@ def test_a_block_that_computes_nothing_goes_first(clock):
     assert shrunk.left == round(1e9 * (now - block))
 
 
+@pytest.mark.nightly
 def test_what_takes_long_is_what_goes(clock):
     def kept(**given):
         clock(**given)
@@ -263,6 +264,7 @@ def test_workloads_are_legal_and_decided_for_a_model():
         Workload("write")
 
 
+@pytest.mark.daily("decode")
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_a_real_clock_gives_figures(phase):
     model = llama()

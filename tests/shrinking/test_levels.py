@@ -65,6 +65,7 @@ def test_the_lowest_scores_go_first_with_their_query_heads():
     assert set(smaller) < set(larger)
 
 
+@pytest.mark.nightly
 def test_attentions_with_one_position_bias_lose_the_same_heads():
     torch.manual_seed(0)
     model = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5 | {"num_layers": 2})).eval()

@@ -52,6 +52,7 @@ def read(model, linear, batches):
     return torch.cat(found)
 
 
+@pytest.mark.daily("llama")
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_it_gives_what_it_gave_in_the_dense_model_as_far_as_least_squares_can(family):
     model, number, kept = model_of(family), 1, 2

@@ -76,6 +76,7 @@ def test_heads_that_are_nearly_equal_merge_and_hardly_anything_changes(layers, t
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.daily("free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_heads_go_whose_query_heads_are_for_nothing(layers):
     model = grouped(alike=(), idle=LAYERS)
@@ -114,6 +115,7 @@ def test_each_layer_has_its_own_way_and_the_model_is_saved(repair, tmp_path):
     assert torch.equal(logits(bh.load(tmp_path / "out")), logits(model))
 
 
+@pytest.mark.daily("repair1")
 @pytest.mark.parametrize("repair", [None, bh.RepairConfig()])
 def test_all_layers_alike_are_what_convert_kv_heads_makes(repair):
     model, batches = grouped(noise=0.3), texts(length=13)  # few enough that the search takes all
@@ -136,6 +138,7 @@ def measured(model, layers="free", **options):
     return work, fitted, held_out
 
 
+@pytest.mark.daily("2")
 @pytest.mark.parametrize("kept", [2, 1])
 def test_a_variant_computes_what_convert_kv_heads_makes_of_that_layer(kept):
     model, name = grouped(noise=0.3), "model.layers.1.self_attn"
@@ -194,6 +197,7 @@ def test_heads_merge_beside_a_block_that_goes(layers, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.nightly
 def test_repair_makes_up_for_both_ways_together():
     lost = {}
     for repair in (None, bh.RepairConfig()):
@@ -261,6 +265,7 @@ def test_where_heads_cannot_merge_they_go(layers, refused, monkeypatch):
     assert shrunk.what == f"without {shrunk.words}"
 
 
+@pytest.mark.nightly
 def test_where_merging_saves_no_cache_heads_go():
     """GPT-2's linears hand out few heads many times, so that its cache would not be smaller."""
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ def shrunk_of(**given):
     return model, bh.shrink(model, texts(), **FEW | given)
 
 
-@pytest.mark.daily("budget0-*", "budget1-uniform", "budget3-free")
+@pytest.mark.daily("budget0-uniform", "budget3-free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 @pytest.mark.parametrize("budget", [{"params": 0.8}, {"bytes": 0.75}, {"kv_cache_bytes": 0.5}, {"params": 20_000}])
 def test_a_budget_is_used_up_and_not_exceeded(layers, budget):
@@ -66,6 +66,7 @@ def test_layers_stay_alike_and_plain_transformers_loads_them(tmp_path):
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+@pytest.mark.nightly
 def test_free_layers_lose_less_and_are_saved(tmp_path):
     _, alike = shrunk_of(params=0.7, generations=0)
     model, free = shrunk_of(params=0.7, layers="free", generations=0)
@@ -97,6 +98,7 @@ def test_it_is_compared_with_each_kind_alone():
     assert "only channels removed, " in str(shrunk)
 
 
+@pytest.mark.daily("turned")
 @pytest.mark.parametrize("turn", [1, -1], ids=["as_is", "turned"])
 def test_where_layers_stay_alike_what_loses_least_once_repaired_is_taken(turn, monkeypatch):
     """Channels alone and a block alone, in either order: each is cut and repaired by hand, and measured."""
@@ -123,6 +125,7 @@ def test_where_layers_stay_alike_what_loses_least_once_repaired_is_taken(turn, m
     assert max(lost) > 2 * min(lost)
 
 
+@pytest.mark.nightly
 def test_the_smallest_that_can_be_reached_is():
     _, some = shrunk_of(params=0.7, layers="free", generations=0)
     least = some.curve[0].left

@@ -57,7 +57,7 @@ def test_the_ratio_of_perplexities():
     assert perplexity.ratio() == math.inf
 
 
-@pytest.mark.daily("uniform-repaired", "free-cut")
+@pytest.mark.daily("free-cut")
 @pytest.mark.parametrize("repair", [bh.RepairConfig(), None], ids=["repaired", "cut"])
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_it_is_met_and_the_next_smaller_size_does_not_meet_it(layers, repair, monkeypatch):

@@ -144,6 +144,7 @@ def test_an_interrupted_reduction_changes_nothing():
     assert not any("forward" in vars(m) for m in model.modules())
 
 
+@pytest.mark.daily("blocks")
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["model", "blocks"])
 def test_models_compiled_in_place(part):

@@ -97,6 +97,7 @@ class TestTasks:
 
 
 class TestModel:
+    @pytest.mark.nightly
     def test_tiny_beats_guessing_and_generates(self, tmp_path):
         lit = TransformerModule("tiny")
         assert lit.model.dtype == torch.float32

@@ -48,6 +48,7 @@ def test_in_every_family(name):
     assert not any(one.readers for one in of_kind(found, "expert").values())
 
 
+@pytest.mark.daily("segformer")
 @pytest.mark.parametrize("name", ["apertus", "segformer", "pvt_v2"])
 def test_without_some_it_computes_as_if_they_were_masked(name):
     """An activation that learns two numbers, or a convolution of each channel by itself, in a plain feed-forward."""

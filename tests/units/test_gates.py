@@ -284,6 +284,7 @@ def test_adapters(dora):
         assert_same(off, model(ids).logits)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_compiled():
     model, ids = llama(num_hidden_layers=1), tokens(1, 4)

@@ -51,6 +51,19 @@ def test_each_row_of_what_works_has_its_test():
     assert [row for row in rows if "`test_" not in row] == []
 
 
+def test_each_marker_is_described_and_the_two_commands_are_told(pytestconfig):
+    """That each is registered is what `--strict-markers` asks for."""
+    options, said = " ".join(pytestconfig.getini("addopts")), (ROOT / "CONTRIBUTING.md").read_text()
+    markers = dict(line.split(": ", 1) for line in pytestconfig.getini("markers") if line.isascii() and ": " in line)
+    own = [re.match(r"\w+", name)[0] for name in markers]
+    assert {"fast", "slow", "real", "sweep", "nightly", "daily"} <= set(own)
+    assert [name for name in ("fast", "slow", "real", "sweep", "nightly", "daily") if not re.search(rf"[` ]{name}\b", said)] == []
+    assert "--strict-markers" in options
+    assert "-m not sweep and not nightly" in options
+    assert "\npytest -n 2\n" in said
+    assert "\npytest -n 2 -m nightly\n" in said
+
+
 def test_each_public_name_stands_on_a_page_of_the_reference():
     names = {name for name, one in PUBLIC.items() if callable(one) and not name.startswith("_")}
     shown = re.findall(r"^::: billhook\.(\w+)$", REFERENCE, re.MULTILINE)

@@ -72,10 +72,13 @@ def run(options: argparse.Namespace, end: float) -> list[int]:
     before = ["valgrind", "--error-limit=no", "--num-callers=40"] if options.checker == "valgrind" else []
     if options.work == "tests":
         sys.path.insert(0, str(TESTS))
+        from kit import beside, loads, settings, sharding
         from kit.fits import write_text
 
+        fits = [*sharding.MASKS, *sharding.SHAPES, *sharding.RESUMED, *sharding.CHANGED, "adapted", "rounded otherwise"]
+        fits += [*settings.SETTINGS, *settings.MASKED, *beside.ON_TWO, *loads.SAVED]
         (options.out / "tests.py").write_text(TWO)
-        what = [str(options.out / "tests.py"), json.dumps([write_text(options.out), str(options.out)])]
+        what = [str(options.out / "tests.py"), json.dumps([write_text(options.out), str(options.out), fits])]
     else:
         what = [__file__, "--rank", json.dumps([str(options.out), end, options.fits, options.ranks])]
     count, ranks = 2 if options.work == "tests" else options.ranks, []

@@ -29,6 +29,12 @@ import coverage
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ["engine", "kv_heads", "pruning", "repairs", "sparsity"]
+<<<<<<< HEAD
+=======
+EACH_RUN = "not slow and not sweep and not nightly and not real"
+TESTS = {"engine": ["engine", "sparsity/test_prune.py"], "repairs": ["repairs", "engine/test_streamed_repair.py"]}
+"""Where the tests of a folder are, if not in the folder of its name alone."""
+>>>>>>> 2c91c77 (Mutations are asked of what each run takes)
 SWAPS = {
     "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "/": "*", "//": "*",
     "%": "*", "&": "|", "+=": "-=", "-=": "+=", "|=": "&=", "and": "or", "or": "and", "not": "", "True": "False",

@@ -29,12 +29,6 @@ import coverage
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ["engine", "kv_heads", "pruning", "repairs", "sparsity"]
-<<<<<<< HEAD
-=======
-EACH_RUN = "not slow and not sweep and not nightly and not real"
-TESTS = {"engine": ["engine", "sparsity/test_prune.py"], "repairs": ["repairs", "engine/test_streamed_repair.py"]}
-"""Where the tests of a folder are, if not in the folder of its name alone."""
->>>>>>> 2c91c77 (Mutations are asked of what each run takes)
 SWAPS = {
     "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "/": "*", "//": "*",
     "%": "*", "&": "|", "+=": "-=", "-=": "+=", "|=": "&=", "and": "or", "or": "and", "not": "", "True": "False",
@@ -161,7 +155,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folders", nargs="+", default=FOLDERS)
-    parser.add_argument("--select", default="not slow and not sweep and not real", help="which tests run, as for pytest's -m")
+    parser.add_argument(
+        "--select", default="not slow and not sweep and not nightly and not real", help="which tests run, as for pytest's -m"
+    )
     parser.add_argument("--most", type=int, default=150, help="the most tests that run for a mutation")
     options = parser.parse_args()
     options.out.mkdir(exist_ok=True)

@@ -64,6 +64,10 @@ def test_each_marker_is_described_and_the_two_commands_are_told(pytestconfig):
     assert "\npytest -n 2 -m nightly\n" in said
 
 
+def test_cases_that_run_each_time_are_there(unused_patterns):
+    assert unused_patterns == {}
+
+
 def test_each_public_name_stands_on_a_page_of_the_reference():
     names = {name for name, one in PUBLIC.items() if callable(one) and not name.startswith("_")}
     shown = re.findall(r"^::: billhook\.(\w+)$", REFERENCE, re.MULTILINE)

@@ -102,7 +102,7 @@ CONVERSIONS = {
 }
 
 
-@pytest.mark.daily("svd --repair Repair")
+@pytest.mark.daily("svd --repair RepairConfig")
 @pytest.mark.parametrize(("how", "more"), CONVERSIONS.items(), ids=CONVERSIONS)
 def test_the_plan_of_a_conversion_says_what_is_read(files, tmp_path, capsys, read, how, more):
     dense, asked = small_llama(tmp_path / "dense"), ["--num_key_value_heads", "2", "--batch_size", "1", "--method", *how.split()]

@@ -93,7 +93,7 @@ def acted(act, cache):
 
 
 @pytest.mark.daily(
-    "walk by block", "walk by layer", "SparseGPT", "BlockMatching", "Repair", "svd", "Taylor", "shrink", "zeros for units"
+    "walk by block", "walk by layer", "SparseGPT", "BlockMatching", "RepairConfig", "svd", "Taylor", "shrink", "zeros for units"
 )
 @pytest.mark.parametrize("name", ACTS)
 def test_what_autocast_keeps_changes_nothing(name):

@@ -163,7 +163,7 @@ def test_ranks_that_are_rounded_otherwise_end_with_the_first_ones_weights(fitted
     assert all(value.isfinite().all() for value in state.values())
 
 
-@pytest.mark.daily("WeightPruning: *", "StructuredPruning: *", "Shrink: the batches")
+@pytest.mark.daily("WeightPruning: *", "StructuredPruning: *", "Shrinking: the batches")
 @pytest.mark.parametrize("name", DIFFER)
 def test_ranks_that_decide_otherwise_stop_before_it_is_done(stopped, name):
     for number, (kind, message, events) in enumerate(stopped[name]):

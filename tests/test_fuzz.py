@@ -150,6 +150,7 @@ CALLBACKS = [
 ]
 
 
+@pytest.mark.nightly
 @settings(ANY, max_examples=25)
 @given(own=st.sampled_from(CALLBACKS), data=st.data())
 def test_callbacks_in_yaml(tmp_path_factory, own, data):

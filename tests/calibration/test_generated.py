@@ -63,6 +63,7 @@ def test_a_row_goes_on_past_the_end_of_a_text():
     assert (found[:, -1] != 3).any()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
 def test_rows_may_be_as_long_as_the_model_reads(kind):
     model = BUILD[kind]()

@@ -41,6 +41,7 @@ def test_table_and_picture_say_what_happened(files, tmp_path, capsys):
     assert [step for step, _ in report.history] == [2, 4, 6, 8]
 
 
+@pytest.mark.nightly
 def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_path, capsys, monkeypatch):
     drawn = []
     monkeypatch.setattr("billhook.callbacks.report.validation", lambda *given: drawn.append(given) or Figure())
@@ -225,6 +226,7 @@ def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkey
     assert json.loads((tmp_path / "model" / "billhook.json").read_text())["events"] == pruning.events
 
 
+@pytest.mark.nightly
 def test_events_before_and_in_training(files, tmp_path, capsys):
     """In the order in which they happened, whatever that of the callbacks."""
     for at in (3, "start"):

@@ -53,7 +53,6 @@ def state(run):
     return [value for optimizer in run.optimizers for own in optimizer.state.values() for value in own.values()]
 
 
-@pytest.mark.daily("wanda", "structure", "shrink")
 def test_resumed_equals_straight_through(tmp_path, event):
     """Stopped before the event, right at it, and after it; a callback that is used again forgets the fit before."""
     lit, straight, _ = fit(tmp_path, event, more=[each_step(tmp_path)])
@@ -105,6 +104,7 @@ def test_training_that_ends_early_says_what_it_left_out(tmp_path, event):
     assert callback.events == []
 
 
+@pytest.mark.daily("wanda", "shrink")
 def test_fast_dev_run_tries_what_comes_later(tmp_path, event):
     lit, callback = Own(), EVENTS[event](90)
     trainer(tmp_path, [callback], max_steps=-1, fast_dev_run=True).fit(lit, loader(), loader(4, 4))

@@ -117,6 +117,7 @@ class TestFit:
         assert runs[0].seen[4:] != runs[1].seen[4:]
         assert runs[0].random[:4] == runs[1].random[:4]
 
+    @pytest.mark.nightly
     def test_other_shapes_change_too(self, files, tmp_path):
         lit = module(num_key_value_heads=8)
         trainer(
@@ -138,7 +139,7 @@ class Losses(pl.Callback):
 
 
 class TestCheckpoints:
-    @pytest.mark.daily("mixed-*")
+    @pytest.mark.nightly
     @pytest.mark.parametrize(
         ("make", "options", "stops"),
         [

@@ -149,6 +149,7 @@ def whole(lit, run):
     return set(held) == trained and len(held) == len(trained) and set(optimizer.state) <= trained and sizes
 
 
+@pytest.mark.daily("repaired", "over")
 @pytest.mark.parametrize("kind", ["repaired", "shrink", "svd", "over"])
 def test_one_device_hashes_no_weights(kind, tmp_path, monkeypatch):
     """There is no other rank that could have made others of them."""

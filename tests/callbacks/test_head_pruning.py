@@ -268,6 +268,7 @@ class TestScores:
         ).items():
             torch.testing.assert_close(callback.record.scores[name], own)
 
+    @pytest.mark.nightly
     def test_the_seed_says_which_examples(self, files, tmp_path):
         found = []
         for seed in (0, 0, 1):
@@ -356,7 +357,7 @@ def table(tmp_path_factory):
     return {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
 
 
-@pytest.mark.daily("rounds")
+@pytest.mark.nightly
 @pytest.mark.parametrize("remove", ["never", "rounds"])
 def test_a_classifier(table, tmp_path, remove):
     torch.manual_seed(0)
@@ -528,6 +529,7 @@ def test_beside_weights_that_become_zero(files, tmp_path):
     assert (lit.model.model.layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5
 
 
+@pytest.mark.nightly
 def test_beside_other_changes_of_shape(files, tmp_path):
     """They come before the first mask, or after the last."""
     for conversion, options in (("start", {"at": 2, "remove": "never"}), (2, {"at": 2}), (6, {"at": 4})):

@@ -55,7 +55,7 @@ def resumes(files, folder, callback, stops, build=module):
     return straight, whole, watch
 
 
-@pytest.mark.daily("rounds")
+@pytest.mark.nightly
 @pytest.mark.parametrize(("remove", "stops"), [("never", [1, 3]), ("end", [2, 6]), ("rounds", [2, 3, 6])], ids=REMOVE)
 def test_resumed_equals_straight_through(files, tmp_path, remove, stops):
     """Before the first round, at it, between rounds and at the last."""
@@ -63,14 +63,14 @@ def test_resumed_equals_straight_through(files, tmp_path, remove, stops):
     assert watch.seen == SEEN
 
 
-@pytest.mark.daily("rounds")
+@pytest.mark.nightly
 @pytest.mark.parametrize("remove", ["end", "rounds"])
 def test_layers_that_differ(files, tmp_path, remove):
     options = {"ranking": "global", "remove": remove, "importance": bh.Taylor()}
     resumes(files, tmp_path, lambda: pruning(bh.schedules.MultiStep([0.2, 0.5], [2, 5]), **options), [2, 5])
 
 
-@pytest.mark.daily("rounds")
+@pytest.mark.nightly
 @pytest.mark.parametrize("remove", ["never", "rounds"])
 def test_kv_heads_from_the_start_on(files, tmp_path, remove):
     def grouped(seed=0):
@@ -79,6 +79,7 @@ def test_kv_heads_from_the_start_on(files, tmp_path, remove):
     resumes(files, tmp_path, lambda: pruning(0.5, per="kv_head", remove=remove), [5], grouped)
 
 
+@pytest.mark.nightly
 def test_batches_of_the_users_own(files, tmp_path):
     examples = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (4, 9))]
 

@@ -96,6 +96,7 @@ def test_no_dead_parameter_stays_in_a_param_group(files, tmp_path):
     assert {id(p) for p in run.optimizers[0].state} == held
 
 
+@pytest.mark.nightly
 def test_resumed_equals_straight_through(files, tmp_path):
     """Stopped before, right at, between and after the two conversions."""
     conversions = [[2, 1], [2, 6]]

@@ -97,7 +97,7 @@ def test_the_optimizer_starts_anew_where_the_basis_is_another(files, tmp_path, w
             assert {steps[name] for name in steps if f"{kind}." in name or (kind in name and kind == "norm")} == {count}, kind
 
 
-@pytest.mark.daily("svd, similar, repaired")
+@pytest.mark.nightly
 @pytest.mark.parametrize("way", ["aligned", "svd", "auto", "svd, similar, repaired"])
 def test_resumed_equals_straight_through(files, tmp_path, way):
     """Stopped before, right at, between and after the two conversions, by a module and a callback that know of nothing."""

@@ -91,7 +91,7 @@ def test_a_model_that_is_the_same_at_the_event_is_looked_at_once(files, tmp_path
     assert len(calls) == times
 
 
-@pytest.mark.daily("free")
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("options", "blocks"),
     [({"params": 0.94, "layers": "free"}, 2), ({"params": 0.84, "layers": "free"}, 4), ({"params": 0.82, "round_to": 1}, 4)],
@@ -170,6 +170,7 @@ def test_what_is_refused_changes_nothing(files, tmp_path, options, given, match)
     assert same(weights(lit), before)
 
 
+@pytest.mark.nightly
 def test_a_budget_in_quality(files, tmp_path):
     lit, batches = module(), [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 2000, (5, 4, 9))]
     dense, callback = copy.deepcopy(lit.model), shrinking(max_loss=1.001, generations=0, calibration=batches)
@@ -185,7 +186,7 @@ def adapted(seed=0, **changes):
     return bh.TransformerModule(llama(vocab_size=2048, **changes), lora=bh.LoRA(r=2), lr=1e-2)
 
 
-@pytest.mark.daily("units")
+@pytest.mark.nightly
 @pytest.mark.parametrize(("params", "layers"), [(0.94, 2), (0.84, 4)], ids=["units", "blocks"])
 def test_lora_trains_what_is_left_and_is_merged(files, tmp_path, params, layers):
     batches = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 2000, (5, 4, 9))]

@@ -210,6 +210,7 @@ def test_optimizers(tmp_path, optimizer):
     assert not any(linear._forward_hooks or linear._forward_pre_hooks for linear in prunable(lit.net).values())
 
 
+@pytest.mark.daily("*accumulate*", "*bf16-true*")
 @pytest.mark.parametrize(
     "options",
     [

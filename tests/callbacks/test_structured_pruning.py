@@ -131,7 +131,7 @@ class TestResume:
         run.fit(lit, data(files))
         return lit, whole, watch, run
 
-    @pytest.mark.daily("schedule")
+    @pytest.mark.nightly
     @pytest.mark.parametrize(
         ("options", "stops"),
         [
@@ -154,6 +154,7 @@ class TestResume:
             for left, right in zip(run.optimizers[0].state.values(), first.optimizers[0].state.values(), strict=True):
                 assert same(left, right)
 
+    @pytest.mark.nightly
     def test_widths_that_are_rounded_are_planned_from_the_first_also_where_it_is_resumed(self, files, tmp_path):
         def build(seed=0):
             return module(seed, intermediate_size=1536)

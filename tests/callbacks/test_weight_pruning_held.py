@@ -227,6 +227,7 @@ def test_conv1d(tmp_path):
     assert all((mask.sum(0) == mask.shape[0] // 2).all() for mask in callback.masks.values())
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("part", ["model", "layers"])
 def test_a_model_compiled_in_place(tmp_path, part):

@@ -115,7 +115,7 @@ KINDS = {
 }
 
 
-@pytest.mark.daily("rounds")
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_equals_straight_through(files, tmp_path, kind):
     """Stopped before, at, between and after rounds; in a new module, or in one whose adapters are masked already."""

@@ -24,7 +24,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.daily("gradual", "matched")
+@pytest.mark.daily("matched")
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_equals_straight_through(files, tmp_path, kind):
     """Stopped before, right at, between and after rounds, and while masks are learned."""

@@ -68,6 +68,7 @@ def test_a_llama_is_saved_as_a_mistral(case, dtype, tmp_path):
     assert written(tmp_path / "b") == said
 
 
+@pytest.mark.daily("mlp_bias")
 @pytest.mark.parametrize("case", BIASED)
 def test_a_llama_with_biases_is_saved_as_what_has_them(case, tmp_path):
     model = three_of_four(**BIASED[case])
@@ -79,6 +80,7 @@ def test_a_llama_with_biases_is_saved_as_what_has_them(case, tmp_path):
     assert torch.equal(again.train()(ids, labels=ids).loss, model.train()(ids, labels=ids).loss)
 
 
+@pytest.mark.daily("Mistral-*-default", "SeedOss-*-llama3")
 @pytest.mark.parametrize("rope", [{}, {"rope_parameters": LLAMA3}], ids=["default", "llama3"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("family", EQUIVALENT["Llama"], ids=lambda f: f.name)

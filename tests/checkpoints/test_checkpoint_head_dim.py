@@ -27,6 +27,7 @@ WINDOWS = {
 }
 
 
+@pytest.mark.daily("default", "grouped")
 @pytest.mark.parametrize("case", QWENS)
 def test_a_qwen2_without_some_heads_is_saved_as_a_seed_oss(case, tmp_path):
     model = three_of_four("qwen2", **QWENS[case])

@@ -143,6 +143,7 @@ def test_what_may_differ_in_training(case, lora, tmp_path):
     assert exported(module.model, tmp_path).way == "plain"
 
 
+@pytest.mark.daily("32-true")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_residual_channels_of_a_model_that_scales_its_embeddings(precision, files, tmp_path):
     module = bh.TransformerModule(build("gemma", vocab_size=2048), lr=1e-2)

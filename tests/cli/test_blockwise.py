@@ -140,7 +140,7 @@ class Own(bh.OutputNorm):
     """An importance of a user's own, of which nobody knows how often it reads the model."""
 
 
-@pytest.mark.daily("prune-heads-*")
+@pytest.mark.nightly
 @pytest.mark.parametrize(("command", "asked", "passes"), [("prune-structure", "--channels", 8), ("prune-heads", "--ratio", 8)])
 def test_the_plan_says_that_an_own_importance_reads_as_often_as_it_needs(files, tmp_path, capsys, read, command, asked, passes):
     dense = small_llama(tmp_path / "dense", num_hidden_layers=4)

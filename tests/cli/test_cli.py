@@ -60,6 +60,7 @@ def test_every_fragment_runs(fragment, quick, smaller, capsys):
     assert fragment.stem == "uptraining" or used <= set(callbacks_in("config.yaml"))  # a trial run writes no config
 
 
+@pytest.mark.nightly
 def test_fragments_compose_in_the_order_given(quick, capsys):
     given = " ".join(f"--config {ROOT}/callbacks/{name}.yaml" for name in ("gqa", "mqa", "export"))
     options = "--trainer.max_steps 4 --trainer.val_check_interval 2 --trainer.logger false --trainer.enable_checkpointing false"
@@ -86,6 +87,7 @@ def test_the_saved_config_runs_again(quick, capsys):
     assert Path("config.yaml").read_text() == Path("again.yaml").read_text()
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 def test_validate_test_predict_and_export(quick, capsys):
     options = "--trainer.max_steps 2 --trainer.val_check_interval 1 --trainer.logger false"

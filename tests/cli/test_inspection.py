@@ -96,6 +96,7 @@ def test_counts_are_those_of_the_parameters(capsys, config) -> None:
     assert plain["conversion"] == {"num_key_value_heads": 2, "legal": [1], "says": "2 KV heads to 1"}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("group", CHOICES)
 def test_one_kind_of_units(capsys, config, group) -> None:
     text = printed(capsys, config, "--group", group)
@@ -161,7 +162,7 @@ def test_who_reads_may_have_seen_enough(config, monkeypatch) -> None:
     assert stopped.value.code == 1
 
 
-@pytest.mark.daily("qwen2-*", "dots3_note_text-*")
+@pytest.mark.daily("qwen2-*")
 @pytest.mark.parametrize(
     ("family", "kind", "fields"),
     [

@@ -162,6 +162,7 @@ def test_of_a_model_that_predicts_no_next_token_there_is_no_perplexity(tmp_path,
     assert "perplexity" not in said
 
 
+@pytest.mark.nightly
 def test_offloaded_to_the_only_device_there_is_the_figures_are_the_same(tmp_path, data):
     places = ["--offload", "--activations", str(tmp_path), "--device", "cpu"]
     for out, more in (("plain", []), ("offloaded", places), ("said", [*places, "--offload", "true"])):

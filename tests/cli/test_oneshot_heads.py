@@ -266,6 +266,7 @@ def test_models_whose_heads_cannot_go(files, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.nightly
 def test_data_without_labels_or_training_rows_and_an_occupied_folder(classifier, table, files, tmp_path):
     occupied = tmp_path / "occupied"
     occupied.mkdir()

@@ -102,6 +102,7 @@ def test_a_budget_in_quality(small, files, tmp_path, capsys):
     assert "times the dense model's" in said
 
 
+@pytest.mark.nightly
 def test_a_budget_of_time(small, files, tmp_path, capsys, monkeypatch):
     def seconds(self, models):
         """A machine that takes as long as there are parameters."""
@@ -179,7 +180,7 @@ def sure(tmp_path_factory):
     return folder
 
 
-@pytest.mark.daily("LoRA on half")
+@pytest.mark.nightly
 @pytest.mark.parametrize("given", [[], ["--recover_lora", "--dtype", "bfloat16"]], ids=["all weights", "LoRA on half"])
 def test_recovery_by_distillation(sure, files, tmp_path, capsys, given):
     options = ["--params", "0.94", "--recover", "20", "--recover_batch_size", "8", "--recover_lr", "5e-3", *given]
@@ -243,6 +244,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, files):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.nightly
 def test_merged_heads_are_in_the_record_the_table_and_the_card(small, files, tmp_path, capsys):
     dense = bh.load(small)
     with torch.no_grad():

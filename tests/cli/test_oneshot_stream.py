@@ -88,6 +88,7 @@ def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, 
     assert len(passed) >= (6 + 5 + 5) * 2  # what comes out of blocks, where they are pruned, and measured before and after
 
 
+@pytest.mark.nightly
 def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatch):
     rests = []
     monkeypatch.setattr("billhook.cli.oneshot.streamed.fits", lambda *given: bool(rests.append(given)))
@@ -170,6 +171,7 @@ def test_summary_is_the_same_and_no_block_comes(small, tmp_path, capsys, monkeyp
     assert printed(capsys, "summary", tmp_path / "sparse", "--stream") == expected.text() + "\n"
 
 
+@pytest.mark.nightly
 def test_inspect_is_the_same_and_says_how_the_model_streams(small, capsys, monkeypatch):
     monkeypatch.setattr("billhook.engine.files.load_some", None)
     said = printed(capsys, "inspect", small, "--stream")

@@ -64,6 +64,7 @@ def test_ratios(small, files, tmp_path, capsys):
     assert "perplexity" in said
 
 
+@pytest.mark.nightly
 def test_a_target_in_rounds(small, files, tmp_path):
     record = prune(
         small, tmp_path / "out", "--params", "0.95", "--rounds", "2", "--ranking", "global", *OFF, *SHORT, *option(files)
@@ -151,6 +152,7 @@ def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.nightly
 def test_blocks_and_then_what_is_within(small, files, tmp_path):
     record = prune(small, tmp_path / "out", "--blocks", "1", "--channels", "0.5", "--generated", "0", *SHORT, *option(files))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

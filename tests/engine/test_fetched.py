@@ -86,6 +86,7 @@ def test_stopped_while_shards_are_still_to_come(hub, tmp_path, monkeypatch):
     assert written == [f"model.layers.{number}" for number in range(4)] * 2
 
 
+@pytest.mark.nightly
 def test_summary_and_inspect_fetch_none(hub, capsys):
     main(["summary", NAME, "--stream"])
     said = capsys.readouterr().out

@@ -107,7 +107,7 @@ def test_the_same_method_is_taken(tmp_path, family):
     assert len(set(found[0][1].values())) > 1
 
 
-@pytest.mark.daily("llama", "phi")
+@pytest.mark.daily("phi")
 def test_the_best_method_with_the_same_bytes(folder, tmp_path):
     dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
     for model in (dense, streamed):

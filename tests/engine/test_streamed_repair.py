@@ -66,7 +66,7 @@ def test_the_same_bytes_where_all_that_may_rests_in_files(tmp_path, kind, monkey
     assert not list(tmp_path.glob("billhook_*"))
 
 
-@pytest.mark.daily("while cutting")
+@pytest.mark.nightly
 @pytest.mark.parametrize("blocks", [2, 6], ids=["while refitting", "while cutting"])
 def test_stopped_and_called_again(tmp_path, monkeypatch, blocks):
     written, go_on = stopped.stop_after(blocks, monkeypatch)

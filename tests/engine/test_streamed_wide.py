@@ -20,7 +20,7 @@ STREAMS = {
 }
 
 
-@pytest.mark.daily("experts and channels-Mixtral*", "experts-Qwen2*")
+@pytest.mark.daily("experts and channels-Mixtral*")
 @pytest.mark.parametrize("kind", MIXTURES, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize(
     "amounts", [{"experts": 0.5}, {"channels": 0.25}, {"experts": 0.5, "channels": 0.25}], ids=lambda one: " and ".join(one)

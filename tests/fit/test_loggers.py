@@ -56,6 +56,7 @@ def test_tensorboard(files, tmp_path):
     assert text.tensor_proto.string_val[0].decode() == card
 
 
+@pytest.mark.nightly
 def test_mlflow(files, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("GIT_PYTHON_REFRESH", "quiet")

@@ -250,7 +250,7 @@ def test_heads_turn_a_block_at_a_time(tmp_path, alone, monkeypatch):
     assert {*map(tuple, seen)} == {(True, False), (False, True)}
 
 
-@pytest.mark.daily("sharded")
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
 @pytest.mark.filterwarnings("ignore:You're resuming", "ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("kind", SAVED)
@@ -277,7 +277,7 @@ SEARCHES = {  # what goes in each
 }
 
 
-@pytest.mark.daily("by loss")
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SEARCHES)
 def test_a_sharded_model_is_shrunk_to_what_one_in_memory_is(tmp_path, alone, monkeypatch, name):

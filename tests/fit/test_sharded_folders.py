@@ -167,7 +167,7 @@ class Deep(Plain):
         self.model = llama(hidden_size=128, intermediate_size=128, num_hidden_layers=6)
 
 
-@pytest.mark.daily("sharded")
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
 @pytest.mark.parametrize("how", WRITE)
 def test_an_export_takes_the_model_and_no_more_than_two_blocks(tmp_path, how):

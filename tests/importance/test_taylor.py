@@ -11,7 +11,6 @@ from torch import nn
 
 import billhook as bh
 from billhook.engine.batches import examples_of
-from billhook.importance.taylor import _shares
 from kit.families import build, llama, tokens
 from kit.losses import BERT, LOUD, loud, own_loss
 
@@ -147,15 +146,6 @@ def test_shares_change_nothing(kind):
     model = LOUD["llama"]()
     found = [scores(model, BATCHES, bh.Taylor("mixed", passes=passes), kind) for passes in (1, 2, 3, 1000)]
     assert all(torch.equal(one, found[0]) for one in found)
-
-
-def test_shares_are_about_equal():
-    parameters = {f"{n}": nn.Parameter(torch.zeros(size)) for n, size in enumerate((5, 1, 3, 3, 9, 2, 2, 7))}
-    for count in range(1, 12):
-        shares = list(_shares(parameters, count))
-        assert {name: one for share in shares for name, one in share.items()} == parameters
-        assert len(shares) <= count
-        assert all(sum(one.numel() for one in share.values()) <= 32 / count + 9 for share in shares)
 
 
 def living(model, run):

@@ -65,6 +65,7 @@ def test_what_cannot_be_pooled_is_refused(family, lora, method, match):
     assert same(dict(model.state_dict()), before)
 
 
+@pytest.mark.nightly
 def test_adapters_on_feed_forwards_alone_are_not_in_the_way():
     batches, mlp = [{"input_ids": tokens(4, 16)} for _ in range(2)], {"target_modules": ["up_proj", "down_proj"]}
     model = adapted("llama", peft.LoraConfig(r=2, **mlp))

@@ -61,7 +61,7 @@ def test_a_later_stage_is_exact_where_heads_are_one_another_in_other_bases(opt, 
     assert set(kv_heads_by_layer(opt).values()) == {2}
 
 
-@pytest.mark.daily("svd")
+@pytest.mark.nightly
 @pytest.mark.parametrize("method", ["mean", "svd"])
 def test_the_dense_model_teaches_the_converted_one(files, tmp_path, method):
     def fitted(**options):

@@ -103,6 +103,7 @@ def test_local_and_global_layers_each_with_its_own_norm_mix_no_keys_but_values()
     assert {(own.keys, own.values, own.order) for own in found} == {((), together(0, 16), True)}
 
 
+@pytest.mark.daily("*-dtype1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("theta", [1e4, 8e6])
 @pytest.mark.parametrize(("family", "keys"), [("cohere", beside(64)), ("llama", apart(64))])

@@ -160,6 +160,7 @@ def test_layers_of_different_numbers_of_heads():
     model(**make_inputs(model))
 
 
+@pytest.mark.nightly
 def test_layers_that_read_the_keys_and_values_of_another_layer():
     """They lose the same heads as that one, and have fewer KV heads with it."""
     model = other("Gemma3nForCausalLM")

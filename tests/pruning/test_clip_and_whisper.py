@@ -80,6 +80,7 @@ def test_widths_that_the_output_shows_stay():
         bh.prune_units(model, {place: [0] for place in find_units(model, "residual")}, kind="residual")
 
 
+@pytest.mark.daily("whisper-svd")
 @pytest.mark.parametrize(("name", "method"), [("clip", "svd"), ("whisper", "mean"), ("whisper", "svd")])
 def test_kv_heads_are_merged(tmp_path, name, method):
     """In both towers; and in the decoder's own attention and in that to the encoder, which stays as it is."""
@@ -92,6 +93,7 @@ def test_kv_heads_are_merged(tmp_path, name, method):
     goes_on(model, batch, tmp_path)
 
 
+@pytest.mark.daily("whisper")
 @pytest.mark.parametrize("name", CASES)
 def test_scores_repair_and_weights(tmp_path, name):
     model, _ = made(name)

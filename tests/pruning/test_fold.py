@@ -37,7 +37,7 @@ def cut_by_hand(model, plan):
     return small
 
 
-@pytest.mark.daily("gemma-True", "gemma3_text-False", "vaultgemma-True")
+@pytest.mark.daily("gemma-True", "gemma3_text-False")
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text", "vaultgemma"])
 def test_scaled_embeddings(family, tied, tmp_path):
@@ -65,7 +65,7 @@ def test_a_lightning_checkpoint_gives_a_new_model_the_numbers_too():
     torch.testing.assert_close(answer(new.model), answer(model), rtol=0, atol=0)
 
 
-@pytest.mark.daily("dots3_note_text")
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", ["dots3_note_text", "longcat_flash"])
 def test_what_no_weights_make_up_for_stays_as_the_config_says(family, tmp_path):
     """These scale low ranks by the hidden size: it stays in the config, and bh.load loads the shape."""

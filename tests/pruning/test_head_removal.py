@@ -157,6 +157,7 @@ class TestGeneration:
         model = make({"bart": "BartForConditionalGeneration", "t5": "T5ForConditionalGeneration"}.get(name, name))
         self.check(model, some_heads(find_units(model, "head"), alike=name in ALIKE))
 
+    @pytest.mark.nightly
     def test_where_the_number_of_a_layer_is_that_of_its_heads(self):
         model = make("gpt2", n_layer=7)  # of six heads
         self.check(model, {6: [2], 5: [1, 3]})
@@ -408,6 +409,7 @@ class TestAdapters:
         with pytest.raises(ValueError, match=r"cannot be removed: a norm spans all of them"):  # of the columns that are read
             bh.prune_units(dora("o_proj"), {0: [0, 1]})
 
+    @pytest.mark.nightly
     def test_on_one_matrix_of_all(self):
         config = peft.LoraConfig(target_modules=["c_attn", "c_proj"], r=2, fan_in_fan_out=True, init_lora_weights=False)
         model, ids = peft.get_peft_model(gpt2(), config).eval().double(), tokens()
@@ -542,7 +544,7 @@ class TestRoundTrip:
             assert bh.save(again, tmp_path / "b").way == "plain"
             assert torch.equal(self.logits(bh.load(tmp_path / "b")), self.logits(again))
 
-    @pytest.mark.daily("gpt2", "lora")
+    @pytest.mark.daily("lora")
     @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "lora"])
     def test_of_a_shape_that_the_config_does_not_say(self, name, tmp_path):
         model = {"bert": bert, "gpt2": gpt2, "llama": llama, "lora": llama}[name]()

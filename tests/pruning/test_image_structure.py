@@ -131,7 +131,7 @@ def test_what_stays_is_refused_before_anything_changes(name, kind, message):
     assert torch.equal(looked(model), before)
 
 
-@pytest.mark.daily("CLIPModel-*", "ConvNextV2-*")
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [

@@ -11,6 +11,7 @@ from billhook.units.gates import zero_units
 from kit.removal import make as small
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("family", "amount", "why"),
     [
@@ -30,6 +31,7 @@ def test_given_units_that_code_does_not_follow():
         bh.plan_units(small("codegen"), {0: [2, 6], 1: [0, 2]})
 
 
+@pytest.mark.nightly
 def test_what_a_model_has_computed_from_parameters_is_forgotten():
     model = small("levit")
     first = bh.plan(model, bh.WeightNorm(), heads=0.34)

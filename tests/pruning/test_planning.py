@@ -142,7 +142,7 @@ class TestTargets:
         limit = int(asked * getattr(before, target)) if isinstance(asked, float) else asked
         assert getattr(plan.costs[1], target) <= limit
 
-    @pytest.mark.daily("convnext")
+    @pytest.mark.nightly
     @pytest.mark.parametrize("name", ["vit", "convnext"])
     def test_operations_of_an_image(self, name):
         model = make(name)
@@ -190,7 +190,7 @@ class TestTargets:
         assert all(48 < below.after[name][0] < 96 for name in MLPS)
         assert all(below.after[name][1] < 4 for name in ATTENTIONS)
 
-    @pytest.mark.daily("bert-params", "t5-kv_cache_bytes", "*-params1")
+    @pytest.mark.daily("t5-kv_cache_bytes")
     @pytest.mark.parametrize(("make_one", "target"), [
         (bert, "params"), (gpt2, "kv_cache_bytes"), (t5, "kv_cache_bytes"), (lambda: build("mixtral"), "kv_cache_bytes"),
         (lambda: llama(num_key_value_heads=8), "params"), (lambda: build("qwen3", tie_word_embeddings=True), "params"),

@@ -61,6 +61,7 @@ def test_in_a_search_and_in_kv_heads(told):
     assert told() == 2 * ADVICE
 
 
+@pytest.mark.daily("sources0-*")
 @pytest.mark.parametrize(("sources", "expected"), [(["generated"], [("WARNING", calibration.OWN)]), (["text", "generated"], [])])
 def test_where_heads_are_merged_on_nothing_but_its_own_text(sources, expected, told):
     batches = [Batch({"input_ids": tokens(2, 16)}, source) for source in sources * (4 // len(sources))]

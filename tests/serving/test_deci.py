@@ -86,6 +86,7 @@ def test_the_file_says_each_layer_and_keeps_the_bits(dtype, tmp_path, converter)
         assert torch.equal(own, keys[head * width + place // 2 + place % 2 * width // 2])  # halves become pairs
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("family", "changes", "why"),
     [

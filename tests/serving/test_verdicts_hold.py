@@ -64,6 +64,7 @@ def test_where_others_are_gone(family, what, tmp_path, converter):
     assert said(tmp_path / "model")
 
 
+@pytest.mark.daily("llama*")
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_where_residual_channels_are_gone(family, tmp_path, converter):
     model = made(family)

@@ -149,6 +149,7 @@ def test_the_blocks_behind_make_up_for_one_that_goes():
     assert lost[1] < 0.9 * lost[0]
 
 
+@pytest.mark.nightly
 def test_blocks_that_are_protected_stay():
     model = uneven(idle=[0, 3])
     shrunk = bh.shrink(model, texts(), params=0.6, layers="free", first=1, last=1, repair=None, **FEW)
@@ -194,6 +195,7 @@ def test_models_whose_blocks_cannot_go_say_so():
     assert "computes something also" in bh.shrink(mixture, texts(), params=0.97, **QUICK).blocks_stay
 
 
+@pytest.mark.nightly
 def test_nothing_is_half_applied(monkeypatch):
     model = uneven(idle=[2])
     before = {name: value.clone() for name, value in model.state_dict().items()}

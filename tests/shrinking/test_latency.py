@@ -158,7 +158,7 @@ def test_what_takes_long_is_what_goes(clock):
     assert heads[1] < 0.9 < heads[0]
 
 
-@pytest.mark.daily("1.3")
+@pytest.mark.nightly
 @pytest.mark.parametrize("together", [0.8, 1.3])
 def test_the_limit_follows_the_clock_where_places_together_take_longer_or_less(together, clock, monkeypatch):
     tried, times = [], Clock.times
@@ -217,6 +217,7 @@ def test_a_search_comes_back_up_until_the_budget_is_used(steps, takes, unused, m
     assert made.limit == 700
 
 
+@pytest.mark.daily("given0-*")
 @pytest.mark.parametrize(
     ("given", "says"),
     [

@@ -109,6 +109,7 @@ def test_padding_does_not_count_and_the_model_stays():
     assert not any("forward" in vars(one) or one._forward_pre_hooks for one in model.modules())
 
 
+@pytest.mark.nightly
 def test_a_library_on_disk_goes_on_with_what_is_refitted_and_what_is_not(tmp_path, monkeypatch):
     options = {"kv_cache_bytes": 0.5, "importance": bh.WeightNorm(), "repair": TINY, "generations": 0}
     first = bh.shrink(model_of(), texts(), library=tmp_path, **options)

@@ -243,6 +243,7 @@ def test_optimizers_follow_and_restart_for_what_is_in_another_basis():
         assert all(one.shape == parameter.shape for key, one in state.items() if key != "step")
 
 
+@pytest.mark.nightly
 def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
     options = {"kv_cache_bytes": 0.5, "layers": "free", "repair": None, **FEW}
     first = bh.shrink(grouped(), texts(), library=tmp_path, **options)
@@ -252,6 +253,7 @@ def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
     assert first.to_json() == second.to_json()
 
 
+@pytest.mark.daily("watching-free")
 @pytest.mark.parametrize(("refused", "layers"), [("plans", "uniform"), ("watching", "free")])
 def test_where_heads_cannot_merge_they_go(layers, refused, monkeypatch):
     def refuse(*given):
@@ -276,7 +278,7 @@ def test_where_merging_saves_no_cache_heads_go():
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
 
 
-@pytest.mark.daily("gemma2-free")
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("family", "layers"), [("qwen3", "uniform"), ("phi", "uniform"), ("gemma2", "uniform"), ("gemma2", "free")]
 )

@@ -59,7 +59,7 @@ def number_of(place, pair):
     return place.pairs.index(pair) + 1
 
 
-@pytest.mark.daily("params-uniform", "bytes-free")
+@pytest.mark.daily("params-uniform")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 @pytest.mark.parametrize("target", ["params", "bytes"])
 def test_query_heads_that_do_nothing_go_and_plain_transformers_loads_what_is_left(layers, target, tmp_path):
@@ -84,7 +84,7 @@ def test_query_heads_that_do_nothing_go_and_plain_transformers_loads_what_is_lef
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-@pytest.mark.daily("free")
+@pytest.mark.nightly
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_they_go_beside_all_else_and_with_their_block(layers, tmp_path):
     model, ids = idle(), tokens()
@@ -134,6 +134,7 @@ def test_whole_kv_heads_go_in_the_same_order_as_ever_and_of_others_the_lowest_qu
         assert both == sorted({*whole, *ones})
 
 
+@pytest.mark.nightly
 def test_without_groups_for_the_cache_and_for_time_nothing_changes():
     _, _, heads = places_of(llama(num_key_value_heads=8), params=0.5)
     assert {(place.count, place.allowed, place.pairs) for place in heads} == {(8, tuple(range(8, 0, -1)), ())}

@@ -150,6 +150,7 @@ def test_evolution_never_ends_worse_and_its_seed_decides():
     assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.nightly
 def test_what_was_measured_is_told_on_batches_that_were_not_fitted():
     dense, batches = trained(), texts()
     fitted, held_out = divided(batches)
@@ -168,6 +169,7 @@ def test_what_was_measured_is_told_on_batches_that_were_not_fitted():
     assert shrunk.curve[-1].measured == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
     _, memory = shrunk_of(params=0.7)
     _, first = shrunk_of(params=0.7, library=tmp_path)

@@ -58,7 +58,7 @@ def test_what_is_rounded_down_is_what_the_budget_leaves_and_not_what_may_be_kept
     assert coarser([one, other], {"a": 1120, "b": 0}, 10 * 15) == {"a": 1120, "b": 0}
 
 
-@pytest.mark.daily("free")
+@pytest.mark.nightly
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_a_model_within_its_budget(layers):
     model = llama(**WIDE)

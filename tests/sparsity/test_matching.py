@@ -85,6 +85,7 @@ def test_by_default_each_batch_is_taken_once():
     assert not torch.equal(once, six)
 
 
+@pytest.mark.nightly
 def test_a_block_of_one_linear_reaches_least_squares():
     block, keep, inputs = problem()
     dense = block[0].weight.detach()

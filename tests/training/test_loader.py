@@ -279,6 +279,7 @@ def test_resume_of_a_real_module(make, tmp_path):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.nightly
 def test_order_depends_on_seed_and_epoch(make):
     def epochs(seed, **options):
         return [fit(make(seed=seed, **options))[0].seen[i : i + 13] for i in (0, 13, 26)]

@@ -210,7 +210,7 @@ class TestSaved:
         bh.save(model, tmp_path / "again")
         self.checked(lit, tmp_path / "again")
 
-    @pytest.mark.daily("rounds")
+    @pytest.mark.nightly
     @pytest.mark.parametrize("remove", ["rounds", "end"])
     def test_heads_that_are_removed_while_it_is_on(self, remove, files, tmp_path):
         lit, out = module(), tmp_path / "out"
@@ -321,6 +321,7 @@ class TestYaml:
         saved = json.loads(Path("outputs/model/billhook.json").read_text())["saved"]
         assert saved["adapters"] == "merged adapters of 28 linears in place, all in full, as none is pruned"
 
+    @pytest.mark.nightly
     def test_its_checkpoint_is_validated_and_loaded(self, quick, tmp_path):
         self.fit(f"--model.lora '{{r: 3}}' --model.distillation '{{}}' {quick}")
         (ckpt,) = tmp_path.glob("checkpoints/*.ckpt")

@@ -71,6 +71,7 @@ class TestTasks:
         source.tokenizer.mask_token = source.tokenizer.eos_token
         self.learns(tmp_path, lit, source, "val_perplexity", lambda before, after: after < 0.7 * before)
 
+    @pytest.mark.daily("config0")
     @pytest.mark.parametrize(
         "config", [transformers.BertConfig(**BERT, pad_token_id=0), llama(vocab_size=2048, pad_token_id=None).config]
     )

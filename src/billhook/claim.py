@@ -100,8 +100,8 @@ def _locked(lock: Path, target: Path) -> int | None:
 def _holder(lock: Path) -> dict[str, object]:
     """Reads who holds a lock; nothing if that is not there yet."""
     with suppress(OSError, ValueError):
-        found = json.loads(lock.read_text())
-        return found if isinstance(found, dict) else {}
+        record = json.loads(lock.read_text())
+        return record if isinstance(record, dict) else {}
     return {}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import billhook as bh
-from billhook.engine.device import Copies, NextBlock
+from billhook.engine.device import Ahead, Copies
 from billhook.engine.parts import Parts
 from billhook.engine.store import store_of
 from billhook.model import surgery
@@ -33,7 +33,7 @@ class Watched:
     def __init__(self):
         self.sent, self.back, self.most, self._alive = list[tuple[int, ...]](), list[tuple[int, ...]](), 0, []
         self.taken = list[bool]()  # whether each block that came from files had been read by then
-        copied, enter, leave, take = standin.copied, Copies.enter, Copies.leave, NextBlock.take
+        copied, enter, leave, take = standin.copied, Copies.enter, Copies.leave, Ahead.take
 
         def seen(source, target, non_blocking=False):
             if is_far(source) != is_far(target):
@@ -45,15 +45,15 @@ class Watched:
             gc.collect()
             if any(block.children()):  # or it is a linear in no block
                 self._alive.append([weakref.ref(one) for one in block.parameters()])
-            coming = 0 if copies._coming is None else 1
+            coming = 0 if copies.ahead.pending is None else 1
             self.most = max(self.most, coming + sum(any(ref() is not None for ref in refs) for refs in self._alive))
 
         def took(ahead, name):
             read = take(ahead, name)
-            self.taken += [read is not None] if name else []
+            self.taken += [read is not None] if isinstance(name, str) else []
             return read
 
-        standin.copied, Copies.enter, Copies.leave, NextBlock.take = seen, entered, leave, took
+        standin.copied, Copies.enter, Copies.leave, Ahead.take = seen, entered, leave, took
 
 
 def batches():

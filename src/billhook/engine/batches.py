@@ -58,7 +58,7 @@ def source_of(batch: Any) -> str:  # noqa: ANN401
 
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
     """Makes a run, on the model's device and without a loss, of each batch: a dictionary, a tuple, a list, a tensor, or a run."""
-    return [batch if isinstance(batch, Run) else _run(model, batch, number) for number, batch in enumerate(each(batches))]
+    return [batch if isinstance(batch, Run) else _run(model, batch) for batch in each(batches)]
 
 
 def tell_apart(runs: Iterable[Run]) -> str:
@@ -66,16 +66,16 @@ def tell_apart(runs: Iterable[Run]) -> str:
     return fingerprint([(run.source, uuid4() if run.batch is None else run.batch, run.tokens) for run in runs])
 
 
-def telling(runs: Sequence[Run], told: Told) -> list[Run]:
+def telling(runs: Sequence[Run], report: Told) -> list[Run]:
     """Returns runs that tell how many of them have been visited, and how many there are."""
     seen = set[int]()
 
     def after(number: int, forward: Callable[[], Any]) -> Callable[[], Any]:
         def visited() -> Any:  # noqa: ANN401 - whatever the forward returns
-            found = forward()
+            output = forward()
             seen.add(number)
-            told(len(seen), len(runs))
-            return found
+            report(len(seen), len(runs))
+            return output
 
         return visited
 
@@ -101,20 +101,16 @@ def each(batches: Iterable[Any]) -> Iterable[Any]:
 
 def _check_filled(batch: Any) -> None:  # noqa: ANN401
     """Refuses a batch that holds nothing for a model."""
-    held = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    if (isinstance(batch, dict | list | tuple) and not batch) or (held and not any(leaf.numel() for leaf in held)):
-        raise ValueError(f"batches: a batch is empty: {', '.join(str(list(leaf.shape)) for leaf in held) or batch!r}")
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    if (isinstance(batch, dict | list | tuple) and not batch) or (tensors and not any(leaf.numel() for leaf in tensors)):
+        raise ValueError(f"batches: a batch is empty: {', '.join(str(list(leaf.shape)) for leaf in tensors) or batch!r}")
 
 
-def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
+def _run(model: nn.Module, batch: Any) -> Run:  # noqa: ANN401
     source, batch = source_of(batch), _on_device(model, batch)
     _check_filled(batch)
-    if isinstance(batch, Tensor):
-        return Run(partial(model, batch), batch=batch)
-    if isinstance(batch, list | tuple):
-        return Run(partial(model, *batch), batch=batch)
     if not isinstance(batch, dict):
-        raise ValueError(f"batches: batch {number} is a {type(batch).__name__}, not a dictionary, a tuple or a tensor")
+        return Run(_forward(model, batch), batch=batch)
     config = getattr(model, "config", None)
     masks = {"attention_mask": batch.get("attention_mask")}
     if getattr(config, "is_encoder_decoder", False):
@@ -124,23 +120,26 @@ def _run(model: nn.Module, batch: Any, number: int) -> Run:  # noqa: ANN401
         batch.pop("labels", None)  # no loss is asked for
     tokens = {name: mask.bool() for name, mask in masks.items() if _is_mask(mask)}
     padded = {name: mask for name, mask in tokens.items() if not mask.all()}
-    return Run(partial(model, **batch), padded, source=source, batch=batch)
+    return Run(_forward(model, batch), padded, source=source, batch=batch)
 
 
 def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """Makes a run of a batch whose forward returns the loss, on the model's device; `modules` need to know which tokens count."""
     source, batch = source_of(batch), _on_device(model, batch)
-    if loss is None:
-        _check_filled(batch)
     run, tokens = partial(loss or own_loss, model), tokens_of(model, modules, batch)
-    lossless = None if loss is not None else partial(_output, model, batch)
-    known = batch if loss is None else None
-    return Run(partial(run, batch), tokens, lambda: [partial(run, one) for one in examples_of(batch)], lossless, source, known)
+
+    def examples() -> list[Callable[[], Tensor]]:
+        return [partial(run, example) for example in examples_of(batch)]
+
+    if loss is not None:
+        return Run(partial(run, batch), tokens, examples, source=source)
+    _check_filled(batch)
+    return Run(partial(run, batch), tokens, examples, lambda: _forward(model, batch)(), source, batch)
 
 
 def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
     """Takes a batch apart into examples: slices along the first dimension; what has one entry there, as positions may, stays."""
-    shapes = [tuple(one.shape) for one in tree_leaves(batch) if isinstance(one, Tensor)]
+    shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     counts = {shape[0] if shape else 0 for shape in shapes}
     count = max(counts, default=0)
     if not count or counts - {1, count}:
@@ -167,19 +166,21 @@ def own_loss(model: nn.Module, batch: Any, hint: str = ", or give `loss`") -> Te
         if mask is not None:  # neither is padding predicted, nor does it predict
             ids = ids.masked_fill((mask == 0) | (mask.roll(1, -1) == 0), -100)
         batch = batch | {"labels": ids}
-    found: Tensor | None = getattr(model(**batch), "loss", None)
-    if found is None:
+    loss: Tensor | None = getattr(model(**batch), "loss", None)
+    if loss is None:
         raise ValueError(f"batches: {type(model).__name__} gives no loss for {', '.join(batch)}: add labels{hint}")
-    return found
+    return loss
 
 
-def _output(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
-    """Returns what a model makes of a batch."""
+def _forward(model: nn.Module, batch: Any) -> Callable[[], Any]:  # noqa: ANN401
+    """Returns a forward of a model on a batch."""
+    if isinstance(batch, dict):
+        return partial(model, **batch)
     if isinstance(batch, list | tuple):
-        return model(*batch)
-    if not isinstance(batch, dict | Tensor):
-        raise ValueError(f"batches: a {type(batch).__name__} is no dictionary, tuple or tensor of what the model takes")
-    return model(**batch) if isinstance(batch, dict) else model(batch)
+        return partial(model, *batch)
+    if isinstance(batch, Tensor):
+        return partial(model, batch)
+    raise ValueError(f"batches: a {type(batch).__name__} is no dictionary, tuple or tensor of what the model takes")
 
 
 def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
@@ -189,11 +190,15 @@ def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) ->
     decoder: Any = None
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         decoder = getattr(model, "get_decoder", lambda: None)()
-    inside = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
-    pair = (batch.get("attention_mask"), _decoder_mask(batch))
-    first, second = (mask.bool() if _is_mask(mask) else None for mask in pair)  # modules with the same tokens share one tensor
-    masks = {name: second if module in inside else first for name, module in modules.items()}
-    return {name: one for name, one in masks.items() if one is not None}
+    in_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
+    masks = (batch.get("attention_mask"), _decoder_mask(batch))
+    read, written = (mask.bool() if _is_mask(mask) else None for mask in masks)  # modules with the same tokens share one tensor
+    tokens = dict[str, Tensor]()
+    for name, module in modules.items():
+        mask = written if module in in_decoder else read
+        if mask is not None:
+            tokens[name] = mask
+    return tokens
 
 
 def check_one_device(model: nn.Module) -> None:
@@ -202,10 +207,10 @@ def check_one_device(model: nn.Module) -> None:
     Where a visitor ends a forward early, accelerate would leave the weights that it has brought.
     """
     for module in model.modules():
-        places = {str(place) for place in (getattr(module, "hf_device_map", None) or {}).values()}
-        if len(places) > 1 or "disk" in places:
+        devices = {str(device) for device in (getattr(module, "hf_device_map", None) or {}).values()}
+        if len(devices) > 1 or "disk" in devices:
             raise ValueError(
-                f"model: its device_map has spread it over {', '.join(sorted(places))}, and here it must be on one device: "
+                f"model: its device_map has spread it over {', '.join(sorted(devices))}, and here it must be on one device: "
                 "load it without device_map or, if it is too large, stream it (bh.stream)"
             )
 
@@ -223,17 +228,17 @@ def _told_apart(batch: dict[str, Any], longest: int | None) -> dict[str, Any]:
     The new one does not count. A decoder that is as long as it can be loses its last one instead.
     """
     mask = batch.get("attention_mask")
-    given = {key: batch[key] for key in ("decoder_input_ids", "labels") if isinstance(batch.get(key), Tensor)}
-    if not given or not isinstance(mask, Tensor) or mask.shape != next(iter(given.values())).shape:
+    inputs = {key: batch[key] for key in ("decoder_input_ids", "labels") if isinstance(batch.get(key), Tensor)}
+    if not inputs or not isinstance(mask, Tensor) or mask.shape != next(iter(inputs.values())).shape:
         return batch
     counts = batch.get("decoder_attention_mask")
     if counts is None:
-        counts = (batch["labels"] != -100).long() if "labels" in given else torch.ones_like(mask)
+        counts = (batch["labels"] != -100).long() if "labels" in inputs else torch.ones_like(mask)
     if mask.all() and counts.all():
         return batch
     more = -1 if longest is not None and mask.shape[1] >= longest else 1
-    given["decoder_attention_mask"] = counts
-    return batch | {key: pad(value, (0, more), value=-100 if key == "labels" else 0) for key, value in given.items()}
+    inputs["decoder_attention_mask"] = counts
+    return batch | {key: pad(value, (0, more), value=-100 if key == "labels" else 0) for key, value in inputs.items()}
 
 
 def _decoder_mask(batch: Mapping[str, Any]) -> Any:  # noqa: ANN401

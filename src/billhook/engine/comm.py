@@ -69,19 +69,19 @@ class Comm:
             return ALONE
         first = None if model is None else next(model.parameters(), None)
         device = torch.device("cpu") if first is None or first.is_meta else first.device
-        place = dist.get_rank() if dist.is_available() and dist.is_initialized() else secrets.randbelow(PLACES)
+        number = dist.get_rank() if dist.is_available() and dist.is_initialized() else secrets.randbelow(PLACES)
         while True:
             table = torch.zeros(PLACES, dtype=torch.int32, device=device)
-            table[place] = 1
+            table[number] = 1
             total = reduce(table)
             if not isinstance(total, Tensor):
                 raise ValueError(f"reduce: it must return the tensor that it has summed, and returned {total!r}")
             counts = total.tolist()
-            if counts[place] < 1:
-                raise ValueError(f"reduce: it must sum over ranks, and made {counts[place]} of this rank's 1")
+            if counts[number] < 1:
+                raise ValueError(f"reduce: it must sum over ranks, and made {counts[number]} of this rank's 1")
             if max(counts) == 1:
-                return cls(reduce, sum(counts[:place]), sum(counts), device=device)
-            place = secrets.randbelow(PLACES)
+                return cls(reduce, sum(counts[:number]), sum(counts), device=device)
+            number = secrets.randbelow(PLACES)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over all ranks, in place, and returns it, as a function for `reduce` does."""
@@ -96,13 +96,13 @@ class Comm:
         for tensor in tensors:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for alike in kinds.values():
-            for some in _packs(alike):
-                if len(some) == 1:
-                    some[0].copy_(self._add(some[0].contiguous()))
+            for pack in _packs(alike):
+                if len(pack) == 1:
+                    pack[0].copy_(self._add(pack[0].contiguous()))  # a collective may want memory without gaps
                     continue
-                total = self._add(torch.cat([tensor.reshape(-1) for tensor in some]))
-                for tensor, own in zip(some, torch.split(total, [tensor.numel() for tensor in some]), strict=True):
-                    tensor.copy_(own.view(tensor.shape))
+                total = self._add(torch.cat([tensor.reshape(-1) for tensor in pack]))
+                for tensor, part in zip(pack, torch.split(total, [tensor.numel() for tensor in pack]), strict=True):
+                    tensor.copy_(part.view(tensor.shape))
 
     def gather(self, value: T) -> list[T]:
         """Returns what each rank has, by rank: plain data, small."""
@@ -131,7 +131,7 @@ class Comm:
         """Returns the rows of a table of bytes, to one row of which each rank adds, or nothing."""
         table = torch.zeros(rows, width, dtype=torch.uint8)
         table[row] = torch.frombuffer(bytearray(data.ljust(width, b"\0")), dtype=torch.uint8)
-        return [found.tobytes() for found in self(table.to(self.device)).cpu().numpy()]
+        return [line.tobytes() for line in self(table.to(self.device)).cpu().numpy()]
 
     def own_of(self, costs: Sequence[float]) -> list[bool]:
         """Picks this rank's pieces of work, so that no rank has much more than others.
@@ -177,7 +177,7 @@ class Comm:
         """
         if self.shared and max(counts) > 1:
             return max(counts), list(range(counts[self.rank]))
-        order = sorted((place, rank) for rank, count in enumerate(counts) for place in range(count))
+        order = sorted((turn, rank) for rank, count in enumerate(counts) for turn in range(count))
         return len(order), [at for at, (_, rank) in enumerate(order) if rank == self.rank]
 
 

@@ -44,8 +44,8 @@ class ComingOnce(Coming):
         if not torch.is_grad_enabled():
             return super().__call__(*args, **kwargs)
         with torch.no_grad():  # or what autograd keeps would hold all blocks
-            found = super().__call__(*args, **kwargs)
-        return tree_map_only(Tensor, _without_gradient, found)
+            output = super().__call__(*args, **kwargs)
+        return tree_map_only(Tensor, _without_gradient, output)
 
 
 class Visiting(Coming):
@@ -76,10 +76,11 @@ class _Refused(torch.autograd.Function):
 
 def _without_gradient(output: Tensor) -> Tensor:
     """Returns what a block gives, so that a gradient that comes to it is refused."""
-    found: Tensor = output
-    if output.is_floating_point():
-        found = _Refused.apply(output, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
-    return found
+    if not output.is_floating_point():
+        return output
+    # a second input that wants a gradient: autograd calls `backward` for it, although the output itself wants none
+    refused: Tensor = _Refused.apply(output, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+    return refused
 
 
 class ComingAgain(Coming):

@@ -5,7 +5,7 @@ Torch has no way to do this: the private names that it takes, and those that ten
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
@@ -68,10 +68,10 @@ OF_LISTS = {"torch.distributed.checkpoint.filesystem": "_StorageInfo", "torch.se
 
 @dataclass(frozen=True, eq=False)
 class Sharding:
-    """How modules are sharded together: what `fully_shard` was told, and what was set later."""
+    """How modules are sharded together: the arguments of `fully_shard`, and what was set later."""
 
     modules: tuple[nn.Module, ...]
-    told: dict[str, Any]
+    arguments: dict[str, Any]
     settings: dict[str, Any]
     prefetched: tuple[list[nn.Module], list[nn.Module]]  # before it in forwards, and in backwards
 
@@ -107,22 +107,23 @@ def take_off(module: nn.Module) -> list[Sharding]:
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         check_known(part)
-    found = dict.fromkeys(_state(part) for part in reversed(parts))
-    shardings = [_sharding(state) for state in found]
-    for state in found:
+    states = list(dict.fromkeys(_state(part) for part in reversed(parts)))
+    shardings = [_sharding(state) for state in states]
+    for state in states:
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
         for group in groups_of(state):
             for hooks in (group._module_to_pre_save_state_dict_hook_handle, group._module_to_pre_load_state_dict_hook_handle):
                 for hook in hooks.values():
                     hook.remove()
-            for own in group.fsdp_params:
-                own._post_load_hook_handle.remove()
+            for parameter in group.fsdp_params:
+                parameter._post_load_hook_handle.remove()
     for part in parts:
         for key, marks in bare(part)[1].items():
             if type(key) is str:
-                for own in (inspect.unwrap(fully_shard), fully_shard.__name__):  # other marks may stand beside it
-                    marks.pop(own, None)
+                # torch refuses to shard a module again that bears its mark; other marks may stand beside it
+                for mark in (inspect.unwrap(fully_shard), fully_shard.__name__):
+                    marks.pop(mark, None)
                 vars(part)[key] = marks
         _states_of_modules().pop(part, None)
     return shardings
@@ -136,45 +137,36 @@ def put_on(module: nn.Module, shardings: list[Sharding], shards: Mapping[nn.Para
         shardings: What `take_off` has returned.
         shards: The shards that come instead of parameters, as they lie from now on; others stay whole.
     """
-    places = [(part, name, own) for part in module.modules() for name, own in part._parameters.items() if own is not None]
-    sizes = {own: nn.Parameter(torch.empty_like(own, device="meta"), own.requires_grad) for own in shards}
-    placed = {sizes[own]: _beyond_first(shard) for own, shard in shards.items()}
-    for part, name, own in places:
-        part._parameters[name] = sizes.get(own, own)
-    _put_on(module, shardings, {own for _, _, own in places if own not in shards}, placed.get)
-    for part, name, own in places:
-        part._parameters[name] = shards.get(own, own)
-    for part in module.modules():
-        for group in groups_of(_state(part)) if isinstance(part, FSDPModule) else ():
-            for held in group.fsdp_params:
-                held.reset_sharded_param()
-
-
-def _beyond_first(shard: nn.Parameter) -> Shard | None:
-    """Returns in which dimension a parameter is sharded, None for the first."""
-    return next((one for one in getattr(shard, "placements", ()) if isinstance(one, Shard) and one.dim), None)
-
-
-def _put_on(
-    module: nn.Module, shardings: list[Sharding], ignored: set[nn.Parameter], placed: Callable[[nn.Parameter], Shard | None]
-) -> None:
-    there, meshes = set(module.modules()), [sharding.told["mesh"] for sharding in shardings if "mesh" in sharding.told]
+    places = [(part, name, full) for part in module.modules() for name, full in part._parameters.items() if full is not None]
+    # `fully_shard` divides parameters on meta, which takes no memory and sends nothing; shards come in their place below
+    sizes = {full: nn.Parameter(torch.empty_like(full, device="meta"), full.requires_grad) for full in shards}
+    dimensions = dict[nn.Parameter, Shard | None]()  # in which each is divided; None for the first
+    for full, shard in shards.items():
+        beyond_first = (own for own in getattr(shard, "placements", ()) if isinstance(own, Shard) and own.dim)
+        dimensions[sizes[full]] = next(beyond_first, None)
+    for part, name, full in places:
+        part._parameters[name] = sizes.get(full, full)
+    ignored, parts = {full for *_, full in places if full not in shards}, set(module.modules())
+    meshes = [sharding.arguments["mesh"] for sharding in shardings if "mesh" in sharding.arguments]
     for sharding in shardings:
-        modules = [part for part in sharding.modules if part in there]
+        modules = [part for part in sharding.modules if part in parts]
         if modules:
-            told = {"mesh": meshes[0]} | sharding.told
-            fully_shard(modules if len(modules) > 1 else modules[0], **told, ignored_params=ignored, shard_placement_fn=placed)
+            arguments = {"mesh": meshes[0], "ignored_params": ignored, "shard_placement_fn": dimensions.get} | sharding.arguments
+            fully_shard(modules if len(modules) > 1 else modules[0], **arguments)
             for group in groups_of(_state(modules[0])):
                 vars(group).update(sharding.settings)
     for sharding in shardings:
-        for part in (part for part in sharding.modules if isinstance(part, FSDPModule)):
-            forward, backward = map(_sharded, sharding.prefetched)
-            part.set_modules_to_forward_prefetch(forward)
-            part.set_modules_to_backward_prefetch(backward)
-
-
-def _sharded(modules: list[nn.Module]) -> list[FSDPModule]:
-    return [one for one in modules if isinstance(one, FSDPModule)]
+        forward, backward = ([part for part in ahead if isinstance(part, FSDPModule)] for ahead in sharding.prefetched)
+        for part in sharding.modules:
+            if isinstance(part, FSDPModule):
+                part.set_modules_to_forward_prefetch(forward)
+                part.set_modules_to_backward_prefetch(backward)
+    for part, name, full in places:
+        part._parameters[name] = shards.get(full, full)
+    for part in module.modules():
+        for group in groups_of(_state(part)) if isinstance(part, FSDPModule) else ():
+            for parameter in group.fsdp_params:
+                parameter.reset_sharded_param()  # by which FSDP notes that its shard is another tensor now
 
 
 def _state(part: Any) -> Any:  # noqa: ANN401
@@ -185,8 +177,8 @@ def groups_of(state: Any) -> list[Any]:  # noqa: ANN401
     """Returns the groups of parameters that a module shards together, of which torch 2.10 has one at most."""
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
-    one = getattr(state, "_fsdp_param_group", None)
-    return [] if one is None else [one]
+    group = getattr(state, "_fsdp_param_group", None)
+    return [] if group is None else [group]
 
 
 def _sharding(state: Any) -> Sharding:  # noqa: ANN401
@@ -195,19 +187,24 @@ def _sharding(state: Any) -> Sharding:  # noqa: ANN401
             f"model: parameters of {class_of(state._modules[0]).__name__} are sharded over several meshes, which cannot be put "
             "back once shapes have changed: shard them over one"
         )
-    told: dict[str, Any] = {"mp_policy": state._mp_policy}
+    arguments: dict[str, Any] = {"mp_policy": state._mp_policy}
     settings: dict[str, Any] = {}
     for group in groups_of(state):
         after = group.post_forward_mesh_info
-        again: bool | int = after is not None
-        if after is not None and after.mesh is not group.mesh_info.mesh:
-            again = after.shard_mesh_size
-        told |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy}
-        told |= {"reshard_after_forward": None if state._auto_reshard_after_forward else again}
+        reshard: bool | int | None = after is not None
+        if state._auto_reshard_after_forward:
+            reshard = None
+        elif after is not None and after.mesh is not group.mesh_info.mesh:
+            reshard = after.shard_mesh_size
+        arguments |= {
+            "mesh": group.mesh_info.mesh,
+            "offload_policy": group.offload_policy,
+            "reshard_after_forward": reshard,
+        }
         settings = {name: getattr(group, name) for name in (*SETTINGS, *NEWER_SETTINGS) if hasattr(group, name)}
-    forward, backward = state._states_to_forward_prefetch, state._states_to_backward_prefetch
-    ahead = [part for one in forward for part in one._modules], [part for one in backward for part in one._modules]
-    return Sharding(state._modules, told, settings, ahead)
+    ahead = state._states_to_forward_prefetch, state._states_to_backward_prefetch
+    forward, backward = ([part for other in states for part in other._modules] for states in ahead)
+    return Sharding(state._modules, arguments, settings, (forward, backward))
 
 
 def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
@@ -226,7 +223,8 @@ def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
         missing += [] if hasattr(state, "_fsdp_param_group") or hasattr(state, "_fsdp_param_groups") else ["_fsdp_param_groups"]
         for group in groups_of(state):
             missing += [name for name in OF_GROUP if not hasattr(group, name)]
-            missing += [name for own in getattr(group, "fsdp_params", ()) for name in OF_PARAMETER if not hasattr(own, name)]
+            for parameter in getattr(group, "fsdp_params", ()):
+                missing += [name for name in OF_PARAMETER if not hasattr(parameter, name)]
     if not hasattr(_states_of_modules(), "pop"):
         missing.append(f"{MODULE}._module_state_mapping")
     _refuse(
@@ -239,10 +237,9 @@ def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
 
 def of_lists() -> dict[str, dict[str, Any]]:
     """Returns what `OF_LISTS` names; refuses a torch that lacks it."""
-    found = {where: {name: vars(import_module(where)).get(name)} for where, name in OF_LISTS.items()}
-    missing = [f"{where}.{name}" for where, named in found.items() for name, one in named.items() if one is None]
-    _refuse(missing, "it", "read a folder of shards")
-    return found
+    parts = {(module, name): vars(import_module(module)).get(name) for module, name in OF_LISTS.items()}
+    _refuse([".".join(names) for names, part in parts.items() if part is None], "it", "read a folder of shards")
+    return {module: {name: part} for (module, name), part in parts.items()}
 
 
 def tensor_of(kind: type[Tensor], size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401
@@ -252,14 +249,14 @@ def tensor_of(kind: type[Tensor], size: Sequence[int], dtype: torch.dtype, devic
 
 def as_plain() -> AbstractContextManager[None]:
     """Has torch treat tensors of classes of their own as plain ones, but for what computes with them."""
-    found: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
-    return found
+    disabled: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    return disabled
 
 
 def _refuse(missing: Iterable[str], what: str, why: str, instead: str = "") -> None:
     if named := ", ".join(dict.fromkeys(missing)):
-        told = f"torch {torch.__version__}: {what} lacks {named}, which billhook needs to {why}"
-        raise RuntimeError(f"{told}: install {supported('torch')}, another release{instead}")
+        needed = f"torch {torch.__version__}: {what} lacks {named}, which billhook needs to {why}"
+        raise RuntimeError(f"{needed}: install {supported('torch')}, another release{instead}")
 
 
 def _states_of_modules() -> Any:  # noqa: ANN401

@@ -34,12 +34,12 @@ class LazyTensors(Mapping[str, Tensor]):
     @classmethod
     def of(cls, values: Mapping[str, Tensor]) -> Self:
         """Returns values that are read when they are asked for as they are, and others, which are in memory, as such."""
-        return values if isinstance(values, cls) else cls({name: partial(_held, one) for name, one in values.items()}, None)
+        return values if isinstance(values, cls) else cls({name: partial(_held, value) for name, value in values.items()}, None)
 
     @property
     def key(self) -> str:
         """The words and hashes that tell these values from all others."""
-        hashes = (part if isinstance(part, str) else fingerprint({n: part[n]() for n in sorted(part)}) for part in self._parts)
+        hashes = (part if isinstance(part, str) else fingerprint({n: part[n]() for n in part}) for part in self._parts)
         return " ".join(filter(None, hashes))
 
     def __getitem__(self, name: str) -> Tensor:
@@ -71,7 +71,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def renamed(self, name: Callable[[str], str]) -> "LazyTensors":
         """Returns the same values under other names; nothing is read."""
-        return LazyTensors({name(own): read for own, read in self.reads.items()}, parts=self._parts)
+        return LazyTensors({name(before): read for before, read in self.reads.items()}, parts=self._parts)
 
     def without(self, names: Collection[str]) -> "LazyTensors":
         """Returns the values of other parameters; nothing is read."""

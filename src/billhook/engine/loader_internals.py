@@ -36,15 +36,16 @@ def is_joined_unevenly(model: PreTrainedModel) -> bool:
         from transformers.core_model_loading import Chunk
 
     conversions = getattr(model, "_weight_conversions", None) or _conversions(model)
-    names = model.state_dict(keep_vars=True)
-    for one in conversions:
-        parts = defaultdict[str, set[torch.Size]](set)
-        if any(isinstance(operation, Chunk) for operation in getattr(one, "operations", ())):
-            for name, tensor in names.items():
-                for part in one.target_patterns:
-                    if part in name:
-                        parts[name.replace(part, "")].add(tensor.shape)
-        if any(len(sizes) > 1 for sizes in parts.values()):
+    state = model.state_dict(keep_vars=True)
+    for conversion in conversions:
+        if not any(isinstance(operation, Chunk) for operation in getattr(conversion, "operations", ())):
+            continue
+        shapes = defaultdict[str, set[torch.Size]](set)  # of the tensors that are joined, by what their names have in common
+        for name, tensor in state.items():
+            for part in conversion.target_patterns:
+                if part in name:
+                    shapes[name.replace(part, "")].add(tensor.shape)
+        if any(len(joined) > 1 for joined in shapes.values()):
             return True
     return False
 
@@ -52,20 +53,21 @@ def is_joined_unevenly(model: PreTrainedModel) -> bool:
 def made_by_class(model: PreTrainedModel, read: Iterable[str]) -> set[str]:
     """Names the parameters that files may lack, as the class makes them, such as sinusoidal positions; none that is `read`."""
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    own = dict(model.named_parameters())
-    there = {id(own[name]) for name in read if name in own}
-    return {name for name, one in own.items() if id(one) not in there and any(pattern.search(name) for pattern in patterns)}
+    parameters = dict(model.named_parameters())
+    in_files = {parameters[name] for name in read if name in parameters}
+    missing = [name for name, parameter in parameters.items() if parameter not in in_files]
+    return {name for name in missing if any(pattern.search(name) for pattern in patterns)}
 
 
 def initialize_buffers(model: PreTrainedModel, parameters: Container[str] = ()) -> None:
     """Makes the buffers of a model on meta as its class does, and some parameters, on the CPU; nothing else gets values."""
-    made = {id(parameter) for name, parameter in model.named_parameters() if name in parameters}
+    made = {parameter for name, parameter in model.named_parameters() if name in parameters}
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
         for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in made:
+            if parameter is not None and parameter in made:
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
             elif parameter is not None:
                 setattr(parameter, LOADED, True)
@@ -82,16 +84,16 @@ def named_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping, state = _conversions(model), model.state_dict()
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    found = {}
+    renamings = [conversion for conversion in mapping if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in mapping if isinstance(conversion, WeightConverter)]
+    parameters = {}
     for key in keys:
-        for names in ((renamings, converters), ([], [])):
-            renamed, _ = rename_source_key(key, *names, model.base_model_prefix, state)
-            if renamed in state:
-                found[key] = renamed
+        for conversions in ((renamings, converters), ([], [])):  # files may also have the names of the model already
+            name, _ = rename_source_key(key, *conversions, model.base_model_prefix, state)
+            if name in state:
+                parameters[key] = name
                 break
-    return found
+    return parameters
 
 
 def load_some(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
@@ -130,8 +132,8 @@ def as_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str
     with needing("transformers", LOADER):
         from transformers.core_model_loading import revert_weight_conversion
 
-    found: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
-    return found
+    tensors: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    return tensors
 
 
 def save_state(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None, **options: Any) -> None:  # noqa: ANN401

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,35 +23,38 @@ from billhook.versions import versions
 def fingerprint(*values: object) -> str:
     """Returns a hash of values and of what they hold: two differ if a tensor has another dtype, shape, name or byte.
 
-    Tensors on the meta device have no bytes to tell. What is neither a tensor nor a collection goes by its `repr`.
+    Tensors on the meta device have no bytes to tell. Mappings and sets count in any order. What is neither a tensor, an array nor
+    a collection goes by its `repr`.
 
     >>> fingerprint({"ids": torch.zeros(2, 3)}) == fingerprint({"ids": torch.zeros(3, 2)})
     False
     """
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
 
     def add(value: object) -> None:
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
         if isinstance(value, Tensor):
-            found.update(f"tensor {value.dtype} {list(value.shape)} ".encode())
+            digest.update(f"tensor {value.dtype} {list(value.shape)} ".encode())
             if not value.is_meta:
-                found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping):
-            found.update(f"mapping {len(value)} ".encode())
-            for key, part in value.items():
+            digest.update(f"mapping {len(value)} ".encode())
+            for key in sorted(value, key=str):
                 add(str(key))
-                add(part)
+                add(value[key])
         elif isinstance(value, set | frozenset):
             add(sorted(map(repr, value)))
         elif isinstance(value, list | tuple):
-            found.update(f"list {len(value)} ".encode())
+            digest.update(f"list {len(value)} ".encode())
             for part in value:
                 add(part)
         else:
-            told = repr(value).encode()
-            found.update(f"{type(value).__name__} {len(told)} ".encode() + told)
+            text = repr(value).encode()
+            digest.update(f"{type(value).__name__} {len(text)} ".encode() + text)
 
     add(values)
-    return found.hexdigest()
+    return digest.hexdigest()
 
 
 UNIMPORTANT = ("_name_or_path", "transformers_version", "architectures")
@@ -107,13 +111,13 @@ class Parts:
             self._claim = Claim(self._out)
         self._check_own()
         self.step, self._key = self.step + 1, key
-        found: Any = None
+        record: Any = None
         with suppress(OSError, ValueError):
-            found = json.loads((self._place / RECORD).read_text())
-        if not isinstance(found, dict) or found.get("key") != key:
+            record = json.loads((self._place / RECORD).read_text())
+        if not isinstance(record, dict) or record.get("key") != key:
             self._remove_steps(self.step)
-            found = {"done": {}}
-        self._done = dict(found["done"])
+            record = {"done": {}}
+        self._done = dict(record["done"])
         return dict(self._done)
 
     def path(self, name: str) -> Path:
@@ -195,8 +199,8 @@ def put(draft: Path, target: Path) -> None:
 def tensor_in(path: Path, key: str) -> Tensor:
     """Reads one tensor of the file of a block."""
     with safe_open(path, "pt", backend="pread") as opened:
-        found: Tensor = opened.get_tensor(key)
-    return found
+        tensor: Tensor = opened.get_tensor(key)
+    return tensor
 
 
 def link(path: Path, target: Path) -> None:

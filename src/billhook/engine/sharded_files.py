@@ -29,9 +29,9 @@ class Unread(Tensor):
     @staticmethod
     def of(size: Sequence[int], dtype: torch.dtype, read: Callable[[], Tensor], device: torch.device | None = None) -> "Unread":
         """Makes one that counts as on a device, by default the CPU, where it is put as soon as it has been read."""
-        own: Unread = tensor_of(Unread, size, dtype, device or torch.device("cpu"))
-        own.read = read
-        return own
+        unread: Unread = tensor_of(Unread, size, dtype, device or torch.device("cpu"))
+        unread.read = read
+        return unread
 
     def on(self, device: torch.device) -> "Unread":
         """Returns the same, for another device."""
@@ -45,7 +45,7 @@ class Unread(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # noqa: ANN401
         """Computes with what is read."""
-        plain, named = tree_map_only(Unread, lambda one: one.read().to(one.device), (args, kwargs or {}))
+        plain, named = tree_map_only(Unread, lambda unread: unread.read().to(unread.device), (args, kwargs or {}))
         return func(*plain, **named)
 
 
@@ -80,11 +80,11 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         RuntimeError: If this torch lacks what such a list is made of.
     """
     reader = _Reader(folder)
-    held = {name: one for name, one in reader.listed.state_dict_metadata.items() if name.startswith(f"{TENSORS}.")}
-    _check(folder, reader.listed, held)
+    listed = {name: entry for name, entry in reader.listed.state_dict_metadata.items() if name.startswith(f"{TENSORS}.")}
+    _check(folder, reader.listed, listed)
     tensors = {
-        name.removeprefix(f"{TENSORS}."): Unread.of(one.size, one.properties.dtype, partial(_read, reader, name))
-        for name, one in held.items()
+        name.removeprefix(f"{TENSORS}."): Unread.of(entry.size, entry.properties.dtype, partial(_read, reader, name))
+        for name, entry in listed.items()
     }
     return described(folder) | {TENSORS: tensors}
 
@@ -100,27 +100,27 @@ def write_sharded(folder: Path, checkpoint: Mapping[str, Any], first: bool) -> N
     folder.mkdir(parents=True, exist_ok=True)
     save({TENSORS: checkpoint[TENSORS]}, checkpoint_id=folder)
     if first:
-        torch.save({key: one for key, one in checkpoint.items() if key != TENSORS}, folder / DESCRIBED)
+        torch.save({key: value for key, value in checkpoint.items() if key != TENSORS}, folder / DESCRIBED)
 
 
 def _read(reader: "_Reader", name: str) -> Tensor:
     """Puts a tensor together."""
-    held: Any = reader.listed.state_dict_metadata[name]
-    found = torch.empty(held.size, dtype=held.properties.dtype, device="cpu")
+    entry: Any = reader.listed.state_dict_metadata[name]
+    tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
-        load({name: found}, storage_reader=reader, no_dist=True)
-    return found
+        load({name: tensor}, storage_reader=reader, no_dist=True)
+    return tensor
 
 
-def _check(folder: Path, listed: metadata.Metadata, held: Mapping[str, Any]) -> None:
-    if odd := next((name for name, one in held.items() if not isinstance(one, metadata.TensorStorageMetadata)), None):
+def _check(folder: Path, listed: metadata.Metadata, tensors: Mapping[str, Any]) -> None:
+    if odd := next((name for name, entry in tensors.items() if not isinstance(entry, metadata.TensorStorageMetadata)), None):
         raise ValueError(f"'{folder}' lists {odd[:80]}, which is no tensor")
-    for one in (listed.storage_data or {}).values():
-        if Path(one.relative_path).name != one.relative_path:
-            raise ValueError(f"'{folder}' lists a file elsewhere: {one.relative_path[:80]}")
+    for entry in (listed.storage_data or {}).values():
+        if Path(entry.relative_path).name != entry.relative_path:
+            raise ValueError(f"'{folder}' lists a file elsewhere: {entry.relative_path[:80]}")
     there = sum(file.stat().st_size for file in folder.glob("*.distcp"))
-    said = sum(prod(one.size) * one.properties.dtype.itemsize for one in held.values())
+    said = sum(prod(entry.size) * entry.properties.dtype.itemsize for entry in tensors.values())
     if said > there:
         raise ValueError(f"'{folder}' lists {said} bytes of weights, and its files have {there}")
 
@@ -151,8 +151,8 @@ class _Plain(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
         """Returns what the list is made of; refuses all else."""
-        found = (PLAIN | of_lists()).get(module, {}).get(name)
-        known = module != metadata.__name__ or (isinstance(found, type) and found.__module__ == module)
-        if found is None or not known:
+        part = (PLAIN | of_lists()).get(module, {}).get(name)
+        known = module != metadata.__name__ or (isinstance(part, type) and part.__module__ == module)
+        if part is None or not known:
             raise pickle.UnpicklingError(f"it names {module}.{name}"[:160])
-        return found
+        return part

@@ -22,9 +22,9 @@ Place = tuple[nn.Module, str]
 def places_of(module: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
     """Yields all parameters of a module, those that are tied at each of their places."""
     for part in module.modules():
-        for name, own in part._parameters.items():
-            if own is not None:
-                yield (part, name), own
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                yield (part, name), parameter
 
 
 def without_memory(shard: DTensor) -> nn.Parameter:
@@ -62,8 +62,8 @@ def is_sharded(module: nn.Module) -> bool:
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """Shards a model over a mesh: its blocks, and as one what is around them."""
-    for one in (*blocks, model):
-        fully_shard(one, mesh=mesh)
+    for module in (*blocks, model):
+        fully_shard(module, mesh=mesh)
 
 
 def reshard(module: nn.Module) -> None:
@@ -97,7 +97,7 @@ def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Lies:
+class Layout:
     """How a parameter lies on ranks: sharded in which dimension over which of them, and on which device."""
 
     mesh: DeviceMesh
@@ -109,11 +109,11 @@ class Lies:
         """Returns how a sharded parameter lies."""
         return cls(shard.device_mesh, shard.placements, shard.device)
 
-    def joined(self, own: Tensor, shape: torch.Size) -> Tensor:
+    def joined(self, local: Tensor, shape: torch.Size) -> Tensor:
         """Makes a sharded tensor of what each rank has of one of this shape; nothing is sent."""
         stride = torch.empty(shape, device="meta").stride()
-        own = own.contiguous()
-        return DTensor.from_local(own, self.mesh, self.placements, run_check=False, shape=shape, stride=stride).to(self.device)
+        local = local.contiguous()
+        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride).to(self.device)
 
     def shards(self, parameter: nn.Parameter, first: bool = False) -> nn.Parameter:
         """Shards a whole parameter, and its gradient; in the first dimension where it has no other, or not one to share evenly.
@@ -123,9 +123,9 @@ class Lies:
             first: Whether the first rank's values count, which are sent; otherwise all ranks have the same.
         """
         sizes = zip(self.placements, self.mesh.shape, strict=True)
-        shared = [(one.dim, size) for one, size in sizes if isinstance(one, Shard)]
+        shared = [(placement.dim, size) for placement, size in sizes if isinstance(placement, Shard)]
         uneven = any(dim >= parameter.ndim or parameter.shape[dim] % size for dim, size in shared)
-        placed = [Shard(0) if uneven and isinstance(one, Shard) else one for one in self.placements]
+        placed = [Shard(0) if uneven and isinstance(placement, Shard) else placement for placement in self.placements]
         divide = partial(distribute_tensor, device_mesh=self.mesh, placements=placed, src_data_rank=0 if first else None)
         shard = nn.Parameter(divide(parameter.detach()).to(self.device), parameter.requires_grad)
         if parameter.grad is not None:
@@ -146,7 +146,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
     parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
         check_known(part, reshapes=False)
-    dtype = next((own for own in map(precision_of, parts) if own is not None), None)
+    dtype = next((dtype for dtype in map(precision_of, parts) if dtype is not None), None)
     device = next((shard.device_mesh.device_type for shard in module.parameters() if isinstance(shard, DTensor)), "cpu")
     kept = {part: bare(part) for part in parts}
     try:
@@ -179,7 +179,7 @@ def _unhooked(module: nn.Module) -> Iterator[None]:
 
 def gathered(module: nn.Module, but: Iterable[nn.Module] = ()) -> AbstractContextManager[None]:
     """Puts whole parameters instead of shards into a module and those within, except some; what is done to them is lost."""
-    out = {part for one in but for part in one.modules()}
+    out = {part for module in but for part in module.modules()}
     return _replaced([part for part in module.modules() if part not in out], whole)
 
 
@@ -193,15 +193,14 @@ def sizes_only(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _replaced(parts: Iterable[nn.Module], new: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Puts other parameters instead of shards; those that are tied stay tied."""
-    owned = [(part, name, own) for part in parts for name, own in part._parameters.items() if own is not None]
-    held = [(part, name, own) for part, name, own in owned if isinstance(own, DTensor)]
+    sharded = [(part, name, shard) for part in parts for name, shard in part._parameters.items() if isinstance(shard, DTensor)]
     others: dict[nn.Parameter, nn.Parameter] = {}
     try:
-        for part, name, own in held:
-            if own not in others:
-                others[own] = nn.Parameter(new(own.detach()), own.requires_grad)
-            part._parameters[name] = others[own]
+        for part, name, shard in sharded:
+            if shard not in others:
+                others[shard] = nn.Parameter(new(shard.detach()), shard.requires_grad)
+            part._parameters[name] = others[shard]
         yield
     finally:
-        for part, name, own in held:
-            part._parameters[name] = own
+        for part, name, shard in sharded:
+            part._parameters[name] = shard

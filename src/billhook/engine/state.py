@@ -31,8 +31,8 @@ class Noise:
     @contextmanager
     def drawn(self, device: torch.device, step: int, rank: int) -> Iterator[None]:
         """Has torch draw from the numbers of a step within the block, on the CPU and this device."""
-        own = int.from_bytes(hashlib.blake2b(f"{self.draw()} {step} {rank}".encode(), digest_size=7).digest(), "big")
-        with seeded(own, device):
+        seed = int.from_bytes(hashlib.blake2b(f"{self.draw()} {step} {rank}".encode(), digest_size=7).digest(), "big")
+        with seeded(seed, device):
             yield
 
     def state_dict(self) -> dict[str, int]:
@@ -126,7 +126,7 @@ OPEN = "_overridden"
 class _Block:
     """The attributes that a block gives, and those that were there before."""
 
-    given: dict[str, Any]
+    attributes: dict[str, Any]
     before: dict[str, Any]
 
 
@@ -145,22 +145,22 @@ def overridden(owner: object, **attributes: object) -> Iterator[None]:
     >>> model(3)
     3
     """
-    own = vars(owner)
-    blocks: list[_Block] = own.setdefault(OPEN, [])
-    mine = _Block(attributes, {name: own[name] for name in attributes if name in own})
+    fields = vars(owner)
+    blocks: list[_Block] = fields.setdefault(OPEN, [])
+    mine = _Block(attributes, {name: fields[name] for name in attributes if name in fields})
     blocks.append(mine)
-    own.update(attributes)
+    fields.update(attributes)
     try:
         yield
     finally:
         later = blocks[blocks.index(mine) + 1 :]
         for name in attributes:
-            inner = next((block.before for block in later if name in block.given), own)
+            inner = next((block.before for block in later if name in block.attributes), fields)
             inner.pop(name, None)
             inner.update({name: mine.before[name]} if name in mine.before else {})
         blocks.remove(mine)
         if not blocks:
-            del own[OPEN]
+            del fields[OPEN]
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
 
     Values that lie elsewhere come to where the parameters are.
     """
-    pairs = [(module.get_parameter(name), value) for module, own in new.items() for name, value in own.items()]
+    pairs = [(module.get_parameter(name), value) for module, values in new.items() for name, value in values.items()]
     old = [parameter.data for parameter, _ in pairs]
     with fresh_casts():
         try:
@@ -245,12 +245,12 @@ def _set_precision(old: str, cuda: str, mkldnn: str) -> None:
 @contextmanager
 def precisely() -> Iterator[None]:
     """Computes products in full precision until the end of a `with` block, whatever the run has set."""
-    own = Ambient.now()
+    before = Ambient.now()
     Ambient().restore()
     try:
         yield
     finally:
-        own.restore()
+        before.restore()
 
 
 @contextmanager

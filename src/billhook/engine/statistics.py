@@ -21,10 +21,10 @@ def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
 
     Sums may lie in a file: some rows of them are in memory at a time.
     """
-    whole = torch.empty(min(ROWS, len(sums)), sums.shape[1], dtype=left.dtype, device=left.device)
+    buffer = torch.empty(min(ROWS, len(sums)), sums.shape[1], dtype=left.dtype, device=left.device)
     for first in range(0, len(sums), ROWS):
         rows = sums[first : first + ROWS]
-        product = whole[: len(rows)]
+        product = buffer[: len(rows)]
         for some, others in zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True):
             torch.mm(some[:, first : first + ROWS].t(), others, out=product)  # given where to, autocast leaves it in float32
             rows += product.to(rows.device)  # one sum first: some kernels round after each token

@@ -5,6 +5,7 @@ parameters beside the model (`stage`). Whether blocks are in memory, come from f
 store knows: `store_of(model)` finds it.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
@@ -50,6 +51,7 @@ class BlockStore(ABC):
     trains: ClassVar[bool] = True
     in_files: ClassVar[bool] = False
     on_ranks: ClassVar[bool] = False
+    kept: ClassVar[tuple[str, ...]] = ()  # the attributes that say where blocks come from, which `way_back` restores
     keeps_shapes = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -60,6 +62,8 @@ class BlockStore(ABC):
         self.device: torch.device | None = None
         self.rests: str | None = None
         self.reused = 0
+        self._alterations: dict[nn.Module, list[Alter]] = {}  # what is done to each block whenever it comes
+        self._changed = False  # whether the block that is here goes back to where it comes from
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockStore":
         """Returns one without blocks: a copy of the model, as on meta, has neither files nor shards."""
@@ -67,6 +71,12 @@ class BlockStore(ABC):
         memo[id(self)] = idle
         idle.blocks, idle.owner, idle.names, idle.device = {}, {}, {}, None
         return idle
+
+    def _index(self, root: nn.Module, blocks: Iterable[nn.Module]) -> None:
+        """Has some blocks of a module come and go, under the names that they have there now."""
+        self.names = {module: name for name, module in root.named_modules()}
+        self.blocks = {self.names[block]: block for block in blocks}
+        self.owner = {module: block for block in self.blocks.values() for module in block.modules()}
 
     @property
     def alike(self) -> bool:
@@ -118,20 +128,36 @@ class BlockStore(ABC):
 
     def is_altered(self, block: nn.Module) -> bool:
         """Tells whether values of a block are altered whenever it comes."""
-        del block
-        return False
+        return bool(self._alterations.get(block))
 
-    @abstractmethod
-    def altered(self, alter: Alter) -> AbstractContextManager[None]:
+    @contextmanager
+    def altered(self, alter: Alter) -> Iterator[None]:
         """Has values of blocks altered whenever they come, within; one that changes and goes stays as that is."""
+        self.release()
+        before = self._alterations
+        self._alterations = {block: [*before.get(block, ()), alter] for block in self.blocks.values()}
+        try:
+            yield
+        finally:
+            self._alterations = before
+            self._changed = False  # the block that is still here was altered for this while alone
+            self.release()
 
-    @abstractmethod
     def follow(self) -> None:
         """Follows the model, which has lost blocks."""
+        self.release()
 
-    @abstractmethod
     def way_back(self) -> Callable[[], None]:
-        """Returns what has blocks come as they do now."""
+        """Returns what has blocks come as they do now, once the model has the parameters again that it has now."""
+        self.release()
+        state = {name: copy.copy(vars(self)[name]) for name in self.kept}
+
+        def back() -> None:
+            self._changed = False
+            self.release()
+            vars(self).update({name: copy.copy(value) for name, value in state.items()})
+
+        return back
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -177,9 +203,9 @@ class BlockStore(ABC):
         del block, sizes
         return False
 
-    def watched(self, told: Callable[[int, int], None]) -> AbstractContextManager[None]:
-        """Tells, within, how many blocks have come and gone since the last step began, and of how many."""
-        del told
+    def watched(self, report: Callable[[int, int], None]) -> AbstractContextManager[None]:
+        """Reports, within, how many blocks have come and gone since the last step began, and of how many."""
+        del report
         return nullcontext()
 
     def known(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
@@ -203,7 +229,7 @@ class BlockStore(ABC):
         del block, note, device
         return LazyTensors.of(values)
 
-    def held(self, parameter: nn.Parameter) -> nn.Parameter:
+    def holder(self, parameter: nn.Parameter) -> nn.Parameter:
         """Returns what holds the values of a parameter: itself, or where ranks share it and it is not here, its shards."""
         return parameter
 
@@ -215,14 +241,14 @@ class BlockStore(ABC):
             yield
 
     @abstractmethod
-    def write(self, folder: Path, turned: Collection[str] = ()) -> None:
+    def write(self, folder: Path, transposed: Collection[str] = ()) -> None:
         """Writes config and weights of a Hugging Face model into a folder, as `save_pretrained` does.
 
         Weights are written, too, that the class leaves out because it makes them: they may be others, or smaller.
 
         Args:
             folder: The folder.
-            turned: The names of weights that are written transposed.
+            transposed: The names of weights that are written transposed.
         """
 
     def settle(self, folder: Path) -> None:
@@ -238,16 +264,14 @@ class MemoryStore(BlockStore):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.here: nn.Module | None = None
-        self._changed = False
+        self.loaded: nn.Module | None = None
 
     @contextmanager
     def on(self, device: torch.device, blocks: Sequence[nn.Module]) -> Iterator[None]:
         """Has blocks compute on a device, within; see `BlockStore.on`."""
         with closing(Copies(device, blocks)) as self._copies, ExitStack() as stack:
-            self.device, self.names = device, {module: name for name, module in self.model.named_modules()}
-            self.blocks = {self.names[block]: block for block in blocks}
-            self.owner = {part: block for block in blocks for part in block.modules()}
+            self.device = device
+            self._index(self.model, blocks)
             stack.callback(self._off)
             stack.enter_context(overridden(self.model, **{STORE: self}))
             for block in blocks:
@@ -261,24 +285,24 @@ class MemoryStore(BlockStore):
     def load(self, module: nn.Module) -> nn.Module | None:
         """Has copies of the block of a module on the device; None where it stays with the others."""
         block = self.owner.get(module)
-        if block is not None and block is not self.here:
+        if block is not None and block is not self.loaded:
             self.release()
             self._copies.enter(block)
-            self.here = block
+            self.loaded = block
         return block
 
     def release(self) -> None:
         """Has no block on the device; values that have changed there go home."""
-        if self.here is not None:
+        if self.loaded is not None:
             if self._changed:
                 self._copies.keep()
             self._copies.leave()
-            self.here, self._changed = None, False
+            self.loaded, self._changed = None, False
 
     def change(self, block: nn.Module, note: object = None) -> None:
         """Has what has changed on the device go home with the block; elsewhere it stays where it is."""
         del note
-        self._changed |= block is self.here
+        self._changed |= block is self.loaded
 
     @contextmanager
     def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -293,7 +317,7 @@ class MemoryStore(BlockStore):
     def _renew(self) -> None:
         if self.device is not None:
             self.release()
-            self._copies.forget()
+            self._copies.ahead.forget()
 
     def stage(
         self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
@@ -309,21 +333,15 @@ class MemoryStore(BlockStore):
         del alter
         return nullcontext()
 
-    def follow(self) -> None:
-        """Does nothing: there is no block to follow."""
-
-    def way_back(self) -> Callable[[], None]:
-        """Returns what does nothing: surgery puts parameters back."""
-        return lambda: None
-
-    def write(self, folder: Path, turned: Collection[str] = ()) -> None:
+    def write(self, folder: Path, transposed: Collection[str] = ()) -> None:
         """Writes config and weights of a Hugging Face model; see `BlockStore.write`."""
-        save_state(cast(PreTrainedModel, self.model), folder, turned_in(self.model.state_dict(), turned) if turned else None)
+        state = with_transposed(self.model.state_dict(), transposed) if transposed else None
+        save_state(cast(PreTrainedModel, self.model), folder, state)
 
 
-def turned_in(tensors: Mapping[str, Tensor], turned: Collection[str]) -> dict[str, Tensor]:
+def with_transposed(tensors: Mapping[str, Tensor], transposed: Collection[str]) -> dict[str, Tensor]:
     """Returns tensors by name, some of them transposed."""
-    return {name: one.T.contiguous() if name in turned else one for name, one in tensors.items()}
+    return {name: tensor.T.contiguous() if name in transposed else tensor for name, tensor in tensors.items()}
 
 
 def store_of(model: nn.Module) -> BlockStore:
@@ -332,9 +350,9 @@ def store_of(model: nn.Module) -> BlockStore:
 
 
 def _opened(module: nn.Module) -> BlockStore | None:
-    own = vars(module).get(STORE)
-    if isinstance(own, BlockStore) and own.is_open:
-        return own
+    store = vars(module).get(STORE)
+    if isinstance(store, BlockStore) and store.is_open:
+        return store
     if isinstance(module, PreTrainedModel):
         return None
-    return next((store for child in module.children() if (store := _opened(child)) is not None), None)
+    return next(filter(None, map(_opened, module.children())), None)

@@ -1,6 +1,5 @@
 """The tensors in the safetensors files of a checkpoint: sizes are read from headers, values one at a time; nothing is mapped."""
 
-import copy
 import json
 import os
 from collections import defaultdict
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
+
+from billhook.engine.sharding import places_of
 
 
 class Source:
@@ -39,8 +40,8 @@ class Source:
         """Returns where a file lies on this machine; None if it does not."""
         if self.folder is not None:
             return self.folder / file if (self.folder / file).is_file() else None
-        found = try_to_load_from_cache(self.name, file, revision=self.commit)
-        return Path(found) if isinstance(found, str) else None
+        path = try_to_load_from_cache(self.name, file, revision=self.commit)
+        return Path(path) if isinstance(path, str) else None
 
     def fetch(self, file: str) -> Path:
         """Returns where a file lies, once it is here as a whole."""
@@ -56,8 +57,8 @@ class Source:
     def header(self, file: str) -> dict[str, tuple[str, list[int]]]:
         """Asks the hub for the dtype and the shape of each tensor in a file, by its first bytes."""
         with self._asked(file):
-            found = HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.commit).tensors
-        return {name: (one.dtype, one.shape) for name, one in found.items()}
+            tensors = HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.commit).tensors
+        return {name: (entry.dtype, entry.shape) for name, entry in tensors.items()}
 
     @contextmanager
     def _asked(self, file: str) -> Iterator[None]:
@@ -101,7 +102,7 @@ class Files:
         self._files = _files(self._source)
         self._names = dict[str, str]()  # the names in the files of those that are called otherwise
         self._paths = dict[str, Path]()
-        self.turned = frozenset[str]()  # the names of those that are read transposed
+        self.transposed = frozenset[str]()  # the names of those that are read transposed
         self._seen = dict[Path, tuple[int, int]]()
 
     @property
@@ -122,9 +123,9 @@ class Files:
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
-    def copy(self) -> "Files":
-        """Returns where everything is now."""
-        other = copy.copy(self)
+    def __copy__(self) -> "Files":
+        other = object.__new__(Files)
+        vars(other).update(vars(self))
         other._files, other._names = dict(self._files), dict(self._names)
         return other
 
@@ -133,55 +134,59 @@ class Files:
         for name in names:
             del self._files[name]
             self._names.pop(name, None)
-        self.turned -= {*names, *new}
+        self.transposed -= {*names, *new}
         self._files |= dict.fromkeys(new, str(path))
         self._paths[str(path)] = path
 
-    def rename(self, names: Mapping[str, str], gone: Collection[str]) -> None:
+    def rename(self, names: Mapping[str, str], removed: Collection[str]) -> None:
         """Calls tensors otherwise than the files do, and forgets those that are gone."""
-        own = {name: self._names.get(name, name) for name in self._files}
-        then = {name: names.get(name, name) for name in self._files if name not in gone}
+        in_file = {name: self._names.get(name, name) for name in self._files}
+        then = {name: names.get(name, name) for name in self._files if name not in removed}
         self._files = {new: self._files[name] for name, new in then.items()}
-        self._names = {new: own[name] for name, new in then.items() if own[name] != new}
-        self.turned = frozenset(new for name, new in then.items() if name in self.turned)
+        self._names = {new: in_file[name] for name, new in then.items() if in_file[name] != new}
+        self.transposed = frozenset(new for name, new in then.items() if name in self.transposed)
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns all tensors on the meta device; only headers are read."""
-        of, found = defaultdict[str, list[str]](list), dict[str, Tensor]()
+        by_file, sizes = defaultdict[str, list[str]](list), dict[str, Tensor]()
         for name, file in self._files.items():
-            of[file].append(name)
-        for file, names in of.items():
+            by_file[file].append(name)
+        for file, names in by_file.items():
             if self._here(file) is None:
                 with self._readable():
                     header = self._source.header(file)
-                    found |= {name: self._like(name, *header[self._names.get(name, name)]) for name in names}
+                    sizes |= {name: self._like(name, *header[self._names.get(name, name)]) for name in names}
             else:
                 with self._open(file) as opened, self._readable():
-                    slices = {name: opened.get_slice(self._names.get(name, name)) for name in names}
-                found |= {name: self._like(name, one.get_dtype(), one.get_shape()) for name, one in slices.items()}
-        return found
+                    for name in names:
+                        entry = opened.get_slice(self._names.get(name, name))
+                        sizes[name] = self._like(name, entry.get_dtype(), entry.get_shape())
+        return sizes
 
     @contextmanager
     def slices(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
         """Opens tensors, each of which `[...]` then reads."""
         with ExitStack() as stack:
-            opened = dict[str, Any]()
+            files, slices = dict[str, Any](), dict[str, Any]()
             for file in dict.fromkeys(self._files[name] for name in names):
-                opened[file] = stack.enter_context(self._open(file))
+                files[file] = stack.enter_context(self._open(file))
             with self._readable():
-                found = {name: opened[self._files[name]].get_slice(self._names.get(name, name)) for name in names}
-            whole = {name: one if all(one.get_shape()) else _empty(one) for name, one in found.items()}
-            yield whole | {name: whole[name][...].T.contiguous() for name in self.turned & whole.keys()}
+                for name in names:
+                    entry = files[self._files[name]].get_slice(self._names.get(name, name))
+                    slices[name] = entry if all(entry.get_shape()) else _empty(entry)  # safetensors reads none without elements
+                    if name in self.transposed:
+                        slices[name] = slices[name][...].T.contiguous()
+            yield slices
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         """Reads tensors as they are in the files."""
-        with self.slices(names) as found, self._readable():
-            return {name: one[...] for name, one in found.items()}
+        with self.slices(names) as slices, self._readable():
+            return {name: entry[...] for name, entry in slices.items()}
 
     def read_ahead(self, names: Collection[str]) -> None:
         """Has the system read tensors of files that are here into its pages, while this process goes on; Linux does."""
-        here = {file: path for file in {self._files[name] for name in names} if (path := self._here(file)) is not None}
-        for file, path in here.items() if hasattr(os, "posix_fadvise") else ():
+        paths = {file: path for file in {self._files[name] for name in names} if (path := self._here(file)) is not None}
+        for file, path in paths.items() if hasattr(os, "posix_fadvise") else ():
             with suppress(OSError, ValueError, KeyError), path.open("rb") as opened:
                 extents = _extents(opened)
                 for first, last in (extents[self._names.get(name, name)] for name in names if self._files[name] == file):
@@ -190,17 +195,18 @@ class Files:
 
     def rows(self, name: str, elements: int) -> Iterator[Tensor]:
         """Reads a tensor a few rows at a time, so many elements at once; a slice of safetensors reads it as a whole each time."""
-        with self.slices([name]) as found, self._readable():
-            shape, kind = ([1], None) if isinstance(found[name], Tensor) else (found[name].get_shape(), found[name].get_dtype())
-            step = max(1, elements * shape[0] // prod(shape)) if shape else 1
-            if kind is None or not shape or step >= shape[0]:
-                yield found[name][...]
+        with self.slices([name]) as slices, self._readable():
+            entry = slices[name]
+            shape = [] if isinstance(entry, Tensor) else entry.get_shape()
+            step = max(1, elements * shape[0] // prod(shape)) if shape else 0
+            if not shape or step >= shape[0]:
+                yield entry[...]
                 return
             with self._paths[self._files[name]].open("rb") as file:
                 file.seek(_extents(file)[self._names.get(name, name)][0])
                 for start in range(0, shape[0], step):
                     some = (min(step, shape[0] - start), *shape[1:])
-                    read = torch.empty(some, dtype=DTYPES[kind])
+                    read = torch.empty(some, dtype=DTYPES[entry.get_dtype()])
                     if file.readinto(read.view(-1).view(torch.uint8).numpy().data) < read.nbytes:
                         raise OSError(f"{name} ends before its last row")
                     yield read
@@ -238,7 +244,8 @@ def _extents(file: BinaryIO) -> dict[str, tuple[int, int]]:
     size = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(size))
     header.pop("__metadata__", None)
-    return {name: (8 + size + first, 8 + size + last) for name, own in header.items() for first, last in [own["data_offsets"]]}
+    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: (8 + size + first, 8 + size + last) for name, (first, last) in offsets.items()}
 
 
 def renumbered(key: str, block: str, then: str) -> str:
@@ -249,11 +256,11 @@ def renumbered(key: str, block: str, then: str) -> str:
     """
     old, new = ([part for part in name.split(".") if part.isdigit()] for name in (block, then))
     parts = key.split(".")
-    places = [place for place, part in enumerate(parts) if part.isdigit()][: len(old)]
-    if [parts[place] for place in places] != old:
+    positions = [position for position, part in enumerate(parts) if part.isdigit()][: len(old)]
+    if [parts[position] for position in positions] != old:
         raise ValueError(f"model: its files name a tensor of {block} {key}: remove blocks in memory, not streamed")
-    for place, number in zip(places, new, strict=True):
-        parts[place] = number
+    for position, number in zip(positions, new, strict=True):
+        parts[position] = number
     return ".".join(parts)
 
 
@@ -265,7 +272,7 @@ def write_index(folder: Path) -> None:
         with safe_open(file, "pt", backend="pread") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - no dict
         where |= dict.fromkeys(slices, file.name)
-        total += sum(_empty(one, "meta").nbytes for one in slices.values())
+        total += sum(_empty(entry, "meta").nbytes for entry in slices.values())
     if where:
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
@@ -280,34 +287,34 @@ def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mappi
         parts: The values of all of them.
     """
     first = (folder / SAFE_WEIGHTS_NAME).rename(folder / "first.draft")
-    with safe_open(first, "pt", backend="pread") as held, ExitStack() as stack:
-        every = {name: _empty(held.get_slice(name), "meta") for name in held.keys()} | dict(sizes)  # noqa: SIM118 - no dict
+    with safe_open(first, "pt", backend="pread") as old, ExitStack() as stack:
+        every = {name: _empty(old.get_slice(name), "meta") for name in old.keys()} | dict(sizes)  # noqa: SIM118 - no dict
         split = split_torch_state_dict_into_shards(every, filename_pattern=FILE_PATTERN, max_shard_size=LARGEST)
-        places = dict[str, tuple[BinaryIO, int]]()
+        extents = dict[str, tuple[BinaryIO, int]]()
         for file, names in split.filename_to_tensors.items():
             new = stack.enter_context((folder / file).open("wb"))
-            places |= {name: (new, place) for name, place in _begin(new, {name: every[name] for name in names}).items()}
-        for part in chain(({name: held.get_tensor(name)} for name in held.keys()), parts):  # noqa: SIM118
+            extents |= {name: (new, start) for name, start in _begin(new, {name: every[name] for name in names}).items()}
+        for part in chain(({name: old.get_tensor(name)} for name in old.keys()), parts):  # noqa: SIM118
             for name, tensor in part.items():
-                written, place = places.pop(name)
-                written.seek(place)
-                written.write(_bits(tensor.detach().cpu().contiguous()).numpy().data)
-    assert not places, f"{', '.join(places)} have no values"
+                file, start = extents.pop(name)
+                file.seek(start)
+                file.write(_bits(tensor.detach().cpu().contiguous()).numpy().data)
+    assert not extents, f"{', '.join(extents)} have no values"
     first.unlink()
     write_index(folder)
 
 
 def _begin(file: BinaryIO, sizes: Mapping[str, Tensor]) -> dict[str, int]:
     """Writes the header of a safetensors file, as safetensors does, and returns where each tensor begins."""
-    header, places, end = dict[str, Any](__metadata__={"format": "pt"}), dict[str, int](), 0
+    header, starts, end = dict[str, Any](__metadata__={"format": "pt"}), dict[str, int](), 0
     for name in sorted(sizes, key=lambda name: (-sizes[name].itemsize, name)):
-        places[name], one = end, sizes[name]
-        end += one.nbytes
-        header[name] = {"dtype": CALLED[one.dtype], "shape": list(one.shape), "data_offsets": [places[name], end]}
+        starts[name], size = end, sizes[name]
+        end += size.nbytes
+        header[name] = {"dtype": CALLED[size.dtype], "shape": list(size.shape), "data_offsets": [starts[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
-    return {name: place + 8 + len(text) for name, place in places.items()}
+    return {name: start + 8 + len(text) for name, start in starts.items()}
 
 
 def _files(source: Source) -> dict[str, str]:
@@ -324,8 +331,8 @@ def _files(source: Source) -> dict[str, str]:
         raise ValueError(f"'{source.name}': streaming needs safetensors files, and they cannot be read: {error}") from error
 
 
-def _empty(found: Any, device: str = "cpu") -> Tensor:  # noqa: ANN401 - a slice of safetensors, which reads none without elements
-    return torch.empty(found.get_shape(), dtype=DTYPES[found.get_dtype()], device=device)
+def _empty(entry: Any, device: str = "cpu") -> Tensor:  # noqa: ANN401 - a slice of safetensors
+    return torch.empty(entry.get_shape(), dtype=DTYPES[entry.get_dtype()], device=device)
 
 
 ELEMENTS = 2**22
@@ -343,34 +350,33 @@ def share(model: PreTrainedModel, other: PreTrainedModel, files: Files, keys: Co
         files: The tensors of the checkpoint.
         keys: Names of tensors in the files.
     """
-    own, theirs = (dict(one.named_parameters(remove_duplicate=False)) for one in (model, other))
+    on_meta, in_memory = (dict(either.named_parameters(remove_duplicate=False)) for either in (model, other))
     left = list[str]()
     for key in keys:
-        mine, there = own.get(key), theirs.get(key)
-        if mine is None or there is None or not mine.is_meta or not _holds(there, mine, files, key):
+        empty, full = on_meta.get(key), in_memory.get(key)
+        if empty is None or full is None or not empty.is_meta or not _holds(full, empty, files, key):
             left.append(key)
             continue
-        shared = nn.Parameter(there.detach(), mine.requires_grad)
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is mine:
-                    module._parameters[name] = shared
+        shared = nn.Parameter(full.detach(), empty.requires_grad)
+        for (module, name), parameter in list(places_of(model)):
+            if parameter is empty:
+                module._parameters[name] = shared
     return left
 
 
-def _holds(there: Tensor, mine: Tensor, files: Files, key: str) -> bool:
+def _holds(full: Tensor, empty: Tensor, files: Files, key: str) -> bool:
     """Tells whether a tensor in memory is what the files hold, in dtype, shape and every bit."""
-    alike = there.dtype == mine.dtype and there.shape == mine.shape and there.dim() > 0
-    alike = alike and there.untyped_storage().size() >= there.nbytes  # or it is away, as a shard of ranks
-    if not alike or there.device.type != "cpu" or not there.is_contiguous():
+    alike = full.dtype == empty.dtype and full.shape == empty.shape and full.dim() > 0
+    alike = alike and full.untyped_storage().size() >= full.nbytes  # or it is away, as a shard of ranks
+    if not alike or full.device.type != "cpu" or not full.is_contiguous():
         return False
-    place, whole = 0, there.detach()
+    start, values = 0, full.detach()
     for rows in files.rows(key, ELEMENTS):
-        some = whole[place : place + len(rows)]
-        if rows.dtype != some.dtype or rows.shape != some.shape or not torch.equal(_bits(rows), _bits(some)):
+        ours = values[start : start + len(rows)]
+        if rows.dtype != ours.dtype or rows.shape != ours.shape or not torch.equal(_bits(rows), _bits(ours)):
             return False
-        place += len(rows)
-    return place == len(whole)
+        start += len(rows)
+    return start == len(values)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ whatever else one block hands to the next are what the model makes of them; noth
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -41,6 +42,20 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(blocks_with(model, {module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}))
 
 
+def blocks_apart(model: nn.Module, parameters: Iterable[tuple[tuple[nn.Module, str], nn.Parameter]]) -> list[nn.Module]:
+    """Returns the blocks of a model that have some of these parameters, each named by a module that has it, and share none."""
+    holders = defaultdict[nn.Parameter, set[nn.Module]](set)
+    for (module, _), parameter in parameters:
+        holders[parameter].add(module)
+    apart = list[nn.Module]()
+    for block in blocks_of(model):
+        inside = set(block.modules())
+        within = [modules for modules in holders.values() if not inside.isdisjoint(modules)]
+        if within and all(modules <= inside for modules in within):
+            apart.append(block)
+    return apart
+
+
 def blocks_with(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Module]:
     """Yields the elements of outermost module lists in which two or more hold linears.
 
@@ -49,8 +64,8 @@ def blocks_with(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Modul
     """
     children = list(module.children())
     holding = [child for child in children if not linears.isdisjoint(child.modules())]
-    runs = not any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in children)
-    if runs and isinstance(module, nn.ModuleList | nn.Sequential) and len(holding) > 1:
+    in_turn = not any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in children)
+    if in_turn and isinstance(module, nn.ModuleList | nn.Sequential) and len(holding) > 1:
         yield from children
         return
     for child in children:
@@ -68,30 +83,30 @@ def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: S
     """
     if sequential == "none":
         return [Site(model, dict(linears))]
-    of: dict[nn.Module, Site] = {}
+    sites: dict[nn.Module, Site] = {}
     blocks = list(blocks_with(model, set(linears.values())))
     owner = {module: block for block in blocks for module in block.modules()}
     for name, linear in linears.items():
         block = owner.get(linear, linear)
         if gates:
-            of.setdefault(block, Site(block, {}))
+            sites.setdefault(block, Site(block, {}))
         module = block if sequential == "block" else linear
-        of.setdefault(module, Site(module, {})).linears[name] = linear
-    return list(of.values())
+        sites.setdefault(module, Site(module, {})).linears[name] = linear
+    return list(sites.values())
 
 
 def with_ways_out(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     """Adds to sites of a model, in order, the way out of each block in which some of them have linears."""
     owner = {module: block for block in blocks_of(model) for module in block.modules()}
-    found = list[Site]()
+    ordered = list[Site]()
     for block, within in groupby(sites, key=lambda site: owner.get(site.module)):
-        own = list(within)
-        inside = {name: linear for site in own for name, linear in site.linears.items() if not site.done}
-        found += own if block is None or not inside else [*own, Site(block, inside, out=True)]
-    return found
+        group = list(within)
+        inside = {name: linear for site in group for name, linear in site.linears.items() if not site.done}
+        ordered += group if block is None or not inside else [*group, Site(block, inside, out=True)]
+    return ordered
 
 
-Given = tuple[tuple[Any, ...], dict[str, Any]]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments and the keywords of a call."""
 
 
@@ -119,7 +134,7 @@ class Visitor:
         del site
         return {}
 
-    def came_out(self, run: int, given: Given, output: object) -> None:
+    def came_out(self, run: int, given: Arguments, output: object) -> None:
         """Notes the arguments and keywords of a module in a run, and what it gave, at a way out."""
 
     def came_again(self, site: Site) -> None:
@@ -129,7 +144,7 @@ class Visitor:
         """Is told of a site that all runs have passed, on any rank."""
 
 
-class _Seen(BaseException):
+class _Observed(BaseException):  # no `Exception`, which code of a model might catch
     """All linears of a site have been called; the rest of its forward would be for nothing."""
 
 
@@ -157,7 +172,7 @@ class Walk:
         self._watched: Site | None = None
         self._calls: list[str] = []
         self._run, self._straight, self._runs = 0, False, list[greenlet]()
-        self._ready: tuple[Site | None, Mapping[nn.Module, Mapping[str, Tensor]]] = (None, {})
+        self._pruned_parameters: tuple[Site | None, Mapping[nn.Module, Mapping[str, Tensor]]] = (None, {})
         self._caller = Ambient.now()
 
     @property
@@ -171,34 +186,35 @@ class Walk:
         Sites that a run has come to once more, after they were complete, are in `again`: these calls were not observed.
         """
         self._main, self._caller = greenlet.getcurrent(), Ambient.now()
-        self._runs = runs = [greenlet(forward) for forward in forwards]
+        self._runs = [greenlet(forward) for forward in forwards]
         try:
             with self._installed():
-                self._go(runs)
+                self._go()
                 self.again = set(self._on_any_rank(self.again))
         finally:
-            for run in runs:
-                run.throw()
+            for run in self._runs:
+                run.throw()  # ends those that still rest, also after an error, and with them what their frames hold
             self._caller.restore()
         return [name for site in self.sites if site not in self.complete for name in site.linears]
 
-    def _go(self, runs: Sequence[greenlet]) -> None:
-        at = {run: self._resume(number, run) for number, run in enumerate(runs)}
-        while (here := self._next(set(at.values()))) is not None:
-            arrived = [number for number, run in enumerate(runs) if at[run] is here]
-            self._enter(here)
-            if here.linears and not here.done:
+    def _go(self) -> None:
+        waiting = [self._resume(number) for number in range(len(self._runs))]  # the site at which each run waits
+        # the first of all sites at which one does on any rank, so that ranks whose runs take other ways complete the same
+        while reached := self._on_any_rank(set(waiting)):
+            site = reached[0]
+            arrived = [number for number, other in enumerate(waiting) if other is site]
+            self._enter(site)
+            if site.linears and not site.done:
                 for number in arrived:
-                    self._resume(number, runs[number])
-                self.visitor.complete(here)
-                self._enter(here)  # a visitor may have loaded another block meanwhile
-            self.complete.add(here)
-            if last := len(self.complete) == len(self.sites):
-                arrived = arrived[: self.visitor.ends]
-            for number in arrived:
-                at[runs[number]] = self._resume(number, runs[number])
-            self._ready = (None, {})
-            self.visitor.leave(here)
+                    self._resume(number)  # which observes the linears, and comes back to the same site
+                self.visitor.complete(site)
+                self._enter(site)  # a visitor may have loaded another block meanwhile
+            self.complete.add(site)
+            last = len(self.complete) == len(self.sites)
+            for number in arrived[: self.visitor.ends] if last else arrived:
+                waiting[number] = self._resume(number)
+            self._pruned_parameters = (None, {})
+            self.visitor.leave(site)
             if last:
                 return
 
@@ -206,19 +222,15 @@ class Walk:
         if self.enter is not None:
             self.enter(site.module)
 
-    def _next(self, waiting: set[Site | None]) -> Site | None:
-        """Returns the first site at which a run waits, on any rank; None if all runs have ended."""
-        return next(iter(self._on_any_rank(waiting)), None)
-
     def _on_any_rank(self, sites: Collection[Site | None]) -> list[Site]:
-        """Returns those of all sites that some rank names."""
+        """Returns those of all sites that some rank names, in their order; all ranks call it together."""
         flags = self.comm(torch.tensor([float(site in sites) for site in self.sites], device=self.comm.device))
         return [site for site, flag in zip(self.sites, flags.tolist(), strict=True) if flag]
 
-    def _resume(self, number: int, run: greenlet) -> Site | None:
+    def _resume(self, number: int) -> Site | None:
         """Lets a run continue to where it rests next; None if that is its end."""
-        self._run = number
-        self._caller.restore()
+        run, self._run = self._runs[number], number
+        self._caller.restore()  # autocast and the like are the thread's, which all runs share with the visitor
         site: Site = run.switch()
         Ambient().restore()
         return None if run.dead else site
@@ -236,7 +248,7 @@ class Walk:
             yield
 
     def _visit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Runs a site's forward: when all are here, with the old weights, to see; when all have seen, with the new ones."""
+        """Runs a site's forward: when all are here, with the old weights, to observe; when all have, with the new ones."""
         if self._is_straight():
             return forward(*args, **kwargs)
         if site in self.complete:
@@ -245,7 +257,7 @@ class Walk:
             self._rest(site)
             if site.linears and not site.done:
                 if self._run not in self.visitor.dense:
-                    self._see(site, forward, args, kwargs)
+                    self._observe(site, forward, args, kwargs)
                 self._rest(site)
         with nullcontext() if self._run in self.visitor.untouched else self._pruned(site):
             return forward(*args, **kwargs)
@@ -260,9 +272,9 @@ class Walk:
 
     def _rest(self, site: Site) -> None:
         """Lets others go on until all are here."""
-        own = Ambient.now()
+        state = Ambient.now()
         self._main.switch(site)
-        own.restore()
+        state.restore()
 
     def _come_out(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs a site's forward, rests where it ends, and runs it again, straight through, with the new weights."""
@@ -284,14 +296,14 @@ class Walk:
         finally:
             self._straight = False
 
-    def _see(self, site: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ANN401
+    def _observe(self, site: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ANN401
         self._watched, self._calls = site, []
         try:
             if site.module in site.linears.values():
                 self._listen(site, next(iter(site.linears)), site.module, args, kwargs)
             else:
                 forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
-        except _Seen:
+        except _Observed:
             pass
         finally:
             self._watched = None
@@ -303,23 +315,23 @@ class Walk:
             return
         if not args and "input" not in kwargs:  # its forward refuses that
             return
-        own = Ambient.now()
+        state = Ambient.now()
         Ambient().restore()
         try:
             self.visitor.observe(name, linear, args[0] if args else kwargs["input"], self._run)
         finally:
-            own.restore()
+            state.restore()
         self._calls.append(name)
         if site.once and len(self._calls) == len(site.linears):
-            raise _Seen
+            raise _Observed
 
     @contextmanager
     def _pruned(self, site: Site) -> Iterator[None]:
         """Puts the new parameters instead of the old ones, which come back."""
-        if self._ready[0] is not site:
+        if self._pruned_parameters[0] is not site:
             new = self.visitor.parameters(site)
-            self._ready = (site, {site.linears[name]: own for name, own in new.items()})
-        with replaced(self._ready[1]):
+            self._pruned_parameters = (site, {site.linears[name]: parameters for name, parameters in new.items()})
+        with replaced(self._pruned_parameters[1]):
             yield
 
 

@@ -26,28 +26,31 @@ def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
     store = store_of(model)
     if isinstance(store, FileStore):
         return _in_files(store) if store.files.are_here else None
-    held = ((name, store.held(one)) for name, one in model.named_parameters())
-    return _numbers({name: _zeros(one) for name, one in held if not one.is_meta})
+    holders = ((name, store.holder(parameter)) for name, parameter in model.named_parameters())
+    return _numbers({name: _zeros(parameter) for name, parameter in holders if not parameter.is_meta})
 
 
 def _in_files(store: FileStore) -> dict[str, int]:
     """Counts zeros a few rows at a time; no block comes. What a checkpoint keeps as one tensor counts for its first name."""
     store.release()
-    counts = _numbers({name: _zeros(one) for name, one in store.model.named_parameters() if not one.is_meta})
-    there, names = dict(store.model.named_parameters(remove_duplicate=False)), dict[int, str]()
-    for key, own in named_in(store.model, store.files).items():
-        parameter = there.get(own)
-        if parameter is None or not parameter.is_meta or names.setdefault(id(parameter), own) != own:
+    in_memory = {name: parameter for name, parameter in store.model.named_parameters() if not parameter.is_meta}
+    counts = _numbers({name: _zeros(parameter) for name, parameter in in_memory.items()})
+    parameters, names = dict(store.model.named_parameters(remove_duplicate=False)), dict[int, str]()
+    for key, name in named_in(store.model, store.files).items():
+        parameter = parameters.get(name)
+        if parameter is None or not parameter.is_meta or names.setdefault(id(parameter), name) != name:
             continue  # a buffer, or it is in memory, or tied to one that has been counted
         rows = store.files.rows(key, ELEMENTS)
-        counts[own] = counts.get(own, 0) + sum(int(_zeros(some.to(parameter.dtype))) for some in rows)
+        counts[name] = counts.get(name, 0) + sum(int(_zeros(some.to(parameter.dtype))) for some in rows)
     return counts
 
 
 def _numbers(counts: Mapping[str, Tensor]) -> dict[str, int]:
     """Reads counts, for all of which the host waits once."""
-    values = list(counts.values())
-    return dict(zip(counts, torch.stack([one.to(values[0].device) for one in values]).tolist(), strict=True)) if values else {}
+    if not counts:
+        return {}
+    device = next(iter(counts.values())).device
+    return dict(zip(counts, torch.stack([count.to(device) for count in counts.values()]).tolist(), strict=True))
 
 
 def _zeros(values: Tensor) -> Tensor:

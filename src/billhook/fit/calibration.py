@@ -65,14 +65,14 @@ class FitCalibration:
             raise ValueError(f"calibration={type(self.batches).__name__} can be read only once: give a list or a DataLoader")
 
     @classmethod
-    def of(cls, given: "FitCalibration | Batches | int | None", examples: int = 128) -> "FitCalibration":
+    def of(cls, batches: "FitCalibration | Batches | int | None", examples: int = 128) -> "FitCalibration":
         """Returns a calibration as it is, or one of the given batches, or of as many training examples."""
-        if isinstance(given, FitCalibration):
-            return given
-        if isinstance(given, int):
-            whole("calibration", given)
-            return cls(examples=given)
-        return cls(given, examples)
+        if isinstance(batches, FitCalibration):
+            return batches
+        if isinstance(batches, int):
+            whole("calibration", batches)
+            return cls(examples=batches)
+        return cls(batches, examples)
 
     def shared(self, trainer: pl.Trainer) -> bool:
         """Tells whether ranks share each batch, as in training, from which examples are drawn; others are dealt out to ranks."""
@@ -113,8 +113,8 @@ class FitCalibration:
             columns = [_examples(loader, self.examples, rank, ranks) for loader in loaders]
             batches = (tree_unflatten(row, structure) for row in zip(*columns, strict=False))
         else:
-            given = _text(self.batches, trainer) if isinstance(self.batches, Calibration) else self.batches
-            batches = islice(given, rank, None, ranks)
+            every_batch = _text(self.batches, trainer) if isinstance(self.batches, Calibration) else self.batches
+            batches = islice(every_batch, rank, None, ranks)
         return (_moved(trainer, batch) for batch in batches)
 
     def pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Pair]:
@@ -156,7 +156,7 @@ def _text(calibration: Calibration, trainer: pl.Trainer) -> list[Batch]:
     with in_turn(trainer.lightning_module) if GENERATED in calibration.named else nullcontext():  # for each token a block comes
         batches = calibration.read(model, tokenizer_in(trainer))
     labelled = model.can_generate() and not model.config.is_encoder_decoder  # every token is one to predict
-    return [Batch(one | {"labels": one["input_ids"].clone()}, one.source) for one in batches] if labelled else batches
+    return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in batches] if labelled else batches
 
 
 def tokenizer_in(trainer: pl.Trainer) -> PreTrainedTokenizerBase | None:
@@ -181,7 +181,7 @@ def _examples(loader: Any, number: int, rank: int, ranks: int) -> Iterator[Any]:
     else:
         indices = getattr(loader.sampler, "indices", range(len(loader.dataset)))  # those of a subset
         order = torch.randperm(len(indices))[:number][rank::ranks]
-        examples = (loader.dataset[indices[place]] for place in order.tolist())
+        examples = (loader.dataset[indices[index]] for index in order.tolist())
     if loader.batch_sampler is None:
         yield from map(loader.collate_fn, examples)
         return

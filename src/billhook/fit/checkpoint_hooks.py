@@ -44,11 +44,11 @@ class ResumeState:
 
     def state(self, trainer: pl.Trainer) -> list[State]:
         """Returns the states of all processes; only of this one after an error, when the others may no longer exist."""
-        own = {"now": self._end or random_state(trainer.strategy.root_device), "begun": self._begun}
+        mine = {"now": self._end or random_state(trainer.strategy.root_device), "begun": self._begun}
         if trainer.world_size == 1 or trainer.state.status == TrainerStatus.INTERRUPTED:
-            return [own]
-        states = [own] * trainer.world_size
-        torch.distributed.all_gather_object(states, own)
+            return [mine]
+        states = [mine] * trainer.world_size
+        torch.distributed.all_gather_object(states, mine)
         return states
 
     def end(self, trainer: pl.Trainer) -> None:
@@ -64,19 +64,22 @@ class ResumeState:
         loaded, self._loaded, self._begun = self._loaded, [], None
         if len(loaded) != trainer.world_size:
             return
-        own, progress = loaded[trainer.global_rank], batch_progress(trainer)
+        state, progress = loaded[trainer.global_rank], batch_progress(trainer)
         over = progress.is_last_batch
-        begun = {"again": True, "random": own["now"]} if over else own["begun"]
+        begun = {"again": True, "random": state["now"]} if over else state["begun"]
         if begun is not None and _can_draw_again(trainer):
             set_random_state(begun["random"], trainer.strategy.root_device)
             if begun["again"]:
-                _set_epoch(trainer)
+                for loader in training_loaders(trainer):
+                    sampler: Any = getattr(loader, "sampler", None)
+                    if hasattr(sampler, "set_epoch"):
+                        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
                 iter(data_fetcher(trainer))  # Lightning has made an iterator already, with other random numbers
             for _ in range(0 if over else progress.current.processed):
                 next(data_fetcher(trainer).iterator)
             self._begun = begun
         if not over or self._begun is None:
-            set_random_state(own["now"], trainer.strategy.root_device)
+            set_random_state(state["now"], trainer.strategy.root_device)
 
     def begin_epoch(self, trainer: pl.Trainer) -> None:
         """Keeps the random numbers from which the order of an epoch will be drawn."""
@@ -94,30 +97,14 @@ def unfinished_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
     batches = batch_progress(trainer).current
     if trainer.world_size > 1 or batches.ready != batches.processed or not is_accumulating(trainer):
         return {}
-    return {name: own.grad for name, own in pl_module.named_parameters() if own.grad is not None}
-
-
-def set_gradients(pl_module: pl.LightningModule, saved: dict[str, Tensor]) -> None:
-    """Sets the gradients of an unfinished step."""
-    for name, own in pl_module.named_parameters():
-        if name in saved:
-            own.grad = saved[name].to(own.device, own.dtype)
+    return {name: parameter.grad for name, parameter in pl_module.named_parameters() if parameter.grad is not None}
 
 
 def _can_draw_again(trainer: pl.Trainer) -> bool:
     """Returns whether no loader knows its place, and none is read ahead to see where it ends."""
     loaders = training_loaders(trainer)
-    return (
-        bool(loaders) and data_fetcher(trainer).length is not None and not any(hasattr(one, "load_state_dict") for one in loaders)
-    )
-
-
-def _set_epoch(trainer: pl.Trainer) -> None:
-    epochs: Any = trainer.fit_loop.epoch_progress.current
-    for loader in training_loaders(trainer):
-        sampler: Any = getattr(loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):
-            sampler.set_epoch(epochs.processed)
+    knows_end = data_fetcher(trainer).length is not None
+    return bool(loaders) and knows_end and not any(hasattr(loader, "load_state_dict") for loader in loaders)
 
 
 def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -126,7 +113,7 @@ def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         return
     load, save, start, epoch = (getattr(pl_module, name) for name in _HOOKS)
     load_in_shape(trainer, pl_module)
-    found, resume, gradients = _shape_now(pl_module), ResumeState(), dict[str, Tensor]()
+    shape, resume, gradients = _shape_now(pl_module), ResumeState(), dict[str, Tensor]()
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         trainer = pl_module.trainer
@@ -134,7 +121,7 @@ def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             check_callbacks(trainer, checkpoint)
             resume.load(checkpoint.get(RANDOM, []))
             gradients.update(checkpoint.get(GRADIENTS, {}))
-        load_shape(pl_module, checkpoint, otherwise=found)
+        load_shape(pl_module, checkpoint, otherwise=shape)
         if not isinstance(pl_module, ShapeInCheckpoint):
             before_weights(pl_module, trainer, checkpoint)
         load(checkpoint)
@@ -146,7 +133,9 @@ def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     def on_train_start() -> None:
         start()
         resume.begin_training(pl_module.trainer)
-        set_gradients(pl_module, gradients)
+        for name, parameter in pl_module.named_parameters():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter.device, parameter.dtype)
         gradients.clear()
 
     def on_train_epoch_start() -> None:
@@ -178,7 +167,8 @@ def add_to(
     resume = pl_module.__dict__.get(_WRAPPED, released)
     if resume is not None and "optimizer_states" in checkpoint and RANDOM not in checkpoint:
         checkpoint[RANDOM] = resume.state(trainer)
-        checkpoint |= {GRADIENTS: found} if (found := unfinished_gradients(trainer, pl_module)) else {}
+        if gradients := unfinished_gradients(trainer, pl_module):
+            checkpoint[GRADIENTS] = gradients
 
 
 def _shape_now(module: nn.Module) -> Shape | None:
@@ -212,28 +202,24 @@ def _load(
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
     """Loads a checkpoint as the strategy does, once model and optimizers have its shape."""
-    held = _held(Path(trainer.strategy.broadcast(checkpoint_path)))
-    if held is not None and not _has_shape(pl_module, held):
+    record = _recorded(Path(trainer.strategy.broadcast(checkpoint_path)))
+    as_it_is = isinstance(record, dict) and shape_of(find_transformer(pl_module)).to_dict() == record.get("shape")
+    if record is not None and not as_it_is:  # so that nothing is gathered in vain
         reshard(pl_module)  # which a forward may have left gathered
         if trainer.state.fn != TrainerFn.FITTING:
             trainer.strategy.optimizers = []  # those of an earlier fit are of other parameters
-        names = {own: name for name, own in pl_module.named_parameters()}
+        names = {parameter: name for name, parameter in pl_module.named_parameters()}
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        trained = [[names[own] for own in group["params"] if own in names] for group in groups]
+        trained = [[names[parameter] for parameter in group["params"] if parameter in names] for group in groups]
         with reshaped(pl_module, (), gradients=False, in_turn=True):
-            load_shape(pl_module, {KEY: held})
+            load_shape(pl_module, {KEY: record})
         now = dict(pl_module.named_parameters())
-        for group, own in zip(groups, trained, strict=True):  # no step has been taken
-            group["params"][:] = [now[name] for name in own if name in now]
+        for group, names_in_group in zip(groups, trained, strict=True):  # no step has been taken, so there is no state to follow
+            group["params"][:] = [now[name] for name in names_in_group if name in now]
     return load(checkpoint_path, weights_only=weights_only)
 
 
-def _has_shape(pl_module: pl.LightningModule, held: Any) -> bool:  # noqa: ANN401 - what a file holds
-    """Tells whether the model has the shape that a checkpoint says already, so that nothing is to be gathered."""
-    return isinstance(held, dict) and shape_of(find_transformer(pl_module)).to_dict() == held.get("shape")
-
-
-def _held(path: Path) -> Any:  # noqa: ANN401
+def _recorded(path: Path) -> Any:  # noqa: ANN401 - what a file holds
     """Returns what a checkpoint, a file or a folder of shards, says of its model; None of one that Lightning is to refuse."""
     try:
         sharded = is_sharded_checkpoint(path)

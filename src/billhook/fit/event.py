@@ -113,7 +113,7 @@ class EventCallback(Callback, ABC):
         if stage == "fit":
             check_some_steps(trainer, type(self).__name__)
             self.check_trainer(trainer, pl_module)
-            if [one for one in callbacks_of(trainer, type(self)) if one.state_key == self.state_key and one is not self]:
+            if [other.state_key for other in callbacks_of(trainer, type(self))].count(self.state_key) > 1:
                 raise ValueError(f"two {self.state_key}: one is enough, with a schedule")
             for follower in callbacks_of(trainer, FollowsEvents):
                 follower.begin(trainer, pl_module)  # even if it is later in the list
@@ -122,7 +122,7 @@ class EventCallback(Callback, ABC):
         if stage == "fit" and trainer.global_step == 0:  # otherwise the fit before continues
             self.reset()
         if stage == "fit" and callbacks_of(trainer, EventCallback)[0] is self and not is_trial(trainer):
-            log_settings(trainer, [described(one) for one in callbacks_of(trainer, EventCallback)])
+            log_settings(trainer, [described(callback) for callback in callbacks_of(trainer, EventCallback)])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the steps of the events."""
@@ -252,12 +252,15 @@ def begins(trainer: pl.Trainer) -> bool:
 
 def start_of(trainer: pl.Trainer) -> dict[str, float | None]:
     """Returns the figures of the model before any event; none if nothing noted them."""
-    return {name: value for one in callbacks_of(trainer, EventCallback) for name, value in one.start.items()}
+    return {name: value for callback in callbacks_of(trainer, EventCallback) for name, value in callback.start.items()}
 
 
 def figures_of_callbacks(trainer: pl.Trainer, model: nn.Module) -> dict[str, float | None]:
     """Returns what callbacks tell of a model besides its size."""
-    return {name: value for one in callbacks_of(trainer, EventCallback) for name, value in one.figures(model).items()}
+    figures = dict[str, float | None]()
+    for callback in callbacks_of(trainer, EventCallback):
+        figures |= callback.figures(model)
+    return figures
 
 
 def note_start(trainer: pl.Trainer, figures: Mapping[str, float | None]) -> None:
@@ -291,10 +294,10 @@ def described(callback: Callback) -> dict[str, Any]:
     """Returns the name of a callback's class as `callback`, and what is set of its settings; data by where it comes from."""
     beside = BESIDE | ({"calibration"} if getattr(callback, "needs_data", None) is False else set())
     parameters = inspect.signature(type(callback).__init__).parameters
-    given = {name: getattr(callback, name, None) for name in parameters if name not in beside}
-    if any(isinstance(value, Schedule) for name, value in given.items() if name != "at"):
-        given.pop("at", None)  # the schedule says when
-    plain = {name: _plain(value) for name, value in given.items() if value is not None}
+    settings = {name: getattr(callback, name, None) for name in parameters if name not in beside}
+    if any(isinstance(value, Schedule) for name, value in settings.items() if name != "at"):
+        settings.pop("at", None)  # the schedule says when
+    plain = {name: _plain(value) for name, value in settings.items() if value is not None}
     # what is switched off by default is not told
     plain = {name: value for name, value in plain.items() if value or value != (parameters[name].default or value)}
     return {"callback": type(callback).__name__} | plain
@@ -304,9 +307,9 @@ def _plain(value: object) -> Any:  # noqa: ANN401 - plain data of any kind
     if isinstance(value, FitCalibration):
         return _data(value)
     if isinstance(value, Mapping):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(part) for part in value]
     if isinstance(value, type):
         return value.__name__
     return value if value is None or isinstance(value, bool | int | float | str) else _words(value)
@@ -314,17 +317,19 @@ def _plain(value: object) -> Any:  # noqa: ANN401 - plain data of any kind
 
 def _words(value: object) -> str:
     """Says an object as its class prints it, a dataclass by what is set, or the class's name where that is an address."""
-    own = type(value)
-    if is_dataclass(value) and own.__str__ is object.__str__:
-        given = [(one.name, getattr(value, one.name)) for one in fields(value) if one.repr]
-        default = {one.name: one.default for one in fields(value)}
-        return f"{own.__name__}({', '.join(f'{name}={said!r}' for name, said in given if said != default[name])})"
-    prints = own.__str__ is not object.__str__ or own.__repr__ is not object.__repr__
-    return str(value) if prints else own.__name__
+    kind = type(value)
+    if is_dataclass(value) and kind.__str__ is object.__str__:
+        shown = [(field, getattr(value, field.name)) for field in fields(value) if field.repr]
+        settings = [f"{field.name}={setting!r}" for field, setting in shown if setting != field.default]
+        return f"{kind.__name__}({', '.join(settings)})"
+    prints = kind.__str__ is not object.__str__ or kind.__repr__ is not object.__repr__
+    return str(value) if prints else kind.__name__
 
 
-def _data(given: FitCalibration) -> dict[str, Any]:
-    if isinstance(given.batches, Calibration):
-        return {name: value for name, value in given.batches.to_json().items() if value is not None}
-    source = "training data" if given.batches is None else type(given.batches).__name__
-    return {"from": source, "seed": given.seed, **({"examples": given.examples} if given.batches is None else {})}
+def _data(calibration: FitCalibration) -> dict[str, Any]:
+    batches, seed = calibration.batches, calibration.seed
+    if isinstance(batches, Calibration):
+        return {name: value for name, value in batches.to_json().items() if value is not None}
+    if batches is None:
+        return {"from": "training data", "seed": seed, "examples": calibration.examples}
+    return {"from": type(batches).__name__, "seed": seed}

@@ -20,8 +20,8 @@ def forks_or_spawns(trainer: pl.Trainer) -> bool:
 def averages(trainer: pl.Trainer) -> list[tuple[Callback, nn.Module | None]]:
     """Finds the callbacks that average weights, each with its copy of the model, None before there is one."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    copies = [(one, one._average_model) for one in callbacks if hasattr(one, "_average_model")]
-    return [(one, copy.module if isinstance(copy, AveragedModel) else copy) for one, copy in copies]
+    copies = [(callback, callback._average_model) for callback in callbacks if hasattr(callback, "_average_model")]
+    return [(callback, copy.module if isinstance(copy, AveragedModel) else copy) for callback, copy in copies]
 
 
 def is_search(trainer: pl.Trainer) -> bool:
@@ -77,9 +77,9 @@ def logged_step(trainer: pl.Trainer) -> int:
 
 def initial_hyperparameters(trainer: pl.Trainer) -> dict[str, Any]:
     """Returns what Lightning logs as hyperparameters of the module and of the data module, once it begins to fit."""
-    owners = [one for one in (trainer.lightning_module, getattr(trainer, "datamodule", None)) if one is not None]
-    found = {name: value for one in owners if one._log_hyperparams for name, value in one.hparams_initial.items()}
-    return {name: value for name, value in found.items() if name != "_class_path"}
+    owners = [owner for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)) if owner is not None]
+    hyperparameters = {name: value for owner in owners if owner._log_hyperparams for name, value in owner.hparams_initial.items()}
+    return {name: value for name, value in hyperparameters.items() if name != "_class_path"}
 
 
 def data_fetcher(trainer: pl.Trainer) -> Any:  # noqa: ANN401
@@ -99,5 +99,5 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
 
 def saved_place(checkpoint: dict[str, Any]) -> dict[str, int]:
     """Returns the part of a checkpoint that says how many batches of the epoch have been used."""
-    found: dict[str, int] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-    return found
+    batches: dict[str, int] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    return batches

@@ -84,11 +84,11 @@ class _Logged:
             self.metrics[name] = value
             return
         self.how[name] = getattr(reduce_fx, "__name__", str(reduce_fx))
-        one = float(value)
+        number = float(value)
         weight = float(batch_size or (1 if self.batch is None else extract_batch_size(self.batch)))
-        new = torch.tensor([one * weight, weight, one, one, one], dtype=torch.float64)
+        new = torch.tensor([number * weight, weight, number, number, number], dtype=torch.float64)
         old = self.sums.get(name, torch.tensor([0, 0, math.inf, -math.inf, 0], dtype=torch.float64))
-        self.sums[name] = torch.stack([old[0] + new[0], old[1] + new[1], old[2].min(new[2]), old[3].max(new[3]), old[4] + one])
+        self.sums[name] = torch.stack([old[0] + new[0], old[1] + new[1], old[2].min(new[2]), old[3].max(new[3]), old[4] + number])
 
     def values(self, trainer: pl.Trainer) -> dict[str, float]:
         """Returns each value reduced over all batches and devices, and computes metrics."""
@@ -147,11 +147,11 @@ def log_settings(trainer: pl.Trainer, callbacks: list[Mapping[str, Any]]) -> Non
     Their names are `billhook/CALLBACK/PARAMETER`, of the second callback of a class `billhook/CALLBACK_2/PARAMETER`.
     """
     settings, seen = dict[str, Any](), list[str]()
-    for one in callbacks:
-        seen.append(name := str(one["callback"]))
+    for described in callbacks:
+        seen.append(name := str(described["callback"]))
         number = seen.count(name)
-        given = {key: value for key, value in one.items() if key != "callback"}
-        settings |= _flat(f"{PREFIX}/{name}" + (f"_{number}" if number > 1 else ""), given)
+        parameters = {key: value for key, value in described.items() if key != "callback"}
+        settings |= _flat(f"{PREFIX}/{name}" + (f"_{number}" if number > 1 else ""), parameters)
     for logger in trainer.loggers if settings and trainer.is_global_zero else ():
         # TensorBoard shows the hyperparameters that come first alone
         others = initial_hyperparameters(trainer) if isinstance(logger, TensorBoardLogger) else {}
@@ -162,7 +162,10 @@ def log_settings(trainer: pl.Trainer, callbacks: list[Mapping[str, Any]]) -> Non
 def _flat(name: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - plain data
     """Returns the parts of a setting by name: numbers and words; lists as words."""
     if isinstance(value, Mapping):
-        return {key: own for part, one in value.items() for key, own in _flat(f"{name}/{part}", one).items()}
+        parts = dict[str, Any]()
+        for part, setting in value.items():
+            parts |= _flat(f"{name}/{part}", setting)
+        return parts
     return {name: value if isinstance(value, bool | int | float | str) else str(value)}
 
 

@@ -31,11 +31,11 @@ def find_preprocessors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> li
     for name in NAMES:
         with suppress(ValueError, OSError):  # a data module that cannot load it
             named.append(getattr(data, name, None))
-    read = [getattr(one, name, None) for one in training_loaders(trainer) for name in ("collate_fn", "dataset")]
+    read = [getattr(loader, name, None) for loader in training_loaders(trainer) for name in ("collate_fn", "dataset")]
     for owners, depth in ((named, 0), ([data], 2), ([pl_module], 2), (read, DEPTH)):
         seen = set[int]()
-        if found := [held for owner in owners for held in _held(owner, depth, seen)]:
-            return _one_of_each(found)
+        if preprocessors := [preprocessor for owner in owners for preprocessor in _held(owner, depth, seen)]:
+            return _one_of_each(preprocessors)
     origin = find_transformer(pl_module).config.name_or_path
     with suppress(Exception):  # transformers raises all kinds
         return [load_preprocessor(str(origin))] if origin else []
@@ -71,10 +71,12 @@ def _parts(owner: object) -> Iterable[object]:
     return [] if of_torch else list(getattr(owner, "__dict__", {}).values())
 
 
-def _one_of_each(found: list[Preprocessor]) -> list[Preprocessor]:
+def _one_of_each(preprocessors: list[Preprocessor]) -> list[Preprocessor]:
     """Returns a processor, which holds the others, or else a tokenizer and one for images or sound."""
-    whole: list[Preprocessor] = [one for one in found if isinstance(one, ProcessorMixin)]
-    if whole:
-        return whole[:1]
-    text: list[Preprocessor] = [one for one in found if isinstance(one, PreTrainedTokenizerBase)]
-    return text[:1] + [one for one in found if not isinstance(one, PreTrainedTokenizerBase)][:1]
+    for preprocessor in preprocessors:
+        if isinstance(preprocessor, ProcessorMixin):
+            return [preprocessor]
+    text, others = list[Preprocessor](), list[Preprocessor]()
+    for preprocessor in preprocessors:
+        (text if isinstance(preprocessor, PreTrainedTokenizerBase) else others).append(preprocessor)
+    return [*text[:1], *others[:1]]

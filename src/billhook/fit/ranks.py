@@ -5,7 +5,6 @@ the process group's store, which any rank reads and writes at any time: that a r
 that the first one has done what it does alone, for which no other may stand in a collective, as that has a timeout.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,12 +13,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from billhook.engine.comm import ALONE, Comm
+from billhook.engine.parts import fingerprint
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
 from billhook.linalg import widest_float
@@ -65,25 +64,23 @@ def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None
             where there are several ranks.
     """
     if trainer.world_size > 1:
-        digest = hashlib.sha256()
-        _add(digest, decided() if callable(decided) else decided)
-        _meet(trainer, f"{who}: {what}", digest.hexdigest())
+        _meet(trainer, f"{who}: {what}", fingerprint(decided() if callable(decided) else decided))
 
 
-def of_first(trainer: pl.Trainer, who: str, what: str, own: T) -> T:
+def of_first(trainer: pl.Trainer, who: str, what: str, result: T) -> T:
     """Returns, on every rank, what the first one has found; each has found it by itself, so that it may be rounded otherwise.
 
     Args:
         trainer: The trainer of the fit.
         who: The callback that has found it, for messages.
         what: What it is, for messages.
-        own: What this rank has found; tensors in it come back on the CPU.
+        result: What this rank has found; tensors in it come back on the CPU.
     """
     if trainer.world_size == 1:
-        return own
+        return result
     _meet(trainer, f"{who}: {what}")
-    found: T = trainer.strategy.broadcast(tree_map_only(Tensor, lambda one: one.detach().cpu(), own))
-    return found
+    first: T = trainer.strategy.broadcast(tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), result))
+    return first
 
 
 def check_near(trainer: pl.Trainer, who: str, what: str, model: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -93,10 +90,12 @@ def check_near(trainer: pl.Trainer, who: str, what: str, model: nn.Module, value
     """
     if trainer.world_size == 1 or store_of(model).on_ranks:
         return
-    own = {name: _picked(value) for name, value in values.items()}
-    check_agreed(trainer, who, what, {name: len(value) for name, value in own.items()})
-    first = of_first(trainer, who, what, own)
-    near = all((own[name] - one).abs().max() <= NEAR * one.square().mean().sqrt() for name, one in first.items() if len(one))
+    picked = {name: _picked(value) for name, value in values.items()}
+    check_agreed(trainer, who, what, {name: len(numbers) for name, numbers in picked.items()})
+    near = True
+    for name, first in of_first(trainer, who, what, picked).items():
+        if len(first):
+            near &= bool((picked[name] - first).abs().max() <= NEAR * first.square().mean().sqrt())
     _meet(trainer, f"{who}: {what}", "" if near else "another")
 
 
@@ -137,12 +136,13 @@ def by_first(trainer: pl.Trainer, who: str, work: Callable[[], object], apart: A
                 work()
         return
     turn = store.add(f"billhook/turns of {trainer.global_rank}", 1)  # every rank has had as many
-    done, asked = f"billhook/turn {turn}", _Asked(trainer, store, f"billhook/turn {turn}")
-    comm = Comm(asked, trainer.global_rank, trainer.world_size)
+    done = f"billhook/turn {turn}"
+    requests = _FirstRanksRequests(trainer, store, done)
+    comm = Comm(requests, trainer.global_rank, trainer.world_size)
     if not trainer.is_global_zero:
         with apart(comm):
             pass  # but help, until the first has ended
-        asked.wait(done)
+        requests.wait(done)
         if failed := store.get(done).decode():
             raise RanksDiffer(_stops(trainer, failed))
         return
@@ -155,21 +155,21 @@ def by_first(trainer: pl.Trainer, who: str, work: Callable[[], object], apart: A
     store.set(done, "")
 
 
-class _Asked:
+class _FirstRanksRequests:
     """Called with what a rank asks for, returns what the first one does, on every rank; it goes by the process group's store."""
 
     def __init__(self, trainer: pl.Trainer, store: Any, done: str) -> None:  # noqa: ANN401 - see `_store`
         self.trainer, self.store, self.done, self.times = trainer, store, done, 0
 
-    def __call__(self, own: Tensor) -> Tensor:
+    def __call__(self, request: Tensor) -> Tensor:
         """Returns the first rank's tensor, in the place of this one's."""
         self.times += 1
         key = f"{self.done}, {self.times}"
         if self.trainer.is_global_zero:
-            self.store.set(key, json.dumps(own.tolist()))
-            return own
+            self.store.set(key, json.dumps(request.tolist()))
+            return request
         self.wait(key)
-        return own.copy_(torch.tensor(json.loads(self.store.get(key))))
+        return request.copy_(torch.tensor(json.loads(self.store.get(key))))
 
     def wait(self, key: str) -> None:
         """Waits until the first rank has set a key; raises RanksDiffer if it fails before."""
@@ -183,18 +183,19 @@ def _meet(trainer: pl.Trainer, where: str, digest: str = "", failed: str = "") -
     """Exchanges where each rank is, what it has decided and how it has failed."""
     if trainer.world_size == 1:
         return
-    message = "\0".join((where, digest, failed)).encode()[:LENGTH].ljust(LENGTH, b"\0")
-    own = torch.frombuffer(bytearray(message), dtype=torch.uint8).to(trainer.strategy.root_device)
+    # one length whatever it says, and one collective whoever calls it: ranks that differ still get each other's message
+    padded = "\0".join((where, digest, failed)).encode()[:LENGTH].ljust(LENGTH, b"\0")
+    message = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(trainer.strategy.root_device)
     try:
-        gathered = trainer.strategy.all_gather(own).cpu().numpy()
+        gathered = trainer.strategy.all_gather(message).cpu().numpy()
     except RuntimeError as error:
         _raise_that_of_another(trainer, error)
         raise
     ranks = [row.tobytes().decode(errors="ignore").split("\0")[:3] for row in gathered]
     if errors := [error for _, _, error in ranks if error]:
         raise RanksDiffer(_stops(trainer, "; ".join(errors)))
-    if len({place for place, _, _ in ranks}) > 1:
-        listed = "; ".join(f"rank {rank} is at {place}" for rank, (place, _, _) in enumerate(ranks))
+    if any(message[0] != where for message in ranks):
+        listed = "; ".join(f"rank {rank} is at {message[0]}" for rank, message in enumerate(ranks))
         raise RanksDiffer(f"{_here(trainer)}: the ranks have gone different ways: {listed}")
     if others := [str(rank) for rank, (_, other, _) in enumerate(ranks) if other != ranks[0][1]]:
         on = f"on rank{'s' * (len(others) > 1)} {', '.join(others)}"
@@ -251,21 +252,3 @@ def _picked(value: Tensor) -> Tensor:
     """Returns some numbers of a tensor, evenly spaced, on the CPU."""
     flat = value.detach().flatten()
     return flat[:: max(1, len(flat) // PICKED)].float().cpu()
-
-
-def _add(digest: Any, decided: Any) -> None:  # noqa: ANN401 - that of hashlib
-    """Adds something to a hash; dictionaries in any order are the same."""
-    if isinstance(decided, np.ndarray):
-        decided = torch.from_numpy(decided)
-    if isinstance(decided, Tensor):
-        plain = decided.detach().cpu().contiguous()
-        digest.update(f"tensor {plain.dtype} {list(plain.shape)}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(decided, Mapping):
-        _add(digest, [[key, decided[key]] for key in sorted(decided)])
-    elif isinstance(decided, list | tuple):
-        digest.update(f"list of {len(decided)}".encode())
-        for one in decided:
-            _add(digest, one)
-    else:
-        digest.update(f"{type(decided).__name__} {decided!r};".encode())

@@ -90,8 +90,8 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
 def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """Maps a checkpoint that is a file, and notes in the options where Lightning would put its tensors; None of other files."""
-    asked, locations = options.get("map_location"), dict[int, str]()
-    if not is_zipfile(path) or not (asked is None or isinstance(asked, str | torch.device)):
+    requested, locations = options.get("map_location"), dict[int, str]()
+    if not is_zipfile(path) or not (requested is None or isinstance(requested, str | torch.device)):
         return None
 
     def note(storage: Any, location: str) -> Any:  # noqa: ANN401 - one of torch's kinds of storage
@@ -101,32 +101,36 @@ def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     checkpoint = torch.load(path, map_location=note, mmap=True, weights_only=options.get("weights_only"))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(TENSORS), dict):
         return None
-    plain = {name: one for name, one in checkpoint[TENSORS].items() if type(one) is Tensor and one.layout == torch.strided}
-    if asked is None:
-        saved = [locations.get(one.untyped_storage().data_ptr(), "cpu") for one in plain.values()]
+    plain = {
+        name: tensor for name, tensor in checkpoint[TENSORS].items() if type(tensor) is Tensor and tensor.layout == torch.strided
+    }
+    if requested is None:
+        saved = [locations.get(tensor.untyped_storage().data_ptr(), "cpu") for tensor in plain.values()]
         options["map_location"] = next(filter(_is_there, saved), "cpu")
-    unread = {name: Unread.of(one.shape, one.dtype, one.detach) for name, one in plain.items()}
+    unread = {name: Unread.of(tensor.shape, tensor.dtype, tensor.detach) for name, tensor in plain.items()}
     return checkpoint | {TENSORS: checkpoint[TENSORS] | unread}
 
 
 def _is_there(location: str) -> bool:
     """Tells whether tensors that were saved on a device can come back to it."""
-    own = torch.accelerator.current_accelerator(check_available=True)
-    return own is not None and torch.device(location).type == own.type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator is not None and torch.device(location).type == accelerator.type
 
 
 def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInCheckpoint]]:
     """Returns what Lightning loads of a checkpoint whose tensors are unread, and a class for modules to take them."""
-    held, source = checkpoint[TENSORS], BytesIO()
+    state, source = checkpoint[TENSORS], BytesIO()
     later = {key: checkpoint[key] for key in LARGE if key in checkpoint}
-    placed = {name: torch.empty(0) if isinstance(one, Unread) else one for name, one in held.items()}  # where Lightning is told
-    torch.save({key: one for key, one in checkpoint.items() if key not in later} | {TENSORS: placed}, source)
+    placed = {
+        name: torch.empty(0) if isinstance(tensor, Unread) else tensor for name, tensor in state.items()
+    }  # where Lightning is told
+    torch.save({key: tensor for key, tensor in checkpoint.items() if key not in later} | {TENSORS: placed}, source)
     source.seek(0)
 
     class Later(ShapeInCheckpoint):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             placed = checkpoint[TENSORS]
-            unread = {name: held[name].on(one.device) for name, one in placed.items() if isinstance(held[name], Unread)}
+            unread = {name: state[name].on(tensor.device) for name, tensor in placed.items() if isinstance(state[name], Unread)}
             checkpoint |= {**later, TENSORS: placed | unread}
             super().on_load_checkpoint(checkpoint)
 

@@ -45,8 +45,12 @@ def is_trial(trainer: pl.Trainer) -> bool:
 
 def check_some_steps(trainer: pl.Trainer, what: str) -> None:
     """Refuses a fit that takes no step, in which Lightning calls none of the hooks that `what` needs."""
-    given = {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs, "limit_train_batches": trainer.limit_train_batches}
-    if none := next((name for name, value in given.items() if value == 0), None):
+    limits = {
+        "max_steps": trainer.max_steps,
+        "max_epochs": trainer.max_epochs,
+        "limit_train_batches": trainer.limit_train_batches,
+    }
+    if none := next((name for name, value in limits.items() if value == 0), None):
         raise ValueError(
             f"{none}=0: a fit that takes no step prunes, converts and saves nothing, so {what} has no effect: take one step at "
             "least, or do it without training (`billhook prune`, bh.prune, bh.convert_kv_heads, bh.save)"
@@ -56,30 +60,21 @@ def check_some_steps(trainer: pl.Trainer, what: str) -> None:
 @contextmanager
 def isolated() -> Iterator[None]:
     """Restores random numbers afterwards, also after an error, where Lightning's own `isolate_rng` does not."""
-    failure: BaseException | None = None
-    with isolate_rng():
-        try:
-            yield
-        except BaseException as error:
-            failure = error
-    if failure is not None:
-        raise failure
+    rng = isolate_rng()
+    rng.__enter__()
+    try:
+        yield
+    finally:
+        rng.__exit__(None, None, None)  # as if nothing had been raised
 
 
 FIRST = "prune or convert first (billhook on one device), then train the result"
 
 
-def check_strategy(trainer: pl.Trainer, name: str) -> None:
-    """Refuses strategies under which no callback works."""
-    _shards(trainer, name)
-
-
 def check_masks(trainer: pl.Trainer, name: str) -> None:
     """Refuses strategies under which a callback cannot mask weights."""
-    if not _shards(trainer, name):
-        return
-    averaging = [type(one).__name__ for one, _ in averages(trainer)]
-    if averaging:
+    averaging = [type(callback).__name__ for callback, _ in averages(trainer)]
+    if check_strategy(trainer, name) and averaging:
         raise ValueError(
             f"{name} under ModelParallelStrategy cannot mask the copy that {averaging[0]} keeps: leave {averaging[0]} out"
         )
@@ -92,7 +87,7 @@ def check_learned(trainer: pl.Trainer, name: str) -> None:
             f"{name} chooses masks of whole weights at each step, and ModelParallelStrategy shards them: use one device or "
             "DDP, or WeightPruning"
         )
-    if averaging := [type(one).__name__ for one, _ in averages(trainer)]:
+    if averaging := [type(callback).__name__ for callback, _ in averages(trainer)]:
         raise ValueError(
             f"{name} masks what runs see of weights, and not the copy that {averaging[0]} keeps: leave one of them out"
         )
@@ -100,7 +95,7 @@ def check_learned(trainer: pl.Trainer, name: str) -> None:
 
 def check_shapes(trainer: pl.Trainer, name: str) -> None:
     """Refuses strategies under which a callback cannot change shapes."""
-    _shards(trainer, name)
+    check_strategy(trainer, name)
     if forks_or_spawns(trainer):
         raise ValueError(
             f"{name} changes shapes, and processes that are forked or spawned (ddp_notebook, ddp_fork, ddp_spawn) give back "
@@ -108,8 +103,8 @@ def check_shapes(trainer: pl.Trainer, name: str) -> None:
         )
 
 
-def _shards(trainer: pl.Trainer, name: str) -> bool:
-    """Returns whether the fit is sharded by FSDP2; refuses other ways to shard, and strategies that are not known."""
+def check_strategy(trainer: pl.Trainer, name: str) -> bool:
+    """Refuses strategies under which no callback works; returns whether the fit is sharded by FSDP2."""
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
@@ -120,9 +115,7 @@ def _shards(trainer: pl.Trainer, name: str) -> bool:
         return True
     if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
         return False
-    reason = ""
-    if isinstance(strategy, FSDPStrategy):
-        reason = ", which flattens the parameters of a layer into one (FSDP1)"
+    reason = ", which flattens the parameters of a layer into one (FSDP1)" if isinstance(strategy, FSDPStrategy) else ""
     if isinstance(strategy, DeepSpeedStrategy):
         reason = ", which keeps weights and optimizer states in an engine of its own"
     raise ValueError(
@@ -140,13 +133,13 @@ def once_model_exists(pl_module: pl.LightningModule, step: Callable[[], None]) -
 
     That is after the module's `setup`, and before checkpoints are loaded, strategies wrap the model and optimizers are made.
     """
-    if any(isinstance(one, PreTrainedModel) for one in pl_module.modules()):
+    if any(isinstance(module, PreTrainedModel) for module in pl_module.modules()):
         step()
         return
-    own = vars(pl_module)
-    if _WAITING not in own:
-        own[_WAITING], own[_HOOK] = [], partial(_configure, pl_module, pl_module.configure_model)
-    own[_WAITING].append(step)
+    attributes = vars(pl_module)
+    if _WAITING not in attributes:
+        attributes[_WAITING], attributes[_HOOK] = [], partial(_configure, pl_module, pl_module.configure_model)
+    attributes[_WAITING].append(step)
 
 
 def drop_waiting(pl_module: pl.LightningModule) -> None:
@@ -173,28 +166,23 @@ def _configure(pl_module: pl.LightningModule, configure: Callable[[], None]) -> 
 def trained(trainer: pl.Trainer) -> dict[str, Any]:
     """Returns data, seed, precision and devices of a fit as `training`, and the last figures of its validation as `metrics`."""
     data = getattr(getattr(trainer, "datamodule", None), "data", None)
+    seed = os.environ.get("PL_GLOBAL_SEED", "")  # of `seed_everything`, in this process or the one that started it
     training = {
         "data": without_folders(data) if _names(data) else None,
-        "seed": _seed(),
+        "seed": int(seed) if seed.isdigit() else None,
         "precision": str(trainer.precision),
         "devices": trainer.world_size,
     }
     figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
     metrics = {name: value for name, value in figures.items() if math.isfinite(value)}
-    found = {"training": {name: value for name, value in training.items() if value is not None}}
-    return found | ({"metrics": metrics} if metrics else {})
+    facts = {"training": {name: value for name, value in training.items() if value is not None}}
+    return facts | ({"metrics": metrics} if metrics else {})
 
 
 def _names(data: object) -> bool:
     """Tells whether data is named, and not, or only in part, an object of `datasets`, which may be a dictionary."""
     parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
     return isinstance(data, str) or (bool(parts) and all(_names(part) for part in parts))
-
-
-def _seed() -> int | None:
-    """Returns what `seed_everything` was given, in this process or the one that started it."""
-    given = os.environ.get("PL_GLOBAL_SEED", "")
-    return int(given) if given.isdigit() else None
 
 
 At = Step | Literal["start"]

@@ -61,8 +61,8 @@ class ShapeCallback(EventCallback):
         """Adds the shape to checkpoints, and checks trainer and model."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            for one in callbacks_of(trainer, SetsLength):
-                one.settle(trainer)  # even if it is later in the list
+            for callback in callbacks_of(trainer, SetsLength):
+                callback.settle(trainer)  # even if it is later in the list
             once_model_exists(pl_module, partial(self._begin_unwrapped, trainer, pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -134,9 +134,9 @@ def unwrapped(trainer: pl.Trainer, in_turn: bool = False) -> Iterator[None]:
 def check_none_beside(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
     """Refuses optimizers and averages that a module or a callback keeps by itself, which nothing would have follow."""
     holders = [
-        (type(one).__name__, attr, kept)
-        for one in [pl_module, *callbacks_of(trainer, Callback)]
-        for attr, kept in vars(one).items()
+        (type(holder).__name__, attr, kept)
+        for holder in [pl_module, *callbacks_of(trainer, Callback)]
+        for attr, kept in vars(holder).items()
     ]
     holders += [(type(pl_module).__name__, attr, kept) for attr, kept in pl_module.named_modules()]
     for holder, attr, kept in holders:

@@ -50,10 +50,10 @@ def _follow(optimizers: Collection[Optimizer], new: Mapping[nn.Parameter, nn.Par
     """Gives optimizers new parameters instead of others, and shards what they keep of these as they are."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["params"][:] = [new.get(own, own) for own in group["params"]]
-        for old, own in new.items():
+            group["params"][:] = [new.get(parameter, parameter) for parameter in group["params"]]
+        for old, parameter in new.items():
             if old in optimizer.state:
-                optimizer.state[own] = {key: _as(value, own) for key, value in optimizer.state.pop(old).items()}
+                optimizer.state[parameter] = {key: _as(value, parameter) for key, value in optimizer.state.pop(old).items()}
 
 
 def _as(value: object, like: nn.Parameter) -> object:

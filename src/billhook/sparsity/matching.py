@@ -18,7 +18,7 @@ from billhook.arguments import annotated, fraction, number, whole
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.state import fresh_casts, overridden
 from billhook.engine.trees import tree_leaves, tree_map_only
-from billhook.engine.walk import Given, Site, spare
+from billhook.engine.walk import Arguments, Site, spare
 from billhook.linalg import float64_device
 from billhook.model.linears import is_convolution, turned, weight_of
 from billhook.sparsity.pruned import Pruned
@@ -40,7 +40,7 @@ class Passage:
         counts: Which tokens count, bool, of the shape of the goal without its last dimension; None if all do.
     """
 
-    given: Given
+    given: Arguments
     goal: Tensor
     counts: Tensor | None
 
@@ -216,9 +216,9 @@ class MatchingVisitor(PruningVisitor):
         super().__init__(*args, **walk)
         self.matching = matching
         self.dense = range(len(self.tokens), 2 * len(self.tokens))
-        self._given: dict[int, tuple[Given, Tensor]] = {}
+        self._given: dict[int, tuple[Arguments, Tensor]] = {}
 
-    def came_out(self, run: int, given: Given, output: object) -> None:
+    def came_out(self, run: int, given: Arguments, output: object) -> None:
         """Notes what a block was given, and what it gave."""
         if (stream := stream_in(output)) is not None:
             self._given[run] = given, stream

@@ -73,7 +73,7 @@ class Copies:
         """Puts copies in the place of a block's tensors."""
         copies = {original: _like(original, copy) for original, copy in self._arrived(block).items()}
         for module in block.modules():
-            for slots in (module._parameters, module._buffers):
+            for slots in (vars(module)["_parameters"], vars(module)["_buffers"]):
                 for name, original in slots.items():
                     if original is not None:
                         self._replaced.append((slots, name, original, copies[original]))

@@ -156,11 +156,11 @@ def put_on(module: nn.Module, shardings: list[Sharding], shards: Mapping[nn.Para
             for group in groups_of(_state(modules[0])):
                 vars(group).update(sharding.settings)
     for sharding in shardings:
-        forward, backward = ([part for part in ahead if isinstance(part, FSDPModule)] for ahead in sharding.prefetched)
+        still: list[list[Any]] = [[part for part in ahead if isinstance(part, FSDPModule)] for ahead in sharding.prefetched]
         for part in sharding.modules:
             if isinstance(part, FSDPModule):
-                part.set_modules_to_forward_prefetch(forward)
-                part.set_modules_to_backward_prefetch(backward)
+                part.set_modules_to_forward_prefetch(still[0])
+                part.set_modules_to_backward_prefetch(still[1])
     for part, name, full in places:
         part._parameters[name] = shards.get(full, full)
     for part in module.modules():

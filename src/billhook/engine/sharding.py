@@ -193,7 +193,8 @@ def sizes_only(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _replaced(parts: Iterable[nn.Module], new: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Puts other parameters instead of shards; those that are tied stay tied."""
-    sharded = [(part, name, shard) for part in parts for name, shard in part._parameters.items() if isinstance(shard, DTensor)]
+    places = [(part, name, shard) for part in parts for name, shard in part._parameters.items() if shard is not None]
+    sharded = [(part, name, shard) for part, name, shard in places if isinstance(shard, DTensor)]
     others: dict[nn.Parameter, nn.Parameter] = {}
     try:
         for part, name, shard in sharded:

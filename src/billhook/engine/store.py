@@ -328,10 +328,11 @@ class MemoryStore(BlockStore):
             values = {name: value.to(home) for name, value in values.items()}
         return super().stage(block, values, note, device)
 
-    def altered(self, alter: Alter) -> AbstractContextManager[None]:
+    @contextmanager
+    def altered(self, alter: Alter) -> Iterator[None]:
         """Does nothing: no block comes."""
         del alter
-        return nullcontext()
+        yield
 
     def write(self, folder: Path, transposed: Collection[str] = ()) -> None:
         """Writes config and weights of a Hugging Face model; see `BlockStore.write`."""

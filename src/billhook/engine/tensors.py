@@ -296,9 +296,9 @@ def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mappi
             extents |= {name: (new, start) for name, start in _begin(new, {name: every[name] for name in names}).items()}
         for part in chain(({name: old.get_tensor(name)} for name in old.keys()), parts):  # noqa: SIM118
             for name, tensor in part.items():
-                file, start = extents.pop(name)
-                file.seek(start)
-                file.write(_bits(tensor.detach().cpu().contiguous()).numpy().data)
+                opened, start = extents.pop(name)
+                opened.seek(start)
+                opened.write(_bits(tensor.detach().cpu().contiguous()).numpy().data)
     assert not extents, f"{', '.join(extents)} have no values"
     first.unlink()
     write_index(folder)

@@ -70,10 +70,11 @@ class ResumeState:
         if begun is not None and _can_draw_again(trainer):
             set_random_state(begun["random"], trainer.strategy.root_device)
             if begun["again"]:
+                epochs: Any = trainer.fit_loop.epoch_progress.current
                 for loader in training_loaders(trainer):
                     sampler: Any = getattr(loader, "sampler", None)
                     if hasattr(sampler, "set_epoch"):
-                        sampler.set_epoch(trainer.fit_loop.epoch_progress.current.processed)
+                        sampler.set_epoch(epochs.processed)
                 iter(data_fetcher(trainer))  # Lightning has made an iterator already, with other random numbers
             for _ in range(0 if over else progress.current.processed):
                 next(data_fetcher(trainer).iterator)

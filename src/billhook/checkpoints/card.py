@@ -17,9 +17,9 @@ from billhook.serving.engines import told, verdicts
 
 def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:
     """Returns the entries of a list in a record, which may be anybody's, that say what billhook's own do."""
-    found = record.get(name)
-    entries = found if isinstance(found, list) else []
-    return [one for one in entries if isinstance(one, Mapping) and all(key in one for key in keys)]
+    value = record.get(name)
+    entries = value if isinstance(value, list) else []
+    return [entry for entry in entries if isinstance(entry, Mapping) and all(key in entry for key in keys)]
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], align: str = "---:") -> str:
@@ -64,26 +64,29 @@ LONGEST = 150
 
 def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns pairs of a name and words: the callbacks that made a fit's events, and all else that a few words can say."""
-    by = [one["by"] for one in listed(record, "events", ("by",)) if isinstance(one["by"], Mapping)]
-    named = [(str(one.get("callback")), words({name: own for name, own in one.items() if name != "callback"})) for one in by]
-    others = [(str(name), words(value)) for name, value in record.items() if name not in ELSEWHERE]
-    return [pair for pair in dict.fromkeys([*named, *others]) if pair[1]]
+    pairs = list[tuple[str, str]]()
+    for event in listed(record, "events", ("by",)):
+        if isinstance(event["by"], Mapping):
+            parameters = dict(event["by"])
+            pairs.append((str(parameters.pop("callback", None)), words(parameters)))
+    pairs += [(str(name), words(value)) for name, value in record.items() if name not in ELSEWHERE]
+    return [pair for pair in dict.fromkeys(pairs) if pair[1]]
 
 
 def words(value: object, within: bool = False) -> str:
     """Says a value in a line; nothing of one that takes more."""
     if isinstance(value, Mapping):
-        parts = [f"{name} {own}" for name, one in value.items() if (own := words(one, True))]
-        found = "; ".join(parts)
-        return found if not within else f"({found})" if found and len(found) <= LONGEST else ""
+        parts = [f"{name} {said}" for name, part in value.items() if (said := words(part, True))]
+        line = "; ".join(parts)
+        return line if not within else f"({line})" if line and len(line) <= LONGEST else ""
     if isinstance(value, list):
-        parts = [words(one, True) for one in value]
-        found = ", ".join(parts) if all(parts) and not any(isinstance(one, Mapping) for one in value) else ""
+        parts = [words(part, True) for part in value]
+        line = ", ".join(parts) if all(parts) and not any(isinstance(part, Mapping) for part in value) else ""
     elif isinstance(value, float):
-        found = f"{value:g}"
+        line = f"{value:g}"
     else:
-        found = "" if value is None else str(value)
-    return found if len(found) <= LONGEST else ""
+        line = "" if value is None else str(value)
+    return line if len(line) <= LONGEST else ""
 
 
 RELATION = "finetune"
@@ -114,8 +117,8 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
     base = hub_name(named) if isinstance(named, str) else None
     name = record["saved"]["folder"]
     parts = [f"---\n{_metadata(record, base).to_yaml().strip()}\n---", *_title(record, base, config)]
-    for title, own in (("What was done", _done(record)), ("What it costs", _costs(record))):
-        parts += [f"## {title}", *own] if own else []
+    for title, section in (("What was done", _done(record)), ("What it costs", _costs(record))):
+        parts += [f"## {title}", *section] if section else []
     parts += ["## How to load it", f"It is {loading}.", _code(record, name, config)]
     parts += ["## Where it runs", *_engines(record, config)]
     return "\n\n".join(parts) + "\n"
@@ -144,18 +147,18 @@ def _title(record: Mapping[str, Any], base: str | None, config: PretrainedConfig
 def _metadata(record: Mapping[str, Any], base: str | None) -> ModelCardData:
     """Returns what the hub reads: base model, licence, library, and tags by what has become of the sizes."""
     licence = {name: record[name] for name in ("license", "license_name", "license_link") if isinstance(record.get(name), str)}
-    own: dict[str, Any] = licence | ({"base_model_relation": RELATION} if base else {})
+    fields: dict[str, Any] = licence | ({"base_model_relation": RELATION} if base else {})
     library = "billhook" if record["saved"]["way"] == "shaped" else "transformers"
-    return ModelCardData(base_model=base, **own, library_name=library, tags=["billhook", *_tags(*_sizes(record))])
+    return ModelCardData(base_model=base, **fields, library_name=library, tags=["billhook", *_tags(*_sizes(record))])
 
 
 def _tags(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
     """Says what has become of the sizes: fewer parameters, or more of them zero, a tenth at least."""
-    sizes = [one.get(name) for name in ("params", "zeros") for one in (before, after)]
-    given = [one for one in sizes if isinstance(one, int)]
-    if len(given) < len(sizes):
+    sizes = [figures.get(name) for name in ("params", "zeros") for figures in (before, after)]
+    known = [size for size in sizes if isinstance(size, int)]
+    if len(known) < len(sizes):
         return []
-    params, fewer, zeros, more = given
+    params, fewer, zeros, more = known
     sparse = zeros < more and more >= SPARSE * fewer
     return ["pruned"] * (sparse or fewer < params) + ["sparse"] * sparse
 
@@ -169,7 +172,7 @@ def _sizes(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, A
 def _measured(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Returns the events of a fit or a command that say figures before and after."""
     events = listed(record, "events", ("what", "before", "after"))
-    return [one for one in events if isinstance(one["before"], Mapping) and isinstance(one["after"], Mapping)]
+    return [event for event in events if isinstance(event["before"], Mapping) and isinstance(event["after"], Mapping)]
 
 
 def _code(record: Mapping[str, Any], name: str, config: PretrainedConfig) -> str:
@@ -184,17 +187,16 @@ def _code(record: Mapping[str, Any], name: str, config: PretrainedConfig) -> str
 
 def _engines(record: Mapping[str, Any], config: PretrainedConfig) -> list[str]:
     """Makes a table of which engines run it."""
-    events = [one["after"] for one in listed(record, "events", ("after",)) if isinstance(one["after"], Mapping)]
-    kind, zeros = (config.architectures or [""])[0], events[-1].get("zeros") if events else 0
-    found = verdicts(kind, config, vars(config).get(KEY), zeros=isinstance(zeros, int) and zeros > 0)
-    return [table(["engine", "runs it"], [list(one) for one in told(found)]), READ]
+    figures = [event["after"] for event in listed(record, "events", ("after",)) if isinstance(event["after"], Mapping)]
+    kind, zeros = (config.architectures or [""])[0], figures[-1].get("zeros") if figures else 0
+    rows = told(verdicts(kind, config, vars(config).get(KEY), zeros=isinstance(zeros, int) and zeros > 0))
+    return [table(["engine", "runs it"], [list(row) for row in rows]), READ]
 
 
 def _done(record: Mapping[str, Any]) -> list[str]:
     """Lists the events, and shows figures before the first, after the last and at the end, and by what all was done."""
     events = _measured(record)
-    when = [f"step {plain(one['step'])}: " if "step" in one else "" for one in events]
-    lines = [f"- {at}{_event(one)}" for at, one in zip(when, events, strict=True)]
+    lines = [f"- step {plain(event['step'])}: {_event(event)}" if "step" in event else f"- {_event(event)}" for event in events]
     if isinstance(steps := record.get("steps"), int):
         lines.append(f"- training, {steps:,} steps")
     how = settings(record)
@@ -212,8 +214,8 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
     names = {key: name for key, name in SIZES.items() if after.get(key) is not None}
     names |= {key: plain(key) for key in (*after, *last) if key.startswith("val") and (key in before or key in last)}
     columns = {"at the start": start, "before": before, "after": after, "at the last validation": last}
-    columns = {head: one for head, one in columns.items() if one or head in ("before", "after")}
-    heads, rows = ["", *columns], [[name, *(one.get(key) for one in columns.values())] for key, name in names.items()]
+    columns = {head: figures for head, figures in columns.items() if figures or head in ("before", "after")}
+    heads, rows = ["", *columns], [[name, *(figures.get(key) for figures in columns.values())] for key, name in names.items()]
     return [table(heads, rows)] * bool(rows)
 
 
@@ -227,8 +229,8 @@ def _event(event: Mapping[str, Any]) -> str:
 
 def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Returns a part of a record that holds figures by name; empty if it is something else."""
-    found = record.get(name)
-    return found if isinstance(found, Mapping) else {}
+    part = record.get(name)
+    return part if isinstance(part, Mapping) else {}
 
 
 def _costs(record: Mapping[str, Any]) -> list[str]:
@@ -239,9 +241,9 @@ def _costs(record: Mapping[str, Any]) -> list[str]:
     damage, when = listed(record, "damage", LOSSES), ""
     for event in listed(record, "events", ("step", "damage"))[-1:] if not damage else ():
         damage, when = listed(event, "damage", LOSSES), f"Right after what was done at step {plain(event['step'])}:"
-    for one in damage:
-        where = "calibrated on" if one["inside"] else "not calibrated on"
-        pairs = [with_error(one[name], one[f"{name}_error"]) for name in ("ratio", "kl")]
-        rows.append([one["source"], where, one["before"], one["after"], *pairs])
+    for text in damage:
+        where = "calibrated on" if text["inside"] else "not calibrated on"
+        pairs = [with_error(text[name], text[f"{name}_error"]) for name in ("ratio", "kl")]
+        rows.append([text["source"], where, text["before"], text["after"], *pairs])
     shown = [table(["perplexity on", "", "before", "after", "ratio", "KL"], rows), EXPLAINED] if rows else []
     return [when, *shown] if when and shown else shown

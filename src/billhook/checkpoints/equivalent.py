@@ -97,8 +97,8 @@ def say_head_dim(model: PreTrainedModel) -> None:
     """Fills in the field `head_dim` of configs that leave it empty: transformers computes it then, and SGLang fails."""
     for _, config in nested_configs(model.config):
         if vars(config).get("head_dim", 0) is None:
-            own = [module for module in model.modules() if getattr(module, "config", None) is config]
-            sizes = {size for module in own if type(size := getattr(module, "head_dim", None)) is int}
+            modules = [module for module in model.modules() if getattr(module, "config", None) is config]
+            sizes = {size for module in modules if type(size := getattr(module, "head_dim", None)) is int}
             config.head_dim = sizes.pop() if len(sizes) == 1 else None
 
 
@@ -117,18 +117,18 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
     misread = type(model).__name__.startswith(computed) and not _is_shared_out(counts)
     if not (misread or unbuilt_shape(model, now).tensors):
         return
-    for kind, changes, lacks in sorted(_classes(type(model), config), key=lambda one: misread and one[0] is type(model)):
-        own = kind is type(model)
-        left_out = {KEY} if own else {KEY, *NOT_COPIED, *lacks}
+    for kind, changes, lacks in sorted(_classes(type(model), config), key=lambda row: misread and row[0] is type(model)):
+        same_class = kind is type(model)
+        left_out = {KEY} if same_class else {KEY, *NOT_COPIED, *lacks}
         copied = {name: value for name, value in config.to_dict().items() if name not in left_out}
-        reads = type(config) if own else cast(type[PretrainedConfig], kind.config_class)
+        reads = type(config) if same_class else cast(type[PretrainedConfig], kind.config_class)
         try:
-            known = counts if own else {name: count for name, count in counts.items() if name in _declared(reads)}
+            known = counts if same_class else {name: count for name, count in counts.items() if name in _declared(reads)}
             candidate = reads.from_dict(copied | known | changes | {"architectures": [kind.__name__]})
             built = built_shape(kind, candidate)
         except Exception:  # whatever a class of configs or models raises
             continue
-        sizes = now.tensors if own else now.tensors | {name: now.tensors[name][::-1] for name in transposed(model, kind)}
+        sizes = now.tensors if same_class else now.tensors | {name: now.tensors[name][::-1] for name in transposed(model, kind)}
         if built.tensors == sizes and all(built.attributes.get(k, v) == v for k, v in now.attributes.items()):
             yield kind, candidate
 
@@ -167,18 +167,18 @@ def _classes(
 
 def _is_complete(family: Family, config: PretrainedConfig, kind: type[PretrainedConfig]) -> bool:
     """Returns True if a family's config, of the class `kind`, holds all that this config does, and nothing more."""
-    own, other = _declared(type(config)), _declared(kind)
-    known = own - other <= family.lacks.keys() and other - own <= family.adds.keys() | {"head_dim"}
+    declared, other = _declared(type(config)), _declared(kind)
+    known = declared - other <= family.lacks.keys() and other - declared <= family.adds.keys() | {"head_dim"}
     neutral = all(_is_neutral(getattr(config, name, value), value) for name, value in family.lacks.items())
     agreed = all(getattr(config, name, value) == value for name, value in _added(family, config).items())
     return known and neutral and agreed
 
 
-def _is_neutral(found: object, value: object) -> bool:
+def _is_neutral(stated: object, neutral: object) -> bool:
     """Returns True if a field that the other family lacks changes nothing; `value` is what it must be."""
-    if value is FULL:
-        return found in (FULL, None) or set(cast(list[str], found)) == {"full_attention"}
-    return value is ANY or found == value
+    if neutral is FULL:
+        return stated in (FULL, None) or set(cast(list[str], stated)) == {"full_attention"}
+    return neutral is ANY or stated == neutral
 
 
 def _declared(kind: type[PretrainedConfig]) -> set[str]:
@@ -204,13 +204,13 @@ def _counts(shape: Shape, config: PretrainedConfig) -> dict[str, int] | None:
     sizes = {value for name, value in shape.attributes.items() if name.endswith(".head_dim")}
     if len(sizes) != 1:
         return None
-    found = {"head_dim": sizes.pop()}
+    counts = {"head_dim": sizes.pop()}
     for field, (suffix, per_head) in COUNTED.items():
         rows = {size[0] for name, size in shape.tensors.items() if name.endswith(suffix)}
         if not rows or not hasattr(config, field):
             continue
-        unit = found["head_dim"] if per_head else 1
+        unit = counts["head_dim"] if per_head else 1
         if len(rows) > 1 or min(rows) % unit:
             return None
-        found[field] = min(rows) // unit
-    return found
+        counts[field] = min(rows) // unit
+    return counts

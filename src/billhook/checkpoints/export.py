@@ -44,25 +44,28 @@ def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
     What is not as billhook notes it, as anybody may have written the file, is left out.
     """
-    held = checkpoint.get("callbacks")
-    states = [own for own in held.values() if isinstance(own, Mapping)] if isinstance(held, Mapping) else []
-    events = [one for state in states for one in listed(state, "events", EVENT) if _is_event(one)]
-    damage = [one for state in states for one in listed(state, "last", LOSSES) if _is_plain(one)]
-    starts = [own for state in states if isinstance(own := state.get("start"), Mapping) and own and _is_plain(own)]
-    noted = checkpoint.get(TRAINED)
-    trained = {name: noted.get(name) for name in ("training", "metrics")} if isinstance(noted, Mapping) else {}
-    found: dict[str, Any] = {"start": dict(starts[0])} if starts else {}
-    found |= {"events": sorted(events, key=lambda event: (event["step"], event["number"]))}
-    found |= {name: dict(own) for name, own in trained.items() if isinstance(own, Mapping) and _is_plain(own)}
-    return found | ({"damage": damage} if damage else {})
+    callbacks, noted = checkpoint.get("callbacks"), checkpoint.get(TRAINED)
+    events, damage, record = list[Mapping[str, Any]](), list[Mapping[str, Any]](), dict[str, Any]()
+    for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
+        if not isinstance(state, Mapping):
+            continue
+        for event in listed(state, "events", EVENT):
+            if type(event["number"]) is type(event["step"]) is int and _is_plain(event):
+                events.append(event)
+        damage += filter(_is_plain, listed(state, "last", LOSSES))
+        if state.get("start") and _is_plain(state["start"]):
+            record.setdefault("start", dict(state["start"]))
+    record["events"] = sorted(events, key=lambda event: (event["step"], event["number"]))
+    for name in ("training", "metrics") if isinstance(noted, Mapping) else ():
+        if _is_plain(noted.get(name)):
+            record[name] = dict(noted[name])
+    return record | ({"damage": damage} if damage else {})
 
 
-def _is_event(event: Mapping[str, Any]) -> bool:
-    return all(type(event[name]) is int for name in ("number", "step")) and _is_plain(event)
-
-
-def _is_plain(value: Mapping[str, Any]) -> bool:
-    """Tells whether JSON can say a value."""
+def _is_plain(value: object) -> bool:
+    """Tells whether a value is a mapping that JSON can say."""
+    if not isinstance(value, Mapping):
+        return False
     try:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError):
@@ -76,14 +79,15 @@ def check_trained(model: PreTrainedModel, record: Record, name: str) -> None:
     They may differ where they change nothing of what the model computes of a probe, as rates of dropout and a size of the
     vocabulary from before it grew. To find out, yet another value is tried; what the file says is only compared.
     """
-    found = sorted(differences(model, record), key=lambda one: one.constant.attr)
-    if not found:
+    differing = sorted(differences(model, record), key=lambda difference: difference.constant.attr)
+    if not differing:
         return
     probe = make_probe(model)
     expected = logits_of(model, probe)
-    for _, alike in groupby(found, key=lambda one: one.constant.attr):
-        if _counts(model, own := list(alike), probe, expected):
-            first = own[0]
+    for _, alike in groupby(differing, key=lambda difference: difference.constant.attr):
+        of_one_name = list(alike)
+        if _counts(model, of_one_name, probe, expected):
+            first = of_one_name[0]
             raise ValueError(
                 f"'{name}' holds no {type(model).__name__} that computes what the trained one did: "
                 f"{first.constant.name.removeprefix('.')} was {_shown(first.recorded)} in training, and its class makes "
@@ -95,9 +99,9 @@ def _shown(value: Number) -> str:
     return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
-def _counts(model: PreTrainedModel, found: Sequence[Difference], probe: Probe, expected: Tensor) -> bool:
+def _counts(model: PreTrainedModel, differing: Sequence[Difference], probe: Probe, expected: Tensor) -> bool:
     """Tells whether other constants than the model's give other logits, or no logits."""
-    with _others(found):
+    with _others(differing):
         try:
             logits = logits_of(model, probe)
         except (MemoryError, torch.OutOfMemoryError):
@@ -108,16 +112,17 @@ def _counts(model: PreTrainedModel, found: Sequence[Difference], probe: Probe, e
 
 
 @contextmanager
-def _others(found: Sequence[Difference]) -> Iterator[None]:
+def _others(differing: Sequence[Difference]) -> Iterator[None]:
     """Gives a model other constants for a while."""
-    before = [(one.constant.holder, one.constant.attr, one.constant.value) for one in found]
+    constants = [difference.constant for difference in differing]
+    before = [constant.value for constant in constants]
     try:
-        for holder, attr, value in before:
-            holder[attr] = _other(value)
+        for constant, value in zip(constants, before, strict=True):
+            constant.holder[constant.attr] = _other(value)
         yield
     finally:
-        for holder, attr, value in before:
-            holder[attr] = value
+        for constant, value in zip(constants, before, strict=True):
+            constant.holder[constant.attr] = value
 
 
 def _other(value: Any) -> Any:  # noqa: ANN401 - a number or a tensor
@@ -184,7 +189,7 @@ def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noq
     if masked is None:
         return
     heads = masked.get("heads") if isinstance(masked, dict) else None
-    if not isinstance(heads, dict) or not all(isinstance(own, list) for own in heads.values()):
+    if not isinstance(heads, dict) or not all(isinstance(numbers, list) for numbers in heads.values()):
         raise ValueError(f"'{name}' does not say which heads are masked as billhook writes it")
     zero_units(model, heads, per=cast(Per, masked.get("per")))  # which is checked there
 
@@ -201,14 +206,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"'{path}' is not a Lightning checkpoint: it has no state_dict of tensors")
-    if not (held := checkpoint.get(KEY)):
+    if not (record := checkpoint.get(KEY)):
         raise ValueError(f"'{path}' was not written with a billhook callback or module: it does not say what model it holds")
     kinds = {"class": str, "config": str, "prefix": str, "shape": dict, "name_or_path": str | None}
-    wrong = [k for k, kind in kinds.items() if not isinstance(held, dict) or k not in held or not isinstance(held[k], kind)]
+    wrong = [k for k, kind in kinds.items() if not isinstance(record, dict) or k not in record or not isinstance(record[k], kind)]
     if wrong:
         raise ValueError(f"'{path}' does not say what model it holds as billhook writes it: {wrong[0]} is missing or wrong")
     try:
-        check_record(held.get("constants", {"numbers": {}, "buffers": {}}))  # an older billhook recorded none
+        check_record(record.get("constants", {"numbers": {}, "buffers": {}}))  # an older billhook recorded none
     except ValueError as error:
         raise ValueError(f"'{path}' does not say what model it holds as billhook writes it: {error}") from None
     return cast(dict[str, Any], checkpoint)
@@ -220,7 +225,7 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
     It is built on meta tensors first, and takes memory only when its sizes are those of the tensors in the checkpoint. Where its
     class builds other sizes from the config, it takes those that the checkpoint records and holds.
     """
-    held, prefix = checkpoint[KEY], checkpoint[KEY]["prefix"]
+    record, prefix = checkpoint[KEY], checkpoint[KEY]["prefix"]
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     if adapted := next((key for key in state if ".base_layer." in key), None):
         raise ValueError(
@@ -228,8 +233,8 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
             "wrote it, and save the model from there (bh.save, or the callback Export)"
         )
     try:
-        shape = Shape.from_dict(held["shape"])
-        config = _read_config(held, shape, limit=1000 + len(state))
+        shape = Shape.from_dict(record["shape"])
+        config = _read_config(record, shape, limit=1000 + len(state))
         kind = model_class(config, name)
         with torch.random.fork_rng(devices=[]):
             plain = _check_sizes(build_class_on_meta(kind, copy.deepcopy(config)), shape, state)
@@ -240,14 +245,14 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
         compute_experts_in_turn(model)
         logits_of(model, make_probe(model))
     except Exception as error:
-        raise ValueError(f"'{name}' holds no {held['class'][:80]} that can be built: {error}") from error
+        raise ValueError(f"'{name}' holds no {record['class'][:80]} that can be built: {error}") from error
     return model
 
 
-def _read_config(held: dict[str, Any], shape: Shape, limit: int) -> PretrainedConfig:
+def _read_config(record: dict[str, Any], shape: Shape, limit: int) -> PretrainedConfig:
     """Makes the config that a checkpoint holds; fields that its class derives from others are as they were."""
-    fields = _harmless(json.loads(held["config"], object_hook=_number), limit)
-    config: PretrainedConfig = transformers.AutoConfig.for_model(**{**copy.deepcopy(fields), "architectures": [held["class"]]})
+    fields = _harmless(json.loads(record["config"], object_hook=_number), limit)
+    config: PretrainedConfig = transformers.AutoConfig.for_model(**{**copy.deepcopy(fields), "architectures": [record["class"]]})
     derived = {name: shape.config[name] for name, value in fields_of(config).items() if shape.config.get(name, value) != value}
     for name, stated in derived.items():
         if _within(fields, name) != stated:
@@ -263,8 +268,8 @@ def _number(fields: dict[str, Any]) -> Any:  # noqa: ANN401 - any JSON
 
 
 def _within(fields: Any, name: str) -> object:  # noqa: ANN401 - any JSON
-    own, _, rest = name.partition(".")
-    value = fields.get(own) if isinstance(fields, dict) else None
+    first, _, rest = name.partition(".")
+    value = fields.get(first) if isinstance(fields, dict) else None
     return _within(value, rest) if rest else value
 
 
@@ -289,24 +294,24 @@ def _check_sizes(shadow: PreTrainedModel, recorded: Shape, state: dict[str, Tens
     """Refuses a shape that is not that of the tensors; returns True if it is also what the config builds."""
     built = shape_of(shadow)
     for name in [*built.tensors, *recorded.tensors]:
-        held = tuple(state[name].shape) if name in state else None
-        sizes = {"config": built.tensors.get(name), "shape": recorded.tensors.get(name), "weights": held}
-        if held != sizes["shape"] or len({None if size is None else len(size) for size in sizes.values()}) > 1:
-            found = ", ".join(f"{size or 'not there'} by its {where}" for where, size in sizes.items())
-            raise ValueError(f"{name} is {found}")
+        in_weights = tuple(state[name].shape) if name in state else None
+        sizes = {"config": built.tensors.get(name), "shape": recorded.tensors.get(name), "weights": in_weights}
+        if in_weights != sizes["shape"] or len({None if size is None else len(size) for size in sizes.values()}) > 1:
+            listed = ", ".join(f"{size or 'not there'} by its {where}" for where, size in sizes.items())
+            raise ValueError(f"{name} is {listed}")
     if sum(buffer.numel() for buffer in shadow.buffers()) > 10**8 + 10 * sum(tensor.numel() for tensor in state.values()):
         raise ValueError("the config asks for far more than the checkpoint holds")
     return built.tensors == recorded.tensors
 
 
-def _find_tokenizer(asked: str | None, started_from: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
-    name = asked or (started_from if model.main_input_name == "input_ids" else None)
+def _find_tokenizer(requested: str | None, started_from: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    name = requested or (started_from if model.main_input_name == "input_ids" else None)
     if not name:
         return None
     try:
         return load_tokenizer(name)
     except (OSError, ValueError) as error:
-        if asked:
-            raise ValueError(f"tokenizer: none can be read from '{asked}': {error}") from error
+        if requested:
+            raise ValueError(f"tokenizer: none can be read from '{requested}': {error}") from error
         warnings.warn(f"no tokenizer is saved along, since none can be read from '{name}'; name one", stacklevel=3)
         return None

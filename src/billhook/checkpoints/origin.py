@@ -37,29 +37,29 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
     name and the model's class as `made_of`; and the licence that its model card or config names as `license`, with
     `license_name` and `license_link` where the card has them. Nothing is fetched: a card of the hub is read if it was downloaded.
     """
-    found: dict[str, Any] = {}
+    origin: dict[str, Any] = {}
     recorded = _recorded(Path(name)) if name else {}
     if name and (base := hub_name(name) or _in_cache(name) or recorded.get("base_model")):
-        found["base_model"] = base
+        origin["base_model"] = base
     elif name:
         kind = next(iter(config.architectures or []), None)
-        found["made_of"] = recorded or {"name": Path(name).resolve().name, **({"class": kind} if kind else {})}
+        origin["made_of"] = recorded or {"name": Path(name).resolve().name, **({"class": kind} if kind else {})}
     card = _card_of(name) if name else {}
     stated = card.get("license") or vars(config).get("license")
     if not _is_text(stated):
-        return found
-    found["license"] = stated
-    if _is_text(own := card.get("license_name")):
-        found["license_name"] = own
+        return origin
+    origin["license"] = stated
+    if _is_text(license_name := card.get("license_name")):
+        origin["license_name"] = license_name
     if _is_text(link := card.get("license_link")) and str(link).startswith(("https://", "http://")):  # a file would not be there
-        found["license_link"] = link
-    return found
+        origin["license_link"] = link
+    return origin
 
 
 def _in_cache(name: str) -> str | None:
     """Returns the hub's name of a model whose folder lies in the cache of huggingface_hub."""
-    held = next((part for part in Path(name).parts if part.startswith("models--")), "")
-    return hub_name("/".join(held.split("--")[1:]))
+    folder = next((part for part in Path(name).parts if part.startswith("models--")), "")
+    return hub_name("/".join(folder.split("--")[1:]))
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
@@ -76,11 +76,11 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 def _card_of(name: str) -> Mapping[str, Any]:
     """Returns the front matter of a model's card, empty where it has none that can be read."""
-    place = try_to_load_from_cache(name, CARD) if hub_name(name) else Path(name) / CARD
-    if not isinstance(place, str | Path) or not Path(place).is_file():
+    file = try_to_load_from_cache(name, CARD) if hub_name(name) else Path(name) / CARD
+    if not isinstance(file, str | Path) or not Path(file).is_file():
         return {}
     with suppress(OSError, ValueError, YAMLError, RecursionError):
-        return metadata_load(place) or {}
+        return metadata_load(file) or {}
     return {}
 
 

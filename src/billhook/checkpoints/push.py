@@ -93,7 +93,7 @@ def _check_saved(folder: Path) -> None:
     legal = "only what billhook has saved, which verifies it, is pushed"
     try:
         files = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
-        missing = [one for one in files if not (folder / one).exists()]
+        missing = [file for file in files if not (folder / file).exists()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"folder='{folder}': it holds no {RECORD} as billhook writes it, and {legal}") from None
     if missing:
@@ -109,10 +109,10 @@ def _check_paths(folder: Path) -> None:
             texts[file] = text if file == CARD else json.loads(text)
     config = texts.get("config.json")
     texts["config.json"] = config.get("_name_or_path") if isinstance(config, dict) else None
-    for file, held in texts.items():
-        if found := list(dict.fromkeys(paths_in(held))):
-            more = f" and {len(found) - 1:,} more" if len(found) > 1 else ""
+    for file, text in texts.items():
+        if paths := list(dict.fromkeys(paths_in(text))):
+            more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
             raise ValueError(
-                f"folder='{folder}': {file} holds the absolute path '{found[0][:200]}'{more}, which all who see the repository "
+                f"folder='{folder}': {file} holds the absolute path '{paths[0][:200]}'{more}, which all who see the repository "
                 "would read: take it out, or load the model, save it with this billhook (bh.save), and push that"
             )

@@ -171,8 +171,8 @@ def _save(
     expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
     with drafted(target) as draft, _untouched(model), as_runs_see(model):
         way, family, difference = _write(model, expected, draft, probe)
-        for one in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
-            one.save_pretrained(draft)
+        for preprocessor in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
+            preprocessor.save_pretrained(draft)
         saved = Saved(folder, way, difference, size(draft) / 1e6, adapters, family)
         said = asdict(saved) | {"folder": target.name}
         plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": said}
@@ -195,23 +195,23 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
     _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()
     for kind, config in equivalents(model):
-        if turned := transposed(model, kind):
-            _write_weights(model, draft, turned)
+        if to_transpose := transposed(model, kind):
+            _write_weights(model, draft, to_transpose)
         config.save_pretrained(draft)
         with suppress(RuntimeError):  # other logits
             difference = verify(model, expected, draft, probe, kind)
-            if difference == 0 or turned:  # transposed linears round otherwise
+            if difference == 0 or to_transpose:  # transposed linears round otherwise
                 return ("plain", None, 0.0) if kind is type(model) else ("equivalent", config.model_type, difference)
-        if turned:
+        if to_transpose:
             _write_weights(model, draft)
     (draft / "config.json").write_bytes(written)
     return ("shaped" if shape.tensors else "plain"), None, verify(model, expected, draft, probe)
 
 
-def _write_weights(model: PreTrainedModel, draft: Path, turned: Collection[str] = ()) -> None:
+def _write_weights(model: PreTrainedModel, draft: Path, to_transpose: Collection[str] = ()) -> None:
     """Writes config and weights, some transposed, into a folder that is empty but for what was written so before."""
     try:
-        store_of(model).write(draft, turned)
+        store_of(model).write(draft, to_transpose)
     except RuntimeError as error:
         if "shared tensors" not in str(error) or (shared := _shared(model)) is None:
             raise
@@ -227,7 +227,7 @@ def _shared(model: PreTrainedModel) -> list[str] | None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in model.all_tied_weights_keys:
             names[id(parameter)].append(name)
-    return next((own[:2] for own in names.values() if len(own) > 1), None)
+    return next((shared[:2] for shared in names.values() if len(shared) > 1), None)
 
 
 def way_of(model: PreTrainedModel) -> tuple[Way, PretrainedConfig]:

@@ -49,15 +49,15 @@ def verify(
         except ValueError as error:
             raise RuntimeError(f"the reloaded checkpoint is incomplete or broken, so it was not saved: {error}") from error
     _make_alike(model, reloaded)
-    found = logits_of(reloaded, probe)
-    if found.shape != expected.shape:
-        sizes = f"they are {list(found.shape)}, and were {list(expected.shape)}"
+    logits = logits_of(reloaded, probe)
+    if logits.shape != expected.shape:
+        sizes = f"they are {list(logits.shape)}, and were {list(expected.shape)}"
         raise RuntimeError(f"the reloaded checkpoint computes other logits: {sizes}; it was not saved")
-    same = _where_same(expected, found)
+    same = _where_same(expected, logits)
     if same.all():
         return 0.0
-    difference = float((expected - found)[~same].abs().nan_to_num(torch.inf).max())
-    if not difference <= _rounding(reloaded, found, probe):
+    difference = float((expected - logits)[~same].abs().nan_to_num(torch.inf).max())
+    if not difference <= _rounding(reloaded, logits, probe):
         raise RuntimeError(f"the reloaded checkpoint computes other logits: they differ by {difference:.3g}; it was not saved")
     return difference
 
@@ -67,16 +67,16 @@ def _is_same_by_blocks(model: PreTrainedModel, expected: Tensor, folder: Path, p
     try:
         reloaded = load_streamed(kind, str(folder), model.dtype, beside=model)
         _make_alike(model, reloaded)
-        found = logits_of(reloaded, probe)
+        logits = logits_of(reloaded, probe)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:  # what is quantised cannot be streamed, and what is broken says so again when it is loaded as a whole
         return False
-    return found.shape == expected.shape and bool(_where_same(expected, found).all())
+    return logits.shape == expected.shape and bool(_where_same(expected, logits).all())
 
 
-def _where_same(one: Tensor, other: Tensor) -> Tensor:
-    return (one == other) | (one.isnan() & other.isnan())
+def _where_same(logits: Tensor, other: Tensor) -> Tensor:
+    return (logits == other) | (logits.isnan() & other.isnan())
 
 
 def expect(model: PreTrainedModel, probe: Probe) -> Tensor:
@@ -107,7 +107,7 @@ def logits_of(model: PreTrainedModel, probe: Probe) -> Tensor:
         output = model(**inputs)
     logits: Tensor | tuple[Tensor, ...] = output.logits if hasattr(output, "logits") else output[0]
     several = isinstance(logits, tuple | list)  # of heads for characters and for pieces of words, as MGP-STR's
-    return torch.cat([one.flatten() for one in logits]).float() if several else cast(Tensor, logits).float()
+    return torch.cat([part.flatten() for part in logits]).float() if several else cast(Tensor, logits).float()
 
 
 def make_probe(model: PreTrainedModel) -> dict[str, Any]:
@@ -152,31 +152,31 @@ def _lie_alike(there: Mapping[str, Tensor], part: nn.Module, prefix: str = "") -
 
     Those read from a file begin anywhere, and sums differ by it.
     """
-    for name, own in itertools.chain(part.named_parameters(prefix), part.named_buffers(prefix)):
+    for name, tensor in itertools.chain(part.named_parameters(prefix), part.named_buffers(prefix)):
         other = there.get(name)
-        if other is None or own.is_meta or other.is_meta:
+        if other is None or tensor.is_meta or other.is_meta:
             continue
-        own.data = own.detach().to(other.device)
-        start = (other.data_ptr() - own.data_ptr()) % CACHE_LINE
-        if own.device.type == "cpu" and start:
-            room = torch.empty(own.nbytes + CACHE_LINE, dtype=torch.uint8)
+        tensor.data = tensor.detach().to(other.device)
+        start = (other.data_ptr() - tensor.data_ptr()) % CACHE_LINE
+        if tensor.device.type == "cpu" and start:
+            room = torch.empty(tensor.nbytes + CACHE_LINE, dtype=torch.uint8)
             start = (other.data_ptr() - room.data_ptr()) % CACHE_LINE
-            own.data = room[start : start + own.nbytes].view(own.dtype).view(own.shape).copy_(own.detach())
+            tensor.data = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
-def _rounding(reloaded: PreTrainedModel, found: Tensor, probe: Probe) -> float:
+def _rounding(reloaded: PreTrainedModel, logits: Tensor, probe: Probe) -> float:
     """Returns how far logits may be apart: `TIMES` the largest effect, in some trials, of every weight's last digit.
 
     Of a model that is streamed, blocks are changed whenever they come, each time alike.
     """
-    store, generator, effect, before = store_of(reloaded), torch.Generator().manual_seed(0), 0.0, found
+    store, generator, effect, before = store_of(reloaded), torch.Generator().manual_seed(0), 0.0, logits
     with torch.no_grad(), ExitStack() as stack:
         for trial in range(TRIALS):  # several, as by chance a few logits may stay as they are
             stack.enter_context(store.altered(partial(_change_block, store, trial)))
             _change_last_digits((weight for weight in reloaded.parameters() if not weight.is_meta), generator)
             after = logits_of(reloaded, probe)
             effect, before = max(effect, (after - before).abs().nan_to_num(0.0).max().item()), after
-    finite = found[found.isfinite()].abs()
+    finite = logits[logits.isfinite()].abs()
     largest = finite.max().item() if len(finite) else 0.0
     least = torch.finfo(reloaded.dtype).eps * largest
     return max(min(TIMES * effect, MOST * largest), least)

@@ -137,22 +137,23 @@ class DatasetModule(pl.LightningDataModule):
         if self.splits:
             return
         sources = self.data if isinstance(self.data, list) else [self.data]
-        given = [self._used(source) for source in sources]
-        if self.weights is not None and not all("train" in splits for splits in given):
+        loaded = [
+            {split: rows for split, rows in load_splits(source, self.streaming).items() if split in SPLITS} for source in sources
+        ]
+        trains = ["train" in splits for splits in loaded]
+        if self.weights is not None and not all(trains):
             raise ValueError("weights: each source in data needs a split 'train'")
-        self.prepare(given, model)
-        held = self.validation > 0 and any("train" in splits for splits in given) and not any("validation" in s for s in given)
-        encoded = [self._held_out(splits) if held else self._encoded(splits) for splits in given]
-        found = {split: [own[split] for own in encoded if split in own] for split in SPLITS}
-        self.splits = {
-            split: join(parts, self.weights if split == "train" else None, self.seed) for split, parts in found.items() if parts
-        }
-        if held:
+        self.prepare(loaded, model)
+        holds_out = self.validation > 0 and any(trains) and not any("validation" in splits for splits in loaded)
+        encoded = [self._held_out(splits) if holds_out else self._encoded(splits) for splits in loaded]
+        joined = dict[str, Rows]()
+        for split in SPLITS:
+            if parts := [splits[split] for splits in encoded if split in splits]:
+                joined[split] = join(parts, self.weights if split == "train" else None, self.seed)
+        self.splits = joined
+        if holds_out:
             examples: Any = self.splits.get("validation", ())
             tell_held_out(self.validation, self.seed, len(examples))
-
-    def _used(self, source: Data | Table) -> dict[str, Rows]:
-        return {split: rows for split, rows in load_splits(source, self.streaming).items() if split in SPLITS}
 
     def _encoded(self, splits: dict[str, Rows]) -> dict[str, Rows]:
         return {split: self.encode(rows, split) for split, rows in splits.items()}
@@ -165,7 +166,7 @@ class DatasetModule(pl.LightningDataModule):
                 return self._encoded(parts)
         return self._encoded(splits)
 
-    def prepare(self, given: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
+    def prepare(self, sources: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
         """Looks at the rows of all sources before they are encoded."""
 
     @abstractmethod
@@ -186,14 +187,14 @@ class DatasetModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the place in the training data."""
-        place = None if self.trainer is None else place_of(self.trainer)
-        return {} if place is None else {"train": place}
+        position = None if self.trainer is None else place_of(self.trainer)
+        return {} if position is None else {"train": position}
 
     def fit_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Makes the place in a checkpoint fit this batch size and number of devices, before it is loaded."""
-        place = checkpoint.get(type(self).__qualname__, {}).get("train", {})
-        if self.trainer is not None and "examples" in place:
-            fit_place(place, checkpoint, self.batch_size * self.trainer.world_size)
+        position = checkpoint.get(type(self).__qualname__, {}).get("train", {})
+        if self.trainer is not None and "examples" in position:
+            fit_place(position, checkpoint, self.batch_size * self.trainer.world_size)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from a saved place, if a fit has begun."""
@@ -215,7 +216,7 @@ class DatasetModule(pl.LightningDataModule):
         """Returns the batches of `test_dataloader`."""
         return self.test_dataloader()
 
-    def _loader(self, split: str, shuffle: bool = False, **place: int) -> ResumableLoader:
+    def _loader(self, split: str, shuffle: bool = False, **position: int) -> ResumableLoader:
         rows, trainer = self.splits[split], self.trainer
         world, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
         sampler = None
@@ -231,7 +232,7 @@ class DatasetModule(pl.LightningDataModule):
         return ResumableLoader(
             rows,
             count=None if trainer is None else lambda: batches_seen(trainer),
-            **place,
+            **position,
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=shuffle,
@@ -242,14 +243,14 @@ class DatasetModule(pl.LightningDataModule):
 
 def names_in(splits: Mapping[str, Rows], column: str) -> list[str]:
     """Finds the names of labels: those that `datasets` knows of a column of numbers, or the words in it, sorted; else none."""
-    found = set[str]()
+    words = set[str]()
     for rows in splits.values():
         kind = (rows.features or {}).get(column)
         if isinstance(kind, datasets.ClassLabel):
             return list(kind.names)
         if isinstance(rows, datasets.Dataset) and getattr(kind, "dtype", "").endswith("string"):
-            found |= {word for word in rows.unique(column) if word is not None}
-    return sorted(found)
+            words |= {word for word in rows.unique(column) if word is not None}
+    return sorted(words)
 
 
 def number_labels(names: Sequence[str], config: PretrainedConfig | None, column: str) -> dict[str, int]:
@@ -275,8 +276,8 @@ def numbers_of(rows: Rows, column: str, label2id: Mapping[str, int]) -> dict[Any
     kind = (rows.features or {}).get(column)
     if not isinstance(kind, datasets.ClassLabel):
         return dict(label2id) or None
-    numbers = {place: label2id[name] for place, name in enumerate(kind.names)}
-    return None if all(one == other for one, other in numbers.items()) else numbers
+    numbers = {number: label2id[name] for number, name in enumerate(kind.names)}
+    return None if all(before == after for before, after in numbers.items()) else numbers
 
 
 class LabelledModule(DatasetModule):
@@ -301,7 +302,7 @@ class LabelledModule(DatasetModule):
             model.config.id2label = {number: name for name, number in self.label2id.items()}
             model.config.label2id = dict(self.label2id)
 
-    def prepare(self, given: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
+    def prepare(self, sources: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
         """Finds the names of labels."""
-        self.names = [name for splits in given for name in names_in(splits, self.label_column)]
+        self.names = [name for splits in sources for name in names_in(splits, self.label_column)]
         self.label2id = number_labels(self.names, None if model is None else model.config, self.label_column)

@@ -196,11 +196,11 @@ def _squared_error(ours: Tensor, theirs: Tensor, keep: Tensor | None) -> Tensor:
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation, classifies: bool) -> None:
     """Refuses a teacher whose logits or inputs mean something else than the student's."""
-    one, other = text_config(student.config), text_config(teacher.config)
+    student_config, teacher_config = text_config(student.config), text_config(teacher.config)
     name = f"distillation: teacher={settings.teacher!r}"
     fields = ["num_labels"] * classifies + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)
     for field in fields:
-        ours, theirs = (getattr(config, field, None) for config in (one, other))
+        ours, theirs = (getattr(config, field, None) for config in (student_config, teacher_config))
         if ours != theirs:
             raise ValueError(f"{name} has {field}={theirs}, the student {ours}: they must be the same")
     ours, theirs = (_vocabulary(model.config) for model in (student, teacher))

@@ -52,18 +52,18 @@ class Evaluation(Shown):
 
     def text(self) -> str:
         """Returns a table of the figures."""
-        rows = [[one.of, one.measure, shown(one.value, one.error)] for one in self.figures]
+        rows = [[figure.of, figure.measure, shown(figure.value, figure.error)] for figure in self.figures]
         return aligned([["", "", "value"], *rows], 2)
 
     @property
     def perplexity(self) -> float | None:
         """Perplexity on the text, if there was one."""
-        return next((one.value for one in self.figures if one.measure == "perplexity"), None)
+        return next((figure.value for figure in self.figures if figure.measure == "perplexity"), None)
 
     @property
     def accuracy(self) -> dict[str, float]:
         """The share of right answers (`acc`) by file of questions, as each is called in `figures`."""
-        return {one.of: one.value for one in self.figures if one.measure == "acc"}
+        return {figure.of: figure.value for figure in self.figures if figure.measure == "acc"}
 
 
 def evaluate(
@@ -113,8 +113,8 @@ def evaluate(
     most = getattr(text_config(model.config), "max_position_embeddings", None) or length or LONGEST
     if length is not None and length > most:
         raise ValueError(f"length={length} must be in 2..{most}: the model reads no more tokens at once")
-    tokens, own = length or min(LONGEST, most), tokenizer_of(model, tokenizer)
-    sets = encoded([read_questions(file, limit) for file in questions], own, tokens)
+    tokens, encoder = length or min(LONGEST, most), tokenizer_of(model, tokenizer)
+    sets = encoded([read_questions(file, limit) for file in questions], encoder, tokens)
     rows = None if text is None else blocks(text, tokenizer or str(model.config.name_or_path), tokens, column)
     with undisturbed(model):
         answers = answered(model, f"model: this {type(model).__name__}", sets, batch_size)
@@ -125,31 +125,35 @@ def encoded(
     questions: Iterable[list[Question]], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "questions"
 ) -> dict[str, Asked]:
     """Encodes questions, by file; a refusal names the argument that gave them."""
-    return {own[0].file: list(zip(own, encode(own, tokenizer, length, argument), strict=True)) for own in questions}
+    return {file[0].file: list(zip(file, encode(file, tokenizer, length, argument), strict=True)) for file in questions}
 
 
 def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
     """Cuts a text into blocks of so many tokens."""
     file = text_files()["validation"] if text == "tiny" else text
-    given = TextDataModule({"test": file}, tokenizer, block_size=length, column=column, loss_on="all")
-    given.setup("test")
-    return given.splits["test"]
+    data = TextDataModule({"test": file}, tokenizer, block_size=length, column=column, loss_on="all")
+    data.setup("test")
+    return data.splits["test"]
 
 
 def answered(
     model: PreTrainedModel, who: str, sets: dict[str, Asked], batch_size: int, progress: Told | None = None
 ) -> dict[str, Answers]:
     """Measures the log-likelihoods of all choices, by file; `progress` is called with how many tokens of how many are read."""
-    found = batches([row for own in sets.values() for _, choices in own for row in choices], batch_size)
-    tokens = [sum(len(row.ids) for row in batch) for batch in found]  # the first batches are the longest
+    rows = [row for questions in sets.values() for _, choices in questions for row in choices]
+    parts = batches(rows, batch_size)
+    tokens = [sum(len(row.ids) for row in batch) for batch in parts]  # the first batches are the longest
     likelihoods = dict[Row, float]()
-    for number, batch in enumerate(found, 1):
+    for number, batch in enumerate(parts, 1):
         likelihoods |= zip(batch, log_likelihoods(model, batch), strict=True)
         if progress is not None:
             progress(sum(tokens[:number]), sum(tokens))
     if not all(math.isfinite(value) for value in likelihoods.values()):
         raise ValueError(f"{who} computes logits that are not finite; its weights have diverged")
-    return {file: [(question, [likelihoods[row] for row in choices]) for question, choices in own] for file, own in sets.items()}
+    answers = dict[str, Answers]()
+    for file, questions in sets.items():
+        answers[file] = [(question, [likelihoods[row] for row in choices]) for question, choices in questions]
+    return answers
 
 
 def on_text(model: PreTrainedModel, text: Rows | None, length: int, examples: int, progress: Told | None = None) -> list[Figure]:
@@ -162,7 +166,10 @@ def on_text(model: PreTrainedModel, text: Rows | None, length: int, examples: in
 
 def on_questions(answers: Mapping[str, Answers]) -> list[Figure]:
     """Measures `acc` and `acc_norm` of each file's answers."""
-    return [one for file, own in answers.items() for one in accuracies(f"{Path(file).stem} ({len(own)})", own)]
+    figures = list[Figure]()
+    for file, answers_in_file in answers.items():
+        figures += accuracies(f"{Path(file).stem} ({len(answers_in_file)})", answers_in_file)
+    return figures
 
 
 def accuracies(of: str, answers: Answers) -> list[Figure]:
@@ -172,7 +179,7 @@ def accuracies(of: str, answers: Answers) -> list[Figure]:
         per_character = [total / len(choice) for total, choice in zip(sums, question.choices, strict=True)]
         for right, scores in ((plain, sums), (norm, per_character)):
             right.append(int(max(range(len(scores)), key=scores.__getitem__) == question.label))
-    return [Figure(of, name, *mean(own), tuple(own)) for name, own in (("acc", plain), ("acc_norm", norm))]
+    return [Figure(of, name, *mean(each), tuple(each)) for name, each in (("acc", plain), ("acc_norm", norm))]
 
 
 def mean(values: Sequence[float]) -> tuple[float, float | None]:

@@ -74,11 +74,11 @@ class ResumableLoader(DataLoader[Any]):
         streaming = isinstance(rows, datasets.IterableDataset)
         if streaming:
             rows.set_epoch(self.epoch)
-        given = -1
-        for given, batch in enumerate(super().__iter__()):
-            if given >= self.batch:
+        number = -1
+        for number, batch in enumerate(super().__iter__()):
+            if number >= self.batch:
                 yield batch
-        if streaming and given < 0:
+        if streaming and number < 0:
             raise ValueError(f"batch_size={self.batch_size}: the stream ended before a single batch was full")
 
     def state_dict(self) -> dict[str, int]:
@@ -101,22 +101,22 @@ def place_of(trainer: pl.Trainer) -> dict[str, int] | None:
         return None
     progress = batch_progress(trainer)
     if not loader.begun or loader.seen == batches_seen(trainer):
-        place = {"epoch": loader.epoch, "batch": loader.batch, "seen": loader.seen}
+        position = {"epoch": loader.epoch, "batch": loader.batch, "seen": loader.seen}
     else:
         over = progress.is_last_batch
         batch = 0 if over else int(progress.current.processed)
-        place = {"epoch": loader.epoch + int(over), "batch": batch, "seen": batches_seen(trainer)}
-    return place | {"examples": place["batch"] * (loader.batch_size or 1) * trainer.world_size}
+        position = {"epoch": loader.epoch + int(over), "batch": batch, "seen": batches_seen(trainer)}
+    return position | {"examples": position["batch"] * (loader.batch_size or 1) * trainer.world_size}
 
 
-def fit_place(place: dict[str, int], checkpoint: dict[str, Any], at_once: int) -> None:
+def fit_place(position: dict[str, int], checkpoint: dict[str, Any], at_once: int) -> None:
     """Makes a place, and how many batches of the epoch Lightning takes for used, fit another batch size or number of devices.
 
     Examples that then do not fill a batch are seen again. Both are changed in place; `at_once` are examples on all devices.
     """
-    batch = place["examples"] // at_once
-    if batch == place["batch"]:
+    batch = position["examples"] // at_once
+    if batch == position["batch"]:
         return
-    place["batch"] = batch
+    position["batch"] = batch
     current = saved_place(checkpoint)
     current.update(ready=batch, started=batch, processed=batch, completed=batch - current["processed"] + current["completed"])

@@ -56,17 +56,17 @@ def metrics_of(task: str, num_labels: int | None) -> dict[str, Metric]:
         return {name: TokenPerplexity()}
     if task == "feature-extraction":
         return {name: MeanMetric()}
-    found: dict[str, Metric] = {name: MulticlassAccuracy(num_classes=classes, average="micro")}
+    metrics: dict[str, Metric] = {name: MulticlassAccuracy(num_classes=classes, average="micro")}
     if task == "image-classification" and classes > TOP:
-        found[f"accuracy_top{TOP}"] = MulticlassAccuracy(num_classes=classes, top_k=TOP, average="micro")
-    return found
+        metrics[f"accuracy_top{TOP}"] = MulticlassAccuracy(num_classes=classes, top_k=TOP, average="micro")
+    return metrics
 
 
 def counted(batch: Mapping[str, Any], causal: bool) -> Tensor:
     """Counts what the loss of a batch is the mean of: labels, or, where there are none, examples."""
     labels: Tensor | None = batch.get("labels")
     if labels is None:
-        return torch.tensor(len(next(one for one in batch.values() if isinstance(one, Tensor))))
+        return torch.tensor(len(next(value for value in batch.values() if isinstance(value, Tensor))))
     # a causal model predicts each label but the first
     return ((labels[:, 1:] if causal else labels) != -100).sum()
 
@@ -86,10 +86,10 @@ def written(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
 
     It is at most `max_new_tokens` of the generation config, or else as long as that and the places of the decoder allow, or 128.
     """
-    given, room = model.generation_config, getattr(model.config, "max_target_positions", None)
-    limit = {"max_new_tokens": getattr(given, "max_new_tokens", None) or WRITTEN}
-    if room and not getattr(given, "max_new_tokens", None):  # Whisper's own warns of both
-        limit = {"max_length": min(getattr(given, "max_length", None) or WRITTEN, room)}
+    generation, room = model.generation_config, getattr(model.config, "max_target_positions", None)
+    limit = {"max_new_tokens": getattr(generation, "max_new_tokens", None) or WRITTEN}
+    if room and not getattr(generation, "max_new_tokens", None):  # Whisper's own warns of both
+        limit = {"max_length": min(getattr(generation, "max_length", None) or WRITTEN, room)}
     inputs = {name: batch[name] for name in (model.main_input_name, "attention_mask") if batch.get(name) is not None}
     ids: Tensor = model.generate(**inputs, **limit)  # type: ignore[operator]
     return ids

@@ -64,16 +64,16 @@ def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool
     parameters = list(model.named_parameters(remove_duplicate=False))
     if trainable == "attention":
         names = set(attention_parameters(model))
-        base = {id(parameter) for parameter in model.base_model.parameters()} if classifies else {id(p) for _, p in parameters}
-        chosen = {id(parameter) for name, parameter in parameters if name in names or id(parameter) not in base}
+        base = set(model.base_model.parameters()) if classifies else {parameter for _, parameter in parameters}
+        chosen = {parameter for name, parameter in parameters if name in names or parameter not in base}
     else:
         for pattern in trainable:
             if not any(fnmatchcase(name, pattern) for name, _ in parameters):
                 shown = [name for name, _ in parameters[:3]]
                 raise ValueError(f"trainable={pattern!r} matches none of the {len(parameters)} parameters, such as {shown}")
-        chosen = {id(parameter) for name, parameter in parameters if any(fnmatchcase(name, p) for p in trainable)}
+        chosen = {parameter for name, parameter in parameters if any(fnmatchcase(name, pattern) for pattern in trainable)}
     for _, parameter in parameters:
-        if id(parameter) not in chosen:
+        if parameter not in chosen:
             parameter.requires_grad_(False)
 
 
@@ -86,25 +86,25 @@ def attention_parameters(model: nn.Module, structure: Structure | None = None) -
     """
     subject = find_transformer(model)
     structure = structure or trace(subject)
-    found = {name for attention in structure.attention for name in _of(attention, structure)}
-    if not found:
+    names = {name for attention in structure.attention for name in _of(attention, structure)}
+    if not names:
         raise ValueError(f"model: {type(subject).__name__} has no attention that can be told apart")
-    return [name for name, _ in subject.named_parameters() if name in found]
+    return [name for name, _ in subject.named_parameters() if name in names]
 
 
 def _of(attention: Attention, structure: Structure) -> set[str]:
     """Finds the parameters of one attention."""
-    parts = {part.name for part in (*attention.q, *attention.k, *attention.v, *attention.o)}
-    where = innermost(list(parts))
-    others = {part.name for one in structure.feed_forward for part in (*one.gate, *one.up, *one.down)} - parts
+    projections = {part.name for part in (*attention.q, *attention.k, *attention.v, *attention.o)}
+    where = innermost(list(projections))
+    others = {part.name for mlp in structure.feed_forward for part in (*mlp.gate, *mlp.up, *mlp.down)} - projections
     if where and not any(name.startswith(f"{where}.") for name in others):
         return {name for name in structure.shapes if name.startswith(f"{where}.")}
-    own = {*attention.heads, *attention.query_key, *attention.value}
-    modules = {name.rpartition(".")[0] for name in parts}
+    dimensions = {*attention.heads, *attention.query_key, *attention.value}
+    modules = {name.rpartition(".")[0] for name in projections}
     return {
         name
         for name in structure.shapes
-        if name.rpartition(".")[0] in modules or any(own & set(leaves(axis)) for axis in structure.axes.get(name, ()))
+        if name.rpartition(".")[0] in modules or any(dimensions & set(leaves(axis)) for axis in structure.axes.get(name, ()))
     }
 
 
@@ -222,10 +222,10 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self, lora: LoRA | LoraConfig | None, distillation: Distillation | None
     ) -> tuple[LoRA | LoraConfig | None, Distillation | None]:
         """Stores both as plain data in checkpoints, which load without any class, and reads them from such data."""
-        if isinstance(held := self.hparams.get("lora"), LoRA | LoraConfig):
-            self.hparams["lora"] = to_plain(held)
-        if isinstance(held := self.hparams.get("distillation"), Distillation):
-            self.hparams["distillation"] = asdict(held)
+        if isinstance(setting := self.hparams.get("lora"), LoRA | LoraConfig):
+            self.hparams["lora"] = to_plain(setting)
+        if isinstance(setting := self.hparams.get("distillation"), Distillation):
+            self.hparams["distillation"] = asdict(setting)
         lora = from_plain(lora) if isinstance(lora, dict) else lora
         return lora, Distillation(**distillation) if isinstance(distillation, dict) else distillation
 
@@ -306,8 +306,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
     def on_train_start(self) -> None:
         """Draws the seed of dropout, if it is in no checkpoint; refuses teachers that differ over ranks."""
         if self.teacher is not None:
-            own = torch.tensor(self.teacher.fingerprint, device=self.device)
-            if (cast(Tensor, self.all_gather(own)) != own).any():
+            checksum = torch.tensor(self.teacher.fingerprint, device=self.device)
+            if (cast(Tensor, self.all_gather(checksum)) != checksum).any():
                 raise ValueError(
                     "distillation: the ranks have teachers with different weights: seed all ranks alike (seed_everything) where "
                     "weights of the model are new, or name the teacher"

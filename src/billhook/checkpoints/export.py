@@ -56,9 +56,8 @@ def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         if state.get("start") and _is_plain(state["start"]):
             record.setdefault("start", dict(state["start"]))
     record["events"] = sorted(events, key=lambda event: (event["step"], event["number"]))
-    for name in ("training", "metrics") if isinstance(noted, Mapping) else ():
-        if _is_plain(noted.get(name)):
-            record[name] = dict(noted[name])
+    facts = noted if isinstance(noted, Mapping) else {}
+    record |= {name: dict(facts[name]) for name in ("training", "metrics") if _is_plain(facts.get(name))}
     return record | ({"damage": damage} if damage else {})
 
 

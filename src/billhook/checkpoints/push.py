@@ -109,8 +109,8 @@ def _check_paths(folder: Path) -> None:
             texts[file] = text if file == CARD else json.loads(text)
     config = texts.get("config.json")
     texts["config.json"] = config.get("_name_or_path") if isinstance(config, dict) else None
-    for file, text in texts.items():
-        if paths := list(dict.fromkeys(paths_in(text))):
+    for file, content in texts.items():
+        if paths := list(dict.fromkeys(paths_in(content))):
             more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
             raise ValueError(
                 f"folder='{folder}': {file} holds the absolute path '{paths[0][:200]}'{more}, which all who see the repository "

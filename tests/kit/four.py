@@ -6,7 +6,7 @@ import torch
 
 import billhook as bh
 from kit.settings import Descends, fit
-from kit.sharding import ADAPTED, GIVEN, LONGER, SOME, Own, lacking, shapes
+from kit.sharding import ADAPTED, GIVEN, SOME, Own, shapes
 
 
 def of_two_nodes():
@@ -35,7 +35,6 @@ FOUR = {
     "KV heads that turn and move": shapes(
         lambda: bh.KVHeadConversion(2, at=3, method="aligned", over=2, **ENOUGH), of_two_nodes
     ),
-    **lacking(LONGER, batch=4),
     "masked adapters": replace(ADAPTED, batch=4, told=lambda one: one.events),
 }  # fmt: skip
 

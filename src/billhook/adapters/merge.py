@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from billhook.adapters.masked import adapted_linears, fitting, on_linears
 from billhook.arguments import annotated
+from billhook.display import Shown
 from billhook.engine.state import fresh_casts
 from billhook.engine.store import store_of
 from billhook.model.linears import base_of, is_adapter, is_trained_copy
 from billhook.model.meta import to_meta
 from billhook.model.surgery import way_back
-from billhook.page import Shown
 
 MERGE = "convert the model first and attach adapters then (get_peft_model), or merge the adapters first (bh.merge)"
 
@@ -87,8 +87,10 @@ class Merged(Shown):
         """True if anything was left out."""
         return any(self.error.values())
 
-    def text(self) -> str:
-        """Returns the line that `print` shows."""
+    def _shown(self) -> list[str]:
+        return [self._line()]
+
+    def _line(self) -> str:
         if not self.error:
             return "no adapter on a linear was left to merge; what the others add is in the weights"
         what = f"merged adapters of {len(self.error)} linear{'s' * (len(self.error) > 1)} in place"

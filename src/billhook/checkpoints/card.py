@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from transformers import PretrainedConfig
 
 from billhook.checkpoints.origin import hub_name
+from billhook.display import markdown
 from billhook.model.shape import KEY
 from billhook.serving.engines import told, verdicts
 
@@ -23,9 +24,8 @@ def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], align: str = "---:") -> str:
-    """Makes a table, with the columns after the first aligned alike."""
-    lines = [heads, ["---"] + [align] * (len(heads) - 1), *([number(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    """Makes a table of numbers and of words, which are escaped."""
+    return markdown(heads, [[number(cell) for cell in row] for row in rows], align)
 
 
 def number(value: object) -> str:

@@ -21,6 +21,7 @@ from billhook.checkpoints.equivalent import equivalents, say_head_dim, transpose
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.claim import claimed
+from billhook.display import Shown
 from billhook.engine.state import forked
 from billhook.engine.store import store_of
 from billhook.model.config_fields import nested_configs
@@ -30,7 +31,6 @@ from billhook.model.preprocessors import Preprocessor
 from billhook.model.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shaped import load_as, readable
 from billhook.names import without_paths
-from billhook.page import Shown
 from billhook.place import RECORD, check_name, check_target, drafted, move, recover, size
 from billhook.sparsity.learning import as_runs_see
 from billhook.versions import versions
@@ -71,9 +71,8 @@ class Saved(Shown):
         """How it was saved, in words."""
         return f"{WAYS[self.way]}; it is saved as {self.family}" if self.family else WAYS[self.way]
 
-    def text(self) -> str:
-        """Returns the line that `print` shows."""
-        return f"{self.folder} ({self.megabytes:.1f} MB): {self.says}; largest difference of logits {self.difference:.3g}"
+    def _shown(self) -> list[str]:
+        return [f"{self.folder} ({self.megabytes:.1f} MB): {self.says}; largest difference of logits {self.difference:.3g}"]
 
 
 def save(

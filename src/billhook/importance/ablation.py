@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+from rich.console import RenderableType
 from torch import Tensor, nn
 
 from billhook.arguments import annotated, one_of
 from billhook.calibration.calibration import Batches, batches_of
+from billhook.display import Shown, columns
 from billhook.engine.batches import Loss, Run
 from billhook.engine.state import resting
 from billhook.importance.probes import check_read
 from billhook.importance.score import Importance, Sums, run_of
 from billhook.model.find import check_values, find_transformer
-from billhook.page import Shown
 from billhook.units.blocks import skipping
 from billhook.units.find import find_units, numbered
 from billhook.units.gates import place_gates
@@ -97,14 +98,13 @@ class HeadAblation(Shown):
     whole: float
     values: dict[str, Tensor]
 
-    def text(self) -> str:
-        """Returns all lines of what `print` shows."""
+    def _shown(self) -> list[RenderableType]:
         what = "without each head" if self.mode == "without" else "each head alone in its layer"
-        lines = [f"{what}: change of {self.whole:.4f}"]
-        width = max(map(len, self.values))
-        for name, values in self.values.items():
-            lines.append(f"  {name:<{width}} " + " ".join(f"{float(value - self.whole):+8.4f}" for value in values))
-        return "\n".join(lines)
+        rows = [
+            (name, " ".join(f"{change:+7.4f}" for change in (values - self.whole).tolist()))
+            for name, values in self.values.items()
+        ]
+        return [f"{what}: change of {self.whole:.4f}", columns(rows, aligns="<", indent=2)]
 
 
 def ablate_heads(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
+from rich.console import RenderableType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +15,7 @@ from typing_extensions import Self
 from billhook.adapters.merge import MERGE, adapted, beneath, without_adapters
 from billhook.arguments import whole
 from billhook.checkpoints.equivalent import cache_as_saved
+from billhook.display import columns
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.kv_heads.config import (
@@ -36,7 +38,6 @@ from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights, check_weights
 from billhook.model.shape import Shape, note_shape, set_shape, shape_of
 from billhook.model.surgery import Change, Follow, change_in_turn, follow, undone_by_errors
-from billhook.page import html_table
 from billhook.tracing.show import pattern
 
 UNCHANGED = Change(lambda old: old, lambda _, value: value)
@@ -103,28 +104,13 @@ class KVHeadPlan(ShapePlan):
         made: Self = replace(plan, restart=tuple(restart or ()))  # type: ignore[assignment]
         return made
 
-    def text(self) -> str:
-        """Returns all lines of what `print` shows."""
-        rows = self._rows()
-        width = max(len(name) for name, *_ in rows)
-        lines = [
-            f"  {name:<{width}}  {before} -> {after} along dimension {dim}, in each of {count}"
-            for (name, before, after, dim), count in rows.items()
-        ]
-        return "\n".join([self._title(), *lines])
-
-    def _repr_html_(self) -> str:
-        rows = [(name, *map(str, numbers), str(count)) for (name, *numbers), count in self._rows().items()]
-        return html_table(self._title(), ("parameter", "before", "after", "along dimension", "parameters"), rows)
-
-    def _title(self) -> str:
+    def _shown(self) -> list[RenderableType]:
         cache = "the KV cache shrinks" if self.saves_cache else "the KV cache stays as it is"
-        return f"{self.model}: {self.words} ({self.method}); {cache}"
-
-    def _rows(self) -> Counter[tuple[str, int, int, int]]:
-        """Counts parameters that are alike: by name, their sizes before and after, and the dimension that shrinks."""
-        pooled = self.parameters.items()
-        return Counter((pattern(name), len(one.index), len(one.counts), one.dim) for name, one in pooled)
+        alike = Counter[tuple[str, str]]()
+        for name, pooled in self.parameters.items():
+            alike[pattern(name), f"{len(pooled.index)} -> {len(pooled.counts)} along dimension {pooled.dim}"] += 1
+        rows = [(name, f"{change}, in each of {count}") for (name, change), count in alike.items()]
+        return [f"{self.model}: {self.words} ({self.method}); {cache}", columns(rows, aligns="<", indent=2)]
 
     def check_made_for(self, model: nn.Module) -> None:
         """Refuses a model whose class or whose tensors are others than the plan was made for."""

@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from billhook.arguments import annotated
+from billhook.display import Shown
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
 from billhook.model.surgery import Follow, check_replaceable, values_kept
-from billhook.page import Shown
 
 Weights = Mapping[str, Tensor]
 """New values of parameters, by the parameter's name."""

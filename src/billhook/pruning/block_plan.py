@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
+from rich.console import RenderableType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
+from billhook.display import columns
 from billhook.engine.state import uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.config_fields import Fields, build_on_meta, set_fields, with_fields
@@ -22,7 +24,6 @@ from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights, starting_from
 from billhook.model.shape import keep, note_shape, numbers_of, shape_of
 from billhook.model.surgery import Follow, undone_by_errors
-from billhook.page import html_table
 from billhook.pruning.block_fields import Numbers, find_then
 from billhook.units.blocks import block_of, find_blocks, skipping
 from billhook.units.units import UnitKind
@@ -102,20 +103,14 @@ class BlockPlan(ShapePlan):
         with starting_from(subject, weights):
             return partial(_forget, _remove(subject, self.units, self.fields, self.attributes))
 
-    def text(self) -> str:
-        """Returns all lines of what `print` shows."""
-        lines, width = [self._cost()], max(map(len, self.before))
-        for name, (count,) in self.before.items():
-            lines.append(f"  {name:<{width}}  {count} -> {self.after[name][0]} blocks; without {self._gone(name)}")
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        rows = [(name, str(count), str(self.after[name][0]), self._gone(name)) for name, (count,) in self.before.items()]
-        return html_table(self._cost(), ("stack", "blocks before", "after", "without"), rows)
-
-    def _cost(self) -> str:
+    def _shown(self) -> list[RenderableType]:
         before, after = self.parameters
-        return f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"
+        rows = [
+            (stack, f"{count} -> {self.after[stack][0]} blocks; without {self._gone(stack)}")
+            for stack, (count,) in self.before.items()
+        ]
+        title = f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"
+        return [title, columns(rows, aligns="<", indent=2)]
 
     def _gone(self, stack: str) -> str:
         """Returns the numbers of the blocks that are removed, with their scores if there are any."""

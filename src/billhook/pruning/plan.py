@@ -7,16 +7,19 @@ from functools import partial
 from typing import Any, ClassVar, get_args
 
 import numpy as np
+from rich.console import RenderableType
+from rich.padding import Padding
+from rich.text import Text
 from torch import nn
 from typing_extensions import Self
 
+from billhook.display import columns
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.model.figures import Figures
 from billhook.model.find import find_transformer
 from billhook.model.plan import ShapePlan, Weights, starting_from
 from billhook.model.surgery import Follow, follow
-from billhook.page import html_table
 from billhook.pruning.amount import RowLength, rows_from, suits, unsuited
 from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.removal import remove
@@ -89,10 +92,8 @@ class UnitPlan(Cut, ShapePlan):
         with starting_from(subject, weights):
             return partial(follow, remove(subject, self, lambda: LazyTensors.of(weights or {}).key))
 
-    def text(self) -> str:
-        """Returns all lines of what `print` shows."""
+    def _shown(self) -> list[RenderableType]:
         first, *costs = self._costs()
-        lines = [first, *(f"  {cost}" for cost in costs)]
         rows: dict[tuple[str, str], list[str]] = {}
         for name, kind in self.kinds.items():
             gone = self.units.get(name, [])
@@ -100,18 +101,12 @@ class UnitPlan(Cut, ShapePlan):
             alike = name if kind == "head" and gone else _pattern(name)
             rows.setdefault((alike, change), []).append(name)
         several = Counter(_pattern(alike) for alike, _ in rows)
-        shown = [(_places(alike, own, several[_pattern(alike)] > 1), change) for (alike, change), own in rows.items()]
-        width = max(len(place) for (place, _), _ in shown)
-        lines += [f"  {place:<{width}}  {change}{where}" for (place, where), change in shown]
-        return "\n".join([*lines, *(f"  {note}" for note in self._notes())])
-
-    def _repr_html_(self) -> str:
-        alike = Counter[tuple[str, ...]]()
-        for name, kind in self.kinds.items():
-            alike[_pattern(name), _counted(kind, self.before[name]), _counted(kind, self.after[name])] += 1
-        first, *costs = self._costs()
-        rows = [(*row, f"{count:,}") for row, count in alike.items()]
-        return html_table(first, ("place", "before", "after", "places"), rows, [*costs, *self._notes()])
+        shown = []
+        for (alike, change), names in rows.items():
+            place, where = _places(alike, names, several[_pattern(alike)] > 1)
+            shown.append((place, f"{change}{where}"))
+        notes = [Padding(Text(line), (0, 0, 0, 2)) for line in (*costs, *self._notes())]
+        return [first, *notes[: len(costs)], columns(shown, aligns="<", indent=2), *notes[len(costs) :]]
 
     def _costs(self) -> list[str]:
         """Says what the model costs before and after: first its parameters."""
@@ -185,12 +180,6 @@ def _change(kind: UnitKind, before: tuple[int, ...], after: tuple[int, ...], gon
         return f"{query} query, {kv} KV heads" if kv != query else f"{query} heads"
     then = "{} query, {} KV".format(*after) if kv != query else f"{after[0]}"
     return f"{query} -> {then} heads; without {', '.join(map(str, gone))}"
-
-
-def _counted(kind: UnitKind, numbers: tuple[int, ...]) -> str:
-    """Says how many units there are, of heads also KV heads where these are fewer."""
-    kv = f", {numbers[-1]:,} KV" if numbers[-1] != numbers[0] else ""
-    return f"{numbers[0]:,} {PLURAL[kind]}{kv}"
 
 
 def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:

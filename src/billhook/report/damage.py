@@ -14,6 +14,7 @@ from typing_extensions import Self
 
 from billhook.bar import Told
 from billhook.calibration.reading import Rows
+from billhook.display import aligned
 from billhook.engine.batches import Run, runs_of, source_of
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.passes import activation_files, together
@@ -22,7 +23,6 @@ from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
 from billhook.report.generation import generates
 from billhook.report.predictions import Predictions, logits_now, loss_of
-from billhook.report.table import aligned
 
 
 @torch.no_grad()
@@ -234,12 +234,12 @@ def _error(values: Tensor) -> float:
 
 def table(damage: Sequence[TextDamage]) -> str:
     """Shows what a change costs, a row for each text: ± are standard errors over rows, KL is to the dense model, in nats."""
-    rows = [["perplexity on", "", "before", "after", "ratio", "KL"]]
+    rows = []
     for one in damage:
         ratio, kl = (_with_error(*own) for own in ((one.ratio, one.ratio_error), (one.kl, one.kl_error)))
         where = "calibrated on" if one.inside else "not calibrated on"
         rows.append([one.source, where, f"{one.before:,.4g}", f"{one.after:,.4g}", ratio, kl])
-    return aligned(rows, 2)
+    return aligned(["perplexity on", "", "before", "after", "ratio", "KL"], rows, aligns="<<>")
 
 
 def _with_error(value: float, error: float) -> str:

@@ -3,21 +3,20 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from textwrap import wrap
 from typing import Any
 
+from rich.console import RenderableType
 from torch import nn
 
 from billhook.adapters.merge import taken_off
 from billhook.arguments import annotated
 from billhook.checkpoints.equivalent import cache_as_saved
+from billhook.display import Shown, columns, drawn
 from billhook.engine.sharding import is_sharded, reshard, sizes_only
 from billhook.engine.zeros import zeros_of
 from billhook.kv_heads.config import heads_by_layer, heads_of
 from billhook.model.figures import figures_of
 from billhook.model.find import find_transformer
-from billhook.page import COLUMNS, Shown, html_table
-from billhook.report.table import aligned
 
 
 @dataclass(frozen=True, repr=False)
@@ -61,20 +60,11 @@ class Summary(Shown):
         """Returns plain data."""
         return asdict(self)
 
-    def text(self) -> str:
-        """Returns what `print` shows."""
-        rows = self._rows()
-        width = max(len(label) for label, _ in rows)
-        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
-
-    def _repr_html_(self) -> str:
-        return html_table("size and cost of a model", (), self._rows())
-
-    def _rows(self) -> list[tuple[str, str]]:
+    def _shown(self) -> list[RenderableType]:
         dtype = f" in {self.dtype}" if self.dtype else ""
         per = f"token at {self.context}" if self.context else "image"
         adapters = [("of adapters, besides", f"{self.adapters:,}")] if self.adapters else []
-        return [
+        rows = [
             ("model", self.model),
             ("parameters", f"{self.params:,}"),
             *adapters,
@@ -84,6 +74,7 @@ class Summary(Shown):
             ("KV cache per token", "unknown" if self.kv_cache_bytes is None else f"{self.kv_cache_bytes:,} bytes{dtype}"),
             (f"forward FLOPs per {per}", "unknown" if self.flops is None else f"{self.flops:,}"),
         ]
+        return [columns(rows, aligns="<")]
 
     def _heads(self) -> str:
         """Returns how many heads of each kind layers have, from the fewest to the most."""
@@ -143,7 +134,7 @@ def table(
 
     The dtype is the one that bytes of the key/value cache are counted in.
     """
-    columns = {
+    keys = {
         "perplexity": "val_perplexity",
         "accuracy": "val_accuracy",
         "val_loss": "val_loss",
@@ -152,19 +143,15 @@ def table(
         "parameters": "params",
         f"KV-cache bytes/token{f' in {dtype}' if dtype else ''}": "kv_cache_bytes",
     }
-    if metric is not None and metric not in columns.values():
-        columns = {metric: metric} | columns
-    shown = {head: key for head, key in columns.items() if any(stage.numbers.get(key) is not None for stage in stages)}
+    if metric is not None and metric not in keys.values():
+        keys = {metric: metric} | keys
+    shown = {head: key for head, key in keys.items() if any(stage.numbers.get(key) is not None for stage in stages)}
     if next(iter(shown), None) not in ("val_loss", "parameters"):
         shown.pop("val_loss", None)
     if "sparsity" not in shown:
         shown.pop("zeros", None)
-    rows = [["", "step", *shown]]
-    rows += [[stage.name, str(stage.step), *(_number(stage.numbers.get(key)) for key in shown.values())] for stage in stages]
-    width = max((len(label) for label, _ in notes), default=0) + 2
-    below = [wrap(text, COLUMNS - width, break_long_words=False, break_on_hyphens=False) or [""] for _, text in notes]
-    lines = [f"{label:<{width}}" + f"\n{' ' * width}".join(text) for (label, _), text in zip(notes, below, strict=True)]
-    return "\n".join([aligned(rows), *([""] if notes else []), *lines])
+    rows = [[stage.name, stage.step, *(_number(stage.numbers.get(key)) for key in shown.values())] for stage in stages]
+    return drawn(columns(rows, ["", "step", *shown]), *(["", columns(notes, aligns="<")] if notes else []))
 
 
 def _number(value: float | None) -> str:

@@ -1,14 +1,14 @@
 """Shows and records what a search for a smaller model has found."""
 
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
+from rich.console import RenderableType
+
+from billhook.display import Shown, columns
 from billhook.kv_heads.plan import KVHeadPlan
-from billhook.page import Shown, html_table
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
-from billhook.report.table import aligned
 
 CURVE = "KL to the dense model by size:"
 
@@ -125,32 +125,18 @@ class Shrunk(Shown):
         left = {"not_refitted": self.not_refitted} if self.not_refitted else {}
         return {"plan": self.plan.to_json(), **merged, **blocks, **plain, **choices, **compared, **left}
 
-    def text(self) -> str:
-        """Returns all lines of what `print` shows."""
-        budget = [self.budget] if self.merged else []
-        plans = [*(one.text() for one in self._plans()), *self._stays()]
-        return "\n".join([*budget, *plans, CURVE, aligned([self._head(), *self._rows()]), *self._notes()])
-
-    def _repr_html_(self) -> str:
-        plans = "".join(one._repr_html_() for one in self._plans())
-        curve = html_table(CURVE, self._head(), self._rows(), [*self._notes(), *self._stays()])
-        return f"<div><p>{escape(self.budget)}</p>{plans}{curve}</div>"
-
-    def _plans(self) -> list[KVHeadPlan | UnitPlan | BlockPlan]:
-        """Returns the plans in the order in which they were carried out."""
-        units = [self.plan] if self.plan.units or not self.merged else []
-        return [*self.merged, *units, *([self.blocks] if self.blocks else [])]
-
-    def _stays(self) -> list[str]:
-        """Says why all blocks stay, if they do."""
-        return [f"all blocks stay: {self.blocks_stay}"] if self.blocks_stay and not self.blocks else []
-
-    def _head(self) -> list[str]:
-        return ["ms" if self.target == "latency" else self.target, "predicted", "put together"]
-
-    def _rows(self) -> list[list[str]]:
-        """Returns the cells of other sizes."""
-        return [[in_words(self.target, one.left), f"{one.predicted:.4f}", f"{one.measured:.4f}"] for one in self.curve]
+    def _shown(self) -> list[RenderableType]:
+        lines: list[RenderableType] = [self.budget] if self.merged else []
+        lines += self.merged
+        if self.plan.units or not self.merged:
+            lines.append(self.plan)
+        if self.blocks:
+            lines.append(self.blocks)
+        elif self.blocks_stay:
+            lines.append(f"all blocks stay: {self.blocks_stay}")
+        head = ["ms" if self.target == "latency" else self.target, "predicted", "put together"]
+        sizes = [[in_words(self.target, size.left), f"{size.predicted:.4f}", f"{size.measured:.4f}"] for size in self.curve]
+        return [*lines, CURVE, columns(sizes, head), *self._notes()]
 
     def _notes(self) -> list[str]:
         """Says what is lost without units of one kind alone, and with the chosen size."""

@@ -9,10 +9,12 @@ from functools import partial
 
 import numpy as np
 import torch
+from rich.console import RenderableType
 from torch import Tensor, nn
 
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
+from billhook.display import Shown, columns
 from billhook.engine.comm import ALONE
 from billhook.engine.device import check_device
 from billhook.engine.store import store_of
@@ -20,7 +22,6 @@ from billhook.model.find import check_changeable, check_plain, find_transformer
 from billhook.model.handed import Indices
 from billhook.model.inputs import alike, logits_of, tolerance
 from billhook.model.linears import Convolutions
-from billhook.page import Shown
 from billhook.sparsity.checks import check_folder, check_pruning, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.free_order import Free, find_free
@@ -69,17 +70,8 @@ class Permuted(Shown):
     axes: tuple[Reordered, ...]
     left: dict[str, str]
 
-    def text(self) -> str:
-        """Returns all lines of what `print` shows."""
-        rows = self._rows()
-        width = max([len(name) for name, *_ in rows], default=0)
-        lines = [f"{self.model} in order for {self.pattern}, by {self.criterion}: share of the scores that is kept"]
-        for name, (sets, units), before, then in rows:
-            lines.append(f"  {name:<{width}}  {sets:>4} x {units:>6,}  {before:.4f} -> {then:.4f}")
-        return "\n".join([*lines, *(f"  {name} stay as they are: {why}" for name, why in self.left.items())])
-
-    def _rows(self) -> list[tuple[str, tuple[int, int], float, float]]:
-        """Returns for axes that are alike their name, how many orders of how many units, and what they keep on average."""
+    def _shown(self) -> list[RenderableType]:
+        """Shows for axes that are alike their name, how many orders of how many units, and what they keep on average."""
         alike: dict[tuple[str, int], list[Reordered]] = defaultdict(list)
         for one in self.axes:
             name = f"{one.kind} in {one.where or 'the model'}"
@@ -87,8 +79,14 @@ class Permuted(Shown):
         rows = []
         for (name, units), own in alike.items():
             before, then = (sum(one.kept[n] for one in own) / len(own) for n in (0, 1))
-            rows.append((name, (sum(len(one.orders) for one in own), units), before, then))
-        return rows
+            sets = sum(len(one.orders) for one in own)
+            rows.append((name, f"{sets:>4} x {units:>6,}  {before:.4f} -> {then:.4f}"))
+        title = f"{self.model} in order for {self.pattern}, by {self.criterion}: share of the scores that is kept"
+        return [
+            title,
+            columns(rows, aligns="<", indent=2),
+            *(f"  {name} stay as they are: {why}" for name, why in self.left.items()),
+        ]
 
 
 Ordered = Sequence[tuple[Free, Indices]]

@@ -10,12 +10,14 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from rich.console import RenderableType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches, tell_once
+from billhook.display import columns
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.device import check_device
 from billhook.engine.lazy import LazyTensors
@@ -27,7 +29,6 @@ from billhook.engine.walk import Sequential
 from billhook.model.find import check_changeable
 from billhook.model.linears import Convolutions, channels, in_place, is_convolution, prunable, size_of, turned
 from billhook.model.plan import ModelPlan, Weights, starting_from
-from billhook.page import html_table
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.checks import (
     adapters_to_count,
@@ -165,32 +166,18 @@ class WeightPlan(ModelPlan):
             )
         return linears
 
-    def text(self) -> str:
-        """Returns all lines of what `print` shows."""
-        rows = self._rows()
-        width = max([len(name) for name, *_ in rows], default=0)
-        lines = [f"{self.criterion}, {self.pattern}"]
-        for name, number, (out, into), spread in rows:
-            lines.append(f"  {name:<{width}}  {number:>4} x [{out:>6,}, {into:>6,}]  sparsity {spread}")
-        lines += [f"  {name:<{width}}  not called by any batch: left as it is" for name in self.uncalled]
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        head = "linear", "linears", "weight [out, in]", "sparsity"
-        rows = [(name, str(number), f"{out:,} x {into:,}", spread) for name, number, (out, into), spread in self._rows()]
-        notes = [f"{name}: not called by any batch: left as it is" for name in self.uncalled]
-        return html_table(f"{self.criterion}, {self.pattern}", head, rows, notes)
-
-    def _rows(self) -> list[tuple[str, int, tuple[int, ...], str]]:
-        """Returns for linears that are alike their name, number, shape, and the least and greatest sparsity."""
+    def _shown(self) -> list[RenderableType]:
+        """Shows linears that are alike by their name, number, shape, and the least and greatest sparsity."""
         alike: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
         for name, one in self.pruned.items():
             alike[re.sub(r"\b\d+\b", "*", name), self.shapes[name]].append(one.sparsity(math.prod(self.shapes[name])))
         rows = []
-        for (name, shape), each in alike.items():
+        for (name, (out, into)), each in alike.items():
             low, high = min(each), max(each)
-            rows.append((name, len(each), shape, f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"))
-        return rows
+            spread = f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"
+            rows.append((name, f"{len(each):>4} x [{out:>6,}, {into:>6,}]  sparsity {spread}"))
+        rows += [(name, "not called by any batch: left as it is") for name in self.uncalled]
+        return [f"{self.criterion}, {self.pattern}", columns(rows, aligns="<", indent=2)]
 
 
 def prune(

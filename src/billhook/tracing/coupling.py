@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import RenderableType
 from torch import nn
 
-from billhook.page import Shown
+from billhook.display import Shown, drawn
 from billhook.tracing import show
 from billhook.tracing.axes import Axis, crossed, find, layout, leaves, mark, multiplied_with
 from billhook.tracing.groups import Group, Kind, find_groups, weigh
@@ -49,16 +50,12 @@ class Structure(Shown, Findings):
         """Returns everything as plain data."""
         return show.to_json(self)
 
-    def text(self) -> str:
-        """Returns all lines of what `print` shows."""
+    def _shown(self) -> list[RenderableType]:
         return show.table(self, self.groups)
-
-    def _repr_html_(self) -> str:
-        return show.html(self, self.groups)
 
     def show(self, groups: Sequence[Group]) -> str:
         """Shows some of the groups as a table."""
-        return show.table(self, groups)
+        return drawn(*show.table(self, groups))
 
 
 def couple(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:

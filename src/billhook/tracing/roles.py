@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from billhook.display import Shown
 from billhook.model.handed import Indices
-from billhook.page import Shown
 from billhook.tracing.axes import Axis, find, leaves
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.tape import Meeting, Rows, Sources, Tape
@@ -57,8 +57,7 @@ class Attention(Shown):
     query_key: tuple[Axis, ...]
     value: tuple[Axis, ...]
 
-    def text(self) -> str:
-        """Returns a line for each role."""
+    def _shown(self) -> list[str]:
         return _lines(q=self.q, k=self.k, v=self.v, o=self.o)
 
 
@@ -78,13 +77,12 @@ class FeedForward(Shown):
     down: tuple[Part, ...]
     channel: Axis
 
-    def text(self) -> str:
-        """Returns a line for each role."""
+    def _shown(self) -> list[str]:
         return _lines(gate=self.gate, up=self.up, down=self.down)
 
 
-def _lines(**roles: tuple[Part, ...]) -> str:
-    return "\n".join(f"{role}: {', '.join(map(repr, parts))}" for role, parts in roles.items() if parts)
+def _lines(**roles: tuple[Part, ...]) -> list[str]:
+    return [f"{role}: {', '.join(map(repr, parts))}" for role, parts in roles.items() if parts]
 
 
 def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:

@@ -2,11 +2,12 @@
 
 import math
 import re
-import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from billhook.page import html_table
+from rich.console import RenderableType
+
+from billhook.display import columns
 from billhook.tracing.axes import Axis, factors, find, segments
 from billhook.tracing.groups import KINDS, Group, Kind
 from billhook.tracing.roles import Findings, Part, stretches
@@ -32,7 +33,6 @@ NAMES: dict[Kind, str] = {
     "fixed": "fixed place",
 }
 HEAD = "unit", "groups x units", "parameters", "bytes", "of each unit, in"
-WIDTH = 130  # columns; what is longer goes on below
 
 
 def tree(structure: Findings, name: str) -> str:
@@ -51,25 +51,16 @@ def _axis(axis: Axis, kinds: dict[Axis, Kind], inside: bool = False) -> str:
     return f"({text})" if inside else text
 
 
-def table(structure: Findings, groups: Sequence[Group]) -> str:
+def table(structure: Findings, groups: Sequence[Group]) -> list[RenderableType]:
     """Shows one row for all groups that are alike except for the layer; below roles, and whatever a reader should know."""
     rows, notes = _rows(groups), _notes(structure, groups)
-    blocks = [
-        [_title(structure)],
-        _columns([HEAD, *rows]) if rows else [] if groups else ["no such units"],
-        [labelled(label, text) for label, text in notes],
-    ]
-    return "\n\n".join("\n".join(block) for block in blocks if block)
-
-
-def html(structure: Findings, groups: Sequence[Group]) -> str:
-    """Shows the same as HTML."""
-    return html_table(_title(structure), HEAD, _rows(groups), [f"{label}: {text}" for label, text in _notes(structure, groups)])
-
-
-def _title(structure: Findings) -> str:
     entries = sum(math.prod(shape) for shape in structure.shapes.values())
-    return f"{structure.model}: {entries:,} parameters in {len(structure.shapes)} tensors"
+    shown: list[RenderableType] = [f"{structure.model}: {entries:,} parameters in {len(structure.shapes)} tensors"]
+    if rows:
+        shown += ["", columns(rows, HEAD, aligns="<>>><")]
+    elif not groups:
+        shown += ["", "no such units"]
+    return [*shown, "", labelled(notes)] if notes else shown
 
 
 def _rows(groups: Iterable[Group]) -> list[tuple[str, ...]]:
@@ -92,15 +83,9 @@ def _warnings(structure: Findings) -> list[tuple[str, str]]:
     return notes + [("assumed", f"{what} ({times}x)") for what, times in structure.assumed.items()]
 
 
-def labelled(label: str, text: str) -> str:
-    """Makes a line under a table, with what it is about in front."""
-    return _wrapped(f"{label:<12} ", text)
-
-
-def _wrapped(start: str, text: str) -> str:
-    width = max(WIDTH - len(start), 40)
-    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
-    return start + f"\n{' ' * len(start)}".join(lines)
+def labelled(notes: Iterable[tuple[str, str]]) -> RenderableType:
+    """Makes lines under a table, each with what it is about in front."""
+    return columns([(f"{label:<11}", text) for label, text in notes], aligns="<")
 
 
 def pattern(name: str) -> str:
@@ -143,15 +128,6 @@ def _endings(names: Sequence[str]) -> list[str]:
         length = next((n for n in range(1, len(own)) if sum(other[-n:] == own[-n:] for other in parts) == 1), len(own))
         ends.append(".".join(own[-length:]))
     return ends
-
-
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for first, *middle, last in rows:
-        numbers = [cell.rjust(width) for cell, width in zip(middle, widths[1:-1], strict=True)]
-        lines.append(_wrapped("  ".join([first.ljust(widths[0]), *numbers, ""]), last))
-    return [lines[0], "-" * max(len(line) for text in lines for line in text.splitlines()), *lines[1:]]
 
 
 def _roles(structure: Findings) -> list[tuple[str, str]]:

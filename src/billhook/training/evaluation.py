@@ -5,20 +5,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import RenderableType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import annotated, whole
 from billhook.assets import text_files
 from billhook.bar import Told
 from billhook.calibration.reading import Rows
+from billhook.display import Shown, columns
 from billhook.engine.state import undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.preprocessors import tokenizer_of
-from billhook.page import Shown
 from billhook.report.choices import Question, Row, batches, encode, log_likelihoods, read_questions
 from billhook.report.damage import perplexity
 from billhook.report.generation import generates
-from billhook.report.table import aligned
 from billhook.training.data import TextDataModule
 
 LONGEST = 2048
@@ -50,10 +50,9 @@ class Evaluation(Shown):
 
     figures: tuple[Figure, ...]
 
-    def text(self) -> str:
-        """Returns a table of the figures."""
+    def _shown(self) -> list[RenderableType]:
         rows = [[figure.of, figure.measure, shown(figure.value, figure.error)] for figure in self.figures]
-        return aligned([["", "", "value"], *rows], 2)
+        return [columns(rows, ["", "", "value"], aligns="<<>")]
 
     @property
     def perplexity(self) -> float | None:

@@ -17,6 +17,7 @@ from billhook.assets import model_path
 from billhook.checkpoints.save import load
 from billhook.cli.bars import files
 from billhook.cli.machine import check_file, device_of, machine_name, threads_of
+from billhook.display import aligned
 from billhook.model.config_fields import text_config
 from billhook.model.meta import from_name
 from billhook.model.shape import unbuilt_shape
@@ -24,7 +25,6 @@ from billhook.plots.speed import speed
 from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, Row, check_speed, measure_speed, spread
 from billhook.report.summary import Summary, summary
-from billhook.report.table import aligned
 from billhook.serving.converter import Converter
 from billhook.serving.engine import EngineSpeed, LlamaCpp, measure_engine, speed_up
 from billhook.serving.worker import WorkerError
@@ -46,8 +46,9 @@ def bench_engine(
         whole(name, value, least)
     for context in contexts:
         whole("contexts", context)
-    lines, record = [["kind", "context", "model", "GB", "prompt/s", "written/s"]], list[dict[str, object]]()
-    lines[0] += ["prompt x", "(quartiles)", "written x", "(quartiles)"] if len(models) > 1 else []
+    head = ["kind", "context", "model", "GB", "prompt/s", "written/s"]
+    head += ["prompt x", "(quartiles)", "written x", "(quartiles)"] if len(models) > 1 else []
+    lines, record = list[list[str]](), list[dict[str, object]]()
     total = len(KINDS) * len(contexts) * len(models) * (warmup + rounds)
     with tempfile.TemporaryDirectory() as place, Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=total)
@@ -60,7 +61,7 @@ def bench_engine(
                         [kind, f"{context:,}", name, f"{size / 1e9:.3f}", *_engine_cells(own), *_engine_compared(found[0], own)]
                     )
                     record.append({"kind": kind, "model": name, "bytes": size, **vars(own)})
-    return aligned([line[: len(lines[0])] for line in lines]), record
+    return aligned(head, [line[: len(head)] for line in lines]), record
 
 
 def _written(models: Sequence[str], place: Path) -> list[list[Path]]:
@@ -235,10 +236,10 @@ def table(rows: Sequence[Row], names: Sequence[str]) -> str:
     for phase, time, rate in (("prefill", "ms", "GFLOP/s"), ("decode", "ms/token", "GB/s")):
         own = [row for row in rows if row.phase == phase]
         heads = [phase, "batch", "context", time, "(quartiles)", "tokens/s", "peak MB", "cache MB", rate]
-        lines = [heads + (["speed-up", "(quartiles)", "ideal", "reached"] if len(names) > 1 else [])]
-        lines += [[names[row.model], *_cells(row), *(_compared(row) if len(names) > 1 else [])] for row in own]
+        heads += ["speed-up", "(quartiles)", "ideal", "reached"] if len(names) > 1 else []
+        lines = [[names[row.model], *_cells(row), *(_compared(row) if len(names) > 1 else [])] for row in own]
         if own:
-            tables.append(aligned(lines))
+            tables.append(aligned(heads, lines))
     return "\n\n".join(tables)
 
 

@@ -21,12 +21,12 @@ from billhook.checkpoints.save import load
 from billhook.cli.bars import files, over
 from billhook.cli.machine import check_file, device_of
 from billhook.cli.measuring import images
+from billhook.display import aligned
 from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
 from billhook.model.streamed import stream as open_streamed
 from billhook.report.choices import Question, read_questions
-from billhook.report.table import aligned
 from billhook.training.evaluation import (
     LONGEST,
     Asked,
@@ -223,12 +223,13 @@ def difference(figure: Figure, first: Figure) -> tuple[float, float | None]:
 
 def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
     """Shows figures as rows and models as columns, with their differences to the first model."""
-    rows = [["", "", *models]]
+    rows = []
     for first, *others in zip(*figures, strict=True):
         cells = [f"{shown(one.value, one.error)}  ({shown(*difference(one, first), sign='+')})" for one in others]
         rows.append([first.of, first.measure, shown(first.value, first.error), *cells])
     legend = f"(difference to {models[0]}; ± standard error)" if len(models) > 1 else "(± standard error)"
-    return f"{aligned(rows, len(rows[0]))}\n\n{legend}"
+    head = ["", "", *models]
+    return f"{aligned(head, rows, aligns='<')}\n\n{legend}"
 
 
 def _plain(figures: Sequence[Figure], first: Sequence[Figure]) -> list[dict[str, Any]]:

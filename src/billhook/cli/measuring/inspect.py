@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.arguments import one_of
 from billhook.checkpoints.save import Way, way_of
 from billhook.cli.bars import files
+from billhook.display import drawn
 from billhook.engine.memory import Extent, extent_of
 from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
@@ -125,15 +126,18 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
         print(json_format.dumps(plain, indent=1))
         return
     print(structure.show(groups))
-    lines = _saved_lines(saved, FieldFinder(shadow))
+    notes = _saved_notes(saved, FieldFinder(shadow))
     if group in (None, "heads"):
-        lines.append(labelled("converted", converted["says"]))
+        notes.append(("converted", converted["says"]))
     if group is None:
-        lines += ["", *(labelled("served" if not i else "", f"{who:<12} {text}") for i, (who, text) in enumerate(told(served)))]
+        notes += [
+            ("", ""),
+            *(("" if number else "served", f"{who:<12} {text}") for number, (who, text) in enumerate(told(served))),
+        ]
     if streamed is not None:
-        lines += ["", labelled("streamed", streamed.text())]
-    if lines:
-        print("\n" + "\n".join(lines))
+        notes += [("", ""), ("streamed", streamed.text())]
+    if notes:
+        print("\n" + drawn(labelled(notes)))
 
 
 def _streamed(model: str) -> Extent:
@@ -257,8 +261,8 @@ def _last(units: Units, group: Group, left: int) -> list[int]:
     return units.query_heads(range(count * left // group.size, count))
 
 
-def _saved_lines(saved: Sequence[Saving], finder: FieldFinder) -> list[str]:
-    lines: dict[str, None] = {}
+def _saved_notes(saved: Sequence[Saving], finder: FieldFinder) -> list[tuple[str, str]]:
+    notes: dict[tuple[str, str], None] = {}
     for one in saved:
         size, fields = one.groups[0].size, one.fields
         how = "fewer make no plain checkpoint: no field of the config counts them"
@@ -267,8 +271,8 @@ def _saved_lines(saved: Sequence[Saving], finder: FieldFinder) -> list[str]:
         elif fields:
             how = f"{_numbers(size, finder.counts(size, fields))} make a plain checkpoint, by {', '.join(fields)}"
             how += f", which {' and '.join(one.refusing)} will not run" if one.refusing else ""
-        lines[labelled("saved", f"{kind_name(one.groups[0])} ({size:,}): {how}")] = None
-    return list(lines)
+        notes["saved", f"{kind_name(one.groups[0])} ({size:,}): {how}"] = None
+    return list(notes)
 
 
 def _numbers(size: int, legal: Sequence[int]) -> str:

@@ -13,8 +13,8 @@ from small_configs import architectures, small_config
 import billhook as bh
 from billhook.cli.main import main
 from billhook.cli.measuring.inspect import CHOICES, saving
+from billhook.display import COLUMNS
 from billhook.model.meta import from_config
-from billhook.tracing.show import WIDTH
 from billhook.units.fields import FieldFinder
 from kit.removal import make
 
@@ -78,7 +78,7 @@ def test_the_table(capsys, config) -> None:
     text = printed(capsys, config)
     assert text == TABLE
     assert printed(capsys, config.parent) == text  # the folder, without weights
-    assert max(map(len, text.splitlines())) <= WIDTH
+    assert max(map(len, text.splitlines())) <= COLUMNS
 
 
 def test_counts_are_those_of_the_parameters(capsys, config) -> None:
@@ -136,7 +136,7 @@ def test_long_names_go_on_below(capsys, tmp_path, family, said) -> None:
     config_class = next(architectures(family))[2]
     small_config(config_class).save_pretrained(tmp_path)
     text = printed(capsys, tmp_path)
-    assert max(map(len, text.splitlines())) <= WIDTH
+    assert max(map(len, text.splitlines())) <= COLUMNS
     assert f"converted    {said}" in text
 
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 import billhook as bh
 from billhook.engine import fsdp as internals
 from billhook.engine.sharded_files import Unread
-from billhook.engine.sharding import is_sharded, unsharded, whole
+from billhook.engine.sharding import full_tensor, is_sharded, unsharded
 from billhook.fit.shards import reshaped
 from kit.families import llama, tokens
 
@@ -33,9 +33,9 @@ def step(model, optimizer):
 
 def values(model, optimizer):
     """Copies all values by name: of parameters, and of what the optimizer keeps of each."""
-    found = {name: whole(own).clone() for name, own in model.named_parameters()}
+    found = {name: full_tensor(own).clone() for name, own in model.named_parameters()}
     kept = {name: optimizer.state[own] for name, own in model.named_parameters()}
-    return found | {f"{name} {key}": whole(one).clone() for name, own in kept.items() for key, one in own.items()}
+    return found | {f"{name} {key}": full_tensor(one).clone() for name, own in kept.items() for key, one in own.items()}
 
 
 def hooks(model):
@@ -60,7 +60,7 @@ def test_what_is_cut_is_sharded_and_trains_on_with_its_state(mesh):
     assert all(isinstance(one, DTensor) for own in optimizer.state.values() for one in own.values() if one.ndim)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     step(model, optimizer)
-    assert not torch.equal(whole(model.get_parameter(name)), after[name])
+    assert not torch.equal(full_tensor(model.get_parameter(name)), after[name])
 
 
 def test_an_error_leaves_all_as_it_was(mesh):
@@ -86,9 +86,9 @@ def test_a_gather_that_fails_leaves_all_as_it_was(mesh, monkeypatch, number):
         seen.append(tensor)
         if len(seen) == number:
             raise MemoryError
-        return whole(tensor)
+        return full_tensor(tensor)
 
-    monkeypatch.setattr("billhook.engine.shards.whole", fails)
+    monkeypatch.setattr("billhook.engine.shards.full_tensor", fails)
     with pytest.raises(MemoryError), reshaped(model, [optimizer], gradients=False):
         pass
     after = values(model, optimizer)
@@ -134,12 +134,12 @@ def test_gradients_follow_where_they_are_asked_for(mesh, gradients):
     model, optimizer = sharded(mesh)
     ids = tokens()
     model(input_ids=ids, labels=ids).loss.backward()
-    before = {name: whole(own.grad).clone() for name, own in model.named_parameters()}
+    before = {name: full_tensor(own.grad).clone() for name, own in model.named_parameters()}
     with reshaped(model, [optimizer], gradients=gradients):
         pass
     for name, own in model.named_parameters():
         assert (own.grad is not None) == gradients
-        assert not gradients or torch.equal(whole(own.grad), before[name])
+        assert not gradients or torch.equal(full_tensor(own.grad), before[name])
 
 
 @pytest.mark.parametrize(("where", "name"), [("groups", "fsdp_params"), ("", "_mp_policy")])
@@ -176,11 +176,11 @@ def test_a_torch_with_one_group_at_most(mesh):
         (group,) = internals.groups_of(part._get_fsdp_state())
         for name in internals.NEWER_SETTINGS:
             vars(group).pop(name, None)
-    before = {name: whole(own) for name, own in model.named_parameters()}
+    before = {name: full_tensor(own) for name, own in model.named_parameters()}
     with reshaped(model, [optimizer], gradients=False):
         assert not isinstance(model, FSDPModule)
     assert isinstance(model, FSDPModule)
-    assert all(torch.equal(whole(own), before[name]) for name, own in model.named_parameters())
+    assert all(torch.equal(full_tensor(own), before[name]) for name, own in model.named_parameters())
 
 
 def test_runs_need_no_more_than_they_use(mesh):

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.callbacks import kv_heads
-from billhook.engine.sharding import is_sharded, whole
+from billhook.engine.sharding import full_tensor, is_sharded
 from billhook.engine.shards import ShardStore
 from billhook.sparsity.prune import WeightPlan
 from billhook.sparsity.pruned import Pruned
@@ -30,7 +30,7 @@ class First(pl.Callback):
     """Keeps the weights that the first step begins with."""
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.found = {name: whole(value).clone() for name, value in pl_module.state_dict().items()}
+        self.found = {name: full_tensor(value).clone() for name, value in pl_module.state_dict().items()}
 
 
 def albert():
@@ -64,7 +64,7 @@ def test_an_event_that_fails_at_its_end_has_changed_nothing(tmp_path, alone, mon
         trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
     assert callback.events == []
     assert callback.masks == {}
-    assert all(torch.equal(whole(own), other) for own, other in zip(lit.parameters(), Own().parameters(), strict=True))
+    assert all(torch.equal(full_tensor(own), other) for own, other in zip(lit.parameters(), Own().parameters(), strict=True))
 
 
 @pytest.mark.parametrize("sequential", ["block", "layer"])
@@ -87,7 +87,7 @@ def test_a_block_that_is_called_again_is_not_matched(tmp_path, alone):
 def test_weights_are_masked_in_a_model_that_is_made_late(tmp_path, alone):
     callback, lit = bh.WeightPruning(sparsity=0.5, calibration=2), MadeLate()
     trainer(tmp_path, [callback], max_steps=2, strategy=alone).fit(lit)
-    assert not any(whole(lit.net.get_parameter(f"{name}.weight"))[~mask].any() for name, mask in callback.masks.items())
+    assert not any(full_tensor(lit.net.get_parameter(f"{name}.weight"))[~mask].any() for name, mask in callback.masks.items())
 
 
 def test_weights_are_not_masked_under_another_fsdp(tmp_path, alone):
@@ -145,7 +145,7 @@ def test_masks_follow_shapes_that_change_later(tmp_path, alone, name):
     callbacks = [masks, LATER[name](calibration=4, measure_batches=0)]
     trainer(tmp_path, callbacks, max_steps=4, strategy=alone, limit_val_batches=0).fit(lit)
     last = lit.net.model.layers[-1]
-    zeros = [(whole(part.weight) == 0).float().mean() for part in last.modules() if isinstance(part, torch.nn.Linear)]
+    zeros = [(full_tensor(part.weight) == 0).float().mean() for part in last.modules() if isinstance(part, torch.nn.Linear)]
     assert len(masks.masks) == len(zeros) == 7
     assert all(0.4 < share < 0.6 for share in zeros)
 
@@ -209,7 +209,7 @@ def test_heads_that_a_checkpoint_has_masked_do_nothing_in_a_run_without_the_call
 
 
 def heads_that_do_nothing(lit):
-    read = [whole(layer.self_attn.o_proj.weight).unflatten(1, (8, -1)) for layer in lit.net.model.layers]
+    read = [full_tensor(layer.self_attn.o_proj.weight).unflatten(1, (8, -1)) for layer in lit.net.model.layers]
     return [int((weight == 0).all(2).all(0).sum()) for weight in read]
 
 
@@ -289,7 +289,7 @@ def test_a_sharded_model_is_shrunk_to_what_one_in_memory_is(tmp_path, alone, mon
         lit, callback = make(), bh.Shrinking(**given, calibration=list(batches), generations=1, candidates=2, measure_batches=0)
         run = trainer(tmp_path, [callback], 3, strategy=strategy, limit_val_batches=0, use_distributed_sampler=False)
         run.fit(lit, *[DataLoader(rows(12, 0), 2)] * 2)
-        state = {own: whole(value).clone() for own, value in lit.state_dict().items()}
+        state = {own: full_tensor(value).clone() for own, value in lit.state_dict().items()}
         found.append((callback.events[0]["what"], callback.shrunk.ratio, state))
     (what, ratio, state), (what_of_shards, ratio_of_shards, shards) = found
     assert all(kind in what for kind in gone)

@@ -12,7 +12,7 @@ import transformers
 
 import billhook as bh
 from billhook.adapters.merge import has_adapters
-from billhook.engine.sharding import whole
+from billhook.engine.sharding import full_tensor
 from kit.beside import kept, model, size
 from kit.families import llama
 from kit.fits import trainer
@@ -65,7 +65,7 @@ class Measured(bh.Export):
     """Notes the weights that it begins with, and the bytes that it takes at most."""
 
     def on_train_end(self, run, module):
-        self.state = {name: whole(value).clone() for name, value in module.net.state_dict().items()}
+        self.state = {name: full_tensor(value).clone() for name, value in module.net.state_dict().items()}
         self.parts = [name for name, _ in module.net.named_modules()]
         for part in (module.net, *module.net.modules()):
             if hasattr(part, "reshard"):
@@ -94,7 +94,7 @@ def exported(folder, name, ranks=1):
     block = max(size(layer.parameters()) for layer in layers)
     several = {"devices": ranks, "use_distributed_sampler": False} if ranks > 1 else {}
     trainer(folder, [callback], max_steps=1, strategy=sharding(ranks), limit_val_batches=0, **several).fit(lit)
-    now = {name: whole(value) for name, value in lit.net.state_dict().items()}
+    now = {name: full_tensor(value) for name, value in lit.net.state_dict().items()}
     unchanged = [name for name, _ in lit.net.named_modules()] == callback.parts
     unchanged &= all(torch.equal(now[name], value) for name, value in callback.state.items())
     allowed = 2 * block + 4 * (every - len(layers) * block)
@@ -130,7 +130,7 @@ def failing(out):
     try:
         trainer(out, [callback], max_steps=1, strategy=sharding(2), devices=2, use_distributed_sampler=False).fit(lit)
     except RuntimeError as error:
-        state = {name: whole(value) for name, value in lit.net.state_dict().items()}
+        state = {name: full_tensor(value) for name, value in lit.net.state_dict().items()}
         gathered = [None, None]
         torch.distributed.all_gather_object(gathered, str(error))
         torch.save([gathered, state], out / "failing.pt")

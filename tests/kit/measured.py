@@ -10,7 +10,7 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import billhook as bh
-from billhook.engine.sharding import whole
+from billhook.engine.sharding import full_tensor
 from billhook.fit.ranks import RanksDiffer
 from billhook.importance.baselines import RandomUnits
 from kit.beside import measure
@@ -52,7 +52,7 @@ def fit(folder, name, ranks, callbacks):
     options = {"devices": ranks, "strategy": sharding(ranks), "use_distributed_sampler": False} if ranks > 1 else {}
     run, lit = trainer(folder, callbacks, 3, limit_val_batches=0, **options), MODULES[name]()
     run.fit(lit)
-    return run, {own: whole(value) for own, value in lit.state_dict().items()}
+    return run, {own: full_tensor(value) for own, value in lit.state_dict().items()}
 
 
 def told(folder, name, ranks=1):

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
-from billhook.engine.sharding import whole
+from billhook.engine.sharding import full_tensor
 from billhook.fit import shards
 from kit.fits import trainer
 from kit.ranks import ENDING
@@ -42,7 +42,7 @@ def fit():
     run = trainer(Path(folder), [own, saves], STEPS, devices=2, num_nodes=2, strategy=strategy, use_distributed_sampler=False)
     lit = Own(batch=4, nodes=2)
     run.fit(lit, ckpt_path=path)
-    state = {name: whole(value) for name, value in lit.state_dict().items()}
+    state = {name: full_tensor(value) for name, value in lit.state_dict().items()}
     if run.is_global_zero:
         torch.save([state, own.events], Path(folder, "end.pt"))
 

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
-from billhook.engine.sharding import whole
+from billhook.engine.sharding import full_tensor
 from billhook.fit.ranks import check_agreed
 from kit.fits import data, module, trainer
 from kit.sharding import sharding
@@ -44,11 +44,11 @@ class Kept(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         names = {own: name for name, own in pl_module.named_parameters()}
-        held = {name: whole(own) for own, name in names.items()}
+        held = {name: full_tensor(own) for own, name in names.items()}
         for optimizer in trainer.optimizers:
             assert [*optimizer.state] == [] or {*optimizer.state} == {*names}
             for own, state in optimizer.state.items():
-                held |= {f"{names[own]} {key}": whole(value) for key, value in state.items()}
+                held |= {f"{names[own]} {key}": full_tensor(value) for key, value in state.items()}
         self.at[trainer.global_step] = {name: value.clone() for name, value in held.items()}
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import billhook as bh
-from billhook.engine.sharding import is_sharded, whole
+from billhook.engine.sharding import full_tensor, is_sharded
 from billhook.engine.shards import ShardStore
 from billhook.fit.measure import measure
 from kit.families import llama, recompute
@@ -85,7 +85,7 @@ class Zeros(pl.Callback):
         self.pruning, self.always = pruning, True
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        state = {name: whole(value) for name, value in pl_module.state_dict().items()}
+        state = {name: full_tensor(value) for name, value in pl_module.state_dict().items()}
         self.always &= all(not state[f"net.{name}.weight"][~mask].any() for name, mask in self.pruning.masks.items())
 
 
@@ -124,7 +124,7 @@ class Fit:
         more = self.options | (several if ranks > 1 else options or {})
         run = trainer(folder, callbacks, max_steps=self.steps, **often, **more)
         run.fit(lit, data(files, batch_size=self.batch // ranks) if text else None, ckpt_path=path)
-        state = {name: whole(value) for name, value in lit.state_dict().items()}
+        state = {name: full_tensor(value) for name, value in lit.state_dict().items()}
         return run, state, [zeros.always, self.told(callback)]
 
 

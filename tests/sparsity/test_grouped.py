@@ -11,7 +11,7 @@ from torch.nn.functional import pad, unfold
 from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetConfig, ResNetForImageClassification
 
 import billhook as bh
-from billhook.engine.sharding import whole
+from billhook.engine.sharding import full_tensor
 from billhook.model.linears import prunable
 from billhook.sparsity import visitor
 from billhook.sparsity.criteria import Random, WandaAlpha
@@ -220,4 +220,4 @@ def test_sharded_convolutions_become_what_whole_ones_do(mesh, criterion):
         fully_shard(part, mesh=mesh)
     for one in (plain, model):
         bh.prune(one, criterion, batches, 0.5, convolutions="all", sequential="none", reduce=lambda tensor: tensor)
-    assert all(torch.equal(whole(own), other) for own, other in zip(model.parameters(), plain.parameters(), strict=True))
+    assert all(torch.equal(full_tensor(own), other) for own, other in zip(model.parameters(), plain.parameters(), strict=True))

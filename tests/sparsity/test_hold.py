@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from billhook.engine.sharding import whole
+from billhook.engine.sharding import full_tensor
 from billhook.sparsity import hold
 from billhook.sparsity.hold import Hold
 from kit.fits import same
@@ -57,7 +57,7 @@ def test_one_mask_at_a_time_is_whole_where_weights_are_sharded(saved, mesh, monk
     again.load_state_dict(state)
     again.attach(own, [])
     assert alive == [0, 1, 1, 1, 1]
-    assert all(isinstance(mask, DTensor) and torch.equal(whole(mask), masks[name]) for name, mask in again.masks.items())
+    assert all(isinstance(mask, DTensor) and torch.equal(full_tensor(mask), masks[name]) for name, mask in again.masks.items())
 
 
 def test_masks_of_another_model_are_refused(saved):

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 import billhook as bh
-from billhook.engine.sharding import whole
+from billhook.engine.sharding import full_tensor
 from billhook.model.plan import ModelPlan, apply
 from billhook.sparsity.pruned import Pruned
 from kit.sparsity import batches_of, family
@@ -35,13 +35,13 @@ def test_a_plan_of_shares_is_that_of_the_whole_model(mesh, name, criterion):
     assert str(plan).partition("\n")[2] == str(of_whole).partition("\n")[2]
     assert json.dumps(plan.to_json()["pruned"]) == json.dumps(of_whole.to_json()["pruned"])
     masks = of_whole.masks(model)
-    assert all(torch.equal(whole(mask), masks[own]) for own, mask in plan.masks(given).items())
+    assert all(torch.equal(full_tensor(mask), masks[own]) for own, mask in plan.masks(given).items())
     other = sharded(model, mesh)
     apply(given, plan)
     apply(other, ModelPlan.from_json(plan.to_json(), other))
     apply(model, of_whole)
     for one in (given, other):
-        assert all(torch.equal(whole(own), ours) for own, ours in zip(one.parameters(), model.parameters(), strict=True))
+        assert all(torch.equal(full_tensor(own), ours) for own, ours in zip(one.parameters(), model.parameters(), strict=True))
 
 
 def test_a_hash_tells_what_is_decided():
@@ -63,4 +63,4 @@ def test_a_plan_is_carried_out_however_weights_lie(mesh, criterion):
     bh.prune(expected, criterion, batches, sparsity=0.5)
     for one in (model, given):
         apply(one, plan)
-        assert all(torch.equal(whole(own), ours) for own, ours in zip(one.parameters(), expected.parameters(), strict=True))
+        assert all(torch.equal(full_tensor(own), ours) for own, ours in zip(one.parameters(), expected.parameters(), strict=True))

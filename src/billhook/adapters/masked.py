@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from billhook.arguments import annotated
-from billhook.engine.sharding import reshard, whole
+from billhook.engine.sharding import full_tensor, reshard
 from billhook.model.linears import active_in, base_of, is_adapter, is_pruned, prunable, weight_of
 
 WRAPPED = "base_model.model."
@@ -154,7 +154,7 @@ def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> di
     """Returns the keep-masks of these layers' weights, by linear; by default the nonzero weights of those that are pruned."""
     weights = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
     if masks is None:
-        kept = {name: whole(weight) != 0 for name, weight in weights.items()}
+        kept = {name: full_tensor(weight) != 0 for name, weight in weights.items()}
         return {name: keep for name, keep in kept.items() if is_pruned(int((~keep).sum()), keep.numel())}
     found = {name: masks.get(name, masks.get(name.removeprefix(WRAPPED))) for name in weights}
     given = {name: mask for name, mask in found.items() if mask is not None}
@@ -175,7 +175,7 @@ def product_of(layer: Any) -> Tensor:  # noqa: ANN401
     weight = weight_of(layer.base_layer)
     product = torch.zeros(weight.shape, device=weight.device)
     for adapter in active_in(layer):
-        b, a = (whole(one[adapter].weight).float().to(weight.device) for one in (layer.lora_B, layer.lora_A))
+        b, a = (full_tensor(one[adapter].weight).float().to(weight.device) for one in (layer.lora_B, layer.lora_A))
         product.addmm_(b, a, alpha=layer.scaling[adapter])  # in place, so in float32 under autocast too
     if isinstance(layer, MaskedLora):
         keep = layer.keep.to(weight.device)

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import Self
 
-from billhook.engine.sharding import whole
+from billhook.engine.sharding import full_tensor
 from billhook.model.linears import active_in
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -44,7 +44,7 @@ class MaskedLora(LoraLinear):
     @property
     def keep(self) -> Tensor:
         """The mask, bool; of a weight that is sharded, all ranks ask for it together, or while the weight is gathered."""
-        return whole(self.base_layer.get_parameter("weight")) != 0 if self.mask.keep is None else self.mask.keep
+        return full_tensor(self.base_layer.get_parameter("weight")) != 0 if self.mask.keep is None else self.mask.keep
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Computes the product scale B A, masked; PEFT merges and unmerges this."""

@@ -17,7 +17,7 @@ from billhook.adapters.merge import taken_off
 from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
 from billhook.engine.passes import in_turn
-from billhook.engine.sharding import reshard, whole
+from billhook.engine.sharding import full_tensor, reshard
 from billhook.engine.walk import Sequential
 from billhook.engine.zeros import zeros_by_name
 from billhook.fit.calibration import FitCalibration, Given
@@ -132,7 +132,7 @@ class WeightPruning(EventCallback, FollowsShapes):
     @property
     def masks(self) -> dict[str, Tensor]:
         """The keep-masks that are held, bool, by linear; of a sharded model all ranks ask for them together."""
-        return {name: whole(mask) for name, mask in self._hold.masks.items()}
+        return {name: full_tensor(mask) for name, mask in self._hold.masks.items()}
 
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses strategies under which weights cannot be masked."""

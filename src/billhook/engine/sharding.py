@@ -73,7 +73,7 @@ def reshard(module: nn.Module) -> None:
             part.reshard()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """Returns a whole tensor without gradient: gathered, if it is sharded."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
@@ -180,7 +180,7 @@ def _unhooked(module: nn.Module) -> Iterator[None]:
 def gathered(module: nn.Module, but: Iterable[nn.Module] = ()) -> AbstractContextManager[None]:
     """Puts whole parameters instead of shards into a module and those within, except some; what is done to them is lost."""
     out = {part for module in but for part in module.modules()}
-    return _replaced([part for part in module.modules() if part not in out], whole)
+    return _replaced([part for part in module.modules() if part not in out], full_tensor)
 
 
 @contextmanager

@@ -23,9 +23,9 @@ from billhook.engine.sharding import (
     Layout,
     Place,
     free,
+    full_tensor,
     has_memory,
     places_of,
-    whole,
     without_memory,
 )
 from billhook.engine.state import replaced
@@ -225,7 +225,7 @@ class ShardStore(BlockStore):
             owner, _, key = name.rpartition(" ")[2].rpartition(".")
             layout, full = self.layout((self.model.get_submodule(owner), key)), nn.Parameter(value, requires_grad=False)
             shard = full if layout is None else replace(layout, device=device or layout.device).shards(full, first=True)
-            reads[name] = partial(whole, shard)
+            reads[name] = partial(full_tensor, shard)
         return LazyTensors(reads)
 
     @torch.no_grad()
@@ -308,14 +308,14 @@ class ShardStore(BlockStore):
     def _fill(self, full: nn.Parameter, keep: bool = True) -> None:
         """Gathers the values of a parameter, which keeps them if asked: where it does not, only other ranks need them."""
         shard = self.shards[full]
-        values = self._overlay[full]() if full in self._overlay else whole(shard)
+        values = self._overlay[full]() if full in self._overlay else full_tensor(shard)
         if keep:
             # the same storage gets memory again, as autograd may have saved it; values may have a narrower dtype
             full.untyped_storage().resize_(full.numel() * full.element_size())
             full.data.copy_(values)
             self._filled.append(full)
         if self.gradients and shard.grad is not None:
-            gradient = whole(shard.grad)  # also where it is not kept: gathering is collective
+            gradient = full_tensor(shard.grad)  # also where it is not kept: gathering is collective
             full.grad = gradient if keep else None
 
     def follow(self) -> None:

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from billhook.engine.files import FileStore
 from billhook.engine.loader_internals import named_in
-from billhook.engine.sharding import whole
+from billhook.engine.sharding import full_tensor
 from billhook.engine.store import store_of
 
 ELEMENTS = 2**24
@@ -56,5 +56,5 @@ def _numbers(counts: Mapping[str, Tensor]) -> dict[str, int]:
 def _zeros(values: Tensor) -> Tensor:
     """Counts zeros; a sum of what equals zero would hold a number of 8 bytes for each."""
     if isinstance(values, DTensor):
-        return whole((values == 0).sum())
+        return full_tensor((values == 0).sum())
     return values.numel() - torch.count_nonzero(values)

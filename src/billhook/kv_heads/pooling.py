@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.sharding import local, reshard, sharded_as, whole
+from billhook.engine.sharding import full_tensor, local, reshard, sharded_as
 from billhook.engine.state import fresh_casts, uninterrupted
 from billhook.model.handed import Indices
 from billhook.model.shape import Shape
@@ -125,7 +125,7 @@ def approach(model: nn.Module, parameters: Mapping[str, Pooled], share: float, h
     reshard(model)
     moving = {model.get_parameter(name): pooled for name, pooled in parameters.items()}
     targets = [
-        (local(parameter), local(sharded_as(pooled.spread(pooled.pool(whole(parameter), how)), parameter)))
+        (local(parameter), local(sharded_as(pooled.spread(pooled.pool(full_tensor(parameter), how)), parameter)))
         for parameter, pooled in moving.items()
     ]
     with fresh_casts(), uninterrupted():  # nothing waits for the device, as this is part of a training step

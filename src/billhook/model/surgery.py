@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
-from billhook.engine.sharding import local, reshard, sharded_as, whole
+from billhook.engine.sharding import full_tensor, local, reshard, sharded_as
 from billhook.engine.state import fresh_casts, uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.config_fields import configs_of
@@ -257,7 +257,7 @@ def _new_state(optimizer: Optimizer, swap: Swap, change: Callable[[str, Tensor],
     for key, value in kept.items():
         follows = isinstance(value, Tensor) and value.shape == sizes
         try:
-            state[key] = sharded_as(change(key, whole(value)).contiguous(), value) if follows else value
+            state[key] = sharded_as(change(key, full_tensor(value)).contiguous(), value) if follows else value
         except Exception as error:  # noqa: BLE001
             what = f"'{key}' of {swap.name}, which does not follow ({type(error).__name__}: {error})"
             warnings.warn(f"{kind} keeps {what}, so the optimizer restarts for this parameter", stacklevel=2)
@@ -291,7 +291,7 @@ def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     store, found = store_of(model), list[str]()
     for name in (name for name, _ in model.named_parameters(remove_duplicate=False) if name in weights):
         store.load(model.get_submodule(name.rpartition(".")[0]))
-        if not torch.equal(whole(model.get_parameter(name)), weights[name]):
+        if not torch.equal(full_tensor(model.get_parameter(name)), weights[name]):
             found.append(name)
     return found
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from billhook.adapters.masked import mask_adapters, unmask_adapters
-from billhook.engine.sharding import local, reshard, sharded_as, whole
+from billhook.engine.sharding import full_tensor, local, reshard, sharded_as
 from billhook.model.linears import prunable
 from billhook.sparsity.pruned import packed, unpacked
 
@@ -133,7 +133,7 @@ class Hold:
     def state_dict(self) -> dict[str, Any]:
         """Returns the masks, one bit a weight; they are packed once, and not again until they are replaced."""
         if not self._packed:
-            bits = {name: torch.from_numpy(packed(whole(mask))) for name, mask in self._masks.items()}
+            bits = {name: torch.from_numpy(packed(full_tensor(mask))) for name, mask in self._masks.items()}
             self._packed = {name: {"shape": list(self._masks[name].shape), "bits": own} for name, own in bits.items()}
         return dict(self._saved or self._packed)
 

@@ -52,6 +52,7 @@ CASES = [
 ]
 
 
+@pytest.mark.daily("*-llama", "Wanda(compares='row')-{'sparsity': 0.5}-*", "RIA*-t5")
 @pytest.mark.parametrize("build", BUILD)
 @pytest.mark.parametrize(("criterion", "settings"), CASES, ids=str)
 def test_masks_are_those_of_the_merged_model(build, criterion, settings):

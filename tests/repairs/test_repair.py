@@ -586,6 +586,7 @@ SPLITS = {
 """Which of some batches a rank has."""
 
 
+@pytest.mark.daily("2-2-*", "5-4-one rank has all-two sources", "3-4-as many-two sources")
 @pytest.mark.parametrize("sources", ["", "ab"], ids=["one source", "two sources"])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("ranks", [2, 4])

@@ -121,6 +121,7 @@ def test_tokens_that_do_not_count_change_nothing():
     assert torch.equal(tuned(1), tuned(7))
 
 
+@pytest.mark.daily("Wanda-*", "ALPS-block-amount0", "Magnitude-layer-amount1")
 @pytest.mark.parametrize("amount", [{"sparsity": 0.5}, {"pattern": "2:4"}])
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 @pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.ALPS(steps=9)], ids=lambda one: type(one).__name__)

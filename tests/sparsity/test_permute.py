@@ -90,6 +90,7 @@ def test_what_it_tells_is_what_is_kept():
     assert "2 x     48" in str(done)
 
 
+@pytest.mark.daily("*-2:4", "criterion0-*")
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8"])
 @pytest.mark.parametrize("criterion", [bh.Wanda(), bh.Refit(), bh.ALPS(), bh.SparseGPT(block_size=16), bh.Magnitude(), bh.RIA()])
 def test_pruning_then_is_exactly_n_of_m_by_every_criterion(criterion, pattern):

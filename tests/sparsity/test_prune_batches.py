@@ -43,6 +43,7 @@ def test_padding_does_not_count(side, sequential):
     assert agree(masks_of(together), masks_of(alone)) > agree(masks_of(ignored), masks_of(alone))
 
 
+@pytest.mark.daily("*-t5")
 @pytest.mark.parametrize("name", ["t5", "bart"])
 @pytest.mark.parametrize("given", ["labels", "decoder_input_ids", "labels and mask"])
 @pytest.mark.parametrize("targets", [[4, 8, 2, 6], [12, 5, 3, 9], [5, 12, 12, 2]])

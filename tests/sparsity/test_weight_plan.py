@@ -14,6 +14,7 @@ from kit.families import llama
 from kit.sparsity import batches_of, family
 
 
+@pytest.mark.daily("llama-*", "gpt2-refit-dtype1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("criterion", [bh.Wanda(), bh.Refit(), bh.SparseGPT(block_size=16)], ids=["wanda", "refit", "sparsegpt"])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -105,6 +105,7 @@ def test_a_masked_head_is_one_whose_columns_nobody_reads(name):
         assert torch.equal(case.run(), whole)
 
 
+@pytest.mark.daily("llama-*", "gpt2-eager", "t5-sdpa", "vit-eager")
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "bart", "vit"])
 def test_through_the_front_door(family, attention):

@@ -25,7 +25,7 @@ from billhook.importance.obs import OBS
 SIZES = (0.85, 0.7)
 RESULTS = Path(__file__).with_suffix(".json")
 IMPORTANCES = {"Taylor": bh.Taylor(), "OBS": OBS(), "OutputNorm": bh.OutputNorm()}
-BLOCKS = {"BlockInfluence": bh.BlockInfluence(), "Ablation": bh.Ablation()}
+BLOCKS = {"BlockInfluence": bh.importance.BlockInfluence(), "Ablation": bh.importance.Ablation()}
 WITHIN = {
     "feed-forwards": {"kv_heads": 0.0},
     "feed-forwards, 1 of 3 KV heads": {"kv_heads": 0.34},

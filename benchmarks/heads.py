@@ -39,11 +39,11 @@ CLASSES, ENTRIES, LENGTH = 12, 600, 128
 SHARES = tuple(range(10, 100, 10))
 TOKEN, EXAMPLE = "gate gradient, each token", "gate gradient, each example"
 SCORES = {
-    TOKEN: bh.GateGradient("token"),
-    EXAMPLE: bh.GateGradient("example"),
+    TOKEN: bh.importance.GateGradient("token"),
+    EXAMPLE: bh.importance.GateGradient("example"),
     "Taylor": bh.Taylor("unit"),
-    "activation norm": bh.ActivationNorm(),
-    "weight norm": bh.WeightNorm(),
+    "activation norm": bh.importance.ActivationNorm(),
+    "weight norm": bh.importance.WeightNorm(),
     "random, seed 0": bh.importance.baselines.RandomUnits(0),
     "random, seed 1": bh.importance.baselines.RandomUnits(1),
 }
@@ -88,7 +88,7 @@ def fine_tune(model, rows, folder):
         file = Path(temporary, "train.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         module = bh.TransformerModule(model, "sequence-classification", lr=2e-4, warmup=0.1, decay="linear", num_labels=CLASSES)
-        data = bh.ClassificationDataModule({"train": str(file)}, tokenizer=model, max_length=LENGTH, batch_size=32)
+        data = bh.training.ClassificationDataModule({"train": str(file)}, tokenizer=model, max_length=LENGTH, batch_size=32)
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
         pl.Trainer(max_epochs=3, gradient_clip_val=1.0, accelerator="cpu", devices=1, **quiet).fit(module, data)
     module.model.save_pretrained(folder)
@@ -202,7 +202,7 @@ def table_of_ablation(lab):
     """The second part: each head alone removed, and each alone left in its layer."""
     lines = ["| layer | worst head to lose | best head to lose | heads that lose nothing | best head alone | worst head alone |"]
     lines.append("|---:" * 6 + "|")
-    without, only = (bh.ablate_heads(lab.model, lab.tested, accuracy, mode) for mode in ("without", "only"))
+    without, only = (bh.importance.ablate_heads(lab.model, lab.tested, accuracy, mode) for mode in ("without", "only"))
     for number, name in enumerate(without.values):
         one, other = (100 * (found.values[name] - found.whole) for found in (without, only))
         worst, best = int(one.argmin()), int(other.argmax())
@@ -219,7 +219,7 @@ def table_of_speed(lab):
     heads = lab.lowest(scores, 50, remove=True)
     models = {name: copy.deepcopy(lab.model) for name in ("dense", "masked", "removed")}
     bh.mask(models["masked"], heads)
-    bh.prune_units(models["removed"], heads)
+    bh.pruning.prune_units(models["removed"], heads)
     lines = ["| 128 tokens, ms an example | dense | masked | removed | removed is faster |", "|---:" * 5 + "|"]
     for size in (1, 16, 64):
         ids = torch.randint(1000, 20000, (size, LENGTH), generator=torch.Generator().manual_seed(0))

@@ -24,11 +24,11 @@ from billhook.pruning.choice import choose
 
 SHARES = (0.1, 0.2, 0.3, 0.5)
 METHODS = {
-    "gate gradient, each token": bh.GateGradient(),
-    "gate gradient, each example": bh.GateGradient("example"),
+    "gate gradient, each token": bh.importance.GateGradient(),
+    "gate gradient, each example": bh.importance.GateGradient("example"),
     "Taylor": bh.Taylor("unit"),
-    "activation norm": bh.ActivationNorm(),
-    "weight norm": bh.WeightNorm(),
+    "activation norm": bh.importance.ActivationNorm(),
+    "weight norm": bh.importance.WeightNorm(),
     "random": bh.importance.baselines.RandomUnits(),
 }
 SHAPES = [(1, 64), (1, 512), (16, 64)]
@@ -81,7 +81,7 @@ def removal(model, scores, per, rows, rounds):
     ratio = 1 / count if per == "kv_head" else count / model.config.num_attention_heads
     chosen = choose(bh.find_units(model, "head"), scores, ratio, per=per)
     smaller, masked = copy.deepcopy(model), copy.deepcopy(model)
-    plan = bh.prune_units(smaller, chosen, per=per)
+    plan = bh.pruning.prune_units(smaller, chosen, per=per)
     what = "a KV head with its query heads" if per == "kv_head" else "a query head of each KV head"
     with bh.mask(masked, chosen, per=per):
         ratios = [speed([model, masked, smaller], shape, rounds) for shape in SHAPES]
@@ -122,7 +122,7 @@ def main():
         tell(line)
     tell(f"\n| removed in every layer | parameters | perplexity | {' | '.join(f'{b} x {n} tokens' for b, n in SHAPES)} |")
     tell("|---|---:|---:" + "|---:" * len(SHAPES) + "|")
-    best = bh.GateGradient()
+    best = bh.importance.GateGradient()
     for per in ("head", "kv_head"):
         tell(removal(model, bh.score(model, heads, best, batches, normalize=True, per=per), per, rows, options.rounds))
     if options.out:

@@ -27,8 +27,8 @@ CRITERIA = {
     "Magnitude": bh.Magnitude(),
     "Wanda": bh.Wanda(),
     "SparseGPT": bh.SparseGPT(),
-    "Refit": bh.Refit(),
-    "ALPS": bh.ALPS(),
+    "Refit": bh.criteria.Refit(),
+    "ALPS": bh.criteria.ALPS(),
 }
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 AMOUNTS = {f"{sparsity:.0%}": {"sparsity": sparsity} for sparsity in SPARSITIES} | {"2:4": {"pattern": "2:4"}}

@@ -32,7 +32,7 @@ KINDS = {
     "a fifth of the channels, `RepairConfig()`": bh.RepairConfig,
     "a fifth of the channels, `RepairConfig()`, two sources": bh.RepairConfig,
     "50 %, `SparseGPT()`": bh.SparseGPT,
-    "50 %, `Refit()`": bh.Refit,
+    "50 %, `Refit()`": bh.criteria.Refit,
     "a fifth of the channels, `RepairConfig()`, in a fit under DDP": bh.RepairConfig,
     "50 %, `SparseGPT()`, in a fit under DDP": bh.SparseGPT,
 }
@@ -81,7 +81,7 @@ def work(options, kind, rank, count, reduce):
     elif isinstance(how, bh.RepairConfig):
         if "two sources" in kind:
             rows = [Batch(row, "ab"[number // count % 2]) for number, row in enumerate(rows)]
-        plan = bh.plan(model, bh.WeightNorm(), rows[rank::count], amount=bh.Amount(channels=0.2))
+        plan = bh.plan(model, bh.importance.WeightNorm(), rows[rank::count], amount=bh.Amount(channels=0.2))
         bh.repair(model, plan, rows[rank::count], how, reduce=reduce)
     else:
         bh.prune(model, how, rows[rank::count], sparsity=0.5, reduce=reduce)
@@ -112,7 +112,7 @@ def fit(module, how, rows, count):
     """Fits one step under DDP, after which a callback prunes or repairs."""
     given = {"at": 1, "calibration": rows, "measure_batches": 0}
     if isinstance(how, bh.RepairConfig):
-        callback = bh.StructuredPruning(bh.Amount(channels=0.2), importance=bh.WeightNorm(), repair=how, **given)
+        callback = bh.StructuredPruning(bh.Amount(channels=0.2), importance=bh.importance.WeightNorm(), repair=how, **given)
     else:
         callback = bh.WeightPruning(how, sparsity=0.5, **given)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -44,11 +44,11 @@ ROWS = {  # how it is pruned, and what is trained
     "Wanda, learned to 50 %": ((bh.Wanda(), HALF | {"end": 0.6}), "all weights"),
     "Wanda, 2:4": ((bh.Wanda(), PAIRS), "all weights"),
     "Wanda, learned to 2:4": ((bh.Wanda(), PAIRS | {"end": 0.6}), "all weights"),
-    "Refit, 50 %": ((bh.Refit(), HALF | LAYER), "all weights"),
-    "Refit, 50 %, LoRA masked": ((bh.Refit(), HALF | LAYER), "masked adapters"),
-    "Refit, 50 %, LoRA": ((bh.Refit(), HALF | LAYER), "adapters"),
-    "Refit, 2:4": ((bh.Refit(), PAIRS | LAYER), "all weights"),
-    "Refit, 2:4, LoRA masked": ((bh.Refit(), PAIRS | LAYER), "masked adapters"),
+    "Refit, 50 %": ((bh.criteria.Refit(), HALF | LAYER), "all weights"),
+    "Refit, 50 %, LoRA masked": ((bh.criteria.Refit(), HALF | LAYER), "masked adapters"),
+    "Refit, 50 %, LoRA": ((bh.criteria.Refit(), HALF | LAYER), "adapters"),
+    "Refit, 2:4": ((bh.criteria.Refit(), PAIRS | LAYER), "all weights"),
+    "Refit, 2:4, LoRA masked": ((bh.criteria.Refit(), PAIRS | LAYER), "masked adapters"),
 }
 HEADER = "perplexity | trained | before training | after training | adapters merged | sparsity | CPU s a step | CPU min in all"
 
@@ -133,14 +133,14 @@ def train_adapters(model, pruning, calibration, look, options, masked):
     torch.manual_seed(0)
     adapted = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"))
     if masked:
-        bh.mask_adapters(adapted)
+        bh.training.mask_adapters(adapted)
     watch = Watch(lambda _: None)
     train(adapted.get_base_model(), options.adapter_lr, [watch], options)
     figures["step"] = median(watch.seconds)
     if not masked:
         figures["trained"] = perplexity(model, options.held_out)
     logits = first_logits(model, options.held_out)
-    merged = bh.merge(adapted)
+    merged = bh.training.merge(adapted)
     moved = float((first_logits(merged.model, options.held_out) - logits).abs().max())
     print(f"{merged}; logits moved by {moved:.2g} at most")
     return merged.model, figures | {"merged": perplexity(merged.model, options.held_out)}

@@ -97,7 +97,7 @@ class Result:
     seconds: float = 0.0
 
 
-class Holder(bh.ShapeInCheckpoint, pl.LightningModule):
+class Holder(bh.training.ShapeInCheckpoint, pl.LightningModule):
     """A user's own module."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -256,7 +256,7 @@ def remove(amount: dict[str, float], kind: str, subject: Subject, model: nn.Modu
     """Removes the units with the smallest weights."""
     way = refusing(subject, model, lambda: promised(model, kind))
     dense = copy.deepcopy(model)
-    plan = refusing(subject, model, lambda: bh.plan(model, bh.WeightNorm(), **amount))
+    plan = refusing(subject, model, lambda: bh.plan(model, bh.importance.WeightNorm(), **amount))
     if not plan.units:
         raise Refused("nothing to remove")
     try:
@@ -297,7 +297,7 @@ def remove_block(subject: Subject, model: nn.Module) -> Done:
     if not chosen:
         raise Refused("one block only")
     dense = copy.deepcopy(model)
-    plan = refusing(subject, model, lambda: bh.plan_units(model, chosen, "block"))
+    plan = refusing(subject, model, lambda: bh.pruning.plan_units(model, chosen, "block"))
     try:
         refusing(subject, model, lambda: bh.apply(model, plan))
     except Refused as error:

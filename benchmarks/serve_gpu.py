@@ -45,7 +45,7 @@ def cut(model, kind):
             "blocks": bh.Amount(blocks=1),
             "layers differ": bh.Amount(channels=0.25, first=1),
         }
-        importance = RandomUnits() if kind == "blocks" else bh.WeightNorm()
+        importance = RandomUnits() if kind == "blocks" else bh.importance.WeightNorm()
         bh.apply(model, bh.plan(model, importance, amount=amounts[kind]))
 
 

@@ -33,7 +33,7 @@ def make(options, kind):
     if not folder.exists():
         model = bh.load(str(options.model), dtype="float32")
         if kind in CUTS:
-            importance = bh.BlockInfluence() if CUTS[kind].blocks else bh.WeightNorm()
+            importance = bh.importance.BlockInfluence() if CUTS[kind].blocks else bh.importance.WeightNorm()
             batches = [{"input_ids": torch.arange(100, 356)[None]}] if CUTS[kind].blocks else None
             bh.apply(model, bh.plan(model, importance, batches, amount=CUTS[kind]))
         elif kind != "dense":

@@ -40,7 +40,7 @@ RECIPES = {
     "LLM-Pruner, mixed": (bh.Taylor("mixed"), False),
     "billhook, no repair": (bh.OutputNorm(), False),
     "billhook, OutputNorm": (bh.OutputNorm(), True),
-    "billhook, GateGradient": (bh.GateGradient(), True),
+    "billhook, GateGradient": (bh.importance.GateGradient(), True),
     "billhook": (bh.OBS(), True),
 }
 ROWS = ["dense", *(f"{cut}: {recipe}" for cut in CUTS for recipe in RECIPES)]
@@ -140,7 +140,7 @@ def speed(options):
     yield "|---|---:|---:|---:|---:|---:|---:|---:|"
     for name, ratios in CUTS.items():
         model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-        cut(model, ids, ratios, bh.WeightNorm(), False, 1)
+        cut(model, ids, ratios, bh.importance.WeightNorm(), False, 1)
         work = bh.summary(dense).flops / bh.summary(model).flops
         for batch in (1, 8):
             taken = [[seconds(one, batch, 512) for one in (dense, model)] for _ in range(options.rounds + 1)][1:]

@@ -51,7 +51,7 @@ def main(steps: int, folder: str) -> None:
         enable_checkpointing=False,
         callbacks=[cut, bh.Export(f"{folder}/model"), bh.Report(f"{folder}/report.png")],
     )
-    data = bh.ImageDataModule(str(photos), processor=f"{folder}/processor")
+    data = bh.training.ImageDataModule(str(photos), processor=f"{folder}/processor")
     trainer.fit(bh.TransformerModule(model, task="image-classification", lr=4e-3, warmup=0.1), data)
 
     small = bh.load(f"{folder}/model")

@@ -51,7 +51,7 @@ def main(steps):
     trainer.fit(module, DataLoader(words(1, 48_000), batch_size=32, collate_fn=batch_of, shuffle=True))
     model.eval()
     held_out, heads = batch_of(words(2, 500)), bh.find_units(model, "head")
-    scores = bh.score(model, heads, bh.GateGradient(), [batch_of(words(3, 256))], normalize=True)
+    scores = bh.score(model, heads, bh.importance.GateGradient(), [batch_of(words(3, 256))], normalize=True)
     print(f"with all heads {accuracy(model, held_out):.1%} of the letters are right; without the least important of one kind:")
     for kind, part in KINDS.items():
         names = [name for name in scores if part in name and ("encoder_attn" in name) == ("cross" in kind)]

@@ -86,7 +86,7 @@ def test_prune_heads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny()
     expected = with_head_mask(model, model.dummy_inputs, head_mask(model, {0: [1, 2], 3: [0]})).logits
-    run("bh.prune_units(model, {0: [1, 2], 3: [0]})", model=model)
+    run("bh.pruning.prune_units(model, {0: [1, 2], 3: [0]})", model=model)
     torch.testing.assert_close(model(**model.dummy_inputs).logits, expected)
 
 

@@ -111,12 +111,12 @@ def html_of(shown):
 @pytest.fixture(scope="module")
 def small():
     model = llama(num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2)
-    units = bh.plan_units(model, {0: [1, 2], 1: [3]})
-    blocks = bh.plan(model, bh.BlockInfluence(), [{"input_ids": torch.arange(8)[None]}], blocks=1)
+    units = bh.pruning.plan_units(model, {0: [1, 2], 1: [3]})
+    blocks = bh.plan(model, bh.importance.BlockInfluence(), [{"input_ids": torch.arange(8)[None]}], blocks=1)
     choices = Choice({}, 12_345, 0.25, 0.125), Choice({}, 6_789, 0.75, 0.5)
     return {
         "UnitPlan": units,
-        "UnitPlan of channels": bh.plan(model, bh.WeightNorm(), channels=0.5),
+        "UnitPlan of channels": bh.plan(model, bh.importance.WeightNorm(), channels=0.5),
         "BlockPlan": blocks,
         "KVHeadPlan": bh.convert_kv_heads(llama(num_attention_heads=4, num_key_value_heads=4), 2),
         "WeightPlan": bh.prune(model, bh.Magnitude(), sparsity=0.5, dry_run=True),

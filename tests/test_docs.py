@@ -16,7 +16,9 @@ from billhook.cli.options import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-PUBLIC = {name: getattr(bh, name) for name in dir(bh)}
+SPACES = (bh.criteria, bh.importance, bh.kv_methods, bh.pruning, bh.training)
+PUBLIC = {f"{one.__name__}.{name}": getattr(one, name) for one in SPACES for name in one.__all__ if not hasattr(bh, name)}
+PUBLIC |= {f"billhook.{name}": getattr(bh, name) for name in bh.__all__}
 REFERENCE = "".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
 SOURCES = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 
@@ -69,8 +71,8 @@ def test_cases_that_run_each_time_are_there(unused_patterns):
 
 
 def test_each_public_name_stands_on_a_page_of_the_reference():
-    names = {name for name, one in PUBLIC.items() if callable(one) and not name.startswith("_")}
-    shown = re.findall(r"^::: billhook\.(\w+)$", REFERENCE, re.MULTILINE)
+    names = {name for name, one in PUBLIC.items() if callable(one)}
+    shown = re.findall(r"^::: (billhook(?:\.[\w]+){1,2})$", REFERENCE, re.MULTILINE)
     assert sorted(names - set(shown)) == []
     assert len(shown) == len(set(shown))
 
@@ -142,5 +144,5 @@ def test_docstrings_begin_with_a_verb_and_public_names_have_an_example(folder):
     wrong = [f"{path.name}: {line}" for path, node in nodes if isinstance(node, documented) for line in wrong_in(node)]
     place = "billhook.schedules" if folder == "billhook" else f"billhook.{folder}."
     public = {name: one for name, one in PUBLIC.items() if f"{getattr(one, '__module__', '')}.".startswith(place)}
-    wrong += [f"bh.{name} has no example (>>>)" for name, one in public.items() if ">>>" not in (one.__doc__ or "")]
+    wrong += [f"{name} has no example (>>>)" for name, one in public.items() if ">>>" not in (one.__doc__ or "")]
     assert not wrong, "\n".join(["", *wrong])

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -53,6 +54,13 @@ def test_editors_and_mypy_see_the_names_that_are_there():
     assert set(bh.__all__) <= set(dir(bh))
     for name, place in told.items():
         assert getattr(bh, name) is getattr(sys.modules[place], name)
+
+
+def test_no_names_differ_by_a_capital_alone():
+    spaces = [bh, *(one for one in map(vars(bh).get, bh.__all__) if isinstance(one, ModuleType) and hasattr(one, "__all__"))]
+    assert len(spaces) == 6
+    for space in spaces:
+        assert len({name.lower() for name in space.__all__}) == len(space.__all__)
 
 
 @pytest.mark.nightly

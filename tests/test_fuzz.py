@@ -84,7 +84,7 @@ def test_plans(model, plain):
 
 @pytest.fixture(scope="module")
 def block_plan(model):
-    return json.loads(json.dumps(bh.plan_units(model, [1], "block").to_json()))
+    return json.loads(json.dumps(bh.pruning.plan_units(model, [1], "block").to_json()))
 
 
 @settings(ANY, max_examples=60)
@@ -101,7 +101,7 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folders")
     bh.save(llama(**SMALL), folder / "plain")
     uneven = llama(**SMALL)
-    bh.apply(uneven, bh.plan(uneven, bh.WeightNorm(), amount=bh.Amount(channels=0.5, first=1)))
+    bh.apply(uneven, bh.plan(uneven, bh.importance.WeightNorm(), amount=bh.Amount(channels=0.5, first=1)))
     assert bh.save(uneven, folder / "shaped").way == "shaped"
     return folder
 

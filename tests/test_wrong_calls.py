@@ -19,7 +19,8 @@ import billhook as bh
 from kit.families import llama, tokens
 
 HOME = Path(bh.__file__).parent
-PUBLIC = {name: getattr(bh, name) for name in dir(bh) if not name.startswith("_") and callable(getattr(bh, name))}
+SPACES = (bh, bh.criteria, bh.importance, bh.kv_methods, bh.pruning, bh.training)
+PUBLIC = {name: getattr(space, name) for space in SPACES for name in space.__all__ if callable(getattr(space, name))}
 NO_ARGUMENTS = {name for name, one in PUBLIC.items() if not inspect.signature(one).parameters}
 ANY = settings(derandomize=True, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -31,11 +32,11 @@ class Nothing:
 
 
 MODEL = llama(**SMALL)
-PLAN, BATCHES = bh.plan_units(MODEL, {0: [1]}), [{"input_ids": tokens()} for _ in range(2)]
+PLAN, BATCHES = bh.pruning.plan_units(MODEL, {0: [1]}), [{"input_ids": tokens()} for _ in range(2)]
 VALUES = [
     *(None, True, -1, 3, 0.5, -0.5, math.nan, math.inf, "", "taylor", "wanda", "adam", b"wanda", Nothing(), Nothing, print),
     *({"heads": 0.5}, {0: 5}, [], [Nothing()], ["a", 1], (math.nan,), torch.zeros(2, 3), nn.Linear(2, 2), MODEL.config),
-    *(bh.Wanda(), bh.Taylor(), bh.Mean(), bh.RepairConfig(), bh.Amount(heads=0.5), PLAN, torch.float32),
+    *(bh.Wanda(), bh.Taylor(), bh.kv_methods.Mean(), bh.RepairConfig(), bh.Amount(heads=0.5), PLAN, torch.float32),
 ]
 
 
@@ -76,7 +77,7 @@ def legal(name):
     units = bh.find_units(MODEL, "head") if name in ("score", "gates") else {0: [1]}
     by_name = {
         **{"model": MODEL, "config": MODEL.config, "models": [MODEL], "units": units, "plan": PLAN, "batches": BATCHES},
-        **{"kind": bh.TransformerModule if name == "load_from_checkpoint" else "head", "importance": bh.WeightNorm()},
+        **{"kind": bh.TransformerModule if name == "load_from_checkpoint" else "head", "importance": bh.importance.WeightNorm()},
         **{
             "num_key_value_heads": 2,
             "ratio": 0.5,
@@ -183,12 +184,20 @@ BATCHED = {
     "words": lambda: ["some words"] * 2,
     "padding": lambda: [{"input_ids": tokens(), "attention_mask": torch.zeros(2, 12, dtype=torch.long)}] * 2,
 }
-SCORES = (bh.WeightNorm(), bh.Taylor(), bh.Taylor("second"), bh.GateGradient(), bh.OutputNorm(), bh.ActivationNorm(), bh.OBS())
+SCORES = (
+    bh.importance.WeightNorm(),
+    bh.Taylor(),
+    bh.Taylor("second"),
+    bh.importance.GateGradient(),
+    bh.OutputNorm(),
+    bh.importance.ActivationNorm(),
+    bh.OBS(),
+)
 HOW = {
     "score": [{"importance": one} for one in SCORES],
-    "prune": [{"criterion": one, "sparsity": 0.5} for one in (bh.Wanda(), bh.SparseGPT(), bh.Magnitude(), bh.RIA())],
+    "prune": [{"criterion": one, "sparsity": 0.5} for one in (bh.Wanda(), bh.SparseGPT(), bh.Magnitude(), bh.criteria.RIA())],
     "convert_kv_heads": [*({"method": one} for one in ("mean", "svd", "aligned", "auto")), {"repair": bh.RepairConfig()}],
-    "plan": [{"heads": 0.5}, {"channels": 0.5, "importance": bh.WeightNorm()}, {"blocks": 1}, {"residual": 0.5}],
+    "plan": [{"heads": 0.5}, {"channels": 0.5, "importance": bh.importance.WeightNorm()}, {"blocks": 1}, {"residual": 0.5}],
 }
 OF_MODELS = sorted(name for name, one in PUBLIC.items() if not inspect.isclass(one) and "model" in annotations(name))
 

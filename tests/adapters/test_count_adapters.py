@@ -47,8 +47,8 @@ CASES = [
     (bh.Wanda(), {"sparsity": 0.5}),
     (bh.Wanda(), {"sparsity": 0.5, "sequential": "layer"}),
     (bh.Wanda(compares="global"), {"sparsity": 0.5, "sequential": "none"}),
-    (bh.RIA(), {"pattern": "2:4"}),
-    (WandaAlpha(), {"sparsity": 0.5, "allocation": bh.OWL()}),
+    (bh.criteria.RIA(), {"pattern": "2:4"}),
+    (WandaAlpha(), {"sparsity": 0.5, "allocation": bh.criteria.OWL()}),
 ]
 
 
@@ -68,7 +68,7 @@ def test_masks_are_those_of_the_merged_model(build, criterion, settings):
         old = before.pop(f"{name}.base_layer.weight")
         assert torch.equal(linear.weight, old * masks[name.removeprefix(PREFIX)])
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-    result = bh.merge(model)
+    result = bh.training.merge(model)
     zeros = {name: linear.weight == 0 for name, linear in prunable(result.model).items()}
     assert all(torch.equal(zeros[name], ~mask) for name, mask in masks.items())
 
@@ -121,7 +121,7 @@ def test_what_is_pruned_stays_so_when_there_is_more(masked):
     model = adapted()
     first = bh.prune(model, bh.Magnitude(compares="row"), sparsity=0.4, count_adapters=True).masks(model)
     if masked:
-        bh.mask_adapters(model)
+        bh.training.mask_adapters(model)
     batches = batches_for(model)
     second = bh.prune(model, bh.Wanda(), batches, 0.6, count_adapters=True).masks(model)
     assert all((second[name] <= mask).all() for name, mask in first.items())
@@ -133,7 +133,7 @@ def test_masked_adapters_count_as_they_are_masked(build):
     """Also where the weight is not zero."""
     model = adapted(build)
     linears = prunable(model)
-    bh.mask_adapters(model, {name: torch.rand(linear.weight.shape) < 0.5 for name, linear in linears.items()})
+    bh.training.mask_adapters(model, {name: torch.rand(linear.weight.shape) < 0.5 for name, linear in linears.items()})
     merged = copy.deepcopy(model).merge_and_unload()
     expected = bh.prune(merged, bh.Magnitude(), sparsity=0.5).masks(merged)
     masks = bh.prune(model, bh.Magnitude(), sparsity=0.5, count_adapters=True).masks(model)
@@ -165,7 +165,7 @@ class TestRefused:
             bh.prune(model, criterion or bh.Magnitude(), batches_for(model), 0.5, count_adapters=True, **options)
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
-    @pytest.mark.parametrize("criterion", [bh.SparseGPT(), bh.Refit()])
+    @pytest.mark.parametrize("criterion", [bh.SparseGPT(), bh.criteria.Refit()])
     def test_criteria_that_update_weights(self, criterion):
         name = type(criterion).__name__
         self.refused(

@@ -74,7 +74,7 @@ def test_methods_read_it(model, file, play):
     for importance in (bh.OBS(), bh.Taylor()):
         found, expected = (bh.score(model, units, importance, batches) for batches in (given, read))
         assert all(torch.equal(own, expected[name]) for name, own in found.items())
-    plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+    plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25)
     one, other = bh.repair(model, plan, given), bh.repair(model, plan, read)
     assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert bh.prune(model, None, given, 0.5, dry_run=True).to_json() == bh.prune(model, None, read, 0.5, dry_run=True).to_json()

@@ -44,7 +44,7 @@ def test_globs_that_match_nothing(folder):
 
 
 @pytest.mark.parametrize("wrong", [5, "", None, 0.5])
-@pytest.mark.parametrize("given", [load_splits, bh.TextDataModule, bh.ClassificationDataModule])
+@pytest.mark.parametrize("given", [load_splits, bh.TextDataModule, bh.training.ClassificationDataModule])
 def test_what_is_no_data_is_refused(given, wrong):
     with pytest.raises(ValueError, match=f"data={wrong!r} must be a name, a file"):
         given(wrong)

@@ -63,7 +63,7 @@ def bare(lit):
 
 WHEN = {
     "start": ({}, [2] * 8),
-    "a step": ({"at": 3, "importance": bh.Ablation()}, [4] * 3 + [2] * 5),
+    "a step": ({"at": 3, "importance": bh.importance.Ablation()}, [4] * 3 + [2] * 5),
     "a fraction": ({"count": None, "ratio": 0.25, "at": 0.5}, [4] * 4 + [3] * 4),
     "the end": ({"at": 8, "greedy": True}, [4] * 8),
 }
@@ -95,7 +95,7 @@ class TestFit:
             for _ in range(2):
                 lowest = int(influence(model, whole)[1:].argmin()) + 1
                 expected.append(left.pop(lowest))
-                bh.prune_units(model, [lowest], kind="block")
+                bh.pruning.prune_units(model, [lowest], kind="block")
         else:
             expected = sorted(range(1, 4), key=lambda n: float(scores[n]))[:2]
         lit = module()
@@ -108,7 +108,7 @@ class TestFit:
     def test_what_it_draws_leaves_no_trace(self, files, tmp_path):
         """Up to the step at which blocks go, training is what it is without it."""
         runs = []
-        for callbacks in ([], [pruning(2, at=4, importance=bh.Ablation(), measure_batches=None)]):
+        for callbacks in ([], [pruning(2, at=4, importance=bh.importance.Ablation(), measure_batches=None)]):
             lit, losses = module(attention_dropout=0.1), Losses()
             torch.manual_seed(5)
             trainer(tmp_path, [*callbacks, losses]).fit(lit, data(files))
@@ -144,7 +144,7 @@ class TestCheckpoints:
         ("make", "options", "stops"),
         [
             (module, {"at": 3}, [1, 3, 6]),
-            (module, {"at": "start", "importance": bh.Ablation(), "greedy": True}, [2]),
+            (module, {"at": "start", "importance": bh.importance.Ablation(), "greedy": True}, [2]),
             (mixed, {"at": 4, "first": 1}, [2, 4]),
         ],
     )

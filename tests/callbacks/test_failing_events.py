@@ -335,11 +335,13 @@ ONESHOT = {
     "sparsegpt": lambda model, _: bh.prune(model, bh.SparseGPT(), batches(), 0.5, sequential="layer"),
     "magnitude": lambda model, _: bh.prune(model, bh.Magnitude(), sparsity=0.5),
     "mean": lambda model, optimizer: bh.convert_kv_heads(model, 2, optimizers=optimizer),
-    "svd": lambda model, optimizer: bh.convert_kv_heads(model, 2, bh.SVD("similar"), batches(4), optimizer, bh.RepairConfig()),
-    "heads": lambda model, optimizer: bh.prune_units(model, {0: [0, 1], 1: [2, 3]}, optimizer),
-    "blocks": lambda model, optimizer: bh.prune_units(model, [0], optimizer, kind="block"),
-    "structure": lambda model, optimizer: bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.5), optimizer),
-    "repaired": lambda model, optimizer: repaired(bh.plan(model, bh.WeightNorm(), channels=0.5), model, optimizer),
+    "svd": lambda model, optimizer: bh.convert_kv_heads(
+        model, 2, bh.kv_methods.SVD("similar"), batches(4), optimizer, bh.RepairConfig()
+    ),
+    "heads": lambda model, optimizer: bh.pruning.prune_units(model, {0: [0, 1], 1: [2, 3]}, optimizer),
+    "blocks": lambda model, optimizer: bh.pruning.prune_units(model, [0], optimizer, kind="block"),
+    "structure": lambda model, optimizer: bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), channels=0.5), optimizer),
+    "repaired": lambda model, optimizer: repaired(bh.plan(model, bh.importance.WeightNorm(), channels=0.5), model, optimizer),
 }
 
 

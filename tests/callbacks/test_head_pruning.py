@@ -42,14 +42,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
 ]
 IMPORTANCE = [
-    *(bh.GateGradient(each) for each in ("token", "example", "batch")),
+    *(bh.importance.GateGradient(each) for each in ("token", "example", "batch")),
     *(
         bh.Taylor("unit"),
         bh.Taylor("first"),
-        bh.WeightNorm(),
-        bh.ActivationNorm(),
+        bh.importance.WeightNorm(),
+        bh.importance.ActivationNorm(),
         RandomUnits(3),
-        bh.Ablation(),
+        bh.importance.Ablation(),
     ),
 ]
 
@@ -75,7 +75,7 @@ WHEN = {
 )
 def test_it_happens_at_its_step_and_rounds_do_not_compound(files, tmp_path, when, remove):
     options, seen = WHEN[when]
-    lit, watch, callback = module(), Acting(), pruning(**options, remove=remove, importance=bh.WeightNorm())
+    lit, watch, callback = module(), Acting(), pruning(**options, remove=remove, importance=bh.importance.WeightNorm())
     trainer(tmp_path, [callback, watch]).fit(lit, data(files))
     assert watch.seen == seen
     left = {"the end": 8}.get(when, seen[-1])
@@ -179,7 +179,11 @@ def test_removed_heads_are_gone_and_training_goes_on(files, tmp_path, ranking, r
 
 def test_removal_is_what_removing_by_hand_is(files, tmp_path):
     """Independent of the callback: the same steps in a plain loop, with masks and then a removal."""
-    lit, batches, callback = module(), [], pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), importance=bh.WeightNorm())
+    lit, batches, callback = (
+        module(),
+        [],
+        pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), importance=bh.importance.WeightNorm()),
+    )
 
     class Keep(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -193,7 +197,7 @@ def test_removal_is_what_removing_by_hand_is(files, tmp_path):
     mask = bh.mask(model, {})
     for step, batch in enumerate(batches):
         if step in (2, 5):
-            scores = bh.score(model, bh.find_units(model, "head"), bh.WeightNorm(), normalize=True)
+            scores = bh.score(model, bh.find_units(model, "head"), bh.importance.WeightNorm(), normalize=True)
             for name, own in mask.units.items():
                 scores[name][own] = -1
             mask.remove()
@@ -202,7 +206,7 @@ def test_removal_is_what_removing_by_hand_is(files, tmp_path):
             if step == 2:
                 mask = bh.mask(model, chosen)
             else:
-                bh.prune_units(model, chosen, optimizer)
+                bh.pruning.prune_units(model, chosen, optimizer)
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
@@ -247,7 +251,7 @@ class TestScores:
         # before the second round the copy is of the model without the heads of the first
         trainer(tmp_path, [Keep(), callback]).fit(module(), data(files))
         (_, first), (model, _) = kept[3], kept[4]
-        scores = bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), batches, normalize=True)
+        scores = bh.score(model, bh.find_units(model, "head"), bh.importance.GateGradient(), batches, normalize=True)
         for name, own in scores.items():
             torch.testing.assert_close(callback.record.scores[name][first.numbers[name]], own)
             assert callback.record.scores[name].isnan().sum() == 2
@@ -264,7 +268,7 @@ class TestScores:
         batches = [given.collate()([row]) for row in rows]
         assert len(batches) == 43
         for name, own in bh.score(
-            dense.model, bh.find_units(dense.model, "head"), bh.GateGradient(), batches, normalize=True
+            dense.model, bh.find_units(dense.model, "head"), bh.importance.GateGradient(), batches, normalize=True
         ).items():
             torch.testing.assert_close(callback.record.scores[name], own)
 
@@ -335,7 +339,7 @@ def test_lora(tmp_path, remove):
     assert reads.base_layer.weight.shape == (32, width)
     assert reads.lora_A["default"].weight.shape == (2, width)
     assert acting(lit) == (16 if remove == "never" else 8)
-    merged, ids = bh.merge(copy.deepcopy(transformer(lit))).model.eval(), tokens(4)
+    merged, ids = bh.training.merge(copy.deepcopy(transformer(lit))).model.eval(), tokens(4)
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, lit.net.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
     assert silent(merged) == (8 if remove == "never" else 0)
@@ -366,7 +370,7 @@ def test_a_classifier(table, tmp_path, remove):
     callback = pruning(
         bh.schedules.MultiStep([0.25, 0.5], [1, 3]), remove=remove, monitor="val_accuracy", keep=0.01, measure_batches=None
     )
-    given = bh.ClassificationDataModule(table, "tiny", batch_size=4)
+    given = bh.training.ClassificationDataModule(table, "tiny", batch_size=4)
     trainer(tmp_path, [callback, watch, bh.Export(str(tmp_path / "out"))], max_steps=4).fit(lit, given)
     assert watch.seen == [8] + [6] * 2 + [4]
     exported = bh.load(tmp_path / "out").eval()
@@ -393,7 +397,7 @@ class TestMonitor:
         ],
     )
     def test_it_is_as_if_that_round_had_not_been(self, files, tmp_path, remove, monitor, mode, keep):
-        options = {"remove": remove, "importance": bh.WeightNorm()}
+        options = {"remove": remove, "importance": bh.importance.WeightNorm()}
         lit, watch = scripted(), Acting()
         callback = pruning(self.SCHEDULE, monitor=monitor, mode=mode, keep=keep, measure_batches=1, **options)
         run = trainer(tmp_path, [callback, watch])
@@ -416,13 +420,13 @@ class TestMonitor:
     def test_masks_of_the_round_before_are_removed_at_the_end(self, files, tmp_path):
         """Removed when the round is taken back, the model computes on as it does masked."""
         lit, other = scripted(), scripted()
-        options = {"importance": bh.WeightNorm(), "measure_batches": 1}
+        options = {"importance": bh.importance.WeightNorm(), "measure_batches": 1}
         callback = pruning(self.SCHEDULE, monitor="val_share", mode="max", keep=0.7, **options)
         trainer(tmp_path, [callback]).fit(lit, data(files))
         masked = pruning(self.SCHEDULE, monitor="val_share", mode="max", keep=0.7, remove="never", **options)
         trainer(tmp_path, [masked]).fit(other, data(files))
         assert callback.record.gone(callback.heads) == masked.record.gone(masked.heads)
-        bh.prune_units(other.model, masked.heads)
+        bh.pruning.prune_units(other.model, masked.heads)
         for name, value in other.state_dict().items():
             torch.testing.assert_close(lit.state_dict()[name], value, atol=1e-4, rtol=1e-3)
 
@@ -455,7 +459,9 @@ class TestMonitor:
 
         lit = Told(scripted().model, lr=1e-2, warmup=2)
         lit.asked = -1  # what is logged is found out first
-        callback = pruning(self.SCHEDULE, monitor="val_loss", measure_batches=1, remove="never", importance=bh.WeightNorm())
+        callback = pruning(
+            self.SCHEDULE, monitor="val_loss", measure_batches=1, remove="never", importance=bh.importance.WeightNorm()
+        )
         trainer(tmp_path, [callback], limit_val_batches=1, val_check_interval=4).fit(lit, data(files))
         assert ["undone" in event["what"] for event in callback.events] == [False] * (rounds - 1) + [values[-1] > 0.6]
 
@@ -539,7 +545,7 @@ def test_beside_other_changes_of_shape(files, tmp_path):
         assert lit.model.config.num_key_value_heads == (2 if "remove" not in options else 4) or conversion == 6
 
 
-class Breaks(bh.GateGradient):
+class Breaks(bh.importance.GateGradient):
     """Fails in the middle of the second round."""
 
     rounds = 0
@@ -667,7 +673,10 @@ class TestRefused:
         self.refused(files, tmp_path, callbacks, match)
 
     def test_another_that_removes_heads_in_between(self, files, tmp_path):
-        callbacks = [pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 6])), pruning(0.25, at=4, importance=bh.WeightNorm())]
+        callbacks = [
+            pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 6])),
+            pruning(0.25, at=4, importance=bh.importance.WeightNorm()),
+        ]
         self.refused(
             files, tmp_path, callbacks, "HeadPruning changes shapes at step 4, after HeadPruning has masked heads at step 2"
         )
@@ -697,7 +706,7 @@ class TestRefused:
         stream = iter([(tokens(),) for _ in range(8)])
         with pytest.raises(ValueError, match="calibration=None takes examples from the training data, but list_iterator"):
             trainer(tmp_path, [pruning(0.5)], max_steps=2).fit(Own(mha()), stream)
-        trainer(tmp_path, [pruning(0.5, importance=bh.WeightNorm())], max_steps=2).fit(Own(mha()), stream)
+        trainer(tmp_path, [pruning(0.5, importance=bh.importance.WeightNorm())], max_steps=2).fit(Own(mha()), stream)
 
     def test_no_batches(self, files, tmp_path):
         self.refused(files, tmp_path, [pruning(0.5, calibration=[])], "calibration: GateGradient needs at least one batch")
@@ -717,7 +726,7 @@ def test_heads_that_cannot_be_removed_can_stay_masked(files, tmp_path):
 
 
 def test_a_layer_may_lose_all_its_heads_where_none_is_removed(files, tmp_path):
-    class First(bh.WeightNorm):
+    class First(bh.importance.WeightNorm):
         def sums(self, model, heads, per, trials):
             sums = super().sums(model, heads, per, trials)
             for number, total in enumerate(sums.totals.values()):

@@ -8,9 +8,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader
 
-from billhook import KVHeadConversion, ShapeInCheckpoint, TransformerModule
+from billhook import KVHeadConversion, TransformerModule
 from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.convert import convert_kv_heads
+from billhook.training import ShapeInCheckpoint
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
 

@@ -7,11 +7,12 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from billhook import Export, KVHeadConversion, Mean, RepairConfig, Report, summary
+from billhook import Export, KVHeadConversion, RepairConfig, Report, summary
 from billhook.kv_heads.config import kv_heads_by_layer
 from billhook.kv_heads.convert import ready_weights
 from billhook.kv_heads.methods import SVD
 from billhook.kv_heads.plan import plan_kv_heads
+from billhook.kv_methods import Mean
 from billhook.model.plan import apply
 from billhook.schedules import Constant, Linear, MultiStep
 from kit.families import tokens

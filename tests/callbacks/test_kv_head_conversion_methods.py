@@ -23,9 +23,9 @@ WAYS = {
     "aligned": {"method": "aligned"},
     "svd": {"method": "svd"},
     "auto": {"method": "auto"},
-    "mean, similar": {"method": bh.Mean("similar")},
+    "mean, similar": {"method": bh.kv_methods.Mean("similar")},
     "mean, repaired": {"repair": RepairConfig()},
-    "svd, similar, repaired": {"method": bh.SVD("similar"), "repair": RepairConfig()},
+    "svd, similar, repaired": {"method": bh.kv_methods.SVD("similar"), "repair": RepairConfig()},
 }
 
 
@@ -168,7 +168,7 @@ class TestHint:
         assert len(told) == 1
         assert "14,841 with 'mean', 109 with 'svd'" in told[0]
 
-    @pytest.mark.parametrize("options", [{"method": "aligned"}, {"method": "first"}, {"method": bh.Mean("similar")}])
+    @pytest.mark.parametrize("options", [{"method": "aligned"}, {"method": "first"}, {"method": bh.kv_methods.Mean("similar")}])
     def test_not_where_another_way_was_chosen(self, files, tmp_path, hints, options):
         assert not hints(files, tmp_path, [conversion(at=0, **options)])
 
@@ -225,7 +225,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("way", ["svd", "mean, repaired"])
     def test_adapters(self, files, tmp_path, way):
-        lit = bh.TransformerModule(llama(vocab_size=2048), lora=bh.LoRA(r=2))
+        lit = bh.TransformerModule(llama(vocab_size=2048), lora=bh.training.LoRA(r=2))
         self.refused(
             files,
             tmp_path,

@@ -79,7 +79,7 @@ def test_each_step_goes_an_equal_part_of_the_way(files, tmp_path, method, at, ov
         ({}, "mean"),
         ({"method": "first"}, "first"),
         ({"method": "aligned"}, "aligned"),
-        ({"method": bh.Mean("similar")}, "mean, similar heads grouped"),
+        ({"method": bh.kv_methods.Mean("similar")}, "mean, similar heads grouped"),
     ],
     ids=["mean", "first", "aligned", "similar"],
 )
@@ -127,7 +127,7 @@ def test_optimizer_state_stays_on_the_way_and_starts_anew_where_heads_are_turned
 
 @pytest.mark.parametrize(
     ("options", "stops"),
-    [({"method": "aligned"}, (1, 2, 3, 4, 5)), ({}, (3,)), ({"method": bh.Aligned("similar")}, (3,))],
+    [({"method": "aligned"}, (1, 2, 3, 4, 5)), ({}, (3,)), ({"method": bh.kv_methods.Aligned("similar")}, (3,))],
     ids=["aligned", "mean", "similar"],
 )
 def test_resumed_equals_straight_through(files, tmp_path, options, stops):

@@ -53,7 +53,7 @@ def test_it_finds_what_shrink_finds_on_the_same_batches(files, tmp_path, layers)
 
 def test_too_few_tokens_for_any_refit_are_told_or_where_one_is_asked_for_refused(files, tmp_path):
     how = {"params": 0.94, "calibration": [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (3, 1, 7))]}
-    how |= {"importance": bh.WeightNorm(), "generations": 0}
+    how |= {"importance": bh.importance.WeightNorm(), "generations": 0}
     callback, few = shrinking(**how), "too few tokens that count for any refit"
     with pytest.warns(UserWarning, match=f"Shrinking: not repaired: {few}"):
         trainer(tmp_path, [callback], max_steps=1).fit(module(), data(files))
@@ -85,7 +85,7 @@ def test_a_model_that_is_the_same_at_the_event_is_looked_at_once(files, tmp_path
 
     calls = []
     monkeypatch.setattr(work, "find_places", lambda *given, **how: calls.append(given) or find_places(*given, **how))
-    callback = shrinking(kv_cache_bytes=0.5, at=at, importance=bh.WeightNorm(), repair=None, generations=0)
+    callback = shrinking(kv_cache_bytes=0.5, at=at, importance=bh.importance.WeightNorm(), repair=None, generations=0)
     trainer(tmp_path, [*([Changes()] if changed else []), callback], max_steps=2).fit(module(), data(files))
     assert callback.shrunk.left == callback.shrunk.limit
     assert len(calls) == times
@@ -121,7 +121,7 @@ def test_resumed_equals_straight_through_and_a_checkpoint_is_exported(files, tmp
 
 def test_the_dense_model_teaches_the_smaller_one_which_is_saved(files, tmp_path):
     torch.manual_seed(0)
-    lit = bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, distillation=bh.Distillation())
+    lit = bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, distillation=bh.training.Distillation())
     dense = lit.teacher.model.num_parameters()
     trainer(tmp_path, [shrinking(params=0.97), bh.Export(str(tmp_path / "out"))], max_steps=3).fit(lit, data(files))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -148,7 +148,7 @@ def test_arguments(options, match):
         shrinking(**options)
 
 
-LORA = {"lora": bh.LoRA(r=2)}
+LORA = {"lora": bh.training.LoRA(r=2)}
 DORA = {"lora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)}
 
 
@@ -183,7 +183,7 @@ def test_a_budget_in_quality(files, tmp_path):
 
 def adapted(seed=0, **changes):
     torch.manual_seed(seed)
-    return bh.TransformerModule(llama(vocab_size=2048, **changes), lora=bh.LoRA(r=2), lr=1e-2)
+    return bh.TransformerModule(llama(vocab_size=2048, **changes), lora=bh.training.LoRA(r=2), lr=1e-2)
 
 
 @pytest.mark.nightly

@@ -34,8 +34,8 @@ pytestmark = [
 WAYS = {
     "wanda": {"sparsity": 0.5},
     "later": {"sparsity": 0.75, "at": 2, "criterion": bh.Magnitude(compares="row")},
-    "pairs": {"pattern": "2:4", "criterion": bh.RIA(), "sequential": "layer"},
-    "owl": {"sparsity": 0.5, "allocation": bh.OWL()},
+    "pairs": {"pattern": "2:4", "criterion": bh.criteria.RIA(), "sequential": "layer"},
+    "owl": {"sparsity": 0.5, "allocation": bh.criteria.OWL()},
 }
 
 

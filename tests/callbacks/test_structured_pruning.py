@@ -62,7 +62,7 @@ WHEN = {
 @pytest.mark.parametrize("when", WHEN)
 def test_it_happens_at_its_step_and_rounds_do_not_compound(files, tmp_path, when):
     options, seen = WHEN[when]
-    lit, watch, callback = module(), Widths(), pruning(**options, importance=bh.WeightNorm())
+    lit, watch, callback = module(), Widths(), pruning(**options, importance=bh.importance.WeightNorm())
     trainer(tmp_path, [callback, watch]).fit(lit, data(files))
     assert watch.seen == seen
     left = (24, 4) if when == "the end" else seen[-1]
@@ -89,7 +89,7 @@ REPAIRED = {
     "enough": ({"channels": 0.25}, {"calibration": 16}, "OutputNorm, repaired"),
     "too few": ({"channels": 0.25}, {"calibration": 2}, "OutputNorm, not repaired: a refit needs two at least, "),
     "nothing reads": ({"residual": 0.25}, {}, "OutputNorm, not repaired: repair: no linear layer reads what is removed"),
-    "no examples": ({"channels": 0.25}, {"importance": bh.WeightNorm()}, "WeightNorm)"),
+    "no examples": ({"channels": 0.25}, {"importance": bh.importance.WeightNorm()}, "WeightNorm)"),
     "not asked": ({"channels": 0.25}, {"repair": None}, "OutputNorm)"),
 }
 
@@ -136,8 +136,8 @@ class TestResume:
         ("options", "stops"),
         [
             ({"channels": 0.5, "kv_heads": 0.5, "at": bh.schedules.Linear(final=1.0, start=0, end=6, every=2)}, (1, 4, 5)),
-            ({"params": 0.94, "at": 3, "rounds": 2, "ranking": "global", "importance": bh.GateGradient()}, (1, 4)),
-            ({"residual": 0.25, "at": 4, "importance": bh.WeightNorm(), "round_to": 8}, (4,)),
+            ({"params": 0.94, "at": 3, "rounds": 2, "ranking": "global", "importance": bh.importance.GateGradient()}, (1, 4)),
+            ({"residual": 0.25, "at": 4, "importance": bh.importance.WeightNorm(), "round_to": 8}, (4,)),
         ],
         ids=["schedule", "target", "residual"],
     )
@@ -159,7 +159,11 @@ class TestResume:
         def build(seed=0):
             return module(seed, intermediate_size=1536)
 
-        options = {"channels": 0.2, "at": bh.schedules.Linear(final=1.0, start=0, end=6, every=2), "importance": bh.WeightNorm()}
+        options = {
+            "channels": 0.2,
+            "at": bh.schedules.Linear(final=1.0, start=0, end=6, every=2),
+            "importance": bh.importance.WeightNorm(),
+        }
         lit, whole, watch, _ = self.straight(files, tmp_path, lambda: pruning(**options), build)
         # of 1,536: 1,434, 1,332 and 1,229 are asked for, and become multiples of 128, 64 and 64
         assert [width for width, _ in watch.seen] == [1536] * 2 + [1408] * 2 + [1344] * 2 + [1216] * 2
@@ -179,7 +183,7 @@ class TestResume:
 
 
 def test_adapters_are_cut_and_merged(files, tmp_path):
-    lit = bh.TransformerModule(llama(vocab_size=2048), lora=bh.LoRA(r=2), lr=1e-2)
+    lit = bh.TransformerModule(llama(vocab_size=2048), lora=bh.training.LoRA(r=2), lr=1e-2)
     callback = pruning(channels=0.25, kv_heads=0.5, at=2, importance=bh.Taylor("first"))
     trainer(tmp_path, [callback, bh.Export(str(tmp_path / "out"))], max_steps=5).fit(lit, data(files))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

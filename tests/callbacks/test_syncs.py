@@ -18,7 +18,7 @@ RISING = bh.schedules.Cubic(final=1.0, start=1, end=4, every=1)
 CALLBACKS = {
     "held masks": (lambda folder: bh.WeightPruning(sparsity=0.5, at=1, **FEW), [1]),
     "learned masks": (lambda folder: bh.SRSTE(sparsity=0.5, at=1, end=STEPS, **FEW), [1]),
-    "learned N:M": (lambda folder: bh.SRSTE(bh.RIA(), pattern="2:4", at=1, end=STEPS, **FEW), [1]),
+    "learned N:M": (lambda folder: bh.SRSTE(bh.criteria.RIA(), pattern="2:4", at=1, end=STEPS, **FEW), [1]),
     "learned in layers": (
         lambda folder: bh.SRSTE(bh.Magnitude(), 0.5, at=1, end=STEPS, **FEW),
         [1],

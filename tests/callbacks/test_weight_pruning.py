@@ -167,7 +167,7 @@ def test_masks_follow_shapes_that_change_later(files, tmp_path):
     lit, callback = fits.module(num_hidden_layers=3), pruning(sparsity=0.5, at=1, criterion=bh.Magnitude())
     changes = [
         bh.DepthPruning(1, at=2, last=1, measure_batches=0, calibration=4),
-        bh.StructuredPruning(bh.Amount(channels=0.25), at=3, measure_batches=0, importance=bh.WeightNorm()),
+        bh.StructuredPruning(bh.Amount(channels=0.25), at=3, measure_batches=0, importance=bh.importance.WeightNorm()),
         bh.KVHeadConversion(2, at=4, measure_batches=0),
     ]
     trainer(tmp_path, [*changes, callback, Note()], max_steps=5).fit(lit, data(files))
@@ -205,7 +205,7 @@ def test_matched_blocks_are_what_prune_makes_of_them(files, tmp_path):
 
     batches = [{"input_ids": ids} for ids in torch.randint(3, 60, (5, 2, 9))]
     lit, first, expected = module(), First(), module()
-    how = {"sequential": "layer", "match": bh.BlockMatching(steps=4)}
+    how = {"sequential": "layer", "match": bh.criteria.BlockMatching(steps=4)}
     trainer(tmp_path, [pruning(sparsity=0.5, calibration=batches, **how), first]).fit(lit, data(files))
     bh.prune(expected.model, bh.Wanda(), batches, 0.5, **how)
     assert same(first.found, weights(expected))
@@ -238,8 +238,10 @@ class TestRefused:
         ]
         lit = module()
         if options:
-            attach(lit.model, bh.LoRA(r=2))
-            callbacks[0] = bh.StructuredPruning(bh.Amount(channels=0.25), at=5, measure_batches=0, importance=bh.WeightNorm())
+            attach(lit.model, bh.training.LoRA(r=2))
+            callbacks[0] = bh.StructuredPruning(
+                bh.Amount(channels=0.25), at=5, measure_batches=0, importance=bh.importance.WeightNorm()
+            )
         with pytest.raises(
             ValueError, match=f"changes shapes at step 5, after WeightPruning has made masks at step 2, and.*{match}"
         ):
@@ -254,10 +256,15 @@ class TestRefused:
             ({"sparsity": bh.schedules.Linear(final=1.5, every=4)}, r"sparsity=1.5 must be .* \(by the schedule, at step 8\)"),
             ({"sparsity": 0.5, "at": 8, "skip": ["*.fc1"]}, r"skip='\*.fc1' matches none"),
             ({"pattern": "5:7", "at": 8}, "model.layers.0.self_attn.q_proj has 32 inputs, which 7 does not divide"),
-            ({"pattern": "2:4", "at": 8, "allocation": bh.OWL()}, "allocation=OWL"),
+            ({"pattern": "2:4", "at": 8, "allocation": bh.criteria.OWL()}, "allocation=OWL"),
             ({"sparsity": 0.5, "at": 8, "calibration": []}, "batches=an empty collection: Wanda needs"),
             (
-                {"sparsity": 0.5, "at": 8, "match": bh.BlockMatching(), "calibration": [{"input_ids": torch.ones(1, 9).long()}]},
+                {
+                    "sparsity": 0.5,
+                    "at": 8,
+                    "match": bh.criteria.BlockMatching(),
+                    "calibration": [{"input_ids": torch.ones(1, 9).long()}],
+                },
                 "match holds some out, and needs two at least.* got 1 here",
             ),
         ],
@@ -291,9 +298,12 @@ class TestRefused:
             ),
             ({"sparsity": 0.5, "at": "end"}, "at='end' must be 'start', an int"),
             ({"sparsity": 0.5, "at": 8, "sequential": "both"}, "sequential='both' must be one of"),
-            ({"sparsity": 0.5, "match": bh.BlockMatching(), "sequential": "none"}, "match: sequential='none' prunes all blocks"),
             (
-                {"sparsity": 0.5, "match": bh.BlockMatching(), "count_adapters": True},
+                {"sparsity": 0.5, "match": bh.criteria.BlockMatching(), "sequential": "none"},
+                "match: sequential='none' prunes all blocks",
+            ),
+            (
+                {"sparsity": 0.5, "match": bh.criteria.BlockMatching(), "count_adapters": True},
                 "match changes kept weights, and count_adap",
             ),
             ({"sparsity": 0.5, "match": "yes"}, "match='yes' must be a BlockMatching or None"),

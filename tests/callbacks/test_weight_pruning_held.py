@@ -255,7 +255,7 @@ def test_gradient_checkpointing(tmp_path):
 
 def test_what_is_cut_and_repaired_keeps_its_zeros(files, tmp_path):
     lit, masks = module(), bh.WeightPruning(bh.Magnitude(), sparsity=0.5, at="start")
-    cut = bh.StructuredPruning(bh.Amount(channels=0.25), importance=bh.WeightNorm(), repair=bh.RepairConfig(), at=2)
+    cut = bh.StructuredPruning(bh.Amount(channels=0.25), importance=bh.importance.WeightNorm(), repair=bh.RepairConfig(), at=2)
     trainer(tmp_path, [masks, cut], 4).fit(lit, data(files))
     (event,) = cut.events
     assert "repaired" in event["what"]

@@ -48,7 +48,7 @@ def logits(model):
 def merges_exactly(lit, callback):
     """Merging loses nothing, and gives a model with the callback's zeros that computes the same."""
     expected = logits(transformer(lit))
-    result = bh.merge(copy.deepcopy(transformer(lit)))
+    result = bh.training.merge(copy.deepcopy(transformer(lit)))
     assert set(result.error.values()) == {0.0}
     torch.testing.assert_close(logits(result.model), expected, atol=1e-5, rtol=1e-4)
     linears = prunable(result.model)
@@ -141,7 +141,7 @@ def test_counted_masks_are_those_of_the_merged_model(files, tmp_path):
 
         def on_train_batch_end(self, trainer, pl_module, *_):
             if trainer.global_step == 4:
-                plain = bh.merge(copy.deepcopy(pl_module.model)).model
+                plain = bh.training.merge(copy.deepcopy(pl_module.model)).model
                 self.masks = bh.prune(plain, bh.Magnitude(), sparsity=0.5).masks(plain)
 
     lit, callback, merged = injected(lora_alpha=64), pruning(bh.Magnitude(), 0.5, at=4, count_adapters=True), Merged()
@@ -220,7 +220,7 @@ def test_two_callbacks_each_mask_their_own(files, tmp_path):
     assert all(type(layer) is MaskedLora for layer in layers_of(straight).values())
     trainer(tmp_path, callbacks()).fit(resumed, data(files), ckpt_path=tmp_path / "step=4.ckpt")
     assert same(weights(resumed), weights(straight))
-    assert set(bh.merge(resumed.model).error.values()) == {0.0}
+    assert set(bh.training.merge(resumed.model).error.values()) == {0.0}
 
 
 def test_the_result_is_exported_as_it_computes(files, tmp_path):

@@ -30,15 +30,15 @@ def test_resumed_equals_straight_through(files, tmp_path, kind):
     """Stopped before, right at, between and after rounds, and while masks are learned."""
     examples = [{"input_ids": ids} for ids in torch.randint(3, 60, (4, 9))]
     arguments = {
-        "gradual": {"sparsity": RAMP, "allocation": bh.OWL()},
+        "gradual": {"sparsity": RAMP, "allocation": bh.criteria.OWL()},
         "once": {"sparsity": 0.5, "at": 4, "criterion": bh.Wanda()},
         "start": {"pattern": "2:4"},
         "sparsegpt": {"sparsity": RAMP, "criterion": bh.SparseGPT()},
-        "matched": {"sparsity": RAMP, "match": bh.BlockMatching(), "sequential": "layer"},
+        "matched": {"sparsity": RAMP, "match": bh.criteria.BlockMatching(), "sequential": "layer"},
         "learned": {"sparsity": 0.5, "end": 5},
         "learned later": {"sparsity": 0.75, "at": 2, "criterion": bh.Magnitude(compares="row"), "end": 5},
-        "learned pairs": {"pattern": "2:4", "criterion": bh.RIA(), "sequential": "layer", "end": 5},
-        "learned unevenly": {"sparsity": 0.5, "allocation": bh.OWL(), "end": 5},
+        "learned pairs": {"pattern": "2:4", "criterion": bh.criteria.RIA(), "sequential": "layer", "end": 5},
+        "learned unevenly": {"sparsity": 0.5, "allocation": bh.criteria.OWL(), "end": 5},
         "own": {"sparsity": RAMP, "calibration": torch.utils.data.DataLoader(examples, 2, shuffle=True)},
     }[kind]
     make = partial(bh.SRSTE, **FEW) if kind.startswith("learned") else pruning

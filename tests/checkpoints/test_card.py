@@ -157,7 +157,7 @@ def test_tags_and_library_say_what_it_is(tmp_path):
     saved(tmp_path, {"events": zeros})
     assert front(tmp_path / "small")["tags"] == ["billhook", "pruned", "sparse"]
     model = llama()
-    bh.prune_units(model, {0: list(range(8))}, kind="channel")
+    bh.pruning.prune_units(model, {0: list(range(8))}, kind="channel")
     saving = bh.save(model, tmp_path / "uneven", record={"steps": 1})
     assert saving.way == "shaped"
     assert front(tmp_path / "uneven")["library_name"] == "billhook"

@@ -52,7 +52,7 @@ def test_a_dense_model_is_merged_in_full(tmp_path, build):
 @pytest.mark.parametrize("build", BUILD)
 def test_masked_adapters_are_saved_as_they_compute(tmp_path, build):
     model, masks = pruned(build)
-    bh.mask_adapters(model)
+    bh.training.mask_adapters(model)
     result, loaded = saved(model, tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-4)
     assert result.adapters.endswith("zeros kept; nothing of what the adapters add was left out")
@@ -63,7 +63,7 @@ def test_masked_adapters_are_saved_as_they_compute(tmp_path, build):
 @pytest.mark.parametrize("build", BUILD)
 def test_what_zeros_cost_is_said(tmp_path, build):
     model, masks = pruned(build)
-    expected = bh.merge(copy.deepcopy(model))
+    expected = bh.training.merge(copy.deepcopy(model))
     with pytest.warns(UserWarning, match=r"the checkpoint does not compute what the model does: .* was left out on average, .*%"):
         result, loaded = saved(model, tmp_path / "out")
     assert torch.equal(logits(loaded), logits(expected.model))
@@ -138,7 +138,7 @@ class TestOtherThings:
         model = llama()
         model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
         self.check(model.eval(), tmp_path)
-        merged = bh.merge(model).model
+        merged = bh.training.merge(model).model
         merged.save_pretrained(tmp_path / "plain")  # which writes an adapter alone as long as there is one
         assert torch.equal(logits(type(model).from_pretrained(tmp_path / "plain")), logits(merged))
 

@@ -223,5 +223,5 @@ def test_it_is_said(tmp_path):
 def test_heads_and_channels_together_are_said_by_the_config(tmp_path):
     sizes = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 6}
     model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, patch_size=8, **sizes)).eval()
-    billhook.apply(model, billhook.plan(model, billhook.WeightNorm(), heads=0.34, channels=0.25))
+    billhook.apply(model, billhook.plan(model, billhook.importance.WeightNorm(), heads=0.34, channels=0.25))
     assert save(model, tmp_path / "a").way == "plain"

@@ -53,7 +53,7 @@ def test_a_loaded_qwen2_of_its_own_class_that_says_the_width_is_saved_as_one_too
 
 def test_a_qwen2_with_a_narrower_residual_stream_is_saved_as_one_too(tmp_path):
     model = build("qwen2")
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), residual=0.25))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), residual=0.25))
     assert save(model, tmp_path).family == "seed_oss"
     assert (written(tmp_path)["hidden_size"], written(tmp_path)["head_dim"]) == (24, 4)
     assert same(load(tmp_path), model)
@@ -80,7 +80,7 @@ def test_what_is_saved_as_another_family_is_pruned_further(tmp_path):
     save(three_of_four("qwen2"), tmp_path / "a")
     model = load(tmp_path / "a")
     prune_units(model, {0: [1], 1: [2]})
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.5))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), channels=0.5))
     assert save(model, tmp_path / "b").way == "plain"
     assert same(load(tmp_path / "b"), model)
     shadow = from_name(tmp_path / "b")

@@ -53,7 +53,7 @@ class Plain(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
-class Mixed(bh.ShapeInCheckpoint, Plain):
+class Mixed(bh.training.ShapeInCheckpoint, Plain):
     pass
 
 
@@ -74,7 +74,7 @@ def fitted(files, tmp_path_factory):
         if kind not in made:
             folder = tmp_path_factory.mktemp("fitted")
             lit = {"plain": Plain, "mixed": Mixed}.get(kind, module)
-            lit = module(lora=bh.LoRA(r=2)) if kind == "lora" else lit()
+            lit = module(lora=bh.training.LoRA(r=2)) if kind == "lora" else lit()
             callbacks = {"kv": [bh.KVHeadConversion(1, at=1, measure_batches=0)], "masked": cut("never")}.get(kind, cut())
             run = trainer(folder, [*callbacks, kept(folder)], max_steps=4)
             run.fit(lit, data(files))
@@ -93,7 +93,7 @@ def probe(lit):
 @pytest.mark.parametrize("kind", ["plain", "mixed"])
 def test_a_class_of_ones_own_is_loaded(fitted, kind):
     lit, path = fitted(kind)
-    loaded = bh.load_from_checkpoint(type(lit), path, seed=1)
+    loaded = bh.training.load_from_checkpoint(type(lit), path, seed=1)
     assert type(loaded) is type(lit)
     assert loaded.word == "gnarled"
     assert same(weights(loaded), weights(lit))
@@ -103,7 +103,7 @@ def test_a_class_of_ones_own_is_loaded(fitted, kind):
 def test_ours_is_loaded_either_way(fitted):
     lit, path = fitted("kv")
     for load in (
-        lambda **o: bh.load_from_checkpoint(bh.TransformerModule, path, **o),
+        lambda **o: bh.training.load_from_checkpoint(bh.TransformerModule, path, **o),
         lambda **o: bh.TransformerModule.load_from_checkpoint(path, **o),
     ):
         loaded = load(model=module(1).model)
@@ -216,7 +216,7 @@ class TestRefused:
 
     def test_adapters_that_one_of_both_has(self, fitted, files, tmp_path):
         self.refused(fitted, files, tmp_path, "lora", r"holds LlamaForCausalLM with LoRA \(.*the run has LlamaForCausalLM \(")
-        lit = module(1, lora=bh.LoRA(r=2))
+        lit = module(1, lora=bh.training.LoRA(r=2))
         self.refused(
             fitted, files, tmp_path, "ours", r"holds LlamaForCausalLM \(.*the run has LlamaForCausalLM with LoRA", lit=lit
         )
@@ -225,7 +225,7 @@ class TestRefused:
         ("callbacks", "match"),
         [
             (
-                [bh.WeightPruning(bh.RIA(), 0.5, at=2, **FEW)],
+                [bh.WeightPruning(bh.criteria.RIA(), 0.5, at=2, **FEW)],
                 r"a run with WeightPruning\{'criterion': 'Magnitude'.*this run has WeightPruning\{'criterion': 'RIA'",
             ),
             ([bh.WeightPruning(bh.Magnitude(), 0.5, at=2, skip=["*.mlp.*"])], r"'skip': \[\]\}, and this run has .*\*.mlp"),

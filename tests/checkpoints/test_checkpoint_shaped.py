@@ -352,7 +352,7 @@ def test_weights_that_a_class_makes_itself_are_saved_where_they_are_others(tmp_p
         vocab_size=50, d_model=16, max_position_embeddings=40, decoder_start_token_id=1, pad_token_id=0, **sides
     )
     model = transformers.MarianMTModel(config).eval()
-    billhook.apply(model, billhook.plan(model, billhook.WeightNorm(), residual=0.25))
+    billhook.apply(model, billhook.plan(model, billhook.importance.WeightNorm(), residual=0.25))
     saved = save(model, tmp_path / "a")
     assert saved.difference == 0
     assert model._keys_to_ignore_on_save
@@ -365,11 +365,11 @@ def rwkv() -> PreTrainedModel:
 
 def test_what_is_loaded_is_not_initialised_by_sizes_that_it_does_not_have(tmp_path):
     model = rwkv()
-    billhook.apply(model, billhook.plan(model, billhook.WeightNorm(), channels=0.25))
+    billhook.apply(model, billhook.plan(model, billhook.importance.WeightNorm(), channels=0.25))
     assert save(model, tmp_path / "a").difference == 0
 
 
 def test_blocks_without_which_the_class_builds_nothing_stay():
     model = rwkv()
     with pytest.raises(ValueError, match="blocks: RwkvForCausalLM is not built of what is left: ZeroDivisionError"):
-        billhook.plan_units(model, {"rwkv.blocks": [1]}, kind="block")
+        billhook.pruning.plan_units(model, {"rwkv.blocks": [1]}, kind="block")

@@ -103,7 +103,7 @@ WAYS = {
 
 def uneven():
     model = llama(**SMALL)
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), amount=bh.Amount(channels=0.4, ranking="global")))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(channels=0.4, ranking="global")))
     return model
 
 

@@ -21,7 +21,7 @@ LOADS = {
     "stream": bh.stream,
     "module": bh.TransformerModule,
     "classifier": lambda name: bh.TransformerModule(name, "sequence-classification"),
-    "teacher": lambda name: bh.TransformerModule("tiny", distillation=bh.Distillation(teacher=name)),
+    "teacher": lambda name: bh.TransformerModule("tiny", distillation=bh.training.Distillation(teacher=name)),
 }
 COMMANDS = {
     "prune": lambda name, out: ["prune", name, out, "--criterion", "Magnitude", "--sparsity", "0.5", *SHORT],
@@ -110,7 +110,7 @@ def test_a_shard_that_is_not_there(way, whole, tmp_path):
 def test_a_shape_of_ones_own(whole, tmp_path):
     """As `bh.save` writes it."""
     model = bh.load(whole)
-    bh.apply(model, bh.plan_units(model, {"model.layers.0.mlp": [0]}, kind="channel"))
+    bh.apply(model, bh.pruning.plan_units(model, {"model.layers.0.mlp": [0]}, kind="channel"))
     bh.save(model, tmp_path / "shaped")
     name = changed(tmp_path / "shaped", tmp_path / "a", lambda tensors, _: tensors.pop(WEIGHT))
     for way in ("load", "stream", "module", "classifier"):

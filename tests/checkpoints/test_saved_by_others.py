@@ -13,9 +13,11 @@ from kit.families import llama, tokens
 from kit.shaped import SHAPED, gpt2_of_two_heads, uneven_llama
 
 CUTS = {
-    "heads": lambda model: billhook.apply(model, billhook.plan_units(model, {"model.layers.0.self_attn": [0]}, per="kv_head")),
+    "heads": lambda model: billhook.apply(
+        model, billhook.pruning.plan_units(model, {"model.layers.0.self_attn": [0]}, per="kv_head")
+    ),
     "channels": lambda model: billhook.apply(
-        model, billhook.plan_units(model, {"model.layers.1.mlp": [0, 7, 9]}, kind="channel")
+        model, billhook.pruning.plan_units(model, {"model.layers.1.mlp": [0, 7, 9]}, kind="channel")
     ),
     "KV heads": lambda model: billhook.convert_kv_heads(model, 2, layers=[0]),
 }
@@ -76,13 +78,13 @@ def test_until_the_config_can_say_it():
     model.load_state_dict(plain.state_dict())
     assert not hasattr(model.config, KEY)
     both = {f"model.layers.{layer}.mlp": [0, 1] for layer in (0, 1)}
-    billhook.apply(model, billhook.plan_units(model, both, kind="channel"))
+    billhook.apply(model, billhook.pruning.plan_units(model, both, kind="channel"))
     assert not hasattr(model.config, KEY)
 
 
 def test_a_cut_that_fails_leaves_the_config(monkeypatch):
     model = llama()
-    plan = billhook.plan_units(model, {"model.layers.0.mlp": [0]}, kind="channel")
+    plan = billhook.pruning.plan_units(model, {"model.layers.0.mlp": [0]}, kind="channel")
     monkeypatch.setattr("billhook.pruning.removal.alike", lambda *_: False)
     with pytest.raises(ValueError, match="does not follow"):
         billhook.apply(model, plan)

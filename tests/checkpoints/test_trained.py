@@ -78,7 +78,7 @@ def test_numbers_that_the_config_does_not_make(case, lora, tmp_path):
     attention = "sdpa" if case == "a flag" else "eager"
     model = build(family, attn_implementation=attention)
     change(model)
-    module = bh.TransformerModule(model, lora=bh.LoRA(r=2, target=["q_proj", "v_proj"]) if lora else None)
+    module = bh.TransformerModule(model, lora=bh.training.LoRA(r=2, target=["q_proj", "v_proj"]) if lora else None)
     with pytest.raises(ValueError, match=f"'.*a.ckpt' holds no {type(model).__name__} that computes .*: .*{message}"):
         exported(module.model, tmp_path)
     assert os.listdir(tmp_path) == ["a.ckpt"]
@@ -138,7 +138,9 @@ ALIKE = {
 @pytest.mark.parametrize("case", ALIKE)
 def test_what_may_differ_in_training(case, lora, tmp_path):
     family, options, change = ALIKE[case]
-    module = bh.TransformerModule(build(family, **options), lora=bh.LoRA(r=2, target=["q_proj", "v_proj"]) if lora else None)
+    module = bh.TransformerModule(
+        build(family, **options), lora=bh.training.LoRA(r=2, target=["q_proj", "v_proj"]) if lora else None
+    )
     change(module.model)
     assert exported(module.model, tmp_path).way == "plain"
 
@@ -147,7 +149,7 @@ def test_what_may_differ_in_training(case, lora, tmp_path):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_residual_channels_of_a_model_that_scales_its_embeddings(precision, files, tmp_path):
     module = bh.TransformerModule(build("gemma", vocab_size=2048), lr=1e-2)
-    pruning = bh.StructuredPruning(bh.Amount(residual=0.25), at=1, importance=bh.WeightNorm(), measure_batches=0)
+    pruning = bh.StructuredPruning(bh.Amount(residual=0.25), at=1, importance=bh.importance.WeightNorm(), measure_batches=0)
     trainer(tmp_path, [pruning, checkpoints(tmp_path)], max_steps=2, precision=precision).fit(module, data(files))
     path = tmp_path / "step=2.ckpt"
     saved, again, ids = export(path, tmp_path / "out"), bh.load(tmp_path / "out"), tokens()

@@ -37,7 +37,7 @@ def test_wherever_weights_lie(no_second, place, tmp_path):
 
 def test_a_shape_that_no_config_says(no_second, tmp_path):
     model = bh.load("tiny")
-    bh.prune_units(model, {0: [0, 1]})
+    bh.pruning.prune_units(model, {0: [0, 1]})
     assert (bh.save(model, tmp_path / "a").way, bh.load(tmp_path / "a").num_parameters()) == ("shaped", model.num_parameters())
 
 

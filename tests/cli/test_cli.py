@@ -155,7 +155,7 @@ class TestHelp:
                     "Converts to fewer key/value heads",
                     "1 for multi-query attention",
                     "'mean', 'first', 'random', 'aligned', 'svd', 'auto'",
-                    "billhook.Aligned",
+                    "billhook.kv_methods.Aligned",
                 ],
             ),
             ("fit --model.help TransformerModule", ["token-weighted perplexity", "The highest learning rate", "GGUF"]),

@@ -177,7 +177,7 @@ def test_files_without_questions_are_refused(tmp_path):
 def cut(tmp_path, tokenizer):
     """A checkpoint that only `bh.load` loads: one layer has fewer heads."""
     model = bh.load("tiny", "float32")
-    bh.prune_units(model, {"model.layers.0.self_attn": [0, 1, 2, 3]})
+    bh.pruning.prune_units(model, {"model.layers.0.self_attn": [0, 1, 2, 3]})
     assert bh.save(model, tmp_path / "cut", tokenizer).way == "shaped"
     return str(tmp_path / "cut")
 

@@ -42,7 +42,7 @@ def test_models_that_number_classes_otherwise_are_compared_by_name(here, tmp_pat
     models, out = [str(here / "vit"), str(here / "backwards")], tmp_path / "out.json"
     main(["evaluate", *models, "--data", str(here / "photos"), "--batch_size", "4", "--device", "cpu", "--json", str(out)])
     said, record = capsys.readouterr().out, json.loads(out.read_text())
-    data = bh.ImageDataModule(str(here / "photos"), models[0])
+    data = bh.training.ImageDataModule(str(here / "photos"), models[0])
     data.setup("fit")
     orders = [classes_of(folder, data) for folder in models]
     assert orders[0] != orders[1]

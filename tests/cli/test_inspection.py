@@ -182,7 +182,7 @@ def test_what_is_said_is_what_save_does(family, kind, fields, tmp_path) -> None:
     model = make(family, **few).float()
     said = saving(model, [group for group in bh.trace(model).groups if group.kind == kind])
     assert [set(one.fields) for one in said] == [set(fields)]
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), **{CALLED[kind]: 0.25 if kind == "residual" else 0.34}))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), **{CALLED[kind]: 0.25 if kind == "residual" else 0.34}))
     assert (bh.save(model, tmp_path / "saved").way == "shaped") == (not fields)
 
 

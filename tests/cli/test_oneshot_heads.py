@@ -93,10 +93,10 @@ def test_tiny_with_fewer_heads_and_its_perplexity(files, tmp_path, capsys):
     named = {"sources": {split: Path(file).name for split, file in files.items()}, "tokenizer": None}
     assert record["calibration"] | {"tokenizer": None} == asdict(bh.Calibration(files, None, 6 * 16, 16, batch_size=4)) | named
     importance = bh.score(
-        dense, bh.find_units(dense, "head"), bh.GateGradient(), drawn(blocks(files["train"]), 4), normalize=True
+        dense, bh.find_units(dense, "head"), bh.importance.GateGradient(), drawn(blocks(files["train"]), 4), normalize=True
     )
     assert record["heads"] == choose(bh.find_units(dense, "head"), importance, 0.5)
-    plan = bh.prune_units(dense, record["heads"])
+    plan = bh.pruning.prune_units(dense, record["heads"])
     assert str(plan) in said
     assert f"{record['perplexity']['before']:,.4g}" in said
     assert "plain from_pretrained loads it" in said
@@ -110,7 +110,7 @@ def test_a_dry_run_prints_what_would_be_done_and_writes_nothing(small, files, tm
     main(["prune-heads", str(small), str(tmp_path / "out"), "--ratio", "0.5", "--dry_run", *option(files), *SHORT])
     prune(small, tmp_path / "done", "--ratio", "0.5", *option(files), *SHORT)
     _, dry, done = capsys.readouterr().out.split(f"{small}, ")
-    plan = bh.prune_units(bh.load(small), json.loads((tmp_path / "done" / "billhook.json").read_text())["heads"])
+    plan = bh.pruning.prune_units(bh.load(small), json.loads((tmp_path / "done" / "billhook.json").read_text())["heads"])
     assert f"\n\n{plan.text()}\n\nA dry run: nothing was changed, and nothing written to {tmp_path / 'out'}.\n" in dry
     assert f"\n{plan.text()}\n" in done
     assert not (tmp_path / "out").exists()
@@ -125,7 +125,9 @@ def test_rounds(small, files, tmp_path, ranking, per, importance):
     batches = drawn(blocks(files["train"]), 4, seed=3)
     for number in (1, 2, 3):
         with bh.mask(model, gone, per=per):
-            scores = bh.score(model, bh.find_units(model, "head"), getattr(bh, importance)(), batches, normalize=True, per=per)
+            scores = bh.score(
+                model, bh.find_units(model, "head"), getattr(bh.importance, importance)(), batches, normalize=True, per=per
+            )
         for name, own in gone.items():
             scores[name][own] = -1
         gone = choose(bh.find_units(model, "head"), scores, number / 6, ranking=ranking, per=per)
@@ -172,7 +174,7 @@ def test_a_classifier_and_its_accuracy(classifier, table, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"accuracy {expected[0]:,.4g} before, {expected[1]:,.4g} after" in said
     assert f"the split 'train' of {table}; measured on its split 'test'\n" in said
-    bh.prune_units(dense, record["heads"])
+    bh.pruning.prune_units(dense, record["heads"])
     batch = tokenizer()(rows[5][0], return_tensors="pt")
     with torch.no_grad():
         torch.testing.assert_close(model(**batch).logits, dense(**batch).logits)

@@ -158,7 +158,7 @@ def test_blocks_and_then_what_is_within(small, files, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert (again.config.num_hidden_layers, again.config.intermediate_size) == (1, 24)
     dense, batches = bh.load(small), drawn(blocks(files["train"]), 4)
-    scores = bh.score(dense, bh.find_units(dense, "block"), bh.BlockInfluence(), batches)
+    scores = bh.score(dense, bh.find_units(dense, "block"), bh.importance.BlockInfluence(), batches)
     (gone,) = record["plans"][0]["units"]["model.layers"]
     assert gone == int(scores["model.layers"].argmin())
     assert record["plans"][1]["before"] == {"model.layers.0.mlp": [48]}

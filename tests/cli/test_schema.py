@@ -77,7 +77,7 @@ def test_legal(config, validator):
         (wanda(init_args={"sparsitty": 0.5}), "sparsitty"),
         (wanda(init_args={"sparsity": "half"}), "half"),
         (wanda(init_args={"criterion": "billhook.Wander"}), "Wander"),
-        (wanda(init_args={"criterion": {"class_path": "billhook.Refit", "init_args": {"stepz": 3}}}), "stepz"),
+        (wanda(init_args={"criterion": {"class_path": "billhook.criteria.Refit", "init_args": {"stepz": 3}}}), "stepz"),
         (wanda(arguments={}), "arguments"),
         ({"trainer": {"max_stepz": 3}}, "max_stepz"),
         ({"model": {"lrr": 1}}, "lrr"),

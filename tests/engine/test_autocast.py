@@ -27,7 +27,7 @@ def pruned(criterion, **how):
 
 
 def repaired(model):
-    plan = bh.plan(model, bh.WeightNorm(), heads=0.5, channels=0.5)
+    plan = bh.plan(model, bh.importance.WeightNorm(), heads=0.5, channels=0.5)
     bh.apply(model, plan, weights=bh.repair(model, plan, batches()))
 
 
@@ -47,7 +47,7 @@ def zeroed(model):
 
 
 def started(model):
-    plan = bh.plan_units(model, {0: [0, 1]})
+    plan = bh.pruning.plan_units(model, {0: [0, 1]})
     bh.apply(model, plan, weights={"lm_head.weight": 2 * model.lm_head.weight.detach()})
 
 
@@ -55,7 +55,7 @@ def merged(model):
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["v_proj"], init_lora_weights=False))
     model.requires_grad_(True)
     adapted(tokens())
-    bh.merge(adapted)
+    bh.training.merge(adapted)
 
 
 ACTS = {
@@ -64,8 +64,8 @@ ACTS = {
     "walk of the dense model": pruned(bh.Wanda(), sequential="none"),
     "no data": pruned(bh.Magnitude()),
     "SparseGPT": pruned(bh.SparseGPT()),
-    "ALPS": pruned(bh.ALPS(steps=20)),
-    "Refit": pruned(bh.Refit(bh.Wanda())),
+    "ALPS": pruned(bh.criteria.ALPS(steps=20)),
+    "Refit": pruned(bh.criteria.Refit(bh.Wanda())),
     "blocks that come and go": pruned(bh.Wanda(), offload="cpu"),
     "BlockMatching": pruned(bh.Wanda(), match=BlockMatching(steps=4)),
     "RepairConfig": repaired,
@@ -73,7 +73,7 @@ ACTS = {
     "svd, repaired": converted(method="svd", repair=bh.RepairConfig()),
     "Taylor": scored(bh.Taylor(), "head"),
     "OBS": scored(bh.OBS(), "channel"),
-    "Ablation": scored(bh.Ablation(), "head"),
+    "Ablation": scored(bh.importance.Ablation(), "head"),
     "shrink": lambda model: bh.shrink(model, batches(), params=0.8, generations=1, candidates=1),
     "zeros for units": zeroed,
     "other weights": started,

@@ -16,12 +16,12 @@ def batches():
 
 WORKS = {
     "prune": lambda model: bh.prune(model, bh.Wanda(), batches(), sparsity=0.5),
-    "match": lambda model: bh.prune(model, bh.Wanda(), batches(), sparsity=0.5, match=bh.BlockMatching()),
+    "match": lambda model: bh.prune(model, bh.Wanda(), batches(), sparsity=0.5, match=bh.criteria.BlockMatching()),
     "score": lambda model: bh.score(model, bh.find_units(model, "head"), bh.OutputNorm(), batches()),
-    "plan": lambda model: bh.plan(model, bh.WeightNorm(), heads=0.5),
+    "plan": lambda model: bh.plan(model, bh.importance.WeightNorm(), heads=0.5),
     "convert": lambda model: bh.convert_kv_heads(model, 2, "svd", batches()),
     "shrink": lambda model: bh.shrink(model, batches(), params=0.8),
-    "permute": lambda model: bh.permute_for(model, "2:4"),
+    "permute": lambda model: bh.criteria.permute_for(model, "2:4"),
 }
 
 
@@ -37,7 +37,7 @@ def test_several_devices_are_refused_by_name(name):
 
 def test_repair_with_a_plan_of_before_is_refused():
     model = llama()
-    plan = bh.plan_units(model, {0: [0, 1]})
+    plan = bh.pruning.plan_units(model, {0: [0, 1]})
     model.hf_device_map = {"model": 0, "lm_head": 1}
     with pytest.raises(ValueError, match="model: its device_map has spread it over 0, 1"):
         bh.repair(model, plan, batches())

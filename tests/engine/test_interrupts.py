@@ -59,9 +59,9 @@ def struck(strike, run):
 @pytest.mark.parametrize("at", [5, 20, 45, 60])
 def test_a_plan_of_blocks_leaves_the_model_as_it_was(at, keyboard):
     model = llama(num_hidden_layers=3)
-    bh.plan(model, bh.BlockInfluence(), BATCHES, blocks=1)  # what is remembered of a trace is there by then
+    bh.plan(model, bh.importance.BlockInfluence(), BATCHES, blocks=1)  # what is remembered of a trace is there by then
     before = everything(model)
-    struck(Strike(surgery, ("back", "_refill"), at), lambda: bh.plan(model, bh.BlockInfluence(), BATCHES, blocks=1))
+    struck(Strike(surgery, ("back", "_refill"), at), lambda: bh.plan(model, bh.importance.BlockInfluence(), BATCHES, blocks=1))
     assert differing(before, everything(model)) == []
     model(**BATCHES[0])
 
@@ -79,7 +79,7 @@ def test_optimizers_follow_to_the_end(keyboard):
     model = llama()
     optimizer = torch.optim.AdamW(model.parameters())
     strike = Strike(surgery, ("follow", "_follow"), 7)
-    struck(strike, lambda: bh.prune_units(model, {0: [0, 1], 1: [2, 3]}, optimizer))
+    struck(strike, lambda: bh.pruning.prune_units(model, {0: [0, 1], 1: [2, 3]}, optimizer))
     assert {p for group in optimizer.param_groups for p in group["params"]} == set(model.parameters())
 
 

@@ -32,10 +32,12 @@ def test_kv_heads_by_every_method(subject, method, repair):
     assert bh.convert_kv_heads(model, heads // 2, method, batches, repair=repair).before == heads
 
 
-@pytest.mark.parametrize("importance", [bh.OutputNorm(), bh.ActivationNorm(), bh.OBS(), bh.BlockInfluence()], ids=str)
+@pytest.mark.parametrize(
+    "importance", [bh.OutputNorm(), bh.importance.ActivationNorm(), bh.OBS(), bh.importance.BlockInfluence()], ids=str
+)
 def test_scores_without_gradients(subject, importance):
     model, batches = subject
-    units = bh.find_units(model, "block" if isinstance(importance, bh.BlockInfluence) else "channel")
+    units = bh.find_units(model, "block" if isinstance(importance, bh.importance.BlockInfluence) else "channel")
     found = bh.score(model, units, importance, batches)
     labelled = type(model).__name__ == "ViTForImageClassification"
     given = [one | {"labels": torch.zeros(32, dtype=torch.long)} for one in batches] if labelled else batches

@@ -36,7 +36,9 @@ def precisions(monkeypatch):
 )
 def test_what_is_removed(amount, precisions):
     model = llama()
-    plan = bh.plan(model, bh.Ablation() if amount.blocks else bh.WeightNorm(), [{"input_ids": tokens()}], amount=amount)
+    plan = bh.plan(
+        model, bh.importance.Ablation() if amount.blocks else bh.importance.WeightNorm(), [{"input_ids": tokens()}], amount=amount
+    )
     precisions.clear()
     bh.apply(model, plan)
     assert set(precisions) == {"highest"}

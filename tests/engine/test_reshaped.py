@@ -47,7 +47,7 @@ def test_what_is_cut_is_sharded_and_trains_on_with_its_state(mesh):
     model, optimizer = sharded(mesh)
     step(model, optimizer)
     before = values(model, optimizer)
-    plan = bh.plan_units(llama(tie_word_embeddings=True), {0: [1, 3]}, "channel")
+    plan = bh.pruning.plan_units(llama(tie_word_embeddings=True), {0: [1, 3]}, "channel")
     with reshaped(model, [optimizer], gradients=False):
         assert not is_sharded(model)
         bh.apply(model, plan, optimizer)

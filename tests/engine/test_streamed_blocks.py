@@ -38,7 +38,7 @@ def test_the_same_bytes_without_the_least_important_block(folder, tmp_path):
 def test_then_and_before_zeros(tmp_path):
     def changed(model):
         bh.prune(model, bh.Wanda(), stopped.batches(), sparsity=0.25)
-        bh.prune_units(model, [1], kind="block")
+        bh.pruning.prune_units(model, [1], kind="block")
         bh.prune(model, bh.Wanda(), stopped.batches(), sparsity=0.5)
         return model
 
@@ -49,7 +49,7 @@ def test_then_and_before_zeros(tmp_path):
 def test_what_was_done_without_other_blocks_is_not_taken(tmp_path, monkeypatch):
     def work(gone):
         model = bh.stream("tiny", tmp_path / "out")
-        bh.prune_units(model, [gone], kind="block")
+        bh.pruning.prune_units(model, [gone], kind="block")
         bh.prune(model, bh.Magnitude(), sparsity=0.5)
         bh.save(model, tmp_path / "out")
 
@@ -60,7 +60,7 @@ def test_what_was_done_without_other_blocks_is_not_taken(tmp_path, monkeypatch):
     work(2)
     assert written == [f"model.layers.{number}" for number in (0, 1, 0, 1, 2, 0, 1, 2)]
     dense = bh.load("tiny")
-    bh.prune_units(dense, [2], kind="block")
+    bh.pruning.prune_units(dense, [2], kind="block")
     bh.prune(dense, bh.Magnitude(), sparsity=0.5)
     assert same(tmp_path / "out", dense)
 
@@ -70,7 +70,7 @@ def test_each_block_is_read_once_for_all_batches(tmp_path, monkeypatch):
     blocks = bh.find_units(model, "block")
     read, load = [], FileStore._load
     monkeypatch.setattr(FileStore, "_load", lambda self, keys, *read_ahead: read.append(keys) or load(self, keys, *read_ahead))
-    bh.score(model, blocks, bh.BlockInfluence(), stopped.batches())
+    bh.score(model, blocks, bh.importance.BlockInfluence(), stopped.batches())
     assert len(read) == 4
 
 
@@ -80,7 +80,7 @@ def test_after_an_error_blocks_are_as_they_were(tmp_path, monkeypatch):
     def fails(*_):
         raise KeyboardInterrupt
 
-    plan = bh.plan_units(model, [1], "block")
+    plan = bh.pruning.plan_units(model, [1], "block")
     monkeypatch.setattr("billhook.pruning.block_plan._check_alike", fails)
     with pytest.raises(KeyboardInterrupt):
         bh.apply(model, plan)
@@ -89,7 +89,7 @@ def test_after_an_error_blocks_are_as_they_were(tmp_path, monkeypatch):
         assert torch.equal(model(**batch).logits, dense(**batch).logits)
 
 
-@pytest.mark.parametrize("importance", [bh.Taylor(), bh.GateGradient()], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("importance", [bh.Taylor(), bh.importance.GateGradient()], ids=lambda one: type(one).__name__)
 def test_gradients_are_refused(importance):
     model = bh.stream("tiny")
     with pytest.raises(ValueError, match=r"importance=\w+\(.*\): it needs gradients, and the model is streamed"):

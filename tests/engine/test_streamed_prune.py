@@ -82,7 +82,7 @@ def test_the_same_bytes(folder, tmp_path, criterion):
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 def test_the_same_bytes_where_blocks_are_matched(folder, tmp_path, sequential):
     dense, streamed = bh.load(folder), stream(folder, tmp_path / "out")
-    how = {"sparsity": 0.5, "sequential": sequential, "match": bh.BlockMatching(steps=3)}
+    how = {"sparsity": 0.5, "sequential": sequential, "match": bh.criteria.BlockMatching(steps=3)}
     plans = [bh.prune(model, bh.Wanda(), shown(dense), **how) for model in (dense, streamed)]
     assert plans[0].text() == plans[1].text()
     assert saved_alike(dense, streamed, tmp_path)
@@ -95,7 +95,7 @@ def test_stopped_and_called_again_where_blocks_are_matched(tmp_path, monkeypatch
     """It goes on: the dense model's runs pass the blocks as they were, and the others what has been made of them."""
 
     def work(model):
-        how = {"sparsity": 0.5, "sequential": sequential, "match": bh.BlockMatching(steps=3)}
+        how = {"sparsity": 0.5, "sequential": sequential, "match": bh.criteria.BlockMatching(steps=3)}
         return model, bh.prune(model, bh.Wanda(), shown(model), **how)
 
     written, go_on = stopped.stop_after(blocks, monkeypatch)

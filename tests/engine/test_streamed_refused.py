@@ -46,21 +46,21 @@ ADDED = r"model: model.layers.0.self_attn.q_proj.lora_A.default was added to it,
 BOTH = "residual: these channels and those within blocks do not go both at once, and the model is streamed"
 REFUSED = {
     "heads by Taylor": (scored("head", bh.Taylor()), GRADIENTS),
-    "channels by GateGradient": (scored("channel", bh.GateGradient()), GRADIENTS),
+    "channels by GateGradient": (scored("channel", bh.importance.GateGradient()), GRADIENTS),
     "channels by an own importance": (scored("channel", Steep()), GRADIENTS),
     "planned by Taylor": (planned(bh.Taylor(), params=0.8), GRADIENTS),
     "planned by an own importance": (planned(Steep(), kv_heads=0.5), GRADIENTS),
     "blocks by Taylor": (planned(bh.Taylor(), blocks=1), GRADIENTS),
-    "residual and channels": (planned(bh.WeightNorm(), residual=0.25, channels=0.25), BOTH),
-    "residual and heads": (lambda model: bh.plan_units(model, {0: [0]}, ["residual", "head"]), BOTH),
+    "residual and channels": (planned(bh.importance.WeightNorm(), residual=0.25, channels=0.25), BOTH),
+    "residual and heads": (lambda model: bh.pruning.plan_units(model, {0: [0]}, ["residual", "head"]), BOTH),
     "shrink": (lambda model: bh.shrink(model, stopped.batches(), params=0.8), WEIGHTS),
-    "ablated heads": (lambda model: bh.ablate_heads(model, stopped.batches()), WEIGHTS),
+    "ablated heads": (lambda model: bh.importance.ablate_heads(model, stopped.batches()), WEIGHTS),
     "what it writes": (lambda model: bh.prune(model, bh.Wanda(), bh.Calibration(tokens=64, length=16), sparsity=0.5), WEIGHTS),
     "adapters": (lambda model: bh.prune(adapted(model), bh.Wanda(), stopped.batches(), sparsity=0.5), ADDED),
     "scores of adapters": (lambda model: scored("channel", bh.OutputNorm())(adapted(model)), ADDED),
     "training": (trained, TRAINING),
     "weight pruning in training": (lambda model: trained(model, bh.WeightPruning(sparsity=0.5)), TRAINING),
-    "LoRA in training": (lambda model: bh.TransformerModule(model, lora=bh.LoRA()), TRAINING),
+    "LoRA in training": (lambda model: bh.TransformerModule(model, lora=bh.training.LoRA()), TRAINING),
 }
 COMMANDS = {
     "shrink": (["shrink", "--params", "0.8"], "stream=True: this command needs gradients, or all weights at once"),
@@ -140,5 +140,5 @@ def test_a_model_that_is_called_with_gradients_keeps_no_block():
 
 def test_reading_is_seen(read):
     model = bh.stream("tiny")
-    bh.score(model, bh.find_units(model, "head"), bh.WeightNorm())
+    bh.score(model, bh.find_units(model, "head"), bh.importance.WeightNorm())
     assert len(read) > 10

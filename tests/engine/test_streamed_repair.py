@@ -81,7 +81,7 @@ def test_stopped_and_called_again(tmp_path, monkeypatch, blocks):
 
 def test_the_model_stays_as_it_is(tmp_path):
     model, dense = bh.stream("tiny", tmp_path / "out"), bh.load("tiny")
-    plan, batches = bh.plan_units(model, {0: [3]}, "channel"), given(dense)
+    plan, batches = bh.pruning.plan_units(model, {0: [3]}, "channel"), given(dense)
     new = bh.repair(model, plan, batches)
     expected = bh.repair(dense, plan, batches)
     assert set(new) == set(expected)
@@ -93,6 +93,6 @@ def test_the_model_stays_as_it_is(tmp_path):
 
 def test_too_few_tokens(tmp_path):
     model = bh.stream("tiny", tmp_path / "out")
-    plan = bh.plan_units(model, {0: [3]}, "channel")
+    plan = bh.pruning.plan_units(model, {0: [3]}, "channel")
     with pytest.raises(ValueError, match="batches: too few tokens that count for any refit"):
         bh.repair(model, plan, [{"input_ids": torch.arange(8)[None]}] * 2)

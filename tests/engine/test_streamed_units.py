@@ -15,7 +15,7 @@ KINDS = {
     transformers.MixtralForCausalLM: {"kv_heads": 0.5},
     transformers.T5ForConditionalGeneration: {"channels": 0.25},
 }
-IMPORTANCES = [bh.OutputNorm(), bh.OBS(), bh.WeightNorm()]
+IMPORTANCES = [bh.OutputNorm(), bh.OBS(), bh.importance.WeightNorm()]
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -29,9 +29,11 @@ def test_the_same_bytes_without_units(folder, tmp_path, importance):
     check_the_same(folder, tmp_path, importance, **KINDS[type(bh.load(folder))])
 
 
-@pytest.mark.parametrize("importance", [bh.OBS(), bh.OBS(passes=2), bh.BlockInfluence(), bh.ActivationNorm()], ids=str)
+@pytest.mark.parametrize(
+    "importance", [bh.OBS(), bh.OBS(passes=2), bh.importance.BlockInfluence(), bh.importance.ActivationNorm()], ids=str
+)
 def test_scores_are_the_same(importance):
-    kind = "block" if isinstance(importance, bh.BlockInfluence) else ["head", "channel"]
+    kind = "block" if isinstance(importance, bh.importance.BlockInfluence) else ["head", "channel"]
     batches = [{"input_ids": torch.arange(16)[None] + 16 * number} for number in range(16)]
     models = bh.load("tiny"), bh.stream("tiny")
     dense, streamed = (bh.score(model, bh.find_units(model, kind), importance, batches) for model in models)
@@ -56,7 +58,7 @@ def test_stopped_and_called_again(tmp_path, monkeypatch):
 
 def test_after_an_error_the_model_is_as_it_was(tmp_path, monkeypatch):
     model, dense = bh.stream("tiny", tmp_path / "out"), bh.load("tiny")
-    plan = bh.plan_units(model, {0: [3]}, "channel")
+    plan = bh.pruning.plan_units(model, {0: [3]}, "channel")
     monkeypatch.setattr("billhook.pruning.removal.alike", lambda *_: False)
     with pytest.raises(ValueError, match="does not follow when channels are removed"):
         bh.apply(model, plan)
@@ -69,6 +71,6 @@ def test_new_values_are_taken(tmp_path):
     dense, streamed = bh.load("tiny"), bh.stream("tiny", tmp_path / "out")
     weights = {name: one.detach() * 2 for name, one in dense.named_parameters() if "down_proj" in name or "norm" in name}
     for model in (dense, streamed):
-        bh.apply(model, bh.plan_units(model, {0: [3]}, "channel"), weights=weights)
+        bh.apply(model, bh.pruning.plan_units(model, {0: [3]}, "channel"), weights=weights)
     bh.save(streamed, tmp_path / "out")
     assert same(tmp_path / "out", dense)

@@ -11,12 +11,14 @@ from kit.streams import check_the_same, same, written
 
 MIXTURES = [transformers.MixtralForCausalLM, transformers.Qwen2MoeForCausalLM, transformers.Qwen3MoeForCausalLM]
 STREAMS = {
-    transformers.LlamaForCausalLM: [bh.WeightNorm(), bh.ActivationNorm(), bh.OutputNorm(), bh.OBS()],
-    transformers.GPT2LMHeadModel: [bh.ActivationNorm()],  # tied, with positions of its own
-    transformers.GemmaForCausalLM: [bh.ActivationNorm()],  # tied, and embeddings that make up for a number of the config
+    transformers.LlamaForCausalLM: [bh.importance.WeightNorm(), bh.importance.ActivationNorm(), bh.OutputNorm(), bh.OBS()],
+    transformers.GPT2LMHeadModel: [bh.importance.ActivationNorm()],  # tied, with positions of its own
+    transformers.GemmaForCausalLM: [
+        bh.importance.ActivationNorm()
+    ],  # tied, and embeddings that make up for a number of the config
     transformers.MixtralForCausalLM: [RandomUnits()],
-    transformers.T5ForConditionalGeneration: [bh.WeightNorm()],
-    transformers.BertForMaskedLM: [bh.ActivationNorm()],
+    transformers.T5ForConditionalGeneration: [bh.importance.WeightNorm()],
+    transformers.BertForMaskedLM: [bh.importance.ActivationNorm()],
 }
 
 
@@ -26,7 +28,7 @@ STREAMS = {
     "amounts", [{"experts": 0.5}, {"channels": 0.25}, {"experts": 0.5, "channels": 0.25}], ids=lambda one: " and ".join(one)
 )
 def test_the_same_bytes_without_experts_and_their_channels(tmp_path, kind, amounts):
-    check_the_same(written(kind, tmp_path / "dense"), tmp_path, bh.WeightNorm(), **amounts)
+    check_the_same(written(kind, tmp_path / "dense"), tmp_path, bh.importance.WeightNorm(), **amounts)
 
 
 @pytest.mark.daily("LlamaForCausalLM-OutputNorm*", "T5*")
@@ -39,7 +41,7 @@ def test_the_same_bytes_without_residual_channels(tmp_path, kind, importance):
     check_the_same(written(kind, tmp_path / "dense"), tmp_path, importance, residual=0.25)
 
 
-@pytest.mark.parametrize("importance", [bh.ActivationNorm(), bh.OutputNorm(), bh.OBS()], ids=str)
+@pytest.mark.parametrize("importance", [bh.importance.ActivationNorm(), bh.OutputNorm(), bh.OBS()], ids=str)
 def test_residual_channels_have_the_same_scores(importance):
     models = bh.load("tiny"), bh.stream("tiny")
     batches = stopped.batches()
@@ -51,7 +53,7 @@ def test_residual_channels_have_the_same_scores(importance):
 def test_residual_channels_after_others(tmp_path):
     def changed(model):
         for amounts in ({"channels": 0.25}, {"residual": 0.25}, {"kv_heads": 0.5}):
-            bh.apply(model, bh.plan(model, bh.WeightNorm(), **amounts))
+            bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), **amounts))
         return model
 
     bh.save(changed(bh.stream("tiny", tmp_path / "out")), tmp_path / "out")
@@ -60,7 +62,7 @@ def test_residual_channels_after_others(tmp_path):
 
 def test_stopped_and_called_again(tmp_path, monkeypatch):
     def work(model):
-        bh.prune_units(model, [0, 5, 7], kind="residual")
+        bh.pruning.prune_units(model, [0, 5, 7], kind="residual")
         bh.save(model, tmp_path / "out")
 
     done, go_on = stopped.stop_after(2, monkeypatch)
@@ -70,5 +72,5 @@ def test_stopped_and_called_again(tmp_path, monkeypatch):
     work(bh.stream("tiny", tmp_path / "out"))
     assert done == [f"model.layers.{number}" for number in range(4)]
     dense = bh.load("tiny")
-    bh.prune_units(dense, [0, 5, 7], kind="residual")
+    bh.pruning.prune_units(dense, [0, 5, 7], kind="residual")
     assert same(tmp_path / "out", dense)

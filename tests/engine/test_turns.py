@@ -38,14 +38,14 @@ class Looks(Importance):
 
 
 SCORES = {
-    "BlockInfluence": (bh.BlockInfluence(), "block"),
-    "ActivationNorm": (bh.ActivationNorm(), "head"),
+    "BlockInfluence": (bh.importance.BlockInfluence(), "block"),
+    "ActivationNorm": (bh.importance.ActivationNorm(), "head"),
     "OutputNorm": (bh.OutputNorm(), "channel"),
     "OBS": (bh.OBS(), "channel"),
-    "WeightNorm": (bh.WeightNorm(), "head"),
+    "WeightNorm": (bh.importance.WeightNorm(), "head"),
     "RandomUnits": (RandomUnits(), "head"),
-    "Ablation": (bh.Ablation(), "block"),
-    "GateGradient": (bh.GateGradient(), "head"),
+    "Ablation": (bh.importance.Ablation(), "block"),
+    "GateGradient": (bh.importance.GateGradient(), "head"),
     "Taylor": (bh.Taylor(order="mixed"), "residual"),
     "one's own": (Looks(), "head"),
 }

@@ -43,7 +43,7 @@ def sent_in(model, work):
 
 @pytest.mark.parametrize(
     ("criterion", "reckoned"),
-    [(bh.Magnitude(), lambda _: 0), (bh.Wanda(), wanda), (bh.SparseGPT(), solved), (bh.Refit(), solved)],
+    [(bh.Magnitude(), lambda _: 0), (bh.Wanda(), wanda), (bh.SparseGPT(), solved), (bh.criteria.Refit(), solved)],
 )
 def test_criteria(model, criterion, reckoned):
     found = sent_in(model, lambda model, comm: bh.prune(model, criterion, batches(), sparsity=0.5, reduce=comm, dry_run=True))
@@ -63,7 +63,7 @@ def test_matching(model):
                 model, lambda model, comm, match=match: bh.prune(model, bh.Wanda(), batches(), reduce=comm, match=match, **given)
             )
         )
-        for match in (None, bh.BlockMatching(steps=3))
+        for match in (None, bh.criteria.BlockMatching(steps=3))
     )
     reckoned = 3 * 4 * sum(weight.numel() for _, weight in linears(model))
     assert reckoned <= found - without <= reckoned + 1000
@@ -79,7 +79,7 @@ def test_importances(model, importance):
 
 
 def test_repair(model):
-    plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+    plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25)
     found = sent_in(model, lambda model, comm: bh.repair(model, plan, batches(), reduce=comm))
     reckoned = 0
     for layer in model.model.layers:
@@ -97,7 +97,8 @@ def test_heads(model):
     """The moments of all attentions go together; beside them it is counted, twice, how many batches there are."""
     groups = {f"model.layers.{number}.self_attn": 2 for number in range(len(model.model.layers))}
     found = sent_in(
-        model, lambda model, comm: ready_weights(model, groups, bh.SVD(), [(batch, None) for batch in batches()], comm=comm)
+        model,
+        lambda model, comm: ready_weights(model, groups, bh.kv_methods.SVD(), [(batch, None) for batch in batches()], comm=comm),
     )
     assert len(found) == 3
     heads, width, group = 4, 8, 2
@@ -126,10 +127,10 @@ ZEROS = {  # how often all blocks are gathered, and what of their linears
     "magnitude, global": (bh.Magnitude(compares="global"), {}, 3, MASKS),
     "wanda": (bh.Wanda(), {}, 1, MASKS),
     "wanda, global": (bh.Wanda(compares="global"), {"sequential": "none"}, 4, MASKS),
-    "owl": (bh.Wanda(), {"allocation": bh.OWL()}, 2, MASKS),
+    "owl": (bh.Wanda(), {"allocation": bh.criteria.OWL()}, 2, MASKS),
     "sparsegpt": (bh.SparseGPT(), {}, 1, VALUES),
-    "matched": (bh.Wanda(), {"match": bh.BlockMatching()}, 1, VALUES),
-    "matched, solved": (bh.SparseGPT(), {"match": bh.BlockMatching()}, 1, VALUES),
+    "matched": (bh.Wanda(), {"match": bh.criteria.BlockMatching()}, 1, VALUES),
+    "matched, solved": (bh.SparseGPT(), {"match": bh.criteria.BlockMatching()}, 1, VALUES),
 }
 
 

@@ -156,8 +156,8 @@ def test_two_processes_mask_the_adapters_that_one_does(of_two, fitted, files, tm
         assert (mask == masks[linear]).float().mean() >= 0.99, linear
     for own, value in single.items():
         assert (state[own] - value).abs().mean() < 1e-4, own
-    lit = bh.load_from_checkpoint(
-        bh.TransformerModule, fitted / name / "step=5.ckpt", model=llama(vocab_size=2048), lora=bh.LoRA(r=2, dropout=0.0)
+    lit = bh.training.load_from_checkpoint(
+        bh.TransformerModule, fitted / name / "step=5.ckpt", model=llama(vocab_size=2048), lora=bh.training.LoRA(r=2, dropout=0.0)
     )
     layers = on_linears(lit.model)
     assert all(bool(product_of(layer).any()) for layer in layers.values())
@@ -231,7 +231,7 @@ def test_a_checkpoint_whose_shapes_have_changed_is_exported_and_loaded(of_two, f
     state, _ = of_two(name)
     path = fitted / name / "step=4.ckpt"
     assert path.is_file() == CHANGED[name][0]
-    lit = bh.load_from_checkpoint(bh.TransformerModule, path, model=llama(vocab_size=2048))
+    lit = bh.training.load_from_checkpoint(bh.TransformerModule, path, model=llama(vocab_size=2048))
     assert same(lit.state_dict(), state)
     export(path, tmp_path / "exported")
     ids = tokens()

@@ -71,7 +71,7 @@ def test_an_event_that_fails_at_its_end_has_changed_nothing(tmp_path, alone, mon
 def test_blocks_are_matched_as_in_a_model_that_is_whole(tmp_path, alone, sequential):
     found = []
     for strategy in ("auto", alone):
-        lit, kept = Own(), bh.WeightPruning(bh.Wanda(), 0.5, match=bh.BlockMatching(), sequential=sequential, **GIVEN)
+        lit, kept = Own(), bh.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), sequential=sequential, **GIVEN)
         first = First()
         trainer(tmp_path, [kept, first], max_steps=1, strategy=strategy, limit_val_batches=0).fit(lit)
         found.append(first.found)
@@ -79,7 +79,7 @@ def test_blocks_are_matched_as_in_a_model_that_is_whole(tmp_path, alone, sequent
 
 
 def test_a_block_that_is_called_again_is_not_matched(tmp_path, alone):
-    callback, lit = bh.WeightPruning(bh.Wanda(), 0.5, match=bh.BlockMatching(), **GIVEN), Own(albert)
+    callback, lit = bh.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), **GIVEN), Own(albert)
     with pytest.raises(ValueError, match=r"match: .* is called again after its block, or shares its weight"):
         trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
 
@@ -268,7 +268,7 @@ def rows(number, seed):
 
 def adapted():
     torch.manual_seed(0)
-    return bh.TransformerModule(llama(), lr=1e-2, lora=bh.LoRA(r=2, dropout=0.0))
+    return bh.TransformerModule(llama(), lr=1e-2, lora=bh.training.LoRA(r=2, dropout=0.0))
 
 
 SEARCHES = {  # what goes in each

@@ -52,5 +52,5 @@ def test_another_number_of_ranks_ends_where_the_straight_run_does(fitted, ranks,
 def test_it_is_loaded_without_ranks(fitted, ranks, what, step):
     (straight, _, _), path = fitted(f"{ranks} {what}"), fitted.folder / f"{ranks} {what}" / f"step={step}.ckpt"
     assert path.is_file() == SAVED[ranks, what]
-    lit = bh.load_from_checkpoint(bh.TransformerModule, path, model=llama(vocab_size=2048))
+    lit = bh.training.load_from_checkpoint(bh.TransformerModule, path, model=llama(vocab_size=2048))
     assert all(torch.equal(value, straight[step][name]) for name, value in lit.named_parameters())

@@ -90,7 +90,7 @@ class Faint(Own):
 
 
 @pytest.mark.parametrize(
-    "importance", [bh.GateGradient(), bh.Taylor("first"), bh.Taylor("second")], ids=["gate", "first", "second"]
+    "importance", [bh.importance.GateGradient(), bh.Taylor("first"), bh.Taylor("second")], ids=["gate", "first", "second"]
 )
 def test_gradients_that_float16_would_lose_are_not_lost(tmp_path, importance):
     """Training scales its loss; scores are of one that is not scaled."""

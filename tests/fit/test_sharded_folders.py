@@ -88,7 +88,7 @@ def test_a_module_is_loaded_a_tensor_at_a_time(tmp_path, reads, kind):
     lit = sharded(kind(**options), tmp_path)
     options = {"model": llama(vocab_size=2048)} if options else {}
     expected, there, before = lit.state_dict(), sorted(tmp_path.iterdir()), alive_now()
-    found = bh.load_from_checkpoint(kind, tmp_path, **options)
+    found = bh.training.load_from_checkpoint(kind, tmp_path, **options)
     assert type(found) is kind
     assert same(found.state_dict(), expected)
     assert sorted(tmp_path.iterdir()) == there
@@ -101,7 +101,7 @@ def test_a_module_is_loaded_a_tensor_at_a_time(tmp_path, reads, kind):
 @pytest.mark.parametrize("how", WRITE)
 def test_a_hook_of_a_module_sees_the_values(tmp_path, how):
     lit = WRITE[how](Plain(), tmp_path / "a.ckpt")
-    found = bh.load_from_checkpoint(Plain, tmp_path / "a.ckpt")
+    found = bh.training.load_from_checkpoint(Plain, tmp_path / "a.ckpt")
     assert found.others == (["loops", "optimizer_states"] if how == "full" else [])
     assert all(torch.equal(found.seen[name], value.sum()) for name, value in lit.state_dict().items())
     assert type(next(iter(found.seen.values()))) is torch.Tensor
@@ -112,7 +112,7 @@ def test_a_hook_of_a_module_sees_the_values(tmp_path, how):
 def test_it_is_put_where_lightning_is_told(tmp_path, how):
     WRITE[how](Plain(), tmp_path / "a.ckpt")
     with torch.device("meta"):
-        meta = bh.load_from_checkpoint(Plain, tmp_path / "a.ckpt", map_location="meta")
+        meta = bh.training.load_from_checkpoint(Plain, tmp_path / "a.ckpt", map_location="meta")
     assert meta.device.type == "meta"
 
 
@@ -124,7 +124,7 @@ def test_it_is_put_where_lightning_is_told(tmp_path, how):
 )
 def test_a_file_is_loaded_as_lightning_would(tmp_path, told):
     lit = in_a_file(Plain(), tmp_path / "a.ckpt")
-    found = bh.load_from_checkpoint(Plain, str(tmp_path / "a.ckpt"), width=64, **told)
+    found = bh.training.load_from_checkpoint(Plain, str(tmp_path / "a.ckpt"), width=64, **told)
     assert same(found.state_dict(), lit.state_dict())
     assert found.hparams == {"width": 64}
     assert all(torch.equal(found.seen[name], value.sum()) for name, value in lit.state_dict().items())
@@ -154,7 +154,7 @@ def test_loading_takes_the_module_and_a_tensor(tmp_path, how, kind):
     expected = WRITE[how](kind(**options), tmp_path / "a.ckpt").state_dict()
     options = {"model": llama(vocab_size=2048)} if options else {}
     with Held(but=tmp_path / "a.ckpt") as held:
-        found = bh.load_from_checkpoint(kind, tmp_path / "a.ckpt", **options)
+        found = bh.training.load_from_checkpoint(kind, tmp_path / "a.ckpt", **options)
     assert same(found.state_dict(), expected)
     assert held.most <= size(expected) + 1.1 * max(value.nbytes for value in expected.values())
 
@@ -185,8 +185,8 @@ def test_a_file_of_a_device_that_is_not_there_is_loaded_on_the_cpu(tmp_path, mon
         patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
         lit = in_a_file(Plain(), tmp_path / "a.ckpt")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
-    found = bh.load_from_checkpoint(Plain, tmp_path / "a.ckpt")
+    found = bh.training.load_from_checkpoint(Plain, tmp_path / "a.ckpt")
     assert same(found.state_dict(), lit.state_dict())
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     with pytest.raises(RuntimeError, match="CUDA"):  # it would be put there
-        bh.load_from_checkpoint(Plain, tmp_path / "a.ckpt")
+        bh.training.load_from_checkpoint(Plain, tmp_path / "a.ckpt")

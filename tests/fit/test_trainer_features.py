@@ -151,7 +151,7 @@ def test_many_events_leave_compiled_code_compiled(tmp_path):
 
     lit.net.compile(backend=backend)
     at = bh.schedules.Linear(final=1.0, start=0, end=4, every=1)
-    callback = bh.StructuredPruning(bh.Amount(channels=0.75), at=at, importance=bh.WeightNorm(), measure_batches=0)
+    callback = bh.StructuredPruning(bh.Amount(channels=0.75), at=at, importance=bh.importance.WeightNorm(), measure_batches=0)
     with torch._dynamo.config.patch(recompile_limit=2):
         trainer(tmp_path, [Watched(), callback], max_steps=5, limit_val_batches=0).fit(lit, loader(), loader(4, 4))
     assert ran == [1, 2, 3, 4, 5]

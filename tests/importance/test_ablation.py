@@ -32,7 +32,7 @@ def classifier():
 def test_each_head_against_masks(mode, metric):
     model, batches = classifier()
     measure = metric or (lambda model, batch: model(**batch).loss)
-    found = bh.ablate_heads(model, batches, metric, mode)
+    found = bh.importance.ablate_heads(model, batches, metric, mode)
     assert found.mode == mode
     names = [f"bert.encoder.layer.{layer}.attention" for layer in (0, 1)]
     assert list(found.values) == names
@@ -51,7 +51,7 @@ def test_each_head_against_masks(mode, metric):
 @pytest.mark.parametrize("mode", ["without", "only"])
 def test_kv_heads_and_a_causal_model(mode):
     model, ids = llama(), tokens()
-    found = bh.ablate_heads(model, [{"input_ids": ids}], mode=mode, per="kv_head")
+    found = bh.importance.ablate_heads(model, [{"input_ids": ids}], mode=mode, per="kv_head")
     with torch.no_grad():
         for layer, values in enumerate(found.values.values()):
             assert values.shape == (4,)
@@ -66,11 +66,13 @@ def test_kv_heads_and_a_causal_model(mode):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_neither_predicts_nor_is_predicted(side, attention):
     model, ids = llama(attn_implementation=attention), tokens(2, 6)
-    found = [bh.ablate_heads(model, [{"input_ids": ids}])]
+    found = [bh.importance.ablate_heads(model, [{"input_ids": ids}])]
     for _ in range(2):
         padding = [tokens(2, 3), ids] if side == "left" else [ids, tokens(2, 3)]
         mask = [torch.zeros(2, 3), torch.ones(2, 6)] if side == "left" else [torch.ones(2, 6), torch.zeros(2, 3)]
-        found.append(bh.ablate_heads(model, [{"input_ids": torch.cat(padding, 1), "attention_mask": torch.cat(mask, 1).long()}]))
+        found.append(
+            bh.importance.ablate_heads(model, [{"input_ids": torch.cat(padding, 1), "attention_mask": torch.cat(mask, 1).long()}])
+        )
     for other in found[1:]:
         assert other.whole == pytest.approx(found[0].whole, rel=1e-5)  # rotary positions are relative, so a shift is nothing
         for name, values in found[0].values.items():
@@ -107,20 +109,20 @@ def test_the_model_is_as_before():
         assert not any(module._forward_pre_hooks for module in model.modules())
         assert not any(parameter.grad is not None for parameter in model.parameters())
 
-    bh.ablate_heads(model, batches, partial(measure, broken=False))
+    bh.importance.ablate_heads(model, batches, partial(measure, broken=False))
     as_before()
     with pytest.raises(RuntimeError, match="in between"):
-        bh.ablate_heads(model, batches, partial(measure, broken=True))
+        bh.importance.ablate_heads(model, batches, partial(measure, broken=True))
     as_before()
 
 
 def test_what_is_not_legal_is_refused():
     model, batches = classifier()
     with pytest.raises(ValueError, match="mode='x' must be one of without, only"):
-        bh.ablate_heads(model, batches, mode="x")
+        bh.importance.ablate_heads(model, batches, mode="x")
     with pytest.raises(ValueError, match="per='x' must be one of head, kv_head"):
-        bh.ablate_heads(model, batches, per="x")
+        bh.importance.ablate_heads(model, batches, per="x")
     with pytest.raises(ValueError, match="batches: at least one is needed"):
-        bh.ablate_heads(model, [])
+        bh.importance.ablate_heads(model, [])
     with pytest.raises(ValueError, match="BertForSequenceClassification gives no loss for input_ids"):
-        bh.ablate_heads(model, [{"input_ids": tokens()}])
+        bh.importance.ablate_heads(model, [{"input_ids": tokens()}])

@@ -68,8 +68,8 @@ def test_channels(family):
         squares += torch.stack([a.square().sum(0) for a, _ in found])
     weights = torch.stack([columns(model.get_submodule(LAST[family].format(layer))).norm(dim=1) for layer in (0, 1)])
     near = {"rtol": 1e-5, "atol": 1e-12}
-    torch.testing.assert_close(scores(model, given, bh.GateGradient()), gradient / count, **near)
-    torch.testing.assert_close(scores(model, given, bh.ActivationNorm()), norm / count, **near)
+    torch.testing.assert_close(scores(model, given, bh.importance.GateGradient()), gradient / count, **near)
+    torch.testing.assert_close(scores(model, given, bh.importance.ActivationNorm()), norm / count, **near)
     torch.testing.assert_close(
         scores(model, given, bh.OutputNorm()), weights * (squares / count).sqrt(), **near
     )  # Wanda's product
@@ -77,7 +77,7 @@ def test_channels(family):
 
 def test_channels_one_by_one():
     model, given = LOUD["llama"](), batches()[:1]
-    found = scores(model, given, bh.Ablation())
+    found = scores(model, given, bh.importance.Ablation())
     with torch.no_grad():
         whole = own_loss(model, given[0])
         for layer, mlp in enumerate(model.model.layers):
@@ -103,8 +103,10 @@ def test_channels_of_the_stream():
         for name, (a, _) in zip(names, seen(model, names, batch), strict=True):
             squares += a.square().sum(0) * columns(model.get_submodule(name)).square().sum(1)
     near = {"rtol": 1e-4, "atol": 1e-12}
-    torch.testing.assert_close(scores(model, given, bh.ActivationNorm(), "residual")[0], norm / count / len(once), **near)
-    torch.testing.assert_close(scores(model, given, bh.GateGradient(), "residual")[0], gradient / count, **near)
+    torch.testing.assert_close(
+        scores(model, given, bh.importance.ActivationNorm(), "residual")[0], norm / count / len(once), **near
+    )
+    torch.testing.assert_close(scores(model, given, bh.importance.GateGradient(), "residual")[0], gradient / count, **near)
     torch.testing.assert_close(
         scores(model, given, bh.OutputNorm(), "residual")[0], (squares / count / len(names)).sqrt(), **near
     )
@@ -127,7 +129,7 @@ def test_readers_that_run_several_times():
         "norm": sum(a.detach().abs().mean((0, 1)) for a in given) / 2,
         "output": (sum(a.detach().square().mean((0, 1)) for a in given) / 2).sqrt() * columns(first.down_proj).norm(dim=1),
     }
-    importance = {"gradient": bh.GateGradient(), "norm": bh.ActivationNorm(), "output": bh.OutputNorm()}
+    importance = {"gradient": bh.importance.GateGradient(), "norm": bh.importance.ActivationNorm(), "output": bh.OutputNorm()}
     for name, one in importance.items():
         (found,) = bh.score(model, units, one, [batch], loss=own_loss).values()
         torch.testing.assert_close(found.double(), expected[name], rtol=1e-5, atol=1e-12)
@@ -218,13 +220,13 @@ def test_heads_that_a_convolution_reads():
     units = bh.find_units(model, "head")
     near = {"rtol": 1e-4, "atol": 1e-9, "check_dtype": False}
     for importance, expected in (
-        (bh.GateGradient(), (given * gradient).sum(-1).abs().mean(0)),
-        (bh.ActivationNorm(), given.norm(dim=-1).mean(0)),
+        (bh.importance.GateGradient(), (given * gradient).sum(-1).abs().mean(0)),
+        (bh.importance.ActivationNorm(), given.norm(dim=-1).mean(0)),
         (bh.OutputNorm(), moved.square().sum(-1).mean(0).sqrt()),
     ):
         (found,) = bh.score(model, units, importance, [batch]).values()
         torch.testing.assert_close(found, expected, **near)
-    plan = bh.plan_units(model, {0: [1]})
+    plan = bh.pruning.plan_units(model, {0: [1]})
     with pytest.raises(ValueError, match="no linear layer reads what is removed"):
         bh.repair(model, plan, [batch, batch])
     model.transformer.encoder.layers[0].post_attention.conv1d = torch.nn.Conv1d(32, 32, 3, padding=1)
@@ -235,7 +237,7 @@ def test_heads_that_a_convolution_reads():
         bh.score(model, units, bh.OutputNorm(), [batch])
 
 
-@pytest.mark.parametrize("importance", [bh.ActivationNorm(), bh.OutputNorm()], ids=str)
+@pytest.mark.parametrize("importance", [bh.importance.ActivationNorm(), bh.OutputNorm()], ids=str)
 def test_a_reader_brings_its_sums_to_the_host_once(importance):
     model, found = build("llama"), []
     units = bh.find_units(model, "channel")

@@ -18,7 +18,7 @@ from kit.families import build, llama, tokens
 from kit.ranks import Ranks
 from kit.units import ATTENTIVE, SEQ2SEQ, hooks, small
 
-GATES = bh.GateGradient()
+GATES = bh.importance.GateGradient()
 CONFIG = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 64}
 
 
@@ -28,8 +28,8 @@ def subclasses(kind):
 
 OURS = [kind for kind in subclasses(Importance) if kind.__module__.startswith("billhook.") and not kind.__abstractmethods__]
 EVERY = [  # of heads, with its defaults and as it is used otherwise
-    *(kind() for kind in OURS if kind is not bh.BlockInfluence),
-    *(bh.Taylor("unit"), bh.Taylor("mixed"), bh.WeightNorm(1)),
+    *(kind() for kind in OURS if kind is not bh.importance.BlockInfluence),
+    *(bh.Taylor("unit"), bh.Taylor("mixed"), bh.importance.WeightNorm(1)),
 ]
 
 
@@ -137,11 +137,11 @@ def test_gate_gradient_of_batches_and_examples_is_a_difference(family):
             one = {key: value[row : row + 1] for key, value in batch.items()}
             single.append(differences(model, family, lambda one=one, count=count: own_loss(model, one)[0] / count).abs())
     relative = 1e-3 if family != "llama" else 3e-2  # its norms compute in float32
-    near(scores(model, family, batches, bh.GateGradient("batch")), sum(whole) / 2, relative)
-    near(scores(model, family, batches, bh.GateGradient("example")), sum(single) / 5, relative)
+    near(scores(model, family, batches, bh.importance.GateGradient("batch")), sum(whole) / 2, relative)
+    near(scores(model, family, batches, bh.importance.GateGradient("example")), sum(single) / 5, relative)
     without = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
     if family != "bert":  # what a causal model reads is what it is to say
-        near(scores(model, family, without, bh.GateGradient("batch")), sum(whole) / 2, relative)
+        near(scores(model, family, without, bh.importance.GateGradient("batch")), sum(whole) / 2, relative)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -159,27 +159,42 @@ def test_gate_gradient_of_tokens_is_that_of_a_gate_at_each_token(family, side):
         total += torch.stack([gradient[counts].abs().sum(0) for gradient in gradients])
         count += int(counts.sum())
     near(scores(model, family, batches), total / count, 1e-4)
-    near(scores(model, family, iter(batches), bh.GateGradient("token")), total / count, 1e-4)
+    near(scores(model, family, iter(batches), bh.importance.GateGradient("token")), total / count, 1e-4)
 
 
 @pytest.mark.daily("bert-*-left", "llama-*-right")
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("importance", [*map(bh.GateGradient, ("token", "example", "batch")), bh.Taylor(), bh.Taylor("mixed"),
-                                        bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    "importance",
+    [
+        *map(bh.importance.GateGradient, ("token", "example", "batch")),
+        *(bh.Taylor(), bh.Taylor("mixed"), bh.importance.ActivationNorm(), bh.OutputNorm(), bh.importance.Ablation()),
+    ],
+    ids=repr,
+)
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_what_stands_under_the_mask_does_not_matter(family, importance, side):
     model = BUILD[family]()
     batch = padded(side=side, labels=family == "bert")
     other = batch | {"input_ids": torch.where(batch["attention_mask"].bool(), batch["input_ids"], tokens(3, 10))}
     found = [scores(model, family, [one], importance) for one in (batch, other)]
-    near(found[0], found[1], 1e-3 if isinstance(importance, bh.Ablation) else 1e-5)  # the loss of transformers is a float32
+    near(
+        found[0], found[1], 1e-3 if isinstance(importance, bh.importance.Ablation) else 1e-5
+    )  # the loss of transformers is a float32
 
 
 def test_longer_padding_changes_nothing():
     model, ids = BUILD["gpt2"](), tokens(2, 6)
     more = torch.cat([ids, torch.zeros(2, 4, dtype=torch.long)], dim=1)
     mask = torch.tensor([[1] * 6 + [0] * 4] * 2)
-    for importance in (bh.GateGradient(), bh.ActivationNorm(), bh.OutputNorm(), bh.Taylor(), bh.Taylor("second"), bh.Ablation()):
+    for importance in (
+        bh.importance.GateGradient(),
+        bh.importance.ActivationNorm(),
+        bh.OutputNorm(),
+        bh.Taylor(),
+        bh.Taylor("second"),
+        bh.importance.Ablation(),
+    ):
         expected = scores(model, "gpt2", [{"input_ids": ids}], importance)
         near(scores(model, "gpt2", [{"input_ids": more, "attention_mask": mask}], importance), expected, 1e-5)
 
@@ -189,8 +204,8 @@ def test_longer_padding_changes_nothing():
 def test_of_a_whole_batch_it_is_the_gradient_of_the_gates(name):
     case = small(name)
     batch = [run_of(case.model, case.heads, {}, case.loss)]
-    found = score(case.model, case.heads, bh.GateGradient("batch"), batch, normalize=False)
-    kv = score(case.model, case.heads, bh.GateGradient("batch"), batch, normalize=False, per="kv_head")
+    found = score(case.model, case.heads, bh.importance.GateGradient("batch"), batch, normalize=False)
+    kv = score(case.model, case.heads, bh.importance.GateGradient("batch"), batch, normalize=False, per="kv_head")
     for attention, one in case.heads.items():
         count = len(one.kv_of)
         gate = torch.ones(count, dtype=torch.float64, requires_grad=True)
@@ -224,7 +239,7 @@ def test_weight_norm_by_hand_for_grouped_queries(p, per):
         else:
             rows = [by_rows(one, 4) for one in (own["q"], own["k"], own["v"], own["o"].T)]
         expected.append(torch.cat(rows, dim=1).norm(p=p, dim=1))
-    near(scores(model, "llama", None, bh.WeightNorm(p), per=per), torch.stack(expected), 1e-6)
+    near(scores(model, "llama", None, bh.importance.WeightNorm(p), per=per), torch.stack(expected), 1e-6)
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -234,7 +249,7 @@ def test_weight_norm_by_hand_with_biases(p):
         made = [one for n in ("query", "key", "value") for one in layer.attention.self.get_submodule(n).parameters()]
         read = layer.attention.output.dense.weight
         norms.append(torch.cat([*(by_rows(w.detach(), 4) for w in made), by_rows(read.detach().T, 4)], dim=1).norm(p=p, dim=1))
-    near(scores(model, "bert", None, bh.WeightNorm(p)), torch.stack(norms), 1e-6)
+    near(scores(model, "bert", None, bh.importance.WeightNorm(p)), torch.stack(norms), 1e-6)
 
 
 @pytest.mark.parametrize("per", ["head", "kv_head"])
@@ -272,7 +287,7 @@ def test_activation_norm_by_hand(per):
         counts = batch["attention_mask"].bool()
         total += torch.stack([one[counts].unflatten(-1, (total.shape[1], -1)).norm(dim=-1).sum(0) for one in seen])
         count += int(counts.sum())
-    near(scores(model, "llama", batches, bh.ActivationNorm(), per=per), total / count, 1e-5)
+    near(scores(model, "llama", batches, bh.importance.ActivationNorm(), per=per), total / count, 1e-5)
 
 
 @pytest.mark.parametrize("per", ["head", "kv_head"])
@@ -286,7 +301,7 @@ def test_ablation_by_hand(per):
                 for head in range(expected.shape[1]):
                     with bh.mask(model, {layer: [head]}, per=per):
                         expected[layer, head] += (model(**batch).loss - whole) / 2
-    near(scores(model, "llama", batches, bh.Ablation(), per=per), expected, 1e-5)
+    near(scores(model, "llama", batches, bh.importance.Ablation(), per=per), expected, 1e-5)
 
 
 def test_random_heads_depend_on_the_seed_alone():
@@ -321,7 +336,7 @@ def test_a_kv_head_has_the_credit_of_its_query_heads_summed_before_the_absolute_
     products = torch.stack(gradients).new_zeros(2, 2, 6, 4).index_add_(-1, of, torch.stack(gradients))
     wanted = {"token": products.abs().mean((1, 2)), "example": products.sum(2).abs().mean(1), "batch": products.sum((1, 2)).abs()}
     for each, expected in wanted.items():
-        near(scores(model, "llama", [batch], bh.GateGradient(each), per="kv_head"), expected, 1e-4)
+        near(scores(model, "llama", [batch], bh.importance.GateGradient(each), per="kv_head"), expected, 1e-4)
 
 
 @pytest.mark.parametrize("kind", get_args(UnitKind))
@@ -333,7 +348,7 @@ def test_it_scores_each_unit_or_says_which_importance_does(importance, kind):
         found = bh.score(model, units, importance, [{"input_ids": tokens()}])
     except ValueError as error:
         assert str(error).startswith("importance: ")  # noqa: PT017 - either is right
-        assert isinstance(importance, bh.BlockInfluence) or not all(one.readers for one in units.values())
+        assert isinstance(importance, bh.importance.BlockInfluence) or not all(one.readers for one in units.values())
     else:
         assert {name: len(own) for name, own in found.items()} == {name: one.count() for name, one in units.items()}
 
@@ -388,7 +403,7 @@ def test_frozen_models_and_no_grad(importance):
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("importance", [bh.GateGradient(), bh.Taylor()], ids=repr)
+@pytest.mark.parametrize("importance", [bh.importance.GateGradient(), bh.Taylor()], ids=repr)
 def test_a_loss_that_asks_nothing_of_a_layer_names_it(importance):
     model, batches = llama(), [{"input_ids": tokens()}]
 
@@ -410,12 +425,12 @@ def test_what_is_no_loss_is_refused():
             r"batches: batch 0 \(counted from 0\) gives model.layers.1.self_attn\S* a gradient that is NaN or infinite",
         ),
     ):
-        for importance in (bh.GateGradient(), bh.Taylor()):
+        for importance in (bh.importance.GateGradient(), bh.Taylor()):
             with pytest.raises(ValueError, match=said):
                 bh.score(model, bh.find_units(model, "head"), importance, batches, loss=loss, normalize=True)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0] = math.inf
-    for importance in (bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()):
+    for importance in (bh.importance.ActivationNorm(), bh.OutputNorm(), bh.importance.Ablation()):
         with pytest.raises(ValueError, match="is NaN or infinite: the loss, or the model, is not finite on a batch"):
             bh.score(model, bh.find_units(model, "head"), importance, batches, normalize=True)
 
@@ -429,24 +444,24 @@ def test_batches_that_do_not_do_are_refused():
         with pytest.raises(ValueError, match=f"batches: {name} needs at least one batch"):
             bh.score(model, bh.find_units(model, "head"), importance, [], normalize=True)
     with pytest.raises(ValueError, match="BertForMaskedLM gives no loss for input_ids: add labels, or give `loss`"):
-        bh.score(bert(), bh.find_units(bert(), "head"), bh.GateGradient(), [{"input_ids": tokens()}], normalize=True)
+        bh.score(bert(), bh.find_units(bert(), "head"), bh.importance.GateGradient(), [{"input_ids": tokens()}], normalize=True)
     with pytest.raises(ValueError, match="a Tensor is no dictionary of what the model takes, or give `loss`"):
-        bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), [tokens()], normalize=True)
+        bh.score(model, bh.find_units(model, "head"), bh.importance.GateGradient(), [tokens()], normalize=True)
     with pytest.raises(ValueError, match="each='x' must be one of token, example, batch"):
-        bh.GateGradient("x")
+        bh.importance.GateGradient("x")
     with pytest.raises(ValueError, match="p=3 must be 1 or 2"):
-        bh.WeightNorm(3)
+        bh.importance.WeightNorm(3)
     ids = tokens()  # with a loss of one's own, a batch may be anything
     found = bh.score(
         model,
         bh.find_units(model, "head"),
-        bh.GateGradient(),
+        bh.importance.GateGradient(),
         [ids],
         loss=lambda model, ids: model(ids, labels=ids).loss,
         normalize=True,
     )
     torch.testing.assert_close(
-        found, bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), [{"input_ids": ids}], normalize=True)
+        found, bh.score(model, bh.find_units(model, "head"), bh.importance.GateGradient(), [{"input_ids": ids}], normalize=True)
     )
 
 
@@ -456,7 +471,7 @@ def test_tokens_of_a_decoder_are_those_with_labels():
     model = loud(transformers.BartForConditionalGeneration(config))
     batch = padded() | {"labels": tokens(3, 5)}
     batch["labels"][1, 3:] = -100
-    found = bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), [batch])
+    found = bh.score(model, bh.find_units(model, "head"), bh.importance.GateGradient(), [batch])
     counts = {"encoder.layers.0.self_attn": batch["attention_mask"].bool()}
     counts |= dict.fromkeys(["decoder.layers.0.self_attn", "decoder.layers.0.encoder_attn"], batch["labels"] != -100)
     assert list(found) == [f"model.{name}" for name in counts]
@@ -473,7 +488,7 @@ def test_tokens_of_a_decoder_are_those_with_labels():
 ADDING = [one for one in EVERY if not isinstance(one, bh.OBS)]  # which takes the mean of what each rank finds
 
 
-@pytest.mark.parametrize("importance", [*ADDING, bh.GateGradient("example"), bh.Taylor("second")], ids=repr)
+@pytest.mark.parametrize("importance", [*ADDING, bh.importance.GateGradient("example"), bh.Taylor("second")], ids=repr)
 def test_ranks_add_up(importance):
     model, batches = BUILD["llama"](), [padded(), padded(rows=2, length=6), padded(rows=4, length=5)]
     heads = find_units(model, "head")
@@ -497,14 +512,22 @@ def test_adapters_and_half_precision():
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], r=2, init_lora_weights=False)
     model, batches = peft.get_peft_model(loud(llama()), config).eval(), [{"input_ids": tokens()}]
     merged = copy.deepcopy(model).merge_and_unload()
-    for importance in (bh.GateGradient(), bh.GateGradient("batch"), bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()):
+    for importance in (
+        bh.importance.GateGradient(),
+        bh.importance.GateGradient("batch"),
+        bh.importance.ActivationNorm(),
+        bh.OutputNorm(),
+        bh.importance.Ablation(),
+    ):
         found, expected = (
             list(bh.score(one, bh.find_units(one, "head"), importance, batches, normalize=True).values())
             for one in (model, merged)
         )
         torch.testing.assert_close(found, expected)
     model = build("llama")
-    expected = bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), batches, normalize=True)
-    found = bh.score(model.bfloat16(), bh.find_units(model.bfloat16(), "head"), bh.GateGradient(), batches, normalize=True)
+    expected = bh.score(model, bh.find_units(model, "head"), bh.importance.GateGradient(), batches, normalize=True)
+    found = bh.score(
+        model.bfloat16(), bh.find_units(model.bfloat16(), "head"), bh.importance.GateGradient(), batches, normalize=True
+    )
     for name, one in expected.items():
         torch.testing.assert_close(found[name], one, rtol=0.1, atol=0.02)

@@ -7,7 +7,9 @@ import billhook as bh
 from kit.families import llama, tokens
 
 
-@pytest.mark.parametrize("importance", [bh.Taylor(), bh.Taylor("second"), bh.GateGradient(), bh.GateGradient("example")])
+@pytest.mark.parametrize(
+    "importance", [bh.Taylor(), bh.Taylor("second"), bh.importance.GateGradient(), bh.importance.GateGradient("example")]
+)
 @pytest.mark.parametrize("training", [False, True])
 def test_layers_are_recomputed_where_the_fit_does(importance, training):
     def scored(checkpointing):

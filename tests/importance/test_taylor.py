@@ -279,8 +279,8 @@ def test_experts_and_their_router():
         mlp = model.get_submodule(place)
         weights = (mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj)
         norms = sum(weight.detach().flatten(1).square().sum(1) for weight in weights).sqrt()
-        torch.testing.assert_close(bh.score(model, units, bh.WeightNorm())[place], norms)
-    for importance in (bh.GateGradient(), bh.ActivationNorm(), bh.OutputNorm(), bh.Ablation()):
+        torch.testing.assert_close(bh.score(model, units, bh.importance.WeightNorm())[place], norms)
+    for importance in (bh.importance.GateGradient(), bh.importance.ActivationNorm(), bh.OutputNorm(), bh.importance.Ablation()):
         with pytest.raises(ValueError, match=r"of model.layers.0.mlp \(experts\) .* Taylor, WeightNorm and RandomUnits work"):
             bh.score(model, units, importance, BATCHES, loss=own_loss, normalize=True)
 
@@ -298,7 +298,7 @@ def test_a_gradient_that_is_not_finite_is_said(order, where):
     with pytest.raises(ValueError, match=rf"batches: {where} \(counted from 0\) gives model\.layers\.\d\.mlp\.\w+\.weight a"):
         scores(model, batches, bh.Taylor(order), "channel", loss=loss)
     with pytest.raises(ValueError, match=r"batches: batch 1 \(counted from 0\) gives model\.layers\.1\.mlp a gradient"):
-        scores(model, batches, bh.GateGradient(), "channel", loss=loss)
+        scores(model, batches, bh.importance.GateGradient(), "channel", loss=loss)
 
 
 def test_examples():

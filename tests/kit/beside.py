@@ -46,11 +46,11 @@ HALF = {"sparsity": 0.5, "at": 1, "measure_batches": 0, "calibration": FEW["cali
 ZEROS = {
     "zeros, all linears together": lambda: bh.WeightPruning(bh.Magnitude(compares="global"), **HALF),
     "zeros, Wanda": lambda: bh.WeightPruning(bh.Wanda(), **HALF),
-    "zeros, OWL": lambda: bh.WeightPruning(bh.Wanda(), allocation=bh.OWL(), **HALF),
+    "zeros, OWL": lambda: bh.WeightPruning(bh.Wanda(), allocation=bh.criteria.OWL(), **HALF),
     "zeros, SparseGPT": lambda: bh.WeightPruning(bh.SparseGPT(), **HALF),
-    "zeros, Refit": lambda: bh.WeightPruning(bh.Refit(), **HALF),
-    "zeros, ALPS": lambda: bh.WeightPruning(bh.ALPS(steps=4), **HALF),
-    "zeros, matched": lambda: bh.WeightPruning(bh.Wanda(), match=bh.BlockMatching(), **HALF),
+    "zeros, Refit": lambda: bh.WeightPruning(bh.criteria.Refit(), **HALF),
+    "zeros, ALPS": lambda: bh.WeightPruning(bh.criteria.ALPS(steps=4), **HALF),
+    "zeros, matched": lambda: bh.WeightPruning(bh.Wanda(), match=bh.criteria.BlockMatching(), **HALF),
 }
 EVENTS |= ZEROS
 ON_TWO = [*ASIDE, "residual channels, by gradients", *ZEROS]
@@ -61,7 +61,7 @@ SOLVED = "zeros, SparseGPT", "zeros, Refit", "zeros, ALPS", "zeros, matched"
 HEADS, SHARED, HEAD = 4, 2, 32
 """KV heads, how many become one, and how wide each is."""
 MOMENTS = {"KV heads, with data": 2 * 8 * (2 * HEADS // SHARED * (SHARED * HEAD) ** 2 + HEADS * HEAD**2)}
-MOMENTS |= dict.fromkeys(SOLVED, 4 * 4 * WIDTH**2) | {"zeros, ALPS": 4 * (4 + bh.ALPS.copies) * WIDTH**2}
+MOMENTS |= dict.fromkeys(SOLVED, 4 * 4 * WIDTH**2) | {"zeros, ALPS": 4 * (4 + bh.criteria.ALPS.copies) * WIDTH**2}
 """Bytes of second moments: of the heads of an attention, as sums and as means; of what one linear reads, or all of a block, and
 of what is computed of them."""
 TUNED = {"zeros, matched": 5}

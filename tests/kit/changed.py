@@ -22,13 +22,13 @@ def bert() -> PreTrainedModel:
 
 def cut(model: PreTrainedModel) -> None:
     """Removes a block and a quarter of the residual channels, and heads and channels in the first of the two layers left."""
-    bh.prune_units(model, {0: [1]}, kind="block")
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), residual=0.25))
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), amount=bh.Amount(heads=0.5, channels=0.3, last=1)))
+    bh.pruning.prune_units(model, {0: [1]}, kind="block")
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), residual=0.25))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(heads=0.5, channels=0.3, last=1)))
 
 
 def without(heads: dict[int, list[int]]) -> Callable[[PreTrainedModel], object]:
-    return partial(bh.prune_units, units=heads)
+    return partial(bh.pruning.prune_units, units=heads)
 
 
 def with_kv_heads(left: int, layers: list[int] | None = None) -> Callable[[PreTrainedModel], object]:

@@ -134,7 +134,7 @@ FITS = {
     "convert in stages": conversion([2, 1], [2, 4]),
     "weights, tuples": weight_pruning(FitOfTuples),
     "weights, text": weight_pruning(module),
-    "weights, matched": weight_pruning(module, 8, bh.BlockMatching()),  # as many examples as make batches of equal parts
+    "weights, matched": weight_pruning(module, 8, bh.criteria.BlockMatching()),  # as many examples as make batches of equal parts
     "weights, learned": Fit(
         module,
         lambda: bh.SRSTE(sparsity=0.5, end=4, calibration=7, measure_batches=2),
@@ -197,14 +197,18 @@ def distilled():
 
     def build():
         torch.manual_seed(0)
-        given = {"lora": bh.LoRA(r=2, dropout=0.0), "distillation": bh.Distillation()}
+        given = {"lora": bh.training.LoRA(r=2, dropout=0.0), "distillation": bh.training.Distillation()}
         return bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, warmup=2, **given)
 
     return Fit(
         build,
         lambda: [
             StructuredPruning(
-                bh.Amount(channels=0.25, kv_heads=0.5), at=2, importance=bh.ActivationNorm(), calibration=5, measure_batches=1
+                bh.Amount(channels=0.25, kv_heads=0.5),
+                at=2,
+                importance=bh.importance.ActivationNorm(),
+                calibration=5,
+                measure_batches=1,
             ),
             WeightPruning(bh.Magnitude(), sparsity=0.5, at=3, measure_batches=1, mask_adapters=True),
         ],
@@ -297,7 +301,7 @@ def of_rank():
     return [(one,) for one in draw(4, 2, 12, seed=rank())]
 
 
-class Fails(bh.WeightNorm):
+class Fails(bh.importance.WeightNorm):
     """On the second rank."""
 
     def sums(self, *given):
@@ -346,7 +350,7 @@ DIFFER = {
     "Shrinking: the model": stop(lambda: [Apart(), bh.Shrinking(params=0.8, at=1, generations=0, calibration=6, **NONE)]),
     "Shrinking: the batches": stop(lambda: [bh.Shrinking(params=0.8, at=1, calibration=of_rank(), **NONE)]),
     "HeadPruning: whether monitor='own' is worse": replace(
-        stop(lambda: [HeadPruning(0.5, 1, bh.WeightNorm(), monitor="own", mode="max")], Validated), options={}
+        stop(lambda: [HeadPruning(0.5, 1, bh.importance.WeightNorm(), monitor="own", mode="max")], Validated), options={}
     ),
 }
 
@@ -366,7 +370,7 @@ FAIL = {
 
 def taught_apart():
     torch.manual_seed(rank())
-    return bh.TransformerModule(llama(vocab_size=2048), distillation=bh.Distillation())
+    return bh.TransformerModule(llama(vocab_size=2048), distillation=bh.training.Distillation())
 
 
 TEACHERS = {"teachers": Fit(taught_apart, lambda: [KVHeadConversion(2, at=1, **NONE)], told, {"limit_val_batches": 0}, 3)}

@@ -46,7 +46,7 @@ def adapted(**options):
 
 def masked():
     made = adapted()
-    bh.mask_adapters(made)
+    bh.training.mask_adapters(made)
     return made
 
 
@@ -105,7 +105,7 @@ def merged(name, state):
     """The model as it was exported, in memory, without adapters."""
     made = MODELS[name]().eval()
     made.load_state_dict(state)
-    return bh.merge(made).model if has_adapters(made) else made
+    return bh.training.merge(made).model if has_adapters(made) else made
 
 
 def export_all():

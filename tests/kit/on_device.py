@@ -24,7 +24,7 @@ from kit.families import llama, tokens
 from kit.standin import Registered, is_far
 
 DEVICE = torch.device("privateuseone", 0)  # which has its name from when it is registered
-FEW = bh.BlockMatching(steps=2)
+FEW = bh.criteria.BlockMatching(steps=2)
 
 
 class Watched:
@@ -191,7 +191,7 @@ def pruned(criterion, **how):
 
 
 def repaired(model):
-    plan = bh.plan(model, bh.WeightNorm(), heads=0.5, channels=0.5)
+    plan = bh.plan(model, bh.importance.WeightNorm(), heads=0.5, channels=0.5)
     bh.apply(model, plan, weights=bh.repair(model, plan, batches()))
 
 
@@ -223,8 +223,8 @@ FILES = {
     "KV heads by the best": (converted("auto"), 1e-5),
     "OBS": (removed(bh.OBS(), channels=0.5), 1e-5),
     "OutputNorm": (removed(bh.OutputNorm(), heads=0.5), 0),
-    "a block": (removed(bh.BlockInfluence(), blocks=1), 0),
-    "residual channels": (removed(bh.WeightNorm(), residual=0.25), 0),
+    "a block": (removed(bh.importance.BlockInfluence(), blocks=1), 0),
+    "residual channels": (removed(bh.importance.WeightNorm(), residual=0.25), 0),
 }
 STOPPED = ("Wanda", "match", "repair", "KV heads by SVD, repaired")
 WORKS = {f"memory: {name}": own for name, own in MEMORY.items()}

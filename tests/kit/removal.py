@@ -119,7 +119,7 @@ class TestNothingIsHalfDone:
 
         monkeypatch.setattr(place, where, fails)
         with pytest.raises(KeyError, match="in the middle"):
-            bh.prune_units(model, self.CHOSEN["llama"], optimizer)
+            bh.pruning.prune_units(model, self.CHOSEN["llama"], optimizer)
         assert self.everything(model, optimizer) == before
         self.goes_on(model, optimizer, "llama")
 
@@ -129,7 +129,7 @@ class TestNothingIsHalfDone:
         before = self.everything(model, optimizer)
         monkeypatch.setattr(removal, "alike", lambda *_: False)
         with pytest.raises(ValueError, match="does not follow"):
-            bh.prune_units(model, self.CHOSEN[name], optimizer)
+            bh.pruning.prune_units(model, self.CHOSEN[name], optimizer)
         assert self.everything(model, optimizer) == before
         monkeypatch.undo()
         self.goes_on(model, optimizer, name)
@@ -139,11 +139,11 @@ class TestNothingIsHalfDone:
         optimizer.zero_grad()
         model(tokens(), labels=tokens()).loss.backward()
         optimizer.step()
-        bh.prune_units(model, self.CHOSEN[name], optimizer)
+        bh.pruning.prune_units(model, self.CHOSEN[name], optimizer)
 
     def test_weights_that_are_not_finite_stay_so(self):
         model = llama()
         with torch.no_grad():
             model.model.layers[0].self_attn.q_proj.weight[0] = float("nan")
-        bh.prune_units(model, {1: [0, 1]})
+        bh.pruning.prune_units(model, {1: [0, 1]})
         assert counts(model)["model.layers.1.self_attn"] == (6, 3)

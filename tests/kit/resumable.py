@@ -31,7 +31,9 @@ TWICE = {"heads": bh.schedules.MultiStep([0.25, 0.5], [1, 2]), "late": bh.schedu
 def module(seed=0, lora=False, **options):
     torch.manual_seed(seed)
     model = llama(vocab_size=2048, attention_dropout=0.2, **SIZES)
-    return bh.TransformerModule(model, lr=1e-2, **{"warmup": 2, "lora": bh.LoRA(r=2, dropout=0.2) if lora else None, **options})
+    return bh.TransformerModule(
+        model, lr=1e-2, **{"warmup": 2, "lora": bh.training.LoRA(r=2, dropout=0.2) if lora else None, **options}
+    )
 
 
 def heads_then_kv_heads_then_weights(folder):

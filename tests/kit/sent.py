@@ -139,7 +139,7 @@ SENT = {
     "Magnitude": Event(lambda: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, measure_batches=0), lambda _: 0, masked, **MASKS),
     "Wanda": Event(lambda: bh.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, masked, **MASKS),
     "Wanda, matched": Event(
-        lambda: bh.WeightPruning(bh.Wanda(), 0.5, match=bh.BlockMatching(), **FEW), tuned, solved_for, **VALUES
+        lambda: bh.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), **FEW), tuned, solved_for, **VALUES
     ),
     "SparseGPT": Event(lambda: bh.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, solved_for, **VALUES),
     "channels": Event(

@@ -241,8 +241,8 @@ MASKS = {
     "wanda, one batch": masks(bh.Wanda(), calibration=ONE),
     "wanda, as one": masks(bh.Wanda(), lambda: Own(blocks=False)),
     "wanda, Conv1D": masks(bh.Wanda(), lambda: Own(gpt2)),
-    "owl": masks(bh.Wanda(), allocation=bh.OWL()),
-    "wanda, matched": masks(bh.Wanda(), match=bh.BlockMatching(), calibration=6),
+    "owl": masks(bh.Wanda(), allocation=bh.criteria.OWL()),
+    "wanda, matched": masks(bh.Wanda(), match=bh.criteria.BlockMatching(), calibration=6),
     "sparsegpt": masks(bh.SparseGPT(), pattern="2:4"),
     "sparsegpt, bfloat16": masks(bh.SparseGPT(), lambda: Own(policy=MixedPrecisionPolicy(torch.bfloat16))),
 }
@@ -273,7 +273,7 @@ RESUMED = {
 
 def adapted():
     torch.manual_seed(0)
-    return bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, warmup=2, lora=bh.LoRA(r=2, dropout=0.0))
+    return bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, warmup=2, lora=bh.training.LoRA(r=2, dropout=0.0))
 
 
 ADAPTED = Fit(

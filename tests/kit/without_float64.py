@@ -30,7 +30,7 @@ def pruned(criterion, **how):
 
 
 def repaired(model, device):
-    plan = bh.plan(model, bh.WeightNorm(), heads=0.5, channels=0.5)
+    plan = bh.plan(model, bh.importance.WeightNorm(), heads=0.5, channels=0.5)
     bh.apply(model, plan, weights=bh.repair(model, plan, batches(device)))
 
 
@@ -78,15 +78,15 @@ def drawn(model, device):
 WORKS = {
     "Wanda": (pruned(bh.Wanda()), 0),
     "SparseGPT": (pruned(bh.SparseGPT()), 1e-5),
-    "ALPS": (pruned(bh.ALPS(steps=3)), 0.1),  # as much as another order of the batches makes
-    "BlockMatching": (pruned(bh.Wanda(), match=bh.BlockMatching(steps=1)), 1e-5),
+    "ALPS": (pruned(bh.criteria.ALPS(steps=3)), 0.1),  # as much as another order of the batches makes
+    "BlockMatching": (pruned(bh.Wanda(), match=bh.criteria.BlockMatching(steps=1)), 1e-5),
     "RepairConfig": (repaired, 1e-4),
     "SVD": (converted, 1e-5),
     "Taylor": (scored(bh.Taylor("first"), "head"), 1e-5),
     "OBS": (scored(bh.OBS(), "channel"), 1e-5),
-    "ActivationNorm": (scored(bh.ActivationNorm(), "head"), 1e-5),
-    "WeightNorm": (scored(bh.WeightNorm(), "head"), 1e-5),
-    "BlockInfluence": (scored(bh.BlockInfluence(), "block"), 1e-5),
+    "ActivationNorm": (scored(bh.importance.ActivationNorm(), "head"), 1e-5),
+    "WeightNorm": (scored(bh.importance.WeightNorm(), "head"), 1e-5),
+    "BlockInfluence": (scored(bh.importance.BlockInfluence(), "block"), 1e-5),
     "order": (ordered, 1e-5),
     "validation": (validated, 0),
     "sums": (summed_over_ranks, 0),

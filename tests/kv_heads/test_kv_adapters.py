@@ -30,7 +30,7 @@ def adapted(family, lora=None):
 @pytest.mark.parametrize("family", ["llama", "phi3", "bert", "t5", "gpt_bigcode"])
 def test_converted_and_merged_is_merged_and_converted(family, method):
     model = adapted(family)
-    merged = bh.merge(copy.deepcopy(model)).model
+    merged = bh.training.merge(copy.deepcopy(model)).model
     heads = 1 if family == "gpt_bigcode" else 2
     bh.convert_kv_heads(model, heads, method)
     bh.convert_kv_heads(merged, heads, method)
@@ -40,7 +40,7 @@ def test_converted_and_merged_is_merged_and_converted(family, method):
     with torch.no_grad():
         expected = merged.eval()(**inputs).logits
         torch.testing.assert_close(model.eval()(**inputs).logits, expected, atol=3e-4, rtol=1e-3)
-        torch.testing.assert_close(bh.merge(model).model.eval()(**inputs).logits, expected, atol=3e-4, rtol=1e-3)
+        torch.testing.assert_close(bh.training.merge(model).model.eval()(**inputs).logits, expected, atol=3e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_what_cannot_be_pooled_is_refused(family, lora, method, match):
 def test_adapters_on_feed_forwards_alone_are_not_in_the_way():
     batches, mlp = [{"input_ids": tokens(4, 16)} for _ in range(2)], {"target_modules": ["up_proj", "down_proj"]}
     model = adapted("llama", peft.LoraConfig(r=2, **mlp))
-    merged = bh.merge(copy.deepcopy(model)).model
+    merged = bh.training.merge(copy.deepcopy(model)).model
     with pytest.raises(ValueError, match=r"repair refits weights, and model.layers.0.mlp.up_proj has adapters: leave it out, or"):
         bh.convert_kv_heads(model, 2, "svd", batches=batches, repair=bh.RepairConfig())
     for one in (model, merged):
@@ -86,7 +86,7 @@ def test_adapters_on_feed_forwards_alone_are_not_in_the_way():
 def test_heads_then_weights_then_kv_heads_under_lora_resume(files, tmp_path):
     def fit(seed, folder, ckpt_path=None):
         torch.manual_seed(seed)
-        lit = bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, warmup=2, lora=bh.LoRA(r=2, dropout=0.2))
+        lit = bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, warmup=2, lora=bh.training.LoRA(r=2, dropout=0.2))
         few = {"measure_batches": 0, "calibration": 4}
         callbacks = [
             bh.HeadPruning(0.5, at=2, **few),

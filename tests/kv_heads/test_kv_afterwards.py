@@ -71,7 +71,7 @@ def test_the_dense_model_teaches_the_converted_one(files, tmp_path, method):
         trainer(tmp_path, [callback], max_steps=4).fit(lit, data(files))
         return lit
 
-    taught, alone = fitted(distillation=bh.Distillation()), fitted()
+    taught, alone = fitted(distillation=bh.training.Distillation()), fitted()
     assert set(kv_heads_by_layer(taught).values()) == set(kv_heads_by_layer(alone).values()) == {2}
     teacher = taught.teacher.model
     assert set(kv_heads_by_layer(teacher).values()) == {8}
@@ -87,7 +87,7 @@ def test_units_of_one_with_fewer_heads_in_place_are_removed(family, units, tmp_p
     model = build(family)
     bh.convert_kv_heads(model, 2)
     before = sum(p.numel() for p in model.parameters())
-    plan = bh.plan(model, importance=bh.WeightNorm(), amount=bh.Amount(**units))
+    plan = bh.plan(model, importance=bh.importance.WeightNorm(), amount=bh.Amount(**units))
     bh.apply(model, plan)
     assert sum(p.numel() for p in model.parameters()) == plan.parameters[1] < before
     assert bh.save(model, tmp_path / "cut").way == "shaped"

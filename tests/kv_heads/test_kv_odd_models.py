@@ -92,7 +92,7 @@ NAMES = ["BertForMaskedLM", "Glm4MoeForCausalLM", "NanoChatForCausalLM", "ViTFor
 def test_heads_are_removed_first(name, tmp_path):
     """What is left is not what the class builds of the config; in memory and reloaded, it is converted alike."""
     model = other(name, num_key_value_heads=6)
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), heads=0.34))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), heads=0.34))
     assert set(kv_heads_by_layer(model).values()) == {4}
     inputs = make_inputs(model)
     bh.save(model, tmp_path / "pruned")
@@ -109,7 +109,7 @@ def test_heads_are_removed_first(name, tmp_path):
 def test_heads_are_removed_first_and_a_table_of_angles_follows(tmp_path):
     """Of Phi-3 only a config with another field says both."""
     model = other("Phi3ForCausalLM")
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), heads=0.34))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), heads=0.34))
     bh.save(model, tmp_path / "pruned")
     loaded, inputs = bh.load(tmp_path / "pruned").eval(), make_inputs(model)
     for one in (model, loaded):
@@ -131,7 +131,7 @@ def test_nothing_is_proved_by_what_memory_holds(monkeypatch):
         d_model=48, encoder_attention_heads=6, encoder_layers=2, encoder_ffn_dim=16, num_mel_bins=8, max_source_positions=16
     )
     model = transformers.Qwen2AudioEncoder(config).eval()
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), heads=0.34))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), heads=0.34))
     expected, inputs = mean_heads(copy.deepcopy(model), 4), make_inputs(model)
     bh.convert_kv_heads(model, 2)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_a_config_with_one_number_for_both_keeps_its_queries():
 
 def test_layers_of_different_numbers_of_heads():
     model = other("BertForMaskedLM", num_hidden_layers=3)
-    bh.apply(model, bh.plan_units(model, {"bert.encoder.layer.2.attention": [0, 5]}, "head"))
+    bh.apply(model, bh.pruning.plan_units(model, {"bert.encoder.layer.2.attention": [0, 5]}, "head"))
     assert list(kv_heads_by_layer(model).values()) == [6, 6, 4]
     bh.convert_kv_heads(model, 2)
     assert set(kv_heads_by_layer(model).values()) == {2}
@@ -168,7 +168,7 @@ def test_layers_that_read_the_keys_and_values_of_another_layer():
     assert list(heads.values()) == [2, 2, 2, 2]
     with pytest.raises(ValueError, match="the code of Gemma3nForCausalLM does not follow"):
         bh.convert_kv_heads(model, 1, layers=[0])
-    plan = bh.plan(model, bh.WeightNorm(), heads=0.34)
+    plan = bh.plan(model, bh.importance.WeightNorm(), heads=0.34)
     assert [plan.units[name] for name in heads] == [plan.units[name] for name in list(heads)[:2]] * 2
     zeroed = copy.deepcopy(model)
     for name, gone in plan.units.items():

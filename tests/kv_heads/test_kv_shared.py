@@ -22,7 +22,7 @@ from kit.families import llama, tokens
 from kit.losses import BUILD
 
 MODELS = {"llama": lambda: llama(attention_bias=True, mlp_bias=True), "gpt2": lambda: BUILD["gpt2"]().eval()}
-METHODS = {"svd": "svd", "aligned": "aligned", "auto": "auto", "similar": bh.SVD("similar")}
+METHODS = {"svd": "svd", "aligned": "aligned", "auto": "auto", "similar": bh.kv_methods.SVD("similar")}
 
 
 def both(mesh, family="llama"):
@@ -64,13 +64,13 @@ def test_moments_of_an_attention_go_with_its_block(mesh, monkeypatch):
 
     monkeypatch.setattr(Sums, "__init__", begun)
     with in_turn(sharded):
-        ready_weights(sharded, groups, bh.SVD(), batches, comm=Comm(lambda tensor: tensor))
+        ready_weights(sharded, groups, bh.kv_methods.SVD(), batches, comm=Comm(lambda tensor: tensor))
     assert most == [1] * len(groups)
 
 
 def test_heads_are_turned_as_in_memory(mesh):
     plain, sharded, groups, batches = both(mesh)
-    asked = groups, bh.Aligned(), batches
+    asked = groups, bh.kv_methods.Aligned(), batches
     expected = turned_weights(plain, *asked)
     with in_turn(sharded):
         found = turned_weights(sharded, *asked, comm=Comm(lambda tensor: tensor))

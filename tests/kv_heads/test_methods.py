@@ -152,9 +152,9 @@ class TestFromAFileOfTheUsersOwn:
             ("{class_path: %s.Last}", Last()),
             ("%s.Last", Last()),
             ("{class_path: %s.Weighted, init_args: {power: 2, grouping: similar}}", Weighted("similar", 2.0)),
-            ("{class_path: billhook.SVD, init_args: {grouping: similar}}", bh.SVD("similar")),
-            ("{class_path: SVD}", bh.SVD()),
-            ("svd", bh.SVD()),
+            ("{class_path: billhook.kv_methods.SVD, init_args: {grouping: similar}}", bh.kv_methods.SVD("similar")),
+            ("{class_path: SVD}", bh.kv_methods.SVD()),
+            ("svd", bh.kv_methods.SVD()),
         ],
     )
     def test_yaml_names_it(self, given, method):
@@ -179,7 +179,7 @@ class TestPlan:
     def test_it_is_applied_from_json_as_it_was(self):
         model = build("llama")
         other = copy.deepcopy(model)
-        plain = json.dumps(plan_kv_heads(model, 2, bh.Mean()).to_json())
+        plain = json.dumps(plan_kv_heads(model, 2, bh.kv_methods.Mean()).to_json())
         apply(other, ModelPlan.from_json(json.loads(plain), other))
         bh.convert_kv_heads(model, 2)
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in other.state_dict().items())

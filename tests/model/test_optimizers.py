@@ -55,7 +55,7 @@ FOLLOW = {
 @pytest.mark.parametrize("kind", FOLLOW)
 def test_every_new_parameter_moves_in_the_next_step(kind, scaled):
     model, optimizer = trained(FOLLOW[kind])
-    bh.prune_units(model, CHANNELS, optimizer, kind="channel")
+    bh.pruning.prune_units(model, CHANNELS, optimizer, kind="channel")
     bh.convert_kv_heads(model, 2, optimizers=optimizer)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     grown(model)
@@ -112,8 +112,8 @@ def test_an_optimizer_that_holds_parameters_elsewhere_is_refused(kind, mesh):
     optimizer = REFUSED[kind](model.parameters())
     before = everything(model, optimizer)
     for change in (
-        lambda: bh.prune_units(model, HEADS, optimizer),
-        lambda: bh.prune_units(model, [0], optimizer, kind="block"),
+        lambda: bh.pruning.prune_units(model, HEADS, optimizer),
+        lambda: bh.pruning.prune_units(model, [0], optimizer, kind="block"),
         lambda: bh.convert_kv_heads(model, 2, optimizers=[optimizer]),
         lambda: bh.convert_kv_heads(model, 2, "svd", optimizers=[optimizer]),
     ):
@@ -133,7 +133,7 @@ def test_parameters_with_hooks_of_their_own_are_refused(hook):
         own.register_post_accumulate_grad_hook(print)
     else:
         own.register_hook(print)
-    for change in (lambda: bh.prune_units(model, HEADS), lambda: bh.convert_kv_heads(model, 2)):
+    for change in (lambda: bh.pruning.prune_units(model, HEADS), lambda: bh.convert_kv_heads(model, 2)):
         with pytest.raises(ValueError, match=f"{name} has (a hook|hooks)"):
             change()
     assert model.get_parameter(name) is own
@@ -173,7 +173,7 @@ def test_they_are_refused_before_training(tmp_path, event, kind, mesh):
     assert same(weights(lit), before)
 
 
-class Unsure(type(bh.Mean())):
+class Unsure(type(bh.kv_methods.Mean())):
     def changes(self, model, parameters):
         def fails(key, value):
             raise LookupError(key)

@@ -11,8 +11,8 @@ from kit.families import VIT, llama, tokens
 
 BATCHES = [{"input_ids": tokens(4, 24)} for _ in range(2)]
 CHANGES = {
-    "heads": lambda model: bh.prune_units(model, {0: [0, 1]}),
-    "blocks": lambda model: bh.prune_units(model, [1], kind="block"),
+    "heads": lambda model: bh.pruning.prune_units(model, {0: [0, 1]}),
+    "blocks": lambda model: bh.pruning.prune_units(model, [1], kind="block"),
     "residual": lambda model: bh.apply(model, bh.plan(model, scores=scores(model, "residual"), residual=0.25)),
     "weights": lambda model: bh.prune(model, bh.Wanda(), BATCHES, 0.5),
     "kv_heads": lambda model: bh.convert_kv_heads(model, 1),
@@ -50,7 +50,7 @@ def test_a_model_that_is_changed_in_inference_mode_can_be_trained_later(change):
 def test_a_model_without_values_has_no_scores():
     model = llama().to("meta")
     with pytest.raises(ValueError, match=r"model: model.embed_tokens.weight has no weights yet .it is on the meta device.: load"):
-        bh.score(model, bh.find_units(model, "head"), bh.WeightNorm())
+        bh.score(model, bh.find_units(model, "head"), bh.importance.WeightNorm())
 
 
 # a block is removed whatever its weights hold
@@ -79,8 +79,8 @@ def test_what_torch_ao_has_quantised_is_refused(change, tmp_path):
 
 
 PLANS = {
-    "units": lambda model: bh.plan_units(model, {0: [0, 1]}),
-    "blocks": lambda model: bh.plan_units(model, [1], kind="block"),
+    "units": lambda model: bh.pruning.plan_units(model, {0: [0, 1]}),
+    "blocks": lambda model: bh.pruning.plan_units(model, [1], kind="block"),
     "weights": lambda model: bh.prune(model, bh.Magnitude(), sparsity=0.5, dry_run=True),
     "kv_heads": lambda model: plan_kv_heads(model, 1),
 }
@@ -128,7 +128,7 @@ def test_weights_that_are_no_parameters_are_not_refitted(how):
         weight = linear.weight.detach()
         del linear.weight
         linear.register_buffer("weight", weight)
-    plan = bh.plan_units(model, {0: [0, 1]})
+    plan = bh.pruning.plan_units(model, {0: [0, 1]})
     for refits in (lambda: bh.shrink(model, BATCHES, params=0.9), lambda: bh.repair(model, plan, BATCHES)):
         with pytest.raises(ValueError, match=r"the weight of .*down_proj is no parameter \(it is computed.*make it one first"):
             refits()

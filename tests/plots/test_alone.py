@@ -15,7 +15,7 @@ from kit.families import llama
 DRAWN = {
     "heads": lambda: plots.heads({"layers.0": torch.rand(4)}, {"layers.0": [1]}, [(0.0, 1.0), (0.25, 1.5)], "val_loss"),
     "pareto": lambda: plots.pareto(Shrunk(None, "bytes", 2, 1, {}, 0.0, {"": 0.0}, (), (), {})),
-    "removed": lambda: plots.removed(bh.plan_units(bh.load("tiny"), {0: [1]})),
+    "removed": lambda: plots.removed(bh.pruning.plan_units(bh.load("tiny"), {0: [1]})),
     "schedules": lambda: plots.schedules({"all": bh.schedules.Constant(0.5)}),
     "sparsity": lambda: plots.sparsity(llama()),
     "speed": lambda: plots.speed([Row(0, "decode", 1, 512, (1.0,), (1.0,), 1, 1, 1, 1, None, None)], ["dense"]),

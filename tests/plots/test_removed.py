@@ -16,7 +16,7 @@ def bars(axes):
 
 def test_heads_and_their_kv_heads_and_channels():
     model = llama(num_attention_heads=4, num_key_value_heads=2)
-    plan = bh.plan(model, bh.WeightNorm(), heads=0.5, channels=0.25)
+    plan = bh.plan(model, bh.importance.WeightNorm(), heads=0.5, channels=0.25)
     panels = {axes.get_ylabel(): bars(axes) for axes in plots.removed(plan).axes}
     assert list(panels) == ["heads", "KV heads", "channels"]
     for what, number in (("heads", 0), ("KV heads", 1), ("channels", 0)):
@@ -28,7 +28,7 @@ def test_heads_and_their_kv_heads_and_channels():
 @pytest.mark.parametrize("scores", [None, [0.5, 0.1, 0.4]])
 def test_blocks_are_as_tall_as_their_scores(scores):
     model = llama(num_hidden_layers=3)
-    plan = bh.plan(model, bh.BlockInfluence(), [{"input_ids": torch.arange(8)[None]}], blocks=1)
+    plan = bh.plan(model, bh.importance.BlockInfluence(), [{"input_ids": torch.arange(8)[None]}], blocks=1)
     (stack,) = plan.before
     plan = bh.ModelPlan.from_json(plan.to_json() | {"scores": {} if scores is None else {stack: scores}}, model)
     (axes,) = plots.removed(plan).axes

@@ -52,7 +52,7 @@ def test_units_go_as_if_they_were_masked(tmp_path, name, kind):
     whole = answer(model, batch)
     with bh.mask(model, gone, kind):
         expected = answer(model, batch)
-    bh.prune_units(model, gone, kind=kind)
+    bh.pruning.prune_units(model, gone, kind=kind)
     found = answer(model, batch)
     if kind != "residual":  # norms of fewer channels are others
         assert torch.allclose(found, expected, atol=1e-4)
@@ -65,7 +65,7 @@ def test_blocks_of_both_towers_go_as_if_they_were_skipped(tmp_path):
     gone = {"text_model.encoder.layers": [0], "vision_model.encoder.layers": [1]}
     with skipping(model, gone):
         expected = answer(model, batch)
-    bh.prune_units(model, gone, kind="block")
+    bh.pruning.prune_units(model, gone, kind="block")
     assert torch.allclose(answer(model, batch), expected, rtol=1e-5)
     goes_on(model, batch, tmp_path)
     plain = CLIPModel.from_pretrained(tmp_path / "out")
@@ -77,7 +77,7 @@ def test_widths_that_the_output_shows_stay():
     """CLIP returns the hidden states of both towers beside what it compares."""
     model = clip()
     with pytest.raises(ValueError, match="cannot be removed: the model's output has it"):
-        bh.prune_units(model, {place: [0] for place in find_units(model, "residual")}, kind="residual")
+        bh.pruning.prune_units(model, {place: [0] for place in find_units(model, "residual")}, kind="residual")
 
 
 @pytest.mark.daily("whisper-svd")

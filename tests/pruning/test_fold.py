@@ -43,7 +43,7 @@ def cut_by_hand(model, plan):
 def test_scaled_embeddings(family, tied, tmp_path):
     """The cut model computes what the class would with the scale from before, and so does what is saved."""
     model = make(family, tie_word_embeddings=tied)
-    plan = bh.plan(model, bh.WeightNorm(), residual=0.25)
+    plan = bh.plan(model, bh.importance.WeightNorm(), residual=0.25)
     reference = answer(cut_by_hand(model, plan))
     bh.apply(model, plan)
     torch.testing.assert_close(answer(model), reference, rtol=1e-5, atol=1e-5)
@@ -57,7 +57,7 @@ def test_scaled_embeddings(family, tied, tmp_path):
 def test_a_lightning_checkpoint_gives_a_new_model_the_numbers_too():
     model = make("gemma")
     new = Holder(copy.deepcopy(model))
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), residual=0.25))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), residual=0.25))
     checkpoint = {}
     save_shape(Holder(model), checkpoint)
     load_shape(new, checkpoint)
@@ -70,7 +70,7 @@ def test_a_lightning_checkpoint_gives_a_new_model_the_numbers_too():
 def test_what_no_weights_make_up_for_stays_as_the_config_says(family, tmp_path):
     """These scale low ranks by the hidden size: it stays in the config, and bh.load loads the shape."""
     model = make(family).float()
-    plan = bh.plan(model, bh.WeightNorm(), residual=0.25)
+    plan = bh.plan(model, bh.importance.WeightNorm(), residual=0.25)
     bh.apply(model, plan)
     assert model.config.hidden_size == make(family).config.hidden_size
     attention = model.model.layers[0].self_attn
@@ -81,5 +81,5 @@ def test_what_no_weights_make_up_for_stays_as_the_config_says(family, tmp_path):
 def test_a_class_that_makes_positions_where_a_number_is(tmp_path):
     """Its constructor moves what it has made to the device of a single number."""
     model = make("wav2vec2-conformer").float()
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.25))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), channels=0.25))
     assert bh.save(model, tmp_path / "saved").way == "plain"

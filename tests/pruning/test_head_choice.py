@@ -142,16 +142,16 @@ def test_any_tensor_is_a_score():
 
 def test_of_a_model():
     model = bert()
-    importance = bh.score(model, bh.find_units(model, "head"), bh.WeightNorm(), normalize=True)
+    importance = bh.score(model, bh.find_units(model, "head"), bh.importance.WeightNorm(), normalize=True)
     chosen = choose(bh.find_units(model, "head"), importance, 0.5)
     assert chosen == {name: importance[name].argsort()[:2].sort().values.tolist() for name in BERT}
-    plan = bh.prune_units(model, chosen)
+    plan = bh.pruning.prune_units(model, chosen)
     assert plan.after == dict.fromkeys(BERT, (2, 2))
     model = build("qwen3")
     importance = bh.score(model, bh.find_units(model, "head"), RandomUnits(3), normalize=True)
     chosen = choose(bh.find_units(model, "head"), importance, 0.5, ranking="global")
     assert sum(map(len, chosen.values())) == 8
-    assert sum(query for query, _ in bh.plan_units(model, chosen).after.values()) == 8
+    assert sum(query for query, _ in bh.pruning.plan_units(model, chosen).after.values()) == 8
 
 
 @pytest.mark.parametrize(

@@ -22,15 +22,15 @@ def refused(model, heads, match, **options):
     before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
     shape = shape_of(model)
     with pytest.raises(ValueError, match=match):
-        bh.prune_units(model, heads, **options)
+        bh.pruning.prune_units(model, heads, **options)
     with pytest.raises(ValueError, match=match):
-        bh.plan_units(model, heads, **options)
+        bh.pruning.plan_units(model, heads, **options)
     assert {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()} == before
     assert shape_of(model) == shape
 
 
 def test_a_plan_says_what_stays():
-    plan = bh.plan_units(llama(), {0: [1, 2, 5, 7], LAYERS[1]: [6, 7]})
+    plan = bh.pruning.plan_units(llama(), {0: [1, 2, 5, 7], LAYERS[1]: [6, 7]})
     assert plan.units == {LAYERS[0]: [1, 2, 5, 7], LAYERS[1]: [6, 7]}
     assert plan.before == dict.fromkeys(LAYERS, (8, 4))
     assert plan.after == {LAYERS[0]: (4, 4), LAYERS[1]: (6, 3)}
@@ -48,29 +48,32 @@ def test_a_plan_says_what_stays():
 def test_its_parameters_are_those_that_are_left():
     for model in (llama(tie_word_embeddings=True), bert(), gpt2(), t5()):
         heads = list(find_units(model, "head"))
-        plan = bh.plan_units(model, {heads[-1]: [0, 1], heads[-1 if len(heads) == 2 else -3]: [0, 1]})
+        plan = bh.pruning.plan_units(model, {heads[-1]: [0, 1], heads[-1 if len(heads) == 2 else -3]: [0, 1]})
         assert plan.parameters[0] == model.num_parameters()
         bh.apply(model, plan)
         assert plan.parameters[1] == model.num_parameters()
 
 
 def test_the_table():
-    plan = bh.plan_units(llama(), {0: [1, 2, 5, 7]})
+    plan = bh.pruning.plan_units(llama(), {0: [1, 2, 5, 7]})
     before, after = plan.parameters
     assert str(plan).splitlines() == [
         f"LlamaForCausalLM: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)",
         "  model.layers.0.self_attn  8 -> 4 query, 4 KV heads; without 1, 2, 5, 7",
         "  model.layers.1.self_attn  8 query, 4 KV heads",
     ]
-    assert str(bh.plan_units(bert(), {1: [3]})).splitlines()[2] == "  bert.encoder.layer.1.attention  4 -> 3 heads; without 3"
+    assert (
+        str(bh.pruning.plan_units(bert(), {1: [3]})).splitlines()[2]
+        == "  bert.encoder.layer.1.attention  4 -> 3 heads; without 3"
+    )
 
 
 def test_as_plain_data_and_back():
     model = llama()
-    plan = bh.plan_units(model, {1: [2, 3, 0, 1, 1], 0: []})
+    plan = bh.pruning.plan_units(model, {1: [2, 3, 0, 1, 1], 0: []})
     plain = json.loads(json.dumps(plan.to_json()))
     assert (plain["model"], plain["units"]) == ("LlamaForCausalLM", {LAYERS[1]: [0, 1, 2, 3]})
-    again = bh.plan_units(model, plain["units"])
+    again = bh.pruning.plan_units(model, plain["units"])
     assert str(again) == str(plan)
     assert {key: stays.tolist() for key, stays in again.cuts.items()} == {key: s.tolist() for key, s in plan.cuts.items()}
     bh.apply(model, again)
@@ -79,20 +82,23 @@ def test_as_plain_data_and_back():
 
 def test_kv_heads_are_their_query_heads():
     model = llama()
-    one, other = bh.plan_units(model, {0: [1, 3], 1: [0]}, per="kv_head"), bh.plan_units(model, {0: [2, 3, 6, 7], 1: [0, 1]})
+    one, other = (
+        bh.pruning.plan_units(model, {0: [1, 3], 1: [0]}, per="kv_head"),
+        bh.pruning.plan_units(model, {0: [2, 3, 6, 7], 1: [0, 1]}),
+    )
     assert one.units == other.units
     assert one.cuts.keys() == other.cuts.keys()
     assert all((one.cuts[key] == other.cuts[key]).all() for key in one.cuts)
-    mixed = bh.plan_units(model, {0: [0, 1, 2, 4, 7]})  # a whole KV head, and one of two from each of the others
+    mixed = bh.pruning.plan_units(model, {0: [0, 1, 2, 4, 7]})  # a whole KV head, and one of two from each of the others
     assert mixed.after[LAYERS[0]] == (3, 3)
 
 
 def test_nothing_changes_by_a_plan_and_an_empty_plan_is_none():
     model = llama()
     weights, shape = {name: id(p) for name, p in model.named_parameters()}, shape_of(model)
-    bh.plan_units(model, {0: [0, 1]})
+    bh.pruning.plan_units(model, {0: [0, 1]})
     for heads in ({}, {0: []}, {0: [], LAYERS[1]: ()}):
-        plan = bh.prune_units(model, heads)
+        plan = bh.pruning.prune_units(model, heads)
         assert (plan.units, plan.cuts) == ({}, {})
         assert plan.before == plan.after
         assert plan.parameters[0] == plan.parameters[1]
@@ -136,8 +142,8 @@ class TestRefused:
         refused(
             wide, {1: [0, 1, 2, 4]}, r"layers.1.self_attn would serve \[1, 3\] query heads each, .* 1 to 3, from each of its 2"
         )
-        assert bh.plan_units(wide, {1: [0, 2, 6, 7]}).after[LAYERS[1]] == (4, 2)
-        assert bh.plan_units(llama(num_key_value_heads=1), {0: [3]}).after[LAYERS[0]] == (7, 1)
+        assert bh.pruning.plan_units(wide, {1: [0, 2, 6, 7]}).after[LAYERS[1]] == (4, 2)
+        assert bh.pruning.plan_units(llama(num_key_value_heads=1), {0: [3]}).after[LAYERS[0]] == (7, 1)
 
     def test_other_heads_of_layers_that_share_a_bias(self):
         model = t5()
@@ -178,7 +184,7 @@ class TestRefused:
 
     def test_a_plan_of_another_model(self):
         model = llama()
-        plan = bh.plan_units(model, {0: [0, 1]})
+        plan = bh.pruning.plan_units(model, {0: [0, 1]})
         others = [build("qwen2"), llama(num_key_value_heads=2), llama(num_hidden_layers=1), llama(head_dim=8), llama(head_dim=2)]
         for other in others:
             before = {name: id(tensor) for name, tensor in other.named_parameters()}
@@ -192,18 +198,18 @@ class TestRefused:
         bh.apply(model, plan)
         with pytest.raises(ValueError, match="plan: it was made for a LlamaForCausalLM with other units"):
             bh.apply(model, plan)  # it is another one now
-        bh.apply(llama(intermediate_size=20), bh.plan_units(llama(), {0: [0, 1]}))  # what it is of is the heads
+        bh.apply(llama(intermediate_size=20), bh.pruning.plan_units(llama(), {0: [0, 1]}))  # what it is of is the heads
 
     def test_heads_that_are_masked(self):
         model = llama()
         match = r"units: a mask or gates stand before model.layers.1.self_attn.o_proj: remove them first \(mask.remove\(\)\)"
         mask = bh.mask(model, {1: [1]})
         with pytest.raises(ValueError, match=match):
-            bh.prune_units(model, {0: [0, 1]})
+            bh.pruning.prune_units(model, {0: [0, 1]})
         mask.remove()
         with bh.gates(model, bh.find_units(model, "head")), pytest.raises(ValueError, match="a mask or gates stand before"):
-            bh.prune_units(model, {0: [0, 1]})
-        assert bh.prune_units(model, {0: [0, 1]}).after[LAYERS[0]] == (6, 3)
+            bh.pruning.prune_units(model, {0: [0, 1]})
+        assert bh.pruning.prune_units(model, {0: [0, 1]}).after[LAYERS[0]] == (6, 3)
 
 
 def test_codegen_deals_its_heads_to_four_cores():
@@ -212,6 +218,6 @@ def test_codegen_deals_its_heads_to_four_cores():
     model = small(config, transformers.CodeGenForCausalLM)
     shape = shape_of(model)
     with pytest.raises(ValueError, match="the code of CodeGenForCausalLM does not follow when heads are removed"):
-        bh.prune_units(model, {0: [0, 1, 2, 5]})  # the cores would have one, none, one and two
+        bh.pruning.prune_units(model, {0: [0, 1, 2, 5]})  # the cores would have one, none, one and two
     assert shape_of(model) == shape
-    assert bh.prune_units(model, {0: [0, 2, 4, 7]}).after["transformer.h.0.attn"] == (4, 4)
+    assert bh.pruning.prune_units(model, {0: [0, 2, 4, 7]}).after["transformer.h.0.attn"] == (4, 4)

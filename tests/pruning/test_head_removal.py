@@ -60,7 +60,7 @@ def assert_removes(model, chosen, per="head"):
     whole = answers(model, asked)
     with bh.mask(model, chosen, per=per):
         expected = answers(model, asked)
-    plan = bh.prune_units(model, chosen, per=per)
+    plan = bh.pruning.prune_units(model, chosen, per=per)
     found = answers(model, asked)
     assert_same(found, expected)
     assert counts(model) == plan.after != plan.before
@@ -125,7 +125,7 @@ class TestSlicedEqualsMasked:
         model = small(small_config(transformers.StableLmConfig), transformers.StableLmForCausalLM).bfloat16()
         rotary = {f"model.layers.{layer}.self_attn.rotary_ndims": 2 for layer in (0, 1)}  # and two KV heads
         assert rotary.items() <= shape_of(model).attributes.items()
-        plan = bh.prune_units(model, {0: [0], 1: [1]}, per="kv_head")
+        plan = bh.pruning.prune_units(model, {0: [0], 1: [1]}, per="kv_head")
         assert set(plan.after.values()) == {(3, 1)}
         assert rotary.items() <= shape_of(model).attributes.items()
         assert {tensor.dtype for tensor in model.parameters()} == {torch.bfloat16}
@@ -136,16 +136,16 @@ class TestSlicedEqualsMasked:
         with pytest.raises(
             ValueError, match="the code of Phi3ForCausalLM does not follow when heads are removed from its tensors"
         ):
-            bh.prune_units(model, {0: [0]}, per="kv_head")
+            bh.pruning.prune_units(model, {0: [0]}, per="kv_head")
         assert ({name: id(p) for name, p in model.named_parameters()}, shape_of(model)) == before
-        plan = bh.prune_units(model, {0: [0], 1: [1]}, per="kv_head")
+        plan = bh.pruning.prune_units(model, {0: [0], 1: [1]}, per="kv_head")
         assert set(plan.after.values()) == {(3, 1)}
         assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (3, 1)
 
     def test_a_model_inside_another_module_and_a_part_of_it(self):
         outer = nn.Module()
         outer.model = llama()
-        assert bh.prune_units(outer, {0: [0, 1]}).after == counts(outer.model)
+        assert bh.pruning.prune_units(outer, {0: [0, 1]}).after == counts(outer.model)
         encoder = transformers.T5EncoderModel(transformers.T5Config(d_model=32, d_kv=8, num_heads=4, num_layers=2, vocab_size=64))
         assert_removes(encoder.eval().double(), {0: [1, 2], 1: [1, 2]})
 
@@ -173,7 +173,7 @@ class TestGeneration:
         ways = [{"use_cache": True}, {"use_cache": False}, {"num_beams": 3}]
         with bh.mask(model, chosen):
             expected = [model.generate(ids, **options, **way) for way in ways]
-        bh.prune_units(model, chosen)
+        bh.pruning.prune_units(model, chosen)
         for way, one in zip(ways, expected, strict=True):
             found = model.generate(ids, **options, **way)
             assert torch.equal(found.sequences, one.sequences)
@@ -189,7 +189,7 @@ class TestGeneration:
         asked = {"encoder_outputs": BaseModelOutput(states), "decoder_input_ids": tokens(2, 4)}
         with torch.no_grad(), bh.mask(model, cross | own):
             expected = model(**asked).logits
-        bh.prune_units(model, cross | own)
+        bh.pruning.prune_units(model, cross | own)
         torch.testing.assert_close(model(**asked).logits, expected)
 
 
@@ -199,7 +199,7 @@ class TestWeights:
     def test_llama(self):
         model, size = llama().eval(), 4  # 8 query heads, 4 KV heads
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        bh.prune_units(model, {0: [0, 1, 2, 4, 7], 1: [1, 2, 4, 6]})
+        bh.pruning.prune_units(model, {0: [0, 1, 2, 4, 7], 1: [1, 2, 4, 6]})
         stays = {0: ([3, 5, 6], [1, 2, 3]), 1: ([0, 3, 5, 7], [0, 1, 2, 3])}
         for name, parameter in model.named_parameters():
             expected = before[name]
@@ -222,7 +222,7 @@ class TestWeights:
     def test_bert(self):
         model = bert()  # 4 heads of 8
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        bh.prune_units(model, {0: [3], 1: [0, 2]})
+        bh.pruning.prune_units(model, {0: [3], 1: [0, 2]})
         for name, parameter in model.named_parameters():
             expected = before[name]
             if ".attention." in name and "LayerNorm" not in name:
@@ -246,7 +246,7 @@ class TestWeights:
         for parameter in kept.values():
             parameter.grad = torch.ones_like(parameter)
         random_state = torch.get_rng_state()
-        bh.prune_units(model, {0: [0, 1], 1: [0, 2, 4, 6]})
+        bh.pruning.prune_units(model, {0: [0, 1], 1: [0, 2, 4, 6]})
         assert torch.equal(random_state, torch.get_rng_state())
         assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(frozen)
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
@@ -294,7 +294,7 @@ class TestOptimizer:
         states = {id(p): optimizer.state[p] for p in trained}
 
         chosen = {0: [0, 3, 4, 6], 1: [6, 7]} if per == "head" else {0: [1, 3], 1: [3]}
-        plan = bh.prune_units(model, chosen, optimizer, per=per)
+        plan = bh.pruning.prune_units(model, chosen, optimizer, per=per)
 
         def cut(name, tensor):
             for dim in range(tensor.dim()):
@@ -335,7 +335,7 @@ class TestOptimizer:
         model(tokens(), labels=tokens()).loss.backward()
         for optimizer in optimizers:
             optimizer.step()
-        bh.prune_units(model, {0: [0, 1]}, iter(optimizers))
+        bh.pruning.prune_units(model, {0: [0, 1]}, iter(optimizers))
         assert {id(p) for o in optimizers for g in o.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
         assert all(v.shape == p.shape for p, s in optimizers[0].state.items() for v in s.values() if v.dim())
         model(tokens(), labels=tokens()).loss.backward()
@@ -347,7 +347,7 @@ class TestOptimizer:
         optimizer = transformers.Adafactor(model.parameters(), lr=1e-2, relative_step=False, scale_parameter=False)
         self.steps(model, optimizer, 2)
         with pytest.warns(UserWarning, match="Adafactor keeps 'exp_avg_sq_row' of size .* it cannot follow"):
-            bh.prune_units(model, {0: [0, 1]}, optimizer)
+            bh.pruning.prune_units(model, {0: [0, 1]}, optimizer)
         self.steps(model, optimizer, 1)
 
 
@@ -368,7 +368,7 @@ class TestAdapters:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
         model(ids, labels=ids).loss.backward()
         whole = {name: p.detach().clone() for name, p in model.named_parameters()}
-        plan = bh.prune_units(model, chosen, optimizer)
+        plan = bh.pruning.prune_units(model, chosen, optimizer)
         torch.testing.assert_close(model(ids).logits, expected)
         with model.disable_adapter():
             torch.testing.assert_close(model(ids).logits, off)
@@ -388,7 +388,7 @@ class TestAdapters:
         assert torch.equal(layer.q_proj.lora_B.default.weight, whole[name.format("q_proj.lora_B")][rows])
         assert torch.equal(layer.o_proj.lora_A.default.weight, whole[name.format("o_proj.lora_A")][:, rows])
 
-        bh.prune_units(merged, chosen)
+        bh.pruning.prune_units(merged, chosen)
         torch.testing.assert_close(merged(ids).logits, expected)
         torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(ids).logits, expected)
         model(ids, labels=ids).loss.backward()
@@ -404,10 +404,10 @@ class TestAdapters:
         model, ids = dora("q_proj", "v_proj"), tokens()
         with torch.no_grad(), bh.mask(model, {0: [0, 1], 1: [1, 2, 4, 6]}):
             expected = model(ids).logits
-        bh.prune_units(model, {0: [0, 1], 1: [1, 2, 4, 6]})
+        bh.pruning.prune_units(model, {0: [0, 1], 1: [1, 2, 4, 6]})
         torch.testing.assert_close(model(ids).logits, expected)
         with pytest.raises(ValueError, match=r"cannot be removed: a norm spans all of them"):  # of the columns that are read
-            bh.prune_units(dora("o_proj"), {0: [0, 1]})
+            bh.pruning.prune_units(dora("o_proj"), {0: [0, 1]})
 
     @pytest.mark.nightly
     def test_on_one_matrix_of_all(self):
@@ -415,7 +415,7 @@ class TestAdapters:
         model, ids = peft.get_peft_model(gpt2(), config).eval().double(), tokens()
         with torch.no_grad(), bh.mask(model, {0: [1], 1: [0, 3]}):
             expected = model(ids).logits
-        bh.prune_units(model, {0: [1], 1: [0, 3]})
+        bh.pruning.prune_units(model, {0: [1], 1: [0, 3]})
         torch.testing.assert_close(model(ids).logits, expected)
         torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected)
 
@@ -478,7 +478,7 @@ class TestCodeOfSomebodysOwn:
         model, ids = self.own(), tokens()
         with bh.mask(model, {0: [0], 1: [1, 2]}):
             expected = model(ids).logits
-        bh.prune_units(model, {0: [0], 1: [1, 2]})
+        bh.pruning.prune_units(model, {0: [0], 1: [1, 2]})
         torch.testing.assert_close(model(ids).logits, expected)
         whole = torch.linspace(0.5, 2, 4, dtype=torch.double)
         assert torch.allclose(model.layers[0].sharpness, whole[1:])
@@ -491,7 +491,7 @@ class TestCodeOfSomebodysOwn:
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         before = TestNothingIsHalfDone.everything(model, optimizer)
         with pytest.raises(ValueError, match="the code of OwnModel does not follow when heads are removed .* can be masked"):
-            bh.prune_units(model, {0: [0, 1], 1: [0, 2]}, optimizer)
+            bh.pruning.prune_units(model, {0: [0, 1], 1: [0, 2]}, optimizer)
         assert TestNothingIsHalfDone.everything(model, optimizer) == before
         with bh.mask(model, {0: [0, 1]}):
             model(tokens())
@@ -502,7 +502,7 @@ class TestCodeOfSomebodysOwn:
         before = TestNothingIsHalfDone.everything(model, optimizer)
         monkeypatch.setattr(removal, "alike", lambda *_: False)
         with pytest.raises(ValueError, match="the code of OwnModel does not follow"):
-            bh.prune_units(model, {0: [0, 1]}, optimizer)
+            bh.pruning.prune_units(model, {0: [0, 1]}, optimizer)
         assert TestNothingIsHalfDone.everything(model, optimizer) == before
 
 
@@ -525,9 +525,9 @@ class TestRoundTrip:
     def test_alike_in_all_layers(self, name, tmp_path):
         model = self.t5() if name == "t5" else build(name)
         if name == "t5":
-            bh.prune_units(model, dict.fromkeys(find_units(model, "head"), [1, 2]))
+            bh.pruning.prune_units(model, dict.fromkeys(find_units(model, "head"), [1, 2]))
         else:
-            bh.prune_units(model, {0: [0, 1], 1: [0, 3]}, per="kv_head")
+            bh.pruning.prune_units(model, {0: [0, 1], 1: [0, 3]}, per="kv_head")
         expected = self.logits(model)
         saved = bh.save(model, tmp_path / "a")
         assert (saved.way, saved.difference) == ("plain", 0)
@@ -539,7 +539,7 @@ class TestRoundTrip:
             said = bh.summary(model)
             assert (said.query_heads, said.kv_heads) == self.UNIFORM[name]
             assert name == "mixtral" or said.kv_cache_bytes == 2 * 2 * 2 * model.model.layers[0].self_attn.head_dim * 4
-            bh.prune_units(again, {0: [0, 2], 1: [1, 3]})  # pruned again, after loading
+            bh.pruning.prune_units(again, {0: [0, 2], 1: [1, 3]})  # pruned again, after loading
             assert set(counts(again).values()) == {(2, 2)}
             assert bh.save(again, tmp_path / "b").way == "plain"
             assert torch.equal(self.logits(bh.load(tmp_path / "b")), self.logits(again))
@@ -551,7 +551,7 @@ class TestRoundTrip:
         if name == "lora":
             model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "o_proj"], r=2)).eval()
         chosen = {0: [0, 1], 1: [2, 3, 4, 5]} if name in ("llama", "lora") else {0: [0], 1: [1, 2]}
-        plan = bh.prune_units(model, chosen)
+        plan = bh.pruning.prune_units(model, chosen)
         model = model.merge_and_unload() if name == "lora" else model
         saved = bh.save(model, tmp_path / "a")
         assert (saved.way, saved.difference) == ("shaped", 0)
@@ -564,9 +564,9 @@ class TestRoundTrip:
         with torch.no_grad(), bh.mask(again, chosen):
             expected = again(ids).logits
         optimizer = torch.optim.SGD(again.parameters(), 0.1)
-        bh.prune_units(again, chosen, optimizer)
+        bh.pruning.prune_units(again, chosen, optimizer)
         torch.testing.assert_close(again(ids).logits, expected)
-        bh.prune_units(model, chosen)
+        bh.pruning.prune_units(model, chosen)
         assert torch.equal(self.logits(again), self.logits(model))
         assert shape_of(again) == shape_of(model)
         assert bh.save(again, tmp_path / "b").difference == 0
@@ -577,7 +577,7 @@ class TestRoundTrip:
     def test_trace_and_summary_of_what_is_left(self, make_one):
         model = make_one()
         before = bh.summary(model)
-        plan = bh.prune_units(model, {1: [0, 1]})
+        plan = bh.pruning.prune_units(model, {1: [0, 1]})
         said, structure = bh.summary(model), bh.trace(model)
         assert (before.params, said.params) == plan.parameters
         assert not structure.opaque
@@ -592,6 +592,6 @@ class TestRoundTrip:
     def test_query_heads_alone_keep_the_cache(self):
         model = llama()
         before = bh.summary(model)
-        bh.prune_units(model, {0: [0, 2, 4, 6], 1: [1, 2, 4, 7]})
+        bh.pruning.prune_units(model, {0: [0, 2, 4, 6], 1: [1, 2, 4, 7]})
         said = bh.summary(model)
         assert (said.query_heads, said.kv_heads, said.kv_cache_bytes) == (4, 4, before.kv_cache_bytes)

@@ -35,7 +35,7 @@ def test_units_go_as_if_they_were_masked(name, kind, tmp_path):
     whole = looked(model)
     with bh.mask(model, gone, kind):
         expected = looked(model)
-    bh.prune_units(model, gone, kind=kind)
+    bh.pruning.prune_units(model, gone, kind=kind)
     assert torch.allclose(looked(model), expected, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(looked(model), whole, rtol=1e-2, atol=1e-2)
     for place, one in find_units(model, kind).items():
@@ -79,7 +79,7 @@ def test_a_plan_takes_the_least_and_says_why_nothing_is_refitted():
     bh.apply(model, plan)
     assert plan.parameters[1] == sum(one.numel() for one in model.parameters())
     with pytest.raises(ValueError, match="no linear layer reads what is removed"):
-        bh.repair(made("resnet"), bh.plan(made("resnet"), bh.WeightNorm(), channels=0.5), batches)
+        bh.repair(made("resnet"), bh.plan(made("resnet"), bh.importance.WeightNorm(), channels=0.5), batches)
 
 
 def test_the_command_on_a_folder_of_images(tmp_path):
@@ -97,7 +97,7 @@ def test_convolutions_beside_feed_forwards_that_cannot_lose_channels_are_no_plac
     model = other("Wav2Vec2ConformerForCTC")
     readers = [reader for one in find_units(model, "channel").values() for reader in one.readers]
     assert [reader.rpartition(".")[2] for reader in readers] == ["output_dense"] * 4
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.25))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), channels=0.25))
 
 
 def test_weights_that_a_convolution_standardises_have_no_channels():
@@ -127,7 +127,7 @@ def test_what_stays_is_refused_before_anything_changes(name, kind, message):
     model = made(name)
     before = looked(model)
     with pytest.raises(ValueError, match=message):
-        bh.prune_units(model, {place: [0] for place in find_units(model, kind)}, kind=kind)
+        bh.pruning.prune_units(model, {place: [0] for place in find_units(model, kind)}, kind=kind)
     assert torch.equal(looked(model), before)
 
 
@@ -144,7 +144,7 @@ def test_what_the_page_says_of_other_families(name, kind, message):
     model = other(name if name.endswith("Model") else f"{name}ForImageClassification")
     before = {own: tensor.clone() for own, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=message):
-        bh.prune_units(model, {place: [0] for place in find_units(model, kind)}, kind=kind)
+        bh.pruning.prune_units(model, {place: [0] for place in find_units(model, kind)}, kind=kind)
     assert all(torch.equal(tensor, before[own]) for own, tensor in model.state_dict().items())
 
 
@@ -154,7 +154,7 @@ def test_a_fit_removes_channels_of_convolutions_and_goes_on(tmp_path):
     made("resnet").save_pretrained(tmp_path / "resnet")
     write_processor(tmp_path / "resnet")
     lit = bh.TransformerModule(str(tmp_path / "resnet"), "image-classification", lr=1e-3)
-    data = bh.ImageDataModule(str(tmp_path / "photos"), batch_size=4)
+    data = bh.training.ImageDataModule(str(tmp_path / "photos"), batch_size=4)
     cut = bh.StructuredPruning(bh.Amount(channels=0.5), at=2, calibration=8)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(max_steps=5, callbacks=[cut, bh.Export(str(tmp_path / "out"))], accelerator="cpu", **quiet)

@@ -30,7 +30,7 @@ def test_a_model_is_what_its_class_builds_of_other_sizes(family, tmp_path):
         if kind == "residual" or stage in place
     }
     whole = looked(model)
-    bh.prune_units(model, gone, kind=kinds)
+    bh.pruning.prune_units(model, gone, kind=kinds)
     plain = built().eval()
     plain.load_state_dict(model.state_dict())
     assert torch.equal(looked(plain), looked(model))
@@ -54,7 +54,7 @@ def test_stages_of_convnext_are_what_their_class_builds_of_other_widths(tmp_path
     assert [one.count() for one in stages.values()] == STAGES["hidden_sizes"]
     gone = {place: [1, 5] for place in stages}
     inner = {place: list(range(3, 11)) for place in find_units(model, "channel")}  # four times as wide as the stage
-    bh.prune_units(model, gone | inner, kind=["residual", "channel"])
+    bh.pruning.prune_units(model, gone | inner, kind=["residual", "channel"])
     assert model.convnext.encoder.stages[1].layers[0].dwconv.groups == 22
     plain = convnext([14, 22, 22, 30]).eval()
     plain.load_state_dict(model.state_dict())

@@ -21,14 +21,14 @@ from kit.shaped import bert, gpt2
 def refused(model, units, match, kinds=("head", "channel", "residual", "expert")):
     before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}, shape_of(model)
     with pytest.raises(ValueError, match=match):
-        bh.plan_units(model, units, kinds)
+        bh.pruning.plan_units(model, units, kinds)
     assert ({name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}, shape_of(model)) == before
 
 
 class TestWhatGoes:
     def test_channels(self):
         model = llama()
-        plan = bh.plan_units(model, {MLPS[0]: [0, 3, 47], MLPS[1]: []}, "channel")
+        plan = bh.pruning.plan_units(model, {MLPS[0]: [0, 3, 47], MLPS[1]: []}, "channel")
         stays = [n for n in range(48) if n not in (0, 3, 47)]
         assert {place: kept.tolist() for place, kept in plan.cuts.items()} == {
             (f"{MLPS[0]}.gate_proj.weight", 0): stays,
@@ -41,14 +41,14 @@ class TestWhatGoes:
 
     def test_residual_channels_of_tied_embeddings_go_once(self):
         model = llama(tie_word_embeddings=True)
-        plan = bh.plan_units(model, {"model": [1, 30]}, "residual")
+        plan = bh.pruning.plan_units(model, {"model": [1, 30]}, "residual")
         assert len(plan.cuts) == 1 + 2 * 9 + 1
         assert all(len(kept) == 30 for kept in plan.cuts.values())
         rows = 64 + 2 * (32 + 16 + 16 + 32 + 48 * 3 + 2) + 1  # embeddings; q, k, v, o, mlp and norms; the last norm
         assert plan.parameters[0] - plan.parameters[1] == 2 * rows
 
     def test_experts_and_their_router(self):
-        plan = bh.plan_units(build("mixtral"), {MLPS[1]: [3, 0, 3]}, ["expert"])
+        plan = bh.pruning.plan_units(build("mixtral"), {MLPS[1]: [3, 0, 3]}, ["expert"])
         assert plan.units == {MLPS[1]: [0, 3]}
         assert {place: kept.tolist() for place, kept in plan.cuts.items()} == {
             (f"{MLPS[1]}.gate.weight", 0): [1, 2],
@@ -57,7 +57,7 @@ class TestWhatGoes:
         }
 
     def test_kinds_in_one_matrix(self):
-        plan = bh.plan_units(llama(), {MLPS[0]: [0], "": [5], ATTENTIONS[0]: [0, 1]}, ["head", "channel", "residual"])
+        plan = bh.pruning.plan_units(llama(), {MLPS[0]: [0], "": [5], ATTENTIONS[0]: [0, 1]}, ["head", "channel", "residual"])
         assert len(plan.cuts[f"{MLPS[0]}.up_proj.weight", 0]) == 47
         assert len(plan.cuts[f"{MLPS[0]}.up_proj.weight", 1]) == 31
         assert len(plan.cuts[f"{ATTENTIONS[0]}.o_proj.weight", 0]) == 31
@@ -69,7 +69,7 @@ class TestWhatGoes:
         model = make_one()
         units = find_units(model, ["channel", "residual", "expert"])
         gone = {name: range(one.count() // 4) for name, one in units.items()}
-        plan = bh.plan_units(model, gone, ["channel", "residual", "expert"])
+        plan = bh.pruning.plan_units(model, gone, ["channel", "residual", "expert"])
         assert plan.parameters[0] == sum(p.numel() for p in model.parameters())
         bh.apply(model, plan)
         assert plan.parameters[1] == sum(p.numel() for p in model.parameters())
@@ -77,8 +77,8 @@ class TestWhatGoes:
     def test_nothing_changes_by_a_plan_and_an_empty_plan_is_none(self):
         model = llama()
         before = {name: id(p) for name, p in model.named_parameters()}, shape_of(model)
-        bh.plan_units(model, {MLPS[0]: [0, 1]}, "channel")
-        plan = bh.plan_units(model, {MLPS[0]: ()}, "channel")
+        bh.pruning.plan_units(model, {MLPS[0]: [0, 1]}, "channel")
+        plan = bh.pruning.plan_units(model, {MLPS[0]: ()}, "channel")
         bh.apply(model, plan)
         assert (plan.units, plan.cuts, plan.words) == ({}, {}, "")
         assert plan.before == plan.after
@@ -87,7 +87,7 @@ class TestWhatGoes:
 
 class TestTable:
     def test_of_units_alone(self):
-        plan = bh.plan_units(llama(), {MLPS[0]: range(12), MLPS[1]: range(12), "": [0]}, ["channel", "residual"])
+        plan = bh.pruning.plan_units(llama(), {MLPS[0]: range(12), MLPS[1]: range(12), "": [0]}, ["channel", "residual"])
         before, after = plan.parameters
         assert str(plan).splitlines() == [
             f"LlamaForCausalLM: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)",
@@ -119,14 +119,14 @@ class TestTable:
         ]
 
     def test_of_blocks_whose_places_are_the_blocks(self):
-        plan = bh.plan_units(bert(), {f"bert.encoder.layer.{n}": [0] for n in (0, 1)}, ["channel"])
+        plan = bh.pruning.plan_units(bert(), {f"bert.encoder.layer.{n}": [0] for n in (0, 1)}, ["channel"])
         assert str(plan).splitlines()[1:] == ["  bert.encoder.layer.*  48 -> 47 channels in each of 2"]
 
 
 class TestJson:
     def test_out_and_in(self):
         model = build("mixtral")
-        plan = bh.plan(model, bh.WeightNorm(), channels=0.25, experts=0.5, residual=0.25, kv_heads=0.5)
+        plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25, experts=0.5, residual=0.25, kv_heads=0.5)
         again = bh.ModelPlan.from_json(json.loads(json.dumps(plan.to_json())), model)
         assert again.units == plan.units
         assert (again.before, again.after, again.parameters, again.kinds) == (
@@ -142,7 +142,7 @@ class TestJson:
 
     def test_of_something_else(self):
         model = llama()
-        plain = bh.plan_units(model, {MLPS[0]: [0]}, ["channel"]).to_json()
+        plain = bh.pruning.plan_units(model, {MLPS[0]: [0]}, ["channel"]).to_json()
         for broken in ({}, [], None, plain | {"kind": "heads"}):
             with pytest.raises(ValueError, match=r"plan: its kind is (None|'heads'), and must be one of blocks, "):
                 bh.ModelPlan.from_json(broken, model)
@@ -161,7 +161,7 @@ class TestJson:
 class TestStale:
     def test_of_another_model_or_one_that_has_changed(self):
         model = llama()
-        plan = bh.plan_units(model, {MLPS[0]: [0, 1], MLPS[1]: [4, 5]}, ["channel"])
+        plan = bh.pruning.plan_units(model, {MLPS[0]: [0, 1], MLPS[1]: [4, 5]}, ["channel"])
         others = [llama(intermediate_size=40), llama(num_hidden_layers=3), build("qwen2"), build("mixtral")]
         for other in others:
             before = [id(p) for p in other.parameters()], shape_of(other)
@@ -171,13 +171,13 @@ class TestStale:
         bh.apply(model, plan)
         with pytest.raises(ValueError, match=f"{MLPS[0]}: 48 then, 46 now"):
             bh.apply(model, plan)  # twice
-        tied = bh.plan_units(llama(tie_word_embeddings=True), {"model": [0]}, ["residual"])
+        tied = bh.pruning.plan_units(llama(tie_word_embeddings=True), {"model": [0]}, ["residual"])
         with pytest.raises(ValueError, match="plan: it was made for a LlamaForCausalLM with other units"):
             bh.apply(llama(), tied)
 
     def test_what_has_changed_elsewhere_does_not_matter(self):
         model = llama()
-        first, second = bh.plan_units(model, {MLPS[0]: [0]}, ["channel"]), bh.plan_units(model, {0: [0, 1]})
+        first, second = bh.pruning.plan_units(model, {MLPS[0]: [0]}, ["channel"]), bh.pruning.plan_units(model, {0: [0, 1]})
         bh.apply(model, first)
         bh.apply(model, second)
         assert model.num_parameters() == llama().num_parameters() - 3 * 32 - 2 * 32 * 8 - 2 * 32 * 4
@@ -219,7 +219,7 @@ class TestRefused:
         model = llama()
         model.model.layers[1].mlp = BiasedByItself()
         refused(model, {MLPS[1]: [0]}, f"channels: those of {MLPS[1]} cannot be removed: no rule for the op histc", ["channel"])
-        bh.apply(model, bh.plan_units(model, {MLPS[0]: [0]}, ["channel"]))
+        bh.apply(model, bh.pruning.plan_units(model, {MLPS[0]: [0]}, ["channel"]))
         with pytest.raises(ValueError, match="no rule for the op histc"):
             bh.plan(model, RandomUnits(), channels=0.5)
 
@@ -248,7 +248,7 @@ class TestRefused:
 
     def test_a_mask_that_stands_before_what_reads(self):
         model = llama()
-        plan = bh.plan_units(model, {MLPS[0]: [0]}, "channel")
+        plan = bh.pruning.plan_units(model, {MLPS[0]: [0]}, "channel")
         mask = bh.mask(model, {1: [1]}, "channel")
         with pytest.raises(ValueError, match="units: a mask or gates stand before model.layers.1.mlp.down_proj"):
             bh.apply(model, plan)

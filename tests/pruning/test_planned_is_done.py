@@ -23,18 +23,18 @@ from kit.removal import make as small
 def test_units_that_code_does_not_follow(family, amount, why):
     model = small(family)
     with pytest.raises(ValueError, match=why):
-        bh.plan(model, bh.WeightNorm(), **amount)
+        bh.plan(model, bh.importance.WeightNorm(), **amount)
 
 
 def test_given_units_that_code_does_not_follow():
     with pytest.raises(ValueError, match="the code of CodeGenForCausalLM does not follow"):
-        bh.plan_units(small("codegen"), {0: [2, 6], 1: [0, 2]})
+        bh.pruning.plan_units(small("codegen"), {0: [2, 6], 1: [0, 2]})
 
 
 @pytest.mark.nightly
 def test_what_a_model_has_computed_from_parameters_is_forgotten():
     model = small("levit")
-    first = bh.plan(model, bh.WeightNorm(), heads=0.34)
+    first = bh.plan(model, bh.importance.WeightNorm(), heads=0.34)
     answer(model)  # in eval mode LeViT keeps its position biases of all heads
     bh.apply(model, first)
     assert sum(len(own) for own in first.units.values()) > 0
@@ -46,7 +46,7 @@ def test_readers_that_lose_outputs_themselves():
     places = [name for name in bh.find_units(model, "channel") if "router" in name]
     before = copy.deepcopy(model)
     units = {name: [0, 3] for name in places}
-    bh.prune_units(model, units, kind="channel")
+    bh.pruning.prune_units(model, units, kind="channel")
     zero_units(before, units, "channel")
     torch.testing.assert_close(answer(model), answer(before))
 
@@ -56,14 +56,14 @@ def test_blocks_that_run_several_times():
     last = {name: [one.count() - 1] for name, one in bh.find_units(model, "block").items()}
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="its weights are shared"):
-        bh.plan_units(model, last, "block")
+        bh.pruning.plan_units(model, last, "block")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_trial_of_blocks_leaves_the_model_as_it_is():
     model = small("llama")
     before, config, modules = answer(model), model.config.to_dict(), list(model.modules())
-    bh.plan_units(model, [0], "block")
+    bh.pruning.plan_units(model, [0], "block")
     assert model.config.to_dict() == config
     assert list(model.modules()) == modules
     torch.testing.assert_close(answer(model), before, rtol=0, atol=0)

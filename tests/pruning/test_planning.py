@@ -52,7 +52,7 @@ class TestRatios:
 
     def test_the_least_important_go(self):
         model = llama()
-        importance = bh.WeightNorm()
+        importance = bh.importance.WeightNorm()
         scores = bh.score(model, find_units(model, ["channel"]), importance)
         plan = bh.plan(model, importance, channels=0.25)
         assert plan.units == {name: sorted(own.argsort()[:12].tolist()) for name, own in scores.items()}
@@ -114,10 +114,10 @@ class TestRatios:
             assert len(own[0]) == 2
 
     def test_experts(self):
-        plan = bh.plan(build("mixtral"), bh.WeightNorm(), experts=0.5)
+        plan = bh.plan(build("mixtral"), bh.importance.WeightNorm(), experts=0.5)
         assert all(plan.after[name] == (2,) for name in MLPS)
         with pytest.raises(ValueError, match="each token takes 2: at least 2 must stay"):
-            bh.plan(build("mixtral"), bh.WeightNorm(), experts=0.75)
+            bh.plan(build("mixtral"), bh.importance.WeightNorm(), experts=0.75)
 
 
 TARGETS = [("params", 0.7), ("bytes", 60_001), ("flops", 0.7), ("kv_cache_bytes", 0.5)]
@@ -131,7 +131,7 @@ class TestTargets:
     def test_what_is_promised_is_achieved_and_is_enough(self, target, asked, ranking):
         model = llama()
         before = figures_of(model)
-        plan = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(ranking=ranking, **{target: asked}))
+        plan = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(ranking=ranking, **{target: asked}))
         bh.apply(model, plan)
         assert plan.costs == (before, figures_of(model))
         assert plan.parameters == (before.params, model.num_parameters())
@@ -147,7 +147,7 @@ class TestTargets:
     def test_operations_of_an_image(self, name):
         model = make(name)
         before = figures_of(model)
-        plan = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(flops=0.8))
+        plan = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(flops=0.8))
         bh.apply(model, plan)
         assert plan.costs == (before, figures_of(model))
         assert 0 < plan.costs[1].flops <= 0.8 * before.flops
@@ -169,22 +169,22 @@ class TestTargets:
             kv_of = units[name].kv_of
             fewer[name] = own[1:] if kind == "channel" else [head for head in own if kv_of[head] != kv_of[own[0]]]
         twin = llama(num_hidden_layers=2 + first)
-        bh.apply(twin, bh.plan_units(twin, fewer, ["head", "channel"]))
+        bh.apply(twin, bh.pruning.plan_units(twin, fewer, ["head", "channel"]))
         assert getattr(figures_of(twin), target) > limit >= getattr(plan.costs[1], target)
 
     @pytest.mark.parametrize(("target", "asked"), [("params", 0.85), ("bytes", 0.7), ("flops", 0.8)])
     def test_channels_alone_go_while_half_of_them_are_enough(self, target, asked):
         model = llama(intermediate_size=96)
-        alone = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(**{target: asked}, round_to=1))
-        told = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(**{target: asked}, kv_heads=0.0, round_to=1))
+        alone = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(**{target: asked}, round_to=1))
+        told = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(**{target: asked}, kv_heads=0.0, round_to=1))
         assert alone.units == told.units
         assert alone.units.keys() == set(MLPS)
 
     def test_where_they_are_not_heads_go_too(self):
         model = llama(intermediate_size=96)
-        least = bh.plan(model, bh.WeightNorm(), channels=0.5).parameters[1]
-        at = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(params=least, round_to=1))
-        below = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(params=int(0.97 * least), round_to=1))
+        least = bh.plan(model, bh.importance.WeightNorm(), channels=0.5).parameters[1]
+        at = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(params=least, round_to=1))
+        below = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(params=int(0.97 * least), round_to=1))
         assert all(at.after[name] == (48,) for name in MLPS)
         assert all(at.after[name] == (8, 4) for name in ATTENTIONS)
         assert all(48 < below.after[name][0] < 96 for name in MLPS)
@@ -198,19 +198,19 @@ class TestTargets:
     def test_of_other_families(self, make_one, target):
         model = make_one()
         now = getattr(figures_of(model), target)
-        plan = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(**{target: 0.75}))
+        plan = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(**{target: 0.75}))
         bh.apply(model, plan)
         assert plan.costs[1] == figures_of(model)
         assert getattr(plan.costs[1], target) <= int(0.75 * now)
 
     def test_ratios_beside_it(self):
         model = llama()
-        plan = bh.plan(model, bh.WeightNorm(), params=0.6, kv_heads=0.5, residual=0.25)
+        plan = bh.plan(model, bh.importance.WeightNorm(), params=0.6, kv_heads=0.5, residual=0.25)
         assert all(plan.after[name] == (4, 2) for name in ATTENTIONS)
         assert plan.after[""] == (24,)
         bh.apply(model, plan)
         assert figures_of(model) == plan.costs[1]
-        rounded = bh.plan(llama(), bh.WeightNorm(), amount=bh.Amount(params=0.6, round_to=8))
+        rounded = bh.plan(llama(), bh.importance.WeightNorm(), amount=bh.Amount(params=0.6, round_to=8))
         assert all(rounded.after[name][0] % 8 == 0 for name in MLPS)
 
     @pytest.mark.parametrize(("target", "first"), [("params", 1), ("bytes", 0), ("kv_cache_bytes", 1)])
@@ -295,7 +295,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="batch 0"):
             bh.plan(model, bh.Taylor(), [{"input_ids": tokens()}], channels=0.5)
         with pytest.raises(ValueError, match="NaN or infinite"):
-            bh.plan(model, bh.WeightNorm(), channels=0.5)
+            bh.plan(model, bh.importance.WeightNorm(), channels=0.5)
 
     def test_with_data(self):
         model = llama().train()

@@ -97,7 +97,7 @@ class TestSlicedEqualsMasked:
         whole = answer(model, inputs)
         with without_channels(model, name, by_name), bh.mask(model, heads) if heads else nullcontext():
             expected = answer(model, inputs)
-        plan = bh.plan_units(model, gone | heads, ["channel", *(["head"] if heads else [])])
+        plan = bh.pruning.plan_units(model, gone | heads, ["channel", *(["head"] if heads else [])])
         bh.apply(model, plan)
         found = answer(model, inputs)
         assert oracle.difference(found, expected) < 1e-6
@@ -110,7 +110,9 @@ class TestSlicedEqualsMasked:
     def test_weights_by_hand(self):
         model = llama()
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        bh.apply(model, bh.plan_units(model, {"model.layers.0.mlp": [0, 5, 47], "model.layers.1.mlp": range(1, 40)}, "channel"))
+        bh.apply(
+            model, bh.pruning.plan_units(model, {"model.layers.0.mlp": [0, 5, 47], "model.layers.1.mlp": range(1, 40)}, "channel")
+        )
         stays = {"0": [n for n in range(48) if n not in (0, 5, 47)], "1": [0, *range(40, 48)]}
         for name, parameter in model.named_parameters():
             expected = before[name]
@@ -129,7 +131,7 @@ class TestSlicedEqualsMasked:
         ids = tokens()
         with torch.no_grad(), without_channels(model, "llama", {f"{place}.down_proj": own for place, own in gone.items()}):
             expected = model(ids).logits
-        bh.apply(model, bh.plan_units(model, gone, ["channel"]))
+        bh.apply(model, bh.pruning.plan_units(model, gone, ["channel"]))
         torch.testing.assert_close(model(ids).logits, expected)
 
     @pytest.mark.parametrize("name", ["llama", "gpt2", "T5ForConditionalGeneration"])
@@ -138,7 +140,7 @@ class TestSlicedEqualsMasked:
         units = find_units(model, ["head", "channel"])
         gone = {place: a_third(one.count(), number) for number, (place, one) in enumerate(of_kind(units, "channel").items())}
         gone |= some_heads(of_kind(units, "head"))
-        bh.apply(model, bh.plan_units(model, gone, ["head", "channel"]))
+        bh.apply(model, bh.pruning.plan_units(model, gone, ["head", "channel"]))
         ids = torch.randint(11, 100, (2, 6), generator=torch.Generator().manual_seed(0))
         options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         options |= {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
@@ -170,7 +172,7 @@ def assert_permutation_exact(model, kinds, gone, inputs):
             kept[member.name, member.dim] = stays & kept.get((member.name, member.dim), True)
     for (name, dim), stays in kept.items():
         tensors[name].data = tensors[name].data.index_select(dim, torch.from_numpy(np.flatnonzero(stays)))
-    plan = bh.plan_units(model, gone, kinds)
+    plan = bh.pruning.plan_units(model, gone, kinds)
     bh.apply(model, plan)
     folded = (
         ("embed_tokens.weight", "embed_scale", "model.norm.weight") if "Gemma" in type(model).__name__ else ()
@@ -193,9 +195,9 @@ class TestResidual:
         model = llama(hidden_size=32, num_attention_heads=8, num_key_value_heads=4, head_dim=4)
         one, ids, (place,) = copy.deepcopy(model), tokens(), find_units(model, ["residual"])
         heads = {"model.layers.0.self_attn": [0, 1, 2, 3, 5, 6, 7]}
-        bh.prune_units(one, {place: [0, 1, 2, 3], **heads}, kind=["residual", "head"])
-        bh.prune_units(model, {place: [0, 1, 2, 3]}, kind="residual")
-        bh.prune_units(model, heads)
+        bh.pruning.prune_units(one, {place: [0, 1, 2, 3], **heads}, kind=["residual", "head"])
+        bh.pruning.prune_units(model, {place: [0, 1, 2, 3]}, kind="residual")
+        bh.pruning.prune_units(model, heads)
         with torch.no_grad():
             torch.testing.assert_close(one(ids).logits, model(ids).logits)
         assert one.model.layers[0].self_attn.head_dim == 4
@@ -209,7 +211,7 @@ class TestResidual:
         if name in STAYS:
             before = {own: id(tensor) for own, tensor in model.state_dict(keep_vars=True).items()}, shape_of(model)
             with pytest.raises(ValueError, match=f"residual channels: .*{STAYS[name]}"):
-                bh.apply(model, bh.plan_units(model, gone, ["residual"]))
+                bh.apply(model, bh.pruning.plan_units(model, gone, ["residual"]))
             assert ({own: id(tensor) for own, tensor in model.state_dict(keep_vars=True).items()}, shape_of(model)) == before
             return
         assert_permutation_exact(model, ["residual"], gone, questions(model)[1])
@@ -221,12 +223,12 @@ class TestResidual:
             transformers.ConvNextForImageClassification(transformers.ConvNextConfig(hidden_sizes=widths, **sizes)).eval()
             for widths in ([8, 16], [6, 12])
         )
-        bh.apply(wide, bh.plan(wide, bh.WeightNorm(), amount=bh.Amount(residual=0.25)))
+        bh.apply(wide, bh.plan(wide, bh.importance.WeightNorm(), amount=bh.Amount(residual=0.25)))
         bh.save(wide, tmp_path / "wide")
         loaded, pixels = bh.load(tmp_path / "wide"), {"pixel_values": torch.randn(2, 3, 16, 16)}
         assert loaded.convnext.encoder.stages[1].layers[0].dwconv.groups == 12
         torch.testing.assert_close(answer(loaded, pixels), answer(wide, pixels), rtol=0, atol=0)
-        bh.apply(wide, bh.plan(wide, bh.WeightNorm(), amount=bh.Amount(channels=0.25)))
+        bh.apply(wide, bh.plan(wide, bh.importance.WeightNorm(), amount=bh.Amount(channels=0.25)))
         narrow.load_state_dict(wide.state_dict())
         torch.testing.assert_close(answer(narrow, pixels), answer(wide, pixels))
 
@@ -255,7 +257,7 @@ class TestResidual:
         ids = tokens()
         more = {"decoder_input_ids": tokens(2, 5)} if name == "t5" else {}
         (place,) = find_units(model, ["residual"])
-        bh.apply(model, bh.plan_units(model, {place: sorted(set(range(40)) - set(stays.tolist()))}, "residual"))
+        bh.apply(model, bh.pruning.plan_units(model, {place: sorted(set(range(40)) - set(stays.tolist()))}, "residual"))
         assert torch.equal(model(ids, **more).logits, narrow(ids, **more).logits)
         assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in narrow.named_parameters()}
         embedded = model.get_input_embeddings()
@@ -264,7 +266,7 @@ class TestResidual:
 
     def test_what_norms_keep_of_their_size(self):
         model = gpt2()
-        bh.apply(model, bh.plan_units(model, {"transformer": [0, 3, 31]}, "residual"))
+        bh.apply(model, bh.pruning.plan_units(model, {"transformer": [0, 3, 31]}, "residual"))
         norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
         assert {norm.normalized_shape for norm in norms} == {(29,)}
         assert model.transformer.wpe.embedding_dim == model.transformer.wte.embedding_dim == 29
@@ -286,7 +288,7 @@ class TestResidual:
     def test_generation_from_a_cache(self, name):
         model = make(name)
         place = next(iter(find_units(model, ["residual"])))
-        bh.apply(model, bh.plan_units(model, {place: [1, 7, 20, 21]}, ["residual"]))
+        bh.apply(model, bh.pruning.plan_units(model, {place: [1, 7, 20, 21]}, ["residual"]))
         ids = torch.randint(11, 100, (2, 6), generator=torch.Generator().manual_seed(0))
         options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         options |= {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
@@ -317,7 +319,7 @@ class TestExperts:
         gone = {place: [number, 3] for number, place in enumerate(find_units(model, ["expert"]))}
         if name in EXPERTS_STAY:
             with pytest.raises(ValueError, match=f"experts: those of .* cannot be removed: {EXPERTS_STAY[name]}"):
-                bh.plan_units(model, gone, "expert")
+                bh.pruning.plan_units(model, gone, "expert")
             return
         assert_permutation_exact(model, ["expert"], gone, questions(model)[1])
 
@@ -331,7 +333,7 @@ class TestExperts:
         with torch.no_grad(), barred(monkeypatch, model, gone):
             expected = model(ids).logits
         whole = model(ids).logits.detach()
-        bh.apply(model, bh.plan_units(model, gone, "expert"))
+        bh.apply(model, bh.pruning.plan_units(model, gone, "expert"))
         torch.testing.assert_close(model(ids).logits, expected)
         assert oracle.difference(whole, expected) > 1e-3
         said = [value for key, value in vars(model.config).items() if key in ("num_local_experts", "num_experts")]
@@ -344,12 +346,12 @@ class TestExperts:
         before = shape_of(model)
         match = f"experts: {place} would be left with 1 of 4 experts, and each token takes 2: at least 2 must stay"
         with pytest.raises(ValueError, match=match):
-            bh.plan_units(model, {place: [0, 1, 2]}, "expert")
+            bh.pruning.plan_units(model, {place: [0, 1, 2]}, "expert")
         with pytest.raises(ValueError, match="each token takes 2"):
             bh.plan(model, RandomUnits(), experts=0.75)
         assert shape_of(model) == before
         one = build("mixtral", num_experts_per_tok=1)
-        bh.apply(one, bh.plan_units(one, {place: [0, 1, 2]}, ["expert"]))
+        bh.apply(one, bh.pruning.plan_units(one, {place: [0, 1, 2]}, ["expert"]))
         assert one(tokens()).logits.isfinite().all()
 
     def test_the_loss_of_the_router_follows(self):
@@ -364,7 +366,7 @@ class TestExperts:
         model = build("mixtral")
         before = shape_of(model), [id(p) for p in model.parameters()]
         with pytest.raises(ValueError, match="would be left with 47 of 48, .* multiples of 4: 44 or 48 may stay"):
-            bh.plan_units(model, {0: [5]}, "channel")
+            bh.pruning.plan_units(model, {0: [5]}, "channel")
         assert (shape_of(model), [id(p) for p in model.parameters()]) == before
         bh.apply(model, plan := bh.plan(model, RandomUnits(), channels=0.3))
         assert set(plan.after.values()) == {(36,)}
@@ -478,8 +480,8 @@ class TestTraining:
         plain = list(find_units(merged, ["channel", "residual"]))
         gone = [a_third(48 if name == "llama" else 128, n) for n in (0, 1)] + [[0, 5, 6, 31]]
         ranks = {p.shape for n, p in adapted.named_parameters() if "lora_" in n}
-        bh.apply(adapted, bh.plan_units(adapted, dict(zip(names, gone, strict=True)), ["channel", "residual"]), optimizer)
-        bh.apply(merged, bh.plan_units(merged, dict(zip(plain, gone, strict=True)), ["channel", "residual"]))
+        bh.apply(adapted, bh.pruning.plan_units(adapted, dict(zip(names, gone, strict=True)), ["channel", "residual"]), optimizer)
+        bh.apply(merged, bh.pruning.plan_units(merged, dict(zip(plain, gone, strict=True)), ["channel", "residual"]))
         torch.testing.assert_close(adapted(ids).logits, merged(ids).logits)
         torch.testing.assert_close(copy.deepcopy(adapted).merge_and_unload()(ids).logits, merged(ids).logits)
         assert {p.shape for n, p in adapted.named_parameters() if "lora_" in n} != ranks
@@ -553,7 +555,7 @@ class TestRoundTrip:
     ])  # fmt: skip
     def test_saved_and_loaded(self, name, amount, way, tmp_path):
         model = {"gpt2": gpt2, "bert": bert, "t5": t5}.get(name, lambda: build(name))()
-        bh.apply(model, bh.plan(model, bh.WeightNorm(), amount=bh.Amount(**amount)))
+        bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(**amount)))
         more = {"decoder_input_ids": torch.arange(10).view(2, 5)} if name == "t5" else {}
         ids = torch.arange(24).view(2, 12)
         expected = model(ids, **more).logits

@@ -68,7 +68,7 @@ class TestRule:
 
     @pytest.mark.parametrize("width", [64, 96, 255])
     def test_small_models_are_cut_as_asked(self, width):
-        plan = bh.plan(llama(intermediate_size=width), bh.WeightNorm(), channels=0.25)
+        plan = bh.plan(llama(intermediate_size=width), bh.importance.WeightNorm(), channels=0.25)
         assert all(plan.after[name] == (width - width // 4,) for name in MLPS)
         assert plan.rows == ()
 
@@ -169,7 +169,7 @@ class TestParts:
     def test_of_layers_of_two_widths(self):
         """Each place is rounded by what it had, and so loses in parts what it loses at once."""
         model = wide()
-        bh.prune_units(model, {MLPS[0]: range(512)}, kind="channel")
+        bh.pruning.prune_units(model, {MLPS[0]: range(512)}, kind="channel")
         amount = Amount(channels=0.2)
         first, whole = First.of(Search(model, amount)), planned(model, amount)
         for share in (0.5, 1.0):

@@ -699,7 +699,7 @@ ROUTERS = {
 @pytest.mark.parametrize("name", ROUTERS)
 def test_routers_are_linears_that_return_what_they_have_chosen(name):
     model, batches = ROUTERS[name]().eval(), [{"input_ids": tokens(2, 24)} for _ in range(4)]
-    plan = bh.plan(model, bh.WeightNorm(), amount=bh.Amount(heads=0.5, round_to=1))
+    plan = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(heads=0.5, round_to=1))
     given = bh.repair(model, plan, batches)
     assert {name.rsplit(".", 2)[-2] for name in given} >= {"o_proj"}
     if name == "llama4":
@@ -710,9 +710,9 @@ def test_routers_are_linears_that_return_what_they_have_chosen(name):
 def test_something_stands_between_a_linear_and_the_sum_it_adds_to():
     """The linear is refitted as where it alone loses inputs."""
     model, batches = llama(num_hidden_layers=3), [{"input_ids": tokens(2, 40)} for _ in range(4)]
-    plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+    plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25)
     name = next(iter(plan.units))
-    alone = bh.repair(model, bh.plan_units(model, {name: plan.units[name]}, kind="channel"), batches)
+    alone = bh.repair(model, bh.pruning.plan_units(model, {name: plan.units[name]}, kind="channel"), batches)
     whole = bh.repair(model, plan, batches)
     hook = model.model.layers[0].mlp.register_forward_hook(lambda module, given, out: out + 0)
     found = bh.repair(model, plan, batches)

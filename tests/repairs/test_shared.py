@@ -36,7 +36,9 @@ def both(mesh, family):
 
 def cut(model):
     """A plan for some heads, and channels if there are any."""
-    return bh.plan(model, bh.WeightNorm(), heads=0.5, **({} if "Mixtral" in type(model).__name__ else {"channels": 0.5}))
+    return bh.plan(
+        model, bh.importance.WeightNorm(), heads=0.5, **({} if "Mixtral" in type(model).__name__ else {"channels": 0.5})
+    )
 
 
 def batches(model):
@@ -65,7 +67,7 @@ def test_other_parameters_that_are_given(mesh):
     for name in (f"model.layers.{layer}.self_attn.v_proj" for layer in range(2)):
         linear = plain.get_submodule(name)
         values |= {f"{name}.weight": linear.weight.detach() * 1.5, f"{name}.bias": linear.bias.detach()}
-    asked, others = (bh.plan_units(plain, {0: [0, 1]}), batches(plain)), LazyTensors.of(values)
+    asked, others = (bh.pruning.plan_units(plain, {0: [0, 1]}), batches(plain)), LazyTensors.of(values)
     expected = repair_with(plain, *asked, given=others)
     with in_turn(sharded):
         found = repair_with(sharded, *asked, comm=Comm(lambda tensor: tensor), given=others)

@@ -18,7 +18,7 @@ def told(caplog):
 
 def repair(model, *sources):
     batches = [Batch({"input_ids": tokens(4, 16)}, source) for source in sources]
-    plan = bh.plan(model, bh.WeightNorm(), channels=0.5)
+    plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.5)
     return bh.repair(model, plan, batches)
 
 

@@ -62,7 +62,7 @@ def test_a_pruned_model_keeps_its_zeros_and_errs_less(pattern):
             parameter.mul_(3)
     bh.prune(model, bh.Magnitude(), sparsity=0.5, pattern=pattern)
     expected = [model(**batch).logits.detach() for batch in batches]
-    plan = bh.plan(model, bh.WeightNorm(), channels=0.25, heads=0.5)
+    plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25, heads=0.5)
     errors = []
     for weights in (None, bh.repair(model, plan, batches)):
         own = llama_as(model)
@@ -83,7 +83,7 @@ def llama_as(model):
 def test_a_few_zeros_by_rounding_change_nothing_of_the_refit():
     torch.manual_seed(0)
     model, batches = llama(), [{"input_ids": tokens(6, 40)} for _ in range(6)]
-    plan = bh.plan(model, bh.WeightNorm(), channels=0.25, heads=0.5)
+    plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25, heads=0.5)
     found = []
     for tiny in (1e-30, 0.0):
         for layer in model.model.layers:

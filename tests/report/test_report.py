@@ -87,7 +87,7 @@ def test_a_decoder_that_asks_its_mask_for_values_has_a_cache(kind):
 def test_heads_that_differ_between_layers():
     model = llama(num_attention_heads=4, num_key_value_heads=2)
     assert " 4 / 2\n" in str(summary(model))
-    bh.prune_units(model, {0: [0, 2]})
+    bh.pruning.prune_units(model, {0: [0, 2]})
     found = summary(model)
     assert (found.query_heads, found.kv_heads, found.heads) == (None, None, ((2, 2), *[(4, 2)] * (len(found.heads) - 1)))
     assert "  2 to 4 / 2\n" in str(found)
@@ -207,19 +207,19 @@ def test_table_without_validation():
 def test_adapters_are_not_the_models_parameters_or_zeros():
     model = llama(num_key_value_heads=2)
     dense = summary(model)
-    attach(model, billhook.LoRA(r=2))
+    attach(model, billhook.training.LoRA(r=2))
     adapted = summary(model)
     assert adapted.adapters == sum(p.numel() for name, p in model.named_parameters() if "lora_" in name) > 0
     assert replace(adapted, adapters=0) == dense
     said = [line.rsplit("  ", 1)[1] for line in str(adapted).splitlines()[1:3]]
     assert [text.strip() for text in said] == [f"{dense.params:,}", f"{adapted.adapters:,}"]
-    billhook.merge(model)
+    billhook.training.merge(model)
     assert summary(model) == dense
 
 
 def test_heads_of_a_model_whose_config_cannot_say_them():
     model = llama()
-    billhook.prune_units(model, {0: [1], 1: [2], 2: [3]})  # three heads do not divide 16
+    billhook.pruning.prune_units(model, {0: [1], 1: [2], 2: [3]})  # three heads do not divide 16
     assert (summary(model).query_heads, summary(model).kv_heads) == (3, 3)
-    billhook.prune_units(model, {0: [0]})
+    billhook.pruning.prune_units(model, {0: [0]})
     assert (summary(model).query_heads, summary(model).kv_heads) == (None, None)

@@ -28,7 +28,7 @@ def narrowed(family, **changes):
         keep(mlp.gate_up_proj, torch.cat([own, own + 96]), 0, "out_features")
         mlp.gate_up_proj.out_features = 80
     else:
-        bh.prune_units(model, {0: [1, 2]})
+        bh.pruning.prune_units(model, {0: [1, 2]})
         assert len(first.q_proj.weight) == 32
         for linear in (mlp.gate_proj, mlp.up_proj):
             keep(linear, own, 0, "out_features")
@@ -50,7 +50,7 @@ def narrowed(family, **changes):
 def test_layers_that_differ_are_served(family, changes, tmp_path, converter):
     if changes.get("num_key_value_heads") == 2 and family == "llama":
         model = small(family, **changes)
-        bh.prune_units(model, {1: [0, 2]})
+        bh.pruning.prune_units(model, {1: [0, 2]})
         assert [len(layer.self_attn.q_proj.weight) for layer in model.model.layers] == [64, 32, 64]
     else:
         model = narrowed(family, **changes)

@@ -97,7 +97,7 @@ def test_what_the_command_refuses(line, message, folder, tmp_path, monkeypatch):
 def fit(tmp_path, model, *callbacks):
     lit = bh.TransformerModule(beside_of(tmp_path, model))
     rows = [{"input_ids": (ids := torch.arange(3 + i, 19 + i)), "labels": ids} for i in range(4)]
-    cut = bh.StructuredPruning(bh.Amount(channels=0.5), importance=bh.WeightNorm())
+    cut = bh.StructuredPruning(bh.Amount(channels=0.5), importance=bh.importance.WeightNorm())
     run = trainer(tmp_path, [cut, *callbacks], max_steps=2)
     run.fit(lit, torch.utils.data.DataLoader(rows, batch_size=2))
     return run

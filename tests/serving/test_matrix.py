@@ -24,27 +24,27 @@ def kv_heads(model):
 
 
 def heads(model):
-    bh.prune_units(model, {layer: [layer] for layer in EACH})
+    bh.pruning.prune_units(model, {layer: [layer] for layer in EACH})
 
 
 def channels(model):
-    bh.prune_units(model, {layer: range(0, 96, 3) for layer in EACH}, kind="channel")
+    bh.pruning.prune_units(model, {layer: range(0, 96, 3) for layer in EACH}, kind="channel")
 
 
 def residual(model):
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), residual=0.25))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), residual=0.25))
 
 
 def blocks(model):
-    bh.prune_units(model, [1], kind="block")
+    bh.pruning.prune_units(model, [1], kind="block")
 
 
 def differ(model):
-    bh.prune_units(model, {1: range(0, 96, 3)}, kind="channel")
+    bh.pruning.prune_units(model, {1: range(0, 96, 3)}, kind="channel")
 
 
 def lora(model, groups=2):
-    attach(model, bh.LoRA(r=2))
+    attach(model, bh.training.LoRA(r=2))
     for name, parameter in model.named_parameters():
         if ".lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -123,7 +123,7 @@ def test_what_is_made_of_trained_models_is_served(name, way, tmp_path, converter
     elif way == "kv_heads":
         bh.convert_kv_heads(model, 1)
     else:
-        importance = bh.BlockInfluence() if way == "blocks" else bh.WeightNorm()
+        importance = bh.importance.BlockInfluence() if way == "blocks" else bh.importance.WeightNorm()
         batches = [{"input_ids": torch.arange(100, 164)[None]}] if way == "blocks" else None
         bh.apply(model, bh.plan(model, importance, batches, **SHARES[way]))
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_path(name))

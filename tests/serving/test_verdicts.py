@@ -81,9 +81,9 @@ def test_what_billhook_makes_of_these_families_is_served(family, what, tmp_path)
     elif what == "heads":
         prune_units(model, {0: [0, 1], 1: [2, 3]})
     elif what == "blocks":
-        bh.prune_units(model, {"model.layers": [1]}, kind="block")
+        bh.pruning.prune_units(model, {"model.layers": [1]}, kind="block")
     else:
-        bh.apply(model, bh.plan(model, bh.WeightNorm(), **{what: 0.34}))
+        bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), **{what: 0.34}))
     assert all(one.serves for one in served(model, tmp_path).values())
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
 

@@ -35,7 +35,7 @@ def runs(folder, converter) -> bool:
 
 def three_of_four(family):
     model = made(family, **WIDTH)
-    bh.prune_units(model, {0: [1], 1: [2], 2: [0]})
+    bh.pruning.prune_units(model, {0: [1], 1: [2], 2: [0]})
     return model
 
 
@@ -56,9 +56,9 @@ def test_where_others_are_gone(family, what, tmp_path, converter):
     if what == "kv heads":
         bh.convert_kv_heads(model, 1)
     elif what == "channels":
-        bh.apply(model, bh.plan(model, bh.WeightNorm(), channels=0.25))
+        bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), channels=0.25))
     else:
-        bh.prune_units(model, {"model.layers": [1]}, kind="block")
+        bh.pruning.prune_units(model, {"model.layers": [1]}, kind="block")
     bh.save(model, tmp_path / "model")
     assert runs(tmp_path / "model", converter)
     assert said(tmp_path / "model")
@@ -68,7 +68,7 @@ def test_where_others_are_gone(family, what, tmp_path, converter):
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_where_residual_channels_are_gone(family, tmp_path, converter):
     model = made(family)
-    bh.apply(model, bh.plan(model, bh.WeightNorm(), residual=0.25))
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), residual=0.25))
     bh.save(model, tmp_path / "model")
     assert runs(tmp_path / "model", converter)
     assert said(tmp_path / "model")
@@ -84,7 +84,7 @@ def test_a_family_that_computes_the_width_of_heads(family, tmp_path, converter):
 
 def test_layers_that_differ(tmp_path, converter):
     model = made("llama")
-    bh.prune_units(model, {0: [1]})
+    bh.pruning.prune_units(model, {0: [1]})
     bh.save(model, tmp_path / "model")
     assert runs(tmp_path / "model", converter)
     assert said(tmp_path / "model")

@@ -27,7 +27,7 @@ from billhook.shrinking.work import Work
 from kit.families import BERT, T5, build, llama, tokens
 
 FEW = {"generations": 1, "candidates": 2}
-QUICK = {"generations": 0, "importance": bh.WeightNorm(), "repair": None}
+QUICK = {"generations": 0, "importance": bh.importance.WeightNorm(), "repair": None}
 LAYERS = "model.layers"
 
 
@@ -106,7 +106,7 @@ def searched(model, layers, params, repair=None):
     """A work with what it has found."""
     fitted, held_out = divided(texts())
     work = Work.begun(model, Amount(params=params), layers == "uniform")
-    work.measure(fitted, held_out, bh.WeightNorm(), repair)
+    work.measure(fitted, held_out, bh.importance.WeightNorm(), repair)
     return work, Found.within(work, fitted, repair, lambda: work.chosen(1, 2, 0))
 
 
@@ -136,7 +136,7 @@ def test_the_blocks_behind_make_up_for_one_that_goes():
     fitted, held_out = divided(texts())
     work = Work.begun(model, Amount(params=model.num_parameters() - size_of_block(model)), uniform=False)
     kept = {place.name: 0 if ".1." in place.name else place.count for place in work.places} | {f"{LAYERS}.1 block": 0}
-    work.scores = bh.score(model, work.search.units, bh.WeightNorm(), per="kv_head")
+    work.scores = bh.score(model, work.search.units, bh.importance.WeightNorm(), per="kv_head")
     planned, lost = work.planned(fitted, RepairConfig(), kept), []
     assert not planned.units.units
     assert {int(name.split(".")[2]) for name in planned.weights} == {2, 3}
@@ -172,7 +172,7 @@ def test_a_block_costs_what_its_removal_saves(family, target):
         pytest.skip("its heads stay")
     blocks = blocks_of(model, **{target: 0.5})
     now, two = getattr(bh.summary(model), target), blocks.able[1]
-    bh.prune_units(model, {LAYERS: [two.number]}, kind="block")
+    bh.pruning.prune_units(model, {LAYERS: [two.number]}, kind="block")
     assert now - two.cost == getattr(bh.summary(model), target)
 
 

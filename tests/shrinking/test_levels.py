@@ -27,7 +27,7 @@ def test_units_cost_what_their_removal_saves(family, target):
     flat |= {called(name): torch.arange(own.count()) for name, own in search.units.items()}
     kept = {place.name: place.count - number % 3 for number, place in enumerate(places, 1)}
     numbers = removed(places, search.units, flat, kept)
-    plan = bh.plan_units(model, numbers, ["head", "channel"] if target != "kv_cache_bytes" else "head")
+    plan = bh.pruning.plan_units(model, numbers, ["head", "channel"] if target != "kv_cache_bytes" else "head")
     now, saved = getattr(search.now, target), sum(place.saves(kept[place.name]) for place in places)
     bh.apply(model, plan)
     assert now - saved == getattr(bh.summary(model), target)
@@ -76,7 +76,7 @@ def test_attentions_with_one_position_bias_lose_the_same_heads():
     numbers = gone(together[0], search.units, scores, 2)
     assert len({tuple(own) for own in numbers.values()}) == 1
     rows = [{"input_ids": tokens(8, 16), "labels": tokens(8, 10)} for _ in range(4)]
-    shrunk = bh.shrink(model, rows, params=0.9, layers="free", importance=bh.WeightNorm(), generations=0)
+    shrunk = bh.shrink(model, rows, params=0.9, layers="free", importance=bh.importance.WeightNorm(), generations=0)
     assert shrunk.left == model.num_parameters() <= shrunk.limit
 
 

@@ -37,7 +37,7 @@ def model_of(family="llama"):
 def measured(model, repair, batches=None):
     fitted, held_out = divided(batches or texts())
     work = Work.begun(model, Amount(kv_cache_bytes=0.5), uniform=False)
-    work.measure(fitted, held_out, bh.WeightNorm(), repair)
+    work.measure(fitted, held_out, bh.importance.WeightNorm(), repair)
     return work, fitted
 
 
@@ -111,7 +111,7 @@ def test_padding_does_not_count_and_the_model_stays():
 
 @pytest.mark.nightly
 def test_a_library_on_disk_goes_on_with_what_is_refitted_and_what_is_not(tmp_path, monkeypatch):
-    options = {"kv_cache_bytes": 0.5, "importance": bh.WeightNorm(), "repair": TINY, "generations": 0}
+    options = {"kv_cache_bytes": 0.5, "importance": bh.importance.WeightNorm(), "repair": TINY, "generations": 0}
     first = bh.shrink(model_of(), texts(), library=tmp_path, **options)
     monkeypatch.setattr(merging, "gather_each", None)
     monkeypatch.setattr(merging, "refit_readers", None)

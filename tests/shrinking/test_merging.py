@@ -17,7 +17,7 @@ from billhook.shrinking.planned import apply_in_turn
 from billhook.shrinking.work import Work
 from kit.families import build, llama, tokens
 
-FEW = {"generations": 0, "importance": bh.WeightNorm()}
+FEW = {"generations": 0, "importance": bh.importance.WeightNorm()}
 LAYERS = range(3)
 
 
@@ -134,7 +134,7 @@ def measured(model, layers="free", **options):
     fitted, held_out = divided(texts())
     work = Work.begun(model, Amount(kv_cache_bytes=0.5), layers == "uniform")
     work.merges = options.pop("merges", True)
-    work.measure(fitted, held_out, bh.WeightNorm(), None, **options)
+    work.measure(fitted, held_out, bh.importance.WeightNorm(), None, **options)
     return work, fitted, held_out
 
 

@@ -112,7 +112,7 @@ def test_a_pair_costs_what_is_left_of_a_model_that_is_really_cut(family, target)
     assert found == sorted(found, reverse=True)
     for pair in ((2, 1), (1, 3), (1, 2)):
         smaller, kept = copy.deepcopy(model), number_of(place, pair)
-        bh.prune_units(smaller, any_gone(place, search.units, kept))
+        bh.pruning.prune_units(smaller, any_gone(place, search.units, kept))
         assert getattr(search.now, target) - place.saves(kept) == getattr(bh.summary(smaller), target)
 
 
@@ -151,7 +151,7 @@ def test_with_one_kv_head_query_heads_alone_go():
     search, places, (place, _) = places_of(model, params=0.5)
     assert place.pairs == tuple((1, each) for each in range(1, 9))
     smaller = copy.deepcopy(model)
-    bh.prune_units(smaller, any_gone(place, search.units, 3))
+    bh.pruning.prune_units(smaller, any_gone(place, search.units, 3))
     assert place.saves(3) == search.now.params - smaller.num_parameters()
     shrunk = bh.shrink(model, texts(), params=0.6, **FEW)
     assert shrunk.left == model.num_parameters() <= shrunk.limit

@@ -86,7 +86,7 @@ def test_it_is_compared_with_each_kind_alone():
     fitted, held_out = divided(texts())
     model = trained()
     far, sizes = Divergence(model, runs_of(model, held_out)), bh.summary(trained()).params
-    scores = bh.score(model, bh.find_units(model, "block"), bh.BlockInfluence(), fitted)["model.layers"]
+    scores = bh.score(model, bh.find_units(model, "block"), bh.importance.BlockInfluence(), fitted)["model.layers"]
     size = sum(one.numel() for one in model.model.layers[0].parameters())
     assert shrunk.alone["blocks"][0] == sizes - size * -(-(sizes - shrunk.limit) // size)
     gone = scores.argsort()[: (sizes - shrunk.alone["blocks"][0]) // size].tolist()
@@ -181,7 +181,9 @@ def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
 
 def test_a_kind_that_cannot_be_removed_and_protected_blocks_stay_whole():
     model = build("olmo2", num_hidden_layers=4)
-    shrunk = bh.shrink(model, texts(), params=0.9, first=1, last=1, round_to=8, repair=None, importance=bh.WeightNorm(), **FEW)
+    shrunk = bh.shrink(
+        model, texts(), params=0.9, first=1, last=1, round_to=8, repair=None, importance=bh.importance.WeightNorm(), **FEW
+    )
     assert [name for name, (before, now) in shrunk.kept.items() if now < before] == ["model.layers.1.mlp", "model.layers.2.mlp"]
     assert not any(now % 8 for _, now in shrunk.kept.values())
     assert [layer.mlp.down_proj.in_features for layer in model.model.layers][::3] == [48, 48]

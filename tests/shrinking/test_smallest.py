@@ -85,7 +85,7 @@ def test_from_a_wrong_guess_it_goes_up_or_down(start, monkeypatch):
     monkeypatch.setattr(module, "_first_met", lambda *_: start)
     tries, ratio = [], module._ratio
     monkeypatch.setattr(module, "_ratio", lambda *given: tries.append(ratio(*given)) or tries[-1])
-    options = {"layers": "free", "generations": 0, "repair": None, "importance": bh.WeightNorm()}
+    options = {"layers": "free", "generations": 0, "repair": None, "importance": bh.importance.WeightNorm()}
     shrunk = bh.shrink(sure(), texts(), max_loss=1.1, **options)
     met = [one <= 1.1 for one in tries]
     assert met == ([False] * (len(met) - 1) + [True] if start == 0 else [True] * (len(met) - 1) + [False])
@@ -106,7 +106,7 @@ def test_what_is_refused_changes_nothing(given, says):
     model = sure()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=says):
-        bh.shrink(model, texts(), generations=0, repair=None, importance=bh.WeightNorm(), **given)
+        bh.shrink(model, texts(), generations=0, repair=None, importance=bh.importance.WeightNorm(), **given)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(one._forward_pre_hooks for one in model.modules())
 

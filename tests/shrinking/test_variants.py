@@ -29,9 +29,9 @@ class Made:
         self.model, self.search = model, Search(model, Amount(params=0.5))
         self.units, self.places = self.search.units, find_places(self.search, "params")
         self.levels = {place.name: place.levels() for place in self.places}
-        self.scores = bh.score(model, self.units, bh.WeightNorm(), per="kv_head")
+        self.scores = bh.score(model, self.units, bh.importance.WeightNorm(), per="kv_head")
         paired = [name for place in self.places if place.pairs for name in place.names]
-        self.scores |= query_scores(model, self.units, paired, bh.WeightNorm(), ())
+        self.scores |= query_scores(model, self.units, paired, bh.importance.WeightNorm(), ())
         runs = [run_of(model, self.units, batch) for batch in batches]
         self.library = Library(model, folder)
         fill_library(self.library, self.places, self.levels, self.units, self.gone, runs, repair, lambda: None)
@@ -149,7 +149,7 @@ def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():
             smaller = llama()
             smaller.load_state_dict(before)
             new = made.library.weights(place.name, kept)
-            bh.apply(smaller, bh.plan_units(smaller, made.gone(place, kept), kind), weights=new)
+            bh.apply(smaller, bh.pruning.plan_units(smaller, made.gone(place, kept), kind), weights=new)
             with torch.no_grad():
                 p, q = (one(held_out[0]["input_ids"]).logits.log_softmax(-1) for one in (model, smaller))
             direct = float((p.exp() * (p - q)).sum(-1).mean())

@@ -64,7 +64,9 @@ def test_a_model_within_its_budget(layers):
     model = llama(**WIDE)
     batches = [{"input_ids": tokens(6, 20)} for _ in range(4)]
     limit = int(0.8 * model.num_parameters())
-    shrunk = bh.shrink(model, batches, params=0.8, layers=layers, generations=0, repair=None, importance=bh.WeightNorm())
+    shrunk = bh.shrink(
+        model, batches, params=0.8, layers=layers, generations=0, repair=None, importance=bh.importance.WeightNorm()
+    )
     assert shrunk.left == model.num_parameters() <= limit
     widths = {layer.mlp.down_proj.in_features for layer in model.model.layers}
     assert all(multiple_of(width) >= 32 for width in widths)

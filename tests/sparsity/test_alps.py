@@ -85,13 +85,19 @@ def test_its_outputs_are_nearer_than_those_of_all_others(sparsity, pattern):
         pruned, _ = criterion.prune(weight, moments_of(inputs), sparsity, pattern)
         return float(((weight - pruned) @ inputs.t()).norm())
 
-    others = [bh.Wanda(), bh.SparseGPT(), bh.Refit(), bh.Refit(bh.SparseGPT()), bh.Refit(bh.Wanda(compares="layer"))]
-    assert lost(bh.ALPS()) < 0.97 * min(map(lost, others))
+    others = [
+        bh.Wanda(),
+        bh.SparseGPT(),
+        bh.criteria.Refit(),
+        bh.criteria.Refit(bh.SparseGPT()),
+        bh.criteria.Refit(bh.Wanda(compares="layer")),
+    ]
+    assert lost(bh.criteria.ALPS()) < 0.97 * min(map(lost, others))
 
 
 def test_what_is_kept_is_solved_for():
     weight, inputs = problem()
-    pruned, keep = bh.ALPS(refits=60).prune(weight, moments_of(inputs), 0.5)
+    pruned, keep = bh.criteria.ALPS(refits=60).prune(weight, moments_of(inputs), 0.5)
     dense, h, norm = scaled(weight, inputs)
     for row, kept in enumerate(keep.numpy()):
         exact = np.linalg.solve(h[np.ix_(kept, kept)], (h @ dense[row])[kept]) / norm[kept]
@@ -101,11 +107,11 @@ def test_what_is_kept_is_solved_for():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: bh.ALPS(compares="global"), r"compares='global' must be one of .*row.*layer"),
-        (lambda: bh.ALPS(damping=0), r"damping=0 must be a number above 0"),
-        (lambda: bh.ALPS(penalty=-1), r"penalty=-1 must be a number above 0"),
-        (lambda: bh.ALPS(steps=0), r"steps=0 must be a whole number of at least 1"),
-        (lambda: bh.ALPS(refits=-1), r"refits=-1 must be a whole number of at least 0"),
+        (lambda: bh.criteria.ALPS(compares="global"), r"compares='global' must be one of .*row.*layer"),
+        (lambda: bh.criteria.ALPS(damping=0), r"damping=0 must be a number above 0"),
+        (lambda: bh.criteria.ALPS(penalty=-1), r"penalty=-1 must be a number above 0"),
+        (lambda: bh.criteria.ALPS(steps=0), r"steps=0 must be a whole number of at least 1"),
+        (lambda: bh.criteria.ALPS(refits=-1), r"refits=-1 must be a whole number of at least 0"),
     ],
 )
 def test_bad_settings_are_refused(make, message):

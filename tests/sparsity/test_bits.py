@@ -16,9 +16,9 @@ CRITERIA = {  # with how often a linear asks the device at most
     "wanda": (bh.Wanda(), "unstructured", 8),
     "pairs": (bh.Wanda(), "2:4", 8),
     "magnitude": (bh.Magnitude(compares="row"), "unstructured", 8),
-    "refit": (bh.Refit(), "unstructured", 10),
+    "refit": (bh.criteria.Refit(), "unstructured", 10),
     "sparsegpt": (bh.SparseGPT(), "unstructured", 14),
-    "alps": (bh.ALPS(steps=32), "unstructured", 22),  # its mask is compared in each third step
+    "alps": (bh.criteria.ALPS(steps=32), "unstructured", 22),  # its mask is compared in each third step
 }
 
 

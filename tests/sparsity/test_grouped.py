@@ -108,7 +108,9 @@ def test_every_criterion_is_that_of_one_linear_for_each_group(kind, amount, geom
     torch.testing.assert_close(prune_one(convolution, criterion, batches, **amount), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.SparseGPT(), bh.Refit(), bh.ALPS()], ids=str)
+@pytest.mark.parametrize(
+    "criterion", [bh.Magnitude(), bh.Wanda(), bh.SparseGPT(), bh.criteria.Refit(), bh.criteria.ALPS()], ids=str
+)
 def test_patterns_are_along_channels(criterion):
     convolution, batches = case("plain")
     bh.prune(nn.Sequential(convolution), criterion, batches, pattern="2:4")
@@ -135,7 +137,7 @@ def test_refits_on_patches_bring_outputs_nearer():
         bh.prune(nn.Sequential(pruned), criterion, batches, 0.6)
         return sum(float((pruned(one).detach() - old).square().sum()) for one, old in zip(batches, outputs, strict=True))
 
-    wanda, refit, sparsegpt, alps = map(error, [bh.Wanda(), bh.Refit(), bh.SparseGPT(), bh.ALPS()])
+    wanda, refit, sparsegpt, alps = map(error, [bh.Wanda(), bh.criteria.Refit(), bh.SparseGPT(), bh.criteria.ALPS()])
     print(wanda, refit, sparsegpt, alps)
     assert refit < 0.8 * wanda
     assert sparsegpt < 0.8 * wanda
@@ -210,7 +212,7 @@ def test_convolutions_and_linears_compete(criterion):
     assert len({round(float((one.weight == 0).float().mean()), 2) for one in found.values()}) > 3
 
 
-@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.Refit(), bh.Wanda(compares="global")], ids=str)
+@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.criteria.Refit(), bh.Wanda(compares="global")], ids=str)
 def test_sharded_convolutions_become_what_whole_ones_do(mesh, criterion):
     torch.manual_seed(0)
     config = ConvNextConfig(hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1], num_labels=3)

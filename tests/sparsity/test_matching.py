@@ -124,7 +124,7 @@ def test_tokens_that_do_not_count_change_nothing():
 @pytest.mark.daily("Wanda-*", "ALPS-block-amount0", "Magnitude-layer-amount1")
 @pytest.mark.parametrize("amount", [{"sparsity": 0.5}, {"pattern": "2:4"}])
 @pytest.mark.parametrize("sequential", ["block", "layer"])
-@pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.ALPS(steps=9)], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.criteria.ALPS(steps=9)], ids=lambda one: type(one).__name__)
 def test_masks_are_kept_and_the_model_is_nearer_to_the_dense_one(criterion, sequential, amount):
     dense, batches = small(), [{"input_ids": tokens()} for _ in range(4)]
     pruned, matched = copy.deepcopy(dense), copy.deepcopy(dense)

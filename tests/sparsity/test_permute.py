@@ -67,7 +67,7 @@ def test_the_model_computes_the_same_and_keeps_more(name):
     model = MODELS[name]().eval()
     batches = batches_of(model)
     expected, before, first = logits(model, batches), values(model), scores_of(model, batches)
-    done = bh.permute_for(model, "2:4", batches)
+    done = bh.criteria.permute_for(model, "2:4", batches)
     for found, own in zip(logits(model, batches), expected, strict=True):
         torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
     assert not same(model, before)
@@ -79,7 +79,7 @@ def test_the_model_computes_the_same_and_keeps_more(name):
 def test_what_it_tells_is_what_is_kept():
     model, batches = llama().eval(), batches_of(llama())
     first = scores_of(model, batches)
-    done = bh.permute_for(model, "2:4", batches)
+    done = bh.criteria.permute_for(model, "2:4", batches)
     second = scores_of(model, batches)
     for one in done.axes:
         for scores, share in zip((first, second), one.kept, strict=True):
@@ -92,7 +92,10 @@ def test_what_it_tells_is_what_is_kept():
 
 @pytest.mark.daily("*-2:4", "criterion0-*")
 @pytest.mark.parametrize("pattern", ["1:4", "2:4", "4:8"])
-@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.Refit(), bh.ALPS(), bh.SparseGPT(block_size=16), bh.Magnitude(), bh.RIA()])
+@pytest.mark.parametrize(
+    "criterion",
+    [bh.Wanda(), bh.criteria.Refit(), bh.criteria.ALPS(), bh.SparseGPT(block_size=16), bh.Magnitude(), bh.criteria.RIA()],
+)
 def test_pruning_then_is_exactly_n_of_m_by_every_criterion(criterion, pattern):
     model, (n, m) = llama(head_dim=8), map(int, pattern.split(":"))
     plan = bh.prune(model, criterion, batches_of(model), pattern=pattern, permute=True)
@@ -101,12 +104,12 @@ def test_pruning_then_is_exactly_n_of_m_by_every_criterion(criterion, pattern):
     assert plan.sparsity == pytest.approx(1 - n / m)
 
 
-@pytest.mark.parametrize("match", [None, bh.BlockMatching(steps=4)])
+@pytest.mark.parametrize("match", [None, bh.criteria.BlockMatching(steps=4)])
 def test_it_is_permute_for_and_then_prune(match):
     one, batches = llama(), batches_of(llama())
     other = copy.deepcopy(one)
     bh.prune(one, bh.Wanda(), batches, pattern="2:4", permute=True, skip="*.o_proj", match=match)
-    bh.permute_for(other, "2:4", batches, skip="*.o_proj")
+    bh.criteria.permute_for(other, "2:4", batches, skip="*.o_proj")
     bh.prune(other, bh.Wanda(), batches, pattern="2:4", skip="*.o_proj", match=match)
     assert same(one, values(other))
 
@@ -114,7 +117,7 @@ def test_it_is_permute_for_and_then_prune(match):
 def test_a_checkpoint_of_it_is_plain_and_computes_the_same(tmp_path):
     model, batches = build("llama", tie_word_embeddings=True), batches_of(llama())
     dense = logits(model, batches)
-    bh.permute_for(model, "2:4", batches)
+    bh.criteria.permute_for(model, "2:4", batches)
     bh.save(model, tmp_path / "dense")
     for found, expected in zip(logits(bh.load(tmp_path / "dense"), batches), dense, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -129,7 +132,7 @@ def test_adapters_go_along():
     model, config = llama(), peft.LoraConfig(target_modules=["q_proj", "o_proj", "down_proj"], init_lora_weights=False)
     batches, lora = batches_of(model), peft.get_peft_model(model, config).eval()
     expected = logits(lora, batches)
-    bh.permute_for(lora, "2:4", batches)
+    bh.criteria.permute_for(lora, "2:4", batches)
     for found, own in zip(logits(lora, batches), expected, strict=True):
         torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
     bh.prune(lora, bh.Wanda(), batches, pattern="2:4", permute=True, count_adapters=True)
@@ -139,7 +142,7 @@ def test_adapters_go_along():
 def test_gradients_go_along():
     model, ids = llama(), tokens()
     model(input_ids=ids, labels=ids).loss.backward()
-    bh.permute_for(model, "2:4", [{"input_ids": ids}])
+    bh.criteria.permute_for(model, "2:4", [{"input_ids": ids}])
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     model(input_ids=ids, labels=ids).loss.backward()
@@ -153,7 +156,7 @@ class TestNothingIsHalfDone:
         before = values(model)
         monkeypatch.setattr(permute, "alike", lambda *_: False)
         with pytest.raises(ValueError, match="model: LlamaForCausalLM computes something else"):
-            bh.permute_for(model, "2:4", batches_of(model))
+            bh.criteria.permute_for(model, "2:4", batches_of(model))
         assert same(model, before)
 
     def test_a_criterion_that_fails_afterwards(self):
@@ -188,7 +191,7 @@ class TestNothingIsHalfDone:
 
         monkeypatch.setattr(permute, "_move", move)
         with pytest.raises(KeyboardInterrupt):
-            bh.permute_for(model, "2:4", batches_of(model))
+            bh.criteria.permute_for(model, "2:4", batches_of(model))
         assert len(calls) > 2 * at, "all were put in order, and then back"
         assert same(model, before)
 
@@ -213,16 +216,16 @@ class TestRefused:
     def test_by_permute_for(self):
         model = llama()
         with pytest.raises(ValueError, match="pattern='unstructured': the order of channels counts only"):
-            bh.permute_for(model, "unstructured", batches_of(model))
+            bh.criteria.permute_for(model, "unstructured", batches_of(model))
         with pytest.raises(ValueError, match="has 48 inputs, which 5 does not divide|has 32 inputs, which 5 does not divide"):
-            bh.permute_for(model, "2:5", batches_of(model))
+            bh.criteria.permute_for(model, "2:5", batches_of(model))
         with pytest.raises(ValueError, match="holds no Hugging Face model"):
-            bh.permute_for(nn.Sequential(nn.Linear(8, 8)), "2:4", [torch.ones(1, 8)])
+            bh.criteria.permute_for(nn.Sequential(nn.Linear(8, 8)), "2:4", [torch.ones(1, 8)])
 
     def test_while_a_mask_stands_before_units(self):
         model = llama()
         before = values(model)
         said = "a mask or gates stand before model.layers.0.mlp"
         with bh.mask(model, {0: [1]}, "channel"), pytest.raises(ValueError, match=said):
-            bh.permute_for(model, "2:4", batches_of(model))
+            bh.criteria.permute_for(model, "2:4", batches_of(model))
         assert same(model, before)

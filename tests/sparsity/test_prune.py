@@ -223,7 +223,7 @@ class Rarely(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
-@pytest.mark.parametrize("kind", [bh.SparseGPT, bh.ALPS, bh.Refit, bh.Wanda])
+@pytest.mark.parametrize("kind", [bh.SparseGPT, bh.criteria.ALPS, bh.criteria.Refit, bh.Wanda])
 def test_fewer_tokens_than_inputs_are_told_before_the_work_for_what_solves_for_weights(kind, caplog, monkeypatch):
     calibration._log.cache_clear()
     told, walk = [], Walks.__call__
@@ -286,7 +286,7 @@ def norms_of(inputs):
     return norms
 
 
-@pytest.mark.parametrize("allocation", [None, bh.OWL()])
+@pytest.mark.parametrize("allocation", [None, bh.criteria.OWL()])
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 def test_linears_that_no_token_reaches_stay_dense_and_are_named(sequential, allocation):
     model = Routed()
@@ -367,7 +367,9 @@ def test_skip_and_output_embeddings():
     assert len(pruning.pruned) == 9
 
 
-@pytest.mark.parametrize("criterion", [bh.Magnitude(compares="global"), bh.Wanda(compares="global"), bh.RIA(compares="global")])
+@pytest.mark.parametrize(
+    "criterion", [bh.Magnitude(compares="global"), bh.Wanda(compares="global"), bh.criteria.RIA(compares="global")]
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_weights_of_all_linears_compete(name, criterion):
     model = family(name).eval()
@@ -398,7 +400,7 @@ def test_weights_of_all_linears_compete(name, criterion):
         (bh.Magnitude(compares="global"), {"pattern": "2:4"}, "compares all layers, and pattern='2:4' within groups"),
         (
             bh.Magnitude(compares="global"),
-            {"sparsity": 0.5, "allocation": bh.OWL()},
+            {"sparsity": 0.5, "allocation": bh.criteria.OWL()},
             "allocation=OWL.*, and criterion=Magnitude.* compares all",
         ),
     ],
@@ -407,7 +409,7 @@ def test_competing_with_all_and_something_else(criterion, settings, match):
     with pytest.raises(ValueError, match=match):
         bh.prune(llama(), criterion, [{"input_ids": tokens()}], **settings)
     with pytest.raises(ValueError, match="one that compares all layers cannot be refitted"):
-        bh.Refit(bh.Wanda(compares="global"))
+        bh.criteria.Refit(bh.Wanda(compares="global"))
 
 
 if torch.cuda.is_available():

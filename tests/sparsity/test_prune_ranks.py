@@ -38,7 +38,7 @@ def agree(one, other):
 @pytest.mark.parametrize("batches", [1, 3, 4])
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 @pytest.mark.parametrize(
-    "options", [{}, {"allocation": bh.OWL()}, {"criterion": bh.SparseGPT()}], ids=["wanda", "owl", "sparsegpt"]
+    "options", [{}, {"allocation": bh.criteria.OWL()}, {"criterion": bh.SparseGPT()}], ids=["wanda", "owl", "sparsegpt"]
 )
 def test_ranks_come_to_what_one_comes_to(sequential, batches, options):
     """Also if there are fewer batches than ranks."""
@@ -50,7 +50,7 @@ def test_ranks_come_to_what_one_comes_to(sequential, batches, options):
 def test_ranks_match_blocks_together():
     torch.manual_seed(0)
     model, given = llama(), [{"input_ids": tokens(4)} for _ in range(7)]
-    options = {"criterion": bh.Wanda(), "sparsity": 0.5, "match": bh.BlockMatching()}
+    options = {"criterion": bh.Wanda(), "sparsity": 0.5, "match": bh.criteria.BlockMatching()}
 
     def matched(rank, reduce):
         own = copy.deepcopy(model)
@@ -135,7 +135,7 @@ WIDE = 160
 
 
 @pytest.mark.parametrize("width", [48, WIDE])
-@pytest.mark.parametrize("criterion", [bh.SparseGPT(), bh.Refit()])
+@pytest.mark.parametrize("criterion", [bh.SparseGPT(), bh.criteria.Refit()])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ranks_divide_linears_whose_weights_are_solved_for(criterion, dtype, width):
     model, batches = llama(intermediate_size=width).to(dtype), [{"input_ids": tokens(4)} for _ in range(4)]
@@ -169,7 +169,7 @@ def test_ranks_of_which_one_cannot_solve_for_a_linear_all_stop():
         Ranks(2).run(lambda rank, reduce: bh.prune(llama(), given[rank], [{"input_ids": tokens(4)}], sparsity=0.5, reduce=reduce))
 
 
-@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.Refit()], ids=str)
+@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.criteria.Refit()], ids=str)
 def test_ranks_come_to_one_mask_of_convolutions(criterion):
     """Each group of a depthwise convolution has sums of its own."""
     torch.manual_seed(0)
@@ -200,7 +200,7 @@ def test_ranks_solve_at_the_same_time():
 
 def test_a_reduce_that_returns_nothing_is_refused():
     model, batches = llama(), [{"input_ids": tokens(2, 32)} for _ in range(2)]
-    plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+    plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for call in (
         lambda **given: bh.prune(model, bh.Wanda(), batches, 0.5, **given),

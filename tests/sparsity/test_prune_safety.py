@@ -116,7 +116,7 @@ def test_an_error_in_the_models_forward(error, sequential):
     assert same(weights(model), old)
 
 
-@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT(), bh.RIA()])
+@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT(), bh.criteria.RIA()])
 def test_inputs_that_are_no_numbers(criterion):
     model = llama()
     norm = model.model.layers[1].input_layernorm
@@ -182,7 +182,7 @@ class TestRefused:
             ({"sparsity": 0.5, "skip": ["*.fc1"]}, r"skip='\*.fc1' matches none of the 14 linears, such as"),
             ({"sparsity": 0.5, "skip": ["*"]}, r"skip=\['\*'\] leaves none of the 14 linears"),
             ({"sparsity": 0.5, "skip": "*.proj"}, r"skip='\*.proj' matches none of the 14 linears"),
-            ({"pattern": "2:4", "allocation": bh.OWL()}, "allocation=OWL.* says how sparse each linear is"),
+            ({"pattern": "2:4", "allocation": bh.criteria.OWL()}, "allocation=OWL.* says how sparse each linear is"),
             ({"sparsity": 0.5, "sequential": "blocks"}, "sequential='blocks' must be one of"),
             ({"sparsity": 0.5, "batches": []}, "batches=an empty collection: Wanda needs calibration data"),
             ({"sparsity": 0.5, "batches": ["a text"]}, "batches: batch 0 is a str, not a dictionary"),

@@ -14,7 +14,7 @@ from billhook.model.plan import ModelPlan, apply
 from billhook.sparsity.pruned import Pruned
 from kit.sparsity import batches_of, family
 
-CRITERIA = [bh.Wanda(), bh.Magnitude(compares="global"), bh.Refit(), bh.SparseGPT(block_size=16)]
+CRITERIA = [bh.Wanda(), bh.Magnitude(compares="global"), bh.criteria.Refit(), bh.SparseGPT(block_size=16)]
 
 
 def sharded(model, mesh):

@@ -70,7 +70,7 @@ def test_the_same_call_again_finishes_what_an_interrupt_left(monkeypatch, criter
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.Wanda(compares="layer"), bh.RIA()])
+@pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.Wanda(compares="layer"), bh.criteria.RIA()])
 def test_pruning_takes_no_more_than_a_blocks_work_beside_the_model(criterion):
     config = LlamaConfig(vocab_size=64, hidden_size=256, intermediate_size=512, num_hidden_layers=8, num_attention_heads=4)
     model = LlamaForCausalLM(config)

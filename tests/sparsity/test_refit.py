@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from billhook import Magnitude, Refit, SparseGPT, Wanda
+from billhook import Magnitude, SparseGPT, Wanda
+from billhook.criteria import Refit
 from billhook.engine.statistics import InputMoments, InputNorms
 
 

@@ -16,7 +16,9 @@ from kit.sparsity import batches_of, family
 
 @pytest.mark.daily("llama-*", "gpt2-refit-dtype1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.Refit(), bh.SparseGPT(block_size=16)], ids=["wanda", "refit", "sparsegpt"])
+@pytest.mark.parametrize(
+    "criterion", [bh.Wanda(), bh.criteria.Refit(), bh.SparseGPT(block_size=16)], ids=["wanda", "refit", "sparsegpt"]
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_was_read_does_what_was_planned(name, criterion, dtype):
     model = family(name).to(dtype).eval()

@@ -32,7 +32,7 @@ def runs(monkeypatch):
 
 def test_a_plan_and_its_application_trace_a_model_once(runs):
     model = llama()
-    plan = bh.plan(model, importance=bh.WeightNorm(), kv_heads=0.5, channels=0.25)
+    plan = bh.plan(model, importance=bh.importance.WeightNorm(), kv_heads=0.5, channels=0.25)
     bh.apply(model, plan)
     assert runs.count(runs[0]) == 1
 
@@ -82,7 +82,7 @@ def test_given_inputs_and_modules_of_another_kind_are_run_each_time(runs):
 def test_a_model_that_has_changed_is_traced_again(runs):
     model = llama()
     bh.trace(model)
-    plan = bh.plan(model, importance=bh.WeightNorm(), channels=0.5)
+    plan = bh.plan(model, importance=bh.importance.WeightNorm(), channels=0.5)
     bh.apply(model, plan)
     narrow = bh.trace(model)
     assert {group.size for group in narrow.of_kind("channel")} == {model.config.intermediate_size}
@@ -101,7 +101,7 @@ def test_costs_are_found_once_and_again_after_a_change(monkeypatch):
     before = figures_of(model)
     assert figures_of(model) == before
     assert len(seen) == 1
-    bh.prune_units(model, {0: [0]}, per="kv_head")
+    bh.pruning.prune_units(model, {0: [0]}, per="kv_head")
     assert figures_of(model) != before
     assert len(seen) == 2
     forget()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig
 
-from billhook import ClassificationDataModule, TextDataModule, TransformerModule
+from billhook import TextDataModule, TransformerModule
 from billhook.assets import model_path
+from billhook.training import ClassificationDataModule
 from billhook.training.data import Seq2SeqDataModule
 
 pytestmark = [

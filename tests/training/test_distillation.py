@@ -329,7 +329,7 @@ class TestResuming:
         return [bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [2, 4]), remove="rounds", calibration=4, measure_batches=0)]
 
     @pytest.mark.daily("lora")
-    @pytest.mark.parametrize(("options", "stops"), [({}, [3]), ({"lora": bh.LoRA(r=2)}, [1, 5])], ids=["full", "lora"])
+    @pytest.mark.parametrize(("options", "stops"), [({}, [3]), ({"lora": bh.training.LoRA(r=2)}, [1, 5])], ids=["full", "lora"])
     def test_resumed_equals_straight_through(self, files, tmp_path, options, stops):
         straight = self.build(**options)
         every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)

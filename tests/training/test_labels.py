@@ -36,7 +36,7 @@ def module(names=None, **options):
 
 
 def fit(classifier, data, **options):
-    data = bh.ClassificationDataModule(data, "tiny", batch_size=2, validation=0, **options)
+    data = bh.training.ClassificationDataModule(data, "tiny", batch_size=2, validation=0, **options)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
@@ -66,7 +66,7 @@ def test_a_model_that_knows_the_words_numbers_them(table):
 
 
 def test_another_model_gives_its_own_numbers(table):
-    data = bh.ClassificationDataModule(table, "tiny", validation=0)
+    data = bh.training.ClassificationDataModule(table, "tiny", validation=0)
     for names, numbers in ((["so-so", "good", "bad"], [1, 2, 0, 2]), (["bad", "so-so", "good"], [2, 0, 1, 0])):
         data.read(module(names).model)
         assert labels(data) == numbers
@@ -76,7 +76,7 @@ def test_names_that_datasets_knows():
     features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]))
     rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, -1]}, features=features)
     for names, numbers in ((None, [1, 0, -1]), (["yes", "no"], [0, 1, -1])):
-        model, data = module(names).model, bh.ClassificationDataModule(rows, "tiny", validation=0)
+        model, data = module(names).model, bh.training.ClassificationDataModule(rows, "tiny", validation=0)
         data.read(model)
         assert labels(data) == numbers, "the test set of GLUE has -1"
         assert model.config.id2label == dict(enumerate(names or ["no", "yes"]))
@@ -109,7 +109,7 @@ def test_names_are_exported(table, tmp_path):
         def on_train_end(self, trainer, pl_module):
             trainer.save_checkpoint(tmp_path / "a.ckpt")
 
-    data = bh.ClassificationDataModule(table, "tiny", batch_size=2, validation=0)
+    data = bh.training.ClassificationDataModule(table, "tiny", batch_size=2, validation=0)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, callbacks=[Save(), bh.Export(str(tmp_path / "out"), rehearse=False)],
@@ -122,13 +122,13 @@ def test_names_are_exported(table, tmp_path):
 
 def test_a_split_with_a_word_of_its_own_is_named_too(table, tmp_path):
     (tmp_path / "b.csv").write_text("text,label\na,awful\n")
-    data = bh.ClassificationDataModule({"train": table, "validation": str(tmp_path / "b.csv")}, "tiny", batch_size=2)
+    data = bh.training.ClassificationDataModule({"train": table, "validation": str(tmp_path / "b.csv")}, "tiny", batch_size=2)
     data.setup("fit")
     assert data.label2id == {"awful": 0, "bad": 1, "good": 2, "so-so": 3}
     assert list(data.splits["validation"]["labels"]) == [0]
 
 
 def test_a_table_without_validation_gives_some_rows(table):
-    data = bh.ClassificationDataModule(table, "tiny", batch_size=2, validation=0.25)
+    data = bh.training.ClassificationDataModule(table, "tiny", batch_size=2, validation=0.25)
     data.setup("fit")
     assert [len(data.splits[split]) for split in ("train", "validation")] == [3, 1]

@@ -49,7 +49,7 @@ def module(seed=0, model=None, **options):
     torch.manual_seed(0)
     model = model or llama(vocab_size=2048, num_key_value_heads=8)
     torch.manual_seed(seed)
-    return bh.TransformerModule(model, lr=1e-2, warmup=2, **{"lora": bh.LoRA(r=2)} | options)
+    return bh.TransformerModule(model, lr=1e-2, warmup=2, **{"lora": bh.training.LoRA(r=2)} | options)
 
 
 def logits(model, ids=IDS):
@@ -84,7 +84,7 @@ def test_adapters_train_on_every_linear_and_nothing_else_does_but_the_head_of_a_
     model = BUILD[task]()
     linears, before = set(prunable(model)), copy.deepcopy(model.state_dict())
     heads = HEAD.get(task, set())
-    lit = bh.TransformerModule(model, task, lora=bh.LoRA())
+    lit = bh.TransformerModule(model, task, lora=bh.training.LoRA())
     adapted = {name for name, part in lit.model.named_modules() if isinstance(part, peft.tuners.lora.Linear)}
     assert adapted == linears - {name.rpartition(".")[0] for name in heads}
     trained = {name for name, parameter in lit.model.named_parameters() if parameter.requires_grad}
@@ -99,13 +99,13 @@ def test_adapters_train_on_every_linear_and_nothing_else_does_but_the_head_of_a_
 def test_gpt2_lies_the_other_way_round():
     model = gpt2().eval()
     expected = logits(model)
-    lit = stirred(bh.TransformerModule(model, lora=bh.LoRA(r=2)))
+    lit = stirred(bh.TransformerModule(model, lora=bh.training.LoRA(r=2)))
     assert {part.fan_in_fan_out for part in lit.model.modules() if isinstance(part, peft.tuners.lora.Linear)} == {True}
     assert not torch.equal(logits(lit.model), expected)
 
 
 def test_only_some_linears():
-    lit = module(lora=bh.LoRA(r=4, alpha=2, dropout=0.0, target=["q_proj", "v_proj"]))
+    lit = module(lora=bh.training.LoRA(r=4, alpha=2, dropout=0.0, target=["q_proj", "v_proj"]))
     adapted = {name.rpartition(".")[2] for name, part in lit.model.named_modules() if isinstance(part, peft.tuners.lora.Linear)}
     assert adapted == {"q_proj", "v_proj"}
 
@@ -127,7 +127,7 @@ def test_half_weights_have_adapters_in_float32():
 def test_gradient_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
-        model = stirred(module(lora=bh.LoRA(r=2, dropout=0.0), gradient_checkpointing=checkpointing)).train()
+        model = stirred(module(lora=bh.training.LoRA(r=2, dropout=0.0), gradient_checkpointing=checkpointing)).train()
         assert model.model.is_gradient_checkpointing == checkpointing
         model(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
@@ -155,10 +155,10 @@ class TestAFit:
 
     def test_resumed_equals_straight_through_with_dropout(self, files, tmp_path):
         """At the end of an epoch (12 steps), too."""
-        straight = module(lora=bh.LoRA(r=2, dropout=0.3))
+        straight = module(lora=bh.training.LoRA(r=2, dropout=0.3))
         trainer(tmp_path, [every_step(tmp_path)], max_steps=15).fit(straight, data(files))
         for stop in (5, 12, 13):
-            resumed = module(seed=stop, lora=bh.LoRA(r=2, dropout=0.3))
+            resumed = module(seed=stop, lora=bh.training.LoRA(r=2, dropout=0.3))
             trainer(tmp_path, [], max_steps=15).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
             assert same(weights(resumed), weights(straight)), stop
 
@@ -167,14 +167,14 @@ class TestAFit:
             def on_train_batch_end(self, *_):
                 torch.rand(3)
 
-        lits = [module(lora=bh.LoRA(r=2, dropout=0.3)) for _ in range(2)]
+        lits = [module(lora=bh.training.LoRA(r=2, dropout=0.3)) for _ in range(2)]
         for lit, callbacks in zip(lits, ([], [Draws()]), strict=True):
             torch.manual_seed(4)
             trainer(tmp_path, callbacks, max_steps=3).fit(lit, data(files))
         assert same(weights(lits[0]), weights(lits[1]))
 
     @pytest.mark.parametrize(
-        "lora", [bh.LoRA(r=2), peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])], ids=["ours", "peft"]
+        "lora", [bh.training.LoRA(r=2), peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])], ids=["ours", "peft"]
     )
     def test_load_from_checkpoint(self, lora, files, tmp_path):
         lit = module(lora=lora)
@@ -231,7 +231,7 @@ class TestSaved:
     def test_gradients_of_the_frozen_base_score_heads_as_without_it(self, files, tmp_path):
         """At the start adapters add nothing."""
         scores = []
-        for lora in (bh.LoRA(r=2), None):
+        for lora in (bh.training.LoRA(r=2), None):
             pruning = bh.HeadPruning(0.5, at=0, importance=bh.Taylor(), calibration=4, measure_batches=0)
             trainer(tmp_path, [pruning], max_steps=1).fit(module(lora=lora), data(files))
             scores.append(pruning.record.scores)
@@ -242,7 +242,7 @@ class TestSaved:
 
     def test_a_folder_that_was_cut_before(self, files, tmp_path):
         dense = llama(vocab_size=2048, num_key_value_heads=8)
-        bh.prune_units(dense, {name: [1, 5] for name in ("model.layers.0.self_attn", "model.layers.1.self_attn")})
+        bh.pruning.prune_units(dense, {name: [1, 5] for name in ("model.layers.0.self_attn", "model.layers.1.self_attn")})
         bh.save(dense, tmp_path / "cut")
         lit = module(model=str(tmp_path / "cut"))
         trainer(tmp_path, [bh.Export(str(tmp_path / "out"))]).fit(lit, data(files))
@@ -251,7 +251,7 @@ class TestSaved:
 
     def test_layers_that_differ(self, files, tmp_path):
         lit = module()
-        bh.prune_units(lit, {"model.layers.1.self_attn": [1, 5]})
+        bh.pruning.prune_units(lit, {"model.layers.1.self_attn": [1, 5]})
         run = trainer(tmp_path, [], max_steps=4)
         run.fit(lit, data(files))
         run.save_checkpoint(tmp_path / "a.ckpt")
@@ -265,7 +265,7 @@ class TestSaved:
         model = exported(tmp_path / "step=8.ckpt")
         assert torch.equal(logits(model), logits(lit.model))
         assert {entry["masked"] for entry in read_checkpoint(tmp_path / "step=8.ckpt")[ADAPTERS].values()} == {True}
-        assert not any(bh.merge(model).error.values())
+        assert not any(bh.training.merge(model).error.values())
 
     def test_other_adapters_are_not_told(self, files, tmp_path):
         for lora in (peft.LoraConfig(use_dora=True, target_modules=["q_proj"]), None):
@@ -286,7 +286,7 @@ class TestSaved:
     )
     def test_a_checkpoint_that_says_something_else(self, change, match, files, tmp_path):
         run = trainer(tmp_path, [], max_steps=1)
-        run.fit(module(lora=bh.LoRA(target=["q_proj"])), data(files))
+        run.fit(module(lora=bh.training.LoRA(target=["q_proj"])), data(files))
         run.save_checkpoint(tmp_path / "a.ckpt")
         checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
         name = next(iter(checkpoint[ADAPTERS]))
@@ -328,7 +328,7 @@ class TestYaml:
         main(shlex.split(f"validate --model.model tiny --ckpt_path '{ckpt}' {quick}"))
         loaded = bh.TransformerModule.load_from_checkpoint(ckpt)
         assert loaded.model.model.layers[0].mlp.up_proj.r == {"default": 3}
-        assert loaded.teacher.settings == bh.Distillation()
+        assert loaded.teacher.settings == bh.training.Distillation()
 
     @pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored")
     def test_pefts_own_config(self, quick, tmp_path):
@@ -372,16 +372,16 @@ class TestYaml:
 )
 def test_refused(options, match):
     with pytest.raises(ValueError, match=match):
-        bh.LoRA(**options)
+        bh.training.LoRA(**options)
 
 
 def test_a_target_that_is_not_there_and_adapters_that_are():
     model = llama()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match=r"(?s)lora=LoRA.*query.* not found"):
-        bh.TransformerModule(model, lora=bh.LoRA(target=["query"]))
+        bh.TransformerModule(model, lora=bh.training.LoRA(target=["query"]))
     assert same(model.state_dict(), before)
     assert all(parameter.requires_grad for parameter in model.parameters())
-    bh.TransformerModule(model, lora=bh.LoRA())
+    bh.TransformerModule(model, lora=bh.training.LoRA())
     with pytest.raises(ValueError, match=r"lora: the model has adapters already: merge them first"):
-        bh.TransformerModule(model, lora=bh.LoRA())
+        bh.TransformerModule(model, lora=bh.training.LoRA())

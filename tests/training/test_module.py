@@ -9,9 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity
 
-from billhook import ClassificationDataModule, KVHeadConversion, LoRA, TextDataModule, TransformerModule
+from billhook import KVHeadConversion, TextDataModule, TransformerModule
 from billhook.checkpoints.save import save
 from billhook.model.shape import shape_of
+from billhook.training import ClassificationDataModule, LoRA
 from billhook.training.data import Seq2SeqDataModule
 from billhook.training.metrics import TokenPerplexity
 from kit.families import BERT, SMALL, T5, VIT, build, llama, tokens

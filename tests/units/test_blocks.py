@@ -109,8 +109,8 @@ def padded():
     return {"input_ids": ids, "attention_mask": mask}
 
 
-INFLUENCE = bh.BlockInfluence()
-EVERY = [INFLUENCE, bh.Ablation()]
+INFLUENCE = bh.importance.BlockInfluence()
+EVERY = [INFLUENCE, bh.importance.Ablation()]
 
 
 def scored(model, batches, importance=INFLUENCE, **options):
@@ -136,7 +136,7 @@ class TestImportance:
 
     def test_loss_is_that_of_the_model_without_the_block(self):
         model, batches = deep(), [{"input_ids": tokens(2, n)} for n in (7, 9)]
-        found = scored(model, batches, bh.Ablation())[LAYERS]
+        found = scored(model, batches, bh.importance.Ablation())[LAYERS]
         for n in range(5):
             small = without(model, LAYERS, [n])
             losses = [own(**batch, labels=batch["input_ids"]).loss.item() for own in (small, model) for batch in batches]
@@ -148,7 +148,7 @@ class TestImportance:
         def loss(m, b):
             return m(**b).logits.square().mean()
 
-        found = scored(model, [batch], bh.Ablation(), loss=loss)[LAYERS]
+        found = scored(model, [batch], bh.importance.Ablation(), loss=loss)[LAYERS]
         expected = loss(without(model, LAYERS, [2]), batch).item() - loss(model, batch).item()
         assert float(found[2]) == pytest.approx(expected, rel=1e-5)
 
@@ -182,7 +182,7 @@ class TestImportance:
         model, batch = deep(), padded()
         small, left, expected = copy.deepcopy(model), list(range(5)), []
         for _ in range(3):
-            if isinstance(importance, bh.BlockInfluence):
+            if isinstance(importance, bh.importance.BlockInfluence):
                 scores = influence(small, batch)
             else:
                 labels = batch["input_ids"].masked_fill((batch["attention_mask"] == 0), -100)
@@ -200,13 +200,13 @@ class TestImportance:
         with pytest.raises(ValueError, match="batches: BlockInfluence needs at least one batch, with tokens that count"):
             scored(model, [])
         with pytest.raises(ValueError, match="BlockInfluence scores blocks, and the units of model.layers.0.self_attn are heads"):
-            bh.score(model, bh.find_units(model, "head"), bh.BlockInfluence(), [batch])
-        for importance in (bh.OutputNorm(), bh.GateGradient(), bh.OBS()):
+            bh.score(model, bh.find_units(model, "head"), bh.importance.BlockInfluence(), [batch])
+        for importance in (bh.OutputNorm(), bh.importance.GateGradient(), bh.OBS()):
             with pytest.raises(
                 ValueError, match=r"\(blocks\) are read by none .*; BlockInfluence, Ablation and RandomUnits work"
             ):
                 scored(model, [batch], importance)
-        for importance in (bh.Taylor(), bh.WeightNorm()):
+        for importance in (bh.Taylor(), bh.importance.WeightNorm()):
             with pytest.raises(ValueError, match="of blocks, BlockInfluence, Ablation and RandomUnits work"):
                 scored(model, [batch], importance)
         with torch.no_grad():
@@ -279,7 +279,7 @@ class TestPlan:
     @pytest.mark.parametrize("change", [lambda m: remove(m, [0]), lambda m: bh.convert_kv_heads(m, 1)])
     def test_a_stale_plan(self, change):
         model = deep()
-        plan = bh.plan_units(model, [1, 3], "block")
+        plan = bh.pruning.plan_units(model, [1, 3], "block")
         change(model)
         before = everything(model)
         match = f"made for a LlamaForCausalLM with 5 blocks in {LAYERS}; this LlamaForCausalLM has"
@@ -294,11 +294,11 @@ class TestPlan:
         remove(one, [0])
         remove(two, [4])
         with pytest.raises(ValueError, match="or other tensors"):
-            bh.apply(two, bh.plan_units(one, [1], "block"))
+            bh.apply(two, bh.pruning.plan_units(one, [1], "block"))
 
     def test_one_that_was_tampered_with(self):
         model = deep()
-        plain = bh.plan_units(model, [1], "block").to_json()
+        plain = bh.pruning.plan_units(model, [1], "block").to_json()
         plain["fields"]["num_hidden_layers"] = 3
         with pytest.raises(ValueError, match="it is not what removes these blocks"):
             bh.ModelPlan.from_json(plain, model)
@@ -328,31 +328,31 @@ class TestPlan:
     ])  # fmt: skip
     def test_blocks_that_may_not_be_removed(self, blocks, message):
         with pytest.raises(ValueError, match=message):
-            bh.plan_units(deep(), blocks, "block")
+            bh.pruning.plan_units(deep(), blocks, "block")
 
     def test_nothing_makes_up_for_a_block(self):
         model = deep()
         with pytest.raises(ValueError, match="plan: repair makes up for units, and this is a plan of blocks"):
-            bh.repair(model, bh.plan_units(model, [1], "block"), [{"input_ids": tokens()}])
+            bh.repair(model, bh.pruning.plan_units(model, [1], "block"), [{"input_ids": tokens()}])
 
     def test_blocks_are_planned_alone(self):
         with pytest.raises(ValueError, match="blocks are planned alone"):
-            bh.plan_units(deep(), {0: [0]}, ["head", "block"])
+            bh.pruning.plan_units(deep(), {0: [0]}, ["head", "block"])
 
     def test_stages_are_found_in_few_trials(self, monkeypatch):
         built, build_on_meta = [], block_fields.build_on_meta
         monkeypatch.setattr(block_fields, "build_on_meta", lambda *args: built.append(args) or build_on_meta(*args))
         model = other("SegformerForImageClassification")  # other lists hold as many numbers, and others are as large
-        plan = bh.plan_units(model, {number: [1] for number in range(4)}, "block")
+        plan = bh.pruning.plan_units(model, {number: [1] for number in range(4)}, "block")
         assert plan.fields == {"depths": (1, 1, 1, 1)}
-        assert bh.plan_units(model, {2: [0]}, "block").fields == {"depths": (2, 2, 1, 2)}
+        assert bh.pruning.plan_units(model, {2: [0]}, "block").fields == {"depths": (2, 2, 1, 2)}
         assert len(built) < 100
 
     def test_a_model_that_then_cannot_generate_is_refused_beforehand(self):
         model = other("GraniteMoeHybridForCausalLM")  # its cache asks the attention layer how long it is
         before = everything(model)
         with pytest.raises(ValueError, match="does not run without .*1.* with a key-value cache.*: ValueError"):
-            bh.plan_units(model, [1], "block")
+            bh.pruning.plan_units(model, [1], "block")
         assert everything(model) == before
 
     @pytest.mark.parametrize("make", [llama, t5, lambda: other("JambaForCausalLM")], ids=["llama", "t5", "jamba"])
@@ -366,11 +366,11 @@ class TestPlan:
 
     def test_two_stacks_must_be_told_apart(self):
         with pytest.raises(ValueError, match=r"say of which place.* encoder.block, decoder.block"):
-            bh.plan_units(t5(), [1], "block")
+            bh.pruning.plan_units(t5(), [1], "block")
 
 
 def remove(model, blocks, optimizers=()):
-    return bh.prune_units(model, blocks, optimizers, kind="block")
+    return bh.pruning.prune_units(model, blocks, optimizers, kind="block")
 
 
 REMOVED = {
@@ -581,7 +581,7 @@ class TestShape:
         small, inputs = copy.deepcopy(dense), inputs_of(dense)
         remove(small, gone)
         twice = copy.deepcopy(small)
-        bh.prune_units(twice, {next(iter(gone)): [0] if family != "t5" else [1]}, kind="block")
+        bh.pruning.prune_units(twice, {next(iter(gone)): [0] if family != "t5" else [1]}, kind="block")
         for target in (small, dense, twice, small, dense):
             checkpoint = {}
             save_shape(target, checkpoint)
@@ -633,7 +633,7 @@ class TestShape:
         model = deep()
         remove(model, [1])
         bh.convert_kv_heads(model, 1)
-        bh.prune_units(model, {0: [0, 1]})
+        bh.pruning.prune_units(model, {0: [0, 1]})
         assert shape_of(model).blocks == {LAYERS: (5, (0, 2, 3, 4))}
         other = deep()
         set_shape(other, shape_of(model))
@@ -647,6 +647,6 @@ def test_a_torchscript_module_inside():
     """Its tables are no dictionaries of Python's: one that stays as it is neither stops a removal nor its undoing."""
     model = deep()
     model.model.layers[0].mlp.act_fn = torch.jit.script(nn.SiLU())
-    bh.prune_units(model, [1], kind="block")
+    bh.pruning.prune_units(model, [1], kind="block")
     assert len(model.model.layers) == model.config.num_hidden_layers == 4
     model(tokens())

@@ -58,7 +58,7 @@ def test_without_some_it_computes_as_if_they_were_masked(name):
     gone = {place: [number, one.count() // 2] for number, (place, one) in enumerate(found.items())}
     with bh.mask(model, gone, "channel"):
         expected = answer(model)
-    bh.prune_units(model, gone, kind="channel")
+    bh.pruning.prune_units(model, gone, kind="channel")
     assert alike(expected, answer(model), 1e-9)
 
 
@@ -74,7 +74,7 @@ def test_why_there_are_none(name, why):
     with pytest.raises(ValueError, match=f"has no channels; {why}"):
         find_units(model, "channel")
     with pytest.raises(ValueError, match=f"channels=0.25: the model has none that may be removed; {why}"):
-        bh.plan(model, bh.WeightNorm(), channels=0.25)
+        bh.plan(model, bh.importance.WeightNorm(), channels=0.25)
 
 
 class TestByName:

@@ -275,7 +275,10 @@ def test_adapters(dora):
         masked = model(ids).logits
     layers = [f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)]
     assert_same(masked, zeroed(merged, [(layers[0], 2, 4), (layers[1], 0, 4), (layers[1], 7, 4)])(ids).logits)
-    with bh.gates(model, bh.find_units(model, "head")) as gates, bh.gates(merged, bh.find_units(merged, "head")) as others:
+    with (
+        bh.gates(model, bh.find_units(model, "head")) as gates,
+        bh.gates(merged, bh.find_units(merged, "head")) as others,
+    ):
         found = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
         expected = torch.autograd.grad(merged(ids).logits.square().mean(), list(others.values()))
     torch.testing.assert_close(found, expected)
@@ -386,7 +389,7 @@ def test_generation_from_a_cache(family):
 
 def test_a_plan_masks_what_it_removes():
     model, ids = llama(), tokens()
-    plan = bh.plan(model, bh.WeightNorm(), channels=0.25, kv_heads=0.5)
+    plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25, kv_heads=0.5)
     with bh.mask(model, plan) as mask:
         masked = model(ids).logits
     assert mask.units == plan.units
@@ -415,7 +418,10 @@ def test_what_no_module_of_its_own_reads_has_no_gate():
     model = build("mixtral")
     with pytest.raises(ValueError, match="experts: no module of its own reads those of model.layers.0.mlp, so no gate can stand"):
         bh.mask(model, {0: [1]}, "expert")
-    with pytest.raises(ValueError, match="blocks: no module of its own reads"), bh.gates(model, bh.find_units(model, "block")):
+    with (
+        pytest.raises(ValueError, match="blocks: no module of its own reads"),
+        bh.gates(model, bh.find_units(model, "block")),
+    ):
         pass
 
 
@@ -429,7 +435,7 @@ def test_blocks_are_skipped_and_a_trace_does_not_mind():
         assert [(group.kind, group.size, group.reason) for group in bh.trace(model).groups] == groups
     assert hooks(model) == before
     assert torch.equal(model(ids).logits, plain)
-    bh.prune_units(model, [1], kind="block")
+    bh.pruning.prune_units(model, [1], kind="block")
     torch.testing.assert_close(model(ids).logits, masked)
 
 

@@ -139,7 +139,7 @@ def test_what_is_not_there_is_refused_and_what_is_legal_is_said():
         bh.mask(model, {0: [2]}, per="kv_head")
     for refused in (
         lambda: bh.mask(model, {0: [0]}, per="x"),
-        lambda: bh.score(model, bh.find_units(model, "head"), bh.GateGradient(), normalize=True, per="x"),
+        lambda: bh.score(model, bh.find_units(model, "head"), bh.importance.GateGradient(), normalize=True, per="x"),
     ):
         with pytest.raises(ValueError, match=r"per='x' must be one of head, kv_head"):
             refused()

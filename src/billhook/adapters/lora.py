@@ -68,7 +68,7 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
             (under PEFT's own config: if its `modules_to_save` names it).
     """
     if has_adapters(model):
-        raise ValueError("lora: the model has adapters already: merge them first (bh.merge), or leave lora out")
+        raise ValueError("lora: the model has adapters already: merge them first (bh.training.merge), or leave lora out")
     head = _head(model) if classifies and isinstance(lora, LoRA) else {}
     config = _config(model, lora, head) if isinstance(lora, LoRA) else lora
     _check_not_handed(model, config)

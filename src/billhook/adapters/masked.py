@@ -38,7 +38,7 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
         >>> plan = bh.prune(model, bh.Magnitude(), sparsity=0.5)
         >>> model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
         >>> mask_adapters(model)
-        >>> bh.merge(model).lost
+        >>> bh.training.merge(model).lost
         False
     """
     annotated(mask_adapters, locals())

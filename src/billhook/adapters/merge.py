@@ -20,7 +20,7 @@ from billhook.model.linears import base_of, is_adapter, is_trained_copy
 from billhook.model.meta import to_meta
 from billhook.model.surgery import way_back
 
-MERGE = "convert the model first and attach adapters then (get_peft_model), or merge the adapters first (bh.merge)"
+MERGE = "convert the model first and attach adapters then (get_peft_model), or merge the adapters first (bh.training.merge)"
 
 
 def adapted(model: nn.Module) -> dict[str, Any]:
@@ -76,7 +76,9 @@ class Merged(Shown):
         pruned: The linears whose zeros were kept; the others were merged in full.
     """
 
-    no_model: ClassVar[str] = "bh.merge works in place and returns a report: use the model that you passed, or its `model`"
+    no_model: ClassVar[str] = (
+        "bh.training.merge works in place and returns a report: use the model that you passed, or its `model`"
+    )
 
     model: nn.Module
     error: dict[str, float]

@@ -182,7 +182,7 @@ class Shrinking(ShapeCallback):
             store_of(model).load(layer)
             if not adds_nothing(layer):
                 what = f"the adapter of {name} is not plain LoRA, or has learned something"
-                raise ValueError(f"Shrinking: {what}: merge it (bh.merge)")
+                raise ValueError(f"Shrinking: {what}: merge it (bh.training.merge)")
         merges = not adapted(model)
         with taken_off(model):
             lasts = self.at == "start" and not store_of(model).on_ranks  # training changes it, and shards are gathered anew

@@ -134,8 +134,9 @@ def _own_arguments() -> Schema:
 
 def path_of(one: type) -> str:
     """Returns the shortest path of a class that YAML takes."""
-    if getattr(billhook, one.__name__, None) is one:
-        return f"billhook.{one.__name__}"
+    for space in (billhook, billhook.criteria, billhook.importance, billhook.kv_methods, billhook.training):
+        if getattr(space, one.__name__, None) is one:
+            return f"{space.__name__}.{one.__name__}"
     return re.sub(r"^lightning\.pytorch\..*", "lightning.pytorch", one.__module__) + f".{one.__name__}"
 
 

@@ -33,7 +33,7 @@ class ShapeInCheckpoint:
     `load_from_checkpoint` does it too.
 
     >>> import billhook as bh, lightning.pytorch as pl
-    >>> class Module(bh.ShapeInCheckpoint, pl.LightningModule):
+    >>> class Module(bh.training.ShapeInCheckpoint, pl.LightningModule):
     ...     '''Holds a Hugging Face model and trains it.'''
     """
 
@@ -69,7 +69,7 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
     Example:
         >>> import billhook as bh
-        >>> bh.load_from_checkpoint(bh.TransformerModule, "run.ckpt")  # doctest: +SKIP
+        >>> bh.training.load_from_checkpoint(bh.TransformerModule, "run.ckpt")  # doctest: +SKIP
 
     Raises:
         ValueError: If the checkpoint holds another model than the class makes.
@@ -152,7 +152,7 @@ def check_callbacks(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
             raise ValueError(
                 f"the checkpoint is of a run with {', '.join(named)}, and this run has {callback.state_key} in its place, which "
                 "does not know what has been done: go on with the arguments of that run, or begin a new fit with the weights "
-                "alone (bh.load_from_checkpoint)"
+                "alone (bh.training.load_from_checkpoint)"
             )
 
 

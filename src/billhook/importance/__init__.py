@@ -1,1 +1,14 @@
 """Scores how much a unit matters, one paper a file."""
+
+from billhook.importance.ablation import Ablation, ablate_heads
+from billhook.importance.activations import ActivationNorm, OutputNorm
+from billhook.importance.baselines import WeightNorm
+from billhook.importance.blocks import BlockInfluence
+from billhook.importance.gate_gradient import GateGradient
+from billhook.importance.obs import OBS
+from billhook.importance.taylor import Taylor
+
+__all__ = [
+    "OBS", "Ablation", "ActivationNorm", "BlockInfluence", "GateGradient", "OutputNorm", "Taylor", "WeightNorm",
+    "ablate_heads",
+]  # fmt: skip

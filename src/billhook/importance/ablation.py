@@ -40,7 +40,7 @@ class Ablation(Importance):
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> scores = bh.score(model, bh.find_units(model, "block"), bh.Ablation(), [model.dummy_inputs])
+        >>> scores = bh.score(model, bh.find_units(model, "block"), bh.importance.Ablation(), [model.dummy_inputs])
         >>> {name: len(own) for name, own in scores.items()}
         {'model.layers': 4}
     """
@@ -129,7 +129,7 @@ def ablate_heads(
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> found = bh.ablate_heads(model, [model.dummy_inputs])
+        >>> found = bh.importance.ablate_heads(model, [model.dummy_inputs])
         >>> [len(own) for own in found.values.values()]
         [8, 8, 8, 8]
     """

@@ -154,7 +154,7 @@ class Mean(Rendered):
 
     Example:
         >>> import billhook as bh
-        >>> print(bh.Mean("similar"))
+        >>> print(bh.kv_methods.Mean("similar"))
         mean, similar heads grouped
     """
 
@@ -190,7 +190,7 @@ class Aligned(Rendered):
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> bh.convert_kv_heads(model, 2, bh.Aligned()).after
+        >>> bh.convert_kv_heads(model, 2, bh.kv_methods.Aligned()).after
         2
     """
 
@@ -239,7 +239,7 @@ class SVD(Rendered):
     Example:
         >>> import billhook as bh, torch
         >>> model, batches = bh.load("tiny"), [{"input_ids": torch.arange(3, 67)[None]}]
-        >>> bh.convert_kv_heads(model, 2, bh.SVD(), batches).after
+        >>> bh.convert_kv_heads(model, 2, bh.kv_methods.SVD(), batches).after
         2
     """
 
@@ -282,7 +282,7 @@ class Auto(KVMethod):
 
     Example:
         >>> import billhook as bh
-        >>> [str(method) for method in bh.Auto().candidates[2:4]]
+        >>> [str(method) for method in bh.kv_methods.Auto().candidates[2:4]]
         ['svd', 'aligned, similar heads grouped']
     """
 

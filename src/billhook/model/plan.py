@@ -34,7 +34,7 @@ class ModelPlan(Shown):
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> plain = bh.plan_units(model, {0: [0, 1]}).to_json()
+        >>> plain = bh.pruning.plan_units(model, {0: [0, 1]}).to_json()
         >>> plain["kind"], bh.ModelPlan.from_json(plain, model).to_json() == plain
         ('units', True)
     """
@@ -158,7 +158,7 @@ def apply(
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+        >>> plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25)
         >>> bh.apply(model, plan)
         >>> model.num_parameters() == plan.parameters[1]
         True

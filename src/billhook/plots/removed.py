@@ -28,7 +28,7 @@ def removed(plan: UnitPlan | BlockPlan | KVHeadPlan) -> Picture:
     >>> import billhook as bh
     >>> from billhook import plots
     >>> model = bh.load("tiny")
-    >>> plots.removed(bh.plan_units(model, {0: [1, 5], 2: [3]})).axes[0].get_title()
+    >>> plots.removed(bh.pruning.plan_units(model, {0: [1, 5], 2: [3]})).axes[0].get_title()
     '3 heads in 2 attention modules'
     """
     annotated(removed, locals())

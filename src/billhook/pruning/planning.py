@@ -87,7 +87,7 @@ def plan(
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+        >>> plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25)
         >>> {(plan.before[name], plan.after[name]) for name in plan.units}
         {((384,), (288,))}
     """
@@ -170,7 +170,7 @@ def plan_units(
 
     Example:
         >>> import billhook as bh
-        >>> print(bh.plan_units(bh.load("tiny"), [1], "block"))
+        >>> print(bh.pruning.plan_units(bh.load("tiny"), [1], "block"))
         LlamaForCausalLM: 2,754,816 -> 2,197,248 parameters (20.2% fewer)
           model.layers  4 -> 3 blocks; without 1
     """
@@ -218,7 +218,7 @@ def prune_units(
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> plan = bh.prune_units(model, {0: [0, 1]})
+        >>> plan = bh.pruning.prune_units(model, {0: [0, 1]})
         >>> model.num_parameters() == plan.parameters[1]
         True
     """

@@ -78,7 +78,7 @@ def repair(
     Example:
         >>> import torch, billhook as bh
         >>> model = bh.load("tiny")
-        >>> plan = bh.plan(model, bh.WeightNorm(), channels=0.25)
+        >>> plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25)
         >>> batches = [{"input_ids": torch.randint(2048, (4, 128))} for _ in range(2)]
         >>> weights = bh.repair(model, plan, batches)
         >>> bh.apply(model, plan, weights=weights)

@@ -77,7 +77,7 @@ def adapters_to_count(model: nn.Module, criterion: Criterion, linears: Iterable[
     if criterion.updates:
         raise ValueError(
             f"count_adapters=True needs a criterion that leaves kept weights as they are, such as Wanda, and "
-            f"{type(criterion).__name__} changes them: merge the adapters first (bh.merge), or leave count_adapters off"
+            f"{type(criterion).__name__} changes them: merge the adapters first (bh.training.merge), or leave count_adapters off"
         )
     layers = plain_adapters(model, linears, "count_adapters=True")
     if not any(active_in(layer) for layer in layers.values()):

@@ -1,1 +1,15 @@
-"""billhook's own LightningModule, data modules and distillation."""
+"""billhook's own LightningModule and data modules, adapters and distillation in a fit, and its checkpoints."""
+
+from billhook.adapters.lora import LoRA
+from billhook.adapters.masked import mask_adapters
+from billhook.adapters.merge import merge
+from billhook.fit.resume import ShapeInCheckpoint, load_from_checkpoint
+from billhook.training.data import ClassificationDataModule, TextDataModule
+from billhook.training.distillation import Distillation
+from billhook.training.images import ImageDataModule
+from billhook.training.module import TransformerModule
+
+__all__ = [
+    "ClassificationDataModule", "Distillation", "ImageDataModule", "LoRA", "ShapeInCheckpoint", "TextDataModule",
+    "TransformerModule", "load_from_checkpoint", "mask_adapters", "merge",
+]  # fmt: skip

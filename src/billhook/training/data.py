@@ -180,7 +180,7 @@ class ClassificationDataModule(LabelledModule, TokenizedModule):
 
     Example:
         >>> import billhook as bh
-        >>> data = bh.ClassificationDataModule("nyu-mll/glue:rte", text_columns=["sentence1", "sentence2"])
+        >>> data = bh.training.ClassificationDataModule("nyu-mll/glue:rte", text_columns=["sentence1", "sentence2"])
         >>> data.max_length, data.batch_size
         (128, 32)
     """

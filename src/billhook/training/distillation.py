@@ -48,8 +48,8 @@ class Distillation:
 
     Example:
         >>> import billhook as bh
-        >>> module = bh.TransformerModule("tiny", distillation=bh.Distillation(temperature=3.0, weight=0.9))
-        >>> bh.Distillation(weight=2.0)
+        >>> module = bh.TransformerModule("tiny", distillation=bh.training.Distillation(temperature=3.0, weight=0.9))
+        >>> bh.training.Distillation(weight=2.0)
         Traceback (most recent call last):
         ValueError: weight=2.0 must be in [0, 1]; did you mean 0.02?
     """

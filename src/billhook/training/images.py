@@ -41,7 +41,7 @@ class ImageDataModule(LabelledModule):
 
     Example:
         >>> import billhook as bh
-        >>> data = bh.ImageDataModule("photos", processor="google/vit-base-patch16-224", batch_size=8)
+        >>> data = bh.training.ImageDataModule("photos", processor="google/vit-base-patch16-224", batch_size=8)
         >>> data.image_column, data.label_column
         ('image', 'label')
     """

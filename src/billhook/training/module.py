@@ -161,7 +161,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
 
     Example:
         >>> import billhook as bh
-        >>> module = bh.TransformerModule("tiny", lr=1e-4, lora=bh.LoRA(r=4))
+        >>> module = bh.TransformerModule("tiny", lr=1e-4, lora=bh.training.LoRA(r=4))
         >>> module.metric_name, sum(p.numel() for p in module.parameters() if p.requires_grad)
         ('perplexity', 63488)
     """

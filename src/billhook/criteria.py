@@ -1,0 +1,10 @@
+"""Which weights become zero: criteria, how sparse each linear becomes, and what makes up for zeros."""
+
+from billhook.sparsity.allocation import OWL
+from billhook.sparsity.alps import ALPS, Refit
+from billhook.sparsity.criteria import RIA, Magnitude, Wanda
+from billhook.sparsity.matching import BlockMatching
+from billhook.sparsity.permute import permute_for
+from billhook.sparsity.sparsegpt import SparseGPT
+
+__all__ = ["ALPS", "OWL", "RIA", "BlockMatching", "Magnitude", "Refit", "SparseGPT", "Wanda", "permute_for"]

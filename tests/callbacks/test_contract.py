@@ -13,7 +13,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from kit.events import END, EVENTS, Own, figures, fit, loader
+from kit.events import END, EVENTS, Own, figures, fit, loader, other
 from kit.fits import same, trainer, weights
 
 pytestmark = [
@@ -38,15 +38,6 @@ SETTINGS = {
 
 def each_step(folder):
     return ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-
-
-def other():
-    """A module with other weights than any other, which a checkpoint must replace."""
-    lit = Own()
-    with torch.no_grad():
-        for parameter in lit.parameters():
-            parameter.add_(1.0)
-    return lit
 
 
 def state(run):

@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.model.shape import shape_of
 from kit import fits
 from kit.families import build, tokens
 from kit.fits import data, same, trainer, weights
@@ -37,12 +36,6 @@ def mixed(seed=0):
 
 def pruning(count=2, **options):
     return bh.DepthPruning(count, **{"calibration": 6, "measure_batches": 0} | options)
-
-
-def same_optimizer(one, other):
-    (mine,), (theirs,) = one.optimizers, other.optimizers
-    assert all(same(*pair) for pair in zip(mine.state.values(), theirs.state.values(), strict=True))
-    assert [len(group["params"]) for group in mine.param_groups] == [len(group["params"]) for group in theirs.param_groups]
 
 
 class Depth(pl.Callback):
@@ -139,30 +132,6 @@ class Losses(pl.Callback):
 
 
 class TestCheckpoints:
-    @pytest.mark.nightly
-    @pytest.mark.parametrize(
-        ("make", "options", "stops"),
-        [
-            (module, {"at": 3}, [1, 3, 6]),
-            (module, {"at": "start", "importance": bh.importance.Ablation(), "greedy": True}, [2]),
-            (mixed, {"at": 4, "first": 1}, [2, 4]),
-        ],
-    )
-    def test_resumed_equals_straight_through(self, files, tmp_path, make, options, stops):
-        straight, whole = make(), pruning(**options)
-        first = trainer(tmp_path, [whole, checkpoints(tmp_path)])
-        first.fit(straight, data(files))
-        for stop in stops:
-            resumed, again = make(seed=1), pruning(**options)
-            torch.manual_seed(stop)
-            run = trainer(tmp_path, [again])
-            run.fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
-            assert same(weights(resumed), weights(straight)), stop
-            assert repr(again.events) == repr(whole.events)
-            assert shape_of(resumed.model) == shape_of(straight.model)
-            same_optimizer(run, first)
-            assert bare(resumed)
-
     def test_a_longer_fit_goes_on_without_pruning_again(self, files, tmp_path):
         lit, callback, watch = module(), pruning(3, at=2), Depth()
         run = trainer(tmp_path, [callback, watch], max_steps=4)

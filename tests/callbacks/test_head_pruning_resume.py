@@ -56,30 +56,6 @@ def resumes(files, folder, callback, stops, build=module):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("remove", "stops"), [("never", [1, 3]), ("end", [2, 6]), ("rounds", [2, 3, 6])], ids=REMOVE)
-def test_resumed_equals_straight_through(files, tmp_path, remove, stops):
-    """Before the first round, at it, between rounds and at the last."""
-    _, _, watch = resumes(files, tmp_path, lambda: pruning(ROUNDS, remove=remove), stops)
-    assert watch.seen == SEEN
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("remove", ["end", "rounds"])
-def test_layers_that_differ(files, tmp_path, remove):
-    options = {"ranking": "global", "remove": remove, "importance": bh.Taylor()}
-    resumes(files, tmp_path, lambda: pruning(bh.schedules.MultiStep([0.2, 0.5], [2, 5]), **options), [2, 5])
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("remove", ["never", "rounds"])
-def test_kv_heads_from_the_start_on(files, tmp_path, remove):
-    def grouped(seed=0):
-        return module(seed, num_key_value_heads=4)
-
-    resumes(files, tmp_path, lambda: pruning(0.5, per="kv_head", remove=remove), [5], grouped)
-
-
-@pytest.mark.nightly
 def test_batches_of_the_users_own(files, tmp_path):
     examples = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (4, 9))]
 

@@ -97,19 +97,6 @@ def test_no_dead_parameter_stays_in_a_param_group(files, tmp_path):
     assert {id(p) for p in run.optimizers[0].state} == held
 
 
-@pytest.mark.nightly
-def test_resumed_equals_straight_through(files, tmp_path):
-    """Stopped before, right at, between and after the two conversions."""
-    conversions = [[2, 1], [2, 6]]
-    straight = module()
-    trainer(tmp_path, [KVHeadConversion(*conversions), checkpoints(tmp_path)]).fit(straight, data(files))
-    for stop in (1, 2, 4, 6, 7):
-        resumed, callback = module(seed=1), KVHeadConversion(*conversions)
-        trainer(tmp_path, [callback]).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
-        assert same(weights(resumed), weights(straight)), stop
-        assert [event["step"] for event in callback.events] == [2, 6]
-
-
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_load_from_checkpoint(files, tmp_path, weights_only):
     lit = module()

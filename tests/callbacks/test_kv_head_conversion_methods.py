@@ -5,7 +5,6 @@ import logging
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 import billhook as bh
@@ -31,10 +30,6 @@ WAYS = {
 
 def conversion(heads=2, at=2, **options):
     return KVHeadConversion(heads, at, **QUICK | options)
-
-
-def checkpoints(folder):
-    return ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
 
 
 class Seen(Callback):
@@ -95,20 +90,6 @@ def test_the_optimizer_starts_anew_where_the_basis_is_another(files, tmp_path, w
     for kinds, count in ((anew, 2), (kept, 5)):
         for kind in kinds:
             assert {steps[name] for name in steps if f"{kind}." in name or (kind in name and kind == "norm")} == {count}, kind
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("way", ["aligned", "svd", "auto", "svd, similar, repaired"])
-def test_resumed_equals_straight_through(files, tmp_path, way):
-    """Stopped before, right at, between and after the two conversions, by a module and a callback that know of nothing."""
-    stages = [2, 1], [2, 4]
-    straight = module(num_hidden_layers=1)
-    trainer(tmp_path, [conversion(*stages, **WAYS[way]), checkpoints(tmp_path)], max_steps=5).fit(straight, data(files))
-    for stop in (1, 2, 3) if way == "svd" else (3,):
-        resumed, callback = module(seed=1, num_hidden_layers=1), conversion(*stages, **WAYS[way])
-        trainer(tmp_path, [callback], max_steps=5).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
-        assert same(weights(resumed), weights(straight)), stop
-        assert [event["step"] for event in callback.events] == [2, 4]
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

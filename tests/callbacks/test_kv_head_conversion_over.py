@@ -125,22 +125,6 @@ def test_optimizer_state_stays_on_the_way_and_starts_anew_where_heads_are_turned
         assert {steps[name] for name in steps if "self_attn" not in name} == {8}
 
 
-@pytest.mark.parametrize(
-    ("options", "stops"),
-    [({"method": "aligned"}, (1, 2, 3, 4, 5)), ({}, (3,)), ({"method": bh.kv_methods.Aligned("similar")}, (3,))],
-    ids=["aligned", "mean", "similar"],
-)
-def test_resumed_equals_straight_through(files, tmp_path, options, stops):
-    straight = small()
-    trainer(tmp_path, [conversion(**options), checkpoints(tmp_path)], max_steps=6).fit(straight, data(files))
-    for stop in stops:
-        resumed = small(seed=1)
-        trainer(tmp_path, [conversion(**options)], max_steps=6).fit(
-            resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt"
-        )
-        assert same(weights(resumed), weights(straight)), stop
-
-
 class Saves(Callback):
     """A checkpoint from between an optimizer's step and what other callbacks do after it."""
 

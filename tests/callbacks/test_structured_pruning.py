@@ -132,29 +132,6 @@ class TestResume:
         return lit, whole, watch, run
 
     @pytest.mark.nightly
-    @pytest.mark.parametrize(
-        ("options", "stops"),
-        [
-            ({"channels": 0.5, "kv_heads": 0.5, "at": bh.schedules.Linear(final=1.0, start=0, end=6, every=2)}, (1, 4, 5)),
-            ({"params": 0.94, "at": 3, "rounds": 2, "ranking": "global", "importance": bh.importance.GateGradient()}, (1, 4)),
-            ({"residual": 0.25, "at": 4, "importance": bh.importance.WeightNorm(), "round_to": 8}, (4,)),
-        ],
-        ids=["schedule", "target", "residual"],
-    )
-    def test_resumed_equals_straight_through(self, files, tmp_path, options, stops):
-        lit, whole, watch, first = self.straight(files, tmp_path, lambda: pruning(**options))
-        for stop in stops:
-            resumed, again, later = module(seed=1), pruning(**options), Widths()
-            torch.manual_seed(stop)
-            run = trainer(tmp_path, [again, later])
-            run.fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
-            assert same(weights(resumed), weights(lit)), stop
-            assert later.seen == watch.seen[stop:]
-            assert repr(again.events) == repr(whole.events)
-            for left, right in zip(run.optimizers[0].state.values(), first.optimizers[0].state.values(), strict=True):
-                assert same(left, right)
-
-    @pytest.mark.nightly
     def test_widths_that_are_rounded_are_planned_from_the_first_also_where_it_is_resumed(self, files, tmp_path):
         def build(seed=0):
             return module(seed, intermediate_size=1536)

@@ -1,56 +1,17 @@
 """A run that was stopped, at whatever step, goes on as if it had not been."""
 
-from functools import partial
-
 import lightning.pytorch as pl
 import pytest
-import torch
 
 import billhook as bh
 from kit.fits import data, same, trainer, weights
-from kit.weight_pruning import FEW, RAMP, checkpoints, module, pruning, zeros
+from kit.weight_pruning import RAMP, checkpoints, module, pruning, zeros
 
 pytestmark = [
     # the resumed runs do without the ModelCheckpoint of the straight one
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
     pytest.mark.filterwarnings("ignore:X.T X is not positive definite"),
 ]
-
-
-STOPS = [1, 2, 3, 4, 5, 6, 7]
-KINDS = [
-    *("gradual", "once", "start", "sparsegpt", "matched", "own"),
-    *("learned", "learned later", "learned pairs", "learned unevenly"),
-]
-
-
-@pytest.mark.daily("matched")
-@pytest.mark.parametrize("kind", KINDS)
-def test_resumed_equals_straight_through(files, tmp_path, kind):
-    """Stopped before, right at, between and after rounds, and while masks are learned."""
-    examples = [{"input_ids": ids} for ids in torch.randint(3, 60, (4, 9))]
-    arguments = {
-        "gradual": {"sparsity": RAMP, "allocation": bh.criteria.OWL()},
-        "once": {"sparsity": 0.5, "at": 4, "criterion": bh.Wanda()},
-        "start": {"pattern": "2:4"},
-        "sparsegpt": {"sparsity": RAMP, "criterion": bh.SparseGPT()},
-        "matched": {"sparsity": RAMP, "match": bh.criteria.BlockMatching(), "sequential": "layer"},
-        "learned": {"sparsity": 0.5, "end": 5},
-        "learned later": {"sparsity": 0.75, "at": 2, "criterion": bh.Magnitude(compares="row"), "end": 5},
-        "learned pairs": {"pattern": "2:4", "criterion": bh.criteria.RIA(), "sequential": "layer", "end": 5},
-        "learned unevenly": {"sparsity": 0.5, "allocation": bh.criteria.OWL(), "end": 5},
-        "own": {"sparsity": RAMP, "calibration": torch.utils.data.DataLoader(examples, 2, shuffle=True)},
-    }[kind]
-    make = partial(bh.SRSTE, **FEW) if kind.startswith("learned") else pruning
-    straight, whole = module(), make(**arguments)
-    trainer(tmp_path, [whole, checkpoints(tmp_path)]).fit(straight, data(files))
-    for stop in STOPS:
-        resumed, callback = module(seed=1), make(**arguments)
-        torch.manual_seed(stop)
-        trainer(tmp_path, [callback]).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
-        assert same(weights(resumed), weights(straight)), stop
-        assert same(callback.masks, whole.masks)
-        assert callback.events == whole.events
 
 
 def test_a_run_that_failed_resumes_too(files, tmp_path):

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.kv_heads.freedom import Freedom, Freedoms
-from billhook.kv_heads.layout import Projections, Stacks, written
+from billhook.kv_heads.layout import HeadTensors, Projections, written
+from billhook.kv_heads.symmetry import Symmetries, Symmetry
 from kit import families
 
 IDS = {"vocab_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -167,7 +167,7 @@ def model_of(family: str, heads: int = 4, queries: int = 1, **changes: object) -
     return model.double()
 
 
-def draw(freedom: Freedom, width: int, turn: bool, generator: torch.Generator) -> Tensor:
+def draw(freedom: Symmetry, width: int, turn: bool, generator: torch.Generator) -> Tensor:
     """A matrix that mixes what may be mixed; with `turn`, one that keeps lengths."""
     matrix = torch.eye(width, dtype=torch.float64)
     for block in freedom:
@@ -184,18 +184,18 @@ def draw(freedom: Freedom, width: int, turn: bool, generator: torch.Generator) -
     return matrix
 
 
-def mixed(stacks: Stacks, freedoms: Freedoms, groups: int, turn: bool = False) -> Stacks:
+def mixed(stacks: HeadTensors, symmetries: Symmetries, groups: int, turn: bool = False) -> HeadTensors:
     """The heads of each group replaced by mixes of its first one; numbers that may not be mixed are the same in all."""
     generator, size = torch.Generator().manual_seed(7), len(stacks.k) // groups
     k, v = (
         torch.stack([draw(free, one.shape[1], turn, generator) @ one[head // size * size] for head in range(len(one))])
-        for one, free in ((stacks.k, freedoms.keys), (stacks.v, freedoms.values))
+        for one, free in ((stacks.k, symmetries.keys), (stacks.v, symmetries.values))
     )
-    return Stacks(stacks.q, k, v, stacks.o)
+    return HeadTensors(stacks.q, k, v, stacks.o)
 
 
 @torch.no_grad()
-def with_stacks(model: nn.Module, place: Projections, stacks: Stacks) -> None:
+def with_stacks(model: nn.Module, place: Projections, stacks: HeadTensors) -> None:
     """Writes them into the model."""
     for linear, own in written(model, place, stacks).items():
         for name, value in own.items():

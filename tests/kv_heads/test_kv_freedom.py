@@ -9,15 +9,15 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 from billhook.engine.lazy import by_parameter
 from billhook.engine.store import store_of
-from billhook.kv_heads.freedom import Alone, Block, Freedoms, find_freedoms, see_calls
 from billhook.kv_heads.layout import find_projections, read, written
+from billhook.kv_heads.symmetry import AttentionProbe, Block, Symmetries, find_symmetries, see_calls
 from billhook.tracing.trace import trace
 from kit import families, kv_zoo
 from kit.families import llama
 
 
 def freedoms_of(model):
-    return list(find_freedoms(model, find_projections(model, trace(model))).values())
+    return list(find_symmetries(model, find_projections(model, trace(model))).values())
 
 
 def together(start, end):
@@ -87,7 +87,7 @@ def test_the_numbers_of_each_family_may_be_mixed_as_its_code_says(family):
     found = freedoms_of(model)
     for number, own in enumerate(found):
         cross = family == "t5" and number in (3, 5)
-        assert own == Freedoms(keys, together(0, width), family not in FIXED or cross)
+        assert own == Symmetries(keys, together(0, width), family not in FIXED or cross)
 
 
 def test_layers_without_positions_may_mix_more():
@@ -144,11 +144,11 @@ class Tricky(nn.Module):
 @pytest.mark.parametrize(
     ("trick", "expected"),
     [
-        ("nothing", Freedoms(together(0, 4), together(0, 4), True)),
-        ("norm of values", Freedoms(together(0, 4), (), True)),
-        ("gate of values", Freedoms(together(0, 4), (), True)),
-        ("a factor for each head", Freedoms(together(0, 4), together(0, 4), False)),
-        ("gate of keys", Freedoms((), together(0, 4), True)),
+        ("nothing", Symmetries(together(0, 4), together(0, 4), True)),
+        ("norm of values", Symmetries(together(0, 4), (), True)),
+        ("gate of values", Symmetries(together(0, 4), (), True)),
+        ("a factor for each head", Symmetries(together(0, 4), together(0, 4), False)),
+        ("gate of keys", Symmetries((), together(0, 4), True)),
     ],
 )
 def test_what_stands_in_between_is_noticed(trick, expected):
@@ -166,7 +166,7 @@ def test_the_model_stays_as_it_is(family):
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     accumulators = [accumulator(one) for one in model.parameters()]  # where DDP waits for gradients
     with torch.autocast("cpu", torch.bfloat16):
-        assert find_freedoms(model, places) == find_freedoms(model, places)
+        assert find_symmetries(model, places) == find_symmetries(model, places)
         assert torch.is_autocast_enabled("cpu")
     assert torch.equal(rng, torch.get_rng_state())
     assert all(module.training for module in model.modules())
@@ -184,11 +184,11 @@ def accumulator(parameter):
 def test_it_is_the_same_under_autocast_and_with_kernels_that_know_no_float64():
     model = llama(**WIDE)
     places = find_projections(model, trace(model))
-    plain = find_freedoms(model, places)
+    plain = find_symmetries(model, places)
     with torch.autocast("cpu", torch.bfloat16):
-        assert find_freedoms(model, places) == plain
+        assert find_symmetries(model, places) == plain
     model.config._attn_implementation_internal = "flex_attention"
-    assert find_freedoms(model, places) == plain
+    assert find_symmetries(model, places) == plain
     assert model.config._attn_implementation == "flex_attention"
 
 
@@ -196,9 +196,9 @@ def test_one_that_fails_leaves_the_model_as_it_was():
     model = llama()
     places = find_projections(model, trace(model))
     place = next(iter(places.values()))
-    attention = Alone(model, place, see_calls(model, places)[place.name])
+    attention = AttentionProbe(model, place, see_calls(model, places)[place.name])
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(RuntimeError, match="shape mismatch"), attention.wide():
+    with pytest.raises(RuntimeError, match="shape mismatch"), attention.as_float64():
         attention.change({"q": lambda q: 2 * q, "k": lambda k: k[:, :3]})
     assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
     assert {one.dtype for one in model.parameters()} == {torch.float32}
@@ -208,8 +208,8 @@ def test_alone_an_attention_gives_what_it_gives_of_the_same_noise():
     model = llama(**WIDE)
     places = find_projections(model, trace(model))
     place = places["model.layers.1.self_attn"]
-    attention = Alone(model, place, see_calls(model, places)[place.name])
-    with attention.wide():
+    attention = AttentionProbe(model, place, see_calls(model, places)[place.name])
+    with attention.as_float64():
         stacks, given = read(model, place), attention()
         assert torch.equal(given, attention())
         assert stacks.k.dtype == given.dtype == torch.float64
@@ -233,5 +233,5 @@ def test_an_attention_that_is_not_called_as_a_module_is_refused():
     places = find_projections(model, trace(model))
     model.model.layers[1].self_attn.__class__ = Direct
     with pytest.raises(ValueError, match=r"layers.1.self_attn is not called as a module, so what its heads do cannot be seen"):
-        find_freedoms(model, places)
+        find_symmetries(model, places)
     assert not any(module._forward_pre_hooks for module in model.modules())

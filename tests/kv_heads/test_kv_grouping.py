@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from billhook.engine.batches import Run
-from billhook.kv_heads.bases import find_bases, gather, moments_in_order, similar_order, weight_moments
-from billhook.kv_heads.freedom import find_freedoms, in_order
+from billhook.kv_heads.basis import find_bases, similar_order
 from billhook.kv_heads.layout import find_projections, read
 from billhook.kv_heads.methods import SVD, method_of
+from billhook.kv_heads.moments import gather, weight_moments
+from billhook.kv_heads.symmetry import find_symmetries, in_order
 from billhook.tracing.trace import trace
 from kit.families import tokens
 from kit.kv_zoo import mixed, model_of, with_stacks
@@ -30,8 +31,8 @@ def partitions(heads, groups):
 def shuffled(model, order):
     """Pairs of heads that are mixes of one another, in an order in which they do not stand beside each other."""
     for name, place in find_projections(model, trace(model)).items():
-        freedoms = find_freedoms(model, {name: place})[name]
-        stacks = mixed(read(model, place), freedoms, groups=len(order) // 2)
+        symmetries = find_symmetries(model, {name: place})[name]
+        stacks = mixed(read(model, place), symmetries, groups=len(order) // 2)
         with_stacks(model, place, in_order(stacks, order))
     return model
 
@@ -43,9 +44,9 @@ def test_planted_pairs_are_found(family, heads, start):
     model = shuffled(model_of(family, heads), order)
     places = find_projections(model, trace(model))
     found = gather(model, places, dict.fromkeys(places, 1), [Run(lambda: model(tokens(4, 40)).logits.sum())])
-    freedoms = find_freedoms(model, places)
+    symmetries = find_symmetries(model, places)
     for name, place in places.items():
-        new = similar_order(read(model, place), found[name], freedoms[name], method_of(start), heads // 2)
+        new = similar_order(read(model, place), found[name], symmetries[name], method_of(start), heads // 2)
         assert sorted(new) == list(range(heads))
         pairs = {frozenset(order[head] // 2 for head in new[number : number + 2]) for number in range(0, heads, 2)}
         assert pairs == {frozenset([number]) for number in range(heads // 2)}
@@ -58,14 +59,14 @@ def test_no_other_grouping_loses_less_over_its_pairs(heads, groups):
     torch.manual_seed(heads)
     model = model_of("llama", heads)
     (place, *_) = find_projections(model, trace(model)).values()
-    stacks, freedoms = read(model, place), find_freedoms(model, {place.name: place})[place.name]
+    stacks, symmetries = read(model, place), find_symmetries(model, {place.name: place})[place.name]
     moments = weight_moments(stacks, 1)
-    new = similar_order(stacks, moments, freedoms, SVD(), groups)
+    new = similar_order(stacks, moments, symmetries, SVD(), groups)
 
     @functools.cache
     def together(pair):
         two = in_order(stacks, pair)
-        return sum(own.lost for own in find_bases(two, weight_moments(two, 1), freedoms, SVD()))
+        return sum(own.lost for own in find_bases(two, weight_moments(two, 1), symmetries, SVD()))
 
     def loses(partition):
         return sum(together(pair) for group in partition for pair in itertools.combinations(sorted(group), 2))
@@ -80,8 +81,8 @@ def test_equal_heads_stay_where_they_are():
     (place, *_) = find_projections(model, trace(model)).values()
     stacks = read(model, place)
     stacks = type(stacks)(stacks.q[:1].expand(4, -1, -1), *(one[:1].expand(4, -1, -1) for one in (stacks.k, stacks.v, stacks.o)))
-    freedoms = find_freedoms(model, {place.name: place})[place.name]
-    assert similar_order(stacks, weight_moments(stacks, 1), freedoms, SVD(), 2) == [0, 1, 2, 3]
+    symmetries = find_symmetries(model, {place.name: place})[place.name]
+    assert similar_order(stacks, weight_moments(stacks, 1), symmetries, SVD(), 2) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "bart"])
@@ -97,7 +98,7 @@ def test_another_order_alone_changes_no_logits_and_has_the_moments_that_it_is_sa
     whole = gather(model, places, dict.fromkeys(places, 1), trials)
     after = gather(model, places, dict.fromkeys(places, 2), trials)
     for name in places:
-        found = moments_in_order(before[name], order, 2)
+        found = before[name].in_order(order, 2)
         torch.testing.assert_close(found.keys, after[name].keys)
         torch.testing.assert_close(found.queries, after[name].queries)
         for group, own in enumerate((slice(0, 2), slice(2, 4))):  # of values, as all query heads of the attention see them

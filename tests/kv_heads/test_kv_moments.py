@@ -8,8 +8,8 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from billhook.engine.batches import Run
-from billhook.kv_heads.bases import gather, gather_each
 from billhook.kv_heads.layout import find_projections
+from billhook.kv_heads.moments import gather, gather_each
 from billhook.tracing.trace import trace
 from kit.families import tokens
 from kit.kv_zoo import model_of

@@ -12,9 +12,9 @@ from billhook.engine.batches import Run
 from billhook.engine.comm import ALONE
 from billhook.kv_heads.attentions import distance_between
 from billhook.kv_heads.convert import Attentions, best_method
-from billhook.kv_heads.freedom import Freedoms
 from billhook.kv_heads.layout import find_projections, read
 from billhook.kv_heads.methods import SVD, Aligned, Auto, Mean, method_of
+from billhook.kv_heads.symmetry import Symmetries
 from billhook.repairs.repair import RepairConfig
 from billhook.tracing.trace import trace
 from kit import kv_zoo
@@ -39,7 +39,7 @@ def trained():
     """The embedded model, a Llama with 8 KV heads, of which one layer is to be converted, and text, in part unseen."""
     model = bh.load("tiny").float().eval()
     attentions = attentions_of(model, 4)
-    attentions.places = dict(list(attentions.places.items())[1:2])
+    attentions.projections = dict(list(attentions.projections.items())[1:2])
     return attentions, embedded_text("train", 8).split(2), embedded_text("validation", 4)
 
 
@@ -89,8 +89,8 @@ def test_auto_never_passes_over_what_is_exact(family):
     for seed in range(3):
         model = model_of(family)
         attentions = attentions_of(model, 2)
-        for name, place in attentions.places.items():
-            with_stacks(model, place, mixed(read(model, place), attentions.freedoms[name], 2))
+        for name, place in attentions.projections.items():
+            with_stacks(model, place, mixed(read(model, place), attentions.symmetries[name], 2))
         torch.manual_seed(seed)
         trials = trials_of(model, [tokens(4, 12) for _ in range(4)])
         chosen, distances = best_method(attentions, METHODS, trials, None)
@@ -126,7 +126,7 @@ def test_repair_brings_a_trained_model_nearer_to_what_it_was_on_text_it_has_not_
     assert len(attentions.downs) == 4
     far, near = (distance(changed(model, one), model, unseen) for one in (new, better))
     assert near < (0.97 if start == "svd" else 0.75) * far
-    for place in attentions.places.values():  # what makes heads is as it was given: still equal in their groups
+    for place in attentions.projections.values():  # what makes heads is as it was given: still equal in their groups
         assert torch.equal(better[f"{place.v.linear}.weight"], new[f"{place.v.linear}.weight"])
         stacks = read(changed(model, better), place)
         torch.testing.assert_close(stacks.k[0::2], stacks.k[1::2])
@@ -229,7 +229,7 @@ def test_refusals_say_what_works():
     trials = trials_of(bloom.model, [tokens() for _ in range(3)])
     assert list(best_method(bloom, METHODS, trials, None)[1]) == METHODS[:3]
     fixed = attentions_of(kv_zoo.build("deberta"), 4)
-    assert set(fixed.freedoms.values()) == {Freedoms((), (), False)}
+    assert set(fixed.symmetries.values()) == {Symmetries((), (), False)}
     for start in ("aligned", "svd"):
         with pytest.raises(
             ValueError, match=rf"method='{start}': no change of basis leaves what deberta.*attention computes .*'mean' works"

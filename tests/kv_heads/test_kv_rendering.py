@@ -6,7 +6,7 @@ import torch
 
 from billhook.kv_heads.methods import SVD, Aligned, Mean
 
-mean, aligned, low_rank = Mean().render, Aligned().render, SVD().render
+mean, aligned, low_rank = Mean().reconstruct, Aligned().reconstruct, SVD().reconstruct
 KINDS = {"real": torch.float64, "complex": torch.complex128}
 
 

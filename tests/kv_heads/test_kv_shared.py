@@ -13,9 +13,9 @@ from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import in_turn
 from billhook.engine.shards import ShardStore
 from billhook.engine.walk import blocks_of
-from billhook.kv_heads.bases import Sums
 from billhook.kv_heads.convert import ready_weights, turned_weights
 from billhook.kv_heads.methods import method_of
+from billhook.kv_heads.moments import MomentSums
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.surgery import changed
 from kit.families import llama, tokens
@@ -55,14 +55,14 @@ def test_heads_are_made_ready_as_in_memory(mesh, family, method, repair, monkeyp
 
 def test_moments_of_an_attention_go_with_its_block(mesh, monkeypatch):
     _, sharded, groups, batches = both(mesh)
-    alive, most, begin = weakref.WeakSet(), [], Sums.__init__
+    alive, most, begin = weakref.WeakSet(), [], MomentSums.__init__
 
     def begun(self, *given):
         begin(self, *given)
         alive.add(self)
         most.append(len(alive))
 
-    monkeypatch.setattr(Sums, "__init__", begun)
+    monkeypatch.setattr(MomentSums, "__init__", begun)
     with in_turn(sharded):
         ready_weights(sharded, groups, bh.kv_methods.SVD(), batches, comm=Comm(lambda tensor: tensor))
     assert most == [1] * len(groups)

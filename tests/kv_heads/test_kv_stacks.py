@@ -8,7 +8,7 @@ import torch
 
 from billhook.engine.lazy import by_parameter
 from billhook.engine.store import store_of
-from billhook.kv_heads.layout import Stacks, find_projections, moved_values, read, written
+from billhook.kv_heads.layout import HeadTensors, find_projections, moved_values, read, written
 from billhook.tracing.trace import trace
 from kit import families, kv_zoo
 from kit.families import llama, tokens
@@ -55,8 +55,8 @@ def test_what_is_read_and_written_is_what_there_was(family):
                 assert value.dtype == parameters[name].dtype
                 assert value.data_ptr() != parameters[name].data_ptr()
                 assert torch.equal(value, parameters[name])
-        other = written(model, place, Stacks(-stacks.q, 2 * stacks.k, 3 * stacks.v, 4 * stacks.o))  # each only where it lies
-        again = Stacks(stacks.q.clone(), stacks.k.clone(), stacks.v.clone(), stacks.o.clone())
+        other = written(model, place, HeadTensors(-stacks.q, 2 * stacks.k, 3 * stacks.v, 4 * stacks.o))  # each only where it lies
+        again = HeadTensors(stacks.q.clone(), stacks.k.clone(), stacks.v.clone(), stacks.o.clone())
         with store_of(model).computing_with(by_parameter(other)):
             told = read(model, place)
         for one, factor, own in ((told.q, -1, again.q), (told.k, 2, again.k), (told.v, 3, again.v), (told.o, 4, again.o)):
@@ -120,7 +120,7 @@ def test_values_of_other_heads_are_moved_and_nothing_else(family):
         stacks = read(model, place)
         new = moved_values(model, place, order)
         assert new.keys() == {place.v.linear}
-        expected = written(model, place, Stacks(stacks.q, stacks.k, stacks.v[order], stacks.o))[place.v.linear]
+        expected = written(model, place, HeadTensors(stacks.q, stacks.k, stacks.v[order], stacks.o))[place.v.linear]
         assert all(torch.equal(value, expected[name]) for name, value in new[place.v.linear].items())
 
 
@@ -128,7 +128,7 @@ def test_other_parameters_stand_in_under_autocast_too_and_go():
     model, ids = llama(), tokens()
     place = found_in(model)["model.layers.0.self_attn"]
     stacks = read(model, place)
-    new = written(model, place, Stacks(stacks.q, stacks.k, 2 * stacks.v, stacks.o))
+    new = written(model, place, HeadTensors(stacks.q, stacks.k, 2 * stacks.v, stacks.o))
     with torch.autocast("cpu", torch.bfloat16):
         plain = model(ids).logits  # which keeps the weights in bfloat16
         with store_of(model).computing_with(by_parameter(new)):

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from billhook.engine.batches import Run
-from billhook.kv_heads.bases import find_bases, gather, pooled, turned, weight_moments
-from billhook.kv_heads.freedom import Block, Freedoms, find_freedoms
+from billhook.kv_heads.basis import find_bases, in_bases, pooled
 from billhook.kv_heads.layout import find_projections, read
 from billhook.kv_heads.methods import method_of
+from billhook.kv_heads.moments import gather, weight_moments
+from billhook.kv_heads.symmetry import Block, Symmetries, find_symmetries
 from billhook.tracing.trace import trace
 from kit.families import tokens
 from kit.kv_zoo import mixed, model_of, with_stacks
@@ -31,7 +32,7 @@ class Case:
     def __init__(self, family, heads=4, queries=1):
         self.model = model_of(family, heads, queries, **CHANGES.get(family, {}))
         self.places = find_projections(self.model, trace(self.model))
-        self.freedoms = find_freedoms(self.model, self.places)
+        self.symmetries = find_symmetries(self.model, self.places)
         ids = tokens(4, 24)
         self.inputs = {"input_ids": ids}
         if self.model.config.is_encoder_decoder:
@@ -55,14 +56,14 @@ class Case:
 
     def plant(self, groups=2, turn=False):
         for name, place in self.places.items():
-            with_stacks(self.model, place, mixed(read(self.model, place), self.freedoms[name], groups, turn))
+            with_stacks(self.model, place, mixed(read(self.model, place), self.symmetries[name], groups, turn))
 
     def change(self, become, start, how="data", groups=2):
         """Returns what the renderings of each attention lose."""
         moments, lost = self.moments(how, groups), {}
         for name, place in self.places.items():
             stacks = read(self.model, place)
-            bases = find_bases(stacks, moments[name], self.freedoms[name], method_of(start))
+            bases = find_bases(stacks, moments[name], self.symmetries[name], method_of(start))
             with_stacks(self.model, place, become(stacks, *bases))
             lost[name] = tuple(one.lost for one in bases)
         return lost
@@ -85,7 +86,7 @@ def case(family):
 def test_alignment_alone_changes_no_logits(family, start, how):
     one = Case(family)
     before, weights = one.logits(), {name: value.clone() for name, value in one.model.state_dict().items()}
-    one.change(turned, start, how)
+    one.change(in_bases, start, how)
     torch.testing.assert_close(one.logits(), before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
     moved = {name.split(".")[-2] for name, value in one.model.state_dict().items() if not torch.allclose(value, weights[name])}
     assert len(moved) >= 2
@@ -120,7 +121,7 @@ def test_the_mean_is_that_of_pooling_repeated(family):
     one = case(family)
     for name, place in one.places.items():
         stacks, groups = read(one.model, place), place.kv_heads // 2
-        bases = find_bases(stacks, weight_moments(stacks, groups), one.freedoms[name], method_of("mean"))
+        bases = find_bases(stacks, weight_moments(stacks, groups), one.symmetries[name], method_of("mean"))
         found = pooled(stacks, *bases)
         for new, old in ((found.k, stacks.k), (found.v, stacks.v)):
             expected = old.unflatten(0, (groups, -1)).mean(1).repeat_interleave(2, 0)
@@ -137,7 +138,8 @@ def test_what_is_lost_is_counted_on_data_and_least_with_svd(family, groups):
     for name, place in one.places.items():
         stacks = read(one.model, place)
         lost = {
-            start: find_bases(stacks, moments[name], one.freedoms[name], method_of(start)) for start in ("mean", "aligned", "svd")
+            start: find_bases(stacks, moments[name], one.symmetries[name], method_of(start))
+            for start in ("mean", "aligned", "svd")
         }
         for number in (0, 1):
             svd, aligned, mean = (lost[start][number].lost for start in ("svd", "aligned", "mean"))
@@ -167,9 +169,9 @@ def test_bases_mix_no_more_than_may_be_mixed(name):
     for start in ("mean", "aligned", "svd"):
         moments = one.moments("weights")
         for attention, place in one.places.items():
-            keys, _ = find_bases(read(one.model, place), moments[attention], one.freedoms[attention], method_of(start))
+            keys, _ = find_bases(read(one.model, place), moments[attention], one.symmetries[attention], method_of(start))
             allowed = torch.zeros(keys.basis.shape[1:], dtype=torch.bool)
-            for block in one.freedoms[attention].keys:
+            for block in one.symmetries[attention].keys:
                 own = torch.tensor([*block.real, *block.imaginary])
                 allowed[own[:, None], own] = True
                 if block.imaginary:
@@ -185,8 +187,8 @@ def test_complex_keys_by_hand():
     """Two heads: for each frequency the principal direction of diag(sqrt e) Z Z^H diag(sqrt e), e being the queries' energies."""
     stacks = read(case("llama").model, case("llama").places["model.layers.0.self_attn"])
     stacks = type(stacks)(stacks.q[:2], stacks.k[:2], stacks.v[:2], stacks.o[:2])
-    freedoms = case("llama").freedoms["model.layers.0.self_attn"]
-    keys, _ = find_bases(stacks, weight_moments(stacks, 1), freedoms, method_of("svd"))
+    symmetries = case("llama").symmetries["model.layers.0.self_attn"]
+    keys, _ = find_bases(stacks, weight_moments(stacks, 1), symmetries, method_of("svd"))
     half = stacks.k.shape[1] // 2
     for f in range(half):
         z = torch.complex(stacks.k[:, f], stacks.k[:, f + half])
@@ -202,7 +204,7 @@ def test_complex_keys_by_hand():
 
 def test_numbers_in_no_block_are_averaged_and_a_group_of_nothing_loses_nothing():
     stacks = read(case("llama").model, case("llama").places["model.layers.0.self_attn"])
-    some = Freedoms((Block((0,), (4,)),), (), True)
+    some = Symmetries((Block((0,), (4,)),), (), True)
     keys, values = find_bases(stacks, weight_moments(stacks, 2), some, method_of("svd"))
     eye = torch.eye(8, dtype=torch.float64).expand(4, -1, -1)
     rest = [1, 2, 3, 5, 6, 7]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import billhook as bh
 from billhook.kv_heads.config import kv_heads_of
-from billhook.kv_heads.methods import METHODS, KVMethod, Rendered, Rendering, method_of
+from billhook.kv_heads.methods import METHODS, KVMethod, Reconstructing, Reconstruction, method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.plan import ModelPlan, apply, subclasses
 from kit.families import build, tokens
@@ -36,15 +36,15 @@ class Last(KVMethod):
 
 
 @dataclass(frozen=True)
-class Weighted(Rendered):
+class Weighted(Reconstructing):
     """A mean in which heads with larger numbers count for more, to some power."""
 
     power: float = 1.0
 
-    def render(self, metric: Tensor, moments: Tensor) -> Rendering:
+    def reconstruct(self, metric: Tensor, moments: Tensor) -> Reconstruction:
         eye = torch.eye(moments.shape[1], dtype=moments.dtype).expand(len(moments), -1, -1)
         size = torch.einsum("jaja->j", moments).real ** (self.power / 2)
-        return Rendering(eye, eye * (size / size.sum())[:, None, None])
+        return Reconstruction(eye, eye * (size / size.sum())[:, None, None])
 
 
 def batches(count=3):

@@ -1,6 +1,7 @@
 """The attentions of a model that are to have fewer KV heads: what their heads are given, and parameters that make them equal."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import count
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
-from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.merge import MERGE, adapted
 from billhook.engine.batches import Loss, Run, run_with_loss, tell_apart
@@ -20,114 +20,106 @@ from billhook.engine.passes import Together, goes_by_blocks
 from billhook.engine.state import overridden, replaced, undisturbed
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
-from billhook.kv_heads.bases import (
-    Moments,
-    Sums,
-    find_bases,
-    gather,
-    moments_in_order,
-    pooled,
-    similar_order,
-    turned,
-    weight_moments,
-)
-from billhook.kv_heads.freedom import Freedoms, find_freedoms, in_order
-from billhook.kv_heads.layout import Stacks, find_projections, read, written
-from billhook.kv_heads.methods import Grouping, KVMethod, Rendered
+from billhook.kv_heads.basis import find_bases, in_bases, pooled, similar_order
+from billhook.kv_heads.layout import find_projections, read, written
+from billhook.kv_heads.methods import Grouping, KVMethod, Reconstructing
+from billhook.kv_heads.moments import MomentPass, Moments, gather, weight_moments
+from billhook.kv_heads.symmetry import find_symmetries, in_order
 from billhook.linalg import float64_device, in_float64
-from billhook.model.linears import size_of
+from billhook.model.linears import is_linear, size_of
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.tracing.trace import trace
 
 ROWS = 256
 """How many predictions are compared at a time, as float64 takes memory."""
 
+Compared = Iterator[tuple[Run, list[Any], list[Any]]]
+"""Runs, with what the model returns as it is, and with other weights."""
 
-def distance_between(expected: Any, found: Any, tokens: Tensor | None = None) -> float:  # noqa: ANN401 - whatever a model returns
-    """Returns the mean Kullback-Leibler divergence of logits, KL(expected || found); without any, a relative mean square.
+
+def distance_between(expected: Any, other: Any, tokens: Tensor | None = None) -> float:  # noqa: ANN401 - whatever a model returns
+    """Returns the mean Kullback-Leibler divergence of logits, KL(expected || other); without any, a relative mean square.
 
     Args:
         expected: What the model returns as it is.
-        found: What it returns with other weights.
+        other: What it returns with other weights.
         tokens: Which tokens count, bool, `[batch, length]`; it is for outputs of that shape.
     """
-    logits = getattr(expected, "logits", None)
-    a, b = ((one.logits if isinstance(logits, Tensor) else _states(one)).detach() for one in (expected, found))
+    has_logits = isinstance(getattr(expected, "logits", None), Tensor)
+    a, b = ((output.logits if has_logits else _states(output)).detach() for output in (expected, other))
     if tokens is not None and tokens.shape == a.shape[:2]:
         a, b = a[tokens], b[tokens]
-    if isinstance(logits, Tensor) and a.dim() > 1 and a.shape[-1] > 1:
+    if has_logits and a.dim() > 1 and a.shape[-1] > 1:
         a, b = a.flatten(0, -2), b.flatten(0, -2)
-        return sum(_divergences(a, b)) / len(a)
+        return sum(map(_divergence, a.split(ROWS), b.split(ROWS))) / len(a)
     a, b = in_float64(a), in_float64(b)
     return float((a - b).square().mean() / a.square().mean().clamp_min(torch.finfo(torch.double).tiny))
 
 
-def _divergences(expected: Tensor, found: Tensor) -> Iterator[float]:
-    for first in range(0, len(expected), ROWS):
-        p, q = (log_softmax(in_float64(one[first : first + ROWS]), -1) for one in (expected, found))
-        yield float(torch.where(p.isneginf(), 0, p.exp() * (p - q)).sum())
+def _divergence(expected: Tensor, other: Tensor) -> float:
+    p, q = (log_softmax(in_float64(logits), -1) for logits in (expected, other))
+    return float(torch.where(p.isneginf(), 0, p.exp() * (p - q)).sum())
 
 
 def _states(output: Any) -> Tensor:  # noqa: ANN401
     """Returns the first of what a model returns that is of states, or else of numbers: a loss comes before them."""
-    numbers = [one for one in tree_leaves(output) if isinstance(one, Tensor) and one.is_floating_point()]
+    numbers = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not numbers:
         raise ValueError(f"batches: the model returns a {type(output).__name__}, which holds no numbers to compare")
-    return next((one for one in numbers if one.dim() > 1), numbers[0])
+    return next((tensor for tensor in numbers if tensor.dim() > 1), numbers[0])
 
 
 class Attentions:
     """The attentions of a model that are to have fewer KV heads, in `groups` by name, and what is known of them."""
 
     def __init__(self, model: nn.Module, groups: Mapping[str, int], comm: Comm = ALONE) -> None:
-        layers = adapted(model)
-        if on := next((name for name in layers if any(name.startswith(f"{place}.") for place in groups)), None):
+        layers = tuple(adapted(model))
+        if inside := next((layer for layer in layers if layer.startswith(tuple(f"{name}." for name in groups))), None):
             why = "heads stay in their bases, where 'mean' and 'first' can pool them"
-            raise ValueError(f"with LoRA attached to {on}, {why}: or {MERGE}")
+            raise ValueError(f"with LoRA attached to {inside}, {why}: or {MERGE}")
         structure = trace(model)
         self.model, self.groups, self._comm, self.store = model, groups, comm, store_of(model)
-        self.places = find_projections(model, structure, groups)
-        self.freedoms: dict[str, Freedoms] = find_freedoms(model, self.places)
-        downs = [part.name.rpartition(".")[0] for one in structure.feed_forward for part in one.down]
+        self.projections = find_projections(model, structure, groups)
+        self.symmetries = find_symmetries(model, self.projections)
+        downs = dict.fromkeys(part.name.rpartition(".")[0] for ffn in structure.feed_forward for part in ffn.down)
+        self.downs = [name for name in downs if is_linear(model.get_submodule(name))]
         self.not_refitted = list[str]()  # by the last repair
-        self.downs = [name for name in dict.fromkeys(downs) if isinstance(model.get_submodule(name), nn.Linear | Conv1D)]
 
     def check_adapters(self, repair: RepairConfig | None) -> None:
         """Refuses a repair of a model with adapters, which are none of the heads' but may be on what a repair refits."""
         if repair is not None and (layers := adapted(self.model)):
             raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE}")
 
-    def check(self, method: Rendered) -> None:
+    def check(self, method: Reconstructing) -> None:
         """Refuses a method where heads cannot change places, or none of their numbers may be mixed."""
-        fixed = [name for name, own in self.freedoms.items() if not own.order]
+        fixed = [name for name, symmetries in self.symmetries.items() if not symmetries.order]
         if method.grouping == "similar" and fixed:
             raise ValueError(
                 f"grouping='similar' puts heads in another order, which changes what {fixed[0]} computes (its code knows heads "
                 "by their place, as a position bias for each does): 'consecutive' works"
             )
-        if method.changes_basis and not any(own.keys or own.values for own in self.freedoms.values()):
+        if method.changes_basis and not any(symmetries.keys or symmetries.values for symmetries in self.symmetries.values()):
             raise ValueError(
-                f"method='{method.name}': no change of basis leaves what {next(iter(self.places))} computes as it is (a norm or "
-                "a gate stands between its projections and their products): 'mean' works"
+                f"method='{method.name}': no change of basis leaves what {next(iter(self.projections))} computes as it is (a "
+                "norm or a gate stands between its projections and their products): 'mean' works"
             )
 
-    def allowed(self, methods: Sequence[Rendered]) -> list[Rendered]:
+    def allowed(self, methods: Sequence[Reconstructing]) -> list[Reconstructing]:
         """Returns the methods that suit the attentions; refuses if none does."""
-        found, why = list[Rendered](), None
+        allowed, refusal = list[Reconstructing](), None
         for method in methods:
             try:
                 self.check(method)
-                found.append(method)
+                allowed.append(method)
             except ValueError as error:
-                why = error
-        if not found and why is not None:
-            raise why
-        return found
+                refusal = error
+        if not allowed and refusal is not None:
+            raise refusal
+        return allowed
 
     def trial(self, batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
         """Returns a batch, on the model's device, with which tokens count for each linear."""
-        linears = {rows.linear for place in self.places.values() for rows in (place.q, place.k, place.v, place.o)}
-        names = linears | set(self.downs)
+        names = {linear for attention in self.projections.values() for linear in attention.linears} | set(self.downs)
         return run_with_loss(self.model, {name: self.model.get_submodule(name) for name in names}, batch, loss)
 
     def choosing(self, runs: int, repair: RepairConfig | None = None) -> set[int]:
@@ -136,87 +128,93 @@ class Attentions:
 
     def summed(self, *numbers: float) -> list[float]:
         """Returns sums over ranks."""
-        sums = torch.tensor(numbers, dtype=torch.float64, device=float64_device(self._comm.device))
-        found: list[float] = self._comm(sums).tolist()
-        return found
+        sums: list[float] = self._comm(
+            torch.tensor(numbers, dtype=torch.float64, device=float64_device(self._comm.device))
+        ).tolist()
+        return sums
 
     def moments(self, trials: Sequence[Run], grouping: Grouping) -> dict[str, Moments]:
         """Returns the moments that data shows, or where no rank has any, those of the weights."""
-        groups = {name: 1 if grouping == "similar" else self.groups[name] for name in self.places}
+        groups = self._seen_in(grouping)
         if any(self.summed(len(trials))):
-            return gather(self.model, self.places, groups, trials, self._comm)
-        return {name: self.weight_moments(name, grouping) for name in self.places}
+            return gather(self.model, self.projections, groups, trials, self._comm)
+        return {name: self._weight_moments(name, number) for name, number in groups.items()}
 
-    def weight_moments(self, name: str, grouping: Grouping) -> Moments:
-        """Returns the moments that the weights of an attention alone let expect."""
+    def _seen_in(self, grouping: Grouping) -> dict[str, int]:
+        """Returns in how many groups moments are needed, by attention: in one where it is open which heads share a group."""
+        return {name: 1 if grouping == "similar" else self.groups[name] for name in self.projections}
+
+    def _weight_moments(self, name: str, groups: int) -> Moments:
         self.store.load(self.model.get_submodule(name))
-        return weight_moments(read(self.model, self.places[name]), 1 if grouping == "similar" else self.groups[name])
+        return weight_moments(read(self.model, self.projections[name]), groups)
 
     @torch.no_grad()
-    def rendered(self, methods: Sequence[Rendered], trials: Sequence[Run]) -> Iterator[tuple[Rendered, LazyTensors]]:
+    def reconstructed(
+        self, methods: Sequence[Reconstructing], trials: Sequence[Run]
+    ) -> Iterator[tuple[Reconstructing, LazyTensors]]:
         """Yields for each of some methods, which group heads alike, what `equal` returns on the moments that data shows.
 
         Where blocks come and go, one pass finds all of them, and moments go with their block. Where ranks share blocks and call
         them in another order than one after the other, the moments of all attentions are there at once.
         """
-        if goes_by_blocks(self.model, [trial.visit for trial in trials], self._comm):
-            new = self._rendered_blockwise(methods, trials)
-            for number, method in enumerate(methods):
-                own = {name: read for name, read in new.reads.items() if name.startswith(f"{number} ")}
-                yield method, LazyTensors(own).renamed(lambda name: name.partition(" ")[2])
+        if not goes_by_blocks(self.model, [trial.visit for trial in trials], self._comm):
+            moments = self.moments(trials, methods[0].grouping)
+            for method in methods:
+                yield method, self.equal(method, moments)
             return
-        moments = self.moments(trials, methods[0].grouping)
-        for method in methods:
-            yield method, self.equal(method, moments)
+        new = self._by_block(methods, trials).reads
+        for number, method in enumerate(methods):
+            prefix = f"{number} "
+            yield method, LazyTensors({name.removeprefix(prefix): new[name] for name in new if name.startswith(prefix)})
 
-    def _rendered_blockwise(self, methods: Sequence[Rendered], trials: Sequence[Run]) -> LazyTensors:
+    def _by_block(self, methods: Sequence[Reconstructing], trials: Sequence[Run]) -> LazyTensors:
         """Returns the parameters of all methods, each behind its number; what an earlier process has found is not found again."""
-        store, new, inside = self.store, LazyTensors({}), dict[nn.Module | None, list[str]]()
-        for name in self.places:
-            inside.setdefault(store.owner.get(self.model.get_submodule(name)), []).append(name)
+        store, groups, inside = self.store, self._seen_in(methods[0].grouping), defaultdict[nn.Module | None, list[str]](list)
+        for name in self.projections:
+            inside[store.owner.get(self.model.get_submodule(name))].append(name)
+        new = LazyTensors({})
         with store.step(f"heads of {self.groups} by {methods}", partial(tell_apart, trials)):
-            done = {block for block in inside if block is not None and store.known(block) is not None}
-            left = [name for block, names in inside.items() if block not in done for name in names]
-            passed = _Pass(self, methods[0].grouping, trials, left, self._comm)
+            known = {block for block in inside if block is not None and store.known(block) is not None}
+            left = {name: self.projections[name] for block, names in inside.items() if block not in known for name in names}
+            listening = MomentPass(self.model, left, {name: [groups[name]] for name in left}, trials, self._comm)
+            has_data = bool(left) and any(self.summed(len(trials)))
 
             def stage(block: nn.Module | None) -> None:
                 nonlocal new
-                values = dict[str, Tensor]()
-                for name in () if block in done else inside.get(block, ()):
-                    moments = passed.moments(name)
+                names, values = inside.pop(block, []), dict[str, Tensor]()
+                for name in names if block not in known else ():
+                    of_data = listening.take(name)[name] if has_data else {}
+                    moments = of_data.get(groups[name]) or self._weight_moments(name, groups[name])
                     for number, method in enumerate(methods):
-                        equal = by_parameter(self.equal_in(name, method, moments))
+                        equal = by_parameter(self._equal_in(name, method, moments))
                         values |= {f"{number} {parameter}": value for parameter, value in equal.items()}
-                if inside.pop(block, None):
+                if names:
                     new |= store.stage(block, values)
 
-            if left and any(self.summed(len(trials))):
-                passed.go(Together(self.model, stage, True, self._comm))
+            if has_data:
+                listening.run(Together(self.model, stage, True, self._comm))
             for block in list(inside):  # what no run has come to, which is refused, and what is in no block
                 stage(block)
         return new
 
-    def equal(self, method: Rendered, moments: Mapping[str, Moments], pool: bool = True) -> LazyTensors:
+    def equal(self, method: Reconstructing, moments: Mapping[str, Moments], pool: bool = True) -> LazyTensors:
         """Returns the parameters with which the heads of each group are equal; without pooling, in one basis."""
         new = LazyTensors({})
-        for name, own in moments.items():
-            new |= self.store.stage(None, by_parameter(self.equal_in(name, method, own, pool)))
+        for name, of_heads in moments.items():
+            new |= self.store.stage(None, by_parameter(self._equal_in(name, method, of_heads, pool)))
         return new
 
-    def equal_in(self, name: str, method: Rendered, own: Moments, pool: bool = True) -> dict[str, dict[str, Tensor]]:
+    def _equal_in(self, name: str, method: Reconstructing, moments: Moments, pool: bool = True) -> dict[str, dict[str, Tensor]]:
         """Returns the same of one attention, by linear and by the name in it."""
         self.store.load(self.model.get_submodule(name))
-        return written(self.model, self.places[name], self._become(name, method, own, pool))
-
-    def _become(self, name: str, method: Rendered, own: Moments, pool: bool) -> Stacks:
-        """Returns what the heads of an attention become."""
-        freedom, groups = self.freedoms[name], self.groups[name]
-        stacks = read(self.model, self.places[name])
+        symmetries, groups, attention = self.symmetries[name], self.groups[name], self.projections[name]
+        tensors = read(self.model, attention)
         if method.grouping == "similar":
-            order = self._comm.decide(lambda: similar_order(stacks, own, freedom, method, groups))
-            stacks, own = in_order(stacks, order), moments_in_order(own, order, groups)
-        become = pooled if pool else turned
-        return become(stacks, *find_bases(stacks, own, freedom, method))
+            # all ranks take the order of the first, as that follows from floats
+            order = self._comm.decide(lambda: similar_order(tensors, moments, symmetries, method, groups))
+            tensors, moments = in_order(tensors, order), moments.in_order(order, groups)
+        become = pooled if pool else in_bases
+        return written(self.model, attention, become(tensors, *find_bases(tensors, moments, symmetries, method)))
 
     def repaired(self, new: LazyTensors, trials: Sequence[Run], repair: RepairConfig) -> LazyTensors:
         """Returns the same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
@@ -227,53 +225,53 @@ class Attentions:
     @property
     def widths(self) -> dict[str, int]:
         """How many inputs the linears have that a repair refits: those behind attentions, and those that feed-forwards end in."""
-        reading = [place.o.linear for place in self.places.values()] + self.downs
-        return {name: size_of(self.model.get_submodule(name))[1] for name in dict.fromkeys(reading)}
+        readers = [attention.o.linear for attention in self.projections.values()]
+        return {name: size_of(self.model.get_submodule(name))[1] for name in dict.fromkeys([*readers, *self.downs])}
 
     @torch.no_grad()
     def distance(self, new: LazyTensors, trials: Sequence[Run]) -> float:
         """Returns how far the outputs with other parameters are from the model's own, the mean over some batches."""
-        last = list(self.places.values())[-1].o.linear
+        *_, last = self.projections.values()
         compared = self._compared_side_by_side if self.store.in_files else self._compared
-        distances = [
-            fmean(distance_between(*pair, trial.tokens.get(last)) for pair in zip(expected, found, strict=True))
-            for trial, expected, found in compared(new, trials)
-        ]
-        total, count = self.summed(sum(distances), len(trials))
-        return float(total / count)
+        distances = list[float]()
+        for trial, expected, other in compared(new, trials):
+            between = partial(distance_between, tokens=trial.tokens.get(last.o.linear))
+            distances.append(fmean(map(between, expected, other)))
+        total, number = self.summed(sum(distances), len(trials))
+        return float(total / number)
 
-    def _compared(self, new: LazyTensors, trials: Sequence[Run]) -> Iterator[tuple[Run, list[Any], list[Any]]]:
+    def _compared(self, new: LazyTensors, trials: Sequence[Run]) -> Compared:
         """Yields each run with the model's own outputs and those with other parameters; all ranks go on until none has any."""
         for number in count():
-            mine = trials[number : number + 1]
-            if not any(self.summed(len(mine))):
+            trial = trials[number : number + 1]
+            if not any(self.summed(len(trial))):
                 return
             outputs = list[list[Any]]()
             for values in (LazyTensors({}), new):
                 with self.store.computing_with(values), self.store.apart(self._comm):
-                    outputs += [self._outputs(trial) for trial in mine]
-            for trial in mine:
-                yield trial, outputs[0], outputs[1]
+                    outputs += map(self._outputs, trial)
+            if trial:
+                yield trial[0], outputs[0], outputs[1]
 
     def _outputs(self, trial: Run) -> list[Any]:
         """Returns what the model returns each time that it is called, or else, if only parts of it are, what the run does."""
         outputs = list[Any]()
         with undisturbed(self.model), ExitStack() as stack:
-            stack.callback(self.model.register_forward_hook(lambda *own: outputs.append(own[2])).remove)
+            stack.callback(self.model.register_forward_hook(lambda _module, _args, output: outputs.append(output)).remove)
             result = trial.visit()
         return outputs or [result]
 
-    def _compared_side_by_side(self, new: LazyTensors, trials: Sequence[Run]) -> Iterator[tuple[Run, list[Any], list[Any]]]:
+    def _compared_side_by_side(self, new: LazyTensors, trials: Sequence[Run]) -> Compared:
         """Yields the same of a model whose blocks are read once for all runs, with their own parameters and with others."""
-        here, outputs = dict[str, dict[str, Tensor]](), dict[int, Any]()  # new parameters of the block that computes
-        together = Together(self.model, lambda _: here.clear())
+        of_block, outputs = dict[str, dict[str, Tensor]](), dict[int, Any]()  # new parameters of the block that computes
+        together = Together(self.model, lambda _: of_block.clear())
 
         def changed(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            if not together.now % 2:
+            if not together.now % 2:  # which has the model's own parameters
                 return forward(*args, **kwargs)
-            if name not in here:
-                here[name] = new.of_module(name)
-            with replaced({self.model.get_submodule(name): here[name]}):
+            if name not in of_block:
+                of_block[name] = new.of_module(name)
+            with replaced({self.model.get_submodule(name): of_block[name]}):
                 return forward(*args, **kwargs)
 
         def run(trial: Run) -> None:
@@ -292,80 +290,20 @@ class Attentions:
         each = 1 if repair is None else 3  # one to see what is called, one to refit
         if len(method.candidates) == 1:
             return each
-        tried = [one for one in self.allowed(method.candidates) if one.grouping == "consecutive" or self.may_group]
-        return len({one.grouping for one in tried}) + len(tried) * each + each
+        groupings = [m.grouping for m in self.allowed(method.candidates) if m.grouping == "consecutive" or self.may_group]
+        return len(set(groupings)) + len(groupings) * each + each
 
     def bytes(self, method: KVMethod) -> int:
         """Returns the bytes of the largest moments of an attention, with those that are computed of them."""
-        similar, most = any(one.grouping == "similar" for one in method.candidates), 0
-        for name, place in self.places.items():
-            groups = 1 if similar else self.groups[name]
-            keys, values = (place.kv_heads * rows.index.shape[1] for rows in (place.k, place.v))
-            most = max(most, groups * ((keys // groups) ** 2 + (values // groups) ** 2))
-        return 2 * 8 * most
+        groups = self._seen_in("similar" if any(m.grouping == "similar" for m in method.candidates) else "consecutive")
+        squares = (
+            sum(groups[name] * (rows.index.size // groups[name]) ** 2 for rows in (attention.k, attention.v))
+            for name, attention in self.projections.items()
+        )
+        return 2 * 8 * max(squares, default=0)
 
     @property
     def may_group(self) -> bool:
         """True if there is a choice which heads share a group, and heads may change places."""
-        some = any(1 < self.groups[name] < place.kv_heads for name, place in self.places.items())
-        return some and all(own.order for own in self.freedoms.values())
-
-
-class _Pass:
-    """One pass of runs over a model as it is, in which each block is left with the moments of its attentions.
-
-    Args:
-        attentions: All attentions.
-        grouping: Which heads are to share a group.
-        trials: The runs; without any, the weights alone say how heads vary.
-        names: The attentions to listen to.
-        comm: The ranks.
-    """
-
-    def __init__(
-        self,
-        attentions: Attentions,
-        grouping: Grouping,
-        trials: Sequence[Run],
-        names: Collection[str],
-        comm: Comm = ALONE,
-    ) -> None:
-        self.attentions, self.grouping, self.trials, self.names, self.comm = attentions, grouping, trials, names, comm
-        self.sums: dict[str, Sums] = {}  # of the attentions that have not been left yet
-        self.listeners: dict[str, ExitStack] = {}
-
-    def go(self, together: Together) -> None:
-        """Goes over all blocks."""
-        with undisturbed(self.attentions.model), ExitStack() as stack:
-            for name in self.names:
-                self.listeners[name] = stack.enter_context(ExitStack())
-                self._listen(name, together)
-            together([run.visit for run in self.trials])
-
-    def _listen(self, name: str, together: Together) -> None:
-        """Listens to an attention from its first call until its block is left, as what is added up takes memory."""
-        module = self.attentions.model.get_submodule(name)
-
-        def forward(inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-            if name not in self.sums:
-                self.sums[name] = self._sums(name)
-                self.listeners[name].enter_context(self.sums[name].listening())
-                return module.forward(*args, **kwargs)
-            self.sums[name].masks = self.trials[together.now].tokens
-            return inner(*args, **kwargs)
-
-        self.listeners[name].enter_context(overridden(module, forward=partial(forward, module.forward)))
-
-    def _sums(self, name: str) -> Sums:
-        own = self.attentions
-        return Sums(own.model, own.places[name], [1 if self.grouping == "similar" else own.groups[name]])
-
-    def moments(self, name: str) -> Moments:
-        """Returns the moments of an attention, whose block has been left, and lets go of what they were added up in."""
-        if name not in self.listeners:
-            return self.attentions.weight_moments(name, self.grouping)
-        self.listeners.pop(name).close()
-        sums = self.sums.pop(name, None) or self._sums(name)
-        self.comm.sum_(*sums.tensors())
-        (moments,) = sums.moments().values()
-        return moments
+        some = any(1 < self.groups[name] < attention.kv_heads for name, attention in self.projections.items())
+        return some and all(symmetries.order for symmetries in self.symmetries.values())

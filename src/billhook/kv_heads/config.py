@@ -2,12 +2,12 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.kv_heads.layout import KVAttention, Rows, find_kv
+from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.config_fields import field
 from billhook.model.find import find_transformer
@@ -20,7 +20,7 @@ FIELDS = (FIELD, "num_kv_heads")
 
 
 def cut_by_config(
-    model: PreTrainedModel, found: Mapping[str, KVAttention], chosen: Collection[str], heads: int, encoder: bool, every: bool
+    model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int, encoder: bool, every: bool
 ) -> tuple[list[str], Shrunk] | None:
     """Returns the chosen attentions that follow a changed config, and how the model shrinks; None if the class follows no field.
 
@@ -33,32 +33,31 @@ def cut_by_config(
             built = built_shape(type(model), config)
         except Exception:  # whatever a class of models raises
             continue
-        resized = [name for name, size in usual.tensors.items() if built.tensors.get(name) != size]
-        follow = {name: _owner(name, found) for name in resized}
-        told = [name for name in chosen if name in follow.values() or found[name].rows.keys() & follow.keys()]
-        if not told or (every and len(told) < len(chosen)):
+        owners = {n: _owner(n, attentions) for n, size in usual.tensors.items() if built.tensors.get(n) != size}
+        following = [n for n in chosen if n in owners.values() or attentions[n].rows.keys() & owners.keys()]
+        if not following or (every and len(following) < len(chosen)):
             continue
-        if not is_as_built(model, usual, resized):
+        if not is_as_built(model, usual, owners):
             return None
-        if (lone := next((name for name, owner in follow.items() if owner is None), None)) is not None:
+        if (lone := next((name for name, owner in owners.items() if owner is None), None)) is not None:
             raise ValueError(f"{lone} follows the number of KV heads in the config, and stands in no attention")
-        then = _shape_then(shape_of(model), usual, built, follow, told, found, heads)
-        own = [name for name, owner in follow.items() if owner in told]
-        return told, (_matched(model, found, told, heads, then, own), then)
+        complete = all(owner in following or attentions[str(owner)].heads == heads for owner in owners.values())
+        shape = _difference(usual, built, owners, following, attentions, complete).over(shape_of(model))
+        resized = [name for name, owner in owners.items() if owner in following]
+        return following, (_matched(model, attentions, following, heads, shape, resized), shape)
     return None
 
 
 def _changed(model: PreTrainedModel, heads: int, encoder: bool) -> Iterator[PretrainedConfig]:
     """Yields the config, changed in each of the ways in which families state how many KV heads there are."""
-    ways: list[Callable[[PretrainedConfig], bool]] = [lambda own, name=name: _set(own, name, heads) for name in FIELDS]  # type: ignore[misc]
+    ways: list[dict[str, int]] = [{name: heads} for name in FIELDS]
     if heads == 1:
-        ways.append(lambda own: _set(own, FLAG, True) and (_set(own, FIELD, 1) or True))
+        ways.append({FLAG: True, FIELD: 1})
     for way in ways:
         config = copy.deepcopy(model.config)
-        told = [way(config.get_text_config(decoder=True))]
-        if encoder:
-            told.append(way(config.get_text_config(encoder=True)))
-        if any(told) and _query_heads(config) == _query_heads(model.config):  # some configs have one number for both
+        parts = [config.get_text_config(decoder=True), *([config.get_text_config(encoder=True)] if encoder else [])]
+        changed = [_set(part, way) for part in parts]
+        if any(changed) and _query_heads(config) == _query_heads(model.config):  # some configs have one number for both
             yield config
 
 
@@ -67,112 +66,109 @@ def _query_heads(config: PretrainedConfig) -> list[object]:
     return [getattr(part, "num_attention_heads", None) for part in parts]
 
 
-def _set(config: PretrainedConfig, name: str, value: int) -> bool:
-    """Sets a field that is there, and is of that kind."""
-    there = type(field(config, name)) is type(value)
-    if there:
-        setattr(config, name, value)
-    return there
+def _set(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
+    """Sets fields that are there, and are of that kind; tells whether the first is, without which none is set."""
+    known = {name: value for name, value in fields.items() if type(field(config, name)) is type(value)}
+    if is_stated := next(iter(fields)) in known:
+        for name, value in known.items():
+            setattr(config, name, value)
+    return is_stated
 
 
-def _owner(name: str, found: Mapping[str, KVAttention]) -> str | None:
+def _owner(name: str, attentions: Mapping[str, KVAttention]) -> str | None:
     """Returns the attention that a parameter belongs to."""
-    for own, one in found.items():
-        if name in one.rows:
-            return own
-    around = [own for own, one in found.items() if name.startswith(f"{one.units.name}.")]
-    return max(around, key=lambda own: len(found[own].units.name), default=None)
+    for owner, attention in attentions.items():
+        if name in attention.rows:
+            return owner
+    around = [owner for owner, attention in attentions.items() if name.startswith(f"{attention.units.name}.")]
+    return max(around, key=lambda owner: len(attentions[owner].units.name), default=None)
 
 
 def is_as_built(model: PreTrainedModel, built: Shape, but: Collection[str]) -> bool:
     """Finds whether a model is in all but some tensors what its class builds from its config; refuses tensors of other names."""
-    now = shape_of(model)
-    if different := sorted(now.tensors.keys() ^ built.tensors.keys()):
-        adapters = any("lora_" in name or ".base_layer." in name for name in now.tensors)
+    now = shape_of(model).tensors
+    if different := sorted(now.keys() ^ built.tensors.keys()):
+        adapters = any("lora_" in name or ".base_layer." in name for name in now)
         hint = "merge the adapters first" if adapters else "such a model cannot be converted"
         raise ValueError(
             f"{different[0]} (and {len(different) - 1} more) is not as {type(model).__name__} builds it "
             f"from the model's config: {hint}"
         )
-    return all(size == built.tensors[name] for name, size in now.tensors.items() if name not in but)
+    return all(size == built.tensors[name] for name, size in now.items() if name not in but)
 
 
-def _shape_then(
-    now: Shape,
+def _difference(
     usual: Shape,
     built: Shape,
-    follow: Mapping[str, str | None],
-    told: Collection[str],
-    found: Mapping[str, KVAttention],
-    heads: int,
+    owners: Mapping[str, str | None],
+    following: Collection[str],
+    attentions: Mapping[str, KVAttention],
+    complete: bool,
 ) -> Shape:
-    """Returns the present shape with what differs between the two that the class builds; what a user set by hand stays."""
-    complete = all(name in told or found[name].heads == heads for name in {own for own in follow.values() if own is not None})
-    tensors = {name: size for name, size in built.tensors.items() if follow.get(name) in told}
-    attributes = {name: value for name, value in built.attributes.items() if usual.attributes.get(name, value) != value}
+    """Returns what differs between the two shapes that the class builds: what a user set by hand is in neither, and stays.
+
+    The config says nothing of fewer heads until the conversion is `complete`, in all attentions that follow it.
+    """
+    tensors = {name: size for name, size in built.tensors.items() if owners.get(name) in following}
+    attributes = {n: value for n, value in built.attributes.items() if usual.attributes.get(n, value) != value}
     if not complete:
-        attributes = {name: value for name, value in attributes.items() if _owner(name, found) in told}
-    config = {k: v for k, v in built.config.items() if usual.config.get(k, v) != v} if complete else {}
-    return Shape(tensors, attributes, config).over(now)
+        return Shape(tensors, {n: value for n, value in attributes.items() if _owner(n, attentions) in following}, {})
+    return Shape(tensors, attributes, {n: value for n, value in built.config.items() if usual.config.get(n, value) != value})
 
 
 def _matched(
     model: PreTrainedModel,
-    found: Mapping[str, KVAttention],
-    told: Collection[str],
+    attentions: Mapping[str, KVAttention],
+    following: Collection[str],
     heads: int,
-    then: Shape,
+    shape: Shape,
     names: Collection[str],
 ) -> dict[str, Pooled]:
-    """Finds the new place of each position of what shrinks, from what the model's own code does with it before and after."""
-    shadow = to_meta(model)
-    set_shape(shadow, then)
+    """Finds the new position of each position of what shrinks, from what the model's own code does with it before and after."""
+    meta_model = to_meta(model)
+    set_shape(meta_model, shape)
     try:
-        after = find_kv(shadow)
+        after = find_kv(meta_model)
     except ValueError as error:
         raise ValueError(f"the code of {type(model).__name__} does not follow with {heads} KV heads: {error}") from error
-    expected = {name: heads if name in told else one.heads for name, one in found.items()}
-    if (numbers := {name: one.heads for name, one in after.items()}) != expected:
+    numbers = {name: attention.heads for name, attention in after.items()}
+    expected = {name: heads if name in following else attention.heads for name, attention in attentions.items()}
+    if numbers != expected:
         wrong = next(name for name in expected if numbers.get(name) != expected[name])
         raise ValueError(
             f"the code of {type(model).__name__} does not follow: {wrong} would have {numbers.get(wrong)} KV heads and not "
-            f"{expected[wrong]}" + ("; convert all layers at once" if len(told) < len(found) else "")
+            f"{expected[wrong]}" + ("; convert all layers at once" if len(following) < len(attentions) else "")
         )
-    shapes = shape_of(model).tensors
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if kept := sorted(name for name in names if shapes[name] != then.tensors[name] and name not in parameters):
+    before = shape_of(model).tensors
+    changed = {name for name in names if before[name] != shape.tensors[name]}
+    if kept := sorted(changed - dict(model.named_parameters(remove_duplicate=False)).keys()):
         raise ValueError(f"{kept[0]} follows the number of KV heads but is no parameter: it cannot be pooled")
     cuts = {}
     for name, _ in model.named_parameters():
-        if name in names and shapes[name] != then.tensors[name]:
-            own = str(_owner(name, found))
-            cuts[name] = _match(name, found[own], after[own], shapes[name], then.tensors[name])
+        if name in changed:
+            owner = str(_owner(name, attentions))
+            cuts[name] = _match(name, attentions[owner], after[owner], before[name], shape.tensors[name])
     return cuts
 
 
 def _match(name: str, now: KVAttention, then: KVAttention, old: tuple[int, ...], new: tuple[int, ...]) -> Pooled:
-    dims = [d for d, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+    dims = [dim for dim, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
     if len(dims) != 1:
         raise ValueError(f"{name} goes from {list(old)} to {list(new)}, which is more than KV heads")
-    ours, theirs = (_rows_of(one, name, dims[0], size[dims[0]]) for one, size in ((now, old), (then, new)))
-    places = {key: place for place, key in enumerate(theirs.keys())}
-    keys = ours.keys(now.heads // then.heads)
-    wrong = set(keys) != set(places) or len(places) != new[dims[0]] or math.prod(old) == 0
+    (dim,) = dims
+    keys = now.rows_of(name, dim, old[dim]).keys(now.heads // then.heads)
+    positions = {key: position for position, key in enumerate(then.rows_of(name, dim, new[dim]).keys())}
+    wrong = set(keys) != positions.keys() or len(positions) != new[dim] or math.prod(old) == 0
     if wrong or any(head < 0 for _, head, _ in keys):
         raise ValueError(f"{name} goes from {list(old)} to {list(new)}, and it cannot be told which head is where")
-    return Pooled(dims[0], tuple(places[key] for key in keys))
-
-
-def _rows_of(attention: KVAttention, name: str, dim: int, size: int) -> Rows:
-    rows = attention.rows.get(name)
-    return rows if rows is not None and rows.dim == dim else attention.rows_beside(name, dim, size)
+    return Pooled(dim, tuple(positions[key] for key in keys))
 
 
 def kv_heads_by_layer(model: nn.Module, encoder: bool = True) -> dict[str, int]:
     """Returns the number of KV heads that every attention has, by its name, in the order in which they run."""
     model = find_transformer(model)
-    found = find_kv(model)
-    return {name: found[name].heads for name in in_scope(model, found, encoder)}
+    attentions = find_kv(model)
+    return {name: attentions[name].heads for name in in_scope(model, attentions, encoder)}
 
 
 def kv_heads_of(model: nn.Module) -> int:
@@ -181,9 +177,9 @@ def kv_heads_of(model: nn.Module) -> int:
     Where layers differ it is the most; of an encoder-decoder whose config has no such field, those of the decoder count.
     """
     model = find_transformer(model)
-    known = config_heads(model)
-    if known is not None and not shape_of(model).handed:
-        return known
+    stated = config_heads(model)
+    if stated is not None and not shape_of(model).handed:
+        return stated
     if not (layers := kv_heads_by_layer(model, encoder=False)):
         raise ValueError(_encoder_only(model))
     return max(layers.values())
@@ -207,43 +203,43 @@ def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> N
 def config_heads(model: PreTrainedModel) -> int | None:
     """Returns the number of KV heads in the config; None if it has no such field. Refuses another number for each layer."""
     config = model.config.get_text_config(decoder=True)
-    said = field(config, FIELD)
-    if isinstance(said, list | tuple):
+    stated = field(config, FIELD)
+    if isinstance(stated, list | tuple):
         raise ValueError(
             f"{type(model).__name__} cannot be told to use fewer KV heads: {type(config).__name__}.{FIELD} is what would tell "
             "it, and it says another number for each layer"
         )
-    return said if isinstance(said, int) else None
+    return stated if isinstance(stated, int) else None
 
 
-def inside_encoder(model: PreTrainedModel, found: Mapping[str, KVAttention]) -> set[str]:
+def inside_encoder(model: PreTrainedModel, names: Collection[str]) -> set[str]:
     """Returns the attentions in the encoder of an encoder-decoder."""
     if not model.config.is_encoder_decoder:
         return set()
-    inner = model.get_encoder()
-    prefix = next((name for name, module in model.named_modules() if module is inner), None)
-    return {name for name in found if prefix and name.startswith(f"{prefix}.")}
+    encoder = model.get_encoder()
+    prefix = next((name for name, module in model.named_modules() if module is encoder), "")
+    return {name for name in names if prefix and name.startswith(f"{prefix}.")}
 
 
-def in_scope(model: PreTrainedModel, found: Mapping[str, KVAttention], encoder: bool) -> list[str]:
+def in_scope(model: PreTrainedModel, names: Collection[str], encoder: bool) -> list[str]:
     """Returns the attentions converted by default: of an encoder-decoder those of the decoder, and with `encoder` all."""
-    left_out = set() if encoder else inside_encoder(model, found)
-    return [name for name in found if name not in left_out]
+    left_out = set() if encoder else inside_encoder(model, names)
+    return [name for name in names if name not in left_out]
 
 
 def choose(
     model: PreTrainedModel,
-    found: Mapping[str, KVAttention],
+    attentions: Mapping[str, KVAttention],
     heads: int,
     layers: Collection[int | str] | None,
     encoder: bool,
 ) -> list[str]:
     """Returns the attentions that are to have fewer KV heads, of those that have more; refuses if there is none."""
-    names = list(found)
-    chosen = in_scope(model, found, encoder)
+    names = list(attentions)
+    chosen = in_scope(model, names, encoder)
     if layers is not None:
         for layer in layers:
-            if layer not in found and not (type(layer) is int and 0 <= layer < len(names)):
+            if layer not in attentions and not (type(layer) is int and 0 <= layer < len(names)):
                 shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
                 raise ValueError(f"layers: there is no {layer!r}; there are 0 to {len(names) - 1}, in this order: {shown}")
         wanted = {layer if isinstance(layer, str) else names[layer] for layer in layers}
@@ -252,9 +248,9 @@ def choose(
             raise ValueError("layers is empty: at least one is needed")
     if not chosen:
         raise ValueError(_encoder_only(model))
-    more = [name for name in chosen if found[name].heads > heads]
+    more = [name for name in chosen if attentions[name].heads > heads]
     if not more:
-        check_each(found, chosen[:1], heads)
+        check_each(attentions, chosen[:1], heads)
     return more
 
 
@@ -269,10 +265,10 @@ def next_layers(heads: Mapping[str, int], fewer: int, share: float) -> list[str]
     return left[len(left) - due :] if due > 0 else []
 
 
-def check_each(found: Mapping[str, KVAttention], names: Collection[str], heads: int) -> None:
+def check_each(attentions: Mapping[str, KVAttention], names: Collection[str], heads: int) -> None:
     """Refuses a number of KV heads that one of some attentions cannot have."""
     for name in names:
-        check_kv_heads(heads, found[name].heads, found[name].queries)
+        check_kv_heads(heads, attentions[name].heads, attentions[name].queries)
 
 
 def hands_out(model: PreTrainedModel, attention: KVAttention) -> bool:
@@ -298,7 +294,7 @@ def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
 def heads_by_layer(model: PreTrainedModel) -> list[tuple[int, int]]:
     """Returns the query heads and KV heads of each layer, those of an encoder apart; none where heads cannot be told apart."""
     try:
-        found = find_kv(model)
+        attentions = find_kv(model)
     except ValueError:
         return []
-    return [(found[name].queries, found[name].heads) for name in in_scope(model, found, encoder=False)]
+    return [(attentions[name].queries, attentions[name].heads) for name in in_scope(model, attentions, encoder=False)]

@@ -24,7 +24,7 @@ from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.methods import KVMethod, Name, Rendered, method_of
+from billhook.kv_heads.methods import KVMethod, Name, Reconstructing, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.find import check_changeable, check_values, find_transformer
 from billhook.model.plan import Weights, apply
@@ -37,8 +37,8 @@ BatchAndLoss = tuple[Any, Loss | None]
 
 
 def best_method(
-    attentions: Attentions, methods: Sequence[Rendered], trials: Sequence[Run], repair: RepairConfig | None = None
-) -> tuple[Rendered, dict[Rendered, float]]:
+    attentions: Attentions, methods: Sequence[Reconstructing], trials: Sequence[Run], repair: RepairConfig | None = None
+) -> tuple[Reconstructing, dict[Reconstructing, float]]:
     """Finds the allowed method that stays nearest to the model's outputs on held-out batches, and how far away each of them is.
 
     The loss would not do: it varies by chance more than an exact method and one that is nearly so differ.
@@ -47,16 +47,16 @@ def best_method(
     than one batch besides.
     """
     choosing = attentions.choosing(len(trials), repair)
-    held, besides = attentions.summed(len(choosing), len(attentions.choosing(len(trials) - len(choosing), repair)))
-    if not held:
+    some, besides = attentions.summed(len(choosing), len(attentions.choosing(len(trials) - len(choosing), repair)))
+    if not some:
         raise ValueError(f"batches: 'auto' needs 2 at least, as some are held out; got {len(trials)} here")
     seen = [trial for number, trial in enumerate(trials) if number not in choosing]
     held_out = [trial for number, trial in enumerate(trials) if number in choosing]
-    distances: dict[Rendered, float] = {}
+    distances: dict[Reconstructing, float] = {}
     for grouping, alike in groupby(attentions.allowed(methods), lambda method: method.grouping):
         if grouping == "similar" and not attentions.may_group:
             continue
-        for method, new in attentions.rendered(list(alike), seen):
+        for method, new in attentions.reconstructed(list(alike), seen):
             if repair is not None and besides:
                 new = attentions.repaired(new, seen, repair)
             distances[method] = attentions.distance(new, held_out)
@@ -82,15 +82,15 @@ def made_equal(
     if number < least:
         why = "as some are held out" if least > 1 else "to see what the heads are given"
         raise ValueError(f"batches: {what} needs {least} at least, {why}; got {number:g}")
+    how = str(method)
     if len(method.candidates) > 1:
         chosen, _ = best_method(attentions, [chosen, *others], trials, repair)
-    ((_, new),) = attentions.rendered([chosen], trials)
-    if repair is not None:
-        new = attentions.repaired(new, trials, repair)
-    how = f"{method}: {chosen}" if len(method.candidates) > 1 else str(method)
-    if repair is not None:
-        how = "; ".join([f"{how}, repaired", *filter(None, [not_refitted(attentions.not_refitted)])])
-    return new, how
+        how = f"{method}: {chosen}"
+    ((_, new),) = attentions.reconstructed([chosen], trials)
+    if repair is None:
+        return new, how
+    new = attentions.repaired(new, trials, repair)
+    return new, "; ".join(filter(None, [f"{how}, repaired", not_refitted(attentions.not_refitted)]))
 
 
 def batches_needed(method: KVMethod, repair: RepairConfig | None) -> tuple[int, str]:
@@ -102,10 +102,10 @@ def batches_needed(method: KVMethod, repair: RepairConfig | None) -> tuple[int, 
 
 def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod, repair: RepairConfig | None = None) -> Attentions:
     """Returns the attentions of a model; refuses one whose heads none of a method's candidates can make ready for fewer."""
-    found = Attentions(model, groups)
-    found.allowed(method.candidates)
-    found.check_adapters(repair)
-    return found
+    attentions = Attentions(model, groups)
+    attentions.allowed(method.candidates)
+    attentions.check_adapters(repair)
+    return attentions
 
 
 def ready_weights(
@@ -132,7 +132,7 @@ def ready_weights(
 def turned_weights(
     model: nn.Module,
     groups: Mapping[str, int],
-    method: Rendered,
+    method: Reconstructing,
     batches: Iterable[BatchAndLoss] = (),
     comm: Comm = ALONE,
 ) -> LazyTensors:
@@ -229,12 +229,12 @@ def ready(
     if not plan.method.turns and repair is None:
         return plan, {}, str(plan.method)
     check_values(model, coming=True)
-    subject = find_transformer(model)
-    needs, _ = batches_needed(plan.method, repair)
-    given = batches_of(batches, subject) if needs or batches is not None else ()
-    attentions = attentions or Attentions(subject, dict.fromkeys(plan.layers, plan.after))
-    weights, how = made_equal(attentions, plan.method, [(batch, None) for batch in given], repair)
-    restart = changed(subject, weights) if store_of(subject).trains else ()
+    model = find_transformer(model)
+    least, _ = batches_needed(plan.method, repair)
+    calibration = batches_of(batches, model) if least or batches is not None else ()
+    attentions = attentions or Attentions(model, dict.fromkeys(plan.layers, plan.after))
+    weights, how = made_equal(attentions, plan.method, [(batch, None) for batch in calibration], repair)
+    restart = changed(model, weights) if store_of(model).trains else ()
     return replace(plan, restart=tuple(restart)), weights, how
 
 

@@ -3,11 +3,14 @@
 Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need", 2019 (https://arxiv.org/abs/1911.02150), section 4.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.arguments import annotated, whole
 from billhook.kv_heads.config import FIELD
-from billhook.model.config_fields import build_class_on_meta, field, nested_configs, with_fields
+from billhook.model.config_fields import build_on_meta, field, nested_configs, with_fields
 from billhook.model.meta import from_config
 from billhook.model.shape import KEY
 from billhook.tracing.trace import trace
@@ -57,52 +60,53 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
     model = from_config(config)
     finder = FieldFinder(model)
     now, fields = _feed_forward(model, finder)
-    params, fewer = _params(model, with_fields(config, {})), _params(model, with_fields(config, heads))
-    channel = (_params(model, with_fields(config, finder.values(now, fields, 2 * now))) - params) // now
-    if fewer >= params:
+
+    def params(changed: Mapping[str, Any]) -> int:
+        """Counts the parameters of what the model's class builds of the changed config; tied ones count once."""
+        return sum(p.numel() for p in build_on_meta(model, with_fields(config, changed)).parameters())
+
+    before, fewer = params({}), params(heads)
+    channel = (params(finder.values(now, fields, 2 * now)) - before) // now
+    if fewer >= before:
         raise ValueError(f"num_key_value_heads={num_key_value_heads}: {type(model).__name__} has no fewer parameters with it")
-    low = (now + (params - fewer) // channel) // multiple_of * multiple_of
-    width = min((w for w in (low, low + multiple_of) if w), key=lambda w: abs(fewer + (w - now) * channel - params))
-    found = with_fields(config, heads | finder.values(now, fields, width))
-    if _params(model, found) != fewer + (width - now) * channel:
+    low = (now + (before - fewer) // channel) // multiple_of * multiple_of
+    width = min((w for w in (low, low + multiple_of) if w), key=lambda w: abs(fewer + (w - now) * channel - before))
+    changed = heads | finder.values(now, fields, width)
+    if params(changed) != fewer + (width - now) * channel:
         raise ValueError(f"config: the parameters of {type(model).__name__} do not grow evenly with {', '.join(fields)}")
-    return found
+    return with_fields(config, changed)
 
 
 def _head_fields(config: PretrainedConfig, number: int) -> list[str]:
     """Returns the fields that state how many KV heads there are; refuses if there is none, or the number is not legal for one."""
     text = config.get_text_config(decoder=True)
-    owners = dict(nested_configs(config))
-    if not config.is_encoder_decoder:
-        owners = {name: one for name, one in owners.items() if one is text}
-    held = {f"{name}{FIELD}": one for name, one in owners.items() if type(field(one, FIELD)) is int}
-    if not held:
+    configs = {
+        f"{prefix}{FIELD}": nested
+        for prefix, nested in nested_configs(config)
+        if (config.is_encoder_decoder or nested is text) and type(field(nested, FIELD)) is int
+    }
+    if not configs:
         raise ValueError(f"config: {type(config).__name__} has no {FIELD} that is one number, which would say how many KV heads")
-    for name, one in held.items():
-        before, query = getattr(one, FIELD), one.num_attention_heads
+    for name, nested in configs.items():
+        before, query = getattr(nested, FIELD), nested.num_attention_heads
         legal = [n for n in range(1, before) if query % n == 0]
         if type(number) is not int or number not in legal:
             raise ValueError(
                 f"num_key_value_heads={number!r} must be fewer than {name}={before} and divide the {query} query heads: "
                 f"legal is {', '.join(map(str, legal)) or 'nothing, one KV head is all there is'}"
             )
-    return list(held)
+    return list(configs)
 
 
 def _feed_forward(model: PreTrainedModel, finder: FieldFinder) -> tuple[int, tuple[str, ...]]:
     """Returns the width of all feed-forwards, and the fields of the config that state it; refuses several widths, or no field."""
     structure = trace(model)
-    channels = {one.channel for one in structure.feed_forward}
+    channels = {feed_forward.channel for feed_forward in structure.feed_forward}
     groups = [group for group in structure.groups if group.leaf in channels]
     widths = sorted({group.size for group in groups})
     if len(widths) != 1:
-        told = f"widths {', '.join(map(str, widths))}: it must be one" if widths else "no feed-forward that could become wider"
-        raise ValueError(f"config: {type(model).__name__} has {told}")
+        several = f"widths {', '.join(map(str, widths))}: it must be one" if widths else "no feed-forward that could become wider"
+        raise ValueError(f"config: {type(model).__name__} has {several}")
     if not (fields := finder.find(groups)):
         raise ValueError(f"config: no field of {type(model.config).__name__} says the width {widths[0]} of feed-forwards alone")
     return widths[0], fields
-
-
-def _params(model: PreTrainedModel, config: PretrainedConfig) -> int:
-    """Counts the parameters of what a model's class builds from a config; tied ones count once."""
-    return sum(parameter.numel() for parameter in build_class_on_meta(type(model), config).parameters())

@@ -59,7 +59,7 @@ class KVMethod(ABC):
         return False
 
     @property
-    def candidates(self) -> Sequence["Rendered"]:
+    def candidates(self) -> Sequence["Reconstructing"]:
         """The methods that can make the heads of a group equal before they are pooled; held-out batches choose among several."""
         return ()
 
@@ -90,7 +90,7 @@ class KVMethod(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Rendering:
+class Reconstruction:
     """One head for several, by the matrices B (`basis`) and P (`shared`) of each, `[heads, width, width]`."""
 
     basis: Tensor
@@ -98,7 +98,7 @@ class Rendering:
 
 
 @dataclass(frozen=True)
-class Rendered(KVMethod):
+class Reconstructing(KVMethod):
     """A method that makes the heads of a group equal, in the sizes that the model has; then to pool them loses nothing more.
 
     Args:
@@ -121,12 +121,12 @@ class Rendered(KVMethod):
         return self.changes_basis or self.grouping == "similar"
 
     @property
-    def candidates(self) -> "Sequence[Rendered]":
+    def candidates(self) -> "Sequence[Reconstructing]":
         """This method alone."""
         return (self,)
 
     @abstractmethod
-    def render(self, metric: Tensor, moments: Tensor) -> Rendering:
+    def reconstruct(self, metric: Tensor, moments: Tensor) -> Reconstruction:
         """Returns how one head renders those of a group.
 
         Args:
@@ -143,7 +143,7 @@ class Rendered(KVMethod):
 
 
 @dataclass(frozen=True)
-class Mean(Rendered):
+class Mean(Reconstructing):
     """Pools the heads of a group to their mean, as the GQA paper does: W_group = 1/J sum over j of W_j.
 
     The mean is summed in float32 at least.
@@ -160,10 +160,10 @@ class Mean(Rendered):
 
     changes_basis: ClassVar[bool] = False
 
-    def render(self, metric: Tensor, moments: Tensor) -> Rendering:
+    def reconstruct(self, metric: Tensor, moments: Tensor) -> Reconstruction:
         """Returns B_j = I, P_j = I / J."""
         eye = torch.eye(moments.shape[1], dtype=moments.dtype, device=moments.device).expand(len(moments), -1, -1)
-        return Rendering(eye, eye / len(moments))
+        return Reconstruction(eye, eye / len(moments))
 
 
 ROUNDS = 100
@@ -171,7 +171,7 @@ ROUNDS = 100
 
 
 @dataclass(frozen=True)
-class Aligned(Rendered):
+class Aligned(Reconstructing):
     """Turns each head so that all of a group agree as far as turns can make them, and takes their mean.
 
     Queries and outputs are turned along, so that the turns alone change nothing in the model. Without batches, the weights alone
@@ -194,7 +194,7 @@ class Aligned(Rendered):
         2
     """
 
-    def render(self, metric: Tensor, moments: Tensor) -> Rendering:
+    def reconstruct(self, metric: Tensor, moments: Tensor) -> Reconstruction:
         """Returns the turns; who reads the heads makes no difference."""
         count, width = moments.shape[:2]
         turns = torch.eye(width, dtype=moments.dtype, device=moments.device).repeat(count, 1, 1)
@@ -206,7 +206,7 @@ class Aligned(Rendered):
                 turns[head] = left @ right
             if (turns - before).abs().max() < 1e-9:
                 break
-        return Rendering(turns.mH, turns / count)
+        return Reconstruction(turns.mH, turns / count)
 
 
 TINY = 1e-12
@@ -214,7 +214,7 @@ TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class SVD(Rendered):
+class SVD(Reconstructing):
     """Takes the one head, and what each query head and output makes of it, with which least is lost on the batches.
 
     A reader r of head j sees r^H k_j, and would see r^H B_j kbar. The sum over the readers of the mean square of the difference
@@ -246,21 +246,21 @@ class SVD(Rendered):
     least_batches: ClassVar[int] = 1
     has_path: ClassVar[bool] = False
 
-    def render(self, metric: Tensor, moments: Tensor) -> Rendering:
+    def reconstruct(self, metric: Tensor, moments: Tensor) -> Reconstruction:
         """Returns B and P from the first eigenvectors of the stacked moments."""
         count, width = moments.shape[:2]
         root, inverse = _roots(metric)
         stacked = torch.einsum("iab,ibjc,jcd->iajd", root, moments, root).reshape(count * width, count * width)
         values, vectors = torch.linalg.eigh((stacked + stacked.mH) / 2)
         if not values[-1] > torch.finfo(values.dtype).tiny:
-            return Mean().render(metric, moments)
+            return Mean().reconstruct(metric, moments)
         scale = values[-width:].clamp_min(TINY * values[-1]).pow(-0.25)
         top = vectors[:, -width:].reshape(count, width, width)
         shared = scale[None, :, None] * (top.mH @ root)
         basis = inverse @ top / scale
         within = torch.einsum("iab,ibjc,jdc->ad", shared, moments, shared.conj())
         factor = (torch.einsum("jaja->", moments).real / count / within.diagonal().sum().real).sqrt()
-        return Rendering(basis / factor, shared * factor)
+        return Reconstruction(basis / factor, shared * factor)
 
 
 def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from rich.console import RenderableType
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ from billhook.model.plan import ShapePlan, Weights, check_weights
 from billhook.model.shape import Shape, note_shape, set_shape, shape_of
 from billhook.model.surgery import Change, Follow, change_in_turn, follow, undone_by_errors
 from billhook.tracing.show import pattern
+
+T = TypeVar("T")
 
 UNCHANGED = Change(lambda old: old, lambda _, value: value)
 
@@ -95,14 +97,14 @@ class KVHeadPlan(ShapePlan):
 
     @classmethod
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
-        layers, restart = (plain.get(part) for part in ("layers", "restart"))
-        if not all(isinstance(own, list) and all(isinstance(name, str) for name in own) for own in (layers, restart)):
-            raise ValueError("plan: layers and restart must be lists of names, as KVHeadPlan.to_json makes them")
+        layers, restart = plain.get("layers"), plain.get("restart")
+        for names in (layers, restart):
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise ValueError("plan: layers and restart must be lists of names, as KVHeadPlan.to_json makes them")
         plan = plan_kv_heads(model, plain.get("after", 0), read_method(plain.get("method")), layers)
         if (plan.model, plan.before, plan.layers) != (plain.get("model"), plain.get("before"), tuple(layers or ())):
             raise ValueError(f"plan: it was made for another model than this {plan.model} with {plan.before} KV heads")
-        made: Self = replace(plan, restart=tuple(restart or ()))  # type: ignore[assignment]
-        return made
+        return replace(plan, restart=tuple(restart or ()))  # type: ignore[return-value]
 
     def _shown(self) -> list[RenderableType]:
         cache = "the KV cache shrinks" if self.saves_cache else "the KV cache stays as it is"
@@ -130,13 +132,14 @@ class KVHeadPlan(ShapePlan):
             weights: New values, in the old sizes, of any parameters, from which the conversion starts; also of some that do not
                 shrink, as queries and outputs.
         """
-        model, given = find_transformer(model), weights or {}
-        check_weights(model, given)
-        changes = dict.fromkeys([*given, *self.restart], UNCHANGED) | self.method.changes(model, self.parameters)
-        changes |= {name: starting(partial(given.__getitem__, name), changes[name]) for name in given}
-        changes |= {name: replace(changes[name], state=None) for name in changes.keys() & set(self.restart)}
+        model, new = find_transformer(model), LazyTensors.of(weights or {})
+        check_weights(model, weights)
+        changes = dict.fromkeys([*new, *self.restart], UNCHANGED) | self.method.changes(model, self.parameters)
+        for name, change in changes.items():
+            change = starting(new.reads[name], change) if name in new else change
+            changes[name] = replace(change, state=None) if name in self.restart else change
         with store_of(model).following(), undone_by_errors(model):
-            swaps = change_in_turn(model, changes, str(self.to_json()), self.shape.tensors, lambda: LazyTensors.of(given).key)
+            swaps = change_in_turn(model, changes, str(self.to_json()), self.shape.tensors, lambda: new.key)
             set_shape(model, self.shape)
             note_shape(model)
         return partial(follow, swaps)
@@ -170,25 +173,25 @@ def plan_kv_heads(
     check_plain(model, "convert the model before it is")
     if adapted(model):
         return _plan_under_adapters(model, heads, method, layers, encoder)
-    known = config_heads(model) if layers is None and not shape_of(model).handed else None
-    if known is not None:
-        check_kv_heads(heads, known, field(model.config.get_text_config(decoder=True), "num_attention_heads") or known)
-    found = find_kv(model)
-    chosen = choose(model, found, heads, layers, encoder)
-    if known is None:
-        check_each(found, chosen, heads)
-    inside = encoder or any(name in inside_encoder(model, found) for name in chosen)
-    handed = any(hands_out(model, found[name]) for name in chosen)
-    built = None if handed else cut_by_config(model, found, chosen, heads, inside, every=layers is not None)
+    stated = config_heads(model) if layers is None and not shape_of(model).handed else None
+    if stated is not None:
+        check_kv_heads(heads, stated, field(model.config.get_text_config(decoder=True), "num_attention_heads") or stated)
+    attentions = find_kv(model)
+    chosen = choose(model, attentions, heads, layers, encoder)
+    if stated is None:
+        check_each(attentions, chosen, heads)
+    inside, built = encoder or bool(inside_encoder(model, chosen)), None
+    if not any(hands_out(model, attentions[name]) for name in chosen):
+        built = cut_by_config(model, attentions, chosen, heads, inside, every=layers is not None)
     if built is not None:
         chosen, (parameters, shape) = built
         way: KVWay = "config"
         saves = _shrinks_cache(model, shape) is not False
     else:
-        check_each(found, chosen, heads)
-        way, (parameters, shape) = prove(model, found, chosen, heads)
+        check_each(attentions, chosen, heads)
+        way, (parameters, shape) = prove(model, attentions, chosen, heads)
         saves = way == "groups" or _shrinks_cache(model, shape) is True
-    before = max(found[name].heads for name in chosen)
+    before = max(attentions[name].heads for name in chosen)
     return KVHeadPlan(type(model).__name__, before, heads, method, parameters, shape, way, saves, tuple(chosen))
 
 
@@ -205,19 +208,21 @@ def _plan_under_adapters(
 
 def _shrinks_cache(model: PreTrainedModel, shape: Shape) -> bool | None:
     """Tells whether a model of a shape caches less; None where that is not known."""
-    shadow = to_meta(model)
-    set_shape(shadow, shape)
-    before, after = cache_as_saved(model), cache_as_saved(shadow)
+    before, after = cache_as_saved(model), cache_as_saved(_of_shape(model, shape))
     return None if before is None or after is None else after < before
+
+
+def _of_shape(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
+    meta_model = to_meta(model)
+    set_shape(meta_model, shape)
+    return meta_model
 
 
 def check_in_part(model: nn.Module, part: KVHeadPlan) -> None:
     """Refuses a model whose attentions cannot have been converted in part, as this plan for some would; it stays as it is."""
-    shadow = to_meta(find_transformer(model))
-    set_shape(shadow, part.shape)
-    found = kv_heads_by_layer(shadow)
+    heads = kv_heads_by_layer(_of_shape(find_transformer(model), part.shape))
     for name in part.layers:
-        if found.get(name) != part.after:
+        if heads.get(name) != part.after:
             raise ValueError(
                 f"at: {name} cannot have fewer KV heads before others have, as their heads cannot be told apart in the code "
                 "that they share: convert all at one step"
@@ -228,34 +233,33 @@ def check_adapters(model: nn.Module, method: KVMethod) -> None:
     """Refuses adapters that are not plain LoRA, or that the method does not pool as it pools weights."""
     if not method.pools_adapters:
         raise ValueError(f"method='{method.name}' pools weights in a way that their adapters cannot follow: {MERGE}")
-    if not (layers := adapted(model)):
-        return
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in layers.items():
-        own = {part.partition(".")[0] for part, _ in layer.named_parameters()} - {"base_layer"}
-        if not isinstance(layer, LoraLayer) or own - {"lora_A", "lora_B"}:
-            raise ValueError(f"{name} has adapters that are not plain LoRA ({', '.join(sorted(own))}): {MERGE}")
+    for name, layer in adapted(model).items():
+        parts = {part.partition(".")[0] for part, _ in layer.named_parameters()} - {"base_layer"}
+        if not isinstance(layer, LoraLayer) or parts - {"lora_A", "lora_B"}:
+            raise ValueError(f"{name} has adapters that are not plain LoRA ({', '.join(sorted(parts))}): {MERGE}")
 
 
 def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> Shrunk:
     """Returns how a model shrinks from how the one beneath its adapters does; refuses if what adapters read becomes less."""
     layers, now = adapted(model), shape_of(model)
-    pooled = {beneath(name, layers): own for name, own in parameters.items()}
-    tensors = {beneath(name, layers): size for name, size in shape.tensors.items()}
-    attributes = {beneath(name, layers): value for name, value in shape.attributes.items()}
+
+    def renamed(entries: Mapping[str, T]) -> dict[str, T]:
+        return {beneath(name, layers): entry for name, entry in entries.items()}
+
+    cuts, tensors, attributes = renamed(parameters), renamed(shape.tensors), renamed(shape.attributes)
     for name, layer in layers.items():
-        own = parameters.get(f"{name}.weight")
-        if own is None:
+        if (cut := parameters.get(f"{name}.weight")) is None:
             continue
         outputs = 1 if isinstance(layer.get_base_layer(), Conv1D) else 0
-        if own.dim != outputs:
+        if cut.dim != outputs:
             raise ValueError(f"{name}.weight shrinks along what its adapters read: {MERGE}")
         size = shape.tensors[f"{name}.weight"][outputs]
         attributes[f"{name}.out_features"] = size
         for adapter, second in layer.lora_B.items():
             part = f"{name}.lora_B.{adapter}"
-            pooled[f"{part}.weight"] = Pooled(0, own.index)
+            cuts[f"{part}.weight"] = Pooled(0, cut.index)
             tensors[f"{part}.weight"], attributes[f"{part}.out_features"] = (size, second.weight.shape[1]), size
     attributes = {name: value for name, value in attributes.items() if name in now.attributes or name in shape.attributes}
-    return pooled, replace(now, tensors=now.tensors | tensors, attributes=now.attributes | attributes, config=shape.config)
+    return cuts, replace(now, tensors=now.tensors | tensors, attributes=now.attributes | attributes, config=shape.config)

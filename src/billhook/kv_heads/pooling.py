@@ -27,8 +27,7 @@ def mean(heads: Sequence[Tensor]) -> Tensor:
     >>> mean([torch.tensor([0.0, 1.0]), torch.tensor([2.0, 5.0])])
     tensor([1., 3.])
     """
-    wide = torch.promote_types(heads[0].dtype, torch.float32)
-    total = heads[0].to(wide, copy=True)
+    total = heads[0].to(torch.promote_types(heads[0].dtype, torch.float32), copy=True)
     for head in heads[1:]:
         total += head
     return (total / len(heads)).to(heads[0].dtype)
@@ -50,7 +49,7 @@ class Pooled:
 
     dim: int
     index: tuple[int, ...]
-    _placed: dict[torch.device, tuple[list[tuple[Tensor, list[Tensor]]], Tensor]] = field(
+    _by_device: dict[torch.device, tuple[list[tuple[Tensor, list[Tensor]]], Tensor]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -63,18 +62,18 @@ class Pooled:
     def groups(self) -> list[tuple[Indices, Indices]]:
         """New positions that are pooled from equally many old ones, and these, `[old for each new, new]`, in their order."""
         order, starts = np.argsort(np.asarray(self.index), kind="stable"), np.cumsum(self.counts) - self.counts
-        found = []
+        groups = []
         for count in np.unique(self.counts).tolist():
             new = np.flatnonzero(self.counts == count)
-            found.append((new, order[starts[new] + np.arange(count)[:, None]]))
-        return found
+            groups.append((new, order[starts[new] + np.arange(count)[:, None]]))
+        return groups
 
     def _on(self, device: torch.device) -> tuple[list[tuple[Tensor, list[Tensor]]], Tensor]:
         """Returns the groups and the index on a device, where they stay: heads that move are pooled at every step."""
-        if device not in self._placed:
+        if device not in self._by_device:
             groups = [(torch.from_numpy(new).to(device), list(torch.from_numpy(old).to(device))) for new, old in self.groups]
-            self._placed[device] = groups, torch.tensor(self.index, device=device)
-        return self._placed[device]
+            self._by_device[device] = groups, torch.tensor(self.index, device=device)
+        return self._by_device[device]
 
     def size(self, old: Sequence[int]) -> tuple[int, ...]:
         """Returns the new size of a tensor."""
@@ -89,10 +88,10 @@ class Pooled:
     def pool(self, tensor: Tensor, how: Pool = mean) -> Tensor:
         """Returns the new tensor, in which the old positions of every new one are pooled where there are several."""
         new = tensor.new_empty(self.size(tensor.shape))
-        for then, old in self._on(tensor.device)[0]:
-            heads = [tensor.index_select(self.dim, own) for own in old]
-            one = how(heads) if len(heads) > 1 else heads[0]
-            new.index_copy_(self.dim, then, one.to(tensor.dtype))
+        for positions, old in self._on(tensor.device)[0]:
+            heads = [tensor.index_select(self.dim, head) for head in old]
+            pooled = how(heads) if len(heads) > 1 else heads[0]
+            new.index_copy_(self.dim, positions, pooled.to(tensor.dtype))
         return new
 
     def spread(self, tensor: Tensor) -> Tensor:
@@ -124,10 +123,10 @@ def approach(model: nn.Module, parameters: Mapping[str, Pooled], share: float, h
     """
     reshard(model)
     moving = {model.get_parameter(name): pooled for name, pooled in parameters.items()}
-    targets = [
-        (local(parameter), local(sharded_as(pooled.spread(pooled.pool(full_tensor(parameter), how)), parameter)))
-        for parameter, pooled in moving.items()
-    ]
+    targets = list[tuple[Tensor, Tensor]]()  # all of them, before any head moves
+    for parameter, pooled in moving.items():
+        target = pooled.spread(pooled.pool(full_tensor(parameter), how))
+        targets.append((local(parameter), local(sharded_as(target, parameter))))
     with fresh_casts(), uninterrupted():  # nothing waits for the device, as this is part of a training step
         for values, target in targets:
             values.lerp_(target, share)

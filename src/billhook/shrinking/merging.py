@@ -11,8 +11,9 @@ from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.memory import memory_to_hold
 from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.bases import Moments, find_bases, gather_each, pooled
+from billhook.kv_heads.basis import find_bases, pooled
 from billhook.kv_heads.layout import read, written
+from billhook.kv_heads.moments import Moments, gather_each
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import matrix_of
 from billhook.pruning.target import Search
@@ -133,7 +134,7 @@ def find_merging(search: Search, places: Sequence[Place], uniform: bool, library
         return None
     try:
         attentions = Attentions(search.model, dict.fromkeys(counts, 1))
-        if {name: one.kv_heads for name, one in attentions.places.items()} != counts:
+        if {name: one.kv_heads for name, one in attentions.projections.items()} != counts:
             return None
         attentions.check(METHOD)
     except ValueError:
@@ -197,7 +198,7 @@ def _variants(
     attentions: Attentions, numbers: Mapping[str, Sequence[int]], trials: Sequence[Run], repair: RepairConfig | None
 ) -> tuple[ByNumber, ByNumber]:
     """Returns parameters with which the heads of each group are equal, and those of what reads them, refitted."""
-    model, places = attentions.model, {name: attentions.places[name] for name in numbers}
+    model, places = attentions.model, {name: attentions.projections[name] for name in numbers}
     moments = gather_each(model, places, numbers, trials)
     equal = {name: {kept: _equal(attentions, name, one) for kept, one in own.items()} for name, own in moments.items()}
     if repair is None:
@@ -212,10 +213,10 @@ def _joined(found: ByNumber, place: Place, kept: int) -> LazyTensors:
 
 def _equal(attentions: Attentions, name: str, moments: Moments) -> LazyTensors:
     """Returns the parameters of an attention with which the heads of each group are equal."""
-    model, place = attentions.model, attentions.places[name]
+    model, place = attentions.model, attentions.projections[name]
     store_of(model).load(model.get_submodule(name))
     stacks = read(model, place)
-    found = written(model, place, pooled(stacks, *find_bases(stacks, moments, attentions.freedoms[name], METHOD)))
+    found = written(model, place, pooled(stacks, *find_bases(stacks, moments, attentions.symmetries[name], METHOD)))
     return resting(model, by_parameter(found))
 
 
@@ -239,7 +240,7 @@ def _is_better(
 
 def _size(own: Attentions, place: Place, numbers: Sequence[int], parts: int) -> int:
     """Returns how many bytes moments take, of heads and of what reads them, for each number of KV heads and part of the data."""
-    widths = [rows.index.size for name in place.names for rows in (own.places[name].k, own.places[name].v)]
+    widths = [rows.index.size for name in place.names for rows in (own.projections[name].k, own.projections[name].v)]
     heads = sum(8 * width**2 // number for width in widths for number in numbers)
-    readers = [matrix_of(own.model.get_submodule(own.places[name].o.linear))[0].shape for name in place.names]
+    readers = [matrix_of(own.model.get_submodule(own.projections[name].o.linear))[0].shape for name in place.names]
     return heads + len(numbers) * parts * sum(8 * columns * (rows + columns) for rows, columns in readers)

@@ -1,0 +1,141 @@
+"""Bases in which one head stands for those of a group, what is lost by that, and the groups that lose least."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from billhook.kv_heads.layout import HeadTensors
+from billhook.kv_heads.methods import Reconstructing, Reconstruction
+from billhook.kv_heads.moments import Moments, grouped
+from billhook.kv_heads.symmetry import Block, Symmetries, Symmetry, in_order
+
+RESTARTS = 20
+"""From how many random orders groups are improved, beside the present one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bases(Reconstruction):
+    """How one head reconstructs each group, in real numbers: B_j times its group's sum of P_i k_i stands for head j.
+
+    Attributes:
+        basis: B, `[heads, width, width]`, float64.
+        shared: P, `[heads, width, width]`, float64.
+        groups: How many groups there are.
+        lost: The share of what the heads give that is lost, in the metric of what reads them: the sums over all heads of
+            E||S_j (k_j - B_j kbar)||^2 and of E||S_j k_j||^2, the one divided by the other.
+    """
+
+    groups: int
+    lost: float
+
+
+def find_bases(tensors: HeadTensors, moments: Moments, symmetries: Symmetries, method: Reconstructing) -> tuple[Bases, Bases]:
+    """Finds the bases of the keys and of the values of an attention; numbers that may not be mixed are averaged."""
+    outputs = grouped(tensors.o, len(tensors.k))
+    readers = torch.einsum("jhoa,jhob->jab", outputs, outputs)
+    keys = _bases(moments.queries, moments.keys, symmetries.keys, method)
+    return keys, _bases(readers, moments.values, symmetries.values, method)
+
+
+def _bases(metric: Tensor, moments: Tensor, symmetry: Symmetry, method: Reconstructing) -> Bases:
+    groups, size, width = moments.shape[:3]
+    basis = torch.eye(width, dtype=torch.float64, device=metric.device).repeat(groups, size, 1, 1)
+    shared, lost, total = basis / size, 0.0, 0.0
+    for number, group_metric in enumerate(grouped(metric, groups)):
+        for block in symmetry:
+            one_head = method.reconstruct(*_of_block(group_metric, moments[number], block))
+            block.put(basis[number], one_head.basis)
+            block.put(shared[number], one_head.shared)
+        group_lost, group_total = _loss(group_metric, moments[number], basis[number], shared[number])
+        lost, total = lost + group_lost, total + group_total
+    return Bases(basis.flatten(0, 1), shared.flatten(0, 1), groups, lost / total if total else 0.0)
+
+
+def _of_block(metric: Tensor, moments: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+    """Returns a block's part of a metric and of moments; pairs as complex numbers: E[z_i conj(z_j)]."""
+    r, i = list(block.real), list(block.imaginary)
+    if not i:
+        return metric[:, r][:, :, r], moments[:, r][:, :, :, r]
+    square = metric[:, r, r] + metric[:, i, i]
+    real = moments[:, r][:, :, :, r] + moments[:, i][:, :, :, i]
+    imaginary = moments[:, i][:, :, :, r] - moments[:, r][:, :, :, i]
+    return torch.complex(square, torch.zeros_like(square))[:, :, None], torch.complex(real, imaginary)
+
+
+def _loss(metric: Tensor, moments: Tensor, basis: Tensor, shared: Tensor) -> tuple[float, float]:
+    """Returns the sum over heads of E||S_j (k_j - B_j kbar)||^2, and of E||S_j k_j||^2."""
+    crossed = torch.einsum("iab,ibjc->jac", shared, moments)  # E[kbar k_j^T]
+    of_shared = torch.einsum("jac,jbc->ab", crossed, shared)  # E[kbar kbar^T]
+    heads = torch.einsum("jajb->jab", moments)
+    through = basis @ crossed
+    error = heads - through - through.mT + basis @ of_shared @ basis.mT
+    return float((metric * error).sum()), float((metric * heads).sum())
+
+
+def pooled(tensors: HeadTensors, keys: Bases, values: Bases) -> HeadTensors:
+    """Returns the weights with each head replaced by its group's reconstruction: k' = sum of P_i k_i, v' likewise."""
+
+    def shared(heads: Tensor, bases: Bases) -> Tensor:
+        summed = grouped(bases.shared @ heads, bases.groups).sum(1)
+        return summed.repeat_interleave(len(heads) // bases.groups, 0)
+
+    return _read_through(tensors, keys, values, shared(tensors.k, keys), shared(tensors.v, values))
+
+
+def in_bases(tensors: HeadTensors, keys: Bases, values: Bases) -> HeadTensors:
+    """Returns the weights with each head in its group's basis and none pooled; the model computes what it did: k' = B_j^-1 k.
+
+    Raises:
+        torch.linalg.LinAlgError: If a basis has no inverse, as that of a head without any part in what its group shares may not.
+    """
+    k, v = torch.linalg.solve(keys.basis, tensors.k), torch.linalg.solve(values.basis, tensors.v)
+    return _read_through(tensors, keys, values, k, v)
+
+
+def _read_through(tensors: HeadTensors, keys: Bases, values: Bases, k: Tensor, v: Tensor) -> HeadTensors:
+    """Returns new keys and values, and what reads them: q' = B_j^T q, W_O' = W_O B_j."""
+    queries = len(tensors.q) // len(tensors.k)
+    q = keys.basis.mT.repeat_interleave(queries, 0) @ tensors.q
+    return HeadTensors(q, k, v, tensors.o @ values.basis.repeat_interleave(queries, 0))
+
+
+def similar_order(
+    tensors: HeadTensors, moments: Moments, symmetries: Symmetries, method: Reconstructing, groups: int
+) -> list[int]:
+    """Returns an order of the KV heads in which those that share a group are next to each other, from moments of one group.
+
+    The loss of a group is estimated as the sum of the losses of its pairs, of keys and of values, each as a share of what there
+    is. Heads are exchanged between groups as long as that helps, from the present order and from random ones.
+    """
+    count = len(tensors.k)
+    loss = torch.zeros(count, count, dtype=torch.float64)
+    for pair in itertools.combinations(range(count), 2):
+        keys, values = find_bases(in_order(tensors, pair), moments.in_order(pair, 1), symmetries, method)
+        loss[pair] = loss[pair[::-1]] = keys.lost + values.lost
+    generator, group_of = torch.Generator().manual_seed(0), torch.arange(count) // (count // groups)
+    starts = [group_of, *(group_of[torch.randperm(count, generator=generator)] for _ in range(RESTARTS))]
+    ends = [_improved(start, loss) for start in starts]
+    losses = torch.stack([torch.where(end[:, None] == end, loss, 0).sum() for end in ends])
+    best = ends[int(losses.round(decimals=9).argmin())].tolist()  # of ends that differ by rounding alone, the first
+    return sorted(range(count), key=lambda head: (best.index(best[head]), head))
+
+
+def _improved(group_of: Tensor, loss: Tensor) -> Tensor:
+    """Exchanges the two heads whose exchange helps most, until none does; `group_of` says which group each head is in.
+
+    The exchange of a, in group g, with b, in group h, changes the sum over pairs by l(a, h) + l(b, g) - l(a, g) - l(b, h) -
+    2 l(a, b), l(a, h) being the loss of a with all of h.
+    """
+    group_of = group_of.clone()
+    while True:
+        with_groups = loss @ torch.nn.functional.one_hot(group_of).to(loss)  # of each head with each group
+        with_others = with_groups[:, group_of]  # of each head with the group of each other
+        now = with_others.diagonal()
+        change = with_others + with_others.T - now[:, None] - now - 2 * loss
+        change[group_of[:, None] == group_of] = 0
+        first, second = divmod(int(change.argmin()), len(group_of))
+        if change[first, second] > -1e-12:
+            return group_of
+        group_of[[first, second]] = group_of[[second, first]]

@@ -1,0 +1,281 @@
+"""Second moments of the KV heads of a group: how they vary together on data, or as the weights alone let expect."""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.calibration.calibration import tell_own
+from billhook.engine.batches import Run
+from billhook.engine.comm import ALONE, Comm
+from billhook.engine.passes import Together
+from billhook.engine.state import overridden, precisely, replaced, undisturbed
+from billhook.engine.store import store_of
+from billhook.engine.walk import spare
+from billhook.kv_heads.layout import HeadTensors, Projections, moved_values
+from billhook.linalg import float64_device
+from billhook.model.handed import handing_of
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Second moments of the heads of one attention, group by group, about zero, biases included: float64.
+
+    Apart from `InputMoments`, as that sums in float32 all that one linear is given, and bases take float64 of each group's heads.
+
+    Attributes:
+        keys: E[k_i k_j^T], the mean over tokens, `[groups, heads, width, heads, width]`.
+        values: The same of values, as the query heads of the group are given them: with a_t what query head h attends to with,
+            E[u_i u_j^T], u_i = sum over t of a_t v_i,t, the mean over tokens and over the query heads h of the group.
+        queries: The sum of E[q q^T] over the query heads of each KV head, `[KV heads, width, width]`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    queries: Tensor
+
+    def in_order(self, order: Sequence[int], groups: int) -> "Moments":
+        """Returns the moments of one group of all heads as those of heads in another order and in several groups.
+
+        Of keys and queries these are what `gather` would find of the model in that order. Values are still seen as all query
+        heads of the attention attend to them, not only those of their group.
+        """
+        heads = torch.tensor(order).reshape(groups, -1)
+        keys, values = (torch.stack([m[0][group][:, :, group] for group in heads]) for m in (self.keys, self.values))
+        return Moments(keys, values, self.queries[heads.flatten()])
+
+
+def weight_moments(tensors: HeadTensors, groups: int) -> Moments:
+    """Returns moments without data, as if all that the projections are given were independent and of one size."""
+    keys, values, queries = grouped(tensors.k, groups), grouped(tensors.v, groups), grouped(tensors.q, len(tensors.k))
+    pairs, squares = "gian,gjbn->giajb", "jhan,jhbn->jab"
+    return Moments(torch.einsum(pairs, keys, keys), torch.einsum(pairs, values, values), torch.einsum(squares, queries, queries))
+
+
+def grouped(heads: Tensor, groups: int) -> Tensor:
+    """Returns heads, `[heads, ...]`, in groups of consecutive ones, `[groups, heads, ...]`."""
+    return heads.reshape(groups, -1, *heads.shape[1:])
+
+
+def gather(
+    model: nn.Module,
+    projections: Mapping[str, Projections],
+    groups: Mapping[str, int],
+    trials: Sequence[Run],
+    comm: Comm = ALONE,
+) -> dict[str, Moments]:
+    """Returns the moments of each attention, in so many groups of consecutive KV heads, on all batches; the model stays as it is.
+
+    Keys and queries are seen before any rotary embedding. Of values it matters what attention makes of them, so each attention
+    runs once more for each other head of a group, with that one's values instead of its own.
+
+    In groups of J heads each attention runs J times a batch. Held throughout are 2 G (J w)^2 + H w^2 numbers in float64 of each
+    attention, for G groups and H = G J heads of width w: of Llama-7B (H = 32, w = 128, 32 attentions) 1.2 GB for G = 8, and
+    8.7 GB for G = 1, which a choice of groups needs; within an attention, with 2048 tokens in a batch, 0.13 GB and 1.1 GB more.
+    """
+    moments = gather_each(model, projections, {name: [number] for name, number in groups.items()}, trials, comm)
+    return {name: by_number[groups[name]] for name, by_number in moments.items()}
+
+
+def gather_each(
+    model: nn.Module,
+    projections: Mapping[str, Projections],
+    groups: Mapping[str, Collection[int]],
+    trials: Sequence[Run],
+    comm: Comm = ALONE,
+) -> dict[str, dict[int, Moments]]:
+    """Returns what `gather` does for several numbers of groups, by attention and number; what is held adds up.
+
+    An attention runs no more often than the fewest groups take, where the other numbers are multiples of that one.
+    """
+    tell_own([trial.source for trial in trials])
+    listening = MomentPass(model, projections, groups, trials, comm)
+    with store_of(model).apart(comm):
+        listening.run(Together(model))
+    return listening.take(*projections)
+
+
+class MomentPass:
+    """One pass of runs over a model as it is, after which there are moments of attentions; `take` may be called within it.
+
+    Args:
+        model: The model.
+        projections: The attentions to listen to, by name.
+        groups: In how many groups of consecutive KV heads moments are added up, by attention.
+        trials: The runs.
+        comm: The ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        projections: Mapping[str, Projections],
+        groups: Mapping[str, Collection[int]],
+        trials: Sequence[Run],
+        comm: Comm = ALONE,
+    ) -> None:
+        self._model, self._trials, self._comm = model, trials, comm
+        self._listeners = {name: _Listener(model, attention, groups[name]) for name, attention in projections.items()}
+        self._hooks: dict[str, ExitStack] = {}
+
+    def run(self, together: Together) -> None:
+        """Goes over all blocks, as `together` has runs pass them."""
+        with undisturbed(self._model), ExitStack() as stack:
+            for name, listener in self._listeners.items():
+                listener.masks = lambda: self._trials[together.now].tokens
+                self._hooks[name] = stack.enter_context(ExitStack())
+                self._hooks[name].enter_context(listener.listening())
+            together([run.visit for run in self._trials])
+
+    def take(self, *names: str) -> dict[str, dict[int, Moments]]:
+        """Returns moments of attentions that all runs have left, and lets go of what they were added up in."""
+        sums = {}
+        for name in names:
+            self._hooks.pop(name).close()
+            sums[name] = self._listeners.pop(name).summed()
+        self._comm.sum_(*(tensor for attention in sums.values() for tensor in attention.tensors()))
+        return {name: attention.moments(name) for name, attention in sums.items()}
+
+
+class MomentSums:
+    """Sums over tokens of what `Moments` are means of, for several numbers of groups."""
+
+    def __init__(self, model: nn.Module, projections: Projections, groups: Collection[int]) -> None:
+        weight = model.get_submodule(projections.k.linear).get_parameter("weight")
+        device = next(model.parameters()).device if weight.is_meta else weight.device  # a block that is streamed may not be there
+        zeros = partial(torch.zeros, dtype=torch.float64, device=float64_device(device))
+        keys, values = projections.k.index.size, projections.v.index.size
+        self.kv_heads = projections.kv_heads
+        self.keys = {number: zeros(number, keys // number, keys // number) for number in groups}
+        self.values = {number: zeros(number, values // number, values // number) for number in groups}
+        self.queries = zeros(self.kv_heads, keys // self.kv_heads, keys // self.kv_heads)
+        self.tokens = zeros(3)  # of which keys, values (as one head attends to them), queries were seen
+
+    def tensors(self) -> list[Tensor]:
+        """Returns the sums themselves, not copies, to be summed over ranks in place."""
+        return [*self.keys.values(), *self.values.values(), self.queries, self.tokens]
+
+    def moments(self, name: str) -> dict[int, Moments]:
+        """Returns the means of what was added up of the attention of that name, by the number of groups."""
+        of_keys, of_values, of_queries = counts = self.tokens.tolist()
+        if not all(counts):
+            raise ValueError(f"batches: {name} is not called, or no token counts")
+        moments, queries = {}, self.queries / of_queries
+        for number in self.keys:
+            size = self.kv_heads // number
+            means = self.keys[number] / of_keys, self.values[number] / (of_values * size)
+            if not all(bool(mean.isfinite().all()) for mean in (*means, queries)):
+                raise ValueError(f"batches: {name} gives NaN or infinite numbers")
+            keys, values = (mean.view(number, size, mean.shape[1] // size, size, -1) for mean in means)
+            moments[number] = Moments(keys, values, queries)
+        return moments
+
+
+class _StopForward(BaseException):
+    """Ends an attention's forward at the linear that reads the heads: the rest would be for nothing."""
+
+
+class _Listener:
+    """Listens to one attention, and adds up; `masks` returns which tokens of the batch count, by linear, where not all do."""
+
+    def __init__(self, model: nn.Module, projections: Projections, groups: Collection[int]) -> None:
+        self._model, self._projections, self._groups = model, projections, groups
+        self._most = math.gcd(*groups)  # the number of groups in which all others lie, that is the largest groups
+        self._size = projections.kv_heads // self._most
+        self._sums: MomentSums | None = None  # made at the first call: those of another block may have gone by then
+        self.masks: Callable[[], Mapping[str, Tensor]] = dict
+        self._read: list[Tensor] | None = None  # what the linear behind the heads is given, once for each shift
+        self._unshifted = False
+
+    def summed(self) -> MomentSums:
+        """Returns what has been added up, zeros if the attention was not called."""
+        self._sums = self._sums or MomentSums(self._model, self._projections, self._groups)
+        return self._sums
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Overrides the attention's forward, and listens to its linears."""
+        projections, module = self._projections, self._model.get_submodule(self._projections.name)
+        with ExitStack() as stack:
+            for linear in {projections.q.linear, projections.k.linear}:
+                hook = partial(self._projected, linear)
+                stack.callback(self._model.get_submodule(linear).register_forward_hook(hook).remove)
+            reader = self._model.get_submodule(projections.o.linear)
+            stack.callback(reader.register_forward_pre_hook(self._attended).remove)
+            stack.enter_context(overridden(module, forward=partial(self._visit, module.forward)))
+            yield
+
+    def _visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Runs the attention's forward with the values of each of the others of the group, and then as it is."""
+        self._read, size = [], self._size
+        for shift in range(1, size):
+            heads = range(self._projections.kv_heads)
+            moved = moved_values(self._model, self._projections, [h // size * size + (h + shift) % size for h in heads])
+            with replaced({self._model.get_submodule(n): new for n, new in moved.items()}), suppress(_StopForward):
+                forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
+        self._unshifted = True
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            self._unshifted, self._read = False, None
+
+    def _projected(self, linear: str, module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        """Adds up keys or queries, or both where one linear makes them."""
+        if not self._unshifted:
+            return
+        if (handing := handing_of(module)) is not None:
+            output = handing.take_back(output)
+        outputs, projections, sums = self._tokens_that_count(output, linear), self._projections, self.summed()
+        with precisely():
+            if linear == projections.k.linear:
+                for number, total in sums.keys.items():
+                    _add_products(total, outputs[:, projections.k.index.reshape(number, -1)].transpose(0, 1))
+                sums.tokens[0] += len(outputs)
+            if linear == projections.q.linear:
+                index = projections.q.index.reshape(sums.kv_heads, -1, sums.queries.shape[1])
+                _add_products(sums.queries, outputs[:, index].transpose(0, 1).flatten(1, 2))
+                sums.tokens[2] += len(outputs)
+
+    def _attended(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        projections = self._projections
+        if self._read is None:
+            raise ValueError(f"{projections.name} is not called as a module: its values cannot be seen")
+        index = projections.o.index.reshape(self._most, self._size, projections.queries, -1)
+        self._read.append(self._tokens_that_count(args[0], projections.o.linear)[:, index])
+        if not self._unshifted:
+            raise _StopForward
+        if len(self._read) != self._size:
+            raise ValueError(
+                f"{projections.name} reads its heads several times in one call: what is of which values cannot be told"
+            )
+        shifts, sums = [self._read[-1], *self._read[:-1]], self.summed()  # the attention as it is comes last
+        with precisely():
+            for number, total in sums.values.items():
+                self._add_values(total, projections.kv_heads // number, shifts)
+            sums.tokens[1] += shifts[0].shape[0] * projections.queries
+        self._read = []
+
+    def _add_values(self, total: Tensor, size: int, shifts: Sequence[Tensor]) -> None:
+        """Adds up how values vary together in groups of a size, as each head of the group attends to them."""
+        for head in range(self._size):  # whose query heads attend
+            first = head // size * size
+            values = [shifts[(other - head) % self._size][:, :, head] for other in range(first, first + size)]
+            stacked = torch.stack(values, 3)  # [tokens, largest groups, query heads, values of, width]
+            flat = stacked.transpose(0, 1).reshape(self._most, -1, total.shape[1])
+            _add_products(total.view(self._most, -1, *total.shape[1:])[:, head // size], flat)
+
+    def _tokens_that_count(self, tensor: Tensor, linear: str) -> Tensor:
+        """Returns the tokens that count, one after the other, in float32 at least."""
+        tensor, mask = tensor.detach().flatten(0, -2), self.masks().get(linear)
+        if mask is not None and mask.numel() == len(tensor):
+            tensor = tensor[mask.flatten()]
+        return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _add_products(total: Tensor, values: Tensor) -> None:
+    total.add_((values.mT @ values).to(total.device))

@@ -1,0 +1,301 @@
+"""The symmetry group of an attention: how the numbers of a head may be mixed without changing what the model computes.
+
+Keys may be multiplied by A and queries by its inverse transpose, q^T A^-1 A k = q^T k, or values by A and output columns by A^-1,
+unless a rotary embedding, a norm or a gate stands in between. It is found by trying it on the model's own code: one attention is
+run by itself for that, on random numbers and in float64, as the model calls it (masks, positions, rotary angles), one kind of
+heads at a time, as an attention in float64 may be as large as its block. What is the same then differs by 1e-15 (1e-7 where the
+code computes scores in float32), so that also slow rotary turns show.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import Cache
+
+from billhook.engine.state import overridden, undisturbed
+from billhook.engine.store import store_of
+from billhook.engine.trees import tree_map_only
+from billhook.kv_heads.layout import HeadRows, HeadTensors, Projections, put_heads, read_heads
+from billhook.linalg import float64_device
+from billhook.model.config_fields import configs_of, text_config
+from billhook.model.inputs import small_inputs
+from billhook.model.linears import matrix_of
+from billhook.model.transformers_internals import ATTENTION, attention_of
+
+LENGTH = 128
+"""How many tokens are shown: enough for slow turns to be seen."""
+
+FEW = 7
+"""How many, where a model does not say how many it can take."""
+
+TOLERANCE = 1e-6
+"""How far apart, relative to its norm, what an attention gives may be and still be the same: some compute in float32."""
+
+SHARES = (*(n / 8 for n in range(1, 9)), *(n / 10 for n in range(1, 10)))
+"""The shares of a head that rotary embeddings turn, as far as is known."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Numbers of a head that may be mixed with each other, and with nothing else.
+
+    Attributes:
+        real: Their positions in the head.
+        imaginary: Where two numbers may only be turned and scaled together, as a complex number: the position of the second;
+            `real` is then that of the first.
+    """
+
+    real: tuple[int, ...]
+    imaginary: tuple[int, ...] = ()
+
+    def put(self, matrices: Tensor, mix: Tensor) -> None:
+        """Writes a block's matrices into `[heads, width, width]`; a complex number a + ib as [[a, -b], [b, a]]."""
+        r, i = torch.tensor(self.real), torch.tensor(self.imaginary, dtype=torch.int64)
+        if not self.imaginary:
+            matrices[:, r[:, None], r] = mix
+            return
+        matrices[:, r[:, None], r] = matrices[:, i[:, None], i] = mix.real
+        matrices[:, r[:, None], i] = -mix.imag
+        matrices[:, i[:, None], r] = mix.imag
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """Draws a matrix, or a complex number, that mixes the numbers: not orthogonal, well conditioned."""
+        if self.imaginary:
+            angle, size = torch.rand(2, generator=generator, dtype=torch.float64) + 0.3
+            return torch.polar(size, 3 * angle)
+        count = len(self.real)
+        square: Tensor = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=torch.float64)).Q
+        return square * (0.5 + torch.rand(count, generator=generator, dtype=torch.float64))
+
+
+Symmetry = tuple[Block, ...]
+"""The blocks of a head; empty where nothing may be mixed."""
+
+
+@dataclass(frozen=True)
+class Symmetries:
+    """How the numbers of keys, and of values, of one attention may be mixed, and whether KV heads may change places."""
+
+    keys: Symmetry
+    values: Symmetry
+    order: bool
+
+
+def candidates(width: int) -> Iterator[Symmetry]:
+    """Yields all together; pairs half a rotary width apart, or side by side, and the rest together; freer ones first."""
+    yield (Block(tuple(range(width))),)
+    rotary_widths = sorted({int(width * share) for share in SHARES if width * share % 2 == 0})
+    for rotary in reversed(rotary_widths):
+        half = rotary // 2
+        yield _paired([(n, n + half) for n in range(half)], width)
+    for rotary in rotary_widths:
+        yield _paired([(n, n + 1) for n in range(0, rotary, 2)], width)
+
+
+def _paired(pairs: Sequence[tuple[int, int]], width: int) -> Symmetry:
+    rest = tuple(range(2 * len(pairs), width))
+    return (*(Block((first,), (second,)) for first, second in pairs), *([Block(rest)] if rest else []))
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""The arguments of a call of a module, and those that are named."""
+Transform = Mapping[str, Callable[[Tensor], Tensor]]
+"""What becomes of heads, by their kind, q, k, v or o, as in `HeadTensors`."""
+
+
+class AttentionProbe:
+    """One attention of a model, and what the model calls it with."""
+
+    def __init__(self, model: nn.Module, projections: Projections, call: Call) -> None:
+        self._model, self.projections, self._call = model, projections, call
+        self._module = model.get_submodule(projections.name)
+
+    @contextmanager
+    def as_float64(self) -> Iterator[None]:
+        """Puts all its numbers in float64 for a while, in which it can be called: on the CPU, where its device has none.
+
+        Other tensors replace its own: a parameter whose dtype changes would lose the hooks that DDP has on its gradient.
+        """
+        linears = (self._model.get_submodule(name) for name in self.projections.linears)
+        modules = dict.fromkeys([*self._module.modules(), *linears])
+        tables: list[dict[str, Any]] = [table for module in modules for table in (module._parameters, module._buffers)]
+        before = [(table, dict(table)) for table in tables]
+        wide: dict[int, Tensor] = {}  # by the id of the tensor, so that tied ones stay tied
+        try:
+            for table in tables:
+                for name, tensor in table.items():
+                    if tensor is not None:
+                        table[name] = wide.setdefault(id(tensor), _as_float64(tensor))
+            yield
+        finally:
+            for table, tensors in before:
+                table.update(tensors)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self._matrix(self.projections.k)[0].device
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Draws its weights, with which scores are of the size of one where inputs are."""
+        for rows in self.projections.kinds.values():
+            weight, bias = self._matrix(rows)
+            heads, width = rows.index.shape
+            size = (heads, len(weight), width) if rows.are_read else (heads, width, weight.shape[1] + (bias is not None))
+            drawn = torch.randn(size, generator=generator, dtype=weight.dtype).to(weight.device)
+            put_heads((weight, bias), rows, drawn / math.sqrt(heads * width if rows.are_read else size[2]))
+
+    def change(self, transform: Transform) -> None:
+        """Changes its weights."""
+        for kind, become in transform.items():
+            rows = self.projections.kinds[kind]
+            put_heads(self._matrix(rows), rows, become(read_heads(self._model, rows)))
+
+    def _matrix(self, rows: HeadRows) -> tuple[Tensor, Tensor | None]:
+        return matrix_of(self._model.get_submodule(rows.linear))
+
+    def __call__(self) -> Tensor:
+        """Returns what the linear behind its heads gives, `[calls * tokens, hidden]`."""
+        outputs: list[Tensor] = []
+        args, kwargs = tree_map_only((Tensor, Cache), _as_float64, self._call)
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            stack.enter_context(_Float64Numbers())
+            linears = list(dict.fromkeys(rows.linear for kind, rows in self.projections.kinds.items() if kind != "o"))
+            for number, linear in enumerate(linears):
+                hook = partial(_with_noise, number)
+                stack.callback(self._model.get_submodule(linear).register_forward_pre_hook(hook).remove)
+            reader = self._model.get_submodule(self.projections.o.linear)
+            stack.callback(reader.register_forward_hook(lambda _, _args, output: outputs.append(output.flatten(0, -2))).remove)
+            self._module(*args, **kwargs)
+        return torch.cat(outputs)
+
+
+class _Float64Numbers(TorchFunctionMode):
+    """Makes tensors of numbers in float64: the least one of that dtype, which masks are made of, is too large for others."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        number = func in (torch.tensor, torch.full) and args and isinstance(args[-1], float)
+        return func(*args, **({"dtype": torch.float64} if number else {}) | (kwargs or {}))
+
+
+def _with_noise(seed: int, linear: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    noise = torch.randn(args[0].shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return noise.to(args[0].device), *args[1:]
+
+
+def _as_float64(value: Any) -> Any:  # noqa: ANN401 - a tensor or a cache
+    if isinstance(value, Cache):  # which the call writes to
+        return copy.deepcopy(value)
+    tensor = value.detach().to(float64_device(value.device))
+    tensor = tensor.double() if tensor.is_floating_point() else tensor
+    return nn.Parameter(tensor, requires_grad=False) if isinstance(value, nn.Parameter) else tensor
+
+
+def see_calls(model: nn.Module, projections: Mapping[str, Projections]) -> dict[str, Call]:
+    """Runs a model on random tokens and returns with what it calls each of its attentions the first time."""
+    calls: dict[str, Call] = {}
+
+    def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.setdefault(name, tree_map_only(Cache, copy.deepcopy, (args, kwargs)))
+
+    text: Any = text_config(model.config)  # type: ignore[arg-type]
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    # half of the length that the model is made for, as some lose positions at the start
+    length = min([LENGTH, *(max(limit // 2, 1) for limit in limits if type(limit) is int)]) if any(limits) else FEW
+    with ExitStack() as stack, torch.no_grad():
+        for name in projections:
+            hook = partial(note, name)
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
+        model(**small_inputs(model, length=length))
+    if unseen := projections.keys() - calls:
+        raise ValueError(f"{min(unseen)} is not called as a module, so what its heads do cannot be seen")
+    return calls
+
+
+def find_symmetries(model: nn.Module, projections: Mapping[str, Projections]) -> dict[str, Symmetries]:
+    """Finds how the heads of each attention may be mixed, by the attention's name; the model stays as it is.
+
+    It runs the model once, and each attention of a usual kind some four times.
+    """
+    with undisturbed(model), ExitStack() as stack:
+        for config in configs_of(model):
+            if attention_of(config) not in (None, "eager", "sdpa"):  # other kernels know no float64
+                stack.enter_context(overridden(config, **{ATTENTION: "sdpa"}))
+        calls = see_calls(model, projections)
+        symmetries = {}
+        for name, attention in projections.items():
+            store_of(model).load(model.get_submodule(name))
+            symmetries[name] = _symmetries(AttentionProbe(model, attention, calls[name]))
+        return symmetries
+
+
+def _symmetries(attention: AttentionProbe) -> Symmetries:
+    generator, projections = torch.Generator().manual_seed(0), attention.projections
+    queries = projections.queries
+    with attention.as_float64():
+        attention.draw(generator)
+        expected = attention()
+
+        def same(transform: Transform, inverse: Transform) -> bool:
+            attention.change(transform)
+            output = attention()
+            attention.change(inverse)
+            return bool((output - expected).double().norm() <= TOLERANCE * expected.double().norm())
+
+        def passes(mix: Callable[[Tensor, int], Transform], matrix: Tensor) -> bool:
+            matrix = matrix.to(attention.device)
+            return same(mix(matrix, queries), mix(torch.linalg.inv(matrix), queries))
+
+        (count, width), (_, value_width) = projections.k.index.shape, projections.v.index.shape
+        # another factor for each head, which no norm over all heads lets pass
+        factors = torch.linspace(0.5, 2, count, dtype=torch.float64)[:, None, None] * torch.eye(width, dtype=torch.float64)
+        options = candidates(width) if passes(_mixed_keys, factors) else ()
+        keys = next((option for option in options if passes(_mixed_keys, _drawn(count, width, option, generator))), ())
+        values = (Block(tuple(range(value_width))),)
+        mixed = passes(_mixed_values, _drawn(count, value_width, values, generator))
+        order, back = [*range(1, count), 0], [count - 1, *range(count - 1)]
+        return Symmetries(keys, values if mixed else (), same(_reordered(order, queries), _reordered(back, queries)))
+
+
+def in_order(tensors: HeadTensors, order: Sequence[int]) -> HeadTensors:
+    """Returns the KV heads in another order, or some of them, with their query heads."""
+    picks = _reordered(order, len(tensors.q) // len(tensors.k))
+    return HeadTensors(**{kind: pick(vars(tensors)[kind]) for kind, pick in picks.items()})
+
+
+def _reordered(order: Sequence[int], queries: int) -> Transform:
+    """Puts KV heads in another order, or some of them, with their query heads."""
+    kv_heads, query_heads = list(order), [head * queries + query for head in order for query in range(queries)]
+    pick_kv, pick_query = itemgetter(kv_heads), itemgetter(query_heads)
+    return {"q": pick_query, "k": pick_kv, "v": pick_kv, "o": pick_query}
+
+
+def _drawn(count: int, width: int, symmetry: Symmetry, generator: torch.Generator) -> Tensor:
+    """Draws for each head a matrix that mixes its blocks' numbers, `[heads, width, width]`."""
+    matrices = torch.eye(width, dtype=torch.float64).repeat(count, 1, 1)
+    for matrix in torch.split(matrices, 1):
+        for block in symmetry:
+            block.put(matrix, block.draw(generator))
+    return matrices
+
+
+def _mixed_keys(matrix: Tensor, queries: int) -> Transform:
+    """Multiplies keys by a matrix, queries by the transpose of its inverse."""
+    inverse = torch.linalg.inv(matrix).transpose(1, 2).repeat_interleave(queries, 0)
+    return {"k": lambda k: matrix @ k, "q": lambda q: inverse @ q}
+
+
+def _mixed_values(matrix: Tensor, queries: int) -> Transform:
+    """Multiplies values by a matrix, output columns by its inverse."""
+    inverse = torch.linalg.inv(matrix).repeat_interleave(queries, 0)
+    return {"v": lambda v: matrix @ v, "o": lambda o: o @ inverse}

@@ -17,7 +17,7 @@ import billhook as bh
 from billhook.model import figures as costs
 from billhook.model import memory
 from billhook.model.figures import figures_of
-from billhook.model.memory import forget, remembered, remembered_built, sight
+from billhook.model.memory import forget, remembered, signature
 from billhook.pruning.block_plan import find_block_plan, take_out
 from kit.families import build, llama
 
@@ -76,55 +76,55 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_whatever_may_decide_how_a_model_runs_is_seen(name):
     one, other = llama(num_hidden_layers=2), llama(num_hidden_layers=2)
-    assert sight(one) == sight(other) is not None
+    assert signature(one) == signature(other) is not None
     CHANGES[name](one)
-    assert sight(one) != sight(other)
-    assert sight(one) is not None
+    assert signature(one) != signature(other)
+    assert signature(one) is not None
 
 
 def test_models_of_which_the_same_was_asked_are_alike():
     models = [llama(), llama(), llama()]
     for model, asked in zip(models, ("output_hidden_states", "output_hidden_states", "output_attentions"), strict=True):
         model(torch.tensor([[5]]), **{asked: True})
-    assert sight(models[0]) == sight(models[1]) is not None
+    assert signature(models[0]) == signature(models[1]) is not None
     models[1].model.layers[0]._forward_hooks.popitem()
-    assert sight(models[0]) != sight(models[1]) is not None
+    assert signature(models[0]) != signature(models[1]) is not None
 
 
 def test_models_without_the_same_block_are_alike():
     models = [llama(num_hidden_layers=3) for _ in range(4)]
     for model, gone in zip(models, ([1], [1], [2], []), strict=True):
         take_out(model, find_block_plan(model, {"model.layers": gone}))
-    seen = [sight(model) for model in models]
+    seen = [signature(model) for model in models]
     assert seen[0] == seen[1] is not None
     assert len(set(seen)) == 3
 
 
 def test_a_forward_that_is_replaced_in_the_class_is_seen(monkeypatch):
     model = llama()
-    before = sight(model)
+    before = signature(model)
     monkeypatch.setattr(type(first(model).mlp), "forward", lambda self, x: x)
-    assert sight(model) != before
+    assert signature(model) != before
 
 
 def test_values_modes_gates_and_copies_do_not_count():
     model = llama()
-    before = sight(model.eval())
+    before = signature(model.eval())
     model.train()
     nn.init.ones_(model.lm_head.weight)
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
     model.register_full_backward_hook(lambda *_: None)
     with bh.mask(model, {0: [1]}):
-        assert sight(model) == before
-    assert sight(copy.deepcopy(model)) == before
+        assert signature(model) == before
+    assert signature(copy.deepcopy(model)) == before
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiled_model_is_as_it_was():
     model = llama()
-    before = sight(model)
+    before = signature(model)
     model.compile()
-    assert sight(model) == before
+    assert signature(model) == before
 
 
 def replaced(model):
@@ -155,7 +155,7 @@ UNSEEN = {
 def test_of_what_cannot_be_seen_nothing_is_remembered(name):
     model, runs = llama(), []
     UNSEEN[name](model)
-    assert sight(model) is None
+    assert signature(model) is None
     for _ in range(2):
         remembered(lambda: runs.append(1), model, "runs")
     assert len(runs) == 2
@@ -164,7 +164,7 @@ def test_of_what_cannot_be_seen_nothing_is_remembered(name):
 def test_a_hook_on_all_modules_is_seen():
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
     try:
-        assert sight(llama()) is None
+        assert signature(llama()) is None
     finally:
         handle.remove()
 
@@ -242,7 +242,7 @@ def test_what_a_class_builds_is_remembered_by_the_config(monkeypatch):
     model, found = llama(), []
 
     def find(config, kind=None):
-        return remembered_built(lambda: found.append(1) or {"found": len(found)}, kind or type(model), config, "test")
+        return remembered(lambda: found.append(1) or {"found": len(found)}, (kind or type(model), config), "test")
 
     first_time = find(model.config)
     first_time["found"] = None

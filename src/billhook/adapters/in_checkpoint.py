@@ -53,10 +53,10 @@ def base_checkpoint(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
         raise ValueError(f"'{name}' does not say how its adapters are scaled as billhook writes it")
     shape = checkpoint[KEY]["shape"]
     plain = {part: _of_base(shape.get(part, {})) for part in ("tensors", "attributes")}
-    held = checkpoint[KEY] | {"shape": shape | plain}
-    if constants := held.get("constants"):
-        held["constants"] = {part: _of_base(entries) for part, entries in constants.items()}
-    return checkpoint | {"state_dict": _of_base(checkpoint["state_dict"]), KEY: held}
+    of_base = checkpoint[KEY] | {"shape": shape | plain}
+    if constants := of_base.get("constants"):
+        of_base["constants"] = {part: _of_base(entries) for part, entries in constants.items()}
+    return checkpoint | {"state_dict": _of_base(checkpoint["state_dict"]), KEY: of_base}
 
 
 def _of_base(entries: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,29 +103,24 @@ def _head(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _config(model: PreTrainedModel, lora: LoRA, head: Mapping[str, nn.Module]) -> LoraConfig:
-    skipped = [
-        f"{name}.{inner}".rstrip(".") for name, top in head.items() for inner, one in top.named_modules() if is_linear(one)
-    ]
-    skipped += _handed(model) if lora.target == ALL else []
+    skipped = _handed(model) if lora.target == ALL else []
+    for name, top in head.items():
+        skipped += [f"{name}.{inner}".rstrip(".") for inner, module in top.named_modules() if is_linear(module)]
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number
         lora_dropout=lora.dropout,
         target_modules=lora.target,
         exclude_modules=skipped or None,
-        fan_in_fan_out=_conv1d(model),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-
-
-def _conv1d(model: nn.Module) -> bool:
-    return any(isinstance(module, Conv1D) for module in model.modules())
 
 
 def to_plain(lora: LoRA | LoraConfig) -> dict[str, Any]:
     """Converts to numbers, strings, lists and dicts, which any checkpoint can hold; `from_plain` undoes it."""
     plain = asdict(lora) if isinstance(lora, LoRA) else lora.to_dict()  # type: ignore[no-untyped-call]
-    found: dict[str, Any] = json.loads(json.dumps(plain, default=sorted))  # PEFT's sets of names
-    return found
+    settings: dict[str, Any] = json.loads(json.dumps(plain, default=sorted))  # PEFT's sets of names
+    return settings
 
 
 def from_plain(lora: Mapping[str, Any]) -> LoRA | LoraConfig:

@@ -96,7 +96,7 @@ def on_linears(model: nn.Module) -> dict[str, Any]:
         if is_adapter(module):
             owners.setdefault(id(base_of(module)), module)
     linears = prunable(model, output_embeddings=True, convolutions="all") if owners else {}
-    return {name: owners[id(one)] for name, one in linears.items() if id(one) in owners}
+    return {name: owners[id(linear)] for name, linear in linears.items() if id(linear) in owners}
 
 
 def adapted_linears(model: nn.Module) -> dict[str, Any]:
@@ -115,21 +115,22 @@ def mask_as_weights(model: nn.Module) -> None:
         unmask_adapters(model)
 
 
-def plain_adapters(model: nn.Module, linears: Iterable[str], asked: str) -> dict[str, Any]:
-    """Finds the layers with plain LoRA on these linears, as the argument `asked` needs them, and refuses if there are none."""
+def plain_adapters(model: nn.Module, linears: Iterable[str], argument: str) -> dict[str, Any]:
+    """Finds the layers with plain LoRA on these linears, as an argument needs them, and refuses if there are none."""
     try:
         layers = adapted_linears(model)
     except ValueError as error:
-        raise ValueError(f"{asked} needs LoRA on the linears, and there is none: {error}") from None
-    found = {name: layers[name] for name in linears if name in layers}
-    if not found:
-        raise ValueError(f"{asked} needs LoRA on the linears that are pruned; it is only on others, such as {next(iter(layers))}")
-    check_plain(found, asked)
-    return found
+        raise ValueError(f"{argument} needs LoRA on the linears, and there is none: {error}") from None
+    pruned = {name: layers[name] for name in linears if name in layers}
+    if not pruned:
+        elsewhere = f"it is only on others, such as {next(iter(layers))}"
+        raise ValueError(f"{argument} needs LoRA on the linears that are pruned; {elsewhere}")
+    check_plain(pruned, argument)
+    return pruned
 
 
-def check_plain(layers: Mapping[str, Any], asked: str) -> None:
-    """Refuses adapters whose product is not simply scale B A, as the argument `asked` needs it, or is in the weight already."""
+def check_plain(layers: Mapping[str, Any], argument: str) -> None:
+    """Refuses adapters whose product is not simply scale B A, as an argument needs it, or is in the weight already."""
     if not layers:
         return
     from peft.tuners.lora import Linear as LoraLinear
@@ -139,32 +140,35 @@ def check_plain(layers: Mapping[str, Any], asked: str) -> None:
     for name, layer in layers.items():
         kind = type(layer).__name__
         if type(layer) in (LoraLinear, MaskedLora):
-            extras = [type(one).__name__ for one in layer.lora_variant.values()]
+            extras = [type(variant).__name__ for variant in layer.lora_variant.values()]
             extras += ["a bias of its own"] * any(layer.lora_bias.values())
             extras += ["another forward in its place"] * ("forward" in vars(layer))
             extras += ["another adapter inside"] * (layer.base_layer is not layer.get_base_layer())
             kind = f"LoRA with {', '.join(extras)}" if extras else ""
         if kind:
-            raise ValueError(f"{asked}: the adapter of {name} must be plain LoRA without bias, got {kind}")
+            raise ValueError(f"{argument}: the adapter of {name} must be plain LoRA without bias, got {kind}")
         if layer.merged:
-            raise ValueError(f"{asked}: the adapters of {name} are merged already, and must not be: unmerge them first")
+            raise ValueError(f"{argument}: the adapters of {name} are merged already, and must not be: unmerge them first")
 
 
 def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Returns the keep-masks of these layers' weights, by linear; by default the nonzero weights of those that are pruned."""
     weights = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
     if masks is None:
-        kept = {name: full_tensor(weight) != 0 for name, weight in weights.items()}
-        return {name: keep for name, keep in kept.items() if is_pruned(int((~keep).sum()), keep.numel())}
-    found = {name: masks.get(name, masks.get(name.removeprefix(WRAPPED))) for name in weights}
-    given = {name: mask for name, mask in found.items() if mask is not None}
-    if not given:
-        raise ValueError(f"masks: none is of a linear with adapters, such as {next(iter(weights))}")
-    for name, mask in given.items():
-        if mask.dtype != torch.bool or mask.shape != weights[name].shape:
-            wanted = list(weights[name].shape)
+        nonzero = {name: full_tensor(weight) != 0 for name, weight in weights.items()}
+        return {name: keep for name, keep in nonzero.items() if is_pruned(int((~keep).sum()), keep.numel())}
+    kept = dict[str, Tensor]()
+    for name, weight in weights.items():
+        mask = masks.get(name, masks.get(name.removeprefix(WRAPPED)))
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            wanted = list(weight.shape)
             raise ValueError(f"masks: that of {name} must be bool of shape {wanted}, got {mask.dtype} {list(mask.shape)}")
-    return given
+        kept[name] = mask
+    if not kept:
+        raise ValueError(f"masks: none is of a linear with adapters, such as {next(iter(weights))}")
+    return kept
 
 
 @torch.no_grad()
@@ -175,7 +179,7 @@ def product_of(layer: Any) -> Tensor:  # noqa: ANN401
     weight = weight_of(layer.base_layer)
     product = torch.zeros(weight.shape, device=weight.device)
     for adapter in active_in(layer):
-        b, a = (full_tensor(one[adapter].weight).float().to(weight.device) for one in (layer.lora_B, layer.lora_A))
+        b, a = (full_tensor(part[adapter].weight).float().to(weight.device) for part in (layer.lora_B, layer.lora_A))
         product.addmm_(b, a, alpha=layer.scaling[adapter])  # in place, so in float32 under autocast too
     if isinstance(layer, MaskedLora):
         keep = layer.keep.to(weight.device)

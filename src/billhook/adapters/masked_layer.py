@@ -77,16 +77,16 @@ class MaskedLora(LoraLinear):
         quantized one's, a walk's), and in half precision, in which the sum rounds away what is small beside the weight.
         """
         base = self.base_layer
-        tensors = [base.weight, x, *(one[adapter].weight for adapter in active for one in (self.lora_A, self.lora_B))]
+        tensors = [base.weight, x, *(part[adapter].weight for adapter in active for part in (self.lora_A, self.lora_B))]
         dropouts = [self.lora_dropout[adapter] for adapter in active]
         return (
             bool(active)
             and type(base) in (nn.Linear, Conv1D)
             and not ("forward" in base.__dict__ or any(getattr(base, hooks) for hooks in HOOKS))
-            and all(type(one) is nn.Identity or (type(one) is nn.Dropout and not one.training) for one in dropouts)
+            and all(type(drop) is nn.Identity or (type(drop) is nn.Dropout and not drop.training) for drop in dropouts)
             and not isinstance(base.weight, DTensor)
             and x.dtype in (torch.float32, torch.float64)
-            and len({(one.dtype, one.device) for one in tensors}) == 1
+            and len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
             and not torch.is_autocast_enabled(x.device.type)
         )
 

@@ -30,33 +30,30 @@ def adapted(model: nn.Module) -> dict[str, Any]:
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """Copies the model beneath its adapters, to the meta device."""
-    shadow = to_meta(model)
-    for name, layer in adapted(shadow).items():
-        owner, _, attr = name.rpartition(".")
-        setattr(shadow.get_submodule(owner), attr, layer.get_base_layer())
-    return shadow
+    meta_model = to_meta(model)
+    for name, layer in adapted(meta_model).items():
+        meta_model.set_submodule(name, layer.get_base_layer())
+    return meta_model
 
 
 @contextmanager
 def taken_off(model: nn.Module) -> Iterator[None]:
     """Puts the layers beneath adapters in their places until the end of a `with` block."""
-    places = [
-        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], own) for name, own in adapted(model).items()
-    ]
+    layers = [(model.get_submodule(name.rpartition(".")[0]), name, layer) for name, layer in adapted(model).items()]
     try:
-        for owner, attribute, layer in places:
-            setattr(owner, attribute, layer.get_base_layer())
+        for owner, name, layer in layers:
+            setattr(owner, name.rpartition(".")[2], layer.get_base_layer())
         yield
     finally:
-        for owner, attribute, layer in places:
-            setattr(owner, attribute, layer)
+        for owner, name, layer in layers:
+            setattr(owner, name.rpartition(".")[2], layer)
 
 
 def adds_nothing(layer: Any) -> bool:  # noqa: ANN401 - any of PEFT's layers
     """Tells whether a layer has LoRA on it that is as it began, with B = 0."""
     second = getattr(layer, "lora_B", None)
     plain = not len(getattr(layer, "lora_magnitude_vector", ())) and not layer.merged
-    return plain and isinstance(second, nn.Module) and not any(bool(own.any()) for own in second.parameters())
+    return plain and isinstance(second, nn.Module) and not any(bool(b.any()) for b in second.parameters())
 
 
 def beneath(name: str, layers: Collection[str]) -> str:
@@ -176,12 +173,12 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
         _check_alone(model)
     error, pruned = dict[str, float](), set[str]()
     outside = [base for layer in layers.values() if (base := base_of(layer)) not in store.owner]
-    kept = [(own, own.detach().clone()) for base in outside for own in base.parameters()]
+    kept = [(parameter, parameter.detach().clone()) for base in outside for parameter in base.parameters()]
 
     @torch.no_grad()
     def merged(block: nn.Module | None) -> list[nn.Parameter]:
         """Merges the layers on linears of a block, or of none, and returns their weights."""
-        found = list[nn.Parameter]()
+        parameters = list[nn.Parameter]()
         for key, layer in layers.items():
             if store.owner.get(base_of(layer)) is not block:
                 continue
@@ -192,8 +189,8 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
                 masks = fitting({name: layer}, None)
                 error[name] = _merge(name, layer, masks.get(name))
                 pruned.update(masks)
-            found += base_of(layer).parameters()
-        return found
+            parameters += base_of(layer).parameters()
+        return parameters
 
     try:
         with fresh_casts(), store.altered(merged):
@@ -206,8 +203,8 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
         back()
         for layer in layers.values():
             layer.merged_adapters.clear()
-        for own, values in kept:
-            own.data.copy_(values)
+        for parameter, values in kept:
+            parameter.data.copy_(values)
 
 
 def _check_alone(model: nn.Module) -> None:
@@ -232,9 +229,9 @@ def _merge(name: str, layer: Any, keep: Tensor | None) -> float:  # noqa: ANN401
     if keep is None:
         return 0.0
     added = (weight - before).float()
-    whole, lost = float(added.norm()), float(added.masked_fill(keep.to(added.device), 0).norm())
+    total, lost = float(added.norm()), float(added.masked_fill(keep.to(added.device), 0).norm())
     weight.masked_fill_(~keep.to(weight.device), 0)
-    return lost / whole if whole else 0.0
+    return lost / total if total else 0.0
 
 
 def _into(name: str, layer: Any) -> None:  # noqa: ANN401
@@ -284,6 +281,6 @@ def _untie(model: Any) -> None:  # noqa: ANN401
     """Reports in the config that the embeddings are two, where PEFT has trained a copy of one."""
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
-        one, other = (getattr(get(), "weight", None) for get in (model.get_input_embeddings, model.get_output_embeddings))
-        if one is not None and other is not None and one is not other:
+        inputs, outputs = (getattr(get(), "weight", None) for get in (model.get_input_embeddings, model.get_output_embeddings))
+        if inputs is not None and outputs is not None and inputs is not outputs:
             model.config.tie_word_embeddings = False

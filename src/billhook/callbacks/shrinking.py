@@ -27,7 +27,7 @@ from billhook.importance.obs import OBS
 from billhook.importance.score import Importance
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear
-from billhook.model.memory import sight
+from billhook.model.memory import signature
 from billhook.pruning.amount import RoundTo
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
@@ -230,7 +230,7 @@ class Shrinking(ShapeCallback):
 
 def _seen(model: PreTrainedModel) -> Hashable | None:
     """Returns what tells a model in its shape and with its values; None if something may decide it that cannot be seen."""
-    seen = sight(model)
+    seen = signature(model)
     return None if seen is None else (id(model), seen, key_of(model, None, {}, ()))
 
 

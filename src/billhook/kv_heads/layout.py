@@ -82,10 +82,10 @@ class KVAttention:
         return Rows(dim, np.full(size, BESIDE), head)
 
 
-def find_kv(model: PreTrainedModel, structure: Structure | None = None) -> dict[str, KVAttention]:
+def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
     """Finds the attentions of a model as `find_heads` names and orders them, from one run on meta tensors."""
     try:
-        structure = structure or trace(model)
+        structure = trace(model)
         heads = find_heads(model, structure)
     except ValueError as error:
         raise ValueError(f"{type(model).__name__} cannot be told to use fewer KV heads: {error}") from error

@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from typing import Any
 
@@ -46,82 +46,85 @@ def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shape | None = None) -> None:
     """Gives the Hugging Face model in a module the shape that a Lightning checkpoint holds, or else the shape `otherwise`."""
-    model, held = find_transformer(module), checkpoint.get(KEY)
-    if held is None:
+    model, entry = find_transformer(module), checkpoint.get(KEY)
+    if entry is None:
         if otherwise is not None:
             set_shape(model, otherwise)
             note_shape(model)
         return
-    check_held(held, checkpoint.get("state_dict"))
-    check_same_model(model, held)
+    check_entry(entry, checkpoint.get("state_dict"))
+    check_same_model(model, entry)
     try:
         with undone_by_errors(model):
-            set_shape(model, Shape.from_dict(held["shape"]))
+            set_shape(model, Shape.from_dict(entry["shape"]))
             note_shape(model)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # configs raise all kinds
-        raise ValueError(f"{error}; {_told_apart(model, held)}") from None
+        raise ValueError(f"{error}; {_both_described(model, entry)}") from None
 
 
-def check_held(held: object, state: object) -> None:
+def check_entry(entry: object, state: object) -> None:
     """Refuses what a Lightning checkpoint says of its model if it is not as billhook writes it, or not what its weights are."""
+    unlike = "the checkpoint does not say what model it holds as billhook writes it"
     for key, kind in PARTS.items():
-        if not isinstance(held, Mapping) or not isinstance(held.get(key), kind):
-            raise ValueError(f"the checkpoint does not say what model it holds as billhook writes it: {key} is missing or wrong")
-    assert isinstance(held, Mapping)
-    if held.get("version", VERSION) != VERSION:
-        raise ValueError(f"the checkpoint was written by another billhook (version {str(held['version'])[:80]} of what it says)")
+        if not isinstance(entry, Mapping) or not isinstance(entry.get(key), kind):
+            raise ValueError(f"{unlike}: {key} is missing or wrong")
+    assert isinstance(entry, Mapping)
+    if entry.get("version", VERSION) != VERSION:
+        raise ValueError(f"the checkpoint was written by another billhook (version {str(entry['version'])[:80]} of what it says)")
     try:
-        config = json.loads(held["config"])
+        config = json.loads(entry["config"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the checkpoint does not say what model it holds as billhook writes it: config: {error}") from error
+        raise ValueError(f"{unlike}: config: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError("the checkpoint does not say what model it holds as billhook writes it: config is no mapping")
-    check_plain_shape(held["shape"])
+        raise ValueError(f"{unlike}: config is no mapping")
+    check_plain_shape(entry["shape"])
     weights = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
-    unheld = 0
-    for name, size in held["shape"]["tensors"].items():
-        found = weights.get(held["prefix"] + name)
-        if found is not None and found != tuple(size):
-            raise ValueError(f"the checkpoint says that {name} is {tuple(size)}, and holds it as {found}")
-        unheld += prod(size) if found is None else 0
-    if weights and unheld > 10**8 + 10 * sum(map(prod, weights.values())):
-        raise ValueError(f"the checkpoint says that there are {unheld} numbers, of which it holds none")
+    missing = 0
+    for name, size in entry["shape"]["tensors"].items():
+        weight = weights.get(entry["prefix"] + name)
+        if weight is None:
+            missing += prod(size)
+        elif weight != tuple(size):
+            raise ValueError(f"the checkpoint says that {name} is {tuple(size)}, and holds it as {weight}")
+    if weights and missing > 10**8 + 10 * sum(map(prod, weights.values())):
+        raise ValueError(f"the checkpoint says that there are {missing} numbers, of which it holds none")
 
 
-def check_same_model(model: PreTrainedModel, held: Mapping[str, Any]) -> None:
+def check_same_model(model: PreTrainedModel, entry: Mapping[str, Any]) -> None:
     """Refuses what is of another family, or has other heads or ties; warns of numbers that are others in the config."""
-    then, now = json.loads(held["config"]), _config_of(model)
+    then, now = json.loads(entry["config"]), _config_of(model)
     reasons = [
         f"its {name} is {then[name]!r}, here it is {now[name]!r}"
         for name in ("model_type", "tie_word_embeddings")
         if name in then and name in now and then[name] != now[name]
     ]
-    attributes = held["shape"]["attributes"]
+    attributes = entry["shape"]["attributes"]
     for name, module in model.named_modules():
-        for own in PER_HEAD:
-            stated, here = attributes.get(f"{name}.{own}"), vars(module).get(own)
-            if type(stated) is int and type(here) is int and stated != here:
-                reasons.append(f"{name} has heads of {stated}, here they are of {here}")
+        for attr in PER_HEAD:
+            before, width = attributes.get(f"{name}.{attr}"), vars(module).get(attr)
+            if type(before) is int and type(width) is int and before != width:
+                reasons.append(f"{name} has heads of {before}, here they are of {width}")
     if reasons:
-        raise ValueError(f"the checkpoint holds another model than the run: {reasons[0]}; {_told_apart(model, held)}")
-    here = dict(_constants(now))
-    others = [f"{name} {value!r}, here {here[name]!r}" for name, value in _constants(then) if here.get(name, value) != value]
+        raise ValueError(f"the checkpoint holds another model than the run: {reasons[0]}; {_both_described(model, entry)}")
+    ours = dict(_constants(now))
+    others = [f"{name} {value!r}, here {ours[name]!r}" for name, value in _constants(then) if ours.get(name, value) != value]
     if others:
         warnings.warn(f"the checkpoint is of a model whose config says {'; '.join(others[:3])}: what is here holds", stacklevel=2)
 
 
-def _told_apart(model: PreTrainedModel, held: Mapping[str, Any]) -> str:
+def _both_described(model: PreTrainedModel, entry: Mapping[str, Any]) -> str:
     """Describes the model that a checkpoint holds and that of a run."""
-    there = _described(held["class"], json.loads(held["config"]), any(".lora_" in name for name in held["shape"]["tensors"]))
-    adapted = any(".lora_" in name for name, _ in model.named_parameters())
-    return f"the checkpoint holds {there}, the run has {_described(type(model).__name__, _config_of(model), adapted)}"
+    parameters = (name for name, _ in model.named_parameters())
+    theirs = _described(entry["class"], json.loads(entry["config"]), entry["shape"]["tensors"])
+    return f"the checkpoint holds {theirs}, the run has {_described(type(model).__name__, _config_of(model), parameters)}"
 
 
-def _described(kind: str, config: Mapping[str, Any], adapted: bool) -> str:
+def _described(kind: str, config: Mapping[str, Any], parameters: Iterable[str]) -> str:
     numbers = ", ".join(f"{name} {config[name]}" for name in SHOWN if name in config)
-    return f"{kind}{' with LoRA' if adapted else ''} ({numbers or 'config without sizes'})"
+    lora = " with LoRA" if any(".lora_" in name for name in parameters) else ""
+    return f"{kind}{lora} ({numbers or 'config without sizes'})"
 
 
 def _config_of(model: PreTrainedModel) -> dict[str, Any]:

@@ -8,13 +8,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import transformers
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from billhook.model.config_fields import build_or_refuse
+from billhook.model.config_fields import build_or_refuse, named_class
 from billhook.model.linears import NEW
 
 Loads = Any
@@ -39,9 +38,9 @@ def check_shards(name: str) -> None:
         named = {str(file) for file in json.loads(read.read_text())["weight_map"].values()}
     except (ValueError, KeyError, TypeError, AttributeError):  # whoever reads it says so
         return
-    if gone := sorted(file for file in named if not Path(name, file).is_file()):
-        more = f", nor are {len(gone) - 1} more" if len(gone) > 1 else ""
-        raise ValueError(f"'{name}': {gone[0]}, which {read.name} names, is not there{more}")
+    if absent := sorted(file for file in named if not Path(name, file).is_file()):
+        more = f", nor are {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise ValueError(f"'{name}': {absent[0]}, which {read.name} names, is not there{more}")
 
 
 def load_and_compare(kind: Loads, name: str | None, **options: Any) -> tuple[PreTrainedModel, Gaps]:  # noqa: ANN401
@@ -108,26 +107,22 @@ def _added(model: PreTrainedModel, missing: list[str]) -> list[str]:
     name, prefix = names[0] if isinstance(names, list) and names else None, f"{model.base_model_prefix}."
     outside = {key for key in missing if model.base_model is not model and not key.startswith(prefix)}
     poolers = {key for key in missing if key.removeprefix(prefix).startswith("pooler.") and _may_lack_pooler(model.base_model)}
-    saved = model if name == type(model).__name__ else _on_meta(name, model.config)
+    saved: PreTrainedModel | None = model
+    if name != type(model).__name__:
+        kind = named_class(name)
+        try:
+            saved = build_or_refuse(kind, copy.deepcopy(model.config)) if kind is not None else None
+        except ValueError:  # it is built from other configs
+            saved = None
     if saved is None:
         return sorted(outside | poolers)
-    there = set() if saved.base_model is saved else poolers & saved.state_dict().keys()
-    there |= {key for key in outside if saved.state_dict().keys() & {key, prefix + key}}
-    return sorted((outside | poolers) - there)
+    names = saved.state_dict().keys()
+    in_saved = set() if saved.base_model is saved else poolers & names
+    in_saved |= {key for key in outside if names & {key, prefix + key}}
+    return sorted((outside | poolers) - in_saved)
 
 
 def _may_lack_pooler(base: nn.Module) -> bool:
     """Tells whether the class of a base model can be built without a pooler."""
     builds = [vars(kind).get("__init__") for kind in type(base).__mro__]
     return any(build is not None and "add_pooling_layer" in signature(build).parameters for build in builds)
-
-
-def _on_meta(name: object, config: PretrainedConfig) -> PreTrainedModel | None:
-    """Builds the class of a name on meta; None if transformers has none, or it is built from other configs."""
-    kind = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not isinstance(kind, type) or not issubclass(kind, PreTrainedModel):
-        return None
-    try:
-        return build_or_refuse(kind, copy.deepcopy(config))
-    except ValueError:
-        return None

@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel, initialization
 
@@ -20,26 +21,25 @@ def fields_of(config: PretrainedConfig, prefix: str = "") -> Fields:
     >>> fields_of(LlamaConfig(hidden_size=64))["hidden_size"]
     64
     """
-    found: Fields = {}
+    fields: Fields = {}
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
-            found |= fields_of(value, f"{prefix}{name}.")
+            fields |= fields_of(value, f"{prefix}{name}.")
         elif not name.startswith("_"):
-            found[f"{prefix}{name}"] = value
-    return found
+            fields[f"{prefix}{name}"] = value
+    return fields
 
 
 def field(config: PretrainedConfig, name: str) -> Any:  # noqa: ANN401 - any field
     """Returns the value of a field; None if there is none of that name, or one for each layer, in `per_layer_config`."""
-    owner, own = _owner(config, name)
-    return None if own in (getattr(owner, "per_layer_attributes", None) or ()) else getattr(owner, own, None)
+    owner, attr = _owner(config, name)
+    return None if attr in (getattr(owner, "per_layer_attributes", None) or ()) else getattr(owner, attr, None)
 
 
 def set_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
     """Changes fields of a config and of those nested in it."""
     for name, value in fields.items():
-        owner, own = _owner(config, name)
-        setattr(owner, own, copy.copy(value))
+        setattr(*_owner(config, name), copy.copy(value))
 
 
 def with_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> PretrainedConfig:
@@ -72,21 +72,27 @@ def text_config(config: PretrainedConfig, encoder: bool = False) -> PretrainedCo
 
 def configs_of(model: nn.Module) -> list[PretrainedConfig]:
     """Returns the configs that modules hold, and those nested in them, each once."""
-    held = [value for module in model.modules() for value in vars(module).values() if isinstance(value, PretrainedConfig)]
-    return list({id(one): one for config in held for _, one in nested_configs(config)}.values())
+    configs = [value for module in model.modules() for value in vars(module).values() if isinstance(value, PretrainedConfig)]
+    return list({id(nested): nested for config in configs for _, nested in nested_configs(config)}.values())
 
 
 def _owner(config: PretrainedConfig, name: str) -> tuple[Any, str]:
-    nested, _, own = name.rpartition(".")
-    return attrgetter(nested)(config) if nested else config, own
+    nested, _, attr = name.rpartition(".")
+    return attrgetter(nested)(config) if nested else config, attr
 
 
 Mode = AbstractContextManager[Any]
 
 
-def build_on_meta(model: PreTrainedModel, config: PretrainedConfig, within: Mode = nullcontext()) -> PreTrainedModel:  # noqa: B008
+def named_class(name: object) -> type[PreTrainedModel] | None:
+    """Returns the class of models that transformers has under a name; None if there is none."""
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
+
+
+def build_on_meta(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     """Builds on meta what the model's own class makes of a config."""
-    return build_class_on_meta(type(model), config, within)
+    return build_class_on_meta(type(model), config)
 
 
 def build_class_on_meta(kind: type[PreTrainedModel], config: PretrainedConfig, within: Mode = nullcontext()) -> PreTrainedModel:  # noqa: B008

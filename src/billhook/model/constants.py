@@ -1,7 +1,7 @@
 """Constants that no state_dict holds: numbers of modules, those that a class derives from its config, and buffers."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import isclose, isfinite
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.config_fields import build_class_on_meta
-from billhook.model.memory import remembered_built
+from billhook.model.memory import remembered
 from billhook.model.transformers_internals import follows_inputs
 
 MOST = 1024
@@ -50,24 +50,28 @@ class Difference:
 
 def constants(model: nn.Module) -> Iterator[Constant]:
     """Yields the constants of a model by dotted name, except those on the meta device and those that forwards change."""
-    held = model.state_dict(keep_vars=True).keys()
+    in_checkpoints = model.state_dict(keep_vars=True).keys()
     for name, module in model.named_modules():
         for attr, value in vars(module).items():
             if _is_number(value) and not attr.startswith("_") and attr != "training":
                 yield Constant(f"{name}.{attr}", vars(module), attr)
         for attr, buffer in module._buffers.items():
-            own = f"{name}.{attr}"
-            if own.removeprefix(".") not in held and _is_plain(buffer) and not follows_inputs(module, attr):
-                yield Constant(own, module._buffers, attr)
+            dotted = f"{name}.{attr}"
+            if dotted.removeprefix(".") not in in_checkpoints and _is_plain(buffer) and not follows_inputs(module, attr):
+                yield Constant(dotted, module._buffers, attr)
 
 
 def record_constants(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Returns the constants of a model as lists, dicts and numbers, which any checkpoint format can hold."""
-    found = {one.name: one.value for one in constants(model)}
-    return {
-        "numbers": {name: _to_plain(value) for name, value in found.items() if not isinstance(value, Tensor)},
-        "buffers": {name: _to_sample(value) for name, value in found.items() if isinstance(value, Tensor)},
-    }
+    record: dict[str, dict[str, Any]] = {"numbers": {}, "buffers": {}}
+    for constant in constants(model):
+        if isinstance(value := constant.value, Tensor):
+            sample = _sample(value)
+            plain = {"size": list(value.shape), "dtype": str(sample.dtype).removeprefix("torch."), "values": sample.tolist()}
+            record["buffers"][constant.name] = plain
+        else:
+            record["numbers"][constant.name] = _to_plain(value)
+    return record
 
 
 def check_record(record: object) -> None:
@@ -86,17 +90,15 @@ def differences(model: nn.Module, record: Record) -> list[Difference]:
 
     Such buffers are tables that grow with the inputs.
     """
-    found = []
-    for one in constants(model):
-        buffer = isinstance(one.value, Tensor)
-        if one.name not in record["buffers" if buffer else "numbers"]:
-            continue
-        if buffer:
-            apart = _apart(record["buffers"][one.name], one.value)
-            found += [Difference(one, *apart)] if apart else []
-        elif not _alike(recorded := record["numbers"][one.name], one.value):
-            found.append(Difference(one, recorded, _to_plain(one.value)))
-    return found
+    result = []
+    for constant in constants(model):
+        value, name = constant.value, constant.name
+        if isinstance(value, Tensor):
+            if name in record["buffers"] and (apart := _furthest_apart(record["buffers"][name], value)):
+                result.append(Difference(constant, *apart))
+        elif name in record["numbers"] and not _alike(recorded := record["numbers"][name], value):
+            result.append(Difference(constant, recorded, _to_plain(value)))
+    return result
 
 
 def _is_number(value: object) -> bool:
@@ -117,16 +119,13 @@ def _is_plain(buffer: Tensor | None) -> bool:
     return type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_meta and not buffer.is_quantized
 
 
-def _to_sample(buffer: Tensor) -> dict[str, Any]:
-    values = _sample(buffer)
-    return {"size": list(buffer.shape), "dtype": str(values.dtype).removeprefix("torch."), "values": values.tolist()}
-
-
 def _is_sample(stated: object) -> bool:
-    if not isinstance(stated, Mapping) or not isinstance(kind := stated.get("dtype"), str):
+    if not isinstance(stated, Mapping):
         return False
-    size, values = stated.get("size"), stated.get("values")
-    if not isinstance(size, list) or not isinstance(values, list) or not isinstance(getattr(torch, kind, None), torch.dtype):
+    size, values, dtype = stated.get("size"), stated.get("values"), stated.get("dtype")
+    if not isinstance(size, list) or not isinstance(values, list) or not isinstance(dtype, str):
+        return False
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
         return False
     return all(type(n) is int for n in size) and all(_is_number(value) and value is not None for value in values)
 
@@ -137,37 +136,37 @@ def _sample(buffer: Tensor) -> Tensor:
     return torch.view_as_real(values).flatten() if values.is_complex() else values
 
 
-def _apart(recorded: Mapping[str, Any], buffer: Tensor) -> tuple[float, float] | None:
+def _furthest_apart(recorded: Mapping[str, Any], buffer: Tensor) -> tuple[float, float] | None:
     """Returns the values furthest apart by more than the rounding of the coarser dtype; None if there are none."""
     now = _sample(buffer)
     if recorded["size"] != list(buffer.shape) or len(recorded["values"]) != len(now):
         return None
-    kinds = [torch.finfo(kind) for kind in (getattr(torch, recorded["dtype"]), now.dtype) if kind.is_floating_point]
+    dtypes = [torch.finfo(dtype) for dtype in (getattr(torch, recorded["dtype"]), now.dtype) if dtype.is_floating_point]
     a, b = torch.tensor(recorded["values"], dtype=torch.float64), now.double()
     largest = max(map(abs, filter(isfinite, recorded["values"])), default=0.0)
-    relative = max((max(2 * kind.eps, ROUNDING) for kind in kinds), default=0.0)
-    absolute = max((torch.finfo(torch.float32).eps * largest + kind.tiny * kind.eps for kind in kinds), default=0.0)
+    relative = max((max(2 * dtype.eps, ROUNDING) for dtype in dtypes), default=0.0)
+    absolute = max((torch.finfo(torch.float32).eps * largest + dtype.tiny * dtype.eps for dtype in dtypes), default=0.0)
     wrong = ~torch.isclose(a, b, rtol=relative, atol=absolute, equal_nan=True)
     if not wrong.any():
         return None
-    place = int(torch.where(wrong, (a - b).abs().nan_to_num(torch.inf), -1).argmax())
-    return a[place].item(), b[place].item()
+    worst = int(torch.where(wrong, (a - b).abs().nan_to_num(torch.inf), -1).argmax())
+    return a[worst].item(), b[worst].item()
 
 
 Numbers = dict[str, tuple[float, float]]
 """Numbers that modules hold, by dotted name: before and after."""
 
 
-class _Known(TorchFunctionMode):
+class _KnownNumbers(TorchFunctionMode):
     """Lets single numbers become tensors on the CPU, so that their values are known, where all else is built on meta."""
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401 - what torch gives
-        one = func is torch.tensor and args and isinstance(args[0], int | float)
-        if func is torch.Tensor.to and args[0].is_meta:  # to where a single number is
-            kwargs = {name: value for name, value in (kwargs or {}).items() if name != "device"}
-        return func(*args, **({"device": "cpu"} if one else {}) | dict(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        kwargs = dict(kwargs or {})
+        if func is torch.tensor and args and isinstance(args[0], int | float):
+            kwargs.setdefault("device", "cpu")
+        elif func is torch.Tensor.to and args[0].is_meta:  # to where a single number is
+            kwargs.pop("device", None)
+        return func(*args, **kwargs)
 
 
 def derived(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
@@ -175,9 +174,11 @@ def derived(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
     kind = type(model)
 
     def built(config: PretrainedConfig) -> dict[str, float]:
-        return dict(_numbers(build_class_on_meta(kind, copy.deepcopy(config), _Known())))
+        built_constants = constants(build_class_on_meta(kind, copy.deepcopy(config), _KnownNumbers()))
+        single = (c for c in built_constants if type(c.value) is float or (isinstance(c.value, Tensor) and not c.value.dim()))
+        return {constant.name: float(constant.value) for constant in single}
 
-    then, now = (remembered_built(partial(built, config), kind, config, "numbers") for config in (before, model.config))
+    then, now = (remembered(partial(built, config), (kind, config), "numbers") for config in (before, model.config))
     return {name: (value, now[name]) for name, value in then.items() if now.get(name, value) != value}
 
 
@@ -190,10 +191,3 @@ def take_derived(model: nn.Module, numbers: Numbers) -> None:
             setattr(module, attr, value)
         else:
             module._buffers[attr] = torch.full_like(buffer, value)
-
-
-def _numbers(model: nn.Module) -> Iterator[tuple[str, float]]:
-    for one in constants(model):
-        single = isinstance(one.value, Tensor) and not one.value.dim()
-        if single or type(one.value) is float:
-            yield one.name, float(one.value)

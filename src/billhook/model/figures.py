@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from billhook.engine.trees import tree_map_only
 from billhook.model.inputs import make_inputs
 from billhook.model.memory import Repeated, remembered
 from billhook.model.meta import to_meta
@@ -59,8 +60,8 @@ def figure_of(model: PreTrainedModel, name: str) -> int | None:
         return kv_cache_bytes(model)
     if name in ("params", "bytes"):
         return _params(model) if name == "params" else _bytes(model)
-    found: int | None = getattr(figures_of(model), name)
-    return found
+    figure: int | None = getattr(figures_of(model), name)
+    return figure
 
 
 def _params(model: PreTrainedModel) -> int:
@@ -68,7 +69,7 @@ def _params(model: PreTrainedModel) -> int:
 
 
 def _bytes(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def kv_cache_bytes(model: PreTrainedModel) -> int | None:
@@ -82,7 +83,7 @@ def kv_cache_bytes(model: PreTrainedModel) -> int | None:
 def _cache_on_meta(model: PreTrainedModel) -> int | None:
     if model.main_input_name != "input_ids":
         return None
-    return _on_meta(model, lambda shadow: _forward(shadow, 2) - _forward(shadow, 1) or None)
+    return _on_meta(model, lambda meta_model: _forward(meta_model, 2) - _forward(meta_model, 1) or None)
 
 
 def _flops_on_meta(model: PreTrainedModel, context: int) -> int | None:
@@ -90,12 +91,14 @@ def _flops_on_meta(model: PreTrainedModel, context: int) -> int | None:
     if context and model.main_input_name != "input_ids":
         return None
 
-    def counted(shadow: PreTrainedModel) -> int:
+    def counted(meta_model: PreTrainedModel) -> int:
         with FlopCounterMode(display=False) as counter:
             if context:
-                _forward(shadow, context)
+                _forward(meta_model, context)
             else:
-                _see(shadow)
+                inputs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), make_inputs(meta_model, batch=1))
+                with torch.no_grad():
+                    meta_model(**inputs)
         total: int = counter.get_total_flops()
         return total // max(context, 1)
 
@@ -105,38 +108,33 @@ def _flops_on_meta(model: PreTrainedModel, context: int) -> int | None:
 def _on_meta(model: PreTrainedModel, measure: Callable[[PreTrainedModel], int | None]) -> int | None:
     """Measures a copy on meta; None where it does not run there."""
     try:
-        shadow = meta_copy(model)
+        meta_model = meta_copy(model)
         with Repeated():
-            return measure(shadow)
+            return measure(meta_model)
     except CANNOT_RUN:
         return None
 
 
 def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Copies a model to meta, ready to be run there as a whole: without padding, with every expert computed."""
-    shadow = to_meta(model)
-    vars(shadow.config)["pad_token_id"] = None  # code that looks for padding asks for values; some classes refuse to be set None
-    compute_every_expert(shadow)
-    return shadow
+    meta_model = to_meta(model)
+    vars(meta_model.config)["pad_token_id"] = None  # which code would look for; some classes refuse to be set None
+    compute_every_expert(meta_model)
+    return meta_model
 
 
 @torch.no_grad()
-def _forward(shadow: PreTrainedModel, length: int) -> int:
+def _forward(meta_model: PreTrainedModel, length: int) -> int:
     """Counts the bytes of the key/value cache after some tokens; 0 without one."""
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
-    inputs = {"input_ids": ids}
-    if shadow.config.is_encoder_decoder:
+    inputs: dict[str, Any] = {"input_ids": ids}
+    if meta_model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-        if "decoder_attention_mask" in signature(shadow.forward).parameters:  # else BART makes one, and asks for its values
-            inputs["decoder_attention_mask"] = torch.zeros(1, 1, length, length, dtype=shadow.dtype, device="meta")
-    cached = {"use_cache": True} if hasattr(shadow.config.get_text_config(decoder=True), "use_cache") else {}
-    return sum(t.numel() * t.element_size() for t in _cached(shadow(**inputs, **cached)))
-
-
-@torch.no_grad()
-def _see(shadow: PreTrainedModel) -> None:
-    """Runs a model on one image."""
-    shadow(**{name: one.to("meta") if isinstance(one, Tensor) else one for name, one in make_inputs(shadow, batch=1).items()})
+        if "decoder_attention_mask" in signature(meta_model.forward).parameters:  # else BART makes one, and asks for its values
+            inputs["decoder_attention_mask"] = torch.zeros(1, 1, length, length, dtype=meta_model.dtype, device="meta")
+    if hasattr(meta_model.config.get_text_config(decoder=True), "use_cache"):
+        inputs["use_cache"] = True
+    return sum(tensor.nbytes for tensor in _cached(meta_model(**inputs)))
 
 
 def _cached(output: Any) -> list[Tensor]:  # noqa: ANN401 - a ModelOutput whose class depends on the model

@@ -21,22 +21,22 @@ def locate_transformer(module: nn.Module) -> tuple[str, PreTrainedModel]:
     if (inner := module._modules.get("model")) is not None:
         name, model = locate_transformer(inner)
         return f"model.{name}".rstrip("."), model
-    found: dict[str, PreTrainedModel] = {}
+    models: dict[str, PreTrainedModel] = {}
     for name, child in module.named_modules():
-        if isinstance(child, PreTrainedModel) and not any(name.startswith(f"{outer}.") for outer in found):
-            found[name] = child
-    if len(found) != 1:
-        several = f"more than one Hugging Face model: {', '.join(found)}; the one to work on must be its attribute `model`"
-        many = several if found else f"no Hugging Face model (PreTrainedModel){_hidden(module)}"
+        if isinstance(child, PreTrainedModel) and not any(name.startswith(f"{outer}.") for outer in models):
+            models[name] = child
+    if len(models) != 1:
+        several = f"more than one Hugging Face model: {', '.join(models)}; the one to work on must be its attribute `model`"
+        many = several if models else f"no Hugging Face model (PreTrainedModel){_hidden(module)}"
         raise ValueError(f"{type(module).__name__} holds {many}")
-    return next(iter(found.items()))
+    return next(iter(models.items()))
 
 
 def _hidden(module: nn.Module) -> str:
     """Describes where a model is that is no part of a module to torch."""
     for name, value in vars(module).items():
-        kept = value.values() if isinstance(value, dict) and name != "_modules" else value
-        if isinstance(kept, list | tuple | type({}.values())) and any(isinstance(one, PreTrainedModel) for one in kept):
+        items = list(value.values()) if isinstance(value, dict) and name != "_modules" else value
+        if isinstance(items, list | tuple) and any(isinstance(item, PreTrainedModel) for item in items):
             return f" that torch sees: '{name}' has one in a {type(value).__name__}; make it an attribute of its own"
     return ""
 

@@ -1,7 +1,9 @@
 """Linears that store few heads and hand out many: what an attention's code reads is as ever, what is kept and trained is less."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -60,18 +62,18 @@ class Handing:
         """Returns for each output that is handed out the number of the stored one: int64."""
         return cast(Indices, self.hand_out(torch.arange(self.stored)).numpy())
 
-    def take_back(self, given: Tensor) -> Tensor:
+    def take_back(self, outputs: Tensor) -> Tensor:
         """Makes stored outputs of what was handed out of them: `[..., given]` to `[..., stored]`."""
         _, first = np.unique(self.index(), return_index=True)
-        return given[..., torch.from_numpy(first).to(given.device)]
+        return outputs[..., torch.from_numpy(first).to(outputs.device)]
 
     def pooled(self, heads: int) -> Self:
         """Returns how heads are handed out if the repeated ones become fewer."""
         pieces, start = list[Piece](), 0
-        for _, own, repeats, width in self.pieces:
-            left = heads if repeats > 1 else own
-            pieces.append((start, left, own * repeats // left, width))
-            start += left * width
+        for _, before, repeats, width in self.pieces:
+            after = heads if repeats > 1 else before
+            pieces.append((start, after, before * repeats // after, width))
+            start += after * width
         return type(self)(self.blocks, tuple(pieces))
 
     def to_list(self) -> list[Any]:
@@ -125,39 +127,41 @@ def handing_of(module: nn.Module) -> Handing | None:
 
 def hand(module: nn.Module, handing: Handing | None) -> None:
     """Makes a linear hand out heads, in place, or with None the plain linear that it was; its tensors are not touched."""
-    own: dict[str, Any] = vars(module)
+    attributes: dict[str, Any] = vars(module)
     if handing is None:
-        module.__class__ = own.pop("_billhook_was")
-        del own["handing"]
+        module.__class__ = attributes.pop("_billhook_was")
+        del attributes["handing"]
         return
     if handing_of(module) is None:
-        own["_billhook_was"] = type(module)
+        attributes["_billhook_was"] = type(module)
         # a class, as of torch's parametrize: deep and pickled copies have it, and undoing an event takes it back, unlike a hook
         module.__class__ = HandedConv1D if isinstance(module, Conv1D) else HandedHeads
-    own["handing"] = handing
+    attributes["handing"] = handing
 
 
 def regular(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], heads: int) -> Handing | None:
     """Finds how outputs are handed out if heads of some kinds become so many; None if they do not lie regularly.
 
-    For each output it is given its kind (such as query, key, value), head and place in the head, and if that kind is `repeated`.
+    For each output it is given its kind (such as query, key, value), head and rank in the head, and if that kind is `repeated`.
     """
-    kinds = list(dict.fromkeys(kind for kind, _, _ in keys))
-    changes = sum(a[0] != b[0] for a, b in zip(keys, keys[1:], strict=False)) + 1
-    pieces, start, wanted = list[Piece](), 0, list[tuple[int, int, int]]()
-    for kind in kinds:
-        own = [(key, twice) for key, twice in zip(keys, repeated, strict=True) if key[0] == kind]
-        count = max(key[1] for key, _ in own) + 1
-        left = heads if own[0][1] else count
-        if len(own) % count or count % left:
+    repeats = {kind: several for (kind, _, _), several in zip(keys, repeated, strict=True)}
+    counts, heads_of = Counter(kind for kind, _, _ in keys), dict[int, int]()
+    for kind, head, _ in keys:
+        heads_of[kind] = max(heads_of.get(kind, 0), head + 1)
+    pieces, start, stored = list[Piece](), 0, list[tuple[int, int, int]]()
+    for kind, before in heads_of.items():
+        after = heads if repeats[kind] else before
+        if counts[kind] % before or before % after:
             return None
-        width = len(own) // count
-        pieces.append((start, left, count // left, width))
-        wanted += [(kind, head, rank) for head in range(left) for rank in range(width)]
-        start += left * width
-    if changes % len(kinds) or any(left * twice * width % (changes // len(kinds)) for _, left, twice, width in pieces):
+        width = counts[kind] // before
+        pieces.append((start, after, before // after, width))
+        stored += [(kind, head, rank) for head in range(after) for rank in range(width)]
+        start += after * width
+    changes = sum(a[0] != b[0] for a, b in pairwise(keys)) + 1
+    blocks = changes // len(pieces)
+    if changes % len(pieces) or any(after * times * width % blocks for _, after, times, width in pieces):
         return None
-    handing = Handing(changes // len(kinds), tuple(pieces))
-    sizes = {kind: piece[2] for kind, piece in zip(kinds, pieces, strict=True)}
-    given = [wanted[stored] for stored in np.asarray(handing.index())]
-    return handing if given == [(kind, head // sizes[kind], rank) for kind, head, rank in keys] else None
+    handing = Handing(blocks, tuple(pieces))
+    times_of = dict(zip(heads_of, (times for _, _, times, _ in pieces), strict=True))
+    handed_out = [stored[number] for number in handing.index().tolist()]
+    return handing if handed_out == [(kind, head // times_of[kind], rank) for kind, head, rank in keys] else None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.engine.state import precisely, resting
+from billhook.engine.trees import tree_map_only
 from billhook.model.config_fields import configs_of, nested_configs, text_config
 
 
@@ -34,7 +35,7 @@ class _Maker:
     def __init__(self, model: nn.Module, batch: int, length: int) -> None:
         self.model, self.batch, self.length = model, batch, length
         config: Any = model.config
-        self.config, self.configs = config, [one for _, one in nested_configs(config)]
+        self.config, self.configs = config, [nested for _, nested in nested_configs(config)]
         self.named = _parameters_of(model)
         self.generator = torch.Generator().manual_seed(0)
 
@@ -44,9 +45,9 @@ class _Maker:
             raise ValueError(
                 f"cannot guess the inputs {', '.join(unknown)} of {type(self.model).__name__}: pass them as example_inputs"
             )
-        made = {name: _MAKERS[name](self) for name in self.named if name in wanted}
+        inputs: dict[str, Any] = {name: _MAKERS[name](self) for name in self.named if name in wanted}
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        inputs: dict[str, Any] = {name: one.to(dtype) if one.is_floating_point() else one for name, one in made.items()}
+        inputs |= {name: value.to(dtype) for name, value in inputs.items() if value.is_floating_point()}
         return inputs | ({"use_cache": False} if "use_cache" in self.named else {})
 
     def wanted(self) -> set[str]:
@@ -73,12 +74,12 @@ class _Maker:
 
     def special(self, kind: str = "") -> set[int]:
         """Returns the ids that the config reserves."""
-        found: set[int] = set()
+        ids: set[int] = set()
         for config in self.configs:
             for name, value in vars(config).items():
                 if name.endswith(("token_id", "token_index", "token_ids")) and kind in name and value is not None:
-                    found.update(value if isinstance(value, list | tuple) else [value])
-        return found
+                    ids.update(value if isinstance(value, list | tuple) else [value])
+        return ids
 
     def real(self, *shape: int) -> torch.Tensor:
         return torch.randn(self.batch, *shape, generator=self.generator)
@@ -155,8 +156,8 @@ _MAKERS: dict[str, Callable[[_Maker], torch.Tensor]] = {
 def small_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:
     """Makes small inputs, as `make_inputs` does, on the model's device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    made = make_inputs(model, batch, length)
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()}
+    inputs: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), make_inputs(model, batch, length))
+    return inputs
 
 
 @torch.no_grad()
@@ -170,43 +171,43 @@ def answer(model: PreTrainedModel) -> list[Tensor]:
 def logits_of(model: PreTrainedModel) -> list[Tensor]:
     """Returns the logits that a model gives, or all that `answer` returns if it gives none: float64, on the CPU."""
     with precisely(), resting(model):
-        given = model(**small_inputs(model), return_dict=True)
-    logits = {name: value for name, value in given.items() if "logits" in name}
-    return _real(logits if {"logits", "prediction_logits"} & logits.keys() else given)
+        output = model(**small_inputs(model), return_dict=True)
+    logits = {name: value for name, value in output.items() if "logits" in name}
+    return _real(logits if {"logits", "prediction_logits"} & logits.keys() else output)
 
 
 @torch.no_grad()
 def cached_answer(model: PreTrainedModel) -> tuple[list[Tensor], Exception | None]:
     """Returns what `answer` does with a key-value cache, then for one token more; ends with the error of what does not run."""
-    inputs, found = small_inputs(model), list[Tensor]()
+    inputs, numbers = small_inputs(model), list[Tensor]()
     inputs |= dict.fromkeys({"use_cache"} & inputs.keys(), True)
-    configs: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", False)]
+    configs: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", False)]  # `resting` unsets it
     try:
         with precisely(), resting(model):
             for config in configs:
                 config.use_cache = True
-            given = model(**inputs, return_dict=True)
-            found += _real(given)
+            output = model(**inputs, return_dict=True)
+            numbers += _real(output)
             ids = next((name for name in ("decoder_input_ids", "input_ids") if name in inputs), None)
-            cache = next((name for name in ("cache", "past_key_values") if given.get(name) is not None), None)
+            cache = next((name for name in ("cache", "past_key_values") if output.get(name) is not None), None)
             if ids is not None and cache is not None:
-                more = inputs | {ids: inputs[ids][:, -1:], cache: given[cache]}
-                found += _real(model(**more, return_dict=True))
+                inputs |= {ids: inputs[ids][:, -1:], cache: output[cache]}
+                numbers += _real(model(**inputs, return_dict=True))
     except Exception as error:  # whatever a model raises
-        return found, error
-    return found, None
+        return numbers, error
+    return numbers, None
 
 
-def _real(given: Any) -> list[Tensor]:  # noqa: ANN401 - a dictionary of anything
-    values = [value for value in given.values() if isinstance(value, Tensor) and value.is_floating_point()]
+def _real(output: Any) -> list[Tensor]:  # noqa: ANN401 - a dictionary of anything
+    values = [value for value in output.values() if isinstance(value, Tensor) and value.is_floating_point()]
     return [value.cpu().double() for value in values]
 
 
-def alike(expected: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> bool:
+def alike(expected: Sequence[Tensor], other: Sequence[Tensor], tolerance: float) -> bool:
     """Tells whether answers are the same except for rounding."""
-    if [value.shape for value in expected] != [value.shape for value in found]:
+    if [value.shape for value in expected] != [value.shape for value in other]:
         return False
-    return all(_near(a, b, tolerance) for a, b in zip(expected, found, strict=True))
+    return all(_near(a, b, tolerance) for a, b in zip(expected, other, strict=True))
 
 
 def tolerance(model: PreTrainedModel) -> float:

@@ -146,7 +146,7 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
     ['1']
     """
     left_out = set() if output_embeddings else _output_embeddings(module) | _heads(module)
-    found: dict[str, nn.Module] = {}
+    linears: dict[str, nn.Module] = {}
     weights: set[int] = set()
     for name, part in _walk(module, "", left_out):
         if is_packed(part):
@@ -154,8 +154,8 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
         if _is_among(part, convolutions) and id(part.weight) not in left_out | weights:
             _check_plain(name, part)
             weights.add(id(part.weight))
-            found[name] = part
-    return found
+            linears[name] = part
+    return linears
 
 
 def is_pruned(zeros: int, weights: int) -> bool:
@@ -233,9 +233,8 @@ def matrix_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def as_it_lies(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     """Returns the parameters of a linear, by their name in it, of a matrix `[out_features, in_features]` and a bias."""
-    own = {"weight": turned(linear, weight)} | ({} if bias is None else {"bias": bias})
-    like = {name: linear.get_parameter(name) for name in own}
-    return {name: value.to(like[name].device, like[name].dtype).contiguous() for name, value in own.items()}
+    parameters = {"weight": turned(linear, weight)} | ({} if bias is None else {"bias": bias})
+    return {name: value.to(linear.get_parameter(name)).contiguous() for name, value in parameters.items()}
 
 
 def _is_among(module: nn.Module, convolutions: Convolutions) -> bool:

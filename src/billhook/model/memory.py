@@ -9,6 +9,7 @@ from dataclasses import is_dataclass
 from enum import Enum
 from functools import partial
 from hashlib import blake2b
+from itertools import pairwise
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 from weakref import ReferenceType, ref
@@ -34,31 +35,31 @@ class StandIn:
         does = "it returns nothing, so it should change nothing" if self.harmless else "what it returns would count; remove it"
         self.says = f"{what}: {does}"
 
-    def __call__(self, module: nn.Module, *given: Any) -> None:  # noqa: ANN401 - what hooks get
+    def __call__(self, module: nn.Module, *args: Any) -> None:  # noqa: ANN401 - what hooks get
         """Notes what the hook could have replaced."""
         if self.note is not None and not self.harmless:
-            self.note(given if self.before else given[-1])
+            self.note(args if self.before else args[-1])
 
 
 def stand_ins(model: nn.Module) -> dict[int, Any]:
-    """Returns for the id of every dictionary of hooks in a model the one that its shadow gets."""
+    """Returns for the id of every dictionary of hooks in a model the one that its copy on meta gets."""
     found: dict[int, Any] = {}
     for module in model.modules():
         for kind, hooks in vars(module).items():
-            if kind.endswith("_hooks") and isinstance(hooks, dict):
-                found[id(hooks)] = type(hooks)()
-        for kind, before in (("_forward_pre_hooks", True), ("_forward_hooks", False)):
-            own: dict[int, Callable[..., Any]] = vars(module).get(kind, {})
-            counting = {key: hook for key, hook in own.items() if not getattr(hook, "keeps_shapes", False)}
-            new = {key: hook if is_part(hook) else StandIn(hook, module, before) for key, hook in counting.items()}
-            found[id(own)] = OrderedDict(new)
+            if not kind.endswith("_hooks") or not isinstance(hooks, dict):
+                continue
+            found[id(hooks)] = new = type(hooks)()
+            before = kind == "_forward_pre_hooks"
+            for key, hook in hooks.items() if before or kind == "_forward_hooks" else ():
+                if not getattr(hook, "keeps_shapes", False):
+                    new[key] = hook if is_part(hook) else StandIn(hook, module, before)
     return found
 
 
-def placed(shadow: nn.Module) -> list[StandIn]:
-    """Returns the stand-ins in a shadow."""
-    every = [hook for m in shadow.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values())]
-    return [hook for hook in every if isinstance(hook, StandIn)]
+def placed(meta_model: nn.Module) -> list[StandIn]:
+    """Returns the stand-ins in a copy on meta."""
+    hooks = (hook for m in meta_model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
+    return [hook for hook in hooks if isinstance(hook, StandIn)]
 
 
 def gives_nothing(hook: Callable[..., Any]) -> bool:
@@ -66,10 +67,12 @@ def gives_nothing(hook: Callable[..., Any]) -> bool:
     code = getattr(_function(hook), "__code__", None)
     if code is None:
         return False
-    steps = list(dis.get_instructions(code))
-    given = [one.argval if one.opname == "RETURN_CONST" else before for before, one in zip(steps, steps[1:], strict=False)
-             if one.opname in ("RETURN_CONST", "RETURN_VALUE")]  # fmt: skip
-    return all(what is None or (what.opname == "LOAD_CONST" and what.argval is None) for what in given)
+    for before, step in pairwise(dis.get_instructions(code)):
+        if step.opname == "RETURN_CONST" and step.argval is not None:  # of Python 3.12 and 3.13
+            return False
+        if step.opname == "RETURN_VALUE" and (before.opname != "LOAD_CONST" or before.argval is not None):
+            return False
+    return True
 
 
 def is_part(hook: Callable[..., Any]) -> bool:
@@ -93,7 +96,7 @@ def _function(hook: Callable[..., Any]) -> Any:  # noqa: ANN401 - a function, or
     return type(hook).__call__
 
 
-Found = TypeVar("Found")
+Finding = TypeVar("Finding")
 
 MOST = 256
 """How many findings are remembered: of each shape, the search for its config builds dozens."""
@@ -103,39 +106,31 @@ MOST = 256
 _findings: OrderedDict[Hashable, bytes] = OrderedDict()
 
 
-def remembered(find: Callable[[], Found], model: nn.Module, *given: Hashable) -> Found:
+def remembered(find: Callable[[], Finding], subject: nn.Module | tuple[object, ...], *more: Hashable) -> Finding:
     """Returns what `find` finds of a model; calls it only if it is not known of any model that is alike.
 
-    It can be pickled, and follows from the model's `sight` and from what is `given`: a name for it, and what else decides it.
+    Args:
+        find: Finds it; what it returns can be pickled, and follows from the subject's `signature` and from `more`.
+        subject: The model, or the class and the config of which one is built.
+        more: A name for what is found, and what else decides it.
     """
-    seen = sight(model)
-    return find() if seen is None else _looked_up((seen, given, torch.get_default_dtype()), find)
-
-
-def remembered_built(find: Callable[[], Found], kind: type[nn.Module], config: PretrainedConfig, *given: Hashable) -> Found:
-    """Returns what `find` finds of what a class builds from a config; calls it only if it is not known of an equal config."""
-    sight = _Sight()
-    try:
-        seen = sight.of([kind, config])
-    except (TypeError, RecursionError):
+    seen = signature(subject)
+    if seen is None:
         return find()
-    return _looked_up((sight.key(seen), given, torch.get_default_dtype()), find)
-
-
-def _looked_up(key: Hashable, find: Callable[[], Found]) -> Found:
+    key = seen, more, torch.get_default_dtype()
     known = _findings.pop(key, None)
     if known is None:
-        found = find()
+        finding = find()
         try:
-            known = pickle.dumps(found)
+            known = pickle.dumps(finding)
         except RecursionError:  # some axes are made of thousands of others
-            return found
+            return finding
     else:
-        found = pickle.loads(known)
+        finding = pickle.loads(known)
     _findings[key] = known  # behind all others: the first is the one that was asked for longest ago
     if len(_findings) > MOST:
         _findings.popitem(last=False)
-    return found
+    return finding
 
 
 def forget() -> None:
@@ -143,8 +138,8 @@ def forget() -> None:
     _findings.clear()
 
 
-def sight(model: nn.Module) -> Hashable | None:
-    """Returns all of a model that decides how it runs on meta tensors; models of equal sight are alike.
+def signature(subject: nn.Module | tuple[object, ...]) -> Hashable | None:
+    """Returns all of a model that decides how it runs on meta tensors; models of equal signatures are alike.
 
     It tells the class of each module and that class's `forward`, its plain attributes and config, and of each tensor the size,
     strides, dtype, whether it is trained, and which other names hold it. Values, devices and modes do not count.
@@ -155,9 +150,9 @@ def sight(model: nn.Module) -> Hashable | None:
     """
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
-    sight = _Sight()
+    values = _Signature()
     try:
-        return sight.key(sight.of(model))
+        return blake2b(repr(values.of(subject)).encode()).digest(), tuple(values.code)
     except (TypeError, RecursionError):
         return None
 
@@ -165,28 +160,27 @@ def sight(model: nn.Module) -> Hashable | None:
 UNSEEN = {*vars(nn.Module()), "_compiled_call_impl"}
 """Attributes of a module that decide nothing of how it runs, or are looked at in their own way."""
 
+PLAIN = int | float | complex | str | bytes | torch.dtype | torch.device | Enum | None
+"""The kinds of values whose text tells them from all others."""
 
-class _Sight:
+
+class _Signature:
     """Turns values into what tells them from others, by its text; TypeError where that is not known."""
 
     def __init__(self) -> None:
         self.code: dict[ReferenceType[Any], int] = {}  # classes and functions, and the numbers that stand for them
         self.tensors: dict[int, int] = {}  # by their ids: one that several modules hold has one number
 
-    def key(self, seen: object) -> Hashable:
-        """Returns a key of what was seen."""
-        return blake2b(repr(seen).encode()).digest(), tuple(self.code)
-
     def of(self, value: Any) -> object:  # noqa: ANN401 - any attribute
         """Returns what tells a value."""
-        if value is None or isinstance(value, bool | int | float | complex | str | bytes | torch.dtype | torch.device | Enum):
+        if isinstance(value, PLAIN):
             return value
         if isinstance(value, list | tuple):
-            return type(value).__name__, [self.of(one) for one in value]
+            return type(value).__name__, [self.of(item) for item in value]
         if isinstance(value, set | frozenset):
-            return "set", sorted(repr(self.of(one)) for one in value)
+            return "set", sorted(repr(self.of(item)) for item in value)
         if isinstance(value, dict):
-            return [(self.of(key), self.of(one)) for key, one in value.items()]
+            return [(self.of(key), self.of(item)) for key, item in value.items()]
         if isinstance(value, type | FunctionType | BuiltinFunctionType):
             return "code", self.code.setdefault(ref(value), len(self.code))
         if isinstance(value, partial):
@@ -203,15 +197,14 @@ class _Sight:
 
     def module(self, module: nn.Module) -> object:
         """Returns what tells a module, without those in it."""
-        kind = type(module)
         plain = {name: value for name, value in vars(module).items() if name not in UNSEEN and not _keeps_shapes(value)}
-        every = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        hooks = [hook for hook in every if not _keeps_shapes(hook)]
-        if not all(map(is_part, hooks)):
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        names = [name_of(hook) for hook in hooks if not _keeps_shapes(hook)]
+        if not all(name.startswith(PARTS) for name in names):
             raise TypeError("hooks of others may decide how the model runs")
         tensors = (module._parameters | module._buffers).items()
         shapes = [(name, self.tensor(tensor)) for name, tensor in tensors if tensor is not None]
-        return self.of([kind, kind.forward, plain]), [*map(name_of, hooks)], shapes
+        return self.of([type(module), type(module).forward, plain]), names, shapes
 
     def tensor(self, tensor: Tensor) -> object:
         """Returns what tells a parameter, a buffer or a tensor without values."""
@@ -221,9 +214,9 @@ class _Sight:
         return number, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad
 
 
-def _keeps_shapes(one: object) -> bool:
-    """Finds whether an attribute says that it decides nothing of how a model runs on meta tensors."""
-    return getattr(type(one), "keeps_shapes", False) is True
+def _keeps_shapes(value: object) -> bool:
+    """Finds whether an attribute or a hook says that it decides nothing of how a model runs on meta tensors."""
+    return getattr(type(value), "keeps_shapes", False) is True
 
 
 class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -260,25 +253,22 @@ class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _repeats(func: OpOverload) -> bool:
     """Tells whether the result of an op is new memory whose shape, strides and dtype follow from those of its arguments."""
     schema = func._schema
-    plain = not any(a.alias_info for a in (*schema.arguments, *schema.returns))
-    one = len(schema.returns) == 1 and str(schema.returns[0].type) == "Tensor"
+    plain = not any(part.alias_info for part in (*schema.arguments, *schema.returns))
+    returns_tensor = [str(part.type) for part in schema.returns] == ["Tensor"]
     random = torch.Tag.nondeterministic_seeded in func.tags
-    return plain and one and not random and schema.name not in ("aten::_to_copy", "aten::empty")
+    return plain and returns_tensor and not random and schema.name not in ("aten::_to_copy", "aten::empty")
 
 
 def _key(func: OpOverload, args: Any, kwargs: Any) -> object:  # noqa: ANN401
     """Returns all that decides the shape of an op's result; None if that is not known."""
     parts: list[object] = [func]
-    for x in (*args, *kwargs.items()):
-        if isinstance(x, Tensor):
-            if not x.is_meta:
-                return None
-            parts.append((x.shape, x.stride(), x.dtype))
-        elif isinstance(x, list | tuple):
-            inner = _key(func, x, {})
-            if inner is None:
-                return None
-            parts.append(inner)
-        else:
-            parts.append((type(x), x))
+    for arg in (*args, *kwargs.items()):
+        part: object = (type(arg), arg)
+        if isinstance(arg, Tensor):
+            part = (arg.shape, arg.stride(), arg.dtype) if arg.is_meta else None
+        elif isinstance(arg, list | tuple):
+            part = _key(func, arg, {})
+        if part is None:
+            return None
+        parts.append(part)
     return tuple(parts)

@@ -1,4 +1,4 @@
-"""Models without weights of their own: from a config or a name, and the shadow or the twin of one that has weights."""
+"""Models without weights of their own: from a config or a name, and copies on meta of those that have weights."""
 
 import copy
 import json
@@ -17,7 +17,7 @@ from transformers.models.auto import modeling_auto
 
 from billhook.assets import model_path
 from billhook.engine.sharding import is_sharded, sizes_only
-from billhook.model.config_fields import build_or_refuse
+from billhook.model.config_fields import build_or_refuse, named_class
 from billhook.model.memory import stand_ins
 from billhook.model.shape import KEY
 from billhook.model.shaped import take_said
@@ -63,16 +63,16 @@ def _copied(model: Module, memo: dict[int, Any]) -> Module:
 
 
 def _not_copied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """Finds attributes that cannot be copied, such as locks and files, by id: a shadow has the same ones."""
-    found = dict[int, Any]()
+    """Finds attributes that cannot be copied, such as locks and files, by id: a copy has the same ones."""
+    shared = dict[int, Any]()
     for module in model.modules():
         for name, value in vars(module).items():
             if name not in ("_parameters", "_buffers", "_modules"):
                 try:
                     copy.deepcopy(value, dict(memo))
                 except Exception:  # whatever a class of somebody's own raises
-                    found[id(value)] = value
-    return found
+                    shared[id(value)] = value
+    return shared
 
 
 def check_checkpoint(name: str) -> None:
@@ -86,50 +86,51 @@ def check_checkpoint(name: str) -> None:
 
 def _check_on_hub(name: str) -> None:
     """Refuses a name of which no config is here or on the Hub; it is asked once, where transformers asks six times."""
-    own = f"there is no folder '{name}' here, and"
+    no_folder = f"there is no folder '{name}' here, and"
     legal = 'name a folder, a model of the Hub, or "tiny"'
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
         if constants.HF_HUB_OFFLINE:
-            raise ValueError(f"{own} no model of that name has been downloaded from the Hub; HF_HUB_OFFLINE is set: {legal}")
-        there = HfApi().file_exists(name, "config.json")
+            raise ValueError(
+                f"{no_folder} no model of that name has been downloaded from the Hub; HF_HUB_OFFLINE is set: {legal}"
+            )
+        on_hub = HfApi().file_exists(name, "config.json")
     except HFValidationError:
-        raise ValueError(f"{own} no model of the Hub can have such a name: {legal}") from None
+        raise ValueError(f"{no_folder} no model of the Hub can have such a name: {legal}") from None
     except HfHubHTTPError:  # the Hub has answered, and transformers says what: a model is gated, or the Hub is out of order
         return
     except ValueError:
         raise
     except Exception as error:  # the client and what it is made of raise all kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{own} the Hub cannot be asked for a model of that name ({first}): {legal}") from error
-    if not there:
-        raise ValueError(f"{own} the Hub has no model of that name, or hides it from who is not logged in: {legal}")
+        raise ValueError(f"{no_folder} the Hub cannot be asked for a model of that name ({first}): {legal}") from error
+    if not on_hub:
+        raise ValueError(f"{no_folder} the Hub has no model of that name, or hides it from who is not logged in: {legal}")
 
 
 def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
     """Returns the class that a config names; refuses one that transformers does not have, or that is built from other configs."""
     names: Any = config.architectures or []
     first = names[0] if isinstance(names, list) and names else None
-    found = getattr(transformers, first, None) if isinstance(first, str) else None
-    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+    kind = named_class(first)
+    if kind is None:
         raise ValueError(f"the config of '{name}' names the class {names or None}, which transformers does not have")
-    own = isinstance(config, found.config_class or ())
-    if not own and not any(
-        first in _named(mapping, config) for mapping in dir(modeling_auto) if mapping.endswith("MAPPING_NAMES")
-    ):
-        raise ValueError(f"the config of '{name}' is a {type(config).__name__}, from which no {found.__name__} is built")
-    return found
+    mappings = (mapping for mapping in dir(modeling_auto) if mapping.endswith("MAPPING_NAMES"))
+    if not isinstance(config, kind.config_class or ()) and not any(first in _named(mapping, config) for mapping in mappings):
+        raise ValueError(f"the config of '{name}' is a {type(config).__name__}, from which no {kind.__name__} is built")
+    return kind
 
 
 def from_config(config: PretrainedConfig) -> PreTrainedModel:
     """Builds on meta the class that a config names, or else the first that its family has for language modelling and so on."""
     config = copy.deepcopy(config)
-    classes = (getattr(transformers, name, None) for name in _candidates(config))
-    built = next((one for one in classes if isinstance(one, type) and issubclass(one, PreTrainedModel)), None)
-    if built is None:
+    stated: Any = config.architectures
+    names = [*(stated if isinstance(stated, list) else ()), *(name for mapping in MAPPINGS for name in _named(mapping, config))]
+    kind = next(filter(None, map(named_class, names)), None)
+    if kind is None:
         raise ValueError(f"transformers has no model class for the config of type '{config.model_type}' ({config.architectures})")
-    model = build_or_refuse(built, config)
+    model = build_or_refuse(kind, config)
     if isinstance(config.dtype, torch.dtype):
         nn.Module.to(model, dtype=config.dtype)
     model.train(False)
@@ -208,13 +209,6 @@ def _read_config(name: str) -> PretrainedConfig:
     plain = json.loads(Path(name).read_text())
     kind: type[PretrainedConfig] = transformers.CONFIG_MAPPING[plain["model_type"]]
     return kind.from_dict(plain)
-
-
-def _candidates(config: PretrainedConfig) -> Iterator[str]:
-    named: object = config.architectures
-    yield from (one for one in named if isinstance(one, str)) if isinstance(named, list) else ()
-    for mapping in MAPPINGS:
-        yield from _named(mapping, config)
 
 
 def _named(mapping: str, config: PretrainedConfig) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ class ShapePlan(ModelPlan):
 
 def subclasses(kind: type[Any]) -> list[type[Any]]:
     """Returns a class and all that are derived from it."""
-    return [kind, *(one for own in kind.__subclasses__() for one in subclasses(own))]
+    return [kind, *(derived for child in kind.__subclasses__() for derived in subclasses(child))]
 
 
 def check_weights(model: nn.Module, weights: Weights | None) -> None:
@@ -133,10 +133,10 @@ def starting_from(model: nn.Module, weights: Weights | None) -> Iterator[None]:
 def _take(model: nn.Module, weights: Weights, block: nn.Module) -> list[nn.Parameter]:
     """Puts new values into parameters of a block, and returns these."""
     inside = {id(parameter) for parameter in block.parameters()}
-    own = {name: one for name, one in model.named_parameters() if id(one) in inside and name in weights}
-    for name, parameter in own.items():
+    taken = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside and name in weights}
+    for name, parameter in taken.items():
         parameter.copy_(weights[name])
-    return list(own.values())
+    return list(taken.values())
 
 
 def apply(

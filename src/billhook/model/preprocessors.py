@@ -77,8 +77,8 @@ def tokenizer_of(model: PreTrainedModel, name: str | None = None) -> PreTrainedT
 def load_preprocessor(name: str, auto: Any = AutoProcessor) -> Preprocessor:  # noqa: ANN401 - an auto class
     """Loads what an auto class finds in a folder or under a hub name, if there is anything; no code that it brings is run."""
     with readable(name), _without_code(name):
-        held = (cached_file(model_path(name), file, _raise_exceptions_for_missing_entries=False) for file in FILES)
-        if not any(held):
+        paths = (cached_file(model_path(name), file, _raise_exceptions_for_missing_entries=False) for file in FILES)
+        if not any(paths):
             raise ValueError(f"'{name}' has no tokenizer or processor: none of {', '.join(FILES)}")
         loaded: Preprocessor = auto.from_pretrained(model_path(name), trust_remote_code=False)
     return loaded

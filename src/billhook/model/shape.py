@@ -17,7 +17,7 @@ from billhook.model.config_fields import Fields, build_class_on_meta, fields_of,
 from billhook.model.constants import Numbers, derived, take_derived
 from billhook.model.handed import Handing, hand, handing_of
 from billhook.model.linears import is_linear
-from billhook.model.memory import remembered_built
+from billhook.model.memory import remembered
 from billhook.model.surgery import undone_by_errors
 
 _REMOVED = "_billhook_removed"  # on a module list: by their first numbers, the blocks that were removed, without weights
@@ -41,47 +41,44 @@ def taken_out(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 def keep(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
     """Leaves these blocks in a stack, by the numbers that they had at first; removed ones come back, without weights."""
-    there, removed = dict(zip(numbers_of(stack), stack, strict=True)), dict(_removed_from(stack))
+    blocks, removed = dict(zip(numbers_of(stack), stack, strict=True)), dict(_removed_from(stack))
     tensor = next(stack.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
-    back = {number: _filled(removed.pop(number), number, device) for number in numbers if number not in there}
-    removed |= {number: _emptied(block) for number, block in there.items() if number not in numbers}
+    back = {number: _filled(removed.pop(number), number, device) for number in numbers if number not in blocks}
+    for number in blocks.keys() - set(numbers):
+        try:
+            removed[number] = _copied(blocks[number], torch.device("meta"))
+        except Exception:  # whatever a class of somebody's own raises
+            removed[number] = None
+    blocks |= back
     for block in back.values():
         block.train(stack.training)
     stack._modules.clear()
-    stack._modules.update({str(place): (there | back)[number] for place, number in enumerate(numbers)})
+    stack._modules.update({str(position): blocks[number] for position, number in enumerate(numbers)})
     vars(stack)[_REMOVED] = removed
     if not removed:
         del vars(stack)[_REMOVED]
 
 
 def _removed_from(stack: nn.ModuleList) -> dict[int, nn.Module | None]:
-    found: dict[int, nn.Module | None] = vars(stack).get(_REMOVED, {})
-    return found
+    removed: dict[int, nn.Module | None] = vars(stack).get(_REMOVED, {})
+    return removed
 
 
-def _emptied(block: nn.Module) -> nn.Module | None:
-    """Copies a block without memory for its parameters; None if something in it cannot be copied."""
+def _filled(block: nn.Module | None, number: int, device: torch.device) -> nn.Module:
+    if block is None:
+        raise ValueError(f"block {number}, which was removed, cannot come back: load the checkpoint into a new model")
+    return _copied(block, device)
+
+
+def _copied(block: nn.Module, device: torch.device) -> nn.Module:
+    """Copies a block, but not its configs, with parameters on a device that hold nothing meaningful."""
     memo: dict[int, Any] = {}
     for module in block.modules():
         memo |= {id(config): config for config in vars(module).values() if isinstance(config, PretrainedConfig)}
     for parameter in block.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    try:
-        return copy.deepcopy(block, memo)
-    except Exception:  # whatever a class of somebody's own raises
-        return None
-
-
-def _filled(block: nn.Module | None, number: int, device: torch.device) -> nn.Module:
-    """Copies a block with memory for its parameters, which hold nothing meaningful."""
-    if block is None:
-        raise ValueError(f"block {number}, which was removed, cannot come back: load the checkpoint into a new model")
-    new = copy.deepcopy(block, {id(c): c for m in block.modules() for c in vars(m).values() if isinstance(c, PretrainedConfig)})
-    made = {p: nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in new.parameters()}
-    for module in new.modules():
-        module._parameters.update({name: made[p] for name, p in module._parameters.items() if p is not None})
-    return new
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+    return copy.deepcopy(block, memo)
 
 
 T = TypeVar("T")
@@ -120,16 +117,10 @@ class Shape:
     blocks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     handed: dict[str, Handing] | None = None
 
-    def over(self, whole: "Shape") -> "Shape":
-        """Returns a whole shape in which this one, where it says anything, stands instead."""
-        return Shape(
-            whole.tensors | self.tensors,
-            whole.attributes | self.attributes,
-            whole.config | self.config,
-            whole.lists | self.lists,
-            whole.blocks | self.blocks,
-            whole.handed if self.handed is None else self.handed,
-        )
+    def over(self, other: "Shape") -> "Shape":
+        """Returns a complete shape in which this one, where it says anything, stands instead."""
+        parts = {part: vars(other)[part] | stated for part, stated in vars(self).items() if part != "handed"}
+        return Shape(**parts, handed=other.handed if self.handed is None else self.handed)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns lists, dicts and numbers, which any checkpoint format can hold."""
@@ -138,7 +129,7 @@ class Shape:
             "attributes": dict(self.attributes),
             "config": dict(self.config),
             "lists": {name: list(values) for name, values in self.lists.items()},
-            "blocks": {name: [first, list(there)] for name, (first, there) in self.blocks.items()},
+            "blocks": {name: [first, list(numbers)] for name, (first, numbers) in self.blocks.items()},
             "handed": {name: handing.to_list() for name, handing in (self.handed or {}).items()},
         }
 
@@ -147,8 +138,8 @@ class Shape:
         """Makes a shape of what `to_dict` returned, also before it knew of lists, blocks and linears that hand out heads."""
         check_plain_shape(plain)
         tensors = {name: tuple(size) for name, size in plain["tensors"].items()}
-        blocks = {name: (first, tuple(there)) for name, (first, there) in plain.get("blocks", {}).items()}
-        handed = {name: Handing.from_list(one) for name, one in plain.get("handed", {}).items()}
+        blocks = {name: (first, tuple(numbers)) for name, (first, numbers) in plain.get("blocks", {}).items()}
+        handed = {name: Handing.from_list(pieces) for name, pieces in plain.get("handed", {}).items()}
         return cls(tensors, dict(plain["attributes"]), dict(plain["config"]), dict(plain.get("lists", {})), blocks, handed)
 
 
@@ -188,14 +179,14 @@ def _is_plain_list(_: str, stated: object) -> bool:
 def _are_blocks(_: str, stated: object) -> bool:
     if not isinstance(stated, list) or len(stated) != 2 or type(stated[0]) is not int or not isinstance(stated[1], list | tuple):
         return False
-    first, there = stated
-    return all(type(n) is int and 0 <= n < first for n in there) and list(there) == sorted(set(there))
+    first, numbers = stated
+    return all(type(n) is int and 0 <= n < first for n in numbers) and list(numbers) == sorted(set(numbers))
 
 
 def shape_of(model: nn.Module) -> Shape:
     """Returns the shape that a model has now."""
     state = model.state_dict(keep_vars=True)
-    if packed := next((name for name, one in state.items() if not isinstance(one, Tensor)), None):
+    if packed := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
         raise ValueError(
             f"model: {packed} is a {type(state[packed]).__name__} and no tensor, as in layers that torch.ao has quantised: "
             "work on the model before it is quantised"
@@ -214,12 +205,12 @@ def built_shape(kind: type[PreTrainedModel], config: PretrainedConfig) -> Shape:
 
     def built() -> Shape:
         try:
-            own = read_back(config)
+            read = read_back(config)
         except Exception:  # whatever a class of configs raises
-            own = copy.deepcopy(config)
-        return shape_of(build_class_on_meta(kind, own))
+            read = copy.deepcopy(config)
+        return shape_of(build_class_on_meta(kind, read))
 
-    return remembered_built(built, kind, config, "shape")
+    return remembered(built, (kind, config), "shape")
 
 
 def unbuilt_shape(model: PreTrainedModel, now: Shape | None = None) -> Shape:
@@ -231,8 +222,11 @@ def unbuilt_shape(model: PreTrainedModel, now: Shape | None = None) -> Shape:
     now, built = now or shape_of(model), built_shape(type(model), model.config)
     sizes, numbers, handed = _bare(now.tensors), _bare(now.attributes), _bare(now.handed or {})
     tensors = {name: size for name, size in sizes.items() if built.tensors.get(name, size) != size}
-    given = {name for name in numbers.keys() - built.attributes if name.endswith(f".{GROUPS}")}
-    attributes = {n: value for n, value in numbers.items() if n in given or built.attributes.get(n, value) != value}
+    attributes = {
+        name: value
+        for name, value in numbers.items()
+        if built.attributes.get(name, None if name.endswith(f".{GROUPS}") else value) != value
+    }
     return Shape(tensors, attributes, {}, handed=handed or None)
 
 
@@ -281,9 +275,10 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
                 renewed[id(old)] = _like(old, shape.tensors[name])
             owner, _, attr = name.rpartition(".")
             _put(model.get_submodule(owner), attr, renewed[id(old)])
-    for name, module in list(model.named_modules()) if shape.handed is not None else ():
-        if (stated := (shape.handed or {}).get(name)) != handing_of(module):
-            hand(module, stated)
+    if shape.handed is not None:
+        for name, module in list(model.named_modules()):
+            if (stated := shape.handed.get(name)) != handing_of(module):
+                hand(module, stated)
     _set_groups(model, shape)
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
@@ -301,13 +296,13 @@ def derived_then(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
 
 
 def _set_groups(model: nn.Module, shape: Shape) -> None:
-    """Gives attentions the attribute that others of their class lack; a whole shape that lacks it takes it from them."""
-    whole = shape.handed is not None
+    """Gives attentions the attribute that others of their class lack; a complete shape that lacks it takes it from them."""
+    complete = shape.handed is not None
     for name, module in model.named_modules():
         stated = shape.attributes.get(f"{name}.{GROUPS}")
         if stated is not None:
             setattr(module, GROUPS, stated)
-        elif whole and type(vars(module).get(GROUPS)) is int and next(module.parameters(), None) is not None:
+        elif complete and type(vars(module).get(GROUPS)) is int and next(module.parameters(), None) is not None:
             delattr(module, GROUPS)
 
 
@@ -319,8 +314,9 @@ def _check_names(model: nn.Module, shape: Shape) -> None:
             f"the checkpoint holds another model than the run: it lacks {_some(missing)} of {type(model).__name__}, "
             f"and has {_some(extra)}, which {type(model).__name__} lacks"
         )
+    modules = dict(model.named_modules())
     for name, handing in (shape.handed or {}).items():
-        if not is_linear(dict(model.named_modules()).get(name, model)):
+        if not is_linear(modules.get(name, model)):
             raise ValueError(f"the checkpoint holds another model than the run: {name} is no linear in {type(model).__name__}")
         if handing.stored not in shape.tensors.get(f"{name}.weight", (handing.stored,)):
             raise ValueError(f"{name} is said to hand out heads of {handing.stored} stored outputs, which it does not store")
@@ -332,7 +328,7 @@ def _like(old: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def _put(module: nn.Module, attr: str, new: Tensor) -> None:
-    """Sets a tensor, and where it is the weight what the module keeps of its whole size."""
+    """Sets a tensor, and where it is the weight what the module keeps of its size."""
     size = tuple(getattr(module, attr).shape)
     for name, value in vars(module).items():
         if attr == "weight" and isinstance(value, tuple | list) and tuple(value) == size:
@@ -351,9 +347,9 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def _fields(model: nn.Module) -> Fields:
     """Returns the fields of a model's config that are whole numbers or lists of plain values, except the names of its class."""
     config = getattr(model, "config", None)
-    fields = fields_of(config) if isinstance(config, PretrainedConfig) else {}
-    parts = {name: value for name, value in fields.items() if _is_whole(name, value) or _is_plain_list(name, value)}
-    return {name: value for name, value in parts.items() if name.rpartition(".")[2] != "architectures"}
+    fields = fields_of(config).items() if isinstance(config, PretrainedConfig) else ()
+    plain = {name: value for name, value in fields if _is_whole(name, value) or _is_plain_list(name, value)}
+    return {name: value for name, value in plain.items() if name.rpartition(".")[2] != "architectures"}
 
 
 def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList, list[int]]]:
@@ -361,16 +357,16 @@ def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList
     for name, stack in list(model.named_modules()):
         if not isinstance(stack, nn.ModuleList):
             continue
-        now, first = numbers_of(stack), first_of(stack)
-        held = {own.removeprefix(f"{name}.").partition(".")[0] for own in shape.tensors if own.startswith(f"{name}.")}
-        before, there = shape.blocks.get(name, (first, tuple(range(first)) if len(held) == first else tuple(now)))
+        now, first, prefix = numbers_of(stack), first_of(stack), f"{name}."
+        blocks = {tensor.removeprefix(prefix).partition(".")[0] for tensor in shape.tensors if tensor.startswith(prefix)}
+        before, then = shape.blocks.get(name, (first, range(first) if len(blocks) == first else now))
         if before != first:
             raise ValueError(
                 f"the checkpoint holds another model than the run: {name} had {before} blocks at first, and has {first} in "
                 f"{type(model).__name__}"
             )
-        if list(there) != now:
-            yield stack, list(there)
+        if list(then) != now:
+            yield stack, list(then)
 
 
 def _some(names: list[str]) -> str:

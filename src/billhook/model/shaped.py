@@ -5,7 +5,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
 from math import prod
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,6 +29,7 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads")
 """Names that attentions give to how many heads of queries they have."""
 ROLES = {"q_proj": "q", "query": "q", "q": "q", "k_proj": "k", "key": "k", "k": "k"}
 Sizes = Mapping[str, tuple[int, ...]]
+T = TypeVar("T")
 
 
 def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) -> PreTrainedModel:
@@ -43,7 +44,7 @@ def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) ->
     entry = None
     if gaps.mismatched and not gaps.missing:
         with suppress(ValueError):  # files of other kinds, such as pickled ones, say no sizes
-            entry = _held_by(kind, name)
+            entry = _entry_of_files(kind, name)
     if entry is None:
         accept(plain, gaps, name)
         return plain
@@ -60,37 +61,38 @@ def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) ->
     return loaded
 
 
-def _held_by(kind: type[PreTrainedModel], name: str) -> dict[str, Any] | None:
+def _entry_of_files(kind: type[PreTrainedModel], name: str) -> dict[str, Any] | None:
     """Makes the entry of a config that lacks one, of the sizes in the files; None if they are those that the class builds."""
-    shadow = build_or_refuse(kind, cast(type[PretrainedConfig], kind.config_class).from_pretrained(name))
-    built, state = shape_of(shadow), shadow.state_dict(keep_vars=True)
-    _, held = _named_as_in(shadow, Shape({}, {}, {}), _file_sizes(name))
-    sizes = {id(state[own]): size for own, size in held.items() if own in state}  # also of what is tied
-    tensors = {own: sizes[id(t)] for own, t in state.items() if sizes.get(id(t), built.tensors[own]) != built.tensors[own]}
-    attributes = {
-        f"{owner}.{attr}": number
-        for owner, module in shadow.named_modules()
-        for attr in vars(module)
-        if f"{owner}.{attr}" in built.attributes
-        and (number := _number_then(module, attr, owner, tensors)) not in (None, getattr(module, attr))
-    }
+    meta_model = build_or_refuse(kind, cast(type[PretrainedConfig], kind.config_class).from_pretrained(name))
+    built, state = shape_of(meta_model), meta_model.state_dict(keep_vars=True)
+    _, files = _named_as_in(meta_model, Shape({}, {}, {}), _file_sizes(name))
+    sizes = {id(state[key]): size for key, size in files.items() if key in state}  # also of what is tied
+    tensors = {key: sizes[id(t)] for key, t in state.items() if sizes.get(id(t), built.tensors[key]) != built.tensors[key]}
+    attributes = dict[str, int]()
+    for key, value in built.attributes.items():
+        owner, _, attr = key.rpartition(".")
+        number = _number_then(meta_model.get_submodule(owner), attr, owner, tensors)
+        if number is not None and number != value:
+            attributes[key] = number
     return to_entry(Shape(tensors, attributes, {})) if tensors else None
 
 
 def _number_then(module: nn.Module, attr: str, owner: str, tensors: Sizes) -> int | None:
     """Returns what a module says of sizes, or of heads in them, once its tensors have other sizes; None if that is not clear."""
-    own = {name: tuple(tensor.shape) for name, tensor in module.named_parameters() if name.count(".") < 2}
-    then = {name: tensors.get(f"{owner}.{name}", size) for name, size in own.items()}
-    weights = {of: f"{name}.weight" for name, of in ROLES.items() if f"{name}.weight" in own}
-    rows = {of: (own[name][0], then[name][0]) for of, name in weights.items()}
+    now = {name: tuple(tensor.shape) for name, tensor in module.named_parameters() if name.count(".") < 2}
+    then = {name: tensors.get(f"{owner}.{name}", size) for name, size in now.items()}
+    rows = {}
+    for name, kind in ROLES.items():
+        if (weight := f"{name}.weight") in now:
+            rows[kind] = now[weight][0], then[weight][0]
     if attr == GROUPS and len(rows) == 2:
         return rows["q"][1] // rows["k"][1]
     value: int = getattr(module, attr)
-    counted = "k" if attr in ("num_key_value_heads", "num_kv_heads") else "q" if attr in HEADS else None
-    if counted is not None and counted in rows:
+    counted = "k" if attr in ("num_key_value_heads", "num_kv_heads") else "q" if attr in HEADS else ""
+    if counted in rows:
         before, after = rows[counted]
         return after * value // before if after * value % before == 0 else None
-    changed = {b for name, size in own.items() for a, b in zip(size, then[name], strict=True) if a == value}
+    changed = {b for name, size in now.items() for a, b in zip(size, then[name], strict=True) if a == value}
     return changed.pop() if len(changed) == 1 else None
 
 
@@ -144,14 +146,12 @@ def load_on_meta(
 ) -> PreTrainedModel:
     """Loads a checkpoint in a class as `load_as` does, without values: of the sizes that the tensors in its files have."""
     config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name)
-    entry = vars(config).pop(KEY, None)
-    shape, built = None, kind
+    entry, shape = vars(config).pop(KEY, None), None
     if entry is not None:
         with _said_by(name):
-            shape = _checked(kind, config, _from_entry(entry), {own: tuple(size.shape) for own, size in sizes.items()})
-        built = _with_tensors(kind, shape)
+            shape = _checked(kind, config, _from_entry(entry), {key: tuple(size.shape) for key, size in sizes.items()})
     options = {"state_dict": dict(sizes), "device_map": {"": "meta"}}
-    model, gaps = load_and_compare(built, None, config=config, dtype=dtype, **options)
+    model, gaps = load_and_compare(_with_tensors(kind, shape) if shape else kind, None, config=config, dtype=dtype, **options)
     refuse_gaps(model, gaps, name)
     if shape is not None:
         setattr(model.config, KEY, to_entry(shape))
@@ -159,20 +159,20 @@ def load_on_meta(
     return model
 
 
-def _checked(kind: type[PreTrainedModel], config: PretrainedConfig, stated: Shape, held: Sizes) -> Shape:
+def _checked(kind: type[PreTrainedModel], config: PretrainedConfig, stated: Shape, files: Sizes) -> Shape:
     """Returns what is stated, named as a class does, if it is what the files and the class hold."""
-    shadow = build_or_refuse(kind, config)
-    shape, sizes = _named_as_in(shadow, stated, held)
-    _check(shadow, shape, sizes)
+    meta_model = build_or_refuse(kind, config)
+    shape, sizes = _named_as_in(meta_model, stated, files)
+    _check(meta_model, shape, sizes)
     return shape
 
 
-def take_said(shadow: PreTrainedModel, entry: object, name: str) -> None:
+def take_said(meta_model: PreTrainedModel, entry: object, name: str) -> None:
     """Gives a model on meta tensors the shape that an entry of a config says; no files are asked."""
     with _said_by(name):
         shape = _from_entry(entry)
-        _check(shadow, shape, None)
-    _finish(shadow, type(shadow), shape)
+        _check(meta_model, shape, None)
+    _finish(meta_model, type(meta_model), shape)
 
 
 @contextmanager
@@ -204,8 +204,8 @@ def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedM
             setattr(module, LOADED, getattr(module, LOADED, False) or all(getattr(tensor, LOADED, False) for tensor in tensors))
         kind.initialize_weights(self)  # type: ignore[no-untyped-call]
 
-    own = {"__init__": build, "initialize_weights": initialize}
-    return type(kind.__name__, (kind,), own | {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    methods = {"__init__": build, "initialize_weights": initialize}
+    return type(kind.__name__, (kind,), methods | {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
 def _finish(model: PreTrainedModel, kind: type[PreTrainedModel], shape: Shape) -> PreTrainedModel:
@@ -228,60 +228,67 @@ def _from_entry(entry: object) -> Shape:
     return Shape(shape.tensors, shape.attributes, {}, handed=shape.handed or None)
 
 
-def _named_as_in(shadow: PreTrainedModel, stated: Shape, held: Sizes) -> tuple[Shape, Sizes]:
+def _named_as_in(meta_model: PreTrainedModel, stated: Shape, files: Sizes) -> tuple[Shape, Sizes]:
     """Names what is stated and held as the model does, if it has a head and what was saved had none, or the other way round."""
-    prefix, state, built = f"{shadow.base_model_prefix}.", shadow.state_dict(), shape_of(shadow)
+    prefix, modules = f"{meta_model.base_model_prefix}.", dict(meta_model.named_modules())
 
-    def name(own: str, known: Container[str]) -> str:
-        return next((one for one in (own, prefix + own, own.removeprefix(prefix)) if one in known), own)
+    def renamed(entries: Mapping[str, T], known: Container[str]) -> dict[str, T]:
+        names = {key: (key, prefix + key, key.removeprefix(prefix)) for key in entries}
+        return {next((name for name in names[key] if name in known), key): entry for key, entry in entries.items()}
 
-    tensors, files = ({name(own, state): size for own, size in sizes.items()} for sizes in (stated.tensors, held))
-    modules = dict(shadow.named_modules())
-    attributes = built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
-    handed = None if stated.handed is None else {name(own, modules): one for own, one in stated.handed.items()}
-    return Shape(tensors, {name(own, attributes): n for own, n in stated.attributes.items()}, {}, handed=handed), files
+    state, attributes = meta_model.state_dict(), _attributes(modules, shape_of(meta_model))
+    handed = None if stated.handed is None else renamed(stated.handed, modules)
+    shape = Shape(renamed(stated.tensors, state), renamed(stated.attributes, attributes), {}, handed=handed)
+    return shape, renamed(files, state)
 
 
-def _check(shadow: PreTrainedModel, stated: Shape, held: Sizes | None) -> None:
+def _attributes(modules: Iterable[str], built: Shape) -> set[str]:
+    """Returns the attributes that a shape may state: those that the class builds, and the one that attentions may be given."""
+    return built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
+
+
+def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> None:
     """Compares what is stated with what the class builds, on meta tensors, which take it, and with what the files hold if known.
 
     A tensor may be in the files under the name of one that it is tied to, or, where transformers changes the format as it loads,
     under no name of the model's; all such together may be no larger than what is there under no name of the model's.
     """
-    state, built = shadow.state_dict(keep_vars=True), shape_of(shadow)
-    modules = dict(shadow.named_modules())
-    attributes = built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
-    handed = stated.handed or {}
-    named = (stated.tensors.keys() - built.tensors, stated.attributes.keys() - attributes, handed.keys() - modules)
-    if unknown := next(iter([name for names in named for name in names]), None):
-        raise ValueError(f"{unknown[:200]} is named, and {type(shadow).__name__} has nothing of that name")
+    kind, state, built = type(meta_model).__name__, meta_model.state_dict(keep_vars=True), shape_of(meta_model)
+    modules, handed = dict(meta_model.named_modules()), stated.handed or {}
+    for names, known in (
+        (stated.tensors, built.tensors),
+        (stated.attributes, _attributes(modules, built)),
+        (handed, modules),
+    ):
+        if unknown := next((name for name in names if name not in known), None):
+            raise ValueError(f"{unknown[:200]} is named, and {kind} has nothing of that name")
     for name, handing in handed.items():
         _check_handed(modules[name], name, handing, stated.tensors)
-    names: dict[int, list[str]] = {}
+    tied: dict[int, list[str]] = {}
     for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
+        tied.setdefault(id(tensor), []).append(name)
     unnamed = dict[int, int]()
     for name, size in stated.tensors.items():
         if len(size) != len(usual := built.tensors[name]):
-            raise ValueError(f"{name} is said to be {size}, and {type(shadow).__name__} has it with {len(usual)} dimensions")
-        tied = names[id(state[name])]
-        known = {held[other] for other in tied if other in held} if held is not None else set()
-        known |= {stated.tensors.get(other, built.tensors[other]) for other in tied}
-        if others := known - {size}:
+            raise ValueError(f"{name} is said to be {size}, and {kind} has it with {len(usual)} dimensions")
+        names_in_files = [other for other in tied[id(state[name])] if files is not None and other in files]
+        sizes = {stated.tensors.get(other, built.tensors[other]) for other in tied[id(state[name])]}
+        sizes.update(cast(Sizes, files)[other] for other in names_in_files)
+        if others := sizes - {size}:
             raise ValueError(f"{name} is said to be {size}, and is {others.pop()} in the files or where it is tied")
-        if held is None and prod(size) > LARGEST:
+        if files is None and prod(size) > LARGEST:
             raise ValueError(f"{name} is said to be {size}, which no memory holds")
-        if held is not None and not any(other in held for other in tied):
+        if not names_in_files:
             unnamed[id(state[name])] = prod(size)
-    if held is not None and sum(unnamed.values()) > _numbers(size for name, size in held.items() if name not in state):
-        raise ValueError(f"{names[next(iter(unnamed))][0]} is not in the files, nor anything that holds as many numbers")
+    if files is not None and sum(unnamed.values()) > _numbers(size for name, size in files.items() if name not in state):
+        raise ValueError(f"{tied[next(iter(unnamed))][0]} is not in the files, nor anything that holds as many numbers")
     _check_attributes(stated, built)
-    set_shape(shadow, Shape(stated.tensors, {}, {}).over(built))
-    if held is None:
+    set_shape(meta_model, Shape(stated.tensors, {}, {}).over(built))
+    if files is None:
         return
-    asked = sum(tensor.numel() for tensor in chain(shadow.parameters(), shadow.buffers()))
-    if asked > 10**8 + 10 * _numbers(held.values()):
-        raise ValueError(f"the config asks for {asked} numbers, far more than the files hold")
+    requested = sum(tensor.numel() for tensor in chain(meta_model.parameters(), meta_model.buffers()))
+    if requested > 10**8 + 10 * _numbers(files.values()):
+        raise ValueError(f"the config asks for {requested} numbers, far more than the files hold")
 
 
 def _check_attributes(stated: Shape, built: Shape) -> None:

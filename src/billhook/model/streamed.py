@@ -53,13 +53,13 @@ def stream(
     annotated(stream, locals())
     if out is not None:
         check_target(out)
-    place = check_device(device, "device")
+    computes_on = check_device(device, "device")
     name = model_path(str(folder))
     check_checkpoint(name)
     parts = None if out is None else Parts(Path(out).resolve())
     with readable(name):
         model = load_streamed(model_class(read_config(name), name), name, dtype, parts)
-    store_of(model).device = None if place is None or place.type == "cpu" else place
+    store_of(model).device = None if computes_on is None or computes_on.type == "cpu" else computes_on
     return model
 
 

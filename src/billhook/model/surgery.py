@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -32,15 +32,15 @@ def check_replaceable(model: nn.Module, optimizers: Iterable[Optimizer], name: s
             raise ValueError(f"{name}: {kind} steps shards of its own, which new parameters do not reach: {INSTEAD}")
         if isinstance(optimizer, LBFGS):
             raise ValueError(f"{name}: {kind} keeps directions of all parameters as one vector of a fixed size: {INSTEAD}")
-        if (place := _beside_groups(optimizer)) is not None:
+        if (attr := _beside_groups(optimizer)) is not None:
             raise ValueError(
-                f"{name}: {kind} holds parameters in `{place}` as well as in its param_groups, where new ones do not replace "
+                f"{name}: {kind} holds parameters in `{attr}` as well as in its param_groups, where new ones do not replace "
                 f"them, so that they would not be trained: {INSTEAD}"
             )
-    for own, parameter in model.named_parameters():
+    for of, parameter in model.named_parameters():
         if getattr(parameter, "_in_backward_optimizers", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
-                f"{name}: {own} has hooks that step an optimizer, or do something else, as soon as its gradient is there, and a "
+                f"{name}: {of} has hooks that step an optimizer, or do something else, as soon as its gradient is there, and a "
                 f"new parameter in its place has none: {INSTEAD}"
             )
 
@@ -59,23 +59,25 @@ def _beside_groups(optimizer: Optimizer) -> str | None:
     """Returns the attribute in which an optimizer holds parameters, or another optimizer of them, beside its groups and state."""
     groups = optimizer.param_groups
     followed: list[Any] = [groups, optimizer.state, *groups, *(group["params"] for group in groups)]
-    seen, own = {id(one) for one in followed}, {id(parameter) for group in groups for parameter in group["params"]}
+    seen, parameters = set(map(id, followed)), {id(parameter) for group in groups for parameter in group["params"]}
     left = list(vars(optimizer).items())
     while left:
-        place, held = left.pop()
-        if id(held) in own:
-            return place
-        if id(held) in seen or isinstance(held, Tensor | str):
+        attr, value = left.pop()
+        if id(value) in parameters:
+            return attr
+        if id(value) in seen or isinstance(value, Tensor | str):
             continue
-        seen.add(id(held))
-        if isinstance(held, Optimizer):  # around this one, such as Lightning's, it has the same groups and state
-            if id(held.state) not in seen or any(id(group["params"]) not in seen for group in held.param_groups):
-                return place
-            left += [(place, one) for one in vars(held).values()]
-        elif isinstance(held, Mapping):
-            left += [(place, one) for pair in held.items() for one in pair]
-        elif isinstance(held, list | tuple | set | frozenset):
-            left += [(place, one) for one in held]
+        seen.add(id(value))
+        inside: Iterable[Any] = ()
+        if isinstance(value, Optimizer):  # around this one, such as Lightning's, it has the same groups and state
+            if not seen.issuperset(map(id, [value.state, *(group["params"] for group in value.param_groups)])):
+                return attr
+            inside = vars(value).values()
+        elif isinstance(value, Mapping):
+            inside = chain.from_iterable(value.items())
+        elif isinstance(value, list | tuple | set | frozenset):
+            inside = value
+        left += [(attr, item) for item in inside]
     return None
 
 
@@ -145,7 +147,7 @@ def _changed(model: nn.Module, name: str, change: Change, keep_on_device: bool) 
     if old.grad is not None and change.gradient is not None:
         new.grad = change.gradient(old.grad).to(new.dtype).contiguous()
     for module in model.modules():
-        for attr in [attr for attr, own in module._parameters.items() if own is old]:
+        for attr in [attr for attr, parameter in module._parameters.items() if parameter is old]:
             setattr(module, attr, new)
     if not keep_on_device and not old.is_meta:
         _move(old, torch.device("cpu"))
@@ -181,7 +183,7 @@ def follow(swaps: list[Swap], optimizers: Iterable[Optimizer]) -> None:
 def _follow(optimizer: Optimizer, swap: Swap) -> None:
     state = fresh(optimizer, swap.new) if swap.change.state is None else _new_state(optimizer, swap, swap.change.state)
     for group in optimizer.param_groups:
-        group["params"][:] = [swap.new if own is swap.old else own for own in group["params"]]
+        group["params"][:] = [swap.new if parameter is swap.old else parameter for parameter in group["params"]]
     if optimizer.state.pop(swap.old, None) is not None and state:
         optimizer.state[swap.new] = state
 
@@ -200,8 +202,8 @@ def undone_by_errors(model: nn.Module) -> Iterator[None]:
 def way_back(model: nn.Module) -> Callable[[], None]:
     """Returns what puts modules and configs, but not the values of tensors, back to what they are now."""
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    held = [own[name] for _, _, own in modules for name in TABLES if isinstance(own.get(name), dict)]  # TorchScript has others
-    tables = [(own, dict(own)) for own in [*held, *map(vars, configs_of(model))]]
+    tables = [table for *_, attributes in modules for name in TABLES if isinstance(table := attributes.get(name), dict)]
+    contents = [(table, dict(table)) for table in [*tables, *map(vars, configs_of(model))]]  # TorchScript has other tables
     devices = {parameter: parameter.device for parameter in model.parameters()}
 
     def back() -> None:
@@ -211,15 +213,15 @@ def way_back(model: nn.Module) -> Callable[[], None]:
             for module, kind, attributes in modules:
                 module.__class__ = kind  # FSDP2, masked LoRA and linears that hand out heads have changed it
                 _refill(vars(module), attributes)
-            for now, before in tables:
-                _refill(now, before)
+            for table, before in contents:
+                _refill(table, before)
 
     return back
 
 
-def _refill(now: dict[Any, Any], before: Mapping[Any, Any]) -> None:
-    now.clear()
-    now.update(before)
+def _refill(table: dict[Any, Any], before: Mapping[Any, Any]) -> None:
+    table.clear()
+    table.update(before)
 
 
 @contextmanager
@@ -247,22 +249,23 @@ def fresh(optimizer: Optimizer, parameter: Tensor) -> dict[str, object]:
 
 def _new_state(optimizer: Optimizer, swap: Swap, change: Callable[[str, Tensor], Tensor]) -> dict[str, object]:
     """Returns what an optimizer keeps of a parameter, as it is of the one in its place."""
-    state, sizes = dict[str, object](), swap.old.shape
-    kind, kept = type(optimizer).__name__, optimizer.state.get(swap.old, {})
-    for key, value in kept.items():
-        if isinstance(value, Tensor) and value.ndim > 0 and value.shape != sizes:
-            what = f"'{key}' of size {tuple(value.shape)} for {swap.name} of size {tuple(sizes)}; it cannot follow"
-            warnings.warn(f"{kind} keeps {what}, so the optimizer restarts for this parameter", stacklevel=2)
-            return fresh(optimizer, swap.new)
-    for key, value in kept.items():
-        follows = isinstance(value, Tensor) and value.shape == sizes
+    state, size, what = dict[str, object](), swap.old.shape, ""
+    before = optimizer.state.get(swap.old, {})
+    for key, value in before.items():
+        if isinstance(value, Tensor) and value.ndim > 0 and value.shape != size:
+            what = f"'{key}' of size {tuple(value.shape)} for {swap.name} of size {tuple(size)}; it cannot follow"
+            break
+    for key, value in before.items() if not what else ():
+        follows = isinstance(value, Tensor) and value.shape == size
         try:
             state[key] = sharded_as(change(key, full_tensor(value)).contiguous(), value) if follows else value
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # whatever a change raises
             what = f"'{key}' of {swap.name}, which does not follow ({type(error).__name__}: {error})"
-            warnings.warn(f"{kind} keeps {what}, so the optimizer restarts for this parameter", stacklevel=2)
-            return fresh(optimizer, swap.new)
-    return state
+            break
+    if not what:
+        return state
+    warnings.warn(f"{type(optimizer).__name__} keeps {what}, so the optimizer restarts for this parameter", stacklevel=2)
+    return fresh(optimizer, swap.new)
 
 
 @torch.no_grad()
@@ -288,12 +291,12 @@ def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[O
 
 def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Returns the names of parameters that are to have other values than they have, in the model's order."""
-    store, found = store_of(model), list[str]()
+    store, names = store_of(model), list[str]()
     for name in (name for name, _ in model.named_parameters(remove_duplicate=False) if name in weights):
         store.load(model.get_submodule(name.rpartition(".")[0]))
         if not torch.equal(full_tensor(model.get_parameter(name)), weights[name]):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def change_in_turn(

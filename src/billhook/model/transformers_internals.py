@@ -19,8 +19,8 @@ EXPERTS = "_experts_implementation_internal"
 
 def attention_of(config: PretrainedConfig) -> str | None:
     """Returns how attention is computed; None where that is not chosen yet."""
-    chosen: str | None = getattr(config, ATTENTION, None)
-    return chosen
+    implementation: str | None = getattr(config, ATTENTION, None)
+    return implementation
 
 
 def set_attention(config: PretrainedConfig, implementation: str) -> None:
@@ -47,9 +47,9 @@ def compute_experts_in_turn(model: nn.Module) -> None:
 
 def follows_inputs(module: nn.Module, buffer: str) -> bool:
     """Tells whether a module's forwards change a buffer: rotary frequencies of the kinds that follow the length of the inputs."""
-    kind = getattr(module, "rope_type", None)
-    kinds = kind.values() if isinstance(kind, dict) else [kind]
-    changes = any(isinstance(one, str) and ("dynamic" in one or one == "longrope") for one in kinds)
+    types = getattr(module, "rope_type", None)
+    names = map(str, types.values() if isinstance(types, dict) else [types])  # one for each kind of layers
+    changes = any("dynamic" in name or name == "longrope" for name in names)
     return changes and buffer.endswith("inv_freq") and "original" not in buffer
 
 
@@ -57,9 +57,9 @@ def compute_alike(model: nn.Module, other: nn.Module) -> None:
     """Has another model compute attention and experts as a model does, part by part."""
     parts = dict(model.named_modules())
     for name, module in other.named_modules():
-        own, stated = (vars(part).get("config") for part in (module, parts.get(name, module)))
-        if isinstance(own, PretrainedConfig) and isinstance(stated, PretrainedConfig):
-            vars(own).update({key: vars(stated)[key] for key in (ATTENTION, EXPERTS) if key in vars(stated)})
+        config, stated = (vars(part).get("config") for part in (module, parts.get(name, module)))
+        if isinstance(config, PretrainedConfig) and isinstance(stated, PretrainedConfig):
+            vars(config).update({key: vars(stated)[key] for key in (ATTENTION, EXPERTS) if key in vars(stated)})
 
 
 def build_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -73,5 +73,5 @@ def build_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: to
 
 def classes_of(auto: Any, config: PretrainedConfig) -> list[type[PreTrainedModel]]:  # noqa: ANN401 - an auto class
     """Returns the classes that an auto class may take for a config."""
-    found = auto._model_mapping.get(type(config), ())
-    return list(found) if isinstance(found, tuple | list) else [found]
+    classes = auto._model_mapping.get(type(config), ())
+    return list(classes) if isinstance(classes, tuple | list) else [classes]

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.model.config_fields import Fields, build_on_meta, fields_of, read_back, with_fields
-from billhook.model.memory import remembered_built
+from billhook.model.memory import remembered
 from billhook.units.fields import TOGETHER
 
 Gone = Mapping[str, Sequence[int]]
@@ -72,7 +72,7 @@ class _Finder:
     def _build(self, fields: Fields) -> Built | None:
         try:
             config = read_back(with_fields(self.model.config, fields))
-            return remembered_built(lambda: _built(build_on_meta(self.model, config)), type(self.model), config, "built")
+            return remembered(lambda: _built(build_on_meta(self.model, config)), (type(self.model), config), "built")
         except Exception:  # whatever a class of configs or models raises
             return None
 

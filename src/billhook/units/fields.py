@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.config_fields import build_on_meta, fields_of, read_back, with_fields
-from billhook.model.memory import remembered, remembered_built
+from billhook.model.memory import remembered
 from billhook.tracing.axes import leaves
 from billhook.tracing.groups import Group, times
 from billhook.tracing.trace import trace
@@ -123,7 +123,7 @@ class FieldFinder:
     def _build(self, values: dict[str, int]) -> Places | None:
         try:
             config = with_fields(self.model.config, values)
-            then = remembered_built(lambda: _places(build_on_meta(self.model, config)), type(self.model), config, "places")
+            then = remembered(lambda: _places(build_on_meta(self.model, config)), (type(self.model), config), "places")
         except Exception:  # whatever a model's own code raises
             return None
         if then.keys() != self.now.keys():

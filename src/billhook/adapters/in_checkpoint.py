@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.masked import check_plain, mask_as_weights, on_linears
-from billhook.model.linears import active_in, is_linear, weight_of
+from billhook.model.linears import active_in, is_linear, size_of
 from billhook.model.shape import KEY
 
 ADAPTERS = "billhook_adapters"
@@ -68,24 +68,23 @@ def put_back(model: PreTrainedModel, checkpoint: Mapping[str, Any], name: str) -
     """Puts the adapters of a Lightning checkpoint on its base model, if it records how they are scaled."""
     if not (recorded := checkpoint.get(ADAPTERS)):
         return
-    prefix = checkpoint[KEY]["prefix"]
+    prefix, modules = checkpoint[KEY]["prefix"], dict(model.named_modules())
     state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()}
-    linears = {key for key, module in model.named_modules() if is_linear(module)}
-    if unknown := sorted(recorded.keys() - linears):
-        raise ValueError(f"'{name}' has adapters on {unknown[0][:80]}, which is no linear of its {type(model).__name__}")
     for key, entry in recorded.items():
-        tensors = [state.get(f"{key}.{part}.{ADAPTER}.weight") for part in ("lora_A", "lora_B")]
-        out, into = weight_of(model.get_submodule(key)).shape
-        if [None if t is None else tuple(t.shape) for t in tensors] != [(entry["rank"], into), (out, entry["rank"])]:
-            raise ValueError(f"'{name}' has adapters on {key} that do not fit its {type(model).__name__}")
+        if not is_linear(modules.get(key, model)):
+            raise ValueError(f"'{name}' has adapters on {key[:80]}, which is no linear of its {type(model).__name__}")
+        out, into = size_of(modules[key])
+        for part, size in (("lora_A", (entry["rank"], into)), ("lora_B", (out, entry["rank"]))):
+            tensor = state.get(f"{key}.{part}.{ADAPTER}.weight")
+            if tensor is None or tensor.shape != size:
+                raise ValueError(f"'{name}' has adapters on {key} that do not fit its {type(model).__name__}")
     from peft import LoraConfig, inject_adapter_in_model
 
-    ranks = {re.escape(key): entry["rank"] for key, entry in recorded.items()}
     config = LoraConfig(
         r=1,
-        rank_pattern=ranks,
+        rank_pattern={re.escape(key): entry["rank"] for key, entry in recorded.items()},
         target_modules=list(recorded),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
     )
     inject_adapter_in_model(config, model)
     layers = on_linears(model)

@@ -1,9 +1,8 @@
 """Linears that store few heads and hand out many: what an attention's code reads is as ever, what is kept and trained is less."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import product
 from typing import Any, cast
 
 import numpy as np
@@ -144,24 +143,21 @@ def regular(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], head
 
     For each output it is given its kind (such as query, key, value), head and rank in the head, and if that kind is `repeated`.
     """
-    repeats = {kind: several for (kind, _, _), several in zip(keys, repeated, strict=True)}
-    counts, heads_of = Counter(kind for kind, _, _ in keys), dict[int, int]()
-    for kind, head, _ in keys:
-        heads_of[kind] = max(heads_of.get(kind, 0), head + 1)
-    pieces, start, stored = list[Piece](), 0, list[tuple[int, int, int]]()
-    for kind, before in heads_of.items():
-        after = heads if repeats[kind] else before
-        if counts[kind] % before or before % after:
+    kinds, head, rank = np.asarray(keys, np.int64).T
+    pieces, stored, times = list[Piece](), list[tuple[int, int, int]](), np.ones_like(kinds)
+    for kind in dict.fromkeys(kinds.tolist()):
+        outputs = np.flatnonzero(kinds == kind)
+        before = int(head[outputs].max()) + 1
+        after = heads if repeated[outputs[0]] else before
+        if len(outputs) % before or before % after:
             return None
-        width = counts[kind] // before
-        pieces.append((start, after, before // after, width))
-        stored += [(kind, head, rank) for head in range(after) for rank in range(width)]
-        start += after * width
-    changes = sum(a[0] != b[0] for a, b in pairwise(keys)) + 1
+        times[outputs], width = before // after, len(outputs) // before
+        pieces.append((len(stored), after, before // after, width))
+        stored += product([kind], range(after), range(width))
+    changes = np.count_nonzero(np.diff(kinds)) + 1
     blocks = changes // len(pieces)
-    if changes % len(pieces) or any(after * times * width % blocks for _, after, times, width in pieces):
+    if changes % len(pieces) or any(many * repeats * width % blocks for _, many, repeats, width in pieces):
         return None
     handing = Handing(blocks, tuple(pieces))
-    times_of = dict(zip(heads_of, (times for _, _, times, _ in pieces), strict=True))
-    handed_out = [stored[number] for number in handing.index().tolist()]
-    return handing if handed_out == [(kind, head // times_of[kind], rank) for kind, head, rank in keys] else None
+    handed_out = np.asarray(stored)[handing.index()]
+    return handing if np.array_equal(handed_out.T, [kinds, head // times, rank]) else None

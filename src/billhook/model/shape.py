@@ -191,13 +191,18 @@ def shape_of(model: nn.Module) -> Shape:
             f"model: {packed} is a {type(state[packed]).__name__} and no tensor, as in layers that torch.ao has quantised: "
             "work on the model before it is quantised"
         )
-    tensors = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    attributes = {name: getattr(module, attr) for name, module, attr in _numbers(model)}
-    fields = _fields(model)
-    config = {name: value for name, value in fields.items() if isinstance(value, int)}
-    lists = {name: list(value) for name, value in fields.items() if isinstance(value, list)}
-    handed = {name: handing for name, module in model.named_modules() if (handing := handing_of(module)) is not None}
-    return Shape(tensors, attributes, config, lists, taken_out(model), handed)
+    shape = Shape({name: tuple(tensor.shape) for name, tensor in state.items()}, {}, {}, blocks=taken_out(model), handed={})
+    for name, module, attr in _numbers(model):
+        shape.attributes[name] = getattr(module, attr)
+    for name, value in _fields(model).items():
+        if isinstance(value, list):
+            shape.lists[name] = list(value)
+        else:
+            shape.config[name] = value
+    for name, module in model.named_modules():
+        if shape.handed is not None and (handing := handing_of(module)) is not None:
+            shape.handed[name] = handing
+    return shape
 
 
 def built_shape(kind: type[PreTrainedModel], config: PretrainedConfig) -> Shape:

@@ -51,8 +51,8 @@ def main():
     tried = partial(least_squares.solve_ridge, fitted, False, 0.1)
     timed("each ridge that is tried", lambda: least_squares.error_left(tried(), fitted, held_out, False))
     weight = torch.zeros(options.rows, options.columns, dtype=torch.bfloat16)
-    solving = partial(least_squares._solving, parts, False, [0.1])
-    timed("the last solve", lambda: least_squares._solved(weight, parts, solving(), None))
+    refit = partial(least_squares.refit_linear, weight, None, [([parts[0]], parts[1])], parts, [0.1])
+    timed("a refit with one ridge", refit)
     if files is not None:
         files.close()
     print(f"peak: {(resident('VmHWM') or 0) / 2**30:.2f} GiB")

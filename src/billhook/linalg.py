@@ -122,10 +122,10 @@ def conjugate_gradients(solution: Tensor, residual: Tensor, h: Tensor, keep: Ten
     direction = scaled.clone()
     before = (residual * scaled).sum(1, keepdim=True)
     for _ in range(steps):
-        turned = (direction @ h).mul_(keep)
-        length = before / nonzero((direction * turned).sum(1, keepdim=True))
+        curvature = (direction @ h).mul_(keep)
+        length = before / nonzero((direction * curvature).sum(1, keepdim=True))
         solution.add_(direction * length)
-        residual.sub_(turned.mul_(length))
+        residual.sub_(curvature.mul_(length))
         scaled = torch.div(residual, scale, out=scaled)
         after = (residual * scaled).sum(1, keepdim=True)
         direction.mul_(after / nonzero(before)).add_(scaled)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ def without_folders(value: Any) -> Any:  # noqa: ANN401 - plain data
     {'train': 'text.txt', 'also': ['*.txt', 'owner/name', 3]}
     """
     if isinstance(value, Mapping):
-        return {name: without_folders(one) for name, one in value.items()}
+        return {name: without_folders(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_folders(one) for one in value]
+        return [without_folders(item) for item in value]
     return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if isinstance(value, str) and _is_local(value) else value
 
 
@@ -39,9 +40,9 @@ def without_paths(value: Any) -> Any:  # noqa: ANN401 - plain data
     ["Calibration('text.txt'), 4/8 heads, https://example.org/a/b", 'a.txt']
     """
     if isinstance(value, Mapping):
-        return {without_paths(name): without_paths(one) for name, one in value.items()}
+        return {without_paths(name): without_paths(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_paths(one) for one in value]
+        return [without_paths(item) for item in value]
     if not isinstance(value, str):
         return value
     return without_folders(value) if Path(value).is_absolute() else ABSOLUTE.sub("", value)
@@ -54,11 +55,10 @@ def paths_in(value: Any) -> Iterator[str]:  # noqa: ANN401 - plain data
     ['/home/me/', '/home/me/a.txt']
     """
     if isinstance(value, Mapping):
-        for name, own in value.items():
-            yield from paths_in(name)
-            yield from paths_in(own)
+        for item in chain.from_iterable(value.items()):
+            yield from paths_in(item)
     elif isinstance(value, list | tuple):
-        for own in value:
-            yield from paths_in(own)
+        for item in value:
+            yield from paths_in(item)
     elif isinstance(value, str):
         yield from [value] if Path(value).is_absolute() else (match.group() for match in ABSOLUTE.finditer(value))

@@ -16,8 +16,7 @@ import billhook as bh
 from billhook.callbacks import kv_heads
 from billhook.engine.sharding import full_tensor, is_sharded
 from billhook.engine.shards import ShardStore
-from billhook.sparsity.prune import WeightPlan
-from billhook.sparsity.pruned import Pruned
+from billhook.sparsity.pruned import Pruned, WeightPlan
 from kit.families import llama
 from kit.fits import data, module, trainer
 from kit.loads import SAVED, loaded

@@ -15,7 +15,7 @@ from billhook.engine.state import random_state, seeded, set_random_state
 from billhook.fit.measure import _Logged
 from billhook.fit.ranks import summed
 from billhook.model import surgery
-from billhook.sparsity.order_search import find_order, kept
+from billhook.sparsity.channel_order import find_order, kept
 from kit.families import llama, tokens
 from kit.standin import NAME, Registered
 

@@ -5,7 +5,7 @@ import torch
 
 from billhook.repairs import least_squares, moments
 from billhook.repairs.least_squares import choose_ridge, error_left, refit_linear, solve_ridge
-from billhook.repairs.moments import OwedMoments, Pool
+from billhook.repairs.moments import OwedMoments, TokenBuffer
 
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 ROWS, WIDTH = 300, 24
@@ -61,7 +61,7 @@ def test_short_calls_are_added_together(monkeypatch, weighted, owes):
     monkeypatch.setattr(moments, "TOKENS", 16)
     torch.manual_seed(0)
     sums, expected = OwedMoments(3, 5), OwedMoments(3, 5)
-    own, added = Pool(sums), []
+    own, added = TokenBuffer(sums), []
     monkeypatch.setattr(
         sums, "add", lambda inputs, *rest, **more: added.append(len(inputs)) or OwedMoments.add(sums, inputs, *rest, **more)
     )
@@ -81,7 +81,7 @@ def test_short_calls_are_added_together(monkeypatch, weighted, owes):
 
 def test_calls_without_debts_are_not_mixed_with_others():
     sums, expected = OwedMoments(3, 5), OwedMoments(3, 5)
-    own = Pool(sums)
+    own = TokenBuffer(sums)
     for owed in (None, torch.randn(4, 3), None):
         x = torch.randn(4, 5)
         own.add(x, owed, None, None)

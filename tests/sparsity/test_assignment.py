@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from billhook.sparsity.order_search import assign
+from billhook.sparsity.channel_order import assign
 
 
 @pytest.mark.parametrize("size", range(1, 7))

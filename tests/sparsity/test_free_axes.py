@@ -6,7 +6,7 @@ import torch
 
 import billhook as bh
 from billhook.model.linears import prunable
-from billhook.sparsity.free_order import find_free
+from billhook.sparsity.channel_order import find_free
 from kit.families import build, llama
 from kit.sparsity import family
 

@@ -115,7 +115,7 @@ def test_tokens_that_do_not_count_change_nothing():
 
     def tuned(scale):
         odd = [torch.cat([one[:, :30], scale * one[:, 30:]], 1) for one in inputs]
-        tune = [Passage(one.given, one.goal, counts) for one in passages(block, odd)]
+        tune = [Passage(one.inputs, one.goal, counts) for one in passages(block, odd)]
         return Tuning(FEW, block, {"0.weight": block[0].weight * keep}, {"0.weight": keep})(tune[:5], tune[5:])["0.weight"]
 
     assert torch.equal(tuned(1), tuned(7))
@@ -162,7 +162,7 @@ def test_both_streams_are_what_plain_runs_give():
         patch.setattr(Tuning, "__call__", noted)
         bh.prune(model, bh.Wanda(), batches, 0.5, match=Seen(steps=5))
     for one, batch in zip(seen[1], [batches[0], batches[2], batches[1]], strict=True):
-        torch.testing.assert_close(one.given[0][0], model.blocks[0](batch))
+        torch.testing.assert_close(one.inputs[0][0], model.blocks[0](batch))
         torch.testing.assert_close(one.goal, dense(batch))
 
 

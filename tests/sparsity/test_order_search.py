@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from billhook.sparsity.order_search import find_order, kept
+from billhook.sparsity.channel_order import find_order, kept
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4)]
 

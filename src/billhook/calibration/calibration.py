@@ -42,20 +42,20 @@ def named(sources: Sources, taken: Collection[str] = ()) -> dict[str, Source | T
     Raises:
         ValueError: If there is none, one cannot be read or is a stream, or two have a name in common.
     """
-    given = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
-    for source in given:
+    listed = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
+    for source in listed:
         _check(source)
-    found = dict[str, Source | Table]()
-    for source in given:
-        name = _of_object(source, {*found, *taken}) if is_table(source) else _of_files(source)
+    by_name = dict[str, Source | Table]()
+    for source in listed:
+        name = _of_object(source, {*by_name, *taken}) if is_table(source) else _of_files(source)
         if name == GENERATED and source != GENERATED:
             raise ValueError(f"sources: '{source}' has the name of what the model writes, '{GENERATED}': rename it")
-        if name in found or any(one is source for one in found.values()):
+        if name in by_name or any(source is another for another in by_name.values()):
             raise ValueError(f"sources={sources!r} must be one or more, each once: '{name}' is there twice")
-        found[name] = source
-    if not found:
+        by_name[name] = source
+    if not by_name:
         raise ValueError(f"sources={sources!r} must be one or more, each once")
-    return found
+    return by_name
 
 
 def _check(source: object) -> None:
@@ -88,9 +88,9 @@ def _of_files(source: Source) -> str:
 def _of_object(source: Table, taken: Collection[str]) -> str:
     """Names an object after the data set that it was loaded from, if it has a name of its own."""
     info = (source["train"] if isinstance(source, Mapping) else source).info
-    own = info.dataset_name if info.dataset_name != info.builder_name else None  # which is "json" of files
-    name = own or "dataset"
-    return next(one for one in chain([name], (f"{name} {n}" for n in count(2))) if one not in {*taken, GENERATED})
+    name = (info.dataset_name if info.dataset_name != info.builder_name else None) or "dataset"  # of files it is "json"
+    numbered = chain([name], (f"{name} {number}" for number in count(2)))
+    return next(candidate for candidate in numbered if candidate not in {*taken, GENERATED})
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,12 @@ class Calibration:
 
     def to_json(self) -> dict[str, Any]:
         """Returns what is set as plain data, for records; files by their names alone, an object of `datasets` by its own."""
-        said = [name if is_table(source) else source for name, source in self.named.items()]
-        plain = {one.name: getattr(self, one.name) for one in fields(self)}
-        places: dict[str, Any] = without_folders({"sources": said[0] if len(said) == 1 else said, "tokenizer": self.tokenizer})
-        return plain | places
+        sources = [name if is_table(source) else source for name, source in self.named.items()]
+        plain = {field.name: getattr(self, field.name) for field in fields(self)}
+        public: dict[str, Any] = without_folders(
+            {"sources": sources[0] if len(sources) == 1 else sources, "tokenizer": self.tokenizer}
+        )
+        return plain | public
 
     def rows(self, length: int) -> dict[str, int]:
         """Returns how many rows each source gives, at least one."""
@@ -183,25 +185,25 @@ class Calibration:
 
     def _rows(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, held_out: int | None = None) -> list[Batch]:
         subject = find_transformer(model)
-        length, found = row_length(subject, self.length), list[Batch]()
+        length, batches = row_length(subject, self.length), list[Batch]()
         if GENERATED in self.named:
             check_writes(subject)
-        for name, examples in self.rows(length).items():
+        for name, wanted in self.rows(length).items():
             if name == GENERATED:
-                number, seed = (examples, self.seed) if held_out is None else (held_out, self.seed + 1)
-                found += generated(subject, examples=number, length=length, batch_size=self.batch_size, seed=seed)
+                number, seed = (wanted, self.seed) if held_out is None else (held_out, self.seed + 1)
+                batches += generated(subject, examples=number, length=length, batch_size=self.batch_size, seed=seed)
             else:
                 tokenizer = tokenizer or tokenizer_of(subject, self.tokenizer)
-                rows = self._text(name, examples, held_out, length, tokenizer)
-                found += [Batch({"input_ids": own}, name) for own in torch.split(rows, self.batch_size)]
-        return found
+                rows = self._text(name, wanted, held_out, length, tokenizer)
+                batches += [Batch({"input_ids": ids}, name) for ids in torch.split(rows, self.batch_size)]
+        return batches
 
     def _text(self, name: str, count: int, held_out: int | None, length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
         """Draws rows to show, or to hold out, of a text: `[rows, length]`."""
         splits = load_splits(self.named[name])
         if "train" not in splits:
             raise ValueError(f"sources: calibration needs a split 'train', and '{name}' has {', '.join(splits)}")
-        other = next((own for own in ("test", "validation") if own in splits), None)
+        other = next((split for split in ("test", "validation") if split in splits), None)
         if held_out is not None and other is not None:
             blocks: Any = self._blocks(splits[other], other, length, tokenizer)
             return torch.tensor(blocks[:held_out]["input_ids"])
@@ -218,23 +220,22 @@ class Calibration:
         columns, documents = columns_of(rows, split, self.column), not runs_on(rows)
         if documents:  # blank lines of a .txt file are part of its text
             warn_of_rows_without_text(rows, split, columns)
-        how = {"block_size": length, "columns": columns, "documents": documents}
-        return map_rows(rows, pack, split, tokenizer, **how)
+        return map_rows(rows, pack, split, tokenizer, block_size=length, columns=columns, documents=documents)
 
 
 Batches: TypeAlias = Iterable[Any] | Calibration
 """Batches as a model takes them, or where they come from."""
 
 
-def batches_of(given: Batches | None, model: nn.Module) -> Iterable[Any]:
+def batches_of(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
     """Returns batches; of a calibration those that it reads, and where none are given those that the model itself writes."""
-    if given is None:
+    if batches is None:
         try:
             check_writes(find_transformer(model))
         except ValueError as error:
             raise ValueError(f"batches=None: {error}: give batches") from error
-    calibration = Calibration() if given is None else given
-    return each(calibration.read(model) if isinstance(calibration, Calibration) else calibration)
+        batches = Calibration()
+    return each(batches.read(model) if isinstance(batches, Calibration) else batches)
 
 
 ADVICE = (
@@ -272,7 +273,7 @@ def tell_own(sources: Collection[str]) -> None:
 
 
 def tell_once(what: str) -> None:
-    """Tells something by the logger `billhook`, on the first rank, unless it has been told in this process."""
+    """Logs something by the logger `billhook`, on the first rank, unless it has been logged in this process."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0):
         _log(what)
 
@@ -306,20 +307,21 @@ def texts(
     written: bool = True,
 ) -> list[Batch]:
     """Reads so many rows of each text: held out of the calibration, `written` by the model, and of other texts."""
-    found, how = calibration.held_out(model, rows, tokenizer), replace(calibration, weights=None)
+    batches, others = calibration.held_out(model, rows, tokenizer), replace(calibration, weights=None)
     length = row_length(model, calibration.length)
     if written and GENERATED not in calibration.named:
-        found += replace(how, sources=GENERATED).held_out(model, written_rows(calibration, rows, length))
+        batches += replace(others, sources=GENERATED).held_out(model, written_rows(calibration, rows, length))
     for name, source in _others(calibration, also).items():
-        read = replace(how, sources=source, tokens=rows * length).read(model, tokenizer)
-        found += [Batch(one, name) for one in read]
-    return found
+        read = replace(others, sources=source, tokens=rows * length).read(model, tokenizer)
+        batches += [Batch(batch, name) for batch in read]
+    return batches
 
 
 def _others(calibration: Calibration, also: Also) -> dict[str, Source | Table]:
     """Returns other texts by name; objects of `datasets` get none that the calibration has."""
-    none = also is None or (isinstance(also, Sequence) and not also)
-    return {} if none or also is None else named(also, calibration.named)
+    if also is None or (isinstance(also, Sequence) and not also):
+        return {}
+    return named(also, calibration.named)
 
 
 def written_rows(calibration: Calibration, rows: int, length: int) -> int:

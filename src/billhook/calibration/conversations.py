@@ -42,21 +42,21 @@ def chat_of(messages: list[Any], column: str) -> Chat:
     >>> chat_of([{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "He."}], "conversations")
     [{'role': 'user', 'content': 'Who?'}, {'role': 'assistant', 'content': 'He.'}]
     """
-    return [_message(one, column) for one in messages]
-
-
-def _message(message: object, column: str) -> dict[str, Any]:
-    given = _given(message)
-    if isinstance(given, dict) and isinstance(given.get("role"), str):
-        return given
-    if not isinstance(given, dict) or not isinstance(given.get("from"), str) or not isinstance(given.get("value"), str):
-        raise ValueError(
-            f"the column '{column}' must hold chats, lists of messages with 'role' and 'content', or with 'from' and 'value'; "
-            f"one is {message!r}"
-        )
-    if given["from"] not in ROLES:
-        raise ValueError(f"the column '{column}': from={given['from']!r} must be one of {', '.join(ROLES)}")
-    return {"role": ROLES[given["from"]], "content": given["value"]}
+    chat = Chat()
+    for message in messages:
+        fields = _without_null(message)
+        if isinstance(fields, dict) and isinstance(fields.get("role"), str):
+            chat.append(fields)
+            continue
+        if not isinstance(fields, dict) or not isinstance(fields.get("from"), str) or not isinstance(fields.get("value"), str):
+            raise ValueError(
+                f"the column '{column}' must hold chats, lists of messages with 'role' and 'content', or with 'from' and "
+                f"'value'; one is {message!r}"
+            )
+        if fields["from"] not in ROLES:
+            raise ValueError(f"the column '{column}': from={fields['from']!r} must be one of {', '.join(ROLES)}")
+        chat.append({"role": ROLES[fields["from"]], "content": fields["value"]})
+    return chat
 
 
 def tools_of(value: object) -> Tools | None:
@@ -65,13 +65,13 @@ def tools_of(value: object) -> Tools | None:
     >>> tools_of('[{"name": "now"}]'), tools_of([])
     ([{'name': 'now'}], None)
     """
-    tools = _given(value)
+    tools = _without_null(value)
     if isinstance(value, str):
         with suppress(ValueError):  # what is no JSON is refused like all that is no list
             tools = json.loads(value.strip() or "null")
     if tools in (None, []):
         return None
-    if not isinstance(tools, list) or not all(isinstance(one, dict) for one in tools):
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(
             f"the column '{TOOLS}' of chats must hold lists of tools, each described by a JSON schema, or JSON of such a list; "
             f"one is {str(value)[:200]!r}: rename the column if it is none of tools"
@@ -79,11 +79,11 @@ def tools_of(value: object) -> Tools | None:
     return tools
 
 
-def _given(value: object) -> Any:  # noqa: ANN401 - plain data of any kind
+def _without_null(data: object) -> Any:  # noqa: ANN401 - plain data of any kind
     """Returns plain data without the keys that are null."""
-    if isinstance(value, Mapping):
-        return {key: _given(one) for key, one in value.items() if one is not None}
-    return [_given(one) for one in value] if isinstance(value, list) else value
+    if isinstance(data, Mapping):
+        return {key: _without_null(value) for key, value in data.items() if value is not None}
+    return [_without_null(value) for value in data] if isinstance(data, list) else data
 
 
 ANSWERED = (("prompt", "response"), ("prompt", "completion"))
@@ -106,12 +106,12 @@ class Encoded:
 
 def columns_of(rows: Rows, split: str, column: str) -> list[str]:
     """Finds the columns that hold the text of a split: `column`, or else chats, or else prompts and responses."""
-    found = column_names(rows)
+    names = column_names(rows)
     for columns in ((column,), *((chats,) for chats in COLUMNS), *ANSWERED):
-        if set(columns) <= set(found):
+        if set(columns) <= set(names):
             return list(columns)
     raise ValueError(
-        f"the split '{split}' has no column '{column}'; it has {', '.join(found) or 'no rows'}, and neither chats "
+        f"the split '{split}' has no column '{column}'; it has {', '.join(names) or 'no rows'}, and neither chats "
         f"({' or '.join(COLUMNS)}) nor 'prompt' and 'response'"
     )
 
@@ -125,8 +125,8 @@ def warn_of_rows_without_text(rows: Rows, split: str, columns: Sequence[str]) ->
         return
     empty = 0
     for table in rows.select_columns(list(columns)).with_format("arrow").iter(ROWS_AT_ONCE):
-        *asked, learnt = (table[column] for column in columns)
-        missing = [*(pyarrow.compute.is_null(column).to_pylist() for column in asked), _is_empty(learnt)]
+        *prompts, learnt = (table[column] for column in columns)
+        missing = [*(pyarrow.compute.is_null(column).to_pylist() for column in prompts), _is_empty(learnt)]
         empty += sum(any(row) for row in zip(*missing, strict=True))
     if empty:
         named = " or ".join(f"'{column}'" for column in columns)
@@ -181,40 +181,32 @@ def encode(
     Raises:
         ValueError: If a row holds something else, or responses cannot be found in what the chat template makes of a chat.
     """
-    values = list(zip(*(rows[column] for column in columns), strict=True))
-    tools = rows.get(TOOLS) or [None] * len(values)
-    given = [(row, own) for row, own in zip(values, tools, strict=True) if all(value is not None for value in row)]
+    tools = rows.get(TOOLS) or [None] * len(rows[columns[0]])
+    every = zip(*(rows[column] for column in columns), tools, strict=True)
+    full = [row for row in every if all(value is not None for value in row[:-1])]
     if len(columns) > 1:
-        for row, own in given:
-            yield from _answered(row, own, tokenizer, columns, responses)
-    elif given and isinstance(given[0][0][0], list):
-        for (messages,), own in given:
+        for prompt, response, row_tools in full:
+            yield from _answered((prompt, response), row_tools, tokenizer, columns, responses)
+    elif full and isinstance(full[0][0], list):
+        for messages, row_tools in full:
             if chat := chat_of(messages, columns[0]):
-                yield _chat(chat, tools_of(own), tokenizer, responses)
+                yield _chat(chat, tools_of(row_tools), tokenizer, responses)
     else:
-        yield from _texts([text for (text,), _ in given], tokenizer, columns[0], documents)
+        yield from _texts([text for text, _ in full], tokenizer, columns[0], documents)
 
 
 def _texts(texts: list[Any], tokenizer: PreTrainedTokenizerBase, column: str, documents: bool) -> Iterator[Encoded]:
     check_texts(texts, column)
-    told = [text for text in (texts if documents else ["".join(texts)]) if text and not text.isspace()]
-    if told:
-        end = _end(tokenizer) if documents else []
-        for some in _together(told):
-            for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
-                yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
-
-
-def _together(texts: Sequence[str]) -> Iterator[list[str]]:
-    """Yields texts in order, a few at once: a tokenizer holds more than a hundred bytes for each character meanwhile."""
-    some, size = list[str](), 0
-    for text in texts:
-        if some and size + len(text) > CHARACTERS:
-            yield some
-            some, size = [], 0
+    end, some, size = _end(tokenizer) if documents else [], list[str](), 0
+    texts = [text for text in (texts if documents else ["".join(texts)]) if text and not text.isspace()]
+    for number, text in enumerate(texts, 1):
         some.append(text)
         size += len(text)
-    yield some
+        # a few at once: a tokenizer holds more than a hundred bytes for each character meanwhile
+        if number == len(texts) or size + len(texts[number]) > CHARACTERS:
+            for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+                yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
+            some, size = [], 0
 
 
 def check_texts(values: Sequence[Any], column: str) -> None:
@@ -259,7 +251,7 @@ def _chat(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, r
         return _spans(*_responses(chat, tools, tokenizer), tokenizer, responses)
     _written(chat, tools, tokenizer)  # which refuses in our words what the template refuses
     encoded: Any = tokenizer.apply_chat_template(chat, tools, return_dict=True, return_assistant_tokens_mask=True)  # type: ignore[arg-type]
-    return Encoded(list(encoded["input_ids"]), [bool(own) for own in encoded["assistant_masks"]])
+    return Encoded(list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]])
 
 
 def _written(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, opened: bool = False) -> str:
@@ -272,20 +264,20 @@ def _written(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase
 
 def _responses(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
     """Returns a chat as text, with the characters of each response: from the text that asks for it, to the text with it."""
-    whole, spans = _written(chat, tools, tokenizer), list[tuple[int, int]]()
-    for place, message in enumerate(chat):
+    text, spans = _written(chat, tools, tokenizer), list[tuple[int, int]]()
+    for number, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
-        before = _written(chat[:place], tools, tokenizer, opened=True) if place else None
-        after = whole if place == len(chat) - 1 else _written(chat[: place + 1], tools, tokenizer)
-        if before is None or not after.startswith(before) or not whole.startswith(after):
+        before = _written(chat[:number], tools, tokenizer, opened=True) if number else None
+        after = text if number == len(chat) - 1 else _written(chat[: number + 1], tools, tokenizer)
+        if before is None or not after.startswith(before) or not text.startswith(after):
             raise ValueError(
                 "loss_on='responses': the responses cannot be told apart from the rest, since the chat template writes "
                 f"{'no chat that begins with one' if before is None else 'what comes before one otherwise once it is there'}: "
                 "give the template {% generation %} tags, or learn from all (loss_on='all'); the chat is " + str(chat)[:200]
             )
         spans.append((len(before), len(after)))
-    return whole, spans
+    return text, spans
 
 
 def _spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, responses: bool) -> Encoded:

@@ -5,7 +5,7 @@
 Quantization and Pruning" (Williams, Chrysostomou & Aletras, 2024, https://arxiv.org/abs/2410.17170) on what it writes by itself.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -85,9 +85,12 @@ def generated(
     length = row_length(subject, length)
     starts = [_start(subject)] if prompts is None else _encoded(subject, prompts, tokenizer, length)
     skipped = 0 if prompts is not None else _skipped(subject, length)
-    begun = [starts[place % len(starts)] for place in range(examples)]
-    rows = _begun_anywhere(_written(subject, begun, length + skipped, temperature, seed), skipped, seed)
-    return [Batch({"input_ids": own}, NAME) for own in torch.split(rows, batch_size)]
+    begun = [starts[row % len(starts)] for row in range(examples)]
+    rows = _written(subject, begun, length + skipped, temperature, seed)
+    if skipped:  # tokens at both ends of each row are left out, one of the first at least
+        first = torch.randint(1, skipped + 1, (len(rows), 1), generator=torch.Generator().manual_seed(seed))
+        rows = rows.gather(1, first + torch.arange(length))
+    return [Batch({"input_ids": ids}, NAME) for ids in torch.split(rows, batch_size)]
 
 
 def writes(model: PreTrainedModel) -> bool:
@@ -119,21 +122,13 @@ def _skipped(model: PreTrainedModel, length: int) -> int:
     return min(skipped, most + 1 - length) if most else skipped
 
 
-def _begun_anywhere(rows: Tensor, skipped: int, seed: int) -> Tensor:
-    """Leaves out tokens at both ends of each row, `skipped` together and one of the first at least."""
-    if skipped == 0:
-        return rows
-    first = torch.randint(1, skipped + 1, (len(rows), 1), generator=torch.Generator().manual_seed(seed))
-    return rows.gather(1, first + torch.arange(rows.shape[1] - skipped))
-
-
 def _start(model: PreTrainedModel) -> list[int]:
     """Returns the token that begins a text: where there is none, the one that ends the text before."""
     config: Any = text_config(model.config)
     for name in ("bos_token_id", "eos_token_id"):
-        found = getattr(config, name, None)
-        if found is not None:
-            return [found[0] if isinstance(found, Sequence) else int(found)]
+        token = getattr(config, name, None)
+        if token is not None:
+            return [token[0] if isinstance(token, Sequence) else int(token)]
     raise ValueError(f"prompts=None: the config of {type(model).__name__} names no token that begins a text: give prompts")
 
 
@@ -141,65 +136,56 @@ def _encoded(
     model: PreTrainedModel, prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase | str | None, length: int
 ) -> list[list[int]]:
     """Turns prompts into token ids, none of them a whole row."""
-    found: Any = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer_of(model, tokenizer)
-    ids = list[list[int]]()
+    encoder: Any = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer_of(model, tokenizer)
+    starts = list[list[int]]()
     for prompt in prompts:
         if isinstance(prompt, str):
-            own = found(prompt)["input_ids"]
+            ids = encoder(prompt)["input_ids"]
         elif isinstance(prompt, Sequence) and all(isinstance(message, dict) for message in prompt):
-            own = found.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
+            ids = encoder.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
         else:
             raise ValueError(f"prompts: {prompt!r} is neither text nor a chat, a list of messages with role and content")
-        ids.append((own or _start(model))[: length - 1])
-    if not ids:
+        starts.append((ids or _start(model))[: length - 1])
+    if not starts:
         raise ValueError("prompts: at least one is needed")
-    return ids
+    return starts
 
 
 def _written(model: PreTrainedModel, starts: list[list[int]], length: int, temperature: float, seed: int) -> Tensor:
     """Continues starts to full rows, `[rows, length]`; those of one length side by side."""
     rows = torch.empty(len(starts), length, dtype=torch.int64)
-    groups = list(_alike(starts, _at_once(model, length)))
+    # each step reads all weights, however many rows are written side by side
+    at_once = max(AT_ONCE, CACHES // (length * (kv_cache_bytes(model) or CACHES)))
+    by_length: dict[int, list[int]] = {}
+    for row, start in enumerate(starts):
+        by_length.setdefault(len(start), []).append(row)
+    groups = [alike[first : first + at_once] for alike in by_length.values() for first in range(0, len(alike), at_once)]
     with undisturbed(model):
         if not model(torch.tensor(starts[:1], device=model.device)).logits.isfinite().all():
             raise ValueError(f"model: {type(model).__name__} computes numbers that are not finite, so it writes nothing")
         torch.manual_seed(seed)
-        with bar("writing text", "tokens") as told:
-            watched = _Watched(told, rows.numel() - sum(map(len, starts)))
-            for places in groups:
-                ids = torch.tensor([starts[place] for place in places], device=model.device)
-                watched.written -= ids.numel()
-                rows[places] = _continued(model, ids, length, temperature, watched).cpu()
-                watched.written += rows[places].numel()
+        with bar("writing text", "tokens") as report:
+            progress = _Progress(report, rows.numel() - sum(map(len, starts)))
+            for group in groups:
+                ids = torch.tensor([starts[row] for row in group], device=model.device)
+                progress.written -= ids.numel()
+                rows[group] = _continued(model, ids, length, temperature, progress).cpu()
+                progress.written += rows[group].numel()
     return rows
 
 
-class _Watched(StoppingCriteria):
-    """Tells after each token how many the model has written, and stops nothing."""
+class _Progress(StoppingCriteria):
+    """Reports after each token how many the model has written, and stops nothing."""
 
-    def __init__(self, told: Told, total: int) -> None:
-        self.told, self.total, self.written = told, total, 0
+    def __init__(self, report: Told, total: int) -> None:
+        self.report, self.total, self.written = report, total, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
-        self.told(self.written + input_ids.numel(), self.total)
+        self.report(self.written + input_ids.numel(), self.total)
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _at_once(model: PreTrainedModel, length: int) -> int:
-    """Returns how many rows are written side by side: each step reads all weights, however many there are."""
-    return max(AT_ONCE, CACHES // (length * (kv_cache_bytes(model) or CACHES)))
-
-
-def _alike(starts: Sequence[Sequence[int]], most: int) -> Iterator[list[int]]:
-    """Yields places of starts of one length, as many as are written at once."""
-    by_length: dict[int, list[int]] = {}
-    for place, start in enumerate(starts):
-        by_length.setdefault(len(start), []).append(place)
-    for own in by_length.values():
-        yield from (own[first : first + most] for first in range(0, len(own), most))
-
-
-def _continued(model: PreTrainedModel, ids: Tensor, length: int, temperature: float, watched: _Watched) -> Tensor:
+def _continued(model: PreTrainedModel, ids: Tensor, length: int, temperature: float, progress: _Progress) -> Tensor:
     """Draws the next tokens, past the ends of texts; nothing but the temperature changes the model's distribution."""
     how = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_length=length, eos_token_id=None, pad_token_id=0,
@@ -207,6 +193,6 @@ def _continued(model: PreTrainedModel, ids: Tensor, length: int, temperature: fl
     )  # fmt: skip
     write: Any = model.generate
     with overridden(model, generation_config=how):  # which would add what `how` leaves open
-        watching = StoppingCriteriaList([watched])
-        written: Tensor = write(ids, attention_mask=torch.ones_like(ids), generation_config=how, stopping_criteria=watching)
+        stopping = StoppingCriteriaList([progress])
+        written: Tensor = write(ids, attention_mask=torch.ones_like(ids), generation_config=how, stopping_criteria=stopping)
     return written

@@ -43,8 +43,8 @@ def check_data(data: object, name: str = "data") -> None:
     if is_table(data):
         return
     files = [data] if isinstance(data, str) else list(data.values()) if isinstance(data, dict) else []
-    names = [one for own in files for one in (own if isinstance(own, list) else [own])]
-    if not names or not all(isinstance(one, str) and one for one in names):
+    names = [file for of_split in files for file in (of_split if isinstance(of_split, list) else [of_split])]
+    if not names or not all(isinstance(file, str) and file for file in names):
         raise ValueError(f"{name}={data!r} must be a name, a file, files by split, or an object of `datasets`")
 
 
@@ -59,10 +59,10 @@ def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:
         return _read("parquet", {split: [file] for split, file in text_files().items()}, streaming)
     if isinstance(files := _files_or_name(data), dict):
         return _read(_one_kind(files), files, streaming)
-    found = dict(datasets.load_dataset(*files, streaming=streaming))
-    if any(runs_on(rows) for rows in found.values()):
-        found = dict(datasets.load_dataset(*files, streaming=streaming, keep_linebreaks=True))
-    return found
+    splits = dict(datasets.load_dataset(*files, streaming=streaming))
+    if any(runs_on(rows) for rows in splits.values()):
+        splits = dict(datasets.load_dataset(*files, streaming=streaming, keep_linebreaks=True))
+    return splits
 
 
 def check_there(data: Data, name: str = "data") -> None:
@@ -118,15 +118,15 @@ def _loaded(data: Table, streaming: bool) -> dict[str, Rows]:
     """Returns the splits of an object, each row of it a document; one table alone is the split `train`."""
     import datasets
 
-    found = dict(data) if isinstance(data, Mapping) else {"train": data}
-    if not found.keys() & set(SPLITS):
-        raise ValueError(f"data: the splits are {', '.join(map(str, found)) or 'none'}; one of {', '.join(SPLITS)} is needed")
-    for split, rows in found.items():
+    splits = dict(data) if isinstance(data, Mapping) else {"train": data}
+    if not splits.keys() & set(SPLITS):
+        raise ValueError(f"data: the splits are {', '.join(map(str, splits)) or 'none'}; one of {', '.join(SPLITS)} is needed")
+    for split, rows in splits.items():
         plain = rows.with_format(None)
-        plain._info = rows.info.copy()
+        plain._info = rows.info.copy()  # private: of the same info a change would show in the caller's table
         plain.info.builder_name = None  # where it came from lines of text, they have lost their ends
-        found[split] = plain.to_iterable_dataset() if streaming and isinstance(plain, datasets.Dataset) else plain
-    return found
+        splits[split] = plain.to_iterable_dataset() if streaming and isinstance(plain, datasets.Dataset) else plain
+    return splits
 
 
 def runs_on(rows: Rows) -> bool:
@@ -189,27 +189,27 @@ def _files(split: str, names: str | list[str], argument: str) -> list[str]:
     """Returns the files of a split, those of a glob in the order of their names."""
     if split not in SPLITS:
         raise ValueError(f"{argument}: unknown split '{split}'; a split is one of {', '.join(SPLITS)}")
-    found = list[str]()
+    files = list[str]()
     for name in [names] if isinstance(names, str) else names:
-        globbed = has_magic(name) and not Path(name).exists()
-        files = [file for file in sorted(glob(name, recursive=True)) if Path(file).is_file()] if globbed else [name]
-        if not files:
+        is_glob = has_magic(name) and not Path(name).exists()
+        matching = [file for file in sorted(glob(name, recursive=True)) if Path(file).is_file()] if is_glob else [name]
+        if not matching:
             raise ValueError(f"{argument}: no file of the split '{split}' matches '{name}'")
-        found += files
-    for name in found:
+        files += matching
+    for name in files:
         if not Path(name).is_file():
             raise ValueError(f"{argument}: the file '{name}' of the split '{split}' does not exist")
         if Path(name).stat().st_size == 0:
             raise ValueError(f"{argument}: the file '{name}' of the split '{split}' is empty")
-    return found
+    return files
 
 
 def check_columns(rows: Rows, split: str, *columns: str) -> None:
     """Refuses a split without one of the columns, or without any row."""
-    found = column_names(rows)
+    names = column_names(rows)
     for column in columns:
-        if column not in found:
-            raise ValueError(f"the split '{split}' has no column '{column}'; it has {', '.join(found) or 'no rows'}")
+        if column not in names:
+            raise ValueError(f"the split '{split}' has no column '{column}'; it has {', '.join(names) or 'no rows'}")
 
 
 def column_names(rows: Rows) -> list[str]:

@@ -61,7 +61,7 @@ def pack(
     """Packs rows, as `conversations.encode` reads them, into blocks of `block_size` token ids; the end of them is left out."""
     encoded = list(encode(rows, tokenizer, columns, documents, responses))
     ids = [token for row in encoded for token in row.ids]
-    learnt = [own for row in encoded for own in row.learnt]
+    learnt = [is_learnt for row in encoded for is_learnt in row.learnt]
     starts = range(0, len(ids) - block_size + 1, block_size)
     return _examples([(ids[i : i + block_size], learnt[i : i + block_size]) for i in starts], responses)
 
@@ -81,10 +81,12 @@ def apart(
 
 def _examples(examples: list[tuple[list[int], list[bool]]], labelled: bool) -> Batch:
     """Makes rows of token ids, perhaps with labels, of those examples in which something is learnt beyond the first token."""
-    told = [(ids, learnt) for ids, learnt in examples if any(learnt[1:])]
-    batch: Batch = {"input_ids": [ids for ids, _ in told]}
-    if labelled:
-        batch["labels"] = [[token if own else NOT_LEARNT for token, own in zip(ids, learnt, strict=True)] for ids, learnt in told]
+    batch: Batch = {"input_ids": [], **({"labels": []} if labelled else {})}
+    for ids, learnt in examples:
+        if any(learnt[1:]):
+            batch["input_ids"].append(ids)
+            if labelled:
+                batch["labels"].append([token if counts else NOT_LEARNT for token, counts in zip(ids, learnt, strict=True)])
     return batch
 
 
@@ -104,11 +106,12 @@ def classify(
 
 def numbered(labels: Sequence[Any], column: str, numbers: Mapping[Any, int] | None = None) -> list[int]:
     """Returns labels by number, as given, or as they are; refuses what is no number then."""
-    found = [label if numbers is None else numbers.get(label, label) for label in labels]
-    if wrong := [label for label in found if not isinstance(label, int)]:
-        known = f", or one of {', '.join(map(str, numbers))}" if numbers else ""
-        raise ValueError(f"the column '{column}' must hold labels, whole numbers from 0{known}; it holds {wrong[0]!r}")
-    return found
+    by_number = [label if numbers is None else numbers.get(label, label) for label in labels]
+    for label in by_number:
+        if not isinstance(label, int):
+            known = f", or one of {', '.join(map(str, numbers))}" if numbers else ""
+            raise ValueError(f"the column '{column}' must hold labels, whole numbers from 0{known}; it holds {label!r}")
+    return by_number
 
 
 def translate(rows: Batch, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], lengths: Sequence[int]) -> Batch:
@@ -126,12 +129,12 @@ def _texts(values: list[Any], column: str) -> list[str]:
 
 def blocks_to_batch(blocks: list[Batch]) -> Batch:
     """Makes a batch of blocks of token ids; in blocks without labels every token is one."""
-    ids, labels = (torch.tensor([own[name] for own in _labelled(blocks)]) for name in ("input_ids", "labels"))
-    return {"input_ids": ids, "labels": labels}
+    labelled = _labelled(blocks)
+    return {name: torch.tensor([block[name] for block in labelled]) for name in ("input_ids", "labels")}
 
 
 def _labelled(examples: list[Batch]) -> list[Batch]:
-    return [{"input_ids": own["input_ids"], "labels": own.get("labels") or own["input_ids"]} for own in examples]
+    return [{"input_ids": row["input_ids"], "labels": row.get("labels") or row["input_ids"]} for row in examples]
 
 
 class Padding:

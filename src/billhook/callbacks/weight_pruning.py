@@ -36,7 +36,8 @@ from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.hold import Hold
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matching import BlockMatching
-from billhook.sparsity.prune import WeightPlan, prune
+from billhook.sparsity.prune import prune
+from billhook.sparsity.pruned import WeightPlan
 
 
 @rank_zero_only

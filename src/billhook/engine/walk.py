@@ -72,14 +72,16 @@ def blocks_with(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Modul
         yield from blocks_with(child, linears)
 
 
-def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential, gates: bool = False) -> list[Site]:
+def find_sites(
+    model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential, gates: Collection[nn.Module] = ()
+) -> list[Site]:
     """Finds the sites where runs rest: blocks and linears outside of them, every linear, or the model as a whole.
 
     Args:
         model: The model.
         linears: Those to prune, by name, in the order of the model's modules.
         sequential: "block", "layer" or "none".
-        gates: Whether all runs leave a block before one enters the next, also where they rest within.
+        gates: Blocks that all runs leave before one enters the next, also where they rest within.
     """
     if sequential == "none":
         return [Site(model, dict(linears))]
@@ -87,12 +89,13 @@ def find_sites(model: nn.Module, linears: Mapping[str, nn.Module], sequential: S
     blocks = list(blocks_with(model, set(linears.values())))
     owner = {module: block for block in blocks for module in block.modules()}
     for name, linear in linears.items():
-        block = owner.get(linear, linear)
-        if gates:
-            sites.setdefault(block, Site(block, {}))
-        module = block if sequential == "block" else linear
+        module = owner.get(linear, linear) if sequential == "block" else linear
         sites.setdefault(module, Site(module, {})).linears[name] = linear
-    return list(sites.values())
+    if not gates:
+        return list(sites.values())
+    for block in gates:
+        sites.setdefault(block, Site(block, {}))
+    return [sites[module] for module in model.modules() if module in sites]
 
 
 def with_ways_out(model: nn.Module, sites: Sequence[Site]) -> list[Site]:

@@ -40,8 +40,8 @@ class Ablation(Importance):
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> scores = bh.score(model, bh.find_units(model, "block"), bh.importance.Ablation(), [model.dummy_inputs])
-        >>> {name: len(own) for name, own in scores.items()}
+        >>> scores = bh.score(model, bh.find_units(model, "block"), bh.Ablation(), [model.dummy_inputs])
+        >>> {name: len(of_place) for name, of_place in scores.items()}
         {'model.layers': 4}
     """
 
@@ -49,26 +49,26 @@ class Ablation(Importance):
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
-        gated = {name: one for name, one in units.items() if one.kind != "block"}
+        gated = {name: of_place for name, of_place in units.items() if of_place.kind != "block"}
         check_read(gated, type(self).__name__)
         sums = Sums.zero(units, per)
         with ablating(model, gated, per) as gates, torch.no_grad():
             for run in runs:
-                whole = float(run.forward())
-                for name, one in units.items():
+                dense = float(run.forward())
+                for name, of_place in units.items():
                     losses = []
-                    for unit in range(one.count(per)):
-                        without = skipping(model, {one.name: [unit]}) if name not in gates else _closed(gates[name], unit)
-                        with without:
+                    for unit in range(of_place.count(per)):
+                        blocks = {of_place.name: [unit]}
+                        with skipping(model, blocks) if name not in gates else _masked(gates[name], unit, "without"):
                             losses.append(float(run.forward()))
-                    sums.add(name, torch.tensor(losses, dtype=torch.float64) - whole, 1)
+                    sums.add(name, torch.tensor(losses, dtype=torch.float64) - dense, 1)
         return sums
 
 
 @contextmanager
 def ablating(model: nn.Module, units: Mapping[str, Units], per: Per) -> Iterator[dict[str, Tensor]]:
     """Places gates that are to be set by hand, all 1."""
-    gates = {name: torch.ones(one.count(per)) for name, one in units.items()}
+    gates = {name: torch.ones(of_place.count(per)) for name, of_place in units.items()}
     with ExitStack() as hooks:
         for handle in place_gates(model, units, gates, per):
             hooks.callback(handle.remove)
@@ -76,12 +76,14 @@ def ablating(model: nn.Module, units: Mapping[str, Units], per: Per) -> Iterator
 
 
 @contextmanager
-def _closed(gate: Tensor, unit: int) -> Iterator[None]:
-    gate[unit] = 0
+def _masked(gate: Tensor, unit: int, mode: Mode) -> Iterator[None]:
+    """Masks a unit, or all others of its place."""
+    gate.fill_(mode == "without")
+    gate[unit] = mode == "only"
     try:
         yield
     finally:
-        gate[unit] = 1
+        gate.fill_(1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,8 +131,8 @@ def ablate_heads(
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> found = bh.importance.ablate_heads(model, [model.dummy_inputs])
-        >>> [len(own) for own in found.values.values()]
+        >>> ablated = bh.ablate_heads(model, [model.dummy_inputs])
+        >>> [len(losses) for losses in ablated.values.values()]
         [8, 8, 8, 8]
     """
     annotated(ablate_heads, locals())
@@ -142,15 +144,13 @@ def ablate_heads(
     runs = [run_of(subject, heads, batch, metric) for batch in batches_of(batches, subject)]
     if not runs:
         raise ValueError("batches: at least one is needed")
-    values = {name: torch.zeros(one.count(per), dtype=torch.float64) for name, one in heads.items()}
-    whole = 0.0
+    values = {name: torch.zeros(of_place.count(per), dtype=torch.float64) for name, of_place in heads.items()}
+    dense = 0.0
     with resting(subject), ablating(subject, heads, per) as gates, torch.no_grad():
         for run in runs:
-            whole += float(run.forward()) / len(runs)
+            dense += float(run.forward()) / len(runs)
             for name, gate in gates.items():
                 for head in range(len(gate)):
-                    gate.fill_(1 if mode == "without" else 0)
-                    gate[head] = 0 if mode == "without" else 1
-                    values[name][head] += float(run.forward()) / len(runs)
-                gate.fill_(1)
-    return HeadAblation(mode, whole, values)
+                    with _masked(gate, head, mode):
+                        values[name][head] += float(run.forward()) / len(runs)
+    return HeadAblation(mode, dense, values)

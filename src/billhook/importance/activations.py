@@ -40,8 +40,8 @@ class ActivationNorm(Importance):
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> scores = bh.score(model, bh.find_units(model, "head"), bh.importance.ActivationNorm(), [model.dummy_inputs])
-        >>> [len(own) for own in scores.values()]
+        >>> scores = bh.score(model, bh.find_units(model, "head"), bh.ActivationNorm(), [model.dummy_inputs])
+        >>> [len(of_place) for of_place in scores.values()]
         [8, 8, 8, 8]
     """
 
@@ -50,26 +50,16 @@ class ActivationNorm(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        sums = ByReader()
-        watch(model, units, runs, partial(self._note, sums, units, per, {}))
-        return sums.over(units, per)
+        sums, last = ByReader(), dict[tuple[int, str], ReferenceType[Tensor]]()
 
-    @staticmethod
-    def _note(
-        sums: "ByReader",
-        units: Mapping[str, Units],
-        per: Per,
-        last: dict[tuple[int, str], ReferenceType[Tensor]],
-        run: int,
-        name: str,
-        reader: str,
-        inputs: Tensor,
-        tokens: Tensor | None,
-    ) -> None:
-        if (run, name) not in last or last[run, name]() is not inputs:
-            last[run, name] = ref(inputs)
-            norms = counting(by_unit(inputs.float().square(), units[name], per).sqrt(), tokens)
-            sums.add(name, reader, norms.flatten(0, -2).sum(0), counted(norms, tokens))
+        def note(run: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
+            if (run, name) not in last or last[run, name]() is not inputs:
+                last[run, name] = ref(inputs)
+                norms = counting(by_unit(inputs.float().square(), units[name], per).sqrt(), tokens)
+                sums.add(name, reader, norms.flatten(0, -2).sum(0), counted(norms, tokens))
+
+        watch(model, units, runs, note)
+        return sums.over(units, per)
 
 
 @dataclass(frozen=True)
@@ -93,7 +83,7 @@ class OutputNorm(Importance):
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> scores = bh.score(model, bh.find_units(model, "channel"), bh.OutputNorm(), [model.dummy_inputs])
-        >>> [len(own) for own in scores.values()]
+        >>> [len(of_place) for of_place in scores.values()]
         [384, 384, 384, 384]
     """
 
@@ -102,44 +92,35 @@ class OutputNorm(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        sums, tables, grams = ByReader(), dict[tuple[str, str], Tensor](), dict[tuple[str, str], Tensor]()
-        windows = dict[str, Convolution]()
-        for name, one in units.items():
-            table, there = table_of(one, per)
-            for reader, module in reading(model, one).items():
+        sums, windows = ByReader(), dict[str, Convolution]()
+        tables, grams = dict[tuple[str, str], Tensor](), dict[tuple[str, str], Tensor]()
+        for name, of_place in units.items():
+            table, exists = table_of(of_place, per)
+            for reader, module in reading(model, of_place).items():
                 store_of(model).load(module)
                 if (window := window_of(module)) is None:
-                    tables[name, reader], grams[name, reader] = table, gram_of(module, table, there, len(one.index))
+                    tables[name, reader], grams[name, reader] = table, gram_of(module, table, exists, len(of_place.index))
                 else:
                     windows[reader], tables[name, reader] = window, over_taps(window, table)
-                    grams[name, reader] = gram_over_taps(window, tables[name, reader], there)
-        watch(model, units, runs, partial(self._note, sums, tables, grams, windows))
-        return sums.over(units, per)
+                    grams[name, reader] = gram_over_taps(window, tables[name, reader], exists)
 
-    @staticmethod
-    def _note(
-        sums: "ByReader",
-        tables: Mapping[tuple[str, str], Tensor],
-        grams: Mapping[tuple[str, str], Tensor],
-        windows: Mapping[str, Convolution],
-        _: int,
-        name: str,
-        reader: str,
-        inputs: Tensor,
-        tokens: Tensor | None,
-    ) -> None:
-        if (window := windows.get(reader)) is not None:
-            if tokens is not None:
-                raise ValueError(f"importance: {reader} reads several places at once, of which some are padding and do not count")
-            inputs = patches(window, batched(window, inputs.movedim(-1, read_dim(window))))
-        table = tables[name, reader].to(inputs.device)
-        rows = counting(inputs.float(), tokens).flatten(0, -2)
-        if table.shape[1] == 1:
-            moments = rows.square().sum(0)[table][..., None]
-        else:
-            given = rows[:, table].transpose(0, 1)
-            moments = _square(given.mT)
-        sums.add(name, reader, (moments * grams[name, reader]).sum((1, 2)), counted(inputs, tokens))
+        def note(_: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
+            if (window := windows.get(reader)) is not None:
+                if tokens is not None:
+                    raise ValueError(
+                        f"importance: {reader} reads several places at once, of which some are padding and do not count"
+                    )
+                inputs = patches(window, batched(window, inputs.movedim(-1, read_dim(window))))
+            table = tables[name, reader].to(inputs.device)
+            rows = counting(inputs.float(), tokens).flatten(0, -2)
+            if table.shape[1] == 1:
+                moments = rows.square().sum(0)[table][..., None]
+            else:
+                moments = _square(rows[:, table].transpose(0, 1).mT)
+            sums.add(name, reader, (moments * grams[name, reader]).sum((1, 2)), counted(inputs, tokens))
+
+        watch(model, units, runs, note)
+        return sums.over(units, per)
 
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a place; see `Importance.of_mean`."""
@@ -159,14 +140,13 @@ class ByReader:
     def add(self, name: str, reader: str, total: Tensor, count: int) -> None:
         """Adds the sums of one call of a reader of a place."""
         before, counted = self._sums.get((name, reader), (0.0, 0))
-        own = in_float64(total.detach())
-        self._sums[name, reader] = before + own, counted + count
+        self._sums[name, reader] = before + in_float64(total.detach()), counted + count
 
     def over(self, units: Mapping[str, Units], per: Per) -> Sums:
         """Returns the sums over all readers of each place."""
         sums = Sums.zero(units, per)
-        for name, one in units.items():
-            for reader in dict.fromkeys(one.readers):
+        for name, of_place in units.items():
+            for reader in dict.fromkeys(of_place.readers):
                 if (name, reader) in self._sums:
                     sums.add(name, *self._sums[name, reader])
         return sums
@@ -183,55 +163,55 @@ def watch(
 
     With `leave`, they run side by side, and it is called with each block when all have passed it.
     """
-    turns = Together(model, leave)
+    together = Together(model, leave)
 
     def see(name: str, reader: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        dim, tokens = read_dim(module), runs[turns.now].tokens.get(reader)
-        note(turns.now, name, reader, args[0] if dim == -1 else args[0].movedim(dim, -1), tokens)
+        dim, tokens = read_dim(module), runs[together.now].tokens.get(reader)
+        note(together.now, name, reader, args[0] if dim == -1 else args[0].movedim(dim, -1), tokens)
 
     with ExitStack() as hooks, torch.no_grad():
-        for name, one in units.items():
-            for reader, module in reading(model, one).items():
+        for name, of_place in units.items():
+            for reader, module in reading(model, of_place).items():
                 hooks.callback(module.register_forward_pre_hook(partial(see, name, reader)).remove)
-        turns([run.visit for run in runs])
+        together([run.visit for run in runs])
 
 
 def table_of(units: Units, per: Per) -> tuple[Tensor, Tensor]:
     """Returns the positions of each unit, `[units, size]`, int64; and which of them exist, as some may have fewer: bool."""
-    positions = units.positions(per)
-    there = np.flatnonzero(positions >= 0)
-    there = there[np.argsort(positions[there], kind="stable")]
-    sizes = np.bincount(positions[there], minlength=units.count(per))
+    unit_at = units.positions(per)
+    positions = np.flatnonzero(unit_at >= 0)
+    positions = positions[np.argsort(unit_at[positions], kind="stable")]
+    sizes = np.bincount(unit_at[positions], minlength=units.count(per))
     table = np.full((len(sizes), sizes.max()), -1)
-    table[positions[there], np.arange(len(there)) - np.repeat(np.cumsum(sizes) - sizes, sizes)] = there
+    first = np.cumsum(sizes) - sizes
+    table[unit_at[positions], np.arange(len(positions)) - np.repeat(first, sizes)] = positions
     return torch.from_numpy(table.clip(0)), torch.from_numpy(table >= 0)
 
 
 @torch.no_grad()
-def gram_of(reader: nn.Module, table: Tensor, there: Tensor, width: int) -> Tensor:
+def gram_of(reader: nn.Module, table: Tensor, exists: Tensor, width: int) -> Tensor:
     """Returns W_u^T W_u of each unit: float32, `[units, size, size]`."""
-    like = next((one for one in reader.parameters() if one.is_floating_point()), torch.zeros(()))
-    if places := -1 - read_dim(reader):
-        windows = [(*part.kernel_size, *part.stride) for part in reader.modules() if isinstance(part, nn.modules.conv._ConvNd)]
-        if {size for window in windows for size in window} != {1}:
-            raise ValueError(
-                f"importance: {reader} reads several places at once, so that what a unit moves is no sum over tokens"
-            )
-    read = partial(_product, reader)
-    nothing, found = like.new_zeros(1, width, *[1] * places), []
+    like = next((parameter for parameter in reader.parameters() if parameter.is_floating_point()), torch.zeros(()))
+    if dims := -1 - read_dim(reader):
+        for part in reader.modules():
+            if isinstance(part, nn.modules.conv._ConvNd) and {*part.kernel_size, *part.stride} != {1}:
+                raise ValueError(
+                    f"importance: {reader} reads several places at once, so that what a unit moves is no sum over tokens"
+                )
+
+    def product(inputs: Tensor) -> Tensor:
+        output = reader(inputs)  # of a router that is a linear and returns what it has chosen, too, the product alone
+        return nn.Linear.forward(reader, inputs) if isinstance(reader, nn.Linear) and not isinstance(output, Tensor) else output
+
+    zero, grams = like.new_zeros(1, width, *[1] * dims), []
+    table, exists = table.to(like.device), exists.to(like.device)
+    step = max(1, AT_ONCE // (table.shape[1] * width))
     with torch.autocast(like.device.type, enabled=False):
-        step = max(1, AT_ONCE // (table.shape[1] * width))
-        for some, held in zip(*(torch.split(one.to(like.device), step) for one in (table, there)), strict=True):
-            each = like.new_zeros(some.numel(), width).scatter_(1, some.reshape(-1, 1), 1.0)
-            columns = read(each.view(-1, *nothing.shape[1:])) - read(nothing)
-            found.append(_square(columns.float().view(*some.shape, -1) * held[..., None]))
-    return torch.cat(found)
-
-
-def _product(reader: nn.Module, given: Tensor) -> Tensor:
-    """Returns what a linear gives; of a router that is one and returns what it has chosen, too, the product alone."""
-    found = reader(given)
-    return found if isinstance(found, Tensor) or not isinstance(reader, nn.Linear) else nn.Linear.forward(reader, given)
+        for positions, exist in zip(torch.split(table, step), torch.split(exists, step), strict=True):
+            vectors = like.new_zeros(positions.numel(), width).scatter_(1, positions.reshape(-1, 1), 1.0)
+            columns = product(vectors.view(-1, *zero.shape[1:])) - product(zero)  # less what a bias gives
+            grams.append(_square(columns.float().view(*positions.shape, -1) * exist[..., None]))
+    return torch.cat(grams)
 
 
 def window_of(reader: nn.Module) -> Convolution | None:
@@ -248,11 +228,11 @@ def over_taps(window: Convolution, table: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gram_over_taps(window: Convolution, table: Tensor, there: Tensor) -> Tensor:
+def gram_over_taps(window: Convolution, table: Tensor, exists: Tensor) -> Tensor:
     """Returns W_u^T W_u of each unit, over all that an output reads of it: float32, `[units, taps * size, taps * size]`."""
     columns = weight_of(window).float().t()[table.to(window.weight.device)]
-    held = there.repeat(1, prod(window.kernel_size)).to(columns.device)
-    return _square(columns * held[..., None])
+    exists = exists.repeat(1, prod(window.kernel_size)).to(columns.device)
+    return _square(columns * exists[..., None])
 
 
 def _square(rows: Tensor) -> Tensor:

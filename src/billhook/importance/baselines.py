@@ -30,8 +30,8 @@ class WeightNorm(Importance):
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> scores = bh.score(model, bh.find_units(model, "channel"), bh.importance.WeightNorm())
-        >>> [len(own) for own in scores.values()]
+        >>> scores = bh.score(model, bh.find_units(model, "channel"), bh.WeightNorm())
+        >>> [len(of_place) for of_place in scores.values()]
         [384, 384, 384, 384]
     """
 
@@ -48,8 +48,7 @@ class WeightNorm(Importance):
         sums = Sums.zero(units, per)
         for part in parts_of(model, units, per):
             store_of(model).load(model.get_submodule(part.name.rpartition(".")[0]))
-            weight = model.get_parameter(part.name).detach()
-            weight = in_float64(weight)
+            weight = in_float64(model.get_parameter(part.name).detach())
             sums.add(part.place, part.by_unit(part.along(weight.abs() if self.p == 1 else weight.square())), 0)
         return Sums({name: total.pow(1 / self.p) for name, total in sums.totals.items()}, sums.counts)
 
@@ -69,6 +68,6 @@ class RandomUnits(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         sums, generator = Sums.zero(units, per), torch.Generator().manual_seed(self.seed)
-        for name, one in units.items():
-            sums.add(name, torch.rand(one.count(per), generator=generator), 1)
+        for name, of_place in units.items():
+            sums.add(name, torch.rand(of_place.count(per), generator=generator), 1)
         return sums

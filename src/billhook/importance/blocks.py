@@ -4,7 +4,7 @@
 https://arxiv.org/abs/2403.03853), equation 1.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -34,8 +34,8 @@ class BlockInfluence(Importance):
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> scores = bh.score(model, bh.find_units(model, "block"), bh.importance.BlockInfluence(), [model.dummy_inputs])
-        >>> {name: len(own) for name, own in scores.items()}
+        >>> scores = bh.score(model, bh.find_units(model, "block"), bh.BlockInfluence(), [model.dummy_inputs])
+        >>> {name: len(of_place) for name, of_place in scores.items()}
         {'model.layers': 4}
     """
 
@@ -43,44 +43,31 @@ class BlockInfluence(Importance):
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
-        sums = Sums.zero(units, per)
-        for name, one in units.items():
-            if one.kind != "block":
-                raise ValueError(f"importance: BlockInfluence scores blocks, and the units of {name} are {PLURAL[one.kind]}")
-        turns = Together(model)
+        sums, together = Sums.zero(units, per), Together(model)
+        for name, of_place in units.items():
+            if of_place.kind != "block":
+                kind = PLURAL[of_place.kind]
+                raise ValueError(f"importance: BlockInfluence scores blocks, and the units of {name} are {kind}")
 
-        def counting(name: str) -> Tensor | None:
-            return runs[turns.now].tokens.get(name)
+        def note(name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
+            inputs = hidden_states([*args, *kwargs.values()])
+            returned = None if inputs is None else returned_states(inputs, output)
+            if inputs is not None and returned is not None:
+                cosines = cosine_similarity(inputs.detach().float(), returned.detach().float(), dim=-1)
+                tokens = runs[together.now].tokens.get(units[name].name)
+                if tokens is not None and tokens.shape == cosines.shape:
+                    cosines = cosines[tokens.to(cosines.device)]
+                sums.totals[name][number] += float(cosines.cpu().double().sum())
+                sums.counts[name][number] += cosines.numel()
 
         with ExitStack() as hooks, torch.no_grad():
-            for name, one in units.items():
-                for number in range(one.count()):
-                    block = model.get_submodule(f"{one.name}.{number}")
-                    note = partial(self._note, sums, name, number, partial(counting, one.name))
-                    hooks.callback(block.register_forward_hook(note, with_kwargs=True).remove)
-            turns([run.visit for run in runs])
+            for name, of_place in units.items():
+                for number in range(of_place.count()):
+                    block = model.get_submodule(f"{of_place.name}.{number}")
+                    hooks.callback(block.register_forward_hook(partial(note, name, number), with_kwargs=True).remove)
+            together([run.visit for run in runs])
         return sums
 
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a place; see `Importance.of_mean`."""
         return 1 - mean
-
-    @staticmethod
-    def _note(
-        sums: Sums,
-        name: str,
-        number: int,
-        counting: Callable[[], Tensor | None],
-        _: nn.Module,
-        args: Any,  # noqa: ANN401
-        kwargs: Any,  # noqa: ANN401
-        output: Any,  # noqa: ANN401
-    ) -> None:
-        given = hidden_states([*args, *kwargs.values()])
-        returned = None if given is None else returned_states(given, output)
-        if given is not None and returned is not None:
-            cosines, tokens = cosine_similarity(given.detach().float(), returned.detach().float(), dim=-1), counting()
-            if tokens is not None and tokens.shape == cosines.shape:
-                cosines = cosines[tokens.to(cosines.device)]
-            sums.totals[name][number] += float(cosines.cpu().double().sum())
-            sums.counts[name][number] += cosines.numel()

@@ -51,7 +51,7 @@ def watch_in_turn(
     Raises:
         CalledAgain: If a reader is called later; then all runs must be over before anything is made of what was noted.
     """
-    readers = {reader: module for one in units.values() for reader, module in reading(model, one).items()}
+    readers = {reader: module for of_place in units.values() for reader, module in reading(model, of_place).items()}
     ahead = {block: set(block.modules()) for block in blocks_of(model)}
     passed, leaving = set[str](), False
 
@@ -115,7 +115,7 @@ class OBS(Importance):
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> scores = bh.score(model, bh.find_units(model, "channel"), bh.OBS(), [model.dummy_inputs])
-        >>> [len(own) for own in scores.values()]
+        >>> [len(of_place) for of_place in scores.values()]
         [384, 384, 384, 384]
     """
 
@@ -131,8 +131,9 @@ class OBS(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         check_read(units, type(self).__name__)
-        size = sum(4 * len(one.index) ** 2 for one in units.values() for _ in reading(model, one))
-        too_many = self.passes == 1 and store_of(model).holds_all and size > memory_to_hold(_device(model))
+        size = sum(4 * len(of_place.index) ** 2 * len(reading(model, of_place)) for of_place in units.values())
+        device = next(chain(model.parameters(), model.buffers())).device
+        too_many = self.passes == 1 and store_of(model).holds_all and size > memory_to_hold(device)
         if too_many or goes_by_blocks(model, [run.visit for run in runs]):
             sums, moments = Sums.zero(units, per), Moments()
 
@@ -155,28 +156,24 @@ class OBS(Importance):
     def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, moments: Moments) -> None:
         """Adds the errors that follow from moments."""
         for (name, reader), seen in moments.items():
-            table, there = table_of(units[name], per)
+            table, exists = table_of(units[name], per)
             store_of(model).load(model.get_submodule(reader))
-            gram = gram_of(model.get_submodule(reader), table, there, seen.in_features)
-            sums.add(name, errors_without(seen.products, gram, table, there, self.damping), int(seen.tokens))
+            gram = gram_of(model.get_submodule(reader), table, exists, seen.in_features)
+            sums.add(name, errors_without(seen.products, gram, table, exists, self.damping), int(seen.tokens))
 
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a place; see `Importance.of_mean`."""
         return mean.clamp(min=0).sqrt()
 
 
-def _device(model: nn.Module) -> torch.device:
-    return next(chain(model.parameters(), model.buffers())).device
-
-
-def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor, damping: float) -> Tensor:
+def errors_without(products: Tensor, gram: Tensor, table: Tensor, exists: Tensor, damping: float) -> Tensor:
     """Returns tr(W_u^T W_u ([H^-1]_uu)^-1) of each unit u, H = X X^T + damping * mean(diag) I: float64, `[units]`.
 
     Args:
         products: X X^T, `[in_features, in_features]`.
         gram: W_u^T W_u, `[units, size, size]`, zero for positions that do not exist.
         table: The positions of each unit, `[units, size]`, int64.
-        there: Which of them exist, as some units may have fewer: bool.
+        exists: Which of them exist, as some units may have fewer: bool.
         damping: Share of the mean of the diagonal that is added to it.
     """
     h = products.to(float64_device(products.device), torch.float64, copy=True)
@@ -184,8 +181,8 @@ def errors_without(products: Tensor, gram: Tensor, table: Tensor, there: Tensor,
     if failed:
         raise ValueError(f"damping={damping} is too small for inputs so alike, or they are NaN or infinite")
     inverse = torch.cholesky_inverse(factor, out=factor)
-    table, there = table.to(h.device), there.to(h.device)
-    both = there[:, :, None] & there[:, None, :]
+    table, exists = table.to(h.device), exists.to(h.device)
+    both = exists[:, :, None] & exists[:, None, :]
     blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))
     lost: Tensor = (gram.to(h.device).double() * torch.linalg.inv(blocks)).sum((1, 2))
     return lost

@@ -86,12 +86,12 @@ def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any: 
 
 def check_read(units: Mapping[str, Units], who: str) -> None:
     """Refuses units that no module of its own reads, as experts and blocks."""
-    for name, one in units.items():
-        if not one.readers:
-            works = "BlockInfluence, Ablation" if one.kind == "block" else "Taylor, WeightNorm"
+    for name, of_place in units.items():
+        if not of_place.readers:
+            works = "BlockInfluence, Ablation" if of_place.kind == "block" else "Taylor, WeightNorm"
             raise ValueError(
-                f"importance: {who} looks at what modules read, and the units of {name} ({PLURAL[one.kind]}) are read by none of "
-                f"their own; {works} and RandomUnits work"
+                f"importance: {who} looks at what modules read, and the units of {name} ({PLURAL[of_place.kind]}) are read by "
+                f"none of their own; {works} and RandomUnits work"
             )
 
 
@@ -129,8 +129,8 @@ class Products:
         """Runs a loss and its gradient; refuses one that is none, or does not depend on a place."""
         probes = {name: torch.zeros((), requires_grad=True) for name in self._units}
         with ExitStack() as hooks, torch.enable_grad():
-            for name, one in self._units.items():
-                for reader, module in reading(model, one).items():
+            for name, of_place in self._units.items():
+                for reader, module in reading(model, of_place).items():
                     hook = partial(self._probe, name, self._tokens.get(reader), probes[name])
                     hooks.callback(module.register_forward_pre_hook(hook).remove)
             gradients = torch.autograd.grad(scalar(loss()), list(probes.values()), allow_unused=True)
@@ -143,23 +143,24 @@ class Products:
     def _probe(
         self, name: str, tokens: Tensor | None, probe: Tensor, module: nn.Module, args: tuple[Any, ...]
     ) -> tuple[Any, ...]:
-        dim, given = read_dim(module), args[0].movedim(read_dim(module), -1)
-        own = self._sums.setdefault((name, given.shape[:-1], id(tokens)), _Sum(name, tokens))
-        own.awaited += 1
-        probed = _Probe.apply(given, probe.to(given.device), partial(self._note, own))  # type: ignore[no-untyped-call]
+        dim = read_dim(module)
+        inputs = args[0].movedim(dim, -1)
+        total = self._sums.setdefault((name, inputs.shape[:-1], id(tokens)), _Sum(name, tokens))
+        total.awaited += 1
+        probed = _Probe.apply(inputs, probe.to(inputs.device), partial(self._note, total))  # type: ignore[no-untyped-call]
         return (probed.movedim(-1, dim), *args[1:])
 
-    def _note(self, own: _Sum, values: Tensor) -> None:
-        products = counting(by_unit(values, self._units[own.name], self._per), own.tokens)
-        own.products = products if own.products is None else own.products + products
-        own.awaited -= 1
-        if not own.awaited:
-            self._pass_on(own)
+    def _note(self, total: _Sum, values: Tensor) -> None:
+        products = counting(by_unit(values, self._units[total.name], self._per), total.tokens)
+        total.products = products if total.products is None else total.products + products
+        total.awaited -= 1
+        if not total.awaited:
+            self._pass_on(total)
 
-    def _pass_on(self, own: _Sum) -> None:
-        if own.products is not None:
-            self._use(own.name, own.products, counted(own.products, own.tokens))
-            own.products = None
+    def _pass_on(self, total: _Sum) -> None:
+        if total.products is not None:
+            self._use(total.name, total.products, counted(total.products, total.tokens))
+            total.products = None
 
 
 class _Probe(torch.autograd.Function):

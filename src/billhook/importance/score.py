@@ -37,8 +37,8 @@ class Sums:
     @classmethod
     def zero(cls, units: Mapping[str, Units], per: Per) -> "Sums":
         """Returns sums over nothing."""
-        empty = ({name: torch.zeros(one.count(per), dtype=torch.float64) for name, one in units.items()} for _ in range(2))
-        return cls(*empty)
+        totals = {name: torch.zeros(of_place.count(per), dtype=torch.float64) for name, of_place in units.items()}
+        return cls(totals, {name: zeros.clone() for name, zeros in totals.items()})
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
         """Adds the sums of one batch for one place."""
@@ -129,8 +129,8 @@ def score(
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> scores = bh.score(model, bh.find_units(model, "head"), bh.importance.WeightNorm())
-        >>> [len(own) for own in scores.values()]
+        >>> scores = bh.score(model, bh.find_units(model, "head"), bh.WeightNorm())
+        >>> [len(of_place) for of_place in scores.values()]
         [8, 8, 8, 8]
     """
     annotated(score, locals())
@@ -154,23 +154,23 @@ def score_units(
     check_values(model, coming=True)
     check_trains(model, importance)
     check_held(model, units)
-    given = batches_of(batches, model) if importance.needs_data else ()
-    turns = store_of(model).apart(comm) if importance.in_turn else store_of(model).all_here()
-    with resting(model), turns, recomputing(model) if importance.needs_gradients else nullcontext():
-        runs = [run_of(model, units, batch, loss) for batch in given]
+    read = batches_of(batches, model) if importance.needs_data else ()
+    blocks = store_of(model).apart(comm) if importance.in_turn else store_of(model).all_here()
+    with resting(model), blocks, recomputing(model) if importance.needs_gradients else nullcontext():
+        runs = [run_of(model, units, batch, loss) for batch in read]
         sums = importance.sums(model, units, per, telling(runs, progress) if progress else runs)
     if importance.needs_data:
         comm.sum_(*sums.totals.values(), *sums.counts.values())
         if not any(count.any() for count in sums.counts.values()):
             raise ValueError(f"batches: {type(importance).__name__} needs at least one batch, with tokens that count")
     scores = dict[str, Tensor]()
-    for place, total in sums.totals.items():
-        of_place = importance.of_mean(total / sums.counts[place].clamp(min=1))
-        if not torch.isfinite(of_place).all():
+    for name, total in sums.totals.items():
+        mean = importance.of_mean(total / sums.counts[name].clamp(min=1))
+        if not torch.isfinite(mean).all():
             raise ValueError(
-                f"importance: a score of {place} is NaN or infinite: the loss, or the model, is not finite on a batch"
+                f"importance: a score of {name} is NaN or infinite: the loss, or the model, is not finite on a batch"
             )
-        scores[place] = (of_place / (of_place.norm() + 1e-20) if normalize else of_place).float()
+        scores[name] = (mean / (mean.norm() + 1e-20) if normalize else mean).float()
     return comm.decide(lambda: scores)  # all ranks choose by the same, whatever their sums are rounded to
 
 
@@ -178,5 +178,5 @@ def run_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss 
     """Returns a batch as `Importance` takes it, on the model's device."""
     if isinstance(batch, Run):
         return batch
-    names = [name for one in units.values() for name in ([one.name] if one.kind == "block" else one.readers)]
+    names = [name for units_of in units.values() for name in ([units_of.name] if units_of.kind == "block" else units_of.readers)]
     return run_with_loss(model, {name: model.get_submodule(name) for name in names}, batch, loss)

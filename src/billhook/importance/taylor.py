@@ -57,7 +57,7 @@ class Taylor(Importance):
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> scores = bh.score(model, bh.find_units(model, "head"), bh.Taylor(), [model.dummy_inputs])
-        >>> [len(own) for own in scores.values()]
+        >>> [len(of_place) for of_place in scores.values()]
         [8, 8, 8, 8]
     """
 
@@ -78,17 +78,17 @@ class Taylor(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         sums, parts = Sums.zero(units, per), parts_of(model, units, per)
-        places = {name: [(part.place, part.name, part.dim) for part in parts if part.place == name] for name in units}
+        keys = {name: [_key(part) for part in parts if part.place == name] for name in units}
         with trainable(model, [part.name for part in parts]) as parameters:
             for number, run in enumerate(runs):
                 scores: Scores = {}
                 for share in _shares(parameters, self.passes if self.order == "mixed" else 1):
                     _Pass(self.order, share, parts, scores).run(run, f"batch {number}")
-                for name, own in places.items():
-                    if not any(part in scores for part in own):
+                for name, keys_of in keys.items():
+                    if not any(key in scores for key in keys_of):
                         raise ValueError(independent(name))
                     zero = torch.zeros_like(sums.totals[name])
-                    sums.add(name, self._reduced(torch.stack([scores.get(part, zero) for part in own])), 1)
+                    sums.add(name, self._reduced(torch.stack([scores.get(key, zero) for key in keys_of])), 1)
         return sums
 
     def _reduced(self, scores: Tensor) -> Tensor:
@@ -103,6 +103,10 @@ class Taylor(Importance):
             case "product":
                 return scores.prod(0)
         return scores[0 if self.reduce == "first" else -1]
+
+
+def _key(part: Part) -> tuple[str, str, int]:
+    return part.place, part.name, part.dim
 
 
 class _Pass:
@@ -125,16 +129,12 @@ class _Pass:
             stream(run.forward, self._parameters, partial(self._products, where))
         for parts in self._parts.values():
             for part in parts:
-                if (place := (part.place, part.name, part.dim)) in self._positions:
-                    self._scores[place] = part.by_unit(self._checked(self._positions.pop(place)))
-
-    def _checked(self, positions: Tensor) -> Tensor:
-        """Brings sums to the host; says where they are not finite."""
-        here = positions.cpu()
-        if not np.isfinite(here.numpy()).all():
-            where, name = next((where, name) for where, name, finite in self._finite if not finite)
-            raise ValueError(f"batches: {where} (counted from 0) gives {name} a gradient that is NaN or infinite")
-        return here
+                if (key := _key(part)) in self._positions:
+                    on_host = self._positions.pop(key).cpu()
+                    if not np.isfinite(on_host.numpy()).all():
+                        where, name = next((where, name) for where, name, finite in self._finite if not finite)
+                        raise ValueError(f"batches: {where} (counted from 0) gives {name} a gradient that is NaN or infinite")
+                    self._scores[key] = part.by_unit(on_host)
 
     def _squares(self, factor: float, where: str, name: str, gradient: Tensor) -> None:
         squares = _full(gradient).square().mul_(factor)
@@ -156,12 +156,8 @@ class _Pass:
         for part in self._parts[name]:
             along = part.along(values)
             self._finite.append((where, name, along.isfinite().all()))
-            found = (along.abs() if self._order == "vector" else along).detach()
-            found = in_float64(found)
-            place = part.place, name, part.dim
-            if place in self._positions:
-                found += self._positions[place]
-            self._positions[place] = found  # NaN and infinity stay in the sums
+            total = in_float64((along.abs() if self._order == "vector" else along).detach())
+            self._positions[_key(part)] = total + self._positions.get(_key(part), 0.0)  # NaN and infinity stay in the sums
 
     def _weight(self, name: str) -> Tensor:
         return _full(self._parameters[name].detach())

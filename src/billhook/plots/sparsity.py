@@ -11,7 +11,7 @@ from torch import nn
 from billhook.arguments import annotated
 from billhook.model.linears import prunable, weight_of
 from billhook.plots.style import Picture, heat_map
-from billhook.sparsity.prune import WeightPlan
+from billhook.sparsity.pruned import WeightPlan
 from billhook.tracing.show import pattern
 
 NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from billhook.engine.comm import ALONE, Comm
 from billhook.linalg import conjugate_gradients, ridge_solver
-from billhook.repairs.moments import EVERY, OUTPUTS, Fold, OwedMoments, wide
+from billhook.repairs.moments import EVERY, OUTPUTS, Fold, OwedMoments, as_float
 
 Solve = Callable[[slice], Tensor]
 """With some of the outputs, what is added to their weights, `[outputs, in_features]`, float64."""
@@ -38,7 +38,13 @@ def least(ridges: Sequence[float], without: Tensor, errors: Tensor) -> float:
 
 def choose_ridge(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], comm: Comm = ALONE) -> float:
     """Chooses the ridge with which solutions err least on held-out data, on the first rank; infinity if none helps."""
-    errors = _tried(folds, centred, ridges, comm)
+    errors = folds[0][1].tokens.new_zeros(len(ridges), len(folds))  # NaN without a solution
+    pieces = [(row, column) for row in range(len(ridges)) for column in range(len(folds))]
+    for (row, column), is_own in zip(pieces, comm.own_of([1.0] * len(pieces)), strict=True):
+        if is_own:
+            parts, held_out = folds[column]
+            errors[row, column] = error_left(solve_ridge(parts, centred, ridges[row]), parts, held_out, centred)
+    comm.sum_(errors)
     return comm.decide(lambda: least(ridges, errors_without(folds, centred), errors))
 
 
@@ -76,13 +82,25 @@ def refit_linear(
     centred = bias is not None
     ridge = choose_ridge(_mixed(folds), centred, ridges, comm)
     if support is None:
-        solve = _solving(every, centred, sorted({ridge, math.inf, *(one for one in ridges if one > ridge)}), comm)
+        solve = _solving(every, centred, sorted({ridge, math.inf, *(larger for larger in ridges if larger > ridge)}), comm)
     else:
         errors = _bound_errors(folds, centred, ridge, support, comm)
         helps = comm.decide(lambda: least([ridge], errors_without(folds, centred), errors[None]) == ridge)
         solve = _bound(every, centred, ridge if helps else math.inf, support)
-    new, shift = _solved(weight, every, solve, comm, centred)
-    return new, None if bias is None else bias.double() + shift
+    new, shift = torch.zeros_like(weight), torch.zeros_like(every[0].owed_sums)
+    for rows in comm.rows_of(len(weight), OUTPUTS):  # each rank has rows of its own
+        more = solve(rows)
+        shift[rows] = bias_shift(more, every, rows)
+        new[rows] = more.add_(weight[rows])
+    total = as_float(new)
+    comm.sum_(total, *([shift] if centred else []))
+    return total.to(weight.dtype), None if bias is None else bias.double() + shift
+
+
+def _mixed(folds: Sequence[Fold]) -> list[Fold]:
+    """Returns folds of which each part has a bounded number of outputs."""
+    mixed = {part: part.mixed() for others, held_out in folds for part in (*others, held_out)}
+    return [([mixed[part] for part in others], mixed[held_out]) for others, held_out in folds]
 
 
 def _solving(parts: Sequence[OwedMoments], centred: bool, ridges: Sequence[float], comm: Comm) -> Solve:
@@ -92,38 +110,9 @@ def _solving(parts: Sequence[OwedMoments], centred: bool, ridges: Sequence[float
     return lambda rows: solve(_owed(parts, centred, rows))
 
 
-def _solved(weight: Tensor, parts: Sequence[OwedMoments], solve: Solve, comm: Comm, centred: bool) -> tuple[Tensor, Tensor]:
-    """Solves for a weight, some rows at a time, of which each rank has its own, and for what a bias adds."""
-    new, shift = torch.zeros_like(weight), torch.zeros_like(parts[0].owed_sums)
-    for rows in comm.rows_of(len(weight), OUTPUTS):
-        more = solve(rows)
-        shift[rows] = bias_shift(more, parts, rows)
-        new[rows] = more.add_(weight[rows])
-    total = wide(new)
-    comm.sum_(total, *([shift] if centred else []))
-    return total.to(weight.dtype), shift
-
-
-def _mixed(folds: Sequence[Fold]) -> list[Fold]:
-    """Returns folds of which each part has a bounded number of outputs."""
-    mixed = {part: part.mixed() for own, held_out in folds for part in (*own, held_out)}
-    return [([mixed[part] for part in own], mixed[held_out]) for own, held_out in folds]
-
-
 def errors_without(folds: Sequence[Fold], centred: bool) -> Tensor:
     """Computes what is erred on the held-out data of each fold, `[folds]`, where nothing is added to a weight."""
     return torch.stack([held_out.error(None, _means(parts)[1] if centred else None) for parts, held_out in folds])
-
-
-def _tried(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], comm: Comm) -> Tensor:
-    """Computes what is erred with each ridge on the held-out data of each fold, `[ridges, folds]`, NaN without a solution."""
-    errors = folds[0][1].tokens.new_zeros(len(ridges), len(folds))
-    pieces = [(row, column) for row in range(len(ridges)) for column in range(len(folds))]
-    for (row, column), own in zip(pieces, comm.own_of([1.0] * len(pieces)), strict=True):
-        if own:
-            parts, held_out = folds[column]
-            errors[row, column] = error_left(solve_ridge(parts, centred, ridges[row]), parts, held_out, centred)
-    return comm(errors)
 
 
 def _inner(parts: Sequence[OwedMoments], centred: bool) -> Tensor:
@@ -141,8 +130,8 @@ def _owed(parts: Sequence[OwedMoments], centred: bool, rows: slice = EVERY) -> T
 def _mean(sums: Sequence[Tensor], count: Tensor, centre: tuple[Tensor, Tensor] | None) -> Tensor:
     """Returns the sum of matrices over a count, about a centre (c, e), if there is one: less c e^T."""
     mean = torch.zeros_like(sums[0])
-    for own in sums:
-        mean += own
+    for of_part in sums:
+        mean += of_part
     mean /= count
     return mean if centre is None else mean.addr_(*centre, alpha=-1)
 
@@ -156,8 +145,8 @@ def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: T
     diagonal += ridge * diagonal + torch.finfo(torch.float64).eps * diagonal.sum()
 
     def solve(rows: slice) -> Tensor:
-        owed, own = _owed(parts, centred, rows), support[rows]
-        return conjugate_gradients(torch.zeros_like(owed), owed.mul_(own), inner, own, STEPS)
+        owed = _owed(parts, centred, rows).mul_(support[rows])
+        return conjugate_gradients(torch.zeros_like(owed), owed, inner, support[rows], STEPS)
 
     return solve
 
@@ -188,8 +177,8 @@ def bias_shift(more: Tensor, parts: Sequence[OwedMoments], rows: slice = EVERY) 
 
 def _means(parts: Sequence[OwedMoments]) -> tuple[Tensor, Tensor]:
     tokens = _tokens(parts)
-    x, d = (torch.stack(sums).sum(0) / tokens for sums in ([one.sums for one in parts], [one.owed_sums for one in parts]))
-    return x, d
+    x, d = torch.stack([part.sums for part in parts]), torch.stack([part.owed_sums for part in parts])
+    return x.sum(0) / tokens, d.sum(0) / tokens
 
 
 def _tokens(parts: Sequence[OwedMoments]) -> Tensor:

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from billhook.engine.batches import Run
 from billhook.engine.comm import ALONE, Comm
@@ -57,22 +59,22 @@ class OwedMoments:
             weights: How much each token counts, `[...]`; all one if None.
         """
         weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
+        weights = tokens_of(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32))
         dtype, device = widest_float(inputs.device), self.tokens.device
-        each = torch.split(flat(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32)), TOKENS)
-        chunks = torch.split(flat(inputs, keep), TOKENS)
-        for chunk, share in zip(chunks, each, strict=True):
-            weighted = wide(chunk) * share
+        chunks = list(zip(torch.split(tokens_of(inputs, keep), TOKENS), torch.split(weights, TOKENS), strict=True))
+        for x, share in chunks:
+            weighted = as_float(x) * share
             self.tokens += share.sum(dtype=dtype).to(device)
             self.sums += weighted.sum(0, dtype=dtype).to(device)
-            add_products(self.products, weighted, wide(chunk))
+            add_products(self.products, weighted, as_float(x))
         if owed is not None:
-            for chunk, due, share in zip(chunks, torch.split(flat(owed, keep), TOKENS), each, strict=True):
-                weighted = wide(due) * share
+            for (x, share), d in zip(chunks, torch.split(tokens_of(owed, keep), TOKENS), strict=True):
+                weighted = as_float(d) * share
                 self.owed_sums += weighted.sum(0, dtype=dtype).to(device)
-                add_products(self.owed_products, weighted, wide(chunk))
-                self.owed_squares += (weighted * wide(due)).sum(0, dtype=dtype).to(device)
+                add_products(self.owed_products, weighted, as_float(x))
+                self.owed_squares += (weighted * as_float(d)).sum(0, dtype=dtype).to(device)
 
-    def mixed(self) -> "OwedMoments":
+    def mixed(self) -> Self:
         """Returns moments of random mixtures of what is owed, if that has more than `OUTPUTS` features; inputs are the same.
 
         The expectation of the error on mixtures is the error itself, and all ridges are tried on the same ones.
@@ -80,29 +82,33 @@ class OwedMoments:
         rows = len(self.owed_products)
         if rows <= OUTPUTS:
             return self
-        turn = torch.randn(OUTPUTS, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / OUTPUTS**0.5
-        turn, few = turn.to(self.tokens.device), OwedMoments(OUTPUTS, 0, self.tokens.device)
-        few.tokens, few.sums, few.products, few.owed_squares = self.tokens, self.sums, self.products, self.owed_squares
-        few.owed_sums, few.owed_products = turn @ self.owed_sums, turn.new_zeros(OUTPUTS, self.owed_products.shape[1])
-        for some, own in zip(torch.split(turn, OUTPUTS, 1), torch.split(self.owed_products, OUTPUTS), strict=True):
-            few.owed_products.addmm_(some, own)
-        return few
+        mixing = torch.randn(OUTPUTS, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / OUTPUTS**0.5
+        mixing = mixing.to(self.tokens.device)
+        products = mixing.new_zeros(OUTPUTS, self.owed_products.shape[1])
+        for columns, some in zip(torch.split(mixing, OUTPUTS, 1), torch.split(self.owed_products, OUTPUTS), strict=True):
+            products.addmm_(columns, some)
+        return self._with(self.sums, self.products, mixing @ self.owed_sums, products, self.owed_squares)
+
+    def _with(self, sums: Tensor, products: Tensor, owed_sums: Tensor, owed_products: Tensor, owed_squares: Tensor) -> Self:
+        """Returns moments of the same tokens."""
+        new = copy(self)
+        new.sums, new.products = sums, products
+        new.owed_sums, new.owed_products, new.owed_squares = owed_sums, owed_products, owed_squares
+        return new
 
     def tensors(self) -> list[Tensor]:
         """Returns the sums themselves, not copies, to be summed over ranks in place."""
         return [self.tokens, self.sums, self.products, self.owed_sums, self.owed_products, self.owed_squares]
 
-    def without(self, weight: Tensor, keep: Tensor) -> "OwedMoments":
+    def without(self, weight: Tensor, keep: Tensor) -> Self:
         """Returns the moments of some inputs, where a linear that owed nothing owes what the others gave.
 
         With S the inputs that are kept and R those removed, that is d = W_R x_R: so E d x_S^T = W_R H_RS.
         """
-        gone, stays, goes = weight[:, ~keep].double(), self.products[keep], self.products[~keep]
-        own = OwedMoments(len(weight), 0, self.tokens.device)
-        own.tokens, own.sums, own.products = self.tokens, self.sums[keep], stays[:, keep]
-        own.owed_sums, own.owed_products = gone @ self.sums[~keep], gone @ stays[:, ~keep].t()
-        own.owed_squares = (gone @ goes[:, ~keep]).mul_(gone).sum(1)
-        return own
+        removed, stays, goes = weight[:, ~keep].double(), self.products[keep], self.products[~keep]
+        squares = (removed @ goes[:, ~keep]).mul_(removed).sum(1)
+        owed = removed @ self.sums[~keep], removed @ stays[:, ~keep].t(), squares
+        return self._with(self.sums[keep], stays[:, keep], *owed)
 
     @property
     def centre(self) -> tuple[Tensor, Tensor]:
@@ -128,7 +134,7 @@ class OwedMoments:
         return error
 
 
-class Pool:
+class TokenBuffer:
     """Holds tokens back that are added to moments, until there are as many as are multiplied at a time.
 
     However few they are, adding them goes over all sums: of 4,096 inputs, 128 tokens at a time take twice as long as 1,024.
@@ -143,12 +149,17 @@ class Pool:
 
         Where only some tokens count, these are their numbers, of all that are in the call.
         """
+
+        def counting_tokens(tensor: Tensor) -> Tensor:
+            every = tokens_of(tensor, None)
+            return every.clone() if tokens is None else every[tokens]
+
         if bool(self._owed) != (owed is not None):
             self.empty()
         weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
-        self._inputs.append(_taken(inputs, tokens))
-        self._weights.append(_taken(weights[..., None], tokens).squeeze(-1))
-        self._owed += [] if owed is None else [_taken(owed, tokens)]
+        self._inputs.append(counting_tokens(inputs))
+        self._weights.append(counting_tokens(weights[..., None]).squeeze(-1))
+        self._owed += [] if owed is None else [counting_tokens(owed)]
         self._tokens += len(self._inputs[-1])
         if self._tokens >= TOKENS:
             self.empty()
@@ -161,29 +172,26 @@ class Pool:
         self._inputs, self._owed, self._weights, self._tokens = [], [], [], 0
 
 
-def _taken(tensor: Tensor, tokens: Tensor | None) -> Tensor:
-    """Copies the tokens that count, `[tokens, ...]`."""
-    every = flat(tensor, None)
-    return every.clone() if tokens is None else every[tokens]
-
-
 Fold = tuple[Sequence[OwedMoments], OwedMoments]
 """Data that a ridge is tried on: parts that are fitted to, and the one that is held out."""
 
 
 def folds_of(parts: Sequence[OwedMoments], held_out: Sequence[int]) -> list[Fold]:
     """Returns the data that a ridge is tried on: each of some parts held out in turn, where it and the others have tokens."""
-    tokens = torch.stack([part.tokens for part in parts]).tolist()
-    others = {number: [own for place, own in enumerate(parts) if place != number and tokens[place]] for number in held_out}
-    return [(own, parts[number]) for number, own in others.items() if own and tokens[number]]
+    tokens, folds = torch.stack([part.tokens for part in parts]).tolist(), list[Fold]()
+    for number in held_out:
+        others = [part for other, part in enumerate(parts) if other != number and tokens[other]]
+        if others and tokens[number]:
+            folds.append((others, parts[number]))
+    return folds
 
 
-def wide(tensor: Tensor) -> Tensor:
+def as_float(tensor: Tensor) -> Tensor:
     """Converts to float32; float64 stays as it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def flat(tensor: Tensor, keep: Tensor | None) -> Tensor:
+def tokens_of(tensor: Tensor, keep: Tensor | None) -> Tensor:
     """Returns the tokens that count, `[tokens, ...]`, without their gradients."""
     return tensor.detach().reshape(-1, tensor.shape[-1]) if keep is None else tensor.detach()[keep]
 
@@ -205,24 +213,24 @@ def check_tokens(linears: Mapping[str, nn.Module], needed: Mapping[str, int], ru
         NoRepair: If none has enough.
     """
     names, wanted = list(linears), torch.tensor([needed[name] for name in linears])
-    given = torch.zeros_like(wanted)
+    tokens = torch.zeros_like(wanted)
 
-    def count(place: int, run: Run, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def count(number: int, run: Run, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         inputs = args[0] if args else kwargs["input"]
-        keep = counting(run, names[place], inputs)
-        given[place] += inputs.shape[:-1].numel() if keep is None else int(keep.sum())
+        keep = counting(run, names[number], inputs)
+        tokens[number] += inputs.shape[:-1].numel() if keep is None else int(keep.sum())
 
     for run in runs:
         with ExitStack() as stack:
-            for place, linear in enumerate(linears.values()):
-                hook = partial(count, place, run)
+            for number, linear in enumerate(linears.values()):
+                hook = partial(count, number, run)
                 stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
             run.visit()
-        if (given >= wanted).any():
+        if (tokens >= wanted).any():
             break
-    given = comm(given.to(comm.device)).to(wanted.device)
-    if not (given >= wanted).any():
-        raise NoRepair(f"{too_few(names[0])}, which is given {int(given[0])} and needs {int(wanted[0])} at least")
+    tokens = comm(tokens.to(comm.device)).to(wanted.device)
+    if not (tokens >= wanted).any():
+        raise NoRepair(f"{too_few(names[0])}, which is given {int(tokens[0])} and needs {int(wanted[0])} at least")
 
 
 def too_few(first: str) -> str:

@@ -70,7 +70,7 @@ class BlockwiseRepair:
             untouched: The numbers of those that keep the old parameters.
         """
         with self.store.step(key, more), activation_files(self.store) as self.visitor.files:
-            sites = self._sites()
+            sites = find_sites(self.model, self.linears, "layer", self.store.blocks.values())
             last = max(number for number, site in enumerate(sites) if site.linears)
             self.visitor.take(self._inside(None))
             with outputs_in_files(self.visitor.files, self.model):
@@ -80,14 +80,6 @@ class BlockwiseRepair:
             self._stage(None)
             self.store.release()
             return self.new
-
-    def _sites(self) -> list[Site]:
-        """Finds where runs rest: at each linear, and at each block, in the order of the model's modules."""
-        place = {module: number for number, module in enumerate(self.model.modules())}
-        sites = find_sites(self.model, self.linears, "layer", gates=True)
-        blocks = set(self.store.blocks.values()) & place.keys()
-        sites += [Site(block, {}) for block in blocks - {site.module for site in sites}]
-        return sorted(sites, key=lambda site: place[site.module])
 
     def _enter(self, module: nn.Module) -> None:
         """Has the block of a module in memory; another one, which all runs have passed, goes first."""
@@ -156,13 +148,13 @@ class RepairConfig:
     def chooses(self, runs: int) -> set[int]:
         """Returns the runs that choose the ridge: spread evenly over all, and never all."""
         number = min(max(1, round(self.held_out * runs)), runs - 1)
-        return {(2 * place + 1) * runs // (2 * number) for place in range(number)}
+        return {(2 * chosen + 1) * runs // (2 * number) for chosen in range(number)}
 
     def choosing(self, runs: int, comm: Comm) -> set[int]:
         """Returns those of this rank's runs that choose the ridge, which are chosen among the runs of all ranks."""
-        number, places = comm.dealt(comm.gather(runs))
-        chosen = self.chooses(number)
-        return {run for run, place in enumerate(places) if place in chosen}
+        count, numbers = comm.dealt(comm.gather(runs))
+        chosen = self.chooses(count)
+        return {run for run, number in enumerate(numbers) if number in chosen}
 
     def parts(self, sources: Sequence[str], comm: Comm = ALONE) -> tuple[list[int], list[int]]:
         """Returns the part of the data that each run belongs to, and the parts that are held out, in turn.
@@ -173,15 +165,15 @@ class RepairConfig:
         Raises:
             NoRepair: If no run is left to fit to, or to choose the ridge.
         """
-        every = comm.gather(list(sources))
-        names = sorted({source for own in every for source in own}, key=lambda source: zlib.crc32(source.encode()))
+        ranks = comm.gather(list(sources))
+        names = sorted({source for of_rank in ranks for source in of_rank}, key=lambda source: zlib.crc32(source.encode()))
         if len(names) > 1:
             return [names.index(source) for source in sources], list(range(len(names)))
-        number, places = comm.dealt([len(own) for own in every])
-        if not (chosen := self.chooses(number)):
-            count = sum(map(len, every))
+        count, numbers = comm.dealt([len(of_rank) for of_rank in ranks])
+        if not (chosen := self.chooses(count)):
+            count = sum(map(len, ranks))
             raise NoRepair(f"batches: a refit needs two at least, as some are to choose the ridge; got {count} in all")
-        return [int(place in chosen) for place in places], [1]
+        return [int(number in chosen) for number in numbers], [1]
 
 
 def repair_linears(
@@ -225,38 +217,35 @@ def repair_linears(
     repair = repair or RepairConfig()
     every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     linears = _check(model, kept, every)
-    forwards = [trial.visit for trial in trials]
-    store = store_of(model)
-    sources = [trial.source for trial in trials]
+    forwards, sources = [trial.visit for trial in trials], [trial.source for trial in trials]
+    store, with_others = store_of(model), set(given.modules if given is not None else ())
     parts, held_out = repair.parts(sources, comm)
     tell_alone(model, sources)
     with undisturbed(model):
         shown, orderly = _shown(model, every, forwards, comm)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
-        before = (
-            followed(shown, set(linears) | set(given.modules if given is not None else ()))
-            if repair.catch_up and not often
-            else {}
-        )
+        before = followed(shown, linears.keys() | with_others) if repair.catch_up and not often else {}
         if given is not None:  # each owes at least what it gave in the whole model
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before
         visitor = RepairVisitor(every, kept, before, trials, repair.ridges, parts, held_out, comm, given, progress)
-        looked = {
-            name: every[name] for name in every if name in {*before, *(given.modules if given is not None else ()), *linears}
-        }
+        looked = {name: linear for name, linear in every.items() if name in {*before, *with_others, *linears}}
         runs = forwards * (2 if before else 1), range(len(trials), 2 * len(trials)) if before else range(0)
         if not store.holds_all and orderly and not often:
-            masks = hashlib.sha256(str([(name, own.tolist()) for name, own in kept.items()]).encode()).hexdigest()
+            masks = hashlib.sha256(str([(name, keep.tolist()) for name, keep in kept.items()]).encode()).hexdigest()
             blockwise = BlockwiseRepair(model, store, visitor, looked, linears, comm)
             new = blockwise.go(f"{repair} {sources} {masks}", partial(tell_apart, trials), *runs)
         else:
             store.check_can_hold_all(f"repair: {', '.join(list(often)[:1])} is called several times in a run")
             with store.all_here():
                 with undisturbed(model):
-                    check_tokens(linears, {name: int(own.sum()) for name, own in kept.items()}, trials, comm)
+                    check_tokens(linears, {name: int(keep.sum()) for name, keep in kept.items()}, trials, comm)
                 new = _refit_whole(model, visitor, looked, linears, often, comm, *runs)
-    names = _warn_of(visitor.left)
+    if all(visitor.left.values()):
+        raise NoRepair(too_few(next(iter(visitor.left))))
+    names = [name for name, is_left in visitor.left.items() if is_left]
+    if names:
+        warnings.warn(not_refitted(names), stacklevel=2)
     if left is not None:
         left += names
     return new
@@ -302,8 +291,8 @@ def _check(model: nn.Module, kept: Mapping[str, Tensor], every: Mapping[str, nn.
     """Returns the linears, in the order of the model's modules, if the masks fit them."""
     for name, keep in kept.items():
         if name not in every:
-            found = type(dict(model.named_modules()).get(name)).__name__.replace("NoneType", "nothing")
-            raise ValueError(f"kept: {name!r} is {found} in {type(model).__name__}, not an nn.Linear or Conv1D")
+            kind = type(dict(model.named_modules()).get(name)).__name__.replace("NoneType", "nothing")
+            raise ValueError(f"kept: {name!r} is {kind} in {type(model).__name__}, not an nn.Linear or Conv1D")
         _, width = size_of(every[name])
         if keep.dtype != torch.bool or keep.shape != (width,) or not keep.any():
             raise ValueError(
@@ -320,18 +309,8 @@ def _check_given(given: LazyTensors, every: Mapping[str, nn.Module], calls: Mapp
         raise ValueError(f"given: {unknown[0]!r} is no nn.Linear or Conv1D of the model")
     for name in given.modules:
         sizes = {part: list(parameter.shape) for part, parameter in every[name].named_parameters()}
-        found = {part: list(value.shape) for part, value in given.of_module(name).items()}
-        if found != sizes:
-            raise ValueError(f"given[{name!r}] must be {sizes}, got {found}")
+        new = {part: list(value.shape) for part, value in given.of_module(name).items()}
+        if new != sizes:
+            raise ValueError(f"given[{name!r}] must be {sizes}, got {new}")
     if several := [*often, *(name for name in given.modules if calls[name] > 1)]:
         raise ValueError(f"repair: {several[0]} is called several times in a run, so it cannot be compared with the whole model")
-
-
-def _warn_of(left: Mapping[str, bool]) -> list[str]:
-    """Warns about linears that were not refitted, and returns their names; refuses that none was."""
-    if all(left.values()):
-        raise NoRepair(too_few(next(iter(left))))
-    names = [name for name, is_left in left.items() if is_left]
-    if names:
-        warnings.warn(not_refitted(names), stacklevel=3)
-    return names

@@ -1,4 +1,4 @@
-"""Repairs linears during a walk over a model: gathers moments of their inputs and debts, and keeps the new weights aside."""
+"""Repairs linears during a walk over a model: gathers moments of their inputs and residuals, and keeps new weights beside it."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -22,7 +22,7 @@ from billhook.engine.walk import Site, Visitor
 from billhook.linalg import float64_device, widest_float
 from billhook.model.linears import as_it_lies, is_pruned, matrix_of, turned
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.moments import OwedMoments, Pool, counting, folds_of, wide
+from billhook.repairs.moments import OwedMoments, TokenBuffer, as_float, counting, folds_of
 
 ADD: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
 SAME: frozenset[Any] = frozenset({dropout, torch.dropout, Tensor.to, Tensor.contiguous})
@@ -38,28 +38,26 @@ class Linears:
 
 def seen(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Linears:
     """Runs a model once, without gradients, and records its linears."""
-    found = Linears(dict.fromkeys(linears, 0), {})
+    shown = Linears(dict.fromkeys(linears, 0), {})
 
     def mark(name: str, _: nn.Module, __: object, output: object) -> object:
-        found.calls[name] += 1
+        shown.calls[name] += 1
         if not isinstance(output, Tensor):  # a router may be a linear that returns what it has chosen, too
             return output
-        return _Marked.of(output, found.before, linear=name)
+        return _Marked.of(output, shown.before, linear=name)
 
     with ExitStack() as stack, torch.no_grad():
         for name, linear in linears.items():
             stack.callback(linear.register_forward_hook(partial(mark, name)).remove)
         run()
-    return found
+    return shown
 
 
 def agreed(shown: Sequence[Linears]) -> Linears:
     """Combines the facts of runs, one at least; where they differ about what was added before, that is not known."""
-    before = {
-        name: last
-        for name, last in shown[0].before.items()
-        if all(name in run.before and run.before[name] == last for run in shown)
-    }
+    before = shown[0].before
+    for run in shown[1:]:
+        before = {name: last for name, last in before.items() if name in run.before and run.before[name] == last}
     return Linears({name: max(run.calls[name] for run in shown) for name in shown[0].calls}, before)
 
 
@@ -73,15 +71,15 @@ def followed(shown: Linears, wanted: set[str]) -> dict[str, str | None]:
     that others have lost can be made up for there.
     """
     known = {name: last for name, last in shown.before.items() if shown.calls[name] == 1}
-    found: dict[str, str | None] = {}
+    before: dict[str, str | None] = {}
     for name in wanted & known.keys():
         path = [name]
         while (last := known.get(path[-1])) is not None and last in known and last not in path:
             path.append(last)
         while path[-1] not in wanted:
             path.pop()
-        found |= dict(zip(path, [*path[1:], None], strict=True)) if len(path) > 1 else {}
-    return found
+        before |= dict(zip(path, [*path[1:], None], strict=True)) if len(path) > 1 else {}
+    return before
 
 
 class _Marked(Tensor):
@@ -107,15 +105,57 @@ class _Marked(Tensor):
         if func in SAME and isinstance(args[0], cls):
             return cls.of(result, args[0].before, args[0].linear, args[0].total)
         if func in ADD and not kwargs and len(args) == 2:
-            own, other = args if isinstance(args[0], cls) and args[0].linear else reversed(args)
-            if isinstance(own, cls) and own.linear and isinstance(other, Tensor) and other.shape == own.shape:
-                own.before[own.linear] = other.total if isinstance(other, cls) else None
-                return cls.of(result, own.before, total=own.linear)
+            output, other = args if isinstance(args[0], cls) and args[0].linear else reversed(args)
+            if isinstance(output, cls) and output.linear and isinstance(other, Tensor) and other.shape == output.shape:
+                output.before[output.linear] = other.total if isinstance(other, cls) else None
+                return cls.of(result, output.before, total=output.linear)
         return result
 
 
-Matrix = tuple[Tensor, Tensor | None]
-"""The weight of a linear, `[out_features, in_features]`, and its bias."""
+class _Linear:
+    """A linear whose block is in memory: its parameters, and the moments of which it is refitted.
+
+    Args:
+        module: The linear, in which others' parameters may stand later.
+        new: Other parameters that it is to have; none: its own.
+        keep: Which inputs are kept, if it is to be refitted.
+
+    Attributes:
+        dense: The weight, `[out_features, in_features]`, and the bias in the whole model.
+        start: The same before a refit.
+        fitted: The parameters after it, as they lie in memory.
+    """
+
+    def __init__(self, module: nn.Module, new: Mapping[str, Tensor], keep: Tensor | None) -> None:
+        self.module = module
+        self.dense = self.start = weight, bias = matrix_of(module)
+        self.new = {part: value.to(weight.device) for part, value in new.items()}
+        if new:
+            self.start = turned(module, self.new["weight"]), None if bias is None else self.new["bias"]
+        self.fitted: dict[str, Tensor] = {}
+        self.keep: Tensor | None = None
+        if keep is not None:
+            self.keep = keep.to(weight.device)
+            # numbers, as an index by bools waits for the device
+            self.stays, self.goes = (where.nonzero().flatten().to(weight.device) for where in (keep, ~keep))
+        self.moments: list[OwedMoments] = []
+        self.buffers: list[TokenBuffer] = []
+        self.norms = InputNorms(weight.shape[1], weight.device)
+
+    def begin(self, parts: int, files: ActivationFiles | None) -> None:
+        """Has empty moments of each part of the data, if there are none."""
+        if not self.moments:
+            weight, _ = self.start
+            self.moments = [OwedMoments(len(weight), len(self.stays), weight.device, files) for _ in range(parts)]
+            self.buffers = [TokenBuffer(moments) for moments in self.moments]
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The parameters so far, as they lie in memory: at least with zeros for removed inputs."""
+        if self.fitted or self.keep is None:
+            return self.fitted or self.new
+        weight, bias = self.start
+        return as_it_lies(self.module, torch.where(self.keep, weight, 0), bias)
 
 
 class RepairVisitor(Visitor):
@@ -138,7 +178,7 @@ class RepairVisitor(Visitor):
         progress: Is called with how many linears are done, and of how many.
 
     Attributes:
-        files: Keeps moments, and the debts of each run, elsewhere than in memory.
+        files: Keeps moments, and the residuals of each run, elsewhere than in memory.
     """
 
     def __init__(
@@ -156,45 +196,33 @@ class RepairVisitor(Visitor):
     ) -> None:
         self.files: ActivationFiles | None = None
         self._progress, self._done = progress, set[str]()
-        self._linears, self._before, self._runs = linears, before, runs
+        self._modules, self._kept, self._before, self._runs = linears, kept, before, runs
         self._ridges, self._parts, self._held_out, self._comm = ridges, parts, held_out, comm
-        self._given, self._here = given or LazyTensors({}), dict[str, dict[str, Tensor]]()
-        self._whole, self._old = dict[str, Matrix](), dict[str, Matrix]()  # others may stand in the linears meanwhile
-        self._kept = dict(kept)
-        self._stays, self._goes = dict[str, Tensor](), dict[str, Tensor]()  # numbers, as an index by bools waits for the device
+        self._given = given or LazyTensors({})
+        self._linears: dict[str, _Linear] = {}
         self._tokens = dict[int, Tensor]()  # by the mask that says which count
-        self._moments: dict[str, tuple[list[OwedMoments], InputNorms]] = {}
-        self._pools: dict[str, list[Pool]] = {}
         self._inputs: dict[str, dict[int, Tensor]] = {}
-        self._short: dict[str, dict[int, Tensor]] = {}  # by linear and run, of the sum that it has added to
+        self._residuals: dict[str, dict[int, Tensor]] = {}  # by linear and run, of the sum that it has added to
         self._after = Counter(before.values())
-        self._new: dict[str, dict[str, Tensor]] = {}
         self._refitted, self._known = set[str](), set[str]()
 
     def take(self, names: Collection[str]) -> None:
         """Takes the weights that linears have now, before any run comes to them, and the other parameters that are given."""
-        self._whole |= {name: matrix_of(self._linears[name]) for name in names}
-        for name in (name for name in names if name in self._given.modules):  # in one order, as ranks read them together
-            device = self._whole[name][0].device
-            self._here[name] = {part: value.to(device) for part, value in self._given.of_module(name).items()}
-        self._old |= {name: self._start(name) for name in names}
-        for name in self._kept.keys() & names:
-            keep, device = self._kept[name], self._whole[name][0].device
-            self._kept[name] = keep.to(device)
-            self._stays[name], self._goes[name] = (where.nonzero().flatten().to(device) for where in (keep, ~keep))
+        for name in names:  # in one order, as ranks read what is given together
+            self._linears[name] = _Linear(self._modules[name], self._given.of_module(name), self._kept.get(name))
 
     def know(self, name: str, new: dict[str, Tensor] | None) -> None:
         """Takes what an earlier process has made of a linear, instead of a refit; None if it was left without one."""
         self._known.add(name)
         if new is not None:
-            self._new[name] = {part: value.to(self._whole[name][0].device) for part, value in new.items()}
+            linear = self._linears[name]
+            linear.fitted = {part: value.to(linear.dense[0].device) for part, value in new.items()}
             self._refitted.add(name)
 
     def drop(self, names: Iterable[str]) -> None:
         """Lets go of linears whose new parameters are kept elsewhere."""
         for name in names:
-            for own in (self._whole, self._old, self._new, self._here):
-                own.pop(name, None)
+            self._linears.pop(name, None)
 
     @property
     def left(self) -> dict[str, bool]:
@@ -212,104 +240,85 @@ class RepairVisitor(Visitor):
         """Refits the linears of a site; refuses inputs that are not finite."""
         for name in site.linears:
             inputs = self._inputs.pop(name, {})
-            lacking = self._compared(name, inputs)
+            residuals = self._compared(name, inputs)
             if name in self._kept and name not in self._known:
-                lost = {run: _squares(lacks) for run, lacks in lacking.items()}
-                typical = self._typical(name, lost)
-                for run in range(len(self._runs)):
-                    if run in inputs:
-                        weights = _counted(lost[run], typical) if run in lost else None
-                        self._add(name, inputs[run], lacking.get(run), run, weights)
+                squares = {run: _squares(residual) for run, residual in residuals.items()}
+                typical = self._typical(name, squares)
+                for run in sorted(run for run in inputs if run < len(self._runs)):
+                    weights = _token_weights(squares[run], typical) if run in squares else None
+                    self._add(name, inputs[run], residuals.get(run), run, weights)
                 self._refit(name)
             if name in self._kept:
                 self._done.add(name)
                 if self._progress is not None:
                     self._progress(len(self._done), len(self._kept))
             if self._after[name]:
-                self._short[name] = self._still(name, inputs, lacking)
+                self._residuals[name] = self._left_over(name, inputs, residuals)
             last = self._before.get(name)
             self._after[last] -= 1
             if last is not None and not self._after[last]:
-                self._short.pop(last, None)
+                self._residuals.pop(last, None)
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new parameters of a site's linears, as they lie in memory."""
-        given = {name: self._here[name] for name in site.linears if name in self._here and name not in self._kept}
-        return given | {name: self.own(name) for name in site.linears if name in self._kept}
+        new = {name: self.own(name) for name in site.linears}
+        return {name: parameters for name, parameters in new.items() if parameters}
 
     def own(self, name: str) -> dict[str, Tensor]:
         """Returns a linear's new parameters so far, as they lie in memory: at least with zeros for removed inputs."""
-        weight, bias = self._old[name]
-        return self._new.get(name) or as_it_lies(self._linears[name], torch.where(self._kept[name], weight, 0), bias)
+        return self._linears[name].parameters
 
-    def _add(self, name: str, inputs: Tensor, lacking: Tensor | None, run: int, weights: Tensor | None) -> None:
-        counts, stays, goes = counting(self._runs[run], name, inputs), self._stays[name], self._goes[name]
-        _, norms = self._of(name)
-        norms.add(inputs, counts)
-        own = inputs[..., stays] if len(goes) else inputs
-        if lacking is None and len(goes):
-            lacking = wide(inputs[..., goes]) @ wide(self._old[name][0][:, goes]).t()
-        tokens = None if counts is None else self._places(run, name, counts)
-        self._pools[name][self._parts[run]].add(own, lacking, tokens, weights)
+    def _add(self, name: str, inputs: Tensor, residual: Tensor | None, run: int, weights: Tensor | None) -> None:
+        """Adds the inputs of a linear in one call, and what it falls short of: by default of what removed inputs gave."""
+        linear, counts = self._linears[name], counting(self._runs[run], name, inputs)
+        linear.begin(max(*self._held_out, 1) + 1, self.files)
+        linear.norms.add(inputs, counts)
+        if residual is None and len(linear.goes):
+            residual = as_float(inputs[..., linear.goes]) @ as_float(linear.start[0][:, linear.goes]).t()
+        tokens = None
+        if counts is not None:  # where the tokens are that count, which linears with one mask have in common
+            mask = id(self._runs[run].tokens[name])
+            if mask not in self._tokens:
+                self._tokens[mask] = counts.flatten().nonzero().flatten()
+            tokens = self._tokens[mask]
+        kept = inputs[..., linear.stays] if len(linear.goes) else inputs
+        linear.buffers[self._parts[run]].add(kept, residual, tokens, weights)
 
-    def _places(self, run: int, name: str, counts: Tensor) -> Tensor:
-        """Returns where the tokens of a run are that count, which linears with one mask have in common."""
-        mask = id(self._runs[run].tokens[name])
-        if mask not in self._tokens:
-            self._tokens[mask] = counts.flatten().nonzero().flatten()
-        return self._tokens[mask]
-
-    def _typical(self, name: str, lost: Mapping[int, Tensor]) -> Tensor:
+    def _typical(self, name: str, squares: Mapping[int, Tensor]) -> Tensor:
         """Computes the geometric mean m of the squares of what tokens lack, over all ranks; NaN if none lacks anything.
 
         A few tokens carry numbers a thousand times as large as others, and would alone decide what a refit makes good; so a
         token counts 2 m / (m + its own square): one that lacks as much as others once, and none without bound.
         """
-        sums = torch.zeros(2, dtype=torch.float64, device=float64_device(self._old[name][0].device))
-        for run, squares in lost.items():
-            keep = counting(self._runs[run], name, squares[..., None])
-            lacks = squares > 0 if keep is None else (squares > 0) & keep
-            sums += torch.stack([torch.where(lacks, squares, 1).log().sum(), lacks.sum()]).to(sums.device)
+        sums = torch.zeros(2, dtype=torch.float64, device=float64_device(self._linears[name].start[0].device))
+        for run, of_run in squares.items():
+            keep = counting(self._runs[run], name, of_run[..., None])
+            lacks = of_run > 0 if keep is None else (of_run > 0) & keep
+            sums += torch.stack([torch.where(lacks, of_run, 1).log().sum(), lacks.sum()]).to(sums.device)
         self._comm.sum_(sums)
         return (sums[0] / sums[1]).exp()
 
-    def _start(self, name: str) -> Matrix:
-        """Returns the weight and bias of a linear before it is refitted."""
-        given, (weight, bias) = self._here.get(name), self._whole[name]
-        if given is None:
-            return weight, bias
-        new = turned(self._linears[name], given["weight"])
-        return new, None if bias is None else given["bias"]
-
-    def _of(self, name: str) -> tuple[list[OwedMoments], InputNorms]:
-        """Returns the moments of inputs that are kept and of what is lacking, by part, and the norms of all inputs."""
-        if name not in self._moments:
-            (weight, _), stays, parts = self._old[name], self._stays[name], max(*self._held_out, 1) + 1
-            own = [OwedMoments(len(weight), len(stays), weight.device, self.files) for _ in range(parts)]
-            self._moments[name] = own, InputNorms(weight.shape[1], weight.device)
-            self._pools[name] = [Pool(one) for one in own]
-        return self._moments[name]
-
     def _refit(self, name: str) -> None:
-        (parts, norms), stays = self._of(name), self._stays[name]
-        for pool in self._pools.pop(name):
-            pool.empty()
-        del self._moments[name]
-        squares = norms.squares.to(parts[0].tokens)  # in float64, so that all goes in one collective
+        linear = self._linears[name]
+        linear.begin(max(*self._held_out, 1) + 1, self.files)  # a rank may have had no inputs
+        for buffer in linear.buffers:
+            buffer.empty()
+        parts, linear.moments, linear.buffers = linear.moments, [], []
+        squares = linear.norms.squares.to(parts[0].tokens)  # in float64, so that all goes in one collective
         self._comm.sum_(squares, *(sums for part in parts for sums in part.tensors()))
         bad = ~squares.isfinite()
         if bad.any():
             first = int(bad.nonzero()[0])
             raise ValueError(f"{name}: NaN or infinite inputs in {int(bad.sum())} features, the first in feature {first}")
         folds = folds_of(parts, self._held_out)
-        if folds and sum(part.tokens for part in parts) >= len(stays):
-            weight, bias = self._old[name]
-            left = weight[:, stays].to(parts[0].tokens.device)
-            bias = None if bias is None else bias.to(left.device)
-            kept, bias = refit_linear(left, bias, folds, parts, self._ridges, self._comm, _support(left))
-            new = torch.zeros_like(weight)
-            new[:, stays] = kept.to(new.device)
-            self._new[name] = as_it_lies(self._linears[name], new, bias)
+        if folds and sum(part.tokens for part in parts) >= len(linear.stays):
+            weight, bias = linear.start
+            remaining = weight[:, linear.stays].to(parts[0].tokens.device)
+            bias = None if bias is None else bias.to(remaining.device)
+            kept, bias = refit_linear(remaining, bias, folds, parts, self._ridges, self._comm, _support(remaining))
+            fitted = torch.zeros_like(weight)
+            fitted[:, linear.stays] = kept.to(fitted.device)
+            linear.fitted = as_it_lies(linear.module, fitted, bias)
             self._refitted.add(name)
 
     def _compared(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -317,60 +326,62 @@ class RepairVisitor(Visitor):
 
         That is d and what removed inputs gave: W x* - W_S x_S + b* - b + s, `[..., out_features]`.
         """
-        later = {run: (cut, inputs.get(run + len(self._runs))) for run, cut in sorted(inputs.items())}
-        pairs = {run: (cut, whole) for run, (cut, whole) in later.items() if whole is not None and cut.shape == whole.shape}
-        short, keep = self._short.get(self._before.get(name) or "", {}), self._kept.get(name)
-        (given, before), (weight, bias) = self._whole[name], self._old[name]
-        shift = None if before is None or bias is None or bias is before else wide(before) - wide(bias)
-        found = {run: self._owed(cut, len(weight)) for run, (cut, _) in pairs.items()}
+        linear = self._linears[name]
+        (dense, dense_bias), (weight, bias) = linear.dense, linear.start
+        shift = None if dense_bias is None or bias is None or bias is dense_bias else as_float(dense_bias) - as_float(bias)
+        before, pairs, residuals = self._residuals.get(self._before.get(name) or "", {}), {}, {}
+        for run, cut in sorted(inputs.items()):
+            uncut = inputs.get(run + len(self._runs))
+            if uncut is not None and cut.shape == uncut.shape:
+                pairs[run] = cut, uncut
+                dtype = torch.promote_types(cut.dtype, torch.float32)
+                residuals[run] = zeros((*cut.shape[:-1], len(weight)), dtype, cut.device, self.files)
         for rows in _rows(weight) if pairs else ():
-            own = wide(weight[rows]).t()
-            dense = own if given is weight else wide(given[rows]).t()
-            for run, (cut, whole) in pairs.items():
-                stays = wide(cut) if keep is None else wide(cut).masked_fill(~keep, 0)
-                lacks = (wide(whole) - stays) @ own if given is weight else wide(whole) @ dense - stays @ own
+            columns = as_float(weight[rows]).t()
+            dense_columns = columns if dense is weight else as_float(dense[rows]).t()
+            for run, (cut, uncut) in pairs.items():
+                stays = as_float(cut) if linear.keep is None else as_float(cut).masked_fill(~linear.keep, 0)
+                if dense is weight:
+                    residual = (as_float(uncut) - stays) @ columns
+                else:
+                    residual = as_float(uncut) @ dense_columns - stays @ columns
                 if shift is not None:
-                    lacks += shift[rows]
-                if run in short:
-                    lacks += short[run][..., rows].to(lacks.device)
-                found[run][..., rows] = lacks
-        return found
+                    residual += shift[rows]
+                if run in before:
+                    residual += before[run][..., rows].to(residual.device)
+                residuals[run][..., rows] = residual
+        return residuals
 
-    def _owed(self, inputs: Tensor, rows: int) -> Tensor:
-        """Returns room for what a run owes, where debts are kept: in float32, or float64 if the inputs are."""
-        dtype = torch.promote_types(inputs.dtype, torch.float32)
-        return zeros((*inputs.shape[:-1], rows), dtype, inputs.device, self.files)
-
-    def _still(self, name: str, inputs: Mapping[int, Tensor], lacking: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Computes what the sum is short of with the new weights, in the place of what it lacks: less (W' - W)_S x_S + b' - b."""
+    def _left_over(self, name: str, inputs: Mapping[int, Tensor], residuals: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Computes what the sum is short of after the refit, in the place of what it lacked: less (W' - W)_S x_S + b' - b."""
         if name not in self._refitted:
-            return lacking
-        own, stays, (weight, bias) = self.own(name), self._stays[name], self._old[name]
-        new = turned(self._linears[name], own["weight"])
+            return residuals
+        linear = self._linears[name]
+        (weight, bias), fitted = linear.start, turned(linear.module, linear.fitted["weight"])
         for rows in _rows(weight):
-            more = (wide(new[rows, stays]) - wide(weight[rows, stays])).t()
-            for run, lacks in lacking.items():
-                lacks[..., rows] -= wide(inputs[run][..., stays]) @ more
+            change = (as_float(fitted[rows, linear.stays]) - as_float(weight[rows, linear.stays])).t()
+            for run, residual in residuals.items():
+                residual[..., rows] -= as_float(inputs[run][..., linear.stays]) @ change
                 if bias is not None:
-                    lacks[..., rows] -= wide(own["bias"][rows]) - wide(bias[rows])
-        return lacking
+                    residual[..., rows] -= as_float(linear.fitted["bias"][rows]) - as_float(bias[rows])
+        return residuals
 
 
-def _squares(lacks: Tensor) -> Tensor:
+def _squares(residual: Tensor) -> Tensor:
     """Returns the square of what each token lacks, in float64 where there is that."""
-    return lacks.square().sum(-1, dtype=widest_float(lacks.device))
+    return residual.square().sum(-1, dtype=widest_float(residual.device))
 
 
-def _counted(lost: Tensor, typical: Tensor) -> Tensor:
+def _token_weights(squares: Tensor, typical: Tensor) -> Tensor:
     """Returns how much each token counts, of the square of what it lacks; all alike where no token lacks anything."""
-    typical = typical.to(lost)
-    return torch.where(typical.isnan(), 1, 2 * typical / (typical + lost))
+    typical = typical.to(squares)
+    return torch.where(typical.isnan(), 1, 2 * typical / (typical + squares))
 
 
 def _support(weight: Tensor) -> Tensor | None:
     """Finds the weights that are not zero; None where so few are zero that the weight is not pruned."""
-    there = weight != 0
-    return there if is_pruned(int((~there).sum()), there.numel()) else None
+    nonzero = weight != 0
+    return nonzero if is_pruned(int((~nonzero).sum()), nonzero.numel()) else None
 
 
 def _rows(weight: Tensor) -> list[slice]:

@@ -33,7 +33,7 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
 from billhook.pruning.target import Search
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.moments import OwedMoments, counting, folds_of, wide
+from billhook.repairs.moments import OwedMoments, as_float, counting, folds_of
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.blocks import Block, Blocks
 from billhook.shrinking.planned import Planned, refitted_if_enough
@@ -239,7 +239,8 @@ class _Beside:
     def _add(self, given: Mapping[int, Tensor], dense: Tensor) -> None:
         """Adds what the reader owes in each variant: what it gives in the dense model, less what it gives then."""
         with precisely():
-            keep, expected = counting(self.run, self._place.o.linear, dense), wide(dense) @ wide(matrix_of(self._reader)[0]).t()
+            keep = counting(self.run, self._place.o.linear, dense)
+            expected = as_float(dense) @ as_float(matrix_of(self._reader)[0]).t()
             for number, inputs in given.items():
-                owed = expected - wide(inputs) @ wide(self._own(number)[0]).t()
+                owed = expected - as_float(inputs) @ as_float(self._own(number)[0]).t()
                 self._moments[number][self.part].add(inputs, owed, keep)

@@ -1,15 +1,20 @@
 """Allocations: how the sparsity of the whole model is shared among its linear layers."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from billhook.arguments import annotated, fraction, number
+from billhook.model.linears import size_of
+from billhook.sparsity.criteria import Wanda
 from billhook.sparsity.masks import check_amount
+from billhook.sparsity.visitor import PruningVisitor, Walks
 
 HIGHEST = 0.99
 """The highest sparsity of a linear, unless that of the whole model is higher."""
@@ -162,3 +167,33 @@ def _centre(values: Sequence[float], sizes: Sequence[int], mean: float) -> list[
         else:
             high = shift
     return moved
+
+
+def sparsities_of(walks: Walks, amount: float, allocation: Allocation) -> dict[str, float]:
+    """Finds the sparsity of each linear; blocks that no batch reaches take no part in measuring."""
+    blocks, measured = [site.linears for site in walks.blocks], dict[int, float]()
+    if allocation.measures:
+        visitor = walks("none", partial(_MeasuringVisitor, allocation))
+        measured = walks.comm.decide(lambda: visitor.measured)  # floats of ranks may be rounded otherwise
+        blocks = [blocks[number] for number in measured]
+    sizes = [{name: math.prod(size_of(linear)) for name, linear in block.items()} for block in blocks]
+    return dict.fromkeys(walks.linears, amount) | (allocation.allocate(sizes, amount, list(measured.values())) if sizes else {})
+
+
+class _MeasuringVisitor(PruningVisitor):
+    """A visitor that prunes nothing, and measures each block by Wanda's scores."""
+
+    def __init__(self, allocation: Allocation, walks: Walks, shared: bool) -> None:
+        super().__init__(Wanda(), {}, "unstructured", None, walks, shared)
+        self.allocation, self.measured = allocation, dict[int, float]()
+
+    def finish(self, linears: Mapping[str, nn.Module]) -> None:
+        """Measures the blocks of linears."""
+        for block, site in enumerate(self.walks.blocks):
+            scores = list[Tensor]()
+            for name, linear in site.linears.items():
+                if name in linears:
+                    self.store.load(linear)
+                    scores.append(self.scores(name, self.statistics_of(name)))
+            if scores:
+                self.measured[block] = self.allocation.measure(scores)

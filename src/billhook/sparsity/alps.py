@@ -46,7 +46,7 @@ def admm(dense: Tensor, h: Tensor, keep_of: Keep, penalty: float, steps: int) ->
     Returns:
         D and its support.
     """
-    values, vectors = (found.float().to(h.device) for found in torch.linalg.eigh(in_float64(h)))
+    values, vectors = (part.float().to(h.device) for part in torch.linalg.eigh(in_float64(h)))
     goal, v, moved = dense @ h, torch.zeros_like(dense), False
     keep = first = keep_of(dense.abs())
     d, before = dense * keep, keep
@@ -67,6 +67,11 @@ def admm(dense: Tensor, h: Tensor, keep_of: Keep, penalty: float, steps: int) ->
         else:
             penalty *= next(factor for share, factor in RAISED if changed >= share)
     return d, keep
+
+
+def refit_(solution: Tensor, dense: Tensor, h: Tensor, keep: Tensor, steps: int) -> None:
+    """Moves V, zero off its support, in place towards the minimum of tr((W - V) H (W - V)^T) on it (algorithm 2)."""
+    conjugate_gradients(solution, ((dense - solution) @ h).mul_(keep), h, keep, steps)
 
 
 @dataclass(frozen=True)
@@ -126,15 +131,15 @@ class ALPS(Criterion):
         check_finite(weight, "the weight")
         moments = self._of_inputs(statistics, weight, InputMoments)
         h, scale = self._scaled(moments)
-        gone = (weight.detach() == 0) | (moments.squares == 0)
+        zero = (weight.detach() == 0) | (moments.squares == 0)
 
         def keep_of(scores: Tensor) -> Tensor:
-            return self.keep(scores.masked_fill(gone, -1), sparsity, kept, check=False)  # NaN is refused in the end
+            return self.keep(scores.masked_fill(zero, -1), sparsity, kept, check=False)  # NaN is refused in the end
 
         with torch.autocast(weight.device.type, enabled=False):
             dense = weight.detach().float().contiguous() * scale
             solution, keep = admm(dense, h, keep_of, self.penalty, self.steps)
-            conjugate_gradients(solution, ((dense - solution) @ h).mul_(keep), h, keep, self.refits)
+            refit_(solution, dense, h, keep, self.refits)
         updated = solution.div_(scale).to(weight.dtype)
         check_finite(updated, f"the updated weight, as {weight.dtype},")
         return updated, keep
@@ -197,6 +202,5 @@ class Refit(Criterion):
         pruned, keep = self.criterion.prune(weight, moments, sparsity, pattern)
         with torch.autocast(weight.device.type, enabled=False):
             h, solution = damp_(moments.products.clone(), self.damping), pruned.float().clone()
-            residual = ((weight.detach().float() - solution) @ h).mul_(keep)
-            conjugate_gradients(solution, residual, h, keep, self.steps)
+            refit_(solution, weight.detach().float(), h, keep, self.steps)
         return solution.to(weight.dtype), keep

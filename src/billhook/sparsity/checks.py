@@ -1,4 +1,4 @@
-"""Checks the arguments of pruning, as far as that is possible before there is data."""
+"""Checks the arguments of pruning, as far as that is possible before there is data, and makes runs of what data there is."""
 
 import re
 import warnings
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import plain_adapters
 from billhook.arguments import one_of
+from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, runs_of
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.statistics import InputMoments
@@ -35,10 +36,9 @@ def needs_data(criterion: Criterion) -> bool:
     return criterion.statistics(1, "meta") is not None
 
 
-def needing(criterion: Criterion, allocation: Allocation, match: BlockMatching | None = None) -> list[object]:
-    """Returns what needs data."""
-    needs = [(criterion, needs_data(criterion)), (allocation, allocation.measures), (match, match is not None)]
-    return [one for one, does in needs if does]
+def solves(criterion: Criterion) -> bool:
+    """Tells whether a criterion solves for weights by products of inputs, which fewer tokens than inputs leave singular."""
+    return isinstance(criterion.statistics(1, "meta"), InputMoments)
 
 
 def check_pruning(
@@ -56,20 +56,39 @@ def check_pruning(
         raise ValueError(f"criterion={criterion!r} must be a Criterion, such as Wanda()")
     one_of("sequential", sequential, Sequential)
     one_of("convolutions", convolutions, Convolutions)
-    linears = _linears(model, skip, output_embeddings, convolutions)
-    kept, all_layers = parse_pattern(pattern), criterion.compares == "global"
-    if all_layers and kept is not None:
+    linears = _linears(model, [skip] if isinstance(skip, str) else skip, output_embeddings, convolutions)
+    group, all_layers = parse_pattern(pattern), criterion.compares == "global"
+    if all_layers and group is not None:
         raise ValueError(f"criterion={criterion} compares all layers, and pattern={pattern!r} within groups: ask for one")
     if all_layers and needs_data(criterion) and sequential != "none":
         raise ValueError(f"criterion={criterion} compares all layers at once: sequential must be 'none', got {sequential!r}")
-    if not isinstance(allocation, Uniform | None) and (kept is not None or all_layers):
-        other = f"criterion={criterion} compares all of them" if kept is None else f"pattern={pattern!r} says it for all"
+    if not isinstance(allocation, Uniform | None) and (group is not None or all_layers):
+        other = f"criterion={criterion} compares all of them" if group is None else f"pattern={pattern!r} says it for all"
         raise ValueError(f"allocation={allocation} says how sparse each linear is, and {other}: ask for one")
     for name, linear in linears.items():
-        if kept is not None and (width := channels(linear)) % kept[1]:
-            read = "channels" if is_convolution(linear) else "inputs"
-            raise ValueError(f"pattern={pattern!r}: {name} has {width} {read}, which {kept[1]} does not divide; skip it")
+        if group is not None and (width := channels(linear)) % group[1]:
+            inputs = "channels" if is_convolution(linear) else "inputs"
+            raise ValueError(f"pattern={pattern!r}: {name} has {width} {inputs}, which {group[1]} does not divide; skip it")
     return linears
+
+
+def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool, convolutions: Convolutions) -> dict[str, nn.Module]:
+    linears = prunable(model, output_embeddings, convolutions)
+    if not linears:
+        raise ValueError(f"model: {type(model).__name__} has no linear layers to prune")
+    empty = next((name for name, linear in linears.items() if linear.get_parameter("weight").is_meta), None)
+    if empty is not None and store_of(model).holds_all:
+        raise ValueError(f"model: {empty} has no weights yet (it is on the meta device): load them first")
+    chosen = dict(linears)
+    for pattern in skip:
+        skipped = [name for name in linears if fnmatchcase(name, pattern)]
+        if not skipped:
+            raise ValueError(f"skip={pattern!r} matches none of the {len(linears)} linears, such as {list(linears)[:3]}")
+        for name in skipped:
+            chosen.pop(name, None)
+    if not chosen:
+        raise ValueError(f"skip={list(skip)} leaves none of the {len(linears)} linears")
+    return chosen
 
 
 def adapters_to_count(model: nn.Module, criterion: Criterion, linears: Iterable[str]) -> dict[str, nn.Module]:
@@ -85,42 +104,45 @@ def adapters_to_count(model: nn.Module, criterion: Criterion, linears: Iterable[
     return layers
 
 
-def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool, convolutions: Convolutions) -> dict[str, nn.Module]:
-    skip = [skip] if isinstance(skip, str) else skip
-    linears = prunable(model, output_embeddings, convolutions)
-    if not linears:
-        raise ValueError(f"model: {type(model).__name__} has no linear layers to prune")
-    empty = next((name for name, linear in linears.items() if linear.get_parameter("weight").is_meta), None)
-    if empty is not None and store_of(model).holds_all:
-        raise ValueError(f"model: {empty} has no weights yet (it is on the meta device): load them first")
-    for pattern in skip:
-        if not any(fnmatchcase(name, pattern) for name in linears):
-            raise ValueError(f"skip={pattern!r} matches none of the {len(linears)} linears, such as {list(linears)[:3]}")
-    chosen = {name: m for name, m in linears.items() if not any(fnmatchcase(name, pattern) for pattern in skip)}
-    if not chosen:
-        raise ValueError(f"skip={list(skip)} leaves none of the {len(linears)} linears")
-    return chosen
+def runs_for(
+    model: nn.Module,
+    batches: Batches | None,
+    comm: Comm,
+    criterion: Criterion,
+    allocation: Allocation | None = None,
+    match: BlockMatching | None = None,
+) -> list[Run]:
+    """Makes a run of each batch, if something needs data; refuses to go without any, on all ranks together."""
+    reader = criterion if needs_data(criterion) else allocation if allocation is not None and allocation.measures else match
+    if reader is None:
+        return []
+    who = f"{type(reader).__name__} needs calibration data"
+    if batches is None and comm is not ALONE:
+        raise ValueError(f"batches=None: {who}")
+    runs = runs_of(model, batches_of(batches, model))
+    lacks = int(match is not None and len(runs) < 2)
+    counts = torch.tensor([len(runs), lacks], device=next(model.parameters()).device)
+    count, lacking = comm(counts).tolist()
+    if not count:
+        raise ValueError(f"batches=an empty collection: {who}")
+    if lacking:
+        each = "" if comm is ALONE else " on each rank"
+        raise ValueError(f"batches: match holds some out, and needs two at least{each}, got {len(runs)} here: give smaller ones")
+    return runs
 
 
 def tokens_in(runs: Sequence[Run], comm: Comm) -> int | None:
     """Counts the tokens of all runs, on all ranks, before any runs; None where it is not known what linears are given."""
-    counts = [_tokens(run) for run in runs]
-    total, unknown = sum(one or 0 for one in counts), sum(one is None for one in counts)
+    total = unknown = 0
+    for run in runs:
+        ids = run.batch.get("input_ids") if isinstance(run.batch, Mapping) else None
+        if not isinstance(ids, Tensor) or "decoder_input_ids" in run.batch or "decoder_attention_mask" in run.batch:
+            unknown += 1
+            continue
+        mask = run.tokens.get("attention_mask")
+        total += ids.numel() if mask is None else int(mask.sum())
     total, unknown = comm(torch.tensor([total, unknown], device=comm.device)).tolist()
-    return None if unknown else int(total)
-
-
-def _tokens(run: Run) -> int | None:
-    ids = run.batch.get("input_ids") if isinstance(run.batch, Mapping) else None
-    if not isinstance(ids, Tensor) or "decoder_input_ids" in run.batch or "decoder_attention_mask" in run.batch:
-        return None
-    counting = run.tokens.get("attention_mask")
-    return ids.numel() if counting is None else int(counting.sum())
-
-
-def solves(criterion: Criterion) -> bool:
-    """Tells whether a criterion solves for weights by products of inputs, which fewer tokens than inputs leave singular."""
-    return isinstance(criterion.statistics(1, "meta"), InputMoments)
+    return None if unknown else total
 
 
 def few_tokens(criterion: Criterion, given: Mapping[str, tuple[int, int]]) -> str:
@@ -143,13 +165,13 @@ def few_tokens(criterion: Criterion, given: Mapping[str, tuple[int, int]]) -> st
 
 def uncalled(linears: Iterable[str], pruned: Collection[str]) -> tuple[str, ...]:
     """Names the linears that were given no token; if none was given any, that is an error."""
-    found = tuple(name for name in linears if name not in pruned)
+    names = tuple(name for name in linears if name not in pruned)
     if not pruned:
-        raise ValueError(f"batches: no linear has been given a token that counts; the first is {found[0]}")
-    if found:
-        what = f"{len(found)} linears, which stay as they are: {', '.join(found)}"
+        raise ValueError(f"batches: no linear has been given a token that counts; the first is {names[0]}")
+    if names:
+        what = f"{len(names)} linears, which stay as they are: {', '.join(names)}"
         warnings.warn(f"no calibration batch has called {what}", stacklevel=3)
-    return found
+    return names
 
 
 def check_matching(criterion: Criterion, sequential: Sequential, count_adapters: bool) -> None:
@@ -161,32 +183,30 @@ def check_matching(criterion: Criterion, sequential: Sequential, count_adapters:
         raise ValueError("match changes kept weights, and count_adapters=True leaves them as they are: ask for one")
 
 
-def check_sharded(criterion: Criterion, allocation: Allocation, comm: Comm, offload: object) -> None:
+def check_sharded(criterion: Criterion, allocation: Allocation | None, comm: Comm, offload: object) -> None:
     """Refuses arguments that do not suit a model that is sharded over ranks."""
     if offload is not None:
         raise ValueError(f"offload={str(offload)!r}: the model is sharded, its blocks are gathered one at a time: leave it out")
-    ranks = torch.distributed.get_world_size()
-    if comm is ALONE and ranks > 1 and (needs_data(criterion) or allocation.measures):
+    reads = needs_data(criterion) or (allocation is not None and allocation.measures)
+    if comm is ALONE and torch.distributed.get_world_size() > 1 and reads:
         raise ValueError("reduce=None: the model is sharded, and each rank would prune by its own batches: say how ranks sum")
 
 
-def check_streamed(comm: Comm) -> None:
-    """Refuses arguments that do not suit a model that is streamed."""
+def check_streamed(model: nn.Module, runs: Sequence[Run], comm: Comm) -> None:
+    """Refuses ranks, and a model that calls a block again later, as far as a run on the meta device says; none is read for it."""
+    batch, store = next((run.batch for run in runs if run.batch is not None), None), store_of(model)
+    if not store.in_files:
+        return
     if comm is not ALONE:
         raise ValueError("reduce: the model is streamed, and each rank would write the same folder: prune it on one")
-
-
-def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
-    """Refuses a streamed model that calls a block again later, as far as a run on the meta device tells; none is read for it."""
-    batch = next((run.batch for run in runs if run.batch is not None), None)
-    if batch is None or not (store := store_of(model)).in_files:
+    if batch is None:
         return
-    shadow, calls = to_meta(store.model), Counter[str]()
+    empty, calls = to_meta(store.model), Counter[str]()
     for name in store.blocks:
-        shadow.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
-    batch = tree_map_only(Tensor, lambda one: one.to("meta"), batch)
+        empty.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    batch = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), batch)
     with suppress(Exception), torch.no_grad():  # code that asks for values has none there
-        runs_of(shadow, [batch])[0].visit()
+        runs_of(empty, [batch])[0].visit()
     if again := next((name for name in store.blocks if calls[name] > 1), None):
         refuse_again(again)
 
@@ -194,13 +214,13 @@ def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
 def warn_of_others(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
     """Warns about weights that hold several matrices but are no linears: of three dimensions, as experts in one tensor are."""
     inside = {module for site in find_sites(model, linears, "block") for module in site.module.modules()}
-    found = {}
+    shapes = {}
     for name, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False) if module in inside else ():
             if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, CONVOLUTIONS):
-                found[re.sub(r"\b\d+\b", "*", f"{name}.{attribute}")] = list(parameter.shape)
-    if found:
-        what = ", ".join(f"{name} {shape}" for name, shape in found.items())
+                shapes[re.sub(r"\b\d+\b", "*", f"{name}.{attribute}")] = list(parameter.shape)
+    if shapes:
+        what = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
         warnings.warn(f"these hold several matrices each, but are no linear layers and stay as they are: {what}", stacklevel=3)
 
 

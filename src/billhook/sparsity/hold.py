@@ -46,28 +46,25 @@ class Hold:
         """
         self._let_go()
         self._models, self._adapted = [model, *copies], adapted
-        for one in self._models if adapted else ():
-            unmask_adapters(one, adapted)
+        for masked in self._models if adapted else ():
+            unmask_adapters(masked, adapted)
         self.hold(self._masks or self._restored())
         self._saved = {}
         self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
 
     def _restored(self) -> dict[str, Tensor]:
         """Unpacks saved masks, one at a time, each sharded as its weight."""
-        reshard(self._models[0])
-        linears = prunable(self._models[0], output_embeddings=True, convolutions="all") if self._saved else {}
-        found = {}
+        linears = _linears(self._models[0]) if self._saved else {}
+        masks = {}
         for name, saved in self._saved.items():
             weight = linears[name].get_parameter("weight") if name in linears else None
             mask = _unpacked(saved, torch.device("cpu") if weight is None else weight.device)
-            found[name] = mask if weight is None or weight.shape != mask.shape else sharded_as(mask, weight)
-        return found
+            masks[name] = mask if weight is None or weight.shape != mask.shape else sharded_as(mask, weight)
+        return masks
 
     def hold(self, masks: Mapping[str, Tensor], change: Callable[[], None] | None = None) -> None:
         """Replaces the masks, and applies them; if `change`, which changes the weights with them, fails, they are as before."""
-        for model in self._models:
-            reshard(model)
-        linears = [prunable(model, output_embeddings=True, convolutions="all") for model in self._models]
+        linears = [_linears(model) for model in self._models]
         first = linears[0]
         for name, mask in masks.items():
             if name not in first or first[name].weight.shape != mask.shape:
@@ -91,13 +88,13 @@ class Hold:
         """Follows new shapes: in weights that are new, zeros stay zeros, and no others."""
         if not self._masks or not self._models:
             return
-        of, masks = {id(weight): self._masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
-        held = {self._linears[0][name] for name in self._masks}
-        for name, linear in prunable(self._models[0], output_embeddings=True, convolutions="all").items():
+        mask_of, masks = {id(weight): self._masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
+        masked = {self._linears[0][name] for name in self._masks}
+        for name, linear in _linears(self._models[0]).items():
             weight = linear.get_parameter("weight")
-            if id(weight) in of:  # the same, perhaps in another place
-                masks[name] = of[id(weight)]
-            elif linear in held or name in self._masks:  # FSDP makes all weights anew, and another name may be a block's now
+            if id(weight) in mask_of:  # the same, perhaps under another name
+                masks[name] = mask_of[id(weight)]
+            elif linear in masked or name in self._masks:  # FSDP makes all weights anew, and another name may be a block's now
                 masks[name] = weight.detach() != 0
         self.hold(masks)
 
@@ -123,23 +120,33 @@ class Hold:
         self._hooks, self._models, self._linears, self._weights = [], [], [], {}
 
     def _step(self, *_: object) -> None:
-        for model in self._models[:1]:
+        for model, linears in zip(self._models[:1], self._linears, strict=False):
             reshard(model)
-        held = {name: self._linears[0][name].get_parameter("weight") for name in self._masks} if self._linears else {}
-        moved = [name for name, weight in held.items() if weight.requires_grad or weight.grad is not None]
-        if moved:
-            _mask([held[name].data for name in moved], [self._masks[name] for name in moved])
+            weights, masks = list[Tensor](), list[Tensor]()
+            for name, mask in self._masks.items():
+                weight = linears[name].get_parameter("weight")
+                if weight.requires_grad or weight.grad is not None:
+                    weights.append(weight.data)
+                    masks.append(mask)
+            if weights:
+                _mask(weights, masks)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the masks, one bit a weight; they are packed once, and not again until they are replaced."""
         if not self._packed:
-            bits = {name: torch.from_numpy(packed(full_tensor(mask))) for name, mask in self._masks.items()}
-            self._packed = {name: {"shape": list(self._masks[name].shape), "bits": own} for name, own in bits.items()}
+            for name, mask in self._masks.items():
+                self._packed[name] = {"shape": list(mask.shape), "bits": torch.from_numpy(packed(full_tensor(mask)))}
         return dict(self._saved or self._packed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores masks that were saved."""
         self._masks, self._saved, self._packed = {}, state, {}
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns all that may be masked, by name, where it is sharded as shards: FSDP's forward leaves gathered copies."""
+    reshard(model)
+    return prunable(model, output_embeddings=True, convolutions="all")
 
 
 def _unpacked(saved: Mapping[str, Any], device: torch.device) -> Tensor:

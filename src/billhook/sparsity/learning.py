@@ -18,12 +18,12 @@ from billhook.engine.state import replaced
 from billhook.engine.statistics import Statistics
 from billhook.engine.walk import Sequential
 from billhook.model.linears import Convolutions, find_twins, prunable, turned, weight_of
-from billhook.sparsity.allocation import Allocation, Uniform
-from billhook.sparsity.checks import check_pruning, needing, needs_data, uncalled, warn_of_others
+from billhook.sparsity.allocation import Allocation, Uniform, sparsities_of
+from billhook.sparsity.checks import check_pruning, needs_data, runs_for, uncalled, warn_of_others
 from billhook.sparsity.criteria import Criterion
+from billhook.sparsity.grouped import Grouped, empty_for, naming, prune_by, scores_of
 from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
-from billhook.sparsity.visitor import Grouped, PruningVisitor, empty_for, naming, prune_by, scores_of
-from billhook.sparsity.walks import Walks, runs_for, sparsities_of
+from billhook.sparsity.visitor import PruningVisitor, Walks
 
 
 @dataclass(frozen=True)
@@ -67,22 +67,22 @@ class Chosen:
         if not state["sums"]:
             return cls(state["sparsity"], None)
         statistics = empty_for(criterion, linear, weight_of(linear).device)
-        for own, saved in zip(statistics.tensors(), state["sums"], strict=True):
-            own.copy_(saved)
+        for sums, saved in zip(statistics.tensors(), state["sums"], strict=True):
+            sums.copy_(saved)
         return cls(state["sparsity"], statistics)
 
 
-class _Noting(PruningVisitor):
+class _NotingVisitor(PruningVisitor):
     """A visitor that notes what it prunes by."""
 
-    def __init__(self, *given: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
-        super().__init__(*given, **walk)
+    def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of a visitor
+        super().__init__(*args)
         self.noted: dict[str, Chosen] = {}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Prunes, and notes by what."""
         super().finish(linears)
-        self.noted |= {name: Chosen(self.sparsities[name], self._statistics(name)) for name in linears}
+        self.noted |= {name: Chosen(self.sparsities[name], self.statistics_of(name)) for name in linears}
 
 
 def choose(
@@ -100,13 +100,12 @@ def choose(
     comm: Comm,
 ) -> dict[str, Chosen]:
     """Finds what the masks that `prune` would make follow from, by linear; the model stays as it is. See `prune`."""
-    allocation = allocation or Uniform()
     linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
-    runs = runs_for(model, batches, needing(criterion, allocation), comm)
-    walks = Walks(model, linears, runs, comm, None, None, {})
+    walks = Walks(model, linears, runs_for(model, batches, comm, criterion, allocation), comm, None, None, {})
     warn_of_others(model, linears)
-    sparsities = sparsities_of(walks, check_amount(sparsity, pattern), allocation)
-    noted = walks(sequential if needs_data(criterion) else None, partial(_Noting, criterion, sparsities, pattern, None)).noted
+    sparsities = sparsities_of(walks, check_amount(sparsity, pattern), allocation or Uniform())
+    make = partial(_NotingVisitor, criterion, sparsities, pattern, None)
+    noted = walks(sequential if needs_data(criterion) else None, make).noted
     uncalled(linears, noted)
     return {name: noted[name] for name in linears if name in noted}
 
@@ -134,7 +133,7 @@ class Learned:
         self._model, self._optimizers = model, optimizers
         if self._saved:
             linears = prunable(model, output_embeddings=True, convolutions="all")
-            self.chosen = {name: Chosen.from_state(one, linears[name], self.criterion) for name, one in self._saved.items()}
+            self.chosen = {name: Chosen.from_state(state, linears[name], self.criterion) for name, state in self._saved.items()}
             self._saved = {}
         if self.chosen:
             self.begin(self.chosen)
@@ -143,17 +142,17 @@ class Learned:
         """Has the linears use what is kept of their weights from now on."""
         linears = prunable(self._model, output_embeddings=True, convolutions="all")
         linears = {name: linears[name] for name in chosen}
-        masks = {name: one.keep(name, linears[name], self.criterion, self.pattern) for name, one in chosen.items()}
+        masks = {name: choice.keep(name, linears[name], self.criterion, self.pattern) for name, choice in chosen.items()}
         self.detach()
         self.chosen, self.masks, self._linears = dict(chosen), masks, linears
         twins = {linear: name for name, linear in find_twins(self._model, linears)}
         self._names = {linear: name for name, linear in linears.items()} | twins
-        self._whole = dict[nn.Module, nn.Parameter]()
+        self._unmasked = dict[nn.Module, nn.Parameter]()  # while a linear computes with what is kept of it
         self._hooks = [optimizer.register_step_post_hook(self._stepped) for optimizer in self._optimizers]
         for linear in self._names:
             self._hooks += [
-                linear.register_forward_pre_hook(self._masks, prepend=False),
-                linear.register_forward_hook(self._gives_back, always_call=True),
+                linear.register_forward_pre_hook(self._mask, prepend=False),
+                linear.register_forward_hook(self._restore, always_call=True),
             ]
         torch.compiler.reset()  # what is compiled does not look for new hooks
 
@@ -167,10 +166,9 @@ class Learned:
 
     def decay(self, optimizer: Optimizer, decay: float) -> None:
         """Adds decay (1 - m) * W to the gradients that an optimizer is about to take."""
-        own = {id(one) for group in optimizer.param_groups for one in group["params"]} if self._hooks else set()
-        for name in self.masks if own else ():
+        for name in self._of(optimizer) if self._hooks else ():
             weight = self._linears[name].get_parameter("weight")
-            if id(weight) in own and weight.grad is not None:
+            if weight.grad is not None:
                 weight.grad.add_(where_kept(weight.detach(), ~self.masks[name]), alpha=decay)
 
     @contextmanager
@@ -182,24 +180,27 @@ class Learned:
 
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
         """Chooses the masks of the weights that an optimizer may have changed."""
-        stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
         with torch.no_grad():
-            for name, linear in self._linears.items():
-                if id(linear.get_parameter("weight")) in stepped:
-                    self.masks[name] = self.chosen[name].again(name, linear, self.criterion, self.pattern)
+            for name in self._of(optimizer):
+                self.masks[name] = self.chosen[name].again(name, self._linears[name], self.criterion, self.pattern)
 
-    def _masks(self, linear: nn.Module, _: object) -> None:
+    def _of(self, optimizer: Optimizer) -> list[str]:
+        """Names the linears whose weights an optimizer trains."""
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        return [name for name, linear in self._linears.items() if id(linear.get_parameter("weight")) in trained]
+
+    def _mask(self, linear: nn.Module, _: object) -> None:
         weight = linear.get_parameter("weight")
-        self._whole[linear] = weight
+        self._unmasked[linear] = weight
         linear._parameters["weight"] = _Straight.apply(weight, self.masks[self._names[linear]])  # type: ignore[no-untyped-call]
 
-    def _gives_back(self, linear: nn.Module, *_: object) -> None:
-        if linear in self._whole:
-            linear._parameters["weight"] = self._whole.pop(linear)
+    def _restore(self, linear: nn.Module, *_: object) -> None:
+        if linear in self._unmasked:
+            linear._parameters["weight"] = self._unmasked.pop(linear)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what the masks follow from, beside the weights."""
-        return {name: one.state() for name, one in self.chosen.items()}
+        return {name: choice.state() for name, choice in self.chosen.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what was saved, once there is a model."""

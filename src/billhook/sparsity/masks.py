@@ -80,8 +80,8 @@ def pruned_count(size: int, sparsity: float) -> int:
     (7, 29, 28)
     """
     product = size * check_amount(sparsity)
-    whole = round(product)
-    return whole if whole < size and math.isclose(product, whole, rel_tol=1e-12) else int(product)
+    rounded = round(product)
+    return rounded if rounded < size and math.isclose(product, rounded, rel_tol=1e-12) else int(product)
 
 
 def keep_rows(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
@@ -118,7 +118,7 @@ def keep_global(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
     """Compares across matrices: int(total numel * sparsity) are removed, of equal scores those in earlier matrices, then rows."""
     count = pruned_count(sum(s.numel() for s in scores), sparsity)
     lowest = _partitioned(scores[0], count) if len(scores) == 1 else Lowest.of(lambda: scores, count)
-    return [lowest.keep(one) for one in scores]
+    return [lowest.keep(of_matrix) for of_matrix in scores]
 
 
 @dataclass
@@ -244,8 +244,8 @@ def _partitioned(scores: Tensor, count: int) -> Lowest:
     """Finds the `count` lowest scores of one matrix, on the CPU by numpy's selection."""
     if scores.device.type != "cpu" or not count:
         return Lowest.of(lambda: [scores], count)
-    found = np.partition(scores.detach().float().numpy(), count, axis=None)
-    return Lowest(float(found[count]), count - int(np.count_nonzero(found[:count] < found[count])))
+    parted = np.partition(scores.detach().float().numpy(), count, axis=None)
+    return Lowest(float(parted[count]), count - int(np.count_nonzero(parted[:count] < parted[count])))
 
 
 def _digit_at(digits: Iterable[Tensor], position: int) -> tuple[int, int]:
@@ -260,8 +260,8 @@ def _digit_at(digits: Iterable[Tensor], position: int) -> tuple[int, int]:
 
 def _keys(scores: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yields integers in the order of the scores, block by block."""
-    for one in scores:
-        for _, block in _blocks(one):
+    for of_matrix in scores:
+        for _, block in _blocks(of_matrix):
             yield _flip((block.flatten() + 0.0).view(torch.int32))  # + 0.0: -0.0 and 0.0 are equal scores
 
 

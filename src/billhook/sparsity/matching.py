@@ -5,7 +5,7 @@ https://arxiv.org/abs/2402.12419) and the regional optimization of Wanda++ (Yang
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -35,12 +35,12 @@ class Passage:
     """Holds what a batch gives to a block, and what shall come out.
 
     Attributes:
-        given: The arguments and keywords of the block, on the outputs of pruned blocks before it.
+        inputs: The arguments and keywords of the block, on the outputs of pruned blocks before it.
         goal: What the dense block gave, on the outputs of dense blocks before it.
         counts: Which tokens count, bool, of the shape of the goal without its last dimension; None if all do.
     """
 
-    given: Arguments
+    inputs: Arguments
     goal: Tensor
     counts: Tensor | None
 
@@ -87,9 +87,9 @@ class BlockMatching:
 
     def is_held_out(self, count: int) -> list[bool]:
         """Picks some of so many batches, two at least, that lie evenly among them: True for each that is held out."""
-        some = min(max(1, round(self.held_out * count)), count - 1)
-        held = {int((place + 0.5) * count / some) for place in range(some)}
-        return [number in held for number in range(count)]
+        number_held_out = min(max(1, round(self.held_out * count)), count - 1)
+        held_out = {int((number + 0.5) * count / number_held_out) for number in range(number_held_out)}
+        return [batch in held_out for batch in range(count)]
 
 
 class Tuning:
@@ -112,48 +112,42 @@ class Tuning:
         comm: Comm = ALONE,
     ) -> None:
         self.matching, self.block, self.keeps, self.comm = matching, block, keeps, comm
-        self.tuned = {name: _wide(weight).detach().clone().requires_grad_() for name, weight in weights.items()}
-        others = {name: one.detach() for name, one in (*block.named_parameters(), *block.named_buffers())}
-        self.others = {name: _wide(one) for name, one in others.items() if name not in weights}
+        self.tuned = {name: _as_float32(weight).detach().clone().requires_grad_() for name, weight in weights.items()}
+        fixed = {name: tensor for name, tensor in (*block.named_parameters(), *block.named_buffers()) if name not in weights}
+        self.fixed = {name: _as_float32(tensor.detach()) for name, tensor in fixed.items()}
+        self.device = next(iter(self.tuned.values())).device
 
     def __call__(self, tune: Sequence[Passage], held_out: Sequence[Passage]) -> dict[str, Tensor]:
         """Tunes on some passages, and returns the weights, float32, that were best on others."""
-        optimizer, steps = self._optimizer(), self._steps(len(tune))
-        order = torch.Generator().manual_seed(self.matching.seed)
-        queue, looks = list[int](), {steps * look // LOOKS for look in range(1, LOOKS + 1)}
+        steps = self.matching.steps
+        if steps is None:  # one for each batch: of ranks together as many as each has on average
+            batches, ranks = self.comm(torch.tensor([float(len(tune)), 1.0], device=self.device))
+            steps = math.ceil(float(batches / ranks))
+        groups = []
+        for name, weight in self.tuned.items():
+            mean_square = weight.detach().square().sum() / self.keeps[name].sum().clamp(min=1)
+            groups.append({"params": [weight], "lr": 0.0, "most": self.matching.lr * math.sqrt(float(mean_square))})
+        optimizer = torch.optim.Adam(groups, betas=DECAY)
+        order, queue = torch.Generator().manual_seed(self.matching.seed), list[int]()
+        looks = {steps * look // LOOKS for look in range(1, LOOKS + 1)}
         inner = getattr(self.block, "_orig_mod", self.block)  # of what torch.compile has wrapped
         with overridden(self.block, forward=partial(type(inner).forward, inner)):
             best, state = self._measured(held_out), self._state()
             for step in range(1, steps + 1):
                 queue = queue or torch.randperm(len(tune), generator=order).tolist()
-                self._step(optimizer, tune[queue.pop()], _share(step, steps))
+                share = 1 - abs((2 * step - 1) / steps - 1)  # of the largest step size: up to it in the first half, then down
+                for group in optimizer.param_groups:
+                    group["lr"] = share * group["most"]
+                self._step(optimizer, tune[queue.pop()])
                 if step in looks and (now := self._measured(held_out)) < best:
                     best, state = now, self._state()
         return state
 
-    def _steps(self, batches: int) -> int:
-        """Returns the number of steps: by default one for each batch, of ranks together as many as each has on average."""
-        if self.matching.steps is not None:
-            return self.matching.steps
-        device = next(iter(self.tuned.values())).device
-        count = torch.tensor([float(batches), 1.0], device=device)
-        every, ranks = self.comm(count)
-        return math.ceil(float(every / ranks))
-
-    def _optimizer(self) -> torch.optim.Adam:
-        groups = [
-            {"params": [weight], "lr": 0.0, "most": self.matching.lr * _size(weight.detach(), self.keeps[name])}
-            for name, weight in self.tuned.items()
-        ]
-        return torch.optim.Adam(groups, betas=DECAY)
-
-    def _step(self, optimizer: torch.optim.Adam, passage: Passage, share: float) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = share * group["most"]
+    def _step(self, optimizer: torch.optim.Adam, passage: Passage) -> None:
         with torch.enable_grad():
             error, count = self._error(passage)
-            found = torch.autograd.grad(error / count, list(self.tuned.values()), allow_unused=True)
-        for (name, weight), gradient in zip(self.tuned.items(), found, strict=True):
+            gradients = torch.autograd.grad(error / count, list(self.tuned.values()), allow_unused=True)
+        for (name, weight), gradient in zip(self.tuned.items(), gradients, strict=True):
             weight.grad = torch.zeros_like(weight) if gradient is None else gradient * self.keeps[name]
         self.comm.sum_(*(weight.grad for weight in self.tuned.values() if weight.grad is not None))
         optimizer.step()
@@ -161,22 +155,21 @@ class Tuning:
     @torch.no_grad()
     def _measured(self, passages: Sequence[Passage]) -> float:
         """Returns the mean error of the tokens of passages, on all ranks."""
-        device = float64_device(next(iter(self.tuned.values())).device)
+        device = float64_device(self.device)
         sums = torch.stack([torch.stack(self._error(passage)).to(device).double() for passage in passages]).sum(0)
         error, count = self.comm(sums)
         return float(error / count)
 
     def _error(self, passage: Passage) -> tuple[Tensor, Tensor]:
         """Returns the sum of the errors of tokens, and how many these are."""
-        device = next(iter(self.tuned.values())).device
-        there = passage.given, passage.goal, passage.counts
-        (args, kwargs), goal, counts = tree_map_only(Tensor, lambda one: _wide(one.to(device)), there)
+        inputs = passage.inputs, passage.goal, passage.counts
+        (args, kwargs), goal, counts = tree_map_only(Tensor, lambda tensor: _as_float32(tensor.to(self.device)), inputs)
         args, kwargs = tuple(map(spare, args)), {name: spare(value) for name, value in kwargs.items()}
         with fresh_casts():  # Adam changes in place what the block may have cast, if its forward enters autocast
-            given = stream_in(functional_call(self.block, self.tuned | self.others, args, kwargs))
-        assert given is not None, "it has come out before"
+            output = hidden_state(functional_call(self.block, self.tuned | self.fixed, args, kwargs))
+        assert output is not None, "it has come out before"
         size = goal.square().sum(-1)
-        errors = (given - goal).square().sum(-1) / torch.where(size > 0, size, 1)
+        errors = (output - goal).square().sum(-1) / torch.where(size > 0, size, 1)
         errors = errors if counts is None else errors[counts]
         return errors.sum(), torch.tensor(float(errors.numel()), device=errors.device).clamp(min=1)
 
@@ -184,22 +177,12 @@ class Tuning:
         return {name: weight.detach().clone() for name, weight in self.tuned.items()}
 
 
-def stream_in(output: object) -> Tensor | None:
+def hidden_state(output: object) -> Tensor | None:
     """Returns what a block hands to the next: the first tensor of floating-point numbers that it gives."""
     return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
 
 
-def _share(step: int, steps: int) -> float:
-    """Returns the share of the largest step size that a step takes: it rises in the first half of the steps, and falls then."""
-    return 1 - abs((2 * step - 1) / steps - 1)
-
-
-def _size(weight: Tensor, keep: Tensor) -> float:
-    """Returns the root mean square of kept weights."""
-    return math.sqrt(float(weight.square().sum() / keep.sum().clamp(min=1)))
-
-
-def _wide(tensor: Tensor) -> Tensor:
+def _as_float32(tensor: Tensor) -> Tensor:
     """Returns floating-point numbers in float32, outside of inference mode, in which nothing has gradients."""
     tensor = tensor.clone() if tensor.is_inference() else tensor
     return tensor.float() if tensor.is_floating_point() else tensor
@@ -210,23 +193,29 @@ class MatchingVisitor(PruningVisitor):
 
     Args:
         matching: How blocks are tuned.
+        args: The arguments of a visitor.
     """
 
-    def __init__(self, matching: BlockMatching, *args: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
-        super().__init__(*args, **walk)
-        self.matching = matching
-        self.dense = range(len(self.tokens), 2 * len(self.tokens))
-        self._given: dict[int, tuple[Arguments, Tensor]] = {}
+    def __init__(self, matching: BlockMatching, *args: Any) -> None:  # noqa: ANN401 - those of a visitor
+        super().__init__(*args)
+        self.matching, self._batches = matching, len(self.walks.runs)
+        self.dense = range(self._batches, 2 * self._batches)
+        self._came_out: dict[int, tuple[Arguments, Tensor]] = {}  # by run
+
+    def check_runs(self) -> None:
+        """Refuses linears that share a weight: they would be pruned before they are called under another name."""
+        if self.walks.twins:
+            refuse_called_again(self.walks.twins[0][0])
 
     def came_out(self, run: int, given: Arguments, output: object) -> None:
         """Notes what a block was given, and what it gave."""
-        if (stream := stream_in(output)) is not None:
-            self._given[run] = given, stream
+        if (state := hidden_state(output)) is not None:
+            self._came_out[run] = given, state
 
     def came_again(self, site: Site) -> None:
         """Refuses linears that are called again when their block has been matched."""
         if site.linears:
-            refuse_called_again(site.linears)
+            refuse_called_again(next(iter(site.linears)))
         super().came_again(site)
 
     def complete(self, site: Site) -> None:
@@ -234,50 +223,40 @@ class MatchingVisitor(PruningVisitor):
         if not site.out:
             super().complete(site)
             return
-        own = {name: self.pruned[name] for name in site.linears if name in self.pruned}
-        passages, self._given = self._passages(), {}
-        if own and self._enough(passages, site.linears[next(iter(own))].get_parameter("weight").device):
-            self.pruned |= self._tune(site, own, passages)
-
-    def _enough(self, passages: Sequence[Passage], device: torch.device) -> bool:
-        """Tells whether all ranks have passages to tune on, and others to hold out."""
-        lacking = torch.tensor([float(len(passages) < 2)], device=device)
-        return not self.comm(lacking)
-
-    def _passages(self) -> list[Passage]:
-        found = []
-        for run, dense in enumerate(self.dense):
-            if run in self._given and dense in self._given:
-                (given, output), (_, goal) = self._given[run], self._given[dense]
+        linears = {name: linear for name, linear in site.linears.items() if name in self.pruned}
+        passages, came_out = list[Passage](), self._came_out
+        self._came_out = {}
+        for run in range(self._batches):
+            if run in came_out and (dense := run + self._batches) in came_out:
+                (inputs, output), (_, goal) = came_out[run], came_out[dense]
                 if output.shape == goal.shape:
-                    found.append(Passage(given, goal, self._counting(goal.shape[:-1], goal, run)))
-        return found
+                    passages.append(Passage(inputs, goal, self._counting(goal.shape[:-1], goal, run)))
+        if linears:
+            # each rank needs passages to tune on and others to hold out
+            lacks = torch.tensor([float(len(passages) < 2)], device=weight_of(next(iter(linears.values()))).device)
+            if not self.comm(lacks):
+                self._tune(site.module, linears, passages)
 
-    def _tune(self, site: Site, own: dict[str, Pruned], passages: Sequence[Passage]) -> dict[str, Pruned]:
-        names = {id(one): name for name, one in site.module.named_parameters()}
-        lies, weights, keeps = dict[str, str](), dict[str, Tensor](), dict[str, Tensor]()
-        for name, one in own.items():
-            linear = site.linears[name]
-            lies[name] = key = names[id(linear.get_parameter("weight"))]
-            weights[key] = turned(linear, one.weight(weight_of(linear)))
-            keeps[key] = turned(linear, one.keep(weight_of(linear)))
-        held_out = self.matching.is_held_out(len(passages))
-        parts = [[one for one, held in zip(passages, held_out, strict=True) if held is part] for part in (False, True)]
+    def _tune(self, block: nn.Module, linears: Mapping[str, nn.Module], passages: Sequence[Passage]) -> None:
+        names = {id(parameter): name for name, parameter in block.named_parameters()}
+        parameters = {name: names[id(linear.get_parameter("weight"))] for name, linear in linears.items()}
+        weights, keeps = dict[str, Tensor](), dict[str, Tensor]()
+        for name, linear in linears.items():
+            weights[parameters[name]] = turned(linear, self.pruned[name].weight(weight_of(linear)))
+            keeps[parameters[name]] = turned(linear, self.pruned[name].keep(weight_of(linear)))
+        parts: tuple[list[Passage], list[Passage]] = ([], [])
+        for passage, is_held_out in zip(passages, self.matching.is_held_out(len(passages)), strict=True):
+            parts[is_held_out].append(passage)
         with torch.inference_mode(False):
-            tuning = Tuning(self.matching, site.module, weights, keeps, self.comm)
+            tuning = Tuning(self.matching, block, weights, keeps, self.comm)
             weights.clear()  # it has copies
             tuned = tuning(*parts)
-        return {name: self._rounded(site.linears[name], one, tuned[lies[name]]) for name, one in own.items()}
-
-    @staticmethod
-    def _rounded(linear: nn.Module, one: Pruned, tuned: Tensor) -> Pruned:
-        """Returns a linear's part of the plan with tuned weights, as they lie in memory, rounded to the dtype of the old ones."""
-        old = weight_of(linear)
-        new = tuned.movedim(1, -1).flatten(1) if is_convolution(linear) else turned(linear, tuned)
-        return Pruned.of(old, new.to(old.dtype), one.keep(old))
+        for name, linear in linears.items():  # rounded to the dtype of the old weights
+            old, new = weight_of(linear), tuned[parameters[name]]
+            new = new.movedim(1, -1).flatten(1) if is_convolution(linear) else turned(linear, new)
+            self.pruned[name] = Pruned.of(old, new.to(old.dtype), self.pruned[name].keep(old))
 
 
-def refuse_called_again(linears: Iterable[str]) -> NoReturn:
-    """Refuses linears that would be pruned before they are called again, or under another name."""
-    again = next(iter(linears))
-    raise ValueError(f"match: {again} is called again after its block, or shares its weight: leave match out, or skip it")
+def refuse_called_again(linear: str) -> NoReturn:
+    """Refuses a linear that would be pruned before it is called again, or under another name."""
+    raise ValueError(f"match: {linear} is called again after its block, or shares its weight: leave match out, or skip it")

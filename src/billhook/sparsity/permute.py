@@ -17,39 +17,19 @@ from billhook.calibration.calibration import Batches
 from billhook.display import Shown, columns
 from billhook.engine.comm import ALONE
 from billhook.engine.device import check_device
+from billhook.engine.state import uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable, check_plain, find_transformer
 from billhook.model.handed import Indices
 from billhook.model.inputs import alike, logits_of, tolerance
 from billhook.model.linears import Convolutions
-from billhook.sparsity.checks import check_folder, check_pruning, needs_data
+from billhook.sparsity.channel_order import Free, OrderingVisitor, Reordered, find_free
+from billhook.sparsity.checks import check_folder, check_pruning, needs_data, runs_for
 from billhook.sparsity.criteria import Criterion, Wanda
-from billhook.sparsity.free_order import Free, find_free
 from billhook.sparsity.masks import parse_pattern
-from billhook.sparsity.order_search import Found, OrderingVisitor
-from billhook.sparsity.walks import Walks, runs_for
-from billhook.tracing.groups import Kind
+from billhook.sparsity.visitor import Walks
 from billhook.tracing.trace import trace
 from billhook.units.gates import Gate
-
-
-@dataclass(frozen=True, eq=False)
-class Reordered:
-    """Units of one axis that stand in another order.
-
-    Attributes:
-        kind: What a unit is.
-        where: The innermost module that holds them.
-        readers: The linears that read them.
-        orders: Which unit of each set comes to each place, int64, `[sets, units]`; value dimensions have a set for each KV head.
-        kept: The share of the scores that groups keep, before and after; where an axis has many readers, of some of their rows.
-    """
-
-    kind: Kind
-    where: str
-    readers: tuple[str, ...]
-    orders: Indices
-    kept: tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,27 +53,21 @@ class Permuted(Shown):
     def _shown(self) -> list[RenderableType]:
         """Shows for axes that are alike their name, how many orders of how many units, and what they keep on average."""
         alike: dict[tuple[str, int], list[Reordered]] = defaultdict(list)
-        for one in self.axes:
-            name = f"{one.kind} in {one.where or 'the model'}"
-            alike[re.sub(r"\b\d+\b", "*", name), one.orders.shape[1]].append(one)
+        for axis in self.axes:
+            name = f"{axis.kind} in {axis.where or 'the model'}"
+            alike[re.sub(r"\b\d+\b", "*", name), axis.orders.shape[1]].append(axis)
         rows = []
-        for (name, units), own in alike.items():
-            before, then = (sum(one.kept[n] for one in own) / len(own) for n in (0, 1))
-            sets = sum(len(one.orders) for one in own)
-            rows.append((name, f"{sets:>4} x {units:>6,}  {before:.4f} -> {then:.4f}"))
+        for (name, units), axes in alike.items():
+            before, after = (sum(axis.kept[n] for axis in axes) / len(axes) for n in (0, 1))
+            sets = sum(len(axis.orders) for axis in axes)
+            rows.append((name, f"{sets:>4} x {units:>6,}  {before:.4f} -> {after:.4f}"))
         title = f"{self.model} in order for {self.pattern}, by {self.criterion}: share of the scores that is kept"
-        return [
-            title,
-            columns(rows, aligns="<", indent=2),
-            *(f"  {name} stay as they are: {why}" for name, why in self.left.items()),
-        ]
+        left = [f"  {name} stay as they are: {why}" for name, why in self.left.items()]
+        return [title, columns(rows, aligns="<", indent=2), *left]
 
 
 Ordered = Sequence[tuple[Free, Indices]]
 """Axes, each with the unit of each set that comes to each place: int64, `[sets, units]`."""
-
-Move = tuple[Tensor, int, Tensor]
-"""A tensor, one of its dimensions, and the position that comes to each place of it."""
 
 
 def put_in_order(model: nn.Module, ordered: Ordered) -> None:
@@ -104,50 +78,32 @@ def put_in_order(model: nn.Module, ordered: Ordered) -> None:
     Raises:
         MemoryError: Before anything has changed, if there is no memory for that; or torch's own error.
     """
-    interrupt = _move(_moves(model, ordered))
-    if interrupt is not None:
+    try:
+        _move(model, ordered)
+    except KeyboardInterrupt:  # raised when all have been moved
         put_back(model, ordered)
-        raise interrupt
+        raise
 
 
 def put_back(model: nn.Module, ordered: Ordered) -> None:
     """Puts units back in the places that they had before: the same bits. An interrupt is raised when all are."""
-    interrupt = _move(_moves(model, [(free, np.argsort(orders, axis=1)) for free, orders in ordered]))
-    if interrupt is not None:
-        raise interrupt
-
-
-def _moves(model: nn.Module, ordered: Ordered) -> list[Move]:
-    """Finds what is moved: the smallest tensors first."""
-    tensors, moves = dict([*model.named_parameters(), *model.named_buffers()]), list[Move]()
-    for free, orders in ordered:
-        for member in free.group.members:
-            positions, taken = free.positions(member.axis), np.arange(member.axis.size)
-            taken[positions] = np.take_along_axis(positions, orders[:, :, None], axis=1)
-            tensor = tensors[member.name]
-            own = [tensor.detach()] if tensor.grad is None else [tensor.detach(), tensor.grad.detach()]
-            moves += [(one, member.dim, torch.from_numpy(taken).to(one.device)) for one in own]
-    return sorted(moves, key=lambda move: move[0].nbytes)
+    _move(model, [(free, np.argsort(orders, axis=1)) for free, orders in ordered])
 
 
 @torch.no_grad()
-def _move(moves: list[Move]) -> KeyboardInterrupt | None:
-    """Moves what there is, from the end; returns an interrupt that has come meanwhile."""
-    new, interrupt = dict[int, Tensor](), None
-    while moves:
-        tensor, dim, taken = moves[-1]
-        try:
-            if len(moves) not in new:
-                new = {len(moves): tensor.index_select(dim, taken)}
-            tensor.copy_(new[len(moves)])  # the same if it is done twice
-            moves.pop()
-        except KeyboardInterrupt as error:
-            interrupt = error
-    return interrupt
-
-
-ROUNDS = 8
-"""How often groups exchange channels."""
+def _move(model: nn.Module, ordered: Ordered) -> None:
+    tensors, moves = dict([*model.named_parameters(), *model.named_buffers()]), list[tuple[Tensor, int, Tensor]]()
+    for free, orders in ordered:
+        for member in free.group.members:
+            positions, source = free.positions(member.axis), np.arange(member.axis.size)
+            source[positions] = np.take_along_axis(positions, orders[:, :, None], axis=1)
+            tensor = tensors[member.name]
+            for values in (tensor, tensor.grad):
+                if values is not None:
+                    moves.append((values.detach(), member.dim, torch.from_numpy(source).to(values.device)))
+    with uninterrupted():
+        for tensor, dim, sources in sorted(moves, key=lambda move: -move[0].nbytes):
+            tensor.copy_(tensor.index_select(dim, sources))
 
 
 def permute_for(
@@ -193,10 +149,10 @@ def permute_for(
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> done = bh.criteria.permute_for(model, "2:4", [{"input_ids": torch.arange(64)[None]}])
-        >>> [(one.kind, one.where, one.orders.shape) for one in done.axes][:2]
+        >>> done = bh.permute_for(model, "2:4", [{"input_ids": torch.arange(64)[None]}])
+        >>> [(axis.kind, axis.where, axis.orders.shape) for axis in done.axes][:2]
         [('residual', 'model', (1, 256)), ('value', 'model.layers.0.self_attn', (8, 32))]
-        >>> all(before <= then for before, then in (one.kept for one in done.axes))
+        >>> all(before <= after for before, after in (axis.kept for axis in done.axes))
         True
     """
     annotated(permute_for, locals())
@@ -204,7 +160,7 @@ def permute_for(
     check_permute(pattern, stream=not store_of(model).holds_all)
     check_permutable(model)
     linears = check_pruning(model, criterion, pattern, "block", None, skip, output_embeddings, convolutions)
-    runs = runs_for(model, batches, [criterion] if needs_data(criterion) else [], ALONE)
+    runs = runs_for(model, batches, ALONE, criterion)
     walks = Walks(model, linears, runs, ALONE, check_device(offload), check_folder(activations), {})
     with in_order(walks, criterion, pattern) as done:
         return done
@@ -237,21 +193,15 @@ def in_order(walks: Walks, criterion: Criterion, pattern: str) -> Iterator[Permu
     model, kept = find_transformer(walks.model), parse_pattern(pattern)
     assert kept is not None, "check_permute has seen the pattern"
     free, why = find_free(model, trace(walks.model), walks.linears, kept[1])
-    make = partial(OrderingVisitor, criterion, free, kept, ROUNDS)
-    found = walks("block" if needs_data(criterion) else None, make).found
-    ordered = [(free[number], orders.numpy()) for number, (orders, *_) in found.items()]
+    visitor = walks("block" if needs_data(criterion) else None, partial(OrderingVisitor, criterion, free, kept))
+    axes = dict(sorted(visitor.ordered.items()))
+    ordered = [(free[number], axis.orders) for number, axis in axes.items()]
     expected = logits_of(model)
     put_in_order(model, ordered)
     try:
         if not alike(expected, logits_of(model), tolerance(model)):
             raise ValueError(f"model: {type(model).__name__} computes something else with its channels in another order")
-        axes = tuple(_told(free[number], one) for number, one in sorted(found.items()))
-        yield Permuted(type(model).__name__, str(criterion), pattern, axes, why)
+        yield Permuted(type(model).__name__, str(criterion), pattern, tuple(axes.values()), why)
     except BaseException:
         put_back(model, ordered)
         raise
-
-
-def _told(free: Free, found: Found) -> Reordered:
-    orders, before, then = found
-    return Reordered(free.group.kind, free.group.where, tuple(free.readers), orders.numpy(), (before, then))

@@ -1,28 +1,38 @@
-"""A pruned weight before it is put in place: a bit for each entry, and new values where a criterion changes them.
+"""What pruning makes of weights, before it is put in place: bits and values of each linear, and the plan of all.
 
 Masks have 8 weights a byte as they wait and travel: a device packs and unpacks its own, so that only bits are copied.
 """
 
 import hashlib
 import math
+import re
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from rich.console import RenderableType
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import pad
+from torch.optim import Optimizer
 from typing_extensions import Self
 
+from billhook.display import columns
 from billhook.engine.lazy import LazyTensors, Read
-from billhook.engine.sharding import local, sharded_as
+from billhook.engine.parts import fingerprint
+from billhook.engine.sharding import local, reshard, sharded_as
 from billhook.engine.state import fresh_casts
+from billhook.engine.store import store_of
+from billhook.model.linears import in_place, prunable, size_of, turned
+from billhook.model.plan import ModelPlan, Weights, starting_from
 from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, where_kept
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HOST = "cpu"
 """The device on which NumPy packs, in a tenth of the time that torch takes there."""
 
@@ -81,25 +91,17 @@ class Pruned:
             digest.update(values.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def sparsity(self, size: int) -> float:
-        """Returns the fraction removed of a weight of so many entries."""
-        return 1 - self.kept / size if size else 0.0
-
     def keep(self, like: Tensor) -> Tensor:
         """Unpacks the keep-mask, bool, of the size and on the device of a weight."""
         return unpacked(self.bits, like.numel(), like.device).view(like.shape)
 
-    def mask(self, like: Tensor) -> Tensor:
-        """Returns the keep-mask, bool, as a weight lies; sharded if that is."""
-        return sharded_as(self.keep(like), like)
-
     def weight(self, old: Tensor) -> Tensor:
         """Returns the weight after pruning; of one that is sharded, this rank's part."""
         keep, values = self.keep(old), self.values
-        if values is not None:
-            new = torch.zeros(old.shape, dtype=old.dtype, device=old.device).masked_scatter_(keep, values.to(old))
-            return local(sharded_as(new, old)) if isinstance(old, DTensor) else new
-        return where_kept(local(old), local(sharded_as(keep, old))) if isinstance(old, DTensor) else where_kept(old, keep)
+        if values is None:
+            return where_kept(local(old), local(sharded_as(keep, old))) if isinstance(old, DTensor) else where_kept(old, keep)
+        new = torch.zeros(old.shape, dtype=old.dtype, device=old.device).masked_scatter_(keep, values.to(old))
+        return local(sharded_as(new, old)) if isinstance(old, DTensor) else new
 
     @fresh_casts()
     @torch.no_grad()
@@ -112,7 +114,7 @@ class Pruned:
         if isinstance(weight, DTensor):
             local(weight).copy_(self.weight(weight))
             return
-        bits, values, taken, width = self.bits, self.values, 0, math.prod(weight.shape[1:])
+        bits, values, used, width = self.bits, self.values, 0, math.prod(weight.shape[1:])
         step = max(1, (CPU_BLOCK if weight.device.type == HOST else DEVICE_BLOCK) // (8 * max(1, width))) * 8
         for start in range(0, len(weight), step):
             rows, first = weight[start : start + step], start * width // 8
@@ -121,8 +123,8 @@ class Pruned:
                 rows.copy_(where_kept(rows, keep))
                 continue
             kept = count(bits[first : first - (-rows.numel() // 8)])
-            rows.copy_(torch.zeros_like(rows).masked_scatter_(keep, values[taken : taken + kept].to(rows)))
-            taken += kept
+            rows.copy_(torch.zeros_like(rows).masked_scatter_(keep, values[used : used + kept].to(rows)))
+            used += kept
 
     def to_json(self) -> dict[str, str]:
         """Returns bits and values as text, in base 64."""
@@ -162,10 +164,10 @@ def packed(mask: Tensor) -> np.ndarray:
     flat = mask.reshape(-1).view(torch.uint8)
     columns = pad(flat, (0, -len(flat) % 8)).view(-1, 8).unbind(1)
     bits = torch.zeros_like(columns[0])
-    for place, column in enumerate(columns):
-        bits |= column << (7 - place)
-    found: np.ndarray = bits.cpu().numpy()
-    return found
+    for number, column in enumerate(columns):
+        bits |= column << (7 - number)
+    on_host: np.ndarray = bits.cpu().numpy()
+    return on_host
 
 
 def unpacked(bits: np.ndarray, size: int, device: torch.device) -> Tensor:
@@ -176,11 +178,139 @@ def unpacked(bits: np.ndarray, size: int, device: torch.device) -> Tensor:
     """
     if device.type == HOST:
         return torch.from_numpy(np.unpackbits(bits, count=size).view(np.bool_))
-    own = torch.from_numpy(bits[: -(-size // 8)]).to(device)
-    columns = torch.stack([own >> place for place in range(7, -1, -1)], 1)
+    bytes_ = torch.from_numpy(bits[: -(-size // 8)]).to(device)
+    columns = torch.stack([bytes_ >> shift for shift in range(7, -1, -1)], 1)
     return columns.bitwise_and_(1).view(-1)[:size].view(torch.bool)
 
 
 def count(bits: np.ndarray) -> int:
     """Counts the weights that are kept."""
     return int(np.bitwise_count(bits).sum())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WeightPlan(ModelPlan):
+    """Which weights of a model become zero, and the new values of the others where a criterion changes them.
+
+    Attributes:
+        kind: `"weights"`.
+        model: The name of the model's class; only shown, as it is another one where a model is sharded.
+        criterion: The criterion that chose them, in words.
+        pattern: `"unstructured"` or `"N:M"`.
+        pruned: The results by linear, which lie in memory; of a model that is sharded, in shards of all ranks; of one that is
+            streamed and has been pruned, in files until it is saved.
+        shapes: Of each linear's weight, `[out_features, in_features]`.
+        uncalled: Linears that stay as they are, as no batch has called them.
+    """
+
+    kind: ClassVar[str] = "weights"
+    model: str
+    criterion: str
+    pattern: str
+    pruned: Mapping[str, Pruned]
+    shapes: Mapping[str, tuple[int, ...]]
+    uncalled: tuple[str, ...] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the weights of all linears that is removed."""
+        total = sum(math.prod(self.shapes[name]) for name in self.pruned)
+        return 1 - sum(part.kept for part in self.pruned.values()) / total if total else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the plan as plain data: a bit for each weight, and the values that change, in base 64.
+
+        If the model was sharded, all ranks call this together.
+        """
+        pruned = {name: {"shape": list(self.shapes[name]), **part.to_json()} for name, part in self.pruned.items()}
+        names = {"kind": self.kind, "model": self.model, "criterion": self.criterion, "pattern": self.pattern}
+        uncalled = {name: list(self.shapes[name]) for name in self.uncalled}
+        return names | {"pruned": pruned, "uncalled": uncalled}
+
+    @classmethod
+    def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
+        try:
+            kind, criterion, pattern = (str(plain[name]) for name in ("model", "criterion", "pattern"))
+            shapes = {name: tuple(map(int, part["shape"])) for name, part in plain["pruned"].items()}
+            pruned = {name: Pruned.from_json(part, math.prod(shapes[name])) for name, part in plain["pruned"].items()}
+            uncalled = {name: tuple(map(int, shape)) for name, shape in plain["uncalled"].items()}
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
+            raise ValueError(f"plan: it is not as WeightPlan.to_json makes it ({type(error).__name__}: {error})") from error
+        plan = cls(kind, criterion, pattern, pruned, shapes | uncalled, tuple(uncalled))
+        plan.check_made_for(model)
+        return plan
+
+    def check_made_for(self, model: nn.Module) -> None:
+        """Refuses a model that lacks one of the linears, or has it in another size."""
+        self._linears(model)
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """Returns the keep-masks, bool, each as its weight lies in memory, and sharded as it is."""
+        linears = self._linears(model)
+        weights = {name: in_place(linears[name]) for name in self.pruned}
+        return {
+            name: turned(linears[name], sharded_as(self.pruned[name].keep(weight), weight)) for name, weight in weights.items()
+        }
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
+        """Changes the weights, in place; what is wrong with plan or model is refused before anything changes.
+
+        After an interrupt, weights of a model in memory may have changed in part: the same call again changes the others. Of a
+        model that is streamed, blocks are written one by one, and the checkpoint that they are of stays as it is.
+
+        Args:
+            model: The model that the plan was made for, or one with the same linears.
+            optimizers: They keep their state: no weight changes its size, and masks are held by others.
+            weights: New values of parameters from which pruning starts.
+
+        Raises:
+            ValueError: If the plan was not made for this model.
+        """
+        linears, store = self._linears(model), store_of(model)
+        inside = defaultdict[nn.Module | None, list[str]](list)
+        for name in reversed(list(self.pruned)):  # linears that an interrupt leaves still have the inputs of before
+            inside[store.owner.get(linears[name])].append(name)
+        sizes = {name: tuple(parameter.shape) for name, parameter in store.model.named_parameters(remove_duplicate=False)}
+
+        def put_into(block: nn.Module | None) -> None:
+            for name in inside[block]:
+                self.pruned[name].put_into(in_place(linears[name]))
+
+        def key() -> str:
+            return f"{fingerprint(self.decided())} {LazyTensors.of(weights or {}).key}"
+
+        with starting_from(model, weights) if weights else nullcontext(), store.step(f"{self.kind} {list(self.pruned)}", key):
+            for block in store.blocks.values():
+                if (block in inside or store.is_altered(block)) and not store.resumed(block, sizes):
+                    with store.changing(block):
+                        put_into(block)
+            store.release()
+            put_into(None)
+
+    def decided(self) -> dict[str, str]:
+        """Returns a hash of each linear's mask and values, on which ranks have to agree; they ask for it together."""
+        return {name: part.decided for name, part in self.pruned.items()}
+
+    def _linears(self, model: nn.Module) -> dict[str, nn.Module]:
+        reshard(model)
+        linears = prunable(model, output_embeddings=True, convolutions="all")
+        for name in self.pruned:
+            size = size_of(linears[name]) if name in linears else None
+            if size != self.shapes[name]:
+                raise ValueError(f"plan: it was made for another model: {name} is {self.shapes[name]} there, and {size} here")
+        return linears
+
+    def _shown(self) -> list[RenderableType]:
+        """Shows linears that are alike by their name, number, shape, and the least and greatest sparsity."""
+        alike: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
+        for name, part in self.pruned.items():
+            size = math.prod(self.shapes[name])
+            alike[re.sub(r"\b\d+\b", "*", name), self.shapes[name]].append(1 - part.kept / size if size else 0.0)
+        rows = []
+        for (name, (out, into)), each in alike.items():
+            low, high = min(each), max(each)
+            spread = f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"
+            rows.append((name, f"{len(each):>4} x [{out:>6,}, {into:>6,}]  sparsity {spread}"))
+        rows += [(name, "not called by any batch: left as it is") for name in self.uncalled]
+        return [f"{self.criterion}, {self.pattern}", columns(rows, aligns="<", indent=2)]

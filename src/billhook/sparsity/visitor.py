@@ -1,112 +1,170 @@
-"""Prunes during a walk over a model: gathers statistics of each linear's inputs, and keeps the pruned weights aside."""
+"""Walks over a model whose linears are pruned: sums of what each linear reads, and what becomes of it beside the model."""
 
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import repeat
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 
 from billhook.adapters.masked import counted, product_of
+from billhook.engine.batches import Run, tell_apart
 from billhook.engine.comm import Comm
-from billhook.engine.statistics import InputNorms, Statistics
-from billhook.engine.store import BlockStore
-from billhook.engine.walk import Site, Visitor
-from billhook.model.linears import batched, channels, is_convolution, patches, places_of, size_of, turned, weight_of
+from billhook.engine.lazy import LazyTensors, by_parameter
+from billhook.engine.passes import ActivationFiles, outputs_in_files
+from billhook.engine.state import undisturbed
+from billhook.engine.statistics import Statistics
+from billhook.engine.store import BlockStore, store_of
+from billhook.engine.walk import Sequential, Site, Visitor, Walk, find_sites, with_ways_out
+from billhook.model.linears import (
+    batched,
+    channels,
+    find_twins,
+    is_convolution,
+    patches,
+    places_of,
+    size_of,
+    turned,
+    weight_of,
+)
 from billhook.sparsity.criteria import Criterion, check_finite
-from billhook.sparsity.masks import Lowest, check_amount, parse_pattern, pruned_count, where_kept
+from billhook.sparsity.grouped import Grouped, empty_for, naming, prune_by, scores_of
+from billhook.sparsity.masks import Lowest, pruned_count, where_kept
 from billhook.sparsity.pruned import Pruned
 
 VALUES = 2**24
 """How many values of patches are in memory at a time, unless one image has more."""
 
 
-class Grouped:
-    """Statistics of a grouped convolution: of each group those of its own channels, as each is a linear beside the others."""
-
-    def __init__(self, parts: Sequence[Statistics]) -> None:
-        self.parts = parts
-
-    @property
-    def tokens(self) -> Tensor:
-        """How many patches were added."""
-        return self.parts[0].tokens
-
-    def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
-        """Adds patches, `[..., groups, in_features]`."""
-        for part, own in zip(self.parts, inputs.unbind(-2), strict=True):
-            part.add(own, keep)
-
-    def settle(self) -> None:
-        """Checks the sums of all groups a last time."""
-        for part in self.parts:
-            part.settle()
-
-    def tensors(self) -> list[Tensor]:
-        """Returns the sums of all groups."""
-        return [tensor for part in self.parts for tensor in part.tensors()]
-
-
-def empty_for(criterion: Criterion, linear: nn.Module, device: torch.device) -> Statistics | Grouped:
-    """Makes the empty statistics of a linear's inputs; norms, for a criterion that needs none, tell at least who is called."""
-    groups, width = linear.groups if is_convolution(linear) else 1, size_of(linear)[1]
-    parts = [criterion.statistics(width, device) or InputNorms(width, device) for _ in range(groups)]
-    return parts[0] if groups == 1 else Grouped(parts)
-
-
-def add_patches(
-    statistics: Statistics | Grouped, convolution: nn.Conv1d | nn.Conv2d, inputs: Tensor, keep: Tensor | None
-) -> None:
-    """Adds what a convolution reads of `[batch, channels, *size]`, some images at a time.
-
-    `keep`, bool, `[batch, *places]`, says which outputs count (None: all).
-    """
-    values = places_of(convolution, inputs)[1:].numel() * convolution.groups * size_of(convolution)[1]
-    step = max(1, VALUES // max(1, values))
-    counts = repeat(None) if keep is None else torch.split(keep, step)
-    for images, counting in zip(torch.split(inputs, step), counts, strict=False):
-        statistics.add(patches(convolution, images), counting)
-
-
-def scores_of(criterion: Criterion, weight: Tensor, statistics: Statistics | Grouped | None) -> Tensor:
-    """Scores a weight `[out_features, in_features]`; in groups, the outputs of each by its own inputs."""
-    if not isinstance(statistics, Grouped):
-        return criterion.score(weight, statistics)
-    return torch.cat([criterion.score(own, part) for own, part in _parts(weight, statistics)])
-
-
-def prune_by(
-    criterion: Criterion, weight: Tensor, statistics: Statistics | Grouped | None, sparsity: float, pattern: str
-) -> tuple[Tensor, Tensor]:
-    """Prunes a weight by a criterion; returns the new weight and the keep-mask. See `Criterion.prune`.
-
-    Scores of groups compete as the criterion says, over the whole layer or in each row. A criterion that updates weights solves
-    each group as a layer of its own.
-    """
-    if not isinstance(statistics, Grouped):
-        return criterion.prune(weight, statistics, sparsity, pattern)
-    if criterion.updates:
-        pruned = [criterion.prune(own, part, sparsity, pattern) for own, part in _parts(weight, statistics)]
-        return torch.cat([new for new, _ in pruned]), torch.cat([keep for _, keep in pruned])
-    check_finite(weight, "the weight")
-    keep = criterion.keep(scores_of(criterion, weight, statistics), check_amount(sparsity, pattern), parse_pattern(pattern))
-    return where_kept(weight, keep), keep
-
-
-def _parts(weight: Tensor, statistics: Grouped) -> list[tuple[Tensor, Statistics]]:
-    return list(zip(weight.chunk(len(statistics.parts)), statistics.parts, strict=True))
-
-
-Progress = Callable[[int, int], None]
-"""Called with how many linears are done, and of how many."""
+V = TypeVar("V", bound="PruningVisitor")
 
 
 class InputsDiffer(Exception):
     """Two linears that read one and the same tensor in one run do not in another, of this rank or of another."""
+
+
+@dataclass(frozen=True, eq=False)
+class Walks:
+    """Walks over one model, all with the same runs.
+
+    Attributes:
+        model: The model.
+        linears: Those to prune, by name.
+        runs: One for each batch; none where nothing needs data.
+        comm: The ranks.
+        offload: The device on which blocks compute, if it is another one.
+        activations: A folder for the outputs of modules; None for memory.
+        adapters: The layers of LoRA that count, by linear: as if they were merged.
+    """
+
+    model: nn.Module
+    linears: Mapping[str, nn.Module]
+    runs: Sequence[Run]
+    comm: Comm
+    offload: torch.device | None
+    activations: str | None
+    adapters: Mapping[str, nn.Module]
+
+    @cached_property
+    def twins(self) -> list[tuple[str, nn.Module]]:
+        """Other linears that have the weight of one."""
+        return find_twins(self.model, self.linears)
+
+    @cached_property
+    def store(self) -> BlockStore:
+        """Where the model's blocks live."""
+        return store_of(self.model)
+
+    @property
+    def blocks(self) -> list[Site]:
+        """The blocks, and the linears outside of them."""
+        return find_sites(self.model, self.linears, "block")
+
+    def __call__(self, sequential: Sequential | None, make: Callable[["Walks", bool], V], key: str | None = None) -> V:
+        """Walks with a visitor and returns it; once more without shared statistics if inputs are shared in some runs only.
+
+        It also walks once more if a run has called linears again later: with these first, so that every call counts.
+
+        Args:
+            sequential: Where runs rest; None: nothing runs, as the visitor needs no data.
+            make: Makes the visitor, given these walks and whether linears that read one tensor share their statistics.
+            key: What tells this work from all other: what an earlier process has staged of blocks in files is not made again.
+        """
+        shared, called_again = True, {name for name, _ in self.twins}
+        if called_again and not self.store.holds_all:
+            name = min(called_again)
+            raise ValueError(f"model: {name} shares its weight with another linear: prune it in memory, not block by block")
+        while True:
+            visitor = make(self, shared)
+            step = self.store.step(f"{key} {shared}", partial(tell_apart, self.runs)) if key else nullcontext()
+            try:
+                with self._ready(sequential), step:
+                    again = self._go(sequential, visitor, called_again, resumes=key is not None)
+                    if again <= called_again:
+                        visitor.close()
+                        visitor.stage()
+                        self.store.release()
+                        return visitor
+                    called_again |= again
+            except InputsDiffer:
+                if not shared:
+                    raise
+                shared = False
+
+    @contextmanager
+    def _ready(self, sequential: Sequential | None) -> Iterator[None]:
+        """Has the model ready for runs, on the device and with the files that are asked for."""
+        with ExitStack() as stack:
+            stack.enter_context(undisturbed(self.model))
+            blocks = [site.module for site in self.blocks] if self.offload or self.activations else []
+            if self.offload is not None:
+                stack.enter_context(self.store.on(self.offload, blocks))
+            if self.activations is not None:
+                files = stack.enter_context(closing(ActivationFiles(self.activations)))
+                # runs that rest at each linear hold outputs of modules within blocks, too
+                stack.enter_context(outputs_in_files(files, self.model, [] if sequential == "layer" else blocks))
+            yield
+
+    def _go(self, sequential: Sequential | None, visitor: "PruningVisitor", called_again: set[str], resumes: bool) -> set[str]:
+        """Walks once and returns the linears of which it left out some calls; `called_again` come first, in the dense model."""
+        done = set(visitor.resume() if resumes else ())
+        if sequential is None:
+            for site in self.blocks:
+                if self.store.owner.get(site.module) not in done:
+                    visitor.finish(site.linears)
+            return set()
+        visitor.check_runs()
+        forwards = [run.forward for run in self.runs] * (2 if visitor.dense else 1)
+        at_once = sequential == "none" and not self.store.blocks
+        first = {name: linear for name, linear in self.linears.items() if at_once or name in called_again}
+        new: dict[str, Tensor] = {}
+        if first:
+            site = Site(self.model, first, False if called_again else None, self.twins)
+            Walk([site], visitor, self.comm)(forwards)
+            new = by_parameter(visitor.parameters(site))
+        rest = {name: linear for name, linear in self.linears.items() if name not in first}
+        # where blocks come and go, all runs leave one before the next
+        sites = find_sites(self.model, rest, "block" if sequential == "none" else sequential, self.store.blocks.values())
+        for site in sites:
+            site.done = self.store.owner.get(site.module) in done
+        if all(site.done or not site.linears for site in sites):
+            return set()
+        visitor.untouched = range(len(forwards)) if sequential == "none" else visitor.dense
+        visitor.ends = 1  # one run goes on to its end, to see which linears are called again
+        with self.store.computing_with(new) if new else nullcontext():
+            walk = Walk(with_ways_out(self.model, sites) if visitor.dense else sites, visitor, self.comm, visitor.enter)
+            walk(forwards)
+        return {name for site in walk.again for name in site.linears}
+
+
+Progress = Callable[[int, int], None]
+"""Called with how many linears are done, and of how many."""
 
 
 class PruningVisitor(Visitor):
@@ -117,13 +175,14 @@ class PruningVisitor(Visitor):
         sparsities: Of each linear.
         pattern: `"unstructured"` or `"N:M"`.
         progress: Called with how many linears are done, and of how many.
-        store: Where blocks come from, and where what becomes of their linears is staged.
-        linears: All linears, by name.
-        tokens: Of each run, which tokens count: bool, `[batch, length]`, one for each of its sequences that is padded.
-        comm: The ranks.
-        adapters: The layers of LoRA that count, by linear: as if they were merged.
+        walks: The model, its linears and all that is needed beside it.
         shared: Whether linears that read one and the same tensor share their statistics; if they do so in some runs only, that
             raises `InputsDiffer`.
+
+    Attributes:
+        pruned: What has become of each linear.
+        tokens: Of each linear that is no convolution, how many tokens it has read, and how many inputs it has.
+        statistics: Of the inputs of linears that are not complete, by the first linear that reads them.
     """
 
     def __init__(
@@ -131,29 +190,26 @@ class PruningVisitor(Visitor):
         criterion: Criterion,
         sparsities: Mapping[str, float],
         pattern: str,
-        progress: Progress | None = None,
-        *,
-        store: BlockStore,
-        linears: Mapping[str, nn.Module],
-        tokens: Sequence[Mapping[str, Tensor]],
-        comm: Comm,
-        adapters: Mapping[str, nn.Module],
+        progress: Progress | None,
+        walks: Walks,
         shared: bool,
     ) -> None:
         self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
-        self.store, self.linears = store, linears
-        self.tokens, self.comm, self.adapters, self.shared = tokens, comm, adapters, shared
+        self.walks, self.store, self.comm, self.shared = walks, walks.store, walks.comm, shared
         self.pruned: dict[str, Pruned] = {}
-        self.given: dict[str, tuple[int, int]] = {}  # linear -> how many tokens it was given, and how many inputs it has
-        self._names = {module: name for name, module in store.model.named_modules()}
-        self._block: nn.Module | None = None  # which runs are in
-        self._staged = set[str]()
+        self.tokens: dict[str, tuple[int, int]] = {}
         self.statistics: dict[str, Statistics | Grouped] = {}
-        self._first: dict[str, str] = {}  # linear -> the one whose statistics are its own
+        self._names = {module: name for name, module in self.store.model.named_modules()}
+        self._block: nn.Module | None = None  # in which runs are
+        self._staged = set[str]()
+        self._source: dict[str, str] = {}  # linear -> the one whose statistics are its own
         self._last: dict[int, tuple[ReferenceType[Tensor], float, str]] = {}  # run -> inputs, their version, who read them first
         self._calls = Counter[str]()
         self._complete: set[str] = set()
         self._differ = False
+
+    def check_runs(self) -> None:
+        """Refuses a model that this visitor cannot walk over."""
 
     def resume(self) -> list[nn.Module]:
         """Takes what an earlier process has made of blocks in the same step, and returns these."""
@@ -161,10 +217,14 @@ class PruningVisitor(Visitor):
         for block in self.store.blocks.values():
             if (known := self.store.known(block)) is not None:
                 tensors, kept = known
-                self.pruned |= {name: Pruned.staged(kept[name], self._weight(name), tensors) for name in kept}
-                self._staged |= kept.keys()
+                self._take(kept, tensors)
                 blocks.append(block)
         return blocks
+
+    def _take(self, kept: Mapping[str, int], tensors: LazyTensors) -> None:
+        """Takes linears that a store has staged, with the number of weights that each keeps."""
+        self.pruned |= {name: Pruned.staged(kept[name], self._weight(name), tensors) for name in kept}
+        self._staged |= kept.keys()
 
     def enter(self, module: nn.Module) -> None:
         """Has the block of a module in memory; what has become of the one that all runs have left is staged first."""
@@ -177,19 +237,20 @@ class PruningVisitor(Visitor):
     @torch.no_grad()
     def stage(self) -> None:
         """Stages what the linears of the block that runs are in have become, or of those that are in none."""
-        own = [name for name in self.pruned if self.store.owner.get(self.linears[name]) is self._block]
-        own = [name for name in own if self.linears[name] in self._names]  # or it is beside the model, and waits in memory
-        if not self.store.blocks or self._staged.issuperset(own):  # in memory it is where it stays
+        linears, new = self.walks.linears, dict[str, Pruned]()
+        for name, pruned in self.pruned.items():
+            # a linear that is not in the store's model is beside it, and waits in memory
+            if self.store.owner.get(linears[name]) is self._block and linears[name] in self._names:
+                new[name] = pruned
+        if not self.store.blocks or self._staged.issuperset(new):  # in memory it is where it stays
             return
-        values = {key: value for name in own for key, value in self.pruned[name].to_stage(self._weight(name)).items()}
-        kept = {name: self.pruned[name].kept for name in own}
-        tensors = self.store.stage(self._block, values, kept, torch.device("cpu"))
-        self.pruned |= {name: Pruned.staged(kept[name], self._weight(name), tensors) for name in own}
-        self._staged |= kept.keys()
+        values = {key: value for name, pruned in new.items() for key, value in pruned.to_stage(self._weight(name)).items()}
+        kept = {name: pruned.kept for name, pruned in new.items()}
+        self._take(kept, self.store.stage(self._block, values, kept, torch.device("cpu")))
 
     def _weight(self, name: str) -> str:
         """Names the weight of a linear as the store does."""
-        return f"{self._names[self.linears[name]]}.weight"
+        return f"{self._names[self.walks.linears[name]]}.weight"
 
     def came_again(self, site: Site) -> None:
         """Refuses blocks that come one at a time and are called again when what they become has been decided."""
@@ -198,130 +259,145 @@ class PruningVisitor(Visitor):
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
         """Adds the inputs of a linear in one run; of a convolution, whatever reads the same tensor may read other patches."""
-        first = name if is_convolution(linear) else self._reader(inputs, run) or name
-        known = self._first.setdefault(name, first)
+        last, reader = self._last.get(run), name
+        if self.shared and not is_convolution(linear) and last and last[0]() is inputs and last[1] == _version(inputs):
+            reader = last[2]
+        source = self._source.setdefault(name, reader)
         self._calls[name] += 1
-        self._differ |= known not in (name, first)
-        if known == name:
-            if name not in self.statistics:
-                self.statistics[name] = empty_for(self.criterion, linear, inputs.device)
-            if is_convolution(linear):
-                images = batched(linear, inputs)
-                add_patches(self.statistics[name], linear, images, self._counting(places_of(linear, images), images, run))
-                return
+        self._differ |= source not in (name, reader)
+        if source != name:
+            return
+        if name not in self.statistics:
+            self.statistics[name] = empty_for(self.criterion, linear, inputs.device)
+        if not is_convolution(linear):
             self.statistics[name].add(inputs, self._counting(inputs.shape[:-1], inputs, run))
-            self._last[run] = (ref(inputs), _version(inputs), name)
-
-    def _reader(self, inputs: Tensor, run: int) -> str | None:
-        """Names the linear that has just read the same tensor."""
-        last = self._last.get(run)
-        return last[2] if self.shared and last and last[0]() is inputs and last[1] == _version(inputs) else None
+            self._last[run] = ref(inputs), _version(inputs), name
+            return
+        images = batched(linear, inputs)
+        outputs = places_of(linear, images)
+        keep = self._counting(outputs, images, run)
+        step = max(1, VALUES // max(1, outputs[1:].numel() * linear.groups * size_of(linear)[1]))
+        keeps = repeat(None) if keep is None else torch.split(keep, step)
+        for some, counting in zip(torch.split(images, step), keeps, strict=False):
+            self.statistics[name].add(patches(linear, some), counting)
 
     def _counting(self, shape: torch.Size, inputs: Tensor, run: int) -> Tensor | None:
         """Finds the mask of tokens that are not padding, if one fits the shape of those that inputs hold."""
-        for keep in self.tokens[run].values():
+        for keep in self.walks.runs[run].tokens.values():
             if keep.shape == shape or (len(shape) == 1 and keep.numel() == shape[0]):
                 return keep.reshape(shape).to(inputs.device)
         return None
 
     def complete(self, site: Site) -> None:
         """Prunes the linears of a site that were given tokens."""
-        firsts = {name: self._first[name] for name in site.linears if name in self._first}
-        self._differ |= any(self._calls[name] != self._calls[first] for name, first in firsts.items())  # one was called again
         self._sum(site)
-        if self._differ:
-            raise InputsDiffer
-        called = {name: linear for name, linear in site.linears.items() if name in self._first}
-        tokens = {name: int(self.statistics[self._first[name]].tokens) for name in called}
-        linears = {name: linear for name, linear in called.items() if tokens[name] and not is_convolution(linear)}
-        self.given |= {name: (tokens[name], channels(linear)) for name, linear in linears.items()}
-        self.finish({name: linear for name, linear in called.items() if tokens[name]})
+        called = {name: linear for name, linear in site.linears.items() if name in self._source}
+        reached = dict[str, nn.Module]()
+        for name, linear in called.items():
+            if tokens := int(self.statistics[self._source[name]].tokens):
+                reached[name] = linear
+                if not is_convolution(linear):
+                    self.tokens[name] = tokens, channels(linear)
+        self.finish(reached)
         self._complete |= site.linears.keys()
+        # a linear that rests alone may read what the next one reads: its statistics stay until another tensor is read
         if site.module not in called.values() or self.comm.size > 1:
             self._last = {run: last for run, last in self._last.items() if last[2] not in self._complete}
-        wanted = {last[2] for last in self._last.values()}
-        self.statistics = {name: one for name, one in self.statistics.items() if name in wanted or name not in self._complete}
+        needed = {reader for _, _, reader in self._last.values()}
+        self.statistics = {name: sums for name, sums in self.statistics.items() if name in needed or name not in self._complete}
 
     def _sum(self, site: Site) -> None:
         """Sums the statistics of a site over ranks together, once all have agreed on which there are."""
-        known = {name: self._first[name] for name in site.linears if name in self._first}
-        ranks = self.comm.gather((known, self._differ))
-        firsts = {name: first for firsts, _ in ranks for name, first in firsts.items()}
-        self._differ = any(differ or not firsts.items() >= known.items() for known, differ in ranks)
-        if self._differ:
-            return
-        self._first |= firsts
-        device = next(iter(site.linears.values())).get_parameter("weight").device
-        there = [name for name in site.linears if name in firsts.values()]
-        for name in there:
-            if name not in self.statistics:
-                self.statistics[name] = empty_for(self.criterion, site.linears[name], device)
-        self.comm.sum_(*(tensor for name in there for tensor in self.statistics[name].tensors()))
+        sources = {name: self._source[name] for name in site.linears if name in self._source}
+        for name, source in sources.items():
+            self._differ |= self._calls[name] != self._calls[source]  # one of them came again
+        ranks, agreed = self.comm.gather((sources, self._differ)), dict[str, str]()
+        for of_rank, _ in ranks:
+            agreed |= of_rank
+        # equality is asked of what was gathered, so that all ranks raise or none does
+        if any(differ or not agreed.items() >= of_rank.items() for of_rank, differ in ranks):
+            raise InputsDiffer
+        self._source |= agreed
+        sums, read = list[Tensor](), set(agreed.values())
+        for name, linear in site.linears.items():
+            if name in read:
+                if name not in self.statistics:  # zeros, on a rank that has not called it
+                    self.statistics[name] = empty_for(self.criterion, linear, linear.get_parameter("weight").device)
+                sums += self.statistics[name].tensors()
+        self.comm.sum_(*sums)
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Prunes linears whose statistics are complete, or are not needed."""
         divided = self.criterion.updates and self.comm.size > 1  # to solve for weights takes longer than to send them
-        own = self._own(linears) if divided else {}
+        solved = self._solve_own(linears) if divided else {}
         for name, linear in linears.items():
             self.enter(linear)
-            weight, adapter = weight_of(linear), self.adapters.get(name)
-            scored = weight if adapter is None else counted(weight, adapter)
+            weight, scored = weight_of(linear), self.scored(name)
             if divided:
-                solved = own.pop(name, None)
-                new = torch.zeros_like(scored) if solved is None else solved.weight(scored)
-                keep = torch.zeros_like(scored, dtype=torch.bool) if solved is None else solved.keep(scored)
+                mine = solved.pop(name, None)
+                new = torch.zeros_like(scored) if mine is None else mine.weight(scored)
+                keep = torch.zeros_like(scored, dtype=torch.bool) if mine is None else mine.keep(scored)
                 new, keep = self.comm(new.float()).to(new.dtype), self.comm(keep.byte()).bool()
             else:
-                new, keep = self._solved(name, scored, self._statistics(name))
-            if adapter is not None:
+                new, keep = self._prune(name, scored)
+            if name in self.walks.adapters:
                 if not torch.equal(new, where_kept(scored, keep)):
                     kind = type(self.criterion).__name__
                     raise ValueError(f"{name}: count_adapters=True, and {kind} changes kept weights (`updates` is False)")
                 new = where_kept(weight, keep)
             self.pruned[name] = Pruned.of(weight, new, keep)
-            self.tell()
+            self.report()
 
-    def _own(self, linears: Mapping[str, nn.Module]) -> dict[str, Pruned]:
+    def _solve_own(self, linears: Mapping[str, nn.Module]) -> dict[str, Pruned]:
         """Prunes this rank's linears, reckoned to cost rows x width^2 + width^3, before any are sent."""
-        costs = [width**2 * (rows + width) for rows, width in (size_of(linear) for linear in linears.values())]
-        found = dict[str, Pruned]()
+        costs = [width**2 * (rows + width) for rows, width in map(size_of, linears.values())]
+        solved = dict[str, Pruned]()
         for (name, linear), is_own in zip(linears.items(), self.comm.own_of(costs), strict=True):
             self.store.load(linear)
             if is_own:
-                scored = counted(weight_of(linear), self.adapters.get(name))
-                found[name] = Pruned.of(scored, *self._solved(name, scored, self._statistics(name)))
-        return found
+                scored = self.scored(name)
+                solved[name] = Pruned.of(scored, *self._prune(name, scored))
+        return solved
 
-    def _solved(self, name: str, scored: Tensor, statistics: Statistics | Grouped | None) -> tuple[Tensor, Tensor]:
-        """Returns the new weight of a linear, and which weights are kept."""
+    def scored(self, name: str) -> Tensor:
+        """Returns the weight that a criterion sees: with its adapter, if that counts."""
+        weight, adapter = weight_of(self.walks.linears[name]), self.walks.adapters.get(name)
+        return weight if adapter is None else counted(weight, adapter)
+
+    def scores(self, name: str, statistics: Statistics | Grouped | None) -> Tensor:
+        """Scores the weight of a linear, whose block is in memory."""
         with naming(name):
-            return prune_by(self.criterion, scored, statistics, self.sparsities[name], self.pattern)
+            weight = self.scored(name)
+            check_finite(weight, "the weight")
+            return scores_of(self.criterion, weight, statistics)
 
-    def _statistics(self, name: str) -> Statistics | Grouped | None:
-        return self.statistics[self._first[name]] if name in self._first else None
+    def _prune(self, name: str, scored: Tensor) -> tuple[Tensor, Tensor]:
+        with naming(name):
+            return prune_by(self.criterion, scored, self.statistics_of(name), self.sparsities[name], self.pattern)
 
-    def tell(self) -> None:
-        """Tells how many linears are done."""
+    def statistics_of(self, name: str) -> Statistics | Grouped | None:
+        """Returns the statistics of a linear's inputs; None if it was not called."""
+        return self.statistics[self._source[name]] if name in self._source else None
+
+    def report(self) -> None:
+        """Reports how many linears are done."""
         if self.progress is not None:
             self.progress(len(self.pruned), len(self.sparsities))
 
-    def close(self) -> Callable[[Mapping[str, nn.Module]], None] | None:
-        """Ends the walk, when all runs have been everywhere; returns what prunes linears then, if none has been pruned yet."""
-        return None
+    def close(self) -> None:
+        """Ends the walk, when all runs have been everywhere."""
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new weights of a site's linears, as they lie in memory."""
-        own = {name: self.pruned[name] for name in site.linears if name in self.pruned}
-        passed = {name: self._as_passed(name, weight_of(site.linears[name]), one) for name, one in own.items()}
-        return {name: {"weight": turned(site.linears[name], weight)} for name, weight in passed.items()}
-
-    def _as_passed(self, name: str, old: Tensor, one: Pruned) -> Tensor:
-        """Returns a new weight; it makes up for what LoRA adds where weights are zero, which merging will leave out."""
-        weight = one.weight(old)
-        if name not in self.adapters:
-            return weight
-        added = where_kept(product_of(self.adapters[name]), ~one.keep(weight))
-        return weight - added.to(weight.dtype)
+        new: dict[str, dict[str, Tensor]] = {}
+        for name, linear in site.linears.items():
+            if name in self.pruned:
+                weight = self.pruned[name].weight(weight_of(linear))
+                if name in self.walks.adapters:  # what LoRA adds where weights are zero is left out, as by merging
+                    added = where_kept(product_of(self.walks.adapters[name]), ~self.pruned[name].keep(weight))
+                    weight = weight - added.to(weight.dtype)
+                new[name] = {"weight": turned(linear, weight)}
+        return new
 
 
 class GlobalPruningVisitor(PruningVisitor):
@@ -330,41 +406,34 @@ class GlobalPruningVisitor(PruningVisitor):
     Their scores are computed three times, of one linear at a time: twice to find the lowest that is kept, and to prune.
     """
 
-    def __init__(self, *args: Any, **walk: Any) -> None:  # noqa: ANN401 - those of a visitor
-        super().__init__(*args, **walk)
+    def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of a visitor
+        super().__init__(*args)
         self._seen: dict[str, Statistics | Grouped | None] = {}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Keeps the statistics of linears."""
-        self._seen |= {name: self._statistics(name) for name in linears}
+        self._seen |= {name: self.statistics_of(name) for name in linears}
 
     def resume(self) -> list[nn.Module]:
         """Takes nothing: how many scores of each linear are lowest has to be found again."""
         return []
 
-    def close(self) -> Callable[[Mapping[str, nn.Module]], None]:
-        """Finds the lowest score that is kept of all, and returns what prunes by it."""
-        seen = {name: linear for name, linear in self.linears.items() if name in self._seen}
+    def close(self) -> None:
+        """Finds the lowest score that is kept of all, and prunes by it."""
+        seen = {name: linear for name, linear in self.walks.linears.items() if name in self._seen}
         sparsity = next(iter(self.sparsities.values()))
         count = pruned_count(sum(math.prod(size_of(linear)) for linear in seen.values()), sparsity)
         lowest = Lowest.of(lambda: map(self._scores, seen), count)
-
-        def prune(linears: Mapping[str, nn.Module]) -> None:
-            for name in (name for name in linears if name in seen):
+        for site in self.walks.blocks:
+            for name in (name for name in site.linears if name in seen):
                 keep = lowest.keep(self._scores(name))
                 weight = weight_of(seen[name])
                 self.pruned[name] = Pruned.of(weight, where_kept(weight, keep), keep)
-            self.tell()
-
-        return prune
+            self.report()
 
     def _scores(self, name: str) -> Tensor:
-        linear = self.linears[name]
-        self.enter(linear)
-        weight = counted(weight_of(linear), self.adapters.get(name))
-        with naming(name):
-            check_finite(weight, "the weight")
-            return scores_of(self.criterion, weight, self._seen[name])
+        self.enter(self.walks.linears[name])
+        return self.scores(name, self._seen[name])
 
 
 def refuse_again(block: str) -> NoReturn:
@@ -375,12 +444,3 @@ def refuse_again(block: str) -> NoReturn:
 def _version(tensor: Tensor) -> float:
     """Returns a number that is another after each change in place; nan in inference mode, where nothing counts."""
     return math.nan if tensor.is_inference() else tensor._version
-
-
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Puts a linear's name before the criterion's refusal."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error

@@ -1,0 +1,83 @@
+"""Criteria on the weight of any linear: a grouped convolution is several linears beside each other."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from billhook.engine.statistics import InputNorms, Statistics
+from billhook.model.linears import is_convolution, size_of
+from billhook.sparsity.criteria import Criterion, check_finite
+from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
+
+
+class Grouped:
+    """Statistics of a grouped convolution: of each group those of its own channels, as each is a linear beside the others."""
+
+    def __init__(self, parts: Sequence[Statistics]) -> None:
+        self.parts = parts
+
+    @property
+    def tokens(self) -> Tensor:
+        """How many patches were added."""
+        return self.parts[0].tokens
+
+    def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
+        """Adds patches, `[..., groups, in_features]`."""
+        for part, inputs_of_group in zip(self.parts, inputs.unbind(-2), strict=True):
+            part.add(inputs_of_group, keep)
+
+    def settle(self) -> None:
+        """Checks the sums of all groups a last time."""
+        for part in self.parts:
+            part.settle()
+
+    def tensors(self) -> list[Tensor]:
+        """Returns the sums of all groups."""
+        return [tensor for part in self.parts for tensor in part.tensors()]
+
+
+def empty_for(criterion: Criterion, linear: nn.Module, device: torch.device) -> Statistics | Grouped:
+    """Makes the empty statistics of a linear's inputs; norms, for a criterion that needs none, tell at least who is called."""
+    groups, width = linear.groups if is_convolution(linear) else 1, size_of(linear)[1]
+    parts = [criterion.statistics(width, device) or InputNorms(width, device) for _ in range(groups)]
+    return parts[0] if groups == 1 else Grouped(parts)
+
+
+def scores_of(criterion: Criterion, weight: Tensor, statistics: Statistics | Grouped | None) -> Tensor:
+    """Scores a weight `[out_features, in_features]`; in groups, the outputs of each by its own inputs."""
+    if not isinstance(statistics, Grouped):
+        return criterion.score(weight, statistics)
+    return torch.cat([criterion.score(*group) for group in _groups(weight, statistics)])
+
+
+def prune_by(
+    criterion: Criterion, weight: Tensor, statistics: Statistics | Grouped | None, sparsity: float, pattern: str
+) -> tuple[Tensor, Tensor]:
+    """Prunes a weight by a criterion; returns the new weight and the keep-mask. See `Criterion.prune`.
+
+    Scores of groups compete as the criterion says, over the whole layer or in each row. A criterion that updates weights solves
+    each group as a layer of its own.
+    """
+    if not isinstance(statistics, Grouped):
+        return criterion.prune(weight, statistics, sparsity, pattern)
+    if criterion.updates:
+        news, keeps = zip(*(criterion.prune(*group, sparsity, pattern) for group in _groups(weight, statistics)), strict=True)
+        return torch.cat(news), torch.cat(keeps)
+    check_finite(weight, "the weight")
+    keep = criterion.keep(scores_of(criterion, weight, statistics), check_amount(sparsity, pattern), parse_pattern(pattern))
+    return where_kept(weight, keep), keep
+
+
+def _groups(weight: Tensor, statistics: Grouped) -> Iterator[tuple[Tensor, Statistics]]:
+    return zip(weight.chunk(len(statistics.parts)), statistics.parts, strict=True)
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Puts a linear's name before the criterion's refusal."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error

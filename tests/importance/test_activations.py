@@ -137,7 +137,7 @@ def test_readers_that_run_several_times():
 
 def test_few_products_are_held_at_a_time():
     """Those of a block are made use of before those of the block below come."""
-    from billhook.importance.probes import Products
+    from billhook.importance.gate_gradient import Products
 
     model, batch, order = llama(num_hidden_layers=4), {"input_ids": tokens(2, 6)}, []
     units = bh.find_units(model, ["channel"])

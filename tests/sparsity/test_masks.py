@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from billhook.sparsity import masks
 from billhook.sparsity.masks import (
+    Lowest,
     check_amount,
     check_width,
-    keep_global,
     keep_layer,
     keep_n_of_m,
     keep_rows,
@@ -28,6 +28,12 @@ DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 SIZES = st.sampled_from([60, 2**18])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 6), (5, 16), (16, 32)]
+
+
+def keep_global(scores, sparsity):
+    """The keep-masks of matrices that compete, one after the other."""
+    lowest = Lowest.of(lambda: scores, pruned_count(sum(matrix.numel() for matrix in scores), sparsity))
+    return [lowest.keep(matrix) for matrix in scores]
 
 
 def by_sort(scores, count):

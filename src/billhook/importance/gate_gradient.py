@@ -3,17 +3,20 @@
 "Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig, 2019, https://arxiv.org/abs/1905.10650).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from billhook.arguments import one_of
 from billhook.engine.batches import Run
-from billhook.importance.probes import Products, check_read
+from billhook.importance.probes import by_unit, check_read, counted, counting, independent, reading, scalar
 from billhook.importance.score import Importance, Sums
+from billhook.model.linears import read_dim
 from billhook.units.units import Per, Units
 
 Each = Literal["token", "example", "batch"]
@@ -68,3 +71,81 @@ class GateGradient(Importance):
         if not total.isfinite().all():
             raise ValueError(f"batches: batch {number} (counted from 0) gives {name} a gradient that is NaN or infinite")
         sums.add(name, total, count)
+
+
+@dataclass(eq=False)
+class _Sum:
+    """Products of the same tokens, which add up: those that have come, and how many more are awaited."""
+
+    name: str
+    tokens: Tensor | None
+    awaited: int = 0
+    products: Tensor | None = None
+
+
+class Products:
+    """Products of what units give with the loss's gradient by it, of every token, noted on the way back.
+
+    Several readers of a place, or one that runs several times, have one gate: their products add up where they are of the same
+    tokens. What is complete is passed on to `use` and dropped, so that few places are held at a time: the place, the products of
+    a batch (float32, `[..., units]`, zero for tokens that do not count), and how many tokens count.
+    """
+
+    def __init__(
+        self, units: Mapping[str, Units], per: Per, tokens: Mapping[str, Tensor], use: Callable[[str, Tensor, int], None]
+    ) -> None:
+        self._units, self._per, self._tokens, self._use = units, per, tokens, use
+        self._sums = dict[Any, _Sum]()
+
+    def run(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
+        """Runs a loss and its gradient; refuses one that is none, or does not depend on a place."""
+        probes = {name: torch.zeros((), requires_grad=True) for name in self._units}
+        with ExitStack() as hooks, torch.enable_grad():
+            for name, of_place in self._units.items():
+                for reader, module in reading(model, of_place).items():
+                    hook = partial(self._probe, name, self._tokens.get(reader), probes[name])
+                    hooks.callback(module.register_forward_pre_hook(hook).remove)
+            gradients = torch.autograd.grad(scalar(loss()), list(probes.values()), allow_unused=True)
+        for name, gradient in zip(self._units, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(independent(name))
+        for rest in self._sums.values():  # of these, something ran that the loss makes no use of
+            self._pass_on(rest)
+
+    def _probe(
+        self, name: str, tokens: Tensor | None, probe: Tensor, module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...]:
+        dim = read_dim(module)
+        inputs = args[0].movedim(dim, -1)
+        total = self._sums.setdefault((name, inputs.shape[:-1], id(tokens)), _Sum(name, tokens))
+        total.awaited += 1
+        probed = _Probe.apply(inputs, probe.to(inputs.device), partial(self._note, total))  # type: ignore[no-untyped-call]
+        return (probed.movedim(-1, dim), *args[1:])
+
+    def _note(self, total: _Sum, values: Tensor) -> None:
+        products = counting(by_unit(values, self._units[total.name], self._per), total.tokens)
+        total.products = products if total.products is None else total.products + products
+        total.awaited -= 1
+        if not total.awaited:
+            self._pass_on(total)
+
+    def _pass_on(self, total: _Sum) -> None:
+        if total.products is not None:
+            self._use(total.name, total.products, counted(total.products, total.tokens))
+            total.products = None
+
+
+class _Probe(torch.autograd.Function):
+    """Passes its input on, and on the way back notes the product of the input with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, probe: Tensor, note: Callable[[Tensor], None]) -> Tensor:  # noqa: ANN401
+        ctx.save_for_backward(inputs, probe)
+        ctx.note = note
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+        inputs, probe = ctx.saved_tensors
+        ctx.note(inputs.float() * gradients[0].float())
+        return gradients[0], torch.zeros_like(probe), None

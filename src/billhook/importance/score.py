@@ -1,22 +1,23 @@
 """How much each unit of a model matters: the base class of importances, sums over batches, and scores by them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from billhook.arguments import annotated
 from billhook.bar import Told
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Loss, Run, run_with_loss, telling
 from billhook.engine.comm import ALONE, Comm, Reduce
-from billhook.engine.state import resting
+from billhook.engine.state import overridden, resting
 from billhook.engine.store import store_of
-from billhook.importance.probes import recomputing
 from billhook.model.find import check_values, find_transformer
 from billhook.units.find import check_held, numbered
 from billhook.units.units import Per, Units
@@ -180,3 +181,22 @@ def run_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss 
         return batch
     names = [name for units_of in units.values() for name in ([units_of.name] if units_of.kind == "block" else units_of.readers)]
     return run_with_loss(model, {name: model.get_submodule(name) for name in names}, batch, loss)
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Has layers recompute their activations for gradients, as in training, where checkpointing is on, while they rest.
+
+    Transformers itself does so in training mode alone, in which dropout would act, too. Blocks that come and go are left out.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer  # a quarter of a second where no model was made before
+
+    with ExitStack() as stack:
+        for part in model.modules() if not store_of(model).blocks else ():
+            if isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing:
+                stack.enter_context(overridden(part, forward=partial(_recomputed, part.forward)))
+        yield
+
+
+def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever a layer takes
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)

@@ -4,7 +4,8 @@
 section 3.2.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from billhook.arguments import annotated, one_of, whole
 from billhook.engine.batches import Run
-from billhook.importance.probes import independent, stream, trainable
+from billhook.importance.probes import independent, scalar
 from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
 from billhook.units.units import Part, Per, Units, parts_of
@@ -175,3 +176,37 @@ def _shares(parameters: Mapping[str, nn.Parameter], count: int) -> Iterator[dict
         shares.setdefault((before + parameter.numel() // 2) * count // total, {})[name] = parameter
         before += parameter.numel()
     yield from shares.values()
+
+
+@contextmanager
+def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Yields parameters by name, which need gradients for now; `grad` stays as it is. Refuses one that cannot have any."""
+    parameters = {name: model.get_parameter(name) for name in names}
+    for name, parameter in parameters.items():
+        if not parameter.is_floating_point():
+            raise ValueError(f"model: {name} is quantised ({parameter.dtype}) and has no gradient: GateGradient needs none of it")
+    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        yield parameters
+    finally:
+        for name, parameter in parameters.items():
+            parameter.requires_grad_(before[name])
+
+
+def stream(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], use: Callable[[str, Tensor], None]) -> None:
+    """Calls `use` with the name and gradient of each parameter that a loss depends on, summed over all of its uses.
+
+    There is never more than the largest gradient in memory, and nothing is added to `grad`, so that neither optimizers nor
+    wrappers that wait for it notice.
+    """
+
+    def note(name: str, gradient: Tensor) -> Tensor:
+        use(name, gradient)
+        return gradient.new_zeros(()).expand_as(gradient)  # this is what autograd keeps
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, parameter in parameters.items():
+            hooks.callback(parameter.register_hook(partial(note, name)).remove)  # type: ignore[no-untyped-call]
+        torch.autograd.grad(scalar(loss()), list(parameters.values()), allow_unused=True)

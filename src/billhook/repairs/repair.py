@@ -51,7 +51,7 @@ class BlockwiseRepair:
         visitor: RepairVisitor,
         linears: Mapping[str, nn.Module],
         kept: Collection[str],
-        comm: Comm = ALONE,
+        comm: Comm,
     ) -> None:
         self.model, self.store, self.visitor = model, store, visitor
         self.linears, self.kept, self.comm = linears, kept, comm

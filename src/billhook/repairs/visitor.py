@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from billhook.bar import Told
 from billhook.engine.batches import Run
-from billhook.engine.comm import ALONE, Comm
+from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import ActivationFiles, zeros
 from billhook.engine.statistics import ROWS, InputNorms
@@ -190,9 +190,9 @@ class RepairVisitor(Visitor):
         ridges: Sequence[float],
         parts: Sequence[int],
         held_out: Sequence[int],
-        comm: Comm = ALONE,
-        given: LazyTensors | None = None,
-        progress: Told | None = None,
+        comm: Comm,
+        given: LazyTensors | None,
+        progress: Told | None,
     ) -> None:
         self.files: ActivationFiles | None = None
         self._progress, self._done = progress, set[str]()

@@ -44,12 +44,12 @@ def solves(criterion: Criterion) -> bool:
 def check_pruning(
     model: nn.Module,
     criterion: Criterion,
-    pattern: str = "unstructured",
-    sequential: Sequential = "block",
-    allocation: Allocation | None = None,
-    skip: Sequence[str] = (),
-    output_embeddings: bool = False,
-    convolutions: Convolutions = "mixing",
+    pattern: str,
+    sequential: Sequential,
+    allocation: Allocation | None,
+    skip: Sequence[str],
+    output_embeddings: bool,
+    convolutions: Convolutions,
 ) -> dict[str, nn.Module]:
     """Checks arguments of `prune` before there is data; returns the linears to prune, by name. See `prune`."""
     if not isinstance(criterion, Criterion):

@@ -7,7 +7,7 @@ compared as float32. With `check=False` the host does not wait for the device; a
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,20 +105,18 @@ def keep_layer(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
     tensor([[1, 0],
             [1, 1]], dtype=torch.int32)
     """
-    if check:
-        return keep_global([scores], sparsity)[0]
-    keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    if keep.numel():
-        row = _without_nan(scores.detach().float().reshape(1, -1))
-        _drop_lowest(row, pruned_count(row.numel(), sparsity), keep.view(1, -1))
-    return keep
-
-
-def keep_global(scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
-    """Compares across matrices: int(total numel * sparsity) are removed, of equal scores those in earlier matrices, then rows."""
-    count = pruned_count(sum(s.numel() for s in scores), sparsity)
-    lowest = _partitioned(scores[0], count) if len(scores) == 1 else Lowest.of(lambda: scores, count)
-    return [lowest.keep(of_matrix) for of_matrix in scores]
+    count = pruned_count(scores.numel(), sparsity)
+    if not check:
+        keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+        if keep.numel():
+            _drop_lowest(_without_nan(scores.detach().float().reshape(1, -1)), count, keep.view(1, -1))
+        return keep
+    if scores.device.type == "cpu" and count:  # numpy's selection
+        parted = np.partition(scores.detach().float().numpy(), count, axis=None)
+        lowest = Lowest(float(parted[count]), count - int(np.count_nonzero(parted[:count] < parted[count])))
+    else:
+        lowest = Lowest.of(lambda: [scores], count)
+    return lowest.keep(scores)
 
 
 @dataclass
@@ -238,14 +236,6 @@ def _drop_lowest(block: Tensor, count: int, keep: Tensor) -> None:
 def _first(ties: Tensor, count: Tensor) -> Tensor:
     """Returns the first ties of each row."""
     return ties & (ties.cumsum(1, dtype=torch.int32) <= count)
-
-
-def _partitioned(scores: Tensor, count: int) -> Lowest:
-    """Finds the `count` lowest scores of one matrix, on the CPU by numpy's selection."""
-    if scores.device.type != "cpu" or not count:
-        return Lowest.of(lambda: [scores], count)
-    parted = np.partition(scores.detach().float().numpy(), count, axis=None)
-    return Lowest(float(parted[count]), count - int(np.count_nonzero(parted[:count] < parted[count])))
 
 
 def _digit_at(digits: Iterable[Tensor], position: int) -> tuple[int, int]:

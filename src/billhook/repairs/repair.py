@@ -25,91 +25,11 @@ from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.passes import activation_files, outputs_in_files, passing
 from billhook.engine.state import replaced, undisturbed
-from billhook.engine.store import BlockStore, store_of
+from billhook.engine.store import store_of
 from billhook.engine.walk import Site, Walk, find_sites
 from billhook.model.linears import size_of
 from billhook.repairs.moments import NoRepair, check_tokens, not_refitted, too_few
 from billhook.repairs.visitor import Linears, RepairVisitor, agreed, followed, seen
-
-
-class BlockwiseRepair:
-    """One walk over a model whose blocks come and go, in which each block's linears are refitted while it is there.
-
-    Args:
-        model: The model; its blocks are called one after the other, and stay as they are.
-        store: Where they come from, and where new weights are staged.
-        visitor: What refits linears.
-        linears: All linears that are looked at, by name.
-        kept: The names of those that are refitted.
-        comm: The ranks; all load the same blocks in the same order.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        store: BlockStore,
-        visitor: RepairVisitor,
-        linears: Mapping[str, nn.Module],
-        kept: Collection[str],
-        comm: Comm,
-    ) -> None:
-        self.model, self.store, self.visitor = model, store, visitor
-        self.linears, self.kept, self.comm = linears, kept, comm
-        self.block: nn.Module | None = None
-        self.new = LazyTensors({})
-
-    def go(
-        self, key: str, more: Callable[[], str], forwards: Sequence[Callable[[], object]], untouched: Collection[int]
-    ) -> LazyTensors:
-        """Goes over blocks up to the last that has such linears; of those that an earlier process has done, takes what is there.
-
-        Args:
-            key: What tells this work from all other.
-            more: Returns the rest of it; see `BlockStore.step`.
-            forwards: The runs.
-            untouched: The numbers of those that keep the old parameters.
-        """
-        with self.store.step(key, more), activation_files(self.store) as self.visitor.files:
-            sites = find_sites(self.model, self.linears, "layer", self.store.blocks.values())
-            last = max(number for number, site in enumerate(sites) if site.linears)
-            self.visitor.take(self._inside(None))
-            with outputs_in_files(self.visitor.files, self.model):
-                self.visitor.untouched = untouched
-                Walk(sites[: last + 1], self.visitor, self.comm, self._enter)(forwards)
-            self._pass()
-            self._stage(None)
-            self.store.release()
-            return self.new
-
-    def _enter(self, module: nn.Module) -> None:
-        """Has the block of a module in memory; another one, which all runs have passed, goes first."""
-        block = self.store.owner.get(module)
-        if block is not None and block is not self.block:
-            self._pass()
-            self.block = self.store.load(module)
-            self.visitor.take(self._inside(block))
-            if (known := self.store.known(block)) is not None:
-                values, refitted = known
-                for linear in refitted:
-                    self.visitor.know(linear, values.of_module(linear) if refitted[linear] else None)
-        elif block is not None:
-            self.store.load(block)
-
-    def _pass(self) -> None:
-        """Stages what has become of a block's linears, and lets go of it."""
-        if self.block is not None:
-            self._stage(self.block)
-            self.block = None
-
-    @torch.no_grad()
-    def _stage(self, block: nn.Module | None) -> None:
-        inside = self._inside(block)
-        new = {name: self.visitor.own(name) for name in inside if name in self.kept}
-        self.new |= self.store.stage(block, by_parameter(new), {name: not self.visitor.left[name] for name in new})
-        self.visitor.drop(inside)
-
-    def _inside(self, block: nn.Module | None) -> list[str]:
-        return [name for name, linear in self.linears.items() if self.store.owner.get(linear) is block]
 
 
 @dataclass(frozen=True)
@@ -228,13 +148,14 @@ def repair_linears(
         if given is not None:  # each owes at least what it gave in the whole model
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before
-        visitor = RepairVisitor(every, kept, before, trials, repair.ridges, parts, held_out, comm, given, progress)
         looked = {name: linear for name, linear in every.items() if name in {*before, *with_others, *linears}}
+        visitor = RepairVisitor(looked, kept, before, trials, repair.ridges, parts, held_out, comm, given, progress, store)
         runs = forwards * (2 if before else 1), range(len(trials), 2 * len(trials)) if before else range(0)
         if not store.holds_all and orderly and not often:
             masks = hashlib.sha256(str([(name, keep.tolist()) for name, keep in kept.items()]).encode()).hexdigest()
-            blockwise = BlockwiseRepair(model, store, visitor, looked, linears, comm)
-            new = blockwise.go(f"{repair} {sources} {masks}", partial(tell_apart, trials), *runs)
+            step = store.step(f"{repair} {sources} {masks}", partial(tell_apart, trials))
+            with step, activation_files(store) as visitor.files, outputs_in_files(visitor.files, model):
+                new = _refit_by_block(model, visitor, looked, comm, *runs)
         else:
             store.check_can_hold_all(f"repair: {', '.join(list(often)[:1])} is called several times in a run")
             with store.all_here():
@@ -263,6 +184,23 @@ def _shown(
         shown = [seen(every, forward) for forward in forwards[:1]]
     ranks = comm.gather((shown, passed.orderly))
     return agreed([linears for shown, _ in ranks for linears in shown]), all(orderly for _, orderly in ranks)
+
+
+def _refit_by_block(
+    model: nn.Module,
+    visitor: RepairVisitor,
+    looked: Mapping[str, nn.Module],
+    comm: Comm,
+    forwards: Sequence[Callable[[], object]],
+    untouched: Collection[int],
+) -> LazyTensors:
+    """Refits linears up to the last block that has any; of blocks that an earlier process has done, takes what is there."""
+    sites = find_sites(model, looked, "layer", store_of(model).blocks.values())
+    last = max(number for number, site in enumerate(sites) if site.linears)
+    visitor.take(visitor.inside(None))
+    visitor.untouched = untouched
+    Walk(sites[: last + 1], visitor, comm, visitor.enter)(forwards)
+    return visitor.finish()
 
 
 def _refit_whole(

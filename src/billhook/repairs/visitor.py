@@ -1,7 +1,7 @@
 """Repairs linears during a walk over a model: gathers moments of their inputs and residuals, and keeps new weights beside it."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +15,10 @@ from typing_extensions import Self
 from billhook.bar import Told
 from billhook.engine.batches import Run
 from billhook.engine.comm import Comm
-from billhook.engine.lazy import LazyTensors
+from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.passes import ActivationFiles, zeros
 from billhook.engine.statistics import ROWS, InputNorms
+from billhook.engine.store import BlockStore
 from billhook.engine.walk import Site, Visitor
 from billhook.linalg import float64_device, widest_float
 from billhook.model.linears import as_it_lies, is_pruned, matrix_of, turned
@@ -166,7 +167,7 @@ class RepairVisitor(Visitor):
     which it adds. Once it has been refitted, that sum is short of d - (W' - W) x - (b' - b).
 
     Args:
-        linears: All linears of the model, by name.
+        linears: All that are looked at, by name.
         kept: Of those to refit, which inputs are kept.
         before: Of those that are to catch up or to be followed, the linear that has added to the same sum before.
         runs: The batches, which know the tokens that count for each linear.
@@ -176,9 +177,11 @@ class RepairVisitor(Visitor):
         comm: The ranks.
         given: Other parameters that linears have except in runs of the whole model; also of ones not refitted.
         progress: Is called with how many linears are done, and of how many.
+        store: Where blocks come from, and where new weights are staged.
 
     Attributes:
         files: Keeps moments, and the residuals of each run, elsewhere than in memory.
+        new: What has been staged.
     """
 
     def __init__(
@@ -193,12 +196,15 @@ class RepairVisitor(Visitor):
         comm: Comm,
         given: LazyTensors | None,
         progress: Told | None,
+        store: BlockStore,
     ) -> None:
         self.files: ActivationFiles | None = None
         self._progress, self._done = progress, set[str]()
         self._modules, self._kept, self._before, self._runs = linears, kept, before, runs
         self._ridges, self._parts, self._held_out, self._comm = ridges, parts, held_out, comm
-        self._given = given or LazyTensors({})
+        self._given, self._store, self._block = given or LazyTensors({}), store
+        self._block: nn.Module | None = None  # in which runs are
+        self.new = LazyTensors({})
         self._linears: dict[str, _Linear] = {}
         self._tokens = dict[int, Tensor]()  # by the mask that says which count
         self._inputs: dict[str, dict[int, Tensor]] = {}
@@ -211,18 +217,46 @@ class RepairVisitor(Visitor):
         for name in names:  # in one order, as ranks read what is given together
             self._linears[name] = _Linear(self._modules[name], self._given.of_module(name), self._kept.get(name))
 
-    def know(self, name: str, new: dict[str, Tensor] | None) -> None:
-        """Takes what an earlier process has made of a linear, instead of a refit; None if it was left without one."""
-        self._known.add(name)
-        if new is not None:
-            linear = self._linears[name]
-            linear.fitted = {part: value.to(linear.dense[0].device) for part, value in new.items()}
-            self._refitted.add(name)
+    def inside(self, block: nn.Module | None) -> list[str]:
+        """Names the linears of a block, or those that are in none."""
+        return [name for name, linear in self._modules.items() if self._store.owner.get(linear) is block]
 
-    def drop(self, names: Iterable[str]) -> None:
-        """Lets go of linears whose new parameters are kept elsewhere."""
+    def enter(self, module: nn.Module) -> None:
+        """Has the block of a module in memory; another one, which all runs have passed, is staged first."""
+        block = self._store.owner.get(module)
+        if block is not None and block is not self._block:
+            if self._block is not None:
+                self.stage()
+            self._block = self._store.load(module)
+            self.take(self.inside(block))
+            values, refitted = self._store.known(block) or (LazyTensors({}), {})
+            for name in refitted:  # what an earlier process has made of it, or has left without a refit
+                self._known.add(name)
+                if refitted[name]:
+                    linear = self._linears[name]
+                    linear.fitted = {part: value.to(linear.dense[0].device) for part, value in values.of_module(name).items()}
+                    self._refitted.add(name)
+        elif block is not None:
+            self._store.load(block)
+
+    @torch.no_grad()
+    def stage(self) -> None:
+        """Stages what has become of the linears of the block that is in memory, or of those in none, and lets go of them."""
+        names = self.inside(self._block)
+        new = {name: self.own(name) for name in names if name in self._kept}
+        notes = {name: name in self._refitted for name in new}
+        self.new |= self._store.stage(self._block, by_parameter(new), notes)
+        self._block = None
         for name in names:
             self._linears.pop(name, None)
+
+    def finish(self) -> LazyTensors:
+        """Stages what is left, of the last block and of linears in none, and returns all that has been staged."""
+        if self._block is not None:
+            self.stage()
+        self.stage()
+        self._store.release()
+        return self.new
 
     @property
     def left(self) -> dict[str, bool]:

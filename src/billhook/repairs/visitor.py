@@ -202,7 +202,7 @@ class RepairVisitor(Visitor):
         self._progress, self._done = progress, set[str]()
         self._modules, self._kept, self._before, self._runs = linears, kept, before, runs
         self._ridges, self._parts, self._held_out, self._comm = ridges, parts, held_out, comm
-        self._given, self._store, self._block = given or LazyTensors({}), store
+        self._given, self._store = given or LazyTensors({}), store
         self._block: nn.Module | None = None  # in which runs are
         self.new = LazyTensors({})
         self._linears: dict[str, _Linear] = {}

@@ -40,7 +40,7 @@ class Ablation(Importance):
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> scores = bh.score(model, bh.find_units(model, "block"), bh.Ablation(), [model.dummy_inputs])
+        >>> scores = bh.score(model, bh.find_units(model, "block"), bh.importance.Ablation(), [model.dummy_inputs])
         >>> {name: len(of_place) for name, of_place in scores.items()}
         {'model.layers': 4}
     """
@@ -131,7 +131,7 @@ def ablate_heads(
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> ablated = bh.ablate_heads(model, [model.dummy_inputs])
+        >>> ablated = bh.importance.ablate_heads(model, [model.dummy_inputs])
         >>> [len(losses) for losses in ablated.values.values()]
         [8, 8, 8, 8]
     """

@@ -40,7 +40,7 @@ class ActivationNorm(Importance):
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> scores = bh.score(model, bh.find_units(model, "head"), bh.ActivationNorm(), [model.dummy_inputs])
+        >>> scores = bh.score(model, bh.find_units(model, "head"), bh.importance.ActivationNorm(), [model.dummy_inputs])
         >>> [len(of_place) for of_place in scores.values()]
         [8, 8, 8, 8]
     """

@@ -30,7 +30,7 @@ class WeightNorm(Importance):
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> scores = bh.score(model, bh.find_units(model, "channel"), bh.WeightNorm())
+        >>> scores = bh.score(model, bh.find_units(model, "channel"), bh.importance.WeightNorm())
         >>> [len(of_place) for of_place in scores.values()]
         [384, 384, 384, 384]
     """

@@ -34,7 +34,7 @@ class BlockInfluence(Importance):
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> scores = bh.score(model, bh.find_units(model, "block"), bh.BlockInfluence(), [model.dummy_inputs])
+        >>> scores = bh.score(model, bh.find_units(model, "block"), bh.importance.BlockInfluence(), [model.dummy_inputs])
         >>> {name: len(of_place) for name, of_place in scores.items()}
         {'model.layers': 4}
     """

@@ -130,7 +130,7 @@ def score(
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> scores = bh.score(model, bh.find_units(model, "head"), bh.WeightNorm())
+        >>> scores = bh.score(model, bh.find_units(model, "head"), bh.importance.WeightNorm())
         >>> [len(of_place) for of_place in scores.values()]
         [8, 8, 8, 8]
     """

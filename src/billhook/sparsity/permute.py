@@ -149,7 +149,7 @@ def permute_for(
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> done = bh.permute_for(model, "2:4", [{"input_ids": torch.arange(64)[None]}])
+        >>> done = bh.criteria.permute_for(model, "2:4", [{"input_ids": torch.arange(64)[None]}])
         >>> [(axis.kind, axis.where, axis.orders.shape) for axis in done.axes][:2]
         [('residual', 'model', (1, 256)), ('value', 'model.layers.0.self_attn', (8, 32))]
         >>> all(before <= after for before, after in (axis.kept for axis in done.axes))

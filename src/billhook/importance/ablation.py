@@ -103,7 +103,7 @@ class HeadAblation(Shown):
     def _shown(self) -> list[RenderableType]:
         what = "without each head" if self.mode == "without" else "each head alone in its layer"
         rows = [
-            (name, " ".join(f"{change:+7.4f}" for change in (values - self.whole).tolist()))
+            (name, "  ".join(f"{change:+7.4f}" for change in (values - self.whole).tolist()))
             for name, values in self.values.items()
         ]
         return [f"{what}: change of {self.whole:.4f}", columns(rows, aligns="<", indent=2)]

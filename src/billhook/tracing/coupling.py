@@ -61,8 +61,8 @@ class Structure(Shown, Findings):
 def couple(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
     """Makes a structure of what a run has shown; parameters of the shapes `outside` stand next to the model and may be its."""
     parameters = dict(model.named_parameters())
-    used = {name: note(tensor, touch=False) for name, tensor in tape.parameters.items()}
-    axes = {name: tuple(map(find, one.axes)) for name, one in used.items() if one.used and not one.active}
+    notes = {name: note(tensor, touch=False) for name, tensor in tape.parameters.items()}
+    axes = {name: tuple(map(find, known.axes)) for name, known in notes.items() if known.used and not known.active}
     groups = find_groups(axes, tape, frozenset(parameters))
     attention = find_attention(tape, groups)
     name_kinds(groups, attention, tape)
@@ -107,18 +107,24 @@ def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Ta
     """Gives every group its kind, from the roles that its axis plays."""
     axes = {(member.name, member.dim): member.axis for group in groups for member in group.members}
     queries, keys, over, values = set[Axis](), set[Axis](), set[Axis](), set[Axis]()
-    for one in attention:
-        heads = set(one.heads)
-        queries |= heads & {leaf for part in one.q if (part.name, part.dim) in axes for leaf in leaves(axes[part.name, part.dim])}
-        keys |= heads & _key_heads(one, axes)
-        over |= set(one.query_key)
-        values |= set(one.value)
+    for layer in attention:
+        heads = set(layer.heads)
+        for part in layer.q:
+            if (part.name, part.dim) in axes:
+                queries |= heads & set(leaves(axes[part.name, part.dim]))
+        for part in (*layer.k, *layer.v):
+            if (axis := axes.get((part.name, part.dim))) is not None:  # keys and values may be parts of one matrix
+                keys |= {leaf for leaf in heads & set(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
+        over |= set(layer.query_key)
+        values |= set(layer.value)
+    only_queries = queries - keys
     for group in groups:
         leaf, flags = group.leaf, group.flags
         if (flag := next((flag for flag in BY_FLAG if flag in flags), None)) is not None:
             group.kind = BY_FLAG[flag]
         elif leaf in queries or leaf in keys or "batched" in flags:
-            group.kind = _head_kind(leaf, queries, keys, attention)
+            grouped = any(leaf in layer.heads and not only_queries.isdisjoint(layer.heads) for layer in attention)
+            group.kind = "query_head" if leaf in only_queries else "kv_head" if grouped else "head"
         elif leaf in over:
             rotary = "const" in flags or any(member.buffer for member in group.members)
             group.kind = "rotary" if rotary else "query_key"
@@ -135,37 +141,21 @@ def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Ta
 def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Mapping[str, Sequence[Axis]]) -> None:
     """Finds the biases of keys that add the same to all scores of a query: one whose width no position turns."""
     by_leaf = {group.leaf: group for group in groups}
-    for one in attention:
-        turned = any(by_leaf[leaf].kind == "rotary" for leaf in one.query_key if leaf in by_leaf)
-        made = [axes[part.name][part.dim] for part in one.k if part.name in axes and len(part.positions) == part.size]
-        biases = {name for name, own in axes.items() if len(own) == 1 and own[0] in made}
-        for leaf in (*one.query_key, *(() if turned else one.heads)):
+    for layer in attention:
+        rotary = any(by_leaf[leaf].kind == "rotary" for leaf in layer.query_key if leaf in by_leaf)
+        made = [axes[part.name][part.dim] for part in layer.k if part.name in axes and len(part.positions) == part.size]
+        biases = {name for name, dims in axes.items() if len(dims) == 1 and dims[0] in made}
+        for leaf in (*layer.query_key, *(() if rotary else layer.heads)):
             if leaf in by_leaf and by_leaf[leaf].kind != "rotary":
                 group = by_leaf[leaf]
                 group.idle += tuple(m.name for m in group.members if m.name in biases and m.name not in group.idle)
 
 
-def _key_heads(one: Attention, axes: Mapping[tuple[str, int], Axis]) -> set[Axis]:
-    """Returns the leaves that stand in the part of a parameter that makes keys or values."""
-    found = set[Axis]()
-    for part in (*one.k, *one.v):
-        if (axis := axes.get((part.name, part.dim))) is not None:
-            found |= {leaf for leaf in dict.fromkeys(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
-    return found
-
-
-def _head_kind(leaf: Axis, queries: set[Axis], keys: set[Axis], attention: Sequence[Attention]) -> Kind:
-    if leaf in queries and leaf not in keys:
-        return "query_head"
-    grouped = any(leaf in one.heads and any(head in queries and head not in keys for head in one.heads) for one in attention)
-    return "kv_head" if grouped else "head"
-
-
 def _width_kind(group: Group, tape: Tape) -> Kind:
     """Finds residual channels: a table writes them, or they are made again from what was read of them, and added."""
-    places = [(member.name, member.dim) for member in group.members]
-    reads = [tape.reads[place] for place in places if place in tape.reads]
-    writes = [tape.writes[place] for place in places if place in tape.writes]
+    dims = [(member.name, member.dim) for member in group.members]
+    reads = [tape.reads[dim] for dim in dims if dim in tape.reads]
+    writes = [tape.writes[dim] for dim in dims if dim in tape.writes]
     again = bool(reads and writes) and max(writes) > min(reads)
     if "embedded" in group.flags or ("added" in group.flags and again):
         return "residual"
@@ -178,10 +168,10 @@ def find_contexts(groups: Sequence[Group], axes: Mapping[str, Sequence[Axis]]) -
     for group in groups:
         near: set[Axis] | None = None
         for member in group.members:
-            here = multiplied_with(member.axis, group.leaf)
+            beside = multiplied_with(member.axis, group.leaf)
             for d, axis in enumerate(axes[member.name]):
-                here |= {leaf for leaf in leaves(axis) if "topk" in leaf.notes} if d != member.dim else set()
-            near = here if near is None else near & here
+                beside |= {leaf for leaf in leaves(axis) if "topk" in leaf.notes} if d != member.dim else set()
+            near = beside if near is None else near & beside
         group.context = tuple(sorted(numbers[leaf] for leaf in near or () if leaf in numbers and leaf is not group.leaf))
 
 

@@ -127,7 +127,7 @@ def find_groups(axes: Mapping[str, Sequence[Axis]], tape: Tape, parameters: froz
             for leaf in dict.fromkeys(leaves(axis)):
                 if leaf.size > 1:
                     members.setdefault(leaf, []).append(Member(name, d, axis, (name, d) in tape.reads, name not in parameters))
-    return [Group(number, "channel", leaf, tuple(own)) for number, (leaf, own) in enumerate(members.items())]
+    return [Group(number, "channel", leaf, tuple(of_leaf)) for number, (leaf, of_leaf) in enumerate(members.items())]
 
 
 def times(axis: Axis, leaf: Axis) -> int:

@@ -18,15 +18,15 @@ from billhook.tracing.tape import (
     SMALL,
     Note,
     Tape,
+    apply_pending,
     axes_of,
     broadcast,
-    given,
     join,
     keep_order,
     memory_of,
     note,
-    pay,
     put,
+    tensor_args,
     tensors,
     where,
 )
@@ -67,8 +67,8 @@ def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
     out = x.flatten(d, d + mask.dim() - 1).clone()
     axes = axes_of(x)
     put(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
-    for axis, own in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
-        join(axis, own)
+    for axis, of_mask in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
+        join(axis, of_mask)
     keep_order(axes_of(mask), "the code picks along it by a mask")
     return out
 
@@ -119,7 +119,7 @@ class Recorder(Repeated):  # type: ignore[no-untyped-call]
             return self._read(args[0])
         if name == "_to_copy" and args[0].is_meta and torch.device(kwargs.get("device") or "meta").type == "cpu":
             return self._fetch(args[0], kwargs.get("dtype"))
-        for x in given(args, kwargs):
+        for x in tensor_args(args, kwargs):
             self._introduce(x)
         if name == "nonzero" and not self.everything:
             self._assume("nonzero: one entry is taken")
@@ -164,9 +164,9 @@ class Recorder(Repeated):  # type: ignore[no-untyped-call]
         """Notes the axes of a tensor that no op has made: a constant of the code's own, or a parameter in disguise."""
         if (known := getattr(x, "_billhook", None)) is not None and len(known.axes) == x.dim():
             return
-        own = self.tape.parameters.get(self.tape.storages.get(memory_of(x), ""))
-        if own is not None and (order := _order(own, x)) is not None:
-            put(x, [axes_of(own)[d] for d in order], [own], paid=True)
+        parameter = self.tape.parameters.get(self.tape.storages.get(memory_of(x), ""))
+        if parameter is not None and (order := _order(parameter, x)) is not None:
+            put(x, [axes_of(parameter)[d] for d in order], [parameter], applied=True)
             return
         notes = {"const": "a tensor that is neither parameter, buffer nor input"}
         put(x, [Axis(n, notes=notes) for n in x.shape], []).active = True
@@ -186,7 +186,7 @@ class Recorder(Repeated):  # type: ignore[no-untyped-call]
         reason = f"{reason}, in {where(self.model)}"
         self.tape.misses[reason] = self.tape.misses.get(reason, 0) + 1
         for tensor in [*inputs, *tensors(out)]:
-            pay(note(tensor))
+            apply_pending(note(tensor))
             for axis in axes_of(tensor):
                 mark(axis, "opaque", reason)
         for result in tensors(out):
@@ -195,7 +195,7 @@ class Recorder(Repeated):  # type: ignore[no-untyped-call]
 
     def _read(self, x: Tensor) -> Any:  # noqa: ANN401 - a Python number
         """Answers code that asks for a value: with the known one, or with what lets a condition be true."""
-        pay(note(x))
+        apply_pending(note(x))
         if (value := self.tape.value(x)) is not None:
             return value.item()
         self._assume("a value is asked for: taken as true, or 1")
@@ -243,10 +243,10 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 def _order(parameter: Tensor, x: Tensor) -> list[int] | None:
     """Finds the dimensions of a parameter in a tensor in its memory; None if that is not all of it, perhaps transposed."""
-    there, here = (list(zip(t.shape, t.stride(), strict=True)) for t in (parameter, x))
-    if there == here:
+    theirs, dims = (list(zip(t.shape, t.stride(), strict=True)) for t in (parameter, x))
+    if theirs == dims:
         return list(range(x.dim()))
-    order = [there.index(dim) for dim in here if dim in there]
+    order = [theirs.index(dim) for dim in dims if dim in theirs]
     return order if sorted(order) == list(range(parameter.dim())) == list(range(x.dim())) else None
 
 
@@ -268,11 +268,11 @@ def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwar
 
     def value_of(x: Any) -> Any:  # noqa: ANN401
         if isinstance(x, Tensor):
-            found = tape.value(x)
-            known.append(found is not None)
-            return found
+            value = tape.value(x)
+            known.append(value is not None)
+            return value
         if isinstance(x, list | tuple):
-            return [value_of(one) for one in x]
+            return [value_of(item) for item in x]
         return x
 
     values = []
@@ -297,17 +297,17 @@ def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator
 
     Code that asks which entries are not zero hears that `everything` is, or that the first is.
     """
-    fused, own = torch.backends.mha.get_fastpath_enabled(), vars(torch.Tensor).get("__getitem__")
+    fused, replaced = torch.backends.mha.get_fastpath_enabled(), vars(torch.Tensor).get("__getitem__")
     torch.backends.mha.set_fastpath_enabled(False)
     torch.Tensor.__getitem__ = _seen(torch.Tensor.__getitem__)  # type: ignore[method-assign, assignment]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), _Attention(), Recorder(tape, model, everything):
             yield
     finally:
-        if own is None:
+        if replaced is None:
             del torch.Tensor.__getitem__  # what it inherits is there again
         else:
-            torch.Tensor.__getitem__ = own  # type: ignore[method-assign]
+            torch.Tensor.__getitem__ = replaced  # type: ignore[method-assign]
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
@@ -315,8 +315,8 @@ def _seen(get: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tenso
     """Makes tensors of lists of whole numbers in an index, with their values: torch would make them unseen."""
 
     def seen(x: Tensor, index: Any) -> Tensor:  # noqa: ANN401 - whatever a tensor can be indexed with
-        if isinstance(index, tuple) and any(isinstance(one, list) for one in index):
-            index = tuple(torch.tensor(one) if isinstance(one, list) and one and type(one[0]) is int else one for one in index)
+        if isinstance(index, tuple) and any(isinstance(i, list) for i in index):
+            index = tuple(torch.tensor(i) if isinstance(i, list) and i and type(i[0]) is int else i for i in index)
         return get(x, index)
 
     return seen

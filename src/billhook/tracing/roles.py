@@ -31,8 +31,7 @@ class Part:
     size: int
 
     def __repr__(self) -> str:
-        whole = len(self.positions) == self.size
-        return self.name if whole else f"{self.name}[{_ranges(self.positions)} of {self.size}]"
+        return self.name if len(self.positions) == self.size else f"{self.name}[{_ranges(self.positions)} of {self.size}]"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -57,8 +56,13 @@ class Attention(Shown):
     query_key: tuple[Axis, ...]
     value: tuple[Axis, ...]
 
+    @property
+    def roles(self) -> dict[str, tuple[Part, ...]]:
+        """The parts by role."""
+        return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
+
     def _shown(self) -> list[str]:
-        return _lines(q=self.q, k=self.k, v=self.v, o=self.o)
+        return _lines(self.roles)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,17 +81,22 @@ class FeedForward(Shown):
     down: tuple[Part, ...]
     channel: Axis
 
+    @property
+    def roles(self) -> dict[str, tuple[Part, ...]]:
+        """The parts by role."""
+        return {"gate": self.gate, "up": self.up, "down": self.down}
+
     def _shown(self) -> list[str]:
-        return _lines(gate=self.gate, up=self.up, down=self.down)
+        return _lines(self.roles)
 
 
-def _lines(**roles: tuple[Part, ...]) -> list[str]:
+def _lines(roles: dict[str, tuple[Part, ...]]) -> list[str]:
     return [f"{role}: {', '.join(map(repr, parts))}" for role, parts in roles.items() if parts]
 
 
 def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
     """Finds the attentions of a run: a product of two activations, whose outcome is multiplied with a third."""
-    found: dict[tuple[object, ...], Attention] = {}
+    layers: dict[tuple[object, ...], Attention] = {}
     products = [meeting for meeting in tape.meetings if meeting.over is not None]
     by_leaf = {group.leaf: group for group in groups}
     for i, scores in enumerate(products):
@@ -103,14 +112,14 @@ def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
         key = tuple((part.name, part.dim, len(part.positions)) for part in (*q, *k, *v))
         if q and k and v and o:
             over = tuple(_units([scores.over])) if scores.over is not None else ()
-            found.setdefault(key, Attention(q, k, v, o, heads, over, tuple(value)))
-    return list(found.values())
+            layers.setdefault(key, Attention(q, k, v, o, heads, over, tuple(value)))
+    return list(layers.values())
 
 
 def _continues(scores: Meeting, later: Meeting) -> bool:
     """Tells whether a later product multiplies the outcome of an earlier one with something else."""
     both = scores.left.keys() | scores.right.keys()
-    return any(both <= one.keys() and other for one, other in ((later.left, later.right), (later.right, later.left)))
+    return any(both <= outcome.keys() and other for outcome, other in ((later.left, later.right), (later.right, later.left)))
 
 
 def _units(axes: Iterable[Axis]) -> list[Axis]:
@@ -150,7 +159,7 @@ def find_feed_forward(tape: Tape, groups: Iterable[Group]) -> list[FeedForward]:
         if meeting.over is None and meeting.left_axes:
             for leaf in (leaf for axis in meeting.left_axes for leaf in leaves(axis)):  # of images channels are not the last
                 gated.setdefault(find(leaf), meeting)
-    found = []
+    layers = []
     for group in groups:
         down = tuple(Part(m.name, m.dim, np.arange(m.axis.size), m.axis.size) for m in group.members if m.reads)
         if group.kind != "channel" or not down:
@@ -158,20 +167,20 @@ def find_feed_forward(tape: Tape, groups: Iterable[Group]) -> list[FeedForward]:
         if (product := gated.get(group.leaf)) is not None:
             swapped = product.bent[1] and not product.bent[0]
             gate, up = (product.right, product.left) if swapped else (product.left, product.right)
-            found.append(FeedForward(_parts(tape, gate), _parts(tape, up), down, group.leaf))
+            layers.append(FeedForward(_parts(tape, gate), _parts(tape, up), down, group.leaf))
         else:
             made = [(m.name, m.dim) for m in group.members if (m.name, m.dim) in tape.writes and not m.reads]
             parts = tuple(_part(tape, name, dim, Rows(None)) for name, dim in made)
             if parts:
-                found.append(FeedForward((), parts, down, group.leaf))
-    return found
+                layers.append(FeedForward((), parts, down, group.leaf))
+    return layers
 
 
 def _ranges(positions: Indices) -> str:
     """Shows ascending numbers as stretches: 0-47, 96-143."""
-    found = stretches(positions)
-    shown = [f"{first}-{last}" if first != last else f"{first}" for first, last in found[:3]]
-    return ", ".join(shown) + (f", ... ({len(found)} stretches)" if len(found) > 3 else "")
+    every = stretches(positions)
+    shown = [f"{first}-{last}" if first != last else f"{first}" for first, last in every[:3]]
+    return ", ".join(shown) + (f", ... ({len(every)} stretches)" if len(every) > 3 else "")
 
 
 def stretches(positions: Indices) -> list[tuple[int, int]]:

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -65,14 +66,21 @@ def table(structure: Findings, groups: Sequence[Group]) -> list[RenderableType]:
 
 def _rows(groups: Iterable[Group]) -> list[tuple[str, ...]]:
     """Returns the cells of groups that may be pruned, under `HEAD`."""
-    free = [(own[0], _amount(own)) for own in fold(groups) if not own[0].reason]
-    return [(kind_name(one), amount, f"{one.entries:,}", f"{one.bytes:,}", _where(one)) for one, amount in free]
+    rows = list[tuple[str, ...]]()
+    for alike in fold(groups):
+        first = alike[0]
+        if not first.reason:
+            rows.append((kind_name(first), _amount(alike), f"{first.entries:,}", f"{first.bytes:,}", _where(first)))
+    return rows
 
 
 def _notes(structure: Findings, groups: Sequence[Group]) -> list[tuple[str, str]]:
     """Returns what cannot be pruned, with the reason; of the whole structure also roles and warnings."""
-    bound = [alike for alike in fold(groups) if alike[0].reason]
-    notes = [("not pruned", f"{kind_name(own[0])} ({_amount(own)}, {_where(own[0], 2)}): {own[0].reason}") for own in bound]
+    notes = []
+    for alike in fold(groups):
+        first = alike[0]
+        if first.reason:
+            notes.append(("not pruned", f"{kind_name(first)} ({_amount(alike)}, {_where(first, 2)}): {first.reason}"))
     return [*_roles(structure), *notes, *_warnings(structure)] if len(groups) == len(structure.groups) else notes
 
 
@@ -99,7 +107,7 @@ def fold(groups: Iterable[Group]) -> list[list[Group]]:
     for group in groups:
         members = tuple(sorted({(pattern(member.name), member.dim) for member in group.members}))
         alike.setdefault((group.kind, group.size, members, pattern(group.reason)), []).append(group)
-    return sorted(alike.values(), key=lambda own: (bool(own[0].reason), KINDS.index(own[0].kind)))
+    return sorted(alike.values(), key=lambda folded: (bool(folded[0].reason), KINDS.index(folded[0].kind)))
 
 
 def kind_name(group: Group) -> str:
@@ -124,21 +132,17 @@ def _endings(names: Sequence[str]) -> list[str]:
     """Returns as many parts from the end of each name as tell it from all others."""
     parts = [name.split(".") for name in names]
     ends = []
-    for own in parts:
-        length = next((n for n in range(1, len(own)) if sum(other[-n:] == own[-n:] for other in parts) == 1), len(own))
-        ends.append(".".join(own[-length:]))
+    for name in parts:
+        length = next((n for n in range(1, len(name)) if sum(other[-n:] == name[-n:] for other in parts) == 1), len(name))
+        ends.append(".".join(name[-length:]))
     return ends
 
 
 def _roles(structure: Findings) -> list[tuple[str, str]]:
     """Shows query, key, value and output, gate, up and down; layers that are alike on one line."""
-    counted: dict[tuple[str, str], int] = {}
-    roles = [("attention", {"q": one.q, "k": one.k, "v": one.v, "o": one.o}) for one in structure.attention]
-    roles += [("feed-forward", {"gate": one.gate, "up": one.up, "down": one.down}) for one in structure.feed_forward]
-    for what, parts in roles:
-        line = what, _role_line({role: own for role, own in parts.items() if own})
-        counted[line] = counted.get(line, 0) + 1
-    return [(what, f"{line} ({times}x)") for (what, line), times in counted.items()]
+    lines = [("attention", _role_line(layer.roles)) for layer in structure.attention]
+    lines += [("feed-forward", _role_line(layer.roles)) for layer in structure.feed_forward]
+    return [(what, f"{line} ({times}x)") for (what, line), times in Counter(lines).items()]
 
 
 def _role_line(roles: dict[str, tuple[Part, ...]]) -> str:
@@ -146,8 +150,9 @@ def _role_line(roles: dict[str, tuple[Part, ...]]) -> str:
     ends = dict(zip(names, _endings(names), strict=True))
     shown = []
     for role, parts in roles.items():
-        own = [ends[_plain(part)] + str(part).removeprefix(part.name) for part in parts]
-        shown.append(f"{role} = {', '.join(own)}")
+        if parts:
+            named = [ends[_plain(part)] + str(part).removeprefix(part.name) for part in parts]
+            shown.append(f"{role} = {', '.join(named)}")
     return "; ".join(shown)
 
 
@@ -166,8 +171,8 @@ def to_json(structure: Findings) -> dict[str, Any]:
         "model": structure.model,
         "parameters": {name: {"shape": list(shape), "axes": tree(structure, name)} for name, shape in used.items()},
         "groups": [group_to_json(group) for group in structure.groups],
-        "attention": [_roles_to_json({"q": one.q, "k": one.k, "v": one.v, "o": one.o}) for one in structure.attention],
-        "feed_forward": [_roles_to_json({"gate": one.gate, "up": one.up, "down": one.down}) for one in structure.feed_forward],
+        "attention": [_roles_to_json(layer.roles) for layer in structure.attention],
+        "feed_forward": [_roles_to_json(layer.roles) for layer in structure.feed_forward],
         "tied": structure.tied,
         "untouched": list(structure.untouched),
         "opaque": structure.opaque,

@@ -41,7 +41,7 @@ class Rows:
         """Returns the rows of both."""
         if self.positions is None or other.positions is None:
             return Rows(None)
-        both = {id(one): one for one in (self.positions, *self.more, other.positions, *other.more)}
+        both = {id(rows): rows for rows in (self.positions, *self.more, other.positions, *other.more)}
         return self if len(both) == 1 + len(self.more) else Rows(self.positions, more=tuple(both.values())[1:])
 
 
@@ -55,7 +55,7 @@ class Note:
     Attributes:
         axes: One a dimension.
         active: Whether it depends on the inputs, rather than on parameters alone.
-        debts: Marks on axes of what it was taken from, due as soon as its values are used and not just its shape.
+        pending: Marks on axes of what it was taken from, due as soon as its values are used and not just its shape.
         pool: For memory that is written piece by piece, the sources of all that was written, shared by its views.
         points: The axis that its whole numbers index, if they do.
         columns: The same for each index of the last dimension, where they differ.
@@ -66,13 +66,13 @@ class Note:
         squared: Whether it is a power, whose sum is that of a norm.
     """
 
-    __slots__ = ("active", "axes", "bent", "columns", "debts", "points", "pool", "sources", "squared", "used", "value")
+    __slots__ = ("active", "axes", "bent", "columns", "pending", "points", "pool", "sources", "squared", "used", "value")
 
     def __init__(self, axes: Sequence[Axis], active: bool = False, points: Axis | None = None) -> None:
         self.axes, self.active, self.points = list(axes), active, points
         self.columns: tuple[Axis, ...] = ()
         self.pool: Sources | None = None
-        self.debts: tuple[tuple[Axis, str, str], ...] = ()
+        self.pending: tuple[tuple[Axis, str, str], ...] = ()
         self.value: Tensor | None = None
         self.sources: Sources = {}
         self.bent = self.used = self.squared = False
@@ -147,12 +147,12 @@ def memory_of(tensor: Tensor) -> int:
 
 def note(tensor: Tensor, touch: bool = True) -> Note:
     """Returns the note on a tensor; one that nobody has noted anything on gets fresh axes."""
-    found: Note | None = getattr(tensor, "_billhook", None)
-    if found is None or len(found.axes) != tensor.dim():
-        found = Note([Axis(n) for n in tensor.shape])
-        tensor._billhook = found  # type: ignore[attr-defined]
-    found.used = found.used or touch
-    return found
+    known: Note | None = getattr(tensor, "_billhook", None)
+    if known is None or len(known.axes) != tensor.dim():
+        known = Note([Axis(n) for n in tensor.shape])
+        tensor._billhook = known  # type: ignore[attr-defined]
+    known.used = known.used or touch
+    return known
 
 
 def axes_of(tensor: Tensor) -> list[Axis]:
@@ -160,17 +160,17 @@ def axes_of(tensor: Tensor) -> list[Axis]:
     return note(tensor).axes
 
 
-def pay(one: Note, points: Axis | None = None) -> None:
+def apply_pending(used: Note, points: Axis | None = None) -> None:
     """Uses the values of a tensor: marks what was due, and where they point unless the result still points there."""
-    for axis, flag, reason in one.debts:
+    for axis, flag, reason in used.pending:
         mark(axis, flag, reason)
-    one.debts = ()
-    if one.points is not None and (points is None or find(points) is not find(one.points)):
-        mark(one.points, "const", "its numbers are used as values")
+    used.pending = ()
+    if used.points is not None and (points is None or find(points) is not find(used.points)):
+        mark(used.points, "const", "its numbers are used as values")
 
 
-def put(out: Tensor, axes: Sequence[Axis], inputs: Iterable[Tensor], points: Axis | None = None, paid: bool = False) -> Note:
-    """Notes the axes of a result, and what it inherits from the inputs; their values are used, unless that is `paid` or not due.
+def put(out: Tensor, axes: Sequence[Axis], inputs: Iterable[Tensor], points: Axis | None = None, applied: bool = False) -> Note:
+    """Notes the axes of a result, and what it inherits from the inputs; their values are used, unless that is `applied`.
 
     Raises:
         Irregular: If the axes do not fit the shape.
@@ -178,14 +178,14 @@ def put(out: Tensor, axes: Sequence[Axis], inputs: Iterable[Tensor], points: Axi
     if tuple(axis.size for axis in axes) != tuple(out.shape):
         raise Irregular(f"axes {axes} for a tensor of shape {tuple(out.shape)}")
     notes = [(tensor, note(tensor)) for tensor in inputs]
-    active = [(tensor, one) for tensor, one in notes if one.active]
-    if not paid:
-        for _, one in notes:
-            pay(one, points)
+    active = [(tensor, known) for tensor, known in notes if known.active]
+    if not applied:
+        for _, known in notes:
+            apply_pending(known, points)
     new = Note([find(axis) for axis in axes], bool(active), points)
-    for tensor, one in active or notes:
-        new.bent = new.bent or one.bent
-        if sources := one.sources or one.pool:
+    for tensor, known in active or notes:
+        new.bent = new.bent or known.bent
+        if sources := known.sources or known.pool:
             exact = tensor.shape == out.shape
             gather(new.sources, {key: rows if exact else rows.as_set() for key, rows in sources.items()})
     if len(new.sources) > MANY:
@@ -203,8 +203,8 @@ def gather(into: Sources, more: Sources) -> None:
 def move(out: Tensor, axes: Sequence[Axis], x: Tensor, along: Callable[[Tensor], Tensor]) -> Note:
     """Notes the result of an op that only moves entries, as `along` moves those of any tensor of that shape; see `put`."""
     before = note(x)
-    new = put(out, axes, [x], before.points, paid=True)
-    new.debts, new.pool = before.debts, before.pool
+    new = put(out, axes, [x], before.points, applied=True)
+    new.pending, new.pool = before.pending, before.pool
     new.sources = {
         key: Rows(along(rows.positions), exact=True) if rows.exact and rows.positions is not None else rows
         for key, rows in before.sources.items()
@@ -217,13 +217,13 @@ def tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401 - whatever an op takes o
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def given(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+def tensor_args(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
     """Yields the tensors among the arguments of an op; lists of them are never nested."""
     for x in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, list | tuple):
-            yield from (one for one in x if isinstance(one, Tensor))
+            yield from (item for item in x if isinstance(item, Tensor))
 
 
 def join(a: Axis, b: Axis) -> Axis:
@@ -293,4 +293,4 @@ def _line(code: CodeType, number: int) -> str | None:
 
 
 def _name(model: nn.Module, module: nn.Module) -> str | None:
-    return next((name or type(model).__name__ for name, own in model.named_modules() if own is module), None)
+    return next((name or type(model).__name__ for name, other in model.named_modules() if other is module), None)

@@ -23,7 +23,7 @@ from billhook.model.transformers_internals import attention_of, compute_every_ex
 from billhook.tracing.axes import Axis, mark
 from billhook.tracing.coupling import Structure, couple
 from billhook.tracing.mode import recording
-from billhook.tracing.tape import Note, Rows, Tape, axes_of, join, line_of, mark_units, memory_of, note, pay, tensors
+from billhook.tracing.tape import Note, Rows, Tape, apply_pending, axes_of, join, line_of, mark_units, memory_of, note, tensors
 
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 Shapes = dict[str, tuple[int, ...]]
@@ -58,7 +58,7 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
     annotated(trace, locals())
     with _alone, torch.inference_mode(False), torch.device("cpu"):  # whatever is on around
         subject, outside = _subject(model, example_inputs is not None)
-        check_one_device(subject)  # accelerate's hooks would go along with a copy, and move what it is given
+        check_one_device(subject)  # accelerate's hooks would go along with a copy, and move its inputs
         check_dense(subject)
         find = partial(_find, subject, outside, example_inputs)
         if example_inputs is not None or not isinstance(subject, PreTrainedModel):
@@ -91,25 +91,25 @@ def _check(model: object, inputs: object) -> None:
             raise ValueError(f"model: its parameter {name} has no shape before the first forward (a lazy module); run it once")
 
 
-def _run(shadow: nn.Module, outside: Shapes, example_inputs: Inputs | None, everything: bool) -> Structure:
-    args, kwargs = _arguments(shadow, example_inputs)
-    _prepare(shadow)
-    tape, vocab = _tape(shadow), _vocabulary(shadow)
-    noted = [_noted(value, vocab if isinstance(shadow, PreTrainedModel) else None) for value in args]
+def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, everything: bool) -> Structure:
+    args, kwargs = _arguments(meta_model, example_inputs)
+    _prepare(meta_model)
+    tape, vocab = _tape(meta_model), _vocabulary(meta_model)
+    noted = [_noted(value, vocab if isinstance(meta_model, PreTrainedModel) else None) for value in args]
     named = {key: _noted(value, vocab if "input_ids" in key else None) for key, value in kwargs.items()}
     try:
-        with recording(tape, shadow, everything):
-            output = shadow(*noted, **named)
+        with recording(tape, meta_model, everything):
+            output = meta_model(*noted, **named)
     except Exception as error:  # whatever a model's own code raises
         kind = _EntriesDiffer if everything and any(what.startswith("nonzero") for what in tape.assumed) else ValueError
         names = ", ".join(map(str, kwargs)) or f"{len(args)} of them"
-        guessed, given = f"guessed inputs ({names}; example_inputs would replace them)", f"these example_inputs ({names})"
-        raise kind(_refusal(shadow, tape, error, guessed if example_inputs is None else given)) from error
+        guessed, stated = f"guessed inputs ({names}; example_inputs would replace them)", f"these example_inputs ({names})"
+        raise kind(_refusal(meta_model, tape, error, guessed if example_inputs is None else stated)) from error
     _close(output, vocab)
-    return couple(shadow, tape, outside)
+    return couple(meta_model, tape, outside)
 
 
-def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], whole: bool) -> tuple[nn.Module, Shapes]:
+def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], all_of_it: bool) -> tuple[nn.Module, Shapes]:
     """Returns what is traced, and the parameters next to it: all of a module, or the Hugging Face model that it holds.
 
     Raises:
@@ -119,7 +119,7 @@ def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], whol
         return (from_config(module) if isinstance(module, PretrainedConfig) else from_name(module)), {}
     while (inner := _inner(module)) is not None:
         module = inner
-    if whole or not any(isinstance(child, PreTrainedModel) for child in module.modules()):
+    if all_of_it or not any(isinstance(child, PreTrainedModel) for child in module.modules()):
         return module, {}
     try:
         model: nn.Module = find_transformer(module)
@@ -129,8 +129,8 @@ def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], whol
         return model, {}
     model = next((child for child in module.modules() if _prompts(child) and model in child.modules()), model)
     inside = [child for child in module.modules() if isinstance(child, PreTrainedModel) or child is model]
-    own = {id(parameter) for child in inside for parameter in child.parameters()}
-    return model, {name: tuple(p.shape) for name, p in module.named_parameters() if id(p) not in own}
+    of_model = {id(parameter) for child in inside for parameter in child.parameters()}
+    return model, {name: tuple(p.shape) for name, p in module.named_parameters() if id(p) not in of_model}
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
@@ -149,59 +149,59 @@ def _prompts(module: nn.Module) -> bool:
     """Tells whether PEFT puts prompts before the model that a module wraps: parameters that no forward of that model uses."""
     adapters = getattr(module, "peft_config", None)
     values = adapters.values() if isinstance(adapters, Mapping) else ()
-    return hasattr(module, "get_base_model") and any(getattr(one, "is_prompt_learning", False) for one in values)
+    return hasattr(module, "get_base_model") and any(getattr(adapter, "is_prompt_learning", False) for adapter in values)
 
 
-def _arguments(shadow: nn.Module, given: Inputs | None) -> tuple[list[Any], dict[str, Any]]:
-    if given is None and not isinstance(shadow, PreTrainedModel) and not _prompts(shadow):
-        given = getattr(shadow, "example_input_array", None)
-        if given is None:
+def _arguments(meta_model: nn.Module, inputs: Inputs | None) -> tuple[list[Any], dict[str, Any]]:
+    if inputs is None and not isinstance(meta_model, PreTrainedModel) and not _prompts(meta_model):
+        inputs = getattr(meta_model, "example_input_array", None)
+        if inputs is None:
             raise ValueError(
-                f"example_inputs: {type(shadow).__name__} is not a model of transformers, so what its forward takes cannot be "
-                "guessed; pass it, as a dictionary or a tuple"
+                f"example_inputs: {type(meta_model).__name__} is not a model of transformers, so what its forward takes cannot "
+                "be guessed; pass it, as a dictionary or a tuple"
             )
-    if given is None:
-        return [], dict(make_inputs(shadow))
-    if isinstance(given, Mapping):
-        return [], dict(given)
-    return ([given] if isinstance(given, Tensor) else list(given)), {}
+    if inputs is None:
+        return [], dict(make_inputs(meta_model))
+    if isinstance(inputs, Mapping):
+        return [], dict(inputs)
+    return ([inputs] if isinstance(inputs, Tensor) else list(inputs)), {}
 
 
-def _prepare(shadow: nn.Module) -> None:
+def _prepare(meta_model: nn.Module) -> None:
     """Chooses those of transformers' ways to compute the same that run on meta."""
-    compute_every_expert(shadow)
-    for config in configs_of(shadow):
+    compute_every_expert(meta_model)
+    for config in configs_of(meta_model):
         if attention_of(config) not in ("eager", "sdpa"):
             set_attention(config, "eager")
 
 
-def _tape(shadow: nn.Module) -> Tape:
+def _tape(meta_model: nn.Module) -> Tape:
     tape = Tape()
-    for name, tensor in [*shadow.named_parameters(), *shadow.named_buffers()]:
+    for name, tensor in [*meta_model.named_parameters(), *meta_model.named_buffers()]:
         tape.parameters[name] = tensor
         tape.storages[memory_of(tensor)] = name
         fresh = note(tensor)
         fresh.sources, fresh.used = {(name, -1): Rows(None)}, False
-    for hook in placed(shadow):
+    for hook in placed(meta_model):
         notes = tape.assumed if hook.harmless else tape.misses
         notes[hook.says] = notes.get(hook.says, 0) + 1
         hook.note = partial(_opaque, hook.says)
-    config = getattr(shadow, "config", None)
-    if getattr(config, "quantization_config", None) is not None and not hasattr(shadow, "hf_quantizer"):
+    config = getattr(meta_model, "config", None)
+    if getattr(config, "quantization_config", None) is not None and not hasattr(meta_model, "hf_quantizer"):
         tape.assumed["the config is of a quantised model: taken as not quantised, also what its bytes are"] = 1
     return tape
 
 
-def _opaque(reason: str, given: object) -> None:
+def _opaque(reason: str, replaceable: object) -> None:
     """Marks every axis of the tensors that a hook could have replaced."""
-    for tensor in tensors(given):
+    for tensor in tensors(replaceable):
         for axis in axes_of(tensor):
             mark(axis, "opaque", reason)
 
 
-def _vocabulary(shadow: nn.Module) -> Axis | None:
+def _vocabulary(meta_model: nn.Module) -> Axis | None:
     """Makes the axis of token ids."""
-    model = next((child for child in shadow.modules() if isinstance(child, PreTrainedModel)), None)
+    model = next((child for child in meta_model.modules() if isinstance(child, PreTrainedModel)), None)
     if model is None:
         return None
     try:
@@ -221,27 +221,27 @@ def _noted(value: Any, vocab: Axis | None) -> Any:  # noqa: ANN401 - whatever a 
         note(moved).points = vocab if not value.dtype.is_floating_point else None
         return moved
     if isinstance(value, Mapping):
-        return {key: _noted(one, vocab) for key, one in value.items()}
+        return {key: _noted(item, vocab) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_noted(one, vocab) for one in value)
+        return type(value)(_noted(item, vocab) for item in value)
     return copy.copy(value)
 
 
 def _close(output: Any, vocab: Axis | None) -> None:  # noqa: ANN401 - whatever a forward gives
     """Marks what leaves the model, as others see it: logits are over the vocabulary or over labels, the rest is output."""
     fields = dict(output.items()) if isinstance(output, Mapping) else {}
-    answers = {key: one for key, one in fields.items() if "logits" in str(key) and isinstance(one, Tensor) and one.dim()}
+    answers = {key: x for key, x in fields.items() if "logits" in str(key) and isinstance(x, Tensor) and x.dim()}
     for logits in answers.values():
         _answered(logits, vocab)
     if isinstance(output, ModelOutput) and {"logits", "prediction_logits"} & answers.keys():
         return  # the other fields are what the model says of itself: states, caches
-    for tensor in tensors([one for key, one in fields.items() if key not in answers] if fields else output):
-        pay(note(tensor))
+    for tensor in tensors([x for key, x in fields.items() if key not in answers] if fields else output):
+        apply_pending(note(tensor))
         mark_units(note(tensor).axes, "output", "the model's output has it, so that whatever reads the output must follow")
 
 
 def _answered(logits: Tensor, vocab: Axis | None) -> None:
-    pay(note(logits))
+    apply_pending(note(logits))
     *places, last = note(logits).axes
     mark_units(places, "output", "the positions of what the model answers")
     if vocab is not None and last.size == vocab.size:
@@ -250,11 +250,11 @@ def _answered(logits: Tensor, vocab: Axis | None) -> None:
         mark_units([last], "label", "what the model answers")
 
 
-def _refusal(shadow: nn.Module, tape: Tape, error: Exception, inputs: str) -> str:
+def _refusal(meta_model: nn.Module, tape: Tape, error: Exception, inputs: str) -> str:
     first = str(error).strip().splitlines()
     op = f", op {tape.op}" if tape.op else ""
     assumed = f" (before that, {next(iter(tape.assumed))})" if tape.assumed else ""
     return (
-        f"{type(shadow).__name__} does not run on meta tensors with {inputs}: at {line_of(error) or '?'}{op}: "
+        f"{type(meta_model).__name__} does not run on meta tensors with {inputs}: at {line_of(error) or '?'}{op}: "
         f"{type(error).__name__}: {first[0] if first else ''}{assumed}"
     )

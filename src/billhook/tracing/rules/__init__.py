@@ -25,8 +25,8 @@ def rule_for(op: OpOverload) -> Rule | None:
     """Returns the rule of an op: its own, or by its tag that of elementwise ops or of reductions; None if there is none."""
     name = op._schema.name.removeprefix("aten::")
     plain = name.removesuffix("_")  # x.abs_() does what abs(x) does
-    if (own := RULES.get(name, RULES.get(plain))) is not None:
-        return own
+    if (rule := RULES.get(name, RULES.get(plain))) is not None:
+        return rule
     functional = getattr(getattr(torch.ops.aten, plain, None), op._overloadname, op)
     if torch.Tag.pointwise in op.tags or torch.Tag.pointwise in functional.tags:
         return elementwise.elementwise

@@ -49,12 +49,12 @@ def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Te
 def stretches(tape: Tape, weight: Tensor, dim: int) -> list[tuple[str, int, Tensor | None]]:
     """Finds the parameters that a dimension of a weight is, each with its dimension and the positions there."""
     name = tape.storages.get(memory_of(weight))
-    if name is not None and (found := _in_storage(tape.parameters[name], weight, dim)) is not None:
-        return [(name, *found)]
+    if name is not None and (view := _in_storage(tape.parameters[name], weight, dim)) is not None:
+        return [(name, *view)]
     axis = find(axes_of(weight)[dim])  # computed from parameters: those that have the axis
     candidates = [name for name, _ in note(weight).sources]
-    whole = torch.arange(weight.shape[dim], dtype=torch.int32)
-    return [(n, d, whole) for n in candidates for d, own in enumerate(axes_of(tape.parameters[n])) if find(own) is axis]
+    every = torch.arange(weight.shape[dim], dtype=torch.int32)
+    return [(n, d, every) for n in candidates for d, other in enumerate(axes_of(tape.parameters[n])) if find(other) is axis]
 
 
 def _in_storage(parameter: Tensor, weight: Tensor, dim: int) -> tuple[int, Tensor] | None:
@@ -67,9 +67,9 @@ def _in_storage(parameter: Tensor, weight: Tensor, dim: int) -> tuple[int, Tenso
     return None
 
 
-def _sources(tape: Tape, out: Tensor, weight: Tensor, kept: int, place: int) -> Sources:
-    """Returns the rows of a weight that a result comes from, along its dimension `place`."""
-    shape = [out.shape[d] if d == place else 1 for d in range(out.dim())]
+def _sources(tape: Tape, out: Tensor, weight: Tensor, kept: int, at: int) -> Sources:
+    """Returns the rows of a weight that a result comes from, along its dimension `at`."""
+    shape = [out.shape[d] if d == at else 1 for d in range(out.dim())]
     return {
         (name, dim): Rows(None) if positions is None else Rows(positions.view(shape).expand(out.shape), exact=True)
         for name, dim, positions in stretches(tape, weight, kept)
@@ -129,21 +129,21 @@ def attention(tape: Tape, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any,
     tape.meetings.append(Meeting(scores, nv.sources, [*Q[:3], K[2]], V, K[2], (False, False)))
     mask = kwargs.get("attn_mask", args[0] if args and isinstance(args[0], Tensor) else None)
     if isinstance(mask, Tensor):
-        for own, axis in zip(axes_of(mask)[::-1], (K[2], Q[2], Q[1], Q[0]), strict=False):
-            if own.size == axis.size:
-                join(own, axis)
+        for of_mask, axis in zip(axes_of(mask)[::-1], (K[2], Q[2], Q[1], Q[0]), strict=False):
+            if of_mask.size == axis.size:
+                join(of_mask, axis)
     result = out if isinstance(out, Tensor) else out[0]
     put(result, [Q[0], Q[1], Q[2], V[3]], [q, k, v]).sources = scores | nv.sources
 
 
 def solve(tape: Tape, out: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - which triangle
     """Computes a^-1 b, or with left=False b a^-1, for each matrix of a batch: [..., n, n] with [..., n, k]."""
-    axes, own = list(axes_of(b)), axes_of(a)
+    axes, A = list(axes_of(b)), axes_of(a)
     for d in range(1, b.dim() - 1):
         if d <= a.dim() - 2 and a.shape[-2 - d] == b.shape[-2 - d]:
-            axes[-2 - d] = join(axes[-2 - d], own[-2 - d])
+            axes[-2 - d] = join(axes[-2 - d], A[-2 - d])
     solved = -2 if kwargs.get("left", True) else -1
-    mark_units((join(own[-1], own[-2]), axes[solved]), "const", f"its order matters to {tape.op}")
+    mark_units((join(A[-1], A[-2]), axes[solved]), "const", f"its order matters to {tape.op}")
     put(out, axes, [a, b])
 
 

@@ -13,15 +13,15 @@ from billhook.tracing.tape import (
     Meeting,
     Note,
     Tape,
+    apply_pending,
     axes_of,
     broadcast,
     gather,
-    given,
     join,
     mark_units,
     note,
-    pay,
     put,
+    tensor_args,
     tensors,
 )
 
@@ -43,14 +43,14 @@ OTHERS = {"floor_divide", "remainder", "fmod", "hardswish", "hardsigmoid", "hard
 
 def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
     """Joins the axes of equal positions, aligned from the right."""
-    inputs = list(given(args, kwargs))
+    inputs = list(tensor_args(args, kwargs))
     name = tape.op.removesuffix("_")
     for result in tensors(out):
         axes = broadcast(result.shape, inputs)
         points = _points(name, result, inputs, args)
         for tensor in inputs:
-            pay(note(tensor), note(tensor).points)
-        new = put(result, axes, inputs, points, paid=True)
+            apply_pending(note(tensor), note(tensor).points)
+        new = put(result, axes, inputs, points, applied=True)
         new.squared = name in ("pow", "square")
         if new.active and (name in BENDS or (name == "mul" and _meet(tape, inputs))):
             new.bent = True
@@ -63,7 +63,7 @@ def _adds(left: Note, right: Note) -> bool:
     """Tells whether what a matrix has just made is added to something else."""
     if not (left.active and right.active) or left.sources.keys() == right.sources.keys():
         return False
-    return any(rows.exact for one in (left, right) for rows in one.sources.values())
+    return any(rows.exact for factor in (left, right) for rows in factor.sources.values())
 
 
 def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -> Axis | None:
@@ -72,11 +72,11 @@ def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -
     if not pointing:
         return None
     first, *others = pointing
-    whole = not out.dtype.is_floating_point and out.dtype != torch.bool
+    is_integer = not out.dtype.is_floating_point and out.dtype != torch.bool
     alike = all(other.size == first.size for other in others)
-    if op in CLAMPS and whole and _harmless(op, first.size, *args[1:]):
+    if op in CLAMPS and is_integer and _harmless(op, first.size, *args[1:]):
         return first
-    if op in KEEPS and whole and alike and not any(_may_point(x, first.size) for x in (*inputs, *args)):
+    if op in KEEPS and is_integer and alike and not any(_may_point(x, first.size) for x in (*inputs, *args)):
         for other in others:
             first = join(first, other)
         return first

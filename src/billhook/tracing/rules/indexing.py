@@ -13,6 +13,7 @@ from billhook.tracing.rules.movement import narrow, ranked
 from billhook.tracing.tape import (
     Note,
     Tape,
+    apply_pending,
     axes_of,
     broadcast,
     is_data,
@@ -21,7 +22,6 @@ from billhook.tracing.tape import (
     mark_units,
     move,
     note,
-    pay,
     put,
     tensors,
 )
@@ -30,7 +30,7 @@ from billhook.tracing.tape import (
 def point(index: Tensor, axis: Axis) -> None:
     """Picks along an axis by the values of a tensor of whole numbers."""
     points = note(index).points
-    pay(note(index), points)
+    apply_pending(note(index), points)
     if points is not None and points.size == axis.size:
         join(points, axis)
     else:
@@ -42,8 +42,8 @@ def point(index: Tensor, axis: Axis) -> None:
 
 def picked(out: Tensor, axes: Sequence[Axis], x: Tensor, *picks: Tensor) -> Note:
     """Notes entries of x, chosen by indices that point into its axes."""
-    pay(note(x), note(x).points)
-    return put(out, axes, [x, *picks], note(x).points, paid=True)
+    apply_pending(note(x), note(x).points)
+    return put(out, axes, [x, *picks], note(x).points, applied=True)
 
 
 def embedding(tape: Tape, out: Tensor, weight: Tensor, ids: Tensor, *args: Any) -> None:  # noqa: ANN401 - padding and so on
@@ -153,9 +153,9 @@ def scatter(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, *args: 
     for source in tensors(args):
         for d in range(source.dim()):
             join(narrow(axes_of(source)[d], 0, index.shape[d]), axes_of(index)[d])
-        pay(note(source))
-    pay(note(x))
-    put(out, axes_of(x), tensors((x, index, args)), paid=True)
+        apply_pending(note(source))
+    apply_pending(note(x))
+    put(out, axes_of(x), tensors((x, index, args)), applied=True)
 
 
 def _align(x: Tensor, dim: int, index: Tensor) -> None:

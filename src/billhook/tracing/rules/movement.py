@@ -121,7 +121,7 @@ def slice_(
 ) -> None:
     """Takes a stretch; with a step, the outer factor of the axis, whose inner one is fixed."""
     axes, n = list(axes_of(x)), x.shape[dim]
-    debts: tuple[tuple[Axis, str, str], ...] = ()
+    pending: tuple[tuple[Axis, str, str], ...] = ()
     low, high = (min(max(v + n if v < 0 else v, 0), n) for v in (start or 0, n if end is None else end))
     if step == 1:
         axes[dim] = narrow(axes[dim], low, max(low, high))
@@ -131,8 +131,8 @@ def slice_(
     else:
         outer, inner = split(axes[dim], n // step)
         axes[dim] = product(outer)
-        debts = ((product(inner), "fixed", f"the code takes one index in {step} by its number"),)
-    move(out, axes, x, lambda t: torch.ops.aten.slice(t, dim, start, end, step)).debts += debts
+        pending = ((product(inner), "fixed", f"the code takes one index in {step} by its number"),)
+    move(out, axes, x, lambda t: torch.ops.aten.slice(t, dim, start, end, step)).pending += pending
 
 
 def select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: int) -> None:
@@ -140,7 +140,7 @@ def select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: int) -> None:
     axes = list(axes_of(x))
     taken = axes.pop(dim)
     new = move(out, axes, x, lambda t: t.select(dim, index))
-    new.debts += ((taken, "fixed", "the code takes single indices by their number"),)
+    new.pending += ((taken, "fixed", "the code takes single indices by their number"),)
     if (columns := note(x).columns) and dim % x.dim() == x.dim() - 1:
         new.points = columns[index]
 

@@ -19,7 +19,7 @@ from billhook.model.inputs import small_inputs
 from billhook.model.memory import remembered
 
 _Call = tuple[int, Tensor, Tensor | None]
-"""A block's place in its list, the hidden states it was given, and those of the same shape that it returned, if any."""
+"""A block's number in its list, the hidden states that went in, and those of the same shape that came out, if any."""
 
 
 def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> dict[str, nn.ModuleList]:
@@ -42,23 +42,43 @@ def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = Non
 
 def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) -> list[str]:
     """Runs a model and returns the names of its stacks of blocks."""
-    lists = {name: module for name, module in subject.named_modules() if isinstance(module, nn.ModuleList)}
-    lists = {name: module for name, module in lists.items() if len(module) and None not in module._modules.values()}
+    lists = {
+        name: module
+        for name, module in subject.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and None not in module._modules.values()
+    }
+    calls: dict[str, list[_Call]] = {name: [] for name in lists}
+
+    def note(name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
+        if (states := hidden_states([*args, *kwargs.values()])) is not None:
+            calls[name].append((number, states, returned_states(states, output)))
+
     inputs = small_inputs(subject) if example_inputs is None else dict(example_inputs)
-    try:
-        with _watching(lists) as calls, resting(subject), torch.no_grad():
-            subject(**inputs)
-    except Exception as error:  # whatever a model's own code raises
-        what = f"{type(subject).__name__} does not run with inputs {', '.join(inputs)}"
-        raise ValueError(f"model: {what}: {type(error).__name__}: {error}") from error
-    found: list[str] = []
+    with ExitStack() as hooks:
+        for name, stack in lists.items():
+            for number, module in enumerate(stack):
+                hooks.callback(module.register_forward_hook(partial(note, name, number), with_kwargs=True).remove)
+        try:
+            with resting(subject), torch.no_grad():
+                subject(**inputs)
+        except Exception as error:  # whatever a model's own code raises
+            what = f"{type(subject).__name__} does not run with inputs {', '.join(inputs)}"
+            raise ValueError(f"model: {what}: {type(error).__name__}: {error}") from error
+    stacks: list[str] = []
     for name, stack in lists.items():  # outer ones come first
-        if not any(name.startswith(f"{outer}.") for outer in found) and _is_stack(calls[name], len(stack)):
-            found.append(name)
-    return found
+        if not any(name.startswith(f"{outer}.") for outer in stacks) and _is_stack(calls[name], len(stack)):
+            stacks.append(name)
+    return stacks
 
 
-def block_of(name: str, stacks: Mapping[str, Sequence[nn.Module] | nn.ModuleList]) -> tuple[str, int] | None:
+def _is_stack(calls: Sequence[_Call], count: int) -> bool:
+    if {number for number, _, _ in calls} != set(range(count)) or any(returned is None for _, _, returned in calls):
+        return False
+    # one gets the very tensor that another returned: values could be equal by chance
+    return count == 1 or any(states is returned for (_, _, returned), (_, states, _) in pairwise(calls))
+
+
+def block_of(name: str, stacks: Iterable[str]) -> tuple[str, int] | None:
     """Returns the stack in which a module or parameter of this name is, and its block's place there; None if it is in none."""
     for stack in stacks:
         if name.startswith(f"{stack}."):
@@ -67,7 +87,7 @@ def block_of(name: str, stacks: Mapping[str, Sequence[nn.Module] | nn.ModuleList
 
 
 class Skip:
-    """A forward hook by which a block returns the hidden states that it is given; `runs` counts the calls."""
+    """A forward hook by which a block returns the hidden states that it gets; `runs` counts the calls."""
 
     keeps_shapes = True
 
@@ -75,17 +95,17 @@ class Skip:
         self.runs, self.key = runs, key
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ANN401
-        """Returns the output with the given hidden states instead of the block's own."""
+        """Returns the output with the hidden states that went in instead of the block's own."""
         self.runs[self.key] += 1
-        given = hidden_states([*args, *kwargs.values()])
-        if given is None or isinstance(output, Tensor):
-            return given
-        own = returned_states(given, output)
-        return type(output)([given if value is own else value for value in output])
+        states = hidden_states([*args, *kwargs.values()])
+        if states is None or isinstance(output, Tensor):
+            return states
+        returned = returned_states(states, output)
+        return type(output)([states if value is returned else value for value in output])
 
 
 def skip(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> tuple[list[RemovableHandle], dict[tuple[str, int], int]]:
-    """Lets blocks return what they are given; returns handles that undo it, and how often each has been called so far."""
+    """Lets blocks return what they get; returns handles that undo it, and how often each has been called so far."""
     runs = {(name, number): 0 for name, numbers in blocks.items() for number in numbers}
     handles = []
     for name, number in runs:
@@ -112,28 +132,6 @@ def hidden_states(values: Iterable[Any], shape: torch.Size | None = None) -> Ten
     return None
 
 
-def returned_states(given: Tensor, output: Any) -> Tensor | None:  # noqa: ANN401 - whatever a block returns
-    """Returns the hidden states in the output of a block; None if none have the shape of those that it was given."""
-    return hidden_states(output if isinstance(output, tuple | list) else [output], given.shape)
-
-
-@contextmanager
-def _watching(lists: Mapping[str, nn.ModuleList]) -> Iterator[dict[str, list[_Call]]]:
-    """Notes calls of the modules in lists."""
-    calls: dict[str, list[_Call]] = {name: [] for name in lists}
-
-    def note(name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
-        if (given := hidden_states([*args, *kwargs.values()])) is not None:
-            calls[name].append((number, given, returned_states(given, output)))
-
-    with ExitStack() as hooks:
-        for name, stack in lists.items():
-            for number, module in enumerate(stack):
-                hooks.callback(module.register_forward_hook(partial(note, name, number), with_kwargs=True).remove)
-        yield calls
-
-
-def _is_stack(calls: Sequence[_Call], count: int) -> bool:
-    if {number for number, _, _ in calls} != set(range(count)) or any(returned is None for _, _, returned in calls):
-        return False
-    return count == 1 or any(given is returned for (_, _, returned), (_, given, _) in pairwise(calls))
+def returned_states(states: Tensor, output: Any) -> Tensor | None:  # noqa: ANN401 - whatever a block returns
+    """Returns the hidden states in the output of a block; None if none have the shape of those that went in."""
+    return hidden_states(output if isinstance(output, tuple | list) else [output], states.shape)

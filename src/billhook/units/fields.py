@@ -2,7 +2,8 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property, partial
 
 from torch import nn
@@ -19,7 +20,7 @@ TRIED, SHOWN = 512, 4  # numbers of units that a config may accept: the most tha
 
 LAYERS = re.compile(r"(^|[_.])layers?$")
 
-Places = dict[tuple[str, int], int]
+Sizes = dict[tuple[str, int], int]
 """Sizes of dimensions of parameters: (parameter, dimension) -> size."""
 
 
@@ -28,8 +29,8 @@ class FieldFinder:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.now = _places(model)
-        self._built: dict[tuple[tuple[str, int], ...], Places | None] = {}
+        self.now = _sizes_of(model)
+        self._known: dict[tuple[tuple[str, int], ...], Sizes | None] = {}
 
     def find(self, groups: Sequence[Group]) -> tuple[str, ...]:
         """Finds the fields, by dotted names, that, changed together, give all these groups of one size fewer units, and no more.
@@ -41,65 +42,66 @@ class FieldFinder:
     def _find_new(self, groups: Sequence[Group]) -> tuple[str, ...]:
         before = groups[0].size
         after = next(before // n for n in range(2, before + 1) if before % n == 0)
-        wanted = _wanted(groups, before - after)
-        given = {name: value // before * after for name, value in _numbers(self.model.config) if value and value % before == 0}
-        unset = {name: after for name, value in _numbers(self.model.config) if value is None}
-        found = self._find(given, wanted, groups, after) or self._find(unset, wanted, groups, after)
-        return found or (self._find(given, wanted, groups, after, self._defaults) if self._defaults else ())
+        wanted: Sizes = {}
+        for group in groups:
+            for member in group.members:
+                if not member.buffer:
+                    fewer = (before - after) * times(member.axis, group.leaf)
+                    wanted[member.name, member.dim] = member.axis.size - fewer
+        numbers = _numbers(self.model.config)
+        stated = {name: value // before * after for name, value in numbers if value and value % before == 0}
+        unset = {name: after for name, value in numbers if value is None}
+        fields = self._find(stated, wanted, groups, after) or self._find(unset, wanted, groups, after)
+        return fields or (self._find(stated, wanted, groups, after, self._defaults) if self._defaults else ())
 
     def counts(self, size: int, fields: Sequence[str]) -> tuple[int, ...]:
         """Returns the highest few numbers of units below `size` that the classes of the config and of the model accept."""
-        found: list[int] = []
-        for count in range(size - 1, max(size - TRIED, 1) - 1, -1):
-            if self._accepted(self.values(size, fields, count)):
-                found.append(count)
-            if len(found) == SHOWN:
-                break
-        return tuple(found)
+        counts = range(size - 1, max(size - TRIED, 1) - 1, -1)
+        return tuple(itertools.islice((count for count in counts if self._accepts(self.values(size, fields, count))), SHOWN))
 
     def values(self, size: int, fields: Sequence[str], count: int) -> dict[str, int]:
         """Returns the fields for `count` units instead of `size`; a field left open next to others keeps its default."""
-        given = {name: value for name, value in _numbers(self.model.config) if name in fields}
-        left_open = {} if all(value is None for value in given.values()) else self._defaults
-        return {name: left_open.get(name, count) if v is None else v // size * count for name, v in given.items()}
+        stated = {name: value for name, value in _numbers(self.model.config) if name in fields}
+        left_open = {} if all(value is None for value in stated.values()) else self._defaults
+        return {name: left_open.get(name, count) if v is None else v // size * count for name, v in stated.items()}
 
-    def _accepted(self, values: dict[str, int]) -> bool:
-        return _builds(self.model, values) and _builds(self.model, values | self._shallow, whole=True)
+    def _accepts(self, values: dict[str, int]) -> bool:
+        return _builds(self.model, values) and _builds(self.model, values | self._shallow, model_too=True)
 
     @cached_property
     def _shallow(self) -> dict[str, int]:
         """The numbers of layers, few, if the class builds so few: whether it accepts a width can then be asked often."""
         few = {name: 2 for name, value in _numbers(self.model.config) if value is not None and value > 2 and LAYERS.search(name)}
-        return few if _builds(self.model, few, whole=True) else {}
+        return few if _builds(self.model, few, model_too=True) else {}
 
     @cached_property
     def _defaults(self) -> dict[str, int]:
         """The defaults of fields that are left open, where parameters follow from them."""
-        found: dict[str, int] = {}
+        defaults: dict[str, int] = {}
         for name, value in _numbers(self.model.config):
             if value is None and (changed := self._changed({name: 2})):
-                wide = {2 * self.now[place] // size for place, size in changed.items() if size}
-                if len(wide) == 1 and self._changed({name: min(wide)}) == {}:
-                    found[name] = min(wide)
-        return found
+                # 2 of what there are so many by default have made these dimensions smaller
+                widths = {2 * self.now[key] // size for key, size in changed.items() if size}
+                if len(widths) == 1 and self._changed({name: min(widths)}) == {}:
+                    defaults[name] = min(widths)
+        return defaults
 
     def _find(
-        self, tried: dict[str, int], wanted: Places, groups: Sequence[Group], after: int, also: dict[str, int] | None = None
+        self, tried: dict[str, int], wanted: Sizes, groups: Sequence[Group], after: int, also: Mapping[str, int] = {}
     ) -> tuple[str, ...]:
         fitting: dict[str, int] = {}
-        also = also or {}
         for name, value in tried.items():
-            changed = self._changed({name: value} | also)
+            changed = self._changed({name: value, **also})
             if changed and changed.items() <= wanted.items():
                 fitting[name] = value
         for count in range(1, min(len(fitting), TOGETHER) + 1):
             for names in itertools.combinations(fitting, count):
-                values = {name: fitting[name] for name in names} | also
-                if self._changed(values) == wanted and self._means(values, groups, after):
+                values = {**{name: fitting[name] for name in names}, **also}
+                if self._changed(values) == wanted and self._has_fewer(values, groups, after):
                     return (*names, *also)
         return ()
 
-    def _means(self, values: dict[str, int], groups: Sequence[Group], after: int) -> bool:
+    def _has_fewer(self, values: dict[str, int], groups: Sequence[Group], after: int) -> bool:
         """Tells whether the units have become fewer, and not others of the same widths (as heads half as wide)."""
         try:
             axes = trace(build_on_meta(self.model, with_fields(self.model.config, values))).axes
@@ -108,53 +110,38 @@ class FieldFinder:
         for group in groups:
             for member in group.members:
                 expected = [after if leaf is group.leaf else leaf.size for leaf in leaves(member.axis)]
-                found = [leaf.size for leaf in leaves(axes[member.name][member.dim])]
-                if [size for size in found if size > 1] != [size for size in expected if size > 1]:
+                sizes = [leaf.size for leaf in leaves(axes[member.name][member.dim])]
+                if [size for size in sizes if size > 1] != [size for size in expected if size > 1]:
                     return False
         return True
 
-    def _changed(self, values: dict[str, int]) -> Places | None:
+    def _changed(self, values: dict[str, int]) -> Sizes | None:
         """Returns the sizes that an assignment of fields changes; None if the class refuses it or has other parameters then."""
         key = tuple(sorted(values.items()))
-        if key not in self._built:
-            self._built[key] = self._build(values)
-        return self._built[key]
-
-    def _build(self, values: dict[str, int]) -> Places | None:
-        try:
-            config = with_fields(self.model.config, values)
-            then = remembered(lambda: _places(build_on_meta(self.model, config)), (type(self.model), config), "places")
-        except Exception:  # whatever a model's own code raises
-            return None
-        if then.keys() != self.now.keys():
-            return None
-        return {place: size for place, size in then.items() if size != self.now[place]}
+        if key not in self._known:
+            sizes: Sizes = {}
+            with suppress(Exception):  # whatever a model's own code raises
+                config = with_fields(self.model.config, values)
+                sizes = remembered(lambda: _sizes_of(build_on_meta(self.model, config)), (type(self.model), config), "places")
+            same = sizes.keys() == self.now.keys()
+            self._known[key] = {key: size for key, size in sizes.items() if size != self.now[key]} if same else None
+        return self._known[key]
 
 
-def _builds(model: PreTrainedModel, values: dict[str, int], whole: bool = False) -> bool:
-    """Tells whether the class of the config, and of the `whole` model, accepts some fields."""
+def _builds(model: PreTrainedModel, values: dict[str, int], model_too: bool = False) -> bool:
+    """Tells whether the class of the config, or also of the model, accepts some fields."""
     config = with_fields(model.config, values)
     try:
         read_back(config)
-        if whole:
+        if model_too:
             build_on_meta(model, config)
     except Exception:  # whatever a class of configs or models raises
         return False
     return True
 
 
-def _places(model: nn.Module) -> Places:
+def _sizes_of(model: nn.Module) -> Sizes:
     return {(name, d): size for name, parameter in model.named_parameters() for d, size in enumerate(parameter.shape)}
-
-
-def _wanted(groups: Sequence[Group], fewer: int) -> Places:
-    """Returns the sizes of all dimensions that change when each group has so many units fewer."""
-    return {
-        (member.name, member.dim): member.axis.size - fewer * times(member.axis, group.leaf)
-        for group in groups
-        for member in group.members
-        if not member.buffer
-    }
 
 
 def _numbers(config: PretrainedConfig) -> list[tuple[str, int | None]]:

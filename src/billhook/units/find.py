@@ -41,25 +41,30 @@ def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_in
     Example:
         >>> import billhook as bh
         >>> heads = bh.find_units(bh.load("tiny"), "head")
-        >>> [one.count() for one in heads.values()]
+        >>> [layer.count() for layer in heads.values()]
         [8, 8, 8, 8]
     """
     annotated(find_units, locals())
     kinds = kinds_of(kind)
     subject = model if example_inputs is not None else find_transformer(model)
-    stacks = _stacks(subject, example_inputs) if "block" in kinds else {}
-    traced = [one for one in kinds if one != "block"]
+    traced = [kind for kind in kinds if kind != "block"]
     structure = trace(subject, example_inputs) if traced else None
-    found = units_of(subject, structure, traced) | stacks if structure is not None else stacks
-    check_any(subject, structure, found, kinds)
-    return found
+    units = units_of(subject, structure, traced) if structure is not None else {}
+    if "block" in kinds:  # which are modules, and not positions of tensors
+        if example_inputs is not None and not isinstance(example_inputs, Mapping):
+            raise ValueError("example_inputs: blocks are found by a run that takes them by name: give a dictionary")
+        none = np.zeros(0, dtype=np.int64)
+        for name, stack in find_blocks(subject, example_inputs).items():
+            units[name] = Units("block", name, (), none, np.arange(len(stack)), (), (), ())
+    check_any(subject, structure, units, kinds)
+    return units
 
 
 def kinds_of(kind: UnitKind | Iterable[UnitKind]) -> list[UnitKind]:
     """Returns one or several kinds as a list, each once; refuses others."""
     kinds: list[UnitKind] = list(dict.fromkeys([kind] if isinstance(kind, str) else kind))
-    for one in kinds:
-        one_of("kind", one, UnitKind)
+    for legal in kinds:
+        one_of("kind", legal, UnitKind)
     return kinds
 
 
@@ -72,10 +77,10 @@ def check_any(model: nn.Module, structure: Structure | None, units: Mapping[str,
 
 def check_held(model: nn.Module, units: Mapping[str, Units]) -> None:
     """Refuses units of another model: whose modules this one does not have."""
-    held = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    for place, one in units.items():
-        for name in [one.name] if one.kind == "block" else one.readers:
-            if name not in held:
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for place, layer in units.items():
+        for name in [layer.name] if layer.kind == "block" else layer.readers:
+            if name not in modules:
                 raise ValueError(
                     f"units: {name} of {place} is no module of this {type(model).__name__}: give those of find_units"
                 )
@@ -83,83 +88,71 @@ def check_held(model: nn.Module, units: Mapping[str, Units]) -> None:
 
 def units_of(model: nn.Module, structure: Structure, kinds: Iterable[UnitKind]) -> dict[str, Units]:
     """Finds the units of a traced model, none if there are none of a kind; refuses heads that cannot be told apart."""
-    found: dict[str, Units] = {}
+    units: dict[str, Units] = {}
     for kind in kinds:
         if kind == "head":
-            found |= find_heads(model, structure) if structure.attention else {}
+            units |= find_heads(model, structure) if structure.attention else {}
             continue
-        for one in find_channels(model, structure, kind):
-            name = one.name if one.name not in found else f"{one.name} {kind}s"
-            found[name if name not in found else f"{name} {len(found)}"] = one
-    return found
+        for group in structure.groups:
+            if group.kind == kind and not (kind == "channel" and why_not(model, structure, group)):
+                name = group.where if group.where not in units else f"{group.where} {kind}s"
+                units[name if name not in units else f"{name} {len(units)}"] = _units_of_group(model, structure, group, kind)
+    return units
 
 
 def of_kind(units: Mapping[str, Units], *kinds: UnitKind) -> dict[str, Units]:
     """Returns the units of some kinds."""
-    return {name: one for name, one in units.items() if one.kind in kinds}
+    return {name: layer for name, layer in units.items() if layer.kind in kinds}
 
 
 def numbered(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
     """Returns chosen units by the name of their place, ascending and each once; KV heads as their query heads."""
     one_of("per", per, Per)
-    names, what = list(units), plural(one.kind for one in units.values())
+    names, what = list(units), plural(layer.kind for layer in units.values())
     order = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     if not isinstance(chosen, Mapping):
         if len(names) > 1:
             raise ValueError(f"{what}: say of which place, as {{place: [numbers]}}; there are {order}")
         chosen = {names[0]: chosen}
-    found: dict[str, list[int]] = {}
-    for place, given in chosen.items():
+    result: dict[str, list[int]] = {}
+    for place, some in chosen.items():
         known = place in units if isinstance(place, str) else type(place) is int and 0 <= place < len(names)
         if not known:
             raise ValueError(f"{what}: there is no place {place!r}; there are 0 to {len(names) - 1}, in this order: {order}")
-        if not isinstance(given, Iterable):
-            raise ValueError(f"units={{{place!r}: {given!r}}} must say the numbers of a place, as in {{{place!r}: [0]}}")
-        name, numbers = place if isinstance(place, str) else names[place], list(given)
-        one, count = units[name], units[name].count(per)
-        if wrong := [number for number in numbers if type(number) is not int or not 0 <= number < count]:
-            single = "KV head" if one.kind == "head" and per == "kv_head" else one.kind
-            raise ValueError(f"{what}: {name} has no {single} {wrong[0]!r}; it has 0 to {count - 1}")
+        if not isinstance(some, Iterable):
+            raise ValueError(f"units={{{place!r}: {some!r}}} must say the numbers of a place, as in {{{place!r}: [0]}}")
+        name, numbers = place if isinstance(place, str) else names[place], list(some)
+        layer, count = units[name], units[name].count(per)
+        for number in numbers:
+            if type(number) is not int or not 0 <= number < count:
+                single = "KV head" if layer.kind == "head" and per == "kv_head" else layer.kind
+                raise ValueError(f"{what}: {name} has no {single} {number!r}; it has 0 to {count - 1}")
         if per == "kv_head":
-            numbers = one.query_heads(numbers)
-        found[name] = sorted({*found.get(name, []), *numbers})
-    return found
-
-
-def _stacks(model: nn.Module, example_inputs: Inputs | None) -> dict[str, Units]:
-    """Returns the stacks of blocks as units, which are modules and not positions of tensors."""
-    if example_inputs is not None and not isinstance(example_inputs, Mapping):
-        raise ValueError("example_inputs: blocks are found by a run that takes them by name: give a dictionary")
-    empty = np.zeros(0, dtype=np.int64)
-    stacks = find_blocks(model, example_inputs)
-    return {name: Units("block", name, (), empty, np.arange(len(stack)), (), (), ()) for name, stack in stacks.items()}
-
-
-def find_channels(model: nn.Module, structure: Structure, kind: UnitKind) -> list[Units]:
-    """Finds the feed-forward channels (in blocks), residual channels or experts of a traced model."""
-    groups = [group for group in structure.groups if group.kind == kind]
-    if kind == "channel":
-        groups = [group for group in groups if not why_not(model, structure, group)]
-    return [_units(model, structure, group, kind) for group in groups]
+            numbers = layer.query_heads(numbers)
+        result[name] = sorted({*result.get(name, []), *numbers})
+    return result
 
 
 def why_none(model: nn.Module, structure: Structure, kind: UnitKind) -> str:
     """Says why no channels of a model are those of a feed-forward; empty if there are none at all, or of another kind."""
-    groups = [group for group in structure.groups if kind == group.kind == "channel"]
-    first = {why_not(model, structure, group): group.where or "the model" for group in reversed(groups)}
-    return "".join(f"; those of {where} {reason}" for reason, where in reversed(first.items()) if reason)
+    reasons: dict[str, str] = {}
+    for group in structure.groups if kind == "channel" else ():
+        if group.kind == "channel":
+            reasons.setdefault(why_not(model, structure, group), group.where or "the model")
+    return "".join(f"; those of {where} {reason}" for reason, where in reasons.items() if reason)
 
 
 def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
     """Says why channels are not those of a feed-forward; empty if they are."""
-    own = next((one for one in structure.feed_forward if one.channel is group.leaf), None)
+    feed_forward = next((layer for layer in structure.feed_forward if layer.channel is group.leaf), None)
     modules = [_at(model, member.name.split(".")[:-1]) for member in group.members]
     convolutions = [module for module in modules if isinstance(module, nn.modules.conv._ConvNd)]
     if group.size < 2:
         return "are one"
-    if own is None:
+    if feed_forward is None:
         return "are not made and read as those of a feed-forward"
-    if not _in_block(model, group.where):
+    path = group.where.split(".")
+    if not any(isinstance(_at(model, path[:end]), nn.ModuleList) for end in range(len(path))):
         return "are in no block"
     if any(module.groups not in (1, group.size) for module in convolutions):
         return "are made or read by a convolution of several groups"
@@ -168,86 +161,92 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
         return "are made or read by a convolution that is no plain nn.Conv1d or nn.Conv2d"
     if mixing and (group.reason or "normed" in group.leaf.notes):
         return f"are made or read by a convolution, and {group.reason or 'a norm spans all of them'}"
-    if convolutions and (own.gate or len(own.down) > 1):
+    if convolutions and (feed_forward.gate or len(feed_forward.down) > 1):
         return "go through a convolution and a gate, or are read twice, as those of a recurrence"
     return ""
 
 
-def _units(model: nn.Module, structure: Structure, group: Group, kind: UnitKind) -> Units:
+def _units_of_group(model: nn.Module, structure: Structure, group: Group, kind: UnitKind) -> Units:
     members = tuple({(m.name, m.dim): m for m in group.members if not m.buffer}.values())
-    reading = [
-        (name, member) for member in members if member.reads for name in _linears(model, structure, member, kind == "channel")
-    ]
-    indices = [group.index(member) for _, member in reading]
-    alike = [name for (name, _), index in zip(reading, indices, strict=True) if np.array_equal(index, indices[0])]
-    once = {id(model.get_submodule(name)): name for name in reversed(alike)}  # one gate for a module in several places
-    separate = len(alike) == len(reading) and kind != "expert"
-    readers = tuple(name for name in dict.fromkeys(alike) if name in once.values()) if separate else ()
-    index = indices[0] if readers else np.zeros(0, dtype=np.int64)
-    return Units(kind, group.where, readers, index, np.arange(group.size), (group.leaf,), (group.leaf,), members)
+    reading: list[tuple[str, Indices]] = []
+    for member in members:
+        if member.reads:
+            index = group.index(member)
+            for parameter in [member.name, *(alias for alias, name in structure.tied.items() if name == member.name)]:
+                name = _reader(model, parameter)
+                module = model.get_submodule(name)
+                layer = module.get_base_layer() if is_adapter(module) else module
+                mixes = kind == "channel" and is_convolution(layer) and layer.groups == 1
+                if isinstance(layer, nn.Linear | Conv1D) or mixes:
+                    reading.append((name, index))
+    readers: dict[int, str] = {}
+    if kind != "expert" and all(np.array_equal(index, reading[0][1]) for _, index in reading):
+        for name, _ in reading:
+            readers.setdefault(id(model.get_submodule(name)), name)  # one gate for a module in several places
+    index = reading[0][1] if readers else np.zeros(0, dtype=np.int64)
+    return Units(kind, group.where, tuple(readers.values()), index, np.arange(group.size), (group.leaf,), (group.leaf,), members)
 
 
-def _linears(model: nn.Module, structure: Structure, member: Member, convolutions: bool) -> list[str]:
-    """Returns the linears that get what a parameter reads; an adapter's stands for the layer that it is added to.
-
-    Convolutions that mix all channels are such, too, where they are asked for.
-    """
-    found = []
-    for parameter in [member.name, *(alias for alias, name in structure.tied.items() if name == member.name)]:
-        path = parameter.split(".")[:-1]
-        outer = next((end for end in range(len(path)) if is_adapter(_at(model, path[:end]))), len(path))
-        module = _at(model, path[:outer])
-        layer = module.get_base_layer() if is_adapter(module) else module
-        if isinstance(layer, nn.Linear | Conv1D) or (convolutions and is_convolution(layer) and layer.groups == 1):
-            found.append(".".join(path[:outer]))
-    return found
+def _reader(model: nn.Module, parameter: str) -> str:
+    """Returns the module that gets what a parameter reads: its own, or the layer of adapters around it."""
+    path = parameter.split(".")[:-1]
+    return ".".join(next((path[:end] for end in range(len(path)) if is_adapter(_at(model, path[:end]))), path))
 
 
 def _at(model: nn.Module, path: Sequence[str]) -> nn.Module:
     return model.get_submodule(".".join(path))
 
 
-def _in_block(model: nn.Module, name: str) -> bool:
-    """Tells whether a module is within one that stands in a list."""
-    path = name.split(".")
-    return any(isinstance(_at(model, path[:end]), nn.ModuleList) for end in range(len(path)))
-
-
 def find_heads(model: nn.Module, structure: Structure) -> dict[str, Units]:
     """Finds the heads of each attention of a traced model, by its name, as they run; refuses none, or ones not told apart."""
-    found: dict[str, Units] = {}
+    layers: dict[str, Units] = {}
     seen: set[tuple[str, ...]] = set()
     for attention in structure.attention:
         heads = _heads(model, structure, attention)
         if heads.readers not in seen:
             seen.add(heads.readers)
-            found[heads.name if heads.name not in found else heads.readers[0]] = heads
-    if not found:
+            layers[heads.name if heads.name not in layers else heads.readers[0]] = heads
+    if not layers:
         raise ValueError(f"model: {type(model).__name__} has no attention, so there are no heads")
-    return found
+    return layers
 
 
 def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Units:
-    axes = [structure.axes[part.name][part.dim] for part in attention.o]
-    held = [len(set(attention.heads) & set(leaves(axis))) for axis in axes]  # others read KV heads, or are another layer's
-    readers = [part for part, count in zip(attention.o, held, strict=True) if count == max(held)]
-    name, axis = innermost([part.name for part in (*attention.q, *readers)]), axes[held.index(max(held))]
+    shared: list[tuple[int, str, Axis]] = []
+    for part in attention.o:
+        axis = structure.axes[part.name][part.dim]
+        shared.append((len(set(attention.heads) & set(leaves(axis))), part.name, axis))
+    most = max(count for count, _, _ in shared)  # others read KV heads, or are another layer's
+    axis = next(axis for count, _, axis in shared if count == most)
+    readers = [parameter for count, parameter, _ in shared if count == most]
+    name = innermost([*(part.name for part in attention.q), *readers])
     query = tuple(leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in attention.heads)
+    made = set[Axis]()
+    for part in (*attention.k, *attention.v):
+        made.update(leaves(structure.axes[part.name][part.dim]))
+    counted = made if made & set(query) else set(query)  # heads that other attentions count along may be fewer here
     kinds = {group.leaf: group.kind for group in structure.groups}
-    made = {leaf for part in (*attention.k, *attention.v) for leaf in leaves(structure.axes[part.name][part.dim])}
-    own = made if made & set(query) else set(query)  # heads that other attentions count along may be fewer here
-    kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in own)
+    kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in counted)
     keys = along(axis, query)
-    there = np.flatnonzero((keys >= 0).any(1))  # other positions belong to no head, as of a convolution next to the attention
-    numbers, first = _number(keys[there])
+    in_heads = np.flatnonzero((keys >= 0).any(1))  # other positions belong to none, as of a convolution next to the attention
+    numbers, first = _number(keys[in_heads])
     if len(set(np.bincount(numbers).tolist())) > 1:
         raise ValueError(f"model: the heads of {name} cannot be told apart: they would not be of one size")
     index = np.full(axis.size, -1)
-    index[there] = numbers
-    kv_of, _ = _number(along(axis, kv)[there[first]])
-    modules = tuple(dict.fromkeys(_reader(model, part.name) for part in readers))
-    members = tuple(_members(structure.groups, query, name))
-    return Units("head", name, modules, index, kv_of, query, kv, members)
+    index[in_heads] = numbers
+    kv_of, _ = _number(along(axis, kv)[in_heads[first]])
+    modules: dict[str, None] = {}
+    for parameter in readers:
+        path = parameter.split(".")[:-1]
+        if len(path) > 1 and isinstance(_at(model, path[:-1]), nn.MultiheadAttention):
+            raise ValueError(f"model: {parameter} is read by torch.nn.MultiheadAttention at once, so no gate can stand before it")
+        modules[_reader(model, parameter)] = None
+    members: dict[tuple[str, int], Member] = {}
+    for group in structure.groups:
+        for member in group.members if group.leaf in query else ():
+            if member.name.startswith(f"{name}.") and not member.buffer:
+                members[member.name, member.dim] = member
+    return Units("head", name, tuple(modules), index, kv_of, query, kv, tuple(members.values()))
 
 
 def _number(keys: Indices) -> tuple[Indices, Indices]:
@@ -255,20 +254,3 @@ def _number(keys: Indices) -> tuple[Indices, Indices]:
     _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
     return np.argsort(order)[inverse.reshape(-1)], first[order]
-
-
-def _members(groups: Sequence[Group], query: Sequence[Axis], name: str) -> list[Member]:
-    """Returns the members within a module that hold one of these leaves."""
-    own = [member for group in groups if group.leaf in query for member in group.members]
-    return list({(m.name, m.dim): m for m in own if m.name.startswith(f"{name}.") and not m.buffer}.values())
-
-
-def _reader(model: nn.Module, parameter: str) -> str:
-    """Returns the module that gets what a parameter reads, its own or the layer of adapters around it; refuses one not called."""
-    path = parameter.split(".")[:-1]
-    if len(path) > 1 and isinstance(model.get_submodule(".".join(path[:-1])), nn.MultiheadAttention):
-        raise ValueError(f"model: {parameter} is read by torch.nn.MultiheadAttention at once, so no gate can stand before it")
-    for end in range(len(path) - 1, max(len(path) - 4, 0), -1):
-        if is_adapter(model.get_submodule(".".join(path[:end]))):
-            return ".".join(path[:end])
-    return ".".join(path)

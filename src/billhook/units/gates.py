@@ -115,10 +115,12 @@ def gates(model: nn.Module, units: Mapping[str, Units], per: Per = "head") -> It
         True
     """
     annotated(gates, locals())
-    numbered(units, {}, per)
-    subject = _root(model, units)
+    numbered(units, {}, per)  # refuses an illegal `per`
+    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    named_here = all(names.issuperset(layer.readers) for layer in units.values())
+    subject = model if named_here else find_transformer(model)
     check_held(subject, units)
-    values = {name: torch.ones(one.count(per), device=_device(subject, one), requires_grad=True) for name, one in units.items()}
+    values = {name: _open_gates(subject, layer, per).requires_grad_() for name, layer in units.items()}
     handles = place_gates(subject, units, values, per)
     torch.compiler.reset()
     try:
@@ -161,17 +163,20 @@ def mask(
         chosen: Chosen = units
     else:
         chosen, kind = units.units, dict.fromkeys(units.kinds.values())
-    found = find_units(model, kind, example_inputs)
+    layers = find_units(model, kind, example_inputs)
     subject = model if example_inputs is not None else find_transformer(model)
-    numbers = numbered(found, chosen, per)
-    values = {}
-    for name in (name for name in numbers if found[name].kind != "block"):
-        values[name] = torch.ones(found[name].count(), device=_device(subject, found[name]))
-        values[name][numbers[name]] = 0
-    blocks = {found[name].name: own for name, own in numbers.items() if found[name].kind == "block"}
-    handles = [*place_gates(subject, found, values, fixed=True), *skip(subject, blocks)[0]]
+    masked = numbered(layers, chosen, per)
+    values: dict[str, Tensor] = {}
+    blocks: dict[str, list[int]] = {}
+    for name, numbers in masked.items():
+        if layers[name].kind == "block":
+            blocks[layers[name].name] = numbers
+        else:
+            values[name] = _open_gates(subject, layers[name])
+            values[name][numbers] = 0
+    handles = [*place_gates(subject, layers, values, fixed=True), *skip(subject, blocks)[0]]
     torch.compiler.reset()
-    return Mask(numbers, handles)
+    return Mask(masked, handles)
 
 
 def place_gates(
@@ -195,13 +200,8 @@ def _remove(handles: Iterable[RemovableHandle]) -> None:
     torch.compiler.reset()
 
 
-def _root(model: nn.Module, units: Mapping[str, Units]) -> nn.Module:
-    """Returns the module in which the readers of units have their names: the model itself, or the Hugging Face model in it."""
-    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    return model if all(reader in names for one in units.values() for reader in one.readers) else find_transformer(model)
-
-
-def _device(model: nn.Module, units: Units) -> torch.device:
+def _open_gates(model: nn.Module, units: Units, per: Per = "head") -> Tensor:
+    """Returns gates that change nothing; refuses units before which none can stand."""
     if not units.readers:
         what = PLURAL[units.kind]
         raise ValueError(
@@ -209,33 +209,30 @@ def _device(model: nn.Module, units: Units) -> torch.device:
         )
     reader = model.get_submodule(units.readers[0])
     device = next(chain(reader.parameters(), reader.buffers())).device
-    return torch.device("cpu") if device.type == "meta" else device
-
-
-def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Per = "head") -> None:
-    """Sets the weights that read some units to zero, in place: the model computes what it does with them masked."""
-    subject = find_transformer(model)
-    found = find_units(subject, kind)
-    zero_found(subject, found, numbered(found, units, per))
+    # gates have values also where the model has none
+    return torch.ones(units.count(per), device="cpu" if device.type == "meta" else device)
 
 
 @fresh_casts()
-@torch.no_grad()
-def zero_found(model: nn.Module, found: Mapping[str, Units], units: Mapping[str, Sequence[int]]) -> None:
-    """Sets the weights that read some of these units to zero, in place."""
-    reshard(model)
-    for weight, dim, positions in reading(model, found, units):
-        read = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device).index_fill_(dim, positions, True)
-        local(weight).masked_fill_(local(sharded_as(read, weight)), 0)
+def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Per = "head") -> None:
+    """Sets the weights that read some units to zero, in place: the model computes what it does with them masked."""
+    subject = find_transformer(model)
+    layers = find_units(subject, kind)
+    removed = numbered(layers, units, per)
+    reshard(subject)
+    with torch.no_grad():
+        for weight, dim, positions in reading(subject, layers, removed):
+            read = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device).index_fill_(dim, positions, True)
+            local(weight).masked_fill_(local(sharded_as(read, weight)), 0)
 
 
 def reading(
-    model: nn.Module, found: Mapping[str, Units], units: Mapping[str, Sequence[int]]
+    model: nn.Module, layers: Mapping[str, Units], units: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
     """Yields what reads some units: a parameter, one of its dimensions, and the positions along it."""
     for name, numbers in units.items():
-        for member in found[name].held_by():
+        for member in layers[name].held_by():
             if member.reads:
                 weight = model.get_parameter(member.name)
-                positions = np.flatnonzero(np.isin(found[name].of_member(member), numbers))
+                positions = np.flatnonzero(np.isin(layers[name].of_member(member), numbers))
                 yield weight, member.dim, torch.from_numpy(positions).to(weight.device)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -71,8 +71,8 @@ class Units:
 
     def query_heads(self, kv_heads: Iterable[int]) -> list[int]:
         """Returns the query heads of some KV heads."""
-        found: list[int] = np.flatnonzero(np.isin(self.kv_of, list(kv_heads))).tolist()
-        return found
+        query_heads: list[int] = np.flatnonzero(np.isin(self.kv_of, list(kv_heads))).tolist()
+        return query_heads
 
     def positions(self, per: Per = "head") -> Indices:
         """Returns for each position of what the readers read its unit, or KV head, -1 if it has none: int64."""
@@ -83,38 +83,38 @@ class Units:
         wanted = set(self.leaves if per == "head" or not self.kv_leaves else self.kv_leaves)
         return tuple(member for member in self.members if wanted <= set(leaves(member.axis)))
 
-    def of_member(self, member: Member, per: Per = "head") -> Indices:
-        """Returns for each position of a member's dimension its unit, or KV head, -1 if it has none: int64."""
-        key = member.name, member.dim, per
-        if key not in self._of_members:
-            self._of_members[key] = self._of_member(member, per)
-        return self._of_members[key]
-
     @cached_property
-    def _of_members(self) -> dict[tuple[str, int, Per], Indices]:
+    def _known(self) -> dict[tuple[object, ...], Any]:
         """Holds what has been found of members; a search for a target asks for it again and again."""
         return {}
 
-    def _of_member(self, member: Member, per: Per) -> Indices:
-        if per == "kv_head" and self.kv_leaves:
-            columns = [self.leaves.index(leaf) for leaf in self.kv_leaves]
-            first = [int(np.flatnonzero(self.kv_of == kv)[0]) for kv in range(self.count("kv_head"))]
-            return match(along(member.axis, self.kv_leaves), self.keys[first][:, columns])
-        own = match(along(member.axis, self.leaves), self.keys)
-        return own if per == "head" else np.where(own < 0, -1, self.kv_of[own])
+    def of_member(self, member: Member, per: Per = "head") -> Indices:
+        """Returns for each position of a member's dimension its unit, or KV head, -1 if it has none: int64."""
+        key = member.name, member.dim, per
+        if key not in self._known:
+            if per == "kv_head" and self.kv_leaves:
+                columns = [self.leaves.index(leaf) for leaf in self.kv_leaves]
+                first = [int(np.flatnonzero(self.kv_of == kv)[0]) for kv in range(self.count("kv_head"))]
+                self._known[key] = match(along(member.axis, self.kv_leaves), self.keys[first][:, columns])
+            else:
+                units = match(along(member.axis, self.leaves), self.keys)
+                self._known[key] = units if per == "head" else np.where(units < 0, -1, self.kv_of[units])
+        units_of: Indices = self._known[key]
+        return units_of
 
     def holders(self, member: Member) -> tuple[Indices, Indices]:
-        """Returns the places along a member's dimension: each position's, and which units hold each: `[places, units]`, bool."""
-        key = member.name, member.dim
-        if key not in self._holders:
-            places, inverse = np.unique(along(member.axis, self.leaves), axis=0, return_inverse=True)
-            same = (self.keys[None] == places[:, None]) | (places < 0)[:, None]
-            self._holders[key] = inverse.reshape(-1), np.all(same, axis=2) & np.any(places >= 0, axis=1, keepdims=True)
-        return self._holders[key]
+        """Returns for each position of a member's dimension its location, and which units each holds: `[locations, units]`, bool.
 
-    @cached_property
-    def _holders(self) -> dict[tuple[str, int], tuple[Indices, Indices]]:
-        return {}
+        Positions of one location have the same numbers along all leaves, as the keys that several query heads read.
+        """
+        key = member.name, member.dim
+        if key not in self._known:
+            locations, inverse = np.unique(along(member.axis, self.leaves), axis=0, return_inverse=True)
+            same = (self.keys[None] == locations[:, None]) | (locations < 0)[:, None]
+            holds = np.all(same, axis=2) & np.any(locations >= 0, axis=1, keepdims=True)
+            self._known[key] = inverse.reshape(-1), holds
+        holders: tuple[Indices, Indices] = self._known[key]
+        return holders
 
     @cached_property
     def keys(self) -> Indices:
@@ -146,15 +146,15 @@ def plural(kinds: Iterable[UnitKind]) -> str:
     >>> plural(["head", "head"]), plural(["head", "channel"])
     ('heads', 'units')
     """
-    own = set(kinds)
-    return PLURAL[own.pop()] if len(own) == 1 else "units"
+    different = set(kinds)
+    return PLURAL[different.pop()] if len(different) == 1 else "units"
 
 
-def along(axis: Axis, own: Sequence[Axis]) -> Indices:
+def along(axis: Axis, leaves: Sequence[Axis]) -> Indices:
     """Returns for each position of an axis its number along some leaves, -1 where it has none: int64, `[size, leaves]`."""
-    if not own:
+    if not leaves:
         return np.zeros((axis.size, 1), dtype=np.int64)
-    return np.stack([layout(axis, leaf) for leaf in own], axis=1)
+    return np.stack([layout(axis, leaf) for leaf in leaves], axis=1)
 
 
 def match(keys: Indices, units: Indices) -> Indices:
@@ -198,18 +198,17 @@ def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Par
     names: dict[int, str] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     parts: dict[tuple[str, str, int], Part] = {}
-    for place, one in units.items():
-        count = one.count(per)
-        for member in one.held_by(per):
-            if not member.buffer:
-                if member.name not in parameters:
-                    raise ValueError(
-                        f"units: {member.name} of {place} is no parameter of the model (is it another's, or quantised?)"
-                    )
-                name = names.setdefault(id(parameters[member.name]), member.name)
-                of = torch.from_numpy(one.of_member(member, per) % (count + 1))
-                parts.setdefault((place, name, member.dim), Part(place, name, member.dim, of, count))
+    for place, layer in units.items():
+        count = layer.count(per)
+        for member in layer.held_by(per):
+            if member.buffer:
+                continue
+            if member.name not in parameters:
+                raise ValueError(f"units: {member.name} of {place} is no parameter of the model (is it another's, or quantised?)")
+            name = names.setdefault(id(parameters[member.name]), member.name)
+            unit_of = torch.from_numpy(layer.of_member(member, per) % (count + 1))  # -1, of none, becomes `count`
+            parts.setdefault((place, name, member.dim), Part(place, name, member.dim, unit_of, count))
         if not any(part.place == place for part in parts.values()):
-            other = "; of blocks, BlockInfluence, Ablation and RandomUnits work" if one.kind == "block" else ""
+            other = "; of blocks, BlockInfluence, Ablation and RandomUnits work" if layer.kind == "block" else ""
             raise ValueError(f"importance: no parameter of {place} has its units one by one{other}")
     return list(parts.values())

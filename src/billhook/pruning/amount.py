@@ -43,11 +43,12 @@ def rounded(
     """
     if first * each < MULTIPLES[0]:
         return None
-    bounds = least, first - 1 if most is None else min(most, first - 1)
+    highest = first - 1 if most is None else min(most, first - 1)
     for multiple in MULTIPLES:
-        found = nearest(asked, _units(multiple, each, step), *bounds, more)
-        if found is not None and 100 * abs(found - asked) <= PERCENT * first:
-            return found
+        units = math.lcm(multiple // math.gcd(multiple, each), step)  # so many make rows a multiple
+        number = nearest(asked, units, least, highest, more)
+        if number is not None and 100 * abs(number - asked) <= PERCENT * first:
+            return number
     return None
 
 
@@ -88,11 +89,6 @@ def length_of(units: Units, per: Per = "head") -> int:
     return int((units.index >= 0).sum()) // units.count(per) if units.kind == "head" else 0
 
 
-def _units(multiple: int, each: int, step: int) -> int:
-    """Returns the number of units whose multiples make rows a multiple."""
-    return math.lcm(multiple // math.gcd(multiple, each), step)
-
-
 OTHER = ("units", "multiple", "more_parameters")
 """What plain data calls the numbers of another length."""
 
@@ -127,12 +123,13 @@ class RowLength:
     def __str__(self) -> str:
         rows = "" if self.each == 1 else f" (head dimension {self.each}), rows of {self.kept * self.each:,}"
         by = f"a multiple of {self.multiple}" if self.multiple > 1 else "no multiple of 32 is near enough"
-        asked = [] if self.asked == self.kept else [f"{self.asked:,} were asked for"]
-        other = [
-            f"{units:,} would be a multiple of {multiple}, with {abs(more):,} parameters {'more' if more > 0 else 'fewer'}"
-            for units, multiple, more in self.others
-        ]
-        return "; ".join([f"{self.kept:,} {PLURAL[self.kind]}{rows}: {by}", *asked, *other])
+        parts = [f"{self.kept:,} {PLURAL[self.kind]}{rows}: {by}"]
+        if self.asked != self.kept:
+            parts.append(f"{self.asked:,} were asked for")
+        for units, multiple, more in self.others:
+            parameters = f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'}"
+            parts.append(f"{units:,} would be a multiple of {multiple}, with {parameters}")
+        return "; ".join(parts)
 
 
 def rows_from(plain: Iterable[Mapping[str, Any]]) -> tuple[RowLength, ...]:
@@ -278,19 +275,18 @@ class Amount:
         annotated(Amount, vars(self))
         if self.heads is not None and self.kv_heads is not None:
             raise ValueError(f"heads={self.heads} and kv_heads={self.kv_heads}: give one, as a KV head takes its heads along")
-        targets = [name for name in TARGETS if getattr(self, name) is not None]
+        targets = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
         if self.blocks is not None and (others := [*(name for name in self.ratios if name != "blocks"), *targets]):
             raise ValueError(
                 f"blocks={self.blocks} and {others[0]}: blocks are planned alone, and the rest of the model after that"
             )
         if len(targets) > 1:
             raise ValueError(f"{' and '.join(targets)}: give one target")
-        if targets and not self.open:
-            raise ValueError(f"{targets[0]}={getattr(self, targets[0])}: nothing is left open that could be removed for it")
         if not targets and not any(self.ratios.values()):
             raise ValueError(f"nothing is asked for: give a ratio ({', '.join(RATIOS)}) or a target ({', '.join(TARGETS)})")
-        for name in targets:
-            value = getattr(self, name)
+        for name, value in targets.items():
+            if not self.open:
+                raise ValueError(f"{name}={value}: nothing is left open that could be removed for it")
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or value <= 0 or (isinstance(value, float) and not value < 1):
                 meant = as_percentage(value) if number else ""
@@ -316,12 +312,11 @@ class Amount:
     @property
     def open(self) -> tuple[str, ...]:
         """Names of the ratios that are found for the target."""
-        given = set(self.ratios) | ({"kv_heads"} if self.heads is not None else set())
         if self.target is None:
             return ()
-        return tuple(
-            name for name in (("kv_heads",) if self.target == "kv_cache_bytes" else ("kv_heads", "channels")) if name not in given
-        )
+        names = ("kv_heads",) if self.target == "kv_cache_bytes" else ("kv_heads", "channels")
+        heads = ("kv_heads",) if self.heads is not None else ()  # a KV head takes its heads along
+        return tuple(name for name in names if name not in (*self.ratios, *heads))
 
     @property
     def asked(self) -> dict[str, tuple[UnitKind, Per]]:

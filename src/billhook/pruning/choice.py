@@ -1,7 +1,7 @@
 """Chooses the units of the lowest importance, in each layer or over all layers, as far as they may be removed."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -24,22 +24,17 @@ Counts = Mapping[str, Mapping[str, int]]
 
 @dataclass(frozen=True)
 class _Order:
-    """The units of places that lose the same ones, in the order in which they go: some of each place in each step.
+    """The units of layers that lose the same ones, in the order in which they go: some of each layer in each step.
 
     Attributes:
-        places: These places.
+        layers: The names of these layers.
         units: Those that go in each step: int64, `[steps, units]`.
-        scores: The score of each step, float64.
+        scores: The score of each step, float64, ascending.
     """
 
-    places: Sequence[str]
+    layers: Sequence[str]
     units: Indices
     scores: np.ndarray
-
-    @property
-    def sizes(self) -> list[int]:
-        """How many units go in each step."""
-        return [self.units.shape[1] * len(self.places)] * len(self.units)
 
 
 def check_choice(ratio: float, ranking: str, least: int, per: str, what: str = "units") -> None:
@@ -56,7 +51,7 @@ def among_others(
     scores: Mapping[str, Tensor],
 ) -> dict[str, list[int]]:
     """Chooses units by their scores, among them all that have been chosen before."""
-    lowest = {name: own.clone() for name, own in scores.items()}
+    lowest = {name: values.clone() for name, values in scores.items()}
     for name, chosen in before.items():
         lowest[name][list(chosen)] = -torch.inf
     return take(lowest)
@@ -90,27 +85,26 @@ def choose(
     Raises:
         ValueError: If a score is missing or NaN, or a place would keep fewer than `min_units`: then with the legal ratio.
     """
-    what = plural(one.kind for one in units.values())
+    what = plural(layer.kind for layer in units.values())
     check_choice(0 if what == "blocks" and type(ratio) is int else ratio, ranking, min_units, per)
     if remove and min_units < 1:
         raise ValueError(f"min_units={min_units}: where units are removed, one at least stays in each place")
-    for place, one in units.items():
-        if place not in scores or len(scores[place]) != one.count(per):
-            raise ValueError(f"scores: a score for each of the {one.count(per)} {what} of {place} is needed (per={per!r})")
-        if scores[place].isnan().any():
-            raise ValueError(f"scores: a score of {place} is NaN")
-    sets = coupled(units) if remove else [[place] for place in units]
-    orders = [_order(units, own, scores, per, remove, min_units, ends) for own in sets]
-    totals = [sum(units[place].count(per) for place in own) for own in sets]
-    if ranking == "layer":
-        taken = [_take(one.sizes, ratio, total, one.places[0], what, name) for one, total in zip(orders, totals, strict=True)]
-    else:
-        taken = _take_lowest(orders, ratio, sum(totals), what, name)
-    gone: dict[str, list[int]] = {}
-    for order, steps in zip(orders, taken, strict=True):
-        if len(steps):
-            gone |= dict.fromkeys(order.places, np.sort(order.units[steps].flatten()).tolist())
-    return {place: list(gone[place]) for place in units if place in gone}
+    counts = {layer: of_layer.count(per) for layer, of_layer in units.items()}
+    for layer, count in counts.items():
+        if layer not in scores or len(scores[layer]) != count:
+            raise ValueError(f"scores: a score for each of the {count} {what} of {layer} is needed (per={per!r})")
+        if scores[layer].isnan().any():
+            raise ValueError(f"scores: a score of {layer} is NaN")
+    sets = coupled(units) if remove else [[layer] for layer in units]
+    orders = [_order(units, layers, scores, per, remove, min_units, ends) for layers in sets]
+    removed: dict[str, list[int]] = {}
+    for ranked_together in [[order] for order in orders] if ranking == "layer" else [orders]:
+        total = sum(counts[layer] for order in ranked_together for layer in order.layers)
+        where = ranked_together[0].layers[0] if ranking == "layer" else "all layers"
+        steps = _lowest_steps(ranked_together, ratio, total, f"{what} of {where}", name)
+        for order, numbers in zip(ranked_together, steps, strict=True):
+            removed |= dict.fromkeys(order.layers, np.sort(order.units[numbers].flatten()).tolist())
+    return {layer: list(removed[layer]) for layer in units if removed.get(layer)}
 
 
 def ranked(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> list[int]:
@@ -122,58 +116,53 @@ def ranked(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> list
 
 def _order(
     units: Mapping[str, Units],
-    own: Sequence[str],
+    layers: Sequence[str],
     scores: Mapping[str, Tensor],
     per: Per,
     remove: bool,
     min_units: int,
     ends: tuple[int, int],
 ) -> _Order:
-    """Returns what may be removed one after the other, the least important first, in places that lose units together."""
-    score = torch.stack([scores[place].detach().cpu().double() for place in own]).mean(0)
-    one, values = units[own[0]], score.numpy()
-    size = one.count(per)
-    if remove and per == "head" and one.count("kv_head") < size:  # the lowest of each KV head, then the next of each
-        rows = [np.flatnonzero(one.kv_of == kv) for kv in range(one.count("kv_head"))]
-        if len({len(row) for row in rows}) > 1:
-            raise ValueError(f"per='head': the KV heads of {own[0]} serve different numbers of query heads; per='kv_head' works")
-        order = [row[np.argsort(values[row], kind="stable")] for row in rows]
-        together = np.sort(np.stack(order, axis=1), axis=1)
-        means = np.array([fmean(row) for row in values[together].tolist()])
+    """Orders the units that may be removed, the least important first, of layers that lose the same ones."""
+    first, score = units[layers[0]], torch.stack([scores[layer].detach().cpu().double() for layer in layers]).mean(0)
+    values, count = score.numpy(), first.count(per)
+    if remove and per == "head" and first.count("kv_head") < count:  # the lowest of each KV head, then the next of each
+        queries_of = [np.flatnonzero(first.kv_of == kv) for kv in range(first.count("kv_head"))]
+        if len({len(queries) for queries in queries_of}) > 1:
+            raise ValueError(
+                f"per='head': the KV heads of {layers[0]} serve different numbers of query heads; per='kv_head' works"
+            )
+        order = [queries[np.argsort(values[queries], kind="stable")] for queries in queries_of]
+        steps = np.sort(np.stack(order, axis=1), axis=1)
+        # fmean rounds once, so that a step's mean does not depend on the order of its heads
+        means = np.array([fmean(step) for step in values[steps].tolist()])
     else:
-        together = np.array(ranked(one, score, ends), dtype=np.int64)[:, None]
-        means = values[together[:, 0]]
-    each = together.shape[1]
-    most = max(size // each - -(-min_units // each), 0)
-    return _Order(own, together[:most], means[:most])
+        steps = np.array(ranked(first, score, ends), dtype=np.int64)[:, None]
+        means = values[steps[:, 0]]
+    in_step = steps.shape[1]
+    most = max(count // in_step - -(-min_units // in_step), 0)
+    return _Order(layers, steps[:most], means[:most])
 
 
-def _take(sizes: Sequence[int], ratio: float, total: int, where: str, what: str, name: str) -> list[int]:
-    """Returns the numbers of the first steps, of these sizes, that come to at most this part of the units."""
-    target, taken, size = ratio if type(ratio) is int else int(ratio * total + 1e-9), list[int](), 0
-    most = sum(sizes)
-    if target > most:
+def _lowest_steps(orders: Sequence[_Order], ratio: float, total: int, what: str, name: str) -> list[list[int]]:
+    """Returns for each order the steps of the lowest scores of all that come to at most this part of the units."""
+    steps = [(number, step) for number, order in enumerate(orders) for step in range(len(order.units))]
+    sizes = [order.units.shape[1] * len(order.layers) for order in orders]
+    num_most = sum(sizes[number] for number, _ in steps)
+    target = ratio if type(ratio) is int else int(ratio * total + 1e-9)  # 0.3 of 10 is 3, though floats may say 2.9999
+    if target > num_most:
         raise ValueError(
-            f"{name}={ratio}: {target} of {total} {what} of {where} would be removed, and at most {most} may: {most / total:g}"
+            f"{name}={ratio}: {target} of {total} {what} would be removed, and at most {num_most} may: {num_most / total:g}"
         )
-    if len(set(sizes)) == 1:
-        return list(range(min(target // sizes[0], len(sizes))))
-    for number, step in enumerate(sizes):
-        if size + step <= target:
-            taken.append(number)
-            size += step
-    return taken
-
-
-def _take_lowest(orders: Sequence[_Order], ratio: float, total: int, what: str, name: str) -> list[list[int]]:
-    """Returns the numbers of the steps of the lowest scores of all, by where they are of."""
-    places = [(number, step) for number, one in enumerate(orders) for step in range(len(one.units))]
-    rank = np.argsort(np.concatenate([one.scores for one in orders]), kind="stable").tolist()
-    every = [size for one in orders for size in one.sizes]
+    left, smallest = target, min(sizes, default=0)
     taken: list[list[int]] = [[] for _ in orders]
-    for step in _take([every[step] for step in rank], ratio, total, "all layers", what, name):
-        where, number = places[rank[step]]
-        taken[where].append(number)
+    for rank in np.argsort(np.concatenate([order.scores for order in orders]), kind="stable").tolist():
+        number, step = steps[rank]
+        if left < smallest:
+            break
+        if sizes[number] <= left:  # a smaller step that comes later may still fit
+            taken[number].append(step)
+            left -= sizes[number]
     return taken
 
 
@@ -202,99 +191,76 @@ def choose_units(
     Raises:
         ValueError: If a score is missing or NaN, or a ratio would leave a place with fewer than `min_units`.
     """
-    gone: dict[str, list[int]] = {}
+    removed: dict[str, list[int]] = {}
     for name, ratio in ratios.items():
         kind, per = RATIOS[name]
-        own = free(of_kind(units, kind), protected)
         if not ratio:
             continue
-        if not own:
+        layers = free(of_kind(units, kind), protected)
+        if not layers:
             why = "all are in protected blocks" if of_kind(units, kind) else "the model has none that may be removed"
             raise ValueError(f"{name}={ratio:g}: {why}")
         ends = (amount.first, amount.last) if kind == "block" else (0, 0)
         take = partial(choose, scores=scores, min_units=amount.min_units, per=per, ends=ends, name=name)
-        before = {place: (first or {}).get(name, {}).get(place, one.count(per)) for place, one in own.items()}
+        num_first = {layer: (first or {}).get(name, {}).get(layer, layers[layer].count(per)) for layer in layers}
+        parts = {ratio: list(layers)}
+        if name in amount.ratios:
+            parts = _parts_left(layers, ratio, num_first, per, amount.ranking)
         chosen: dict[str, list[int]] = {}
-        for some, part in _parts(own, ratio, before, per, amount.ranking) if name in amount.ratios else [(own, ratio)]:
-            chosen |= take(some, ratio=part, ranking=amount.ranking)
-        stay = partial(_stay, per=per, amount=amount, at_most=name in amount.open)
-        stays = {
-            place: stay(
-                own[place], asked=own[place].count(per) - len(some), first=before[place], step=(steps or {}).get(place, 1)
-            )
-            for place, some in chosen.items()
-        }
-        chosen |= _again(own, chosen, stays, per, take)
-        gone |= {place: own[place].query_heads(some) if per == "kv_head" else some for place, some in chosen.items() if some}
-    return gone
+        for part, names in parts.items():
+            chosen |= take({layer: layers[layer] for layer in names}, ratio=part, ranking=amount.ranking)
+        for coupled_layers in coupled({layer: layers[layer] for layer in chosen}):
+            layer = coupled_layers[0]
+            count, num_kept = layers[layer].count(per), layers[layer].count(per) - len(chosen[layer])
+            step = (steps or {}).get(layer, 1)
+            num_rounded = _rounded(layers[layer], num_kept, num_first[layer], step, per, amount, at_most=name in amount.open)
+            if num_rounded != num_kept:
+                again = take({layer: layers[layer] for layer in coupled_layers}, ratio=(count - num_rounded) / count)
+                chosen |= dict.fromkeys(coupled_layers, []) | again
+        for layer, numbers in chosen.items():
+            if numbers:
+                removed[layer] = layers[layer].query_heads(numbers) if per == "kv_head" else numbers
+    return removed
 
 
-def _parts(
-    units: Mapping[str, Units], ratio: float, before: Mapping[str, int], per: Per, ranking: Ranking
-) -> list[tuple[dict[str, Units], float]]:
-    """Divides places by the part of what is left in them that goes, for a ratio of what there was at first."""
-    found: dict[float, dict[str, Units]] = {}
-    for places in [list(units)] if ranking == "global" else [[place] for place in units]:
-        first, now = sum(before[place] for place in places), sum(units[place].count(per) for place in places)
+def _parts_left(
+    layers: Mapping[str, Units], ratio: float, num_first: Mapping[str, int], per: Per, ranking: Ranking
+) -> dict[float, list[str]]:
+    """Groups layers by the part of what is left in them that goes, for a ratio of what there was at first."""
+    parts: dict[float, list[str]] = {}
+    for names in [list(layers)] if ranking == "global" else [[name] for name in layers]:
+        first, now = sum(num_first[name] for name in names), sum(layers[name].count(per) for name in names)
         part = ratio if first == now else max(0.0, ratio * first - (first - now)) / now
-        found.setdefault(part, {}).update({place: units[place] for place in places})
-    return [(own, part) for part, own in found.items()]
+        parts.setdefault(part, []).extend(names)
+    return parts
 
 
-def _stay(units: Units, asked: int, first: int, step: int, per: Per, amount: Amount, at_most: bool) -> int:
-    """Returns how many units stay in a place that was asked to keep so many."""
-    now, channels, each = units.count(per), units.kind in ("channel", "residual"), length_of(units, per)
-    if amount.round_to == "auto" and each and (channels or not at_most):
-        grouped = per == "head" and units.count("kv_head") < now
-        together = units.count("kv_head") if grouped and not channels else 1  # as many go of each KV head
-        near = rounded(asked, first, now, amount.min_units, each, math.lcm(step, together), more=not at_most)
+def _rounded(units: Units, num_kept: int, num_first: int, step: int, per: Per, amount: Amount, at_most: bool) -> int:
+    """Returns how many units stay in a layer that was to keep so many."""
+    count, channels, length = units.count(per), units.kind in ("channel", "residual"), length_of(units, per)
+    if amount.round_to == "auto" and length and (channels or not at_most):
+        grouped = per == "head" and units.count("kv_head") < count and not channels
+        in_step = units.count("kv_head") if grouped else 1  # as many go of each KV head
+        near = rounded(num_kept, num_first, count, amount.min_units, length, math.lcm(step, in_step), more=not at_most)
         if near is not None:
             return near
     multiple = math.lcm(1 if amount.round_to == "auto" else amount.round_to, step) if channels else 1
-    return min(-(-asked // multiple) * multiple, now)
+    return min(-(-num_kept // multiple) * multiple, count)
 
 
-def _again(
-    units: Mapping[str, Units],
-    chosen: Mapping[str, Sequence[int]],
-    stays: Mapping[str, int],
-    per: Per,
-    take: Callable[..., dict[str, list[int]]],
-) -> dict[str, list[int]]:
-    """Chooses units again where other numbers stay; of a place that keeps all then, none."""
-    found: dict[str, list[int]] = {}
-    for places in coupled({place: units[place] for place in chosen}):
-        now, stay = units[places[0]].count(per), stays[places[0]]
-        if stay != now - len(chosen[places[0]]):
-            some = {place: units[place] for place in places}
-            found |= dict.fromkeys(places, []) | take(some, ratio=(now - stay) / now, ranking="layer")
-    return found
-
-
-def free(units: Mapping[str, Units], protected: frozenset[str]) -> dict[str, Units]:
+def free(units: Mapping[str, Units], protected: Iterable[str]) -> dict[str, Units]:
     """Returns the places that may lose units: neither protected nor bound to one that is, as by a common position bias."""
-    bound = {place for own in coupled(units) if protected & set(own) for place in own}
-    return {place: one for place, one in units.items() if place not in bound}
-
-
-def most(units: Mapping[str, Units], name: str, amount: Amount, protected: frozenset[str]) -> float:
-    """Returns the highest ratio of a kind that leaves `min_units` everywhere; 0 where none may be removed."""
-    kind, per = RATIOS[name]
-    own = free(of_kind(units, kind), protected)
-    counts = [one.count(per) for one in own.values()]
-    return min((max(count - amount.min_units, 0) / count for count in counts), default=0.0)
+    bound = {layer for layers in coupled(units) if not set(layers).isdisjoint(protected) for layer in layers}
+    return {name: layer for name, layer in units.items() if name not in bound}
 
 
 def protected_places(model: nn.Module, units: Mapping[str, Units], amount: Amount) -> frozenset[str]:
     """Returns the places in the first and last blocks of a stack."""
-    if not amount.first and not amount.last:
-        return frozenset()
-    stacks = find_blocks(model)
-    found = set[str]()
-    for name, one in units.items():
-        where = block_of(one.name, stacks)
-        if one.kind not in ("residual", "block") and where is not None:
-            stack, place = where
-            if place < amount.first or place >= len(stacks[stack]) - amount.last:
-                found.add(name)
-    return frozenset(found)
+    stacks = find_blocks(model) if amount.first or amount.last else {}
+    protected = set[str]()
+    for name, layer in units.items():
+        if layer.kind not in ("residual", "block") and (block := block_of(layer.name, stacks)) is not None:
+            stack, number = block
+            if not amount.first <= number < len(stacks[stack]) - amount.last:
+                protected.add(name)
+    return frozenset(protected)

@@ -1,5 +1,6 @@
 """Finds what remains of a model without some of its units, and checks it before anything changes."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,29 +45,36 @@ class Cut:
     places: dict[str, Units]
 
 
+def size_after(cuts: Cuts, name: str, size: Sequence[int]) -> tuple[int, ...]:
+    """Returns what cuts leave of the size of a tensor."""
+    return tuple(len(cuts.get((name, dim), range(length))) for dim, length in enumerate(size))
+
+
 def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> Cut:
     """Finds what is removed with some units, a KV head with the last of its query heads; refuses what may not be removed."""
     check_plain(model, "remove units before the model is")
-    gone = {name: own for name, own in numbered(units, chosen, per).items() if own}
-    _check_allowed(structure, [units[name] for name in gone])
-    after = {name: _left(name, one, gone.get(name, [])) for name, one in units.items()}
-    for name in gone:
-        _check_width(model, name, units[name], after[name][0])
-    _check_together(units, gone)
-    cuts = _cuts(structure, {name: units[name] for name in gone}, gone)
-    shapes = dict(structure.shapes)
-    then = {name: [len(cuts.get((name, d), range(size))) for d, size in enumerate(shape)] for name, shape in shapes.items()}
-    sizes = (sum(int(np.prod(s)) for s in shapes.values()), sum(int(np.prod(s)) for s in then.values()))
-    before = {name: counts(one) for name, one in units.items()}
-    kinds = {name: one.kind for name, one in units.items()}
-    return Cut(type(model).__name__, kinds, gone, before, after, cuts, sizes, structure, dict(units))
+    removed = {name: numbers for name, numbers in numbered(units, chosen, per).items() if numbers}
+    _check_allowed(structure, [units[name] for name in removed])
+    kinds: dict[str, UnitKind] = {}
+    before: dict[str, tuple[int, ...]] = {}
+    after: dict[str, tuple[int, ...]] = {}
+    for name, layer in units.items():
+        kinds[name], before[name] = layer.kind, counts(layer)
+        after[name] = _count_left(name, layer, removed.get(name, []))
+    _check_left(model, units, removed, after)
+    cuts = _cuts(structure, units, removed)
+    num_before = num_after = 0
+    for name, shape in structure.shapes.items():
+        num_before += math.prod(shape)
+        num_after += math.prod(size_after(cuts, name, shape))
+    return Cut(type(model).__name__, kinds, removed, before, after, cuts, (num_before, num_after), structure, dict(units))
 
 
 def coupled(units: Mapping[str, Units]) -> list[list[str]]:
     """Groups places that must lose the same units, as attentions with one position bias; each name comes once."""
     sets: list[list[str]] = []
-    for name, one in units.items():
-        near = next((own for own in sets if set(units[own[0]].leaves) & set(one.leaves)), None)
+    for name, layer in units.items():
+        near = next((names for names in sets if set(units[names[0]].leaves) & set(layer.leaves)), None)
         if near is None:
             sets.append([name])
         else:
@@ -74,87 +82,87 @@ def coupled(units: Mapping[str, Units]) -> list[list[str]]:
     return sets
 
 
-def _left(name: str, units: Units, gone: Sequence[int]) -> tuple[int, ...]:
-    """Counts the units that remain in a place."""
-    rest = np.delete(units.kv_of, list(gone))
+def _check_allowed(structure: Structure, units: Sequence[Units]) -> None:
+    by_leaf = {group.leaf: group for group in structure.groups}
+    for layer in units:
+        what = PLURAL[layer.kind]
+        if not layer.leaves:
+            raise ValueError(f"{what}: {layer.name} has one {layer.kind}, which cannot be removed")
+        for leaf in layer.leaves:
+            reason = by_leaf[leaf].reason if leaf in by_leaf else "no parameter has them"
+            if not reason and "normed" in leaf.notes and layer.kind != "residual":
+                reason = "a norm spans all of them, so that without some it would compute something else"
+            if reason:
+                masked = "; they can be masked (bh.mask)" if layer.kind == "head" else ""
+                raise ValueError(f"{what}: those of {layer.name or 'the model'} cannot be removed: {reason}{masked}")
+
+
+def _count_left(name: str, units: Units, removed: Sequence[int]) -> tuple[int, ...]:
+    """Counts the units that remain in a place; refuses too few of them."""
+    rest, size = np.delete(units.kv_of, list(removed)), units.count()
     what, name = PLURAL[units.kind], name or "the model"
     if not len(rest):
-        raise ValueError(f"{what}: {name} would be left without {what}; at least one of its {units.count()} must stay")
+        raise ValueError(f"{what}: {name} would be left without {what}; at least one of its {size} must stay")
     if len(rest) < (taken := max((int(leaf.notes.get("taken", 0)) for leaf in units.leaves), default=0)):
         raise ValueError(
-            f"{what}: {name} would be left with {len(rest)} of {units.count()} {what}, and each token takes {taken}: "
+            f"{what}: {name} would be left with {len(rest)} of {size} {what}, and each token takes {taken}: "
             f"at least {taken} must stay"
         )
     if units.kind != "head":
         return (len(rest),)
     serving = np.unique(rest, return_counts=True)[1]
-    if len(set(serving.tolist())) > 1:
-        size = units.count() // units.count("kv_head")
+    served = sorted(set(serving.tolist()))
+    if len(served) > 1:
+        kv_heads = units.count("kv_head")
         raise ValueError(
-            f"heads: the KV heads of {name} would serve {sorted(set(serving.tolist()))} query heads each, and must all serve as "
-            f"many: take whole KV heads (per='kv_head'), or the same number, 1 to {size - 1}, from each of its "
-            f"{units.count('kv_head')}"
-            if size > 1
-            else f"heads: {name} has one query head for each KV head"
+            f"heads: the KV heads of {name} would serve {served} query heads each, and must all serve as many: take whole KV "
+            f"heads (per='kv_head'), or the same number, 1 to {size // kv_heads - 1}, from each of its {kv_heads}"
         )
     return len(rest), len(serving)
 
 
-def _check_width(model: nn.Module, name: str, units: Units, left: int) -> None:
-    """Refuses widths of experts that transformers does not compute."""
-    step, what = width_step(model, units), PLURAL[units.kind]
-    if left % step:
-        raise ValueError(
-            f"{what}: {name or 'the model'} would be left with {left} of {units.count()}, and its experts are computed by a "
-            f"kernel that takes multiples of {step}: {left // step * step or step} or {-(-left // step) * step} may stay"
-        )
-
-
-def _check_together(units: Mapping[str, Units], gone: Mapping[str, list[int]]) -> None:
-    for own in coupled(units):
-        if len({tuple(gone.get(name, [])) for name in own}) > 1:
+def _check_left(
+    model: nn.Module, units: Mapping[str, Units], removed: Mapping[str, list[int]], after: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuses widths of experts that transformers does not compute, and different heads where one position bias is read."""
+    for name in removed:
+        step, left = width_step(model, units[name]), after[name][0]
+        if left % step:
             raise ValueError(
-                f"heads: {', '.join(own[:3])}{' and more' if len(own) > 3 else ''} share a position bias that has one column a "
-                "head, so all of them must lose the same heads; masks (bh.mask) may differ"
+                f"{PLURAL[units[name].kind]}: {name or 'the model'} would be left with {left} of {units[name].count()}, and its "
+                f"experts are computed by a kernel that takes multiples of {step}: {left // step * step or step} or "
+                f"{-(-left // step) * step} may stay"
+            )
+    for names in coupled(units):
+        if len({tuple(removed.get(name, [])) for name in names}) > 1:
+            raise ValueError(
+                f"heads: {', '.join(names[:3])}{' and more' if len(names) > 3 else ''} share a position bias that has one column "
+                "a head, so all of them must lose the same heads; masks (bh.mask) may differ"
             )
 
 
-def _check_allowed(structure: Structure, units: Sequence[Units]) -> None:
-    by_leaf = {group.leaf: group for group in structure.groups}
-    for one in units:
-        what = PLURAL[one.kind]
-        if not one.leaves:
-            raise ValueError(f"{what}: {one.name} has one {one.kind}, which cannot be removed")
-        for leaf in one.leaves:
-            reason = by_leaf[leaf].reason if leaf in by_leaf else "no parameter has them"
-            if not reason and "normed" in leaf.notes and one.kind != "residual":
-                reason = "a norm spans all of them, so that without some it would compute something else"
-            if reason:
-                masked = "; they can be masked (bh.mask)" if one.kind == "head" else ""
-                raise ValueError(f"{what}: those of {one.name or 'the model'} cannot be removed: {reason}{masked}")
-
-
-def _cuts(structure: Structure, units: Mapping[str, Units], gone: Mapping[str, list[int]]) -> Cuts:
+def _cuts(structure: Structure, units: Mapping[str, Units], removed: Mapping[str, list[int]]) -> Cuts:
     cuts: Cuts = {}
-    of: dict[tuple[str, int], set[Axis]] = {}
-    for name, one in units.items():
-        members = {(m.name, m.dim): m for group in structure.groups if group.leaf in one.leaves for m in group.members}
-        for place, member in members.items():
-            stays, held = _stays(one, member, gone[name]), set(leaves(member.axis)) & set(one.leaves)
-            if place not in cuts:
-                cuts[place], of[place] = stays, held
-            elif of[place] == held:
-                if not np.array_equal(cuts[place], stays):
-                    raise ValueError(f"heads: {member.name} would lose different heads for {name} than for another layer")
-            else:  # one matrix that makes or reads units of two kinds, or queries of a layer whose keys another one reads, too
-                cuts[place] = np.intersect1d(cuts[place], stays)
+    leaves_of: dict[tuple[str, int], set[Axis]] = {}
+    for name, numbers in removed.items():
+        layer = units[name]
+        members = {(m.name, m.dim): m for group in structure.groups if group.leaf in layer.leaves for m in group.members}
+        for key, member in members.items():
+            stays, own_leaves = _stays(layer, member, numbers), set(leaves(member.axis)) & set(layer.leaves)
+            if key not in cuts:
+                cuts[key], leaves_of[key] = stays, own_leaves
+            elif leaves_of[key] != own_leaves:
+                # one matrix that makes or reads units of two kinds, or queries of a layer whose keys another one reads, too
+                cuts[key] = np.intersect1d(cuts[key], stays)
+            elif not np.array_equal(cuts[key], stays):
+                raise ValueError(f"heads: {member.name} would lose different heads for {name} than for another layer")
     return cuts
 
 
-def _stays(units: Units, member: Member, gone: Sequence[int]) -> Indices:
+def _stays(units: Units, member: Member, removed: Sequence[int]) -> Indices:
     """Returns the positions that remain: all except those whose heads are all removed, as keys serve all heads of a group."""
     if units.kind != "head":
-        return np.flatnonzero(~np.isin(units.of_member(member), gone))
-    (place, holders), lost = units.holders(member), np.isin(np.arange(units.count()), gone)
-    goes: Indices = np.any(holders, axis=1) & np.all(~holders | lost, axis=1)
-    return np.flatnonzero(~goes[place])
+        return np.flatnonzero(~np.isin(units.of_member(member), removed))
+    (place_of, holders), is_removed = units.holders(member), np.isin(np.arange(units.count()), removed)
+    goes: Indices = np.any(holders, axis=1) & np.all(~holders | is_removed, axis=1)
+    return np.flatnonzero(~goes[place_of])

@@ -1,7 +1,7 @@
 """Which units are removed from a model, as a plan."""
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, get_args
@@ -45,8 +45,17 @@ class UnitPlan(Cut, ShapePlan):
     @property
     def words(self) -> str:
         """How many units of each kind are removed, in words."""
-        gone = {kind: [len(own) for name, own in self.units.items() if self.kinds[name] == kind] for kind in self.kinds.values()}
-        return ", ".join(f"{counted(kind, sum(own))}{_inside(kind, len(own))}" for kind, own in gone.items() if own)
+        numbers: dict[UnitKind, list[int]] = {}
+        for name, removed in self.units.items():
+            numbers.setdefault(self.kinds[name], []).append(len(removed))
+        words = []
+        for kind in dict.fromkeys(self.kinds.values()):
+            if kind in numbers:
+                count, module = len(numbers[kind]), "attention module" if kind == "head" else "module"
+                where = f" in {count:,} {module}{'s' * (count != 1)}"
+                one_stream = kind == "residual" and count == 1
+                words.append(f"{counted(kind, sum(numbers[kind]))}{'' if one_stream else where}")
+        return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain data; see `ModelPlan.to_json`."""
@@ -54,8 +63,8 @@ class UnitPlan(Cut, ShapePlan):
             "kind": self.kind,
             "model": self.model,
             "kinds": dict(self.kinds),
-            "units": {name: list(own) for name, own in self.units.items()},
-            "before": {name: list(counts) for name, counts in self.before.items()},
+            "units": {name: list(removed) for name, removed in self.units.items()},
+            "before": {name: list(numbers) for name, numbers in self.before.items()},
             "rows": [row.to_json() for row in self.rows],
         }
 
@@ -65,21 +74,18 @@ class UnitPlan(Cut, ShapePlan):
         if not all(part in plain for part in parts):
             raise ValueError(f"plan: a mapping with {', '.join(parts)} is needed, as to_json returns it")
         for part in parts[1:]:
-            given, kinds = plain[part], get_args(UnitKind)
-            holds = isinstance(given, Mapping) and all(
-                own in kinds if part == "kinds" else _is_list(own) for own in given.values()
-            )
-            if not holds:
-                raise ValueError(f"plan: {part} is {str(given)[:80]!r}, and must be as to_json returns it")
-        before = {name: tuple(own) for name, own in plain["before"].items()}
+            is_legal = _is_kind if part == "kinds" else _is_list
+            if not isinstance(plain[part], Mapping) or not all(map(is_legal, plain[part].values())):
+                raise ValueError(f"plan: {part} is {str(plain[part])[:80]!r}, and must be as to_json returns it")
+        before = {name: tuple(numbers) for name, numbers in plain["before"].items()}
         rows = rows_from(plain.get("rows", []))
-        return cls.of(_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)), rows=rows)
+        return cls.of(_find_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)), rows=rows)
 
     def check_made_for(self, model: nn.Module) -> None:
         """Refuses a model that the plan was not made for; see `ModelPlan.check_made_for`."""
         subject = find_transformer(model)
-        now = _again(self.model, self.kinds, self.before, self.units, subject).cuts
-        if now.keys() != self.cuts.keys() or any(not np.array_equal(stays, now[place]) for place, stays in self.cuts.items()):
+        now = _find_again(self.model, self.kinds, self.before, self.units, subject).cuts
+        if now.keys() != self.cuts.keys() or any(not np.array_equal(stays, now[key]) for key, stays in self.cuts.items()):
             raise ValueError(
                 f"plan: it was made for a {self.model} with other units than this {type(subject).__name__} has (its tensors hold "
                 "others)"
@@ -93,32 +99,47 @@ class UnitPlan(Cut, ShapePlan):
             return partial(follow, remove(subject, self, lambda: LazyTensors.of(weights or {}).key))
 
     def _shown(self) -> list[RenderableType]:
-        first, *costs = self._costs()
-        rows: dict[tuple[str, str], list[str]] = {}
+        alike: dict[tuple[str, str], list[str]] = {}
         for name, kind in self.kinds.items():
-            gone = self.units.get(name, [])
-            change = _change(kind, self.before[name], self.after[name], gone)
-            alike = name if kind == "head" and gone else _pattern(name)
-            rows.setdefault((alike, change), []).append(name)
-        several = Counter(_pattern(alike) for alike, _ in rows)
-        shown = []
-        for (alike, change), names in rows.items():
-            place, where = _places(alike, names, several[_pattern(alike)] > 1)
-            shown.append((place, f"{change}{where}"))
+            by_number = kind == "head" and name in self.units
+            alike.setdefault((name if by_number else _pattern(name), self._change(name)), []).append(name)
+        several = Counter(_pattern(shown) for shown, _ in alike)
+        rows = []
+        for (shown, change), names in alike.items():
+            layer, where = shown, ""
+            if len(names) == 1:
+                layer = names[0] or "the model"
+            else:
+                star = shown.split(".").index("*")
+                which = f": {', '.join(name.split('.')[star] for name in names)}" if several[_pattern(shown)] > 1 else ""
+                where = f" in each of {len(names)}{which}"
+            rows.append((layer, f"{change}{where}"))
+        first, *costs = self._costs()
         notes = [Padding(Text(line), (0, 0, 0, 2)) for line in (*costs, *self._notes())]
-        return [first, *notes[: len(costs)], columns(shown, aligns="<", indent=2), *notes[len(costs) :]]
+        return [first, *notes[: len(costs)], columns(rows, aligns="<", indent=2), *notes[len(costs) :]]
+
+    def _change(self, name: str) -> str:
+        """Returns what becomes of a place: heads by number, other units by how many."""
+        kind, before, after, removed = self.kinds[name], self.before[name], self.after[name], self.units.get(name, [])
+        if kind != "head":
+            return f"{before[0]:,} -> {after[0]:,} {PLURAL[kind]}" if removed else f"{before[0]:,} {PLURAL[kind]}"
+        query, kv = before
+        if not removed:
+            return f"{query} query, {kv} KV heads" if kv != query else f"{query} heads"
+        then = "{} query, {} KV".format(*after) if kv != query else f"{after[0]}"
+        return f"{query} -> {then} heads; without {', '.join(map(str, removed))}"
 
     def _costs(self) -> list[str]:
         """Says what the model costs before and after: first its parameters."""
-        before, after = self.parameters
-        lines = [f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"]
-        flops = "FLOPs a token" if not self.costs or self.costs[0].context else "FLOPs an image"
-        cache = f"KV-cache bytes a token in {self.costs[0].dtype}" if self.costs else ""
-        for label, field in {flops: "flops", cache: "kv_cache_bytes", "bytes": "bytes"}.items():
-            now, then = [getattr(cost, field) for cost in self.costs] if self.costs else (None, None)
-            if now and then:
-                lines.append(f"{now:,} -> {then:,} {label} ({1 - then / now:.1%} fewer)")
-        return lines
+        costs = [("parameters", *self.parameters)]
+        if self.costs:
+            before, after = self.costs
+            flops, cache = "FLOPs a token" if before.context else "FLOPs an image", f"KV-cache bytes a token in {before.dtype}"
+            for label, name in {flops: "flops", cache: "kv_cache_bytes", "bytes": "bytes"}.items():
+                if getattr(before, name) and getattr(after, name):
+                    costs.append((label, getattr(before, name), getattr(after, name)))
+        lines = [f"{then:,} -> {now:,} {label} ({1 - now / then:.1%} fewer)" for label, then, now in costs]
+        return [f"{self.model}: {lines[0]}", *lines[1:]]
 
     def _notes(self) -> list[str]:
         """Says what else there is to know: row lengths that suit no engine, numbers of KV heads."""
@@ -127,17 +148,15 @@ class UnitPlan(Cut, ShapePlan):
         return [*map(str, self.rows), *(unsuited(number) for number in numbers if not suits(number))]
 
 
-def _inside(kind: UnitKind, places: int) -> str:
-    """Says in how many modules units are; there is one stream of residual channels."""
-    module = "attention module" if kind == "head" else "module"
-    return "" if kind == "residual" and places == 1 else f" in {places:,} {module}{'s' * (places != 1)}"
+def _is_kind(value: object) -> bool:
+    return value in get_args(UnitKind)
 
 
 def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple) and all(type(number) is int for number in value)
 
 
-def _again(
+def _find_again(
     made_for: str,
     kinds: Mapping[str, UnitKind],
     before: Mapping[str, tuple[int, ...]],
@@ -146,40 +165,21 @@ def _again(
 ) -> Cut:
     """Finds a cut again, and refuses a model whose class, places or numbers of units are others."""
     structure = trace(model)
-    found = units_of(model, structure, dict.fromkeys(kinds.values()))
-    now = {name: counts(one) for name, one in found.items()}
+    layers = units_of(model, structure, dict.fromkeys(kinds.values()))
+    now = {name: counts(layer) for name, layer in layers.items()}
     if made_for == type(model).__name__ and before == now:
-        return find_cut(model, structure, found, units)
-    name = next((name for name in [*before, *now] if before.get(name) != now.get(name)), None)
-    differs = f"{name}: {_numbers(before.get(name or ''))} then, {_numbers(now.get(name or ''))} now" if name else "another class"
+        return find_cut(model, structure, layers, units)
+    differs = "another class"
+    for name in [*before, *now]:
+        if before.get(name) != now.get(name):
+            then, there = (" and ".join(map(str, numbers.get(name, ["none"]))) for numbers in (before, now))
+            differs = f"{name or 'the model'}: {then} then, {there} now"
+            break
     raise ValueError(f"plan: it was made for a {made_for} with other units than this {type(model).__name__} has ({differs})")
-
-
-def _numbers(numbers: tuple[int, ...] | None) -> str:
-    return "none" if numbers is None else " and ".join(map(str, numbers))
 
 
 def _pattern(name: str) -> str:
     return pattern(f"{name}.").strip(". ") or "the model"
-
-
-def _places(alike: str, names: Sequence[str], differ: bool) -> tuple[str, str]:
-    """Returns what stands before and after the change of some places: their number, and which where others differ."""
-    if len(names) == 1:
-        return names[0] or "the model", ""
-    which = [next(own for own, star in zip(name.split("."), alike.split("."), strict=True) if star == "*") for name in names]
-    return alike, f" in each of {len(names)}" + (f": {', '.join(which)}" if differ else "")
-
-
-def _change(kind: UnitKind, before: tuple[int, ...], after: tuple[int, ...], gone: Sequence[int]) -> str:
-    """Returns a line of the table: heads by number, other units by how many."""
-    if kind != "head":
-        return f"{before[0]:,} -> {after[0]:,} {PLURAL[kind]}" if gone else f"{before[0]:,} {PLURAL[kind]}"
-    query, kv = before
-    if not gone:
-        return f"{query} query, {kv} KV heads" if kv != query else f"{query} heads"
-    then = "{} query, {} KV".format(*after) if kv != query else f"{after[0]}"
-    return f"{query} -> {then} heads; without {', '.join(map(str, gone))}"
 
 
 def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:

@@ -1,7 +1,6 @@
 """Plans what is removed from a model: `plan` chooses units by their scores, `plan_units` takes those that are given."""
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -92,11 +91,11 @@ def plan(
         {((384,), (288,))}
     """
     annotated(plan, locals())
-    given = {
+    by_name = {
         "heads": heads, "kv_heads": kv_heads, "channels": channels, "residual": residual, "experts": experts, "blocks": blocks,
         "params": params,
     }  # fmt: skip
-    if amount is not None and (twice := [name for name, value in given.items() if value is not None]):
+    if amount is not None and (twice := [name for name, value in by_name.items() if value is not None]):
         raise ValueError(f"amount and {twice[0]}: give one of them; an Amount has the other as its own argument")
     amount = amount or Amount(heads, kv_heads, channels, residual, experts, blocks, params)
     return plan_amount(model, amount, importance, batches, scores, greedy, loss, Comm.of(reduce, model))
@@ -182,9 +181,9 @@ def plan_units(
         raise ValueError(f"kind={kind!r}: blocks are planned alone")
     check_kinds(subject, kinds)
     structure = trace(subject)
-    found = units_of(subject, structure, kinds)
-    check_any(subject, structure, found, kinds)
-    cut = find_cut(subject, structure, found, units, per)
+    layers = units_of(subject, structure, kinds)
+    check_any(subject, structure, layers, kinds)
+    cut = find_cut(subject, structure, layers, units, per)
     tried(subject, cut)
     return UnitPlan.of(cut)
 
@@ -225,16 +224,16 @@ def prune_units(
     annotated(prune_units, locals())
     trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     check_replaceable(model, trained_by)
-    made = plan_units(model, units, kind, per)
-    carry_out(model, made, trained_by)
-    return made
+    unit_plan = plan_units(model, units, kind, per)
+    carry_out(model, unit_plan, trained_by)
+    return unit_plan
 
 
 def count_blocks(model: nn.Module, amount: Amount) -> tuple[dict[str, Units], dict[str, int]]:
     """Returns the stacks of blocks, and how many an amount removes from each; refuses so many, whatever the scores."""
     stacks = find_units(model, "block")
-    flat = {name: torch.zeros(one.count()) for name, one in stacks.items()}
-    return stacks, {name: len(own) for name, own in choose_units(stacks, flat, amount, amount.ratios).items()}
+    flat = {name: torch.zeros(stack.count()) for name, stack in stacks.items()}
+    return stacks, {name: len(blocks) for name, blocks in choose_units(stacks, flat, amount, amount.ratios).items()}
 
 
 def _plan_blocks(
@@ -250,32 +249,21 @@ def _plan_blocks(
 ) -> BlockPlan:
     stacks, numbers = count_blocks(model, amount)
     if greedy and scores is None:
-        rank = partial(score_units, model, stacks, importance, list(batches_of(batches, model)), loss, comm=comm)
-        gone = _one_by_one(model, stacks, rank, numbers, (amount.first, amount.last), progress)
-        return tried_blocks(model, find_block_plan(model, gone))
-    if scores is None:
-        scores = score_units(model, stacks, importance, batches, loss, amount.normalize, comm=comm, progress=progress)
-    return tried_blocks(model, find_block_plan(model, choose_units(stacks, scores, amount, amount.ratios), scores))
-
-
-def _one_by_one(
-    model: PreTrainedModel,
-    stacks: Mapping[str, Units],
-    rank: Callable[[], dict[str, Tensor]],
-    numbers: Mapping[str, int],
-    ends: tuple[int, int],
-    progress: Told | None = None,
-) -> dict[str, list[int]]:
-    """Chooses the least important block of each stack, scores again without it, and so on; `progress` counts these rounds."""
-    gone: dict[str, list[int]] = {name: [] for name in numbers}
-    while left := [name for name, number in numbers.items() if len(gone[name]) < number]:
-        with mask(model, gone, "block"):
-            scores = rank()
-        for name in left:
-            gone[name].append(next(n for n in ranked(stacks[name], scores[name], ends) if n not in gone[name]))
-        if progress is not None:
-            progress(max(map(len, gone.values())), max(numbers.values()))
-    return gone
+        blocks: dict[str, list[int]] = {name: [] for name in numbers}
+        runs = list(batches_of(batches, model))  # an iterator would be empty in the second round
+        while left := [name for name, number in numbers.items() if len(blocks[name]) < number]:
+            with mask(model, blocks, "block"):
+                scored = score_units(model, stacks, importance, runs, loss, comm=comm)
+            for name in left:
+                order = ranked(stacks[name], scored[name], (amount.first, amount.last))
+                blocks[name].append(next(number for number in order if number not in blocks[name]))
+            if progress is not None:
+                progress(max(map(len, blocks.values())), max(numbers.values()))
+    else:
+        if scores is None:
+            scores = score_units(model, stacks, importance, batches, loss, amount.normalize, comm=comm, progress=progress)
+        blocks = choose_units(stacks, scores, amount, amount.ratios)
+    return tried_blocks(model, find_block_plan(model, blocks, scores))
 
 
 def default_importance(units: Mapping[str, Units]) -> Importance:
@@ -283,4 +271,4 @@ def default_importance(units: Mapping[str, Units]) -> Importance:
 
     docs/smaller.md compares them at equal size, on a real model.
     """
-    return OutputNorm() if all(one.readers for one in units.values()) else Taylor()
+    return OutputNorm() if all(layer.readers for layer in units.values()) else Taylor()

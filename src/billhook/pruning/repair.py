@@ -21,7 +21,6 @@ from billhook.pruning.plan import UnitPlan
 from billhook.repairs.moments import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import RepairConfig, repair_linears
 
-PARTS = ("weight", "bias")
 Repairing = RepairConfig | Literal["auto"] | None
 """How linears are refitted: as told, as far as they can be, or not at all."""
 
@@ -37,10 +36,11 @@ def repair_as_asked(
     if how is None:
         return None, ""
     left = list[str]()
+    config = how if isinstance(how, RepairConfig) else None
     try:
-        new = repair_with(model, _units(plan), batches, None if how == "auto" else how, comm, progress=progress, left=left)
+        new = repair_with(model, _unit_plan(plan), batches, config, comm, progress=progress, left=left)
     except NoRepair as error:
-        if isinstance(how, RepairConfig):
+        if config is not None:
             raise
         return None, f"not repaired: {without_name(error)}"
     return new, not_refitted(left)
@@ -84,14 +84,12 @@ def repair(
         >>> bh.apply(model, plan, weights=weights)
     """
     annotated(repair, locals())
-    units = _units(plan)
-    units.check_made_for(model)
-    comm = Comm.of(reduce, model)
-    return repair_with(model, units, batches, how, comm, progress=progress)
+    unit_plan = _unit_plan(plan)
+    unit_plan.check_made_for(model)
+    return repair_with(model, unit_plan, batches, how, Comm.of(reduce, model), progress=progress)
 
 
-def _units(plan: ModelPlan) -> UnitPlan:
-    """Returns a plan of units; refuses another one."""
+def _unit_plan(plan: ModelPlan) -> UnitPlan:
     if not isinstance(plan, UnitPlan):
         raise ValueError(f"plan: repair makes up for units, and this is a plan of {plan.kind}")
     return plan
@@ -125,28 +123,27 @@ def repair_with(
     """
     check_values(model, coming=True)
     check_stored(model)
-    subject, linears = find_transformer(model), given.modules if given is not None else {}
-    kept = {name: torch.ones(size_of(subject.get_submodule(name))[1], dtype=torch.bool) for name in whole}
-    for place, numbers in plan.units.items():
-        one = plan.places[place]
-        linear = [reader for reader in one.readers if is_linear(subject.get_submodule(_linear(subject, reader)))]
-        for reader in linear if one.kind in ("head", "channel") else ():
-            stays = torch.from_numpy(~np.isin(one.index, numbers))
-            kept[reader] = kept[reader] & stays if reader in kept else stays
-    kept = {reader: stays for reader, stays in kept.items() if reader not in linears or reader in whole}
-    if not kept:
+    subject, replaced = find_transformer(model), given.modules if given is not None else {}
+    modules = {reader: subject.get_submodule(reader) for layer in plan.places.values() for reader in layer.readers}
+    stays = {reader: torch.ones(size_of(subject.get_submodule(reader))[1], dtype=torch.bool) for reader in whole}
+    for name, removed in plan.units.items():
+        layer = plan.places[name]
+        for reader in layer.readers if layer.kind in ("head", "channel") else ():
+            if is_linear(subject.get_submodule(_stored(subject, reader))) and (reader not in replaced or reader in whole):
+                rest = torch.from_numpy(~np.isin(layer.index, removed))
+                stays[reader] = stays[reader] & rest if reader in stays else rest
+    if not stays:
         raise NoRepair("repair: no linear layer reads what is removed, so none can make up for it")
-    reading = {
-        reader: subject.get_submodule(reader)
-        for reader in [*kept, *(name for one in plan.places.values() for name in one.readers)]
-    }
-    each = batches_of(batches, subject)
-    runs = [batch if isinstance(batch, Run) else run_with_loss(subject, reading, batch) for batch in each]
-    under = {reader: _linear(subject, reader) for reader in kept}
-    runs = [replace(one, tokens={under.get(reader, reader): mask for reader, mask in one.tokens.items()}) for one in runs]
-    keep = {under[reader]: stays for reader, stays in kept.items()}
+    stored = {reader: _stored(subject, reader) for reader in stays}
+    modules |= {reader: subject.get_submodule(reader) for reader in stays}
+    runs = []
+    for batch in batches_of(batches, subject):
+        run = batch if isinstance(batch, Run) else run_with_loss(subject, modules, batch)
+        runs.append(replace(run, tokens={stored.get(reader, reader): mask for reader, mask in run.tokens.items()}))
+    keep = {stored[reader]: rest for reader, rest in stays.items()}
     return repair_linears(subject, keep, runs, how, comm, given or None, progress, left)
 
 
-def _linear(model: nn.Module, reader: str) -> str:
+def _stored(model: nn.Module, reader: str) -> str:
+    """Returns the name of the layer that holds a reader's weight: beneath an adapter if it has one."""
     return f"{reader}.base_layer" if is_adapter(model.get_submodule(reader)) else reader

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from billhook.arguments import as_percentage
 from billhook.model.figures import Figures, figures_of
 from billhook.pruning.amount import RATIOS, Amount, RowLength, finest, length_of, others, suiting, width_step
-from billhook.pruning.choice import Counts, choose_units, free, most, protected_places
-from billhook.pruning.cuts import Cut, find_cut
+from billhook.pruning.choice import Counts, choose_units, free, protected_places
+from billhook.pruning.cuts import Cut, find_cut, size_after
 from billhook.pruning.removal import tried
 from billhook.serving.engines import MULTIPLES, multiple_of
 from billhook.tracing.trace import trace
@@ -30,8 +30,9 @@ which has lost KV heads, too (docs/smaller.md)."""
 class Search:
     """The ratios of an amount, found for one model; it remembers what models of each shape cost."""
 
-    def __init__(self, model: PreTrainedModel, amount: Amount, first: Counts | None = None) -> None:
-        self.model, self.amount, self.first = model, amount, first
+    def __init__(self, model: PreTrainedModel, amount: Amount) -> None:
+        self.model, self.amount = model, amount
+        self.first: Counts | None = None
         self.structure = trace(model)
         self.units: dict[str, Units] = units_of(model, self.structure, amount.kinds)
         self.protected = protected_places(model, self.units, amount)
@@ -52,29 +53,32 @@ class Search:
             if ratio and not of_kind(self.units, kind):
                 why = why_none(self.model, self.structure, kind)
                 raise ValueError(f"{name}={ratio:g}: the model has none that may be removed{why}")
-        return self.cut({name: torch.zeros(one.count(self.amount.per)) for name, one in self.units.items()})
+        return self.cut(self._flat_scores())
 
     def removes_any(self) -> bool:
         """Tells whether the ratios of an amount without a target come to a unit anywhere, whatever the scores."""
-        flat = {name: torch.zeros(one.count(self.amount.per)) for name, one in self.units.items()}
-        return bool(choose_units(self.units, flat, self.amount, self.amount.ratios, self.protected, first=self.first))
+        return bool(self._choose(self._flat_scores(), self.amount.ratios, self.amount))
 
-    def free(self) -> dict[str, Units]:
-        """Returns the places that may lose units."""
-        return {name: one for kind in self.amount.kinds for name, one in free(of_kind(self.units, kind), self.protected).items()}
+    def _flat_scores(self) -> dict[str, Tensor]:
+        return {name: torch.zeros(layer.count(self.amount.per)) for name, layer in self.units.items()}
+
+    def free(self, *ratios: str) -> dict[str, Units]:
+        """Returns the places that may lose units by some ratios, or by all that matter."""
+        kinds = [RATIOS[ratio][0] for ratio in ratios or self.amount.asked]
+        return {name: layer for kind in kinds for name, layer in free(of_kind(self.units, kind), self.protected).items()}
 
     def cut(self, scores: Mapping[str, Tensor]) -> Cut:
         """Finds the cut that scores lead to; refuses it if so much cannot be removed, or no unit would be."""
         if self._ratios is None or self.amount.ranking == "global":
-            self._ratios = self._found_ratios(scores)
-        found = self._cut(scores, self._ratios)
-        if not found.units:
+            self._ratios = self._find_ratios(scores)
+        cut = self._cut(scores, self._ratios)
+        if not cut.units:
             ratios = ", ".join(f"{name}={ratio:g}" for name, ratio in self._ratios.items())
             rounded = "" if self.amount.round_to in ("auto", 1) else f" (round_to={self.amount.round_to})"
             step = max(self._steps.values(), default=1)
             kernel = "" if step == 1 else f" (the kernel of the experts takes channels in multiples of {step})"
             raise ValueError(f"{ratios}{rounded} is not a single unit of a place{kernel}, so that nothing would be removed")
-        return found
+        return cut
 
     def step(self, place: str) -> int:
         """Returns the number of which the channels that a place keeps must be a multiple."""
@@ -83,127 +87,115 @@ class Search:
 
     def costs(self, cut: Cut) -> tuple[Figures, Figures]:
         """Returns what the model costs before and after a cut; how many units are removed decides it, not which."""
-        remains = tuple(cut.after.items())
-        if remains not in self._known:
-            self._known[remains] = figures_of(tried(self.model, cut))
-        return self.now, self._known[remains]
+        num_kept = tuple(cut.after.items())
+        if num_kept not in self._known:
+            self._known[num_kept] = figures_of(tried(self.model, cut))
+        return self.now, self._known[num_kept]
 
     def limit(self, target: str) -> int:
         """Returns a target as a number; refuses one that the model cannot have, or has already."""
-        asked, now = getattr(self.amount, target), getattr(self.now, target)
+        wanted, now = getattr(self.amount, target), getattr(self.now, target)
         if now is None:
-            raise ValueError(f"{target}={asked}: it cannot be measured of a {type(self.model).__name__}")
-        limit = int(asked * now) if isinstance(asked, float) else int(asked)
+            raise ValueError(f"{target}={wanted}: it cannot be measured of a {type(self.model).__name__}")
+        limit = int(wanted * now) if isinstance(wanted, float) else int(wanted)
         if limit >= now:
-            raise ValueError(f"{target}={asked}: the model has no more than that, {now:,}")
+            raise ValueError(f"{target}={wanted}: the model has no more than that, {now:,}")
         return limit
 
     def row_lengths(self, scores: Mapping[str, Tensor], cut: Cut) -> tuple[RowLength, ...]:
         """Returns how long rows become by a cut that scores led to; nothing where `round_to` is not `"auto"`."""
         if self.amount.round_to != "auto" or self._ratios is None:
             return ()
-        exact = self._chosen(scores, self._ratios, replace(self.amount, round_to=1))
-        asked = {name: one.count() - len(exact.get(name, [])) for name, one in self.units.items()}
-        return row_lengths(self.model, cut, asked, self.amount.min_units)
+        exact = self._choose(scores, self._ratios, replace(self.amount, round_to=1))
+        num_asked = {name: layer.count() - len(exact.get(name, [])) for name, layer in self.units.items()}
+        return row_lengths(self.model, cut, num_asked, self.amount.min_units)
 
-    def _chosen(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
+    def _choose(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
         return choose_units(self.units, scores, amount, ratios, self.protected, self._steps, self.first)
 
     def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], target: bool = False) -> Cut:
         """Finds the cut of some ratios; for a target, numbers that are found for it are not rounded unless they must be."""
         exact = self.amount.open if target and self.amount.round_to == "auto" else ()
-        given = {name: ratio for name, ratio in ratios.items() if name not in exact}
-        found = {name: ratio for name, ratio in ratios.items() if name in exact}
-        chosen = self._chosen(scores, given, self.amount) | self._chosen(scores, found, replace(self.amount, round_to=1))
+        chosen: dict[str, list[int]] = {}
+        for amount, of_target in ((self.amount, False), (replace(self.amount, round_to=1), True)):
+            some = {name: ratio for name, ratio in ratios.items() if (name in exact) == of_target}
+            chosen |= self._choose(scores, some, amount)
         return find_cut(self.model, self.structure, self.units, chosen)
 
-    def _found_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    def _find_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
         """Returns the given ratios, and those that lead to the target."""
         ratios, target, names = self.amount.ratios, self.amount.target, self.amount.open
         if target is None:
             return ratios
         limit = self.limit(target)
+
+        def left(ratio: float, names: Sequence[str], ratios: Mapping[str, float]) -> int:
+            alike = {name: min(ratio, self._highest(name)) for name in names}
+            return self.cost(self._cut(scores, {**ratios, **alike}, target=True), target)
+
+        def lowest_ratio(names: Sequence[str], ratios: Mapping[str, float]) -> float | None:
+            """Finds the lowest ratio, of kinds alike and next to other ratios, that meets the target; None if none does."""
+            tries = self._tries(names)
+            number = lowest(len(tries), lambda number: left(tries[number], names, ratios), limit)
+            return None if number is None else tries[number]
+
         if len(names) > 1:
-            alone = self._first(scores, names[-1:], ratios | {"kv_heads": 0.0}, target, limit)
-            if alone is not None and alone <= ALONE:
-                return ratios | {"kv_heads": 0.0, names[-1]: alone}
-        common = self._lowest(scores, names, ratios, target, limit)
-        ratios |= {name: min(common, self._most(name)) for name in names}
-        if len(names) == 1:
-            return ratios
-        # heads are few and large: channels alone then come as close as they can
-        near = ratios | self._suiting(ratios["kv_heads"])
-        found = self._first(scores, names[-1:], near, target, limit)
-        if found is not None:
-            return near | {names[-1]: found}
-        return ratios | {names[-1]: self._lowest(scores, names[-1:], ratios, target, limit)}
+            without_heads = ratios | {"kv_heads": 0.0}
+            ratio = lowest_ratio(names[-1:], without_heads)
+            if ratio is not None and ratio <= ALONE:
+                return without_heads | {names[-1]: ratio}
+        common = lowest_ratio(names, ratios)
+        if common is None:
+            wanted, tries = getattr(self.amount, target), self._tries(names)
+            least, most = (left(ratio, names, ratios) for ratio in (tries[-1], tries[0]))
+            raise ValueError(
+                f"{target}={wanted}: {limit:,} cannot be reached; with what may be removed, {least:,} to {most:,} can"
+                f"{as_percentage(wanted)}"
+            )
+        ratios |= {name: min(common, self._highest(name)) for name in names}
+        if len(names) > 1:  # heads are few and large: channels alone then come as close as they can
+            for near in (ratios | self._suiting(ratios["kv_heads"]), ratios):
+                ratio = lowest_ratio(names[-1:], near)
+                if ratio is not None:
+                    return near | {names[-1]: ratio}
+        return ratios
 
     def _suiting(self, ratio: float) -> dict[str, float]:
         """Returns the nearest ratio of KV heads that leaves a number that engines can divide; none if that is not ours."""
-        own = free(of_kind(self.units, "head"), self.protected)
-        counts = {one.count("kv_head") for one in own.values()}
+        counts = set(self._counts("kv_heads"))
         if self.amount.round_to != "auto" or self.amount.ranking == "global" or len(counts) != 1:
             return {}
         count = counts.pop()
         return {"kv_heads": 1 - suiting(count - int(ratio * count + 1e-9), count, self.amount.min_units) / count}
-
-    def _lowest(
-        self, scores: Mapping[str, Tensor], names: Sequence[str], ratios: dict[str, float], target: str, limit: int
-    ) -> float:
-        """Finds the lowest ratio, of kinds alike and next to other ratios, that meets a target; refuses one that none does."""
-        found = self._first(scores, names, ratios, target, limit)
-        if found is None:
-            asked, tries = getattr(self.amount, target), self._tries(names)
-            least, most = (self._left(scores, names, ratios, target, ratio) for ratio in (tries[-1], tries[0]))
-            raise ValueError(
-                f"{target}={asked}: {limit:,} cannot be reached; with what may be removed, {least:,} to {most:,} can"
-                f"{as_percentage(asked)}"
-            )
-        return found
-
-    def _first(
-        self, scores: Mapping[str, Tensor], names: Sequence[str], ratios: dict[str, float], target: str, limit: int
-    ) -> float | None:
-        """Finds the lowest ratio, of kinds alike and next to other ratios, that meets a target; None if none does."""
-        tries = self._tries(names)
-        place = lowest(len(tries), lambda number: self._left(scores, names, ratios, target, tries[number]), limit)
-        return None if place is None else tries[place]
-
-    def _left(
-        self, scores: Mapping[str, Tensor], names: Sequence[str], ratios: dict[str, float], target: str, ratio: float
-    ) -> int:
-        """Returns what is left of what a target limits at a ratio of some kinds."""
-        own = {name: min(ratio, self._most(name)) for name in names}
-        return self.cost(self._cut(scores, ratios | own, target=True), target)
 
     @cached_property
     def now(self) -> Figures:
         """The costs of the model as it is."""
         return figures_of(self.model)
 
+    def _counts(self, name: str) -> list[int]:
+        return [layer.count(RATIOS[name][1]) for layer in self.free(name).values()]
+
     def _tries(self, names: Sequence[str]) -> list[float]:
         """Returns the ratios at which one more unit is removed."""
         tries = {0.0}
         for name in names:
-            kind, per = RATIOS[name]
-            counts = [one.count(per) for one in free(of_kind(self.units, kind), self.protected).values()]
-            steps = dict.fromkeys(counts if self.amount.ranking == "layer" else [sum(counts)])
-            tries |= {number / count for count in steps for number in range(count)}
+            counts = self._counts(name)
+            for count in set(counts if self.amount.ranking == "layer" else [sum(counts)]):
+                tries.update(number / count for number in range(count))
         return sorted(tries)
 
-    def _most(self, name: str) -> float:
-        return most(self.units, name, self.amount, self.protected)
+    def _highest(self, name: str) -> float:
+        """Returns the highest ratio of a kind that leaves `min_units` everywhere; 0 where none may be removed."""
+        return min((max(count - self.amount.min_units, 0) / count for count in self._counts(name)), default=0.0)
 
     def cost(self, cut: Cut, target: str) -> int:
         """Returns what is left after a cut of what a target limits."""
         if target == "params":
             return cut.parameters[1]
         if target == "bytes":
-            sizes = {name: (p.element_size(), p.shape) for name, p in self.model.named_parameters()}
-            return sum(
-                size * math.prod(len(cut.cuts.get((name, d), range(n))) for d, n in enumerate(shape))
-                for name, (size, shape) in sizes.items()
-            )
+            named = self.model.named_parameters()
+            return sum(math.prod(size_after(cut.cuts, name, p.shape)) * p.element_size() for name, p in named)
         value: int = getattr(self.costs(cut)[1], target)
         return value
 
@@ -211,10 +203,10 @@ class Search:
 def _steps(model: PreTrainedModel, units: Mapping[str, Units]) -> dict[str, int]:
     """Returns the numbers of which units must be a multiple: the same for as many units, which a config counts in one field."""
     most: dict[tuple[str, int], int] = {}
-    for one in units.values():
-        key = (one.kind, one.count())
-        most[key] = max(most.get(key, 1), width_step(model, one))
-    return {name: most[one.kind, one.count()] for name, one in units.items()}
+    for layer in units.values():
+        key = (layer.kind, layer.count())
+        most[key] = max(most.get(key, 1), width_step(model, layer))
+    return {name: most[layer.kind, layer.count()] for name, layer in units.items()}
 
 
 @dataclass(frozen=True)
@@ -232,10 +224,10 @@ class First:
     @classmethod
     def of(cls, search: Search) -> "First":
         """Notes a model as a search has found it."""
-        counts: dict[str, dict[str, int]] = {}
-        for name, (kind, per) in search.amount.asked.items():
-            able = free(of_kind(search.units, kind), search.protected)
-            counts[name] = {place: one.count(per) for place, one in able.items()}
+        counts = {
+            name: {layer: of_layer.count(per) for layer, of_layer in search.free(name).items()}
+            for name, (_, per) in search.amount.asked.items()
+        }
         return cls(counts, getattr(search.now, search.amount.target) if search.amount.target else None)
 
     def part(self, search: Search, progress: float) -> Search | None:
@@ -247,8 +239,8 @@ class First:
         amount = search.amount
         changes: dict[str, Any] = {name: progress * ratio for name, ratio in amount.ratios.items()}
         if amount.target is not None and self.figure is not None:
-            asked = getattr(amount, amount.target)
-            goal = int(asked * self.figure) if isinstance(asked, float) else int(asked)
+            wanted = getattr(amount, amount.target)
+            goal = int(wanted * self.figure) if isinstance(wanted, float) else int(wanted)
             limit = goal if progress >= 1 else int(self.figure - progress * (self.figure - goal))
             if limit >= (getattr(search.now, amount.target) or 0):
                 return None
@@ -283,30 +275,29 @@ def lowest(count: int, cost: Callable[[int], int], limit: int) -> int | None:
     return high
 
 
-def row_lengths(model: nn.Module, cut: Cut, asked: Mapping[str, int], least: int = 1) -> tuple[RowLength, ...]:
+def row_lengths(model: nn.Module, cut: Cut, num_asked: Mapping[str, int], least: int = 1) -> tuple[RowLength, ...]:
     """Returns how long the rows become that a cut makes shorter, those that were 256 or longer.
 
     Args:
         model: The model.
         cut: What is removed.
-        asked: By place, how many units would stay by what was asked for.
+        num_asked: By place, how many units would stay by what was asked for.
         least: The fewest that may stay.
     """
-    units = cut.places
     alike: dict[RowLength, list[str]] = {}
     for name in cut.units:
-        one, kept, each = units[name], cut.after[name][0], length_of(units[name])
-        if one.count() * each >= MULTIPLES[0]:
-            row = RowLength(one.kind, 1, each, asked[name], kept, multiple_of(kept * each))
+        layer, num_kept, length = cut.places[name], cut.after[name][0], length_of(cut.places[name])
+        if layer.count() * length >= MULTIPLES[0]:
+            row = RowLength(layer.kind, 1, length, num_asked[name], num_kept, multiple_of(num_kept * length))
             alike.setdefault(row, []).append(name)
-    found = list[RowLength]()
-    for row, places in alike.items():
-        counts = {name: units[name].count() for name in places}
+    rows = list[RowLength]()
+    for row, names in alike.items():
+        counts = {name: cut.places[name].count() for name in names}
         options = {} if row.kind == "head" else others(row.asked, row.kept, max(counts.values()), least)
-        more = list[tuple[int, int, int]]()
-        for kept, multiple in options.items():
-            chosen = cut.units | {name: list(range(kept, count)) for name, count in counts.items()}
-            then = find_cut(model, cut.structure, units, chosen)
-            more.append((kept, multiple, then.parameters[1] - cut.parameters[1]))
-        found.append(replace(row, places=len(places), others=tuple(more)))
-    return tuple(found)
+        instead = list[tuple[int, int, int]]()
+        for num_kept, multiple in options.items():
+            chosen = cut.units | {name: list(range(num_kept, count)) for name, count in counts.items()}
+            then = find_cut(model, cut.structure, cut.places, chosen)
+            instead.append((num_kept, multiple, then.parameters[1] - cut.parameters[1]))
+        rows.append(replace(row, places=len(names), others=tuple(instead)))
+    return tuple(rows)

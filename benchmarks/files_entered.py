@@ -104,7 +104,9 @@ def prepared(flow: str, folder: Path) -> Callable[[], object]:
         model.save_pretrained(folder / "dense")
         return lambda: bh.prune(bh.stream(folder / "dense", folder / "out"), bh.Wanda(), batches, sparsity=0.5)
     if flow == "shrink":
-        return partial(bh.shrink, model, batches, params=0.85, layers="free", generations=2, candidates=2)
+        return partial(
+            bh.shrink, model, bh.Budget(params=0.85), batches, layers="free", search=bh.Search(generations=2, candidates=2)
+        )
     callback = {
         "KVHeadConversion, svd": partial(bh.KVHeadConversion, 1, method="svd"),
         "StructuredPruning, repaired": partial(bh.StructuredPruning, bh.Amount(channels=0.25), repair=bh.RepairConfig()),

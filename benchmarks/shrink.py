@@ -29,14 +29,18 @@ import billhook as bh
 from billhook.cli.oneshot.recovery import Recovery
 
 SHRINKS = {
-    "85 %, uniform": {"params": 0.85},
-    "85 %, free": {"params": 0.85, "layers": "free"},
-    "71 %, uniform": {"params": 0.71},
-    "71 %, free": {"params": 0.71, "layers": "free"},
-    "71 %, free, generations=0": {"params": 0.71, "layers": "free", "generations": 0},
-    "71 %, free, generations=0, round_to=1": {"params": 0.71, "layers": "free", "generations": 0, "round_to": 1},
-    "cache a third, uniform": {"kv_cache_bytes": 1 / 3},
-    "cache a third, free": {"kv_cache_bytes": 1 / 3, "layers": "free"},
+    "85 %, uniform": {"budget": bh.Budget(params=0.85)},
+    "85 %, free": {"budget": bh.Budget(params=0.85), "layers": "free"},
+    "71 %, uniform": {"budget": bh.Budget(params=0.71)},
+    "71 %, free": {"budget": bh.Budget(params=0.71), "layers": "free"},
+    "71 %, free, generations=0": {"budget": bh.Budget(params=0.71), "layers": "free", "search": bh.Search(generations=0)},
+    "71 %, free, generations=0, round_to=1": {
+        "budget": bh.Budget(params=0.71),
+        "layers": "free",
+        "search": bh.Search(generations=0, round_to=1),
+    },
+    "cache a third, uniform": {"budget": bh.Budget(kv_cache_bytes=1 / 3)},
+    "cache a third, free": {"budget": bh.Budget(kv_cache_bytes=1 / 3), "layers": "free"},
 }
 CONVERTED = "1 of 3 KV heads by svd"
 STEPS, OWN = 300, {"generated": 40, "generated, 128": 128}
@@ -57,7 +61,7 @@ def make(options, size, texts):
     if size == CONVERTED:
         bh.convert_kv_heads(model, 1, "svd", shown, repair=bh.RepairConfig())
         return model
-    shrunk = bh.shrink(model, shown, library=options.work / "library", progress=_progress, **SHRINKS[size])
+    shrunk = bh.shrink(model, batches=shown, library=options.work / "library", progress=_progress, **SHRINKS[size])
     print(shrunk, flush=True)
     (options.work / f"{size} {texts} found.json".replace(" ", "_")).write_text(json.dumps(shrunk.to_json()))
     return model

@@ -142,7 +142,7 @@ CALLBACKS = [
         "StructuredPruning",
         {"amount": {"channels": 0.2, "params": 0.8, "first": 1}, "at": "start", "rounds": 2, "repair": {"validation": 0.1}},
     ),
-    ("Shrinking", {"params": 0.8, "layers": "free", "at": 0.5, "generations": 2, "repair": {"ridges": [0.1]}, "round_to": 8}),
+    ("Shrinking", {"budget": {"params": 0.8}, "layers": "free", "at": 0.5, "search": {"generations": 2, "round_to": 8}}),
     ("DepthPruning", {"count": 1, "ratio": 0.5, "importance": {"class_path": "Ablation"}, "greedy": True, "first": 1}),
     ("Uptraining", {"alpha": 0.05, "pretraining_steps": 100}),
     ("Export", {"folder": "out"}),
@@ -173,5 +173,6 @@ def test_callbacks_in_python(own, data):
     kind = getattr(bh, name)
     needed = {"KVHeadConversion": {"num_key_value_heads": 1}, "HeadPruning": {"ratio": 1}}
     needed["StructuredPruning"] = {"amount": bh.Amount(channels=0.2)}
+    needed["Shrinking"] = {"budget": bh.Budget(params=0.8)}
     with contextlib.suppress(ValueError):
         kind(**needed.get(name, {}) | given)

@@ -83,6 +83,7 @@ def legal(name):
             "ratio": 0.5,
             "pattern": "2:4",
             "amount": bh.Amount(heads=0.5),
+            "budget": bh.Budget(params=0.9),
             "data": "tiny",
             "folder": "nowhere",
         },
@@ -247,11 +248,11 @@ BESIDE = {
     "Amount": {"residual": 0.5},
     "DepthPruning": {"count": 1},
     "SRSTE": {"sparsity": 0.5},
-    "Shrinking": {"params": 0.9},
+    "Budget": {"params": 0.9},
     "WeightPruning": {"sparsity": 0.5},
     "measure_speed": {"contexts": [4], "new_tokens": 2, "rounds": 1, "batch_sizes": [1]},
     "prune": {"criterion": bh.Magnitude(), "sparsity": 0.5},
-    "shrink": {"params": 0.9, "batches": [{"input_ids": tokens()} for _ in range(4)], "generations": 0},
+    "shrink": {"batches": [{"input_ids": tokens()} for _ in range(4)], "search": bh.Search(generations=0)},
 }
 """What else a call needs to be legal."""
 NAMES = sorted(PUBLIC.keys() - NO_ARGUMENTS)

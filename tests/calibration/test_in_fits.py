@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 import billhook as bh
 from billhook.assets import model_path
 from billhook.fit.event import described
+from kit import shrinks
 from kit.events import Own, loader
 from kit.fits import trainer, weights
 
@@ -17,7 +18,7 @@ CALLBACKS = {
     "wanda": lambda **given: bh.WeightPruning(sparsity=0.5, **given),
     "heads": lambda **given: bh.HeadPruning(0.5, **given),
     "structure": lambda **given: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.RepairConfig(), **given),
-    "shrink": lambda **given: bh.Shrinking(kv_cache_bytes=0.5, generations=0, **given),
+    "shrink": lambda **given: shrinks.Shrinking(kv_cache_bytes=0.5, generations=0, **given),
     "depth": lambda **given: bh.DepthPruning(1, **given),
     "svd": lambda **given: bh.KVHeadConversion(2, method="svd", **given),
 }

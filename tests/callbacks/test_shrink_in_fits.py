@@ -12,6 +12,7 @@ import billhook as bh
 from billhook.checkpoints.export import export
 from billhook.shrinking import work
 from billhook.shrinking.levels import find_places
+from kit import shrinks
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
 from kit.weight_pruning import checkpoints
@@ -22,7 +23,7 @@ pytestmark = [
 
 
 def shrinking(**options):
-    return bh.Shrinking(**{"generations": 1, "candidates": 2, "calibration": 8, "measure_batches": 0} | options)
+    return shrinks.Shrinking(**{"generations": 1, "candidates": 2, "calibration": 8, "measure_batches": 0} | options)
 
 
 class Watch(pl.Callback):
@@ -44,7 +45,7 @@ def test_it_finds_what_shrink_finds_on_the_same_batches(files, tmp_path, layers)
     dense, watch = copy.deepcopy(lit.model), Watch()
     callback = shrinking(params=0.94, layers=layers, calibration=batches)
     trainer(tmp_path, [callback, watch], max_steps=2).fit(lit, data(files))
-    shrunk = bh.shrink(dense, batches, params=0.94, layers=layers, generations=1, candidates=2)
+    shrunk = shrinks.shrink(dense, batches, params=0.94, layers=layers, generations=1, candidates=2)
     assert callback.shrunk.to_json() == shrunk.to_json()
     assert same(watch.weights[0], {f"model.{name}": value for name, value in dense.state_dict().items()})
     assert shrunk.left == bh.summary(lit).params <= shrunk.limit
@@ -175,7 +176,7 @@ def test_a_budget_in_quality(files, tmp_path):
     lit, batches = module(), [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 2000, (5, 4, 9))]
     dense, callback = copy.deepcopy(lit.model), shrinking(max_loss=1.001, generations=0, calibration=batches)
     trainer(tmp_path, [callback], max_steps=1).fit(lit, data(files))
-    shrunk = bh.shrink(dense, batches, max_loss=1.001, generations=0)
+    shrunk = shrinks.shrink(dense, batches, max_loss=1.001, generations=0)
     assert callback.shrunk.to_json() == shrunk.to_json()
     assert shrunk.ratio <= 1.001
     assert bh.summary(lit).params == shrunk.left
@@ -196,7 +197,7 @@ def test_lora_trains_what_is_left_and_is_merged(files, tmp_path, params, layers)
     dense = llama(vocab_size=2048, **shape).eval()
     straight = trainer(tmp_path, [callback, checkpoints(tmp_path), bh.Export(str(tmp_path / "out"))], max_steps=4)
     straight.fit(lit, data(files))
-    shrunk = bh.shrink(dense, batches, **options, generations=1, candidates=2)
+    shrunk = shrinks.shrink(dense, batches, **options, generations=1, candidates=2)
     assert callback.shrunk.to_json() == shrunk.to_json()
     assert (shrunk.blocks is not None) == (layers == 4)
     frozen = {name.replace(".base_layer", ""): value for name, value in lit.model.state_dict().items() if "lora" not in name}

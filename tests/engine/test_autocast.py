@@ -11,6 +11,7 @@ from billhook.engine.sharding import unsharded
 from billhook.engine.walk import Site, Visitor, Walk
 from billhook.sparsity.matching import BlockMatching
 from billhook.units.gates import zero_units
+from kit import shrinks
 from kit.families import llama, tokens
 
 
@@ -74,7 +75,7 @@ ACTS = {
     "Taylor": scored(bh.Taylor(), "head"),
     "OBS": scored(bh.OBS(), "channel"),
     "Ablation": scored(bh.importance.Ablation(), "head"),
-    "shrink": lambda model: bh.shrink(model, batches(), params=0.8, generations=1, candidates=1),
+    "shrink": lambda model: shrinks.shrink(model, batches(), params=0.8, generations=1, candidates=1),
     "zeros for units": zeroed,
     "other weights": started,
     "merge": merged,

@@ -7,6 +7,7 @@ import torch
 from accelerate import dispatch_model
 
 import billhook as bh
+from kit import shrinks
 from kit.families import llama, tokens
 
 
@@ -20,7 +21,7 @@ WORKS = {
     "score": lambda model: bh.score(model, bh.find_units(model, "head"), bh.OutputNorm(), batches()),
     "plan": lambda model: bh.plan(model, bh.importance.WeightNorm(), heads=0.5),
     "convert": lambda model: bh.convert_kv_heads(model, 2, "svd", batches()),
-    "shrink": lambda model: bh.shrink(model, batches(), params=0.8),
+    "shrink": lambda model: shrinks.shrink(model, batches(), params=0.8),
     "permute": lambda model: bh.criteria.permute_for(model, "2:4"),
 }
 

@@ -12,7 +12,7 @@ import torch
 import billhook as bh
 from billhook.cli.main import main
 from billhook.engine.tensors import Files
-from kit import stopped
+from kit import shrinks, stopped
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ REFUSED = {
     "blocks by Taylor": (planned(bh.Taylor(), blocks=1), GRADIENTS),
     "residual and channels": (planned(bh.importance.WeightNorm(), residual=0.25, channels=0.25), BOTH),
     "residual and heads": (lambda model: bh.pruning.plan_units(model, {0: [0]}, ["residual", "head"]), BOTH),
-    "shrink": (lambda model: bh.shrink(model, stopped.batches(), params=0.8), WEIGHTS),
+    "shrink": (lambda model: shrinks.shrink(model, stopped.batches(), params=0.8), WEIGHTS),
     "ablated heads": (lambda model: bh.importance.ablate_heads(model, stopped.batches()), WEIGHTS),
     "what it writes": (lambda model: bh.prune(model, bh.Wanda(), bh.Calibration(tokens=64, length=16), sparsity=0.5), WEIGHTS),
     "adapters": (lambda model: bh.prune(adapted(model), bh.Wanda(), stopped.batches(), sparsity=0.5), ADDED),

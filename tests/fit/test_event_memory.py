@@ -3,6 +3,7 @@
 import pytest
 
 import billhook as bh
+from kit import shrinks
 from kit.beside import FEW, kept, size
 from kit.families import llama
 from kit.fits import trainer
@@ -12,7 +13,7 @@ from kit.sharding import Own
 EVENTS = {
     "channels": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, repair=None, **FEW),
     "KV heads": lambda: bh.KVHeadConversion(1, at=1, measure_batches=0),
-    "units, then blocks": lambda: bh.Shrinking(
+    "units, then blocks": lambda: shrinks.Shrinking(
         params=0.6, at=1, repair=None, generations=0, **FEW | {"calibration": FEW["calibration"] * 2}
     ),
 }

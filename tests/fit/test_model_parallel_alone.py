@@ -17,6 +17,7 @@ from billhook.callbacks import kv_heads
 from billhook.engine.sharding import full_tensor, is_sharded
 from billhook.engine.shards import ShardStore
 from billhook.sparsity.pruned import Pruned, WeightPlan
+from kit import shrinks
 from kit.families import llama
 from kit.fits import data, module, trainer
 from kit.loads import SAVED, loaded
@@ -285,7 +286,8 @@ def test_a_sharded_model_is_shrunk_to_what_one_in_memory_is(tmp_path, alone, mon
     monkeypatch.setattr(ShardStore, "all_here", None)
     found = []
     for strategy in ("auto", alone):
-        lit, callback = make(), bh.Shrinking(**given, calibration=list(batches), generations=1, candidates=2, measure_batches=0)
+        lit = make()
+        callback = shrinks.Shrinking(**given, calibration=list(batches), generations=1, candidates=2, measure_batches=0)
         run = trainer(tmp_path, [callback], 3, strategy=strategy, limit_val_batches=0, use_distributed_sampler=False)
         run.fit(lit, *[DataLoader(rows(12, 0), 2)] * 2)
         state = {own: full_tensor(value).clone() for own, value in lit.state_dict().items()}

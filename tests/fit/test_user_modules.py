@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 import billhook as bh
+from kit import shrinks
 from kit.events import END, EVENTS, SIZES, Own, figures, loader, same_after_reload
 from kit.families import llama
 from kit.fits import same, trainer, weights
@@ -267,7 +268,7 @@ CALIBRATED = {
     "wanda": lambda calibration=None: bh.WeightPruning(bh.Wanda(), 0.5, calibration=calibration, **NOW),
     "taylor": lambda calibration=None: bh.HeadPruning(0.5, importance=bh.Taylor(), calibration=calibration, **NOW),
     "structure": lambda calibration=None: bh.StructuredPruning(bh.Amount(channels=0.5), calibration=calibration, **NOW),
-    "shrink": lambda calibration=None: bh.Shrinking(kv_cache_bytes=0.5, generations=0, calibration=calibration, **NOW),
+    "shrink": lambda calibration=None: shrinks.Shrinking(kv_cache_bytes=0.5, generations=0, calibration=calibration, **NOW),
     "depth": lambda calibration=None: bh.DepthPruning(1, calibration=calibration, **NOW),
     "svd": lambda calibration=None: bh.KVHeadConversion(2, method="svd", calibration=calibration, **NOW),
 }

@@ -12,6 +12,7 @@ import torch
 import billhook as bh
 from billhook.engine.lazy import LazyTensors
 from billhook.shrinking import merged, merging, variants
+from kit import shrinks
 from kit.families import llama
 from kit.fits import trainer
 from kit.held import Held
@@ -34,8 +35,8 @@ EVENTS = {
     "KV heads": lambda: bh.KVHeadConversion(2, at=1, measure_batches=0),
     "KV heads, with data": lambda: bh.KVHeadConversion(2, at=1, method="svd", **FEW),
     "blocks": lambda: bh.DepthPruning(2, at=1, **FEW),
-    "a smaller model": lambda: bh.Shrinking(params=0.8, **SEARCH),
-    "a smaller cache": lambda: bh.Shrinking(kv_cache_bytes=0.5, **SEARCH),
+    "a smaller model": lambda: shrinks.Shrinking(params=0.8, **SEARCH),
+    "a smaller cache": lambda: shrinks.Shrinking(kv_cache_bytes=0.5, **SEARCH),
 }
 ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
 """Of how many weights of WIDTH x WIDTH in each block new values wait, as shards, until tensors are cut."""

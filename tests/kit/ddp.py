@@ -22,6 +22,7 @@ from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, Repair
 from billhook.importance.baselines import RandomUnits
 from billhook.schedules import Linear, MultiStep
 from billhook.sparsity import masks
+from kit import shrinks
 from kit.families import llama
 from kit.fits import module, trainer
 from kit.ranks import Fit, FitOfTuples, draw, fit_all
@@ -95,7 +96,7 @@ def shrinking():
     options = {"at": 2, "calibration": [(one,) for one in draw(5, 4, 12, seed=1)], "generations": 2, "candidates": 3}
     return Fit(
         FitOfTuples,
-        lambda: bh.Shrinking(params=0.9, layers="free", measure_batches=0, **options),
+        lambda: shrinks.Shrinking(params=0.9, layers="free", measure_batches=0, **options),
         lambda one: [one.events, one.shrunk.kept],
         steps=4,
     )
@@ -104,7 +105,7 @@ def shrinking():
 def shrinking_to_a_loss():
     """On text, of which every process reads all."""
     options = {"at": 2, "calibration": 8, "generations": 1, "candidates": 2, "measure_batches": 0}
-    return Fit(module, lambda: bh.Shrinking(max_loss=1.1, **options), lambda one: [one.events, one.shrunk.kept], steps=3)
+    return Fit(module, lambda: shrinks.Shrinking(max_loss=1.1, **options), lambda one: [one.events, one.shrunk.kept], steps=3)
 
 
 def depth_pruning():
@@ -344,11 +345,11 @@ DIFFER = {
     ),
     "Shrinking: its settings": stop(
         lambda: [
-            bh.Shrinking(params=0.8, at=1, importance=RandomUnits(rank()), generations=0, repair=None, calibration=6, **NONE)
+            shrinks.Shrinking(params=0.8, at=1, importance=RandomUnits(rank()), generations=0, repair=None, calibration=6, **NONE)
         ]
     ),
-    "Shrinking: the model": stop(lambda: [Apart(), bh.Shrinking(params=0.8, at=1, generations=0, calibration=6, **NONE)]),
-    "Shrinking: the batches": stop(lambda: [bh.Shrinking(params=0.8, at=1, calibration=of_rank(), **NONE)]),
+    "Shrinking: the model": stop(lambda: [Apart(), shrinks.Shrinking(params=0.8, at=1, generations=0, calibration=6, **NONE)]),
+    "Shrinking: the batches": stop(lambda: [shrinks.Shrinking(params=0.8, at=1, calibration=of_rank(), **NONE)]),
     "HeadPruning: whether monitor='own' is worse": replace(
         stop(lambda: [HeadPruning(0.5, 1, bh.importance.WeightNorm(), monitor="own", mode="max")], Validated), options={}
     ),
@@ -359,7 +360,7 @@ FAIL = {
     "weights fails": stop(lambda: [WeightPruning(sparsity=0.5, at=1, **stray())]),
     "heads fails": stop(lambda: [HeadPruning(0.5, at=1, **stray())]),
     "structure fails": stop(lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, **stray())]),
-    "shrink fails": stop(lambda: [bh.Shrinking(params=0.8, at=1, importance=Fails(), calibration=batches(4), **NONE)]),
+    "shrink fails": stop(lambda: [shrinks.Shrinking(params=0.8, at=1, importance=Fails(), calibration=batches(4), **NONE)]),
     "depth fails": stop(lambda: [DepthPruning(1, at=1, **stray())]),
     "conversion fails": stop(lambda: [KVHeadConversion(2, at=1, method="svd", **stray())]),
     "way fails": stop(lambda: [KVHeadConversion(2, at=2, method="aligned", over=1, **stray())]),

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 import billhook as bh
 from billhook.model.find import find_transformer
 from billhook.model.linears import prunable
+from kit import shrinks
 from kit.families import llama
 from kit.fits import trainer
 
@@ -19,7 +20,7 @@ EVENTS = {
     "heads": lambda at: bh.HeadPruning(0.5, at=at, **FEW),
     "masked": lambda at: bh.HeadPruning(0.5, at=at, remove="never", **FEW),
     "structure": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), at=at, **FEW),
-    "shrink": lambda at: bh.Shrinking(kv_cache_bytes=0.5, generations=1, candidates=2, repair=None, at=at, **FEW),
+    "shrink": lambda at: shrinks.Shrinking(kv_cache_bytes=0.5, generations=1, candidates=2, repair=None, at=at, **FEW),
     "depth": lambda at: bh.DepthPruning(1, at=at, **FEW),
     "mean": lambda at: bh.KVHeadConversion(2, at=at, measure_batches=FEW["measure_batches"]),
     "svd": lambda at: bh.KVHeadConversion(2, at=at, method="svd", **FEW),

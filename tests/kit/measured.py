@@ -13,6 +13,7 @@ import billhook as bh
 from billhook.engine.sharding import full_tensor
 from billhook.fit.ranks import RanksDiffer
 from billhook.importance.baselines import RandomUnits
+from kit import shrinks
 from kit.beside import measure
 from kit.families import llama
 from kit.fits import trainer
@@ -67,7 +68,7 @@ def shrunk(folder, name, ranks=1):
     """What is found on batches of which every rank reads all, and the weights at the end."""
     given = [(one,) for one in torch.randint(3, 60, (5, 4, 12), generator=torch.Generator().manual_seed(1))]
     options = {"calibration": given, "generations": 1, "candidates": 2, "measure_batches": 0}
-    callback = bh.Shrinking(**options, **SEARCHES[name])
+    callback = shrinks.Shrinking(**options, **SEARCHES[name])
     run, state = fit(folder, name, ranks, [callback])
     return run, [[event["what"] for event in callback.events], callback.shrunk.left, callback.shrunk.kept, state]
 
@@ -75,7 +76,7 @@ def shrunk(folder, name, ranks=1):
 def differing(folder):
     """The error with which a search ends whose ranks score units otherwise."""
     score = RandomUnits(torch.distributed.get_rank())
-    callback = bh.Shrinking(params=0.8, at=1, importance=score, generations=0, repair=None, calibration=6, measure_batches=0)
+    callback = shrinks.Shrinking(params=0.8, at=1, importance=score, generations=0, repair=None, calibration=6, measure_batches=0)
     with pytest.raises(RanksDiffer) as error:
         fit(folder, "whole at first", 2, [callback])
     return str(error.value)

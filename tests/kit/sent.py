@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import billhook as bh
 from billhook.shrinking import divergence
+from kit import shrinks
 from kit.families import llama
 from kit.fits import trainer
 from kit.sharding import Own, sharding
@@ -178,7 +179,7 @@ SENT = {
     ),
     "damage": Event(lambda: bh.Damage(bh.Calibration(length=12, tokens=48), rows=3), lambda _: 24 * 2, lambda _, a, b: a + N * b),
     "shrink": Event(
-        lambda: bh.Shrinking(params=0.8, repair=None, generations=0, **FEW),
+        lambda: shrinks.Shrinking(params=0.8, repair=None, generations=0, **FEW),
         lambda _: 0,
         lambda _, a, b: 2 * a + (8 + 4 * 3) * b,
         ("o_proj", "down_proj"),

@@ -7,6 +7,7 @@ import transformers
 
 import billhook as bh
 from billhook.kv_heads.plan import plan_kv_heads
+from kit import shrinks
 from kit.families import VIT, llama, tokens
 
 BATCHES = [{"input_ids": tokens(4, 24)} for _ in range(2)]
@@ -129,6 +130,6 @@ def test_weights_that_are_no_parameters_are_not_refitted(how):
         del linear.weight
         linear.register_buffer("weight", weight)
     plan = bh.pruning.plan_units(model, {0: [0, 1]})
-    for refits in (lambda: bh.shrink(model, BATCHES, params=0.9), lambda: bh.repair(model, plan, BATCHES)):
+    for refits in (lambda: shrinks.shrink(model, BATCHES, params=0.9), lambda: bh.repair(model, plan, BATCHES)):
         with pytest.raises(ValueError, match=r"the weight of .*down_proj is no parameter \(it is computed.*make it one first"):
             refits()

@@ -18,6 +18,7 @@ from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.repairs.least_squares import choose_ridge, refit_linear, solve_ridge
 from billhook.repairs.moments import OwedMoments
 from billhook.repairs.repair import RepairConfig, repair_linears
+from kit import shrinks
 from kit.families import llama, tokens
 from kit.losses import BUILD, embedded_text
 from kit.ranks import Ranks
@@ -703,7 +704,7 @@ def test_routers_are_linears_that_return_what_they_have_chosen(name):
     given = bh.repair(model, plan, batches)
     assert {name.rsplit(".", 2)[-2] for name in given} >= {"o_proj"}
     if name == "llama4":
-        bh.shrink(copy.deepcopy(model), batches, params=0.9, generations=0, candidates=1)
+        shrinks.shrink(copy.deepcopy(model), batches, params=0.9, generations=0, candidates=1)
     bh.convert_kv_heads(model, 2, batches=batches, repair=bh.RepairConfig())
 
 

@@ -6,6 +6,7 @@ import transformers
 import billhook as bh
 from billhook.calibration import calibration
 from billhook.engine.batches import Batch
+from kit import shrinks
 from kit.families import BERT, llama, tokens
 
 
@@ -54,7 +55,7 @@ def test_not_of_a_model_that_writes_nothing(told):
 
 def test_in_a_search_and_in_kv_heads(told):
     batches = [Batch({"input_ids": tokens(2, 16)}, "text") for _ in range(4)]
-    bh.shrink(llama(), batches, params=0.95, generations=0)
+    shrinks.shrink(llama(), batches, params=0.95, generations=0)
     assert told() == ADVICE
     calibration._log.cache_clear()
     bh.convert_kv_heads(llama(), 1, "svd", batches=batches, repair=bh.RepairConfig())
@@ -68,5 +69,5 @@ def test_where_heads_are_merged_on_nothing_but_its_own_text(sources, expected, t
     bh.convert_kv_heads(llama(), 1, "svd", batches=batches)
     assert told() == expected
     calibration._log.cache_clear()
-    bh.shrink(llama(), batches, kv_cache_bytes=0.5, generations=0)
+    shrinks.shrink(llama(), batches, kv_cache_bytes=0.5, generations=0)
     assert told() == 2 * expected

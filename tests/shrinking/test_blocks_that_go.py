@@ -24,6 +24,7 @@ from billhook.shrinking.planned import as_planned
 from billhook.shrinking.smallest import Found
 from billhook.shrinking.space import best_point, free_space, starts, uniform_spaces, with_gone
 from billhook.shrinking.work import Work
+from kit import shrinks
 from kit.families import BERT, T5, build, llama, tokens
 
 FEW = {"generations": 1, "candidates": 2}
@@ -55,7 +56,7 @@ def size_of_block(model):
 def losing_a_block(**options):
     """A model without two of its blocks and more, with what was found."""
     model = uneven(idle=[2])
-    return model, bh.shrink(
+    return model, shrinks.shrink(
         model, texts(), **FEW | {"params": model.num_parameters() - int(1.6 * size_of_block(model))} | options
     )
 
@@ -68,7 +69,7 @@ def test_a_block_that_computes_nothing_goes_first_and_nothing_is_lost(target, la
     with torch.no_grad():
         before, now = model(ids).logits, getattr(bh.summary(model), target)
     one = {"params": size_of_block(model), "bytes": 4 * size_of_block(model), "kv_cache_bytes": now // 4}[target]
-    shrunk = bh.shrink(model, texts(), **{target: now - one}, layers=layers, **QUICK)
+    shrunk = shrinks.shrink(model, texts(), **{target: now - one}, layers=layers, **QUICK)
     assert shrunk.blocks.units == {LAYERS: [2]}
     assert not shrunk.plan.units
     assert [now for _, now in shrunk.kept.values()] == [0 if ".2." in name else count for name, (count, _) in shrunk.kept.items()]
@@ -152,7 +153,7 @@ def test_the_blocks_behind_make_up_for_one_that_goes():
 @pytest.mark.nightly
 def test_blocks_that_are_protected_stay():
     model = uneven(idle=[0, 3])
-    shrunk = bh.shrink(model, texts(), params=0.6, layers="free", first=1, last=1, repair=None, **FEW)
+    shrunk = shrinks.shrink(model, texts(), params=0.6, layers="free", first=1, last=1, repair=None, **FEW)
     assert not set(shrunk.blocks.units[LAYERS] if shrunk.blocks else []) & {0, 3}
     work = Work.begun(uneven(), Amount(params=0.5), uniform=True)
     assert [block.number for block in work.blocks.able] == [1, 2, 3]
@@ -183,16 +184,16 @@ def test_models_whose_blocks_cannot_go_say_so():
     with torch.no_grad():  # a norm stands behind the sum, so that a block of zeros is not the identity
         for parameter in bert.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    shrunk = bh.shrink(bert, texts(), params=0.95, **QUICK)
+    shrunk = shrinks.shrink(bert, texts(), params=0.95, **QUICK)
     assert shrunk.blocks is None
     assert "all blocks stay: " in str(shrunk)
     assert "computes something also with the linears behind its heads and channels at zero" in shrunk.blocks_stay
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5 | {"num_layers": 2})).eval()
     rows = [{"input_ids": tokens(8, 16), "labels": tokens(8, 10)} for _ in range(4)]
-    assert bh.shrink(t5, rows, params=0.97, **QUICK).blocks_stay == "encoder.block and decoder.block are stacks of their own"
-    assert "would be left without blocks" in bh.shrink(llama(num_hidden_layers=1), texts(), params=0.95, **QUICK).blocks_stay
+    assert shrinks.shrink(t5, rows, params=0.97, **QUICK).blocks_stay == "encoder.block and decoder.block are stacks of their own"
+    assert "would be left without blocks" in shrinks.shrink(llama(num_hidden_layers=1), texts(), params=0.95, **QUICK).blocks_stay
     mixture = build("mixtral", num_hidden_layers=2)
-    assert "computes something also" in bh.shrink(mixture, texts(), params=0.97, **QUICK).blocks_stay
+    assert "computes something also" in shrinks.shrink(mixture, texts(), params=0.97, **QUICK).blocks_stay
 
 
 @pytest.mark.nightly
@@ -203,7 +204,7 @@ def test_nothing_is_half_applied(monkeypatch):
     real = BlockPlan.change
     monkeypatch.setattr(BlockPlan, "change", lambda *given: real(*given) and 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        bh.shrink(model, texts(), params=0.5, **FEW)
+        shrinks.shrink(model, texts(), params=0.5, **FEW)
     assert model.config.to_dict() == config
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -222,7 +223,7 @@ def test_a_choice_whose_blocks_cannot_go_together_is_passed_over(monkeypatch):
 
 @pytest.mark.nightly
 def test_the_damage_of_blocks_is_noted_in_the_library(tmp_path, monkeypatch):
-    first = bh.shrink(uneven(), texts(), params=0.8, library=tmp_path, **FEW)
+    first = shrinks.shrink(uneven(), texts(), params=0.8, library=tmp_path, **FEW)
     (file,) = tmp_path.glob("*/measured.json")
     assert f"{LAYERS}.1 block" in file.read_text()
     dense = uneven()
@@ -230,7 +231,7 @@ def test_the_damage_of_blocks_is_noted_in_the_library(tmp_path, monkeypatch):
     with bh.mask(dense, {LAYERS: [1]}, "block"):
         noted = next(line for line in json.loads(file.read_text()) if line[:2] == [f"{LAYERS}.1 block", 0])
         assert noted[2] == pytest.approx(far.mean(), rel=1e-4)
-    assert bh.shrink(uneven(), texts(), params=0.8, library=tmp_path, **FEW).to_json() == first.to_json()
+    assert shrinks.shrink(uneven(), texts(), params=0.8, library=tmp_path, **FEW).to_json() == first.to_json()
 
 
 def drawn(seed, count=3):

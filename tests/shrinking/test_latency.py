@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 
-import billhook as bh
 from billhook.engine.batches import Batch
 from billhook.pruning.amount import Amount
 from billhook.shrinking import latency
@@ -15,6 +14,7 @@ from billhook.shrinking.planned import Planned
 from billhook.shrinking.shrunk import Times
 from billhook.shrinking.smallest import Found
 from billhook.shrinking.work import Work
+from kit import shrinks
 from kit.families import BERT, T5, llama, tokens
 
 WRITING = "writing a token after a prompt of 56 tokens"
@@ -113,7 +113,7 @@ def test_levels_between_those_that_are_measured_and_times_that_do_not_fall():
 def test_a_budget_is_used_up_and_the_model_timed_beside_the_dense_one(layers, clock):
     clock(channel=3e-5, head=1e-4)
     dense, model = model_of(), model_of()
-    shrunk = bh.shrink(model, texts(), latency=0.7, layers=layers, **FEW)
+    shrunk = shrinks.shrink(model, texts(), latency=0.7, layers=layers, **FEW)
     now, left = (seconds(one, 3e-5, 1e-4) for one in (dense, model))
     assert (shrunk.target, shrunk.limit, shrunk.left) == ("latency", int(0.7 * round(1e9 * now)), round(1e9 * left))
     assert shrunk.left <= shrunk.limit
@@ -140,7 +140,7 @@ def test_a_block_that_computes_nothing_goes_first(clock):
         model.model.layers[2].mlp.down_proj.weight.zero_()
         model.model.layers[2].self_attn.o_proj.weight.zero_()
     now, block = seconds(model, 3e-5, 2e-4), 48 * 3e-5 + 4 * 2e-4
-    shrunk = bh.shrink(model, texts(), latency=1 - 0.99 * block / now, layers="free", **FEW)
+    shrunk = shrinks.shrink(model, texts(), latency=1 - 0.99 * block / now, layers="free", **FEW)
     assert shrunk.blocks.units == {"model.layers": [2]}
     assert shrunk.left == round(1e9 * (now - block))
 
@@ -149,7 +149,7 @@ def test_a_block_that_computes_nothing_goes_first(clock):
 def test_what_takes_long_is_what_goes(clock):
     def kept(**given):
         clock(**given)
-        shrunk = bh.shrink(model_of(), texts(), latency=0.8, layers="free", generations=0)
+        shrunk = shrinks.shrink(model_of(), texts(), latency=0.8, layers="free", generations=0)
         counts = [(name, now / before) for name, (before, now) in shrunk.kept.items()]
         return [sum(one for name, one in counts if name.endswith(kind)) / LAYERS for kind in ("mlp", "attn")]
 
@@ -170,7 +170,7 @@ def test_the_limit_follows_the_clock_where_places_together_take_longer_or_less(t
         return found
 
     monkeypatch.setattr(Clock, "times", noted)
-    shrunk = bh.shrink(model_of(), texts(), latency=0.6, layers="free", **FEW)
+    shrunk = shrinks.shrink(model_of(), texts(), latency=0.6, layers="free", **FEW)
     assert 0.6 - latency.SLACK <= tried[-1] == shrunk.times.ratio <= 0.6
     assert not 0.6 - latency.SLACK <= tried[7 + 3 + 1] <= 0.6  # the first after those of the table and of blocks
     assert shrunk.limit == int(0.6 * round(1e9 * seconds(model_of(), 3e-5, 6e-4)))
@@ -230,7 +230,7 @@ def test_what_cannot_be_met_changes_nothing(given, says, clock):
     model = model_of()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=says):
-        bh.shrink(model, texts(), latency=0.6, layers="free", **FEW)
+        shrinks.shrink(model, texts(), latency=0.6, layers="free", **FEW)
     assert same(model, before)
 
 
@@ -246,7 +246,7 @@ def test_what_cannot_be_met_changes_nothing(given, says, clock):
 )
 def test_what_is_refused(given, says):
     with pytest.raises(ValueError, match=says):
-        bh.shrink(model_of(), texts(), **given)
+        shrinks.shrink(model_of(), texts(), **given)
 
 
 def test_workloads_are_legal_and_decided_for_a_model():

@@ -8,6 +8,7 @@ import billhook as bh
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.shrinking.levels import Place, called, find_places, gone, removed
+from kit import shrinks
 from kit.families import T5, build, llama, tokens
 
 
@@ -76,7 +77,7 @@ def test_attentions_with_one_position_bias_lose_the_same_heads():
     numbers = gone(together[0], search.units, scores, 2)
     assert len({tuple(own) for own in numbers.values()}) == 1
     rows = [{"input_ids": tokens(8, 16), "labels": tokens(8, 10)} for _ in range(4)]
-    shrunk = bh.shrink(model, rows, params=0.9, layers="free", importance=bh.importance.WeightNorm(), generations=0)
+    shrunk = shrinks.shrink(model, rows, params=0.9, layers="free", importance=bh.importance.WeightNorm(), generations=0)
     assert shrunk.left == model.num_parameters() <= shrunk.limit
 
 

@@ -10,6 +10,7 @@ from billhook.shrinking import merging
 from billhook.shrinking.divergence import divided
 from billhook.shrinking.merging import Merging
 from billhook.shrinking.work import Work
+from kit import shrinks
 from kit.families import build, tokens
 
 TINY = bh.RepairConfig(ridges=[0.01])
@@ -112,9 +113,9 @@ def test_padding_does_not_count_and_the_model_stays():
 @pytest.mark.nightly
 def test_a_library_on_disk_goes_on_with_what_is_refitted_and_what_is_not(tmp_path, monkeypatch):
     options = {"kv_cache_bytes": 0.5, "importance": bh.importance.WeightNorm(), "repair": TINY, "generations": 0}
-    first = bh.shrink(model_of(), texts(), library=tmp_path, **options)
+    first = shrinks.shrink(model_of(), texts(), library=tmp_path, **options)
     monkeypatch.setattr(merging, "gather_each", None)
     monkeypatch.setattr(merging, "refit_readers", None)
-    second = bh.shrink(model_of(), texts(), library=tmp_path, **options)
+    second = shrinks.shrink(model_of(), texts(), library=tmp_path, **options)
     assert first.merged
     assert first.to_json() == second.to_json()

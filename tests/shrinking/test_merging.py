@@ -15,6 +15,7 @@ from billhook.shrinking.divergence import Divergence, divided
 from billhook.shrinking.levels import Place
 from billhook.shrinking.planned import apply_in_turn
 from billhook.shrinking.work import Work
+from kit import shrinks
 from kit.families import build, llama, tokens
 
 FEW = {"generations": 0, "importance": bh.importance.WeightNorm()}
@@ -59,7 +60,7 @@ def apart(found, expected):
 def test_heads_that_are_nearly_equal_merge_and_hardly_anything_changes(layers, tmp_path):
     model = grouped()
     before, parameters = logits(model), model.num_parameters()
-    shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
+    shrunk = shrinks.shrink(model, texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
     assert set(shrunk.kept.values()) == {(4, 2)}
     assert not shrunk.plan.units
@@ -81,7 +82,7 @@ def test_heads_that_are_nearly_equal_merge_and_hardly_anything_changes(layers, t
 def test_heads_go_whose_query_heads_are_for_nothing(layers):
     model = grouped(alike=(), idle=LAYERS)
     before = logits(model)
-    shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
+    shrunk = shrinks.shrink(model, texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
     assert not shrunk.merged
     assert {tuple(own) for own in shrunk.plan.units.values()} == {(4, 5, 6, 7)}
     assert shrunk.what == "without 12 heads in 3 attention modules"
@@ -95,7 +96,7 @@ def mixed(**options):
     with torch.no_grad():
         for linear in (heads.k_proj, heads.v_proj):
             linear.weight.copy_(linear.weight[:4].repeat(4, 1))
-    return model, bh.shrink(model, texts(), **FEW | {"kv_cache_bytes": 5 / 12, "layers": "free", "repair": None} | options)
+    return model, shrinks.shrink(model, texts(), **FEW | {"kv_cache_bytes": 5 / 12, "layers": "free", "repair": None} | options)
 
 
 @pytest.mark.daily("repair1")
@@ -120,7 +121,7 @@ def test_each_layer_has_its_own_way_and_the_model_is_saved(repair, tmp_path):
 def test_all_layers_alike_are_what_convert_kv_heads_makes(repair):
     model, batches = grouped(noise=0.3), texts(length=13)  # few enough that the search takes all
     expected, (fitted, _) = copy.deepcopy(model), divided(batches)
-    shrunk = bh.shrink(model, batches, kv_cache_bytes=0.25, repair=repair, **FEW)
+    shrunk = shrinks.shrink(model, batches, kv_cache_bytes=0.25, repair=repair, **FEW)
     assert [plan.after for plan in shrunk.merged] == [1]
     bh.convert_kv_heads(expected, 1, "svd", fitted, repair=repair)
     assert model.state_dict().keys() == expected.state_dict().keys()
@@ -185,7 +186,7 @@ def test_heads_merge_beside_a_block_that_goes(layers, tmp_path):
         block.mlp.down_proj.weight.zero_()
         block.self_attn.o_proj.weight.zero_()
     before = logits(model)
-    shrunk = bh.shrink(model, texts(), kv_cache_bytes=1 / 3, layers=layers, repair=bh.RepairConfig(), **FEW)
+    shrunk = shrinks.shrink(model, texts(), kv_cache_bytes=1 / 3, layers=layers, repair=bh.RepairConfig(), **FEW)
     assert shrunk.blocks.units == {"model.layers": [1]}
     assert [now for _, now in shrunk.kept.values()] == [2, 0, 2]
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
@@ -202,7 +203,7 @@ def test_repair_makes_up_for_both_ways_together():
     lost = {}
     for repair in (None, bh.RepairConfig()):
         model = grouped(alike=(0,), idle=(1,), noise=0.5)
-        shrunk = bh.shrink(model, texts(30), kv_cache_bytes=0.5, layers="free", repair=repair, **FEW)
+        shrunk = shrinks.shrink(model, texts(30), kv_cache_bytes=0.5, layers="free", repair=repair, **FEW)
         assert shrunk.merged
         assert shrunk.plan.units
         lost[repair] = sum(shrunk.measured.values())
@@ -217,7 +218,7 @@ def test_nothing_has_changed_where_carrying_it_out_fails(monkeypatch):
     model = grouped(alike=(0, 2), idle=(1,))
     before, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
     with pytest.raises(RuntimeError, match="it fails"):
-        bh.shrink(model, texts(), kv_cache_bytes=0.5, layers="free", repair=None, **FEW)
+        shrinks.shrink(model, texts(), kv_cache_bytes=0.5, layers="free", repair=None, **FEW)
     assert model.config.to_dict() == config
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert logits(model).isfinite().all()
@@ -246,9 +247,9 @@ def test_optimizers_follow_and_restart_for_what_is_in_another_basis():
 @pytest.mark.nightly
 def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
     options = {"kv_cache_bytes": 0.5, "layers": "free", "repair": None, **FEW}
-    first = bh.shrink(grouped(), texts(), library=tmp_path, **options)
+    first = shrinks.shrink(grouped(), texts(), library=tmp_path, **options)
     monkeypatch.setattr(merging, "gather_each", None)  # nothing is run for it again
-    second = bh.shrink(grouped(), texts(), library=tmp_path, **options)
+    second = shrinks.shrink(grouped(), texts(), library=tmp_path, **options)
     assert first.merged
     assert first.to_json() == second.to_json()
 
@@ -261,7 +262,7 @@ def test_where_heads_cannot_merge_they_go(layers, refused, monkeypatch):
 
     where, what = {"plans": (merged, "plan_kv_heads"), "watching": (merging, "gather_each")}[refused]
     monkeypatch.setattr(where, what, refuse)
-    shrunk = bh.shrink(grouped(), texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
+    shrunk = shrinks.shrink(grouped(), texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
     assert not shrunk.merged
     assert shrunk.left == shrunk.limit
     assert shrunk.what == f"without {shrunk.words}"
@@ -273,7 +274,7 @@ def test_where_merging_saves_no_cache_heads_go():
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4)
     model = transformers.GPT2LMHeadModel(config).eval()
-    shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, repair=None, **FEW)
+    shrunk = shrinks.shrink(model, texts(), kv_cache_bytes=0.5, repair=None, **FEW)
     assert not shrunk.merged
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
 
@@ -286,7 +287,7 @@ def test_other_families(family, layers, tmp_path):
     """One of them attends to all tokens in one layer, and to a few in the other."""
     torch.manual_seed(0)
     model = build(family)
-    shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, layers=layers, **FEW)
+    shrunk = shrinks.shrink(model, texts(), kv_cache_bytes=0.5, layers=layers, **FEW)
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
     bh.save(model, tmp_path / "out")
     assert torch.equal(logits(bh.load(tmp_path / "out")), logits(model))

@@ -16,6 +16,7 @@ from billhook.shrinking.damages import damages, make_slots
 from billhook.shrinking.divergence import divided
 from billhook.shrinking.levels import any_gone, called, find_places, gone, pairs_of
 from billhook.shrinking.work import Work
+from kit import shrinks
 from kit.families import build, llama, tokens
 
 FEW = {"generations": 1, "candidates": 2}
@@ -67,7 +68,7 @@ def test_query_heads_that_do_nothing_go_and_plain_transformers_loads_what_is_lef
     with torch.no_grad():
         before = model(ids).logits
     limit = size_with(model, 4) * {"params": 1, "bytes": 4}[target]
-    shrunk = bh.shrink(model, texts(), **{target: limit}, layers=layers, repair=None, **FEW)
+    shrunk = shrinks.shrink(model, texts(), **{target: limit}, layers=layers, repair=None, **FEW)
     assert shrunk.left == shrunk.limit == getattr(bh.summary(model), target)
     names = [f"model.layers.{number}.self_attn" for number in range(3)]
     assert [shrunk.plan.units[name] for name in names] == list(IDLE)
@@ -88,7 +89,7 @@ def test_query_heads_that_do_nothing_go_and_plain_transformers_loads_what_is_lef
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_they_go_beside_all_else_and_with_their_block(layers, tmp_path):
     model, ids = idle(), tokens()
-    shrunk = bh.shrink(model, texts(), params=int(0.5 * model.num_parameters()), layers=layers, **FEW)
+    shrunk = shrinks.shrink(model, texts(), params=int(0.5 * model.num_parameters()), layers=layers, **FEW)
     assert shrunk.left == model.num_parameters() <= shrunk.limit
     assert [choice.left for choice in shrunk.curve] == sorted(choice.left for choice in shrunk.curve)
     stay = [int(name.split(".")[2]) for name, (_, now) in shrunk.kept.items() if name.endswith("self_attn") and now]
@@ -142,7 +143,7 @@ def test_without_groups_for_the_cache_and_for_time_nothing_changes():
     _, _, heads = places_of(model, kv_cache_bytes=0.5)
     assert {(place.count, place.allowed, place.pairs) for place in heads} == {(2, (2, 1), ())}
     assert not any(place.pairs for place in Work.begun(model, Amount(params=0.9), uniform=True, timed=True).places)
-    shrunk = bh.shrink(model, texts(), kv_cache_bytes=0.5, repair=None, generations=0)
+    shrunk = shrinks.shrink(model, texts(), kv_cache_bytes=0.5, repair=None, generations=0)
     assert set(shrunk.kept) == {f"model.layers.{number}.self_attn" for number in range(3)}
 
 
@@ -153,7 +154,7 @@ def test_with_one_kv_head_query_heads_alone_go():
     smaller = copy.deepcopy(model)
     bh.pruning.prune_units(smaller, any_gone(place, search.units, 3))
     assert place.saves(3) == search.now.params - smaller.num_parameters()
-    shrunk = bh.shrink(model, texts(), params=0.6, **FEW)
+    shrunk = shrinks.shrink(model, texts(), params=0.6, **FEW)
     assert shrunk.left == model.num_parameters() <= shrunk.limit
     assert {shrunk.kept[name] for place in places for name in place.names if place.kind == "head"} <= {(1, 1), (1, 0)}
 

@@ -15,6 +15,7 @@ from billhook.shrinking.divergence import Divergence, divided
 from billhook.shrinking.latency import Workload
 from billhook.shrinking.planned import apply_in_turn
 from billhook.shrinking.work import Work
+from kit import shrinks
 from kit.families import BERT, T5, build, llama, tokens
 
 FEW = {"generations": 1, "candidates": 2}
@@ -39,7 +40,7 @@ def trained():
 
 def shrunk_of(**given):
     model = trained()
-    return model, bh.shrink(model, texts(), **FEW | given)
+    return model, shrinks.shrink(model, texts(), **FEW | given)
 
 
 @pytest.mark.daily("budget0-uniform", "budget3-free")
@@ -157,7 +158,7 @@ def test_what_was_measured_is_told_on_batches_that_were_not_fitted():
     assert [batch.source for batch in held_out] == ["one", "two"]
     assert len(fitted) == 4
     divergence = Divergence(dense, runs_of(dense, held_out))
-    shrunk = bh.shrink(dense, batches, params=0.8, **FEW)
+    shrunk = shrinks.shrink(dense, batches, params=0.8, **FEW)
     assert divergence.by_source() == shrunk.measured
     model = trained()
     weights = bh.repair(model, shrunk_of(params=0.8)[1].plan, fitted)
@@ -181,7 +182,7 @@ def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
 
 def test_a_kind_that_cannot_be_removed_and_protected_blocks_stay_whole():
     model = build("olmo2", num_hidden_layers=4)
-    shrunk = bh.shrink(
+    shrunk = shrinks.shrink(
         model, texts(), params=0.9, first=1, last=1, round_to=8, repair=None, importance=bh.importance.WeightNorm(), **FEW
     )
     assert [name for name, (before, now) in shrunk.kept.items() if now < before] == ["model.layers.1.mlp", "model.layers.2.mlp"]
@@ -193,10 +194,10 @@ def test_a_classifier_and_an_encoder_with_a_decoder():
     torch.manual_seed(0)
     bert = transformers.BertForSequenceClassification(transformers.BertConfig(**BERT)).eval()
     rows = [{"input_ids": tokens(8, 16), "labels": torch.zeros(8, dtype=torch.long)} for _ in range(4)]
-    assert bert.num_parameters() > bh.shrink(bert, rows, params=0.95, **FEW).left == bert.num_parameters()
+    assert bert.num_parameters() > shrinks.shrink(bert, rows, params=0.95, **FEW).left == bert.num_parameters()
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5)).eval()
     rows = [{"input_ids": tokens(8, 16), "labels": tokens(8, 10)} for _ in range(4)]
-    assert bh.shrink(t5, rows, params=0.97, **FEW).left == t5.num_parameters()
+    assert shrinks.shrink(t5, rows, params=0.97, **FEW).left == t5.num_parameters()
 
 
 @pytest.mark.daily("budget0-*")
@@ -214,11 +215,11 @@ def test_too_few_tokens_for_any_refit_are_told_or_refused_before_anything_is_mea
     batches = [{"input_ids": tokens(1, tokens_each)}] * 3
     few = f"too few tokens that .*o_proj, which is {says} at least"
     with pytest.raises(ValueError, match=f"batches: {few}"):
-        bh.shrink(trained(), batches, repair=bh.RepairConfig(), **budget)
+        shrinks.shrink(trained(), batches, repair=bh.RepairConfig(), **budget)
     with pytest.warns(UserWarning, match=f"shrink: not repaired: {few}"), pytest.raises(TypeError, match="not callable"):
-        bh.shrink(trained(), batches, **budget)
+        shrinks.shrink(trained(), batches, **budget)
     with pytest.raises(TypeError, match="not callable"):
-        bh.shrink(trained(), batches, repair=None, **budget)
+        shrinks.shrink(trained(), batches, repair=None, **budget)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_what_is_refused_changes_nothing(given, says):
     model = trained()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=says):
-        bh.shrink(model, **{"batches": texts()} | given)
+        shrinks.shrink(model, **{"batches": texts()} | given)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -260,10 +261,10 @@ def test_an_error_in_the_last_measure_undoes_the_cut():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config, last = copy.deepcopy(model.config), 0
     small = {"params": 0.8, "repair": bh.RepairConfig(), "generations": 0, "candidates": 1}
-    bh.shrink(whole := copy.deepcopy(model), texts(), **small)
+    shrinks.shrink(whole := copy.deepcopy(model), texts(), **small)
     assert whole.num_parameters() < model.num_parameters()
     last, _ = len(calls), calls.clear()
     with pytest.raises(MemoryError, match="in the last measure"):
-        bh.shrink(model, texts(), **small)
+        shrinks.shrink(model, texts(), **small)
     assert {name: value.tolist() for name, value in model.state_dict().items()} == {n: v.tolist() for n, v in before.items()}
     assert model.config.to_dict() == config.to_dict()

@@ -10,6 +10,7 @@ import billhook as bh
 from billhook.engine.batches import Batch, run_with_loss
 from billhook.shrinking import smallest as module
 from billhook.shrinking.divergence import Perplexity, divided
+from kit import shrinks
 from kit.families import llama, tokens
 
 
@@ -64,7 +65,7 @@ def test_it_is_met_and_the_next_smaller_size_does_not_meet_it(layers, repair, mo
     monkeypatch.setattr(module, "SIZES", 16)
     model, dense, held_out = sure(), sure(), divided(texts())[1]
     options = {"layers": layers, "repair": repair, "generations": 1, "candidates": 2}
-    shrunk = bh.shrink(model, texts(), max_loss=1.1, **options)
+    shrunk = shrinks.shrink(model, texts(), max_loss=1.1, **options)
     assert shrunk.ratio == pytest.approx(rises(model, dense, held_out), rel=1e-4)
     assert shrunk.ratio <= 1.1
     assert (shrunk.target, shrunk.left) == ("params", model.num_parameters())
@@ -73,7 +74,7 @@ def test_it_is_met_and_the_next_smaller_size_does_not_meet_it(layers, repair, mo
     least = shrunk.curve[0].left
     step = math.ceil((dense.num_parameters() - least) / 16)
     other = sure()
-    smaller = bh.shrink(other, texts(), params=shrunk.limit - 3 * step, **options)  # whose levels fit its size
+    smaller = shrinks.shrink(other, texts(), params=shrunk.limit - 3 * step, **options)  # whose levels fit its size
     assert rises(other, dense, held_out) > 1.1
     assert smaller.left < shrunk.left
 
@@ -86,7 +87,7 @@ def test_from_a_wrong_guess_it_goes_up_or_down(start, monkeypatch):
     tries, ratio = [], module._ratio
     monkeypatch.setattr(module, "_ratio", lambda *given: tries.append(ratio(*given)) or tries[-1])
     options = {"layers": "free", "generations": 0, "repair": None, "importance": bh.importance.WeightNorm()}
-    shrunk = bh.shrink(sure(), texts(), max_loss=1.1, **options)
+    shrunk = shrinks.shrink(sure(), texts(), max_loss=1.1, **options)
     met = [one <= 1.1 for one in tries]
     assert met == ([False] * (len(met) - 1) + [True] if start == 0 else [True] * (len(met) - 1) + [False])
     assert shrunk.ratio == tries[-1 if start == 0 else -2]
@@ -106,7 +107,7 @@ def test_what_is_refused_changes_nothing(given, says):
     model = sure()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=says):
-        bh.shrink(model, texts(), generations=0, repair=None, importance=bh.importance.WeightNorm(), **given)
+        shrinks.shrink(model, texts(), generations=0, repair=None, importance=bh.importance.WeightNorm(), **given)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(one._forward_pre_hooks for one in model.modules())
 

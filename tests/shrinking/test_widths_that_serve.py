@@ -9,6 +9,7 @@ from billhook.serving.engines import multiple_of
 from billhook.shrinking.levels import Place, find_places
 from billhook.shrinking.space import coarser
 from billhook.shrinking.work import Work
+from kit import shrinks
 from kit.families import llama, tokens
 
 WIDE = {"intermediate_size": 1536, "num_key_value_heads": 8, "num_hidden_layers": 2}
@@ -64,7 +65,7 @@ def test_a_model_within_its_budget(layers):
     model = llama(**WIDE)
     batches = [{"input_ids": tokens(6, 20)} for _ in range(4)]
     limit = int(0.8 * model.num_parameters())
-    shrunk = bh.shrink(
+    shrunk = shrinks.shrink(
         model, batches, params=0.8, layers=layers, generations=0, repair=None, importance=bh.importance.WeightNorm()
     )
     assert shrunk.left == model.num_parameters() <= limit

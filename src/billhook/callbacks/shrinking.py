@@ -24,18 +24,16 @@ from billhook.fit.run import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.training_step import runs_as_in_training, training_loss
 from billhook.importance.obs import OBS
-from billhook.importance.score import Importance
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear
 from billhook.model.memory import signature
-from billhook.pruning.amount import RoundTo
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
-from billhook.pruning.repair import Repairing
 from billhook.shrinking.divergence import divided, to_search
 from billhook.shrinking.planned import Planned, apply_in_turn
-from billhook.shrinking.shrink import Layers, budget, check_search, repair_for
+from billhook.shrinking.search import Budget, Search
+from billhook.shrinking.shrink import Layers, repair_for
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
 from billhook.shrinking.variants import key_of
@@ -51,31 +49,18 @@ class Shrinking(ShapeCallback):
     under FSDP2 one block is whole at a time, and variants of places are divided among ranks. With
     `TransformerModule(lora=...)` it comes at the start, and LoRA, cut too, trains what is left; the budget counts no adapters.
     For `params` and `bytes`, query heads that share a KV head may go, too, as many of each.
-    For a budget of time, call `bh.shrink(model, latency=...)` before the fit: ranks would not agree on what they measure.
+    For a budget of time, call `bh.shrink` before the fit: ranks would not agree on what they measure.
 
     Args:
-        params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
-        kv_cache_bytes: Budget: bytes of the key/value cache per token. For it KV heads are removed, with the query heads that
-            they serve, or merged by SVD, so that all query heads stay: whichever loses less. What merges is in another basis, so
-            that its optimizer state restarts; under LoRA heads are removed. Whole blocks may go, no channels.
-        bytes: Budget: bytes of all parameters.
-        max_loss: Budget in quality: the fewest parameters at which perplexity on held-out batches, by the model's own loss, is at
-            most so many times as high, such as 1.1.
+        budget: What is left at most, such as `Budget(params=0.8)`; not `latency`. Where KV heads merge, for `kv_cache_bytes`,
+            their optimizer state restarts, as they are in another basis; under LoRA heads are removed. For `max_loss` perplexity
+            is by the model's own loss.
         layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many heads; `"free"`: each its own.
             Whole blocks may go in both.
-        importance: Which units go: `OBS` (the default), or any other `Importance`.
-        repair: How the linears that read removed units are refitted; `"auto"`: by `RepairConfig()` if there are enough tokens for
-            any refit, and otherwise, with a warning before the search, not at all; None: not at all.
-        first: Blocks at the beginning of each stack that stay whole.
-        last: Blocks at the end of each stack that stay whole.
-        round_to: To multiples of what the number of channels that remain is rounded down. `"auto"`: of the largest of 256,
-            128, 64 and 32 that takes at most 3 % of them more; layers that stay alike keep all KV heads, 1, 2, 4 or a multiple
-            of 8, except for `kv_cache_bytes`. A number (int): multiples of it; 1: any number.
-        generations: Rounds of evolution; 0 takes the best of what the knapsack finds.
-        candidates: Models that each round measures.
         at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the first step).
         calibration: Batches to fit and to measure on, text as a `Calibration`, or a number of training
             examples, by default 128; a fifth is held out to measure on.
+        search: How it is searched for, as by `Search(generations=0)`.
         measure_batches: Validation batches to measure before and after; by default all of validation, 0 for none.
 
     Attributes:
@@ -85,37 +70,26 @@ class Shrinking(ShapeCallback):
         ValueError: If an argument is not legal; in `setup`, if the model cannot meet the budget.
 
     >>> import billhook as bh
-    >>> callback = bh.Shrinking(params=0.8, calibration=64)  # for Trainer(callbacks=[callback])
+    >>> callback = bh.Shrinking(bh.Budget(params=0.8), calibration=64)  # for Trainer(callbacks=[callback])
     """
 
     in_turn = True
 
     def __init__(
         self,
-        params: int | float | None = None,
-        kv_cache_bytes: int | float | None = None,
-        bytes: int | float | None = None,  # noqa: A002 - the name of the target
-        max_loss: float | None = None,
+        budget: Budget,
         layers: Layers = "uniform",
-        importance: Importance | None = None,
-        repair: Repairing = "auto",
-        first: int = 0,
-        last: int = 0,
-        round_to: RoundTo = "auto",
-        generations: int = 8,
-        candidates: int = 8,
         at: At = "start",
         calibration: Given = None,
+        search: Search | None = None,
         measure_batches: int | None = None,
     ) -> None:
         annotated(Shrinking, locals())
         check_at(at)
-        check_search(generations, candidates)
-        self.amount = budget(params, kv_cache_bytes, bytes, max_loss, None, first, last, round_to)
-        self.params, self.kv_cache_bytes, self.bytes, self.max_loss = params, kv_cache_bytes, bytes, max_loss
-        self.first, self.last, self.round_to = first, last, round_to
-        self.layers, self.importance, self.repair, self.at = layers, importance or OBS(), repair, at
-        self.generations, self.candidates = generations, candidates
+        if budget.latency is not None:
+            raise ValueError(f"budget={budget.words}: ranks would not agree on what they measure: call bh.shrink before the fit")
+        self.budget, self.layers, self.at, self.search = budget, layers, at, search or Search()
+        self.amount = self.search.amount(budget)
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
@@ -128,7 +102,7 @@ class Shrinking(ShapeCallback):
     def state_key(self) -> str:
         """The key of this callback's state in checkpoints."""
         # as when the class was called Shrink, so that checkpoints of then can be resumed
-        return f"Shrink{{'amount': {str(self.amount)!r}, 'max_loss': {self.max_loss!r}}}"
+        return f"Shrink{{'amount': {str(self.amount)!r}, 'max_loss': {self.budget.max_loss!r}}}"
 
     @property
     def needs_data(self) -> bool:
@@ -201,16 +175,16 @@ class Shrinking(ShapeCallback):
             work.agreed = partial(of_first, trainer, "Shrinking", "what it measures")
             fitted, held_out = divided(batches)
             runs, searched = (_runs(pl_module, work, own) for own in (fitted, to_search(fitted, work.widest)))
-            repair = repair_for(work, runs, self.repair)
+            repair = repair_for(work, runs, self.search.repair)
             if work.not_repaired:
                 rank_zero_warn(f"Shrinking: {work.not_repaired}")
             predicting = runs_as_in_training(pl_module, work.model, held_out)
-            work.measure(searched, predicting, self.importance, repair)
-            choosing = partial(work.chosen, self.generations, self.candidates, self.calibration.seed)
-            if self.max_loss is None:
+            work.measure(searched, predicting, self.search.importance or OBS(), repair)
+            choosing = partial(work.chosen, self.search.generations, self.search.candidates, self.calibration.seed)
+            if self.budget.max_loss is None:
                 found = Found.within(work, runs, repair, choosing)
             else:
-                found = smallest(work, self.max_loss, held_out, runs, repair, choosing)
+                found = smallest(work, self.budget.max_loss, held_out, runs, repair, choosing)
             work.compare(searched)
             return found
 

@@ -8,46 +8,33 @@ from typing import Any, Literal
 
 from torch import nn
 
-from billhook.arguments import a_path, annotated, fraction, number, whole
+from billhook.arguments import a_path, annotated, whole
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.obs import OBS
-from billhook.importance.score import Importance
 from billhook.model.find import check_stored, check_values, find_transformer
 from billhook.model.surgery import undone_by_errors, values_kept
-from billhook.pruning.amount import TARGETS, Amount, RoundTo
 from billhook.pruning.repair import Repairing
 from billhook.repairs.moments import NoRepair, without_name
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import divided, to_search
 from billhook.shrinking.latency import Clock, Workload, clock_of, fast_enough, timed
 from billhook.shrinking.planned import apply_in_turn
+from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.shrunk import Shrunk
 from billhook.shrinking.smallest import Found, smallest
 from billhook.shrinking.variants import check_enough
 from billhook.shrinking.work import Work
 
 Layers = Literal["uniform", "free"]
-ANY = 1 - 1e-9
-"""A budget that any smaller model meets."""
 
 
 def shrink(
     model: nn.Module,
+    budget: Budget,
     batches: Batches | None = None,
     *,
-    params: int | float | None = None,
-    kv_cache_bytes: int | float | None = None,
-    bytes: int | float | None = None,  # noqa: A002 - the name of the target
-    max_loss: float | None = None,
-    latency: float | None = None,
     layers: Layers = "uniform",
-    importance: Importance | None = None,
-    repair: Repairing = "auto",
-    first: int = 0,
-    last: int = 0,
-    round_to: RoundTo = "auto",
-    generations: int = 8,
-    candidates: int = 8,
+    search: Search | None = None,
     library: str | Path | None = None,
     workload: Workload | None = None,
     seed: int = 0,
@@ -69,31 +56,12 @@ def shrink(
 
     Args:
         model: A Hugging Face model with `logits`, or a module that holds one.
+        budget: What is left at most, such as `Budget(params=0.8)`.
         batches: Inputs of the model's forward, as dictionaries; two rows of each source at least, three in all. A `Calibration`
             reads them; by default they are what the model itself writes.
-        params: Budget: parameters that are left at most, a number (int) or a fraction of those that are there (float).
-        kv_cache_bytes: Budget: bytes of the key/value cache per token. For it KV heads are removed, with the query heads that
-            they serve, or merged by SVD, so that all query heads stay (`convert_kv_heads`): whichever loses less, decided for
-            each attention, or where layers are uniform for all together. Heads merge where fewer divide their number, and the
-            model can be converted; elsewhere they are removed. Whole blocks may go, no channels.
-        bytes: Budget: bytes of all parameters.
-        max_loss: Budget in quality: the fewest parameters at which perplexity on batches that nothing is fitted to, the geometric
-            mean over their sources, is at most so many times the dense model's, such as 1.1.
-        latency: Budget in time: the fraction of the dense model's time that is left at most, by this machine's clock, on the
-            model's own device. A table of what each level of each place takes leads the search; what it finds is timed beside the
-            dense model before anything is cut, and searched for again where it takes too long.
         layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many heads, which plain checkpoints
             can say; `"free"`: each place keeps its own number. Whole blocks may go in both.
-        importance: Which units go, at each level those of the lowest scores; by default `OBS()`.
-        repair: How the linears that read removed units are refitted; `"auto"`: by `RepairConfig()` if there are enough tokens for
-            any refit, and otherwise, with a warning before the search, not at all; None: not at all.
-        first: Blocks at the beginning of each stack that stay whole.
-        last: Blocks at the end of each stack that stay whole.
-        round_to: To multiples of what the number of channels that remain is rounded down. `"auto"`: of the largest of 256,
-            128, 64 and 32 that takes at most 3 % of them more; layers that stay alike keep all KV heads, 1, 2, 4 or a multiple
-            of 8, except for `kv_cache_bytes`. A number (int): multiples of it; 1: any number.
-        generations: Rounds of evolution; 0 takes the best of what the knapsack finds.
-        candidates: Models that each round measures.
+        search: How it is searched for, as by `Search(generations=0)`.
         library: A folder for the variants of all places; by default they stay in memory. A search of the same model, batches,
             importance, rounding and repair goes on from what it holds, also for another budget of `params` or `bytes`.
         workload: What is timed for `latency`, a `billhook.shrinking.latency.Workload`; by default the writing of a token
@@ -112,29 +80,27 @@ def shrink(
         >>> import torch, billhook as bh
         >>> model = bh.load("tiny")
         >>> batches = [{"input_ids": torch.randint(2048, (8, 64))} for _ in range(3)]
-        >>> shrunk = bh.shrink(model, batches, kv_cache_bytes=0.5, layers="free", generations=0)
+        >>> shrunk = bh.shrink(model, bh.Budget(kv_cache_bytes=0.5), batches, layers="free", search=bh.Search(generations=0))
         >>> shrunk.limit, shrunk.left, sum(now for _, now in shrunk.kept.values())
         (2048, 2048, 16)
     """
     annotated(shrink, locals())
     whole("seed", seed, 0)
-    check_search(generations, candidates)
     check_library(library)
-    if workload is not None and latency is None:
+    if workload is not None and budget.latency is None:
         raise ValueError(f"workload={workload!r} is what latency is measured of, and latency=None")
-    amount = budget(params, kv_cache_bytes, bytes, max_loss, latency, first, last, round_to)
+    search = search or Search()
     subject = find_transformer(model)
     check_values(subject)
     check_stored(subject)
-    clock = None if latency is None else (latency, clock_of(subject, workload))
-    work = Work.begun(subject, amount, layers == "uniform", timed=latency is not None)
+    clock = None if budget.latency is None else (budget.latency, clock_of(subject, workload))
+    work = Work.begun(subject, search.amount(budget), layers == "uniform", timed=clock is not None)
     work.progress = progress
     fitted, held_out = divided(list(batches_of(batches, subject)))
-    how = repair_for(work, fitted, repair)
+    how = repair_for(work, fitted, search.repair)
     if work.not_repaired:
         warnings.warn(f"shrink: {work.not_repaired}", stacklevel=2)
-    scored = importance or OBS()
-    return shrink_begun(work, fitted, held_out, max_loss, clock, scored, how, generations, candidates, library, seed)
+    return shrink_begun(work, fitted, held_out, budget, clock, search, how, library, seed)
 
 
 def repair_for(work: Work, fitted: Sequence[Any], repair: Repairing) -> RepairConfig | None:
@@ -160,12 +126,10 @@ def shrink_begun(
     work: Work,
     fitted: Sequence[Any],
     held_out: Sequence[Any],
-    max_loss: float | None,
+    budget: Budget,
     latency: tuple[float, Clock] | None,
-    importance: Importance,
+    search: Search,
     repair: RepairConfig | None,
-    generations: int,
-    candidates: int,
     library: str | Path | None,
     seed: int,
 ) -> Shrunk:
@@ -173,16 +137,16 @@ def shrink_begun(
 
     A budget of time comes with the clock that it is measured by.
     """
-    work.steps = work.most_steps(generations, candidates)
+    work.steps = work.most_steps(search.generations, search.candidates)
     if latency is not None:
         work = timed(work, *latency)
     searched, folder = to_search(fitted, work.widest), None if library is None else Path(library)
-    work.measure(searched, held_out, importance, repair, folder)
-    choosing = partial(work.chosen, generations, candidates, seed)
+    work.measure(searched, held_out, search.importance or OBS(), repair, folder)
+    choosing = partial(work.chosen, search.generations, search.candidates, seed)
     if latency is not None:
         found = fast_enough(work, *latency, fitted, repair, choosing)
-    elif max_loss is not None:
-        found = smallest(work, max_loss, held_out, fitted, repair, choosing)
+    elif budget.max_loss is not None:
+        found = smallest(work, budget.max_loss, held_out, fitted, repair, choosing)
     else:
         found = Found.within(work, fitted, repair, choosing)
     work.compare(searched)
@@ -198,37 +162,3 @@ def check_library(library: str | Path | None) -> None:
         a_path("library", library)
         if Path(library).exists() and not Path(library).is_dir():
             raise ValueError(f"library='{library}' must be a folder, or a name that is free")
-
-
-def check_search(generations: int, candidates: int) -> None:
-    """Refuses numbers of a search that are not legal."""
-    whole("generations", generations, 0)
-    whole("candidates", candidates)
-
-
-def budget(
-    params: int | float | None,
-    kv_cache_bytes: int | float | None,
-    bytes: int | float | None,  # noqa: A002
-    max_loss: float | None,
-    latency: float | None,
-    first: int,
-    last: int,
-    round_to: RoundTo,
-) -> Amount:
-    """Returns a budget, the only one of five, as an amount: for a loss or a time, any smaller model; refuses illegal numbers."""
-    for name, value in {"first": first, "last": last}.items():
-        whole(name, value, 0)
-    if round_to != "auto":
-        whole("round_to", round_to)
-    targets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes, "max_loss": max_loss, "latency": latency}
-    asked = [name for name, value in targets.items() if value is not None]
-    if len(asked) != 1:
-        raise ValueError(f"{' and '.join(asked) or 'params=None'}: give one budget of {', '.join(targets)}")
-    if max_loss is not None:
-        number("max_loss", max_loss, above=1)
-    if latency is not None:
-        fraction("latency", latency, "(0, 1)", of="the dense model's time")
-    if asked[0] not in TARGETS:
-        params = ANY
-    return Amount(params=params, kv_cache_bytes=kv_cache_bytes, bytes=bytes, first=first, last=last, round_to=round_to)

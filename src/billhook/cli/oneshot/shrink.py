@@ -16,17 +16,14 @@ from billhook.cli.oneshot.recovery import Recovery
 from billhook.cli.oneshot.text import Examples
 from billhook.cli.stopped import library_beside
 from billhook.engine.batches import Batch
-from billhook.importance.obs import OBS
-from billhook.importance.score import Importance
 from billhook.plots.pareto import pareto
-from billhook.pruning.amount import RoundTo
-from billhook.pruning.repair import Repairing
 from billhook.report.speed import Phase
 from billhook.shrinking.damages import CALLED
 from billhook.shrinking.divergence import divided
 from billhook.shrinking.latency import Workload, clock_of
 from billhook.shrinking.levels import Place
-from billhook.shrinking.shrink import Layers, budget, check_library, check_search, repair_for, shrink_begun
+from billhook.shrinking.search import Budget, Search
+from billhook.shrinking.shrink import Layers, check_library, repair_for, shrink_begun
 from billhook.shrinking.variants import tokens_needed
 from billhook.shrinking.work import Work
 from billhook.tracing.show import pattern
@@ -101,19 +98,9 @@ def shrink(
     out: str,
     given: Examples,
     recovery: Recovery,
-    params: int | float | None = None,
-    kv_cache_bytes: int | float | None = None,
-    bytes: int | float | None = None,  # noqa: A002 - the name of the target
-    max_loss: float | None = None,
-    latency: float | None = None,
+    budget: Budget,
+    search: Search,
     layers: Layers = "uniform",
-    importance: Importance | None = None,
-    repair: Repairing = "auto",
-    first: int = 0,
-    last: int = 0,
-    round_to: RoundTo = "auto",
-    generations: int = 8,
-    candidates: int = 8,
     library: str | None = None,
     time_phase: Phase | None = None,
     time_batch_size: int = 1,
@@ -133,25 +120,9 @@ def shrink(
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
         given: Examples to fit and to measure on, and the place to compute.
         recovery: Training after the cut.
-        params: Budget: parameters that are left at most, a number, or a fraction of those that are there.
-        kv_cache_bytes: Budget: bytes of the key/value cache per token. For it KV heads are removed, with the query heads that
-            they serve, or merged by SVD, so that all query heads stay: whichever loses less. Whole blocks may go, no channels.
-        bytes: Budget: bytes of all parameters.
-        max_loss: Budget in quality: the fewest parameters at which perplexity on held-out examples, the geometric mean over
-            their sources, is at most so many times the dense model's, such as 1.1.
-        latency: Budget in time: the fraction of the dense model's time that is left at most, as `billhook bench` measures it on
-            this machine.
+        budget: What is left at most.
+        search: How it is searched for.
         layers: "uniform", so that layers stay alike and plain checkpoints can say it, or "free".
-        importance: Which units go: `OBS` (the default), or any other `Importance`, also a class of your own.
-        repair: How the linears that read removed units make up for them; "auto": by `RepairConfig()` if the examples are enough
-            for any refit; null: they do not.
-        first: Blocks at the beginning of each stack that stay whole.
-        last: Blocks at the end of each stack that stay whole.
-        round_to: To multiples of what the number of channels that remain is rounded down. "auto": of the largest of 256,
-            128, 64 and 32 that takes at most 3 % of them more; layers that stay alike keep all KV heads, 1, 2, 4 or a multiple
-            of 8, except for `kv_cache_bytes`. A number (int): multiples of it; 1: any number.
-        generations: Rounds of evolution; 0 takes what the sums say.
-        candidates: Models that each round measures.
         library: A folder for the variants of all places, from which a search on the same examples goes on. By default they are
             in `.OUT.library` beside `out` until that is saved, so that the same command goes on if it is stopped.
         time_phase: What is timed for `latency`: "decode", writing a token (the default), or "prefill", reading prompts.
@@ -163,47 +134,43 @@ def shrink(
     Raises:
         ValueError: If an argument is not legal, or the budget cannot be reached; before anything is written.
     """
-    check_search(generations, candidates)
     check_library(library)
     kept = KeptLibrary(out, library)
     whole("seed", given.seed, 0)
     if plot is not None:
         check_file("plot", plot, ".png")
-    limits = budget(params, kv_cache_bytes, bytes, max_loss, latency, first, last, round_to)
     whole("time_batch_size", time_batch_size)
     whole("time_context", 2 if time_context is None else time_context, 2)
     workload = Workload(time_phase, time_batch_size, time_context)
-    work = OneShot(model, out, given, refits=repair is not None)
+    work = OneShot(model, out, given, refits=search.repair is not None)
     if recovery.recover:
         recovery.task_of(work.model)
-    clock = None if latency is None else (latency, clock_of(work.model, workload))
-    begun = Work.begun(work.model, limits, layers == "uniform", timed=latency is not None)
-    budgets = {"params": params, "kv_cache_bytes": kv_cache_bytes, "bytes": bytes, "max_loss": max_loss, "latency": latency}
-    asked = next(f"{name}={value}" for name, value in budgets.items() if value is not None)
+    clock = None if budget.latency is None else (budget.latency, clock_of(work.model, workload))
+    begun = Work.begun(work.model, search.amount(budget), layers == "uniform", timed=clock is not None)
     then = [f"train it for {recovery.recover:,} steps"] if recovery.recover else []
     fitted, _ = divided(coming(work))
-    short = refits(work, tokens_needed(begun.search, begun.places), fitted, repair != "auto") if repair is not None else ""
+    asked = search.repair
+    short = refits(work, tokens_needed(begun.search, begun.places), fitted, asked != "auto") if asked is not None else ""
     then = [*([short] if short else []), *then]
-    work.tell(f"find the model within {asked} that loses least", f"shown {work.shown}", *then)
+    work.tell(f"find the model within {budget.words} that loses least", f"shown {work.shown}", *then)
     if dry_run:
-        within = {f"max_loss={max_loss}": max_loss, f"latency={latency}": latency}
-        told = next((words for words, value in within.items() if value is not None), None)
-        work.tell_dry(outlook(begun, begun.most_steps(generations, candidates), told))
+        of_size = budget.max_loss is None and budget.latency is None
+        steps = begun.most_steps(search.generations, search.candidates)
+        work.tell_dry(outlook(begun, steps, None if of_size else budget.words))
         return
     kept.begin()
     batches = work.batches()
     fitted, held_out = divided(batches)
-    how_refitted = repair_for(begun, fitted, repair)
+    how_refitted = repair_for(begun, fitted, search.repair)
     if begun.not_repaired and not short.startswith("not repaired"):
         print(begun.not_repaired)  # a text is shorter than what was asked for
     before = work.measure()
     phases = [""]
     with bar("shrinking", "steps", lambda: phases[-1], alike=False) as progress:
-        begun.progress, begun.entered, begun.reused, scored = progress, phases.append, kept.tell, importance or OBS()
-        options = generations, candidates, kept.folder, given.seed
-        shrunk = shrink_begun(begun, fitted, held_out, max_loss, clock, scored, how_refitted, *options)
+        begun.progress, begun.entered, begun.reused = progress, phases.append, kept.tell
+        shrunk = shrink_begun(begun, fitted, held_out, budget, clock, search, how_refitted, kept.folder, given.seed)
     by = str(how_refitted) if how_refitted else None
-    how = {"layers": layers, "importance": str(importance or "OBS()"), "repair": by}
+    how = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": by}
     what = f"{shrunk.what}: {shrunk.budget}"
     what += f"; {recovery.recover:,} steps of recovery" if recovery.recover else ""
     trained, *said = _recovered(work, recovery, batches, before) if recovery.recover else ({},)

@@ -75,7 +75,7 @@ def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | None]:
     for batch in batches:
         source = source_of(batch)
         count, length = _size(batch)
-        rows = min(max(left.get(source, share) // length, 0), count) or int(source not in left)
+        rows = min(max(left.get(source, share) // max(length, 1), 0), count) or int(source not in left)
         found.append(None if not rows else batch if rows == count else _rows(batch, 0, rows))
         left[source] = left.get(source, share) - rows * length
     return found

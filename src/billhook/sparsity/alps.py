@@ -15,7 +15,6 @@ from billhook.arguments import annotated, number, one_of, whole
 from billhook.engine.statistics import InputMoments, Statistics
 from billhook.linalg import conjugate_gradients, damp_, in_float64
 from billhook.sparsity.criteria import Comparison, Criterion, Wanda, check_finite
-from billhook.sparsity.masks import check_amount, check_width, parse_pattern
 
 EVERY = 3
 """Iterations after which the support is compared with what it was, and the penalty raised."""
@@ -122,13 +121,10 @@ class ALPS(Criterion):
         moments = self._of_inputs(statistics, weight, InputMoments)
         return (weight.detach().float().abs() * self._scaled(moments)[1]).masked_fill(moments.squares == 0, 0)
 
-    def prune(
-        self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
+    def solve(
+        self, weight: Tensor, statistics: Statistics | None, sparsity: float, kept: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:
         """Finds the mask, and the weights on it. See `Criterion.prune`."""
-        sparsity, kept = check_amount(sparsity, pattern), parse_pattern(pattern)
-        check_width(weight.shape[1], pattern)
-        check_finite(weight, "the weight")
         moments = self._of_inputs(statistics, weight, InputMoments)
         h, scale = self._scaled(moments)
         zero = (weight.detach() == 0) | (moments.squares == 0)

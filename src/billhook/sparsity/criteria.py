@@ -75,6 +75,12 @@ class Criterion(ABC):
         sparsity, kept = check_amount(sparsity, pattern), parse_pattern(pattern)
         check_width(weight.shape[1], pattern)
         check_finite(weight, "the weight")
+        return self.solve(weight, statistics, sparsity, kept)
+
+    def solve(
+        self, weight: Tensor, statistics: Statistics | None, sparsity: float, kept: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Does what `prune` does, whose arguments are legal: by default all kept weights stay as they are."""
         keep = self.keep(self.score(weight, statistics), sparsity, kept)
         return where_kept(weight, keep), keep
 

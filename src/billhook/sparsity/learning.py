@@ -51,8 +51,8 @@ class Chosen:
 
         Weights that are NaN are kept, so that the loss shows them.
         """
-        kind = type(criterion)
-        if kind.prune is not Criterion.prune or kind.keep is not Criterion.keep:  # a user's own choice may check what it likes
+        overridden = [getattr(type(criterion), name) is not getattr(Criterion, name) for name in ("prune", "solve", "keep")]
+        if any(overridden):  # a user's own choice may check what it likes
             return self.keep(name, linear, criterion, pattern)
         scores = scores_of(criterion, weight_of(linear), self.statistics)
         return turned(linear, criterion.keep(scores, self.sparsity, parse_pattern(pattern), check=False)).contiguous()

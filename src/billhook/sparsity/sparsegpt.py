@@ -14,7 +14,7 @@ from billhook.arguments import annotated, fraction, whole
 from billhook.engine.statistics import InputMoments, Statistics
 from billhook.linalg import cholesky_, damp_
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
-from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, parse_pattern
+from billhook.sparsity.masks import keep_layer, keep_n_of_m
 
 MAX_DAMPING = 1.0
 """Of the mean of the Hessian's diagonal: with more, the weights' interplay would hardly count."""
@@ -149,15 +149,12 @@ class SparseGPT(Criterion):
         moments = self._of_inputs(statistics, weight, InputMoments)
         return saliency(_without_dead(weight, moments), inverse_factor(moments.products, self.damping))
 
-    def prune(
-        self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
+    def solve(
+        self, weight: Tensor, statistics: Statistics | None, sparsity: float, kept: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:
         """Zeroes the lowest saliencies and updates the kept weights. See `Criterion.prune`."""
-        sparsity, kept = check_amount(sparsity, pattern), parse_pattern(pattern)
         if kept is not None and self.block_size % kept[1]:
-            raise ValueError(f"block_size={self.block_size} must be a multiple of {kept[1]} for pattern={pattern!r}")
-        check_width(weight.shape[1], pattern)
-        check_finite(weight, "the weight")
+            raise ValueError(f"block_size={self.block_size} must be a multiple of {kept[1]} for pattern='{kept[0]}:{kept[1]}'")
         moments = self._of_inputs(statistics, weight, InputMoments)
         factor = inverse_factor(moments.products, self.damping)
         solved, keep = solve(_without_dead(weight, moments), factor, sparsity, kept, self.block_size)

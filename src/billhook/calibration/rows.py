@@ -38,6 +38,7 @@ def map_rows(
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(function, **options)
     source = [Path(file).read_text(encoding="utf-8") for file in (__file__, conversations.__file__)]
+    # private: `datasets` itself names what rows are by it
     parts = [rows._fingerprint, source, function.__name__, arguments, _identity(tokenizer)]
     return rows.map(function, **options, new_fingerprint=Hasher.hash(parts), desc=f"Tokenising {split}")
 

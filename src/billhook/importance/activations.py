@@ -194,6 +194,7 @@ def gram_of(reader: nn.Module, table: Tensor, exists: Tensor, width: int) -> Ten
     like = next((parameter for parameter in reader.parameters() if parameter.is_floating_point()), torch.zeros(()))
     if dims := -1 - read_dim(reader):
         for part in reader.modules():
+            # private: the base of all convolutions, transposed ones too
             if isinstance(part, nn.modules.conv._ConvNd) and {*part.kernel_size, *part.stride} != {1}:
                 raise ValueError(
                     f"importance: {reader} reads several places at once, so that what a unit moves is no sum over tokens"

@@ -45,6 +45,7 @@ def choose_ridge(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], 
             parts, held_out = folds[column]
             errors[row, column] = error_left(solve_ridge(parts, centred, ridges[row]), parts, held_out, centred)
     comm.sum_(errors)
+    # one rank decides: sums may be rounded otherwise on another
     return comm.decide(lambda: least(ridges, errors_without(folds, centred), errors))
 
 

@@ -98,7 +98,7 @@ class _Marked(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass():  # as torch's own subclasses do: the result is marked below, or is plain
             result = func(*args, **(kwargs or {}))
             if not isinstance(result, Tensor):
                 return result

@@ -45,6 +45,7 @@ def admm(dense: Tensor, h: Tensor, keep_of: Keep, penalty: float, steps: int) ->
     Returns:
         D and its support.
     """
+    # found in float64: in float32 small eigenvalues may come out negative, and r would have to make up for that
     values, vectors = (part.float().to(h.device) for part in torch.linalg.eigh(in_float64(h)))
     goal, v, moved = dense @ h, torch.zeros_like(dense), False
     keep = first = keep_of(dense.abs())

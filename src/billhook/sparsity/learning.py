@@ -149,7 +149,7 @@ class Learned:
         self._names = {linear: name for name, linear in linears.items()} | twins
         self._unmasked = dict[nn.Module, nn.Parameter]()  # while a linear computes with what is kept of it
         self._hooks = [optimizer.register_step_post_hook(self._stepped) for optimizer in self._optimizers]
-        for linear in self._names:
+        for linear in self._names:  # after the hooks of others, which may gather weights, and also where a forward fails
             self._hooks += [
                 linear.register_forward_pre_hook(self._mask, prepend=False),
                 linear.register_forward_hook(self._restore, always_call=True),
@@ -190,6 +190,7 @@ class Learned:
         return [name for name, linear in self._linears.items() if id(linear.get_parameter("weight")) in trained]
 
     def _mask(self, linear: nn.Module, _: object) -> None:
+        # the attribute would take nothing but a Parameter, which has no graph; so the tensor goes into torch's own dictionary
         weight = linear.get_parameter("weight")
         self._unmasked[linear] = weight
         linear._parameters["weight"] = _Straight.apply(weight, self.masks[self._names[linear]])  # type: ignore[no-untyped-call]

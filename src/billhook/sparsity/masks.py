@@ -226,6 +226,7 @@ def _drop_lowest(block: Tensor, count: int, keep: Tensor) -> None:
     else:
         lowest_kept = block.topk(count + 1, largest=False, sorted=False).values.amax(1, keepdim=True)
     torch.ge(block, lowest_kept, out=keep)
+    # so far all that tie with the lowest kept score are kept: the first of them go, by a full stable sort
     tied = keep.sum(1, keepdim=True, dtype=torch.int32) - (block.shape[1] - count)
     if not on_host:
         keep &= ~_first(block == lowest_kept, tied)

@@ -247,7 +247,7 @@ class MatchingVisitor(PruningVisitor):
         parts: tuple[list[Passage], list[Passage]] = ([], [])
         for passage, is_held_out in zip(passages, self.matching.is_held_out(len(passages)), strict=True):
             parts[is_held_out].append(passage)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # runs may be in it, and nothing that is made there has gradients
             tuning = Tuning(self.matching, block, weights, keeps, self.comm)
             weights.clear()  # it has copies
             tuned = tuning(*parts)

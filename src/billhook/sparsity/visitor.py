@@ -333,7 +333,7 @@ class PruningVisitor(Visitor):
         for name, linear in linears.items():
             self.enter(linear)
             weight, scored = weight_of(linear), self.scored(name)
-            if divided:
+            if divided:  # zeros of all ranks but one, summed: the bits of what that one has solved
                 mine = solved.pop(name, None)
                 new = torch.zeros_like(scored) if mine is None else mine.weight(scored)
                 keep = torch.zeros_like(scored, dtype=torch.bool) if mine is None else mine.keep(scored)

@@ -2,7 +2,7 @@
 
 Linear after linear is refitted, as the model calls them, each on its inputs once all before it have lost inputs and been
 refitted. Its target is its part of the whole model's stream: where the outputs of linears are added up, as in a residual
-stream, it also makes up for what those before it still owe (`sums.py`).
+stream, it also makes up for what those before it still owe (`followed`).
 """
 
 import hashlib

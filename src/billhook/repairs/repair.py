@@ -150,18 +150,18 @@ def repair_linears(
             before = dict.fromkeys(linears) | before
         looked = {name: linear for name, linear in every.items() if name in {*before, *with_others, *linears}}
         visitor = RepairVisitor(looked, kept, before, trials, repair.ridges, parts, held_out, comm, given, progress, store)
-        runs = forwards * (2 if before else 1), range(len(trials), 2 * len(trials)) if before else range(0)
+        forwards = forwards * (2 if before else 1)
         if not store.holds_all and orderly and not often:
             masks = hashlib.sha256(str([(name, keep.tolist()) for name, keep in kept.items()]).encode()).hexdigest()
             step = store.step(f"{repair} {sources} {masks}", partial(tell_apart, trials))
             with step, activation_files(store) as visitor.files, outputs_in_files(visitor.files, model):
-                new = _refit_by_block(model, visitor, looked, comm, *runs)
+                new = _refit(model, visitor, looked, {}, comm, forwards, by_block=True)
         else:
             store.check_can_hold_all(f"repair: {', '.join(list(often)[:1])} is called several times in a run")
             with store.all_here():
                 with undisturbed(model):
                     check_tokens(linears, {name: int(keep.sum()) for name, keep in kept.items()}, trials, comm)
-                new = _refit_whole(model, visitor, looked, linears, often, comm, *runs)
+                new = _refit(model, visitor, looked, often, comm, forwards, by_block=False)
     if all(visitor.left.values()):
         raise NoRepair(too_few(next(iter(visitor.left))))
     names = [name for name, is_left in visitor.left.items() if is_left]
@@ -186,43 +186,28 @@ def _shown(
     return agreed([linears for shown, _ in ranks for linears in shown]), all(orderly for _, orderly in ranks)
 
 
-def _refit_by_block(
+def _refit(
     model: nn.Module,
     visitor: RepairVisitor,
     looked: Mapping[str, nn.Module],
-    comm: Comm,
-    forwards: Sequence[Callable[[], object]],
-    untouched: Collection[int],
-) -> LazyTensors:
-    """Refits linears up to the last block that has any; of blocks that an earlier process has done, takes what is there."""
-    sites = find_sites(model, looked, "layer", store_of(model).blocks.values())
-    last = max(number for number, site in enumerate(sites) if site.linears)
-    visitor.take(visitor.inside(None))
-    visitor.untouched = untouched
-    Walk(sites[: last + 1], visitor, comm, visitor.enter)(forwards)
-    return visitor.finish()
-
-
-def _refit_whole(
-    model: nn.Module,
-    visitor: RepairVisitor,
-    looked: Mapping[str, nn.Module],
-    linears: Mapping[str, nn.Module],
     often: Mapping[str, nn.Module],
     comm: Comm,
     forwards: Sequence[Callable[[], object]],
-    untouched: Collection[int],
+    by_block: bool,
 ) -> LazyTensors:
-    """Refits linears, of which some are called often in a run, in a model that is there as a whole."""
-    visitor.take({**linears, **looked})
+    """Refits linears, first those that are called often in a run; up to the last block that has any, where blocks come and go."""
+    visitor.take(visitor.inside(None) if by_block else looked)
+    refitted = [name for name in looked if name in visitor.left]
     if often:
-        with replaced({linear: visitor.own(name) for name, linear in linears.items()}):
+        with replaced({looked[name]: visitor.own(name) for name in refitted}):
             Walk([Site(model, dict(often))], visitor, comm)(forwards)
     if once := {name: linear for name, linear in looked.items() if name not in often}:
+        sites = find_sites(model, once, "layer", store_of(model).blocks.values() if by_block else ())
+        last = max(number for number, site in enumerate(sites) if site.linears)
+        visitor.untouched = range(len(forwards) // 2, len(forwards)) if visitor.catches_up else ()
         with replaced({linear: visitor.own(name) for name, linear in often.items()}):
-            visitor.untouched = untouched
-            Walk(find_sites(model, once, "layer"), visitor, comm)(forwards)
-    return LazyTensors.of(by_parameter({name: visitor.own(name) for name in linears}))
+            Walk(sites[: last + 1], visitor, comm, visitor.enter if by_block else None)(forwards)
+    return visitor.finish() if by_block else LazyTensors.of(by_parameter({name: visitor.own(name) for name in refitted}))
 
 
 def _check(model: nn.Module, kept: Mapping[str, Tensor], every: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -259,6 +259,11 @@ class RepairVisitor(Visitor):
         return self.new
 
     @property
+    def catches_up(self) -> bool:
+        """True if runs come in two series, the second of the whole model."""
+        return bool(self._before)
+
+    @property
     def left(self) -> dict[str, bool]:
         """True for each linear that was left without a refit."""
         return {name: name not in self._refitted for name in self._kept}

@@ -185,7 +185,7 @@ class TestRefused:
             ({"pattern": "2:4", "allocation": bh.criteria.OWL()}, "allocation=OWL.* says how sparse each linear is"),
             ({"sparsity": 0.5, "sequential": "blocks"}, "sequential='blocks' must be one of"),
             ({"sparsity": 0.5, "batches": []}, "batches=an empty collection: Wanda needs calibration data"),
-            ({"sparsity": 0.5, "batches": ["a text"]}, "batches: batch 0 is a str, not a dictionary"),
+            ({"sparsity": 0.5, "batches": ["a text"]}, "batches: a str is no dictionary, tuple or tensor"),
             ({"sparsity": 0.5, "batches": "a text"}, "batches='a text' must be an Iterable"),
             ({"sparsity": 0.5, "batches": {"input_ids": tokens()}}, "batches=.*one batch.*list"),
             ({"sparsity": 0.5, "batches": tokens()}, "batches=.*one batch.*list"),

@@ -77,18 +77,19 @@ class MaskedLora(LoraLinear):
         quantized one's, a walk's), and in half precision, in which the sum rounds away what is small beside the weight.
         """
         base = self.base_layer
-        tensors = [base.weight, x, *(part[adapter].weight for adapter in active for part in (self.lora_A, self.lora_B))]
-        dropouts = [self.lora_dropout[adapter] for adapter in active]
-        return (
-            bool(active)
-            and type(base) in (nn.Linear, Conv1D)
-            and not ("forward" in base.__dict__ or any(getattr(base, hooks) for hooks in HOOKS))
-            and all(type(drop) is nn.Identity or (type(drop) is nn.Dropout and not drop.training) for drop in dropouts)
-            and not isinstance(base.weight, DTensor)
-            and x.dtype in (torch.float32, torch.float64)
-            and len({(tensor.dtype, tensor.device) for tensor in tensors}) == 1
-            and not torch.is_autocast_enabled(x.device.type)
-        )
+        if not active or type(base) not in (nn.Linear, Conv1D) or isinstance(base.weight, DTensor):
+            return False
+        if "forward" in vars(base) or any(getattr(base, hooks) for hooks in HOOKS):
+            return False
+        if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
+            return False
+        weights = [base.weight]
+        for adapter in active:
+            dropout = self.lora_dropout[adapter]
+            if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training):
+                return False
+            weights += [self.lora_A[adapter].weight, self.lora_B[adapter].weight]
+        return all((weight.dtype, weight.device) == (x.dtype, x.device) for weight in weights)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.mask = Mask(None if self.mask.keep is None else fn(self.mask.keep))

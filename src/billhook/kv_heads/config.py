@@ -33,16 +33,15 @@ def cut_by_config(
             built = built_shape(type(model), config)
         except Exception:  # whatever a class of models raises
             continue
-        owners = {n: _owner(n, attentions) for n, size in usual.tensors.items() if built.tensors.get(n) != size}
-        following = [n for n in chosen if n in owners.values() or attentions[n].rows.keys() & owners.keys()]
+        owners = {name: _owner(name, attentions) for name, size in usual.tensors.items() if built.tensors.get(name) != size}
+        following = [name for name in chosen if name in owners.values() or attentions[name].rows.keys() & owners.keys()]
         if not following or (every and len(following) < len(chosen)):
             continue
         if not is_as_built(model, usual, owners):
             return None
         if (lone := next((name for name, owner in owners.items() if owner is None), None)) is not None:
             raise ValueError(f"{lone} follows the number of KV heads in the config, and stands in no attention")
-        complete = all(owner in following or attentions[str(owner)].heads == heads for owner in owners.values())
-        shape = _difference(usual, built, owners, following, attentions, complete).over(shape_of(model))
+        shape = _difference(usual, built, owners, following, attentions, heads).over(shape_of(model))
         resized = [name for name, owner in owners.items() if owner in following]
         return following, (_matched(model, attentions, following, heads, shape, resized), shape)
     return None
@@ -103,17 +102,21 @@ def _difference(
     owners: Mapping[str, str | None],
     following: Collection[str],
     attentions: Mapping[str, KVAttention],
-    complete: bool,
+    heads: int,
 ) -> Shape:
     """Returns what differs between the two shapes that the class builds: what a user set by hand is in neither, and stays.
 
-    The config says nothing of fewer heads until the conversion is `complete`, in all attentions that follow it.
+    The config says nothing of fewer heads until all attentions that follow it have them.
     """
-    tensors = {name: size for name, size in built.tensors.items() if owners.get(name) in following}
-    attributes = {n: value for n, value in built.attributes.items() if usual.attributes.get(n, value) != value}
-    if not complete:
-        return Shape(tensors, {n: value for n, value in attributes.items() if _owner(n, attentions) in following}, {})
-    return Shape(tensors, attributes, {n: value for n, value in built.config.items() if usual.config.get(n, value) != value})
+    complete = all(owner in following or attentions[str(owner)].heads == heads for owner in owners.values())
+    shape = Shape({name: size for name, size in built.tensors.items() if owners.get(name) in following}, {}, {})
+    for name, value in built.attributes.items():
+        if usual.attributes.get(name, value) != value and (complete or _owner(name, attentions) in following):
+            shape.attributes[name] = value
+    for name, value in built.config.items() if complete else ():
+        if usual.config.get(name, value) != value:
+            shape.config[name] = value
+    return shape
 
 
 def _matched(

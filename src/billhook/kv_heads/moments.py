@@ -185,8 +185,8 @@ class _Listener:
 
     def __init__(self, model: nn.Module, projections: Projections, groups: Collection[int]) -> None:
         self._model, self._projections, self._groups = model, projections, groups
-        self._most = math.gcd(*groups)  # the number of groups in which all others lie, that is the largest groups
-        self._size = projections.kv_heads // self._most
+        self._fewest = math.gcd(*groups)  # the number of groups in which those of all other numbers lie
+        self._size = projections.kv_heads // self._fewest
         self._sums: MomentSums | None = None  # made at the first call: those of another block may have gone by then
         self.masks: Callable[[], Mapping[str, Tensor]] = dict
         self._read: list[Tensor] | None = None  # what the linear behind the heads is given, once for each shift
@@ -245,7 +245,7 @@ class _Listener:
         projections = self._projections
         if self._read is None:
             raise ValueError(f"{projections.name} is not called as a module: its values cannot be seen")
-        index = projections.o.index.reshape(self._most, self._size, projections.queries, -1)
+        index = projections.o.index.reshape(self._fewest, self._size, projections.queries, -1)
         self._read.append(self._tokens_that_count(args[0], projections.o.linear)[:, index])
         if not self._unshifted:
             raise _StopForward
@@ -254,7 +254,7 @@ class _Listener:
                 f"{projections.name} reads its heads several times in one call: what is of which values cannot be told"
             )
         shifts, sums = [self._read[-1], *self._read[:-1]], self.summed()  # the attention as it is comes last
-        with precisely():
+        with precisely():  # whatever the fit has set
             for number, total in sums.values.items():
                 self._add_values(total, projections.kv_heads // number, shifts)
             sums.tokens[1] += shifts[0].shape[0] * projections.queries
@@ -265,9 +265,9 @@ class _Listener:
         for head in range(self._size):  # whose query heads attend
             first = head // size * size
             values = [shifts[(other - head) % self._size][:, :, head] for other in range(first, first + size)]
-            stacked = torch.stack(values, 3)  # [tokens, largest groups, query heads, values of, width]
-            flat = stacked.transpose(0, 1).reshape(self._most, -1, total.shape[1])
-            _add_products(total.view(self._most, -1, *total.shape[1:])[:, head // size], flat)
+            stacked = torch.stack(values, 3)  # [tokens, fewest groups, query heads, values of, width]
+            flat = stacked.transpose(0, 1).reshape(self._fewest, -1, total.shape[1])
+            _add_products(total.view(self._fewest, -1, *total.shape[1:])[:, head // size], flat)
 
     def _tokens_that_count(self, tensor: Tensor, linear: str) -> Tensor:
         """Returns the tokens that count, one after the other, in float32 at least."""

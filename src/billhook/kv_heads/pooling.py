@@ -121,7 +121,7 @@ def approach(model: nn.Module, parameters: Mapping[str, Pooled], share: float, h
     With shares 1/n, 1/(n - 1), ..., 1 the heads of a group are equal after n moves, whatever training does in between: each moves
     an equal part of the remaining way. Optimizer state stays. If anything fails, nothing has moved.
     """
-    reshard(model)
+    reshard(model)  # what a forward has left gathered is held as shards
     moving = {model.get_parameter(name): pooled for name, pooled in parameters.items()}
     targets = list[tuple[Tensor, Tensor]]()  # all of them, before any head moves
     for parameter, pooled in moving.items():

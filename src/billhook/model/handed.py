@@ -86,17 +86,17 @@ class Handing:
         if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[1], list) or not 0 < len(plain[1]) <= 8:
             raise wrong
         blocks, pieces = plain
-        if any(not isinstance(piece, list) or len(piece) != 4 for piece in pieces):
-            raise wrong
-        numbers = [blocks, *(number for piece in pieces for number in piece)]
-        if any(type(number) is not int or not 0 <= number < LARGEST for number in numbers) or blocks == 0:
-            raise wrong
-        handing, start = cls(blocks, tuple(cast(Piece, tuple(piece)) for piece in pieces)), 0
-        for first, heads, repeats, width in handing.pieces:
-            if first != start or 0 in (heads, repeats, width) or heads * repeats * width % blocks:
+        start = 0
+        for piece in pieces:
+            if not isinstance(piece, list) or len(piece) != 4:
+                raise wrong
+            if any(type(number) is not int or not 0 <= number < LARGEST for number in (blocks, *piece)):
+                raise wrong
+            first, heads, repeats, width = piece
+            if first != start or 0 in (blocks, heads, repeats, width) or heads * repeats * width % blocks:
                 raise wrong
             start += heads * width
-        return handing
+        return cls(blocks, tuple(cast(Piece, tuple(piece)) for piece in pieces))
 
 
 class HandedHeads(nn.Linear):

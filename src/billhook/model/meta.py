@@ -55,7 +55,7 @@ def sharing(model: Module) -> Module:
 def _copied(model: Module, memo: dict[int, Any]) -> Module:
     """Copies a module, in eval mode, with what stands for some of its parts, by id."""
     try:
-        copied = copy.deepcopy(model, dict(memo))
+        copied = copy.deepcopy(model, dict(memo))  # which writes to its memo
     except (TypeError, ValueError, RuntimeError):
         copied = copy.deepcopy(model, memo | _not_copied(model, memo))
     copied.train(False)

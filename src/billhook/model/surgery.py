@@ -202,8 +202,8 @@ def undone_by_errors(model: nn.Module) -> Iterator[None]:
 def way_back(model: nn.Module) -> Callable[[], None]:
     """Returns what puts modules and configs, but not the values of tensors, back to what they are now."""
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    tables = [table for *_, attributes in modules for name in TABLES if isinstance(table := attributes.get(name), dict)]
-    contents = [(table, dict(table)) for table in [*tables, *map(vars, configs_of(model))]]  # TorchScript has other tables
+    tables = [*map(vars, configs_of(model)), *(attributes.get(name) for *_, attributes in modules for name in TABLES)]
+    contents = [(table, dict(table)) for table in tables if isinstance(table, dict)]  # TorchScript has others
     devices = {parameter: parameter.device for parameter in model.parameters()}
 
     def back() -> None:

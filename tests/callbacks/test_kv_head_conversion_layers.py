@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from billhook import Export, KVHeadConversion, RepairConfig, Report, summary
+from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.config import kv_heads_by_layer
 from billhook.kv_heads.convert import ready_weights
 from billhook.kv_heads.methods import SVD
@@ -79,7 +80,7 @@ def test_each_event_sees_the_model_as_it_then_is(files, tmp_path):
     callback = conversion(at, method="svd", repair=RepairConfig(), calibration=batches)
     trainer(tmp_path, [Still(), callback], max_steps=3).fit(lit, data(files))
     for name in reversed(list(kv_heads_by_layer(hand))):
-        given, told = ready_weights(hand, {name: 2}, SVD(), [(one, None) for one in batches], RepairConfig())
+        given, told = ready_weights(Attentions(hand, {name: 2}), SVD(), [(one, None) for one in batches], RepairConfig())
         apply(hand, plan_kv_heads(hand, 2, layers=[name]), weights=given)
     for name, value in hand.state_dict().items():
         torch.testing.assert_close(

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import billhook as bh
 from billhook import KVHeadConversion, RepairConfig
+from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.convert import convert_kv_heads, ready_weights
 from billhook.kv_heads.methods import method_of
@@ -61,7 +62,7 @@ def test_it_is_what_is_done_by_hand(files, tmp_path, way, at):
         trainer(tmp_path, [], max_steps=2).fit(before, data(files))
     pairs = [(one, None) for one in batches()]
     names = dict.fromkeys(plan_kv_heads(before, 2).layers, 2)
-    given, told = ready_weights(before.model, names, method_of(options["method"]), pairs, options["repair"])
+    given, told = ready_weights(Attentions(before.model, names), method_of(options["method"]), pairs, options["repair"])
     expected = {name.removeprefix("model."): value for name, value in before.state_dict().items()} | given
     for name, value in expected.items():
         kv = "k_proj" in name or "v_proj" in name

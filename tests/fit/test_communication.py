@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 
 import billhook as bh
 from billhook.engine.comm import MESSAGE, Comm
+from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.convert import ready_weights
 from kit.families import tokens
 from kit.fits import trainer
@@ -98,7 +99,9 @@ def test_heads(model):
     groups = {f"model.layers.{number}.self_attn": 2 for number in range(len(model.model.layers))}
     found = sent_in(
         model,
-        lambda model, comm: ready_weights(model, groups, bh.kv_methods.SVD(), [(batch, None) for batch in batches()], comm=comm),
+        lambda model, comm: ready_weights(
+            Attentions(model, groups, comm), bh.kv_methods.SVD(), [(batch, None) for batch in batches()], None
+        ),
     )
     assert len(found) == 3
     heads, width, group = 4, 8, 2

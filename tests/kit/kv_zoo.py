@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.engine.comm import ALONE
 from billhook.kv_heads.layout import HeadTensors, Projections, written
+from billhook.kv_heads.moments import gather
 from billhook.kv_heads.symmetry import Symmetries, Symmetry
 from kit import families
 
@@ -90,6 +92,12 @@ ZOO: dict[str, tuple[str, dict[str, object], tuple[str, ...], str]] = {
         "separate",
     ),
 }
+
+
+def moments_of(model, places, groups, trials, comm=ALONE):
+    """The moments of each attention in one number of groups."""
+    found = gather(model, places, {name: [number] for name, number in groups.items()}, trials, comm)
+    return {name: found[name][groups[name]] for name in found}
 
 
 def build(family: str, **changes: object) -> PreTrainedModel:

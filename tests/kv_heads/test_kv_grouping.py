@@ -10,11 +10,11 @@ from billhook.engine.batches import Run
 from billhook.kv_heads.basis import find_bases, similar_order
 from billhook.kv_heads.layout import find_projections, read
 from billhook.kv_heads.methods import SVD, method_of
-from billhook.kv_heads.moments import gather, weight_moments
+from billhook.kv_heads.moments import weight_moments
 from billhook.kv_heads.symmetry import find_symmetries, in_order
 from billhook.tracing.trace import trace
 from kit.families import tokens
-from kit.kv_zoo import mixed, model_of, with_stacks
+from kit.kv_zoo import mixed, model_of, moments_of, with_stacks
 
 
 def partitions(heads, groups):
@@ -43,7 +43,7 @@ def test_planted_pairs_are_found(family, heads, start):
     order = torch.randperm(heads, generator=torch.Generator().manual_seed(3)).tolist()
     model = shuffled(model_of(family, heads), order)
     places = find_projections(model, trace(model))
-    found = gather(model, places, dict.fromkeys(places, 1), [Run(lambda: model(tokens(4, 40)).logits.sum())])
+    found = moments_of(model, places, dict.fromkeys(places, 1), [Run(lambda: model(tokens(4, 40)).logits.sum())])
     symmetries = find_symmetries(model, places)
     for name, place in places.items():
         new = similar_order(read(model, place), found[name], symmetries[name], method_of(start), heads // 2)
@@ -91,12 +91,12 @@ def test_another_order_alone_changes_no_logits_and_has_the_moments_that_it_is_sa
     places, ids = find_projections(model, trace(model)), tokens(3, 20)
     run = (lambda: model(ids, decoder_input_ids=ids[:, :9]).logits) if family == "bart" else lambda: model(ids).logits
     trials = [Run(lambda: run().sum())]
-    before, logits = gather(model, places, dict.fromkeys(places, 1), trials), run()
+    before, logits = moments_of(model, places, dict.fromkeys(places, 1), trials), run()
     for place in places.values():
         with_stacks(model, place, in_order(read(model, place), order))
     torch.testing.assert_close(run(), logits)
-    whole = gather(model, places, dict.fromkeys(places, 1), trials)
-    after = gather(model, places, dict.fromkeys(places, 2), trials)
+    whole = moments_of(model, places, dict.fromkeys(places, 1), trials)
+    after = moments_of(model, places, dict.fromkeys(places, 2), trials)
     for name in places:
         found = before[name].in_order(order, 2)
         torch.testing.assert_close(found.keys, after[name].keys)

@@ -9,10 +9,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from billhook.engine.batches import Run
 from billhook.kv_heads.layout import find_projections
-from billhook.kv_heads.moments import gather, gather_each
+from billhook.kv_heads.moments import gather
 from billhook.tracing.trace import trace
 from kit.families import tokens
-from kit.kv_zoo import model_of
+from kit.kv_zoo import model_of, moments_of
 from kit.ranks import Ranks
 
 
@@ -86,7 +86,7 @@ def causal(rows, length, window=None):
 def test_they_are_those_of_attention_computed_by_hand(family, attention, groups):
     model, places = case(family, attn_implementation=attention, **{"sliding_window": 4} if family == "mistral" else {})
     ids = tokens(2, 9)
-    found = gather(model, places, dict.fromkeys(places, groups), [trial(model, ids)])
+    found = moments_of(model, places, dict.fromkeys(places, groups), [trial(model, ids)])
     allowed = causal(2, 9, 4 if family == "mistral" else None)
     for (name, own), (x, angles) in zip(found.items(), hidden_states(model, ids), strict=True):
         expected = by_hand(model.get_submodule(name), x, angles, allowed, torch.ones(2, 9, dtype=torch.bool), groups)
@@ -102,13 +102,13 @@ def test_padding_does_not_count_and_is_not_attended_to():
     linears = [rows.linear for place in places.values() for rows in (place.q, place.k, place.v, place.o)]
     counting = dict.fromkeys(linears, mask)
     run = trial(model, ids, counting, attention_mask=mask.long())
-    found = gather(model, places, dict.fromkeys(places, 2), [run])
+    found = moments_of(model, places, dict.fromkeys(places, 2), [run])
     allowed = causal(3, 8) & mask[:, None]
     for (name, own), (x, angles) in zip(found.items(), hidden_states(model, ids, attention_mask=mask.long()), strict=True):
         expected = by_hand(model.get_submodule(name), x, angles, allowed, mask, 2)
         for one, other in zip((own.keys, own.values, own.queries), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
-    blind = gather(model, places, dict.fromkeys(places, 2), [trial(model, ids, {}, attention_mask=mask.long())])
+    blind = moments_of(model, places, dict.fromkeys(places, 2), [trial(model, ids, {}, attention_mask=mask.long())])
     assert not any(torch.allclose(found[name].values, blind[name].values, rtol=1e-3) for name in places)
 
 
@@ -116,13 +116,13 @@ def test_padding_does_not_count_and_is_not_attended_to():
 def test_batches_and_ranks_add_up(family):
     model, places = case(family)
     groups, ids = dict.fromkeys(places, 2), tokens(4, 9)
-    whole = gather(model, places, groups, [trial(model, ids)])
-    parts = gather(model, places, groups, [trial(model, ids[:1]), trial(model, ids[1:])])
+    whole = moments_of(model, places, groups, [trial(model, ids)])
+    parts = moments_of(model, places, groups, [trial(model, ids[:1]), trial(model, ids[1:])])
     copies = [copy.deepcopy(model) for _ in range(2)]
     cuts = (ids[:3], ids[3:])
 
     def one(rank, reduce):
-        return gather(copies[rank], places, groups, [trial(copies[rank], cuts[rank])], reduce)
+        return moments_of(copies[rank], places, groups, [trial(copies[rank], cuts[rank])], reduce)
 
     for name in places:
         close(parts[name], whole[name])
@@ -137,7 +137,7 @@ def test_a_cross_attention_sees_what_the_encoder_gives_and_which_of_it_counts():
     own, seen = model.get_submodule(name), []
     counting = {f"{name}.{linear}": mask for linear in ("k_proj", "v_proj")}
     run = trial(model, ids, counting, attention_mask=mask.long(), decoder_input_ids=ids[:, :5])
-    found = gather(model, places, dict.fromkeys(places, 2), [run])[name]
+    found = moments_of(model, places, dict.fromkeys(places, 2), [run])[name]
     hook = own.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad():
         run.forward()
@@ -170,7 +170,7 @@ def test_a_module_that_runs_in_every_layer_is_seen_in_every_layer():
     hook.remove()
     assert len(seen) == 2
     keys = torch.cat(seen).unflatten(1, (2, 4, 4))
-    found = gather(model, places, {place.name: 2}, [run])[place.name]
+    found = moments_of(model, places, {place.name: 2}, [run])[place.name]
     torch.testing.assert_close(found.keys, torch.einsum("tgia,tgjb->giajb", keys, keys) / len(keys))
 
 
@@ -178,12 +178,12 @@ def test_a_module_that_runs_in_every_layer_is_seen_in_every_layer():
 def test_in_bfloat16_sums_are_not_rounded(dtype):
     model, places = case()
     ids, groups = tokens(8, 32), dict.fromkeys(places, 2)
-    exact = gather(model, places, groups, [trial(model, ids)])
+    exact = moments_of(model, places, groups, [trial(model, ids)])
     model = model.float() if dtype == "autocast" else model.bfloat16()
 
     def half():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-            return gather(model, places, groups, [trial(model, ids)])
+            return moments_of(model, places, groups, [trial(model, ids)])
 
     found = half()
     for name in places:
@@ -210,13 +210,13 @@ def test_the_model_stays_as_it_is_and_gives_what_it_gave():
         given.append(model(ids, labels=ids).loss)
         return given[-1]
 
-    gather(model, places, dict.fromkeys(places, 1), [Run(loss)])
+    moments_of(model, places, dict.fromkeys(places, 1), [Run(loss)])
     assert torch.equal(given[0], expected)
     assert all(module.training for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     with pytest.raises(KeyError):
-        gather(model, places, dict.fromkeys(places, 1), [Run(lambda: {}["loss"])])
+        moments_of(model, places, dict.fromkeys(places, 1), [Run(lambda: {}["loss"])])
     assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -226,7 +226,7 @@ def test_under_autocast_the_run_itself_has_the_models_own_values():
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         given, plain = [], model(ids).logits
         run = Run(lambda: given.append(model(ids).logits) or given[-1].sum())
-        gather(model, places, dict.fromkeys(places, 1), [run])
+        moments_of(model, places, dict.fromkeys(places, 1), [run])
         assert torch.equal(given[0], plain)
         assert torch.equal(model(ids).logits, plain)
 
@@ -238,15 +238,15 @@ def test_refusals_name_the_attention():
         [rows.linear for place in places.values() for rows in (place.k, place.o)], torch.zeros(2, 9, dtype=torch.bool)
     )
     with pytest.raises(ValueError, match=r"batches: model.layers.0.self_attn is not called, or no token counts"):
-        gather(model, places, groups, [trial(model, ids, nothing)])
+        moments_of(model, places, groups, [trial(model, ids, nothing)])
     with pytest.raises(ValueError, match=r"batches: model.layers.0.self_attn is not called, or no token counts"):
-        gather(model, places, groups, [Run(lambda: torch.zeros(()))])
+        moments_of(model, places, groups, [Run(lambda: torch.zeros(()))])
     own = model.model.layers[1].self_attn
     with pytest.raises(ValueError, match=r"model.layers.1.self_attn is not called as a module: its values cannot be seen"):
-        gather(model, places, groups, [Run(lambda: own.o_proj(torch.zeros(1, 3, 64).double()).sum())])
+        moments_of(model, places, groups, [Run(lambda: own.o_proj(torch.zeros(1, 3, 64).double()).sum())])
     own.k_proj.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"batches: model.layers.1.self_attn gives NaN or infinite numbers"):
-        gather(model, places, groups, [trial(model, ids)])
+        moments_of(model, places, groups, [trial(model, ids)])
 
 
 @pytest.mark.parametrize("numbers", [(4, 2, 1), (3, 2), (6, 2)])
@@ -257,9 +257,9 @@ def test_several_numbers_of_groups_at_once_are_as_each_alone(numbers):
     trials = [trial(model, tokens(2, 7)), trial(model, tokens(1, 5))]
     first = next(iter(places))
     model.get_submodule(places[first].v.linear).register_forward_hook(lambda *_: calls.append(1))
-    found = gather_each(model, places, dict.fromkeys(places, numbers), trials)
+    found = gather(model, places, dict.fromkeys(places, numbers), trials)
     assert len(calls) == 2 * heads // math.gcd(*numbers)
     for number in numbers:
-        alone = gather(model, places, dict.fromkeys(places, number), trials)
+        alone = moments_of(model, places, dict.fromkeys(places, number), trials)
         for name in places:
             close(found[name][number], alone[name])

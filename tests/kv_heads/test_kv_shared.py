@@ -13,6 +13,7 @@ from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import in_turn
 from billhook.engine.shards import ShardStore
 from billhook.engine.walk import blocks_of
+from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.convert import ready_weights, turned_weights
 from billhook.kv_heads.methods import method_of
 from billhook.kv_heads.moments import MomentSums
@@ -41,11 +42,11 @@ def both(mesh, family="llama"):
 @pytest.mark.parametrize("family", MODELS)
 def test_heads_are_made_ready_as_in_memory(mesh, family, method, repair, monkeypatch):
     plain, sharded, groups, batches = both(mesh, family)
-    asked = groups, method_of(METHODS[method]), batches, repair
-    expected, how = ready_weights(plain, *asked)
+    asked = method_of(METHODS[method]), batches, repair
+    expected, how = ready_weights(Attentions(plain, groups), *asked)
     monkeypatch.setattr(ShardStore, "all_here", None)
     with in_turn(sharded):
-        found, how_found = ready_weights(sharded, *asked, comm=Comm(lambda tensor: tensor))
+        found, how_found = ready_weights(Attentions(sharded, groups, Comm(lambda tensor: tensor)), *asked)
         assert changed(sharded, found) == changed(plain, expected)
     assert how_found == how
     assert found.keys() == expected.keys()
@@ -64,7 +65,7 @@ def test_moments_of_an_attention_go_with_its_block(mesh, monkeypatch):
 
     monkeypatch.setattr(MomentSums, "__init__", begun)
     with in_turn(sharded):
-        ready_weights(sharded, groups, bh.kv_methods.SVD(), batches, comm=Comm(lambda tensor: tensor))
+        ready_weights(Attentions(sharded, groups, Comm(lambda tensor: tensor)), bh.kv_methods.SVD(), batches, None)
     assert most == [1] * len(groups)
 
 

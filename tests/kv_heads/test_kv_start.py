@@ -9,11 +9,11 @@ from billhook.engine.batches import Run
 from billhook.kv_heads.basis import find_bases, in_bases, pooled
 from billhook.kv_heads.layout import find_projections, read
 from billhook.kv_heads.methods import method_of
-from billhook.kv_heads.moments import gather, weight_moments
+from billhook.kv_heads.moments import weight_moments
 from billhook.kv_heads.symmetry import Block, Symmetries, find_symmetries
 from billhook.tracing.trace import trace
 from kit.families import tokens
-from kit.kv_zoo import mixed, model_of, with_stacks
+from kit.kv_zoo import mixed, model_of, moments_of, with_stacks
 
 ROTARY = ("llama", "mistral", "gemma2", "phi3", "phi", "gpt_neox", "gptj", "codegen", "cohere", "falcon", "smollm3", "modernbert")
 PLAIN = ("gpt2", "bert", "t5", "bart", "bloom", "opt", "vit", "albert", "whisper")
@@ -52,7 +52,7 @@ class Case:
     def moments(self, how, groups=2):
         if how == "weights":
             return {name: weight_moments(read(self.model, place), groups) for name, place in self.places.items()}
-        return gather(self.model, self.places, dict.fromkeys(self.places, groups), [Run(self.logits)])
+        return moments_of(self.model, self.places, dict.fromkeys(self.places, groups), [Run(self.logits)])
 
     def plant(self, groups=2, turn=False):
         for name, place in self.places.items():

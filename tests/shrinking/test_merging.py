@@ -248,7 +248,7 @@ def test_optimizers_follow_and_restart_for_what_is_in_another_basis():
 def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
     options = {"kv_cache_bytes": 0.5, "layers": "free", "repair": None, **FEW}
     first = shrinks.shrink(grouped(), texts(), library=tmp_path, **options)
-    monkeypatch.setattr(merging, "gather_each", None)  # nothing is run for it again
+    monkeypatch.setattr(merging, "gather", None)  # nothing is run for it again
     second = shrinks.shrink(grouped(), texts(), library=tmp_path, **options)
     assert first.merged
     assert first.to_json() == second.to_json()
@@ -260,7 +260,7 @@ def test_where_heads_cannot_merge_they_go(layers, refused, monkeypatch):
     def refuse(*given):
         raise ValueError("that cannot be")
 
-    where, what = {"plans": (merged, "plan_kv_heads"), "watching": (merging, "gather_each")}[refused]
+    where, what = {"plans": (merged, "plan_kv_heads"), "watching": (merging, "gather")}[refused]
     monkeypatch.setattr(where, what, refuse)
     shrunk = shrinks.shrink(grouped(), texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
     assert not shrunk.merged

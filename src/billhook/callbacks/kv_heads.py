@@ -23,6 +23,7 @@ from billhook.fit.calibration import FitCalibration, Given, Pair
 from billhook.fit.event import Event
 from billhook.fit.ranks import check_agreed, check_near, comm_of, of_first, summed, together
 from billhook.fit.run import At, callbacks_of
+from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, ready_weights, turned_weights
 from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
@@ -78,7 +79,7 @@ class Preparation:
         with self.calibration.aside(pl_module):
             batches = list(self._pairs(trainer, pl_module))
             comm = comm_of(trainer, self.calibration.shared(trainer))
-            weights, how = ready_weights(model, groups, self.method, batches, self.repair, comm)
+            weights, how = ready_weights(Attentions(model, groups, comm), self.method, batches, self.repair)
         if not self.method.turns:  # what the mean pools is as it was
             weights = weights.without(plan.parameters)
         return replace(plan, restart=tuple(changed(model, weights))), weights, how

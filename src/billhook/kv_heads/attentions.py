@@ -137,7 +137,8 @@ class Attentions:
         """Returns the moments that data shows, or where no rank has any, those of the weights."""
         groups = self._seen_in(grouping)
         if any(self.summed(len(trials))):
-            return gather(self.model, self.projections, groups, trials, self._comm)
+            moments = gather(self.model, self.projections, {n: [number] for n, number in groups.items()}, trials, self._comm)
+            return {name: by_number[groups[name]] for name, by_number in moments.items()}
         return {name: self._weight_moments(name, number) for name, number in groups.items()}
 
     def _seen_in(self, grouping: Grouping) -> dict[str, int]:

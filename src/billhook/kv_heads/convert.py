@@ -63,7 +63,7 @@ def best_method(
     return min(distances, key=lambda method: math.inf if math.isnan(distances[method]) else distances[method]), distances
 
 
-def made_equal(
+def ready_weights(
     attentions: Attentions, method: KVMethod, batches: Iterable[BatchAndLoss], repair: RepairConfig | None
 ) -> tuple[LazyTensors, str]:
     """Returns the parameters with which the heads of each group are equal, and how they came to be.
@@ -106,27 +106,6 @@ def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod, r
     attentions.allowed(method.candidates)
     attentions.check_adapters(repair)
     return attentions
-
-
-def ready_weights(
-    model: nn.Module,
-    groups: Mapping[str, int],
-    method: KVMethod,
-    batches: Iterable[BatchAndLoss] = (),
-    repair: RepairConfig | None = None,
-    comm: Comm = ALONE,
-) -> tuple[LazyTensors, str]:
-    """Returns by parameter the values with which the heads of each group are equal, and how they came to be.
-
-    Args:
-        model: A Hugging Face model; it stays as it is.
-        groups: How many KV heads each attention is to have, by the attention's name; others stay as they are.
-        method: How heads become equal; of several `candidates` the best on held-out batches.
-        batches: Batches, each with its loss (None for the model's own).
-        repair: If given, what reads the heads, and the feed-forwards, are refitted to what the whole model gives.
-        comm: The ranks.
-    """
-    return made_equal(Attentions(model, groups, comm), method, batches, repair)
 
 
 def turned_weights(
@@ -233,7 +212,7 @@ def ready(
     least, _ = batches_needed(plan.method, repair)
     calibration = batches_of(batches, model) if least or batches is not None else ()
     attentions = attentions or Attentions(model, dict.fromkeys(plan.layers, plan.after))
-    weights, how = made_equal(attentions, plan.method, [(batch, None) for batch in calibration], repair)
+    weights, how = ready_weights(attentions, plan.method, [(batch, None) for batch in calibration], repair)
     restart = changed(model, weights) if store_of(model).trains else ()
     return replace(plan, restart=tuple(restart)), weights, how
 

@@ -65,33 +65,20 @@ def grouped(heads: Tensor, groups: int) -> Tensor:
 def gather(
     model: nn.Module,
     projections: Mapping[str, Projections],
-    groups: Mapping[str, int],
-    trials: Sequence[Run],
-    comm: Comm = ALONE,
-) -> dict[str, Moments]:
-    """Returns the moments of each attention, in so many groups of consecutive KV heads, on all batches; the model stays as it is.
-
-    Keys and queries are seen before any rotary embedding. Of values it matters what attention makes of them, so each attention
-    runs once more for each other head of a group, with that one's values instead of its own.
-
-    In groups of J heads each attention runs J times a batch. Held throughout are 2 G (J w)^2 + H w^2 numbers in float64 of each
-    attention, for G groups and H = G J heads of width w: of Llama-7B (H = 32, w = 128, 32 attentions) 1.2 GB for G = 8, and
-    8.7 GB for G = 1, which a choice of groups needs; within an attention, with 2048 tokens in a batch, 0.13 GB and 1.1 GB more.
-    """
-    moments = gather_each(model, projections, {name: [number] for name, number in groups.items()}, trials, comm)
-    return {name: by_number[groups[name]] for name, by_number in moments.items()}
-
-
-def gather_each(
-    model: nn.Module,
-    projections: Mapping[str, Projections],
     groups: Mapping[str, Collection[int]],
     trials: Sequence[Run],
     comm: Comm = ALONE,
 ) -> dict[str, dict[int, Moments]]:
-    """Returns what `gather` does for several numbers of groups, by attention and number; what is held adds up.
+    """Returns the moments of attentions on all batches, by name and by the number of groups; the model stays as it is.
 
-    An attention runs no more often than the fewest groups take, where the other numbers are multiples of that one.
+    Groups are of consecutive KV heads. Keys and queries are seen before any rotary embedding. Of values it matters what attention
+    makes of them, so each attention runs once more for each other head of a group, with that one's values instead of its own. It
+    runs no more often than the fewest groups take, where the other numbers are multiples of that one.
+
+    In groups of J heads each attention runs J times a batch. Held throughout are 2 G (J w)^2 + H w^2 numbers in float64 of each
+    attention, for G groups and H = G J heads of width w: of Llama-7B (H = 32, w = 128, 32 attentions) 1.2 GB for G = 8, and
+    8.7 GB for G = 1, which a choice of groups needs; within an attention, with 2048 tokens in a batch, 0.13 GB and 1.1 GB more.
+    What is held for several numbers adds up.
     """
     tell_own([trial.source for trial in trials])
     listening = MomentPass(model, projections, groups, trials, comm)

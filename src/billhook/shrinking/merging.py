@@ -13,7 +13,7 @@ from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.basis import find_bases, pooled
 from billhook.kv_heads.layout import read, written
-from billhook.kv_heads.moments import Moments, gather_each
+from billhook.kv_heads.moments import Moments, gather
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import matrix_of
 from billhook.pruning.target import Search
@@ -199,7 +199,7 @@ def _variants(
 ) -> tuple[ByNumber, ByNumber]:
     """Returns parameters with which the heads of each group are equal, and those of what reads them, refitted."""
     model, places = attentions.model, {name: attentions.projections[name] for name in numbers}
-    moments = gather_each(model, places, numbers, trials)
+    moments = gather(model, places, numbers, trials)
     equal = {name: {kept: _equal(attentions, name, one) for kept, one in own.items()} for name, own in moments.items()}
     if repair is None:
         return equal, {name: {kept: LazyTensors({}) for kept in own} for name, own in equal.items()}

@@ -113,13 +113,8 @@ def test_padding_does_not_count_and_the_model_stays():
 @pytest.mark.nightly
 def test_a_library_on_disk_goes_on_with_what_is_refitted_and_what_is_not(tmp_path, monkeypatch):
     options = {"kv_cache_bytes": 0.5, "importance": bh.importance.WeightNorm(), "repair": TINY, "generations": 0}
-<<<<<<< HEAD
     first = shrinks.shrink(model_of(), texts(), library=tmp_path, **options)
-    monkeypatch.setattr(merging, "gather_each", None)
-=======
-    first = bh.shrink(model_of(), texts(), library=tmp_path, **options)
     monkeypatch.setattr(merging, "gather", None)
->>>>>>> 3b673933 (Moments of heads are gathered by one function, weights made ready by another)
     monkeypatch.setattr(merging, "refit_readers", None)
     second = shrinks.shrink(model_of(), texts(), library=tmp_path, **options)
     assert first.merged

@@ -82,6 +82,7 @@ def gather(
     """
     tell_own([trial.source for trial in trials])
     listening = MomentPass(model, projections, groups, trials, comm)
+    listening.prepare()
     with store_of(model).apart(comm):
         listening.run(Together(model))
     return listening.take(*projections)
@@ -109,6 +110,11 @@ class MomentPass:
         self._model, self._trials, self._comm = model, trials, comm
         self._listeners = {name: _Listener(model, attention, groups[name]) for name, attention in projections.items()}
         self._hooks: dict[str, ExitStack] = {}
+
+    def prepare(self) -> None:
+        """Makes what is added up in of all attentions, which lies where weights rest, and not where a block computes."""
+        for listener in self._listeners.values():
+            listener.summed()
 
     def run(self, together: Together) -> None:
         """Goes over all blocks, as `together` has runs pass them."""
@@ -174,7 +180,7 @@ class _Listener:
         self._model, self._projections, self._groups = model, projections, groups
         self._fewest = math.gcd(*groups)  # the number of groups in which those of all other numbers lie
         self._size = projections.kv_heads // self._fewest
-        self._sums: MomentSums | None = None  # made at the first call: those of another block may have gone by then
+        self._sums: MomentSums | None = None  # by default made at the first call, as those of other blocks have gone by then
         self.masks: Callable[[], Mapping[str, Tensor]] = dict
         self._read: list[Tensor] | None = None  # what the linear behind the heads is given, once for each shift
         self._unshifted = False

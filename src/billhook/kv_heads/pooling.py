@@ -123,10 +123,10 @@ def approach(model: nn.Module, parameters: Mapping[str, Pooled], share: float, h
     """
     reshard(model)  # what a forward has left gathered is held as shards
     moving = {model.get_parameter(name): pooled for name, pooled in parameters.items()}
-    targets = list[tuple[Tensor, Tensor]]()  # all of them, before any head moves
-    for parameter, pooled in moving.items():
-        target = pooled.spread(pooled.pool(full_tensor(parameter), how))
-        targets.append((local(parameter), local(sharded_as(target, parameter))))
+    targets = [  # all of them, before any head moves
+        (local(parameter), local(sharded_as(pooled.spread(pooled.pool(full_tensor(parameter), how)), parameter)))
+        for parameter, pooled in moving.items()
+    ]
     with fresh_casts(), uninterrupted():  # nothing waits for the device, as this is part of a training step
         for values, target in targets:
             values.lerp_(target, share)

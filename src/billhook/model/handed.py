@@ -154,7 +154,7 @@ def regular(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], head
         times[outputs], width = before // after, len(outputs) // before
         pieces.append((len(stored), after, before // after, width))
         stored += product([kind], range(after), range(width))
-    changes = np.count_nonzero(np.diff(kinds)) + 1
+    changes = int(np.count_nonzero(np.diff(kinds))) + 1  # a plain number: it is saved as JSON
     blocks = changes // len(pieces)
     if changes % len(pieces) or any(many * repeats * width % blocks for _, many, repeats, width in pieces):
         return None

@@ -76,7 +76,7 @@ def _is_same_by_blocks(model: PreTrainedModel, expected: Tensor, folder: Path, p
 
 
 def _where_same(logits: Tensor, other: Tensor) -> Tensor:
-    return (logits == other) | (logits.isnan() & other.isnan())
+    return torch.isclose(logits, other, rtol=0, atol=0, equal_nan=True)
 
 
 def expect(model: PreTrainedModel, probe: Probe) -> Tensor:

@@ -121,6 +121,7 @@ class Comm:
         if self._add is None:
             return values
         data = b"".join(map(pickle.dumps, values))
+        # all ranks send as many bytes, so the first message says how long each is; only if one is longer there is a second
         message = len(data).to_bytes(8, "big") + data if data else b""
         heads = self._bytes(message[:MESSAGE], row, rows, MESSAGE)
         ends = [8 + int.from_bytes(head[:8], "big") for head in heads]

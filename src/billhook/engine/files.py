@@ -129,6 +129,7 @@ class FileStore(BlockStore):
         names = list(self.blocks)
         following = names[(names.index(name) + 1) % len(names)]
         keys = self.keys[following]
+        # what must be fetched first is not read ahead: nobody would see why the thread waits
         if self.device is not None and following != name and Copies.sends_ahead(self.device) and self.files.are_here:
             self._ahead = self._ahead or Ahead()
             self._ahead.begin(following, partial(locked, partial(self.files.read, keys), self.device))
@@ -298,10 +299,16 @@ class FileStore(BlockStore):
         self.release()
         self._forget()
         now = {module: name for name, module in self.model.named_modules()}
-        then = {name: now[block] for name, block in self.blocks.items() if block in now}
-        moved = {key: renumbered(key, name, then[name]) for name in then for key in self.keys[name]}
-        self.files.rename(moved, [key for name in self.blocks.keys() - then.keys() for key in self.keys[name]])
-        self.keys = {"": self.keys[""]} | {new: [moved[key] for key in self.keys[name]] for name, new in then.items()}
+        then, moved, removed, keys = dict[str, str](), dict[str, str](), list[str](), {"": self.keys[""]}
+        for name, block in self.blocks.items():
+            if block not in now:
+                removed += self.keys[name]
+                continue
+            then[name] = now[block]
+            moved |= {key: renumbered(key, name, now[block]) for key in self.keys[name]}
+            keys[now[block]] = [moved[key] for key in self.keys[name]]
+        self.files.rename(moved, frozenset(removed))
+        self.keys = keys
         self.adopted = {name: path for name, path in self.adopted.items() if then.get(name) == name}  # others hold old names
         self._index(self.model, [self.blocks[name] for name in then])
         self._lost.append(then)

@@ -90,6 +90,7 @@ def precision_of(part: nn.Module) -> torch.dtype | None:
 
 def bare(part: nn.Module) -> tuple[type[nn.Module], dict[Any, Any]]:
     """Gives a sharded module its own class again, without what FSDP keeps on it; returns the class of FSDP, and that."""
+    # whatever torch keeps of it on the module: its keys are no plain strings, or begin so
     kind, kept = type(part), {key: value for key, value in vars(part).items() if type(key) is not str or key.startswith(NOTED)}
     part.__class__ = class_of(part)  # torch has put its own there, and has no other way back
     for key in kept:
@@ -142,7 +143,9 @@ def put_on(module: nn.Module, shardings: list[Sharding], shards: Mapping[nn.Para
     sizes = {full: nn.Parameter(torch.empty_like(full, device="meta"), full.requires_grad) for full in shards}
     dimensions = dict[nn.Parameter, Shard | None]()  # in which each is divided; None for the first
     for full, shard in shards.items():
-        beyond_first = (own for own in getattr(shard, "placements", ()) if isinstance(own, Shard) and own.dim)
+        beyond_first = (
+            placement for placement in getattr(shard, "placements", ()) if isinstance(placement, Shard) and placement.dim
+        )
         dimensions[sizes[full]] = next(beyond_first, None)
     for part, name, full in places:
         part._parameters[name] = sizes.get(full, full)

@@ -70,7 +70,7 @@ def initialize_buffers(model: PreTrainedModel, parameters: Container[str] = ()) 
             if parameter is not None and parameter in made:
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
             elif parameter is not None:
-                setattr(parameter, LOADED, True)
+                setattr(parameter, LOADED, True)  # or random values would be drawn for it
         setattr(module, LOADED, False)  # a module may make the buffers of those within
     model.initialize_weights()  # type: ignore[no-untyped-call]
 
@@ -139,7 +139,7 @@ def as_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str
 def save_state(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None, **options: Any) -> None:  # noqa: ANN401
     """Saves config and weights, or others by their names; also those that the class leaves out because it makes them."""
     ignored = model._keys_to_ignore_on_save
-    model._keys_to_ignore_on_save = None
+    model._keys_to_ignore_on_save = None  # what the class makes anew may be pruned here, and so is saved, too
     try:
         model.save_pretrained(
             folder,

@@ -139,7 +139,7 @@ class Parts:
             self._place.mkdir(exist_ok=True)
             save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, draft, {"format": "pt"})
             put(draft, self.path(name))
-            self._done[name] = note
+            self._done[name] = note  # after the tensors: what a process killed between them has recorded is there
             draft.write_text(json.dumps({"key": self._key, "done": self._done}))
             put(draft, self._place / RECORD)
         except (OSError, SafetensorError) as error:
@@ -169,7 +169,7 @@ class Parts:
         steps = [int(path.name) for path in self._folder.iterdir() if path.name.isdecimal()] if self._folder.exists() else []
         for step in sorted(steps, reverse=True):
             if step >= first:
-                (self._folder / str(step) / RECORD).unlink(missing_ok=True)
+                (self._folder / str(step) / RECORD).unlink(missing_ok=True)  # first of all
                 shutil.rmtree(self._folder / str(step))
 
     def _check_own(self) -> None:
@@ -192,7 +192,7 @@ def _is_empty(folder: Path) -> bool:
 def put(draft: Path, target: Path) -> None:
     """Puts a file in the place of another, when it is safely on disk."""
     with draft.open("rb") as written:
-        os.fsync(written.fileno())
+        os.fsync(written.fileno())  # a file system may rename before it writes what the file holds
     draft.replace(target)
 
 

@@ -124,6 +124,7 @@ class ActivationFiles:
         self._files += 1
         path = Path(self._folder.name, str(self._files))
         mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
+        # the map keeps the file until the tensor goes; without a name nothing is left of it if the process is killed
         with suppress(OSError):  # where a file that is mapped cannot be removed, closing does it
             path.unlink()
         return mapped.view(shape)

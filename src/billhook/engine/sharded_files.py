@@ -39,7 +39,7 @@ class Unread(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        with as_plain():
+        with as_plain():  # or torch would make what comes out one of this class again
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -109,7 +109,7 @@ def _read(reader: "_Reader", name: str) -> Tensor:
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
-        load({name: tensor}, storage_reader=reader, no_dist=True)
+        load({name: tensor}, storage_reader=reader, no_dist=True)  # ranks that have gone wrote it; this process reads alone
     return tensor
 
 

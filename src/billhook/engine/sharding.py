@@ -43,7 +43,7 @@ def free(parameter: nn.Parameter) -> None:
 
 def _empty(like: Tensor, device: torch.device) -> Tensor:
     empty = torch.empty(like.shape, dtype=like.dtype, device=device)
-    empty.untyped_storage().resize_(0)
+    empty.untyped_storage().resize_(0)  # as FSDP does: the tensor keeps its size, and what autograd has saved of it is the same
     return empty
 
 
@@ -93,6 +93,7 @@ def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
     """Shards and places a tensor that all ranks have as another of its size is."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor.to(like.device)
+    # without a source rank nothing is sent: each takes its part of what it has
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
 
 
@@ -111,7 +112,7 @@ class Layout:
 
     def joined(self, local: Tensor, shape: torch.Size) -> Tensor:
         """Makes a sharded tensor of what each rank has of one of this shape; nothing is sent."""
-        stride = torch.empty(shape, device="meta").stride()
+        stride = torch.empty(shape, device="meta").stride()  # torch would ask all ranks for their sizes without shape and stride
         local = local.contiguous()
         return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride).to(self.device)
 
@@ -150,6 +151,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
     device = next((shard.device_mesh.device_type for shard in module.parameters() if isinstance(shard, DTensor)), "cpu")
     kept = {part: bare(part) for part in parts}
     try:
+        # no cache: whole parameters come and go in the same memory, and a cast of one would stand for the next
         with _unhooked(module), nullcontext() if dtype is None else torch.autocast(device, dtype, cache_enabled=False):
             yield
     finally:
@@ -162,17 +164,18 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 def _unhooked(module: nn.Module) -> Iterator[None]:
     """Takes out what FSDP does before and after forwards; other hooks may come and go meanwhile."""
     stores: list[Any] = [store for part in module.modules() for store in (part._forward_pre_hooks, part._forward_hooks)]
-    before = [dict(store) for store in stores]
-    fsdp = FSDPModule.__module__
-    taken = [[n for n, hook in store.items() if str(getattr(hook, "__module__", "")).startswith(fsdp)] for store in stores]
-    for store, numbers in zip(stores, taken, strict=True):
-        for number in numbers:
+    fsdp, kept = FSDPModule.__module__, list[tuple[Any, dict[int, Any], set[int]]]()
+    for store in stores:
+        taken = {number for number, hook in store.items() if str(getattr(hook, "__module__", "")).startswith(fsdp)}
+        kept.append((store, dict(store), taken))
+        for number in taken:
             del store[number]
     try:
         yield
     finally:
-        for store, earlier, numbers in zip(stores, before, taken, strict=True):
-            now = {number: hook for number, hook in earlier.items() if number in store or number in numbers} | dict(store)
+        for store, before, taken in kept:
+            # hooks run in the order of the dictionary: FSDP's come back to where they were, before those that are new
+            now = {number: hook for number, hook in before.items() if number in store or number in taken} | dict(store)
             store.clear()
             store.update(now)
 

@@ -59,11 +59,15 @@ class ShardStore(BlockStore):
     def __init__(self, root: nn.Module, gradients: bool = False) -> None:
         super().__init__(root)
         self.root, self.gradients = root, gradients
-        sharded = [(place, shard) for place, shard in places_of(root) if isinstance(shard, DTensor)]
-        self._before: dict[Place, nn.Parameter] = dict(sharded)
-        self._layouts = {place: Layout.of(shard) for place, shard in sharded}
-        self._plain = {place for place, _ in places_of(root)} - self._layouts.keys()
-        self._full: dict[nn.Parameter, nn.Parameter] = {shard: without_memory(shard) for _, shard in sharded}
+        self._before, self._layouts, self._plain = dict[Place, nn.Parameter](), dict[Place, Layout](), set[Place]()
+        self._full = dict[nn.Parameter, nn.Parameter]()  # by their shards
+        for place, parameter in places_of(root):
+            if not isinstance(parameter, DTensor):
+                self._plain.add(place)
+                continue
+            self._before[place], self._layouts[place] = parameter, Layout.of(parameter)
+            if parameter not in self._full:
+                self._full[parameter] = without_memory(parameter)
         self.shards = {full: shard for shard, full in self._full.items()}
         self._index(root, blocks_apart(root, self._before.items()))
         around = (module for module in root.modules() if isinstance(module, PreTrainedModel) and self._has_blocks(module))

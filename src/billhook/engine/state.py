@@ -70,6 +70,7 @@ def _has_own(device: torch.device) -> bool:
 def random_state(device: torch.device) -> dict[str, Any]:
     """Returns the state of the random numbers of torch (on the CPU and a device), Python and NumPy, as plain data and tensors."""
     name, keys, *rest = np.random.get_state(legacy=True)
+    # checkpoints load by `weights_only`, which knows tensors and no arrays, and torch has no arithmetic on uint32
     numpy = (name, torch.from_numpy(np.asarray(keys).astype("int64")), *rest)
     state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
     return state | ({device.type: torch.get_device_module(device).get_rng_state(device)} if _has_own(device) else {})
@@ -155,6 +156,7 @@ def overridden(owner: object, **attributes: object) -> Iterator[None]:
     finally:
         later = blocks[blocks.index(mine) + 1 :]
         for name in attributes:
+            # where a later block gives the same and is still open, it is that block which is to leave what was here before
             inner = next((block.before for block in later if name in block.attributes), fields)
             inner.pop(name, None)
             inner.update({name: mine.before[name]} if name in mine.before else {})
@@ -264,22 +266,27 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def resting(model: nn.Module) -> Iterator[None]:
     """Evaluates without dropout, key-value cache or compiled code; restores modes, random numbers and configs afterwards."""
     modes = {module: module.training for module in model.modules()}
-    configs: dict[int, Any] = {id(m.config): m.config for m in modes if getattr(getattr(m, "config", None), "use_cache", False)}
-    others = {id(m.config): vars(m.config) for m in modes if isinstance(getattr(m, "config", None), PretrainedConfig)}
-    problems = [(fields, fields[PROBLEM]) for fields in others.values() if PROBLEM in fields]
+    caching, problems = dict[int, Any](), dict[int, tuple[dict[str, Any], object]]()
+    for module in modes:
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            caching[id(config)] = config
+        if isinstance(config, PretrainedConfig) and PROBLEM in vars(config):
+            problems[id(config)] = vars(config), vars(config)[PROBLEM]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
     kind = next((device.type for device in devices), "cuda")
     try:
-        for config in configs.values():
+        for config in caching.values():
             config.use_cache = False
         model.train()  # some then forget what they have computed from parameters, as LeViT its position biases
         model.eval()
+        # eager: compiled code would not call forwards that are replaced for the run, nor hooks that came after it was compiled
         with fresh_casts(), torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for config in configs.values():
+        for config in caching.values():
             config.use_cache = True
-        for fields, problem in problems:
+        for fields, problem in problems.values():
             fields[PROBLEM] = problem

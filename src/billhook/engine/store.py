@@ -354,6 +354,6 @@ def _opened(module: nn.Module) -> BlockStore | None:
     store = vars(module).get(STORE)
     if isinstance(store, BlockStore) and store.is_open:
         return store
-    if isinstance(module, PreTrainedModel):
+    if isinstance(module, PreTrainedModel):  # which has the store itself, or none
         return None
     return next(filter(None, map(_opened, module.children())), None)

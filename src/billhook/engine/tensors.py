@@ -140,11 +140,17 @@ class Files:
 
     def rename(self, names: Mapping[str, str], removed: Collection[str]) -> None:
         """Calls tensors otherwise than the files do, and forgets those that are gone."""
-        in_file = {name: self._names.get(name, name) for name in self._files}
-        then = {name: names.get(name, name) for name in self._files if name not in removed}
-        self._files = {new: self._files[name] for name, new in then.items()}
-        self._names = {new: in_file[name] for name, new in then.items() if in_file[name] != new}
-        self.transposed = frozenset(new for name, new in then.items() if name in self.transposed)
+        files, names_in_files, transposed = dict[str, str](), dict[str, str](), set[str]()
+        for name in self._files:
+            if name in removed:
+                continue
+            new, in_file = names.get(name, name), self._names.get(name, name)
+            files[new] = self._files[name]
+            if in_file != new:
+                names_in_files[new] = in_file
+            if name in self.transposed:
+                transposed.add(new)
+        self._files, self._names, self.transposed = files, names_in_files, frozenset(transposed)
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns all tensors on the meta device; only headers are read."""
@@ -202,6 +208,7 @@ class Files:
             if not shape or step >= shape[0]:
                 yield entry[...]
                 return
+            # past safetensors, which reads the whole tensor for each slice
             with self._paths[self._files[name]].open("rb") as file:
                 file.seek(_extents(file)[self._names.get(name, name)][0])
                 for start in range(0, shape[0], step):
@@ -216,7 +223,7 @@ class Files:
         with self._readable():
             path = self._here(file) or self._source.fetch(file)
             now = path.stat().st_size, path.stat().st_mtime_ns
-            opened = safe_open(path, "pt", backend="pread")
+            opened = safe_open(path, "pt", backend="pread")  # not mapped: pages of a map would count as memory of the process
         if self._seen.setdefault(path, now) != now:
             raise ValueError(f"'{path}' has changed since it was first read: begin again")
         self._paths[file] = path

@@ -209,5 +209,6 @@ def gradient_precision(trainer: pl.Trainer) -> AbstractContextManager[object]:
     plugin = trainer.precision_plugin
     if not isinstance(plugin, MixedPrecision) or plugin.precision != "16-mixed":
         return plugin.forward_context()
+    # a fit in float16 scales the loss, which scores do not; that of bfloat16 may be emulated, and slow
     able = trainer.strategy.root_device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(plugin.device, torch.bfloat16, cache_enabled=False) if able else nullcontext()

@@ -76,7 +76,7 @@ class ResumeState:
                     if hasattr(sampler, "set_epoch"):
                         sampler.set_epoch(epochs.processed)
                 iter(data_fetcher(trainer))  # Lightning has made an iterator already, with other random numbers
-            for _ in range(0 if over else progress.current.processed):
+            for _ in range(0 if over else progress.current.processed):  # as the straight run has read them
                 next(data_fetcher(trainer).iterator)
             self._begun = begun
         if not over or self._begun is None:
@@ -144,6 +144,8 @@ def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         resume.begin_epoch(pl_module.trainer)
 
     wrapped: list[Callable[..., None]] = [on_load_checkpoint, on_save_checkpoint, on_train_start, on_train_epoch_start]
+    # on the instance, and under names of hooks: Lightning calls the module's own last before weights are loaded, and before
+    # batches are read, where a callback's come earlier
     pl_module.__dict__.update(zip(_HOOKS, wrapped, strict=True))
     pl_module.__dict__[_WRAPPED] = resume
 

@@ -140,7 +140,7 @@ class EventCallback(Callback, ABC):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         """Carries out what is due at the step that has just been taken."""
-        if trainer.global_step != self._last_step:
+        if trainer.global_step != self._last_step:  # a batch of gradients that are only accumulated is no step
             self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -42,7 +42,7 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | Non
             return {}
         most = [count if limit is None else min(count, limit) for count in trainer.num_val_batches]
         several = len(most) > 1 and is_sequential(batches)
-        limits, batches.limits = batches.limits, most
+        limits, batches.limits = batches.limits, most  # the loader is Lightning's own, which its validations use too
         try:
             pl_module.on_validation_start()
             pl_module.on_validation_epoch_start()
@@ -86,6 +86,7 @@ class _Logged:
         self.how[name] = getattr(reduce_fx, "__name__", str(reduce_fx))
         number = float(value)
         weight = float(batch_size or (1 if self.batch is None else extract_batch_size(self.batch)))
+        # on the CPU, where float64 is on every device's machine
         new = torch.tensor([number * weight, weight, number, number, number], dtype=torch.float64)
         old = self.sums.get(name, torch.tensor([0, 0, math.inf, -math.inf, 0], dtype=torch.float64))
         self.sums[name] = torch.stack([old[0] + new[0], old[1] + new[1], old[2].min(new[2]), old[3].max(new[3]), old[4] + number])
@@ -98,6 +99,7 @@ class _Logged:
         if self.sums:
             device = trainer.strategy.root_device
             packed = torch.stack(list(self.sums.values())).to(device, widest_float(device))
+            # ranks sum in place, and collectives want memory without gaps
             least, most, summed = packed[:, 2].clone(), packed[:, 3].clone(), packed[:, [0, 1, 4]].clone()
             reduced: Any = trainer.strategy.reduce(summed, reduce_op="sum")
             least, most = (trainer.strategy.reduce(t, reduce_op=op) for t, op in ((least, "min"), (most, "max")))
@@ -113,7 +115,7 @@ class _Logged:
 @contextmanager
 def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: _Logged) -> Iterator[None]:
     stage, modes = trainer.state.stage, {name: m.training for name, m in pl_module.named_modules()}
-    trainer.state.stage = RunningStage.VALIDATING
+    trainer.state.stage = RunningStage.VALIDATING  # by which modules and loaders know what they are called for
     pl_module.eval()
     try:
         with overridden(pl_module, log=logged), torch.no_grad(), isolated():

@@ -94,6 +94,7 @@ def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     if not is_zipfile(path) or not (requested is None or isinstance(requested, str | torch.device)):
         return None
 
+    # torch calls it for each storage with the device that the tensor was on; one that returns the storage leaves it mapped
     def note(storage: Any, location: str) -> Any:  # noqa: ANN401 - one of torch's kinds of storage
         locations[storage.data_ptr()] = location
         return storage
@@ -127,6 +128,7 @@ def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInChe
     torch.save({key: tensor for key, tensor in checkpoint.items() if key not in later} | {TENSORS: placed}, source)
     source.seek(0)
 
+    # Lightning moves what it loads to a device at once: it moves an empty tensor, which then says where the unread one goes
     class Later(ShapeInCheckpoint):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             placed = checkpoint[TENSORS]

@@ -155,7 +155,7 @@ def _configure(pl_module: pl.LightningModule, configure: Callable[[], None]) -> 
     drop_waiting(pl_module)
     before = Ambient.now()
     try:
-        with torch.device("cpu"):  # Lightning has set a device and a dtype for new models
+        with torch.device("cpu"):  # Lightning has set a device and a dtype for new models, which are not for what steps compute
             Ambient(gradients=before.gradients, precision=before.precision, autocast=before.autocast).restore()
             for step in steps:
                 step()

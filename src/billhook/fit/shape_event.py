@@ -126,7 +126,7 @@ def unwrapped(trainer: pl.Trainer, in_turn: bool = False) -> Iterator[None]:
         yield
     if wrapped:
         assert isinstance(trainer.strategy, DDPStrategy)
-        trainer.strategy.configure_ddp()
+        trainer.strategy.configure_ddp()  # the same processes and settings, new buckets and hooks
         if isinstance(state := communication_state(trainer), PowerSGDState):
             _restart(state)
 

@@ -67,7 +67,7 @@ def _for_model(pl_module: pl.LightningModule, batch: Any) -> dict[str, Any]:  # 
     return batch if isinstance(batch, dict) else dict(batch)
 
 
-class _Called(BaseException):
+class _Called(BaseException):  # no `Exception`, which a step might catch
     """Ends a training step at a call that is waited for, with the arguments."""
 
 
@@ -78,7 +78,7 @@ def _call(model: nn.Module, step: Callable[[], object], what: str) -> tuple[tupl
         raise _Called(args, kwargs)
 
     try:
-        with overridden(model, forward=forward), torch.compiler.set_stance("force_eager"):
+        with overridden(model, forward=forward), torch.compiler.set_stance("force_eager"):  # compiled code would not call it
             step()
     except _Called as call:
         args, kwargs = call.args

@@ -1,7 +1,7 @@
 """A LightningDataModule over `datasets` for classifiers of images."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
@@ -91,7 +91,8 @@ class ImageDataModule(LabelledModule):
         except (TypeError, ValueError, NotImplementedError) as error:  # as arrow has them
             raise ValueError(f"image_column='{self.image_column}' of the split '{split}' holds no images: {error}") from error
         numbers = numbers_of(pictures, self.label_column, self.label2id)
-        return pictures.with_transform(Prepared(self.image_processor, self.image_column, self.label_column, numbers))
+        columns = (self.image_column, self.label_column)
+        return pictures.with_transform(partial(pixels_and_labels, self.image_processor, columns, numbers))
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the function that makes a batch of examples."""
@@ -99,23 +100,20 @@ class ImageDataModule(LabelledModule):
         return collate
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Makes pixels and numbers of labels of rows that are read.
+def pixels_and_labels(
+    processor: BaseImageProcessor,
+    columns: tuple[str, str],
+    numbers: Mapping[Any, int] | None,
+    rows: Mapping[str, Sequence[Any]],
+) -> dict[str, Any]:
+    """Returns `pixel_values`, float32 `[rows, channels, height, width]` as a rule, and `labels` of rows that are read.
 
     Args:
         processor: The image processor.
-        image_column: The column of the image.
-        label_column: The column of the label.
+        columns: Those of the image and the label.
         numbers: Of each label as it stands there; None where it is the number.
+        rows: The rows.
     """
-
-    processor: BaseImageProcessor
-    image_column: str
-    label_column: str
-    numbers: Mapping[Any, int] | None
-
-    def __call__(self, rows: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
-        """Returns `pixel_values`, float32 `[rows, channels, height, width]` as a rule, and `labels`."""
-        pixels = self.processor(images=list(rows[self.image_column]), return_tensors="pt")["pixel_values"]
-        return {"pixel_values": pixels, "labels": numbered(rows[self.label_column], self.label_column, self.numbers)}
+    images, labels = (rows[column] for column in columns)
+    pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
+    return {"pixel_values": pixels, "labels": numbered(labels, columns[1], numbers)}

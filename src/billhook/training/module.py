@@ -101,11 +101,8 @@ def _of(attention: Attention, structure: Structure) -> set[str]:
         return {name for name in structure.shapes if name.startswith(f"{where}.")}
     dimensions = {*attention.heads, *attention.query_key, *attention.value}
     modules = {name.rpartition(".")[0] for name in projections}
-    return {
-        name
-        for name in structure.shapes
-        if name.rpartition(".")[0] in modules or any(dimensions & set(leaves(axis)) for axis in structure.axes.get(name, ()))
-    }
+    with_heads = {name for name, axes in structure.axes.items() if any(dimensions & set(leaves(axis)) for axis in axes)}
+    return {name for name in structure.shapes if name.rpartition(".")[0] in modules or name in with_heads}
 
 
 Decay = Literal["cosine", "linear", "constant"]

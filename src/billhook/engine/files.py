@@ -59,11 +59,9 @@ class FileStore(BlockStore):
     def __init__(self, model: PreTrainedModel, files: Files, parts: Parts | None) -> None:
         super().__init__(model)
         self.files, self.parts = files, parts
-        self.loaded: nn.Module | None = None
         self._copies: Copies | None = None
         self._ahead: Ahead[str, dict[str, Tensor]] | None = None  # of a store whose blocks compute on a device that takes them so
         self._in_step = False
-        self._note: object = None
         self._transposed = frozenset[str]()  # in the last checkpoint that was written
         self._overlay = LazyTensors({})  # what parameters of blocks have for values, meanwhile
         self.adopted = dict[str, Path]()
@@ -104,25 +102,20 @@ class FileStore(BlockStore):
             keys[block_of.get(parameter, "")].append(key)
         return keys
 
-    def load(self, module: nn.Module) -> nn.Module | None:
-        """Reads the block of a module, in the place of the one that was there; see `BlockStore.load`."""
-        block = self.owner.get(module)
-        if block is not None and block is not self.loaded:
-            self._check_known(block)
-            self.release()
-            name = self.names[block]
-            self._load(self.keys[name], None if self._ahead is None else self._ahead.take(name))
-            self._read_ahead(name)
-            if self.device is not None:
-                self._copies = Copies(self.device)
-                self._copies.enter(block)
-            self.loaded = block
-            for alter in self._alterations.get(block, ()):
-                alter(block)
-            for key, value in self._overlay.under({self.names[module] for module in block.modules()}).items():
-                parameter = self.model.get_parameter(key)
-                parameter.data = value.to(parameter.device)
-        return block
+    def _bring(self, block: nn.Module) -> None:
+        self._check_known(block)
+        name = self.names[block]
+        self._load(self.keys[name], None if self._ahead is None else self._ahead.take(name))
+        self._read_ahead(name)
+        if self.device is not None:
+            self._copies = Copies(self.device)
+            self._copies.enter(block)
+
+    def _alter(self, block: nn.Module) -> None:
+        super()._alter(block)
+        for name, value in self._overlay.under({self.names[module] for module in block.modules()}).items():
+            parameter = self.model.get_parameter(name)
+            parameter.data = value.to(parameter.device)
 
     def _read_ahead(self, name: str) -> None:
         """Has the tensors of the block after one read while this one computes: by a thread, or into pages of the system alone."""
@@ -181,16 +174,12 @@ class FileStore(BlockStore):
             self.release()
             self._overlay = before
 
-    def change(self, block: nn.Module, note: object = None) -> None:
-        """Has the block that is here, which has changed, written when it goes, with a note in plain data."""
-        assert block is self.loaded, f"{self.names[block]} is gone: what was changed in it is lost"
-        self._changed, self._note = True, note
-
     def release(self) -> None:
         """Has no block in memory; the one that was there is written first, if it has changed."""
-        if self.loaded is None:
+        if not self.loaded:
             return
-        block, name = self.loaded, self.names[self.loaded]
+        block = self.loaded[0]
+        name = self.names[block]
         if self._changed:
             tensors = {key: parameter.detach() for key, parameter in block.named_parameters(prefix=name)}
             self.written.write(name, as_in_files(self.model, tensors), self._note)
@@ -201,7 +190,7 @@ class FileStore(BlockStore):
             module._parameters[key] = empty[parameter]
         if self._copies is not None:
             self._copies.leave()  # buffers stay in memory
-        self.loaded = self._copies = None
+        self.loaded, self._altered, self._copies = [], set(), None
         torch.clear_autocast_cache()  # which holds what was cast of the block
         if self._changed:
             self._changed = False
@@ -315,7 +304,7 @@ class FileStore(BlockStore):
 
     def adopt(self, name: str) -> None:
         """Has a block come from what was written of it, from now on."""
-        if self.blocks[name] is self.loaded:
+        if self.blocks[name] in self.loaded:
             self.release()
         self._forget(name)
         path, keys = self.written.path(name), self.written.keys(name)

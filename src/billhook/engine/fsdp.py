@@ -217,17 +217,16 @@ def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
         part: A module that is sharded.
         reshapes: Whether FSDP is taken off and put on again, which needs more than runs do.
     """
-    missing = [name for name in OF_PART if not hasattr(part, name)]
+    needed: list[tuple[Any, Sequence[str]]] = [(part, OF_PART)]
+    if hasattr(part, OF_PART[0]):
+        state = part._get_fsdp_state()
+        needed.append((state, OF_STATE if hasattr(state, "_fsdp_param_group") else (*OF_STATE, "_fsdp_param_groups")))
+        for group in groups_of(state):
+            needed.append((group, OF_GROUP))
+            needed += [(parameter, OF_PARAMETER) for parameter in getattr(group, "fsdp_params", ())]
+    missing = [name for owner, names in needed for name in names if not hasattr(owner, name)]
     if not any(type(key) is str and key.startswith(NOTED) for key in vars(part)):
         missing.append(NOTED)
-    if OF_PART[0] not in missing:
-        state = part._get_fsdp_state()
-        missing += [name for name in OF_STATE if not hasattr(state, name)]
-        missing += [] if hasattr(state, "_fsdp_param_group") or hasattr(state, "_fsdp_param_groups") else ["_fsdp_param_groups"]
-        for group in groups_of(state):
-            missing += [name for name in OF_GROUP if not hasattr(group, name)]
-            for parameter in getattr(group, "fsdp_params", ()):
-                missing += [name for name in OF_PARAMETER if not hasattr(parameter, name)]
     if not hasattr(_states_of_modules(), "pop"):
         missing.append(f"{MODULE}._module_state_mapping")
     _refuse(

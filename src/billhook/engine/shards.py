@@ -73,7 +73,6 @@ class ShardStore(BlockStore):
         around = (module for module in root.modules() if isinstance(module, PreTrainedModel) and self._has_blocks(module))
         self.model = next(around, root)
         self._filled = list[nn.Parameter]()
-        self._loaded, self._altered = list[nn.Module](), set[nn.Parameter]()
         self.everything = False
         self._overlay: Mapping[nn.Parameter, Read] = {}
         self._comm_apart: Comm | None = None
@@ -153,33 +152,21 @@ class ShardStore(BlockStore):
         """Refuses to compute elsewhere than shards are."""
         raise ValueError(f"device={str(device)!r}: the model is sharded, and its blocks compute where shards are: leave it out")
 
-    def load(self, module: nn.Module) -> nn.Module | None:
-        """Gathers the block of a module, in the place of the one that was whole; see `BlockStore.load`."""
-        block = self.owner.get(module)
-        if block is not None and block not in self._loaded:
-            self.release()
-            if self._comm_apart is None:
-                self._gather(block)
-            else:
-                self._round(block)
-            self._loaded = [block]
-            self._altered = set(itertools.chain.from_iterable(alter(block) for alter in self._alterations.get(block, ())))
-        return block
-
-    def change(self, block: nn.Module, note: object = None) -> None:
-        """Has the block that is here, which has new parameters or altered values, sharded again when it goes."""
-        assert block in self._loaded, "the block is gone: what was changed in it is lost"
-        self._changed = True
+    def _bring(self, block: nn.Module) -> None:
+        if self._comm_apart is None:
+            self._gather(block)
+        else:
+            self._round(block)
 
     def release(self) -> None:
         """Has no block whole; those that were are sharded again if they have changed."""
-        for block in self._loaded if self._changed else ():
+        for block in self.loaded if self._changed else ():
             self._shard(block)
             self._alterations.pop(block, None)
         for full in self._filled:
             free(full)
             full.grad = None
-        self._filled, self._loaded, self._altered, self._changed = [], [], set(), False
+        self._filled, self.loaded, self._altered, self._changed = [], [], set(), False
         torch.clear_autocast_cache()  # which holds what was cast of the block
 
     @torch.no_grad()
@@ -269,7 +256,7 @@ class ShardStore(BlockStore):
         try:
             for block in self.blocks.values():
                 self._gather(block)
-            self._loaded, self.everything = list(self.blocks.values()), True
+            self.loaded, self.everything = list(self.blocks.values()), True
             yield
         finally:
             self._changed = self.everything

@@ -63,7 +63,10 @@ class BlockStore(ABC):
         self.rests: str | None = None
         self.reused = 0
         self._alterations: dict[nn.Module, list[Alter]] = {}  # what is done to each block whenever it comes
-        self._changed = False  # whether the block that is here goes back to where it comes from
+        self.loaded: list[nn.Module] = []  # the block that is here; all of them within `all_here`
+        self._changed = False  # whether it goes back to where it comes from
+        self._altered = set[nn.Parameter]()  # what is altered in it
+        self._note: object = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockStore":
         """Returns one without blocks: a copy of the model, as on meta, has neither files nor shards."""
@@ -101,15 +104,28 @@ class BlockStore(ABC):
             blocks: Those of a model in memory, none within another, in the order in which they come.
         """
 
-    @abstractmethod
     def load(self, module: nn.Module) -> nn.Module | None:
         """Has the block of a module in memory, and no other, and returns it; what is in no block always is."""
+        block = self.owner.get(module)
+        if block is not None and block not in self.loaded:
+            self.release()
+            self._bring(block)
+            self.loaded = [block]  # before it is altered, by what may ask for it
+            self._alter(block)
+        return block
+
+    @abstractmethod
+    def _bring(self, block: nn.Module) -> None:
+        """Has a block in memory, where there is none."""
+
+    def _alter(self, block: nn.Module) -> None:
+        """Alters the block that has come."""
+        self._altered = {parameter for alter in self._alterations.get(block, ()) for parameter in alter(block)}
 
     @abstractmethod
     def release(self) -> None:
         """Has no block in memory; the one that was there is kept as it has changed."""
 
-    @abstractmethod
     def change(self, block: nn.Module, note: object = None) -> None:
         """Has the block that is here, which has changed, kept as it is when it goes.
 
@@ -117,6 +133,8 @@ class BlockStore(ABC):
             block: The block.
             note: What a later process is to know of it, in plain data, where blocks are kept in files.
         """
+        assert block in self.loaded, f"{self.names[block]} is gone: what was changed in it is lost"
+        self._changed, self._note = True, note
 
     @contextmanager
     def changing(self, module: nn.Module) -> Iterator[None]:
@@ -262,10 +280,6 @@ class MemoryStore(BlockStore):
     On another device blocks compute with copies, which come and go; the model's own parameters stay where they are.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.loaded: nn.Module | None = None
-
     @contextmanager
     def on(self, device: torch.device, blocks: Sequence[nn.Module]) -> Iterator[None]:
         """Has blocks compute on a device, within; see `BlockStore.on`."""
@@ -282,27 +296,21 @@ class MemoryStore(BlockStore):
         self.release()
         self.device, self.blocks, self.owner, self.names = None, {}, {}, {}
 
-    def load(self, module: nn.Module) -> nn.Module | None:
-        """Has copies of the block of a module on the device; None where it stays with the others."""
-        block = self.owner.get(module)
-        if block is not None and block is not self.loaded:
-            self.release()
-            self._copies.enter(block)
-            self.loaded = block
-        return block
+    def _bring(self, block: nn.Module) -> None:
+        self._copies.enter(block)
 
     def release(self) -> None:
         """Has no block on the device; values that have changed there go home."""
-        if self.loaded is not None:
+        if self.loaded:
             if self._changed:
                 self._copies.keep()
             self._copies.leave()
-            self.loaded, self._changed = None, False
+            self.loaded, self._changed = [], False
 
     def change(self, block: nn.Module, note: object = None) -> None:
         """Has what has changed on the device go home with the block; elsewhere it stays where it is."""
         del note
-        self._changed |= block is self.loaded
+        self._changed |= block in self.loaded
 
     @contextmanager
     def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:

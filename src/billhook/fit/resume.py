@@ -1,5 +1,6 @@
 """Restores a model's shape from a Lightning checkpoint, and handles the state of callbacks that a run does not have."""
 
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -122,9 +123,7 @@ def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInChe
     """Returns what Lightning loads of a checkpoint whose tensors are unread, and a class for modules to take them."""
     state, source = checkpoint[TENSORS], BytesIO()
     later = {key: checkpoint[key] for key in LARGE if key in checkpoint}
-    placed = {
-        name: torch.empty(0) if isinstance(tensor, Unread) else tensor for name, tensor in state.items()
-    }  # where Lightning is told
+    placed = {name: torch.empty(0) if isinstance(tensor, Unread) else tensor for name, tensor in state.items()}
     torch.save({key: tensor for key, tensor in checkpoint.items() if key not in later} | {TENSORS: placed}, source)
     source.seek(0)
 
@@ -172,20 +171,23 @@ def _restore_masks(module: nn.Module, trainer: pl.Trainer | None, checkpoint: di
 
     It warns where training continues without the callback that held masks.
     """
-    unheld, masked = left_behind(trainer, checkpoint), checkpoint.get(MASKED)
-    heads = [key for key, state in unheld.items() if isinstance(state, dict) and state.get("heads")]
-    weights = [key for key, state in unheld.items() if isinstance(state, dict) and state.get("masks")]
-    if masked and heads and trainer is not None and trainer.strategy.restore_checkpoint_after_setup:  # FSDP2 has loaded them
-        zero_units(module, masked["heads"], per=masked["per"])
-    elif masked and heads:
+    lost, masked = dict[str, str](), checkpoint.get(MASKED)  # what nobody masks, by the callback that did
+    for key, state in left_behind(trainer, checkpoint).items():
+        if isinstance(state, dict) and (state.get("heads") or state.get("masks")):
+            lost[key] = "heads" if state.get("heads") else "weights"
+    if masked and "heads" in lost.values():
+        zero = partial(zero_units, module, masked["heads"], per=masked["per"])
 
-        def silence(*_: object) -> None:
+        def zero_once(*_: object) -> None:
             hook.remove()
-            zero_units(module, masked["heads"], per=masked["per"])
+            zero()
 
-        hook = module.register_load_state_dict_post_hook(silence)  # type: ignore[no-untyped-call]
+        if trainer is not None and trainer.strategy.restore_checkpoint_after_setup:  # FSDP2 has loaded weights already
+            zero()
+        else:
+            hook = module.register_load_state_dict_post_hook(zero_once)  # type: ignore[no-untyped-call]
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
-        for key, what in [(key, "heads") for key in heads] + [(key, "weights") for key in weights]:
+        for key, what in lost.items():
             rank_zero_warn(
                 f"the checkpoint is of a run with {key}, which this run lacks: the {what} that it has masked are zero, and "
                 "nothing keeps them so when training goes on"

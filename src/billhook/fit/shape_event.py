@@ -133,18 +133,14 @@ def unwrapped(trainer: pl.Trainer, in_turn: bool = False) -> Iterator[None]:
 
 def check_none_beside(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
     """Refuses optimizers and averages that a module or a callback keeps by itself, which nothing would have follow."""
-    holders = [
-        (type(holder).__name__, attr, kept)
-        for holder in [pl_module, *callbacks_of(trainer, Callback)]
-        for attr, kept in vars(holder).items()
-    ]
-    holders += [(type(pl_module).__name__, attr, kept) for attr, kept in pl_module.named_modules()]
-    for holder, attr, kept in holders:
-        if isinstance(kept, AveragedModel):
-            raise ValueError(
-                f"{name} changes shapes when the fit is under way, which {holder}.{attr}, an AveragedModel, cannot follow: prune "
-                "or convert first and train the result"
-            )
+    for holder in [pl_module, *callbacks_of(trainer, Callback)]:
+        attributes = vars(holder) | (dict(pl_module.named_modules()) if holder is pl_module else {})
+        for attr, kept in attributes.items():
+            if isinstance(kept, AveragedModel):
+                raise ValueError(
+                    f"{name} changes shapes when the fit is under way, which {type(holder).__name__}.{attr}, an AveragedModel, "
+                    "cannot follow: prune or convert first and train the result"
+                )
     known = {id(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups}
     for attr, kept in vars(pl_module).items():
         if isinstance(kept, Optimizer) and any(id(group["params"]) not in known for group in kept.param_groups):

@@ -212,11 +212,13 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
     if not any(key.startswith("val") and start[key] != before.get(key) for key in start):
         start = {}  # it says what stands under `before`
     names = {key: name for key, name in SIZES.items() if after.get(key) is not None}
-    names |= {key: plain(key) for key in (*after, *last) if key.startswith("val") and (key in before or key in last)}
-    columns = {"at the start": start, "before": before, "after": after, "at the last validation": last}
-    columns = {head: figures for head, figures in columns.items() if figures or head in ("before", "after")}
-    heads, rows = ["", *columns], [[name, *(figures.get(key) for figures in columns.values())] for key, name in names.items()]
-    return [table(heads, rows)] * bool(rows)
+    for key in (*after, *last):
+        if key.startswith("val") and (key in before or key in last):
+            names[key] = plain(key)
+    columns = ({"at the start": start} if start else {}) | {"before": before, "after": after}
+    columns |= {"at the last validation": last} if last else {}
+    rows = [[name, *(figures.get(key) for figures in columns.values())] for key, name in names.items()]
+    return [table(["", *columns], rows)] * bool(rows)
 
 
 def _event(event: Mapping[str, Any]) -> str:

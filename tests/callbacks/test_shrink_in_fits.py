@@ -10,8 +10,8 @@ from peft import LoraConfig
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.shrinking import work
-from billhook.shrinking.levels import find_places
+from billhook.shrinking import candidates
+from billhook.shrinking.layers import find_layers
 from kit import shrinks
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
@@ -85,7 +85,7 @@ def test_a_model_that_is_the_same_at_the_event_is_looked_at_once(files, tmp_path
             pl_module.model.model.layers[0].mlp.down_proj.weight.data.mul_(2.0)
 
     calls = []
-    monkeypatch.setattr(work, "find_places", lambda *given, **how: calls.append(given) or find_places(*given, **how))
+    monkeypatch.setattr(candidates, "find_layers", lambda *given: calls.append(given) or find_layers(*given))
     callback = shrinking(kv_cache_bytes=0.5, at=at, importance=bh.importance.WeightNorm(), repair=None, generations=0)
     trainer(tmp_path, [*([Changes()] if changed else []), callback], max_steps=2).fit(module(), data(files))
     assert callback.shrunk.left == callback.shrunk.limit

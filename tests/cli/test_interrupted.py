@@ -9,7 +9,7 @@ import torch
 import billhook as bh
 from billhook.cli.main import main
 from billhook.engine.parts import Parts
-from billhook.shrinking.variants import Library
+from billhook.shrinking.cache import CandidateCache
 from kit.cli import QUICK, option, small_llama
 from kit.cli import pytestmark as quiet
 
@@ -118,7 +118,7 @@ def test_streamed_work_goes_on(small, files, tmp_path, monkeypatch, capsys):
 
 def test_a_search_goes_on_with_what_it_has_made(small, files, tmp_path, monkeypatch, capsys):
     words = ["shrink", small, tmp_path / "out", *SHRINK, *option(files)]
-    library, add, made = tmp_path / ".out.library", Library.add, []
+    library, add, made = tmp_path / ".out.library", CandidateCache.add, []
 
     def counted(*given):
         made.append(given[1:3])
@@ -126,7 +126,7 @@ def test_a_search_goes_on_with_what_it_has_made(small, files, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGINT)
         add(*given)
 
-    monkeypatch.setattr(Library, "add", counted)
+    monkeypatch.setattr(CandidateCache, "add", counted)
     line = stopped(words, capsys)
     assert line.endswith(f"; the same command goes on with the variants that are done, which are in {library}")
     before = made[:3]
@@ -138,7 +138,7 @@ def test_a_search_goes_on_with_what_it_has_made(small, files, tmp_path, monkeypa
 
 def test_an_error_says_what_there_is_to_go_on_with(small, files, tmp_path, monkeypatch):
     words = ["shrink", str(small), str(tmp_path / "out"), *SHRINK, *option(files)]
-    monkeypatch.setattr("billhook.shrinking.work.damages", fails)
+    monkeypatch.setattr("billhook.shrinking.measurement.config_losses", fails)
     with pytest.raises(SystemExit, match=r"(?s)no room.*the same command goes on with the variants that are done, which are in"):
         main(words)
 

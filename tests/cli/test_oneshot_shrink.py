@@ -12,9 +12,9 @@ import billhook as bh
 from billhook.cli.main import main
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.text import Examples
-from billhook.shrinking import work
+from billhook.shrinking import candidates
 from billhook.shrinking.latency import Workload
-from billhook.shrinking.levels import find_places
+from billhook.shrinking.layers import find_layers
 from kit.cli import blocks, option, small_llama, tokenizer
 from kit.cli import pytestmark as quiet
 from kit.published import record_of
@@ -87,7 +87,7 @@ def test_a_dry_run_says_what_a_search_may_try_and_measures_nothing(small, tmp_pa
 
 def test_the_model_is_looked_at_once(small, files, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(work, "find_places", lambda *given, **how: calls.append(given) or find_places(*given, **how))
+    monkeypatch.setattr(candidates, "find_layers", lambda *given: calls.append(given) or find_layers(*given))
     options = ["--kv_cache_bytes", "0.5", "--importance", "WeightNorm", "--repair", "null"]
     main(["shrink", str(small), str(tmp_path / "out"), *options, *SHORT, *option(files)])
     assert len(calls) == 1

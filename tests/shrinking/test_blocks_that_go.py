@@ -1,7 +1,8 @@
-"""Whole blocks within the same budget as places: found, chosen, repaired, removed with them, saved."""
+"""Whole blocks within the same budget as layers: found, chosen, repaired, removed with them, saved."""
 
 import copy
 import json
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -16,14 +17,14 @@ from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.target import Search
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.blocks import Block, find_blocks
-from billhook.shrinking.choose import Frontier, Slot, cost, loss
-from billhook.shrinking.damages import groups
+from billhook.shrinking.candidates import Candidates, Progress
+from billhook.shrinking.choice import choose_within
 from billhook.shrinking.divergence import Divergence, divided
-from billhook.shrinking.levels import Place, find_places
-from billhook.shrinking.planned import as_planned
-from billhook.shrinking.smallest import Found
-from billhook.shrinking.space import best_point, free_space, starts, uniform_spaces, with_gone
-from billhook.shrinking.work import Work
+from billhook.shrinking.knapsack import Frontier, Slot, cost, loss
+from billhook.shrinking.layers import Layer, alike_layers, find_layers
+from billhook.shrinking.measurement import Measured, measure
+from billhook.shrinking.planned import as_planned, plan
+from billhook.shrinking.space import best_point, free_space, starts, uniform_spaces, with_removal
 from kit import shrinks
 from kit.families import BERT, T5, build, llama, tokens
 
@@ -104,11 +105,11 @@ def test_what_is_left_is_what_was_said_and_is_saved(layers, tmp_path):
 
 
 def searched(model, layers, params, repair=None):
-    """A work with what it has found."""
+    """What candidates lose, with what was chosen."""
     fitted, held_out = divided(texts())
-    work = Work.begun(model, Amount(params=params), layers == "uniform")
-    work.measure(fitted, held_out, bh.importance.WeightNorm(), repair)
-    return work, Found.within(work, fitted, repair, lambda: work.chosen(1, 2, 0))
+    candidates = Candidates.find(model, Amount(params=params), layers == "uniform")
+    measured = measure(candidates, fitted, held_out, bh.importance.WeightNorm(), repair)
+    return measured, choose_within(measured, fitted, repair, bh.Search(generations=1, candidates=2), 0, candidates.limit)
 
 
 @pytest.mark.daily("free")
@@ -125,8 +126,8 @@ def test_removed_computes_what_masked_does_with_the_repaired_weights(layers):
     with as_planned(model, planned), torch.no_grad():
         assert torch.equal(model(ids).logits, expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    for plan in planned.plans:
-        bh.apply(model, plan, weights=planned.weights if plan is planned.units else None)
+    for one in planned.plans:
+        bh.apply(model, one, weights=planned.weights if one is planned.units else None)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
     assert [name for name in planned.weights if f"{LAYERS}.1." in name] == []
@@ -135,10 +136,10 @@ def test_removed_computes_what_masked_does_with_the_repaired_weights(layers):
 def test_the_blocks_behind_make_up_for_one_that_goes():
     model = uneven()
     fitted, held_out = divided(texts())
-    work = Work.begun(model, Amount(params=model.num_parameters() - size_of_block(model)), uniform=False)
-    kept = {place.name: 0 if ".1." in place.name else place.count for place in work.places} | {f"{LAYERS}.1 block": 0}
-    work.scores = bh.score(model, work.search.units, bh.importance.WeightNorm(), per="kv_head")
-    planned, lost = work.planned(fitted, RepairConfig(), kept), []
+    candidates = Candidates.find(model, Amount(params=model.num_parameters() - size_of_block(model)), uniform=False)
+    kept = {layer.name: 0 if ".1." in layer.name else layer.count for layer in candidates.layers} | {f"{LAYERS}.1 block": 0}
+    measured = Measured(candidates, {}, None, None, {}, None, Progress())
+    planned, lost = plan(measured, candidates.limit, kept, fitted, RepairConfig()), []
     assert not planned.units.units
     assert {int(name.split(".")[2]) for name in planned.weights} == {2, 3}
     for weights in ({}, dict(planned.weights)):
@@ -155,13 +156,13 @@ def test_blocks_that_are_protected_stay():
     model = uneven(idle=[0, 3])
     shrunk = shrinks.shrink(model, texts(), params=0.6, layers="free", first=1, last=1, repair=None, **FEW)
     assert not set(shrunk.blocks.units[LAYERS] if shrunk.blocks else []) & {0, 3}
-    work = Work.begun(uneven(), Amount(params=0.5), uniform=True)
-    assert [block.number for block in work.blocks.able] == [1, 2, 3]
+    candidates = Candidates.find(uneven(), Amount(params=0.5), uniform=True)
+    assert [block.number for block in candidates.blocks.able] == [1, 2, 3]
 
 
 def blocks_of(model, **amount):
     search = Search(model, Amount(**amount))
-    return find_blocks(search, search.amount.target, find_places(search, search.amount.target))
+    return find_blocks(search, search.amount.target, find_layers(search, search.amount.target))
 
 
 @pytest.mark.daily("llama-params", "gemma2-kv_cache_bytes")
@@ -213,12 +214,13 @@ def test_nothing_is_half_applied(monkeypatch):
 def test_a_choice_whose_blocks_cannot_go_together_is_passed_over(monkeypatch):
     model = uneven(idle=[1, 2])
     work, found = searched(model, "free", model.num_parameters() - size_of_block(model))
-    first = work.blocks.gone(found.tried[0].kept)
-    monkeypatch.setattr(type(work.blocks), "refusal", lambda _, gone: "no" if gone == first else "")
-    other = Found.within(work, [], None, lambda: work.chosen(1, 2, 0))
+    blocks = work.candidates.blocks
+    first = blocks.removed(found.tried[0].kept)
+    monkeypatch.setattr(type(blocks), "refusal", lambda _, removed: "no" if removed == first else "")
+    other = choose_within(work, [], None, bh.Search(generations=1, candidates=2), 0, work.candidates.limit)
     assert found.planned.blocks is not None
-    assert work.blocks.gone(other.kept) != first
-    assert work.blocks.gone(found.kept) == first
+    assert blocks.removed(other.kept) != first
+    assert blocks.removed(found.kept) == first
 
 
 @pytest.mark.nightly
@@ -235,40 +237,39 @@ def test_the_damage_of_blocks_is_noted_in_the_library(tmp_path, monkeypatch):
 
 
 def drawn(seed, count=3):
-    """Places of some blocks, heads and channels, one place outside, what they lose, and what the blocks cost and lose."""
+    """Layers of some blocks, heads and channels, one layer outside, what they lose, and what the blocks cost and lose."""
     random = np.random.default_rng(seed)
-    places, blocks, levels, losses = [], [], {}, {}
+    layers, blocks, losses = [], [], {}
     for number in range(count):
         own = [
-            Place((f"{number}.heads",), "head", 3, (3, 2, 1), int(random.integers(5, 9))),
-            Place((f"{number}.channels",), "channel", 8, tuple(range(8, 0, -1)), int(random.integers(1, 5))),
+            Layer((f"{number}.heads",), "head", 3, (3, 2, 1), int(random.integers(5, 9)), (3, 2, 1)),
+            Layer((f"{number}.channels",), "channel", 8, tuple(range(8, 0, -1)), int(random.integers(1, 5)), (8, 7, 6)),
         ]
-        whole = sum(place.cost(place.count) for place in own)
-        blocks.append(Block(f"{number}", number, tuple(place.name for place in own), whole + int(random.integers(0, 9))))
+        whole = sum(layer.cost(layer.count) for layer in own)
+        blocks.append(Block(f"{number}", number, tuple(layer.name for layer in own), whole + int(random.integers(0, 9))))
         losses[blocks[-1].name] = [0.0, float(random.random() * 3)]
-        places += own
-    places.append(Place(("outside",), "channel", 5, (5, 4, 3, 2, 1), 3))
-    for place in places:
-        levels[place.name] = place.allowed[:3]
-        losses[place.name] = [0.0, *np.cumsum(random.random(2)).tolist()]
-    return places, levels, losses, blocks
+        layers += own
+    layers.append(Layer(("outside",), "channel", 5, (5, 4, 3, 2, 1), 3, (5, 4, 3)))
+    for layer in layers:
+        losses[layer.name] = [0.0, *np.cumsum(random.random(2)).tolist()]
+    return layers, losses, blocks
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_free_blocks_lose_least_of_all_there_is(seed):
-    places, levels, losses, blocks = drawn(seed)
-    (space,) = free_space(places, levels, losses, blocks, now=500)
+    layers, losses, blocks = drawn(seed)
+    (space,) = free_space(layers, losses, blocks, now=500)
     rest = 500 - sum(block.cost for block in blocks) - 15
     every = []
     for gone in product((False, True), repeat=3):
         for chosen in product(range(3), repeat=7):
             price, lost = rest, 0.0
-            for level, place in zip(chosen, places, strict=True):
-                block = next((b for b in blocks if place.name in b.places), None)
+            for level, layer in zip(chosen, layers, strict=True):
+                block = next((b for b in blocks if layer.name in b.layers), None)
                 if block is None or not gone[block.number]:
-                    price, lost = price + place.cost(levels[place.name][level]), lost + losses[place.name][level]
+                    price, lost = price + layer.cost(layer.configs[level]), lost + losses[layer.name][level]
             for block, away in zip(blocks, gone, strict=True):
-                own = sum(place.cost(place.count) for place in places if place.name in block.places)
+                own = sum(layer.cost(layer.count) for layer in layers if layer.name in block.layers)
                 price, lost = price + (0 if away else block.cost - own), lost + (losses[block.name][1] if away else 0)
             every.append((price, lost))
     for limit in np.linspace(rest + 3, 500, 25).astype(int).tolist():
@@ -279,29 +280,27 @@ def test_free_blocks_lose_least_of_all_there_is(seed):
             assert space.predicted(found) == pytest.approx(min(within))
             kept = space.kept(found)
             away = {block.name for block in blocks if kept.get(block.name) == 0}
-            assert all((kept[name] == 0) == (block.name in away) for block in blocks for name in block.places)
+            assert all((kept[name] == 0) == (block.name in away) for block in blocks for name in block.layers)
     assert space.left((0,) * len(space.slots)) == 500
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_alike_blocks_lose_least_of_all_there_is(seed):
-    places, levels, losses, blocks = drawn(seed)
-    alike = [
-        Place(place.names, place.kind, place.count, place.allowed, {"head": 7, "channel": 2}[place.kind]) for place in places
-    ]
-    spaces = uniform_spaces(alike, levels, losses, blocks, now=500)
+    layers, losses, blocks = drawn(seed)
+    alike = [replace(layer, each={"head": 7, "channel": 2}[layer.kind]) for layer in layers]
+    spaces = uniform_spaces(alike, losses, blocks, now=500)
     ranked = sorted(blocks, key=lambda block: losses[block.name][1])
     every = []
     for count in range(4):
-        away = {name for block in ranked[:count] for name in block.places}
-        stay = [place for place in alike if place.name not in away]
-        kinds = groups(stay, True)
+        away = {name for block in ranked[:count] for name in block.layers}
+        stay = [layer for layer in alike if layer.name not in away]
+        kinds = alike_layers(stay, True)
         for chosen in product(range(3), repeat=len(kinds)):
-            level = {place.name: one for one, kind in zip(chosen, kinds, strict=True) for place in kind}
+            level = {layer.name: one for one, kind in zip(chosen, kinds, strict=True) for layer in kind}
             price = 500 - sum(block.cost for block in ranked[:count])
-            price -= sum(place.saves(levels[place.name][level[place.name]]) for place in stay)
+            price -= sum(layer.saves(layer.configs[level[layer.name]]) for layer in stay)
             lost = sum(losses[block.name][1] for block in ranked[:count])
-            every.append((price, lost + sum(losses[place.name][level[place.name]] for place in stay)))
+            every.append((price, lost + sum(losses[layer.name][level[layer.name]] for layer in stay)))
     for limit in range(min(price for price, _ in every), 501, 7):
         number, found = best_point(spaces, limit)
         assert spaces[number].left(found) <= limit
@@ -309,9 +308,9 @@ def test_alike_blocks_lose_least_of_all_there_is(seed):
 
 
 def test_a_search_begins_with_several_numbers_of_blocks_gone():
-    places, levels, losses, blocks = drawn(0, count=5)
+    layers, losses, blocks = drawn(0, count=5)
     ranked = sorted(blocks, key=lambda block: losses[block.name][1])
-    spaces = free_space(places, levels, losses, blocks, now=500)
+    spaces = free_space(layers, losses, blocks, now=500)
     gone = []
     for number, found in starts(spaces, 420, ranked):
         assert spaces[number].left(found) <= 420
@@ -320,18 +319,18 @@ def test_a_search_begins_with_several_numbers_of_blocks_gone():
     assert [block.name for block in ranked[:1]] in gone
     assert [block.name for block in ranked[:2]] in gone
     assert [] in gone
-    uniform = uniform_spaces(places, levels, losses, blocks, now=500)
+    uniform = uniform_spaces(layers, losses, blocks, now=500)
     assert {number for number, _ in starts(uniform, 420, ranked)} >= {0, 1, 2}
 
 
 def test_levels_of_a_block_cost_less_and_lose_more_one_after_the_other():
     slots = [Slot(("a",), (3, 2, 1), (30, 20, 10), (0.0, 0.5, 0.6)), Slot(("b",), (2, 1), (8, 4), (0.0, 0.1))]
-    joint = with_gone(slots, Block("block", 0, ("a", "b"), 40), 0.65)
+    joint = with_removal(slots, Block("block", 0, ("a", "b"), 40), 0.65)
     assert joint.costs == (40, 36, 30, 20, 0)
     assert joint.losses == pytest.approx((0.0, 0.1, 0.5, 0.6, 0.65))
     assert joint.kept[-1] == {"a": 0, "b": 0, "block": 0}
     assert joint.kept[0] == {"a": 3, "b": 2}
     assert (cost([joint], (3,)), loss([joint], (3,))) == (20, 0.6)
     assert Frontier([joint]).within(29) == (3,)
-    free = with_gone(slots, Block("block", 0, ("a", "b"), 40), 0.0)
+    free = with_removal(slots, Block("block", 0, ("a", "b"), 40), 0.0)
     assert free.costs == (40, 0)

@@ -48,14 +48,14 @@ def test_a_candidate_brings_one_number_of_each_run_to_the_host(monkeypatch):
     here = {place: number for place, number in syncs.places.items() if place.startswith("report/predictions")}
     assert list(here.values()) == [3, 3]  # which tokens count, and the sum
     assert syncs.copied < 100
-    assert all(held.logs.device == model.device for _, held in found._held)
+    assert all(held.logs.device == model.device for _, held in found._dense)
 
 
 def test_few_positions_are_held_of_a_large_vocabulary(monkeypatch):
     monkeypatch.setattr(module, "BYTES", 4 * 64 * 5 * 2)
     model = llama()
     found = Divergence(model, runs_of(model, [{"input_ids": tokens()} for _ in range(2)]))
-    assert {len(held.positions) for _, held in found._held} == {5}
+    assert {len(held.positions) for _, held in found._dense} == {5}
 
 
 def test_a_model_that_predicts_nothing_is_refused():

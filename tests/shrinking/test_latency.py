@@ -9,11 +9,11 @@ import transformers
 from billhook.engine.batches import Batch
 from billhook.pruning.amount import Amount
 from billhook.shrinking import latency
+from billhook.shrinking.candidates import Candidates, Progress
+from billhook.shrinking.choice import Chosen
 from billhook.shrinking.latency import Clock, Workload, timed
 from billhook.shrinking.planned import Planned
 from billhook.shrinking.shrunk import Times
-from billhook.shrinking.smallest import Found
-from billhook.shrinking.work import Work
 from kit import shrinks
 from kit.families import BERT, T5, llama, tokens
 
@@ -76,14 +76,14 @@ def same(model, before):
 def test_places_cost_what_the_machine_takes():
     model = model_of()
     before, shape = {name: value.clone() for name, value in model.state_dict().items()}, model.config.to_dict()
-    work = Work.begun(model, Amount(params=0.999), uniform=False, timed=True)
-    priced = timed(work, 0.8, Clock(model, machine(channel=3e-5, head=2e-4), "something"))
+    found = Candidates.find(model, Amount(params=0.999), uniform=False)
+    priced = timed(found, 0.8, Clock(model, machine(channel=3e-5, head=2e-4), "something"), Progress())
     assert (priced.target, priced.now) == ("latency", round(1e9 * seconds(model, 3e-5, 2e-4)))
     assert priced.limit == int(0.8 * priced.now)
     each = {"channel": 30_000, "head": 200_000}
-    for place in priced.places:
-        assert [place.saves(kept) for kept in (place.count, *place.levels()[1:])] == pytest.approx(
-            [each[place.kind] * (place.count - kept) for kept in place.levels()], abs=2
+    for layer in priced.layers:
+        assert [layer.saves(kept) for kept in (layer.count, *layer.grid()[1:])] == pytest.approx(
+            [each[layer.kind] * (layer.count - kept) for kept in layer.grid()], abs=2
         )
     block = 48 * 30_000 + 4 * 200_000
     assert [one.cost for one in priced.blocks.able] == pytest.approx([block] * (LAYERS - 1), abs=2)
@@ -94,18 +94,19 @@ def test_places_cost_what_the_machine_takes():
 
 def test_levels_between_those_that_are_measured_and_times_that_do_not_fall():
     model = model_of()
-    work = Work.begun(model, Amount(params=0.999), uniform=False, timed=True)
+    found = Candidates.find(model, Amount(params=0.999), uniform=False)
     steps = {48: 1.0, 42: 1.0, 36: 0.9, 30: 0.95, 24: 0.8, 18: 0.7, 12: 0.6, 6: 0.5}
 
     def measure(models):
         return [(steps[one.model.layers[0].mlp.down_proj.in_features],) for one in models]
 
-    place = next(one for one in timed(work, 0.8, Clock(model, measure, "")).places if one.kind == "channel")
-    costs = [place.cost(kept) for kept in range(48, 5, -1)]
+    timed_layers = timed(found, 0.8, Clock(model, measure, ""), Progress()).layers
+    layer = next(one for one in timed_layers if one.kind == "channel")
+    costs = [layer.cost(kept) for kept in range(48, 5, -1)]
     assert costs == sorted(costs, reverse=True)
     share = 1e9 / LAYERS
     expected = {48: 0.5, 45: 0.5, 42: 0.5, 36: 0.425, 30: 0.425, 27: 0.3625, 24: 0.3, 6: 0}
-    assert {kept: place.cost(kept) for kept in expected} == pytest.approx({kept: one * share for kept, one in expected.items()})
+    assert {kept: layer.cost(kept) for kept in expected} == pytest.approx({kept: one * share for kept, one in expected.items()})
 
 
 @pytest.mark.daily("free")
@@ -177,21 +178,15 @@ def test_the_limit_follows_the_clock_where_places_together_take_longer_or_less(t
 
 
 class Made:
-    """A work, a clock and a search in one: what is searched for takes less than the knapsack's choice within the same limit."""
+    """Candidates, a clock and a search in one: what it finds takes less than the knapsack's choice within the same limit."""
 
     def __init__(self, steps):
         self.now, self.least, self.limit, self.tried = 1000, 100, 700, []
-        self.steps, self.workload = steps, "something"
+        self.candidates, self.steps, self.workload = self, steps, "something"
 
-    def planned(self, fitted, repair, kept):
-        return Planned(self.limit + 100, None)
-
-    def sum_chosen(self):
-        return {}
-
-    def within(self, work, fitted, repair, choosing):
-        self.tried.append(self.limit)
-        return Found({}, Planned(max(step for step in self.steps if step <= self.limit), None), [], [])
+    def within(self, limit):
+        self.tried.append(limit)
+        return Chosen({}, Planned(max(step for step in self.steps if step <= limit), None), limit, [], [])
 
     def times(self, taken, blocks):
         return Times(1.0, taken / 1000, taken / 1000, self.workload)
@@ -208,13 +203,14 @@ class Made:
 )
 def test_a_search_comes_back_up_until_the_budget_is_used(steps, takes, unused, monkeypatch):
     made = Made(steps)
-    monkeypatch.setattr(latency.Found, "within", made.within)
-    found = latency.fast_enough(made, 0.7, made, [], None, None)
+    monkeypatch.setattr(latency, "choose_by_sums", lambda *_: {})
+    monkeypatch.setattr(latency, "plan", lambda _, limit, *__: Planned(limit + 100, None))
+    found = latency.fast_enough(made, 0.7, made, made.within)
     assert takes[0] <= found.times.ratio <= takes[1]
     assert found.times.unused == unused
     assert made.tried[0] <= 600 < made.tried[1]
     assert str(found.times).endswith(unused or "something")
-    assert made.limit == 700
+    assert found.limit == 700
 
 
 @pytest.mark.daily("given0-*")
@@ -269,9 +265,9 @@ def test_workloads_are_legal_and_decided_for_a_model():
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_a_real_clock_gives_figures(phase):
     model = llama()
-    work = Work.begun(model.train(), Amount(params=0.9), uniform=True, timed=True)
+    found = Candidates.find(model.train(), Amount(params=0.9), uniform=True)
     own = Workload(phase, context=8, new_tokens=2, rounds=1).of(model.eval())
-    priced = timed(work, 1 - 1e-9, Clock(model, own.seconds, str(own)))
+    priced = timed(found, 1 - 1e-9, Clock(model, own.seconds, str(own)), Progress())
     assert priced.now > 0
-    assert all(math.isfinite(one) and one >= 0 for place in priced.places for _, one in place.times)
+    assert all(math.isfinite(one) and one >= 0 for layer in priced.layers for _, one in layer.times)
     assert model(tokens()).logits.requires_grad

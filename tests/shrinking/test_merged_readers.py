@@ -7,9 +7,10 @@ import billhook as bh
 from billhook.engine.batches import Batch, Run
 from billhook.pruning.amount import Amount
 from billhook.shrinking import merging
+from billhook.shrinking.candidates import Candidates
 from billhook.shrinking.divergence import divided
+from billhook.shrinking.measurement import measure
 from billhook.shrinking.merging import Merging
-from billhook.shrinking.work import Work
 from kit import shrinks
 from kit.families import build, tokens
 
@@ -37,9 +38,8 @@ def model_of(family="llama"):
 
 def measured(model, repair, batches=None):
     fitted, held_out = divided(batches or texts())
-    work = Work.begun(model, Amount(kv_cache_bytes=0.5), uniform=False)
-    work.measure(fitted, held_out, bh.importance.WeightNorm(), repair)
-    return work, fitted
+    candidates = Candidates.find(model, Amount(kv_cache_bytes=0.5), uniform=False)
+    return measure(candidates, fitted, held_out, bh.importance.WeightNorm(), repair), fitted
 
 
 def read(model, linear, batches):
@@ -61,8 +61,8 @@ def test_it_gives_what_it_gave_in_the_dense_model_as_far_as_least_squares_can(fa
     name, linear = f"model.layers.{number}.self_attn", model.model.layers[number].self_attn.o_proj
     reader = f"{name}.o_proj"
     dense, weight = read(model, reader, fitted), linear.weight.detach().double()
-    found = work.library.weights(f"{name} merged", kept)[f"{reader}.weight"].double()
-    with work.library.assembled({f"{name} merged": kept, f"{name} merged unfitted": kept}):
+    found = work.cache.weights(f"{name} merged", kept)[f"{reader}.weight"].double()
+    with work.cache.assembled({f"{name} merged": kept, f"{name} merged unfitted": kept}):
         given, start = read(model, reader, fitted), linear.weight.detach().double()
     owed, second = dense @ weight.t() - given @ start.t(), given.t() @ given / len(given)
     inner = second + 0.01 * torch.diag(second.diagonal())
@@ -78,16 +78,16 @@ def test_less_is_lost_on_what_it_was_not_fitted_to():
     fitted, _ = measured(model_of(), bh.RepairConfig())
     names = [f"model.layers.{number}.self_attn merged" for number in (0, 1)]
     for kept, share in ((2, 0.8), (1, 1.0)):  # of one head, no ridge helps what is held out
-        assert all(fitted.library.measured[name, kept] <= share * without.library.measured[name, kept] for name in names)
+        assert all(fitted.cache.measured[name, kept] <= share * without.cache.measured[name, kept] for name in names)
 
 
 def test_all_attentions_and_numbers_are_seen_in_one_run_of_each_batch(monkeypatch):
     runs, visit, fit = [], Run.visit, merging.refit_readers
     monkeypatch.setattr(merging, "refit_readers", lambda *given: runs.clear() or fit(*given))
     monkeypatch.setattr(Run, "visit", lambda self: runs.append(self) or visit(self))
-    monkeypatch.setattr(Merging, "choose", lambda self, divergence, scale, uniform: scale)
+    monkeypatch.setattr(Merging, "choose", lambda self, divergence, layers, losses, uniform: (layers, losses))
     work, fitted = measured(model_of(), TINY)
-    assert {(key, kept) for key, kept in work.library.errors if key.endswith("merged")} == {
+    assert {(key, kept) for key, kept in work.cache.errors if key.endswith("merged")} == {
         (f"model.layers.{number}.self_attn merged", kept) for number in (0, 1) for kept in (2, 1)
     }
     assert len(runs) == len(fitted)
@@ -101,7 +101,7 @@ def test_padding_does_not_count_and_the_model_stays():
     for batch in batches:
         more = torch.cat([batch["input_ids"], tokens(6, 8)], 1)
         padded.append(Batch({"input_ids": more, "attention_mask": torch.arange(28).lt(20).long().expand(6, 28)}, batch.source))
-    plain, same = (measured(model, TINY, own)[0].library for own in (batches, padded))
+    plain, same = (measured(model, TINY, own)[0].cache for own in (batches, padded))
     name = "model.layers.0.self_attn"
     for kept in (2, 1):
         one, other = (own.weights(f"{name} merged", kept)[f"{name}.o_proj.weight"] for own in (plain, same))

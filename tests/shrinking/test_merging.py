@@ -10,11 +10,12 @@ import billhook as bh
 from billhook.engine.batches import Batch, runs_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
-from billhook.shrinking import merged, merging
+from billhook.shrinking import merging
+from billhook.shrinking.candidates import Candidates
 from billhook.shrinking.divergence import Divergence, divided
-from billhook.shrinking.levels import Place
-from billhook.shrinking.planned import apply_in_turn
-from billhook.shrinking.work import Work
+from billhook.shrinking.layers import Layer
+from billhook.shrinking.measurement import measure
+from billhook.shrinking.planned import apply_in_turn, plan
 from kit import shrinks
 from kit.families import build, llama, tokens
 
@@ -131,12 +132,10 @@ def test_all_layers_alike_are_what_convert_kv_heads_makes(repair):
 
 
 def measured(model, layers="free", **options):
-    """A work that has been measured, with its batches."""
+    """What candidates lose, with the batches."""
     fitted, held_out = divided(texts())
-    work = Work.begun(model, Amount(kv_cache_bytes=0.5), layers == "uniform")
-    work.merges = options.pop("merges", True)
-    work.measure(fitted, held_out, bh.importance.WeightNorm(), None, **options)
-    return work, fitted, held_out
+    candidates = Candidates.find(model, Amount(kv_cache_bytes=0.5), layers == "uniform")
+    return measure(candidates, fitted, held_out, bh.importance.WeightNorm(), None, **options), fitted, held_out
 
 
 @pytest.mark.daily("2")
@@ -147,32 +146,37 @@ def test_a_variant_computes_what_convert_kv_heads_makes_of_that_layer(kept):
     converted = copy.deepcopy(model)
     far = Divergence(converted, runs_of(converted, held_out))
     bh.convert_kv_heads(converted, kept, "svd", fitted, layers=[name])
-    with work.library.assembled({f"{name} merged": kept}):
+    with work.cache.assembled({f"{name} merged": kept}):
         torch.testing.assert_close(logits(model), logits(converted), rtol=1e-4, atol=1e-4)
-    assert work.library.measured[f"{name} merged", kept] == pytest.approx(far.mean(), rel=1e-3)
+    assert work.cache.measured[f"{name} merged", kept] == pytest.approx(far.mean(), rel=1e-3)
     assert (name, kept) in work.merging.chosen
-    assert work.losses[name][work.levels[name].index(kept)] == work.library.measured[f"{name} merged", kept]
+    assert work.losses[name][configs(work)[name].index(kept)] == work.cache.measured[f"{name} merged", kept]
 
 
-def test_a_level_that_loses_more_than_a_smaller_one_is_no_choice():
+def configs(work):
+    return {layer.name: layer.configs for layer in work.candidates.layers}
+
+
+def test_a_config_that_loses_more_than_a_smaller_one_is_no_choice():
     work, *_ = measured(grouped())
     removal, *_ = measured(grouped(), merges=False)
-    for name, levels in removal.levels.items():
-        assert levels == (4, 3, 2, 1)
-        assert work.levels[name] == (4, 2, 1)
+    for name, numbers in configs(removal).items():
+        assert numbers == (4, 3, 2, 1)
+        assert configs(work)[name] == (4, 2, 1)
         assert removal.losses[name][1] > work.losses[name][1]
-    assert {place.allowed for place in work.places} == {(4, 2, 1)}
+    assert {layer.allowed for layer in work.candidates.layers} == {(4, 2, 1)}
 
 
 def test_of_alike_layers_it_is_decided_together():
     """Two layers whose heads are equal outweigh one in which heads are for nothing."""
     work, *_ = measured(grouped(alike=(0, 1), idle=(2,)), "uniform")
     ways = {kept for _, kept in work.merging.chosen}
-    assert all({kept for name, kept in work.merging.chosen if name == place.name} == ways for place in work.places)
+    assert all({kept for name, kept in work.merging.chosen if name == layer.name} == ways for layer in work.candidates.layers)
     together = []
-    for names in ([place.name for place in work.places], [f"{place.name} merged" for place in work.places]):
-        work.library.instead.clear()
-        with work.library.assembled(dict.fromkeys(names, 2)):
+    names = [layer.name for layer in work.candidates.layers]
+    for keys in (names, [f"{name} merged" for name in names]):
+        work.cache.instead.clear()
+        with work.cache.assembled(dict.fromkeys(keys, 2)):
             together.append(work.divergence.mean())
     assert (2 in ways) == (together[1] < together[0])
 
@@ -231,8 +235,9 @@ def test_optimizers_follow_and_restart_for_what_is_in_another_basis():
     optimizer.step()
     optimizer.zero_grad()
     work, fitted, _ = measured(model, "uniform")
-    assert (work.places[0].name, 2) in work.merging.chosen
-    planned = work.planned(fitted, None, {place.name: 2 for place in work.places})
+    assert (work.candidates.layers[0].name, 2) in work.merging.chosen
+    limit, layers = work.candidates.limit, work.candidates.layers
+    planned = plan(work, limit, {layer.name: 2 for layer in layers}, fitted, None)
     assert planned.merged
     apply_in_turn(model, planned.plans, [optimizer], planned.weights)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -260,7 +265,7 @@ def test_where_heads_cannot_merge_they_go(layers, refused, monkeypatch):
     def refuse(*given):
         raise ValueError("that cannot be")
 
-    where, what = {"plans": (merged, "plan_kv_heads"), "watching": (merging, "gather")}[refused]
+    where, what = {"plans": (merging, "plan_kv_heads"), "watching": (merging, "gather")}[refused]
     monkeypatch.setattr(where, what, refuse)
     shrunk = shrinks.shrink(grouped(), texts(), kv_cache_bytes=0.5, layers=layers, repair=None, **FEW)
     assert not shrunk.merged
@@ -294,5 +299,5 @@ def test_other_families(family, layers, tmp_path):
 
 
 def test_many_heads_may_merge_to_few():
-    place = Place(("a",), "head", 32, tuple(range(32, 0, -1)), 1, merges=(16, 8, 4, 2, 1))
-    assert place.levels() == (32, 28, 24, 20, 16, 12, 8, 4, 2, 1)
+    layer = Layer(("a",), "head", 32, tuple(range(32, 0, -1)), 1, merges=(16, 8, 4, 2, 1))
+    assert layer.grid() == (32, 28, 24, 20, 16, 12, 8, 4, 2, 1)

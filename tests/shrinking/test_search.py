@@ -2,7 +2,7 @@
 
 import random
 
-from billhook.shrinking.choose import Slot, cost, evolve, mutated
+from billhook.shrinking.knapsack import Slot, cost, evolve, mutated
 
 SLOTS = [Slot((f"place {n}",), (4, 3, 2, 1), (40, 30, 20, 10), (0.0, 1.0, 2.0, 3.0)) for n in range(6)]
 LIMIT = 150

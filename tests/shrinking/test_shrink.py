@@ -10,11 +10,12 @@ import transformers
 import billhook as bh
 from billhook.engine.batches import Batch, runs_of
 from billhook.importance.obs import OBS
-from billhook.shrinking import space, variants
+from billhook.shrinking import cache, choice, shrink, space
+from billhook.shrinking.candidates import Candidates
 from billhook.shrinking.divergence import Divergence, divided
 from billhook.shrinking.latency import Workload
-from billhook.shrinking.planned import apply_in_turn
-from billhook.shrinking.work import Work
+from billhook.shrinking.measurement import measure
+from billhook.shrinking.planned import apply_in_turn, plan
 from kit import shrinks
 from kit.families import BERT, T5, build, llama, tokens
 
@@ -104,23 +105,23 @@ def test_it_is_compared_with_each_kind_alone():
 def test_where_layers_stay_alike_what_loses_least_once_repaired_is_taken(turn, monkeypatch):
     """Channels alone and a block alone, in either order: each is cut and repaired by hand, and measured."""
     monkeypatch.setattr(space, "NEAR", math.inf)
-    several, last = [], Work.chosen
+    several, last = [], choice.choose
 
-    def chosen(work, *how):
-        kept, *rest = last(work, *how)
+    def chosen(*given):
+        kept, *rest = last(*given)
         several.extend(kept[::turn])
         return kept[::turn], *rest
 
-    monkeypatch.setattr(Work, "chosen", chosen)
+    monkeypatch.setattr(choice, "choose", chosen)
     _, shrunk = shrunk_of(params=0.8, generations=0)
     (fitted, held_out), lost = divided(texts()), []
     for kept in several:
         model = trained()
-        work = Work.begun(model, bh.Amount(params=0.8, round_to="auto"), uniform=True)
-        work.measure(fitted, held_out, OBS(), bh.RepairConfig())
-        planned = work.planned(fitted, bh.RepairConfig(), kept)
+        candidates = Candidates.find(model, bh.Amount(params=0.8, round_to="auto"), uniform=True)
+        measured = measure(candidates, fitted, held_out, OBS(), bh.RepairConfig())
+        planned = plan(measured, candidates.limit, kept, fitted, bh.RepairConfig())
         apply_in_turn(model, planned.plans, weights=planned.weights)
-        lost.append(work.divergence.mean())
+        lost.append(measured.divergence.mean())
     assert len(several) == space.MOST
     assert sum(shrunk.measured.values()) / 2 == pytest.approx(min(lost), rel=1e-4)
     assert max(lost) > 2 * min(lost)
@@ -174,7 +175,7 @@ def test_what_was_measured_is_told_on_batches_that_were_not_fitted():
 def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
     _, memory = shrunk_of(params=0.7)
     _, first = shrunk_of(params=0.7, library=tmp_path)
-    monkeypatch.setattr(variants, "watch", None)  # nothing is run for it again
+    monkeypatch.setattr(cache, "watch", None)  # nothing is run for it again
     _, second = shrunk_of(params=0.7, library=tmp_path)
     assert memory.to_json() == first.to_json() == second.to_json()
     assert len(list(tmp_path.iterdir())) == 1
@@ -210,7 +211,7 @@ def test_a_classifier_and_an_encoder_with_a_decoder():
     ],
 )
 def test_too_few_tokens_for_any_refit_are_told_or_refused_before_anything_is_measured(budget, tokens_each, says, monkeypatch):
-    monkeypatch.setattr(Work, "measure", None)
+    monkeypatch.setattr(shrink, "measure", None)
     monkeypatch.setattr(Workload, "seconds", None)
     batches = [{"input_ids": tokens(1, tokens_each)}] * 3
     few = f"too few tokens that .*o_proj, which is {says} at least"

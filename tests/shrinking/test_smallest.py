@@ -8,7 +8,7 @@ import torch
 
 import billhook as bh
 from billhook.engine.batches import Batch, run_with_loss
-from billhook.shrinking import smallest as module
+from billhook.shrinking import choice as module
 from billhook.shrinking.divergence import Perplexity, divided
 from kit import shrinks
 from kit.families import llama, tokens
@@ -83,9 +83,9 @@ def test_it_is_met_and_the_next_smaller_size_does_not_meet_it(layers, repair, mo
 @pytest.mark.parametrize("start", [0, 7])
 def test_from_a_wrong_guess_it_goes_up_or_down(start, monkeypatch):
     monkeypatch.setattr(module, "SIZES", 8)
-    monkeypatch.setattr(module, "_first_met", lambda *_: start)
-    tries, ratio = [], module._ratio
-    monkeypatch.setattr(module, "_ratio", lambda *given: tries.append(ratio(*given)) or tries[-1])
+    monkeypatch.setattr(module, "first_met", lambda *_: start)
+    tries, ratio = [], Perplexity.ratio
+    monkeypatch.setattr(Perplexity, "ratio", lambda self: tries.append(ratio(self)) or tries[-1])
     options = {"layers": "free", "generations": 0, "repair": None, "importance": bh.importance.WeightNorm()}
     shrunk = shrinks.shrink(sure(), texts(), max_loss=1.1, **options)
     met = [one <= 1.1 for one in tries]

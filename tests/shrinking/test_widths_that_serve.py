@@ -6,18 +6,18 @@ import billhook as bh
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
 from billhook.serving.engines import multiple_of
-from billhook.shrinking.levels import Place, find_places
+from billhook.shrinking.candidates import Candidates
+from billhook.shrinking.layers import Layer, find_layers
 from billhook.shrinking.space import coarser
-from billhook.shrinking.work import Work
 from kit import shrinks
 from kit.families import llama, tokens
 
 WIDE = {"intermediate_size": 1536, "num_key_value_heads": 8, "num_hidden_layers": 2}
 
 
-def places_of(kind, alike=True, target="params", **amount):
+def allowed_of(kind, alike=True, target="params", **amount):
     search = Search(llama(**WIDE), Amount(**{target: 0.7}, **amount))
-    return {place.allowed for place in find_places(search, target, alike=alike) if place.kind == kind}
+    return {layer.allowed for layer in find_layers(search, target, alike) if layer.kind == kind}
 
 
 @pytest.mark.parametrize(("given", "allowed"), [
@@ -25,27 +25,27 @@ def places_of(kind, alike=True, target="params", **amount):
     ({"target": "kv_cache_bytes"}, (8, 7, 6, 5, 4, 3, 2, 1)),  # which nothing else could use up
 ])  # fmt: skip
 def test_attentions_that_stay_alike_keep_kv_heads_that_can_be_divided(given, allowed):
-    assert places_of("head", **given) == {allowed}
+    assert allowed_of("head", **given) == {allowed}
 
 
 def test_channels_are_multiples_by_which_none_is_far_away():
-    assert places_of("channel") == {tuple(range(1536, 0, -32))}  # 32 is at most 3 % of 1,536, and 64 is not
-    assert places_of("channel", alike=False) == {tuple(range(1536, 0, -32))}
-    assert places_of("channel", round_to=1) == {tuple(range(1536, 0, -1))}
-    assert places_of("channel", round_to=256) == {tuple(range(1536, 0, -256))}
+    assert allowed_of("channel") == {tuple(range(1536, 0, -32))}  # 32 is at most 3 % of 1,536, and 64 is not
+    assert allowed_of("channel", alike=False) == {tuple(range(1536, 0, -32))}
+    assert allowed_of("channel", round_to=1) == {tuple(range(1536, 0, -1))}
+    assert allowed_of("channel", round_to=256) == {tuple(range(1536, 0, -256))}
 
 
 def test_what_the_budget_leaves_becomes_a_larger_multiple_if_that_is_near():
-    place = Place(("a",), "channel", 1536, tuple(range(1536, 0, -32)), 1)
-    heads = Place(("b",), "head", 300, tuple(range(300, 0, -1)), 1)
+    layer = Layer(("a",), "channel", 1536, tuple(range(1536, 0, -32)), 1)
+    heads = Layer(("b",), "head", 300, tuple(range(300, 0, -1)), 1)
     # 3 % of them are 46: 256 takes 32 of 1,312, 128 takes 32 of 1,184, 64 takes 32 of the other two
     for number, rounded in {1312: 1280, 1248: 1216, 1184: 1152, 1120: 1088, 1152: 1152, 1536: 1536, 0: 0}.items():
-        assert coarser([place, heads], {"a": number, "b": 299}) == {"a": rounded, "b": 299}
-    assert coarser([place], {"b": 2}) == {"b": 2}
+        assert coarser([layer, heads], {"a": number, "b": 299}) == {"a": rounded, "b": 299}
+    assert coarser([layer], {"b": 2}) == {"b": 2}
 
 
 def test_what_is_rounded_down_is_what_the_budget_leaves_and_not_what_may_be_kept():
-    one, other = (Place((name,), "channel", 1536, tuple(range(1536, 0, -32)), 10) for name in "ab")
+    one, other = (Layer((name,), "channel", 1536, tuple(range(1536, 0, -32)), 10) for name in "ab")
     kept = {"a": 1120, "b": 1120}
     for spare, left in {
         0: 1088,
@@ -81,8 +81,8 @@ def test_a_model_within_its_budget(layers):
 
 
 def test_levels_that_just_meet_a_budget_are_rounded_too():
-    work = Work.begun(llama(**WIDE), Amount(params=0.81), uniform=True)
-    exact = Work.begun(llama(**WIDE), Amount(params=0.81, round_to=1), uniform=True)
-    own, others = (next(one.levels[p.name] for p in one.places if p.kind == "channel") for one in (work, exact))
+    rounded = Candidates.find(llama(**WIDE), Amount(params=0.81), uniform=True)
+    exact = Candidates.find(llama(**WIDE), Amount(params=0.81, round_to=1), uniform=True)
+    own, others = (next(layer.configs for layer in one.layers if layer.kind == "channel") for one in (rounded, exact))
     assert all(multiple_of(number) >= 32 for number in own)
     assert any(multiple_of(number) == 1 for number in others)

@@ -1,6 +1,7 @@
 """Searches at a given step of a fit for the smaller model that loses least, and goes on with it."""
 
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,14 +31,15 @@ from billhook.model.memory import signature
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
+from billhook.shrinking.cache import key_of
+from billhook.shrinking.candidates import Candidates
+from billhook.shrinking.choice import Chosen
 from billhook.shrinking.divergence import divided, to_search
+from billhook.shrinking.measurement import Measured, measure
 from billhook.shrinking.planned import Planned, apply_in_turn
 from billhook.shrinking.search import Budget, Search
-from billhook.shrinking.shrink import Layers, repair_for
+from billhook.shrinking.shrink import Layers, choose_for, repair_for, shrunk_of
 from billhook.shrinking.shrunk import Shrunk
-from billhook.shrinking.smallest import Found, smallest
-from billhook.shrinking.variants import key_of
-from billhook.shrinking.work import Work
 
 
 class Shrinking(ShapeCallback):
@@ -46,9 +48,8 @@ class Shrinking(ShapeCallback):
     This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
     the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the
     straight run does. Under DDP and FSDP2 each rank searches on the same batches, all of them, by what the first has measured;
-    under FSDP2 one block is whole at a time, and variants of places are divided among ranks. With
+    under FSDP2 one block is whole at a time, and candidates of layers are divided among ranks. With
     `TransformerModule(lora=...)` it comes at the start, and LoRA, cut too, trains what is left; the budget counts no adapters.
-    For `params` and `bytes`, query heads that share a KV head may go, too, as many of each.
     For a budget of time, call `bh.shrink` before the fit: ranks would not agree on what they measure.
 
     Args:
@@ -96,7 +97,7 @@ class Shrinking(ShapeCallback):
         """Forgets what was found."""
         super().reset()
         self.shrunk: Shrunk | None = None
-        self._known: dict[Hashable, Work] = {}
+        self._known: dict[Hashable, Candidates] = {}
 
     @property
     def state_key(self) -> str:
@@ -122,7 +123,7 @@ class Shrinking(ShapeCallback):
                 f"at={self.at!r} must be 'start' where adapters are attached: Shrinking comes before they learn anything"
             )
         if trainer.ckpt_path is None:
-            self._begun(subject)
+            self._candidates(subject)
 
     def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns the step at which it happens."""
@@ -132,22 +133,22 @@ class Shrinking(ShapeCallback):
         """Searches, removes and repairs."""
         metrics, model = self.measured(trainer, pl_module), find_transformer(pl_module)
         with together(trainer, "Shrinking"), in_turn(pl_module):
-            work = self._begun(model)
+            candidates, merges = self._candidates(model), not adapted(model)
             self._known.clear()
             with taken_off(model):
-                found = self._search(trainer, pl_module, work)
+                measured, chosen = self._search(trainer, pl_module, candidates, merges)
             check_agreed(
-                trainer, "Shrinking", "the plan of what is removed", lambda: [one.to_json() for one in found.planned.plans]
+                trainer, "Shrinking", "the plan of what is removed", lambda: [plan.to_json() for plan in chosen.planned.plans]
             )
-        event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, found))
-        note_not_refitted(event, found.planned.not_refitted or work.not_repaired)
+        event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, chosen.planned))
+        note_not_refitted(event, chosen.planned.not_refitted)
         self.done, self.asked = moment, 1.0
         with together(trainer, "Shrinking"), self.calibration.aside(pl_module), gradient_precision(trainer), taken_off(model):
-            self.shrunk = work.finished(found.planned, found.kept, found.curve, found.tried, found.ratio)
+            self.shrunk = shrunk_of(measured, chosen)
         event["after"] |= self.measured(trainer, pl_module)
         log_event(trainer, event)
 
-    def _begun(self, model: PreTrainedModel) -> Work:
+    def _candidates(self, model: PreTrainedModel) -> Candidates:
         """Finds what may be removed beneath adapters; refuses a budget that cannot be met, and adapters that have learned.
 
         What is found in `setup` is there once more at the event, if the model is then the same to the last bit.
@@ -157,45 +158,46 @@ class Shrinking(ShapeCallback):
             if not adds_nothing(layer):
                 what = f"the adapter of {name} is not plain LoRA, or has learned something"
                 raise ValueError(f"Shrinking: {what}: merge it (bh.training.merge)")
-        merges = not adapted(model)
         with taken_off(model):
             lasts = self.at == "start" and not store_of(model).on_ranks  # training changes it, and shards are gathered anew
             seen = _seen(model) if lasts else None
-            work = self._known.pop(seen, None) or Work.begun(model, self.amount, self.layers == "uniform")
-        self._known, work.merges = {seen: work} if seen is not None else {}, merges
-        return work
+            candidates = self._known.pop(seen, None) or Candidates.find(model, self.amount, self.layers == "uniform")
+        self._known = {seen: candidates} if seen is not None else {}
+        return candidates
 
-    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, work: Work) -> Found:
-        """Searches on the same batches on each rank."""
+    def _search(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, candidates: Candidates, merges: bool
+    ) -> tuple[Measured, Chosen]:
+        """Searches on the same batches on each rank; where adapters are attached, no heads merge."""
+        model = candidates.model
         with self.calibration.aside(pl_module), gradient_precision(trainer):
             batches = list(self.calibration.read(trainer, alike=True))
             check_agreed(trainer, "Shrinking", "its settings", partial(described, self))
             check_agreed(trainer, "Shrinking", "the batches", [one for one in tree_leaves(batches) if isinstance(one, Tensor)])
-            check_near(trainer, "Shrinking", "the model", work.model, dict(work.model.named_parameters()))
-            work.agreed = partial(of_first, trainer, "Shrinking", "what it measures")
+            check_near(trainer, "Shrinking", "the model", model, dict(model.named_parameters()))
+            agreed = partial(of_first, trainer, "Shrinking", "what it measures")
             fitted, held_out = divided(batches)
-            runs, searched = (_runs(pl_module, work, own) for own in (fitted, to_search(fitted, work.widest)))
-            repair = repair_for(work, runs, self.search.repair)
-            if work.not_repaired:
-                rank_zero_warn(f"Shrinking: {work.not_repaired}")
-            predicting = runs_as_in_training(pl_module, work.model, held_out)
-            work.measure(searched, predicting, self.search.importance or OBS(), repair)
-            choosing = partial(work.chosen, self.search.generations, self.search.candidates, self.calibration.seed)
-            if self.budget.max_loss is None:
-                found = Found.within(work, runs, repair, choosing)
-            else:
-                found = smallest(work, self.budget.max_loss, held_out, runs, repair, choosing)
-            work.compare(searched)
-            return found
+            runs, searched = (_runs(pl_module, model, some) for some in (fitted, to_search(fitted, candidates.widest)))
+            repair, not_repaired = repair_for(candidates, runs, self.search.repair)
+            if not_repaired:
+                rank_zero_warn(f"Shrinking: {not_repaired}")
+            predicting = runs_as_in_training(pl_module, model, held_out)
+            measured = measure(
+                candidates, searched, predicting, self.search.importance or OBS(), repair, merges=merges, agreed=agreed
+            )
+            how = self.search, self.calibration.seed
+            chosen = choose_for(measured, self.budget, searched, runs, held_out, repair, *how)
+            left = chosen.planned.not_refitted or not_repaired
+            return measured, replace(chosen, planned=replace(chosen.planned, not_refitted=left))
 
     def label(self, event: Event) -> str:
         """Returns how much smaller the model is, or its cache."""
         cache = self.amount.target == "kv_cache_bytes"
         return f"shrink, KV cache {fewer(event, 'kv_cache_bytes')}" if cache else f"shrink, {fewer(event)}"
 
-    def _remove(self, model: PreTrainedModel, found: Found, optimizers: list[Optimizer]) -> str:
+    def _remove(self, model: PreTrainedModel, planned: Planned, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, of adapters too, and says how much that is."""
-        layers, planned = adapted(model), found.planned
+        layers = adapted(model)
         weights = LazyTensors.of(planned.weights or {}).renamed(partial(beneath, layers=layers))
         apply_in_turn(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
         before, after = planned.parameters
@@ -215,8 +217,8 @@ def _above(model: PreTrainedModel, planned: Planned) -> Iterator[UnitPlan | Bloc
             yield plan_units(model, plan.units, dict.fromkeys(plan.kinds.values()))
 
 
-def _runs(pl_module: pl.LightningModule, work: Work, batches: Sequence[Any]) -> list[Run]:
+def _runs(pl_module: pl.LightningModule, model: PreTrainedModel, batches: Sequence[Any]) -> list[Run]:
     """Returns runs of batches with the loss that is trained, and of each linear which tokens count."""
     losses = (training_loss(pl_module, number) for number in range(len(batches)))
-    linears = {name: module for name, module in work.model.named_modules() if is_linear(module)}
-    return [run_with_loss(work.model, linears, *pair) for pair in zip(batches, losses, strict=True)]
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    return [run_with_loss(model, linears, *pair) for pair in zip(batches, losses, strict=True)]

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from gguf import GGUFReader
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel
 
 from billhook.arguments import annotated, one_of, whole
@@ -25,71 +26,6 @@ from billhook.serving.converter import Converter
 from billhook.serving.engine import LlamaCpp
 from billhook.serving.worker import WorkerError
 from billhook.serving.written import Written, write_gguf
-
-
-def bits_a_weight(file: str | Path) -> float:
-    """Returns the bits that a number of the file's tensors takes, on average, scales of quantised blocks counted in."""
-    tensors = GGUFReader(file).tensors
-    return 8 * sum(int(one.n_bytes) for one in tensors) / sum(int(one.n_elements) for one in tensors)
-
-
-def window_of(file: str | Path) -> int | None:
-    """Returns how many tokens llama.cpp's attention looks back where that is limited; it reads no limit of Phi-3's."""
-    fields: Any = GGUFReader(file).fields
-    family = fields["general.architecture"].contents()
-    found = fields.get(f"{family}.attention.sliding_window")
-    return None if found is None or family == "phi3" else int(found.contents()) or None
-
-
-def load_reference(folder: str) -> PreTrainedModel:
-    """Loads a folder in float32 with attention as it is written down in its class: faster ones leave out soft caps.
-
-    Raises:
-        ValueError: If it is no checkpoint that billhook loads, or its model writes no text.
-    """
-    check_checkpoint(folder)
-    kind = model_class(read_config(folder), folder)
-    with readable(folder):
-        model = load_as(kind, folder, torch.float32)
-    check_writes(model)
-    if model.config._attn_implementation != "eager":
-        model.set_attn_implementation("eager")
-    return model
-
-
-def most_tokens(model: PreTrainedModel, wanted: int) -> int:
-    """Returns how many tokens a row may have, of those wanted."""
-    config: Any = text_config(model.config)
-    return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
-
-
-def written_tokens(model: PreTrainedModel, length: int) -> list[int]:
-    """Returns a row that the model wrote itself, drawn from its own distribution, or random tokens if none begins a text."""
-    try:
-        return [int(token) for token in generated(model, examples=1, length=length)[0]["input_ids"][0]]
-    except ValueError:
-        embeddings: Any = model.get_input_embeddings()
-        size = len(embeddings.weight)
-        return torch.randint(size, (length,), generator=torch.Generator().manual_seed(0)).tolist()
-
-
-def logits_of(model: PreTrainedModel, tokens: Sequence[int]) -> Tensor:
-    """Returns the logits after each token of a row: [tokens, vocabulary], float32."""
-    with undisturbed(model):
-        logits: Tensor = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits
-    return logits[0].float()
-
-
-def greedy_of(model: PreTrainedModel, tokens: Sequence[int], count: int) -> list[int]:
-    """Returns the `count` tokens that follow a row by always taking the most likely one, past the ends of texts."""
-    how = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0, use_cache=True
-    )  # fmt: skip
-    ids, write = torch.tensor([list(tokens)]), cast(Any, model.generate)
-    with undisturbed(model), overridden(model, generation_config=how):  # which would add what `how` leaves open
-        found: list[int] = write(ids, attention_mask=torch.ones_like(ids), generation_config=how)[0, len(tokens) :].tolist()
-    return found
-
 
 EngineName = Literal["llama.cpp"]
 Quantised = Literal["Q8_0", "Q4_K_M"]
@@ -145,7 +81,7 @@ class Served:
     quantised: tuple[Lossy, ...] = field(default=())
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.engine}: {'yes' if self.yes else 'no'}: {self.why}", *(f"  {one}" for one in self.quantised)])
+        return "\n".join([f"{self.engine}: {'yes' if self.yes else 'no'}: {self.why}", *(f"  {cost}" for cost in self.quantised)])
 
 
 def serve_check(
@@ -190,25 +126,39 @@ def serve_check(
     for kind in quantised:
         one_of("quantised", kind, Quantised)
     if not isinstance(converter, Converter):
-        with Converter(converter) as own:
-            return serve_check(folder, engine, own, tokens, new_tokens, quantised, threads)
-    model = load_reference(folder)
-    length = most_tokens(model, tokens + new_tokens) - new_tokens
+        with Converter(converter) as installed:
+            return serve_check(folder, engine, installed, tokens, new_tokens, quantised, threads)
+    model = _reference(folder)
+    config: Any = text_config(model.config)
+    wanted = tokens + new_tokens
+    length = min(wanted, getattr(config, "max_position_embeddings", None) or wanted) - new_tokens
     if length < 2:
         raise ValueError(f"new_tokens={new_tokens}: {type(model).__name__} reads too few tokens at once")
     with (
-        tempfile.TemporaryDirectory() as place,
-        LlamaCpp(threads) if isinstance(engine, str) else nullcontext(engine) as runs,
+        tempfile.TemporaryDirectory() as near,
+        LlamaCpp(threads) if isinstance(engine, str) else nullcontext(engine) as running,
     ):
-        file = Path(place, "f32.gguf")
+        file = Path(near, "f32.gguf")
         try:
             written = write_gguf(folder, file, converter, ids_alone=True)
         except WorkerError as error:
-            return Served(folder, runs.name, False, f"it cannot be converted: {error}")
+            return Served(folder, running.name, False, f"it cannot be converted: {error}")
         try:
-            return _compared(folder, model, written, runs, file, length, new_tokens, quantised)
+            return _compared(folder, model, written, running, file, length, new_tokens, quantised)
         except WorkerError as error:
-            return Served(folder, runs.name, False, f"{runs.name} does not run it: {error}")
+            return Served(folder, running.name, False, f"{running.name} does not run it: {error}")
+
+
+def _reference(folder: str) -> PreTrainedModel:
+    """Loads a folder in float32; refuses one that is no checkpoint, or whose model writes no text."""
+    check_checkpoint(folder)
+    kind = model_class(read_config(folder), folder)
+    with readable(folder):
+        model = load_as(kind, folder, torch.float32)
+    check_writes(model)
+    if model.config._attn_implementation != "eager":
+        model.set_attn_implementation("eager")  # as the class has it written down: faster ones leave out soft caps
+    return model
 
 
 def _compared(
@@ -222,33 +172,52 @@ def _compared(
     quantised: Sequence[Quantised],
 ) -> Served:
     """Runs a file in the engine, and compares it with the model that it was made of."""
-    row = written_tokens(model, length)
-    expected, following = logits_of(model, row), greedy_of(model, row, new_tokens)
+    row = _row(model, length)
+    with undisturbed(model):
+        expected = model(input_ids=torch.tensor([row]), use_cache=False).logits[0].float()
+    following = _greedy(model, row, new_tokens)
     engine.load(file, length + new_tokens)
-    found, (greedy, _, _) = engine.logits(row), engine.greedy(row, new_tokens)
-    if found.shape != expected.shape:
-        why = f"it computes logits of {list(found.shape)}, and transformers of {list(expected.shape)}"
+    logits, (greedy, _, _) = engine.logits(row), engine.greedy(row, new_tokens)
+    if logits.shape != expected.shape:
+        why = f"it computes logits of {list(logits.shape)}, and transformers of {list(expected.shape)}"
         return Served(folder, engine.name, False, why)
-    difference = float((found - expected).abs().max() / expected.abs().max())
+    apart, largest = (logits - expected).abs().amax(1), expected.abs().max()
+    difference = float(apart.max() / largest)
     alike = next((i for i, (a, b) in enumerate(zip(greedy, following, strict=True)) if a != b), new_tokens)
-    reasons = [] if difference <= TOLERANCE else [_where(found, expected, difference)]
+    reasons = list[str]()
+    if difference > TOLERANCE:
+        first = int((apart > TOLERANCE * largest).int().argmax()) + 1
+        where = f"from token {first} of {len(row)} on"
+        reasons.append(f"logits differ by {difference:.1e} of the largest, more than {TOLERANCE:g}, {where}")
     if alike < new_tokens:
         reasons.append(f"of {new_tokens} greedy tokens, {alike} are the same before the first that differs")
-    reasons += [written.vocabulary] if written.vocabulary else _text(folder, engine)
-    limit = _limit(model, file)
-    proof = (
-        f"{written}; logits differ by {difference:.1e} of the largest, {alike} of {new_tokens} greedy tokens are the same{limit}"
-    )
+    reasons += [written.vocabulary] if written.vocabulary else _other_tokens(folder, engine)
+    same = f"{alike} of {new_tokens} greedy tokens are the same{_limit(model, file)}"
+    proof = f"{written}; logits differ by {difference:.1e} of the largest, {same}"
     why = f"{'; '.join(reasons)} ({proof})" if reasons else proof
-    costs = [_lossy(engine, file, kind, row, expected) for kind in quantised]
-    return Served(folder, engine.name, not reasons, why, difference, (alike, new_tokens), tuple(costs))
+    costs = tuple(_lossy(engine, file, kind, row, expected) for kind in quantised)
+    return Served(folder, engine.name, not reasons, why, difference, (alike, new_tokens), costs)
 
 
-def _where(found: Tensor, expected: Tensor, difference: float) -> str:
-    """Says from where in a row on logits differ."""
-    apart = (found - expected).abs().amax(1) > TOLERANCE * expected.abs().max()
-    first = int(apart.int().argmax()) + 1
-    return f"logits differ by {difference:.1e} of the largest, more than {TOLERANCE:g}, from token {first} of {len(apart)} on"
+def _row(model: PreTrainedModel, length: int) -> list[int]:
+    """Returns tokens that the model wrote itself, drawn from its own distribution, or random ones if none begins a text."""
+    try:
+        ids: Tensor = generated(model, examples=1, length=length)[0]["input_ids"][0]
+    except ValueError:
+        embeddings: Any = model.get_input_embeddings()
+        ids = torch.randint(len(embeddings.weight), (length,), generator=torch.Generator().manual_seed(0))
+    return [int(token) for token in ids]
+
+
+def _greedy(model: PreTrainedModel, tokens: Sequence[int], count: int) -> list[int]:
+    """Returns the `count` tokens that follow a row by always taking the most likely one, past the ends of texts."""
+    how = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0, use_cache=True
+    )  # fmt: skip
+    ids, write = torch.tensor([list(tokens)]), cast(Any, model.generate)
+    with undisturbed(model), overridden(model, generation_config=how):  # which would add what `how` leaves open
+        written: list[int] = write(ids, attention_mask=torch.ones_like(ids), generation_config=how)[0, len(tokens) :].tolist()
+    return written
 
 
 def _limit(model: PreTrainedModel, file: Path) -> str:
@@ -257,40 +226,36 @@ def _limit(model: PreTrainedModel, file: Path) -> str:
     window, types = getattr(config, "sliding_window", None), list(getattr(config, "layer_types", None) or ["sliding_attention"])
     if not window or window >= (getattr(config, "max_position_embeddings", None) or math.inf) or "sliding_attention" not in types:
         return ""
-    every = PATTERNS.get(config.model_type)
-    if (
-        window_of(file) == window
-        and every
-        and all((kind == "full_attention") == (i % every == 0) for i, kind in enumerate(types, 1))
-    ):
-        return ""
+    fields: Any = GGUFReader(file).fields
+    family = fields["general.architecture"].contents()
+    limit = fields.get(f"{family}.attention.sliding_window")
+    if limit is not None and family != "phi3" and int(limit.contents()) == window:  # llama.cpp reads no limit of Phi-3's
+        every = PATTERNS.get(config.model_type)
+        if every and all((kind == "full_attention") == (number % every == 0) for number, kind in enumerate(types, 1)):
+            return ""
     return f"; up to {window:,} tokens: beyond, layers of the engine look back otherwise"
 
 
-def _text(folder: str, engine: LlamaCpp) -> list[str]:
+def _other_tokens(folder: str, engine: LlamaCpp) -> list[str]:
     """Says where a text becomes other tokens."""
-    own: list[int] = load_tokenizer(folder)(TEXT, add_special_tokens=False)["input_ids"]
-    found = engine.tokenize(TEXT)
-    if found == own:
+    expected: list[int] = load_tokenizer(folder)(TEXT, add_special_tokens=False)["input_ids"]
+    tokens = engine.tokenize(TEXT)
+    if tokens == expected:
         return []
-    same = next((i for i, (a, b) in enumerate(zip(found or [], own, strict=False)) if a != b), 0)
-    return [f"it reads text as other tokens: {found} where transformers reads {own}, from the {same + 1}th on"]
+    same = next((i for i, (a, b) in enumerate(zip(tokens or [], expected, strict=False)) if a != b), 0)
+    return [f"it reads text as other tokens: {tokens} where transformers reads {expected}, from the {same + 1}th on"]
 
 
 def _lossy(engine: LlamaCpp, file: Path, kind: Quantised, row: Sequence[int], expected: Tensor) -> Lossy:
     """Quantises a file, and measures what that costs."""
-    out = file.with_name(f"{kind}.gguf")
+    out, following = file.with_name(f"{kind}.gguf"), torch.tensor(row[1:])
     try:
         engine.quantise(file, out, kind)
         engine.load(out, len(row))
-        ratio = math.exp(_loss(engine.logits(row), row) - _loss(expected, row))
+        losses = [cross_entropy(logits[:-1].double(), following) for logits in (engine.logits(row), expected)]
     except WorkerError as error:
         return Lossy(kind, failed=f"no: {error}")
-    bits = bits_a_weight(out)
+    tensors = GGUFReader(out).tensors
+    bits = 8 * sum(int(tensor.n_bytes) for tensor in tensors) / sum(int(tensor.n_elements) for tensor in tensors)
     out.unlink()
-    return Lossy(kind, ratio, bits)
-
-
-def _loss(logits: Tensor, row: Sequence[int]) -> float:
-    """Returns the mean negative log-likelihood of a row's tokens after the first."""
-    return float(torch.nn.functional.cross_entropy(logits[:-1].double(), torch.tensor(row[1:])))
+    return Lossy(kind, math.exp(float(losses[0]) - float(losses[1])), bits)

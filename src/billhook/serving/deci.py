@@ -49,17 +49,17 @@ def why_not(model: PreTrainedModel) -> str | None:
     return None
 
 
-def save_twin(model: PreTrainedModel, folder: Path, place: Path) -> None:
+def save_twin(model: PreTrainedModel, folder: Path, out: Path) -> None:
     """Saves the smallest Llama that has a model's positions and number of tokens, with the other files of its folder.
 
     llama.cpp's converter makes of it what a GGUF file says of vocabulary and positions.
     """
     config: Any = model.config
     width = _width(model)
-    place.mkdir()
+    out.mkdir()
     for path in folder.iterdir():
         if path.is_file() and path.suffix not in WEIGHTS:
-            shutil.copy(path, place)
+            shutil.copy(path, out)
     small = LlamaConfig(
         vocab_size=len(_parts(model).embed_tokens.weight),
         hidden_size=width,
@@ -77,7 +77,7 @@ def save_twin(model: PreTrainedModel, folder: Path, place: Path) -> None:
         tie_word_embeddings=True,
     )
     with torch.random.fork_rng(devices=[]):
-        LlamaForCausalLM(small).save_pretrained(place)
+        LlamaForCausalLM(small).save_pretrained(out)
 
 
 def write_deci(model: PreTrainedModel, twin: Path, out: Path, dtype: DType) -> None:
@@ -99,11 +99,12 @@ def write_deci(model: PreTrainedModel, twin: Path, out: Path, dtype: DType) -> N
     writer.add_head_count([layer.heads for layer in layers])
     writer.add_head_count_kv([layer.kv_heads for layer in layers])
     writer.add_feed_forward_length([layer.width for layer in layers])
-    for name, tensor in _all_tensors(model, layers):
-        _add(writer, name, tensor, dtype)
-    for one in read.tensors:
-        if one.name.startswith("rope_"):  # what scaled positions divide their frequencies by
-            writer.add_tensor(one.name, one.data)
+    for name, values in _all_tensors(model, layers):
+        kind = TYPES[dtype][0] if values.ndim > 1 else GGMLQuantizationType.F32
+        writer.add_tensor(name, quantize(values.detach().float().cpu().numpy(), kind), raw_dtype=kind)
+    for tensor in read.tensors:
+        if tensor.name.startswith("rope_"):  # what scaled positions divide their frequencies by
+            writer.add_tensor(tensor.name, tensor.data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -146,38 +147,33 @@ def _all_tensors(model: PreTrainedModel, layers: list[Layer]) -> Iterator[tuple[
 
 def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any family
     """Reads a layer, whose heads have a width."""
-    attention, mlp, linears = layer.self_attn, layer.mlp, dict[str, dict[str, Tensor]]()
+    attention, mlp, tensors = layer.self_attn, layer.mlp, dict[str, Tensor]()
+    modules = {"attn_output": attention.o_proj, "ffn_down": mlp.down_proj}
+    modules |= {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
     if hasattr(attention, "qkv_proj"):  # Phi-3's
-        rows = [attention.num_key_value_heads * width] * 2
-        joined = _of(attention.qkv_proj)
-        for part, own in joined.items():
-            three = torch.split(own, [len(own) - sum(rows), *rows])
-            for name, one in zip(("attn_q", "attn_k", "attn_v"), three, strict=True):
-                linears.setdefault(name, {})[part] = one
-        linears["ffn_gate"], linears["ffn_up"] = ({k: v.chunk(2)[i] for k, v in _of(mlp.gate_up_proj).items()} for i in (0, 1))
+        rows = attention.num_key_value_heads * width
+        for part, values in _own(attention.qkv_proj).items():
+            three = torch.split(values, [len(values) - 2 * rows, rows, rows])
+            tensors |= {f"{name}.{part}": some for name, some in zip(("attn_q", "attn_k", "attn_v"), three, strict=True)}
+        for part, values in _own(mlp.gate_up_proj).items():
+            tensors[f"ffn_gate.{part}"], tensors[f"ffn_up.{part}"] = values.chunk(2)
     else:
-        names = {"attn_q": attention.q_proj, "attn_k": attention.k_proj, "attn_v": attention.v_proj}
-        linears = {name: _of(one) for name, one in (names | {"ffn_gate": mlp.gate_proj, "ffn_up": mlp.up_proj}).items()}
-    linears |= {"attn_output": _of(attention.o_proj), "ffn_down": _of(mlp.down_proj)}
-    linears |= {"attn_norm": _of(layer.input_layernorm), "ffn_norm": _of(layer.post_attention_layernorm)}
-    for name in ("attn_q", "attn_k"):
-        linears[name] = {part: _pairs(own, width) for part, own in linears[name].items()}
-    heads, kv_heads = (len(linears[name]["weight"]) // width for name in ("attn_q", "attn_k"))
-    tensors = {f"{name}.{part}": own for name, parts in linears.items() for part, own in parts.items()}
-    return Layer(heads, kv_heads, len(linears["ffn_up"]["weight"]), tensors)
+        modules |= {"attn_q": attention.q_proj, "attn_k": attention.k_proj, "attn_v": attention.v_proj}
+        modules |= {"ffn_gate": mlp.gate_proj, "ffn_up": mlp.up_proj}
+    for name, module in modules.items():
+        tensors |= {f"{name}.{part}": values for part, values in _own(module).items()}
+    for name in tensors:
+        if name.startswith(("attn_q.", "attn_k.")):
+            tensors[name] = _pairs(tensors[name], width)
+    heads, kv_heads = (len(tensors[f"{name}.weight"]) // width for name in ("attn_q", "attn_k"))
+    return Layer(heads, kv_heads, len(tensors["ffn_up.weight"]), tensors)
 
 
-def _of(module: nn.Module) -> dict[str, Tensor]:
+def _own(module: nn.Module) -> dict[str, Tensor]:
     """Returns weight and bias of a module."""
-    return {name: own.detach() for name, own in module.named_parameters(recurse=False)}
+    return {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
 
 
 def _pairs(rows: Tensor, width: int) -> Tensor:
     """Orders the rows of queries or keys in pairs: transformers turns feature i with i + width / 2, llama.cpp 2i with 2i + 1."""
     return rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-
-
-def _add(writer: GGUFWriter, name: str, tensor: Tensor, dtype: DType) -> None:
-    """Adds a tensor, in float32 if it is a vector."""
-    kind = TYPES[dtype][0] if tensor.ndim > 1 else GGMLQuantizationType.F32
-    writer.add_tensor(name, quantize(tensor.detach().float().cpu().numpy(), kind), raw_dtype=kind)

@@ -109,9 +109,9 @@ class EngineSpeed:
         return self.new_tokens / median(self.written)
 
 
-def speed_up(first: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+def speed_up(first: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
     """Returns quartile, median and quartile of the ratio of seconds in the same rounds, of two rounds at least."""
-    low, middle, high = quantiles([a / b for a, b in zip(first, own, strict=True)], n=4, method="inclusive")
+    low, middle, high = quantiles([a / b for a, b in zip(first, other, strict=True)], n=4, method="inclusive")
     return low, middle, high
 
 
@@ -137,16 +137,18 @@ def measure_engine(
         threads: Threads of each.
         tell: Called after each measurement.
     """
-    found: list[list[tuple[float, float]]] = [[] for _ in files]
+    read: list[list[float]] = [[] for _ in files]
+    written: list[list[float]] = [[] for _ in files]
     with ExitStack() as stack:
         engines = [stack.enter_context(LlamaCpp(threads)) for _ in files]
         sizes = [engine.load(file, context + new_tokens, "F16") for engine, file in zip(engines, files, strict=True)]
         prompt = [1 + number * 7919 % (min(sizes) - 1) for number in range(context)]
         for turn in range(warmup + rounds):
-            for place in range(len(files)):
-                number = (place + turn) % len(files)
-                _, read, written = engines[number].greedy(prompt, new_tokens)
+            for first in range(len(files)):
+                number = (first + turn) % len(files)
+                _, reading, writing = engines[number].greedy(prompt, new_tokens)
                 if turn >= warmup:
-                    found[number].append((read, written))
+                    read[number].append(reading)
+                    written[number].append(writing)
                 tell()
-    return [EngineSpeed(context, new_tokens - 1, tuple(r for r, _ in own), tuple(w for _, w in own)) for own in found]
+    return [EngineSpeed(context, new_tokens - 1, tuple(r), tuple(w)) for r, w in zip(read, written, strict=True)]

@@ -110,14 +110,17 @@ def verdicts(kind: str, config: PretrainedConfig, entry: Mapping[str, Any] | Non
     unsaid = _unsaid(entry, config) if entry else ""
     loads = f"{unsaid}: billhook.load loads it, plain from_pretrained refuses it" if unsaid else "plain from_pretrained loads it"
     notes = ["zeros run at dense speed"] if zeros else []
-    return [Verdict("transformers", not unsaid, loads), *(_verdict(one, kind, config, unsaid, notes) for one in get_args(Engine))]
+    return [
+        Verdict("transformers", not unsaid, loads),
+        *(_verdict(engine, kind, config, unsaid, notes) for engine in get_args(Engine)),
+    ]
 
 
-def told(found: Sequence[Verdict]) -> list[tuple[str, str]]:
+def told(answers: Sequence[Verdict]) -> list[tuple[str, str]]:
     """Returns names of engines and what is said of them, once where that is the same."""
     alike: dict[str, list[str]] = {}
-    for one in found:
-        alike.setdefault(str(one), []).append(one.engine)
+    for verdict in answers:
+        alike.setdefault(str(verdict), []).append(verdict.engine)
     return [(", ".join(names), text) for text, names in alike.items()]
 
 
@@ -137,7 +140,7 @@ def _unsaid(entry: Mapping[str, Any], config: PretrainedConfig) -> str:
     for name, size in shape.get("tensors", {}).items():
         alike[pattern(name)].append(tuple(size))
     layers = _field(text_config(config), "num_hidden_layers")
-    differ = [name for name, found in alike.items() if "*" in name and (len(set(found)) > 1 or len(found) != layers)]
+    differ = [name for name, sizes in alike.items() if "*" in name and (len(set(sizes)) > 1 or len(sizes) != layers)]
     return DIFFER if differ else "no field of the config says its sizes"
 
 
@@ -178,10 +181,10 @@ def refused_by_deci(config: PretrainedConfig) -> str | None:
     """
     deci, rope = engines()["deci"], getattr(config, "rope_parameters", None)
     rope = rope if isinstance(rope, dict) else {}
-    asked = {"model_type": config.model_type, "hidden_act": getattr(config, "hidden_act", None)}
-    asked |= {"rope_type": rope.get("rope_type", "default"), "partial_rotary_factor": rope.get("partial_rotary_factor", 1)}
-    refused = [field for field, value in asked.items() if value not in deci["takes"][field]]
-    return deci["refuses"][refused[0]].format(rope=rope, **asked) if refused else None
+    needs = {"model_type": config.model_type, "hidden_act": getattr(config, "hidden_act", None)}
+    needs |= {"rope_type": rope.get("rope_type", "default"), "partial_rotary_factor": rope.get("partial_rotary_factor", 1)}
+    refused = next((field for field, value in needs.items() if value not in deci["takes"][field]), None)
+    return deci["refuses"][refused].format(rope=rope, **needs) if refused else None
 
 
 def _quants(sizes: Sizes) -> str:

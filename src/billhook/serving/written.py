@@ -2,7 +2,6 @@
 
 import json
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,11 +56,6 @@ def write_gguf(folder: str, out: str | Path, converter: Converter, dtype: DType 
     else:
         by = "llama.cpp's converter"
         convert = partial(converter.convert, folder, out, dtype)
-    return _with_or_without(by, folder, convert, ids_alone)
-
-
-def _with_or_without(by: str, folder: str, convert: Callable[[bool], str | None], ids_alone: bool) -> Written:
-    """Converts with the vocabulary, or without where there is none that the converter reads."""
     if not any((Path(folder) / name).is_file() for name in (*FILES, "tokenizer.model")):
         why = "the folder holds no tokenizer"
         if not ids_alone:
@@ -89,9 +83,9 @@ def _write_shaped(folder: str, out: str | Path, converter: Converter, dtype: DTy
     if (why := why_not(model)) is not None:
         raise WorkerError(why)
     with tempfile.TemporaryDirectory() as near:
-        place, twin = Path(near, Path(folder).resolve().name), Path(near, "twin.gguf")
-        save_twin(model, Path(folder), place)
-        split = converter.convert(place, twin, "f32", vocabulary)
+        small, twin = Path(near, Path(folder).resolve().name), Path(near, "twin.gguf")
+        save_twin(model, Path(folder), small)
+        split = converter.convert(small, twin, "f32", vocabulary)
         write_deci(model, twin, Path(out), dtype)
     return split
 
@@ -122,45 +116,41 @@ def export_gguf(folder: str | Path, out: str | Path, kind: GGUFKind = "auto", co
     check_gguf(out, kind)
     path, quantised = Path(out), kind in ("Q8_0", "Q4_K_M")
     draft = path.with_name(f".{path.name}.draft")
-    whole = draft.with_name(f"{draft.name}-whole") if quantised else draft
+    exact = draft.with_name(f"{draft.name}-whole") if quantised else draft
+    dtype = _dtype_of(folder) if kind == "auto" or quantised else cast(DType, kind.lower())
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with Converter(converter) as running:
-            written = write_gguf(str(folder), whole, running, _dtype_of(folder) if kind == "auto" or quantised else _lower(kind))
+            written = write_gguf(str(folder), exact, running, dtype)
         if quantised:
             with LlamaCpp() as engine:
-                engine.quantise(whole, draft, cast(Kind, kind))
+                engine.quantise(exact, draft, cast(Kind, kind))
         draft.replace(path)
     except WorkerError as error:
         raise ValueError(f"gguf: '{folder}' cannot be converted: {error}") from error
     finally:
-        for one in {draft, whole}:
-            one.unlink(missing_ok=True)
+        for file in {draft, exact}:
+            file.unlink(missing_ok=True)
     return written
 
 
 def check_gguf(out: str | Path, kind: GGUFKind = "auto") -> None:
-    """Refuses a file that is not to be written, and a kind that there is not."""
+    """Refuses a file that is not to be written, and an unknown kind."""
     one_of("kind", kind, GGUFKind)
     a_path("gguf", out, [".gguf"])
     path = Path(out)
-    if path.is_dir() or (path.is_file() and not _is_gguf(path)):
+    other = path.is_dir()
+    if path.is_file():
+        with path.open("rb") as file:
+            other = file.read(len(MAGIC)) != MAGIC
+    if other:
         raise ValueError(f"gguf='{out}' is there, and no GGUF file, which would be replaced")
-
-
-def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 def _dtype_of(folder: str | Path) -> DType:
     """Returns the dtype that a folder's config names; float32 if it names none, or another."""
     try:
-        said = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "f32"  # refused where it is read
-    return DTYPES.get(said.get("dtype") or said.get("torch_dtype") or "", "f32")
-
-
-def _lower(kind: GGUFKind) -> DType:
-    return cast(DType, kind.lower())
+    return DTYPES.get(config.get("dtype") or config.get("torch_dtype") or "", "f32")

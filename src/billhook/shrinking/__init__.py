@@ -1,1 +1,1 @@
-"""Searches for the best smaller model within one budget: how much each place of a model keeps."""
+"""Searches for the best smaller model within one budget: how much each layer of a model keeps."""

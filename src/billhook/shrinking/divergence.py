@@ -35,13 +35,14 @@ def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         batches = in_rows(batches)
         numbers = _by_source(batches)
     if _too_few(numbers):
-        found = ", ".join(f"{len(own)}{f' of {source}' if source else ''}" for source, own in numbers.items())
-        raise ValueError(f"batches: three rows at least, and two of each source, as some are held out; got {found or 'none'}")
-    held_out = {own[place] for own in numbers.values() for place in RepairConfig(held_out=SHARE).chooses(len(own))}
-    measured = few([batches[number] for number in sorted(held_out)])
-    left_over = [number for number, used in zip(sorted(held_out), measured, strict=True) if used is None]
-    fitted = [batch for number, batch in enumerate(batches) if number not in held_out or number in left_over]
-    return fitted, [batch for batch in measured if batch is not None]
+        counts = ", ".join(f"{len(of_source)}{f' of {source}' if source else ''}" for source, of_source in numbers.items())
+        raise ValueError(f"batches: three rows at least, and two of each source, as some are held out; got {counts or 'none'}")
+    chosen = {of_source[n] for of_source in numbers.values() for n in RepairConfig(held_out=SHARE).chooses(len(of_source))}
+    order = sorted(chosen)
+    measured = few([batches[number] for number in order])
+    held_out = {number for number, rows in zip(order, measured, strict=True) if rows is not None}
+    fitted = [batch for number, batch in enumerate(batches) if number not in held_out]
+    return fitted, [rows for rows in measured if rows is not None]
 
 
 def in_rows(batches: Sequence[Any]) -> list[Any]:
@@ -57,7 +58,7 @@ def _by_source(batches: Sequence[Any]) -> dict[str, list[int]]:
 
 
 def _too_few(numbers: Mapping[str, Sequence[int]]) -> bool:
-    return sum(map(len, numbers.values())) < 3 or any(len(own) < 2 for own in numbers.values())
+    return sum(map(len, numbers.values())) < 3 or any(len(of_source) < 2 for of_source in numbers.values())
 
 
 def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | None]:
@@ -66,19 +67,19 @@ def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | None]:
     None stands for batches of which none is taken.
 
     >>> import torch
-    >>> [one and tuple(one["input_ids"].shape) for one in few([{"input_ids": torch.zeros(4, 100)}] * 3, 600)]
+    >>> [batch and tuple(batch["input_ids"].shape) for batch in few([{"input_ids": torch.zeros(4, 100)}] * 3, 600)]
     [(4, 100), (2, 100), None]
     """
     share = tokens // max(len({source_of(batch) for batch in batches}), 1)
     left: dict[str, int] = {}
-    found = list[Any | None]()
+    taken = list[Any | None]()
     for batch in batches:
         source = source_of(batch)
         count, length = _size(batch)
         rows = min(max(left.get(source, share) // max(length, 1), 0), count) or int(source not in left)
-        found.append(None if not rows else batch if rows == count else _rows(batch, 0, rows))
+        taken.append(None if not rows else batch if rows == count else _rows(batch, 0, rows))
         left[source] = left.get(source, share) - rows * length
-    return found
+    return taken
 
 
 def to_search(batches: Sequence[Any], widest: int) -> list[Any]:
@@ -88,8 +89,8 @@ def to_search(batches: Sequence[Any], widest: int) -> list[Any]:
         batches: All batches that something may be fitted to.
         widest: Inputs of the widest linear that is refitted.
     """
-    found = [batch for batch in few(batches, PER_INPUT * widest) if batch is not None]
-    return found if len(found) > 1 else list(batches)
+    taken = [batch for batch in few(batches, PER_INPUT * widest) if batch is not None]
+    return taken if len(taken) > 1 else list(batches)
 
 
 def _size(batch: Any) -> tuple[int, int]:  # noqa: ANN401
@@ -120,23 +121,24 @@ class Replay:
 
     def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
         self._blocks, self._size = dict(blocks), 0
-        self._given = list[dict[str, Any]]()
+        self._outputs = list[dict[str, Any]]()  # of each run, by block
 
     @contextmanager
     def noting(self) -> Iterator[None]:
         """Notes what the blocks give in the next run, which is done within the `with` block."""
-        given, again = dict[str, Any](), list[str]()
+        outputs, repeated = dict[str, Any](), False
 
         def note(name: str, _: nn.Module, __: Any, output: Any) -> None:  # noqa: ANN401
-            again.extend([name] if name in given else [])
+            nonlocal repeated
+            repeated |= name in outputs
             self._size += sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-            given[name] = None if self._size > BYTES else _copied(output)
+            outputs[name] = None if self._size > BYTES else _copied(output)
 
         with ExitStack() as hooks:
             for name, block in self._blocks.items():
                 hooks.callback(block.register_forward_hook(partial(note, name)).remove)
             yield
-        self._given.append({} if again else given)
+        self._outputs.append({} if repeated else outputs)
         if self._size > BYTES:
             self.forget()
 
@@ -148,17 +150,17 @@ class Replay:
             changed: Names of modules that have changed; where one is in no block, the model runs as a whole.
             run: The number of the run.
         """
-        given = self._given[run] if self._given else {}
-        places = [number for number, block in enumerate(given) for name in changed if f"{name}.".startswith(f"{block}.")]
-        known = list(given)[: min(places)] if places and len(places) == len(changed) else []
+        outputs = self._outputs[run] if self._outputs else {}
+        numbers = [number for number, block in enumerate(outputs) for name in changed if f"{name}.".startswith(f"{block}.")]
+        unchanged = list(outputs)[: min(numbers)] if numbers and len(numbers) == len(changed) else []
         with ExitStack() as stack:
-            for name in known:
-                stack.enter_context(overridden(self._blocks[name], forward=partial(_again, given[name])))
+            for name in unchanged:
+                stack.enter_context(overridden(self._blocks[name], forward=partial(_again, outputs[name])))
             yield
 
     def forget(self) -> None:
         """Lets models run as a whole from now on."""
-        self._given = []
+        self._outputs = []
 
 
 def _again(output: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401 - whatever a block is given and returns
@@ -187,10 +189,27 @@ class Divergence:
     """
 
     def __init__(self, model: PreTrainedModel, runs: Sequence[Run], agreed: Agreed = lambda value: value) -> None:
-        self._model, self._blocks, self._agreed = model, _blocks(model), agreed
-        self._replay = Replay(self._blocks)
-        self._held = [(run, self._predicted(run, len(runs))) for run in runs]
-        self._check()
+        self._model, self.agreed = model, agreed
+        try:
+            stacks = find_blocks(model)
+        except ValueError:
+            stacks = {}
+        blocks = {f"{name}.{number}": block for name, stack in stacks.items() for number, block in enumerate(stack)}
+        self._replay = Replay(blocks)
+        self._dense = list[tuple[Run, Predictions]]()
+        for run in runs:
+            with self._replay.noting():
+                logits = logits_in(model, run)
+            self._dense.append((run, Predictions.of(logits, len(runs))))
+        # where blocks hand on more than they return, as keys and values of earlier ones, models run as a whole
+        try:
+            with self._replay.before(list(blocks)[-1:], 0):
+                replayed = logits_in(model, runs[0])
+        except Exception:  # noqa: BLE001 - whatever a model's own code raises
+            self._replay.forget()
+            return
+        if not torch.equal(replayed, logits_in(model, runs[0])):
+            self._replay.forget()
 
     def by_source(self, changed: Collection[str] = ()) -> dict[str, float]:
         """Measures the model as it is now: by source, the mean of KL(dense || now) over positions, in nats.
@@ -198,43 +217,18 @@ class Divergence:
         Args:
             changed: The modules that are not the dense model's, where that is known: only what comes after them is run.
         """
-        sums: dict[str, list[float]] = {}
-        for number, (run, dense) in enumerate(self._held):
-            own = sums.setdefault(run.source, [0.0, 0.0])
+        sums, counts = dict[str, float](), dict[str, int]()
+        for number, (run, dense) in enumerate(self._dense):
             with self._replay.before(changed, number):
                 total = dense.divergence(logits_in(self._model, run))
-            sums[run.source] = [own[0] + total, own[1] + len(dense.positions)]
-        measured: dict[str, float] = self._agreed({source: total / count for source, (total, count) in sums.items()})
+            sums[run.source] = sums.get(run.source, 0.0) + total
+            counts[run.source] = counts.get(run.source, 0) + len(dense.positions)
+        measured: dict[str, float] = self.agreed({source: total / counts[source] for source, total in sums.items()})
         return measured
 
     def mean(self, changed: Collection[str] = ()) -> float:
         """Measures the model as it is now, or as it is with modules changed: the mean over sources."""
         return mean_of(self.by_source(changed))
-
-    def _predicted(self, run: Run, runs: int) -> Predictions:
-        with self._replay.noting():
-            logits = logits_in(self._model, run)
-        return Predictions.of(logits, runs)
-
-    def _check(self) -> None:
-        """Runs models as a whole where blocks hand on more than they return, as keys and values of earlier ones."""
-        run, last = self._held[0][0], list(self._blocks)[-1:]
-        try:
-            with self._replay.before(last, 0):
-                found = logits_in(self._model, run)
-        except Exception:  # noqa: BLE001 - whatever a model's own code raises
-            self._replay.forget()
-            return
-        if not torch.equal(found, logits_in(self._model, run)):
-            self._replay.forget()
-
-
-def _blocks(model: PreTrainedModel) -> dict[str, nn.Module]:
-    try:
-        stacks = find_blocks(model)
-    except ValueError:
-        return {}
-    return {f"{name}.{number}": block for name, stack in stacks.items() for number, block in enumerate(stack)}
 
 
 def mean_of(by_source: Mapping[str, float]) -> float:
@@ -254,7 +248,7 @@ class Perplexity:
         ValueError: If a loss is not finite.
     """
 
-    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], agreed: Callable[[Any], Any] = lambda value: value) -> None:
+    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], agreed: Agreed = lambda value: value) -> None:
         self._model, self._runs, self._agreed = model, runs, agreed
         self._dense = self._losses()
         if not all(map(math.isfinite, self._dense)):
@@ -265,7 +259,7 @@ class Perplexity:
         rises: dict[str, list[float]] = {}
         for run, before, after in zip(self._runs, self._dense, self._losses(), strict=True):
             rises.setdefault(run.source, []).append(after - before)
-        mean = sum(sum(own) / len(own) for own in rises.values()) / len(rises)
+        mean = mean_of({source: sum(of_source) / len(of_source) for source, of_source in rises.items()})
         return math.exp(mean) if mean < math.log(1e9) else math.inf
 
     def _losses(self) -> list[float]:

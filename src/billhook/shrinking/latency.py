@@ -1,10 +1,9 @@
-"""A budget of time: what each place costs by the clock, and a model that is fast enough by it."""
+"""A budget of time: what each layer costs by the clock, and a model that is fast enough by it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from statistics import median
-from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -15,13 +14,14 @@ from billhook.model.meta import sharing
 from billhook.pruning.block_plan import BlockPlan, take_out
 from billhook.pruning.cuts import Cut
 from billhook.pruning.removal import remove
-from billhook.repairs.repair import RepairConfig
 from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, check_speed, measure_speed
-from billhook.shrinking.levels import Place, cut_of
+from billhook.shrinking.candidates import Candidates, Progress
+from billhook.shrinking.choice import Chosen, Within, choose_by_sums
+from billhook.shrinking.layers import Layer, cut_of, grouped
+from billhook.shrinking.measurement import Measured
+from billhook.shrinking.planned import plan
 from billhook.shrinking.shrunk import Times
-from billhook.shrinking.smallest import Choosing, Found
-from billhook.shrinking.work import Work
 
 CONTEXT = 512
 
@@ -63,19 +63,17 @@ class Workload:
         """Decides what is left open, for one model; refuses a model that cannot do it."""
         phase: Phase = self.phase or ("decode" if generates(model) else "prefill")
         longest = getattr(text_config(model.config), "max_position_embeddings", None) or CONTEXT + self.new_tokens
-        room = longest - (self.new_tokens if generates(model) else 0)
-        own = replace(self, phase=phase, context=self.context or max(min(CONTEXT, room), 2))
-        check_speed([model], *own._given)
-        return own
+        prompt = longest - (self.new_tokens if generates(model) else 0)
+        workload = replace(self, phase=phase, context=self.context or max(min(CONTEXT, prompt), 2))
+        check_speed([model], *workload._settings)
+        return workload
 
     def seconds(self, models: Sequence[PreTrainedModel]) -> list[tuple[float, ...]]:
         """Measures models side by side: by model, the seconds of each round."""
-        sizes, contexts, new_tokens, rounds, warmup, cache, phases = self._given
-        rows = measure_speed(models, sizes, contexts, new_tokens, rounds, warmup, cache, phases)
-        return [row.seconds for row in rows]
+        return [row.seconds for row in measure_speed(models, *self._settings)]
 
     @property
-    def _given(self) -> tuple[list[int], list[int], int, int, int, CacheKind, list[Phase]]:
+    def _settings(self) -> tuple[list[int], list[int], int, int, int, CacheKind, list[Phase]]:
         phases: list[Phase] = [self.phase or "decode"]
         return [self.batch_size], [self.context or CONTEXT], self.new_tokens, self.rounds, 1, self.cache, phases
 
@@ -110,82 +108,78 @@ class Clock:
             remove(smaller, cut)
             if blocks is not None:
                 take_out(smaller, blocks)
-            first, own = self.seconds([dense, smaller])
-        ratios = [after / before for before, after in zip(first, own, strict=True)]
-        return Times(median(first), median(own), median(ratios), self.workload)
+            before, after = self.seconds([dense, smaller])
+        ratios = [later / first for first, later in zip(before, after, strict=True)]
+        return Times(median(before), median(after), median(ratios), self.workload)
 
 
 def clock_of(model: PreTrainedModel, workload: Workload | None) -> Clock:
     """Returns a clock that times a model doing what is asked, as `billhook bench` measures; refuses a model that cannot do it."""
     try:
         with undisturbed(model):
-            own = (workload or Workload()).of(model)
+            decided = (workload or Workload()).of(model)
     except ValueError as error:
         raise ValueError(f"latency: {error}") from error
-    return Clock(model, own.seconds, str(own))
+    return Clock(model, decided.seconds, str(decided))
 
 
-def timed(work: Work, most: float, clock: Clock) -> Work:
-    """Returns the work within a budget of time, a fraction of the dense model's, with what places cost by the clock.
+def timed(candidates: Candidates, most: float, clock: Clock, progress: Progress) -> Candidates:
+    """Returns the candidates within a budget of time, a fraction of the dense model's, with what layers cost by the clock.
 
     Args:
-        work: The work, begun for a budget of time.
+        candidates: Those of a budget that any smaller model meets.
         most: The fraction.
-        clock: Measures each level of places of one shape.
+        clock: Measures each config of layers of one shape.
+        progress: Says how far it is.
 
     Raises:
         ValueError: If the budget cannot be reached.
     """
-    found: list[tuple[list[Place], list[Times]]] = []
-    groups = _same_shape(work.places)
-    work.steps += sum(len(same[0].levels()) - 1 for same in groups)
-    for same in groups:
-        one = list[Times]()
-        for kept in same[0].levels()[1:]:
-            gone = {name: list(range(kept, place.count)) for place in same for name in place.names}
-            one.append(clock.times(cut_of(work.search, gone)))
-            work.advance()
-        found.append((same, one))
-    now = round(1e9 * median(times.dense for _, own in found for times in own))
-    priced = dict[str, Place]()
-    for same, own in found:
-        priced |= {place.name: _priced(place, [times.ratio for times in own], now / len(same)) for place in same}
-    places = [priced[place.name] for place in work.places]
-    blocks = work.blocks.priced(_timed_blocks(work, clock, now), places)
-    new = replace(work, target="latency", now=now, limit=int(most * now), places=places, blocks=blocks)
-    new.divide(most)
-    return new
+    # layers that take as long in each config are timed together
+    groups = grouped(candidates.layers, lambda layer: (layer.kind, layer.count, layer.allowed, layer.each, len(layer.names)))
+    progress.steps += sum(len(group[0].grid()) - 1 for group in groups)
+    measured = list[list[Times]]()
+    for group in groups:
+        measured.append([])
+        for kept in group[0].grid()[1:]:
+            removed = {name: list(range(kept, layer.count)) for layer in group for name in layer.names}
+            measured[-1].append(clock.times(cut_of(candidates.search, removed)))
+            progress.advance()
+    now = round(1e9 * median(times.dense for of_group in measured for times in of_group))
+    priced = dict[str, Layer]()
+    for group, of_group in zip(groups, measured, strict=True):
+        ratios = [times.ratio for times in of_group]
+        priced |= {layer.name: _priced(layer, ratios, now / len(group)) for layer in group}
+    layers = [priced[layer.name] for layer in candidates.layers]
+    blocks = candidates.blocks.priced(_block_time(candidates, clock, now, progress), layers)
+    budget = replace(candidates, target="latency", now=now, limit=int(most * now), layers=layers, blocks=blocks)
+    return budget.with_configs(most)
 
 
-def _timed_blocks(work: Work, clock: Clock, now: int) -> int:
+def _block_time(candidates: Candidates, clock: Clock, now: int, progress: Progress) -> int:
     """Measures what one of the blocks that may go takes: without the latter half of them, or the last where half cannot go."""
-    some = work.blocks.able[len(work.blocks.able) // 2 :]
-    if not some:
+    blocks = candidates.blocks
+    half = blocks.able[len(blocks.able) // 2 :]
+    if not half:
         return 0
-    some = some if not work.blocks.refusal(some) else some[-1:]
-    work.advance()
-    return round((1 - clock.times(cut_of(work.search, {}), work.blocks.planned(work.model, some)).ratio) * now / len(some))
+    if blocks.refusal(half):
+        half = half[-1:]
+    progress.advance()
+    times = clock.times(cut_of(candidates.search, {}), blocks.planned(candidates.model, half))
+    return round((1 - times.ratio) * now / len(half))
 
 
-def _same_shape(places: Sequence[Place]) -> list[list[Place]]:
-    """Groups places that take as long at each level."""
-    found: dict[object, list[Place]] = {}
-    for place in places:
-        found.setdefault((place.kind, place.count, place.allowed, place.each, len(place.names)), []).append(place)
-    return list(found.values())
-
-
-def _priced(place: Place, ratios: Sequence[float], share: float) -> Place:
-    """Gives a place what it costs at each level, above the smallest: nanoseconds.
+def _priced(layer: Layer, ratios: Sequence[float], share: float) -> Layer:
+    """Gives a layer what it costs at each config, above the smallest: nanoseconds.
 
     Args:
-        place: The place.
-        ratios: By level, the time of a model whose places of this shape are all cut, against the dense model's.
-        share: The time of the dense model over the number of these places.
+        layer: The layer.
+        ratios: By config, the time of a model whose layers of this shape are all cut, against the dense model's.
+        share: The time of the dense model over the number of these layers.
     """
     falling = made_falling([1.0, *ratios])
-    costs = [round((one - falling[-1]) * share) for one in falling]
-    return replace(place, times=tuple(zip(place.levels(), costs, strict=True))[::-1])
+    costs = [round((ratio - falling[-1]) * share) for ratio in falling]
+    return replace(layer, times=tuple(zip(layer.grid(), costs, strict=True))[::-1])
 
 
 def made_falling(values: Sequence[float]) -> list[float]:
@@ -205,47 +199,46 @@ SLACK = 0.02
 """How much faster than asked a model may be, as a fraction of the dense model's time, before it is allowed more."""
 
 
-def fast_enough(
-    work: Work, most: float, clock: Clock, fitted: Sequence[Any], repair: RepairConfig | None, choosing: Choosing
-) -> Found:
+def fast_enough(measured: Measured, most: float, clock: Clock, within: Within) -> Chosen:
     """Searches for a model that takes no longer than is asked, timed before anything is cut.
 
-    What places take together is not the sum of what they take alone. So the limit is first adjusted to how long the knapsack's
+    What layers take together is not the sum of what they take alone. So the limit is first adjusted to how long the knapsack's
     choice takes, cut but not repaired; the search itself comes then, again within less if what it finds takes too long, or
     within more if that leaves some of the budget unused.
 
     Args:
-        work: The model, measured, with its limit.
+        measured: What candidates lose.
         most: The fraction of the dense model's time that it may take.
         clock: Measures models.
-        fitted: Batches to repair on.
-        repair: How it is repaired.
-        choosing: Searches within a limit.
+        within: Searches within a limit.
 
     Raises:
         ValueError: If none is fast enough.
     """
-    asked, best = work.limit, None
-    adjust(work, most, clock)
-    low, high, too_slow = work.least, work.now, 1.0  # the most that was fast enough, and the least that was not, with its time
+    candidates, best = measured.candidates, None
+    limit = adjusted(measured, most, clock)
+    # the most that was fast enough, and the least that was not, with its time
+    low, high, too_slow = candidates.least, candidates.now, 1.0
     for _ in range(TRIES):
-        found = Found.within(work, fitted, repair, choosing)
-        times = clock.times(found.planned.units, found.planned.blocks)
+        chosen = within(limit)
+        times = clock.times(chosen.planned.units, chosen.planned.blocks)
         if times.ratio <= most:
-            best, low = replace(found, times=times), work.limit
+            best, low = replace(chosen, times=times), limit
         else:
-            high, too_slow = work.limit, times.ratio
+            high, too_slow = limit, times.ratio
         if most - SLACK <= times.ratio <= most or high - low <= 1:
             break
-        scaled = low if best is not None and too_slow < 1 else max(_scaled(work, times.ratio, most), work.least)
-        work.limit = scaled if low < scaled < high or best is None else (low + high) // 2
+        scaled = (
+            low if best is not None and too_slow < 1 else max(_scaled(candidates.now, limit, times.ratio, most), candidates.least)
+        )
+        limit = scaled if low < scaled < high or best is None else (low + high) // 2
     if best is None or best.times is None:
         raise ValueError(
-            f"latency={most}: a model that should take {work.limit / work.now:.3f} of the dense model's time, by what places "
+            f"latency={most}: a model that should take {limit / candidates.now:.3f} of the dense model's time, by what layers "
             f"take, was measured at {times.ratio:.3f}, {clock.workload}"
         )
-    work.limit = asked
-    return replace(best, times=replace(best.times, unused=unused(most, best.times.ratio, too_slow)))
+    left_over = unused(most, best.times.ratio, too_slow)
+    return replace(best, limit=candidates.limit, times=replace(best.times, unused=left_over))
 
 
 def unused(most: float, ratio: float, too_slow: float) -> str:
@@ -260,21 +253,21 @@ def unused(most: float, ratio: float, too_slow: float) -> str:
     return f"{most - ratio:.2f} of the budget is unused: {tried}"
 
 
-def adjust(work: Work, most: float, clock: Clock) -> None:
-    """Adjusts the limit of the work so that the knapsack's choice takes as long as is asked, or a little less."""
-    low, high = work.least, work.now
+def adjusted(measured: Measured, most: float, clock: Clock) -> int:
+    """Returns the limit at which the knapsack's choice takes as long as is asked, or a little less."""
+    candidates = measured.candidates
+    low, high, limit = candidates.least, candidates.now, candidates.limit
     for _ in range(TRIES):
-        planned = work.planned((), None, work.sum_chosen())
+        planned = plan(measured, limit, choose_by_sums(measured, limit), (), None)
         ratio = clock.times(planned.units, planned.blocks).ratio
         if most - SLACK <= ratio <= most:
-            return
-        low, high = (low, work.limit) if ratio > most else (work.limit, high)
-        scaled = _scaled(work, ratio, most)
-        work.limit = scaled if low < scaled < high else (low + high) // 2
-    work.limit = low
+            return limit
+        low, high = (low, limit) if ratio > most else (limit, high)
+        scaled = _scaled(candidates.now, limit, ratio, most)
+        limit = scaled if low < scaled < high else (low + high) // 2
+    return low
 
 
-def _scaled(work: Work, ratio: float, most: float) -> int:
+def _scaled(now: int, limit: int, ratio: float, most: float) -> int:
     """Returns the limit that would save what is asked, if as much of what it saves counts as did."""
-    saved = (work.now - work.limit) * (1 - most + SLACK / 2) / max(1 - ratio, 1e-3)
-    return work.now - round(saved)
+    return now - round((now - limit) * (1 - most + SLACK / 2) / max(1 - ratio, 1e-3))

@@ -1,10 +1,12 @@
-"""Finds where KV heads may merge, makes the variants in which they do, and takes these where they lose less than removal."""
+"""Finds where KV heads may merge, makes the candidates in which they do, and takes these where they lose less than removal."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from operator import or_
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run
 from billhook.engine.lazy import LazyTensors, by_parameter
@@ -13,19 +15,22 @@ from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.basis import find_bases, pooled
 from billhook.kv_heads.layout import read, written
+from billhook.kv_heads.methods import SVD
 from billhook.kv_heads.moments import Moments, gather
+from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import matrix_of
-from billhook.pruning.target import Search
+from billhook.model.meta import to_meta
+from billhook.model.shape import set_shape
 from billhook.repairs.repair import RepairConfig
-from billhook.shrinking.damages import groups
+from billhook.shrinking.cache import UNFITTED, CandidateCache, resting
+from billhook.shrinking.candidates import Candidates
 from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.levels import Place
-from billhook.shrinking.merged import METHOD, Merged, plans_of, refit_readers
-from billhook.shrinking.variants import UNFITTED, Library, resting
+from billhook.shrinking.layers import Layer, alike_layers
+from billhook.shrinking.merged import refit_readers
 
-Scale = tuple[list[Place], dict[str, tuple[int, ...]], dict[str, list[float]]]
-"""Places, and by place the numbers of units that it may keep, and what it loses at each."""
+METHOD = SVD()
+"""How KV heads become one."""
 ByNumber = dict[str, dict[int, LazyTensors]]
 """Parameters by attention and number of KV heads."""
 
@@ -35,212 +40,187 @@ class Merging:
     """The KV heads of a model that may merge.
 
     Attributes:
-        search: The model, and what it costs.
-        attentions: Its attentions.
-        library: Where the variants in which they do are held.
-        able: By place, the numbers of KV heads to which its own can merge.
-        chosen: The places and numbers where they do.
+        attentions: The attentions of the model.
+        cache: Where the candidates in which they do are held.
+        able: By layer, the numbers of KV heads to which its own can merge.
+        chosen: The layers and numbers where they do.
     """
 
-    search: Search
     attentions: Attentions
-    library: Library
+    cache: CandidateCache
     able: dict[str, list[int]]
     chosen: set[tuple[str, int]] = field(default_factory=set)
 
     def fill(
-        self, places: Sequence[Place], batches: Sequence[Any], repair: RepairConfig | None, done: Callable[[], None]
+        self, layers: Sequence[Layer], batches: Sequence[Any], repair: RepairConfig | None, done: Callable[[], None]
     ) -> None:
-        """Makes the variants in which KV heads merge, except those that the library holds.
+        """Makes the candidates in which KV heads merge, except those that the cache holds.
 
         What reads heads is refitted in them, as where heads are removed; what it is in all that is planned, which is repaired as
-        a whole, the library holds beside.
+        a whole, the cache holds beside.
 
         Args:
-            places: The places.
+            layers: The layers.
             batches: Batches that show what heads do; runs know which tokens count for each linear.
             repair: How linears are refitted; None: not at all.
-            done: Called after each place.
+            done: Called after each layer.
         """
-        own, library = self.attentions, self.library
-        trials = [batch if isinstance(batch, Run) else own.trial(batch) for batch in batches]
-        missing = {p.name: [kept for kept in self.able.get(p.name, ()) if (held(p), kept) not in library.errors] for p in places}
-        parts = len({trial.source for trial in trials}) + 2 if repair is not None else 0
-        places = [place for place in places if missing[place.name]]
-        most = memory_to_hold(self.search.model.device)
-        for some in _passes(places, lambda place: _size(own, place, missing[place.name], parts), most):
-            numbers = {name: missing[place.name] for place in some for name in place.names}
+        attentions, cache = self.attentions, self.cache
+        runs = [batch if isinstance(batch, Run) else attentions.trial(batch) for batch in batches]
+        parts = len({run.source for run in runs}) + 2 if repair is not None else 0
+        missing: dict[Layer, list[int]] = {}
+        for layer in layers:
+            numbers = [kept for kept in self.able.get(layer.name, ()) if (merged(layer), kept) not in cache.errors]
+            if numbers:
+                missing[layer] = numbers
+        sizes = {layer: _size(attentions, layer, numbers, parts) for layer, numbers in missing.items()}
+        for batch_of_layers in _passes(sizes, memory_to_hold(cache.model.device)):
+            numbers_by_name = {name: missing[layer] for layer in batch_of_layers for name in layer.names}
             try:
-                equal, readers = _variants(own, numbers, trials, repair)
+                equal, readers = _candidates(attentions, numbers_by_name, runs, repair)
             except ValueError:  # of an attention that cannot be watched: removal remains
                 self.able = {}
                 return
-            for place in some:
-                for kept in missing[place.name]:
-                    weights, fitted = _joined(equal, place, kept), _joined(readers, place, kept)
-                    if fitted:
-                        library.add(unfitted(place), kept, 0.0, weights.under(fitted.modules))
-                    library.add(held(place), kept, 0.0, weights | fitted)
+            for layer in batch_of_layers:
+                for kept in missing[layer]:
+                    weights, refitted = (reduce(or_, (new[name][kept] for name in layer.names)) for new in (equal, readers))
+                    if refitted:
+                        cache.add(merged(layer) + UNFITTED, kept, 0.0, weights.under(refitted.modules))
+                    cache.add(merged(layer), kept, 0.0, weights | refitted)
                 done()
 
-    def choose(self, divergence: Divergence, scale: Scale, uniform: bool) -> Scale:
-        """Takes the merged variants that lose less than those in which heads are removed; each is measured.
+    def choose(
+        self, divergence: Divergence, layers: Sequence[Layer], losses: Mapping[str, list[float]], uniform: bool
+    ) -> tuple[list[Layer], dict[str, list[float]]]:
+        """Takes the merged candidates that lose less than those in which heads are removed; each is measured.
 
-        It is decided for places that take one level together, as the whole model then loses. Levels at which more is kept, and
-        more lost, than at another one go.
+        It is decided for layers that take one config together, as the whole model then loses. Configs in which more is kept, and
+        more lost, than in another one go.
+
+        Returns:
+            The layers with the configs that stay, and what they lose at each.
         """
-        places, levels, losses, library = scale[0], dict(scale[1]), dict(scale[2]), self.library
-        found = {place.name: place for place in places}
-        for group in groups(places, uniform):
-            own = {place.name: dict(zip(levels[place.name], losses[place.name], strict=True)) for place in group}
-            able = [kept for kept in levels[group[0].name] if all(kept in self.able.get(name, ()) for name in own)]
-            better = [kept for kept in able if _is_better(library, divergence, group, kept, own)]
-            for name, kept in ((place.name, kept) for place in group for kept in better):
-                own[name][kept] = library.measured[held(found[name]), kept]
-                library.instead[name, kept] = held(found[name])
-                self.chosen.add((name, kept))
-            for place in group if better else ():
-                stay = unbeaten({kept: sum(one[kept] for one in own.values()) for kept in levels[place.name]})
-                found[place.name] = replace(place, allowed=stay)
-                losses[place.name] = [own[place.name][kept] for kept in stay]
-            levels |= {place.name: found[place.name].allowed for place in group if better}
-        return list(found.values()), levels, losses
+        chosen, new_losses = {layer.name: layer for layer in layers}, dict(losses)
+        for group in alike_layers(layers, uniform):
+            lost = {layer.name: dict(zip(layer.configs, losses[layer.name], strict=True)) for layer in group}
+            able = [kept for kept in group[0].configs if all(kept in self.able.get(name, ()) for name in lost)]
+            better = [kept for kept in able if self._loses_less(divergence, group, kept, lost)]
+            for layer in group if better else ():
+                for kept in better:
+                    lost[layer.name][kept] = self.cache.measured[merged(layer), kept]
+                    self.cache.instead[layer.name, kept] = merged(layer)
+                    self.chosen.add((layer.name, kept))
+            for layer in group if better else ():
+                total = {kept: sum(of_layer[kept] for of_layer in lost.values()) for kept in layer.configs}
+                stay = tuple(kept for kept in total if all(total[kept] <= total[fewer] for fewer in total if fewer < kept))
+                chosen[layer.name] = replace(layer, allowed=stay, configs=stay)
+                new_losses[layer.name] = [lost[layer.name][kept] for kept in stay]
+        return list(chosen.values()), new_losses
 
-    def merged(self, places: Sequence[Place], kept: Mapping[str, int], stay: Mapping[str, int]) -> Merged | None:
-        """Returns the KV heads that merge; None where none do.
+    def _loses_less(
+        self, divergence: Divergence, group: Sequence[Layer], kept: int, removed: Mapping[str, Mapping[int, float]]
+    ) -> bool:
+        """Measures merged candidates, each alone, and tells whether they lose less than removal, together."""
+        alone = [self.cache.lost(merged(layer), kept, divergence.mean) for layer in group]
+        if len(group) == 1:
+            return alone[0] < removed[group[0].name][kept]
+        together = list[float]()
+        for names in (map(merged, group), (layer.name for layer in group)):
+            with self.cache.assembled(dict.fromkeys(names, kept)):
+                together.append(divergence.mean())
+        return together[0] < together[1]
 
-        Args:
-            places: The places.
-            kept: By place, how many units it keeps, also where it goes with its block after that.
-            stay: The same, 0 where it does.
-        """
-        own = [place for place in places if (place.name, kept[place.name]) in self.chosen]
-        heads = {name: kept[place.name] for place in own for name in place.names}
-        weights = [
-            self.library.weights(name, kept[place.name])
-            for place in own
-            for name in (held(place), unfitted(place))
-            if stay[place.name]
-        ]
-        new = reduce(or_, weights, LazyTensors({}))
-        return Merged(self.search, heads, new) if heads else None
+    def weights(self, layer: Layer, kept: int) -> LazyTensors:
+        """Returns the parameters with which the heads of each group of a layer are equal, and their reader as it was."""
+        return self.cache.weights(merged(layer), kept) | self.cache.weights(merged(layer) + UNFITTED, kept)
 
 
-def find_merging(search: Search, places: Sequence[Place], uniform: bool, library: Library) -> Merging | None:
+def find_merging(candidates: Candidates, cache: CandidateCache) -> Merging | None:
     """Finds the KV heads that may merge, as has been tried on meta tensors; None where none may."""
-    places = [place for place in places if place.merges]
-    counts = {name: place.count for place in places for name in place.names}
+    layers = [layer for layer in candidates.layers if layer.merges]
+    counts = {name: layer.count for layer in layers for name in layer.names}
     if not counts:
         return None
     try:
-        attentions = Attentions(search.model, dict.fromkeys(counts, 1))
-        if {name: one.kv_heads for name, one in attentions.projections.items()} != counts:
+        attentions = Attentions(candidates.model, dict.fromkeys(counts, 1))
+        if {name: attention.kv_heads for name, attention in attentions.projections.items()} != counts:
             return None
         attentions.check(METHOD)
     except ValueError:
         return None
     able: dict[str, list[int]] = {}
-    for group in groups(places, uniform=True):
-        tried = [group] if uniform else [group, group[-1:]]
-        numbers = [kept for kept in group[0].merges if all(_saves(search, own, kept) for own in tried)]
-        able |= {place.name: numbers for place in group}
-    return Merging(search, attentions, library, able)
+    for group in alike_layers(layers, uniform=True):
+        trials = [group] if candidates.uniform else [group, group[-1:]]
+        numbers = [kept for kept in group[0].merges if all(_saves(candidates.model, trial, kept) for trial in trials)]
+        able |= {layer.name: numbers for layer in group}
+    return Merging(attentions, cache, able)
 
 
-def held(place: Place) -> str:
-    """Returns the name under which a library holds the variants of a place in which KV heads merge."""
-    return f"{place.name} merged"
+def plans_of(model: PreTrainedModel, heads: Mapping[str, int]) -> tuple[list[KVHeadPlan], PreTrainedModel]:
+    """Finds the plans, in turn, by which attentions come to have so many KV heads, and the model after that, on meta tensors."""
+    plans, smaller = list[KVHeadPlan](), model
+    for number in sorted(set(heads.values()), reverse=True):
+        plans.append(plan_kv_heads(smaller, number, METHOD, [name for name, count in heads.items() if count == number]))
+        smaller = to_meta(smaller)
+        set_shape(smaller, plans[-1].shape)
+    return plans, smaller
 
 
-def unfitted(place: Place) -> str:
-    """Returns the name under which a library holds what reads the merged heads of a place as it is before it is refitted."""
-    return held(place) + UNFITTED
+def merged(layer: Layer) -> str:
+    """Returns the name under which a cache holds the candidates of a layer in which KV heads merge."""
+    return f"{layer.name} merged"
 
 
-def unbeaten(losses: Mapping[int, float]) -> tuple[int, ...]:
-    """Returns the numbers of units, falling, at which no more is lost than at any smaller one.
-
-    >>> unbeaten({4: 0.0, 3: 0.5, 2: 0.25, 1: 1.0})
-    (4, 2, 1)
-    """
-    return tuple(kept for kept in losses if all(losses[kept] <= lost for fewer, lost in losses.items() if fewer < kept))
-
-
-def _saves(search: Search, places: Sequence[Place], kept: int) -> bool:
-    """Tells whether places can merge their heads to so many, and the cache is then as small as if the others were removed."""
+def _saves(model: PreTrainedModel, layers: Sequence[Layer], kept: int) -> bool:
+    """Tells whether layers can merge their heads to so many, and the cache is then as small as if the others were removed."""
     try:
-        _, smaller = plans_of(search.model, {name: kept for place in places for name in place.names})
+        _, smaller = plans_of(model, {name: kept for layer in layers for name in layer.names})
     except ValueError:
         return False
-    saved = (kv_cache_bytes(search.model) or 0) - (kv_cache_bytes(smaller) or 0)
-    return saved == sum(place.saves(kept) for place in places)
+    return (kv_cache_bytes(model) or 0) - (kv_cache_bytes(smaller) or 0) == sum(layer.saves(kept) for layer in layers)
 
 
-def _passes(places: Sequence[Place], size: Callable[[Place], int], most: int) -> Iterator[list[Place]]:
-    """Yields places whose moments fit into memory together: for each of these there is a pass over the batches.
-
-    Args:
-        places: The places.
-        size: Returns how many bytes the moments of a place take.
-        most: How many bytes there may be at a time.
-    """
-    some, used = list[Place](), 0
-    for place in places:
-        if some and used + size(place) > most:
-            yield some
-            some, used = [], 0
-        some, used = [*some, place], used + size(place)
-    if some:
-        yield some
+def _passes(sizes: Mapping[Layer, int], most: int) -> Iterator[list[Layer]]:
+    """Yields layers whose moments, of so many bytes, fit into memory together: for each list there is a pass over the batches."""
+    layers, used = list[Layer](), 0
+    for layer, size in sizes.items():
+        if layers and used + size > most:
+            yield layers
+            layers, used = [], 0
+        layers, used = [*layers, layer], used + size
+    if layers:
+        yield layers
 
 
-def _variants(
-    attentions: Attentions, numbers: Mapping[str, Sequence[int]], trials: Sequence[Run], repair: RepairConfig | None
+def _candidates(
+    attentions: Attentions, numbers: Mapping[str, Sequence[int]], runs: Sequence[Run], repair: RepairConfig | None
 ) -> tuple[ByNumber, ByNumber]:
     """Returns parameters with which the heads of each group are equal, and those of what reads them, refitted."""
-    model, places = attentions.model, {name: attentions.projections[name] for name in numbers}
-    moments = gather(model, places, numbers, trials)
-    equal = {name: {kept: _equal(attentions, name, one) for kept, one in own.items()} for name, own in moments.items()}
+    model, projections = attentions.model, {name: attentions.projections[name] for name in numbers}
+    moments = gather(model, projections, numbers, runs)
+    equal: ByNumber = {name: {} for name in numbers}
+    for name, by_number in moments.items():
+        equal[name] = {kept: _equal(attentions, name, sums) for kept, sums in by_number.items()}
     if repair is None:
-        return equal, {name: {kept: LazyTensors({}) for kept in own} for name, own in equal.items()}
-    return equal, refit_readers(model, places, equal, trials, repair)
-
-
-def _joined(found: ByNumber, place: Place, kept: int) -> LazyTensors:
-    """Returns the parameters of all attentions of a place."""
-    return reduce(or_, (found[name][kept] for name in place.names))
+        return equal, {name: dict.fromkeys(own, LazyTensors({})) for name, own in equal.items()}
+    return equal, refit_readers(model, projections, equal, runs, repair)
 
 
 def _equal(attentions: Attentions, name: str, moments: Moments) -> LazyTensors:
     """Returns the parameters of an attention with which the heads of each group are equal."""
-    model, place = attentions.model, attentions.projections[name]
+    model, projections = attentions.model, attentions.projections[name]
     store_of(model).load(model.get_submodule(name))
-    stacks = read(model, place)
-    found = written(model, place, pooled(stacks, *find_bases(stacks, moments, attentions.symmetries[name], METHOD)))
-    return resting(model, by_parameter(found))
+    stacks = read(model, projections)
+    equal = pooled(stacks, *find_bases(stacks, moments, attentions.symmetries[name], METHOD))
+    return resting(model, by_parameter(written(model, projections, equal)))
 
 
-def _is_better(
-    library: Library, divergence: Divergence, group: Sequence[Place], kept: int, removed: Mapping[str, Mapping[int, float]]
-) -> bool:
-    """Measures merged variants, each alone, and tells whether they lose less than those in which heads are removed, together."""
-    for place in group:
-        if (held(place), kept) not in library.measured:
-            with library.assembled({held(place): kept}):
-                lost = divergence.mean(library.weights(held(place), kept))
-            library.note(held(place), kept, max(lost, 0.0))
-    if len(group) == 1:
-        return library.measured[held(group[0]), kept] < removed[group[0].name][kept]
-    found = list[float]()
-    for names in ([held(place) for place in group], [place.name for place in group]):
-        with library.assembled(dict.fromkeys(names, kept)):
-            found.append(divergence.mean())
-    return found[0] < found[1]
-
-
-def _size(own: Attentions, place: Place, numbers: Sequence[int], parts: int) -> int:
+def _size(attentions: Attentions, layer: Layer, numbers: Sequence[int], parts: int) -> int:
     """Returns how many bytes moments take, of heads and of what reads them, for each number of KV heads and part of the data."""
-    widths = [rows.index.size for name in place.names for rows in (own.projections[name].k, own.projections[name].v)]
-    heads = sum(8 * width**2 // number for width in widths for number in numbers)
-    readers = [matrix_of(own.model.get_submodule(own.projections[name].o.linear))[0].shape for name in place.names]
-    return heads + len(numbers) * parts * sum(8 * columns * (rows + columns) for rows, columns in readers)
+    size = 0
+    for projections in (attentions.projections[name] for name in layer.names):
+        widths = [rows.index.size for rows in (projections.k, projections.v)]
+        size += sum(8 * width**2 // number for width in widths for number in numbers)
+        rows, columns = matrix_of(attentions.model.get_submodule(projections.o.linear))[0].shape
+        size += len(numbers) * parts * 8 * columns * (rows + columns)
+    return size

@@ -1,9 +1,9 @@
-"""Plans what was chosen: the units that go, then the whole blocks, and the weights of what makes up for them."""
+"""Plans what was chosen: KV heads that merge, the units that go, then whole blocks, and the weights of what makes up for them."""
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.kv_heads.plan import KVHeadPlan
-from billhook.model.figures import figure_of
+from billhook.model.figures import figure_of, figures_of
 from billhook.model.find import check_changeable, find_transformer
+from billhook.model.linears import is_linear
 from billhook.model.plan import ShapePlan, Weights, starting_from, usable
-from billhook.model.surgery import Follow, change_in_turn, undone_by_errors
+from billhook.model.surgery import Follow, change_in_turn, changed, undone_by_errors
 from billhook.pruning.amount import TARGETS, RowLength
 from billhook.pruning.block_plan import BlockPlan, without
 from billhook.pruning.cuts import Cut, find_cut
@@ -27,7 +28,13 @@ from billhook.pruning.repair import repair_with
 from billhook.pruning.target import Search, row_lengths
 from billhook.repairs.moments import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import RepairConfig
-from billhook.shrinking.blocks import Block, Blocks
+from billhook.shrinking.blocks import Block
+from billhook.shrinking.candidates import Candidates
+from billhook.shrinking.layers import alike_layers, removed_units
+from billhook.shrinking.measurement import Measured
+from billhook.shrinking.merging import plans_of
+from billhook.tracing.trace import trace
+from billhook.units.find import units_of
 from billhook.units.gates import mask
 
 
@@ -63,51 +70,108 @@ class Planned:
     @property
     def words(self) -> str:
         """The words for what is merged and removed."""
-        gone = ", ".join(plan.words for plan in self.cuts if plan.units)
-        return "; ".join([*(f"{plan.words}, merged" for plan in self.merged), *([gone] if gone else [])])
+        removed = ", ".join(plan.words for plan in self.cuts if plan.units)
+        return "; ".join([*(f"{plan.words}, merged" for plan in self.merged), *([removed] if removed else [])])
 
 
-def plan_choice(
-    search: Search,
-    target: str,
-    limit: int,
-    numbers: Mapping[str, list[int]],
-    blocks: Blocks,
-    gone: Sequence[Block],
-) -> Planned:
-    """Finds the plans by which units and blocks go, as has been tried on meta tensors; refuses what is larger than a limit.
+def plan(measured: Measured, limit: int, kept: Mapping[str, int], fitted: Sequence[Any], repair: RepairConfig | None) -> Planned:
+    """Plans what was chosen, and repairs it from front to back; the model stays as it is.
+
+    Where KV heads merge, what reads heads, and what feed-forwards end in, is refitted too, and optimizers restart for what is in
+    another basis.
 
     Args:
-        search: The model, and what it costs.
-        target: What is limited.
-        limit: The most that may be left.
-        numbers: The units that go, by place.
-        blocks: The blocks that could go.
-        gone: Those that do.
+        measured: What candidates lose.
+        limit: The most that may be left; more is refused.
+        kept: By layer, how many units it keeps, 0 where it goes with its block.
+        fitted: Batches to fit to.
+        repair: How linears are refitted; None: not at all.
     """
-    cut, after = find_cut(search.model, search.structure, search.units, numbers), None
-    if gone:
-        smaller = tried(search.model, cut)
-        after = blocks.planned(smaller, gone)
-        left = int(figure_of(without(smaller, after), target) or 0) if target in TARGETS else 0
-    else:
-        left = search.cost(cut, target) if target in TARGETS else 0
-    if target in TARGETS and left > limit:
+    if repair is not None:
+        measured.progress.enter("repairing what was chosen")
+    candidates, merging = measured.candidates, measured.merging
+    model, search, layers, blocks = candidates.model, candidates.search, candidates.layers, candidates.blocks
+    removed_blocks, cut = blocks.removed(kept), dict(kept)
+    for group in alike_layers(layers, candidates.uniform):  # what goes with its block has no number, or one with those that stay
+        number = max(kept[layer.name] for layer in group) or group[0].count
+        cut |= {layer.name: number for layer in group if not kept[layer.name]}
+    numbers, heads, equal = dict[str, list[int]](), dict[str, int](), LazyTensors({})
+    for layer in layers:
+        if merging is None or (layer.name, cut[layer.name]) not in merging.chosen:
+            numbers |= removed_units(layer, search.units, measured.scores, cut[layer.name])
+            continue
+        heads |= dict.fromkeys(layer.names, cut[layer.name])
+        if kept[layer.name]:
+            equal |= merging.weights(layer, cut[layer.name])
+    planned = plan_cuts(candidates, limit, numbers, removed_blocks, heads)
+    zeros, units, unread = blocks.zeros(removed_blocks), planned.units, blocks.behind(removed_blocks)
+    if heads:
+        units = UnitPlan.of(find_cut(model, search.structure, search.units, numbers))  # of the model before heads merge
+        unread = [name for name in _readers(search) if name not in zeros.modules]
+    weights, left = equal, ""
+    if repair is not None and (units.units or unread):
+        refitted, left = refitted_if_enough(model, units, fitted, repair, equal | zeros, unread)
+        weights = equal | refitted
+    rebased = [name for name in changed(model, weights) if name in equal] if heads else []
+    merged = list[KVHeadPlan]()
+    for merge in planned.merged:
+        inside = tuple(name for name in rebased if any(name.startswith(f"{layer}.") for layer in merge.layers))
+        merged.append(replace(merge, restart=inside))
+    return replace(planned, weights=weights or None, merged=tuple(merged), not_refitted=left)
+
+
+def plan_cuts(
+    candidates: Candidates,
+    limit: int,
+    numbers: Mapping[str, list[int]],
+    removed_blocks: Sequence[Block],
+    heads: Mapping[str, int],
+) -> Planned:
+    """Finds the plans by which heads merge and units and blocks go, as has been tried on meta tensors.
+
+    Args:
+        candidates: The model, and what may go.
+        limit: The most that may be left; more is refused.
+        numbers: The units that go, by layer.
+        removed_blocks: The blocks that go.
+        heads: By attention in which heads merge, how many it is to have.
+    """
+    search, target = candidates.search, candidates.target
+    plans, merged = plans_of(search.model, heads)
+    structure, units = search.structure, search.units
+    if heads:
+        structure = trace(merged)
+        units = units_of(merged, structure, search.amount.kinds)
+    cut = find_cut(merged, structure, units, numbers)
+    smaller, after = tried(merged, cut), None
+    costs = figures_of(merged) if heads else search.now, figures_of(smaller)
+    if removed_blocks:
+        after = candidates.blocks.planned(smaller, removed_blocks)
+        smaller = without(smaller, after)
+    left = int(figure_of(smaller, target) or 0) if target in TARGETS else 0
+    if left > limit:
         raise ValueError(f"{target}: {left:,} would be left, more than {limit:,}, as units do not all cost the same")
-    return Planned(UnitPlan.of(cut, search.costs(cut), rows=_row_lengths(search, cut)), after)
+    rows = () if heads else _row_lengths(search, cut)
+    return Planned(UnitPlan.of(cut, costs, rows), after, merged=tuple(plans), dense=search.now.params if heads else None)
+
+
+def _readers(search: Search) -> list[str]:
+    """Returns the linears that read heads, and those that feed-forwards end in."""
+    readers = [reader for units in search.units.values() for reader in units.readers]
+    readers += [member.name.rpartition(".")[0] for group in search.structure.feed_forward for member in group.down]
+    return [name for name in dict.fromkeys(readers) if is_linear(search.model.get_submodule(name))]
 
 
 def _row_lengths(search: Search, cut: Cut) -> tuple[RowLength, ...]:
-    """Returns how long rows become, of kinds that are as long in all places that become shorter."""
+    """Returns how long rows become, of kinds that are as long in all layers that become shorter."""
     if search.amount.round_to != "auto":
         return ()
-    asked = {name: left[0] for name, left in cut.after.items()}
-    rows = row_lengths(search.model, cut, asked)
+    rows = row_lengths(search.model, cut, {name: left[0] for name, left in cut.after.items()})
     return tuple(row for row in rows if [other.kind for other in rows].count(row.kind) == 1)
 
 
 def refitted_if_enough(
-    model: nn.Module, plan: UnitPlan, fitted: Sequence[Any], repair: RepairConfig, given: LazyTensors, whole: Collection[str]
+    model: nn.Module, units: UnitPlan, fitted: Sequence[Any], repair: RepairConfig, new: LazyTensors, refit: Collection[str]
 ) -> tuple[LazyTensors, str]:
     """Refits as `repair_with` does, or, where tokens are too few for what a search has chosen, not: the search is not lost.
 
@@ -116,7 +180,7 @@ def refitted_if_enough(
     """
     left = list[str]()
     try:
-        weights = repair_with(model, plan, fitted, repair, given=given, whole=whole, left=left)
+        weights = repair_with(model, units, fitted, repair, given=new, whole=refit, left=left)
     except NoRepair as error:
         words = f"not repaired: {without_name(error)}"
         warnings.warn(words, stacklevel=2)
@@ -129,9 +193,9 @@ def as_planned(model: PreTrainedModel, planned: Planned) -> Iterator[None]:
     """Lets the model compute what it will once plans have been carried out, until the end of a `with` block."""
     with ExitStack() as stack:
         stack.enter_context(store_of(model).computing_with(LazyTensors.of(planned.weights or {})))
-        for plan in planned.cuts:
-            if plan.units:
-                stack.enter_context(mask(model, plan))
+        for cut in planned.cuts:
+            if cut.units:
+                stack.enter_context(mask(model, cut))
         yield
 
 
@@ -143,8 +207,8 @@ def apply_in_turn(
     subject, follows = find_transformer(model), list[Follow]()
     undone = store_of(subject).following(), undone_by_errors(model)
     with torch.inference_mode(mode=False), starting_from(subject, usable(weights)), undone[0], undone[1]:
-        for plan in plans:
-            follows.append(plan.change(model))
+        for shape_plan in plans:
+            follows.append(shape_plan.change(model))
         change_in_turn(subject, {})  # blocks of which no plan has cut anything keep their new values, too
     trained_by = list(optimizers)
     for follow in follows:

@@ -25,8 +25,8 @@ class Budget:
         max_loss: The fewest parameters at which perplexity on batches that nothing is fitted to, the geometric mean over their
             sources, is at most so many times the dense model's, such as 1.1.
         latency: The fraction of the dense model's time that is left at most, by this machine's clock, on the model's own device.
-            A table of what each level of each place takes leads the search; what it finds is timed beside the dense model before
-            anything is cut, and searched for again where it takes too long.
+            A table of what each config of each layer takes leads the search; what it finds is timed beside the dense model
+            before anything is cut, and searched for again where it takes too long.
 
     Raises:
         ValueError: If not exactly one is given, or it is out of range.
@@ -44,9 +44,9 @@ class Budget:
 
     def __post_init__(self) -> None:
         annotated(Budget, vars(self))
-        given = [field.name for field in fields(self) if getattr(self, field.name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"{' and '.join(given) or 'params=None'}: give one budget of {', '.join(vars(self))}")
+        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        if len(names) != 1:
+            raise ValueError(f"{' and '.join(names) or 'params=None'}: give one budget of {', '.join(vars(self))}")
         if self.max_loss is not None:
             number("max_loss", self.max_loss, above=1)
         if self.latency is not None:
@@ -69,7 +69,7 @@ class Search:
     """Says how the smaller model within a budget is searched for.
 
     Args:
-        importance: Which units go, at each level those of the lowest scores; by default `OBS()`.
+        importance: Which units go, in each config those of the lowest scores; by default `OBS()`.
         repair: How the linears that read removed units are refitted; `"auto"`: by `RepairConfig()` if there are enough tokens for
             any refit, and otherwise, with a warning before the search, not at all; None: not at all.
         first: Blocks at the beginning of each stack that stay whole.

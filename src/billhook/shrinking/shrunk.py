@@ -18,11 +18,11 @@ class Choice:
     """One way to make a model smaller.
 
     Attributes:
-        kept: By place, how many units it keeps; of an attention, KV heads, and where queries are grouped, and query heads may go,
-            these under its name with "query heads"; 0 of a block that is gone, and of all in it.
+        kept: By layer, how many units it keeps; of an attention, KV heads; 0 of a block that is gone, and
+            of all in it.
         left: What is left of what the budget limits.
-        predicted: Sum of what the places lose alone: KL divergence from the dense model, in nats.
-        measured: KL divergence of the model that is put together of places refitted alone.
+        predicted: Sum of what the layers lose alone: KL divergence from the dense model, in nats.
+        measured: KL divergence of the model that is put together of layers refitted alone.
     """
 
     kept: dict[str, int]
@@ -64,17 +64,17 @@ class Shrunk(Shown):
         target: What the budget limits: `"params"`, `"kv_cache_bytes"`, `"bytes"`, or `"latency"`, in nanoseconds.
         limit: The most that may be left of it.
         left: What is left of it.
-        kept: By place, how many units there were and how many it keeps, 0 where its block is gone; of an attention, KV heads, and
-            where queries are grouped, and query heads may go, these under its name with "query heads".
-        predicted: Sum of what the places lose alone: KL divergence from the dense model, in nats.
+        kept: By layer, how many units there were and how many it keeps, 0 where its block is gone; of an attention,
+            KV heads.
+        predicted: Sum of what the layers lose alone: KL divergence from the dense model, in nats.
         measured: KL divergence of the smaller model, repaired as a whole, by source, on batches that it was not fitted to.
         curve: Choices of other sizes, from the smallest, for comparison.
         tried: All choices that were measured within the budget, the best first.
         alone: For comparison, what is left of the target, and lost, without heads, channels or whole blocks alone, where they
-            are enough: refitted place by place, blocks not at all.
+            are enough: refitted layer by layer, blocks not at all.
         ratio: Perplexity of the smaller model to the dense one's, on the same batches, where a budget of it was given.
         times: How long both take, where a budget of time was given: `left` is as large a part as was measured of the dense
-            model's nanoseconds, while all other sizes are sums of what places take.
+            model's nanoseconds, while all other sizes are sums of what layers take.
         blocks: The blocks that were removed after that, numbered as before; None where none was.
         blocks_stay: Why no block could go; empty where some could.
         merged: The KV heads that were merged, where all query heads stay: a plan for each number of them that there is then.
@@ -116,14 +116,14 @@ class Shrunk(Shown):
 
     def to_json(self) -> dict[str, Any]:
         """Returns what was found as plain data."""
-        plain = {name: getattr(self, name) for name in ("target", "limit", "left", "kept", "predicted", "measured")}
-        choices = {name: [vars(one) for one in getattr(self, name)] for name in ("curve", "tried")}
-        times = None if self.times is None else vars(self.times)
+        plain = {
+            name: getattr(self, name) for name in ("target", "limit", "left", "kept", "predicted", "measured", "alone", "ratio")
+        }
+        plans = {"plan": self.plan.to_json(), "merged": [plan.to_json() for plan in self.merged]}
         blocks = {"blocks": self.blocks and self.blocks.to_json(), "blocks_stay": self.blocks_stay}
-        compared = {"alone": self.alone, "ratio": self.ratio, "times": times}
-        merged = {"merged": [plan.to_json() for plan in self.merged]}
+        choices = {"curve": list(map(vars, self.curve)), "tried": list(map(vars, self.tried))}
         left = {"not_refitted": self.not_refitted} if self.not_refitted else {}
-        return {"plan": self.plan.to_json(), **merged, **blocks, **plain, **choices, **compared, **left}
+        return {**plans, **blocks, **plain, **choices, "times": self.times and vars(self.times), **left}
 
     def _shown(self) -> list[RenderableType]:
         lines: list[RenderableType] = [self.budget] if self.merged else []
@@ -140,14 +140,14 @@ class Shrunk(Shown):
 
     def _notes(self) -> list[str]:
         """Says what is lost without units of one kind alone, and with the chosen size."""
-        found = ", ".join(f"{value:.4f}{f' on {source}' if source else ''}" for source, value in self.measured.items())
-        told = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
-        alone = [
-            f"only {name} removed, {in_words(self.target, left)} left: {lost:.4f}" for name, (left, lost) in self.alone.items()
-        ]
-        timed = [] if self.times is None else [f"measured: {self.times}"]
-        left = [self.not_refitted] if self.not_refitted else []
-        return [*alone, f"of the chosen, repaired as a whole: {found}{told}", *left, *timed]
+        notes = list[str]()
+        for name, (left, lost) in self.alone.items():
+            notes.append(f"only {name} removed, {in_words(self.target, left)} left: {lost:.4f}")
+        losses = ", ".join(f"{lost:.4f}{f' on {source}' if source else ''}" for source, lost in self.measured.items())
+        ratio = "" if self.ratio is None else f"; perplexity {self.ratio:.4f} times the dense model's"
+        notes.append(f"of the chosen, repaired as a whole: {losses}{ratio}")
+        notes += [self.not_refitted] if self.not_refitted else []
+        return notes if self.times is None else [*notes, f"measured: {self.times}"]
 
 
 def in_words(target: str, number: int) -> str:

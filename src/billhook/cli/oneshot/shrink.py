@@ -4,7 +4,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +18,38 @@ from billhook.cli.stopped import library_beside
 from billhook.engine.batches import Batch
 from billhook.plots.pareto import pareto
 from billhook.report.speed import Phase
-from billhook.shrinking.damages import CALLED
+from billhook.shrinking.cache import tokens_needed
+from billhook.shrinking.candidates import Candidates, Progress
 from billhook.shrinking.divergence import divided
 from billhook.shrinking.latency import Workload, clock_of
-from billhook.shrinking.levels import Place
+from billhook.shrinking.layers import Layer
+from billhook.shrinking.measurement import CALLED
 from billhook.shrinking.search import Budget, Search
-from billhook.shrinking.shrink import Layers, check_library, repair_for, shrink_begun
-from billhook.shrinking.variants import tokens_needed
-from billhook.shrinking.work import Work
+from billhook.shrinking.shrink import Layers, check_library, repair_for, shrink_to
 from billhook.tracing.show import pattern
 
 
-def outlook(work: Work, steps: int, within: str | None = None) -> str:
-    """Returns what there is and may be left, the levels of each place, the blocks, and how many steps it takes.
+def outlook(candidates: Candidates, steps: int, within: str | None = None) -> str:
+    """Returns what there is and may be left, the configs of each layer, the blocks, and how many steps it takes.
 
     Args:
-        work: A work that has begun.
-        steps: How many steps its search has at most.
+        candidates: What may be removed.
+        steps: How many steps the search has at most.
         within: A budget that is no number of what is left, in words.
     """
-    left = f"at most {work.limit:,} are to be left" if within is None else f"as few as {within} allows are to be left"
-    lines = [f"{type(work.model).__name__}: {work.now:,} {work.target} now; {left}, and at least {work.least:,} can be"]
-    rows = Counter((pattern(place.name), _levels(place, work.levels[place.name])) for place in work.places)
-    lines += [f"  {name}  {levels}, in each of {count}" for (name, levels), count in rows.items()]
-    able = len(work.blocks.able)
-    lines.append(f"  {able} whole block{'s' * (able > 1)} may go" if able else f"  all blocks stay: {work.blocks.why}")
+    left = f"at most {candidates.limit:,} are to be left" if within is None else f"as few as {within} allows are to be left"
+    head = f"{type(candidates.model).__name__}: {candidates.now:,} {candidates.target} now; {left}"
+    lines = [f"{head}, and at least {candidates.least:,} can be"]
+    rows = Counter((pattern(layer.name), _configs(layer)) for layer in candidates.layers)
+    lines += [f"  {name}  {configs}, in each of {count}" for (name, configs), count in rows.items()]
+    able = len(candidates.blocks.able)
+    lines.append(f"  {able} whole block{'s' * (able > 1)} may go" if able else f"  all blocks stay: {candidates.blocks.why}")
     return "\n".join([*lines, f"  at most {steps:,} steps"])
 
 
-def _levels(place: Place, levels: tuple[int, ...]) -> str:
-    """Returns how many units a place may keep, all of them first; of KV heads and query heads, pairs."""
-    if place.pairs:
-        return f"{', '.join('/'.join(str(now) for _, now in place.told(kept).values()) for kept in levels)} KV/query heads"
-    return f"{', '.join(map(str, levels))} {'KV heads' if place.kind == 'head' else CALLED[place.kind]}"
+def _configs(layer: Layer) -> str:
+    """Returns how many units a layer may keep, all of them first."""
+    return f"{', '.join(map(str, layer.configs))} {'KV heads' if layer.kind == 'head' else CALLED[layer.kind]}"
 
 
 MARK = "billhook-library.json"
@@ -110,10 +109,9 @@ def shrink(
 ) -> None:
     """Finds the smaller model within one budget that loses least, without channels, heads and blocks, and saves it, verified.
 
-    Each feed-forward and attention is cut to several levels and refitted, on its own; for `params` and `bytes` an attention may
-    also keep fewer of the query heads that share a KV head. What that costs the whole model is measured, as is what it loses
-    without each block, and what loses least together is searched for. What is chosen is repaired from front to back. The parts
-    are from ZipLM (https://arxiv.org/abs/2302.04089) and Týr-the-Pruner (https://arxiv.org/abs/2503.09657).
+    Each feed-forward and attention is pruned to several configs and refitted, on its own. What that costs the whole model is
+    measured, as is what it loses without each block, and what loses least together is searched for. What is chosen is repaired
+    from front to back. The parts are from ZipLM (https://arxiv.org/abs/2302.04089) and Týr-the-Pruner (https://arxiv.org/abs/2503.09657).
 
     Args:
         model: A folder, a hub name, or "tiny".
@@ -146,29 +144,32 @@ def shrink(
     if recovery.recover:
         recovery.task_of(work.model)
     clock = None if budget.latency is None else (budget.latency, clock_of(work.model, workload))
-    begun = Work.begun(work.model, search.amount(budget), layers == "uniform", timed=clock is not None)
+    candidates = Candidates.find(work.model, search.amount(budget), layers == "uniform")
     then = [f"train it for {recovery.recover:,} steps"] if recovery.recover else []
     fitted, _ = divided(coming(work))
     asked = search.repair
-    short = refits(work, tokens_needed(begun.search, begun.places), fitted, asked != "auto") if asked is not None else ""
+    short = (
+        refits(work, tokens_needed(candidates.search, candidates.layers), fitted, asked != "auto") if asked is not None else ""
+    )
     then = [*([short] if short else []), *then]
     work.tell(f"find the model within {budget.words} that loses least", f"shown {work.shown}", *then)
     if dry_run:
         of_size = budget.max_loss is None and budget.latency is None
-        steps = begun.most_steps(search.generations, search.candidates)
-        work.tell_dry(outlook(begun, steps, None if of_size else budget.words))
+        steps = candidates.most_steps(search.generations, search.candidates)
+        work.tell_dry(outlook(candidates, steps, None if of_size else budget.words))
         return
     kept.begin()
     batches = work.batches()
     fitted, held_out = divided(batches)
-    how_refitted = repair_for(begun, fitted, search.repair)
-    if begun.not_repaired and not short.startswith("not repaired"):
-        print(begun.not_repaired)  # a text is shorter than what was asked for
+    how_refitted, not_repaired = repair_for(candidates, fitted, search.repair)
+    if not_repaired and not short.startswith("not repaired"):
+        print(not_repaired)  # a text is shorter than what was asked for
     before = work.measure()
     phases = [""]
-    with bar("shrinking", "steps", lambda: phases[-1], alike=False) as progress:
-        begun.progress, begun.entered, begun.reused = progress, phases.append, kept.tell
-        shrunk = shrink_begun(begun, fitted, held_out, budget, clock, search, how_refitted, kept.folder, given.seed)
+    with bar("shrinking", "steps", lambda: phases[-1], alike=False) as steps:
+        progress, seed = Progress(steps, phases.append, kept.tell), given.seed
+        shrunk = shrink_to(candidates, budget, clock, fitted, held_out, how_refitted, search, seed, kept.folder, progress)
+    shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
     by = str(how_refitted) if how_refitted else None
     how = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": by}
     what = f"{shrunk.what}: {shrunk.budget}"

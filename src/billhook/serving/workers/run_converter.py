@@ -75,8 +75,9 @@ def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method
             return known(self, tokenizer)
         except NotImplementedError:
             state = json.loads((self.dir_model / "tokenizer.json").read_text(encoding="utf-8"))
-            own = state.get("pre_tokenizer") or {}
-            if state.get("normalizer") or (own.get("type"), own.get("use_regex")) != ("ByteLevel", True):
+            pre_tokenizer = state.get("pre_tokenizer") or {}
+            kind = pre_tokenizer.get("type"), pre_tokenizer.get("use_regex")
+            if state.get("normalizer") or kind != ("ByteLevel", True):
                 raise
             added["split"] = "gpt-2"
             return "gpt-2"
@@ -87,16 +88,15 @@ def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Any:  # noqa: ANN401
     """Gives a class another method for a while."""
-    own = name in vars(owner)
-    before = vars(owner).get(name)
+    inherited, before = name not in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        if own:
-            setattr(owner, name, before)
-        else:
+        if inherited:
             delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 class _Errors(logging.Handler):

@@ -56,8 +56,8 @@ class Loaded:
         finally:
             lib.llama_batch_free(batch)
         rows = len(tokens) if every else 1
-        found = lib.llama_get_logits(self.context)
-        return np.frombuffer(self.ffi.buffer(found, rows * self.vocabulary * 4), np.float32).reshape(rows, -1).copy()
+        logits = lib.llama_get_logits(self.context)
+        return np.frombuffer(self.ffi.buffer(logits, rows * self.vocabulary * 4), np.float32).reshape(rows, -1).copy()
 
     def free(self) -> None:
         """Frees both."""

@@ -1,4 +1,4 @@
-"""Variants of places: their errors against a plain least squares, and their damage against a model that is really cut."""
+"""Variants of layers: their errors against a plain least squares, and their damage against a model that is really cut."""
 
 import re
 
@@ -12,35 +12,33 @@ from billhook.engine.batches import Batch, Run, runs_of
 from billhook.importance.score import run_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import Search
-from billhook.shrinking import variants as module
-from billhook.shrinking.damages import damages, groups, make_slots, probes
+from billhook.shrinking import cache as module
+from billhook.shrinking.cache import CandidateCache, check_enough, fill_cache, key_of
 from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.levels import find_places, gone, query_scores
-from billhook.shrinking.variants import Library, check_enough, fill_library, key_of
+from billhook.shrinking.layers import alike_layers, find_layers, removed_units
+from billhook.shrinking.measurement import config_losses, probes
+from billhook.shrinking.space import make_slots
 from kit.families import build, llama, tokens
 
 TINY = bh.RepairConfig(ridges=[1e-4])
 
 
 class Made:
-    """A model with its places, scores and library."""
+    """A model with its layers, scores and library."""
 
     def __init__(self, model, batches, repair=TINY, folder=None):
         self.model, self.search = model, Search(model, Amount(params=0.5))
-        self.units, self.places = self.search.units, find_places(self.search, "params")
-        self.levels = {place.name: place.levels() for place in self.places}
+        self.units, self.layers = self.search.units, find_layers(self.search, "params")
         self.scores = bh.score(model, self.units, bh.importance.WeightNorm(), per="kv_head")
-        paired = [name for place in self.places if place.pairs for name in place.names]
-        self.scores |= query_scores(model, self.units, paired, bh.importance.WeightNorm(), ())
         runs = [run_of(model, self.units, batch) for batch in batches]
-        self.library = Library(model, folder)
-        fill_library(self.library, self.places, self.levels, self.units, self.gone, runs, repair, lambda: None)
+        self.cache = CandidateCache(model, folder)
+        fill_cache(self.cache, self.layers, self.units, self.scores, runs, repair, lambda: None)
 
-    def gone(self, place, kept):
-        return gone(place, self.units, self.scores, kept)
+    def removed(self, layer, kept):
+        return removed_units(layer, self.units, self.scores, kept)
 
-    def place(self, kind):
-        return next(place for place in self.places if place.kind == kind)
+    def layer(self, kind):
+        return next(layer for layer in self.layers if layer.kind == kind)
 
 
 def texts():
@@ -65,12 +63,12 @@ def read(model, linear, batches):
 def test_errors_are_those_of_least_squares_on_the_other_source(kind):
     model, batches = llama(), texts()
     made = Made(model, batches)
-    place = made.place(kind)
-    reader = made.units[place.name].readers[0]
+    layer = made.layer(kind)
+    reader = made.units[layer.name].readers[0]
     inputs, weight = read(model, reader, batches), model.get_submodule(reader).weight.detach().double()
-    for kept in made.levels[place.name][1:]:
-        lost = torch.tensor(made.gone(place, kept)[place.name])
-        stays = ~torch.isin(torch.from_numpy(made.units[place.name].index), lost)
+    for kept in layer.configs[1:]:
+        lost = torch.tensor(made.removed(layer, kept)[layer.name])
+        stays = ~torch.isin(torch.from_numpy(made.units[layer.name].index), lost)
         error = whole = 0.0
         for fit, held_out in (("one", "two"), ("two", "one")):
             kept_inputs = inputs[fit][:, stays]
@@ -80,16 +78,16 @@ def test_errors_are_those_of_least_squares_on_the_other_source(kind):
             target = inputs[held_out] @ weight.T
             error += float((target - inputs[held_out][:, stays] @ solution).square().sum(1).mean())
             whole += float(target.square().sum(1).mean())
-        assert made.library.errors[place.name, kept] == pytest.approx(error / whole, rel=1e-4, abs=1e-7)
+        assert made.cache.errors[layer.name, kept] == pytest.approx(error / whole, rel=1e-4, abs=1e-7)
 
 
 def test_weights_are_fitted_to_all_batches_and_read_nothing_that_is_lost():
     model, batches = build("phi"), texts()  # with biases
     made = Made(model, batches)
-    place = made.place("channel")
-    reader, kept = made.units[place.name].readers[0], made.levels[place.name][3]
-    own = made.library.weights(place.name, kept).of_module(reader)
-    lost = made.gone(place, kept)[place.name]
+    layer = made.layer("channel")
+    reader, kept = made.units[layer.name].readers[0], layer.configs[3]
+    own = made.cache.weights(layer.name, kept).of_module(reader)
+    lost = made.removed(layer, kept)[layer.name]
     assert not own["weight"][:, lost].any()
     inputs = torch.cat(list(read(model, reader, batches).values()))
     linear = model.get_submodule(reader)
@@ -104,12 +102,12 @@ def test_weights_are_fitted_to_all_batches_and_read_nothing_that_is_lost():
 def test_without_repair_units_are_only_cut():
     model = llama()
     made = Made(model, texts(), None)
-    place = made.place("channel")
-    (reader,) = made.units[place.name].readers
-    kept = made.levels[place.name][2]
-    own = made.library.weights(place.name, kept).of_module(reader)["weight"]
+    layer = made.layer("channel")
+    (reader,) = made.units[layer.name].readers
+    kept = layer.configs[2]
+    own = made.cache.weights(layer.name, kept).of_module(reader)["weight"]
     expected = model.get_submodule(reader).weight.detach().clone()
-    expected[:, made.gone(place, kept)[place.name]] = 0
+    expected[:, made.removed(layer, kept)[layer.name]] = 0
     assert torch.equal(own, expected)
 
 
@@ -121,7 +119,7 @@ def test_all_batches_pass_each_block_once_and_its_moments_go_before_the_next(mon
     monkeypatch.setattr(memory, "LEAST", 1)
     monkeypatch.setattr(memory, "_free_on_host", lambda: 0)
     made = Made(model, batches)
-    readers = [made.units[place.name].readers[0] for place in made.places]
+    readers = [made.units[layer.name].readers[0] for layer in made.layers]
     first, second = ([reader for reader in readers if f"layers.{number}." in reader] for number in range(2))
     assert seen == [*[0] * 4, *first, *[1] * 4, *second]
 
@@ -129,7 +127,7 @@ def test_all_batches_pass_each_block_once_and_its_moments_go_before_the_next(mon
 def test_blocks_that_are_called_again_after_others_have_all_calls_counted():
     model, batches = llama(), texts()
     twice = [Run(lambda own=one: (model(**own), model(**own)), source=one.source) for one in batches]
-    once, again = Made(model, batches).library, Made(model, twice).library
+    once, again = Made(model, batches).cache, Made(model, twice).cache
     assert again.errors == pytest.approx(once.errors, rel=1e-5)
     for own, other in ((library.weights(name, kept) for library in (once, again)) for name, kept in once.errors):
         for name, value in own.items():
@@ -142,30 +140,28 @@ def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     divergence = Divergence(model, runs_of(model, held_out))
     for kind in ("channel", "head"):
-        place = made.place(kind)
-        levels = made.levels[place.name]
-        found = damages(made.library, divergence, place, levels)
-        for kept in probes(levels):
+        layer = made.layer(kind)
+        found = config_losses(made.cache, divergence, layer)
+        for kept in probes(layer.configs):
             smaller = llama()
             smaller.load_state_dict(before)
-            new = made.library.weights(place.name, kept)
-            bh.apply(smaller, bh.pruning.plan_units(smaller, made.gone(place, kept), kind), weights=new)
+            new = made.cache.weights(layer.name, kept)
+            bh.apply(smaller, bh.pruning.plan_units(smaller, made.removed(layer, kept), kind), weights=new)
             with torch.no_grad():
                 p, q = (one(held_out[0]["input_ids"]).logits.log_softmax(-1) for one in (model, smaller))
             direct = float((p.exp() * (p - q)).sum(-1).mean())
-            assert found[levels.index(kept)] == pytest.approx(direct, rel=3e-2, abs=1e-5)
+            assert found[layer.configs.index(kept)] == pytest.approx(direct, rel=3e-2, abs=1e-5)
         assert found[0] == 0
-        lost = dict(zip(levels, found, strict=True))
-        assert all(lost[more] <= lost[fewer] for more in lost for fewer in lost if place.holds(more, fewer))
+        assert found == sorted(found)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_places_of_a_kind_share_a_slot_where_layers_stay_alike():
     made = Made(llama(), texts())
-    losses = {place.name: [0.1 * number for number in range(len(made.levels[place.name]))] for place in made.places}
-    free, uniform = (make_slots(made.places, made.levels, losses, alike) for alike in (False, True))
+    losses = {layer.name: [0.1 * number for number in range(len(layer.configs))] for layer in made.layers}
+    free, uniform = (make_slots(made.layers, losses, alike) for alike in (False, True))
     assert [len(slot.names) for slot in free] == [1] * 4
-    assert [len(slot.names) for slot in uniform] == [2, 2] == [len(own) for own in groups(made.places, True)]
+    assert [len(slot.names) for slot in uniform] == [2, 2] == [len(own) for own in alike_layers(made.layers, True)]
 
 
 def test_inputs_that_are_not_finite_are_refused():
@@ -179,30 +175,30 @@ def test_inputs_that_are_not_finite_are_refused():
 def test_a_library_on_disk_goes_on_where_it_was(tmp_path, monkeypatch):
     model, batches = llama(), texts()
     memory, first = Made(model, batches), Made(model, batches, folder=tmp_path)
-    place = first.place("channel")
+    layer = first.layer("channel")
     divergence = Divergence(model, runs_of(model, [{"input_ids": tokens()}]))
-    found = damages(first.library, divergence, place, first.levels[place.name])
-    next(file for file in tmp_path.glob("*.safetensors") if place.name not in file.name).unlink()
+    found = config_losses(first.cache, divergence, layer)
+    next(file for file in tmp_path.glob("*.safetensors") if layer.name not in file.name).unlink()
     calls = []
     monkeypatch.setattr(module, "Reader", lambda *given, make=module.Reader: calls.append(given[1]) or make(*given))
     again = Made(model, batches, folder=tmp_path)
     assert len(calls) == 1
-    assert again.library.errors == first.library.errors == memory.library.errors
-    for (name, kept), _ in memory.library.errors.items():
-        own, other = memory.library.weights(name, kept), again.library.weights(name, kept)
+    assert again.cache.errors == first.cache.errors == memory.cache.errors
+    for (name, kept), _ in memory.cache.errors.items():
+        own, other = memory.cache.weights(name, kept), again.cache.weights(name, kept)
         assert own.keys() == other.keys()
         assert all(torch.equal(value, other[parameter]) for parameter, value in own.items())
     monkeypatch.setattr(divergence, "mean", None)
-    assert damages(again.library, divergence, place, again.levels[place.name]) == found
+    assert config_losses(again.cache, divergence, layer) == found
 
 
 @pytest.mark.parametrize("damage", ["cut off", "empty", "no errors in it", "half a measured.json", "merged and unfitted"])
 def test_what_is_damaged_in_a_library_is_made_again(tmp_path, monkeypatch, damage):
     model, batches = llama(), texts()
     first = Made(model, batches, folder=tmp_path)
-    place = first.place("channel")
-    found = damages(first.library, Divergence(model, runs_of(model, batches)), place, first.levels[place.name])
-    errors, file = dict(first.library.errors), min(tmp_path.glob("*.safetensors"))
+    layer = first.layer("channel")
+    found = config_losses(first.cache, Divergence(model, runs_of(model, batches)), layer)
+    errors, file = dict(first.cache.errors), min(tmp_path.glob("*.safetensors"))
     if damage == "cut off":
         file.write_bytes(file.read_bytes()[:-1])
     elif damage == "empty":
@@ -213,17 +209,17 @@ def test_what_is_damaged_in_a_library_is_made_again(tmp_path, monkeypatch, damag
         file = tmp_path / "measured.json"
         file.write_text('[["a"')
     else:
-        first.library.add("p merged", 2, 0.0, {})
+        first.cache.add("p merged", 2, 0.0, {})
         file = tmp_path / "p merged unfitted.2.safetensors"
         file.write_bytes(b"no such file")
     with pytest.warns(
         UserWarning, match=f"library: {re.escape(file.name)} in '{tmp_path}' cannot be read: what they held is made"
     ):
         again = Made(model, batches, folder=tmp_path)
-    assert again.library.errors == errors
-    assert again.library.measured == ({} if file.suffix == ".json" else first.library.measured)
-    assert damages(again.library, Divergence(model, runs_of(model, batches)), place, again.levels[place.name]) == found
-    assert Library(model, tmp_path).errors.keys() >= errors.keys()
+    assert again.cache.errors == errors
+    assert again.cache.measured == ({} if file.suffix == ".json" else first.cache.measured)
+    assert config_losses(again.cache, Divergence(model, runs_of(model, batches)), layer) == found
+    assert CandidateCache(model, tmp_path).errors.keys() >= errors.keys()
     assert not list(tmp_path.glob("unfinished*"))
 
 
@@ -244,12 +240,12 @@ def test_another_model_batch_or_setting_has_another_library():
 
 def test_batches_are_enough_where_a_linear_gets_as_many_tokens_as_it_reads_at_the_highest_level_that_cuts():
     search = Search(llama(), Amount(params=0.5))
-    places = find_places(search, "params", query_heads=False)
+    layers = find_layers(search, "params")
     padded = {"input_ids": tokens(2, 5), "attention_mask": torch.arange(5).expand(2, 5).lt(2).long()}
-    check_enough(search, places, [{"input_ids": tokens(1, 24)}])  # three of four KV heads, each with two query heads
-    check_enough(search, places, [padded, {"input_ids": tokens(2, 10)}])
-    channels = [place for place in places if place.kind == "channel"]
-    for own, batches, given in ((places, tokens(1, 23), "o_proj, which is given 23 and needs 24"), (places, padded, "given 4")):
+    check_enough(search, layers, [{"input_ids": tokens(1, 24)}])  # three of four KV heads, each with two query heads
+    check_enough(search, layers, [padded, {"input_ids": tokens(2, 10)}])
+    channels = [layer for layer in layers if layer.kind == "channel"]
+    for own, batches, given in ((layers, tokens(1, 23), "o_proj, which is given 23 and needs 24"), (layers, padded, "given 4")):
         batch = batches if isinstance(batches, dict) else {"input_ids": batches}
         with pytest.raises(ValueError, match=f"too few tokens that .*{given}"):
             check_enough(search, own, [batch])

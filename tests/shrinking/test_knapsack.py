@@ -5,8 +5,8 @@ from itertools import product
 import numpy as np
 import pytest
 
-from billhook.shrinking import choose as module
-from billhook.shrinking.choose import Frontier, Slot, between, cost, filled, joined, loss, widest
+from billhook.shrinking import knapsack as module
+from billhook.shrinking.knapsack import Frontier, Slot, between, cost, filled, joined, loss, widest
 
 
 def slots_of(random, count, levels=4):
@@ -54,7 +54,6 @@ def test_many_partial_choices_are_thinned_and_still_legal(monkeypatch):
 def test_levels_that_lose_no_more_than_smaller_ones_are_not_taken():
     frontier = Frontier([Slot(("a",), (3, 2, 1), (30, 20, 10), (0.0, 0.5, 0.25))])
     assert [frontier.levels(number) for number in range(len(frontier.costs))] == [(2,), (0,)]
-    assert frontier.spread(5) == [(2,), (0,)]
 
 
 @pytest.mark.parametrize("seed", range(5))

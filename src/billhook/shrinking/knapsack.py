@@ -26,10 +26,10 @@ Levels = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Slot:
-    """Places that take one level together.
+    """Layers that take one level together.
 
     Attributes:
-        names: The places.
+        names: The layers.
         kept: How many units each of them keeps at each level, falling, from all on.
         costs: What is left at each level of what the budget limits, falling.
         losses: What is lost at each level, from 0 on.
@@ -41,13 +41,13 @@ class Slot:
     losses: tuple[float, ...]
 
     def at(self, level: int) -> dict[str, int]:
-        """Returns how many units each place keeps at a level."""
+        """Returns how many units each layer keeps at a level."""
         return dict.fromkeys(self.names, self.kept[level])
 
 
 @dataclass(frozen=True)
 class Joint:
-    """Places whose numbers of units are chosen together, such as all of a block.
+    """Layers whose numbers of units are chosen together, such as all of a block.
 
     Attributes:
         kept: By level, how many units each of them keeps, from all on.
@@ -60,7 +60,7 @@ class Joint:
     losses: tuple[float, ...]
 
     def at(self, level: int) -> dict[str, int]:
-        """Returns how many units each place keeps at a level."""
+        """Returns how many units each layer keeps at a level."""
         return dict(self.kept[level])
 
 
@@ -91,17 +91,11 @@ class Frontier:
 
     def levels(self, number: int) -> Levels:
         """Returns the levels of a choice, by its number, from the cheapest on."""
-        found = list[int]()
-        for parents, own in reversed(self._steps):
-            found.append(int(own[number]))
+        chosen = list[int]()
+        for parents, levels in reversed(self._steps):
+            chosen.append(int(levels[number]))
             number = int(parents[number])
-        return tuple(reversed(found))
-
-    def spread(self, most: int) -> list[Levels]:
-        """Returns so many choices of evenly spaced costs, at most, from the cheapest to the whole."""
-        wanted = np.linspace(self.costs[0], self.costs[-1], most)
-        numbers = dict.fromkeys(int(np.searchsorted(self.costs, cost, side="right")) - 1 for cost in wanted)
-        return [self.levels(number) for number in numbers]
+        return tuple(reversed(chosen))
 
 
 def _unbeaten(costs: NDArray[np.int64], losses: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -124,31 +118,20 @@ def loss(slots: Sequence[Slot | Joint], levels: Levels) -> float:
 
 
 def kept_at(slots: Sequence[Slot | Joint], levels: Levels) -> dict[str, int]:
-    """Returns how many units each place keeps at levels."""
+    """Returns how many units each layer keeps at levels."""
     return {name: kept for slot, level in zip(slots, levels, strict=True) for name, kept in slot.at(level).items()}
 
 
 def joined(slots: Sequence[Slot]) -> Slot:
-    """Joins slots of the same levels to one, all of whose places take one level.
+    """Joins slots of the same levels to one, all of whose layers take one level.
 
     >>> joined([Slot(("a",), (4, 2), (40, 20), (0.0, 0.5)), Slot(("b",), (4, 2), (40, 20), (0.0, 0.25))])
     Slot(names=('a', 'b'), kept=(4, 2), costs=(80, 40), losses=(0.0, 0.75))
     """
     names = tuple(name for slot in slots for name in slot.names)
-    costs = tuple(sum(own) for own in zip(*(slot.costs for slot in slots), strict=True))
-    losses = tuple(sum(own) for own in zip(*(slot.losses for slot in slots), strict=True))
+    costs = tuple(map(sum, zip(*(slot.costs for slot in slots), strict=True)))
+    losses = tuple(map(sum, zip(*(slot.losses for slot in slots), strict=True)))
     return Slot(names, slots[0].kept, costs, losses)
-
-
-def without_beaten(slot: Slot) -> Slot:
-    """Returns a slot without the levels at which more is lost than at one that keeps less; the first, the whole, stays.
-
-    >>> without_beaten(Slot(("a",), (4, 3, 2, 1), (9, 8, 6, 4), (0.0, 0.5, 0.25, 1.0)))
-    Slot(names=('a',), kept=(4, 2, 1), costs=(9, 6, 4), losses=(0.0, 0.25, 1.0))
-    """
-    stay = [level for level, lost in enumerate(slot.losses) if not level or lost <= min(slot.losses[level:])]
-    kept, costs, losses = zip(*((slot.kept[level], slot.costs[level], slot.losses[level]) for level in stay), strict=True)
-    return Slot(slot.names, kept, costs, losses)
 
 
 def product_of(slots: Sequence[Slot], rest: int = 0) -> Joint:
@@ -166,12 +149,12 @@ def product_of(slots: Sequence[Slot], rest: int = 0) -> Joint:
 
 
 def best_of(options: Sequence[tuple[int, float, Mapping[str, int]]]) -> Joint:
-    """Makes a slot of options, of cost, loss and units kept, without those that another beats; the first, the whole, stays."""
-    whole, left = options[0], list[tuple[int, float, Mapping[str, int]]]()
-    for one in sorted(options[1:], key=lambda option: option[:2]):
-        if not left or one[1] < left[-1][1]:
-            left.append(one)
-    costs, losses, kept = zip(whole, *(one for one in reversed(left) if one[0] < whole[0]), strict=True)
+    """Makes a slot of options, of cost, loss and units kept, without those that another beats; the first keeps all and stays."""
+    first, best = options[0], list[tuple[int, float, Mapping[str, int]]]()
+    for option in sorted(options[1:], key=lambda option: option[:2]):
+        if not best or option[1] < best[-1][1]:
+            best.append(option)
+    costs, losses, kept = zip(first, *(option for option in reversed(best) if option[0] < first[0]), strict=True)
     return Joint(kept, costs, losses)
 
 
@@ -184,10 +167,10 @@ def filled(slots: Sequence[Slot], levels: Levels, limit: int, costs: Sequence[Ma
         slots: The slots.
         levels: A choice of levels, within the limit.
         limit: The most that may be left.
-        costs: By slot, and by all numbers of units that its places may keep, what they cost.
+        costs: By slot, and by all numbers of units that its layers may keep, what they cost.
 
     Returns:
-        By slot, how many units its places keep.
+        By slot, how many units its layers keep.
     """
     kept = [slot.kept[level] for slot, level in zip(slots, levels, strict=True)]
     spare = limit - cost(slots, levels)
@@ -199,7 +182,8 @@ def filled(slots: Sequence[Slot], levels: Levels, limit: int, costs: Sequence[Ma
 
     for number in sorted((n for n, level in enumerate(levels) if level), key=gain, reverse=True):
         paid = costs[number][kept[number]]
-        most = max(one for one, price in costs[number].items() if one <= slots[number].kept[0] and price - paid <= spare)
+        within = (n for n, price in costs[number].items() if n <= slots[number].kept[0] and price - paid <= spare)
+        most = max(within)
         spare -= costs[number][most] - paid
         kept[number] = most
     return kept
@@ -220,8 +204,8 @@ def widest(kept: Sequence[Sequence[int]], costs: Sequence[Mapping[int, int]], li
     With few slots, whose levels are far apart, no choice of levels alone would come close.
 
     Args:
-        kept: By slot, how many units its places keep at each level.
-        costs: By slot, and by all numbers of units that its places may keep, what they cost.
+        kept: By slot, how many units its layers keep at each level.
+        costs: By slot, and by all numbers of units that its layers may keep, what they cost.
         limit: The most that may be left.
 
     Returns:
@@ -230,24 +214,16 @@ def widest(kept: Sequence[Sequence[int]], costs: Sequence[Mapping[int, int]], li
     >>> widest([(4, 2), (100, 50)], [{kept: 20 * kept for kept in (4, 3, 2, 1)}, {kept: kept for kept in range(100, 0, -1)}], 130)
     {1: {50, 90}}
     """
-    finest = min(range(len(kept)), key=lambda number: step(costs[number]) or math.inf)
-    others = [[costs[number][one] for one in own] for number, own in enumerate(kept) if number != finest]
+    steps = [(price[max(price)] - price[min(price)]) / (max(price) - min(price)) for price in costs]  # of one unit
+    finest = min(range(len(kept)), key=lambda number: steps[number] or math.inf)
+    others = [[costs[number][n] for n in numbers] for number, numbers in enumerate(kept) if number != finest]
     if math.prod(map(len, others)) > CHOICES:
         return {}
-    found = set[int]()
+    met = set[int]()
     for paid in product(*others):
-        fits = [one for one, price in costs[finest].items() if sum(paid) + price <= limit]
-        found |= {max(fits)} if fits else set()
-    return {finest: found}
-
-
-def step(costs: Mapping[int, int]) -> float:
-    """Returns what one unit more costs on average.
-
-    >>> step({3: 60, 2: 40, 1: 20})
-    20.0
-    """
-    return (costs[max(costs)] - costs[min(costs)]) / (max(costs) - min(costs))
+        fits = [number for number, price in costs[finest].items() if sum(paid) + price <= limit]
+        met |= {max(fits)} if fits else set()
+    return {finest: met}
 
 
 Choice = TypeVar("Choice", bound=tuple[Any, ...])
@@ -267,7 +243,7 @@ def evolve(
 ) -> dict[Choice, float]:
     """Measures choices, each generation near the best so far, and returns all of them with what they lose.
 
-    As in Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657): some places keep more and others less, within the
+    As in Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657): some layers keep more and others less, within the
     budget, and the best of all that have been measured goes on.
 
     Args:
@@ -278,38 +254,43 @@ def evolve(
         candidates: How many new choices a generation has.
         seed: Decides which ones.
     """
-    random, found = Random(seed), {choice: measure(choice) for choice in dict.fromkeys(start)}
+    random, losses = Random(seed), {choice: measure(choice) for choice in dict.fromkeys(start)}
     for _ in range(generations):
-        best, new = min(found, key=lambda choice: found[choice]), set[Choice]()
+        best, new = min(losses, key=lambda choice: losses[choice]), set[Choice]()
         for _ in range(TRIES * candidates):
             other = move(best, random)
-            if len(new) < candidates and other is not None and other not in found:
+            if len(new) < candidates and other is not None and other not in losses:
                 new.add(other)
         if not new:
             break
-        found |= {choice: measure(choice) for choice in sorted(new)}
-    return found
+        losses |= {choice: measure(choice) for choice in sorted(new)}
+    return losses
 
 
 def mutated(slots: Sequence[Slot | Joint], levels: Levels, limit: int, random: Random) -> Levels | None:
     """Lets some slots keep more and others less, until nothing more fits; None if that cannot be."""
-    now = list(levels)
-    able = [number for number, level in enumerate(now) if level]
+    chosen = list(levels)
+    able = [number for number, level in enumerate(chosen) if level]
     raised = random.sample(able, min(random.randint(1, MOVES), len(able)))
     for number in raised:
-        now[number] -= 1
+        chosen[number] -= 1
     lower = [number for number in range(len(slots)) if number not in raised]
-    while cost(slots, tuple(now)) > limit:
-        able = [number for number in lower if now[number] + 1 < len(slots[number].costs)]
+    spent = cost(slots, tuple(chosen))
+    while spent > limit:
+        able = [number for number in lower if chosen[number] + 1 < len(slots[number].costs)]
         if not able:
             return None
-        now[random.choice(able)] += 1
-    while fitting := [number for number in range(len(slots)) if _fits(slots, now, number, limit)]:
-        now[random.choice(fitting)] -= 1
-    return tuple(now)
+        number = random.choice(able)
+        chosen[number] += 1
+        spent += slots[number].costs[chosen[number]] - slots[number].costs[chosen[number] - 1]
 
+    def paid(number: int) -> int:
+        """Counts what it costs that a slot keeps more."""
+        slot, level = slots[number], chosen[number]
+        return slot.costs[level - 1] - slot.costs[level]
 
-def _fits(slots: Sequence[Slot | Joint], levels: Sequence[int], number: int, limit: int) -> bool:
-    """Tells whether a slot may keep more."""
-    slot, level = slots[number], levels[number]
-    return level > 0 and cost(slots, tuple(levels)) - slot.costs[level] + slot.costs[level - 1] <= limit
+    while fitting := [number for number, level in enumerate(chosen) if level and spent + paid(number) <= limit]:
+        number = random.choice(fitting)
+        spent += paid(number)
+        chosen[number] -= 1
+    return tuple(chosen)

@@ -67,7 +67,7 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys, mo
     [
         (
             ["--params", "0.95"],
-            ["146,592 params now; at most 139,262", "4/8, 4/4, 2/4, ", "1 whole block may go"],
+            ["146,592 params now; at most 139,262", "self_attn  4, 2, 1 KV heads, in each of 2", "1 whole block may go"],
         ),
         (
             ["--max_loss", "1.1"],

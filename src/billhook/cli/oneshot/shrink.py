@@ -166,8 +166,8 @@ def shrink(
         print(not_repaired)  # a text is shorter than what was asked for
     before = work.measure()
     phases = [""]
-    with bar("shrinking", "steps", lambda: phases[-1], alike=False) as steps:
-        progress, seed = Progress(steps, phases.append, kept.tell), given.seed
+    with bar("shrinking", "steps", lambda: phases[-1], alike=False) as report:
+        progress, seed = Progress(report, phases.append, kept.tell), given.seed
         shrunk = shrink_to(candidates, budget, clock, fitted, held_out, how_refitted, search, seed, kept.folder, progress)
     shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
     by = str(how_refitted) if how_refitted else None

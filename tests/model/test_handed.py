@@ -1,4 +1,5 @@
 import copy
+import json
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_a_regular_layout_is_found(blocks):
         for place in range(2)
     ]
     handing = regular(keys, [kind > 1 for kind, _, _ in keys], 2)
+    assert json.loads(json.dumps(handing.to_list())) == handing.to_list()
     assert handing == Handing(blocks, ((0, 4, 1, 2), (8, 2, 2, 2), (12, 2, 2, 2)))
     stored = [(1, h, r) for h in range(4) for r in range(2)] + [(k, h, r) for k in (2, 4) for h in range(2) for r in range(2)]
     assert [stored[i] for i in handing.index()] == [(k, h if k == 1 else h // 2, r) for k, h, r in keys]

@@ -40,19 +40,20 @@ class Strike:
 @pytest.fixture
 def keyboard():
     """Python's own handler, which pytest may have replaced."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before, trace = signal.signal(signal.SIGINT, signal.default_int_handler), sys.gettrace()
     yield
-    sys.settrace(None)
+    sys.settrace(trace)  # that of a measure of coverage
     signal.signal(signal.SIGINT, before)
 
 
 def struck(strike, run):
+    before = sys.gettrace()
     sys.settrace(strike)
     try:
         with pytest.raises(KeyboardInterrupt):
             run()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     assert strike.lines >= strike.at
 
 

@@ -86,11 +86,12 @@ def interrupted(at: int):
                 calls[1] = name
                 raise Interrupt
 
+    before = sys.gettrace()  # that of a measure of coverage
     sys.settrace(watch)  # told of calls alone, as it asks for nothing more of a frame
     try:
         yield calls
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
 
 
 def _follows(frame: FrameType | None) -> bool:

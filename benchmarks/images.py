@@ -30,13 +30,15 @@ CRITERIA = {
     "Refit": bh.criteria.Refit(),
     "ALPS": bh.criteria.ALPS(),
 }
+LAYER = {"options": bh.PruneOptions(sequential="layer")}
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 AMOUNTS = {f"{sparsity:.0%}": {"sparsity": sparsity} for sparsity in SPARSITIES} | {"2:4": {"pattern": "2:4"}}
+LEFT = {"options": bh.PruneOptions(sequential="layer", skip="classifier")}
 OTHERWISE = {  # what weights are compared with, and what the classifier's ten rows lose
     "Magnitude by rows, 70%": (bh.Magnitude(compares="row"), {"sparsity": 0.7}),
     "Wanda by layers, 70%": (bh.Wanda(compares="layer"), {"sparsity": 0.7}),
-    "Magnitude, 70%, classifier left": (bh.Magnitude(), {"sparsity": 0.7, "skip": "classifier"}),
-    "Wanda, 70%, classifier left": (bh.Wanda(), {"sparsity": 0.7, "skip": "classifier"}),
+    "Magnitude, 70%, classifier left": (bh.Magnitude(), {"sparsity": 0.7} | LEFT),
+    "Wanda, 70%, classifier left": (bh.Wanda(), {"sparsity": 0.7} | LEFT),
 }
 TRAINED = [(criterion, "80%") for criterion in ("Magnitude", "Wanda", "ALPS")]
 CHANNELS = {"50% of the channels": {"channels": 0.5}, "75% of the channels": {"channels": 0.75}}
@@ -52,7 +54,7 @@ def calibration(images):
 
 def zeros(criterion, amount, model, images):
     """Prunes weights; returns what holds the zeros after a step."""
-    masks = bh.prune(model, criterion, calibration(images), **amount, sequential="layer").masks(model)
+    masks = bh.prune(model, criterion, calibration(images), **LAYER | amount).masks(model)
 
     @torch.no_grad()
     def hold():

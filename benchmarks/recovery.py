@@ -35,7 +35,7 @@ import billhook as bh
 from billhook.model.linears import prunable
 from billhook.sparsity.masks import sparsity_of
 
-HALF, PAIRS, LAYER = {"sparsity": 0.5}, {"pattern": "2:4"}, {"sequential": "layer"}
+HALF, PAIRS, LAYER = {"sparsity": 0.5}, {"pattern": "2:4"}, {"options": bh.PruneOptions(sequential="layer")}
 ROWS = {  # how it is pruned, and what is trained
     "dense": (None, "all weights"),
     "dense, LoRA": (None, "adapters"),

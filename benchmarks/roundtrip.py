@@ -321,7 +321,11 @@ def prune(subject: Subject, model: nn.Module) -> Done:
     """Keeps two of four weights by Wanda, on the inputs of the dense model."""
     dense = copy.deepcopy(model)
     torch.manual_seed(0)  # some draw what they see
-    plan = refusing(subject, model, lambda: bh.prune(model, bh.Wanda(), [subject.inputs], pattern="2:4", sequential="none"))
+    plan = refusing(
+        subject,
+        model,
+        lambda: bh.prune(model, bh.Wanda(), [subject.inputs], pattern="2:4", options=bh.PruneOptions(sequential="none")),
+    )
     assert isinstance(plan, WeightPlan)
     return kept_of_four(subject, dense, model, plan.pruned), "plain"
 

@@ -27,41 +27,56 @@ import billhook as bh
 from billhook.sparsity.criteria import WandaAlpha
 from billhook.sparsity.masks import sparsity_of
 
+LAYER = {"options": bh.PruneOptions(sequential="layer")}
+MATCHED = {"options": bh.PruneOptions(sequential="layer", match=bh.criteria.BlockMatching())}
+MATCHED_14 = {"options": bh.PruneOptions(sequential="layer", match=bh.criteria.BlockMatching(steps=14))}
 HALF, PAIRS = {"sparsity": 0.5}, {"pattern": "2:4"}
 ROWS = {
     "dense": None,
     "Magnitude, 50 %": (bh.Magnitude(), HALF),
     "Magnitude, 2:4": (bh.Magnitude(), PAIRS),
     "Wanda, 50 %": (bh.Wanda(), HALF),
-    "Wanda, 50 %, layer": (bh.Wanda(), HALF | {"sequential": "layer"}),
-    "Wanda, 50 %, none": (bh.Wanda(), HALF | {"sequential": "none"}),
+    "Wanda, 50 %, layer": (bh.Wanda(), HALF | LAYER),
+    "Wanda, 50 %, none": (bh.Wanda(), HALF | {"options": bh.PruneOptions(sequential="none")}),
     "Wanda, 2:4": (bh.Wanda(), PAIRS),
-    "Wanda, 50 %, OWL": (bh.Wanda(), HALF | {"allocation": bh.criteria.OWL()}),
+    "Wanda, 50 %, OWL": (bh.Wanda(), HALF | {"options": bh.PruneOptions(allocation=bh.criteria.OWL())}),
     "WandaAlpha, 50 %": (WandaAlpha(), HALF),
     "RIA, 50 %": (bh.criteria.RIA(), HALF),
     "RIA, 2:4": (bh.criteria.RIA(), PAIRS),
     "SparseGPT, 50 %": (bh.SparseGPT(), HALF),
-    "SparseGPT, 50 %, layer": (bh.SparseGPT(), HALF | {"sequential": "layer"}),
+    "SparseGPT, 50 %, layer": (bh.SparseGPT(), HALF | LAYER),
     "SparseGPT, 2:4": (bh.SparseGPT(), PAIRS),
-    "SparseGPT, 2:4, layer": (bh.SparseGPT(), PAIRS | {"sequential": "layer"}),
-    "Refit(Wanda), 50 %, layer": (bh.criteria.Refit(), HALF | {"sequential": "layer"}),
-    "Refit(Wanda), 2:4, layer": (bh.criteria.Refit(), PAIRS | {"sequential": "layer"}),
-    "Refit(RIA), 2:4, layer": (bh.criteria.Refit(bh.criteria.RIA(compares="row")), PAIRS | {"sequential": "layer"}),
-    "Refit(SparseGPT), 50 %, layer": (bh.criteria.Refit(bh.SparseGPT()), HALF | {"sequential": "layer"}),
-    "ALPS, 50 %, layer": (bh.criteria.ALPS(), HALF | {"sequential": "layer"}),
-    "ALPS, 2:4, layer": (bh.criteria.ALPS(), PAIRS | {"sequential": "layer"}),
-    "ALPS, 50 %, layer, matched": (bh.criteria.ALPS(), HALF | {"sequential": "layer", "match": bh.criteria.BlockMatching()}),
-    "ALPS, 2:4, layer, matched": (bh.criteria.ALPS(), PAIRS | {"sequential": "layer", "match": bh.criteria.BlockMatching()}),
-    "Wanda, 50 %, layer, 14 steps": (bh.Wanda(), HALF | {"sequential": "layer", "match": bh.criteria.BlockMatching(steps=14)}),
+    "SparseGPT, 2:4, layer": (bh.SparseGPT(), PAIRS | LAYER),
+    "Refit(Wanda), 50 %, layer": (bh.criteria.Refit(), HALF | LAYER),
+    "Refit(Wanda), 2:4, layer": (bh.criteria.Refit(), PAIRS | LAYER),
+    "Refit(RIA), 2:4, layer": (
+        bh.criteria.Refit(bh.criteria.RIA(compares="row")),
+        PAIRS | LAYER,
+    ),
+    "Refit(SparseGPT), 50 %, layer": (bh.criteria.Refit(bh.SparseGPT()), HALF | LAYER),
+    "ALPS, 50 %, layer": (bh.criteria.ALPS(), HALF | LAYER),
+    "ALPS, 2:4, layer": (bh.criteria.ALPS(), PAIRS | LAYER),
+    "ALPS, 50 %, layer, matched": (
+        bh.criteria.ALPS(),
+        HALF | MATCHED,
+    ),
+    "ALPS, 2:4, layer, matched": (
+        bh.criteria.ALPS(),
+        PAIRS | MATCHED,
+    ),
+    "Wanda, 50 %, layer, 14 steps": (
+        bh.Wanda(),
+        HALF | MATCHED_14,
+    ),
     "Refit(Wanda), 50 %, layer, 14 steps": (
         bh.criteria.Refit(),
-        HALF | {"sequential": "layer", "match": bh.criteria.BlockMatching(steps=14)},
+        HALF | MATCHED_14,
     ),
     "Refit(SparseGPT), 2:4, layer, 14 steps": (
         bh.criteria.Refit(bh.SparseGPT()),
-        PAIRS | {"sequential": "layer", "match": bh.criteria.BlockMatching(steps=14)},
+        PAIRS | MATCHED_14,
     ),
-    "Refit(SparseGPT), 2:4, layer": (bh.criteria.Refit(bh.SparseGPT()), PAIRS | {"sequential": "layer"}),
+    "Refit(SparseGPT), 2:4, layer": (bh.criteria.Refit(bh.SparseGPT()), PAIRS | LAYER),
 }
 ROWS |= {
     f"{name}, permuted": (criterion, settings | {"permute": True})

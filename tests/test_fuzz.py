@@ -134,7 +134,7 @@ def test_records(folders, record):
 CALLBACKS = [
     ("WeightPruning", {"criterion": {"class_path": "SparseGPT", "init_args": {"damp": 0.1}}, "sparsity": 0.5, "at": 2}),
     ("WeightPruning", {"sparsity": {"class_path": "Cubic", "init_args": {"final": 0.5, "start": 0, "end": 4, "every": 2}}}),
-    ("WeightPruning", {"pattern": "2:4", "skip": ["*.down_proj"], "allocation": {"class_path": "OWL"}, "calibration": 4}),
+    ("WeightPruning", {"pattern": "2:4", "options": {"skip": ["*.down_proj"], "allocation": {"class_path": "OWL"}}, "at": 4}),
     ("KVHeadConversion", {"num_key_value_heads": [4, 1], "at": [0.1, 0.3], "method": "svd", "calibration": 4}),
     ("KVHeadConversion", {"num_key_value_heads": 1, "at": {"class_path": "Linear", "init_args": {"final": 1.0, "every": 2}}}),
     ("HeadPruning", {"ratio": 0.5, "at": 3, "importance": {"class_path": "Taylor", "init_args": {"how": "unit"}}, "keep": 0.9}),

@@ -13,6 +13,7 @@ import billhook as bh
 from billhook.model.linears import prunable, weight_of
 from billhook.sparsity.criteria import WandaAlpha
 from billhook.sparsity.masks import sparsity_of
+from kit import prunes
 from kit.adapters import BUILD, lora, q_proj
 from kit.families import llama, tokens
 from kit.sparsity import CRITERIA
@@ -59,9 +60,9 @@ def test_masks_are_those_of_the_merged_model(build, criterion, settings):
     model = adapted(build)
     batches, before = batches_for(model), copy.deepcopy(model.state_dict())
     merged = copy.deepcopy(model).merge_and_unload()
-    expected = bh.prune(merged, criterion, batches, **settings).masks(merged)
-    without = plain(bh.prune(model, criterion, batches, **settings, dry_run=True).masks(model))
-    masks = plain(bh.prune(model, criterion, batches, **settings, count_adapters=True).masks(model))
+    expected = prunes.prune(merged, criterion, batches, **settings).masks(merged)
+    without = plain(prunes.prune(model, criterion, batches, **settings, dry_run=True).masks(model))
+    masks = plain(prunes.prune(model, criterion, batches, **settings, count_adapters=True).masks(model))
     assert same_but_for_ties(masks, expected)
     assert not same_but_for_ties(masks, without, 0.02)
     for name, linear in prunable(model).items():
@@ -97,7 +98,7 @@ def test_scores_are_in_float32():
     assert torch.equal(1 + added.bfloat16(), torch.ones_like(added))
     skip = ["*k_proj", "*v_proj", "*o_proj", "*mlp*", "*.1.*"]
     with torch.autocast("cpu", torch.bfloat16):
-        pruning = bh.prune(model, bh.Magnitude(compares="row"), sparsity=0.5, skip=skip, count_adapters=True)
+        pruning = prunes.prune(model, bh.Magnitude(compares="row"), sparsity=0.5, skip=skip, count_adapters=True)
     (mask,) = pruning.masks(model).values()
     assert torch.equal(mask, added >= added.sort(dim=1).values[:, 16:17])
     assert layer.base_layer.weight.dtype == torch.bfloat16
@@ -162,7 +163,7 @@ class TestRefused:
     def refused(self, model, match, criterion=None, **options):
         before = copy.deepcopy(model.state_dict())
         with warnings.catch_warnings(), pytest.raises(ValueError, match=match):
-            bh.prune(model, criterion or bh.Magnitude(), batches_for(model), 0.5, count_adapters=True, **options)
+            prunes.prune(model, criterion or bh.Magnitude(), batches_for(model), 0.5, count_adapters=True, **options)
         assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
 
     @pytest.mark.parametrize("criterion", [bh.SparseGPT(), bh.criteria.Refit()])

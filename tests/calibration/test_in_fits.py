@@ -10,12 +10,12 @@ from jsonargparse import ArgumentParser
 import billhook as bh
 from billhook.assets import model_path
 from billhook.fit.event import described
-from kit import shrinks
+from kit import prunes, shrinks
 from kit.events import Own, loader
 from kit.fits import trainer, weights
 
 CALLBACKS = {
-    "wanda": lambda **given: bh.WeightPruning(sparsity=0.5, **given),
+    "wanda": lambda **given: prunes.WeightPruning(sparsity=0.5, **given),
     "heads": lambda **given: bh.HeadPruning(0.5, **given),
     "structure": lambda **given: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.RepairConfig(), **given),
     "shrink": lambda **given: shrinks.Shrinking(kv_cache_bytes=0.5, generations=0, **given),

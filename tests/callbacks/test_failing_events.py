@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import billhook as bh
 from billhook.model import surgery
-from kit import shrinks
+from kit import prunes, shrinks
 from kit.families import llama
 from kit.fits import same, trainer, weights
 from kit.unharmed import HOOKS, Interrupt, differing, everything, interrupted
@@ -61,8 +61,8 @@ def seen(**options):
 
 
 KINDS = {
-    "wanda": lambda at: bh.WeightPruning(bh.Wanda(), at.of(0.5), **seen(at=at.moment)),
-    "sparsegpt": lambda at: bh.WeightPruning(bh.SparseGPT(), at.of(0.5), **seen(at=at.moment, sequential="layer")),
+    "wanda": lambda at: prunes.WeightPruning(bh.Wanda(), at.of(0.5), **seen(at=at.moment)),
+    "sparsegpt": lambda at: prunes.WeightPruning(bh.SparseGPT(), at.of(0.5), **seen(at=at.moment, sequential="layer")),
     "magnitude": lambda at: bh.WeightPruning(bh.Magnitude(), at.of(0.5), at=at.moment, measure_batches=0),
     "heads": lambda at: bh.HeadPruning(at.of(0.5), **seen(at=at.moment, remove="rounds")),
     "masks": lambda at: bh.HeadPruning(at.of(0.5), **seen(at=at.moment, remove="never", importance=bh.Taylor())),
@@ -289,7 +289,7 @@ class Unsure(bh.Wanda):
 
 
 def test_a_criterion_of_the_users_own(folder):
-    lit, watch = Module(), Watched(bh.WeightPruning(Unsure(), 0.5, **seen(at=2)), -1)
+    lit, watch = Module(), Watched(prunes.WeightPruning(Unsure(), 0.5, **seen(at=2)), -1)
     with pytest.raises(LookupError, match=r"^'?which is the least important\?'?$"):
         fit(folder, lit, watch.callback)
     assert watch.differs == []
@@ -333,7 +333,7 @@ def test_a_parameter_that_is_not_replaced_leaves_the_others(kind, place, monkeyp
 
 ONESHOT = {
     "wanda": lambda model, _: bh.prune(model, bh.Wanda(), batches(), 0.5),
-    "sparsegpt": lambda model, _: bh.prune(model, bh.SparseGPT(), batches(), 0.5, sequential="layer"),
+    "sparsegpt": lambda model, _: prunes.prune(model, bh.SparseGPT(), batches(), 0.5, sequential="layer"),
     "magnitude": lambda model, _: bh.prune(model, bh.Magnitude(), sparsity=0.5),
     "mean": lambda model, optimizer: bh.convert_kv_heads(model, 2, optimizers=optimizer),
     "svd": lambda model, optimizer: bh.convert_kv_heads(

@@ -18,7 +18,7 @@ from billhook.fit.calibration import FitCalibration
 from billhook.importance.baselines import RandomUnits
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
-from kit import fits
+from kit import fits, prunes
 from kit.families import llama, tokens
 from kit.fits import data, same, trainer, weights
 from kit.head_pruning import (
@@ -519,18 +519,18 @@ def test_averaged_weights_do_not_bring_masked_heads_back(tmp_path):
 def test_beside_weights_that_become_zero(files, tmp_path):
     weight = {"sparsity": 0.5, "calibration": 6, "measure_batches": 0, "criterion": bh.Magnitude()}
     for heads, at, order in (("start", "start", 1), (2, 4, -1)):
-        lit, callback = module(), bh.WeightPruning(**weight, at=at)
+        lit, callback = module(), prunes.WeightPruning(**weight, at=at)
         trainer(tmp_path, [pruning(0.25, at=heads), callback][::order]).fit(lit, data(files))
         assert acting(lit) == 12
         assert callback.masks[f"{LAYERS[0]}.q_proj"].shape == (24, 32)
     for at, order in ((6, 1), (4, -1)):  # masks follow
-        lit, callback = module(), bh.WeightPruning(**weight, at=4)
+        lit, callback = module(), prunes.WeightPruning(**weight, at=4)
         trainer(tmp_path, [pruning(0.25, at=at), callback][::order]).fit(lit, data(files))
         assert acting(lit) == 12
         assert callback.masks[f"{LAYERS[0]}.q_proj"].shape == (24, 32)
         assert not lit.model.get_submodule(f"{LAYERS[0]}.q_proj").weight[~callback.masks[f"{LAYERS[0]}.q_proj"]].any()
     lit = module()  # where no shape changes, both act
-    trainer(tmp_path, [bh.WeightPruning(**weight, at=3), pruning(0.25, at=5, remove="never")]).fit(lit, data(files))
+    trainer(tmp_path, [prunes.WeightPruning(**weight, at=3), pruning(0.25, at=5, remove="never")]).fit(lit, data(files))
     assert silent(lit) == 4
     assert (lit.model.model.layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5
 

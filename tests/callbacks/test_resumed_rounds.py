@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
+from kit import prunes
 from kit.events import FEW, Own, loader, other
 from kit.fits import same, trainer, weights
 
@@ -15,11 +16,11 @@ pytestmark = [
 ]
 HALF, WHOLE = (bh.schedules.MultiStep([end / 2, end], [1, 3]) for end in (0.5, 1.0))
 ROUNDS = {
-    "weights, unevenly": lambda: bh.WeightPruning(sparsity=HALF, allocation=bh.criteria.OWL(), **FEW),
-    "weights, solved for": lambda: bh.WeightPruning(bh.SparseGPT(), HALF, **FEW),
-    "weights, matched": lambda: bh.WeightPruning(sparsity=HALF, match=bh.criteria.BlockMatching(), sequential="layer", **FEW),
-    "masks that are learned": lambda: bh.SRSTE(sparsity=0.5, end=3, **FEW),
-    "pairs that are learned": lambda: bh.SRSTE(bh.criteria.RIA(), pattern="2:4", sequential="layer", end=3, **FEW),
+    "weights, unevenly": lambda: prunes.WeightPruning(sparsity=HALF, allocation=bh.criteria.OWL(), **FEW),
+    "weights, solved for": lambda: prunes.WeightPruning(bh.SparseGPT(), HALF, **FEW),
+    "weights, matched": lambda: prunes.WeightPruning(sparsity=HALF, match=bh.criteria.BlockMatching(), sequential="layer", **FEW),
+    "masks that are learned": lambda: prunes.SRSTE(sparsity=0.5, end=3, **FEW),
+    "pairs that are learned": lambda: prunes.SRSTE(bh.criteria.RIA(), pattern="2:4", sequential="layer", end=3, **FEW),
     "masked heads": lambda: bh.HeadPruning(HALF, remove="never", **FEW),
     "heads": lambda: bh.HeadPruning(HALF, remove="rounds", ranking="global", importance=bh.importance.Taylor(), **FEW),
     "heads at the end": lambda: bh.HeadPruning(HALF, remove="end", per="kv_head", **FEW),

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import billhook as bh
 from billhook.model.linears import prunable
+from kit import prunes
 from kit.families import llama, recompute
 from kit.fits import data, same, trainer, weights
 from kit.weight_pruning import (
@@ -40,7 +41,7 @@ WAYS = {
 
 
 def learning(end=5, decay=2e-4, **options):
-    return bh.SRSTE(**{"sparsity": 0.5, "end": end, "decay": decay} | FEW | options)
+    return prunes.SRSTE(**{"sparsity": 0.5, "end": end, "decay": decay} | FEW | options)
 
 
 @pytest.mark.daily("later", "pairs")
@@ -323,13 +324,13 @@ def test_convolutions(tmp_path):
 )
 def test_what_does_not_go_together_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        bh.SRSTE(**{"sparsity": 0.5} | options)
+        prunes.SRSTE(**{"sparsity": 0.5} | options)
 
 
 @pytest.mark.parametrize("options", [{"end": -1}, {"end": 1.5}, {"end": True}, {"decay": -0.1}, {"decay": float("nan")}], ids=str)
 def test_settings_that_are_none_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
-        bh.SRSTE(sparsity=0.5, **options)
+        prunes.SRSTE(sparsity=0.5, **options)
 
 
 def test_fits_in_which_masks_cannot_be_learned_are_refused(files, tmp_path):

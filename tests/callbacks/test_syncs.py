@@ -5,6 +5,7 @@ import torch
 
 import billhook as bh
 from billhook.sparsity import masks
+from kit import prunes
 from kit.calls import Calls
 from kit.events import Own, loader
 from kit.families import llama
@@ -16,11 +17,11 @@ STEPS = 7
 RISING = bh.schedules.Cubic(final=1.0, start=1, end=4, every=1)
 # each with the steps of its events
 CALLBACKS = {
-    "held masks": (lambda folder: bh.WeightPruning(sparsity=0.5, at=1, **FEW), [1]),
-    "learned masks": (lambda folder: bh.SRSTE(sparsity=0.5, at=1, end=STEPS, **FEW), [1]),
-    "learned N:M": (lambda folder: bh.SRSTE(bh.criteria.RIA(), pattern="2:4", at=1, end=STEPS, **FEW), [1]),
+    "held masks": (lambda folder: prunes.WeightPruning(sparsity=0.5, at=1, **FEW), [1]),
+    "learned masks": (lambda folder: prunes.SRSTE(sparsity=0.5, at=1, end=STEPS, **FEW), [1]),
+    "learned N:M": (lambda folder: prunes.SRSTE(bh.criteria.RIA(), pattern="2:4", at=1, end=STEPS, **FEW), [1]),
     "learned in layers": (
-        lambda folder: bh.SRSTE(bh.Magnitude(), 0.5, at=1, end=STEPS, **FEW),
+        lambda folder: prunes.SRSTE(bh.Magnitude(), 0.5, at=1, end=STEPS, **FEW),
         [1],
     ),
     "KV heads": (lambda folder: bh.KVHeadConversion(2, at=3, measure_batches=0), [3]),

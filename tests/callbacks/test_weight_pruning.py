@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 import billhook as bh
 from billhook.adapters.lora import attach
 from billhook.model.linears import prunable
-from kit import fits
+from kit import fits, prunes
 from kit.fits import data, same, trainer, weights
 from kit.weight_pruning import RAMP, ROUNDS, Zeros, checkpoints, module, pruning, zeros
 
@@ -207,7 +207,7 @@ def test_matched_blocks_are_what_prune_makes_of_them(files, tmp_path):
     lit, first, expected = module(), First(), module()
     how = {"sequential": "layer", "match": bh.criteria.BlockMatching(steps=4)}
     trainer(tmp_path, [pruning(sparsity=0.5, calibration=batches, **how), first]).fit(lit, data(files))
-    bh.prune(expected.model, bh.Wanda(), batches, 0.5, **how)
+    prunes.prune(expected.model, bh.Wanda(), batches, 0.5, **how)
     assert same(first.found, weights(expected))
     assert zeros(lit) == (0.5, 0.5)
 

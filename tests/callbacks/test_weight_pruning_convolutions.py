@@ -4,12 +4,13 @@ import pytest
 
 import billhook as bh
 from billhook.model.linears import prunable
+from kit import prunes
 from kit.fits import same, trainer, weights
 from kit.weight_pruning import Classifier, checkpoints, images
 
 
 def pruning(**options):
-    return bh.WeightPruning(sparsity=bh.schedules.MultiStep([0.25, 0.5], [1, 3]), calibration=4, measure_batches=0, **options)
+    return prunes.WeightPruning(sparsity=bh.schedules.MultiStep([0.25, 0.5], [1, 3]), calibration=4, measure_batches=0, **options)
 
 
 @pytest.mark.parametrize("convolutions", ["mixing", "all", "none"])

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import billhook as bh
 from billhook.model.linears import prunable
+from kit import prunes
 from kit.families import llama, recompute
 from kit.fits import data, module, same, trainer, weights
 from kit.weight_pruning import EPOCHS, FEW, OPTIMIZERS, Plain, checkpoints, loader, pruning
@@ -247,7 +248,7 @@ def test_a_model_compiled_in_place(tmp_path, part):
 def test_gradient_checkpointing(tmp_path):
     straight, lit = Plain(), Plain()
     recompute(lit.net)
-    callbacks = [bh.WeightPruning(sparsity=0.5, at=2, **FEW) for _ in range(2)]
+    callbacks = [prunes.WeightPruning(sparsity=0.5, at=2, **FEW) for _ in range(2)]
     trainer(tmp_path, [callbacks[0]]).fit(lit, loader())
     trainer(tmp_path, [callbacks[1]]).fit(straight, loader())
     assert same(weights(lit), weights(straight))

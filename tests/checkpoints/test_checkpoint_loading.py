@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
 from billhook.kv_heads.config import kv_heads_of
+from kit import prunes
 from kit.families import build, llama
 from kit.fits import data, same, trainer, weights
 
@@ -225,10 +226,10 @@ class TestRefused:
         ("callbacks", "match"),
         [
             (
-                [bh.WeightPruning(bh.criteria.RIA(), 0.5, at=2, **FEW)],
+                [prunes.WeightPruning(bh.criteria.RIA(), 0.5, at=2, **FEW)],
                 r"a run with WeightPruning\{'criterion': 'Magnitude'.*this run has WeightPruning\{'criterion': 'RIA'",
             ),
-            ([bh.WeightPruning(bh.Magnitude(), 0.5, at=2, skip=["*.mlp.*"])], r"'skip': \[\]\}, and this run has .*\*.mlp"),
+            ([prunes.WeightPruning(bh.Magnitude(), 0.5, at=2, skip=["*.mlp.*"])], r"'skip': \[\]\}, and this run has .*\*.mlp"),
             ([bh.HeadPruning(0.5, at=1, per="kv_head", **FEW)], "'per': 'head'}, and this run has .*'per': 'kv_head'}"),
         ],
         ids=["criterion", "skip", "unit"],

@@ -11,7 +11,7 @@ from billhook.engine.sharding import unsharded
 from billhook.engine.walk import Site, Visitor, Walk
 from billhook.sparsity.matching import BlockMatching
 from billhook.units.gates import zero_units
-from kit import shrinks
+from kit import prunes, shrinks
 from kit.families import llama, tokens
 
 
@@ -22,7 +22,7 @@ def batches():
 
 def pruned(criterion, **how):
     def act(model):
-        bh.prune(model, criterion, batches(), sparsity=0.5, **how)
+        prunes.prune(model, criterion, batches(), sparsity=0.5, **how)
 
     return act
 
@@ -153,7 +153,7 @@ def test_blocks_that_enter_autocast_are_tuned_as_without_its_cache():
         torch.manual_seed(3)
         model, inputs = Casting(inside=True), [torch.randn(5, 8) for _ in range(6)]
         with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
-            bh.prune(model, bh.Wanda(), inputs, sparsity=0.5, match=BlockMatching(steps=6, lr=0.1))
+            prunes.prune(model, bh.Wanda(), inputs, sparsity=0.5, match=BlockMatching(steps=6, lr=0.1))
         found.append(model.state_dict())
     assert all(torch.equal(found[1][name], value) for name, value in found[0].items())
 
@@ -167,8 +167,8 @@ def test_autocast_in_the_place_of_fsdps_dtype_keeps_nothing(mesh):
     with unsharded(sharded):
         assert torch.is_autocast_enabled("cpu")
         assert not torch.is_autocast_cache_enabled()
-    bh.prune(sharded, bh.Wanda(), batches(), reduce=lambda tensor: tensor, **how)
+    prunes.prune(sharded, bh.Wanda(), batches(), reduce=lambda tensor: tensor, **how)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        bh.prune(plain, bh.Wanda(), batches(), **how)
+        prunes.prune(plain, bh.Wanda(), batches(), **how)
     own = {name: value.full_tensor() for name, value in sharded.state_dict().items()}
     assert all(torch.equal(own[name], value) for name, value in plain.state_dict().items())

@@ -7,7 +7,7 @@ import torch
 from accelerate import dispatch_model
 
 import billhook as bh
-from kit import shrinks
+from kit import prunes, shrinks
 from kit.families import llama, tokens
 
 
@@ -17,7 +17,7 @@ def batches():
 
 WORKS = {
     "prune": lambda model: bh.prune(model, bh.Wanda(), batches(), sparsity=0.5),
-    "match": lambda model: bh.prune(model, bh.Wanda(), batches(), sparsity=0.5, match=bh.criteria.BlockMatching()),
+    "match": lambda model: prunes.prune(model, bh.Wanda(), batches(), sparsity=0.5, match=bh.criteria.BlockMatching()),
     "score": lambda model: bh.score(model, bh.find_units(model, "head"), bh.OutputNorm(), batches()),
     "plan": lambda model: bh.plan(model, bh.importance.WeightNorm(), heads=0.5),
     "convert": lambda model: bh.convert_kv_heads(model, 2, "svd", batches()),

@@ -12,6 +12,7 @@ import billhook as bh
 from billhook.engine import state
 from billhook.engine.state import uninterrupted
 from billhook.model import surgery
+from kit import prunes
 from kit.families import llama
 from kit.unharmed import differing, everything
 
@@ -72,7 +73,7 @@ def test_weights_come_back_where_others_were_tried(at, keyboard):
     model = llama(num_hidden_layers=2)
     before = everything(model)
     strike = Strike(state, ("replaced",), at, after="yield")
-    struck(strike, lambda: bh.prune(model, bh.SparseGPT(), BATCHES, sparsity=0.5, sequential="layer"))
+    struck(strike, lambda: prunes.prune(model, bh.SparseGPT(), BATCHES, sparsity=0.5, sequential="layer"))
     assert {key for key in differing(before, everything(model)) if key.startswith("tensor")} == set()
 
 

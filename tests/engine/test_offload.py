@@ -16,6 +16,7 @@ from billhook.engine.passes import ActivationFiles, Together, outputs_in_files
 from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
+from kit import prunes
 from kit.families import llama, tokens
 from kit.sparsity import batches_of, family
 
@@ -53,9 +54,9 @@ def test_a_model_in_files_on_a_gpu(tmp_path):
 def test_each_block_is_there_once_and_the_result_is_the_same(name, sequential, device, stays):
     model = family(name).eval()
     expected, data = copy.deepcopy(model), batches_of(model)
-    bh.prune(expected, bh.Wanda(), data, 0.5, sequential=sequential)
+    prunes.prune(expected, bh.Wanda(), data, 0.5, sequential=sequential)
     homes = {name: value.data_ptr() for name, value in model.state_dict().items()} if device == "cpu" else None
-    bh.prune(model, bh.Wanda(), data, 0.5, sequential=sequential, offload=device)
+    prunes.prune(model, bh.Wanda(), data, 0.5, sequential=sequential, offload=device)
     blocks = [block for stack in model.modules() if isinstance(stack, nn.ModuleList) for block in stack]
     inside = [block for block in stays if block in blocks]
     assert inside == blocks
@@ -124,8 +125,8 @@ def test_activations_on_disk_change_nothing(sequential, tmp_path, monkeypatch):
     monkeypatch.setattr(ActivationFiles, "copy", lambda self, tensor: kept.append(copied(self, tensor)) or kept[-1])
     model = llama().eval()
     expected, data = copy.deepcopy(model), [{"input_ids": tokens(4, 16)} for _ in range(3)]
-    bh.prune(expected, bh.SparseGPT(block_size=16), data, 0.5, sequential=sequential)
-    bh.prune(model, bh.SparseGPT(block_size=16), data, 0.5, sequential=sequential, activations=str(tmp_path))
+    prunes.prune(expected, bh.SparseGPT(block_size=16), data, 0.5, sequential=sequential)
+    prunes.prune(model, bh.SparseGPT(block_size=16), data, 0.5, sequential=sequential, activations=str(tmp_path))
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
     assert not list(tmp_path.iterdir())
     hidden = [one for one in kept if one.shape == (4, 16, 32)]
@@ -185,5 +186,5 @@ def test_no_such_place(arguments, match):
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=match):
-        bh.prune(model, bh.Wanda(), batches(), 0.5, **arguments)
+        prunes.prune(model, bh.Wanda(), batches(), 0.5, **arguments)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

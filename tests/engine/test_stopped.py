@@ -16,7 +16,7 @@ from small_configs import OVERRIDES, small_config
 
 import billhook as bh
 from billhook.engine.parts import Parts
-from kit import stopped
+from kit import prunes, stopped
 
 TESTS = Path(__file__).parents[1]
 
@@ -270,7 +270,7 @@ def test_linears_that_several_blocks_call(tmp_path, kind, refusal):
     given = [{"input_ids": batch["input_ids"] % 90 + 5} for batch in stopped.batches()]
     for sequential in ("block", "layer", "none"):
         with pytest.raises(ValueError, match=refusal):
-            bh.prune(bh.stream(tmp_path / "dense", tmp_path / "out"), bh.Wanda(), given, sparsity=0.5, sequential=sequential)
+            prunes.prune(bh.stream(tmp_path / "dense", tmp_path / "out"), bh.Wanda(), given, sparsity=0.5, sequential=sequential)
         assert [path.name for path in tmp_path.iterdir()] == ["dense"]  # nothing was written
 
 

@@ -8,7 +8,7 @@ from small_configs import small_config
 import billhook as bh
 from billhook.model.inputs import make_inputs
 from billhook.model.streamed import stream
-from kit import stopped
+from kit import prunes, stopped
 from kit.streams import same, written
 
 FAMILIES = [
@@ -83,7 +83,7 @@ def test_the_same_bytes(folder, tmp_path, criterion):
 def test_the_same_bytes_where_blocks_are_matched(folder, tmp_path, sequential):
     dense, streamed = bh.load(folder), stream(folder, tmp_path / "out")
     how = {"sparsity": 0.5, "sequential": sequential, "match": bh.criteria.BlockMatching(steps=3)}
-    plans = [bh.prune(model, bh.Wanda(), shown(dense), **how) for model in (dense, streamed)]
+    plans = [prunes.prune(model, bh.Wanda(), shown(dense), **how) for model in (dense, streamed)]
     assert plans[0].text() == plans[1].text()
     assert saved_alike(dense, streamed, tmp_path)
 
@@ -96,7 +96,7 @@ def test_stopped_and_called_again_where_blocks_are_matched(tmp_path, monkeypatch
 
     def work(model):
         how = {"sparsity": 0.5, "sequential": sequential, "match": bh.criteria.BlockMatching(steps=3)}
-        return model, bh.prune(model, bh.Wanda(), shown(model), **how)
+        return model, prunes.prune(model, bh.Wanda(), shown(model), **how)
 
     written, go_on = stopped.stop_after(blocks, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
@@ -133,7 +133,7 @@ def test_the_same_bytes_where_all_weights_compete_by_what_they_see(tmp_path, fam
     dense = bh.load(written(family, tmp_path / "dense"))
     streamed, criterion = stream(tmp_path / "dense", tmp_path / "out"), SeenByAll()
     how = {"sparsity": 0.5, "sequential": "none", "output_embeddings": True}
-    plans = [bh.prune(model, criterion, shown(dense), **how) for model in (dense, streamed)]
+    plans = [prunes.prune(model, criterion, shown(dense), **how) for model in (dense, streamed)]
     assert plans[0].text() == plans[1].text()
     assert saved_alike(dense, streamed, tmp_path)
 

@@ -9,6 +9,7 @@ import billhook as bh
 from billhook.engine.comm import MESSAGE, Comm
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.convert import ready_weights
+from kit import prunes
 from kit.families import tokens
 from kit.fits import trainer
 from kit.ranks import Ranks
@@ -61,7 +62,10 @@ def test_matching(model):
     without, found = (
         sum(
             sent_in(
-                model, lambda model, comm, match=match: bh.prune(model, bh.Wanda(), batches(), reduce=comm, match=match, **given)
+                model,
+                lambda model, comm, match=match: prunes.prune(
+                    model, bh.Wanda(), batches(), match=match, **given | {"reduce": comm}
+                ),
             )
         )
         for match in (None, bh.criteria.BlockMatching(steps=3))
@@ -144,7 +148,7 @@ def test_weights_become_zero_where_blocks_are_gathered_in_turn(tmp_path, alone, 
     inside = sum(size for name, size in own.items() if ".layers." in name)
     pruned = sum(size for name, size in own.items() if "_proj." in name)
     given = [(tokens(4),), (tokens(4),)]
-    callback = bh.WeightPruning(criterion, 0.5, at=1, calibration=given, measure_batches=0, **options)
+    callback = prunes.WeightPruning(criterion, 0.5, at=1, calibration=given, measure_batches=0, **options)
     trainer(tmp_path, [callback], max_steps=2, strategy=alone, limit_val_batches=0).fit(lit)
     assert len(callback.events) == 1
     zeros = 8 * 4 * len(own)  # are counted at the beginning, before and after the event, and at the end

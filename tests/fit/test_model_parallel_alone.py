@@ -17,7 +17,7 @@ from billhook.callbacks import kv_heads
 from billhook.engine.sharding import full_tensor, is_sharded
 from billhook.engine.shards import ShardStore
 from billhook.sparsity.pruned import Pruned, WeightPlan
-from kit import shrinks
+from kit import prunes, shrinks
 from kit.families import llama
 from kit.fits import data, module, trainer
 from kit.loads import SAVED, loaded
@@ -59,7 +59,7 @@ def test_an_event_that_fails_at_its_end_has_changed_nothing(tmp_path, alone, mon
         raise MemoryError("no memory is left")
 
     monkeypatch.setattr(owner, name, fails)
-    lit, callback = Own(), bh.WeightPruning(criterion, 0.5, **GIVEN)
+    lit, callback = Own(), prunes.WeightPruning(criterion, 0.5, **GIVEN)
     with pytest.raises(MemoryError, match="no memory is left"):
         trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
     assert callback.events == []
@@ -71,7 +71,10 @@ def test_an_event_that_fails_at_its_end_has_changed_nothing(tmp_path, alone, mon
 def test_blocks_are_matched_as_in_a_model_that_is_whole(tmp_path, alone, sequential):
     found = []
     for strategy in ("auto", alone):
-        lit, kept = Own(), bh.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), sequential=sequential, **GIVEN)
+        lit, kept = (
+            Own(),
+            prunes.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), sequential=sequential, **GIVEN),
+        )
         first = First()
         trainer(tmp_path, [kept, first], max_steps=1, strategy=strategy, limit_val_batches=0).fit(lit)
         found.append(first.found)
@@ -79,7 +82,7 @@ def test_blocks_are_matched_as_in_a_model_that_is_whole(tmp_path, alone, sequent
 
 
 def test_a_block_that_is_called_again_is_not_matched(tmp_path, alone):
-    callback, lit = bh.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), **GIVEN), Own(albert)
+    callback, lit = prunes.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), **GIVEN), Own(albert)
     with pytest.raises(ValueError, match=r"match: .* is called again after its block, or shares its weight"):
         trainer(tmp_path, [callback], max_steps=1, strategy=alone, limit_val_batches=0).fit(lit)
 
@@ -120,7 +123,7 @@ def test_layers_that_torch_recomputes_are_refused_before_training(tmp_path, alon
 
 
 def test_masks_that_are_learned_are_refused(tmp_path, alone):
-    callback = bh.SRSTE(bh.Wanda(), 0.5, **GIVEN)
+    callback = prunes.SRSTE(bh.Wanda(), 0.5, **GIVEN)
     with pytest.raises(ValueError, match="SRSTE chooses masks of whole weights at each step, and ModelParallelStrategy shards"):
         trainer(tmp_path, [callback], strategy=alone).fit(Own())
 
@@ -141,7 +144,7 @@ LATER = {
 
 @pytest.mark.parametrize("name", LATER)
 def test_masks_follow_shapes_that_change_later(tmp_path, alone, name):
-    masks, lit = bh.WeightPruning(bh.Magnitude(), 0.5, at=1, skip=["model.layers.0.*"], measure_batches=0), Own()
+    masks, lit = prunes.WeightPruning(bh.Magnitude(), 0.5, at=1, skip=["model.layers.0.*"], measure_batches=0), Own()
     callbacks = [masks, LATER[name](calibration=4, measure_batches=0)]
     trainer(tmp_path, callbacks, max_steps=4, strategy=alone, limit_val_batches=0).fit(lit)
     last = lit.net.model.layers[-1]

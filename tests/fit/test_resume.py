@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.engine.state import Noise
+from kit import prunes
 from kit.fits import data, same, trainer, weights
 from kit.resumable import FEW, TWICE, Own, heads_then_kv_heads_then_weights, module, rows
 
@@ -55,7 +56,7 @@ def last(folder, step):
 def heads_then_weights_then_kv_heads(folder):
     return [
         bh.HeadPruning(TWICE["heads"], **FEW),
-        bh.WeightPruning(bh.Wanda(), bh.schedules.MultiStep([0.25, 0.5], [3, 6]), **FEW),
+        prunes.WeightPruning(bh.Wanda(), bh.schedules.MultiStep([0.25, 0.5], [3, 6]), **FEW),
         bh.KVHeadConversion(1, at=5, measure_batches=0),
     ]
 
@@ -66,7 +67,7 @@ def recorded(folder):
 
 
 def heads_then_weights(folder):
-    return [bh.HeadPruning(TWICE["heads"], **FEW), bh.WeightPruning(bh.Wanda(), TWICE["late"], mask_adapters=True, **FEW)]
+    return [bh.HeadPruning(TWICE["heads"], **FEW), prunes.WeightPruning(bh.Wanda(), TWICE["late"], mask_adapters=True, **FEW)]
 
 
 def masked_heads_and_weights(folder):
@@ -80,14 +81,14 @@ def units_then_blocks_then_weights(folder):
     return [
         bh.StructuredPruning(bh.Amount(channels=0.25), at=bh.schedules.MultiStep([0.5, 1], [1, 2]), **FEW),
         bh.DepthPruning(1, at=3, **FEW),
-        bh.WeightPruning(bh.SparseGPT(), TWICE["late"], **FEW),
+        prunes.WeightPruning(bh.SparseGPT(), TWICE["late"], **FEW),
     ]
 
 
 def turned_kv_heads_then_weights(folder):
     return [
         bh.KVHeadConversion([2, 1], at=[2, 4], method="aligned", over=1, **FEW),
-        bh.WeightPruning(bh.Wanda(), TWICE["late"], **FEW),
+        prunes.WeightPruning(bh.Wanda(), TWICE["late"], **FEW),
     ]
 
 
@@ -163,7 +164,7 @@ def test_stopped_by_the_length_of_the_fit(files, tmp_path, first, second):
 
     def fitted(seed, length, ckpt_path=None):
         lit = module(seed, decay="constant")
-        callbacks = [bh.KVHeadConversion(1, at=2, measure_batches=0), bh.WeightPruning(sparsity=TWICE["late"], **FEW)]
+        callbacks = [bh.KVHeadConversion(1, at=2, measure_batches=0), prunes.WeightPruning(sparsity=TWICE["late"], **FEW)]
         if length is first:
             callbacks.append(ModelCheckpoint(tmp_path / str(length), save_last=True, every_n_train_steps=1))
         run = trainer(tmp_path, callbacks, **{"max_steps": -1, "max_epochs": None, **length})

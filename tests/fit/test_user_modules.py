@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModel, AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 import billhook as bh
-from kit import shrinks
+from kit import prunes, shrinks
 from kit.events import END, EVENTS, SIZES, Own, figures, loader, same_after_reload
 from kit.families import llama
 from kit.fits import same, trainer, weights
@@ -265,7 +265,7 @@ class Stop(pl.Callback):
 
 NOW = {"at": "start", "measure_batches": 0}
 CALIBRATED = {
-    "wanda": lambda calibration=None: bh.WeightPruning(bh.Wanda(), 0.5, calibration=calibration, **NOW),
+    "wanda": lambda calibration=None: prunes.WeightPruning(bh.Wanda(), 0.5, calibration=calibration, **NOW),
     "taylor": lambda calibration=None: bh.HeadPruning(0.5, importance=bh.Taylor(), calibration=calibration, **NOW),
     "structure": lambda calibration=None: bh.StructuredPruning(bh.Amount(channels=0.5), calibration=calibration, **NOW),
     "shrink": lambda calibration=None: shrinks.Shrinking(kv_cache_bytes=0.5, generations=0, calibration=calibration, **NOW),

@@ -11,6 +11,7 @@ from transformers import WhisperForConditionalGeneration as Whisper
 
 import billhook as bh
 from billhook.model.linears import prunable
+from kit import prunes
 from kit.clip_and_whisper import clip, whisper
 from kit.fits import same, trainer, weights
 from kit.images import CLASSES, config
@@ -25,7 +26,7 @@ MODELS = {
     "whisper": whisper,
 }
 EVENTS = {
-    "wanda": lambda: bh.WeightPruning(sparsity=0.5, at=2, **FEW),
+    "wanda": lambda: prunes.WeightPruning(sparsity=0.5, at=2, **FEW),
     "heads": lambda: bh.HeadPruning(0.5, at=2, **FEW),
     "structure": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, repair=None, **FEW),
     "depth": lambda: bh.DepthPruning(1, at=2, **FEW),

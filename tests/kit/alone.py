@@ -15,6 +15,7 @@ import billhook as bh
 from billhook.callbacks import export
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.pruning.block_plan import BlockPlan
+from kit import prunes
 from kit.fits import trainer
 from kit.forked import forked_ranks
 from kit.ranks import FitOfTuples
@@ -27,7 +28,7 @@ PATIENCE = 3
 
 FAILING = {
     "KV heads": (lambda: bh.KVHeadConversion(2, method="svd", **FEW), KVHeadPlan, "apply", 1),
-    "weights": (lambda: bh.WeightPruning(bh.SparseGPT(), sparsity=0.5, **FEW), bh.SparseGPT, "prune", 1),
+    "weights": (lambda: prunes.WeightPruning(bh.SparseGPT(), sparsity=0.5, **FEW), bh.SparseGPT, "prune", 1),
     "depth": (lambda: bh.DepthPruning(1, **FEW), BlockPlan, "apply", 0),
 }
 """Events under FSDP2, each with what fails in it on which rank; the other gathers blocks meanwhile."""

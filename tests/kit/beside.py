@@ -12,7 +12,7 @@ import torch
 import billhook as bh
 from billhook.engine.lazy import LazyTensors
 from billhook.shrinking import cache, merged, merging
-from kit import shrinks
+from kit import prunes, shrinks
 from kit.families import llama
 from kit.fits import trainer
 from kit.held import Held
@@ -45,13 +45,13 @@ VARIANTS = {"a smaller model": 4}
 
 HALF = {"sparsity": 0.5, "at": 1, "measure_batches": 0, "calibration": FEW["calibration"] * 2}
 ZEROS = {
-    "zeros, all linears together": lambda: bh.WeightPruning(bh.Magnitude(compares="global"), **HALF),
-    "zeros, Wanda": lambda: bh.WeightPruning(bh.Wanda(), **HALF),
-    "zeros, OWL": lambda: bh.WeightPruning(bh.Wanda(), allocation=bh.criteria.OWL(), **HALF),
-    "zeros, SparseGPT": lambda: bh.WeightPruning(bh.SparseGPT(), **HALF),
-    "zeros, Refit": lambda: bh.WeightPruning(bh.criteria.Refit(), **HALF),
-    "zeros, ALPS": lambda: bh.WeightPruning(bh.criteria.ALPS(steps=4), **HALF),
-    "zeros, matched": lambda: bh.WeightPruning(bh.Wanda(), match=bh.criteria.BlockMatching(), **HALF),
+    "zeros, all linears together": lambda: prunes.WeightPruning(bh.Magnitude(compares="global"), **HALF),
+    "zeros, Wanda": lambda: prunes.WeightPruning(bh.Wanda(), **HALF),
+    "zeros, OWL": lambda: prunes.WeightPruning(bh.Wanda(), allocation=bh.criteria.OWL(), **HALF),
+    "zeros, SparseGPT": lambda: prunes.WeightPruning(bh.SparseGPT(), **HALF),
+    "zeros, Refit": lambda: prunes.WeightPruning(bh.criteria.Refit(), **HALF),
+    "zeros, ALPS": lambda: prunes.WeightPruning(bh.criteria.ALPS(steps=4), **HALF),
+    "zeros, matched": lambda: prunes.WeightPruning(bh.Wanda(), match=bh.criteria.BlockMatching(), **HALF),
 }
 EVENTS |= ZEROS
 ON_TWO = [*ASIDE, "residual channels, by gradients", *ZEROS]

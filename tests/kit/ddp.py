@@ -22,7 +22,7 @@ from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, Repair
 from billhook.importance.baselines import RandomUnits
 from billhook.schedules import Linear, MultiStep
 from billhook.sparsity import masks
-from kit import shrinks
+from kit import prunes, shrinks
 from kit.families import llama
 from kit.fits import module, trainer
 from kit.ranks import Fit, FitOfTuples, draw, fit_all
@@ -45,7 +45,7 @@ def weight_pruning(module, calibration=7, match=None):
     ramp = Linear(final=0.5, start=1, end=5, every=2)
     return Fit(
         module,
-        lambda: WeightPruning(sparsity=ramp, match=match, calibration=calibration, measure_batches=2),
+        lambda: prunes.WeightPruning(sparsity=ramp, match=match, calibration=calibration, measure_batches=2),
         lambda one: [one.masks, one.events],
         {"accumulate_grad_batches": 2},
     )
@@ -168,7 +168,7 @@ def each(number, **options):
             KVHeadConversion(2, at=2, method="aligned", **given),
             HeadPruning(0.5, at=3, per="kv_head", importance=bh.Taylor(), **given),
             StructuredPruning(bh.Amount(channels=0.25), at=4, **given),
-            WeightPruning(sparsity=0.5, at=5, **given),
+            prunes.WeightPruning(sparsity=0.5, at=5, **given),
         ],
         told,
         {"accumulate_grad_batches": 2},
@@ -334,7 +334,7 @@ DRIFTING = {
 
 
 DIFFER = {
-    "WeightPruning: the weights that become zero": stop(lambda: [WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
+    "WeightPruning: the weights that become zero": stop(lambda: [prunes.WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
     "KVHeadConversion: what heads become": stop(lambda: [Apart(), KVHeadConversion(2, at=1, **NONE)]),
     "KVHeadConversion: how heads are turned": stop(lambda: [Apart(), KVHeadConversion(2, 2, "aligned", over=1, **NONE)]),
     "HeadPruning: the heads that are masked": stop(
@@ -357,7 +357,7 @@ DIFFER = {
 
 
 FAIL = {
-    "weights fails": stop(lambda: [WeightPruning(sparsity=0.5, at=1, **stray())]),
+    "weights fails": stop(lambda: [prunes.WeightPruning(sparsity=0.5, at=1, **stray())]),
     "heads fails": stop(lambda: [HeadPruning(0.5, at=1, **stray())]),
     "structure fails": stop(lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, **stray())]),
     "shrink fails": stop(lambda: [shrinks.Shrinking(params=0.8, at=1, importance=Fails(), calibration=batches(4), **NONE)]),
@@ -380,7 +380,7 @@ TEACHERS = {"teachers": Fit(taught_apart, lambda: [KVHeadConversion(2, at=1, **N
 RESUMED = {
     "conversion goes on": Fit(
         partial(FitOfTuples, examples=8),
-        lambda: [KVHeadConversion(2, 1, **NONE), WeightPruning(bh.Magnitude(), MultiStep([0.3, 0.6], [2, 6]), **NONE)],
+        lambda: [KVHeadConversion(2, 1, **NONE), prunes.WeightPruning(bh.Magnitude(), MultiStep([0.3, 0.6], [2, 6]), **NONE)],
         lambda both: [both[0].events, both[1].events, both[1].masks],
         steps=8,
     ),
@@ -404,9 +404,9 @@ class Adapted(FitOfTuples):
 ZEROS = {"sparsity": 0.5, "at": 1, "measure_batches": 0}
 STEPS = {
     "plain": (FitOfTuples, lambda: []),
-    "held masks": (FitOfTuples, lambda: [WeightPruning(bh.Magnitude(), **ZEROS)]),
-    "learned masks": (FitOfTuples, lambda: [bh.SRSTE(bh.Magnitude(), end=5, **ZEROS)]),
-    "masked adapters": (Adapted, lambda: [WeightPruning(bh.Magnitude(), mask_adapters=True, **ZEROS)]),
+    "held masks": (FitOfTuples, lambda: [prunes.WeightPruning(bh.Magnitude(), **ZEROS)]),
+    "learned masks": (FitOfTuples, lambda: [prunes.SRSTE(bh.Magnitude(), end=5, **ZEROS)]),
+    "masked adapters": (Adapted, lambda: [prunes.WeightPruning(bh.Magnitude(), mask_adapters=True, **ZEROS)]),
 }
 """Fits whose steps ask the device for nothing once weights are zero."""
 

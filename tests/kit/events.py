@@ -9,14 +9,14 @@ from torch.utils.data import DataLoader
 import billhook as bh
 from billhook.model.find import find_transformer
 from billhook.model.linears import prunable
-from kit import shrinks
+from kit import prunes, shrinks
 from kit.families import llama
 from kit.fits import trainer
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4}
 FEW = {"calibration": 4, "measure_batches": 1}
 EVENTS = {
-    "wanda": lambda at: bh.WeightPruning(sparsity=0.5, at=at, **FEW),
+    "wanda": lambda at: prunes.WeightPruning(sparsity=0.5, at=at, **FEW),
     "heads": lambda at: bh.HeadPruning(0.5, at=at, **FEW),
     "masked": lambda at: bh.HeadPruning(0.5, at=at, remove="never", **FEW),
     "structure": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), at=at, **FEW),

@@ -19,7 +19,7 @@ from billhook.engine.parts import Parts
 from billhook.engine.store import store_of
 from billhook.model import surgery
 from billhook.report.damage import perplexity
-from kit import standin
+from kit import prunes, standin
 from kit.families import llama, tokens
 from kit.standin import Registered, is_far
 
@@ -75,7 +75,7 @@ def wrong_numbers(expected, found, most):
 def in_memory(watched, most, criterion, **how):
     """Prunes on the device and on the CPU; the model's own parameters stay as and where they are until masks are put in place."""
     expected, model = dense(), dense()
-    bh.prune(expected, criterion, batches(), sparsity=0.5, **how)
+    prunes.prune(expected, criterion, batches(), sparsity=0.5, **how)
     own = {name: (one, one.data_ptr()) for name, one in [*model.named_parameters(), *model.named_buffers()]}
     moved = set[str]()
 
@@ -85,7 +85,7 @@ def in_memory(watched, most, criterion, **how):
     modules = list(model.modules())
     handles = [hook(look) for m in modules for hook in (m.register_forward_pre_hook, m.register_forward_hook)]
     watched.back.clear()
-    bh.prune(model, criterion, batches(), sparsity=0.5, offload=DEVICE, **how, progress=look)
+    prunes.prune(model, criterion, batches(), sparsity=0.5, offload=DEVICE, **how, progress=look)
     look()
     for handle in handles:
         handle.remove()
@@ -187,7 +187,7 @@ def offloaded_from_files(watched, most):
 
 
 def pruned(criterion, **how):
-    return lambda model: bh.prune(model, criterion, batches(), sparsity=0.5, **how)
+    return lambda model: prunes.prune(model, criterion, batches(), sparsity=0.5, **how)
 
 
 def repaired(model):

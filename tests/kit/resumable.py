@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers.models.llama import modeling_llama as modeling_llama  # once, and not in each process that is killed
 
 import billhook as bh
-from billhook import HeadPruning, KVHeadConversion, WeightPruning
+from billhook import HeadPruning, KVHeadConversion
+from kit import prunes
 from kit.families import llama
 from kit.fits import data, trainer
 
@@ -40,7 +41,7 @@ def heads_then_kv_heads_then_weights(folder):
     return [
         HeadPruning(TWICE["heads"], **FEW),
         KVHeadConversion(1, at=4, measure_batches=0),
-        WeightPruning(bh.Wanda(), TWICE["late"], **FEW),
+        prunes.WeightPruning(bh.Wanda(), TWICE["late"], **FEW),
     ]
 
 

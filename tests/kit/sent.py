@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import billhook as bh
 from billhook.shrinking import divergence
-from kit import shrinks
+from kit import prunes, shrinks
 from kit.families import llama
 from kit.fits import trainer
 from kit.sharding import Own, sharding
@@ -138,11 +138,11 @@ def solved_for(model, around, blocks):
 ATTENTION, FORWARD, KV = ".self_attn.", ".mlp.", ("k_proj", "v_proj")
 SENT = {
     "Magnitude": Event(lambda: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, measure_batches=0), lambda _: 0, masked, **MASKS),
-    "Wanda": Event(lambda: bh.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, masked, **MASKS),
+    "Wanda": Event(lambda: prunes.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, masked, **MASKS),
     "Wanda, matched": Event(
-        lambda: bh.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), **FEW), tuned, solved_for, **VALUES
+        lambda: prunes.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), **FEW), tuned, solved_for, **VALUES
     ),
-    "SparseGPT": Event(lambda: bh.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, solved_for, **VALUES),
+    "SparseGPT": Event(lambda: prunes.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, solved_for, **VALUES),
     "channels": Event(
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=None, **FEW),
         lambda _: 16 * 2 * 160,

@@ -23,6 +23,7 @@ import billhook as bh
 from billhook.engine.sharding import full_tensor, is_sharded
 from billhook.engine.shards import ShardStore
 from billhook.fit.measure import measure
+from kit import prunes
 from kit.families import llama, recompute
 from kit.fits import data, module, trainer
 
@@ -150,7 +151,7 @@ def masks(criterion, module=Own, **options):
     """With batches that two processes cannot share out evenly, or training examples."""
     given = {"at": 2, "calibration": 3, "measure_batches": 1} | options
     given |= {} if "sparsity" in options or "pattern" in options else {"sparsity": 0.5}
-    return Fit(module, lambda: bh.WeightPruning(criterion, **given), lambda one: [one.masks, one.events])
+    return Fit(module, lambda: prunes.WeightPruning(criterion, **given), lambda one: [one.masks, one.events])
 
 
 SHAPES = {
@@ -264,7 +265,7 @@ FEW = {"calibration": 6, "measure_batches": 0}
 
 
 RESUMED = {
-    "masks": (False, Fit(module, lambda: bh.WeightPruning(bh.Wanda(), RAMP, **EVERYTHING), lambda one: one.masks)),
+    "masks": (False, Fit(module, lambda: prunes.WeightPruning(bh.Wanda(), RAMP, **EVERYTHING), lambda one: one.masks)),
     "heads": (True, Fit(module, lambda: bh.KVHeadConversion(2), lambda one: one.events)),
     "heads masked": (True, HEADS),
 }
@@ -278,7 +279,7 @@ def adapted():
 
 ADAPTED = Fit(
     adapted,
-    lambda: bh.WeightPruning(sparsity=RAMP, count_adapters=True, mask_adapters=True, **FEW),
+    lambda: prunes.WeightPruning(sparsity=RAMP, count_adapters=True, mask_adapters=True, **FEW),
     lambda one: [one.masks, one.events],
     steps=5,
 )

@@ -9,7 +9,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import billhook as bh
 from billhook.model.linears import prunable
-from kit import fits
+from kit import fits, prunes
 from kit.families import llama, tokens
 
 FEW = {"calibration": 6, "measure_batches": 0}
@@ -20,7 +20,7 @@ def module(seed=0):
 
 
 def pruning(*args, **options):
-    return bh.WeightPruning(*args, **FEW | options)
+    return prunes.WeightPruning(*args, **FEW | options)
 
 
 def zeros(pl_module):

@@ -16,6 +16,7 @@ from billhook.fit.measure import _Logged
 from billhook.fit.ranks import summed
 from billhook.model import surgery
 from billhook.sparsity.channel_order import find_order, kept
+from kit import prunes
 from kit.families import llama, tokens
 from kit.standin import NAME, Registered
 
@@ -26,7 +27,7 @@ def batches(device):
 
 
 def pruned(criterion, **how):
-    return lambda model, device: bh.prune(model, criterion, batches(device), sparsity=0.5, **how).sparsity
+    return lambda model, device: prunes.prune(model, criterion, batches(device), sparsity=0.5, **how).sparsity
 
 
 def repaired(model, device):

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import billhook as bh
 from billhook.adapters.lora import LoRA, attach
 from billhook.kv_heads.config import kv_heads_by_layer
+from kit import prunes
 from kit.families import llama, tokens
 from kit.fits import data, same, trainer, weights
 from kit.kv_zoo import build
@@ -90,7 +91,7 @@ def test_heads_then_weights_then_kv_heads_under_lora_resume(files, tmp_path):
         few = {"measure_batches": 0, "calibration": 4}
         callbacks = [
             bh.HeadPruning(0.5, at=2, **few),
-            bh.WeightPruning(bh.Wanda(), bh.schedules.MultiStep([0.25, 0.5], [3, 6]), **few),
+            prunes.WeightPruning(bh.Wanda(), bh.schedules.MultiStep([0.25, 0.5], [3, 6]), **few),
             bh.KVHeadConversion(1, at=5, measure_batches=0),
             ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}"),
         ]

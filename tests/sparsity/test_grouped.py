@@ -15,6 +15,7 @@ from billhook.engine.sharding import full_tensor
 from billhook.model.linears import prunable
 from billhook.sparsity import visitor
 from billhook.sparsity.criteria import Random, WandaAlpha
+from kit import prunes
 from kit.sparsity import CRITERIA, stable_sort_layer, stable_sort_rows
 
 GEOMETRIES = {
@@ -60,7 +61,7 @@ def as_linears(convolution):
 
 def prune_one(convolution, criterion, batches, *amount, **settings):
     pruned = copy.deepcopy(convolution)
-    bh.prune(nn.Sequential(pruned), criterion, batches, *amount, convolutions="all", **settings)
+    prunes.prune(nn.Sequential(pruned), criterion, batches, *amount, convolutions="all", **settings)
     return as_linears(pruned)
 
 
@@ -103,7 +104,7 @@ def test_every_criterion_is_that_of_one_linear_for_each_group(kind, amount, geom
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         linear.weight.data = weight.clone()
         read = [unfolded(convolution, one, PADDINGS.get(geometry, ()))[number] for one in batches]
-        bh.prune(nn.Sequential(linear), criterion, read, **amount)
+        prunes.prune(nn.Sequential(linear), criterion, read, **amount)
         expected.append(linear.weight.detach())
     torch.testing.assert_close(prune_one(convolution, criterion, batches, **amount), torch.stack(expected), rtol=1e-4, atol=1e-5)
 
@@ -123,9 +124,9 @@ def test_patterns_are_refused_where_channels_are_not_a_multiple():
     with pytest.raises(ValueError, match="0 has 6 channels, which 4 does not divide; skip it"):
         bh.prune(model, bh.Magnitude(), pattern="2:4")
     with pytest.raises(ValueError, match="convolutions='some' must be"):
-        bh.prune(model, bh.Magnitude(), sparsity=0.5, convolutions="some")
+        prunes.prune(model, bh.Magnitude(), sparsity=0.5, convolutions="some")
     with pytest.raises(ValueError, match="no linear layers"):
-        bh.prune(model, bh.Magnitude(), sparsity=0.5, convolutions="none")
+        prunes.prune(model, bh.Magnitude(), sparsity=0.5, convolutions="none")
 
 
 def test_refits_on_patches_bring_outputs_nearer():
@@ -164,7 +165,7 @@ def test_convolutions_that_read_one_tensor_read_other_patches_of_it(sequential):
     others = [name for name in prunable(model) if name not in (first, shortcut)]
     dense(**batches[0])
     assert seen[first].data_ptr() == seen[shortcut].data_ptr()
-    bh.prune(model, bh.Wanda(), batches, 0.5, skip=others, sequential=sequential)
+    prunes.prune(model, bh.Wanda(), batches, 0.5, skip=others, sequential=sequential)
     for name, padding in ((first, (1, 1, 1, 1)), (shortcut, (0, 0, 0, 0))):
         old = dense.get_submodule(name)
         weight = as_linears(old)[0]
@@ -199,7 +200,7 @@ def test_convolutions_and_linears_compete(criterion):
     torch.manual_seed(0)
     config = ConvNextConfig(hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1], num_labels=3)
     model, batches = ConvNextForImageClassification(config), [{"pixel_values": torch.randn(2, 3, 32, 32)}]
-    plan = bh.prune(model, criterion, batches, 0.5, convolutions="all", sequential="none", dry_run=True)
+    plan = prunes.prune(model, criterion, batches, 0.5, convolutions="all", sequential="none", dry_run=True)
     bh.apply(model, bh.ModelPlan.from_json(plan.to_json(), model))
     found = prunable(model, convolutions="all")
     zeros, sizes = (
@@ -221,5 +222,5 @@ def test_sharded_convolutions_become_what_whole_ones_do(mesh, criterion):
     for part in (*model.convnext.encoder.stages, model):
         fully_shard(part, mesh=mesh)
     for one in (plain, model):
-        bh.prune(one, criterion, batches, 0.5, convolutions="all", sequential="none", reduce=lambda tensor: tensor)
+        prunes.prune(one, criterion, batches, 0.5, convolutions="all", sequential="none", reduce=lambda tensor: tensor)
     assert all(torch.equal(full_tensor(own), other) for own, other in zip(model.parameters(), plain.parameters(), strict=True))

@@ -10,6 +10,7 @@ import billhook as bh
 from billhook.model.linears import prunable, weight_of
 from billhook.sparsity.masks import sparsity_of
 from billhook.sparsity.matching import DECAY, BlockMatching, Passage, Tuning
+from kit import prunes
 from kit.families import llama, tokens
 from kit.sparsity import batches_of, family, masks_of
 
@@ -128,8 +129,8 @@ def test_tokens_that_do_not_count_change_nothing():
 def test_masks_are_kept_and_the_model_is_nearer_to_the_dense_one(criterion, sequential, amount):
     dense, batches = small(), [{"input_ids": tokens()} for _ in range(4)]
     pruned, matched = copy.deepcopy(dense), copy.deepcopy(dense)
-    bh.prune(pruned, criterion, batches, sequential=sequential, **amount)
-    plan = bh.prune(matched, criterion, batches, sequential=sequential, match=FEW, **amount)
+    prunes.prune(pruned, criterion, batches, sequential=sequential, **amount)
+    plan = prunes.prune(matched, criterion, batches, sequential=sequential, match=FEW, **amount)
     first = "model.layers.0.self_attn.q_proj"
     assert torch.equal(masks_of(pruned)[first], masks_of(matched)[first]), "the first linears see the same"
     assert sparsity_of(plan.masks(matched).values()) == sparsity_of(masks_of(pruned).values()) == 0.5
@@ -160,7 +161,7 @@ def test_both_streams_are_what_plain_runs_give():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tuning, "__call__", noted)
-        bh.prune(model, bh.Wanda(), batches, 0.5, match=Seen(steps=5))
+        prunes.prune(model, bh.Wanda(), batches, 0.5, match=Seen(steps=5))
     for one, batch in zip(seen[1], [batches[0], batches[2], batches[1]], strict=True):
         torch.testing.assert_close(one.inputs[0][0], model.blocks[0](batch))
         torch.testing.assert_close(one.goal, dense(batch))
@@ -168,7 +169,7 @@ def test_both_streams_are_what_plain_runs_give():
 
 def test_one_block_of_several_is_matched_alone():
     model, dense, batches = small(), small(), [{"input_ids": tokens()} for _ in range(3)]
-    plan = bh.prune(model, bh.Wanda(), batches, 0.5, skip="model.layers.0.*", match=FEW)
+    plan = prunes.prune(model, bh.Wanda(), batches, 0.5, skip="model.layers.0.*", match=FEW)
     masks = plan.masks(model)
     assert all(".layers.1." in name for name in masks)
     linears = prunable(dense)
@@ -180,7 +181,7 @@ def test_it_is_the_same_by_the_same_seed_and_disturbs_nothing():
     states, models = [], [small().train() for _ in range(3)]
     for model, seed in zip(models, (0, 0, 1), strict=True):
         torch.manual_seed(5)
-        bh.prune(model, bh.Wanda(), batches, 0.5, match=BlockMatching(steps=5, seed=seed))
+        prunes.prune(model, bh.Wanda(), batches, 0.5, match=BlockMatching(steps=5, seed=seed))
         states.append(torch.get_rng_state())
         assert all(module.training for module in model.modules())
         assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
@@ -203,7 +204,7 @@ def test_weights_of_bfloat16_are_tuned_in_float32_and_rounded_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tuning, "__call__", noted)
-        bh.prune(model, bh.Wanda(), batches, 0.5, match=FEW)
+        prunes.prune(model, bh.Wanda(), batches, 0.5, match=FEW)
     assert wide.dtype == torch.float32
     assert model.dtype == torch.bfloat16
     last = seen[-1]["mlp.down_proj.weight"]
@@ -219,7 +220,7 @@ def test_weights_of_bfloat16_are_tuned_in_float32_and_rounded_once():
 def test_families(name, sequential):
     model = family(name)
     before = copy.deepcopy(model)
-    plan = bh.prune(model, bh.Wanda(), batches_of(model), 0.5, sequential=sequential, match=BlockMatching(steps=3))
+    plan = prunes.prune(model, bh.Wanda(), batches_of(model), 0.5, sequential=sequential, match=BlockMatching(steps=3))
     assert abs(plan.sparsity - 0.5) < 0.01
     masks, linears = plan.masks(model), prunable(model)
     assert all(not linears[name].weight[~mask].any() for name, mask in masks.items())
@@ -231,9 +232,9 @@ def test_families(name, sequential):
 def test_under_inference_mode():
     model, other = small(), small()
     batches = [{"input_ids": tokens()} for _ in range(4)]
-    bh.prune(other, bh.Wanda(), batches, 0.5, match=FEW)
+    prunes.prune(other, bh.Wanda(), batches, 0.5, match=FEW)
     with torch.inference_mode():
-        bh.prune(model, bh.Wanda(), batches, 0.5, match=FEW)
+        prunes.prune(model, bh.Wanda(), batches, 0.5, match=FEW)
     for linear, expected in zip(prunable(model).values(), prunable(other).values(), strict=True):
         torch.testing.assert_close(linear.weight, expected.weight)
 
@@ -241,16 +242,16 @@ def test_under_inference_mode():
 def test_a_plan_is_made_first_and_applied_later():
     model, other = small(), small()
     batches = [{"input_ids": tokens()} for _ in range(4)]
-    plan = bh.prune(model, bh.Wanda(), batches, 0.5, match=FEW, dry_run=True)
+    plan = prunes.prune(model, bh.Wanda(), batches, 0.5, match=FEW, dry_run=True)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), small().parameters(), strict=True))
     bh.apply(model, bh.ModelPlan.from_json(plan.to_json(), model))
-    bh.prune(other, bh.Wanda(), batches, 0.5, match=FEW)
+    prunes.prune(other, bh.Wanda(), batches, 0.5, match=FEW)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_saved_and_loaded_it_gives_the_same_logits(tmp_path):
     model, batch = small(), {"input_ids": tokens()}
-    bh.prune(model, bh.Wanda(), [batch, {"input_ids": tokens()}], 0.5, match=FEW)
+    prunes.prune(model, bh.Wanda(), [batch, {"input_ids": tokens()}], 0.5, match=FEW)
     bh.save(model, tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(model(**batch)[0], bh.load(tmp_path / "out")(**batch)[0])
@@ -285,7 +286,7 @@ def test_what_does_not_go_together_is_refused_before_anything_changes(settings, 
     model = small()
     given = {"criterion": bh.Wanda(), "batches": [{"input_ids": tokens()}] * 2, "sparsity": 0.5} | settings
     with pytest.raises(ValueError, match=message):
-        bh.prune(model, **given)
+        prunes.prune(model, **given)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), small().parameters(), strict=True))
 
 
@@ -293,7 +294,7 @@ def test_a_block_that_is_called_again_is_refused():
     model = Line()
     model.blocks[1] = model.blocks[0]
     with pytest.raises(ValueError, match=r"match: blocks.0.0 is called again after its block"):
-        bh.prune(model, bh.Wanda(), [torch.randn(2, 5, 12) for _ in range(3)], 0.5, match=FEW)
+        prunes.prune(model, bh.Wanda(), [torch.randn(2, 5, 12) for _ in range(3)], 0.5, match=FEW)
 
 
 @pytest.mark.parametrize(("count", "held_out", "expected"), [(2, 0.125, 1), (3, 0.9, 2), (32, 0.125, 4), (40, 0.01, 1)])
@@ -308,5 +309,5 @@ def test_a_layer_that_torch_has_compiled_is_tuned_as_it_is_in_eager_mode():
     compiled.model.layers[0] = torch.compile(compiled.model.layers[0], backend="eager")
     batches = batches_of(plain, 4)
     for model in (plain, compiled):
-        bh.prune(model, bh.Wanda(), batches, sparsity=0.5, match=FEW)
+        prunes.prune(model, bh.Wanda(), batches, sparsity=0.5, match=FEW)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), compiled.parameters(), strict=True))

@@ -11,6 +11,7 @@ from billhook.model.linears import prunable
 from billhook.schedules import Ramp
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.criteria import Comparison, Criterion
+from kit import prunes
 from kit.families import llama
 from kit.fits import data, module, trainer
 
@@ -61,13 +62,13 @@ def test_in_a_fit_from_yaml(tmp_path, files):
     parser.add_class_arguments(bh.WeightPruning, "pruning")
     settings = {
         "criterion": path(LargestFirst),
-        "allocation": path(FirstBlockMore),
+        "options": {"allocation": path(FirstBlockMore)},
         "sparsity": path(Square, final=0.5, end=4, every=2),
         "measure_batches": 0,
     }
     callback = parser.instantiate(parser.parse_object({"pruning": settings})).pruning
     assert isinstance(callback.criterion, LargestFirst)
-    assert isinstance(callback.allocation, FirstBlockMore)
+    assert isinstance(callback.options.allocation, FirstBlockMore)
     lit, seen = module(intermediate_size=32), []
     lit.on_train_batch_start = lambda *_: seen.append(shares(lit.model))
     trainer(tmp_path, [callback], max_steps=5).fit(lit, data(files))
@@ -80,6 +81,6 @@ def test_in_one_shot():
     parser.add_argument("--allocation", type=Allocation)
     given = parser.instantiate(parser.parse_object({"criterion": path(LargestFirst), "allocation": path(FirstBlockMore)}))
     largest = model.model.layers[1].mlp.up_proj.weight.abs().argmax()
-    bh.prune(model, given.criterion, sparsity=0.25, allocation=given.allocation)
+    prunes.prune(model, given.criterion, sparsity=0.25, allocation=given.allocation)
     assert shares(model) == expected(model, 0.75, 0.25)
     assert model.model.layers[1].mlp.up_proj.weight.flatten()[largest] == 0

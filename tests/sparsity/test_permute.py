@@ -15,6 +15,7 @@ from billhook.engine.statistics import InputNorms
 from billhook.model.linears import is_convolution, patches, prunable, weight_of
 from billhook.sparsity import permute
 from billhook.sparsity.masks import keep_n_of_m
+from kit import prunes
 from kit.families import build, llama, tokens
 from kit.losses import BUILD
 from kit.sparsity import batches_of, family, masks_of
@@ -109,9 +110,9 @@ def test_pruning_then_is_exactly_n_of_m_by_every_criterion(criterion, pattern):
 def test_it_is_permute_for_and_then_prune(match):
     one, batches = llama(), batches_of(llama())
     other = copy.deepcopy(one)
-    bh.prune(one, bh.Wanda(), batches, pattern="2:4", permute=True, skip="*.o_proj", match=match)
+    prunes.prune(one, bh.Wanda(), batches, pattern="2:4", permute=True, skip="*.o_proj", match=match)
     bh.criteria.permute_for(other, "2:4", batches, skip="*.o_proj")
-    bh.prune(other, bh.Wanda(), batches, pattern="2:4", skip="*.o_proj", match=match)
+    prunes.prune(other, bh.Wanda(), batches, pattern="2:4", skip="*.o_proj", match=match)
     assert same(one, values(other))
 
 
@@ -210,7 +211,7 @@ class TestRefused:
         model = llama()
         before = values(model)
         with pytest.raises(ValueError, match=said):
-            bh.prune(model, bh.Wanda(), batches_of(model), **{"permute": True} | settings)
+            prunes.prune(model, bh.Wanda(), batches_of(model), **{"permute": True} | settings)
         assert same(model, before)
 
     def test_by_permute_for(self):

@@ -16,6 +16,7 @@ from billhook.model.linears import prunable, weight_of
 from billhook.model.plan import apply
 from billhook.sparsity.criteria import WandaAlpha
 from billhook.sparsity.visitor import Walks
+from kit import prunes
 from kit.families import build as build_family
 from kit.families import llama, tokens
 from kit.sparsity import CRITERIA, batches_of, family, masks_of
@@ -68,7 +69,7 @@ def test_wanda_is_what_a_plain_loop_makes_bit_for_bit(sequential, sparsity):
     layers = [[name for name in block if name.endswith(some)] for block in blocks for some in reads]
     stages = {"block": blocks, "layer": layers, "none": [blocks[0] + blocks[1]]}[sequential]
     expected = by_hand(model, batches, sparsity, stages)
-    bh.prune(model, bh.Wanda(), batches, sparsity, sequential=sequential)
+    prunes.prune(model, bh.Wanda(), batches, sparsity, sequential=sequential)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, expected.state_dict()[name]), name
 
@@ -100,7 +101,7 @@ def test_every_criterion_on_every_family(name, kind, pattern):
     batches, before = batches_of(model), {n: v.clone() for n, v in model.state_dict().items()}
     linears = prunable(model)
     odd = [n for n, m in linears.items() if weight_of(m).shape[1] % 4] if pattern != "unstructured" else []
-    pruning = bh.prune(model, criterion, batches, 0.5, pattern, skip=odd)
+    pruning = prunes.prune(model, criterion, batches, 0.5, pattern, skip=odd)
     touched = {id(m.weight) for n, m in linears.items() if n in pruning.pruned}
     assert len(touched) > 3
     for n, value in model.state_dict(keep_vars=True).items():
@@ -162,8 +163,8 @@ class TestLora:
     def test_statistics_are_of_what_the_adapted_model_computes(self):
         model, batches = self.adapted(), [{"input_ids": tokens()}]
         merged = copy.deepcopy(model).merge_and_unload()
-        pruning = bh.prune(model, bh.Wanda(), batches, 0.5, sequential="none", dry_run=True)
-        expected = bh.prune(merged, bh.Wanda(), batches, 0.5, sequential="none", dry_run=True)
+        pruning = prunes.prune(model, bh.Wanda(), batches, 0.5, sequential="none", dry_run=True)
+        expected = prunes.prune(merged, bh.Wanda(), batches, 0.5, sequential="none", dry_run=True)
         of = {name.removeprefix("base_model.model."): mask for name, mask in pruning.masks(model).items()}
         same = [
             torch.equal(of[name], mask)
@@ -257,7 +258,7 @@ def test_every_call_of_a_linear_counts(name, sequential, often):
     twice = [one for one, calls in called.items() if len(calls) > len(batches)]
     assert often == ([one for one in prunable(model) if one in twice] if sequential == "layer" or name == "albert" else [])
     expected = by_hand(model, batches, 0.5, [often])
-    found = bh.prune(model, bh.Wanda(), batches, 0.5, sequential=sequential, dry_run=True).masks(model)
+    found = prunes.prune(model, bh.Wanda(), batches, 0.5, sequential=sequential, dry_run=True).masks(model)
     for one in often:
         assert torch.equal(found[one], expected.get_submodule(one).weight != 0), one
     if not often:  # a block sees all calls in it
@@ -275,7 +276,7 @@ def test_a_weight_of_two_linears_is_pruned_by_the_inputs_of_both(sequential):
     both = [one for batch in zip(*seen.values(), strict=True) for one in batch]
     mask, alone = (bh.Wanda().prune(first.up_proj.weight.data, norms_of(inputs), 0.5)[1] for inputs in (both, seen[name]))
     assert not torch.equal(mask, alone)
-    bh.prune(model, bh.Wanda(), batches, 0.5, sequential=sequential)
+    prunes.prune(model, bh.Wanda(), batches, 0.5, sequential=sequential)
     assert torch.equal(second.up_proj.weight != 0, mask)
 
 
@@ -291,7 +292,7 @@ def norms_of(inputs):
 def test_linears_that_no_token_reaches_stay_dense_and_are_named(sequential, allocation):
     model = Routed()
     with pytest.warns(UserWarning, match=r"no calibration batch has called 4 linears.*blocks.0.empty.*blocks.0.never"):
-        pruning = bh.prune(model, bh.Wanda(), [torch.randn(2, 5, 8)], 0.5, sequential=sequential, allocation=allocation)
+        pruning = prunes.prune(model, bh.Wanda(), [torch.randn(2, 5, 8)], 0.5, sequential=sequential, allocation=allocation)
     assert set(pruning.pruned) == {"blocks.0.up", "blocks.1.up"}
     assert len(pruning.uncalled) == 4
     assert all((linear.weight == 0).any() == ("up" in name) for name, linear in prunable(model).items())
@@ -315,7 +316,7 @@ class Skips(nn.Module):
 def test_blocks_that_not_every_batch_comes_to(sequential):
     model = Skips()
     batches = [(torch.randn(3, 8), through) for through in ([0, 1], [1], [0, 2], [2])]
-    pruning = bh.prune(model, bh.Wanda(), batches, 0.5, sequential=sequential, dry_run=True)
+    pruning = prunes.prune(model, bh.Wanda(), batches, 0.5, sequential=sequential, dry_run=True)
     assert len(pruning.pruned) == 6
     first = InputNorms(8)
     for number in (0, 2):
@@ -354,14 +355,14 @@ def test_planning_changes_nothing_and_says_what_would_become():
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 def test_progress_is_told(criterion, sequential):
     told = []
-    bh.prune(llama(), criterion, [{"input_ids": tokens()}], 0.5, sequential=sequential, progress=lambda *n: told.append(n))
+    prunes.prune(llama(), criterion, [{"input_ids": tokens()}], 0.5, sequential=sequential, progress=lambda *n: told.append(n))
     assert told[-1] == (14, 14)
     assert told == sorted(told)
 
 
 def test_skip_and_output_embeddings():
     model = llama(tie_word_embeddings=False)
-    pruning = bh.prune(model, bh.Wanda(), [{"input_ids": tokens()}], 0.5, skip=["*.mlp.*"], output_embeddings=True)
+    pruning = prunes.prune(model, bh.Wanda(), [{"input_ids": tokens()}], 0.5, skip=["*.mlp.*"], output_embeddings=True)
     assert (model.lm_head.weight == 0).float().mean() == 0.5
     assert model.model.layers[0].mlp.up_proj.weight.all()
     assert len(pruning.pruned) == 9
@@ -374,7 +375,7 @@ def test_skip_and_output_embeddings():
 def test_weights_of_all_linears_compete(name, criterion):
     model = family(name).eval()
     batches, dense = batches_of(model), copy.deepcopy(model)
-    pruning = bh.prune(model, criterion, batches, 0.5, sequential="none")
+    pruning = prunes.prune(model, criterion, batches, 0.5, sequential="none")
     linears, scores = prunable(dense), {}
     seen = seen_by(dense, list(linears), batches)
     for linear, module in linears.items():
@@ -407,7 +408,7 @@ def test_weights_of_all_linears_compete(name, criterion):
 )
 def test_competing_with_all_and_something_else(criterion, settings, match):
     with pytest.raises(ValueError, match=match):
-        bh.prune(llama(), criterion, [{"input_ids": tokens()}], **settings)
+        prunes.prune(llama(), criterion, [{"input_ids": tokens()}], **settings)
     with pytest.raises(ValueError, match="one that compares all layers cannot be refitted"):
         bh.criteria.Refit(bh.Wanda(compares="global"))
 

@@ -8,6 +8,7 @@ from transformers import BatchEncoding
 
 import billhook as bh
 from billhook.engine.statistics import InputNorms
+from kit import prunes
 from kit.families import llama, tokens
 from kit.sparsity import Forked, family, masks_of
 
@@ -36,9 +37,9 @@ def test_padding_does_not_count(side, sequential):
     alone, ignored = (llama() for _ in range(2))
     alone.load_state_dict(together.state_dict())
     ignored.load_state_dict(together.state_dict())
-    bh.prune(together, bh.Wanda(), [{"input_ids": ids, "attention_mask": mask}], 0.5, sequential=sequential)
-    bh.prune(alone, bh.Wanda(), [{"input_ids": row[None]} for row in rows], 0.5, sequential=sequential)
-    bh.prune(ignored, bh.Wanda(), [{"input_ids": ids}], 0.5, sequential=sequential)
+    prunes.prune(together, bh.Wanda(), [{"input_ids": ids, "attention_mask": mask}], 0.5, sequential=sequential)
+    prunes.prune(alone, bh.Wanda(), [{"input_ids": row[None]} for row in rows], 0.5, sequential=sequential)
+    prunes.prune(ignored, bh.Wanda(), [{"input_ids": ids}], 0.5, sequential=sequential)
     assert agree(masks_of(together), masks_of(alone)) > 0.99
     assert agree(masks_of(together), masks_of(alone)) > agree(masks_of(ignored), masks_of(alone))
 
@@ -62,7 +63,7 @@ def test_padding_of_encoder_and_decoder(name, given, targets):
             return {"labels": filled, "decoder_attention_mask": keep}
         return {"decoder_input_ids": filled, "decoder_attention_mask": keep}
 
-    bh.prune(together, bh.Wanda(), [{"input_ids": ids, "attention_mask": mask, **decoder(targets)}], 0.5)
+    prunes.prune(together, bh.Wanda(), [{"input_ids": ids, "attention_mask": mask, **decoder(targets)}], 0.5)
     singles = [{"input_ids": s[None], **decoder([t])} for s, t in zip(sources, targets, strict=True)]
     bh.prune(alone, bh.Wanda(), singles, 0.5)
     assert agree(masks_of(together), masks_of(alone)) > 0.99
@@ -93,14 +94,14 @@ def test_linears_that_read_one_tensor_share(monkeypatch):
     monkeypatch.setattr(InputNorms, "add", lambda self, *args: calls.append(0) or add(self, *args))
     for sequential in ("block", "layer", "none"):
         calls.clear()
-        bh.prune(llama(), bh.Wanda(), [{"input_ids": tokens()} for _ in range(3)], 0.5, sequential=sequential)
+        prunes.prune(llama(), bh.Wanda(), [{"input_ids": tokens()} for _ in range(3)], 0.5, sequential=sequential)
         assert len(calls) == 3 * 2 * 4
 
 
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 def test_linears_that_read_one_tensor_only_at_first(sequential):
     x, y, model = torch.randn(4, 16), torch.randn(4, 16) * torch.linspace(0, 9, 16), Forked()
-    pruning = bh.prune(model, bh.Wanda(), [(x,), (x, y)], 0.5, sequential=sequential, dry_run=True)
+    pruning = prunes.prune(model, bh.Wanda(), [(x,), (x, y)], 0.5, sequential=sequential, dry_run=True)
     for name, inputs in (("one", torch.cat([x, x])), ("two", torch.cat([x, y]))):
         norms = InputNorms(16)
         norms.add(inputs)
@@ -124,7 +125,7 @@ def test_one_that_is_called_again_alone_shares_no_statistics(sequential):
     torch.manual_seed(0)
     model, batches = Positions(), [torch.randn(2, 5, 8) for _ in range(2)]
     scores = model.value.weight.detach().abs() * torch.cat(batches).flatten(0, 1).norm(dim=0)
-    bh.prune(model, bh.Wanda(), batches, sparsity=0.5, sequential=sequential)
+    prunes.prune(model, bh.Wanda(), batches, sparsity=0.5, sequential=sequential)
     assert torch.equal(model.value.weight != 0, scores >= scores.sort(1).values[:, 4:5])
 
 
@@ -149,7 +150,7 @@ class Ambient(nn.Module):
 @pytest.mark.parametrize("sequential", ["block", "none"])
 def test_runs_do_not_disturb_one_another(sequential):
     model = Ambient()
-    bh.prune(model, bh.SparseGPT(), [torch.randn(9, 16) for _ in range(3)], 0.5, sequential=sequential)
+    prunes.prune(model, bh.SparseGPT(), [torch.randn(9, 16) for _ in range(3)], 0.5, sequential=sequential)
     assert {one for one in model.seen if isinstance(one, bool)} <= {False}
     assert {one for one in model.seen if isinstance(one, tuple)} == {(True, torch.bfloat16)}
     assert not torch.is_autocast_enabled("cpu")
@@ -178,7 +179,7 @@ def test_statistics_and_solvers_are_in_float32_whatever_the_caller_has_set(monke
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 def test_bf16_models(sequential):
     model = llama().to(torch.bfloat16)
-    bh.prune(model, bh.SparseGPT(), [{"input_ids": tokens()}], 0.5, sequential=sequential)
+    prunes.prune(model, bh.SparseGPT(), [{"input_ids": tokens()}], 0.5, sequential=sequential)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert all((~mask).float().mean() >= 0.5 for mask in masks_of(model).values())
 

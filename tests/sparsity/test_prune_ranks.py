@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import billhook as bh
+from kit import prunes
 from kit.families import llama, tokens
 from kit.ranks import Ranks
 from kit.sparsity import Forked, Routed
@@ -18,7 +19,7 @@ def planned(model, batches, ranks, **options):
 
     def plan(rank, reduce):
         own = copy.deepcopy(model)
-        return bh.prune(own, batches=batches[rank::ranks], reduce=reduce, **options, dry_run=True)
+        return prunes.prune(own, batches=batches[rank::ranks], reduce=reduce, **options, dry_run=True)
 
     pruned = Ranks(ranks).run(plan)
     masks = [one.masks(model) for one in pruned]
@@ -34,6 +35,11 @@ def agree(one, other):
     return min((mask == other[name]).float().mean().item() for name, mask in one.items())
 
 
+def alone(model, batches, options):
+    """The masks that one process makes."""
+    return prunes.prune(model, batches=batches, **options, dry_run=True).masks(model)
+
+
 @pytest.mark.daily("wanda-*", "*-block-3")
 @pytest.mark.parametrize("batches", [1, 3, 4])
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
@@ -44,7 +50,10 @@ def test_ranks_come_to_what_one_comes_to(sequential, batches, options):
     """Also if there are fewer batches than ranks."""
     model, options = llama(), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential, **options}
     given = [{"input_ids": tokens(4)} for _ in range(batches)]
-    assert agree(planned(model, given, 2, **options), bh.prune(model, batches=given, **options, dry_run=True).masks(model)) > 0.98
+    assert (
+        agree(planned(model, given, 2, **options), prunes.prune(model, batches=given, **options, dry_run=True).masks(model))
+        > 0.98
+    )
 
 
 def test_ranks_match_blocks_together():
@@ -54,7 +63,7 @@ def test_ranks_match_blocks_together():
 
     def matched(rank, reduce):
         own = copy.deepcopy(model)
-        bh.prune(own, batches=given[rank::2], reduce=reduce, **options)
+        prunes.prune(own, batches=given[rank::2], reduce=reduce, **options)
         return own
 
     one, other = Ranks(2).run(matched)
@@ -65,7 +74,7 @@ def test_ranks_match_blocks_together():
         far = [sum(float((own(**x)[0] - model(**x)[0]).norm()) for x in given) for own in (one, plain)]
     assert far[0] < far[1]
     with pytest.raises(ValueError, match=r"batches: match holds some out, and needs two at least on each rank, got [12] here"):
-        Ranks(2).run(lambda rank, reduce: bh.prune(model, batches=given[rank * 2 :: 5], reduce=reduce, **options))
+        Ranks(2).run(lambda rank, reduce: prunes.prune(model, batches=given[rank * 2 :: 5], reduce=reduce, **options))
 
 
 class Block(nn.Module):
@@ -83,7 +92,7 @@ class Block(nn.Module):
 def test_experts_that_not_every_rank_comes_to(sequential, routes):
     model, options = Routed(Block), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential}
     batches = [(torch.randn(2, 5, 8), route) for route in routes]
-    one = bh.prune(model, batches=batches, **options, dry_run=True)
+    one = prunes.prune(model, batches=batches, **options, dry_run=True)
     for ranks in (2, 3):
         assert agree(planned(model, batches, ranks, **options), one.masks(model)) > 0.98
 
@@ -93,7 +102,8 @@ def test_linears_that_read_one_tensor_on_one_rank_only(sequential):
     model, options = Forked(), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential}
     batches = [(torch.randn(4, 16),), (torch.randn(4, 16), torch.randn(4, 16) * torch.linspace(0, 9, 16))]
     assert (
-        agree(planned(model, batches, 2, **options), bh.prune(model, batches=batches, **options, dry_run=True).masks(model)) == 1
+        agree(planned(model, batches, 2, **options), prunes.prune(model, batches=batches, **options, dry_run=True).masks(model))
+        == 1
     )
 
 
@@ -176,7 +186,7 @@ def test_ranks_come_to_one_mask_of_convolutions(criterion):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8, padding=1), nn.Conv2d(8, 4, 1))
     given = [torch.randn(2, 3, 6, 6) for _ in range(3)]
     options = {"criterion": criterion, "sparsity": 0.5, "convolutions": "all"}
-    expected = bh.prune(model, batches=given, **options, dry_run=True).masks(model)
+    expected = prunes.prune(model, batches=given, **options, dry_run=True).masks(model)
     assert agree(planned(model, given, 2, **options), expected) == 1
 
 
@@ -203,7 +213,7 @@ def test_a_reduce_that_returns_nothing_is_refused():
     plan = bh.plan(model, bh.importance.WeightNorm(), channels=0.25)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for call in (
-        lambda **given: bh.prune(model, bh.Wanda(), batches, 0.5, **given),
+        lambda **given: prunes.prune(model, bh.Wanda(), batches, 0.5, **given),
         lambda **given: bh.plan(model, bh.OutputNorm(), batches, channels=0.25, **given),
         lambda **given: bh.score(model, bh.find_units(model, "head"), bh.OutputNorm(), batches, **given),
         lambda **given: bh.repair(model, plan, batches, **given),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import billhook as bh
+from kit import prunes
 from kit.families import llama, recompute, tokens
 from kit.ranks import Ranks
 
@@ -55,7 +56,7 @@ def test_only_weights_change(criterion, sequential):
     model = in_use(attention_dropout=0.5)
     calm = copy.deepcopy(model).eval()
     before = state(model)
-    bh.prune(model, criterion, [{"input_ids": tokens()} for _ in range(2)], 0.5, sequential=sequential)
+    prunes.prune(model, criterion, [{"input_ids": tokens()} for _ in range(2)], 0.5, sequential=sequential)
     before["rng"] = state(model)["rng"] if sequential is None else before["rng"]
     torch.manual_seed(0)
     assert {**state(model), "rng": None} == {**before, "rng": None}
@@ -92,7 +93,7 @@ def test_an_error_in_the_criterion(error, sequential):
     with pytest.raises(
         type(error), match="model.layers.0.self_attn.o_proj: of its own" if isinstance(error, ValueError) else None
     ):
-        bh.prune(model, criterion, batches, 0.5, sequential=sequential)
+        prunes.prune(model, criterion, batches, 0.5, sequential=sequential)
     assert state(model) == before
     assert same(weights(model), old)
 
@@ -111,7 +112,7 @@ def test_an_error_in_the_models_forward(error, sequential):
     batches = [{"input_ids": tokens()} for _ in range(4)]
     before, old = state(model), weights(model)
     with pytest.raises(type(error)):
-        bh.prune(model, bh.Wanda(), batches, 0.5, sequential=sequential)
+        prunes.prune(model, bh.Wanda(), batches, 0.5, sequential=sequential)
     assert state(model) == before
     assert same(weights(model), old)
 
@@ -200,7 +201,7 @@ class TestRefused:
         given = {"criterion": bh.Wanda(), "batches": [{"input_ids": tokens()}]} | arguments
         before["rng"] = torch.get_rng_state().tolist()
         with pytest.raises(ValueError, match=match):
-            bh.prune(model, **given)
+            prunes.prune(model, **given)
         assert state(model) == before
         assert same(weights(model), old)
 
@@ -232,7 +233,7 @@ def test_statistics_are_those_of_all_ranks():
 
     def masks(batches, reduce=None):
         own = copy.deepcopy(model)
-        return bh.prune(own, bh.Wanda(), batches, 0.5, sequential="none", reduce=reduce, dry_run=True).masks(own)
+        return prunes.prune(own, bh.Wanda(), batches, 0.5, sequential="none", reduce=reduce, dry_run=True).masks(own)
 
     whole = masks(halves)
     for found in Ranks(2).run(lambda rank, comm: masks(halves[rank : rank + 1], lambda tensor: comm(tensor))):

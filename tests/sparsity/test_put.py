@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import billhook as bh
 from billhook.sparsity import pruned as putting
 from billhook.sparsity.pruned import Pruned
+from kit import prunes
 from kit.alive import Alive
 from kit.families import llama, tokens
 
@@ -46,7 +47,7 @@ def test_some_rows_at_a_time_make_the_same(monkeypatch, shape, dtype, values):
 def test_the_same_call_again_finishes_what_an_interrupt_left(monkeypatch, criterion, amount, at):
     model, batches, calls = llama(), [{"input_ids": tokens()}], []
     straight = copy.deepcopy(model)
-    bh.prune(straight, criterion, batches, **amount)
+    prunes.prune(straight, criterion, batches, **amount)
     expected = straight.state_dict()
     put_into, unpack = Pruned.put_into, np.unpackbits
 
@@ -64,9 +65,9 @@ def test_the_same_call_again_finishes_what_an_interrupt_left(monkeypatch, criter
     monkeypatch.setattr(putting, "CPU_BLOCK", 100)
     monkeypatch.setattr(Pruned, "put_into", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        bh.prune(model, criterion, batches, **amount)
+        prunes.prune(model, criterion, batches, **amount)
     assert any(not torch.equal(value, expected[name]) for name, value in model.state_dict().items())
-    bh.prune(model, criterion, batches, **amount)
+    prunes.prune(model, criterion, batches, **amount)
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 

@@ -9,19 +9,17 @@ from torch.optim import Optimizer
 
 from billhook.arguments import annotated, number
 from billhook.callbacks.weight_pruning import WeightPruning
-from billhook.engine.walk import Sequential
 from billhook.fit.calibration import Given
 from billhook.fit.event import Event
 from billhook.fit.ranks import check_agreed, comm_of, together
 from billhook.fit.run import At, check_learned, is_trial, step_of
 from billhook.fit.shape_event import ShapeCallback
 from billhook.model.find import find_transformer
-from billhook.model.linears import Convolutions
 from billhook.schedules import Step, check_step
-from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.learning import Chosen, Learned, choose
 from billhook.sparsity.masks import sparsity_of
+from billhook.sparsity.options import PruneOptions
 
 
 class SRSTE(WeightPruning):
@@ -44,13 +42,9 @@ class SRSTE(WeightPruning):
         at: When it begins: a step (int), a fraction of training (float in 0..1), or `"start"`.
         end: When masks are fixed: a step (int), or a fraction of training (float in 0..1).
         decay: lambda_W, the paper's, at least 0.
-        sequential: `"block"`, `"layer"` or `"none"`, as in `prune`.
-        allocation: How sparse each linear becomes, as in `prune`.
-        skip: Glob patterns of linears to leave alone.
-        output_embeddings: True to prune an untied output embedding, or the head of a classifier, too.
-        convolutions: Which are pruned, as in `prune`: `"mixing"`, `"all"` or `"none"`.
         calibration: Batches that the criterion sees, text as a `Calibration`, or a number of training
             examples, by default 128.
+        options: Which linears are pruned and by what inputs, as in `prune`, without `match`.
         measure_batches: Validation batches to measure before and after each event; by default all of validation, 0 for none.
 
     Raises:
@@ -68,22 +62,17 @@ class SRSTE(WeightPruning):
         at: At = "start",
         end: Step = 0.6,
         decay: float = 2e-4,
-        sequential: Sequential = "block",
-        allocation: Allocation | None = None,
-        skip: list[str] | None = None,
-        output_embeddings: bool = False,
-        convolutions: Convolutions = "mixing",
         calibration: Given = None,
+        options: PruneOptions | None = None,
         measure_batches: int | None = None,
     ) -> None:
         annotated(SRSTE, locals())
         check_step(end, "end")
         number("decay", decay, least=0)
         self.end, self.decay, self._learned = end, decay, Learned(criterion or Wanda(), pattern)
-        super().__init__(
-            criterion, sparsity, pattern, at, sequential, None, allocation, skip, output_embeddings, convolutions,
-            calibration=calibration, measure_batches=measure_batches,
-        )  # fmt: skip
+        super().__init__(criterion, sparsity, pattern, at, calibration, options, measure_batches=measure_batches)
+        if self.options.match is not None:
+            raise ValueError(f"match={self.options.match} tunes what is kept at once, and masks are learned: leave it out")
         if self.criterion.compares == "global" or self.criterion.updates:
             what = "changes kept weights" if self.criterion.updates else "compares all layers"
             raise ValueError(f"criterion={self.criterion} {what}; masks are learned by scores of one linear, such as Wanda's")
@@ -149,11 +138,7 @@ class SRSTE(WeightPruning):
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> dict[str, Chosen]:
         model = find_transformer(pl_module)
         with self._runs(trainer, pl_module) as runs:
-            return choose(
-                model, self.criterion, runs, sparsity, self.pattern, allocation=self.allocation, skip=self.skip,
-                output_embeddings=self.output_embeddings, convolutions=self.convolutions, sequential=self.sequential,
-                comm=comm_of(trainer),
-            )  # fmt: skip
+            return choose(model, self.criterion, runs, sparsity, self.pattern, self.options, comm_of(trainer))
 
     def _learn(self, chosen: dict[str, Chosen], moment: int) -> str:
         self._learned.begin(chosen)

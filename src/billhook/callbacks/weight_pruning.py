@@ -18,7 +18,6 @@ from billhook.arguments import annotated
 from billhook.calibration.calibration import Batches
 from billhook.engine.passes import in_turn
 from billhook.engine.sharding import full_tensor, reshard
-from billhook.engine.walk import Sequential
 from billhook.engine.zeros import zeros_by_name
 from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.event import Event, EventCallback, FollowsShapes, log_event
@@ -28,14 +27,12 @@ from billhook.fit.run import At, check_at, check_masks, rounds_of
 from billhook.fit.shape_event import ShapeCallback, refuse_shape_changes
 from billhook.fit.training_step import runs_as_in_training
 from billhook.model.find import find_transformer
-from billhook.model.linears import Convolutions
 from billhook.schedules import Schedule
-from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import adapters_to_count, check_matching, check_pruning, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.hold import Hold
 from billhook.sparsity.masks import check_amount
-from billhook.sparsity.matching import BlockMatching
+from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.prune import prune
 from billhook.sparsity.pruned import WeightPlan
 
@@ -61,16 +58,11 @@ class WeightPruning(EventCallback, FollowsShapes):
         sparsity: Fraction of each linear's weights that become zero, in [0, 1); a schedule for rounds; None with N:M.
         pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs.
         at: When: a step (int), a fraction of training (float in 0..1), `"start"`, or a schedule of progress that rises to 1.
-        sequential: `"block"`, `"layer"` or `"none"`, as in `prune`.
-        match: How what is kept of a block is tuned so that the block gives what it gave before, as in `prune`.
-        allocation: How sparse each linear becomes, as in `prune`.
-        skip: Glob patterns of linears to leave alone.
-        output_embeddings: True to prune an untied output embedding, or the head of a classifier, too.
-        convolutions: Which are pruned, as in `prune`: `"mixing"`, `"all"` or `"none"`.
-        count_adapters: True to count LoRA in the scores, as in `prune`.
-        mask_adapters: True to have LoRA act only where weights are kept, during and after the fit; see `mask_adapters`.
         calibration: Batches that the criterion sees, text as a `Calibration`, or a number of training
             examples, by default 128.
+        options: Which linears are pruned and by what inputs, as in `prune`: `PruneOptions(sequential="layer")`.
+        count_adapters: True to count LoRA in the scores, as in `prune`.
+        mask_adapters: True to have LoRA act only where weights are kept, during and after the fit; see `mask_adapters`.
         measure_batches: Validation batches to measure before and after each round; by default all of validation, 0 for none.
 
     Raises:
@@ -86,15 +78,10 @@ class WeightPruning(EventCallback, FollowsShapes):
         sparsity: float | Schedule | None = None,
         pattern: str = "unstructured",
         at: At | Schedule = "start",
-        sequential: Sequential = "block",
-        match: BlockMatching | None = None,
-        allocation: Allocation | None = None,
-        skip: list[str] | None = None,
-        output_embeddings: bool = False,
-        convolutions: Convolutions = "mixing",
+        calibration: Given = None,
+        options: PruneOptions | None = None,
         count_adapters: bool = False,
         mask_adapters: bool = False,
-        calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
         check_at(at, sparsity)
@@ -102,14 +89,10 @@ class WeightPruning(EventCallback, FollowsShapes):
         self.amount = sparsity if isinstance(sparsity, Schedule) else check_amount(sparsity, pattern)
         if pattern != "unstructured" and (isinstance(sparsity, Schedule) or isinstance(at, Schedule)):
             raise ValueError(f"pattern={pattern!r} is a sparsity of its own, which a schedule contradicts: give a step as at")
-        self.skip = [skip] if isinstance(skip, str) else skip or []
-        if not isinstance(self.skip, list | tuple) or not all(isinstance(one, str) for one in self.skip):
-            raise ValueError(f"skip={skip!r} must be glob patterns of linears, as in ['*.down_proj']")
         self.criterion, self.sparsity, self.pattern, self.at = criterion or Wanda(), sparsity, pattern, at
-        if match is not None:
-            check_matching(self.criterion, sequential, count_adapters)
-        self.sequential, self.match, self.allocation, self.skip = sequential, match, allocation, list(self.skip)
-        self.output_embeddings, self.convolutions = output_embeddings, convolutions
+        self.options = options or PruneOptions()
+        if self.options.match is not None:
+            check_matching(self.criterion, self.options.sequential, count_adapters)
         self.count_adapters, self.mask_adapters = count_adapters, mask_adapters
         self._hold, self._adapted, self._linears = Hold(), list[str](), list[str]()
         super().__init__(FitCalibration.of(calibration), measure_batches)
@@ -122,13 +105,12 @@ class WeightPruning(EventCallback, FollowsShapes):
     @property
     def state_key(self) -> str:
         """The key of this callback's state in checkpoints."""
-        return self._generate_state_key(criterion=type(self.criterion).__qualname__, skip=self.skip)
+        return self._generate_state_key(criterion=type(self.criterion).__qualname__, skip=[*self.options.patterns])
 
     @property
     def needs_data(self) -> bool:
         """True if criterion, allocation or matching take batches."""
-        measures = self.allocation is not None and self.allocation.measures
-        return needs_data(self.criterion) or measures or self.match is not None
+        return needs_data(self.criterion) or self.options.needs_data
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -147,8 +129,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         """Finds the rounds, and checks all that can be checked before training."""
         super().on_fit_start(trainer, pl_module)
         model = find_transformer(pl_module)
-        how = self.sequential, self.allocation, self.skip, self.output_embeddings, self.convolutions
-        linears = check_pruning(model, self.criterion, self.pattern, *how)
+        linears = check_pruning(model, self.criterion, self.pattern, self.options)
         self._linears = list(linears)
         self.check_linears(linears)
         if self.count_adapters:
@@ -237,10 +218,16 @@ class WeightPruning(EventCallback, FollowsShapes):
         model = find_transformer(pl_module)
         with self._runs(trainer, pl_module) as runs:
             return prune(
-                model, self.criterion, runs, sparsity, self.pattern, allocation=self.allocation, skip=self.skip,
-                output_embeddings=self.output_embeddings, convolutions=self.convolutions, sequential=self.sequential,
-                match=self.match, count_adapters=self.count_adapters, reduce=comm_of(trainer), dry_run=True,
-            )  # fmt: skip
+                model,
+                self.criterion,
+                runs,
+                sparsity,
+                self.pattern,
+                options=self.options,
+                count_adapters=self.count_adapters,
+                reduce=comm_of(trainer),
+                dry_run=True,
+            )
 
     @contextmanager
     def _runs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Batches | None]:

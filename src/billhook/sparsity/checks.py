@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from billhook.adapters.masked import plain_adapters
-from billhook.arguments import one_of
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, runs_of
 from billhook.engine.comm import ALONE, Comm
@@ -20,12 +19,13 @@ from billhook.engine.statistics import InputMoments
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Sequential, find_sites
-from billhook.model.linears import Convolutions, active_in, channels, is_convolution, prunable
+from billhook.model.linears import active_in, channels, is_convolution, prunable
 from billhook.model.meta import to_meta
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
 from billhook.sparsity.matching import BlockMatching
+from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.visitor import refuse_again
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
@@ -45,18 +45,13 @@ def check_pruning(
     model: nn.Module,
     criterion: Criterion,
     pattern: str,
-    sequential: Sequential,
-    allocation: Allocation | None,
-    skip: Sequence[str],
-    output_embeddings: bool,
-    convolutions: Convolutions,
+    options: PruneOptions,
 ) -> dict[str, nn.Module]:
     """Checks arguments of `prune` before there is data; returns the linears to prune, by name. See `prune`."""
     if not isinstance(criterion, Criterion):
         raise ValueError(f"criterion={criterion!r} must be a Criterion, such as Wanda()")
-    one_of("sequential", sequential, Sequential)
-    one_of("convolutions", convolutions, Convolutions)
-    linears = _linears(model, [skip] if isinstance(skip, str) else skip, output_embeddings, convolutions)
+    linears = _linears(model, options)
+    sequential, allocation = options.sequential, options.allocation
     group, all_layers = parse_pattern(pattern), criterion.compares == "global"
     if all_layers and group is not None:
         raise ValueError(f"criterion={criterion} compares all layers, and pattern={pattern!r} within groups: ask for one")
@@ -72,22 +67,22 @@ def check_pruning(
     return linears
 
 
-def _linears(model: nn.Module, skip: Sequence[str], output_embeddings: bool, convolutions: Convolutions) -> dict[str, nn.Module]:
-    linears = prunable(model, output_embeddings, convolutions)
+def _linears(model: nn.Module, options: PruneOptions) -> dict[str, nn.Module]:
+    linears = prunable(model, options.output_embeddings, options.convolutions)
     if not linears:
         raise ValueError(f"model: {type(model).__name__} has no linear layers to prune")
     empty = next((name for name, linear in linears.items() if linear.get_parameter("weight").is_meta), None)
     if empty is not None and store_of(model).holds_all:
         raise ValueError(f"model: {empty} has no weights yet (it is on the meta device): load them first")
     chosen = dict(linears)
-    for pattern in skip:
+    for pattern in options.patterns:
         skipped = [name for name in linears if fnmatchcase(name, pattern)]
         if not skipped:
             raise ValueError(f"skip={pattern!r} matches none of the {len(linears)} linears, such as {list(linears)[:3]}")
         for name in skipped:
             chosen.pop(name, None)
     if not chosen:
-        raise ValueError(f"skip={list(skip)} leaves none of the {len(linears)} linears")
+        raise ValueError(f"skip={list(options.patterns)} leaves none of the {len(linears)} linears")
     return chosen
 
 

@@ -16,13 +16,13 @@ from billhook.calibration.calibration import Batches
 from billhook.engine.comm import Comm
 from billhook.engine.state import replaced
 from billhook.engine.statistics import Statistics
-from billhook.engine.walk import Sequential
-from billhook.model.linears import Convolutions, find_twins, prunable, turned, weight_of
-from billhook.sparsity.allocation import Allocation, Uniform, sparsities_of
+from billhook.model.linears import find_twins, prunable, turned, weight_of
+from billhook.sparsity.allocation import Uniform, sparsities_of
 from billhook.sparsity.checks import check_pruning, needs_data, runs_for, uncalled, warn_of_others
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.grouped import Grouped, empty_for, naming, prune_by, scores_of
 from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
+from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.visitor import PruningVisitor, Walks
 
 
@@ -91,21 +91,16 @@ def choose(
     batches: Batches | None,
     sparsity: float,
     pattern: str,
-    *,
-    allocation: Allocation | None,
-    skip: Sequence[str],
-    output_embeddings: bool,
-    convolutions: Convolutions,
-    sequential: Sequential,
+    options: PruneOptions,
     comm: Comm,
 ) -> dict[str, Chosen]:
     """Finds what the masks that `prune` would make follow from, by linear; the model stays as it is. See `prune`."""
-    linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
-    walks = Walks(model, linears, runs_for(model, batches, comm, criterion, allocation), comm, None, None, {})
+    linears = check_pruning(model, criterion, pattern, options)
+    walks = Walks(model, linears, runs_for(model, batches, comm, criterion, options.allocation), comm, None, None, {})
     warn_of_others(model, linears)
-    sparsities = sparsities_of(walks, check_amount(sparsity, pattern), allocation or Uniform())
+    sparsities = sparsities_of(walks, check_amount(sparsity, pattern), options.allocation or Uniform())
     make = partial(_NotingVisitor, criterion, sparsities, pattern, None)
-    noted = walks(sequential if needs_data(criterion) else None, make).noted
+    noted = walks(options.sequential if needs_data(criterion) else None, make).noted
     uncalled(linears, noted)
     return {name: noted[name] for name in linears if name in noted}
 

@@ -70,7 +70,7 @@ class BlockMatching:
     Example:
         >>> import billhook as bh
         >>> model, batches = bh.load("tiny"), [{"input_ids": torch.arange(i, i + 32)[None]} for i in range(4)]
-        >>> plan = bh.prune(model, bh.Wanda(), batches, sparsity=0.5, match=bh.criteria.BlockMatching())
+        >>> plan = bh.prune(model, bh.Wanda(), batches, sparsity=0.5, options=bh.PruneOptions(match=bh.criteria.BlockMatching()))
     """
 
     steps: int | None = None

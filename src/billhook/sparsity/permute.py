@@ -27,6 +27,7 @@ from billhook.sparsity.channel_order import Free, OrderingVisitor, Reordered, fi
 from billhook.sparsity.checks import check_folder, check_pruning, needs_data, runs_for
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import parse_pattern
+from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.visitor import Walks
 from billhook.tracing.trace import trace
 from billhook.units.gates import Gate
@@ -159,7 +160,9 @@ def permute_for(
     criterion = criterion or Wanda()
     check_permute(pattern, stream=not store_of(model).holds_all)
     check_permutable(model)
-    linears = check_pruning(model, criterion, pattern, "block", None, skip, output_embeddings, convolutions)
+    patterns = [skip] if isinstance(skip, str) else [*skip]
+    options = PruneOptions(skip=patterns, output_embeddings=output_embeddings, convolutions=convolutions)
+    linears = check_pruning(model, criterion, pattern, options)
     runs = runs_for(model, batches, ALONE, criterion)
     walks = Walks(model, linears, runs, ALONE, check_device(offload), check_folder(activations), {})
     with in_order(walks, criterion, pattern) as done:

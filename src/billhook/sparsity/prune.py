@@ -1,6 +1,6 @@
 """Prunes a model's weights in one shot: checks, plans while the model stays as it is, applies."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -14,10 +14,9 @@ from billhook.engine.device import check_device
 from billhook.engine.passes import in_turn
 from billhook.engine.sharding import is_sharded
 from billhook.engine.store import store_of
-from billhook.engine.walk import Sequential
 from billhook.model.find import check_changeable
-from billhook.model.linears import Convolutions, channels, is_convolution, size_of
-from billhook.sparsity.allocation import Allocation, sparsities_of
+from billhook.model.linears import channels, is_convolution, size_of
+from billhook.sparsity.allocation import sparsities_of
 from billhook.sparsity.checks import (
     adapters_to_count,
     check_folder,
@@ -35,7 +34,8 @@ from billhook.sparsity.checks import (
 )
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
-from billhook.sparsity.matching import BlockMatching, MatchingVisitor
+from billhook.sparsity.matching import MatchingVisitor
+from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.permute import check_permutable, check_permute, in_order
 from billhook.sparsity.pruned import WeightPlan
 from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor, Walks
@@ -48,12 +48,7 @@ def prune(
     sparsity: float | None = None,
     pattern: str = "unstructured",
     *,
-    allocation: Allocation | None = None,
-    skip: Sequence[str] = (),
-    output_embeddings: bool = False,
-    convolutions: Convolutions = "mixing",
-    sequential: Sequential = "block",
-    match: BlockMatching | None = None,
+    options: PruneOptions | None = None,
     count_adapters: bool = False,
     reduce: Reduce | None = None,
     progress: Progress | None = None,
@@ -78,19 +73,7 @@ def prune(
             language model itself writes.
         sparsity: Fraction of each linear's weights that become zero, in [0, 1); None with a pattern N:M.
         pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs; of a convolution, of M channels of a tap.
-        allocation: How the sparsity is shared among linears; the same for each by default.
-        skip: A glob pattern of linears to leave alone, such as `"*.down_proj"`, or several.
-        output_embeddings: Whether the output embedding (`lm_head`) is pruned too, where it is not tied to an embedding, and the
-            head of a classifier.
-        convolutions: Which `nn.Conv1d` and `nn.Conv2d` are pruned, each as a linear over the patches that its outputs read:
-            `"mixing"`, those of which an output reads four channels or more, so not depthwise ones, patch embeddings and stems;
-            `"all"`; or `"none"`, as in Wanda's experiments on images.
-        sequential: The inputs that a layer's statistics are taken from. `"block"`, the papers': those of the dense block, on the
-            outputs of pruned blocks before it. `"layer"`: those of each linear on the outputs of all pruned ones before it, in
-            one pass. `"none"`: those of the dense model. All calls of a linear count; one that is called again after its block
-            or itself would be pruned (ALBERT's, ProphetNet's), or shares its weight, is pruned first, as with `"none"`.
-        match: How what is kept of a block is tuned, once its linears are pruned, so that the block gives what it gave in the
-            dense model; by default not at all. Runs go twice then, pruned and dense.
+        options: Which linears are pruned and by what inputs, such as `PruneOptions(sequential="layer")`.
         count_adapters: Whether LoRA counts as if it were merged: a criterion that leaves kept weights as they are then sees
             W + scale B A of the active adapters, in float32. W is pruned, and zeros are pruned first; the adapters stay as they
             are, and `merge` keeps every zero.
@@ -115,14 +98,16 @@ def prune(
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
-        >>> print(bh.prune(model, bh.Magnitude(), sparsity=0.5, skip=["*.mlp.*", "*.[kvo]_proj"], dry_run=True))
+        >>> options = bh.PruneOptions(skip=["*.mlp.*", "*.[kvo]_proj"])
+        >>> print(bh.prune(model, bh.Magnitude(), sparsity=0.5, options=options, dry_run=True))
         Magnitude(compares='layer'), unstructured
           model.layers.*.self_attn.q_proj     4 x [   256,    256]  sparsity 0.5000
         >>> round(bh.prune(model, bh.Wanda(), [{"input_ids": torch.arange(64)[None]}], pattern="2:4").sparsity, 2)
         0.5
     """
     annotated(prune, locals())
-    criterion, comm = criterion or Wanda(), Comm.of(reduce, model)
+    criterion, comm, options = criterion or Wanda(), Comm.of(reduce, model), options or PruneOptions()
+    allocation, match = options.allocation, options.match
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)
     if permute:
@@ -132,9 +117,9 @@ def prune(
         check_sharded(criterion, allocation, comm, offload)
     with nullcontext() if dry_run else store_of(model).following():
         with in_turn(model) if is_sharded(model) else nullcontext():
-            linears = check_pruning(model, criterion, pattern, sequential, allocation, skip, output_embeddings, convolutions)
+            linears = check_pruning(model, criterion, pattern, options)
             if match is not None:
-                check_matching(criterion, sequential, count_adapters)
+                check_matching(criterion, options.sequential, count_adapters)
             adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
             runs = runs_for(model, batches, comm, criterion, allocation, match)
             check_streamed(model, runs, comm)
@@ -148,14 +133,14 @@ def prune(
             walks = Walks(model, linears, runs, comm, device, folder, adapters)
             with in_order(walks, criterion, pattern) if permute else nullcontext():
                 sparsities = dict.fromkeys(linears, amount) if allocation is None else sparsities_of(walks, amount, allocation)
-                key = None if dry_run else f"{criterion} {pattern} {sequential} {sparsities}" + (f" {match}" if match else "")
+                words = f"{criterion} {pattern} {options.sequential} {sparsities}" + (f" {match}" if match else "")
                 kind: Callable[..., PruningVisitor] = GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
                 if match is not None:
                     kind = partial(MatchingVisitor, match)
                 visitor = walks(
-                    sequential if needs_data(criterion) or match else None,
+                    options.sequential if needs_data(criterion) or match else None,
                     partial(kind, criterion, sparsities, pattern, progress),
-                    key,
+                    None if dry_run else words,
                 )
                 pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}
                 left_out = uncalled(linears, pruned)

@@ -9,13 +9,12 @@ from billhook.cli.oneshot.enough import check_examples, coming
 from billhook.cli.oneshot.frame import OneShot
 from billhook.cli.oneshot.streamed import bytes_of_match, bytes_of_moments
 from billhook.cli.oneshot.text import NONE, Pictures
-from billhook.engine.walk import Sequential
-from billhook.model.linears import Convolutions, channels, is_convolution
+from billhook.model.linears import channels, is_convolution
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, check_pruning, few_tokens, needs_data, solves
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
-from billhook.sparsity.matching import BlockMatching
+from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.permute import check_permute
 from billhook.sparsity.prune import prune as prune_weights
 
@@ -27,15 +26,10 @@ def prune(
     model: str,
     out: str,
     given: Pictures,
+    options: PruneOptions,
     criterion: Criterion | None = None,
     sparsity: float | None = None,
     pattern: str = "unstructured",
-    sequential: Sequential = "block",
-    match: BlockMatching | None = None,
-    allocation: Allocation | None = None,
-    skip: str | list[str] | None = None,
-    output_embeddings: bool = False,
-    convolutions: Convolutions = "mixing",
     offload: bool = False,
     activations: str | None = None,
     permute: bool = False,
@@ -47,19 +41,10 @@ def prune(
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
         given: Text, or images with labels, to calibrate and to measure on, and the place to compute.
+        options: Which linears are pruned, and by what inputs.
         criterion: How weights are scored: `Wanda` (the default), or any other `Criterion`, also a class of your own.
         sparsity: Fraction of each linear's weights that become zero, in [0, 1); not with a pattern N:M.
         pattern: "unstructured", or "N:M": N are kept of every M consecutive inputs, as in 2:4.
-        sequential: Where a layer's statistics come from. "block", as in the papers: the dense block, on the outputs of pruned
-            blocks before it. "layer": each linear on the outputs of all pruned ones before it, in one pass. "none": the dense
-            model.
-        match: How what is kept of a block is tuned so that it gives what the dense block gave, such as "{lr: 0.01}", or "{}" for
-            the defaults; by default not at all.
-        allocation: How sparse each linear becomes: `Uniform` (the default), `OWL` or `ByPattern`.
-        skip: A glob pattern of linears to leave alone, such as "*.down_proj", or a list of them.
-        output_embeddings: Whether an untied output embedding, or the head of a classifier, is pruned too.
-        convolutions: Which convolutions are pruned: "mixing", those of which an output reads four channels or more; "all", also
-            depthwise ones and those that read pixels; or "none".
         offload: Whether the model stays in the CPU's memory, and its blocks visit the device one at a time.
         activations: A folder for the outputs of the model's modules during calibration; by default they stay in memory, and
             in any case what else batches hold while they wait for each other.
@@ -74,12 +59,13 @@ def prune(
     if permute:
         check_permute(pattern, dry_run, given.stream)
     folder = check_folder(activations)
-    reads = needs_data(criterion or Wanda()) or (allocation is not None and allocation.measures) or match is not None
+    allocation, match = options.allocation, options.match
+    reads = needs_data(criterion or Wanda()) or options.needs_data
     work = OneShot(model, out, given, offload, calibrates=reads, streams=True)
     if match is not None:
         check_examples(work, 2, "match")
     scored_by = criterion or Wanda()
-    linears = check_pruning(work.model, scored_by, pattern, sequential, allocation, skip or (), output_embeddings, convolutions)
+    linears = check_pruning(work.model, scored_by, pattern, options)
     how = f"{scored_by}" + (f", and match each block by {match}" if match else "")
     order = ", channels in the order in which groups lose least" if permute else ""
     what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {how}{order}"
@@ -89,7 +75,7 @@ def prune(
         work.tell_dry()
         return
     most = max(bytes_of_moments(work.model, scored_by), bytes_of_match(work.model) if match else 0)
-    rests = work.rest(most, inside=2 if match else int(sequential == "layer"))
+    rests = work.rest(most, inside=2 if match else int(options.sequential == "layer"))
     before = None if dry_run else work.measure()
     shown = work.batches() if reads and work.metric == "accuracy" else work.calibration
     with over(work.model, "pruning", "linears") as progress:
@@ -99,12 +85,7 @@ def prune(
             shown,
             sparsity,
             pattern,
-            allocation=allocation,
-            skip=skip or (),
-            output_embeddings=output_embeddings,
-            convolutions=convolutions,
-            sequential=sequential,
-            match=match,
+            options=options,
             progress=progress,
             offload=work.device if offload else None,
             activations=folder or rests,
@@ -116,7 +97,7 @@ def prune(
     if dry_run:
         work.tell_dry("\n".join(filter(None, [plan.text(), note])))
         return
-    done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": sequential}
+    done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": options.sequential}
     done |= {"match": str(match)} if match else {}
     done |= {"permute": True} if permute else {}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linears"

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from billhook.arguments import annotated
 from billhook.bar import Told
@@ -120,13 +119,29 @@ def plan_amount(
     subject = find_transformer(model)
     if importance is not None and scores is None:
         check_trains(subject, importance)
-    if amount.blocks is not None:
-        importance = importance or BlockInfluence()
-        return _plan_blocks(subject, amount, importance, batches, scores, greedy, loss, comm, progress)
-    if greedy:
-        raise ValueError("greedy=True: only blocks are removed one at a time")
-    check_kinds(subject, amount.kinds)
-    return plan_searched(Search(subject, amount), importance, batches, scores, loss, comm, progress)
+    if amount.blocks is None:
+        if greedy:
+            raise ValueError("greedy=True: only blocks are removed one at a time")
+        check_kinds(subject, amount.kinds)
+        return plan_searched(Search(subject, amount), importance, batches, scores, loss, comm, progress)
+    importance = importance or BlockInfluence()
+    stacks, numbers = count_blocks(subject, amount)
+    if not greedy or scores is not None:
+        if scores is None:
+            scores = score_units(subject, stacks, importance, batches, loss, amount.normalize, comm=comm, progress=progress)
+        blocks = choose_units(stacks, scores, amount, amount.ratios)
+        return tried_blocks(subject, find_block_plan(subject, blocks, scores))
+    blocks = {name: [] for name in numbers}
+    runs = list(batches_of(batches, subject))  # an iterator would be empty in the second round
+    while left := [name for name, number in numbers.items() if len(blocks[name]) < number]:
+        with mask(subject, blocks, "block"):
+            without = score_units(subject, stacks, importance, runs, loss, comm=comm)
+        for name in left:
+            order = ranked(stacks[name], without[name], (amount.first, amount.last))
+            blocks[name].append(next(number for number in order if number not in blocks[name]))
+        if progress is not None:
+            progress(max(map(len, blocks.values())), max(numbers.values()))
+    return tried_blocks(subject, find_block_plan(subject, blocks))
 
 
 def plan_searched(
@@ -234,36 +249,6 @@ def count_blocks(model: nn.Module, amount: Amount) -> tuple[dict[str, Units], di
     stacks = find_units(model, "block")
     flat = {name: torch.zeros(stack.count()) for name, stack in stacks.items()}
     return stacks, {name: len(blocks) for name, blocks in choose_units(stacks, flat, amount, amount.ratios).items()}
-
-
-def _plan_blocks(
-    model: PreTrainedModel,
-    amount: Amount,
-    importance: Importance,
-    batches: Batches | None,
-    scores: Mapping[str, Tensor] | None,
-    greedy: bool,
-    loss: Loss | None,
-    comm: Comm,
-    progress: Told | None = None,
-) -> BlockPlan:
-    stacks, numbers = count_blocks(model, amount)
-    if greedy and scores is None:
-        blocks: dict[str, list[int]] = {name: [] for name in numbers}
-        runs = list(batches_of(batches, model))  # an iterator would be empty in the second round
-        while left := [name for name, number in numbers.items() if len(blocks[name]) < number]:
-            with mask(model, blocks, "block"):
-                scored = score_units(model, stacks, importance, runs, loss, comm=comm)
-            for name in left:
-                order = ranked(stacks[name], scored[name], (amount.first, amount.last))
-                blocks[name].append(next(number for number in order if number not in blocks[name]))
-            if progress is not None:
-                progress(max(map(len, blocks.values())), max(numbers.values()))
-    else:
-        if scores is None:
-            scores = score_units(model, stacks, importance, batches, loss, amount.normalize, comm=comm, progress=progress)
-        blocks = choose_units(stacks, scores, amount, amount.ratios)
-    return tried_blocks(model, find_block_plan(model, blocks, scores))
 
 
 def default_importance(units: Mapping[str, Units]) -> Importance:

@@ -298,7 +298,7 @@ def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator
     Code that asks which entries are not zero hears that `everything` is, or that the first is.
     """
     fused, replaced = torch.backends.mha.get_fastpath_enabled(), vars(torch.Tensor).get("__getitem__")
-    torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.mha.set_fastpath_enabled(False)  # one op would hide all products of a layer
     torch.Tensor.__getitem__ = _seen(torch.Tensor.__getitem__)  # type: ignore[method-assign, assignment]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), _Attention(), Recorder(tape, model, everything):

@@ -68,8 +68,10 @@ class Mask:
 
     def remove(self) -> None:
         """Lets the units act again; nothing of the mask is left on the model."""
-        _remove(self._handles)
+        for handle in self._handles:
+            handle.remove()
         self._handles = []
+        torch.compiler.reset()
 
     def __enter__(self) -> Self:
         return self
@@ -121,12 +123,9 @@ def gates(model: nn.Module, units: Mapping[str, Units], per: Per = "head") -> It
     subject = model if named_here else find_transformer(model)
     check_held(subject, units)
     values = {name: _open_gates(subject, layer, per).requires_grad_() for name, layer in units.items()}
-    handles = place_gates(subject, units, values, per)
-    torch.compiler.reset()
-    try:
+    with Mask({}, place_gates(subject, units, values, per)):
+        torch.compiler.reset()
         yield values
-    finally:
-        _remove(handles)
 
 
 def mask(
@@ -192,12 +191,6 @@ def place_gates(
         for reader in units[name].readers:
             handles.append(model.get_submodule(reader).register_forward_pre_hook(Gate(values, index, fixed)))
     return handles
-
-
-def _remove(handles: Iterable[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
-    torch.compiler.reset()
 
 
 def _open_gates(model: nn.Module, units: Units, per: Per = "head") -> Tensor:

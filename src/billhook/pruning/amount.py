@@ -20,7 +20,7 @@ PERCENT = 3
 
 
 def rounded(
-    asked: int, first: int, most: int | None = None, least: int = 1, each: int = 1, step: int = 1, more: bool = True
+    wanted: int, first: int, most: int | None = None, least: int = 1, each: int = 1, step: int = 1, more: bool = True
 ) -> int | None:
     """Returns how many units stay instead of so many: as many as make rows a multiple of the largest of `MULTIPLES` near enough.
 
@@ -28,7 +28,7 @@ def rounded(
     units that there were at first. Where rows were shorter than 256, or no multiple is near enough, there is none.
 
     Args:
-        asked: How many are asked for.
+        wanted: How many are asked for.
         first: How many there were at first; fewer stay.
         most: The most that may stay; by default all but one.
         least: The fewest that may stay.
@@ -46,30 +46,30 @@ def rounded(
     highest = first - 1 if most is None else min(most, first - 1)
     for multiple in MULTIPLES:
         units = math.lcm(multiple // math.gcd(multiple, each), step)  # so many make rows a multiple
-        number = nearest(asked, units, least, highest, more)
-        if number is not None and 100 * abs(number - asked) <= PERCENT * first:
+        number = nearest(wanted, units, least, highest, more)
+        if number is not None and 100 * abs(number - wanted) <= PERCENT * first:
             return number
     return None
 
 
-def nearest(asked: int, step: int, least: int, most: int, more: bool = True) -> int | None:
+def nearest(wanted: int, step: int, least: int, most: int, more: bool = True) -> int | None:
     """Returns the multiple of a step within bounds that is nearest to a number, the higher of two; None if there is none.
 
     >>> nearest(1229, 256, 1, 1535), nearest(1229, 256, 1, 1535, more=False), nearest(24, 16, 1, 47), nearest(24, 64, 1, 47)
     (1280, 1024, 32, None)
     """
-    below = asked // step * step
-    options = [number for number in (below + step, below) if least <= number <= most and (more or number <= asked)]
-    return min(options, key=lambda number: abs(number - asked), default=None)
+    below = wanted // step * step
+    options = [number for number in (below + step, below) if least <= number <= most and (more or number <= wanted)]
+    return min(options, key=lambda number: abs(number - wanted), default=None)
 
 
-def others(asked: int, kept: int, now: int, least: int = 1) -> dict[int, int]:
+def others(wanted: int, kept: int, now: int, least: int = 1) -> dict[int, int]:
     """Returns the nearest multiples of `MULTIPLES` that were not taken, each with the largest that it is a multiple of.
 
     >>> others(1229, 1216, 1536)
     {1280: 256}
     """
-    near = [nearest(asked, multiple, least, now - 1) for multiple in MULTIPLES]
+    near = [nearest(wanted, multiple, least, now - 1) for multiple in MULTIPLES]
     return {number: multiple_of(number) for number in near if number is not None and number != kept}
 
 
@@ -319,16 +319,16 @@ class Amount:
         return tuple(name for name in names if name not in (*self.ratios, *heads))
 
     @property
-    def asked(self) -> dict[str, tuple[UnitKind, Per]]:
+    def requested(self) -> dict[str, tuple[UnitKind, Per]]:
         """The ratios that matter, with the kind of unit and of score."""
         return {name: of for name, of in RATIOS.items() if self.ratios.get(name) or name in self.open}
 
     @property
     def kinds(self) -> list[UnitKind]:
         """The kinds of units that are asked for, in one order on every rank."""
-        return list(dict.fromkeys(kind for kind, _ in self.asked.values()))
+        return list(dict.fromkeys(kind for kind, _ in self.requested.values()))
 
     @property
     def per(self) -> Per:
         """The heads that have scores: query heads, or KV heads."""
-        return "head" if "heads" in self.asked else "kv_head"
+        return "head" if "heads" in self.requested else "kv_head"

@@ -64,7 +64,7 @@ class Search:
 
     def free(self, *ratios: str) -> dict[str, Units]:
         """Returns the places that may lose units by some ratios, or by all that matter."""
-        kinds = [RATIOS[ratio][0] for ratio in ratios or self.amount.asked]
+        kinds = [RATIOS[ratio][0] for ratio in ratios or self.amount.requested]
         return {name: layer for kind in kinds for name, layer in free(of_kind(self.units, kind), self.protected).items()}
 
     def cut(self, scores: Mapping[str, Tensor]) -> Cut:
@@ -80,10 +80,10 @@ class Search:
             raise ValueError(f"{ratios}{rounded} is not a single unit of a place{kernel}, so that nothing would be removed")
         return cut
 
-    def step(self, place: str) -> int:
+    def step(self, name: str) -> int:
         """Returns the number of which the channels that a place keeps must be a multiple."""
-        by = finest(self.units[place].count()) if self.amount.round_to == "auto" else self.amount.round_to
-        return math.lcm(by, self._steps.get(place, 1))
+        by = finest(self.units[name].count()) if self.amount.round_to == "auto" else self.amount.round_to
+        return math.lcm(by, self._steps.get(name, 1))
 
     def costs(self, cut: Cut) -> tuple[Figures, Figures]:
         """Returns what the model costs before and after a cut; how many units are removed decides it, not which."""
@@ -226,7 +226,7 @@ class First:
         """Notes a model as a search has found it."""
         counts = {
             name: {layer: of_layer.count(per) for layer, of_layer in search.free(name).items()}
-            for name, (_, per) in search.amount.asked.items()
+            for name, (_, per) in search.amount.requested.items()
         }
         return cls(counts, getattr(search.now, search.amount.target) if search.amount.target else None)
 

@@ -73,8 +73,9 @@ FIRST = "prune or convert first (billhook on one device), then train the result"
 
 def check_masks(trainer: pl.Trainer, name: str) -> None:
     """Refuses strategies under which a callback cannot mask weights."""
+    is_sharded = check_strategy(trainer, name)
     averaging = [type(callback).__name__ for callback, _ in averages(trainer)]
-    if check_strategy(trainer, name) and averaging:
+    if is_sharded and averaging:
         raise ValueError(
             f"{name} under ModelParallelStrategy cannot mask the copy that {averaging[0]} keeps: leave {averaging[0]} out"
         )

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 class Ahead(Generic[K, T]):
-    """What a thread makes for the next block, by the block, while this one computes: tensors that it reads or sends."""
+    """The tensors that a thread reads or sends for the next block while this block computes, by block."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)

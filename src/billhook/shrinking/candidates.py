@@ -51,7 +51,7 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Candidates:
-    """What a search may remove from a model.
+    """The layers, blocks and units that a search may remove from a model, within its limit.
 
     Attributes:
         search: The model, its units, and what it costs.

@@ -1,4 +1,4 @@
-"""What a search for a smaller model is asked for: a budget, and how it searches."""
+"""The settings of a search for a smaller model: its budget, and how it searches."""
 
 from dataclasses import dataclass, fields
 

@@ -1,4 +1,4 @@
-"""What pruning makes of weights, before it is put in place: bits and values of each linear, and the plan of all.
+"""The planned result of pruning: packed masks and new values of each linear layer, and the plan that applies them.
 
 Masks have 8 weights a byte as they wait and travel: a device packs and unpacks its own, so that only bits are copied.
 """

@@ -26,7 +26,7 @@ SIZES = 64
 
 @dataclass(frozen=True)
 class Chosen:
-    """What was chosen within a limit.
+    """The plan that a search chose within a limit, and its measured loss.
 
     Attributes:
         kept: By layer, how many units it keeps.

@@ -34,7 +34,7 @@ CALLED: dict[UnitKind, str] = {"head": "heads", "channel": "channels", "block": 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What the candidates of a model cost it; the model stays as it is.
+    """The loss and the cost of each candidate; the model stays unchanged.
 
     Attributes:
         candidates: What may be removed; configs of layers in which heads merge are those that are worth a choice.
@@ -57,7 +57,7 @@ class Measured:
 
     @cached_property
     def spaces(self) -> list[Space]:
-        """What a search chooses from, where layers stay alike for each number of blocks that go."""
+        """The spaces that a search chooses from: one for each number of removed blocks if layers are uniform."""
         make = uniform_spaces if self.candidates.uniform else free_space
         return make(self.candidates.layers, self.losses, self.candidates.blocks.able, self.candidates.now)
 

@@ -5,13 +5,13 @@ import torch
 
 import billhook as bh
 from billhook.pruning.amount import Amount, suiting, suits
-from billhook.pruning.target import Search
+from billhook.pruning.target import RatioSearch
 from kit.families import ATTENTIONS, MLPS, llama
 
 
 def planned(amount, **changes):
     model = llama(**{"num_key_value_heads": 8, "intermediate_size": 100} | changes)
-    units = Search(model, amount).free()
+    units = RatioSearch(model, amount).free()
     scores = {name: torch.arange(one.count(amount.per), dtype=torch.float32) for name, one in units.items()}
     return model, bh.plan(model, scores=scores, amount=amount)
 

@@ -14,7 +14,7 @@ from billhook.model.figures import figures_of
 from billhook.model.shape import shape_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.planning import plan_searched
-from billhook.pruning.target import First, Search, lowest
+from billhook.pruning.target import First, RatioSearch, lowest
 from billhook.units.find import find_units, of_kind
 from kit.families import ATTENTIONS, MLPS, build, llama, t5, tokens
 from kit.removal import make
@@ -27,7 +27,7 @@ def lost(plan):
 
 def scored(model, amount, first=None):
     """Units that may be removed, random scores of them, and the plan that they lead to."""
-    search = Search(model, amount) if first is None else Search(model, amount).part(amount, first)
+    search = RatioSearch(model, amount) if first is None else RatioSearch(model, amount).part(amount, first)
     units = search.free()
     scores = bh.score(model, units, RandomUnits(), per=amount.per)
     return units, scores, plan_searched(search, scores=scores)
@@ -159,7 +159,7 @@ class TestTargets:
     def test_one_unit_fewer_in_each_place_would_not_be(self, target, asked, first):
         model = llama(num_hidden_layers=2 + first)
         units, _, plan = scored(model, Amount(**{target: asked}, first=first))
-        limit = Search(model, Amount(**{target: asked}, first=first)).limit(target)
+        limit = RatioSearch(model, Amount(**{target: asked}, first=first)).limit(target)
         kind = "head" if target == "kv_cache_bytes" else "channel"
         places = [name for name, one in of_kind(units, kind).items() if name in plan.units]
         assert len({plan.after[name] for name in places}) == 1
@@ -314,14 +314,14 @@ class TestParts:
 
     @staticmethod
     def in_parts(model, amount, progress):
-        first, found = First.of(Search(model, amount)), []
+        first, found = First.of(RatioSearch(model, amount)), []
         first = First(**json.loads(json.dumps(asdict(first))))  # as it was saved
         for share in progress:
-            due = first.part(Search(model, amount), share)
+            due = first.part(RatioSearch(model, amount), share)
             found.append(due is not None)
             if due is not None:
                 bh.apply(model, scored(model, due.amount, first.counts)[-1])
-        assert first.part(Search(model, amount), progress[-1]) is None
+        assert first.part(RatioSearch(model, amount), progress[-1]) is None
         return found
 
     @pytest.mark.daily("amount0-progress0", "amount5-progress5")
@@ -334,7 +334,7 @@ class TestParts:
         whole, model = llama(), llama()
         amount = Amount(**amount)
         plan = scored(whole, amount)[-1]
-        limit = None if amount.target is None else Search(whole, amount).limit(amount.target)
+        limit = None if amount.target is None else RatioSearch(whole, amount).limit(amount.target)
         self.in_parts(model, amount, progress)
         if amount.target is None:
             kinds = ["head", "channel", "residual"]

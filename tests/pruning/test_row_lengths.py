@@ -13,7 +13,7 @@ import billhook as bh
 from billhook.model.figures import figures_of
 from billhook.pruning.amount import Amount, finest, rounded
 from billhook.pruning.planning import plan_searched
-from billhook.pruning.target import First, Search
+from billhook.pruning.target import First, RatioSearch
 from billhook.units.find import find_units
 from kit.families import MLPS, llama
 
@@ -43,7 +43,7 @@ def smollm2(layers=2):
 
 
 def planned(model, amount, first=None):
-    search = Search(model, amount) if first is None else Search(model, amount).part(amount, first)
+    search = RatioSearch(model, amount) if first is None else RatioSearch(model, amount).part(amount, first)
     scores = {name: torch.arange(one.count(amount.per), dtype=torch.float32) for name, one in search.free().items()}
     return plan_searched(search, scores=scores)
 
@@ -140,9 +140,9 @@ class TestParts:
     @pytest.mark.parametrize("progress", [(0.5, 1.0), (0.1, 0.3, 0.95, 1.0)])
     def test_come_to_what_the_whole_is_at_once(self, amount, progress):
         amount, model = Amount(**amount), wide()
-        whole, first = planned(wide(), amount), First(**json.loads(json.dumps(asdict(First.of(Search(model, amount))))))
+        whole, first = planned(wide(), amount), First(**json.loads(json.dumps(asdict(First.of(RatioSearch(model, amount))))))
         for share in progress:
-            due = first.part(Search(model, amount), share)
+            due = first.part(RatioSearch(model, amount), share)
             if due is not None:
                 bh.apply(model, planned(model, due.amount, first.counts))
         assert {name: one.count() for name, one in find_units(model, ["channel"]).items()} == {
@@ -154,11 +154,11 @@ class TestParts:
         amount, model = Amount(params=0.7, kv_heads=0.0), wide()
         exact, first, limit = (
             planned(wide(), replace(amount, round_to=1)),
-            First.of(Search(model, amount)),
+            First.of(RatioSearch(model, amount)),
             int(0.7 * model.num_parameters()),
         )
         for share in (0.1, 0.3, 0.95, 1.0):
-            due = first.part(Search(model, amount), share)
+            due = first.part(RatioSearch(model, amount), share)
             if due is not None:
                 bh.apply(model, planned(model, due.amount, first.counts))
         assert model.num_parameters() <= limit
@@ -171,9 +171,9 @@ class TestParts:
         model = wide()
         bh.pruning.prune_units(model, {MLPS[0]: range(512)}, kind="channel")
         amount = Amount(channels=0.2)
-        first, whole = First.of(Search(model, amount)), planned(model, amount)
+        first, whole = First.of(RatioSearch(model, amount)), planned(model, amount)
         for share in (0.5, 1.0):
-            bh.apply(model, planned(model, first.part(Search(model, amount), share).amount, first.counts))
+            bh.apply(model, planned(model, first.part(RatioSearch(model, amount), share).amount, first.counts))
         assert [one.count() for one in find_units(model, ["channel"]).values()] == [832, 1216]
         assert [own[0] for own in whole.after.values()] == [832, 1216]
 

@@ -11,7 +11,7 @@ from billhook.engine import memory
 from billhook.engine.batches import Batch, Run, runs_of
 from billhook.importance.score import run_of
 from billhook.pruning.amount import Amount
-from billhook.pruning.target import Search
+from billhook.pruning.target import RatioSearch
 from billhook.shrinking import cache as module
 from billhook.shrinking.cache import CandidateCache, check_enough, fill_cache, key_of
 from billhook.shrinking.divergence import Divergence
@@ -27,7 +27,7 @@ class Made:
     """A model with its layers, scores and library."""
 
     def __init__(self, model, batches, repair=TINY, folder=None):
-        self.model, self.search = model, Search(model, Amount(params=0.5))
+        self.model, self.search = model, RatioSearch(model, Amount(params=0.5))
         self.units, self.layers = self.search.units, find_layers(self.search, "params")
         self.scores = bh.score(model, self.units, bh.importance.WeightNorm(), per="kv_head")
         runs = [run_of(model, self.units, batch) for batch in batches]
@@ -239,7 +239,7 @@ def test_another_model_batch_or_setting_has_another_library():
 
 
 def test_batches_are_enough_where_a_linear_gets_as_many_tokens_as_it_reads_at_the_highest_level_that_cuts():
-    search = Search(llama(), Amount(params=0.5))
+    search = RatioSearch(llama(), Amount(params=0.5))
     layers = find_layers(search, "params")
     padded = {"input_ids": tokens(2, 5), "attention_mask": torch.arange(5).expand(2, 5).lt(2).long()}
     check_enough(search, layers, [{"input_ids": tokens(1, 24)}])  # three of four KV heads, each with two query heads

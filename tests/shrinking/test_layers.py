@@ -6,14 +6,14 @@ import transformers
 
 import billhook as bh
 from billhook.pruning.amount import Amount
-from billhook.pruning.target import Search
+from billhook.pruning.target import RatioSearch
 from billhook.shrinking.layers import Layer, find_layers, removed_units
 from kit import shrinks
 from kit.families import T5, build, llama, tokens
 
 
 def layers_of(model, **amount):
-    search = Search(model, Amount(**amount))
+    search = RatioSearch(model, Amount(**amount))
     return search, find_layers(search, search.amount.target)
 
 

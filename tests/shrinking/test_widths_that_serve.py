@@ -4,7 +4,7 @@ import pytest
 
 import billhook as bh
 from billhook.pruning.amount import Amount
-from billhook.pruning.target import Search
+from billhook.pruning.target import RatioSearch
 from billhook.serving.engines import multiple_of
 from billhook.shrinking.candidates import Candidates
 from billhook.shrinking.layers import Layer, find_layers
@@ -16,7 +16,7 @@ WIDE = {"intermediate_size": 1536, "num_key_value_heads": 8, "num_hidden_layers"
 
 
 def allowed_of(kind, alike=True, target="params", **amount):
-    search = Search(llama(**WIDE), Amount(**{target: 0.7}, **amount))
+    search = RatioSearch(llama(**WIDE), Amount(**{target: 0.7}, **amount))
     return {layer.allowed for layer in find_layers(search, target, alike) if layer.kind == kind}
 
 

@@ -22,7 +22,7 @@ from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import default_importance, plan_searched
 from billhook.pruning.repair import Repairing, repair_as_asked
-from billhook.pruning.target import First, Search
+from billhook.pruning.target import First, RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule
 
@@ -97,7 +97,7 @@ class StructuredPruning(ShapeCallback):
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses an amount that the model cannot give."""
         if trainer.ckpt_path is None:
-            Search(find_transformer(model), self.amount).check()
+            RatioSearch(find_transformer(model), self.amount).check()
 
     def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns from which step on which share of the amount is removed."""
@@ -130,7 +130,7 @@ class StructuredPruning(ShapeCallback):
             What goes, None for nothing, repaired weights, by what, and which linears were not refitted.
         """
         model = find_transformer(pl_module)
-        search = Search(model, self.amount)
+        search = RatioSearch(model, self.amount)
         self._first = self._first or First.of(search)
         part = self._first.part(search, share)
         if part is None:  # by the numbers of units alone, which are the same on all ranks

@@ -25,7 +25,7 @@ from billhook.pruning.choice import choose_units, ranked
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.removal import tried
-from billhook.pruning.target import Search
+from billhook.pruning.target import RatioSearch
 from billhook.tracing.trace import trace
 from billhook.units.find import Chosen, check_any, find_units, kinds_of, numbered, units_of
 from billhook.units.gates import mask
@@ -123,7 +123,7 @@ def plan_amount(
         if greedy:
             raise ValueError("greedy=True: only blocks are removed one at a time")
         check_kinds(subject, amount.kinds)
-        return plan_searched(Search(subject, amount), importance, batches, scores, loss, comm, progress)
+        return plan_searched(RatioSearch(subject, amount), importance, batches, scores, loss, comm, progress)
     importance = importance or BlockInfluence()
     stacks, numbers = count_blocks(subject, amount)
     if not greedy or scores is not None:
@@ -145,7 +145,7 @@ def plan_amount(
 
 
 def plan_searched(
-    search: Search,
+    search: RatioSearch,
     importance: Importance | None = None,
     batches: Batches | None = None,
     scores: Mapping[str, Tensor] | None = None,

@@ -27,7 +27,7 @@ ALONE = 0.52
 which has lost KV heads, too (docs/smaller.md)."""
 
 
-class Search:
+class RatioSearch:
     """The ratios of an amount, found for one model; it remembers what models of each shape cost."""
 
     def __init__(self, model: PreTrainedModel, amount: Amount) -> None:
@@ -40,7 +40,7 @@ class Search:
         self._ratios: dict[str, float] | None = None
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Figures] = {}
 
-    def part(self, amount: Amount, first: Counts) -> "Search":
+    def part(self, amount: Amount, first: Counts) -> "RatioSearch":
         """Returns a search for a part of the amount, in what has been found of the model; its ratios are of what was `first`."""
         part = copy.copy(self)
         part.amount, part.first, part._ratios = amount, first, None
@@ -222,7 +222,7 @@ class First:
     figure: int | None
 
     @classmethod
-    def of(cls, search: Search) -> "First":
+    def of(cls, search: RatioSearch) -> "First":
         """Notes a model as a search has found it."""
         counts = {
             name: {layer: of_layer.count(per) for layer, of_layer in search.free(name).items()}
@@ -230,7 +230,7 @@ class First:
         }
         return cls(counts, getattr(search.now, search.amount.target) if search.amount.target else None)
 
-    def part(self, search: Search, progress: float) -> Search | None:
+    def part(self, search: RatioSearch, progress: float) -> RatioSearch | None:
         """Returns a search for what of its amount is to be gone at a progress in 0..1; None if it is gone.
 
         Its ratios are of what there was at first, by which each part is also rounded, so that parts add up to what the whole

@@ -11,7 +11,7 @@ from billhook.model.figures import figure_of
 from billhook.model.inputs import alike, answer, tolerance
 from billhook.model.linears import is_linear
 from billhook.pruning.block_plan import BlockPlan, find_block_plan, tried, without
-from billhook.pruning.target import Search
+from billhook.pruning.target import RatioSearch
 from billhook.shrinking.cache import zeroed
 from billhook.shrinking.layers import Layer
 from billhook.units.blocks import block_of, skipping
@@ -93,7 +93,7 @@ class Blocks:
         return [linear for name in later for linear in self.writers[name]]
 
 
-def find_blocks(search: Search, target: str, layers: Sequence[Layer]) -> Blocks:
+def find_blocks(search: RatioSearch, target: str, layers: Sequence[Layer]) -> Blocks:
     """Finds the blocks that may go for a target, next to the layers that may keep less; protected ones stay.
 
     Whether a config can say that one goes is asked once of those of a shape, and in the end of those that do (`Blocks.refusal`).
@@ -143,7 +143,7 @@ def _writers(model: PreTrainedModel, stack: str, count: int, units: Mapping[str,
     return {name: list(linears) for name, linears in writers.items()}
 
 
-def _cost_of(search: Search, target: str, chosen: Mapping[str, list[int]]) -> int | str:
+def _cost_of(search: RatioSearch, target: str, chosen: Mapping[str, list[int]]) -> int | str:
     """Returns what a block costs, or why its config cannot say that it goes."""
     try:
         smaller = without(search.model, find_block_plan(search.model, chosen))

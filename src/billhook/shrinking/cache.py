@@ -32,7 +32,7 @@ from billhook.importance.obs import CalledAgain, watch_in_turn
 from billhook.importance.score import run_of
 from billhook.linalg import float64_device
 from billhook.model.linears import as_it_lies, matrix_of
-from billhook.pruning.target import Search
+from billhook.pruning.target import RatioSearch
 from billhook.repairs.least_squares import bias_shift, choose_ridge, error_left, errors_without, solve_ridge
 from billhook.repairs.moments import Fold, OwedMoments, check_tokens, folds_of
 from billhook.repairs.repair import RepairConfig
@@ -256,7 +256,7 @@ def _add_candidates(
         del refitted
 
 
-def check_enough(search: Search, layers: Sequence[Layer], batches: Sequence[Any]) -> None:
+def check_enough(search: RatioSearch, layers: Sequence[Layer], batches: Sequence[Any]) -> None:
     """Refuses batches, as a repair would, with too few tokens for a refit of any layer that is cut to its largest config.
 
     Args:
@@ -271,7 +271,7 @@ def check_enough(search: Search, layers: Sequence[Layer], batches: Sequence[Any]
         check_tokens(linears, needed, [run_of(model, units, batch) for batch in batches])
 
 
-def tokens_needed(search: Search, layers: Sequence[Layer]) -> dict[str, int]:
+def tokens_needed(search: RatioSearch, layers: Sequence[Layer]) -> dict[str, int]:
     """Returns how many tokens the refit of each linear takes at most: its inputs at the largest config that cuts."""
     needed = dict[str, int]()
     for layer in layers:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from billhook.arguments import as_percentage
 from billhook.model.linears import matrix_of
 from billhook.pruning.amount import Amount
-from billhook.pruning.target import Search
+from billhook.pruning.target import RatioSearch
 from billhook.shrinking.blocks import Blocks, find_blocks
 from billhook.shrinking.layers import Layer, find_layers
 from billhook.shrinking.shrunk import in_words
@@ -63,7 +63,7 @@ class Candidates:
         blocks: The whole blocks that may go.
     """
 
-    search: Search
+    search: RatioSearch
     target: str
     now: int
     limit: int
@@ -74,7 +74,7 @@ class Candidates:
     @classmethod
     def find(cls, model: PreTrainedModel, amount: Amount, uniform: bool) -> "Candidates":
         """Finds what may go; refuses a budget that cannot be reached."""
-        search, target = Search(model, amount), amount.target or ""
+        search, target = RatioSearch(model, amount), amount.target or ""
         limit, now = search.limit(target), int(getattr(search.now, target))
         layers = find_layers(search, target, uniform)
         candidates = cls(search, target, now, limit, uniform, layers, find_blocks(search, target, layers))

@@ -15,7 +15,7 @@ from billhook.pruning.amount import suits
 from billhook.pruning.choice import ranked
 from billhook.pruning.cuts import Cut, coupled, find_cut
 from billhook.pruning.removal import tried
-from billhook.pruning.target import Search
+from billhook.pruning.target import RatioSearch
 from billhook.units.units import Per, UnitKind, Units
 
 PARTS = 8
@@ -72,7 +72,7 @@ class Layer:
         return tuple(sorted({*numbers, *self.merges}, reverse=True))
 
 
-def find_layers(search: Search, target: str, alike: bool = False) -> list[Layer]:
+def find_layers(search: RatioSearch, target: str, alike: bool = False) -> list[Layer]:
     """Finds the layers that may keep less for a target, with what each unit costs; refuses a model without any.
 
     Protected layers stay as they are, and those whose units something else than linears of their own reads, and kinds of units
@@ -117,7 +117,7 @@ def readable(model: PreTrainedModel, units: Units) -> bool:
     return bool(units.readers) and all(is_linear(model.get_submodule(reader)) for reader in units.readers)
 
 
-def _refusal(search: Search, layers: Sequence[Layer]) -> str:
+def _refusal(search: RatioSearch, layers: Sequence[Layer]) -> str:
     """Says why the model's class does not run where layers keep as few units as they may; empty if it does."""
     removed = dict[str, list[int]]()
     for layer in layers:
@@ -129,12 +129,12 @@ def _refusal(search: Search, layers: Sequence[Layer]) -> str:
     return ""
 
 
-def cut_of(search: Search, numbers: Mapping[str, list[int]], per: Per = "kv_head") -> Cut:
+def cut_of(search: RatioSearch, numbers: Mapping[str, list[int]], per: Per = "kv_head") -> Cut:
     """Finds what is removed with channels and KV heads, or query heads."""
     return find_cut(search.model, search.structure, search.units, numbers, per)
 
 
-def _unit_costs(search: Search, groups: Sequence[list[str]], target: str) -> list[int]:
+def _unit_costs(search: RatioSearch, groups: Sequence[list[str]], target: str) -> list[int]:
     """Counts what one unit (of attentions, one KV head) of modules that lose them together costs; 0 where it may not go."""
     model, units = search.model, search.units
     cuts = list[Cut | None]()

@@ -25,7 +25,7 @@ from billhook.pruning.cuts import Cut, find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import tried
 from billhook.pruning.repair import repair_with
-from billhook.pruning.target import Search, row_lengths
+from billhook.pruning.target import RatioSearch, row_lengths
 from billhook.repairs.moments import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.blocks import Block
@@ -155,14 +155,14 @@ def plan_cuts(
     return Planned(UnitPlan.of(cut, costs, rows), after, merged=tuple(plans), dense=search.now.params if heads else None)
 
 
-def _readers(search: Search) -> list[str]:
+def _readers(search: RatioSearch) -> list[str]:
     """Returns the linears that read heads, and those that feed-forwards end in."""
     readers = [reader for units in search.units.values() for reader in units.readers]
     readers += [member.name.rpartition(".")[0] for group in search.structure.feed_forward for member in group.down]
     return [name for name in dict.fromkeys(readers) if is_linear(search.model.get_submodule(name))]
 
 
-def _row_lengths(search: Search, cut: Cut) -> tuple[RowLength, ...]:
+def _row_lengths(search: RatioSearch, cut: Cut) -> tuple[RowLength, ...]:
     """Returns how long rows become, of kinds that are as long in all layers that become shorter."""
     if search.amount.round_to != "auto":
         return ()

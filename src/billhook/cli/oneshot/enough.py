@@ -8,7 +8,7 @@ from billhook.cli.oneshot.frame import OneShot
 from billhook.engine.batches import Batch
 from billhook.model.linears import is_linear
 from billhook.pruning.cuts import Cut
-from billhook.pruning.target import Search
+from billhook.pruning.target import RatioSearch
 from billhook.repairs.moments import NoRepair
 
 REFIT = "refit the linears that read them, by least squares"
@@ -29,7 +29,7 @@ def check_examples(work: OneShot, least: int, what: str) -> None:
         raise ValueError(f"--examples {rows}: {what} needs {least} at least, as some are held out")
 
 
-def kept_by_readers(search: Search, cut: Cut) -> dict[str, int]:
+def kept_by_readers(search: RatioSearch, cut: Cut) -> dict[str, int]:
     """Returns how many inputs a cut leaves at least to each linear that reads units; if scores decide how many, 1."""
     places = {name: own for name, own in search.units.items() if name in cut.units and own.kind in ("head", "channel")}
     return {

@@ -29,7 +29,7 @@ from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.planning import count_blocks, default_importance, plan_amount, plan_searched
 from billhook.pruning.repair import Repairing, repair_as_asked
-from billhook.pruning.target import First, Search
+from billhook.pruning.target import First, RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import in_rows
 
@@ -102,7 +102,7 @@ def prune_structure(
     passes, kept, needed, count = Passes(), None, None, batch_count(work.rows, given.batch_size) if given.stream else 0
     if amount.within is not None:
         check_kinds(work.model, amount.within.kinds)
-        search = Search(work.model, amount.within)
+        search = RatioSearch(work.model, amount.within)
         cut = search.check()
         kept = left(search, cut) if rounds == 1 else None
         needed = kept_by_readers(search, cut) if repair is not None else None
@@ -186,9 +186,9 @@ def _plans(
         yield blocks
     if amount.within is None:
         return
-    start = First.of(Search(model, amount.within))
+    start = First.of(RatioSearch(model, amount.within))
     for number in range(1, rounds + 1):
-        if (part := start.part(Search(model, amount.within), number / rounds)) is not None:
+        if (part := start.part(RatioSearch(model, amount.within), number / rounds)) is not None:
             with bar("scoring", "batches") as progress:
                 units = plan_searched(part, importance, batches, progress=progress)
             yield units

@@ -20,7 +20,7 @@ from billhook.importance.score import Importance, check_streams
 from billhook.model.config_fields import text_config
 from billhook.model.linears import prunable, weight_of
 from billhook.pruning.cuts import Cut
-from billhook.pruning.target import Search
+from billhook.pruning.target import RatioSearch
 from billhook.repairs.moments import OUTPUTS
 from billhook.report.predictions import BYTES as PREDICTIONS
 from billhook.sparsity.criteria import Criterion
@@ -150,7 +150,7 @@ def bytes_of_match(model: PreTrainedModel) -> int:
     return TUNED * 4 * extent_of(store_of(model)).largest // model.dtype.itemsize
 
 
-def left(search: Search, cut: Cut) -> dict[str, int]:
+def left(search: RatioSearch, cut: Cut) -> dict[str, int]:
     """Returns how many inputs a cut leaves to each module that reads units; if scores decide how many, all of them."""
     lasts = search.amount.ranking == "layer"
     return {

@@ -41,7 +41,7 @@ from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.cli.measuring.inspect import CHOICES, conversion, saving
+from billhook.cli.inspect import CHOICES, conversion, saving
 from billhook.model.inputs import make_inputs
 from billhook.model.transformers_internals import compute_alike
 from billhook.sparsity.pruned import WeightPlan

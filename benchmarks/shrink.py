@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 import billhook as bh
-from billhook.cli.oneshot.recovery import Recovery
+from billhook.cli.shrink import Recovery
 
 SHRINKS = {
     "85 %, uniform": {"budget": bh.Budget(params=0.85)},

@@ -93,7 +93,7 @@ def test_another_process_that_streams_is_kept_out_and_what_is_there_stays(tmp_pa
 
 @pytest.mark.parametrize("how", [[], ["--stream"], ["--dry_run"]], ids=["in memory", "streamed", "a dry run"])
 def test_a_command_is_refused_before_it_loads(tmp_path, monkeypatch, how):
-    monkeypatch.setattr("billhook.cli.oneshot.frame.OneShot.__init__", None)
+    monkeypatch.setattr("billhook.cli.one_shot.OneShot.__init__", None)
     words = ["prune", "tiny", str(tmp_path / "out"), "--sparsity", "0.5", "--criterion", "Magnitude", *how]
     with (
         elsewhere(tmp_path / "out") as number,
@@ -105,7 +105,7 @@ def test_a_command_is_refused_before_it_loads(tmp_path, monkeypatch, how):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /proc, where even root makes no file")
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.cli.oneshot.frame.OneShot.__init__", None)
+    monkeypatch.setattr("billhook.cli.one_shot.OneShot.__init__", None)
     said = r"'/proc/out' cannot be written: no file can be made in '/proc' \(No such file or directory\)"
     with pytest.raises(SystemExit, match=f"^billhook prune: {said}$"):
         main(["prune", "tiny", "/proc/out", "--sparsity", "0.5"])

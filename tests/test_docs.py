@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import billhook as bh
-from billhook.cli.oneshot.text import Text
+from billhook.cli.examples import Text
 from billhook.cli.options import COMMANDS
 
 ROOT = Path(__file__).parents[1]

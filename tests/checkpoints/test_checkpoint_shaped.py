@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import billhook
 from billhook.checkpoints.save import WAYS, load, save
-from billhook.cli.measuring.inspect import inspect
+from billhook.cli.inspect import inspect
 from billhook.model.meta import from_name
 from billhook.model.shape import KEY, set_shape, shape_of
 from billhook.tracing.trace import trace

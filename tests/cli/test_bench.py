@@ -7,9 +7,9 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.cli import bench as command
+from billhook.cli.bench import table
 from billhook.cli.main import main
-from billhook.cli.measuring import bench as command
-from billhook.cli.measuring.bench import table
 from billhook.cli.options import description
 from billhook.report.speed import Row
 from kit.families import EXTRA, SMALL

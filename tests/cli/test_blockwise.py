@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.cli.bars import over
+from billhook.cli.machine import over
 from billhook.cli.main import main
 from billhook.engine import files as streams
 from billhook.engine.tensors import Files

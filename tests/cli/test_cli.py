@@ -1,7 +1,6 @@
 import runpy
 import shlex
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -130,15 +129,9 @@ class TestHelp:
         return " ".join(capsys.readouterr().out.split())
 
     def test_the_front_page_names_and_describes_every_command(self, capsys):
-        """A command is a module of cli/ or a folder of it with a function of the same name."""
         billhook("--help")
         assert capsys.readouterr().out == description()
         told = " ".join(description().split())
-        source = ROOT / "src"
-        paths = [path for path in (source / "billhook/cli").rglob("[!_]*.py") if path.stem != "main"]
-        modules = {path.stem: import_module(".".join(path.relative_to(source).with_suffix("").parts)) for path in paths}
-        commands = [name for name, module in modules.items() if hasattr(module, name)]
-        assert sorted(commands) == sorted(name.replace("-", "_") for name in COMMANDS) != []
         for name in COMMANDS:
             first = " ".join(command_of(name).__doc__.partition("\n\n")[0].split())
             assert f"billhook {name} " in told

@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, models, processors
 
 import billhook as bh
 from billhook.assets import model_path
+from billhook.cli.evaluate import _work, difference, table
 from billhook.cli.main import main
-from billhook.cli.measuring.evaluate import _work, difference, table
 from billhook.report.choices import Question, batches, encode, log_likelihoods, read_questions
 from billhook.training.evaluation import Figure, accuracies, mean
 from kit.chats import chat, talking
@@ -227,7 +227,7 @@ def test_all_that_a_chat_says_is_measured(tmp_path):
     ],
 )
 def test_refusals_come_before_any_model_is_loaded(file, arguments, message, monkeypatch):
-    monkeypatch.setattr("billhook.cli.measuring.evaluate.load", None)
+    monkeypatch.setattr("billhook.cli.evaluate.load", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=message):
         main(["evaluate", "tiny", *(argument.replace("FILE", file) for argument in arguments)])

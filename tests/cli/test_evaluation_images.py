@@ -89,7 +89,7 @@ def test_a_parquet_file_and_fewer_images(here, tmp_path, capsys):
 )
 def test_refusals_come_before_any_model_is_loaded(here, tmp_path, arguments, message, monkeypatch):
     config(num_labels=4, architectures=["ViTForImageClassification"]).save_pretrained(tmp_path / "four")
-    monkeypatch.setattr("billhook.cli.measuring.evaluate.load", None)
+    monkeypatch.setattr("billhook.cli.evaluate.load", None)
     places = {"PHOTOS": str(here / "photos"), "FOUR": str(tmp_path / "four")}
     with pytest.raises(SystemExit, match=message):
         main(["evaluate", str(here / "vit"), *(places.get(one, one) for one in arguments)])

@@ -11,8 +11,8 @@ import transformers
 from small_configs import architectures, small_config
 
 import billhook as bh
+from billhook.cli.inspect import CHOICES, saving
 from billhook.cli.main import main
-from billhook.cli.measuring.inspect import CHOICES, saving
 from billhook.display import COLUMNS
 from billhook.model.meta import from_config
 from billhook.units.fields import FieldFinder

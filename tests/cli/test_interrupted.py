@@ -47,7 +47,7 @@ COMMANDS = {
 @pytest.mark.parametrize(("by", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"])
 def test_one_line_and_no_traceback(small, tmp_path, monkeypatch, capsys, command, by, status):
     out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr("billhook.cli.oneshot.frame.load", lambda *_: os.kill(os.getpid(), by))
+    monkeypatch.setattr("billhook.cli.one_shot.load", lambda *_: os.kill(os.getpid(), by))
     line = stopped([command, small, out, *COMMANDS[command]], capsys, status)
     assert line == f"billhook {command}: stopped; nothing was written to {out}; the same command begins afresh"
     assert list(tmp_path.iterdir()) == []
@@ -57,8 +57,8 @@ def test_one_line_and_no_traceback(small, tmp_path, monkeypatch, capsys, command
 @pytest.mark.parametrize(
     ("words", "where"),
     [
-        (["evaluate", "tiny", "--data", "tiny"], "billhook.cli.measuring.evaluate.device_of"),
-        (["bench", "tiny"], "billhook.cli.measuring.bench.device_of"),
+        (["evaluate", "tiny", "--data", "tiny"], "billhook.cli.evaluate.device_of"),
+        (["bench", "tiny"], "billhook.cli.bench.device_of"),
     ],
     ids=["evaluate", "bench"],
 )

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 
 import billhook as bh
-from billhook.cli.fitting import ArgumentParser
+from billhook.cli.fit import ArgumentParser
 from billhook.cli.main import main
 from kit.cli import pytestmark as quiet
 

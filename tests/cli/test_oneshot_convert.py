@@ -107,7 +107,7 @@ def test_a_dry_run_prints_and_writes_nothing(small, tmp_path, capsys):
 )
 def test_refused_before_anything_is_measured(small, tmp_path, monkeypatch, arguments, match):
     for name in ("batches", "measure"):
-        monkeypatch.setattr(f"billhook.cli.oneshot.frame.OneShot.{name}", lambda self: pytest.fail("too late"))
+        monkeypatch.setattr(f"billhook.cli.one_shot.OneShot.{name}", lambda self: pytest.fail("too late"))
     with pytest.raises(SystemExit, match=match):
         main(["convert", str(small), str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()

@@ -47,7 +47,7 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
 )
 def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, monkeypatch, command, given, says, dry):
     for name in ("batches", "measure"):
-        monkeypatch.setattr(f"billhook.cli.oneshot.frame.OneShot.{name}", lambda self: pytest.fail("too late"))
+        monkeypatch.setattr(f"billhook.cli.one_shot.OneShot.{name}", lambda self: pytest.fail("too late"))
     cuts = CUTS | {"convert": ["--num_key_value_heads", "1", "--repair", "{}"], "prune": ["--sparsity", "0.5", "--match", "{}"]}
     must = ["--repair", "RepairConfig"] if command in ("shrink", "prune-structure") else []
     with pytest.raises(SystemExit, match=says):
@@ -79,7 +79,7 @@ def test_what_is_not_refitted_is_said_before_the_work_and_stands_in_the_record_a
 def test_few_tokens_for_a_criterion_that_solves_for_weights_are_said_before_the_work(
     small, files, tmp_path, monkeypatch, capsys, criterion, few
 ):
-    monkeypatch.setattr("billhook.cli.oneshot.prune.prune_weights", lambda *given, **how: pytest.fail("too late"))
+    monkeypatch.setattr("billhook.cli.prune.prune_weights", lambda *given, **how: pytest.fail("too late"))
     how = ["--sparsity", "0.5", "--criterion", criterion, "--dry_run", *TOO_FEW, *option(files)]
     with pytest.raises(pytest.fail.Exception):
         main(["prune", str(small), str(tmp_path / "out"), *how])

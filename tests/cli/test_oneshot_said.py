@@ -9,7 +9,7 @@ import transformers
 
 import billhook as bh
 from billhook.cli.main import main
-from billhook.cli.oneshot.pace import forward
+from billhook.cli.one_shot import forward
 from kit.cli import QUICK, option, pytestmark, small_llama  # noqa: F401 - of short fits
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "1"]
@@ -34,9 +34,9 @@ def bars(monkeypatch):
 
         yield told
 
-    for module in ("frame", "prune_structure", "prune_heads"):
-        monkeypatch.setattr(f"billhook.cli.oneshot.{module}.bar", bar)
-    for module in ("calibration.generated", "cli.bars"):
+    for module in ("one_shot", "prune_structure", "prune_heads"):
+        monkeypatch.setattr(f"billhook.cli.{module}.bar", bar)
+    for module in ("calibration.generated", "cli.machine"):
         monkeypatch.setattr(f"billhook.{module}.bar", bar)
     return shown
 
@@ -149,7 +149,7 @@ def test_an_earlier_checkpoint_is_named_before_the_work_and_other_folders_are_ne
 
 def test_how_long_the_examples_take_is_said_before(small, tmp_path, monkeypatch, capsys):
     told = []
-    monkeypatch.setattr("billhook.cli.oneshot.pace.forward", lambda model, length: told.append(length) or 20.0)
+    monkeypatch.setattr("billhook.cli.one_shot.forward", lambda model, length: told.append(length) or 20.0)
     line = ["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT]
     main(line)
     assert told == [8, 16]

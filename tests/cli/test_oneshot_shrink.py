@@ -9,9 +9,9 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.cli.examples import Examples
 from billhook.cli.main import main
-from billhook.cli.oneshot.frame import OneShot
-from billhook.cli.oneshot.text import Examples
+from billhook.cli.one_shot import OneShot
 from billhook.shrinking import candidates
 from billhook.shrinking.latency import Workload
 from billhook.shrinking.layers import find_layers
@@ -37,7 +37,7 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys, mo
     def noted(what, of="", beside=None, alike=True):
         yield lambda done, total: shown.append((done, total, beside())) if what == "shrinking" else None
 
-    monkeypatch.setattr("billhook.cli.oneshot.shrink.bar", noted)
+    monkeypatch.setattr("billhook.cli.shrink.bar", noted)
     main(["shrink", str(small), str(tmp_path / "out"), "--params", "0.95", "--plot", str(picture), *SHORT, *option(files)])
     record = record_of(tmp_path / "out")
     dense = bh.load(small)
@@ -78,7 +78,7 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys, mo
 )
 def test_a_dry_run_says_what_a_search_may_try_and_measures_nothing(small, tmp_path, monkeypatch, capsys, budget, words):
     for name in ("batches", "measure"):
-        monkeypatch.setattr(f"billhook.cli.oneshot.frame.OneShot.{name}", lambda self: pytest.fail("too late"))
+        monkeypatch.setattr(f"billhook.cli.one_shot.OneShot.{name}", lambda self: pytest.fail("too late"))
     main(["shrink", str(small), str(tmp_path / "out"), *budget, "--dry_run"])
     said = capsys.readouterr().out
     assert [word for word in (*words, "nothing was changed, and nothing written") if word not in said] == []

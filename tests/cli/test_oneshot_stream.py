@@ -72,7 +72,7 @@ def test_what_reads_no_text_needs_none(small, tmp_path):
 
 def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, tmp_path, monkeypatch):
     rests = []
-    monkeypatch.setattr("billhook.cli.oneshot.streamed.fits", lambda *given: bool(rests.append(given)))
+    monkeypatch.setattr("billhook.cli.one_shot.fits", lambda *given: bool(rests.append(given)))
     kept = []
     monkeypatch.setattr(ActivationFiles, "copy", lambda files, tensor: kept.append(tensor.shape) or tensor)
     ran("prune", small, tmp_path / "out", *SHORT, *option(files), "--sparsity", "0.5", "--stream", "--memory", "1GiB")
@@ -91,7 +91,7 @@ def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, 
 @pytest.mark.nightly
 def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatch):
     rests = []
-    monkeypatch.setattr("billhook.cli.oneshot.streamed.fits", lambda *given: bool(rests.append(given)))
+    monkeypatch.setattr("billhook.cli.one_shot.fits", lambda *given: bool(rests.append(given)))
     kept = []
     monkeypatch.setattr(ActivationFiles, "copy", lambda files, tensor: kept.append(tensor.shape) or tensor)
     made, zeros = [], ActivationFiles.zeros

@@ -1,9 +1,18 @@
 """How the words of a command line become the values of a command."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from billhook.cli.main import main
 from billhook.cli.options import run
+
+
+@dataclass
+class Group:
+    """Options of a command, one of which has the group's name."""
+
+    examples: int = 3
 
 
 @pytest.fixture
@@ -14,6 +23,7 @@ def given(monkeypatch):
     def prunes(
         model: str,
         out: str,
+        examples: Group,
         sizes: list[int] | None = None,
         files: list[str] | None = None,
         skip: str | list[str] | None = None,
@@ -23,7 +33,7 @@ def given(monkeypatch):
     ) -> None:
         """Stands for a command."""
         seen.update(locals())
-        del seen["seen"]
+        del seen["seen"], seen["examples"]
 
     def called(*words):
         run(prunes, words)

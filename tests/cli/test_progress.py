@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
-from billhook.cli import fitting
-from billhook.cli.fitting import BillhookCLI
+from billhook.cli import fit as command
+from billhook.cli.fit import BillhookCLI
 from kit.cli import pytestmark as quiet
 
 pytestmark = quiet
@@ -19,7 +19,7 @@ pytestmark = quiet
 
 def trainer(folder, **given):
     plain = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return fitting.shown(pl.Trainer(max_steps=10, default_root_dir=folder, limit_val_batches=0, **plain, **given))
+    return command.shown(pl.Trainer(max_steps=10, default_root_dir=folder, limit_val_batches=0, **plain, **given))
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def stdout(monkeypatch):
         out.isatty = lambda: terminal
         clock = itertools.count(0, 10)
         monkeypatch.setattr("sys.stdout", out)
-        monkeypatch.setattr(fitting.time, "monotonic", lambda: float(next(clock)))
+        monkeypatch.setattr(command.time, "monotonic", lambda: float(next(clock)))
         return out
 
     return of
@@ -49,7 +49,7 @@ def test_a_log_gets_lines_with_step_loss_and_time(tmp_path, stdout):
 def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, stdout):
     stdout(terminal=True)
     fit = trainer(tmp_path)
-    assert not any(isinstance(one, fitting.Lines) for one in fit.callbacks)
+    assert not any(isinstance(one, command.Lines) for one in fit.callbacks)
     (bar,) = [one for one in fit.callbacks if isinstance(one, RichProgressBar)]
     assert fit.progress_bar_callback is bar
     bar.setup(fit, BoringModel(), "fit")
@@ -62,11 +62,11 @@ def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, stdout):
 def test_what_a_user_says_of_the_bar_holds(tmp_path, stdout, given):
     stdout(terminal=False)
     fit = trainer(tmp_path, **given)
-    assert not any(isinstance(one, fitting.Lines | RichProgressBar) for one in fit.callbacks)
+    assert not any(isinstance(one, command.Lines | RichProgressBar) for one in fit.callbacks)
 
 
 def test_the_command_shows_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parts = {"run": False, "subclass_mode_model": True, "subclass_mode_data": True, "auto_configure_optimizers": False}
     made = BillhookCLI(pl.LightningModule, pl.LightningDataModule, **parts, args=["--trainer.max_steps", "1"]).trainer
-    assert type(made.progress_bar_callback) is fitting.Bar
+    assert type(made.progress_bar_callback) is command.Bar

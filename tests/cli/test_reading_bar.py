@@ -5,7 +5,7 @@ import pytest
 from transformers.utils import logging
 
 from billhook.checkpoints.save import load
-from billhook.cli.bars import files
+from billhook.cli.machine import files
 from billhook.cli.main import main
 
 

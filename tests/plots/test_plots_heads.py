@@ -103,7 +103,7 @@ class TestPlot:
         heads, bar = figure.axes
         assert (heads.get_title(), heads.get_ylabel()) == ("3 of 6 heads removed", "layer")
         assert [label.get_text() for label in heads.get_yticklabels()] == ["0.self", "1.self", "1.cross"]
-        assert [list(map(list, line.get_data())) for line in heads.lines] == [[[1], [0]], [[0, 1], [2, 2]]]
+        assert [list(map(list, line.get_data())) for line in heads.lines] == [[[1, 0, 1], [0, 2, 2]]]
         table = heads.images[0].get_array()
         assert table.shape == (3, 3)
         assert table.mask.tolist() == [[False, True, False], [False, True, True], [True] * 3]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from billhook.cli.oneshot import streamed
+from billhook.cli import streamed
 from billhook.engine.statistics import InputMoments, add_products
 from billhook.importance.obs import errors_without
 from billhook.repairs import least_squares, moments

@@ -94,7 +94,7 @@ def test_few_predictions_are_held_of_a_large_vocabulary(monkeypatch):
     monkeypatch.setattr(module, "BYTES", 4 * 64 * 6 * 2)
     model = llama()
     dense = Dense(model, texts())
-    assert {tuple(held.logs.shape) for held in dense._held.values()} == {(2, 64)}
+    assert {tuple(held.logs.shape) for held in dense._predictions.values()} == {(2, 64)}
     assert all(one.kl == pytest.approx(0, abs=1e-5) and one.ratio == 1 for one in dense.damage(model))
 
 

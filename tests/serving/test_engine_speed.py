@@ -5,8 +5,8 @@ from contextlib import nullcontext
 
 import pytest
 
+from billhook.cli import bench
 from billhook.cli.main import main
-from billhook.cli.measuring import bench
 from billhook.serving import engine
 from kit import serving
 from kit.serving import saved

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from billhook.cli import serve_check as command
 from billhook.cli.main import main
 from billhook.serving import converter as converters
 from billhook.serving import engine as engines
@@ -38,7 +37,9 @@ def test_the_command_prints_yes(tmp_path, capsys):
 
 
 def test_the_command_prints_no_and_fails(monkeypatch, capsys):
-    monkeypatch.setattr(command, "checked", lambda *given, **named: Served("folder", "llama.cpp", False, "a reason"))
+    monkeypatch.setattr(
+        "billhook.serving.check.serve_check", lambda *given, **named: Served("folder", "llama.cpp", False, "a reason")
+    )
     with pytest.raises(SystemExit) as stopped:
         main(["serve-check", "folder"])
     assert stopped.value.code == 1

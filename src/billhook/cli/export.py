@@ -1,9 +1,12 @@
-"""`billhook export`: a Lightning checkpoint to a Hugging Face folder, or either to a GGUF file."""
+"""`billhook export`, `push` and `serve-check`: what becomes of a checkpoint."""
 
+import sys
 from pathlib import Path
 
+from billhook.checkpoints import push as hub
 from billhook.checkpoints.export import export as exported
 from billhook.place import check_target, replaced
+from billhook.serving import check as serving
 from billhook.serving.written import GGUFKind, check_gguf, export_gguf
 
 
@@ -46,3 +49,49 @@ def export(
         print(exported(first, folder := others[0], tokenizer))
     if gguf is not None:
         print(f"{gguf} ({export_gguf(folder, gguf, kind, converter)})")
+
+
+def push(folder: str, name: str, private: bool = False, revision: str | None = None) -> None:
+    """Pushes a folder that billhook saved and verified to a repository of the Hub, which is made if it is not there.
+
+    All files go in one commit, the model card as the repository's front page. The token is that of `hf auth login`, or HF_TOKEN.
+
+    Args:
+        folder: The folder that billhook saved, by a command, `Export` or bh.save.
+        name: The repository, as in user/name.
+        private: Whether the repository must be private; otherwise a new one is as the account has it by default.
+        revision: The branch, which is made if it is not there; by default main.
+    """
+    print(f"pushed to {hub.push(folder, name, private, revision)}")
+
+
+def serve_check(
+    folder: str,
+    engine: serving.EngineName = "llama.cpp",
+    converter: str | None = None,
+    tokens: int = 128,
+    threads: int = 1,
+) -> None:
+    """Converts a folder for an engine, runs it there, and prints yes or no, and why; it ends with 1 if it is no.
+
+    Yes means that llama.cpp, on a CPU in F32, computes the logits of transformers up to rounding (a thousandth of the largest),
+    writes the same 24 greedy tokens, and reads a text as the same tokens. Q8_0 and Q4_K_M follow: how many times the
+    perplexity they have on tokens that the model wrote itself, and the bits that a weight takes.
+
+    `pip install 'billhook[serve]'` installs engine and converter.
+
+    Args:
+        folder: A Hugging Face checkpoint that billhook or others wrote, or "tiny".
+        engine: The engine: llama.cpp.
+        converter: llama.cpp's convert_hf_to_gguf.py, or the folder that holds it; by default the installed one.
+        tokens: Tokens of the row on which both are compared.
+        threads: Threads of the engine.
+
+    Raises:
+        ValueError: If the folder is no checkpoint of a model that writes text.
+        RuntimeError: If the engine or the converter is not installed; the message says what to install.
+    """
+    answer = serving.serve_check(folder, engine, converter, tokens, threads=threads)
+    print(answer)
+    if not answer.yes:
+        sys.exit(1)

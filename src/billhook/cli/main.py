@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import billhook
-from billhook.cli.fragments import configs_in, dropped_callbacks, without_base
-from billhook.cli.misspelt import check_addressed, no_command, told_addressed
-from billhook.cli.options import COMMANDS, LIGHTNING, command_of, description, in_options, run
-from billhook.cli.recipes import with_files
+from billhook.cli.options import COMMANDS, LIGHTNING, command_of, description, in_options, no_command, run
+from billhook.cli.recipes import configs_in, warnings_of, with_files
 from billhook.cli.stopped import Terminated, terminated_like_interrupted
 
 
@@ -23,33 +21,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The words after `billhook` on the command line; by default those of this process.
     """
-    given = sys.argv[1:] if arguments is None else list(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
     # batches come from memory, where more processes would not help; the other is between Lightning and torch
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
-    if given == ["--version"]:
+    if words == ["--version"]:
         print(billhook.__version__)
         return
-    if given in (["-h"], ["--help"]):
+    if words in (["-h"], ["--help"]):
         print(description(), end="")
         return
-    command = given[0] if given else ""
+    command = words[0] if words else ""
     if command not in (*LIGHTNING, *COMMANDS) and not command.startswith("-"):
         sys.stderr.write(f"billhook: {no_command(command, [*LIGHTNING, *COMMANDS])}\n")
         sys.exit(2)
     try:
         if command == "recipes":
-            run(command_of(command), given[1:])
+            run(command_of(command), words[1:])
         elif command in COMMANDS:
-            _run(command, given[1:])
+            _run(command, words[1:])
         else:
-            words = with_files(given)
-            check_addressed(words)
-            warnings_of_files = [*dropped_callbacks(configs_in(words)), *without_base(words, configs_in(given))]
-            for warning in [*warnings_of_files, *told_addressed(words)]:
+            lines = with_files(words)
+            for warning in warnings_of(lines, configs_in(words)):
                 sys.stderr.write(f"billhook {command}: warning: {warning}\n")
-            _lightning(words)
+            _lightning(lines)
     except KeyboardInterrupt as interrupt:
         _end(command, interrupt)
     except SystemExit as ended:
@@ -79,8 +75,8 @@ def _refusal(error: BaseException | None) -> BaseException | None:
     """Returns the error, or its cause, if billhook itself raised it: then the message says more than a traceback."""
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
-        own = frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
-        if own and isinstance(error, ValueError | RuntimeError):
+        raised_here = frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+        if raised_here and isinstance(error, ValueError | RuntimeError):
             return error
         error = error.__cause__
     return None
@@ -92,13 +88,13 @@ def _refusal(error: BaseException | None) -> BaseException | None:
 def _run(command: str, words: list[str]) -> None:
     for name in dir(billhook):  # short class names work for what is imported
         getattr(billhook, name)
-    from billhook.cli.bars import without_others_bars
+    from billhook.cli.machine import without_others_bars
 
     with terminated_like_interrupted(), without_others_bars():
         run(command_of(command), words)
 
 
 def _lightning(words: list[str]) -> None:
-    from billhook.cli.fitting import run_lightning
+    from billhook.cli.fit import run_lightning
 
     run_lightning(words)

@@ -1,8 +1,11 @@
 """The commands, and a function as a command: its parameters are the options, and its docstring is the manual."""
 
 import ast
+import difflib
 import inspect
 import json
+import pkgutil
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
@@ -14,34 +17,101 @@ from typing import Any, NoReturn, cast, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from billhook.cli.misspelt import legal, no_option
 from billhook.cli.stopped import written_alone
 
 Command = Callable[..., None]
 LIGHTNING = ("fit", "validate", "test", "predict")
-ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
-MEASURING = ("summary", "inspect", "evaluate", "bench")
-COMMANDS = (*ONE_SHOT, "recipes", "schema", "export", "push", *MEASURING, "serve-check")
-"""A command is a module of this folder, of `oneshot` or of `measuring`, and the function in it of the same name; its docstring
-is the manual."""
+COMMANDS = {
+    "convert": "convert",
+    "prune": "prune",
+    "prune-heads": "prune_heads",
+    "prune-blocks": "prune_structure",
+    "prune-structure": "prune_structure",
+    "shrink": "shrink",
+    "recipes": "recipes",
+    "schema": "schema",
+    "export": "export",
+    "push": "export",
+    "summary": "inspect",
+    "inspect": "inspect",
+    "evaluate": "evaluate",
+    "bench": "bench",
+    "serve-check": "export",
+}
+"""The module of each command in this folder; it has a function of the command's name, whose docstring is the manual."""
+ONE_SHOT = list(COMMANDS)[:6]
+ARGUMENTS = {"batches": "--examples, --length and --batch_size", "sources": "--data"}
+"""The options that arguments of functions which one-shot commands call come from."""
 
 
 class _Parser(ArgumentParser):
     """Parser that reports the error and what is legal, instead of the whole usage."""
 
-    takes: Sequence[str] = ()
-    """The names of a command's options."""
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        said = no_option(message, self.takes) or f"{message}\n{legal(message)}".rstrip()
+        _, _, words = message.partition("unrecognized arguments: ")
+        unknown = re.findall(r"(?:^|\s)(--)([\w.-]+)", words) + re.findall(r"^()Option '(\w+)' is not accepted", message)
+        options = [action.dest for action in self._actions if action.option_strings]
+        lines = [f"there is no option '{dashes}{name}'.{near(name, options, dashes)}" for dashes, name in unknown]
+        said = "\n".join(lines) or f"{message}\n{legal(message)}".rstrip()
         sys.stderr.write(f"{self.prog}: {said}\n`{self.prog} --help` lists all options.\n")
         self.exit(2)
 
 
-ARGUMENTS = {"batches": "--examples, --length and --batch_size", "sources": "--data"}
-"""The options that arguments of functions which one-shot commands call come from."""
+def near(wrong: str, names: Sequence[str], before: str = "") -> str:
+    """Asks whether the nearest name is meant, behind a space and with what stands before it; empty if none is near.
+
+    >>> near("pruine", ["convert", "prune"])
+    " Did you mean 'prune'?"
+    """
+    return "".join(f" Did you mean '{before}{name}'?" for name in difflib.get_close_matches(wrong, names, n=1))
+
+
+NO_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
+NO_TRAINER_ARGUMENT = re.compile(r"(?:not accept option '|unrecognized arguments: --)trainer\.(\w+)")
+NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
+TYPES = re.compile(r"Subtypes: (.*)")
+
+
+def legal(message: str) -> str:
+    """Lists what is legal in the place of the arguments and classes that a parser's message says are not; empty if it names none.
+
+    Args:
+        message: What jsonargparse says of a wrong argument or class.
+    """
+    from billhook.cli.schema import public_classes  # which takes seconds: a misspelt command is told at once
+
+    lines = []
+    unknown = NO_ARGUMENT.findall(message)
+    unknown += [("lightning.pytorch.Trainer", name) for name in NO_TRAINER_ARGUMENT.findall(message)]
+    for path, name in unknown:
+        arguments = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
+        lines.append(f"{path} has no '{name}'.{near(name, arguments)} It takes: {', '.join(arguments)}\n")
+    classes = set[str]()
+    for path in re.findall(r"\w+(?:\.\w+)+", " ".join(TYPES.findall(message))):
+        try:
+            base = pkgutil.resolve_name(path)
+        except (ImportError, AttributeError, ValueError):  # of a class within a function
+            continue
+        if isinstance(base, type):  # and not typing.Literal
+            classes.update(kind.__name__ for kind in public_classes(base))
+    for name in dict.fromkeys(NO_CLASS.findall(message)) if classes else ():
+        there = f"There are: {', '.join(sorted(classes))}; or module.Class of your own"
+        lines.append(f"There is no class '{name}'.{near(name, sorted(classes))} {there}\n")
+    return "".join(lines)
+
+
+def no_command(wrong: str, commands: Sequence[str], program: str = "billhook") -> str:
+    """Names the command that there is not, with the nearest, and all that there are; or tells that one is needed.
+
+    Args:
+        wrong: The word in its place; empty if there was none.
+        commands: The names of all commands.
+        program: What the command line begins with.
+    """
+    said = f"there is no command '{wrong}'.{near(wrong, commands)}" if wrong else "a command is needed."
+    return f"{said} `{program} --help` says what each does.\nThere are: {', '.join(commands)}"
 
 
 def in_options(command: str, message: str) -> str:
@@ -54,113 +124,77 @@ def in_options(command: str, message: str) -> str:
     return f"{ARGUMENTS[argument]}{colon}{rest}" if command in ONE_SHOT and argument in ARGUMENTS else message
 
 
-def module_of(name: str) -> str:
-    """Returns the module of a command, by its name in this folder; the function is called the same."""
-    folder = "oneshot." if name in ONE_SHOT else "measuring." if name in MEASURING else ""
-    return folder + name.replace("-", "_")
-
-
 def command_of(name: str) -> Command:
     """Returns the function of a command."""
-    module = module_of(name)
-    return cast(Command, getattr(import_module(f"billhook.cli.{module}"), module.rpartition(".")[2]))
+    return cast(Command, getattr(import_module(f"billhook.cli.{COMMANDS[name]}"), name.replace("-", "_")))
 
 
-def run(command: Command, given: Sequence[str]) -> None:
+def run(command: Command, words: Sequence[str]) -> None:
     """Runs a command with the words of a command line.
 
     A parameter whose type is a dataclass is given by the options of its fields: `--params 0.8` for `amount: Amount`.
     """
-    groups, flags, needed = _groups(command), _typed(command), _needed(command)
-    about = inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:")[0]
-    parser = _Parser(prog=f"billhook {name_of(command)}", description=about)
-    parser.takes = [name for name in flags if name not in needed]
+    parameters = inspect.signature(command).parameters
+    groups: dict[str, Any] = {
+        name: parameter.annotation for name, parameter in parameters.items() if is_dataclass(parameter.annotation)
+    }
+    kinds = {name: parameter.annotation for name, parameter in parameters.items() if name not in groups}
+    positional = [name for name in kinds if parameters[name].default is inspect.Parameter.empty]
+    kinds |= {field.name: field.type for group in groups.values() for field in fields(group)}  # may have a group's name
+
+    name = command.__name__.replace("_", "-")
+    parser = _Parser(prog=f"billhook {name}", description=inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:")[0])
     parser.add_argument("--config", action="config", help="A YAML file of options.")
     parser.add_function_arguments(command, as_group=False, as_positional=True, skip=set(groups), sub_configs=True)
     for group in groups.values():
         parser.add_class_arguments(group, sub_configs=True)
-    words = _named(command, _lists(flags, len(needed), _switches(flags, given)))
-    parsed = vars(parser.instantiate(parser.parse_args(words)))
-    values = {name: _whole(value, flags.get(name)) for name, value in parsed.items()}
-    made = {name: group(**{one.name: values.pop(one.name) for one in fields(group)}) for name, group in groups.items()}
+    parsed = vars(parser.instantiate(parser.parse_args(_as_jsonargparse_reads(words, kinds, positional))))
+
+    values = {name: _int_where_legal(value, kinds.get(name)) for name, value in parsed.items()}
+    arguments = {name: values[name] for name in parameters if name in values}
+    for name, group in groups.items():
+        arguments[name] = group(**{field.name: values[field.name] for field in fields(group)})
     with written_alone(parsed):
-        command(**{name: values[name] for name in inspect.signature(command).parameters if name in values}, **made)
+        command(**arguments)
 
 
-def name_of(command: Command) -> str:
-    """Returns the name of a command on a command line."""
-    return command.__name__.replace("_", "-")
-
-
-def _needed(command: Command) -> list[str]:
-    """Returns the names of the words that a command begins with."""
-    parameters = inspect.signature(command).parameters.values()
-    return [one.name for one in parameters if one.default is one.empty and not is_dataclass(one.annotation)]
-
-
-def _groups(command: Command) -> dict[str, Any]:
-    """Returns the dataclasses among the types of a command's parameters, by parameter."""
-    parameters = inspect.signature(command).parameters.values()
-    return {one.name: one.annotation for one in parameters if isinstance(one.annotation, type) and is_dataclass(one.annotation)}
-
-
-def _typed(command: Command) -> dict[str, Any]:
-    """Returns the types of all options by their names, those of dataclasses' fields too."""
-    groups = _groups(command)
-    plain = {name: one.annotation for name, one in inspect.signature(command).parameters.items() if name not in groups}
-    return plain | {one.name: one.type for group in groups.values() for one in fields(group)}
-
-
-def _whole(value: object, kind: object) -> object:
-    """Makes an int of a whole float where an int is legal: once Lightning's types are read, `int | float` tries float first."""
+def _int_where_legal(value: object, kind: object) -> object:
+    """Makes an int of a whole float: once Lightning's types are read, jsonargparse tries float first for `int | float`."""
     return int(value) if isinstance(value, float) and value.is_integer() and int in get_args(kind) else value
 
 
-def _switches(types: dict[str, Any], given: Sequence[str]) -> list[str]:
-    """Makes `--json true` of `--json` alone."""
-    flags = {f"--{name}" for name, kind in types.items() if kind is bool}
-    following = [*given, ""][1:]
-    return [
-        f"{argument}=true" if argument in flags and value not in ("true", "false") else argument
-        for argument, value in zip(given, following, strict=True)
-    ]
+def _as_jsonargparse_reads(words: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]) -> list[str]:
+    """Makes `--sizes=[1, 8]` of `--sizes 1 8`, `--json=true` of `--json`, and `--name=wanda` of `wanda` where none is needed.
 
-
-def _named(command: Command, given: Sequence[str]) -> list[str]:
-    """Makes `--name wanda` of `wanda` alone, where a command's first parameter may be left out."""
-    first = next(iter(inspect.signature(command).parameters.values()), None)
-    alone = first is not None and first.default is not first.empty and len(given) == 1 and not given[0].startswith("-")
-    return [f"--{first.name}", *given] if first is not None and alone else list(given)
-
-
-def _lists(types: dict[str, Any], needed: int, given: Sequence[str]) -> list[str]:
-    """Makes a list of values in a row where an option takes one: `bench before after --batch_sizes 1 8`.
-
-    Where an option also takes a single value, it gets a list only behind all words that a command needs: these may follow it.
+    Where an option takes a list or a single value, it gets a list only behind all words that a command needs: these may follow.
     """
-    runs = [[f"--{next(iter(types), '')}"]]  # words before all options are the first parameter's
-    for argument in given:
-        if argument.startswith("-"):
-            name, is_one, value = argument.partition("=")
-            runs.append([name, value] if is_one and _element(types.get(name[2:])) else [argument])
+    first = next(iter(kinds), "")
+    runs = [[first]]  # an option with its values, the first parameter with the words before all options
+    for word in words:
+        if word.startswith("--"):
+            runs.append(word.removeprefix("--").split("=", 1))
+        elif word.startswith("-"):
+            runs.append([word])
         else:
-            runs[-1].append(argument)
-    complete = len(runs[0]) > needed
-    return [word for option, *values in runs for word in _joined(option, values, types.get(option[2:]), complete)][1:]
-
-
-def _joined(option: str, values: list[str], kind: object, complete: bool) -> list[str]:
-    """Makes one word of an option's values, where it takes a list and they are one."""
-    element, others = _element(kind), {one for one in get_args(kind) if get_origin(one) is not list} - {NoneType}
-    takes_one = get_origin(kind) is not list and bool(others)
-    if element is None or not values or values[0].startswith("[") or (takes_one and (len(values) == 1 or not complete)):
-        return [option, *values]
-    return [option, f"[{', '.join(_as_yaml(value, element) for value in values)}]"]
-
-
-def _element(kind: object) -> object:
-    """Returns the type of a list's elements, or of those of a list in a union; None where no list is legal."""
-    return next((get_args(one)[0] for one in (kind, *get_args(kind)) if get_origin(one) is list), None)
+            runs[-1].append(word)
+    needed, made = len(runs[0]) > len(positional), list[str]()
+    for number, (name, *values) in enumerate(runs):
+        kind = kinds.get(name)
+        option = "" if number == 0 and (positional or not first) else name if name.startswith("-") else f"--{name}="
+        element = next((get_args(member)[0] for member in (kind, *get_args(kind)) if get_origin(member) is list), None)
+        single = [member for member in get_args(kind) if get_origin(member) is not list and member is not NoneType]
+        lists = get_origin(kind) is list or not single or (needed and len(values) > 1)
+        if kind is bool and values[:1] not in (["true"], ["false"]):
+            made += [f"{option}true", *values]
+        elif element is not None and values and lists and not values[0].startswith("["):
+            made.append(f"{option}[{', '.join(_as_yaml(value, element) for value in values)}]")
+        elif values and option:
+            made += [option + values[0], *values[1:]]
+        elif number:
+            made.append(option.removesuffix("="))
+        else:
+            made += values
+    return made
 
 
 def _as_yaml(value: str, element: object) -> str:
@@ -168,10 +202,6 @@ def _as_yaml(value: str, element: object) -> str:
     kinds = {element, *get_args(element)}
     plain = (int in kinds and value.isdecimal()) or (kinds != {str} and value.startswith("{"))
     return value if plain else json.dumps(value)
-
-
-WORDS = ("str", "list[str]")
-"""The types of what a command begins with; other parameters without a default are groups of options."""
 
 
 def description() -> str:
@@ -194,26 +224,16 @@ Options of a command: `billhook prune --help`. Of a callback, model or data modu
 
 
 def _manual(name: str) -> str:
-    """Returns how a command is called, and the first sentence of its docstring."""
-    command = _source(name)
-    words = [_word(one) for one in _extra_needed(command)] or [f"[{one.arg.upper()}]" for one in command.args.args[:1]]
+    """Returns how a command is called, and the first sentence of its docstring; read, as importing a command takes seconds."""
+    tree = ast.parse(Path(__file__).with_name(f"{COMMANDS[name]}.py").read_text(encoding="utf-8"))
+    command = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name.replace("-", "_"))
+    words = []
+    for argument in command.args.args[: len(command.args.args) - len(command.args.defaults)]:
+        word, kind = argument.arg.upper(), ast.unparse(argument.annotation) if argument.annotation else ""
+        if kind == "list[str]":
+            words.append(f"{word[:-1]} [{word[:-1]} ...]")
+        elif kind == "str":
+            words.append(word)
+    words = words or [f"[{argument.arg.upper()}]" for argument in command.args.args[:1]]
     first = (ast.get_docstring(command) or "").splitlines()[0]
     return f"  billhook {' '.join([name, *words])}\n{textwrap.indent(textwrap.fill(first, 110), ' ' * 6)}"
-
-
-def _source(name: str) -> ast.FunctionDef:
-    module = module_of(name)
-    tree = ast.parse(Path(__file__).parent.joinpath(*module.split(".")).with_suffix(".py").read_text(encoding="utf-8"))
-    function = module.rpartition(".")[2]
-    return next(one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name == function)
-
-
-def _extra_needed(command: ast.FunctionDef) -> list[ast.arg]:
-    """Returns the words that a command begins with."""
-    without = command.args.args[: len(command.args.args) - len(command.args.defaults)]
-    return [one for one in without if one.annotation is not None and ast.unparse(one.annotation) in WORDS]
-
-
-def _word(argument: ast.arg) -> str:
-    name = argument.arg.upper()
-    return f"{name[:-1]} [{name[:-1]} ...]" if name.endswith("S") else name

@@ -30,14 +30,15 @@ def config_schema() -> Schema:
     knows neither `callbacks+` nor short names.
     """
     made = Definitions()
-    own = {"model": (pl.LightningModule, billhook.TransformerModule), "data": (pl.LightningDataModule, billhook.TextDataModule)}
-    parts = {
-        name: {"if": NAMES_CLASS, "then": made.chosen(of), "else": made.arguments(usual)} for name, (of, usual) in own.items()
-    }
+
+    def part(base: type, default: type) -> Schema:
+        return {"if": NAMES_CLASS, "then": made.chosen(base), "else": made.arguments(default)}
+
     known: Schema = {
         "seed_everything": {"type": ["boolean", "integer"]},
         "trainer": made.arguments(pl.Trainer),
-        **parts,
+        "model": part(pl.LightningModule, billhook.TransformerModule),
+        "data": part(pl.LightningDataModule, billhook.TextDataModule),
         "ckpt_path": {"type": ["string", "null"]},
         "weights_only": {"type": ["boolean", "null"]},
     }
@@ -47,7 +48,7 @@ def config_schema() -> Schema:
         "type": "object",
         "properties": known,
         "additionalProperties": False,
-        "$defs": dict(sorted(made.found.items())),
+        "$defs": dict(sorted(made.schemas.items())),
     }
 
 
@@ -58,50 +59,53 @@ class Definitions:
     """Schemas of classes, each described once."""
 
     def __init__(self) -> None:
-        self.found: dict[str, Schema] = {}
+        self.schemas: dict[str, Schema] = {}
 
     def arguments(self, of: type) -> Schema:
         """Describes the arguments of a class, as a mapping."""
-        if (name := path_of(of)) not in self.found:
-            self.found[name] = {}  # it may be among its own arguments
-            self.found[name] |= self._arguments(of)
+        if (name := path_of(of)) not in self.schemas:
+            self.schemas[name] = {}  # it may be among its own arguments
+            self.schemas[name] |= self._arguments(of)
         return {"$ref": f"#/$defs/{name}"}
 
     def _arguments(self, of: type) -> Schema:
         hints, text = get_type_hints(of.__init__), parse(of.__doc__ or "")  # type: ignore[misc]
-        told = {one.arg_name: one.description for one in [*text.params, *parse(of.__init__.__doc__ or "").params]}  # type: ignore[misc]
-        given = inspect.signature(of).parameters.values()
-        named = [one for one in given if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+        descriptions = {param.arg_name: param.description for param in [*text.params, *parse(of.__init__.__doc__ or "").params]}  # type: ignore[misc]
         properties: Schema = {}
-        for one in named:
-            schema = self.value(hints.get(one.name, Any))
-            says = " ".join((told.get(one.name) or "").split())
-            properties[one.name] = schema | ({"description": says} if says else {})
-            if "array" in str(schema) or one.name == "callbacks":
-                properties[f"{one.name}+"] = properties[one.name]
-        needed = [one.name for one in named if one.default is one.empty]
+        needed, open_ended = list[str](), False
+        for name, parameter in inspect.signature(of).parameters.items():
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                open_ended = True
+                continue
+            schema = self.value(hints.get(name, Any))
+            says = " ".join((descriptions.get(name) or "").split())
+            properties[name] = schema | ({"description": says} if says else {})
+            if "array" in str(schema) or name == "callbacks":
+                properties[f"{name}+"] = properties[name]
+            if parameter.default is parameter.empty:
+                needed.append(name)
         about = {"description": text.short_description} if text.short_description else {}
-        shape = {"type": "object", "properties": properties, "additionalProperties": len(named) < len(given)}
+        shape = {"type": "object", "properties": properties, "additionalProperties": open_ended}
         return about | shape | ({"required": needed} if needed else {})
 
     def chosen(self, of: type) -> Schema:
         """Describes a class that is chosen by `class_path`, or by its path alone, of those that are some class, and others."""
-        if (name := f"class:{path_of(of)}") not in self.found:
-            self.found[name] = {}
-            own = {one: path_of(one) for one in public_classes(of)}
-            cases = [(sorted({path, path.rpartition(".")[2]}), one) for one, path in own.items()]
-            words = sorted(word for names, _ in cases for word in names)
+        if (name := f"class:{path_of(of)}") not in self.schemas:
+            self.schemas[name] = {}
+            words, cases = list[str](), list[Schema]()
+            for kind in public_classes(of):
+                names = sorted({path_of(kind), kind.__name__})
+                words += names
+                is_it = {"properties": {"class_path": {"enum": names}}, "required": ["class_path"]}
+                cases.append({"if": is_it, "then": {"properties": {"init_args": self.arguments(kind)}}})
+            words.sort()
             words += pl.callbacks.__all__ if of is pl.Callback else []
             path: Schema = {"anyOf": [{"enum": words}, {"type": "string", "pattern": OTHERS}]}
             spec: Schema = {"type": "object", "required": ["class_path"], "additionalProperties": False}
             spec["properties"] = {"class_path": path, "init_args": {"type": "object"}, "dict_kwargs": {"type": "object"}}
-            spec["allOf"] = [self._case(names, one) for names, one in cases]
-            self.found[name] |= {"if": {"type": "object"}, "then": spec, "else": path}
+            spec["allOf"] = cases
+            self.schemas[name] |= {"if": {"type": "object"}, "then": spec, "else": path}
         return {"$ref": f"#/$defs/{name}"}
-
-    def _case(self, names: list[str], one: type) -> Schema:
-        is_it = {"properties": {"class_path": {"enum": names}}, "required": ["class_path"]}
-        return {"if": is_it, "then": {"properties": {"init_args": self.arguments(one)}}}
 
     def value(self, kind: Any) -> Schema:  # noqa: ANN401 - annotations are of no class
         """Describes the values of an annotation."""
@@ -111,8 +115,8 @@ class Definitions:
         if origin is Literal:
             return {"enum": list(inside)}
         if origin in (Union, UnionType):
-            kinds = (one for one in inside if one is not Any)  # which is what only Python gives, beside what YAML does
-            return {"anyOf": sorted((self.value(one) for one in kinds), key=json.dumps)}  # typing keeps no order of its own
+            schemas = [self.value(member) for member in inside if member is not Any]  # `Any` is for Python; YAML gives the others
+            return {"anyOf": sorted(schemas, key=json.dumps)}  # typing keeps no order of its own
         if origin in ARRAYS:
             return {"type": "array"} | ({"items": self.value(inside[0])} if inside else {})
         if origin in (dict, Mapping):
@@ -123,36 +127,33 @@ class Definitions:
             return self.chosen(kind)
         if kind.__module__.startswith("billhook."):
             chosen = self.chosen(kind)
-            return chosen if inspect.isabstract(kind) else {"if": _own_arguments(), "then": self.arguments(kind), "else": chosen}
+            arguments: Schema = {"type": "object", "not": NAMES_CLASS}
+            return chosen if inspect.isabstract(kind) else {"if": arguments, "then": self.arguments(kind), "else": chosen}
         return {"type": ["string", "object"]}
 
 
-def _own_arguments() -> Schema:
-    """Returns what holds of a mapping of a class's own arguments."""
-    return {"type": "object", "not": NAMES_CLASS}
-
-
-def path_of(one: type) -> str:
+def path_of(kind: type) -> str:
     """Returns the shortest path of a class that YAML takes."""
     for space in (billhook, billhook.criteria, billhook.importance, billhook.kv_methods, billhook.training):
-        if getattr(space, one.__name__, None) is one:
-            return f"{space.__name__}.{one.__name__}"
-    return re.sub(r"^lightning\.pytorch\..*", "lightning.pytorch", one.__module__) + f".{one.__name__}"
+        if getattr(space, kind.__name__, None) is kind:
+            return f"{space.__name__}.{kind.__name__}"
+    return re.sub(r"^lightning\.pytorch\..*", "lightning.pytorch", kind.__module__) + f".{kind.__name__}"
 
 
 def public_classes(of: type) -> list[type]:
     """Returns billhook's classes that are some class, can be made, and are meant to be, by path; those of commands are not."""
-    return sorted((one for one in subclasses(of) if _is_public(one)), key=lambda one: (one.__module__, one.__name__))
+    return sorted(filter(_is_public, subclasses(of)), key=lambda kind: (kind.__module__, kind.__name__))
 
 
-def _is_public(one: type) -> bool:
-    ours = one.__module__.startswith("billhook.") and not one.__module__.startswith("billhook.cli.")
-    return ours and not _is_abstract(one) and not one.__name__.startswith("_")
-
-
-def _is_abstract(one: type) -> bool:
-    """Tells whether a class has an abstract method, also where its metaclass does not know."""
-    return any(getattr(getattr(one, name, None), "__isabstractmethod__", False) for name in dir(one))
+def _is_public(kind: type) -> bool:
+    if (
+        not kind.__module__.startswith("billhook.")
+        or kind.__module__.startswith("billhook.cli.")
+        or kind.__name__.startswith("_")
+    ):
+        return False
+    # also where the metaclass is no ABCMeta, which would know
+    return not any(getattr(getattr(kind, name, None), "__isabstractmethod__", False) for name in dir(kind))
 
 
 def schema() -> None:

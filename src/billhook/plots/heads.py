@@ -43,7 +43,6 @@ def heads(
     annotated(heads, locals())
     if not importance:
         raise ValueError("importance={} must have the scores of one attention at least")
-    gone = {layer: list((removed or {}).get(layer, ())) for layer in importance}
     table = np.full((len(importance), max(map(len, importance.values()))), np.nan)
     for row, scores in enumerate(importance.values()):
         table[row, : len(scores)] = scores.detach().float().cpu().numpy()
@@ -51,11 +50,11 @@ def heads(
     figure = Picture(figsize=(9.5 if curve else 5, tall), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
     heat_map(axes[0], table, list(importance), "importance", least=np.nanmin(table, initial=0))
-    for row, own in enumerate(gone.values()):
-        if own:
-            axes[0].plot(own, [row] * len(own), "x", color=RED, markersize=4, markeredgewidth=1.2)
+    crossed = [(head, row) for row, layer in enumerate(importance) for head in (removed or {}).get(layer, ())]
+    if crossed:
+        axes[0].plot(*zip(*crossed, strict=True), "x", color=RED, markersize=4, markeredgewidth=1.2)
     number, done = sum(map(len, importance.values())), "masked" if masked else "removed"
-    axes[0].set(xlabel=f"head (x: {done})", ylabel="layer", title=f"{sum(map(len, gone.values()))} of {number} heads {done}")
+    axes[0].set(xlabel=f"head (x: {done})", ylabel="layer", title=f"{len(crossed)} of {number} heads {done}")
     axes[0].locator_params(axis="x", integer=True)
     if curve:
         _draw_curve(axes[1], [(100 * share, value) for share, value in curve])
@@ -67,12 +66,12 @@ def heads(
 def _draw_curve(axes: Axes, points: list[tuple[float, float]]) -> None:
     """Draws points, and between them what pruning and what training did; a single change is an arrow, as nothing lies between."""
     axes.plot(*zip(*points, strict=True), "o", markersize=4, color=BLUE)
-    steps = [pair for pair in pairwise(points) if all(math.isfinite(value) for _, value in pair)]
-    pruned, trained = ([pair for pair in steps if (pair[0][0] == pair[1][0]) is same] for same in (False, True))
-    if trained or len(pruned) == 1:
-        for (start, end), color in [*((pair, RED) for pair in pruned), *((pair, BLUE) for pair in trained)]:
+    finite = [pair for pair in pairwise(points) if math.isfinite(pair[0][1]) and math.isfinite(pair[1][1])]
+    colors = [BLUE if start[0] == end[0] else RED for start, end in finite]
+    if BLUE in colors or len(finite) == 1:
+        for (start, end), color in zip(finite, colors, strict=True):
             axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 3, "shrinkB": 3})
-        lines = [Line2D([], [], color=RED, label="pruning"), *([Line2D([], [], color=BLUE, label="training")] if trained else [])]
-        axes.legend(handles=lines, frameon=False, fontsize=8)
-    elif pruned:
+        lines = [Line2D([], [], color=RED, label="pruning"), Line2D([], [], color=BLUE, label="training")]
+        axes.legend(handles=lines if BLUE in colors else lines[:1], frameon=False, fontsize=8)
+    elif finite:
         axes.plot(*zip(*points, strict=True), "-", linewidth=1.4, color=BLUE)

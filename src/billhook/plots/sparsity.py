@@ -5,7 +5,6 @@ import re
 
 import numpy as np
 from matplotlib.axes import Axes
-from numpy.typing import NDArray
 from torch import nn
 
 from billhook.arguments import annotated
@@ -40,14 +39,21 @@ def sparsity(of: WeightPlan | nn.Module) -> Picture:
     zeros, sizes = _counted(of)
     if not sizes:
         raise ValueError("of: there is no linear in it")
-    kinds = list(dict.fromkeys(map(_kind, sizes)))
-    table, blocks = _table(zeros, sizes, kinds)
+    cells = {name: (pattern(f"{name}.").removesuffix("."), _block_of(name)) for name in sizes}
+    kinds = list(dict.fromkeys(kind for kind, _ in cells.values()))
+    blocks = sorted({block for _, block in cells.values()})
+    sums = np.zeros((2, len(kinds), len(blocks)))
+    for name, (kind, block) in cells.items():
+        sums[:, kinds.index(kind), blocks.index(block)] += zeros[name], sizes[name]
+    table = np.full(sums.shape[1:], np.nan)
+    np.divide(sums[0], sums[1], out=table, where=sums[1] > 0)
     size = min(3.2 + 0.42 * len(blocks), 14), min(max(2.6, 0.3 * len(kinds) + 1.4), 14)
     figure = Picture(figsize=size, dpi=150, layout="constrained")
     axes: Axes = figure.subplots()
     heat_map(axes, table, kinds, "share of zeros", 0, 1)
     every = max(1, len(blocks) // 16)
-    axes.set_xticks(range(0, len(blocks), every), blocks[::every])
+    labels = ["none" if block == math.inf else str(block) for block in blocks]
+    axes.set_xticks(range(0, len(blocks), every), labels[::every])
     total = sum(sizes.values())
     axes.set(xlabel="block", title=f"{sum(zeros.values()) / total:.1%} of {total:,} weights are zero")
     if table.size <= 200:
@@ -58,28 +64,17 @@ def sparsity(of: WeightPlan | nn.Module) -> Picture:
     return figure
 
 
-def _kind(name: str) -> str:
-    return pattern(f"{name}.").removesuffix(".")
+def _block_of(name: str) -> float:
+    """Returns the number of the block that a linear stands in; infinity for none, so that it is drawn last."""
+    number = NUMBER.search(f"{name}.")
+    return int(number[0]) if number else math.inf
 
 
 def _counted(of: WeightPlan | nn.Module) -> tuple[dict[str, int], dict[str, int]]:
     """Counts zeros and weights by linear."""
     if isinstance(of, WeightPlan):
         sizes = {name: math.prod(of.shapes[name]) for name in of.pruned}
-        return {name: sizes[name] - one.kept for name, one in of.pruned.items()}, sizes
+        return {name: sizes[name] - mask.kept for name, mask in of.pruned.items()}, sizes
     weights = {name: weight_of(linear) for name, linear in prunable(of).items()}
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     return zeros, {name: weight.numel() for name, weight in weights.items()}
-
-
-def _table(zeros: dict[str, int], sizes: dict[str, int], kinds: list[str]) -> tuple[NDArray[np.float64], list[str]]:
-    """Returns shares of zeros, `[kinds, blocks]`, and the names of the blocks."""
-    numbers = {name: int(found[0]) if (found := NUMBER.search(f"{name}.")) else None for name in sizes}
-    blocks = sorted({number for number in numbers.values() if number is not None})
-    columns = [*blocks, *([None] if None in numbers.values() else [])]
-    sums = np.zeros((2, len(kinds), len(columns)))
-    for name, size in sizes.items():
-        sums[:, kinds.index(_kind(name)), columns.index(numbers[name])] += zeros[name], size
-    shares = np.full(sums.shape[1:], np.nan)
-    np.divide(sums[0], sums[1], out=shares, where=sums[1] > 0)
-    return shares, ["none" if number is None else str(number) for number in columns]

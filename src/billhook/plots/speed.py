@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator
 
-from billhook.plots.style import Picture, dress
+from billhook.plots.style import Picture, dress, log_scale
 from billhook.report.speed import Row, spread
 
 COLOURS = ("#1f5f8b", "#b03a2e", "#3c8d40", "#8e5ea2", "#d0812a", "#5a5a5a")
@@ -23,14 +22,13 @@ def speed(rows: Sequence[Row], names: Sequence[str]) -> Picture:
         names: The models' names.
     """
     phases = list(dict.fromkeys(row.phase for row in rows))
-    wide = 2 if len(names) > 1 else 1
-    figure = Picture(figsize=(1 + 4.5 * wide, 0.8 + 3.2 * len(phases)), dpi=150, layout="constrained")
-    panels = figure.subplots(len(phases), wide, squeeze=False)
+    columns = 2 if len(names) > 1 else 1
+    figure = Picture(figsize=(1 + 4.5 * columns, 0.8 + 3.2 * len(phases)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(phases), columns, squeeze=False)
     for phase, (speeds, *others) in zip(phases, panels, strict=True):
         _draw_speeds(speeds, [row for row in rows if row.phase == phase], names)
-        speeds.set(title=phase, ylabel="tokens per second", yscale="log")
-        speeds.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        speeds.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        speeds.set(title=phase, ylabel="tokens per second")
+        log_scale(speeds)
         for axes in others:
             _draw_ratios(axes, [row for row in rows if row.phase == phase and row.model])
             axes.set(title=f"{phase} against {names[0]}, dashed: ideal", ylabel="times as fast", ylim=(0, None))
@@ -48,41 +46,37 @@ def speed(rows: Sequence[Row], names: Sequence[str]) -> Picture:
 def _curves(rows: Sequence[Row]) -> list[tuple[list[Row], dict[str, Any]]]:
     """Groups rows by model and batch size, ordered by context, each with its style."""
     batches = sorted({row.batch_size for row in rows})
-    found = dict[tuple[int, int], list[Row]]()
+    curves = dict[tuple[int, int], list[Row]]()
     for row in sorted(rows, key=lambda row: row.context):
-        found.setdefault((row.model, row.batch_size), []).append(row)
-    return [
-        (own, {"color": COLOURS[model % len(COLOURS)], "marker": MARKERS[batches.index(batch) % len(MARKERS)], "markersize": 4})
-        for (model, batch), own in sorted(found.items())
-    ]
+        curves.setdefault((row.model, row.batch_size), []).append(row)
+    styled = []
+    for (model, batch), curve in sorted(curves.items()):
+        style = {"color": COLOURS[model % len(COLOURS)], "marker": MARKERS[batches.index(batch) % len(MARKERS)], "markersize": 4}
+        styled.append((curve, style))
+    return styled
 
 
 def _draw_speeds(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
-    for own, style in _curves(rows):
-        tokens = [row.tokens_per_second * row.median for row in own]
-        low, high = ([done / spread(row.seconds)[i] for done, row in zip(tokens, own, strict=True)] for i in (1, 0))
-        label = f"{names[own[0].model]}, batch {own[0].batch_size}"
-        _bars(axes, own, [row.tokens_per_second for row in own], low, high, style | {"label": label})
+    for curve, style in _curves(rows):
+        points = []
+        for row in curve:
+            fast, slow = (row.tokens_per_second * row.median / seconds for seconds in spread(row.seconds))
+            points.append((row.context, row.tokens_per_second, slow, fast))
+        _bars(axes, points, style | {"label": f"{names[curve[0].model]}, batch {curve[0].batch_size}"})
 
 
 def _draw_ratios(axes: Axes, rows: Sequence[Row]) -> None:
-    for own, style in _curves(rows):
-        low, high = ([spread(row.ratios)[i] for row in own] for i in (0, 1))
-        _bars(axes, own, [row.speed_up for row in own], low, high, style)
-        ideal = [(row.context, row.ideal) for row in own if row.ideal is not None]
+    for curve, style in _curves(rows):
+        _bars(axes, [(row.context, row.speed_up, *spread(row.ratios)) for row in curve], style)
+        ideal = [(row.context, row.ideal) for row in curve if row.ideal is not None]
         if ideal:
             axes.plot(*zip(*ideal, strict=True), **style, linestyle="--", linewidth=1, markerfacecolor="none")
     axes.axhline(1, color="0.6", linewidth=0.8, zorder=1)
 
 
-def _bars(
-    axes: Axes,
-    rows: Sequence[Row],
-    values: Sequence[float],
-    low: Sequence[float],
-    high: Sequence[float],
-    style: dict[str, Any],
-) -> None:
+def _bars(axes: Axes, points: Sequence[tuple[float, float, float, float]], style: dict[str, Any]) -> None:
+    """Draws points of a context and a value, with bars from the lower to the upper quartile."""
+    contexts, values, low, high = zip(*points, strict=True)
     down = [max(value - least, 0) for value, least in zip(values, low, strict=True)]
     up = [max(most - value, 0) for value, most in zip(values, high, strict=True)]
-    axes.errorbar([row.context for row in rows], values, yerr=[down, up], capsize=2, linewidth=1.4, **style)
+    axes.errorbar(contexts, values, yerr=[down, up], capsize=2, linewidth=1.4, **style)

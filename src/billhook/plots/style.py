@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 RED, BLUE = "#b03a2e", "#1f5f8b"
@@ -26,6 +27,14 @@ def dress(axes: Axes) -> None:
     """Shows a grid, and only the left and the lower edge."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def log_scale(axes: Axes, subs: Sequence[float] = (1, 2, 5)) -> None:
+    """Has a logarithmic scale of plain numbers, such as 1, 2, 5, 10."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def words(metric: str) -> str:

@@ -6,9 +6,8 @@ from textwrap import shorten
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from billhook.plots.style import BLUE, RED, Picture, dress, words
+from billhook.plots.style import BLUE, RED, Picture, dress, log_scale, words
 
 CURVE: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "color": BLUE}
 
@@ -43,7 +42,7 @@ def validation(
     (line,) = axes.plot(*zip(*curve, strict=True), **CURVE) if curve else axes.plot([], [])
     finite = [value for _, value in curve if math.isfinite(value)]
     if finite and min(finite) >= 1 and max(finite) > 5 * min(finite):
-        _log_scale(axes, max(finite) / min(finite))
+        log_scale(axes, (1, 2, 5) if max(finite) < 300 * min(finite) else (1,))
     if dense is not None and abs(dense) < 1e100:
         axes.axhline(dense, color="0.45", linestyle=(0, (6, 4)), linewidth=0.8, zorder=1)
         axes.text(1.005, dense, "dense", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.45")
@@ -57,25 +56,18 @@ def validation(
     return figure
 
 
-def _log_scale(axes: Axes, span: float) -> None:  # noqa: ANN401 - a line or a text
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span < 300 else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _mark(axes: Axes, events: Sequence[tuple[int, str]]) -> None:  # noqa: ANN401 - a line or a text
+def _mark(axes: Axes, events: Sequence[tuple[int, str]]) -> None:
     """Draws a line at each event, and its name above the axes, as low as the other names leave room."""
     figure: Any = axes.figure
     figure.draw_without_rendering()
-    texts = [
-        (step, axes.text(step, 1, f" {shorten(what, 60)} ", color=RED, fontsize=8, parse_math=False))
-        for step, what in sorted(events)
-    ]
-    right = [pair for pair in texts if pair[1].get_window_extent().x1 > figure.bbox.x1]
+    left, right = list[Any](), list[Any]()
+    for step, what in sorted(events):
+        text = axes.text(step, 1, f" {shorten(what, 60)} ", color=RED, fontsize=8, parse_math=False)
+        side = right if text.get_window_extent().x1 > figure.bbox.x1 else left
+        side.append((step, text))
     taken: list[tuple[int, float, float]] = []
     # from the inside out, so that no line has to cross another's name
-    for step, text in [*reversed([pair for pair in texts if pair not in right]), *right]:
+    for step, text in [*reversed(left), *right]:
         text.set(transform=axes.get_xaxis_transform(), ha="right" if (step, text) in right else "left")
         extent = text.get_window_extent()
         rows = {row for row, x0, x1 in taken if x0 <= extent.x1 and extent.x0 <= x1}
@@ -101,21 +93,21 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
         text = axes.annotate(_short(value), (step, value), (6, 3), textcoords="offset points", fontsize=8)
         sides = ["right", "left"] if side == "right" else ["left", "right"]
         free = list[tuple[int, int, tuple[str, bool], Any]]()
-        for place in [(where, up) for up in (True, False) for where in sides]:
-            _put(text, *place)
+        for where in [(name, up) for up in (True, False) for name in sides]:
+            _put(text, *where)
             extent = text.get_window_extent()
             if not any(extent.padded(3).overlaps(other) for other in taken):
                 outside = extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1 or extent.y0 < axes.bbox.y0
                 crossed = sum(line.intersects_bbox(extent.padded(2), filled=False) for line in lines)
                 center = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
-                away = {dot: math.dist(place_of, center) for dot, place_of in dots.items()}
-                taken_for_another = min(away, key=lambda dot: away[dot]) != (step, value)
-                free.append((crossed + 2 * outside + 2 * taken_for_another, len(free), place, extent))
+                away = {dot: math.dist(position, center) for dot, position in dots.items()}
+                taken_for_another = min(away, key=away.__getitem__) != (step, value)
+                free.append((crossed + 2 * outside + 2 * taken_for_another, len(free), where, extent))
         if not free:
             text.remove()
             continue
-        _, _, place, extent = min(free)
-        _put(text, *place)
+        _, _, where, extent = min(free)
+        _put(text, *where)
         taken.append(extent)
 
 

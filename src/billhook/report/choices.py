@@ -80,7 +80,7 @@ def encode(
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids if ids[:1] == start else start + ids
 
-    found = []
+    encoded = []
     for question in questions:
         context = question.context.rstrip()
         gap, before, rows = question.context[len(context) :] + " ", ids_of(context), list[Row]()
@@ -94,8 +94,8 @@ def encode(
                     f"the context; it must have 1 to length={length}, after one at least"
                 )
             rows.append(Row(tuple(ids[-length - 1 :]), scored, len(ids) > length + 1))
-        found.append(rows)
-    return found
+        encoded.append(rows)
+    return encoded
 
 
 def batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
@@ -112,9 +112,9 @@ def log_likelihoods(model: PreTrainedModel, batch: Sequence[Row]) -> list[float]
     counts sees the padding.
     """
     read = [torch.tensor(row.ids[:-1]) for row in batch]
-    ids, mask = pad_sequence(read, batch_first=True), pad_sequence([torch.ones_like(one) for one in read], batch_first=True)
+    ids, mask = pad_sequence(read, batch_first=True), pad_sequence([torch.ones_like(tokens) for tokens in read], batch_first=True)
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-    return [_sum(one[: len(row.ids) - 1], row) for one, row in zip(logits, batch, strict=True)]
+    return [_sum(of_row[: len(row.ids) - 1], row) for of_row, row in zip(logits, batch, strict=True)]
 
 
 def _sum(logits: Tensor, row: Row) -> float:

@@ -145,14 +145,14 @@ class Dense:
     ) -> None:
         self.inside, self._comm = set(inside), comm
         self.rows = [(source_of(batch), ids.cpu()) for batch in batches for ids in batch["input_ids"]]
-        self._here = range(comm.rank, len(self.rows), comm.size)
-        self._held = dict[int, Predictions]()
+        self._read_here = range(comm.rank, len(self.rows), comm.size)
+        self._predictions = dict[int, Predictions]()
         losses = torch.zeros(len(self.rows), dtype=torch.float64)
 
         def take(row: int, logits: Tensor, loss: float) -> None:
-            held = Predictions.of(logits, len(self._here))
+            predicted = Predictions.of(logits, len(self._read_here))
             losses[row] = loss
-            self._held[row] = held if files is None else replace(held, logs=files.copy(held.logs))
+            self._predictions[row] = predicted if files is None else replace(predicted, logs=files.copy(predicted.logs))
 
         with activation_files(store_of(model)) as files:
             self._each(model, take, progress)
@@ -167,47 +167,49 @@ class Dense:
             take(row, logits, loss_of(logits, self.rows[row][1][1:].to(logits.device)))
             done.add(row)
             if progress is not None:
-                progress(len(done), len(self._here))
+                progress(len(done), len(self._read_here))
 
-        most = math.ceil(len(self.rows) / self._here.step) if is_sharded(model) else 0
-        others = [0] * (most - len(self._here))  # so that all ranks gather what is sharded equally often
-        runs = runs_of(model, [{"input_ids": self.rows[row][1][None]} for row in (*self._here, *others)])
-        reads = [partial(read, row, run) for row, run in zip(self._here, runs, strict=False)]
+        most = math.ceil(len(self.rows) / self._read_here.step) if is_sharded(model) else 0
+        others = [0] * (most - len(self._read_here))  # so that all ranks gather what is sharded equally often
+        runs = runs_of(model, [{"input_ids": self.rows[row][1][None]} for row in (*self._read_here, *others)])
+        reads = [partial(read, row, run) for row, run in zip(self._read_here, runs, strict=False)]
         with undisturbed(model):
             together(model, [*reads, *(run.forward for run in runs[len(reads) :])])
 
     def damage(self, model: PreTrainedModel, progress: Told | None = None) -> list[TextDamage]:
         """Compares a changed model with the dense one, by source; `progress` is called with how many rows are done."""
-        found = torch.zeros(len(self.rows), 2, dtype=torch.float64)
+        now = torch.zeros(len(self.rows), 2, dtype=torch.float64)  # loss and divergence
 
         def take(row: int, logits: Tensor, loss: float) -> None:
-            held = self._held.get(row)
-            found[row, 0] = loss
-            found[row, 1] = math.nan if held is None else held.divergence(logits) / len(held.positions)
+            dense = self._predictions.get(row)
+            now[row, 0] = loss
+            now[row, 1] = math.nan if dense is None else dense.divergence(logits) / len(dense.positions)
 
         self._each(model, take, progress)
-        self._comm.sum_(found)
-        places: dict[str, list[int]] = {}
+        self._comm.sum_(now)
+        of_source: dict[str, list[int]] = {}
         for row, (source, _) in enumerate(self.rows):
-            places.setdefault(source, []).append(row)
-        return [self._of(source, self.losses[own], *found[own].T) for source, own in places.items()]
-
-    def _of(self, source: str, before: Tensor, after: Tensor, kl: Tensor) -> TextDamage:
-        ratio = math.exp(float((after - before).mean()))
-        return TextDamage(
-            source,
-            source in self.inside,
-            math.exp(float(before.mean())),
-            math.exp(float(after.mean())),
-            ratio * _error(after - before),
-            float(kl.mean()),
-            _error(kl),
-            len(before),
-        )
+            of_source.setdefault(source, []).append(row)
+        damage = []
+        for source, rows in of_source.items():
+            before, (after, kl) = self.losses[rows], now[rows].T
+            damage.append(
+                TextDamage(
+                    source,
+                    source in self.inside,
+                    before=math.exp(float(before.mean())),
+                    after=math.exp(float(after.mean())),
+                    ratio_error=math.exp(float((after - before).mean())) * _error(after - before),
+                    kl=float(kl.mean()),
+                    kl_error=_error(kl),
+                    rows=len(rows),
+                )
+            )
+        return damage
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the rows and what the dense model loses on them, but not its predictions, which would be large."""
-        sources, ids = (list(own) for own in zip(*self.rows, strict=True))
+        sources, ids = map(list, zip(*self.rows, strict=True))
         return {"sources": sources, "ids": ids, "losses": self.losses, "inside": sorted(self.inside)}
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
@@ -219,12 +221,12 @@ class Dense:
         """
         rows = list(zip(state["sources"], state["ids"], strict=True))
         texts = len(rows) == len(self.rows) and all(
-            one == other and torch.equal(ids, now) for (one, ids), (other, now) in zip(rows, self.rows, strict=True)
+            source == name and torch.equal(ids, now) for (source, ids), (name, now) in zip(rows, self.rows, strict=True)
         )
         same = texts and torch.allclose(self.losses, state["losses"], rtol=SAME, atol=0)
         self.rows, self.losses, self.inside = rows, state["losses"], set(state["inside"])
         if not same:
-            self._held, self._here = {}, range(self._here.start, len(rows), self._here.step)
+            self._predictions, self._read_here = {}, range(self._read_here.start, len(rows), self._read_here.step)
         return same
 
 
@@ -235,10 +237,10 @@ def _error(values: Tensor) -> float:
 def table(damage: Sequence[TextDamage]) -> str:
     """Shows what a change costs, a row for each text: ± are standard errors over rows, KL is to the dense model, in nats."""
     rows = []
-    for one in damage:
-        ratio, kl = (_with_error(*own) for own in ((one.ratio, one.ratio_error), (one.kl, one.kl_error)))
-        where = "calibrated on" if one.inside else "not calibrated on"
-        rows.append([one.source, where, f"{one.before:,.4g}", f"{one.after:,.4g}", ratio, kl])
+    for text in damage:
+        ratio, kl = _with_error(text.ratio, text.ratio_error), _with_error(text.kl, text.kl_error)
+        where = "calibrated on" if text.inside else "not calibrated on"
+        rows.append([text.source, where, f"{text.before:,.4g}", f"{text.after:,.4g}", ratio, kl])
     return aligned(["perplexity on", "", "before", "after", "ratio", "KL"], rows, aligns="<<>")
 
 
@@ -253,19 +255,18 @@ def warning_of(damage: Sequence[TextDamage]) -> str | None:
 
     Beyond chance is further than two standard errors of the difference; where those inside lose nothing, any loss is.
     """
-    inside = [one for one in damage if one.inside]
+    inside = [text for text in damage if text.inside]
     if not inside:
         return None
-    mean = sum(math.log(one.ratio) for one in inside) / len(inside)
+    mean = sum(math.log(text.ratio) for text in inside) / len(inside)
     usual = TWICE * max(mean, 0.0)
-    error = TWICE * math.hypot(*(one.ratio_error / one.ratio for one in inside)) / len(inside)
-
-    def beyond_chance(one: TextDamage) -> bool:
-        return math.log(one.ratio) - usual > 2 * math.hypot(one.ratio_error / one.ratio, error)
-
-    worse = [one for one in damage if not one.inside and beyond_chance(one)]
+    error = TWICE * math.hypot(*(text.ratio_error / text.ratio for text in inside)) / len(inside)
+    worse = list[str]()
+    for text in damage:
+        beyond_chance = math.log(text.ratio) - usual > 2 * math.hypot(text.ratio_error / text.ratio, error)
+        if beyond_chance and not text.inside:
+            worse.append(f"{text.source} ({text.ratio:.2f} times its perplexity)")
     if not worse:
         return None
-    what = ", ".join(f"{one.source} ({one.ratio:.2f} times its perplexity)" for one in worse)
     lost = "has lost over twice as much as what was" if mean > 0 else "has lost, and what was has not"
-    return f"what was not calibrated on {lost}: {what}; calibrate on text of this kind too"
+    return f"what was not calibrated on {lost}: {', '.join(worse)}; calibrate on text of this kind too"

@@ -56,7 +56,7 @@ class Generation:
             return StaticCache(config, max_cache_len=self.capacity)
         cache = DynamicCache(config=config)
         if self.kind == "reserved":
-            cache.layers = [_Reserved(self.capacity) if type(one) is DynamicLayer else one for one in cache.layers]
+            cache.layers = [_Reserved(self.capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
         return cache
 
     @property
@@ -79,9 +79,10 @@ class Generation:
     def tensors(self) -> list[Tensor]:
         """All tensors of the cache."""
         layers = [] if self._cache is None else self._cache.layers
-        held = [value for layer in layers for value in vars(layer).values()]
-        held += [state for value in held if isinstance(value, dict) for state in value.values()]  # states of linear attention
-        return list({id(one): one for one in held if isinstance(one, Tensor) and one.ndim > 1}.values())
+        values = [value for layer in layers for value in vars(layer).values()]
+        for states in [value for value in values if isinstance(value, dict)]:  # of linear attention
+            values += states.values()
+        return list({id(value): value for value in values if isinstance(value, Tensor) and value.ndim > 1}.values())
 
     def start(self) -> None:
         """Empties the cache; memory that was allocated ahead is kept."""
@@ -100,12 +101,12 @@ class Generation:
         if self._cache is None or not self._plain:
             self.prefill()
             return
-        one, rows = Generation(self.model, self.ids[:1], 0, "dynamic"), len(self.ids)
-        one.prefill()
-        held = [tensor.expand(rows, -1, -1, -1) for tensor in one.tensors]
-        for number, (keys, values) in enumerate(zip(held[::2], held[1::2], strict=True)):
+        first, rows = Generation(self.model, self.ids[:1], 0, "dynamic"), len(self.ids)
+        first.prefill()
+        cached = [tensor.expand(rows, -1, -1, -1) for tensor in first.tensors]
+        for number, (keys, values) in enumerate(zip(cached[::2], cached[1::2], strict=True)):
             self._cache.update(keys, values, number)
-        self._token = one._token.expand(rows, 1)
+        self._token = first._token.expand(rows, 1)
 
     def decode(self) -> Tensor:
         """Generates `new_tokens` tokens after the one that `prefill` found; returns them all, `[batch, 1 + new_tokens]`."""

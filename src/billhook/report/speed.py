@@ -192,14 +192,14 @@ def measure_speed(
     rows = list[Row]()
     for batch_size in batch_sizes:
         for context in contexts:
-            made = [Generation(one, _prompts(one, batch_size, context, seed), new_tokens, cache) for one in models]
+            runs = [Generation(model, _prompts(model, batch_size, context, seed), new_tokens, cache) for model in models]
             if "prefill" in phases:
-                rows += _rows(made, "prefill", _rounds(made, rounds, warmup, Generation.start, Generation.prefill, tell))
+                rows += _rows(runs, "prefill", _rounds(runs, rounds, warmup, Generation.start, Generation.prefill, tell))
             elif all(map(generates, models)):
-                for one in made:
-                    one.fill()
+                for generation in runs:
+                    generation.fill()
             if "decode" in phases and all(map(generates, models)):
-                rows += _rows(made, "decode", _rounds(made, rounds, warmup, Generation.rewind, Generation.decode, tell))
+                rows += _rows(runs, "decode", _rounds(runs, rounds, warmup, Generation.rewind, Generation.decode, tell))
     return rows
 
 
@@ -214,14 +214,15 @@ def check_speed(
     phases: Sequence[Phase],
 ) -> None:
     """Refuses arguments and models that cannot be measured."""
-    given: dict[str, Sequence[object]] = {"models": models, "batch_sizes": batch_sizes, "contexts": contexts, "phases": phases}
-    for name, values in given.items():
+    for name, values in (("models", models), ("batch_sizes", batch_sizes), ("contexts", contexts), ("phases", phases)):
         if not values:
             raise ValueError(f"{name}: at least one is needed")
-    given |= {"new_tokens": [new_tokens], "rounds": [rounds], "warmup": [warmup]}
-    for name, least in {"batch_sizes": 1, "contexts": 2, "new_tokens": 1, "rounds": 1, "warmup": 0}.items():
-        for number in given[name]:
-            whole(name, number, least)
+    for batch_size in batch_sizes:
+        whole("batch_sizes", batch_size)
+    for context in contexts:
+        whole("contexts", context, 2)
+    for name, number, least in (("new_tokens", new_tokens, 1), ("rounds", rounds, 1), ("warmup", warmup, 0)):
+        whole(name, number, least)
     one_of("cache", cache, CacheKind)
     for phase in phases:
         one_of("phases", phase, Phase)
@@ -254,7 +255,7 @@ def _prompts(model: PreTrainedModel, batch_size: int, context: int, seed: int) -
 
 
 def _rounds(
-    made: Sequence[Generation],
+    runs: Sequence[Generation],
     rounds: int,
     warmup: int,
     before: Callable[[Generation], object],
@@ -262,22 +263,22 @@ def _rounds(
     tell: Callable[[], None],
 ) -> list[list[tuple[float, int | None]]]:
     """Measures, for each model and round, the seconds of the work and the most bytes that were taken."""
-    found: list[list[tuple[float, int | None]]] = [[] for _ in made]
+    measured: list[list[tuple[float, int | None]]] = [[] for _ in runs]
     for number in range(warmup + rounds):
-        order = range(len(made)) if number % 2 == 0 else reversed(range(len(made)))
+        order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
         for index in order:
-            one = made[index]
-            before(one)
-            held = _bytes(one.model.parameters()) + _bytes(one.tensors)
-            with Peak(one.model.device) as peak:
-                _wait(one.model.device)
+            run = runs[index]
+            before(run)
+            kept, device = _bytes(run.model.parameters()) + _bytes(run.tensors), run.model.device
+            with Peak(device) as peak:
+                _wait(device)
                 began = time.perf_counter()
-                work(one)
-                _wait(one.model.device)
+                work(run)
+                _wait(device)
                 seconds = time.perf_counter() - began
-            found[index].append((seconds, None if peak.rise is None else held + peak.rise))
+            measured[index].append((seconds, None if peak.rise is None else kept + peak.rise))
             tell()
-    return [own[warmup:] for own in found]
+    return [of_model[warmup:] for of_model in measured]
 
 
 def _wait(device: torch.device) -> None:
@@ -285,19 +286,19 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _rows(made: Sequence[Generation], phase: Phase, times: Sequence[Sequence[tuple[float, int | None]]]) -> list[Row]:
-    steps = made[0].new_tokens if phase == "decode" else 1
+def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[tuple[float, int | None]]]) -> list[Row]:
+    steps = runs[0].new_tokens if phase == "decode" else 1
     rows = list[Row]()
-    for number, (one, own) in enumerate(zip(made, times, strict=True)):
-        seconds = tuple(taken / steps for taken, _ in own)
+    for number, (run, rounds) in enumerate(zip(runs, measured, strict=True)):
+        seconds = tuple(taken / steps for taken, _ in rounds)
         ratios = tuple(first / taken for first, taken in zip(rows[0].seconds if rows else seconds, seconds, strict=True))
-        batch_size, context = one.ids.shape
-        flops = _flops(one.model, context) if phase == "prefill" else None
-        weights, cache = _read(one.model), _bytes(one.tensors)
+        batch_size, context = run.ids.shape
+        flops = _flops(run.model, context) if phase == "prefill" else None
+        weights, cache = _read(run.model), _bytes(run.tensors)
         row = Row(
             model=number, phase=phase, batch_size=batch_size, context=context, seconds=seconds, ratios=ratios,
-            weight_bytes=weights, cache_bytes=cache, cache_tokens=one.cached_tokens, flops=flops and batch_size * flops,
-            ideal=None, peak_bytes=max((taken for _, taken in own if taken is not None), default=None),
+            weight_bytes=weights, cache_bytes=cache, cache_tokens=run.cached_tokens, flops=flops and batch_size * flops,
+            ideal=None, peak_bytes=max((taken for _, taken in rounds if taken is not None), default=None),
         )  # fmt: skip
         rows.append(replace(row, ideal=_ideal(rows[0] if rows else row, row)))
     return rows
@@ -310,7 +311,7 @@ def _ideal(first: Row, row: Row) -> float | None:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(one.numel() * one.element_size() for one in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _read(model: PreTrainedModel) -> int:
@@ -323,9 +324,9 @@ def _read(model: PreTrainedModel) -> int:
 def _flops(model: PreTrainedModel, context: int) -> int | None:
     """Counts operations of the prefill of one prompt on meta tensors; None where the model does not run there."""
     try:
-        shadow = meta_copy(model)
+        meta_model = meta_copy(model)
         with FlopCounterMode(display=False) as counter:
-            Generation(shadow, torch.zeros(1, context, dtype=torch.long, device="meta"), 0, "dynamic").prefill()
+            Generation(meta_model, torch.zeros(1, context, dtype=torch.long, device="meta"), 0, "dynamic").prefill()
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError):
         return None
     return int(counter.get_total_flops())

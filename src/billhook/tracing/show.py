@@ -91,9 +91,9 @@ def _warnings(structure: Findings) -> list[tuple[str, str]]:
     return notes + [("assumed", f"{what} ({times}x)") for what, times in structure.assumed.items()]
 
 
-def labelled(notes: Iterable[tuple[str, str]]) -> RenderableType:
+def labelled(notes: Iterable[Sequence[str]]) -> RenderableType:
     """Makes lines under a table, each with what it is about in front."""
-    return columns([(f"{label:<11}", text) for label, text in notes], aligns="<")
+    return columns([(f"{label:<12}", *texts) for label, *texts in notes], aligns="<")
 
 
 def pattern(name: str) -> str:

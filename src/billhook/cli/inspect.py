@@ -1,4 +1,4 @@
-"""`billhook inspect`: coupled units of a model, and what can be pruned, converted and saved; no weights are read."""
+"""`billhook inspect` and `summary`: the coupled units of a model, what can be done with them, and what a checkpoint weighs."""
 
 import json as json_format
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.arguments import one_of
-from billhook.checkpoints.save import Way, way_of
-from billhook.cli.bars import files
+from billhook.checkpoints.save import Way, load, way_of
+from billhook.cli.machine import files
 from billhook.display import drawn
 from billhook.engine.memory import Extent, extent_of
 from billhook.engine.state import undisturbed
@@ -27,6 +27,7 @@ from billhook.model.streamed import outline
 from billhook.pruning.amount import width_step
 from billhook.pruning.cuts import find_cut
 from billhook.pruning.removal import tried
+from billhook.report.summary import summary as summarise
 from billhook.serving.engines import GPUS, Verdict, engines, shares, told, verdicts
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold, kind_name, labelled
@@ -50,17 +51,17 @@ class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:  # noqa: ANN401 - what an op returns
         leaves = tree_leaves([args, dict(kwargs or {})])
-        given = [one.item() if _is_single(one) else one for one in leaves]
-        numbers = tuple(one for one in given if isinstance(one, int | float))
+        values = [leaf.item() if _is_single(leaf) else leaf for leaf in leaves]
+        numbers = tuple(value for value in values if isinstance(value, int | float))
         self.seen.append((str(func), numbers))
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:  # code that asks for a value
             return args[0].dtype == torch.bool or 1
         return func(*args, **(kwargs or {}))
 
 
-def _is_single(one: object) -> bool:
+def _is_single(leaf: object) -> bool:
     """Says whether a tensor is a single number whose value is known."""
-    return isinstance(one, torch.Tensor) and not one.is_meta and one.numel() == 1
+    return isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.numel() == 1
 
 
 def operands_of(model: PreTrainedModel) -> Operands | None:
@@ -108,36 +109,45 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
     if group is not None:
         one_of("group", group, CHOICES)
     streamed = _streamed(model) if stream else None
-    shadow = from_name(model)
-    structure = trace(shadow)
-    groups = [one for one in structure.groups if group is None or one.kind in CHOICES[group]]
-    saved = saving(shadow, groups)
-    converted = conversion(shadow)
-    served = serving(shadow)
+    meta_model = from_name(model)
+    structure = trace(meta_model)
+    groups = [units for units in structure.groups if group is None or units.kind in CHOICES[group]]
+    saved = saving(meta_model, groups)
+    converted = conversion(meta_model)
+    served = serving(meta_model)
     if json:
-        numbers = {group.number: list(one.fields) for one in saved for group in one.groups}
-        plain = structure.to_json()
-        wanted = {one.number for one in groups}
-        plain["groups"] = [
-            one | {"config_fields": numbers.get(one["number"], [])} for one in plain["groups"] if one["number"] in wanted
-        ]
-        plain |= {"conversion": converted, "serving": [asdict(one) for one in served]}
+        config_fields = {units.number: list(saving.fields) for saving in saved for units in saving.groups}
+        plain, wanted = structure.to_json(), {units.number for units in groups}
+        shown = [units for units in plain["groups"] if units["number"] in wanted]
+        plain["groups"] = [units | {"config_fields": config_fields.get(units["number"], [])} for units in shown]
+        plain |= {"conversion": converted, "serving": [asdict(verdict) for verdict in served]}
         plain |= {} if streamed is None else {"streamed": asdict(streamed)}
         print(json_format.dumps(plain, indent=1))
         return
     print(structure.show(groups))
-    notes = _saved_notes(saved, FieldFinder(shadow))
+    notes = _saved_notes(saved, FieldFinder(meta_model))
     if group in (None, "heads"):
         notes.append(("converted", converted["says"]))
+    parts = [labelled(notes)] if notes else []
     if group is None:
-        notes += [
-            ("", ""),
-            *(("" if number else "served", f"{who:<12} {text}") for number, (who, text) in enumerate(told(served))),
-        ]
+        parts.append(labelled([("" if number else "served", *verdict) for number, verdict in enumerate(told(served))]))
     if streamed is not None:
-        notes += [("", ""), ("streamed", streamed.text())]
-    if notes:
-        print("\n" + drawn(labelled(notes)))
+        parts.append(labelled([("streamed", streamed.text())]))
+    for part in parts:
+        print(f"\n{drawn(part)}")
+
+
+def summary(model: str, stream: bool = False) -> None:
+    """Prints what a checkpoint weighs: parameters, zeros, heads, KV-cache bytes per token, FLOPs.
+
+    Args:
+        model: A folder, a hub name, or "tiny".
+        stream: Whether the model stays in its files: only zeros are counted in them, a few rows at a time; not in those that are
+            still on a hub.
+    """
+    with files(f"{'opening' if stream else 'loading'} {model}"):
+        size = summarise(outline(model) if stream else load(model))
+    print(size)
 
 
 def _streamed(model: str) -> Extent:
@@ -170,19 +180,21 @@ def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[Saving]:
     """
     finder = FieldFinder(model)
     alike: dict[tuple[Kind, int], list[Group]] = {}
-    for own in fold([group for group in groups if not group.reason]):
-        alike.setdefault((own[0].kind, own[0].size), []).extend(own)
-    found: list[Saving] = []
-    for own in alike.values():
-        parts = [own] if (fields := finder.find(own)) else fold(own)
+    for folded in fold([group for group in groups if not group.reason]):
+        alike.setdefault((folded[0].kind, folded[0].size), []).extend(folded)
+    savings: list[Saving] = []
+    for kind in alike.values():
+        fields = finder.find(kind)
+        parts = [kind] if fields else fold(kind)
         tries = [_tried(model, part, fields or finder.find(part), finder) for part in parts]
-        if len(parts) > 1 and all(one is not None and not one.fields for one in tries):
-            together = _tried(model, own, (), finder)  # some code and configs follow only where all places lose as many
-            none_alone = all(one is not None and one.reason for one in tries)
+        done = [saving for saving in tries if saving is not None]
+        if len(parts) > 1 and len(done) == len(tries) and not any(saving.fields for saving in done):
+            together = _tried(model, kind, (), finder)  # some code and configs follow only where all layers lose as many
+            none_alone = all(saving.reason for saving in done)
             if together is not None and (together.fields or (none_alone and not together.reason)):
-                tries = [together]
-        found += [one for one in tries if one is not None]
-    return found
+                done = [together]
+        savings += done
+    return savings
 
 
 def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], finder: FieldFinder) -> Saving | None:
@@ -196,27 +208,27 @@ def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], f
         every = units_of(model, structure, [kind])
     except ValueError as error:
         return Saving(part, (), str(error))
-    units = {name: one for name, one in every.items() if leaves & set(one.leaves)}
+    units = {name: layer for name, layer in every.items() if leaves & set(layer.leaves)}
     if not units:
-        own = next(group for group in structure.groups if group.number in numbers)
-        why = why_not(model, structure, own) if kind == "channel" and not every else ""
+        first = next(group for group in structure.groups if group.number in numbers)
+        why = why_not(model, structure, first) if kind == "channel" and not every else ""
         return Saving(part, (), f"they {why}") if why else None
-    step = max(width_step(model, one) for one in units.values())
+    step = max(width_step(model, layer) for layer in units.values())
     legal = [count for count in finder.counts(size, fields) if not count % step] if fields else []
-    refusal, found = "", list[Saving]()
+    refusal, saving = "", None
     for left in legal[:1] or dict.fromkeys(count // step * step or size for count in (size - 1, size // 2, size * 2 // 3)):
         try:  # with some numbers of units, code may run, or a config say them, and with others not
-            gone = {name: _last(one, part[0], left) for name, one in units.items()}
-            shrunk = tried(model, find_cut(model, structure, every, gone))
+            last = {name: _last(layer, part[0], left) for name, layer in units.items()}
+            shrunk = tried(model, find_cut(model, structure, every, last))
         except ValueError as error:
             refusal = refusal or str(error)
             continue
         way, config = way_of(shrunk)
         then = _fields_then(model, shrunk, fields, way, config)
-        found.append(Saving(part, then, refusing=_refusing(shrunk, config) if then else ()))
-        if found[-1].fields:
+        saving = Saving(part, then, refusing=_refusing(shrunk, config) if then else ())
+        if then:
             break
-    return found[-1] if found else Saving(part, (), refusal)
+    return saving or Saving(part, (), refusal)
 
 
 def _fields_then(
@@ -233,9 +245,9 @@ def _fields_then(
 
 def _refusing(shrunk: PreTrainedModel, config: PretrainedConfig) -> tuple[str, ...]:
     """Returns the engines that do not serve a model as it is saved, by a config of its own family or of another."""
-    own = isinstance(shrunk.config, type(config))
-    kind = type(shrunk).__name__ if own else (config.architectures or [""])[0]
-    return tuple(one.engine for one in verdicts(kind, config) if one.serves is False)
+    same_family = isinstance(shrunk.config, type(config))
+    kind = type(shrunk).__name__ if same_family else (config.architectures or [""])[0]
+    return tuple(verdict.engine for verdict in verdicts(kind, config) if verdict.serves is False)
 
 
 def serving(model: PreTrainedModel) -> list[Verdict]:
@@ -263,15 +275,15 @@ def _last(units: Units, group: Group, left: int) -> list[int]:
 
 def _saved_notes(saved: Sequence[Saving], finder: FieldFinder) -> list[tuple[str, str]]:
     notes: dict[tuple[str, str], None] = {}
-    for one in saved:
-        size, fields = one.groups[0].size, one.fields
+    for saving in saved:
+        group, fields = saving.groups[0], saving.fields
         how = "fewer make no plain checkpoint: no field of the config counts them"
-        if one.reason:
-            how = f"none can be removed: {one.reason}"
+        if saving.reason:
+            how = f"none can be removed: {saving.reason}"
         elif fields:
-            how = f"{_numbers(size, finder.counts(size, fields))} make a plain checkpoint, by {', '.join(fields)}"
-            how += f", which {' and '.join(one.refusing)} will not run" if one.refusing else ""
-        notes["saved", f"{kind_name(one.groups[0])} ({size:,}): {how}"] = None
+            how = f"{_numbers(group.size, finder.counts(group.size, fields))} make a plain checkpoint, by {', '.join(fields)}"
+            how += f", which {' and '.join(saving.refusing)} will not run" if saving.refusing else ""
+        notes["saved", f"{kind_name(group)} ({group.size:,}): {how}"] = None
     return list(notes)
 
 

@@ -1,15 +1,13 @@
-"""Refuses what one-shot commands cannot do with a streamed model, and finds room for what they hold and its blocks hand on."""
+"""Refuses what one-shot commands cannot do with a streamed model, and reckons how often its blocks are read, and bytes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from billhook.arguments import memory_of
 from billhook.calibration.generated import NAME as GENERATED
-from billhook.cli.oneshot.text import Text
-from billhook.engine.memory import extent_of, fits
+from billhook.cli.examples import Text
+from billhook.engine.memory import extent_of
 from billhook.engine.store import BlockStore, store_of
 from billhook.importance.ablation import Ablation
 from billhook.importance.activations import ActivationNorm, OutputNorm
@@ -17,12 +15,8 @@ from billhook.importance.baselines import RandomUnits, WeightNorm
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.obs import OBS
 from billhook.importance.score import Importance, check_streams
-from billhook.model.config_fields import text_config
 from billhook.model.linears import prunable, weight_of
-from billhook.pruning.cuts import Cut
-from billhook.pruning.target import RatioSearch
 from billhook.repairs.moments import OUTPUTS
-from billhook.report.predictions import BYTES as PREDICTIONS
 from billhook.sparsity.criteria import Criterion
 
 REFITTED = 2
@@ -96,20 +90,22 @@ OBS_BYTES = 4 + 8
 """Bytes for each pair of inputs: a matrix in float32, and one in float64."""
 
 
-def check_streamed(given: Text, streams: bool, offload: bool, reads: bool) -> None:
+def check_streamed(examples: Text, streams: bool, offload: bool, reads: bool) -> None:
     """Refuses what cannot be done with a model that is streamed, of which `reads` says whether it is shown any text."""
     if not streams:
         raise ValueError("stream=True: this command needs gradients, or all weights at once: leave it out")
     if offload:
         raise ValueError("offload=True keeps the model in memory, and stream=True does not: ask for one")
-    sources = given.data if isinstance(given.data, list) else [given.data]
-    if reads and (given.generated or any(source in (None, GENERATED) for source in sources)):
-        raise ValueError(f"data={given.data!r}: a streamed model is read once for each token that it writes: name a file of text")
+    sources = examples.data if isinstance(examples.data, list) else [examples.data]
+    if reads and (examples.generated or any(source in (None, GENERATED) for source in sources)):
+        raise ValueError(
+            f"data={examples.data!r}: a streamed model is read once for each token that it writes: name a file of text"
+        )
 
 
-def check_scored(given: Text, *importances: Importance | None) -> None:
+def check_scored(examples: Text, *importances: Importance | None) -> None:
     """Refuses importances that need gradients, of a model that is streamed; before anything of it is read."""
-    for importance in importances if given.stream else ():
+    for importance in importances if examples.stream else ():
         if importance is not None:
             check_streams(importance)
 
@@ -122,7 +118,7 @@ def bytes_of_moments(model: PreTrainedModel, by: Criterion | Importance | None) 
 def _to_score(by: Criterion | Importance | None, columns: int) -> int:
     if isinstance(by, Criterion):
         statistics = by.statistics(columns, "meta")
-        return 0 if statistics is None else by.copies * sum(one.nbytes for one in statistics.tensors())
+        return 0 if statistics is None else by.copies * sum(tensor.nbytes for tensor in statistics.tensors())
     return OBS_BYTES * columns**2 if isinstance(by, OBS) else 0
 
 
@@ -150,46 +146,6 @@ def bytes_of_match(model: PreTrainedModel) -> int:
     return TUNED * 4 * extent_of(store_of(model)).largest // model.dtype.itemsize
 
 
-def left(search: RatioSearch, cut: Cut) -> dict[str, int]:
-    """Returns how many inputs a cut leaves to each module that reads units; if scores decide how many, all of them."""
-    lasts = search.amount.ranking == "layer"
-    return {
-        reader: len(one.index) * cut.after[name][0] // cut.before[name][0] if lasts else len(one.index)
-        for name, one in search.units.items()
-        if name in cut.units
-        for reader in one.readers
-    }
-
-
-def rest(
-    model: PreTrainedModel, given: Text, out: str, shown: int, measured: int, moments: int, sums: int, inside: int
-) -> str | None:
-    """Has what modules give, and predictions to compare with, lie in files where memory is limited and too small for it.
-
-    Args:
-        model: The model, which is streamed.
-        given: It says how much memory there is.
-        out: The folder that is written; files lie beside it.
-        shown: Examples that are shown.
-        measured: Examples that are measured on.
-        moments: Bytes of the largest second moments, with what is made of them.
-        sums: Bytes of moments that may lie in files.
-        inside: How many runs of each example wait within a block: two where a refit compares them.
-
-    Returns:
-        The folder in which the files are; None for memory.
-    """
-    store, memory = store_of(model), memory_of("memory", given.memory or "")
-    length, text, itemsize = given.length_for(model), text_config(model.config), model.dtype.itemsize
-    logits, hidden = 4 * length * text.vocab_size, max(shown, measured) * length * text.hidden_size * itemsize
-    widest = max((weight_of(linear).shape[1] for linear in prunable(model).values()), default=0)
-    moments += inside * shown * length * (widest + text.hidden_size) * itemsize  # what no module gives: a product, a sum
-    activations = 2 * max(inside, 1) * hidden + min(PREDICTIONS, measured * logits)  # what goes into a block, and comes out
-    if not fits(store, moments + given.batch_size * logits, activations + sums, memory):
-        store.rests = str(Path(out).resolve().parent)
-    return store.rests
-
-
 def reads(store: BlockStore, passes: int, exactly: bool = True, beside: Sequence[object] = ()) -> str:
     """Says how many bytes are read and written, if so many passes, or as many at most, change and measure the blocks.
 
@@ -198,5 +154,5 @@ def reads(store: BlockStore, passes: int, exactly: bool = True, beside: Sequence
     extent, passes = extent_of(store), passes + AFTERWARDS
     read, written = (f"{size / 1e6:,.1f} MB" for size in (passes * extent.bytes, extent.bytes + extent.stays))
     most = "" if exactly else "at most "
-    own = f", and as often as {' and '.join(map(str, beside))} needs" if beside else ""
-    return f"read {extent.blocks} blocks from files in {most}{passes} passes, {read}{own}, and write {written}"
+    more = f", and as often as {' and '.join(map(str, beside))} needs" if beside else ""
+    return f"read {extent.blocks} blocks from files in {most}{passes} passes, {read}{more}, and write {written}"

@@ -1,9 +1,11 @@
 """The frame of one-shot commands: load, calibrate, measure, change, measure, record, save, print."""
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -11,29 +13,50 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from billhook.arguments import memory_of
 from billhook.assets import model_path
 from billhook.bar import bar as bar
+from billhook.bar import lasting
 from billhook.calibration.calibration import Calibration, check_also, texts, written_rows
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, writes
 from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.checkpoints.save import load, save
-from billhook.cli.bars import files, over
-from billhook.cli.machine import device_of
-from billhook.cli.oneshot.labelled import Labelled
-from billhook.cli.oneshot.pace import how_long
-from billhook.cli.oneshot.streamed import check_streamed, reads, rest
-from billhook.cli.oneshot.text import EXAMPLES, Examples, Text
+from billhook.cli.examples import EXAMPLES, Examples, Labelled, Text
+from billhook.cli.machine import device_of, files, over
+from billhook.cli.streamed import check_streamed, reads
 from billhook.engine.batches import Batch
+from billhook.engine.memory import fits
+from billhook.engine.state import resting
 from billhook.engine.store import store_of
 from billhook.engine.walk import find_sites
 from billhook.engine.zeros import zeros_by_name, zeros_of
-from billhook.model.linears import PRUNED, prunable
+from billhook.model.config_fields import text_config
+from billhook.model.inputs import small_inputs
+from billhook.model.linears import PRUNED, prunable, weight_of
 from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor
 from billhook.model.streamed import stream
 from billhook.place import check_apart, check_target, replaced
 from billhook.report.damage import Dense, TextDamage, accuracy, table, warning_of
 from billhook.report.generation import generates
+from billhook.report.predictions import BYTES as PREDICTIONS
+
+FEW = 8
+"""Tokens of a first example, which also pays for what is done but once."""
+SOON = 120.0
+"""Seconds from which on it is said how long all examples take."""
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, length: int) -> float:
+    """Runs a model on an example of random tokens, and returns the seconds that it took."""
+    inputs = small_inputs(model, 1, length)
+    with resting(model):
+        start = time.monotonic()
+        outputs = model(**inputs, return_dict=True)
+        float(outputs[0].sum())  # waits for a device
+        return time.monotonic() - start
+
 
 Before = Dense | float | None
 """What is measured before a model is changed: predictions on texts, or an accuracy."""
@@ -92,7 +115,7 @@ class OneShot:
         self,
         name: str,
         out: str,
-        given: Text,
+        examples: Text,
         offload: bool = False,
         refits: bool = False,
         calibrates: bool = True,
@@ -100,32 +123,32 @@ class OneShot:
     ) -> None:
         check_target(out)
         check_apart(model_path(name), out)
-        given.check_there()
-        if given.stream:
-            check_streamed(given, streams, offload, calibrates or given.evaluate > 0)
-        self.name, self.out, self.given = name, out, given
-        self.device = torch.device("cpu") if given.stream and given.device == "auto" else device_of(given.device)
-        with files(f"opening {name}" if given.stream else f"loading {name}"):
-            self.model = stream(name, out, given.dtype, self.device) if given.stream else load(name, given.dtype)
+        examples.check_there()
+        if examples.stream:
+            check_streamed(examples, streams, offload, calibrates or examples.evaluate > 0)
+        self.name, self.out, self.examples = name, out, examples
+        self.device = torch.device("cpu") if examples.stream and examples.device == "auto" else device_of(examples.device)
+        with files(f"opening {name}" if examples.stream else f"loading {name}"):
+            self.model = stream(name, out, examples.dtype, self.device) if examples.stream else load(name, examples.dtype)
         self._visiting: list[nn.Module] = []
         if offload:
             self._visiting = [site.module for site in find_sites(self.model, prunable(self.model), "block")]
-        elif not given.stream:
+        elif not examples.stream:
             self.model.to(self.device)  # type: ignore[arg-type]
-        self.length = given.length_for(self.model)
-        self._labelled = Labelled(given, self.model, model_path(given.tokenizer or name), self.length)
-        if given.tokenizer is not None:
+        self.length = examples.length_for(self.model)
+        self._labelled = Labelled(examples, self.model, model_path(examples.tokenizer or name), self.length)
+        if examples.tokenizer is not None:
             if self._labelled.of_images:
-                raise ValueError(f"tokenizer={given.tokenizer!r}: a {type(self.model).__name__} reads no text: leave it out")
-            load_tokenizer(given.tokenizer)
-        classifies = isinstance(given, Examples) and self._labelled.is_classifier
+                raise ValueError(f"tokenizer={examples.tokenizer!r}: a {type(self.model).__name__} reads no text: leave it out")
+            load_tokenizer(examples.tokenizer)
+        classifies = isinstance(examples, Examples) and self._labelled.is_classifier
         self.metric = "accuracy" if classifies or self._labelled.of_images else "perplexity"
         self.calibrates = calibrates
-        self.reads = calibrates or given.data is not None or (self.metric == "perplexity" and writes(self.model))
+        self.reads = calibrates or examples.data is not None or (self.metric == "perplexity" and writes(self.model))
         self.beside = self._beside(refits)
         self.of_images = self._labelled.of_images
         if self.metric == "perplexity":
-            check_also(self.calibration, given.also)
+            check_also(self.calibration, examples.also)
 
     @cached_property
     def sizes(self) -> dict[str, int | None]:
@@ -139,36 +162,64 @@ class OneShot:
 
     def _beside(self, refits: bool) -> float:
         """Returns the share of the examples that the model writes beside texts; refuses one that it cannot write."""
-        given = self.given
+        share, texts_alone = self.examples.generated, self.examples.alone
         try:
             check_writes(self.model)
         except ValueError as error:
-            if given.data is None and self.reads:
+            if self.examples.data is None and self.reads:
                 raise ValueError(f"data=None: {error}: name a file") from error
-            if given.generated:
-                raise ValueError(f"generated={given.generated}: {error}") from error
+            if share:
+                raise ValueError(f"generated={share}: {error}") from error
             return 0.0
-        return given.generated if given.generated is not None else BESIDE if refits and given.alone and not given.stream else 0.0
+        if share is None:
+            share = BESIDE if refits and texts_alone and not self.examples.stream else 0.0
+        return share
 
     @cached_property
     def calibration(self) -> Calibration:
         """Where the text comes from that scores are taken from."""
-        given, examples = self.given, self.given.examples
-        sources: Any = given.data if given.data is not None else GENERATED
+        examples = self.examples
+        sources: Any = GENERATED if examples.data is None else examples.data
         weights = None
         if self.beside:
             read = sources if isinstance(sources, list) else [sources]
             sources, weights = [*read, GENERATED], [(1 - self.beside) / len(read)] * len(read) + [self.beside]
-        tokens = (examples or (WRITTEN if given.data is None else EXAMPLES)) * self.length
-        options = {"batch_size": given.batch_size, "column": given.column, "seed": given.seed}
-        options["tokenizer"] = model_path(given.tokenizer or self.name)
-        return Calibration(sources, weights, tokens, self.length, **options)  # type: ignore[arg-type]
+        count = examples.examples or (WRITTEN if examples.data is None else EXAMPLES)
+        return Calibration(
+            sources,
+            weights,
+            count * self.length,
+            self.length,
+            batch_size=examples.batch_size,
+            column=examples.column,
+            seed=examples.seed,
+            tokenizer=model_path(examples.tokenizer or self.name),
+        )
 
     def rest(self, moments: int, sums: int = 0, inside: int = 0) -> str | None:
-        """Returns the folder where what modules give lies if it does not fit into memory."""
-        if self.given.memory is None:
+        """Has what modules give, and predictions to compare with, lie in files where memory is limited and too small for it.
+
+        Args:
+            moments: Bytes of the largest second moments, with what is made of them.
+            sums: Bytes of moments that may lie in files.
+            inside: How many runs of each example wait within a block: two where a refit compares them.
+
+        Returns:
+            The folder in which the files are; None for memory.
+        """
+        if self.examples.memory is None:
             return None
-        return rest(self.model, self.given, self.out, sum(self.rows), self._measured * self._measures, moments, sums, inside)
+        store, memory = store_of(self.model), memory_of("memory", self.examples.memory)
+        shown, measured = sum(self.rows), self._measured * self._measures
+        text, itemsize = text_config(self.model.config), self.model.dtype.itemsize
+        logits, hidden = 4 * self.length * text.vocab_size, max(shown, measured) * self.length * text.hidden_size * itemsize
+        widest = max((weight_of(linear).shape[1] for linear in prunable(self.model).values()), default=0)
+        # what no module gives, a product and a sum; and what goes into a block, and comes out
+        moments += inside * shown * self.length * (widest + text.hidden_size) * itemsize
+        activations = 2 * max(inside, 1) * hidden + min(PREDICTIONS, measured * logits)
+        if not fits(store, moments + self.examples.batch_size * logits, activations + sums, memory):
+            store.rests = str(Path(self.out).resolve().parent)
+        return store.rests
 
     @property
     def rows(self) -> list[int]:
@@ -187,37 +238,44 @@ class OneShot:
 
     def tell(self, *steps: str, passes: int = 1, exactly: bool = True, beside: Sequence[object] = ()) -> None:
         """Prints what will be done, before it is; of a streamed model also what so many passes read, at most, beside others'."""
-        each = " of each text" if self.given.data or self.given.also else " that it writes; --data FILE names a text"
-        many = f"{self.given.evaluate} examples{'' if self.metric == 'accuracy' else each}"
+        each = " of each text" if self.examples.data or self.examples.also else " that it writes; --data FILE names a text"
+        many = f"{self.examples.evaluate} examples{'' if self.metric == 'accuracy' else each}"
         measure = [f"measure the {self.metric} before and after, on {many}"] if self._measures else []
         print(f"{self.name}, {self.model.num_parameters():,} parameters:")
         store, more = store_of(self.model), 2 * self._measures
         streams = [reads(store, passes + more, exactly, beside)] if not store.holds_all else []
         for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}"):
             print(f"  {step}", flush=True)
-        for words in self._pace:  # which a large model needs a while to say
-            print(f"  {words}")
+        if pace := self._pace():  # which a large model needs a while to say
+            print(f"  {pace}")
         print(flush=True)
 
-    @property
-    def _pace(self) -> list[str]:
-        """Says how long the examples take, of a model that is in memory, on its device."""
-        if self.given.stream or self._visiting:
-            return []
+    def _pace(self) -> str | None:
+        """Times a forward of one example of a model that is in memory, and says how long all take; None where that is soon."""
         shown, measured = sum(self.rows) if self.calibrates else 0, self._measured if self._measures else 0
-        return how_long(self.model, self.length, shown, measured) if shown or measured else []
+        if self.examples.stream or self._visiting or not (shown or measured):
+            return None
+        forward(self.model, FEW)
+        each = forward(self.model, self.length)
+        if each * (shown + 2 * measured) < SOON:
+            return None
+        times = (
+            [f"{lasting(each * shown)} each time that {shown} examples are shown, thrice that with gradients"] if shown else []
+        )
+        times += [f"{lasting(2 * each * measured)} to measure on {measured} twice"] if measured else []
+        return f"an example takes {each:.2g} s here: {', '.join(times)}"
 
     @property
     def _measured(self) -> int:
         """How many examples it is measured on, as far as they are there."""
-        texts = 1 if self.metric == "accuracy" else len(self.calibration.named) + len(self.given.also or ())
-        return texts * self.given.evaluate
+        texts = 1 if self.metric == "accuracy" else len(self.calibration.named) + len(self.examples.also or ())
+        return texts * self.examples.evaluate
 
     @property
     def shown(self) -> str:
         """The words for the examples that the model is shown."""
         if self.metric == "accuracy":
-            return f"{self._labelled.count} examples of {self.given.data}"
+            return f"{self._labelled.count} examples of {self.examples.data}"
         rows = self.calibration.rows(self.length)
         texts = [f"{count} {'that it writes' if name == GENERATED else f'of {name}'}" for name, count in rows.items()]
         return f"{' and '.join(texts)}, examples of {self.length} tokens"
@@ -227,18 +285,18 @@ class OneShot:
         if self.metric == "perplexity":
             with bar("reading text"):
                 read = self.calibration.read(self.model)
-            return [Batch(one | {"labels": one["input_ids"].clone()}, one.source) for one in read]
+            return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in read]
         return list(self._labelled.shown())
 
     @property
     def _measures(self) -> bool:
         """True where there is something to measure: a classifier's answers, or what a model writes."""
-        return self.reads and self.given.evaluate > 0 and (self.metric == "accuracy" or generates(self.model))
+        return self.reads and self.examples.evaluate > 0 and (self.metric == "accuracy" or generates(self.model))
 
     @property
     def unread(self) -> bool:
         """True where what the model is shown is only what it would first have to write, which a dry run does not have it do."""
-        return self.metric == "perplexity" and self.given.data is None
+        return self.metric == "perplexity" and self.examples.data is None
 
     def tell_dry(self, plan: str = "") -> None:
         """Prints the plan of a dry run, which ends with it, and how much the model would write."""
@@ -254,10 +312,10 @@ class OneShot:
         """How many examples the model writes to be shown, and to be measured on."""
         if self.metric == "accuracy" or not writes(self.model):
             return {}
-        measures = self._measures and not self.given.stream
+        measures = self._measures and not self.examples.stream
         return {
             "shown": self.calibration.rows(self.length).get(GENERATED, 0) if self.calibrates else 0,
-            "measured on": written_rows(self.calibration, self.given.evaluate, self.length) if measures else 0,
+            "measured on": written_rows(self.calibration, self.examples.evaluate, self.length) if measures else 0,
         }
 
     def _offloaded(self) -> AbstractContextManager[None]:
@@ -272,8 +330,8 @@ class OneShot:
         with self._offloaded():
             if self.metric == "perplexity":
                 with bar("reading text"):
-                    written = not self.given.stream
-                    read = texts(self.calibration, self.model, self.given.evaluate, self.given.also, written=written)
+                    written = not self.examples.stream
+                    read = texts(self.calibration, self.model, self.examples.evaluate, self.examples.also, written=written)
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
                 with over(self.model, "measuring", "examples") as progress:
                     return Dense(self.model, read, inside if self.calibrates else [], progress=progress)
@@ -300,11 +358,11 @@ class OneShot:
         if self.reads:
             read = self.calibration.to_json() if self.metric == "perplexity" else self._labelled.to_json()
             record["calibration" if self.calibrates else "text"] = read
-        figures: dict[str, Any] = {"before": None, "after": None, "examples": self.given.evaluate}
+        figures: dict[str, Any] = {"before": None, "after": None, "examples": self.examples.evaluate}
         cost, warning = self.cost(before), None
         if isinstance(cost, list):
             figures = {"before": cost[0].before, "after": cost[0].after, "examples": cost[0].rows}
-            record["damage"], warning = [one.to_json() for one in cost], warning_of(cost)
+            record["damage"], warning = [text.to_json() for text in cost], warning_of(cost)
         elif cost is not None:
             figures = {"before": before, "after": cost, "examples": len(self._labelled.drawn)}
         if reused := store_of(self.model).reused:
@@ -319,7 +377,7 @@ class OneShot:
 
     def _preprocessor(self) -> Preprocessor | None:
         """Loads what lies beside the model, or is named, to be saved along; None if there is nothing, as nothing was read."""
-        name = self.given.tokenizer or self.name
+        name = self.examples.tokenizer or self.name
         if not may_have_preprocessor(name):
             print(f"'{name}' has no tokenizer, so none is saved along; --tokenizer NAME names one")
             return None
@@ -327,16 +385,17 @@ class OneShot:
 
     def loader(self, examples: int, batch_size: int, calibrated: Sequence[Batch], before: Before) -> DataLoader[Any]:
         """Reads so many examples to train on, if there are: what was calibrated on and more, but nothing that is measured on."""
-        chance = torch.Generator().manual_seed(self.given.seed)
+        chance = torch.Generator().manual_seed(self.examples.seed)
         if self.metric == "accuracy":
             return self._labelled.loader(batch_size, chance)
-        found = [ids for batch in calibrated for ids in batch["input_ids"]]
+        rows = [ids for batch in calibrated for ids in batch["input_ids"]]
         measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, Dense) else set()
         if files := [source for name, source in self.calibration.named.items() if name != GENERATED]:
             more = replace(self.calibration, sources=files, weights=None, tokens=(examples + len(measured)) * self.length)
-            found += [ids for batch in more.read(self.model) for ids in batch["input_ids"]]
-        own = {row: ids.cpu() for ids in found if (row := tuple(ids.tolist())) not in measured}
-        return DataLoader([{"input_ids": ids, "labels": ids} for ids in own.values()], batch_size, shuffle=True, generator=chance)  # type: ignore[arg-type]
+            rows += [ids for batch in more.read(self.model) for ids in batch["input_ids"]]
+        unseen = {tuple(ids.tolist()): ids.cpu() for ids in rows}
+        data: Any = [{"input_ids": ids, "labels": ids} for row, ids in unseen.items() if row not in measured]
+        return DataLoader(data, batch_size, shuffle=True, generator=chance)
 
     def _named(self, cost: Cost) -> str | None:
         """Names the text that was calibrated and measured on, where no table of texts does."""
@@ -346,4 +405,4 @@ class OneShot:
             return f"text to calibrate on: {', '.join(self.calibration.named)}; measured on nothing"
         measured = "nothing" if cost is None else f"its split '{self._labelled.split}'"
         what = "images" if self._labelled.of_images else "text"
-        return f"{what} to calibrate on: the split 'train' of {self.given.data}; measured on {measured}"
+        return f"{what} to calibrate on: the split 'train' of {self.examples.data}; measured on {measured}"

@@ -5,9 +5,9 @@ from functools import partial
 import torch
 
 from billhook.arguments import whole
-from billhook.cli.oneshot.frame import OneShot, bar
-from billhook.cli.oneshot.streamed import REMOVED, Passes, batch_count, bytes_of_moments, check_scored
-from billhook.cli.oneshot.text import NONE, Examples
+from billhook.cli.examples import NONE, Examples
+from billhook.cli.one_shot import OneShot, bar
+from billhook.cli.streamed import REMOVED, Passes, batch_count, bytes_of_moments, check_scored
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance, run_of, score_units
 from billhook.model.plan import apply
@@ -22,7 +22,7 @@ from billhook.units.units import Per
 def prune_heads(
     model: str,
     out: str,
-    given: Examples,
+    examples: Examples,
     ratio: float | None = None,
     importance: Importance | None = None,
     ranking: Ranking = "layer",
@@ -39,7 +39,7 @@ def prune_heads(
     Args:
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        given: Examples to score and to measure on, and the place to compute.
+        examples: Examples to score and to measure on, and the place to compute.
         ratio: Fraction of the heads to remove, in [0, 1), rounded down.
         importance: How heads are scored: `GateGradient` (the paper's; the default), or any other `Importance`, also a class of
             your own; with `stream` one without gradients, such as `OutputNorm`.
@@ -59,26 +59,26 @@ def prune_heads(
     whole("min_heads", min_heads)
     whole("rounds", rounds)
     importance = importance or GateGradient()
-    check_scored(given, importance)
-    work = OneShot(model, out, given, calibrates=importance.needs_data, streams=True)
+    check_scored(examples, importance)
+    work = OneShot(model, out, examples, calibrates=importance.needs_data, streams=True)
     heads = find_units(work.model, "head")
     # refuses a ratio that no scores could lead to, and heads that cannot be removed
-    scores = {name: torch.zeros(one.count(per)) for name, one in heads.items()}
+    scores = {name: torch.zeros(units.count(per)) for name, units in heads.items()}
     removed = choose(heads, scores, ratio, ranking, min_heads, per)
     if not removed:
         raise ValueError(f"ratio={ratio} is not a single head of a layer, so that nothing would be removed")
     plan_units(work.model, removed, per=per)
-    every, gone = sum(one.count(per) for one in heads.values()), sum(map(len, removed.values()))
+    every, fewer = sum(map(len, scores.values())), sum(map(len, removed.values()))
     what = "heads" if per == "head" else "KV heads, with their query heads"
     passes = Passes(REMOVED)
-    if given.stream:
-        passes.to_score(rounds, importance, every, batch_count(work.rows, given.batch_size))
-    words = f"remove {gone:,} of {every:,} {what}, by {importance}", f"shown {work.shown if work.calibrates else NONE}"
+    if examples.stream:
+        passes.to_score(rounds, importance, every, batch_count(work.rows, examples.batch_size))
+    words = f"remove {fewer:,} of {every:,} {what}, by {importance}", f"shown {work.shown if work.calibrates else NONE}"
     work.tell(*words, passes=passes.known, beside=passes.beside)
     if dry_run and work.calibrates and work.unread:
         work.tell_dry()
         return
-    if given.stream:
+    if examples.stream:
         work.rest(bytes_of_moments(work.model, importance))
     batches, before = work.batches() if work.calibrates else [], None if dry_run else work.measure()
     runs = [run_of(work.model, heads, batch) for batch in batches]

@@ -1,15 +1,24 @@
-"""Holds what one-shot commands calibrate and measure on, as options."""
+"""What one-shot commands calibrate and measure on: options, and tables with labels."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import cached_property
+from typing import Any, ClassVar
 
+import torch
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from billhook.arguments import fraction, whole
 from billhook.calibration.generated import LENGTH
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.reading import Data, check_there
+from billhook.engine.batches import Batch
 from billhook.model.config_fields import text_config
+from billhook.names import without_folders
+from billhook.training.data import ClassificationDataModule
+from billhook.training.dataset_module import DatasetModule, draw
+from billhook.training.images import ImageDataModule
 
 EXAMPLES = 128
 """How many examples of a text scores are taken from, if no number is asked for."""
@@ -83,13 +92,13 @@ class Text:
 
     @property
     def alone(self) -> bool:
-        """Tells whether texts are given, and what the model writes is none of them."""
+        """Tells whether texts are examples, and what the model writes is none of them."""
         return self.data is not None and GENERATED not in (self.data if isinstance(self.data, list) else [self.data])
 
     def check_there(self) -> None:
         """Refuses texts that are not there."""
-        for name, given in (("data", self.data), ("also", self.also)):
-            for source in given if isinstance(given, list) else [given]:
+        for name, examples in (("data", self.data), ("also", self.also)):
+            for source in examples if isinstance(examples, list) else [examples]:
                 if source not in (None, GENERATED):
                     check_there(source, name)
 
@@ -122,3 +131,94 @@ class Examples(Pictures):
     longest: ClassVar[int] = 512
 
     batch_size: int = 8
+
+
+IMAGE = "image"
+"""The column of images, where no other is asked for."""
+
+
+class Labelled:
+    """A table of texts, or images, with labels, which is read once it is needed.
+
+    Args:
+        examples: It names the table.
+        model: The classifier.
+        preprocessor: The folder of its tokenizer, or image processor.
+        length: The most tokens of an example.
+    """
+
+    def __init__(self, examples: Text, model: PreTrainedModel, preprocessor: str, length: int) -> None:
+        self.examples, self.model, self.preprocessor, self.length = examples, model, preprocessor, length
+
+    @cached_property
+    def data(self) -> DatasetModule:
+        """The table, by splits; it needs one to calibrate on."""
+        examples = self.examples
+        if not isinstance(examples, Pictures) or examples.data is None or isinstance(examples.data, list):
+            what = "images" if self.of_images else "texts"
+            raise ValueError(f"data={examples.data!r}: a {type(self.model).__name__} needs one table with {what} and labels")
+        data: DatasetModule
+        if self.of_images:
+            column = IMAGE if examples.column == Text.column else examples.column
+            data = ImageDataModule(examples.data, self.preprocessor, column, examples.label_column, examples.batch_size)
+        else:
+            columns, size = [examples.column], examples.batch_size
+            data = ClassificationDataModule(examples.data, self.preprocessor, columns, examples.label_column, self.length, size)
+        data.read(self.model)
+        if "train" not in data.splits:
+            raise ValueError(f"data: calibration needs a split 'train'; there is {', '.join(data.splits)}")
+        return data
+
+    @property
+    def is_classifier(self) -> bool:
+        """True for a classifier of any kind."""
+        return "Classification" in type(self.model).__name__
+
+    @property
+    def of_images(self) -> bool:
+        """True for a classifier of images."""
+        return self.is_classifier and self.model.main_input_name == "pixel_values"
+
+    @property
+    def count(self) -> int:
+        """How many examples are shown, if there are as many."""
+        return self.examples.examples or EXAMPLES
+
+    @property
+    def split(self) -> str:
+        """The split that is measured on."""
+        return "test" if "test" in self.data.splits else "validation"
+
+    def shown(self) -> Iterator[Batch]:
+        """Draws the examples to calibrate on."""
+        rows: Any = self.data.splits["train"]
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.examples.seed))
+        return self._batched(rows, order[: self.count].tolist())
+
+    def measured(self) -> Iterator[Batch] | None:
+        """Draws the examples to measure on; None where there is no split for that."""
+        rows: Any = self.data.splits.get(self.split)
+        return None if rows is None else self._batched(rows, self.drawn)
+
+    @property
+    def drawn(self) -> list[int]:
+        """The numbers of the examples that are measured on, as many as are asked for where there are so many."""
+        return draw(len(self.data.splits.get(self.split, ())), self.examples.evaluate, self.examples.seed)
+
+    def loader(self, batch_size: int, chance: torch.Generator) -> DataLoader[Any]:
+        """Returns what is trained on, shuffled."""
+        rows: Any = self.data.splits["train"]
+        return DataLoader(rows, batch_size, shuffle=True, collate_fn=self.data.collate(), generator=chance)
+
+    def to_json(self) -> dict[str, Any]:
+        """Says what is calibrated on."""
+        rows: Any = self.data.splits["train"]
+        read = {"data": without_folders(self.examples.data), "examples": min(self.count, len(rows))} | (
+            {} if self.of_images else {"length": self.length}
+        )
+        return read | {"batch_size": self.examples.batch_size, "seed": self.examples.seed}
+
+    def _batched(self, rows: Any, numbers: Sequence[int]) -> Iterator[Batch]:  # noqa: ANN401 - `datasets` types rows as a list too
+        collate, size = self.data.collate(), self.examples.batch_size
+        for start in range(0, len(numbers), size):
+            yield Batch(collate([rows[number] for number in numbers[start : start + size]]))

@@ -62,20 +62,21 @@ class Images:
 
 def prepare(
     models: Sequence[str], data: Sequence[str], limit: int | None, batch_size: int, column: str, label_column: str
-) -> tuple[dict[str, Any], list[Work]]:
-    """Reads what classifiers are measured on; returns the settings, and what measures each of the models.
+) -> list[Work]:
+    """Reads what classifiers are measured on; returns what measures each of the models.
 
     Raises:
         ValueError: If there are no such images, or models have other classes.
     """
-    column = COLUMN if column == "text" else column
-    settings = {"data": data, "limit": limit, "batch_size": batch_size, "column": column, "label_column": label_column}
     built = {name: from_name(name) for name in models}
     classes = {name: model.config.num_labels for name, model in built.items()}
     if len(set(classes.values())) > 1:
         raise ValueError(f"models: they have other classes: {', '.join(f'{name} {count}' for name, count in classes.items())}")
-    sets = [[_read(name, built[name], source, column, label_column, limit) for source in data] for name in models]
-    return settings, [partial(measure, who=name, sets=own, batch_size=batch_size) for name, own in zip(models, sets, strict=True)]
+    works: list[Work] = []
+    for name in models:
+        sets = [_read(name, built[name], source, column, label_column, limit) for source in data]
+        works.append(partial(measure, who=name, sets=sets, batch_size=batch_size))
+    return works
 
 
 def _read(name: str, model: PreTrainedModel, source: str, column: str, label_column: str, limit: int | None) -> Images:
@@ -95,17 +96,20 @@ def measure(model: PreTrainedModel, who: str, sets: Sequence[Images], batch_size
     figures, answers = list[Figure](), dict[str, Any]()
     for images in sets:
         with bar(f"{who}: {images.of}", "images") as progress:
-            answers[images.of] = own = answered(model, who, images, batch_size, progress)
+            answers[images.of] = classified = answered(model, who, images, batch_size, progress)
         for name in ("acc", f"acc_top{TOP}"):
-            if name in own[0]:
-                figures.append(_share(images.of, name, [one[name] for one in own]))
+            if name in classified[0]:
+                figures.append(_share(images.of, name, [image[name] for image in classified]))
     return figures, {"answers": answers}
 
 
 def agreements(answers: Mapping[str, Sequence[Any]], first: Mapping[str, Sequence[Any]]) -> list[Figure]:
     """Measures the share of images that a model takes for what the first one does, by source."""
-    pairs = {of: zip(own, first[of], strict=True) for of, own in answers.items()}
-    return [_share(of, "agreement", [int(a["class"] == b["class"]) for a, b in own]) for of, own in pairs.items()]
+    figures = []
+    for of, classified in answers.items():
+        same = [int(image["class"] == other["class"]) for image, other in zip(classified, first[of], strict=True)]
+        figures.append(_share(of, "agreement", same))
+    return figures
 
 
 def _share(of: str, name: str, each: Sequence[int]) -> Figure:
@@ -121,7 +125,7 @@ def answered(model: PreTrainedModel, who: str, images: Images, batch_size: int, 
         and whether the label is that class (`acc`), or among the five likeliest (`acc_top5`, of a model with more than five).
     """
     rows: Any = images.data.splits[images.split]
-    collate, found = images.data.collate(), list[dict[str, Any]]()
+    collate, classified = images.data.collate(), list[dict[str, Any]]()
     for start in range(0, len(images.numbers), batch_size):
         numbers = images.numbers[start : start + batch_size]
         batch = collate([rows[number] for number in numbers])
@@ -133,10 +137,10 @@ def answered(model: PreTrainedModel, who: str, images: Images, batch_size: int, 
             if not 0 <= label < classes:
                 raise ValueError(f"data: '{images.of}' holds the label {label}, and '{who}' has {classes} classes, from 0")
             taken = int(scores.argmax())
-            one = {"image": number, "label": images.names.get(label, label), "class": images.names.get(taken, taken)}
-            one["acc"] = int(taken == label)
+            image = {"image": number, "label": images.names.get(label, label), "class": images.names.get(taken, taken)}
+            image["acc"] = int(taken == label)
             if classes > TOP:
-                one[f"acc_top{TOP}"] = int(label in scores.topk(TOP).indices.tolist())
-            found.append(one)
-        progress(len(found), len(images.numbers))
-    return found
+                image[f"acc_top{TOP}"] = int(label in scores.topk(TOP).indices.tolist())
+            classified.append(image)
+        progress(len(classified), len(images.numbers))
+    return classified

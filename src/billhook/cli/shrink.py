@@ -3,20 +3,29 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from billhook.arguments import whole
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from billhook.adapters.lora import LoRA
+from billhook.adapters.merge import merge
+from billhook.arguments import number, whole
+from billhook.checkpoints.pretrained import Task
+from billhook.cli.examples import Examples
 from billhook.cli.machine import check_file
-from billhook.cli.oneshot.enough import coming, refits
-from billhook.cli.oneshot.frame import Before, OneShot, bar, shown
-from billhook.cli.oneshot.recovery import Recovery
-from billhook.cli.oneshot.text import Examples
+from billhook.cli.one_shot import Before, OneShot, bar, shown
+from billhook.cli.refit import meta_batches, refits
 from billhook.cli.stopped import library_beside
 from billhook.engine.batches import Batch
+from billhook.fit.run import isolated
 from billhook.plots.pareto import pareto
+from billhook.report.generation import generates
 from billhook.report.speed import Phase
 from billhook.shrinking.cache import tokens_needed
 from billhook.shrinking.candidates import Candidates, Progress
@@ -27,6 +36,120 @@ from billhook.shrinking.measurement import CALLED
 from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.shrink import Layers, check_library, repair_for, shrink_to
 from billhook.tracing.show import pattern
+from billhook.training.distillation import Distillation
+from billhook.training.module import TransformerModule
+
+RATE, ADAPTER_RATE = 1e-4, 1e-3
+"""The highest learning rate, of all weights and of LoRA."""
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Training after the cut, on the same texts (more of them than were calibrated on, if there are), taught by the dense model.
+
+    Args:
+        recover: Steps of training; 0 for none.
+        recover_lr: The highest learning rate; by default 1e-4, or 1e-3 of LoRA.
+        recover_lora: Train LoRA, which is merged in the end, in the place of all weights.
+        recover_batch_size: Examples in a step.
+
+    Raises:
+        ValueError: If a number is out of range.
+    """
+
+    recover: int = 0
+    recover_lr: float | None = None
+    recover_lora: bool = False
+    recover_batch_size: int = 2
+
+    def __post_init__(self) -> None:
+        whole("recover", self.recover, 0)
+        whole("recover_batch_size", self.recover_batch_size)
+        if self.recover_lr is not None:
+            number("recover_lr", self.recover_lr, above=0)
+
+    @property
+    def examples(self) -> int:
+        """How many examples it takes."""
+        return self.recover * self.recover_batch_size
+
+    def task_of(self, model: PreTrainedModel) -> Task:
+        """Returns the task of a model; refuses one that cannot be trained here."""
+        if "SequenceClassification" in type(model).__name__:
+            return "sequence-classification"
+        if not generates(model):
+            raise ValueError(
+                f"recover={self.recover}: a {type(model).__name__} is no causal language model and no classifier of texts: train "
+                "it in a LightningModule of your own, with `Shrinking` among the callbacks"
+            )
+        return "causal-lm"
+
+    def train(
+        self,
+        model: PreTrainedModel,
+        teacher: str,
+        loader: DataLoader[Any],
+        device: torch.device,
+        seed: int,
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Trains a model in place, in float32.
+
+        Args:
+            model: The model that was cut.
+            teacher: The name of the dense model.
+            loader: Batches with labels.
+            device: Where it is trained.
+            seed: Decides the order of the examples, dropout, and how LoRA begins.
+            progress: Called with how many steps are done, and of how many.
+        """
+        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+        for parameter in model.parameters():
+            parameter.data = parameter.data.float()
+        with isolated():
+            torch.manual_seed(seed)
+            module = TransformerModule(
+                model,
+                self.task_of(model),
+                lr=self.recover_lr or (ADAPTER_RATE if self.recover_lora else RATE),
+                warmup=0.1,
+                lora=LoRA() if self.recover_lora else None,
+                distillation=Distillation(teacher=teacher),
+            )
+            _trainer(self.recover, device, progress).fit(module, loader, val_dataloaders=[])
+        if self.recover_lora:
+            merge(model)
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+        model.to(device).eval()  # type: ignore[arg-type]
+
+
+class _Progress(pl.Callback):
+    """Tells how many steps are done."""
+
+    def __init__(self, progress: Callable[[int, int], None]) -> None:
+        self.progress = progress
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
+        """Tells it after each step."""
+        self.progress(trainer.global_step, trainer.max_steps)
+
+
+def _trainer(steps: int, device: torch.device, progress: Callable[[int, int], None]) -> pl.Trainer:
+    """Makes a trainer that shows and writes nothing."""
+    return pl.Trainer(
+        accelerator=device.type,
+        devices=1 if device.index is None else [device.index],
+        max_steps=steps,
+        max_epochs=-1,
+        limit_val_batches=0,
+        gradient_clip_val=1.0,
+        callbacks=[_Progress(progress)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
 
 
 def outlook(candidates: Candidates, steps: int, within: str | None = None) -> str:
@@ -61,14 +184,14 @@ class KeptLibrary:
 
     Args:
         out: The output.
-        asked: The folder that was asked for, if one was.
+        library: The folder that was asked for, if one was.
 
     Raises:
         ValueError: If a folder beside the output has its name, and billhook did not write it.
     """
 
-    def __init__(self, out: str, asked: str | None) -> None:
-        self.folder, self._stays = library_beside(out) if asked is None else Path(asked), asked is not None
+    def __init__(self, out: str, library: str | None) -> None:
+        self.folder, self._stays = library_beside(out) if library is None else Path(library), library is not None
         if not self._stays and self.folder.exists() and not (self.folder / MARK).is_file():
             raise ValueError(
                 f"'{self.folder}', in which shrink keeps what it has made, holds something that billhook did not write "
@@ -95,7 +218,7 @@ class KeptLibrary:
 def shrink(
     model: str,
     out: str,
-    given: Examples,
+    examples: Examples,
     recovery: Recovery,
     budget: Budget,
     search: Search,
@@ -116,7 +239,7 @@ def shrink(
     Args:
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        given: Examples to fit and to measure on, and the place to compute.
+        examples: Examples to fit and to measure on, and the place to compute.
         recovery: Training after the cut.
         budget: What is left at most.
         search: How it is searched for.
@@ -134,19 +257,19 @@ def shrink(
     """
     check_library(library)
     kept = KeptLibrary(out, library)
-    whole("seed", given.seed, 0)
+    whole("seed", examples.seed, 0)
     if plot is not None:
         check_file("plot", plot, ".png")
     whole("time_batch_size", time_batch_size)
     whole("time_context", 2 if time_context is None else time_context, 2)
     workload = Workload(time_phase, time_batch_size, time_context)
-    work = OneShot(model, out, given, refits=search.repair is not None)
+    work = OneShot(model, out, examples, refits=search.repair is not None)
     if recovery.recover:
         recovery.task_of(work.model)
     clock = None if budget.latency is None else (budget.latency, clock_of(work.model, workload))
     candidates = Candidates.find(work.model, search.amount(budget), layers == "uniform")
     then = [f"train it for {recovery.recover:,} steps"] if recovery.recover else []
-    fitted, _ = divided(coming(work))
+    fitted, _ = divided(meta_batches(work))
     asked = search.repair
     short = (
         refits(work, tokens_needed(candidates.search, candidates.layers), fitted, asked != "auto") if asked is not None else ""
@@ -167,7 +290,7 @@ def shrink(
     before = work.measure()
     phases = [""]
     with bar("shrinking", "steps", lambda: phases[-1], alike=False) as report:
-        progress, seed = Progress(report, phases.append, kept.tell), given.seed
+        progress, seed = Progress(report, phases.append, kept.tell), examples.seed
         shrunk = shrink_to(candidates, budget, clock, fitted, held_out, how_refitted, search, seed, kept.folder, progress)
     shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
     by = str(how_refitted) if how_refitted else None
@@ -186,10 +309,10 @@ def _recovered(
     work: OneShot, recovery: Recovery, batches: Sequence[Batch], before: Before
 ) -> tuple[dict[str, Any], str, str | None, str]:
     """Trains the smaller model; returns what to record, and what to say of it before and after."""
-    cost, seed = work.cost(before), work.given.seed
+    cost, seed = work.cost(before), work.examples.seed
     loader = work.loader(recovery.examples, recovery.recover_batch_size, batches, before)
     with bar("recovering", "steps") as progress:
         recovery.train(work.model, work.name, loader, work.device, seed, progress)
-    plain = [one.to_json() for one in cost] if isinstance(cost, list) else cost
+    plain = [text.to_json() for text in cost] if isinstance(cost, list) else cost
     after = f"After {recovery.recover} steps of recovery on {len(loader.dataset):,} examples:"  # type: ignore[arg-type]
     return {"recovery": asdict(recovery) | {"before": plain}}, "Before recovery:", shown(before, cost), after

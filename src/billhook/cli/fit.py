@@ -13,8 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook
 from billhook.bar import lasting
-from billhook.cli.misspelt import legal, no_command
-from billhook.cli.options import COMMANDS, LIGHTNING
+from billhook.cli.options import COMMANDS, LIGHTNING, legal, no_command
 from billhook.fit.run import training_steps
 
 FIRST, EVERY = 20.0, 60.0

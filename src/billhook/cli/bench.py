@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from billhook.arguments import one_of, whole
 from billhook.assets import model_path
 from billhook.checkpoints.save import load
-from billhook.cli.bars import files
-from billhook.cli.machine import check_file, device_of, machine_name, threads_of
+from billhook.cli.machine import check_file, device_of, files, machine_name, threads_of
 from billhook.display import aligned
 from billhook.model.config_fields import text_config
 from billhook.model.meta import from_name
@@ -26,67 +25,12 @@ from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, Row, check_speed, measure_speed, spread
 from billhook.report.summary import Summary, summary
 from billhook.serving.converter import Converter
-from billhook.serving.engine import EngineSpeed, LlamaCpp, measure_engine, speed_up
+from billhook.serving.engine import LlamaCpp, measure_engine, speed_up
 from billhook.serving.worker import WorkerError
 from billhook.serving.written import write_gguf
 from billhook.versions import versions
 
 KINDS = ("F16", "Q4_K_M")
-
-
-def bench_engine(
-    models: Sequence[str], names: Sequence[str], contexts: Sequence[int], new_tokens: int, rounds: int, warmup: int, threads: int
-) -> tuple[str, list[dict[str, object]]]:
-    """Converts folders to F16 and Q4_K_M, and measures them; returns a table and the figures.
-
-    Raises:
-        ValueError: If a number is too small, or a folder cannot be converted; the message says why.
-    """
-    for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 2), ("warmup", warmup, 0)):
-        whole(name, value, least)
-    for context in contexts:
-        whole("contexts", context)
-    head = ["kind", "context", "model", "GB", "prompt/s", "written/s"]
-    head += ["prompt x", "(quartiles)", "written x", "(quartiles)"] if len(models) > 1 else []
-    lines, record = list[list[str]](), list[dict[str, object]]()
-    total = len(KINDS) * len(contexts) * len(models) * (warmup + rounds)
-    with tempfile.TemporaryDirectory() as place, Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=total)
-        for kind, files in zip(KINDS, _written(models, Path(place)), strict=True):
-            for context in contexts:
-                found = measure_engine(files, context, new_tokens, rounds, warmup, threads, lambda: bar.advance(task))
-                for name, file, own in zip(names, files, found, strict=True):
-                    size = file.stat().st_size
-                    lines.append(
-                        [kind, f"{context:,}", name, f"{size / 1e9:.3f}", *_engine_cells(own), *_engine_compared(found[0], own)]
-                    )
-                    record.append({"kind": kind, "model": name, "bytes": size, **vars(own)})
-    return aligned(head, [line[: len(head)] for line in lines]), record
-
-
-def _written(models: Sequence[str], place: Path) -> list[list[Path]]:
-    """Writes the files of all models, by kind."""
-    plain, quantised = ([place / f"{number}-{kind}.gguf" for number in range(len(models))] for kind in KINDS)
-    try:
-        with Converter() as converter, LlamaCpp() as engine:
-            for model, file, smaller in zip(models, plain, quantised, strict=True):
-                write_gguf(model_path(model), file, converter, "f16", ids_alone=True)
-                engine.quantise(file, smaller, "Q4_K_M")
-    except WorkerError as error:
-        raise ValueError(f"models: '{model}' cannot be converted: {error}") from error
-    return [plain, quantised]
-
-
-def _engine_cells(own: EngineSpeed) -> list[str]:
-    return [f"{own.prompt_rate:,.1f}", f"{own.writing_rate:,.1f}"]
-
-
-def _engine_compared(first: EngineSpeed, own: EngineSpeed) -> list[str]:
-    """Shows how many times as fast as the first a file is, in reading and in writing."""
-    if own is first:
-        return [""] * 4
-    ratios = (speed_up(first.read, own.read), speed_up(first.written, own.written))
-    return [cell for low, middle, high in ratios for cell in (f"{middle:.2f}", f"({low:.2f}-{high:.2f})")]
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -152,79 +96,123 @@ def bench(
     Raises:
         ValueError: If an argument is not legal, before any weights are read.
     """
-    sizes, wanted = batch_sizes or [1, 16], phases or ["prefill", "decode"]
+    sizes, measured = batch_sizes or [1, 16], phases or ["prefill", "decode"]
     one_of("dtype", dtype, DTYPES)
     whole("threads", 1 if threads is None else threads)
     check_file("plot", plot, ".png")
     check_file("json", json, ".json")
     one_of("engine", engine, ("transformers", "llama.cpp"))
     if engine == "llama.cpp":
-        own: dict[str, object] = {"batch_sizes": batch_sizes, "phases": phases, "plot": plot, "random": random or None}
-        own |= {"cache": None if cache == "static" else cache, "dtype": None if dtype == "auto" else dtype}
-        own |= {"device": None if device in ("auto", "cpu") else device, "seed": seed or None}
-        for name, value in own.items():
-            if value is not None:
+        usual = {"cache": ("static",), "dtype": ("auto",), "device": ("auto", "cpu")}
+        others = {"batch_sizes": batch_sizes, "phases": phases, "plot": plot, "random": random, "cache": cache, "dtype": dtype}
+        for name, value in (others | {"device": device, "seed": seed}).items():
+            if value and value not in usual.get(name, ()):
                 raise ValueError(f"{name}={value!r} is not of engine='llama.cpp', which reads one sequence at a time, on a CPU")
         lengths = contexts or _read_by([from_name(name) for name in models], new_tokens)
-        _in_engine(models, lengths, new_tokens, rounds, warmup, threads, json)
+        _in_engine(models, lengths, new_tokens, rounds, warmup, threads or torch.get_num_threads(), json)
         return
-    place, shadows = device_of(device), [from_name(name) for name in models]
-    lengths = contexts or _read_by(shadows, new_tokens)
-    check_speed(shadows, sizes, lengths, new_tokens, rounds, warmup, cache, wanted)
+    computes_on, meta_models = device_of(device), [from_name(name) for name in models]
+    lengths = contexts or _read_by(meta_models, new_tokens)
+    check_speed(meta_models, sizes, lengths, new_tokens, rounds, warmup, cache, measured)
     with files(f"loading {', '.join(models)}"):
-        loaded = _randomised(models, shadows, dtype, seed) if random else [load(name, dtype) for name in models]
-    for one in loaded:
-        one.to(place)  # type: ignore[arg-type]
+        loaded = _randomised(models, meta_models, dtype, seed) if random else [load(name, dtype) for name in models]
+    for model in loaded:
+        model.to(computes_on)  # type: ignore[arg-type]
     with threads_of(threads) as used, Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=len(sizes) * len(lengths) * len(wanted) * len(models) * (warmup + rounds))
+        task = bar.add_task("measuring", total=len(sizes) * len(lengths) * len(measured) * len(models) * (warmup + rounds))
         rows = measure_speed(
-            loaded, sizes, lengths, new_tokens, rounds, warmup, cache, wanted, seed, tell=lambda: bar.advance(task)
+            loaded, sizes, lengths, new_tokens, rounds, warmup, cache, measured, seed, tell=lambda: bar.advance(task)
         )  # fmt: skip
-    names, summaries, where = _last_parts(models), [summary(one) for one in loaded], machine_name(place, used)
-    print(f"{where}, {', '.join(sorted({_dtype(one) for one in loaded}))}, cache={cache}\n")
+    names, summaries, where = _last_parts(models), [summary(model) for model in loaded], machine_name(computes_on, used)
+    print(f"{where}, {', '.join(sorted({_dtype(model) for model in loaded}))}, cache={cache}\n")
     print(table(rows, names))
     print("\n".join(_notes(rows, names, loaded, summaries)))
     if plot is not None:
         speed(rows, names).savefig(plot)
     if json is not None:
         settings = {"new_tokens": new_tokens, "rounds": rounds, "warmup": warmup, "cache": cache, "random": random, "seed": seed}
-        about = [{"name": name, "dtype": _dtype(one)} for name, one in zip(models, loaded, strict=True)]
-        about = [mine | own.to_dict() for mine, own in zip(about, summaries, strict=True)]
+        about = [
+            {"name": name, "dtype": _dtype(model)} | size.to_dict()
+            for name, model, size in zip(models, loaded, summaries, strict=True)
+        ]
         record = {"versions": versions(), "machine": where, "settings": settings, "models": about}
-        Path(json).write_text(dumps(record | {"rows": [row.to_dict() for row in rows]}, indent=1, allow_nan=False) + "\n")
+        _write(json, record | {"rows": [row.to_dict() for row in rows]})
 
 
 def _read_by(models: Sequence[PreTrainedModel], new_tokens: int) -> list[int]:
     """Returns the contexts that all models read and can then go on from; where all are too long, the longest that is not."""
-    said = [getattr(text_config(model.config), "max_position_embeddings", None) for model in models]
-    most = max(min((one for one in said if one), default=CONTEXTS[-1] + new_tokens) - new_tokens, 1)
+    limits = [getattr(text_config(model.config), "max_position_embeddings", None) for model in models]
+    most = max(min(filter(None, limits), default=CONTEXTS[-1] + new_tokens) - new_tokens, 1)
     return [context for context in CONTEXTS if context <= most] or [most]
 
 
+def _write(file: str, record: dict[str, object]) -> None:
+    Path(file).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
+
+
 def _in_engine(
-    models: list[str], lengths: list[int], new_tokens: int, rounds: int, warmup: int, threads: int | None, json: str | None
+    models: list[str], contexts: list[int], new_tokens: int, rounds: int, warmup: int, threads: int, json: str | None
 ) -> None:
-    """Measures folders in llama.cpp, prints the table, and writes the figures."""
-    used = threads or torch.get_num_threads()
-    shown, rows = bench_engine(models, _last_parts(models), lengths, new_tokens, rounds, warmup, used)
-    where = f"llama.cpp, {machine_name(torch.device('cpu'), used)}"
-    print(f"{where}\n\n{shown}")
+    """Converts folders to F16 and Q4_K_M, measures them in llama.cpp, prints the table, and writes the figures."""
+    for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 2), ("warmup", warmup, 0)):
+        whole(name, value, least)
+    for context in contexts:
+        whole("contexts", context)
+    names, lines, record = _last_parts(models), list[list[str]](), list[dict[str, object]]()
+    head = ["kind", "context", "model", "GB", "prompt/s", "written/s"]
+    head += ["prompt x", "(quartiles)", "written x", "(quartiles)"] if len(models) > 1 else []
+    total = len(KINDS) * len(contexts) * len(models) * (warmup + rounds)
+    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("measuring", total=total)
+        for kind, converted in zip(KINDS, _converted(models, Path(folder)), strict=True):
+            for context in contexts:
+                speeds = measure_engine(converted, context, new_tokens, rounds, warmup, threads, lambda: bar.advance(task))
+                for name, file, speed in zip(names, converted, speeds, strict=True):
+                    size, first = file.stat().st_size, speeds[0]
+                    cells = [
+                        kind,
+                        f"{context:,}",
+                        name,
+                        f"{size / 1e9:.3f}",
+                        f"{speed.prompt_rate:,.1f}",
+                        f"{speed.writing_rate:,.1f}",
+                    ]
+                    if speed is not first:
+                        for low, middle, high in (speed_up(first.read, speed.read), speed_up(first.written, speed.written)):
+                            cells += [f"{middle:.2f}", f"({low:.2f}-{high:.2f})"]
+                    lines.append(cells + [""] * (len(head) - len(cells)))
+                    record.append({"kind": kind, "model": name, "bytes": size, **vars(speed)})
+    where = f"llama.cpp, {machine_name(torch.device('cpu'), threads)}"
+    print(f"{where}\n\n{aligned(head, lines)}")
     if json is not None:
-        record = {"versions": versions("llama-cpp-py-sync"), "machine": where, "rounds": rounds, "warmup": warmup, "rows": rows}
-        Path(json).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
+        about = {"versions": versions("llama-cpp-py-sync"), "machine": where, "rounds": rounds, "warmup": warmup}
+        _write(json, about | {"rows": record})
 
 
-def _randomised(models: Sequence[str], shadows: Sequence[PreTrainedModel], dtype: str, seed: int) -> list[PreTrainedModel]:
+def _converted(models: Sequence[str], folder: Path) -> list[list[Path]]:
+    """Writes the files of all models, by kind."""
+    plain, quantised = ([folder / f"{number}-{kind}.gguf" for number in range(len(models))] for kind in KINDS)
+    try:
+        with Converter() as converter, LlamaCpp() as engine:
+            for model, file, smaller in zip(models, plain, quantised, strict=True):
+                write_gguf(model_path(model), file, converter, "f16", ids_alone=True)
+                engine.quantise(file, smaller, "Q4_K_M")
+    except WorkerError as error:
+        raise ValueError(f"models: '{model}' cannot be converted: {error}") from error
+    return [plain, quantised]
+
+
+def _randomised(models: Sequence[str], meta_models: Sequence[PreTrainedModel], dtype: str, seed: int) -> list[PreTrainedModel]:
     """Makes models of these shapes with random weights."""
-    for name, shadow in zip(models, shadows, strict=True):
-        if unbuilt_shape(shadow).tensors:
+    for name, meta_model in zip(models, meta_models, strict=True):
+        if unbuilt_shape(meta_model).tensors:
             raise ValueError(f"random: '{name}' has a shape that its class does not build; measure it with its weights")
     made = list[PreTrainedModel]()
     with torch.random.fork_rng(devices=[]):
-        for shadow in shadows:
+        for meta_model in meta_models:
             torch.manual_seed(seed)
-            model = type(shadow)(shadow.config)
-            nn.Module.to(model, dtype=shadow.dtype if dtype == "auto" else getattr(torch, dtype))
+            model = type(meta_model)(meta_model.config)
+            nn.Module.to(model, dtype=meta_model.dtype if dtype == "auto" else getattr(torch, dtype))
             model.train(False)
             made.append(model)
     return made
@@ -234,12 +222,13 @@ def table(rows: Sequence[Row], names: Sequence[str]) -> str:
     """Shows a table for each phase, with a line for each batch size, context and model."""
     tables = []
     for phase, time, rate in (("prefill", "ms", "GFLOP/s"), ("decode", "ms/token", "GB/s")):
-        own = [row for row in rows if row.phase == phase]
-        heads = [phase, "batch", "context", time, "(quartiles)", "tokens/s", "peak MB", "cache MB", rate]
-        heads += ["speed-up", "(quartiles)", "ideal", "reached"] if len(names) > 1 else []
-        lines = [[names[row.model], *_cells(row), *(_compared(row) if len(names) > 1 else [])] for row in own]
-        if own:
-            tables.append(aligned(heads, lines))
+        head = [phase, "batch", "context", time, "(quartiles)", "tokens/s", "peak MB", "cache MB", rate]
+        head += ["speed-up", "(quartiles)", "ideal", "reached"] if len(names) > 1 else []
+        lines = [
+            [names[row.model], *_cells(row), *(_compared(row) if len(names) > 1 else [])] for row in rows if row.phase == phase
+        ]
+        if lines:
+            tables.append(aligned(head, lines))
     return "\n\n".join(tables)
 
 
@@ -265,14 +254,14 @@ def _notes(
     """Notes the cache per token next to the prediction from the shape, and figures that were assumed or not measured."""
     lines = [""]
     cached = {row.model: row.cache_bytes_per_token for row in rows if row.cache_bytes}
-    for number, own in cached.items():
-        says = f"KV cache of {names[number]}: {own:,.0f} bytes per token and sequence measured"
+    for number, size in cached.items():
+        says = f"KV cache of {names[number]}: {size:,.0f} bytes per token and sequence measured"
         predicted, heads = summaries[number].kv_cache_bytes, summaries[number].kv_heads
         says += f", {predicted:,} predicted" if predicted else ""
         says += f"; {heads} KV head{'s' if heads > 1 else ''}" if heads else ""
         if number and cached.get(0):
             first = summaries[0].kv_heads
-            says += f": {cached[0] / own:.2f} times less"
+            says += f": {cached[0] / size:.2f} times less"
             says += f", heads {first / heads:.2f} times fewer" if first and heads else ""
         lines.append(says)
     mute = [name for name, model in zip(names, models, strict=True) if not generates(model)]

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from billhook.cli.oneshot.frame import OneShot
+from billhook.cli.one_shot import OneShot
 from billhook.engine.batches import Batch
 from billhook.model.linears import is_linear
 from billhook.pruning.cuts import Cut
@@ -14,13 +14,14 @@ from billhook.repairs.moments import NoRepair
 REFIT = "refit the linears that read them, by least squares"
 
 
-def coming(work: OneShot) -> list[Batch]:
+def meta_batches(work: OneShot) -> list[Batch]:
     """Returns batches as large as those that a model will be shown, if the texts are long enough; without any values."""
-    found, most = list[Batch](), work.given.batch_size
+    batches, most = list[Batch](), work.examples.batch_size
     for source, count in zip(work.sources, work.rows, strict=True):
-        sizes = [min(most, count - start) for start in range(0, count, most)]
-        found += [Batch({"input_ids": torch.empty(size, work.length, device="meta")}, source) for size in sizes]
-    return found
+        for start in range(0, count, most):
+            ids = torch.empty(min(most, count - start), work.length, device="meta")
+            batches.append(Batch({"input_ids": ids}, source))
+    return batches
 
 
 def check_examples(work: OneShot, least: int, what: str) -> None:
@@ -29,15 +30,17 @@ def check_examples(work: OneShot, least: int, what: str) -> None:
         raise ValueError(f"--examples {rows}: {what} needs {least} at least, as some are held out")
 
 
-def kept_by_readers(search: RatioSearch, cut: Cut) -> dict[str, int]:
-    """Returns how many inputs a cut leaves at least to each linear that reads units; if scores decide how many, 1."""
-    places = {name: own for name, own in search.units.items() if name in cut.units and own.kind in ("head", "channel")}
-    return {
-        reader: len(own.index) * cut.after[name][0] // cut.before[name][0] if search.amount.ranking == "layer" else 1
-        for name, own in places.items()
-        for reader in own.readers
-        if is_linear(search.model.get_submodule(reader))
-    }
+def inputs_left(search: RatioSearch, cut: Cut, most: bool) -> dict[str, int]:
+    """Returns how many inputs a cut leaves at most, or at least, to each linear that reads units; if scores decide, all, or 1."""
+    left: dict[str, int] = {}
+    for name, units in search.units.items():
+        if name in cut.units and units.kind in ("head", "channel"):
+            inputs = len(units.index) if most else 1
+            if search.amount.ranking == "layer":
+                inputs = len(units.index) * cut.after[name][0] // cut.before[name][0]
+            readers = [reader for reader in units.readers if is_linear(search.model.get_submodule(reader))]
+            left |= dict.fromkeys(readers, inputs)
+    return left
 
 
 def refits(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch], must: bool) -> str:
@@ -65,15 +68,15 @@ def refits(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch], m
 
 def _none(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch]) -> str:
     """Says why no linear at all can be refitted; empty if one can be, as far as is known."""
-    given, tokens = work.given, _tokens(batches)
+    examples, tokens = work.examples, _tokens(batches)
     if not needed:
         return "no linear layer reads what is removed, so none can make up for it"
     if (rows := sum(len(batch["input_ids"]) for batch in batches if "input_ids" in batch)) < 2 and not work.of_images:
-        return f"--examples {given.examples or rows}: a refit needs two at least, as some are to choose the ridge; got {rows}"
+        return f"--examples {examples.examples or rows}: a refit needs two at least, as some are to choose the ridge; got {rows}"
     if work.of_images or any(number <= tokens for number in needed.values()):
         return ""
     first = min(needed, key=lambda name: needed[name])
-    size = "" if given.examples is None else f"--examples {given.examples}, "
+    size = "" if examples.examples is None else f"--examples {examples.examples}, "
     few = f"{size}--length {work.length}: too few tokens for any refit"
     return f"{few}: {tokens:,} are fitted to, and {first} needs {needed[first]:,}"
 

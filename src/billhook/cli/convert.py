@@ -2,14 +2,14 @@
 
 from billhook.arguments import whole
 from billhook.callbacks.kv_heads import HINT
-from billhook.cli.bars import over
-from billhook.cli.oneshot.enough import check_examples, coming, refits
-from billhook.cli.oneshot.frame import OneShot
-from billhook.cli.oneshot.streamed import bytes_of_refit
-from billhook.cli.oneshot.text import NONE, Examples
+from billhook.cli.examples import NONE, Examples
+from billhook.cli.machine import over
+from billhook.cli.one_shot import OneShot
+from billhook.cli.refit import check_examples, meta_batches, refits
+from billhook.cli.streamed import bytes_of_refit
 from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, ready
 from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
-from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
+from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.plan import apply
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import in_rows
@@ -20,7 +20,7 @@ REFIT = "refit what reads the heads, and the feed-forwards, by least squares"
 def convert(
     model: str,
     out: str,
-    given: Examples,
+    examples: Examples,
     num_key_value_heads: int | None = None,
     method: KVMethod | Name = "mean",
     repair: RepairConfig | None = None,
@@ -36,7 +36,7 @@ def convert(
     Args:
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        given: Examples for methods that need some, and to measure on, and the place to compute.
+        examples: Examples for methods that need some, and to measure on, and the place to compute.
         num_key_value_heads: KV heads afterwards, 1 for multi-query attention; divides both those now and the query heads.
         method: How the heads of a group become one: "mean" (the paper's), "first" or "random", which need no data;
             "aligned", which does without; "svd" or "auto", which stay nearest to the dense model; or any `KVMethod`, also a
@@ -57,8 +57,8 @@ def convert(
     method = method_of(method)
     check_repair(method, repair)
     least, needing = batches_needed(method, repair)
-    calibrates = least > 0 or (method.turns and given.data is not None)
-    work = OneShot(model, out, given, refits=repair is not None, calibrates=calibrates, streams=True)
+    calibrates = least > 0 or (method.turns and examples.data is not None)
+    work = OneShot(model, out, examples, refits=repair is not None, calibrates=calibrates, streams=True)
     plan = plan_kv_heads(work.model, num_key_value_heads, method, layers, encoder)
     passes, moments, known = 1, 0, None
     if calibrates:
@@ -67,10 +67,12 @@ def convert(
         known = check_ready(work.model, dict.fromkeys(plan.layers, plan.after), method, repair)
         passes += known.passes(method, repair)
         moments = known.bytes(method)
-    short = refits(work, known.widths, coming(work), must=True) if repair is not None and known is not None else ""
+    short = refits(work, known.widths, meta_batches(work), must=True) if repair is not None and known is not None else ""
     solved, sums = (0, 0) if repair is None else bytes_of_refit(work.model, work.parts)
     work.rest(max(moments, solved), sums, 0 if repair is None else 2)
-    work.tell(*_steps(plan, short or (REFIT if repair else ""), work.shown if calibrates else NONE), passes=passes)
+    steps = [f"turn {plan.before} KV heads into {plan.after} in {len(plan.layers)} attentions, by {plan.method}"]
+    steps += [short or REFIT] if repair is not None else []
+    work.tell(*steps, f"shown {work.shown if calibrates else NONE}", passes=passes)
     if dry_run:
         work.tell_dry(plan.text())
         return
@@ -87,9 +89,3 @@ def convert(
         plan, weights, how = ready(work.model, plan, batches, repair, known)
         apply(work.model, plan, weights=weights)
     work.save(before, f"{plan.words} ({how})", {"plans": [plan.to_json()], "repair": repair and str(repair)})
-
-
-def _steps(plan: KVHeadPlan, refit: str, shown: str) -> list[str]:
-    """Returns the words for what will be done."""
-    steps = [f"turn {plan.before} KV heads into {plan.after} in {len(plan.layers)} attentions, by {plan.method}"]
-    return [*steps, *filter(None, [refit]), f"shown {shown}"]

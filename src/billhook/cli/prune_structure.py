@@ -6,9 +6,10 @@ from dataclasses import dataclass, fields
 from transformers import PreTrainedModel
 
 from billhook.arguments import whole
-from billhook.cli.oneshot.enough import REFIT, coming, kept_by_readers, refits
-from billhook.cli.oneshot.frame import OneShot, bar
-from billhook.cli.oneshot.streamed import (
+from billhook.cli.examples import Examples
+from billhook.cli.one_shot import OneShot, bar
+from billhook.cli.refit import REFIT, inputs_left, meta_batches, refits
+from billhook.cli.streamed import (
     REFITTED,
     REMOVED,
     WITHOUT_BLOCKS,
@@ -17,9 +18,7 @@ from billhook.cli.oneshot.streamed import (
     bytes_of_moments,
     bytes_of_refit,
     check_scored,
-    left,
 )
-from billhook.cli.oneshot.text import Examples
 from billhook.engine.batches import Batch
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance
@@ -57,16 +56,16 @@ class Removed(Amount):
     @property
     def within(self) -> Amount | None:
         """The units to remove within blocks, if any."""
-        asked = any(getattr(self, name) is not None for name in (*RATIOS, *TARGETS) if name != "blocks")
-        every = {one.name: getattr(self, one.name) for one in fields(Amount)}
-        return Amount(**every | {"blocks": None}) if asked or not self.blocks else None
+        if self.blocks and all(getattr(self, name) is None for name in (*RATIOS, *TARGETS) if name != "blocks"):
+            return None
+        return Amount(**{field.name: getattr(self, field.name) for field in fields(Amount)} | {"blocks": None})
 
 
 def prune_structure(
     model: str,
     out: str,
     amount: Removed,
-    given: Examples,
+    examples: Examples,
     block_importance: Importance | None = None,
     importance: Importance | None = None,
     rounds: int = 1,
@@ -82,7 +81,7 @@ def prune_structure(
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
         amount: How much to remove.
-        given: Examples to score and to measure on, and the place to compute.
+        examples: Examples to score and to measure on, and the place to compute.
         block_importance: How blocks are scored: `BlockInfluence` (ShortGPT, https://arxiv.org/abs/2403.03853; the default), or
             `Ablation`, one forward a block.
         importance: How units are scored: `OutputNorm`, `Taylor` (LLM-Pruner), or any other `Importance`, also a class of your
@@ -97,38 +96,44 @@ def prune_structure(
         ValueError: If an argument is not legal, or the model cannot give what is asked; before anything is written.
     """
     whole("rounds", rounds)
-    check_scored(given, block_importance, importance)
-    work = OneShot(model, out, given, refits=repair is not None, streams=True)
-    passes, kept, needed, count = Passes(), None, None, batch_count(work.rows, given.batch_size) if given.stream else 0
+    check_scored(examples, block_importance, importance)
+    work = OneShot(model, out, examples, refits=repair is not None, streams=True)
+    passes, count = Passes(), batch_count(work.rows, examples.batch_size) if examples.stream else 0
+    steps, refit, kept, needed = list[str](), "", None, None
     if amount.within is not None:
         check_kinds(work.model, amount.within.kinds)
         search = RatioSearch(work.model, amount.within)
         cut = search.check()
-        kept = left(search, cut) if rounds == 1 else None
-        needed = kept_by_readers(search, cut) if repair is not None else None
+        kept = inputs_left(search, cut, most=True) if rounds == 1 else None
+        needed = inputs_left(search, cut, most=False) if repair is not None else None
         importance = importance or default_importance(search.free())
-        check_scored(given, importance)
-        every = sum(one.count(amount.per) for one in search.free().values())
+        check_scored(examples, importance)
+        every = sum(units.count(amount.per) for units in search.free().values())
         passes.to_score(rounds, importance, every, count)
         passes.known += rounds * (REMOVED + REFITTED * (repair is not None))
+        amounts = amount.within.ratios | ({amount.target: getattr(amount, amount.target)} if amount.target else {})
+        sizes = ", ".join(f"{name}={value}" for name, value in amounts.items())
+        steps.append(f"remove units for {sizes}, by {importance}" + (f", in {rounds} rounds" if rounds > 1 else ""))
+        if needed is not None:
+            refit = refits(work, needed, meta_batches(work), repair != "auto") or REFIT
+            steps.append(refit)
     if amount.blocks_alone is not None:
-        stacks, gone = count_blocks(work.model, amount.blocks_alone)
+        stacks, fewer = count_blocks(work.model, amount.blocks_alone)
         block_importance = block_importance or BlockInfluence()
-        every, times = sum(one.count() for one in stacks.values()), sum(gone.values()) if amount.greedy else 1
+        every, times = sum(blocks.count() for blocks in stacks.values()), sum(fewer.values()) if amount.greedy else 1
         passes.to_score(times, block_importance, every, count)
         passes.known += WITHOUT_BLOCKS
-    refit = [] if needed is None else [refits(work, needed, coming(work), repair != "auto") or REFIT]
-    steps = _steps(amount, block_importance, importance, rounds, refit, work.shown)
-    work.tell(*steps, passes=passes.known, exactly=repair != "auto", beside=passes.beside)
-    needs = any(one.needs_data for one in (block_importance, importance) if one is not None)
+        steps.insert(0, f"remove blocks={amount.blocks}{', one at a time' if amount.greedy else ''}, by {block_importance}")
+    work.tell(*steps, f"shown {work.shown}", passes=passes.known, exactly=repair != "auto", beside=passes.beside)
+    needs = any(scored_by.needs_data for scored_by in (block_importance, importance) if scored_by is not None)
     if dry_run and needs and work.unread:
         work.tell_dry()
         return
     batches = work.batches() if needs or not dry_run else []
-    if given.stream:  # what reading text took is there
+    if examples.stream:  # what reading text took is there
         solved, sums = (0, 0) if repair is None else bytes_of_refit(work.model, work.parts, kept)
         work.rest(max(bytes_of_moments(work.model, importance), solved), sums, 0 if repair is None else 2)
-    if needed is not None and not dry_run and (now := refits(work, needed, batches, repair != "auto")) not in ("", *refit):
+    if needed is not None and not dry_run and (now := refits(work, needed, batches, repair != "auto")) not in ("", refit):
         print(now)  # a text is shorter than what was asked for
     before = None if dry_run else work.measure()
     plans, refitted, whys = list[BlockPlan | UnitPlan](), False, list[str]()
@@ -155,21 +160,6 @@ def prune_structure(
     work.save(before, what, record, not_refitted="; ".join(dict.fromkeys(whys)))
 
 
-def _steps(
-    amount: Removed, by: Importance | None, importance: Importance | None, rounds: int, refit: list[str], shown: str
-) -> list[str]:
-    """Returns the words for what will be done."""
-    order = ", one at a time" if amount.greedy else ""
-    steps = [] if amount.blocks is None else [f"remove blocks={amount.blocks}{order}, by {by}"]
-    if amount.within is not None:
-        asked = amount.within.ratios | ({amount.target: getattr(amount, amount.target)} if amount.target else {})
-        sizes = ", ".join(f"{name}={value}" for name, value in asked.items())
-        times = f", in {rounds} rounds" if rounds > 1 else ""
-        steps.append(f"remove units for {sizes}, by {importance}{times}")
-        steps += refit
-    return [*steps, f"shown {shown}"]
-
-
 def _plans(
     model: PreTrainedModel,
     batches: list[Batch],
@@ -192,3 +182,41 @@ def _plans(
             with bar("scoring", "batches") as progress:
                 units = plan_searched(part, importance, batches, progress=progress)
             yield units
+
+
+def prune_blocks(
+    model: str,
+    out: str,
+    examples: Examples,
+    blocks: int | float | None = None,
+    importance: Importance | None = None,
+    greedy: bool = False,
+    first: int = 0,
+    last: int = 0,
+    dry_run: bool = False,
+) -> None:
+    """Removes the least important blocks of a language model or a text classifier and saves it, verified.
+
+    The method is Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You Expect (2024),
+    https://arxiv.org/abs/2403.03853. `billhook prune-structure` removes units within the blocks that stay, too.
+
+    Args:
+        model: A folder, a hub name, or "tiny".
+        out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
+        examples: Examples to score and to measure on, and the place to compute.
+        blocks: How many blocks to remove (int), or the fraction (float, in [0, 1), rounded down); of a model with an encoder and
+            a decoder, from each.
+        importance: How much a block matters: `BlockInfluence` (the paper's; the default), `Ablation`, one forward a block, or any
+            other `Importance`, also a class of your own.
+        greedy: Whether blocks are removed one at a time, and the others scored again without it; as many times the work.
+        first: So many first blocks are kept.
+        last: So many last blocks are kept.
+        dry_run: Print the plan and write nothing.
+
+    Raises:
+        ValueError: If an argument is not legal, or so many blocks cannot be removed; before anything is written.
+    """
+    if not blocks:
+        raise ValueError(f"blocks={blocks}: say how many blocks to remove, or which fraction of them, in (0, 1)")
+    amount = Removed(blocks=blocks, first=first, last=last, greedy=greedy)
+    prune_structure(model, out, amount, examples, block_importance=importance, repair=None, dry_run=dry_run)

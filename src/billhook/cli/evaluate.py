@@ -18,9 +18,8 @@ from billhook.assets import model_path
 from billhook.bar import bar
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
-from billhook.cli.bars import files, over
-from billhook.cli.machine import check_file, device_of
-from billhook.cli.measuring import images
+from billhook.cli import images
+from billhook.cli.machine import check_file, device_of, files, over
 from billhook.display import aligned
 from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
@@ -113,17 +112,24 @@ def evaluate(
     check_file("json", json, ".json")
     if not models or not (data or text or tasks):
         raise ValueError("models and one of data, text and tasks are needed: what to measure, and on what")
-    of_images = any(images.classifies(model) for model in models)
+    of_images, computes_on = any(images.classifies(model) for model in models), device_of(device)
+    settings: dict[str, Any] = {"data": data, "limit": limit, "batch_size": batch_size, "column": column}
     if of_images:
         images.check(models, {"text": text, "tasks": tasks, "length": length, "stream": stream})
-        settings, works = images.prepare(models, data or [], limit, batch_size, column, label_column)
-        place = device_of(device)
+        settings |= {"column": images.COLUMN if column == "text" else column, "label_column": label_column}
+        works = images.prepare(models, data or [], limit, batch_size, settings["column"], label_column)
     else:
         if stream and (data or tasks):
             raise ValueError("stream=True is for text alone: leave out data and tasks, or stream")
-        place = torch.device("cpu") if stream and device == "auto" else device_of(device)
-        settings, works = _prepare(models, data or [], text, _tasks(tasks or []), limit, length, examples, batch_size, column)
-    results = [_result(name, work, place, dtype, stream) for name, work in zip(models, works, strict=True)]
+        if stream and device == "auto":
+            computes_on = torch.device("cpu")
+        tasks, length = _tasks(tasks or []), _length(models, length)
+        settings |= {"text": text, "tasks": tasks, "length": length, "examples": examples}
+        questions = [read_questions(file, limit, "data") for file in data or []]
+        prepared = [_work(name, questions, text, column, length, tasks) for name in models]
+        counts: dict[str, Any] = {"length": length, "examples": examples, "batch_size": batch_size, "limit": limit}
+        works = [partial(_measure, work=work, **counts) for work in prepared]
+    results = [_result(name, work, computes_on, dtype, stream) for name, work in zip(models, works, strict=True)]
     if of_images and len(models) > 1:
         for figures, about in results:
             figures += images.agreements(about["answers"], results[0][1]["answers"])
@@ -132,47 +138,25 @@ def evaluate(
         if about.get("cut"):
             print(f"{name}: {about['cut']} choices had their context cut from the left, to length={settings['length']}")
     if json is not None:
-        settings |= {"dtype": dtype, "device": str(place)}
+        settings |= {"dtype": dtype, "device": str(computes_on)}
         of_models = [about | {"figures": _plain(figures, results[0][0])} for figures, about in results]
         used = versions("tokenizers", *(["lm_eval"] if settings.get("tasks") else []))
         record = {"versions": used, "settings": settings, "models": of_models}
         Path(json).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def _result(name: str, work: images.Work, place: torch.device, dtype: str, stream: bool) -> tuple[list[Figure], dict[str, Any]]:
+def _result(name: str, work: images.Work, device: torch.device, dtype: str, stream: bool) -> tuple[list[Figure], dict[str, Any]]:
     """Loads and measures a model; returns its figures, and what is recorded about it."""
     began = time.perf_counter()
     with files(f"loading {name}"):
-        model = open_streamed(name, None, dtype, place) if stream else load(name, dtype)
+        model = open_streamed(name, None, dtype, device) if stream else load(name, dtype)
     if not stream:
-        model.to(place)  # type: ignore[arg-type]
+        model.to(device)  # type: ignore[arg-type]
     figures, about = work(model)
     return figures, {"model": name, "dtype": str(model.dtype), "seconds": time.perf_counter() - began} | about
 
 
-def _prepare(
-    models: Sequence[str],
-    data: list[str],
-    text: str | None,
-    tasks: list[str],
-    limit: int | None,
-    length: int | None,
-    examples: int,
-    batch_size: int,
-    column: str,
-) -> tuple[dict[str, Any], list[images.Work]]:
-    """Reads what language models are measured on; returns the settings, and what measures each of the models."""
-    tokens = _length(models, length)
-    settings = {"data": data or None, "text": text, "tasks": tasks, "limit": limit, "length": tokens, "examples": examples}
-    settings |= {"batch_size": batch_size, "column": column}
-    questions = [read_questions(file, limit, "data") for file in data]
-    works = [_work(name, questions, text, column, tokens, tasks) for name in models]
-    return settings, [
-        partial(_measure, work=one, length=tokens, examples=examples, batch_size=batch_size, limit=limit) for one in works
-    ]
-
-
-def _length(models: Sequence[str], asked: int | None) -> int:
+def _length(models: Sequence[str], length: int | None) -> int:
     """Finds how many tokens all of the models read at once; refuses models that predict no next token."""
     longest = dict[str, int]()
     for name in models:
@@ -181,11 +165,11 @@ def _length(models: Sequence[str], asked: int | None) -> int:
         kind = model_class(config, path).__name__
         if "CausalLM" not in kind and "LMHead" not in kind:
             raise ValueError(f"models: '{name}' is a {kind}, which predicts no next token; a causal language model is needed")
-        longest[name] = getattr(text_config(config), "max_position_embeddings", None) or asked or LONGEST
+        longest[name] = getattr(text_config(config), "max_position_embeddings", None) or length or LONGEST
     most = min(longest, key=longest.__getitem__)
-    if asked is not None and not 2 <= asked <= longest[most]:
-        raise ValueError(f"length={asked} must be in 2..{longest[most]}: '{most}' reads no more tokens at once")
-    return asked or min(LONGEST, longest[most])
+    if length is not None and not 2 <= length <= longest[most]:
+        raise ValueError(f"length={length} must be in 2..{longest[most]}: '{most}' reads no more tokens at once")
+    return length or min(LONGEST, longest[most])
 
 
 def _work(name: str, questions: Sequence[list[Question]], text: str | None, column: str, length: int, tasks: list[str]) -> _Work:
@@ -200,17 +184,17 @@ def _measure(
     """Measures all figures of a model; returns with them the likelihoods of each file's choices."""
     tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
     with bar(f"{work.model}: questions", "tokens") as progress:
-        found = answered(model, f"models: '{work.model}'", work.sets, batch_size, progress)
+        scored = answered(model, f"models: '{work.model}'", work.sets, batch_size, progress)
     with over(model, f"{work.model}: text", "blocks") as progress:
-        figures = [*on_questions(found), *on_text(model, work.text, length, examples, progress)]
+        figures = [*on_questions(scored), *on_text(model, work.text, length, examples, progress)]
     answers = dict[str, Any]()
-    for file, own in found.items():
-        each = zip(own, *(one.each or () for one in accuracies(file, own)), strict=True)
+    for file, likelihoods in scored.items():
+        right, right_normed = (figure.each or () for figure in accuracies(file, likelihoods))
         answers[file] = [
             {"line": question.line, "label": question.label, "acc": plain, "acc_norm": norm, "log_likelihoods": sums}
-            for (question, sums), plain, norm in each
+            for (question, sums), plain, norm in zip(likelihoods, right, right_normed, strict=True)
         ]
-    cut = sum(row.cut for own in work.sets.values() for _, rows in own for row in rows)
+    cut = sum(row.cut for asked in work.sets.values() for _, rows in asked for row in rows)
     return figures + tasks, {"cut": cut, "answers": answers}
 
 
@@ -225,7 +209,7 @@ def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
     """Shows figures as rows and models as columns, with their differences to the first model."""
     rows = []
     for first, *others in zip(*figures, strict=True):
-        cells = [f"{shown(one.value, one.error)}  ({shown(*difference(one, first), sign='+')})" for one in others]
+        cells = [f"{shown(other.value, other.error)}  ({shown(*difference(other, first), sign='+')})" for other in others]
         rows.append([first.of, first.measure, shown(first.value, first.error), *cells])
     legend = f"(difference to {models[0]}; ± standard error)" if len(models) > 1 else "(± standard error)"
     head = ["", "", *models]
@@ -234,20 +218,20 @@ def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
 
 def _plain(figures: Sequence[Figure], first: Sequence[Figure]) -> list[dict[str, Any]]:
     """Turns figures into JSON, with their differences to the first model."""
-    found = []
-    for one, other in zip(figures, first, strict=True):
-        numbers = {"value": one.value, "error": one.error}
-        numbers |= zip(("difference", "difference_error"), difference(one, other), strict=True)
+    plain = []
+    for figure, other in zip(figures, first, strict=True):
+        numbers = {"value": figure.value, "error": figure.error}
+        numbers |= zip(("difference", "difference_error"), difference(figure, other), strict=True)
         finite = {key: str(x) if x is not None and not math.isfinite(x) else x for key, x in numbers.items()}
-        found.append({"of": one.of, "measure": one.measure, **finite})
-    return found
+        plain.append({"of": figure.of, "measure": figure.measure, **finite})
+    return plain
 
 
-def _tasks(asked: Sequence[str]) -> list[str]:
+def _tasks(tasks: Sequence[str]) -> list[str]:
     """Splits names of tasks at commas; refuses them if lm-eval is not installed."""
-    names = [name.strip() for text in asked for name in text.split(",") if name.strip()]
-    if asked and util.find_spec("lm_eval") is None:
-        raise ValueError(f"tasks={','.join(asked)} are lm-eval's, which is not installed: pip install 'billhook[eval]'")
+    names = [name.strip() for text in tasks for name in text.split(",") if name.strip()]
+    if tasks and util.find_spec("lm_eval") is None:
+        raise ValueError(f"tasks={','.join(tasks)} are lm-eval's, which is not installed: pip install 'billhook[eval]'")
     return names
 
 
@@ -255,9 +239,9 @@ def _harness(model: PreTrainedModel, work: _Work, length: int, batch_size: int, 
     """Runs tasks of lm-eval, and returns each measure with the standard error that lm-eval states."""
     wrapper = import_module("lm_eval.models.huggingface").HFLM
     wrapped = wrapper(pretrained=model, tokenizer=work.tokenizer, batch_size=batch_size, max_length=length)
-    found = import_module("lm_eval").simple_evaluate(model=wrapped, tasks=work.tasks, limit=limit, log_samples=False)
+    results = import_module("lm_eval").simple_evaluate(model=wrapped, tasks=work.tasks, limit=limit, log_samples=False)
     figures = []
-    for task, measures in found["results"].items():
+    for task, measures in results["results"].items():
         for key, value in measures.items():
             name, _, way = key.partition(",")
             if way and not name.endswith("_stderr") and isinstance(value, int | float):

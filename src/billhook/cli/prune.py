@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from billhook.cli.bars import over
-from billhook.cli.oneshot.enough import check_examples, coming
-from billhook.cli.oneshot.frame import OneShot
-from billhook.cli.oneshot.streamed import bytes_of_match, bytes_of_moments
-from billhook.cli.oneshot.text import NONE, Pictures
+from billhook.cli.examples import NONE, Pictures
+from billhook.cli.machine import over
+from billhook.cli.one_shot import OneShot
+from billhook.cli.refit import check_examples, meta_batches
+from billhook.cli.streamed import bytes_of_match, bytes_of_moments
 from billhook.model.linears import channels, is_convolution
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, check_pruning, few_tokens, needs_data, solves
@@ -25,7 +25,7 @@ LESS = 5e-5
 def prune(
     model: str,
     out: str,
-    given: Pictures,
+    examples: Pictures,
     options: PruneOptions,
     criterion: Criterion | None = None,
     sparsity: float | None = None,
@@ -40,7 +40,7 @@ def prune(
     Args:
         model: A folder, a hub name, or "tiny".
         out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        given: Text, or images with labels, to calibrate and to measure on, and the place to compute.
+        examples: Text, or images with labels, to calibrate and to measure on, and the place to compute.
         options: Which linears are pruned, and by what inputs.
         criterion: How weights are scored: `Wanda` (the default), or any other `Criterion`, also a class of your own.
         sparsity: Fraction of each linear's weights that become zero, in [0, 1); not with a pattern N:M.
@@ -57,11 +57,11 @@ def prune(
     """
     amount = check_amount(sparsity, pattern)
     if permute:
-        check_permute(pattern, dry_run, given.stream)
+        check_permute(pattern, dry_run, examples.stream)
     folder = check_folder(activations)
     allocation, match = options.allocation, options.match
     reads = needs_data(criterion or Wanda()) or options.needs_data
-    work = OneShot(model, out, given, offload, calibrates=reads, streams=True)
+    work = OneShot(model, out, examples, offload, calibrates=reads, streams=True)
     if match is not None:
         check_examples(work, 2, "match")
     scored_by = criterion or Wanda()
@@ -106,8 +106,8 @@ def prune(
 
 def _given(work: OneShot, linears: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
     """Returns how many tokens each linear is given at most, and how many inputs it has."""
-    tokens = sum(batch["input_ids"].numel() for batch in coming(work))
-    return {name: (tokens, channels(one)) for name, one in linears.items() if not is_convolution(one)}
+    tokens = sum(batch["input_ids"].numel() for batch in meta_batches(work))
+    return {name: (tokens, channels(linear)) for name, linear in linears.items() if not is_convolution(linear)}
 
 
 def _passes(criterion: Criterion, allocation: Allocation | None) -> int:

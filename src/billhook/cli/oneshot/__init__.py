@@ -1,1 +1,0 @@
-"""Runs commands that make a smaller checkpoint of one: load, calibrate, change, measure, save."""

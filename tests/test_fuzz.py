@@ -137,13 +137,16 @@ CALLBACKS = [
     ("WeightPruning", {"pattern": "2:4", "options": {"skip": ["*.down_proj"], "allocation": {"class_path": "OWL"}}, "at": 4}),
     ("KVHeadConversion", {"num_key_value_heads": [4, 1], "at": [0.1, 0.3], "method": "svd", "calibration": 4}),
     ("KVHeadConversion", {"num_key_value_heads": 1, "at": {"class_path": "Linear", "init_args": {"final": 1.0, "every": 2}}}),
-    ("HeadPruning", {"ratio": 0.5, "at": 3, "importance": {"class_path": "Taylor", "init_args": {"how": "unit"}}, "keep": 0.9}),
+    (
+        "HeadPruning",
+        {"ratio": 0.5, "at": 3, "importance": {"class_path": "Taylor", "init_args": {"how": "unit"}}, "remove": "never"},
+    ),
     (
         "StructuredPruning",
         {"amount": {"channels": 0.2, "params": 0.8, "first": 1}, "at": "start", "rounds": 2, "repair": {"validation": 0.1}},
     ),
     ("Shrinking", {"budget": {"params": 0.8}, "layers": "free", "at": 0.5, "search": {"generations": 2, "round_to": 8}}),
-    ("DepthPruning", {"count": 1, "ratio": 0.5, "importance": {"class_path": "Ablation"}, "greedy": True, "first": 1}),
+    ("DepthPruning", {"blocks": 1, "importance": {"class_path": "Ablation"}, "greedy": True, "first": 1}),
     ("Uptraining", {"alpha": 0.05, "pretraining_steps": 100}),
     ("Export", {"folder": "out"}),
     ("Report", {"plot_file": "report.png", "metric": "val_loss", "measure_batches": 2}),
@@ -171,7 +174,7 @@ def test_callbacks_in_python(own, data):
     plain = data.draw(wrong(arguments))
     given = {key: value for key, value in plain.items() if key in arguments and not isinstance(value, dict)}
     kind = getattr(bh, name)
-    needed = {"KVHeadConversion": {"num_key_value_heads": 1}, "HeadPruning": {"ratio": 1}}
+    needed = {"KVHeadConversion": {"num_key_value_heads": 1}, "HeadPruning": {"ratio": 1}, "DepthPruning": {"blocks": 1}}
     needed["StructuredPruning"] = {"amount": bh.Amount(channels=0.2)}
     needed["Shrinking"] = {"budget": bh.Budget(params=0.8)}
     with contextlib.suppress(ValueError):

@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from billhook.sparsity.criteria import Magnitude as Magnitude, Wanda as Wanda
     from billhook.sparsity.sparsegpt import SparseGPT as SparseGPT
 
-    from billhook.callbacks import DepthPruning as DepthPruning, HeadPruning as HeadPruning
+    from billhook.callbacks import DepthPruning as DepthPruning, HeadPruning as HeadPruning, StopWhenWorse as StopWhenWorse
+    from billhook.pruning.choice import HeadOptions as HeadOptions
     from billhook.callbacks import KVHeadConversion as KVHeadConversion, Uptraining as Uptraining
     from billhook.callbacks import StructuredPruning as StructuredPruning, WeightPruning as WeightPruning, SRSTE as SRSTE
     from billhook.callbacks import Damage as Damage, Export as Export, Report as Report, Shrinking as Shrinking
@@ -82,7 +83,8 @@ else:
         "billhook.sparsity.prune": "prune",
         "billhook.sparsity.criteria": "Magnitude Wanda",
         "billhook.sparsity.sparsegpt": "SparseGPT",
-        "billhook.callbacks": "DepthPruning HeadPruning KVHeadConversion Uptraining StructuredPruning WeightPruning SRSTE "
+        "billhook.pruning.choice": "HeadOptions",
+        "billhook.callbacks": "DepthPruning HeadPruning StopWhenWorse KVHeadConversion Uptraining StructuredPruning WeightPruning SRSTE "
         "Damage Export Report Shrinking",
         "billhook.training.module": "TransformerModule",
         "billhook.training.data": "TextDataModule",

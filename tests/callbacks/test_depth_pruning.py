@@ -34,8 +34,8 @@ def mixed(seed=0):
     return bh.TransformerModule(model, lr=1e-2, warmup=2)
 
 
-def pruning(count=2, **options):
-    return bh.DepthPruning(count, **{"calibration": 6, "measure_batches": 0} | options)
+def pruning(blocks=2, **options):
+    return bh.DepthPruning(blocks, **{"calibration": 6, "measure_batches": 0} | options)
 
 
 class Depth(pl.Callback):
@@ -57,7 +57,7 @@ def bare(lit):
 WHEN = {
     "start": ({}, [2] * 8),
     "a step": ({"at": 3, "importance": bh.importance.Ablation()}, [4] * 3 + [2] * 5),
-    "a fraction": ({"count": None, "ratio": 0.25, "at": 0.5}, [4] * 4 + [3] * 4),
+    "a fraction": ({"blocks": 0.25, "at": 0.5}, [4] * 4 + [3] * 4),
     "the end": ({"at": 8, "greedy": True}, [4] * 8),
 }
 
@@ -182,10 +182,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"count": None}, "count=None, ratio=None: give one of them"),
-            ({"ratio": 0.5}, "count=2, ratio=0.5: give one of them"),
-            ({"count": 1.5}, "count=1.5 must be a whole number or None"),
-            ({"count": None, "ratio": 1.0}, "ratio=1.0 must be a fraction"),
+            ({"blocks": None}, "blocks=None must be a number"),
+            ({"blocks": 1.5}, "blocks=1.5 must be a fraction"),
+            ({"blocks": 1.0}, "blocks=1.0 must be a fraction"),
+            ({"blocks": -1}, "blocks=-1 must be"),
             ({"first": -1}, "first=-1 must be a whole number"),
             ({"at": bh.schedules.Linear(final=1.0)}, "at=Linear.* must be one of start or a number"),
             ({"at": "end"}, "at='end' must be one of start or a number"),

@@ -22,8 +22,10 @@ ROUNDS = {
     "masks that are learned": lambda: prunes.SRSTE(sparsity=0.5, end=3, **FEW),
     "pairs that are learned": lambda: prunes.SRSTE(bh.criteria.RIA(), pattern="2:4", sequential="layer", end=3, **FEW),
     "masked heads": lambda: bh.HeadPruning(HALF, remove="never", **FEW),
-    "heads": lambda: bh.HeadPruning(HALF, remove="rounds", ranking="global", importance=bh.importance.Taylor(), **FEW),
-    "heads at the end": lambda: bh.HeadPruning(HALF, remove="end", per="kv_head", **FEW),
+    "heads": lambda: bh.HeadPruning(
+        HALF, remove="rounds", options=bh.HeadOptions(ranking="global"), importance=bh.importance.Taylor(), **FEW
+    ),
+    "heads at the end": lambda: bh.HeadPruning(HALF, remove="end", options=bh.HeadOptions(per="kv_head"), **FEW),
     "channels": lambda: bh.StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), at=WHOLE, **FEW),
     "a target": lambda: bh.StructuredPruning(bh.Amount(params=0.9, ranking="global"), at=2, rounds=2, **FEW),
     "residual channels": lambda: bh.StructuredPruning(

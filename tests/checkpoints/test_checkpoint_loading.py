@@ -230,7 +230,10 @@ class TestRefused:
                 r"a run with WeightPruning\{'criterion': 'Magnitude'.*this run has WeightPruning\{'criterion': 'RIA'",
             ),
             ([prunes.WeightPruning(bh.Magnitude(), 0.5, at=2, skip=["*.mlp.*"])], r"'skip': \[\]\}, and this run has .*\*.mlp"),
-            ([bh.HeadPruning(0.5, at=1, per="kv_head", **FEW)], "'per': 'head'}, and this run has .*'per': 'kv_head'}"),
+            (
+                [bh.HeadPruning(0.5, at=1, options=bh.HeadOptions(per="kv_head"), **FEW)],
+                "'per': 'head'}, and this run has .*'per': 'kv_head'}",
+            ),
         ],
         ids=["criterion", "skip", "unit"],
     )

@@ -166,7 +166,7 @@ def each(number, **options):
         lambda: [
             DepthPruning(1, at=1, **given),
             KVHeadConversion(2, at=2, method="aligned", **given),
-            HeadPruning(0.5, at=3, per="kv_head", importance=bh.Taylor(), **given),
+            HeadPruning(0.5, at=3, options=bh.HeadOptions(per="kv_head"), importance=bh.Taylor(), **given),
             StructuredPruning(bh.Amount(channels=0.25), at=4, **given),
             prunes.WeightPruning(sparsity=0.5, at=5, **given),
         ],
@@ -351,7 +351,8 @@ DIFFER = {
     "Shrinking: the model": stop(lambda: [Apart(), shrinks.Shrinking(params=0.8, at=1, generations=0, calibration=6, **NONE)]),
     "Shrinking: the batches": stop(lambda: [shrinks.Shrinking(params=0.8, at=1, calibration=of_rank(), **NONE)]),
     "HeadPruning: whether monitor='own' is worse": replace(
-        stop(lambda: [HeadPruning(0.5, 1, bh.importance.WeightNorm(), monitor="own", mode="max")], Validated), options={}
+        stop(lambda: [HeadPruning(0.5, 1, bh.importance.WeightNorm(), stop=bh.StopWhenWorse("own", mode="max"))], Validated),
+        options={},
     ),
 }
 

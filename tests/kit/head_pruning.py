@@ -19,7 +19,11 @@ def module(seed=0, **changes):
 
 
 def pruning(*args, **options):
-    return bh.HeadPruning(*args, **{"calibration": 6, "measure_batches": 0} | options)
+    """A callback by flat arguments: those of `HeadOptions` and `StopWhenWorse`, too."""
+    chosen = {name: options.pop(name) for name in ("ranking", "per", "min_heads", "normalize") if name in options}
+    stop = {name: options.pop(name) for name in ("monitor", "keep", "mode") if name in options}
+    options = {"calibration": 6, "measure_batches": 0} | options
+    return bh.HeadPruning(*args, options=bh.HeadOptions(**chosen), stop=bh.StopWhenWorse(**stop) if stop else None, **options)
 
 
 def transformer(lit):

@@ -40,23 +40,18 @@ class Board(pl.loggers.logger.Logger):
 
 
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
-def test_each_round_is_drawn_to_a_file_and_to_loggers(files, tmp_path):
-    path, board = tmp_path / "pictures" / "heads.png", Board()
-    sizes = []
-
-    class Keep(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            sizes.append(size_of(path) if path.exists() else None)
-
-    callback = pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 4]), remove="rounds", measure_batches=2, plot_file=str(path))
-    trainer(tmp_path, [callback, Keep()], logger=board, max_steps=5).fit(module(), data(files))
-    assert sizes == [None, *[(1425, 480)] * 4]
-    assert [(given[0], options["global_step"]) for given, options in board.figures] == [
+def test_each_round_is_drawn_to_loggers_and_the_last_to_a_file(files, tmp_path):
+    path, board = tmp_path / "pictures" / "report.png", Board()
+    callback = pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 4]), remove="rounds", measure_batches=2)
+    trainer(tmp_path, [callback, bh.Report(str(path))], logger=board, max_steps=5).fit(module(), data(files))
+    assert size_of(path.with_name("report_heads.png")) == (1425, 480)
+    drawn = [(given, options) for given, options in board.figures if given[0] == "heads"]
+    assert [(given[0], options["global_step"]) for given, options in drawn] == [
         ("heads", 1),
         ("heads", 3),
     ]  # with the training step before
-    assert all(isinstance(given[1], Figure) for given, _ in board.figures)
-    heads, curve, _ = board.figures[-1][0][1].axes
+    assert all(isinstance(given[1], Figure) for given, _ in drawn)
+    heads, curve, _ = drawn[-1][0][1].axes
     assert heads.get_title() == "8 of 16 heads removed"
     shares, losses = curve.lines[0].get_data()
     assert list(shares) == [0, 25, 25, 50]  # before and after each round

@@ -109,7 +109,7 @@ def searched(model, layers, params, repair=None):
     fitted, held_out = divided(texts())
     candidates = Candidates.find(model, Amount(params=params), layers == "uniform")
     measured = measure(candidates, fitted, held_out, bh.importance.WeightNorm(), repair)
-    return measured, choose_within(measured, fitted, repair, bh.RatioSearch(generations=1, candidates=2), 0, candidates.limit)
+    return measured, choose_within(measured, fitted, repair, bh.Search(generations=1, candidates=2), 0, candidates.limit)
 
 
 @pytest.mark.daily("free")
@@ -217,7 +217,7 @@ def test_a_choice_whose_blocks_cannot_go_together_is_passed_over(monkeypatch):
     blocks = work.candidates.blocks
     first = blocks.removed(found.tried[0].kept)
     monkeypatch.setattr(type(blocks), "refusal", lambda _, removed: "no" if removed == first else "")
-    other = choose_within(work, [], None, bh.RatioSearch(generations=1, candidates=2), 0, work.candidates.limit)
+    other = choose_within(work, [], None, bh.Search(generations=1, candidates=2), 0, work.candidates.limit)
     assert found.planned.blocks is not None
     assert blocks.removed(other.kept) != first
     assert blocks.removed(found.kept) == first

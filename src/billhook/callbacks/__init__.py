@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from billhook.callbacks.depth_pruning import DepthPruning as DepthPruning
     from billhook.callbacks.export import Export as Export
     from billhook.callbacks.head_pruning import HeadPruning as HeadPruning
+    from billhook.callbacks.head_pruning import StopWhenWorse as StopWhenWorse
     from billhook.callbacks.kv_heads import KVHeadConversion as KVHeadConversion
     from billhook.callbacks.report import Report as Report
     from billhook.callbacks.shrinking import Shrinking as Shrinking
@@ -26,6 +27,7 @@ else:  # imported when it is asked for: each brings what it alone needs
         "HeadPruning": "billhook.callbacks.head_pruning",
         "KVHeadConversion": "billhook.callbacks.kv_heads",
         "Report": "billhook.callbacks.report",
+        "StopWhenWorse": "billhook.callbacks.head_pruning",
         "Shrinking": "billhook.callbacks.shrinking",
         "SRSTE": "billhook.callbacks.srste",
         "StructuredPruning": "billhook.callbacks.structured_pruning",

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.arguments import annotated, fraction, whole
+from billhook.arguments import annotated
 from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.event import Event
 from billhook.fit.ranks import check_agreed, comm_of
@@ -31,8 +31,8 @@ class DepthPruning(ShapeCallback):
     straight run does.
 
     Args:
-        count: How many blocks are removed; of a model with an encoder and a decoder, from each.
-        ratio: Instead of `count`, the fraction that is removed, in [0, 1), rounded down.
+        blocks: The number of blocks to remove (int), or the fraction of them (float in [0, 1), rounded down); of a model with an
+            encoder and a decoder, from each.
         at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the first step).
         importance: How much a block matters: any `Importance`; by default `BlockInfluence`, the paper's.
         greedy: True to remove one at a time and score the others again without it; as many times the work.
@@ -46,15 +46,14 @@ class DepthPruning(ShapeCallback):
         ValueError: If an argument is not legal, or so many blocks cannot be removed; before training.
 
     >>> import billhook as bh
-    >>> callback = bh.DepthPruning(count=1, at=0.1)  # for Trainer(callbacks=[callback])
+    >>> callback = bh.DepthPruning(blocks=1, at=0.1)  # for Trainer(callbacks=[callback])
     """
 
     in_turn, cuts = True, False
 
     def __init__(
         self,
-        count: int | None = None,
-        ratio: float | None = None,
+        blocks: int | float,
         at: At = "start",
         importance: Importance | None = None,
         greedy: bool = False,
@@ -64,17 +63,11 @@ class DepthPruning(ShapeCallback):
         measure_batches: int | None = None,
     ) -> None:
         annotated(DepthPruning, locals())
-        if (count is None) == (ratio is None):
-            raise ValueError(f"count={count}, ratio={ratio}: give one of them")
         if isinstance(at, Schedule):
             raise ValueError(f"at={at}: blocks are removed in one event: give a step, a fraction of training or 'start'")
         check_at(at)
-        if count is not None:
-            whole("count", count)
-        if ratio is not None:
-            fraction("ratio", ratio, of="the blocks")
-        self.count, self.ratio, self.first, self.last = count, ratio, first, last
-        self.amount = Amount(blocks=ratio if count is None else count, first=first, last=last)
+        self.blocks, self.first, self.last = blocks, first, last
+        self.amount = Amount(blocks=blocks, first=first, last=last)
         self.importance, self.at, self.greedy = importance or BlockInfluence(), at, greedy
         self.plan: BlockPlan | None = None
         super().__init__(FitCalibration.of(calibration), measure_batches)
@@ -95,7 +88,7 @@ class DepthPruning(ShapeCallback):
 
     def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns the step at which all of it happens."""
-        return rounds_of(1.0, self.at, total, trainer, "count")
+        return rounds_of(1.0, self.at, total, trainer, "blocks")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the step, and refuses a model from which so many blocks cannot be removed."""

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.arguments import a_path, annotated, fraction, one_of
+from billhook.arguments import annotated, fraction, one_of
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_masking import HeadMasking
 from billhook.callbacks.head_ranking import HeadRanking, HeadRecord
@@ -25,16 +26,13 @@ from billhook.fit.shape_event import refuse_shape_changes
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance
 from billhook.model.find import find_transformer
-from billhook.plots.style import PICTURES
-from billhook.pruning.amount import Ranking
-from billhook.pruning.choice import check_choice
+from billhook.plots.style import Picture
+from billhook.pruning.choice import HeadOptions
 from billhook.pruning.planning import prune_units
 from billhook.schedules import Schedule
 from billhook.units.find import find_units
-from billhook.units.units import Per
 
 Mode = Literal["max", "min"]
-KEEP = 0.9
 HIGHER = {
     "acc",
     "accuracy",
@@ -55,54 +53,56 @@ LOWER = {"loss", "nll", "ce", "kl", "perplexity", "ppl", "error", "err", "mse", 
 """Words in the names of figures that are better when higher, or lower."""
 
 
-class Monitor:
-    """A validation figure that must stay within a share of the best that it has been (Michel et al., 2019, section 4.1).
+@dataclass(frozen=True)
+class StopWhenWorse:
+    """Undoes a round of pruning after which a validation metric is worse, and stops (Michel et al., 2019, section 4.1).
 
-    >>> monitor = Monitor("val_accuracy", keep=0.9)
-    >>> monitor.begin({"val_accuracy": 0.8})
-    >>> monitor.is_worse({"val_accuracy": 0.75}), monitor.is_worse({"val_accuracy": 0.7})
-    (False, True)
+    Args:
+        monitor: The metric that validation logs. A round after which it is worse than `keep` times its best value, before or
+            after any round, is undone and is the last one.
+        keep: The share of the best value that must remain, in (0, 1].
+        mode: Whether a higher value is better (`"max"`) or a lower one (`"min"`: at most 1 / `keep` times the best); by default
+            read off the metric's name, such as `val_accuracy` or `val_loss`.
+
+    Raises:
+        ValueError: If an argument is not legal, or the metric's name does not say whether higher is better and `mode` is None.
+
+    >>> import billhook as bh
+    >>> callback = bh.HeadPruning(0.5, stop=bh.StopWhenWorse("val_accuracy", keep=0.95))
     """
 
-    def __init__(
-        self, name: str | None, keep: float | None = None, mode: Mode | None = None, measure_batches: int | None = None
-    ) -> None:
-        if name is None and (given := [f"{key}={own!r}" for key, own in {"keep": keep, "mode": mode}.items() if own is not None]):
-            raise ValueError(f"{given[0]} is of a figure that is monitored: give monitor, the name of one that validation logs")
-        if name is not None and measure_batches == 0:
-            raise ValueError(f"measure_batches=0: monitor={name!r} needs validation after each round")
-        self.name, self.keep = name, KEEP if keep is None else keep
+    monitor: str
+    keep: float = 0.9
+    mode: Mode | None = None
+
+    def __post_init__(self) -> None:
+        annotated(StopWhenWorse, vars(self))
         fraction("keep", self.keep, "(0, 1]")
-        self.mode = _mode(name) if mode is None and name is not None else mode
-        one_of("mode", self.mode or "max", Mode)
-        self.best: float | None = None
+        one_of("mode", self.direction, Mode)
 
-    def begin(self, values: Mapping[str, float]) -> None:
-        """Takes a figure of the model as it is, of which the best counts."""
-        value = self.of(values)
-        if value is not None and (self.best is None or self._gain(value) > 0 or self.best != self.best):
-            self.best = value
+    @property
+    def direction(self) -> Mode:
+        """Whether a higher or a lower value is better."""
+        return self.mode or _mode(self.monitor)
 
-    def of(self, values: Mapping[str, float]) -> float | None:
-        """Returns the figure, and refuses a validation that does not log it; None if none is monitored."""
-        if self.name is None:
-            return None
-        if self.name not in values:
-            logged = ", ".join(values) or "nothing"
-            raise ValueError(f"monitor={self.name!r} is not logged by validation, which logs {logged}")
-        return values[self.name]
+    def value(self, metrics: Mapping[str, float]) -> float:
+        """Returns the metric, and refuses a validation that does not log it."""
+        if self.monitor not in metrics:
+            logged = ", ".join(metrics) or "nothing"
+            raise ValueError(f"monitor={self.monitor!r} is not logged by validation, which logs {logged}")
+        return metrics[self.monitor]
 
-    def is_worse(self, values: Mapping[str, float]) -> bool:
-        """Returns whether the figure has become worse than allowed."""
-        value = self.of(values)
-        if value is None or self.best is None:
-            return False
-        share = 1 - self.keep if self.mode == "max" else 1 / self.keep - 1
-        return not -self._gain(value) <= share * abs(self.best)  # NaN is worse, too
+    def best(self, value: float, earlier: float | None) -> float:
+        """Returns the better of a value and the best earlier one, which is None at first; NaN is worse than any number."""
+        if earlier is None or earlier != earlier:
+            return value
+        return max(earlier, value) if self.direction == "max" else min(earlier, value)
 
-    def _gain(self, value: float) -> float:
-        assert self.best is not None
-        return value - self.best if self.mode == "max" else self.best - value
+    def is_worse(self, value: float, best: float) -> bool:
+        """Returns whether a value is worse than the best one allows."""
+        loss = best - value if self.direction == "max" else value - best
+        share = 1 - self.keep if self.direction == "max" else 1 / self.keep - 1
+        return not loss <= share * abs(best)  # NaN is worse, too
 
 
 def _mode(name: str) -> Mode:
@@ -131,21 +131,14 @@ class HeadPruning(HeadMasking):
         ratio: Fraction of the heads that are removed, in [0, 1), rounded down; a schedule of it for rounds.
         at: When: a step (int), a fraction of training (float in 0..1), `"start"`, or a schedule of progress that rises to 1.
         importance: How much a head matters: any `Importance`; by default `GateGradient`, the paper's.
-        ranking: `"layer"`: as many heads from each layer; `"global"`: the lowest of all layers, as in the paper.
-        per: Whether heads are query heads (`"head"`), or KV heads with the query heads that they serve (`"kv_head"`).
-        min_heads: How many are kept in each layer, at least; 0 only where none is removed.
-        normalize: True to divide the scores of each layer by their L2 norm, as the paper does.
+        options: How heads are compared and chosen: `HeadOptions(ranking="global")`.
         remove: When masked heads are removed from the tensors: after the last round (`"end"`), at once (`"rounds"`), or
             `"never"`: they stay masked, and at the end of the fit the weights that read them become zero.
-        monitor: A figure that validation logs. A round after which it is worse than `keep` times the best that it was before or
-            after a round is undone, and is the last one (the paper's loop, whose model is trained already).
-        keep: See `monitor`; by default 0.9.
-        mode: Whether a higher figure is better (`"max"`) or a lower one (`"min"`: at most 1 / `keep` times as high); by default
-            what the figure's name says, as of `val_accuracy` and `val_loss`, and refused if it says nothing.
+        stop: When a round is undone, and is the last: `StopWhenWorse("val_accuracy")`, the paper's loop, whose model is trained
+            already; by default never.
         calibration: Batches that scores are taken from, text as a `Calibration`, or a number of training
             examples, by default 128.
         measure_batches: Validation batches to measure before and after each round; by default all of validation, 0 for none.
-        plot_file: Path of a picture (PNG) of importance, remaining heads and metric; loggers that take figures get it too.
 
     Raises:
         ValueError: If an argument is not legal, two contradict each other, or a schedule falls or leaves [0, 1).
@@ -159,40 +152,34 @@ class HeadPruning(HeadMasking):
         ratio: float | Schedule,
         at: At | Schedule = "start",
         importance: Importance | None = None,
-        ranking: Ranking = "layer",
-        per: Per = "head",
-        min_heads: int = 1,
-        normalize: bool = True,
+        options: HeadOptions | None = None,
         remove: Remove = "end",
-        monitor: str | None = None,
-        keep: float | None = None,
-        mode: Mode | None = None,
+        stop: StopWhenWorse | None = None,
         calibration: Given = None,
         measure_batches: int | None = None,
-        plot_file: str | None = None,
     ) -> None:
-        check_choice(0 if isinstance(ratio, Schedule) else ratio, ranking, min_heads, per, "heads")
+        if not isinstance(ratio, Schedule):
+            fraction("ratio", ratio, of="the heads")
         check_at(at, ratio)
         annotated(HeadPruning, locals())
         one_of("remove", remove, Remove)
-        if plot_file is not None:
-            a_path("plot_file", plot_file, PICTURES)
-        if min_heads < 1 and remove != "never":
-            raise ValueError(f"min_heads={min_heads}: where heads are removed, one at least stays in each layer")
-        self.ratio, self.at, self.per, self.remove, self.plot_file = ratio, at, per, remove, plot_file
-        self.cuts = remove != "never"
+        self.options = options or HeadOptions()
+        if self.options.min_heads < 1 and remove != "never":
+            raise ValueError(f"min_heads={self.options.min_heads}: where heads are removed, one at least stays in each layer")
+        if stop is not None and measure_batches == 0:
+            raise ValueError(f"measure_batches=0: monitor={stop.monitor!r} needs validation after each round")
+        self.ratio, self.at, self.remove, self.stop = ratio, at, remove, stop
+        self.cuts, self.per = remove != "never", self.options.per
         self.importance = importance or GateGradient()
-        self.ranking, self.min_heads, self.normalize = ranking, min_heads, normalize
-        self.ranks = HeadRanking(self.importance, ranking, per, min_heads, normalize, remove != "never")
-        self.watched = Monitor(monitor, keep, mode, measure_batches)
-        self.monitor, self.keep, self.mode = monitor, self.watched.keep if monitor else None, self.watched.mode
+        self.ranks = HeadRanking(self.importance, self.options, remove != "never")
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
         """Forgets all events, scores and masks."""
         super().reset()
         self.record = HeadRecord()
-        self.watched.best, self._stopped = None, False
+        self.best: float | None = None
+        self._stopped = False
 
     @property
     def state_key(self) -> str:
@@ -237,28 +224,31 @@ class HeadPruning(HeadMasking):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks what validation logs, and carries out what is due before the first step."""
-        if self.watched.name is not None:
-            self.watched.of(measure(trainer, pl_module, 1))
+        if self.stop is not None:
+            self.stop.value(measure(trainer, pl_module, 1))
         super().on_train_start(trainer, pl_module)
 
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Masks the heads of a round, undoes it if the model has become worse, and removes masked heads when it is time."""
         with self.masked_again_after_errors(pl_module):
             before, earlier = self.measured(trainer, pl_module), self.heads
-            self.watched.begin(before)
+            if self.stop is not None:
+                self.best = self.stop.best(self.stop.value(before), self.best)
             with together(trainer, "HeadPruning"):
                 ratio = self._moments[moment]
                 chosen = self.ranks.choose(trainer, pl_module, self.calibration, self.record, earlier, ratio)
                 check_agreed(trainer, "HeadPruning", "the heads that are masked", chosen)
             self.mask(pl_module, chosen)
-            after, what = self.measured(trainer, pl_module), f"{sum(map(len, chosen.values()))} heads masked"
-            worse = self.watched.is_worse(after)
-            check_agreed(trainer, "HeadPruning", f"whether monitor={self.watched.name!r} is worse", worse)
-            if worse:
-                self.mask(pl_module, earlier)
-                what += f", undone: {self.watched.name} {self.watched.of(after):g}, at best {self.watched.best:g}"
-                after = before
-            self.watched.begin(after)
+            after, what, worse = self.measured(trainer, pl_module), f"{sum(map(len, chosen.values()))} heads masked", False
+            if self.stop is not None and self.best is not None:
+                value = self.stop.value(after)
+                worse = self.stop.is_worse(value, self.best)
+                check_agreed(trainer, "HeadPruning", f"whether monitor={self.stop.monitor!r} is worse", worse)
+                if worse:
+                    self.mask(pl_module, earlier)
+                    what += f", undone: {self.stop.monitor} {value:g}, at best {self.best:g}"
+                    after = before
+                self.best = self.stop.best(self.stop.value(after), self.best)
             change = partial(self._finish, pl_module, moment, worse, what)
             if self.heads and (self.remove == "rounds" or (self.remove == "end" and (worse or moment == max(self._moments)))):
                 event = self.reshape(trainer, pl_module, before, change)
@@ -266,7 +256,12 @@ class HeadPruning(HeadMasking):
                 event = self.as_event(trainer, find_transformer(pl_module), before, change)
         event["after"] |= after
         log_event(trainer, event)
-        self.record.draw(trainer, self.heads, self.watched.name or next(iter(before), ""), before, event["after"], self.plot_file)
+        metric = next(iter(before), "") if self.stop is None else self.stop.monitor
+        self.record.note(trainer, self.heads, metric, before, event["after"])
+
+    def pictures(self) -> dict[str, Picture]:
+        """Returns a picture of the importance of heads, of which are removed, and of the metric, once there are scores."""
+        return {"heads": self.record.draw(self.heads)} if self.record.scores else {}
 
     def label(self, event: Event) -> str:
         """Returns what was masked or removed, without the figure for which a round was undone."""
@@ -288,11 +283,11 @@ class HeadPruning(HeadMasking):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has happened so far, and what is known of heads."""
-        heads = {"record": dict(vars(self.record)), "best": self.watched.best, "stopped": self._stopped}
+        heads = {"record": dict(vars(self.record)), "best": self.best, "stopped": self._stopped}
         return super().state_dict() | heads
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what had happened."""
         super().load_state_dict(state_dict)
-        self.watched.best, self._stopped = state_dict["best"], state_dict["stopped"]
+        self.best, self._stopped = state_dict["best"], state_dict["stopped"]
         self.record = HeadRecord(**state_dict["record"])

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -18,11 +17,11 @@ from billhook.fit.ranks import by_first, comm_of
 from billhook.importance.score import Importance, run_of, score_units
 from billhook.model.find import find_transformer
 from billhook.plots.heads import heads
-from billhook.pruning.amount import Ranking
-from billhook.pruning.choice import among_others, choose
+from billhook.plots.style import Picture
+from billhook.pruning.choice import HeadOptions, among_others, choose
 from billhook.pruning.planning import plan_units
 from billhook.units.find import find_units
-from billhook.units.units import Per, Units
+from billhook.units.units import Units
 
 
 @dataclass
@@ -34,6 +33,7 @@ class HeadRecord:
     scores: dict[str, Tensor] = field(default_factory=dict)  # `[heads at first]`, NaN for those that had none
     # shares of heads that are gone, each with the metric: before and after each round
     curve: list[tuple[float, float]] = field(default_factory=list)
+    metric: str = ""  # its name
 
     def begin(self, counts: Mapping[str, int]) -> None:
         """Sets how many heads there are, unless that is known."""
@@ -61,46 +61,39 @@ class HeadRecord:
         stay = {name: {n for i, n in enumerate(own) if i not in masked.get(name, ())} for name, own in self.numbers.items()}
         return {name: sorted(set(range(count)) - stay[name]) for name, count in self.first.items()}
 
-    def draw(
+    def note(
         self,
         trainer: pl.Trainer,
         masked: Mapping[str, Sequence[int]],
         metric: str,
         before: Mapping[str, float],
         after: Mapping[str, float],
-        path: str | None,
     ) -> None:
-        """Adds to the curve, and draws it next to the heads: to a file, and to loggers that take figures."""
-        gone = self.gone(masked)
-        share, last = sum(map(len, gone.values())) / sum(self.first.values()), self.curve[-1][0] if self.curve else 0.0
-        self.curve += [(at, found[metric]) for at, found in ((last, before), (share, after)) if metric in found]
-        if path or trainer.loggers:
-            still = any(map(len, masked.values()))
-            by_first(trainer, "HeadPruning", partial(self._draw, trainer, gone, metric, path, still))
+        """Adds a round to the curve, and gives the picture to loggers that take figures."""
+        removed = self.gone(masked)
+        share, last = sum(map(len, removed.values())) / sum(self.first.values()), self.curve[-1][0] if self.curve else 0.0
+        self.metric = metric
+        self.curve += [(at, values[metric]) for at, values in ((last, before), (share, after)) if metric in values]
+        if trainer.loggers:
+            by_first(trainer, "HeadPruning", lambda: log_picture(trainer, "heads", self.draw(masked)))
 
-    def _draw(self, trainer: pl.Trainer, gone: Mapping[str, Sequence[int]], metric: str, path: str | None, masked: bool) -> None:
-        figure = heads(self.scores, gone, self.curve, metric, masked)
-        log_picture(trainer, "heads", figure)
-        if path:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path)
+    def draw(self, masked: Mapping[str, Sequence[int]]) -> Picture:
+        """Draws the scores of the heads, which are removed or masked, and the curve of the metric."""
+        return heads(self.scores, self.gone(masked), self.curve, self.metric, any(map(len, masked.values())))
 
 
 @dataclass(frozen=True, eq=False)
 class HeadRanking:
-    """How heads are ranked, and how many of a layer may be chosen: arguments of `HeadPruning`."""
+    """How heads are scored and chosen in a fit."""
 
     importance: Importance
-    ranking: Ranking
-    per: Per
-    min_heads: int
-    normalize: bool
+    options: HeadOptions
     removes: bool  # and does not only mask
 
     def check(self, model: PreTrainedModel, record: HeadRecord, ratio: float) -> None:
         """Refuses a ratio that cannot be reached, with the least that removes a head, and heads that cannot be removed."""
         heads = find_units(model, "head")
-        flat = {name: torch.zeros(one.count(self.per)) for name, one in heads.items()}
+        flat = {name: torch.zeros(one.count(self.options.per)) for name, one in heads.items()}
         chosen = self._lowest(heads, record.left(ratio), flat)
         if ratio > 0 and not chosen and not record.first:
             total = sum(map(len, flat.values()))
@@ -109,7 +102,7 @@ class HeadRanking:
             raise ValueError(f"ratio={ratio} removes no head; {which}")
         if self.removes:
             with sizes_only(model):
-                plan_units(model, chosen, per=self.per)
+                plan_units(model, chosen, per=self.options.per)
 
     def choose(
         self,
@@ -123,14 +116,16 @@ class HeadRanking:
         """Returns the heads to mask of the model as it is, among them all that are masked already; the record gets the scores."""
         model = find_transformer(pl_module)
         heads = find_units(model, "head")
-        record.begin({name: one.count(self.per) for name, one in heads.items()})
+        record.begin({name: one.count(self.options.per) for name, one in heads.items()})
         with calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
             pairs = calibration.pairs(trainer, pl_module) if self.importance.needs_data else ()
             trials = [run_of(model, heads, *pair) for pair in pairs]
-            scores = score_units(model, heads, self.importance, trials, None, self.normalize, self.per, comm_of(trainer))
+            scores = score_units(
+                model, heads, self.importance, trials, None, self.options.normalize, self.options.per, comm_of(trainer)
+            )
         lowest = partial(self._lowest, heads, record.left(ratio))
         record.scored(scores)
         return among_others(lowest, masked, scores)
 
     def _lowest(self, heads: Mapping[str, Units], ratio: float, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
-        return choose(heads, scores, ratio, self.ranking, self.min_heads, self.per, self.removes)
+        return choose(heads, scores, ratio, self.options.ranking, self.options.min_heads, self.options.per, self.removes)

@@ -12,7 +12,7 @@ from billhook.arguments import a_path, annotated, whole
 from billhook.callbacks.damage import Damage, refuse_before
 from billhook.callbacks.export import Export
 from billhook.checkpoints.card import label_of
-from billhook.fit.event import Event, begins, events_of, figures_of_callbacks, note_start, start_of
+from billhook.fit.event import Event, EventCallback, begins, events_of, figures_of_callbacks, note_start, start_of
 from billhook.fit.measure import log_picture, measure
 from billhook.fit.ranks import by_first
 from billhook.fit.run import callbacks_of
@@ -27,7 +27,9 @@ class Report(Callback):
     """Prints figures of the model before, right after each change, and at the end; draws validation over steps.
 
     Put it last, after `Export`, so that it reports where the checkpoint is. What `Damage` has measured is printed too. The
-    picture also goes to the loggers: to TensorBoard, MLflow and W&B, and as a file beside the figures of `CSVLogger`.
+    picture also goes to the loggers: to TensorBoard, MLflow and W&B, and as a file beside the figures of `CSVLogger`. After
+    `HeadPruning`, a second picture beside the first, with `_heads` in its name, shows the importance of heads and which of them
+    are removed.
 
     Args:
         plot_file: Path of the picture (PNG, PDF, SVG or JPEG); none is drawn where the run has no validation.
@@ -108,6 +110,13 @@ class Report(Callback):
             rank_zero_warn(
                 f"metric={self.metric!r} is not logged in validation, so nothing is drawn; logged is {', '.join(last)}"
             )
+        for number, callback in enumerate(callbacks_of(trainer, EventCallback)):
+            for kind, picture in callback.pictures().items():
+                path = Path(self.plot_file)
+                path = path.with_stem(f"{path.stem}_{kind}{number or ''}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.savefig(path)
+                notes.append((kind, str(path)))
         print("\n".join(["", table(stages, notes, name, self._dtype), "", *self._damage(trainer, events)]))
 
     def _damage(self, trainer: pl.Trainer, events: list[Event]) -> list[str]:

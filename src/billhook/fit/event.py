@@ -160,6 +160,10 @@ class EventCallback(Callback, ABC):
         """Returns what else is told of the model at the start and at the end of a fit."""
         return {}
 
+    def pictures(self) -> Mapping[str, Any]:
+        """Returns figures of matplotlib that `Report` writes beside its own, by what they show."""
+        return {}
+
     def measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
         """Returns what validation logs of the model as it is."""
         return measure(trainer, pl_module, self.measure_batches)

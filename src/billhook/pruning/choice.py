@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.arguments import fraction, one_of, whole
+from billhook.arguments import annotated, fraction, one_of, whole
 from billhook.model.handed import Indices
 from billhook.pruning.amount import RATIOS, Amount, Ranking, length_of, rounded
 from billhook.pruning.cuts import coupled
@@ -35,6 +35,33 @@ class _Order:
     layers: Sequence[str]
     units: Indices
     scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """Says how attention heads are compared and how many stay.
+
+    Args:
+        ranking: `"layer"`: as many heads from each layer; `"global"`: the lowest of all layers, as in Michel et al., 2019.
+        per: Whether heads are query heads (`"head"`), or KV heads with the query heads that they serve (`"kv_head"`).
+        min_heads: The least number of heads in each layer; 0 only if heads are masked and never removed.
+        normalize: True to divide the scores of each layer by their L2 norm, as the paper does.
+
+    Raises:
+        ValueError: If an argument is not legal.
+
+    >>> import billhook as bh
+    >>> callback = bh.HeadPruning(0.25, options=bh.HeadOptions(ranking="global"))
+    """
+
+    ranking: Ranking = "layer"
+    per: Per = "head"
+    min_heads: int = 1
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        check_choice(0, self.ranking, self.min_heads, self.per, "heads")
+        annotated(HeadOptions, vars(self))
 
 
 def check_choice(ratio: float, ranking: str, least: int, per: str, what: str = "units") -> None:

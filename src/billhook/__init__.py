@@ -84,8 +84,8 @@ else:
         "billhook.sparsity.criteria": "Magnitude Wanda",
         "billhook.sparsity.sparsegpt": "SparseGPT",
         "billhook.pruning.choice": "HeadOptions",
-        "billhook.callbacks": "DepthPruning HeadPruning StopWhenWorse KVHeadConversion Uptraining StructuredPruning WeightPruning SRSTE "
-        "Damage Export Report Shrinking",
+        "billhook.callbacks": "DepthPruning HeadPruning StopWhenWorse KVHeadConversion Uptraining StructuredPruning "
+        "WeightPruning SRSTE Damage Export Report Shrinking",
         "billhook.training.module": "TransformerModule",
         "billhook.training.data": "TextDataModule",
     }

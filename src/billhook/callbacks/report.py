@@ -110,8 +110,8 @@ class Report(Callback):
             rank_zero_warn(
                 f"metric={self.metric!r} is not logged in validation, so nothing is drawn; logged is {', '.join(last)}"
             )
-        for number, callback in enumerate(callbacks_of(trainer, EventCallback)):
-            for kind, picture in callback.pictures().items():
+        for number, pruning in enumerate(callbacks_of(trainer, EventCallback)):
+            for kind, picture in pruning.pictures().items():
                 path = Path(self.plot_file)
                 path = path.with_stem(f"{path.stem}_{kind}{number or ''}")
                 path.parent.mkdir(parents=True, exist_ok=True)

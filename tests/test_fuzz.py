@@ -96,6 +96,11 @@ def test_plans_of_blocks(model, block_plan, data):
         bh.apply(own, bh.ModelPlan.from_json(plain, own))
 
 
+def test_the_kind_of_a_plan_is_a_word(model, block_plan):
+    with pytest.raises(ValueError, match=r"plan: its kind is \[\], and must be one of blocks, "):
+        bh.ModelPlan.from_json(block_plan | {"kind": []}, model)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("folders")

@@ -86,6 +86,8 @@ def legal(name):
             "budget": bh.Budget(params=0.9),
             "data": "tiny",
             "folder": "nowhere",
+            "blocks": 1,
+            "monitor": "val_loss",
         },
         **{"texts": bh.Calibration(), "name": "a", "checkpoint_path": "nowhere.ckpt", "index": np.zeros(1), "kv_of": np.zeros(1)},
         **dict.fromkeys(("readers", "leaves", "kv_leaves", "members"), ()),
@@ -246,7 +248,8 @@ def numeric(kind):
 
 BESIDE = {
     "Amount": {"residual": 0.5},
-    "DepthPruning": {"count": 1},
+    "DepthPruning": {"blocks": 1},
+    "StopWhenWorse": {"monitor": "val_loss"},
     "SRSTE": {"sparsity": 0.5},
     "Budget": {"params": 0.9},
     "WeightPruning": {"sparsity": 0.5},

@@ -65,3 +65,12 @@ def test_fragments_without_a_base_are_told_what_to_put_before(tmp_path, monkeypa
     else:
         base = f"put a base before, as in `--config recipe:base --config {named.split()[0]}`, or give {GIVE[missing]}"
         assert said == f"billhook fit: warning: {named} {missing}, so that what comes with billhook is taken: {base}\n"
+
+
+def test_an_option_that_the_last_callback_does_not_have_is_refused(tmp_path, capsys):
+    for name, text in {"first.yaml": FIRST, "adds.yaml": ADDS}.items():
+        (tmp_path / name).write_text(text)
+    files = ["--config", str(tmp_path / "first.yaml"), "--config", str(tmp_path / "adds.yaml")]
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *files, *GIVEN, "--trainer.callbacks.sparsity", "0.6"])
+    assert "billhook.Export has no 'sparsity'. It takes: folder" in f"{stopped.value.code}{capsys.readouterr().err}"

@@ -82,7 +82,7 @@ class StopWhenWorse:
 
     @property
     def direction(self) -> Mode:
-        """Whether a higher or a lower value is better."""
+        """The direction in which the metric is better: `mode`, or what its name says."""
         return self.mode or _mode(self.monitor)
 
     def value(self, metrics: Mapping[str, float]) -> float:

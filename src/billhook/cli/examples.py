@@ -1,4 +1,4 @@
-"""What one-shot commands calibrate and measure on: options, and tables with labels."""
+"""The data that one-shot commands calibrate and measure on: their options, and tables with labels."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -59,7 +59,7 @@ class ModelPlan(Shown):
         """
         kinds = {plan.kind: plan for plan in subclasses(cls) if "kind" in vars(plan)}
         kind = plain.get("kind") if isinstance(plain, Mapping) else None
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise ValueError(f"plan: its kind is {kind!r}, and must be one of {', '.join(sorted(kinds))}, as to_json returns it")
         made: Self = kinds[kind]._read(plain, model)
         return made

@@ -148,7 +148,7 @@ class TestHelp:
                     "Converts to fewer key/value heads",
                     "1 for multi-query attention",
                     "'mean', 'first', 'random', 'aligned', 'svd', 'auto'",
-                    "billhook.kv_methods.Aligned",
+                    "billhook.kv_heads.methods.Aligned",
                 ],
             ),
             ("fit --model.help TransformerModule", ["token-weighted perplexity", "The highest learning rate", "GGUF"]),

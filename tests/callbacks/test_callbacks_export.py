@@ -234,11 +234,18 @@ class TestTokenizer:
         fit(tmp_path, Plain(bh.load("tiny").float()), loader())
         assert words_in(tmp_path) == tokenizer("to be")["input_ids"]
 
-    @pytest.mark.parametrize("name", ["tokenizer", "processor"])
-    def test_given(self, tmp_path, tokenizer, name):
-        for way, given in {"name": "tiny", "itself": tokenizer}.items():
-            fit(tmp_path / way, Own(), loader(), **{name: given})
-            assert words_in(tmp_path / way) == tokenizer("to be")["input_ids"]
+    @pytest.mark.parametrize("way", ["name", "itself"])
+    def test_given(self, tmp_path, tokenizer, way):
+        fit(tmp_path, Own(), loader(), tokenizer={"name": "tiny", "itself": tokenizer}[way])
+        assert words_in(tmp_path) == tokenizer("to be")["input_ids"]
+
+    def test_an_image_processor_is_given_by_its_folder(self, tmp_path):
+        transformers.ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "prepare")
+        lit = Plain(transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)))
+        size = lit.net.config.image_size
+        rows = rows_of({"pixel_values": torch.randn(4, 3, size, size), "labels": torch.tensor([0, 1, 1, 0])})
+        fit(tmp_path, lit, rows, tokenizer=str(tmp_path / "prepare"))
+        assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").size["height"] == 24
 
     def test_of_images(self, tmp_path):
         prepare = transformers.ViTImageProcessor(size={"height": 24, "width": 24})
@@ -268,7 +275,6 @@ class TestTokenizer:
     ("options", "match"),
     [
         ({"tokenizer": 3}, "tokenizer=3 must be one of transformers' own, or the name or folder of one"),
-        ({"tokenizer": "tiny", "processor": "tiny"}, "tokenizer and processor: a processor holds its tokenizer"),
         ({"probe": [1]}, r"probe=\[1\] must be a dictionary of inputs"),
         ({"probe": {}}, r"probe=\{\} must be a dictionary of inputs"),
     ],

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from billhook.adapters.in_checkpoint import save_adapters
 from billhook.arguments import a_path, annotated
@@ -62,9 +62,8 @@ class Export(Callback):
 
     Args:
         folder: The folder; new, empty, or an earlier export, which is replaced: a line says so before training.
-        tokenizer: Saved along: a tokenizer, or the name or folder of one. By default it is what the data module, the module or
-            the loaders hold, a processor too, or else what lies beside the model that training started from.
-        processor: A processor, or the name or folder of one, instead of `tokenizer`; of images or sound, what prepares them.
+        tokenizer: The tokenizer, processor, or image processor that is saved along, or the name or folder of one. By default it
+            is what the data module, the module or the loaders hold, or else what lies beside the model that training started from.
         probe: Inputs of the model on which it is compared; by default an example of the first training batch, where that holds
             what the model's forward takes, or else what `bh.save` makes.
         rehearse: False to save at the end alone; a rehearsal takes the time and the disk of a save.
@@ -88,7 +87,6 @@ class Export(Callback):
         self,
         folder: str = "outputs/model",
         tokenizer: Preprocessor | str | None = None,
-        processor: Preprocessor | str | None = None,
         probe: Mapping[str, Any] | None = None,
         rehearse: bool = True,
         gguf: str | None = None,
@@ -99,11 +97,8 @@ class Export(Callback):
         a_path("folder", folder)
         if gguf is not None:
             a_path("gguf", gguf, [".gguf"])
-        if tokenizer is not None and processor is not None:
-            raise ValueError("tokenizer and processor: a processor holds its tokenizer: give one of them")
-        for name, one in {"tokenizer": tokenizer, "processor": processor}.items():
-            if one is not None and not isinstance(one, Preprocessor | str):
-                raise ValueError(f"{name}={one!r} must be one of transformers' own, or the name or folder of one")
+        if tokenizer is not None and not isinstance(tokenizer, Preprocessor | str):
+            raise ValueError(f"tokenizer={tokenizer!r} must be one of transformers' own, or the name or folder of one")
         if probe is not None and not (isinstance(probe, Mapping) and any(isinstance(one, Tensor) for one in probe.values())):
             raise ValueError(f"probe={probe!r} must be a dictionary of inputs of the model's forward, as {{'input_ids': ...}}")
         annotated(Export, locals())
@@ -112,7 +107,7 @@ class Export(Callback):
         elif private:
             raise ValueError("private=True is of a repository of the Hub: name it as push_to_hub")
         self.folder, self.probe, self.rehearse = folder, probe, rehearse
-        self.tokenizer, self.processor = tokenizer, processor
+        self.tokenizer = tokenizer
         self.gguf, self.converter = gguf, converter
         self.push_to_hub, self.private = push_to_hub, private
         self.saved: Saved | None = None
@@ -135,9 +130,8 @@ class Export(Callback):
             if not is_trial(trainer):
                 self._tell_replaced()
             self.saved, self._begun, self._along = None, False, []
-            for auto, given in ((AutoTokenizer, self.tokenizer), (AutoProcessor, self.processor)):
-                if given is not None:
-                    self._along = [load_preprocessor(given, auto) if isinstance(given, str) else given]
+            if self.tokenizer is not None:
+                self._along = [load_preprocessor(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer]
 
     def _tell_replaced(self) -> None:
         """Says before training what the results will replace."""
@@ -162,7 +156,7 @@ class Export(Callback):
         if not self._along:
             rank_zero_warn(
                 f"no tokenizer is saved along to '{self.folder}', nor a processor, since neither data module, module and loaders "
-                "hold one nor does one lie where the model came from; give Export tokenizer=... or processor=..."
+                "hold one nor does one lie where the model came from; give Export tokenizer=..."
             )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int) -> None:

@@ -63,7 +63,8 @@ class Export(Callback):
     Args:
         folder: The folder; new, empty, or an earlier export, which is replaced: a line says so before training.
         tokenizer: The tokenizer, processor, or image processor that is saved along, or the name or folder of one. By default it
-            is what the data module, the module or the loaders hold, or else what lies beside the model that training started from.
+            is the one that the data module, the module or the loaders hold, or else the one beside the model that training
+            started from.
         probe: Inputs of the model on which it is compared; by default an example of the first training batch, where that holds
             what the model's forward takes, or else what `bh.save` makes.
         rehearse: False to save at the end alone; a rehearsal takes the time and the disk of a save.

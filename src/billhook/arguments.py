@@ -53,8 +53,8 @@ def fraction(name: str, value: object, legal: str = "[0, 1)", of: str = "") -> N
     low, high = map(float, legal[1:-1].split(","))
     ends = [end for end, bracket in ((low, legal[0]), (high, legal[-1])) if bracket in "()"]
 
-    def holds(one: float) -> bool:
-        return low <= one <= high and one not in ends
+    def holds(value: float) -> bool:
+        return low <= value <= high and value not in ends
 
     if not _is_finite(value) or not holds(value):
         meant = as_percentage(value) if _is_finite(value) and holds(value / 100) else ""
@@ -109,10 +109,10 @@ def memory_of(name: str, value: str) -> int:
     Traceback (most recent call last):
     ValueError: memory='8' must be a number with a unit, such as 8GiB or 900MB
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", value)
-    if found is None or not float(found[1]):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B\s*", value)
+    if match is None or not float(match[1]):
         raise ValueError(f"{name}={value!r} must be a number with a unit, such as 8GiB or 900MB")
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2]) + 1))
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2]) + 1))
 
 
 def annotated(of: Callable[..., Any], given: Mapping[str, object]) -> None:
@@ -147,7 +147,7 @@ def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN4
     if kind is Any or isinstance(kind, TypeVar):
         return True
     if origin in (Union, UnionType):
-        return any(_fits(value, one, within) for one in inside)
+        return any(_fits(value, member, within) for member in inside)
     if origin is Literal:
         return any(type(value) is type(word) and (within or value == word) for word in inside)
     if kind in (int, float):
@@ -159,9 +159,9 @@ def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN4
     if isinstance(value, str | bytes) or origin not in CONTAINERS:
         return not isinstance(value, str | bytes) or str in (kind, *inside)
     if isinstance(value, Mapping) and issubclass(origin, Mapping):
-        held = value.values() if isinstance(value, dict) else ()  # others may have to read each value
-        return all(_fits(key, inside[0], True) for key in value) and all(_fits(own, inside[1], True) for own in held)
-    return not isinstance(value, Collection) or all(_fits(one, inside[0], True) for one in value)
+        items = value.values() if isinstance(value, dict) else ()  # others may have to read each value
+        return all(_fits(key, inside[0], True) for key in value) and all(_fits(item, inside[1], True) for item in items)
+    return not isinstance(value, Collection) or all(_fits(item, inside[0], True) for item in value)
 
 
 def _meant(kind: Any) -> Any:  # noqa: ANN401
@@ -174,8 +174,8 @@ def _legal(kind: Any) -> str:  # noqa: ANN401
     origin, inside = get_origin(kind), get_args(kind)
     plain = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", NoneType: "None"}
     if origin in (Union, UnionType):
-        words_first = sorted(inside, key=lambda one: "Literal" not in str(one))
-        return " or ".join(dict.fromkeys(_legal(one) for one in words_first if one is not int or float not in inside))
+        words_first = sorted(inside, key=lambda kind: "Literal" not in str(kind))
+        return " or ".join(dict.fromkeys(_legal(kind) for kind in words_first if kind is not int or float not in inside))
     if origin is Literal:
         return f"one of {', '.join(map(str, inside))}"
     if origin is Callable:

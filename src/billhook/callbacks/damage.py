@@ -70,8 +70,8 @@ class Damage(FollowsEvents):
         """Checks the trainer, and reads the dense model once it exists."""
         if stage == "fit":
             check_strategy(trainer, "Damage")
-            for one, _ in averages(trainer):
-                refuse_before(trainer, self, one)
+            for callback, _ in averages(trainer):
+                refuse_before(trainer, self, callback)
             self.begin(trainer, pl_module)
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -91,12 +91,12 @@ class Damage(FollowsEvents):
             )
         with together(trainer, "Damage"), _aside(trainer, pl_module, model):
             read = texts(self.texts, model, self.rows, self.also, tokenizer_in(trainer))
-            check_agreed(trainer, "Damage", "the rows of text", [one["input_ids"] for one in read])
+            check_agreed(trainer, "Damage", "the rows of text", [batch["input_ids"] for batch in read])
             self._dense = Dense(model, read, list(self.texts.named), comm_of(trainer))
 
     def after(self, trainer: pl.Trainer, event: Event) -> None:
         """Measures the model after an event; of several at once, after the last."""
-        if any(event is one.events[-1] for one in callbacks_of(trainer, EventCallback) if one.events):
+        if any(event is callback.events[-1] for callback in callbacks_of(trainer, EventCallback) if callback.events):
             event["damage"] = self._measure(trainer, f"after {label_of(event)}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,11 +110,11 @@ class Damage(FollowsEvents):
         pl_module, step = trainer.lightning_module, trainer.global_step
         model = find_transformer(pl_module)
         with together(trainer, "Damage"), _aside(trainer, pl_module, model):
-            found = self._dense.damage(model)
-        log_figures(trainer, _figures(found))
-        if warning := warning_of(found):
+            damage = self._dense.damage(model)
+        log_figures(trainer, _figures(damage))
+        if warning := warning_of(damage):
             rank_zero_warn(f"Damage, step {step}, {when}: {warning}")
-        return [one.to_json() for one in found]
+        return [text.to_json() for text in damage]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the rows of text, what the dense model loses on them, and what was measured at the end."""
@@ -148,7 +148,7 @@ def refuse_before(trainer: pl.Trainer, first: Callback, second: Callback) -> Non
 def _figures(damage: list[TextDamage]) -> dict[str, float]:
     """Returns what loggers are given."""
     names = {"perplexity": "after", "perplexity_ratio": "ratio", "kl": "kl"}
-    return {f"damage/{one.source}/{name}": getattr(one, own) for one in damage for name, own in names.items()}
+    return {f"damage/{text.source}/{name}": getattr(text, figure) for text in damage for name, figure in names.items()}
 
 
 @contextmanager

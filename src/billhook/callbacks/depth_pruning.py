@@ -111,8 +111,8 @@ class DepthPruning(ShapeCallback):
         check_agreed(trainer, "DepthPruning", "the blocks that are removed", made.units)
         carry_out(pl_module, made, optimizers)
         self.done, self.asked = moment, 1.0
-        before, after = (sum(count for (count,) in own.values()) for own in (made.before, made.after))
-        removed = "; ".join(f"{', '.join(map(str, own))} of {name}" for name, own in made.units.items()) or "none"
+        before, after = (sum(count for (count,) in counts.values()) for counts in (made.before, made.after))
+        removed = "; ".join(f"{', '.join(map(str, numbers))} of {name}" for name, numbers in made.units.items()) or "none"
         return f"{before} -> {after} blocks ({type(self.importance).__name__}): without {removed}"
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> BlockPlan:

@@ -100,7 +100,7 @@ class Export(Callback):
             a_path("gguf", gguf, [".gguf"])
         if tokenizer is not None and not isinstance(tokenizer, Preprocessor | str):
             raise ValueError(f"tokenizer={tokenizer!r} must be one of transformers' own, or the name or folder of one")
-        if probe is not None and not (isinstance(probe, Mapping) and any(isinstance(one, Tensor) for one in probe.values())):
+        if probe is not None and not (isinstance(probe, Mapping) and any(isinstance(value, Tensor) for value in probe.values())):
             raise ValueError(f"probe={probe!r} must be a dictionary of inputs of the model's forward, as {{'input_ids': ...}}")
         annotated(Export, locals())
         if push_to_hub is not None:
@@ -126,8 +126,8 @@ class Export(Callback):
                 find_converter(self.converter)
             if self.push_to_hub is not None:
                 by_first(trainer, "Export", partial(check_token, "push_to_hub", self.push_to_hub))
-            for one in callbacks_of(trainer, Damage):
-                refuse_before(trainer, self, one)
+            for callback in callbacks_of(trainer, Damage):
+                refuse_before(trainer, self, callback)
             if not is_trial(trainer):
                 self._tell_replaced()
             self.saved, self._begun, self._along = None, False, []
@@ -174,20 +174,20 @@ class Export(Callback):
     def _rehearse(self, model: PreTrainedModel) -> None:
         """Saves the model as it is beside the folder, and removes that again; what fails now would fail at the end."""
         target = Path(self.folder).resolve()
-        place = target.with_name(f".{target.name}.rehearsal")
-        if (place / RECORD).is_file():  # of a run that was killed
-            shutil.rmtree(place, ignore_errors=True)
-        check_target(place)
+        draft = target.with_name(f".{target.name}.rehearsal")
+        if (draft / RECORD).is_file():  # of a run that was killed
+            shutil.rmtree(draft, ignore_errors=True)
+        check_target(draft)
         try:
-            self._rehearse_save(model, place)
+            self._rehearse_save(model, draft)
             if self.gguf is not None:
-                export_gguf(place, place / "rehearsal.gguf", converter=self.converter)
+                export_gguf(draft, draft / "rehearsal.gguf", converter=self.converter)
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(draft, ignore_errors=True)
 
-    def _rehearse_save(self, model: PreTrainedModel, place: Path) -> None:
+    def _rehearse_save(self, model: PreTrainedModel, draft: Path) -> None:
         try:
-            save(model, place, self._along, probe=self._probe)
+            save(model, draft, self._along, probe=self._probe)
         except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -263,7 +263,7 @@ class Export(Callback):
         rank_zero_info(f"billhook: {self.gguf} is {written}")
 
     def _save(self, trainer: pl.Trainer, model: PreTrainedModel) -> None:
-        damage = [{"damage": one.last} for one in callbacks_of(trainer, Damage)]
+        damage = [{"damage": callback.last} for callback in callbacks_of(trainer, Damage)]
         start = {"start": start_of(trainer)} if start_of(trainer) else {}
         record = {"steps": trainer.global_step, **start, "events": events_of(trainer), **trained(trainer)}
         record |= damage[0] if damage else {}
@@ -318,9 +318,9 @@ def _inputs_in(batch: object, model: PreTrainedModel) -> dict[str, Tensor] | Non
     if not isinstance(batch, Mapping) or not isinstance(batch.get(model.main_input_name), Tensor):
         return None
     taken = inspect.signature(model.forward).parameters
-    tensors = {name: one.detach() for name, one in batch.items() if name in taken and isinstance(one, Tensor)}
+    tensors = {name: value.detach() for name, value in batch.items() if name in taken and isinstance(value, Tensor)}
     if not (model.config.is_encoder_decoder and "decoder_input_ids" not in tensors):  # else the decoder's inputs are made of them
         tensors.pop("labels", None)
     with suppress(ValueError):  # it cannot be taken apart
         tensors = examples_of(tensors)[0]
-    return {name: one.cpu().clone() for name, one in tensors.items()}
+    return {name: value.cpu().clone() for name, value in tensors.items()}

@@ -274,7 +274,7 @@ class HeadPruning(HeadMasking):
             plan = prune_units(module, self.heads, optimizers, per=self.per)
             self.record.removed(self.heads)
             self.heads = {}
-            before, after = (sum(own[0] for own in counts.values()) for counts in (plan.before, plan.after))
+            before, after = (sum(lengths[0] for lengths in counts.values()) for counts in (plan.before, plan.after))
             removed = f"{before} -> {after} attention heads ({type(self.ranks.importance).__name__})"
             what = f"{removed}; {what}" if worse else removed
         self.done, self.asked, self._stopped = moment, self._moments[moment], worse

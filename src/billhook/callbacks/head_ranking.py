@@ -43,13 +43,13 @@ class HeadRecord:
     def scored(self, scores: Mapping[str, Tensor]) -> None:
         """Keeps scores of the remaining heads."""
         self.scores = {name: torch.full([count], torch.nan) for name, count in self.first.items()}
-        for name, own in scores.items():
-            self.scores[name][self.numbers[name]] = own
+        for name, values in scores.items():
+            self.scores[name][self.numbers[name]] = values
 
     def removed(self, heads: Mapping[str, Sequence[int]]) -> None:
         """Drops heads that have been removed."""
-        for name, own in heads.items():
-            self.numbers[name] = [number for i, number in enumerate(self.numbers[name]) if i not in own]
+        for name, numbers in heads.items():
+            self.numbers[name] = [number for i, number in enumerate(self.numbers[name]) if i not in numbers]
 
     def left(self, ratio: float) -> float:
         """Converts a fraction of the first heads into one of the remaining heads."""
@@ -58,7 +58,9 @@ class HeadRecord:
 
     def gone(self, masked: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         """Returns the first numbers of heads that are removed or masked."""
-        stay = {name: {n for i, n in enumerate(own) if i not in masked.get(name, ())} for name, own in self.numbers.items()}
+        stay = {
+            name: {n for i, n in enumerate(numbers) if i not in masked.get(name, ())} for name, numbers in self.numbers.items()
+        }
         return {name: sorted(set(range(count)) - stay[name]) for name, count in self.first.items()}
 
     def note(
@@ -93,7 +95,7 @@ class HeadRanking:
     def check(self, model: PreTrainedModel, record: HeadRecord, ratio: float) -> None:
         """Refuses a ratio that cannot be reached, with the least that removes a head, and heads that cannot be removed."""
         heads = find_units(model, "head")
-        flat = {name: torch.zeros(one.count(self.options.per)) for name, one in heads.items()}
+        flat = {name: torch.zeros(units.count(self.options.per)) for name, units in heads.items()}
         chosen = self._lowest(heads, record.left(ratio), flat)
         if ratio > 0 and not chosen and not record.first:
             total = sum(map(len, flat.values()))
@@ -116,7 +118,7 @@ class HeadRanking:
         """Returns the heads to mask of the model as it is, among them all that are masked already; the record gets the scores."""
         model = find_transformer(pl_module)
         heads = find_units(model, "head")
-        record.begin({name: one.count(self.options.per) for name, one in heads.items()})
+        record.begin({name: units.count(self.options.per) for name, units in heads.items()})
         with calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
             pairs = calibration.pairs(trainer, pl_module) if self.importance.needs_data else ()
             trials = [run_of(model, heads, *pair) for pair in pairs]

@@ -92,7 +92,7 @@ class Preparation:
         New weights may be rounded otherwise: those of the first count, when DDP wraps the model or when they are sharded.
         """
         model = find_transformer(pl_module)
-        pooled = {name: [own.dim, np.asarray(own.index)] for name, own in plan.parameters.items()}
+        pooled = {name: [pooling.dim, np.asarray(pooling.index)] for name, pooling in plan.parameters.items()}
         check_agreed(trainer, "KVHeadConversion", "what heads become", [str(self.method), str(self.repair), pooled])
         if trained:
             before = {name: model.get_parameter(name) for name in plan.parameters}
@@ -118,8 +118,8 @@ class Preparation:
 def _precisely(trainer: pl.Trainer, loss: Any, model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
     """Returns a loss in the precision of the fit, while what is made of the batches is in full precision."""
     with trainer.precision_plugin.forward_context():
-        found: Tensor = loss(model, batch)
-    return found
+        value: Tensor = loss(model, batch)
+    return value
 
 
 def _same(trainer: pl.Trainer, model: nn.Module, weights: Weights) -> Weights:
@@ -165,7 +165,7 @@ class Moving:
             return False
         model, pooled = find_transformer(pl_module), self.path.parameters
         try:
-            return all(model.get_parameter(name).shape[one.dim] == len(one.index) for name, one in pooled.items())
+            return all(model.get_parameter(name).shape[pooling.dim] == len(pooling.index) for name, pooling in pooled.items())
         except AttributeError:  # of a block that is gone
             return False
 
@@ -253,7 +253,7 @@ class KVHeadConversion(StageCallback):
         if self.preparation.needed:
             ready = self.preparation.method, self.preparation.repair
             check_ready(find_transformer(model), dict.fromkeys(plan.layers, first), *ready)
-        means = (one for one in callbacks_of(trainer, KVHeadConversion) if type(one.preparation.method) is Mean)
+        means = (callback for callback in callbacks_of(trainer, KVHeadConversion) if type(callback.preparation.method) is Mean)
         if next(means, None) is self and not self.preparation.needed and not adapted(find_transformer(model)):
             rank_zero_info(HINT)
 
@@ -268,7 +268,10 @@ class KVHeadConversion(StageCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Turns fractions of training into steps, and checks the stages, also against a checkpoint that has been loaded."""
         super().on_fit_start(trainer, pl_module)
-        least, most = min(heads for one in callbacks_of(trainer, KVHeadConversion) for heads in one.heads), self._most(pl_module)
+        least, most = (
+            min(heads for callback in callbacks_of(trainer, KVHeadConversion) for heads in callback.heads),
+            self._most(pl_module),
+        )
         if most < least:
             held = f"the checkpoint holds a model with {most} KV heads"
             raise ValueError(f"num_key_value_heads={self.heads}: {held}, which is fewer than the {least} that this run leads to")
@@ -283,14 +286,14 @@ class KVHeadConversion(StageCallback):
     def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
         """Converts, and returns from how many heads to how many."""
         assert isinstance(model, pl.LightningModule)
-        plan, own = self._plan(model, stage), self.preparation
+        plan, preparation = self._plan(model, stage), self.preparation
         weights: Weights = {}
-        how = str(own.method)
+        how = str(preparation.method)
         if self.over and self._stages[stage].begin <= self._moving.moved:
             how += f", over {self._stages[stage].over} steps"
-        elif own.needed:
-            plan, weights, how = own.ready(model.trainer, model, plan)
-        own.check_same(model.trainer, model, plan, weights, trained=bool(optimizers))
+        elif preparation.needed:
+            plan, weights, how = preparation.ready(model.trainer, model, plan)
+        preparation.check_same(model.trainer, model, plan, weights, trained=bool(optimizers))
         carry_out(model, plan, optimizers, weights)
         where = f" in {len(plan.layers)} of {len(kv_heads_by_layer(model, self.encoder))} attentions" if self._by_layer else ""
         return f"{plan.before} -> {plan.after} KV heads{where} ({how})"

@@ -72,12 +72,12 @@ def check_order(stages: Sequence[tuple[Stage, object]]) -> None:
     Each comes with what it is of: those of one that have the same number convert one attention after another.
     """
     ordered = sorted(stages, key=lambda pair: pair[0].step)
-    for (before, one), (after, other) in zip(ordered, ordered[1:], strict=False):
-        goes_on = one is other and before.heads == after.heads
+    for (before, callback), (after, other) in zip(ordered, ordered[1:], strict=False):
+        goes_on = callback is other and before.heads == after.heads
         if not goes_on and (before.heads <= after.heads or before.heads % after.heads):
-            told = ", ".join(f"{stage.heads} at step {max(stage.step, 0)}" for stage, _ in ordered)
+            order = ", ".join(f"{stage.heads} at step {max(stage.step, 0)}" for stage, _ in ordered)
             raise ValueError(
-                f"num_key_value_heads: each stage must have fewer KV heads than the one before, and divide it; got {told}"
+                f"num_key_value_heads: each stage must have fewer KV heads than the one before, and divide it; got {order}"
             )
     earlier = 0
     for stage, _ in ordered:
@@ -168,7 +168,9 @@ class StageCallback(ShapeCallback):
 
     def check_together(self, trainer: pl.Trainer, total: int | None) -> None:
         """Refuses stages, also of several callbacks together, that fall on one step or contradict each other."""
-        stages = [(stage, one) for one in callbacks_of(trainer, StageCallback) for stage in one.stages(total, trainer)]
+        stages = [
+            (stage, callback) for callback in callbacks_of(trainer, StageCallback) for stage in callback.stages(total, trainer)
+        ]
         steps = [stage.step for stage, _ in stages]
         if is_trial(trainer):
             return

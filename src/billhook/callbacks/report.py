@@ -61,8 +61,8 @@ class Report(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forgets an earlier fit, and refuses a place before `Damage`."""
         if stage == "fit":
-            for one in callbacks_of(trainer, Damage):
-                refuse_before(trainer, self, one)
+            for callback in callbacks_of(trainer, Damage):
+                refuse_before(trainer, self, callback)
             self.history, self.first = [], None
             if Path(self.plot_file).is_file():
                 rank_zero_info(f"billhook: the picture '{self.plot_file}' will be replaced")
@@ -86,9 +86,9 @@ class Report(Callback):
 
     def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         figures = figures_of_callbacks(trainer, pl_module)
-        found = summary(pl_module)
-        self._dtype = found.dtype
-        return found.numbers() | figures | measure(trainer, pl_module, self.measure_batches)
+        report = summary(pl_module)
+        self._dtype = report.dtype
+        return report.numbers() | figures | measure(trainer, pl_module, self.measure_batches)
 
     def _report(self, trainer: pl.Trainer, last: dict[str, Any]) -> None:
         events = events_of(trainer)
@@ -121,9 +121,9 @@ class Report(Callback):
 
     def _damage(self, trainer: pl.Trainer, events: list[Event]) -> list[str]:
         """Returns a table of damage for each event after which it was measured, and for the end."""
-        found = [(f"after {label_of(event)}", event["damage"]) for event in events if "damage" in event]
-        found += [("at the end", one.last) for one in callbacks_of(trainer, Damage) if one.last is not None]
-        return [f"{when}\n{damage_table(list(map(TextDamage.from_json, damage)))}\n" for when, damage in found]
+        tables = [(f"after {label_of(event)}", event["damage"]) for event in events if "damage" in event]
+        tables += [("at the end", callback.last) for callback in callbacks_of(trainer, Damage) if callback.last is not None]
+        return [f"{when}\n{damage_table(list(map(TextDamage.from_json, damage)))}\n" for when, damage in tables]
 
     def _stages(self, trainer: pl.Trainer, events: list[Event], last: Stage) -> list[Stage]:
         first = self.first or {"step": 0, "after": {}, "events": 0}

@@ -173,7 +173,7 @@ class Shrinking(ShapeCallback):
         with self.calibration.aside(pl_module), gradient_precision(trainer):
             batches = list(self.calibration.read(trainer, alike=True))
             check_agreed(trainer, "Shrinking", "its settings", partial(described, self))
-            check_agreed(trainer, "Shrinking", "the batches", [one for one in tree_leaves(batches) if isinstance(one, Tensor)])
+            check_agreed(trainer, "Shrinking", "the batches", [leaf for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)])
             check_near(trainer, "Shrinking", "the model", model, dict(model.named_parameters()))
             agreed = partial(of_first, trainer, "Shrinking", "what it measures")
             fitted, held_out = divided(batches)

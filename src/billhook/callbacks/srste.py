@@ -132,7 +132,7 @@ class SRSTE(WeightPruning):
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], moment: int) -> Event:
         with together(trainer, "SRSTE"):
             chosen = self._choose(trainer, pl_module, self._moments[max(self._moments)])
-            check_agreed(trainer, "SRSTE", "what masks follow from", {name: one.state() for name, one in chosen.items()})
+            check_agreed(trainer, "SRSTE", "what masks follow from", {name: scorer.state() for name, scorer in chosen.items()})
             return self.as_event(trainer, find_transformer(pl_module), metrics, partial(self._learn, chosen, moment))
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> dict[str, Chosen]:

@@ -155,8 +155,8 @@ class StructuredPruning(ShapeCallback):
         """Removes what is planned, and says how much that is."""
         carry_out(model, made, optimizers, weights)
         before, after = made.parameters
-        told = "; ".join([f"without {made.words}", how, *(f"left in each: {row}" for row in made.rows)])
-        return f"{before:,} -> {after:,} parameters ({told})"
+        words = "; ".join([f"without {made.words}", how, *(f"left in each: {row}" for row in made.rows)])
+        return f"{before:,} -> {after:,} parameters ({words})"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has happened so far, and what the model was at first."""

@@ -56,8 +56,8 @@ class Uptraining(SetsLength):
     ) -> None:
         annotated(Uptraining, locals())
         fraction("alpha", alpha, "(0, 1]")
-        given = {"pretraining_steps": pretraining_steps, "pretraining_tokens": pretraining_tokens}
-        budget = {name: value for name, value in given.items() if value is not None}
+        budgets = {"pretraining_steps": pretraining_steps, "pretraining_tokens": pretraining_tokens}
+        budget = {name: value for name, value in budgets.items() if value is not None}
         if len(budget) != 1:
             raise ValueError(f"one of pretraining_steps and pretraining_tokens must be given, got {budget or 'neither'}")
         for name, value in budget.items():
@@ -135,8 +135,8 @@ def _tokens_per_step(trainer: pl.Trainer) -> int:
 @contextmanager
 def _untouched(loader: object) -> Iterator[None]:
     """Restores random numbers afterwards, those of a loader too."""
-    held = [getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None))]
-    states = [(one, one.get_state()) for one in held if isinstance(one, torch.Generator)]
+    generators = [getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None))]
+    states = [(generator, generator.get_state()) for generator in generators if isinstance(generator, torch.Generator)]
     with isolated():
         yield
     for generator, state in states:

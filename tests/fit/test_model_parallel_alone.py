@@ -276,7 +276,7 @@ def adapted():
 
 SEARCHES = {  # what goes in each
     "by loss": (Own, {"max_loss": 1.3, "at": 1}, ("heads", "channels", "blocks")),
-    "beneath adapters": (adapted, {"params": 0.9, "at": "start"}, ("heads",)),
+    "beneath adapters": (adapted, {"params": 0.9, "at": "start"}, ("channels",)),
 }
 
 

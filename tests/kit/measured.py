@@ -89,7 +89,7 @@ def fit_all():
     for name in MODULES:
         for what in (told, shrunk):
             run, found = what(Path(out), name, 2)
-            keep(run, Path(out, f"{what.__name__}, {name}.pt"), found)
+            keep(Path(out, f"{what.__name__}, {name}.pt"), found)
     measure(SEARCHED, out)
     sent_all(out)
-    keep(run, Path(out, "differing.pt"), differing(out).partition(": ")[2])
+    keep(Path(out, "differing.pt"), differing(out).partition(": ")[2])

@@ -78,4 +78,4 @@ def fit(fits, ranks) -> None:
     for name, one in fits.items():
         if name in names:
             run, *result = one.run(Path(out), files, ranks=ranks)
-            keep(run, Path(out) / f"{name}.pt", result)
+            keep(Path(out) / f"{name}.pt", result)

@@ -307,27 +307,27 @@ def fit_all() -> None:
     for name, one in (MASKS | SHAPES).items():
         if name in names:
             run, *result = one.run(out, files, ranks=2)
-            keep(run, out / f"{name}.pt", result)
+            keep(out / f"{name}.pt", result)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ShardStore, "stage", rounding(ShardStore.stage))
         if "rounded otherwise" in names:
             run, *result = SHAPES[ROUNDED].run(out, files, ranks=2)
-            keep(run, out / "rounded otherwise.pt", result)
+            keep(out / "rounded otherwise.pt", result)
     for name, (full, one) in (RESUMED | CHANGED | {"adapted": (True, ADAPTED)}).items():
         if name in names:
             stop_and_resume(one, name, full, files, out)
     export(files, out)
     refused = [str(refusal(files, out, callback)) for callback in (bh.WeightPruning(sparsity=0.5), bh.KVHeadConversion(2))]
-    keep(run, out / "refused.pt", refused)
+    keep(out / "refused.pt", refused)
 
 
 def stop_and_resume(one, name, full, files, out):
     saves = ModelCheckpoint(out / name, "{step}", every_n_train_steps=1, save_top_k=-1)
     run, *straight = one.run(out, files, 2, full, checkpoints=[saves])
-    keep(run, out / f"{name}.pt", straight)
+    keep(out / f"{name}.pt", straight)
     for step in STEPS:
         run, *resumed = one.run(out, files, 2, full, path=out / name / f"step={step}.ckpt")
-        keep(run, out / f"{name}, {step}.pt", resumed)
+        keep(out / f"{name}, {step}.pt", resumed)
 
 
 def export(files, out):
@@ -346,9 +346,9 @@ def refusal(files, out, callback):
     return error.value
 
 
-def keep(run, path, result):
+def keep(path, result):
     """Keeps what came of a fit, and whether it is the same on both ranks."""
-    gathered = [None] * run.world_size
+    gathered = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, repr(tree_map_only(torch.Tensor, torch.Tensor.tolist, result)))
-    if run.is_global_zero:
+    if torch.distributed.get_rank() == 0:
         torch.save([len(set(gathered)) == 1, result], path)

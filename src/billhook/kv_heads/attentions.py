@@ -21,7 +21,7 @@ from billhook.engine.state import overridden, replaced, undisturbed
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.kv_heads.basis import find_bases, in_bases, pooled, similar_order
-from billhook.kv_heads.layout import find_projections, read, written
+from billhook.kv_heads.layout import HeadTensors, find_projections, read, written
 from billhook.kv_heads.methods import Grouping, KVMethod, Reconstructing
 from billhook.kv_heads.moments import MomentPass, Moments, gather, weight_moments
 from billhook.kv_heads.symmetry import find_symmetries, in_order
@@ -208,14 +208,18 @@ class Attentions:
     def _equal_in(self, name: str, method: Reconstructing, moments: Moments, pool: bool = True) -> dict[str, dict[str, Tensor]]:
         """Returns the same of one attention, by linear and by the name in it."""
         self.store.load(self.model.get_submodule(name))
-        symmetries, groups, attention = self.symmetries[name], self.groups[name], self.projections[name]
-        tensors = read(self.model, attention)
+        return written(self.model, self.projections[name], self._equal_heads(name, method, moments, pool))
+
+    def _equal_heads(self, name: str, method: Reconstructing, moments: Moments, pool: bool) -> HeadTensors:
+        """Returns equal heads in float64; those of the model are gone when this returns, before parameters are written."""
+        symmetries, groups = self.symmetries[name], self.groups[name]
+        tensors = read(self.model, self.projections[name])
         if method.grouping == "similar":
             # all ranks take the order of the first, as that follows from floats
             order = self._comm.decide(lambda: similar_order(tensors, moments, symmetries, method, groups))
             tensors, moments = in_order(tensors, order), moments.in_order(order, groups)
         become = pooled if pool else in_bases
-        return written(self.model, attention, become(tensors, *find_bases(tensors, moments, symmetries, method)))
+        return become(tensors, *find_bases(tensors, moments, symmetries, method))
 
     def repaired(self, new: LazyTensors, trials: Sequence[Run], repair: RepairConfig) -> LazyTensors:
         """Returns the same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""

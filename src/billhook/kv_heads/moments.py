@@ -82,7 +82,6 @@ def gather(
     """
     tell_own([trial.source for trial in trials])
     listening = MomentPass(model, projections, groups, trials, comm)
-    listening.prepare()
     with store_of(model).apart(comm):
         listening.run(Together(model))
     return listening.take(*projections)
@@ -111,18 +110,13 @@ class MomentPass:
         self._listeners = {name: _Listener(model, attention, groups[name]) for name, attention in projections.items()}
         self._hooks: dict[str, ExitStack] = {}
 
-    def prepare(self) -> None:
-        """Makes what is added up in of all attentions, which lies where weights rest, and not where a block computes."""
-        for listener in self._listeners.values():
-            listener.summed()
-
     def run(self, together: Together) -> None:
         """Goes over all blocks, as `together` has runs pass them."""
         with undisturbed(self._model), ExitStack() as stack:
-            for name, listener in self._listeners.items():
-                listener.masks = lambda: self._trials[together.now].tokens
+            for name in self._listeners:  # no local keeps a listener, and what it adds up, once its block has been left
+                self._listeners[name].masks = lambda: self._trials[together.now].tokens
                 self._hooks[name] = stack.enter_context(ExitStack())
-                self._hooks[name].enter_context(listener.listening())
+                self._hooks[name].enter_context(self._listeners[name].listening())
             together([run.visit for run in self._trials])
 
     def take(self, *names: str) -> dict[str, dict[int, Moments]]:
@@ -138,9 +132,7 @@ class MomentPass:
 class MomentSums:
     """Sums over tokens of what `Moments` are means of, for several numbers of groups."""
 
-    def __init__(self, model: nn.Module, projections: Projections, groups: Collection[int]) -> None:
-        weight = model.get_submodule(projections.k.linear).get_parameter("weight")
-        device = next(model.parameters()).device if weight.is_meta else weight.device  # a block that is streamed may not be there
+    def __init__(self, device: torch.device, projections: Projections, groups: Collection[int]) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=float64_device(device))
         keys, values = projections.k.index.size, projections.v.index.size
         self.kv_heads = projections.kv_heads
@@ -180,14 +172,17 @@ class _Listener:
         self._model, self._projections, self._groups = model, projections, groups
         self._fewest = math.gcd(*groups)  # the number of groups in which those of all other numbers lie
         self._size = projections.kv_heads // self._fewest
-        self._sums: MomentSums | None = None  # by default made at the first call, as those of other blocks have gone by then
+        weight = model.get_submodule(projections.k.linear).get_parameter("weight")
+        # where weights rest, which is asked before a block computes elsewhere; a block that is streamed may not be there
+        self._device = next(model.parameters()).device if weight.is_meta else weight.device
+        self._sums: MomentSums | None = None  # made at the first call, as those of other blocks have gone by then
         self.masks: Callable[[], Mapping[str, Tensor]] = dict
         self._read: list[Tensor] | None = None  # what the linear behind the heads is given, once for each shift
         self._unshifted = False
 
     def summed(self) -> MomentSums:
         """Returns what has been added up, zeros if the attention was not called."""
-        self._sums = self._sums or MomentSums(self._model, self._projections, self._groups)
+        self._sums = self._sums or MomentSums(self._device, self._projections, self._groups)
         return self._sums
 
     @contextmanager

@@ -6,6 +6,7 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run
@@ -208,11 +209,17 @@ def _candidates(
 
 def _equal(attentions: Attentions, name: str, moments: Moments) -> LazyTensors:
     """Returns the parameters of an attention with which the heads of each group are equal."""
-    model, projections = attentions.model, attentions.projections[name]
-    store_of(model).load(model.get_submodule(name))
-    stacks = read(model, projections)
-    equal = pooled(stacks, *find_bases(stacks, moments, attentions.symmetries[name], METHOD))
-    return resting(model, by_parameter(written(model, projections, equal)))
+    store_of(attentions.model).load(attentions.model.get_submodule(name))
+    return resting(attentions.model, by_parameter(_with_equal_heads(attentions, name, moments)))
+
+
+def _with_equal_heads(attentions: Attentions, name: str, moments: Moments) -> dict[str, dict[str, Tensor]]:
+    """Returns the same by linear; heads in float64 are gone when this returns, before parameters are put where they rest."""
+    projections = attentions.projections[name]
+    tensors = read(attentions.model, projections)
+    return written(
+        attentions.model, projections, pooled(tensors, *find_bases(tensors, moments, attentions.symmetries[name], METHOD))
+    )
 
 
 def _size(attentions: Attentions, layer: Layer, numbers: Sequence[int], parts: int) -> int:

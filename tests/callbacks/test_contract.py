@@ -26,11 +26,11 @@ pytestmark = [
 
 SETTINGS = {
     "wanda": {"criterion": "Wanda()", "sparsity": 0.5, "pattern": "unstructured", "calibration/examples": 4},
-    "heads": {"ratio": 0.5, "importance": "GateGradient()", "ranking": "layer", "at": 2, "remove": "end"},
+    "heads": {"ratio": 0.5, "importance": "GateGradient()", "options": "HeadOptions()", "at": 2, "remove": "end"},
     "masked": {"ratio": 0.5, "remove": "never"},
     "structure": {"amount": "Amount(kv_heads=0.5, channels=0.5)", "rounds": 1, "repair": "auto"},
     "shrink": {"budget": "Budget(kv_cache_bytes=0.5)", "search": "Search(repair=None, generations=1, candidates=2)"},
-    "depth": {"count": 1, "importance": "BlockInfluence()"},
+    "depth": {"blocks": 1, "importance": "BlockInfluence()"},
     "mean": {"num_key_value_heads": 2, "method": "mean"},
     "svd": {"num_key_value_heads": 2, "method": "svd"},
 }

@@ -135,15 +135,15 @@ def tests_of(mutation: Mutation, data: coverage.CoverageData, seconds: dict[str,
     return sorted((test for test in seconds if test in names or test.partition("::")[0] in files), key=seconds.__getitem__)
 
 
-def caught(copy: Path, mutation: Mutation, tests: list[str], select: str) -> bool:
-    """Tells whether a test fails, or takes too long, with the mutation in the copy of the source."""
+def caught(copy: Path, mutation: Mutation, tests: list[str], select: str, seconds: float) -> bool:
+    """Tells whether a test fails, or the tests take longer than that, with the mutation in the copy of the source."""
     path = copy / Path(mutation[0]).relative_to("src")
     source = path.read_text()
     path.write_text(mutated(source, mutation))
     names = copy.parent / "tests.txt"
     names.write_text("\n".join(tests))
     try:
-        return pytest(["-x", "-m", select, f"@{names}"], copy, 1800) != 0
+        return pytest(["-x", "-m", select, f"@{names}"], copy, seconds) != 0
     finally:
         path.write_text(source)
 
@@ -174,7 +174,9 @@ def main() -> None:
         for mutation in sample(options.folders, options.count, options.seed):
             if mutation not in results:
                 tests = tests_of(mutation, data, seconds)[: options.most]
-                results[mutation] = bool(tests) and caught(copy, mutation, tests, options.select)
+                results[mutation] = bool(tests) and caught(
+                    copy, mutation, tests, options.select, 300 + 20 * sum(map(seconds.__getitem__, tests))
+                )
                 print(json.dumps({"mutation": mutation, "caught": results[mutation], "tests": len(tests)}), file=file, flush=True)
             print(f"{'caught  ' if results[mutation] else 'SURVIVED'} {':'.join(map(str, mutation))}", flush=True)
     print(f"{sum(results.values())} of {len(results)} caught")

@@ -110,13 +110,13 @@ class Report(Callback):
             rank_zero_warn(
                 f"metric={self.metric!r} is not logged in validation, so nothing is drawn; logged is {', '.join(last)}"
             )
-        for number, pruning in enumerate(callbacks_of(trainer, EventCallback)):
-            for kind, picture in pruning.pictures().items():
-                path = Path(self.plot_file)
-                path = path.with_stem(f"{path.stem}_{kind}{number or ''}")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                picture.savefig(path)
-                notes.append((kind, str(path)))
+        drawn = [picture for callback in callbacks_of(trainer, EventCallback) for picture in callback.pictures().items()]
+        for number, (kind, picture) in enumerate(drawn):
+            path = Path(self.plot_file)
+            path = path.with_stem(f"{path.stem}_{kind}{number or ''}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.savefig(path)
+            notes.append((kind, str(path)))
         print("\n".join(["", table(stages, notes, name, self._dtype), "", *self._damage(trainer, events)]))
 
     def _damage(self, trainer: pl.Trainer, events: list[Event]) -> list[str]:

@@ -199,10 +199,8 @@ class WeightPruning(EventCallback, FollowsShapes):
         subject = find_transformer(model)
         reshard(subject)
         with taken_off(subject):
-            zeros, sizes = (
-                zeros_by_name(subject) or {},
-                {name: parameter.numel() for name, parameter in subject.named_parameters()},
-            )
+            zeros = zeros_by_name(subject) or {}
+            sizes = {name: parameter.numel() for name, parameter in subject.named_parameters()}
         names = [name for name in (f"{linear}.weight" for linear in self._linears) if name in zeros]
         every = sum(sizes[name] for name in names)
         return {"sparsity": sum(zeros[name] for name in names) / every} if every else {}

@@ -187,7 +187,7 @@ class Attentions:
                     of_data = listening.take(name)[name] if has_data else {}
                     moments = of_data.get(groups[name]) or self._weight_moments(name, groups[name])
                     for number, method in enumerate(methods):
-                        equal = by_parameter(self._equal_in(name, method, moments))
+                        equal = by_parameter(self.equal_in(name, method, moments))
                         values |= {f"{number} {parameter}": value for parameter, value in equal.items()}
                 if names:
                     new |= store.stage(block, values)
@@ -202,10 +202,10 @@ class Attentions:
         """Returns the parameters with which the heads of each group are equal; without pooling, in one basis."""
         new = LazyTensors({})
         for name, of_heads in moments.items():
-            new |= self.store.stage(None, by_parameter(self._equal_in(name, method, of_heads, pool)))
+            new |= self.store.stage(None, by_parameter(self.equal_in(name, method, of_heads, pool)))
         return new
 
-    def _equal_in(self, name: str, method: Reconstructing, moments: Moments, pool: bool = True) -> dict[str, dict[str, Tensor]]:
+    def equal_in(self, name: str, method: Reconstructing, moments: Moments, pool: bool = True) -> dict[str, dict[str, Tensor]]:
         """Returns the same of one attention, by linear and by the name in it."""
         self.store.load(self.model.get_submodule(name))
         return written(self.model, self.projections[name], self._equal_heads(name, method, moments, pool))

@@ -6,18 +6,14 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.memory import memory_to_hold
-from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.basis import find_bases, pooled
-from billhook.kv_heads.layout import read, written
 from billhook.kv_heads.methods import SVD
-from billhook.kv_heads.moments import Moments, gather
+from billhook.kv_heads.moments import gather
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import matrix_of
@@ -201,25 +197,11 @@ def _candidates(
     moments = gather(model, projections, numbers, runs)
     equal: ByNumber = {name: {} for name in numbers}
     for name, by_number in moments.items():
-        equal[name] = {kept: _equal(attentions, name, sums) for kept, sums in by_number.items()}
+        for kept, of_heads in by_number.items():
+            equal[name][kept] = resting(model, by_parameter(attentions.equal_in(name, METHOD, of_heads)))
     if repair is None:
         return equal, {name: dict.fromkeys(own, LazyTensors({})) for name, own in equal.items()}
     return equal, refit_readers(model, projections, equal, runs, repair)
-
-
-def _equal(attentions: Attentions, name: str, moments: Moments) -> LazyTensors:
-    """Returns the parameters of an attention with which the heads of each group are equal."""
-    store_of(attentions.model).load(attentions.model.get_submodule(name))
-    return resting(attentions.model, by_parameter(_with_equal_heads(attentions, name, moments)))
-
-
-def _with_equal_heads(attentions: Attentions, name: str, moments: Moments) -> dict[str, dict[str, Tensor]]:
-    """Returns the same by linear; heads in float64 are gone when this returns, before parameters are put where they rest."""
-    projections = attentions.projections[name]
-    tensors = read(attentions.model, projections)
-    return written(
-        attentions.model, projections, pooled(tensors, *find_bases(tensors, moments, attentions.symmetries[name], METHOD))
-    )
 
 
 def _size(attentions: Attentions, layer: Layer, numbers: Sequence[int], parts: int) -> int:

@@ -138,6 +138,13 @@ def test_a_notebook_shows_well_formed_what_the_text_says(small, name):
     assert len(re.findall(r"\d\d", told)) >= 2
 
 
+def test_numbers_stay_whole_where_a_table_is_too_wide():
+    rows = [["after " + "a long label " * 10, "10,000", "123,456,789"]]
+    text = drawn(columns(rows, ["", "step", "KV-cache bytes/token in bfloat16"]))
+    assert max(map(len, text.splitlines())) <= COLUMNS
+    assert re.findall(r"[\d,]{4,}", text) == ["10,000", "123,456,789"]
+
+
 def test_whatever_is_in_a_cell_is_escaped_and_no_markup():
     html = html_of(Saved("<script>alert(1)</script>[bold]", "plain", 0.0, 1.0))
     assert "<script>" not in html

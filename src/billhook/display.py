@@ -32,17 +32,15 @@ def columns(rows: Iterable[Sequence[object]], head: Sequence[str] = (), aligns: 
         table.padding = (0, 1, 0, 0)  # the box itself has a blank between columns
     cells = [[Text(str(cell)) for cell in row] for row in rows]  # `Text`, as brackets in a string would be markup
     count = len(head) or max(map(len, cells), default=0)
-    for number in range(count):
-        name, side = Text(head[number] if head else ""), aligns[min(number, len(aligns) - 1)]
-        table.add_column(
-            name,
-            justify="left" if side == "<" else "right",
-            overflow="fold",
-            no_wrap=number < count - 1,  # so that the last one gives way where the table is too wide
-        )
+    sides = [aligns[min(number, len(aligns) - 1)] for number in range(count)]
+    # where the table is too wide, its last column of words gives way, or else its first: numbers stay whole
+    giving = count - 1 if sides[-1:] == ["<"] or "<" not in sides else sides.index("<")
+    for number, side in enumerate(sides):
+        name = Text(head[number] if head else "")
+        table.add_column(name, justify="left" if side == "<" else "right", overflow="fold", no_wrap=number != giving)
     for row in cells:
         table.add_row(*row)
-    return Padding(table, (0, 0, 0, indent)) if indent else table
+    return Padding.indent(table, indent) if indent else table
 
 
 def drawn(*parts: RenderableType, width: int = COLUMNS) -> str:

@@ -42,6 +42,11 @@ def given(monkeypatch):
     return called
 
 
+@pytest.mark.parametrize(("word", "value"), [("--dry_run", True), ("--dry_run=True", True), ("--dry_run=false", False)])
+def test_a_switch_may_have_its_value_behind_an_equals_sign(given, word, value):
+    assert given(word, "tiny", "out") == {"model": "tiny", "out": "out"} | ({"dry_run": True} if value else {})
+
+
 @pytest.mark.parametrize(
     ("words", "name", "value"),
     [

@@ -175,7 +175,7 @@ def _is_complete(family: Family, config: PretrainedConfig, kind: type[Pretrained
 
 
 def _is_neutral(stated: object, neutral: object) -> bool:
-    """Returns True if a field that the other family lacks changes nothing; `value` is what it must be."""
+    """Returns True if a field that the other family lacks changes nothing; `neutral` is the value that it must have."""
     if neutral is FULL:
         return stated in (FULL, None) or set(cast(list[str], stated)) == {"full_attention"}
     return neutral is ANY or stated == neutral

@@ -53,8 +53,8 @@ def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             if type(event["number"]) is type(event["step"]) is int and _is_plain(event):
                 events.append(event)
         damage += filter(_is_plain, listed(state, "last", LOSSES))
-        if state.get("start") and _is_plain(state["start"]):
-            record.setdefault("start", dict(state["start"]))
+        if _is_plain(start := state.get("start")) and start:  # first whether it is a mapping: a tensor is neither true nor false
+            record.setdefault("start", dict(start))
     record["events"] = sorted(events, key=lambda event: (event["step"], event["number"]))
     facts = noted if isinstance(noted, Mapping) else {}
     record |= {name: dict(facts[name]) for name in ("training", "metrics") if _is_plain(facts.get(name))}

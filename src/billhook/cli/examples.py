@@ -92,13 +92,13 @@ class Text:
 
     @property
     def alone(self) -> bool:
-        """Tells whether texts are examples, and what the model writes is none of them."""
+        """Tells whether texts are given, and the model's own text is none of them."""
         return self.data is not None and GENERATED not in (self.data if isinstance(self.data, list) else [self.data])
 
     def check_there(self) -> None:
         """Refuses texts that are not there."""
-        for name, examples in (("data", self.data), ("also", self.also)):
-            for source in examples if isinstance(examples, list) else [examples]:
+        for name, sources in (("data", self.data), ("also", self.also)):
+            for source in sources if isinstance(sources, list) else [sources]:
                 if source not in (None, GENERATED):
                     check_there(source, name)
 

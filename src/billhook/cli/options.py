@@ -39,7 +39,7 @@ COMMANDS = {
     "serve-check": "export",
 }
 """The module of each command in this folder; it has a function of the command's name, whose docstring is the manual."""
-ONE_SHOT = list(COMMANDS)[:6]
+ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
 ARGUMENTS = {"batches": "--examples, --length and --batch_size", "sources": "--data"}
 """The options that arguments of functions which one-shot commands call come from."""
 
@@ -170,8 +170,10 @@ def _as_jsonargparse_reads(words: Sequence[str], kinds: dict[str, Any], position
     """
     first = next(iter(kinds), "")
     runs = [[first]]  # an option with its values, the first parameter with the words before all options
+    joined = set[int]()  # the runs of options that have `=`, of which a switch has its value already
     for word in words:
         if word.startswith("--"):
+            joined |= {len(runs)} if "=" in word else set()
             runs.append(word.removeprefix("--").split("=", 1))
         elif word.startswith("-"):
             runs.append([word])
@@ -184,7 +186,7 @@ def _as_jsonargparse_reads(words: Sequence[str], kinds: dict[str, Any], position
         element = next((get_args(member)[0] for member in (kind, *get_args(kind)) if get_origin(member) is list), None)
         single = [member for member in get_args(kind) if get_origin(member) is not list and member is not NoneType]
         lists = get_origin(kind) is list or not single or (needed and len(values) > 1)
-        if kind is bool and values[:1] not in (["true"], ["false"]):
+        if kind is bool and number not in joined and values[:1] not in (["true"], ["false"]):
             made += [f"{option}true", *values]
         elif element is not None and values and lists and not values[0].startswith("["):
             made.append(f"{option}[{', '.join(_as_yaml(value, element) for value in values)}]")

@@ -99,12 +99,12 @@ def warnings_of(words: Sequence[str], names: Sequence[str]) -> list[str]:
         words: The command line.
         names: Its files as they were called, such as `recipe:wanda`.
     """
-    files = {file: _read(file) for file in configs_in(words)}
-    if not files or None in files.values():  # the parser says what is wrong with them
+    files = [(file, content) for file in configs_in(words) if (content := _read(file)) is not None]
+    if not files or len(files) < len(configs_in(words)):  # the parser says what is wrong with the others
         return []
     warnings, callbacks, chosen = list[str](), list[str](), set[str]()
-    for file, content in files.items():
-        trainer = content.get("trainer") if content else None
+    for file, content in files:
+        trainer = content.get("trainer")
         trainer = trainer if isinstance(trainer, dict) else {}
         if "callbacks" in trainer and callbacks:
             dropped = ", ".join(callbacks)
@@ -114,7 +114,7 @@ def warnings_of(words: Sequence[str], names: Sequence[str]) -> list[str]:
         callbacks = _class_names(trainer["callbacks"]) if "callbacks" in trainer else callbacks
         callbacks += _class_names(trainer.get("callbacks+"))
         for part in ("model", "data"):
-            choice = content.get(part) if content else None
+            choice = content.get(part)
             if isinstance(choice, str) or (isinstance(choice, dict) and choice.keys() & {part, "class_path", "init_args"}):
                 chosen.add(part)
     for part in ("model", "data"):

@@ -190,7 +190,7 @@ class FileStore(BlockStore):
             module._parameters[key] = empty[parameter]
         if self._copies is not None:
             self._copies.leave()  # buffers stay in memory
-        self.loaded, self._altered, self._copies = [], set(), None
+        self.loaded, self._copies = [], None
         torch.clear_autocast_cache()  # which holds what was cast of the block
         if self._changed:
             self._changed = False

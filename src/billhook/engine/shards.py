@@ -61,6 +61,7 @@ class ShardStore(BlockStore):
         self.root, self.gradients = root, gradients
         self._before, self._layouts, self._plain = dict[Place, nn.Parameter](), dict[Place, Layout](), set[Place]()
         self._full = dict[nn.Parameter, nn.Parameter]()  # by their shards
+        self._altered = set[nn.Parameter]()  # what is altered in the block that is here
         for place, parameter in places_of(root):
             if not isinstance(parameter, DTensor):
                 self._plain.add(place)
@@ -168,6 +169,9 @@ class ShardStore(BlockStore):
             full.grad = None
         self._filled, self.loaded, self._altered, self._changed = [], [], set(), False
         torch.clear_autocast_cache()  # which holds what was cast of the block
+
+    def _alter(self, block: nn.Module) -> None:
+        self._altered = {parameter for alter in self._alterations.get(block, ()) for parameter in alter(block)}
 
     @torch.no_grad()
     def _shard(self, block: nn.Module) -> None:

@@ -65,7 +65,6 @@ class BlockStore(ABC):
         self._alterations: dict[nn.Module, list[Alter]] = {}  # what is done to each block whenever it comes
         self.loaded: list[nn.Module] = []  # the block that is here; all of them within `all_here`
         self._changed = False  # whether it goes back to where it comes from
-        self._altered = set[nn.Parameter]()  # what is altered in it
         self._note: object = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockStore":
@@ -120,7 +119,8 @@ class BlockStore(ABC):
 
     def _alter(self, block: nn.Module) -> None:
         """Alters the block that has come."""
-        self._altered = {parameter for alter in self._alterations.get(block, ()) for parameter in alter(block)}
+        for alter in self._alterations.get(block, ()):
+            alter(block)
 
     @abstractmethod
     def release(self) -> None:

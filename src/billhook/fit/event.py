@@ -114,7 +114,7 @@ class EventCallback(Callback, ABC):
             check_some_steps(trainer, type(self).__name__)
             self.check_trainer(trainer, pl_module)
             if [other.state_key for other in callbacks_of(trainer, type(self))].count(self.state_key) > 1:
-                raise ValueError(f"two {type(self).__name__} with the same settings: one is enough, with a schedule")
+                raise ValueError(f"two {type(self).__name__} ({self.state_key}): one is enough, with a schedule")
             for follower in callbacks_of(trainer, FollowsEvents):
                 follower.begin(trainer, pl_module)  # even if it is later in the list
         wrap_hooks(trainer, pl_module)

@@ -241,7 +241,7 @@ class Attentions:
         distances = list[float]()
         for trial, expected, other in compared(new, trials):
             between = partial(distance_between, tokens=trial.tokens.get(last.o.linear))
-            distances.append(fmean(map(between, expected, other)))
+            distances.append(fmean(between(*pair) for pair in zip(expected, other, strict=True)))
         total, number = self.summed(sum(distances), len(trials))
         return float(total / number)
 

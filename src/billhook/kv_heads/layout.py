@@ -221,22 +221,27 @@ def read_heads(model: nn.Module, rows: HeadRows) -> Tensor:
 
 def written(model: nn.Module, projections: Projections, tensors: HeadTensors) -> dict[str, dict[str, Tensor]]:
     """Returns the new parameters of an attention's linears, by linear, in their own sizes and dtypes."""
-    return _written(model, [(rows, vars(tensors)[kind]) for kind, rows in projections.kinds.items()])
+    linears: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for kind, rows in projections.kinds.items():
+        if rows.linear not in linears:  # queries, keys and values may be made by one
+            linears[rows.linear] = _copied(model.get_submodule(rows.linear))
+        put_heads(linears[rows.linear], rows, vars(tensors)[kind])
+    return {name: as_it_lies(model.get_submodule(name), *matrix) for name, matrix in linears.items()}
 
 
 def moved_values(model: nn.Module, projections: Projections, order: Sequence[int]) -> dict[str, dict[str, Tensor]]:
     """Returns new parameters as `written` does, in which each KV head has the values of the one that `order` says."""
-    return _written(model, [(projections.v, read_heads(model, projections.v)[list(order)])])
+    rows, linear = projections.v, model.get_submodule(projections.v.linear)
+    weight, bias = _copied(linear)
+    for tensor in (weight, bias):
+        if tensor is not None:
+            tensor[rows.index] = tensor[rows.index[list(order)]]  # in its own dtype: this runs for each batch and head of a group
+    return {rows.linear: as_it_lies(linear, weight, bias)}
 
 
-def _written(model: nn.Module, tensors: Iterable[tuple[HeadRows, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    linears: dict[str, tuple[Tensor, Tensor | None]] = {}
-    for rows, tensor in tensors:
-        if rows.linear not in linears:  # queries, keys and values may be made by one
-            weight, bias = matrix_of(model.get_submodule(rows.linear))
-            linears[rows.linear] = weight.clone(), None if bias is None else bias.clone()
-        put_heads(linears[rows.linear], rows, tensor)
-    return {name: as_it_lies(model.get_submodule(name), *matrix) for name, matrix in linears.items()}
+def _copied(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = matrix_of(linear)
+    return weight.clone(), None if bias is None else bias.clone()
 
 
 def put_heads(linear: tuple[Tensor, Tensor | None], rows: HeadRows, tensor: Tensor) -> None:

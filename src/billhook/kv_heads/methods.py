@@ -127,7 +127,7 @@ class Reconstructing(KVMethod):
 
     @abstractmethod
     def reconstruct(self, metric: Tensor, moments: Tensor) -> Reconstruction:
-        """Returns how one head renders those of a group.
+        """Returns how one head reconstructs those of a group.
 
         Args:
             metric: S_j^2 = the sum of E[r r^H] over what reads head j, `[heads, width, width]`, Hermitian.

@@ -161,7 +161,7 @@ class MomentSums:
         return moments
 
 
-class _StopForward(BaseException):
+class StopForward(BaseException):
     """Ends an attention's forward at the linear that reads the heads: the rest would be for nothing."""
 
 
@@ -204,7 +204,7 @@ class _Listener:
         for shift in range(1, size):
             heads = range(self._projections.kv_heads)
             moved = moved_values(self._model, self._projections, [h // size * size + (h + shift) % size for h in heads])
-            with replaced({self._model.get_submodule(n): new for n, new in moved.items()}), suppress(_StopForward):
+            with replaced({self._model.get_submodule(n): new for n, new in moved.items()}), suppress(StopForward):
                 forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
         self._unshifted = True
         try:
@@ -236,7 +236,7 @@ class _Listener:
         index = projections.o.index.reshape(self._fewest, self._size, projections.queries, -1)
         self._read.append(self._tokens_that_count(args[0], projections.o.linear)[:, index])
         if not self._unshifted:
-            raise _StopForward
+            raise StopForward
         if len(self._read) != self._size:
             raise ValueError(
                 f"{projections.name} reads its heads several times in one call: what is of which values cannot be told"

@@ -217,8 +217,8 @@ def see_calls(model: nn.Module, projections: Mapping[str, Projections]) -> dict[
             hook = partial(note, name)
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
         model(**small_inputs(model, length=length))
-    if unseen := projections.keys() - calls:
-        raise ValueError(f"{min(unseen)} is not called as a module, so what its heads do cannot be seen")
+    if unseen := [name for name in projections if name not in calls]:
+        raise ValueError(f"{unseen[0]} is not called as a module, so what its heads do cannot be seen")
     return calls
 
 

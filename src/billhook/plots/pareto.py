@@ -1,7 +1,7 @@
 """A picture of what a model loses at each size, with the chosen one."""
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from billhook.arguments import annotated
 from billhook.plots.style import BLUE, RED, Picture, dress
@@ -48,7 +48,8 @@ def pareto(shrunk: Shrunk) -> Picture:
     axes.plot(shrunk.left / unit, mean_of(shrunk.measured), "*", color=RED, markersize=12, label="chosen, repaired as a whole")
     axes.set(xlabel=f"{LABELS.get(shrunk.target, shrunk.target)} left", ylim=(0, None))
     axes.set_ylabel("KL divergence from the dense model, nats")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    plain = FuncFormatter(lambda value, _: f"{value:,g}")  # milliseconds, of which `m` would make thousandths
+    axes.xaxis.set_major_formatter(plain if shrunk.target == "latency" else EngFormatter(sep=""))
     axes.legend(frameon=False, fontsize=8)
     dress(axes)
     return figure

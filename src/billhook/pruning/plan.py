@@ -115,7 +115,7 @@ class UnitPlan(Cut, ShapePlan):
                 where = f" in each of {len(names)}{which}"
             rows.append((layer, f"{change}{where}"))
         first, *costs = self._costs()
-        notes = [Padding(Text(line), (0, 0, 0, 2)) for line in (*costs, *self._notes())]
+        notes = [Padding.indent(Text(line), 2) for line in (*costs, *self._notes())]
         return [first, *notes[: len(costs)], columns(rows, aligns="<", indent=2), *notes[len(costs) :]]
 
     def _change(self, name: str) -> str:

@@ -20,9 +20,9 @@ from billhook.units.blocks import find_blocks
 SHARE = 0.2
 """Share of the batches of each source that is held out at most."""
 TOKENS = 4096
-"""How many tokens damage is measured on at most, of all sources together: each of some hundred variants runs on all of them."""
+"""How many tokens losses are measured on at most, of all sources together: each of some hundred candidates runs on all."""
 PER_INPUT = 10
-"""How many tokens variants are fitted to at most for each input of the widest linear that is refitted."""
+"""How many tokens candidates are fitted to at most for each input of the widest linear that is refitted."""
 
 
 def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -83,7 +83,7 @@ def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | None]:
 
 
 def to_search(batches: Sequence[Any], widest: int) -> list[Any]:
-    """Returns the batches that variants are scored on and fitted to; what is chosen is repaired on all.
+    """Returns the batches that candidates are scored on and fitted to; what is chosen is repaired on all.
 
     Args:
         batches: All batches that something may be fitted to.
@@ -198,9 +198,8 @@ class Divergence:
         self._replay = Replay(blocks)
         self._dense = list[tuple[Run, Predictions]]()
         for run in runs:
-            with self._replay.noting():
-                logits = logits_in(model, run)
-            self._dense.append((run, Predictions.of(logits, len(runs))))
+            with self._replay.noting():  # no local keeps the logits while the next run makes its own
+                self._dense.append((run, Predictions.of(logits_in(model, run), len(runs))))
         # where blocks hand on more than they return, as keys and values of earlier ones, models run as a whole
         try:
             with self._replay.before(list(blocks)[-1:], 0):

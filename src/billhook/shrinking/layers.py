@@ -136,27 +136,24 @@ def cut_of(search: RatioSearch, numbers: Mapping[str, list[int]], per: Per = "kv
 
 def _unit_costs(search: RatioSearch, groups: Sequence[list[str]], target: str) -> list[int]:
     """Counts what one unit (of attentions, one KV head) of modules that lose them together costs; 0 where it may not go."""
-    model, units = search.model, search.units
-    cuts = list[Cut | None]()
-    for names in groups:
+    model, units, cached = search.model, search.units, target == "kv_cache_bytes"
+
+    def cut(names: list[str]) -> Cut | None:
         try:
-            unlimited = target != "kv_cache_bytes" or units[names[0]].kind == "head"
-            cuts.append(cut_of(search, {name: [0] for name in names}) if unlimited else None)
+            return None if cached and units[names[0]].kind != "head" else cut_of(search, {name: [0] for name in names})
         except ValueError:  # as under a norm that spans all heads
-            cuts.append(None)
-    if target != "kv_cache_bytes":
-        return [_parameters_saved(model, cut, target) for cut in cuts]
-    cache = kv_cache_bytes(model) or 0
+            return None
 
-    def saved(cut: Cut | None) -> int:
-        return 0 if cut is None else cache - (kv_cache_bytes(tried(model, cut)) or 0)
-
+    if not cached:
+        return [_parameters_saved(model, cut(names), target) for names in groups]
+    cache, cuts = kv_cache_bytes(model) or 0, list(map(cut, groups))
     # asking the class what each attention saves takes long; where the first has an equal share of the cache, all have
-    heads = sum(one.count("kv_head") for one in units.values() if one.kind == "head")
-    first = next((number for number, cut in enumerate(cuts) if cut is not None), 0)
-    if cuts and saved(cuts[first]) * heads == cache * len(groups[first]):
-        return [0 if cut is None else cache // heads * len(names) for names, cut in zip(groups, cuts, strict=True)]
-    return [saved(cut) for cut in cuts]
+    heads, costs = sum(one.count("kv_head") for one in units.values() if one.kind == "head"), list[int]()
+    for names, removed in zip(groups, cuts, strict=True):
+        costs.append(0 if removed is None else cache - (kv_cache_bytes(tried(model, removed)) or 0))
+        if removed is not None and costs[-1] * heads == cache * len(names):
+            return [0 if cut is None else cache // heads * len(names) for names, cut in zip(groups, cuts, strict=True)]
+    return costs
 
 
 def _parameters_saved(model: PreTrainedModel, cut: Cut | None, target: str) -> int:

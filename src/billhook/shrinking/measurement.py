@@ -101,7 +101,7 @@ def measure(
     divergence = Divergence(model, runs_of(model, held_out), agreed)
     units = {name: search.units[name] for layer in layers for name in layer.names}
     scores = agreed(score(model, units, importance, fitted, per="kv_head"))
-    settings: list[object] = [str(repair), search.amount.round_to, {}, len(fitted)]  # {}: folders of earlier versions go on
+    settings: list[object] = [str(repair), search.amount.round_to, len(fitted)]
     cache_folder = folder and folder / key_of(model, settings, scores, [*fitted, *held_out])
     cache = CandidateCache(model, cache_folder, candidates.blocks.writers)
     if progress.reused is not None:

@@ -16,6 +16,7 @@ from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.state import overridden, precisely, replaced, undisturbed
 from billhook.engine.walk import spare
 from billhook.kv_heads.layout import Projections
+from billhook.kv_heads.moments import StopForward
 from billhook.linalg import float64_device
 from billhook.model.linears import as_it_lies, matrix_of, size_of, turned
 from billhook.repairs.least_squares import refit_linear
@@ -50,10 +51,6 @@ def refit_readers(
                 refit.run, refit.part = run, part
             run.visit()
     return {name: refit.refitted(held_out, repair.ridges) for name, refit in refits.items()}
-
-
-class _Enough(BaseException):
-    """Ends an attention's forward at the linear that reads the heads: the rest would be for nothing."""
 
 
 class _ReaderRefit:
@@ -105,7 +102,7 @@ class _ReaderRefit:
         for number, weights in self._candidates.items():
             parameters = {self._model.get_submodule(linear): weights.of_module(linear) for linear in weights.modules}
             self._stops = True
-            with replaced(parameters), suppress(_Enough):  # the block is here, and stays
+            with replaced(parameters), suppress(StopForward):  # the block is here, and stays
                 forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
             inputs[number] = self._taken()
         self._stops = False
@@ -116,7 +113,7 @@ class _ReaderRefit:
     def _read(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         self._inputs = args[0].detach()
         if self._stops:
-            raise _Enough
+            raise StopForward
 
     def _taken(self) -> Tensor:
         """Returns what the reader was given last."""

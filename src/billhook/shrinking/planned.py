@@ -143,12 +143,13 @@ def plan_cuts(
         structure = trace(merged)
         units = units_of(merged, structure, search.amount.kinds)
     cut = find_cut(merged, structure, units, numbers)
-    smaller, after = tried(merged, cut), None
-    costs = figures_of(merged) if heads else search.now, figures_of(smaller)
+    costs = (figures_of(merged), figures_of(tried(merged, cut))) if heads else search.costs(cut)  # which a search remembers
+    after, left = None, getattr(costs[1], target) if target in TARGETS else 0
     if removed_blocks:
+        smaller = tried(merged, cut)
         after = candidates.blocks.planned(smaller, removed_blocks)
-        smaller = without(smaller, after)
-    left = int(figure_of(smaller, target) or 0) if target in TARGETS else 0
+        left = figure_of(without(smaller, after), target) if target in TARGETS else 0
+    left = int(left or 0)
     if left > limit:
         raise ValueError(f"{target}: {left:,} would be left, more than {limit:,}, as units do not all cost the same")
     rows = () if heads else _row_lengths(search, cut)

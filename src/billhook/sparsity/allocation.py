@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from billhook.arguments import annotated, fraction, number
 from billhook.model.linears import size_of
 from billhook.sparsity.criteria import Wanda
+from billhook.sparsity.grouped import scores_of
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.visitor import PruningVisitor, Walks
 
@@ -185,15 +186,15 @@ class _MeasuringVisitor(PruningVisitor):
 
     def __init__(self, allocation: Allocation, walks: Walks, shared: bool) -> None:
         super().__init__(Wanda(), {}, "unstructured", None, walks, shared)
-        self.allocation, self.measured = allocation, dict[int, float]()
+        self.allocation, self.measured, self.blocks = allocation, dict[int, float](), walks.blocks
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Measures the blocks of linears."""
-        for block, site in enumerate(self.walks.blocks):
+        for block, site in enumerate(self.blocks):
             scores = list[Tensor]()
             for name, linear in site.linears.items():
                 if name in linears:
                     self.store.load(linear)
-                    scores.append(self.scores(name, self.statistics_of(name)))
+                    scores.append(scores_of(self.criterion, self.scored(name), self.statistics_of(name)))
             if scores:
                 self.measured[block] = self.allocation.measure(scores)

@@ -69,9 +69,11 @@ def admm(dense: Tensor, h: Tensor, keep_of: Keep, penalty: float, steps: int) ->
     return d, keep
 
 
-def refit_(solution: Tensor, dense: Tensor, h: Tensor, keep: Tensor, steps: int) -> None:
-    """Moves V, zero off its support, in place towards the minimum of tr((W - V) H (W - V)^T) on it (algorithm 2)."""
-    conjugate_gradients(solution, ((dense - solution) @ h).mul_(keep), h, keep, steps)
+def refit_(solution: Tensor, difference: Tensor, h: Tensor, keep: Tensor, steps: int) -> None:
+    """Moves V, zero off its support, in place towards the minimum of tr((W - V) H (W - V)^T) on it (algorithm 2); given W - V."""
+    residual = (difference @ h).mul_(keep)
+    del difference  # as large as the weight in float32
+    conjugate_gradients(solution, residual, h, keep, steps)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class ALPS(Criterion):
         with torch.autocast(weight.device.type, enabled=False):
             dense = weight.detach().float().contiguous() * scale
             solution, keep = admm(dense, h, keep_of, self.penalty, self.steps)
-            refit_(solution, dense, h, keep, self.refits)
+            refit_(solution, dense - solution, h, keep, self.refits)
         updated = solution.div_(scale).to(weight.dtype)
         check_finite(updated, f"the updated weight, as {weight.dtype},")
         return updated, keep
@@ -199,5 +201,5 @@ class Refit(Criterion):
         pruned, keep = self.criterion.prune(weight, moments, sparsity, pattern)
         with torch.autocast(weight.device.type, enabled=False):
             h, solution = damp_(moments.products.clone(), self.damping), pruned.float().clone()
-            refit_(solution, weight.detach().float(), h, keep, self.steps)
+            refit_(solution, weight.detach().float() - solution, h, keep, self.steps)
         return solution.to(weight.dtype), keep

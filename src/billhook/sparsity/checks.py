@@ -187,14 +187,16 @@ def check_sharded(criterion: Criterion, allocation: Allocation | None, comm: Com
         raise ValueError("reduce=None: the model is sharded, and each rank would prune by its own batches: say how ranks sum")
 
 
-def check_streamed(model: nn.Module, runs: Sequence[Run], comm: Comm) -> None:
-    """Refuses ranks, and a model that calls a block again later, as far as a run on the meta device says; none is read for it."""
-    batch, store = next((run.batch for run in runs if run.batch is not None), None), store_of(model)
-    if not store.in_files:
-        return
-    if comm is not ALONE:
+def check_streamed(model: nn.Module, comm: Comm) -> None:
+    """Refuses ranks that would write one folder."""
+    if store_of(model).in_files and comm is not ALONE:
         raise ValueError("reduce: the model is streamed, and each rank would write the same folder: prune it on one")
-    if batch is None:
+
+
+def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
+    """Refuses a streamed model that calls a block again later, as far as a run on the meta device says; none is read for it."""
+    batch, store = next((run.batch for run in runs if run.batch is not None), None), store_of(model)
+    if not store.in_files or batch is None:
         return
     empty, calls = to_meta(store.model), Counter[str]()
     for name in store.blocks:

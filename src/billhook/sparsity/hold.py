@@ -134,8 +134,11 @@ class Hold:
     def state_dict(self) -> dict[str, Any]:
         """Returns the masks, one bit a weight; they are packed once, and not again until they are replaced."""
         if not self._packed:
-            for name, mask in self._masks.items():
-                self._packed[name] = {"shape": list(mask.shape), "bits": torch.from_numpy(packed(full_tensor(mask)))}
+            # assigned when all are packed: a checkpoint that is saved after an error holds all masks, too
+            self._packed = {
+                name: {"shape": list(mask.shape), "bits": torch.from_numpy(packed(full_tensor(mask)))}
+                for name, mask in self._masks.items()
+            }
         return dict(self._saved or self._packed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -114,6 +114,7 @@ def keep_layer(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
     if scores.device.type == "cpu" and count:  # numpy's selection
         parted = np.partition(scores.detach().float().numpy(), count, axis=None)
         lowest = Lowest(float(parted[count]), count - int(np.count_nonzero(parted[:count] < parted[count])))
+        del parted  # as large as the scores, which the mask now lies beside
     else:
         lowest = Lowest.of(lambda: [scores], count)
     return lowest.keep(scores)

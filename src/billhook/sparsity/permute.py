@@ -79,8 +79,9 @@ def put_in_order(model: nn.Module, ordered: Ordered) -> None:
     Raises:
         MemoryError: Before anything has changed, if there is no memory for that; or torch's own error.
     """
+    moves = _moves(model, ordered)  # an interrupt here leaves nothing to put back
     try:
-        _move(model, ordered)
+        _move(moves)
     except KeyboardInterrupt:  # raised when all have been moved
         put_back(model, ordered)
         raise
@@ -88,11 +89,11 @@ def put_in_order(model: nn.Module, ordered: Ordered) -> None:
 
 def put_back(model: nn.Module, ordered: Ordered) -> None:
     """Puts units back in the places that they had before: the same bits. An interrupt is raised when all are."""
-    _move(model, [(free, np.argsort(orders, axis=1)) for free, orders in ordered])
+    _move(_moves(model, [(free, np.argsort(orders, axis=1)) for free, orders in ordered]))
 
 
-@torch.no_grad()
-def _move(model: nn.Module, ordered: Ordered) -> None:
+def _moves(model: nn.Module, ordered: Ordered) -> list[tuple[Tensor, int, Tensor]]:
+    """Returns the tensors that change, each with the dimension, and with the place that each of its slices comes from."""
     tensors, moves = dict([*model.named_parameters(), *model.named_buffers()]), list[tuple[Tensor, int, Tensor]]()
     for free, orders in ordered:
         for member in free.group.members:
@@ -102,6 +103,11 @@ def _move(model: nn.Module, ordered: Ordered) -> None:
             for values in (tensor, tensor.grad):
                 if values is not None:
                     moves.append((values.detach(), member.dim, torch.from_numpy(source).to(values.device)))
+    return moves
+
+
+@torch.no_grad()
+def _move(moves: Sequence[tuple[Tensor, int, Tensor]]) -> None:
     with uninterrupted():
         for tensor, dim, sources in sorted(moves, key=lambda move: -move[0].nbytes):
             tensor.copy_(tensor.index_select(dim, sources))

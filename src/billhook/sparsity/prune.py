@@ -19,6 +19,7 @@ from billhook.model.linears import channels, is_convolution, size_of
 from billhook.sparsity.allocation import sparsities_of
 from billhook.sparsity.checks import (
     adapters_to_count,
+    check_called_once,
     check_folder,
     check_matching,
     check_pruning,
@@ -106,23 +107,25 @@ def prune(
         0.5
     """
     annotated(prune, locals())
-    criterion, comm, options = criterion or Wanda(), Comm.of(reduce, model), options or PruneOptions()
+    criterion, options = criterion or Wanda(), options or PruneOptions()
     allocation, match = options.allocation, options.match
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)
+    comm = Comm.of(reduce, model)  # asks which rank this is: after what is checked on each alone
     if permute:
         check_permute(pattern, dry_run, not store_of(model).holds_all, comm is not ALONE)
         check_permutable(model)
     if is_sharded(model):
         check_sharded(criterion, allocation, comm, offload)
+    check_streamed(model, comm)
     with nullcontext() if dry_run else store_of(model).following():
-        with in_turn(model) if is_sharded(model) else nullcontext():
+        with in_turn(model):
             linears = check_pruning(model, criterion, pattern, options)
             if match is not None:
                 check_matching(criterion, options.sequential, count_adapters)
             adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
             runs = runs_for(model, batches, comm, criterion, allocation, match)
-            check_streamed(model, runs, comm)
+            check_called_once(model, runs)
             warn_of_others(model, linears)
             # what solves for weights needs as many tokens as inputs: said before the work as far as that is known
             expected, total = dict[str, tuple[int, int]](), tokens_in(runs, comm) if solves(criterion) else None

@@ -1,6 +1,6 @@
 """Zeros and smaller shapes in classifiers of real images: test accuracy, and agreement with the dense model.
 
-`OMP_NUM_THREADS=1 python benchmarks/images.py DATA WORK --out images.md --picture docs/images.png` writes the tables and the
+`OMP_NUM_THREADS=1 python benchmarks/images.py DATA WORK --out images.md --picture docs/evidence/images.png` writes the tables and the
 picture; `pictures.py` says what DATA is, and how the two models come into WORK. A row that was measured is kept in WORK.
 
 Every row changes the dense model in one shot, by the first 1,024 training images. Criteria prune with `sequential="layer"`; in

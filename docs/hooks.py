@@ -33,12 +33,21 @@ def on_post_build(config: Mapping[str, Any], **_: object) -> None:
 
 def llms(nav: Sequence[Any], folder: Path, about: str) -> str:
     """Lists the pages with their first sentences for language models that read the manual, as llmstxt.org describes."""
-    lines = ["# billhook", "", f"> {about}"]
+    lines = ["# billhook", "", f"> {about}", *_sections_of(nav, folder)]
+    return "\n".join([*lines, ""])
+
+
+def _sections_of(nav: Sequence[Any], folder: Path) -> list[str]:
+    """Returns the lines of the pages, each group under the name of the innermost section of the menu that has it."""
+    lines = []
     for entry in nav:
         (section, pages), *_ = entry.items() if isinstance(entry, dict) else [("", [entry])]
-        lines += ["", f"## {section}", ""] if section else [""]
-        lines += [_listed(folder / page, page) for page in pages]
-    return "\n".join([*lines, ""])
+        if any(isinstance(page, dict) for page in pages):
+            lines += _sections_of(pages, folder)
+        else:
+            lines += ["", f"## {section}", ""] if section else [""]
+            lines += [_listed(folder / page, page) for page in pages]
+    return lines
 
 
 def _listed(path: Path, page: str) -> str:

@@ -47,7 +47,7 @@ def test_readme_is_read_in_two_minutes():
 
 
 def test_each_row_of_what_works_has_its_test():
-    lines = (ROOT / "docs" / "training.md").read_text().splitlines()
+    lines = (ROOT / "docs" / "evidence" / "guarantees.md").read_text().splitlines()
     rows = [line for line in lines if re.match(r"\| [^|\s]", line)]
     assert len(rows) > 30
     assert [row for row in rows if "`test_" not in row] == []

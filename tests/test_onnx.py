@@ -1,4 +1,4 @@
-"""docs/onnx.md, run as it stands."""
+"""docs/deploy/export.md, run as it stands."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from kit.pages import ROOT, blocks_in, run_page
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'billhook[onnx]'")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'billhook[onnx]'")
-BLOCKS = blocks_in(ROOT / "docs" / "onnx.md")
+BLOCKS = blocks_in(ROOT / "docs" / "deploy" / "export.md")
 pytestmark = [
     pytest.mark.nightly,
     pytest.mark.slow,

@@ -8,7 +8,7 @@ import pytest
 import transformers
 from roundtrip import BUGS, OPERATIONS, examine_one, jobs
 
-PAGE = Path(__file__).parents[1] / "docs" / "roundtrip.md"
+PAGE = Path(__file__).parents[1] / "docs" / "evidence" / "roundtrip.md"
 KNOWN = set(re.findall(rf"^\| (\w+) \| ([\w.-]+) \| ({'|'.join(OPERATIONS)}) \| (?:{'|'.join(BUGS)}) \|", PAGE.read_text(), re.M))
 PAIRS = [(auto, kind, operation) for auto, kind, own in jobs([], OPERATIONS, sample=60, seed=0) for operation in own]
 
@@ -29,8 +29,8 @@ def _loud_again():
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("auto", "model_type", "operation"), PAIRS)
 def test_a_pair_is_right_or_refused(auto, model_type, operation, request):
-    """Except for the bugs that docs/roundtrip.md lists."""
+    """Except for the bugs that docs/evidence/roundtrip.md lists."""
     if (auto, model_type, operation) in KNOWN:
-        request.applymarker(pytest.mark.xfail(strict=True, reason="a bug that docs/roundtrip.md lists"))
+        request.applymarker(pytest.mark.xfail(strict=True, reason="a bug that docs/evidence/roundtrip.md lists"))
     (result,) = examine_one((auto, model_type, (operation,)))
     assert result.state not in BUGS, f"{result.state}: {result.detail}"

@@ -1,4 +1,4 @@
-"""What ranks send each other in an event, in bytes, as `docs/clusters.md` reckons it: what is sent is counted."""
+"""What ranks send each other in an event, in bytes, as `docs/evidence/distributed.md` reckons it: what is sent is counted."""
 
 import copy
 

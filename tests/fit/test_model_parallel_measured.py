@@ -53,7 +53,7 @@ def test_two_blocks_at_most_are_there_on_each_of_two_ranks_of_a_search(of_two, n
 
 @pytest.mark.parametrize("name", SENT)
 def test_ranks_send_what_the_manual_reckons(of_two, name):
-    """See docs/clusters.md; each batch that a search measures a model on takes its blocks and variants of them."""
+    """See docs/evidence/distributed.md; each batch that a search measures a model on takes its blocks and variants of them."""
     sent, passes = torch.load(of_two / f"{name}, sent.pt", weights_only=True)
     made, meets = model(), sent.get(MEETS, [])
     blocks = sum(4 * own.numel() for own in made.model.layers.parameters())

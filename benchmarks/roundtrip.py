@@ -1,6 +1,6 @@
 """Does every operation on every architecture that transformers builds small, saves, reloads and compares.
 
-`python benchmarks/roundtrip.py --processes 2 --out docs/evidence/roundtrip.md` writes the table; model types restrict it, and
+`python benchmarks/roundtrip.py --processes 2 --out docs/roundtrip.md` writes the table; model types restrict it, and
 `--sample 60` draws pairs of an architecture and an operation by a seed.
 
 For each pair the operation is carried out, if `billhook inspect` allows it, and the model compared with an oracle that does not

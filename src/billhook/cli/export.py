@@ -29,7 +29,7 @@ def export(
         tokenizer: The tokenizer to save with the model, a name or folder; by default the one that training started from.
         gguf: The GGUF file to write: by llama.cpp's converter (`pip install 'billhook[serve]'`), or, where layers differ, by
             billhook, as llama.cpp's architecture deci.
-        kind: How the GGUF file keeps weights: "auto" (as saved), "F32", "F16", "BF16", "Q8_0" or "Q4_K_M".
+        kind: How the GGUF file keeps weights: "auto" (as saved), "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M" or "Q4_K_M".
         converter: llama.cpp's convert_hf_to_gguf.py, or the folder that holds it; by default the installed one.
     """
     first, *others = paths

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from billhook.serving.worker import Missing, Worker
 
-Kind = Literal["F16", "Q8_0", "Q4_K_M"]
+Kind = Literal["Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"]
 PACKAGE = "llama_cpp_py_sync"
 
 

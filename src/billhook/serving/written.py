@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from billhook.arguments import a_path, one_of
 from billhook.model.meta import check_checkpoint, model_class, read_config
@@ -90,7 +90,7 @@ def _write_shaped(folder: str, out: str | Path, converter: Converter, dtype: DTy
     return split
 
 
-GGUFKind = Literal["auto", "F32", "F16", "BF16", "Q8_0", "Q4_K_M"]
+GGUFKind = Literal["auto", "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M"]
 """How weights are kept; `"auto"` is the dtype of the folder's own."""
 DTYPES: dict[str, DType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 MAGIC = b"GGUF"
@@ -105,7 +105,7 @@ def export_gguf(folder: str | Path, out: str | Path, kind: GGUFKind = "auto", co
     Args:
         folder: A Hugging Face checkpoint, with a tokenizer.
         out: The file, ending in .gguf; new, or a GGUF file to replace.
-        kind: How weights are kept: `"F32"`, `"F16"`, `"BF16"`, or quantised by llama.cpp, as `"Q8_0"` or `"Q4_K_M"`; `"auto"`
+        kind: How weights are kept: `"F32"`, `"F16"`, `"BF16"`, or quantized by llama.cpp: `"Q8_0"`, `"Q6_K"`, `"Q5_K_M"` or `"Q4_K_M"`. `"auto"`
             for the dtype of the folder's weights.
         converter: Where llama.cpp's `convert_hf_to_gguf.py` is; by default the one that is installed.
 
@@ -114,7 +114,7 @@ def export_gguf(folder: str | Path, out: str | Path, kind: GGUFKind = "auto", co
         Missing: If the converter is not installed, or the engine, which quantises; its message says what to install.
     """
     check_gguf(out, kind)
-    path, quantised = Path(out), kind in ("Q8_0", "Q4_K_M")
+    path, quantised = Path(out), kind in get_args(Kind)
     draft = path.with_name(f".{path.name}.draft")
     exact = draft.with_name(f"{draft.name}-whole") if quantised else draft
     dtype = _dtype_of(folder) if kind == "auto" or quantised else cast(DType, kind.lower())

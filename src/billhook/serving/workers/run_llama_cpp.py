@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 WARNING, CONTINUED = 3, 5  # levels of ggml's log
-KINDS = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_K_M": 15}
+KINDS = {"F32": 0, "F16": 1, "Q8_0": 7, "Q4_K_M": 15, "Q5_K_M": 17, "Q6_K": 18}  # values of llama.h's `llama_ftype`
 
 
 class Loaded:

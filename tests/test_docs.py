@@ -42,7 +42,7 @@ def test_files_that_it_links_are_there(page):
 
 def test_readme_is_read_in_two_minutes():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 150
+    assert len(lines) <= 110
     assert max(map(len, (line for line in lines if not line.startswith("|")))) <= 140
 
 

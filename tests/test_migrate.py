@@ -1,4 +1,4 @@
-"""docs/coming_from.md: the old lines and the new ones do the same work on the same data."""
+"""docs/migrate.md: the old lines and the new ones do the same work on the same data."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from kit.fits import trainer
 from kit.pages import ROOT, blocks_in
 
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:::lightning.*")]
-BLOCKS = blocks_in(ROOT / "docs" / "coming_from.md")
+BLOCKS = blocks_in(ROOT / "docs" / "migrate.md")
 
 
 def code(words):
@@ -152,7 +152,7 @@ def test_torchs_prune_of_each_layer():
     for module in layers(old).values():
         prune.l1_unstructured(module, "weight", amount=0.5)
     bh.prune(new, bh.Magnitude(), sparsity=0.5)  # as the table has it
-    assert "| `l1_unstructured` for each layer | `bh.Magnitude()` |" in (ROOT / "docs" / "coming_from.md").read_text()
+    assert "| `l1_unstructured` for each layer | `bh.Magnitude()` |" in (ROOT / "docs" / "migrate.md").read_text()
     for layer, other in zip(layers(old).values(), layers(new).values(), strict=True):
         assert torch.equal(layer.weight.abs().flatten().sort().values, other.weight.abs().flatten().sort().values)
 

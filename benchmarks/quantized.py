@@ -1,0 +1,142 @@
+"""Pruning against quantization on a real model, and both together: bytes, perplexity and speed in llama.cpp.
+
+    OMP_NUM_THREADS=1 python benchmarks/quantized.py MODEL DATA WORK --out quantized.md --plot quantized.png
+
+The pruned models are rows of `shrink.py`, made in WORK by its `--row`. Each model is written as a GGUF file of F16 and quantized
+by llama.cpp, without an importance matrix. Perplexity is llama.cpp's own, of the windows of `measured.py` (16 of FOLDOC's test
+text, 32 of WikiText-2's, 512 tokens each); prefill (480 tokens) and decoding (63 tokens) are measured in interleaved rounds on
+one thread, as ratios to the dense model in F16 in the same round. WORK keeps every result, so that an interrupted run goes on;
+`--speed` measures speeds alone, once all perplexities are there, since they need a quiet machine.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from measured import TESTS, Lines, windows
+from shrink import CONVERTED, folder_of
+from torch.nn.functional import cross_entropy
+
+import billhook as bh
+from billhook.serving.converter import Converter
+from billhook.serving.engine import LlamaCpp, measure_engine, speed_up
+from billhook.serving.written import write_gguf
+
+ROWS = {
+    "dense": "dense",
+    "85 %, uniform": "85 %, uniform | texts",
+    "85 %, non-uniform": "85 %, free | texts",
+    "71 %, uniform": "71 %, uniform | texts",
+    "71 %, non-uniform": "71 %, free, generations=0 | texts",
+    "1 of 3 KV heads": f"{CONVERTED} | texts",
+}
+KINDS = {name: ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M") if name == "dense" else ("F16", "Q8_0", "Q4_K_M") for name in ROWS}
+COLUMNS = ["model", "weights", "MB", "FOLDOC", "WikiText-2", "prefill", "decoding", "KV bytes per token"]
+CONTEXT, NEW_TOKENS = 480, 64
+
+
+def file_of(options, name, kind):
+    """Returns the GGUF file of a model, written once."""
+    file = options.work / f"{folder_of(options, ROWS[name]).name}.{kind}.gguf"
+    if not file.exists():
+        draft = file.with_suffix(".draft")
+        if kind == "F16":
+            with Converter() as converter:
+                write_gguf(str(options.model if name == "dense" else folder_of(options, ROWS[name])), draft, converter, "f16")
+        else:
+            with LlamaCpp(options.threads) as engine:
+                engine.quantize(file_of(options, name, "F16"), draft, kind)
+        draft.replace(file)
+    return file
+
+
+def result_of(options, name, kind):
+    """Returns bytes and perplexities of a file, measured once."""
+    file = file_of(options, name, kind)
+    kept = file.with_suffix(".json")
+    if not kept.exists():
+        result = {"bytes": file.stat().st_size}
+        with LlamaCpp(options.threads) as engine:
+            engine.load(file, 512)
+            for text, (path, count) in TESTS.items():
+                rows = windows(options, path, count, drawn=False)
+                losses = [float(cross_entropy(engine.logits(row.tolist())[:-1], row[1:])) for row in rows]
+                result[text] = math.exp(sum(losses) / len(losses))
+        kept.write_text(json.dumps(result))
+        print(f"{name}, {kind}: {result}", flush=True)
+    return json.loads(kept.read_text())
+
+
+def speeds_of(options, names):
+    """Returns quartiles of prefill and decoding ratios of every file to the dense model in F16, measured once."""
+    kept = options.work / "speeds.json"
+    if options.speed or not kept.exists():
+        keys = [(name, kind) for name in names for kind in KINDS[name]]
+        speeds = measure_engine([file_of(options, *key) for key in keys], CONTEXT, NEW_TOKENS, options.rounds)
+        dense = speeds[keys.index(("dense", "F16"))]
+        rows = {
+            f"{name}, {kind}": [speed_up(dense.read, speed.read), speed_up(dense.written, speed.written)]
+            for (name, kind), speed in zip(keys, speeds, strict=True)
+        }
+        rates = {"prefill": dense.prompt_rate, "decoding": dense.writing_rate}
+        kept.write_text(json.dumps({"dense tokens per second": rates, **rows}))
+    return json.loads(kept.read_text())
+
+
+def ratio(low, middle, high):
+    """Returns the cell of a ratio with its quartiles."""
+    return f"{middle:.2f} ({low:.2f}-{high:.2f})"
+
+
+def draw(results, plot):
+    """Draws the geometric mean of the perplexity ratios over bytes, a line for each model."""
+    dense = results["dense", "F16"]
+    figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for name in dict.fromkeys(name for name, _ in results):
+        points = [(kind, result) for (other, kind), result in results.items() if other == name]
+        sizes = [result["bytes"] / 1e6 for _, result in points]
+        losses = [math.sqrt(math.prod(result[text] / dense[text] for text in TESTS)) for _, result in points]
+        axes.plot(sizes, losses, "o-", label=name, linewidth=2.5 if name == "dense" else 1.2)
+        for (kind, _), size, loss in zip(points, sizes, losses, strict=True):
+            axes.annotate(kind, (size, loss), textcoords="offset points", xytext=(4, 4), fontsize=6)
+    axes.set(xlabel="MB on disk", ylabel="perplexity relative to the dense model in F16\n(geometric mean of two texts)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(plot)
+
+
+def main():
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "data", "work"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--threads", type=int, default=1, help="of quantization and perplexity; speed is of one thread")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--speed", action="store_true", help="measure speeds again")
+    parser.add_argument("--no-speed", action="store_true", help="measure bytes and perplexity alone")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {(name, kind): result_of(options, name, kind) for name in options.only for kind in KINDS[name]}
+    if options.no_speed:
+        return
+    speeds, dense = speeds_of(options, options.only), results["dense", "F16"]
+    table = Lines(options.out, COLUMNS)
+    for (name, kind), result in results.items():
+        texts = [f"{result[text]:.2f} ({result[text] / dense[text]:.2f}x)" for text in TESTS]
+        cache = bh.summary(bh.load(str(options.model if name == "dense" else folder_of(options, ROWS[name])))).kv_cache_bytes
+        prefill, decoding = (ratio(*quartiles) for quartiles in speeds[f"{name}, {kind}"])
+        table.add([name, kind, f"{result['bytes'] / 1e6:.1f}", *texts, prefill, decoding, f"{cache:,}"])
+    if options.plot:
+        draw(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -59,7 +59,7 @@ def test_the_command_writes_a_file_of_a_folder(folder, tmp_path, capsys, fast):
     assert {one.tensor_type.name for one in gguf.GGUFReader(out).tensors} == {"F32"}
     assert torch.allclose(logits(out), expected(folder), atol=1e-4)
     types = {}
-    for kind in ("Q8_0", "Q6_K", "Q5_K_M"):  # each in place of the file before; rows of 64 are no multiple of 256, which K-quants need
+    for kind in ("Q8_0", "Q6_K", "Q5_K_M"):  # each replaces the file; K-quants need rows of multiples of 256
         main(["export", str(folder), "--gguf", str(out), "--kind", kind])
         types[kind] = {tensor.tensor_type.name for tensor in gguf.GGUFReader(out).tensors}
     assert types == {"Q8_0": {"F32", "Q8_0"}, "Q6_K": {"F32", "Q8_0"}, "Q5_K_M": {"F32", "Q5_1", "Q8_0"}}

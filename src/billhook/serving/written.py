@@ -105,8 +105,8 @@ def export_gguf(folder: str | Path, out: str | Path, kind: GGUFKind = "auto", co
     Args:
         folder: A Hugging Face checkpoint, with a tokenizer.
         out: The file, ending in .gguf; new, or a GGUF file to replace.
-        kind: How weights are kept: `"F32"`, `"F16"`, `"BF16"`, or quantized by llama.cpp: `"Q8_0"`, `"Q6_K"`, `"Q5_K_M"` or `"Q4_K_M"`. `"auto"`
-            for the dtype of the folder's weights.
+        kind: Number format of the weights: `"F32"`, `"F16"`, `"BF16"`, or quantized by llama.cpp: `"Q8_0"`, `"Q6_K"`, `"Q5_K_M"`,
+            or `"Q4_K_M"`. `"auto"` keeps the dtype of the folder's weights.
         converter: Where llama.cpp's `convert_hf_to_gguf.py` is; by default the one that is installed.
 
     Raises:

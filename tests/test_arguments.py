@@ -9,50 +9,50 @@ import pytest
 from torch import nn
 from typing_extensions import TypeAliasType
 
-from billhook.arguments import a_path, annotated, fraction, number, one_of, whole
+from billhook.arguments import check_fraction, check_int, check_number, check_one_of, check_path, check_types
 
 LEGAL = [
-    lambda: whole("n", 1),
-    lambda: whole("n", 0, least=0),
-    lambda: number("x", 0.5),
-    lambda: number("x", 0, least=0),
-    lambda: number("x", 1e-9, above=0),
-    lambda: fraction("x", 0),
-    lambda: fraction("x", 0.999),
-    lambda: fraction("x", 1, "(0, 1]"),
-    lambda: fraction("x", 0.5, "[0, 0.5]"),
-    lambda: one_of("x", "a", Literal["a", "b"]),
-    lambda: one_of("x", None, ("a", None)),
-    lambda: one_of("x", "a", {"a": 1}),
-    lambda: a_path("folder", "out"),
-    lambda: a_path("picture", Path("a/b.PNG"), [".png"]),
+    lambda: check_int("n", 1),
+    lambda: check_int("n", 0, least=0),
+    lambda: check_number("x", 0.5),
+    lambda: check_number("x", 0, least=0),
+    lambda: check_number("x", 1e-9, above=0),
+    lambda: check_fraction("x", 0),
+    lambda: check_fraction("x", 0.999),
+    lambda: check_fraction("x", 1, "(0, 1]"),
+    lambda: check_fraction("x", 0.5, "[0, 0.5]"),
+    lambda: check_one_of("x", "a", Literal["a", "b"]),
+    lambda: check_one_of("x", None, ("a", None)),
+    lambda: check_one_of("x", "a", {"a": 1}),
+    lambda: check_path("folder", "out"),
+    lambda: check_path("picture", Path("a/b.PNG"), [".png"]),
 ]
 REFUSED = {
-    "folder=None must be a path": lambda: a_path("folder", None),
-    "folder='' must be a path": lambda: a_path("folder", ""),
-    "picture='x.foo' must be a path that ends in .png, .pdf": lambda: a_path("picture", "x.foo", [".png", ".pdf"]),
-    "n=0 must be a whole number of at least 1": lambda: whole("n", 0),
-    "n=True must be a whole number of at least 1": lambda: whole("n", True),
-    "n=2.0 must be a whole number of at least 2": lambda: whole("n", 2.0, 2),
-    "n='3' must be a whole number of at least 0": lambda: whole("n", "3", 0),
-    "x=-1 must be a number of at least 0": lambda: number("x", -1, least=0),
-    "x=0 must be a number above 0": lambda: number("x", 0, above=0),
-    "x=nan must be a number": lambda: number("x", float("nan")),
-    "x=None must be a number of at least 0": lambda: number("x", None, least=0),
-    "x=1.0 must be in [0, 1)": lambda: fraction("x", 1.0),
-    "x=-0.1 must be in [0, 1)": lambda: fraction("x", -0.1),
-    "x=0 must be in (0, 1]": lambda: fraction("x", 0, "(0, 1]"),
-    "x=nan must be a fraction of the weights in [0, 1)": lambda: fraction("x", float("nan"), of="the weights"),
-    "x=True must be in [0, 1)": lambda: fraction("x", True),
-    "x='0.5' must be in [0, 1)": lambda: fraction("x", "0.5"),
-    "x=30 must be in [0, 1); did you mean 0.3?": lambda: fraction("x", 30),
-    "x=100 must be in (0, 1]; did you mean 1?": lambda: fraction("x", 100, "(0, 1]"),
-    "x=100 must be in [0, 1)": lambda: fraction("x", 100),
-    "x=101 must be in (0, 1]": lambda: fraction("x", 101, "(0, 1]"),
-    "x=60 must be in [0, 0.5]": lambda: fraction("x", 60, "[0, 0.5]"),
-    "x='c' must be one of a, b": lambda: one_of("x", "c", Literal["a", "b"]),
-    "x=True must be one of 1, 2": lambda: one_of("x", True, (1, 2)),
-    "x=['a'] must be one of a, b": lambda: one_of("x", ["a"], ("a", "b")),
+    "folder=None must be a path": lambda: check_path("folder", None),
+    "folder='' must be a path": lambda: check_path("folder", ""),
+    "picture='x.foo' must be a path that ends in .png, .pdf": lambda: check_path("picture", "x.foo", [".png", ".pdf"]),
+    "n=0 must be a whole number of at least 1": lambda: check_int("n", 0),
+    "n=True must be a whole number of at least 1": lambda: check_int("n", True),
+    "n=2.0 must be a whole number of at least 2": lambda: check_int("n", 2.0, 2),
+    "n='3' must be a whole number of at least 0": lambda: check_int("n", "3", 0),
+    "x=-1 must be a number of at least 0": lambda: check_number("x", -1, least=0),
+    "x=0 must be a number above 0": lambda: check_number("x", 0, above=0),
+    "x=nan must be a number": lambda: check_number("x", float("nan")),
+    "x=None must be a number of at least 0": lambda: check_number("x", None, least=0),
+    "x=1.0 must be in [0, 1)": lambda: check_fraction("x", 1.0),
+    "x=-0.1 must be in [0, 1)": lambda: check_fraction("x", -0.1),
+    "x=0 must be in (0, 1]": lambda: check_fraction("x", 0, "(0, 1]"),
+    "x=nan must be a fraction of the weights in [0, 1)": lambda: check_fraction("x", float("nan"), of="the weights"),
+    "x=True must be in [0, 1)": lambda: check_fraction("x", True),
+    "x='0.5' must be in [0, 1)": lambda: check_fraction("x", "0.5"),
+    "x=30 must be in [0, 1); did you mean 0.3?": lambda: check_fraction("x", 30),
+    "x=100 must be in (0, 1]; did you mean 1?": lambda: check_fraction("x", 100, "(0, 1]"),
+    "x=100 must be in [0, 1)": lambda: check_fraction("x", 100),
+    "x=101 must be in (0, 1]": lambda: check_fraction("x", 101, "(0, 1]"),
+    "x=60 must be in [0, 0.5]": lambda: check_fraction("x", 60, "[0, 0.5]"),
+    "x='c' must be one of a, b": lambda: check_one_of("x", "c", Literal["a", "b"]),
+    "x=True must be one of 1, 2": lambda: check_one_of("x", True, (1, 2)),
+    "x=['a'] must be one of a, b": lambda: check_one_of("x", ["a"], ("a", "b")),
 }
 
 
@@ -71,7 +71,7 @@ def test_what_is_not_is_refused(said):
 def trained(
     model: nn.Module, by: Literal["adam"] | float = 0.5, units: Mapping[str, Iterable[int]] | None = None, log: bool = False
 ):
-    annotated(trained, locals())
+    check_types(trained, locals())
 
 
 NET = nn.Linear(1, 1)
@@ -123,7 +123,7 @@ def test_aliases_that_are_classes_of_no_value():
     words = TypeAliasType("words", list[str])
 
     def given(index, names):
-        annotated(given, locals())
+        check_types(given, locals())
 
     given.__annotations__ = {"index": table[np.int64], "names": words | None}
     given(np.arange(3), None)

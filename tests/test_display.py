@@ -10,7 +10,7 @@ import torch
 import billhook as bh
 from billhook.adapters.merge import Merged
 from billhook.checkpoints.save import Saved
-from billhook.display import COLUMNS, columns, drawn
+from billhook.display import COLUMNS, render, text_table
 from billhook.importance.ablation import HeadAblation
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.pruning.block_plan import BlockPlan
@@ -78,7 +78,7 @@ def test_print_breaks_long_lines_and_loses_no_word(shown, name):
 
 
 def test_what_is_long_goes_on_below_in_its_column():
-    first, *rest = drawn(columns([("heads", " ".join(map(str, range(200))))], aligns="<", indent=2)).splitlines()
+    first, *rest = render(text_table([("heads", " ".join(map(str, range(200))))], aligns="<", indent=2)).splitlines()
     assert first.startswith("  heads  0 1 2 ")
     assert all(line.startswith(" " * 9) and line[9] != " " for line in rest)
     assert " ".join([first, *rest]).split() == ["heads", *map(str, range(200))]
@@ -140,7 +140,7 @@ def test_a_notebook_shows_well_formed_what_the_text_says(small, name):
 
 def test_numbers_stay_whole_where_a_table_is_too_wide():
     rows = [["after " + "a long label " * 10, "10,000", "123,456,789"]]
-    text = drawn(columns(rows, ["", "step", "KV-cache bytes/token in bfloat16"]))
+    text = render(text_table(rows, ["", "step", "KV-cache bytes/token in bfloat16"]))
     assert max(map(len, text.splitlines())) <= COLUMNS
     assert re.findall(r"[\d,]{4,}", text) == ["10,000", "123,456,789"]
 
@@ -149,4 +149,4 @@ def test_whatever_is_in_a_cell_is_escaped_and_no_markup():
     html = html_of(Saved("<script>alert(1)</script>[bold]", "plain", 0.0, 1.0))
     assert "<script>" not in html
     assert "<script>alert(1)</script>[bold] (1.0 MB)" in Page(html).told
-    assert drawn(columns([("[red]", ":smile:")]), "[bold]") == "[red]  :smile:\n[bold]"
+    assert render(text_table([("[red]", ":smile:")]), "[bold]") == "[red]  :smile:\n[bold]"

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import billhook as bh
+from billhook.atomic_folder import check_target
 from billhook.cli.main import main
 from billhook.model.meta import from_name
-from billhook.place import check_target
 from kit.families import llama
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}

@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin
 CONTAINERS = (Iterable, Collection, Sequence, Mapping, list, tuple, dict)
 
 
-def whole(name: str, value: object, least: int = 1) -> None:
+def check_int(name: str, value: object, least: int = 1) -> None:
     """Refuses what is not a whole number, or too small.
 
-    >>> whole("examples", 0)
+    >>> check_int("examples", 0)
     Traceback (most recent call last):
     ValueError: examples=0 must be a whole number of at least 1
     """
@@ -22,10 +22,10 @@ def whole(name: str, value: object, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 
 
-def number(name: str, value: object, least: float | None = None, above: float | None = None) -> None:
+def check_number(name: str, value: object, least: float | None = None, above: float | None = None) -> None:
     """Refuses what is not a finite number, or too small.
 
-    >>> number("damping", 0, above=0)
+    >>> check_number("damping", 0, above=0)
     Traceback (most recent call last):
     ValueError: damping=0 must be a number above 0
     """
@@ -34,7 +34,7 @@ def number(name: str, value: object, least: float | None = None, above: float | 
         raise ValueError(f"{name}={value!r} must be a number{legal}")
 
 
-def fraction(name: str, value: object, legal: str = "[0, 1)", of: str = "") -> None:
+def check_fraction(name: str, value: object, legal: str = "[0, 1)", of: str = "") -> None:
     """Refuses a number outside of an interval; of one that looks like a percentage, the message asks whether it is meant as one.
 
     Args:
@@ -43,10 +43,10 @@ def fraction(name: str, value: object, legal: str = "[0, 1)", of: str = "") -> N
         legal: The interval; a round bracket leaves out the end.
         of: What it is a fraction of, for the message.
 
-    >>> fraction("ratio", 1.0, of="the heads")
+    >>> check_fraction("ratio", 1.0, of="the heads")
     Traceback (most recent call last):
     ValueError: ratio=1.0 must be a fraction of the heads in [0, 1)
-    >>> fraction("sparsity", 50)
+    >>> check_fraction("sparsity", 50)
     Traceback (most recent call last):
     ValueError: sparsity=50 must be in [0, 1); did you mean 0.5?
     """
@@ -57,20 +57,20 @@ def fraction(name: str, value: object, legal: str = "[0, 1)", of: str = "") -> N
         return low <= value <= high and value not in ends
 
     if not _is_finite(value) or not holds(value):
-        meant = as_percentage(value) if _is_finite(value) and holds(value / 100) else ""
+        meant = percentage_hint(value) if _is_finite(value) and holds(value / 100) else ""
         raise ValueError(f"{name}={value!r} must be {f'a fraction of {of} ' if of else ''}in {legal}{meant}")
 
 
-def as_percentage(value: float) -> str:
+def percentage_hint(value: float) -> str:
     """Asks whether a number above 1 and up to 100 is meant as a percentage, for the end of a message; empty of another number.
 
-    >>> as_percentage(30), as_percentage(0.3), as_percentage(4096)
+    >>> percentage_hint(30), percentage_hint(0.3), percentage_hint(4096)
     ('; did you mean 0.3?', '', '')
     """
     return f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
 
 
-def one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 - a Literal is of no class
+def check_one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 - a Literal is of no class
     """Refuses what is none of several words.
 
     Args:
@@ -78,7 +78,7 @@ def one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 - a Li
         value: What came.
         legal: The words, or the `Literal` of them.
 
-    >>> one_of("per", "layer", ("head", "kv_head"))
+    >>> check_one_of("per", "layer", ("head", "kv_head"))
     Traceback (most recent call last):
     ValueError: per='layer' must be one of head, kv_head
     """
@@ -87,10 +87,10 @@ def one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 - a Li
         raise ValueError(f"{name}={value!r} must be one of {', '.join(map(str, words))}")
 
 
-def a_path(name: str, value: object, endings: Iterable[str] = ()) -> None:
+def check_path(name: str, value: object, endings: Iterable[str] = ()) -> None:
     """Refuses what is no path of a file or folder, or ends in none of some endings.
 
-    >>> a_path("plot_file", "report.foo", [".png", ".pdf"])
+    >>> check_path("plot_file", "report.foo", [".png", ".pdf"])
     Traceback (most recent call last):
     ValueError: plot_file='report.foo' must be a path that ends in .png, .pdf
     """
@@ -100,12 +100,12 @@ def a_path(name: str, value: object, endings: Iterable[str] = ()) -> None:
         raise ValueError(f"{name}={value!r} must be a path{' that ends in ' if legal else ''}{', '.join(legal)}")
 
 
-def memory_of(name: str, value: str) -> int:
+def parse_memory(name: str, value: str) -> int:
     """Reads an amount of memory, refuses what is none, and returns it in bytes.
 
-    >>> memory_of("memory", "8GiB"), memory_of("memory", "1.5 GB")
+    >>> parse_memory("memory", "8GiB"), parse_memory("memory", "1.5 GB")
     (8589934592, 1500000000)
-    >>> memory_of("memory", "8")
+    >>> parse_memory("memory", "8")
     Traceback (most recent call last):
     ValueError: memory='8' must be a number with a unit, such as 8GiB or 900MB
     """
@@ -115,7 +115,7 @@ def memory_of(name: str, value: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2]) + 1))
 
 
-def annotated(of: Callable[..., Any], given: Mapping[str, object]) -> None:
+def check_types(of: Callable[..., Any], given: Mapping[str, object]) -> None:
     """Refuses arguments that are not of the kinds that the annotations of a function, or of a class's `__init__`, name.
 
     Args:
@@ -123,7 +123,7 @@ def annotated(of: Callable[..., Any], given: Mapping[str, object]) -> None:
         given: The arguments by name, as `locals()` at the start of a function or `vars(self)` have them.
 
     >>> def scale(model: str, by: float = 1.0) -> None:
-    ...     annotated(scale, locals())
+    ...     check_types(scale, locals())
     >>> scale("tiny", "double")
     Traceback (most recent call last):
     ValueError: by='double' must be a number

@@ -18,7 +18,7 @@ RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 """Nothing but a rule below the heads, of a character that every terminal has."""
 
 
-def columns(rows: Iterable[Sequence[object]], head: Sequence[str] = (), aligns: str = "<>", indent: int = 0) -> RenderableType:
+def text_table(rows: Iterable[Sequence[object]], head: Sequence[str] = (), aligns: str = "<>", indent: int = 0) -> RenderableType:
     """Returns a table.
 
     Args:
@@ -43,10 +43,10 @@ def columns(rows: Iterable[Sequence[object]], head: Sequence[str] = (), aligns: 
     return Padding.indent(table, indent) if indent else table
 
 
-def drawn(*parts: RenderableType, width: int = COLUMNS) -> str:
+def render(*parts: RenderableType, width: int = COLUMNS) -> str:
     """Draws lines and tables as text.
 
-    >>> print(drawn("zeros by stage", columns([["dense", "0"], ["pruned", "1,024"]], ["", "zeros"], indent=2)))
+    >>> print(render("zeros by stage", text_table([["dense", "0"], ["pruned", "1,024"]], ["", "zeros"], indent=2)))
     zeros by stage
               zeros
       -------------
@@ -60,15 +60,15 @@ def drawn(*parts: RenderableType, width: int = COLUMNS) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def aligned(head: Sequence[str], rows: Iterable[Sequence[object]], aligns: str = "<>") -> str:
-    """Draws a table as text, however wide it is; see `columns`."""
-    return drawn(columns(rows, head, aligns), width=UNLIMITED)
+def render_table(head: Sequence[str], rows: Iterable[Sequence[object]], aligns: str = "<>") -> str:
+    """Draws a table as text, however wide it is; see `text_table`."""
+    return render(text_table(rows, head, aligns), width=UNLIMITED)
 
 
-def markdown(head: Sequence[str], rows: Iterable[Sequence[object]], align: str) -> str:
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], align: str) -> str:
     """Draws a table as Markdown, whose cells must be escaped; all columns but the first are aligned by `align`.
 
-    >>> print(markdown(["", "zeros"], [["dense", 0], ["pruned", "1,024"]], "---:"))
+    >>> print(markdown_table(["", "zeros"], [["dense", 0], ["pruned", "1,024"]], "---:"))
     |  | zeros |
     | --- | ---: |
     | dense | 0 |
@@ -78,24 +78,24 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]], align: str) 
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-class Shown(JupyterMixin, ABC):
+class Printable(JupyterMixin, ABC):
     """An object that `print`, a notebook whose cell ends with it, and rich show as lines and tables."""
 
     @abstractmethod
-    def _shown(self) -> Iterable[RenderableType]:
+    def _renderables(self) -> Iterable[RenderableType]:
         """Returns the lines and tables that are shown."""
 
     def text(self) -> str:
         """Returns what `print` shows, with lines as long as they are."""
-        return drawn(*self._shown(), width=UNLIMITED)
+        return render(*self._renderables(), width=UNLIMITED)
 
     def __str__(self) -> str:
-        return drawn(*self._shown())
+        return render(*self._renderables())
 
     def __repr__(self) -> str:
         return str(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
         """Draws it in a terminal or a notebook, as wide as that is."""
-        for part in self._shown():
+        for part in self._renderables():
             yield Text(part) if isinstance(part, str) else part

@@ -19,7 +19,7 @@ from itertools import pairwise
 
 from typing_extensions import Self
 
-from billhook.arguments import number, whole
+from billhook.arguments import check_int, check_number
 
 Step = int | float
 """An optimizer step (`int`), or a fraction of training (`float` in 0..1)."""
@@ -132,7 +132,7 @@ class Ramp(Schedule):
 
     def __post_init__(self) -> None:
         _check(self)
-        whole("every", self.every)
+        check_int("every", self.every)
         if type(self.start) is type(self.end) and self.end < self.start:
             raise ValueError(f"end={self.end} comes before start={self.start}")
 
@@ -246,8 +246,8 @@ class MultiStep(Schedule):
             )
         for step, value in zip(self.steps, self.values, strict=True):
             check_step(step, "steps")
-            number("values", value)
-        number("initial", self.initial)
+            check_number("values", value)
+        check_number("initial", self.initial)
         # equal steps are what fractions become in a training that is very short: the last one holds
         if len({type(s) for s in self.steps}) == 1 and any(b < a for a, b in pairwise(self.steps)):
             raise ValueError(f"steps={self.steps} must ascend")
@@ -267,7 +267,7 @@ def _check(schedule: Constant | Ramp) -> None:
         if field.name in ("start", "end"):
             check_step(getattr(schedule, field.name), field.name)
         else:
-            number(field.name, getattr(schedule, field.name))
+            check_number(field.name, getattr(schedule, field.name))
 
 
 def _bound(step: Step, name: str) -> int:

@@ -1,4 +1,4 @@
-"""Versions of what makes, loads and measures checkpoints, and what is said where one of them will not do."""
+"""Versions of installed packages, and the error for a release that lacks a required name."""
 
 import platform
 from collections.abc import Iterator
@@ -7,45 +7,46 @@ from importlib import metadata
 
 
 def versions(*others: str) -> dict[str, str]:
-    """Returns the versions of billhook, torch, transformers and further packages, as far as they are installed, and of Python.
+    """Returns the versions of billhook, torch, transformers, other installed packages, and Python.
 
     >>> list(versions("no-such-package"))
     ['billhook', 'torch', 'transformers', 'python']
     """
-    found = {}
+    installed = {}
     for package in ("billhook", "torch", "transformers", *others):
-        with suppress(metadata.PackageNotFoundError):  # run from a clone
-            found[package] = metadata.version(package)
-    return found | {"python": platform.python_version()}
+        with suppress(metadata.PackageNotFoundError):  # billhook may run from a clone
+            installed[package] = metadata.version(package)
+    return installed | {"python": platform.python_version()}
 
 
 @contextmanager
-def needing(package: str, what: str) -> Iterator[None]:
-    """Imports within: where a release lacks a name, the error says which one is installed, and with which billhook works.
+def version_hint(package: str, purpose: str) -> Iterator[None]:
+    """Adds the installed and the supported versions to the error of a failed import.
 
     Args:
-        package: The package, as pip calls it.
-        what: What the name is needed for.
+        package: Package name, as pip spells it.
+        purpose: What the imported name is needed for, such as "to count sheep".
 
     Raises:
-        ImportError: If a name is missing, as a private one may be in any release.
+        ImportError: If a name is missing; any release may drop a private name.
 
-    >>> with needing("torch", "to count sheep"):
+    >>> with version_hint("torch", "to count sheep"):
     ...     from torch import sheep
     Traceback (most recent call last):
-    ImportError: torch ...: cannot import name 'sheep' from 'torch', which billhook needs to count sheep: install torch...
+    ImportError: torch ...: cannot import name 'sheep' from 'torch', which billhook needs to count sheep. Install torch...
     """
     try:
         yield
     except ImportError as error:
-        lacks, installed = str(error).partition(" (")[0], versions(package).get(package, "")
-        raise ImportError(f"{package} {installed}: {lacks}, which billhook needs {what}: install {supported(package)}") from error
+        problem, installed = str(error).partition(" (")[0], versions(package).get(package, "")
+        fix = f"Install {supported_versions(package)}."
+        raise ImportError(f"{package} {installed}: {problem}, which billhook needs {purpose}. {fix}") from error
 
 
-def supported(package: str) -> str:
-    """Returns the versions of a package with which billhook works, as pip takes them; "another one" where it is not installed."""
-    with suppress(metadata.PackageNotFoundError):  # run from a clone
-        for line in metadata.requires("billhook") or ():
-            if (line.removeprefix(package) or "-")[0] in "<>=~!":
-                return line
-    return "another one"
+def supported_versions(package: str) -> str:
+    """Returns billhook's requirement for a package, as pip spells it, or "another release" if unknown."""
+    with suppress(metadata.PackageNotFoundError):  # billhook may run from a clone
+        for requirement in metadata.requires("billhook") or ():
+            if (requirement.removeprefix(package) or "-")[0] in "<>=~!":
+                return requirement
+    return "another release"

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 import billhook
+from billhook.atomic_folder import RECORD, check_target
 from billhook.checkpoints import save as checkpoint
 from billhook.checkpoints.save import load, save
 from billhook.checkpoints.verify import expect, make_probe, verify
-from billhook.place import RECORD, check_target
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = SIZES | {"vocab_size": 50, "max_position_embeddings": 64}

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 import billhook as bh
+from billhook.atomic_folder import RECORD
 from billhook.checkpoints.export import export
 from billhook.cli.main import main
-from billhook.place import RECORD
 from kit.families import llama
 from kit.fits import trainer
 

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.atomic_folder import RECORD
 from billhook.checkpoints.export import export
-from billhook.place import RECORD
 from kit.families import llama
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}

@@ -20,7 +20,7 @@ def test_a_bar_for_questions_and_one_for_text(tmp_path, files, monkeypatch):
     lines = [json.dumps({"context": context, "choices": choices, "label": 0}) for context, choices in questions]
     asked.write_text("\n".join(lines))
     for module in ("evaluate", "machine"):
-        monkeypatch.setattr(f"billhook.cli.{module}.bar", bar)
+        monkeypatch.setattr(f"billhook.cli.{module}.progress_bar", bar)
     given = ["--data", str(asked), "--text", str(files["validation"]), "--length", "16", "--examples", "3", "--batch_size", "2"]
     main(["evaluate", "tiny", *given])
     rows = [row for own in encode(read_questions(str(asked)), tokenizer(), 16) for row in own]

@@ -35,9 +35,9 @@ def bars(monkeypatch):
         yield told
 
     for module in ("one_shot", "prune_structure", "prune_heads"):
-        monkeypatch.setattr(f"billhook.cli.{module}.bar", bar)
+        monkeypatch.setattr(f"billhook.cli.{module}.progress_bar", bar)
     for module in ("calibration.generated", "cli.machine"):
-        monkeypatch.setattr(f"billhook.{module}.bar", bar)
+        monkeypatch.setattr(f"billhook.{module}.progress_bar", bar)
     return shown
 
 

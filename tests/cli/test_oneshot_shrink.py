@@ -34,10 +34,10 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys, mo
     picture, shown = tmp_path / "curve.png", list[tuple[int, int, str]]()
 
     @contextmanager
-    def noted(what, of="", beside=None, alike=True):
+    def noted(what, of="", beside=None, steady=True):
         yield lambda done, total: shown.append((done, total, beside())) if what == "shrinking" else None
 
-    monkeypatch.setattr("billhook.cli.shrink.bar", noted)
+    monkeypatch.setattr("billhook.cli.shrink.progress_bar", noted)
     main(["shrink", str(small), str(tmp_path / "out"), "--params", "0.95", "--plot", str(picture), *SHORT, *option(files)])
     record = record_of(tmp_path / "out")
     dense = bh.load(small)

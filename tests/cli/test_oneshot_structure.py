@@ -14,7 +14,7 @@ import billhook as bh
 from billhook.calibration.calibration import Calibration
 from billhook.cli.main import main
 from billhook.engine.batches import Batch, source_of
-from billhook.names import without_folders
+from billhook.private_paths import without_folders
 from kit.cli import blocks, drawn, option, perplexity, small_llama
 from kit.published import record_of
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.merge import has_adapters
-from billhook.arguments import annotated, fraction, number, whole
+from billhook.arguments import check_fraction, check_int, check_number, check_types
 from billhook.model.handed import handing_of
 from billhook.model.linears import is_linear
 
@@ -50,10 +50,10 @@ class LoRA:
     target: str | list[str] = ALL
 
     def __post_init__(self) -> None:
-        annotated(LoRA, vars(self))
-        whole("r", self.r)
-        number("alpha", self.alpha, above=0)
-        fraction("dropout", self.dropout)
+        check_types(LoRA, vars(self))
+        check_int("r", self.r)
+        check_number("alpha", self.alpha, above=0)
+        check_fraction("dropout", self.dropout)
         if not self.target:
             raise ValueError(f"target={self.target!r} must be {ALL!r} or the ends of the names of linears")
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.engine.sharding import full_tensor, reshard
 from billhook.model.linears import active_in, base_of, is_adapter, is_pruned, prunable, weight_of
 
@@ -41,7 +41,7 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
         >>> bh.training.merge(model).lost
         False
     """
-    annotated(mask_adapters, locals())
+    check_types(mask_adapters, locals())
     reshard(model)  # what a forward has left gathered is held as shards
     layers = adapted_linears(model)
     kept = fitting(layers, masks)
@@ -77,7 +77,7 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
         >>> mask_adapters(model)
         >>> unmask_adapters(model)
     """
-    annotated(unmask_adapters, locals())
+    check_types(unmask_adapters, locals())
     layers = adapted_linears(model)
     from peft.tuners.lora import Linear as LoraLinear
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.adapters.masked import adapted_linears, fitting, on_linears
-from billhook.arguments import annotated
-from billhook.display import Shown
+from billhook.arguments import check_types
+from billhook.display import Printable
 from billhook.engine.state import fresh_casts
 from billhook.engine.store import store_of
 from billhook.model.linears import base_of, is_adapter, is_trained_copy
@@ -63,7 +63,7 @@ def beneath(name: str, layers: Collection[str]) -> str:
 
 
 @dataclass(frozen=True, repr=False)
-class Merged(Shown):
+class Merged(Printable):
     """The result of `merge`, a report and no model; `print` shows it in a line.
 
     Attributes:
@@ -86,7 +86,7 @@ class Merged(Shown):
         """True if anything was left out."""
         return any(self.error.values())
 
-    def _shown(self) -> list[str]:
+    def _renderables(self) -> list[str]:
         return [self._line()]
 
     def _line(self) -> str:
@@ -129,7 +129,7 @@ def merge(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Merged
         >>> print(merge(get_peft_model(model, LoraConfig(target_modules=["0"]))))
         merged adapters of 1 linear in place, zeros kept; nothing of what the adapters add was left out
     """
-    annotated(merge, locals())
+    check_types(merge, locals())
     layers = adapted_linears(model)
     if merged := next((name for name, layer in layers.items() if layer.merged), None):
         raise ValueError(f"model: the adapters of {merged} are merged already, and which weights were zero is not known any more")

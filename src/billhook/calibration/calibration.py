@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.arguments import annotated, number, whole
+from billhook.arguments import check_int, check_number, check_types
 from billhook.calibration.conversations import columns_of, warn_of_rows_without_text
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, generated, row_length, writes
@@ -22,7 +22,7 @@ from billhook.calibration.rows import map_rows, pack
 from billhook.engine.batches import Batch, each
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
-from billhook.names import without_folders
+from billhook.private_paths import without_folders
 
 Source: TypeAlias = str | dict[str, str | list[str]]
 """`"generated"`, `"tiny"`, a file, a glob of files, a folder, a hub name, or files by split."""
@@ -135,14 +135,14 @@ class Calibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        annotated(Calibration, vars(self))
-        whole("tokens", self.tokens)
-        whole("length", 2 if self.length is None else self.length, 2)
-        whole("batch_size", self.batch_size)
+        check_types(Calibration, vars(self))
+        check_int("tokens", self.tokens)
+        check_int("length", 2 if self.length is None else self.length, 2)
+        check_int("batch_size", self.batch_size)
         sources = self.named
         weights = [1.0] * len(sources) if self.weights is None else self.weights
         for weight in weights:
-            number("weights", weight, above=0)
+            check_number("weights", weight, above=0)
         if len(weights) != len(sources):
             raise ValueError(f"weights={self.weights!r} must be a number for each of {len(sources)} sources")
 

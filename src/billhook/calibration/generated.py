@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
-from billhook.arguments import annotated, number, whole
-from billhook.bar import Told, bar
+from billhook.arguments import check_int, check_number, check_types
 from billhook.engine.batches import Batch
 from billhook.engine.state import overridden, undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.find import check_values, find_transformer
 from billhook.model.preprocessors import tokenizer_of
+from billhook.progress import OnProgress, progress_bar
 
 NAME = "generated"
 """The name of this source."""
@@ -75,10 +75,10 @@ def generated(
         >>> [list(batch["input_ids"].shape) for batch in batches]
         [[1, 16], [1, 16]]
     """
-    annotated(generated, locals())
-    whole("examples", examples)
-    whole("batch_size", batch_size)
-    number("temperature", temperature, above=0)
+    check_types(generated, locals())
+    check_int("examples", examples)
+    check_int("batch_size", batch_size)
+    check_number("temperature", temperature, above=0)
     subject = find_transformer(model)
     check_values(subject)
     check_writes(subject)
@@ -107,7 +107,7 @@ def check_writes(model: PreTrainedModel) -> None:
 
 def row_length(model: PreTrainedModel, length: int | None) -> int:
     """Returns how many tokens a row has: those asked for, or as many as the model reads, at most 512."""
-    whole("length", 2 if length is None else length, 2)
+    check_int("length", 2 if length is None else length, 2)
     config: Any = model.config
     most = getattr(text_config(config), "max_position_embeddings", None) or length or LENGTH
     if length is not None and length > most:
@@ -164,7 +164,7 @@ def _written(model: PreTrainedModel, starts: list[list[int]], length: int, tempe
         if not model(torch.tensor(starts[:1], device=model.device)).logits.isfinite().all():
             raise ValueError(f"model: {type(model).__name__} computes numbers that are not finite, so it writes nothing")
         torch.manual_seed(seed)
-        with bar("writing text", "tokens") as report:
+        with progress_bar("writing text", "tokens") as report:
             progress = _Progress(report, rows.numel() - sum(map(len, starts)))
             for group in groups:
                 ids = torch.tensor([starts[row] for row in group], device=model.device)
@@ -177,7 +177,7 @@ def _written(model: PreTrainedModel, starts: list[list[int]], length: int, tempe
 class _Progress(StoppingCriteria):
     """Reports after each token how many the model has written, and stops nothing."""
 
-    def __init__(self, report: Told, total: int) -> None:
+    def __init__(self, report: OnProgress, total: int) -> None:
         self.report, self.total, self.written = report, total, 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from transformers import PreTrainedModel
 
-from billhook.arguments import annotated, whole
+from billhook.arguments import check_int, check_types
 from billhook.calibration.calibration import Also, Calibration, check_also, texts
 from billhook.checkpoints.card import label_of
 from billhook.engine.sharding import is_sharded, reshard
@@ -58,8 +58,8 @@ class Damage(FollowsEvents):
     """
 
     def __init__(self, texts: Calibration, also: Also = None, rows: int = 16) -> None:
-        annotated(Damage, locals())
-        whole("rows", rows)
+        check_types(Damage, locals())
+        check_int("rows", rows)
         check_also(texts, also)
         self.texts, self.also, self.rows = texts, also, rows
         self.last: list[dict[str, Any]] | None = None

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.fit.calibration import FitCalibration, Given
 from billhook.fit.event import Event
 from billhook.fit.ranks import check_agreed, comm_of
@@ -62,7 +62,7 @@ class DepthPruning(ShapeCallback):
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
-        annotated(DepthPruning, locals())
+        check_types(DepthPruning, locals())
         if isinstance(at, Schedule):
             raise ValueError(f"at={at}: blocks are removed in one event: give a step, a fraction of training or 'start'")
         check_at(at)

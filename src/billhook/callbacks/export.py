@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
 from billhook.adapters.in_checkpoint import save_adapters
-from billhook.arguments import a_path, annotated
+from billhook.arguments import check_path, check_types
+from billhook.atomic_folder import RECORD, check_target, replacement_note
 from billhook.callbacks.damage import Damage, refuse_before
 from billhook.checkpoints.origin import CARD
 from billhook.checkpoints.push import NotPushed, check_repository, check_token, push
 from billhook.checkpoints.save import Saved, check_names, save
-from billhook.claim import Claim
 from billhook.engine.batches import examples_of
 from billhook.engine.passes import in_turn
 from billhook.engine.sharded_files import write_sharded
@@ -36,10 +36,10 @@ from billhook.fit.measure import log_card
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import by_first, of_first
 from billhook.fit.run import callbacks_of, check_some_steps, is_trial, trained
+from billhook.folder_lock import FolderLock
 from billhook.model.checkpoint_shape import save_shape
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
-from billhook.place import RECORD, check_target, replaced
 from billhook.serving.converter import find_converter
 from billhook.serving.worker import Missing
 from billhook.serving.written import check_gguf, export_gguf
@@ -95,14 +95,14 @@ class Export(Callback):
         push_to_hub: str | None = None,
         private: bool = False,
     ) -> None:
-        a_path("folder", folder)
+        check_path("folder", folder)
         if gguf is not None:
-            a_path("gguf", gguf, [".gguf"])
+            check_path("gguf", gguf, [".gguf"])
         if tokenizer is not None and not isinstance(tokenizer, Preprocessor | str):
             raise ValueError(f"tokenizer={tokenizer!r} must be one of transformers' own, or the name or folder of one")
         if probe is not None and not (isinstance(probe, Mapping) and any(isinstance(value, Tensor) for value in probe.values())):
             raise ValueError(f"probe={probe!r} must be a dictionary of inputs of the model's forward, as {{'input_ids': ...}}")
-        annotated(Export, locals())
+        check_types(Export, locals())
         if push_to_hub is not None:
             check_repository("push_to_hub", push_to_hub)
         elif private:
@@ -114,7 +114,7 @@ class Export(Callback):
         self.saved: Saved | None = None
         self._probe: Mapping[str, Any] | None = None
         self._along, self._begun = list[Preprocessor](), False
-        self._claim: Claim | None = None
+        self._claim: FolderLock | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks the folder, and loads a tokenizer or processor that is given by name."""
@@ -136,14 +136,14 @@ class Export(Callback):
 
     def _tell_replaced(self) -> None:
         """Says before training what the results will replace."""
-        if words := replaced(self.folder):
+        if words := replacement_note(self.folder):
             rank_zero_info(f"billhook: the fit will be saved to '{self.folder}'{words}")
         if self.gguf is not None and Path(self.gguf).is_file():
             rank_zero_info(f"billhook: the GGUF file '{self.gguf}' will be replaced")
 
     def _claimed(self) -> None:
         """Claims the folder, if it has not been yet."""
-        self._claim = self._claim or Claim(Path(self.folder).resolve())
+        self._claim = self._claim or FolderLock(Path(self.folder).resolve())
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a model whose checkpoint would not load, and claims the folder, before training."""

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.arguments import annotated, fraction, one_of
+from billhook.arguments import check_fraction, check_one_of, check_types
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_masking import HeadMasking
 from billhook.callbacks.head_ranking import HeadRanking, HeadRecord
@@ -76,9 +76,9 @@ class StopWhenWorse:
     mode: Mode | None = None
 
     def __post_init__(self) -> None:
-        annotated(StopWhenWorse, vars(self))
-        fraction("keep", self.keep, "(0, 1]")
-        one_of("mode", self.direction, Mode)
+        check_types(StopWhenWorse, vars(self))
+        check_fraction("keep", self.keep, "(0, 1]")
+        check_one_of("mode", self.direction, Mode)
 
     @property
     def direction(self) -> Mode:
@@ -159,10 +159,10 @@ class HeadPruning(HeadMasking):
         measure_batches: int | None = None,
     ) -> None:
         if not isinstance(ratio, Schedule):
-            fraction("ratio", ratio, of="the heads")
+            check_fraction("ratio", ratio, of="the heads")
         check_at(at, ratio)
-        annotated(HeadPruning, locals())
-        one_of("remove", remove, Remove)
+        check_types(HeadPruning, locals())
+        check_one_of("remove", remove, Remove)
         self.options = options or HeadOptions()
         if self.options.min_heads < 1 and remove != "never":
             raise ValueError(f"min_heads={self.options.min_heads}: where heads are removed, one at least stays in each layer")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from billhook.adapters.merge import adapted
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.callbacks.kv_stages import StageCallback, check_heads, check_over
 from billhook.engine.passes import in_turn
 from billhook.engine.sharding import sizes_only
@@ -217,7 +217,7 @@ class KVHeadConversion(StageCallback):
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
-        annotated(KVHeadConversion, locals())
+        check_types(KVHeadConversion, locals())
         self.preparation = Preparation(method_of(method), repair, FitCalibration.of(calibration, examples=32))
         self.num_key_value_heads, self.method, self.repair = num_key_value_heads, self.preparation.method, repair
         moments: list[At | Schedule] = [*at] if isinstance(at, list | tuple) else [at]

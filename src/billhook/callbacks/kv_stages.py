@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.arguments import whole
+from billhook.arguments import check_int
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.event import log_event
 from billhook.fit.lightning_internals import is_search
@@ -44,7 +44,7 @@ def check_heads(num_key_value_heads: int | list[int], at: Sequence[At | Schedule
     if len(heads) > 1 and any(isinstance(moment, Schedule) for moment in at):
         raise ValueError(f"at={at}: a schedule goes with one number of heads, not with num_key_value_heads={heads}")
     for number in heads:
-        whole("num_key_value_heads", number)
+        check_int("num_key_value_heads", number)
     if any(before <= after or before % after for before, after in pairwise(heads)):
         raise ValueError(f"num_key_value_heads={heads}: each stage must have fewer heads than the one before, and divide it")
     return heads

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
-from billhook.arguments import a_path, annotated, whole
+from billhook.arguments import check_int, check_path, check_types
 from billhook.callbacks.damage import Damage, refuse_before
 from billhook.callbacks.export import Export
 from billhook.checkpoints.card import label_of
@@ -47,12 +47,12 @@ class Report(Callback):
     def __init__(
         self, plot_file: str = "outputs/report.png", metric: str | None = None, measure_batches: int | None = None
     ) -> None:
-        a_path("plot_file", plot_file, PICTURES)
+        check_path("plot_file", plot_file, PICTURES)
         if metric is not None and not isinstance(metric, str):
             raise ValueError(f"metric={metric!r} must be the name of a figure that validation logs")
-        annotated(Report, locals())
+        check_types(Report, locals())
         if measure_batches is not None:
-            whole("measure_batches", measure_batches, least=0)
+            check_int("measure_batches", measure_batches, least=0)
         self.plot_file, self.metric, self.measure_batches = plot_file, metric, measure_batches
         self.history: list[list[float]] = []
         self.first: Event | None = None

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.adapters.merge import adapted, adds_nothing, beneath, taken_off
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.engine.batches import Run, run_with_loss
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import in_turn
@@ -85,7 +85,7 @@ class Shrinking(ShapeCallback):
         search: Search | None = None,
         measure_batches: int | None = None,
     ) -> None:
-        annotated(Shrinking, locals())
+        check_types(Shrinking, locals())
         check_at(at)
         if budget.latency is not None:
             raise ValueError(f"budget={budget.words}: ranks would not agree on what they measure: call bh.shrink before the fit")

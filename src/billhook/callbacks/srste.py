@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from billhook.arguments import annotated, number
+from billhook.arguments import check_number, check_types
 from billhook.callbacks.weight_pruning import WeightPruning
 from billhook.fit.calibration import Given
 from billhook.fit.event import Event
@@ -66,9 +66,9 @@ class SRSTE(WeightPruning):
         options: PruneOptions | None = None,
         measure_batches: int | None = None,
     ) -> None:
-        annotated(SRSTE, locals())
+        check_types(SRSTE, locals())
         check_step(end, "end")
-        number("decay", decay, least=0)
+        check_number("decay", decay, least=0)
         self.end, self.decay, self._learned = end, decay, Learned(criterion or Wanda(), pattern)
         super().__init__(criterion, sparsity, pattern, at, calibration, options, measure_batches=measure_batches)
         if self.options.match is not None:

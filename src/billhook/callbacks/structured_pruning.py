@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.arguments import annotated, whole
+from billhook.arguments import check_int, check_types
 from billhook.engine.passes import in_turn
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.event import Event, fewer, log_event, note_not_refitted
@@ -71,9 +71,9 @@ class StructuredPruning(ShapeCallback):
     ) -> None:
         if not isinstance(amount, Amount):
             raise ValueError(f"amount={amount!r} must be an Amount, as in Amount(channels=0.2); a schedule is given as at")
-        annotated(StructuredPruning, locals())
+        check_types(StructuredPruning, locals())
         check_at(at)
-        whole("rounds", rounds)
+        check_int("rounds", rounds)
         self.amount, self.at, self.rounds = amount, at, rounds
         self.importance, self.repair = importance, repair
         super().__init__(FitCalibration.of(calibration), measure_batches)

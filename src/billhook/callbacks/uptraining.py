@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from billhook.arguments import annotated, fraction
+from billhook.arguments import check_fraction, check_types
 from billhook.engine.trees import tree_leaves
 from billhook.fit.event import SetsLength
 from billhook.fit.lightning_internals import set_length
@@ -54,8 +54,8 @@ class Uptraining(SetsLength):
     def __init__(
         self, alpha: float = 0.05, pretraining_steps: int | None = None, pretraining_tokens: int | float | None = None
     ) -> None:
-        annotated(Uptraining, locals())
-        fraction("alpha", alpha, "(0, 1]")
+        check_types(Uptraining, locals())
+        check_fraction("alpha", alpha, "(0, 1]")
         budgets = {"pretraining_steps": pretraining_steps, "pretraining_tokens": pretraining_tokens}
         budget = {name: value for name, value in budgets.items() if value is not None}
         if len(budget) != 1:

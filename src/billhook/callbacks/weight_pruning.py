@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import mask_as_weights, on_linears, plain_adapters
 from billhook.adapters.merge import taken_off
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches
 from billhook.engine.passes import in_turn
 from billhook.engine.sharding import full_tensor, reshard
@@ -85,7 +85,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         measure_batches: int | None = None,
     ) -> None:
         check_at(at, sparsity)
-        annotated(WeightPruning, locals())
+        check_types(WeightPruning, locals())
         self.amount = sparsity if isinstance(sparsity, Schedule) else check_amount(sparsity, pattern)
         if pattern != "unstructured" and (isinstance(sparsity, Schedule) or isinstance(at, Schedule)):
             raise ValueError(f"pattern={pattern!r} is a sparsity of its own, which a schedule contradicts: give a step as at")

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from transformers import PretrainedConfig
 
 from billhook.checkpoints.origin import hub_name
-from billhook.display import markdown
+from billhook.display import markdown_table
 from billhook.model.shape import KEY
 from billhook.serving.engines import told, verdicts
 
@@ -25,7 +25,7 @@ def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], align: str = "---:") -> str:
     """Makes a table of numbers and of words, which are escaped."""
-    return markdown(heads, [[number(cell) for cell in row] for row in rows], align)
+    return markdown_table(heads, [[number(cell) for cell in row] for row in rows], align)
 
 
 def number(value: object) -> str:

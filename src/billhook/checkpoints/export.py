@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.adapters.in_checkpoint import base_checkpoint, put_back
+from billhook.atomic_folder import check_target
 from billhook.checkpoints.card import LOSSES, listed
 from billhook.checkpoints.origin import origin_of
 from billhook.checkpoints.save import Saved, save
@@ -29,7 +30,6 @@ from billhook.model.preprocessors import load_tokenizer
 from billhook.model.shape import KEY, Shape, shape_of
 from billhook.model.shaped import build_shaped
 from billhook.model.transformers_internals import build_class, compute_experts_in_turn
-from billhook.place import check_target
 from billhook.units.gates import zero_units
 from billhook.units.units import Per
 

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PretrainedConfig
 from yaml import YAMLError
 
-from billhook.place import RECORD
+from billhook.atomic_folder import RECORD
 
 CARD = "README.md"
 """The name of the file that holds a model card."""

@@ -8,9 +8,9 @@ from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from billhook.atomic_folder import RECORD
 from billhook.checkpoints.origin import CARD
-from billhook.names import paths_in
-from billhook.place import RECORD
+from billhook.private_paths import absolute_paths
 
 
 class NotPushed(RuntimeError):
@@ -110,7 +110,7 @@ def _check_paths(folder: Path) -> None:
     config = texts.get("config.json")
     texts["config.json"] = config.get("_name_or_path") if isinstance(config, dict) else None
     for file, content in texts.items():
-        if paths := list(dict.fromkeys(paths_in(content))):
+        if paths := list(dict.fromkeys(absolute_paths(content))):
             more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
             raise ValueError(
                 f"folder='{folder}': {file} holds the absolute path '{paths[0][:200]}'{more}, which all who see the repository "

@@ -14,24 +14,24 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.adapters.merge import has_adapters, merged_for_now
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.assets import model_path
+from billhook.atomic_folder import RECORD, check_name, check_target, draft_folder, folder_size, recover_folder, replace_folder
 from billhook.checkpoints.card import card
 from billhook.checkpoints.equivalent import equivalents, say_head_dim, transposed
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
-from billhook.claim import claimed
-from billhook.display import Shown
+from billhook.display import Printable
 from billhook.engine.state import forked
 from billhook.engine.store import store_of
+from billhook.folder_lock import lock_folder
 from billhook.model.config_fields import nested_configs
 from billhook.model.find import check_dense, find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import Preprocessor
 from billhook.model.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shaped import load_as, readable
-from billhook.names import without_paths
-from billhook.place import RECORD, check_name, check_target, drafted, move, recover, size
+from billhook.private_paths import without_paths
 from billhook.sparsity.learning import as_runs_see
 from billhook.versions import versions
 
@@ -46,7 +46,7 @@ WAYS: dict[Way, str] = {
 
 
 @dataclass(frozen=True, repr=False)
-class Saved(Shown):
+class Saved(Printable):
     """The result of `save`; `print` shows it in a line.
 
     Attributes:
@@ -71,7 +71,7 @@ class Saved(Shown):
         """How it was saved, in words."""
         return f"{WAYS[self.way]}; it is saved as {self.family}" if self.family else WAYS[self.way]
 
-    def _shown(self) -> list[str]:
+    def _renderables(self) -> list[str]:
         return [f"{self.folder} ({self.megabytes:.1f} MB): {self.says}; largest difference of logits {self.difference:.3g}"]
 
 
@@ -137,7 +137,7 @@ def save(
     """
     arguments = locals()
     plain = _to_plain(record or {})
-    annotated(save, arguments)
+    check_types(save, arguments)
     check_name(folder)
     target = Path(folder).resolve()
     _check_no_prompts(model)
@@ -146,8 +146,8 @@ def save(
     check_dense(model)
     probe = probe or make_probe(model)
     check_target(folder)
-    with claimed(target):
-        recover(target)
+    with lock_folder(target):
+        recover_folder(target)
         check_target(folder)
         if not has_adapters(model):
             return _save(model, str(folder), target, tokenizer, plain, probe)
@@ -168,18 +168,18 @@ def _save(
 ) -> Saved:
     """Saves a model without adapters to a folder that is claimed, with a record in plain data that says what was merged."""
     expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
-    with drafted(target) as draft, _untouched(model), as_runs_see(model):
+    with draft_folder(target) as draft, _untouched(model), as_runs_see(model):
         way, family, difference = _write(model, expected, draft, probe)
         for preprocessor in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             preprocessor.save_pretrained(draft)
-        saved = Saved(folder, way, difference, size(draft) / 1e6, adapters, family)
+        saved = Saved(folder, way, difference, folder_size(draft) / 1e6, adapters, family)
         said = asdict(saved) | {"folder": target.name}
         plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": said}
         config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
         (draft / CARD).write_text(card(plain, saved.says, config), encoding="utf-8")
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
-        move(draft, target)
+        replace_folder(draft, target)
     store_of(model).settle(target)
     return saved
 
@@ -273,7 +273,7 @@ def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
         >>> model.config.num_key_value_heads, model.num_parameters()
         (8, 2754816)
     """
-    annotated(load, locals())
+    check_types(load, locals())
     name = model_path(str(folder))
     check_checkpoint(name)
     kind = model_class(read_config(name), name)

@@ -12,11 +12,11 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.arguments import one_of, whole
+from billhook.arguments import check_int, check_one_of
 from billhook.assets import model_path
 from billhook.checkpoints.save import load
 from billhook.cli.machine import check_file, device_of, files, machine_name, threads_of
-from billhook.display import aligned
+from billhook.display import render_table
 from billhook.model.config_fields import text_config
 from billhook.model.meta import from_name
 from billhook.model.shape import unbuilt_shape
@@ -97,11 +97,11 @@ def bench(
         ValueError: If an argument is not legal, before any weights are read.
     """
     sizes, measured = batch_sizes or [1, 16], phases or ["prefill", "decode"]
-    one_of("dtype", dtype, DTYPES)
-    whole("threads", 1 if threads is None else threads)
+    check_one_of("dtype", dtype, DTYPES)
+    check_int("threads", 1 if threads is None else threads)
     check_file("plot", plot, ".png")
     check_file("json", json, ".json")
-    one_of("engine", engine, ("transformers", "llama.cpp"))
+    check_one_of("engine", engine, ("transformers", "llama.cpp"))
     if engine == "llama.cpp":
         usual = {"cache": ("static",), "dtype": ("auto",), "device": ("auto", "cpu")}
         others = {"batch_sizes": batch_sizes, "phases": phases, "plot": plot, "random": random, "cache": cache, "dtype": dtype}
@@ -155,9 +155,9 @@ def _in_engine(
 ) -> None:
     """Converts folders to F16 and Q4_K_M, measures them in llama.cpp, prints the table, and writes the figures."""
     for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 2), ("warmup", warmup, 0)):
-        whole(name, value, least)
+        check_int(name, value, least)
     for context in contexts:
-        whole("contexts", context)
+        check_int("contexts", context)
     names, lines, record = _last_parts(models), list[list[str]](), list[dict[str, object]]()
     head = ["kind", "context", "model", "GB", "prompt/s", "written/s"]
     head += ["prompt x", "(quartiles)", "written x", "(quartiles)"] if len(models) > 1 else []
@@ -183,7 +183,7 @@ def _in_engine(
                     lines.append(cells + [""] * (len(head) - len(cells)))
                     record.append({"kind": kind, "model": name, "bytes": size, **vars(speed)})
     where = f"llama.cpp, {machine_name(torch.device('cpu'), threads)}"
-    print(f"{where}\n\n{aligned(head, lines)}")
+    print(f"{where}\n\n{render_table(head, lines)}")
     if json is not None:
         about = {"versions": versions("llama-cpp-py-sync"), "machine": where, "rounds": rounds, "warmup": warmup}
         _write(json, about | {"rows": record})
@@ -228,7 +228,7 @@ def table(rows: Sequence[Row], names: Sequence[str]) -> str:
             [names[row.model], *_cells(row), *(_compared(row) if len(names) > 1 else [])] for row in rows if row.phase == phase
         ]
         if lines:
-            tables.append(aligned(head, lines))
+            tables.append(render_table(head, lines))
     return "\n\n".join(tables)
 
 

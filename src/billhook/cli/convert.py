@@ -1,6 +1,6 @@
 """`billhook convert`: a checkpoint in, one with fewer key/value heads out, with its metric before and after."""
 
-from billhook.arguments import whole
+from billhook.arguments import check_int
 from billhook.callbacks.kv_heads import HINT
 from billhook.cli.examples import NONE, Examples
 from billhook.cli.machine import over
@@ -53,7 +53,7 @@ def convert(
     """
     if num_key_value_heads is None:
         raise ValueError("num_key_value_heads: say how many KV heads are left, such as 1 for multi-query attention")
-    whole("num_key_value_heads", num_key_value_heads)
+    check_int("num_key_value_heads", num_key_value_heads)
     method = method_of(method)
     check_repair(method, repair)
     least, needing = batches_needed(method, repair)

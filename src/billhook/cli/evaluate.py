@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.arguments import whole
+from billhook.arguments import check_int
 from billhook.assets import model_path
-from billhook.bar import bar
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
 from billhook.cli import images
 from billhook.cli.machine import check_file, device_of, files, over
-from billhook.display import aligned
+from billhook.display import render_table
 from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
 from billhook.model.streamed import stream as open_streamed
+from billhook.progress import progress_bar
 from billhook.report.choices import Question, read_questions
 from billhook.training.evaluation import (
     LONGEST,
@@ -108,7 +108,7 @@ def evaluate(
         ValueError: If an argument is not legal, before any model is loaded; or a model computes no finite number.
     """
     for name, value in {"limit": 1 if limit is None else limit, "examples": examples, "batch_size": batch_size}.items():
-        whole(name, value)
+        check_int(name, value)
     check_file("json", json, ".json")
     if not models or not (data or text or tasks):
         raise ValueError("models and one of data, text and tasks are needed: what to measure, and on what")
@@ -183,7 +183,7 @@ def _measure(
 ) -> tuple[list[Figure], dict[str, Any]]:
     """Measures all figures of a model; returns with them the likelihoods of each file's choices."""
     tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
-    with bar(f"{work.model}: questions", "tokens") as progress:
+    with progress_bar(f"{work.model}: questions", "tokens") as progress:
         scored = answered(model, f"models: '{work.model}'", work.sets, batch_size, progress)
     with over(model, f"{work.model}: text", "blocks") as progress:
         figures = [*on_questions(scored), *on_text(model, work.text, length, examples, progress)]
@@ -213,7 +213,7 @@ def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
         rows.append([first.of, first.measure, shown(first.value, first.error), *cells])
     legend = f"(difference to {models[0]}; ± standard error)" if len(models) > 1 else "(± standard error)"
     head = ["", "", *models]
-    return f"{aligned(head, rows, aligns='<')}\n\n{legend}"
+    return f"{render_table(head, rows, aligns='<')}\n\n{legend}"
 
 
 def _plain(figures: Sequence[Figure], first: Sequence[Figure]) -> list[dict[str, Any]]:

@@ -9,13 +9,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from billhook.arguments import fraction, whole
+from billhook.arguments import check_fraction, check_int
 from billhook.calibration.generated import LENGTH
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.reading import Data, check_there
 from billhook.engine.batches import Batch
 from billhook.model.config_fields import text_config
-from billhook.names import without_folders
+from billhook.private_paths import without_folders
 from billhook.training.data import ClassificationDataModule
 from billhook.training.dataset_module import DatasetModule, draw
 from billhook.training.images import ImageDataModule
@@ -82,11 +82,11 @@ class Text:
     def __post_init__(self) -> None:
         if self.memory is not None and not self.stream:
             raise ValueError(f"memory={self.memory!r} says how much a streamed model may take: give stream, too")
-        whole("examples", 1 if self.examples is None else self.examples)
-        whole("batch_size", self.batch_size)
-        whole("evaluate", self.evaluate, 0)
+        check_int("examples", 1 if self.examples is None else self.examples)
+        check_int("batch_size", self.batch_size)
+        check_int("evaluate", self.evaluate, 0)
         if self.generated is not None:
-            fraction("generated", self.generated, "[0, 1)")
+            check_fraction("generated", self.generated, "[0, 1)")
             if self.generated and not self.alone:
                 raise ValueError(f"generated={self.generated} is what the model writes beside texts, and data={self.data!r}")
 

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
+from billhook.atomic_folder import check_target, replacement_note
 from billhook.checkpoints import push as hub
 from billhook.checkpoints.export import export as exported
-from billhook.place import check_target, replaced
 from billhook.serving import check as serving
 from billhook.serving.written import GGUFKind, check_gguf, export_gguf
 
@@ -44,7 +44,7 @@ def export(
         check_gguf(gguf, kind)
     if folder is None:
         check_target(others[0])
-        if words := replaced(others[0]):
+        if words := replacement_note(others[0]):
             print(f"saves to {others[0]}{words}", flush=True)
         print(exported(first, folder := others[0], tokenizer))
     if gguf is not None:

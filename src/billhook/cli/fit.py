@@ -12,9 +12,9 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook
-from billhook.bar import lasting
 from billhook.cli.options import COMMANDS, LIGHTNING, legal, no_command
 from billhook.fit.run import training_steps
+from billhook.progress import format_duration
 
 FIRST, EVERY = 20.0, 60.0
 """Seconds until the first line, and between lines."""
@@ -48,7 +48,7 @@ class Lines(pl.Callback):
         words = [f"step {trainer.global_step:,}" + (f" of {total:,}" if total else "")]
         words += [f"loss {float(loss):.4g}"] if loss is not None else []
         if total and done:
-            words.append(f"about {lasting((now - self._start) / done * (total - trainer.global_step))} left")
+            words.append(f"about {format_duration((now - self._start) / done * (total - trainer.global_step))} left")
         print(", ".join(words), flush=True)
 
 

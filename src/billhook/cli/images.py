@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.assets import model_path
-from billhook.bar import Told, bar
 from billhook.calibration.reading import check_there
 from billhook.model.meta import from_name, model_class, read_config
+from billhook.progress import OnProgress, progress_bar
 from billhook.training.dataset_module import draw
 from billhook.training.evaluation import Figure, mean
 from billhook.training.images import ImageDataModule
@@ -95,7 +95,7 @@ def measure(model: PreTrainedModel, who: str, sets: Sequence[Images], batch_size
     """Measures `acc` and `acc_top5` on all images; returns with them what each image is taken for."""
     figures, answers = list[Figure](), dict[str, Any]()
     for images in sets:
-        with bar(f"{who}: {images.of}", "images") as progress:
+        with progress_bar(f"{who}: {images.of}", "images") as progress:
             answers[images.of] = classified = answered(model, who, images, batch_size, progress)
         for name in ("acc", f"acc_top{TOP}"):
             if name in classified[0]:
@@ -117,7 +117,7 @@ def _share(of: str, name: str, each: Sequence[int]) -> Figure:
 
 
 @torch.no_grad()
-def answered(model: PreTrainedModel, who: str, images: Images, batch_size: int, progress: Told) -> list[dict[str, Any]]:
+def answered(model: PreTrainedModel, who: str, images: Images, batch_size: int, progress: OnProgress) -> list[dict[str, Any]]:
     """Classifies images.
 
     Returns:

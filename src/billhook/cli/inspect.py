@@ -9,10 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.arguments import one_of
+from billhook.arguments import check_one_of
 from billhook.checkpoints.save import Way, load, way_of
 from billhook.cli.machine import files
-from billhook.display import drawn
+from billhook.display import render
 from billhook.engine.memory import Extent, extent_of
 from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
@@ -107,7 +107,7 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
         ValueError: If there is no such kind, transformers has no such model, or the model cannot be traced.
     """
     if group is not None:
-        one_of("group", group, CHOICES)
+        check_one_of("group", group, CHOICES)
     streamed = _streamed(model) if stream else None
     meta_model = from_name(model)
     structure = trace(meta_model)
@@ -134,7 +134,7 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
     if streamed is not None:
         parts.append(labelled([("streamed", streamed.text())]))
     for part in parts:
-        print(f"\n{drawn(part)}")
+        print(f"\n{render(part)}")
 
 
 def summary(model: str, stream: bool = False) -> None:

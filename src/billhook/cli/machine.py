@@ -10,12 +10,12 @@ import datasets
 import torch
 from torch import nn
 
-from billhook.bar import Told, bar
 from billhook.engine.device import check_device
 from billhook.engine.loader_internals import without_bars
 from billhook.engine.memory import resident
 from billhook.engine.store import store_of
 from billhook.linalg import float64_device
+from billhook.progress import OnProgress, progress_bar
 
 
 def device_of(name: str) -> torch.device:
@@ -53,7 +53,7 @@ def check_file(name: str, file: str | None, suffix: str) -> None:
 @contextmanager
 def files(what: str) -> Iterator[None]:
     """Shows one bar, and none of transformers' own, while files are read or written."""
-    with without_bars(), bar(what):
+    with without_bars(), progress_bar(what):
         yield
 
 
@@ -71,7 +71,7 @@ def without_others_bars() -> Iterator[None]:
 
 
 @contextmanager
-def over(model: nn.Module, what: str, of: str) -> Iterator[Told]:
+def over(model: nn.Module, what: str, of: str) -> Iterator[OnProgress]:
     """Shows a bar over what a pass over a model tells; of a model that is streamed, over its blocks.
 
     Args:
@@ -83,10 +83,10 @@ def over(model: nn.Module, what: str, of: str) -> Iterator[Told]:
         A function to call with how much is done, and of how much.
     """
     if (store := store_of(model)).holds_all:
-        with bar(what, of) as progress:
+        with progress_bar(what, of) as progress:
             yield progress
         return
-    with bar(what, "blocks", peak) as progress, store.watched(progress):
+    with progress_bar(what, "blocks", peak) as progress, store.watched(progress):
         yield lambda done, total: None
 
 

@@ -13,10 +13,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from billhook.arguments import memory_of
+from billhook.arguments import parse_memory
 from billhook.assets import model_path
-from billhook.bar import bar as bar
-from billhook.bar import lasting
+from billhook.atomic_folder import check_not_source, check_target, replacement_note
 from billhook.calibration.calibration import Calibration, check_also, texts, written_rows
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.calibration.generated import check_writes, writes
@@ -36,7 +35,7 @@ from billhook.model.inputs import small_inputs
 from billhook.model.linears import PRUNED, prunable, weight_of
 from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor
 from billhook.model.streamed import stream
-from billhook.place import check_apart, check_target, replaced
+from billhook.progress import format_duration, progress_bar
 from billhook.report.damage import Dense, TextDamage, accuracy, table, warning_of
 from billhook.report.generation import generates
 from billhook.report.predictions import BYTES as PREDICTIONS
@@ -122,7 +121,7 @@ class OneShot:
         streams: bool = False,
     ) -> None:
         check_target(out)
-        check_apart(model_path(name), out)
+        check_not_source(model_path(name), out)
         examples.check_there()
         if examples.stream:
             check_streamed(examples, streams, offload, calibrates or examples.evaluate > 0)
@@ -209,7 +208,7 @@ class OneShot:
         """
         if self.examples.memory is None:
             return None
-        store, memory = store_of(self.model), memory_of("memory", self.examples.memory)
+        store, memory = store_of(self.model), parse_memory("memory", self.examples.memory)
         shown, measured = sum(self.rows), self._measured * self._measures
         text, itemsize = text_config(self.model.config), self.model.dtype.itemsize
         logits, hidden = 4 * self.length * text.vocab_size, max(shown, measured) * self.length * text.hidden_size * itemsize
@@ -244,7 +243,7 @@ class OneShot:
         print(f"{self.name}, {self.model.num_parameters():,} parameters:")
         store, more = store_of(self.model), 2 * self._measures
         streams = [reads(store, passes + more, exactly, beside)] if not store.holds_all else []
-        for step in (*steps, *measure, *streams, f"save to {self.out}{replaced(self.out)}"):
+        for step in (*steps, *measure, *streams, f"save to {self.out}{replacement_note(self.out)}"):
             print(f"  {step}", flush=True)
         if pace := self._pace():  # which a large model needs a while to say
             print(f"  {pace}")
@@ -260,9 +259,11 @@ class OneShot:
         if each * (shown + 2 * measured) < SOON:
             return None
         times = (
-            [f"{lasting(each * shown)} each time that {shown} examples are shown, thrice that with gradients"] if shown else []
+            [f"{format_duration(each * shown)} each time that {shown} examples are shown, thrice that with gradients"]
+            if shown
+            else []
         )
-        times += [f"{lasting(2 * each * measured)} to measure on {measured} twice"] if measured else []
+        times += [f"{format_duration(2 * each * measured)} to measure on {measured} twice"] if measured else []
         return f"an example takes {each:.2g} s here: {', '.join(times)}"
 
     @property
@@ -283,7 +284,7 @@ class OneShot:
     def batches(self) -> list[Batch]:
         """Draws the batches to calibrate on."""
         if self.metric == "perplexity":
-            with bar("reading text"):
+            with progress_bar("reading text"):
                 read = self.calibration.read(self.model)
             return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in read]
         return list(self._labelled.shown())
@@ -329,14 +330,14 @@ class OneShot:
             return None
         with self._offloaded():
             if self.metric == "perplexity":
-                with bar("reading text"):
+                with progress_bar("reading text"):
                     written = not self.examples.stream
                     read = texts(self.calibration, self.model, self.examples.evaluate, self.examples.also, written=written)
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
                 with over(self.model, "measuring", "examples") as progress:
                     return Dense(self.model, read, inside if self.calibrates else [], progress=progress)
             rows = self._labelled.measured()
-            with bar("measuring"):
+            with progress_bar("measuring"):
                 return None if rows is None else accuracy(self.model, rows)
 
     def cost(self, before: Before) -> Cost:

@@ -4,13 +4,14 @@ from functools import partial
 
 import torch
 
-from billhook.arguments import whole
+from billhook.arguments import check_int
 from billhook.cli.examples import NONE, Examples
-from billhook.cli.one_shot import OneShot, bar
+from billhook.cli.one_shot import OneShot
 from billhook.cli.streamed import REMOVED, Passes, batch_count, bytes_of_moments, check_scored
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance, run_of, score_units
 from billhook.model.plan import apply
+from billhook.progress import progress_bar
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import among_others, check_choice, choose
 from billhook.pruning.planning import plan_units
@@ -56,8 +57,8 @@ def prune_heads(
     if ratio is None:
         raise ValueError("ratio: say which fraction of the heads to remove, in [0, 1)")
     check_choice(ratio, ranking, min_heads, per, "heads")
-    whole("min_heads", min_heads)
-    whole("rounds", rounds)
+    check_int("min_heads", min_heads)
+    check_int("rounds", rounds)
     importance = importance or GateGradient()
     check_scored(examples, importance)
     work = OneShot(model, out, examples, calibrates=importance.needs_data, streams=True)
@@ -85,7 +86,7 @@ def prune_heads(
     removed = {}
     for number in range(1, rounds + 1):
         take = partial(choose, heads, ratio=ratio * number / rounds, ranking=ranking, min_units=min_heads, per=per)
-        with mask(work.model, removed, per=per), bar("scoring", "batches") as progress:
+        with mask(work.model, removed, per=per), progress_bar("scoring", "batches") as progress:
             scores = score_units(work.model, heads, importance, runs, None, normalize, per, progress=progress)
         removed = among_others(take, removed, scores)
     plan = plan_units(work.model, removed, per=per)

@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields
 
 from transformers import PreTrainedModel
 
-from billhook.arguments import whole
+from billhook.arguments import check_int
 from billhook.cli.examples import Examples
-from billhook.cli.one_shot import OneShot, bar
+from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import REFIT, inputs_left, meta_batches, refits
 from billhook.cli.streamed import (
     REFITTED,
@@ -23,6 +23,7 @@ from billhook.engine.batches import Batch
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance
 from billhook.model.plan import apply
+from billhook.progress import progress_bar
 from billhook.pruning.amount import RATIOS, TARGETS, Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan, check_kinds
@@ -95,7 +96,7 @@ def prune_structure(
     Raises:
         ValueError: If an argument is not legal, or the model cannot give what is asked; before anything is written.
     """
-    whole("rounds", rounds)
+    check_int("rounds", rounds)
     check_scored(examples, block_importance, importance)
     work = OneShot(model, out, examples, refits=repair is not None, streams=True)
     passes, count = Passes(), batch_count(work.rows, examples.batch_size) if examples.stream else 0
@@ -143,7 +144,7 @@ def prune_structure(
             work.tell_dry(plan.text())
             return
         print(plan.text())
-        with bar("refitting", "linears") as progress:
+        with progress_bar("refitting", "linears") as progress:
             how_repaired = repair if plan.kind == "units" else None
             repaired, why = repair_as_asked(work.model, plan, rows, how_repaired, progress=progress)
         if why:
@@ -170,7 +171,7 @@ def _plans(
 ) -> Iterator[BlockPlan | UnitPlan]:
     """Plans what to remove, each time from the model as it is when the plan before has been carried out."""
     if amount.blocks_alone is not None:
-        with bar("scoring blocks", "rounds" if amount.greedy else "batches") as progress:
+        with progress_bar("scoring blocks", "rounds" if amount.greedy else "batches") as progress:
             greedy = amount.greedy
             blocks = plan_amount(model, amount.blocks_alone, block_importance, batches, greedy=greedy, progress=progress)
         yield blocks
@@ -179,7 +180,7 @@ def _plans(
     start = First.of(RatioSearch(model, amount.within))
     for number in range(1, rounds + 1):
         if (part := start.part(RatioSearch(model, amount.within), number / rounds)) is not None:
-            with bar("scoring", "batches") as progress:
+            with progress_bar("scoring", "batches") as progress:
                 units = plan_searched(part, importance, batches, progress=progress)
             yield units
 

@@ -15,16 +15,17 @@ from transformers import PreTrainedModel
 
 from billhook.adapters.lora import LoRA
 from billhook.adapters.merge import merge
-from billhook.arguments import number, whole
+from billhook.arguments import check_int, check_number
 from billhook.checkpoints.pretrained import Task
 from billhook.cli.examples import Examples
 from billhook.cli.machine import check_file
-from billhook.cli.one_shot import Before, OneShot, bar, shown
+from billhook.cli.one_shot import Before, OneShot, shown
 from billhook.cli.refit import meta_batches, refits
 from billhook.cli.stopped import library_beside
 from billhook.engine.batches import Batch
 from billhook.fit.run import isolated
 from billhook.plots.pareto import pareto
+from billhook.progress import progress_bar
 from billhook.report.generation import generates
 from billhook.report.speed import Phase
 from billhook.shrinking.cache import tokens_needed
@@ -63,10 +64,10 @@ class Recovery:
     recover_batch_size: int = 2
 
     def __post_init__(self) -> None:
-        whole("recover", self.recover, 0)
-        whole("recover_batch_size", self.recover_batch_size)
+        check_int("recover", self.recover, 0)
+        check_int("recover_batch_size", self.recover_batch_size)
         if self.recover_lr is not None:
-            number("recover_lr", self.recover_lr, above=0)
+            check_number("recover_lr", self.recover_lr, above=0)
 
     @property
     def examples(self) -> int:
@@ -257,11 +258,11 @@ def shrink(
     """
     check_library(library)
     kept = KeptLibrary(out, library)
-    whole("seed", examples.seed, 0)
+    check_int("seed", examples.seed, 0)
     if plot is not None:
         check_file("plot", plot, ".png")
-    whole("time_batch_size", time_batch_size)
-    whole("time_context", 2 if time_context is None else time_context, 2)
+    check_int("time_batch_size", time_batch_size)
+    check_int("time_context", 2 if time_context is None else time_context, 2)
     workload = Workload(time_phase, time_batch_size, time_context)
     work = OneShot(model, out, examples, refits=search.repair is not None)
     if recovery.recover:
@@ -289,7 +290,7 @@ def shrink(
         print(not_repaired)  # a text is shorter than what was asked for
     before = work.measure()
     phases = [""]
-    with bar("shrinking", "steps", lambda: phases[-1], alike=False) as report:
+    with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
         progress, seed = Progress(report, phases.append, kept.tell), examples.seed
         shrunk = shrink_to(candidates, budget, clock, fitted, held_out, how_refitted, search, seed, kept.folder, progress)
     shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
@@ -311,7 +312,7 @@ def _recovered(
     """Trains the smaller model; returns what to record, and what to say of it before and after."""
     cost, seed = work.cost(before), work.examples.seed
     loader = work.loader(recovery.examples, recovery.recover_batch_size, batches, before)
-    with bar("recovering", "steps") as progress:
+    with progress_bar("recovering", "steps") as progress:
         recovery.train(work.model, work.name, loader, work.device, seed, progress)
     plain = [text.to_json() for text in cost] if isinstance(cost, list) else cost
     after = f"After {recovery.recover} steps of recovery on {len(loader.dataset):,} examples:"  # type: ignore[arg-type]

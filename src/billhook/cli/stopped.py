@@ -8,8 +8,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from billhook.claim import claimed
-from billhook.place import RECORD, check_target
+from billhook.atomic_folder import RECORD, check_target
+from billhook.folder_lock import lock_folder
 
 
 class Stopped(KeyboardInterrupt):
@@ -40,7 +40,7 @@ def written_alone(options: Mapping[str, Any]) -> Iterator[None]:
     check_target(out)
     target = Path(out).resolve()
     library = Path(options.get("library") or library_beside(out))
-    with claimed(target):
+    with lock_folder(target):
         before = _written(target)
         try:
             yield

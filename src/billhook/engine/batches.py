@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from billhook.bar import Told
 from billhook.engine.parts import fingerprint
 from billhook.engine.trees import tree_leaves, tree_map_only
+from billhook.progress import OnProgress
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -66,7 +66,7 @@ def tell_apart(runs: Iterable[Run]) -> str:
     return fingerprint([(run.source, uuid4() if run.batch is None else run.batch, run.tokens) for run in runs])
 
 
-def telling(runs: Sequence[Run], report: Told) -> list[Run]:
+def telling(runs: Sequence[Run], report: OnProgress) -> list[Run]:
     """Returns runs that tell how many of them have been visited, and how many there are."""
     seen = set[int]()
 

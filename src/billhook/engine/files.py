@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from billhook.bar import Told
 from billhook.engine.device import Ahead, Copies, locked
 from billhook.engine.forwards import Before, ComingOnce, Visiting
 from billhook.engine.lazy import LazyTensors
@@ -31,6 +30,7 @@ from billhook.engine.sharding import Place, places_of
 from billhook.engine.store import STORE, BlockStore, with_transposed
 from billhook.engine.tensors import Files, renumbered, share, write_index
 from billhook.engine.walk import blocks_apart
+from billhook.progress import OnProgress
 
 
 class FileStore(BlockStore):
@@ -65,7 +65,7 @@ class FileStore(BlockStore):
         self._transposed = frozenset[str]()  # in the last checkpoint that was written
         self._overlay = LazyTensors({})  # what parameters of blocks have for values, meanwhile
         self.adopted = dict[str, Path]()
-        self._report: Told | None = None
+        self._report: OnProgress | None = None
         self._passed = set[str]()
         self.done = dict[str, Any]()
         self._lost = list[dict[str, str]]()  # each time that blocks were removed, the others by their names before and after
@@ -200,7 +200,7 @@ class FileStore(BlockStore):
             self._report(len(self._passed), len(self.blocks))
 
     @contextmanager
-    def watched(self, report: Told) -> Iterator[None]:
+    def watched(self, report: OnProgress) -> Iterator[None]:
         """Reports, within, how many blocks have come and gone since the last step began, and of how many."""
         self._passed, self._report = set(), report
         report(0, len(self.blocks))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
-from billhook.versions import supported
+from billhook.versions import supported_versions
 
 MODULE = "torch.distributed._composable_state"
 """Where torch keeps which module has which state, in `_module_state_mapping`."""
@@ -258,7 +258,7 @@ def as_plain() -> AbstractContextManager[None]:
 def _refuse(missing: Iterable[str], what: str, why: str, instead: str = "") -> None:
     if named := ", ".join(dict.fromkeys(missing)):
         needed = f"torch {torch.__version__}: {what} lacks {named}, which billhook needs to {why}"
-        raise RuntimeError(f"{needed}: install {supported('torch')}, another release{instead}")
+        raise RuntimeError(f"{needed}: install {supported_versions('torch')}, another release{instead}")
 
 
 def _states_of_modules() -> Any:  # noqa: ANN401

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from billhook.versions import needing
+from billhook.versions import version_hint
 
 LOADED = "_is_hf_initialized"
 """The attribute of modules and tensors that are not to be initialized, as they are loaded."""
@@ -24,7 +24,7 @@ LOADER = "to save models and to stream them"
 
 def _conversions(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a list of what differs by release
     """Returns how the tensors of a family's files become those of a model."""
-    with needing("transformers", LOADER):
+    with version_hint("transformers", LOADER):
         from transformers.conversion_mapping import get_model_conversion_mapping
 
     return get_model_conversion_mapping(model)
@@ -32,7 +32,7 @@ def _conversions(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a list of wha
 
 def is_joined_unevenly(model: PreTrainedModel) -> bool:
     """Finds whether files of a family join tensors, such as queries and keys, that loading would wrongly cut in equal parts."""
-    with needing("transformers", LOADER):
+    with version_hint("transformers", LOADER):
         from transformers.core_model_loading import Chunk
 
     conversions = getattr(model, "_weight_conversions", None) or _conversions(model)
@@ -80,7 +80,7 @@ def named_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
     Those that the model does not have are left out.
     """
-    with needing("transformers", LOADER):
+    with version_hint("transformers", LOADER):
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     mapping, state = _conversions(model), model.state_dict()
@@ -98,7 +98,7 @@ def named_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
 
 def load_some(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
     """Loads some tensors of a checkpoint, given as slices of its files, in the dtypes that the model's own have."""
-    with needing("transformers", LOADER):
+    with version_hint("transformers", LOADER):
         from transformers.core_model_loading import convert_and_load_state_dict_in_model as load_state
         from transformers.modeling_utils import LoadStateDictConfig
 
@@ -129,7 +129,7 @@ def as_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str
     """Returns some of a model's tensors as its files hold them, which may join or name them otherwise."""
     if is_joined_unevenly(model):
         return dict(state)
-    with needing("transformers", LOADER):
+    with version_hint("transformers", LOADER):
         from transformers.core_model_loading import revert_weight_conversion
 
     tensors: dict[str, Tensor] = revert_weight_conversion(model, dict(state))

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.claim import Claim
+from billhook.folder_lock import FolderLock
 from billhook.versions import versions
 
 
@@ -100,7 +100,7 @@ class Parts:
 
     def __init__(self, out: Path) -> None:
         self._out, self._folder, self.step = out, out.with_name(f".{out.name}.parts"), 0
-        self._claim: Claim | None = None
+        self._claim: FolderLock | None = None
         self._done = dict[str, Any]()
         self._key = ""
         self._check_own()
@@ -108,7 +108,7 @@ class Parts:
     def begin(self, key: str) -> dict[str, Any]:
         """Begins a step, which `key` tells from all others; returns the blocks that are done, with what was noted of each."""
         if self._claim is None or not self._claim.holds:
-            self._claim = Claim(self._out)
+            self._claim = FolderLock(self._out)
         self._check_own()
         self.step, self._key = self.step + 1, key
         record: Any = None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from billhook.arguments import whole
+from billhook.arguments import check_int
 from billhook.calibration.calibration import Batches, Calibration
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.engine.batches import Batch
@@ -60,7 +60,7 @@ class FitCalibration:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        whole("examples", self.examples)
+        check_int("examples", self.examples)
         if isinstance(self.batches, Iterator):
             raise ValueError(f"calibration={type(self.batches).__name__} can be read only once: give a list or a DataLoader")
 
@@ -70,7 +70,7 @@ class FitCalibration:
         if isinstance(batches, FitCalibration):
             return batches
         if isinstance(batches, int):
-            whole("calibration", batches)
+            check_int("calibration", batches)
             return cls(examples=batches)
         return cls(batches, examples)
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from billhook.arguments import whole
+from billhook.arguments import check_int
 from billhook.calibration.calibration import Calibration
 from billhook.checkpoints.export import TRAINED
 from billhook.fit.calibration import FitCalibration
@@ -77,7 +77,7 @@ class EventCallback(Callback, ABC):
 
     def __init__(self, calibration: FitCalibration, measure_batches: int | None) -> None:
         if measure_batches is not None:
-            whole("measure_batches", measure_batches, least=0)
+            check_int("measure_batches", measure_batches, least=0)
         self.calibration, self.measure_batches = calibration, measure_batches
         self._moments: dict[int, float] = {}
         self._last_step = -1

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from billhook.adapters.in_checkpoint import save_adapters
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.checkpoints.export import MASKED
 from billhook.engine.sharded_files import TENSORS, Unread, is_sharded_checkpoint, read_sharded
 from billhook.fit.run import callbacks_of
@@ -75,7 +75,7 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
     Raises:
         ValueError: If the checkpoint holds another model than the class makes.
     """
-    annotated(load_from_checkpoint, locals())
+    check_types(load_from_checkpoint, locals())
     path = Path(checkpoint_path)
     source: str | Path | BytesIO = checkpoint_path
     shaped, checkpoint = ShapeInCheckpoint, read_sharded(path) if is_sharded_checkpoint(path) else _mapped(path, options)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from billhook.engine.state import Ambient
 from billhook.fit.lightning_internals import averages, forks_or_spawns
-from billhook.names import without_folders
+from billhook.private_paths import without_folders
 from billhook.schedules import Schedule, Step, check_step, resolve_step
 
 CallbackT = TypeVar("CallbackT", bound=Callback)

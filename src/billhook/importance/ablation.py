@@ -12,9 +12,9 @@ import torch
 from rich.console import RenderableType
 from torch import Tensor, nn
 
-from billhook.arguments import annotated, one_of
+from billhook.arguments import check_one_of, check_types
 from billhook.calibration.calibration import Batches, batches_of
-from billhook.display import Shown, columns
+from billhook.display import Printable, text_table
 from billhook.engine.batches import Loss, Run
 from billhook.engine.state import resting
 from billhook.importance.probes import check_read
@@ -87,7 +87,7 @@ def _masked(gate: Tensor, unit: int, mode: Mode) -> Iterator[None]:
 
 
 @dataclass(frozen=True, repr=False)
-class HeadAblation(Shown):
+class HeadAblation(Printable):
     """A metric of a model in which heads are masked, the paper's tables 1 to 3.
 
     Attributes:
@@ -100,13 +100,13 @@ class HeadAblation(Shown):
     whole: float
     values: dict[str, Tensor]
 
-    def _shown(self) -> list[RenderableType]:
+    def _renderables(self) -> list[RenderableType]:
         what = "without each head" if self.mode == "without" else "each head alone in its layer"
         rows = [
             (name, "  ".join(f"{change:+7.4f}" for change in (values - self.whole).tolist()))
             for name, values in self.values.items()
         ]
-        return [f"{what}: change of {self.whole:.4f}", columns(rows, aligns="<", indent=2)]
+        return [f"{what}: change of {self.whole:.4f}", text_table(rows, aligns="<", indent=2)]
 
 
 def ablate_heads(
@@ -135,8 +135,8 @@ def ablate_heads(
         >>> [len(losses) for losses in ablated.values.values()]
         [8, 8, 8, 8]
     """
-    annotated(ablate_heads, locals())
-    one_of("mode", mode, Mode)
+    check_types(ablate_heads, locals())
+    check_one_of("mode", mode, Mode)
     subject = find_transformer(model)
     check_values(subject)
     heads = find_units(subject, "head")

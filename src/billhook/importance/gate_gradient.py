@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from billhook.arguments import one_of
+from billhook.arguments import check_one_of
 from billhook.engine.batches import Run
 from billhook.importance.probes import by_unit, check_read, counted, counting, independent, reading, scalar
 from billhook.importance.score import Importance, Sums
@@ -50,7 +50,7 @@ class GateGradient(Importance):
     each: Each = "token"
 
     def __post_init__(self) -> None:
-        one_of("each", self.each, Each)
+        check_one_of("each", self.each, Each)
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from billhook.arguments import annotated, number, whole
+from billhook.arguments import check_int, check_number, check_types
 from billhook.engine.batches import Run
 from billhook.engine.memory import memory_to_hold
 from billhook.engine.passes import goes_by_blocks
@@ -124,9 +124,9 @@ class OBS(Importance):
     passes: int = 1
 
     def __post_init__(self) -> None:
-        annotated(OBS, vars(self))
-        number("damping", self.damping, above=0)
-        whole("passes", self.passes)
+        check_types(OBS, vars(self))
+        check_number("damping", self.damping, above=0)
+        check_int("passes", self.passes)
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from billhook.arguments import annotated
-from billhook.bar import Told
+from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Loss, Run, run_with_loss, telling
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.state import overridden, resting
 from billhook.engine.store import store_of
 from billhook.model.find import check_values, find_transformer
+from billhook.progress import OnProgress
 from billhook.units.find import check_held, numbered
 from billhook.units.units import Per, Units
 
@@ -134,7 +134,7 @@ def score(
         >>> [len(of_place) for of_place in scores.values()]
         [8, 8, 8, 8]
     """
-    annotated(score, locals())
+    check_types(score, locals())
     subject = find_transformer(model)
     return score_units(subject, units, importance, batches, loss, normalize, per, Comm.of(reduce, subject))
 
@@ -148,7 +148,7 @@ def score_units(
     normalize: bool = False,
     per: Per = "head",
     comm: Comm = ALONE,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, Tensor]:
     """Scores units as `score`; `progress` is called with how many batches have been scored, and how many there are."""
     numbered(units, {}, per)

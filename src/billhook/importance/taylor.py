@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.arguments import annotated, one_of, whole
+from billhook.arguments import check_int, check_one_of, check_types
 from billhook.engine.batches import Run
 from billhook.importance.probes import independent, scalar
 from billhook.importance.score import Importance, Sums
@@ -69,12 +69,12 @@ class Taylor(Importance):
     passes: int = 4
 
     def __post_init__(self) -> None:
-        annotated(Taylor, vars(self))
-        one_of("order", self.order, Order)
-        one_of("reduce", self.reduce, Reduction)
+        check_types(Taylor, vars(self))
+        check_one_of("order", self.order, Order)
+        check_one_of("reduce", self.reduce, Reduction)
         if self.order == "unit" and self.reduce != "sum":
             raise ValueError(f"reduce={self.reduce!r} must be sum with order='unit', which sums over all of a unit")
-        whole("passes", self.passes)
+        check_int("passes", self.passes)
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""

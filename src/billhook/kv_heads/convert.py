@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from billhook.arguments import annotated, whole
+from billhook.arguments import check_int, check_types
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Loss, Run
 from billhook.engine.comm import ALONE, Comm
@@ -180,8 +180,8 @@ def convert_kv_heads(
           model.layers.*.self_attn.k_proj.weight  256 -> 64 along dimension 0, in each of 4
           model.layers.*.self_attn.v_proj.weight  256 -> 64 along dimension 0, in each of 4
     """
-    whole("num_key_value_heads", num_key_value_heads)
-    annotated(convert_kv_heads, locals())
+    check_int("num_key_value_heads", num_key_value_heads)
+    check_types(convert_kv_heads, locals())
     method = method_of(method)
     check_repair(method, repair)
     check_changeable(model)

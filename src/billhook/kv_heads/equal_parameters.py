@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.arguments import annotated, whole
+from billhook.arguments import check_int, check_types
 from billhook.kv_heads.config import FIELD
 from billhook.model.config_fields import build_on_meta, field, nested_configs, with_fields
 from billhook.model.meta import from_config
@@ -52,8 +52,8 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
     """
     if not isinstance(config, PretrainedConfig):
         raise ValueError(f"config: a config of transformers is needed, not {type(config).__name__}")
-    annotated(equal_parameters, locals())
-    whole("multiple_of", multiple_of)
+    check_types(equal_parameters, locals())
+    check_int("multiple_of", multiple_of)
     if vars(config).get(KEY) is not None:
         raise ValueError(f"config: its layers have widths of their own ('{KEY}' in it says which), so no one field says them")
     heads = dict.fromkeys(_head_fields(config, num_key_value_heads), num_key_value_heads)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.arguments import one_of
+from billhook.arguments import check_one_of
 from billhook.kv_heads.pooling import Pooled, first, mean, pooling
 from billhook.model.plan import subclasses
 from billhook.model.surgery import Change
@@ -113,7 +113,7 @@ class Reconstructing(KVMethod):
     changes_basis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        one_of("grouping", self.grouping, Grouping)
+        check_one_of("grouping", self.grouping, Grouping)
 
     @property
     def turns(self) -> bool:
@@ -375,7 +375,7 @@ def method_of(method: KVMethod | Name) -> KVMethod:
     """Returns the method, made with its defaults if only its short name is given."""
     if isinstance(method, KVMethod):
         return method
-    one_of("method", method, Name)
+    check_one_of("method", method, Name)
     return METHODS[method]()
 
 

@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import Self
 
 from billhook.adapters.merge import MERGE, adapted, beneath, without_adapters
-from billhook.arguments import whole
+from billhook.arguments import check_int
 from billhook.checkpoints.equivalent import cache_as_saved
-from billhook.display import columns
+from billhook.display import text_table
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.kv_heads.config import (
@@ -106,13 +106,13 @@ class KVHeadPlan(ShapePlan):
             raise ValueError(f"plan: it was made for another model than this {plan.model} with {plan.before} KV heads")
         return replace(plan, restart=tuple(restart or ()))  # type: ignore[return-value]
 
-    def _shown(self) -> list[RenderableType]:
+    def _renderables(self) -> list[RenderableType]:
         cache = "the KV cache shrinks" if self.saves_cache else "the KV cache stays as it is"
         alike = Counter[tuple[str, str]]()
         for name, pooled in self.parameters.items():
             alike[pattern(name), f"{len(pooled.index)} -> {len(pooled.counts)} along dimension {pooled.dim}"] += 1
         rows = [(name, f"{change}, in each of {count}") for (name, change), count in alike.items()]
-        return [f"{self.model}: {self.words} ({self.method}); {cache}", columns(rows, aligns="<", indent=2)]
+        return [f"{self.model}: {self.words} ({self.method}); {cache}", text_table(rows, aligns="<", indent=2)]
 
     def check_made_for(self, model: nn.Module) -> None:
         """Refuses a model whose class or whose tensors are others than the plan was made for."""
@@ -167,7 +167,7 @@ def plan_kv_heads(
     Raises:
         ValueError: If the number, method or layers are not legal, or the model cannot be converted; it says what is missing.
     """
-    whole("num_key_value_heads", num_key_value_heads)
+    check_int("num_key_value_heads", num_key_value_heads)
     heads, method = num_key_value_heads, method_of(method)
     model = find_transformer(model)
     check_plain(model, "convert the model before it is")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from billhook.arguments import annotated
-from billhook.display import Shown
+from billhook.arguments import check_types
+from billhook.display import Printable
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
@@ -22,7 +22,7 @@ Weights = Mapping[str, Tensor]
 """New values of parameters, by the parameter's name."""
 
 
-class ModelPlan(Shown):
+class ModelPlan(Printable):
     """A change of a model, found and checked before anything changes; `print` shows a table.
 
     A plan is plain data: it can be shown, saved as JSON and applied later, to the model that it was made for.
@@ -163,7 +163,7 @@ def apply(
         >>> model.num_parameters() == plan.parameters[1]
         True
     """
-    annotated(apply, locals())
+    check_types(apply, locals())
     plan.check_made_for(model)
     carry_out(model, plan, [optimizers] if isinstance(optimizers, Optimizer) else optimizers, weights)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.assets import model_path
+from billhook.atomic_folder import check_target
 from billhook.engine.device import check_device
 from billhook.engine.files import FileStore
 from billhook.engine.parts import Parts
@@ -16,7 +17,6 @@ from billhook.engine.tensors import Files
 from billhook.model.complete import check_shards
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shaped import load_on_meta, readable
-from billhook.place import check_target
 
 
 def stream(
@@ -50,7 +50,7 @@ def stream(
         >>> model(torch.arange(8)[None]).logits.shape, sum(p.is_meta for p in model.model.layers.parameters())
         (torch.Size([1, 8, 2048]), 27)
     """
-    annotated(stream, locals())
+    check_types(stream, locals())
     if out is not None:
         check_target(out)
     computes_on = check_device(device, "device")

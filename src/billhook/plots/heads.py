@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.plots.style import BLUE, RED, Picture, dress, heat_map, words
 
 
@@ -40,7 +40,7 @@ def heads(
     >>> figure.axes[0].get_title()
     '2 of 16 heads removed'
     """
-    annotated(heads, locals())
+    check_types(heads, locals())
     if not importance:
         raise ValueError("importance={} must have the scores of one attention at least")
     table = np.full((len(importance), max(map(len, importance.values()))), np.nan)

@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.plots.style import BLUE, RED, Picture, dress
 from billhook.shrinking.divergence import mean_of
 from billhook.shrinking.shrunk import Shrunk
@@ -30,7 +30,7 @@ def pareto(shrunk: Shrunk) -> Picture:
     Raises:
         ValueError: If it is something else.
     """
-    annotated(pareto, locals())
+    check_types(pareto, locals())
     figure = Picture(figsize=(6, 4), dpi=150, layout="constrained")
     axes: Axes = figure.subplots()
     unit = 1e6 if shrunk.target == "latency" else 1

@@ -2,7 +2,7 @@
 
 from matplotlib.axes import Axes
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.plots.style import BLUE, RED, Picture, distinct, dress
 from billhook.pruning.block_plan import BlockPlan
@@ -31,7 +31,7 @@ def removed(plan: UnitPlan | BlockPlan | KVHeadPlan) -> Picture:
     >>> plots.removed(bh.pruning.plan_units(model, {0: [1, 5], 2: [3]})).axes[0].get_title()
     '3 heads in 2 attention modules'
     """
-    annotated(removed, locals())
+    check_types(removed, locals())
     panels: dict[str, Bars] = {}
     if isinstance(plan, BlockPlan):
         for stack, (count,) in plan.before.items():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from billhook.arguments import annotated, whole
+from billhook.arguments import check_int, check_types
 from billhook.plots.style import BLUE, Picture, dress
 from billhook.schedules import Schedule
 
@@ -25,8 +25,8 @@ def schedules(named: Mapping[str, Schedule], steps: int = 1000) -> Picture:
     >>> float(figure.axes[0].lines[0].get_ydata()[80])
     0.7
     """
-    annotated(schedules, locals())
-    whole("steps", steps)
+    check_types(schedules, locals())
+    check_int("steps", steps)
     if not named:
         raise ValueError("named={} must have one schedule at least")
     columns = min(COLUMNS, len(named))

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from torch import nn
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.model.linears import prunable, weight_of
 from billhook.plots.style import Picture, heat_map
 from billhook.sparsity.pruned import WeightPlan
@@ -35,7 +35,7 @@ def sparsity(of: WeightPlan | nn.Module) -> Picture:
     >>> plots.sparsity(plan).axes[0].get_title()
     '50.0% of 2,228,224 weights are zero'
     """
-    annotated(sparsity, locals())
+    check_types(sparsity, locals())
     zeros, sizes = _counted(of)
     if not sizes:
         raise ValueError("of: there is no linear in it")

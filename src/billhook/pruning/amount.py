@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.arguments import annotated, as_percentage, fraction, one_of, whole
+from billhook.arguments import check_fraction, check_int, check_one_of, check_types, percentage_hint
 from billhook.serving.engines import GPUS, MULTIPLES, multiple_of, shares
 from billhook.units.units import PLURAL, Per, UnitKind, Units
 
@@ -269,10 +269,10 @@ class Amount:
     def __post_init__(self) -> None:
         for name, ratio in self.ratios.items():
             if name == "blocks" and type(ratio) is int:
-                whole(name, ratio, 0)
+                check_int(name, ratio, 0)
             else:
-                fraction(name, ratio, of="these units")
-        annotated(Amount, vars(self))
+                check_fraction(name, ratio, of="these units")
+        check_types(Amount, vars(self))
         if self.heads is not None and self.kv_heads is not None:
             raise ValueError(f"heads={self.heads} and kv_heads={self.kv_heads}: give one, as a KV head takes its heads along")
         targets = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
@@ -289,15 +289,15 @@ class Amount:
                 raise ValueError(f"{name}={value}: nothing is left open that could be removed for it")
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or value <= 0 or (isinstance(value, float) and not value < 1):
-                meant = as_percentage(value) if number else ""
+                meant = percentage_hint(value) if number else ""
                 raise ValueError(
                     f"{name}={value!r} must be a whole number above 0, or a fraction in (0, 1) of what is there{meant}"
                 )
-        one_of("ranking", self.ranking, Ranking)
+        check_one_of("ranking", self.ranking, Ranking)
         for name, least in {"first": 0, "last": 0, "min_units": 1}.items():
-            whole(name, getattr(self, name), least)
+            check_int(name, getattr(self, name), least)
         if self.round_to != "auto":
-            whole("round_to", self.round_to)
+            check_int("round_to", self.round_to)
 
     @property
     def ratios(self) -> dict[str, float]:

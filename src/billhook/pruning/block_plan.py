@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from billhook.display import columns
+from billhook.display import text_table
 from billhook.engine.state import uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.config_fields import Fields, build_on_meta, set_fields, with_fields
@@ -103,7 +103,7 @@ class BlockPlan(ShapePlan):
         with starting_from(subject, weights):
             return partial(_forget, _remove(subject, self))
 
-    def _shown(self) -> list[RenderableType]:
+    def _renderables(self) -> list[RenderableType]:
         before, after = self.parameters
         rows = []
         for name, (count,) in self.before.items():
@@ -111,7 +111,7 @@ class BlockPlan(ShapePlan):
             numbers = [f"{number} ({scores[number]:.4g})" if scores else str(number) for number in removed]
             rows.append((name, f"{count} -> {self.after[name][0]} blocks; without {', '.join(numbers) or 'none'}"))
         title = f"{self.model}: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)"
-        return [title, columns(rows, aligns="<", indent=2)]
+        return [title, text_table(rows, aligns="<", indent=2)]
 
 
 def find_block_plan(

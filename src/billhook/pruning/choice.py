@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.arguments import annotated, fraction, one_of, whole
+from billhook.arguments import check_fraction, check_int, check_one_of, check_types
 from billhook.model.handed import Indices
 from billhook.pruning.amount import RATIOS, Amount, Ranking, length_of, rounded
 from billhook.pruning.cuts import coupled
@@ -61,15 +61,15 @@ class HeadOptions:
 
     def __post_init__(self) -> None:
         check_choice(0, self.ranking, self.min_heads, self.per, "heads")
-        annotated(HeadOptions, vars(self))
+        check_types(HeadOptions, vars(self))
 
 
 def check_choice(ratio: float, ranking: str, least: int, per: str, what: str = "units") -> None:
     """Refuses arguments that no model allows; `what` names the units in messages, and `least` there is `min_heads` of heads."""
-    fraction("ratio", ratio, of=f"the {what}")
-    one_of("ranking", ranking, Ranking)
-    whole(f"min_{what}", least, 0)
-    one_of("per", per, Per)
+    check_fraction("ratio", ratio, of=f"the {what}")
+    check_one_of("ranking", ranking, Ranking)
+    check_int(f"min_{what}", least, 0)
+    check_one_of("per", per, Per)
 
 
 def among_others(

@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import nn
 from typing_extensions import Self
 
-from billhook.display import columns
+from billhook.display import text_table
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.model.figures import Figures
@@ -98,7 +98,7 @@ class UnitPlan(Cut, ShapePlan):
         with starting_from(subject, weights):
             return partial(follow, remove(subject, self, lambda: LazyTensors.of(weights or {}).key))
 
-    def _shown(self) -> list[RenderableType]:
+    def _renderables(self) -> list[RenderableType]:
         alike: dict[tuple[str, str], list[str]] = {}
         for name, kind in self.kinds.items():
             by_number = kind == "head" and name in self.units
@@ -116,7 +116,7 @@ class UnitPlan(Cut, ShapePlan):
             rows.append((layer, f"{change}{where}"))
         first, *costs = self._costs()
         notes = [Padding.indent(Text(line), 2) for line in (*costs, *self._notes())]
-        return [first, *notes[: len(costs)], columns(rows, aligns="<", indent=2), *notes[len(costs) :]]
+        return [first, *notes[: len(costs)], text_table(rows, aligns="<", indent=2), *notes[len(costs) :]]
 
     def _change(self, name: str) -> str:
         """Returns what becomes of a place: heads by number, other units by how many."""

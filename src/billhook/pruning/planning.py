@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from billhook.arguments import annotated
-from billhook.bar import Told
+from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Loss
 from billhook.engine.comm import ALONE, Comm, Reduce
@@ -18,6 +17,7 @@ from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.plan import carry_out
 from billhook.model.surgery import check_replaceable
+from billhook.progress import OnProgress
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan, find_block_plan
 from billhook.pruning.block_plan import tried as tried_blocks
@@ -89,7 +89,7 @@ def plan(
         >>> {(plan.before[name], plan.after[name]) for name in plan.units}
         {((384,), (288,))}
     """
-    annotated(plan, locals())
+    check_types(plan, locals())
     by_name = {
         "heads": heads, "kv_heads": kv_heads, "channels": channels, "residual": residual, "experts": experts, "blocks": blocks,
         "params": params,
@@ -109,7 +109,7 @@ def plan_amount(
     greedy: bool = False,
     loss: Loss | None = None,
     comm: Comm = ALONE,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> UnitPlan | BlockPlan:
     """Plans as `plan`.
 
@@ -151,7 +151,7 @@ def plan_searched(
     scores: Mapping[str, Tensor] | None = None,
     loss: Loss | None = None,
     comm: Comm = ALONE,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> UnitPlan:
     """Plans units as `plan_amount`, in what a search has found of a model that is as it was then."""
     search.check()
@@ -188,7 +188,7 @@ def plan_units(
         LlamaForCausalLM: 2,754,816 -> 2,197,248 parameters (20.2% fewer)
           model.layers  4 -> 3 blocks; without 1
     """
-    annotated(plan_units, locals())
+    check_types(plan_units, locals())
     subject, kinds = find_transformer(model), kinds_of(kind)
     if kinds == ["block"]:
         return tried_blocks(subject, find_block_plan(subject, numbered(find_units(subject, kinds), units)))
@@ -236,7 +236,7 @@ def prune_units(
         >>> model.num_parameters() == plan.parameters[1]
         True
     """
-    annotated(prune_units, locals())
+    check_types(prune_units, locals())
     trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     check_replaceable(model, trained_by)
     unit_plan = plan_units(model, units, kind, per)

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from billhook.arguments import annotated
-from billhook.bar import Told
+from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, run_with_loss
 from billhook.engine.comm import ALONE, Comm, Reduce
@@ -17,6 +16,7 @@ from billhook.engine.lazy import LazyTensors
 from billhook.model.find import check_stored, check_values, find_transformer
 from billhook.model.linears import is_adapter, is_linear, size_of
 from billhook.model.plan import ModelPlan, Weights
+from billhook.progress import OnProgress
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.moments import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import RepairConfig, repair_linears
@@ -26,7 +26,12 @@ Repairing = RepairConfig | Literal["auto"] | None
 
 
 def repair_as_asked(
-    model: nn.Module, plan: ModelPlan, batches: Batches, how: Repairing, comm: Comm = ALONE, progress: Told | None = None
+    model: nn.Module,
+    plan: ModelPlan,
+    batches: Batches,
+    how: Repairing,
+    comm: Comm = ALONE,
+    progress: OnProgress | None = None,
 ) -> tuple[Weights | None, str]:
     """Refits as `repair` does where that is asked, or `"auto"`, where it can be, for a plan of the model as it is.
 
@@ -52,7 +57,7 @@ def repair(
     batches: Batches,
     how: RepairConfig | None = None,
     reduce: Reduce | None = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
 ) -> Weights:
     """Refits the linears that read the heads and channels of a plan, so that they make up for what is removed; for `apply`.
 
@@ -83,7 +88,7 @@ def repair(
         >>> weights = bh.repair(model, plan, batches)
         >>> bh.apply(model, plan, weights=weights)
     """
-    annotated(repair, locals())
+    check_types(repair, locals())
     unit_plan = _unit_plan(plan)
     unit_plan.check_made_for(model)
     return repair_with(model, unit_plan, batches, how, Comm.of(reduce, model), progress=progress)
@@ -103,7 +108,7 @@ def repair_with(
     comm: Comm = ALONE,
     given: LazyTensors | None = None,
     whole: Collection[str] = (),
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
     left: list[str] | None = None,
 ) -> LazyTensors:
     """Refits as `repair` does, where linears have other parameters besides; more of them make up for that, though they keep all.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.arguments import as_percentage
+from billhook.arguments import percentage_hint
 from billhook.model.figures import Figures, figures_of
 from billhook.pruning.amount import RATIOS, Amount, RowLength, finest, length_of, others, suiting, width_step
 from billhook.pruning.choice import Counts, choose_units, free, protected_places
@@ -150,7 +150,7 @@ class RatioSearch:
             least, most = (left(ratio, names, ratios) for ratio in (tries[-1], tries[0]))
             raise ValueError(
                 f"{target}={wanted}: {limit:,} cannot be reached; with what may be removed, {least:,} to {most:,} can"
-                f"{as_percentage(wanted)}"
+                f"{percentage_hint(wanted)}"
             )
         ratios |= {name: min(common, self._highest(name)) for name in names}
         if len(names) > 1:  # heads are few and large: channels alone then come as close as they can

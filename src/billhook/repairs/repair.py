@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.arguments import annotated, fraction
-from billhook.bar import Told
+from billhook.arguments import check_fraction, check_types
 from billhook.calibration.calibration import tell_alone
 from billhook.engine.batches import Run, tell_apart
 from billhook.engine.comm import ALONE, Comm
@@ -28,6 +27,7 @@ from billhook.engine.state import replaced, undisturbed
 from billhook.engine.store import store_of
 from billhook.engine.walk import Site, Walk, find_sites
 from billhook.model.linears import size_of
+from billhook.progress import OnProgress
 from billhook.repairs.moments import NoRepair, check_tokens, not_refitted, too_few
 from billhook.repairs.visitor import Linears, RepairVisitor, agreed, followed, seen
 
@@ -60,8 +60,8 @@ class RepairConfig:
     ridges: Sequence[float] = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
     def __post_init__(self) -> None:
-        annotated(RepairConfig, vars(self))
-        fraction("held_out", self.held_out, "(0, 1)")
+        check_types(RepairConfig, vars(self))
+        check_fraction("held_out", self.held_out, "(0, 1)")
         if not self.ridges or not all(1e-4 <= ridge < math.inf for ridge in self.ridges):
             raise ValueError(f"ridges={self.ridges!r} must be finite numbers of at least 0.0001, one or more")
 
@@ -103,7 +103,7 @@ def repair_linears(
     repair: RepairConfig | None = None,
     comm: Comm = ALONE,
     given: LazyTensors | None = None,
-    progress: Told | None = None,
+    progress: OnProgress | None = None,
     left: list[str] | None = None,
 ) -> LazyTensors:
     """Refits linears that lose some of their inputs, and returns the new weights; the model stays as it is.

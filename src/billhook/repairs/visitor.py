@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from typing_extensions import Self
 
-from billhook.bar import Told
 from billhook.engine.batches import Run
 from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
@@ -22,6 +21,7 @@ from billhook.engine.store import BlockStore
 from billhook.engine.walk import Site, Visitor
 from billhook.linalg import float64_device, widest_float
 from billhook.model.linears import as_it_lies, is_pruned, matrix_of, turned
+from billhook.progress import OnProgress
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.moments import OwedMoments, TokenBuffer, as_float, counting, folds_of
 
@@ -195,7 +195,7 @@ class RepairVisitor(Visitor):
         held_out: Sequence[int],
         comm: Comm,
         given: LazyTensors | None,
-        progress: Told | None,
+        progress: OnProgress | None,
         store: BlockStore,
     ) -> None:
         self.files: ActivationFiles | None = None

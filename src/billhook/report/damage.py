@@ -12,21 +12,21 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from billhook.bar import Told
 from billhook.calibration.reading import Rows
-from billhook.display import aligned
+from billhook.display import render_table
 from billhook.engine.batches import Run, runs_of, source_of
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.passes import activation_files, together
 from billhook.engine.sharding import is_sharded
 from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
+from billhook.progress import OnProgress
 from billhook.report.generation import generates
 from billhook.report.predictions import Predictions, logits_now, loss_of
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progress: Told | None = None) -> float | None:
+def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progress: OnProgress | None = None) -> float | None:
     """Measures exp of the mean negative log-likelihood of each next token; None for a model that predicts none.
 
     `progress` is called with how many rows have been read, and how many will be.
@@ -141,7 +141,7 @@ class Dense:
         batches: Iterable[Any],
         inside: Sequence[str] = (),
         comm: Comm = ALONE,
-        progress: Told | None = None,
+        progress: OnProgress | None = None,
     ) -> None:
         self.inside, self._comm = set(inside), comm
         self.rows = [(source_of(batch), ids.cpu()) for batch in batches for ids in batch["input_ids"]]
@@ -158,7 +158,7 @@ class Dense:
             self._each(model, take, progress)
         self.losses = comm(losses)
 
-    def _each(self, model: PreTrainedModel, take: Callable[[int, Tensor, float], None], progress: Told | None) -> None:
+    def _each(self, model: PreTrainedModel, take: Callable[[int, Tensor, float], None], progress: OnProgress | None) -> None:
         """Reads the rows that are read here; `take` is given each, its logits `[length - 1, vocabulary]` and its mean loss."""
         done = set[int]()
 
@@ -176,7 +176,7 @@ class Dense:
         with undisturbed(model):
             together(model, [*reads, *(run.forward for run in runs[len(reads) :])])
 
-    def damage(self, model: PreTrainedModel, progress: Told | None = None) -> list[TextDamage]:
+    def damage(self, model: PreTrainedModel, progress: OnProgress | None = None) -> list[TextDamage]:
         """Compares a changed model with the dense one, by source; `progress` is called with how many rows are done."""
         now = torch.zeros(len(self.rows), 2, dtype=torch.float64)  # loss and divergence
 
@@ -241,7 +241,7 @@ def table(damage: Sequence[TextDamage]) -> str:
         ratio, kl = _with_error(text.ratio, text.ratio_error), _with_error(text.kl, text.kl_error)
         where = "calibrated on" if text.inside else "not calibrated on"
         rows.append([text.source, where, f"{text.before:,.4g}", f"{text.after:,.4g}", ratio, kl])
-    return aligned(["perplexity on", "", "before", "after", "ratio", "KL"], rows, aligns="<<>")
+    return render_table(["perplexity on", "", "before", "after", "ratio", "KL"], rows, aligns="<<>")
 
 
 def _with_error(value: float, error: float) -> str:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from billhook.arguments import annotated, one_of, whole
+from billhook.arguments import check_int, check_one_of, check_types
 from billhook.engine.memory import resident
 from billhook.model.config_fields import text_config
 from billhook.model.figures import meta_copy
@@ -187,7 +187,7 @@ def measure_speed(
         >>> [(row.phase, row.cache_tokens, row.speed_up) for row in rows]
         [('prefill', 10, 1.0), ('decode', 10, 1.0)]
     """
-    annotated(measure_speed, locals())
+    check_types(measure_speed, locals())
     check_speed(models, batch_sizes, contexts, new_tokens, rounds, warmup, cache, phases)
     rows = list[Row]()
     for batch_size in batch_sizes:
@@ -218,14 +218,14 @@ def check_speed(
         if not values:
             raise ValueError(f"{name}: at least one is needed")
     for batch_size in batch_sizes:
-        whole("batch_sizes", batch_size)
+        check_int("batch_sizes", batch_size)
     for context in contexts:
-        whole("contexts", context, 2)
+        check_int("contexts", context, 2)
     for name, number, least in (("new_tokens", new_tokens, 1), ("rounds", rounds, 1), ("warmup", warmup, 0)):
-        whole(name, number, least)
-    one_of("cache", cache, CacheKind)
+        check_int(name, number, least)
+    check_one_of("cache", cache, CacheKind)
     for phase in phases:
-        one_of("phases", phase, Phase)
+        check_one_of("phases", phase, Phase)
     for number, model in enumerate(models):
         tokens = max(contexts) + (new_tokens if generates(model) else 0)
         _check_model(model, f"models: number {number}, a {type(model).__name__},", tokens)

@@ -9,9 +9,9 @@ from rich.console import RenderableType
 from torch import nn
 
 from billhook.adapters.merge import taken_off
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.checkpoints.equivalent import cache_as_saved
-from billhook.display import Shown, columns, drawn
+from billhook.display import Printable, render, text_table
 from billhook.engine.sharding import is_sharded, reshard, sizes_only
 from billhook.engine.zeros import zeros_of
 from billhook.kv_heads.config import heads_by_layer, heads_of
@@ -20,7 +20,7 @@ from billhook.model.find import find_transformer
 
 
 @dataclass(frozen=True, repr=False)
-class Summary(Shown):
+class Summary(Printable):
     """Size and cost of a model; `print` shows a table.
 
     Attributes:
@@ -60,7 +60,7 @@ class Summary(Shown):
         """Returns plain data."""
         return asdict(self)
 
-    def _shown(self) -> list[RenderableType]:
+    def _renderables(self) -> list[RenderableType]:
         dtype = f" in {self.dtype}" if self.dtype else ""
         per = f"token at {self.context}" if self.context else "image"
         adapters = [("of adapters, besides", f"{self.adapters:,}")] if self.adapters else []
@@ -74,7 +74,7 @@ class Summary(Shown):
             ("KV cache per token", "unknown" if self.kv_cache_bytes is None else f"{self.kv_cache_bytes:,} bytes{dtype}"),
             (f"forward FLOPs per {per}", "unknown" if self.flops is None else f"{self.flops:,}"),
         ]
-        return [columns(rows, aligns="<")]
+        return [text_table(rows, aligns="<")]
 
     def _heads(self) -> str:
         """Returns how many heads of each kind layers have, from the fewest to the most."""
@@ -104,7 +104,7 @@ def summary(model: nn.Module) -> Summary:
         KV cache per token              4,096 bytes in float16
         forward FLOPs per token at 512  7,602,176
     """
-    annotated(summary, locals())
+    check_types(summary, locals())
     model = find_transformer(model)
     reshard(model)
     every = sum(parameter.numel() for parameter in model.parameters())
@@ -151,7 +151,7 @@ def table(
     if "sparsity" not in shown:
         shown.pop("zeros", None)
     rows = [[stage.name, stage.step, *(_number(stage.numbers.get(key)) for key in shown.values())] for stage in stages]
-    return drawn(columns(rows, ["", "step", *shown]), *(["", columns(notes, aligns="<")] if notes else []))
+    return render(text_table(rows, ["", "step", *shown]), *(["", text_table(notes, aligns="<")] if notes else []))
 
 
 def _number(value: float | None) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel
 
-from billhook.arguments import annotated, one_of, whole
+from billhook.arguments import check_int, check_one_of, check_types
 from billhook.assets import model_path
 from billhook.calibration.generated import check_writes, generated
 from billhook.engine.state import overridden, undisturbed
@@ -115,16 +115,16 @@ def serve_check(
     """
     arguments = locals()
     folder = model_path(str(folder))
-    annotated(serve_check, arguments)
+    check_types(serve_check, arguments)
     if not Path(folder).is_dir():
         raise ValueError(f"folder={folder!r} must be a folder on this machine")
     if isinstance(engine, str):
-        one_of("engine", engine, EngineName)
-    whole("tokens", tokens, 2)
-    whole("new_tokens", new_tokens)
-    whole("threads", threads)
+        check_one_of("engine", engine, EngineName)
+    check_int("tokens", tokens, 2)
+    check_int("new_tokens", new_tokens)
+    check_int("threads", threads)
     for kind in quantised:
-        one_of("quantised", kind, Quantised)
+        check_one_of("quantised", kind, Quantised)
     if not isinstance(converter, Converter):
         with Converter(converter) as installed:
             return serve_check(folder, engine, installed, tokens, new_tokens, quantised, threads)

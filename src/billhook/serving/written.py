@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from billhook.arguments import a_path, one_of
+from billhook.arguments import check_one_of, check_path
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import FILES
 from billhook.model.shaped import load_as, readable, says_shape
@@ -136,8 +136,8 @@ def export_gguf(folder: str | Path, out: str | Path, kind: GGUFKind = "auto", co
 
 def check_gguf(out: str | Path, kind: GGUFKind = "auto") -> None:
     """Refuses a file that is not to be written, and an unknown kind."""
-    one_of("kind", kind, GGUFKind)
-    a_path("gguf", out, [".gguf"])
+    check_one_of("kind", kind, GGUFKind)
+    check_path("gguf", out, [".gguf"])
     path = Path(out)
     other = path.is_dir()
     if path.is_file():

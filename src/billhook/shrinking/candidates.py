@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
-from billhook.arguments import as_percentage
+from billhook.arguments import percentage_hint
 from billhook.model.linears import matrix_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import RatioSearch
@@ -88,7 +88,7 @@ class Candidates:
             limit += " ms" * (self.target == "latency")
             raise ValueError(
                 f"{self.target}={budget}: {limit} cannot be reached; with what may be removed, {least} to {now} can"
-                f"{as_percentage(budget)}"
+                f"{percentage_hint(budget)}"
             )
         met = just_met(candidates.layers, self.blocks.able, self.now, self.limit) if self.uniform else {}
         layers = list[Layer]()

@@ -7,7 +7,7 @@ from statistics import median
 
 from transformers import PreTrainedModel
 
-from billhook.arguments import annotated, whole
+from billhook.arguments import check_int, check_types
 from billhook.engine.state import undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.meta import sharing
@@ -55,9 +55,9 @@ class Workload:
     cache: CacheKind = "static"
 
     def __post_init__(self) -> None:
-        annotated(Workload, vars(self))
+        check_types(Workload, vars(self))
         for name, least in {"batch_size": 1, "context": 2, "new_tokens": 1, "rounds": 1}.items():
-            whole(name, least if (value := getattr(self, name)) is None else value, least)
+            check_int(name, least if (value := getattr(self, name)) is None else value, least)
 
     def of(self, model: PreTrainedModel) -> "Workload":
         """Decides what is left open, for one model; refuses a model that cannot do it."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from billhook.arguments import annotated, fraction, number, whole
+from billhook.arguments import check_fraction, check_int, check_number, check_types
 from billhook.importance.score import Importance
 from billhook.pruning.amount import TARGETS, Amount, RoundTo
 from billhook.pruning.repair import Repairing
@@ -43,14 +43,14 @@ class Budget:
     latency: float | None = None
 
     def __post_init__(self) -> None:
-        annotated(Budget, vars(self))
+        check_types(Budget, vars(self))
         names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
         if len(names) != 1:
             raise ValueError(f"{' and '.join(names) or 'params=None'}: give one budget of {', '.join(vars(self))}")
         if self.max_loss is not None:
-            number("max_loss", self.max_loss, above=1)
+            check_number("max_loss", self.max_loss, above=1)
         if self.latency is not None:
-            fraction("latency", self.latency, "(0, 1)", of="the dense model's time")
+            check_fraction("latency", self.latency, "(0, 1)", of="the dense model's time")
         self.amount(0, 0, "auto")
 
     def amount(self, first: int, last: int, round_to: RoundTo) -> Amount:
@@ -96,11 +96,11 @@ class Search:
     candidates: int = 8
 
     def __post_init__(self) -> None:
-        annotated(Search, vars(self))
+        check_types(Search, vars(self))
         for name, least in {"first": 0, "last": 0, "generations": 0, "candidates": 1}.items():
-            whole(name, getattr(self, name), least)
+            check_int(name, getattr(self, name), least)
         if self.round_to != "auto":
-            whole("round_to", self.round_to)
+            check_int("round_to", self.round_to)
 
     def amount(self, budget: Budget) -> Amount:
         """Returns a budget as an amount of which the blocks that stay whole give nothing."""

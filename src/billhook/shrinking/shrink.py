@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from billhook.arguments import a_path, annotated, whole
+from billhook.arguments import check_int, check_path, check_types
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.importance.obs import OBS
 from billhook.model.figures import figure_of
@@ -89,8 +89,8 @@ def shrink(
         >>> shrunk.limit, shrunk.left, sum(now for _, now in shrunk.kept.values())
         (2048, 2048, 16)
     """
-    annotated(shrink, locals())
-    whole("seed", seed, 0)
+    check_types(shrink, locals())
+    check_int("seed", seed, 0)
     check_library(library)
     if workload is not None and budget.latency is None:
         raise ValueError(f"workload={workload!r} is what latency is measured of, and latency=None")
@@ -210,6 +210,6 @@ def shrunk_of(measured: Measured, chosen: Chosen) -> Shrunk:
 def check_library(library: str | Path | None) -> None:
     """Refuses what is no folder, nor free to become one."""
     if library is not None:
-        a_path("library", library)
+        check_path("library", library)
         if Path(library).exists() and not Path(library).is_dir():
             raise ValueError(f"library='{library}' must be a folder, or a name that is free")

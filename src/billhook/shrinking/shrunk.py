@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from billhook.display import Shown, columns
+from billhook.display import Printable, text_table
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
@@ -55,7 +55,7 @@ class Times:
 
 
 @dataclass(frozen=True, repr=False)
-class Shrunk(Shown):
+class Shrunk(Printable):
     """A model that was made smaller within a budget; `print` shows what it took.
 
     Attributes:
@@ -125,7 +125,7 @@ class Shrunk(Shown):
         left = {"not_refitted": self.not_refitted} if self.not_refitted else {}
         return {**plans, **blocks, **plain, **choices, "times": self.times and vars(self.times), **left}
 
-    def _shown(self) -> list[RenderableType]:
+    def _renderables(self) -> list[RenderableType]:
         lines: list[RenderableType] = [self.budget] if self.merged else []
         lines += self.merged
         if self.plan.units or not self.merged:
@@ -136,7 +136,7 @@ class Shrunk(Shown):
             lines.append(f"all blocks stay: {self.blocks_stay}")
         head = ["ms" if self.target == "latency" else self.target, "predicted", "put together"]
         sizes = [[in_words(self.target, size.left), f"{size.predicted:.4f}", f"{size.measured:.4f}"] for size in self.curve]
-        return [*lines, CURVE, columns(sizes, head), *self._notes()]
+        return [*lines, CURVE, text_table(sizes, head), *self._notes()]
 
     def _notes(self) -> list[str]:
         """Says what is lost without units of one kind alone, and with the chosen size."""

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from billhook.arguments import annotated, fraction, number
+from billhook.arguments import check_fraction, check_number, check_types
 from billhook.model.linears import size_of
 from billhook.sparsity.criteria import Wanda
 from billhook.sparsity.grouped import scores_of
@@ -134,9 +134,9 @@ class OWL(Allocation):
     multiple: float = 5.0
 
     def __post_init__(self) -> None:
-        annotated(OWL, vars(self))
-        fraction("lam", self.lam, "[0, 0.5]")
-        number("multiple", self.multiple, above=0)
+        check_types(OWL, vars(self))
+        check_fraction("lam", self.lam, "[0, 0.5]")
+        check_number("multiple", self.multiple, above=0)
 
     def measure(self, scores: Sequence[Tensor]) -> float:
         """Computes the percentage of outliers, D_b = 100 mean(S > multiple * mean(S)) over all scores of the block."""

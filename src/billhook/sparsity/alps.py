@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from billhook.arguments import annotated, number, one_of, whole
+from billhook.arguments import check_int, check_number, check_one_of, check_types
 from billhook.engine.statistics import InputMoments, Statistics
 from billhook.linalg import conjugate_gradients, damp_, in_float64
 from billhook.sparsity.criteria import Comparison, Criterion, Wanda, check_finite
@@ -112,12 +112,12 @@ class ALPS(Criterion):
     copies: ClassVar[int] = 10  # of float32; eigenvectors are found in float64
 
     def __post_init__(self) -> None:
-        annotated(ALPS, vars(self))
-        one_of("compares", self.compares, ("row", "layer"))
-        number("damping", self.damping, above=0)
-        number("penalty", self.penalty, above=0)
-        whole("steps", self.steps)
-        whole("refits", self.refits, 0)
+        check_types(ALPS, vars(self))
+        check_one_of("compares", self.compares, ("row", "layer"))
+        check_number("damping", self.damping, above=0)
+        check_number("penalty", self.penalty, above=0)
+        check_int("steps", self.steps)
+        check_int("refits", self.refits, 0)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
         """Computes |W_ij| ||X_j||, the ridge in the norm: where ADMM begins."""
@@ -182,9 +182,9 @@ class Refit(Criterion):
     updates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        annotated(Refit, vars(self))
-        whole("steps", self.steps)
-        number("damping", self.damping, least=0)
+        check_types(Refit, vars(self))
+        check_int("steps", self.steps)
+        check_number("damping", self.damping, least=0)
         if self.criterion.compares == "global":
             raise ValueError("criterion: one that compares all layers cannot be refitted, as that goes layer by layer")
         object.__setattr__(self, "compares", self.criterion.compares)

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from billhook.arguments import annotated, number, one_of
+from billhook.arguments import check_number, check_one_of, check_types
 from billhook.engine.statistics import InputNorms, Statistics
 from billhook.linalg import nonzero
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
@@ -40,7 +40,7 @@ class Criterion(ABC):
     copies: ClassVar[int] = 4
 
     def __post_init__(self) -> None:
-        one_of("compares", self.compares, Comparison)
+        check_one_of("compares", self.compares, Comparison)
 
     def statistics(self, in_features: int, device: torch.device | str = "cpu") -> Statistics | None:
         """Makes empty statistics of a layer's inputs; None if none are needed."""
@@ -220,9 +220,9 @@ class RIA(Criterion):
     needs: ClassVar[type[Statistics] | None] = InputNorms
 
     def __post_init__(self) -> None:
-        annotated(RIA, vars(self))
+        check_types(RIA, vars(self))
         super().__post_init__()
-        number("exponent", self.exponent, least=0)
+        check_number("exponent", self.exponent, least=0)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
         """Computes (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a."""

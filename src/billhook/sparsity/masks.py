@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from billhook.arguments import fraction
+from billhook.arguments import check_fraction
 
 CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**24
 """Scores in a block: few enough for a core's cache, and enough to keep an accelerator busy."""
@@ -57,7 +57,7 @@ def check_amount(sparsity: float | None, pattern: str = "unstructured") -> float
     if sparsity is None and kept is None:
         raise ValueError("sparsity=None with pattern='unstructured': say a fraction in [0, 1)")
     if sparsity is not None:
-        fraction("sparsity", sparsity, of="the weights")
+        check_fraction("sparsity", sparsity, of="the weights")
     if kept is None:
         return float(sparsity or 0)
     implied = (kept[1] - kept[0]) / kept[1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from billhook.arguments import annotated, fraction, number, whole
+from billhook.arguments import check_fraction, check_int, check_number, check_types
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.state import fresh_casts, overridden
 from billhook.engine.trees import tree_leaves, tree_map_only
@@ -79,11 +79,11 @@ class BlockMatching:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        annotated(BlockMatching, vars(self))
-        whole("steps", 1 if self.steps is None else self.steps)
-        number("lr", self.lr, above=0)
-        fraction("held_out", self.held_out, "(0, 1)", "the batches")
-        whole("seed", self.seed, 0)
+        check_types(BlockMatching, vars(self))
+        check_int("steps", 1 if self.steps is None else self.steps)
+        check_number("lr", self.lr, above=0)
+        check_fraction("held_out", self.held_out, "(0, 1)", "the batches")
+        check_int("seed", self.seed, 0)
 
     def is_held_out(self, count: int) -> list[bool]:
         """Picks some of so many batches, two at least, that lie evenly among them: True for each that is held out."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from billhook.arguments import annotated, one_of
+from billhook.arguments import check_one_of, check_types
 from billhook.engine.walk import Sequential
 from billhook.model.linears import Convolutions
 from billhook.sparsity.allocation import Allocation
@@ -46,9 +46,9 @@ class PruneOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.patterns, Sequence) or not all(isinstance(pattern, str) for pattern in self.patterns):
             raise ValueError(f"skip={self.skip!r} must be glob patterns of linears, as in ['*.down_proj']")
-        annotated(PruneOptions, vars(self))
-        one_of("sequential", self.sequential, Sequential)
-        one_of("convolutions", self.convolutions, Convolutions)
+        check_types(PruneOptions, vars(self))
+        check_one_of("sequential", self.sequential, Sequential)
+        check_one_of("convolutions", self.convolutions, Convolutions)
 
     @property
     def patterns(self) -> Sequence[str]:

@@ -12,9 +12,9 @@ import torch
 from rich.console import RenderableType
 from torch import Tensor, nn
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches
-from billhook.display import Shown, columns
+from billhook.display import Printable, text_table
 from billhook.engine.comm import ALONE
 from billhook.engine.device import check_device
 from billhook.engine.state import uninterrupted
@@ -34,7 +34,7 @@ from billhook.units.gates import Gate
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Permuted(Shown):
+class Permuted(Printable):
     """The order in which a model's channels now stand; `print` shows a table.
 
     Attributes:
@@ -51,7 +51,7 @@ class Permuted(Shown):
     axes: tuple[Reordered, ...]
     left: dict[str, str]
 
-    def _shown(self) -> list[RenderableType]:
+    def _renderables(self) -> list[RenderableType]:
         """Shows for axes that are alike their name, how many orders of how many units, and what they keep on average."""
         alike: dict[tuple[str, int], list[Reordered]] = defaultdict(list)
         for axis in self.axes:
@@ -64,7 +64,7 @@ class Permuted(Shown):
             rows.append((name, f"{sets:>4} x {units:>6,}  {before:.4f} -> {after:.4f}"))
         title = f"{self.model} in order for {self.pattern}, by {self.criterion}: share of the scores that is kept"
         left = [f"  {name} stay as they are: {why}" for name, why in self.left.items()]
-        return [title, columns(rows, aligns="<", indent=2), *left]
+        return [title, text_table(rows, aligns="<", indent=2), *left]
 
 
 Ordered = Sequence[tuple[Free, Indices]]
@@ -162,7 +162,7 @@ def permute_for(
         >>> all(before <= after for before, after in (axis.kept for axis in done.axes))
         True
     """
-    annotated(permute_for, locals())
+    check_types(permute_for, locals())
     criterion = criterion or Wanda()
     check_permute(pattern, stream=not store_of(model).holds_all)
     check_permutable(model)

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, tell_once
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.device import check_device
@@ -106,7 +106,7 @@ def prune(
         >>> round(bh.prune(model, bh.Wanda(), [{"input_ids": torch.arange(64)[None]}], pattern="2:4").sparsity, 2)
         0.5
     """
-    annotated(prune, locals())
+    check_types(prune, locals())
     criterion, options = criterion or Wanda(), options or PruneOptions()
     allocation, match = options.allocation, options.match
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from torch.optim import Optimizer
 from typing_extensions import Self
 
-from billhook.display import columns
+from billhook.display import text_table
 from billhook.engine.lazy import LazyTensors, Read
 from billhook.engine.parts import fingerprint
 from billhook.engine.sharding import local, reshard, sharded_as
@@ -301,7 +301,7 @@ class WeightPlan(ModelPlan):
                 raise ValueError(f"plan: it was made for another model: {name} is {self.shapes[name]} there, and {size} here")
         return linears
 
-    def _shown(self) -> list[RenderableType]:
+    def _renderables(self) -> list[RenderableType]:
         """Shows linears that are alike by their name, number, shape, and the least and greatest sparsity."""
         alike: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
         for name, part in self.pruned.items():
@@ -313,4 +313,4 @@ class WeightPlan(ModelPlan):
             spread = f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"
             rows.append((name, f"{len(each):>4} x [{out:>6,}, {into:>6,}]  sparsity {spread}"))
         rows += [(name, "not called by any batch: left as it is") for name in self.uncalled]
-        return [f"{self.criterion}, {self.pattern}", columns(rows, aligns="<", indent=2)]
+        return [f"{self.criterion}, {self.pattern}", text_table(rows, aligns="<", indent=2)]

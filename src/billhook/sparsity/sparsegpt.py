@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from billhook.arguments import annotated, fraction, whole
+from billhook.arguments import check_fraction, check_int, check_types
 from billhook.engine.statistics import InputMoments, Statistics
 from billhook.linalg import cholesky_, damp_
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
@@ -140,9 +140,9 @@ class SparseGPT(Criterion):
     updates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        annotated(SparseGPT, vars(self))
-        fraction("damping", self.damping, f"(0, {MAX_DAMPING:g}]")
-        whole("block_size", self.block_size)
+        check_types(SparseGPT, vars(self))
+        check_fraction("damping", self.damping, f"(0, {MAX_DAMPING:g}]")
+        check_int("block_size", self.block_size)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
         """Computes W_ij^2 / U_jj^2 of the weight as it is, before any update."""

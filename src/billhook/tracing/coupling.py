@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import RenderableType
 from torch import nn
 
-from billhook.display import Shown, drawn
+from billhook.display import Printable, render
 from billhook.tracing import show
 from billhook.tracing.axes import Axis, crossed, find, layout, leaves, mark, multiplied_with
 from billhook.tracing.groups import Group, Kind, find_groups, weigh
@@ -14,7 +14,7 @@ from billhook.tracing.roles import Attention, Findings, find_attention, find_fee
 from billhook.tracing.tape import Tape, note
 
 
-class Structure(Shown, Findings):
+class Structure(Printable, Findings):
     """Axes, groups and roles of a model's parameters; `print` shows them as a table.
 
     Attributes:
@@ -50,12 +50,12 @@ class Structure(Shown, Findings):
         """Returns everything as plain data."""
         return show.to_json(self)
 
-    def _shown(self) -> list[RenderableType]:
+    def _renderables(self) -> list[RenderableType]:
         return show.table(self, self.groups)
 
     def show(self, groups: Sequence[Group]) -> str:
         """Shows some of the groups as a table."""
-        return drawn(*show.table(self, groups))
+        return render(*show.table(self, groups))
 
 
 def couple(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:

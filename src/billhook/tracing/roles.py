@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from billhook.display import Shown
+from billhook.display import Printable
 from billhook.model.handed import Indices
 from billhook.tracing.axes import Axis, find, leaves
 from billhook.tracing.groups import Group, Kind
@@ -35,7 +35,7 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Attention(Shown):
+class Attention(Printable):
     """One attention: which rows make queries, keys and values, and who reads the outcome.
 
     Attributes:
@@ -61,12 +61,12 @@ class Attention(Shown):
         """The parts by role."""
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
 
-    def _shown(self) -> list[str]:
+    def _renderables(self) -> list[str]:
         return _lines(self.roles)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FeedForward(Shown):
+class FeedForward(Printable):
     """One feed-forward block: who makes the channels, who gates them, who reads them.
 
     Attributes:
@@ -86,7 +86,7 @@ class FeedForward(Shown):
         """The parts by role."""
         return {"gate": self.gate, "up": self.up, "down": self.down}
 
-    def _shown(self) -> list[str]:
+    def _renderables(self) -> list[str]:
         return _lines(self.roles)
 
 

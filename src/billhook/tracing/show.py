@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from billhook.display import columns
+from billhook.display import text_table
 from billhook.tracing.axes import Axis, factors, find, segments
 from billhook.tracing.groups import KINDS, Group, Kind
 from billhook.tracing.roles import Findings, Part, stretches
@@ -58,7 +58,7 @@ def table(structure: Findings, groups: Sequence[Group]) -> list[RenderableType]:
     entries = sum(math.prod(shape) for shape in structure.shapes.values())
     shown: list[RenderableType] = [f"{structure.model}: {entries:,} parameters in {len(structure.shapes)} tensors"]
     if rows:
-        shown += ["", columns(rows, HEAD, aligns="<>>><")]
+        shown += ["", text_table(rows, HEAD, aligns="<>>><")]
     elif not groups:
         shown += ["", "no such units"]
     return [*shown, "", labelled(notes)] if notes else shown
@@ -93,7 +93,7 @@ def _warnings(structure: Findings) -> list[tuple[str, str]]:
 
 def labelled(notes: Iterable[Sequence[str]]) -> RenderableType:
     """Makes lines under a table, each with what it is about in front."""
-    return columns([(f"{label:<12}", *texts) for label, *texts in notes], aligns="<")
+    return text_table([(f"{label:<12}", *texts) for label, *texts in notes], aligns="<")
 
 
 def pattern(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.engine.batches import check_one_device
 from billhook.model.config_fields import configs_of
 from billhook.model.find import check_dense, find_transformer
@@ -55,7 +55,7 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
         [('residual', 256), ('head', 8), ('value', 32)]
     """
     _check(model, example_inputs)
-    annotated(trace, locals())
+    check_types(trace, locals())
     with _alone, torch.inference_mode(False), torch.device("cpu"):  # whatever is on around
         subject, outside = _subject(model, example_inputs is not None)
         check_one_device(subject)  # accelerate's hooks would go along with a copy, and move its inputs

@@ -7,7 +7,7 @@ import datasets
 from lightning_utilities.core.rank_zero import rank_zero_info
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.arguments import annotated, fraction, whole
+from billhook.arguments import check_fraction, check_int, check_types
 from billhook.calibration.conversations import columns_of, is_text, warn_of_rows_without_text
 from billhook.calibration.reading import Data, Rows, Table, check_columns, runs_on
 from billhook.calibration.rows import (
@@ -108,10 +108,10 @@ class TextDataModule(TokenizedModule):
         packing: bool = True,
         weights: Sequence[float] | None = None,
     ) -> None:
-        annotated(TextDataModule, locals())
+        check_types(TextDataModule, locals())
         super().__init__(data, batch_size, seed, num_workers, streaming, validation, weights)
-        whole("block_size", block_size, 2)  # a token to read and one to predict
-        fraction("mlm_probability", mlm_probability)
+        check_int("block_size", block_size, 2)  # a token to read and one to predict
+        check_fraction("mlm_probability", mlm_probability)
         self.tokenizer_name = tokenizer
         self.block_size, self.column, self.mlm_probability = block_size, column, mlm_probability
         self.loss_on, self.packing = loss_on, packing
@@ -197,9 +197,9 @@ class ClassificationDataModule(LabelledModule, TokenizedModule):
         num_workers: int = 0,
         validation: float = 0.05,
     ) -> None:
-        annotated(ClassificationDataModule, locals())
+        check_types(ClassificationDataModule, locals())
         super().__init__(data, batch_size, seed, num_workers, validation=validation)
-        whole("max_length", max_length)
+        check_int("max_length", max_length)
         self.tokenizer_name, self.text_columns = tokenizer, text_columns or ["text"]
         self.label_column, self.max_length = label_column, max_length
         if len(self.text_columns) > 2:
@@ -267,10 +267,10 @@ class Seq2SeqDataModule(TokenizedModule):
         num_workers: int = 0,
         validation: float = 0.05,
     ) -> None:
-        annotated(Seq2SeqDataModule, locals())
+        check_types(Seq2SeqDataModule, locals())
         super().__init__(data, batch_size, seed, num_workers, validation=validation)
-        whole("max_source_length", max_source_length)
-        whole("max_target_length", max_target_length)
+        check_int("max_source_length", max_source_length)
+        check_int("max_target_length", max_target_length)
         self.tokenizer_name, self.source_column, self.target_column = tokenizer, source_column, target_column
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
 

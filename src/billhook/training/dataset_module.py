@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.arguments import fraction, number, whole
+from billhook.arguments import check_fraction, check_int, check_number
 from billhook.calibration.reading import SPLITS, Data, Rows, Table, check_data, load_splits, runs_on
 from billhook.calibration.rows import Batch
 from billhook.fit.lightning_internals import drop_training_loaders
@@ -27,7 +27,7 @@ def check_weights(weights: Sequence[float] | None, sources: int) -> None:
     if weights is None:
         return
     for weight in weights:
-        number("weights", weight, above=0)
+        check_number("weights", weight, above=0)
     if len(weights) != sources:
         raise ValueError(f"weights={weights!r} must be a number for each of {sources} sources in data")
 
@@ -94,8 +94,8 @@ class DatasetModule(pl.LightningDataModule):
         weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
-        whole("batch_size", batch_size)
-        fraction("validation", validation)
+        check_int("batch_size", batch_size)
+        check_fraction("validation", validation)
         sources = data if isinstance(data, list) else [data]
         if not sources:
             raise ValueError("data=[] must name at least one source")

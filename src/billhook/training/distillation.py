@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
-from billhook.arguments import a_path, annotated, fraction, number
+from billhook.arguments import check_fraction, check_number, check_path, check_types
 from billhook.model.config_fields import text_config
 
 CHUNK = 2**22
@@ -61,11 +61,11 @@ class Distillation:
 
     def __post_init__(self) -> None:
         if self.teacher is not None:
-            a_path("teacher", self.teacher)
-        number("temperature", self.temperature, above=0)
-        fraction("weight", self.weight, "[0, 1]")
-        number("hidden", self.hidden, 0)
-        annotated(Distillation, vars(self))
+            check_path("teacher", self.teacher)
+        check_number("temperature", self.temperature, above=0)
+        check_fraction("weight", self.weight, "[0, 1]")
+        check_number("hidden", self.hidden, 0)
+        check_types(Distillation, vars(self))
         if self.weight == self.hidden == 0:
             raise ValueError("weight=0 and hidden=0 leave nothing to learn from a teacher: leave distillation out")
 

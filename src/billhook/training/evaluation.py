@@ -8,14 +8,14 @@ from pathlib import Path
 from rich.console import RenderableType
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.arguments import annotated, whole
+from billhook.arguments import check_int, check_types
 from billhook.assets import text_files
-from billhook.bar import Told
 from billhook.calibration.reading import Rows
-from billhook.display import Shown, columns
+from billhook.display import Printable, text_table
 from billhook.engine.state import undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.preprocessors import tokenizer_of
+from billhook.progress import OnProgress
 from billhook.report.choices import Question, Row, batches, encode, log_likelihoods, read_questions
 from billhook.report.damage import perplexity
 from billhook.report.generation import generates
@@ -41,7 +41,7 @@ class Figure:
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation(Shown):
+class Evaluation(Printable):
     """Figures that `evaluate` has measured.
 
     Attributes:
@@ -50,9 +50,9 @@ class Evaluation(Shown):
 
     figures: tuple[Figure, ...]
 
-    def _shown(self) -> list[RenderableType]:
+    def _renderables(self) -> list[RenderableType]:
         rows = [[figure.of, figure.measure, shown(figure.value, figure.error)] for figure in self.figures]
-        return [columns(rows, ["", "", "value"], aligns="<<>")]
+        return [text_table(rows, ["", "", "value"], aligns="<<>")]
 
     @property
     def perplexity(self) -> float | None:
@@ -101,10 +101,10 @@ def evaluate(
     >>> 20 < found.perplexity < 80
     True
     """
-    annotated(evaluate, locals())
+    check_types(evaluate, locals())
     for name, value in {"examples": examples, "batch_size": batch_size, "limit": 1 if limit is None else limit}.items():
-        whole(name, value)
-    whole("length", 2 if length is None else length, 2)
+        check_int(name, value)
+    check_int("length", 2 if length is None else length, 2)
     if text is None and not questions:
         raise ValueError("text=None: give a text to measure perplexity on, questions, or both")
     if not generates(model):
@@ -136,7 +136,7 @@ def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
 
 
 def answered(
-    model: PreTrainedModel, who: str, sets: dict[str, Asked], batch_size: int, progress: Told | None = None
+    model: PreTrainedModel, who: str, sets: dict[str, Asked], batch_size: int, progress: OnProgress | None = None
 ) -> dict[str, Answers]:
     """Measures the log-likelihoods of all choices, by file; `progress` is called with how many tokens of how many are read."""
     rows = [row for questions in sets.values() for _, choices in questions for row in choices]
@@ -155,7 +155,9 @@ def answered(
     return answers
 
 
-def on_text(model: PreTrainedModel, text: Rows | None, length: int, examples: int, progress: Told | None = None) -> list[Figure]:
+def on_text(
+    model: PreTrainedModel, text: Rows | None, length: int, examples: int, progress: OnProgress | None = None
+) -> list[Figure]:
     """Measures perplexity on the first blocks of a text, if there is one."""
     value = None if text is None else perplexity(model, text, examples, progress)
     if text is None or value is None:

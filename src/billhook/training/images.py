@@ -8,7 +8,7 @@ import datasets
 from torch.utils.data import default_collate
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.calibration.reading import Data, Rows, Table, check_columns
 from billhook.calibration.rows import Batch, numbered
 from billhook.model.preprocessors import load_preprocessor
@@ -57,7 +57,7 @@ class ImageDataModule(LabelledModule):
         num_workers: int = 0,
         validation: float = 0.05,
     ) -> None:
-        annotated(ImageDataModule, locals())
+        check_types(ImageDataModule, locals())
         super().__init__(data, batch_size, seed, num_workers, validation=validation)
         self.processor_name, self.image_column, self.label_column = processor, image_column, label_column
         self._processor: BaseImageProcessor | None = None

@@ -20,7 +20,7 @@ from torchmetrics import Metric
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.adapters.lora import LoRA, attach, from_plain, to_plain
-from billhook.arguments import annotated, number, one_of
+from billhook.arguments import check_number, check_one_of, check_types
 from billhook.checkpoints.pretrained import AUTO_CLASSES, Task, load_model
 from billhook.engine.sharding import is_sharded, shard
 from billhook.engine.state import Noise
@@ -181,10 +181,10 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         distillation: Distillation | None = None,
         trainable: Trainable = "all",
     ) -> None:
-        annotated(TransformerModule, {k: v for k, v in locals().items() if not isinstance(v, dict)})  # as checkpoints hold LoRA
+        check_types(TransformerModule, {k: v for k, v in locals().items() if not isinstance(v, dict)})  # as checkpoints hold LoRA
         super().__init__()
-        one_of("task", task, AUTO_CLASSES)
-        number("lr", lr, above=0)
+        check_one_of("task", task, AUTO_CLASSES)
+        check_number("lr", lr, above=0)
         check_step(warmup, "warmup")
         check_trainable(trainable, model)
         if distillation is not None and task == "feature-extraction":

@@ -6,7 +6,7 @@ import numpy as np
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.arguments import annotated, one_of
+from billhook.arguments import check_one_of, check_types
 from billhook.model.find import find_transformer
 from billhook.model.handed import Indices
 from billhook.model.linears import is_adapter, is_convolution
@@ -44,7 +44,7 @@ def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_in
         >>> [layer.count() for layer in heads.values()]
         [8, 8, 8, 8]
     """
-    annotated(find_units, locals())
+    check_types(find_units, locals())
     kinds = kinds_of(kind)
     subject = model if example_inputs is not None else find_transformer(model)
     traced = [kind for kind in kinds if kind != "block"]
@@ -64,7 +64,7 @@ def kinds_of(kind: UnitKind | Iterable[UnitKind]) -> list[UnitKind]:
     """Returns one or several kinds as a list, each once; refuses others."""
     kinds: list[UnitKind] = list(dict.fromkeys([kind] if isinstance(kind, str) else kind))
     for legal in kinds:
-        one_of("kind", legal, UnitKind)
+        check_one_of("kind", legal, UnitKind)
     return kinds
 
 
@@ -107,7 +107,7 @@ def of_kind(units: Mapping[str, Units], *kinds: UnitKind) -> dict[str, Units]:
 
 def numbered(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
     """Returns chosen units by the name of their place, ascending and each once; KV heads as their query heads."""
-    one_of("per", per, Per)
+    check_one_of("per", per, Per)
     names, what = list(units), plural(layer.kind for layer in units.values())
     order = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     if not isinstance(chosen, Mapping):

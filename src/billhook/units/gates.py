@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.engine.sharding import local, reshard, sharded_as
 from billhook.engine.state import fresh_casts
 from billhook.model.find import find_transformer
@@ -116,7 +116,7 @@ def gates(model: nn.Module, units: Mapping[str, Units], per: Per = "head") -> It
         >>> all(gate.grad is not None for gate in gates.values())
         True
     """
-    annotated(gates, locals())
+    check_types(gates, locals())
     numbered(units, {}, per)  # refuses an illegal `per`
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     named_here = all(names.issuperset(layer.readers) for layer in units.values())
@@ -157,7 +157,7 @@ def mask(
         ...     mask.units
         {'model.layers.0.self_attn': [1]}
     """
-    annotated(mask, locals())
+    check_types(mask, locals())
     if isinstance(units, Iterable):
         chosen: Chosen = units
     else:

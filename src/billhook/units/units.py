@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.arguments import annotated
+from billhook.arguments import check_types
 from billhook.model.handed import Indices
 from billhook.tracing.axes import Axis, layout, leaves
 from billhook.tracing.groups import Member
@@ -60,7 +60,7 @@ class Units:
     members: tuple[Member, ...]
 
     def __post_init__(self) -> None:
-        annotated(Units, vars(self))
+        check_types(Units, vars(self))
 
     def __repr__(self) -> str:
         return f"Units({self.kind!r}, {' and '.join(f'{number:,}' for number in counts(self))} in {self.name!r})"

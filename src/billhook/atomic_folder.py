@@ -42,14 +42,14 @@ def check_target(folder: str | Path) -> None:
         raise ValueError(f"'{folder}' holds something that billhook did not write ({foreign}): name another folder")
 
 
-def check_apart(source: str | Path, folder: str | Path) -> None:
+def check_not_source(source: str | Path, folder: str | Path) -> None:
     """Refuses a folder to save to that is the one which is read, or that holds it: it would be lost."""
     read, path = Path(source).resolve(), Path(folder).resolve()
     if read.is_dir() and path.exists() and any(path.samefile(own) for own in (read, *read.parents)):
         raise ValueError(f"'{folder}' is the folder of the model that is read, or holds it, and would be replaced: name another")
 
 
-def replaced(folder: str | Path) -> str:
+def replacement_note(folder: str | Path) -> str:
     """Says what a save to a folder that `check_target` has passed replaces, to follow its name; empty if nothing stands there."""
     record = Path(folder) / RECORD
     if not record.is_file():
@@ -70,7 +70,7 @@ def _foreign(folder: Path) -> str | None:
 
 
 @contextmanager
-def drafted(target: Path) -> Iterator[Path]:
+def draft_folder(target: Path) -> Iterator[Path]:
     """Yields an empty folder next to the target, and removes it afterwards; drafts of killed processes are removed first.
 
     The target must be claimed, or a draft of a process that lives would be removed.
@@ -91,7 +91,7 @@ def _draft_name(target: Path, suffix: str | None = None) -> Path:
     return target.with_name(f".{target.name}.draft-{suffix or secrets.token_hex(4)}")
 
 
-def move(draft: Path, target: Path) -> None:
+def replace_folder(draft: Path, target: Path) -> None:
     """Moves the draft, safely on disk, to the target; an older checkpoint there stays complete until the new one is in place."""
     mode = stat.S_IMODE(draft.stat().st_mode)
     for path in draft.rglob("*"):
@@ -114,10 +114,10 @@ def move(draft: Path, target: Path) -> None:
                 target.mkdir()
             raise
     finally:
-        recover(target)
+        recover_folder(target)
 
 
-def recover(target: Path) -> None:
+def recover_folder(target: Path) -> None:
     """Recovers from a move that was cut off: puts the older checkpoint back if no new one is in place, else removes it."""
     old = _draft_name(target, "old")
     if old.is_symlink() or not old.is_dir() or _foreign(old):
@@ -137,6 +137,6 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def size(folder: Path) -> int:
+def folder_size(folder: Path) -> int:
     """Adds up the bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from billhook import bar as bars
-from billhook.bar import bar, lasting
+import billhook.progress as bars
+from billhook.progress import format_duration, progress_bar
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def stderr(monkeypatch):
 
 def steps(clock, seconds, total):
     """Shows a bar for steps, the first of which takes a hundred times as long."""
-    with bar("scoring", "batches") as told:
+    with progress_bar("scoring", "batches") as told:
         for done in range(1, total + 1):
             clock[0] += seconds * (100 if done == 1 else 1)
             told(done, total)
@@ -60,18 +60,18 @@ def test_a_terminal_gets_a_bar_that_goes_away_and_the_line_that_stays(stderr):
 def test_nothing_is_said_before_three_steps_and_a_fiftieth_of_all_are_measured(stderr):
     of, clock = stderr
     out = of(terminal=False)
-    with bar("scoring", "batches") as told:
+    with progress_bar("scoring", "batches") as told:
         for done in range(1, 12):
             clock[0] += 9.0
             told(done, 500)
             assert (out.getvalue() != "") == (done >= 11)
-    assert lasting(4500) == "75 min"
+    assert format_duration(4500) == "75 min"
 
 
 def test_the_first_step_says_how_long_all_take_if_none_was_told_before_it(stderr):
     of, clock = stderr
     out = of(terminal=True)
-    with bar("pruning", "blocks", lambda: f"peak {clock[0]:.1f} GiB") as told:
+    with progress_bar("pruning", "blocks", lambda: f"peak {clock[0]:.1f} GiB") as told:
         told(0, 30)
         clock[0] += 4.0
         told(1, 30)
@@ -84,7 +84,7 @@ def test_the_first_step_says_how_long_all_take_if_none_was_told_before_it(stderr
 def test_steps_that_are_not_alike_say_what_is_done_and_no_time(stderr):
     of, clock = stderr
     out, phase = of(terminal=False), ["scoring"]
-    with bar("shrinking", "steps", lambda: phase[-1], alike=False) as told:
+    with progress_bar("shrinking", "steps", lambda: phase[-1], steady=False) as told:
         told(0, 10)
         for done in range(1, 8):
             clock[0] += 40.0
@@ -97,7 +97,7 @@ def test_steps_that_are_not_alike_say_what_is_done_and_no_time(stderr):
         "shrinking: 6 of 10 steps, searching",
     ]
     out = of(terminal=True)
-    with bar("shrinking", "steps", lambda: phase[-1], alike=False) as told:
+    with progress_bar("shrinking", "steps", lambda: phase[-1], steady=False) as told:
         told(0, 175)
     assert "0/175 steps" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert "left:" not in out.getvalue()

@@ -15,7 +15,7 @@ except ImportError:  # Windows, where nothing keeps two runs apart
     fcntl = None  # type: ignore[assignment]
 
 
-class Claim:
+class FolderLock:
     """Holds the lock of a folder until it is released, or lost, or the process ends, however it does.
 
     The system takes a lock from a process that ends, so that a file which it left is no obstacle, on any host. A process that
@@ -59,9 +59,9 @@ class Claim:
 
 
 @contextmanager
-def claimed(target: Path) -> Iterator[None]:
+def lock_folder(target: Path) -> Iterator[None]:
     """Claims a folder for this process within; see `Claim`."""
-    claim = Claim(target)
+    claim = FolderLock(target)
     try:
         yield
     finally:

@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 import pytest
 
 import billhook as bh
-from billhook.claim import claimed
+from billhook.atomic_folder import RECORD
 from billhook.cli.main import main
-from billhook.place import RECORD
+from billhook.folder_lock import lock_folder
 from kit.events import SIZES, Own, loader
 from kit.families import llama
 from kit.fits import trainer
@@ -26,7 +26,7 @@ def elsewhere(target, what=None):
     wait, go = os.pipe()
     if not (number := os.fork()):
         os.close(go)
-        with claimed(target):
+        with lock_folder(target):
             if what is not None:
                 what()
             os.write(said, b"claimed")
@@ -54,11 +54,11 @@ def refusal(target, number):
 def test_another_process_is_kept_out_until_the_first_has_ended(tmp_path):
     target = tmp_path / "a" / "b" / "out"
     with elsewhere(target) as number:
-        with pytest.raises(ValueError, match=refusal(target, number)), claimed(target):
+        with pytest.raises(ValueError, match=refusal(target, number)), lock_folder(target):
             pass
         with pytest.raises(ValueError, match=refusal(target, number)):
             bh.save(llama(**SIZES), target)
-        with claimed(tmp_path / "a" / "b" / "other"):
+        with lock_folder(tmp_path / "a" / "b" / "other"):
             pass
     assert list(tmp_path.iterdir()) == []
 
@@ -69,7 +69,7 @@ def test_a_process_that_was_killed_keeps_nobody_out(tmp_path):
         os.kill(number, signal.SIGKILL)
         os.waitid(os.P_PID, number, os.WEXITED | os.WNOWAIT)
         assert (tmp_path / ".out.lock").exists()
-        with claimed(target), claimed(target):  # the same process may claim it again
+        with lock_folder(target), lock_folder(target):  # the same process may claim it again
             assert str(os.getpid()) in (tmp_path / ".out.lock").read_text()
     assert list(tmp_path.iterdir()) == []
 

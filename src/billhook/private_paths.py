@@ -48,17 +48,17 @@ def without_paths(value: Any) -> Any:  # noqa: ANN401 - plain data
     return without_folders(value) if Path(value).is_absolute() else ABSOLUTE.sub("", value)
 
 
-def paths_in(value: Any) -> Iterator[str]:  # noqa: ANN401 - plain data
+def absolute_paths(value: Any) -> Iterator[str]:  # noqa: ANN401 - plain data
     """Yields the absolute paths in the texts of plain data, as `without_paths` finds them; of one within a text, its folders.
 
-    >>> list(paths_in({"by": ["Calibration('/home/me/text.txt')", "4/8 heads"], "/home/me/a.txt": 1}))
+    >>> list(absolute_paths({"by": ["Calibration('/home/me/text.txt')", "4/8 heads"], "/home/me/a.txt": 1}))
     ['/home/me/', '/home/me/a.txt']
     """
     if isinstance(value, Mapping):
         for item in chain.from_iterable(value.items()):
-            yield from paths_in(item)
+            yield from absolute_paths(item)
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from paths_in(item)
+            yield from absolute_paths(item)
     elif isinstance(value, str):
         yield from [value] if Path(value).is_absolute() else (match.group() for match in ABSOLUTE.finditer(value))

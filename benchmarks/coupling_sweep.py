@@ -1,6 +1,6 @@
 """Traces every architecture that the installed transformers can build from a small config, and asks the oracle about each.
 
-`python benchmarks/coupling_sweep.py --out docs/coupling.md` writes the table that README quotes; model types restrict it.
+`python benchmarks/coupling_sweep.py --out docs/evidence/tracing.md` writes the table that README quotes; model types restrict it.
 """
 
 import argparse

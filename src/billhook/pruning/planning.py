@@ -254,6 +254,6 @@ def count_blocks(model: nn.Module, amount: Amount) -> tuple[dict[str, Units], di
 def default_importance(units: Mapping[str, Units]) -> Importance:
     """Returns `OutputNorm()`, or `Taylor()` where no module reads some of the units alone, as experts.
 
-    docs/smaller.md compares them at equal size, on a real model.
+    docs/evidence/equal_size.md compares them at equal size, on a real model.
     """
     return OutputNorm() if all(layer.readers for layer in units.values()) else Taylor()

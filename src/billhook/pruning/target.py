@@ -24,7 +24,7 @@ from billhook.units.units import Units
 
 ALONE = 0.52
 """The share of channels up to which they alone go for a target: there the loss of SmolLM2 without channels meets that of one
-which has lost KV heads, too (docs/smaller.md)."""
+which has lost KV heads, too (docs/evidence/equal_size.md)."""
 
 
 class RatioSearch:

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import billhook as bh
-from billhook.plots.style import Picture, dress
+from billhook.plots.style import Plot, style_axes
 
 CRITERIA = {
     "Magnitude": bh.Magnitude(),
@@ -118,7 +118,7 @@ def rows(name):
 
 def draw(found, path):
     """Accuracy against sparsity, a panel for each model."""
-    figure = Picture(figsize=(9, 3.6), dpi=150, layout="constrained")
+    figure = Plot(figsize=(9, 3.6), dpi=150, layout="constrained")
     for axes, (name, own) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
         whole = own["dense"]["before"][0]
         axes.axhline(100 * whole, color="black", linestyle=":", linewidth=1, label="dense")
@@ -126,7 +126,7 @@ def draw(found, path):
             curve = [whole, *(own[f"{criterion}, {sparsity:.0%}"]["before"][0] for sparsity in SPARSITIES)]
             axes.plot([0, *(100 * s for s in SPARSITIES)], [100 * a for a in curve], "o-", color=colour, label=criterion, ms=4)
         axes.set(xlabel="weights that are zero, %", ylabel="test accuracy, %", title=f"{name}, one shot")
-        dress(axes)
+        style_axes(axes)
         axes.legend(loc="lower left", fontsize=8)
     figure.savefig(path)
 

@@ -28,7 +28,7 @@ from pictures import MODELS, dense, logits, pictures, train
 from transformers.models.vit.modeling_vit import ViTAttention
 
 import billhook as bh
-from billhook.plots.style import Picture, dress
+from billhook.plots.style import Plot, style_axes
 
 TARGETS = (0.7, 0.5)
 MAGNITUDE, TAYLOR = partial(tp.importance.GroupMagnitudeImportance, p=1), tp.importance.GroupTaylorImportance
@@ -110,14 +110,14 @@ def rows(name):
 
 def draw(found, path):
     """Accuracy right after the cut against MACs, a panel for each model."""
-    figure, every = Picture(figsize=(9, 3.6), dpi=150, layout="constrained"), list(dict.fromkeys(chain(*found.values())))
+    figure, every = Plot(figsize=(9, 3.6), dpi=150, layout="constrained"), list(dict.fromkeys(chain(*found.values())))
     for axes, (name, cuts) in zip(figure.subplots(1, len(found)), found.items(), strict=True):
         for recipe, points in cuts.items():
             shares, right = zip(*((100 * share, 100 * accuracy) for share, accuracy in sorted(points)), strict=True)
             style = "o-" if recipe.startswith("billhook") else "o--"
             axes.plot(shares, right, style, color=f"C{every.index(recipe)}", label=recipe, ms=4)
         axes.set(xlabel="MACs, % of the dense model's", ylabel="test accuracy, %", title=f"{name}, before any training")
-        dress(axes)
+        style_axes(axes)
         axes.legend(loc="lower right", fontsize=7)
     figure.savefig(path)
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from billhook.tracing.axes import crossed
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Member
-from billhook.tracing.show import pattern
+from billhook.tracing.show import name_pattern
 
 TOLERANCE = 1e-5  # relative; RMSNorm computes in float32 inside transformers, so not 1e-12
 ROUNDING = 30  # times the effect of changing every weight in its last float32 digit; some models magnify that
@@ -208,12 +208,12 @@ def _counting(model: nn.Module, group: Group) -> dict[str, list[Change]]:
         config = vars(module).get("config")
         for name, value in vars(module).items():
             if (less := fewer(value)) is not None:
-                found.setdefault(f"{pattern(path)}.{name}", []).append((module, name, value, less))
+                found.setdefault(f"{name_pattern(path)}.{name}", []).append((module, name, value, less))
         for name, value in vars(config).items() if config is not None else ():
             if (less := fewer(value)) is not None:
                 own = copy.copy(config)
                 setattr(own, name, less)
-                found.setdefault(f"{pattern(path)}.config.{name}", []).append((module, "config", config, own))
+                found.setdefault(f"{name_pattern(path)}.config.{name}", []).append((module, "config", config, own))
     return found
 
 

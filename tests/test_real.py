@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from billhook import convert_kv_heads, load, save, summary, trace
 from billhook.kv_heads.config import kv_heads_of
-from billhook.tracing.show import fold
+from billhook.tracing.show import fold_groups
 
 MODELS = os.environ.get("BILLHOOK_MODELS", "")
 pytestmark = [
@@ -75,7 +75,7 @@ def test_units_change_places_and_the_answer_stays(name, cls, kinds):
     model = cls.from_pretrained(Path(MODELS, name), dtype=torch.float64, num_hidden_layers=4).eval()  # whose layers are alike
     ids = AutoTokenizer.from_pretrained(Path(MODELS, name))("A billhook is a traditional cutting tool.", return_tensors="pt")
     structure = trace(model)
-    groups = [own[0] for own in fold([group for group in structure.groups if not group.reason])]
+    groups = [own[0] for own in fold_groups([group for group in structure.groups if not group.reason])]
     assert {group.kind for group in groups} == kinds
     findings = list(
         check(model, structure, lambda: answer(model(**ids)), groups, necessity=9)

@@ -41,7 +41,7 @@ def _has_float64(device: torch.device) -> bool:
     return True
 
 
-def nonzero(sums: Tensor) -> Tensor:
+def safe_divisor(sums: Tensor) -> Tensor:
     """Replaces zero divisors by one, so that zero over zero is zero."""
     return torch.where(sums > 0, sums, 1)
 
@@ -123,11 +123,11 @@ def conjugate_gradients(solution: Tensor, residual: Tensor, h: Tensor, keep: Ten
     before = (residual * scaled).sum(1, keepdim=True)
     for _ in range(steps):
         curvature = (direction @ h).mul_(keep)
-        length = before / nonzero((direction * curvature).sum(1, keepdim=True))
+        length = before / safe_divisor((direction * curvature).sum(1, keepdim=True))
         solution.add_(direction * length)
         residual.sub_(curvature.mul_(length))
         scaled = torch.div(residual, scale, out=scaled)
         after = (residual * scaled).sum(1, keepdim=True)
-        direction.mul_(after / nonzero(before)).add_(scaled)
+        direction.mul_(after / safe_divisor(before)).add_(scaled)
         before = after
     return solution

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.adapters.in_checkpoint import ADAPTERS
-from billhook.adapters.merge import merged_for_now
+from billhook.adapters.checkpoint import ADAPTERS
+from billhook.adapters.merge import temporarily_merged
 from billhook.checkpoints.export import export
 from billhook.model.find import find_transformer
 from billhook.model.linears import prunable
@@ -192,7 +192,7 @@ def test_a_lightning_checkpoint_with_adapters_is_exported_merged(files, tmp_path
     )
     export(tmp_path / "step=1.ckpt", tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    with merged_for_now(lit.model.eval()) as merged:
+    with temporarily_merged(lit.model.eval()) as merged:
         expected = merged.model
     assert not [name for name, _ in again.named_parameters() if "lora" in name]
     for name, parameter in again.named_parameters():

@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 
 import billhook as bh
-from billhook.adapters.in_checkpoint import save_adapters
+from billhook.adapters.checkpoint import save_adapters
 from billhook.checkpoints.export import export
 from billhook.model.checkpoint_shape import save_shape
 from billhook.model.constants import constants, differences, record_constants

@@ -11,7 +11,7 @@ import transformers
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import billhook as bh
-from billhook.adapters.masked import on_linears, product_of
+from billhook.adapters.masked import find_adapters, lora_product
 from billhook.checkpoints.export import export
 from billhook.engine.sharding import is_sharded
 from billhook.model.linears import prunable
@@ -159,8 +159,8 @@ def test_two_processes_mask_the_adapters_that_one_does(of_two, fitted, files, tm
     lit = bh.training.load_from_checkpoint(
         bh.TransformerModule, fitted / name / "step=5.ckpt", model=llama(vocab_size=2048), lora=bh.training.LoRA(r=2, dropout=0.0)
     )
-    layers = on_linears(lit.model)
-    assert all(bool(product_of(layer).any()) for layer in layers.values())
+    layers = find_adapters(lit.model)
+    assert all(bool(lora_product(layer).any()) for layer in layers.values())
     assert masks.keys() <= layers.keys()
     merged = export(fitted / name / "step=5.ckpt", tmp_path / "merged")
     weights = prunable(bh.load(merged.folder))

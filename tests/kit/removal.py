@@ -16,7 +16,7 @@ from billhook.model import surgery
 from billhook.model.inputs import make_inputs
 from billhook.model.shape import shape_of
 from billhook.pruning import removal
-from billhook.pruning.cuts import coupled
+from billhook.pruning.cut import coupled_modules
 from billhook.units.find import find_units
 from kit.families import llama, tokens
 from kit.shaped import gpt2
@@ -43,7 +43,7 @@ def counts(model):
 def some_heads(heads, alike=False, whole=True):
     """Other heads in each layer, another number of them unless all are to be alike: whole KV heads in the first of two layers."""
     chosen = {}
-    for number, names in enumerate(coupled(heads)):
+    for number, names in enumerate(coupled_modules(heads)):
         one, rng = heads[names[0]], random.Random(number)
         query, kv = one.count(), one.count("kv_head")
         size = query // kv

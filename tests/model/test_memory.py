@@ -18,7 +18,7 @@ from billhook.model import figures as costs
 from billhook.model import memory
 from billhook.model.figures import figures_of
 from billhook.model.memory import forget, remembered, signature
-from billhook.pruning.block_plan import find_block_plan, take_out
+from billhook.pruning.block_plan import find_block_plan, remove_blocks
 from kit.families import build, llama
 
 
@@ -94,7 +94,7 @@ def test_models_of_which_the_same_was_asked_are_alike():
 def test_models_without_the_same_block_are_alike():
     models = [llama(num_hidden_layers=3) for _ in range(4)]
     for model, gone in zip(models, ([1], [1], [2], []), strict=True):
-        take_out(model, find_block_plan(model, {"model.layers": gone}))
+        remove_blocks(model, find_block_plan(model, {"model.layers": gone}))
     seen = [signature(model) for model in models]
     assert seen[0] == seen[1] is not None
     assert len(set(seen)) == 3

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.pruning.amount import Amount, suiting, suits
+from billhook.pruning.amount import Amount, divides_among_devices, round_kv_heads
 from billhook.pruning.target import RatioSearch
 from kit.families import ATTENTIONS, MLPS, llama
 
 
 def planned(amount, **changes):
     model = llama(**{"num_key_value_heads": 8, "intermediate_size": 100} | changes)
-    units = RatioSearch(model, amount).free()
+    units = RatioSearch(model, amount).removable()
     scores = {name: torch.arange(one.count(amount.per), dtype=torch.float32) for name, one in units.items()}
     return model, bh.plan(model, scores=scores, amount=amount)
 
@@ -19,11 +19,11 @@ def planned(amount, **changes):
 def test_a_number_suits_if_each_device_takes_as_many_or_a_copy():
     for number in range(1, 65):
         divided = [number % devices == 0 if number >= devices else devices % number == 0 for devices in (2, 4, 8)]
-        assert suits(number) == all(divided)
+        assert divides_among_devices(number) == all(divided)
     for count in (3, 8, 12, 32):
         for kept in range(1, count + 1):
-            options = [number for number in range(1, count + 1) if number == count or suits(number)]
-            assert abs(suiting(kept, count) - kept) == min(abs(number - kept) for number in options)
+            options = [number for number in range(1, count + 1) if number == count or divides_among_devices(number)]
+            assert abs(round_kv_heads(kept, count) - kept) == min(abs(number - kept) for number in options)
 
 
 @pytest.mark.parametrize("part", [0.85, 0.7, 0.5, 0.35])
@@ -34,7 +34,7 @@ def test_where_the_target_leaves_the_choice_they_are_preferred(part):
     (kv_heads,) = {plan.after[name][1] for name in ATTENTIONS}
     (before,) = {exact.after[name][1] for name in ATTENTIONS}
     assert kv_heads in (8, 4, 2, 1)
-    assert kv_heads == suiting(before, 8)
+    assert kv_heads == round_kv_heads(before, 8)
     assert "devices" not in str(plan)
 
 

@@ -13,8 +13,8 @@ from billhook.importance.baselines import RandomUnits
 from billhook.model.figures import figures_of
 from billhook.model.shape import shape_of
 from billhook.pruning.amount import Amount
-from billhook.pruning.planning import plan_searched
-from billhook.pruning.target import First, RatioSearch, lowest
+from billhook.pruning.planning import plan_from_search
+from billhook.pruning.target import Baseline, RatioSearch, first_within
 from billhook.units.find import find_units, of_kind
 from kit.families import ATTENTIONS, MLPS, build, llama, t5, tokens
 from kit.removal import make
@@ -28,9 +28,9 @@ def lost(plan):
 def scored(model, amount, first=None):
     """Units that may be removed, random scores of them, and the plan that they lead to."""
     search = RatioSearch(model, amount) if first is None else RatioSearch(model, amount).part(amount, first)
-    units = search.free()
+    units = search.removable()
     scores = bh.score(model, units, RandomUnits(), per=amount.per)
-    return units, scores, plan_searched(search, scores=scores)
+    return units, scores, plan_from_search(search, scores=scores)
 
 
 class TestRatios:
@@ -73,7 +73,7 @@ class TestRatios:
             bh.plan(llama(), RandomUnits(), amount=bh.Amount(channels=0.3, round_to=16))
 
     def test_a_kernels_multiple_is_named_where_it_leaves_nothing_to_go(self, monkeypatch):
-        monkeypatch.setattr("billhook.pruning.target.width_step", lambda model, units: 16)
+        monkeypatch.setattr("billhook.pruning.target.kernel_multiple", lambda model, units: 16)
         with pytest.raises(
             ValueError, match=r"channels=0.25 is not a single .* \(the kernel of the experts takes .* multiples of 16\)"
         ):
@@ -248,7 +248,7 @@ class TestTargets:
                     return costs[number]
 
                 expected = next((number for number, value in enumerate(costs) if value <= limit), None)
-                assert lowest(count, cost, limit) == expected
+                assert first_within(count, cost, limit) == expected
                 assert len(tried) <= 16
 
 
@@ -314,8 +314,8 @@ class TestParts:
 
     @staticmethod
     def in_parts(model, amount, progress):
-        first, found = First.of(RatioSearch(model, amount)), []
-        first = First(**json.loads(json.dumps(asdict(first))))  # as it was saved
+        first, found = Baseline.of(RatioSearch(model, amount)), []
+        first = Baseline(**json.loads(json.dumps(asdict(first))))  # as it was saved
         for share in progress:
             due = first.part(RatioSearch(model, amount), share)
             found.append(due is not None)

@@ -11,9 +11,9 @@ import transformers
 
 import billhook as bh
 from billhook.model.figures import figures_of
-from billhook.pruning.amount import Amount, finest, rounded
-from billhook.pruning.planning import plan_searched
-from billhook.pruning.target import First, RatioSearch
+from billhook.pruning.amount import Amount, round_units, rounding_multiple
+from billhook.pruning.planning import plan_from_search
+from billhook.pruning.target import Baseline, RatioSearch
 from billhook.units.find import find_units
 from kit.families import MLPS, llama
 
@@ -44,8 +44,8 @@ def smollm2(layers=2):
 
 def planned(model, amount, first=None):
     search = RatioSearch(model, amount) if first is None else RatioSearch(model, amount).part(amount, first)
-    scores = {name: torch.arange(one.count(amount.per), dtype=torch.float32) for name, one in search.free().items()}
-    return plan_searched(search, scores=scores)
+    scores = {name: torch.arange(one.count(amount.per), dtype=torch.float32) for name, one in search.removable().items()}
+    return plan_from_search(search, scores=scores)
 
 
 class TestRule:
@@ -53,18 +53,18 @@ class TestRule:
     def test_is_the_largest_multiple_that_is_near_enough(self, first, each):
         for asked in range(1, first):
             for more in (True, False):
-                assert rounded(asked, first, each=each, more=more) == by_trial(asked, first, each, more)
+                assert round_units(asked, first, each=each, more=more) == by_trial(asked, first, each, more)
 
     def test_never_keeps_more_where_more_was_to_go(self):
         for first in (384, 1000, 1536):
-            stay = [rounded(asked, first) or asked for asked in range(1, first)]
+            stay = [round_units(asked, first) or asked for asked in range(1, first)]
             assert stay == sorted(stay)
 
     def test_any_number_can_be_rounded_down_to_the_finest(self):
         for count in (64, 1066, 1067, 1536, 4267, 11008):
-            step = finest(count)
+            step = rounding_multiple(count)
             assert step == 1 or all(asked % step <= 0.03 * count for asked in range(count))
-        assert [finest(count) for count in (64, 1066, 1067, 1536, 4267, 11008)] == [1, 1, 32, 32, 128, 256]
+        assert [rounding_multiple(count) for count in (64, 1066, 1067, 1536, 4267, 11008)] == [1, 1, 32, 32, 128, 256]
 
     @pytest.mark.parametrize("width", [64, 96, 255])
     def test_small_models_are_cut_as_asked(self, width):
@@ -140,7 +140,7 @@ class TestParts:
     @pytest.mark.parametrize("progress", [(0.5, 1.0), (0.1, 0.3, 0.95, 1.0)])
     def test_come_to_what_the_whole_is_at_once(self, amount, progress):
         amount, model = Amount(**amount), wide()
-        whole, first = planned(wide(), amount), First(**json.loads(json.dumps(asdict(First.of(RatioSearch(model, amount))))))
+        whole, first = planned(wide(), amount), Baseline(**json.loads(json.dumps(asdict(Baseline.of(RatioSearch(model, amount))))))
         for share in progress:
             due = first.part(RatioSearch(model, amount), share)
             if due is not None:
@@ -154,7 +154,7 @@ class TestParts:
         amount, model = Amount(params=0.7, kv_heads=0.0), wide()
         exact, first, limit = (
             planned(wide(), replace(amount, round_to=1)),
-            First.of(RatioSearch(model, amount)),
+            Baseline.of(RatioSearch(model, amount)),
             int(0.7 * model.num_parameters()),
         )
         for share in (0.1, 0.3, 0.95, 1.0):
@@ -171,7 +171,7 @@ class TestParts:
         model = wide()
         bh.pruning.prune_units(model, {MLPS[0]: range(512)}, kind="channel")
         amount = Amount(channels=0.2)
-        first, whole = First.of(RatioSearch(model, amount)), planned(model, amount)
+        first, whole = Baseline.of(RatioSearch(model, amount)), planned(model, amount)
         for share in (0.5, 1.0):
             bh.apply(model, planned(model, first.part(RatioSearch(model, amount), share).amount, first.counts))
         assert [one.count() for one in find_units(model, ["channel"]).values()] == [832, 1216]

@@ -68,9 +68,9 @@ def test_other_parameters_that_are_given(mesh):
         linear = plain.get_submodule(name)
         values |= {f"{name}.weight": linear.weight.detach() * 1.5, f"{name}.bias": linear.bias.detach()}
     asked, others = (bh.pruning.plan_units(plain, {0: [0, 1]}), batches(plain)), LazyTensors.of(values)
-    expected = repair_with(plain, *asked, given=others)
+    expected = repair_with(plain, *asked, new_params=others)
     with in_turn(sharded):
-        found = repair_with(sharded, *asked, comm=Comm(lambda tensor: tensor), given=others)
+        found = repair_with(sharded, *asked, comm=Comm(lambda tensor: tensor), new_params=others)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=name)
 

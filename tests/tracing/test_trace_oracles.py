@@ -14,7 +14,7 @@ from small_configs import architectures, build, has_experts, small_config
 import billhook as bh
 from billhook.model.inputs import make_inputs
 from billhook.tracing.groups import Group
-from billhook.tracing.show import fold
+from billhook.tracing.show import fold_groups
 from kit.units import FAMILIES
 
 NOT_ASKED = ("vocab", "position", "label", "fixed")  # indices that mean something to the tokenizer, to the task or to the code
@@ -49,7 +49,7 @@ class Case:
         return oracle.answer((model or self.model)(**self.inputs))
 
     def one_of_each(self) -> list[Group]:
-        return [own[0] for own in fold(self.structure.groups)]
+        return [own[0] for own in fold_groups(self.structure.groups)]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
-from billhook.adapters.in_checkpoint import ADAPTERS, base_checkpoint, put_back
+from billhook.adapters.checkpoint import ADAPTERS, base_checkpoint, restore_adapters
 from billhook.checkpoints.export import build_model, read_checkpoint
 from billhook.cli.main import main
 from billhook.model.linears import prunable
@@ -75,7 +75,7 @@ def exported(path):
     """What `billhook export` is to make of a checkpoint with adapters, before it is saved."""
     checkpoint = read_checkpoint(path)
     model = build_model(base_checkpoint(checkpoint, str(path)), str(path))
-    put_back(model, checkpoint, str(path))
+    restore_adapters(model, checkpoint, str(path))
     return model
 
 

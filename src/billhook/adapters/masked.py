@@ -43,11 +43,11 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
     """
     check_types(mask_adapters, locals())
     reshard(model)  # what a forward has left gathered is held as shards
-    layers = adapted_linears(model)
-    kept = fitting(layers, masks)
+    layers = require_adapters(model)
+    kept = find_masks(layers, masks)
     if not kept:
         raise ValueError(f"masks=None: of no linear with adapters, such as {next(iter(layers))}, is 1 % zero: prune first")
-    check_plain({name: layers[name] for name in kept}, "model")
+    check_plain_lora({name: layers[name] for name in kept}, "model")
     if masks is None:
         unmask_adapters(model)
     from billhook.adapters.masked_layer import Mask, MaskedLora
@@ -78,7 +78,7 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
         >>> unmask_adapters(model)
     """
     check_types(unmask_adapters, locals())
-    layers = adapted_linears(model)
+    layers = require_adapters(model)
     from peft.tuners.lora import Linear as LoraLinear
 
     from billhook.adapters.masked_layer import MaskedLora
@@ -89,7 +89,7 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
             layers[name].__class__ = LoraLinear
 
 
-def on_linears(model: nn.Module) -> dict[str, Any]:
+def find_adapters(model: nn.Module) -> dict[str, Any]:
     """Finds PEFT's layers on linears, by the name of the linear."""
     owners: dict[int, Any] = {}
     for module in model.modules():
@@ -99,37 +99,37 @@ def on_linears(model: nn.Module) -> dict[str, Any]:
     return {name: owners[id(linear)] for name, linear in linears.items() if id(linear) in owners}
 
 
-def adapted_linears(model: nn.Module) -> dict[str, Any]:
+def require_adapters(model: nn.Module) -> dict[str, Any]:
     """Finds PEFT's layers on linears, and refuses a model without any."""
-    layers = on_linears(model)
+    layers = find_adapters(model)
     if not layers:
         raise ValueError(f"model: no adapters are attached to the linears of this {type(model).__name__}")
     return layers
 
 
-def mask_as_weights(model: nn.Module) -> None:
+def mask_nonzero(model: nn.Module) -> None:
     """Masks LoRA as the weights are now, also if none of them is pruned: `mask_adapters`, or else `unmask_adapters`."""
-    if fitting(adapted_linears(model), None):
+    if find_masks(require_adapters(model), None):
         mask_adapters(model)
     else:
         unmask_adapters(model)
 
 
-def plain_adapters(model: nn.Module, linears: Iterable[str], argument: str) -> dict[str, Any]:
+def require_plain_adapters(model: nn.Module, linears: Iterable[str], argument: str) -> dict[str, Any]:
     """Finds the layers with plain LoRA on these linears, as an argument needs them, and refuses if there are none."""
     try:
-        layers = adapted_linears(model)
+        layers = require_adapters(model)
     except ValueError as error:
         raise ValueError(f"{argument} needs LoRA on the linears, and there is none: {error}") from None
     pruned = {name: layers[name] for name in linears if name in layers}
     if not pruned:
         elsewhere = f"it is only on others, such as {next(iter(layers))}"
         raise ValueError(f"{argument} needs LoRA on the linears that are pruned; {elsewhere}")
-    check_plain(pruned, argument)
+    check_plain_lora(pruned, argument)
     return pruned
 
 
-def check_plain(layers: Mapping[str, Any], argument: str) -> None:
+def check_plain_lora(layers: Mapping[str, Any], argument: str) -> None:
     """Refuses adapters whose product is not simply scale B A, as an argument needs it, or is in the weight already."""
     if not layers:
         return
@@ -151,7 +151,7 @@ def check_plain(layers: Mapping[str, Any], argument: str) -> None:
             raise ValueError(f"{argument}: the adapters of {name} are merged already, and must not be: unmerge them first")
 
 
-def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def find_masks(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Returns the keep-masks of these layers' weights, by linear; by default the nonzero weights of those that are pruned."""
     weights = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
     if masks is None:
@@ -172,7 +172,7 @@ def fitting(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> di
 
 
 @torch.no_grad()
-def product_of(layer: Any) -> Tensor:  # noqa: ANN401
+def lora_product(layer: Any) -> Tensor:  # noqa: ANN401
     """Computes scale B A, which plain LoRA adds to its weight: of the active adapters, float32, `[out_features, in_features]`."""
     from billhook.adapters.masked_layer import MaskedLora
 
@@ -187,6 +187,6 @@ def product_of(layer: Any) -> Tensor:  # noqa: ANN401
     return product
 
 
-def counted(weight: Tensor, layer: Any | None) -> Tensor:  # noqa: ANN401
+def effective_weight(weight: Tensor, layer: Any | None) -> Tensor:  # noqa: ANN401
     """Returns the weight that a criterion scores: W, or W + scale B A in float32, zero where W is, as pruned weights stay so."""
-    return weight if layer is None else product_of(layer).add_(weight).masked_fill_(weight == 0, 0)
+    return weight if layer is None else lora_product(layer).add_(weight).masked_fill_(weight == 0, 0)

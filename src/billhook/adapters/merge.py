@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.adapters.masked import adapted_linears, fitting, on_linears
+from billhook.adapters.masked import find_adapters, find_masks, require_adapters
 from billhook.arguments import check_types
 from billhook.display import Printable
 from billhook.engine.state import fresh_casts
@@ -20,10 +20,10 @@ from billhook.model.linears import base_of, is_adapter, is_trained_copy
 from billhook.model.meta import to_meta
 from billhook.model.surgery import way_back
 
-MERGE = "convert the model first and attach adapters then (get_peft_model), or merge the adapters first (bh.training.merge)"
+MERGE_HINT = "convert the model first and attach adapters then (get_peft_model), or merge the adapters first (bh.training.merge)"
 
 
-def adapted(model: nn.Module) -> dict[str, Any]:
+def adapter_layers(model: nn.Module) -> dict[str, Any]:
     """Finds the layers of a model that PEFT has put adapters on, by name."""
     return {name: module for name, module in model.named_modules() if is_adapter(module)}
 
@@ -31,15 +31,15 @@ def adapted(model: nn.Module) -> dict[str, Any]:
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     """Copies the model beneath its adapters, to the meta device."""
     meta_model = to_meta(model)
-    for name, layer in adapted(meta_model).items():
+    for name, layer in adapter_layers(meta_model).items():
         meta_model.set_submodule(name, layer.get_base_layer())
     return meta_model
 
 
 @contextmanager
-def taken_off(model: nn.Module) -> Iterator[None]:
+def adapters_removed(model: nn.Module) -> Iterator[None]:
     """Puts the layers beneath adapters in their places until the end of a `with` block."""
-    layers = [(model.get_submodule(name.rpartition(".")[0]), name, layer) for name, layer in adapted(model).items()]
+    layers = [(model.get_submodule(name.rpartition(".")[0]), name, layer) for name, layer in adapter_layers(model).items()]
     try:
         for owner, name, layer in layers:
             setattr(owner, name.rpartition(".")[2], layer.get_base_layer())
@@ -49,14 +49,14 @@ def taken_off(model: nn.Module) -> Iterator[None]:
             setattr(owner, name.rpartition(".")[2], layer)
 
 
-def adds_nothing(layer: Any) -> bool:  # noqa: ANN401 - any of PEFT's layers
+def is_initial_lora(layer: Any) -> bool:  # noqa: ANN401 - any of PEFT's layers
     """Tells whether a layer has LoRA on it that is as it began, with B = 0."""
     second = getattr(layer, "lora_B", None)
     plain = not len(getattr(layer, "lora_magnitude_vector", ())) and not layer.merged
     return plain and isinstance(second, nn.Module) and not any(bool(b.any()) for b in second.parameters())
 
 
-def beneath(name: str, layers: Collection[str]) -> str:
+def base_layer_name(name: str, layers: Collection[str]) -> str:
     """Renames a tensor or attribute as it is called where adapters are on some layers."""
     owner, _, attribute = name.rpartition(".")
     return f"{owner}.base_layer.{attribute}" if owner in layers else name
@@ -130,11 +130,11 @@ def merge(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Merged
         merged adapters of 1 linear in place, zeros kept; nothing of what the adapters add was left out
     """
     check_types(merge, locals())
-    layers = adapted_linears(model)
+    layers = require_adapters(model)
     if merged := next((name for name, layer in layers.items() if layer.merged), None):
         raise ValueError(f"model: the adapters of {merged} are merged already, and which weights were zero is not known any more")
     _check_alone(model)
-    kept = fitting(layers, masks)
+    kept = find_masks(layers, masks)
     error = {name: _merge(name, layer, kept.get(name)) for name, layer in layers.items()}
     return Merged(_removed(model), error, tuple(kept))
 
@@ -145,7 +145,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 @contextmanager
-def merged_for_now(model: nn.Module) -> Iterator[Merged]:
+def temporarily_merged(model: nn.Module) -> Iterator[Merged]:
     """Gives what merging makes of a model, within; the model is as it was afterwards.
 
     It is a copy that is merged, or where blocks come and go, the model itself: weights in blocks are merged whenever these come.
@@ -156,7 +156,7 @@ def merged_for_now(model: nn.Module) -> Iterator[Merged]:
             yield merged
         return
     copied = copy.deepcopy(model)
-    if all(layer.merged for layer in on_linears(copied).values()):
+    if all(layer.merged for layer in find_adapters(copied).values()):
         _check_alone(copied)
         yield Merged(_removed(copied), {}, ())
     else:
@@ -166,7 +166,7 @@ def merged_for_now(model: nn.Module) -> Iterator[Merged]:
 @contextmanager
 def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
     """Merges weights in blocks whenever these come, and others until the end of a `with` block."""
-    store, back, linears = store_of(model), way_back(model), on_linears(model)
+    store, back, linears = store_of(model), way_back(model), find_adapters(model)
     named = {id(layer): name for name, layer in linears.items()}
     layers = {id(child): child for _, _, child in _places(model) if is_adapter(child) and not child.merged}
     if layers:
@@ -186,7 +186,7 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
             if (name := named.get(key)) is None:
                 _into(type(layer).__name__, layer)
             else:
-                masks = fitting({name: layer}, None)
+                masks = find_masks({name: layer}, None)
                 error[name] = _merge(name, layer, masks.get(name))
                 pruned.update(masks)
             parameters += base_of(layer).parameters()

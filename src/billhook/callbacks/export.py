@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedModel
 
-from billhook.adapters.in_checkpoint import save_adapters
+from billhook.adapters.checkpoint import save_adapters
 from billhook.arguments import check_path, check_types
 from billhook.atomic_folder import RECORD, check_target, replacement_note
 from billhook.callbacks.damage import Damage, refuse_before

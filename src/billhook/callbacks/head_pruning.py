@@ -26,7 +26,7 @@ from billhook.fit.shape_event import refuse_shape_changes
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance
 from billhook.model.find import find_transformer
-from billhook.plots.style import Picture
+from billhook.plots.style import Plot
 from billhook.pruning.choice import HeadOptions
 from billhook.pruning.planning import prune_units
 from billhook.schedules import Schedule
@@ -259,7 +259,7 @@ class HeadPruning(HeadMasking):
         metric = next(iter(before), "") if self.stop is None else self.stop.monitor
         self.record.note(trainer, self.heads, metric, before, event["after"])
 
-    def pictures(self) -> dict[str, Picture]:
+    def pictures(self) -> dict[str, Plot]:
         """Returns a picture of the importance of heads, of which are removed, and of the metric, once there are scores."""
         return {"heads": self.record.draw(self.heads)} if self.record.scores else {}
 

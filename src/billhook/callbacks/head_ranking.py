@@ -17,8 +17,8 @@ from billhook.fit.ranks import by_first, comm_of
 from billhook.importance.score import Importance, run_of, score_units
 from billhook.model.find import find_transformer
 from billhook.plots.heads import heads
-from billhook.plots.style import Picture
-from billhook.pruning.choice import HeadOptions, among_others, choose
+from billhook.plots.style import Plot
+from billhook.pruning.choice import HeadOptions, choose, choose_including
 from billhook.pruning.planning import plan_units
 from billhook.units.find import find_units
 from billhook.units.units import Units
@@ -79,7 +79,7 @@ class HeadRecord:
         if trainer.loggers:
             by_first(trainer, "HeadPruning", lambda: log_picture(trainer, "heads", self.draw(masked)))
 
-    def draw(self, masked: Mapping[str, Sequence[int]]) -> Picture:
+    def draw(self, masked: Mapping[str, Sequence[int]]) -> Plot:
         """Draws the scores of the heads, which are removed or masked, and the curve of the metric."""
         return heads(self.scores, self.gone(masked), self.curve, self.metric, any(map(len, masked.values())))
 
@@ -127,7 +127,7 @@ class HeadRanking:
             )
         lowest = partial(self._lowest, heads, record.left(ratio))
         record.scored(scores)
-        return among_others(lowest, masked, scores)
+        return choose_including(lowest, masked, scores)
 
     def _lowest(self, heads: Mapping[str, Units], ratio: float, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
         return choose(heads, scores, ratio, self.options.ranking, self.options.min_heads, self.options.per, self.removes)

@@ -13,7 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from billhook.adapters.merge import adapted
+from billhook.adapters.merge import adapter_layers
 from billhook.arguments import check_types
 from billhook.callbacks.kv_stages import StageCallback, check_heads, check_over
 from billhook.engine.passes import in_turn
@@ -254,7 +254,7 @@ class KVHeadConversion(StageCallback):
             ready = self.preparation.method, self.preparation.repair
             check_ready(find_transformer(model), dict.fromkeys(plan.layers, first), *ready)
         means = (callback for callback in callbacks_of(trainer, KVHeadConversion) if type(callback.preparation.method) is Mean)
-        if next(means, None) is self and not self.preparation.needed and not adapted(find_transformer(model)):
+        if next(means, None) is self and not self.preparation.needed and not adapter_layers(find_transformer(model)):
             rank_zero_info(HINT)
 
     def shown(self, model: nn.Module) -> set[int]:

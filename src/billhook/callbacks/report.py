@@ -16,7 +16,7 @@ from billhook.fit.event import Event, EventCallback, begins, events_of, figures_
 from billhook.fit.measure import log_picture, measure
 from billhook.fit.ranks import by_first
 from billhook.fit.run import callbacks_of
-from billhook.plots.style import PICTURES
+from billhook.plots.style import PLOT_SUFFIXES
 from billhook.plots.validation import validation
 from billhook.report.damage import TextDamage
 from billhook.report.damage import table as damage_table
@@ -47,7 +47,7 @@ class Report(Callback):
     def __init__(
         self, plot_file: str = "outputs/report.png", metric: str | None = None, measure_batches: int | None = None
     ) -> None:
-        check_path("plot_file", plot_file, PICTURES)
+        check_path("plot_file", plot_file, PLOT_SUFFIXES)
         if metric is not None and not isinstance(metric, str):
             raise ValueError(f"metric={metric!r} must be the name of a figure that validation logs")
         check_types(Report, locals())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from billhook.adapters.merge import adapted, adds_nothing, beneath, taken_off
+from billhook.adapters.merge import adapter_layers, adapters_removed, base_layer_name, is_initial_lora
 from billhook.arguments import check_types
 from billhook.engine.batches import Run, run_with_loss
 from billhook.engine.lazy import LazyTensors
@@ -118,7 +118,7 @@ class Shrinking(ShapeCallback):
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses a budget that the model cannot meet, and adapters."""
         subject = find_transformer(model)
-        if adapted(subject) and self.at != "start":
+        if adapter_layers(subject) and self.at != "start":
             raise ValueError(
                 f"at={self.at!r} must be 'start' where adapters are attached: Shrinking comes before they learn anything"
             )
@@ -133,9 +133,9 @@ class Shrinking(ShapeCallback):
         """Searches, removes and repairs."""
         metrics, model = self.measured(trainer, pl_module), find_transformer(pl_module)
         with together(trainer, "Shrinking"), in_turn(pl_module):
-            candidates, merges = self._candidates(model), not adapted(model)
+            candidates, merges = self._candidates(model), not adapter_layers(model)
             self._known.clear()
-            with taken_off(model):
+            with adapters_removed(model):
                 measured, chosen = self._search(trainer, pl_module, candidates, merges)
             check_agreed(
                 trainer, "Shrinking", "the plan of what is removed", lambda: [plan.to_json() for plan in chosen.planned.plans]
@@ -143,7 +143,7 @@ class Shrinking(ShapeCallback):
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, chosen.planned))
         note_not_refitted(event, chosen.planned.not_refitted)
         self.done, self.asked = moment, 1.0
-        with together(trainer, "Shrinking"), self.calibration.aside(pl_module), gradient_precision(trainer), taken_off(model):
+        with together(trainer, "Shrinking"), self.calibration.aside(pl_module), gradient_precision(trainer), adapters_removed(model):
             self.shrunk = shrunk_of(measured, chosen)
         event["after"] |= self.measured(trainer, pl_module)
         log_event(trainer, event)
@@ -153,12 +153,12 @@ class Shrinking(ShapeCallback):
 
         What is found in `setup` is there once more at the event, if the model is then the same to the last bit.
         """
-        for name, layer in adapted(model).items():
+        for name, layer in adapter_layers(model).items():
             store_of(model).load(layer)
-            if not adds_nothing(layer):
+            if not is_initial_lora(layer):
                 what = f"the adapter of {name} is not plain LoRA, or has learned something"
                 raise ValueError(f"Shrinking: {what}: merge it (bh.training.merge)")
-        with taken_off(model):
+        with adapters_removed(model):
             lasts = self.at == "start" and not store_of(model).on_ranks  # training changes it, and shards are gathered anew
             seen = _seen(model) if lasts else None
             candidates = self._known.pop(seen, None) or Candidates.find(model, self.amount, self.layers == "uniform")
@@ -197,8 +197,8 @@ class Shrinking(ShapeCallback):
 
     def _remove(self, model: PreTrainedModel, planned: Planned, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, of adapters too, and says how much that is."""
-        layers = adapted(model)
-        weights = LazyTensors.of(planned.weights or {}).renamed(partial(beneath, layers=layers))
+        layers = adapter_layers(model)
+        weights = LazyTensors.of(planned.weights or {}).renamed(partial(base_layer_name, layers=layers))
         apply_in_turn(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
         before, after = planned.parameters
         return f"{before:,} -> {after:,} parameters ({planned.words}; Shrinking)"

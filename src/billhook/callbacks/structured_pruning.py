@@ -20,9 +20,9 @@ from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, carry_out
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
-from billhook.pruning.planning import default_importance, plan_searched
-from billhook.pruning.repair import Repairing, repair_as_asked
-from billhook.pruning.target import First, RatioSearch
+from billhook.pruning.planning import default_importance, plan_from_search
+from billhook.pruning.repair import RepairOption, repair_if_requested
+from billhook.pruning.target import Baseline, RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule
 
@@ -65,7 +65,7 @@ class StructuredPruning(ShapeCallback):
         at: At | Schedule = "start",
         rounds: int = 1,
         importance: Importance | None = None,
-        repair: Repairing = "auto",
+        repair: RepairOption = "auto",
         calibration: Given = None,
         measure_batches: int | None = None,
     ) -> None:
@@ -81,7 +81,7 @@ class StructuredPruning(ShapeCallback):
     def reset(self) -> None:
         """Forgets all events, and what the model was at first."""
         super().reset()
-        self._first: First | None = None
+        self._first: Baseline | None = None
 
     @property
     def state_key(self) -> str:
@@ -131,7 +131,7 @@ class StructuredPruning(ShapeCallback):
         """
         model = find_transformer(pl_module)
         search = RatioSearch(model, self.amount)
-        self._first = self._first or First.of(search)
+        self._first = self._first or Baseline.of(search)
         part = self._first.part(search, share)
         if part is None:  # by the numbers of units alone, which are the same on all ranks
             return None, None, "", ""
@@ -140,8 +140,8 @@ class StructuredPruning(ShapeCallback):
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [run_of(model, part.units, *pair) for pair in pairs]
             importance = self.importance or default_importance(part.units)
-            made = plan_searched(part, importance, runs, comm=comm)
-            weights, why = repair_as_asked(model, made, runs, self.repair if self.needs_data else None, comm)
+            made = plan_from_search(part, importance, runs, comm=comm)
+            weights, why = repair_if_requested(model, made, runs, self.repair if self.needs_data else None, comm)
             check_agreed(trainer, "StructuredPruning", "the plan of what is removed", made.to_json)
             check_near(trainer, "StructuredPruning", "what is refitted", model, weights or {})
             done = "repaired" if weights else why
@@ -165,4 +165,4 @@ class StructuredPruning(ShapeCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores what had happened."""
         super().load_state_dict(state_dict)
-        self._first = None if state_dict["first"] is None else First(**state_dict["first"])
+        self._first = None if state_dict["first"] is None else Baseline(**state_dict["first"])

@@ -12,8 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from billhook.adapters.masked import mask_as_weights, on_linears, plain_adapters
-from billhook.adapters.merge import taken_off
+from billhook.adapters.masked import find_adapters, mask_nonzero, require_plain_adapters
+from billhook.adapters.merge import adapters_removed
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches
 from billhook.engine.passes import in_turn
@@ -134,9 +134,9 @@ class WeightPruning(EventCallback, FollowsShapes):
         self.check_linears(linears)
         if self.count_adapters:
             adapters_to_count(model, self.criterion, linears)
-        self._adapted = list(plain_adapters(model, linears, "mask_adapters=True")) if self.mask_adapters else []
+        self._adapted = list(require_plain_adapters(model, linears, "mask_adapters=True")) if self.mask_adapters else []
         if self._moments and not self.mask_adapters:
-            _tell_left_out(set(on_linears(model)) & set(linears))
+            _tell_left_out(set(find_adapters(model)) & set(linears))
         if self._moments:
             refuse_shape_changes(trainer, self, min(self._moments), sys.maxsize, "made masks", self._cannot_follow)
 
@@ -169,7 +169,7 @@ class WeightPruning(EventCallback, FollowsShapes):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Masks LoRA where the loaded weights are zero, outside of a fit."""
         if self.mask_adapters and trainer.state.fn != TrainerFn.FITTING:
-            mask_as_weights(find_transformer(pl_module))
+            mask_nonzero(find_transformer(pl_module))
 
     on_test_start = on_predict_start = on_validation_start
 
@@ -198,7 +198,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         """Returns the share of zeros in the linears that are pruned."""
         subject = find_transformer(model)
         reshard(subject)
-        with taken_off(subject):
+        with adapters_removed(subject):
             zeros = zeros_by_name(subject) or {}
             sizes = {name: parameter.numel() for name, parameter in subject.named_parameters()}
         names = [name for name in (f"{linear}.weight" for linear in self._linears) if name in zeros]

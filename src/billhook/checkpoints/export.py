@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.adapters.in_checkpoint import base_checkpoint, put_back
+from billhook.adapters.checkpoint import base_checkpoint, restore_adapters
 from billhook.atomic_folder import check_target
 from billhook.checkpoints.card import LOSSES, listed
 from billhook.checkpoints.origin import origin_of
@@ -175,7 +175,7 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
     model = build_model(base, str(ckpt))
     if constants := base[KEY].get("constants"):
         check_trained(model, constants, str(ckpt))
-    put_back(model, checkpoint, str(ckpt))
+    restore_adapters(model, checkpoint, str(ckpt))
     _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
     steps, name = checkpoint.get("global_step", 0), checkpoint[KEY]["name_or_path"]
     record = {"exported_from": Path(ckpt).name, "steps": steps if isinstance(steps, int) else None, **history(checkpoint)}

@@ -13,7 +13,7 @@ from typing import Any, Literal, cast
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.adapters.merge import has_adapters, merged_for_now
+from billhook.adapters.merge import has_adapters, temporarily_merged
 from billhook.arguments import check_types
 from billhook.assets import model_path
 from billhook.atomic_folder import RECORD, check_name, check_target, draft_folder, folder_size, recover_folder, replace_folder
@@ -151,7 +151,7 @@ def save(
         check_target(folder)
         if not has_adapters(model):
             return _save(model, str(folder), target, tokenizer, plain, probe)
-        with merged_for_now(model) as merged:
+        with temporarily_merged(model) as merged:
             if merged.lost:
                 warnings.warn(f"the checkpoint does not compute what the model does: {merged.text()}", stacklevel=2)
             return _save(cast(PreTrainedModel, merged.model), str(folder), target, tokenizer, plain, probe, merged.text())

@@ -24,13 +24,13 @@ from billhook.model.inputs import small_inputs
 from billhook.model.meta import from_name
 from billhook.model.shape import to_entry, unbuilt_shape
 from billhook.model.streamed import outline
-from billhook.pruning.amount import width_step
-from billhook.pruning.cuts import find_cut
-from billhook.pruning.removal import tried
+from billhook.pruning.amount import kernel_multiple
+from billhook.pruning.cut import find_cut
+from billhook.pruning.removal import try_removal
 from billhook.report.summary import summary as summarise
 from billhook.serving.engines import GPUS, Verdict, engines, shares, told, verdicts
 from billhook.tracing.groups import Group, Kind
-from billhook.tracing.show import fold, kind_name, labelled
+from billhook.tracing.show import fold_groups, kind_name, labeled_notes
 from billhook.tracing.trace import trace
 from billhook.units.fields import SHOWN, FieldFinder
 from billhook.units.find import units_of, why_not
@@ -128,11 +128,11 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
     notes = _saved_notes(saved, FieldFinder(meta_model))
     if group in (None, "heads"):
         notes.append(("converted", converted["says"]))
-    parts = [labelled(notes)] if notes else []
+    parts = [labeled_notes(notes)] if notes else []
     if group is None:
-        parts.append(labelled([("" if number else "served", *verdict) for number, verdict in enumerate(told(served))]))
+        parts.append(labeled_notes([("" if number else "served", *verdict) for number, verdict in enumerate(told(served))]))
     if streamed is not None:
-        parts.append(labelled([("streamed", streamed.text())]))
+        parts.append(labeled_notes([("streamed", streamed.text())]))
     for part in parts:
         print(f"\n{render(part)}")
 
@@ -180,12 +180,12 @@ def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[Saving]:
     """
     finder = FieldFinder(model)
     alike: dict[tuple[Kind, int], list[Group]] = {}
-    for folded in fold([group for group in groups if not group.reason]):
+    for folded in fold_groups([group for group in groups if not group.reason]):
         alike.setdefault((folded[0].kind, folded[0].size), []).extend(folded)
     savings: list[Saving] = []
     for kind in alike.values():
         fields = finder.find(kind)
-        parts = [kind] if fields else fold(kind)
+        parts = [kind] if fields else fold_groups(kind)
         tries = [_tried(model, part, fields or finder.find(part), finder) for part in parts]
         done = [saving for saving in tries if saving is not None]
         if len(parts) > 1 and len(done) == len(tries) and not any(saving.fields for saving in done):
@@ -213,13 +213,13 @@ def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], f
         first = next(group for group in structure.groups if group.number in numbers)
         why = why_not(model, structure, first) if kind == "channel" and not every else ""
         return Saving(part, (), f"they {why}") if why else None
-    step = max(width_step(model, layer) for layer in units.values())
+    step = max(kernel_multiple(model, layer) for layer in units.values())
     legal = [count for count in finder.counts(size, fields) if not count % step] if fields else []
     refusal, saving = "", None
     for left in legal[:1] or dict.fromkeys(count // step * step or size for count in (size - 1, size // 2, size * 2 // 3)):
         try:  # with some numbers of units, code may run, or a config say them, and with others not
             last = {name: _last(layer, part[0], left) for name, layer in units.items()}
-            shrunk = tried(model, find_cut(model, structure, every, last))
+            shrunk = try_removal(model, find_cut(model, structure, every, last))
         except ValueError as error:
             refusal = refusal or str(error)
             continue

@@ -13,7 +13,7 @@ from billhook.importance.score import Importance, run_of, score_units
 from billhook.model.plan import apply
 from billhook.progress import progress_bar
 from billhook.pruning.amount import Ranking
-from billhook.pruning.choice import among_others, check_choice, choose
+from billhook.pruning.choice import check_choice, choose, choose_including
 from billhook.pruning.planning import plan_units
 from billhook.units.find import find_units
 from billhook.units.gates import mask
@@ -88,7 +88,7 @@ def prune_heads(
         take = partial(choose, heads, ratio=ratio * number / rounds, ranking=ranking, min_units=min_heads, per=per)
         with mask(work.model, removed, per=per), progress_bar("scoring", "batches") as progress:
             scores = score_units(work.model, heads, importance, runs, None, normalize, per, progress=progress)
-        removed = among_others(take, removed, scores)
+        removed = choose_including(take, removed, scores)
     plan = plan_units(work.model, removed, per=per)
     if dry_run:
         work.tell_dry(plan.text())

@@ -27,9 +27,9 @@ from billhook.progress import progress_bar
 from billhook.pruning.amount import RATIOS, TARGETS, Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan, check_kinds
-from billhook.pruning.planning import count_blocks, default_importance, plan_amount, plan_searched
-from billhook.pruning.repair import Repairing, repair_as_asked
-from billhook.pruning.target import First, RatioSearch
+from billhook.pruning.planning import count_blocks, default_importance, plan_amount, plan_from_search
+from billhook.pruning.repair import RepairOption, repair_if_requested
+from billhook.pruning.target import Baseline, RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import in_rows
 
@@ -70,7 +70,7 @@ def prune_structure(
     block_importance: Importance | None = None,
     importance: Importance | None = None,
     rounds: int = 1,
-    repair: Repairing = "auto",
+    repair: RepairOption = "auto",
     dry_run: bool = False,
 ) -> None:
     """Removes the least important coupled structures of a language model or a text classifier and saves it, verified.
@@ -107,9 +107,9 @@ def prune_structure(
         cut = search.check()
         kept = inputs_left(search, cut, most=True) if rounds == 1 else None
         needed = inputs_left(search, cut, most=False) if repair is not None else None
-        importance = importance or default_importance(search.free())
+        importance = importance or default_importance(search.removable())
         check_scored(examples, importance)
-        every = sum(units.count(amount.per) for units in search.free().values())
+        every = sum(units.count(amount.per) for units in search.removable().values())
         passes.to_score(rounds, importance, every, count)
         passes.known += rounds * (REMOVED + REFITTED * (repair is not None))
         amounts = amount.within.ratios | ({amount.target: getattr(amount, amount.target)} if amount.target else {})
@@ -146,7 +146,7 @@ def prune_structure(
         print(plan.text())
         with progress_bar("refitting", "linears") as progress:
             how_repaired = repair if plan.kind == "units" else None
-            repaired, why = repair_as_asked(work.model, plan, rows, how_repaired, progress=progress)
+            repaired, why = repair_if_requested(work.model, plan, rows, how_repaired, progress=progress)
         if why:
             print(why)
             whys.append(why)
@@ -177,11 +177,11 @@ def _plans(
         yield blocks
     if amount.within is None:
         return
-    start = First.of(RatioSearch(model, amount.within))
+    start = Baseline.of(RatioSearch(model, amount.within))
     for number in range(1, rounds + 1):
         if (part := start.part(RatioSearch(model, amount.within), number / rounds)) is not None:
             with progress_bar("scoring", "batches") as progress:
-                units = plan_searched(part, importance, batches, progress=progress)
+                units = plan_from_search(part, importance, batches, progress=progress)
             yield units
 
 

@@ -7,7 +7,7 @@ import torch
 from billhook.cli.one_shot import OneShot
 from billhook.engine.batches import Batch
 from billhook.model.linears import is_linear
-from billhook.pruning.cuts import Cut
+from billhook.pruning.cut import Cut
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.moments import NoRepair
 

@@ -36,7 +36,7 @@ from billhook.shrinking.layers import Layer
 from billhook.shrinking.measurement import CALLED
 from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.shrink import Layers, check_library, repair_for, shrink_to
-from billhook.tracing.show import pattern
+from billhook.tracing.show import name_pattern
 from billhook.training.distillation import Distillation
 from billhook.training.module import TransformerModule
 
@@ -164,7 +164,7 @@ def outlook(candidates: Candidates, steps: int, within: str | None = None) -> st
     left = f"at most {candidates.limit:,} are to be left" if within is None else f"as few as {within} allows are to be left"
     head = f"{type(candidates.model).__name__}: {candidates.now:,} {candidates.target} now; {left}"
     lines = [f"{head}, and at least {candidates.least:,} can be"]
-    rows = Counter((pattern(layer.name), _configs(layer)) for layer in candidates.layers)
+    rows = Counter((name_pattern(layer.name), _configs(layer)) for layer in candidates.layers)
     lines += [f"  {name}  {configs}, in each of {count}" for (name, configs), count in rows.items()]
     able = len(candidates.blocks.able)
     lines.append(f"  {able} whole block{'s' * (able > 1)} may go" if able else f"  all blocks stay: {candidates.blocks.why}")

@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
-from billhook.adapters.in_checkpoint import save_adapters
+from billhook.adapters.checkpoint import save_adapters
 from billhook.engine.sharded_files import described, is_sharded_checkpoint
 from billhook.engine.sharding import reshard
 from billhook.engine.state import random_state, set_random_state

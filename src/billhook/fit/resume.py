@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from billhook.adapters.in_checkpoint import save_adapters
+from billhook.adapters.checkpoint import save_adapters
 from billhook.arguments import check_types
 from billhook.checkpoints.export import MASKED
 from billhook.engine.sharded_files import TENSORS, Unread, is_sharded_checkpoint, read_sharded

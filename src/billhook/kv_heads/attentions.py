@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from billhook.adapters.merge import MERGE, adapted
+from billhook.adapters.merge import MERGE_HINT, adapter_layers
 from billhook.engine.batches import Loss, Run, run_with_loss, tell_apart
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
@@ -73,10 +73,10 @@ class Attentions:
     """The attentions of a model that are to have fewer KV heads, in `groups` by name, and what is known of them."""
 
     def __init__(self, model: nn.Module, groups: Mapping[str, int], comm: Comm = ALONE) -> None:
-        layers = tuple(adapted(model))
+        layers = tuple(adapter_layers(model))
         if inside := next((layer for layer in layers if layer.startswith(tuple(f"{name}." for name in groups))), None):
             why = "heads stay in their bases, where 'mean' and 'first' can pool them"
-            raise ValueError(f"with LoRA attached to {inside}, {why}: or {MERGE}")
+            raise ValueError(f"with LoRA attached to {inside}, {why}: or {MERGE_HINT}")
         structure = trace(model)
         self.model, self.groups, self._comm, self.store = model, groups, comm, store_of(model)
         self.projections = find_projections(model, structure, groups)
@@ -87,8 +87,8 @@ class Attentions:
 
     def check_adapters(self, repair: RepairConfig | None) -> None:
         """Refuses a repair of a model with adapters, which are none of the heads' but may be on what a repair refits."""
-        if repair is not None and (layers := adapted(self.model)):
-            raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE}")
+        if repair is not None and (layers := adapter_layers(self.model)):
+            raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE_HINT}")
 
     def check(self, method: Reconstructing) -> None:
         """Refuses a method where heads cannot change places, or none of their numbers may be mixed."""

@@ -15,7 +15,7 @@ from billhook.linalg import in_float64
 from billhook.model.handed import Indices, handing_of
 from billhook.model.linears import as_it_lies, is_linear, matrix_of
 from billhook.tracing.coupling import Structure
-from billhook.tracing.groups import Member, innermost
+from billhook.tracing.groups import Member, common_module
 from billhook.tracing.roles import Attention, Part
 from billhook.tracing.trace import trace
 from billhook.units.find import find_heads
@@ -114,7 +114,7 @@ def _attention(model: PreTrainedModel, units: Units, attentions: Iterable[Attent
         bias = parameters.get(f"{owner}.bias")
         if bias is not None and bias.shape == (made[0][1].size,):
             rows[f"{owner}.bias"] = replace(rows[name], dim=0)
-    module = innermost([name.rpartition(".")[0] for name, _ in parts])
+    module = common_module([name.rpartition(".")[0] for name, _ in parts])
     return KVAttention(units, module, min(heads, default=units.count("kv_head")), rows)
 
 

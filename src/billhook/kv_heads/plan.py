@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import Self
 
-from billhook.adapters.merge import MERGE, adapted, beneath, without_adapters
+from billhook.adapters.merge import MERGE_HINT, adapter_layers, base_layer_name, without_adapters
 from billhook.arguments import check_int
 from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.display import text_table
@@ -38,7 +38,7 @@ from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights, check_weights
 from billhook.model.shape import Shape, note_shape, set_shape, shape_of
 from billhook.model.surgery import Change, Follow, change_in_turn, follow, undone_by_errors
-from billhook.tracing.show import pattern
+from billhook.tracing.show import name_pattern
 
 T = TypeVar("T")
 
@@ -110,7 +110,7 @@ class KVHeadPlan(ShapePlan):
         cache = "the KV cache shrinks" if self.saves_cache else "the KV cache stays as it is"
         alike = Counter[tuple[str, str]]()
         for name, pooled in self.parameters.items():
-            alike[pattern(name), f"{len(pooled.index)} -> {len(pooled.counts)} along dimension {pooled.dim}"] += 1
+            alike[name_pattern(name), f"{len(pooled.index)} -> {len(pooled.counts)} along dimension {pooled.dim}"] += 1
         rows = [(name, f"{change}, in each of {count}") for (name, change), count in alike.items()]
         return [f"{self.model}: {self.words} ({self.method}); {cache}", text_table(rows, aligns="<", indent=2)]
 
@@ -171,7 +171,7 @@ def plan_kv_heads(
     heads, method = num_key_value_heads, method_of(method)
     model = find_transformer(model)
     check_plain(model, "convert the model before it is")
-    if adapted(model):
+    if adapter_layers(model):
         return _plan_under_adapters(model, heads, method, layers, encoder)
     stated = config_heads(model) if layers is None and not shape_of(model).handed else None
     if stated is not None:
@@ -201,7 +201,7 @@ def _plan_under_adapters(
     check_adapters(model, method)
     plan = plan_kv_heads(without_adapters(model), heads, method, layers, encoder)
     if plan.way == "handed":
-        raise ValueError(f"linears of {type(model).__name__} would hand out few heads many times, which LoRA cannot do: {MERGE}")
+        raise ValueError(f"linears of {type(model).__name__} would hand out few heads many times, which LoRA cannot do: {MERGE_HINT}")
     parameters, shape = with_adapters(model, plan.parameters, plan.shape)
     return replace(plan, model=type(model).__name__, parameters=parameters, shape=shape)
 
@@ -232,21 +232,21 @@ def check_in_part(model: nn.Module, part: KVHeadPlan) -> None:
 def check_adapters(model: nn.Module, method: KVMethod) -> None:
     """Refuses adapters that are not plain LoRA, or that the method does not pool as it pools weights."""
     if not method.pools_adapters:
-        raise ValueError(f"method='{method.name}' pools weights in a way that their adapters cannot follow: {MERGE}")
+        raise ValueError(f"method='{method.name}' pools weights in a way that their adapters cannot follow: {MERGE_HINT}")
     from peft.tuners.lora import LoraLayer
 
-    for name, layer in adapted(model).items():
+    for name, layer in adapter_layers(model).items():
         parts = {part.partition(".")[0] for part, _ in layer.named_parameters()} - {"base_layer"}
         if not isinstance(layer, LoraLayer) or parts - {"lora_A", "lora_B"}:
-            raise ValueError(f"{name} has adapters that are not plain LoRA ({', '.join(sorted(parts))}): {MERGE}")
+            raise ValueError(f"{name} has adapters that are not plain LoRA ({', '.join(sorted(parts))}): {MERGE_HINT}")
 
 
 def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> Shrunk:
     """Returns how a model shrinks from how the one beneath its adapters does; refuses if what adapters read becomes less."""
-    layers, now = adapted(model), shape_of(model)
+    layers, now = adapter_layers(model), shape_of(model)
 
     def renamed(entries: Mapping[str, T]) -> dict[str, T]:
-        return {beneath(name, layers): entry for name, entry in entries.items()}
+        return {base_layer_name(name, layers): entry for name, entry in entries.items()}
 
     cuts, tensors, attributes = renamed(parameters), renamed(shape.tensors), renamed(shape.attributes)
     for name, layer in layers.items():
@@ -254,7 +254,7 @@ def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shap
             continue
         outputs = 1 if isinstance(layer.get_base_layer(), Conv1D) else 0
         if cut.dim != outputs:
-            raise ValueError(f"{name}.weight shrinks along what its adapters read: {MERGE}")
+            raise ValueError(f"{name}.weight shrinks along what its adapters read: {MERGE_HINT}")
         size = shape.tensors[f"{name}.weight"][outputs]
         attributes[f"{name}.out_features"] = size
         for adapter, second in layer.lora_B.items():

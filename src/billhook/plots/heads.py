@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from torch import Tensor
 
 from billhook.arguments import check_types
-from billhook.plots.style import BLUE, RED, Picture, dress, heat_map, words
+from billhook.plots.style import BLUE, RED, Plot, heat_map, metric_label, style_axes
 
 
 def heads(
@@ -19,7 +19,7 @@ def heads(
     curve: Sequence[tuple[float, float]] = (),
     name: str = "",
     masked: bool = False,
-) -> Picture:
+) -> Plot:
     """Draws a heat map of heads, with removed ones crossed out, and beside it a metric over the share of heads removed.
 
     Two points of one share are the metric before and after training at it, such as between rounds.
@@ -47,7 +47,7 @@ def heads(
     for row, scores in enumerate(importance.values()):
         table[row, : len(scores)] = scores.detach().float().cpu().numpy()
     tall = min(max(3.2, 0.28 * len(table) + 1.2), 14)
-    figure = Picture(figsize=(9.5 if curve else 5, tall), dpi=150, layout="constrained")
+    figure = Plot(figsize=(9.5 if curve else 5, tall), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
     heat_map(axes[0], table, list(importance), "importance", least=np.nanmin(table, initial=0))
     crossed = [(head, row) for row, layer in enumerate(importance) for head in (removed or {}).get(layer, ())]
@@ -58,8 +58,8 @@ def heads(
     axes[0].locator_params(axis="x", integer=True)
     if curve:
         _draw_curve(axes[1], [(100 * share, value) for share, value in curve])
-        axes[1].set(xlabel=f"heads {done}, %", ylabel=words(name))
-        dress(axes[1])
+        axes[1].set(xlabel=f"heads {done}, %", ylabel=metric_label(name))
+        style_axes(axes[1])
     return figure
 
 

@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, FuncFormatter
 
 from billhook.arguments import check_types
-from billhook.plots.style import BLUE, RED, Picture, dress
+from billhook.plots.style import BLUE, RED, Plot, style_axes
 from billhook.shrinking.divergence import mean_of
 from billhook.shrinking.shrunk import Shrunk
 
@@ -17,7 +17,7 @@ LABELS = {
 MARKERS = "sD^"
 
 
-def pareto(shrunk: Shrunk) -> Picture:
+def pareto(shrunk: Shrunk) -> Plot:
     """Draws what a model loses over what is left of it: KL divergence from the dense model, of the chosen size and of others.
 
     Drawn are models put together of places that were refitted one by one, the sums of what places lose alone, the chosen model as
@@ -31,7 +31,7 @@ def pareto(shrunk: Shrunk) -> Picture:
         ValueError: If it is something else.
     """
     check_types(pareto, locals())
-    figure = Picture(figsize=(6, 4), dpi=150, layout="constrained")
+    figure = Plot(figsize=(6, 4), dpi=150, layout="constrained")
     axes: Axes = figure.subplots()
     unit = 1e6 if shrunk.target == "latency" else 1
     points = [(choice.left / unit, choice.measured, choice.predicted) for choice in shrunk.curve]
@@ -51,5 +51,5 @@ def pareto(shrunk: Shrunk) -> Picture:
     plain = FuncFormatter(lambda value, _: f"{value:,g}")  # milliseconds, of which `m` would make thousandths
     axes.xaxis.set_major_formatter(plain if shrunk.target == "latency" else EngFormatter(sep=""))
     axes.legend(frameon=False, fontsize=8)
-    dress(axes)
+    style_axes(axes)
     return figure

@@ -4,7 +4,7 @@ from matplotlib.axes import Axes
 
 from billhook.arguments import check_types
 from billhook.kv_heads.plan import KVHeadPlan
-from billhook.plots.style import BLUE, RED, Picture, distinct, dress
+from billhook.plots.style import BLUE, RED, Plot, distinct_parts, style_axes
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.units.units import PLURAL
@@ -13,7 +13,7 @@ Bars = dict[str, tuple[float, float]]
 """By layer, how much there is before, and afterwards."""
 
 
-def removed(plan: UnitPlan | BlockPlan | KVHeadPlan) -> Picture:
+def removed(plan: UnitPlan | BlockPlan | KVHeadPlan) -> Plot:
     """Draws what a plan leaves of each layer, and what it removes: a panel for each kind of unit, a bar for each layer.
 
     Blocks are as tall as their scores, where the plan has scores. Of attentions with different numbers of KV heads, a conversion
@@ -51,7 +51,7 @@ def removed(plan: UnitPlan | BlockPlan | KVHeadPlan) -> Picture:
     else:
         panels["KV heads"] = dict.fromkeys(plan.layers, (plan.before, plan.after))
     width = min(max(5, 0.28 * max(map(len, panels.values())) + 1.5), 14)
-    figure = Picture(figsize=(width, 0.4 + 2.3 * len(panels)), dpi=150, layout="constrained")
+    figure = Plot(figsize=(width, 0.4 + 2.3 * len(panels)), dpi=150, layout="constrained")
     for axes, (what, bars) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels.items(), strict=True):
         _draw(axes, what, bars)
     figure.axes[-1].set_xlabel("layer")
@@ -65,7 +65,7 @@ def _draw(axes: Axes, what: str, bars: Bars) -> None:
     positions = range(len(bars))
     axes.bar(positions, [before for before, _ in bars.values()], color=RED, alpha=0.35, label="removed")
     axes.bar(positions, [after for _, after in bars.values()], color=BLUE, label="left")
-    names, every = distinct(list(bars)), max(1, len(bars) // 32)
+    names, every = distinct_parts(list(bars)), max(1, len(bars) // 32)
     axes.set_xticks(positions[::every], names[::every], rotation=90 if max(map(len, names)) > 3 else 0, fontsize=7)
     axes.set_ylabel(what)
-    dress(axes)
+    style_axes(axes)

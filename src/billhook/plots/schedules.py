@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 
 from billhook.arguments import check_int, check_types
-from billhook.plots.style import BLUE, Picture, dress
+from billhook.plots.style import BLUE, Plot, style_axes
 from billhook.schedules import Schedule
 
 COLUMNS = 4
 
 
-def schedules(named: Mapping[str, Schedule], steps: int = 1000) -> Picture:
+def schedules(named: Mapping[str, Schedule], steps: int = 1000) -> Plot:
     """Draws values over the steps of training: a panel for each schedule, all on the same axes.
 
     Args:
@@ -32,13 +32,13 @@ def schedules(named: Mapping[str, Schedule], steps: int = 1000) -> Picture:
     columns = min(COLUMNS, len(named))
     rows = -(-len(named) // columns)
     size = (5, 3.2) if len(named) == 1 else (2.75 * columns, 2.3 * rows)
-    figure = Picture(figsize=size, dpi=110, layout="constrained")
+    figure = Plot(figsize=size, dpi=110, layout="constrained")
     panels = list(figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat)
     for panel, (name, schedule) in zip(panels, named.items(), strict=False):
         bound = schedule.bind(steps)
         panel.plot(range(steps + 1), [bound(step) for step in range(steps + 1)], color=BLUE, linewidth=1.8)
         panel.set_title(name.replace(", [", ",\n["), fontsize=8.5)
-        dress(panel)
+        style_axes(panel)
     for panel in panels[len(named) :]:
         panel.remove()
     figure.supxlabel("optimizer step", fontsize=9)

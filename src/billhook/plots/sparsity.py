@@ -9,15 +9,15 @@ from torch import nn
 
 from billhook.arguments import check_types
 from billhook.model.linears import prunable, weight_of
-from billhook.plots.style import Picture, heat_map
+from billhook.plots.style import Plot, heat_map
 from billhook.sparsity.pruned import WeightPlan
-from billhook.tracing.show import pattern
+from billhook.tracing.show import name_pattern
 
 NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
 """The number of a block in the name of a linear."""
 
 
-def sparsity(of: WeightPlan | nn.Module) -> Picture:
+def sparsity(of: WeightPlan | nn.Module) -> Plot:
     """Draws the share of zeros of each linear: a row for linears of one name, a column for each block.
 
     Linears that stand in no block have a column of their own at the right; of several in one block, as of experts, the mean is
@@ -39,7 +39,7 @@ def sparsity(of: WeightPlan | nn.Module) -> Picture:
     zeros, sizes = _counted(of)
     if not sizes:
         raise ValueError("of: there is no linear in it")
-    cells = {name: (pattern(f"{name}.").removesuffix("."), _block_of(name)) for name in sizes}
+    cells = {name: (name_pattern(f"{name}.").removesuffix("."), _block_of(name)) for name in sizes}
     kinds = list(dict.fromkeys(kind for kind, _ in cells.values()))
     blocks = sorted({block for _, block in cells.values()})
     sums = np.zeros((2, len(kinds), len(blocks)))
@@ -48,7 +48,7 @@ def sparsity(of: WeightPlan | nn.Module) -> Picture:
     table = np.full(sums.shape[1:], np.nan)
     np.divide(sums[0], sums[1], out=table, where=sums[1] > 0)
     size = min(3.2 + 0.42 * len(blocks), 14), min(max(2.6, 0.3 * len(kinds) + 1.4), 14)
-    figure = Picture(figsize=size, dpi=150, layout="constrained")
+    figure = Plot(figsize=size, dpi=150, layout="constrained")
     axes: Axes = figure.subplots()
     heat_map(axes, table, kinds, "share of zeros", 0, 1)
     every = max(1, len(blocks) // 16)

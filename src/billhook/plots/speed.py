@@ -5,14 +5,14 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from billhook.plots.style import Picture, dress, log_scale
+from billhook.plots.style import Plot, log_scale, style_axes
 from billhook.report.speed import Row, spread
 
 COLOURS = ("#1f5f8b", "#b03a2e", "#3c8d40", "#8e5ea2", "#d0812a", "#5a5a5a")
 MARKERS = "os^Dvx*"
 
 
-def speed(rows: Sequence[Row], names: Sequence[str]) -> Picture:
+def speed(rows: Sequence[Row], names: Sequence[str]) -> Plot:
     """Draws tokens per second over contexts for each phase; for several models also the speed-up, the ideal one dashed.
 
     Bars are quartiles. A colour is a model, a marker a batch size.
@@ -23,7 +23,7 @@ def speed(rows: Sequence[Row], names: Sequence[str]) -> Picture:
     """
     phases = list(dict.fromkeys(row.phase for row in rows))
     columns = 2 if len(names) > 1 else 1
-    figure = Picture(figsize=(1 + 4.5 * columns, 0.8 + 3.2 * len(phases)), dpi=150, layout="constrained")
+    figure = Plot(figsize=(1 + 4.5 * columns, 0.8 + 3.2 * len(phases)), dpi=150, layout="constrained")
     panels = figure.subplots(len(phases), columns, squeeze=False)
     for phase, (speeds, *others) in zip(phases, panels, strict=True):
         _draw_speeds(speeds, [row for row in rows if row.phase == phase], names)
@@ -38,7 +38,7 @@ def speed(rows: Sequence[Row], names: Sequence[str]) -> Picture:
         axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axes.minorticks_off()
         axes.set_xlabel("context, tokens")
-        dress(axes)
+        style_axes(axes)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 

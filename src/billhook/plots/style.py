@@ -10,11 +10,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import NDArray
 
 RED, BLUE = "#b03a2e", "#1f5f8b"
-PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
+PLOT_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 """How the path of a picture may end."""
 
 
-class Picture(Figure):
+class Plot(Figure):
     """A figure that notebooks show by itself; of others they show only those that pyplot made."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
@@ -23,7 +23,7 @@ class Picture(Figure):
         return file.getvalue(), {"width": round(80 * self.get_figwidth())}
 
 
-def dress(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
     """Shows a grid, and only the left and the lower edge."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -37,19 +37,19 @@ def log_scale(axes: Axes, subs: Sequence[float] = (1, 2, 5)) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def words(metric: str) -> str:
+def metric_label(metric: str) -> str:
     """Returns the words for a logged figure.
 
-    >>> words("val_perplexity")
+    >>> metric_label("val_perplexity")
     'validation perplexity'
     """
     return metric.replace("val_", "validation ").replace("_", " ")
 
 
-def distinct(names: Sequence[str]) -> list[str]:
+def distinct_parts(names: Sequence[str]) -> list[str]:
     """Shortens names by their common beginning and end.
 
-    >>> distinct(["model.layers.0.mlp", "model.layers.1.mlp"])
+    >>> distinct_parts(["model.layers.0.mlp", "model.layers.1.mlp"])
     ['0', '1']
     """
     split = [name.split(".") for name in names]
@@ -75,4 +75,4 @@ def heat_map(
     shown = axes.imshow(table, aspect="auto", cmap="Blues", vmin=least, vmax=most)
     figure: Any = axes.figure
     figure.colorbar(shown, ax=axes, label=label, shrink=0.8)
-    axes.set_yticks(range(len(table)), distinct(names), fontsize=max(4, min(8, 200 // len(table))))
+    axes.set_yticks(range(len(table)), distinct_parts(names), fontsize=max(4, min(8, 200 // len(table))))

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from billhook.plots.style import BLUE, RED, Picture, dress, log_scale, words
+from billhook.plots.style import BLUE, RED, Plot, log_scale, metric_label, style_axes
 
 CURVE: dict[str, Any] = {"marker": "o", "markersize": 3.5, "linewidth": 1.6, "color": BLUE}
 
@@ -17,7 +17,7 @@ def validation(
     events: Sequence[tuple[int, str, float | None, float | None]],
     name: str,
     dense: float | None = None,
-) -> Picture:
+) -> Plot:
     """Draws a validation figure over optimizer steps, with the events marked.
 
     Args:
@@ -32,7 +32,7 @@ def validation(
     >>> figure.axes[0].get_ylabel()
     'validation perplexity'
     """
-    figure = Picture(figsize=(8, 4.5), dpi=150, layout="constrained")
+    figure = Plot(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     before = [(step, 0, value) for step, _, value, _ in events if value is not None]
     after = [(step, 2, value) for step, _, _, value in events if value is not None]
@@ -46,10 +46,10 @@ def validation(
     if dense is not None and abs(dense) < 1e100:
         axes.axhline(dense, color="0.45", linestyle=(0, (6, 4)), linewidth=0.8, zorder=1)
         axes.text(1.005, dense, "dense", transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.45")
-    axes.set(xlabel="optimizer step", ylabel=words(name))
+    axes.set(xlabel="optimizer step", ylabel=metric_label(name))
     axes.margins(x=0.06, y=0.12)
     axes.locator_params(axis="x", integer=True)
-    dress(axes)
+    style_axes(axes)
     _mark(axes, [(step, what) for step, what, _, _ in events])
     wanted = [(step, value, "right") for step, _, value in after] + [(step, value, "left") for step, _, value in before]
     _label(axes, line, [*((*point, "right") for point in [*curve[-1:], *curve[:1]]), *wanted])

@@ -19,7 +19,7 @@ PERCENT = 3
 """So much of the units that there were may stay more or fewer than was asked for."""
 
 
-def rounded(
+def round_units(
     wanted: int, first: int, most: int | None = None, least: int = 1, each: int = 1, step: int = 1, more: bool = True
 ) -> int | None:
     """Returns how many units stay instead of so many: as many as make rows a multiple of the largest of `MULTIPLES` near enough.
@@ -36,9 +36,9 @@ def rounded(
         step: The number that units must be a multiple of.
         more: Whether more may stay than was asked for.
 
-    >>> rounded(1229, 1536), rounded(1300, 1536), rounded(1300, 1536, more=False), rounded(30, 40, each=128)
+    >>> round_units(1229, 1536), round_units(1300, 1536), round_units(1300, 1536, more=False), round_units(30, 40, each=128)
     (1216, 1280, 1280, 30)
-    >>> rounded(308, 384), rounded(72, 96)
+    >>> round_units(308, 384), round_units(72, 96)
     (None, None)
     """
     if first * each < MULTIPLES[0]:
@@ -46,43 +46,45 @@ def rounded(
     highest = first - 1 if most is None else min(most, first - 1)
     for multiple in MULTIPLES:
         units = math.lcm(multiple // math.gcd(multiple, each), step)  # so many make rows a multiple
-        number = nearest(wanted, units, least, highest, more)
+        number = nearest_multiple(wanted, units, least, highest, more)
         if number is not None and 100 * abs(number - wanted) <= PERCENT * first:
             return number
     return None
 
 
-def nearest(wanted: int, step: int, least: int, most: int, more: bool = True) -> int | None:
+def nearest_multiple(wanted: int, step: int, least: int, most: int, more: bool = True) -> int | None:
     """Returns the multiple of a step within bounds that is nearest to a number, the higher of two; None if there is none.
 
-    >>> nearest(1229, 256, 1, 1535), nearest(1229, 256, 1, 1535, more=False), nearest(24, 16, 1, 47), nearest(24, 64, 1, 47)
-    (1280, 1024, 32, None)
+    >>> nearest_multiple(1229, 256, 1, 1535), nearest_multiple(1229, 256, 1, 1535, more=False)
+    (1280, 1024)
+    >>> nearest_multiple(24, 16, 1, 47), nearest_multiple(24, 64, 1, 47)
+    (32, None)
     """
     below = wanted // step * step
     options = [number for number in (below + step, below) if least <= number <= most and (more or number <= wanted)]
     return min(options, key=lambda number: abs(number - wanted), default=None)
 
 
-def others(wanted: int, kept: int, now: int, least: int = 1) -> dict[int, int]:
+def nearby_counts(wanted: int, kept: int, now: int, least: int = 1) -> dict[int, int]:
     """Returns the nearest multiples of `MULTIPLES` that were not taken, each with the largest that it is a multiple of.
 
-    >>> others(1229, 1216, 1536)
+    >>> nearby_counts(1229, 1216, 1536)
     {1280: 256}
     """
-    near = [nearest(wanted, multiple, least, now - 1) for multiple in MULTIPLES]
+    near = [nearest_multiple(wanted, multiple, least, now - 1) for multiple in MULTIPLES]
     return {number: multiple_of(number) for number in near if number is not None and number != kept}
 
 
-def finest(count: int) -> int:
+def rounding_multiple(count: int) -> int:
     """Returns the largest of `MULTIPLES` to which any number of so many units can be rounded down; 1 if none is so small.
 
-    >>> finest(11008), finest(1536), finest(384)
+    >>> rounding_multiple(11008), rounding_multiple(1536), rounding_multiple(384)
     (256, 32, 1)
     """
     return next((multiple for multiple in MULTIPLES if 100 * multiple <= PERCENT * count), 1)
 
 
-def length_of(units: Units, per: Per = "head") -> int:
+def unit_length(units: Units, per: Per = "head") -> int:
     """Returns how much of a row one unit takes: of heads as many as they are wide; 0 where rows are of something else."""
     if units.kind in ("channel", "residual"):
         return 1
@@ -132,7 +134,7 @@ class RowLength:
         return "; ".join(parts)
 
 
-def rows_from(plain: Iterable[Mapping[str, Any]]) -> tuple[RowLength, ...]:
+def row_lengths_from_json(plain: Iterable[Mapping[str, Any]]) -> tuple[RowLength, ...]:
     """Makes row lengths of their plain data; refuses what is none."""
     try:
         return tuple(
@@ -143,31 +145,31 @@ def rows_from(plain: Iterable[Mapping[str, Any]]) -> tuple[RowLength, ...]:
         raise ValueError(f"plan: rows is {str(plain)[:80]!r}, and must be as to_json returns it") from error
 
 
-def suits(kv_heads: int) -> bool:
+def divides_among_devices(kv_heads: int) -> bool:
     """Tells whether so many KV heads can be divided among 2, 4 and 8 devices.
 
-    >>> [number for number in range(1, 33) if suits(number)]
+    >>> [number for number in range(1, 33) if divides_among_devices(number)]
     [1, 2, 4, 8, 16, 24, 32]
     """
     return all(shares(kv_heads, gpus) for gpus in GPUS)
 
 
-def suiting(kept: int, count: int, least: int = 1) -> int:
+def round_kv_heads(kept: int, count: int, least: int = 1) -> int:
     """Returns the number of KV heads nearest to one that suits, or all of them; the higher of two.
 
-    >>> suiting(7, 8), suiting(3, 8), suiting(26, 32), suiting(2, 3)
+    >>> round_kv_heads(7, 8), round_kv_heads(3, 8), round_kv_heads(26, 32), round_kv_heads(2, 3)
     (8, 4, 24, 2)
     """
-    options = [number for number in range(count, least - 1, -1) if number == count or suits(number)]
+    options = [number for number in range(count, least - 1, -1) if number == count or divides_among_devices(number)]
     return min(options, key=lambda number: abs(number - kept))
 
 
-def unsuited(kv_heads: int) -> str:
+def uneven_devices_note(kv_heads: int) -> str:
     """Returns the words for a number that does not suit."""
     return f"{kv_heads} KV heads cannot be divided among 2, 4 and 8 devices, as 1, 2, 4 or a multiple of 8 can"
 
 
-def width_step(model: nn.Module, units: Units) -> int:
+def kernel_multiple(model: nn.Module, units: Units) -> int:
     """Returns the number that the units must be a multiple of; 1 where no such kernel reads them, or it takes none now."""
     if units.kind not in ("channel", "residual") or not isinstance(model, PreTrainedModel):
         return 1
@@ -285,7 +287,7 @@ class Amount:
         if not targets and not any(self.ratios.values()):
             raise ValueError(f"nothing is asked for: give a ratio ({', '.join(RATIOS)}) or a target ({', '.join(TARGETS)})")
         for name, value in targets.items():
-            if not self.open:
+            if not self.open_ratios:
                 raise ValueError(f"{name}={value}: nothing is left open that could be removed for it")
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or value <= 0 or (isinstance(value, float) and not value < 1):
@@ -310,7 +312,7 @@ class Amount:
         return next((name for name in TARGETS if getattr(self, name) is not None), None)
 
     @property
-    def open(self) -> tuple[str, ...]:
+    def open_ratios(self) -> tuple[str, ...]:
         """Names of the ratios that are found for the target."""
         if self.target is None:
             return ()
@@ -321,7 +323,7 @@ class Amount:
     @property
     def requested(self) -> dict[str, tuple[UnitKind, Per]]:
         """The ratios that matter, with the kind of unit and of score."""
-        return {name: of for name, of in RATIOS.items() if self.ratios.get(name) or name in self.open}
+        return {name: of for name, of in RATIOS.items() if self.ratios.get(name) or name in self.open_ratios}
 
     @property
     def kinds(self) -> list[UnitKind]:

@@ -13,7 +13,7 @@ from billhook.units.blocks import block_of
 from billhook.units.fields import TOGETHER
 
 STAGES = 6  # numbers in one field that may all change, at most
-Numbers = dict[str, tuple[int, int]]
+BlockNumbers = dict[str, tuple[int, int]]
 """Whole-number attributes, by their new names: their values before and after."""
 
 
@@ -25,7 +25,7 @@ class Built:
     attributes: dict[str, Any]
 
 
-def find_then(model: PreTrainedModel, stacks: Mapping[str, int], removed: Mapping[str, Sequence[int]]) -> tuple[Fields, Numbers]:
+def find_block_fields(model: PreTrainedModel, stacks: Mapping[str, int], removed: Mapping[str, Sequence[int]]) -> tuple[Fields, BlockNumbers]:
     """Finds how the config says that blocks are removed, so that the model's class builds just those that remain.
 
     It tries lists with a value for each block, without those of removed ones; the fewest numbers of blocks that, changed
@@ -139,13 +139,13 @@ class _Finder:
             elif isinstance(value, list | tuple) and value and all(type(v) is int and 0 <= v < count for v in value):
                 yield {name: type(value)(left.index(number) for number in value if number in left)}
 
-    def compare(self, built: Built | None) -> tuple[str, Numbers]:
+    def compare(self, built: Built | None) -> tuple[str, BlockNumbers]:
         """Describes the first difference in the remaining blocks, and returns the block numbers that change."""
         if built is None:
             return "its class does not accept it", {}
         if different := self._different(built):
             return different, {}
-        numbers: Numbers = {}
+        numbers: BlockNumbers = {}
         for name, value in self.now.attributes.items():
             if (new := self._moved(name)) is None or (then := built.attributes.get(new)) == value:
                 continue

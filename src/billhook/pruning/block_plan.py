@@ -24,7 +24,7 @@ from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights, starting_from
 from billhook.model.shape import keep, note_shape, numbers_of, shape_of
 from billhook.model.surgery import Follow, undone_by_errors
-from billhook.pruning.block_fields import Numbers, find_then
+from billhook.pruning.block_fields import BlockNumbers, find_block_fields
 from billhook.units.blocks import block_of, find_blocks, skipping
 from billhook.units.units import UnitKind
 
@@ -47,7 +47,7 @@ class BlockPlan(ShapePlan):
     units: dict[str, list[int]]
     before: dict[str, tuple[int, ...]]
     fields: Fields
-    attributes: Numbers
+    attributes: BlockNumbers
     parameters: tuple[int, int]
     scores: dict[str, list[float]] = field(default_factory=dict, compare=False)
 
@@ -140,7 +140,7 @@ def find_block_plan(
             removed[name] = numbers
     _check_unshared(model, stacks, removed)
     sizes = {name: len(stack) for name, stack in stacks.items()}
-    fields, attributes = find_then(model, sizes, removed) if removed else ({}, {})
+    fields, attributes = find_block_fields(model, sizes, removed) if removed else ({}, {})
     # some classes build no model of too few blocks; this one does of its config as it is
     if (error := _building_error(model, fields)) is not None and _building_error(model, {}) is None:
         left = f"{type(model).__name__} is not built of what is left: {type(error).__name__}: {error}"
@@ -193,7 +193,7 @@ class _Tried(Exception):
     """The end of a trial, by which everything is put back."""
 
 
-def tried(model: PreTrainedModel, plan: BlockPlan) -> BlockPlan:
+def checked_block_plan(model: PreTrainedModel, plan: BlockPlan) -> BlockPlan:
     """Returns a plan that can be carried out, as has been tried; the model is as before."""
     with suppress(_Tried):
         _remove(model, plan, trial=True)
@@ -217,21 +217,21 @@ def _remove(model: PreTrainedModel, plan: BlockPlan, trial: bool = False) -> set
         cached, _ = cached_answer(model)
     before = set(model.parameters())
     with store_of(model).following(), undone_by_errors(model):
-        take_out(model, plan)
+        remove_blocks(model, plan)
         _check_alike(model, plan.units, expected, cached)
         if trial:
             raise _Tried
     return before - set(model.parameters())
 
 
-def without(model: PreTrainedModel, plan: BlockPlan) -> PreTrainedModel:
+def without_blocks(model: PreTrainedModel, plan: BlockPlan) -> PreTrainedModel:
     """Returns a model without the blocks of a plan, on meta tensors, where what it computes is not compared."""
     meta_model = to_meta(model)
-    take_out(meta_model, plan)
+    remove_blocks(meta_model, plan)
     return meta_model
 
 
-def take_out(model: PreTrainedModel, plan: BlockPlan) -> None:
+def remove_blocks(model: PreTrainedModel, plan: BlockPlan) -> None:
     """Takes the blocks of a plan out of a model, where what it computes is not compared; numbers and the config follow."""
     for name, removed in plan.units.items():
         stack = _stack(model, name)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types
 from billhook.model.handed import Indices
-from billhook.pruning.amount import RATIOS, Amount, Ranking, length_of, rounded
-from billhook.pruning.cuts import coupled
+from billhook.pruning.amount import RATIOS, Amount, Ranking, round_units, unit_length
+from billhook.pruning.cut import coupled_modules
 from billhook.units.blocks import block_of, find_blocks
 from billhook.units.find import of_kind
 from billhook.units.units import Per, Units, plural
@@ -72,7 +72,7 @@ def check_choice(ratio: float, ranking: str, least: int, per: str, what: str = "
     check_one_of("per", per, Per)
 
 
-def among_others(
+def choose_including(
     take: Callable[[Mapping[str, Tensor]], dict[str, list[int]]],
     before: Mapping[str, Sequence[int]],
     scores: Mapping[str, Tensor],
@@ -122,7 +122,7 @@ def choose(
             raise ValueError(f"scores: a score for each of the {count} {what} of {layer} is needed (per={per!r})")
         if scores[layer].isnan().any():
             raise ValueError(f"scores: a score of {layer} is NaN")
-    sets = coupled(units) if remove else [[layer] for layer in units]
+    sets = coupled_modules(units) if remove else [[layer] for layer in units]
     orders = [_order(units, layers, scores, per, remove, min_units, ends) for layers in sets]
     removed: dict[str, list[int]] = {}
     for ranked_together in [[order] for order in orders] if ranking == "layer" else [orders]:
@@ -134,7 +134,7 @@ def choose(
     return {layer: list(removed[layer]) for layer in units if removed.get(layer)}
 
 
-def ranked(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> list[int]:
+def rank_units(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> list[int]:
     """Orders the units of a place from the lowest score to the highest; of equal ones the first leads, of blocks the last."""
     values, count = scores.detach().cpu().double().numpy(), len(scores)
     order = count - 1 - np.argsort(values[::-1], kind="stable") if units.kind == "block" else np.argsort(values, kind="stable")
@@ -164,7 +164,7 @@ def _order(
         # fmean rounds once, so that a step's mean does not depend on the order of its heads
         means = np.array([fmean(step) for step in values[steps].tolist()])
     else:
-        steps = np.array(ranked(first, score, ends), dtype=np.int64)[:, None]
+        steps = np.array(rank_units(first, score, ends), dtype=np.int64)[:, None]
         means = values[steps[:, 0]]
     in_step = steps.shape[1]
     most = max(count // in_step - -(-min_units // in_step), 0)
@@ -223,7 +223,7 @@ def choose_units(
         kind, per = RATIOS[name]
         if not ratio:
             continue
-        layers = free(of_kind(units, kind), protected)
+        layers = unprotected(of_kind(units, kind), protected)
         if not layers:
             why = "all are in protected blocks" if of_kind(units, kind) else "the model has none that may be removed"
             raise ValueError(f"{name}={ratio:g}: {why}")
@@ -236,11 +236,11 @@ def choose_units(
         chosen: dict[str, list[int]] = {}
         for part, names in parts.items():
             chosen |= take({layer: layers[layer] for layer in names}, ratio=part, ranking=amount.ranking)
-        for coupled_layers in coupled({layer: layers[layer] for layer in chosen}):
+        for coupled_layers in coupled_modules({layer: layers[layer] for layer in chosen}):
             layer = coupled_layers[0]
             count, num_kept = layers[layer].count(per), layers[layer].count(per) - len(chosen[layer])
             step = (steps or {}).get(layer, 1)
-            num_rounded = _rounded(layers[layer], num_kept, num_first[layer], step, per, amount, at_most=name in amount.open)
+            num_rounded = _rounded(layers[layer], num_kept, num_first[layer], step, per, amount, at_most=name in amount.open_ratios)
             if num_rounded != num_kept:
                 again = take({layer: layers[layer] for layer in coupled_layers}, ratio=(count - num_rounded) / count)
                 chosen |= dict.fromkeys(coupled_layers, []) | again
@@ -264,24 +264,24 @@ def _parts_left(
 
 def _rounded(units: Units, num_kept: int, num_first: int, step: int, per: Per, amount: Amount, at_most: bool) -> int:
     """Returns how many units stay in a layer that was to keep so many."""
-    count, channels, length = units.count(per), units.kind in ("channel", "residual"), length_of(units, per)
+    count, channels, length = units.count(per), units.kind in ("channel", "residual"), unit_length(units, per)
     if amount.round_to == "auto" and length and (channels or not at_most):
         grouped = per == "head" and units.count("kv_head") < count and not channels
         in_step = units.count("kv_head") if grouped else 1  # as many go of each KV head
-        near = rounded(num_kept, num_first, count, amount.min_units, length, math.lcm(step, in_step), more=not at_most)
+        near = round_units(num_kept, num_first, count, amount.min_units, length, math.lcm(step, in_step), more=not at_most)
         if near is not None:
             return near
     multiple = math.lcm(1 if amount.round_to == "auto" else amount.round_to, step) if channels else 1
     return min(-(-num_kept // multiple) * multiple, count)
 
 
-def free(units: Mapping[str, Units], protected: Iterable[str]) -> dict[str, Units]:
+def unprotected(units: Mapping[str, Units], protected: Iterable[str]) -> dict[str, Units]:
     """Returns the places that may lose units: neither protected nor bound to one that is, as by a common position bias."""
-    bound = {layer for layers in coupled(units) if not set(layers).isdisjoint(protected) for layer in layers}
+    bound = {layer for layers in coupled_modules(units) if not set(layers).isdisjoint(protected) for layer in layers}
     return {name: layer for name, layer in units.items() if name not in bound}
 
 
-def protected_places(model: nn.Module, units: Mapping[str, Units], amount: Amount) -> frozenset[str]:
+def protected_modules(model: nn.Module, units: Mapping[str, Units], amount: Amount) -> frozenset[str]:
     """Returns the places in the first and last blocks of a stack."""
     stacks = find_blocks(model) if amount.first or amount.last else {}
     protected = set[str]()

@@ -20,10 +20,10 @@ from billhook.model.figures import Figures
 from billhook.model.find import find_transformer
 from billhook.model.plan import ShapePlan, Weights, starting_from
 from billhook.model.surgery import Follow, follow
-from billhook.pruning.amount import RowLength, rows_from, suits, unsuited
-from billhook.pruning.cuts import Cut, find_cut
+from billhook.pruning.amount import RowLength, divides_among_devices, row_lengths_from_json, uneven_devices_note
+from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.removal import remove
-from billhook.tracing.show import pattern
+from billhook.tracing.show import name_pattern
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 from billhook.units.units import PLURAL, UnitKind, counted, counts
@@ -78,7 +78,7 @@ class UnitPlan(Cut, ShapePlan):
             if not isinstance(plain[part], Mapping) or not all(map(is_legal, plain[part].values())):
                 raise ValueError(f"plan: {part} is {str(plain[part])[:80]!r}, and must be as to_json returns it")
         before = {name: tuple(numbers) for name, numbers in plain["before"].items()}
-        rows = rows_from(plain.get("rows", []))
+        rows = row_lengths_from_json(plain.get("rows", []))
         return cls.of(_find_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)), rows=rows)
 
     def check_made_for(self, model: nn.Module) -> None:
@@ -145,7 +145,7 @@ class UnitPlan(Cut, ShapePlan):
         """Says what else there is to know: row lengths that suit no engine, numbers of KV heads."""
         heads = [name for name in self.units if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]]
         numbers = sorted({self.after[name][1] for name in heads})
-        return [*map(str, self.rows), *(unsuited(number) for number in numbers if not suits(number))]
+        return [*map(str, self.rows), *(uneven_devices_note(number) for number in numbers if not divides_among_devices(number))]
 
 
 def _is_kind(value: object) -> bool:
@@ -179,7 +179,7 @@ def _find_again(
 
 
 def _pattern(name: str) -> str:
-    return pattern(f"{name}.").strip(". ") or "the model"
+    return name_pattern(f"{name}.").strip(". ") or "the model"
 
 
 def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:

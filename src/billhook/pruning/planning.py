@@ -20,11 +20,11 @@ from billhook.model.surgery import check_replaceable
 from billhook.progress import OnProgress
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan, find_block_plan
-from billhook.pruning.block_plan import tried as tried_blocks
-from billhook.pruning.choice import choose_units, ranked
-from billhook.pruning.cuts import find_cut
+from billhook.pruning.block_plan import checked_block_plan as tried_blocks
+from billhook.pruning.choice import choose_units, rank_units
+from billhook.pruning.cut import find_cut
 from billhook.pruning.plan import UnitPlan, check_kinds
-from billhook.pruning.removal import tried
+from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
 from billhook.tracing.trace import trace
 from billhook.units.find import Chosen, check_any, find_units, kinds_of, numbered, units_of
@@ -123,7 +123,7 @@ def plan_amount(
         if greedy:
             raise ValueError("greedy=True: only blocks are removed one at a time")
         check_kinds(subject, amount.kinds)
-        return plan_searched(RatioSearch(subject, amount), importance, batches, scores, loss, comm, progress)
+        return plan_from_search(RatioSearch(subject, amount), importance, batches, scores, loss, comm, progress)
     importance = importance or BlockInfluence()
     stacks, numbers = count_blocks(subject, amount)
     if not greedy or scores is not None:
@@ -137,14 +137,14 @@ def plan_amount(
         with mask(subject, blocks, "block"):
             without = score_units(subject, stacks, importance, runs, loss, comm=comm)
         for name in left:
-            order = ranked(stacks[name], without[name], (amount.first, amount.last))
+            order = rank_units(stacks[name], without[name], (amount.first, amount.last))
             blocks[name].append(next(number for number in order if number not in blocks[name]))
         if progress is not None:
             progress(max(map(len, blocks.values())), max(numbers.values()))
     return tried_blocks(subject, find_block_plan(subject, blocks))
 
 
-def plan_searched(
+def plan_from_search(
     search: RatioSearch,
     importance: Importance | None = None,
     batches: Batches | None = None,
@@ -156,7 +156,7 @@ def plan_searched(
     """Plans units as `plan_amount`, in what a search has found of a model that is as it was then."""
     search.check()
     if scores is None:
-        units, amount = search.free(), search.amount
+        units, amount = search.removable(), search.amount
         importance = importance or default_importance(units)
         scores = score_units(search.model, units, importance, batches, loss, amount.normalize, amount.per, comm, progress)
     cut = search.cut(scores)
@@ -199,7 +199,7 @@ def plan_units(
     layers = units_of(subject, structure, kinds)
     check_any(subject, structure, layers, kinds)
     cut = find_cut(subject, structure, layers, units, per)
-    tried(subject, cut)
+    try_removal(subject, cut)
     return UnitPlan.of(cut)
 
 

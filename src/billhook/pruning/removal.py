@@ -22,8 +22,8 @@ from billhook.model.inputs import alike, small_inputs, tolerance
 from billhook.model.meta import to_meta
 from billhook.model.shape import Shape, derived_then, note_shape, set_shape, shape_of, unbuilt_shape
 from billhook.model.surgery import Change, Swap, change_in_turn, change_values, undone_by_errors, whole_way_back
-from billhook.pruning.cuts import Cut, find_cut
-from billhook.pruning.shape_then import shapes_then
+from billhook.pruning.cut import Cut, find_cut
+from billhook.pruning.reshape import candidate_shapes
 from billhook.tracing.trace import trace
 from billhook.units.gates import Gate, reading
 from billhook.units.units import PLURAL, Units
@@ -47,12 +47,12 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
     if not cut.units:
         return []
     _check_ungated(model, cut)
-    readers = {reader for layer in cut.places.values() if layer.kind in ("head", "channel") for reader in layer.readers}
+    readers = {reader for layer in cut.all_units.values() if layer.kind in ("head", "channel") for reader in layer.readers}
     readers = {reader for reader in readers if not _makes_units(model, reader, cut)}
     computes = model.device.type != "meta"
     masked = _masked_answer(model, cut, readers) if computes else None
     why = ""
-    for shape, fields in shapes_then(model, cut):
+    for shape, fields in candidate_shapes(model, cut):
         try:
             with store_of(model).following(), undone_by_errors(model):
                 swaps = _cut_tensors(model, cut, shape, key)
@@ -77,7 +77,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
     )
 
 
-def tried(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
+def try_removal(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
     """Returns a model without units, on meta tensors; refuses what its code does not follow, also once it is built again."""
     meta_model = to_meta(model)
     remove(meta_model, cut)
@@ -102,7 +102,7 @@ def tried(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
 
 
 def _check_ungated(model: PreTrainedModel, cut: Cut) -> None:
-    for name in {reader for layer in cut.places.values() for reader in layer.readers}:
+    for name in {reader for layer in cut.all_units.values() for reader in layer.readers}:
         if any(isinstance(hook, Gate) for hook in model.get_submodule(name)._forward_pre_hooks.values()):
             raise ValueError(f"units: a mask or gates stand before {name}: remove them first (mask.remove())")
 
@@ -159,11 +159,11 @@ def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str]) -> 
     if not masked or len(masked) + len(residual) < len(cut.units):
         return None
     if not residual:
-        return _zeroed_answer(model, cut.places, masked, readers)
+        return _zeroed_answer(model, cut.all_units, masked, readers)
     back = whole_way_back(model)
     try:
-        remove(model, find_cut(model, cut.structure, cut.places, residual))
-        return _zeroed_answer(model, cut.places, masked, readers)
+        remove(model, find_cut(model, cut.structure, cut.all_units, residual))
+        return _zeroed_answer(model, cut.all_units, masked, readers)
     finally:
         back()
 

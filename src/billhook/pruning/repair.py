@@ -21,15 +21,15 @@ from billhook.pruning.plan import UnitPlan
 from billhook.repairs.moments import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import RepairConfig, repair_linears
 
-Repairing = RepairConfig | Literal["auto"] | None
+RepairOption = RepairConfig | Literal["auto"] | None
 """How linears are refitted: as told, as far as they can be, or not at all."""
 
 
-def repair_as_asked(
+def repair_if_requested(
     model: nn.Module,
     plan: ModelPlan,
     batches: Batches,
-    how: Repairing,
+    how: RepairOption,
     comm: Comm = ALONE,
     progress: OnProgress | None = None,
 ) -> tuple[Weights | None, str]:
@@ -43,7 +43,7 @@ def repair_as_asked(
     left = list[str]()
     config = how if isinstance(how, RepairConfig) else None
     try:
-        new = repair_with(model, _unit_plan(plan), batches, config, comm, progress=progress, left=left)
+        new = repair_with(model, _unit_plan(plan), batches, config, comm, progress=progress, not_repaired=left)
     except NoRepair as error:
         if config is not None:
             raise
@@ -106,10 +106,10 @@ def repair_with(
     batches: Batches,
     how: RepairConfig | None = None,
     comm: Comm = ALONE,
-    given: LazyTensors | None = None,
-    whole: Collection[str] = (),
+    new_params: LazyTensors | None = None,
+    also: Collection[str] = (),
     progress: OnProgress | None = None,
-    left: list[str] | None = None,
+    not_repaired: list[str] | None = None,
 ) -> LazyTensors:
     """Refits as `repair` does, where linears have other parameters besides; more of them make up for that, though they keep all.
 
@@ -121,20 +121,20 @@ def repair_with(
         batches: Batches to fit to.
         how: How linears are refitted.
         comm: The ranks.
-        given: Other parameters of linears; these are not refitted, unless they are named in `whole`.
-        whole: Linears that are refitted also where the plan leaves them all of their inputs.
+        new_params: Other parameters of linears; these are not refitted, unless they are named in `also`.
+        also: Linears that are refitted also where the plan leaves them all of their inputs.
         progress: Is called with how many linears are refitted.
-        left: Is given the names of linears that are not refitted, as too few tokens come to them.
+        not_repaired: Is given the names of linears that are not refitted, as too few tokens come to them.
     """
     check_values(model, coming=True)
     check_stored(model)
-    subject, replaced = find_transformer(model), given.modules if given is not None else {}
-    modules = {reader: subject.get_submodule(reader) for layer in plan.places.values() for reader in layer.readers}
-    stays = {reader: torch.ones(size_of(subject.get_submodule(reader))[1], dtype=torch.bool) for reader in whole}
+    subject, replaced = find_transformer(model), new_params.modules if new_params is not None else {}
+    modules = {reader: subject.get_submodule(reader) for layer in plan.all_units.values() for reader in layer.readers}
+    stays = {reader: torch.ones(size_of(subject.get_submodule(reader))[1], dtype=torch.bool) for reader in also}
     for name, removed in plan.units.items():
-        layer = plan.places[name]
+        layer = plan.all_units[name]
         for reader in layer.readers if layer.kind in ("head", "channel") else ():
-            if is_linear(subject.get_submodule(_stored(subject, reader))) and (reader not in replaced or reader in whole):
+            if is_linear(subject.get_submodule(_stored(subject, reader))) and (reader not in replaced or reader in also):
                 rest = torch.from_numpy(~np.isin(layer.index, removed))
                 stays[reader] = stays[reader] & rest if reader in stays else rest
     if not stays:
@@ -146,7 +146,7 @@ def repair_with(
         run = batch if isinstance(batch, Run) else run_with_loss(subject, modules, batch)
         runs.append(replace(run, tokens={stored.get(reader, reader): mask for reader, mask in run.tokens.items()}))
     keep = {stored[reader]: rest for reader, rest in stays.items()}
-    return repair_linears(subject, keep, runs, how, comm, given or None, progress, left)
+    return repair_linears(subject, keep, runs, how, comm, new_params or None, progress, not_repaired)
 
 
 def _stored(model: nn.Module, reader: str) -> str:

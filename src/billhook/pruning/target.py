@@ -13,10 +13,19 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import percentage_hint
 from billhook.model.figures import Figures, figures_of
-from billhook.pruning.amount import RATIOS, Amount, RowLength, finest, length_of, others, suiting, width_step
-from billhook.pruning.choice import Counts, choose_units, free, protected_places
-from billhook.pruning.cuts import Cut, find_cut, size_after
-from billhook.pruning.removal import tried
+from billhook.pruning.amount import (
+    RATIOS,
+    Amount,
+    RowLength,
+    kernel_multiple,
+    nearby_counts,
+    round_kv_heads,
+    rounding_multiple,
+    unit_length,
+)
+from billhook.pruning.choice import Counts, choose_units, protected_modules, unprotected
+from billhook.pruning.cut import Cut, find_cut, size_after
+from billhook.pruning.removal import try_removal
 from billhook.serving.engines import MULTIPLES, multiple_of
 from billhook.tracing.trace import trace
 from billhook.units.find import of_kind, units_of, why_none
@@ -35,7 +44,7 @@ class RatioSearch:
         self.first: Counts | None = None
         self.structure = trace(model)
         self.units: dict[str, Units] = units_of(model, self.structure, amount.kinds)
-        self.protected = protected_places(model, self.units, amount)
+        self.protected = protected_modules(model, self.units, amount)
         self._steps = _steps(model, self.units)
         self._ratios: dict[str, float] | None = None
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Figures] = {}
@@ -62,10 +71,10 @@ class RatioSearch:
     def _flat_scores(self) -> dict[str, Tensor]:
         return {name: torch.zeros(layer.count(self.amount.per)) for name, layer in self.units.items()}
 
-    def free(self, *ratios: str) -> dict[str, Units]:
+    def removable(self, *ratios: str) -> dict[str, Units]:
         """Returns the places that may lose units by some ratios, or by all that matter."""
         kinds = [RATIOS[ratio][0] for ratio in ratios or self.amount.requested]
-        return {name: layer for kind in kinds for name, layer in free(of_kind(self.units, kind), self.protected).items()}
+        return {name: layer for kind in kinds for name, layer in unprotected(of_kind(self.units, kind), self.protected).items()}
 
     def cut(self, scores: Mapping[str, Tensor]) -> Cut:
         """Finds the cut that scores lead to; refuses it if so much cannot be removed, or no unit would be."""
@@ -82,14 +91,14 @@ class RatioSearch:
 
     def step(self, name: str) -> int:
         """Returns the number of which the channels that a place keeps must be a multiple."""
-        by = finest(self.units[name].count()) if self.amount.round_to == "auto" else self.amount.round_to
+        by = rounding_multiple(self.units[name].count()) if self.amount.round_to == "auto" else self.amount.round_to
         return math.lcm(by, self._steps.get(name, 1))
 
     def costs(self, cut: Cut) -> tuple[Figures, Figures]:
         """Returns what the model costs before and after a cut; how many units are removed decides it, not which."""
         num_kept = tuple(cut.after.items())
         if num_kept not in self._known:
-            self._known[num_kept] = figures_of(tried(self.model, cut))
+            self._known[num_kept] = figures_of(try_removal(self.model, cut))
         return self.now, self._known[num_kept]
 
     def limit(self, target: str) -> int:
@@ -115,7 +124,7 @@ class RatioSearch:
 
     def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], target: bool = False) -> Cut:
         """Finds the cut of some ratios; for a target, numbers that are found for it are not rounded unless they must be."""
-        exact = self.amount.open if target and self.amount.round_to == "auto" else ()
+        exact = self.amount.open_ratios if target and self.amount.round_to == "auto" else ()
         chosen: dict[str, list[int]] = {}
         for amount, of_target in ((self.amount, False), (replace(self.amount, round_to=1), True)):
             some = {name: ratio for name, ratio in ratios.items() if (name in exact) == of_target}
@@ -124,7 +133,7 @@ class RatioSearch:
 
     def _find_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
         """Returns the given ratios, and those that lead to the target."""
-        ratios, target, names = self.amount.ratios, self.amount.target, self.amount.open
+        ratios, target, names = self.amount.ratios, self.amount.target, self.amount.open_ratios
         if target is None:
             return ratios
         limit = self.limit(target)
@@ -136,7 +145,7 @@ class RatioSearch:
         def lowest_ratio(names: Sequence[str], ratios: Mapping[str, float]) -> float | None:
             """Finds the lowest ratio, of kinds alike and next to other ratios, that meets the target; None if none does."""
             tries = self._tries(names)
-            number = lowest(len(tries), lambda number: left(tries[number], names, ratios), limit)
+            number = first_within(len(tries), lambda number: left(tries[number], names, ratios), limit)
             return None if number is None else tries[number]
 
         if len(names) > 1:
@@ -166,7 +175,7 @@ class RatioSearch:
         if self.amount.round_to != "auto" or self.amount.ranking == "global" or len(counts) != 1:
             return {}
         count = counts.pop()
-        return {"kv_heads": 1 - suiting(count - int(ratio * count + 1e-9), count, self.amount.min_units) / count}
+        return {"kv_heads": 1 - round_kv_heads(count - int(ratio * count + 1e-9), count, self.amount.min_units) / count}
 
     @cached_property
     def now(self) -> Figures:
@@ -174,7 +183,7 @@ class RatioSearch:
         return figures_of(self.model)
 
     def _counts(self, name: str) -> list[int]:
-        return [layer.count(RATIOS[name][1]) for layer in self.free(name).values()]
+        return [layer.count(RATIOS[name][1]) for layer in self.removable(name).values()]
 
     def _tries(self, names: Sequence[str]) -> list[float]:
         """Returns the ratios at which one more unit is removed."""
@@ -205,12 +214,12 @@ def _steps(model: PreTrainedModel, units: Mapping[str, Units]) -> dict[str, int]
     most: dict[tuple[str, int], int] = {}
     for layer in units.values():
         key = (layer.kind, layer.count())
-        most[key] = max(most.get(key, 1), width_step(model, layer))
+        most[key] = max(most.get(key, 1), kernel_multiple(model, layer))
     return {name: most[layer.kind, layer.count()] for name, layer in units.items()}
 
 
 @dataclass(frozen=True)
-class First:
+class Baseline:
     """A model before any part of an amount was removed; parts are of what there was then, so that they do not compound.
 
     Attributes:
@@ -222,10 +231,10 @@ class First:
     figure: int | None
 
     @classmethod
-    def of(cls, search: RatioSearch) -> "First":
+    def of(cls, search: RatioSearch) -> "Baseline":
         """Notes a model as a search has found it."""
         counts = {
-            name: {layer: of_layer.count(per) for layer, of_layer in search.free(name).items()}
+            name: {layer: of_layer.count(per) for layer, of_layer in search.removable(name).items()}
             for name, (_, per) in search.amount.requested.items()
         }
         return cls(counts, getattr(search.now, search.amount.target) if search.amount.target else None)
@@ -251,12 +260,12 @@ class First:
         return part if amount.target is not None or part.removes_any() else None
 
 
-def lowest(count: int, cost: Callable[[int], int], limit: int) -> int | None:
+def first_within(count: int, cost: Callable[[int], int], limit: int) -> int | None:
     """Finds the first of some numbers from 0 at which a falling cost is within a limit; None if it never is.
 
     It looks where that would be if the cost fell evenly, and every other time in the middle.
 
-    >>> lowest(100, lambda number: 1000 - 7 * number, 500)
+    >>> first_within(100, lambda number: 1000 - 7 * number, 500)
     72
     """
     low, high = -1, count - 1
@@ -286,18 +295,18 @@ def row_lengths(model: nn.Module, cut: Cut, num_asked: Mapping[str, int], least:
     """
     alike: dict[RowLength, list[str]] = {}
     for name in cut.units:
-        layer, num_kept, length = cut.places[name], cut.after[name][0], length_of(cut.places[name])
+        layer, num_kept, length = cut.all_units[name], cut.after[name][0], unit_length(cut.all_units[name])
         if layer.count() * length >= MULTIPLES[0]:
             row = RowLength(layer.kind, 1, length, num_asked[name], num_kept, multiple_of(num_kept * length))
             alike.setdefault(row, []).append(name)
     rows = list[RowLength]()
     for row, names in alike.items():
-        counts = {name: cut.places[name].count() for name in names}
-        options = {} if row.kind == "head" else others(row.asked, row.kept, max(counts.values()), least)
+        counts = {name: cut.all_units[name].count() for name in names}
+        options = {} if row.kind == "head" else nearby_counts(row.asked, row.kept, max(counts.values()), least)
         instead = list[tuple[int, int, int]]()
         for num_kept, multiple in options.items():
             chosen = cut.units | {name: list(range(num_kept, count)) for name, count in counts.items()}
-            then = find_cut(model, cut.structure, cut.places, chosen)
+            then = find_cut(model, cut.structure, cut.all_units, chosen)
             instead.append((num_kept, multiple, then.parameters[1] - cut.parameters[1]))
         rows.append(replace(row, places=len(names), others=tuple(instead)))
     return tuple(rows)

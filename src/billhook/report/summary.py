@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import RenderableType
 from torch import nn
 
-from billhook.adapters.merge import taken_off
+from billhook.adapters.merge import adapters_removed
 from billhook.arguments import check_types
 from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.display import Printable, render, text_table
@@ -108,7 +108,7 @@ def summary(model: nn.Module) -> Summary:
     model = find_transformer(model)
     reshard(model)
     every = sum(parameter.numel() for parameter in model.parameters())
-    with taken_off(model):
+    with adapters_removed(model):
         zeros = zeros_of(model)
         with sizes_only(model) if is_sharded(model) else nullcontext():
             figures, name = asdict(figures_of(model)) | {"kv_cache_bytes": cache_as_saved(model)}, type(model).__name__

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from transformers import PretrainedConfig
 
 from billhook.model.config_fields import text_config
-from billhook.tracing.show import pattern
+from billhook.tracing.show import name_pattern
 
 MULTIPLES = (256, 128, 64, 32)
 """What the length of a row is best a multiple of, the best first.
@@ -138,7 +138,7 @@ def _unsaid(entry: Mapping[str, Any], config: PretrainedConfig) -> str:
         return "attentions store fewer KV heads than their class computes with"
     alike = defaultdict[str, list[tuple[int, ...]]](list)
     for name, size in shape.get("tensors", {}).items():
-        alike[pattern(name)].append(tuple(size))
+        alike[name_pattern(name)].append(tuple(size))
     layers = _field(text_config(config), "num_hidden_layers")
     differ = [name for name, sizes in alike.items() if "*" in name and (len(set(sizes)) > 1 or len(sizes) != layers)]
     return DIFFER if differ else "no field of the config says its sizes"

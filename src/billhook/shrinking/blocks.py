@@ -10,7 +10,7 @@ from billhook.engine.store import store_of
 from billhook.model.figures import figure_of
 from billhook.model.inputs import alike, answer, tolerance
 from billhook.model.linears import is_linear
-from billhook.pruning.block_plan import BlockPlan, find_block_plan, tried, without
+from billhook.pruning.block_plan import BlockPlan, checked_block_plan, find_block_plan, without_blocks
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.cache import zeroed
 from billhook.shrinking.layers import Layer
@@ -70,7 +70,7 @@ class Blocks:
         numbers = tuple(block.number for block in removed)
         if numbers not in self._refusals:
             try:
-                tried(self.model, find_block_plan(self.model, {self.stack: numbers}))
+                checked_block_plan(self.model, find_block_plan(self.model, {self.stack: numbers}))
                 self._refusals[numbers] = ""
             except ValueError as error:
                 self._refusals[numbers] = str(error)
@@ -146,7 +146,7 @@ def _writers(model: PreTrainedModel, stack: str, count: int, units: Mapping[str,
 def _cost_of(search: RatioSearch, target: str, chosen: Mapping[str, list[int]]) -> int | str:
     """Returns what a block costs, or why its config cannot say that it goes."""
     try:
-        smaller = without(search.model, find_block_plan(search.model, chosen))
+        smaller = without_blocks(search.model, find_block_plan(search.model, chosen))
     except ValueError as error:
         return str(error)
     return int(getattr(search.now, target)) - int(figure_of(smaller, target) or 0)

@@ -11,8 +11,8 @@ from billhook.arguments import check_int, check_types
 from billhook.engine.state import undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.meta import sharing
-from billhook.pruning.block_plan import BlockPlan, take_out
-from billhook.pruning.cuts import Cut
+from billhook.pruning.block_plan import BlockPlan, remove_blocks
+from billhook.pruning.cut import Cut
 from billhook.pruning.removal import remove
 from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, check_speed, measure_speed
@@ -107,7 +107,7 @@ class Clock:
             dense, smaller = sharing(self.model), sharing(self.model)
             remove(smaller, cut)
             if blocks is not None:
-                take_out(smaller, blocks)
+                remove_blocks(smaller, blocks)
             before, after = self.seconds([dense, smaller])
         ratios = [later / first for first, later in zip(before, after, strict=True)]
         return Times(median(before), median(after), median(ratios), self.workload)

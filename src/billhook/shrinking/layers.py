@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from billhook.model.figures import kv_cache_bytes
 from billhook.model.linears import is_linear
-from billhook.pruning.amount import suits
-from billhook.pruning.choice import ranked
-from billhook.pruning.cuts import Cut, coupled, find_cut
-from billhook.pruning.removal import tried
+from billhook.pruning.amount import divides_among_devices
+from billhook.pruning.choice import rank_units
+from billhook.pruning.cut import Cut, coupled_modules, find_cut
+from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
 from billhook.units.units import Per, UnitKind, Units
 
@@ -84,8 +84,8 @@ def find_layers(search: RatioSearch, target: str, alike: bool = False) -> list[L
         alike: Whether all attentions are to keep as many KV heads: then numbers that engines can divide among devices, where
             numbers are left to us, and channels make up for what they do not save.
     """
-    model, amount, free = search.model, search.amount, search.free()
-    groups = [names for names in coupled(free) if all(readable(model, free[name]) for name in names)]
+    model, amount, free = search.model, search.amount, search.removable()
+    groups = [names for names in coupled_modules(free) if all(readable(model, free[name]) for name in names)]
     layers, taken = list[Layer](), set[str]()
     for names, cost in zip(groups, _unit_costs(search, groups, target), strict=True):
         units, readers = free[names[0]], {reader for name in names for reader in free[name].readers}
@@ -93,7 +93,7 @@ def find_layers(search: RatioSearch, target: str, alike: bool = False) -> list[L
         allowed = tuple(n for n in range(count, 0, -1) if n == count or (n % step == 0 and n >= amount.min_units))
         caches = target == "kv_cache_bytes" and units.kind == "head"
         if alike and amount.round_to == "auto" and units.kind == "head" and not caches:
-            allowed = tuple(kept for kept in allowed if kept == count or suits(kept))
+            allowed = tuple(kept for kept in allowed if kept == count or divides_among_devices(kept))
         if len(allowed) > 1 and cost > 0 and not readers & taken:
             merges = tuple(kept for kept in allowed[1:] if caches and count % kept == 0)
             layer = Layer(tuple(names), units.kind, count, allowed, cost, merges=merges)
@@ -123,7 +123,7 @@ def _refusal(search: RatioSearch, layers: Sequence[Layer]) -> str:
     for layer in layers:
         removed |= any_removed(layer, search.units, layer.allowed[-1])
     try:
-        tried(search.model, cut_of(search, removed, "head"))
+        try_removal(search.model, cut_of(search, removed, "head"))
     except ValueError as error:
         return str(error)
     return ""
@@ -150,7 +150,7 @@ def _unit_costs(search: RatioSearch, groups: Sequence[list[str]], target: str) -
     # asking the class what each attention saves takes long; where the first has an equal share of the cache, all have
     heads, costs = sum(one.count("kv_head") for one in units.values() if one.kind == "head"), list[int]()
     for names, removed in zip(groups, cuts, strict=True):
-        costs.append(0 if removed is None else cache - (kv_cache_bytes(tried(model, removed)) or 0))
+        costs.append(0 if removed is None else cache - (kv_cache_bytes(try_removal(model, removed)) or 0))
         if removed is not None and costs[-1] * heads == cache * len(names):
             return [0 if cut is None else cache // heads * len(names) for names, cut in zip(groups, cuts, strict=True)]
     return costs
@@ -171,7 +171,7 @@ def removed_units(layer: Layer, units: Mapping[str, Units], scores: Mapping[str,
     if kept == layer.count:
         return {}
     mean = torch.stack([scores[name].double() for name in layer.names]).mean(0)
-    lowest = sorted(ranked(units[layer.name], mean)[: layer.count - kept])
+    lowest = sorted(rank_units(units[layer.name], mean)[: layer.count - kept])
     return {name: units[name].query_heads(lowest) if layer.kind == "head" else lowest for name in layer.names}
 
 

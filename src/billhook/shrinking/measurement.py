@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from billhook.engine.batches import runs_of
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, run_of, score
-from billhook.pruning.choice import ranked
+from billhook.pruning.choice import rank_units
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.cache import CandidateCache, fill_cache, key_of
 from billhook.shrinking.candidates import Candidates, Progress
@@ -216,6 +216,6 @@ def fewer_blocks(
     if sizes or not size or number > blocks.count() - sum(ends):
         return None
     scores = score(model, {name: blocks}, BlockInfluence(), batches)
-    removed = ranked(blocks, scores[name], ends)[:number]
+    removed = rank_units(blocks, scores[name], ends)[:number]
     with mask(model, {name: sorted(removed)}, "block"):
         return number * size, divergence.mean()

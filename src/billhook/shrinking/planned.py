@@ -20,10 +20,10 @@ from billhook.model.linears import is_linear
 from billhook.model.plan import ShapePlan, Weights, starting_from, usable
 from billhook.model.surgery import Follow, change_in_turn, changed, undone_by_errors
 from billhook.pruning.amount import TARGETS, RowLength
-from billhook.pruning.block_plan import BlockPlan, without
-from billhook.pruning.cuts import Cut, find_cut
+from billhook.pruning.block_plan import BlockPlan, without_blocks
+from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.plan import UnitPlan
-from billhook.pruning.removal import tried
+from billhook.pruning.removal import try_removal
 from billhook.pruning.repair import repair_with
 from billhook.pruning.target import RatioSearch, row_lengths
 from billhook.repairs.moments import NoRepair, not_refitted, without_name
@@ -143,12 +143,12 @@ def plan_cuts(
         structure = trace(merged)
         units = units_of(merged, structure, search.amount.kinds)
     cut = find_cut(merged, structure, units, numbers)
-    costs = (figures_of(merged), figures_of(tried(merged, cut))) if heads else search.costs(cut)  # which a search remembers
+    costs = (figures_of(merged), figures_of(try_removal(merged, cut))) if heads else search.costs(cut)  # which a search remembers
     after, left = None, getattr(costs[1], target) if target in TARGETS else 0
     if removed_blocks:
-        smaller = tried(merged, cut)
+        smaller = try_removal(merged, cut)
         after = candidates.blocks.planned(smaller, removed_blocks)
-        left = figure_of(without(smaller, after), target) if target in TARGETS else 0
+        left = figure_of(without_blocks(smaller, after), target) if target in TARGETS else 0
     left = int(left or 0)
     if left > limit:
         raise ValueError(f"{target}: {left:,} would be left, more than {limit:,}, as units do not all cost the same")
@@ -181,7 +181,7 @@ def refitted_if_enough(
     """
     left = list[str]()
     try:
-        weights = repair_with(model, units, fitted, repair, given=new, whole=refit, left=left)
+        weights = repair_with(model, units, fitted, repair, new_params=new, also=refit, not_repaired=left)
     except NoRepair as error:
         words = f"not repaired: {without_name(error)}"
         warnings.warn(words, stacklevel=2)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from billhook.arguments import check_fraction, check_int, check_number, check_types
 from billhook.importance.score import Importance
 from billhook.pruning.amount import TARGETS, Amount, RoundTo
-from billhook.pruning.repair import Repairing
+from billhook.pruning.repair import RepairOption
 
 ANY = 1 - 1e-9
 """A budget that any smaller model meets."""
@@ -88,7 +88,7 @@ class Search:
     """
 
     importance: Importance | None = None
-    repair: Repairing = "auto"
+    repair: RepairOption = "auto"
     first: int = 0
     last: int = 0
     round_to: RoundTo = "auto"

@@ -15,7 +15,7 @@ from billhook.importance.obs import OBS
 from billhook.model.figures import figure_of
 from billhook.model.find import check_stored, check_values, find_transformer
 from billhook.model.surgery import undone_by_errors, values_kept
-from billhook.pruning.repair import Repairing
+from billhook.pruning.repair import RepairOption
 from billhook.repairs.moments import NoRepair, without_name
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.cache import check_enough
@@ -108,7 +108,7 @@ def shrink(
     return replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
 
 
-def repair_for(candidates: Candidates, fitted: Sequence[Any], repair: Repairing) -> tuple[RepairConfig | None, str]:
+def repair_for(candidates: Candidates, fitted: Sequence[Any], repair: RepairOption) -> tuple[RepairConfig | None, str]:
     """Returns how linears are refitted; with `"auto"` not at all, and why, where tokens are too few.
 
     Raises:

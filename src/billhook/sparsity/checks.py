@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from billhook.adapters.masked import plain_adapters
+from billhook.adapters.masked import require_plain_adapters
 from billhook.calibration.calibration import Batches, batches_of
 from billhook.engine.batches import Run, runs_of
 from billhook.engine.comm import ALONE, Comm
@@ -93,7 +93,7 @@ def adapters_to_count(model: nn.Module, criterion: Criterion, linears: Iterable[
             f"count_adapters=True needs a criterion that leaves kept weights as they are, such as Wanda, and "
             f"{type(criterion).__name__} changes them: merge the adapters first (bh.training.merge), or leave count_adapters off"
         )
-    layers = plain_adapters(model, linears, "count_adapters=True")
+    layers = require_plain_adapters(model, linears, "count_adapters=True")
     if not any(active_in(layer) for layer in layers.values()):
         raise ValueError(f"count_adapters=True: no adapter is active, such as that of {next(iter(layers))}: enable one")
     return layers

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from billhook.arguments import check_number, check_one_of, check_types
 from billhook.engine.statistics import InputNorms, Statistics
-from billhook.linalg import nonzero
+from billhook.linalg import safe_divisor
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
 
 Comparison = Literal["row", "layer", "global"]
@@ -189,7 +189,7 @@ class WandaAlpha(Wanda):
         for row in torch.split(scores, ROWS):
             ascending, order = row.sort(dim=1, stable=True)
             sums = ascending.cumsum(1)
-            row.scatter_(1, order, sums / nonzero(sums[:, -1:]))
+            row.scatter_(1, order, sums / safe_divisor(sums[:, -1:]))
         return scores
 
 
@@ -228,7 +228,7 @@ class RIA(Criterion):
         """Computes (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a."""
         norms = self._of_inputs(statistics, weight, Statistics).squares.sqrt()
         size = weight.detach().abs().float()
-        relative = size / nonzero(size.sum(0)) + size / nonzero(size.sum(1, keepdim=True))
+        relative = size / safe_divisor(size.sum(0)) + size / safe_divisor(size.sum(1, keepdim=True))
         return relative.mul_(norms**self.exponent)
 
 

@@ -13,7 +13,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from billhook.adapters.masked import counted, product_of
+from billhook.adapters.masked import effective_weight, lora_product
 from billhook.engine.batches import Run, tell_apart
 from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
@@ -362,7 +362,7 @@ class PruningVisitor(Visitor):
     def scored(self, name: str) -> Tensor:
         """Returns the weight that a criterion sees: with its adapter, if that counts."""
         weight, adapter = weight_of(self.walks.linears[name]), self.walks.adapters.get(name)
-        return weight if adapter is None else counted(weight, adapter)
+        return weight if adapter is None else effective_weight(weight, adapter)
 
     def scores(self, name: str, statistics: Statistics | Grouped | None) -> Tensor:
         """Scores the weight of a linear, whose block is in memory."""
@@ -394,7 +394,7 @@ class PruningVisitor(Visitor):
             if name in self.pruned:
                 weight = self.pruned[name].weight(weight_of(linear))
                 if name in self.walks.adapters:  # what LoRA adds where weights are zero is left out, as by merging
-                    added = where_kept(product_of(self.walks.adapters[name]), ~self.pruned[name].keep(weight))
+                    added = where_kept(lora_product(self.walks.adapters[name]), ~self.pruned[name].keep(weight))
                     weight = weight - added.to(weight.dtype)
                 new[name] = {"weight": turned(linear, weight)}
         return new

@@ -9,12 +9,12 @@ from torch import nn
 from billhook.display import Printable, render
 from billhook.tracing import show
 from billhook.tracing.axes import Axis, crossed, find, layout, leaves, mark, multiplied_with
-from billhook.tracing.groups import Group, Kind, find_groups, weigh
-from billhook.tracing.roles import Attention, Findings, find_attention, find_feed_forward
+from billhook.tracing.groups import Group, Kind, find_groups, measure_units
+from billhook.tracing.roles import Attention, StructureFields, find_attention, find_feed_forward
 from billhook.tracing.tape import Tape, note
 
 
-class Structure(Printable, Findings):
+class Structure(Printable, StructureFields):
     """Axes, groups and roles of a model's parameters; `print` shows them as a table.
 
     Attributes:
@@ -58,7 +58,7 @@ class Structure(Printable, Findings):
         return render(*show.table(self, groups))
 
 
-def couple(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
+def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
     """Makes a structure of what a run has shown; parameters of the shapes `outside` stand next to the model and may be its."""
     parameters = dict(model.named_parameters())
     notes = {name: note(tensor, touch=False) for name, tensor in tape.parameters.items()}
@@ -72,7 +72,7 @@ def couple(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]] 
     for number, group in enumerate(groups):
         group.number = number
         give_reason(group)
-        weigh(group, axes, sizes)
+        measure_units(group, axes, sizes)
     mind_untouched(groups, untouched)
     mind_outside(groups, outside or {})
     find_contexts(groups, axes)

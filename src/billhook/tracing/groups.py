@@ -95,7 +95,7 @@ class Group:
     @property
     def where(self) -> str:
         """The innermost module that holds all members."""
-        return innermost([member.name for member in self.members])
+        return common_module([member.name for member in self.members])
 
     def __repr__(self) -> str:
         return f"Group({self.kind!r}, {self.size:,} in {self.where!r})"
@@ -109,7 +109,7 @@ class Group:
         return np.flatnonzero(np.isin(self.index(member), units))
 
 
-def innermost(names: Sequence[str]) -> str:
+def common_module(names: Sequence[str]) -> str:
     """Returns the innermost module that holds all these parameters."""
     shared = []
     for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
@@ -130,17 +130,17 @@ def find_groups(axes: Mapping[str, Sequence[Axis]], tape: Tape, parameters: froz
     return [Group(number, "channel", leaf, tuple(of_leaf)) for number, (leaf, of_leaf) in enumerate(members.items())]
 
 
-def times(axis: Axis, leaf: Axis) -> int:
+def count_positions(axis: Axis, leaf: Axis) -> int:
     """Counts the positions of an axis at which each index of a leaf stands."""
     axis = find(axis)
     if axis is leaf:
         return 1
     if axis.op == "sum":
-        return sum(times(part, leaf) for part in axis.parts)
-    return sum(times(part, leaf) * (axis.size // find(part).size) for part in axis.parts)
+        return sum(count_positions(part, leaf) for part in axis.parts)
+    return sum(count_positions(part, leaf) * (axis.size // find(part).size) for part in axis.parts)
 
 
-def weigh(group: Group, axes: Mapping[str, Sequence[Axis]], sizes: Mapping[str, int]) -> None:
+def measure_units(group: Group, axes: Mapping[str, Sequence[Axis]], sizes: Mapping[str, int]) -> None:
     """Counts the entries and bytes that one unit takes with it; a matrix that has it in both dimensions loses its cross once.
 
     What has no bytes an entry in `sizes` (buffers) does not count.
@@ -149,6 +149,6 @@ def weigh(group: Group, axes: Mapping[str, Sequence[Axis]], sizes: Mapping[str, 
     names: Iterable[str] = dict.fromkeys(member.name for member in group.members if member.name in sizes)
     for name in names:
         before = math.prod(axis.size for axis in axes[name])
-        lost = before - math.prod(axis.size - times(axis, group.leaf) for axis in axes[name])
+        lost = before - math.prod(axis.size - count_positions(axis, group.leaf) for axis in axes[name])
         group.entries += lost
         group.bytes += lost * sizes[name]

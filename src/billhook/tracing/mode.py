@@ -25,10 +25,10 @@ from billhook.tracing.tape import (
     keep_order,
     memory_of,
     note,
-    put,
+    record,
+    running_module,
     tensor_args,
     tensors,
-    where,
 )
 
 
@@ -38,14 +38,14 @@ def _all_nonzero(x: Tensor) -> Tensor:
     places = torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).reshape(-1, x.dim())
     keep_order(axes, "the code asks where along it something is")
     out = places if places.numel() <= SMALL else places.to("meta")
-    put(out, [product(axes), Axis(x.dim())], [x], points=axes[0] if x.dim() == 1 else None).columns = tuple(axes)
+    record(out, [product(axes), Axis(x.dim())], [x], points=axes[0] if x.dim() == 1 else None).columns = tuple(axes)
     return out
 
 
 def first_nonzero(x: Tensor) -> Tensor:
     """Returns the place of the first entry, as if the others were zero: [1, dimensions]."""
     out = torch.zeros(1, x.dim(), dtype=torch.int64)
-    put(out, [Axis(1), Axis(x.dim())], [x], points=axes_of(x)[0] if x.dim() == 1 else None).columns = tuple(axes_of(x))
+    record(out, [Axis(1), Axis(x.dim())], [x], points=axes_of(x)[0] if x.dim() == 1 else None).columns = tuple(axes_of(x))
     return out
 
 
@@ -54,7 +54,7 @@ def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
     broadcast(x.shape, [x, mask])
     keep_order(axes_of(x), "the code picks along it by a mask")
     out = x.flatten().clone()
-    put(out, [product(axes_of(x))], [x, mask], note(x).points)
+    record(out, [product(axes_of(x))], [x, mask], note(x).points)
     return out
 
 
@@ -66,7 +66,7 @@ def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
     d, mask = masks[0]
     out = x.flatten(d, d + mask.dim() - 1).clone()
     axes = axes_of(x)
-    put(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
+    record(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
     for axis, of_mask in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
         join(axis, of_mask)
     keep_order(axes_of(mask), "the code picks along it by a mask")
@@ -166,10 +166,10 @@ class Recorder(Repeated):  # type: ignore[no-untyped-call]
             return
         parameter = self.tape.parameters.get(self.tape.storages.get(memory_of(x), ""))
         if parameter is not None and (order := _order(parameter, x)) is not None:
-            put(x, [axes_of(parameter)[d] for d in order], [parameter], applied=True)
+            record(x, [axes_of(parameter)[d] for d in order], [parameter], applied=True)
             return
         notes = {"const": "a tensor that is neither parameter, buffer nor input"}
-        put(x, [Axis(n, notes=notes) for n in x.shape], []).active = True
+        record(x, [Axis(n, notes=notes) for n in x.shape], []).active = True
 
     def _note(self, op: Op, out: Any, args: Any, kwargs: Any) -> None:  # noqa: ANN401
         if op.rule is None:
@@ -183,7 +183,7 @@ class Recorder(Repeated):  # type: ignore[no-untyped-call]
     def _give_up(self, reason: str, out: Any, args: Any, kwargs: Any) -> None:  # noqa: ANN401
         """Marks everything an unknown op touches as not prunable."""
         inputs = tensors((args, kwargs))
-        reason = f"{reason}, in {where(self.model)}"
+        reason = f"{reason}, in {running_module(self.model)}"
         self.tape.misses[reason] = self.tape.misses.get(reason, 0) + 1
         for tensor in [*inputs, *tensors(out)]:
             apply_pending(note(tensor))
@@ -191,7 +191,7 @@ class Recorder(Repeated):  # type: ignore[no-untyped-call]
                 mark(axis, "opaque", reason)
         for result in tensors(out):
             if not any(result is tensor for tensor in inputs):
-                put(result, [Axis(n, notes={"opaque": reason}) for n in result.shape], inputs)
+                record(result, [Axis(n, notes={"opaque": reason}) for n in result.shape], inputs)
 
     def _read(self, x: Tensor) -> Any:  # noqa: ANN401 - a Python number
         """Answers code that asks for a value: with the known one, or with what lets a condition be true."""
@@ -209,11 +209,11 @@ class Recorder(Repeated):  # type: ignore[no-untyped-call]
             for axis in axes_of(x):
                 mark(axis, "const", "the code asks for the values along it")
         out = value.to(dtype or x.dtype, copy=True)
-        put(out, axes_of(x), [x], note(x).points)
+        record(out, axes_of(x), [x], note(x).points)
         return out
 
     def _assume(self, what: str) -> None:
-        what = f"{what}, in {where(self.model)}"
+        what = f"{what}, in {running_module(self.model)}"
         self.tape.assumed[what] = self.tape.assumed.get(what, 0) + 1
 
 

@@ -9,7 +9,7 @@ from billhook.display import Printable
 from billhook.model.handed import Indices
 from billhook.tracing.axes import Axis, find, leaves
 from billhook.tracing.groups import Group, Kind
-from billhook.tracing.tape import Meeting, Rows, Sources, Tape
+from billhook.tracing.tape import ActivationProduct, Rows, Sources, Tape
 
 NEAR = 6  # products after that of query and key among which the one with the values is looked for
 
@@ -116,7 +116,7 @@ def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
     return list(layers.values())
 
 
-def _continues(scores: Meeting, later: Meeting) -> bool:
+def _continues(scores: ActivationProduct, later: ActivationProduct) -> bool:
     """Tells whether a later product multiplies the outcome of an earlier one with something else."""
     both = scores.left.keys() | scores.right.keys()
     return any(both <= outcome.keys() and other for outcome, other in ((later.left, later.right), (later.right, later.left)))
@@ -154,7 +154,7 @@ def _part(tape: Tape, name: str, dim: int, rows: Rows) -> Part:
 
 def find_feed_forward(tape: Tape, groups: Iterable[Group]) -> list[FeedForward]:
     """Finds the feed-forward blocks of a run: channels that are made, bent and read."""
-    gated: dict[Axis, Meeting] = {}
+    gated: dict[Axis, ActivationProduct] = {}
     for meeting in tape.meetings:
         if meeting.over is None and meeting.left_axes:
             for leaf in (leaf for axis in meeting.left_axes for leaf in leaves(axis)):  # of images channels are not the last
@@ -178,19 +178,19 @@ def find_feed_forward(tape: Tape, groups: Iterable[Group]) -> list[FeedForward]:
 
 def _ranges(positions: Indices) -> str:
     """Shows ascending numbers as stretches: 0-47, 96-143."""
-    every = stretches(positions)
+    every = consecutive_ranges(positions)
     shown = [f"{first}-{last}" if first != last else f"{first}" for first, last in every[:3]]
     return ", ".join(shown) + (f", ... ({len(every)} stretches)" if len(every) > 3 else "")
 
 
-def stretches(positions: Indices) -> list[tuple[int, int]]:
+def consecutive_ranges(positions: Indices) -> list[tuple[int, int]]:
     """Finds stretches without a gap in ascending numbers: the first and the last of each."""
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     return [(int(part[0]), int(part[-1])) for part in np.split(positions, breaks) if len(part)]
 
 
 @dataclass(eq=False)
-class Findings:
+class StructureFields:
     """Fields of a `Structure`, where they are documented."""
 
     model: str

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from billhook.display import text_table
 from billhook.tracing.axes import Axis, factors, find, segments
 from billhook.tracing.groups import KINDS, Group, Kind
-from billhook.tracing.roles import Findings, Part, stretches
+from billhook.tracing.roles import Part, StructureFields, consecutive_ranges
 
 LABELS: dict[Kind, str] = {
     "kv_head": "kv",
@@ -36,7 +36,7 @@ NAMES: dict[Kind, str] = {
 HEAD = "unit", "groups x units", "parameters", "bytes", "of each unit, in"
 
 
-def tree(structure: Findings, name: str) -> str:
+def tree(structure: StructureFields, name: str) -> str:
     """Shows the axes of a parameter: leaves as kind:size, products with *, sums with +."""
     kinds = {group.leaf: group.kind for group in structure.groups}
     return f"[{', '.join(_axis(axis, kinds) for axis in structure.axes[name])}]"
@@ -52,7 +52,7 @@ def _axis(axis: Axis, kinds: dict[Axis, Kind], inside: bool = False) -> str:
     return f"({text})" if inside else text
 
 
-def table(structure: Findings, groups: Sequence[Group]) -> list[RenderableType]:
+def table(structure: StructureFields, groups: Sequence[Group]) -> list[RenderableType]:
     """Shows one row for all groups that are alike except for the layer; below roles, and whatever a reader should know."""
     rows, notes = _rows(groups), _notes(structure, groups)
     entries = sum(math.prod(shape) for shape in structure.shapes.values())
@@ -61,52 +61,52 @@ def table(structure: Findings, groups: Sequence[Group]) -> list[RenderableType]:
         shown += ["", text_table(rows, HEAD, aligns="<>>><")]
     elif not groups:
         shown += ["", "no such units"]
-    return [*shown, "", labelled(notes)] if notes else shown
+    return [*shown, "", labeled_notes(notes)] if notes else shown
 
 
 def _rows(groups: Iterable[Group]) -> list[tuple[str, ...]]:
     """Returns the cells of groups that may be pruned, under `HEAD`."""
     rows = list[tuple[str, ...]]()
-    for alike in fold(groups):
+    for alike in fold_groups(groups):
         first = alike[0]
         if not first.reason:
             rows.append((kind_name(first), _amount(alike), f"{first.entries:,}", f"{first.bytes:,}", _where(first)))
     return rows
 
 
-def _notes(structure: Findings, groups: Sequence[Group]) -> list[tuple[str, str]]:
+def _notes(structure: StructureFields, groups: Sequence[Group]) -> list[tuple[str, str]]:
     """Returns what cannot be pruned, with the reason; of the whole structure also roles and warnings."""
     notes = []
-    for alike in fold(groups):
+    for alike in fold_groups(groups):
         first = alike[0]
         if first.reason:
             notes.append(("not pruned", f"{kind_name(first)} ({_amount(alike)}, {_where(first, 2)}): {first.reason}"))
     return [*_roles(structure), *notes, *_warnings(structure)] if len(groups) == len(structure.groups) else notes
 
 
-def _warnings(structure: Findings) -> list[tuple[str, str]]:
+def _warnings(structure: StructureFields) -> list[tuple[str, str]]:
     notes = [("tied", f"{alias} is {name}") for alias, name in structure.tied.items()]
     notes += [("never used", _some(structure.untouched))] if structure.untouched else []
     notes += [("opaque", f"{reason} ({times}x)") for reason, times in structure.opaque.items()]
     return notes + [("assumed", f"{what} ({times}x)") for what, times in structure.assumed.items()]
 
 
-def labelled(notes: Iterable[Sequence[str]]) -> RenderableType:
+def labeled_notes(notes: Iterable[Sequence[str]]) -> RenderableType:
     """Makes lines under a table, each with what it is about in front."""
     return text_table([(f"{label:<12}", *texts) for label, *texts in notes], aligns="<")
 
 
-def pattern(name: str) -> str:
+def name_pattern(name: str) -> str:
     """Returns a parameter's name with a * for every number in it."""
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
 
 
-def fold(groups: Iterable[Group]) -> list[list[Group]]:
+def fold_groups(groups: Iterable[Group]) -> list[list[Group]]:
     """Folds groups that differ in nothing but numbers in names, in the order of their kinds."""
     alike: dict[tuple[object, ...], list[Group]] = {}
     for group in groups:
-        members = tuple(sorted({(pattern(member.name), member.dim) for member in group.members}))
-        alike.setdefault((group.kind, group.size, members, pattern(group.reason)), []).append(group)
+        members = tuple(sorted({(name_pattern(member.name), member.dim) for member in group.members}))
+        alike.setdefault((group.kind, group.size, members, name_pattern(group.reason)), []).append(group)
     return sorted(alike.values(), key=lambda folded: (bool(folded[0].reason), KINDS.index(folded[0].kind)))
 
 
@@ -121,10 +121,10 @@ def _amount(alike: Sequence[Group]) -> str:
 
 def _where(group: Group, most: int = 4) -> str:
     """Names what all members are in, and the modules they are, by the shortest endings that tell them apart."""
-    names = list(dict.fromkeys(pattern(m.name).removesuffix(".weight").removesuffix(".bias") for m in group.members))
+    names = list(dict.fromkeys(name_pattern(m.name).removesuffix(".weight").removesuffix(".bias") for m in group.members))
     if len(names) == 1:
         return names[0]
-    shared = f"{pattern(group.where + '.')[:-1]}: " if group.where else ""
+    shared = f"{name_pattern(group.where + '.')[:-1]}: " if group.where else ""
     return shared + _some(_endings(names), most)
 
 
@@ -138,7 +138,7 @@ def _endings(names: Sequence[str]) -> list[str]:
     return ends
 
 
-def _roles(structure: Findings) -> list[tuple[str, str]]:
+def _roles(structure: StructureFields) -> list[tuple[str, str]]:
     """Shows query, key, value and output, gate, up and down; layers that are alike on one line."""
     lines = [("attention", _role_line(layer.roles)) for layer in structure.attention]
     lines += [("feed-forward", _role_line(layer.roles)) for layer in structure.feed_forward]
@@ -157,14 +157,14 @@ def _role_line(roles: dict[str, tuple[Part, ...]]) -> str:
 
 
 def _plain(part: Part) -> str:
-    return pattern(part.name).removesuffix(".weight")
+    return name_pattern(part.name).removesuffix(".weight")
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def to_json(structure: Findings) -> dict[str, Any]:
+def to_json(structure: StructureFields) -> dict[str, Any]:
     """Returns everything as lists, dictionaries, numbers and strings."""
     used = {name: shape for name, shape in structure.shapes.items() if name in structure.axes}
     return {
@@ -202,4 +202,4 @@ def _roles_to_json(roles: dict[str, tuple[Part, ...]]) -> dict[str, list[dict[st
 
 
 def _part(part: Part) -> dict[str, Any]:
-    return {"name": part.name, "dim": part.dim, "size": part.size, "positions": [list(s) for s in stretches(part.positions)]}
+    return {"name": part.name, "dim": part.dim, "size": part.size, "positions": [list(s) for s in consecutive_ranges(part.positions)]}

@@ -79,7 +79,7 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Meeting:
+class ActivationProduct:
     """Two activations that were multiplied: contracted over an axis, or element by element.
 
     Attributes:
@@ -118,7 +118,7 @@ class Tape:
     op: str = ""
     parameters: dict[str, Tensor] = field(default_factory=dict)
     storages: dict[int, str] = field(default_factory=dict)
-    meetings: list[Meeting] = field(default_factory=list)
+    meetings: list[ActivationProduct] = field(default_factory=list)
     reads: dict[tuple[str, int], int] = field(default_factory=dict)
     writes: dict[tuple[str, int], int] = field(default_factory=dict)
     misses: dict[str, int] = field(default_factory=dict)
@@ -169,7 +169,7 @@ def apply_pending(used: Note, points: Axis | None = None) -> None:
         mark(used.points, "const", "its numbers are used as values")
 
 
-def put(out: Tensor, axes: Sequence[Axis], inputs: Iterable[Tensor], points: Axis | None = None, applied: bool = False) -> Note:
+def record(out: Tensor, axes: Sequence[Axis], inputs: Iterable[Tensor], points: Axis | None = None, applied: bool = False) -> Note:
     """Notes the axes of a result, and what it inherits from the inputs; their values are used, unless that is `applied`.
 
     Raises:
@@ -187,23 +187,23 @@ def put(out: Tensor, axes: Sequence[Axis], inputs: Iterable[Tensor], points: Axi
         new.bent = new.bent or known.bent
         if sources := known.sources or known.pool:
             exact = tensor.shape == out.shape
-            gather(new.sources, {key: rows if exact else rows.as_set() for key, rows in sources.items()})
+            merge_sources(new.sources, {key: rows if exact else rows.as_set() for key, rows in sources.items()})
     if len(new.sources) > MANY:
         new.sources = {}
     out._billhook = new  # type: ignore[attr-defined]
     return new
 
 
-def gather(into: Sources, more: Sources) -> None:
+def merge_sources(into: Sources, more: Sources) -> None:
     """Adds sources to others."""
     for key, rows in more.items():
         into[key] = into[key].union(rows) if key in into else rows
 
 
-def move(out: Tensor, axes: Sequence[Axis], x: Tensor, along: Callable[[Tensor], Tensor]) -> Note:
-    """Notes the result of an op that only moves entries, as `along` moves those of any tensor of that shape; see `put`."""
+def record_move(out: Tensor, axes: Sequence[Axis], x: Tensor, along: Callable[[Tensor], Tensor]) -> Note:
+    """Notes the result of an op that only moves entries, as `along` moves those of any tensor of that shape; see `record`."""
     before = note(x)
-    new = put(out, axes, [x], before.points, applied=True)
+    new = record(out, axes, [x], before.points, applied=True)
     new.pending, new.pool = before.pending, before.pool
     new.sources = {
         key: Rows(along(rows.positions), exact=True) if rows.exact and rows.positions is not None else rows
@@ -271,7 +271,7 @@ NOT_THE_MODELS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).p
 """Folders whose code is not the code of the model that runs."""
 
 
-def where(model: nn.Module) -> str:
+def running_module(model: nn.Module) -> str:
     """Finds the innermost module of a model that is running, and the line of its code."""
     line = None
     for frame, number in traceback.walk_stack(sys._getframe()):

@@ -21,7 +21,7 @@ from billhook.model.memory import placed, remembered
 from billhook.model.meta import from_config, from_name, to_meta
 from billhook.model.transformers_internals import attention_of, compute_every_expert, set_attention
 from billhook.tracing.axes import Axis, mark
-from billhook.tracing.coupling import Structure, couple
+from billhook.tracing.coupling import Structure, build_structure
 from billhook.tracing.mode import recording
 from billhook.tracing.tape import Note, Rows, Tape, apply_pending, axes_of, join, line_of, mark_units, memory_of, note, tensors
 
@@ -106,7 +106,7 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
         guessed, stated = f"guessed inputs ({names}; example_inputs would replace them)", f"these example_inputs ({names})"
         raise kind(_refusal(meta_model, tape, error, guessed if example_inputs is None else stated)) from error
     _close(output, vocab)
-    return couple(meta_model, tape, outside)
+    return build_structure(meta_model, tape, outside)
 
 
 def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], all_of_it: bool) -> tuple[nn.Module, Shapes]:

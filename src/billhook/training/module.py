@@ -33,7 +33,7 @@ from billhook.model.find import find_transformer
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
-from billhook.tracing.groups import innermost
+from billhook.tracing.groups import common_module
 from billhook.tracing.roles import Attention
 from billhook.tracing.trace import trace
 from billhook.training.distillation import Distillation, Teacher, check_teacher
@@ -95,7 +95,7 @@ def attention_parameters(model: nn.Module, structure: Structure | None = None) -
 def _of(attention: Attention, structure: Structure) -> set[str]:
     """Finds the parameters of one attention."""
     projections = {part.name for part in (*attention.q, *attention.k, *attention.v, *attention.o)}
-    where = innermost(list(projections))
+    where = common_module(list(projections))
     others = {part.name for mlp in structure.feed_forward for part in (*mlp.gate, *mlp.up, *mlp.down)} - projections
     if where and not any(name.startswith(f"{where}.") for name in others):
         return {name for name in structure.shapes if name.startswith(f"{where}.")}

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.model.config_fields import build_on_meta, fields_of, read_back, with_fields
 from billhook.model.memory import remembered
 from billhook.tracing.axes import leaves
-from billhook.tracing.groups import Group, times
+from billhook.tracing.groups import Group, count_positions
 from billhook.tracing.trace import trace
 
 TOGETHER = 3  # fields that must change at once, at most
@@ -46,7 +46,7 @@ class FieldFinder:
         for group in groups:
             for member in group.members:
                 if not member.buffer:
-                    fewer = (before - after) * times(member.axis, group.leaf)
+                    fewer = (before - after) * count_positions(member.axis, group.leaf)
                     wanted[member.name, member.dim] = member.axis.size - fewer
         numbers = _numbers(self.model.config)
         stated = {name: value // before * after for name, value in numbers if value and value % before == 0}

@@ -12,7 +12,7 @@ from billhook.model.handed import Indices
 from billhook.model.linears import is_adapter, is_convolution
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
-from billhook.tracing.groups import Group, Member, innermost
+from billhook.tracing.groups import Group, Member, common_module
 from billhook.tracing.roles import Attention
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
@@ -219,7 +219,7 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
     most = max(count for count, _, _ in shared)  # others read KV heads, or are another layer's
     axis = next(axis for count, _, axis in shared if count == most)
     readers = [parameter for count, parameter, _ in shared if count == most]
-    name = innermost([*(part.name for part in attention.q), *readers])
+    name = common_module([*(part.name for part in attention.q), *readers])
     query = tuple(leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in attention.heads)
     made = set[Axis]()
     for part in (*attention.k, *attention.v):

@@ -9,7 +9,7 @@ from torch import Tensor
 from billhook.tracing.axes import Axis, find, mark, notes_of, product, split, unify
 from billhook.tracing.rules.movement import narrow
 from billhook.tracing.tape import (
-    Meeting,
+    ActivationProduct,
     Note,
     Rows,
     Sources,
@@ -21,7 +21,7 @@ from billhook.tracing.tape import (
     mark_units,
     memory_of,
     note,
-    put,
+    record,
     tensors,
 )
 
@@ -32,21 +32,21 @@ def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Te
     nx, ny = note(x), note(y)
     if nx.active and ny.active:
         mark(over, "contracted", tape.op)
-        tape.meetings.append(Meeting(nx.sources, ny.sources, nx.axes, ny.axes, over, (nx.bent, ny.bent)))
-        new = put(out, axes, [x, y])
+        tape.meetings.append(ActivationProduct(nx.sources, ny.sources, nx.axes, ny.axes, over, (nx.bent, ny.bent)))
+        new = record(out, axes, [x, y])
         new.sources = {k: rows.as_set() for k, rows in (nx.sources | ny.sources).items()}
         return
-    new = put(out, axes, [x, y])
+    new = record(out, axes, [x, y])
     if nx.active or ny.active:
         weight, dim, kept = (y, j, 2 * y.dim() - 3 - j) if nx.active else (x, i, i - 1)
-        for name, d, _ in stretches(tape, weight, dim):
+        for name, d, _ in parameter_rows(tape, weight, dim):
             tape.read(name, d)
         new.sources, new.bent = _sources(tape, out, weight, kept, out.dim() - (1 if nx.active else 2)), False
         for name, d in new.sources:
             tape.write(name, d)
 
 
-def stretches(tape: Tape, weight: Tensor, dim: int) -> list[tuple[str, int, Tensor | None]]:
+def parameter_rows(tape: Tape, weight: Tensor, dim: int) -> list[tuple[str, int, Tensor | None]]:
     """Finds the parameters that a dimension of a weight is, each with its dimension and the positions there."""
     name = tape.storages.get(memory_of(weight))
     if name is not None and (view := _in_storage(tape.parameters[name], weight, dim)) is not None:
@@ -72,7 +72,7 @@ def _sources(tape: Tape, out: Tensor, weight: Tensor, kept: int, at: int) -> Sou
     shape = [out.shape[d] if d == at else 1 for d in range(out.dim())]
     return {
         (name, dim): Rows(None) if positions is None else Rows(positions.view(shape).expand(out.shape), exact=True)
-        for name, dim, positions in stretches(tape, weight, kept)
+        for name, dim, positions in parameter_rows(tape, weight, kept)
     }
 
 
@@ -85,7 +85,7 @@ def bmm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  
     """Contracts [n, a, k] with [n, k, b], for each n by itself; where k is 1, each entry is a product of two numbers."""
     batch = join(axes_of(x)[0], axes_of(y)[0])
     if x.shape[2] == 1 and not (note(x).active and note(y).active):  # rotary frequencies and positions, which no rows make
-        put(out, [batch, axes_of(x)[1], axes_of(y)[2]], [x, y])
+        record(out, [batch, axes_of(x)[1], axes_of(y)[2]], [x, y])
         return
     if note(x).active and note(y).active:
         mark(batch, "batched", tape.op)
@@ -95,7 +95,7 @@ def bmm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  
 def mv(tape: Tape, out: Tensor, x: Tensor, y: Tensor) -> None:
     """Contracts [a, k] or [k] with [k]."""
     join(axes_of(x)[-1], axes_of(y)[0])
-    put(out, axes_of(x)[:-1], [x, y])
+    record(out, axes_of(x)[:-1], [x, y])
 
 
 def with_bias(product: Callable[..., None]) -> Callable[..., None]:
@@ -125,15 +125,15 @@ def attention(tape: Tape, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any,
     mark(Q[3], "contracted", tape.op)
     nq, nk, nv = map(note, (q, k, v))
     scores = {key: rows.as_set() for key, rows in (nq.sources | nk.sources).items()}
-    tape.meetings.append(Meeting(nq.sources, nk.sources, Q, K, Q[3], (False, False)))
-    tape.meetings.append(Meeting(scores, nv.sources, [*Q[:3], K[2]], V, K[2], (False, False)))
+    tape.meetings.append(ActivationProduct(nq.sources, nk.sources, Q, K, Q[3], (False, False)))
+    tape.meetings.append(ActivationProduct(scores, nv.sources, [*Q[:3], K[2]], V, K[2], (False, False)))
     mask = kwargs.get("attn_mask", args[0] if args and isinstance(args[0], Tensor) else None)
     if isinstance(mask, Tensor):
         for of_mask, axis in zip(axes_of(mask)[::-1], (K[2], Q[2], Q[1], Q[0]), strict=False):
             if of_mask.size == axis.size:
                 join(of_mask, axis)
     result = out if isinstance(out, Tensor) else out[0]
-    put(result, [Q[0], Q[1], Q[2], V[3]], [q, k, v]).sources = scores | nv.sources
+    record(result, [Q[0], Q[1], Q[2], V[3]], [q, k, v]).sources = scores | nv.sources
 
 
 def solve(tape: Tape, out: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - which triangle
@@ -144,12 +144,12 @@ def solve(tape: Tape, out: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> None:
             axes[-2 - d] = join(axes[-2 - d], A[-2 - d])
     solved = -2 if kwargs.get("left", True) else -1
     mark_units((join(A[-1], A[-2]), axes[solved]), "const", f"its order matters to {tape.op}")
-    put(out, axes, [a, b])
+    record(out, axes, [a, b])
 
 
 def _add(out: Tensor, bias: Tensor) -> None:
     before: Note = note(out)
-    new = put(out, broadcast(out.shape, [out, bias]), [out, bias])
+    new = record(out, broadcast(out.shape, [out, bias]), [out, bias])
     new.active, new.sources, new.bent = before.active or note(bias).active, before.sources, before.bent
 
 
@@ -162,7 +162,7 @@ def convolution(
     if groups == 1:
         into, outof = (W[0], W[1]) if transposed else (W[1], W[0])
         join(X[1], into)
-        for name, d, _ in stretches(tape, weight, 0 if transposed else 1):
+        for name, d, _ in parameter_rows(tape, weight, 0 if transposed else 1):
             tape.read(name, d)
     else:
         outof = _grouped(X, W, transposed, groups)
@@ -175,11 +175,11 @@ def convolution(
         X[d] if weight.shape[d] == 1 and X[d].size == out.shape[d] else Axis(out.shape[d], notes=_data(X[d]))
         for d in range(2, out.dim())
     ]
-    new = put(out, [X[0], outof, *places], tensors((x, weight, bias)))
+    new = record(out, [X[0], outof, *places], tensors((x, weight, bias)))
     new.bent, new.sources = False, {}
     if not transposed and note(x).active:
         channels = [1, -1] + [1] * (out.dim() - 2)
-        for name, d, rows in stretches(tape, weight, 0):
+        for name, d, rows in parameter_rows(tape, weight, 0):
             exact = rows.view(channels).expand(out.shape) if groups == 1 and rows is not None else None
             new.sources[name, d] = Rows(rows) if exact is None else Rows(exact, exact=True)
         for name, d in new.sources:
@@ -205,7 +205,7 @@ def places(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None: 
         kept = result.dim() - (1 if "1d" in tape.op else 3 if "3d" in tape.op else 2)
         keep_order(axes[kept:], f"its order matters to {tape.op}")
         new = [axes[d] if d < kept or x.shape[d] == n else Axis(n, notes=_data(axes[d])) for d, n in enumerate(result.shape)]
-        put(result, new, [x])
+        record(result, new, [x])
 
 
 def windows(tape: Tape, out: Tensor, x: Tensor, kernel: Sequence[int], *args: Any) -> None:  # noqa: ANN401 - strides
@@ -213,7 +213,7 @@ def windows(tape: Tape, out: Tensor, x: Tensor, kernel: Sequence[int], *args: An
     axes = axes_of(x)
     keep_order(axes[-2:], f"its order matters to {tape.op}")
     window = [Axis(k, notes={"fixed": "the window of im2col"}) for k in kernel]
-    put(out, [*axes[:-3], product([axes[-3], *window]), Axis(out.shape[-1], notes=_data(axes[-1]))], [x])
+    record(out, [*axes[:-3], product([axes[-3], *window]), Axis(out.shape[-1], notes=_data(axes[-1]))], [x])
 
 
 def unwindows(tape: Tape, out: Tensor, x: Tensor, size: Sequence[int], kernel: Sequence[int], *args: Any) -> None:  # noqa: ANN401
@@ -222,7 +222,7 @@ def unwindows(tape: Tape, out: Tensor, x: Tensor, size: Sequence[int], kernel: S
     channels, window = split(axes[-2], out.shape[-3])
     mark(product(window), "fixed", "the window of col2im")
     keep_order(axes[-1:], f"its order matters to {tape.op}")
-    put(out, [*axes[:-2], product(channels), *(Axis(n, notes=_data(axes[-1])) for n in size)], [x])
+    record(out, [*axes[:-2], product(channels), *(Axis(n, notes=_data(axes[-1])) for n in size)], [x])
 
 
 def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -> None:
@@ -231,7 +231,7 @@ def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -
     keep_order([axes[dim]], f"its order matters to {tape.op}")
     within = Axis(size, notes=_data(axes[dim]))
     axes[dim] = Axis(out.shape[dim], notes=_data(axes[dim]))
-    put(out, [*axes, within], [x])
+    record(out, [*axes, within], [x])
 
 
 def grid_sampler(tape: Tape, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -> None:  # noqa: ANN401 - how, and at edges
@@ -239,7 +239,7 @@ def grid_sampler(tape: Tape, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -
     axes, at = axes_of(x), axes_of(grid)
     keep_order(axes[2:], f"its order matters to {tape.op}")
     mark(at[-1], "fixed", "coordinates")
-    put(out, [join(axes[0], at[0]), axes[1], *at[1:-1]], [x, grid])
+    record(out, [join(axes[0], at[0]), axes[1], *at[1:-1]], [x, grid])
 
 
 def glu(tape: Tape, out: Tensor, x: Tensor, dim: int = -1) -> None:
@@ -247,7 +247,7 @@ def glu(tape: Tape, out: Tensor, x: Tensor, dim: int = -1) -> None:
     axes, n = list(axes_of(x)), x.shape[dim] // 2
     axes[dim] = join(narrow(axes[dim], 0, n), narrow(axes_of(x)[dim], n, 2 * n))
     mark(axes[dim], "bent", tape.op)
-    put(out, axes, [x])
+    record(out, axes, [x])
 
 
 def _data(axis: Axis) -> dict[str, str]:

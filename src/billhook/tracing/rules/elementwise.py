@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from billhook.tracing.axes import Axis, mark, notes_of, product, split
-from billhook.tracing.rules.movement import ranked
+from billhook.tracing.rules.movement import mark_ranked
 from billhook.tracing.tape import (
-    Meeting,
+    ActivationProduct,
     Note,
     Tape,
     apply_pending,
     axes_of,
     broadcast,
-    gather,
     join,
     mark_units,
+    merge_sources,
     note,
-    put,
+    record,
     tensor_args,
     tensors,
 )
@@ -50,7 +50,7 @@ def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noq
         points = _points(name, result, inputs, args)
         for tensor in inputs:
             apply_pending(note(tensor), note(tensor).points)
-        new = put(result, axes, inputs, points, applied=True)
+        new = record(result, axes, inputs, points, applied=True)
         new.squared = name in ("pow", "square")
         if new.active and (name in BENDS or (name == "mul" and _meet(tape, inputs))):
             new.bent = True
@@ -125,13 +125,13 @@ def _meet(tape: Tape, inputs: list[Tensor]) -> bool:
     same = left.sources.keys() == right.sources.keys()
     if same and all(left.sources[k].positions is right.sources[k].positions for k in left.sources):
         return left.bent != right.bent
-    tape.meetings.append(Meeting(left.sources, right.sources, left.axes, right.axes, None, (left.bent, right.bent)))
+    tape.meetings.append(ActivationProduct(left.sources, right.sources, left.axes, right.axes, None, (left.bent, right.bent)))
     return True
 
 
 def factory(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
     """Fills with one value, or makes memory to be written: nothing is known of its axes, and no index is special."""
-    new = put(out, [Axis(n) for n in out.shape], [])
+    new = record(out, [Axis(n) for n in out.shape], [])
     new.active, new.pool = True, {}
 
 
@@ -140,20 +140,20 @@ def copy(tape: Tape, out: Tensor, x: Tensor, source: Tensor, *args: Any) -> None
     pool = note(x).pool
     elementwise(tape, out, x, source)
     if pool is not None:
-        gather(pool, {key: rows.as_set() for key, rows in note(source).sources.items()})
+        merge_sources(pool, {key: rows.as_set() for key, rows in note(source).sources.items()})
         note(out).pool = pool
 
 
 def like(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
     """Fills the shape of something with one value: the axes are the same, nothing is used."""
-    new = put(out, axes_of(x), [])
+    new = record(out, axes_of(x), [])
     new.active, new.pool = True, {}
 
 
 def constant(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
     """Makes values that differ from index to index."""
     notes = {"const": f"its values are a constant of the code ({tape.op})"}
-    put(out, [Axis(n, notes=notes) for n in out.shape], []).active = True
+    record(out, [Axis(n, notes=notes) for n in out.shape], []).active = True
 
 
 def eye(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any overload
@@ -161,7 +161,7 @@ def eye(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: AN
     if out.shape[0] != out.shape[1]:
         return constant(tape, out)
     axis = Axis(out.shape[0])
-    put(out, [axis, axis], []).active = True
+    record(out, [axis, axis], []).active = True
     return None
 
 
@@ -171,7 +171,7 @@ def arange(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa:
     if (start, step) != (0, 1) or out.dtype.is_floating_point:
         return constant(tape, out)
     axis = Axis(out.shape[0])
-    put(out, [axis], [], points=axis).active = True
+    record(out, [axis], [], points=axis).active = True
     return None
 
 
@@ -179,7 +179,7 @@ def compare(tape: Tape, out: Tensor, x: Tensor, others: Tensor, *args: Any, **kw
     """Compares every entry by itself with all of some others; for bucketize those are in order."""
     if tape.op == "bucketize":
         mark(product(axes_of(others)), "const", f"its order matters to {tape.op}")
-    put(out, axes_of(x), [x, others])
+    record(out, axes_of(x), [x, others])
 
 
 def triangle(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
@@ -206,8 +206,8 @@ def reduction(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Non
         kept = [Axis(1) if d in dims else axis for d, axis in enumerate(axes) if result.dim() == x.dim() or d not in dims]
         indices = tape.op in ("argmax", "argmin") or (isinstance(out, tuple) and result is out[-1] and tape.op in INDICES)
         for d in dims if indices else ():
-            ranked(axes[d])
-        put(result, kept, [x], points=product(axes[d] for d in sorted(dims)) if indices else None)
+            mark_ranked(axes[d])
+        record(result, kept, [x], points=product(axes[d] for d in sorted(dims)) if indices else None)
 
 
 def distance(tape: Tape, out: Tensor, x: Tensor, y: Tensor, *args: Any) -> None:  # noqa: ANN401 - how it is reduced, and more
@@ -216,7 +216,7 @@ def distance(tape: Tape, out: Tensor, x: Tensor, y: Tensor, *args: Any) -> None:
     if out.dim() != len(axes):
         for axis in axes:
             mark(axis, "reduced", tape.op)
-    put(out, axes if out.dim() == len(axes) else [], [x, y])
+    record(out, axes if out.dim() == len(axes) else [], [x, y])
 
 
 def _dims(op: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
@@ -234,7 +234,7 @@ def _dims(op: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def softmax(tape: Tape, out: Tensor, x: Tensor, dim: int, *args: Any) -> None:  # noqa: ANN401 - dtype
     """Weighs entries so that they sum to one along a dimension."""
     mark(axes_of(x)[dim], "softmax", tape.op)
-    put(out, axes_of(x), [x])
+    record(out, axes_of(x), [x])
 
 
 def layer_norm(
@@ -246,7 +246,7 @@ def layer_norm(
         for parameter in (weight, bias):
             if isinstance(parameter, Tensor):
                 join(axes_of(parameter)[-i], axes_of(x)[-i])
-    put(tensors(out)[0], axes_of(x), tensors((x, weight, bias)))
+    record(tensors(out)[0], axes_of(x), tensors((x, weight, bias)))
 
 
 def group_norm(
@@ -257,13 +257,13 @@ def group_norm(
     outer, _ = split(axes_of(x)[1], groups)
     mark(product(outer), "fixed", "the groups of a group norm")
     mark(axes_of(x)[1], "normed", tape.op)
-    put(tensors(out)[0], axes_of(x), tensors((x, weight, bias)))
+    record(tensors(out)[0], axes_of(x), tensors((x, weight, bias)))
 
 
 def batch_norm(tape: Tape, out: Any, x: Tensor, *parameters: Any, **kwargs: Any) -> None:  # noqa: ANN401 - several overloads
     """Normalises each channel by itself, with weight, bias and running statistics of its own."""
     _scale(x, *tensors(parameters))
-    put(tensors(out)[0], axes_of(x), [x, *tensors(parameters)])
+    record(tensors(out)[0], axes_of(x), [x, *tensors(parameters)])
 
 
 def _scale(x: Tensor, *parameters: Tensor | None) -> None:
@@ -279,7 +279,7 @@ def weight_norm(tape: Tape, out: Any, v: Tensor, g: Tensor, dim: int = 0) -> Non
             join(axes_of(v)[d], axes_of(g)[d])
         else:
             mark(axes_of(v)[d], "normed", tape.op)
-    put(tensors(out)[0], axes_of(v), [v, g])
+    record(tensors(out)[0], axes_of(v), [v, g])
 
 
 def ordered(tape: Tape, out: Any, x: Tensor, dim: int | Sequence[int] = -1, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -289,7 +289,7 @@ def ordered(tape: Tape, out: Any, x: Tensor, dim: int | Sequence[int] = -1, *arg
         mark(axes[d], "const", f"its order matters to {tape.op}")
     for result in tensors(out):
         kept = [axis if axis.size == n else Axis(n, notes=notes_of(axis)) for axis, n in zip(axes, result.shape, strict=True)]
-        put(result, kept, [x])
+        record(result, kept, [x])
 
 
 RULES: dict[str, Callable[..., None]] = {

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from billhook.tracing.axes import Axis, mark, product
-from billhook.tracing.rules.contraction import stretches
-from billhook.tracing.rules.movement import narrow, ranked
+from billhook.tracing.rules.contraction import parameter_rows
+from billhook.tracing.rules.movement import mark_ranked, narrow
 from billhook.tracing.tape import (
     Note,
     Tape,
@@ -20,9 +20,9 @@ from billhook.tracing.tape import (
     join,
     keep_order,
     mark_units,
-    move,
     note,
-    put,
+    record,
+    record_move,
     tensors,
 )
 
@@ -43,7 +43,7 @@ def point(index: Tensor, axis: Axis) -> None:
 def picked(out: Tensor, axes: Sequence[Axis], x: Tensor, *picks: Tensor) -> Note:
     """Notes entries of x, chosen by indices that point into its axes."""
     apply_pending(note(x), note(x).points)
-    return put(out, axes, [x, *picks], note(x).points, applied=True)
+    return record(out, axes, [x, *picks], note(x).points, applied=True)
 
 
 def embedding(tape: Tape, out: Tensor, weight: Tensor, ids: Tensor, *args: Any) -> None:  # noqa: ANN401 - padding and so on
@@ -52,7 +52,7 @@ def embedding(tape: Tape, out: Tensor, weight: Tensor, ids: Tensor, *args: Any) 
     new = picked(out, [*axes_of(ids), axes_of(weight)[1]], weight, ids)
     new.active, new.sources = True, {}
     mark(axes_of(weight)[1], "embedded", "a table writes it")
-    for name, d, _ in stretches(tape, weight, 1):
+    for name, d, _ in parameter_rows(tape, weight, 1):
         tape.write(name, d)
 
 
@@ -76,7 +76,7 @@ def index(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) 
         axes = list(axes_of(x))  # x[..., [-2], :]
         start = int(value) % x.shape[at[0]]
         axes[at[0]] = narrow(axes[at[0]], start, start + 1)
-        move(out, axes, x, lambda t: t.narrow(at[0], start, 1))
+        record_move(out, axes, x, lambda t: t.narrow(at[0], start, 1))
         return
     for d, pick in zip(at, picks, strict=True):
         point(pick, axes_of(x)[d])
@@ -96,7 +96,7 @@ def _masked(out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> None:
     for axis, other in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
         join(axis, other)
     mark_units(axes[d : d + mask.dim()], "const", "the code picks along it by a mask")
-    put(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
+    record(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
 
 
 def index_put(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None], values: Tensor, *args: Any) -> None:  # noqa: ANN401
@@ -117,7 +117,7 @@ def index_put(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | Non
     else:
         for d, axis in enumerate(axes_of(picks[0]), at[0]):
             join(axes_of(x)[d], axis)
-    put(out, axes_of(x), [x, values, *(i for i in picks if i.dtype == torch.bool)]).active = True
+    record(out, axes_of(x), [x, values, *(i for i in picks if i.dtype == torch.bool)]).active = True
 
 
 def masked_scatter(tape: Tape, out: Tensor, x: Tensor, mask: Tensor, source: Tensor) -> None:
@@ -128,7 +128,7 @@ def masked_scatter(tape: Tape, out: Tensor, x: Tensor, mask: Tensor, source: Ten
     if rows:
         join(axes[-1], axes_of(source)[-1])
     keep_order(axes[: -1 if rows else None], "a mask says along it what is overwritten, in order")
-    put(out, axes, [x, mask, source]).active = True
+    record(out, axes, [x, mask, source]).active = True
 
 
 def nll_loss(tape: Tape, out: Sequence[Tensor], x: Tensor, target: Tensor, *args: Any) -> None:  # noqa: ANN401 - weights
@@ -138,7 +138,7 @@ def nll_loss(tape: Tape, out: Sequence[Tensor], x: Tensor, target: Tensor, *args
     for axis, other in zip(axes, axes_of(target), strict=True):
         join(axis, other)
     for result in out:
-        put(result, axes_of(target) if result.dim() else [], [x, target, *tensors(args)])
+        record(result, axes_of(target) if result.dim() else [], [x, target, *tensors(args)])
 
 
 def gather(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - sparse_grad
@@ -155,7 +155,7 @@ def scatter(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, *args: 
             join(narrow(axes_of(source)[d], 0, index.shape[d]), axes_of(index)[d])
         apply_pending(note(source))
     apply_pending(note(x))
-    put(out, axes_of(x), tensors((x, index, args)), applied=True)
+    record(out, axes_of(x), tensors((x, index, args)), applied=True)
 
 
 def _align(x: Tensor, dim: int, index: Tensor) -> None:
@@ -171,7 +171,7 @@ def index_add(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, sourc
     point(index, axes_of(x)[dim])
     for d in range(x.dim()):
         join(axes_of(x)[d] if d != dim % x.dim() else product(axes_of(index)), axes_of(source)[d])
-    put(out, axes_of(x), [x, source])
+    record(out, axes_of(x), [x, source])
 
 
 def topk(tape: Tape, out: Sequence[Tensor], x: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
@@ -193,25 +193,25 @@ def argsort(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> No
 
 def _rank(out: Sequence[Tensor], x: Tensor, dim: int) -> None:
     mark(axes_of(x)[dim], "topk", "ranked")
-    ranked(axes_of(x)[dim])
+    mark_ranked(axes_of(x)[dim])
     if (points := note(x).points) is not None:
         mark(points, "const", "its numbers are put in order")
     axes = list(axes_of(x))
     notes = {"data": "ranked"} if is_data(axes[dim]) else {}
     axes[dim] = Axis(out[0].shape[dim], notes=notes | {"const": "its indices are ranks"})
-    put(out[0], axes, [x], note(x).points)
-    put(out[1], axes, [x], axes_of(x)[dim])
+    record(out[0], axes, [x], note(x).points)
+    record(out[1], axes, [x], axes_of(x)[dim])
 
 
 def as_complex(tape: Tape, out: Tensor, x: Tensor) -> None:
     """Makes real and imaginary part of the last dimension, of two."""
     mark(axes_of(x)[-1], "fixed", "real and imaginary part")
-    put(out, axes_of(x)[:-1], [x]).sources = {key: rows.as_set() for key, rows in note(x).sources.items()}
+    record(out, axes_of(x)[:-1], [x]).sources = {key: rows.as_set() for key, rows in note(x).sources.items()}
 
 
 def as_real(tape: Tape, out: Tensor, x: Tensor) -> None:
     """Makes a last dimension, of two, of real and imaginary part."""
-    put(out, [*axes_of(x), Axis(2, notes={"fixed": "real and imaginary part"})], [x])
+    record(out, [*axes_of(x), Axis(2, notes={"fixed": "real and imaginary part"})], [x])
 
 
 RULES: dict[str, Callable[..., None]] = {

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from billhook.tracing.axes import Axis, Irregular, concat, cut, factors, leaves, mark, notes_of, product, split
-from billhook.tracing.tape import Tape, axes_of, broadcast, is_data, join, move, note, put
+from billhook.tracing.tape import Tape, axes_of, broadcast, is_data, join, note, record, record_move
 
 
 def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any reshaping op
     """Regroups the factors, in their order, by other sizes."""
     rest, axes = [factor for axis in axes_of(x) for factor in factors(axis)], list[Axis]()
     if not out.numel():
-        put(out, [Axis(n, notes={"data": "empty"}) for n in out.shape], [x])
+        record(out, [Axis(n, notes={"data": "empty"}) for n in out.shape], [x])
         return
     while len(axes) < out.dim():
         size = out.shape[len(axes)]
@@ -29,7 +29,7 @@ def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
             axes += places
     if rest:
         raise Irregular(f"{product(rest)} is left")
-    move(out, axes, x, lambda t: t.reshape(out.shape))
+    record_move(out, axes, x, lambda t: t.reshape(out.shape))
 
 
 def _rearranged(rest: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], list[Axis]]:
@@ -53,17 +53,17 @@ def _rearranged(rest: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], lis
 
 def permute(tape: Tape, out: Tensor, x: Tensor, dims: Sequence[int]) -> None:
     """Reorders the axes."""
-    move(out, [axes_of(x)[d] for d in dims], x, lambda t: t.permute(*dims))
+    record_move(out, [axes_of(x)[d] for d in dims], x, lambda t: t.permute(*dims))
 
 
 def transpose(tape: Tape, out: Tensor, x: Tensor, first: int = 0, second: int = 1) -> None:
     """Swaps two axes."""
     if x.dim() < 2:
-        move(out, axes_of(x), x, lambda t: t)
+        record_move(out, axes_of(x), x, lambda t: t)
         return
     axes = list(axes_of(x))
     axes[first], axes[second] = axes[second], axes[first]
-    move(out, axes, x, lambda t: t.transpose(first, second))
+    record_move(out, axes, x, lambda t: t.transpose(first, second))
 
 
 def copies(n: int) -> Axis:
@@ -71,7 +71,7 @@ def copies(n: int) -> Axis:
     return Axis(n, notes={"copied": f"the same {n} times"})
 
 
-def ranked(axis: Axis) -> None:
+def mark_ranked(axis: Axis) -> None:
     """Entries along an axis are compared; of those that are equal, the first wins."""
     for leaf in leaves(axis):
         if "copied" in leaf.notes:
@@ -82,14 +82,14 @@ def expand(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Non
     """Makes size 1 an axis of its own, along which all is the same."""
     new, old = out.dim() - x.dim(), axes_of(x)
     axes = [old[d - new] if d >= new and x.shape[d - new] == n else copies(n) for d, n in enumerate(out.shape)]
-    move(out, axes, x, lambda t: t.expand(out.shape))
+    record_move(out, axes, x, lambda t: t.expand(out.shape))
 
 
 def repeat(tape: Tape, out: Tensor, x: Tensor, repeats: Sequence[int]) -> None:
     """Repeats the whole axis so many times."""
     new, old = out.dim() - x.dim(), axes_of(x)
     axes = [product([copies(n), old[d - new]]) if d >= new else copies(n) for d, n in enumerate(repeats)]
-    move(out, axes, x, lambda t: t.repeat(repeats))
+    record_move(out, axes, x, lambda t: t.repeat(repeats))
 
 
 def repeat_interleave(tape: Tape, out: Tensor, x: Tensor, repeats: int, dim: int | None = None, **kwargs: Any) -> None:  # noqa: ANN401
@@ -98,7 +98,7 @@ def repeat_interleave(tape: Tape, out: Tensor, x: Tensor, repeats: int, dim: int
         raise Irregular("how often each index is repeated depends on data")
     axes = list(axes_of(x)) if dim is not None else [product(axes_of(x))]
     axes[dim or 0] = product([axes[dim or 0], copies(repeats)])
-    move(out, axes, x, lambda t: t.repeat_interleave(repeats, dim))
+    record_move(out, axes, x, lambda t: t.repeat_interleave(repeats, dim))
 
 
 def narrow(axis: Axis, start: int, end: int) -> Axis:
@@ -132,14 +132,14 @@ def slice_(
         outer, inner = split(axes[dim], n // step)
         axes[dim] = product(outer)
         pending = ((product(inner), "fixed", f"the code takes one index in {step} by its number"),)
-    move(out, axes, x, lambda t: torch.ops.aten.slice(t, dim, start, end, step)).pending += pending
+    record_move(out, axes, x, lambda t: torch.ops.aten.slice(t, dim, start, end, step)).pending += pending
 
 
 def select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: int) -> None:
     """Takes one index: the others are no longer like it."""
     axes = list(axes_of(x))
     taken = axes.pop(dim)
-    new = move(out, axes, x, lambda t: t.select(dim, index))
+    new = record_move(out, axes, x, lambda t: t.select(dim, index))
     new.pending += ((taken, "fixed", "the code takes single indices by their number"),)
     if (columns := note(x).columns) and dim % x.dim() == x.dim() - 1:
         new.points = columns[index]
@@ -157,7 +157,7 @@ def split_(tape: Tape, out: Sequence[Tensor], x: Tensor, sizes: int | Sequence[i
     for result in out:
         axes, n = list(axes_of(x)), result.shape[dim]
         axes[dim] = narrow(axes[dim], start, start + n)
-        move(result, axes, x, partial(torch.narrow, dim=dim, start=start, length=n))
+        record_move(result, axes, x, partial(torch.narrow, dim=dim, start=start, length=n))
         start += n
 
 
@@ -176,14 +176,14 @@ def cat(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
     axes[dim] = concat(joined)
     if axes[dim].size != out.shape[dim]:
         axes[dim] = Axis(out.shape[dim])
-    put(out, axes, parts)
+    record(out, axes, parts)
 
 
 def stack(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
     """Puts tensors side by side along a new axis, whose indices are not alike."""
     axes = broadcast(parts[0].shape, parts)
     axes.insert(dim % out.dim(), Axis(len(parts), notes={"fixed": "different things are stacked there"}))
-    put(out, axes, parts)
+    record(out, axes, parts)
 
 
 def pad(tape: Tape, out: Tensor, x: Tensor, pads: Sequence[int], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the value
@@ -195,7 +195,7 @@ def pad(tape: Tape, out: Tensor, x: Tensor, pads: Sequence[int], *args: Any, **k
         if max(left, right) > 0:
             notes = {"copied": "padding"} | ({"data": "padding"} if is_data(axes[d]) else {})
             axes[d] = concat([Axis(max(left, 0), notes=notes), axes[d], Axis(max(right, 0), notes=notes)])
-    put(out, axes, [x])
+    record(out, axes, [x])
 
 
 def reorder(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - flip and roll differ
@@ -205,7 +205,7 @@ def reorder(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> No
     for d in {d % x.dim() for d in dims} or range(x.dim()):
         mark(axes[d], "const", f"its order matters to {tape.op}")
         axes[d] = Axis(axes[d].size, notes=notes_of(axes[d]))
-    put(out, axes, [x], note(x).points)
+    record(out, axes, [x], note(x).points)
 
 
 def as_strided(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sizes, strides, offset
@@ -214,12 +214,12 @@ def as_strided(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) ->
     same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
     shift = out.storage_offset() - x.storage_offset()
     if old == new and shift == 0:
-        move(out, axes, x, lambda t: t)
+        record_move(out, axes, x, lambda t: t)
         return
     reach = shift + sum((n - 1) * stride for n, stride in new[same:])
     if reach >= min((stride for n, stride in old[:same] if n > 1), default=math.inf) or not all(map(is_data, axes[same:])):
         raise Irregular("memory is viewed with other strides")
-    put(out, [*axes[:same], *(Axis(n, notes={"data": "rearranged places"}) for n in out.shape[same:])], [x])
+    record(out, [*axes[:same], *(Axis(n, notes={"data": "rearranged places"}) for n in out.shape[same:])], [x])
 
 
 RULES: dict[str, Callable[..., None]] = {

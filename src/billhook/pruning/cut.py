@@ -9,7 +9,7 @@ from torch import nn
 
 from billhook.model.find import check_plain
 from billhook.model.handed import Indices
-from billhook.pruning.amount import width_step
+from billhook.pruning.amount import kernel_multiple
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member
@@ -31,7 +31,7 @@ class Cut:
         cuts: The positions that remain of each tensor.
         parameters: The number of parameters, before and after.
         structure: The trace in which it was found.
-        places: All units of these kinds in that trace, by place.
+        all_units: All units of these kinds in that trace, by place.
     """
 
     model: str
@@ -42,7 +42,7 @@ class Cut:
     cuts: Cuts
     parameters: tuple[int, int]
     structure: Structure
-    places: dict[str, Units]
+    all_units: dict[str, Units]
 
 
 def size_after(cuts: Cuts, name: str, size: Sequence[int]) -> tuple[int, ...]:
@@ -70,7 +70,7 @@ def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units],
     return Cut(type(model).__name__, kinds, removed, before, after, cuts, (num_before, num_after), structure, dict(units))
 
 
-def coupled(units: Mapping[str, Units]) -> list[list[str]]:
+def coupled_modules(units: Mapping[str, Units]) -> list[list[str]]:
     """Groups places that must lose the same units, as attentions with one position bias; each name comes once."""
     sets: list[list[str]] = []
     for name, layer in units.items():
@@ -126,14 +126,14 @@ def _check_left(
 ) -> None:
     """Refuses widths of experts that transformers does not compute, and different heads where one position bias is read."""
     for name in removed:
-        step, left = width_step(model, units[name]), after[name][0]
+        step, left = kernel_multiple(model, units[name]), after[name][0]
         if left % step:
             raise ValueError(
                 f"{PLURAL[units[name].kind]}: {name or 'the model'} would be left with {left} of {units[name].count()}, and its "
                 f"experts are computed by a kernel that takes multiples of {step}: {left // step * step or step} or "
                 f"{-(-left // step) * step} may stay"
             )
-    for names in coupled(units):
+    for names in coupled_modules(units):
         if len({tuple(removed.get(name, [])) for name in names}) > 1:
             raise ValueError(
                 f"heads: {', '.join(names[:3])}{' and more' if len(names) > 3 else ''} share a position bias that has one column "

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.adapters.masked import check_plain, mask_as_weights, on_linears
+from billhook.adapters.masked import check_plain_lora, find_adapters, mask_nonzero
 from billhook.model.linears import active_in, is_linear, size_of
 from billhook.model.shape import KEY
 
@@ -22,13 +22,13 @@ def save_adapters(model: PreTrainedModel, checkpoint: dict[str, Any]) -> None:
 
     Nothing is recorded of a model without adapters, or with other adapters than one plain LoRA on each of some linears.
     """
-    layers = on_linears(model)
+    layers = find_adapters(model)
     if not layers or sum(1 for name, _ in model.named_modules() if name.endswith("lora_A")) != len(layers):
         return
     from billhook.adapters.masked_layer import MaskedLora
 
     try:
-        check_plain(layers, "lora")
+        check_plain_lora(layers, "lora")
     except ValueError:
         return
     if all(active_in(layer) == list(layer.lora_A) == [ADAPTER] for layer in layers.values()):
@@ -64,7 +64,7 @@ def _of_base(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace(".base_layer.", "."): value for name, value in entries.items() if ".lora_" not in name}
 
 
-def put_back(model: PreTrainedModel, checkpoint: Mapping[str, Any], name: str) -> None:
+def restore_adapters(model: PreTrainedModel, checkpoint: Mapping[str, Any], name: str) -> None:
     """Puts the adapters of a Lightning checkpoint on its base model, if it records how they are scaled."""
     if not (recorded := checkpoint.get(ADAPTERS)):
         return
@@ -87,9 +87,9 @@ def put_back(model: PreTrainedModel, checkpoint: Mapping[str, Any], name: str) -
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in modules.values()),
     )
     inject_adapter_in_model(config, model)
-    layers = on_linears(model)
+    layers = find_adapters(model)
     for key, entry in recorded.items():
         layers[key].scaling[ADAPTER] = entry["scaling"]
     model.load_state_dict({key: state[key] for key in model.state_dict()})
     if any(entry["masked"] for entry in recorded.values()):
-        mask_as_weights(model)
+        mask_nonzero(model)

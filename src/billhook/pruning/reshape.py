@@ -9,13 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.adapters.merge import adapted, beneath, without_adapters
+from billhook.adapters.merge import adapter_layers, base_layer_name, without_adapters
 from billhook.model.config_fields import Fields, configs_of, field, read_back, set_fields, with_fields
 from billhook.model.linears import is_adapter
 from billhook.model.meta import to_meta
 from billhook.model.shape import GROUPS, Shape, built_shape, set_shape, shape_of
 from billhook.model.transformers_internals import set_attention
-from billhook.pruning.cuts import Cut, size_after
+from billhook.pruning.cut import Cut, size_after
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Kind
 from billhook.tracing.trace import trace
@@ -30,7 +30,7 @@ Sizes = dict[str, tuple[int, ...]]
 """Sizes of tensors, by name."""
 
 
-def shapes_then(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Fields]]:
+def candidate_shapes(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Fields]]:
     """Yields shapes that the model may have then, the likeliest first: as its class builds it, or with attributes by trial."""
     now, usual, tensors = shape_of(model), _build_shape(model, {}), _sizes_then(model, cut)
     yield from _built(model, cut, usual, now, tensors)
@@ -46,7 +46,7 @@ def shapes_then(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Field
 
 def _built(model: PreTrainedModel, cut: Cut, usual: Shape, now: Shape, tensors: Sizes) -> Iterator[tuple[Shape, Fields]]:
     """Yields the shape that the model's class builds, beneath adapters, from a changed config, if it has these tensors."""
-    base, structure, units, layers, built_now = model, cut.structure, cut.places, adapted(model), now.tensors
+    base, structure, units, layers, built_now = model, cut.structure, cut.all_units, adapter_layers(model), now.tensors
     plain = tensors
     if layers:
         base = without_adapters(model)
@@ -62,7 +62,7 @@ def _built(model: PreTrainedModel, cut: Cut, usual: Shape, now: Shape, tensors: 
         return
     if built.tensors == plain:
         changed = {name: value for name, value in built.attributes.items() if usual.attributes.get(name, value) != value}
-        attributes = {beneath(name, layers): value for name, value in changed.items()}
+        attributes = {base_layer_name(name, layers): value for name, value in changed.items()}
         certain = _certain(model, tensors) if layers else {}
         yield Shape(tensors, now.attributes | attributes | certain, now.config), fields
 
@@ -259,7 +259,7 @@ def _runs(model: PreTrainedModel, cut: Cut, shape: Shape, fields: Fields, eager:
     if {name: counts(layer) for name, layer in units.items()} != expected:
         return False
     several = [name for name in cut.units if name in units and units[name].count() > 1]
-    return all(_are_left(cut.places[name], units[name], cut, cut.units[name]) for name in several)
+    return all(_are_left(cut.all_units[name], units[name], cut, cut.units[name]) for name in several)
 
 
 def _runs_eagerly(meta_model: PreTrainedModel) -> bool:

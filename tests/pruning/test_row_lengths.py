@@ -140,7 +140,10 @@ class TestParts:
     @pytest.mark.parametrize("progress", [(0.5, 1.0), (0.1, 0.3, 0.95, 1.0)])
     def test_come_to_what_the_whole_is_at_once(self, amount, progress):
         amount, model = Amount(**amount), wide()
-        whole, first = planned(wide(), amount), Baseline(**json.loads(json.dumps(asdict(Baseline.of(RatioSearch(model, amount))))))
+        whole, first = (
+            planned(wide(), amount),
+            Baseline(**json.loads(json.dumps(asdict(Baseline.of(RatioSearch(model, amount)))))),
+        )
         for share in progress:
             due = first.part(RatioSearch(model, amount), share)
             if due is not None:

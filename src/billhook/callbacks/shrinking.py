@@ -143,7 +143,12 @@ class Shrinking(ShapeCallback):
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, chosen.planned))
         note_not_refitted(event, chosen.planned.not_refitted)
         self.done, self.asked = moment, 1.0
-        with together(trainer, "Shrinking"), self.calibration.aside(pl_module), gradient_precision(trainer), adapters_removed(model):
+        with (
+            together(trainer, "Shrinking"),
+            self.calibration.aside(pl_module),
+            gradient_precision(trainer),
+            adapters_removed(model),
+        ):
             self.shrunk = shrunk_of(measured, chosen)
         event["after"] |= self.measured(trainer, pl_module)
         log_event(trainer, event)

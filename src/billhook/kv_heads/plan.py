@@ -201,7 +201,9 @@ def _plan_under_adapters(
     check_adapters(model, method)
     plan = plan_kv_heads(without_adapters(model), heads, method, layers, encoder)
     if plan.way == "handed":
-        raise ValueError(f"linears of {type(model).__name__} would hand out few heads many times, which LoRA cannot do: {MERGE_HINT}")
+        raise ValueError(
+            f"linears of {type(model).__name__} would hand out few heads many times, which LoRA cannot do: {MERGE_HINT}"
+        )
     parameters, shape = with_adapters(model, plan.parameters, plan.shape)
     return replace(plan, model=type(model).__name__, parameters=parameters, shape=shape)
 

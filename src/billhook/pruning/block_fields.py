@@ -25,7 +25,9 @@ class Built:
     attributes: dict[str, Any]
 
 
-def find_block_fields(model: PreTrainedModel, stacks: Mapping[str, int], removed: Mapping[str, Sequence[int]]) -> tuple[Fields, BlockNumbers]:
+def find_block_fields(
+    model: PreTrainedModel, stacks: Mapping[str, int], removed: Mapping[str, Sequence[int]]
+) -> tuple[Fields, BlockNumbers]:
     """Finds how the config says that blocks are removed, so that the model's class builds just those that remain.
 
     It tries lists with a value for each block, without those of removed ones; the fewest numbers of blocks that, changed

@@ -240,7 +240,9 @@ def choose_units(
             layer = coupled_layers[0]
             count, num_kept = layers[layer].count(per), layers[layer].count(per) - len(chosen[layer])
             step = (steps or {}).get(layer, 1)
-            num_rounded = _rounded(layers[layer], num_kept, num_first[layer], step, per, amount, at_most=name in amount.open_ratios)
+            num_rounded = _rounded(
+                layers[layer], num_kept, num_first[layer], step, per, amount, at_most=name in amount.open_ratios
+            )
             if num_rounded != num_kept:
                 again = take({layer: layers[layer] for layer in coupled_layers}, ratio=(count - num_rounded) / count)
                 chosen |= dict.fromkeys(coupled_layers, []) | again

@@ -202,4 +202,9 @@ def _roles_to_json(roles: dict[str, tuple[Part, ...]]) -> dict[str, list[dict[st
 
 
 def _part(part: Part) -> dict[str, Any]:
-    return {"name": part.name, "dim": part.dim, "size": part.size, "positions": [list(s) for s in consecutive_ranges(part.positions)]}
+    return {
+        "name": part.name,
+        "dim": part.dim,
+        "size": part.size,
+        "positions": [list(s) for s in consecutive_ranges(part.positions)],
+    }

@@ -169,7 +169,9 @@ def apply_pending(used: Note, points: Axis | None = None) -> None:
         mark(used.points, "const", "its numbers are used as values")
 
 
-def record(out: Tensor, axes: Sequence[Axis], inputs: Iterable[Tensor], points: Axis | None = None, applied: bool = False) -> Note:
+def record(
+    out: Tensor, axes: Sequence[Axis], inputs: Iterable[Tensor], points: Axis | None = None, applied: bool = False
+) -> Note:
     """Notes the axes of a result, and what it inherits from the inputs; their values are used, unless that is `applied`.
 
     Raises:

@@ -39,7 +39,7 @@ def written(tmp_path_factory, name, texts):
 def test_shares_rows_and_names(model, file, play):
     given = bh.Calibration([play, file, "generated"], weights=[2, 1, 1], tokens=16 * 32, length=32, batch_size=3)
     batches = given.read(model)
-    assert given.rows(32) == {"play": 8, "other": 4, "generated": 4}
+    assert given.examples(32) == {"play": 8, "other": 4, "generated": 4}
     assert [(batch.source, *batch["input_ids"].shape) for batch in batches] == [
         *[("play", 3, 32)] * 2, ("play", 2, 32), ("other", 3, 32), ("other", 1, 32), ("generated", 3, 32), ("generated", 1, 32),
     ]  # fmt: skip
@@ -53,7 +53,7 @@ def test_the_seed_decides_which_rows(model, play):
 
 def test_each_source_gives_a_row_at_least():
     given = bh.Calibration(["tiny", "generated"], weights=[1000, 1], tokens=64, length=16)
-    assert given.rows(16) == {"tiny": 4, "generated": 1}
+    assert given.examples(16) == {"tiny": 4, "generated": 1}
 
 
 def test_chats_are_packed_through_the_template(model):
@@ -132,7 +132,7 @@ def test_objects_are_read_as_their_files_are(model, tmp_path):
     assert ids(given.held_out(model, 5)) == ids(read.held_out(model, 5)) != ids(alone.held_out(model, 5))
     assert {batch.source for batch in given.read(model)} == {"dataset"}
     several = bh.Calibration([files, splits, "generated"], weights=[1, 2, 1], **how)
-    assert several.rows(32) == {"train": 2, "dataset": 4, "generated": 2}
+    assert several.examples(32) == {"train": 2, "dataset": 4, "generated": 2}
 
 
 def test_names_of_objects():

@@ -39,7 +39,7 @@ def repaired(model, how=None):
 
 @pytest.mark.daily("catching up-LlamaForCausalLM", "alone-T5*")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("how", [bh.RepairConfig(), bh.RepairConfig(catch_up=False)], ids=["catching up", "alone"])
+@pytest.mark.parametrize("how", [bh.RepairConfig(), bh.RepairConfig(compensate=False)], ids=["compensating", "independent"])
 def test_repaired_with_the_same_bytes(tmp_path, kind, how):
     torch.manual_seed(0)
     kind(small_config(kind.config_class)).eval().save_pretrained(tmp_path / "dense")

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 import billhook as bh
 from billhook.engine.comm import Comm
-from billhook.engine.passes import in_turn
+from billhook.engine.passes import blockwise
 from billhook.engine.statistics import InputMoments
 from billhook.engine.store import store_of
 from billhook.importance.baselines import RandomUnits
@@ -57,7 +57,7 @@ def test_units_are_scored_as_in_memory(mesh, name):
     importance, kind = SCORES[name]
     units, batches = bh.find_units(plain, kind), [{"input_ids": own, "labels": own} for own in (tokens(), tokens())]
     expected = bh.score(plain, units, importance, batches)
-    with in_turn(sharded):
+    with blockwise(sharded):
         found = bh.score(sharded, units, importance, batches, reduce=lambda tensor: tensor)
     assert all(torch.equal(found[place], own) for place, own in expected.items())
     assert all(isinstance(own, DTensor) for own in sharded.parameters())
@@ -75,7 +75,7 @@ def test_obs_has_the_moments_of_one_block(mesh, monkeypatch):
         most.append(len(alive))
 
     monkeypatch.setattr(InputMoments, "__init__", begun)
-    with in_turn(sharded):
+    with blockwise(sharded):
         found = bh.score(sharded, units, bh.OBS(), batches)
     assert all(torch.equal(found[place], own) for place, own in expected.items())
     assert most == [1] * len(units)
@@ -84,7 +84,7 @@ def test_obs_has_the_moments_of_one_block(mesh, monkeypatch):
 def test_one_block_is_there(mesh):
     _, sharded = both(mesh)
     first, last = sharded.model.layers
-    with in_turn(sharded):
+    with blockwise(sharded):
         for block, other in ((first, last), (last, first)):
             store_of(sharded).load(block.mlp.up_proj)
             assert all(size(own) for own in block.parameters())
@@ -106,7 +106,7 @@ def test_ranks_take_part_in_what_others_bring_until_all_have_ended(mesh):
         asked.append(tensor.tolist())
         return tensor + torch.tensor(next(others))
 
-    with in_turn(sharded):
+    with blockwise(sharded):
         store = store_of(sharded)
         with store.apart(Comm(add, size=2)):
             store.load(first)

@@ -141,7 +141,7 @@ def test_repair_works_where_each_block_ends_in_a_norm_and_with_gpt2s_linears(fam
     assert len(attentions.downs) == 2
     trials = [Run(lambda ids=ids: model(ids).logits.sum()) for ids in parts]
     new = attentions.equal(Mean(), attentions.moments(trials, "consecutive"))
-    for repair in (RepairConfig(), RepairConfig(catch_up=False)):
+    for repair in (RepairConfig(), RepairConfig(compensate=False)):
         better = attentions.repaired(new, trials, repair)
         far, near = (distance(changed(model, one), model, tokens(8, 24)) for one in (new, better))
         assert near < 0.9 * far

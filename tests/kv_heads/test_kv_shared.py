@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 import billhook as bh
 from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.passes import in_turn
+from billhook.engine.passes import blockwise
 from billhook.engine.shards import ShardStore
 from billhook.engine.walk import blocks_of
 from billhook.kv_heads.attentions import Attentions
@@ -45,7 +45,7 @@ def test_heads_are_made_ready_as_in_memory(mesh, family, method, repair, monkeyp
     asked = method_of(METHODS[method]), batches, repair
     expected, how = ready_weights(Attentions(plain, groups), *asked)
     monkeypatch.setattr(ShardStore, "all_here", None)
-    with in_turn(sharded):
+    with blockwise(sharded):
         found, how_found = ready_weights(Attentions(sharded, groups, Comm(lambda tensor: tensor)), *asked)
         assert changed(sharded, found) == changed(plain, expected)
     assert how_found == how
@@ -64,7 +64,7 @@ def test_moments_of_an_attention_go_with_its_block(mesh, monkeypatch):
         most.append(len(alive))
 
     monkeypatch.setattr(MomentSums, "__init__", begun)
-    with in_turn(sharded):
+    with blockwise(sharded):
         ready_weights(Attentions(sharded, groups, Comm(lambda tensor: tensor)), bh.kv_methods.SVD(), batches, None)
     assert most == [1] * len(groups)
 
@@ -73,7 +73,7 @@ def test_heads_are_turned_as_in_memory(mesh):
     plain, sharded, groups, batches = both(mesh)
     asked = groups, bh.kv_methods.Aligned(), batches
     expected = turned_weights(plain, *asked)
-    with in_turn(sharded):
+    with blockwise(sharded):
         found = turned_weights(sharded, *asked, comm=Comm(lambda tensor: tensor))
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -321,12 +321,14 @@ def slowly(model, masks, batches, repair, others=None):
         x, _ = given(model, name, batches)
         old = matrix(linear, linear.weight.detach())
         fit, held_out = (OwedMoments(len(old), int(keep.sum())) for _ in range(2))
-        target, start = (streams(whole, name, batches)[1], streams(model, name, batches)[0]) if repair.catch_up else (None, None)
+        target, start = (
+            (streams(whole, name, batches)[1], streams(model, name, batches)[0]) if repair.compensate else (None, None)
+        )
         dues, squares = [], []
         for number, one in enumerate(x):
             own = one @ old.t() + (0 if linear.bias is None else linear.bias.detach())
-            owed = target[number] - start[number] - own if repair.catch_up else None
-            if others and not repair.catch_up:
+            owed = target[number] - start[number] - own if repair.compensate else None
+            if others and not repair.compensate:
                 owed = outputs(whole, name, batches[number]) - own
             dues.append(owed)
             _, due = lacking(old, keep, one, 0.0 if owed is None else owed)
@@ -344,7 +346,7 @@ def slowly(model, masks, batches, repair, others=None):
 
 
 @pytest.mark.parametrize(
-    ("family", "catch_up", "gap"),
+    ("family", "compensate", "gap"),
     [
         ("llama", True, False),
         ("llama", True, True),
@@ -352,17 +354,17 @@ def slowly(model, masks, batches, repair, others=None):
         *((one, False, False) for one in BUILD if one != "albert"),
     ],
 )
-def test_linear_after_linear_on_what_the_repaired_ones_before_give(family, catch_up, gap):
+def test_linear_after_linear_on_what_the_repaired_ones_before_give(family, compensate, gap):
     model, masks, batches = case(family)
     if gap:  # the attention of the second layer stands between two that change, and follows
         del masks["model.layers.1.self_attn.o_proj"]
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     model.train()
-    found = refit(model, masks, trials(model, batches), RepairConfig(catch_up))
+    found = refit(model, masks, trials(model, batches), RepairConfig(compensate))
     assert model.training
     assert torch.equal(torch.get_rng_state(), rng)
     model.eval()
-    expected = slowly(model, masks, batches, RepairConfig(catch_up))
+    expected = slowly(model, masks, batches, RepairConfig(compensate))
     assert found.keys() == masks.keys() == expected.keys()
     changed = 0
     for name, (weight, bias) in found.items():
@@ -423,15 +425,15 @@ def test_with_other_parameters_a_linear_makes_up_for_them_by_least_squares(bias)
     assert (after + shift).norm() < 0.8 * before.norm()
 
 
-@pytest.mark.parametrize("catch_up", [True, False])
+@pytest.mark.parametrize("compensate", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_with_other_parameters_linear_after_linear_as_in_whole_runs(family, catch_up):
+def test_with_other_parameters_linear_after_linear_as_in_whole_runs(family, compensate):
     model, masks, batches = case(family)
     masks = {name: torch.ones_like(keep) for name, keep in masks.items()}
     others = other_parameters(model, ("v_proj", "q_proj", "layers.0.self_attn.o_proj") if family == "llama" else ("c_attn",), 0.2)
     before = copy.deepcopy(model.state_dict())
-    found = refit(model, masks, trials(model, batches), RepairConfig(catch_up), given=others)
-    expected = slowly(model, masks, batches, RepairConfig(catch_up), others)
+    found = refit(model, masks, trials(model, batches), RepairConfig(compensate), given=others)
+    expected = slowly(model, masks, batches, RepairConfig(compensate), others)
     assert found.keys() == masks.keys()
     assert sum(not torch.equal(weight, model.get_submodule(name).weight) for name, (weight, _) in found.items()) >= 2
     for name, (weight, bias) in found.items():
@@ -532,9 +534,9 @@ def test_it_helps_on_text_that_it_has_not_seen_and_catching_up_helps_more():
     old = {name: (model.get_submodule(name).weight.detach().clone(), None) for name in masks}
     put(model, {name: (weight * masks[name], None) for name, (weight, _) in old.items()})
     losses = [loss_of(model, unseen)]
-    for catch_up in (False, True):
+    for compensate in (False, True):
         put(model, old)
-        put(model, refit(model, masks, trials(model, batches), RepairConfig(catch_up)))
+        put(model, refit(model, masks, trials(model, batches), RepairConfig(compensate)))
         losses.append(loss_of(model, unseen))
     assert losses[0] - losses[1] > 0.3 * (losses[0] - whole)
     assert losses[2] < losses[1]

@@ -10,7 +10,7 @@ import billhook as bh
 from billhook.engine.batches import Run
 from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.passes import in_turn
+from billhook.engine.passes import blockwise
 from billhook.engine.shards import ShardStore
 from billhook.engine.walk import blocks_of
 from billhook.pruning.repair import repair_with
@@ -47,14 +47,14 @@ def batches(model):
 
 
 @pytest.mark.daily("llama-*", "t5-True", "mixtral-False")
-@pytest.mark.parametrize("catch_up", [True, False])
+@pytest.mark.parametrize("compensate", [True, False])
 @pytest.mark.parametrize("family", MODELS)
-def test_as_in_memory_a_block_at_a_time(mesh, family, catch_up, monkeypatch):
+def test_as_in_memory_a_block_at_a_time(mesh, family, compensate, monkeypatch):
     plain, sharded = both(mesh, family)
-    plan, given, repair = cut(plain), batches(plain), bh.RepairConfig(catch_up)
+    plan, given, repair = cut(plain), batches(plain), bh.RepairConfig(compensate)
     expected = bh.repair(plain, plan, given, repair)
     monkeypatch.setattr(ShardStore, "all_here", None)
-    with in_turn(sharded):
+    with blockwise(sharded):
         found = bh.repair(sharded, plan, given, repair, reduce=lambda tensor: tensor)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -69,7 +69,7 @@ def test_other_parameters_that_are_given(mesh):
         values |= {f"{name}.weight": linear.weight.detach() * 1.5, f"{name}.bias": linear.bias.detach()}
     asked, others = (bh.pruning.plan_units(plain, {0: [0, 1]}), batches(plain)), LazyTensors.of(values)
     expected = repair_with(plain, *asked, new_params=others)
-    with in_turn(sharded):
+    with blockwise(sharded):
         found = repair_with(sharded, *asked, comm=Comm(lambda tensor: tensor), new_params=others)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=name)
@@ -83,7 +83,7 @@ def test_all_blocks_are_gathered_where_they_are_called_twice(mesh):
         return [Run(lambda one=one: (model(**one), model(**one)), {}) for one in given]
 
     expected = bh.repair(plain, plan, twice(plain))
-    with in_turn(sharded):
+    with blockwise(sharded):
         found = bh.repair(sharded, plan, twice(sharded), reduce=lambda tensor: tensor)
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, msg=name)

@@ -121,7 +121,7 @@ class Calibration:
     Example:
         >>> import billhook as bh
         >>> calibration = bh.Calibration(["generated", "notes.txt"], weights=[1, 3], tokens=4096, length=512)
-        >>> calibration.rows(512)
+        >>> calibration.examples(512)
         {'generated': 2, 'notes': 6}
     """
 
@@ -160,7 +160,7 @@ class Calibration:
         )
         return plain | public
 
-    def rows(self, length: int) -> dict[str, int]:
+    def examples(self, length: int) -> dict[str, int]:
         """Returns how many rows each source gives, at least one."""
         weights = [1.0] * len(self.named) if self.weights is None else self.weights
         shares = (self.tokens * weight / sum(weights) / length for weight in weights)
@@ -188,7 +188,7 @@ class Calibration:
         length, batches = row_length(subject, self.length), list[Batch]()
         if GENERATED in self.named:
             check_writes(subject)
-        for name, wanted in self.rows(length).items():
+        for name, wanted in self.examples(length).items():
             if name == GENERATED:
                 number, seed = (wanted, self.seed) if held_out is None else (held_out, self.seed + 1)
                 batches += generated(subject, examples=number, length=length, batch_size=self.batch_size, seed=seed)

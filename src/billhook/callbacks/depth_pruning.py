@@ -49,7 +49,7 @@ class DepthPruning(ShapeCallback):
     >>> callback = bh.DepthPruning(blocks=1, at=0.1)  # for Trainer(callbacks=[callback])
     """
 
-    in_turn, cuts = True, False
+    blockwise, cuts = True, False
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from billhook.checkpoints.origin import CARD
 from billhook.checkpoints.push import NotPushed, check_repository, check_token, push
 from billhook.checkpoints.save import Saved, check_names, save
 from billhook.engine.batches import examples_of
-from billhook.engine.passes import in_turn
+from billhook.engine.passes import blockwise
 from billhook.engine.sharded_files import write_sharded
 from billhook.engine.sharding import is_sharded, reshard
 from billhook.engine.store import store_of
@@ -168,7 +168,7 @@ class Export(Callback):
         self._probe = self.probe or _inputs_in(batch, model)
         if not self.rehearse:
             return
-        with in_turn(model):
+        with blockwise(model):
             by_first(trainer, "Export", partial(self._rehearse, model), store_of(model).apart)
 
     def _rehearse(self, model: PreTrainedModel) -> None:
@@ -203,7 +203,7 @@ class Export(Callback):
             rank_zero_info(f"billhook: nothing is saved to {self.folder}, since this is a fast_dev_run")
             return
         model, failed = find_transformer(pl_module), list[Exception]()
-        with in_turn(model):
+        with blockwise(model):
             by_first(trainer, "Export", partial(self._export, trainer, model, failed), store_of(model).apart)
         full = any(isinstance(error, OSError) and error.errno == errno.ENOSPC for error in failed)
         words = [f"{type(error).__name__}: {error}" for error in failed if not full]

@@ -17,7 +17,7 @@ from billhook.units.units import Per
 class HeadMasking(ShapeCallback):
     """Masks `heads`, by attention, in a fit; which ones, and when, a subclass decides."""
 
-    in_turn = True
+    blockwise = True
     per: Per
     _mask: Mask | None = None
 

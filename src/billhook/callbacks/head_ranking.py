@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.engine.passes import in_turn
+from billhook.engine.passes import blockwise
 from billhook.engine.sharding import sizes_only
 from billhook.fit.calibration import FitCalibration, gradient_precision
 from billhook.fit.measure import log_picture
@@ -119,7 +119,7 @@ class HeadRanking:
         model = find_transformer(pl_module)
         heads = find_units(model, "head")
         record.begin({name: units.count(self.options.per) for name, units in heads.items()})
-        with calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
+        with calibration.aside(pl_module), gradient_precision(trainer), blockwise(pl_module):
             pairs = calibration.pairs(trainer, pl_module) if self.importance.needs_data else ()
             trials = [run_of(model, heads, *pair) for pair in pairs]
             scores = score_units(

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from billhook.adapters.merge import adapter_layers
 from billhook.arguments import check_types
 from billhook.callbacks.kv_stages import StageCallback, check_heads, check_over
-from billhook.engine.passes import in_turn
+from billhook.engine.passes import blockwise
 from billhook.engine.sharding import sizes_only
 from billhook.engine.store import store_of
 from billhook.fit.calibration import FitCalibration, Given, Pair
@@ -151,7 +151,7 @@ class Moving:
         if preparation.method.turns and stage not in self.turned:
             groups = dict.fromkeys(self.path.layers, self.path.after)
             with together(trainer, "KVHeadConversion"):
-                with in_turn(pl_module):
+                with blockwise(pl_module):
                     weights = preparation.turned(trainer, pl_module, groups)
                     weights = _same(trainer, model, weights)
                 take(model, weights, trainer.optimizers)
@@ -204,7 +204,7 @@ class KVHeadConversion(StageCallback):
     >>> callback = bh.KVHeadConversion(1, at=0.1, method="svd")  # for Trainer(callbacks=[callback])
     """
 
-    in_turn = True
+    blockwise = True
 
     def __init__(
         self,

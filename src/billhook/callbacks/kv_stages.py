@@ -139,7 +139,7 @@ class StageCallback(ShapeCallback):
             )
         for index, moment in enumerate(self.at):
             if moment == "start" and not is_search(trainer) and index not in self.shown(pl_module):
-                with unwrapped(trainer, self.in_turn):  # a model that is made late is sharded already
+                with unwrapped(trainer, self.blockwise):  # a model that is made late is sharded already
                     event = self.as_event(trainer, pl_module, {}, partial(self.change, pl_module, index, []))
                 log_event(trainer, event)
 

@@ -15,7 +15,7 @@ from billhook.adapters.merge import adapter_layers, adapters_removed, base_layer
 from billhook.arguments import check_types
 from billhook.engine.batches import Run, run_with_loss
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.passes import in_turn
+from billhook.engine.passes import blockwise
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
@@ -74,7 +74,7 @@ class Shrinking(ShapeCallback):
     >>> callback = bh.Shrinking(bh.Budget(params=0.8), calibration=64)  # for Trainer(callbacks=[callback])
     """
 
-    in_turn = True
+    blockwise = True
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class Shrinking(ShapeCallback):
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks the model once it exists, with its values."""
-        with in_turn(pl_module):
+        with blockwise(pl_module):
             self.check(pl_module, trainer)
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
@@ -132,7 +132,7 @@ class Shrinking(ShapeCallback):
     def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
         """Searches, removes and repairs."""
         metrics, model = self.measured(trainer, pl_module), find_transformer(pl_module)
-        with together(trainer, "Shrinking"), in_turn(pl_module):
+        with together(trainer, "Shrinking"), blockwise(pl_module):
             candidates, merges = self._candidates(model), not adapter_layers(model)
             self._known.clear()
             with adapters_removed(model):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_int, check_types
-from billhook.engine.passes import in_turn
+from billhook.engine.passes import blockwise
 from billhook.fit.calibration import FitCalibration, Given, gradient_precision
 from billhook.fit.event import Event, fewer, log_event, note_not_refitted
 from billhook.fit.ranks import check_agreed, check_near, comm_of, together
@@ -57,7 +57,7 @@ class StructuredPruning(ShapeCallback):
     >>> callback = bh.StructuredPruning(bh.Amount(channels=0.2), at=progress)  # for Trainer(callbacks=[callback])
     """
 
-    in_turn = True
+    blockwise = True
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class StructuredPruning(ShapeCallback):
         part = self._first.part(search, share)
         if part is None:  # by the numbers of units alone, which are the same on all ranks
             return None, None, "", ""
-        with self.calibration.aside(pl_module), gradient_precision(trainer), in_turn(pl_module):
+        with self.calibration.aside(pl_module), gradient_precision(trainer), blockwise(pl_module):
             comm = comm_of(trainer, self.calibration.shared(trainer))
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [run_of(model, part.units, *pair) for pair in pairs]

@@ -16,7 +16,7 @@ from billhook.adapters.masked import find_adapters, mask_nonzero, require_plain_
 from billhook.adapters.merge import adapters_removed
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches
-from billhook.engine.passes import in_turn
+from billhook.engine.passes import blockwise
 from billhook.engine.sharding import full_tensor, reshard
 from billhook.engine.zeros import zeros_by_name
 from billhook.fit.calibration import FitCalibration, Given
@@ -235,7 +235,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         """Gives the calibration batches as the fit runs them, with a block whole at a time; None if nothing needs data."""
         model = find_transformer(pl_module)
         precision = trainer.precision_plugin.forward_context() if self.needs_data else nullcontext()
-        with self.calibration.aside(pl_module), precision, in_turn(pl_module):
+        with self.calibration.aside(pl_module), precision, blockwise(pl_module):
             yield runs_as_in_training(pl_module, model, self.calibration.read(trainer)) if self.needs_data else None
 
     def state_dict(self) -> dict[str, Any]:

@@ -223,7 +223,7 @@ class OneShot:
     @property
     def rows(self) -> list[int]:
         """How many examples there are of each source."""
-        return [self._labelled.count] if self.metric == "accuracy" else list(self.calibration.rows(self.length).values())
+        return [self._labelled.count] if self.metric == "accuracy" else list(self.calibration.examples(self.length).values())
 
     @property
     def sources(self) -> list[str]:
@@ -277,7 +277,7 @@ class OneShot:
         """The words for the examples that the model is shown."""
         if self.metric == "accuracy":
             return f"{self._labelled.count} examples of {self.examples.data}"
-        rows = self.calibration.rows(self.length)
+        rows = self.calibration.examples(self.length)
         texts = [f"{count} {'that it writes' if name == GENERATED else f'of {name}'}" for name, count in rows.items()]
         return f"{' and '.join(texts)}, examples of {self.length} tokens"
 
@@ -315,7 +315,7 @@ class OneShot:
             return {}
         measures = self._measures and not self.examples.stream
         return {
-            "shown": self.calibration.rows(self.length).get(GENERATED, 0) if self.calibrates else 0,
+            "shown": self.calibration.examples(self.length).get(GENERATED, 0) if self.calibrates else 0,
             "measured on": written_rows(self.calibration, self.examples.evaluate, self.length) if measures else 0,
         }
 

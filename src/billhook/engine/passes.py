@@ -24,7 +24,7 @@ SMALL = 2**16
 
 
 @contextmanager
-def in_turn(module: nn.Module) -> Iterator[None]:
+def blockwise(module: nn.Module) -> Iterator[None]:
     """Makes a sharded module what it was before, a block at a time (see `ShardStore`); what is done to its parameters is lost."""
     if not is_sharded(module):
         yield

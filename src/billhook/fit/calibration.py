@@ -19,7 +19,7 @@ from billhook.arguments import check_int
 from billhook.calibration.calibration import Batches, Calibration
 from billhook.calibration.generated import NAME as GENERATED
 from billhook.engine.batches import Batch
-from billhook.engine.passes import in_turn
+from billhook.engine.passes import blockwise
 from billhook.engine.state import overridden
 from billhook.engine.trees import tree_flatten, tree_leaves, tree_unflatten
 from billhook.fit.lightning_internals import to_device
@@ -153,7 +153,7 @@ def _hook(pl_module: pl.LightningModule) -> Callable[[], Any] | None:
 def _text(calibration: Calibration, trainer: pl.Trainer) -> list[Batch]:
     """Reads text for the model in training; every rank reads all of it."""
     model = find_transformer(trainer.lightning_module)
-    with in_turn(trainer.lightning_module) if GENERATED in calibration.named else nullcontext():  # for each token a block comes
+    with blockwise(trainer.lightning_module) if GENERATED in calibration.named else nullcontext():  # for each token a block comes
         batches = calibration.read(model, tokenizer_in(trainer))
     labelled = model.can_generate() and not model.config.is_encoder_decoder  # every token is one to predict
     return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in batches] if labelled else batches

@@ -214,7 +214,7 @@ def _load(
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         trained = [[names[parameter] for parameter in group["params"] if parameter in names] for group in groups]
-        with reshaped(pl_module, (), gradients=False, in_turn=True):
+        with reshaped(pl_module, (), gradients=False, blockwise=True):
             load_shape(pl_module, {KEY: record})
         now = dict(pl_module.named_parameters())
         for group, names_in_group in zip(groups, trained, strict=True):  # no step has been taken, so there is no state to follow

@@ -30,7 +30,7 @@ class ShapeCallback(EventCallback):
 
     moves = False  # weights between events, too
     cuts = True  # tensors, which it finds by their names, not just leaves them out
-    in_turn = False  # whether its events need one block of a sharded model whole at a time, and not all of it
+    blockwise = False  # whether its events need one block of a sharded model whole at a time, and not all of it
 
     @abstractmethod
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
@@ -103,7 +103,7 @@ class ShapeCallback(EventCallback):
         change: Callable[[list[Optimizer]], str],
     ) -> Event:
         """Carries out a change of model and optimizers, also where DDP has wrapped the model; see `as_event`."""
-        with unwrapped(trainer, self.in_turn), together(trainer, type(self).__name__):
+        with unwrapped(trainer, self.blockwise), together(trainer, type(self).__name__):
             event = self.as_event(trainer, pl_module, metrics, partial(change, trainer.optimizers))
         for callback in callbacks_of(trainer, FollowsShapes):
             callback.follow()
@@ -112,7 +112,7 @@ class ShapeCallback(EventCallback):
 
 
 @contextmanager
-def unwrapped(trainer: pl.Trainer, in_turn: bool = False) -> Iterator[None]:
+def unwrapped(trainer: pl.Trainer, blockwise: bool = False) -> Iterator[None]:
     """Drops DDP, whose hooks are on the old parameters, and wraps the model again afterwards; takes FSDP2 off, and puts it on.
 
     What was sharded is whole meanwhile, or if that is enough, a block at a time.
@@ -122,7 +122,7 @@ def unwrapped(trainer: pl.Trainer, in_turn: bool = False) -> Iterator[None]:
         trainer.strategy.model = module
     if module.automatic_optimization:  # which makes new gradients before it takes the next step
         module.zero_grad()
-    with reshaped(module, trainer.optimizers, gradients=not module.automatic_optimization, in_turn=in_turn):
+    with reshaped(module, trainer.optimizers, gradients=not module.automatic_optimization, blockwise=blockwise):
         yield
     if wrapped:
         assert isinstance(trainer.strategy, DDPStrategy)

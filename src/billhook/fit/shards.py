@@ -13,7 +13,7 @@ from billhook.engine.shards import ShardStore
 
 
 @contextmanager
-def reshaped(module: nn.Module, optimizers: Collection[Optimizer], gradients: bool, in_turn: bool = False) -> Iterator[None]:
+def reshaped(module: nn.Module, optimizers: Collection[Optimizer], gradients: bool, blockwise: bool = False) -> Iterator[None]:
     """Makes a sharded module whole while its shapes change, then shards it as it was, also after an error.
 
     What optimizers keep of parameters stays sharded.
@@ -22,7 +22,7 @@ def reshaped(module: nn.Module, optimizers: Collection[Optimizer], gradients: bo
         module: The module.
         optimizers: Those that train it.
         gradients: Whether gradients follow; they are dropped otherwise.
-        in_turn: Whether it is whole a block at a time: what happens within loads each that it looks into, see `ShardStore`.
+        blockwise: Whether it is whole a block at a time: what happens within loads each that it looks into, see `ShardStore`.
     """
     if not is_sharded(module):
         yield
@@ -37,7 +37,7 @@ def reshaped(module: nn.Module, optimizers: Collection[Optimizer], gradients: bo
             shard.grad = None
     del whole_ones
     try:
-        with nullcontext() if in_turn else store.all_here():
+        with nullcontext() if blockwise else store.all_here():
             yield
     finally:
         store.end()

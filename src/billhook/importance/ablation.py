@@ -45,7 +45,7 @@ class Ablation(Importance):
         {'model.layers': 4}
     """
 
-    in_turn: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""

@@ -45,7 +45,7 @@ class ActivationNorm(Importance):
         [8, 8, 8, 8]
     """
 
-    in_turn: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
@@ -87,7 +87,7 @@ class OutputNorm(Importance):
         [384, 384, 384, 384]
     """
 
-    in_turn: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""

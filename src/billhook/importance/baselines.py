@@ -36,7 +36,7 @@ class WeightNorm(Importance):
     """
 
     needs_data: ClassVar[bool] = False
-    in_turn: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
     p: Literal[1, 2] = 2
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class RandomUnits(Importance):
     """
 
     needs_data: ClassVar[bool] = False
-    in_turn: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
     seed: int = 0
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:

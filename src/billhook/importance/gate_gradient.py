@@ -46,7 +46,7 @@ class GateGradient(Importance):
     """
 
     needs_gradients: ClassVar[bool] = True
-    in_turn: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
     each: Each = "token"
 
     def __post_init__(self) -> None:

@@ -119,7 +119,7 @@ class OBS(Importance):
         [384, 384, 384, 384]
     """
 
-    in_turn: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
     damping: float = 0.01
     passes: int = 1
 

@@ -54,13 +54,13 @@ class Importance(ABC):
     Attributes:
         needs_data: Whether it needs batches.
         needs_gradients: Whether it needs gradients, which a streamed model has not.
-        in_turn: Whether it has the block of a module brought (`billhook.engine.store.bring`) before it looks into its weights
+        blockwise: Whether it has the block of a module brought (`billhook.engine.store.bring`) before it looks into its weights
             other than in a forward, so that one block at a time of a model that ranks share need be whole.
     """
 
     needs_data: ClassVar[bool] = True
     needs_gradients: ClassVar[bool] = False
-    in_turn: ClassVar[bool] = False
+    blockwise: ClassVar[bool] = False
 
     @abstractmethod
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
@@ -156,7 +156,7 @@ def score_units(
     check_trains(model, importance)
     check_held(model, units)
     read = batches_of(batches, model) if importance.needs_data else ()
-    blocks = store_of(model).apart(comm) if importance.in_turn else store_of(model).all_here()
+    blocks = store_of(model).apart(comm) if importance.blockwise else store_of(model).all_here()
     with resting(model), blocks, recomputing(model) if importance.needs_gradients else nullcontext():
         runs = [run_of(model, units, batch, loss) for batch in read]
         sums = importance.sums(model, units, per, telling(runs, progress) if progress else runs)

@@ -63,7 +63,7 @@ class Taylor(Importance):
     """
 
     needs_gradients: ClassVar[bool] = True
-    in_turn: ClassVar[bool] = True
+    blockwise: ClassVar[bool] = True
     order: Order = "first"
     reduce: Reduction = "sum"
     passes: int = 4

@@ -41,7 +41,7 @@ class RepairConfig:
     Weights that are zero stay zero: a pruned model stays as sparse as it was.
 
     Args:
-        catch_up: Whether a linear also makes up for what those before it have lost of the stream that it adds to. It takes a
+        compensate: Whether a linear also makes up for what those before it have lost of the stream that it adds to. It takes a
             second run of each batch, of the whole model.
         held_out: Share of the calibration batches, of all ranks together, that choose the ridge, at least one; in (0, 1). Where
             batches are of several sources (see `Calibration`), each source is held out in turn instead.
@@ -51,11 +51,11 @@ class RepairConfig:
         ValueError: If the share is not between 0 and 1, or there is no ridge or one that is not at least 0.0001.
 
     Example:
-        >>> RepairConfig(catch_up=False, ridges=[0.1, 1.0])
-        RepairConfig(catch_up=False, held_out=0.2, ridges=[0.1, 1.0])
+        >>> RepairConfig(compensate=False, ridges=[0.1, 1.0])
+        RepairConfig(compensate=False, held_out=0.2, ridges=[0.1, 1.0])
     """
 
-    catch_up: bool = True
+    compensate: bool = True
     held_out: float = 0.2
     ridges: Sequence[float] = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
@@ -144,7 +144,7 @@ def repair_linears(
     with undisturbed(model):
         shown, orderly = _shown(model, every, forwards, comm)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
-        before = followed(shown, linears.keys() | with_others) if repair.catch_up and not often else {}
+        before = followed(shown, linears.keys() | with_others) if repair.compensate and not often else {}
         if given is not None:  # each owes at least what it gave in the whole model
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before

@@ -11,7 +11,7 @@ from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, tell_once
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.device import check_device
-from billhook.engine.passes import in_turn
+from billhook.engine.passes import blockwise
 from billhook.engine.sharding import is_sharded
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
@@ -119,7 +119,7 @@ def prune(
         check_sharded(criterion, allocation, comm, offload)
     check_streamed(model, comm)
     with nullcontext() if dry_run else store_of(model).following():
-        with in_turn(model):
+        with blockwise(model):
             linears = check_pruning(model, criterion, pattern, options)
             if match is not None:
                 check_matching(criterion, options.sequential, count_adapters)

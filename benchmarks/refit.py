@@ -14,12 +14,12 @@ import torch
 from billhook.engine.memory import resident
 from billhook.engine.passes import ActivationFiles
 from billhook.repairs import least_squares
-from billhook.repairs.moments import OwedMoments
+from billhook.repairs.residuals import ResidualStatistics
 
 
 def moments(rows, columns, files):
     """Random moments of as many tokens as inputs."""
-    part = OwedMoments(rows, columns, "cpu", files)
+    part = ResidualStatistics(rows, columns, "cpu", files)
     part.tokens += columns
     for sums in (part.products, part.owed_products):
         sums.copy_(torch.randn(sums.shape)).mul_(columns**0.5)
@@ -49,7 +49,7 @@ def main():
     parts = [moments(options.rows, options.columns, files) for _ in range(2)]
     ((fitted, held_out),) = timed("mixtures of the outputs", lambda: least_squares._mixed([([parts[0]], parts[1])]))
     tried = partial(least_squares.solve_ridge, fitted, False, 0.1)
-    timed("each ridge that is tried", lambda: least_squares.error_left(tried(), fitted, held_out, False))
+    timed("each ridge that is tried", lambda: least_squares.residual_error(tried(), fitted, held_out, False))
     weight = torch.zeros(options.rows, options.columns, dtype=torch.bfloat16)
     refit = partial(least_squares.refit_linear, weight, None, [([parts[0]], parts[1])], parts, [0.1])
     timed("a refit with one ridge", refit)

@@ -44,7 +44,7 @@ from billhook.checkpoints.export import export
 from billhook.cli.inspect import CHOICES, conversion, saving
 from billhook.model.inputs import make_inputs
 from billhook.model.transformers_internals import compute_alike
-from billhook.sparsity.pruned import WeightPlan
+from billhook.sparsity.weight_plan import WeightPlan
 from billhook.tracing.trace import trace
 
 HEADS = ("num_heads", "num_attention_heads")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.calibration.calibration import batches_of
-from billhook.calibration.rows import pack
+from billhook.calibration.calibration import read_batches
+from billhook.calibration.examples import pack
 from billhook.model.preprocessors import tokenizer_of
 from kit.families import llama
 from kit.losses import BUILD
@@ -154,9 +154,9 @@ def test_names_of_objects():
 
 def test_without_batches_a_model_that_does_not_write_needs_them():
     with pytest.raises(ValueError, match="batches=None: a Bert.* does not write text .*: give batches"):
-        batches_of(None, BUILD["bert"]())
+        read_batches(None, BUILD["bert"]())
     with pytest.raises(ValueError, match="batches=None: Linear holds no Hugging Face model"):
-        batches_of(None, torch.nn.Linear(2, 2))
+        read_batches(None, torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(("arguments", "said"), [

@@ -5,8 +5,8 @@ import json
 import datasets
 import pytest
 
-from billhook.calibration.conversations import ROLES, chat_of, encode, tools_of
-from billhook.calibration.rows import NOT_LEARNT, apart, map_rows
+from billhook.calibration.conversations import ROLES, encode, parse_chat, parse_tools
+from billhook.calibration.examples import IGNORE_INDEX, encode_separately, map_rows
 from kit.chats import PLAIN, TAGGED, talking
 
 END = "<|endoftext|>"
@@ -50,16 +50,18 @@ def test_the_form_of_sharegpt(template):
 def test_it_is_read_from_data_as_messages_are():
     how = {"block_size": 200, "columns": ["conversations"], "documents": True, "responses": True}
     filled = [SHARED, [{"from": "human", "value": "Who?", "weight": 0}, {"from": "gpt", "value": "He."}]]
-    rows = map_rows(datasets.Dataset.from_dict({"conversations": filled}), apart, "train", talking(), **how)
+    rows = map_rows(datasets.Dataset.from_dict({"conversations": filled}), encode_separately, "train", talking(), **how)
     assert talking().decode(rows[0]["input_ids"]) == written(SPOKEN)
     assert talking().decode(rows[1]["input_ids"]) == written([("human", "Who?"), ("gpt", "He.")])
-    assert talking().decode([one for one in rows[1]["labels"] if one != NOT_LEARNT]) == f"He.{END}\n"
+    assert talking().decode([one for one in rows[1]["labels"] if one != IGNORE_INDEX]) == f"He.{END}\n"
 
 
 def test_those_who_are_unknown_are_refused():
     with pytest.raises(ValueError, match=f"the column 'x': from='narrator' must be one of {', '.join(ROLES)}"):
-        chat_of([*SHARED, {"from": "narrator", "value": "Night."}], "x")
-    assert chat_of([{"from": who, "value": ""} for who in ROLES], "x") == [{"role": own, "content": ""} for own in ROLES.values()]
+        parse_chat([*SHARED, {"from": "narrator", "value": "Night."}], "x")
+    assert parse_chat([{"from": who, "value": ""} for who in ROLES], "x") == [
+        {"role": own, "content": ""} for own in ROLES.values()
+    ]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_those_who_are_unknown_are_refused():
 )
 def test_what_is_no_message_is_refused(message):
     with pytest.raises(ValueError, match="the column 'x' must hold chats, .*'role' and 'content', or with 'from' and 'value'"):
-        chat_of([message], "x")
+        parse_chat([message], "x")
 
 
 @pytest.mark.parametrize("template", [PLAIN, TAGGED])
@@ -96,10 +98,10 @@ def test_tools_of_prompts_and_of_a_template_of_their_own():
 
 @pytest.mark.parametrize("tools", ["a hammer", '{"name": "now"}', "3", 3, {"name": "now"}, ["now"], [[]]])
 def test_what_is_no_list_of_tools_is_refused(tools):
-    with pytest.raises(ValueError, match="the column 'tools' of chats must hold lists of tools, .* rename the column"):
-        tools_of(tools)
+    with pytest.raises(ValueError, match="the column 'tools' must hold lists of tools, .* rename the column"):
+        parse_tools(tools)
 
 
 @pytest.mark.parametrize("tools", [None, [], "", " ", "null", "[]"])
 def test_there_may_be_no_tools(tools):
-    assert tools_of(tools) is None
+    assert parse_tools(tools) is None

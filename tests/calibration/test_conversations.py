@@ -5,8 +5,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from billhook.assets import model_path
-from billhook.calibration.conversations import columns_of, encode, is_text
-from billhook.calibration.rows import NOT_LEARNT, apart, blocks_to_batch, map_rows, pack
+from billhook.calibration.conversations import encode, find_text_columns, is_text
+from billhook.calibration.examples import IGNORE_INDEX, collate_packed, encode_separately, map_rows, pack
 from kit.chats import PLAIN, TAGGED, chat, talking
 
 TURNS = chat("Who was it?", "The old gardener.", "And why?", "Nobody knows, they say.")
@@ -106,7 +106,7 @@ def test_packing_keeps_labels_with_their_tokens(template, block_size):
     chats = [chat(f"Question {n}?", f"Answer {n}, of {'some ' * n}words.") for n in range(9)]
     rows = list(encode({"messages": chats}, tokenizer, ["messages"], True, True))
     ids, marks = ([value for row in rows for value in getattr(row, name)] for name in ("ids", "learnt"))
-    labels = [token if own else NOT_LEARNT for token, own in zip(ids, marks, strict=True)]
+    labels = [token if own else IGNORE_INDEX for token, own in zip(ids, marks, strict=True)]
     starts = range(0, len(ids) - block_size + 1, block_size)
     expected = [(ids[i : i + block_size], labels[i : i + block_size]) for i in starts if any(marks[i + 1 : i + block_size])]
     packed = pack({"messages": chats}, tokenizer, block_size, ["messages"], True, True)
@@ -117,10 +117,10 @@ def test_packing_keeps_labels_with_their_tokens(template, block_size):
 def test_rows_apart_are_cut_and_those_without_a_response_in_reach_left_out():
     tokenizer, short, long = talking(), chat("Who?", "He."), chat("Who " * 50 + "?", "He.")
     whole = one({"messages": [short]}, tokenizer)
-    made = apart({"messages": [long, short]}, tokenizer, 30, ["messages"], True, True)
+    made = encode_separately({"messages": [long, short]}, tokenizer, 30, ["messages"], True, True)
     assert made["input_ids"] == [whole.ids]
-    assert made["labels"] == [[token if own else NOT_LEARNT for token, own in zip(whole.ids, whole.learnt, strict=True)]]
-    assert [len(ids) for ids in apart({"messages": [long]}, tokenizer, 30, ["messages"], True)["input_ids"]] == [30]
+    assert made["labels"] == [[token if own else IGNORE_INDEX for token, own in zip(whole.ids, whole.learnt, strict=True)]]
+    assert [len(ids) for ids in encode_separately({"messages": [long]}, tokenizer, 30, ["messages"], True)["input_ids"]] == [30]
 
 
 def test_another_template_is_another_cache_entry():
@@ -133,7 +133,7 @@ def test_another_template_is_another_cache_entry():
 
 def test_which_columns_are_read():
     def found(*columns, column="text"):
-        return columns_of(datasets.Dataset.from_dict({name: ["x"] for name in columns}), "train", column)
+        return find_text_columns(datasets.Dataset.from_dict({name: ["x"] for name in columns}), "train", column)
 
     assert found("messages", "text") == ["text"]
     assert found("messages", "text", column="messages") == ["messages"]
@@ -156,8 +156,8 @@ def test_which_rows_are_plain_text():
 
 
 def test_labels_of_a_batch_are_those_of_its_blocks_or_else_all_tokens():
-    batch = blocks_to_batch([{"input_ids": [1, 2], "labels": [NOT_LEARNT, 2]}, {"input_ids": [3, 4], "labels": None}])
-    assert batch["labels"].tolist() == [[NOT_LEARNT, 2], [3, 4]]
+    batch = collate_packed([{"input_ids": [1, 2], "labels": [IGNORE_INDEX, 2]}, {"input_ids": [3, 4], "labels": None}])
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 2], [3, 4]]
 
 
 @pytest.mark.parametrize("most", [1, 30, 10_000])

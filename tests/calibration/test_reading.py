@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 import billhook as bh
-from billhook.calibration.reading import check_there, load_splits, runs_on
+from billhook.calibration.reading import check_available, is_line_text, load_splits
 from kit.shards import endpoint
 
 
@@ -109,8 +109,8 @@ def test_objects(data, streaming):
 def test_objects_of_lines_of_text_are_documents(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
     given = datasets.load_dataset("text", data_files=str(tmp_path / "a.txt"))
-    assert not runs_on(load_splits(given)["train"])
-    assert runs_on(given["train"]), "which is left as it was"
+    assert not is_line_text(load_splits(given)["train"])
+    assert is_line_text(given["train"]), "which is left as it was"
 
 
 def test_objects_without_a_split_that_is_used():
@@ -122,7 +122,7 @@ def test_what_is_there_is_not_read_and_what_is_not_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("One.\n")
     (tmp_path / "empty").mkdir()
     for there in ("tiny", str(tmp_path / "a.txt"), str(tmp_path / "*.txt"), {"train": str(tmp_path / "a.txt")}, str(tmp_path)):
-        check_there(there)
+        check_available(there)
     refused = {
         str(tmp_path / "b.txt"): "also: the file '.*' of the split 'train' does not exist",
         str(tmp_path / "b*.txt"): "also: no file of the split 'train' matches",
@@ -131,7 +131,7 @@ def test_what_is_there_is_not_read_and_what_is_not_is_refused(tmp_path):
     }
     for absent, message in refused.items():
         with pytest.raises(ValueError, match=message):
-            check_there(absent, "also")
+            check_available(absent, "also")
 
 
 def test_a_hub_that_cannot_be_reached_is_asked_for_a_data_set_once(tmp_path, monkeypatch):
@@ -145,7 +145,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_for_a_data_set_once(tmp_path, mon
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr(time, "sleep", waits)
     with pytest.raises(ValueError, match=r"data='own/MySet' is no file or folder here, and the Hub cannot be asked for a"):
-        check_there("own/MySet")
+        check_available("own/MySet")
     (tmp_path / "cache" / "own___my_set").mkdir(parents=True)  # where what was read of it rests
     with pytest.raises(ValueError, match="is no file here, and no folder or data set that can be read"):
-        check_there("own/MySet")
+        check_available("own/MySet")

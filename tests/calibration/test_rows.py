@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from billhook.assets import model_path
-from billhook.calibration.reading import check_columns, load_splits, runs_on
-from billhook.calibration.rows import SteadyMasking, blocks_to_batch, classify, map_rows, pack, translate
+from billhook.calibration.examples import DeterministicMasking, classify, collate_packed, map_rows, pack, translate
+from billhook.calibration.reading import check_columns, is_line_text, load_splits
 
 DOCUMENTS = ["The first document, of some length.", "A second: shorter.", 'The "third",\nwith a line break & ümlauts.']
 
@@ -56,7 +56,7 @@ def write(folder, name, texts):
 
 
 def blocks(rows, tokenizer, block_size=4):
-    return map_rows(rows, pack, "train", tokenizer, block_size=block_size, columns=["text"], documents=not runs_on(rows))
+    return map_rows(rows, pack, "train", tokenizer, block_size=block_size, columns=["text"], documents=not is_line_text(rows))
 
 
 def flat(rows):
@@ -79,7 +79,7 @@ NAMES = ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.csv.gz", "A
 def test_documents_end_with_the_end_token(tmp_path, tokenizer, name, streaming):
     rows = load_splits({"train": write(tmp_path, name, DOCUMENTS)}, streaming)["train"]
     check_columns(rows, "train", "text", "number")
-    assert not runs_on(rows)
+    assert not is_line_text(rows)
     packed = list(blocks(rows, tokenizer))
     assert {len(row["input_ids"]) for row in packed} == {4}
     assert all(set(row) == {"input_ids"} for row in packed)
@@ -94,7 +94,7 @@ def test_lines_of_text_run_on(tmp_path, tokenizer, name, streaming):
     path = tmp_path / name
     path.write_bytes(gzip.compress("\n".join(lines).encode()) if name.endswith(".gz") else "\n".join(lines).encode())
     rows = load_splits({"train": str(path)}, streaming)["train"]
-    assert runs_on(rows)
+    assert is_line_text(rows)
     ids = tokenizer("\n".join(lines), add_special_tokens=False)["input_ids"]
     packed = flat(blocks(rows, tokenizer))
     assert packed == ids[: len(ids) // 4 * 4]
@@ -142,7 +142,7 @@ def test_a_folder_is_read_as_a_data_set(tmp_path, streaming):
 def test_a_folder_of_text_runs_on(tmp_path, tokenizer):
     (tmp_path / "train.txt").write_text("One line\nand the next,\nand the last")
     rows = load_splits(str(tmp_path))["train"]
-    assert runs_on(rows)
+    assert is_line_text(rows)
     ids = tokenizer("One line\nand the next,\nand the last", add_special_tokens=False)["input_ids"]
     assert flat(blocks(rows, tokenizer)) == ids[: len(ids) // 4 * 4]
 
@@ -260,7 +260,7 @@ def test_texts_must_be_texts(tokenizer):
 
 
 def test_blocks_to_batch():
-    batch = blocks_to_batch([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])
+    batch = collate_packed([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])
     assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[1, 2], [3, 4]]
     assert batch["input_ids"].data_ptr() != batch["labels"].data_ptr()
 
@@ -268,11 +268,11 @@ def test_blocks_to_batch():
 def test_masks_depend_on_the_blocks_alone():
     tokenizer = AutoTokenizer.from_pretrained(model_path("tiny"), mask_token="<mask>", pad_token="<|endoftext|>")
     given = [{"input_ids": list(range(10 + i, 210 + i))} for i in range(4)]
-    first = SteadyMasking(tokenizer, mlm_probability=0.3)(given)
+    first = DeterministicMasking(tokenizer, mlm_probability=0.3)(given)
     torch.manual_seed(1)
-    again = SteadyMasking(tokenizer, mlm_probability=0.3)(given)
+    again = DeterministicMasking(tokenizer, mlm_probability=0.3)(given)
     assert all(torch.equal(first[name], again[name]) for name in ("input_ids", "labels"))
-    turned = SteadyMasking(tokenizer, mlm_probability=0.3)(given[::-1])
+    turned = DeterministicMasking(tokenizer, mlm_probability=0.3)(given[::-1])
     assert not torch.equal(turned["labels"] == -100, first["labels"] == -100)
 
 

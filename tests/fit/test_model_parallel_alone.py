@@ -16,7 +16,7 @@ import billhook as bh
 from billhook.callbacks import kv_heads
 from billhook.engine.sharding import full_tensor, is_sharded
 from billhook.engine.shards import ShardStore
-from billhook.sparsity.pruned import Pruned, WeightPlan
+from billhook.sparsity.weight_plan import PrunedLayer, WeightPlan
 from kit import prunes, shrinks
 from kit.families import llama
 from kit.fits import data, module, trainer
@@ -53,7 +53,7 @@ def test_one_block_is_gathered_at_a_time(tmp_path, alone):
 
 
 @pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT()], ids=str)
-@pytest.mark.parametrize(("owner", "name"), [(WeightPlan, "masks"), (Pruned, "put_into")])
+@pytest.mark.parametrize(("owner", "name"), [(WeightPlan, "masks"), (PrunedLayer, "put_into")])
 def test_an_event_that_fails_at_its_end_has_changed_nothing(tmp_path, alone, monkeypatch, criterion, owner, name):
     def fails(*_):
         raise MemoryError("no memory is left")

@@ -159,14 +159,14 @@ def test_sums_over_positions_and_outputs_without_a_unit(index, at_once, monkeypa
     import numpy as np
 
     from billhook.importance import activations
-    from billhook.importance.activations import gram_of, table_of
+    from billhook.importance.activations import gram_of, unit_positions
     from billhook.units.units import Units
 
     monkeypatch.setattr(activations, "AT_ONCE", at_once)
     count, width = max(index) + 1, len(index)
     units = Units("head", "x", ("y",), np.array(index), np.arange(count), (), (), ())
     values, reader = torch.randn(2, 5, width), torch.nn.Linear(width, 7)
-    found, (table, there) = by_unit(values, units, "head"), table_of(units, "head")
+    found, (table, there) = by_unit(values, units, "head"), unit_positions(units, "head")
     gram = gram_of(reader, table, there, width)
     for unit in range(count):
         own = [position for position, one in enumerate(index) if one == unit]

@@ -11,7 +11,7 @@ import transformers
 
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
-from billhook.importance.score import Importance, run_of, score
+from billhook.importance.score import Importance, make_run, score
 from billhook.units.find import find_units
 from billhook.units.units import UnitKind
 from kit.families import build, llama, tokens
@@ -203,7 +203,7 @@ def test_longer_padding_changes_nothing():
 @pytest.mark.parametrize("name", [*ATTENTIVE, *SEQ2SEQ])
 def test_of_a_whole_batch_it_is_the_gradient_of_the_gates(name):
     case = small(name)
-    batch = [run_of(case.model, case.heads, {}, case.loss)]
+    batch = [make_run(case.model, case.heads, {}, case.loss)]
     found = score(case.model, case.heads, bh.importance.GateGradient("batch"), batch, normalize=False)
     kv = score(case.model, case.heads, bh.importance.GateGradient("batch"), batch, normalize=False, per="kv_head")
     for attention, one in case.heads.items():
@@ -492,12 +492,12 @@ ADDING = [one for one in EVERY if not isinstance(one, bh.OBS)]  # which takes th
 def test_ranks_add_up(importance):
     model, batches = BUILD["llama"](), [padded(), padded(rows=2, length=6), padded(rows=4, length=5)]
     heads = find_units(model, "head")
-    trials = [run_of(model, heads, batch) for batch in batches]
+    trials = [make_run(model, heads, batch) for batch in batches]
     whole = score(model, heads, importance, trials)
     copies = [copy.deepcopy(model) for _ in range(2)]
 
     def scored(rank, comm):
-        own = [run_of(copies[rank], heads, batch) for batch in (batches[1:] if rank else batches[:1])]
+        own = [make_run(copies[rank], heads, batch) for batch in (batches[1:] if rank else batches[:1])]
         return score(copies[rank], heads, importance, own, reduce=comm)
 
     one, other = Ranks(2).run(scored)

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 import billhook
 from billhook.model.surgery import follow
 from billhook.pruning.block_plan import _forget
-from billhook.sparsity.pruned import WeightPlan
+from billhook.sparsity.weight_plan import WeightPlan
 
 SOURCE = str(Path(billhook.__file__).parent)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

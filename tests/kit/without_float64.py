@@ -15,7 +15,7 @@ from billhook.engine.state import random_state, seeded, set_random_state
 from billhook.fit.measure import _Logged
 from billhook.fit.ranks import summed
 from billhook.model import surgery
-from billhook.sparsity.channel_order import find_order, kept
+from billhook.sparsity.channel_order import find_order, kept_sum
 from kit import prunes
 from kit.families import llama, tokens
 from kit.standin import NAME, Registered
@@ -46,7 +46,7 @@ def scored(importance, kind):
 def ordered(model, device):
     columns = model.lm_head.weight.detach().abs()[:, :8]
     order = find_order(columns, 2, 4, 2)
-    return [*order.tolist(), kept(columns[order], 2, 4)]
+    return [*order.tolist(), kept_sum(columns[order], 2, 4)]
 
 
 def validated(model, device):

@@ -5,10 +5,10 @@ import torch
 
 from billhook.cli import streamed
 from billhook.engine.statistics import InputMoments, add_products
-from billhook.importance.obs import errors_without
-from billhook.repairs import least_squares, moments
+from billhook.importance.obs import removal_errors
+from billhook.repairs import least_squares, residuals
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.moments import OwedMoments
+from billhook.repairs.residuals import ResidualStatistics
 from billhook.sparsity.sparsegpt import inverse_factor
 from kit.alive import Alive
 from kit.families import llama
@@ -24,7 +24,7 @@ def inputs():
 
 
 def seen(x, owed):
-    parts = [OwedMoments(ROWS, WIDTH) for _ in range(2)]
+    parts = [ResidualStatistics(ROWS, WIDTH) for _ in range(2)]
     for part, some, due in zip(parts, x.split(WIDTH), owed.split(WIDTH), strict=True):
         part.add(some, due)
     return parts
@@ -42,8 +42,8 @@ def test_a_refit_takes_one_matrix_beside_the_moments(bias):
 @pytest.mark.parametrize("zeros", [0.0, 0.5], ids=["dense", "pruned"])
 @pytest.mark.parametrize("few", [ROWS, ROWS // 2], ids=["all outputs", "mixtures"])
 def test_a_limit_of_memory_reckons_what_a_refit_takes(zeros, few, monkeypatch):
-    for module in (moments, least_squares, streamed):
-        monkeypatch.setattr(module, "OUTPUTS", few)
+    for module in (residuals, least_squares, streamed):
+        monkeypatch.setattr(module, "MAX_OUTPUTS", few)
     x, true, support = inputs(), torch.randn(WIDTH, ROWS), torch.rand(ROWS, WIDTH) >= zeros
     weight = torch.randn(ROWS, WIDTH) * support
     model = llama(hidden_size=ROWS, intermediate_size=WIDTH)
@@ -58,7 +58,7 @@ def test_a_limit_of_memory_reckons_what_a_refit_takes(zeros, few, monkeypatch):
 
 
 def test_moments_of_what_a_refit_needs_take_no_copy():
-    x, moments = inputs(), OwedMoments(ROWS, WIDTH)
+    x, moments = inputs(), ResidualStatistics(ROWS, WIDTH)
     with Alive() as alive:
         moments.add(x, torch.randn(len(x), ROWS))
     assert alive.most < 4 * x.nbytes  # the tokens, and a panel of products
@@ -68,7 +68,7 @@ def test_obs_takes_one_matrix_beside_the_moments():
     moments, table = InputMoments(WIDTH), torch.arange(WIDTH)[:, None]
     moments.add(inputs())
     with Alive() as alive:
-        errors_without(moments.products, torch.rand(WIDTH, 1, 1), table, torch.ones_like(table, dtype=torch.bool), 0.01)
+        removal_errors(moments.products, torch.rand(WIDTH, 1, 1), table, torch.ones_like(table, dtype=torch.bool), 0.01)
     assert MATRIX <= alive.most < 1.1 * MATRIX
 
 

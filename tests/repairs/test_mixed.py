@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from billhook.repairs import least_squares, moments
-from billhook.repairs.least_squares import choose_ridge, error_left, refit_linear, solve_ridge
-from billhook.repairs.moments import OwedMoments, TokenBuffer
+from billhook.repairs import least_squares, residuals
+from billhook.repairs.least_squares import choose_ridge, refit_linear, residual_error, solve_ridge
+from billhook.repairs.residuals import ResidualStatistics, TokenBuffer
 
 RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 ROWS, WIDTH = 300, 24
@@ -17,13 +17,13 @@ def folds(noise, biased=False):
     turn, found = torch.randn(WIDTH, ROWS), []
     for tokens in (30, 400):
         x = torch.randn(tokens, WIDTH) @ torch.randn(WIDTH, WIDTH).tril() + biased
-        found.append(OwedMoments(ROWS, WIDTH))
+        found.append(ResidualStatistics(ROWS, WIDTH))
         found[-1].add(x, x @ turn / 5 + noise * torch.randn(tokens, ROWS) + biased)
     return [([found[0]], found[1])], found
 
 
 def error_of(parts, held_out, biased, ridge):
-    return error_left(solve_ridge(parts, biased, ridge), parts, held_out, biased)
+    return residual_error(solve_ridge(parts, biased, ridge), parts, held_out, biased)
 
 
 def test_few_outputs_stay_as_they_are():
@@ -33,7 +33,7 @@ def test_few_outputs_stay_as_they_are():
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_mixtures_err_as_all_outputs_do(monkeypatch, biased):
-    monkeypatch.setattr(moments, "OUTPUTS", 100)
+    monkeypatch.setattr(residuals, "MAX_OUTPUTS", 100)
     exact, _ = folds(1.0, biased)
     mixed = least_squares._mixed(exact)
     assert mixed[0][0][0].owed_products.shape == (100, WIDTH)
@@ -49,7 +49,7 @@ def test_mixtures_choose_the_same_ridges(monkeypatch):
         weight = torch.randn(ROWS, WIDTH)
         exact = refit_linear(weight, None, parts, every, RIDGES)[0]
         with monkeypatch.context() as patched:
-            patched.setattr(moments, "OUTPUTS", 100)
+            patched.setattr(residuals, "MAX_OUTPUTS", 100)
             assert torch.equal(refit_linear(weight, None, parts, every, RIDGES)[0], exact)
         chosen.append(choose_ridge(parts, False, RIDGES))
     assert len(set(chosen)) > 2
@@ -58,12 +58,14 @@ def test_mixtures_choose_the_same_ridges(monkeypatch):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("owes", [True, False])
 def test_short_calls_are_added_together(monkeypatch, weighted, owes):
-    monkeypatch.setattr(moments, "TOKENS", 16)
+    monkeypatch.setattr(residuals, "TOKENS", 16)
     torch.manual_seed(0)
-    sums, expected = OwedMoments(3, 5), OwedMoments(3, 5)
+    sums, expected = ResidualStatistics(3, 5), ResidualStatistics(3, 5)
     own, added = TokenBuffer(sums), []
     monkeypatch.setattr(
-        sums, "add", lambda inputs, *rest, **more: added.append(len(inputs)) or OwedMoments.add(sums, inputs, *rest, **more)
+        sums,
+        "add",
+        lambda inputs, *rest, **more: added.append(len(inputs)) or ResidualStatistics.add(sums, inputs, *rest, **more),
     )
     for length in (4, 9, 2, 40, 1):
         x, d = torch.randn(2, length, 5, dtype=torch.bfloat16), torch.randn(2, length, 3) if owes else None
@@ -80,7 +82,7 @@ def test_short_calls_are_added_together(monkeypatch, weighted, owes):
 
 
 def test_calls_without_debts_are_not_mixed_with_others():
-    sums, expected = OwedMoments(3, 5), OwedMoments(3, 5)
+    sums, expected = ResidualStatistics(3, 5), ResidualStatistics(3, 5)
     own = TokenBuffer(sums)
     for owed in (None, torch.randn(4, 3), None):
         x = torch.randn(4, 5)

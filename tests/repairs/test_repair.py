@@ -16,8 +16,8 @@ from billhook.engine.batches import Run
 from billhook.engine.comm import ALONE
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.repairs.least_squares import choose_ridge, refit_linear, solve_ridge
-from billhook.repairs.moments import OwedMoments
 from billhook.repairs.repair import RepairConfig, repair_linears
+from billhook.repairs.residuals import ResidualStatistics
 from kit import shrinks
 from kit.families import llama, tokens
 from kit.losses import BUILD, embedded_text
@@ -49,7 +49,7 @@ def inputs(tokens=400, width=24, seed=0):
 
 
 def moments(*parts, owed=None):
-    found = OwedMoments(10 if owed is None else owed.shape[-1], parts[0].shape[-1])
+    found = ResidualStatistics(10 if owed is None else owed.shape[-1], parts[0].shape[-1])
     for part in parts:
         found.add(part, owed)
     return found
@@ -130,7 +130,7 @@ def test_moments_of_parts_and_padding_are_those_of_the_whole():
     counts = torch.rand(3, 700) < 0.7
     padded = torch.where(counts[..., None], x.reshape(3, 700, 24), torch.nan)
     owed = padded[..., :10] + torch.randn(3, 700, 10)
-    found = OwedMoments(10, 24)
+    found = ResidualStatistics(10, 24)
     found.add(padded, owed, counts)
     own, due = x.reshape(3, 700, 24)[counts], owed[counts]
     assert int(found.tokens) == int(counts.sum())
@@ -151,7 +151,7 @@ def test_moments_of_the_inputs_that_are_kept_owe_what_the_others_gave():
 
 def test_a_token_that_counts_twice_is_one_that_is_there_twice():
     x, owed, counts = inputs(tokens=60), torch.randn(60, 10).double(), torch.randint(0, 4, (60,))
-    found = OwedMoments(10, 24)
+    found = ResidualStatistics(10, 24)
     found.add(x, owed, weights=counts.double())
     expected = moments(x.repeat_interleave(counts, 0), owed=owed.repeat_interleave(counts, 0))
     for one, other in zip(found.tensors(), expected.tensors(), strict=True):
@@ -320,7 +320,7 @@ def slowly(model, masks, batches, repair, others=None):
         linear, keep = model.get_submodule(name), masks[name]
         x, _ = given(model, name, batches)
         old = matrix(linear, linear.weight.detach())
-        fit, held_out = (OwedMoments(len(old), int(keep.sum())) for _ in range(2))
+        fit, held_out = (ResidualStatistics(len(old), int(keep.sum())) for _ in range(2))
         target, start = (
             (streams(whole, name, batches)[1], streams(model, name, batches)[0]) if repair.compensate else (None, None)
         )
@@ -495,7 +495,7 @@ def test_a_linear_that_is_called_in_every_layer_is_refitted_on_all_calls():
         x, calls = given(cut, name, batches)
         assert calls == 3
         linear = model.get_submodule(name)
-        fit, held_out = (OwedMoments(len(linear.weight), int(keep.sum())) for _ in range(2))
+        fit, held_out = (ResidualStatistics(len(linear.weight), int(keep.sum())) for _ in range(2))
         for number, one in enumerate(x):
             (fit if number < 2 else held_out).add(*lacking(linear.weight.detach(), keep, one))
         weight, bias = refitted(linear.weight.detach(), linear.bias.detach(), keep, fit, held_out, [0.01])
@@ -572,7 +572,7 @@ def test_half_precision_keeps_its_dtype(dtype):
     x, _ = given(model, first, batches)
     weight = model.get_submodule(first).weight.detach()
     (choosing,) = RepairConfig().chooses(4)
-    fit, held_out = (OwedMoments(len(weight), int(masks[first].sum())) for _ in range(2))
+    fit, held_out = (ResidualStatistics(len(weight), int(masks[first].sum())) for _ in range(2))
     left = [lacking(weight, masks[first], one.float()) for one in x]
     lost = [due.square().sum(1) for _, due in left]
     usual = torch.cat(lost).log().mean().exp()

@@ -9,7 +9,7 @@ import torch
 
 from billhook.repairs import least_squares
 from billhook.repairs.least_squares import refit_linear, solve_ridge
-from billhook.repairs.moments import OwedMoments
+from billhook.repairs.residuals import ResidualStatistics
 from kit.ranks import Ranks
 
 RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -19,7 +19,7 @@ def parts_of(number, width=12, rows=6):
     torch.manual_seed(0)
     found = []
     for part in range(number):
-        moments = OwedMoments(rows, width)
+        moments = ResidualStatistics(rows, width)
         x = torch.randn(40, width) @ torch.randn(width, width) + part
         moments.add(x, x @ torch.randn(width, rows) / 9)
         found.append(moments)
@@ -94,7 +94,7 @@ def test_each_solves_for_its_outputs(ranks, pruned, biased, rows):
 
 
 def test_ranks_have_rows_of_their_own_when_there_are_many(monkeypatch):
-    monkeypatch.setattr(least_squares, "OUTPUTS", 3)
+    monkeypatch.setattr(least_squares, "MAX_OUTPUTS", 3)
     parts, weight = parts_of(2, rows=7), torch.randn(7, 12)
     given = weight, None, [([parts[0]], parts[1])], parts, RIDGES
     alone = refit_linear(*given)

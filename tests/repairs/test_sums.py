@@ -6,14 +6,14 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.repairs.visitor import Linears, agreed, followed, seen
+from billhook.repairs.visitor import LinearCalls, combine_calls, record_calls, residual_order
 from kit.families import build, tokens
 from kit.losses import BUILD
 
 
 def shown_by(model, **batch):
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    return seen(linears, lambda: model(**batch))
+    return record_calls(linears, lambda: model(**batch))
 
 
 def chain(*names):
@@ -52,21 +52,21 @@ def test_a_sum_that_is_normed_starts_anew():
 
 
 def test_followed_are_those_between():
-    shown = Linears(dict.fromkeys("abcdex", 1), chain(*"abcde") | {"x": "x"})
-    assert followed(shown, {"b", "d"}) == {"b": None, "c": "b", "d": "c"}
-    assert followed(shown, {"e", "x"}) == {}
-    assert followed(shown, {"y"}) == {}
-    assert followed(shown, {"a", "e", "c"}) == chain(*"abcde")
-    assert followed(Linears(dict.fromkeys("abcde", 2), chain(*"abcde")), {"b", "d"}) == {}
+    shown = LinearCalls(dict.fromkeys("abcdex", 1), chain(*"abcde") | {"x": "x"})
+    assert residual_order(shown, {"b", "d"}) == {"b": None, "c": "b", "d": "c"}
+    assert residual_order(shown, {"e", "x"}) == {}
+    assert residual_order(shown, {"y"}) == {}
+    assert residual_order(shown, {"a", "e", "c"}) == chain(*"abcde")
+    assert residual_order(LinearCalls(dict.fromkeys("abcde", 2), chain(*"abcde")), {"b", "d"}) == {}
 
 
 def test_ranks_agree():
     one, other = (
-        Linears({"a": 1, "b": 2, "c": 1}, {"a": None, "c": "a"}),
-        Linears({"a": 1, "b": 1, "c": 1}, {"a": None, "c": "b"}),
+        LinearCalls({"a": 1, "b": 2, "c": 1}, {"a": None, "c": "a"}),
+        LinearCalls({"a": 1, "b": 1, "c": 1}, {"a": None, "c": "b"}),
     )
-    assert agreed([one]) == agreed([one, one]) == one
-    assert agreed([one, other]) == agreed([other, one]) == Linears({"a": 1, "b": 2, "c": 1}, {"a": None})
+    assert combine_calls([one]) == combine_calls([one, one]) == one
+    assert combine_calls([one, other]) == combine_calls([other, one]) == LinearCalls({"a": 1, "b": 2, "c": 1}, {"a": None})
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -74,6 +74,6 @@ def test_a_run_computes_what_it_always_does(family):
     model, ids = build(family), tokens()
     expected, found = model(ids).logits, []
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    seen(linears, lambda: found.append(model(ids).logits))
+    record_calls(linears, lambda: found.append(model(ids).logits))
     assert torch.equal(found[0], expected)
     assert isinstance(model, transformers.PreTrainedModel)

@@ -6,12 +6,12 @@ import torch
 import billhook as bh
 from billhook.repairs import least_squares
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.moments import OwedMoments
+from billhook.repairs.residuals import ResidualStatistics
 from kit.families import llama, tokens
 
 
 def seen(x, owed):
-    found = OwedMoments(owed.shape[1], x.shape[1])
+    found = ResidualStatistics(owed.shape[1], x.shape[1])
     found.add(x, owed)
     return found
 

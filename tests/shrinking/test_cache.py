@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import billhook as bh
 from billhook.engine import memory
 from billhook.engine.batches import Batch, Run, runs_of
-from billhook.importance.score import run_of
+from billhook.importance.score import make_run
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking import cache as module
@@ -30,7 +30,7 @@ class Made:
         self.model, self.search = model, RatioSearch(model, Amount(params=0.5))
         self.units, self.layers = self.search.units, find_layers(self.search, "params")
         self.scores = bh.score(model, self.units, bh.importance.WeightNorm(), per="kv_head")
-        runs = [run_of(model, self.units, batch) for batch in batches]
+        runs = [make_run(model, self.units, batch) for batch in batches]
         self.cache = CandidateCache(model, folder)
         fill_cache(self.cache, self.layers, self.units, self.scores, runs, repair, lambda: None)
 

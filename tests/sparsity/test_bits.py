@@ -6,9 +6,9 @@ import torch
 
 import billhook as bh
 from billhook.model.linears import prunable
-from billhook.sparsity import masks, pruned
-from billhook.sparsity.hold import Hold
-from billhook.sparsity.pruned import count, packed, unpacked
+from billhook.sparsity import masks, weight_plan
+from billhook.sparsity.enforcement import EnforcedMasks
+from billhook.sparsity.weight_plan import count_kept, pack_mask, unpack_mask
 from kit.families import llama
 from kit.syncs import Syncs
 
@@ -26,7 +26,7 @@ CRITERIA = {  # with how often a linear asks the device at most
 def where(request, monkeypatch):
     """As on the CPU, and as on an accelerator, which packs and selects by itself."""
     if request.param == "device":
-        monkeypatch.setattr(pruned, "HOST", "none")
+        monkeypatch.setattr(weight_plan, "HOST", "none")
         monkeypatch.setattr(masks, "HOST", "none")
     return request.param
 
@@ -35,11 +35,11 @@ def where(request, monkeypatch):
 def test_bits_are_those_of_numpy(where, shape):
     mask = torch.rand(shape) < 0.5
     for one in (mask, mask.transpose(0, -1)):
-        found = packed(one)
+        found = pack_mask(one)
         np.testing.assert_array_equal(found, np.packbits(one.numpy()))
-        assert count(found) == one.sum()
-        np.testing.assert_array_equal(unpacked(found, one.numel(), one.device), one.reshape(-1))
-        assert np.array_equal(unpacked(found, one.numel() // 2, one.device), one.reshape(-1)[: one.numel() // 2])
+        assert count_kept(found) == one.sum()
+        np.testing.assert_array_equal(unpack_mask(found, one.numel(), one.device), one.reshape(-1))
+        assert np.array_equal(unpack_mask(found, one.numel() // 2, one.device), one.reshape(-1)[: one.numel() // 2])
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -56,7 +56,7 @@ def test_a_linear_takes_few_syncs_and_only_bits_are_copied(where, name):
 
 def test_masks_are_packed_once_however_often_they_are_saved(where):
     model = llama()
-    held, keeps = Hold(), {name: torch.rand(linear.weight.shape) < 0.5 for name, linear in prunable(model).items()}
+    held, keeps = EnforcedMasks(), {name: torch.rand(linear.weight.shape) < 0.5 for name, linear in prunable(model).items()}
     held.attach(model, [])
     held.hold(keeps)
     first = held.state_dict()
@@ -65,6 +65,6 @@ def test_masks_are_packed_once_however_often_they_are_saved(where):
     assert all(again[name]["bits"] is first[name]["bits"] for name in keeps)
     assert not syncs.places
     held.hold({name: ~keep for name, keep in keeps.items()})
-    other = Hold()
+    other = EnforcedMasks()
     other.load_state_dict(held.state_dict())
     assert all(torch.equal(other.masks[name], ~keep) for name, keep in keeps.items())

@@ -6,13 +6,13 @@ import torch
 
 import billhook as bh
 from billhook.model.linears import prunable
-from billhook.sparsity.channel_order import find_free
+from billhook.sparsity.channel_order import find_free_axes
 from kit.families import build, llama
 from kit.sparsity import family
 
 
 def free_of(model, m=4):
-    return find_free(model, bh.trace(model), prunable(model), m)
+    return find_free_axes(model, bh.trace(model), prunable(model), m)
 
 
 def shapes(free):
@@ -71,7 +71,7 @@ def test_what_a_parameter_outside_may_read_stays():
             self.model, self.probe = llama(), torch.nn.Linear(32, 2)
 
     module = Probed()
-    _, why = find_free(module.model, bh.trace(module), prunable(module.model), 4)
+    _, why = find_free_axes(module.model, bh.trace(module), prunable(module.model), 4)
     assert list(why) == ["residual in the model"]
     assert "probe" in why["residual in the model"]
 

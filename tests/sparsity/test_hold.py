@@ -9,8 +9,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from billhook.engine.sharding import full_tensor
-from billhook.sparsity import hold
-from billhook.sparsity.hold import Hold
+from billhook.sparsity import enforcement
+from billhook.sparsity.enforcement import EnforcedMasks
 from kit.fits import same
 
 
@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture
 def saved():
-    held, own = Hold(), model()
+    held, own = EnforcedMasks(), model()
     held.attach(own, [])
     held.hold({f"{number}": torch.rand(own[number].weight.shape) < 0.5 for number in range(5)})
     return held.masks, held.state_dict()
@@ -28,7 +28,7 @@ def saved():
 
 def test_what_was_saved_is_the_same_before_and_after_there_are_weights(saved):
     masks, state = saved
-    again, own = Hold(), model()
+    again, own = EnforcedMasks(), model()
     again.load_state_dict(state)
     assert same(again.masks, masks)
     assert same(
@@ -44,7 +44,7 @@ def test_what_was_saved_is_the_same_before_and_after_there_are_weights(saved):
 
 def test_one_mask_at_a_time_is_whole_where_weights_are_sharded(saved, mesh, monkeypatch):
     masks, state = saved
-    again, own, unpacked, found, alive = Hold(), model(), hold._unpacked, [], []
+    again, own, unpacked, found, alive = EnforcedMasks(), model(), enforcement._unpacked, [], []
 
     def watched(*packed):
         alive.append(sum(one() is not None for one in found))
@@ -52,7 +52,7 @@ def test_one_mask_at_a_time_is_whole_where_weights_are_sharded(saved, mesh, monk
         found.append(weakref.ref(mask))
         return mask
 
-    monkeypatch.setattr(hold, "_unpacked", watched)
+    monkeypatch.setattr(enforcement, "_unpacked", watched)
     fully_shard(own, mesh=mesh)
     again.load_state_dict(state)
     again.attach(own, [])
@@ -61,7 +61,7 @@ def test_one_mask_at_a_time_is_whole_where_weights_are_sharded(saved, mesh, monk
 
 
 def test_masks_of_another_model_are_refused(saved):
-    again = Hold()
+    again = EnforcedMasks()
     again.load_state_dict(saved[1])
     with pytest.raises(ValueError, match=r"the masks are of another model: it has no 4 of shape \[8, 16\]"):
         again.attach(nn.Sequential(*(nn.Linear(16, 16) for _ in range(5))), [])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from billhook.sparsity import masks
 from billhook.sparsity.masks import (
-    Lowest,
+    RemovalThreshold,
     check_amount,
     check_width,
     keep_layer,
@@ -32,7 +32,7 @@ PATTERNS = [(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (2, 6), (5, 16), (16, 32)]
 
 def keep_global(scores, sparsity):
     """The keep-masks of matrices that compete, one after the other."""
-    lowest = Lowest.of(lambda: scores, pruned_count(sum(matrix.numel() for matrix in scores), sparsity))
+    lowest = RemovalThreshold.of(lambda: scores, pruned_count(sum(matrix.numel() for matrix in scores), sparsity))
     return [lowest.keep(matrix) for matrix in scores]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 import billhook as bh
 from billhook.model.linears import prunable, weight_of
 from billhook.sparsity.masks import sparsity_of
-from billhook.sparsity.matching import DECAY, BlockMatching, Passage, Tuning
+from billhook.sparsity.matching import ADAM_BETAS, BlockMatching, BlockSample, BlockTuning
 from kit import prunes
 from kit.families import llama, tokens
 from kit.sparsity import batches_of, family, masks_of
@@ -37,7 +37,7 @@ class Line(nn.Module):
 
 
 def passages(block, inputs):
-    return [Passage(((one,), {}), block(one).detach(), None) for one in inputs]
+    return [BlockSample(((one,), {}), block(one).detach(), None) for one in inputs]
 
 
 def problem(seed=0):
@@ -59,10 +59,12 @@ def by_hand(weight, keep, tune, goals, matching):
         x, goal = tune[number][0].double(), goals[number][0].double()
         wrong = (x @ own.t() - goal) / goal.square().sum(-1, keepdim=True)
         slope = 2 * wrong.t() @ x / len(x) * keep
-        first = DECAY[0] * first + (1 - DECAY[0]) * slope
-        second = DECAY[1] * second + (1 - DECAY[1]) * slope.square()
-        down = (second / (1 - DECAY[1] ** step)).sqrt() + 1e-8
-        own = own - matching.lr * size * (1 - abs((2 * step - 1) / matching.steps - 1)) * first / (1 - DECAY[0] ** step) / down
+        first = ADAM_BETAS[0] * first + (1 - ADAM_BETAS[0]) * slope
+        second = ADAM_BETAS[1] * second + (1 - ADAM_BETAS[1]) * slope.square()
+        down = (second / (1 - ADAM_BETAS[1] ** step)).sqrt() + 1e-8
+        own = (
+            own - matching.lr * size * (1 - abs((2 * step - 1) / matching.steps - 1)) * first / (1 - ADAM_BETAS[0] ** step) / down
+        )
     return own
 
 
@@ -70,7 +72,7 @@ def test_it_is_adam_on_what_a_block_gives():
     block, keep, inputs = problem()
     pruned, matching = block[0].weight.detach() * keep, BlockMatching(steps=25, lr=0.01)
     tune = passages(block, inputs)
-    found = Tuning(matching, block, {"0.weight": pruned}, {"0.weight": keep})(tune[:5], tune[5:])["0.weight"]
+    found = BlockTuning(matching, block, {"0.weight": pruned}, {"0.weight": keep})(tune[:5], tune[5:])["0.weight"]
     expected = by_hand(pruned, keep, inputs[:5], [one.goal for one in tune], matching)
     torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-4)
 
@@ -79,7 +81,7 @@ def test_by_default_each_batch_is_taken_once():
     block, keep, inputs = problem()
     pruned, tune = block[0].weight.detach() * keep, passages(block, inputs)
     once, five, six = (
-        Tuning(BlockMatching(steps), block, {"0.weight": pruned}, {"0.weight": keep})(tune[:5], tune[5:])["0.weight"]
+        BlockTuning(BlockMatching(steps), block, {"0.weight": pruned}, {"0.weight": keep})(tune[:5], tune[5:])["0.weight"]
         for steps in (None, 5, 6)
     )
     assert torch.equal(once, five)
@@ -92,7 +94,7 @@ def test_a_block_of_one_linear_reaches_least_squares():
     dense = block[0].weight.detach()
     tune = passages(block, inputs)
     matching = BlockMatching(steps=3000, lr=0.05)
-    found = Tuning(matching, block, {"0.weight": dense * keep}, {"0.weight": keep})(tune, tune)["0.weight"]
+    found = BlockTuning(matching, block, {"0.weight": dense * keep}, {"0.weight": keep})(tune, tune)["0.weight"]
     x = torch.cat([one[0] for one in inputs]).double()
     goal = x @ dense.double().t()
     weights = goal.square().sum(-1, keepdim=True).rsqrt()  # a token counts by what the dense block gave it
@@ -105,7 +107,7 @@ def test_a_block_of_one_linear_reaches_least_squares():
 def test_what_is_held_out_is_never_worse():
     block, keep, inputs = problem()
     pruned, tune = block[0].weight.detach() * keep, passages(block, inputs)
-    wild = Tuning(BlockMatching(steps=20, lr=100.0), block, {"0.weight": pruned}, {"0.weight": keep})
+    wild = BlockTuning(BlockMatching(steps=20, lr=100.0), block, {"0.weight": pruned}, {"0.weight": keep})
     assert torch.equal(wild(tune[:5], tune[5:])["0.weight"], pruned)
 
 
@@ -116,8 +118,8 @@ def test_tokens_that_do_not_count_change_nothing():
 
     def tuned(scale):
         odd = [torch.cat([one[:, :30], scale * one[:, 30:]], 1) for one in inputs]
-        tune = [Passage(one.inputs, one.goal, counts) for one in passages(block, odd)]
-        return Tuning(FEW, block, {"0.weight": block[0].weight * keep}, {"0.weight": keep})(tune[:5], tune[5:])["0.weight"]
+        tune = [BlockSample(one.inputs, one.goal, counts) for one in passages(block, odd)]
+        return BlockTuning(FEW, block, {"0.weight": block[0].weight * keep}, {"0.weight": keep})(tune[:5], tune[5:])["0.weight"]
 
     assert torch.equal(tuned(1), tuned(7))
 
@@ -153,14 +155,14 @@ def test_both_streams_are_what_plain_runs_give():
         def is_held_out(self, count):
             return [number == 1 for number in range(count)]
 
-    original = Tuning.__call__
+    original = BlockTuning.__call__
 
     def noted(self, tune, held_out):
         seen.append([*tune, *held_out])
         return original(self, tune, held_out)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tuning, "__call__", noted)
+        patch.setattr(BlockTuning, "__call__", noted)
         prunes.prune(model, bh.Wanda(), batches, 0.5, match=Seen(steps=5))
     for one, batch in zip(seen[1], [batches[0], batches[2], batches[1]], strict=True):
         torch.testing.assert_close(one.inputs[0][0], model.blocks[0](batch))
@@ -196,14 +198,14 @@ def test_weights_of_bfloat16_are_tuned_in_float32_and_rounded_once():
     wide = copy.deepcopy(model).float()
     batches = [{"input_ids": tokens()} for _ in range(4)]
     seen = []
-    original = Tuning.__call__
+    original = BlockTuning.__call__
 
     def noted(self, tune, held_out):
         seen.append(original(self, tune, held_out))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tuning, "__call__", noted)
+        patch.setattr(BlockTuning, "__call__", noted)
         prunes.prune(model, bh.Wanda(), batches, 0.5, match=FEW)
     assert wide.dtype == torch.float32
     assert model.dtype == torch.bfloat16

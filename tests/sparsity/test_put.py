@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import billhook as bh
-from billhook.sparsity import pruned as putting
-from billhook.sparsity.pruned import Pruned
+from billhook.sparsity import weight_plan as putting
+from billhook.sparsity.weight_plan import PrunedLayer
 from kit import prunes
 from kit.alive import Alive
 from kit.families import llama, tokens
@@ -17,7 +17,7 @@ from kit.families import llama, tokens
 
 def pruned(weight, values):
     keep = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.4
-    return Pruned.of(weight, torch.where(keep, weight * 2 if values else weight, 0), keep)
+    return PrunedLayer.of(weight, torch.where(keep, weight * 2 if values else weight, 0), keep)
 
 
 @pytest.mark.parametrize("values", [False, True])
@@ -49,7 +49,7 @@ def test_the_same_call_again_finishes_what_an_interrupt_left(monkeypatch, criter
     straight = copy.deepcopy(model)
     prunes.prune(straight, criterion, batches, **amount)
     expected = straight.state_dict()
-    put_into, unpack = Pruned.put_into, np.unpackbits
+    put_into, unpack = PrunedLayer.put_into, np.unpackbits
 
     def interrupting(*args, **options):
         calls.append(args)
@@ -63,7 +63,7 @@ def test_the_same_call_again_finishes_what_an_interrupt_left(monkeypatch, criter
             put_into(pruned, weight)
 
     monkeypatch.setattr(putting, "CPU_BLOCK", 100)
-    monkeypatch.setattr(Pruned, "put_into", interrupted)
+    monkeypatch.setattr(PrunedLayer, "put_into", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prunes.prune(model, criterion, batches, **amount)
     assert any(not torch.equal(value, expected[name]) for name, value in model.state_dict().items())

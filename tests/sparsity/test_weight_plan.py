@@ -9,7 +9,7 @@ from torch import nn
 
 import billhook as bh
 from billhook.model.plan import ModelPlan, apply
-from billhook.sparsity.pruned import WeightPlan
+from billhook.sparsity.weight_plan import WeightPlan
 from kit.families import llama
 from kit.sparsity import batches_of, family
 

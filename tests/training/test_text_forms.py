@@ -9,7 +9,7 @@ import torch
 
 import billhook as bh
 from billhook.calibration.conversations import encode
-from billhook.calibration.rows import NOT_LEARNT
+from billhook.calibration.examples import IGNORE_INDEX
 from kit.chats import TAGGED, chat, talking
 from kit.families import llama
 
@@ -59,9 +59,9 @@ def test_the_same_chats_in_four_forms(folder, name, streaming):
     found = made(folder, file(folder, name), streaming=streaming)
     starts = [i for i in range(0, len(ids) - 15, 16) if any(learnt[i + 1 : i + 16])]
     assert [row["input_ids"] for row in found] == [ids[i : i + 16] for i in starts]
-    assert [[label != NOT_LEARNT for label in row["labels"]] for row in found] == [learnt[i : i + 16] for i in starts]
+    assert [[label != IGNORE_INDEX for label in row["labels"]] for row in found] == [learnt[i : i + 16] for i in starts]
     assert all(
-        label in (token, NOT_LEARNT) for row in found for label, token in zip(row["labels"], row["input_ids"], strict=True)
+        label in (token, IGNORE_INDEX) for row in found for label, token in zip(row["labels"], row["input_ids"], strict=True)
     )
 
 
@@ -81,8 +81,8 @@ def test_padding(folder):
     assert batch["input_ids"].shape == (4, max(len(row.ids) for row in rows))
     for row, ids, mask, labels in zip(rows, batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         assert ids[mask.bool()].tolist() == row.ids
-        assert (labels != NOT_LEARNT).tolist() == row.learnt + [False] * (len(ids) - len(row.ids))
-        assert torch.equal(labels[labels != NOT_LEARNT], ids[labels != NOT_LEARNT])
+        assert (labels != IGNORE_INDEX).tolist() == row.learnt + [False] * (len(ids) - len(row.ids))
+        assert torch.equal(labels[labels != IGNORE_INDEX], ids[labels != IGNORE_INDEX])
     assert not batch["attention_mask"].all()
 
 
@@ -90,7 +90,7 @@ def test_padding_of_plain_text_and_for_masked_models(folder):
     module = bh.TextDataModule(file(folder, "text.jsonl"), file(folder, "talking"), 64, 4, packing=False)
     module.setup("fit")
     batch = module.collate()(list(module.splits["train"])[:4])
-    assert torch.equal(batch["labels"] != NOT_LEARNT, batch["attention_mask"].bool())
+    assert torch.equal(batch["labels"] != IGNORE_INDEX, batch["attention_mask"].bool())
     tokenizer = talking()
     tokenizer.add_special_tokens({"mask_token": "<mask>"})
     tokenizer.save_pretrained(folder / "masking")
@@ -99,7 +99,7 @@ def test_padding_of_plain_text_and_for_masked_models(folder):
     )
     module.setup("fit")
     batch = module.collate()(list(module.splits["train"])[:4])
-    labelled = batch["labels"] != NOT_LEARNT
+    labelled = batch["labels"] != IGNORE_INDEX
     assert labelled.any()
     assert not labelled[~batch["attention_mask"].bool()].any()
 

@@ -14,11 +14,10 @@ from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import check_int, check_number, check_types
-from billhook.calibration.conversations import columns_of, warn_of_rows_without_text
-from billhook.calibration.generated import NAME as GENERATED
-from billhook.calibration.generated import check_writes, generated, row_length, writes
-from billhook.calibration.reading import Table, check_data, is_table, load_splits, runs_on
-from billhook.calibration.rows import map_rows, pack
+from billhook.calibration.conversations import find_text_columns, warn_of_empty_rows
+from billhook.calibration.examples import map_rows, pack
+from billhook.calibration.generated import GENERATED, can_generate, check_can_generate, example_length, generated
+from billhook.calibration.reading import Table, check_data, is_line_text, is_table, load_splits
 from billhook.engine.batches import Batch, each
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
@@ -32,7 +31,7 @@ SHOWN = 4
 """How many files of one split a source is named after, at most."""
 
 
-def named(sources: Sources, taken: Collection[str] = ()) -> dict[str, Source | Table]:
+def name_sources(sources: Sources, taken: Collection[str] = ()) -> dict[str, Source | Table]:
     """Returns sources by name: of a file its stem, of an object the name of its data set, numbered where another has it.
 
     Args:
@@ -149,7 +148,7 @@ class Calibration:
     @property
     def named(self) -> dict[str, Source | Table]:
         """The sources by name: a file's is its stem."""
-        return named(self.sources)
+        return name_sources(self.sources)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what is set as plain data, for records; files by their names alone, an object of `datasets` by its own."""
@@ -185,9 +184,9 @@ class Calibration:
 
     def _rows(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, held_out: int | None = None) -> list[Batch]:
         subject = find_transformer(model)
-        length, batches = row_length(subject, self.length), list[Batch]()
+        length, batches = example_length(subject, self.length), list[Batch]()
         if GENERATED in self.named:
-            check_writes(subject)
+            check_can_generate(subject)
         for name, wanted in self.examples(length).items():
             if name == GENERATED:
                 number, seed = (wanted, self.seed) if held_out is None else (held_out, self.seed + 1)
@@ -217,9 +216,9 @@ class Calibration:
         return torch.tensor(blocks[drawn]["input_ids"])
 
     def _blocks(self, rows: Any, split: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - of `datasets`
-        columns, documents = columns_of(rows, split, self.column), not runs_on(rows)
+        columns, documents = find_text_columns(rows, split, self.column), not is_line_text(rows)
         if documents:  # blank lines of a .txt file are part of its text
-            warn_of_rows_without_text(rows, split, columns)
+            warn_of_empty_rows(rows, split, columns)
         return map_rows(rows, pack, split, tokenizer, block_size=length, columns=columns, documents=documents)
 
 
@@ -227,11 +226,11 @@ Batches: TypeAlias = Iterable[Any] | Calibration
 """Batches as a model takes them, or where they come from."""
 
 
-def batches_of(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
+def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
     """Returns batches; of a calibration those that it reads, and where none are given those that the model itself writes."""
     if batches is None:
         try:
-            check_writes(find_transformer(model))
+            check_can_generate(find_transformer(model))
         except ValueError as error:
             raise ValueError(f"batches=None: {error}: give batches") from error
         batches = Calibration()
@@ -249,7 +248,7 @@ OWN = (
 )
 
 
-def tell_alone(model: nn.Module, sources: Collection[str]) -> None:
+def log_single_source(model: nn.Module, sources: Collection[str]) -> None:
     """Tells once, by the logger `billhook`, if a model that writes text is refitted to a single source of it, but its own.
 
     It is no warning, as nothing is wrong with one kind of text for a model that is to read no other.
@@ -258,21 +257,21 @@ def tell_alone(model: nn.Module, sources: Collection[str]) -> None:
         model: The model.
         sources: The names of the sources of all batches, empty where batches name none.
     """
-    if len(set(sources)) == 1 and GENERATED not in sources and isinstance(model, PreTrainedModel) and writes(model):
-        tell_once(ADVICE)
+    if len(set(sources)) == 1 and GENERATED not in sources and isinstance(model, PreTrainedModel) and can_generate(model):
+        log_once(ADVICE)
 
 
-def tell_own(sources: Collection[str]) -> None:
+def log_only_self_generated(sources: Collection[str]) -> None:
     """Tells once, by the logger `billhook`, if KV heads are merged on nothing but what the model writes.
 
     Args:
         sources: The names of the sources of all batches, empty where batches name none.
     """
     if set(sources) == {GENERATED}:
-        tell_once(OWN)
+        log_once(OWN)
 
 
-def tell_once(what: str) -> None:
+def log_once(what: str) -> None:
     """Logs something by the logger `billhook`, on the first rank, unless it has been logged in this process."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0):
         _log(what)
@@ -285,11 +284,11 @@ def _log(what: str) -> None:
 
 MEASURED = 4096
 """How many tokens the model writes to be measured on, at most."""
-Also = Sources | None
+OtherTexts = Sources | None
 """Texts that nothing is calibrated on."""
 
 
-def check_also(calibration: Calibration, also: Also) -> None:
+def check_other_texts(calibration: Calibration, also: OtherTexts) -> None:
     """Refuses other texts that have the name of one of the calibration's, or of each other, and what is no text."""
     for source in also if isinstance(also, Sequence) and not isinstance(also, str) else [also]:
         if source is not None:
@@ -298,32 +297,32 @@ def check_also(calibration: Calibration, also: Also) -> None:
         raise ValueError(f"also: '{same[0]}' is the name of another text, too, so their figures would be one: rename the file")
 
 
-def texts(
+def evaluation_batches(
     calibration: Calibration,
     model: PreTrainedModel,
     rows: int,
-    also: Also = None,
+    also: OtherTexts = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     written: bool = True,
 ) -> list[Batch]:
     """Reads so many rows of each text: held out of the calibration, `written` by the model, and of other texts."""
     batches, others = calibration.held_out(model, rows, tokenizer), replace(calibration, weights=None)
-    length = row_length(model, calibration.length)
+    length = example_length(model, calibration.length)
     if written and GENERATED not in calibration.named:
-        batches += replace(others, sources=GENERATED).held_out(model, written_rows(calibration, rows, length))
+        batches += replace(others, sources=GENERATED).held_out(model, num_self_generated(calibration, rows, length))
     for name, source in _others(calibration, also).items():
         read = replace(others, sources=source, tokens=rows * length).read(model, tokenizer)
         batches += [Batch(batch, name) for batch in read]
     return batches
 
 
-def _others(calibration: Calibration, also: Also) -> dict[str, Source | Table]:
+def _others(calibration: Calibration, also: OtherTexts) -> dict[str, Source | Table]:
     """Returns other texts by name; objects of `datasets` get none that the calibration has."""
     if also is None or (isinstance(also, Sequence) and not also):
         return {}
-    return named(also, calibration.named)
+    return name_sources(also, calibration.named)
 
 
-def written_rows(calibration: Calibration, rows: int, length: int) -> int:
+def num_self_generated(calibration: Calibration, rows: int, length: int) -> int:
     """Returns how many rows a model writes to be measured on: as many as of each text, or fewer beside other texts."""
     return rows if GENERATED in calibration.named else max(min(rows, MEASURED // length), 1)

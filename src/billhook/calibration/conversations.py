@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import pyarrow
 
 
-COLUMNS = ("messages", "conversations")
+CHAT_COLUMNS = ("messages", "conversations")
 """Columns that hold chats."""
-TOOLS = "tools"
+TOOLS_COLUMN = "tools"
 """The column that says which tools the assistant of a chat may call."""
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool", "user": "user", "assistant": "assistant"}
 """What ShareGPT's form calls those who speak, and their roles."""
@@ -28,7 +28,7 @@ Chat: TypeAlias = list[dict[str, Any]]
 Tools: TypeAlias = list[dict[str, Any]]
 
 
-def chat_of(messages: list[Any], column: str) -> Chat:
+def parse_chat(messages: list[Any], column: str) -> Chat:
     """Returns a chat as templates take it.
 
     Args:
@@ -39,7 +39,7 @@ def chat_of(messages: list[Any], column: str) -> Chat:
     Raises:
         ValueError: If a message is something else, or `from` names nobody who is known.
 
-    >>> chat_of([{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "He."}], "conversations")
+    >>> parse_chat([{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "He."}], "conversations")
     [{'role': 'user', 'content': 'Who?'}, {'role': 'assistant', 'content': 'He.'}]
     """
     chat = Chat()
@@ -59,10 +59,10 @@ def chat_of(messages: list[Any], column: str) -> Chat:
     return chat
 
 
-def tools_of(value: object) -> Tools | None:
+def parse_tools(value: object) -> Tools | None:
     """Returns the tools of a row, if there are any: a list of what describes each, or JSON of it.
 
-    >>> tools_of('[{"name": "now"}]'), tools_of([])
+    >>> parse_tools('[{"name": "now"}]'), parse_tools([])
     ([{'name': 'now'}], None)
     """
     tools = _without_null(value)
@@ -73,7 +73,7 @@ def tools_of(value: object) -> Tools | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(
-            f"the column '{TOOLS}' of chats must hold lists of tools, each described by a JSON schema, or JSON of such a list; "
+            f"the column '{TOOLS_COLUMN}' must hold lists of tools, each described by a JSON schema, or JSON of such a list; "
             f"one is {str(value)[:200]!r}: rename the column if it is none of tools"
         )
     return tools
@@ -86,13 +86,13 @@ def _without_null(data: object) -> Any:  # noqa: ANN401 - plain data of any kind
     return [_without_null(value) for value in data] if isinstance(data, list) else data
 
 
-ANSWERED = (("prompt", "response"), ("prompt", "completion"))
+PROMPT_COLUMNS = (("prompt", "response"), ("prompt", "completion"))
 """Columns of prompts and what follows them."""
 CHARACTERS = 2**18
 """How many characters of texts are encoded at once, if a text is not longer."""
 ROWS_AT_ONCE = 10_000
 """How many rows are read at once."""
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 """The tag by which a chat template says which part the model writes."""
 
 
@@ -104,19 +104,19 @@ class Encoded:
     learnt: list[bool]
 
 
-def columns_of(rows: Rows, split: str, column: str) -> list[str]:
+def find_text_columns(rows: Rows, split: str, column: str) -> list[str]:
     """Finds the columns that hold the text of a split: `column`, or else chats, or else prompts and responses."""
     names = column_names(rows)
-    for columns in ((column,), *((chats,) for chats in COLUMNS), *ANSWERED):
+    for columns in ((column,), *((chats,) for chats in CHAT_COLUMNS), *PROMPT_COLUMNS):
         if set(columns) <= set(names):
             return list(columns)
     raise ValueError(
         f"the split '{split}' has no column '{column}'; it has {', '.join(names) or 'no rows'}, and neither chats "
-        f"({' or '.join(COLUMNS)}) nor 'prompt' and 'response'"
+        f"({' or '.join(CHAT_COLUMNS)}) nor 'prompt' and 'response'"
     )
 
 
-def warn_of_rows_without_text(rows: Rows, split: str, columns: Sequence[str]) -> None:
+def warn_of_empty_rows(rows: Rows, split: str, columns: Sequence[str]) -> None:
     """Warns if rows make no example, as they have null, or nothing but spaces to learn; rows of a stream are not counted."""
     import datasets
     import pyarrow.compute
@@ -181,7 +181,7 @@ def encode(
     Raises:
         ValueError: If a row holds something else, or responses cannot be found in what the chat template makes of a chat.
     """
-    tools = rows.get(TOOLS) or [None] * len(rows[columns[0]])
+    tools = rows.get(TOOLS_COLUMN) or [None] * len(rows[columns[0]])
     every = zip(*(rows[column] for column in columns), tools, strict=True)
     full = [row for row in every if all(value is not None for value in row[:-1])]
     if len(columns) > 1:
@@ -189,8 +189,8 @@ def encode(
             yield from _answered((prompt, response), row_tools, tokenizer, columns, responses)
     elif full and isinstance(full[0][0], list):
         for messages, row_tools in full:
-            if chat := chat_of(messages, columns[0]):
-                yield _chat(chat, tools_of(row_tools), tokenizer, responses)
+            if chat := parse_chat(messages, columns[0]):
+                yield _chat(chat, parse_tools(row_tools), tokenizer, responses)
     else:
         yield from _texts([text for text, _ in full], tokenizer, columns[0], documents)
 
@@ -230,11 +230,11 @@ def _answered(
     for value, column, role in zip(row, columns, ("user", "assistant"), strict=True):
         if not isinstance(value, list):
             check_texts([value], column)
-        chat += chat_of(value, column) if isinstance(value, list) else [{"role": role, "content": value}]
+        chat += parse_chat(value, column) if isinstance(value, list) else [{"role": role, "content": value}]
     if isinstance(response, str) and (not response or response.isspace()):
         return
     if tokenizer.chat_template or isinstance(prompt, list) or isinstance(response, list):
-        yield _chat(chat, tools_of(tools), tokenizer, responses)
+        yield _chat(chat, parse_tools(tools), tokenizer, responses)
         return
     encoded = _spans(prompt + response, [(len(prompt), len(prompt + response))], tokenizer, responses)
     end = _end(tokenizer)
@@ -247,7 +247,7 @@ def _chat(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, r
         raise ValueError("tokenizer: it has no chat template, which rows of messages need: name a tokenizer that has one")
     if not responses:
         return _spans(_written(chat, tools, tokenizer), [], tokenizer, responses)
-    if not GENERATION.search(tokenizer.get_chat_template(tools=tools)):
+    if not GENERATION_TAG.search(tokenizer.get_chat_template(tools=tools)):
         return _spans(*_responses(chat, tools, tokenizer), tokenizer, responses)
     _written(chat, tools, tokenizer)  # which refuses in our words what the template refuses
     encoded: Any = tokenizer.apply_chat_template(chat, tools, return_dict=True, return_assistant_tokens_mask=True)  # type: ignore[arg-type]

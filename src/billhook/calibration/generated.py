@@ -22,9 +22,9 @@ from billhook.model.find import check_values, find_transformer
 from billhook.model.preprocessors import tokenizer_of
 from billhook.progress import OnProgress, progress_bar
 
-NAME = "generated"
+GENERATED = "generated"
 """The name of this source."""
-LENGTH = 512
+DEFAULT_LENGTH = 512
 """Tokens of a row, unless another length is asked for."""
 AT_ONCE = 8
 """Rows that are written side by side at least; more, as long as their key/value caches fit into `CACHES`."""
@@ -81,8 +81,8 @@ def generated(
     check_number("temperature", temperature, above=0)
     subject = find_transformer(model)
     check_values(subject)
-    check_writes(subject)
-    length = row_length(subject, length)
+    check_can_generate(subject)
+    length = example_length(subject, length)
     starts = [_start(subject)] if prompts is None else _encoded(subject, prompts, tokenizer, length)
     skipped = 0 if prompts is not None else _skipped(subject, length)
     begun = [starts[row % len(starts)] for row in range(examples)]
@@ -90,29 +90,29 @@ def generated(
     if skipped:  # tokens at both ends of each row are left out, one of the first at least
         first = torch.randint(1, skipped + 1, (len(rows), 1), generator=torch.Generator().manual_seed(seed))
         rows = rows.gather(1, first + torch.arange(length))
-    return [Batch({"input_ids": ids}, NAME) for ids in torch.split(rows, batch_size)]
+    return [Batch({"input_ids": ids}, GENERATED) for ids in torch.split(rows, batch_size)]
 
 
-def writes(model: PreTrainedModel) -> bool:
+def can_generate(model: PreTrainedModel) -> bool:
     """Tells whether a model writes text."""
     config: Any = model.config
     return bool(model.can_generate() and not config.is_encoder_decoder and model.main_input_name == "input_ids")
 
 
-def check_writes(model: PreTrainedModel) -> None:
+def check_can_generate(model: PreTrainedModel) -> None:
     """Refuses a model that does not write."""
-    if not writes(model):
+    if not can_generate(model):
         raise ValueError(f"a {type(model).__name__} does not write text that it could be shown")
 
 
-def row_length(model: PreTrainedModel, length: int | None) -> int:
+def example_length(model: PreTrainedModel, length: int | None) -> int:
     """Returns how many tokens a row has: those asked for, or as many as the model reads, at most 512."""
     check_int("length", 2 if length is None else length, 2)
     config: Any = model.config
-    most = getattr(text_config(config), "max_position_embeddings", None) or length or LENGTH
+    most = getattr(text_config(config), "max_position_embeddings", None) or length or DEFAULT_LENGTH
     if length is not None and length > most:
         raise ValueError(f"length={length}: the model reads no more than {most} tokens at once")
-    return length or min(LENGTH, most)
+    return length or min(DEFAULT_LENGTH, most)
 
 
 def _skipped(model: PreTrainedModel, length: int) -> int:

@@ -60,12 +60,12 @@ def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:
     if isinstance(files := _files_or_name(data), dict):
         return _read(_one_kind(files), files, streaming)
     splits = dict(datasets.load_dataset(*files, streaming=streaming))
-    if any(runs_on(rows) for rows in splits.values()):
+    if any(is_line_text(rows) for rows in splits.values()):
         splits = dict(datasets.load_dataset(*files, streaming=streaming, keep_linebreaks=True))
     return splits
 
 
-def check_there(data: Data, name: str = "data") -> None:
+def check_available(data: Data, name: str = "data") -> None:
     """Refuses files that are not there or empty, and a folder or a data set that cannot be found; no rows are read."""
     check_data(data, name)
     if data == "tiny":
@@ -129,7 +129,7 @@ def _loaded(data: Table, streaming: bool) -> dict[str, Rows]:
     return splits
 
 
-def runs_on(rows: Rows) -> bool:
+def is_line_text(rows: Rows) -> bool:
     """Says whether a row is a line of a .txt file, not a document."""
     return bool(rows.info.builder_name == "text")
 

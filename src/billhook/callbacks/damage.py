@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from transformers import PreTrainedModel
 
 from billhook.arguments import check_int, check_types
-from billhook.calibration.calibration import Also, Calibration, check_also, texts
+from billhook.calibration.calibration import Calibration, OtherTexts, check_other_texts, evaluation_batches
 from billhook.checkpoints.card import label_of
 from billhook.engine.sharding import is_sharded, reshard
 from billhook.fit.calibration import FitCalibration, tokenizer_in
@@ -57,10 +57,10 @@ class Damage(FollowsEvents):
     >>> callback = bh.Damage(text, also="other.txt")  # before Export and Report
     """
 
-    def __init__(self, texts: Calibration, also: Also = None, rows: int = 16) -> None:
+    def __init__(self, texts: Calibration, also: OtherTexts = None, rows: int = 16) -> None:
         check_types(Damage, locals())
         check_int("rows", rows)
-        check_also(texts, also)
+        check_other_texts(texts, also)
         self.texts, self.also, self.rows = texts, also, rows
         self.last: list[dict[str, Any]] | None = None
         self._dense: Dense | None = None
@@ -90,7 +90,7 @@ class Damage(FollowsEvents):
                 f"Damage: a {type(model).__name__} does not predict next tokens, so it has no perplexity: leave it out"
             )
         with together(trainer, "Damage"), _aside(trainer, pl_module, model):
-            read = texts(self.texts, model, self.rows, self.also, tokenizer_in(trainer))
+            read = evaluation_batches(self.texts, model, self.rows, self.also, tokenizer_in(trainer))
             check_agreed(trainer, "Damage", "the rows of text", [batch["input_ids"] for batch in read])
             self._dense = Dense(model, read, list(self.texts.named), comm_of(trainer))
 

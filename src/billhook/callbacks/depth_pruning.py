@@ -13,7 +13,7 @@ from billhook.fit.ranks import check_agreed, comm_of
 from billhook.fit.run import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.score import Importance, run_of
+from billhook.importance.score import Importance, make_run
 from billhook.model.find import find_transformer
 from billhook.model.plan import carry_out
 from billhook.pruning.amount import Amount
@@ -120,7 +120,7 @@ class DepthPruning(ShapeCallback):
         model = find_transformer(pl_module)
         stacks = find_units(model, "block")
         with self.calibration.aside(pl_module), trainer.precision_plugin.forward_context():
-            runs = [run_of(model, stacks, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
+            runs = [make_run(model, stacks, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
             made = plan_amount(model, self.amount, self.importance, runs, greedy=self.greedy, comm=comm_of(trainer))
         assert isinstance(made, BlockPlan)
         return made

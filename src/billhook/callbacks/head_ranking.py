@@ -14,7 +14,7 @@ from billhook.engine.sharding import sizes_only
 from billhook.fit.calibration import FitCalibration, gradient_precision
 from billhook.fit.measure import log_picture
 from billhook.fit.ranks import by_first, comm_of
-from billhook.importance.score import Importance, run_of, score_units
+from billhook.importance.score import Importance, make_run, score_units
 from billhook.model.find import find_transformer
 from billhook.plots.heads import heads
 from billhook.plots.style import Plot
@@ -121,7 +121,7 @@ class HeadRanking:
         record.begin({name: units.count(self.options.per) for name, units in heads.items()})
         with calibration.aside(pl_module), gradient_precision(trainer), blockwise(pl_module):
             pairs = calibration.pairs(trainer, pl_module) if self.importance.needs_data else ()
-            trials = [run_of(model, heads, *pair) for pair in pairs]
+            trials = [make_run(model, heads, *pair) for pair in pairs]
             scores = score_units(
                 model, heads, self.importance, trials, None, self.options.normalize, self.options.per, comm_of(trainer)
             )

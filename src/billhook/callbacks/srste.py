@@ -17,7 +17,7 @@ from billhook.fit.shape_event import ShapeCallback
 from billhook.model.find import find_transformer
 from billhook.schedules import Step, check_step
 from billhook.sparsity.criteria import Criterion, Wanda
-from billhook.sparsity.learning import Chosen, Learned, choose
+from billhook.sparsity.learned_masks import LearnedMasks, MaskRule, find_mask_rules
 from billhook.sparsity.masks import sparsity_of
 from billhook.sparsity.options import PruneOptions
 
@@ -69,7 +69,7 @@ class SRSTE(WeightPruning):
         check_types(SRSTE, locals())
         check_step(end, "end")
         check_number("decay", decay, least=0)
-        self.end, self.decay, self._learned = end, decay, Learned(criterion or Wanda(), pattern)
+        self.end, self.decay, self._learned = end, decay, LearnedMasks(criterion or Wanda(), pattern)
         super().__init__(criterion, sparsity, pattern, at, calibration, options, measure_batches=measure_batches)
         if self.options.match is not None:
             raise ValueError(f"match={self.options.match} tunes what is kept at once, and masks are learned: leave it out")
@@ -135,12 +135,12 @@ class SRSTE(WeightPruning):
             check_agreed(trainer, "SRSTE", "what masks follow from", {name: scorer.state() for name, scorer in chosen.items()})
             return self.as_event(trainer, find_transformer(pl_module), metrics, partial(self._learn, chosen, moment))
 
-    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> dict[str, Chosen]:
+    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> dict[str, MaskRule]:
         model = find_transformer(pl_module)
         with self._runs(trainer, pl_module) as runs:
-            return choose(model, self.criterion, runs, sparsity, self.pattern, self.options, comm_of(trainer))
+            return find_mask_rules(model, self.criterion, runs, sparsity, self.pattern, self.options, comm_of(trainer))
 
-    def _learn(self, chosen: dict[str, Chosen], moment: int) -> str:
+    def _learn(self, chosen: dict[str, MaskRule], moment: int) -> str:
         self._learned.begin(chosen)
         self.done, self.asked = moment, self._moments[moment]
         sparsity, end = sparsity_of(self._learned.masks.values()), max(self._moments)

@@ -15,7 +15,7 @@ from billhook.fit.event import Event, fewer, log_event, note_not_refitted
 from billhook.fit.ranks import check_agreed, check_near, comm_of, together
 from billhook.fit.run import At, check_at, rounds_of
 from billhook.fit.shape_event import ShapeCallback
-from billhook.importance.score import Importance, run_of
+from billhook.importance.score import Importance, make_run
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, carry_out
 from billhook.pruning.amount import Amount
@@ -138,7 +138,7 @@ class StructuredPruning(ShapeCallback):
         with self.calibration.aside(pl_module), gradient_precision(trainer), blockwise(pl_module):
             comm = comm_of(trainer, self.calibration.shared(trainer))
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
-            runs = [run_of(model, part.units, *pair) for pair in pairs]
+            runs = [make_run(model, part.units, *pair) for pair in pairs]
             importance = self.importance or default_importance(part.units)
             made = plan_from_search(part, importance, runs, comm=comm)
             weights, why = repair_if_requested(model, made, runs, self.repair if self.needs_data else None, comm)

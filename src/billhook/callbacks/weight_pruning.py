@@ -28,13 +28,13 @@ from billhook.fit.shape_event import ShapeCallback, refuse_shape_changes
 from billhook.fit.training_step import runs_as_in_training
 from billhook.model.find import find_transformer
 from billhook.schedules import Schedule
-from billhook.sparsity.checks import adapters_to_count, check_matching, check_pruning, needs_data
+from billhook.sparsity.checks import check_matching, check_pruning, find_countable_adapters, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
-from billhook.sparsity.hold import Hold
+from billhook.sparsity.enforcement import EnforcedMasks
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.prune import prune
-from billhook.sparsity.pruned import WeightPlan
+from billhook.sparsity.weight_plan import WeightPlan
 
 
 @rank_zero_only
@@ -94,7 +94,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         if self.options.match is not None:
             check_matching(self.criterion, self.options.sequential, count_adapters)
         self.count_adapters, self.mask_adapters = count_adapters, mask_adapters
-        self._hold, self._adapted, self._linears = Hold(), list[str](), list[str]()
+        self._hold, self._adapted, self._linears = EnforcedMasks(), list[str](), list[str]()
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
@@ -133,7 +133,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         self._linears = list(linears)
         self.check_linears(linears)
         if self.count_adapters:
-            adapters_to_count(model, self.criterion, linears)
+            find_countable_adapters(model, self.criterion, linears)
         self._adapted = list(require_plain_adapters(model, linears, "mask_adapters=True")) if self.mask_adapters else []
         if self._moments and not self.mask_adapters:
             _tell_left_out(set(find_adapters(model)) & set(linears))

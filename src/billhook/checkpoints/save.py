@@ -32,7 +32,7 @@ from billhook.model.preprocessors import Preprocessor
 from billhook.model.shape import KEY, to_entry, unbuilt_shape
 from billhook.model.shaped import load_as, readable
 from billhook.private_paths import without_paths
-from billhook.sparsity.learning import as_runs_see
+from billhook.sparsity.learned_masks import with_learned_masks
 from billhook.versions import versions
 
 Way = Literal["plain", "equivalent", "shaped"]
@@ -168,7 +168,7 @@ def _save(
 ) -> Saved:
     """Saves a model without adapters to a folder that is claimed, with a record in plain data that says what was merged."""
     expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
-    with draft_folder(target) as draft, _untouched(model), as_runs_see(model):
+    with draft_folder(target) as draft, _untouched(model), with_learned_masks(model):
         way, family, difference = _write(model, expected, draft, probe)
         for preprocessor in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             preprocessor.save_pretrained(draft)

@@ -10,9 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int
-from billhook.calibration.generated import LENGTH
-from billhook.calibration.generated import NAME as GENERATED
-from billhook.calibration.reading import Data, check_there
+from billhook.calibration.generated import DEFAULT_LENGTH, GENERATED
+from billhook.calibration.reading import Data, check_available
 from billhook.engine.batches import Batch
 from billhook.model.config_fields import text_config
 from billhook.private_paths import without_folders
@@ -100,13 +99,13 @@ class Text:
         for name, sources in (("data", self.data), ("also", self.also)):
             for source in sources if isinstance(sources, list) else [sources]:
                 if source not in (None, GENERATED):
-                    check_there(source, name)
+                    check_available(source, name)
 
     def length_for(self, model: PreTrainedModel) -> int:
         """Returns how many tokens an example has."""
         most: int | None = getattr(text_config(model.config), "max_position_embeddings", None)
         if self.length is None:
-            longest = self.longest if self.data is not None else LENGTH
+            longest = self.longest if self.data is not None else DEFAULT_LENGTH
             return min(longest, most or longest)
         if self.length < 2 or (most and self.length > most):
             raise ValueError(f"length={self.length} must be in 2..{most or 'any'}: the model reads no more tokens at once")

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.assets import model_path
-from billhook.calibration.reading import check_there
+from billhook.calibration.reading import check_available
 from billhook.model.meta import from_name, model_class, read_config
 from billhook.progress import OnProgress, progress_bar
 from billhook.training.dataset_module import draw
@@ -81,7 +81,7 @@ def prepare(
 
 def _read(name: str, model: PreTrainedModel, source: str, column: str, label_column: str, limit: int | None) -> Images:
     """Reads images of the split `test`, or else `validation`, or the one that there is, as a model is shown them."""
-    check_there(source)
+    check_available(source)
     data = ImageDataModule(source, name, column, label_column, validation=0)
     data.read(model)
     split = next(split for split in ("test", "validation", "train") if split in data.splits)

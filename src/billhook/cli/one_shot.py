@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from billhook.arguments import parse_memory
 from billhook.assets import model_path
 from billhook.atomic_folder import check_not_source, check_target, replacement_note
-from billhook.calibration.calibration import Calibration, check_also, texts, written_rows
-from billhook.calibration.generated import NAME as GENERATED
-from billhook.calibration.generated import check_writes, writes
+from billhook.calibration.calibration import Calibration, check_other_texts, evaluation_batches, num_self_generated
+from billhook.calibration.generated import GENERATED, can_generate, check_can_generate
 from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.checkpoints.save import load, save
 from billhook.cli.examples import EXAMPLES, Examples, Labelled, Text
@@ -143,11 +142,11 @@ class OneShot:
         classifies = isinstance(examples, Examples) and self._labelled.is_classifier
         self.metric = "accuracy" if classifies or self._labelled.of_images else "perplexity"
         self.calibrates = calibrates
-        self.reads = calibrates or examples.data is not None or (self.metric == "perplexity" and writes(self.model))
+        self.reads = calibrates or examples.data is not None or (self.metric == "perplexity" and can_generate(self.model))
         self.beside = self._beside(refits)
         self.of_images = self._labelled.of_images
         if self.metric == "perplexity":
-            check_also(self.calibration, examples.also)
+            check_other_texts(self.calibration, examples.also)
 
     @cached_property
     def sizes(self) -> dict[str, int | None]:
@@ -163,7 +162,7 @@ class OneShot:
         """Returns the share of the examples that the model writes beside texts; refuses one that it cannot write."""
         share, texts_alone = self.examples.generated, self.examples.alone
         try:
-            check_writes(self.model)
+            check_can_generate(self.model)
         except ValueError as error:
             if self.examples.data is None and self.reads:
                 raise ValueError(f"data=None: {error}: name a file") from error
@@ -311,12 +310,12 @@ class OneShot:
     @property
     def _written(self) -> dict[str, int]:
         """How many examples the model writes to be shown, and to be measured on."""
-        if self.metric == "accuracy" or not writes(self.model):
+        if self.metric == "accuracy" or not can_generate(self.model):
             return {}
         measures = self._measures and not self.examples.stream
         return {
             "shown": self.calibration.examples(self.length).get(GENERATED, 0) if self.calibrates else 0,
-            "measured on": written_rows(self.calibration, self.examples.evaluate, self.length) if measures else 0,
+            "measured on": num_self_generated(self.calibration, self.examples.evaluate, self.length) if measures else 0,
         }
 
     def _offloaded(self) -> AbstractContextManager[None]:
@@ -332,7 +331,9 @@ class OneShot:
             if self.metric == "perplexity":
                 with progress_bar("reading text"):
                     written = not self.examples.stream
-                    read = texts(self.calibration, self.model, self.examples.evaluate, self.examples.also, written=written)
+                    read = evaluation_batches(
+                        self.calibration, self.model, self.examples.evaluate, self.examples.also, written=written
+                    )
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
                 with over(self.model, "measuring", "examples") as progress:
                     return Dense(self.model, read, inside if self.calibrates else [], progress=progress)

@@ -11,7 +11,7 @@ from billhook.cli.refit import check_examples, meta_batches
 from billhook.cli.streamed import bytes_of_match, bytes_of_moments
 from billhook.model.linears import channels, is_convolution
 from billhook.sparsity.allocation import Allocation
-from billhook.sparsity.checks import check_folder, check_pruning, few_tokens, needs_data, solves
+from billhook.sparsity.checks import check_folder, check_pruning, needs_data, solves_for_weights, too_few_tokens
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.options import PruneOptions
@@ -69,7 +69,7 @@ def prune(
     how = f"{scored_by}" + (f", and match each block by {match}" if match else "")
     order = ", channels in the order in which groups lose least" if permute else ""
     what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {how}{order}"
-    few = [] if work.of_images or not solves(scored_by) else [few_tokens(scored_by, _given(work, linears))]
+    few = [] if work.of_images or not solves_for_weights(scored_by) else [too_few_tokens(scored_by, _given(work, linears))]
     work.tell(what, *filter(None, few), f"shown {work.shown if reads else NONE}", passes=_passes(scored_by, allocation))
     if dry_run and work.calibrates and work.unread:
         work.tell_dry()

@@ -9,7 +9,7 @@ from billhook.cli.examples import NONE, Examples
 from billhook.cli.one_shot import OneShot
 from billhook.cli.streamed import REMOVED, Passes, batch_count, bytes_of_moments, check_scored
 from billhook.importance.gate_gradient import GateGradient
-from billhook.importance.score import Importance, run_of, score_units
+from billhook.importance.score import Importance, make_run, score_units
 from billhook.model.plan import apply
 from billhook.progress import progress_bar
 from billhook.pruning.amount import Ranking
@@ -82,7 +82,7 @@ def prune_heads(
     if examples.stream:
         work.rest(bytes_of_moments(work.model, importance))
     batches, before = work.batches() if work.calibrates else [], None if dry_run else work.measure()
-    runs = [run_of(work.model, heads, batch) for batch in batches]
+    runs = [make_run(work.model, heads, batch) for batch in batches]
     removed = {}
     for number in range(1, rounds + 1):
         take = partial(choose, heads, ratio=ratio * number / rounds, ranking=ranking, min_units=min_heads, per=per)

@@ -9,7 +9,7 @@ from billhook.engine.batches import Batch
 from billhook.model.linears import is_linear
 from billhook.pruning.cut import Cut
 from billhook.pruning.target import RatioSearch
-from billhook.repairs.moments import NoRepair
+from billhook.repairs.residuals import NoRepair
 
 REFIT = "refit the linears that read them, by least squares"
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from billhook.calibration.generated import NAME as GENERATED
+from billhook.calibration.generated import GENERATED
 from billhook.cli.examples import Text
 from billhook.engine.memory import extent_of
 from billhook.engine.store import BlockStore, store_of
@@ -14,9 +14,9 @@ from billhook.importance.activations import ActivationNorm, OutputNorm
 from billhook.importance.baselines import RandomUnits, WeightNorm
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.obs import OBS
-from billhook.importance.score import Importance, check_streams
+from billhook.importance.score import Importance, check_supports_streaming
 from billhook.model.linears import prunable, weight_of
-from billhook.repairs.moments import OUTPUTS
+from billhook.repairs.residuals import MAX_OUTPUTS
 from billhook.sparsity.criteria import Criterion
 
 REFITTED = 2
@@ -107,7 +107,7 @@ def check_scored(examples: Text, *importances: Importance | None) -> None:
     """Refuses importances that need gradients, of a model that is streamed; before anything of it is read."""
     for importance in importances if examples.stream else ():
         if importance is not None:
-            check_streams(importance)
+            check_supports_streaming(importance)
 
 
 def bytes_of_moments(model: PreTrainedModel, by: Criterion | Importance | None) -> int:
@@ -136,7 +136,7 @@ def bytes_of_refit(model: PreTrainedModel, parts: int, kept: Mapping[str, int] |
         if kept is not None:
             columns = kept.get(name, 0)
         weights = 2 * model.dtype.itemsize * rows * columns  # as it was, and as it is then
-        solved = max(solved, 8 * columns * (columns + STEPPED * min(rows, OUTPUTS)) + weights)
+        solved = max(solved, 8 * columns * (columns + STEPPED * min(rows, MAX_OUTPUTS)) + weights)
         summed = max(summed, 8 * parts * columns * (columns + rows))
     return solved, summed
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from billhook.arguments import check_int
 from billhook.calibration.calibration import Batches, Calibration
-from billhook.calibration.generated import NAME as GENERATED
+from billhook.calibration.generated import GENERATED
 from billhook.engine.batches import Batch
 from billhook.engine.passes import blockwise
 from billhook.engine.state import overridden
@@ -26,7 +26,7 @@ from billhook.fit.lightning_internals import to_device
 from billhook.fit.run import isolated
 from billhook.fit.training_step import training_loss
 from billhook.model.find import find_transformer
-from billhook.repairs.moments import without_name
+from billhook.repairs.residuals import strip_argument
 
 Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
 """A batch, and the loss as a function of the model and the batch."""
@@ -132,7 +132,7 @@ class FitCalibration:
                 np.random.seed(self.seed % 2**32)
                 yield
         except ValueError as error:  # what is told of batches is about this argument of a callback
-            if (what := without_name(error)) == str(error):
+            if (what := strip_argument(error)) == str(error):
                 raise
             raise type(error)(f"calibration: {what}") from error
         finally:

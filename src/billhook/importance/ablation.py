@@ -13,12 +13,12 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 
 from billhook.arguments import check_one_of, check_types
-from billhook.calibration.calibration import Batches, batches_of
+from billhook.calibration.calibration import Batches, read_batches
 from billhook.display import Printable, text_table
 from billhook.engine.batches import Loss, Run
 from billhook.engine.state import resting
-from billhook.importance.probes import check_read
-from billhook.importance.score import Importance, Sums, run_of
+from billhook.importance.probes import check_consumers
+from billhook.importance.score import Importance, Sums, make_run
 from billhook.model.find import check_values, find_transformer
 from billhook.units.blocks import skipping
 from billhook.units.find import find_units, numbered
@@ -50,7 +50,7 @@ class Ablation(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
         gated = {name: of_place for name, of_place in units.items() if of_place.kind != "block"}
-        check_read(gated, type(self).__name__)
+        check_consumers(gated, type(self).__name__)
         sums = Sums.zero(units, per)
         with ablating(model, gated, per) as gates, torch.no_grad():
             for run in runs:
@@ -141,7 +141,7 @@ def ablate_heads(
     check_values(subject)
     heads = find_units(subject, "head")
     numbered(heads, {}, per)
-    runs = [run_of(subject, heads, batch, metric) for batch in batches_of(batches, subject)]
+    runs = [make_run(subject, heads, batch, metric) for batch in read_batches(batches, subject)]
     if not runs:
         raise ValueError("batches: at least one is needed")
     values = {name: torch.zeros(of_place.count(per), dtype=torch.float64) for name, of_place in heads.items()}

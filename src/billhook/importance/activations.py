@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from billhook.engine.batches import Run
 from billhook.engine.passes import Together
 from billhook.engine.store import store_of
-from billhook.importance.probes import by_unit, check_read, counted, counting, reading
+from billhook.importance.probes import by_unit, check_consumers, consumer_modules, count_tokens, mask_padding
 from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
 from billhook.model.linears import Convolution, batched, channels_of, is_convolution, patches, read_dim, weight_of
@@ -49,14 +49,14 @@ class ActivationNorm(Importance):
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
-        check_read(units, type(self).__name__)
-        sums, last = ByReader(), dict[tuple[int, str], ReferenceType[Tensor]]()
+        check_consumers(units, type(self).__name__)
+        sums, last = ConsumerSums(), dict[tuple[int, str], ReferenceType[Tensor]]()
 
         def note(run: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
             if (run, name) not in last or last[run, name]() is not inputs:
                 last[run, name] = ref(inputs)
-                norms = counting(by_unit(inputs.float().square(), units[name], per).sqrt(), tokens)
-                sums.add(name, reader, norms.flatten(0, -2).sum(0), counted(norms, tokens))
+                norms = mask_padding(by_unit(inputs.float().square(), units[name], per).sqrt(), tokens)
+                sums.add(name, reader, norms.flatten(0, -2).sum(0), count_tokens(norms, tokens))
 
         watch(model, units, runs, note)
         return sums.over(units, per)
@@ -91,18 +91,18 @@ class OutputNorm(Importance):
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
-        check_read(units, type(self).__name__)
-        sums, windows = ByReader(), dict[str, Convolution]()
+        check_consumers(units, type(self).__name__)
+        sums, windows = ConsumerSums(), dict[str, Convolution]()
         tables, grams = dict[tuple[str, str], Tensor](), dict[tuple[str, str], Tensor]()
         for name, of_place in units.items():
-            table, exists = table_of(of_place, per)
-            for reader, module in reading(model, of_place).items():
+            table, exists = unit_positions(of_place, per)
+            for reader, module in consumer_modules(model, of_place).items():
                 store_of(model).load(module)
-                if (window := window_of(module)) is None:
+                if (window := wide_convolution(module)) is None:
                     tables[name, reader], grams[name, reader] = table, gram_of(module, table, exists, len(of_place.index))
                 else:
-                    windows[reader], tables[name, reader] = window, over_taps(window, table)
-                    grams[name, reader] = gram_over_taps(window, tables[name, reader], exists)
+                    windows[reader], tables[name, reader] = window, kernel_positions(window, table)
+                    grams[name, reader] = gram_over_kernel(window, tables[name, reader], exists)
 
         def note(_: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
             if (window := windows.get(reader)) is not None:
@@ -112,12 +112,12 @@ class OutputNorm(Importance):
                     )
                 inputs = patches(window, batched(window, inputs.movedim(-1, read_dim(window))))
             table = tables[name, reader].to(inputs.device)
-            rows = counting(inputs.float(), tokens).flatten(0, -2)
+            rows = mask_padding(inputs.float(), tokens).flatten(0, -2)
             if table.shape[1] == 1:
                 moments = rows.square().sum(0)[table][..., None]
             else:
                 moments = _square(rows[:, table].transpose(0, 1).mT)
-            sums.add(name, reader, (moments * grams[name, reader]).sum((1, 2)), counted(inputs, tokens))
+            sums.add(name, reader, (moments * grams[name, reader]).sum((1, 2)), count_tokens(inputs, tokens))
 
         watch(model, units, runs, note)
         return sums.over(units, per)
@@ -127,7 +127,7 @@ class OutputNorm(Importance):
         return mean.clamp(min=0).sqrt()
 
 
-class ByReader:
+class ConsumerSums:
     """Sums over runs for each reader alone, which are added up in the order of readers.
 
     So the numbers are the same whether all runs go through a block before the next one, or each through the whole model. They
@@ -171,12 +171,12 @@ def watch(
 
     with ExitStack() as hooks, torch.no_grad():
         for name, of_place in units.items():
-            for reader, module in reading(model, of_place).items():
+            for reader, module in consumer_modules(model, of_place).items():
                 hooks.callback(module.register_forward_pre_hook(partial(see, name, reader)).remove)
         together([run.visit for run in runs])
 
 
-def table_of(units: Units, per: Per) -> tuple[Tensor, Tensor]:
+def unit_positions(units: Units, per: Per) -> tuple[Tensor, Tensor]:
     """Returns the positions of each unit, `[units, size]`, int64; and which of them exist, as some may have fewer: bool."""
     unit_at = units.positions(per)
     positions = np.flatnonzero(unit_at >= 0)
@@ -215,21 +215,21 @@ def gram_of(reader: nn.Module, table: Tensor, exists: Tensor, width: int) -> Ten
     return torch.cat(grams)
 
 
-def window_of(reader: nn.Module) -> Convolution | None:
+def wide_convolution(reader: nn.Module) -> Convolution | None:
     """Returns a reader that is a plain convolution of several places, if it is."""
     if not is_convolution(reader) or reader.groups > 1 or {*reader.kernel_size, *reader.stride} == {1}:
         return None
     return reader
 
 
-def over_taps(window: Convolution, table: Tensor) -> Tensor:
+def kernel_positions(window: Convolution, table: Tensor) -> Tensor:
     """Returns the positions of each unit in what a convolution reads for one output: `[units, taps * size]`, int64."""
     taps = torch.arange(prod(window.kernel_size)) * channels_of(window)
     return (table[:, None] + taps[:, None]).flatten(1)
 
 
 @torch.no_grad()
-def gram_over_taps(window: Convolution, table: Tensor, exists: Tensor) -> Tensor:
+def gram_over_kernel(window: Convolution, table: Tensor, exists: Tensor) -> Tensor:
     """Returns W_u^T W_u of each unit, over all that an output reads of it: float32, `[units, taps * size, taps * size]`."""
     columns = weight_of(window).float().t()[table.to(window.weight.device)]
     exists = exists.repeat(1, prod(window.kernel_size)).to(columns.device)

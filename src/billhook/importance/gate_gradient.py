@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from billhook.arguments import check_one_of
 from billhook.engine.batches import Run
-from billhook.importance.probes import by_unit, check_read, counted, counting, independent, reading, scalar
+from billhook.importance.probes import (
+    by_unit,
+    check_consumers,
+    consumer_modules,
+    count_tokens,
+    mask_padding,
+    no_gradient_message,
+    scalar_loss,
+)
 from billhook.importance.score import Importance, Sums
 from billhook.model.linears import read_dim
 from billhook.units.units import Per, Units
@@ -54,7 +62,7 @@ class GateGradient(Importance):
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
-        check_read(units, type(self).__name__)
+        check_consumers(units, type(self).__name__)
         sums = Sums.zero(units, per)
         for number, run in enumerate(runs):
             Products(units, per, run.tokens, partial(self._note, sums, number)).run(model, run.forward)
@@ -102,13 +110,13 @@ class Products:
         probes = {name: torch.zeros((), requires_grad=True) for name in self._units}
         with ExitStack() as hooks, torch.enable_grad():
             for name, of_place in self._units.items():
-                for reader, module in reading(model, of_place).items():
+                for reader, module in consumer_modules(model, of_place).items():
                     hook = partial(self._probe, name, self._tokens.get(reader), probes[name])
                     hooks.callback(module.register_forward_pre_hook(hook).remove)
-            gradients = torch.autograd.grad(scalar(loss()), list(probes.values()), allow_unused=True)
+            gradients = torch.autograd.grad(scalar_loss(loss()), list(probes.values()), allow_unused=True)
         for name, gradient in zip(self._units, gradients, strict=True):
             if gradient is None:
-                raise ValueError(independent(name))
+                raise ValueError(no_gradient_message(name))
         for rest in self._sums.values():  # of these, something ran that the loss makes no use of
             self._pass_on(rest)
 
@@ -123,7 +131,7 @@ class Products:
         return (probed.movedim(-1, dim), *args[1:])
 
     def _note(self, total: _Sum, values: Tensor) -> None:
-        products = counting(by_unit(values, self._units[total.name], self._per), total.tokens)
+        products = mask_padding(by_unit(values, self._units[total.name], self._per), total.tokens)
         total.products = products if total.products is None else total.products + products
         total.awaited -= 1
         if not total.awaited:
@@ -131,7 +139,7 @@ class Products:
 
     def _pass_on(self, total: _Sum) -> None:
         if total.products is not None:
-            self._use(total.name, total.products, counted(total.products, total.tokens))
+            self._use(total.name, total.products, count_tokens(total.products, total.tokens))
             total.products = None
 
 

@@ -21,18 +21,18 @@ from billhook.engine.passes import goes_by_blocks
 from billhook.engine.statistics import InputMoments
 from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
-from billhook.importance.activations import gram_of, table_of, watch
-from billhook.importance.probes import check_read, reading
+from billhook.importance.activations import gram_of, unit_positions, watch
+from billhook.importance.probes import check_consumers, consumer_modules
 from billhook.importance.score import Importance, Sums
 from billhook.linalg import cholesky_, damp_, float64_device
 from billhook.units.units import Per, Units
 
 
-class CalledAgain(ValueError):
+class RepeatedCall(ValueError):
     """A reader is called after all runs had passed the blocks that it is in."""
 
 
-def watch_in_turn(
+def watch_blockwise(
     model: nn.Module,
     units: Mapping[str, Units],
     runs: Sequence[Run],
@@ -49,9 +49,9 @@ def watch_in_turn(
         leave: Called after each block, and at the end, with the names of all readers that all runs have passed; it may call them.
 
     Raises:
-        CalledAgain: If a reader is called later; then all runs must be over before anything is made of what was noted.
+        RepeatedCall: If a reader is called later; then all runs must be over before anything is made of what was noted.
     """
-    readers = {reader: module for of_place in units.values() for reader, module in reading(model, of_place).items()}
+    readers = {reader: module for of_place in units.values() for reader, module in consumer_modules(model, of_place).items()}
     ahead = {block: set(block.modules()) for block in blocks_of(model)}
     passed, leaving = set[str](), False
 
@@ -59,7 +59,7 @@ def watch_in_turn(
         if leaving:
             return
         if reader in passed:
-            raise CalledAgain(f"model: {reader} is called again later")
+            raise RepeatedCall(f"model: {reader} is called again later")
         note(run, name, reader, inputs, tokens)
 
     def go_on(block: nn.Module) -> None:
@@ -130,8 +130,8 @@ class OBS(Importance):
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
-        check_read(units, type(self).__name__)
-        size = sum(4 * len(of_place.index) ** 2 * len(reading(model, of_place)) for of_place in units.values())
+        check_consumers(units, type(self).__name__)
+        size = sum(4 * len(of_place.index) ** 2 * len(consumer_modules(model, of_place)) for of_place in units.values())
         device = next(chain(model.parameters(), model.buffers())).device
         too_many = self.passes == 1 and store_of(model).holds_all and size > memory_to_hold(device)
         if too_many or goes_by_blocks(model, [run.visit for run in runs]):
@@ -142,9 +142,9 @@ class OBS(Importance):
                 self._add(sums, model, units, per, done)
 
             try:
-                watch_in_turn(model, units, runs, partial(_note, moments), leave)
+                watch_blockwise(model, units, runs, partial(_note, moments), leave)
                 return sums
-            except CalledAgain as error:  # moments are complete only when all runs are over
+            except RepeatedCall as error:  # moments are complete only when all runs are over
                 store_of(model).check_can_hold_all(str(error))
         sums, names = Sums.zero(units, per), list(units)
         for first in range(min(self.passes, len(names))):
@@ -156,17 +156,17 @@ class OBS(Importance):
     def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, moments: Moments) -> None:
         """Adds the errors that follow from moments."""
         for (name, reader), seen in moments.items():
-            table, exists = table_of(units[name], per)
+            table, exists = unit_positions(units[name], per)
             store_of(model).load(model.get_submodule(reader))
             gram = gram_of(model.get_submodule(reader), table, exists, seen.in_features)
-            sums.add(name, errors_without(seen.products, gram, table, exists, self.damping), int(seen.tokens))
+            sums.add(name, removal_errors(seen.products, gram, table, exists, self.damping), int(seen.tokens))
 
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a place; see `Importance.of_mean`."""
         return mean.clamp(min=0).sqrt()
 
 
-def errors_without(products: Tensor, gram: Tensor, table: Tensor, exists: Tensor, damping: float) -> Tensor:
+def removal_errors(products: Tensor, gram: Tensor, table: Tensor, exists: Tensor, damping: float) -> Tensor:
     """Returns tr(W_u^T W_u ([H^-1]_uu)^-1) of each unit u, H = X X^T + damping * mean(diag) I: float64, `[units]`.
 
     Args:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from billhook.units.units import PLURAL, Per, Units
 
 
-def scalar(loss: Tensor) -> Tensor:
+def scalar_loss(loss: Tensor) -> Tensor:
     """Returns a loss that can be differentiated; refuses more than one number, and one without a gradient."""
     if loss.numel() != 1:
         raise ValueError(f"loss: one number is needed, not a tensor of shape {list(loss.shape)}")
@@ -18,12 +18,12 @@ def scalar(loss: Tensor) -> Tensor:
     return loss.reshape(())
 
 
-def independent(name: str) -> str:
+def no_gradient_message(name: str) -> str:
     """Returns the message for a loss that does not depend on a place."""
     return f"loss: it does not depend on the units of {name}; score the other places, or use a loss that it has a part in"
 
 
-def check_read(units: Mapping[str, Units], who: str) -> None:
+def check_consumers(units: Mapping[str, Units], who: str) -> None:
     """Refuses units that no module of its own reads, as experts and blocks."""
     for name, of_place in units.items():
         if not of_place.readers:
@@ -34,7 +34,7 @@ def check_read(units: Mapping[str, Units], who: str) -> None:
             )
 
 
-def reading(model: nn.Module, units: Units) -> dict[str, nn.Module]:
+def consumer_modules(model: nn.Module, units: Units) -> dict[str, nn.Module]:
     """Returns the modules that read units, each once, though it may stand in several places of the model."""
     named = {id(model.get_submodule(reader)): reader for reader in reversed(units.readers)}
     return {reader: model.get_submodule(reader) for reader in units.readers if reader in named.values()}
@@ -50,13 +50,13 @@ def by_unit(values: Tensor, units: Units, per: Per) -> Tensor:
     return values.new_zeros(*values.shape[:-1], count + 1).index_add_(-1, index, values)[..., :count]
 
 
-def counting(values: Tensor, tokens: Tensor | None) -> Tensor:
+def mask_padding(values: Tensor, tokens: Tensor | None) -> Tensor:
     """Sets the values of tokens that do not count to zero, if there is one value for each token."""
     if tokens is None or tokens.shape != values.shape[:-1]:
         return values
     return values.masked_fill(~tokens.to(values.device)[..., None], 0)
 
 
-def counted(values: Tensor, tokens: Tensor | None) -> int:
+def count_tokens(values: Tensor, tokens: Tensor | None) -> int:
     """Counts the tokens that count."""
     return values.shape[:-1].numel() if tokens is None or tokens.shape != values.shape[:-1] else int(tokens.sum())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from billhook.arguments import check_types
-from billhook.calibration.calibration import Batches, batches_of
+from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Loss, Run, run_with_loss, telling
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.state import overridden, resting
@@ -81,13 +81,13 @@ class Importance(ABC):
         return mean
 
 
-def check_trains(model: nn.Module, importance: Importance) -> None:
+def check_has_gradients(model: nn.Module, importance: Importance) -> None:
     """Refuses an importance that needs gradients, of a model that has none, as it is streamed."""
     if not store_of(model).trains:
-        check_streams(importance)
+        check_supports_streaming(importance)
 
 
-def check_streams(importance: Importance) -> None:
+def check_supports_streaming(importance: Importance) -> None:
     """Refuses an importance that needs gradients, of a model that is streamed."""
     if importance.needs_gradients:
         raise ValueError(
@@ -153,12 +153,12 @@ def score_units(
     """Scores units as `score`; `progress` is called with how many batches have been scored, and how many there are."""
     numbered(units, {}, per)
     check_values(model, coming=True)
-    check_trains(model, importance)
+    check_has_gradients(model, importance)
     check_held(model, units)
-    read = batches_of(batches, model) if importance.needs_data else ()
+    read = read_batches(batches, model) if importance.needs_data else ()
     blocks = store_of(model).apart(comm) if importance.blockwise else store_of(model).all_here()
     with resting(model), blocks, recomputing(model) if importance.needs_gradients else nullcontext():
-        runs = [run_of(model, units, batch, loss) for batch in read]
+        runs = [make_run(model, units, batch, loss) for batch in read]
         sums = importance.sums(model, units, per, telling(runs, progress) if progress else runs)
     if importance.needs_data:
         comm.sum_(*sums.totals.values(), *sums.counts.values())
@@ -175,7 +175,7 @@ def score_units(
     return comm.decide(lambda: scores)  # all ranks choose by the same, whatever their sums are rounded to
 
 
-def run_of(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
+def make_run(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """Returns a batch as `Importance` takes it, on the model's device."""
     if isinstance(batch, Run):
         return batch

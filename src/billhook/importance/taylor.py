@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from billhook.arguments import check_int, check_one_of, check_types
 from billhook.engine.batches import Run
-from billhook.importance.probes import independent, scalar
+from billhook.importance.probes import no_gradient_message, scalar_loss
 from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
 from billhook.units.units import Part, Per, Units, parts_of
@@ -87,7 +87,7 @@ class Taylor(Importance):
                     _Pass(self.order, share, parts, scores).run(run, f"batch {number}")
                 for name, keys_of in keys.items():
                     if not any(key in scores for key in keys_of):
-                        raise ValueError(independent(name))
+                        raise ValueError(no_gradient_message(name))
                     zero = torch.zeros_like(sums.totals[name])
                     sums.add(name, self._reduced(torch.stack([scores.get(key, zero) for key in keys_of])), 1)
         return sums
@@ -125,9 +125,9 @@ class _Pass:
             examples = run.examples()
             for number, example in enumerate(examples):
                 note = partial(self._squares, 1 / len(examples), f"example {number} of {where}")
-                stream(example, self._parameters, note)
+                stream_gradients(example, self._parameters, note)
         if self._order != "second":
-            stream(run.forward, self._parameters, partial(self._products, where))
+            stream_gradients(run.forward, self._parameters, partial(self._products, where))
         for parts in self._parts.values():
             for part in parts:
                 if (key := _key(part)) in self._positions:
@@ -195,7 +195,9 @@ def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.P
             parameter.requires_grad_(before[name])
 
 
-def stream(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], use: Callable[[str, Tensor], None]) -> None:
+def stream_gradients(
+    loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], use: Callable[[str, Tensor], None]
+) -> None:
     """Calls `use` with the name and gradient of each parameter that a loss depends on, summed over all of its uses.
 
     There is never more than the largest gradient in memory, and nothing is added to `grad`, so that neither optimizers nor
@@ -209,4 +211,4 @@ def stream(loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], u
     with ExitStack() as hooks, torch.enable_grad():
         for name, parameter in parameters.items():
             hooks.callback(parameter.register_hook(partial(note, name)).remove)  # type: ignore[no-untyped-call]
-        torch.autograd.grad(scalar(loss()), list(parameters.values()), allow_unused=True)
+        torch.autograd.grad(scalar_loss(loss()), list(parameters.values()), allow_unused=True)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_int, check_types
-from billhook.calibration.calibration import Batches, batches_of
+from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Loss, Run
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors
@@ -29,8 +29,8 @@ from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.find import check_changeable, check_values, find_transformer
 from billhook.model.plan import Weights, apply
 from billhook.model.surgery import changed, check_replaceable
-from billhook.repairs.moments import not_refitted
 from billhook.repairs.repair import RepairConfig
+from billhook.repairs.residuals import not_refitted_message
 
 BatchAndLoss = tuple[Any, Loss | None]
 """A batch and, from the model and it, the loss; None for the model's own."""
@@ -90,7 +90,7 @@ def ready_weights(
     if repair is None:
         return new, how
     new = attentions.repaired(new, trials, repair)
-    return new, "; ".join(filter(None, [f"{how}, repaired", not_refitted(attentions.not_refitted)]))
+    return new, "; ".join(filter(None, [f"{how}, repaired", not_refitted_message(attentions.not_refitted)]))
 
 
 def batches_needed(method: KVMethod, repair: RepairConfig | None) -> tuple[int, str]:
@@ -210,7 +210,7 @@ def ready(
     check_values(model, coming=True)
     model = find_transformer(model)
     least, _ = batches_needed(plan.method, repair)
-    calibration = batches_of(batches, model) if least or batches is not None else ()
+    calibration = read_batches(batches, model) if least or batches is not None else ()
     attentions = attentions or Attentions(model, dict.fromkeys(plan.layers, plan.after))
     weights, how = ready_weights(attentions, plan.method, [(batch, None) for batch in calibration], repair)
     restart = changed(model, weights) if store_of(model).trains else ()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from billhook.calibration.calibration import tell_own
+from billhook.calibration.calibration import log_only_self_generated
 from billhook.engine.batches import Run
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.passes import Together
@@ -80,7 +80,7 @@ def gather(
     8.7 GB for G = 1, which a choice of groups needs; within an attention, with 2048 tokens in a batch, 0.13 GB and 1.1 GB more.
     What is held for several numbers adds up.
     """
-    tell_own([trial.source for trial in trials])
+    log_only_self_generated([trial.source for trial in trials])
     listening = MomentPass(model, projections, groups, trials, comm)
     with store_of(model).apart(comm):
         listening.run(Together(model))

@@ -10,7 +10,7 @@ from torch import nn
 from billhook.arguments import check_types
 from billhook.model.linears import prunable, weight_of
 from billhook.plots.style import Plot, heat_map
-from billhook.sparsity.pruned import WeightPlan
+from billhook.sparsity.weight_plan import WeightPlan
 from billhook.tracing.show import name_pattern
 
 NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")

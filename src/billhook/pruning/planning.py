@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_types
-from billhook.calibration.calibration import Batches, batches_of
+from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Loss
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.score import Importance, check_trains, score_units
+from billhook.importance.score import Importance, check_has_gradients, score_units
 from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.plan import carry_out
@@ -118,7 +118,7 @@ def plan_amount(
     """
     subject = find_transformer(model)
     if importance is not None and scores is None:
-        check_trains(subject, importance)
+        check_has_gradients(subject, importance)
     if amount.blocks is None:
         if greedy:
             raise ValueError("greedy=True: only blocks are removed one at a time")
@@ -132,7 +132,7 @@ def plan_amount(
         blocks = choose_units(stacks, scores, amount, amount.ratios)
         return tried_blocks(subject, find_block_plan(subject, blocks, scores))
     blocks = {name: [] for name in numbers}
-    runs = list(batches_of(batches, subject))  # an iterator would be empty in the second round
+    runs = list(read_batches(batches, subject))  # an iterator would be empty in the second round
     while left := [name for name, number in numbers.items() if len(blocks[name]) < number]:
         with mask(subject, blocks, "block"):
             without = score_units(subject, stacks, importance, runs, loss, comm=comm)

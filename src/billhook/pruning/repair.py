@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from billhook.arguments import check_types
-from billhook.calibration.calibration import Batches, batches_of
+from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Run, run_with_loss
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.lazy import LazyTensors
@@ -18,8 +18,8 @@ from billhook.model.linears import is_adapter, is_linear, size_of
 from billhook.model.plan import ModelPlan, Weights
 from billhook.progress import OnProgress
 from billhook.pruning.plan import UnitPlan
-from billhook.repairs.moments import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import RepairConfig, repair_linears
+from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
 
 RepairOption = RepairConfig | Literal["auto"] | None
 """How linears are refitted: as told, as far as they can be, or not at all."""
@@ -47,8 +47,8 @@ def repair_if_requested(
     except NoRepair as error:
         if config is not None:
             raise
-        return None, f"not repaired: {without_name(error)}"
-    return new, not_refitted(left)
+        return None, f"not repaired: {strip_argument(error)}"
+    return new, not_refitted_message(left)
 
 
 def repair(
@@ -142,7 +142,7 @@ def repair_with(
     stored = {reader: _stored(subject, reader) for reader in stays}
     modules |= {reader: subject.get_submodule(reader) for reader in stays}
     runs = []
-    for batch in batches_of(batches, subject):
+    for batch in read_batches(batches, subject):
         run = batch if isinstance(batch, Run) else run_with_loss(subject, modules, batch)
         runs.append(replace(run, tokens={stored.get(reader, reader): mask for reader, mask in run.tokens.items()}))
     keep = {stored[reader]: rest for reader, rest in stays.items()}

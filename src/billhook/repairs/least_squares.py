@@ -14,7 +14,7 @@ from torch import Tensor
 
 from billhook.engine.comm import ALONE, Comm
 from billhook.linalg import conjugate_gradients, ridge_solver
-from billhook.repairs.moments import EVERY, OUTPUTS, Fold, OwedMoments, as_float
+from billhook.repairs.residuals import ALL_ROWS, MAX_OUTPUTS, Fold, ResidualStatistics, as_float
 
 Solve = Callable[[slice], Tensor]
 """With some of the outputs, what is added to their weights, `[outputs, in_features]`, float64."""
@@ -43,13 +43,13 @@ def choose_ridge(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], 
     for (row, column), is_own in zip(pieces, comm.own_of([1.0] * len(pieces)), strict=True):
         if is_own:
             parts, held_out = folds[column]
-            errors[row, column] = error_left(solve_ridge(parts, centred, ridges[row]), parts, held_out, centred)
+            errors[row, column] = residual_error(solve_ridge(parts, centred, ridges[row]), parts, held_out, centred)
     comm.sum_(errors)
     # one rank decides: sums may be rounded otherwise on another
-    return comm.decide(lambda: least(ridges, errors_without(folds, centred), errors))
+    return comm.decide(lambda: least(ridges, errors_without_refit(folds, centred), errors))
 
 
-def solve_ridge(parts: Sequence[OwedMoments], centred: bool, ridge: float) -> Tensor:
+def solve_ridge(parts: Sequence[ResidualStatistics], centred: bool, ridge: float) -> Tensor:
     """Solves for M, what is added to a weight that is fitted to parts of the data: E d x^T (H + ridge D)^-1, float64.
 
     It is the minimum of E |d - M x|^2 + ridge |M D^1/2|^2, H = E x x^T and D its diagonal; about the means, if a bias makes up
@@ -63,7 +63,7 @@ def refit_linear(
     weight: Tensor,
     bias: Tensor | None,
     folds: Sequence[Fold],
-    every: Sequence[OwedMoments],
+    every: Sequence[ResidualStatistics],
     ridges: Sequence[float],
     comm: Comm = ALONE,
     support: Tensor | None = None,
@@ -73,8 +73,8 @@ def refit_linear(
     W' = W + M, M = E d x^T (H + ridge D)^-1, from the moments of all inputs x that it has: H = E x x^T, D its diagonal. A bias
     makes up for the mean of what is missing, b' = b + E d - M E x, float64, and M for the rest. Where all data has no solution
     with that ridge, the next larger one takes its place. Beside the moments, memory holds half of a matrix of in_features^2, and
-    `OUTPUTS` rows of one like the weight for each part; on a support, a whole such matrix, and six of such rows. Ridges are
-    tried on mixtures of the outputs, where there are many (`OwedMoments.mixed`). Ranks have the same moments, and
+    `MAX_OUTPUTS` rows of one like the weight for each part; on a support, a whole such matrix, and six of such rows. Ridges are
+    tried on mixtures of the outputs, where there are many (`ResidualStatistics.mixed`). Ranks have the same moments, and
     divide what is tried and the outputs that are solved for.
 
     Where weights are to stay zero, off their `support`, bool, M is the best on it with that ridge, by conjugate gradients; what
@@ -86,10 +86,10 @@ def refit_linear(
         solve = _solving(every, centred, sorted({ridge, math.inf, *(larger for larger in ridges if larger > ridge)}), comm)
     else:
         errors = _bound_errors(folds, centred, ridge, support, comm)
-        helps = comm.decide(lambda: least([ridge], errors_without(folds, centred), errors[None]) == ridge)
+        helps = comm.decide(lambda: least([ridge], errors_without_refit(folds, centred), errors[None]) == ridge)
         solve = _bound(every, centred, ridge if helps else math.inf, support)
     new, shift = torch.zeros_like(weight), torch.zeros_like(every[0].owed_sums)
-    for rows in comm.rows_of(len(weight), OUTPUTS):  # each rank has rows of its own
+    for rows in comm.rows_of(len(weight), MAX_OUTPUTS):  # each rank has rows of its own
         more = solve(rows)
         shift[rows] = bias_shift(more, every, rows)
         new[rows] = more.add_(weight[rows])
@@ -104,25 +104,25 @@ def _mixed(folds: Sequence[Fold]) -> list[Fold]:
     return [([mixed[part] for part in others], mixed[held_out]) for others, held_out in folds]
 
 
-def _solving(parts: Sequence[OwedMoments], centred: bool, ridges: Sequence[float], comm: Comm) -> Solve:
+def _solving(parts: Sequence[ResidualStatistics], centred: bool, ridges: Sequence[float], comm: Comm) -> Solve:
     """Solves with the first ridge that has a solution on the first rank."""
     solves = (ridge_solver(_inner(parts, centred), ridge) for ridge in ridges)
     solve = next(solve for solve, exists in solves if comm.decide(lambda: bool(exists)))  # noqa: B023 - called at once
     return lambda rows: solve(_owed(parts, centred, rows))
 
 
-def errors_without(folds: Sequence[Fold], centred: bool) -> Tensor:
+def errors_without_refit(folds: Sequence[Fold], centred: bool) -> Tensor:
     """Computes what is erred on the held-out data of each fold, `[folds]`, where nothing is added to a weight."""
     return torch.stack([held_out.error(None, _means(parts)[1] if centred else None) for parts, held_out in folds])
 
 
-def _inner(parts: Sequence[OwedMoments], centred: bool) -> Tensor:
+def _inner(parts: Sequence[ResidualStatistics], centred: bool) -> Tensor:
     """Returns the means of x x^T over parts of the data."""
     x, _ = _means(parts)
     return _mean([part.products for part in parts], _tokens(parts), (x, x) if centred else None)
 
 
-def _owed(parts: Sequence[OwedMoments], centred: bool, rows: slice = EVERY) -> Tensor:
+def _owed(parts: Sequence[ResidualStatistics], centred: bool, rows: slice = ALL_ROWS) -> Tensor:
     """Returns the means of d x^T over parts of the data, for some features of d."""
     x, d = _means(parts)
     return _mean([part.owed_products[rows] for part in parts], _tokens(parts), (d[rows], x) if centred else None)
@@ -137,7 +137,7 @@ def _mean(sums: Sequence[Tensor], count: Tensor, centre: tuple[Tensor, Tensor] |
     return mean if centre is None else mean.addr_(*centre, alpha=-1)
 
 
-def _bound(parts: Sequence[OwedMoments], centred: bool, ridge: float, support: Tensor) -> Solve:
+def _bound(parts: Sequence[ResidualStatistics], centred: bool, ridge: float, support: Tensor) -> Solve:
     """Solves for what is added on a support, by conjugate gradients from zero."""
     if ridge == math.inf:
         return lambda rows: torch.zeros_like(parts[0].owed_products[rows])
@@ -160,27 +160,29 @@ def _bound_errors(folds: Sequence[Fold], centred: bool, ridge: float, support: T
     errors = folds[0][1].tokens.new_zeros(len(folds))
     for number, (parts, held_out) in enumerate(folds):
         solve = _bound(parts, centred, ridge, support)
-        for rows in comm.rows_of(len(support), OUTPUTS):
-            errors[number] += error_left(solve(rows), parts, held_out, centred, rows)
+        for rows in comm.rows_of(len(support), MAX_OUTPUTS):
+            errors[number] += residual_error(solve(rows), parts, held_out, centred, rows)
     return comm(errors)
 
 
-def error_left(more: Tensor, parts: Sequence[OwedMoments], held_out: OwedMoments, centred: bool, rows: slice = EVERY) -> Tensor:
+def residual_error(
+    more: Tensor, parts: Sequence[ResidualStatistics], held_out: ResidualStatistics, centred: bool, rows: slice = ALL_ROWS
+) -> Tensor:
     """Computes what is erred on what is held out with what is added to a weight, fitted to parts of the data."""
     return held_out.error(more, bias_shift(more, parts, rows) if centred else None, rows)
 
 
-def bias_shift(more: Tensor, parts: Sequence[OwedMoments], rows: slice = EVERY) -> Tensor:
+def bias_shift(more: Tensor, parts: Sequence[ResidualStatistics], rows: slice = ALL_ROWS) -> Tensor:
     """Computes what a bias adds, `[outputs]`."""
     x, d = _means(parts)
     return d[rows] - more @ x
 
 
-def _means(parts: Sequence[OwedMoments]) -> tuple[Tensor, Tensor]:
+def _means(parts: Sequence[ResidualStatistics]) -> tuple[Tensor, Tensor]:
     tokens = _tokens(parts)
     x, d = torch.stack([part.sums for part in parts]), torch.stack([part.owed_sums for part in parts])
     return x.sum(0) / tokens, d.sum(0) / tokens
 
 
-def _tokens(parts: Sequence[OwedMoments]) -> Tensor:
+def _tokens(parts: Sequence[ResidualStatistics]) -> Tensor:
     return torch.stack([part.tokens for part in parts]).sum()

@@ -2,7 +2,7 @@
 
 Linear after linear is refitted, as the model calls them, each on its inputs once all before it have lost inputs and been
 refitted. Its target is its part of the whole model's stream: where the outputs of linears are added up, as in a residual
-stream, it also makes up for what those before it still owe (`followed`).
+stream, it also makes up for what those before it still owe (`residual_order`).
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import check_fraction, check_types
-from billhook.calibration.calibration import tell_alone
+from billhook.calibration.calibration import log_single_source
 from billhook.engine.batches import Run, tell_apart
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
@@ -28,8 +28,8 @@ from billhook.engine.store import store_of
 from billhook.engine.walk import Site, Walk, find_sites
 from billhook.model.linears import size_of
 from billhook.progress import OnProgress
-from billhook.repairs.moments import NoRepair, check_tokens, not_refitted, too_few
-from billhook.repairs.visitor import Linears, RepairVisitor, agreed, followed, seen
+from billhook.repairs.residuals import NoRepair, check_tokens, not_refitted_message, too_few_tokens
+from billhook.repairs.visitor import LinearCalls, RepairVisitor, combine_calls, record_calls, residual_order
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,11 @@ def repair_linears(
     forwards, sources = [trial.visit for trial in trials], [trial.source for trial in trials]
     store, with_others = store_of(model), set(given.modules if given is not None else ())
     parts, held_out = repair.parts(sources, comm)
-    tell_alone(model, sources)
+    log_single_source(model, sources)
     with undisturbed(model):
         shown, orderly = _shown(model, every, forwards, comm)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
-        before = followed(shown, linears.keys() | with_others) if repair.compensate and not often else {}
+        before = residual_order(shown, linears.keys() | with_others) if repair.compensate and not often else {}
         if given is not None:  # each owes at least what it gave in the whole model
             _check_given(given, every, shown.calls, often)
             before = dict.fromkeys(linears) | before
@@ -163,10 +163,10 @@ def repair_linears(
                     check_tokens(linears, {name: int(keep.sum()) for name, keep in kept.items()}, trials, comm)
                 new = _refit(model, visitor, looked, often, comm, forwards, by_block=False)
     if all(visitor.left.values()):
-        raise NoRepair(too_few(next(iter(visitor.left))))
+        raise NoRepair(too_few_tokens(next(iter(visitor.left))))
     names = [name for name, is_left in visitor.left.items() if is_left]
     if names:
-        warnings.warn(not_refitted(names), stacklevel=2)
+        warnings.warn(not_refitted_message(names), stacklevel=2)
     if left is not None:
         left += names
     return new
@@ -177,13 +177,13 @@ def _shown(
     every: Mapping[str, nn.Module],
     forwards: Sequence[Callable[[], object]],
     comm: Comm,
-) -> tuple[Linears, bool]:
+) -> tuple[LinearCalls, bool]:
     """Runs a model once; returns how its linears are called, and whether its blocks are one after the other, on all ranks."""
     store = store_of(model)
     with store.apart(comm), passing(store, model) as passed:
-        shown = [seen(every, forward) for forward in forwards[:1]]
+        shown = [record_calls(every, forward) for forward in forwards[:1]]
     ranks = comm.gather((shown, passed.orderly))
-    return agreed([linears for shown, _ in ranks for linears in shown]), all(orderly for _, orderly in ranks)
+    return combine_calls([linears for shown, _ in ranks for linears in shown]), all(orderly for _, orderly in ranks)
 
 
 def _refit(

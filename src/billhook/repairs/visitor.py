@@ -23,23 +23,23 @@ from billhook.linalg import float64_device, widest_float
 from billhook.model.linears import as_it_lies, is_pruned, matrix_of, turned
 from billhook.progress import OnProgress
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.moments import OwedMoments, TokenBuffer, as_float, counting, folds_of
+from billhook.repairs.residuals import ResidualStatistics, TokenBuffer, as_float, make_folds, non_padding
 
 ADD: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
 SAME: frozenset[Any] = frozenset({dropout, torch.dropout, Tensor.to, Tensor.contiguous})
 
 
 @dataclass(frozen=True)
-class Linears:
+class LinearCalls:
     """How often each linear is called in one run; where its output is added to something, the one added there last, if known."""
 
     calls: dict[str, int]
     before: dict[str, str | None]
 
 
-def seen(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Linears:
+def record_calls(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> LinearCalls:
     """Runs a model once, without gradients, and records its linears."""
-    shown = Linears(dict.fromkeys(linears, 0), {})
+    shown = LinearCalls(dict.fromkeys(linears, 0), {})
 
     def mark(name: str, _: nn.Module, __: object, output: object) -> object:
         shown.calls[name] += 1
@@ -54,15 +54,15 @@ def seen(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> Linears
     return shown
 
 
-def agreed(shown: Sequence[Linears]) -> Linears:
+def combine_calls(shown: Sequence[LinearCalls]) -> LinearCalls:
     """Combines the facts of runs, one at least; where they differ about what was added before, that is not known."""
     before = shown[0].before
     for run in shown[1:]:
         before = {name: last for name, last in before.items() if name in run.before and run.before[name] == last}
-    return Linears({name: max(run.calls[name] for run in shown) for name in shown[0].calls}, before)
+    return LinearCalls({name: max(run.calls[name] for run in shown) for name in shown[0].calls}, before)
 
 
-def followed(shown: Linears, wanted: set[str]) -> dict[str, str | None]:
+def residual_order(shown: LinearCalls, wanted: set[str]) -> dict[str, str | None]:
     """Orders linears that add to one sum in turn, with those between them: each is followed by the one that added there before.
 
     The output of a linear may first of all be added to something else, after no more than a dropout that is off or a cast; and
@@ -139,7 +139,7 @@ class _Linear:
             self.keep = keep.to(weight.device)
             # numbers, as an index by bools waits for the device
             self.stays, self.goes = (where.nonzero().flatten().to(weight.device) for where in (keep, ~keep))
-        self.moments: list[OwedMoments] = []
+        self.moments: list[ResidualStatistics] = []
         self.buffers: list[TokenBuffer] = []
         self.norms = InputNorms(weight.shape[1], weight.device)
 
@@ -147,7 +147,7 @@ class _Linear:
         """Has empty moments of each part of the data, if there are none."""
         if not self.moments:
             weight, _ = self.start
-            self.moments = [OwedMoments(len(weight), len(self.stays), weight.device, files) for _ in range(parts)]
+            self.moments = [ResidualStatistics(len(weight), len(self.stays), weight.device, files) for _ in range(parts)]
             self.buffers = [TokenBuffer(moments) for moments in self.moments]
 
     @property
@@ -309,7 +309,7 @@ class RepairVisitor(Visitor):
 
     def _add(self, name: str, inputs: Tensor, residual: Tensor | None, run: int, weights: Tensor | None) -> None:
         """Adds the inputs of a linear in one call, and what it falls short of: by default of what removed inputs gave."""
-        linear, counts = self._linears[name], counting(self._runs[run], name, inputs)
+        linear, counts = self._linears[name], non_padding(self._runs[run], name, inputs)
         linear.begin(max(*self._held_out, 1) + 1, self.files)
         linear.norms.add(inputs, counts)
         if residual is None and len(linear.goes):
@@ -331,7 +331,7 @@ class RepairVisitor(Visitor):
         """
         sums = torch.zeros(2, dtype=torch.float64, device=float64_device(self._linears[name].start[0].device))
         for run, of_run in squares.items():
-            keep = counting(self._runs[run], name, of_run[..., None])
+            keep = non_padding(self._runs[run], name, of_run[..., None])
             lacks = of_run > 0 if keep is None else (of_run > 0) & keep
             sums += torch.stack([torch.where(lacks, of_run, 1).log().sum(), lacks.sum()]).to(sums.device)
         self._comm.sum_(sums)
@@ -349,7 +349,7 @@ class RepairVisitor(Visitor):
         if bad.any():
             first = int(bad.nonzero()[0])
             raise ValueError(f"{name}: NaN or infinite inputs in {int(bad.sum())} features, the first in feature {first}")
-        folds = folds_of(parts, self._held_out)
+        folds = make_folds(parts, self._held_out)
         if folds and sum(part.tokens for part in parts) >= len(linear.stays):
             weight, bias = linear.start
             remaining = weight[:, linear.stays].to(parts[0].tokens.device)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from billhook.arguments import check_int, check_one_of, check_types
 from billhook.assets import model_path
-from billhook.calibration.generated import check_writes, generated
+from billhook.calibration.generated import check_can_generate, generated
 from billhook.engine.state import overridden, undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.meta import check_checkpoint, model_class, read_config
@@ -155,7 +155,7 @@ def _reference(folder: str) -> PreTrainedModel:
     kind = model_class(read_config(folder), folder)
     with readable(folder):
         model = load_as(kind, folder, torch.float32)
-    check_writes(model)
+    check_can_generate(model)
     if model.config._attn_implementation != "eager":
         model.set_attn_implementation("eager")  # as the class has it written down: faster ones leave out soft caps
     return model

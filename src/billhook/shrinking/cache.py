@@ -28,14 +28,14 @@ from billhook.engine.parts import fingerprint, identity_of, put
 from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
 from billhook.importance.activations import watch
-from billhook.importance.obs import CalledAgain, watch_in_turn
-from billhook.importance.score import run_of
+from billhook.importance.obs import RepeatedCall, watch_blockwise
+from billhook.importance.score import make_run
 from billhook.linalg import float64_device
 from billhook.model.linears import as_it_lies, matrix_of
 from billhook.pruning.target import RatioSearch
-from billhook.repairs.least_squares import bias_shift, choose_ridge, error_left, errors_without, solve_ridge
-from billhook.repairs.moments import Fold, OwedMoments, check_tokens, folds_of
+from billhook.repairs.least_squares import bias_shift, choose_ridge, errors_without_refit, residual_error, solve_ridge
 from billhook.repairs.repair import RepairConfig
+from billhook.repairs.residuals import Fold, ResidualStatistics, check_tokens, make_folds
 from billhook.shrinking.layers import Layer, any_removed, removed_units
 from billhook.units.units import Units
 
@@ -204,11 +204,11 @@ def fill_cache(
     missing = {layer: [n for n in layer.configs if n < layer.count and (layer.name, n) not in cache.errors] for layer in layers}
     waiting = [layer for layer in layers if missing[layer]]
     watched = {name: units[name] for layer in waiting for name in layer.names}
-    moments: dict[str, list[OwedMoments]] = {}  # by linear, of each part of the batches
+    moments: dict[str, list[ResidualStatistics]] = {}  # by linear, of each part of the batches
 
     def note(run: int, _: str, linear: str, inputs: Tensor, tokens: Tensor | None) -> None:
         if linear not in moments:
-            moments[linear] = [OwedMoments(1, inputs.shape[-1], inputs.device) for _ in range(max(parts) + 1)]
+            moments[linear] = [ResidualStatistics(1, inputs.shape[-1], inputs.device) for _ in range(max(parts) + 1)]
         fits = tokens is not None and tokens.shape == inputs.shape[:-1]
         moments[linear][parts[run]].add(inputs, keep=tokens if fits else None)
 
@@ -225,8 +225,8 @@ def fill_cache(
 
     with undisturbed(model):
         try:
-            watch_in_turn(model, watched, runs, note, make)
-        except CalledAgain:
+            watch_blockwise(model, watched, runs, note, make)
+        except RepeatedCall:
             moments.clear()
             waiting[:] = [layer for layer in layers if missing[layer]]
             watch(model, watched, runs, note)
@@ -268,7 +268,7 @@ def check_enough(search: RatioSearch, layers: Sequence[Layer], batches: Sequence
     units = {name: search.units[name] for layer in layers for name in layer.names}
     with undisturbed(model):
         linears = {name: model.get_submodule(name) for name in needed}
-        check_tokens(linears, needed, [run_of(model, units, batch) for batch in batches])
+        check_tokens(linears, needed, [make_run(model, units, batch) for batch in batches])
 
 
 def tokens_needed(search: RatioSearch, layers: Sequence[Layer]) -> dict[str, int]:
@@ -299,14 +299,14 @@ class Reader:
         held_out: The parts that are held out in turn.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[OwedMoments], held_out: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[ResidualStatistics], held_out: Sequence[int]) -> None:
         _check(name, parts)
         self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
         self._parts, self._held_out = parts, held_out
         weight, bias = self._matrix()
         self._centred = bias is not None
         _, folds = self._without(torch.zeros(weight.shape[1], dtype=torch.bool))
-        self.total = float(errors_without(folds, self._centred).sum())
+        self.total = float(errors_without_refit(folds, self._centred).sum())
 
     def choose(self, keep: Tensor, ridges: Sequence[float]) -> None:
         """Chooses the ridge that does best on what is held out; with none to choose from, it is not refitted."""
@@ -319,7 +319,7 @@ class Reader:
         Where a bias makes up for means, the error is about those.
         """
         parts, folds = self._without(keep)
-        error = float(sum(error_left(self._change(fit), fit, held_out, self._centred) for fit, held_out in folds))
+        error = float(sum(residual_error(self._change(fit), fit, held_out, self._centred) for fit, held_out in folds))
         weight, bias = self._matrix()
         change = self._change(parts)
         if bias is not None and self._ridge < math.inf:
@@ -329,13 +329,13 @@ class Reader:
         new[:, keep] = change + weight[:, keep]
         return error, as_it_lies(self.linear, new, bias)
 
-    def _without(self, keep: Tensor) -> tuple[list[OwedMoments], list[Fold]]:
+    def _without(self, keep: Tensor) -> tuple[list[ResidualStatistics], list[Fold]]:
         """Returns moments of the inputs that are kept, by part of the batches, and which of these are held out in turn."""
         weight, _ = self._matrix()
         parts = [part.without(weight, keep.to(weight.device)) for part in self._parts]
-        return parts, folds_of(parts, self._held_out)
+        return parts, make_folds(parts, self._held_out)
 
-    def _change(self, parts: Sequence[OwedMoments]) -> Tensor:
+    def _change(self, parts: Sequence[ResidualStatistics]) -> Tensor:
         """Returns what is added to the weight; nothing, where the ridge is too small for a solution."""
         change = solve_ridge(parts, self._centred, self._ridge)
         return torch.where(change.isnan().any(), 0, change)
@@ -348,7 +348,7 @@ class Reader:
         return weight.to(device), None if bias is None else bias.to(device)
 
 
-def _check(name: str, parts: Sequence[OwedMoments]) -> None:
+def _check(name: str, parts: Sequence[ResidualStatistics]) -> None:
     """Refuses inputs that are not finite, and linears that have read nothing."""
     if not sum(float(part.tokens) for part in parts):
         raise ValueError(f"batches: {name} has read no token that counts")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from billhook.importance.score import run_of
+from billhook.importance.score import make_run
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.candidates import CURVE
 from billhook.shrinking.divergence import Perplexity
@@ -158,7 +158,7 @@ def smallest(measured: Measured, most: float, held_out: Sequence[Any], within: W
     """
     candidates = measured.candidates
     model, sizes = candidates.model, sorted({*np.linspace(candidates.least, candidates.now, SIZES + 1)[:-1].astype(int).tolist()})
-    perplexity = Perplexity(model, [run_of(model, {}, batch) for batch in held_out], measured.divergence.agreed)
+    perplexity = Perplexity(model, [make_run(model, {}, batch) for batch in held_out], measured.divergence.agreed)
 
     def good(number: int) -> Chosen | None:
         chosen = within(sizes[number])

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from billhook.engine.batches import runs_of
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.score import Importance, run_of, score
+from billhook.importance.score import Importance, make_run, score
 from billhook.pruning.choice import rank_units
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.cache import CandidateCache, fill_cache, key_of
@@ -107,7 +107,7 @@ def measure(
     if progress.reused is not None:
         progress.reused(len(cache.errors))
     progress.enter("refitting candidates of layers")
-    runs = [run_of(model, units, batch) for batch in fitted]
+    runs = [make_run(model, units, batch) for batch in fitted]
     fill_cache(cache, layers, units, scores, runs, repair, progress.advance)
     progress.enter("measuring what they lose")
     losses = dict[str, list[float]]()

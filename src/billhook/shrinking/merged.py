@@ -20,8 +20,8 @@ from billhook.kv_heads.moments import StopForward
 from billhook.linalg import float64_device
 from billhook.model.linears import as_it_lies, matrix_of, size_of, turned
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.moments import OwedMoments, as_float, counting, folds_of
 from billhook.repairs.repair import RepairConfig
+from billhook.repairs.residuals import ResidualStatistics, as_float, make_folds, non_padding
 from billhook.shrinking.cache import resting
 
 
@@ -64,7 +64,7 @@ class _ReaderRefit:
         self._linear = projections.o.linear
         self._reader = model.get_submodule(self._linear)
         (rows, columns), device = size_of(self._reader), self._reader.get_parameter("weight").device
-        self._moments = {number: [OwedMoments(rows, columns, device) for _ in range(parts)] for number in candidates}
+        self._moments = {number: [ResidualStatistics(rows, columns, device) for _ in range(parts)] for number in candidates}
         self._inputs: Tensor | None = None
         self._stops = False
 
@@ -85,7 +85,7 @@ class _ReaderRefit:
             device = float64_device(weight.device)  # the CPU where the device has no float64
             weight, bias = weight.to(device), None if bias is None else bias.to(device)
             new = dict[str, Tensor]()
-            if folds := folds_of(parts, held_out):
+            if folds := make_folds(parts, held_out):
                 tensors = as_it_lies(self._reader, *refit_linear(weight, bias, folds, parts, ridges))
                 new = by_parameter({self._linear: tensors})
             refitted[number] = resting(self._model, new) if new else LazyTensors({})
@@ -125,7 +125,10 @@ class _ReaderRefit:
     def _add(self, inputs: Mapping[int, Tensor], dense: Tensor) -> None:
         """Adds what the reader owes in each candidate: what it gives in the dense model, less what it gives then."""
         with precisely():
-            keep, expected = counting(self.run, self._linear, dense), as_float(dense) @ as_float(matrix_of(self._reader)[0]).t()
+            keep, expected = (
+                non_padding(self.run, self._linear, dense),
+                as_float(dense) @ as_float(matrix_of(self._reader)[0]).t(),
+            )
             for number, read in inputs.items():
                 owed = expected - as_float(read) @ as_float(self._parameters(number)[0]).t()
                 self._moments[number][self.part].add(read, owed, keep)

@@ -26,8 +26,8 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import try_removal
 from billhook.pruning.repair import repair_with
 from billhook.pruning.target import RatioSearch, row_lengths
-from billhook.repairs.moments import NoRepair, not_refitted, without_name
 from billhook.repairs.repair import RepairConfig
+from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
 from billhook.shrinking.blocks import Block
 from billhook.shrinking.candidates import Candidates
 from billhook.shrinking.layers import alike_layers, removed_units
@@ -183,10 +183,10 @@ def refitted_if_enough(
     try:
         weights = repair_with(model, units, fitted, repair, new_params=new, also=refit, not_repaired=left)
     except NoRepair as error:
-        words = f"not repaired: {without_name(error)}"
+        words = f"not repaired: {strip_argument(error)}"
         warnings.warn(words, stacklevel=2)
         return LazyTensors({}), words
-    return weights, not_refitted(left)
+    return weights, not_refitted_message(left)
 
 
 @contextmanager

@@ -10,14 +10,14 @@ from typing import Any, Literal
 from torch import nn
 
 from billhook.arguments import check_int, check_path, check_types
-from billhook.calibration.calibration import Batches, batches_of
+from billhook.calibration.calibration import Batches, read_batches
 from billhook.importance.obs import OBS
 from billhook.model.figures import figure_of
 from billhook.model.find import check_stored, check_values, find_transformer
 from billhook.model.surgery import undone_by_errors, values_kept
 from billhook.pruning.repair import RepairOption
-from billhook.repairs.moments import NoRepair, without_name
 from billhook.repairs.repair import RepairConfig
+from billhook.repairs.residuals import NoRepair, strip_argument
 from billhook.shrinking.cache import check_enough
 from billhook.shrinking.candidates import Candidates, Progress
 from billhook.shrinking.choice import Chosen, choose_within, smallest
@@ -100,7 +100,7 @@ def shrink(
     check_stored(subject)
     clock = None if budget.latency is None else (budget.latency, clock_of(subject, workload))
     candidates = Candidates.find(subject, search.amount(budget), layers == "uniform")
-    fitted, held_out = divided(list(batches_of(batches, subject)))
+    fitted, held_out = divided(list(read_batches(batches, subject)))
     repair, not_repaired = repair_for(candidates, fitted, search.repair)
     if not_repaired:
         warnings.warn(f"shrink: {not_repaired}", stacklevel=2)
@@ -121,7 +121,7 @@ def repair_for(candidates: Candidates, fitted: Sequence[Any], repair: RepairOpti
     except NoRepair as error:
         if repair != "auto":
             raise
-        return None, f"not repaired: {without_name(error)}"
+        return None, f"not repaired: {strip_argument(error)}"
     return RepairConfig() if repair == "auto" else repair, ""
 
 

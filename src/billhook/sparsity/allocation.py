@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from billhook.arguments import check_fraction, check_number, check_types
 from billhook.model.linears import size_of
 from billhook.sparsity.criteria import Wanda
-from billhook.sparsity.grouped import scores_of
+from billhook.sparsity.grouped import score_weight
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.visitor import PruningVisitor, Walks
 
@@ -170,7 +170,7 @@ def _centre(values: Sequence[float], sizes: Sequence[int], mean: float) -> list[
     return moved
 
 
-def sparsities_of(walks: Walks, amount: float, allocation: Allocation) -> dict[str, float]:
+def allocate_sparsities(walks: Walks, amount: float, allocation: Allocation) -> dict[str, float]:
     """Finds the sparsity of each linear; blocks that no batch reaches take no part in measuring."""
     blocks, measured = [site.linears for site in walks.blocks], dict[int, float]()
     if allocation.measures:
@@ -195,6 +195,6 @@ class _MeasuringVisitor(PruningVisitor):
             for name, linear in site.linears.items():
                 if name in linears:
                     self.store.load(linear)
-                    scores.append(scores_of(self.criterion, self.scored(name), self.statistics_of(name)))
+                    scores.append(score_weight(self.criterion, self.scored(name), self.statistics_of(name)))
             if scores:
                 self.measured[block] = self.allocation.measure(scores)

@@ -14,7 +14,7 @@ from billhook.linalg import widest_float
 from billhook.model.handed import Indices
 from billhook.model.linears import is_convolution, weight_of
 from billhook.sparsity.criteria import Criterion, check_finite
-from billhook.sparsity.grouped import naming
+from billhook.sparsity.grouped import prefix_errors
 from billhook.sparsity.visitor import PruningVisitor, Walks
 from billhook.tracing.axes import Axis, layout, multiplied_with
 from billhook.tracing.coupling import Structure
@@ -29,7 +29,7 @@ ROWS = 2**14
 
 
 @dataclass(frozen=True, eq=False)
-class Free:
+class FreeAxis:
     """Units that may stand in any order.
 
     Attributes:
@@ -51,9 +51,9 @@ class Free:
         return positions
 
 
-def find_free(
+def find_free_axes(
     model: PreTrainedModel, structure: Structure, linears: Mapping[str, nn.Module], m: int
-) -> tuple[list[Free], dict[str, str]]:
+) -> tuple[list[FreeAxis], dict[str, str]]:
     """Finds the units that linears read in whole groups of m, and that may stand in any order.
 
     Units that each fill groups of their own, as heads do, are left out: their order changes no group.
@@ -66,7 +66,7 @@ def find_free(
     for name, linear in linears.items():
         if not is_convolution(linear) or linear.groups == 1:  # outputs of others read channels of their own
             inputs[names.get(id(linear.get_parameter("weight")), ""), 0 if isinstance(linear, Conv1D) else 1] = name
-    stored, free, why = model.state_dict(keep_vars=True).keys(), list[Free](), dict[str, str]()
+    stored, free, why = model.state_dict(keep_vars=True).keys(), list[FreeAxis](), dict[str, str]()
     for group in structure.groups:
         reading = {inputs[key]: member for member in group.members if (key := (member.name, member.dim)) in inputs}
         if not reading or _fill_groups_alone(group, reading.values(), m):
@@ -83,7 +83,7 @@ def find_free(
     return free, why
 
 
-def _free(group: Group, reading: Mapping[str, Member], inputs: Mapping[str, int]) -> Free:
+def _free(group: Group, reading: Mapping[str, Member], inputs: Mapping[str, int]) -> FreeAxis:
     """Finds the sets of units that may have an order of their own: all together, if not every member has the same sets."""
     near = set.intersection(*[multiplied_with(member.axis, group.leaf) for member in group.members])
     for beside in (tuple(sorted(near, key=lambda leaf: leaf.number)), ()):
@@ -91,7 +91,7 @@ def _free(group: Group, reading: Mapping[str, Member], inputs: Mapping[str, int]
         sets = np.unique(along(axis, beside)[layout(axis, group.leaf) >= 0], axis=0)
         if all(_positions(member.axis, group.leaf, beside, sets) is not None for member in group.members):
             break
-    free = Free(group, beside, sets, {})
+    free = FreeAxis(group, beside, sets, {})
     for name, member in reading.items():
         taps = np.arange(0, inputs[name], member.axis.size)  # a convolution reads all channels at each
         free.readers[name] = (free.positions(member.axis)[..., None] + taps).reshape(len(sets), group.size, -1)
@@ -181,10 +181,10 @@ def _shortest_path(row: int, costs: Costs, row_prices: Costs, column_prices: Cos
     return column, came_from
 
 
-def kept(columns: Tensor, n: int, m: int) -> float:
+def kept_sum(columns: Tensor, n: int, m: int) -> float:
     """Sums the n highest of every m consecutive scores of each row: `columns` is `[columns, rows]`, float32.
 
-    >>> kept(torch.tensor([[1.0], [4.0], [3.0], [2.0]]), 2, 4)
+    >>> kept_sum(torch.tensor([[1.0], [4.0], [3.0], [2.0]]), 2, 4)
     7.0
     """
     highest = _highest(columns.view(-1, m, columns.shape[1]).unbind(1), n)
@@ -207,7 +207,7 @@ def find_order(columns: Tensor, n: int, m: int, rounds: int) -> Tensor:
     hands = columns.sum(1).argsort(descending=True, stable=True).view(m, -1)
     dealt = torch.stack([hand.flip(0) if number % 2 else hand for number, hand in enumerate(hands)], 1).flatten()
     start = torch.arange(len(columns), device=columns.device)
-    order = max(start, dealt, key=lambda order: kept(columns[order], n, m))
+    order = max(start, dealt, key=lambda order: kept_sum(columns[order], n, m))
     groups, generator = order.view(-1, m).clone(), torch.Generator().manual_seed(0)
     for _ in range(rounds):
         slots = torch.randint(m, (len(groups), 1), generator=generator).to(columns.device)
@@ -243,7 +243,7 @@ def _highest(scores: Iterable[Tensor], n: int) -> list[Tensor]:
 
 
 @dataclass(frozen=True, eq=False)
-class Reordered:
+class ReorderedAxis:
     """Units of one axis that stand in another order.
 
     Attributes:
@@ -272,10 +272,10 @@ class OrderingVisitor(PruningVisitor):
         shared: See `PruningVisitor`.
     """
 
-    def __init__(self, criterion: Criterion, free: Sequence[Free], kept: tuple[int, int], walks: Walks, shared: bool) -> None:
+    def __init__(self, criterion: Criterion, free: Sequence[FreeAxis], kept: tuple[int, int], walks: Walks, shared: bool) -> None:
         super().__init__(criterion, {}, f"{kept[0]}:{kept[1]}", None, walks, shared)
         self.free, self.kept = free, kept
-        self.ordered: dict[int, Reordered] = {}
+        self.ordered: dict[int, ReorderedAxis] = {}
         self._columns: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(free))}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
@@ -285,7 +285,7 @@ class OrderingVisitor(PruningVisitor):
             if not reading:
                 continue
             scores = self.scores(name, self.statistics_of(name)).float()
-            with naming(name):
+            with prefix_errors(name):
                 check_finite(scores, "a score")
             for number in reading:
                 self._columns[number][name] = _columns(scores, self.free[number], name)
@@ -303,13 +303,13 @@ class OrderingVisitor(PruningVisitor):
         total = max(float(columns.sum(dtype=widest_float(columns.device))), 1e-30)
         before = after = 0.0
         for columns_of_set, order in zip(columns, orders, strict=True):
-            before += kept(columns_of_set, n, m)
-            after += kept(columns_of_set[order], n, m)
+            before += kept_sum(columns_of_set, n, m)
+            after += kept_sum(columns_of_set[order], n, m)
         shares = before / total, after / total
-        self.ordered[number] = Reordered(free.group.kind, free.group.where, (*free.readers,), orders.cpu().numpy(), shares)
+        self.ordered[number] = ReorderedAxis(free.group.kind, free.group.where, (*free.readers,), orders.cpu().numpy(), shares)
 
 
-def _columns(scores: Tensor, axis: Free, name: str) -> Tensor:
+def _columns(scores: Tensor, axis: FreeAxis, name: str) -> Tensor:
     """Returns the scores of a linear for each unit, of rows that are spread evenly: `[sets, units, rows]`."""
     positions = torch.from_numpy(axis.readers[name]).to(scores.device)
     share = max(1, ROWS // (len(axis.readers) * positions.shape[2]))

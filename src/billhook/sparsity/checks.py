@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.adapters.masked import require_plain_adapters
-from billhook.calibration.calibration import Batches, batches_of
+from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Run, runs_of
 from billhook.engine.comm import ALONE, Comm
 from billhook.engine.statistics import InputMoments
@@ -26,7 +26,7 @@ from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
 from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.options import PruneOptions
-from billhook.sparsity.visitor import refuse_again
+from billhook.sparsity.visitor import raise_called_again
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 
@@ -36,7 +36,7 @@ def needs_data(criterion: Criterion) -> bool:
     return criterion.statistics(1, "meta") is not None
 
 
-def solves(criterion: Criterion) -> bool:
+def solves_for_weights(criterion: Criterion) -> bool:
     """Tells whether a criterion solves for weights by products of inputs, which fewer tokens than inputs leave singular."""
     return isinstance(criterion.statistics(1, "meta"), InputMoments)
 
@@ -86,7 +86,7 @@ def _linears(model: nn.Module, options: PruneOptions) -> dict[str, nn.Module]:
     return chosen
 
 
-def adapters_to_count(model: nn.Module, criterion: Criterion, linears: Iterable[str]) -> dict[str, nn.Module]:
+def find_countable_adapters(model: nn.Module, criterion: Criterion, linears: Iterable[str]) -> dict[str, nn.Module]:
     """Finds the layers of LoRA on these linears, by linear, for a criterion that is to count them in."""
     if criterion.updates:
         raise ValueError(
@@ -99,7 +99,7 @@ def adapters_to_count(model: nn.Module, criterion: Criterion, linears: Iterable[
     return layers
 
 
-def runs_for(
+def make_runs(
     model: nn.Module,
     batches: Batches | None,
     comm: Comm,
@@ -114,7 +114,7 @@ def runs_for(
     who = f"{type(reader).__name__} needs calibration data"
     if batches is None and comm is not ALONE:
         raise ValueError(f"batches=None: {who}")
-    runs = runs_of(model, batches_of(batches, model))
+    runs = runs_of(model, read_batches(batches, model))
     lacks = int(match is not None and len(runs) < 2)
     counts = torch.tensor([len(runs), lacks], device=next(model.parameters()).device)
     count, lacking = comm(counts).tolist()
@@ -126,7 +126,7 @@ def runs_for(
     return runs
 
 
-def tokens_in(runs: Sequence[Run], comm: Comm) -> int | None:
+def count_tokens(runs: Sequence[Run], comm: Comm) -> int | None:
     """Counts the tokens of all runs, on all ranks, before any runs; None where it is not known what linears are given."""
     total = unknown = 0
     for run in runs:
@@ -140,7 +140,7 @@ def tokens_in(runs: Sequence[Run], comm: Comm) -> int | None:
     return None if unknown else total
 
 
-def few_tokens(criterion: Criterion, given: Mapping[str, tuple[int, int]]) -> str:
+def too_few_tokens(criterion: Criterion, given: Mapping[str, tuple[int, int]]) -> str:
     """Returns the words for linears that are given fewer tokens than they have inputs; empty if that matters for none.
 
     Args:
@@ -148,7 +148,7 @@ def few_tokens(criterion: Criterion, given: Mapping[str, tuple[int, int]]) -> st
         given: By linear, how many tokens it is given, and how many inputs it has.
     """
     short = {name: (tokens, width) for name, (tokens, width) in given.items() if tokens < width}
-    if not short or not solves(criterion):
+    if not short or not solves_for_weights(criterion):
         return ""
     name, (tokens, width) = max(short.items(), key=lambda item: item[1][1] - item[1][0])
     return (
@@ -158,7 +158,7 @@ def few_tokens(criterion: Criterion, given: Mapping[str, tuple[int, int]]) -> st
     )
 
 
-def uncalled(linears: Iterable[str], pruned: Collection[str]) -> tuple[str, ...]:
+def check_called(linears: Iterable[str], pruned: Collection[str]) -> tuple[str, ...]:
     """Names the linears that were given no token; if none was given any, that is an error."""
     names = tuple(name for name in linears if name not in pruned)
     if not pruned:
@@ -205,10 +205,10 @@ def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
     with suppress(Exception), torch.no_grad():  # code that asks for values has none there
         runs_of(empty, [batch])[0].visit()
     if again := next((name for name in store.blocks if calls[name] > 1), None):
-        refuse_again(again)
+        raise_called_again(again)
 
 
-def warn_of_others(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
+def warn_of_unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
     """Warns about weights that hold several matrices but are no linears: of three dimensions, as experts in one tensor are."""
     inside = {module for site in find_sites(model, linears, "block") for module in site.module.modules()}
     shapes = {}

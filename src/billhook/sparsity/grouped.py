@@ -12,7 +12,7 @@ from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
 
 
-class Grouped:
+class GroupedStatistics:
     """Statistics of a grouped convolution: of each group those of its own channels, as each is a linear beside the others."""
 
     def __init__(self, parts: Sequence[Statistics]) -> None:
@@ -38,44 +38,44 @@ class Grouped:
         return [tensor for part in self.parts for tensor in part.tensors()]
 
 
-def empty_for(criterion: Criterion, linear: nn.Module, device: torch.device) -> Statistics | Grouped:
+def empty_statistics(criterion: Criterion, linear: nn.Module, device: torch.device) -> Statistics | GroupedStatistics:
     """Makes the empty statistics of a linear's inputs; norms, for a criterion that needs none, tell at least who is called."""
     groups, width = linear.groups if is_convolution(linear) else 1, size_of(linear)[1]
     parts = [criterion.statistics(width, device) or InputNorms(width, device) for _ in range(groups)]
-    return parts[0] if groups == 1 else Grouped(parts)
+    return parts[0] if groups == 1 else GroupedStatistics(parts)
 
 
-def scores_of(criterion: Criterion, weight: Tensor, statistics: Statistics | Grouped | None) -> Tensor:
+def score_weight(criterion: Criterion, weight: Tensor, statistics: Statistics | GroupedStatistics | None) -> Tensor:
     """Scores a weight `[out_features, in_features]`; in groups, the outputs of each by its own inputs."""
-    if not isinstance(statistics, Grouped):
+    if not isinstance(statistics, GroupedStatistics):
         return criterion.score(weight, statistics)
     return torch.cat([criterion.score(*group) for group in _groups(weight, statistics)])
 
 
-def prune_by(
-    criterion: Criterion, weight: Tensor, statistics: Statistics | Grouped | None, sparsity: float, pattern: str
+def prune_weight(
+    criterion: Criterion, weight: Tensor, statistics: Statistics | GroupedStatistics | None, sparsity: float, pattern: str
 ) -> tuple[Tensor, Tensor]:
     """Prunes a weight by a criterion; returns the new weight and the keep-mask. See `Criterion.prune`.
 
     Scores of groups compete as the criterion says, over the whole layer or in each row. A criterion that updates weights solves
     each group as a layer of its own.
     """
-    if not isinstance(statistics, Grouped):
+    if not isinstance(statistics, GroupedStatistics):
         return criterion.prune(weight, statistics, sparsity, pattern)
     if criterion.updates:
         news, keeps = zip(*(criterion.prune(*group, sparsity, pattern) for group in _groups(weight, statistics)), strict=True)
         return torch.cat(news), torch.cat(keeps)
     check_finite(weight, "the weight")
-    keep = criterion.keep(scores_of(criterion, weight, statistics), check_amount(sparsity, pattern), parse_pattern(pattern))
+    keep = criterion.keep(score_weight(criterion, weight, statistics), check_amount(sparsity, pattern), parse_pattern(pattern))
     return where_kept(weight, keep), keep
 
 
-def _groups(weight: Tensor, statistics: Grouped) -> Iterator[tuple[Tensor, Statistics]]:
+def _groups(weight: Tensor, statistics: GroupedStatistics) -> Iterator[tuple[Tensor, Statistics]]:
     return zip(weight.chunk(len(statistics.parts)), statistics.parts, strict=True)
 
 
 @contextmanager
-def naming(name: str) -> Iterator[None]:
+def prefix_errors(name: str) -> Iterator[None]:
     """Puts a linear's name before the criterion's refusal."""
     try:
         yield

@@ -113,15 +113,15 @@ def keep_layer(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
         return keep
     if scores.device.type == "cpu" and count:  # numpy's selection
         parted = np.partition(scores.detach().float().numpy(), count, axis=None)
-        lowest = Lowest(float(parted[count]), count - int(np.count_nonzero(parted[:count] < parted[count])))
+        lowest = RemovalThreshold(float(parted[count]), count - int(np.count_nonzero(parted[:count] < parted[count])))
         del parted  # as large as the scores, which the mask now lies beside
     else:
-        lowest = Lowest.of(lambda: [scores], count)
+        lowest = RemovalThreshold.of(lambda: [scores], count)
     return lowest.keep(scores)
 
 
 @dataclass
-class Lowest:
+class RemovalThreshold:
     """The lowest of the scores of all matrices, which are removed, one matrix after the other.
 
     Attributes:
@@ -133,7 +133,7 @@ class Lowest:
     tied: int
 
     @classmethod
-    def of(cls, scores: Callable[[], Iterable[Tensor]], count: int) -> "Lowest":
+    def of(cls, scores: Callable[[], Iterable[Tensor]], count: int) -> "RemovalThreshold":
         """Finds the `count` lowest, by a radix selection, 16 bits at a time; matrices are asked for twice."""
         if not count:
             return cls(-math.inf, 0)

@@ -21,17 +21,17 @@ from billhook.engine.trees import tree_leaves, tree_map_only
 from billhook.engine.walk import Arguments, Site, spare
 from billhook.linalg import float64_device
 from billhook.model.linears import is_convolution, turned, weight_of
-from billhook.sparsity.pruned import Pruned
 from billhook.sparsity.visitor import PruningVisitor
+from billhook.sparsity.weight_plan import PrunedLayer
 
-LOOKS = 5
+EVALUATIONS = 5
 """How often, in the steps of a block, what is held out is looked at."""
-DECAY = 0.9, 0.99
+ADAM_BETAS = 0.9, 0.99
 """Of Adam's means of gradients and of their squares; steps are few."""
 
 
 @dataclass(frozen=True, eq=False)
-class Passage:
+class BlockSample:
     """Holds what a batch gives to a block, and what shall come out.
 
     Attributes:
@@ -92,7 +92,7 @@ class BlockMatching:
         return [batch in held_out for batch in range(count)]
 
 
-class Tuning:
+class BlockTuning:
     """Tunes the kept weights of a block.
 
     Args:
@@ -117,7 +117,7 @@ class Tuning:
         self.fixed = {name: _as_float32(tensor.detach()) for name, tensor in fixed.items()}
         self.device = next(iter(self.tuned.values())).device
 
-    def __call__(self, tune: Sequence[Passage], held_out: Sequence[Passage]) -> dict[str, Tensor]:
+    def __call__(self, tune: Sequence[BlockSample], held_out: Sequence[BlockSample]) -> dict[str, Tensor]:
         """Tunes on some passages, and returns the weights, float32, that were best on others."""
         steps = self.matching.steps
         if steps is None:  # one for each batch: of ranks together as many as each has on average
@@ -127,9 +127,9 @@ class Tuning:
         for name, weight in self.tuned.items():
             mean_square = weight.detach().square().sum() / self.keeps[name].sum().clamp(min=1)
             groups.append({"params": [weight], "lr": 0.0, "most": self.matching.lr * math.sqrt(float(mean_square))})
-        optimizer = torch.optim.Adam(groups, betas=DECAY)
+        optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS)
         order, queue = torch.Generator().manual_seed(self.matching.seed), list[int]()
-        looks = {steps * look // LOOKS for look in range(1, LOOKS + 1)}
+        looks = {steps * look // EVALUATIONS for look in range(1, EVALUATIONS + 1)}
         inner = getattr(self.block, "_orig_mod", self.block)  # of what torch.compile has wrapped
         with overridden(self.block, forward=partial(type(inner).forward, inner)):
             best, state = self._measured(held_out), self._state()
@@ -143,7 +143,7 @@ class Tuning:
                     best, state = now, self._state()
         return state
 
-    def _step(self, optimizer: torch.optim.Adam, passage: Passage) -> None:
+    def _step(self, optimizer: torch.optim.Adam, passage: BlockSample) -> None:
         with torch.enable_grad():
             error, count = self._error(passage)
             gradients = torch.autograd.grad(error / count, list(self.tuned.values()), allow_unused=True)
@@ -153,14 +153,14 @@ class Tuning:
         optimizer.step()
 
     @torch.no_grad()
-    def _measured(self, passages: Sequence[Passage]) -> float:
+    def _measured(self, passages: Sequence[BlockSample]) -> float:
         """Returns the mean error of the tokens of passages, on all ranks."""
         device = float64_device(self.device)
         sums = torch.stack([torch.stack(self._error(passage)).to(device).double() for passage in passages]).sum(0)
         error, count = self.comm(sums)
         return float(error / count)
 
-    def _error(self, passage: Passage) -> tuple[Tensor, Tensor]:
+    def _error(self, passage: BlockSample) -> tuple[Tensor, Tensor]:
         """Returns the sum of the errors of tokens, and how many these are."""
         inputs = passage.inputs, passage.goal, passage.counts
         (args, kwargs), goal, counts = tree_map_only(Tensor, lambda tensor: _as_float32(tensor.to(self.device)), inputs)
@@ -205,7 +205,7 @@ class MatchingVisitor(PruningVisitor):
     def check_runs(self) -> None:
         """Refuses linears that share a weight: they would be pruned before they are called under another name."""
         if self.walks.twins:
-            refuse_called_again(self.walks.twins[0][0])
+            raise_block_called_again(self.walks.twins[0][0])
 
     def came_out(self, run: int, given: Arguments, output: object) -> None:
         """Notes what a block was given, and what it gave."""
@@ -215,7 +215,7 @@ class MatchingVisitor(PruningVisitor):
     def came_again(self, site: Site) -> None:
         """Refuses linears that are called again when their block has been matched."""
         if site.linears:
-            refuse_called_again(next(iter(site.linears)))
+            raise_block_called_again(next(iter(site.linears)))
         super().came_again(site)
 
     def complete(self, site: Site) -> None:
@@ -224,39 +224,39 @@ class MatchingVisitor(PruningVisitor):
             super().complete(site)
             return
         linears = {name: linear for name, linear in site.linears.items() if name in self.pruned}
-        passages, came_out = list[Passage](), self._came_out
+        passages, came_out = list[BlockSample](), self._came_out
         self._came_out = {}
         for run in range(self._batches):
             if run in came_out and (dense := run + self._batches) in came_out:
                 (inputs, output), (_, goal) = came_out[run], came_out[dense]
                 if output.shape == goal.shape:
-                    passages.append(Passage(inputs, goal, self._counting(goal.shape[:-1], goal, run)))
+                    passages.append(BlockSample(inputs, goal, self._counting(goal.shape[:-1], goal, run)))
         if linears:
             # each rank needs passages to tune on and others to hold out
             lacks = torch.tensor([float(len(passages) < 2)], device=weight_of(next(iter(linears.values()))).device)
             if not self.comm(lacks):
                 self._tune(site.module, linears, passages)
 
-    def _tune(self, block: nn.Module, linears: Mapping[str, nn.Module], passages: Sequence[Passage]) -> None:
+    def _tune(self, block: nn.Module, linears: Mapping[str, nn.Module], passages: Sequence[BlockSample]) -> None:
         names = {id(parameter): name for name, parameter in block.named_parameters()}
         parameters = {name: names[id(linear.get_parameter("weight"))] for name, linear in linears.items()}
         weights, keeps = dict[str, Tensor](), dict[str, Tensor]()
         for name, linear in linears.items():
             weights[parameters[name]] = turned(linear, self.pruned[name].weight(weight_of(linear)))
             keeps[parameters[name]] = turned(linear, self.pruned[name].keep(weight_of(linear)))
-        parts: tuple[list[Passage], list[Passage]] = ([], [])
+        parts: tuple[list[BlockSample], list[BlockSample]] = ([], [])
         for passage, is_held_out in zip(passages, self.matching.is_held_out(len(passages)), strict=True):
             parts[is_held_out].append(passage)
         with torch.inference_mode(False):  # runs may be in it, and nothing that is made there has gradients
-            tuning = Tuning(self.matching, block, weights, keeps, self.comm)
+            tuning = BlockTuning(self.matching, block, weights, keeps, self.comm)
             weights.clear()  # it has copies
             tuned = tuning(*parts)
         for name, linear in linears.items():  # rounded to the dtype of the old weights
             old, new = weight_of(linear), tuned[parameters[name]]
             new = new.movedim(1, -1).flatten(1) if is_convolution(linear) else turned(linear, new)
-            self.pruned[name] = Pruned.of(old, new.to(old.dtype), self.pruned[name].keep(old))
+            self.pruned[name] = PrunedLayer.of(old, new.to(old.dtype), self.pruned[name].keep(old))
 
 
-def refuse_called_again(linear: str) -> NoReturn:
+def raise_block_called_again(linear: str) -> NoReturn:
     """Refuses a linear that would be pruned before it is called again, or under another name."""
     raise ValueError(f"match: {linear} is called again after its block, or shares its weight: leave match out, or skip it")

@@ -23,8 +23,8 @@ from billhook.model.find import check_changeable, check_plain, find_transformer
 from billhook.model.handed import Indices
 from billhook.model.inputs import alike, logits_of, tolerance
 from billhook.model.linears import Convolutions
-from billhook.sparsity.channel_order import Free, OrderingVisitor, Reordered, find_free
-from billhook.sparsity.checks import check_folder, check_pruning, needs_data, runs_for
+from billhook.sparsity.channel_order import FreeAxis, OrderingVisitor, ReorderedAxis, find_free_axes
+from billhook.sparsity.checks import check_folder, check_pruning, make_runs, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import parse_pattern
 from billhook.sparsity.options import PruneOptions
@@ -34,7 +34,7 @@ from billhook.units.gates import Gate
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Permuted(Printable):
+class PermutationResult(Printable):
     """The order in which a model's channels now stand; `print` shows a table.
 
     Attributes:
@@ -48,12 +48,12 @@ class Permuted(Printable):
     model: str
     criterion: str
     pattern: str
-    axes: tuple[Reordered, ...]
+    axes: tuple[ReorderedAxis, ...]
     left: dict[str, str]
 
     def _renderables(self) -> list[RenderableType]:
         """Shows for axes that are alike their name, how many orders of how many units, and what they keep on average."""
-        alike: dict[tuple[str, int], list[Reordered]] = defaultdict(list)
+        alike: dict[tuple[str, int], list[ReorderedAxis]] = defaultdict(list)
         for axis in self.axes:
             name = f"{axis.kind} in {axis.where or 'the model'}"
             alike[re.sub(r"\b\d+\b", "*", name), axis.orders.shape[1]].append(axis)
@@ -67,11 +67,11 @@ class Permuted(Printable):
         return [title, text_table(rows, aligns="<", indent=2), *left]
 
 
-Ordered = Sequence[tuple[Free, Indices]]
+Ordered = Sequence[tuple[FreeAxis, Indices]]
 """Axes, each with the unit of each set that comes to each place: int64, `[sets, units]`."""
 
 
-def put_in_order(model: nn.Module, ordered: Ordered) -> None:
+def apply_orders(model: nn.Module, ordered: Ordered) -> None:
     """Puts units in other places, in place: parameters, their gradients and buffers; all of them or, after an interrupt, none.
 
     No more memory is taken than the largest tensor has, before anything has changed.
@@ -83,11 +83,11 @@ def put_in_order(model: nn.Module, ordered: Ordered) -> None:
     try:
         _move(moves)
     except KeyboardInterrupt:  # raised when all have been moved
-        put_back(model, ordered)
+        undo_orders(model, ordered)
         raise
 
 
-def put_back(model: nn.Module, ordered: Ordered) -> None:
+def undo_orders(model: nn.Module, ordered: Ordered) -> None:
     """Puts units back in the places that they had before: the same bits. An interrupt is raised when all are."""
     _move(_moves(model, [(free, np.argsort(orders, axis=1)) for free, orders in ordered]))
 
@@ -124,7 +124,7 @@ def permute_for(
     convolutions: Convolutions = "mixing",
     offload: str | torch.device | None = None,
     activations: str | None = None,
-) -> Permuted:
+) -> PermutationResult:
     """Puts a model's channels in the order in which groups of N:M keep most of their scores, in place; it computes the same.
 
     Feed-forward channels, value dimensions of a head and channels of the residual stream are put in another order wherever the
@@ -169,9 +169,9 @@ def permute_for(
     patterns = [skip] if isinstance(skip, str) else [*skip]
     options = PruneOptions(skip=patterns, output_embeddings=output_embeddings, convolutions=convolutions)
     linears = check_pruning(model, criterion, pattern, options)
-    runs = runs_for(model, batches, ALONE, criterion)
+    runs = make_runs(model, batches, ALONE, criterion)
     walks = Walks(model, linears, runs, ALONE, check_device(offload), check_folder(activations), {})
-    with in_order(walks, criterion, pattern) as done:
+    with permuted(walks, criterion, pattern) as done:
         return done
 
 
@@ -197,20 +197,20 @@ def check_permutable(model: nn.Module) -> None:
 
 
 @contextmanager
-def in_order(walks: Walks, criterion: Criterion, pattern: str) -> Iterator[Permuted]:
+def permuted(walks: Walks, criterion: Criterion, pattern: str) -> Iterator[PermutationResult]:
     """Puts channels in order, and puts them back if an error is raised within."""
     model, kept = find_transformer(walks.model), parse_pattern(pattern)
     assert kept is not None, "check_permute has seen the pattern"
-    free, why = find_free(model, trace(walks.model), walks.linears, kept[1])
+    free, why = find_free_axes(model, trace(walks.model), walks.linears, kept[1])
     visitor = walks("block" if needs_data(criterion) else None, partial(OrderingVisitor, criterion, free, kept))
     axes = dict(sorted(visitor.ordered.items()))
     ordered = [(free[number], axis.orders) for number, axis in axes.items()]
     expected = logits_of(model)
-    put_in_order(model, ordered)
+    apply_orders(model, ordered)
     try:
         if not alike(expected, logits_of(model), tolerance(model)):
             raise ValueError(f"model: {type(model).__name__} computes something else with its channels in another order")
-        yield Permuted(type(model).__name__, str(criterion), pattern, tuple(axes.values()), why)
+        yield PermutationResult(type(model).__name__, str(criterion), pattern, tuple(axes.values()), why)
     except BaseException:
-        put_back(model, ordered)
+        undo_orders(model, ordered)
         raise

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from billhook.arguments import check_types
-from billhook.calibration.calibration import Batches, tell_once
+from billhook.calibration.calibration import Batches, log_once
 from billhook.engine.comm import ALONE, Comm, Reduce
 from billhook.engine.device import check_device
 from billhook.engine.passes import blockwise
@@ -16,30 +16,30 @@ from billhook.engine.sharding import is_sharded
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
 from billhook.model.linears import channels, is_convolution, size_of
-from billhook.sparsity.allocation import sparsities_of
+from billhook.sparsity.allocation import allocate_sparsities
 from billhook.sparsity.checks import (
-    adapters_to_count,
+    check_called,
     check_called_once,
     check_folder,
     check_matching,
     check_pruning,
     check_sharded,
     check_streamed,
-    few_tokens,
+    count_tokens,
+    find_countable_adapters,
+    make_runs,
     needs_data,
-    runs_for,
-    solves,
-    tokens_in,
-    uncalled,
-    warn_of_others,
+    solves_for_weights,
+    too_few_tokens,
+    warn_of_unsupported_weights,
 )
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matching import MatchingVisitor
 from billhook.sparsity.options import PruneOptions
-from billhook.sparsity.permute import check_permutable, check_permute, in_order
-from billhook.sparsity.pruned import WeightPlan
+from billhook.sparsity.permute import check_permutable, check_permute, permuted
 from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor, Walks
+from billhook.sparsity.weight_plan import WeightPlan
 
 
 def prune(
@@ -123,19 +123,21 @@ def prune(
             linears = check_pruning(model, criterion, pattern, options)
             if match is not None:
                 check_matching(criterion, options.sequential, count_adapters)
-            adapters = adapters_to_count(model, criterion, linears) if count_adapters else {}
-            runs = runs_for(model, batches, comm, criterion, allocation, match)
+            adapters = find_countable_adapters(model, criterion, linears) if count_adapters else {}
+            runs = make_runs(model, batches, comm, criterion, allocation, match)
             check_called_once(model, runs)
-            warn_of_others(model, linears)
+            warn_of_unsupported_weights(model, linears)
             # what solves for weights needs as many tokens as inputs: said before the work as far as that is known
-            expected, total = dict[str, tuple[int, int]](), tokens_in(runs, comm) if solves(criterion) else None
+            expected, total = dict[str, tuple[int, int]](), count_tokens(runs, comm) if solves_for_weights(criterion) else None
             if total is not None:
                 expected = {n: (total, channels(linear)) for n, linear in linears.items() if not is_convolution(linear)}
-            if words := few_tokens(criterion, expected):
-                tell_once(words)
+            if words := too_few_tokens(criterion, expected):
+                log_once(words)
             walks = Walks(model, linears, runs, comm, device, folder, adapters)
-            with in_order(walks, criterion, pattern) if permute else nullcontext():
-                sparsities = dict.fromkeys(linears, amount) if allocation is None else sparsities_of(walks, amount, allocation)
+            with permuted(walks, criterion, pattern) if permute else nullcontext():
+                sparsities = (
+                    dict.fromkeys(linears, amount) if allocation is None else allocate_sparsities(walks, amount, allocation)
+                )
                 words = f"{criterion} {pattern} {options.sequential} {sparsities}" + (f" {match}" if match else "")
                 kind: Callable[..., PruningVisitor] = GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
                 if match is not None:
@@ -146,11 +148,11 @@ def prune(
                     None if dry_run else words,
                 )
                 pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}
-                left_out = uncalled(linears, pruned)
+                left_out = check_called(linears, pruned)
             # experts are given only some of the tokens
             fewer = {name: seen for name, seen in visitor.tokens.items() if name not in expected or seen[0] < expected[name][0]}
-            if words := few_tokens(criterion, fewer):
-                tell_once(words)
+            if words := too_few_tokens(criterion, fewer):
+                log_once(words)
         shapes = {name: size_of(linear) for name, linear in linears.items()}
         plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out)
         if not dry_run:

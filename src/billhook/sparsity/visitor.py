@@ -34,9 +34,9 @@ from billhook.model.linears import (
     weight_of,
 )
 from billhook.sparsity.criteria import Criterion, check_finite
-from billhook.sparsity.grouped import Grouped, empty_for, naming, prune_by, scores_of
-from billhook.sparsity.masks import Lowest, pruned_count, where_kept
-from billhook.sparsity.pruned import Pruned
+from billhook.sparsity.grouped import GroupedStatistics, empty_statistics, prefix_errors, prune_weight, score_weight
+from billhook.sparsity.masks import RemovalThreshold, pruned_count, where_kept
+from billhook.sparsity.weight_plan import PrunedLayer
 
 VALUES = 2**24
 """How many values of patches are in memory at a time, unless one image has more."""
@@ -196,9 +196,9 @@ class PruningVisitor(Visitor):
     ) -> None:
         self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
         self.walks, self.store, self.comm, self.shared = walks, walks.store, walks.comm, shared
-        self.pruned: dict[str, Pruned] = {}
+        self.pruned: dict[str, PrunedLayer] = {}
         self.tokens: dict[str, tuple[int, int]] = {}
-        self.statistics: dict[str, Statistics | Grouped] = {}
+        self.statistics: dict[str, Statistics | GroupedStatistics] = {}
         self._names = {module: name for name, module in self.store.model.named_modules()}
         self._block: nn.Module | None = None  # in which runs are
         self._staged = set[str]()
@@ -223,7 +223,7 @@ class PruningVisitor(Visitor):
 
     def _take(self, kept: Mapping[str, int], tensors: LazyTensors) -> None:
         """Takes linears that a store has staged, with the number of weights that each keeps."""
-        self.pruned |= {name: Pruned.staged(kept[name], self._weight(name), tensors) for name in kept}
+        self.pruned |= {name: PrunedLayer.staged(kept[name], self._weight(name), tensors) for name in kept}
         self._staged |= kept.keys()
 
     def enter(self, module: nn.Module) -> None:
@@ -237,7 +237,7 @@ class PruningVisitor(Visitor):
     @torch.no_grad()
     def stage(self) -> None:
         """Stages what the linears of the block that runs are in have become, or of those that are in none."""
-        linears, new = self.walks.linears, dict[str, Pruned]()
+        linears, new = self.walks.linears, dict[str, PrunedLayer]()
         for name, pruned in self.pruned.items():
             # a linear that is not in the store's model is beside it, and waits in memory
             if self.store.owner.get(linears[name]) is self._block and linears[name] in self._names:
@@ -255,7 +255,7 @@ class PruningVisitor(Visitor):
     def came_again(self, site: Site) -> None:
         """Refuses blocks that come one at a time and are called again when what they become has been decided."""
         if not self.store.holds_all:
-            refuse_again(self._names[site.module])
+            raise_called_again(self._names[site.module])
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
         """Adds the inputs of a linear in one run; of a convolution, whatever reads the same tensor may read other patches."""
@@ -268,7 +268,7 @@ class PruningVisitor(Visitor):
         if source != name:
             return
         if name not in self.statistics:
-            self.statistics[name] = empty_for(self.criterion, linear, inputs.device)
+            self.statistics[name] = empty_statistics(self.criterion, linear, inputs.device)
         if not is_convolution(linear):
             self.statistics[name].add(inputs, self._counting(inputs.shape[:-1], inputs, run))
             self._last[run] = ref(inputs), _version(inputs), name
@@ -322,7 +322,7 @@ class PruningVisitor(Visitor):
         for name, linear in site.linears.items():
             if name in read:
                 if name not in self.statistics:  # zeros, on a rank that has not called it
-                    self.statistics[name] = empty_for(self.criterion, linear, linear.get_parameter("weight").device)
+                    self.statistics[name] = empty_statistics(self.criterion, linear, linear.get_parameter("weight").device)
                 sums += self.statistics[name].tensors()
         self.comm.sum_(*sums)
 
@@ -345,18 +345,18 @@ class PruningVisitor(Visitor):
                     kind = type(self.criterion).__name__
                     raise ValueError(f"{name}: count_adapters=True, and {kind} changes kept weights (`updates` is False)")
                 new = where_kept(weight, keep)
-            self.pruned[name] = Pruned.of(weight, new, keep)
+            self.pruned[name] = PrunedLayer.of(weight, new, keep)
             self.report()
 
-    def _solve_own(self, linears: Mapping[str, nn.Module]) -> dict[str, Pruned]:
+    def _solve_own(self, linears: Mapping[str, nn.Module]) -> dict[str, PrunedLayer]:
         """Prunes this rank's linears, reckoned to cost rows x width^2 + width^3, before any are sent."""
         costs = [width**2 * (rows + width) for rows, width in map(size_of, linears.values())]
-        solved = dict[str, Pruned]()
+        solved = dict[str, PrunedLayer]()
         for (name, linear), is_own in zip(linears.items(), self.comm.own_of(costs), strict=True):
             self.store.load(linear)
             if is_own:
                 scored = self.scored(name)
-                solved[name] = Pruned.of(scored, *self._prune(name, scored))
+                solved[name] = PrunedLayer.of(scored, *self._prune(name, scored))
         return solved
 
     def scored(self, name: str) -> Tensor:
@@ -364,18 +364,18 @@ class PruningVisitor(Visitor):
         weight, adapter = weight_of(self.walks.linears[name]), self.walks.adapters.get(name)
         return weight if adapter is None else effective_weight(weight, adapter)
 
-    def scores(self, name: str, statistics: Statistics | Grouped | None) -> Tensor:
+    def scores(self, name: str, statistics: Statistics | GroupedStatistics | None) -> Tensor:
         """Scores the weight of a linear, whose block is in memory."""
-        with naming(name):
+        with prefix_errors(name):
             weight = self.scored(name)
             check_finite(weight, "the weight")
-            return scores_of(self.criterion, weight, statistics)
+            return score_weight(self.criterion, weight, statistics)
 
     def _prune(self, name: str, scored: Tensor) -> tuple[Tensor, Tensor]:
-        with naming(name):
-            return prune_by(self.criterion, scored, self.statistics_of(name), self.sparsities[name], self.pattern)
+        with prefix_errors(name):
+            return prune_weight(self.criterion, scored, self.statistics_of(name), self.sparsities[name], self.pattern)
 
-    def statistics_of(self, name: str) -> Statistics | Grouped | None:
+    def statistics_of(self, name: str) -> Statistics | GroupedStatistics | None:
         """Returns the statistics of a linear's inputs; None if it was not called."""
         return self.statistics[self._source[name]] if name in self._source else None
 
@@ -408,7 +408,7 @@ class GlobalPruningVisitor(PruningVisitor):
 
     def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of a visitor
         super().__init__(*args)
-        self._seen: dict[str, Statistics | Grouped | None] = {}
+        self._seen: dict[str, Statistics | GroupedStatistics | None] = {}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Keeps the statistics of linears."""
@@ -423,12 +423,12 @@ class GlobalPruningVisitor(PruningVisitor):
         seen = {name: linear for name, linear in self.walks.linears.items() if name in self._seen}
         sparsity = next(iter(self.sparsities.values()))
         count = pruned_count(sum(math.prod(size_of(linear)) for linear in seen.values()), sparsity)
-        lowest = Lowest.of(lambda: map(self._scores, seen), count)
+        lowest = RemovalThreshold.of(lambda: map(self._scores, seen), count)
         for site in self.walks.blocks:
             for name in (name for name in site.linears if name in seen):
                 keep = lowest.keep(self._scores(name))
                 weight = weight_of(seen[name])
-                self.pruned[name] = Pruned.of(weight, where_kept(weight, keep), keep)
+                self.pruned[name] = PrunedLayer.of(weight, where_kept(weight, keep), keep)
             self.report()
 
     def _scores(self, name: str) -> Tensor:
@@ -436,7 +436,7 @@ class GlobalPruningVisitor(PruningVisitor):
         return self.scores(name, self._seen[name])
 
 
-def refuse_again(block: str) -> NoReturn:
+def raise_called_again(block: str) -> NoReturn:
     """Refuses a model that calls a block again, of which one is there at a time."""
     raise ValueError(f"model: {block} is called again later, and its blocks come one at a time: prune it where all are in memory")
 

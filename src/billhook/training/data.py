@@ -8,19 +8,19 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import check_fraction, check_int, check_types
-from billhook.calibration.conversations import columns_of, is_text, warn_of_rows_without_text
-from billhook.calibration.reading import Data, Rows, Table, check_columns, runs_on
-from billhook.calibration.rows import (
+from billhook.calibration.conversations import find_text_columns, is_text, warn_of_empty_rows
+from billhook.calibration.examples import (
     Batch,
-    Padding,
-    SteadyMasking,
-    apart,
-    blocks_to_batch,
+    DeterministicMasking,
+    PaddingCollator,
     classify,
+    collate_packed,
+    encode_separately,
     map_rows,
     pack,
     translate,
 )
+from billhook.calibration.reading import Data, Rows, Table, check_columns, is_line_text
 from billhook.model.preprocessors import load_tokenizer
 from billhook.training.dataset_module import DatasetModule, LabelledModule, NoExamples, numbers_of
 
@@ -125,14 +125,14 @@ class TextDataModule(TokenizedModule):
 
     def encode(self, rows: Rows, split: str) -> Rows:
         """Turns rows of text into rows of `block_size` token ids, or at most so many."""
-        columns, documents = columns_of(rows, split, self.column), not runs_on(rows)
+        columns, documents = find_text_columns(rows, split, self.column), not is_line_text(rows)
         if not (documents or self.packing):
             raise ValueError("packing=False: the lines of a .txt file run on, and are no examples: give it rows (.jsonl, ...)")
         if documents:
-            warn_of_rows_without_text(rows, split, columns)
+            warn_of_empty_rows(rows, split, columns)
         responses = self.loss_on == "responses" and not self.mlm_probability and not is_text(rows, columns)
         arguments = {"block_size": self.block_size, "columns": columns, "documents": documents, "responses": responses}
-        examples = map_rows(rows, pack if self.packing else apart, split, self.tokenizer, **arguments)
+        examples = map_rows(rows, pack if self.packing else encode_separately, split, self.tokenizer, **arguments)
         if not isinstance(examples, datasets.Dataset):
             return examples
         if len(examples) == 0:
@@ -151,10 +151,10 @@ class TextDataModule(TokenizedModule):
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the function that makes a batch of blocks, or of padded rows, masked with `mlm_probability`."""
         if not self.mlm_probability:
-            return blocks_to_batch if self.packing else Padding(self.tokenizer)
+            return collate_packed if self.packing else PaddingCollator(self.tokenizer)
         if self.tokenizer.mask_token is None:
             raise ValueError(f"mlm_probability={self.mlm_probability}: the tokenizer has no mask token")
-        return SteadyMasking(self.tokenizer, mlm_probability=self.mlm_probability)
+        return DeterministicMasking(self.tokenizer, mlm_probability=self.mlm_probability)
 
 
 class ClassificationDataModule(LabelledModule, TokenizedModule):

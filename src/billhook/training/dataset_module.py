@@ -15,8 +15,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int, check_number
-from billhook.calibration.reading import SPLITS, Data, Rows, Table, check_data, load_splits, runs_on
-from billhook.calibration.rows import Batch
+from billhook.calibration.examples import Batch
+from billhook.calibration.reading import SPLITS, Data, Rows, Table, check_data, is_line_text, load_splits
 from billhook.fit.lightning_internals import drop_training_loaders
 from billhook.model.find import find_transformer
 from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen, fit_place, place_of
@@ -40,7 +40,7 @@ def held_out(splits: dict[str, Rows], share: float, seed: int) -> dict[str, Rows
     rows = splits.get("train")
     if not isinstance(rows, datasets.Dataset) or len(rows) < 2:
         return None
-    parts = rows.train_test_split(test_size=share, seed=seed, shuffle=not runs_on(rows))
+    parts = rows.train_test_split(test_size=share, seed=seed, shuffle=not is_line_text(rows))
     return {**splits, "train": parts["train"], "validation": parts["test"]}
 
 

@@ -9,8 +9,8 @@ from torch.utils.data import default_collate
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 
 from billhook.arguments import check_types
+from billhook.calibration.examples import Batch, label_ids
 from billhook.calibration.reading import Data, Rows, Table, check_columns
-from billhook.calibration.rows import Batch, numbered
 from billhook.model.preprocessors import load_preprocessor
 from billhook.training.dataset_module import LabelledModule, numbers_of
 
@@ -116,4 +116,4 @@ def pixels_and_labels(
     """
     images, labels = (rows[column] for column in columns)
     pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
-    return {"pixel_values": pixels, "labels": numbered(labels, columns[1], numbers)}
+    return {"pixel_values": pixels, "labels": label_ids(labels, columns[1], numbers)}

@@ -17,17 +17,17 @@ from billhook.engine.comm import Comm
 from billhook.engine.state import replaced
 from billhook.engine.statistics import Statistics
 from billhook.model.linears import find_twins, prunable, turned, weight_of
-from billhook.sparsity.allocation import Uniform, sparsities_of
-from billhook.sparsity.checks import check_pruning, needs_data, runs_for, uncalled, warn_of_others
+from billhook.sparsity.allocation import Uniform, allocate_sparsities
+from billhook.sparsity.checks import check_called, check_pruning, make_runs, needs_data, warn_of_unsupported_weights
 from billhook.sparsity.criteria import Criterion
-from billhook.sparsity.grouped import Grouped, empty_for, naming, prune_by, scores_of
+from billhook.sparsity.grouped import GroupedStatistics, empty_statistics, prefix_errors, prune_weight, score_weight
 from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
 from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.visitor import PruningVisitor, Walks
 
 
 @dataclass(frozen=True)
-class Chosen:
+class MaskRule:
     """Says what the mask of a linear follows from, beside its weight.
 
     Attributes:
@@ -36,12 +36,12 @@ class Chosen:
     """
 
     sparsity: float
-    statistics: Statistics | Grouped | None
+    statistics: Statistics | GroupedStatistics | None
 
     def keep(self, name: str, linear: nn.Module, criterion: Criterion, pattern: str) -> Tensor:
         """Returns the keep-mask of a linear as it is now, bool, as its weight lies in memory."""
-        with naming(name):
-            _, keep = prune_by(criterion, weight_of(linear), self.statistics, self.sparsity, pattern)
+        with prefix_errors(name):
+            _, keep = prune_weight(criterion, weight_of(linear), self.statistics, self.sparsity, pattern)
         if self.statistics is not None:
             self.statistics.settle()
         return turned(linear, keep).contiguous()
@@ -54,7 +54,7 @@ class Chosen:
         overridden = [getattr(type(criterion), name) is not getattr(Criterion, name) for name in ("prune", "solve", "keep")]
         if any(overridden):  # a user's own choice may check what it likes
             return self.keep(name, linear, criterion, pattern)
-        scores = scores_of(criterion, weight_of(linear), self.statistics)
+        scores = score_weight(criterion, weight_of(linear), self.statistics)
         return turned(linear, criterion.keep(scores, self.sparsity, parse_pattern(pattern), check=False)).contiguous()
 
     def state(self) -> dict[str, Any]:
@@ -62,11 +62,11 @@ class Chosen:
         return {"sparsity": self.sparsity, "sums": [] if self.statistics is None else self.statistics.tensors()}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], linear: nn.Module, criterion: Criterion) -> "Chosen":
+    def from_state(cls, state: Mapping[str, Any], linear: nn.Module, criterion: Criterion) -> "MaskRule":
         """Makes it of what a checkpoint holds."""
         if not state["sums"]:
             return cls(state["sparsity"], None)
-        statistics = empty_for(criterion, linear, weight_of(linear).device)
+        statistics = empty_statistics(criterion, linear, weight_of(linear).device)
         for sums, saved in zip(statistics.tensors(), state["sums"], strict=True):
             sums.copy_(saved)
         return cls(state["sparsity"], statistics)
@@ -77,15 +77,15 @@ class _NotingVisitor(PruningVisitor):
 
     def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of a visitor
         super().__init__(*args)
-        self.noted: dict[str, Chosen] = {}
+        self.noted: dict[str, MaskRule] = {}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Prunes, and notes by what."""
         super().finish(linears)
-        self.noted |= {name: Chosen(self.sparsities[name], self.statistics_of(name)) for name in linears}
+        self.noted |= {name: MaskRule(self.sparsities[name], self.statistics_of(name)) for name in linears}
 
 
-def choose(
+def find_mask_rules(
     model: nn.Module,
     criterion: Criterion,
     batches: Batches | None,
@@ -93,19 +93,19 @@ def choose(
     pattern: str,
     options: PruneOptions,
     comm: Comm,
-) -> dict[str, Chosen]:
+) -> dict[str, MaskRule]:
     """Finds what the masks that `prune` would make follow from, by linear; the model stays as it is. See `prune`."""
     linears = check_pruning(model, criterion, pattern, options)
-    walks = Walks(model, linears, runs_for(model, batches, comm, criterion, options.allocation), comm, None, None, {})
-    warn_of_others(model, linears)
-    sparsities = sparsities_of(walks, check_amount(sparsity, pattern), options.allocation or Uniform())
+    walks = Walks(model, linears, make_runs(model, batches, comm, criterion, options.allocation), comm, None, None, {})
+    warn_of_unsupported_weights(model, linears)
+    sparsities = allocate_sparsities(walks, check_amount(sparsity, pattern), options.allocation or Uniform())
     make = partial(_NotingVisitor, criterion, sparsities, pattern, None)
     noted = walks(options.sequential if needs_data(criterion) else None, make).noted
-    uncalled(linears, noted)
+    check_called(linears, noted)
     return {name: noted[name] for name in linears if name in noted}
 
 
-class Learned:
+class LearnedMasks:
     """Masks that are chosen again after each step of an optimizer, and hooks by which a model's linears use what they keep.
 
     `masks` are by linear, bool, as the weights lie in memory. The parameters stay in the model, all their weights with them.
@@ -120,7 +120,7 @@ class Learned:
         """Forgets all."""
         self.detach()
         self.masks: dict[str, Tensor] = {}
-        self.chosen: dict[str, Chosen] = {}
+        self.chosen: dict[str, MaskRule] = {}
         self._saved: Mapping[str, Any] = {}
 
     def attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
@@ -128,12 +128,12 @@ class Learned:
         self._model, self._optimizers = model, optimizers
         if self._saved:
             linears = prunable(model, output_embeddings=True, convolutions="all")
-            self.chosen = {name: Chosen.from_state(state, linears[name], self.criterion) for name, state in self._saved.items()}
+            self.chosen = {name: MaskRule.from_state(state, linears[name], self.criterion) for name, state in self._saved.items()}
             self._saved = {}
         if self.chosen:
             self.begin(self.chosen)
 
-    def begin(self, chosen: Mapping[str, Chosen]) -> None:
+    def begin(self, chosen: Mapping[str, MaskRule]) -> None:
         """Has the linears use what is kept of their weights from now on."""
         linears = prunable(self._model, output_embeddings=True, convolutions="all")
         linears = {name: linears[name] for name in chosen}
@@ -205,10 +205,10 @@ class Learned:
 
 
 @contextmanager
-def as_runs_see(model: nn.Module) -> Iterator[None]:
+def with_learned_masks(model: nn.Module) -> Iterator[None]:
     """Gives a model for a while, where masks are being learned, the weights that its runs see."""
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
-    owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Learned)]
+    owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), LearnedMasks)]
     with ExitStack() as stack:
         for owner in dict.fromkeys(owners):
             stack.enter_context(owner.zeroed())

@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from billhook.adapters.masked import mask_adapters, unmask_adapters
 from billhook.engine.sharding import full_tensor, local, reshard, sharded_as
 from billhook.model.linears import prunable
-from billhook.sparsity.pruned import packed, unpacked
+from billhook.sparsity.weight_plan import pack_mask, unpack_mask
 
 
-class Hold:
+class EnforcedMasks:
     """Keep-masks of a model's linears, one byte a weight, and the hooks that hold them."""
 
     def __init__(self) -> None:
@@ -136,7 +136,7 @@ class Hold:
         if not self._packed:
             # assigned when all are packed: a checkpoint that is saved after an error holds all masks, too
             self._packed = {
-                name: {"shape": list(mask.shape), "bits": torch.from_numpy(packed(full_tensor(mask)))}
+                name: {"shape": list(mask.shape), "bits": torch.from_numpy(pack_mask(full_tensor(mask)))}
                 for name, mask in self._masks.items()
             }
         return dict(self._saved or self._packed)
@@ -154,7 +154,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def _unpacked(saved: Mapping[str, Any], device: torch.device) -> Tensor:
     """Unpacks a mask that was saved, on a device."""
-    return unpacked(saved["bits"].cpu().numpy(), math.prod(saved["shape"]), device).view(saved["shape"])
+    return unpack_mask(saved["bits"].cpu().numpy(), math.prod(saved["shape"]), device).view(saved["shape"])
 
 
 def _mask(weights: list[Tensor], masks: list[Tensor]) -> None:

@@ -12,7 +12,7 @@ from billhook.calibration import conversations
 from billhook.calibration.conversations import ROWS_AT_ONCE, check_texts, encode
 from billhook.calibration.reading import Rows, column_names
 
-NOT_LEARNT = -100
+IGNORE_INDEX = -100
 """The label of a token that does not count in the loss."""
 
 Batch: TypeAlias = dict[str, Any]
@@ -67,7 +67,7 @@ def pack(
     return _examples([(ids[i : i + block_size], learnt[i : i + block_size]) for i in starts], responses)
 
 
-def apart(
+def encode_separately(
     rows: Batch,
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
@@ -87,7 +87,7 @@ def _examples(examples: list[tuple[list[int], list[bool]]], labelled: bool) -> B
         if any(learnt[1:]):
             batch["input_ids"].append(ids)
             if labelled:
-                batch["labels"].append([token if counts else NOT_LEARNT for token, counts in zip(ids, learnt, strict=True)])
+                batch["labels"].append([token if counts else IGNORE_INDEX for token, counts in zip(ids, learnt, strict=True)])
     return batch
 
 
@@ -100,12 +100,12 @@ def classify(
     numbers: dict[Any, int] | None = None,
 ) -> Batch:
     """Encodes texts, or pairs of texts, with their labels, of which `numbers` may be given."""
-    labels = numbered(rows[label_column], label_column, numbers)
+    labels = label_ids(rows[label_column], label_column, numbers)
     encoded = tokenizer(*(_texts(rows[column], column) for column in text_columns), truncation=True, max_length=max_length)
     return {**encoded, "labels": labels}
 
 
-def numbered(labels: Sequence[Any], column: str, numbers: Mapping[Any, int] | None = None) -> list[int]:
+def label_ids(labels: Sequence[Any], column: str, numbers: Mapping[Any, int] | None = None) -> list[int]:
     """Returns labels by number, as given, or as they are; refuses what is no number then."""
     by_number = [label if numbers is None else numbers.get(label, label) for label in labels]
     for label in by_number:
@@ -128,7 +128,7 @@ def _texts(values: list[Any], column: str) -> list[str]:
     return values
 
 
-def blocks_to_batch(blocks: list[Batch]) -> Batch:
+def collate_packed(blocks: list[Batch]) -> Batch:
     """Makes a batch of blocks of token ids; in blocks without labels every token is one."""
     labelled = _labelled(blocks)
     return {name: torch.tensor([block[name] for block in labelled]) for name in ("input_ids", "labels")}
@@ -138,11 +138,11 @@ def _labelled(examples: list[Batch]) -> list[Batch]:
     return [{"input_ids": row["input_ids"], "labels": row.get("labels") or row["input_ids"]} for row in examples]
 
 
-class Padding:
+class PaddingCollator:
     """Collator of examples of token ids of different lengths, padded to the longest; padding does not count in the loss."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=NOT_LEARNT)
+        self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
 
     def __call__(self, examples: list[Batch]) -> Batch:
         """Returns a batch with an attention mask."""
@@ -150,7 +150,7 @@ class Padding:
         return batch
 
 
-class SteadyMasking(DataCollatorForLanguageModeling):
+class DeterministicMasking(DataCollatorForLanguageModeling):
     """Collator that makes a masked batch of examples of token ids; the masks depend on the examples alone.
 
     So they are the same in each evaluation and after a resume, and differ between epochs that shuffle.

@@ -38,7 +38,7 @@ HOST = "cpu"
 
 
 @dataclass(frozen=True, eq=False)
-class Pruned:
+class PrunedLayer:
     """One linear's part of a plan, which lies where a store has staged it; where ranks share it, all ranks read it together.
 
     Attributes:
@@ -55,12 +55,12 @@ class Pruned:
     def of(cls, old: Tensor, new: Tensor, keep: Tensor) -> Self:
         """Packs the change of a weight `[out_features, in_features]` from old to new under a keep-mask."""
         changed = not torch.equal(new, where_kept(old, keep))
-        return cls.of_bits(packed(keep), new[keep].cpu() if changed else None)
+        return cls.of_bits(pack_mask(keep), new[keep].cpu() if changed else None)
 
     @classmethod
     def of_bits(cls, bits: np.ndarray, values: Tensor | None = None) -> Self:
         """Takes a mask with 8 weights a byte, and the kept weights, if they change."""
-        return cls(count(bits), torch.from_numpy(bits).detach, None if values is None else values.detach)
+        return cls(count_kept(bits), torch.from_numpy(bits).detach, None if values is None else values.detach)
 
     @classmethod
     def staged(cls, kept: int, weight: str, tensors: LazyTensors) -> Self:
@@ -93,7 +93,7 @@ class Pruned:
 
     def keep(self, like: Tensor) -> Tensor:
         """Unpacks the keep-mask, bool, of the size and on the device of a weight."""
-        return unpacked(self.bits, like.numel(), like.device).view(like.shape)
+        return unpack_mask(self.bits, like.numel(), like.device).view(like.shape)
 
     def weight(self, old: Tensor) -> Tensor:
         """Returns the weight after pruning; of one that is sharded, this rank's part."""
@@ -118,11 +118,11 @@ class Pruned:
         step = max(1, (CPU_BLOCK if weight.device.type == HOST else DEVICE_BLOCK) // (8 * max(1, width))) * 8
         for start in range(0, len(weight), step):
             rows, first = weight[start : start + step], start * width // 8
-            keep = unpacked(bits[first:], rows.numel(), rows.device).view(rows.shape)
+            keep = unpack_mask(bits[first:], rows.numel(), rows.device).view(rows.shape)
             if values is None:
                 rows.copy_(where_kept(rows, keep))
                 continue
-            kept = count(bits[first : first - (-rows.numel() // 8)])
+            kept = count_kept(bits[first : first - (-rows.numel() // 8)])
             rows.copy_(torch.zeros_like(rows).masked_scatter_(keep, values[used : used + kept].to(rows)))
             used += kept
 
@@ -143,8 +143,8 @@ class Pruned:
         if "values" not in plain:
             return cls.of_bits(bits)
         values = torch.frombuffer(bytearray(b64decode(plain["values"], validate=True)), dtype=DTYPES[plain["dtype"]])
-        if len(values) != count(bits):
-            raise ValueError(f"{len(values)} values for {count(bits)} weights that are kept")
+        if len(values) != count_kept(bits):
+            raise ValueError(f"{len(values)} values for {count_kept(bits)} weights that are kept")
         return cls.of_bits(bits, values)
 
 
@@ -153,10 +153,10 @@ def _on_host(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type == "cpu" else tensor.cpu()
 
 
-def packed(mask: Tensor) -> np.ndarray:
+def pack_mask(mask: Tensor) -> np.ndarray:
     """Packs a mask, bool, of any shape; in the order of `numpy.packbits`, with zeros at the end of the last byte.
 
-    >>> packed(torch.tensor([[True, False, True], [False, False, False]]))
+    >>> pack_mask(torch.tensor([[True, False, True], [False, False, False]]))
     array([160], dtype=uint8)
     """
     if mask.device.type == HOST:
@@ -170,10 +170,10 @@ def packed(mask: Tensor) -> np.ndarray:
     return on_host
 
 
-def unpacked(bits: np.ndarray, size: int, device: torch.device) -> Tensor:
+def unpack_mask(bits: np.ndarray, size: int, device: torch.device) -> Tensor:
     """Unpacks so many weights, bool, `[size]`, on a device; `bits` may go on.
 
-    >>> unpacked(np.array([160], dtype=np.uint8), 6, torch.device("cpu")).int()
+    >>> unpack_mask(np.array([160], dtype=np.uint8), 6, torch.device("cpu")).int()
     tensor([1, 0, 1, 0, 0, 0], dtype=torch.int32)
     """
     if device.type == HOST:
@@ -183,7 +183,7 @@ def unpacked(bits: np.ndarray, size: int, device: torch.device) -> Tensor:
     return columns.bitwise_and_(1).view(-1)[:size].view(torch.bool)
 
 
-def count(bits: np.ndarray) -> int:
+def count_kept(bits: np.ndarray) -> int:
     """Counts the weights that are kept."""
     return int(np.bitwise_count(bits).sum())
 
@@ -207,7 +207,7 @@ class WeightPlan(ModelPlan):
     model: str
     criterion: str
     pattern: str
-    pruned: Mapping[str, Pruned]
+    pruned: Mapping[str, PrunedLayer]
     shapes: Mapping[str, tuple[int, ...]]
     uncalled: tuple[str, ...] = ()
 
@@ -232,7 +232,7 @@ class WeightPlan(ModelPlan):
         try:
             kind, criterion, pattern = (str(plain[name]) for name in ("model", "criterion", "pattern"))
             shapes = {name: tuple(map(int, part["shape"])) for name, part in plain["pruned"].items()}
-            pruned = {name: Pruned.from_json(part, math.prod(shapes[name])) for name, part in plain["pruned"].items()}
+            pruned = {name: PrunedLayer.from_json(part, math.prod(shapes[name])) for name, part in plain["pruned"].items()}
             uncalled = {name: tuple(map(int, shape)) for name, shape in plain["uncalled"].items()}
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"plan: it is not as WeightPlan.to_json makes it ({type(error).__name__}: {error})") from error

@@ -16,12 +16,12 @@ from billhook.engine.passes import ActivationFiles, zeros
 from billhook.engine.statistics import TOKENS, add_products
 from billhook.linalg import float64_device, widest_float
 
-OUTPUTS = 1024
+MAX_OUTPUTS = 1024
 """How many outputs, or mixtures of more, ridges are tried on."""
-EVERY = slice(None)
+ALL_ROWS = slice(None)
 
 
-class OwedMoments:
+class ResidualStatistics:
     """First and second moments of a linear's inputs, and of what it owes in addition to its own output, float64.
 
     Args:
@@ -75,17 +75,19 @@ class OwedMoments:
                 self.owed_squares += (weighted * as_float(d)).sum(0, dtype=dtype).to(device)
 
     def mixed(self) -> Self:
-        """Returns moments of random mixtures of what is owed, if that has more than `OUTPUTS` features; inputs are the same.
+        """Returns moments of random mixtures of what is owed, if that has more than `MAX_OUTPUTS` features; inputs are the same.
 
         The expectation of the error on mixtures is the error itself, and all ridges are tried on the same ones.
         """
         rows = len(self.owed_products)
-        if rows <= OUTPUTS:
+        if rows <= MAX_OUTPUTS:
             return self
-        mixing = torch.randn(OUTPUTS, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / OUTPUTS**0.5
+        mixing = (
+            torch.randn(MAX_OUTPUTS, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / MAX_OUTPUTS**0.5
+        )
         mixing = mixing.to(self.tokens.device)
-        products = mixing.new_zeros(OUTPUTS, self.owed_products.shape[1])
-        for columns, some in zip(torch.split(mixing, OUTPUTS, 1), torch.split(self.owed_products, OUTPUTS), strict=True):
+        products = mixing.new_zeros(MAX_OUTPUTS, self.owed_products.shape[1])
+        for columns, some in zip(torch.split(mixing, MAX_OUTPUTS, 1), torch.split(self.owed_products, MAX_OUTPUTS), strict=True):
             products.addmm_(columns, some)
         return self._with(self.sums, self.products, mixing @ self.owed_sums, products, self.owed_squares)
 
@@ -115,7 +117,7 @@ class OwedMoments:
         """The means of x and d, `[in_features]` and `[out_features]`."""
         return self.sums / self.tokens, self.owed_sums / self.tokens
 
-    def error(self, more: Tensor | None, shift: Tensor | None = None, rows: slice = EVERY) -> Tensor:
+    def error(self, more: Tensor | None, shift: Tensor | None = None, rows: slice = ALL_ROWS) -> Tensor:
         """Computes E |d - M x - b|^2 over some outputs, `[]`.
 
         Args:
@@ -140,12 +142,12 @@ class TokenBuffer:
     However few they are, adding them goes over all sums: of 4,096 inputs, 128 tokens at a time take twice as long as 1,024.
     """
 
-    def __init__(self, moments: OwedMoments) -> None:
+    def __init__(self, moments: ResidualStatistics) -> None:
         self._moments, self._tokens = moments, 0
         self._inputs, self._owed, self._weights = list[Tensor](), list[Tensor](), list[Tensor]()
 
     def add(self, inputs: Tensor, owed: Tensor | None, tokens: Tensor | None, weights: Tensor | None) -> None:
-        """Adds what a linear is given in one call, as `OwedMoments.add` does; copies stay, if any.
+        """Adds what a linear is given in one call, as `ResidualStatistics.add` does; copies stay, if any.
 
         Where only some tokens count, these are their numbers, of all that are in the call.
         """
@@ -172,11 +174,11 @@ class TokenBuffer:
         self._inputs, self._owed, self._weights, self._tokens = [], [], [], 0
 
 
-Fold = tuple[Sequence[OwedMoments], OwedMoments]
+Fold = tuple[Sequence[ResidualStatistics], ResidualStatistics]
 """Data that a ridge is tried on: parts that are fitted to, and the one that is held out."""
 
 
-def folds_of(parts: Sequence[OwedMoments], held_out: Sequence[int]) -> list[Fold]:
+def make_folds(parts: Sequence[ResidualStatistics], held_out: Sequence[int]) -> list[Fold]:
     """Returns the data that a ridge is tried on: each of some parts held out in turn, where it and the others have tokens."""
     tokens, folds = torch.stack([part.tokens for part in parts]).tolist(), list[Fold]()
     for number in held_out:
@@ -217,7 +219,7 @@ def check_tokens(linears: Mapping[str, nn.Module], needed: Mapping[str, int], ru
 
     def count(number: int, run: Run, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         inputs = args[0] if args else kwargs["input"]
-        keep = counting(run, names[number], inputs)
+        keep = non_padding(run, names[number], inputs)
         tokens[number] += inputs.shape[:-1].numel() if keep is None else int(keep.sum())
 
     for run in runs:
@@ -230,34 +232,34 @@ def check_tokens(linears: Mapping[str, nn.Module], needed: Mapping[str, int], ru
             break
     tokens = comm(tokens.to(comm.device)).to(wanted.device)
     if not (tokens >= wanted).any():
-        raise NoRepair(f"{too_few(names[0])}, which is given {int(tokens[0])} and needs {int(wanted[0])} at least")
+        raise NoRepair(f"{too_few_tokens(names[0])}, which is given {int(tokens[0])} and needs {int(wanted[0])} at least")
 
 
-def too_few(first: str) -> str:
+def too_few_tokens(first: str) -> str:
     """Returns the words for what is refused."""
     return f"batches: too few tokens that count for any refit; the first linear is {first}"
 
 
-def not_refitted(names: Sequence[str]) -> str:
+def not_refitted_message(names: Sequence[str]) -> str:
     """Returns the words for linears that were not refitted; empty if there are none.
 
-    >>> not_refitted(["0.down_proj"])
+    >>> not_refitted_message(["0.down_proj"])
     'too few tokens have come to 1 linear, which is not refitted: 0.down_proj'
     """
     which = "1 linear, which is" if len(names) == 1 else f"{len(names)} linears, which are"
     return f"too few tokens have come to {which} not refitted: {', '.join(names)}" if names else ""
 
 
-def without_name(error: ValueError) -> str:
+def strip_argument(error: ValueError) -> str:
     """Returns what is wrong with batches without the name of the argument, which is another one elsewhere.
 
-    >>> without_name(ValueError("batches: two are needed")), without_name(ValueError("model: another"))
+    >>> strip_argument(ValueError("batches: two are needed")), strip_argument(ValueError("model: another"))
     ('two are needed', 'model: another')
     """
     return str(error).removeprefix("batches: ")
 
 
-def counting(run: Run, name: str, inputs: Tensor) -> Tensor | None:
+def non_padding(run: Run, name: str, inputs: Tensor) -> Tensor | None:
     """Finds the tokens of a linear's inputs that count, bool, `[batch, length]`; None if all do."""
     keep = run.tokens.get(name)
     if keep is None or keep.numel() != inputs.shape[:-1].numel():

@@ -1,6 +1,6 @@
 """Traces every architecture that the installed transformers can build from a small config, and asks the oracle about each.
 
-`python benchmarks/coupling_sweep.py --out docs/evidence/tracing.md` writes the table that README quotes; model types restrict it.
+`python benchmarks/coupling_sweep.py --out FILE` writes the table of docs/evidence/tracing.md; model types restrict it.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from small_configs import architectures, build, has_experts, small_config
 from billhook.model.inputs import make_inputs
 from billhook.tracing.trace import trace
 
-NAMES = ("clean", "partly opaque", "refused", "not built")
+NAMES = ("clean", "partly untraceable", "not traced", "not built")
 NOT_PRUNED = ("vocab", "label", "fixed", "position")
 SECONDS = 60
 
@@ -64,10 +64,10 @@ def sweep_one(auto, model_type, config_class, model_class, oracle=True):
     try:
         structure = trace(model)
     except ValueError as error:
-        result.state, result.reason = "refused", " ".join(str(error).split())[:200]
+        result.state, result.reason = "not traced", " ".join(str(error).split())[:200]
         return result
     result.seconds = time.perf_counter() - start
-    result.state = "partly opaque" if structure.opaque else "clean"
+    result.state = "partly untraceable" if structure.opaque else "clean"
     result.reason = "; ".join(list(structure.opaque)[:2])[:200]
     if oracle:
         ask(result, model, structure, inputs)
@@ -103,7 +103,7 @@ def _answer(model, inputs):
     return answer(model(**inputs))
 
 
-COLUMNS = ("auto class", *NAMES, "groups asked", "true", "flagged, not true", "wrong", "not asked")
+COLUMNS = ("auto class", *NAMES, "groups checked", "true", "not prunable", "wrong", "not checked")
 
 
 def table(results):

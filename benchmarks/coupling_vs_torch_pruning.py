@@ -272,7 +272,7 @@ def compare(name):
             continue
         mine = [ours(group, unit) for unit in (0, 1)]
         true, cells = consequences(model, run, group, *mine, lambda model, claim=mine[0]: cut(model, claim))
-        claim, right, theirs = None, "ours" if holds(true) else "neither", ["cannot be asked", "", "", "", ""]
+        claim, right, theirs = None, "billhook" if holds(true) else "neither", ["cannot be asked", "", "", "", ""]
         if (asked := root(graph, model, *place)) is not None:
             try:
                 groups = [graph.get_pruning_group(*asked, one[place]) for one in mine]
@@ -289,10 +289,10 @@ def compare(name):
                 theirs.append(unlike(mine[0], answers[0]))
                 if not holds(claim) and structure.tied:
                     loose, raw = untied(model, structure.tied), [places(graph, model, one, {}) for one in groups]
-                    right += ", theirs if untied" if holds(exchanged(loose, run, *raw)) else ""
+                    right += ", torch-pruning if untied" if holds(exchanged(loose, run, *raw)) else ""
         if holds(claim):
-            right = "theirs" if not holds(true) else "both" if not theirs[-1] else "both, theirs is larger"
-        label = f"{group.kind}:{group.size}{' (we refuse)' if group.reason else ''}"
+            right = "torch-pruning" if not holds(true) else "both" if not theirs[-1] else "both, torch-pruning's is larger"
+        label = f"{group.kind}:{group.size}{' (not prunable)' if group.reason else ''}"
         rows[(label, *cells, *theirs, right)].append(role)
     for (label, *cells), roles in rows.items():
         yield [name, f"{label} from {', '.join(roles)}", *cells]
@@ -384,10 +384,10 @@ def main():
     quiet()
     names = arguments.names or [*FAMILIES, *REAL]
     checks = "true | runs | as zeroed"
-    header = f"family | group | ours: members / indices | {checks} | theirs | {checks} | difference | right"
+    header = f"family | group | billhook: members / indices | {checks} | torch-pruning | {checks} | difference | right"
     texts = [table(header, (row for name in names if name in FAMILIES for row in compare(name)))]
     if not arguments.no_cost:
-        header = "model | ours ms | theirs ms | theirs / ours | ours MB | theirs MB"
+        header = "model | billhook ms | torch-pruning ms | ratio | billhook MB | torch-pruning MB"
         texts.append(table(header, (cost(name, arguments.repetitions) for name in names)))
     if arguments.out:
         arguments.out.write_text("\n\n".join(texts) + "\n")

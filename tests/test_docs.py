@@ -53,6 +53,41 @@ def test_each_row_of_what_works_has_its_test():
     assert [row for row in rows if "`test_" not in row] == []
 
 
+GUIDE = [page for page in PAGES if "evidence" not in page.parts]
+"""README, and the pages of the guide and the reference: short sentences in the words of the glossary, without history."""
+NEVER = re.compile(
+    r"\b(affair|alike|bit for bit|brings? back|comes? and goe?s?|gives? way|hands? (?:on|out)|kin|linears|of one's own|owes?"
+    r"|settles?|so many|straight run|way out)\b|\w*(?:quantis|licence|generalis|normalis|randomis|behaviour|colour|centre)\w*",
+    re.IGNORECASE,
+)
+HISTORY = re.compile(r"\btest_\w+|\b(?:as was|no longer|in this version|at first|billhook's own aim)\b|\b20\d\d-\d\d-\d\d\b")
+
+
+def prose(page):
+    """The text of a page without code, tables, headings and comments."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith(("|", "#", "!", "<!--")))
+
+
+def lengths(page):
+    """How many words each sentence of a page has."""
+    text = re.sub(r"`[^`]*`", "CODE", prose(page))
+    sentences = re.split(r"(?<=[.!?:])\s+(?=[A-Z*`\[])|\n\s*\n|\n\s*[-*] ", text)
+    return [words for words in (len(sentence.split()) for sentence in sentences) if words > 2]
+
+
+@pytest.mark.parametrize("page", GUIDE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_outside_evidence_are_plain(page):
+    assert NEVER.findall(prose(page)) == []
+    assert HISTORY.findall(prose(page)) == []
+    assert max(lengths(page), default=0) <= 45
+
+
+def test_few_sentences_outside_evidence_are_long():
+    words = [count for page in GUIDE for count in lengths(page)]
+    assert sum(count > 30 for count in words) <= 0.05 * len(words)
+
+
 def test_each_marker_is_described_and_the_two_commands_are_told(pytestconfig):
     """That each is registered is what `--strict-markers` asks for."""
     options, said = " ".join(pytestconfig.getini("addopts")), (ROOT / "CONTRIBUTING.md").read_text()

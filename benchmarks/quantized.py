@@ -2,11 +2,12 @@
 
     OMP_NUM_THREADS=1 python benchmarks/quantized.py MODEL DATA WORK --out quantized.md --plot quantized.png
 
-The pruned models are rows of `shrink.py`, made in WORK by its `--row`. Each model is written as a GGUF file of F16 and quantized
-by llama.cpp, without an importance matrix. Perplexity is llama.cpp's own, of the windows of `measured.py` (16 of FOLDOC's test
-text, 32 of WikiText-2's, 512 tokens each); prefill (480 tokens) and decoding (63 tokens) are measured in interleaved rounds on
-one thread, as ratios to the dense model in F16 in the same round. WORK keeps every result, so that an interrupted run goes on;
-`--speed` measures speeds alone, once all perplexities are there, since they need a quiet machine.
+The pruned models are made in WORK: `bh.shrink` and `bh.convert_kv_heads` with repair, on 12 windows of 512 tokens of each of two
+texts and 8 that the model generates (a quarter of those in `shrink.py`). Each model is written as a GGUF file of F16 and
+quantized by llama.cpp, without an importance matrix. Perplexity is llama.cpp's own, of the windows of `measured.py` (16 of
+FOLDOC's test text, 32 of WikiText-2's, 512 tokens each). Prefill (480 tokens) and decoding (63 tokens) are measured in
+interleaved rounds on one thread, as ratios to the dense model in F16 in the same round. WORK keeps every result, so that an
+interrupted run goes on; `--speed` measures speeds alone, once all perplexities are there, since they need a quiet machine.
 """
 
 import argparse
@@ -16,36 +17,54 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from measured import TESTS, Lines, windows
-from shrink import CONVERTED, folder_of
+from measured import TESTS, Lines, calibration, windows
 from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer
 
 import billhook as bh
 from billhook.serving.converter import Converter
 from billhook.serving.engine import LlamaCpp, measure_engine, speed_up
 from billhook.serving.written import write_gguf
 
-ROWS = {
-    "dense": "dense",
-    "85 %, uniform": "85 %, uniform | texts",
-    "85 %, non-uniform": "85 %, free | texts",
-    "71 %, uniform": "71 %, uniform | texts",
-    "71 %, non-uniform": "71 %, free, generations=0 | texts",
-    "1 of 3 KV heads": f"{CONVERTED} | texts",
+MODELS = {
+    "dense": None,
+    "1 of 3 KV heads": None,
+    "85 %, uniform": {"budget": bh.Budget(params=0.85)},
+    "85 %, non-uniform": {"budget": bh.Budget(params=0.85), "layers": "free"},
+    "71 %, uniform": {"budget": bh.Budget(params=0.71)},
+    "71 %, non-uniform": {"budget": bh.Budget(params=0.71), "layers": "free", "search": bh.Search(generations=0)},
 }
-KINDS = {name: ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M") if name == "dense" else ("F16", "Q8_0", "Q4_K_M") for name in ROWS}
+KINDS = {name: ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M") if name == "dense" else ("F16", "Q8_0", "Q4_K_M") for name in MODELS}
 COLUMNS = ["model", "weights", "MB", "FOLDOC", "WikiText-2", "prefill", "decoding", "KV bytes per token"]
 CONTEXT, NEW_TOKENS = 480, 64
 
 
+def folder_of(options, name):
+    """Returns the checkpoint of a model, made once."""
+    if name == "dense":
+        return options.model
+    folder = options.work / name.replace(" ", "_").replace("%", "percent").replace(",", "")
+    if not folder.exists():
+        torch.manual_seed(0)
+        model = bh.load(str(options.model), dtype="float32")
+        batches = calibration(options, model, 12, 8)
+        if MODELS[name] is None:
+            bh.convert_kv_heads(model, 1, "svd", batches, repair=bh.RepairConfig())
+        else:
+            print(bh.shrink(model, batches=batches, variant_cache=options.work / "variants", **MODELS[name]), flush=True)
+        bh.save(model, folder, AutoTokenizer.from_pretrained(options.model))
+    return folder
+
+
 def file_of(options, name, kind):
     """Returns the GGUF file of a model, written once."""
-    file = options.work / f"{folder_of(options, ROWS[name]).name}.{kind}.gguf"
+    folder = folder_of(options, name)
+    file = options.work / f"{'dense' if name == 'dense' else folder.name}.{kind}.gguf"
     if not file.exists():
         draft = file.with_suffix(".draft")
         if kind == "F16":
             with Converter() as converter:
-                write_gguf(str(options.model if name == "dense" else folder_of(options, ROWS[name])), draft, converter, "f16")
+                write_gguf(str(folder), draft, converter, "f16")
         else:
             with LlamaCpp(options.threads) as engine:
                 engine.quantize(file_of(options, name, "F16"), draft, kind)
@@ -115,7 +134,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "data", "work"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--only", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--threads", type=int, default=1, help="of quantization and perplexity; speed is of one thread")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--speed", action="store_true", help="measure speeds again")
@@ -131,7 +150,7 @@ def main():
     table = Lines(options.out, COLUMNS)
     for (name, kind), result in results.items():
         texts = [f"{result[text]:.2f} ({result[text] / dense[text]:.2f}x)" for text in TESTS]
-        cache = bh.summary(bh.load(str(options.model if name == "dense" else folder_of(options, ROWS[name])))).kv_cache_bytes
+        cache = bh.summary(bh.load(str(folder_of(options, name)), dtype="float16")).kv_cache_bytes
         prefill, decoding = (ratio(*quartiles) for quartiles in speeds[f"{name}, {kind}"])
         table.add([name, kind, f"{result['bytes'] / 1e6:.1f}", *texts, prefill, decoding, f"{cache:,}"])
     if options.plot:

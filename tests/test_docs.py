@@ -181,3 +181,40 @@ def test_docstrings_begin_with_a_verb_and_public_names_have_an_example(folder):
     public = {name: one for name, one in PUBLIC.items() if f"{getattr(one, '__module__', '')}.".startswith(place)}
     wrong += [f"{name} has no example (>>>)" for name, one in public.items() if ">>>" not in (one.__doc__ or "")]
     assert not wrong, "\n".join(["", *wrong])
+
+
+HEADLESS = re.compile(r"\b(what|those|one|so many|as many)\b")
+"""Words that stand for a noun which a summary should name."""
+
+
+def summary_of(text):
+    """The first paragraph of a docstring, on one line."""
+    return " ".join(text.split("\n\n")[0].split())
+
+
+def test_summaries_of_public_names_are_one_plain_line():
+    summaries = {name: summary_of(inspect.getdoc(value) or "") for name, value in PUBLIC.items() if callable(value)}
+    assert {name: text for name, text in summaries.items() if len(text) > 88 or HEADLESS.search(text)} == {}
+
+
+def test_nearly_all_summaries_are_one_plain_line():
+    nodes = [
+        node for folder in [*FOLDERS, "billhook"] for path in of_folder(folder) for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    texts = [summary_of(ast.get_docstring(node)) for node in nodes if isinstance(node, documented) and ast.get_docstring(node)]
+    poor = [text for text in texts if len(text) > 88 or HEADLESS.search(text)]
+    assert len(poor) <= 0.05 * len(texts), poor
+
+
+def test_docstrings_and_messages_avoid_words_that_nobody_knows():
+    found = []
+    for folder in [*FOLDERS, "billhook"]:
+        for path in of_folder(folder):
+            strings = [
+                node
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            ]
+            found += [f"{path.name}:{node.lineno}: {word}" for node in strings for word in NEVER.findall(node.value)]
+    assert found == []

@@ -92,19 +92,19 @@ def _command(name: str) -> str:
     own = [owner for owner in _owners(command) if owner not in _shared()]
     rows += [row for owner in own for row in _rows(owner)]
     links = [f"[{one.__name__}](#{one.__name__.lower()})" for one in _owners(command) if one in _shared()]
-    also = f"\n\nAnd the shared options: {', '.join(links)}." if links else ""
+    also = f"\n\nShared options: {', '.join(links)}." if links else ""
     return f"### {name}\n\n```\nbillhook {name} {words} [options]\n```\n\n{_prose(command)}\n\n{_table(rows)}{also}"
 
 
 def _group(owner: type) -> str:
     takers = ", ".join(f"[`{name}`](#{name})" for name in COMMANDS if owner in _owners(command_of(name)))
-    return f"### {owner.__name__}\n\n{_prose(owner)}\n\nTaken by {takers}.\n\n{_table(_rows(owner))}"
+    return f"### {owner.__name__}\n\n{_prose(owner)}\n\nCommands: {takers}.\n\n{_table(_rows(owner))}"
 
 
 def _fragment(path: Path) -> str:
     """Returns a fragment under its name: its comments as prose, with commands among them as code, and then the YAML."""
     lines = [line for line in path.read_text().splitlines() if not line.startswith("# yaml-language-server:")]
-    comments = [line.removeprefix("#").strip().removeprefix("Compose: ") for line in lines if line.startswith("#")]
+    comments = [line.removeprefix("#").strip() for line in lines if line.startswith("#")]
     parts = [
         f"```\n{line}\n```" if command else " ".join([line, *following])
         for command, (line, *following) in ((command, list(run)) for command, run in groupby(comments, _is_command))

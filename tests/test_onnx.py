@@ -9,7 +9,7 @@ from kit.pages import ROOT, blocks_in, run_page
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install 'billhook[onnx]'")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install 'billhook[onnx]'")
-BLOCKS = blocks_in(ROOT / "docs" / "deploy" / "export.md")
+BLOCKS = [block for block in blocks_in(ROOT / "docs" / "deploy" / "export.md") if block.language == "python"]
 pytestmark = [
     pytest.mark.nightly,
     pytest.mark.slow,

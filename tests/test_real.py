@@ -44,7 +44,7 @@ def test_smollm2_to_multi_query_equals_pooled_heads_repeated_and_survives_a_roun
     convert_kv_heads(converted, 1)
     logits = converted(**batch).logits
     torch.testing.assert_close(logits, reference(**batch).logits, atol=5e-4, rtol=1e-4)
-    assert (logits - dense).abs().max() > 1  # mean-pooling does damage
+    assert (logits - dense).abs().max() > 1  # mean-pooling does degradation
     assert summary(converted).kv_cache_bytes * 3 == summary(smollm2).kv_cache_bytes == 2 * 30 * 3 * 64 * 4
     saved = save(converted, tmp_path / "mqa")
     assert saved.difference == 0

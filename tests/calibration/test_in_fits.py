@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 
 import billhook as bh
 from billhook.assets import model_path
-from billhook.fit.event import described
+from billhook.fit.event import describe_callback
 from kit import prunes, shrinks
 from kit.events import Own, loader
 from kit.fits import trainer, weights
@@ -26,7 +26,7 @@ CALLBACKS = {
 
 def test_records_say_objects_by_their_names():
     given = bh.Calibration([datasets.Dataset.from_dict({"text": ["a"]}), "tiny"])
-    said = described(bh.DepthPruning(1, calibration=given))["calibration"]
+    said = describe_callback(bh.DepthPruning(1, calibration=given))["calibration"]
     assert said["sources"] == ["dataset", "tiny"]
     assert "weights" not in said
 

@@ -1,4 +1,4 @@
-"""Other texts that damage is measured on: each has a name of its own, whatever kind of source it is."""
+"""Other texts that degradation is measured on: each has a name of its own, whatever kind of source it is."""
 
 import datasets
 import pytest
@@ -20,7 +20,7 @@ def test_objects_get_names_that_no_other_text_has(tmp_path):
     check_other_texts(calibration, also)
     read = evaluation_batches(calibration, bh.load("tiny"), 2, also, written=False)
     assert list(dict.fromkeys(one.source for one in read)) == ["dataset", "dataset 2", "other", "dataset 3"]
-    assert bh.Damage(calibration, also=also).also is also
+    assert bh.Degradation(calibration, also=also).also is also
 
 
 def test_a_file_with_the_name_of_another_text_is_refused(tmp_path):

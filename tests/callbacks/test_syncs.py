@@ -84,9 +84,9 @@ class Asked(bh.KVHeadConversion):
         self.looks = []
         super().__init__(2, measure_batches=0, **options)
 
-    def shown(self, model):
+    def reached(self, model):
         self.looks.append(model.trainer.global_step)
-        return super().shown(model)
+        return super().reached(model)
 
 
 @pytest.mark.parametrize(("options", "last"), [({"at": 2}, 2), ({"at": RISING}, 4), ({"at": 4, "over": 3}, 4)])

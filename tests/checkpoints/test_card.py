@@ -23,7 +23,7 @@ EVENTS = [
         "not_refitted": "linears that keep more inputs than there are tokens",
     },
 ]
-DAMAGE = [
+DEGRADATION = [
     {
         "source": "a",
         "inside": True,
@@ -57,8 +57,15 @@ def front(folder):
     return ModelCard.load(folder / "README.md").data.to_dict()
 
 
+def test_records_of_older_versions_have_their_degradation_as_damage(tmp_path):
+    new = saved(tmp_path / "new", {"events": [EVENTS[0] | {"degradation": DEGRADATION}]})
+    assert "25.44" in new
+    assert saved(tmp_path / "old", {"events": [EVENTS[0] | {"damage": DEGRADATION}]}) == new
+    assert saved(tmp_path / "end", {"damage": DEGRADATION}) == saved(tmp_path / "same", {"degradation": DEGRADATION})
+
+
 def test_what_was_done_what_it_costs_and_how_to_load_it(tmp_path):
-    text = saved(tmp_path, {"steps": 8, "events": EVENTS, "damage": DAMAGE})
+    text = saved(tmp_path, {"steps": 8, "events": EVENTS, "degradation": DEGRADATION})
     body = text.split("---\n", 2)[2]
     lines = [line for line in body.splitlines() if line]
     assert lines[:8] == [
@@ -136,7 +143,7 @@ def test_what_a_record_holds_is_neither_html_nor_markdown(tmp_path):
     by = {"callback": evil, evil: evil}
     event = {"step": evil, "what": evil, "label": f"{evil}!", "by": by, "not_refitted": evil}
     event["before"] = event["after"] = SIZES | {f"val{evil}": 1.0}
-    more = {evil: evil, "damage": [DAMAGE[0] | {"source": evil}], "metrics": {f"val{evil}": 1.0}}
+    more = {evil: evil, "degradation": [DEGRADATION[0] | {"source": evil}], "metrics": {f"val{evil}": 1.0}}
     text = saved(tmp_path, {"events": [event], "made_of": {"name": evil, "class": evil}} | more).split("---\n", 2)[2]
     assert text.count("alert(1)") >= 12
     assert "<script" not in text
@@ -266,6 +273,6 @@ def test_without_a_record_the_card_says_what_is_known(tmp_path):
 
 @pytest.mark.parametrize("anything", [None, 3, "x", [1, "x", {}], {"a": 1}, [{"what": 1, "before": 2, "after": None}]])
 def test_a_record_of_ones_own_may_hold_anything(tmp_path, anything):
-    text = saved(tmp_path, dict.fromkeys(("events", "damage", "steps", "accuracy", "base_model"), anything))
+    text = saved(tmp_path, dict.fromkeys(("events", "degradation", "steps", "accuracy", "base_model"), anything))
     assert "## How to load it" in text
     assert "Made of" not in text or anything == "x"

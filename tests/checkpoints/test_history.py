@@ -26,7 +26,7 @@ def fitted(folder):
     callbacks = [
         bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **given),
         bh.DepthPruning(1, at=1, **given),
-        bh.Damage(calibration, rows=3),
+        bh.Degradation(calibration, examples=3),
         bh.Export(str(folder / FOLDERS[0]), rehearse=False),
         bh.Report(str(folder / "report.png"), measure_batches=0),
         keep,
@@ -58,14 +58,14 @@ def test_after_the_fit_both_say_the_same(tmp_path, monkeypatch):
     assert f"| StructuredPruning | {how}" in cards[0]
     assert "| training | seed 5; precision 32-true; devices 1 |" in cards[0]
     assert records[0]["start"]["params"] == records[0]["events"][0]["before"]["params"]
-    for name in ("start", "steps", "events", "damage", "base_model", "training"):
+    for name in ("start", "steps", "events", "degradation", "base_model", "training"):
         assert records[1][name] == records[0][name]
     assert [event["step"] for event in records[1]["events"]] == [1, 2]
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / FOLDERS[1])
     assert plain.config.num_hidden_layers == 1
 
 
-def test_before_the_end_damage_is_that_of_the_last_event(tmp_path):
+def test_before_the_end_degradation_is_that_of_the_last_event(tmp_path):
     _, kept = fitted(tmp_path)
     export(kept, tmp_path / FOLDERS[1])
     first, card = (of(tmp_path, name) for name in FOLDERS)
@@ -73,8 +73,8 @@ def test_before_the_end_damage_is_that_of_the_last_event(tmp_path):
     assert begins == first.split("## What it costs\n\n")[0]
     assert costs.startswith("Right after what was done at step 2:\n\n| perplexity on |")
     record = json.loads(of(tmp_path, FOLDERS[1], "billhook.json"))
-    assert f"| {record['events'][1]['damage'][0]['after']:,.4g} |" in costs
-    assert "damage" not in record
+    assert f"| {record['events'][1]['degradation'][0]['after']:,.4g} |" in costs
+    assert "degradation" not in record
 
 
 EVENT = {"number": 0, "step": 1, "what": "less", "before": {}, "after": {}}
@@ -90,7 +90,7 @@ HOSTILE = {
     "an event has no step": {"callbacks": {"a": {"events": [{name: EVENT[name] for name in EVENT if name != "step"}]}}},
     "a step is text": {"callbacks": {"a": {"events": [EVENT | {"step": "1"}]}}},
     "an event holds a tensor": {"callbacks": {"a": {"events": [EVENT | {"x": torch.ones(1)}]}}},
-    "damage holds a tensor": {"callbacks": {"a": {"last": [LOSS | {"kl": torch.ones(1)}]}}},
+    "degradation holds a tensor": {"callbacks": {"a": {"last": [LOSS | {"kl": torch.ones(1)}]}}},
 }
 
 
@@ -103,4 +103,6 @@ def test_what_it_notes_comes_in_order():
     states = {"a": {"events": [EVENT | {"step": 3}, EVENT | {"number": 2}]}, "b": {"events": [EVENT], "last": [LOSS]}}
     found = history({"callbacks": states})
     assert [(event["step"], event["number"]) for event in found["events"]] == [(1, 0), (1, 2), (3, 0)]
-    assert found["damage"] == [LOSS]
+    assert found["degradation"] == [LOSS]
+    older = history({"callbacks": {"a": {"events": [EVENT | {"damage": [LOSS]}]}}})
+    assert older["events"] == [EVENT | {"degradation": [LOSS]}]

@@ -11,7 +11,7 @@ from billhook.cli import bench as command
 from billhook.cli.bench import table
 from billhook.cli.main import main
 from billhook.cli.options import description
-from billhook.report.speed import Row
+from billhook.report.speed import Timing
 from kit.families import EXTRA, SMALL
 from kit.shaped import uneven_llama
 
@@ -32,7 +32,9 @@ def bench(*arguments):
 
 
 def row(model, phase, batch, seconds, ratios, ideal, peak=2_500_000):
-    return Row(model, phase, batch, 2048, seconds, ratios, 10_000_000, 4_000_000 // (1 + model), 2052, 3_000_000_000, ideal, peak)
+    return Timing(
+        model, phase, batch, 2048, seconds, ratios, 10_000_000, 4_000_000 // (1 + model), 2052, 3_000_000_000, ideal, peak
+    )
 
 
 ROWS = [

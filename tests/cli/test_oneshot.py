@@ -51,7 +51,7 @@ def test_a_checkpoint_with_half_of_the_weights_and_its_perplexity(tmp_path, data
         "sequential": "block",
     }
     assert f"{record['perplexity']['before']:,.4g}  {record['perplexity']['after']:,.4g}" in said
-    assert [(one["source"], one["inside"], one["rows"]) for one in record["damage"]] == [
+    assert [(one["source"], one["inside"], one["rows"]) for one in record["degradation"]] == [
         ("train", True, 5),
         ("generated", False, 5),
     ]
@@ -62,7 +62,7 @@ def test_a_checkpoint_with_half_of_the_weights_and_its_perplexity(tmp_path, data
     assert (event["before"]["params"], event["after"]["params"]) == (dense.num_parameters(), model.num_parameters())
     zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
     assert f"| of them zero | {event['before']['zeros']:,} | {zeros:,} |" in card
-    for one in record["damage"]:
+    for one in record["degradation"]:
         costs = f"{one['before']:,.4g} | {one['after']:,.4g} | {one['ratio']:.3f} ± {one['ratio_error']:.3f} | {one['kl']:.3f} ±"
         assert f"| {one['source']} | {'' if one['inside'] else 'not '}calibrated on | {costs}" in card
     assert f"| pruned | criterion {record['pruned']['criterion']}; pattern unstructured; sparsity 0.5; sequential block |" in card

@@ -36,7 +36,7 @@ def test_by_svd_with_perplexity_before_and_after(small, files, tmp_path, capsys)
         torch.testing.assert_close(again(IDS).logits, dense(IDS).logits)
     assert record["perplexity"]["after"] == pytest.approx(perplexity(again, held_out), rel=1e-4)
     assert record["plans"] == [plan.to_json()]
-    assert [(one["source"], one["inside"]) for one in record["damage"]] == [("train", True), ("generated", False)]
+    assert [(one["source"], one["inside"]) for one in record["degradation"]] == [("train", True), ("generated", False)]
     assert record["calibration"]["sources"] == {split: Path(path).name for split, path in files.items()}
     assert record["events"][0]["what"] == "4 -> 1 KV heads in 2 attentions (svd)"
     assert "- 4 -> 1 KV heads in 2 attentions (svd)\n" in (tmp_path / "out" / "README.md").read_text()
@@ -58,7 +58,7 @@ def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, caps
     bh.convert_kv_heads(dense, 2)
     with torch.no_grad():
         assert torch.equal(bh.load(tmp_path / "out")(IDS).logits, dense(IDS).logits)
-    assert [(one["source"], one["inside"]) for one in record["damage"]] == [("generated", False)]
+    assert [(one["source"], one["inside"]) for one in record["degradation"]] == [("generated", False)]
     assert "calibration" not in record
     said = capsys.readouterr().out
     assert "turn 4 KV heads into 2 in 2 attentions, by mean\n  shown no text, as it needs none\n" in said

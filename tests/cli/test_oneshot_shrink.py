@@ -53,7 +53,7 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys, mo
     assert str(plan).splitlines()[0] in said
     assert "KL to the dense model by size" in said
     assert "perplexity" in said
-    assert record["damage"]
+    assert record["degradation"]
     assert f"- without {plan.words}: {record['shrink']['left']:,} params left" in (tmp_path / "out" / "README.md").read_text()
     assert record["shrink"]["layers"] == "uniform"
     assert shown[0] == (0, shown[0][1], "scoring")  # how many there are is known from the start
@@ -188,7 +188,7 @@ def test_recovery_by_distillation(sure, files, tmp_path, capsys, given):
     main(["shrink", str(sure), str(tmp_path / "out"), *options, *SHORT, *option(files)])
     assert int(torch.randint(1000, ())) == int(torch.randint(1000, (), generator=torch.Generator().manual_seed(3)))
     record, said = json.loads((tmp_path / "out" / "billhook.json").read_text()), capsys.readouterr().out
-    recovery, after = record["recovery"], record["damage"]
+    recovery, after = record["recovery"], record["degradation"]
     assert recovery["recover"] == 20
     assert recovery["before"][0]["after"] > 1.5 * after[0]["after"]
     assert said.index("Before recovery:") < said.index("After 20 steps of recovery on ")

@@ -55,7 +55,7 @@ def test_the_same_as_in_memory(small, files, tmp_path, capsys, arguments):
     found = [bh.load(tmp_path / name).state_dict() for name in "ab"]
     assert all(torch.equal(found[1][name], one) for name, one in found[0].items())
     assert memory["perplexity"] == pytest.approx(streamed["perplexity"], rel=1e-6)
-    assert [one["source"] for one in streamed["damage"]] == ["train"]  # what the model writes is not measured on
+    assert [one["source"] for one in streamed["degradation"]] == ["train"]  # what the model writes is not measured on
     assert memory["events"] == streamed["events"]
     assert not (tmp_path / ".b.parts").exists()
 

@@ -102,7 +102,7 @@ def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
 
 def test_beside_one_text_linears_are_refitted_to_what_the_model_writes(small, files, tmp_path):
     record = prune(small, tmp_path / "out", "--channels", "0.5", *SHORT, *option(files))
-    read, inside = record["calibration"], {one["source"]: one["inside"] for one in record["damage"]}
+    read, inside = record["calibration"], {one["source"]: one["inside"] for one in record["degradation"]}
     assert (read["sources"], read["weights"]) == ([without_folders(files), "generated"], [0.75, 0.25])
     assert inside == {Path(files["train"]).stem: True, "generated": False}
     dense = bh.load(small)
@@ -133,7 +133,7 @@ def test_several_texts_share_what_the_model_does_not_write(small, two_texts, tmp
     named = [*two_texts, "generated"] if weights else two_texts
     assert (record["calibration"]["sources"], record["calibration"]["weights"]) == (without_folders(named), weights)
     assert list(Counter(source_of(one) for one in read[0]).values()) == rows
-    inside = {one["source"]: one["inside"] for one in record["damage"]}
+    inside = {one["source"]: one["inside"] for one in record["degradation"]}
     assert inside == {"one": True, "other": True, "generated": False}
 
 
@@ -141,7 +141,7 @@ def test_with_what_the_model_writes_among_the_texts_shares_are_equal(small, two_
     texts = ["generated", two_texts[0]]
     record = prune(small, tmp_path / "out", "--channels", "0.5", *SHORT, "--data", json.dumps(texts))
     assert (record["calibration"]["sources"], record["calibration"]["weights"]) == (without_folders(texts), None)
-    assert {one["inside"] for one in record["damage"]} == {True}
+    assert {one["inside"] for one in record["degradation"]} == {True}
 
 
 def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):

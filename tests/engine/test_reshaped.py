@@ -12,7 +12,7 @@ import billhook as bh
 from billhook.engine import fsdp as internals
 from billhook.engine.sharded_files import Unread
 from billhook.engine.sharding import full_tensor, is_sharded, unsharded
-from billhook.fit.shards import reshaped
+from billhook.fit.shards import gathered
 from kit.families import llama, tokens
 
 
@@ -48,7 +48,7 @@ def test_what_is_cut_is_sharded_and_trains_on_with_its_state(mesh):
     step(model, optimizer)
     before = values(model, optimizer)
     plan = bh.pruning.plan_units(llama(tie_word_embeddings=True), {0: [1, 3]}, "channel")
-    with reshaped(model, [optimizer], gradients=False):
+    with gathered(model, [optimizer], gradients=False):
         assert not is_sharded(model)
         bh.apply(model, plan, optimizer)
     kept = [one for one in range(48) if one not in (1, 3)]
@@ -67,7 +67,7 @@ def test_an_error_leaves_all_as_it_was(mesh):
     model, optimizer = sharded(mesh)
     step(model, optimizer)
     before, there = values(model, optimizer), hooks(model)
-    with pytest.raises(ValueError, match="in the middle"), reshaped(model, [optimizer], gradients=False):
+    with pytest.raises(ValueError, match="in the middle"), gathered(model, [optimizer], gradients=False):
         raise ValueError("in the middle")
     after = values(model, optimizer)
     assert before.keys() == after.keys()
@@ -89,7 +89,7 @@ def test_a_gather_that_fails_leaves_all_as_it_was(mesh, monkeypatch, number):
         return full_tensor(tensor)
 
     monkeypatch.setattr("billhook.engine.shards.full_tensor", fails)
-    with pytest.raises(MemoryError), reshaped(model, [optimizer], gradients=False):
+    with pytest.raises(MemoryError), gathered(model, [optimizer], gradients=False):
         pass
     after = values(model, optimizer)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -106,7 +106,7 @@ def test_what_was_told_and_set_is_kept(mesh):
     second.set_modules_to_backward_prefetch([first])
     second.set_gradient_divide_factor(4.0)
     second.set_reshard_after_backward(False)
-    with reshaped(model, [optimizer], gradients=False):
+    with gathered(model, [optimizer], gradients=False):
         pass
     (of_first, of_second) = (part._get_fsdp_state() for part in (first, second))
     assert of_first._states_to_forward_prefetch == [of_second]
@@ -123,7 +123,7 @@ def test_dimensions_and_ignored_parameters_are_kept(mesh):
     model = llama()
     norm = model.model.norm.weight
     fully_shard(model, mesh=mesh, ignored_params={norm}, shard_placement_fn=lambda own: Shard(own.ndim - 1))
-    with reshaped(model, [], gradients=False):
+    with gathered(model, [], gradients=False):
         bh.convert_kv_heads(model, 2)
     assert model.model.norm.weight is norm
     assert model.model.layers[0].self_attn.k_proj.weight.placements == (Shard(1),)
@@ -135,7 +135,7 @@ def test_gradients_follow_where_they_are_asked_for(mesh, gradients):
     ids = tokens()
     model(input_ids=ids, labels=ids).loss.backward()
     before = {name: full_tensor(own.grad).clone() for name, own in model.named_parameters()}
-    with reshaped(model, [optimizer], gradients=gradients):
+    with gathered(model, [optimizer], gradients=gradients):
         pass
     for name, own in model.named_parameters():
         assert (own.grad is not None) == gradients
@@ -148,7 +148,7 @@ def test_another_fsdp_is_refused_before_anything_changes(mesh, where, name):
     state = model.model.layers[1]._get_fsdp_state()
     del vars(internals.groups_of(state)[0] if where else state)[name]
     told = rf"torch {torch.__version__.partition('+')[0]}.*: its FSDP2 lacks {name}, which"
-    with pytest.raises(RuntimeError, match=told), reshaped(model, [optimizer], gradients=False):
+    with pytest.raises(RuntimeError, match=told), gathered(model, [optimizer], gradients=False):
         pass
     assert isinstance(model, FSDPModule)
 
@@ -177,7 +177,7 @@ def test_a_torch_with_one_group_at_most(mesh):
         for name in internals.NEWER_SETTINGS:
             vars(group).pop(name, None)
     before = {name: full_tensor(own) for name, own in model.named_parameters()}
-    with reshaped(model, [optimizer], gradients=False):
+    with gathered(model, [optimizer], gradients=False):
         assert not isinstance(model, FSDPModule)
     assert isinstance(model, FSDPModule)
     assert all(torch.equal(full_tensor(own), before[name]) for name, own in model.named_parameters())

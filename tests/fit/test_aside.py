@@ -24,7 +24,7 @@ def test_who_is_asked_last_is_asked_first_no_longer(own):
         vars(module)["log"] = record
     trainer = SimpleNamespace(state=SimpleNamespace(stage="fit"))
     lines = type("Lines", (), {"metrics": {}, "__call__": lambda self, *given: logged.append(("lines", *given))})()
-    with FitCalibration().aside(module):
+    with FitCalibration().undisturbed(module):
         module.log("a", 1)
         with _validating(trainer, module, lines):
             module.log("b", 2)

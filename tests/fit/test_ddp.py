@@ -116,8 +116,8 @@ def test_two_processes_convert_on_data_as_one_does(of_two, files, tmp_path, name
         torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3, msg=lambda m, own=own: f"{own}: {m}")
 
 
-@pytest.mark.parametrize("name", ["damage"])
-def test_two_processes_tell_the_damage_that_one_does(of_two, files, tmp_path, name):
+@pytest.mark.parametrize("name", ["degradation"])
+def test_two_processes_tell_the_degradation_that_one_does(of_two, files, tmp_path, name):
     _, told = of_two(name)
     _, _, told_by_one = FITS[name].run(tmp_path, files)
     for two, one in zip(told, told_by_one, strict=True):

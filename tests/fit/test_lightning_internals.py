@@ -33,10 +33,10 @@ class Reads(pl.Callback):
             assert loaders.flattened == [trainer.val_dataloaders]
             moved = internals.to_device(trainer, next(iter(loader())))
             assert moved["input_ids"].shape == (2, 6)
-            assert [(type(callback), copy is not None) for callback, copy in internals.averages(trainer)] == [
+            assert [(type(callback), copy is not None) for callback, copy in internals.averaging_callbacks(trainer)] == [
                 (WeightAveraging, True)
             ]
-            assert not internals.is_search(trainer)
+            assert not internals.is_tuning(trainer)
             self.read = True
 
 
@@ -48,7 +48,7 @@ def test_in_a_fit(tmp_path):
     run.fit(Own(), loader(), loader(4, 4))
     assert reads.read
     assert run.global_step == 4
-    assert internals.saved_place(torch.load(tmp_path / "step=3.ckpt", weights_only=True))["processed"] == 2
+    assert internals.saved_progress(torch.load(tmp_path / "step=3.ckpt", weights_only=True))["processed"] == 2
     internals.drop_training_loaders(run)
     assert internals.training_loaders(run) == []
 
@@ -56,7 +56,7 @@ def test_in_a_fit(tmp_path):
 def test_a_search_is_known(tmp_path):
     class Asks(pl.Callback):
         def setup(self, trainer, pl_module, stage):
-            searches.append(internals.is_search(trainer))
+            searches.append(internals.is_tuning(trainer))
 
     searches = []
     run, lit = trainer(tmp_path, [Asks()], 1), Own()

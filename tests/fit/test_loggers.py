@@ -11,7 +11,7 @@ from mlflow.tracking import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import billhook as bh
-from billhook.fit.measure import log_card, log_picture
+from billhook.fit.measure import log_card, log_plot
 from kit.fits import data, module, trainer
 
 pytestmark = [
@@ -22,9 +22,9 @@ PNG = b"\x89PNG"
 
 
 def fitted(files, folder, loggers):
-    """Converts in the middle of a fit, with damage, an export and a report; returns the card's text."""
+    """Converts in the middle of a fit, with degradation, an export and a report; returns the card's text."""
     calibration = bh.Calibration(files["train"], tokens=64, length=16)
-    callbacks = [bh.KVHeadConversion(1, at=2, measure_batches=1), bh.Damage(calibration, rows=2)]
+    callbacks = [bh.KVHeadConversion(1, at=2, measure_batches=1), bh.Degradation(calibration, examples=2)]
     callbacks += [bh.Export(str(folder / "model"), rehearse=False), bh.Report(str(folder / "report.png"), measure_batches=1)]
     trainer(folder, callbacks, max_steps=3, logger=loggers, limit_val_batches=1).fit(module(), data(files))
     return (folder / "model" / "README.md").read_text()
@@ -37,7 +37,7 @@ def test_csv(files, tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["kv_cache_bytes"] for row in rows if row["kv_cache_bytes"]] == ["256.0", "64.0"]
     assert all(row["epoch"] for row in rows)
-    assert len([row for row in rows if row["damage/train/perplexity_ratio"]]) == 2  # after the event, and at the end
+    assert len([row for row in rows if row["degradation/train/perplexity_ratio"]]) == 2  # after the event, and at the end
     assert (Path(logger.log_dir) / "report_3.png").read_bytes().startswith(PNG)
     assert (Path(logger.log_dir) / "model_card.md").read_text() == card
 
@@ -48,7 +48,7 @@ def test_tensorboard(files, tmp_path):
     read = EventAccumulator(logger.log_dir)
     read.Reload()
     assert [(one.step, one.value) for one in read.Scalars("kv_cache_bytes")] == [(0, 256), (1, 64)]
-    assert [one.step for one in read.Scalars("damage/train/perplexity_ratio")] == [1, 3]
+    assert [one.step for one in read.Scalars("degradation/train/perplexity_ratio")] == [1, 3]
     (picture,) = read.Images("report")
     assert picture.step == 3
     assert picture.encoded_image_string.startswith(PNG)
@@ -67,7 +67,7 @@ def test_mlflow(files, tmp_path, monkeypatch):
     client = MlflowClient(store)
     (run,) = client.search_runs([client.get_experiment_by_name("cuts").experiment_id])
     assert [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, "kv_cache_bytes")] == [(0, 256), (1, 64)]
-    assert [one.step for one in client.get_metric_history(run.info.run_id, "damage/train/perplexity_ratio")] == [1, 3]
+    assert [one.step for one in client.get_metric_history(run.info.run_id, "degradation/train/perplexity_ratio")] == [1, 3]
     kept = {one.path for one in client.list_artifacts(run.info.run_id)}
     assert {"report_3.png", "model_card"} <= kept
     assert Path(client.download_artifacts(run.info.run_id, "report_3.png")).read_bytes().startswith(PNG)
@@ -95,7 +95,7 @@ def test_wandb_as_its_api_is_documented(tmp_path, monkeypatch):
     (tmp_path / "README.md").write_text("# A card")
     epochs = SimpleNamespace(_batches_that_stepped=7)
     fit = SimpleNamespace(loggers=[logger], is_global_zero=True, global_step=7, fit_loop=SimpleNamespace(epoch_loop=epochs))
-    log_picture(fit, "report", "the figure")
+    log_plot(fit, "report", "the figure")
     log_card(fit, tmp_path / "README.md")
     assert images == [("report", ["the figure"], 7)]
     assert [(one.name, one.type, one.files) for one in kept] == [("model-card-abc", "model-card", ["# A card"])]
@@ -132,5 +132,5 @@ def test_a_logger_that_takes_none_is_left_alone_and_one_that_fails_costs_no_trai
 def test_other_ranks_give_nothing(tmp_path):
     board = SimpleNamespace(add_figure=pytest.fail, add_text=pytest.fail)
     fit = SimpleNamespace(loggers=[Plain(board)], is_global_zero=False, global_step=7)
-    log_picture(fit, "report", None)
+    log_plot(fit, "report", None)
     log_card(fit, tmp_path / "README.md")

@@ -1,4 +1,4 @@
-"""FSDP2: two processes tell the damage that one does, and find the smaller model that one does, a block at a time."""
+"""FSDP2: two processes tell the degradation that one does, and find the smaller model that one does, a block at a time."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def of_two(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_two_processes_tell_the_sharded_damage_that_one_does(of_two, tmp_path, name):
+def test_two_processes_tell_the_sharded_degradation_that_one_does(of_two, tmp_path, name):
     alike, found = torch.load(of_two / f"told, {name}.pt", weights_only=True)
     _, of_one = told(tmp_path, name)
     assert alike

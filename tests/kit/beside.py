@@ -128,9 +128,9 @@ def beside(folder, name, strategy, ranks=1, layers=LAYERS):
     callback, lit, found = EVENTS[name](), Own(partial(model, layers)), []
     block, zeros = size(lit.net.model.layers[0].parameters()), zeroed(name, lit.net.model.layers)
     rest = size(lit.parameters()) - layers * block
-    happen, there = callback.carry_out, set()
+    happen, there = callback.apply_event, set()
 
-    def carry_out(run, module, moment):
+    def apply_event(run, module, moment):
         for part in (module.net, *module.net.model.layers):
             part.reshard()
         there.update(module.parameters())
@@ -139,7 +139,7 @@ def beside(folder, name, strategy, ranks=1, layers=LAYERS):
             happen(run, module, moment)
         found.append(held.most - before)
 
-    callback.carry_out = carry_out
+    callback.apply_event = apply_event
     options = {"devices": ranks, "use_distributed_sampler": False} if ranks > 1 else {}
     with pytest.MonkeyPatch.context() as patch:
         held = searched(patch)

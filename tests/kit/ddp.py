@@ -120,12 +120,12 @@ def with_own_batches(at, **options):
     return Fit(FitOfTuples, lambda: KVHeadConversion(2, at, **given | options), lambda one: one.events, steps=4)
 
 
-def damaged():
+def degraded():
     """Each process reads its rows."""
     return Fit(
         FitOfTuples,
-        lambda: [KVHeadConversion(2, at=1, **NONE), bh.Damage(bh.Calibration(length=12, tokens=48), rows=3)],
-        lambda both: [both[0].events[0]["damage"], both[1].last],
+        lambda: [KVHeadConversion(2, at=1, **NONE), bh.Degradation(bh.Calibration(length=12, tokens=48), examples=3)],
+        lambda both: [both[0].events[0]["degradation"], both[1].last],
         steps=2,
     )
 
@@ -149,7 +149,7 @@ FITS = {
     "shrink": shrinking(),
     "depth": depth_pruning(),
     "layer by layer": with_own_batches(MultiStep([0.5, 1.0], [1, 3]), method="svd"),
-    "damage": damaged(),
+    "degradation": degraded(),
     "interpolated": with_own_batches(3, method="aligned", over=2),
 }
 

@@ -1,4 +1,4 @@
-"""Fits whose damage is told, and in which a smaller model is searched for, by one process, and by two under FSDP2."""
+"""Fits whose degradation is told, and in which a smaller model is searched for, by one process, and by two under FSDP2."""
 
 import json
 import sys
@@ -59,9 +59,9 @@ def fit(folder, name, ranks, callbacks):
 def told(folder, name, ranks=1):
     """What is told in a fit: after an event, and at the end, of three rows, which two ranks cannot share out evenly."""
     event = bh.KVHeadConversion(2, at=1, measure_batches=0)
-    damage = bh.Damage(bh.Calibration(length=12, tokens=48), rows=3)
-    run, _ = fit(folder, name, ranks, [event, damage])
-    return run, [event.events[0]["damage"], damage.last]
+    degradation = bh.Degradation(bh.Calibration(length=12, tokens=48), examples=3)
+    run, _ = fit(folder, name, ranks, [event, degradation])
+    return run, [event.events[0]["degradation"], degradation.last]
 
 
 def shrunk(folder, name, ranks=1):

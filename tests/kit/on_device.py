@@ -18,7 +18,7 @@ from billhook.engine.device import Ahead, Copies
 from billhook.engine.parts import Parts
 from billhook.engine.store import store_of
 from billhook.model import surgery
-from billhook.report.damage import perplexity
+from billhook.report.degradation import perplexity
 from kit import prunes, standin
 from kit.families import llama, tokens
 from kit.standin import Registered, is_far

@@ -177,7 +177,9 @@ SENT = {
         lambda model, a, b: a + 6 * b + 2 * weights(model, ATTENTION) + 2 * weights(model, *KV),
         ("q_proj", "k_proj", "v_proj", "o_proj"),
     ),
-    "damage": Event(lambda: bh.Damage(bh.Calibration(length=12, tokens=48), rows=3), lambda _: 24 * 2, lambda _, a, b: a + N * b),
+    "degradation": Event(
+        lambda: bh.Degradation(bh.Calibration(length=12, tokens=48), examples=3), lambda _: 24 * 2, lambda _, a, b: a + N * b
+    ),
     "shrink": Event(
         lambda: shrinks.Shrinking(params=0.8, repair=None, generations=0, **FEW),
         lambda _: 0,
@@ -191,8 +193,8 @@ SENT = {
 def sent_all(out):
     """What each of two processes runs: the bytes of each collective in an event, and how often a search has run the model."""
     for name, event in SENT.items():
-        callback, counted, passes, run_on = event.make(), Sent(), [], divergence.logits_in
-        happens = "_measure" if name == "damage" else "carry_out"
+        callback, counted, passes, run_on = event.make(), Sent(), [], divergence.eval_logits
+        happens = "_measure" if name == "degradation" else "apply_event"
         happen = getattr(callback, happens)
 
         def counting(*given, happen=happen, counted=counted):
@@ -206,7 +208,7 @@ def sent_all(out):
         setattr(callback, happens, counting)
         options = {"devices": 2, "strategy": sharding(2), "use_distributed_sampler": False, "limit_val_batches": 0}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(divergence, "logits_in", passing)
+            patch.setattr(divergence, "eval_logits", passing)
             run = trainer(out, [callback], 2, **options)
             run.fit(Own(model))
         if run.is_global_zero:

@@ -13,7 +13,7 @@ import billhook as bh
 from billhook.cli.machine import device_of
 from billhook.engine.state import random_state, seeded, set_random_state
 from billhook.fit.measure import _Logged
-from billhook.fit.ranks import summed
+from billhook.fit.ranks import sum_over_ranks
 from billhook.model import surgery
 from billhook.sparsity.channel_order import find_order, kept_sum
 from kit import prunes
@@ -60,7 +60,7 @@ def validated(model, device):
 
 def summed_over_ranks(model, device):
     strategy = SimpleNamespace(root_device=device, reduce=lambda tensor, reduce_op: 2 * tensor)
-    return summed(SimpleNamespace(world_size=1, strategy=strategy), torch.tensor([0.5, 3.0], dtype=torch.float64))
+    return sum_over_ranks(SimpleNamespace(world_size=1, strategy=strategy), torch.tensor([0.5, 3.0], dtype=torch.float64))
 
 
 def drawn(model, device):

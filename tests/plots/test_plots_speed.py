@@ -3,13 +3,13 @@
 import pytest
 
 from billhook import plots
-from billhook.report.speed import Row
+from billhook.report.speed import Timing
 
 NAMES = ["dense", "mqa"]
 
 
 def row(model, phase, context, seconds, ratios, ideal):
-    return Row(model, phase, 16, context, seconds, ratios, 10, 4, 2052, 30, ideal, None)
+    return Timing(model, phase, 16, context, seconds, ratios, 10, 4, 2052, 30, ideal, None)
 
 
 ROWS = [

@@ -8,7 +8,7 @@ import transformers
 
 from billhook.report import speed
 from billhook.report.generation import Generation
-from billhook.report.speed import Row, measure_speed, spread
+from billhook.report.speed import Timing, measure_speed, spread
 from kit.families import build, llama
 
 CELLS = {"batch_sizes": [1, 3], "contexts": [8, 16], "new_tokens": 3, "rounds": 2}
@@ -135,7 +135,7 @@ def test_refusals_come_before_anything_is_run(changes, said, monkeypatch):
 
 
 def test_medians_and_quartiles():
-    row = Row(1, "decode", 4, 100, (4.0, 1.0, 2.0, 3.0, 9.0), (1.0, 3.0, 2.0, 5.0, 4.0), 10, 20, 110, None, 6.0, None)
+    row = Timing(1, "decode", 4, 100, (4.0, 1.0, 2.0, 3.0, 9.0), (1.0, 3.0, 2.0, 5.0, 4.0), 10, 20, 110, None, 6.0, None)
     assert (row.median, row.speed_up, row.share, row.tokens_per_second) == (3.0, 3.0, 0.5, 4 / 3)
     assert row.rate == 10
     assert spread(row.seconds) == (2.0, 4.0)

@@ -1,4 +1,4 @@
-"""Batches that damage is measured on: some of each source, and not more tokens than it takes."""
+"""Batches that degradation is measured on: some of each source, and not more tokens than it takes."""
 
 import pytest
 import torch

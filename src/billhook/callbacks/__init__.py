@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from billhook.callbacks.damage import Damage as Damage
+    from billhook.callbacks.degradation import Degradation as Degradation
     from billhook.callbacks.depth_pruning import DepthPruning as DepthPruning
     from billhook.callbacks.export import Export as Export
     from billhook.callbacks.head_pruning import HeadPruning as HeadPruning
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:  # imported when it is asked for: each brings what it alone needs
     _PLACES = {
         "FitCalibration": "billhook.fit.calibration",
-        "Damage": "billhook.callbacks.damage",
+        "Degradation": "billhook.callbacks.degradation",
         "DepthPruning": "billhook.callbacks.depth_pruning",
         "Export": "billhook.callbacks.export",
         "HeadPruning": "billhook.callbacks.head_pruning",

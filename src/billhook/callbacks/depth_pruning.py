@@ -7,10 +7,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_types
-from billhook.fit.calibration import FitCalibration, Given
+from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event
-from billhook.fit.ranks import check_agreed, comm_of
-from billhook.fit.run import At, check_at, rounds_of
+from billhook.fit.ranks import check_identical, comm_of
+from billhook.fit.run import At, check_at, round_targets
 from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, make_run
@@ -49,7 +49,7 @@ class DepthPruning(ShapeCallback):
     >>> callback = bh.DepthPruning(blocks=1, at=0.1)  # for Trainer(callbacks=[callback])
     """
 
-    blockwise, cuts = True, False
+    blockwise, cuts_tensors = True, False
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class DepthPruning(ShapeCallback):
         greedy: bool = False,
         first: int = 0,
         last: int = 0,
-        calibration: Given = None,
+        calibration: CalibrationLike = None,
         measure_batches: int | None = None,
     ) -> None:
         check_types(DepthPruning, locals())
@@ -80,37 +80,37 @@ class DepthPruning(ShapeCallback):
     @property
     def needs_data(self) -> bool:
         """True until blocks are removed."""
-        return self.done < 0
+        return self.last_event_step < 0
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
         """Refuses a model that has no blocks."""
         find_units(model, "block")
 
-    def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns the step at which all of it happens."""
-        return rounds_of(1.0, self.at, total, trainer, "blocks")
+        return round_targets(1.0, self.at, total, trainer, "blocks")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the step, and refuses a model from which so many blocks cannot be removed."""
         super().on_fit_start(trainer, pl_module)
-        if self.done < 0:
+        if self.last_event_step < 0:
             count_blocks(pl_module, self.amount)
 
-    def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
+    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         """Removes the blocks, and measures before and after."""
-        self.happen(trainer, pl_module, partial(self._remove, trainer, pl_module, moment))
+        self.apply_change(trainer, pl_module, partial(self._remove, trainer, pl_module, step))
 
     def label(self, event: Event) -> str:
         """Returns how many blocks went."""
         assert self.plan is not None
         return f"depth, {self.plan.words}"
 
-    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int, optimizers: list[Optimizer]) -> str:
+    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, optimizers: list[Optimizer]) -> str:
         """Ranks the blocks, removes the least important, and says how many there were and are."""
         self.plan = made = self._plan(trainer, pl_module)
-        check_agreed(trainer, "DepthPruning", "the blocks that are removed", made.units)
+        check_identical(trainer, "DepthPruning", "the blocks that are removed", made.units)
         carry_out(pl_module, made, optimizers)
-        self.done, self.asked = moment, 1.0
+        self.last_event_step, self.last_target = step, 1.0
         before, after = (sum(count for (count,) in counts.values()) for counts in (made.before, made.after))
         removed = "; ".join(f"{', '.join(map(str, numbers))} of {name}" for name, numbers in made.units.items()) or "none"
         return f"{before} -> {after} blocks ({type(self.importance).__name__}): without {removed}"
@@ -119,7 +119,7 @@ class DepthPruning(ShapeCallback):
         """Plans the removal of blocks, the same on every rank."""
         model = find_transformer(pl_module)
         stacks = find_units(model, "block")
-        with self.calibration.aside(pl_module), trainer.precision_plugin.forward_context():
+        with self.calibration.undisturbed(pl_module), trainer.precision_plugin.forward_context():
             runs = [make_run(model, stacks, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
             made = plan_amount(model, self.amount, self.importance, runs, greedy=self.greedy, comm=comm_of(trainer))
         assert isinstance(made, BlockPlan)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from billhook.adapters.checkpoint import save_adapters
 from billhook.arguments import check_path, check_types
 from billhook.atomic_folder import RECORD, check_target, replacement_note
-from billhook.callbacks.damage import Damage, refuse_before
+from billhook.callbacks.degradation import Degradation, check_listed_after
 from billhook.checkpoints.origin import CARD
 from billhook.checkpoints.push import NotPushed, check_repository, check_token, push
 from billhook.checkpoints.save import Saved, check_names, save
@@ -30,12 +30,12 @@ from billhook.engine.passes import blockwise
 from billhook.engine.sharded_files import write_sharded
 from billhook.engine.sharding import is_sharded, reshard
 from billhook.engine.store import store_of
-from billhook.fit.event import events_of, start_of
-from billhook.fit.lightning_internals import is_search
+from billhook.fit.event import events_of, start_metrics
+from billhook.fit.lightning_internals import is_tuning
 from billhook.fit.measure import log_card
 from billhook.fit.preprocessors import find_preprocessors
-from billhook.fit.ranks import by_first, of_first
-from billhook.fit.run import callbacks_of, check_some_steps, is_trial, trained
+from billhook.fit.ranks import from_first_rank, on_first_rank
+from billhook.fit.run import callbacks_of, check_takes_steps, is_dev_run, training_record
 from billhook.folder_lock import FolderLock
 from billhook.model.checkpoint_shape import save_shape
 from billhook.model.find import find_transformer
@@ -119,16 +119,16 @@ class Export(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks the folder, and loads a tokenizer or processor that is given by name."""
         if stage == "fit":
-            check_some_steps(trainer, "Export")
+            check_takes_steps(trainer, "Export")
             check_target(self.folder)
             if self.gguf is not None:
                 check_gguf(self.gguf)
                 find_converter(self.converter)
             if self.push_to_hub is not None:
-                by_first(trainer, "Export", partial(check_token, "push_to_hub", self.push_to_hub))
-            for callback in callbacks_of(trainer, Damage):
-                refuse_before(trainer, self, callback)
-            if not is_trial(trainer):
+                on_first_rank(trainer, "Export", partial(check_token, "push_to_hub", self.push_to_hub))
+            for callback in callbacks_of(trainer, Degradation):
+                check_listed_after(trainer, self, callback)
+            if not is_dev_run(trainer):
                 self._tell_replaced()
             self.saved, self._begun, self._along = None, False, []
             if self.tokenizer is not None:
@@ -149,7 +149,7 @@ class Export(Callback):
         """Refuses a model whose checkpoint would not load, and claims the folder, before training."""
         check_names(find_transformer(pl_module))
         # not in `setup`, where a ModelCheckpoint warns of any file that lies beside the folder, as a lock does
-        by_first(trainer, "Export", self._claimed)
+        on_first_rank(trainer, "Export", self._claimed)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds what is saved along; warns if there is nothing."""
@@ -162,14 +162,14 @@ class Export(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int) -> None:
         """Keeps an example of the first batch to verify with, and rehearses."""
-        if self._begun or is_search(trainer):
+        if self._begun or is_tuning(trainer):
             return
         self._begun, model = True, find_transformer(pl_module)
         self._probe = self.probe or _inputs_in(batch, model)
         if not self.rehearse:
             return
         with blockwise(model):
-            by_first(trainer, "Export", partial(self._rehearse, model), store_of(model).apart)
+            on_first_rank(trainer, "Export", partial(self._rehearse, model), store_of(model).apart)
 
     def _rehearse(self, model: PreTrainedModel) -> None:
         """Saves the model as it is beside the folder, and removes that again; what fails now would fail at the end."""
@@ -199,17 +199,17 @@ class Export(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Saves on one process; the others wait."""
-        if is_trial(trainer):
+        if is_dev_run(trainer):
             rank_zero_info(f"billhook: nothing is saved to {self.folder}, since this is a fast_dev_run")
             return
         model, failed = find_transformer(pl_module), list[Exception]()
         with blockwise(model):
-            by_first(trainer, "Export", partial(self._export, trainer, model, failed), store_of(model).apart)
+            on_first_rank(trainer, "Export", partial(self._export, trainer, model, failed), store_of(model).apart)
         full = any(isinstance(error, OSError) and error.errno == errno.ENOSPC for error in failed)
         words = [f"{type(error).__name__}: {error}" for error in failed if not full]
-        for why in of_first(trainer, "Export", "how it has failed", words):
+        for why in from_first_rank(trainer, "Export", "how it has failed", words):
             self._keep(trainer, model, why)
-        by_first(trainer, "Export", partial(_raise, failed))
+        on_first_rank(trainer, "Export", partial(_raise, failed))
 
     def _export(self, trainer: pl.Trainer, model: PreTrainedModel, failed: list[Exception]) -> None:
         """Saves, converts and logs; puts an error into `failed`, for which all ranks keep the weights."""
@@ -238,7 +238,7 @@ class Export(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Pushes what was saved, as one process; the others wait."""
         if self.push_to_hub is not None:
-            by_first(trainer, "Export", partial(self._push, self.push_to_hub))
+            on_first_rank(trainer, "Export", partial(self._push, self.push_to_hub))
 
     def _push(self, repository: str) -> None:
         """Pushes what was saved, if anything was; warns where that fails."""
@@ -263,17 +263,17 @@ class Export(Callback):
         rank_zero_info(f"billhook: {self.gguf} is {written}")
 
     def _save(self, trainer: pl.Trainer, model: PreTrainedModel) -> None:
-        damage = [{"damage": callback.last} for callback in callbacks_of(trainer, Damage)]
-        start = {"start": start_of(trainer)} if start_of(trainer) else {}
-        record = {"steps": trainer.global_step, **start, "events": events_of(trainer), **trained(trainer)}
-        record |= damage[0] if damage else {}
+        degradation = [{"degradation": callback.last} for callback in callbacks_of(trainer, Degradation)]
+        start = {"start": start_metrics(trainer)} if start_metrics(trainer) else {}
+        record = {"steps": trainer.global_step, **start, "events": events_of(trainer), **training_record(trainer)}
+        record |= degradation[0] if degradation else {}
         self.saved = save(model, self._free_folder(), self._along, record, self._probe)
         adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
         rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")
 
     def _keep(self, trainer: pl.Trainer, model: PreTrainedModel, why: str) -> None:
         """Keeps the weights of a model that could not be exported; each rank writes its shards."""
-        folder = Path(of_first(trainer, "Export", "a folder for the weights", _unused(f"{self.folder}-unverified")))
+        folder = Path(from_first_rank(trainer, "Export", "a folder for the weights", _unused(f"{self.folder}-unverified")))
         reshard(model)
         checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
         save_adapters(model, checkpoint)

@@ -41,7 +41,7 @@ class HeadMasking(ShapeCallback):
         self._mask = None
 
     @contextmanager
-    def masked_again_after_errors(self, module: nn.Module) -> Iterator[None]:
+    def restore_masks_on_error(self, module: nn.Module) -> Iterator[None]:
         """Masks the heads that are masked now again after an error, unless an event has happened within."""
         heads, events = self.heads, len(self.events)
         try:
@@ -78,10 +78,10 @@ class HeadMasking(ShapeCallback):
         if self._mask is not None:
             zero_units(module, self.heads, per=self.per)
 
-    def let_go(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def release_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Removes all hooks."""
         self.unmask()
-        super().let_go(trainer, pl_module)
+        super().release_masks(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds shape and masks, for `billhook export` too."""

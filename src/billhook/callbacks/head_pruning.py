@@ -17,12 +17,12 @@ from billhook.arguments import check_fraction, check_one_of, check_types
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_masking import HeadMasking
 from billhook.callbacks.head_ranking import HeadRanking, HeadRecord
-from billhook.fit.calibration import FitCalibration, Given
+from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event
 from billhook.fit.measure import measure
-from billhook.fit.ranks import check_agreed, together
-from billhook.fit.run import At, callbacks_of, check_at, rounds_of
-from billhook.fit.shape_event import refuse_shape_changes
+from billhook.fit.ranks import check_identical, fail_together
+from billhook.fit.run import At, callbacks_of, check_at, round_targets
+from billhook.fit.shape_event import check_no_shape_changes
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance
 from billhook.model.find import find_transformer
@@ -155,7 +155,7 @@ class HeadPruning(HeadMasking):
         options: HeadOptions | None = None,
         remove: Remove = "end",
         stop: StopWhenWorse | None = None,
-        calibration: Given = None,
+        calibration: CalibrationLike = None,
         measure_batches: int | None = None,
     ) -> None:
         if not isinstance(ratio, Schedule):
@@ -169,7 +169,7 @@ class HeadPruning(HeadMasking):
         if stop is not None and measure_batches == 0:
             raise ValueError(f"measure_batches=0: monitor={stop.monitor!r} needs validation after each round")
         self.ratio, self.at, self.remove, self.stop = ratio, at, remove, stop
-        self.cuts, self.per = remove != "never", self.options.per
+        self.cuts_tensors, self.per = remove != "never", self.options.per
         self.importance = importance or GateGradient()
         self.ranks = HeadRanking(self.importance, self.options, remove != "never")
         super().__init__(FitCalibration.of(calibration), measure_batches)
@@ -203,24 +203,24 @@ class HeadPruning(HeadMasking):
         if self.remove == "never" and any(isinstance(callback, Export) for callback in earlier):
             raise ValueError("HeadPruning must stand before Export in the list of callbacks: it makes weights zero at the end")
 
-    def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns from which step on which ratio holds."""
-        return rounds_of(self.ratio, self.at, total, trainer, "ratio")
+        return round_targets(self.ratio, self.at, total, trainer, "ratio")
 
-    def steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
+    def shape_steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
         """Returns the steps at which shapes change."""
-        rounds = super().steps(total, trainer)
+        rounds = super().shape_steps(total, trainer)
         return {"end": rounds[-1:], "rounds": rounds, "never": []}[self.remove]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the rounds, and refuses a ratio that cannot be reached, or shapes that change between rounds."""
         super().on_fit_start(trainer, pl_module)
-        if self._stopped or not self._moments:
-            self._moments = {}
+        if self._stopped or not self._steps:
+            self._steps = {}
             return
-        first, last = min(self._moments), max(self._moments) if self.remove != "never" else sys.maxsize
-        refuse_shape_changes(trainer, self, first, last, "masked heads", lambda _: "")
-        self.ranks.check(find_transformer(pl_module), self.record, max(self._moments.values()))
+        first, last = min(self._steps), max(self._steps) if self.remove != "never" else sys.maxsize
+        check_no_shape_changes(trainer, self, first, last, "masked heads", lambda _: "")
+        self.ranks.check(find_transformer(pl_module), self.record, max(self._steps.values()))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Checks what validation logs, and carries out what is due before the first step."""
@@ -228,38 +228,38 @@ class HeadPruning(HeadMasking):
             self.stop.value(measure(trainer, pl_module, 1))
         super().on_train_start(trainer, pl_module)
 
-    def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
+    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         """Masks the heads of a round, undoes it if the model has become worse, and removes masked heads when it is time."""
-        with self.masked_again_after_errors(pl_module):
-            before, earlier = self.measured(trainer, pl_module), self.heads
+        with self.restore_masks_on_error(pl_module):
+            before, earlier = self.validate(trainer, pl_module), self.heads
             if self.stop is not None:
                 self.best = self.stop.best(self.stop.value(before), self.best)
-            with together(trainer, "HeadPruning"):
-                ratio = self._moments[moment]
+            with fail_together(trainer, "HeadPruning"):
+                ratio = self._steps[step]
                 chosen = self.ranks.choose(trainer, pl_module, self.calibration, self.record, earlier, ratio)
-                check_agreed(trainer, "HeadPruning", "the heads that are masked", chosen)
+                check_identical(trainer, "HeadPruning", "the heads that are masked", chosen)
             self.mask(pl_module, chosen)
-            after, what, worse = self.measured(trainer, pl_module), f"{sum(map(len, chosen.values()))} heads masked", False
+            after, what, worse = self.validate(trainer, pl_module), f"{sum(map(len, chosen.values()))} heads masked", False
             if self.stop is not None and self.best is not None:
                 value = self.stop.value(after)
                 worse = self.stop.is_worse(value, self.best)
-                check_agreed(trainer, "HeadPruning", f"whether monitor={self.stop.monitor!r} is worse", worse)
+                check_identical(trainer, "HeadPruning", f"whether monitor={self.stop.monitor!r} is worse", worse)
                 if worse:
                     self.mask(pl_module, earlier)
                     what += f", undone: {self.stop.monitor} {value:g}, at best {self.best:g}"
                     after = before
                 self.best = self.stop.best(self.stop.value(after), self.best)
-            change = partial(self._finish, pl_module, moment, worse, what)
-            if self.heads and (self.remove == "rounds" or (self.remove == "end" and (worse or moment == max(self._moments)))):
+            change = partial(self._finish, pl_module, step, worse, what)
+            if self.heads and (self.remove == "rounds" or (self.remove == "end" and (worse or step == max(self._steps)))):
                 event = self.reshape(trainer, pl_module, before, change)
             else:
-                event = self.as_event(trainer, find_transformer(pl_module), before, change)
+                event = self.record_event(trainer, find_transformer(pl_module), before, change)
         event["after"] |= after
         log_event(trainer, event)
         metric = next(iter(before), "") if self.stop is None else self.stop.monitor
         self.record.note(trainer, self.heads, metric, before, event["after"])
 
-    def pictures(self) -> dict[str, Plot]:
+    def plots(self) -> dict[str, Plot]:
         """Returns a picture of the importance of heads, of which are removed, and of the metric, once there are scores."""
         return {"heads": self.record.draw(self.heads)} if self.record.scores else {}
 
@@ -267,7 +267,7 @@ class HeadPruning(HeadMasking):
         """Returns what was masked or removed, without the figure for which a round was undone."""
         return str(event["what"]).partition(": ")[0]
 
-    def _finish(self, module: nn.Module, moment: int, worse: bool, what: str, optimizers: list[Optimizer] | None = None) -> str:
+    def _finish(self, module: nn.Module, step: int, worse: bool, what: str, optimizers: list[Optimizer] | None = None) -> str:
         """Ends a round; with optimizers, removes the heads that are masked, and says how many there were and are."""
         if optimizers is not None:
             self.unmask()
@@ -277,8 +277,8 @@ class HeadPruning(HeadMasking):
             before, after = (sum(lengths[0] for lengths in counts.values()) for counts in (plan.before, plan.after))
             removed = f"{before} -> {after} attention heads ({type(self.ranks.importance).__name__})"
             what = f"{removed}; {what}" if worse else removed
-        self.done, self.asked, self._stopped = moment, self._moments[moment], worse
-        self._moments = {} if worse else self._moments
+        self.last_event_step, self.last_target, self._stopped = step, self._steps[step], worse
+        self._steps = {} if worse else self._steps
         return what
 
     def state_dict(self) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from billhook.engine.passes import blockwise
 from billhook.engine.sharding import sizes_only
 from billhook.fit.calibration import FitCalibration, gradient_precision
-from billhook.fit.measure import log_picture
-from billhook.fit.ranks import by_first, comm_of
+from billhook.fit.measure import log_plot
+from billhook.fit.ranks import comm_of, on_first_rank
 from billhook.importance.score import Importance, make_run, score_units
 from billhook.model.find import find_transformer
 from billhook.plots.heads import heads
@@ -77,7 +77,7 @@ class HeadRecord:
         self.metric = metric
         self.curve += [(at, values[metric]) for at, values in ((last, before), (share, after)) if metric in values]
         if trainer.loggers:
-            by_first(trainer, "HeadPruning", lambda: log_picture(trainer, "heads", self.draw(masked)))
+            on_first_rank(trainer, "HeadPruning", lambda: log_plot(trainer, "heads", self.draw(masked)))
 
     def draw(self, masked: Mapping[str, Sequence[int]]) -> Plot:
         """Draws the scores of the heads, which are removed or masked, and the curve of the metric."""
@@ -119,7 +119,7 @@ class HeadRanking:
         model = find_transformer(pl_module)
         heads = find_units(model, "head")
         record.begin({name: units.count(self.options.per) for name, units in heads.items()})
-        with calibration.aside(pl_module), gradient_precision(trainer), blockwise(pl_module):
+        with calibration.undisturbed(pl_module), gradient_precision(trainer), blockwise(pl_module):
             pairs = calibration.pairs(trainer, pl_module) if self.importance.needs_data else ()
             trials = [make_run(model, heads, *pair) for pair in pairs]
             scores = score_units(

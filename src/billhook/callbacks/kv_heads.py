@@ -19,9 +19,9 @@ from billhook.callbacks.kv_stages import StageCallback, check_heads, check_over
 from billhook.engine.passes import blockwise
 from billhook.engine.sharding import sizes_only
 from billhook.engine.store import store_of
-from billhook.fit.calibration import FitCalibration, Given, Pair
+from billhook.fit.calibration import BatchAndLoss, CalibrationLike, FitCalibration
 from billhook.fit.event import Event
-from billhook.fit.ranks import check_agreed, check_near, comm_of, of_first, summed, together
+from billhook.fit.ranks import check_close, check_identical, comm_of, fail_together, from_first_rank, sum_over_ranks
 from billhook.fit.run import At, callbacks_of
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of, next_layers
@@ -64,9 +64,9 @@ class Preparation:
         if not least:
             return
         self.calibration.check(trainer)
-        with self.calibration.aside(pl_module):
+        with self.calibration.undisturbed(pl_module):
             count = sum(1 for _ in islice(self._pairs(trainer, pl_module), least))
-        every = int(summed(trainer, torch.tensor(count)))
+        every = int(sum_over_ranks(trainer, torch.tensor(count)))
         if every < least:
             source = f"examples={self.calibration.examples}" if self.calibration.batches is None else "calibration"
             held_out = ", as some are held out" if least > 1 else ""
@@ -76,7 +76,7 @@ class Preparation:
     def ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan) -> tuple[KVHeadPlan, Weights, str]:
         """Returns the plan with what restarts, the values that it starts from, and how they came to be."""
         model, groups = find_transformer(pl_module), dict.fromkeys(plan.layers, plan.after)
-        with self.calibration.aside(pl_module):
+        with self.calibration.undisturbed(pl_module):
             batches = list(self._pairs(trainer, pl_module))
             comm = comm_of(trainer, self.calibration.shared(trainer))
             weights, how = ready_weights(Attentions(model, groups, comm), self.method, batches, self.repair)
@@ -93,18 +93,18 @@ class Preparation:
         """
         model = find_transformer(pl_module)
         pooled = {name: [pooling.dim, np.asarray(pooling.index)] for name, pooling in plan.parameters.items()}
-        check_agreed(trainer, "KVHeadConversion", "what heads become", [str(self.method), str(self.repair), pooled])
+        check_identical(trainer, "KVHeadConversion", "what heads become", [str(self.method), str(self.repair), pooled])
         if trained:
             before = {name: model.get_parameter(name) for name in plan.parameters}
-            check_near(trainer, "KVHeadConversion", "what heads become", model, before)
+            check_close(trainer, "KVHeadConversion", "what heads become", model, before)
 
     def turned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: Mapping[str, int]) -> Weights:
         """Returns values with which the heads of a group lie in one basis, and the model computes what it did."""
-        with self.calibration.aside(pl_module):
+        with self.calibration.undisturbed(pl_module):
             batches, (method,) = list(self._pairs(trainer, pl_module)), self.method.candidates
             return turned_weights(find_transformer(pl_module), groups, method, batches, comm_of(trainer))
 
-    def _pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Pair]:
+    def _pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[BatchAndLoss]:
         """Yields this rank's batches; none where they can be read only once and are not needed."""
         if not batches_needed(self.method, self.repair)[0]:
             try:
@@ -127,10 +127,10 @@ def _same(trainer: pl.Trainer, model: nn.Module, weights: Weights) -> Weights:
     what = "KVHeadConversion", "how heads are turned"
     if store_of(model).on_ranks:  # each has its shards of those of the first
         return weights
-    check_near(trainer, *what, model, {name: model.get_parameter(name) for name in weights})
+    check_close(trainer, *what, model, {name: model.get_parameter(name) for name in weights})
     if trainer.world_size == 1:
         return weights
-    return {name: of_first(trainer, *what, weights[name]).to(weights[name].device) for name in weights}
+    return {name: from_first_rank(trainer, *what, weights[name]).to(weights[name].device) for name in weights}
 
 
 @dataclass
@@ -150,7 +150,7 @@ class Moving:
             return
         if preparation.method.turns and stage not in self.turned:
             groups = dict.fromkeys(self.path.layers, self.path.after)
-            with together(trainer, "KVHeadConversion"):
+            with fail_together(trainer, "KVHeadConversion"):
                 with blockwise(pl_module):
                     weights = preparation.turned(trainer, pl_module, groups)
                     weights = _same(trainer, model, weights)
@@ -214,16 +214,16 @@ class KVHeadConversion(StageCallback):
         repair: RepairConfig | None = None,
         over: int | float = 0,
         encoder: bool = False,
-        calibration: Given = None,
+        calibration: CalibrationLike = None,
         measure_batches: int | None = None,
     ) -> None:
         check_types(KVHeadConversion, locals())
         self.preparation = Preparation(method_of(method), repair, FitCalibration.of(calibration, examples=32))
         self.num_key_value_heads, self.method, self.repair = num_key_value_heads, self.preparation.method, repair
-        moments: list[At | Schedule] = [*at] if isinstance(at, list | tuple) else [at]
-        check_over(over, moments, self.method, repair)
-        heads, self.encoder = check_heads(num_key_value_heads, moments), encoder
-        at_steps = [0 if moment == "start" and self.preparation.needed else moment for moment in moments]
+        at_list: list[At | Schedule] = [*at] if isinstance(at, list | tuple) else [at]
+        check_over(over, at_list, self.method, repair)
+        heads, self.encoder = check_heads(num_key_value_heads, at_list), encoder
+        at_steps = [0 if entry == "start" and self.preparation.needed else entry for entry in at_list]
         super().__init__(heads, at_steps, over, self.preparation.calibration, measure_batches)
 
     def reset(self) -> None:
@@ -257,7 +257,7 @@ class KVHeadConversion(StageCallback):
         if next(means, None) is self and not self.preparation.needed and not adapter_layers(find_transformer(model)):
             rank_zero_info(HINT)
 
-    def shown(self, model: nn.Module) -> set[int]:
+    def reached(self, model: nn.Module) -> set[int]:
         """Returns the numbers of the stages that lead to no fewer KV heads than the model has."""
         if not self._by_layer:
             most = self._most(model)
@@ -279,7 +279,7 @@ class KVHeadConversion(StageCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a fit without batches, and carries out what is due before the first step."""
         if self._most(pl_module) > self.heads[-1]:
-            with together(trainer, "KVHeadConversion"):
+            with fail_together(trainer, "KVHeadConversion"):
                 self.preparation.check_data(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 

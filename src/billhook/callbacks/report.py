@@ -9,24 +9,23 @@ from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from billhook.arguments import check_int, check_path, check_types
-from billhook.callbacks.damage import Damage, refuse_before
+from billhook.callbacks.degradation import Degradation, check_listed_after
 from billhook.callbacks.export import Export
 from billhook.checkpoints.card import label_of
-from billhook.fit.event import Event, EventCallback, begins, events_of, figures_of_callbacks, note_start, start_of
-from billhook.fit.measure import log_picture, measure
-from billhook.fit.ranks import by_first
+from billhook.fit.event import Event, EventCallback, events_of, metrics_of_callbacks, record_start, start_metrics, starts_fresh
+from billhook.fit.measure import log_plot, measure
+from billhook.fit.ranks import on_first_rank
 from billhook.fit.run import callbacks_of
 from billhook.plots.style import PLOT_SUFFIXES
 from billhook.plots.validation import validation
-from billhook.report.damage import TextDamage
-from billhook.report.damage import table as damage_table
-from billhook.report.summary import Stage, summary, table
+from billhook.report.degradation import TextDegradation, degradation_table
+from billhook.report.summary import Stage, stage_table, summary
 
 
 class Report(Callback):
     """Prints figures of the model before, right after each change, and at the end; draws validation over steps.
 
-    Put it last, after `Export`, so that it reports where the checkpoint is. What `Damage` has measured is printed too. The
+    Put it last, after `Export`, so that it reports where the checkpoint is. What `Degradation` has measured is printed too. The
     picture also goes to the loggers: to TensorBoard, MLflow and W&B, and as a file beside the figures of `CSVLogger`. After
     `HeadPruning`, a second picture beside the first, with `_heads` in its name, shows the importance of heads and which of them
     are removed.
@@ -59,10 +58,10 @@ class Report(Callback):
         self._dtype = ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forgets an earlier fit, and refuses a place before `Damage`."""
+        """Forgets an earlier fit, and refuses a place before `Degradation`."""
         if stage == "fit":
-            for callback in callbacks_of(trainer, Damage):
-                refuse_before(trainer, self, callback)
+            for callback in callbacks_of(trainer, Degradation):
+                check_listed_after(trainer, self, callback)
             self.history, self.first = [], None
             if Path(self.plot_file).is_file():
                 rank_zero_info(f"billhook: the picture '{self.plot_file}' will be replaced")
@@ -72,8 +71,8 @@ class Report(Callback):
         if self.first is None:
             numbers, came = self._measured(trainer, pl_module), len(events_of(trainer))
             self.first = {"step": trainer.global_step, "after": numbers, "events": came}
-            if begins(trainer) and not came:
-                note_start(trainer, numbers)
+            if starts_fresh(trainer) and not came:
+                record_start(trainer, numbers)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the figure that validation logged."""
@@ -82,10 +81,10 @@ class Report(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures once more, prints the table and draws the picture."""
-        by_first(trainer, "Report", partial(self._report, trainer, self._measured(trainer, pl_module)))
+        on_first_rank(trainer, "Report", partial(self._report, trainer, self._measured(trainer, pl_module)))
 
     def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        figures = figures_of_callbacks(trainer, pl_module)
+        figures = metrics_of_callbacks(trainer, pl_module)
         report = summary(pl_module)
         self._dtype = report.dtype
         return report.numbers() | figures | measure(trainer, pl_module, self.measure_batches)
@@ -104,26 +103,28 @@ class Report(Callback):
             dense = stages[0].numbers.get(name) if events else None
             figure = validation(self._points(name, last, trainer.global_step), marks, name, dense)
             figure.savefig(self.plot_file)
-            log_picture(trainer, "report", figure)
+            log_plot(trainer, "report", figure)
             notes.append(("plot", self.plot_file))
         elif self.metric:
             rank_zero_warn(
                 f"metric={self.metric!r} is not logged in validation, so nothing is drawn; logged is {', '.join(last)}"
             )
-        drawn = [picture for callback in callbacks_of(trainer, EventCallback) for picture in callback.pictures().items()]
+        drawn = [picture for callback in callbacks_of(trainer, EventCallback) for picture in callback.plots().items()]
         for number, (kind, picture) in enumerate(drawn):
             path = Path(self.plot_file)
             path = path.with_stem(f"{path.stem}_{kind}{number or ''}")
             path.parent.mkdir(parents=True, exist_ok=True)
             picture.savefig(path)
             notes.append((kind, str(path)))
-        print("\n".join(["", table(stages, notes, name, self._dtype), "", *self._damage(trainer, events)]))
+        print("\n".join(["", stage_table(stages, notes, name, self._dtype), "", *self._degradation(trainer, events)]))
 
-    def _damage(self, trainer: pl.Trainer, events: list[Event]) -> list[str]:
-        """Returns a table of damage for each event after which it was measured, and for the end."""
-        tables = [(f"after {label_of(event)}", event["damage"]) for event in events if "damage" in event]
-        tables += [("at the end", callback.last) for callback in callbacks_of(trainer, Damage) if callback.last is not None]
-        return [f"{when}\n{damage_table(list(map(TextDamage.from_json, damage)))}\n" for when, damage in tables]
+    def _degradation(self, trainer: pl.Trainer, events: list[Event]) -> list[str]:
+        """Returns a table of degradation for each event after which it was measured, and for the end."""
+        tables = [(f"after {label_of(event)}", event["degradation"]) for event in events if "degradation" in event]
+        tables += [("at the end", callback.last) for callback in callbacks_of(trainer, Degradation) if callback.last is not None]
+        return [
+            f"{when}\n{degradation_table(list(map(TextDegradation.from_json, degradation)))}\n" for when, degradation in tables
+        ]
 
     def _stages(self, trainer: pl.Trainer, events: list[Event], last: Stage) -> list[Stage]:
         first = self.first or {"step": 0, "after": {}, "events": 0}
@@ -131,7 +132,7 @@ class Report(Callback):
             return [Stage("at the start", first["step"], first["after"]), last]
         # what was measured before training is the dense model, unless events came first
         came = first["events"]
-        start = start_of(trainer) | (events[0]["before"] if came else first["after"])
+        start = start_metrics(trainer) | (events[0]["before"] if came else first["after"])
         dense = Stage("dense", events[0]["step"] if came else first["step"], start)
         after = [Stage(f"after {label_of(event)}", event["step"], event["after"]) for event in events]
         if came:

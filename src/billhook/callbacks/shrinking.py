@@ -18,12 +18,12 @@ from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import blockwise
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
-from billhook.fit.calibration import FitCalibration, Given, gradient_precision
-from billhook.fit.event import Event, described, fewer, log_event, note_not_refitted
-from billhook.fit.ranks import check_agreed, check_near, of_first, together
-from billhook.fit.run import At, check_at, rounds_of
+from billhook.fit.calibration import CalibrationLike, FitCalibration, gradient_precision
+from billhook.fit.event import Event, describe_callback, log_event, percent_change, record_not_refitted
+from billhook.fit.ranks import check_close, check_identical, fail_together, from_first_rank
+from billhook.fit.run import At, check_at, round_targets
 from billhook.fit.shape_event import ShapeCallback
-from billhook.fit.training_step import runs_as_in_training, training_loss
+from billhook.fit.training_step import training_loss, training_runs
 from billhook.importance.obs import OBS
 from billhook.model.find import find_transformer
 from billhook.model.linears import is_linear
@@ -81,7 +81,7 @@ class Shrinking(ShapeCallback):
         budget: Budget,
         layers: Layers = "uniform",
         at: At = "start",
-        calibration: Given = None,
+        calibration: CalibrationLike = None,
         search: Search | None = None,
         measure_batches: int | None = None,
     ) -> None:
@@ -125,32 +125,32 @@ class Shrinking(ShapeCallback):
         if trainer.ckpt_path is None:
             self._candidates(subject)
 
-    def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns the step at which it happens."""
-        return rounds_of(1.0, self.at, total, trainer, "at")
+        return round_targets(1.0, self.at, total, trainer, "at")
 
-    def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
+    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         """Searches, removes and repairs."""
-        metrics, model = self.measured(trainer, pl_module), find_transformer(pl_module)
-        with together(trainer, "Shrinking"), blockwise(pl_module):
+        metrics, model = self.validate(trainer, pl_module), find_transformer(pl_module)
+        with fail_together(trainer, "Shrinking"), blockwise(pl_module):
             candidates, merges = self._candidates(model), not adapter_layers(model)
             self._known.clear()
             with adapters_removed(model):
                 measured, chosen = self._search(trainer, pl_module, candidates, merges)
-            check_agreed(
+            check_identical(
                 trainer, "Shrinking", "the plan of what is removed", lambda: [plan.to_json() for plan in chosen.planned.plans]
             )
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, chosen.planned))
-        note_not_refitted(event, chosen.planned.not_refitted)
-        self.done, self.asked = moment, 1.0
+        record_not_refitted(event, chosen.planned.not_refitted)
+        self.last_event_step, self.last_target = step, 1.0
         with (
-            together(trainer, "Shrinking"),
-            self.calibration.aside(pl_module),
+            fail_together(trainer, "Shrinking"),
+            self.calibration.undisturbed(pl_module),
             gradient_precision(trainer),
             adapters_removed(model),
         ):
             self.shrunk = shrunk_of(measured, chosen)
-        event["after"] |= self.measured(trainer, pl_module)
+        event["after"] |= self.validate(trainer, pl_module)
         log_event(trainer, event)
 
     def _candidates(self, model: PreTrainedModel) -> Candidates:
@@ -175,18 +175,20 @@ class Shrinking(ShapeCallback):
     ) -> tuple[Measured, Chosen]:
         """Searches on the same batches on each rank; where adapters are attached, no heads merge."""
         model = candidates.model
-        with self.calibration.aside(pl_module), gradient_precision(trainer):
-            batches = list(self.calibration.read(trainer, alike=True))
-            check_agreed(trainer, "Shrinking", "its settings", partial(described, self))
-            check_agreed(trainer, "Shrinking", "the batches", [leaf for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)])
-            check_near(trainer, "Shrinking", "the model", model, dict(model.named_parameters()))
-            agreed = partial(of_first, trainer, "Shrinking", "what it measures")
+        with self.calibration.undisturbed(pl_module), gradient_precision(trainer):
+            batches = list(self.calibration.read(trainer, same_on_ranks=True))
+            check_identical(trainer, "Shrinking", "its settings", partial(describe_callback, self))
+            check_identical(
+                trainer, "Shrinking", "the batches", [leaf for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)]
+            )
+            check_close(trainer, "Shrinking", "the model", model, dict(model.named_parameters()))
+            agreed = partial(from_first_rank, trainer, "Shrinking", "what it measures")
             fitted, held_out = divided(batches)
             runs, searched = (_runs(pl_module, model, some) for some in (fitted, to_search(fitted, candidates.widest)))
             repair, not_repaired = repair_for(candidates, runs, self.search.repair)
             if not_repaired:
                 rank_zero_warn(f"Shrinking: {not_repaired}")
-            predicting = runs_as_in_training(pl_module, model, held_out)
+            predicting = training_runs(pl_module, model, held_out)
             measured = measure(
                 candidates, searched, predicting, self.search.importance or OBS(), repair, merges=merges, agreed=agreed
             )
@@ -198,7 +200,7 @@ class Shrinking(ShapeCallback):
     def label(self, event: Event) -> str:
         """Returns how much smaller the model is, or its cache."""
         cache = self.amount.target == "kv_cache_bytes"
-        return f"shrink, KV cache {fewer(event, 'kv_cache_bytes')}" if cache else f"shrink, {fewer(event)}"
+        return f"shrink, KV cache {percent_change(event, 'kv_cache_bytes')}" if cache else f"shrink, {percent_change(event)}"
 
     def _remove(self, model: PreTrainedModel, planned: Planned, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, of adapters too, and says how much that is."""

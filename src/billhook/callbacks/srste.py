@@ -9,10 +9,10 @@ from torch.optim import Optimizer
 
 from billhook.arguments import check_number, check_types
 from billhook.callbacks.weight_pruning import WeightPruning
-from billhook.fit.calibration import Given
+from billhook.fit.calibration import CalibrationLike
 from billhook.fit.event import Event
-from billhook.fit.ranks import check_agreed, comm_of, together
-from billhook.fit.run import At, check_learned, is_trial, step_of
+from billhook.fit.ranks import check_identical, comm_of, fail_together
+from billhook.fit.run import At, check_learning_strategy, is_dev_run, resolve_at
 from billhook.fit.shape_event import ShapeCallback
 from billhook.model.find import find_transformer
 from billhook.schedules import Step, check_step
@@ -32,7 +32,7 @@ class SRSTE(WeightPruning):
 
     From "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", Zhou et al., ICLR 2021,
     https://arxiv.org/abs/2102.04010, where scores are magnitudes. Here they are a criterion's: with `Wanda` by the norms that
-    inputs had at the first moment, and by the weights as they are now.
+    inputs had at the first step, and by the weights as they are now.
 
     Args:
         criterion: How important a weight is: one that compares weights of a linear and leaves those that are kept as they are;
@@ -62,7 +62,7 @@ class SRSTE(WeightPruning):
         at: At = "start",
         end: Step = 0.6,
         decay: float = 2e-4,
-        calibration: Given = None,
+        calibration: CalibrationLike = None,
         options: PruneOptions | None = None,
         measure_batches: int | None = None,
     ) -> None:
@@ -90,13 +90,13 @@ class SRSTE(WeightPruning):
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses strategies under which weights cannot be masked, or masks not learned."""
         super().check_trainer(trainer, pl_module)
-        check_learned(trainer, type(self).__name__)
+        check_learning_strategy(trainer, type(self).__name__)
 
-    def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns the step at which masks are learned from, when nothing is zero yet, and that at which they are fixed."""
-        ((begin, sparsity),) = super().moments(total, trainer).items()
-        end = step_of(self.end, total, is_trial(trainer), "end")
-        if end <= begin and not is_trial(trainer):
+        ((begin, sparsity),) = super().steps(total, trainer).items()
+        end = resolve_at(self.end, total, is_dev_run(trainer), "end")
+        if end <= begin and not is_dev_run(trainer):
             raise ValueError(f"end={self.end} is step {end}: masks are learned from step {begin} on, so it must be later")
         return {begin: 0.0, max(begin + 1, end): sparsity}
 
@@ -123,42 +123,42 @@ class SRSTE(WeightPruning):
             self._fix(trainer, pl_module, {})
         super().on_train_end(trainer, pl_module)
 
-    def event_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], moment: int) -> Event:
+    def event_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], step: int) -> Event:
         """Begins to learn masks, or fixes them."""
-        if moment < max(self._moments):
-            return self._begin(trainer, pl_module, metrics, moment)
+        if step < max(self._steps):
+            return self._begin(trainer, pl_module, metrics, step)
         return self._fix(trainer, pl_module, metrics)
 
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], moment: int) -> Event:
-        with together(trainer, "SRSTE"):
-            chosen = self._choose(trainer, pl_module, self._moments[max(self._moments)])
-            check_agreed(trainer, "SRSTE", "what masks follow from", {name: scorer.state() for name, scorer in chosen.items()})
-            return self.as_event(trainer, find_transformer(pl_module), metrics, partial(self._learn, chosen, moment))
+    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], step: int) -> Event:
+        with fail_together(trainer, "SRSTE"):
+            chosen = self._choose(trainer, pl_module, self._steps[max(self._steps)])
+            check_identical(trainer, "SRSTE", "what masks follow from", {name: scorer.state() for name, scorer in chosen.items()})
+            return self.record_event(trainer, find_transformer(pl_module), metrics, partial(self._learn, chosen, step))
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> dict[str, MaskRule]:
         model = find_transformer(pl_module)
         with self._runs(trainer, pl_module) as runs:
             return find_mask_rules(model, self.criterion, runs, sparsity, self.pattern, self.options, comm_of(trainer))
 
-    def _learn(self, chosen: dict[str, MaskRule], moment: int) -> str:
+    def _learn(self, chosen: dict[str, MaskRule], step: int) -> str:
         self._learned.begin(chosen)
-        self.done, self.asked = moment, self._moments[moment]
-        sparsity, end = sparsity_of(self._learned.masks.values()), max(self._moments)
+        self.last_event_step, self.last_target = step, self._steps[step]
+        sparsity, end = sparsity_of(self._learned.masks.values()), max(self._steps)
         return f"{self._how} masks of sparsity {sparsity:.4f} in {len(chosen)} linears are learned until step {end}"
 
     def _fix(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float]) -> Event:
-        with together(trainer, "SRSTE"):
+        with fail_together(trainer, "SRSTE"):
             masks = self._learned.masks
-            check_agreed(trainer, "SRSTE", "the weights that become zero", masks)
-            event = self.as_event(trainer, find_transformer(pl_module), metrics, partial(self._hold_learned, masks))
+            check_identical(trainer, "SRSTE", "the weights that become zero", masks)
+            event = self.record_event(trainer, find_transformer(pl_module), metrics, partial(self._hold_learned, masks))
         event["after"]["sparsity"] = sparsity_of(masks.values())
         return event
 
     def _hold_learned(self, masks: dict[str, Tensor]) -> str:
         self._hold.hold(masks)
         self._learned.clear()
-        self.done = max(self._moments)
-        self.asked = self._moments[self.done]
+        self.last_event_step = max(self._steps)
+        self.last_target = self._steps[self.last_event_step]
         return f"{self._how} sparsity {sparsity_of(masks.values()):.4f} in {len(masks)} linears, learned"
 
     def label(self, event: Event) -> str:
@@ -174,7 +174,7 @@ class SRSTE(WeightPruning):
         super().load_state_dict(state_dict)
         self._learned.load_state_dict(state_dict.get("learned", {}))
 
-    def let_go(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def release_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Masks weights that other callbacks may have replaced, and removes all hooks."""
         self._learned.detach()
-        super().let_go(trainer, pl_module)
+        super().release_masks(trainer, pl_module)

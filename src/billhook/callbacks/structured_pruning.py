@@ -10,10 +10,10 @@ from torch.optim import Optimizer
 
 from billhook.arguments import check_int, check_types
 from billhook.engine.passes import blockwise
-from billhook.fit.calibration import FitCalibration, Given, gradient_precision
-from billhook.fit.event import Event, fewer, log_event, note_not_refitted
-from billhook.fit.ranks import check_agreed, check_near, comm_of, together
-from billhook.fit.run import At, check_at, rounds_of
+from billhook.fit.calibration import CalibrationLike, FitCalibration, gradient_precision
+from billhook.fit.event import Event, log_event, percent_change, record_not_refitted
+from billhook.fit.ranks import check_close, check_identical, comm_of, fail_together
+from billhook.fit.run import At, check_at, round_targets
 from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.score import Importance, make_run
 from billhook.model.find import find_transformer
@@ -66,7 +66,7 @@ class StructuredPruning(ShapeCallback):
         rounds: int = 1,
         importance: Importance | None = None,
         repair: RepairOption = "auto",
-        calibration: Given = None,
+        calibration: CalibrationLike = None,
         measure_batches: int | None = None,
     ) -> None:
         if not isinstance(amount, Amount):
@@ -99,25 +99,25 @@ class StructuredPruning(ShapeCallback):
         if trainer.ckpt_path is None:
             RatioSearch(find_transformer(model), self.amount).check()
 
-    def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns from which step on which share of the amount is removed."""
-        return rounds_of(1.0, self.at, total, trainer, "amount")
+        return round_targets(1.0, self.at, total, trainer, "amount")
 
-    def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
+    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         """Removes what is due in rounds, each scored again."""
-        metrics, before, goal = self.measured(trainer, pl_module), len(self.events), self._moments[moment]
+        metrics, before, goal = self.validate(trainer, pl_module), len(self.events), self._steps[step]
         for number in range(1, self.rounds + 1):
-            share = self.asked + (goal - self.asked) * number / self.rounds
-            with together(trainer, "StructuredPruning"):
+            share = self.last_target + (goal - self.last_target) * number / self.rounds
+            with fail_together(trainer, "StructuredPruning"):
                 made, weights, how, left = self._plan(trainer, pl_module, share)
             if made is not None:
                 first = len(self.events) == before
                 change = partial(self._remove, pl_module, made, weights, how)
                 event = self.reshape(trainer, pl_module, metrics if first else {}, change)
-                note_not_refitted(event, left)
-        self.done, self.asked = moment, goal
+                record_not_refitted(event, left)
+        self.last_event_step, self.last_target = step, goal
         for event in self.events[before:][-1:]:
-            event["after"] |= self.measured(trainer, pl_module)
+            event["after"] |= self.validate(trainer, pl_module)
         for event in self.events[before:]:
             log_event(trainer, event)
 
@@ -135,21 +135,21 @@ class StructuredPruning(ShapeCallback):
         part = self._first.part(search, share)
         if part is None:  # by the numbers of units alone, which are the same on all ranks
             return None, None, "", ""
-        with self.calibration.aside(pl_module), gradient_precision(trainer), blockwise(pl_module):
+        with self.calibration.undisturbed(pl_module), gradient_precision(trainer), blockwise(pl_module):
             comm = comm_of(trainer, self.calibration.shared(trainer))
             pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
             runs = [make_run(model, part.units, *pair) for pair in pairs]
             importance = self.importance or default_importance(part.units)
             made = plan_from_search(part, importance, runs, comm=comm)
             weights, why = repair_if_requested(model, made, runs, self.repair if self.needs_data else None, comm)
-            check_agreed(trainer, "StructuredPruning", "the plan of what is removed", made.to_json)
-            check_near(trainer, "StructuredPruning", "what is refitted", model, weights or {})
+            check_identical(trainer, "StructuredPruning", "the plan of what is removed", made.to_json)
+            check_close(trainer, "StructuredPruning", "what is refitted", model, weights or {})
             done = "repaired" if weights else why
             return made, weights, f"{type(importance).__name__}{f', {done}' if done else ''}", why
 
     def label(self, event: Event) -> str:
         """Returns how much smaller the model is."""
-        return f"structure, {fewer(event)}"
+        return f"structure, {percent_change(event)}"
 
     def _remove(self, model: nn.Module, made: UnitPlan, weights: Weights | None, how: str, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, and says how much that is."""

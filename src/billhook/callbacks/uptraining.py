@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader
 
 from billhook.arguments import check_fraction, check_types
 from billhook.engine.trees import tree_leaves
-from billhook.fit.event import SetsLength
+from billhook.fit.event import LengthSetter
 from billhook.fit.lightning_internals import set_length
-from billhook.fit.ranks import summed, together
-from billhook.fit.run import callbacks_of, is_trial, isolated
+from billhook.fit.ranks import fail_together, sum_over_ranks
+from billhook.fit.run import callbacks_of, is_dev_run, isolated_rng
 
 LIGHTNING_EPOCHS = 1000
 """Lightning's `max_epochs` where neither that nor `max_steps` is given."""
 
 
-class Uptraining(SetsLength):
+class Uptraining(LengthSetter):
     """Ends the fit after a fraction alpha of the steps that pretraining took.
 
     This is uptraining (GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints, Ainslie et al.,
@@ -69,11 +69,11 @@ class Uptraining(SetsLength):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Sets the length of the fit."""
         if stage == "fit":
-            self.settle(trainer)
+            self.set_length(trainer)
 
-    def settle(self, trainer: pl.Trainer) -> None:
+    def set_length(self, trainer: pl.Trainer) -> None:
         """Sets the length of the fit; a callback that needs it in its own `setup` may ask for it earlier."""
-        if is_trial(trainer):
+        if is_dev_run(trainer):
             return
         if trainer.max_epochs not in (None, -1, LIGHTNING_EPOCHS):
             raise ValueError(
@@ -95,7 +95,7 @@ class Uptraining(SetsLength):
         if self.pretraining_tokens is None:
             assert self.pretraining_steps is not None
             return math.ceil(alpha * int(self.pretraining_steps))
-        with together(trainer, "Uptraining"):
+        with fail_together(trainer, "Uptraining"):
             return math.ceil(alpha * int(self.pretraining_tokens) / _tokens_per_step(trainer))
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _tokens_per_step(trainer: pl.Trainer) -> int:
             raise ValueError(f"pretraining_tokens: the training batches have no 'input_ids' to count: {hint}")
         mask = batch.get("attention_mask")
         count += int((mask != 0).sum()) if isinstance(mask, Tensor) else batch["input_ids"].numel()
-    return int(summed(trainer, torch.tensor(count))) * trainer.accumulate_grad_batches
+    return int(sum_over_ranks(trainer, torch.tensor(count))) * trainer.accumulate_grad_batches
 
 
 @contextmanager
@@ -137,7 +137,7 @@ def _untouched(loader: object) -> Iterator[None]:
     """Restores random numbers afterwards, those of a loader too."""
     generators = [getattr(owner, "generator", None) for owner in (loader, getattr(loader, "sampler", None))]
     states = [(generator, generator.get_state()) for generator in generators if isinstance(generator, torch.Generator)]
-    with isolated():
+    with isolated_rng():
         yield
     for generator, state in states:
         generator.set_state(state)

@@ -19,13 +19,13 @@ from billhook.calibration.calibration import Batches
 from billhook.engine.passes import blockwise
 from billhook.engine.sharding import full_tensor, reshard
 from billhook.engine.zeros import zeros_by_name
-from billhook.fit.calibration import FitCalibration, Given
-from billhook.fit.event import Event, EventCallback, FollowsShapes, log_event
-from billhook.fit.lightning_internals import averages
-from billhook.fit.ranks import check_agreed, comm_of, together
-from billhook.fit.run import At, check_at, check_masks, rounds_of
-from billhook.fit.shape_event import ShapeCallback, refuse_shape_changes
-from billhook.fit.training_step import runs_as_in_training
+from billhook.fit.calibration import CalibrationLike, FitCalibration
+from billhook.fit.event import Event, EventCallback, ShapeFollower, log_event
+from billhook.fit.lightning_internals import averaging_callbacks
+from billhook.fit.ranks import check_identical, comm_of, fail_together
+from billhook.fit.run import At, check_at, check_masking_strategy, round_targets
+from billhook.fit.shape_event import ShapeCallback, check_no_shape_changes
+from billhook.fit.training_step import training_runs
 from billhook.model.find import find_transformer
 from billhook.schedules import Schedule
 from billhook.sparsity.checks import check_matching, check_pruning, find_countable_adapters, needs_data
@@ -47,7 +47,7 @@ def _tell_left_out(adapted: Collection[str]) -> None:
         )
 
 
-class WeightPruning(EventCallback, FollowsShapes):
+class WeightPruning(EventCallback, ShapeFollower):
     """Zeroes the least important weights at given steps of a fit, and holds them at zero while training continues.
 
     The sparsity is always of all weights, so that rounds do not compound. Masks are held through momentum, weight decay,
@@ -78,7 +78,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         sparsity: float | Schedule | None = None,
         pattern: str = "unstructured",
         at: At | Schedule = "start",
-        calibration: Given = None,
+        calibration: CalibrationLike = None,
         options: PruneOptions | None = None,
         count_adapters: bool = False,
         mask_adapters: bool = False,
@@ -119,11 +119,11 @@ class WeightPruning(EventCallback, FollowsShapes):
 
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses strategies under which weights cannot be masked."""
-        check_masks(trainer, type(self).__name__)
+        check_masking_strategy(trainer, type(self).__name__)
 
-    def moments(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
         """Returns from which step on which sparsity holds."""
-        return rounds_of(self.amount, self.at, total, trainer, "sparsity")
+        return round_targets(self.amount, self.at, total, trainer, "sparsity")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the rounds, and checks all that can be checked before training."""
@@ -135,10 +135,10 @@ class WeightPruning(EventCallback, FollowsShapes):
         if self.count_adapters:
             find_countable_adapters(model, self.criterion, linears)
         self._adapted = list(require_plain_adapters(model, linears, "mask_adapters=True")) if self.mask_adapters else []
-        if self._moments and not self.mask_adapters:
+        if self._steps and not self.mask_adapters:
             _tell_left_out(set(find_adapters(model)) & set(linears))
-        if self._moments:
-            refuse_shape_changes(trainer, self, min(self._moments), sys.maxsize, "made masks", self._cannot_follow)
+        if self._steps:
+            check_no_shape_changes(trainer, self, min(self._steps), sys.maxsize, "made masks", self._cannot_follow)
 
     def check_linears(self, linears: dict[str, nn.Module]) -> None:
         """Refuses linears whose weights cannot be masked as is asked."""
@@ -149,7 +149,7 @@ class WeightPruning(EventCallback, FollowsShapes):
             return f", and pattern={self.pattern!r} is of inputs that are next to each other"
         if self.mask_adapters:
             return ", and mask_adapters=True masks LoRA in the shapes before"
-        return ", and moves weights that masks hold" if callback.moves else None
+        return ", and moves weights that masks hold" if callback.moves_weights else None
 
     def follow(self) -> None:
         """Takes the shape that the model has been given in the middle of the fit."""
@@ -157,7 +157,7 @@ class WeightPruning(EventCallback, FollowsShapes):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Holds the masks of a checkpoint, and carries out what is due before the first step."""
-        averaged = [find_transformer(copy) for _, copy in averages(trainer) if copy is not None]
+        averaged = [find_transformer(copy) for _, copy in averaging_callbacks(trainer) if copy is not None]
         self._hold.attach(find_transformer(pl_module), trainer.optimizers, averaged, self._adapted)
         super().on_train_start(trainer, pl_module)
 
@@ -173,28 +173,28 @@ class WeightPruning(EventCallback, FollowsShapes):
 
     on_test_start = on_predict_start = on_validation_start
 
-    def carry_out(self, trainer: pl.Trainer, pl_module: pl.LightningModule, moment: int) -> None:
+    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
         """Prunes to the sparsity of a round, and measures before and after."""
-        event = self.event_at(trainer, pl_module, self.measured(trainer, pl_module), moment)
-        event["after"] |= self.measured(trainer, pl_module)
+        event = self.event_at(trainer, pl_module, self.validate(trainer, pl_module), step)
+        event["after"] |= self.validate(trainer, pl_module)
         log_event(trainer, event)
 
-    def event_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], moment: int) -> Event:
+    def event_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], step: int) -> Event:
         """Prunes to the sparsity of a round."""
         model = find_transformer(pl_module)
-        with together(trainer, "WeightPruning"):
-            pruning = self._plan(trainer, pl_module, self._moments[moment])
-            check_agreed(trainer, "WeightPruning", "the weights that become zero", pruning.decided)
-            event = self.as_event(trainer, model, metrics, partial(self._apply, model, pruning, moment))
+        with fail_together(trainer, "WeightPruning"):
+            pruning = self._plan(trainer, pl_module, self._steps[step])
+            check_identical(trainer, "WeightPruning", "the weights that become zero", pruning.decided)
+            event = self.record_event(trainer, model, metrics, partial(self._apply, model, pruning, step))
         event["after"]["sparsity"] = pruning.sparsity
         return event
 
-    def _apply(self, model: nn.Module, pruning: WeightPlan, moment: int) -> str:
+    def _apply(self, model: nn.Module, pruning: WeightPlan, step: int) -> str:
         self._hold.hold(pruning.masks(model), partial(pruning.apply, model))
-        self.done, self.asked = moment, self._moments[moment]
+        self.last_event_step, self.last_target = step, self._steps[step]
         return f"{self._how} sparsity {pruning.sparsity:.4f} in {len(pruning.pruned)} linears"
 
-    def figures(self, model: nn.Module) -> dict[str, float | None]:
+    def metrics(self, model: nn.Module) -> dict[str, float | None]:
         """Returns the share of zeros in the linears that are pruned."""
         subject = find_transformer(model)
         reshard(subject)
@@ -206,10 +206,9 @@ class WeightPruning(EventCallback, FollowsShapes):
         return {"sparsity": sum(zeros[name] for name in names) / every} if every else {}
 
     def label(self, event: Event) -> str:
-        """Returns the criterion, and the pattern or the sparsity that was asked for."""
-        return (
-            f"{type(self.criterion).__name__} {f'{100 * self.asked:.3g} %' if self.pattern == 'unstructured' else self.pattern}"
-        )
+        """Returns the criterion, and the pattern or the target sparsity."""
+        amount = f"{100 * self.last_target:.3g} %" if self.pattern == "unstructured" else self.pattern
+        return f"{type(self.criterion).__name__} {amount}"
 
     @property
     def _how(self) -> str:
@@ -235,8 +234,8 @@ class WeightPruning(EventCallback, FollowsShapes):
         """Gives the calibration batches as the fit runs them, with a block whole at a time; None if nothing needs data."""
         model = find_transformer(pl_module)
         precision = trainer.precision_plugin.forward_context() if self.needs_data else nullcontext()
-        with self.calibration.aside(pl_module), precision, blockwise(pl_module):
-            yield runs_as_in_training(pl_module, model, self.calibration.read(trainer)) if self.needs_data else None
+        with self.calibration.undisturbed(pl_module), precision, blockwise(pl_module):
+            yield training_runs(pl_module, model, self.calibration.read(trainer)) if self.needs_data else None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what has happened so far, and the masks."""
@@ -247,7 +246,7 @@ class WeightPruning(EventCallback, FollowsShapes):
         super().load_state_dict(state_dict)
         self._hold.load_state_dict(state_dict["masks"])
 
-    def let_go(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def release_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Masks weights that other callbacks may have replaced, and removes all hooks."""
         self._hold.detach()
-        super().let_go(trainer, pl_module)
+        super().release_masks(trainer, pl_module)

@@ -1,4 +1,4 @@
-"""Writes a model card of what the record beside a checkpoint says: what was done, sizes, damage, and how it is loaded."""
+"""Writes a model card of what the record beside a checkpoint says: what was done, sizes, degradation, and how it is loaded."""
 
 import json
 import re
@@ -21,6 +21,18 @@ def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[
     value = record.get(name)
     entries = value if isinstance(value, list) else []
     return [entry for entry in entries if isinstance(entry, Mapping) and all(key in entry for key in keys)]
+
+
+def current_names(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Renames the keys that older versions wrote in a record or an event: `damage` is `degradation`.
+
+    >>> current_names({"events": [{"damage": []}]})
+    {'events': [{'degradation': []}]}
+    """
+    renamed = {"degradation" if name == "damage" else name: value for name, value in record.items()}
+    if isinstance(events := renamed.get("events"), list):
+        renamed["events"] = [current_names(event) if isinstance(event, Mapping) else event for event in events]
+    return renamed
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], align: str = "---:") -> str:
@@ -55,7 +67,7 @@ def plain(value: object) -> str:
 
 ELSEWHERE = {
     *("base_model", "made_of", "license", "license_name", "license_link", "saved", "files"),
-    *("events", "steps", "start", "damage", "accuracy", "perplexity", "metrics"),
+    *("events", "steps", "start", "degradation", "accuracy", "perplexity", "metrics"),
 }
 """What of a record the other parts of a card show."""
 LONGEST = 150
@@ -113,6 +125,7 @@ EXPLAINED = (
 
 def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> str:
     """Makes a model card, with the metadata that the hub reads, of a record, words that say how it is loaded, and its config."""
+    record = current_names(record)
     named = record.get("base_model")
     base = hub_name(named) if isinstance(named, str) else None
     name = record["saved"]["folder"]
@@ -240,10 +253,10 @@ def _costs(record: Mapping[str, Any]) -> list[str]:
     accuracy, rows = record.get("accuracy"), list[list[object]]()
     if isinstance(accuracy, Mapping) and {"before", "after"} <= accuracy.keys() and accuracy["after"] is not None:
         return [table(["", "before", "after"], [["accuracy", accuracy["before"], accuracy["after"]]])]
-    damage, when = listed(record, "damage", LOSSES), ""
-    for event in listed(record, "events", ("step", "damage"))[-1:] if not damage else ():
-        damage, when = listed(event, "damage", LOSSES), f"Right after what was done at step {plain(event['step'])}:"
-    for text in damage:
+    degradation, when = listed(record, "degradation", LOSSES), ""
+    for event in listed(record, "events", ("step", "degradation"))[-1:] if not degradation else ():
+        degradation, when = listed(event, "degradation", LOSSES), f"Right after what was done at step {plain(event['step'])}:"
+    for text in degradation:
         where = "calibrated on" if text["inside"] else "not calibrated on"
         pairs = [with_error(text[name], text[f"{name}_error"]) for name in ("ratio", "kl")]
         rows.append([text["source"], where, text["before"], text["after"], *pairs])

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from billhook.adapters.checkpoint import base_checkpoint, restore_adapters
 from billhook.atomic_folder import check_target
-from billhook.checkpoints.card import LOSSES, listed
+from billhook.checkpoints.card import LOSSES, current_names, listed
 from billhook.checkpoints.origin import origin_of
 from billhook.checkpoints.save import Saved, save
 from billhook.checkpoints.verify import Probe, logits_of, make_probe
@@ -40,25 +40,26 @@ TRAINED = "billhook_trained"
 
 
 def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what `Export` records of a fit: how it was trained, its events in order, and the damage at its end if measured.
+    """Returns the record of a training run: settings, events in order, and the degradation at its end if measured.
 
     What is not as billhook notes it, as anybody may have written the file, is left out.
     """
     callbacks, noted = checkpoint.get("callbacks"), checkpoint.get(TRAINED)
-    events, damage, record = list[Mapping[str, Any]](), list[Mapping[str, Any]](), dict[str, Any]()
+    events, degradation, record = list[Mapping[str, Any]](), list[Mapping[str, Any]](), dict[str, Any]()
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         if not isinstance(state, Mapping):
             continue
+        state = current_names(state)
         for event in listed(state, "events", EVENT):
             if type(event["number"]) is type(event["step"]) is int and _is_plain(event):
                 events.append(event)
-        damage += filter(_is_plain, listed(state, "last", LOSSES))
+        degradation += filter(_is_plain, listed(state, "last", LOSSES))
         if _is_plain(start := state.get("start")) and start:  # first whether it is a mapping: a tensor is neither true nor false
             record.setdefault("start", dict(start))
     record["events"] = sorted(events, key=lambda event: (event["step"], event["number"]))
     facts = noted if isinstance(noted, Mapping) else {}
     record |= {name: dict(facts[name]) for name in ("training", "metrics") if _is_plain(facts.get(name))}
-    return record | ({"damage": damage} if damage else {})
+    return record | ({"degradation": degradation} if degradation else {})
 
 
 def _is_plain(value: object) -> bool:
@@ -158,7 +159,7 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
     as the scale of embeddings; one of an older billhook records none. Then the folder is loaded again, and its logits are
     compared with those of the rebuilt model. The trained model's own logits are not known here: they would take a forward at
     every checkpoint. So code that a script put in the place of the class's own is not seen. The record and the model card say
-    what callbacks have noted in the checkpoint: events, and damage, which is measured right after events and at the end.
+    what callbacks have noted in the checkpoint: events, and degradation, which is measured right after events and at the end.
 
     Args:
         ckpt: The Lightning checkpoint: a .ckpt file, or the folder of a sharded one, which needs no process group.

@@ -22,7 +22,7 @@ from billhook.model.meta import from_name
 from billhook.model.shape import unbuilt_shape
 from billhook.plots.speed import speed
 from billhook.report.generation import CacheKind, generates
-from billhook.report.speed import Phase, Row, check_speed, measure_speed, spread
+from billhook.report.speed import Phase, Timing, check_speed, measure_speed, spread
 from billhook.report.summary import Summary, summary
 from billhook.serving.converter import Converter
 from billhook.serving.engine import LlamaCpp, measure_engine, speed_up
@@ -218,7 +218,7 @@ def _randomised(models: Sequence[str], meta_models: Sequence[PreTrainedModel], d
     return made
 
 
-def table(rows: Sequence[Row], names: Sequence[str]) -> str:
+def table(rows: Sequence[Timing], names: Sequence[str]) -> str:
     """Shows a table for each phase, with a line for each batch size, context and model."""
     tables = []
     for phase, time, rate in (("prefill", "ms", "GFLOP/s"), ("decode", "ms/token", "GB/s")):
@@ -232,7 +232,7 @@ def table(rows: Sequence[Row], names: Sequence[str]) -> str:
     return "\n\n".join(tables)
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Timing) -> list[str]:
     low, high = (1e3 * edge for edge in spread(row.seconds))
     peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}"
     cells = [str(row.batch_size), f"{row.context:,}", f"{1e3 * row.median:,.2f}", f"({low:,.2f}-{high:,.2f})"]
@@ -240,7 +240,7 @@ def _cells(row: Row) -> list[str]:
     return [*cells, "-" if row.rate is None else f"{row.rate / 1e9:,.1f}"]
 
 
-def _compared(row: Row) -> list[str]:
+def _compared(row: Timing) -> list[str]:
     if row.model == 0:
         return [""] * 4
     low, high = spread(row.ratios)
@@ -249,7 +249,7 @@ def _compared(row: Row) -> list[str]:
 
 
 def _notes(
-    rows: Sequence[Row], names: Sequence[str], models: Sequence[PreTrainedModel], summaries: Sequence[Summary]
+    rows: Sequence[Timing], names: Sequence[str], models: Sequence[PreTrainedModel], summaries: Sequence[Summary]
 ) -> list[str]:
     """Notes the cache per token next to the prediction from the shape, and figures that were assumed or not measured."""
     lines = [""]

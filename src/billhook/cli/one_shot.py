@@ -35,7 +35,7 @@ from billhook.model.linears import PRUNED, prunable, weight_of
 from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor
 from billhook.model.streamed import stream
 from billhook.progress import format_duration, progress_bar
-from billhook.report.damage import Dense, TextDamage, accuracy, table, warning_of
+from billhook.report.degradation import DenseReference, TextDegradation, accuracy, degradation_table, degradation_warning
 from billhook.report.generation import generates
 from billhook.report.predictions import BYTES as PREDICTIONS
 
@@ -56,10 +56,10 @@ def forward(model: PreTrainedModel, length: int) -> float:
         return time.monotonic() - start
 
 
-Before = Dense | float | None
+Before = DenseReference | float | None
 """What is measured before a model is changed: predictions on texts, or an accuracy."""
-Cost = list[TextDamage] | float | None
-"""What is measured afterwards: the damage on texts, or an accuracy."""
+Cost = list[TextDegradation] | float | None
+"""What is measured afterwards: the degradation on texts, or an accuracy."""
 
 
 def sizes_of(model: PreTrainedModel, zeros: int | None) -> dict[str, int | None]:
@@ -70,7 +70,7 @@ def sizes_of(model: PreTrainedModel, zeros: int | None) -> dict[str, int | None]
 def shown(before: Before, cost: Cost) -> str | None:
     """Shows what a model has lost."""
     if isinstance(cost, list):
-        return table(cost)
+        return degradation_table(cost)
     return None if cost is None else f"accuracy {before:,.4g} before, {cost:,.4g} after"
 
 
@@ -336,16 +336,16 @@ class OneShot:
                     )
                 inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
                 with over(self.model, "measuring", "examples") as progress:
-                    return Dense(self.model, read, inside if self.calibrates else [], progress=progress)
+                    return DenseReference(self.model, read, inside if self.calibrates else [], progress=progress)
             rows = self._labelled.measured()
             with progress_bar("measuring"):
                 return None if rows is None else accuracy(self.model, rows)
 
     def cost(self, before: Before) -> Cost:
         """Measures what the model has lost: on each text, or the accuracy that is left; None where nothing was measured."""
-        if isinstance(before, Dense):
+        if isinstance(before, DenseReference):
             with self._offloaded(), over(self.model, "measuring again", "examples") as progress:
-                return before.damage(self.model, progress)
+                return before.degradation(self.model, progress)
         return None if before is None else cast(float, self.measure())
 
     def save(self, before: Before, what: str, record: Mapping[str, Any], *says: object, not_refitted: str = "") -> None:
@@ -364,7 +364,7 @@ class OneShot:
         cost, warning = self.cost(before), None
         if isinstance(cost, list):
             figures = {"before": cost[0].before, "after": cost[0].after, "examples": cost[0].rows}
-            record["damage"], warning = [text.to_json() for text in cost], warning_of(cost)
+            record["degradation"], warning = [text.to_json() for text in cost], degradation_warning(cost)
         elif cost is not None:
             figures = {"before": before, "after": cost, "examples": len(self._labelled.drawn)}
         if reused := store_of(self.model).reused:
@@ -391,7 +391,7 @@ class OneShot:
         if self.metric == "accuracy":
             return self._labelled.loader(batch_size, chance)
         rows = [ids for batch in calibrated for ids in batch["input_ids"]]
-        measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, Dense) else set()
+        measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, DenseReference) else set()
         if files := [source for name, source in self.calibration.named.items() if name != GENERATED]:
             more = replace(self.calibration, sources=files, weights=None, tokens=(examples + len(measured)) * self.length)
             rows += [ids for batch in more.read(self.model) for ids in batch["input_ids"]]

@@ -23,7 +23,7 @@ from billhook.cli.one_shot import Before, OneShot, shown
 from billhook.cli.refit import meta_batches, refits
 from billhook.cli.stopped import library_beside
 from billhook.engine.batches import Batch
-from billhook.fit.run import isolated
+from billhook.fit.run import isolated_rng
 from billhook.plots.pareto import pareto
 from billhook.progress import progress_bar
 from billhook.report.generation import generates
@@ -107,7 +107,7 @@ class Recovery:
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
-        with isolated():
+        with isolated_rng():
             torch.manual_seed(seed)
             module = TransformerModule(
                 model,

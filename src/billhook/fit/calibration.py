@@ -23,12 +23,12 @@ from billhook.engine.passes import blockwise
 from billhook.engine.state import overridden
 from billhook.engine.trees import tree_flatten, tree_leaves, tree_unflatten
 from billhook.fit.lightning_internals import to_device
-from billhook.fit.run import isolated
+from billhook.fit.run import isolated_rng
 from billhook.fit.training_step import training_loss
 from billhook.model.find import find_transformer
 from billhook.repairs.residuals import strip_argument
 
-Pair = tuple[Any, Callable[[nn.Module, Any], Tensor]]
+BatchAndLoss = tuple[Any, Callable[[nn.Module, Any], Tensor]]
 """A batch, and the loss as a function of the model and the batch."""
 
 
@@ -98,9 +98,9 @@ class FitCalibration:
                     "give batches of their own"
                 )
 
-    def read(self, trainer: pl.Trainer, alike: bool = False) -> Iterator[Any]:
+    def read(self, trainer: pl.Trainer, same_on_ranks: bool = False) -> Iterator[Any]:
         """Yields this rank's batches, or all of them alike on each, on its device: examples come in batches as in training."""
-        rank, ranks = (0, 1) if alike else (trainer.global_rank, trainer.world_size)
+        rank, ranks = (0, 1) if same_on_ranks else (trainer.global_rank, trainer.world_size)
         hook = _hook(trainer.lightning_module)
         if self.batches is None and hook is not None:
             source = hook()
@@ -117,16 +117,16 @@ class FitCalibration:
             batches = islice(every_batch, rank, None, ranks)
         return (_moved(trainer, batch) for batch in batches)
 
-    def pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Pair]:
+    def pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[BatchAndLoss]:
         """Yields this rank's batches, each with its training loss."""
         return ((batch, training_loss(pl_module, number)) for number, batch in enumerate(self.read(trainer)))
 
     @contextmanager
-    def aside(self, pl_module: pl.LightningModule) -> Iterator[None]:
+    def undisturbed(self, pl_module: pl.LightningModule) -> Iterator[None]:
         """Leaves no trace of the work within: random numbers are the seed's, and restored; nothing is logged."""
         trained = {parameter: parameter.requires_grad for parameter in pl_module.parameters()}
         try:
-            with overridden(pl_module, log=lambda *_, **__: None), isolated(), torch.no_grad():
+            with overridden(pl_module, log=lambda *_, **__: None), isolated_rng(), torch.no_grad():
                 torch.manual_seed(self.seed)
                 random.seed(self.seed)
                 np.random.seed(self.seed % 2**32)
@@ -140,7 +140,7 @@ class FitCalibration:
                 parameter.requires_grad = requires_grad
 
 
-Given = FitCalibration | Batches | int | None
+CalibrationLike = FitCalibration | Batches | int | None
 """Batches, text as a `Calibration`, how many training examples, or these and a seed as a `FitCalibration`."""
 
 
@@ -154,12 +154,12 @@ def _text(calibration: Calibration, trainer: pl.Trainer) -> list[Batch]:
     """Reads text for the model in training; every rank reads all of it."""
     model = find_transformer(trainer.lightning_module)
     with blockwise(trainer.lightning_module) if GENERATED in calibration.named else nullcontext():  # for each token a block comes
-        batches = calibration.read(model, tokenizer_in(trainer))
+        batches = calibration.read(model, find_tokenizer(trainer))
     labelled = model.can_generate() and not model.config.is_encoder_decoder  # every token is one to predict
     return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in batches] if labelled else batches
 
 
-def tokenizer_in(trainer: pl.Trainer) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(trainer: pl.Trainer) -> PreTrainedTokenizerBase | None:
     """Returns the tokenizer of the data module, if it has one."""
     tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None

@@ -16,8 +16,8 @@ from billhook.engine.sharded_files import described, is_sharded_checkpoint
 from billhook.engine.sharding import reshard
 from billhook.engine.state import random_state, set_random_state
 from billhook.fit.lightning_internals import batch_progress, data_fetcher, is_accumulating, training_loaders
-from billhook.fit.resume import ShapeInCheckpoint, before_weights, check_callbacks
-from billhook.fit.shards import reshaped
+from billhook.fit.resume import ShapeInCheckpoint, check_callbacks, prepare_for_weights
+from billhook.fit.shards import gathered
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
 from billhook.model.shape import KEY, Shape, shape_of
@@ -124,11 +124,11 @@ def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             gradients.update(checkpoint.get(GRADIENTS, {}))
         load_shape(pl_module, checkpoint, otherwise=shape)
         if not isinstance(pl_module, ShapeInCheckpoint):
-            before_weights(pl_module, trainer, checkpoint)
+            prepare_for_weights(pl_module, trainer, checkpoint)
         load(checkpoint)
 
     def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
-        add_to(pl_module.trainer, pl_module, checkpoint)
+        add_resume_state(pl_module.trainer, pl_module, checkpoint)
         save(checkpoint)
 
     def on_train_start() -> None:
@@ -151,7 +151,7 @@ def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def unwrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ResumeState | None:
-    """Restores a module's hooks; returns to the first callback the state that `add_to` needs for checkpoints saved later."""
+    """Restores a module's hooks and returns their resume state, to the first caller only."""
     resume: ResumeState | None = pl_module.__dict__.pop(_WRAPPED, None)
     if resume is not None:
         resume.end(trainer)
@@ -161,7 +161,7 @@ def unwrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ResumeSt
     return resume
 
 
-def add_to(
+def add_resume_state(
     trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any], released: ResumeState | None = None
 ) -> None:
     """Adds all of it to a checkpoint; callbacks call it too, for checkpoints that are saved after the fit or an error."""
@@ -214,7 +214,7 @@ def _load(
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         trained = [[names[parameter] for parameter in group["params"] if parameter in names] for group in groups]
-        with reshaped(pl_module, (), gradients=False, blockwise=True):
+        with gathered(pl_module, (), gradients=False, blockwise=True):
             load_shape(pl_module, {KEY: record})
         now = dict(pl_module.named_parameters())
         for group, names_in_group in zip(groups, trained, strict=True):  # no step has been taken, so there is no state to follow

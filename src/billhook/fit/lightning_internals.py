@@ -17,14 +17,14 @@ def forks_or_spawns(trainer: pl.Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
-def averages(trainer: pl.Trainer) -> list[tuple[Callback, nn.Module | None]]:
+def averaging_callbacks(trainer: pl.Trainer) -> list[tuple[Callback, nn.Module | None]]:
     """Finds the callbacks that average weights, each with its copy of the model, None before there is one."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     copies = [(callback, callback._average_model) for callback in callbacks if hasattr(callback, "_average_model")]
     return [(callback, copy.module if isinstance(copy, AveragedModel) else copy) for callback, copy in copies]
 
 
-def is_search(trainer: pl.Trainer) -> bool:
+def is_tuning(trainer: pl.Trainer) -> bool:
     """Returns whether a `Tuner` looks for a learning rate or a batch size in this fit, which it undoes afterwards."""
     return any(getattr(callback, "_early_exit", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
@@ -97,7 +97,7 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
     return bool(trainer.fit_loop.epoch_loop._should_accumulate())
 
 
-def saved_place(checkpoint: dict[str, Any]) -> dict[str, int]:
+def saved_progress(checkpoint: dict[str, Any]) -> dict[str, int]:
     """Returns the part of a checkpoint that says how many batches of the epoch have been used."""
     batches: dict[str, int] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     return batches

@@ -18,9 +18,9 @@ from torchmetrics import Metric
 
 from billhook.engine.state import overridden
 from billhook.fit.lightning_internals import initial_hyperparameters, is_sequential, logged_step, to_device, validation_loaders
-from billhook.fit.ranks import check_agreed, together
-from billhook.fit.run import isolated
-from billhook.fit.training_step import with_parameters
+from billhook.fit.ranks import check_identical, fail_together
+from billhook.fit.run import isolated_rng
+from billhook.fit.training_step import bind_arguments
 from billhook.linalg import widest_float
 
 
@@ -37,7 +37,7 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | Non
     if limit == 0:
         return {}
     logged = _Logged()
-    with together(trainer, "validation"), _validating(trainer, pl_module, logged):
+    with fail_together(trainer, "validation"), _validating(trainer, pl_module, logged):
         if (batches := validation_loaders(trainer)) is None:
             return {}
         most = [count if limit is None else min(count, limit) for count in trainer.num_val_batches]
@@ -50,7 +50,7 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | Non
                 logged.batch, logged.suffix = batch, f"/dataloader_idx_{loader}" if several else ""
                 moved = to_device(trainer, batch, loader if several else 0)
                 with trainer.precision_plugin.val_step_context():
-                    with_parameters(pl_module.validation_step, moved, index, *[loader] * several)()
+                    bind_arguments(pl_module.validation_step, moved, index, *[loader] * several)()
             logged.batch, logged.suffix = None, ""
             pl_module.on_validation_epoch_end()
             pl_module.on_validation_end()
@@ -95,7 +95,7 @@ class _Logged:
         """Returns each value reduced over all batches and devices, and computes metrics."""
         values = {}
         names = [*self.how.items(), *self.metrics]
-        check_agreed(trainer, "validation", "what is logged (nothing, where a rank has no batches)", names)
+        check_identical(trainer, "validation", "what is logged (nothing, where a rank has no batches)", names)
         if self.sums:
             device = trainer.strategy.root_device
             packed = torch.stack(list(self.sums.values())).to(device, widest_float(device))
@@ -118,7 +118,7 @@ def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: _Log
     trainer.state.stage = RunningStage.VALIDATING  # by which modules and loaders know what they are called for
     pl_module.eval()
     try:
-        with overridden(pl_module, log=logged), torch.no_grad(), isolated():
+        with overridden(pl_module, log=logged), torch.no_grad(), isolated_rng():
             yield
     finally:
         for metric in logged.metrics.values():
@@ -132,7 +132,7 @@ PREFIX = "billhook"
 """Where loggers keep the settings of callbacks."""
 
 
-def log_figures(trainer: pl.Trainer, figures: Mapping[str, float | None]) -> None:
+def log_metrics(trainer: pl.Trainer, figures: Mapping[str, float | None]) -> None:
     """Gives figures to every logger, with the epoch, as Lightning does.
 
     All come at the step under which Lightning logs what is measured at that moment, so that steps rise in each logger: what
@@ -171,7 +171,7 @@ def _flat(name: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - plain data
     return {name: value if isinstance(value, bool | int | float | str) else str(value)}
 
 
-def log_picture(trainer: pl.Trainer, name: str, figure: Any) -> None:  # noqa: ANN401 - matplotlib has no types
+def log_plot(trainer: pl.Trainer, name: str, figure: Any) -> None:  # noqa: ANN401 - matplotlib has no types
     """Gives a figure of matplotlib to every logger that takes one; beside the figures of `CSVLogger` a PNG is written.
 
     The number in the file's name is that of the optimizer steps that were taken, as in records.

@@ -37,7 +37,7 @@ class RanksDiffer(RuntimeError):
     """Raised on every rank when ranks disagree or one fails; the failing rank raises its own error."""
 
 
-def summed(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
+def sum_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
     """Sums a tensor over all ranks, in place; raises RanksDiffer if a rank sums something else, or has failed."""
     _meet(trainer, f"a sum of {tensor.dtype} {list(tensor.shape)}")
     device = trainer.strategy.root_device
@@ -50,10 +50,10 @@ def comm_of(trainer: pl.Trainer, shared: bool = False) -> Comm:
     """Returns the ranks of a fit, which may share each batch."""
     if trainer.world_size == 1:
         return ALONE
-    return Comm(partial(summed, trainer), trainer.global_rank, trainer.world_size, shared)
+    return Comm(partial(sum_over_ranks, trainer), trainer.global_rank, trainer.world_size, shared)
 
 
-def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None:  # noqa: ANN401
+def check_identical(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None:  # noqa: ANN401
     """Raises RanksDiffer on every rank unless all have decided the same, by a hash of it.
 
     Args:
@@ -67,7 +67,7 @@ def check_agreed(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None
         _meet(trainer, f"{who}: {what}", fingerprint(decided() if callable(decided) else decided))
 
 
-def of_first(trainer: pl.Trainer, who: str, what: str, result: T) -> T:
+def from_first_rank(trainer: pl.Trainer, who: str, what: str, result: T) -> T:
     """Returns, on every rank, what the first one has found; each has found it by itself, so that it may be rounded otherwise.
 
     Args:
@@ -83,7 +83,7 @@ def of_first(trainer: pl.Trainer, who: str, what: str, result: T) -> T:
     return first
 
 
-def check_near(trainer: pl.Trainer, who: str, what: str, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def check_close(trainer: pl.Trainer, who: str, what: str, model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Raises RanksDiffer on every rank where a tensor is not that of the first but for rounding, by numbers picked from it.
 
     Of a model that ranks share nothing is compared: each has its shards of what the first one has made.
@@ -91,16 +91,16 @@ def check_near(trainer: pl.Trainer, who: str, what: str, model: nn.Module, value
     if trainer.world_size == 1 or store_of(model).on_ranks:
         return
     picked = {name: _picked(value) for name, value in values.items()}
-    check_agreed(trainer, who, what, {name: len(numbers) for name, numbers in picked.items()})
+    check_identical(trainer, who, what, {name: len(numbers) for name, numbers in picked.items()})
     near = True
-    for name, first in of_first(trainer, who, what, picked).items():
+    for name, first in from_first_rank(trainer, who, what, picked).items():
         if len(first):
             near &= bool((picked[name] - first).abs().max() <= NEAR * first.square().mean().sqrt())
     _meet(trainer, f"{who}: {what}", "" if near else "another")
 
 
 @contextmanager
-def together(trainer: pl.Trainer, who: str) -> Iterator[None]:
+def fail_together(trainer: pl.Trainer, who: str) -> Iterator[None]:
     """Stops all ranks where one fails within, the others by RanksDiffer; all end at the same time. Not to be nested."""
     if trainer.world_size > 1 and (store := _store()) is not None:
         store.delete_key(FAILED.format(trainer.global_rank))  # of an earlier fit in these processes
@@ -119,7 +119,7 @@ Apart = Callable[[Comm], AbstractContextManager[None]]
 """Lets each rank load blocks that ranks share, as `BlockStore.apart` does."""
 
 
-def by_first(trainer: pl.Trainer, who: str, work: Callable[[], object], apart: Apart = lambda _: nullcontext()) -> None:
+def on_first_rank(trainer: pl.Trainer, who: str, work: Callable[[], object], apart: Apart = lambda _: nullcontext()) -> None:
     """Has the first rank work, however long it takes; the others wait, and stop by RanksDiffer if it fails.
 
     They stand in no collective meanwhile, which would end by the timeout of the process group, but while a block is gathered.
@@ -131,7 +131,7 @@ def by_first(trainer: pl.Trainer, who: str, work: Callable[[], object], apart: A
         apart: Lets it load blocks that ranks share, which the others help to gather.
     """
     if trainer.world_size == 1 or (store := _store()) is None:
-        with together(trainer, who):
+        with fail_together(trainer, who):
             if trainer.is_global_zero:
                 work()
         return

@@ -49,7 +49,7 @@ class ShapeInCheckpoint:
         """Sets the shape before weights are loaded; heads that are masked in the checkpoint are masked in the module, too."""
         assert isinstance(self, nn.Module)
         load_shape(self, checkpoint)
-        before_weights(self, getattr(self, "_trainer", None), checkpoint)
+        prepare_for_weights(self, getattr(self, "_trainer", None), checkpoint)
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
 
@@ -138,7 +138,7 @@ def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInChe
     return source, Later
 
 
-def left_behind(trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def unclaimed_states(trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Returns the states of callbacks, by key, that no callback of a run restores."""
     taken = set() if trainer is None else {callback.state_key for callback in callbacks_of(trainer, Callback)}
     return {key: state for key, state in (checkpoint.get("callbacks") or {}).items() if key not in taken}
@@ -146,10 +146,10 @@ def left_behind(trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> dict[
 
 def check_callbacks(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Refuses to continue with a callback instead of another of its kind, whose state would be lost."""
-    others, states = left_behind(trainer, checkpoint), checkpoint.get("callbacks") or {}
+    others, states = unclaimed_states(trainer, checkpoint), checkpoint.get("callbacks") or {}
     for callback in callbacks_of(trainer, Callback):
         named = [key for key in others if key.startswith(f"{type(callback).__qualname__}{{")]
-        if getattr(callback, "keeps_what_it_did", False) and callback.state_key not in states and named:
+        if getattr(callback, "must_resume", False) and callback.state_key not in states and named:
             raise ValueError(
                 f"the checkpoint is of a run with {', '.join(named)}, and this run has {callback.state_key} in its place, which "
                 "does not know what has been done: go on with the arguments of that run, or begin a new fit with the weights "
@@ -157,7 +157,7 @@ def check_callbacks(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
             )
 
 
-def before_weights(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
+def prepare_for_weights(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
     """Prepares for the weights of a checkpoint, once the model has its shape: masked heads, and the place in the data."""
     _restore_masks(module, trainer, checkpoint)
     fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
@@ -172,7 +172,7 @@ def _restore_masks(module: nn.Module, trainer: pl.Trainer | None, checkpoint: di
     It warns where training continues without the callback that held masks.
     """
     lost, masked = dict[str, str](), checkpoint.get(MASKED)  # what nobody masks, by the callback that did
-    for key, state in left_behind(trainer, checkpoint).items():
+    for key, state in unclaimed_states(trainer, checkpoint).items():
         if isinstance(state, dict) and (state.get("heads") or state.get("masks")):
             lost[key] = "heads" if state.get("heads") else "weights"
     if masked and "heads" in lost.values():

@@ -18,7 +18,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from transformers import PreTrainedModel
 
 from billhook.engine.state import Ambient
-from billhook.fit.lightning_internals import averages, forks_or_spawns
+from billhook.fit.lightning_internals import averaging_callbacks, forks_or_spawns
 from billhook.private_paths import without_folders
 from billhook.schedules import Schedule, Step, check_step, resolve_step
 
@@ -38,12 +38,12 @@ def callbacks_of(trainer: pl.Trainer, kind: type[CallbackT]) -> list[CallbackT]:
     return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
 
 
-def is_trial(trainer: pl.Trainer) -> bool:
+def is_dev_run(trainer: pl.Trainer) -> bool:
     """Returns whether this is a `fast_dev_run`, a step or two to try everything out."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
-def check_some_steps(trainer: pl.Trainer, what: str) -> None:
+def check_takes_steps(trainer: pl.Trainer, what: str) -> None:
     """Refuses a fit that takes no step, in which Lightning calls none of the hooks that `what` needs."""
     limits = {
         "max_steps": trainer.max_steps,
@@ -58,7 +58,7 @@ def check_some_steps(trainer: pl.Trainer, what: str) -> None:
 
 
 @contextmanager
-def isolated() -> Iterator[None]:
+def isolated_rng() -> Iterator[None]:
     """Restores random numbers afterwards, also after an error, where Lightning's own `isolate_rng` does not."""
     rng = isolate_rng()
     rng.__enter__()
@@ -71,30 +71,30 @@ def isolated() -> Iterator[None]:
 FIRST = "prune or convert first (billhook on one device), then train the result"
 
 
-def check_masks(trainer: pl.Trainer, name: str) -> None:
+def check_masking_strategy(trainer: pl.Trainer, name: str) -> None:
     """Refuses strategies under which a callback cannot mask weights."""
     is_sharded = check_strategy(trainer, name)
-    averaging = [type(callback).__name__ for callback, _ in averages(trainer)]
+    averaging = [type(callback).__name__ for callback, _ in averaging_callbacks(trainer)]
     if is_sharded and averaging:
         raise ValueError(
             f"{name} under ModelParallelStrategy cannot mask the copy that {averaging[0]} keeps: leave {averaging[0]} out"
         )
 
 
-def check_learned(trainer: pl.Trainer, name: str) -> None:
+def check_learning_strategy(trainer: pl.Trainer, name: str) -> None:
     """Refuses strategies and callbacks under which a callback cannot learn masks."""
     if isinstance(trainer.strategy, ModelParallelStrategy):
         raise ValueError(
             f"{name} chooses masks of whole weights at each step, and ModelParallelStrategy shards them: use one device or "
             "DDP, or WeightPruning"
         )
-    if averaging := [type(callback).__name__ for callback, _ in averages(trainer)]:
+    if averaging := [type(callback).__name__ for callback, _ in averaging_callbacks(trainer)]:
         raise ValueError(
             f"{name} masks what runs see of weights, and not the copy that {averaging[0]} keeps: leave one of them out"
         )
 
 
-def check_shapes(trainer: pl.Trainer, name: str) -> None:
+def check_reshaping_strategy(trainer: pl.Trainer, name: str) -> None:
     """Refuses strategies under which a callback cannot change shapes."""
     check_strategy(trainer, name)
     if forks_or_spawns(trainer):
@@ -143,7 +143,7 @@ def once_model_exists(pl_module: pl.LightningModule, step: Callable[[], None]) -
     attributes[_WAITING].append(step)
 
 
-def drop_waiting(pl_module: pl.LightningModule) -> None:
+def drop_pending(pl_module: pl.LightningModule) -> None:
     """Drops the steps that still wait, and restores the module's hook."""
     if vars(pl_module).pop(_WAITING, None) is not None:
         del vars(pl_module)[_HOOK]
@@ -153,7 +153,7 @@ def _configure(pl_module: pl.LightningModule, configure: Callable[[], None]) -> 
     """Makes the model, and takes the steps that wait for it."""
     configure()
     steps = vars(pl_module)[_WAITING]
-    drop_waiting(pl_module)
+    drop_pending(pl_module)
     before = Ambient.now()
     try:
         with torch.device("cpu"):  # Lightning has set a device and a dtype for new models, which are not for what steps compute
@@ -164,7 +164,7 @@ def _configure(pl_module: pl.LightningModule, configure: Callable[[], None]) -> 
         before.restore()
 
 
-def trained(trainer: pl.Trainer) -> dict[str, Any]:
+def training_record(trainer: pl.Trainer) -> dict[str, Any]:
     """Returns data, seed, precision and devices of a fit as `training`, and the last figures of its validation as `metrics`."""
     data = getattr(getattr(trainer, "datamodule", None), "data", None)
     seed = os.environ.get("PL_GLOBAL_SEED", "")  # of `seed_everything`, in this process or the one that started it
@@ -203,7 +203,9 @@ def check_at(at: At | Schedule, amount: object = None) -> None:
         raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
 
 
-def rounds_of(amount: float | Schedule, at: At | Schedule, total: int | None, trainer: pl.Trainer, name: str) -> dict[int, float]:
+def round_targets(
+    amount: float | Schedule, at: At | Schedule, total: int | None, trainer: pl.Trainer, name: str
+) -> dict[int, float]:
     """Finds from which step on how much is pruned; in a `fast_dev_run` there is only the last round.
 
     Args:
@@ -213,12 +215,12 @@ def rounds_of(amount: float | Schedule, at: At | Schedule, total: int | None, tr
         trainer: The trainer.
         name: The name of the argument that is the amount.
     """
-    trial = is_trial(trainer)
+    trial = is_dev_run(trainer)
     if isinstance(amount, Schedule):
         return _amounts(amount, total, trial, name)
     if isinstance(at, Schedule):
-        return {step: share * amount for step, share in shares_of(at, total, trial).items()}
-    return {step_of(at, total, trial): amount}
+        return {step: share * amount for step, share in share_targets(at, total, trial).items()}
+    return {resolve_at(at, total, trial): amount}
 
 
 def _values(schedule: Schedule, total: int | None, trial: bool, name: str) -> dict[int, float]:
@@ -240,7 +242,7 @@ def _amounts(schedule: Schedule, total: int | None, trial: bool, name: str) -> d
     return rounds
 
 
-def shares_of(schedule: Schedule, total: int | None, trial: bool) -> dict[int, float]:
+def share_targets(schedule: Schedule, total: int | None, trial: bool) -> dict[int, float]:
     """Finds from which step on which share of the amount is pruned; refuses a schedule that does not rise to 1."""
     shares = _values(schedule, total, trial, f"at={schedule}")
     for (step, value), before in zip(shares.items(), [0.0, *shares.values()], strict=False):
@@ -254,17 +256,17 @@ def shares_of(schedule: Schedule, total: int | None, trial: bool) -> dict[int, f
     return shares
 
 
-def step_of(at: At, total: int | None, trial: bool = False, name: str = "at") -> int:
+def resolve_at(at: At, total: int | None, trial: bool = False, name: str = "at") -> int:
     """Returns the step of a moment, 0 for the start; in a trial, which may be shorter, the last step at most."""
     if at == "start":
         return 0
     if total is None and isinstance(at, float):
         raise ValueError(f"{name}={at} is a fraction of training, whose length is not known: set max_steps")
-    moment = min(at, total or 0) if trial and isinstance(at, int) else at
-    return resolve_step(moment, sys.maxsize if total is None else total, name)
+    capped = min(at, total or 0) if trial and isinstance(at, int) else at
+    return resolve_step(capped, sys.maxsize if total is None else total, name)
 
 
-def still_due(rounds: Mapping[int, float], done: int, asked: float, name: str) -> dict[int, float]:
+def remaining_rounds(rounds: Mapping[int, float], done: int, asked: float, name: str) -> dict[int, float]:
     """Drops rounds that would un-prune what was `asked` by step `done`, in a resumed fit of another schedule or length."""
     before = max((amount for step, amount in rounds.items() if step <= done), default=0.0)
     if done < 0 or math.isclose(before, asked):

@@ -17,19 +17,19 @@ from torch.optim.swa_utils import AveragedModel
 
 from billhook.engine.fsdp import WRAPPED, class_of
 from billhook.engine.sharding import sizes_only
-from billhook.fit.event import Event, EventCallback, FollowsShapes, SetsLength, log_event
-from billhook.fit.lightning_internals import averages, communication_state
-from billhook.fit.ranks import together
-from billhook.fit.run import callbacks_of, check_shapes, once_model_exists, training_steps
-from billhook.fit.shards import reshaped
+from billhook.fit.event import Event, EventCallback, LengthSetter, ShapeFollower, log_event
+from billhook.fit.lightning_internals import averaging_callbacks, communication_state
+from billhook.fit.ranks import fail_together
+from billhook.fit.run import callbacks_of, check_reshaping_strategy, once_model_exists, training_steps
+from billhook.fit.shards import gathered
 from billhook.model.surgery import check_replaceable, check_unhooked
 
 
 class ShapeCallback(EventCallback):
     """Changes tensor shapes at given steps of a fit."""
 
-    moves = False  # weights between events, too
-    cuts = True  # tensors, which it finds by their names, not just leaves them out
+    moves_weights = False  # between events, too
+    cuts_tensors = True  # by name, instead of dropping modules
     blockwise = False  # whether its events need one block of a sharded model whole at a time, and not all of it
 
     @abstractmethod
@@ -41,14 +41,14 @@ class ShapeCallback(EventCallback):
         """True if no shape changes in the middle of the fit."""
         return False
 
-    def steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
+    def shape_steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
         """Returns the steps at which shapes change; -1 for before the optimizer exists."""
-        return sorted(self.moments(total, trainer))
+        return sorted(self.steps(total, trainer))
 
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses strategies, and averages of weights, that cannot follow."""
-        name, averaging = type(self).__name__, averages(trainer)
-        check_shapes(trainer, name)
+        name, averaging = type(self).__name__, averaging_callbacks(trainer)
+        check_reshaping_strategy(trainer, name)
         if averaging and not self.only_at_start:
             raise ValueError(
                 f"{name} changes shapes when the fit is under way, which {type(averaging[0][0]).__name__} cannot follow: prune "
@@ -61,17 +61,17 @@ class ShapeCallback(EventCallback):
         """Adds the shape to checkpoints, and checks trainer and model."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            for callback in callbacks_of(trainer, SetsLength):
-                callback.settle(trainer)  # even if it is later in the list
+            for callback in callbacks_of(trainer, LengthSetter):
+                callback.set_length(trainer)  # even if it is later in the list
             once_model_exists(pl_module, partial(self._begin_unwrapped, trainer, pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses what a `configure_model` has wrapped, and optimizers that cannot follow; carries out what is due by then."""
         self._refuse_wrapped(pl_module)
         if not self.only_at_start:
-            check_none_beside(trainer, pl_module, type(self).__name__)
+            check_no_hidden_state(trainer, pl_module, type(self).__name__)
             check_replaceable(pl_module, trainer.optimizers, type(self).__name__)
-            if self.cuts:
+            if self.cuts_tensors:
                 check_unhooked(dict(pl_module.named_parameters()))
         super().on_train_start(trainer, pl_module)
 
@@ -80,7 +80,7 @@ class ShapeCallback(EventCallback):
         self.begin(trainer, pl_module)
 
     def _refuse_wrapped(self, module: nn.Module) -> None:
-        if self.cuts:
+        if self.cuts_tensors:
             check_unwrapped(module, type(self).__name__)
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -88,10 +88,10 @@ class ShapeCallback(EventCallback):
         with sizes_only(pl_module):
             self.check(pl_module, trainer)
 
-    def happen(self, trainer: pl.Trainer, pl_module: pl.LightningModule, change: Callable[[list[Optimizer]], str]) -> Event:
+    def apply_change(self, trainer: pl.Trainer, pl_module: pl.LightningModule, change: Callable[[list[Optimizer]], str]) -> Event:
         """Carries out a change as an event of its own, measured before and after, and logged; returns the event."""
-        event = self.reshape(trainer, pl_module, self.measured(trainer, pl_module), change)
-        event["after"] |= self.measured(trainer, pl_module)
+        event = self.reshape(trainer, pl_module, self.validate(trainer, pl_module), change)
+        event["after"] |= self.validate(trainer, pl_module)
         log_event(trainer, event)
         return event
 
@@ -102,10 +102,10 @@ class ShapeCallback(EventCallback):
         metrics: dict[str, float],
         change: Callable[[list[Optimizer]], str],
     ) -> Event:
-        """Carries out a change of model and optimizers, also where DDP has wrapped the model; see `as_event`."""
-        with unwrapped(trainer, self.blockwise), together(trainer, type(self).__name__):
-            event = self.as_event(trainer, pl_module, metrics, partial(change, trainer.optimizers))
-        for callback in callbacks_of(trainer, FollowsShapes):
+        """Carries out a change of model and optimizers, also where DDP has wrapped the model; see `record_event`."""
+        with unwrapped(trainer, self.blockwise), fail_together(trainer, type(self).__name__):
+            event = self.record_event(trainer, pl_module, metrics, partial(change, trainer.optimizers))
+        for callback in callbacks_of(trainer, ShapeFollower):
             callback.follow()
         torch.compiler.reset()  # torch stops compiling after so many shapes
         return event
@@ -122,7 +122,7 @@ def unwrapped(trainer: pl.Trainer, blockwise: bool = False) -> Iterator[None]:
         trainer.strategy.model = module
     if module.automatic_optimization:  # which makes new gradients before it takes the next step
         module.zero_grad()
-    with reshaped(module, trainer.optimizers, gradients=not module.automatic_optimization, blockwise=blockwise):
+    with gathered(module, trainer.optimizers, gradients=not module.automatic_optimization, blockwise=blockwise):
         yield
     if wrapped:
         assert isinstance(trainer.strategy, DDPStrategy)
@@ -131,7 +131,7 @@ def unwrapped(trainer: pl.Trainer, blockwise: bool = False) -> Iterator[None]:
             _restart(state)
 
 
-def check_none_beside(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
+def check_no_hidden_state(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
     """Refuses optimizers and averages that a module or a callback keeps by itself, which nothing would have follow."""
     for holder in [pl_module, *callbacks_of(trainer, Callback)]:
         attributes = vars(holder) | (dict(pl_module.named_modules()) if holder is pl_module else {})
@@ -168,7 +168,7 @@ def _restart(state: PowerSGDState) -> None:
         kept.clear()
 
 
-def refuse_shape_changes(
+def check_no_shape_changes(
     trainer: pl.Trainer, mine: EventCallback, after: int, before: int, what: str, why: Callable[[ShapeCallback], str | None]
 ) -> None:
     """Refuses other callbacks that change shapes between two events of one; at one step their order in the list decides.
@@ -186,7 +186,7 @@ def refuse_shape_changes(
         seen |= callback is mine
         if callback is mine or not isinstance(callback, ShapeCallback) or (reason := why(callback)) is None:
             continue
-        if steps := [step for step in callback.steps(total, trainer) if (after, False) < (step, seen) < (before, True)]:
+        if steps := [step for step in callback.shape_steps(total, trainer) if (after, False) < (step, seen) < (before, True)]:
             raise ValueError(
                 f"{type(callback).__name__} changes shapes at step {steps[0]}, after {type(mine).__name__} has {what} at step "
                 f"{after}{reason}: let it come first, at an earlier step or before it in the list of callbacks"

@@ -13,7 +13,7 @@ from billhook.engine.shards import ShardStore
 
 
 @contextmanager
-def reshaped(module: nn.Module, optimizers: Collection[Optimizer], gradients: bool, blockwise: bool = False) -> Iterator[None]:
+def gathered(module: nn.Module, optimizers: Collection[Optimizer], gradients: bool, blockwise: bool = False) -> Iterator[None]:
     """Makes a sharded module whole while its shapes change, then shards it as it was, also after an error.
 
     What optimizers keep of parameters stays sharded.

@@ -13,14 +13,14 @@ from billhook.engine.batches import Run, own_loss, runs_of
 from billhook.engine.state import overridden
 
 
-def with_parameters(method: Callable[..., object], *arguments: object) -> Callable[[], object]:
+def bind_arguments(method: Callable[..., object], *arguments: object) -> Callable[[], object]:
     """Binds as many arguments to a step as it has parameters."""
     parameters = inspect.signature(method).parameters.values()
     takes_any = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
     return partial(method, *(arguments if takes_any else arguments[: len(parameters)]))
 
 
-def runs_as_in_training(pl_module: pl.LightningModule, model: nn.Module, batches: Iterable[Any]) -> list[Run]:
+def training_runs(pl_module: pl.LightningModule, model: nn.Module, batches: Iterable[Any]) -> list[Run]:
     """Makes a run of each batch: of the model on the arguments that `training_step` gives it.
 
     A dictionary of nothing but arguments of the model's forward is given to the model directly. For any other batch the step
@@ -30,7 +30,7 @@ def runs_as_in_training(pl_module: pl.LightningModule, model: nn.Module, batches
     names = list(inspect.signature(model.forward).parameters)
     runs: list[Run] = []
     for number, batch in enumerate(batches):
-        step = with_parameters(pl_module.training_step, batch, number)
+        step = bind_arguments(pl_module.training_step, batch, number)
         if not pl_module.automatic_optimization:
             runs += runs_of(model, [_for_model(pl_module, batch)])
         elif isinstance(batch, Mapping) and set(batch) <= set(names):
@@ -48,7 +48,7 @@ def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Mo
     def loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
         if not pl_module.automatic_optimization:
             return own_loss(model, _for_model(pl_module, batch), hint="")
-        result: Any = with_parameters(pl_module.training_step, batch, number)()
+        result: Any = bind_arguments(pl_module.training_step, batch, number)()
         value = result["loss"] if isinstance(result, Mapping) else result
         if not isinstance(value, Tensor):
             raise ValueError(f"training_step of {type(pl_module).__name__} gives no loss for batch {number}: {value!r}")

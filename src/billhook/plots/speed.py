@@ -6,13 +6,13 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from billhook.plots.style import Plot, log_scale, style_axes
-from billhook.report.speed import Row, spread
+from billhook.report.speed import Timing, spread
 
 COLOURS = ("#1f5f8b", "#b03a2e", "#3c8d40", "#8e5ea2", "#d0812a", "#5a5a5a")
 MARKERS = "os^Dvx*"
 
 
-def speed(rows: Sequence[Row], names: Sequence[str]) -> Plot:
+def speed(rows: Sequence[Timing], names: Sequence[str]) -> Plot:
     """Draws tokens per second over contexts for each phase; for several models also the speed-up, the ideal one dashed.
 
     Bars are quartiles. A colour is a model, a marker a batch size.
@@ -43,10 +43,10 @@ def speed(rows: Sequence[Row], names: Sequence[str]) -> Plot:
     return figure
 
 
-def _curves(rows: Sequence[Row]) -> list[tuple[list[Row], dict[str, Any]]]:
+def _curves(rows: Sequence[Timing]) -> list[tuple[list[Timing], dict[str, Any]]]:
     """Groups rows by model and batch size, ordered by context, each with its style."""
     batches = sorted({row.batch_size for row in rows})
-    curves = dict[tuple[int, int], list[Row]]()
+    curves = dict[tuple[int, int], list[Timing]]()
     for row in sorted(rows, key=lambda row: row.context):
         curves.setdefault((row.model, row.batch_size), []).append(row)
     styled = []
@@ -56,7 +56,7 @@ def _curves(rows: Sequence[Row]) -> list[tuple[list[Row], dict[str, Any]]]:
     return styled
 
 
-def _draw_speeds(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
+def _draw_speeds(axes: Axes, rows: Sequence[Timing], names: Sequence[str]) -> None:
     for curve, style in _curves(rows):
         points = []
         for row in curve:
@@ -65,7 +65,7 @@ def _draw_speeds(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
         _bars(axes, points, style | {"label": f"{names[curve[0].model]}, batch {curve[0].batch_size}"})
 
 
-def _draw_ratios(axes: Axes, rows: Sequence[Row]) -> None:
+def _draw_ratios(axes: Axes, rows: Sequence[Timing]) -> None:
     for curve, style in _curves(rows):
         _bars(axes, [(row.context, row.speed_up, *spread(row.ratios)) for row in curve], style)
         ideal = [(row.context, row.ideal) for row in curve if row.ideal is not None]

@@ -25,7 +25,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodedChoice:
     """A question with one of its choices, as tokens, the last `scored` of them the choice's; `cut` if the beginning is lost."""
 
     ids: tuple[int, ...]
@@ -66,7 +66,7 @@ def _question(row: object, file: str, number: int, argument: str) -> Question:
 
 def encode(
     questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "questions"
-) -> list[list[Row]]:
+) -> list[list[EncodedChoice]]:
     """Encodes each question as rows, one for each choice.
 
     Context, space and choice are encoded as one text, as in lm-eval, because in most vocabularies a space belongs to the token
@@ -83,7 +83,7 @@ def encode(
     encoded = []
     for question in questions:
         context = question.context.rstrip()
-        gap, before, rows = question.context[len(context) :] + " ", ids_of(context), list[Row]()
+        gap, before, rows = question.context[len(context) :] + " ", ids_of(context), list[EncodedChoice]()
         for number, choice in enumerate(question.choices):
             ids = ids_of(context + gap + choice)
             shared = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
@@ -93,19 +93,19 @@ def encode(
                     f"{argument}: {question.file}, line {question.line}: choice {number} has {scored} tokens after {shared} of "
                     f"the context; it must have 1 to length={length}, after one at least"
                 )
-            rows.append(Row(tuple(ids[-length - 1 :]), scored, len(ids) > length + 1))
+            rows.append(EncodedChoice(tuple(ids[-length - 1 :]), scored, len(ids) > length + 1))
         encoded.append(rows)
     return encoded
 
 
-def batches(rows: Sequence[Row], batch_size: int) -> list[list[Row]]:
+def batches(rows: Sequence[EncodedChoice], batch_size: int) -> list[list[EncodedChoice]]:
     """Groups rows into batches, the longest first and equal ones once, so that equal rows have exactly the same likelihood."""
     distinct = sorted(dict.fromkeys(rows), key=lambda row: -len(row.ids))
     return [distinct[i : i + batch_size] for i in range(0, len(distinct), batch_size)]
 
 
 @torch.no_grad()
-def log_likelihoods(model: PreTrainedModel, batch: Sequence[Row]) -> list[float]:
+def log_likelihoods(model: PreTrainedModel, batch: Sequence[EncodedChoice]) -> list[float]:
     """Sums the log-probabilities of each row's scored tokens, in nats.
 
     Rows are padded on the right and the padding is masked, so that positions begin with 0 in every model, and no token that
@@ -117,7 +117,7 @@ def log_likelihoods(model: PreTrainedModel, batch: Sequence[Row]) -> list[float]
     return [_sum(of_row[: len(row.ids) - 1], row) for of_row, row in zip(logits, batch, strict=True)]
 
 
-def _sum(logits: Tensor, row: Row) -> float:
+def _sum(logits: Tensor, row: EncodedChoice) -> float:
     chances = logits[-row.scored :].log_softmax(-1, dtype=torch.float32)
     tokens = torch.tensor(row.ids[-row.scored :], device=logits.device)
     return float(chances.gather(-1, tokens[:, None]).cpu().double().sum())

@@ -48,7 +48,7 @@ class Predictions:
         return _sum([kl_div(now, then, reduction="sum", log_target=True) for now, then in each])
 
 
-def loss_of(logits: Tensor, labels: Tensor) -> float:
+def mean_loss(logits: Tensor, labels: Tensor) -> float:
     """Returns the mean cross-entropy of logits, `[positions, classes]`, in float32, a few positions at a time."""
     return _sum([cross_entropy(logits[some].float(), labels[some], reduction="sum") for some in _parts(logits)]) / len(logits)
 
@@ -69,14 +69,14 @@ def _logs(logits: Tensor, positions: Tensor, device: torch.device) -> Tensor:
     return logits[positions.to(logits.device)].to(device).float().log_softmax(-1)
 
 
-def logits_in(model: PreTrainedModel, run: Run) -> Tensor:
+def eval_logits(model: PreTrainedModel, run: Run) -> Tensor:
     """Returns the logits at all positions that count, `[positions, classes]`; refuses a model without logits."""
     with undisturbed(model):
-        return logits_now(model, run)
+        return compute_logits(model, run)
 
 
-def logits_now(model: PreTrainedModel, run: Run) -> Tensor:
-    """Returns the logits as `logits_in` does, of a model that is in evaluation mode already."""
+def compute_logits(model: PreTrainedModel, run: Run) -> Tensor:
+    """Returns the logits as `eval_logits` does, of a model that is in evaluation mode already."""
     logits = getattr(run.forward(), "logits", None)
     if not isinstance(logits, Tensor):
         raise ValueError(f"model: {type(model).__name__} predicts nothing (it has no logits), so no loss can be told")

@@ -64,7 +64,7 @@ Phase = Literal["prefill", "decode"]
 
 
 @dataclass(frozen=True)
-class Row:
+class Timing:
     """Time and memory that one model took for one phase at one batch size and context.
 
     Attributes:
@@ -151,7 +151,7 @@ def measure_speed(
     phases: Sequence[Phase] = ("prefill", "decode"),
     seed: int = 0,
     tell: Callable[[], None] = lambda: None,
-) -> list[Row]:
+) -> list[Timing]:
     """Measures prefill and decoding of models in interleaved rounds: each round measures every model once, in turning order.
 
     A disturbance of the machine thus hits all models alike. The speed-up is the median over rounds of the ratio to the reference
@@ -189,7 +189,7 @@ def measure_speed(
     """
     check_types(measure_speed, locals())
     check_speed(models, batch_sizes, contexts, new_tokens, rounds, warmup, cache, phases)
-    rows = list[Row]()
+    rows = list[Timing]()
     for batch_size in batch_sizes:
         for context in contexts:
             runs = [Generation(model, _prompts(model, batch_size, context, seed), new_tokens, cache) for model in models]
@@ -286,16 +286,16 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[tuple[float, int | None]]]) -> list[Row]:
+def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[tuple[float, int | None]]]) -> list[Timing]:
     steps = runs[0].new_tokens if phase == "decode" else 1
-    rows = list[Row]()
+    rows = list[Timing]()
     for number, (run, rounds) in enumerate(zip(runs, measured, strict=True)):
         seconds = tuple(taken / steps for taken, _ in rounds)
         ratios = tuple(first / taken for first, taken in zip(rows[0].seconds if rows else seconds, seconds, strict=True))
         batch_size, context = run.ids.shape
         flops = _flops(run.model, context) if phase == "prefill" else None
         weights, cache = _read(run.model), _bytes(run.tensors)
-        row = Row(
+        row = Timing(
             model=number, phase=phase, batch_size=batch_size, context=context, seconds=seconds, ratios=ratios,
             weight_bytes=weights, cache_bytes=cache, cache_tokens=run.cached_tokens, flops=flops and batch_size * flops,
             ideal=None, peak_bytes=max((taken for _, taken in rounds if taken is not None), default=None),
@@ -304,7 +304,7 @@ def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[
     return rows
 
 
-def _ideal(first: Row, row: Row) -> float | None:
+def _ideal(first: Timing, row: Timing) -> float | None:
     if row.phase == "prefill":
         return first.flops / row.flops if first.flops and row.flops else None
     return (first.weight_bytes + first.cache_bytes) / (row.weight_bytes + row.cache_bytes)

@@ -127,7 +127,7 @@ class Stage:
     numbers: dict[str, float | None]
 
 
-def table(
+def stage_table(
     stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric: str | None = None, dtype: str | None = None
 ) -> str:
     """Shows stages as rows and their numbers as columns (`metric` too, if it is none of the usual ones), and notes below.

@@ -14,7 +14,7 @@ from billhook.engine.batches import Batch, Run, source_of
 from billhook.engine.state import overridden, undisturbed
 from billhook.engine.trees import tree_leaves, tree_map_only
 from billhook.repairs.repair import RepairConfig
-from billhook.report.predictions import Predictions, logits_in
+from billhook.report.predictions import Predictions, eval_logits
 from billhook.units.blocks import find_blocks
 
 SHARE = 0.2
@@ -199,15 +199,15 @@ class Divergence:
         self._dense = list[tuple[Run, Predictions]]()
         for run in runs:
             with self._replay.noting():  # no local keeps the logits while the next run makes its own
-                self._dense.append((run, Predictions.of(logits_in(model, run), len(runs))))
+                self._dense.append((run, Predictions.of(eval_logits(model, run), len(runs))))
         # where blocks hand on more than they return, as keys and values of earlier ones, models run as a whole
         try:
             with self._replay.before(list(blocks)[-1:], 0):
-                replayed = logits_in(model, runs[0])
+                replayed = eval_logits(model, runs[0])
         except Exception:  # noqa: BLE001 - whatever a model's own code raises
             self._replay.forget()
             return
-        if not torch.equal(replayed, logits_in(model, runs[0])):
+        if not torch.equal(replayed, eval_logits(model, runs[0])):
             self._replay.forget()
 
     def by_source(self, changed: Collection[str] = ()) -> dict[str, float]:
@@ -219,7 +219,7 @@ class Divergence:
         sums, counts = dict[str, float](), dict[str, int]()
         for number, (run, dense) in enumerate(self._dense):
             with self._replay.before(changed, number):
-                total = dense.divergence(logits_in(self._model, run))
+                total = dense.divergence(eval_logits(self._model, run))
             sums[run.source] = sums.get(run.source, 0.0) + total
             counts[run.source] = counts.get(run.source, 0) + len(dense.positions)
         measured: dict[str, float] = self.agreed({source: total / counts[source] for source, total in sums.items()})

@@ -16,14 +16,14 @@ from billhook.engine.state import undisturbed
 from billhook.model.config_fields import text_config
 from billhook.model.preprocessors import tokenizer_of
 from billhook.progress import OnProgress
-from billhook.report.choices import Question, Row, batches, encode, log_likelihoods, read_questions
-from billhook.report.damage import perplexity
+from billhook.report.choices import EncodedChoice, Question, batches, encode, log_likelihoods, read_questions
+from billhook.report.degradation import perplexity
 from billhook.report.generation import generates
 from billhook.training.data import TextDataModule
 
 LONGEST = 2048
 """Tokens that models read at once, unless another length is asked for."""
-Asked = list[tuple[Question, list[Row]]]
+Asked = list[tuple[Question, list[EncodedChoice]]]
 """The questions of a file, each with its choices as tokens."""
 Answers = Sequence[tuple[Question, Sequence[float]]]
 """The questions of a file, each with the log-likelihoods of its choices."""
@@ -142,7 +142,7 @@ def answered(
     rows = [row for questions in sets.values() for _, choices in questions for row in choices]
     parts = batches(rows, batch_size)
     tokens = [sum(len(row.ids) for row in batch) for batch in parts]  # the first batches are the longest
-    likelihoods = dict[Row, float]()
+    likelihoods = dict[EncodedChoice, float]()
     for number, batch in enumerate(parts, 1):
         likelihoods |= zip(batch, log_likelihoods(model, batch), strict=True)
         if progress is not None:

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from billhook.fit.lightning_internals import batch_progress, saved_place
+from billhook.fit.lightning_internals import batch_progress, saved_progress
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -118,5 +118,5 @@ def fit_place(position: dict[str, int], checkpoint: dict[str, Any], at_once: int
     if batch == position["batch"]:
         return
     position["batch"] = batch
-    current = saved_place(checkpoint)
+    current = saved_progress(checkpoint)
     current.update(ready=batch, started=batch, processed=batch, completed=batch - current["processed"] + current["completed"])

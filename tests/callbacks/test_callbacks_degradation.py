@@ -1,4 +1,4 @@
-"""Damage in a fit: what it tells, that it disturbs nothing, and what a resumed run knows."""
+"""Degradation in a fit: what it tells, that it disturbs nothing, and what a resumed run knows."""
 
 import copy
 import json
@@ -23,14 +23,14 @@ pytestmark = [
 ROWS = 3
 
 
-def damage(**options):
-    return bh.Damage(bh.Calibration(tokens=48, length=12), **{"rows": ROWS, **options})
+def degradation(**options):
+    return bh.Degradation(bh.Calibration(tokens=48, length=12), **{"examples": ROWS, **options})
 
 
 def told(callbacks):
     """What was measured, in order."""
-    found = [event["damage"] for one in callbacks for event in getattr(one, "events", [])]
-    return found + [one.last for one in callbacks if isinstance(one, bh.Damage)]
+    found = [event["degradation"] for one in callbacks for event in getattr(one, "events", [])]
+    return found + [one.last for one in callbacks if isinstance(one, bh.Degradation)]
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ class Copies(pl.Callback):
 @pytest.mark.daily("wanda", "structure")
 @pytest.mark.parametrize("event", EVENTS)
 def test_after_each_event_and_at_the_end_and_nothing_is_disturbed(tmp_path, event):
-    lit, dense, mine = Own(attention_dropout=0.3), Own().net, damage()
+    lit, dense, mine = Own(attention_dropout=0.3), Own().net, degradation()
     callback = EVENTS[event](2)
     watch = Copies(callback)
     torch.manual_seed(1)
@@ -91,7 +91,7 @@ def test_an_event_before_the_fit_is_measured_wherever_it_stands_in_the_list(tmp_
             self.net = self.net or Own().net
 
     for order in (1, -1):
-        callbacks = [bh.KVHeadConversion(2), damage()][::order]
+        callbacks = [bh.KVHeadConversion(2), degradation()][::order]
         trainer(tmp_path, callbacks, max_steps=1).fit(Late() if late else Own(), loader(), loader(4, 4))
         start, end = told(callbacks)
         assert start[0]["before"] == end[0]["before"]
@@ -100,16 +100,16 @@ def test_an_event_before_the_fit_is_measured_wherever_it_stands_in_the_list(tmp_
 
 def test_of_several_rounds_at_once_the_last_is_measured(tmp_path):
     callback = bh.StructuredPruning(bh.Amount(channels=0.5), at=1, rounds=2, calibration=4, measure_batches=0)
-    trainer(tmp_path, [callback, damage()], max_steps=1).fit(Own(), loader(), loader(4, 4))
-    assert ["damage" in event for event in callback.events] == [False, True]
+    trainer(tmp_path, [callback, degradation()], max_steps=1).fit(Own(), loader(), loader(4, 4))
+    assert ["degradation" in event for event in callback.events] == [False, True]
 
 
 def test_a_resumed_run_tells_what_the_straight_one_does(tmp_path):
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    straight = [EVENTS["mean"](2), damage(), keep]
+    straight = [EVENTS["mean"](2), degradation(), keep]
     trainer(tmp_path, straight, max_steps=3).fit(Own(), loader(), loader(4, 4))
     for stop in (1, 2):
-        resumed = [EVENTS["mean"](2), damage()]
+        resumed = [EVENTS["mean"](2), degradation()]
         path = tmp_path / f"step={stop}.ckpt"
         trainer(tmp_path, resumed, max_steps=3).fit(Own(), loader(), loader(4, 4), ckpt_path=path)
         assert told(resumed) == told(straight)
@@ -119,9 +119,9 @@ def test_a_resumed_run_tells_what_the_straight_one_does(tmp_path):
 
 def test_resumed_with_another_model_the_ratio_is_told_and_the_divergence_is_not(tmp_path, capsys):
     keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    straight = [EVENTS["mean"](2), damage(), keep]
+    straight = [EVENTS["mean"](2), degradation(), keep]
     trainer(tmp_path, straight, max_steps=3).fit(Own(), loader(), loader(4, 4))
-    other, resumed = Own(), [EVENTS["mean"](2), damage(), bh.Report(str(tmp_path / "plot.png"))]
+    other, resumed = Own(), [EVENTS["mean"](2), degradation(), bh.Report(str(tmp_path / "plot.png"))]
     with torch.no_grad():
         other.net.lm_head.weight.mul_(2)
     run = trainer(tmp_path, resumed, max_steps=3)
@@ -133,7 +133,7 @@ def test_resumed_with_another_model_the_ratio_is_told_and_the_divergence_is_not(
 
 
 def test_a_fit_that_goes_on_keeps_its_dense_model_and_a_new_fit_takes_its_own(tmp_path):
-    lit, mine = Own(), damage()
+    lit, mine = Own(), degradation()
     run = trainer(tmp_path, [mine], max_steps=-1, max_epochs=1)
     run.fit(lit, loader(), loader(4, 4))
     (first,), dense = mine.last, mine._dense
@@ -161,14 +161,14 @@ def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
 
     text = bh.Calibration({"train": files["train"]}, tokens=64, length=16)
     (tmp_path / "other.txt").write_text("A hydra is an animal of fresh water. " * 40)
-    mine = bh.Damage(text, also=str(tmp_path / "other.txt"), rows=2)
+    mine = bh.Degradation(text, also=str(tmp_path / "other.txt"), examples=2)
     callbacks = [EVENTS["mean"](1), mine, bh.Export(str(tmp_path / "out")), bh.Report(str(tmp_path / "plot.png"))]
     lit, logger = module(num_attention_heads=4), Memory()
     trainer(tmp_path, callbacks, max_steps=2, logger=logger, log_every_n_steps=1).fit(lit, data(files))
     record = json.loads((tmp_path / "out" / "billhook.json").read_text())
     start, end = told(callbacks)
-    assert record["damage"] == end
-    assert record["events"][0]["damage"] == start
+    assert record["degradation"] == end
+    assert record["events"][0]["degradation"] == start
     assert sorted(record["files"]) == sorted(one.name for one in (tmp_path / "out").iterdir())
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"- step 1: {callbacks[0].events[0]['what']}\n- training, 2 steps\n" in card
@@ -177,7 +177,7 @@ def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
     for step, found in ((0, start), (2, end)):  # with the first step of training
         for one in found:
             names = {"perplexity": "after", "perplexity_ratio": "ratio", "kl": "kl"}
-            logged = {name: logger.rows[step][f"damage/{one['source']}/{name}"] for name in names}
+            logged = {name: logger.rows[step][f"degradation/{one['source']}/{name}"] for name in names}
             assert logged == {name: one[own] for name, own in names.items()}
     said = capsys.readouterr().out
     assert f"after {callbacks[0].events[0]['what']}\nperplexity on" in said
@@ -187,17 +187,17 @@ def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
 
 
 def test_what_loses_twice_as_much_is_warned_of(tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.callbacks.damage.warning_of", lambda found: f"{found[0].source} has lost")
-    with pytest.warns(UserWarning, match="Damage, step 1, (after .*mean.*|at the end): generated has lost"):
-        fit(tmp_path, "mean", at=1, more=[damage()], max_steps=1)
+    monkeypatch.setattr("billhook.callbacks.degradation.degradation_warning", lambda found: f"{found[0].source} has lost")
+    with pytest.warns(UserWarning, match="Degradation, step 1, (after .*mean.*|at the end): generated has lost"):
+        fit(tmp_path, "mean", at=1, more=[degradation()], max_steps=1)
 
 
 @pytest.mark.parametrize(
     ("callbacks", "match"),
     [
-        (lambda folder: [bh.Export(str(folder / "out")), damage()], "Export must stand behind Damage"),
-        (lambda folder: [bh.Report(str(folder / "plot.png")), damage()], "Report must stand behind Damage"),
-        (lambda _: [damage(), WeightAveraging()], "Damage must stand behind WeightAveraging"),
+        (lambda folder: [bh.Export(str(folder / "out")), degradation()], "Export must stand behind Degradation"),
+        (lambda folder: [bh.Report(str(folder / "plot.png")), degradation()], "Report must stand behind Degradation"),
+        (lambda _: [degradation(), WeightAveraging()], "Degradation must stand behind WeightAveraging"),
     ],
 )
 def test_the_wrong_place_is_refused(tmp_path, callbacks, match):
@@ -209,16 +209,19 @@ def test_a_model_that_predicts_no_next_token_is_refused(tmp_path):
     lit = Own()
     lit.net = transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
     with pytest.raises(ValueError, match="BertForMaskedLM does not predict next tokens, so it has no perplexity"):
-        trainer(tmp_path, [damage()], max_steps=1).fit(lit, loader(), loader(4, 4))
+        trainer(tmp_path, [degradation()], max_steps=1).fit(lit, loader(), loader(4, 4))
 
 
 @pytest.mark.parametrize(
     ("make", "match"),
     [
-        (lambda: bh.Damage("a.txt"), "texts='a.txt' must be a Calibration"),
-        (lambda: damage(rows=0), "rows=0 must be a whole number of at least 1"),
-        (lambda: bh.Damage(bh.Calibration("a.txt"), also=["b.txt", "elsewhere/a.txt"]), "also: 'a' is the name of another text"),
-        (lambda: damage(also=3), "also=3 must be"),
+        (lambda: bh.Degradation("a.txt"), "texts='a.txt' must be a Calibration"),
+        (lambda: degradation(examples=0), "examples=0 must be a whole number of at least 1"),
+        (
+            lambda: bh.Degradation(bh.Calibration("a.txt"), also=["b.txt", "elsewhere/a.txt"]),
+            "also: 'a' is the name of another text",
+        ),
+        (lambda: degradation(also=3), "also=3 must be"),
     ],
 )
 def test_arguments(make, match):

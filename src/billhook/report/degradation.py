@@ -22,7 +22,7 @@ from billhook.engine.state import undisturbed
 from billhook.engine.store import store_of
 from billhook.progress import OnProgress
 from billhook.report.generation import generates
-from billhook.report.predictions import Predictions, logits_now, loss_of
+from billhook.report.predictions import Predictions, compute_logits, mean_loss
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ TWICE = 2.0
 
 
 @dataclass(frozen=True)
-class TextDamage:
+class TextDegradation:
     """Costs of a change on one text.
 
     Attributes:
@@ -109,7 +109,7 @@ class TextDamage:
         return cls(source=plain["source"], inside=plain["inside"], rows=plain["rows"], **numbers)
 
 
-class Dense:
+class DenseReference:
     """Predictions of a dense language model on rows of text, held so that a changed one can be compared with it.
 
     Args:
@@ -127,10 +127,10 @@ class Dense:
 
     Example:
         >>> import billhook as bh
-        >>> from billhook.report.damage import Dense
+        >>> from billhook.report.degradation import DenseReference
         >>> model = bh.load("tiny")
-        >>> dense = Dense(model, bh.generated(model, examples=4, length=64), inside=["generated"])
-        >>> found = dense.damage(model)
+        >>> dense = DenseReference(model, bh.generated(model, examples=4, length=64), inside=["generated"])
+        >>> found = dense.degradation(model)
         >>> [(one.source, one.ratio, round(one.kl, 6)) for one in found]
         [('generated', 1.0, 0.0)]
     """
@@ -163,8 +163,8 @@ class Dense:
         done = set[int]()
 
         def read(row: int, run: Run) -> None:
-            logits = logits_now(model, run)[:-1]
-            take(row, logits, loss_of(logits, self.rows[row][1][1:].to(logits.device)))
+            logits = compute_logits(model, run)[:-1]
+            take(row, logits, mean_loss(logits, self.rows[row][1][1:].to(logits.device)))
             done.add(row)
             if progress is not None:
                 progress(len(done), len(self._read_here))
@@ -176,7 +176,7 @@ class Dense:
         with undisturbed(model):
             together(model, [*reads, *(run.forward for run in runs[len(reads) :])])
 
-    def damage(self, model: PreTrainedModel, progress: OnProgress | None = None) -> list[TextDamage]:
+    def degradation(self, model: PreTrainedModel, progress: OnProgress | None = None) -> list[TextDegradation]:
         """Compares a changed model with the dense one, by source; `progress` is called with how many rows are done."""
         now = torch.zeros(len(self.rows), 2, dtype=torch.float64)  # loss and divergence
 
@@ -190,11 +190,11 @@ class Dense:
         of_source: dict[str, list[int]] = {}
         for row, (source, _) in enumerate(self.rows):
             of_source.setdefault(source, []).append(row)
-        damage = []
+        degradation = []
         for source, rows in of_source.items():
             before, (after, kl) = self.losses[rows], now[rows].T
-            damage.append(
-                TextDamage(
+            degradation.append(
+                TextDegradation(
                     source,
                     source in self.inside,
                     before=math.exp(float(before.mean())),
@@ -205,7 +205,7 @@ class Dense:
                     rows=len(rows),
                 )
             )
-        return damage
+        return degradation
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the rows and what the dense model loses on them, but not its predictions, which would be large."""
@@ -234,10 +234,10 @@ def _error(values: Tensor) -> float:
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
-def table(damage: Sequence[TextDamage]) -> str:
+def degradation_table(degradation: Sequence[TextDegradation]) -> str:
     """Shows what a change costs, a row for each text: ± are standard errors over rows, KL is to the dense model, in nats."""
     rows = []
-    for text in damage:
+    for text in degradation:
         ratio, kl = _with_error(text.ratio, text.ratio_error), _with_error(text.kl, text.kl_error)
         where = "calibrated on" if text.inside else "not calibrated on"
         rows.append([text.source, where, f"{text.before:,.4g}", f"{text.after:,.4g}", ratio, kl])
@@ -250,19 +250,19 @@ def _with_error(value: float, error: float) -> str:
     return f"{value:,.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
-def warning_of(damage: Sequence[TextDamage]) -> str | None:
+def degradation_warning(degradation: Sequence[TextDegradation]) -> str | None:
     """Names the texts outside of the calibration that lose over twice as much log-perplexity as those inside, beyond chance.
 
     Beyond chance is further than two standard errors of the difference; where those inside lose nothing, any loss is.
     """
-    inside = [text for text in damage if text.inside]
+    inside = [text for text in degradation if text.inside]
     if not inside:
         return None
     mean = sum(math.log(text.ratio) for text in inside) / len(inside)
     usual = TWICE * max(mean, 0.0)
     error = TWICE * math.hypot(*(text.ratio_error / text.ratio for text in inside)) / len(inside)
     worse = list[str]()
-    for text in damage:
+    for text in degradation:
         beyond_chance = math.log(text.ratio) - usual > 2 * math.hypot(text.ratio_error / text.ratio, error)
         if beyond_chance and not text.inside:
             worse.append(f"{text.source} ({text.ratio:.2f} times its perplexity)")

@@ -1,4 +1,4 @@
-"""Damage against plain computations, and what is warned of."""
+"""Degradation against plain computations, and what is warned of."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ import torch
 import billhook as bh
 from billhook.engine.batches import Batch
 from billhook.report import predictions as module
-from billhook.report.damage import Dense, TextDamage, table, warning_of
+from billhook.report.degradation import DenseReference, TextDegradation, degradation_table, degradation_warning
 from kit.families import llama, tokens
 from kit.ranks import Ranks
 
@@ -40,7 +40,7 @@ def test_perplexity_and_divergence_of_each_text_with_paired_errors():
     dense, batches = llama(), texts()
     torch.manual_seed(1)
     changed = llama()
-    found = Dense(dense, batches, inside=["two"]).damage(changed)
+    found = DenseReference(dense, batches, inside=["two"]).degradation(changed)
     assert [(one.source, one.inside, one.rows) for one in found] == [("one", False, 3), ("two", True, 3)]
     for one in found:
         before, dense_chances = of_source(dense, batches, one.source)
@@ -60,10 +60,10 @@ def test_ranks_read_a_share_each_and_all_know_all():
     dense, batches, group = llama(), texts(), Ranks(2)
     torch.manual_seed(1)
     changed = llama()
-    alone = Dense(dense, batches).damage(changed)
+    alone = DenseReference(dense, batches).degradation(changed)
 
     def of(rank, reduce):
-        return Dense(copy.deepcopy(dense), batches, (), reduce).damage(copy.deepcopy(changed))
+        return DenseReference(copy.deepcopy(dense), batches, (), reduce).degradation(copy.deepcopy(changed))
 
     for one in group.run(of):
         assert repr(one) == repr(alone)
@@ -73,66 +73,68 @@ def test_what_is_kept_goes_on_with_the_same_model_and_tells_no_divergence_with_a
     dense, batches = llama(), texts()
     torch.manual_seed(1)
     changed = llama()
-    first = Dense(dense, batches, inside=["two"])
-    expected, kept = first.damage(changed), first.state_dict()
-    again = Dense(dense, batches, inside=["one"])
+    first = DenseReference(dense, batches, inside=["two"])
+    expected, kept = first.degradation(changed), first.state_dict()
+    again = DenseReference(dense, batches, inside=["one"])
     assert again.load_state_dict(kept)
-    assert again.damage(changed) == expected
-    for other in (Dense(changed, batches), Dense(dense, batches[:2]), Dense(dense, texts()[::-1])):
+    assert again.degradation(changed) == expected
+    for other in (DenseReference(changed, batches), DenseReference(dense, batches[:2]), DenseReference(dense, texts()[::-1])):
         assert not other.load_state_dict(kept)
-        for one, then in zip(other.damage(changed), expected, strict=True):
+        for one, then in zip(other.degradation(changed), expected, strict=True):
             assert math.isnan(one.kl)
             assert replace(one, kl=then.kl, kl_error=then.kl_error) == then
 
 
 def test_a_model_that_predicts_nothing_is_refused():
     with pytest.raises(ValueError, match="LlamaModel predicts nothing"):
-        Dense(llama().model, texts())
+        DenseReference(llama().model, texts())
 
 
 def test_few_predictions_are_held_of_a_large_vocabulary(monkeypatch):
     monkeypatch.setattr(module, "BYTES", 4 * 64 * 6 * 2)
     model = llama()
-    dense = Dense(model, texts())
+    dense = DenseReference(model, texts())
     assert {tuple(held.logs.shape) for held in dense._predictions.values()} == {(2, 64)}
-    assert all(one.kl == pytest.approx(0, abs=1e-5) and one.ratio == 1 for one in dense.damage(model))
+    assert all(one.kl == pytest.approx(0, abs=1e-5) and one.ratio == 1 for one in dense.degradation(model))
 
 
 def test_a_few_positions_at_a_time_say_the_same(monkeypatch):
     model, changed = llama(), llama()
     bh.prune(changed, bh.Magnitude(), sparsity=0.5)
-    expected = Dense(model, texts()).damage(changed)
+    expected = DenseReference(model, texts()).degradation(changed)
     monkeypatch.setattr(module, "ELEMENTS", 3 * 64)
-    for found, then in zip(Dense(model, texts()).damage(changed), expected, strict=True):
+    for found, then in zip(DenseReference(model, texts()).degradation(changed), expected, strict=True):
         assert found.kl > 1e-6
         assert (found.before, found.after, found.kl) == pytest.approx((then.before, then.after, then.kl), rel=1e-5)
 
 
 def one(source, ratio, inside, error=0.0):
-    return TextDamage(source, inside, 10.0, 10.0 * ratio, error, 0.1, 0.01, 8)
+    return TextDegradation(source, inside, 10.0, 10.0 * ratio, error, 0.1, 0.01, 8)
 
 
 def test_a_text_outside_that_loses_twice_as_much_is_warned_of():
-    assert warning_of([one("in", 1.2, True), one("out", 1.4, False)]) is None
-    assert warning_of([one("in", 1.2, True), one("out", 1.6, False, 0.3)]) is None  # by chance
-    assert "out (1.60 times its perplexity)" in warning_of([one("in", 1.2, True), one("out", 1.6, False, 0.05)])
-    assert warning_of([one("in", 1.2, True, 0.2), one("out", 1.6, False, 0.05)]) is None  # what is inside may have lost as much
-    assert warning_of([one("in", 0.9, True), one("out", 1.0, False)]) is None
-    assert warning_of([one("in", 0.972, True, 0.018), one("out", 1.085, False, 0.038)]) is None
-    assert "has lost, and what was has not: out (1.09 times" in warning_of(
+    assert degradation_warning([one("in", 1.2, True), one("out", 1.4, False)]) is None
+    assert degradation_warning([one("in", 1.2, True), one("out", 1.6, False, 0.3)]) is None  # by chance
+    assert "out (1.60 times its perplexity)" in degradation_warning([one("in", 1.2, True), one("out", 1.6, False, 0.05)])
+    assert (
+        degradation_warning([one("in", 1.2, True, 0.2), one("out", 1.6, False, 0.05)]) is None
+    )  # what is inside may have lost as much
+    assert degradation_warning([one("in", 0.9, True), one("out", 1.0, False)]) is None
+    assert degradation_warning([one("in", 0.972, True, 0.018), one("out", 1.085, False, 0.038)]) is None
+    assert "has lost, and what was has not: out (1.09 times" in degradation_warning(
         [one("in", 0.97, True, 0.01), one("out", 1.09, False, 0.01)]
     )
-    assert warning_of([one("in", 0.97, True, math.nan), one("out", 1.09, False)]) is None  # of one row nothing is known
-    assert warning_of([one("out", 3.0, False)]) is None
+    assert degradation_warning([one("in", 0.97, True, math.nan), one("out", 1.09, False)]) is None  # of one row nothing is known
+    assert degradation_warning([one("out", 3.0, False)]) is None
 
 
 def test_the_table_and_the_record():
-    shown = table([one("in", 1.2, True, 0.05), one("out", 1.5, False, math.nan)])
+    shown = degradation_table([one("in", 1.2, True, 0.05), one("out", 1.5, False, math.nan)])
     assert [row.split() for row in shown.splitlines()[2:]] == [
         ["in", "calibrated", "on", "10", "12", "1.200", "±", "0.050", "0.100", "±", "0.010"],
         ["out", "not", "calibrated", "on", "10", "15", "1.500", "0.100", "±", "0.010"],
     ]
     assert one("out", 1.5, False, math.nan).to_json()["ratio_error"] == "nan"
-    again = TextDamage.from_json(one("out", 1.5, False, math.nan).to_json())
+    again = TextDegradation.from_json(one("out", 1.5, False, math.nan).to_json())
     assert repr(again) == repr(one("out", 1.5, False, math.nan))
-    assert table([replace(again, kl=math.nan)]).split()[-1] == "unknown"
+    assert degradation_table([replace(again, kl=math.nan)]).split()[-1] == "unknown"

@@ -36,8 +36,8 @@ from torch import nn
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from billhook.model.cache import clear_cache
 from billhook.model.inputs import make_inputs
-from billhook.model.memory import forget
 from billhook.tracing.trace import trace
 
 CAUSAL = "AutoModelForCausalLM"
@@ -344,7 +344,7 @@ def cost(name, repetitions):
     work = {who: tool(name, who) for who in memory}
     for i in range(repetitions + 1):
         for who, do in work.items():
-            forget()
+            clear_cache()
             start = time.process_time()
             do()
             times[who] += [time.process_time() - start] if i else []

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 
 SIZES = ((4, 512), (4, 128))
 WARM = 2

@@ -16,7 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import billhook as bh
-from billhook.engine.device import Copies
+from billhook.engine.device import DeviceCopies
 
 DEVICE = torch.device("cuda")
 
@@ -64,7 +64,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         for name, ahead in (("", False), (", the next on its way", True)):
-            with mock.patch.object(Copies, "sends_ahead", return_value=ahead):
+            with mock.patch.object(DeviceCopies, "prefetches", return_value=ahead):
                 found[f"one at a time{name}"] = [timed(model, batches, offload=DEVICE) for _ in range(options.rounds)]
                 streamed = bh.stream(folder, Path(folder, "out"), device=DEVICE)
                 found[f"from files{name}"] = [timed(streamed, batches) for _ in range(options.rounds)]

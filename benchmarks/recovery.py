@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from billhook.sparsity.masks import sparsity_of
 
 HALF, PAIRS, LAYER = {"sparsity": 0.5}, {"pattern": "2:4"}, {"options": bh.PruneOptions(sequential="layer")}

@@ -43,7 +43,7 @@ import billhook as bh
 from billhook.checkpoints.export import export
 from billhook.cli.inspect import CHOICES, conversion, saving
 from billhook.model.inputs import make_inputs
-from billhook.model.transformers_internals import compute_alike
+from billhook.model.transformers_internals import match_implementations
 from billhook.sparsity.weight_plan import WeightPlan
 from billhook.tracing.trace import trace
 
@@ -442,7 +442,7 @@ def model_class_of(folder: Path) -> str:
 
 def prepared(loaded: nn.Module, model: nn.Module) -> nn.Module:
     """Gives a loaded model the implementations of the other."""
-    compute_alike(model, loaded)
+    match_implementations(model, loaded)
     return loaded.eval()
 
 

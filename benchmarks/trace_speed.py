@@ -41,8 +41,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from billhook.model.cache import clear_cache
 from billhook.model.inputs import make_inputs
-from billhook.model.memory import forget
 from billhook.tracing import trace as tracing
 
 QWEN3 = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_key_value_heads": 8, "vocab_size": 151936}
@@ -112,7 +112,7 @@ def stages(model):
 
         return mock.patch.object(tracing, name, outer)
 
-    forget()
+    clear_cache()
     with timed("to_meta"), timed("couple"):
         start = time.process_time()
         structure = tracing.trace(model)

@@ -8,7 +8,7 @@ import pytest
 from transformers import CLIPModel
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 
 ROOT = Path(__file__).parent.parent
 

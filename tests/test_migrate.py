@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.cli.main import main
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit.cli import pytestmark as quiet
 from kit.fits import trainer
 from kit.pages import ROOT, blocks_in

@@ -11,7 +11,7 @@ import billhook as bh
 from billhook.adapters.masked import mask_adapters, unmask_adapters
 from billhook.adapters.masked_layer import MaskedLora
 from billhook.adapters.merge import merge
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit.adapters import BUILD, IDS, logits, lora, pruned, q_proj
 from kit.families import llama
 from kit.operations import Operations

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import billhook as bh
-from billhook.model.linears import prunable, weight_of
+from billhook.model.layers import prunable, weight_of
 from billhook.sparsity.criteria import WandaAlpha
 from billhook.sparsity.masks import sparsity_of
 from kit import prunes

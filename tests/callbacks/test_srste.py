@@ -7,7 +7,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit import prunes
 from kit.families import llama, recompute
 from kit.fits import data, same, trainer, weights

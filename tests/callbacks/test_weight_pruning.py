@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 import billhook as bh
 from billhook.adapters.lora import attach
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit import fits, prunes
 from kit.fits import data, same, trainer, weights
 from kit.weight_pruning import RAMP, ROUNDS, Zeros, checkpoints, module, pruning, zeros

@@ -3,7 +3,7 @@
 import pytest
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit import prunes
 from kit.fits import same, trainer, weights
 from kit.weight_pruning import Classifier, checkpoints, images

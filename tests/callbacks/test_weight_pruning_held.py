@@ -9,7 +9,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit import prunes
 from kit.families import llama, recompute
 from kit.fits import data, module, same, trainer, weights

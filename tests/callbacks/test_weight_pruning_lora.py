@@ -12,7 +12,7 @@ import billhook as bh
 from billhook.adapters.masked import unmask_adapters
 from billhook.adapters.masked_layer import MaskedLora
 from billhook.model.find import find_transformer
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit.adapters import gpt2
 from kit.families import llama
 from kit.fits import data, same, trainer, weights

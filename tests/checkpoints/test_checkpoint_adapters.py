@@ -14,7 +14,7 @@ from billhook.adapters.checkpoint import ADAPTERS
 from billhook.adapters.merge import temporarily_merged
 from billhook.checkpoints.export import export
 from billhook.model.find import find_transformer
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit.adapters import BUILD, IDS, logits, lora, pruned
 from kit.families import llama
 from kit.fits import data, module, trainer

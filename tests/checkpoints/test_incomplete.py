@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import billhook as bh
 from billhook.cli.main import main
-from billhook.model.linears import NEW
+from billhook.model.layers import NEW
 from kit.cli import ROOT, small_llama
 from kit.families import BERT
 

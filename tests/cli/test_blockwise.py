@@ -12,7 +12,7 @@ import billhook as bh
 from billhook.cli.machine import over
 from billhook.cli.main import main
 from billhook.engine import files as streams
-from billhook.engine.tensors import Files
+from billhook.engine.tensors import TensorFiles
 from kit.cli import option, small_llama
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
@@ -36,7 +36,7 @@ def terminal(monkeypatch):
 @pytest.fixture
 def read(monkeypatch):
     """The name and the bytes of each tensor of a block that is read, as a whole or in rows."""
-    found, original, rows = [], streams.load_some, Files.rows
+    found, original, rows = [], streams.load_some, TensorFiles.rows
 
     def counted(model, slices):
         for key, one in slices.items():
@@ -50,8 +50,8 @@ def read(monkeypatch):
             found.append((name, sum(one.nbytes for one in some)))
         return iter(some)
 
-    monkeypatch.setattr(streams, "load_some", counted)
-    monkeypatch.setattr(Files, "rows", counted_rows)
+    monkeypatch.setattr(streams, "load_tensors", counted)
+    monkeypatch.setattr(TensorFiles, "rows", counted_rows)
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 
 from billhook.cli.main import main
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from billhook.training.dataset_module import draw
 from kit.images import config, picture, write_photos, write_processor
 

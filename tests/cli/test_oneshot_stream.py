@@ -166,14 +166,14 @@ def test_summary_is_the_same_and_no_block_comes(small, tmp_path, capsys, monkeyp
     bh.save(model, tmp_path / "sparse")
     expected, streamed = bh.summary(model), bh.stream(tmp_path / "sparse")
     assert expected.zeros > 5_000
-    monkeypatch.setattr("billhook.engine.files.load_some", None)  # what reads blocks
+    monkeypatch.setattr("billhook.engine.files.load_tensors", None)  # what reads blocks
     assert bh.summary(streamed) == expected
     assert printed(capsys, "summary", tmp_path / "sparse", "--stream") == expected.text() + "\n"
 
 
 @pytest.mark.nightly
 def test_inspect_is_the_same_and_says_how_the_model_streams(small, capsys, monkeypatch):
-    monkeypatch.setattr("billhook.engine.files.load_some", None)
+    monkeypatch.setattr("billhook.engine.files.load_tensors", None)
     said = printed(capsys, "inspect", small, "--stream")
     plain = printed(capsys, "inspect", small)
     blocks = [sum(one.nbytes for one in block.parameters()) for block in bh.load(small).model.layers]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from billhook.engine import comm as module
-from billhook.engine.comm import ALONE, Comm
+from billhook.engine.comm import SINGLE_PROCESS, Comm
 from kit.ranks import Ranks
 
 DEALT = {
@@ -22,8 +22,8 @@ DEALT = {
 def test_batches_are_numbered(name):
     counts, shared, (total, places) = DEALT[name]
     for rank, numbers in enumerate(places):
-        assert Comm(rank=rank, size=len(counts), shared=shared).dealt(counts) == (total, numbers)
-    assert ALONE.dealt(counts[:1]) == (counts[0], list(range(counts[0])))
+        assert Comm(rank=rank, size=len(counts), shared=shared).batch_numbers(counts) == (total, numbers)
+    assert SINGLE_PROCESS.batch_numbers(counts[:1]) == (counts[0], list(range(counts[0])))
 
 
 def summed(sent):
@@ -62,13 +62,13 @@ def test_large_tensors_are_not_copied_to_be_summed(monkeypatch):
 @pytest.mark.parametrize("lists", [[[7, 8], [], [9]], [[], []], [list(range(1000)), [1], ["a" * 3000]]])
 def test_every_rank_gathers_what_all_have(lists):
     assert Ranks(len(lists)).run(lambda rank, comm: comm.gather(lists[rank])) == [lists] * len(lists)
-    assert ALONE.gather(lists[0]) == lists[:1]
+    assert SINGLE_PROCESS.gather(lists[0]) == lists[:1]
 
 
 @pytest.mark.parametrize("made", [None, 3.5, {"a": torch.rand(2, 3)}, torch.rand(1000)])
 def test_all_get_what_the_first_rank_decides(made):
     """What others would have made is not asked for."""
-    for found in [ALONE.decide(lambda: made), *Ranks(3).run(lambda rank, comm: comm.decide(lambda: [made][rank]))]:
+    for found in [SINGLE_PROCESS.decide(lambda: made), *Ranks(3).run(lambda rank, comm: comm.decide(lambda: [made][rank]))]:
         torch.testing.assert_close(found, made, rtol=0, atol=0)
 
 

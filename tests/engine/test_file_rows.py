@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 import billhook as bh
-from billhook.engine.tensors import Files
+from billhook.engine.tensors import TensorFiles
 
 TENSORS = {
     "bfloat16": torch.randn(7, 5).to(torch.bfloat16),
@@ -22,7 +22,7 @@ TENSORS = {
 @pytest.fixture
 def files(tmp_path):
     save_file(TENSORS, tmp_path / "model.safetensors")
-    return Files(str(tmp_path))
+    return TensorFiles(str(tmp_path))
 
 
 @pytest.mark.parametrize("elements", [1, 10, 1000])
@@ -56,7 +56,9 @@ def test_what_is_read_ahead_are_the_bytes_of_the_tensors(files, tmp_path, monkey
 
 def test_the_next_block_is_read_ahead_while_one_computes(monkeypatch):
     model, ahead = bh.stream("tiny"), []
-    monkeypatch.setattr(Files, "read_ahead", lambda _, names: ahead.append({name.rpartition("layers.")[2][0] for name in names}))
+    monkeypatch.setattr(
+        TensorFiles, "read_ahead", lambda _, names: ahead.append({name.rpartition("layers.")[2][0] for name in names})
+    )
     with torch.no_grad():
         model(torch.arange(8)[None])
     count = model.config.num_hidden_layers
@@ -66,7 +68,7 @@ def test_the_next_block_is_read_ahead_while_one_computes(monkeypatch):
 
 def test_a_file_that_ends_early(tmp_path):
     save_file({"long": torch.zeros(2**10, 2**10)}, tmp_path / "model.safetensors")
-    rows = Files(str(tmp_path)).rows("long", 2**10)
+    rows = TensorFiles(str(tmp_path)).rows("long", 2**10)
     next(rows)
     with (tmp_path / "model.safetensors").open("r+b") as file:
         file.truncate(2**21)

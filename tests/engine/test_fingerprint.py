@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from billhook.engine.batches import Run, runs_of, tell_apart
+from billhook.engine.batches import Run, runs_fingerprint, runs_of
 from billhook.engine.parts import fingerprint
 
 IDS = torch.arange(24)
@@ -34,6 +34,6 @@ def test_the_order_of_a_set_does_not_count():
 
 def test_runs_of_which_nothing_is_known_are_never_the_same():
     runs = [Run(lambda: None)]
-    assert tell_apart(runs) != tell_apart(runs)
+    assert runs_fingerprint(runs) != runs_fingerprint(runs)
     model = torch.nn.Linear(24, 2)
-    assert tell_apart(runs_of(model, [IDS])) == tell_apart(runs_of(model, [IDS.clone()]))
+    assert runs_fingerprint(runs_of(model, [IDS])) == runs_fingerprint(runs_of(model, [IDS.clone()]))

@@ -11,9 +11,9 @@ from torch import nn
 
 import billhook as bh
 from billhook.engine import passes
-from billhook.engine.device import Copies
-from billhook.engine.passes import ActivationFiles, Together, outputs_in_files
-from billhook.engine.state import undisturbed
+from billhook.engine.device import DeviceCopies
+from billhook.engine.passes import ActivationFiles, SideBySide, spilled_outputs
+from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
 from kit import prunes
@@ -30,8 +30,8 @@ def batches(number=3):
 @pytest.fixture
 def stays(monkeypatch):
     """Who was on the device, in order."""
-    order, enter = [], Copies.enter
-    monkeypatch.setattr(Copies, "enter", lambda self, block: order.append(block) or enter(self, block))
+    order, enter = [], DeviceCopies.enter
+    monkeypatch.setattr(DeviceCopies, "enter", lambda self, block: order.append(block) or enter(self, block))
     return order
 
 
@@ -152,8 +152,8 @@ def test_all_that_blocks_hand_on_lies_in_files_while_runs_rest(name, tmp_path, m
         alive = [one for one in tensors() if not any(one is other for other in others)]
         seen.append([one.untyped_storage().filename is not None for one in alive])
 
-    with closing(ActivationFiles(str(tmp_path))) as files, outputs_in_files(files, model), undisturbed(model):
-        Together(model, leave=look)([partial(model, **batch) for batch in data])
+    with closing(ActivationFiles(str(tmp_path))) as files, spilled_outputs(files, model), evaluating_without_grad(model):
+        SideBySide(model, leave=look)([partial(model, **batch) for batch in data])
     assert len(seen) == len(blocks_of(model))
     assert all(all(one) and len(one) >= len(data) for one in seen[:-1])
     assert not list(tmp_path.iterdir())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from billhook.engine.passes import passing
+from billhook.engine.passes import watch_call_order
 from billhook.engine.store import store_of
 
 
@@ -40,7 +40,7 @@ def test_what_is_orderly(name):
     way, orderly = WAYS[name]
     model = Model(way)
     owner = {part: block for block in (*model.blocks, OTHER) for part in block.modules()}
-    with passing(SimpleNamespace(owner=owner, on_ranks=True), model) as seen:
+    with watch_call_order(SimpleNamespace(owner=owner, on_ranks=True), model) as seen:
         model(torch.ones(1, 4))
     assert seen.orderly == orderly
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in owner)
@@ -48,6 +48,6 @@ def test_what_is_orderly(name):
 
 def test_where_all_blocks_are_there_anything_is():
     model = Model(WAYS["one again"][0])
-    with passing(store_of(model), model) as seen:
+    with watch_call_order(store_of(model), model) as seen:
         model(torch.ones(1, 4))
     assert seen.orderly

@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import billhook as bh
-from billhook.engine.state import precisely
+from billhook.engine.state import full_precision
 from kit.families import llama, tokens
 
 
@@ -97,7 +97,7 @@ def test_both_of_torchs_settings_are_full_within_and_as_they_were_afterwards(ord
     for change in ORDERS[order]:
         change()
     before = settings()
-    with precisely():
+    with full_precision():
         assert settings()[3:] == ["ieee", "ieee", "highest"]
     assert settings() == before
     legacy("high")  # an old setting that was hidden by new ones has come back, too
@@ -112,7 +112,7 @@ def test_both_of_torchs_settings_are_full_within_and_as_they_were_afterwards(ord
 
 def test_a_setting_that_follows_that_of_all_backends_still_does(as_before):
     torch.backends.fp32_precision = "tf32"
-    with precisely():
+    with full_precision():
         pass
     torch.backends.fp32_precision = "ieee"
     assert settings()[3:] == ["ieee", "ieee", "highest"]

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 import billhook as bh
 from billhook.engine import fsdp as internals
-from billhook.engine.sharded_files import Unread
+from billhook.engine.sharded_files import DeferredTensor
 from billhook.engine.sharding import full_tensor, is_sharded, unsharded
 from billhook.fit.shards import gathered
 from kit.families import llama, tokens
@@ -153,7 +153,7 @@ def test_another_fsdp_is_refused_before_anything_changes(mesh, where, name):
     assert isinstance(model, FSDPModule)
 
 
-@pytest.mark.parametrize("name", [internals.NOTED, "_mp_policy"])
+@pytest.mark.parametrize("name", [internals.STATE_KEY, "_mp_policy"])
 def test_where_shapes_stay_another_fsdp_is_refused_too(mesh, name):
     model, _ = sharded(mesh)
     layer = model.model.layers[1]
@@ -194,6 +194,6 @@ def test_all_private_names_are_there(mesh):
     model, _ = sharded(mesh)
     for part in (model, *model.model.layers):
         internals.check_known(part)
-    internals.of_lists()
+    internals.metadata_classes()
     assert internals.WRAPPED in checkpoint_wrapper(torch.nn.Linear(1, 1))._modules
-    assert torch.equal(Unread.of((2,), torch.bfloat16, lambda: torch.ones(2)), torch.ones(2))
+    assert torch.equal(DeferredTensor.of((2,), torch.bfloat16, lambda: torch.ones(2)), torch.ones(2))

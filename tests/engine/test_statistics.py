@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from billhook.engine.statistics import InputMoments, InputNorms, Statistics
+from billhook.engine.statistics import InputGram, InputNorms, Statistics
 
-KINDS = [InputNorms, InputMoments]
+KINDS = [InputNorms, InputGram]
 
 
 def expected(kind, tokens):
@@ -83,7 +83,7 @@ def test_many_additions_lose_little(kind):
 
 
 def test_moments_hold_the_norms_too():
-    inputs, norms, moments = torch.randn(20, 5), InputNorms(5), InputMoments(5)
+    inputs, norms, moments = torch.randn(20, 5), InputNorms(5), InputGram(5)
     norms.add(inputs)
     moments.add(inputs)
     torch.testing.assert_close(moments.squares, norms.squares)

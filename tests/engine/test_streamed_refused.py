@@ -11,7 +11,7 @@ import torch
 
 import billhook as bh
 from billhook.cli.main import main
-from billhook.engine.tensors import Files
+from billhook.engine.tensors import TensorFiles
 from kit import shrinks, stopped
 
 
@@ -90,7 +90,7 @@ def read(monkeypatch):
         return counted
 
     for name in ("slices", "rows"):
-        monkeypatch.setattr(Files, name, counting(getattr(Files, name)))
+        monkeypatch.setattr(TensorFiles, name, counting(getattr(TensorFiles, name)))
     return found
 
 

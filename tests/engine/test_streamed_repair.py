@@ -58,7 +58,7 @@ def test_the_same_bytes_where_all_that_may_rests_in_files(tmp_path, kind, monkey
     torch.manual_seed(0)
     kind(small_config(kind.config_class)).eval().save_pretrained(tmp_path / "dense")
     streamed = bh.stream(tmp_path / "dense", tmp_path / "out")
-    store_of(streamed).rests = str(tmp_path)
+    store_of(streamed).spill_folder = str(tmp_path)
     bh.save(repaired(streamed), tmp_path / "out")
     bh.save(repaired(bh.load(tmp_path / "dense")), tmp_path / "in memory")
     assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))

@@ -59,7 +59,7 @@ def test_stopped_and_called_again(tmp_path, monkeypatch):
 def test_after_an_error_the_model_is_as_it_was(tmp_path, monkeypatch):
     model, dense = bh.stream("tiny", tmp_path / "out"), bh.load("tiny")
     plan = bh.pruning.plan_units(model, {0: [3]}, "channel")
-    monkeypatch.setattr("billhook.pruning.removal.alike", lambda *_: False)
+    monkeypatch.setattr("billhook.pruning.removal.outputs_match", lambda *_: False)
     with pytest.raises(ValueError, match="does not follow when channels are removed"):
         bh.apply(model, plan)
     batch = stopped.batches()[0]

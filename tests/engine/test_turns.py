@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 import billhook as bh
 from billhook.engine.comm import Comm
 from billhook.engine.passes import blockwise
-from billhook.engine.statistics import InputMoments
+from billhook.engine.statistics import InputGram
 from billhook.engine.store import store_of
 from billhook.importance.baselines import RandomUnits
 from billhook.importance.score import Importance, Sums
@@ -67,14 +67,14 @@ def test_obs_has_the_moments_of_one_block(mesh, monkeypatch):
     plain, sharded = both(mesh)
     units, batches = bh.find_units(plain, "channel"), [{"input_ids": tokens()} for _ in range(3)]
     expected = bh.score(plain, units, bh.OBS(), batches)
-    alive, most, begin = weakref.WeakSet(), [], InputMoments.__init__
+    alive, most, begin = weakref.WeakSet(), [], InputGram.__init__
 
     def begun(self, *given):
         begin(self, *given)
         alive.add(self)
         most.append(len(alive))
 
-    monkeypatch.setattr(InputMoments, "__init__", begun)
+    monkeypatch.setattr(InputGram, "__init__", begun)
     with blockwise(sharded):
         found = bh.score(sharded, units, bh.OBS(), batches)
     assert all(torch.equal(found[place], own) for place, own in expected.items())

@@ -11,7 +11,7 @@ from small_configs import architectures, build, small_config
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.state import undisturbed
+from billhook.engine.state import evaluating_without_grad
 from billhook.engine.walk import Visitor, Walk, find_sites
 from kit.sparsity import Routed, batches_of
 
@@ -104,7 +104,7 @@ def test_what_linears_are_given(family, sequential):
         blocks = [site for site in sites if len(site.linears) > 1]
         assert len(blocks) == STACKS[family]
     visitor, before = Halve(), {name: linear.weight.clone() for name, linear in linears.items()}
-    with undisturbed(model):
+    with evaluating_without_grad(model):
         unseen = Walk(sites, visitor)([lambda batch=batch: model(**batch) for batch in batches])
     expected = slowly(model, [list(site.linears) for site in visitor.order], batches)
     assert unseen == (UNCALLED.get(family, []) if sequential == "layer" else [])
@@ -165,7 +165,7 @@ def test_everything_is_as_before_after_an_exception():
                 raise OSError("disk full")
 
     before = {name: linear.weight.clone() for name, linear in linears.items()}
-    with pytest.raises(OSError, match="disk full"), undisturbed(model):
+    with pytest.raises(OSError, match="disk full"), evaluating_without_grad(model):
         Walk(find_sites(model, linears, "block"), Fails())([lambda batch=batch: model(**batch) for batch in batches])
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), rng)
@@ -188,13 +188,13 @@ def test_what_another_thread_calls_runs_straight():
             called.append(torch.equal(found.logits, model(**batches[0]).logits))
             super().complete(site)
 
-    with undisturbed(model):
+    with evaluating_without_grad(model):
         Walk(find_sites(model, linears, "block"), Recomputing())([lambda batch=batch: model(**batch) for batch in batches])
     assert called == [True] * 2
 
 
 def test_an_error_in_the_models_own_code_comes_out():
     model, linears, _ = case("llama")
-    with pytest.raises(IndexError), undisturbed(model):
+    with pytest.raises(IndexError), evaluating_without_grad(model):
         Walk(find_sites(model, linears, "block"), Halve())([lambda: model(input_ids=torch.tensor([[10**6]]))])
     assert not any("forward" in vars(m) or m._forward_pre_hooks for m in model.modules())

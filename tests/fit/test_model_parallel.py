@@ -14,7 +14,7 @@ import billhook as bh
 from billhook.adapters.masked import find_adapters, lora_product
 from billhook.checkpoints.export import export
 from billhook.engine.sharding import is_sharded
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit.beside import LAYERS, ON_TWO, ZEROS
 from kit.families import llama, tokens
 from kit.fits import same

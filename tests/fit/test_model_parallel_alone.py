@@ -286,7 +286,7 @@ SEARCHES = {  # what goes in each
 def test_a_sharded_model_is_shrunk_to_what_one_in_memory_is(tmp_path, alone, monkeypatch, name):
     make, given, gone = SEARCHES[name]
     batches = DataLoader(rows(30, 1), 6)
-    monkeypatch.setattr(ShardStore, "all_here", None)
+    monkeypatch.setattr(ShardStore, "all_loaded", None)
     found = []
     for strategy in ("auto", alone):
         lit = make()

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import billhook as bh
-from billhook.engine.state import Noise
+from billhook.engine.state import StepRandom
 from kit import prunes
 from kit.fits import data, same, trainer, weights
 from kit.resumable import FEW, TWICE, Own, heads_then_kv_heads_then_weights, module, rows
@@ -239,7 +239,7 @@ def test_another_number_of_examples_at_once(files, tmp_path, then, now):
 
 
 def test_steps_and_processes_draw_other_random_numbers_and_the_same_again():
-    noise, again = Noise(), Noise()
+    noise, again = StepRandom(), StepRandom()
 
     def drawn(one, step, rank):
         with one.drawn(torch.device("cpu"), step, rank):

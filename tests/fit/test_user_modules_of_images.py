@@ -10,7 +10,7 @@ from transformers import CLIPModel, ConvNextConfig, ConvNextForImageClassificati
 from transformers import WhisperForConditionalGeneration as Whisper
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit import prunes
 from kit.clip_and_whisper import clip, whisper
 from kit.fits import same, trainer, weights

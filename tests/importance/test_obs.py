@@ -74,7 +74,7 @@ def test_no_more_than_a_block_is_held_where_memory_is_short_and_the_scores_are_t
         most.clear()
         return bh.score(model, units, bh.OBS(), batches, per="kv_head")
 
-    monkeypatch.setattr(obs, "InputMoments", noted)
+    monkeypatch.setattr(obs, "InputGram", noted)
     once = scores()
     number = len(calls)
     assert max(most) >= len(units) == 4

@@ -211,7 +211,7 @@ def naive(model, batch, units, per="head"):
     weights, total = dict(model.named_parameters()), {}
     for place, one in units.items():
         total[place] = torch.zeros(one.count(per), dtype=torch.float64)
-        for member in one.held_by(per):
+        for member in one.members_by_unit(per):
             if member.name in found:
                 values = weights[member.name].detach().double() * found[member.name].double()
                 of = [max(unit, 0) for unit in one.of_member(member, per).tolist()]
@@ -245,7 +245,7 @@ def test_frozen_weights_under_adapters():
         inner = unfrozen.get_base_model()
         expected = naive(inner, BATCHES[0], bh.find_units(inner, [kind]))
         torch.testing.assert_close(found, torch.stack(list(expected.values())), rtol=1e-5, atol=0)
-        assert any("lora" in m.name for one in bh.find_units(inner, [kind]).values() for m in one.held_by())
+        assert any("lora" in m.name for one in bh.find_units(inner, [kind]).values() for m in one.members_by_unit())
     assert [name for name, one in model.named_parameters() if one.requires_grad] == [
         name for name, _ in model.named_parameters() if "lora" in name
     ]

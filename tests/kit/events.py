@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.model.find import find_transformer
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit import prunes, shrinks
 from kit.families import llama
 from kit.fits import trainer

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.comm import ALONE
+from billhook.engine.comm import SINGLE_PROCESS
 from billhook.kv_heads.layout import HeadTensors, Projections, written
 from billhook.kv_heads.moments import gather
 from billhook.kv_heads.symmetry import Symmetries, Symmetry
@@ -94,7 +94,7 @@ ZOO: dict[str, tuple[str, dict[str, object], tuple[str, ...], str]] = {
 }
 
 
-def moments_of(model, places, groups, trials, comm=ALONE):
+def moments_of(model, places, groups, trials, comm=SINGLE_PROCESS):
     """The moments of each attention in one number of groups."""
     found = gather(model, places, {name: [number] for name, number in groups.items()}, trials, comm)
     return {name: found[name][groups[name]] for name in found}

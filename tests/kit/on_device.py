@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import billhook as bh
-from billhook.engine.device import Ahead, Copies
+from billhook.engine.device import DeviceCopies, Prefetcher
 from billhook.engine.parts import Parts
 from billhook.engine.store import store_of
 from billhook.model import surgery
@@ -33,7 +33,7 @@ class Watched:
     def __init__(self):
         self.sent, self.back, self.most, self._alive = list[tuple[int, ...]](), list[tuple[int, ...]](), 0, []
         self.taken = list[bool]()  # whether each block that came from files had been read by then
-        copied, enter, leave, take = standin.copied, Copies.enter, Copies.leave, Ahead.take
+        copied, enter, leave, take = standin.copied, DeviceCopies.enter, DeviceCopies.leave, Prefetcher.take
 
         def seen(source, target, non_blocking=False):
             if is_far(source) != is_far(target):
@@ -53,7 +53,7 @@ class Watched:
             self.taken += [read is not None] if isinstance(name, str) else []
             return read
 
-        standin.copied, Copies.enter, Copies.leave, Ahead.take = seen, entered, leave, took
+        standin.copied, DeviceCopies.enter, DeviceCopies.leave, Prefetcher.take = seen, entered, leave, took
 
 
 def batches():
@@ -119,7 +119,7 @@ def measured(watched, most):
     with store_of(model).on(DEVICE, list(model.model.layers)):
         found = perplexity(model, rows, 3)
     times = watched.sent.count(tuple(model.model.layers[0].mlp.gate_proj.weight.shape))
-    came = 2 * len(model.model.layers) + 2 * Copies.sends_ahead(DEVICE)  # gate and up; the first block is on its way again
+    came = 2 * len(model.model.layers) + 2 * DeviceCopies.prefetches(DEVICE)  # gate and up; the first block is on its way again
     right = math.isclose(found, expected, rel_tol=1e-6) and times == came
     return "" if right else f"{found} for {expected}, sent {times} times for {came}"
 
@@ -242,7 +242,7 @@ def main():
     surgery._move = lambda *_: None  # a tensor may go to another device in its place on torch's own devices alone
     for name in sys.argv[2:]:
         (work, most), ahead = WORKS[name], "ahead" in name
-        Copies.sends_ahead = staticmethod(lambda _, ahead=ahead: ahead)
+        DeviceCopies.prefetches = staticmethod(lambda _, ahead=ahead: ahead)
         watched.most = 0
         try:
             said = work(watched, most)

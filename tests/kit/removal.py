@@ -127,7 +127,7 @@ class TestNothingIsHalfDone:
     def test_code_that_does_not_follow(self, name, monkeypatch):
         model, optimizer = self.trained({"llama": llama, "gpt2": gpt2}[name]())
         before = self.everything(model, optimizer)
-        monkeypatch.setattr(removal, "alike", lambda *_: False)
+        monkeypatch.setattr(removal, "outputs_match", lambda *_: False)
         with pytest.raises(ValueError, match="does not follow"):
             bh.pruning.prune_units(model, self.CHOSEN[name], optimizer)
         assert self.everything(model, optimizer) == before

@@ -9,7 +9,7 @@ from torch import nn
 
 import billhook
 from billhook.model import inputs
-from billhook.model.linears import prunable, weight_of
+from billhook.model.layers import prunable, weight_of
 from billhook.sparsity.criteria import Criterion
 
 OUT, IN = 24, 160

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 import billhook
-from billhook.model.surgery import follow
+from billhook.model.surgery import update_optimizers
 from billhook.pruning.block_plan import _forget
 from billhook.sparsity.weight_plan import WeightPlan
 
@@ -68,7 +68,7 @@ class Interrupt(BaseException):
     """No `Exception`, as an interrupt from the keyboard: nothing may take it for an answer."""
 
 
-FOLLOWS = (unwrap(follow).__code__, _forget.__code__, unwrap(WeightPlan.apply).__code__)
+FOLLOWS = (unwrap(update_optimizers).__code__, _forget.__code__, unwrap(WeightPlan.apply).__code__)
 """What is not undone: optimizers that follow a model that has changed, and masks that are put into weights."""
 TRACING = ("tracing/rules", "tracing/mode", "tracing/tape", "tracing/axes", "repairs/sums")
 

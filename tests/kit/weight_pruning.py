@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import ResNetConfig, ResNetForImageClassification
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit import fits, prunes
 from kit.families import llama, tokens
 

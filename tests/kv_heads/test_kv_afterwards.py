@@ -7,7 +7,7 @@ from peft import LoraConfig
 import billhook as bh
 from billhook.adapters.lora import LoRA, attach
 from billhook.kv_heads.config import kv_heads_by_layer
-from billhook.model.handed import handing_of
+from billhook.model.repeat_kv import repeat_layout_of
 from kit.families import tokens
 from kit.fits import data, trainer
 from kit.kv_zoo import build
@@ -25,7 +25,7 @@ def names(model, end=".lora_A"):
 
 
 def test_lora_on_all_linears_leaves_them_alone(opt):
-    handed = {name for name, module in opt.named_modules() if handing_of(module)}
+    handed = {name for name, module in opt.named_modules() if repeat_layout_of(module)}
     ids = tokens()
     before = opt(ids).logits
     attach(opt, LoRA(dropout=0))

@@ -5,7 +5,7 @@ from billhook.kv_heads.convert import check_ready, turned_weights
 from billhook.kv_heads.methods import Aligned, Auto, Mean, method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_heads.pooling import approach
-from billhook.model.surgery import changed, take
+from billhook.model.surgery import assign_values, changed_names
 from kit.families import build, tokens
 from kit.kv_zoo import build as zoo
 
@@ -43,8 +43,8 @@ def test_turned_heads_change_nothing_in_the_model(family, method, seen):
     pairs = [({"input_ids": tokens(), "labels": tokens()}, None) for _ in range(2 if seen else 0)]
     weights = turned_weights(model, dict.fromkeys(names, 2), method, pairs)
     assert torch.equal(model(ids).logits, before)
-    take(model, weights, [])
-    assert len(changed(model, weights)) == 0
+    assign_values(model, weights, [])
+    assert len(changed_names(model, weights)) == 0
     torch.testing.assert_close(model(ids).logits, before, atol=1e-4, rtol=1e-4)
 
 
@@ -55,7 +55,7 @@ def test_aligned_heads_lie_nearer_to_their_mean():
 
     model = build("llama")
     before, names = apart(model), plan_kv_heads(model, 2).layers
-    take(model, turned_weights(model, dict.fromkeys(names, 2), Aligned()), [])
+    assign_values(model, turned_weights(model, dict.fromkeys(names, 2), Aligned()), [])
     assert apart(model) < 0.95 * before
 
 
@@ -75,7 +75,7 @@ def test_the_optimizer_starts_anew_for_what_has_changed_and_for_nothing_else(kin
     step(optimizer)
     weight, other = model.get_parameter(K), model.get_parameter(K.replace("k_proj", "v_proj"))
     kept, value = {key: one.clone() for key, one in optimizer.state[other].items()}, other.detach().clone()
-    take(model, {K: weight.detach() * 2, K.replace("k_proj", "v_proj"): value}, [optimizer])
+    assign_values(model, {K: weight.detach() * 2, K.replace("k_proj", "v_proj"): value}, [optimizer])
     assert all(torch.equal(optimizer.state[other][key], one) for key, one in kept.items())
     start = weight.detach().clone()
     step(optimizer)
@@ -92,7 +92,7 @@ def test_values_that_are_not_finite_are_refused_before_anything_changes():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     other = K.replace("k_proj", "v_proj")
     with pytest.raises(ValueError, match=f"{other}: the new values are not finite"):
-        take(model, {K: torch.ones(16, 32), other: torch.full((16, 32), torch.inf)}, [])
+        assign_values(model, {K: torch.ones(16, 32), other: torch.full((16, 32), torch.inf)}, [])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -19,7 +19,7 @@ from billhook.kv_heads.methods import RandomHeads
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.kv_heads.proof import cut_into_groups
 from billhook.model.checkpoint_shape import load_shape, save_shape
-from billhook.model.figures import figures_of
+from billhook.model.costs import costs_of
 from billhook.model.inputs import make_inputs
 from billhook.model.plan import apply
 from billhook.model.shape import GROUPS, Shape, set_shape, shape_of
@@ -162,7 +162,7 @@ def test_a_shape_brings_any_model_there_and_back(family, way, heads):
 @named
 def test_summaries_tell_the_truth(family, way, heads):
     dense, _, converted, plan = three(family, heads)
-    before, after = figures_of(dense), figures_of(converted)
+    before, after = costs_of(dense), costs_of(converted)
     shrunk = sum(p.numel() for p in dense.parameters()) - sum(p.numel() for p in converted.parameters())
     assert before.params - after.params == shrunk > 0
     assert heads_of(converted) == (8, heads)
@@ -434,7 +434,7 @@ class TestSavedAsGPTBigCode:
             options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
             ids = torch.arange(3, 11).view(2, 4)
             assert torch.equal(again.generate(ids, **options), model.generate(ids, **options))
-            assert figures_of(again).kv_cache_bytes * 8 == figures_of(model).kv_cache_bytes
+            assert costs_of(again).kv_cache_bytes * 8 == costs_of(model).kv_cache_bytes
 
     @pytest.mark.parametrize("field", ["scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"])
     def test_what_a_gpt_bigcode_does_not_do_is_said_by_billhook(self, field, tmp_path):

@@ -9,7 +9,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import billhook as bh
 from billhook.engine.batches import Run
-from billhook.engine.comm import ALONE
+from billhook.engine.comm import SINGLE_PROCESS
 from billhook.kv_heads.attentions import distance_between
 from billhook.kv_heads.convert import Attentions, best_method
 from billhook.kv_heads.layout import find_projections, read
@@ -26,7 +26,7 @@ from kit.ranks import Ranks
 METHODS = [Mean(), Aligned(), SVD(), Aligned("similar"), SVD("similar")]
 
 
-def attentions_of(model, groups, comm=ALONE):
+def attentions_of(model, groups, comm=SINGLE_PROCESS):
     return Attentions(model, dict.fromkeys(find_projections(model, trace(model)), groups), comm)
 
 

@@ -18,7 +18,7 @@ from billhook.kv_heads.convert import ready_weights, turned_weights
 from billhook.kv_heads.methods import method_of
 from billhook.kv_heads.moments import MomentSums
 from billhook.kv_heads.plan import plan_kv_heads
-from billhook.model.surgery import changed
+from billhook.model.surgery import changed_names
 from kit.families import llama, tokens
 from kit.losses import BUILD
 
@@ -44,10 +44,10 @@ def test_heads_are_made_ready_as_in_memory(mesh, family, method, repair, monkeyp
     plain, sharded, groups, batches = both(mesh, family)
     asked = method_of(METHODS[method]), batches, repair
     expected, how = ready_weights(Attentions(plain, groups), *asked)
-    monkeypatch.setattr(ShardStore, "all_here", None)
+    monkeypatch.setattr(ShardStore, "all_loaded", None)
     with blockwise(sharded):
         found, how_found = ready_weights(Attentions(sharded, groups, Comm(lambda tensor: tensor)), *asked)
-        assert changed(sharded, found) == changed(plain, expected)
+        assert changed_names(sharded, found) == changed_names(plain, expected)
     assert how_found == how
     assert found.keys() == expected.keys()
     for name, value in expected.items():

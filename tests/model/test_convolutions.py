@@ -15,7 +15,7 @@ from transformers import (
     WhisperModel,
 )
 
-from billhook.model.linears import batched, in_place, patches, places_of, prunable, turned, weight_of
+from billhook.model.layers import batched, output_positions, patches, prunable, to_layout, weight_of, weight_view
 
 WHISPER = {"d_model": 8, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 WHISPER |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 16, "max_source_positions": 8, "num_mel_bins": 4}
@@ -43,7 +43,7 @@ def test_the_matrix_times_the_patches_is_the_convolution(convolution, shape):
     apart = matrix.unflatten(0, (convolution.groups, -1))
     read = read if convolution.groups > 1 else read[..., None, :]
     outputs = torch.einsum("...gi,goi->...go", read, apart).flatten(-2) + convolution.bias
-    assert places_of(convolution, batched(convolution, inputs)) == outputs.shape[:-1]
+    assert output_positions(convolution, batched(convolution, inputs)) == outputs.shape[:-1]
     torch.testing.assert_close(outputs.movedim(-1, 1), batched(convolution, convolution(inputs)))
 
 
@@ -53,9 +53,9 @@ def test_a_matrix_is_turned_back_to_how_it_lies(convolution, shape, last):
     if last and isinstance(convolution, nn.Conv2d):
         convolution = convolution.to(memory_format=torch.channels_last)
     weight = convolution.weight
-    assert torch.equal(turned(convolution, weight_of(convolution)), weight)
-    assert torch.equal(turned(convolution, in_place(convolution)), weight)
-    assert in_place(convolution).data_ptr() == weight.data_ptr()
+    assert torch.equal(to_layout(convolution, weight_of(convolution)), weight)
+    assert torch.equal(to_layout(convolution, weight_view(convolution)), weight)
+    assert weight_view(convolution).data_ptr() == weight.data_ptr()
 
 
 def test_by_default_an_output_reads_four_channels_or_more():

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadMode
 from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
-from billhook.model.linears import as_it_lies, matrix_of, prunable, turned, weight_of
+from billhook.model.layers import matrix_of, prunable, to_layout, to_parameters, weight_of
 from kit import families
 
 SEVEN = [f"self_attn.{n}_proj" for n in "qkvo"] + [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
@@ -134,8 +134,8 @@ def test_the_weight_is_a_view(linear):
 @pytest.mark.parametrize("linear", [nn.Linear(5, 3), nn.Linear(5, 3, bias=False), Conv1D(3, 5)])
 def test_matrices_are_laid_as_the_weight_lies(linear):
     weight, bias = matrix_of(linear)
-    assert torch.equal(turned(linear, weight), linear.weight)
-    for name, value in as_it_lies(linear.half(), weight, bias).items():
+    assert torch.equal(to_layout(linear, weight), linear.weight)
+    for name, value in to_parameters(linear.half(), weight, bias).items():
         assert torch.equal(value, linear.get_parameter(name))
         assert value.dtype == torch.half
         assert value.is_contiguous()

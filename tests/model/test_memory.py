@@ -14,19 +14,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import billhook as bh
-from billhook.model import figures as costs
-from billhook.model import memory
-from billhook.model.figures import figures_of
-from billhook.model.memory import forget, remembered, signature
+from billhook.model import cache, costs
+from billhook.model.cache import cached, clear_cache, signature
+from billhook.model.costs import costs_of
 from billhook.pruning.block_plan import find_block_plan, remove_blocks
 from kit.families import build, llama
 
 
 @pytest.fixture(autouse=True)
 def _nothing_known():
-    forget()
+    clear_cache()
     yield
-    forget()
+    clear_cache()
 
 
 def first(model):
@@ -157,7 +156,7 @@ def test_of_what_cannot_be_seen_nothing_is_remembered(name):
     UNSEEN[name](model)
     assert signature(model) is None
     for _ in range(2):
-        remembered(lambda: runs.append(1), model, "runs")
+        cached(lambda: runs.append(1), model, "runs")
     assert len(runs) == 2
 
 
@@ -172,7 +171,7 @@ def test_a_hook_on_all_modules_is_seen():
 def test_what_is_done_to_a_finding_does_not_reach_the_next():
     model = llama()
     for _ in range(3):
-        found = remembered(lambda: {"list": [1]}, model, "list")
+        found = cached(lambda: {"list": [1]}, model, "list")
         assert found == {"list": [1]}
         found["list"].append(2)
 
@@ -180,25 +179,25 @@ def test_what_is_done_to_a_finding_does_not_reach_the_next():
 def test_what_else_decides_it_and_the_default_dtype_count():
     model, runs = llama(), []
     for given in ("one", "other", "one"):
-        remembered(lambda: runs.append(1), model, given)
+        cached(lambda: runs.append(1), model, given)
     assert len(runs) == 2
     torch.set_default_dtype(torch.float64)
     try:
-        remembered(lambda: runs.append(1), model, "one")
+        cached(lambda: runs.append(1), model, "one")
     finally:
         torch.set_default_dtype(torch.float32)
     assert len(runs) == 3
 
 
 def test_the_latest_are_remembered_and_errors_are_not(monkeypatch):
-    monkeypatch.setattr(memory, "MOST", 2)
+    monkeypatch.setattr(cache, "MOST", 2)
     model, runs = llama(), []
     for given in ("a", "b", "a", "c", "a", "b"):
-        remembered(lambda given=given: runs.append(given), model, given)
+        cached(lambda given=given: runs.append(given), model, given)
     assert runs == ["a", "b", "c", "b"]
     with pytest.raises(ZeroDivisionError):
-        remembered(lambda: 1 // 0, model, "d")
-    assert remembered(lambda: 5, model, "d") == 5
+        cached(lambda: 1 // 0, model, "d")
+    assert cached(lambda: 5, model, "d") == 5
 
 
 def test_what_is_too_deep_to_be_written_is_not_remembered():
@@ -206,7 +205,7 @@ def test_what_is_too_deep_to_be_written_is_not_remembered():
     for _ in range(100_000):
         deep = [deep]
     for _ in range(2):
-        assert remembered(lambda: runs.append(1) or deep, model, "deep") is deep
+        assert cached(lambda: runs.append(1) or deep, model, "deep") is deep
     assert len(runs) == 2
     while deep:  # Python itself would go too deep to free it
         deep = deep.pop()
@@ -217,7 +216,7 @@ def test_neither_a_model_nor_its_class_is_held():
     another_class(model)
     held = [weakref.ref(model), weakref.ref(type(first(model).mlp))]
     bh.trace(model)
-    figures_of(model)
+    costs_of(model)
     del model
     gc.collect()
     assert [one() for one in held] == [None, None]
@@ -225,24 +224,24 @@ def test_neither_a_model_nor_its_class_is_held():
 
 def test_threads_find_the_same():
     models, found = [llama(num_hidden_layers=n) for n in (1, 2)], []
-    threads = [threading.Thread(target=lambda m=m: found.append((m, figures_of(m), str(bh.trace(m))))) for m in models * 3]
+    threads = [threading.Thread(target=lambda m=m: found.append((m, costs_of(m), str(bh.trace(m))))) for m in models * 3]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(found) == 6
-    forget()
+    clear_cache()
     for model, figures, shown in found:
-        assert figures == figures_of(model)
+        assert figures == costs_of(model)
         assert shown == str(bh.trace(model))
 
 
 def test_what_a_class_builds_is_remembered_by_the_config(monkeypatch):
-    monkeypatch.setattr(memory, "MOST", 8)
+    monkeypatch.setattr(cache, "MOST", 8)
     model, found = llama(), []
 
     def find(config, kind=None):
-        return remembered(lambda: found.append(1) or {"found": len(found)}, (kind or type(model), config), "test")
+        return cached(lambda: found.append(1) or {"found": len(found)}, (kind or type(model), config), "test")
 
     first_time = find(model.config)
     first_time["found"] = None
@@ -253,15 +252,15 @@ def test_what_a_class_builds_is_remembered_by_the_config(monkeypatch):
     torch.set_default_dtype(torch.float64)
     assert find(model.config) == {"found": 4}
     torch.set_default_dtype(torch.float32)
-    forget()
+    clear_cache()
     assert find(model.config) == {"found": 5}
     other.own = Held()
     assert [find(other), find(other)] == [{"found": 6}, {"found": 7}]
-    for number in range(memory.MOST + 1):
+    for number in range(cache.MOST + 1):
         other = copy.deepcopy(model.config)
         other.number = number
         find(other)
-    assert find(model.config) == {"found": memory.MOST + 9}
+    assert find(model.config) == {"found": cache.MOST + 9}
 
 
 class Done(TorchDispatchMode):
@@ -279,7 +278,7 @@ class Done(TorchDispatchMode):
 
 def test_ops_on_meta_are_done_once_for_all_that_are_alike():
     x, other = torch.empty(2, 3, device="meta"), torch.empty(3, 2, device="meta").T
-    with torch.no_grad(), Done() as done, memory.Repeated():
+    with torch.no_grad(), Done() as done, cache.CachedShapes():
         found = [torch.add(one, number) for one in (x, other, x) for number in (1, 1, 1.0)]
         x.add_(1), x.add_(1), torch.rand_like(x), torch.rand_like(x)
         here = torch.ones(2) + 1
@@ -293,9 +292,9 @@ def test_ops_on_meta_are_done_once_for_all_that_are_alike():
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi"])
 def test_figures_are_those_of_runs_in_which_each_op_is_done(family, monkeypatch):
     model = build(family)
-    found = [figures_of(model), memory._findings.clear() or figures_of(model)]
-    memory._findings.clear()
-    monkeypatch.setattr(costs, "Repeated", nullcontext)
-    assert found == [figures_of(model)] * 2
+    found = [costs_of(model), cache._findings.clear() or costs_of(model)]
+    cache._findings.clear()
+    monkeypatch.setattr(costs, "CachedShapes", nullcontext)
+    assert found == [costs_of(model)] * 2
     assert found[0].flops
     assert found[0].kv_cache_bytes

@@ -10,8 +10,8 @@ from billhook.kv_heads.convert import convert_kv_heads
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.config_fields import build_on_meta
 from billhook.model.find import find_transformer, locate_transformer
-from billhook.model.handed import Handing
-from billhook.model.shape import Shape, set_shape, shape_of, unbuilt_shape
+from billhook.model.repeat_kv import RepeatLayout
+from billhook.model.shape import Shape, set_shape, shape_beyond_config, shape_of
 from kit.families import build, llama, tokens
 from kit.kv_zoo import build as build_kv
 from kit.shaped import PLAIN, SHAPED
@@ -46,9 +46,9 @@ def test_shapes_that_the_class_does_not_build_go_both_ways_in_a_checkpoint(famil
 
 def test_what_the_class_does_not_build():
     for family in SHAPED:
-        nothing = unbuilt_shape(PLAIN[family]())
+        nothing = shape_beyond_config(PLAIN[family]())
         assert nothing == Shape({}, {}, {})
-    found = unbuilt_shape(SHAPED["llama"]())
+    found = shape_beyond_config(SHAPED["llama"]())
     mlp = "model.layers.1.mlp"
     assert found.tensors == {
         f"{mlp}.gate_proj.weight": (20, 32),
@@ -62,7 +62,7 @@ def test_what_the_class_does_not_build():
 def test_what_the_class_builds_where_a_field_was_changed_after_building():
     model = llama()
     model.config.pad_token_id = 2
-    found = unbuilt_shape(model)
+    found = shape_beyond_config(model)
     assert found.tensors == {}
     assert found.attributes == {"model.padding_idx": 0, "model.embed_tokens.padding_idx": 0}
 
@@ -125,7 +125,9 @@ def test_a_name_that_is_no_linear_is_refused_before_anything_changes():
     model = build_kv("gpt2")
     before = shape_of(model)
     with pytest.raises(ValueError, match="transformer.ln_f is no linear in GPT2LMHeadModel"):
-        set_shape(model, Shape(before.tensors, before.attributes, {}, handed={"transformer.ln_f": Handing(1, ((0, 1, 2, 2),))}))
+        set_shape(
+            model, Shape(before.tensors, before.attributes, {}, handed={"transformer.ln_f": RepeatLayout(1, ((0, 1, 2, 2),))})
+        )
     assert shape_of(model) == before
 
 

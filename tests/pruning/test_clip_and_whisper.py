@@ -5,7 +5,7 @@ import torch
 from transformers import CLIPModel
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from billhook.units.blocks import skipping
 from billhook.units.find import find_units
 from kit.clip_and_whisper import clip, clip_batch, whisper, whisper_batch

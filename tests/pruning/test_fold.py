@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import billhook as bh
 from billhook.model.checkpoint_shape import load_shape, save_shape
-from billhook.model.inputs import answer
+from billhook.model.inputs import run_outputs
 from kit.removal import make
 
 
@@ -44,14 +44,14 @@ def test_scaled_embeddings(family, tied, tmp_path):
     """The cut model computes what the class would with the scale from before, and so does what is saved."""
     model = make(family, tie_word_embeddings=tied)
     plan = bh.plan(model, bh.importance.WeightNorm(), residual=0.25)
-    reference = answer(cut_by_hand(model, plan))
+    reference = run_outputs(cut_by_hand(model, plan))
     bh.apply(model, plan)
-    torch.testing.assert_close(answer(model), reference, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run_outputs(model), reference, rtol=1e-5, atol=1e-5)
     saved = bh.save(model, tmp_path / "saved")
     assert saved.way == "plain"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float64)
     loaded.set_attn_implementation(model.config._attn_implementation)
-    torch.testing.assert_close(answer(loaded.eval()), reference, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run_outputs(loaded.eval()), reference, rtol=1e-5, atol=1e-5)
 
 
 def test_a_lightning_checkpoint_gives_a_new_model_the_numbers_too():
@@ -62,7 +62,7 @@ def test_a_lightning_checkpoint_gives_a_new_model_the_numbers_too():
     save_shape(Holder(model), checkpoint)
     load_shape(new, checkpoint)
     new.model.load_state_dict(model.state_dict())
-    torch.testing.assert_close(answer(new.model), answer(model), rtol=0, atol=0)
+    torch.testing.assert_close(run_outputs(new.model), run_outputs(model), rtol=0, atol=0)
 
 
 @pytest.mark.nightly

@@ -500,7 +500,7 @@ class TestCodeOfSomebodysOwn:
         model = self.own()
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         before = TestNothingIsHalfDone.everything(model, optimizer)
-        monkeypatch.setattr(removal, "alike", lambda *_: False)
+        monkeypatch.setattr(removal, "outputs_match", lambda *_: False)
         with pytest.raises(ValueError, match="the code of OwnModel does not follow"):
             bh.pruning.prune_units(model, {0: [0, 1]}, optimizer)
         assert TestNothingIsHalfDone.everything(model, optimizer) == before

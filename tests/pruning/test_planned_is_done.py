@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.model.inputs import answer
+from billhook.model.inputs import run_outputs
 from billhook.units.gates import zero_units
 from kit.removal import make as small
 
@@ -35,7 +35,7 @@ def test_given_units_that_code_does_not_follow():
 def test_what_a_model_has_computed_from_parameters_is_forgotten():
     model = small("levit")
     first = bh.plan(model, bh.importance.WeightNorm(), heads=0.34)
-    answer(model)  # in eval mode LeViT keeps its position biases of all heads
+    run_outputs(model)  # in eval mode LeViT keeps its position biases of all heads
     bh.apply(model, first)
     assert sum(len(own) for own in first.units.values()) > 0
 
@@ -48,7 +48,7 @@ def test_readers_that_lose_outputs_themselves():
     units = {name: [0, 3] for name in places}
     bh.pruning.prune_units(model, units, kind="channel")
     zero_units(before, units, "channel")
-    torch.testing.assert_close(answer(model), answer(before))
+    torch.testing.assert_close(run_outputs(model), run_outputs(before))
 
 
 def test_blocks_that_run_several_times():
@@ -62,8 +62,8 @@ def test_blocks_that_run_several_times():
 
 def test_a_trial_of_blocks_leaves_the_model_as_it_is():
     model = small("llama")
-    before, config, modules = answer(model), model.config.to_dict(), list(model.modules())
+    before, config, modules = run_outputs(model), model.config.to_dict(), list(model.modules())
     bh.pruning.plan_units(model, [0], "block")
     assert model.config.to_dict() == config
     assert list(model.modules()) == modules
-    torch.testing.assert_close(answer(model), before, rtol=0, atol=0)
+    torch.testing.assert_close(run_outputs(model), before, rtol=0, atol=0)

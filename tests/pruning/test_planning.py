@@ -10,7 +10,7 @@ import torch
 
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
-from billhook.model.figures import figures_of
+from billhook.model.costs import costs_of
 from billhook.model.shape import shape_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.planning import plan_from_search
@@ -130,10 +130,10 @@ class TestTargets:
     ])  # fmt: skip
     def test_what_is_promised_is_achieved_and_is_enough(self, target, asked, ranking):
         model = llama()
-        before = figures_of(model)
+        before = costs_of(model)
         plan = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(ranking=ranking, **{target: asked}))
         bh.apply(model, plan)
-        assert plan.costs == (before, figures_of(model))
+        assert plan.costs == (before, costs_of(model))
         assert plan.parameters == (before.params, model.num_parameters())
         said = bh.summary(model)
         assert (said.params, said.flops, said.kv_cache_bytes) == (
@@ -146,10 +146,10 @@ class TestTargets:
     @pytest.mark.parametrize("name", ["vit", "convnext"])
     def test_operations_of_an_image(self, name):
         model = make(name)
-        before = figures_of(model)
+        before = costs_of(model)
         plan = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(flops=0.8))
         bh.apply(model, plan)
-        assert plan.costs == (before, figures_of(model))
+        assert plan.costs == (before, costs_of(model))
         assert 0 < plan.costs[1].flops <= 0.8 * before.flops
         assert " FLOPs an image (" in str(plan)
 
@@ -170,7 +170,7 @@ class TestTargets:
             fewer[name] = own[1:] if kind == "channel" else [head for head in own if kv_of[head] != kv_of[own[0]]]
         twin = llama(num_hidden_layers=2 + first)
         bh.apply(twin, bh.pruning.plan_units(twin, fewer, ["head", "channel"]))
-        assert getattr(figures_of(twin), target) > limit >= getattr(plan.costs[1], target)
+        assert getattr(costs_of(twin), target) > limit >= getattr(plan.costs[1], target)
 
     @pytest.mark.parametrize(("target", "asked"), [("params", 0.85), ("bytes", 0.7), ("flops", 0.8)])
     def test_channels_alone_go_while_half_of_them_are_enough(self, target, asked):
@@ -197,10 +197,10 @@ class TestTargets:
     ])  # fmt: skip
     def test_of_other_families(self, make_one, target):
         model = make_one()
-        now = getattr(figures_of(model), target)
+        now = getattr(costs_of(model), target)
         plan = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(**{target: 0.75}))
         bh.apply(model, plan)
-        assert plan.costs[1] == figures_of(model)
+        assert plan.costs[1] == costs_of(model)
         assert getattr(plan.costs[1], target) <= int(0.75 * now)
 
     def test_ratios_beside_it(self):
@@ -209,7 +209,7 @@ class TestTargets:
         assert all(plan.after[name] == (4, 2) for name in ATTENTIONS)
         assert plan.after[""] == (24,)
         bh.apply(model, plan)
-        assert figures_of(model) == plan.costs[1]
+        assert costs_of(model) == plan.costs[1]
         rounded = bh.plan(llama(), bh.importance.WeightNorm(), amount=bh.Amount(params=0.6, round_to=8))
         assert all(rounded.after[name][0] % 8 == 0 for name in MLPS)
 
@@ -223,7 +223,7 @@ class TestTargets:
             int(number.replace(",", ""))
             for number in re.search(r"removed, ([\d,]+) to ([\d,]+) can", str(refusal.value)).groups()
         )
-        assert most == getattr(figures_of(model), target)
+        assert most == getattr(costs_of(model), target)
         assert shape_of(model) == before
         plan = bh.plan(model, RandomUnits(), amount=bh.Amount(first=first, **{target: least}))
         assert getattr(plan.costs[1], target) == least
@@ -341,10 +341,10 @@ class TestParts:
             assert {name: one.count() for name, one in find_units(model, kinds).items()} == {
                 name: plan.after.get(name, (one.count(),))[0] for name, one in find_units(whole, kinds).items()
             }
-            assert figures_of(model) == plan.costs[1]
+            assert costs_of(model) == plan.costs[1]
         else:
             target = amount.target
-            assert getattr(figures_of(model), target) <= limit
+            assert getattr(costs_of(model), target) <= limit
 
     def test_a_part_that_is_less_than_a_unit_waits(self):
         assert self.in_parts(llama(), Amount(kv_heads=0.5), (0.25, 0.5, 0.75, 1.0)) == [False, True, False, True]

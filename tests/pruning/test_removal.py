@@ -16,7 +16,7 @@ from torch import nn
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
 from billhook.model import surgery
-from billhook.model.linears import read_dim
+from billhook.model.layers import read_dim
 from billhook.model.shape import shape_of
 from billhook.pruning import removal
 from billhook.units.find import find_units, of_kind, units_of

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.model.figures import figures_of
+from billhook.model.costs import costs_of
 from billhook.pruning.amount import Amount, round_units, rounding_multiple
 from billhook.pruning.planning import plan_from_search
 from billhook.pruning.target import Baseline, RatioSearch
@@ -115,7 +115,7 @@ class TestTargets:
     @pytest.mark.parametrize(("target", "ranking"), [("params", "layer"), ("params", "global"), ("bytes", "global")])
     def test_are_upper_bounds(self, target, ranking):
         model = wide()
-        now = getattr(figures_of(model), target)
+        now = getattr(costs_of(model), target)
         for part in (0.93, 0.66):
             amount = {target: part, "ranking": ranking, "kv_heads": 0.0}
             plan, exact = planned(model, Amount(**amount)), planned(model, Amount(**amount, round_to=1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from billhook.cli import streamed
-from billhook.engine.statistics import InputMoments, add_products
+from billhook.engine.statistics import InputGram, add_products
 from billhook.importance.obs import removal_errors
 from billhook.repairs import least_squares, residuals
 from billhook.repairs.least_squares import refit_linear
@@ -65,7 +65,7 @@ def test_moments_of_what_a_refit_needs_take_no_copy():
 
 
 def test_obs_takes_one_matrix_beside_the_moments():
-    moments, table = InputMoments(WIDTH), torch.arange(WIDTH)[:, None]
+    moments, table = InputGram(WIDTH), torch.arange(WIDTH)[:, None]
     moments.add(inputs())
     with Alive() as alive:
         removal_errors(moments.products, torch.rand(WIDTH, 1, 1), table, torch.ones_like(table, dtype=torch.bool), 0.01)
@@ -73,7 +73,7 @@ def test_obs_takes_one_matrix_beside_the_moments():
 
 
 def test_sparsegpt_takes_two_matrices_beside_the_moments():
-    moments = InputMoments(WIDTH)
+    moments = InputGram(WIDTH)
     moments.add(inputs())
     with Alive() as alive:
         inverse_factor(moments.products, 0.01)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.engine.batches import Run
-from billhook.engine.comm import ALONE
+from billhook.engine.comm import SINGLE_PROCESS
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.repairs.least_squares import choose_ridge, refit_linear, solve_ridge
 from billhook.repairs.repair import RepairConfig, repair_linears
@@ -24,7 +24,7 @@ from kit.losses import BUILD, embedded_text
 from kit.ranks import Ranks
 
 
-def refit(model, masks, runs, repair=None, comm=ALONE, given=None, **more):
+def refit(model, masks, runs, repair=None, comm=SINGLE_PROCESS, given=None, **more):
     """The new weight and bias of each linear; other parameters are given by linear and by their names in it."""
     others = None if given is None else LazyTensors.of(by_parameter(given))
     found = repair_linears(model, masks, runs, repair, comm, others, **more)

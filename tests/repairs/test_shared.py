@@ -53,7 +53,7 @@ def test_as_in_memory_a_block_at_a_time(mesh, family, compensate, monkeypatch):
     plain, sharded = both(mesh, family)
     plan, given, repair = cut(plain), batches(plain), bh.RepairConfig(compensate)
     expected = bh.repair(plain, plan, given, repair)
-    monkeypatch.setattr(ShardStore, "all_here", None)
+    monkeypatch.setattr(ShardStore, "all_loaded", None)
     with blockwise(sharded):
         found = bh.repair(sharded, plan, given, repair, reduce=lambda tensor: tensor)
     assert found.keys() == expected.keys()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.engine.statistics import InputMoments
+from billhook.engine.statistics import InputGram
 from billhook.sparsity.alps import admm
 from billhook.sparsity.masks import keep_layer, keep_n_of_m, keep_rows
 
@@ -24,7 +24,7 @@ def problem(rows=12, columns=40, tokens=300):
 
 
 def moments_of(inputs):
-    moments = InputMoments(inputs.shape[1])
+    moments = InputGram(inputs.shape[1])
     moments.add(inputs)
     return moments
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from billhook.sparsity import masks, weight_plan
 from billhook.sparsity.enforcement import EnforcedMasks
 from billhook.sparsity.weight_plan import count_kept, pack_mask, unpack_mask

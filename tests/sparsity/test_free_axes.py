@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from billhook.sparsity.channel_order import find_free_axes
 from kit.families import build, llama
 from kit.sparsity import family

@@ -12,7 +12,7 @@ from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetC
 
 import billhook as bh
 from billhook.engine.sharding import full_tensor
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from billhook.sparsity import visitor
 from billhook.sparsity.criteria import Random, WandaAlpha
 from kit import prunes

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import billhook as bh
-from billhook.model.linears import prunable, weight_of
+from billhook.model.layers import prunable, weight_of
 from billhook.sparsity.masks import sparsity_of
 from billhook.sparsity.matching import ADAM_BETAS, BlockMatching, BlockSample, BlockTuning
 from kit import prunes

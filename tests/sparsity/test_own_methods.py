@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from billhook.schedules import Ramp
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.criteria import Comparison, Criterion

@@ -12,7 +12,7 @@ from torch import nn
 
 import billhook as bh
 from billhook.engine.statistics import InputNorms
-from billhook.model.linears import is_convolution, patches, prunable, weight_of
+from billhook.model.layers import is_convolution, patches, prunable, weight_of
 from billhook.sparsity import permute
 from billhook.sparsity.masks import keep_n_of_m
 from kit import prunes
@@ -156,7 +156,7 @@ class TestNothingIsHalfDone:
     def test_a_model_that_computes_something_else(self, monkeypatch):
         model = llama()
         before = values(model)
-        monkeypatch.setattr(permute, "alike", lambda *_: False)
+        monkeypatch.setattr(permute, "outputs_match", lambda *_: False)
         with pytest.raises(ValueError, match="model: LlamaForCausalLM computes something else"):
             bh.criteria.permute_for(model, "2:4", batches_of(model))
         assert same(model, before)

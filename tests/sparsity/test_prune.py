@@ -11,8 +11,8 @@ from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.calibration import calibration
-from billhook.engine.statistics import InputMoments, InputNorms
-from billhook.model.linears import prunable, weight_of
+from billhook.engine.statistics import InputGram, InputNorms
+from billhook.model.layers import prunable, weight_of
 from billhook.model.plan import apply
 from billhook.sparsity.criteria import WandaAlpha
 from billhook.sparsity.visitor import Walks
@@ -81,7 +81,7 @@ def test_sparsegpt_is_its_own_criterion_on_plainly_gathered_moments():
     for i in range(2):
         names = [name for name in prunable(model) if f"layers.{i}." in name]
         for name, inputs in seen_by(expected, names, batches).items():
-            weight, moments = modules[name].weight.data, InputMoments(modules[name].weight.shape[1])
+            weight, moments = modules[name].weight.data, InputGram(modules[name].weight.shape[1])
             for one in inputs:
                 moments.add(one)
             weight.copy_(criterion.prune(weight, moments, 0.5)[0])

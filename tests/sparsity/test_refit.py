@@ -6,7 +6,7 @@ import torch
 
 from billhook import Magnitude, SparseGPT, Wanda
 from billhook.criteria import Refit
-from billhook.engine.statistics import InputMoments, InputNorms
+from billhook.engine.statistics import InputGram, InputNorms
 
 
 def problem(rows=12, columns=40, tokens=300, dead=0):
@@ -14,7 +14,7 @@ def problem(rows=12, columns=40, tokens=300, dead=0):
     mix = torch.eye(columns) + 0.5 * torch.randn(columns, columns) / columns**0.5
     inputs = torch.randn(tokens, columns) @ mix
     inputs[:, :dead] = 0
-    statistics = InputMoments(columns)
+    statistics = InputGram(columns)
     statistics.add(inputs)
     return torch.randn(rows, columns), inputs, statistics
 
@@ -67,7 +67,7 @@ def test_dead_inputs_and_weights_of_low_precision():
         assert new.dtype == dtype
         assert new.isfinite().all()
         assert (~keep).sum() == int(0.1 * weight.numel())
-    empty = InputMoments(40)
+    empty = InputGram(40)
     empty.add(torch.zeros(5, 40))
     new, keep = Refit().prune(weight, empty, 0.5)
     assert torch.equal(new, weight * keep)

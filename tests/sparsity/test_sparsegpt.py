@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from billhook.engine.statistics import InputMoments
+from billhook.engine.statistics import InputGram
 from billhook.sparsity.criteria import Magnitude, Wanda
 from billhook.sparsity.masks import pruned_count
 from billhook.sparsity.sparsegpt import SparseGPT, inverse_factor
@@ -71,7 +71,7 @@ def test_sparsegpt_score_is_by_the_inverse_factor():
 
 
 def test_sparsegpt_raises_its_damping_where_it_must():
-    statistics = InputMoments(2)
+    statistics = InputGram(2)
     statistics.products.copy_(torch.tensor([[1.0, 1.05], [1.05, 1.0]]))
     statistics.tokens.fill_(2)
     with pytest.warns(UserWarning, match="not positive definite: damping=0.01 is raised to 0.1"):

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import billhook as bh
-from billhook.model.figures import figures_of
-from billhook.model.memory import forget
+from billhook.model.cache import clear_cache
+from billhook.model.costs import costs_of
 from billhook.tracing.axes import Axis, cut, leaves, mark, unify
 from kit.families import build, llama
 
@@ -24,10 +24,10 @@ def runs(monkeypatch):
         seen.append(tuple((name, tuple(p.shape)) for name, p in shadow.named_parameters()))
         return run(shadow, *rest, **options)
 
-    forget()
+    clear_cache()
     monkeypatch.setattr(module, "_run", counted)
     yield seen
-    forget()
+    clear_cache()
 
 
 def test_a_plan_and_its_application_trace_a_model_once(runs):
@@ -93,15 +93,15 @@ def test_a_model_that_has_changed_is_traced_again(runs):
 
 
 def test_costs_are_found_once_and_again_after_a_change(monkeypatch):
-    module = importlib.import_module("billhook.model.figures")
+    module = importlib.import_module("billhook.model.costs")
     run, seen = module._flops_on_meta, []
     monkeypatch.setattr(module, "_flops_on_meta", lambda *given: (seen.append(1), run(*given))[1])
-    forget()
+    clear_cache()
     model = llama()
-    before = figures_of(model)
-    assert figures_of(model) == before
+    before = costs_of(model)
+    assert costs_of(model) == before
     assert len(seen) == 1
     bh.pruning.prune_units(model, {0: [0]}, per="kv_head")
-    assert figures_of(model) != before
+    assert costs_of(model) != before
     assert len(seen) == 2
-    forget()
+    clear_cache()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import billhook as bh
-from billhook.model.memory import forget
+from billhook.model.cache import clear_cache
 
 pytestmark = [  # of torch.compile, of transformers and of PEFT with it
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -338,7 +338,7 @@ def test_nothing_is_left_behind_also_not_by_failures_and_threads():
     before, expected, found = state(model), str(bh.trace(model)), []
     with pytest.raises(ValueError, match="these example_inputs"):
         bh.trace(model, {"input_ids": torch.ones(2, 3, 4, 5).long()})
-    threads = [threading.Thread(target=lambda: (forget(), found.append(str(bh.trace(model))))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: (clear_cache(), found.append(str(bh.trace(model))))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -361,7 +361,7 @@ def test_whatever_is_on_around(name):
     expected = str(bh.trace(model))
     with AROUND[name]():
         for one in (model, model.config):
-            forget()
+            clear_cache()
             assert str(bh.trace(one)) == expected
 
 

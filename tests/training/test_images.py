@@ -8,7 +8,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from transformers import ViTForImageClassification as Classifier
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from billhook.training.images import ImageDataModule
 from billhook.training.metrics import metrics_of
 from kit.families import llama

@@ -18,7 +18,7 @@ import billhook as bh
 from billhook.adapters.checkpoint import ADAPTERS, base_checkpoint, restore_adapters
 from billhook.checkpoints.export import build_model, read_checkpoint
 from billhook.cli.main import main
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit.adapters import gpt2
 from kit.cli import QUICK, ROOT, callbacks_in
 from kit.cli import pytestmark as quiet

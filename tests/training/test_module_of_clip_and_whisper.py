@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from transformers import CLIPModel, WhisperForConditionalGeneration
 
 import billhook as bh
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from kit.clip_and_whisper import START, clip, clip_batch, whisper, whisper_batch
 
 pytestmark = [

@@ -14,7 +14,7 @@ import billhook as bh
 from billhook.importance.score import Importance, Sums
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
-from billhook.model.inputs import cached_answer, make_inputs
+from billhook.model.inputs import cached_outputs, make_inputs
 from billhook.model.shape import set_shape, shape_of
 from billhook.pruning import block_fields, block_plan
 from billhook.units.blocks import block_of, find_blocks, skipping
@@ -359,7 +359,7 @@ class TestPlan:
     def test_the_cached_answer_goes_one_token_on(self, make):
         model = make()
         before = everything(model)
-        found, error = cached_answer(model)
+        found, error = cached_outputs(model)
         assert error is None
         assert [len(one[0]) for one in found if one.shape[-1] == model.config.vocab_size] == [5 if make is t5 else 7, 1]
         assert everything(model) == before
@@ -563,7 +563,7 @@ class TestRefused:
                 raise KeyboardInterrupt
             return real(subject)
 
-        monkeypatch.setattr(block_plan, "answer", failing)
+        monkeypatch.setattr(block_plan, "run_outputs", failing)
         with pytest.raises(KeyboardInterrupt):
             remove(model, [0, 1], optimizer)
         assert everything(model, optimizer) == before

@@ -8,7 +8,7 @@ import pytest
 
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
-from billhook.model.inputs import alike, answer
+from billhook.model.inputs import outputs_match, run_outputs
 from billhook.tracing.trace import trace
 from billhook.units.find import find_units, of_kind, units_of
 from kit.families import build, llama, t5, tokens
@@ -57,9 +57,9 @@ def test_without_some_it_computes_as_if_they_were_masked(name):
     assert {one.readers[0].rpartition(".")[2] for one in found.values()} <= {"down_proj", "fc2", "dense2"}
     gone = {place: [number, one.count() // 2] for number, (place, one) in enumerate(found.items())}
     with bh.mask(model, gone, "channel"):
-        expected = answer(model)
+        expected = run_outputs(model)
     bh.pruning.prune_units(model, gone, kind="channel")
-    assert alike(expected, answer(model), 1e-9)
+    assert outputs_match(expected, run_outputs(model), 1e-9)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from small_configs import architectures, build, small_config
 from torch import nn
 
 import billhook as bh
-from billhook.units.find import find_units, numbered
+from billhook.units.find import find_units, unit_ids
 from kit.families import SMALL
 from kit.units import ATTENTIVE, SEQ2SEQ, WITHOUT_HEADS, hooks, small, weight_of
 
@@ -45,14 +45,14 @@ def test_names_and_order_are_those_of_the_run():
 def test_members_are_the_rows_of_queries_and_the_columns_that_are_read():
     heads = small("llama").heads["model.layers.0.self_attn"]  # 6 query heads of 16, 2 KV heads
     blocks = [position // 16 for position in range(96)]
-    assert {m.name.split(".")[-2]: m.dim for m in heads.held_by()} == {"q_proj": 0, "o_proj": 1}
-    assert all(heads.of_member(member).tolist() == blocks for member in heads.held_by())
+    assert {m.name.split(".")[-2]: m.dim for m in heads.members_by_unit()} == {"q_proj": 0, "o_proj": 1}
+    assert all(heads.of_member(member).tolist() == blocks for member in heads.members_by_unit())
     heads = small("gpt2").heads["transformer.h.0.attn"]  # 6 heads of 8, queries, keys and values in one matrix
     blocks = [position // 8 for position in range(48)]
-    found = {m.name.removeprefix("transformer.h.0.attn."): (m.dim, heads.of_member(m).tolist()) for m in heads.held_by()}
+    found = {m.name.removeprefix("transformer.h.0.attn."): (m.dim, heads.of_member(m).tolist()) for m in heads.members_by_unit()}
     assert found == {"c_attn.weight": (1, blocks * 3), "c_attn.bias": (0, blocks * 3), "c_proj.weight": (0, blocks)}
     heads = small("phi3").heads["model.layers.0.self_attn"]  # keys and values are those of KV heads
-    fused = next(member for member in heads.held_by() if "qkv" in member.name)
+    fused = next(member for member in heads.members_by_unit() if "qkv" in member.name)
     assert heads.of_member(fused).tolist() == blocks + [-1] * 32
 
 
@@ -149,7 +149,7 @@ def test_what_is_not_there_is_refused_and_what_is_legal_is_said():
     ):
         pass
     assert not any("Gate" in repr(found) for found in hooks(model).values())
-    assert numbered(heads, {0: [3, 1, 3], "model.layers.0.self_attn": [2]}) == {"model.layers.0.self_attn": [1, 2, 3]}
-    assert numbered(heads, {0: (head for head in (1, 2))}) == {"model.layers.0.self_attn": [1, 2]}  # read once
+    assert unit_ids(heads, {0: [3, 1, 3], "model.layers.0.self_attn": [2]}) == {"model.layers.0.self_attn": [1, 2, 3]}
+    assert unit_ids(heads, {0: (head for head in (1, 2))}) == {"model.layers.0.self_attn": [1, 2]}  # read once
     with pytest.raises(ValueError, match=r"decoder\.block\.0\.layer\.1\.EncDecAttention, \.\.\.$"):
         bh.mask(small("t5").model, {6: [0]})

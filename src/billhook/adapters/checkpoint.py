@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.masked import check_plain_lora, find_adapters, mask_nonzero
-from billhook.model.linears import active_in, is_linear, size_of
+from billhook.model.layers import active_in, is_linear, size_of
 from billhook.model.shape import KEY
 
 ADAPTERS = "billhook_adapters"

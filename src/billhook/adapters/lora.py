@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.merge import has_adapters
 from billhook.arguments import check_fraction, check_int, check_number, check_types
-from billhook.model.handed import handing_of
-from billhook.model.linears import is_linear
+from billhook.model.layers import is_linear
+from billhook.model.repeat_kv import repeat_layout_of
 
 ALL = "all-linear"
 
@@ -84,7 +84,7 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
 
 
 def _handed(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if handing_of(module) is not None]
+    return [name for name, module in model.named_modules() if repeat_layout_of(module) is not None]
 
 
 def _check_not_handed(model: nn.Module, config: LoraConfig) -> None:

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from billhook.arguments import check_types
 from billhook.engine.sharding import full_tensor, reshard
-from billhook.model.linears import active_in, base_of, is_adapter, is_pruned, prunable, weight_of
+from billhook.model.layers import active_in, base_of, is_adapter, is_pruned, prunable, weight_of
 
 WRAPPED = "base_model.model."
 """Prefix of PEFT's for the names of the model that it wraps."""

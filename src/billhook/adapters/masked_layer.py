@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from typing_extensions import Self
 
 from billhook.engine.sharding import full_tensor
-from billhook.model.linears import active_in
+from billhook.model.layers import active_in
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Where a module has its hooks."""

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from billhook.adapters.masked import find_adapters, find_masks, require_adapters
 from billhook.arguments import check_types
 from billhook.display import Printable
-from billhook.engine.state import fresh_casts
+from billhook.engine.state import fresh_autocast_cache
 from billhook.engine.store import store_of
-from billhook.model.linears import base_of, is_adapter, is_trained_copy
+from billhook.model.layers import base_of, is_adapter, is_trained_copy
 from billhook.model.meta import to_meta
-from billhook.model.surgery import way_back
+from billhook.model.surgery import snapshot
 
 MERGE_HINT = "convert the model first and attach adapters then (get_peft_model), or merge the adapters first (bh.training.merge)"
 
@@ -105,7 +105,7 @@ class Merged(Printable):
         return f"{what}, {shares[worst]:.1%} at most ({worst})"
 
 
-@fresh_casts()
+@fresh_autocast_cache()
 @torch.no_grad()
 def merge(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Merged:
     """Merges adapters in place into weights whose zeros stay zero, W' = (W + scale B A) * mask, and returns a report.
@@ -166,7 +166,7 @@ def temporarily_merged(model: nn.Module) -> Iterator[Merged]:
 @contextmanager
 def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
     """Merges weights in blocks whenever these come, and others until the end of a `with` block."""
-    store, back, linears = store_of(model), way_back(model), find_adapters(model)
+    store, back, linears = store_of(model), snapshot(model), find_adapters(model)
     named = {id(layer): name for name, layer in linears.items()}
     layers = {id(child): child for _, _, child in _places(model) if is_adapter(child) and not child.merged}
     if layers:
@@ -193,7 +193,7 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
         return parameters
 
     try:
-        with fresh_casts(), store.altered(merged):
+        with fresh_autocast_cache(), store.altered(merged):
             merged(None)
             for block in store.blocks.values():
                 store.load(block)

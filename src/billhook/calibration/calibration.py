@@ -18,7 +18,7 @@ from billhook.calibration.conversations import find_text_columns, warn_of_empty_
 from billhook.calibration.examples import map_rows, pack
 from billhook.calibration.generated import GENERATED, can_generate, check_can_generate, example_length, generated
 from billhook.calibration.reading import Table, check_data, is_line_text, is_table, load_splits
-from billhook.engine.batches import Batch, each
+from billhook.engine.batches import Batch, check_batches
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import tokenizer_of
 from billhook.private_paths import without_folders
@@ -234,7 +234,7 @@ def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
         except ValueError as error:
             raise ValueError(f"batches=None: {error}: give batches") from error
         batches = Calibration()
-    return each(batches.read(model) if isinstance(batches, Calibration) else batches)
+    return check_batches(batches.read(model) if isinstance(batches, Calibration) else batches)
 
 
 ADVICE = (

@@ -15,9 +15,9 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from billhook.arguments import check_int, check_number, check_types
 from billhook.engine.batches import Batch
-from billhook.engine.state import overridden, undisturbed
+from billhook.engine.state import evaluating_without_grad, overridden
 from billhook.model.config_fields import text_config
-from billhook.model.figures import kv_cache_bytes
+from billhook.model.costs import kv_cache_bytes
 from billhook.model.find import check_values, find_transformer
 from billhook.model.preprocessors import tokenizer_of
 from billhook.progress import OnProgress, progress_bar
@@ -160,7 +160,7 @@ def _written(model: PreTrainedModel, starts: list[list[int]], length: int, tempe
     for row, start in enumerate(starts):
         by_length.setdefault(len(start), []).append(row)
     groups = [alike[first : first + at_once] for alike in by_length.values() for first in range(0, len(alike), at_once)]
-    with undisturbed(model):
+    with evaluating_without_grad(model):
         if not model(torch.tensor(starts[:1], device=model.device)).logits.isfinite().all():
             raise ValueError(f"model: {type(model).__name__} computes numbers that are not finite, so it writes nothing")
         torch.manual_seed(seed)

@@ -15,7 +15,7 @@ from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, make_run
 from billhook.model.find import find_transformer
-from billhook.model.plan import carry_out
+from billhook.model.plan import apply_plan
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.planning import count_blocks, plan_amount
@@ -109,7 +109,7 @@ class DepthPruning(ShapeCallback):
         """Ranks the blocks, removes the least important, and says how many there were and are."""
         self.plan = made = self._plan(trainer, pl_module)
         check_identical(trainer, "DepthPruning", "the blocks that are removed", made.units)
-        carry_out(pl_module, made, optimizers)
+        apply_plan(pl_module, made, optimizers)
         self.last_event_step, self.last_target = step, 1.0
         before, after = (sum(count for (count,) in counts.values()) for counts in (made.before, made.after))
         removed = "; ".join(f"{', '.join(map(str, numbers))} of {name}" for name, numbers in made.units.items()) or "none"

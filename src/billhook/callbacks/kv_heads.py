@@ -30,9 +30,9 @@ from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, check_in_part, plan_kv_heads
 from billhook.kv_heads.pooling import approach
 from billhook.model.find import find_transformer
-from billhook.model.plan import Weights, carry_out
+from billhook.model.plan import Weights, apply_plan
 from billhook.model.shape import Shape, shape_of
-from billhook.model.surgery import changed, take
+from billhook.model.surgery import assign_values, changed_names
 from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule
 
@@ -82,7 +82,7 @@ class Preparation:
             weights, how = ready_weights(Attentions(model, groups, comm), self.method, batches, self.repair)
         if not self.method.turns:  # what the mean pools is as it was
             weights = weights.without(plan.parameters)
-        return replace(plan, restart=tuple(changed(model, weights))), weights, how
+        return replace(plan, restart=tuple(changed_names(model, weights))), weights, how
 
     def check_same(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan, weights: Weights, trained: bool
@@ -154,7 +154,7 @@ class Moving:
                 with blockwise(pl_module):
                     weights = preparation.turned(trainer, pl_module, groups)
                     weights = _same(trainer, model, weights)
-                take(model, weights, trainer.optimizers)
+                assign_values(model, weights, trainer.optimizers)
             self.turned.append(stage)
         approach(model, self.path.parameters, share, preparation.method.pool)
         self.moved = trainer.global_step
@@ -294,7 +294,7 @@ class KVHeadConversion(StageCallback):
         elif preparation.needed:
             plan, weights, how = preparation.ready(model.trainer, model, plan)
         preparation.check_same(model.trainer, model, plan, weights, trained=bool(optimizers))
-        carry_out(model, plan, optimizers, weights)
+        apply_plan(model, plan, optimizers, weights)
         where = f" in {len(plan.layers)} of {len(kv_heads_by_layer(model, self.encoder))} attentions" if self._by_layer else ""
         return f"{plan.before} -> {plan.after} KV heads{where} ({how})"
 

@@ -25,9 +25,9 @@ from billhook.fit.run import At, check_at, round_targets
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.training_step import training_loss, training_runs
 from billhook.importance.obs import OBS
+from billhook.model.cache import signature
 from billhook.model.find import find_transformer
-from billhook.model.linears import is_linear
-from billhook.model.memory import signature
+from billhook.model.layers import is_linear
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units

@@ -17,7 +17,7 @@ from billhook.fit.run import At, check_at, round_targets
 from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.score import Importance, make_run
 from billhook.model.find import find_transformer
-from billhook.model.plan import Weights, carry_out
+from billhook.model.plan import Weights, apply_plan
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import default_importance, plan_from_search
@@ -153,7 +153,7 @@ class StructuredPruning(ShapeCallback):
 
     def _remove(self, model: nn.Module, made: UnitPlan, weights: Weights | None, how: str, optimizers: list[Optimizer]) -> str:
         """Removes what is planned, and says how much that is."""
-        carry_out(model, made, optimizers, weights)
+        apply_plan(model, made, optimizers, weights)
         before, after = made.parameters
         words = "; ".join([f"without {made.words}", how, *(f"left in each: {row}" for row in made.rows)])
         return f"{before:,} -> {after:,} parameters ({words})"

@@ -10,8 +10,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.model.config_fields import build_class_on_meta, nested_configs, text_config
-from billhook.model.figures import kv_cache_bytes
-from billhook.model.shape import KEY, Shape, built_shape, shape_of, unbuilt_shape
+from billhook.model.costs import kv_cache_bytes
+from billhook.model.shape import KEY, Shape, built_shape, shape_beyond_config, shape_of
 from billhook.serving.engines import engines
 
 ANY = object()
@@ -115,7 +115,7 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
     classes = {kind for kinds in engines()["computes_head_dim"].values() for kind in kinds}
     computed = tuple(start for start in EQUIVALENT if f"{start}ForCausalLM" in classes)
     misread = type(model).__name__.startswith(computed) and not _is_shared_out(counts)
-    if not (misread or unbuilt_shape(model, now).tensors):
+    if not (misread or shape_beyond_config(model, now).tensors):
         return
     for kind, changes, lacks in sorted(_classes(type(model), config), key=lambda row: misread and row[0] is type(model)):
         same_class = kind is type(model)

@@ -29,7 +29,7 @@ from billhook.model.meta import model_class
 from billhook.model.preprocessors import load_tokenizer
 from billhook.model.shape import KEY, Shape, shape_of
 from billhook.model.shaped import build_shaped
-from billhook.model.transformers_internals import build_class, compute_experts_in_turn
+from billhook.model.transformers_internals import build_class, compute_experts_eagerly
 from billhook.units.gates import zero_units
 from billhook.units.units import Per
 
@@ -242,7 +242,7 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
             model = build_class(kind, config, dtype) if plain else build_shaped(kind, config, shape, state, dtype)
         model.load_state_dict({key: state[key] for key in model.state_dict()})
         model.train(False)
-        compute_experts_in_turn(model)
+        compute_experts_eagerly(model)
         logits_of(model, make_probe(model))
     except Exception as error:
         raise ValueError(f"'{name}' holds no {record['class'][:80]} that can be built: {error}") from error

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.assets import model_path
 from billhook.model.complete import check_shards, load_complete
 from billhook.model.meta import check_checkpoint, read_config
-from billhook.model.shaped import load_shaped, readable, says_shape
+from billhook.model.shaped import has_shape_entry, load_shaped, readable
 from billhook.model.transformers_internals import build_class, classes_of
 
 Task = Literal[
@@ -57,7 +57,7 @@ def load_model(
             check_checkpoint(name)
             check_shards(name)
             config = None if options.get("trust_remote_code") else read_config(name)
-            if config is not None and says_shape(name):
+            if config is not None and has_shape_entry(name):
                 kind = _class_for(auto, config, task)
                 return load_shaped(kind, name, options.get("dtype", "auto"), options.get("attn_implementation"), num_labels)
         loaded = load_complete(auto, name, gguf_file=gguf_file, **options, **labels)

@@ -29,7 +29,7 @@ from billhook.model.config_fields import nested_configs
 from billhook.model.find import check_dense, find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import Preprocessor
-from billhook.model.shape import KEY, to_entry, unbuilt_shape
+from billhook.model.shape import KEY, shape_beyond_config, to_entry
 from billhook.model.shaped import load_as, readable
 from billhook.private_paths import without_paths
 from billhook.sparsity.learned_masks import with_learned_masks
@@ -188,7 +188,7 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
     """Saves and verifies the model; returns the way, the family where it is another, and the largest difference of logits."""
     vars(model.config).pop(KEY, None)  # an older report
     say_head_dim(model)
-    shape = unbuilt_shape(model)
+    shape = shape_beyond_config(model)
     if shape.tensors:
         setattr(model.config, KEY, to_entry(shape))
     _write_weights(model, draft)
@@ -233,7 +233,7 @@ def way_of(model: PreTrainedModel) -> tuple[Way, PretrainedConfig]:
     """Says how `save` writes a model, if the logits are the same, and the config that then says its shape; no values are read."""
     for kind, config in equivalents(model):
         return ("plain" if kind is type(model) else "equivalent"), config
-    return ("shaped" if unbuilt_shape(model).tensors else "plain"), model.config
+    return ("shaped" if shape_beyond_config(model).tensors else "plain"), model.config
 
 
 def _check_no_prompts(module: nn.Module) -> None:

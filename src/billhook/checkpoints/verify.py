@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.state import precisely, seeded, undisturbed
+from billhook.engine.state import evaluating_without_grad, full_precision, seeded
 from billhook.engine.store import BlockStore, store_of
 from billhook.model.config_fields import text_config
 from billhook.model.inputs import make_inputs
 from billhook.model.shaped import load_as
 from billhook.model.streamed import load_streamed
-from billhook.model.transformers_internals import compute_alike
+from billhook.model.transformers_internals import match_implementations
 
 Probe = Mapping[str, Any]
 TIMES, TRIALS = 4, 4
@@ -103,7 +103,7 @@ def expect(model: PreTrainedModel, probe: Probe) -> Tensor:
 def logits_of(model: PreTrainedModel, probe: Probe) -> Tensor:
     """Computes the logits in float32, or for a model without a head its first output; some draw random numbers, the same."""
     inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in probe.items()}
-    with precisely(), undisturbed(model), seeded(0, model.device):
+    with full_precision(), evaluating_without_grad(model), seeded(0, model.device):
         output = model(**inputs)
     logits: Tensor | tuple[Tensor, ...] = output.logits if hasattr(output, "logits") else output[0]
     several = isinstance(logits, tuple | list)  # of heads for characters and for pieces of words, as MGP-STR's
@@ -134,7 +134,7 @@ def make_probe(model: PreTrainedModel) -> dict[str, Any]:
 
 def _make_alike(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
     """Has a reloaded model compute as the model does, and its tensors lie where the model's do, blocks when they come."""
-    compute_alike(model, reloaded)
+    match_implementations(model, reloaded)
     there = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     _lie_alike(there, reloaded)
     store = store_of(reloaded)

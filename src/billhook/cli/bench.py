@@ -19,7 +19,7 @@ from billhook.cli.machine import check_file, device_of, files, machine_name, thr
 from billhook.display import render_table
 from billhook.model.config_fields import text_config
 from billhook.model.meta import from_name
-from billhook.model.shape import unbuilt_shape
+from billhook.model.shape import shape_beyond_config
 from billhook.plots.speed import speed
 from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, Timing, check_speed, measure_speed, spread
@@ -205,7 +205,7 @@ def _converted(models: Sequence[str], folder: Path) -> list[list[Path]]:
 def _randomised(models: Sequence[str], meta_models: Sequence[PreTrainedModel], dtype: str, seed: int) -> list[PreTrainedModel]:
     """Makes models of these shapes with random weights."""
     for name, meta_model in zip(models, meta_models, strict=True):
-        if unbuilt_shape(meta_model).tensors:
+        if shape_beyond_config(meta_model).tensors:
             raise ValueError(f"random: '{name}' has a shape that its class does not build; measure it with its weights")
     made = list[PreTrainedModel]()
     with torch.random.fork_rng(devices=[]):

@@ -13,8 +13,8 @@ from billhook.arguments import check_one_of
 from billhook.checkpoints.save import Way, load, way_of
 from billhook.cli.machine import files
 from billhook.display import render
-from billhook.engine.memory import Extent, extent_of
-from billhook.engine.state import undisturbed
+from billhook.engine.memory import StreamedSize, streamed_size
+from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.kv_heads.config import kv_heads_of
@@ -22,7 +22,7 @@ from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.config_fields import Fields, fields_of, set_fields
 from billhook.model.inputs import small_inputs
 from billhook.model.meta import from_name
-from billhook.model.shape import to_entry, unbuilt_shape
+from billhook.model.shape import shape_beyond_config, to_entry
 from billhook.model.streamed import outline
 from billhook.pruning.amount import kernel_multiple
 from billhook.pruning.cut import find_cut
@@ -68,7 +68,7 @@ def operands_of(model: PreTrainedModel) -> Operands | None:
     """Returns the numbers that a model, also one on meta tensors, computes with; None if it does not run."""
     numbers = _Numbers()
     try:
-        with undisturbed(model), numbers:
+        with evaluating_without_grad(model), numbers:
             model(**small_inputs(model))
     except Exception:  # whatever a model raises
         return None
@@ -150,13 +150,13 @@ def summary(model: str, stream: bool = False) -> None:
     print(size)
 
 
-def _streamed(model: str) -> Extent:
+def _streamed(model: str) -> StreamedSize:
     """Finds how a model streams; of its files only headers are read."""
     with files(f"opening {model}"):
         store = store_of(outline(model))
     if store.holds_all:
         raise ValueError(f"stream=True: '{model}' has no blocks that could come and go")
-    return extent_of(store)
+    return streamed_size(store)
 
 
 @dataclass(frozen=True)
@@ -252,7 +252,7 @@ def _refusing(shrunk: PreTrainedModel, config: PretrainedConfig) -> tuple[str, .
 
 def serving(model: PreTrainedModel) -> list[Verdict]:
     """Finds the engines that serve a model as it is, and those that do not."""
-    shape = unbuilt_shape(model)
+    shape = shape_beyond_config(model)
     return verdicts(type(model).__name__, model.config, to_entry(shape) if shape.tensors else None)
 
 

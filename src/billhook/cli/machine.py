@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from billhook.engine.device import check_device
-from billhook.engine.loader_internals import without_bars
+from billhook.engine.loader_internals import progress_bars_off
 from billhook.engine.memory import resident
 from billhook.engine.store import store_of
 from billhook.linalg import float64_device
@@ -53,7 +53,7 @@ def check_file(name: str, file: str | None, suffix: str) -> None:
 @contextmanager
 def files(what: str) -> Iterator[None]:
     """Shows one bar, and none of transformers' own, while files are read or written."""
-    with without_bars(), progress_bar(what):
+    with progress_bars_off(), progress_bar(what):
         yield
 
 
@@ -63,7 +63,7 @@ def without_others_bars() -> Iterator[None]:
     shows = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        with without_bars():
+        with progress_bars_off():
             yield
     finally:
         if shows:

@@ -25,13 +25,13 @@ from billhook.cli.machine import device_of, files, over
 from billhook.cli.streamed import check_streamed, reads
 from billhook.engine.batches import Batch
 from billhook.engine.memory import fits
-from billhook.engine.state import resting
+from billhook.engine.state import evaluating
 from billhook.engine.store import store_of
 from billhook.engine.walk import find_sites
 from billhook.engine.zeros import zeros_by_name, zeros_of
 from billhook.model.config_fields import text_config
 from billhook.model.inputs import small_inputs
-from billhook.model.linears import PRUNED, prunable, weight_of
+from billhook.model.layers import PRUNED, prunable, weight_of
 from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor
 from billhook.model.streamed import stream
 from billhook.progress import format_duration, progress_bar
@@ -49,7 +49,7 @@ SOON = 120.0
 def forward(model: PreTrainedModel, length: int) -> float:
     """Runs a model on an example of random tokens, and returns the seconds that it took."""
     inputs = small_inputs(model, 1, length)
-    with resting(model):
+    with evaluating(model):
         start = time.monotonic()
         outputs = model(**inputs, return_dict=True)
         float(outputs[0].sum())  # waits for a device
@@ -216,8 +216,8 @@ class OneShot:
         moments += inside * shown * self.length * (widest + text.hidden_size) * itemsize
         activations = 2 * max(inside, 1) * hidden + min(PREDICTIONS, measured * logits)
         if not fits(store, moments + self.examples.batch_size * logits, activations + sums, memory):
-            store.rests = str(Path(self.out).resolve().parent)
-        return store.rests
+            store.spill_folder = str(Path(self.out).resolve().parent)
+        return store.spill_folder
 
     @property
     def rows(self) -> list[int]:

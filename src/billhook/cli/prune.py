@@ -9,7 +9,7 @@ from billhook.cli.machine import over
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches
 from billhook.cli.streamed import bytes_of_match, bytes_of_moments
-from billhook.model.linears import channels, is_convolution
+from billhook.model.layers import adjacent_inputs, is_convolution
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, check_pruning, needs_data, solves_for_weights, too_few_tokens
 from billhook.sparsity.criteria import Criterion, Wanda
@@ -107,7 +107,7 @@ def prune(
 def _given(work: OneShot, linears: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
     """Returns how many tokens each linear is given at most, and how many inputs it has."""
     tokens = sum(batch["input_ids"].numel() for batch in meta_batches(work))
-    return {name: (tokens, channels(linear)) for name, linear in linears.items() if not is_convolution(linear)}
+    return {name: (tokens, adjacent_inputs(linear)) for name, linear in linears.items() if not is_convolution(linear)}
 
 
 def _passes(criterion: Criterion, allocation: Allocation | None) -> int:

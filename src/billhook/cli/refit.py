@@ -6,7 +6,7 @@ import torch
 
 from billhook.cli.one_shot import OneShot
 from billhook.engine.batches import Batch
-from billhook.model.linears import is_linear
+from billhook.model.layers import is_linear
 from billhook.pruning.cut import Cut
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.residuals import NoRepair

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.generated import GENERATED
 from billhook.cli.examples import Text
-from billhook.engine.memory import extent_of
+from billhook.engine.memory import streamed_size
 from billhook.engine.store import BlockStore, store_of
 from billhook.importance.ablation import Ablation
 from billhook.importance.activations import ActivationNorm, OutputNorm
@@ -15,7 +15,7 @@ from billhook.importance.baselines import RandomUnits, WeightNorm
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.obs import OBS
 from billhook.importance.score import Importance, check_supports_streaming
-from billhook.model.linears import prunable, weight_of
+from billhook.model.layers import prunable, weight_of
 from billhook.repairs.residuals import MAX_OUTPUTS
 from billhook.sparsity.criteria import Criterion
 
@@ -143,7 +143,7 @@ def bytes_of_refit(model: PreTrainedModel, parts: int, kept: Mapping[str, int] |
 
 def bytes_of_match(model: PreTrainedModel) -> int:
     """Returns the bytes that tuning the largest block takes, without what a batch leaves for its gradients."""
-    return TUNED * 4 * extent_of(store_of(model)).largest // model.dtype.itemsize
+    return TUNED * 4 * streamed_size(store_of(model)).largest // model.dtype.itemsize
 
 
 def reads(store: BlockStore, passes: int, exactly: bool = True, beside: Sequence[object] = ()) -> str:
@@ -151,7 +151,7 @@ def reads(store: BlockStore, passes: int, exactly: bool = True, beside: Sequence
 
     What is named in `beside` reads them besides, nobody knows how often.
     """
-    extent, passes = extent_of(store), passes + AFTERWARDS
+    extent, passes = streamed_size(store), passes + AFTERWARDS
     read, written = (f"{size / 1e6:,.1f} MB" for size in (passes * extent.bytes, extent.bytes + extent.stays))
     most = "" if exactly else "at most "
     more = f", and as often as {' and '.join(map(str, beside))} needs" if beside else ""

@@ -58,15 +58,15 @@ def source_of(batch: Any) -> str:  # noqa: ANN401
 
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
     """Makes a run, on the model's device and without a loss, of each batch: a dictionary, a tuple, a list, a tensor, or a run."""
-    return [batch if isinstance(batch, Run) else _run(model, batch) for batch in each(batches)]
+    return [batch if isinstance(batch, Run) else _run(model, batch) for batch in check_batches(batches)]
 
 
-def tell_apart(runs: Iterable[Run]) -> str:
+def runs_fingerprint(runs: Iterable[Run]) -> str:
     """Returns a hash of what a model is given in runs; another one each time if that is not known of one of them."""
     return fingerprint([(run.source, uuid4() if run.batch is None else run.batch, run.tokens) for run in runs])
 
 
-def telling(runs: Sequence[Run], report: OnProgress) -> list[Run]:
+def with_progress(runs: Sequence[Run], report: OnProgress) -> list[Run]:
     """Returns runs that tell how many of them have been visited, and how many there are."""
     seen = set[int]()
 
@@ -90,7 +90,7 @@ def telling(runs: Sequence[Run], report: OnProgress) -> list[Run]:
     ]
 
 
-def each(batches: Iterable[Any]) -> Iterable[Any]:
+def check_batches(batches: Iterable[Any]) -> Iterable[Any]:
     """Returns batches; refuses one that is given in the place of several."""
     if isinstance(batches, Mapping | Tensor):
         raise ValueError(f"batches={type(batches).__name__} is one batch: give a list of them")
@@ -126,7 +126,7 @@ def _run(model: nn.Module, batch: Any) -> Run:  # noqa: ANN401
 def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """Makes a run of a batch whose forward returns the loss, on the model's device; `modules` need to know which tokens count."""
     source, batch = source_of(batch), _on_device(model, batch)
-    run, tokens = partial(loss or own_loss, model), tokens_of(model, modules, batch)
+    run, tokens = partial(loss or model_loss, model), tokens_of(model, modules, batch)
 
     def examples() -> list[Callable[[], Tensor]]:
         return [partial(run, example) for example in examples_of(batch)]
@@ -155,7 +155,7 @@ def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
     return [tree_map_only(Tensor, partial(take, number), batch) for number in range(count)]
 
 
-def own_loss(model: nn.Module, batch: Any, hint: str = ", or give `loss`") -> Tensor:  # noqa: ANN401
+def model_loss(model: nn.Module, batch: Any, hint: str = ", or give `loss`") -> Tensor:  # noqa: ANN401
     """Returns the loss that a model gives; a causal language model predicts its inputs if there are no labels."""
     if not isinstance(batch, dict):
         raise ValueError(f"batches: a {type(batch).__name__} is no dictionary of what the model takes{hint}")

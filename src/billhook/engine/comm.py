@@ -18,7 +18,7 @@ PACKED = 2**26
 """Bytes that are packed into one collective, at most; a larger tensor is summed where it lies, as packing takes a copy."""
 MESSAGE = 1024
 """Bytes of plain data that go in the first collective; longer data takes a second one."""
-PLACES = 2**16
+DRAWS = 2**16
 """Among how many numbers ranks draw who know only how to sum."""
 
 
@@ -66,12 +66,12 @@ class Comm:
         if isinstance(reduce, Comm):
             return reduce
         if reduce is None:
-            return ALONE
+            return SINGLE_PROCESS
         first = None if model is None else next(model.parameters(), None)
         device = torch.device("cpu") if first is None or first.is_meta else first.device
-        number = dist.get_rank() if dist.is_available() and dist.is_initialized() else secrets.randbelow(PLACES)
+        number = dist.get_rank() if dist.is_available() and dist.is_initialized() else secrets.randbelow(DRAWS)
         while True:
-            table = torch.zeros(PLACES, dtype=torch.int32, device=device)
+            table = torch.zeros(DRAWS, dtype=torch.int32, device=device)
             table[number] = 1
             total = reduce(table)
             if not isinstance(total, Tensor):
@@ -81,7 +81,7 @@ class Comm:
                 raise ValueError(f"reduce: it must sum over ranks, and made {counts[number]} of this rank's 1")
             if max(counts) == 1:
                 return cls(reduce, sum(counts[:number]), sum(counts), device=device)
-            number = secrets.randbelow(PLACES)
+            number = secrets.randbelow(DRAWS)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Sums a tensor over all ranks, in place, and returns it, as a function for `reduce` does."""
@@ -134,7 +134,7 @@ class Comm:
         table[row] = torch.frombuffer(bytearray(data.ljust(width, b"\0")), dtype=torch.uint8)
         return [line.tobytes() for line in self(table.to(self.device)).cpu().numpy()]
 
-    def own_of(self, costs: Sequence[float]) -> list[bool]:
+    def owned_pieces(self, costs: Sequence[float]) -> list[bool]:
         """Picks this rank's pieces of work, so that no rank has much more than others.
 
         The dearest piece goes first, each to the rank with the least so far.
@@ -151,7 +151,7 @@ class Comm:
             done[owner[piece]] += costs[piece]
         return [owner[piece] == self.rank for piece in range(len(costs))]
 
-    def rows_of(self, count: int, most: int) -> list[slice]:
+    def owned_rows(self, count: int, most: int) -> list[slice]:
         """Picks this rank's rows of a matrix, some at a time.
 
         Args:
@@ -164,7 +164,7 @@ class Comm:
         length = math.ceil(count / (self.size * math.ceil(count / (most * self.size))))
         return [slice(first, min(first + length, count)) for first in range(0, count, length)][self.rank :: self.size]
 
-    def dealt(self, counts: Sequence[int]) -> tuple[int, list[int]]:
+    def batch_numbers(self, counts: Sequence[int]) -> tuple[int, list[int]]:
         """Counts the batches of all ranks together, and numbers this one's among them, as one process has them.
 
         They were dealt out in turn: each rank's first one, rank by rank, then their second ones. Where ranks share batches, their
@@ -182,7 +182,7 @@ class Comm:
         return len(order), [at for at, (_, rank) in enumerate(order) if rank == self.rank]
 
 
-ALONE = Comm()
+SINGLE_PROCESS = Comm()
 """One process: every sum is what it has."""
 
 

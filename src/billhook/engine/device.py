@@ -14,7 +14,7 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
-class Ahead(Generic[K, T]):
+class Prefetcher(Generic[K, T]):
     """The tensors that a thread reads or sends for the next block while this block computes, by block."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Ahead(Generic[K, T]):
         self._thread.shutdown()
 
 
-class Copies:
+class DeviceCopies:
     """Copies of a block's parameters and buffers on a device, in the place of its own, which stay as and where they are.
 
     On CUDA a thread sends the next block's while this one computes: it copies them to page-locked memory, of which torch keeps
@@ -60,12 +60,12 @@ class Copies:
     def __init__(self, device: torch.device, order: Sequence[nn.Module] = ()) -> None:
         self.device = device
         self._replaced = list[tuple[dict[str, Any], str, Tensor, Tensor]]()  # a module's dictionary, a name in it, original, copy
-        self._after = dict(zip(order, [*order[1:], *order[:1]], strict=True)) if self.sends_ahead(device) else {}
+        self._after = dict(zip(order, [*order[1:], *order[:1]], strict=True)) if self.prefetches(device) else {}
         self._stream = torch.cuda.Stream(device) if self._after and device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self.ahead = Ahead[nn.Module, dict[Tensor, Tensor]]()
+        self.ahead = Prefetcher[nn.Module, dict[Tensor, Tensor]]()
 
     @staticmethod
-    def sends_ahead(device: torch.device) -> bool:
+    def prefetches(device: torch.device) -> bool:
         """Tells whether the next block goes to a device while another computes there."""
         return device.type == "cuda"
 
@@ -110,8 +110,8 @@ class Copies:
         """Returns copies of a block's tensors by the originals: those that were sent ahead, or new ones."""
         sent = self.ahead.take(block)
         if sent is None:
-            locked = self.device.type == "cuda" and all(parameter.is_pinned() for parameter in block.parameters())
-            return {tensor: tensor.detach().to(self.device, copy=True, non_blocking=locked) for tensor in _tensors(block)}
+            read_pinned = self.device.type == "cuda" and all(parameter.is_pinned() for parameter in block.parameters())
+            return {tensor: tensor.detach().to(self.device, copy=True, non_blocking=read_pinned) for tensor in _tensors(block)}
         if self._stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)
@@ -128,7 +128,7 @@ class Copies:
             return {tensor: tensor.detach().pin_memory().to(self.device, non_blocking=True) for tensor in tensors}
 
 
-def locked(read: Callable[[], Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+def read_pinned(read: Callable[[], Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
     """Reads tensors, for CUDA into page-locked memory, from which they go to the device without a copy between."""
     return {name: tensor.pin_memory() if device.type == "cuda" else tensor for name, tensor in read().items()}
 
@@ -141,7 +141,7 @@ def _like(original: Tensor, copy: Tensor) -> Tensor:
     return nn.Parameter(copy, original.requires_grad) if isinstance(original, nn.Parameter) else copy
 
 
-def computed_on(device: torch.device, forward: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
+def run_on(device: torch.device, forward: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
     """Calls a forward with what it is given on a device; what it gives goes to where the first tensor was, and rests there."""
     home = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), device)
     args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))

@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from billhook.engine.device import Ahead, Copies, locked
-from billhook.engine.forwards import Before, ComingOnce, Visiting
+from billhook.engine.device import DeviceCopies, Prefetcher, read_pinned
+from billhook.engine.forwards import InferenceForward, LoadHook, OffloadedForward
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import (
-    as_in_files,
     initialize_buffers,
-    load_some,
+    load_tensors,
     made_by_class,
-    named_in,
+    names_in_model,
     save_state,
+    to_file_format,
 )
-from billhook.engine.parts import Parts, identity_of, link, tensor_in
-from billhook.engine.sharding import Place, places_of
+from billhook.engine.parts import Parts, identity_of, link_or_copy, tensor_in
+from billhook.engine.sharding import Slot, parameter_slots
 from billhook.engine.store import STORE, BlockStore, with_transposed
-from billhook.engine.tensors import Files, renumbered, share, write_index
-from billhook.engine.walk import blocks_apart
+from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index
+from billhook.engine.walk import separable_blocks
 from billhook.progress import OnProgress
 
 
@@ -56,11 +56,11 @@ class FileStore(BlockStore):
     in_files = True
     kept = ("files", "keys", "adopted", "names", "blocks", "owner", "_lost", "_alterations")
 
-    def __init__(self, model: PreTrainedModel, files: Files, parts: Parts | None) -> None:
+    def __init__(self, model: PreTrainedModel, files: TensorFiles, parts: Parts | None) -> None:
         super().__init__(model)
         self.files, self.parts = files, parts
-        self._copies: Copies | None = None
-        self._ahead: Ahead[str, dict[str, Tensor]] | None = None  # of a store whose blocks compute on a device that takes them so
+        self._copies: DeviceCopies | None = None
+        self._ahead: Prefetcher[str, dict[str, Tensor]] | None = None  # on CUDA only
         self._in_step = False
         self._transposed = frozenset[str]()  # in the last checkpoint that was written
         self._overlay = LazyTensors({})  # what parameters of blocks have for values, meanwhile
@@ -70,7 +70,7 @@ class FileStore(BlockStore):
         self.done = dict[str, Any]()
         self._lost = list[dict[str, str]]()  # each time that blocks were removed, the others by their names before and after
         first = next(model.parameters())  # which models ask for the device that they are on
-        apart = blocks_apart(model, places_of(model))
+        apart = separable_blocks(model, parameter_slots(model))
         self._index(model, [block for block in apart if all(parameter is not first for parameter in block.parameters())])
         self.keys = self._keys()
         self._origin = files.state
@@ -78,27 +78,27 @@ class FileStore(BlockStore):
 
     def open(self, beside: PreTrainedModel | None = None) -> None:
         """Loads what stays in memory, except for what a model beside this one has, and has blocks come when they are called."""
-        initialize_buffers(self.model, made_by_class(self.model, named_in(self.model, self.files).values()))
+        initialize_buffers(self.model, made_by_class(self.model, names_in_model(self.model, self.files).values()))
         stay = self.keys[""]
-        self._load(stay if beside is None else share(self.model, beside, self.files, stay))
+        self._load(stay if beside is None else share_parameters(self.model, beside, self.files, stay))
         # forwards are replaced, as a hook could not have the block compute without gradients
         for module in self.model.modules():
             if module not in self.owner and isinstance(module, nn.Linear):
-                vars(module)["forward"] = Visiting(self, module, module.forward)
+                vars(module)["forward"] = OffloadedForward(self, module, module.forward)
         for module, block in self.owner.items():
             if module is block:
-                vars(block)["forward"] = ComingOnce(self, block, block.forward)
+                vars(block)["forward"] = InferenceForward(self, block, block.forward)
             elif next(module.parameters(recurse=False), None) is not None:  # it may be called while its block is not
-                module.register_forward_pre_hook(Before(self.load, block))
+                module.register_forward_pre_hook(LoadHook(self.load, block))
 
     def _keys(self) -> dict[str, list[str]]:
         """Returns the names of tensors in the files, by the block that they are in, or ""."""
         block_of = dict[str, str]()  # the block of each parameter: buffers stay in memory, also those of blocks
-        for (module, key), _ in places_of(self.model):
+        for (module, key), _ in parameter_slots(self.model):
             if module in self.owner:
                 block_of[f"{self.names[module]}.{key}"] = self.names[self.owner[module]]
         keys: dict[str, list[str]] = {name: [] for name in ("", *self.blocks)}
-        for key, parameter in named_in(self.model, self.files).items():
+        for key, parameter in names_in_model(self.model, self.files).items():
             keys[block_of.get(parameter, "")].append(key)
         return keys
 
@@ -108,7 +108,7 @@ class FileStore(BlockStore):
         self._load(self.keys[name], None if self._ahead is None else self._ahead.take(name))
         self._read_ahead(name)
         if self.device is not None:
-            self._copies = Copies(self.device)
+            self._copies = DeviceCopies(self.device)
             self._copies.enter(block)
 
     def _alter(self, block: nn.Module) -> None:
@@ -123,9 +123,9 @@ class FileStore(BlockStore):
         following = names[(names.index(name) + 1) % len(names)]
         keys = self.keys[following]
         # what must be fetched first is not read ahead: nobody would see why the thread waits
-        if self.device is not None and following != name and Copies.sends_ahead(self.device) and self.files.are_here:
-            self._ahead = self._ahead or Ahead()
-            self._ahead.begin(following, partial(locked, partial(self.files.read, keys), self.device))
+        if self.device is not None and following != name and DeviceCopies.prefetches(self.device) and self.files.are_local:
+            self._ahead = self._ahead or Prefetcher()
+            self._ahead.begin(following, partial(read_pinned, partial(self.files.read, keys), self.device))
         else:
             self.files.read_ahead(keys)
 
@@ -182,9 +182,9 @@ class FileStore(BlockStore):
         name = self.names[block]
         if self._changed:
             tensors = {key: parameter.detach() for key, parameter in block.named_parameters(prefix=name)}
-            self.written.write(name, as_in_files(self.model, tensors), self._note)
+            self.written.write(name, to_file_format(self.model, tensors), self._note)
         empty = dict[nn.Parameter, nn.Parameter]()  # those that are tied stay so
-        for (module, key), parameter in list(places_of(block)):
+        for (module, key), parameter in list(parameter_slots(block)):
             if parameter not in empty:
                 empty[parameter] = nn.Parameter(torch.empty_like(parameter.detach(), device="meta"), parameter.requires_grad)
             module._parameters[key] = empty[parameter]
@@ -215,7 +215,7 @@ class FileStore(BlockStore):
 
         Blocks that an earlier process has done are as they were before the step until they are adopted.
         """
-        back, self._passed = self.way_back(), set()
+        back, self._passed = self.snapshot(), set()
         # whatever decides the values that are written: a journal of other work must not be taken for this one's
         self.done = self.written.begin(f"{self._origin} {self._lost} {identity_of(self.model)} {self.device} {key} {more()}")
         self.reused += len(self.done)
@@ -261,9 +261,9 @@ class FileStore(BlockStore):
         path = self.written.path(name)
         return LazyTensors({key: partial(tensor_in, path, key) for key in self.written.keys(name)})
 
-    def way_back(self) -> Callable[[], None]:
+    def snapshot(self) -> Callable[[], None]:
         """Returns what has blocks come, under the names and in the sizes that they have now, from where they come from now."""
-        restore, step = super().way_back(), 0 if self.parts is None else self.parts.step
+        restore, step = super().snapshot(), 0 if self.parts is None else self.parts.step
         sizes = {
             name: {key: tuple(parameter.shape) for key, parameter in block.named_parameters(prefix=name)}
             for name, block in self.blocks.items()
@@ -324,7 +324,7 @@ class FileStore(BlockStore):
         """Writes config, a file for what is in no block, a file for each block, and the index; see `BlockStore.write`."""
         self.release()
         self._transposed = frozenset(transposed)
-        blocks, parameter_of = len(self.blocks), named_in(self.model, self.files) if transposed else {}
+        blocks, parameter_of = len(self.blocks), names_in_model(self.model, self.files) if transposed else {}
         rest = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
         save_state(self.model, folder, with_transposed(rest, transposed), max_shard_size=sys.maxsize)
         (folder / SAFE_WEIGHTS_NAME).rename(folder / _file_name(0, blocks))
@@ -333,7 +333,7 @@ class FileStore(BlockStore):
             keys = {key for key in self.keys[name] if parameter_of.get(key) in transposed}
             file.unlink(missing_ok=True)  # what is written over might be a link to the file of a part
             if name in self.adopted and not keys:
-                link(self.adopted[name], file)
+                link_or_copy(self.adopted[name], file)
             else:
                 save_file(with_transposed(self.files.read(self.keys[name]), keys), file, {"format": "pt"})
         write_index(folder)
@@ -343,19 +343,19 @@ class FileStore(BlockStore):
         self._forget()
         if self.parts is not None:
             self.parts.remove()
-        self.files, self.adopted, self._lost = Files(str(folder)), {}, []
-        parameter_of = named_in(self.model, self.files)
+        self.files, self.adopted, self._lost = TensorFiles(str(folder)), {}, []
+        parameter_of = names_in_model(self.model, self.files)
         self.files.transposed = frozenset(key for key, name in parameter_of.items() if name in self._transposed)
         self.keys, self._origin = self._keys(), self.files.state
 
     def _load(self, keys: list[str], read: Mapping[str, Tensor] | None = None) -> None:
         """Loads tensors from the files, or those that have been read; those that are tied stay so."""
-        tied = defaultdict[nn.Parameter, list[Place]](list)
-        for place, parameter in places_of(self.model):
+        tied = defaultdict[nn.Parameter, list[Slot]](list)
+        for place, parameter in parameter_slots(self.model):
             if parameter.is_meta:
                 tied[parameter].append(place)
         with self.files.slices(keys) if read is None else nullcontext(read) as slices:
-            load_some(self.model, slices)
+            load_tensors(self.model, slices)
         for places in tied.values():
             parameters = [module.get_parameter(key) for module, key in places]
             arrived = [parameter for parameter in parameters if not parameter.is_meta]

@@ -7,11 +7,11 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.device import Copies, computed_on
+from billhook.engine.device import DeviceCopies, run_on
 from billhook.engine.trees import tree_leaves, tree_map_only
 
 
-class Loads(Protocol):
+class BlockLoader(Protocol):
     """Loads blocks for their forwards, as a store does."""
 
     device: torch.device | None
@@ -20,23 +20,23 @@ class Loads(Protocol):
         """Has the block of a module in memory."""
 
 
-class Coming:
+class LoadingForward:
     """A forward of a block that is in memory by then, or on the device of its store."""
 
     keeps_shapes = True
 
-    def __init__(self, store: Loads, block: nn.Module, forward: Callable[..., Any]) -> None:
+    def __init__(self, store: BlockLoader, block: nn.Module, forward: Callable[..., Any]) -> None:
         self.store, self.block, self.forward = store, block, forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
         """Returns what the block makes of what it is given."""
         self.store.load(self.block)
         if self.store.device is not None:
-            return computed_on(self.store.device, self.forward, args, kwargs)
+            return run_on(self.store.device, self.forward, args, kwargs)
         return self.forward(*args, **kwargs)
 
 
-class ComingOnce(Coming):
+class InferenceForward(LoadingForward):
     """A forward of a block that is there by then; nothing is kept of it for gradients, which are refused."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
@@ -48,16 +48,16 @@ class ComingOnce(Coming):
         return tree_map_only(Tensor, _without_gradient, output)
 
 
-class Visiting(Coming):
+class OffloadedForward(LoadingForward):
     """A forward of a linear that is in no block, such as the output embedding: copies are on the store's device for each call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
         """Returns what the linear makes of what it is given."""
         if self.store.device is None:
             return self.forward(*args, **kwargs)
-        with closing(Copies(self.store.device)) as copies:
+        with closing(DeviceCopies(self.store.device)) as copies:
             copies.enter(self.block)
-            return computed_on(self.store.device, self.forward, args, kwargs)
+            return run_on(self.store.device, self.forward, args, kwargs)
 
 
 class _Refused(torch.autograd.Function):
@@ -83,7 +83,7 @@ def _without_gradient(output: Tensor) -> Tensor:
     return refused
 
 
-class ComingAgain(Coming):
+class TrainingForward(LoadingForward):
     """A forward of a block that is in memory by then, and again when gradients come back to what it has given."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
@@ -98,7 +98,7 @@ class ComingAgain(Coming):
         self.store.load(self.block)
 
 
-class Before:
+class LoadHook:
     """A hook by which the block of a module is in memory before the module computes."""
 
     keeps_shapes = True

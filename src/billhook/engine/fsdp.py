@@ -1,7 +1,7 @@
 """Takes FSDP2 (`torch.distributed.fsdp.fully_shard`) off modules, and puts it on again as it was.
 
 Torch has no way to do this: the private names that it takes, and those that tensors in files take, are used in this file alone.
-`check_known` and `of_lists` look for them.
+`check_known` and `metadata_classes` look for them.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from billhook.versions import supported_versions
 
 MODULE = "torch.distributed._composable_state"
 """Where torch keeps which module has which state, in `_module_state_mapping`."""
-NOTED = "__composable_api_state_key"
+STATE_KEY = "__composable_api_state_key"
 """How names begin under which a module keeps what has been done to it."""
 OF_PART = ("_get_fsdp_state",)
 OF_STATE = (
@@ -58,7 +58,7 @@ OF_GROUP = (
     *SETTINGS,
 )
 OF_PARAMETER = ("_post_load_hook_handle", "reset_sharded_param")
-OF_RUNS = (*OF_PART, NOTED, "_mp_policy")
+OF_RUNS = (*OF_PART, STATE_KEY, "_mp_policy")
 """Those without which no run of a sharded model can be looked into, as for masks, whose shapes stay."""
 WRAPPED = "_checkpoint_wrapped_module"
 """What a wrapper of torch calls the module whose activations it recomputes or offloads; names of weights have it in theirs."""
@@ -88,17 +88,20 @@ def precision_of(part: nn.Module) -> torch.dtype | None:
     return dtype
 
 
-def bare(part: nn.Module) -> tuple[type[nn.Module], dict[Any, Any]]:
+def strip_fsdp(part: nn.Module) -> tuple[type[nn.Module], dict[Any, Any]]:
     """Gives a sharded module its own class again, without what FSDP keeps on it; returns the class of FSDP, and that."""
     # whatever torch keeps of it on the module: its keys are no plain strings, or begin so
-    kind, kept = type(part), {key: value for key, value in vars(part).items() if type(key) is not str or key.startswith(NOTED)}
+    kind, kept = (
+        type(part),
+        {key: value for key, value in vars(part).items() if type(key) is not str or key.startswith(STATE_KEY)},
+    )
     part.__class__ = class_of(part)  # torch has put its own there, and has no other way back
     for key in kept:
         del vars(part)[key]
     return kind, kept
 
 
-def take_off(module: nn.Module) -> list[Sharding]:
+def remove_fsdp(module: nn.Module) -> list[Sharding]:
     """Takes FSDP off a module and those within; the parameters stay shards. Returns how they were sharded, inner ones first.
 
     Raises:
@@ -120,7 +123,7 @@ def take_off(module: nn.Module) -> list[Sharding]:
             for parameter in group.fsdp_params:
                 parameter._post_load_hook_handle.remove()
     for part in parts:
-        for key, marks in bare(part)[1].items():
+        for key, marks in strip_fsdp(part)[1].items():
             if type(key) is str:
                 # torch refuses to shard a module again that bears its mark; other marks may stand beside it
                 for mark in (inspect.unwrap(fully_shard), fully_shard.__name__):
@@ -130,12 +133,12 @@ def take_off(module: nn.Module) -> list[Sharding]:
     return shardings
 
 
-def put_on(module: nn.Module, shardings: list[Sharding], shards: Mapping[nn.Parameter, nn.Parameter]) -> None:
+def restore_fsdp(module: nn.Module, shardings: list[Sharding], shards: Mapping[nn.Parameter, nn.Parameter]) -> None:
     """Shards a module as it was; of the modules that were sharded, those that it still has.
 
     Args:
         module: The module, whose parameters are whole; of their values nothing is asked.
-        shardings: What `take_off` has returned.
+        shardings: What `remove_fsdp` has returned.
         shards: The shards that come instead of parameters, as they lie from now on; others stay whole.
     """
     places = [(part, name, full) for part in module.modules() for name, full in part._parameters.items() if full is not None]
@@ -225,8 +228,8 @@ def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
             needed.append((group, OF_GROUP))
             needed += [(parameter, OF_PARAMETER) for parameter in getattr(group, "fsdp_params", ())]
     missing = [name for owner, names in needed for name in names if not hasattr(owner, name)]
-    if not any(type(key) is str and key.startswith(NOTED) for key in vars(part)):
-        missing.append(NOTED)
+    if not any(type(key) is str and key.startswith(STATE_KEY) for key in vars(part)):
+        missing.append(STATE_KEY)
     if not hasattr(_states_of_modules(), "pop"):
         missing.append(f"{MODULE}._module_state_mapping")
     _refuse(
@@ -237,14 +240,14 @@ def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
     )
 
 
-def of_lists() -> dict[str, dict[str, Any]]:
+def metadata_classes() -> dict[str, dict[str, Any]]:
     """Returns what `OF_LISTS` names; refuses a torch that lacks it."""
     parts = {(module, name): vars(import_module(module)).get(name) for module, name in OF_LISTS.items()}
     _refuse([".".join(names) for names, part in parts.items() if part is None], "it", "read a folder of shards")
     return {module: {name: part} for (module, name), part in parts.items()}
 
 
-def tensor_of(kind: type[Tensor], size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401
+def wrapper_tensor(kind: type[Tensor], size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401
     """Makes a tensor of a class of its own that has a size and no memory."""
     return kind._make_wrapper_subclass(kind, size, dtype=dtype, device=device)
 

@@ -75,7 +75,7 @@ def initialize_buffers(model: PreTrainedModel, parameters: Container[str] = ()) 
     model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
-def named_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     """Returns what a model calls the tensors of a checkpoint's files: of one that becomes several, or part of one, the first.
 
     Those that the model does not have are left out.
@@ -96,7 +96,7 @@ def named_in(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     return parameters
 
 
-def load_some(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
+def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
     """Loads some tensors of a checkpoint, given as slices of its files, in the dtypes that the model's own have."""
     with version_hint("transformers", LOADER):
         from transformers.core_model_loading import convert_and_load_state_dict_in_model as load_state
@@ -107,14 +107,14 @@ def load_some(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
     mapping = _conversions(model)
     plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
     try:
-        with without_bars():
+        with progress_bars_off():
             load_state(model, dict(slices), plan)
     finally:
         vars(model)["_weight_conversions"] = conversions  # of all tensors, which saving turns back
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
+def progress_bars_off() -> Iterator[None]:
     """Has transformers show no bars of its own within."""
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -125,7 +125,7 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def as_in_files(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_file_format(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns some of a model's tensors as its files hold them, which may join or name them otherwise."""
     if is_joined_unevenly(model):
         return dict(state)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from billhook.engine.device import Copies
+from billhook.engine.device import DeviceCopies
 from billhook.engine.store import BlockStore
 
 STATUS = Path("/proc/self/status")
@@ -63,15 +63,15 @@ def fits(store: BlockStore, moments: int, activations: int, memory: int) -> bool
     Raises:
         ValueError: If not even a block and moments fit.
     """
-    ahead = store.device is not None and Copies.sends_ahead(store.device)
-    needed = (resident() or 0) + WORK + (COPIES + ahead) * extent_of(store).largest + moments
+    ahead = store.device is not None and DeviceCopies.prefetches(store.device)
+    needed = (resident() or 0) + WORK + (COPIES + ahead) * streamed_size(store).largest + moments
     if needed > memory:
         raise ValueError(f"memory={memory / 2**30:.2f} GiB: at least {needed / 2**30:.2f} GiB are needed for one block at a time")
     return needed + activations <= memory
 
 
 @dataclass(frozen=True)
-class Extent:
+class StreamedSize:
     """How much of a model comes and goes, and how much stays, in bytes of parameters.
 
     Attributes:
@@ -92,11 +92,11 @@ class Extent:
         return f"{blocks}: {self.bytes / 1e6:,.1f} MB in all; {self.stays / 1e6:,.1f} MB stay in memory"
 
 
-def extent_of(store: BlockStore) -> Extent:
+def streamed_size(store: BlockStore) -> StreamedSize:
     """Finds how much of a model comes and goes."""
     sizes = [_bytes(block) for block in store.blocks.values()]
     total = sum(sizes)
-    return Extent(len(sizes), total, max(sizes, default=0), _bytes(store.model) - total)
+    return StreamedSize(len(sizes), total, max(sizes, default=0), _bytes(store.model) - total)
 
 
 def _bytes(module: nn.Module) -> int:

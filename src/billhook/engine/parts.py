@@ -138,10 +138,10 @@ class Parts:
                 (self._folder / MARK).write_text(json.dumps({"parts of": self._out.name}))
             self._place.mkdir(exist_ok=True)
             save_file({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}, draft, {"format": "pt"})
-            put(draft, self.path(name))
+            replace_file(draft, self.path(name))
             self._done[name] = note  # after the tensors: what a process killed between them has recorded is there
             draft.write_text(json.dumps({"key": self._key, "done": self._done}))
-            put(draft, self._place / RECORD)
+            replace_file(draft, self._place / RECORD)
         except (OSError, SafetensorError) as error:
             draft.unlink(missing_ok=True)
             raise OSError(
@@ -189,7 +189,7 @@ def _is_empty(folder: Path) -> bool:
     return folder.is_dir() and not any(folder.iterdir())
 
 
-def put(draft: Path, target: Path) -> None:
+def replace_file(draft: Path, target: Path) -> None:
     """Puts a file in the place of another, when it is safely on disk."""
     with draft.open("rb") as written:
         os.fsync(written.fileno())  # a file system may rename before it writes what the file holds
@@ -203,7 +203,7 @@ def tensor_in(path: Path, key: str) -> Tensor:
     return tensor
 
 
-def link(path: Path, target: Path) -> None:
+def link_or_copy(path: Path, target: Path) -> None:
     """Gives a file a second name, or copies it where files have but one."""
     try:
         target.hardlink_to(path)

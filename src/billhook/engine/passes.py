@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.comm import ALONE, Comm
+from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.sharding import is_sharded, unsharded
 from billhook.engine.shards import ShardStore
-from billhook.engine.state import undisturbed
+from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import BlockStore, store_of
 from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Site, Visitor, Walk, blocks_of
@@ -39,7 +39,7 @@ def blockwise(module: nn.Module) -> Iterator[None]:
             store.put_back()
 
 
-class Passing:
+class CallOrder:
     """Holds what has been seen of a run: whether each block was called once at most, as a whole, and none within another.
 
     Args:
@@ -66,9 +66,9 @@ class Passing:
 
 
 @contextmanager
-def passing(store: BlockStore, model: nn.Module) -> Iterator[Passing]:
+def watch_call_order(store: BlockStore, model: nn.Module) -> Iterator[CallOrder]:
     """Watches a run within, and yields what is seen of it; of a model that ranks do not share, whatever it does is orderly."""
-    seen = Passing(model)
+    seen = CallOrder(model)
     with ExitStack() as stack:
         for part, block in store.owner.items() if store.on_ranks else ():
             stack.callback(part.register_forward_pre_hook(partial(seen.enter, block)).remove)
@@ -78,7 +78,7 @@ def passing(store: BlockStore, model: nn.Module) -> Iterator[Passing]:
 
 
 @torch.no_grad()
-def goes_by_blocks(model: nn.Module, forwards: Sequence[Callable[[], object]], comm: Comm = ALONE) -> bool:
+def runs_blockwise(model: nn.Module, forwards: Sequence[Callable[[], object]], comm: Comm = SINGLE_PROCESS) -> bool:
     """Tells whether work is done block by block: blocks come and go, and on all ranks runs need them one after the other.
 
     Blocks in files always do. Of blocks that ranks share the first run tells, which is made for it.
@@ -86,7 +86,7 @@ def goes_by_blocks(model: nn.Module, forwards: Sequence[Callable[[], object]], c
     store = store_of(model)
     if not store.on_ranks or not store.alike:
         return store.in_files
-    with undisturbed(model), store.apart(comm), passing(store, model) as passed:
+    with evaluating_without_grad(model), store.apart(comm), watch_call_order(store, model) as passed:
         for forward in forwards[:1]:
             forward()
     seen = comm.gather((bool(forwards), passed.orderly))
@@ -141,15 +141,15 @@ class ActivationFiles:
 @contextmanager
 def activation_files(store: BlockStore) -> Iterator[ActivationFiles | None]:
     """Yields what keeps the values that blocks hand on in the files of a store's folder; None where they rest in memory."""
-    if store.rests is None:
+    if store.spill_folder is None:
         yield None
         return
-    with closing(ActivationFiles(store.rests)) as files:
+    with closing(ActivationFiles(store.spill_folder)) as files:
         yield files
 
 
 @contextmanager
-def outputs_in_files(files: ActivationFiles | None, model: nn.Module, blocks: Iterable[nn.Module] = ()) -> Iterator[None]:
+def spilled_outputs(files: ActivationFiles | None, model: nn.Module, blocks: Iterable[nn.Module] = ()) -> Iterator[None]:
     """Has the outputs of a model's modules lie in files, where runs that rest within the model hold them; None leaves them.
 
     A copy in a file goes on in the place of each output. What else a module's code computes stays in memory, and so does what is
@@ -178,13 +178,13 @@ def zeros(
 
 
 @contextmanager
-def resting(store: BlockStore) -> Iterator[None]:
+def spilling(store: BlockStore) -> Iterator[None]:
     """Has what modules hand on lie in the files of a store's folder within; in memory where it names none."""
-    with activation_files(store) as files, outputs_in_files(files, store.model, store.blocks.values()):
+    with activation_files(store) as files, spilled_outputs(files, store.model, store.blocks.values()):
         yield
 
 
-class Together:
+class SideBySide:
     """Runs a model on several inputs; where blocks come and go on all side by side, so that each comes once.
 
     Args:
@@ -199,7 +199,7 @@ class Together:
         model: nn.Module,
         leave: Callable[[nn.Module], None] | None = None,
         orderly: bool = False,
-        comm: Comm = ALONE,
+        comm: Comm = SINGLE_PROCESS,
     ) -> None:
         self._store, self._comm = store_of(model), comm
         if orderly or (self._store.blocks and not self._store.on_ranks):
@@ -222,12 +222,12 @@ class Together:
             for self._number, forward in enumerate(forwards):
                 forward()
             return
-        with resting(self._store):
+        with spilling(self._store):
             passed = _Passed(len(forwards), self._leave)
             self._walk = Walk(self._sites, passed, self._comm, self._store.load)  # on all ranks, also without runs that come
             self._walk(forwards)
 
 
-def together(model: nn.Module, forwards: Sequence[Callable[[], object]]) -> None:
-    """Calls functions that each run a model once, as `Together` does."""
-    Together(model)(forwards)
+def run_side_by_side(model: nn.Module, forwards: Sequence[Callable[[], object]]) -> None:
+    """Calls functions that each run a model once, as `SideBySide` does."""
+    SideBySide(model)(forwards)

@@ -14,11 +14,11 @@ from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from billhook.engine.fsdp import as_plain, of_lists, tensor_of
+from billhook.engine.fsdp import as_plain, metadata_classes, wrapper_tensor
 from billhook.engine.trees import tree_map_only
 
 
-class Unread(Tensor):
+class DeferredTensor(Tensor):
     """A tensor of known size that takes no memory: whatever computes with it, or copies it, is given what `read` returns.
 
     What comes out is a plain tensor, so that `load_state_dict` holds one of these in memory at a time, beside the module.
@@ -27,15 +27,17 @@ class Unread(Tensor):
     read: Callable[[], Tensor]
 
     @staticmethod
-    def of(size: Sequence[int], dtype: torch.dtype, read: Callable[[], Tensor], device: torch.device | None = None) -> "Unread":
+    def of(
+        size: Sequence[int], dtype: torch.dtype, read: Callable[[], Tensor], device: torch.device | None = None
+    ) -> "DeferredTensor":
         """Makes one that counts as on a device, by default the CPU, where it is put as soon as it has been read."""
-        unread: Unread = tensor_of(Unread, size, dtype, device or torch.device("cpu"))
+        unread: DeferredTensor = wrapper_tensor(DeferredTensor, size, dtype, device or torch.device("cpu"))
         unread.read = read
         return unread
 
-    def on(self, device: torch.device) -> "Unread":
+    def on(self, device: torch.device) -> "DeferredTensor":
         """Returns the same, for another device."""
-        return Unread.of(self.shape, self.dtype, self.read, device)
+        return DeferredTensor.of(self.shape, self.dtype, self.read, device)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
@@ -45,7 +47,7 @@ class Unread(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # noqa: ANN401
         """Computes with what is read."""
-        plain, named = tree_map_only(Unread, lambda unread: unread.read().to(unread.device), (args, kwargs or {}))
+        plain, named = tree_map_only(DeferredTensor, lambda unread: unread.read().to(unread.device), (args, kwargs or {}))
         return func(*plain, **named)
 
 
@@ -64,7 +66,7 @@ def is_sharded_checkpoint(path: Path) -> bool:
     return (path / DESCRIBED).is_file()
 
 
-def described(folder: Path) -> dict[str, Any]:
+def read_non_tensors(folder: Path) -> dict[str, Any]:
     """Reads all of a sharded checkpoint but its tensors."""
     checkpoint: dict[str, Any] = torch.load(folder / DESCRIBED, map_location="cpu", weights_only=True)
     return checkpoint
@@ -83,10 +85,10 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     listed = {name: entry for name, entry in reader.listed.state_dict_metadata.items() if name.startswith(f"{TENSORS}.")}
     _check(folder, reader.listed, listed)
     tensors = {
-        name.removeprefix(f"{TENSORS}."): Unread.of(entry.size, entry.properties.dtype, partial(_read, reader, name))
+        name.removeprefix(f"{TENSORS}."): DeferredTensor.of(entry.size, entry.properties.dtype, partial(_read, reader, name))
         for name, entry in listed.items()
     }
-    return described(folder) | {TENSORS: tensors}
+    return read_non_tensors(folder) | {TENSORS: tensors}
 
 
 def write_sharded(folder: Path, checkpoint: Mapping[str, Any], first: bool) -> None:
@@ -151,7 +153,7 @@ class _Plain(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
         """Returns what the list is made of; refuses all else."""
-        part = (PLAIN | of_lists()).get(module, {}).get(name)
+        part = (PLAIN | metadata_classes()).get(module, {}).get(name)
         known = module != metadata.__name__ or (isinstance(part, type) and part.__module__ == module)
         if part is None or not known:
             raise pickle.UnpicklingError(f"it names {module}.{name}"[:160])

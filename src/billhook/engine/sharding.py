@@ -13,13 +13,13 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from typing_extensions import Self
 
-from billhook.engine.fsdp import bare, check_known, precision_of
+from billhook.engine.fsdp import check_known, precision_of, strip_fsdp
 
-Place = tuple[nn.Module, str]
+Slot = tuple[nn.Module, str]
 """A parameter, by a module that has it and its name there."""
 
 
-def places_of(module: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
+def parameter_slots(module: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
     """Yields all parameters of a module, those that are tied at each of their places."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
@@ -27,7 +27,7 @@ def places_of(module: nn.Module) -> Iterator[tuple[Place, nn.Parameter]]:
                 yield (part, name), parameter
 
 
-def without_memory(shard: DTensor) -> nn.Parameter:
+def unallocated(shard: DTensor) -> nn.Parameter:
     """Returns a whole parameter for one that is sharded; it has no memory yet, and must not be read."""
     return nn.Parameter(_empty(shard, torch.device(shard.device_mesh.device_type)), shard.requires_grad)
 
@@ -149,7 +149,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
         check_known(part, reshapes=False)
     dtype = next((dtype for dtype in map(precision_of, parts) if dtype is not None), None)
     device = next((shard.device_mesh.device_type for shard in module.parameters() if isinstance(shard, DTensor)), "cpu")
-    kept = {part: bare(part) for part in parts}
+    kept = {part: strip_fsdp(part) for part in parts}
     try:
         # no cache: whole parameters come and go in the same memory, and a cast of one would stand for the next
         with _unhooked(module), nullcontext() if dtype is None else torch.autocast(device, dtype, cache_enabled=False):

@@ -16,22 +16,22 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from billhook.engine.comm import Comm
-from billhook.engine.forwards import Before, ComingAgain
+from billhook.engine.forwards import LoadHook, TrainingForward
 from billhook.engine.lazy import LazyTensors, Read
-from billhook.engine.loader_internals import as_in_files, save_state
+from billhook.engine.loader_internals import save_state, to_file_format
 from billhook.engine.sharding import (
     Layout,
-    Place,
+    Slot,
     free,
     full_tensor,
     has_memory,
-    places_of,
-    without_memory,
+    parameter_slots,
+    unallocated,
 )
 from billhook.engine.state import replaced
 from billhook.engine.store import STORE, BlockStore, with_transposed
 from billhook.engine.tensors import add_to_file
-from billhook.engine.walk import blocks_apart
+from billhook.engine.walk import separable_blocks
 
 
 class ShardStore(BlockStore):
@@ -59,18 +59,18 @@ class ShardStore(BlockStore):
     def __init__(self, root: nn.Module, gradients: bool = False) -> None:
         super().__init__(root)
         self.root, self.gradients = root, gradients
-        self._before, self._layouts, self._plain = dict[Place, nn.Parameter](), dict[Place, Layout](), set[Place]()
+        self._before, self._layouts, self._plain = dict[Slot, nn.Parameter](), dict[Slot, Layout](), set[Slot]()
         self._full = dict[nn.Parameter, nn.Parameter]()  # by their shards
         self._altered = set[nn.Parameter]()  # what is altered in the block that is here
-        for place, parameter in places_of(root):
+        for place, parameter in parameter_slots(root):
             if not isinstance(parameter, DTensor):
                 self._plain.add(place)
                 continue
             self._before[place], self._layouts[place] = parameter, Layout.of(parameter)
             if parameter not in self._full:
-                self._full[parameter] = without_memory(parameter)
+                self._full[parameter] = unallocated(parameter)
         self.shards = {full: shard for shard, full in self._full.items()}
-        self._index(root, blocks_apart(root, self._before.items()))
+        self._index(root, separable_blocks(root, self._before.items()))
         around = (module for module in root.modules() if isinstance(module, PreTrainedModel) and self._has_blocks(module))
         self.model = next(around, root)
         self._filled = list[nn.Parameter]()
@@ -107,9 +107,9 @@ class ShardStore(BlockStore):
         for module, block in self.owner.items():
             if module is block:
                 self._forwards[block] = vars(block).get("forward")
-                vars(block)["forward"] = ComingAgain(self, block, block.forward)
+                vars(block)["forward"] = TrainingForward(self, block, block.forward)
             elif module._parameters:  # some are called, and their block is not
-                self._installed.append(module.register_forward_pre_hook(Before(self.load, block)))
+                self._installed.append(module.register_forward_pre_hook(LoadHook(self.load, block)))
         for module in self.root.modules():
             if module not in self.owner and self._has_blocks(module):
                 vars(module)[STORE] = self
@@ -131,7 +131,7 @@ class ShardStore(BlockStore):
     def sharded(self) -> dict[nn.Parameter, nn.Parameter]:
         """Returns the shards of all parameters that the module has now, each by the whole one."""
         shards = dict[nn.Parameter, nn.Parameter]()
-        for place, full in places_of(self.root):
+        for place, full in parameter_slots(self.root):
             if full not in shards and (layout := self.layout(place)) is not None:
                 shards[full] = layout.shards(full) if has_memory(full) else self.shards[full]
         return shards
@@ -140,7 +140,7 @@ class ShardStore(BlockStore):
         """Returns what holds the values of a parameter, in any order of ranks: its shards, or itself."""
         return self.shards[parameter] if parameter in self.shards and not has_memory(parameter) else parameter
 
-    def layout(self, place: Place) -> Layout | None:
+    def layout(self, place: Slot) -> Layout | None:
         """Returns how a parameter, also a new one, is to lie on ranks; None of one that stays whole."""
         return None if place in self._plain else self._layouts.get(place, next(iter(self._layouts.values())))
 
@@ -177,7 +177,7 @@ class ShardStore(BlockStore):
     def _shard(self, block: nn.Module) -> None:
         """Shards the parameters of a block that are new, or may have other values than before."""
         done = set[nn.Parameter]()
-        for place, full in places_of(block):
+        for place, full in parameter_slots(block):
             layout, differs = self.layout(place), self.everything or full in self._altered or full not in self.shards
             if layout is not None and differs and full not in done:
                 self.shards[full] = layout.shards(full)
@@ -240,7 +240,7 @@ class ShardStore(BlockStore):
         save_state(model, folder, with_transposed(rest, transposed), max_shard_size=sys.maxsize)
 
         def in_files(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return as_in_files(model, with_transposed({name: tensor.detach() for name, tensor in named.items()}, transposed))
+            return to_file_format(model, with_transposed({name: tensor.detach() for name, tensor in named.items()}, transposed))
 
         def read() -> Iterator[dict[str, Tensor]]:
             for block, named in away.items():
@@ -254,7 +254,7 @@ class ShardStore(BlockStore):
         self.release()
 
     @contextmanager
-    def all_here(self) -> Iterator[None]:
+    def all_loaded(self) -> Iterator[None]:
         """Has all blocks whole, within."""
         self.release()
         try:

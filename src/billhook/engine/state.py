@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 
-class Noise:
+class StepRandom:
     """Random numbers of each step, from a seed, the step and the process: a resumed run draws as the straight run does."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 
 @contextmanager
-def fresh_casts() -> Iterator[None]:
+def fresh_autocast_cache() -> Iterator[None]:
     """Has autocast cast parameters again within, and once more afterwards, so that no copy of other values is computed with.
 
     Whatever puts other values into a parameter for a while, or for good, does it within such a block.
@@ -173,7 +173,7 @@ def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
     """
     pairs = [(module.get_parameter(name), value) for module, values in new.items() for name, value in values.items()]
     old = [parameter.data for parameter, _ in pairs]
-    with fresh_casts():
+    with fresh_autocast_cache():
         try:
             for parameter, value in pairs:
                 parameter.data = value if parameter.is_meta else value.to(parameter.device)
@@ -189,7 +189,7 @@ PROBLEM = "problem_type"
 
 
 @dataclass(frozen=True)
-class Ambient:
+class TorchState:
     """The state that torch keeps for a whole thread, although each run sets it for itself; by default, what arithmetic needs."""
 
     gradients: bool = False
@@ -198,7 +198,7 @@ class Ambient:
     autocast: tuple[tuple[str, bool, torch.dtype | None], ...] = ()  # by kind of device, whether it is on and to which dtype
 
     @classmethod
-    def now(cls) -> "Ambient":
+    def now(cls) -> "TorchState":
         """Returns the state that is set now."""
         kinds = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()]
         return cls(torch.is_grad_enabled(), torch.get_default_dtype(), _precision(), tuple(kinds))
@@ -245,10 +245,10 @@ def _set_precision(old: str, cuda: str, mkldnn: str) -> None:
 
 
 @contextmanager
-def precisely() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Computes products in full precision until the end of a `with` block, whatever the run has set."""
-    before = Ambient.now()
-    Ambient().restore()
+    before = TorchState.now()
+    TorchState().restore()
     try:
         yield
     finally:
@@ -256,14 +256,14 @@ def precisely() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def evaluating_without_grad(model: nn.Module) -> Iterator[None]:
     """Evaluates without gradients, key-value cache or compiled code; restores modes, random numbers and configs afterwards."""
-    with resting(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         yield
 
 
 @contextmanager
-def resting(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluates without dropout, key-value cache or compiled code; restores modes, random numbers and configs afterwards."""
     modes = {module: module.training for module in model.modules()}
     caching, problems = dict[int, Any](), dict[int, tuple[dict[str, Any], object]]()
@@ -281,7 +281,7 @@ def resting(model: nn.Module) -> Iterator[None]:
         model.train()  # some then forget what they have computed from parameters, as LeViT its position biases
         model.eval()
         # eager: compiled code would not call forwards that are replaced for the run, nor hooks that came after it was compiled
-        with fresh_casts(), torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
+        with fresh_autocast_cache(), torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for module, mode in modes.items():

@@ -35,7 +35,7 @@ class Statistics(ABC):
 
     chunk: ClassVar[tuple[int, int]]
     """How many input values are in float32 at a time: on the CPU, elsewhere."""
-    settled = False
+    frozen = False
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.in_features = in_features
@@ -45,7 +45,7 @@ class Statistics(ABC):
     def settle(self) -> None:
         """Checks the sums a last time: nothing is added from now on, so `check` has nothing to ask the device for."""
         self.check()
-        self.settled = True
+        self.frozen = True
 
     @torch.no_grad()
     def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
@@ -77,7 +77,7 @@ class Statistics(ABC):
 
     def check(self) -> None:
         """Refuses sums to which no token was added, of which one is NaN or infinite, or all underflow."""
-        if self.settled:
+        if self.frozen:
             return
         finite = torch.isfinite(self.squares)
         fine = finite.all() & (self.tokens > 0)
@@ -137,7 +137,7 @@ class InputNorms(Statistics):
         self._squares += torch.stack([chunk.square().sum(0) for chunk in chunks]).sum(0)
 
 
-class InputMoments(Statistics):
+class InputGram(Statistics):
     """The second moments of the inputs, X^T X = sum over tokens of x x^T.
 
     >>> moments = InputMoments(2)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.engine.comm import Comm
-from billhook.engine.device import Copies
-from billhook.engine.forwards import ComingOnce
+from billhook.engine.device import DeviceCopies
+from billhook.engine.forwards import InferenceForward
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import save_state
 from billhook.engine.state import overridden, replaced
@@ -60,7 +60,7 @@ class BlockStore(ABC):
         self.owner: dict[nn.Module, nn.Module] = {}
         self.names: dict[nn.Module, str] = {}
         self.device: torch.device | None = None
-        self.rests: str | None = None
+        self.spill_folder: str | None = None
         self.reused = 0
         self._alterations: dict[nn.Module, list[Alter]] = {}  # what is done to each block whenever it comes
         self.loaded: list[nn.Module] = []  # the block that is here; all of them within `all_here`
@@ -165,7 +165,7 @@ class BlockStore(ABC):
         """Follows the model, which has lost blocks."""
         self.release()
 
-    def way_back(self) -> Callable[[], None]:
+    def snapshot(self) -> Callable[[], None]:
         """Returns what has blocks come as they do now, once the model has the parameters again that it has now."""
         self.release()
         state = {name: copy.copy(vars(self)[name]) for name in self.kept}
@@ -178,9 +178,9 @@ class BlockStore(ABC):
         return back
 
     @contextmanager
-    def following(self) -> Iterator[None]:
+    def restored_on_error(self) -> Iterator[None]:
         """Has blocks come as before they changed, if an error is raised within."""
-        back = self.way_back()
+        back = self.snapshot()
         try:
             yield
         except BaseException:
@@ -192,7 +192,7 @@ class BlockStore(ABC):
         del comm
         return nullcontext()
 
-    def all_here(self) -> AbstractContextManager[None]:
+    def all_loaded(self) -> AbstractContextManager[None]:
         """Has all blocks in memory, within, where ranks share them."""
         return nullcontext()
 
@@ -283,13 +283,13 @@ class MemoryStore(BlockStore):
     @contextmanager
     def on(self, device: torch.device, blocks: Sequence[nn.Module]) -> Iterator[None]:
         """Has blocks compute on a device, within; see `BlockStore.on`."""
-        with closing(Copies(device, blocks)) as self._copies, ExitStack() as stack:
+        with closing(DeviceCopies(device, blocks)) as self._copies, ExitStack() as stack:
             self.device = device
             self._index(self.model, blocks)
             stack.callback(self._off)
             stack.enter_context(overridden(self.model, **{STORE: self}))
             for block in blocks:
-                stack.enter_context(overridden(block, forward=ComingOnce(self, block, block.forward)))
+                stack.enter_context(overridden(block, forward=InferenceForward(self, block, block.forward)))
             yield
 
     def _off(self) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from billhook.engine.sharding import places_of
+from billhook.engine.sharding import parameter_slots
 
 
 class Source:
@@ -87,7 +87,7 @@ FILE_PATTERN, LARGEST = "model{suffix}.safetensors", "50GB"
 UNREADABLE = (OSError, SafetensorError, KeyError)
 
 
-class Files:
+class TensorFiles:
     """Where the tensors of a checkpoint are, by their names in the files.
 
     Args:
@@ -116,15 +116,15 @@ class Files:
         return [(str(path), *seen, path.stat().st_ctime_ns) for path, seen in self._seen.items()]
 
     @property
-    def are_here(self) -> bool:
+    def are_local(self) -> bool:
         """True if none of the files must be fetched."""
         return all(self._here(file) is not None for file in set(self._files.values()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 
-    def __copy__(self) -> "Files":
-        other = object.__new__(Files)
+    def __copy__(self) -> "TensorFiles":
+        other = object.__new__(TensorFiles)
         vars(other).update(vars(self))
         other._files, other._names = dict(self._files), dict(self._names)
         return other
@@ -346,7 +346,7 @@ ELEMENTS = 2**22
 """Numbers that are read at once."""
 
 
-def share(model: PreTrainedModel, other: PreTrainedModel, files: Files, keys: Collection[str]) -> list[str]:
+def share_parameters(model: PreTrainedModel, other: PreTrainedModel, files: TensorFiles, keys: Collection[str]) -> list[str]:
     """Takes parameters from another model where it has, bit for bit, what files hold; returns the keys that are left to load.
 
     Those that are converted when they are loaded have other names in the files, and are left.
@@ -365,13 +365,13 @@ def share(model: PreTrainedModel, other: PreTrainedModel, files: Files, keys: Co
             left.append(key)
             continue
         shared = nn.Parameter(full.detach(), empty.requires_grad)
-        for (module, name), parameter in list(places_of(model)):
+        for (module, name), parameter in list(parameter_slots(model)):
             if parameter is empty:
                 module._parameters[name] = shared
     return left
 
 
-def _holds(full: Tensor, empty: Tensor, files: Files, key: str) -> bool:
+def _holds(full: Tensor, empty: Tensor, files: TensorFiles, key: str) -> bool:
     """Tells whether a tensor in memory is what the files hold, in dtype, shape and every bit."""
     alike = full.dtype == empty.dtype and full.shape == empty.shape and full.dim() > 0
     alike = alike and full.untyped_storage().size() >= full.nbytes  # or it is away, as a shard of ranks

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.comm import ALONE, Comm
-from billhook.engine.state import Ambient, overridden, replaced
+from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine.state import TorchState, overridden, replaced
 
 Sequential = Literal["block", "layer", "none"]
 
@@ -42,7 +42,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return list(blocks_with(model, {module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)}))
 
 
-def blocks_apart(model: nn.Module, parameters: Iterable[tuple[tuple[nn.Module, str], nn.Parameter]]) -> list[nn.Module]:
+def separable_blocks(model: nn.Module, parameters: Iterable[tuple[tuple[nn.Module, str], nn.Parameter]]) -> list[nn.Module]:
     """Returns the blocks of a model that have some of these parameters, each named by a module that has it, and share none."""
     holders = defaultdict[nn.Parameter, set[nn.Module]](set)
     for (module, _), parameter in parameters:
@@ -98,7 +98,7 @@ def find_sites(
     return [sites[module] for module in model.modules() if module in sites]
 
 
-def with_ways_out(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
+def with_exits(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     """Adds to sites of a model, in order, the way out of each block in which some of them have linears."""
     owner = {module: block for block in blocks_of(model) for module in block.modules()}
     ordered = list[Site]()
@@ -137,10 +137,10 @@ class Visitor:
         del site
         return {}
 
-    def came_out(self, run: int, given: Arguments, output: object) -> None:
+    def on_exit(self, run: int, given: Arguments, output: object) -> None:
         """Notes the arguments and keywords of a module in a run, and what it gave, at a way out."""
 
-    def came_again(self, site: Site) -> None:
+    def on_reentry(self, site: Site) -> None:
         """Is told of a complete site that a run comes to once more."""
 
     def leave(self, site: Site) -> None:
@@ -152,7 +152,7 @@ class _Observed(BaseException):  # no `Exception`, which code of a model might c
 
 
 class Walk:
-    """The runs, side by side; whatever they or the caller have set, the visitor is called in the state of `Ambient()`.
+    """The runs, side by side; whatever they or the caller have set, the visitor is called in the state of `TorchState()`.
 
     Args:
         sites: Where they rest.
@@ -166,7 +166,7 @@ class Walk:
         self,
         sites: Sequence[Site],
         visitor: Visitor,
-        comm: Comm = ALONE,
+        comm: Comm = SINGLE_PROCESS,
         enter: Callable[[nn.Module], object] | None = None,
     ) -> None:
         self.sites, self.visitor, self.comm, self.enter = list(sites), visitor, comm, enter
@@ -176,7 +176,7 @@ class Walk:
         self._calls: list[str] = []
         self._run, self._straight, self._runs = 0, False, list[greenlet]()
         self._pruned_parameters: tuple[Site | None, Mapping[nn.Module, Mapping[str, Tensor]]] = (None, {})
-        self._caller = Ambient.now()
+        self._caller = TorchState.now()
 
     @property
     def run(self) -> int:
@@ -188,7 +188,7 @@ class Walk:
 
         Sites that a run has come to once more, after they were complete, are in `again`: these calls were not observed.
         """
-        self._main, self._caller = greenlet.getcurrent(), Ambient.now()
+        self._main, self._caller = greenlet.getcurrent(), TorchState.now()
         self._runs = [greenlet(forward) for forward in forwards]
         try:
             with self._installed():
@@ -235,7 +235,7 @@ class Walk:
         run, self._run = self._runs[number], number
         self._caller.restore()  # autocast and the like are the thread's, which all runs share with the visitor
         site: Site = run.switch()
-        Ambient().restore()
+        TorchState().restore()
         return None if run.dead else site
 
     @contextmanager
@@ -271,11 +271,11 @@ class Walk:
 
     def _come_again(self, site: Site) -> None:
         self.again.add(site)
-        self.visitor.came_again(site)
+        self.visitor.on_reentry(site)
 
     def _rest(self, site: Site) -> None:
         """Lets others go on until all are here."""
-        state = Ambient.now()
+        state = TorchState.now()
         self._main.switch(site)
         state.restore()
 
@@ -286,9 +286,9 @@ class Walk:
         if site in self.complete:
             self._come_again(site)
             return forward(*args, **kwargs)
-        output = forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
+        output = forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
         self._rest(site)
-        self.visitor.came_out(self._run, (args, kwargs), output)
+        self.visitor.on_exit(self._run, (args, kwargs), output)
         self._rest(site)
         if self._run in self.visitor.untouched:
             return output
@@ -305,7 +305,7 @@ class Walk:
             if site.module in site.linears.values():
                 self._listen(site, next(iter(site.linears)), site.module, args, kwargs)
             else:
-                forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
+                forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
         except _Observed:
             pass
         finally:
@@ -318,8 +318,8 @@ class Walk:
             return
         if not args and "input" not in kwargs:  # its forward refuses that
             return
-        state = Ambient.now()
-        Ambient().restore()
+        state = TorchState.now()
+        TorchState().restore()
         try:
             self.visitor.observe(name, linear, args[0] if args else kwargs["input"], self._run)
         finally:
@@ -338,6 +338,6 @@ class Walk:
             yield
 
 
-def spare(value: Any) -> Any:  # noqa: ANN401
+def copy_cache(value: Any) -> Any:  # noqa: ANN401
     """Copies a key-value cache, so that it may be written to before the forward proper fills its own."""
     return copy.deepcopy(value) if isinstance(value, Cache) else value

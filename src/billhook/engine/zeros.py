@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from billhook.engine.files import FileStore
-from billhook.engine.loader_internals import named_in
+from billhook.engine.loader_internals import names_in_model
 from billhook.engine.sharding import full_tensor
 from billhook.engine.store import store_of
 
@@ -25,7 +25,7 @@ def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
     """Counts zeros of each parameter, by name; None if files of a model that is streamed would have to be fetched for it."""
     store = store_of(model)
     if isinstance(store, FileStore):
-        return _in_files(store) if store.files.are_here else None
+        return _in_files(store) if store.files.are_local else None
     holders = ((name, store.holder(parameter)) for name, parameter in model.named_parameters())
     return _numbers({name: _zeros(parameter) for name, parameter in holders if not parameter.is_meta})
 
@@ -36,7 +36,7 @@ def _in_files(store: FileStore) -> dict[str, int]:
     in_memory = {name: parameter for name, parameter in store.model.named_parameters() if not parameter.is_meta}
     counts = _numbers({name: _zeros(parameter) for name, parameter in in_memory.items()})
     parameters, names = dict(store.model.named_parameters(remove_duplicate=False)), dict[int, str]()
-    for key, name in named_in(store.model, store.files).items():
+    for key, name in names_in_model(store.model, store.files).items():
         parameter = parameters.get(name)
         if parameter is None or not parameter.is_meta or names.setdefault(id(parameter), name) != name:
             continue  # a buffer, or it is in memory, or tied to one that has been counted

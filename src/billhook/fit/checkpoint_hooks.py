@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 
 from billhook.adapters.checkpoint import save_adapters
-from billhook.engine.sharded_files import described, is_sharded_checkpoint
+from billhook.engine.sharded_files import is_sharded_checkpoint, read_non_tensors
 from billhook.engine.sharding import reshard
 from billhook.engine.state import random_state, set_random_state
 from billhook.fit.lightning_internals import batch_progress, data_fetcher, is_accumulating, training_loaders
@@ -226,7 +226,7 @@ def _recorded(path: Path) -> Any:  # noqa: ANN401 - what a file holds
     """Returns what a checkpoint, a file or a folder of shards, says of its model; None of one that Lightning is to refuse."""
     try:
         sharded = is_sharded_checkpoint(path)
-        checkpoint = described(path) if sharded else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_non_tensors(path) if sharded else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:
         return None
     return checkpoint.get(KEY) if isinstance(checkpoint, dict) else None

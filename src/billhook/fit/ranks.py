@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
-from billhook.engine.comm import ALONE, Comm
+from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.parts import fingerprint
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
@@ -49,7 +49,7 @@ def sum_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
 def comm_of(trainer: pl.Trainer, shared: bool = False) -> Comm:
     """Returns the ranks of a fit, which may share each batch."""
     if trainer.world_size == 1:
-        return ALONE
+        return SINGLE_PROCESS
     return Comm(partial(sum_over_ranks, trainer), trainer.global_rank, trainer.world_size, shared)
 
 

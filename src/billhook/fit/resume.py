@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from billhook.adapters.checkpoint import save_adapters
 from billhook.arguments import check_types
 from billhook.checkpoints.export import MASKED
-from billhook.engine.sharded_files import TENSORS, Unread, is_sharded_checkpoint, read_sharded
+from billhook.engine.sharded_files import TENSORS, DeferredTensor, is_sharded_checkpoint, read_sharded
 from billhook.fit.run import callbacks_of
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
@@ -109,7 +109,7 @@ def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     if requested is None:
         saved = [locations.get(tensor.untyped_storage().data_ptr(), "cpu") for tensor in plain.values()]
         options["map_location"] = next(filter(_is_there, saved), "cpu")
-    unread = {name: Unread.of(tensor.shape, tensor.dtype, tensor.detach) for name, tensor in plain.items()}
+    unread = {name: DeferredTensor.of(tensor.shape, tensor.dtype, tensor.detach) for name, tensor in plain.items()}
     return checkpoint | {TENSORS: checkpoint[TENSORS] | unread}
 
 
@@ -123,7 +123,7 @@ def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInChe
     """Returns what Lightning loads of a checkpoint whose tensors are unread, and a class for modules to take them."""
     state, source = checkpoint[TENSORS], BytesIO()
     later = {key: checkpoint[key] for key in LARGE if key in checkpoint}
-    placed = {name: torch.empty(0) if isinstance(tensor, Unread) else tensor for name, tensor in state.items()}
+    placed = {name: torch.empty(0) if isinstance(tensor, DeferredTensor) else tensor for name, tensor in state.items()}
     torch.save({key: tensor for key, tensor in checkpoint.items() if key not in later} | {TENSORS: placed}, source)
     source.seek(0)
 
@@ -131,7 +131,9 @@ def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInChe
     class Later(ShapeInCheckpoint):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             placed = checkpoint[TENSORS]
-            unread = {name: state[name].on(tensor.device) for name, tensor in placed.items() if isinstance(state[name], Unread)}
+            unread = {
+                name: state[name].on(tensor.device) for name, tensor in placed.items() if isinstance(state[name], DeferredTensor)
+            }
             checkpoint |= {**later, TENSORS: placed | unread}
             super().on_load_checkpoint(checkpoint)
 

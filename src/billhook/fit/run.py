@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from transformers import PreTrainedModel
 
-from billhook.engine.state import Ambient
+from billhook.engine.state import TorchState
 from billhook.fit.lightning_internals import averaging_callbacks, forks_or_spawns
 from billhook.private_paths import without_folders
 from billhook.schedules import Schedule, Step, check_step, resolve_step
@@ -154,10 +154,10 @@ def _configure(pl_module: pl.LightningModule, configure: Callable[[], None]) -> 
     configure()
     steps = vars(pl_module)[_WAITING]
     drop_pending(pl_module)
-    before = Ambient.now()
+    before = TorchState.now()
     try:
         with torch.device("cpu"):  # Lightning has set a device and a dtype for new models, which are not for what steps compute
-            Ambient(gradients=before.gradients, precision=before.precision, autocast=before.autocast).restore()
+            TorchState(gradients=before.gradients, precision=before.precision, autocast=before.autocast).restore()
             for step in steps:
                 step()
     finally:

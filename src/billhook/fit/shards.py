@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from billhook.engine.fsdp import put_on, take_off
+from billhook.engine.fsdp import remove_fsdp, restore_fsdp
 from billhook.engine.sharding import is_sharded, reshard, sharded_as
 from billhook.engine.shards import ShardStore
 
@@ -29,7 +29,7 @@ def gathered(module: nn.Module, optimizers: Collection[Optimizer], gradients: bo
         return
     reshard(module)
     store = ShardStore(module, gradients)  # which gathers, and may fail, so it comes before anything changes
-    shardings = take_off(module)
+    shardings = remove_fsdp(module)
     whole_ones = store.begin()
     _follow(optimizers, whole_ones)
     if not gradients:
@@ -37,12 +37,12 @@ def gathered(module: nn.Module, optimizers: Collection[Optimizer], gradients: bo
             shard.grad = None
     del whole_ones
     try:
-        with nullcontext() if blockwise else store.all_here():
+        with nullcontext() if blockwise else store.all_loaded():
             yield
     finally:
         store.end()
         shards = store.sharded()
-        put_on(module, shardings, shards)
+        restore_fsdp(module, shardings, shards)
         _follow(optimizers, shards)
 
 

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.batches import Run, own_loss, runs_of
+from billhook.engine.batches import Run, model_loss, runs_of
 from billhook.engine.state import overridden
 
 
@@ -47,7 +47,7 @@ def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Mo
 
     def loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
         if not pl_module.automatic_optimization:
-            return own_loss(model, _for_model(pl_module, batch), hint="")
+            return model_loss(model, _for_model(pl_module, batch), hint="")
         result: Any = bind_arguments(pl_module.training_step, batch, number)()
         value = result["loss"] if isinstance(result, Mapping) else result
         if not isinstance(value, Tensor):

@@ -16,12 +16,12 @@ from billhook.arguments import check_one_of, check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.display import Printable, text_table
 from billhook.engine.batches import Loss, Run
-from billhook.engine.state import resting
+from billhook.engine.state import evaluating
 from billhook.importance.probes import check_consumers
 from billhook.importance.score import Importance, Sums, make_run
 from billhook.model.find import check_values, find_transformer
 from billhook.units.blocks import skipping
-from billhook.units.find import find_units, numbered
+from billhook.units.find import find_units, unit_ids
 from billhook.units.gates import place_gates
 from billhook.units.units import Per, Units
 
@@ -140,13 +140,13 @@ def ablate_heads(
     subject = find_transformer(model)
     check_values(subject)
     heads = find_units(subject, "head")
-    numbered(heads, {}, per)
+    unit_ids(heads, {}, per)
     runs = [make_run(subject, heads, batch, metric) for batch in read_batches(batches, subject)]
     if not runs:
         raise ValueError("batches: at least one is needed")
     values = {name: torch.zeros(of_place.count(per), dtype=torch.float64) for name, of_place in heads.items()}
     dense = 0.0
-    with resting(subject), ablating(subject, heads, per) as gates, torch.no_grad():
+    with evaluating(subject), ablating(subject, heads, per) as gates, torch.no_grad():
         for run in runs:
             dense += float(run.forward()) / len(runs)
             for name, gate in gates.items():

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from billhook.engine.batches import Run
-from billhook.engine.passes import Together
+from billhook.engine.passes import SideBySide
 from billhook.engine.store import store_of
 from billhook.importance.probes import by_unit, check_consumers, consumer_modules, count_tokens, mask_padding
 from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
-from billhook.model.linears import Convolution, batched, channels_of, is_convolution, patches, read_dim, weight_of
+from billhook.model.layers import Convolution, batched, channels_of, is_convolution, patches, read_dim, weight_of
 from billhook.units.units import Per, Units
 
 AT_ONCE = 2**24
@@ -163,7 +163,7 @@ def watch(
 
     With `leave`, they run side by side, and it is called with each block when all have passed it.
     """
-    together = Together(model, leave)
+    together = SideBySide(model, leave)
 
     def see(name: str, reader: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         dim, tokens = read_dim(module), runs[together.now].tokens.get(reader)

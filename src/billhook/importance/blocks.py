@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from billhook.engine.batches import Run
-from billhook.engine.passes import Together
+from billhook.engine.passes import SideBySide
 from billhook.importance.score import Importance, Sums
 from billhook.units.blocks import hidden_states, returned_states
 from billhook.units.units import PLURAL, Per, Units
@@ -43,7 +43,7 @@ class BlockInfluence(Importance):
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches; see `Importance.sums`."""
-        sums, together = Sums.zero(units, per), Together(model)
+        sums, together = Sums.zero(units, per), SideBySide(model)
         for name, of_place in units.items():
             if of_place.kind != "block":
                 kind = PLURAL[of_place.kind]

@@ -24,7 +24,7 @@ from billhook.importance.probes import (
     scalar_loss,
 )
 from billhook.importance.score import Importance, Sums
-from billhook.model.linears import read_dim
+from billhook.model.layers import read_dim
 from billhook.units.units import Per, Units
 
 Each = Literal["token", "example", "batch"]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from billhook.arguments import check_int, check_number, check_types
 from billhook.engine.batches import Run
 from billhook.engine.memory import memory_to_hold
-from billhook.engine.passes import goes_by_blocks
-from billhook.engine.statistics import InputMoments
+from billhook.engine.passes import runs_blockwise
+from billhook.engine.statistics import InputGram
 from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
 from billhook.importance.activations import gram_of, unit_positions, watch
@@ -77,14 +77,14 @@ def watch_blockwise(
     leave(readers.keys())
 
 
-Moments = dict[tuple[str, str], InputMoments]
+Moments = dict[tuple[str, str], InputGram]
 """(place, reader) -> the moments of what it reads."""
 
 
 def _note(moments: Moments, _: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
     key = name, reader
     if key not in moments:
-        moments[key] = InputMoments(inputs.shape[-1], inputs.device)
+        moments[key] = InputGram(inputs.shape[-1], inputs.device)
     fits = tokens is not None and tokens.shape == inputs.shape[:-1]
     moments[key].add(inputs, tokens.to(inputs.device) if tokens is not None and fits else None)
 
@@ -134,7 +134,7 @@ class OBS(Importance):
         size = sum(4 * len(of_place.index) ** 2 * len(consumer_modules(model, of_place)) for of_place in units.values())
         device = next(chain(model.parameters(), model.buffers())).device
         too_many = self.passes == 1 and store_of(model).holds_all and size > memory_to_hold(device)
-        if too_many or goes_by_blocks(model, [run.visit for run in runs]):
+        if too_many or runs_blockwise(model, [run.visit for run in runs]):
             sums, moments = Sums.zero(units, per), Moments()
 
             def leave(passed: Collection[str]) -> None:

@@ -13,13 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine.batches import Loss, Run, run_with_loss, telling
-from billhook.engine.comm import ALONE, Comm, Reduce
-from billhook.engine.state import overridden, resting
+from billhook.engine.batches import Loss, Run, run_with_loss, with_progress
+from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
+from billhook.engine.state import evaluating, overridden
 from billhook.engine.store import store_of
 from billhook.model.find import check_values, find_transformer
 from billhook.progress import OnProgress
-from billhook.units.find import check_held, numbered
+from billhook.units.find import check_belongs, unit_ids
 from billhook.units.units import Per, Units
 
 
@@ -147,19 +147,19 @@ def score_units(
     loss: Loss | None = None,
     normalize: bool = False,
     per: Per = "head",
-    comm: Comm = ALONE,
+    comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
 ) -> dict[str, Tensor]:
     """Scores units as `score`; `progress` is called with how many batches have been scored, and how many there are."""
-    numbered(units, {}, per)
+    unit_ids(units, {}, per)
     check_values(model, coming=True)
     check_has_gradients(model, importance)
-    check_held(model, units)
+    check_belongs(model, units)
     read = read_batches(batches, model) if importance.needs_data else ()
-    blocks = store_of(model).apart(comm) if importance.blockwise else store_of(model).all_here()
-    with resting(model), blocks, recomputing(model) if importance.needs_gradients else nullcontext():
+    blocks = store_of(model).apart(comm) if importance.blockwise else store_of(model).all_loaded()
+    with evaluating(model), blocks, recomputing(model) if importance.needs_gradients else nullcontext():
         runs = [make_run(model, units, batch, loss) for batch in read]
-        sums = importance.sums(model, units, per, telling(runs, progress) if progress else runs)
+        sums = importance.sums(model, units, per, with_progress(runs, progress) if progress else runs)
     if importance.needs_data:
         comm.sum_(*sums.totals.values(), *sums.counts.values())
         if not any(count.any() for count in sums.counts.values()):

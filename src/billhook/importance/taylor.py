@@ -155,7 +155,7 @@ class _Pass:
         """Adds the products of one parameter to those of its parts, by position, where they are: nothing waits for a device."""
         values = products if self._order in ("vector", "unit") else products.abs_()
         for part in self._parts[name]:
-            along = part.along(values)
+            along = part.sum_others(values)
             self._finite.append((where, name, along.isfinite().all()))
             total = in_float64((along.abs() if self._order == "vector" else along).detach())
             self._positions[_key(part)] = total + self._positions.get(_key(part), 0.0)  # NaN and infinity stay in the sums

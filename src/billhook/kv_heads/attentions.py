@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from billhook.adapters.merge import MERGE_HINT, adapter_layers
-from billhook.engine.batches import Loss, Run, run_with_loss, tell_apart
-from billhook.engine.comm import ALONE, Comm
+from billhook.engine.batches import Loss, Run, run_with_loss, runs_fingerprint
+from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.passes import Together, goes_by_blocks
-from billhook.engine.state import overridden, replaced, undisturbed
+from billhook.engine.passes import SideBySide, runs_blockwise
+from billhook.engine.state import evaluating_without_grad, overridden, replaced
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.kv_heads.basis import find_bases, in_bases, pooled, similar_order
@@ -26,7 +26,7 @@ from billhook.kv_heads.methods import Grouping, KVMethod, Reconstructing
 from billhook.kv_heads.moments import MomentPass, Moments, gather, weight_moments
 from billhook.kv_heads.symmetry import find_symmetries, in_order
 from billhook.linalg import float64_device, in_float64
-from billhook.model.linears import is_linear, size_of
+from billhook.model.layers import is_linear, size_of
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.tracing.trace import trace
 
@@ -72,7 +72,7 @@ def _states(output: Any) -> Tensor:  # noqa: ANN401
 class Attentions:
     """The attentions of a model that are to have fewer KV heads, in `groups` by name, and what is known of them."""
 
-    def __init__(self, model: nn.Module, groups: Mapping[str, int], comm: Comm = ALONE) -> None:
+    def __init__(self, model: nn.Module, groups: Mapping[str, int], comm: Comm = SINGLE_PROCESS) -> None:
         layers = tuple(adapter_layers(model))
         if inside := next((layer for layer in layers if layer.startswith(tuple(f"{name}." for name in groups))), None):
             why = "heads stay in their bases, where 'mean' and 'first' can pool them"
@@ -158,7 +158,7 @@ class Attentions:
         Where blocks come and go, one pass finds all of them, and moments go with their block. Where ranks share blocks and call
         them in another order than one after the other, the moments of all attentions are there at once.
         """
-        if not goes_by_blocks(self.model, [trial.visit for trial in trials], self._comm):
+        if not runs_blockwise(self.model, [trial.visit for trial in trials], self._comm):
             moments = self.moments(trials, methods[0].grouping)
             for method in methods:
                 yield method, self.equal(method, moments)
@@ -174,7 +174,7 @@ class Attentions:
         for name in self.projections:
             inside[store.owner.get(self.model.get_submodule(name))].append(name)
         new = LazyTensors({})
-        with store.step(f"heads of {self.groups} by {methods}", partial(tell_apart, trials)):
+        with store.step(f"heads of {self.groups} by {methods}", partial(runs_fingerprint, trials)):
             known = {block for block in inside if block is not None and store.known(block) is not None}
             left = {name: self.projections[name] for block, names in inside.items() if block not in known for name in names}
             listening = MomentPass(self.model, left, {name: [groups[name]] for name in left}, trials, self._comm)
@@ -193,7 +193,7 @@ class Attentions:
                     new |= store.stage(block, values)
 
             if has_data:
-                listening.run(Together(self.model, stage, True, self._comm))
+                listening.run(SideBySide(self.model, stage, True, self._comm))
             for block in list(inside):  # what no run has come to, which is refused, and what is in no block
                 stage(block)
         return new
@@ -261,7 +261,7 @@ class Attentions:
     def _outputs(self, trial: Run) -> list[Any]:
         """Returns what the model returns each time that it is called, or else, if only parts of it are, what the run does."""
         outputs = list[Any]()
-        with undisturbed(self.model), ExitStack() as stack:
+        with evaluating_without_grad(self.model), ExitStack() as stack:
             stack.callback(self.model.register_forward_hook(lambda _module, _args, output: outputs.append(output)).remove)
             result = trial.visit()
         return outputs or [result]
@@ -269,7 +269,7 @@ class Attentions:
     def _compared_side_by_side(self, new: LazyTensors, trials: Sequence[Run]) -> Compared:
         """Yields the same of a model whose blocks are read once for all runs, with their own parameters and with others."""
         of_block, outputs = dict[str, dict[str, Tensor]](), dict[int, Any]()  # new parameters of the block that computes
-        together = Together(self.model, lambda _: of_block.clear())
+        together = SideBySide(self.model, lambda _: of_block.clear())
 
         def changed(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
             if not together.now % 2:  # which has the model's own parameters
@@ -282,7 +282,7 @@ class Attentions:
         def run(trial: Run) -> None:
             outputs[together.now] = trial.visit()
 
-        with undisturbed(self.model), ExitStack() as stack:
+        with evaluating_without_grad(self.model), ExitStack() as stack:
             for name in new.modules:
                 linear = self.model.get_submodule(name)
                 stack.enter_context(overridden(linear, forward=partial(changed, name, linear.forward)))

@@ -11,9 +11,9 @@ from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.config_fields import field
 from billhook.model.find import find_transformer
-from billhook.model.handed import handing_of
 from billhook.model.meta import to_meta
-from billhook.model.shape import FLAG, Shape, built_shape, set_shape, shape_of, unbuilt_shape
+from billhook.model.repeat_kv import repeat_layout_of
+from billhook.model.shape import FLAG, Shape, built_shape, set_shape, shape_beyond_config, shape_of
 
 FIELD = "num_key_value_heads"
 FIELDS = (FIELD, "num_kv_heads")
@@ -159,8 +159,8 @@ def _match(name: str, now: KVAttention, then: KVAttention, old: tuple[int, ...],
     if len(dims) != 1:
         raise ValueError(f"{name} goes from {list(old)} to {list(new)}, which is more than KV heads")
     (dim,) = dims
-    keys = now.rows_of(name, dim, old[dim]).keys(now.heads // then.heads)
-    positions = {key: position for position, key in enumerate(then.rows_of(name, dim, new[dim]).keys())}
+    keys = now.owned_rows(name, dim, old[dim]).keys(now.heads // then.heads)
+    positions = {key: position for position, key in enumerate(then.owned_rows(name, dim, new[dim]).keys())}
     wrong = set(keys) != positions.keys() or len(positions) != new[dim] or math.prod(old) == 0
     if wrong or any(head < 0 for _, head, _ in keys):
         raise ValueError(f"{name} goes from {list(old)} to {list(new)}, and it cannot be told which head is where")
@@ -276,7 +276,7 @@ def check_each(attentions: Mapping[str, KVAttention], names: Collection[str], he
 
 def hands_out(model: PreTrainedModel, attention: KVAttention) -> bool:
     """Returns whether linears of an attention store fewer heads than they hand out."""
-    return any(handing_of(model.get_submodule(name.rpartition(".")[0])) is not None for name in attention.rows)
+    return any(repeat_layout_of(model.get_submodule(name.rpartition(".")[0])) is not None for name in attention.rows)
 
 
 def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
@@ -288,7 +288,7 @@ def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
     query = field(config, "num_attention_heads")
     kv = field(config, FIELD) or query
     unsaid = kv == query and any(hasattr(config, name) for name in (*FIELDS[1:], FLAG))
-    if not unsaid and not unbuilt_shape(model).tensors:
+    if not unsaid and not shape_beyond_config(model).tensors:
         return query if isinstance(query, int) else None, kv if isinstance(kv, int) else None
     counts = set(heads_by_layer(model))
     return counts.pop() if len(counts) == 1 else (None, None)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from billhook.arguments import check_int, check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Loss, Run
-from billhook.engine.comm import ALONE, Comm
+from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
@@ -28,7 +28,7 @@ from billhook.kv_heads.methods import KVMethod, Name, Reconstructing, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.find import check_changeable, check_values, find_transformer
 from billhook.model.plan import Weights, apply
-from billhook.model.surgery import changed, check_replaceable
+from billhook.model.surgery import changed_names, check_replaceable
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import not_refitted_message
 
@@ -113,7 +113,7 @@ def turned_weights(
     groups: Mapping[str, int],
     method: Reconstructing,
     batches: Iterable[BatchAndLoss] = (),
-    comm: Comm = ALONE,
+    comm: Comm = SINGLE_PROCESS,
 ) -> LazyTensors:
     """Returns by parameter the values with which the heads of each group lie in one basis and next to each other.
 
@@ -188,7 +188,7 @@ def convert_kv_heads(
     trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     check_replaceable(model, trained_by)
     plan = plan_kv_heads(model, num_key_value_heads, method, layers, encoder)
-    with store_of(model).following():  # of both steps, so that the same call goes on with what has been staged in the first
+    with store_of(model).restored_on_error():  # covers both steps: a second call resumes from the first
         plan, weights, _ = ready(model, plan, batches, repair)
         apply(model, plan, trained_by, weights)
     return plan
@@ -213,7 +213,7 @@ def ready(
     calibration = read_batches(batches, model) if least or batches is not None else ()
     attentions = attentions or Attentions(model, dict.fromkeys(plan.layers, plan.after))
     weights, how = ready_weights(attentions, plan.method, [(batch, None) for batch in calibration], repair)
-    restart = changed(model, weights) if store_of(model).trains else ()
+    restart = changed_names(model, weights) if store_of(model).trains else ()
     return replace(plan, restart=tuple(restart)), weights, how
 
 

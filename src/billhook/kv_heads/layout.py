@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.linalg import in_float64
-from billhook.model.handed import Indices, handing_of
-from billhook.model.linears import as_it_lies, is_linear, matrix_of
+from billhook.model.layers import is_linear, matrix_of, to_parameters
+from billhook.model.repeat_kv import Indices, repeat_layout_of
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member, common_module
 from billhook.tracing.roles import Attention, Part
@@ -72,7 +72,7 @@ class KVAttention:
         """How many query heads there are."""
         return self.units.count()
 
-    def rows_of(self, name: str, dim: int, size: int) -> Rows:
+    def owned_rows(self, name: str, dim: int, size: int) -> Rows:
         """Returns the rows of a parameter, also of one that belongs to KV heads altogether, such as a norm over all keys."""
         rows = self.rows.get(name)
         if rows is not None and rows.dim == dim:
@@ -109,7 +109,7 @@ def _attention(model: PreTrainedModel, units: Units, attentions: Iterable[Attent
             continue
         rows[name] = _rows(units, name, dim, made)
         owner = name.rpartition(".")[0]
-        if (handing := handing_of(model.get_submodule(owner))) is not None:
+        if (handing := repeat_layout_of(model.get_submodule(owner))) is not None:
             heads.append(handing.heads)
         bias = parameters.get(f"{owner}.bias")
         if bias is not None and bias.shape == (made[0][1].size,):
@@ -226,7 +226,7 @@ def written(model: nn.Module, projections: Projections, tensors: HeadTensors) ->
         if rows.linear not in linears:  # queries, keys and values may be made by one
             linears[rows.linear] = _copied(model.get_submodule(rows.linear))
         put_heads(linears[rows.linear], rows, vars(tensors)[kind])
-    return {name: as_it_lies(model.get_submodule(name), *matrix) for name, matrix in linears.items()}
+    return {name: to_parameters(model.get_submodule(name), *matrix) for name, matrix in linears.items()}
 
 
 def moved_values(model: nn.Module, projections: Projections, order: Sequence[int]) -> dict[str, dict[str, Tensor]]:
@@ -236,7 +236,7 @@ def moved_values(model: nn.Module, projections: Projections, order: Sequence[int
     for tensor in (weight, bias):
         if tensor is not None:
             tensor[rows.index] = tensor[rows.index[list(order)]]  # in its own dtype: this runs for each batch and head of a group
-    return {rows.linear: as_it_lies(linear, weight, bias)}
+    return {rows.linear: to_parameters(linear, weight, bias)}
 
 
 def _copied(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from billhook.calibration.calibration import log_only_self_generated
 from billhook.engine.batches import Run
-from billhook.engine.comm import ALONE, Comm
-from billhook.engine.passes import Together
-from billhook.engine.state import overridden, precisely, replaced, undisturbed
+from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine.passes import SideBySide
+from billhook.engine.state import evaluating_without_grad, full_precision, overridden, replaced
 from billhook.engine.store import store_of
-from billhook.engine.walk import spare
+from billhook.engine.walk import copy_cache
 from billhook.kv_heads.layout import HeadTensors, Projections, moved_values
 from billhook.linalg import float64_device
-from billhook.model.handed import handing_of
+from billhook.model.repeat_kv import repeat_layout_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ def gather(
     projections: Mapping[str, Projections],
     groups: Mapping[str, Collection[int]],
     trials: Sequence[Run],
-    comm: Comm = ALONE,
+    comm: Comm = SINGLE_PROCESS,
 ) -> dict[str, dict[int, Moments]]:
     """Returns the moments of attentions on all batches, by name and by the number of groups; the model stays as it is.
 
@@ -83,7 +83,7 @@ def gather(
     log_only_self_generated([trial.source for trial in trials])
     listening = MomentPass(model, projections, groups, trials, comm)
     with store_of(model).apart(comm):
-        listening.run(Together(model))
+        listening.run(SideBySide(model))
     return listening.take(*projections)
 
 
@@ -104,15 +104,15 @@ class MomentPass:
         projections: Mapping[str, Projections],
         groups: Mapping[str, Collection[int]],
         trials: Sequence[Run],
-        comm: Comm = ALONE,
+        comm: Comm = SINGLE_PROCESS,
     ) -> None:
         self._model, self._trials, self._comm = model, trials, comm
         self._listeners = {name: _Listener(model, attention, groups[name]) for name, attention in projections.items()}
         self._hooks: dict[str, ExitStack] = {}
 
-    def run(self, together: Together) -> None:
+    def run(self, together: SideBySide) -> None:
         """Goes over all blocks, as `together` has runs pass them."""
-        with undisturbed(self._model), ExitStack() as stack:
+        with evaluating_without_grad(self._model), ExitStack() as stack:
             for name in self._listeners:  # no local keeps a listener, and what it adds up, once its block has been left
                 self._listeners[name].masks = lambda: self._trials[together.now].tokens
                 self._hooks[name] = stack.enter_context(ExitStack())
@@ -205,7 +205,7 @@ class _Listener:
             heads = range(self._projections.kv_heads)
             moved = moved_values(self._model, self._projections, [h // size * size + (h + shift) % size for h in heads])
             with replaced({self._model.get_submodule(n): new for n, new in moved.items()}), suppress(StopForward):
-                forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
+                forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
         self._unshifted = True
         try:
             return forward(*args, **kwargs)
@@ -216,10 +216,10 @@ class _Listener:
         """Adds up keys or queries, or both where one linear makes them."""
         if not self._unshifted:
             return
-        if (handing := handing_of(module)) is not None:
-            output = handing.take_back(output)
+        if (handing := repeat_layout_of(module)) is not None:
+            output = handing.undo_repeat(output)
         outputs, projections, sums = self._tokens_that_count(output, linear), self._projections, self.summed()
-        with precisely():
+        with full_precision():
             if linear == projections.k.linear:
                 for number, total in sums.keys.items():
                     _add_products(total, outputs[:, projections.k.index.reshape(number, -1)].transpose(0, 1))
@@ -242,7 +242,7 @@ class _Listener:
                 f"{projections.name} reads its heads several times in one call: what is of which values cannot be told"
             )
         shifts, sums = [self._read[-1], *self._read[:-1]], self.summed()  # the attention as it is comes last
-        with precisely():  # whatever the fit has set
+        with full_precision():  # whatever the fit has set
             for number, total in sums.values.items():
                 self._add_values(total, projections.kv_heads // number, shifts)
             sums.tokens[1] += shifts[0].shape[0] * projections.queries

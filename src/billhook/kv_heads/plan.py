@@ -36,8 +36,8 @@ from billhook.model.config_fields import field
 from billhook.model.find import check_plain, find_transformer
 from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights, check_weights
-from billhook.model.shape import Shape, note_shape, set_shape, shape_of
-from billhook.model.surgery import Change, Follow, change_in_turn, follow, undone_by_errors
+from billhook.model.shape import Shape, record_shape, set_shape, shape_of
+from billhook.model.surgery import Change, UpdateOptimizers, change_blockwise, restored_on_error, update_optimizers
 from billhook.tracing.show import name_pattern
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ class KVHeadPlan(ShapePlan):
         if self.model != type(model).__name__ or self.shape.tensors.keys() != shape_of(model).tensors.keys():
             raise ValueError(f"plan: it was made for another model than this {type(model).__name__}")
 
-    def change(self, model: nn.Module, weights: Weights | None = None) -> Follow:
+    def change(self, model: nn.Module, weights: Weights | None = None) -> UpdateOptimizers:
         """Carries the plan out on a model, in place; see `ShapePlan.change`.
 
         Args:
@@ -138,11 +138,11 @@ class KVHeadPlan(ShapePlan):
         for name, change in changes.items():
             change = starting(new.reads[name], change) if name in new else change
             changes[name] = replace(change, state=None) if name in self.restart else change
-        with store_of(model).following(), undone_by_errors(model):
-            swaps = change_in_turn(model, changes, str(self.to_json()), self.shape.tensors, lambda: new.key)
+        with store_of(model).restored_on_error(), restored_on_error(model):
+            swaps = change_blockwise(model, changes, str(self.to_json()), self.shape.tensors, lambda: new.key)
             set_shape(model, self.shape)
-            note_shape(model)
-        return partial(follow, swaps)
+            record_shape(model)
+        return partial(update_optimizers, swaps)
 
 
 def starting(values: Callable[[], Tensor], change: Change) -> Change:

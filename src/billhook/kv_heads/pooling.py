@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from billhook.engine.sharding import full_tensor, local, reshard, sharded_as
-from billhook.engine.state import fresh_casts, uninterrupted
-from billhook.model.handed import Indices
+from billhook.engine.state import fresh_autocast_cache, uninterrupted
+from billhook.model.repeat_kv import Indices
 from billhook.model.shape import Shape
 from billhook.model.surgery import Change
 
@@ -127,6 +127,6 @@ def approach(model: nn.Module, parameters: Mapping[str, Pooled], share: float, h
         (local(parameter), local(sharded_as(pooled.spread(pooled.pool(full_tensor(parameter), how)), parameter)))
         for parameter, pooled in moving.items()
     ]
-    with fresh_casts(), uninterrupted():  # nothing waits for the device, as this is part of a training step
+    with fresh_autocast_cache(), uninterrupted():  # nothing waits for the device, as this is part of a training step
         for values, target in targets:
             values.lerp_(target, share)

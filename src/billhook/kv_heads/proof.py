@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.state import precisely
+from billhook.engine.state import full_precision
 from billhook.engine.trees import tree_leaves
 from billhook.kv_heads.config import check_kv_heads, choose, inside_encoder, is_as_built
 from billhook.kv_heads.layout import KV, QUERY, KVAttention, Rows, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.config_fields import fields_of, with_fields
-from billhook.model.handed import Handing, handing_of, regular
-from billhook.model.inputs import alike, make_inputs
-from billhook.model.linears import is_linear
-from billhook.model.shape import GROUPS, Shape, built_shape, set_shape, shape_of, unbuilt_shape
+from billhook.model.inputs import make_inputs, outputs_match
+from billhook.model.layers import is_linear
+from billhook.model.repeat_kv import RepeatLayout, find_repeat_layout, repeat_layout_of
+from billhook.model.shape import GROUPS, Shape, built_shape, set_shape, shape_beyond_config, shape_of
 from billhook.model.surgery import Change, change_values
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
 from billhook.units.fields import LAYERS
@@ -42,7 +42,7 @@ def prove(
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in rows}
     as_built = is_as_built(model, built_shape(type(model), model.config), names)
     equal = len({(attentions[name].queries, attentions[name].heads) for name in chosen}) == 1
-    small = small_copy(model, None if as_built else unbuilt_shape(model), few=equal)
+    small = small_copy(model, None if as_built else shape_beyond_config(model), few=equal)
     of_small = find_kv(small)
     some = choose(small, of_small, heads, None, encoder=bool(inside_encoder(model, chosen)))
     queries = of_small[some[0]].queries
@@ -116,7 +116,7 @@ def _take_shape(small: PreTrainedModel, model: PreTrainedModel, shape: Shape) ->
             )
 
 
-@precisely()
+@full_precision()
 def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, implementation: str) -> str | None:
     """Finds the first case in which a small model with 1 of `groups` KV heads fails or differs from one with heads pooled."""
     reference, converted = (copy.deepcopy(dense, {id(p): p for p in dense.parameters()}) for _ in range(2))
@@ -139,7 +139,7 @@ def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, impleme
             outcome = run(converted)
         except Exception as error:  # whatever its code raises
             return f"{case}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        if not alike(expected, outcome, TOLERANCE):
+        if not outputs_match(expected, outcome, TOLERANCE):
             return f"{case}: another outcome"
         proved = True
     return None if proved else "there are no inputs with which the dense model runs"
@@ -214,7 +214,7 @@ def cut_into_groups(
         attention = attentions[name]
         for parameter, rows in attention.rows.items():
             module = model.get_submodule(parameter.rpartition(".")[0])
-            if rows.fused or handing_of(module) is not None or not is_linear(module):
+            if rows.fused or repeat_layout_of(module) is not None or not is_linear(module):
                 return None
             keys = rows.keys(attention.heads // heads)
             positions = {key: position for position, key in enumerate(dict.fromkeys(keys))}
@@ -235,25 +235,25 @@ def cut_into_handed(model: PreTrainedModel, attentions: Mapping[str, KVAttention
             module = model.get_submodule(owner)
             if not is_linear(module) or attr not in ("weight", "bias"):
                 raise ValueError(f"{parameter} makes keys or values of {name}, and is not of a linear")
-            before = handing_of(module)
+            before = repeat_layout_of(module)
             then = before.pooled(heads) if before is not None else _handing(parameter, rows, heads, attentions[name].heads)
             cuts[parameter] = Pooled(rows.dim, _new_positions(before, then))
             handed[owner] = then
     return _shrunk(model, cuts, {}, handed)
 
 
-def _handing(parameter: str, rows: Rows, heads: int, before: int) -> Handing:
+def _handing(parameter: str, rows: Rows, heads: int, before: int) -> RepeatLayout:
     roles = rows.role.tolist()
     irregular = (rows.head < 0).any() or any(role & KV and role & QUERY or role == 0 for role in roles)
     for role in set(roles) if not irregular else ():
         irregular |= len(set(np.bincount(rows.head[rows.role == role]).tolist())) > 1
-    handing = None if irregular else regular(rows.keys(), [bool(role & KV) for role in roles], heads)
+    handing = None if irregular else find_repeat_layout(rows.keys(), [bool(role & KV) for role in roles], heads)
     if handing is None:
         raise ValueError(f"{parameter} does not hold its heads one after the other, so that {before} cannot become {heads} in it")
     return handing
 
 
-def _new_positions(before: Handing | None, then: Handing) -> tuple[int, ...]:
+def _new_positions(before: RepeatLayout | None, then: RepeatLayout) -> tuple[int, ...]:
     """Returns the new position of each stored output; both hand out as many."""
     stored = np.arange(then.given) if before is None else before.index()
     positions = np.zeros(int(stored.max()) + 1, np.int64)
@@ -262,7 +262,7 @@ def _new_positions(before: Handing | None, then: Handing) -> tuple[int, ...]:
 
 
 def _shrunk(
-    model: PreTrainedModel, cuts: dict[str, Pooled], attributes: dict[str, int], handed: dict[str, Handing] | None = None
+    model: PreTrainedModel, cuts: dict[str, Pooled], attributes: dict[str, int], handed: dict[str, RepeatLayout] | None = None
 ) -> Shrunk:
     """Returns how a model shrinks: parameters under all of their names, and attributes in which linears state their outputs."""
     shrinking, tensors = {model.get_parameter(name): cut for name, cut in cuts.items()}, dict[str, tuple[int, ...]]()

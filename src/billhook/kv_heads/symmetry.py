@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
 
-from billhook.engine.state import overridden, undisturbed
+from billhook.engine.state import evaluating_without_grad, overridden
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
 from billhook.kv_heads.layout import HeadRows, HeadTensors, Projections, put_heads, read_heads
 from billhook.linalg import float64_device
 from billhook.model.config_fields import configs_of, text_config
 from billhook.model.inputs import small_inputs
-from billhook.model.linears import matrix_of
+from billhook.model.layers import matrix_of
 from billhook.model.transformers_internals import ATTENTION, attention_of
 
 LENGTH = 128
@@ -227,7 +227,7 @@ def find_symmetries(model: nn.Module, projections: Mapping[str, Projections]) ->
 
     It runs the model once, and each attention of a usual kind some four times.
     """
-    with undisturbed(model), ExitStack() as stack:
+    with evaluating_without_grad(model), ExitStack() as stack:
         for config in configs_of(model):
             if attention_of(config) not in (None, "eager", "sdpa"):  # other kernels know no float64
                 stack.enter_context(overridden(config, **{ATTENTION: "sdpa"}))

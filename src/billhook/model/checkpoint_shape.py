@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from billhook.engine.fsdp import class_of
 from billhook.model.constants import record_constants
 from billhook.model.find import find_transformer, locate_transformer
-from billhook.model.shape import KEY, Shape, check_plain_shape, note_shape, set_shape, shape_of
-from billhook.model.surgery import undone_by_errors
+from billhook.model.shape import KEY, Shape, check_plain_shape, record_shape, set_shape, shape_of
+from billhook.model.surgery import restored_on_error
 
 VERSION = 1
 PARTS = {"class": str, "config": str, "prefix": str, "shape": Mapping}
@@ -50,14 +50,14 @@ def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shap
     if entry is None:
         if otherwise is not None:
             set_shape(model, otherwise)
-            note_shape(model)
+            record_shape(model)
         return
     check_entry(entry, checkpoint.get("state_dict"))
     check_same_model(model, entry)
     try:
-        with undone_by_errors(model):
+        with restored_on_error(model):
             set_shape(model, Shape.from_dict(entry["shape"]))
-            note_shape(model)
+            record_shape(model)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # configs raise all kinds

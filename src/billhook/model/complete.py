@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from billhook.model.config_fields import build_or_refuse, named_class
-from billhook.model.linears import NEW
+from billhook.model.layers import NEW
 
-Loads = Any
+ModelLoader = Any
 """A class of models or an auto class: whatever has `from_pretrained`."""
 
 
@@ -43,20 +43,20 @@ def check_shards(name: str) -> None:
         raise ValueError(f"'{name}': {absent[0]}, which {read.name} names, is not there{more}")
 
 
-def load_and_compare(kind: Loads, name: str | None, **options: Any) -> tuple[PreTrainedModel, Gaps]:  # noqa: ANN401
+def load_and_compare(kind: ModelLoader, name: str | None, **options: Any) -> tuple[PreTrainedModel, Gaps]:  # noqa: ANN401
     """Loads a checkpoint and says what it lacks; there the model has new values, of no use."""
     model, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **options)
     return model, Gaps(sorted(_counted(model, info["missing_keys"])), sorted(info["mismatched_keys"]))
 
 
-def load_complete(kind: Loads, name: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - from_pretrained's own
+def load_complete(kind: ModelLoader, name: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - from_pretrained's own
     """Loads a checkpoint that holds all that the model is made of, as `accept` says."""
     model, gaps = load_and_compare(kind, name, **options)
-    accept(model, gaps, name)
+    check_complete(model, gaps, name)
     return model
 
 
-def accept(model: PreTrainedModel, gaps: Gaps, name: str) -> None:
+def check_complete(model: PreTrainedModel, gaps: Gaps, name: str) -> None:
     """Refuses a loaded model of which the checkpoint does not hold all.
 
     Only what the class that config.json names does not have may be new, such as the head that a task adds: a line says so.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from billhook.model.cache import cached
 from billhook.model.config_fields import build_class_on_meta
-from billhook.model.memory import remembered
 from billhook.model.transformers_internals import follows_inputs
 
 MOST = 1024
@@ -169,7 +169,7 @@ class _KnownNumbers(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def derived(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
+def derived_constants(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
     """Finds the numbers that the model's class makes otherwise of its config than of an earlier one."""
     kind = type(model)
 
@@ -178,11 +178,11 @@ def derived(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
         single = (c for c in built_constants if type(c.value) is float or (isinstance(c.value, Tensor) and not c.value.dim()))
         return {constant.name: float(constant.value) for constant in single}
 
-    then, now = (remembered(partial(built, config), (kind, config), "numbers") for config in (before, model.config))
+    then, now = (cached(partial(built, config), (kind, config), "numbers") for config in (before, model.config))
     return {name: (value, now[name]) for name, value in then.items() if now.get(name, value) != value}
 
 
-def take_derived(model: nn.Module, numbers: Numbers) -> None:
+def set_constants(model: nn.Module, numbers: Numbers) -> None:
     """Gives modules other numbers."""
     for name, (_, value) in numbers.items():
         owner, _, attr = name.rpartition(".")

@@ -6,7 +6,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from billhook.engine.store import store_of
-from billhook.model.linears import is_linear, is_packed, is_quantised
+from billhook.model.layers import is_linear, is_packed, is_quantized
 
 
 def find_transformer(module: nn.Module) -> PreTrainedModel:
@@ -90,7 +90,7 @@ def check_plain(model: nn.Module, do: str) -> None:
             raise ValueError(f"{name} is quantised ({type(module).__name__}): {do} quantised")
     check_dense(model)
     for name, parameter in model.named_parameters():
-        if is_quantised(parameter) and parameter.dtype is not torch.bool:
+        if is_quantized(parameter) and parameter.dtype is not torch.bool:
             raise ValueError(f"{name} is quantised ({parameter.dtype}): {do} quantised")
         if isinstance(parameter, DTensor):
             raise ValueError(f"{name} is sharded over devices: {do} sharded")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.state import precisely, resting
+from billhook.engine.state import evaluating, full_precision
 from billhook.engine.trees import tree_map_only
 from billhook.model.config_fields import configs_of, nested_configs, text_config
 
@@ -161,29 +161,29 @@ def small_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str,
 
 
 @torch.no_grad()
-def answer(model: PreTrainedModel) -> list[Tensor]:
+def run_outputs(model: PreTrainedModel) -> list[Tensor]:
     """Returns the tensors of real numbers that a model gives, except those of each block: float64, on the CPU."""
-    with precisely(), resting(model):
+    with full_precision(), evaluating(model):
         return _real(model(**small_inputs(model), return_dict=True))
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel) -> list[Tensor]:
     """Returns the logits that a model gives, or all that `answer` returns if it gives none: float64, on the CPU."""
-    with precisely(), resting(model):
+    with full_precision(), evaluating(model):
         output = model(**small_inputs(model), return_dict=True)
     logits = {name: value for name, value in output.items() if "logits" in name}
     return _real(logits if {"logits", "prediction_logits"} & logits.keys() else output)
 
 
 @torch.no_grad()
-def cached_answer(model: PreTrainedModel) -> tuple[list[Tensor], Exception | None]:
+def cached_outputs(model: PreTrainedModel) -> tuple[list[Tensor], Exception | None]:
     """Returns what `answer` does with a key-value cache, then for one token more; ends with the error of what does not run."""
     inputs, numbers = small_inputs(model), list[Tensor]()
     inputs |= dict.fromkeys({"use_cache"} & inputs.keys(), True)
     configs: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", False)]  # `resting` unsets it
     try:
-        with precisely(), resting(model):
+        with full_precision(), evaluating(model):
             for config in configs:
                 config.use_cache = True
             output = model(**inputs, return_dict=True)
@@ -203,7 +203,7 @@ def _real(output: Any) -> list[Tensor]:  # noqa: ANN401 - a dictionary of anythi
     return [value.cpu().double() for value in values]
 
 
-def alike(expected: Sequence[Tensor], other: Sequence[Tensor], tolerance: float) -> bool:
+def outputs_match(expected: Sequence[Tensor], other: Sequence[Tensor], tolerance: float) -> bool:
     """Tells whether answers are the same except for rounding."""
     if [value.shape for value in expected] != [value.shape for value in other]:
         return False

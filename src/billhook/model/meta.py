@@ -17,10 +17,10 @@ from transformers.models.auto import modeling_auto
 
 from billhook.assets import model_path
 from billhook.engine.sharding import is_sharded, sizes_only
+from billhook.model.cache import stand_ins
 from billhook.model.config_fields import build_or_refuse, named_class
-from billhook.model.memory import stand_ins
 from billhook.model.shape import KEY
-from billhook.model.shaped import take_said
+from billhook.model.shaped import apply_entry
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -47,7 +47,7 @@ def to_meta(model: Module) -> Module:
     return _copied(model, memo)
 
 
-def sharing(model: Module) -> Module:
+def copy_sharing_parameters(model: Module) -> Module:
     """Copies a module, in eval mode; the copy has the same parameters, and buffers and configs of its own."""
     return _copied(model, {id(p): p for p in model.parameters()} | stand_ins(model))
 
@@ -147,7 +147,7 @@ def from_name(name: str | os.PathLike[str]) -> PreTrainedModel:
     entry = vars(config).pop(KEY, None)
     model = from_config(config)
     if entry is not None:
-        take_said(model, entry, name)
+        apply_entry(model, entry, name)
     return model
 
 

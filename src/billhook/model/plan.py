@@ -16,7 +16,7 @@ from billhook.display import Printable
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
-from billhook.model.surgery import Follow, check_replaceable, values_kept
+from billhook.model.surgery import UpdateOptimizers, check_replaceable, values_restored_on_error
 
 Weights = Mapping[str, Tensor]
 """New values of parameters, by the parameter's name."""
@@ -86,7 +86,7 @@ class ShapePlan(ModelPlan):
     """A plan that replaces parameters by smaller ones, or leaves some out."""
 
     @abstractmethod
-    def change(self, model: nn.Module, weights: Weights | None = None) -> Follow:
+    def change(self, model: nn.Module, weights: Weights | None = None) -> UpdateOptimizers:
         """Carries the plan out on a model, in place or not at all, and returns what has optimizers follow."""
 
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
@@ -113,7 +113,7 @@ def check_weights(model: nn.Module, weights: Weights | None) -> None:
 
 
 @contextmanager
-def starting_from(model: nn.Module, weights: Weights | None) -> Iterator[None]:
+def with_weights(model: nn.Module, weights: Weights | None) -> Iterator[None]:
     """Gives parameters new values, in place; the old ones come back if an error is raised within.
 
     Those of blocks that come and go they have whenever these come, within; one that changes keeps them.
@@ -122,7 +122,7 @@ def starting_from(model: nn.Module, weights: Weights | None) -> Iterator[None]:
     store, new = store_of(model), weights or {}
     inside = {name for name in new if store.block_of(name) is not None}
     pairs = [(model.get_parameter(name), new[name]) for name in new if name not in inside]
-    with values_kept(parameter for parameter, _ in pairs):
+    with values_restored_on_error(parameter for parameter, _ in pairs):
         for parameter, value in pairs:
             parameter.data.copy_(value)
         with store.altered(partial(_take, model, new)) if inside else nullcontext():
@@ -165,17 +165,17 @@ def apply(
     """
     check_types(apply, locals())
     plan.check_made_for(model)
-    carry_out(model, plan, [optimizers] if isinstance(optimizers, Optimizer) else optimizers, weights)
+    apply_plan(model, plan, [optimizers] if isinstance(optimizers, Optimizer) else optimizers, weights)
 
 
-def carry_out(model: nn.Module, plan: ModelPlan, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
+def apply_plan(model: nn.Module, plan: ModelPlan, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
     """Carries out a plan as `apply` does, one that has just been made of the model as it is."""
     check_changeable(model)
     with torch.inference_mode(mode=False):  # whose tensors nothing could change later
-        plan.apply(model, optimizers, usable(weights))
+        plan.apply(model, optimizers, without_inference_tensors(weights))
 
 
-def usable(weights: Weights | None) -> Weights | None:
+def without_inference_tensors(weights: Weights | None) -> Weights | None:
     """Returns new values without such as were made in inference mode, which nothing could change later: copies instead."""
     if isinstance(weights, LazyTensors):
         return weights.map(lambda _, read: _usable(read()))

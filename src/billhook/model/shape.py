@@ -13,35 +13,35 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
+from billhook.model.cache import cached
 from billhook.model.config_fields import Fields, build_class_on_meta, fields_of, read_back, set_fields
-from billhook.model.constants import Numbers, derived, take_derived
-from billhook.model.handed import Handing, hand, handing_of
-from billhook.model.linears import is_linear
-from billhook.model.memory import remembered
-from billhook.model.surgery import undone_by_errors
+from billhook.model.constants import Numbers, derived_constants, set_constants
+from billhook.model.layers import is_linear
+from billhook.model.repeat_kv import RepeatLayout, repeat_layout_of, set_repeat_layout
+from billhook.model.surgery import restored_on_error
 
 _REMOVED = "_billhook_removed"  # on a module list: by their first numbers, the blocks that were removed, without weights
 
 
-def numbers_of(stack: nn.ModuleList) -> list[int]:
+def block_numbers(stack: nn.ModuleList) -> list[int]:
     """Returns the numbers that the blocks of a stack had before any was taken out."""
-    return [number for number in range(first_of(stack)) if number not in _removed_from(stack)]
+    return [number for number in range(original_count(stack)) if number not in _removed_from(stack)]
 
 
-def first_of(stack: nn.ModuleList) -> int:
+def original_count(stack: nn.ModuleList) -> int:
     """Returns how many blocks a stack had before any was taken out."""
     return len(stack) + len(_removed_from(stack))
 
 
-def taken_out(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
+def removed_blocks(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
     """Finds the stacks that have lost blocks: by name, how many blocks there were at first, and the numbers of those there."""
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    return {name: (first_of(stack), tuple(numbers_of(stack))) for name, stack in stacks.items() if _removed_from(stack)}
+    return {name: (original_count(stack), tuple(block_numbers(stack))) for name, stack in stacks.items() if _removed_from(stack)}
 
 
-def keep(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
+def keep_blocks(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
     """Leaves these blocks in a stack, by the numbers that they had at first; removed ones come back, without weights."""
-    blocks, removed = dict(zip(numbers_of(stack), stack, strict=True)), dict(_removed_from(stack))
+    blocks, removed = dict(zip(block_numbers(stack), stack, strict=True)), dict(_removed_from(stack))
     tensor = next(stack.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     back = {number: _filled(removed.pop(number), number, device) for number in numbers if number not in blocks}
@@ -115,7 +115,7 @@ class Shape:
     config: dict[str, int]
     lists: dict[str, list[Any]] = field(default_factory=dict)
     blocks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    handed: dict[str, Handing] | None = None
+    handed: dict[str, RepeatLayout] | None = None
 
     def over(self, other: "Shape") -> "Shape":
         """Returns a complete shape in which this one, where it says anything, stands instead."""
@@ -139,7 +139,7 @@ class Shape:
         check_plain_shape(plain)
         tensors = {name: tuple(size) for name, size in plain["tensors"].items()}
         blocks = {name: (first, tuple(numbers)) for name, (first, numbers) in plain.get("blocks", {}).items()}
-        handed = {name: Handing.from_list(pieces) for name, pieces in plain.get("handed", {}).items()}
+        handed = {name: RepeatLayout.from_list(pieces) for name, pieces in plain.get("handed", {}).items()}
         return cls(tensors, dict(plain["attributes"]), dict(plain["config"]), dict(plain.get("lists", {})), blocks, handed)
 
 
@@ -191,7 +191,7 @@ def shape_of(model: nn.Module) -> Shape:
             f"model: {packed} is a {type(state[packed]).__name__} and no tensor, as in layers that torch.ao has quantised: "
             "work on the model before it is quantised"
         )
-    shape = Shape({name: tuple(tensor.shape) for name, tensor in state.items()}, {}, {}, blocks=taken_out(model), handed={})
+    shape = Shape({name: tuple(tensor.shape) for name, tensor in state.items()}, {}, {}, blocks=removed_blocks(model), handed={})
     for name, module, attr in _numbers(model):
         shape.attributes[name] = getattr(module, attr)
     for name, value in _fields(model).items():
@@ -200,7 +200,7 @@ def shape_of(model: nn.Module) -> Shape:
         else:
             shape.config[name] = value
     for name, module in model.named_modules():
-        if shape.handed is not None and (handing := handing_of(module)) is not None:
+        if shape.handed is not None and (handing := repeat_layout_of(module)) is not None:
             shape.handed[name] = handing
     return shape
 
@@ -215,10 +215,10 @@ def built_shape(kind: type[PreTrainedModel], config: PretrainedConfig) -> Shape:
             read = copy.deepcopy(config)
         return shape_of(build_class_on_meta(kind, read))
 
-    return remembered(built, (kind, config), "shape")
+    return cached(built, (kind, config), "shape")
 
 
-def unbuilt_shape(model: PreTrainedModel, now: Shape | None = None) -> Shape:
+def shape_beyond_config(model: PreTrainedModel, now: Shape | None = None) -> Shape:
     """Returns the part of a model's shape that its config cannot express; without tensors if the config describes the model.
 
     The attributes alone may differ in such a model too, as when a field of the config was changed after building. Linears count
@@ -247,13 +247,13 @@ def to_entry(shape: Shape) -> dict[str, Any]:
     return {"version": VERSIONS[len(parts) - 2], "shape": {part: plain[part] for part in parts}}
 
 
-def note_shape(model: nn.Module) -> None:
+def record_shape(model: nn.Module) -> None:
     """Has a model's config report, for whoever saves the model, what its class does not build of its shape."""
     if not isinstance(model, PreTrainedModel) or model.device.type == "meta":
         return
     vars(model.config).pop(KEY, None)
     try:
-        shape = unbuilt_shape(model)
+        shape = shape_beyond_config(model)
     except Exception:  # a class of somebody's own that is not built from a config alone
         return
     if shape.tensors:
@@ -269,9 +269,9 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
     Raises:
         ValueError: If the shape is of a model with other tensors.
     """
-    with undone_by_errors(model):
+    with restored_on_error(model):
         for stack, numbers in list(_blocks_then(model, shape)):
-            keep(stack, numbers)
+            keep_blocks(stack, numbers)
         _check_names(model, shape)
     renewed: dict[int, Tensor] = {}  # tied parameters stay tied
     for name, old in model.state_dict(keep_vars=True).items():
@@ -282,8 +282,8 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
             _put(model.get_submodule(owner), attr, renewed[id(old)])
     if shape.handed is not None:
         for name, module in list(model.named_modules()):
-            if (stated := shape.handed.get(name)) != handing_of(module):
-                hand(module, stated)
+            if (stated := shape.handed.get(name)) != repeat_layout_of(module):
+                set_repeat_layout(module, stated)
     _set_groups(model, shape)
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
@@ -292,12 +292,12 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
         before = copy.deepcopy(model.config)
         set_fields(cast(PretrainedConfig, model.config), changed)
         if isinstance(model, PreTrainedModel):
-            take_derived(model, derived_then(model, cast(PretrainedConfig, before)))
+            set_constants(model, changed_constants(model, cast(PretrainedConfig, before)))
 
 
-def derived_then(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
+def changed_constants(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
     """Finds numbers that a model takes from its config instead of an earlier one; none if that does not describe the model."""
-    return {} if unbuilt_shape(model).tensors else derived(model, before)
+    return {} if shape_beyond_config(model).tensors else derived_constants(model, before)
 
 
 def _set_groups(model: nn.Module, shape: Shape) -> None:
@@ -362,7 +362,7 @@ def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList
     for name, stack in list(model.named_modules()):
         if not isinstance(stack, nn.ModuleList):
             continue
-        now, first, prefix = numbers_of(stack), first_of(stack), f"{name}."
+        now, first, prefix = block_numbers(stack), original_count(stack), f"{name}."
         blocks = {tensor.removeprefix(prefix).partition(".")[0] for tensor in shape.tensors if tensor.startswith(prefix)}
         before, then = shape.blocks.get(name, (first, range(first) if len(blocks) == first else now))
         if before != first:

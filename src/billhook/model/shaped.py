@@ -16,12 +16,12 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from billhook.engine.loader_internals import LOADED
-from billhook.engine.state import undisturbed
-from billhook.model.complete import accept, check_shards, load_and_compare, load_complete, mismatch, refuse_gaps
+from billhook.engine.state import evaluating_without_grad
+from billhook.model.complete import check_complete, check_shards, load_and_compare, load_complete, mismatch, refuse_gaps
 from billhook.model.config_fields import build_or_refuse
-from billhook.model.handed import Handing
 from billhook.model.inputs import make_inputs
-from billhook.model.linears import is_linear
+from billhook.model.layers import is_linear
+from billhook.model.repeat_kv import RepeatLayout
 from billhook.model.shape import GROUPS, KEY, VERSIONS, Shape, set_shape, shape_of, to_entry
 
 LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
@@ -38,7 +38,7 @@ def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) ->
     A config that was written without what it said there is completed by the sizes in the files; the model must then run.
     """
     check_shards(name)
-    if says_shape(name):
+    if has_shape_entry(name):
         return load_shaped(kind, name, dtype)
     plain, gaps = load_and_compare(kind, name, dtype=dtype)
     entry = None
@@ -46,12 +46,12 @@ def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) ->
         with suppress(ValueError):  # files of other kinds, such as pickled ones, say no sizes
             entry = _entry_of_files(kind, name)
     if entry is None:
-        accept(plain, gaps, name)
+        check_complete(plain, gaps, name)
         return plain
     del plain
     loaded = load_shaped(kind, name, dtype, entry=entry)
     try:
-        with undisturbed(loaded):
+        with evaluating_without_grad(loaded):
             loaded(**make_inputs(loaded))
     except Exception as error:  # whatever a model raises
         raise ValueError(
@@ -108,7 +108,7 @@ def readable(name: str) -> Iterator[None]:
         raise ValueError(f"'{name}' cannot be loaded: {type(error).__name__}: {first}") from error
 
 
-def says_shape(name: str) -> bool:
+def has_shape_entry(name: str) -> bool:
     """Tells whether the config of a folder or a hub name has a shape under `"billhook"`; an unreadable one has none."""
     try:
         return PretrainedConfig.get_config_dict(name)[0].get(KEY) is not None
@@ -167,7 +167,7 @@ def _checked(kind: type[PreTrainedModel], config: PretrainedConfig, stated: Shap
     return shape
 
 
-def take_said(meta_model: PreTrainedModel, entry: object, name: str) -> None:
+def apply_entry(meta_model: PreTrainedModel, entry: object, name: str) -> None:
     """Gives a model on meta tensors the shape that an entry of a config says; no files are asked."""
     with _said_by(name):
         shape = _from_entry(entry)
@@ -320,7 +320,7 @@ def _check_attributes(stated: Shape, built: Shape) -> None:
             raise ValueError(f"shape.attributes: {name[:200]} is {value}, and must be a whole number from {least:,} to {most:,}")
 
 
-def _check_handed(module: nn.Module, name: str, handing: Handing, tensors: Sizes) -> None:
+def _check_handed(module: nn.Module, name: str, handing: RepeatLayout, tensors: Sizes) -> None:
     """Compares how a linear is said to hand out heads with what it has and is asked for."""
     if not is_linear(module):
         raise ValueError(f"{name[:200]} is said to hand out heads, and is no linear")

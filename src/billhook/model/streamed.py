@@ -13,7 +13,7 @@ from billhook.engine.device import check_device
 from billhook.engine.files import FileStore
 from billhook.engine.parts import Parts
 from billhook.engine.store import store_of
-from billhook.engine.tensors import Files
+from billhook.engine.tensors import TensorFiles
 from billhook.model.complete import check_shards
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shaped import load_on_meta, readable
@@ -92,7 +92,7 @@ def outline(folder: str) -> PreTrainedModel:
 
 def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, parts: Parts | None = None) -> FileStore:
     check_shards(name)
-    files = Files(name)
+    files = TensorFiles(name)
     model = load_on_meta(kind, name, files.sizes(), dtype)
     model.config._name_or_path = model.name_or_path = name
     if model.can_generate():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
 from billhook.engine.sharding import full_tensor, local, reshard, sharded_as
-from billhook.engine.state import fresh_casts, uninterrupted
+from billhook.engine.state import fresh_autocast_cache, uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.config_fields import configs_of
 
@@ -112,7 +112,7 @@ class Swap:
     change: Change
 
 
-Follow = Callable[[Iterable[Optimizer]], None]
+UpdateOptimizers = Callable[[Iterable[Optimizer]], None]
 """Has optimizers follow what has changed in a model; nothing undoes it, so it comes last."""
 
 
@@ -123,18 +123,18 @@ def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimize
     Order in the param groups stays, so optimizer state in a checkpoint still finds its parameter. A parameter under several
     names (tied) changes under all of them.
     """
-    follow(change_values(model, changes), [optimizers] if isinstance(optimizers, Optimizer) else optimizers)
+    update_optimizers(change_values(model, changes), [optimizers] if isinstance(optimizers, Optimizer) else optimizers)
 
 
 @torch.no_grad()
 def change_values(model: nn.Module, changes: Mapping[str, Change], keep_on_device: bool = False) -> list[Swap]:
     """Changes parameters by name in a model alone, one after the other; `follow` has optimizers follow them.
 
-    The old values leave the device for the CPU, where they wait for what may undo the change: it is `way_back` that takes them
+    The old values leave the device for the CPU, where they wait for what may undo the change: it is `snapshot` that takes them
     home. They stay where something else still holds them on the device.
     """
     check_unhooked({name: model.get_parameter(name) for name in changes})
-    with undone_by_errors(model):
+    with restored_on_error(model):
         return [_changed(model, name, change, keep_on_device) for name, change in changes.items()]
 
 
@@ -166,7 +166,7 @@ def _move(parameter: nn.Parameter, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def follow(swaps: list[Swap], optimizers: Iterable[Optimizer]) -> None:
+def update_optimizers(swaps: list[Swap], optimizers: Iterable[Optimizer]) -> None:
     """Gives optimizers the parameters that have taken the place of theirs, whose state follows, and goes, before the next.
 
     Where state cannot follow, the optimizer restarts for the parameter, with a warning: the model has changed by now, and
@@ -181,7 +181,7 @@ def follow(swaps: list[Swap], optimizers: Iterable[Optimizer]) -> None:
 
 
 def _follow(optimizer: Optimizer, swap: Swap) -> None:
-    state = fresh(optimizer, swap.new) if swap.change.state is None else _new_state(optimizer, swap, swap.change.state)
+    state = initial_state(optimizer, swap.new) if swap.change.state is None else _new_state(optimizer, swap, swap.change.state)
     for group in optimizer.param_groups:
         group["params"][:] = [swap.new if parameter is swap.old else parameter for parameter in group["params"]]
     if optimizer.state.pop(swap.old, None) is not None and state:
@@ -189,9 +189,9 @@ def _follow(optimizer: Optimizer, swap: Swap) -> None:
 
 
 @contextmanager
-def undone_by_errors(model: nn.Module) -> Iterator[None]:
+def restored_on_error(model: nn.Module) -> Iterator[None]:
     """Puts back modules and configs, but not the values of tensors, if an error is raised within."""
-    back = way_back(model)
+    back = snapshot(model)
     try:
         yield
     except BaseException:
@@ -199,7 +199,7 @@ def undone_by_errors(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def way_back(model: nn.Module) -> Callable[[], None]:
+def snapshot(model: nn.Module) -> Callable[[], None]:
     """Returns what puts modules and configs, but not the values of tensors, back to what they are now."""
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
     tables = [*map(vars, configs_of(model)), *(attributes.get(name) for *_, attributes in modules for name in TABLES)]
@@ -225,10 +225,10 @@ def _refill(table: dict[Any, Any], before: Mapping[Any, Any]) -> None:
 
 
 @contextmanager
-def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
+def values_restored_on_error(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Puts back what stood in some tensors, which change within, if an error is raised; for that long the CPU has it, too."""
     kept = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
-    with fresh_casts():
+    with fresh_autocast_cache():
         try:
             yield
         except BaseException:
@@ -238,7 +238,7 @@ def values_kept(tensors: Iterable[Tensor]) -> Iterator[None]:
             raise
 
 
-def fresh(optimizer: Optimizer, parameter: Tensor) -> dict[str, object]:
+def initial_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, object]:
     """Returns the initial optimizer state of a parameter: empty, except for Adagrad."""
     if not isinstance(optimizer, Adagrad):
         return {}
@@ -265,11 +265,11 @@ def _new_state(optimizer: Optimizer, swap: Swap, change: Callable[[str, Tensor],
     if not what:
         return state
     warnings.warn(f"{type(optimizer).__name__} keeps {what}, so the optimizer restarts for this parameter", stacklevel=2)
-    return fresh(optimizer, swap.new)
+    return initial_state(optimizer, swap.new)
 
 
 @torch.no_grad()
-def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
+def assign_values(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
     """Takes other values of the same sizes, in place or not at all; the optimizer state of what differs restarts.
 
     Where parameters are sharded, each rank takes its part of values that all have; those that change are gathered to tell.
@@ -279,17 +279,17 @@ def take(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[O
     for name, values in weights.items():
         if not values.isfinite().all():
             raise ValueError(f"{name}: the new values are not finite")
-    new = {name: model.get_parameter(name) for name in changed(model, weights)}
-    with values_kept(new.values()):
+    new = {name: model.get_parameter(name) for name in changed_names(model, weights)}
+    with values_restored_on_error(new.values()):
         for name, parameter in new.items():
             local(parameter).copy_(local(sharded_as(weights[name], parameter)))
     with uninterrupted():
         for optimizer, parameter in product(trained_by, new.values()):
-            if optimizer.state.pop(parameter, None) is not None and (first := fresh(optimizer, parameter)):
+            if optimizer.state.pop(parameter, None) is not None and (first := initial_state(optimizer, parameter)):
                 optimizer.state[parameter] = first
 
 
-def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+def changed_names(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     """Returns the names of parameters that are to have other values than they have, in the model's order."""
     store, names = store_of(model), list[str]()
     for name in (name for name, _ in model.named_parameters(remove_duplicate=False) if name in weights):
@@ -299,7 +299,7 @@ def changed(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
     return names
 
 
-def change_in_turn(
+def change_blockwise(
     model: nn.Module,
     changes: Mapping[str, Change],
     key: str = "",
@@ -332,9 +332,9 @@ def change_in_turn(
     return swaps + change_values(model, inside.get(None, {}))
 
 
-def whole_way_back(model: nn.Module) -> Callable[[], None]:
-    """Returns what puts a model back to what it is now, as `way_back` does, and has its blocks come as now."""
-    ways = way_back(model), store_of(model).way_back()
+def snapshot_with_store(model: nn.Module) -> Callable[[], None]:
+    """Returns what puts a model back to what it is now, as `snapshot` does, and has its blocks come as now."""
+    ways = snapshot(model), store_of(model).snapshot()
 
     def back() -> None:
         for way in ways:

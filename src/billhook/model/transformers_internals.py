@@ -39,7 +39,7 @@ def compute_every_expert(model: nn.Module) -> None:
         config._experts_implementation = "batched_mm"
 
 
-def compute_experts_in_turn(model: nn.Module) -> None:
+def compute_experts_eagerly(model: nn.Module) -> None:
     """Has experts computed by their class's own code, which asks nothing of their sizes."""
     for config in configs_of(model):
         config._experts_implementation = "eager"
@@ -53,7 +53,7 @@ def follows_inputs(module: nn.Module, buffer: str) -> bool:
     return changes and buffer.endswith("inv_freq") and "original" not in buffer
 
 
-def compute_alike(model: nn.Module, other: nn.Module) -> None:
+def match_implementations(model: nn.Module, other: nn.Module) -> None:
     """Has another model compute attention and experts as a model does, part by part."""
     parts = dict(model.named_modules())
     for name, module in other.named_modules():

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from torch import nn
 
 from billhook.arguments import check_types
-from billhook.model.linears import prunable, weight_of
+from billhook.model.layers import prunable, weight_of
 from billhook.plots.style import Plot, heat_map
 from billhook.sparsity.weight_plan import WeightPlan
 from billhook.tracing.show import name_pattern

@@ -7,8 +7,8 @@ from typing import Any, TypeGuard
 
 from transformers import PreTrainedModel
 
+from billhook.model.cache import cached
 from billhook.model.config_fields import Fields, build_on_meta, fields_of, read_back, with_fields
-from billhook.model.memory import remembered
 from billhook.units.blocks import block_of
 from billhook.units.fields import TOGETHER
 
@@ -73,7 +73,7 @@ class _Finder:
         if key not in self._known:
             try:
                 config = read_back(with_fields(self.model.config, fields))
-                self._known[key] = remembered(
+                self._known[key] = cached(
                     lambda: _as_built(build_on_meta(self.model, config)), (type(self.model), config), "built"
                 )
             except Exception:  # whatever a class of configs or models raises

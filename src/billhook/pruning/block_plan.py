@@ -19,11 +19,11 @@ from billhook.engine.state import uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.config_fields import Fields, build_on_meta, set_fields, with_fields
 from billhook.model.find import find_transformer
-from billhook.model.inputs import alike, answer, cached_answer, tolerance
+from billhook.model.inputs import cached_outputs, outputs_match, run_outputs, tolerance
 from billhook.model.meta import to_meta
-from billhook.model.plan import ShapePlan, Weights, starting_from
-from billhook.model.shape import keep, note_shape, numbers_of, shape_of
-from billhook.model.surgery import Follow, undone_by_errors
+from billhook.model.plan import ShapePlan, Weights, with_weights
+from billhook.model.shape import block_numbers, keep_blocks, record_shape, shape_of
+from billhook.model.surgery import UpdateOptimizers, restored_on_error
 from billhook.pruning.block_fields import BlockNumbers, find_block_fields
 from billhook.units.blocks import block_of, find_blocks, skipping
 from billhook.units.units import UnitKind
@@ -97,10 +97,10 @@ class BlockPlan(ShapePlan):
         if find_block_plan(subject, self.units) != self:
             raise ValueError(f"plan: it is not what removes these blocks from this {self.model}")
 
-    def change(self, model: nn.Module, weights: Weights | None = None) -> Follow:
+    def change(self, model: nn.Module, weights: Weights | None = None) -> UpdateOptimizers:
         """Removes the blocks; see `ShapePlan.change`."""
         subject = find_transformer(model)
-        with starting_from(subject, weights):
+        with with_weights(subject, weights):
             return partial(_forget, _remove(subject, self))
 
     def _renderables(self) -> list[RenderableType]:
@@ -209,14 +209,14 @@ def _remove(model: PreTrainedModel, plan: BlockPlan, trial: bool = False) -> set
     if not plan.units:
         return set()
     with skipping(model, plan.units) as runs:
-        expected = answer(model)
+        expected = run_outputs(model)
     for (stack, number), times in runs.items():
         if times > 1:
             raise ValueError(f"blocks: block {number} of {stack} runs {times} times in a forward: its weights are shared")
     with skipping(model, plan.units):
-        cached, _ = cached_answer(model)
+        cached, _ = cached_outputs(model)
     before = set(model.parameters())
-    with store_of(model).following(), undone_by_errors(model):
+    with store_of(model).restored_on_error(), restored_on_error(model):
         remove_blocks(model, plan)
         _check_alike(model, plan.units, expected, cached)
         if trial:
@@ -235,14 +235,14 @@ def remove_blocks(model: PreTrainedModel, plan: BlockPlan) -> None:
     """Takes the blocks of a plan out of a model, where what it computes is not compared; numbers and the config follow."""
     for name, removed in plan.units.items():
         stack = _stack(model, name)
-        keep(stack, [first for number, first in enumerate(numbers_of(stack)) if number not in removed])
+        keep_blocks(stack, [first for number, first in enumerate(block_numbers(stack)) if number not in removed])
     for name, (before, after) in plan.attributes.items():
         owner, _, attribute = name.rpartition(".")
         if getattr(model.get_submodule(owner), attribute, None) == before:
             setattr(model.get_submodule(owner), attribute, after)
     store_of(model).follow()
     set_fields(model.config, plan.fields)
-    note_shape(model)
+    record_shape(model)
 
 
 def _check_alike(
@@ -250,14 +250,14 @@ def _check_alike(
 ) -> None:
     """Compares what a model computes without blocks with what it did when they were skipped, also with a key-value cache."""
     kind, near = type(model).__name__, tolerance(model)
-    now_cached, error = cached_answer(model)
+    now_cached, error = cached_outputs(model)
     if error is not None and len(now_cached) < len(cached):
         raise ValueError(
             f"blocks: {kind} does not run without {blocks} and with a key-value cache, as generate uses it: "
             f"{type(error).__name__}: {error}"
         ) from error
-    for how, then, now in (("", expected, answer(model)), (" with a key-value cache", cached, now_cached[: len(cached)])):
-        if not alike(then, now, near):
+    for how, then, now in (("", expected, run_outputs(model)), (" with a key-value cache", cached, now_cached[: len(cached)])):
+        if not outputs_match(then, now, near):
             raise ValueError(
                 f"blocks: {kind} computes something else{how} without {blocks} than it does when they are skipped: "
                 "later blocks need them, or count on their own place"

@@ -8,12 +8,12 @@ import numpy as np
 from torch import nn
 
 from billhook.model.find import check_plain
-from billhook.model.handed import Indices
+from billhook.model.repeat_kv import Indices
 from billhook.pruning.amount import kernel_multiple
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member
-from billhook.units.find import Chosen, numbered
+from billhook.units.find import Chosen, unit_ids
 from billhook.units.units import PLURAL, Per, UnitKind, Units, counts
 
 Cuts = dict[tuple[str, int], Indices]
@@ -53,7 +53,7 @@ def size_after(cuts: Cuts, name: str, size: Sequence[int]) -> tuple[int, ...]:
 def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> Cut:
     """Finds what is removed with some units, a KV head with the last of its query heads; refuses what may not be removed."""
     check_plain(model, "remove units before the model is")
-    removed = {name: numbers for name, numbers in numbered(units, chosen, per).items() if numbers}
+    removed = {name: numbers for name, numbers in unit_ids(units, chosen, per).items() if numbers}
     _check_allowed(structure, [units[name] for name in removed])
     kinds: dict[str, UnitKind] = {}
     before: dict[str, tuple[int, ...]] = {}
@@ -163,6 +163,6 @@ def _stays(units: Units, member: Member, removed: Sequence[int]) -> Indices:
     """Returns the positions that remain: all except those whose heads are all removed, as keys serve all heads of a group."""
     if units.kind != "head":
         return np.flatnonzero(~np.isin(units.of_member(member), removed))
-    (place_of, holders), is_removed = units.holders(member), np.isin(np.arange(units.count()), removed)
+    (place_of, holders), is_removed = units.units_at(member), np.isin(np.arange(units.count()), removed)
     goes: Indices = np.any(holders, axis=1) & np.all(~holders | is_removed, axis=1)
     return np.flatnonzero(~goes[place_of])

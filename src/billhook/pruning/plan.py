@@ -16,17 +16,17 @@ from typing_extensions import Self
 from billhook.display import text_table
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
-from billhook.model.figures import Figures
+from billhook.model.costs import Costs
 from billhook.model.find import find_transformer
-from billhook.model.plan import ShapePlan, Weights, starting_from
-from billhook.model.surgery import Follow, follow
+from billhook.model.plan import ShapePlan, Weights, with_weights
+from billhook.model.surgery import UpdateOptimizers, update_optimizers
 from billhook.pruning.amount import RowLength, divides_among_devices, row_lengths_from_json, uneven_devices_note
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.removal import remove
 from billhook.tracing.show import name_pattern
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
-from billhook.units.units import PLURAL, UnitKind, counted, counts
+from billhook.units.units import PLURAL, UnitKind, count_text, counts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,11 +34,11 @@ class UnitPlan(Cut, ShapePlan):
     """Which heads, channels, residual channels or experts are removed, and what the model costs then; `print` shows a table."""
 
     kind: ClassVar[str] = "units"
-    costs: tuple[Figures, Figures] | None = None
+    costs: tuple[Costs, Costs] | None = None
     rows: tuple[RowLength, ...] = ()
 
     @classmethod
-    def of(cls, cut: Cut, costs: tuple[Figures, Figures] | None = None, rows: tuple[RowLength, ...] = ()) -> Self:
+    def of(cls, cut: Cut, costs: tuple[Costs, Costs] | None = None, rows: tuple[RowLength, ...] = ()) -> Self:
         """Makes a plan of what has been found."""
         return cls(**vars(cut), costs=costs, rows=rows)
 
@@ -54,7 +54,7 @@ class UnitPlan(Cut, ShapePlan):
                 count, module = len(numbers[kind]), "attention module" if kind == "head" else "module"
                 where = f" in {count:,} {module}{'s' * (count != 1)}"
                 one_stream = kind == "residual" and count == 1
-                words.append(f"{counted(kind, sum(numbers[kind]))}{'' if one_stream else where}")
+                words.append(f"{count_text(kind, sum(numbers[kind]))}{'' if one_stream else where}")
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
@@ -91,12 +91,12 @@ class UnitPlan(Cut, ShapePlan):
                 "others)"
             )
 
-    def change(self, model: nn.Module, weights: Weights | None = None) -> Follow:
+    def change(self, model: nn.Module, weights: Weights | None = None) -> UpdateOptimizers:
         """Removes the units; see `ShapePlan.change`."""
         subject = find_transformer(model)
         check_kinds(subject, self.kinds.values())
-        with starting_from(subject, weights):
-            return partial(follow, remove(subject, self, lambda: LazyTensors.of(weights or {}).key))
+        with with_weights(subject, weights):
+            return partial(update_optimizers, remove(subject, self, lambda: LazyTensors.of(weights or {}).key))
 
     def _renderables(self) -> list[RenderableType]:
         alike: dict[tuple[str, str], list[str]] = {}

@@ -9,13 +9,13 @@ from torch.optim import Optimizer
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Loss
-from billhook.engine.comm import ALONE, Comm, Reduce
+from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, check_has_gradients, score_units
 from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
-from billhook.model.plan import carry_out
+from billhook.model.plan import apply_plan
 from billhook.model.surgery import check_replaceable
 from billhook.progress import OnProgress
 from billhook.pruning.amount import Amount
@@ -27,7 +27,7 @@ from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
 from billhook.tracing.trace import trace
-from billhook.units.find import Chosen, check_any, find_units, kinds_of, numbered, units_of
+from billhook.units.find import Chosen, check_any, find_units, kinds_of, unit_ids, units_of
 from billhook.units.gates import mask
 from billhook.units.units import Per, UnitKind, Units
 
@@ -108,7 +108,7 @@ def plan_amount(
     scores: Mapping[str, Tensor] | None = None,
     greedy: bool = False,
     loss: Loss | None = None,
-    comm: Comm = ALONE,
+    comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
 ) -> UnitPlan | BlockPlan:
     """Plans as `plan`.
@@ -150,7 +150,7 @@ def plan_from_search(
     batches: Batches | None = None,
     scores: Mapping[str, Tensor] | None = None,
     loss: Loss | None = None,
-    comm: Comm = ALONE,
+    comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
 ) -> UnitPlan:
     """Plans units as `plan_amount`, in what a search has found of a model that is as it was then."""
@@ -191,7 +191,7 @@ def plan_units(
     check_types(plan_units, locals())
     subject, kinds = find_transformer(model), kinds_of(kind)
     if kinds == ["block"]:
-        return tried_blocks(subject, find_block_plan(subject, numbered(find_units(subject, kinds), units)))
+        return tried_blocks(subject, find_block_plan(subject, unit_ids(find_units(subject, kinds), units)))
     if "block" in kinds:
         raise ValueError(f"kind={kind!r}: blocks are planned alone")
     check_kinds(subject, kinds)
@@ -240,7 +240,7 @@ def prune_units(
     trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     check_replaceable(model, trained_by)
     unit_plan = plan_units(model, units, kind, per)
-    carry_out(model, unit_plan, trained_by)
+    apply_plan(model, unit_plan, trained_by)
     return unit_plan
 
 

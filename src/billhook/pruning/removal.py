@@ -11,21 +11,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.state import precisely, resting
+from billhook.engine.state import evaluating, full_precision
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.linalg import in_float64
 from billhook.model.config_fields import Fields, build_on_meta, set_fields
-from billhook.model.constants import take_derived
-from billhook.model.handed import Indices
-from billhook.model.inputs import alike, small_inputs, tolerance
+from billhook.model.constants import set_constants
+from billhook.model.inputs import outputs_match, small_inputs, tolerance
 from billhook.model.meta import to_meta
-from billhook.model.shape import Shape, derived_then, note_shape, set_shape, shape_of, unbuilt_shape
-from billhook.model.surgery import Change, Swap, change_in_turn, change_values, undone_by_errors, whole_way_back
+from billhook.model.repeat_kv import Indices
+from billhook.model.shape import Shape, changed_constants, record_shape, set_shape, shape_beyond_config, shape_of
+from billhook.model.surgery import Change, Swap, change_blockwise, change_values, restored_on_error, snapshot_with_store
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.reshape import candidate_shapes
 from billhook.tracing.trace import trace
-from billhook.units.gates import Gate, reading
+from billhook.units.gates import Gate, consumer_columns
 from billhook.units.units import PLURAL, Units
 
 Scale = Callable[[Tensor], Tensor]
@@ -54,17 +54,17 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
     why = ""
     for shape, fields in candidate_shapes(model, cut):
         try:
-            with store_of(model).following(), undone_by_errors(model):
+            with store_of(model).restored_on_error(), restored_on_error(model):
                 swaps = _cut_tensors(model, cut, shape, key)
                 expected = masked
                 if masked is None and computes and fields:
                     with suppress(_Different):  # of a model whose code asks the config for sizes
                         expected = _answer_or_differ(model, readers)
                 swaps += _change_config(model, fields)
-                note_shape(model)
+                record_shape(model)
                 if computes:
                     answer = _answer_or_differ(model, readers)
-                    if expected is not None and not alike(expected, answer, tolerance(model)):
+                    if expected is not None and not outputs_match(expected, answer, tolerance(model)):
                         raise _Different
             return swaps
         except _Different as different:
@@ -81,7 +81,7 @@ def try_removal(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
     """Returns a model without units, on meta tensors; refuses what its code does not follow, also once it is built again."""
     meta_model = to_meta(model)
     remove(meta_model, cut)
-    unbuilt, rebuilt = unbuilt_shape(meta_model), build_on_meta(meta_model, copy.deepcopy(meta_model.config))
+    unbuilt, rebuilt = shape_beyond_config(meta_model), build_on_meta(meta_model, copy.deepcopy(meta_model.config))
     classes = {name: type(module) for name, module in meta_model.named_modules()}
     # a forward may have put other modules in the places of those that the class builds
     if unbuilt.tensors and any(classes.get(name) is not type(module) for name, module in rebuilt.named_modules()):
@@ -132,7 +132,7 @@ def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[
         for attribute, value in vars(module).items()
         if isinstance(value, tuple | list) and tuple(value) == tuple(weight.shape)
     ]
-    swaps = change_in_turn(model, changes, f"units {cut.units}", shape.tensors, key)
+    swaps = change_blockwise(model, changes, f"units {cut.units}", shape.tensors, key)
     for module, attribute in sizes:
         setattr(module, attribute, type(getattr(module, attribute))(module.get_parameter("weight").shape))
     for name, buffer in buffers.items():
@@ -160,7 +160,7 @@ def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str]) -> 
         return None
     if not residual:
         return _zeroed_answer(model, cut.all_units, masked, readers)
-    back = whole_way_back(model)
+    back = snapshot_with_store(model)
     try:
         remove(model, find_cut(model, cut.structure, cut.all_units, residual))
         return _zeroed_answer(model, cut.all_units, masked, readers)
@@ -175,14 +175,14 @@ def _zeroed_answer(
     """Returns the answer of the model without some units, whose reading weights are zero for that long."""
     store = store_of(model)
     inside = {id(parameter) for block in store.blocks.values() for parameter in block.parameters()}
-    outside = [read for read in reading(model, layers, removed) if id(read[0]) not in inside]
+    outside = [read for read in consumer_columns(model, layers, removed) if id(read[0]) not in inside]
     values = [weight.index_select(dim, positions) for weight, dim, positions in outside]
 
     @torch.no_grad()  # blocks may come in another thread
     def zero(block: nn.Module) -> list[nn.Parameter]:
         """Zeroes what reads these units in a block that has come, and returns these parameters."""
         parameters = {id(parameter) for parameter in block.parameters()}
-        reads = [read for read in reading(model, layers, removed) if id(read[0]) in parameters]
+        reads = [read for read in consumer_columns(model, layers, removed) if id(read[0]) in parameters]
         for weight, dim, positions in reads:
             weight.index_fill_(dim, positions, 0)
         return [weight for weight, _, _ in reads]
@@ -201,7 +201,7 @@ def _zeroed_answer(
 def _answer(model: PreTrainedModel, readers: Iterable[str]) -> list[Tensor]:
     """Returns the outputs of the readers and of the model for small random inputs."""
     outputs: list[Any] = []
-    with ExitStack() as hooks, precisely(), resting(model):
+    with ExitStack() as hooks, full_precision(), evaluating(model):
         for reader in sorted(readers):
             hook = model.get_submodule(reader).register_forward_hook(lambda *call: outputs.append(call[-1]))
             hooks.callback(hook.remove)
@@ -226,7 +226,7 @@ def _change_config(model: PreTrainedModel, fields: Fields) -> list[Swap]:
     """
     before = copy.deepcopy(model.config)
     set_fields(model.config, fields)
-    numbers = derived_then(model, before) if fields else {}
+    numbers = changed_constants(model, before) if fields else {}
     of_modules: dict[str, dict[str, tuple[float, float]]] = {}
     for name, old_and_new in numbers.items():
         owner, _, attribute = name.rpartition(".")
@@ -239,7 +239,7 @@ def _change_config(model: PreTrainedModel, fields: Fields) -> list[Swap]:
             name = f"{owner}.{attribute}".lstrip(".")
             raise _Different(f"{name} follows from the config, {old:.4g} now and {new:.4g} then, and no weights make up for that")
         changes |= {name: Change(scale, None) for name, scale in scales.items()}
-    take_derived(model, numbers)
+    set_constants(model, numbers)
     return change_values(model, changes)
 
 

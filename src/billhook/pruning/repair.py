@@ -11,10 +11,10 @@ from torch import nn
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Run, run_with_loss
-from billhook.engine.comm import ALONE, Comm, Reduce
+from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
 from billhook.engine.lazy import LazyTensors
 from billhook.model.find import check_stored, check_values, find_transformer
-from billhook.model.linears import is_adapter, is_linear, size_of
+from billhook.model.layers import is_adapter, is_linear, size_of
 from billhook.model.plan import ModelPlan, Weights
 from billhook.progress import OnProgress
 from billhook.pruning.plan import UnitPlan
@@ -30,7 +30,7 @@ def repair_if_requested(
     plan: ModelPlan,
     batches: Batches,
     how: RepairOption,
-    comm: Comm = ALONE,
+    comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
 ) -> tuple[Weights | None, str]:
     """Refits as `repair` does where that is asked, or `"auto"`, where it can be, for a plan of the model as it is.
@@ -105,7 +105,7 @@ def repair_with(
     plan: UnitPlan,
     batches: Batches,
     how: RepairConfig | None = None,
-    comm: Comm = ALONE,
+    comm: Comm = SINGLE_PROCESS,
     new_params: LazyTensors | None = None,
     also: Collection[str] = (),
     progress: OnProgress | None = None,

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.merge import adapter_layers, base_layer_name, without_adapters
 from billhook.model.config_fields import Fields, configs_of, field, read_back, set_fields, with_fields
-from billhook.model.linears import is_adapter
+from billhook.model.layers import is_adapter
 from billhook.model.meta import to_meta
 from billhook.model.shape import GROUPS, Shape, built_shape, set_shape, shape_of
 from billhook.model.transformers_internals import set_attention
@@ -276,8 +276,8 @@ def _runs_eagerly(meta_model: PreTrainedModel) -> bool:
 def _are_left(before: Units, after: Units, cut: Cut, removed: Sequence[int]) -> bool:
     """Tells whether the units that remain are where they were left, and not dealt out again, as to cores."""
     new_number = np.append(np.cumsum(~np.isin(np.arange(before.count()), removed)) - 1, -1)  # -1 stays -1
-    members = {(member.name, member.dim): member for member in after.held_by()}
-    for member in before.held_by():
+    members = {(member.name, member.dim): member for member in after.members_by_unit()}
+    for member in before.members_by_unit():
         unit_of, then = before.of_member(member), members.get((member.name, member.dim))
         left = unit_of[cut.cuts.get((member.name, member.dim), np.arange(len(unit_of)))]
         if then is None or not np.array_equal(new_number[left], after.of_member(then)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.arguments import percentage_hint
-from billhook.model.figures import Figures, figures_of
+from billhook.model.costs import Costs, costs_of
 from billhook.pruning.amount import (
     RATIOS,
     Amount,
@@ -47,7 +47,7 @@ class RatioSearch:
         self.protected = protected_modules(model, self.units, amount)
         self._steps = _steps(model, self.units)
         self._ratios: dict[str, float] | None = None
-        self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Figures] = {}
+        self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Costs] = {}
 
     def part(self, amount: Amount, first: Counts) -> "RatioSearch":
         """Returns a search for a part of the amount, in what has been found of the model; its ratios are of what was `first`."""
@@ -94,11 +94,11 @@ class RatioSearch:
         by = rounding_multiple(self.units[name].count()) if self.amount.round_to == "auto" else self.amount.round_to
         return math.lcm(by, self._steps.get(name, 1))
 
-    def costs(self, cut: Cut) -> tuple[Figures, Figures]:
+    def costs(self, cut: Cut) -> tuple[Costs, Costs]:
         """Returns what the model costs before and after a cut; how many units are removed decides it, not which."""
         num_kept = tuple(cut.after.items())
         if num_kept not in self._known:
-            self._known[num_kept] = figures_of(try_removal(self.model, cut))
+            self._known[num_kept] = costs_of(try_removal(self.model, cut))
         return self.now, self._known[num_kept]
 
     def limit(self, target: str) -> int:
@@ -178,9 +178,9 @@ class RatioSearch:
         return {"kv_heads": 1 - round_kv_heads(count - int(ratio * count + 1e-9), count, self.amount.min_units) / count}
 
     @cached_property
-    def now(self) -> Figures:
+    def now(self) -> Costs:
         """The costs of the model as it is."""
-        return figures_of(self.model)
+        return costs_of(self.model)
 
     def _counts(self, name: str) -> list[int]:
         return [layer.count(RATIOS[name][1]) for layer in self.removable(name).values()]

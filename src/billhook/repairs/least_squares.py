@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from billhook.engine.comm import ALONE, Comm
+from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.linalg import conjugate_gradients, ridge_solver
 from billhook.repairs.residuals import ALL_ROWS, MAX_OUTPUTS, Fold, ResidualStatistics, as_float
 
@@ -36,11 +36,11 @@ def least(ridges: Sequence[float], without: Tensor, errors: Tensor) -> float:
     return min([(1.0, math.inf), *solved], key=lambda pair: pair[0])[1]
 
 
-def choose_ridge(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], comm: Comm = ALONE) -> float:
+def choose_ridge(folds: Sequence[Fold], centred: bool, ridges: Sequence[float], comm: Comm = SINGLE_PROCESS) -> float:
     """Chooses the ridge with which solutions err least on held-out data, on the first rank; infinity if none helps."""
     errors = folds[0][1].tokens.new_zeros(len(ridges), len(folds))  # NaN without a solution
     pieces = [(row, column) for row in range(len(ridges)) for column in range(len(folds))]
-    for (row, column), is_own in zip(pieces, comm.own_of([1.0] * len(pieces)), strict=True):
+    for (row, column), is_own in zip(pieces, comm.owned_pieces([1.0] * len(pieces)), strict=True):
         if is_own:
             parts, held_out = folds[column]
             errors[row, column] = residual_error(solve_ridge(parts, centred, ridges[row]), parts, held_out, centred)
@@ -65,7 +65,7 @@ def refit_linear(
     folds: Sequence[Fold],
     every: Sequence[ResidualStatistics],
     ridges: Sequence[float],
-    comm: Comm = ALONE,
+    comm: Comm = SINGLE_PROCESS,
     support: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Refits a linear's weight and bias to give d in addition: chooses the ridge on held-out data, solves on all.
@@ -89,7 +89,7 @@ def refit_linear(
         helps = comm.decide(lambda: least([ridge], errors_without_refit(folds, centred), errors[None]) == ridge)
         solve = _bound(every, centred, ridge if helps else math.inf, support)
     new, shift = torch.zeros_like(weight), torch.zeros_like(every[0].owed_sums)
-    for rows in comm.rows_of(len(weight), MAX_OUTPUTS):  # each rank has rows of its own
+    for rows in comm.owned_rows(len(weight), MAX_OUTPUTS):  # each rank has rows of its own
         more = solve(rows)
         shift[rows] = bias_shift(more, every, rows)
         new[rows] = more.add_(weight[rows])
@@ -160,7 +160,7 @@ def _bound_errors(folds: Sequence[Fold], centred: bool, ridge: float, support: T
     errors = folds[0][1].tokens.new_zeros(len(folds))
     for number, (parts, held_out) in enumerate(folds):
         solve = _bound(parts, centred, ridge, support)
-        for rows in comm.rows_of(len(support), MAX_OUTPUTS):
+        for rows in comm.owned_rows(len(support), MAX_OUTPUTS):
             errors[number] += residual_error(solve(rows), parts, held_out, centred, rows)
     return comm(errors)
 

@@ -19,14 +19,14 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import check_fraction, check_types
 from billhook.calibration.calibration import log_single_source
-from billhook.engine.batches import Run, tell_apart
-from billhook.engine.comm import ALONE, Comm
+from billhook.engine.batches import Run, runs_fingerprint
+from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.passes import activation_files, outputs_in_files, passing
-from billhook.engine.state import replaced, undisturbed
+from billhook.engine.passes import activation_files, spilled_outputs, watch_call_order
+from billhook.engine.state import evaluating_without_grad, replaced
 from billhook.engine.store import store_of
 from billhook.engine.walk import Site, Walk, find_sites
-from billhook.model.linears import size_of
+from billhook.model.layers import size_of
 from billhook.progress import OnProgress
 from billhook.repairs.residuals import NoRepair, check_tokens, not_refitted_message, too_few_tokens
 from billhook.repairs.visitor import LinearCalls, RepairVisitor, combine_calls, record_calls, residual_order
@@ -72,11 +72,11 @@ class RepairConfig:
 
     def choosing(self, runs: int, comm: Comm) -> set[int]:
         """Returns those of this rank's runs that choose the ridge, which are chosen among the runs of all ranks."""
-        count, numbers = comm.dealt(comm.gather(runs))
+        count, numbers = comm.batch_numbers(comm.gather(runs))
         chosen = self.chooses(count)
         return {run for run, number in enumerate(numbers) if number in chosen}
 
-    def parts(self, sources: Sequence[str], comm: Comm = ALONE) -> tuple[list[int], list[int]]:
+    def parts(self, sources: Sequence[str], comm: Comm = SINGLE_PROCESS) -> tuple[list[int], list[int]]:
         """Returns the part of the data that each run belongs to, and the parts that are held out, in turn.
 
         Parts are the sources of all ranks' runs. Where there is one alone, they are the runs that choose the ridge, and
@@ -89,7 +89,7 @@ class RepairConfig:
         names = sorted({source for of_rank in ranks for source in of_rank}, key=lambda source: zlib.crc32(source.encode()))
         if len(names) > 1:
             return [names.index(source) for source in sources], list(range(len(names)))
-        count, numbers = comm.dealt([len(of_rank) for of_rank in ranks])
+        count, numbers = comm.batch_numbers([len(of_rank) for of_rank in ranks])
         if not (chosen := self.chooses(count)):
             count = sum(map(len, ranks))
             raise NoRepair(f"batches: a refit needs two at least, as some are to choose the ridge; got {count} in all")
@@ -101,7 +101,7 @@ def repair_linears(
     kept: Mapping[str, Tensor],
     trials: Sequence[Run],
     repair: RepairConfig | None = None,
-    comm: Comm = ALONE,
+    comm: Comm = SINGLE_PROCESS,
     given: LazyTensors | None = None,
     progress: OnProgress | None = None,
     left: list[str] | None = None,
@@ -141,7 +141,7 @@ def repair_linears(
     store, with_others = store_of(model), set(given.modules if given is not None else ())
     parts, held_out = repair.parts(sources, comm)
     log_single_source(model, sources)
-    with undisturbed(model):
+    with evaluating_without_grad(model):
         shown, orderly = _shown(model, every, forwards, comm)
         often = {name: linear for name, linear in linears.items() if shown.calls[name] > 1}
         before = residual_order(shown, linears.keys() | with_others) if repair.compensate and not often else {}
@@ -153,13 +153,13 @@ def repair_linears(
         forwards = forwards * (2 if before else 1)
         if not store.holds_all and orderly and not often:
             masks = hashlib.sha256(str([(name, keep.tolist()) for name, keep in kept.items()]).encode()).hexdigest()
-            step = store.step(f"{repair} {sources} {masks}", partial(tell_apart, trials))
-            with step, activation_files(store) as visitor.files, outputs_in_files(visitor.files, model):
+            step = store.step(f"{repair} {sources} {masks}", partial(runs_fingerprint, trials))
+            with step, activation_files(store) as visitor.files, spilled_outputs(visitor.files, model):
                 new = _refit(model, visitor, looked, {}, comm, forwards, by_block=True)
         else:
             store.check_can_hold_all(f"repair: {', '.join(list(often)[:1])} is called several times in a run")
-            with store.all_here():
-                with undisturbed(model):
+            with store.all_loaded():
+                with evaluating_without_grad(model):
                     check_tokens(linears, {name: int(keep.sum()) for name, keep in kept.items()}, trials, comm)
                 new = _refit(model, visitor, looked, often, comm, forwards, by_block=False)
     if all(visitor.left.values()):
@@ -180,7 +180,7 @@ def _shown(
 ) -> tuple[LinearCalls, bool]:
     """Runs a model once; returns how its linears are called, and whether its blocks are one after the other, on all ranks."""
     store = store_of(model)
-    with store.apart(comm), passing(store, model) as passed:
+    with store.apart(comm), watch_call_order(store, model) as passed:
         shown = [record_calls(every, forward) for forward in forwards[:1]]
     ranks = comm.gather((shown, passed.orderly))
     return combine_calls([linears for shown, _ in ranks for linears in shown]), all(orderly for _, orderly in ranks)

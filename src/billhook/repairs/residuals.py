@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from billhook.engine.batches import Run
-from billhook.engine.comm import ALONE, Comm
+from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.passes import ActivationFiles, zeros
 from billhook.engine.statistics import TOKENS, add_products
 from billhook.linalg import float64_device, widest_float
@@ -202,7 +202,9 @@ class NoRepair(ValueError):
     """Raised where no linear can be refitted: none reads what is removed, or batches, or their tokens, are too few."""
 
 
-def check_tokens(linears: Mapping[str, nn.Module], needed: Mapping[str, int], runs: Sequence[Run], comm: Comm = ALONE) -> None:
+def check_tokens(
+    linears: Mapping[str, nn.Module], needed: Mapping[str, int], runs: Sequence[Run], comm: Comm = SINGLE_PROCESS
+) -> None:
     """Refuses batches that give no linear enough tokens that count; runs them until one has enough.
 
     Args:

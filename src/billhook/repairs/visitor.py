@@ -20,7 +20,7 @@ from billhook.engine.statistics import ROWS, InputNorms
 from billhook.engine.store import BlockStore
 from billhook.engine.walk import Site, Visitor
 from billhook.linalg import float64_device, widest_float
-from billhook.model.linears import as_it_lies, is_pruned, matrix_of, turned
+from billhook.model.layers import is_pruned, matrix_of, to_layout, to_parameters
 from billhook.progress import OnProgress
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.residuals import ResidualStatistics, TokenBuffer, as_float, make_folds, non_padding
@@ -132,7 +132,7 @@ class _Linear:
         self.dense = self.start = weight, bias = matrix_of(module)
         self.new = {part: value.to(weight.device) for part, value in new.items()}
         if new:
-            self.start = turned(module, self.new["weight"]), None if bias is None else self.new["bias"]
+            self.start = to_layout(module, self.new["weight"]), None if bias is None else self.new["bias"]
         self.fitted: dict[str, Tensor] = {}
         self.keep: Tensor | None = None
         if keep is not None:
@@ -156,7 +156,7 @@ class _Linear:
         if self.fitted or self.keep is None:
             return self.fitted or self.new
         weight, bias = self.start
-        return as_it_lies(self.module, torch.where(self.keep, weight, 0), bias)
+        return to_parameters(self.module, torch.where(self.keep, weight, 0), bias)
 
 
 class RepairVisitor(Visitor):
@@ -357,7 +357,7 @@ class RepairVisitor(Visitor):
             kept, bias = refit_linear(remaining, bias, folds, parts, self._ridges, self._comm, _support(remaining))
             fitted = torch.zeros_like(weight)
             fitted[:, linear.stays] = kept.to(fitted.device)
-            linear.fitted = as_it_lies(linear.module, fitted, bias)
+            linear.fitted = to_parameters(linear.module, fitted, bias)
             self._refitted.add(name)
 
     def _compared(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -396,7 +396,7 @@ class RepairVisitor(Visitor):
         if name not in self._refitted:
             return residuals
         linear = self._linears[name]
-        (weight, bias), fitted = linear.start, turned(linear.module, linear.fitted["weight"])
+        (weight, bias), fitted = linear.start, to_layout(linear.module, linear.fitted["weight"])
         for rows in _rows(weight):
             change = (as_float(fitted[rows, linear.stays]) - as_float(weight[rows, linear.stays])).t()
             for run, residual in residuals.items():

@@ -15,10 +15,10 @@ from typing_extensions import Self
 from billhook.calibration.reading import Rows
 from billhook.display import render_table
 from billhook.engine.batches import Run, runs_of, source_of
-from billhook.engine.comm import ALONE, Comm
-from billhook.engine.passes import activation_files, together
+from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine.passes import activation_files, run_side_by_side
 from billhook.engine.sharding import is_sharded
-from billhook.engine.state import undisturbed
+from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import store_of
 from billhook.progress import OnProgress
 from billhook.report.generation import generates
@@ -43,7 +43,7 @@ def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progres
         if progress is not None:
             progress(len(losses), len(texts))
 
-    together(model, [partial(read, number) for number in range(len(texts))])
+    run_side_by_side(model, [partial(read, number) for number in range(len(texts))])
     return math.exp(sum(losses.values()) / sum(ids.shape[1] - 1 for ids in texts))
 
 
@@ -140,7 +140,7 @@ class DenseReference:
         model: PreTrainedModel,
         batches: Iterable[Any],
         inside: Sequence[str] = (),
-        comm: Comm = ALONE,
+        comm: Comm = SINGLE_PROCESS,
         progress: OnProgress | None = None,
     ) -> None:
         self.inside, self._comm = set(inside), comm
@@ -173,8 +173,8 @@ class DenseReference:
         others = [0] * (most - len(self._read_here))  # so that all ranks gather what is sharded equally often
         runs = runs_of(model, [{"input_ids": self.rows[row][1][None]} for row in (*self._read_here, *others)])
         reads = [partial(read, row, run) for row, run in zip(self._read_here, runs, strict=False)]
-        with undisturbed(model):
-            together(model, [*reads, *(run.forward for run in runs[len(reads) :])])
+        with evaluating_without_grad(model):
+            run_side_by_side(model, [*reads, *(run.forward for run in runs[len(reads) :])])
 
     def degradation(self, model: PreTrainedModel, progress: OnProgress | None = None) -> list[TextDegradation]:
         """Compares a changed model with the dense one, by source; `progress` is called with how many rows are done."""

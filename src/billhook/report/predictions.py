@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from billhook.engine.batches import Run
-from billhook.engine.state import undisturbed
+from billhook.engine.state import evaluating_without_grad
 
 ELEMENTS = 2**22
 """How many logits are worked on at once."""
@@ -71,7 +71,7 @@ def _logs(logits: Tensor, positions: Tensor, device: torch.device) -> Tensor:
 
 def eval_logits(model: PreTrainedModel, run: Run) -> Tensor:
     """Returns the logits at all positions that count, `[positions, classes]`; refuses a model without logits."""
-    with undisturbed(model):
+    with evaluating_without_grad(model):
         return compute_logits(model, run)
 
 

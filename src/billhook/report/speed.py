@@ -16,7 +16,7 @@ from typing_extensions import Self
 from billhook.arguments import check_int, check_one_of, check_types
 from billhook.engine.memory import resident
 from billhook.model.config_fields import text_config
-from billhook.model.figures import meta_copy
+from billhook.model.costs import meta_copy
 from billhook.report.generation import CacheKind, Generation, cache_name, generates
 
 RESET = Path("/proc/self/clear_refs")

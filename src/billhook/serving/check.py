@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from billhook.arguments import check_int, check_one_of, check_types
 from billhook.assets import model_path
 from billhook.calibration.generated import check_can_generate, generated
-from billhook.engine.state import overridden, undisturbed
+from billhook.engine.state import evaluating_without_grad, overridden
 from billhook.model.config_fields import text_config
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
@@ -173,7 +173,7 @@ def _compared(
 ) -> Served:
     """Runs a file in the engine, and compares it with the model that it was made of."""
     row = _row(model, length)
-    with undisturbed(model):
+    with evaluating_without_grad(model):
         expected = model(input_ids=torch.tensor([row]), use_cache=False).logits[0].float()
     following = _greedy(model, row, new_tokens)
     engine.load(file, length + new_tokens)
@@ -215,7 +215,7 @@ def _greedy(model: PreTrainedModel, tokens: Sequence[int], count: int) -> list[i
         do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0, use_cache=True
     )  # fmt: skip
     ids, write = torch.tensor([list(tokens)]), cast(Any, model.generate)
-    with undisturbed(model), overridden(model, generation_config=how):  # which would add what `how` leaves open
+    with evaluating_without_grad(model), overridden(model, generation_config=how):  # which would add what `how` leaves open
         written: list[int] = write(ids, attention_mask=torch.ones_like(ids), generation_config=how)[0, len(tokens) :].tolist()
     return written
 

@@ -15,7 +15,7 @@ from gguf.quants import quantize
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from billhook.model.handed import handing_of
+from billhook.model.repeat_kv import repeat_layout_of
 from billhook.serving.converter import DType
 from billhook.serving.engines import refused_by_deci
 
@@ -44,7 +44,7 @@ def why_not(model: PreTrainedModel) -> str | None:
     """Says why a model is none of those that `deci` computes; None if it is."""
     if (why := refused_by_deci(model.config)) is not None:
         return f"{SHAPED}, and {why}"
-    if any(handing_of(module) is not None for module in model.modules()):
+    if any(repeat_layout_of(module) is not None for module in model.modules()):
         return "it hands out fewer heads than it computes with, which no architecture of llama.cpp does"
     return None
 

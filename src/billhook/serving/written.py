@@ -10,7 +10,7 @@ from typing import Literal, cast, get_args
 from billhook.arguments import check_one_of, check_path
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import FILES
-from billhook.model.shaped import load_as, readable, says_shape
+from billhook.model.shaped import has_shape_entry, load_as, readable
 from billhook.serving.converter import Converter, DType
 from billhook.serving.engine import Kind, LlamaCpp
 from billhook.serving.engines import misread
@@ -50,7 +50,7 @@ def write_gguf(folder: str, out: str | Path, converter: Converter, dtype: DType 
         WorkerError: If the converter fails; its message says why.
     """
     check_checkpoint(folder)
-    if says_shape(folder) or misread(read_config(folder)):
+    if has_shape_entry(folder) or misread(read_config(folder)):
         by = "billhook, as llama.cpp's deci, which takes heads and widths of each layer"
         convert = partial(_write_shaped, folder, out, converter, dtype)
     else:

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
-from billhook.model.figures import figure_of
-from billhook.model.inputs import alike, answer, tolerance
-from billhook.model.linears import is_linear
+from billhook.model.costs import cost_of
+from billhook.model.inputs import outputs_match, run_outputs, tolerance
+from billhook.model.layers import is_linear
 from billhook.pruning.block_plan import BlockPlan, checked_block_plan, find_block_plan, without_blocks
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.cache import zeroed
@@ -149,15 +149,15 @@ def _cost_of(search: RatioSearch, target: str, chosen: Mapping[str, list[int]]) 
         smaller = without_blocks(search.model, find_block_plan(search.model, chosen))
     except ValueError as error:
         return str(error)
-    return int(getattr(search.now, target)) - int(figure_of(smaller, target) or 0)
+    return int(getattr(search.now, target)) - int(cost_of(smaller, target) or 0)
 
 
 def _computes(blocks: Blocks, name: str, number: int) -> str:
     """Says why a block stays, as it computes something also with its writers at zero; empty if it may go."""
     model = blocks.model
     with skipping(model, {blocks.stack: [number]}):
-        expected = answer(model)
+        expected = run_outputs(model)
     with store_of(model).computing_with(zeroed(model, blocks.writers[name])):
-        zeros_alone = answer(model)
-    same = alike(expected, zeros_alone, tolerance(model))
+        zeros_alone = run_outputs(model)
+    same = outputs_match(expected, zeros_alone, tolerance(model))
     return "" if same else f"{name} computes something also with the linears behind its heads and channels at zero"

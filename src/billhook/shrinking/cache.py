@@ -24,14 +24,14 @@ from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run, source_of
 from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.parts import fingerprint, identity_of, put
-from billhook.engine.state import undisturbed
+from billhook.engine.parts import fingerprint, identity_of, replace_file
+from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import store_of
 from billhook.importance.activations import watch
 from billhook.importance.obs import RepeatedCall, watch_blockwise
 from billhook.importance.score import make_run
 from billhook.linalg import float64_device
-from billhook.model.linears import as_it_lies, matrix_of
+from billhook.model.layers import matrix_of, to_parameters
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.least_squares import bias_shift, choose_ridge, errors_without_refit, residual_error, solve_ridge
 from billhook.repairs.repair import RepairConfig
@@ -104,7 +104,7 @@ class CandidateCache:
         tensors = {name: value.cpu() for name, value in weights.items()}
         unfinished = self._folder / f"unfinished-{os.getpid()}"
         save_file(tensors, unfinished, {"errors": _to_json({(layer, kept): error})})
-        put(unfinished, self._folder / f"{layer}.{kept}.safetensors")
+        replace_file(unfinished, self._folder / f"{layer}.{kept}.safetensors")
 
     def lost(self, layer: str, kept: int, measure: Callable[[Collection[str]], float]) -> float:
         """Returns what the whole model loses by a candidate, or without a block (0), all else dense; measures it once.
@@ -120,7 +120,7 @@ class CandidateCache:
             if self._folder is not None:
                 unfinished = self._folder / f"unfinished-{os.getpid()}"
                 unfinished.write_text(_to_json(self.measured))
-                put(unfinished, self._folder / MEASURED)
+                replace_file(unfinished, self._folder / MEASURED)
         return self.measured[layer, kept]
 
     def weights(self, layer: str, kept: int) -> LazyTensors:
@@ -223,7 +223,7 @@ def fill_cache(
             del readers  # before those of the next layer are there
             done()
 
-    with undisturbed(model):
+    with evaluating_without_grad(model):
         try:
             watch_blockwise(model, watched, runs, note, make)
         except RepeatedCall:
@@ -266,7 +266,7 @@ def check_enough(search: RatioSearch, layers: Sequence[Layer], batches: Sequence
     """
     model, needed = search.model, tokens_needed(search, layers)
     units = {name: search.units[name] for layer in layers for name in layer.names}
-    with undisturbed(model):
+    with evaluating_without_grad(model):
         linears = {name: model.get_submodule(name) for name in needed}
         check_tokens(linears, needed, [make_run(model, units, batch) for batch in batches])
 
@@ -327,7 +327,7 @@ class Reader:
         keep = keep.to(weight.device)
         new = torch.zeros_like(weight, dtype=torch.float64)
         new[:, keep] = change + weight[:, keep]
-        return error, as_it_lies(self.linear, new, bias)
+        return error, to_parameters(self.linear, new, bias)
 
     def _without(self, keep: Tensor) -> tuple[list[ResidualStatistics], list[Fold]]:
         """Returns moments of the inputs that are kept, by part of the batches, and which of these are held out in turn."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import Batch, Run, source_of
-from billhook.engine.state import overridden, undisturbed
+from billhook.engine.state import evaluating_without_grad, overridden
 from billhook.engine.trees import tree_leaves, tree_map_only
 from billhook.repairs.repair import RepairConfig
 from billhook.report.predictions import Predictions, eval_logits
@@ -262,6 +262,6 @@ class Perplexity:
         return math.exp(mean) if mean < math.log(1e9) else math.inf
 
     def _losses(self) -> list[float]:
-        with undisturbed(self._model):
+        with evaluating_without_grad(self._model):
             losses: list[float] = self._agreed([float(run.forward()) for run in self._runs])
         return losses

@@ -8,9 +8,9 @@ from statistics import median
 from transformers import PreTrainedModel
 
 from billhook.arguments import check_int, check_types
-from billhook.engine.state import undisturbed
+from billhook.engine.state import evaluating_without_grad
 from billhook.model.config_fields import text_config
-from billhook.model.meta import sharing
+from billhook.model.meta import copy_sharing_parameters
 from billhook.pruning.block_plan import BlockPlan, remove_blocks
 from billhook.pruning.cut import Cut
 from billhook.pruning.removal import remove
@@ -103,8 +103,8 @@ class Clock:
 
     def times(self, cut: Cut, blocks: BlockPlan | None = None) -> Times:
         """Measures the model before and after a cut, and without some blocks, as copies that share all that stays whole."""
-        with undisturbed(self.model):
-            dense, smaller = sharing(self.model), sharing(self.model)
+        with evaluating_without_grad(self.model):
+            dense, smaller = copy_sharing_parameters(self.model), copy_sharing_parameters(self.model)
             remove(smaller, cut)
             if blocks is not None:
                 remove_blocks(smaller, blocks)
@@ -116,7 +116,7 @@ class Clock:
 def clock_of(model: PreTrainedModel, workload: Workload | None) -> Clock:
     """Returns a clock that times a model doing what is asked, as `billhook bench` measures; refuses a model that cannot do it."""
     try:
-        with undisturbed(model):
+        with evaluating_without_grad(model):
             decided = (workload or Workload()).of(model)
     except ValueError as error:
         raise ValueError(f"latency: {error}") from error

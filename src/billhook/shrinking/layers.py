@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.model.figures import kv_cache_bytes
-from billhook.model.linears import is_linear
+from billhook.model.costs import kv_cache_bytes
+from billhook.model.layers import is_linear
 from billhook.pruning.amount import divides_among_devices
 from billhook.pruning.choice import rank_units
 from billhook.pruning.cut import Cut, coupled_modules, find_cut

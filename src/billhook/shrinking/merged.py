@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from billhook.engine.batches import Run
 from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.state import overridden, precisely, replaced, undisturbed
-from billhook.engine.walk import spare
+from billhook.engine.state import evaluating_without_grad, full_precision, overridden, replaced
+from billhook.engine.walk import copy_cache
 from billhook.kv_heads.layout import Projections
 from billhook.kv_heads.moments import StopForward
 from billhook.linalg import float64_device
-from billhook.model.linears import as_it_lies, matrix_of, size_of, turned
+from billhook.model.layers import matrix_of, size_of, to_layout, to_parameters
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import ResidualStatistics, as_float, make_folds, non_padding
@@ -43,7 +43,7 @@ def refit_readers(
     """
     parts, held_out = repair.parts([run.source for run in runs])
     refits = {name: _ReaderRefit(model, where, candidates[name], max(parts) + 1) for name, where in projections.items()}
-    with undisturbed(model), ExitStack() as stack:
+    with evaluating_without_grad(model), ExitStack() as stack:
         for refit in refits.values():
             stack.enter_context(refit.listening())
         for run, part in zip(runs, parts, strict=True):
@@ -86,7 +86,7 @@ class _ReaderRefit:
             weight, bias = weight.to(device), None if bias is None else bias.to(device)
             new = dict[str, Tensor]()
             if folds := make_folds(parts, held_out):
-                tensors = as_it_lies(self._reader, *refit_linear(weight, bias, folds, parts, ridges))
+                tensors = to_parameters(self._reader, *refit_linear(weight, bias, folds, parts, ridges))
                 new = by_parameter({self._linear: tensors})
             refitted[number] = resting(self._model, new) if new else LazyTensors({})
         return refitted
@@ -94,7 +94,7 @@ class _ReaderRefit:
     def _parameters(self, number: int) -> tuple[Tensor, Tensor | None]:
         """Returns the weight and bias of the reader in a candidate."""
         parameters = self._candidates[number].of_module(self._linear)
-        return turned(self._reader, parameters["weight"]), parameters.get("bias")
+        return to_layout(self._reader, parameters["weight"]), parameters.get("bias")
 
     def _visit(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs the attention's forward with the parameters of each candidate, and then as it is."""
@@ -103,7 +103,7 @@ class _ReaderRefit:
             parameters = {self._model.get_submodule(linear): weights.of_module(linear) for linear in weights.modules}
             self._stops = True
             with replaced(parameters), suppress(StopForward):  # the block is here, and stays
-                forward(*map(spare, args), **{name: spare(value) for name, value in kwargs.items()})
+                forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
             inputs[number] = self._taken()
         self._stops = False
         output = forward(*args, **kwargs)
@@ -124,7 +124,7 @@ class _ReaderRefit:
 
     def _add(self, inputs: Mapping[int, Tensor], dense: Tensor) -> None:
         """Adds what the reader owes in each candidate: what it gives in the dense model, less what it gives then."""
-        with precisely():
+        with full_precision():
             keep, expected = (
                 non_padding(self.run, self._linear, dense),
                 as_float(dense) @ as_float(matrix_of(self._reader)[0]).t(),

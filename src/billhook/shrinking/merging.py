@@ -15,8 +15,8 @@ from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.methods import SVD
 from billhook.kv_heads.moments import gather
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
-from billhook.model.figures import kv_cache_bytes
-from billhook.model.linears import matrix_of
+from billhook.model.costs import kv_cache_bytes
+from billhook.model.layers import matrix_of
 from billhook.model.meta import to_meta
 from billhook.model.shape import set_shape
 from billhook.repairs.repair import RepairConfig

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.kv_heads.plan import KVHeadPlan
-from billhook.model.figures import figure_of, figures_of
+from billhook.model.costs import cost_of, costs_of
 from billhook.model.find import check_changeable, find_transformer
-from billhook.model.linears import is_linear
-from billhook.model.plan import ShapePlan, Weights, starting_from, usable
-from billhook.model.surgery import Follow, change_in_turn, changed, undone_by_errors
+from billhook.model.layers import is_linear
+from billhook.model.plan import ShapePlan, Weights, with_weights, without_inference_tensors
+from billhook.model.surgery import UpdateOptimizers, change_blockwise, changed_names, restored_on_error
 from billhook.pruning.amount import TARGETS, RowLength
 from billhook.pruning.block_plan import BlockPlan, without_blocks
 from billhook.pruning.cut import Cut, find_cut
@@ -112,7 +112,7 @@ def plan(measured: Measured, limit: int, kept: Mapping[str, int], fitted: Sequen
     if repair is not None and (units.units or unread):
         refitted, left = refitted_if_enough(model, units, fitted, repair, equal | zeros, unread)
         weights = equal | refitted
-    rebased = [name for name in changed(model, weights) if name in equal] if heads else []
+    rebased = [name for name in changed_names(model, weights) if name in equal] if heads else []
     merged = list[KVHeadPlan]()
     for merge in planned.merged:
         inside = tuple(name for name in rebased if any(name.startswith(f"{layer}.") for layer in merge.layers))
@@ -143,12 +143,12 @@ def plan_cuts(
         structure = trace(merged)
         units = units_of(merged, structure, search.amount.kinds)
     cut = find_cut(merged, structure, units, numbers)
-    costs = (figures_of(merged), figures_of(try_removal(merged, cut))) if heads else search.costs(cut)  # which a search remembers
+    costs = (costs_of(merged), costs_of(try_removal(merged, cut))) if heads else search.costs(cut)  # which a search remembers
     after, left = None, getattr(costs[1], target) if target in TARGETS else 0
     if removed_blocks:
         smaller = try_removal(merged, cut)
         after = candidates.blocks.planned(smaller, removed_blocks)
-        left = figure_of(without_blocks(smaller, after), target) if target in TARGETS else 0
+        left = cost_of(without_blocks(smaller, after), target) if target in TARGETS else 0
     left = int(left or 0)
     if left > limit:
         raise ValueError(f"{target}: {left:,} would be left, more than {limit:,}, as units do not all cost the same")
@@ -205,12 +205,12 @@ def apply_in_turn(
 ) -> None:
     """Carries out plans one after the other, each asked for once those before it have been, or none; see `apply`."""
     check_changeable(model)
-    subject, follows = find_transformer(model), list[Follow]()
-    undone = store_of(subject).following(), undone_by_errors(model)
-    with torch.inference_mode(mode=False), starting_from(subject, usable(weights)), undone[0], undone[1]:
+    subject, follows = find_transformer(model), list[UpdateOptimizers]()
+    undone = store_of(subject).restored_on_error(), restored_on_error(model)
+    with torch.inference_mode(mode=False), with_weights(subject, without_inference_tensors(weights)), undone[0], undone[1]:
         for shape_plan in plans:
             follows.append(shape_plan.change(model))
-        change_in_turn(subject, {})  # blocks of which no plan has cut anything keep their new values, too
+        change_blockwise(subject, {})  # blocks of which no plan has cut anything keep their new values, too
     trained_by = list(optimizers)
     for follow in follows:
         follow(trained_by)

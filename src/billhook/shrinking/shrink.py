@@ -12,9 +12,9 @@ from torch import nn
 from billhook.arguments import check_int, check_path, check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.importance.obs import OBS
-from billhook.model.figures import figure_of
+from billhook.model.costs import cost_of
 from billhook.model.find import check_stored, check_values, find_transformer
-from billhook.model.surgery import undone_by_errors, values_kept
+from billhook.model.surgery import restored_on_error, values_restored_on_error
 from billhook.pruning.repair import RepairOption
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import NoRepair, strip_argument
@@ -149,7 +149,7 @@ def shrink_to(
     measured = measure(candidates, searched, held_out, search.importance or OBS(), repair, folder, progress)
     chosen = choose_for(measured, budget, searched, fitted, held_out, repair, search, seed, clock)
     changed = [model.get_parameter(name) for name in chosen.planned.weights or {}]
-    with undone_by_errors(model), values_kept(changed):  # also if what has been cut cannot be measured
+    with restored_on_error(model), values_restored_on_error(changed):  # also if what has been cut cannot be measured
         apply_in_turn(model, chosen.planned.plans, weights=chosen.planned.weights)
         return shrunk_of(measured, chosen)
 
@@ -186,7 +186,7 @@ def shrunk_of(measured: Measured, chosen: Chosen) -> Shrunk:
     if chosen.times is not None:
         left = round(chosen.times.ratio * candidates.now)
     else:
-        left = int(figure_of(candidates.model, candidates.target) or 0)
+        left = int(cost_of(candidates.model, candidates.target) or 0)
     return Shrunk(
         plan=planned.units,
         target=candidates.target,

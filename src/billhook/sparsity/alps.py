@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import check_int, check_number, check_one_of, check_types
-from billhook.engine.statistics import InputMoments, Statistics
+from billhook.engine.statistics import InputGram, Statistics
 from billhook.linalg import conjugate_gradients, damp_, in_float64
 from billhook.sparsity.criteria import Comparison, Criterion, Wanda, check_finite
 
@@ -107,7 +107,7 @@ class ALPS(Criterion):
     penalty: float = 0.1
     steps: int = 300
     refits: int = 10
-    needs: ClassVar[type[Statistics] | None] = InputMoments
+    needs: ClassVar[type[Statistics] | None] = InputGram
     updates: ClassVar[bool] = True
     copies: ClassVar[int] = 10  # of float32; eigenvectors are found in float64
 
@@ -121,14 +121,14 @@ class ALPS(Criterion):
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
         """Computes |W_ij| ||X_j||, the ridge in the norm: where ADMM begins."""
-        moments = self._of_inputs(statistics, weight, InputMoments)
+        moments = self._of_inputs(statistics, weight, InputGram)
         return (weight.detach().float().abs() * self._scaled(moments)[1]).masked_fill(moments.squares == 0, 0)
 
     def solve(
         self, weight: Tensor, statistics: Statistics | None, sparsity: float, kept: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:
         """Finds the mask, and the weights on it. See `Criterion.prune`."""
-        moments = self._of_inputs(statistics, weight, InputMoments)
+        moments = self._of_inputs(statistics, weight, InputGram)
         h, scale = self._scaled(moments)
         zero = (weight.detach() == 0) | (moments.squares == 0)
 
@@ -143,7 +143,7 @@ class ALPS(Criterion):
         check_finite(updated, f"the updated weight, as {weight.dtype},")
         return updated, keep
 
-    def _scaled(self, moments: InputMoments) -> tuple[Tensor, Tensor]:
+    def _scaled(self, moments: InputGram) -> tuple[Tensor, Tensor]:
         """Returns X X^T with the ridge and a diagonal of ones, and by what inputs were divided for that."""
         h = damp_(moments.products.clone(), self.damping)
         scale = h.diagonal().sqrt()
@@ -178,7 +178,7 @@ class Refit(Criterion):
     steps: int = 10
     damping: float = 0.01
     compares: Comparison = field(default="row", init=False, repr=False)
-    needs: ClassVar[type[Statistics] | None] = InputMoments
+    needs: ClassVar[type[Statistics] | None] = InputGram
     updates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -197,7 +197,7 @@ class Refit(Criterion):
         self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
     ) -> tuple[Tensor, Tensor]:
         """Prunes by the criterion, and refits the kept weights. See `Criterion.prune`."""
-        moments = self._of_inputs(statistics, weight, InputMoments)
+        moments = self._of_inputs(statistics, weight, InputGram)
         pruned, keep = self.criterion.prune(weight, moments, sparsity, pattern)
         with torch.autocast(weight.device.type, enabled=False):
             h, solution = damp_(moments.products.clone(), self.damping), pruned.float().clone()

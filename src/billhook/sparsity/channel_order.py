@@ -11,15 +11,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.linalg import widest_float
-from billhook.model.handed import Indices
-from billhook.model.linears import is_convolution, weight_of
+from billhook.model.layers import is_convolution, weight_of
+from billhook.model.repeat_kv import Indices
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.grouped import prefix_errors
 from billhook.sparsity.visitor import PruningVisitor, Walks
 from billhook.tracing.axes import Axis, layout, multiplied_with
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Kind, Member
-from billhook.units.units import along, match
+from billhook.units.units import axis_numbers, match
 
 Costs = NDArray[np.float64]
 ROUNDS = 8
@@ -88,7 +88,7 @@ def _free(group: Group, reading: Mapping[str, Member], inputs: Mapping[str, int]
     near = set.intersection(*[multiplied_with(member.axis, group.leaf) for member in group.members])
     for beside in (tuple(sorted(near, key=lambda leaf: leaf.number)), ()):
         axis = group.members[0].axis
-        sets = np.unique(along(axis, beside)[layout(axis, group.leaf) >= 0], axis=0)
+        sets = np.unique(axis_numbers(axis, beside)[layout(axis, group.leaf) >= 0], axis=0)
         if all(_positions(member.axis, group.leaf, beside, sets) is not None for member in group.members):
             break
     free = FreeAxis(group, beside, sets, {})
@@ -102,7 +102,7 @@ def _positions(axis: Axis, leaf: Axis, beside: Sequence[Axis], sets: Indices) ->
     """Returns the positions of each set's units along an axis, `[sets, units, times]`; None if it has others, or not as many."""
     unit_at = layout(axis, leaf)
     positions = np.flatnonzero(unit_at >= 0)
-    set_at = match(along(axis, beside)[positions], sets)
+    set_at = match(axis_numbers(axis, beside)[positions], sets)
     key = set_at * leaf.size + unit_at[positions]
     counts = np.bincount(key[set_at >= 0], minlength=len(sets) * leaf.size)
     if (set_at < 0).any() or len(set(counts.tolist())) > 1:

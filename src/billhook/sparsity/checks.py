@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from billhook.adapters.masked import require_plain_adapters
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Run, runs_of
-from billhook.engine.comm import ALONE, Comm
-from billhook.engine.statistics import InputMoments
+from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine.statistics import InputGram
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Sequential, find_sites
-from billhook.model.linears import active_in, channels, is_convolution, prunable
+from billhook.model.layers import active_in, adjacent_inputs, is_convolution, prunable
 from billhook.model.meta import to_meta
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
@@ -38,7 +38,7 @@ def needs_data(criterion: Criterion) -> bool:
 
 def solves_for_weights(criterion: Criterion) -> bool:
     """Tells whether a criterion solves for weights by products of inputs, which fewer tokens than inputs leave singular."""
-    return isinstance(criterion.statistics(1, "meta"), InputMoments)
+    return isinstance(criterion.statistics(1, "meta"), InputGram)
 
 
 def check_pruning(
@@ -61,7 +61,7 @@ def check_pruning(
         other = f"criterion={criterion} compares all of them" if group is None else f"pattern={pattern!r} says it for all"
         raise ValueError(f"allocation={allocation} says how sparse each linear is, and {other}: ask for one")
     for name, linear in linears.items():
-        if group is not None and (width := channels(linear)) % group[1]:
+        if group is not None and (width := adjacent_inputs(linear)) % group[1]:
             inputs = "channels" if is_convolution(linear) else "inputs"
             raise ValueError(f"pattern={pattern!r}: {name} has {width} {inputs}, which {group[1]} does not divide; skip it")
     return linears
@@ -112,7 +112,7 @@ def make_runs(
     if reader is None:
         return []
     who = f"{type(reader).__name__} needs calibration data"
-    if batches is None and comm is not ALONE:
+    if batches is None and comm is not SINGLE_PROCESS:
         raise ValueError(f"batches=None: {who}")
     runs = runs_of(model, read_batches(batches, model))
     lacks = int(match is not None and len(runs) < 2)
@@ -121,7 +121,7 @@ def make_runs(
     if not count:
         raise ValueError(f"batches=an empty collection: {who}")
     if lacking:
-        each = "" if comm is ALONE else " on each rank"
+        each = "" if comm is SINGLE_PROCESS else " on each rank"
         raise ValueError(f"batches: match holds some out, and needs two at least{each}, got {len(runs)} here: give smaller ones")
     return runs
 
@@ -183,13 +183,13 @@ def check_sharded(criterion: Criterion, allocation: Allocation | None, comm: Com
     if offload is not None:
         raise ValueError(f"offload={str(offload)!r}: the model is sharded, its blocks are gathered one at a time: leave it out")
     reads = needs_data(criterion) or (allocation is not None and allocation.measures)
-    if comm is ALONE and torch.distributed.get_world_size() > 1 and reads:
+    if comm is SINGLE_PROCESS and torch.distributed.get_world_size() > 1 and reads:
         raise ValueError("reduce=None: the model is sharded, and each rank would prune by its own batches: say how ranks sum")
 
 
 def check_streamed(model: nn.Module, comm: Comm) -> None:
     """Refuses ranks that would write one folder."""
-    if store_of(model).in_files and comm is not ALONE:
+    if store_of(model).in_files and comm is not SINGLE_PROCESS:
         raise ValueError("reduce: the model is streamed, and each rank would write the same folder: prune it on one")
 
 

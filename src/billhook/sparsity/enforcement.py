@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from billhook.adapters.masked import mask_adapters, unmask_adapters
 from billhook.engine.sharding import full_tensor, local, reshard, sharded_as
-from billhook.model.linears import prunable
+from billhook.model.layers import prunable
 from billhook.sparsity.weight_plan import pack_mask, unpack_mask
 
 

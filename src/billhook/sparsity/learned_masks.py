@@ -16,7 +16,7 @@ from billhook.calibration.calibration import Batches
 from billhook.engine.comm import Comm
 from billhook.engine.state import replaced
 from billhook.engine.statistics import Statistics
-from billhook.model.linears import find_twins, prunable, turned, weight_of
+from billhook.model.layers import find_tied, prunable, to_layout, weight_of
 from billhook.sparsity.allocation import Uniform, allocate_sparsities
 from billhook.sparsity.checks import check_called, check_pruning, make_runs, needs_data, warn_of_unsupported_weights
 from billhook.sparsity.criteria import Criterion
@@ -44,7 +44,7 @@ class MaskRule:
             _, keep = prune_weight(criterion, weight_of(linear), self.statistics, self.sparsity, pattern)
         if self.statistics is not None:
             self.statistics.settle()
-        return turned(linear, keep).contiguous()
+        return to_layout(linear, keep).contiguous()
 
     def again(self, name: str, linear: nn.Module, criterion: Criterion, pattern: str) -> Tensor:
         """Returns the mask that `keep` does, once that has checked what stays: after each step, without a host sync.
@@ -55,7 +55,7 @@ class MaskRule:
         if any(overridden):  # a user's own choice may check what it likes
             return self.keep(name, linear, criterion, pattern)
         scores = score_weight(criterion, weight_of(linear), self.statistics)
-        return turned(linear, criterion.keep(scores, self.sparsity, parse_pattern(pattern), check=False)).contiguous()
+        return to_layout(linear, criterion.keep(scores, self.sparsity, parse_pattern(pattern), check=False)).contiguous()
 
     def state(self) -> dict[str, Any]:
         """Returns it as a checkpoint holds it."""
@@ -140,7 +140,7 @@ class LearnedMasks:
         masks = {name: choice.keep(name, linears[name], self.criterion, self.pattern) for name, choice in chosen.items()}
         self.detach()
         self.chosen, self.masks, self._linears = dict(chosen), masks, linears
-        twins = {linear: name for name, linear in find_twins(self._model, linears)}
+        twins = {linear: name for name, linear in find_tied(self._model, linears)}
         self._names = {linear: name for name, linear in linears.items()} | twins
         self._unmasked = dict[nn.Module, nn.Parameter]()  # while a linear computes with what is kept of it
         self._hooks = [optimizer.register_step_post_hook(self._stepped) for optimizer in self._optimizers]

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from billhook.arguments import check_fraction, check_int, check_number, check_types
-from billhook.engine.comm import ALONE, Comm
-from billhook.engine.state import fresh_casts, overridden
+from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine.state import fresh_autocast_cache, overridden
 from billhook.engine.trees import tree_leaves, tree_map_only
-from billhook.engine.walk import Arguments, Site, spare
+from billhook.engine.walk import Arguments, Site, copy_cache
 from billhook.linalg import float64_device
-from billhook.model.linears import is_convolution, turned, weight_of
+from billhook.model.layers import is_convolution, to_layout, weight_of
 from billhook.sparsity.visitor import PruningVisitor
 from billhook.sparsity.weight_plan import PrunedLayer
 
@@ -109,7 +109,7 @@ class BlockTuning:
         block: nn.Module,
         weights: Mapping[str, Tensor],
         keeps: Mapping[str, Tensor],
-        comm: Comm = ALONE,
+        comm: Comm = SINGLE_PROCESS,
     ) -> None:
         self.matching, self.block, self.keeps, self.comm = matching, block, keeps, comm
         self.tuned = {name: _as_float32(weight).detach().clone().requires_grad_() for name, weight in weights.items()}
@@ -164,8 +164,8 @@ class BlockTuning:
         """Returns the sum of the errors of tokens, and how many these are."""
         inputs = passage.inputs, passage.goal, passage.counts
         (args, kwargs), goal, counts = tree_map_only(Tensor, lambda tensor: _as_float32(tensor.to(self.device)), inputs)
-        args, kwargs = tuple(map(spare, args)), {name: spare(value) for name, value in kwargs.items()}
-        with fresh_casts():  # Adam changes in place what the block may have cast, if its forward enters autocast
+        args, kwargs = tuple(map(copy_cache, args)), {name: copy_cache(value) for name, value in kwargs.items()}
+        with fresh_autocast_cache():  # Adam changes in place what the block may have cast, if its forward enters autocast
             output = hidden_state(functional_call(self.block, self.tuned | self.fixed, args, kwargs))
         assert output is not None, "it has come out before"
         size = goal.square().sum(-1)
@@ -207,16 +207,16 @@ class MatchingVisitor(PruningVisitor):
         if self.walks.twins:
             raise_block_called_again(self.walks.twins[0][0])
 
-    def came_out(self, run: int, given: Arguments, output: object) -> None:
+    def on_exit(self, run: int, given: Arguments, output: object) -> None:
         """Notes what a block was given, and what it gave."""
         if (state := hidden_state(output)) is not None:
             self._came_out[run] = given, state
 
-    def came_again(self, site: Site) -> None:
+    def on_reentry(self, site: Site) -> None:
         """Refuses linears that are called again when their block has been matched."""
         if site.linears:
             raise_block_called_again(next(iter(site.linears)))
-        super().came_again(site)
+        super().on_reentry(site)
 
     def complete(self, site: Site) -> None:
         """Prunes the linears of a site, or tunes those of a block that all runs have come out of."""
@@ -242,8 +242,8 @@ class MatchingVisitor(PruningVisitor):
         parameters = {name: names[id(linear.get_parameter("weight"))] for name, linear in linears.items()}
         weights, keeps = dict[str, Tensor](), dict[str, Tensor]()
         for name, linear in linears.items():
-            weights[parameters[name]] = turned(linear, self.pruned[name].weight(weight_of(linear)))
-            keeps[parameters[name]] = turned(linear, self.pruned[name].keep(weight_of(linear)))
+            weights[parameters[name]] = to_layout(linear, self.pruned[name].weight(weight_of(linear)))
+            keeps[parameters[name]] = to_layout(linear, self.pruned[name].keep(weight_of(linear)))
         parts: tuple[list[BlockSample], list[BlockSample]] = ([], [])
         for passage, is_held_out in zip(passages, self.matching.is_held_out(len(passages)), strict=True):
             parts[is_held_out].append(passage)
@@ -253,7 +253,7 @@ class MatchingVisitor(PruningVisitor):
             tuned = tuning(*parts)
         for name, linear in linears.items():  # rounded to the dtype of the old weights
             old, new = weight_of(linear), tuned[parameters[name]]
-            new = new.movedim(1, -1).flatten(1) if is_convolution(linear) else turned(linear, new)
+            new = new.movedim(1, -1).flatten(1) if is_convolution(linear) else to_layout(linear, new)
             self.pruned[name] = PrunedLayer.of(old, new.to(old.dtype), self.pruned[name].keep(old))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from billhook.arguments import check_one_of, check_types
 from billhook.engine.walk import Sequential
-from billhook.model.linears import Convolutions
+from billhook.model.layers import Convolutions
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.matching import BlockMatching
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches
 from billhook.display import Printable, text_table
-from billhook.engine.comm import ALONE
+from billhook.engine.comm import SINGLE_PROCESS
 from billhook.engine.device import check_device
 from billhook.engine.state import uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable, check_plain, find_transformer
-from billhook.model.handed import Indices
-from billhook.model.inputs import alike, logits_of, tolerance
-from billhook.model.linears import Convolutions
+from billhook.model.inputs import logits_of, outputs_match, tolerance
+from billhook.model.layers import Convolutions
+from billhook.model.repeat_kv import Indices
 from billhook.sparsity.channel_order import FreeAxis, OrderingVisitor, ReorderedAxis, find_free_axes
 from billhook.sparsity.checks import check_folder, check_pruning, make_runs, needs_data
 from billhook.sparsity.criteria import Criterion, Wanda
@@ -169,8 +169,8 @@ def permute_for(
     patterns = [skip] if isinstance(skip, str) else [*skip]
     options = PruneOptions(skip=patterns, output_embeddings=output_embeddings, convolutions=convolutions)
     linears = check_pruning(model, criterion, pattern, options)
-    runs = make_runs(model, batches, ALONE, criterion)
-    walks = Walks(model, linears, runs, ALONE, check_device(offload), check_folder(activations), {})
+    runs = make_runs(model, batches, SINGLE_PROCESS, criterion)
+    walks = Walks(model, linears, runs, SINGLE_PROCESS, check_device(offload), check_folder(activations), {})
     with permuted(walks, criterion, pattern) as done:
         return done
 
@@ -208,7 +208,7 @@ def permuted(walks: Walks, criterion: Criterion, pattern: str) -> Iterator[Permu
     expected = logits_of(model)
     apply_orders(model, ordered)
     try:
-        if not alike(expected, logits_of(model), tolerance(model)):
+        if not outputs_match(expected, logits_of(model), tolerance(model)):
             raise ValueError(f"model: {type(model).__name__} computes something else with its channels in another order")
         yield PermutationResult(type(model).__name__, str(criterion), pattern, tuple(axes.values()), why)
     except BaseException:

@@ -9,13 +9,13 @@ from torch import nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, log_once
-from billhook.engine.comm import ALONE, Comm, Reduce
+from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
 from billhook.engine.device import check_device
 from billhook.engine.passes import blockwise
 from billhook.engine.sharding import is_sharded
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
-from billhook.model.linears import channels, is_convolution, size_of
+from billhook.model.layers import adjacent_inputs, is_convolution, size_of
 from billhook.sparsity.allocation import allocate_sparsities
 from billhook.sparsity.checks import (
     check_called,
@@ -113,12 +113,12 @@ def prune(
     check_changeable(model)
     comm = Comm.of(reduce, model)  # asks which rank this is: after what is checked on each alone
     if permute:
-        check_permute(pattern, dry_run, not store_of(model).holds_all, comm is not ALONE)
+        check_permute(pattern, dry_run, not store_of(model).holds_all, comm is not SINGLE_PROCESS)
         check_permutable(model)
     if is_sharded(model):
         check_sharded(criterion, allocation, comm, offload)
     check_streamed(model, comm)
-    with nullcontext() if dry_run else store_of(model).following():
+    with nullcontext() if dry_run else store_of(model).restored_on_error():
         with blockwise(model):
             linears = check_pruning(model, criterion, pattern, options)
             if match is not None:
@@ -130,7 +130,7 @@ def prune(
             # what solves for weights needs as many tokens as inputs: said before the work as far as that is known
             expected, total = dict[str, tuple[int, int]](), count_tokens(runs, comm) if solves_for_weights(criterion) else None
             if total is not None:
-                expected = {n: (total, channels(linear)) for n, linear in linears.items() if not is_convolution(linear)}
+                expected = {n: (total, adjacent_inputs(linear)) for n, linear in linears.items() if not is_convolution(linear)}
             if words := too_few_tokens(criterion, expected):
                 log_once(words)
             walks = Walks(model, linears, runs, comm, device, folder, adapters)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import check_fraction, check_int, check_types
-from billhook.engine.statistics import InputMoments, Statistics
+from billhook.engine.statistics import InputGram, Statistics
 from billhook.linalg import cholesky_, damp_
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import keep_layer, keep_n_of_m
@@ -136,7 +136,7 @@ class SparseGPT(Criterion):
     damping: float = 0.01
     block_size: int = 128
     compares: Comparison = field(default="layer", init=False, repr=False)
-    needs: ClassVar[type[Statistics] | None] = InputMoments
+    needs: ClassVar[type[Statistics] | None] = InputGram
     updates: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -146,7 +146,7 @@ class SparseGPT(Criterion):
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
         """Computes W_ij^2 / U_jj^2 of the weight as it is, before any update."""
-        moments = self._of_inputs(statistics, weight, InputMoments)
+        moments = self._of_inputs(statistics, weight, InputGram)
         return saliency(_without_dead(weight, moments), inverse_factor(moments.products, self.damping))
 
     def solve(
@@ -155,7 +155,7 @@ class SparseGPT(Criterion):
         """Zeroes the lowest saliencies and updates the kept weights. See `Criterion.prune`."""
         if kept is not None and self.block_size % kept[1]:
             raise ValueError(f"block_size={self.block_size} must be a multiple of {kept[1]} for pattern='{kept[0]}:{kept[1]}'")
-        moments = self._of_inputs(statistics, weight, InputMoments)
+        moments = self._of_inputs(statistics, weight, InputGram)
         factor = inverse_factor(moments.products, self.damping)
         solved, keep = solve(_without_dead(weight, moments), factor, sparsity, kept, self.block_size)
         updated = solved.to(weight.dtype)

@@ -14,23 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from billhook.adapters.masked import effective_weight, lora_product
-from billhook.engine.batches import Run, tell_apart
+from billhook.engine.batches import Run, runs_fingerprint
 from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.passes import ActivationFiles, outputs_in_files
-from billhook.engine.state import undisturbed
+from billhook.engine.passes import ActivationFiles, spilled_outputs
+from billhook.engine.state import evaluating_without_grad
 from billhook.engine.statistics import Statistics
 from billhook.engine.store import BlockStore, store_of
-from billhook.engine.walk import Sequential, Site, Visitor, Walk, find_sites, with_ways_out
-from billhook.model.linears import (
+from billhook.engine.walk import Sequential, Site, Visitor, Walk, find_sites, with_exits
+from billhook.model.layers import (
+    adjacent_inputs,
     batched,
-    channels,
-    find_twins,
+    find_tied,
     is_convolution,
+    output_positions,
     patches,
-    places_of,
     size_of,
-    turned,
+    to_layout,
     weight_of,
 )
 from billhook.sparsity.criteria import Criterion, check_finite
@@ -74,7 +74,7 @@ class Walks:
     @cached_property
     def twins(self) -> list[tuple[str, nn.Module]]:
         """Other linears that have the weight of one."""
-        return find_twins(self.model, self.linears)
+        return find_tied(self.model, self.linears)
 
     @cached_property
     def store(self) -> BlockStore:
@@ -102,7 +102,7 @@ class Walks:
             raise ValueError(f"model: {name} shares its weight with another linear: prune it in memory, not block by block")
         while True:
             visitor = make(self, shared)
-            step = self.store.step(f"{key} {shared}", partial(tell_apart, self.runs)) if key else nullcontext()
+            step = self.store.step(f"{key} {shared}", partial(runs_fingerprint, self.runs)) if key else nullcontext()
             try:
                 with self._ready(sequential), step:
                     again = self._go(sequential, visitor, called_again, resumes=key is not None)
@@ -121,14 +121,14 @@ class Walks:
     def _ready(self, sequential: Sequential | None) -> Iterator[None]:
         """Has the model ready for runs, on the device and with the files that are asked for."""
         with ExitStack() as stack:
-            stack.enter_context(undisturbed(self.model))
+            stack.enter_context(evaluating_without_grad(self.model))
             blocks = [site.module for site in self.blocks] if self.offload or self.activations else []
             if self.offload is not None:
                 stack.enter_context(self.store.on(self.offload, blocks))
             if self.activations is not None:
                 files = stack.enter_context(closing(ActivationFiles(self.activations)))
                 # runs that rest at each linear hold outputs of modules within blocks, too
-                stack.enter_context(outputs_in_files(files, self.model, [] if sequential == "layer" else blocks))
+                stack.enter_context(spilled_outputs(files, self.model, [] if sequential == "layer" else blocks))
             yield
 
     def _go(self, sequential: Sequential | None, visitor: "PruningVisitor", called_again: set[str], resumes: bool) -> set[str]:
@@ -158,7 +158,7 @@ class Walks:
         visitor.untouched = range(len(forwards)) if sequential == "none" else visitor.dense
         visitor.ends = 1  # one run goes on to its end, to see which linears are called again
         with self.store.computing_with(new) if new else nullcontext():
-            walk = Walk(with_ways_out(self.model, sites) if visitor.dense else sites, visitor, self.comm, visitor.enter)
+            walk = Walk(with_exits(self.model, sites) if visitor.dense else sites, visitor, self.comm, visitor.enter)
             walk(forwards)
         return {name for site in walk.again for name in site.linears}
 
@@ -252,7 +252,7 @@ class PruningVisitor(Visitor):
         """Names the weight of a linear as the store does."""
         return f"{self._names[self.walks.linears[name]]}.weight"
 
-    def came_again(self, site: Site) -> None:
+    def on_reentry(self, site: Site) -> None:
         """Refuses blocks that come one at a time and are called again when what they become has been decided."""
         if not self.store.holds_all:
             raise_called_again(self._names[site.module])
@@ -274,7 +274,7 @@ class PruningVisitor(Visitor):
             self._last[run] = ref(inputs), _version(inputs), name
             return
         images = batched(linear, inputs)
-        outputs = places_of(linear, images)
+        outputs = output_positions(linear, images)
         keep = self._counting(outputs, images, run)
         step = max(1, VALUES // max(1, outputs[1:].numel() * linear.groups * size_of(linear)[1]))
         keeps = repeat(None) if keep is None else torch.split(keep, step)
@@ -297,7 +297,7 @@ class PruningVisitor(Visitor):
             if tokens := int(self.statistics[self._source[name]].tokens):
                 reached[name] = linear
                 if not is_convolution(linear):
-                    self.tokens[name] = tokens, channels(linear)
+                    self.tokens[name] = tokens, adjacent_inputs(linear)
         self.finish(reached)
         self._complete |= site.linears.keys()
         # a linear that rests alone may read what the next one reads: its statistics stay until another tensor is read
@@ -352,7 +352,7 @@ class PruningVisitor(Visitor):
         """Prunes this rank's linears, reckoned to cost rows x width^2 + width^3, before any are sent."""
         costs = [width**2 * (rows + width) for rows, width in map(size_of, linears.values())]
         solved = dict[str, PrunedLayer]()
-        for (name, linear), is_own in zip(linears.items(), self.comm.own_of(costs), strict=True):
+        for (name, linear), is_own in zip(linears.items(), self.comm.owned_pieces(costs), strict=True):
             self.store.load(linear)
             if is_own:
                 scored = self.scored(name)
@@ -396,7 +396,7 @@ class PruningVisitor(Visitor):
                 if name in self.walks.adapters:  # what LoRA adds where weights are zero is left out, as by merging
                     added = where_kept(lora_product(self.walks.adapters[name]), ~self.pruned[name].keep(weight))
                     weight = weight - added.to(weight.dtype)
-                new[name] = {"weight": turned(linear, weight)}
+                new[name] = {"weight": to_layout(linear, weight)}
         return new
 
 

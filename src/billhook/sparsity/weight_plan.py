@@ -26,10 +26,10 @@ from billhook.display import text_table
 from billhook.engine.lazy import LazyTensors, Read
 from billhook.engine.parts import fingerprint
 from billhook.engine.sharding import local, reshard, sharded_as
-from billhook.engine.state import fresh_casts
+from billhook.engine.state import fresh_autocast_cache
 from billhook.engine.store import store_of
-from billhook.model.linears import in_place, prunable, size_of, turned
-from billhook.model.plan import ModelPlan, Weights, starting_from
+from billhook.model.layers import prunable, size_of, to_layout, weight_view
+from billhook.model.plan import ModelPlan, Weights, with_weights
 from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, where_kept
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,7 +103,7 @@ class PrunedLayer:
         new = torch.zeros(old.shape, dtype=old.dtype, device=old.device).masked_scatter_(keep, values.to(old))
         return local(sharded_as(new, old)) if isinstance(old, DTensor) else new
 
-    @fresh_casts()
+    @fresh_autocast_cache()
     @torch.no_grad()
     def put_into(self, weight: Tensor) -> None:
         """Zeroes what the mask leaves out of a weight, in place, and gives what it keeps its new values, if there are any.
@@ -247,9 +247,9 @@ class WeightPlan(ModelPlan):
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """Returns the keep-masks, bool, each as its weight lies in memory, and sharded as it is."""
         linears = self._linears(model)
-        weights = {name: in_place(linears[name]) for name in self.pruned}
+        weights = {name: weight_view(linears[name]) for name in self.pruned}
         return {
-            name: turned(linears[name], sharded_as(self.pruned[name].keep(weight), weight)) for name, weight in weights.items()
+            name: to_layout(linears[name], sharded_as(self.pruned[name].keep(weight), weight)) for name, weight in weights.items()
         }
 
     @torch.no_grad()
@@ -275,12 +275,12 @@ class WeightPlan(ModelPlan):
 
         def put_into(block: nn.Module | None) -> None:
             for name in inside[block]:
-                self.pruned[name].put_into(in_place(linears[name]))
+                self.pruned[name].put_into(weight_view(linears[name]))
 
         def key() -> str:
             return f"{fingerprint(self.decided())} {LazyTensors.of(weights or {}).key}"
 
-        with starting_from(model, weights) if weights else nullcontext(), store.step(f"{self.kind} {list(self.pruned)}", key):
+        with with_weights(model, weights) if weights else nullcontext(), store.step(f"{self.kind} {list(self.pruned)}", key):
             for block in store.blocks.values():
                 if (block in inside or store.is_altered(block)) and not store.resumed(block, sizes):
                     with store.changing(block):

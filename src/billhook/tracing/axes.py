@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from billhook.model.handed import Indices
+from billhook.model.repeat_kv import Indices
 
 Op = Literal["leaf", "product", "sum"]
 

@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from billhook.engine.trees import tree_map_only
-from billhook.model.memory import Repeated
+from billhook.model.cache import CachedShapes
 from billhook.tracing.axes import Axis, Irregular, mark, product
 from billhook.tracing.rules import rule_for
 from billhook.tracing.tape import (
@@ -101,7 +101,7 @@ class Op:
         self.reshapes = torch.Tag.inplace_view in func.tags
 
 
-class Recorder(Repeated):  # type: ignore[no-untyped-call]
+class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
     """Notes on the tape what each op of a model says of axes; see `recording`."""
 
     def __init__(self, tape: Tape, model: nn.Module, everything: bool = True) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from billhook.display import Printable
-from billhook.model.handed import Indices
+from billhook.model.repeat_kv import Indices
 from billhook.tracing.axes import Axis, find, leaves
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.tape import ActivationProduct, Rows, Sources, Tape

@@ -14,10 +14,10 @@ from transformers.utils.generic import ModelOutput
 
 from billhook.arguments import check_types
 from billhook.engine.batches import check_one_device
+from billhook.model.cache import cached, stand_ins_in
 from billhook.model.config_fields import configs_of
 from billhook.model.find import check_dense, find_transformer
 from billhook.model.inputs import make_inputs
-from billhook.model.memory import placed, remembered
 from billhook.model.meta import from_config, from_name, to_meta
 from billhook.model.transformers_internals import attention_of, compute_every_expert, set_attention
 from billhook.tracing.axes import Axis, mark
@@ -63,7 +63,7 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
         find = partial(_find, subject, outside, example_inputs)
         if example_inputs is not None or not isinstance(subject, PreTrainedModel):
             return find()
-        return remembered(find, subject, "structure", *outside.items())
+        return cached(find, subject, "structure", *outside.items())
 
 
 def _find(subject: nn.Module, outside: Shapes, example_inputs: Inputs | None) -> Structure:
@@ -182,7 +182,7 @@ def _tape(meta_model: nn.Module) -> Tape:
         tape.storages[memory_of(tensor)] = name
         fresh = note(tensor)
         fresh.sources, fresh.used = {(name, -1): Rows(None)}, False
-    for hook in placed(meta_model):
+    for hook in stand_ins_in(meta_model):
         notes = tape.assumed if hook.harmless else tape.misses
         notes[hook.says] = notes.get(hook.says, 0) + 1
         hook.note = partial(_opaque, hook.says)

@@ -12,7 +12,7 @@ from billhook.arguments import check_int, check_types
 from billhook.assets import text_files
 from billhook.calibration.reading import Rows
 from billhook.display import Printable, text_table
-from billhook.engine.state import undisturbed
+from billhook.engine.state import evaluating_without_grad
 from billhook.model.config_fields import text_config
 from billhook.model.preprocessors import tokenizer_of
 from billhook.progress import OnProgress
@@ -115,7 +115,7 @@ def evaluate(
     tokens, encoder = length or min(LONGEST, most), tokenizer_of(model, tokenizer)
     sets = encoded([read_questions(file, limit) for file in questions], encoder, tokens)
     rows = None if text is None else blocks(text, tokenizer or str(model.config.name_or_path), tokens, column)
-    with undisturbed(model):
+    with evaluating_without_grad(model):
         answers = answered(model, f"model: this {type(model).__name__}", sets, batch_size)
         return Evaluation((*on_questions(answers), *on_text(model, rows, tokens, examples)))
 

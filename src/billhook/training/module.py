@@ -23,7 +23,7 @@ from billhook.adapters.lora import LoRA, attach, from_plain, to_plain
 from billhook.arguments import check_number, check_one_of, check_types
 from billhook.checkpoints.pretrained import AUTO_CLASSES, Task, load_model
 from billhook.engine.sharding import is_sharded, shard
-from billhook.engine.state import Noise
+from billhook.engine.state import StepRandom
 from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
 from billhook.fit.checkpoint_hooks import load_as_before, load_in_shape
@@ -198,7 +198,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         if not isinstance(model, PreTrainedModel):
             model = load_model(model, task, options, num_labels, gguf_file)
         self.model = model
-        self.noise = Noise()
+        self.noise = StepRandom()
         self._steps: int | None = None
         self.teacher = None if distillation is None else self._teacher(distillation, options)
         if lora is not None:
@@ -310,7 +310,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
                     "weights of the model are new, or name the teacher"
                 )
         if self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
-            self.noise = Noise()
+            self.noise = StepRandom()
         self.noise.seed = self.trainer.strategy.broadcast(self.noise.draw())
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:

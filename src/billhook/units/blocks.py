@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from billhook.engine.state import resting
+from billhook.engine.state import evaluating
+from billhook.model.cache import cached
 from billhook.model.find import find_transformer
 from billhook.model.inputs import small_inputs
-from billhook.model.memory import remembered
 
 _Call = tuple[int, Tensor, Tensor | None]
 """A block's number in its list, the hidden states that went in, and those of the same shape that came out, if any."""
@@ -34,7 +34,7 @@ def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = Non
     """
     subject = find_transformer(model)
     find = partial(_find_names, subject, example_inputs)
-    names = remembered(find, subject, "blocks") if example_inputs is None else find()
+    names = cached(find, subject, "blocks") if example_inputs is None else find()
     if not names:
         raise ValueError(f"model: {type(subject).__name__} has no blocks that hand hidden states on, one to the next")
     return {name: stack for name, stack in subject.named_modules() if name in names and isinstance(stack, nn.ModuleList)}
@@ -59,7 +59,7 @@ def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) ->
             for number, module in enumerate(stack):
                 hooks.callback(module.register_forward_hook(partial(note, name, number), with_kwargs=True).remove)
         try:
-            with resting(subject), torch.no_grad():
+            with evaluating(subject), torch.no_grad():
                 subject(**inputs)
         except Exception as error:  # whatever a model's own code raises
             what = f"{type(subject).__name__} does not run with inputs {', '.join(inputs)}"

@@ -9,8 +9,8 @@ from functools import cached_property, partial
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from billhook.model.cache import cached
 from billhook.model.config_fields import build_on_meta, fields_of, read_back, with_fields
-from billhook.model.memory import remembered
 from billhook.tracing.axes import leaves
 from billhook.tracing.groups import Group, count_positions
 from billhook.tracing.trace import trace
@@ -37,7 +37,7 @@ class FieldFinder:
 
         With them come such as must be given because others change that they follow; there are none if no fields do that.
         """
-        return remembered(partial(self._find_new, groups), self.model, "fields", *(group.number for group in groups))
+        return cached(partial(self._find_new, groups), self.model, "fields", *(group.number for group in groups))
 
     def _find_new(self, groups: Sequence[Group]) -> tuple[str, ...]:
         before = groups[0].size
@@ -122,7 +122,7 @@ class FieldFinder:
             sizes: Sizes = {}
             with suppress(Exception):  # whatever a model's own code raises
                 config = with_fields(self.model.config, values)
-                sizes = remembered(lambda: _sizes_of(build_on_meta(self.model, config)), (type(self.model), config), "places")
+                sizes = cached(lambda: _sizes_of(build_on_meta(self.model, config)), (type(self.model), config), "places")
             same = sizes.keys() == self.now.keys()
             self._known[key] = {key: size for key, size in sizes.items() if size != self.now[key]} if same else None
         return self._known[key]

@@ -8,15 +8,15 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import check_one_of, check_types
 from billhook.model.find import find_transformer
-from billhook.model.handed import Indices
-from billhook.model.linears import is_adapter, is_convolution
+from billhook.model.layers import is_adapter, is_convolution
+from billhook.model.repeat_kv import Indices
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Member, common_module
 from billhook.tracing.roles import Attention
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
-from billhook.units.units import Per, UnitKind, Units, along, plural
+from billhook.units.units import Per, UnitKind, Units, axis_numbers, plural
 
 Chosen = Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[int | str, Iterable[int]] | Iterable[int]
 """Units by place: its name, or its number in the order in which `find_units` gives places; or those of the only place."""
@@ -75,7 +75,7 @@ def check_any(model: nn.Module, structure: Structure | None, units: Mapping[str,
         raise ValueError(f"model: {type(model).__name__} has no {plural(kinds)}{why}")
 
 
-def check_held(model: nn.Module, units: Mapping[str, Units]) -> None:
+def check_belongs(model: nn.Module, units: Mapping[str, Units]) -> None:
     """Refuses units of another model: whose modules this one does not have."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for place, layer in units.items():
@@ -105,7 +105,7 @@ def of_kind(units: Mapping[str, Units], *kinds: UnitKind) -> dict[str, Units]:
     return {name: layer for name, layer in units.items() if layer.kind in kinds}
 
 
-def numbered(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
+def unit_ids(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
     """Returns chosen units by the name of their place, ascending and each once; KV heads as their query heads."""
     check_one_of("per", per, Per)
     names, what = list(units), plural(layer.kind for layer in units.values())
@@ -227,14 +227,14 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
     counted = made if made & set(query) else set(query)  # heads that other attentions count along may be fewer here
     kinds = {group.leaf: group.kind for group in structure.groups}
     kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in counted)
-    keys = along(axis, query)
+    keys = axis_numbers(axis, query)
     in_heads = np.flatnonzero((keys >= 0).any(1))  # other positions belong to none, as of a convolution next to the attention
     numbers, first = _number(keys[in_heads])
     if len(set(np.bincount(numbers).tolist())) > 1:
         raise ValueError(f"model: the heads of {name} cannot be told apart: they would not be of one size")
     index = np.full(axis.size, -1)
     index[in_heads] = numbers
-    kv_of, _ = _number(along(axis, kv)[in_heads[first]])
+    kv_of, _ = _number(axis_numbers(axis, kv)[in_heads[first]])
     modules: dict[str, None] = {}
     for parameter in readers:
         path = parameter.split(".")[:-1]

@@ -19,12 +19,12 @@ from typing_extensions import Self
 
 from billhook.arguments import check_types
 from billhook.engine.sharding import local, reshard, sharded_as
-from billhook.engine.state import fresh_casts
+from billhook.engine.state import fresh_autocast_cache
 from billhook.model.find import find_transformer
-from billhook.model.linears import read_dim
+from billhook.model.layers import read_dim
 from billhook.tracing.trace import Inputs
 from billhook.units.blocks import skip
-from billhook.units.find import Chosen, check_held, find_units, numbered
+from billhook.units.find import Chosen, check_belongs, find_units, unit_ids
 from billhook.units.units import PLURAL, Per, UnitKind, Units
 
 
@@ -117,11 +117,11 @@ def gates(model: nn.Module, units: Mapping[str, Units], per: Per = "head") -> It
         True
     """
     check_types(gates, locals())
-    numbered(units, {}, per)  # refuses an illegal `per`
+    unit_ids(units, {}, per)  # refuses an illegal `per`
     names = {name for name, _ in model.named_modules(remove_duplicate=False)}
     named_here = all(names.issuperset(layer.readers) for layer in units.values())
     subject = model if named_here else find_transformer(model)
-    check_held(subject, units)
+    check_belongs(subject, units)
     values = {name: _open_gates(subject, layer, per).requires_grad_() for name, layer in units.items()}
     with Mask({}, place_gates(subject, units, values, per)):
         torch.compiler.reset()
@@ -164,7 +164,7 @@ def mask(
         chosen, kind = units.units, dict.fromkeys(units.kinds.values())
     layers = find_units(model, kind, example_inputs)
     subject = model if example_inputs is not None else find_transformer(model)
-    masked = numbered(layers, chosen, per)
+    masked = unit_ids(layers, chosen, per)
     values: dict[str, Tensor] = {}
     blocks: dict[str, list[int]] = {}
     for name, numbers in masked.items():
@@ -206,25 +206,25 @@ def _open_gates(model: nn.Module, units: Units, per: Per = "head") -> Tensor:
     return torch.ones(units.count(per), device="cpu" if device.type == "meta" else device)
 
 
-@fresh_casts()
+@fresh_autocast_cache()
 def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Per = "head") -> None:
     """Sets the weights that read some units to zero, in place: the model computes what it does with them masked."""
     subject = find_transformer(model)
     layers = find_units(subject, kind)
-    removed = numbered(layers, units, per)
+    removed = unit_ids(layers, units, per)
     reshard(subject)
     with torch.no_grad():
-        for weight, dim, positions in reading(subject, layers, removed):
+        for weight, dim, positions in consumer_columns(subject, layers, removed):
             read = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device).index_fill_(dim, positions, True)
             local(weight).masked_fill_(local(sharded_as(read, weight)), 0)
 
 
-def reading(
+def consumer_columns(
     model: nn.Module, layers: Mapping[str, Units], units: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
     """Yields what reads some units: a parameter, one of its dimensions, and the positions along it."""
     for name, numbers in units.items():
-        for member in layers[name].held_by():
+        for member in layers[name].members_by_unit():
             if member.reads:
                 weight = model.get_parameter(member.name)
                 positions = np.flatnonzero(np.isin(layers[name].of_member(member), numbers))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import check_types
-from billhook.model.handed import Indices
+from billhook.model.repeat_kv import Indices
 from billhook.tracing.axes import Axis, layout, leaves
 from billhook.tracing.groups import Member
 
@@ -78,7 +78,7 @@ class Units:
         """Returns for each position of what the readers read its unit, or KV head, -1 if it has none: int64."""
         return self.index if per == "head" else np.where(self.index < 0, -1, self.kv_of[self.index])
 
-    def held_by(self, per: Per = "head") -> tuple[Member, ...]:
+    def members_by_unit(self, per: Per = "head") -> tuple[Member, ...]:
         """Returns the members that hold units one by one; keys and values of several query heads hold KV heads only."""
         wanted = set(self.leaves if per == "head" or not self.kv_leaves else self.kv_leaves)
         return tuple(member for member in self.members if wanted <= set(leaves(member.axis)))
@@ -95,21 +95,21 @@ class Units:
             if per == "kv_head" and self.kv_leaves:
                 columns = [self.leaves.index(leaf) for leaf in self.kv_leaves]
                 first = [int(np.flatnonzero(self.kv_of == kv)[0]) for kv in range(self.count("kv_head"))]
-                self._known[key] = match(along(member.axis, self.kv_leaves), self.keys[first][:, columns])
+                self._known[key] = match(axis_numbers(member.axis, self.kv_leaves), self.keys[first][:, columns])
             else:
-                units = match(along(member.axis, self.leaves), self.keys)
+                units = match(axis_numbers(member.axis, self.leaves), self.keys)
                 self._known[key] = units if per == "head" else np.where(units < 0, -1, self.kv_of[units])
         units_of: Indices = self._known[key]
         return units_of
 
-    def holders(self, member: Member) -> tuple[Indices, Indices]:
+    def units_at(self, member: Member) -> tuple[Indices, Indices]:
         """Returns for each position of a member's dimension its location, and which units each holds: `[locations, units]`, bool.
 
         Positions of one location have the same numbers along all leaves, as the keys that several query heads read.
         """
         key = member.name, member.dim
         if key not in self._known:
-            locations, inverse = np.unique(along(member.axis, self.leaves), axis=0, return_inverse=True)
+            locations, inverse = np.unique(axis_numbers(member.axis, self.leaves), axis=0, return_inverse=True)
             same = (self.keys[None] == locations[:, None]) | (locations < 0)[:, None]
             holds = np.all(same, axis=2) & np.any(locations >= 0, axis=1, keepdims=True)
             self._known[key] = inverse.reshape(-1), holds
@@ -121,8 +121,8 @@ class Units:
         """Number of each unit along every leaf: int64, `[units, leaves]`."""
         if self.kind != "head":
             return np.arange(len(self.kv_of))[:, None]
-        reader = next(member for member in self.held_by() if member.reads)
-        keys = along(reader.axis, self.leaves)
+        reader = next(member for member in self.members_by_unit() if member.reads)
+        keys = axis_numbers(reader.axis, self.leaves)
         return keys[[int(np.flatnonzero(self.index == unit)[0]) for unit in range(len(self.kv_of))]]
 
 
@@ -131,7 +131,7 @@ def counts(units: Units) -> tuple[int, ...]:
     return (units.count(), units.count("kv_head")) if units.kind == "head" else (units.count(),)
 
 
-def counted(kind: UnitKind, number: int) -> str:
+def count_text(kind: UnitKind, number: int) -> str:
     """Says how many units of a kind there are.
 
     >>> counted("head", 1), counted("residual", 1200)
@@ -150,7 +150,7 @@ def plural(kinds: Iterable[UnitKind]) -> str:
     return PLURAL[different.pop()] if len(different) == 1 else "units"
 
 
-def along(axis: Axis, leaves: Sequence[Axis]) -> Indices:
+def axis_numbers(axis: Axis, leaves: Sequence[Axis]) -> Indices:
     """Returns for each position of an axis its number along some leaves, -1 where it has none: int64, `[size, leaves]`."""
     if not leaves:
         return np.zeros((axis.size, 1), dtype=np.int64)
@@ -182,7 +182,7 @@ class Part:
     units: Tensor
     count: int
 
-    def along(self, values: Tensor) -> Tensor:
+    def sum_others(self, values: Tensor) -> Tensor:
         """Sums values of the parameter's shape over all other dimensions: `[positions]`."""
         others = [dim for dim in range(values.dim()) if dim != self.dim]
         return values.sum(others) if others else values
@@ -200,7 +200,7 @@ def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Par
     parts: dict[tuple[str, str, int], Part] = {}
     for place, layer in units.items():
         count = layer.count(per)
-        for member in layer.held_by(per):
+        for member in layer.members_by_unit(per):
             if member.buffer:
                 continue
             if member.name not in parameters:

@@ -58,7 +58,7 @@ def batched(convolution: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     return inputs if inputs.dim() == len(convolution.kernel_size) + 2 else inputs[None]
 
 
-def places_of(convolution: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> torch.Size:
+def output_positions(convolution: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> torch.Size:
     """Returns the batch size and how many outputs there are along each dimension, of inputs `[batch, channels, *size]`."""
     shape = _windows(convolution, inputs.new_empty(inputs.shape, device="meta")).shape
     return shape[:1] + shape[2 : inputs.dim()]
@@ -168,7 +168,7 @@ def is_packed(module: nn.Module) -> bool:
     return any(key in module._parameters or key in module._buffers for key in PACKED) or hasattr(module, "_packed_params")
 
 
-def is_quantised(tensor: Tensor) -> bool:
+def is_quantized(tensor: Tensor) -> bool:
     """Tells whether a tensor holds anything but floating-point numbers of 16 bits or more: those of 8 bits need their scales."""
     plain = type(tensor.data) in (Tensor, DTensor) and tensor.is_floating_point()
     return not plain or tensor.itemsize < torch.bfloat16.itemsize
@@ -185,24 +185,24 @@ def read_dim(reader: nn.Module) -> int:
     return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
 
 
-def find_twins(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+def find_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """Finds the other linears of a model that have the weight of one of these, each by its name."""
     names, known = {id(linear.get_parameter("weight")): name for name, linear in linears.items()}, set(linears.values())
     others = [module for module in model.modules() if _is_among(module, "all") and module not in known]
     return [(names[weight], module) for module in others if (weight := id(module._parameters.get("weight"))) in names]
 
 
-def turned(linear: nn.Module, matrix: Tensor) -> Tensor:
+def to_layout(linear: nn.Module, matrix: Tensor) -> Tensor:
     """Turns a matrix `[out, in]` to how the weight of a linear lies in memory; of all but convolutions also back."""
     if is_convolution(linear):
         return as_tensor(linear, matrix)
     return matrix.t() if isinstance(linear, Conv1D) else matrix
 
 
-def in_place(linear: nn.Module) -> Tensor:
+def weight_view(linear: nn.Module) -> Tensor:
     """Returns the weight as `[out, in]`, of a convolution as `[out, *taps, channels]`: a view of its memory; may be sharded."""
     weight = linear.get_parameter("weight").detach()
-    return weight.movedim(1, -1) if is_convolution(linear) else turned(linear, weight)
+    return weight.movedim(1, -1) if is_convolution(linear) else to_layout(linear, weight)
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -211,10 +211,10 @@ def weight_of(linear: nn.Module) -> Tensor:
     A convolution has an input for each tap and channel that an output reads, channels innermost, so that patterns N:M are along
     channels. Its matrix may be a copy; that of all others is a view of the layer's own memory.
     """
-    return in_place(linear).flatten(1)
+    return weight_view(linear).flatten(1)
 
 
-def channels(linear: nn.Module) -> int:
+def adjacent_inputs(linear: nn.Module) -> int:
     """Returns how many inputs of a linear are next to each other, for patterns N:M: of a convolution the channels of one tap."""
     return channels_of(linear) if is_convolution(linear) else size_of(linear)[1]
 
@@ -231,9 +231,9 @@ def matrix_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight_of(linear), None if bias is None else bias.detach()
 
 
-def as_it_lies(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+def to_parameters(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
     """Returns the parameters of a linear, by their name in it, of a matrix `[out_features, in_features]` and a bias."""
-    parameters = {"weight": turned(linear, weight)} | ({} if bias is None else {"bias": bias})
+    parameters = {"weight": to_layout(linear, weight)} | ({} if bias is None else {"bias": bias})
     return {name: value.to(linear.get_parameter(name)).contiguous() for name, value in parameters.items()}
 
 
@@ -283,5 +283,5 @@ def _check_plain(name: str, linear: nn.Module) -> None:
     kind = f"{type(linear).__name__}, {type(weight.data).__name__} of {weight.dtype}"
     if weight.layout is not torch.strided:
         raise ValueError(f"{name}.weight is sparse ({weight.layout}): make it dense first, as by to_dense()")
-    if is_quantised(weight):
+    if is_quantized(weight):
         raise ValueError(f"{name} is quantised ({kind}): prune the model before it is quantised")

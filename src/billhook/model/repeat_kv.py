@@ -18,7 +18,7 @@ Piece = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
-class Handing:
+class RepeatLayout:
     """How stored outputs are handed out: pieces of them, each head repeated, dealt in turn to so many blocks of outputs.
 
     The queries, keys and values of a matrix that holds them one after the other are three pieces in one block; of one that holds
@@ -47,7 +47,7 @@ class Handing:
         """How many heads a piece whose heads are repeated has: the KV heads."""
         return min(heads for _, heads, _, _ in self.pieces)
 
-    def hand_out(self, stored: Tensor) -> Tensor:
+    def repeat(self, stored: Tensor) -> Tensor:
         """Hands out stored outputs as the code that asked for them expects them: `[..., stored]` to `[..., given]`."""
         lead, parts = stored.shape[:-1], []
         for start, heads, repeats, width in self.pieces:
@@ -59,9 +59,9 @@ class Handing:
 
     def index(self) -> Indices:
         """Returns for each output that is handed out the number of the stored one: int64."""
-        return cast(Indices, self.hand_out(torch.arange(self.stored)).numpy())
+        return cast(Indices, self.repeat(torch.arange(self.stored)).numpy())
 
-    def take_back(self, outputs: Tensor) -> Tensor:
+    def undo_repeat(self, outputs: Tensor) -> Tensor:
         """Makes stored outputs of what was handed out of them: `[..., given]` to `[..., stored]`."""
         _, first = np.unique(self.index(), return_index=True)
         return outputs[..., torch.from_numpy(first).to(outputs.device)]
@@ -99,46 +99,46 @@ class Handing:
         return cls(blocks, tuple(cast(Piece, tuple(piece)) for piece in pieces))
 
 
-class HandedHeads(nn.Linear):
+class RepeatedHeadsLinear(nn.Linear):
     """A linear that stores few heads and hands out many, as `handing` says; its weight and bias keep their names."""
 
-    handing: Handing
+    handing: RepeatLayout
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns all outputs: `[..., in]` to `[..., handing.given]`."""
-        return self.handing.hand_out(super().forward(input))
+        return self.handing.repeat(super().forward(input))
 
 
-class HandedConv1D(Conv1D):
+class RepeatedHeadsConv1D(Conv1D):
     """The same of the transposed linear of GPT-2."""
 
-    handing: Handing
+    handing: RepeatLayout
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns all outputs: `[..., in]` to `[..., handing.given]`."""
-        return self.handing.hand_out(super().forward(x))  # type: ignore[no-untyped-call]
+        return self.handing.repeat(super().forward(x))  # type: ignore[no-untyped-call]
 
 
-def handing_of(module: nn.Module) -> Handing | None:
+def repeat_layout_of(module: nn.Module) -> RepeatLayout | None:
     """Returns how a module hands out heads; None if it gives what it stores."""
-    return module.handing if isinstance(module, HandedHeads | HandedConv1D) else None
+    return module.handing if isinstance(module, RepeatedHeadsLinear | RepeatedHeadsConv1D) else None
 
 
-def hand(module: nn.Module, handing: Handing | None) -> None:
+def set_repeat_layout(module: nn.Module, handing: RepeatLayout | None) -> None:
     """Makes a linear hand out heads, in place, or with None the plain linear that it was; its tensors are not touched."""
     attributes: dict[str, Any] = vars(module)
     if handing is None:
         module.__class__ = attributes.pop("_billhook_was")
         del attributes["handing"]
         return
-    if handing_of(module) is None:
+    if repeat_layout_of(module) is None:
         attributes["_billhook_was"] = type(module)
         # a class, as of torch's parametrize: deep and pickled copies have it, and undoing an event takes it back, unlike a hook
-        module.__class__ = HandedConv1D if isinstance(module, Conv1D) else HandedHeads
+        module.__class__ = RepeatedHeadsConv1D if isinstance(module, Conv1D) else RepeatedHeadsLinear
     attributes["handing"] = handing
 
 
-def regular(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], heads: int) -> Handing | None:
+def find_repeat_layout(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], heads: int) -> RepeatLayout | None:
     """Finds how outputs are handed out if heads of some kinds become so many; None if they do not lie regularly.
 
     For each output it is given its kind (such as query, key, value), head and rank in the head, and if that kind is `repeated`.
@@ -158,6 +158,6 @@ def regular(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], head
     blocks = changes // len(pieces)
     if changes % len(pieces) or any(many * repeats * width % blocks for _, many, repeats, width in pieces):
         return None
-    handing = Handing(blocks, tuple(pieces))
+    handing = RepeatLayout(blocks, tuple(pieces))
     handed_out = np.asarray(stored)[handing.index()]
     return handing if np.array_equal(handed_out.T, [kinds, head // times, rank]) else None

@@ -24,11 +24,11 @@ from transformers import GenerationConfig, PretrainedConfig
 PARTS = ("torch.nn.utils.", "transformers.")  # masks and norms of weights; how transformers collects hidden states
 
 
-class StandIn:
+class HookStandIn:
     """Stands where a hook was, which may do anything to anybody and so is not called."""
 
     def __init__(self, hook: Callable[..., Any], module: nn.Module, before: bool) -> None:
-        self.harmless, self.before = gives_nothing(hook), before
+        self.harmless, self.before = returns_none(hook), before
         self.note: Callable[[object], None] | None = None  # is called with what the hook could have replaced
         name, moment = _function(hook).__qualname__, "before" if before else "after"
         what = f"the hook {name} {moment} the forward of {type(module).__name__} is not called"
@@ -52,17 +52,17 @@ def stand_ins(model: nn.Module) -> dict[int, Any]:
             before = kind == "_forward_pre_hooks"
             for key, hook in hooks.items() if before or kind == "_forward_hooks" else ():
                 if not getattr(hook, "keeps_shapes", False):
-                    new[key] = hook if is_part(hook) else StandIn(hook, module, before)
+                    new[key] = hook if is_part(hook) else HookStandIn(hook, module, before)
     return found
 
 
-def placed(meta_model: nn.Module) -> list[StandIn]:
+def stand_ins_in(meta_model: nn.Module) -> list[HookStandIn]:
     """Returns the stand-ins in a copy on meta."""
     hooks = (hook for m in meta_model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
-    return [hook for hook in hooks if isinstance(hook, StandIn)]
+    return [hook for hook in hooks if isinstance(hook, HookStandIn)]
 
 
-def gives_nothing(hook: Callable[..., Any]) -> bool:
+def returns_none(hook: Callable[..., Any]) -> bool:
     """Tells whether a hook returns None, as far as its code shows, so that a module's input or output stays what it is."""
     code = getattr(_function(hook), "__code__", None)
     if code is None:
@@ -106,7 +106,7 @@ MOST = 256
 _findings: OrderedDict[Hashable, bytes] = OrderedDict()
 
 
-def remembered(find: Callable[[], Finding], subject: nn.Module | tuple[object, ...], *more: Hashable) -> Finding:
+def cached(find: Callable[[], Finding], subject: nn.Module | tuple[object, ...], *more: Hashable) -> Finding:
     """Returns what `find` finds of a model; calls it only if it is not known of any model that is alike.
 
     Args:
@@ -133,7 +133,7 @@ def remembered(find: Callable[[], Finding], subject: nn.Module | tuple[object, .
     return finding
 
 
-def forget() -> None:
+def clear_cache() -> None:
     """Forgets all findings: needed only after replacing code of models other than their classes' `forward`."""
     _findings.clear()
 
@@ -219,7 +219,7 @@ def _keeps_shapes(value: object) -> bool:
     return getattr(type(value), "keeps_shapes", False) is True
 
 
-class Repeated(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CachedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Does ops on meta tensors once for all that are alike, as layers repeat: torch finds many of their shapes in Python."""
 
     def __init__(self) -> None:

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from billhook.engine.trees import tree_map_only
+from billhook.model.cache import CachedShapes, cached
 from billhook.model.inputs import make_inputs
-from billhook.model.memory import Repeated, remembered
 from billhook.model.meta import to_meta
 from billhook.model.transformers_internals import compute_every_expert
 
@@ -23,7 +23,7 @@ CANNOT_RUN = (RuntimeError, NotImplementedError, TypeError, ValueError, Attribut
 
 
 @dataclass(frozen=True)
-class Figures:
+class Costs:
     """The costs of a model.
 
     Attributes:
@@ -45,22 +45,22 @@ class Figures:
     dtype: str = ""
 
 
-def figures_of(model: PreTrainedModel) -> Figures:
+def costs_of(model: PreTrainedModel) -> Costs:
     """Finds the costs of a model, which may stand on meta tensors itself."""
     config = model.config.get_text_config(decoder=True)
     context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
     context = 0 if model.main_input_name == "pixel_values" else context
-    flops = remembered(partial(_flops_on_meta, model, context), model, "flops", context)
-    return Figures(_params(model), _bytes(model), kv_cache_bytes(model), flops, context, str(model.dtype).removeprefix("torch."))
+    flops = cached(partial(_flops_on_meta, model, context), model, "flops", context)
+    return Costs(_params(model), _bytes(model), kv_cache_bytes(model), flops, context, str(model.dtype).removeprefix("torch."))
 
 
-def figure_of(model: PreTrainedModel, name: str) -> int | None:
-    """Finds one of a model's costs, by its name in `Figures`; parameters and bytes need no run."""
+def cost_of(model: PreTrainedModel, name: str) -> int | None:
+    """Finds one of a model's costs, by its name in `Costs`; parameters and bytes need no run."""
     if name == "kv_cache_bytes":
         return kv_cache_bytes(model)
     if name in ("params", "bytes"):
         return _params(model) if name == "params" else _bytes(model)
-    figure: int | None = getattr(figures_of(model), name)
+    figure: int | None = getattr(costs_of(model), name)
     return figure
 
 
@@ -77,7 +77,7 @@ def kv_cache_bytes(model: PreTrainedModel) -> int | None:
 
     It is what a second token adds, so that states that do not grow do not count, and sliding windows, not yet full, do.
     """
-    return remembered(partial(_cache_on_meta, model), model, "kv_cache_bytes")
+    return cached(partial(_cache_on_meta, model), model, "kv_cache_bytes")
 
 
 def _cache_on_meta(model: PreTrainedModel) -> int | None:
@@ -109,7 +109,7 @@ def _on_meta(model: PreTrainedModel, measure: Callable[[PreTrainedModel], int | 
     """Measures a copy on meta; None where it does not run there."""
     try:
         meta_model = meta_copy(model)
-        with Repeated():
+        with CachedShapes():
             return measure(meta_model)
     except CANNOT_RUN:
         return None

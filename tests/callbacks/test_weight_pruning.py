@@ -229,7 +229,7 @@ class TestRefused:
         self.refused(files, tmp_path, callbacks, match)
 
     @pytest.mark.parametrize(
-        ("options", "over", "match"), [({"mask_adapters": True}, 0, "masks LoRA in the shapes"), ({}, 2, "moves weights")]
+        ("options", "over", "match"), [({"adapters": "mask"}, 0, "masks LoRA in its shape"), ({}, 2, "moves masked weights")]
     )
     def test_shapes_that_masks_cannot_follow(self, files, tmp_path, options, over, match):
         callbacks = [
@@ -290,11 +290,11 @@ class TestRefused:
             ({"sparsity": 1.0}, "sparsity=1.0 must be"),
             ({"sparsity": 0.7, "pattern": "2:4"}, "sparsity=0.7 contradicts"),
             ({"sparsity": RAMP, "at": 3}, "at=3: the schedule says when"),
-            ({"sparsity": RAMP, "pattern": "2:4"}, "pattern='2:4' is a sparsity of its own"),
+            ({"sparsity": RAMP, "pattern": "2:4"}, "pattern='2:4' fixes the sparsity"),
             ({"sparsity": 0.5, "at": 1.5}, "at=1.5 .* must be in 0..1"),
             (
                 {"pattern": "2:4", "at": bh.schedules.Linear(final=1.0)},
-                "pattern='2:4' is a sparsity of its own, which a schedule contradicts",
+                "pattern='2:4' fixes the sparsity and cannot follow a schedule",
             ),
             ({"sparsity": 0.5, "at": "end"}, "at='end' must be 'start', an int"),
             ({"sparsity": 0.5, "at": 8, "sequential": "both"}, "sequential='both' must be one of"),
@@ -303,8 +303,8 @@ class TestRefused:
                 "match: sequential='none' prunes all blocks",
             ),
             (
-                {"sparsity": 0.5, "match": bh.criteria.BlockMatching(), "count_adapters": True},
-                "match changes kept weights, and count_adap",
+                {"sparsity": 0.5, "match": bh.criteria.BlockMatching(), "adapters": "count"},
+                "adapters='count' cannot be combined with match",
             ),
             ({"sparsity": 0.5, "match": "yes"}, "match='yes' must be a BlockMatching or None"),
             ({"sparsity": 0.5, "criterion": "Wanda"}, "criterion='Wanda' must be a Criterion"),

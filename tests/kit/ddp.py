@@ -211,7 +211,7 @@ def distilled():
                 calibration=5,
                 measure_batches=1,
             ),
-            WeightPruning(bh.Magnitude(), sparsity=0.5, at=3, measure_batches=1, mask_adapters=True),
+            WeightPruning(bh.Magnitude(), sparsity=0.5, at=3, measure_batches=1, adapters="mask"),
         ],
         told,
         {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2},
@@ -407,7 +407,7 @@ STEPS = {
     "plain": (FitOfTuples, lambda: []),
     "held masks": (FitOfTuples, lambda: [prunes.WeightPruning(bh.Magnitude(), **ZEROS)]),
     "learned masks": (FitOfTuples, lambda: [prunes.SRSTE(bh.Magnitude(), end=5, **ZEROS)]),
-    "masked adapters": (Adapted, lambda: [prunes.WeightPruning(bh.Magnitude(), mask_adapters=True, **ZEROS)]),
+    "masked adapters": (Adapted, lambda: [prunes.WeightPruning(bh.Magnitude(), adapters="mask", **ZEROS)]),
 }
 """Fits whose steps ask the device for nothing once weights are zero."""
 

@@ -279,7 +279,7 @@ def adapted():
 
 ADAPTED = Fit(
     adapted,
-    lambda: prunes.WeightPruning(sparsity=RAMP, count_adapters=True, mask_adapters=True, **FEW),
+    lambda: prunes.WeightPruning(sparsity=RAMP, adapters="both", **FEW),
     lambda one: [one.masks, one.events],
     steps=5,
 )

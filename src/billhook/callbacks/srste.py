@@ -1,4 +1,4 @@
-"""Learns masks in a fit: they are chosen again after each step, and fixed at a given one."""
+"""The SRSTE callback: learns masks during training and fixes them at a given step."""
 
 from functools import partial
 from typing import Any
@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from billhook.arguments import check_number, check_types
+from billhook.arguments import check_types
 from billhook.callbacks.weight_pruning import WeightPruning
 from billhook.fit.calibration import CalibrationLike
 from billhook.fit.event import Event
@@ -23,36 +23,35 @@ from billhook.sparsity.options import PruneOptions
 
 
 class SRSTE(WeightPruning):
-    """Chooses masks again after each step of an optimizer, while all weights learn, and fixes them at `end` (SR-STE).
+    """Learns masks while all weights train, and fixes them at a given step (SR-STE).
 
-    Runs see what is kept, m * W. The gradient of that reaches all of W, as if the mask were not there (straight through), so
-    that a weight which is left out can come back; what is left out is drawn to zero besides: g(m * W) + decay (1 - m) * W is
-    what the optimizer takes for the gradient. At `end`, or at the end of training if that comes first, what is left out becomes
-    zero, and is held there. Validation sees weights so from the beginning, and checkpoints hold all of them until then.
+    Masks are chosen again after each optimizer step. The forward pass uses m * W, and the gradient passes straight through to
+    all of W, so a masked weight can return. Masked weights also decay: the optimizer receives g(m * W) + decay (1 - m) * W, where
+    the attribute `decay` is the paper's lambda_W (2e-4). At `end`, or at the end of training, masked weights become zero and stay
+    zero. Until then, validation uses masked weights and checkpoints hold all weights.
 
-    From "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", Zhou et al., ICLR 2021,
-    https://arxiv.org/abs/2102.04010, where scores are magnitudes. Here they are a criterion's: with `Wanda` by the norms that
-    inputs had at the first step, and by the weights as they are now.
+    Reference: Zhou et al., Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch (ICLR 2021),
+    https://arxiv.org/abs/2102.04010. The paper scores by magnitude; here any criterion does, such as `Wanda` with the input norms
+    at the first step.
 
     Args:
-        criterion: How important a weight is: one that compares weights of a linear and leaves those that are kept as they are;
-            by default `Wanda`.
-        sparsity: Fraction of each linear's weights that become zero, in [0, 1); None with N:M.
-        pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs.
-        at: When it begins: a step (int), a fraction of training (float in 0..1), or `"start"`.
-        end: When masks are fixed: a step (int), or a fraction of training (float in 0..1).
-        decay: lambda_W, the paper's, at least 0.
-        calibration: Batches that the criterion sees, text as a `Calibration`, or a number of training
-            examples, by default 128.
-        options: Which linears are pruned and by what inputs, as in `prune`, without `match`.
-        measure_batches: Validation batches to measure before and after each event; by default all of validation, 0 for none.
+        criterion: Scores the weights within one linear layer, without updating kept weights. Defaults to `Wanda()`.
+        sparsity: Fraction of each linear layer's weights to zero, in [0, 1). None with an N:M pattern.
+        pattern: `"unstructured"`, or `"N:M"` to keep N of every M consecutive inputs.
+        at: When to start learning masks: a step (int), a fraction of training (float), or `"start"`.
+        end: When to fix masks: a step (int) or a fraction of training (float). Defaults to 0.6.
+        calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
+        options: Layers to prune and inputs to score them on, as in `prune`, without `match`. Defaults to `PruneOptions()`.
+        measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
     Raises:
-        ValueError: If an argument is not legal, or two contradict each other.
+        ValueError: If an argument is not legal, or two arguments contradict each other.
 
     >>> import billhook as bh
     >>> callback = bh.SRSTE(bh.Wanda(), sparsity=0.5, end=0.6)
     """
+
+    decay = 2e-4  # the paper's lambda_W
 
     def __init__(
         self,
@@ -61,21 +60,24 @@ class SRSTE(WeightPruning):
         pattern: str = "unstructured",
         at: At = "start",
         end: Step = 0.6,
-        decay: float = 2e-4,
         calibration: CalibrationLike = None,
         options: PruneOptions | None = None,
         measure_batches: int | None = None,
     ) -> None:
         check_types(SRSTE, locals())
         check_step(end, "end")
-        check_number("decay", decay, least=0)
-        self.end, self.decay, self._learned = end, decay, LearnedMasks(criterion or Wanda(), pattern)
+        self.end, self._learned = end, LearnedMasks(criterion or Wanda(), pattern)
         super().__init__(criterion, sparsity, pattern, at, calibration, options, measure_batches=measure_batches)
         if self.options.match is not None:
-            raise ValueError(f"match={self.options.match} tunes what is kept at once, and masks are learned: leave it out")
+            raise ValueError(
+                f"match={self.options.match} cannot be combined with learned masks, because it tunes fixed masks. "
+                "Use match=None, or WeightPruning."
+            )
         if self.criterion.compares == "global" or self.criterion.updates:
-            what = "changes kept weights" if self.criterion.updates else "compares all layers"
-            raise ValueError(f"criterion={self.criterion} {what}; masks are learned by scores of one linear, such as Wanda's")
+            reason = "updates kept weights" if self.criterion.updates else "compares weights of all layers"
+            raise ValueError(
+                f"criterion={self.criterion} {reason}. Learned masks need scores within one linear layer: use Wanda or Magnitude."
+            )
 
     def reset(self) -> None:
         """Forgets all events and masks."""
@@ -84,47 +86,49 @@ class SRSTE(WeightPruning):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The keep-masks that are learned, or held once they are fixed: bool, by linear."""
+        """The keep-masks (bool) by linear layer: the current ones while they are learned, then the fixed ones."""
         return dict(self._learned.masks) or super().masks
 
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses strategies under which weights cannot be masked, or masks not learned."""
+        """Raises `ValueError` if the strategy does not support learned masks."""
         super().check_trainer(trainer, pl_module)
         check_learning_strategy(trainer, type(self).__name__)
 
     def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
-        """Returns the step at which masks are learned from, when nothing is zero yet, and that at which they are fixed."""
+        """Returns the first step of learning (sparsity 0) and the step at which masks are fixed."""
         ((begin, sparsity),) = super().steps(total, trainer).items()
         end = resolve_at(self.end, total, is_dev_run(trainer), "end")
         if end <= begin and not is_dev_run(trainer):
-            raise ValueError(f"end={self.end} is step {end}: masks are learned from step {begin} on, so it must be later")
+            raise ValueError(f"end={self.end} is step {end}, but masks are learned from step {begin} on. Use a later end.")
         return {begin: 0.0, max(begin + 1, end): sparsity}
 
     def check_linears(self, linears: dict[str, nn.Module]) -> None:
-        """Refuses linears of which no weight is trained."""
+        """Raises `ValueError` if none of the layers' weights are trained."""
         if not any(linear.get_parameter("weight").requires_grad for linear in linears.values()):
-            raise ValueError("SRSTE: none of the linears' weights are trained, as beneath adapters: take WeightPruning")
+            raise ValueError(
+                "SRSTE learns masks of trained weights, and all base weights are frozen, as under LoRA. Use WeightPruning."
+            )
 
     def _cannot_follow(self, callback: ShapeCallback) -> str | None:
-        return ", and masks are learned by the inputs that linears had"
+        return ", and learned masks use the layers' inputs at that step"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Goes on with the masks of a checkpoint, and carries out what is due before the first step."""
+        """Restores the masks of a checkpoint and applies events that are due before the first step."""
         self._learned.attach(find_transformer(pl_module), trainer.optimizers)
         super().on_train_start(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Has the optimizer draw to zero what is left out while masks are learned."""
+        """Adds the decay of masked weights to the gradients while masks are learned."""
         self._learned.decay(optimizer, self.decay)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Zeroes what is left out where training ends while masks are learned."""
+        """Fixes masks that are still being learned."""
         if self._learned.masks:
             self._fix(trainer, pl_module, {})
         super().on_train_end(trainer, pl_module)
 
     def event_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], step: int) -> Event:
-        """Begins to learn masks, or fixes them."""
+        """Starts to learn masks, or fixes them."""
         if step < max(self._steps):
             return self._begin(trainer, pl_module, metrics, step)
         return self._fix(trainer, pl_module, metrics)
@@ -132,7 +136,7 @@ class SRSTE(WeightPruning):
     def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], step: int) -> Event:
         with fail_together(trainer, "SRSTE"):
             chosen = self._choose(trainer, pl_module, self._steps[max(self._steps)])
-            check_identical(trainer, "SRSTE", "what masks follow from", {name: scorer.state() for name, scorer in chosen.items()})
+            check_identical(trainer, "SRSTE", "the scores of masks", {name: scorer.state() for name, scorer in chosen.items()})
             return self.record_event(trainer, find_transformer(pl_module), metrics, partial(self._learn, chosen, step))
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> dict[str, MaskRule]:
@@ -144,12 +148,12 @@ class SRSTE(WeightPruning):
         self._learned.begin(chosen)
         self.last_event_step, self.last_target = step, self._steps[step]
         sparsity, end = sparsity_of(self._learned.masks.values()), max(self._steps)
-        return f"{self._how} masks of sparsity {sparsity:.4f} in {len(chosen)} linears are learned until step {end}"
+        return f"{self._how} masks of sparsity {sparsity:.4f} in {len(chosen)} linear layers are learned until step {end}"
 
     def _fix(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float]) -> Event:
         with fail_together(trainer, "SRSTE"):
             masks = self._learned.masks
-            check_identical(trainer, "SRSTE", "the weights that become zero", masks)
+            check_identical(trainer, "SRSTE", "the masks", masks)
             event = self.record_event(trainer, find_transformer(pl_module), metrics, partial(self._hold_learned, masks))
         event["after"]["sparsity"] = sparsity_of(masks.values())
         return event
@@ -159,22 +163,22 @@ class SRSTE(WeightPruning):
         self._learned.clear()
         self.last_event_step = max(self._steps)
         self.last_target = self._steps[self.last_event_step]
-        return f"{self._how} sparsity {sparsity_of(masks.values()):.4f} in {len(masks)} linears, learned"
+        return f"{self._how} sparsity {sparsity_of(masks.values()):.4f} in {len(masks)} linear layers, learned"
 
     def label(self, event: Event) -> str:
-        """Returns the criterion, and the pattern or the sparsity that was asked for."""
-        return f"{type(self.criterion).__name__}, masks are learned" if self._learned.masks else super().label(event)
+        """Returns the criterion, and the pattern or the target sparsity."""
+        return f"{type(self.criterion).__name__}, learning masks" if self._learned.masks else super().label(event)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what has happened so far, and the masks, or what those that are learned follow from."""
+        """Returns events, masks, and the state of learned masks."""
         return super().state_dict() | ({"learned": self._learned.state_dict()} if self._learned.masks else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what had happened."""
+        """Restores events and masks."""
         super().load_state_dict(state_dict)
         self._learned.load_state_dict(state_dict.get("learned", {}))
 
     def release_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Masks weights that other callbacks may have replaced, and removes all hooks."""
+        """Applies masks once more and removes all hooks."""
         self._learned.detach()
         super().release_masks(trainer, pl_module)

@@ -1,11 +1,11 @@
-"""Zeroes weights at given steps of a fit, and keeps them at zero."""
+"""The WeightPruning callback: prunes weights during training and keeps them at zero."""
 
 import logging
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from billhook.adapters.masked import find_adapters, mask_nonzero, require_plain_adapters
 from billhook.adapters.merge import adapters_removed
-from billhook.arguments import check_types
+from billhook.arguments import check_one_of, check_types
 from billhook.calibration.calibration import Batches
 from billhook.engine.passes import blockwise
 from billhook.engine.sharding import full_tensor, reshard
@@ -38,35 +38,38 @@ from billhook.sparsity.weight_plan import WeightPlan
 
 
 @rank_zero_only
-def _tell_left_out(adapted: Collection[str]) -> None:
-    """Tells, by the logger `billhook`, that what adapters learn where weights are zero is left out when they are merged."""
+def _warn_unmasked_adapters(adapted: Collection[str]) -> None:
+    """Warns that merging drops the effect of adapters at pruned weights."""
     if adapted:
         logging.getLogger("billhook").warning(
-            f"WeightPruning: adapters are on {len(adapted)} of the linears that are pruned, and what they learn where weights "
-            "are zero is left out when they are merged, as Export does: mask_adapters=True has LoRA learn where weights are kept"
+            f"WeightPruning: {len(adapted)} of the pruned linear layers have adapters. Merging, as in Export, drops the "
+            "effect of adapters at pruned weights. Use adapters='mask' to restrict LoRA to unpruned weights."
         )
 
 
-class WeightPruning(EventCallback, ShapeFollower):
-    """Zeroes the least important weights at given steps of a fit, and holds them at zero while training continues.
+Adapters = Literal["ignore", "count", "mask", "both"]
 
-    The sparsity is always of all weights, so that rounds do not compound. Masks are held through momentum, weight decay,
-    accumulation, mixed precision and weight averaging, saved in checkpoints, and follow later shapes.
+
+class WeightPruning(EventCallback, ShapeFollower):
+    """Prunes individual weights at given steps and keeps them at zero during training.
+
+    Sparsity always refers to all weights, so rounds do not compound. Masks are enforced under momentum, weight decay, gradient
+    accumulation, mixed precision, and weight averaging. They are saved in checkpoints and follow later shape changes.
 
     Args:
-        criterion: How important a weight is: any `Criterion`; by default `Wanda`.
-        sparsity: Fraction of each linear's weights that become zero, in [0, 1); a schedule for rounds; None with N:M.
-        pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs.
-        at: When: a step (int), a fraction of training (float in 0..1), `"start"`, or a schedule of progress that rises to 1.
-        calibration: Batches that the criterion sees, text as a `Calibration`, or a number of training
-            examples, by default 128.
-        options: Which linears are pruned and by what inputs, as in `prune`: `PruneOptions(sequential="layer")`.
-        count_adapters: True to count LoRA in the scores, as in `prune`.
-        mask_adapters: True to have LoRA act only where weights are kept, during and after the fit; see `mask_adapters`.
-        measure_batches: Validation batches to measure before and after each round; by default all of validation, 0 for none.
+        criterion: Scores the weights. Defaults to `Wanda()`.
+        sparsity: Fraction of each linear layer's weights to zero, in [0, 1), or a schedule for pruning in rounds. None with an
+            N:M pattern.
+        pattern: `"unstructured"`, or `"N:M"` to keep N of every M consecutive inputs.
+        at: When to prune: a step (int), a fraction of training (float), `"start"`, or a schedule of progress from 0 to 1.
+        calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
+        options: Layers to prune and inputs to score them on, as in `prune`. Defaults to `PruneOptions()`.
+        adapters: LoRA on pruned layers: `"count"` scores weights as if LoRA were merged, `"mask"` restricts LoRA to unpruned
+            weights during and after training, `"both"` does both. Defaults to `"ignore"`.
+        measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
     Raises:
-        ValueError: If an argument is not legal, two contradict each other, or a schedule falls or leaves [0, 1).
+        ValueError: If an argument is not legal, two arguments contradict each other, or a schedule decreases or leaves [0, 1).
 
     >>> import billhook as bh
     >>> callback = bh.WeightPruning(bh.Wanda(), sparsity=bh.schedules.Cubic(final=0.5, every=100))
@@ -80,20 +83,28 @@ class WeightPruning(EventCallback, ShapeFollower):
         at: At | Schedule = "start",
         calibration: CalibrationLike = None,
         options: PruneOptions | None = None,
-        count_adapters: bool = False,
-        mask_adapters: bool = False,
+        adapters: Adapters = "ignore",
         measure_batches: int | None = None,
     ) -> None:
         check_at(at, sparsity)
         check_types(WeightPruning, locals())
+        check_one_of("adapters", adapters, Adapters)
         self.amount = sparsity if isinstance(sparsity, Schedule) else check_amount(sparsity, pattern)
         if pattern != "unstructured" and (isinstance(sparsity, Schedule) or isinstance(at, Schedule)):
-            raise ValueError(f"pattern={pattern!r} is a sparsity of its own, which a schedule contradicts: give a step as at")
+            raise ValueError(
+                f"pattern={pattern!r} fixes the sparsity and cannot follow a schedule. Pass a single step as at, and a number or "
+                "None as sparsity."
+            )
         self.criterion, self.sparsity, self.pattern, self.at = criterion or Wanda(), sparsity, pattern, at
-        self.options = options or PruneOptions()
+        self.options, self.adapters = options or PruneOptions(), adapters
+        self._counts, self._masks_lora = adapters in ("count", "both"), adapters in ("mask", "both")
         if self.options.match is not None:
-            check_matching(self.criterion, self.options.sequential, count_adapters)
-        self.count_adapters, self.mask_adapters = count_adapters, mask_adapters
+            if self._counts:
+                raise ValueError(
+                    f"adapters={adapters!r} cannot be combined with match, which updates kept weights. Use adapters='ignore' or "
+                    "'mask', or match=None."
+                )
+            check_matching(self.criterion, self.options.sequential, count_adapters=False)
         self._hold, self._adapted, self._linears = EnforcedMasks(), list[str](), list[str]()
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
@@ -109,82 +120,85 @@ class WeightPruning(EventCallback, ShapeFollower):
 
     @property
     def needs_data(self) -> bool:
-        """True if criterion, allocation or matching take batches."""
+        """True if the criterion, the allocation, or block-wise reconstruction uses batches."""
         return needs_data(self.criterion) or self.options.needs_data
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The keep-masks that are held, bool, by linear; of a sharded model all ranks ask for them together."""
+        """The enforced keep-masks (bool) by linear layer. If the model is sharded, all ranks must read them together."""
         return {name: full_tensor(mask) for name, mask in self._hold.masks.items()}
 
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses strategies under which weights cannot be masked."""
+        """Raises `ValueError` if the strategy does not support masks."""
         check_masking_strategy(trainer, type(self).__name__)
 
     def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
-        """Returns from which step on which sparsity holds."""
+        """Returns the target sparsity of each round by step."""
         return round_targets(self.amount, self.at, total, trainer, "sparsity")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds the rounds, and checks all that can be checked before training."""
+        """Resolves the rounds and checks the model."""
         super().on_fit_start(trainer, pl_module)
         model = find_transformer(pl_module)
         linears = check_pruning(model, self.criterion, self.pattern, self.options)
         self._linears = list(linears)
         self.check_linears(linears)
-        if self.count_adapters:
-            find_countable_adapters(model, self.criterion, linears)
-        self._adapted = list(require_plain_adapters(model, linears, "mask_adapters=True")) if self.mask_adapters else []
-        if self._steps and not self.mask_adapters:
-            _tell_left_out(set(find_adapters(model)) & set(linears))
+        if self._counts:
+            try:
+                find_countable_adapters(model, self.criterion, linears)
+            except ValueError as error:  # it names the argument of `prune`
+                raise ValueError(str(error).replace("count_adapters=True", f"adapters={self.adapters!r}")) from error
+        self._adapted = list(require_plain_adapters(model, linears, f"adapters={self.adapters!r}")) if self._masks_lora else []
+        if self._steps and not self._masks_lora:
+            _warn_unmasked_adapters(set(find_adapters(model)) & set(linears))
         if self._steps:
             check_no_shape_changes(trainer, self, min(self._steps), sys.maxsize, "made masks", self._cannot_follow)
 
     def check_linears(self, linears: dict[str, nn.Module]) -> None:
-        """Refuses linears whose weights cannot be masked as is asked."""
+        """Raises `ValueError` if the layers cannot be pruned; a subclass may check more."""
 
     def _cannot_follow(self, callback: ShapeCallback) -> str | None:
-        """Returns why masks cannot follow the changes of a callback; None if they can."""
+        """Returns the reason why masks cannot follow a callback's shape changes; None if they can."""
         if self.pattern != "unstructured":
-            return f", and pattern={self.pattern!r} is of inputs that are next to each other"
-        if self.mask_adapters:
-            return ", and mask_adapters=True masks LoRA in the shapes before"
-        return ", and moves weights that masks hold" if callback.moves_weights else None
+            return f", and pattern={self.pattern!r} needs consecutive inputs"
+        if self._masks_lora:
+            return f", and adapters={self.adapters!r} masks LoRA in its shape at that step"
+        return ", and it moves masked weights" if callback.moves_weights else None
 
     def follow(self) -> None:
-        """Takes the shape that the model has been given in the middle of the fit."""
+        """Adapts masks to the model's new shape."""
         self._hold.follow()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Holds the masks of a checkpoint, and carries out what is due before the first step."""
+        """Enforces the masks of a checkpoint and applies events that are due before the first step."""
         averaged = [find_transformer(copy) for _, copy in averaging_callbacks(trainer) if copy is not None]
         self._hold.attach(find_transformer(pl_module), trainer.optimizers, averaged, self._adapted)
         super().on_train_start(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Zeroes weights that other callbacks have replaced."""
+        """Applies masks to weights that other callbacks have replaced."""
         self._hold.apply()
         super().on_train_end(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Masks LoRA where the loaded weights are zero, outside of a fit."""
-        if self.mask_adapters and trainer.state.fn != TrainerFn.FITTING:
+        """Masks LoRA at zero weights in validation, testing, and prediction without training."""
+        if self._masks_lora and trainer.state.fn != TrainerFn.FITTING:
             mask_nonzero(find_transformer(pl_module))
 
     on_test_start = on_predict_start = on_validation_start
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        """Prunes to the sparsity of a round, and measures before and after."""
+        """Prunes to the target sparsity of a round and logs the event."""
         event = self.event_at(trainer, pl_module, self.validate(trainer, pl_module), step)
         event["after"] |= self.validate(trainer, pl_module)
         log_event(trainer, event)
 
     def event_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], step: int) -> Event:
-        """Prunes to the sparsity of a round."""
+        """Prunes to the target sparsity of a round and returns the event."""
         model = find_transformer(pl_module)
         with fail_together(trainer, "WeightPruning"):
             pruning = self._plan(trainer, pl_module, self._steps[step])
-            check_identical(trainer, "WeightPruning", "the weights that become zero", pruning.decided)
+            check_identical(trainer, "WeightPruning", "the masks", pruning.decided)
             event = self.record_event(trainer, model, metrics, partial(self._apply, model, pruning, step))
         event["after"]["sparsity"] = pruning.sparsity
         return event
@@ -192,18 +206,19 @@ class WeightPruning(EventCallback, ShapeFollower):
     def _apply(self, model: nn.Module, pruning: WeightPlan, step: int) -> str:
         self._hold.hold(pruning.masks(model), partial(pruning.apply, model))
         self.last_event_step, self.last_target = step, self._steps[step]
-        return f"{self._how} sparsity {pruning.sparsity:.4f} in {len(pruning.pruned)} linears"
+        return f"{self._how} sparsity {pruning.sparsity:.4f} in {len(pruning.pruned)} linear layers"
 
     def metrics(self, model: nn.Module) -> dict[str, float | None]:
-        """Returns the share of zeros in the linears that are pruned."""
+        """Returns the fraction of zeros in the pruned layers."""
         subject = find_transformer(model)
         reshard(subject)
         with adapters_removed(subject):
-            zeros = zeros_by_name(subject) or {}
-            sizes = {name: parameter.numel() for name, parameter in subject.named_parameters()}
-        names = [name for name in (f"{linear}.weight" for linear in self._linears) if name in zeros]
-        every = sum(sizes[name] for name in names)
-        return {"sparsity": sum(zeros[name] for name in names) / every} if every else {}
+            zeros, sizes = zeros_by_name(subject) or {}, dict(subject.named_parameters())
+            num_zeros = total = 0
+            for name in (f"{layer}.weight" for layer in self._linears):
+                if name in zeros:
+                    num_zeros, total = num_zeros + zeros[name], total + sizes[name].numel()
+        return {"sparsity": num_zeros / total} if total else {}
 
     def label(self, event: Event) -> str:
         """Returns the criterion, and the pattern or the target sparsity."""
@@ -224,29 +239,29 @@ class WeightPruning(EventCallback, ShapeFollower):
                 sparsity,
                 self.pattern,
                 options=self.options,
-                count_adapters=self.count_adapters,
+                count_adapters=self._counts,
                 reduce=comm_of(trainer),
                 dry_run=True,
             )
 
     @contextmanager
     def _runs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Batches | None]:
-        """Gives the calibration batches as the fit runs them, with a block whole at a time; None if nothing needs data."""
+        """Yields calibration runs with one block gathered at a time; None if no data is needed."""
         model = find_transformer(pl_module)
         precision = trainer.precision_plugin.forward_context() if self.needs_data else nullcontext()
         with self.calibration.undisturbed(pl_module), precision, blockwise(pl_module):
             yield training_runs(pl_module, model, self.calibration.read(trainer)) if self.needs_data else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what has happened so far, and the masks."""
+        """Returns events and masks."""
         return super().state_dict() | {"masks": self._hold.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what had happened."""
+        """Restores events and masks."""
         super().load_state_dict(state_dict)
         self._hold.load_state_dict(state_dict["masks"])
 
     def release_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Masks weights that other callbacks may have replaced, and removes all hooks."""
+        """Applies masks once more and removes all hooks."""
         self._hold.detach()
         super().release_masks(trainer, pl_module)

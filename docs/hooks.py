@@ -54,7 +54,7 @@ def _listed(path: Path, page: str) -> str:
     title, _, text = path.read_text().partition("\n")
     parts = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).split("\n\n")
     prose = next((part for part in map(str.strip, parts) if re.match(r"[\w*`]", part)), "")
-    sentence = re.split(r"(?<=\.)\s", " ".join(prose.replace("**", "").split()).removeprefix("What for: "), maxsplit=1)[0]
+    sentence = re.split(r"(?<=\.)\s", " ".join(prose.replace("**", "").split()).removeprefix("Answer. "), maxsplit=1)[0]
     return f"- [{title.removeprefix('# ')}]({page}): {sentence.removesuffix(':')}"
 
 

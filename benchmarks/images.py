@@ -1,7 +1,7 @@
 """Zeros and smaller shapes in classifiers of real images: test accuracy, and agreement with the dense model.
 
-`OMP_NUM_THREADS=1 python benchmarks/images.py DATA WORK --out images.md --picture docs/images.png` writes the tables and the
-picture; `pictures.py` says what DATA is, and how the two models come into WORK. A row that was measured is kept in WORK.
+`OMP_NUM_THREADS=1 python benchmarks/images.py DATA WORK --out images.md --picture docs/evidence/images.png` writes the tables and
+the picture; `pictures.py` says what DATA is, and how the two models come into WORK. A row that was measured is kept in WORK.
 
 Every row changes the dense model in one shot, by the first 1,024 training images. Criteria prune with `sequential="layer"`; in
 the structured rows `OutputNorm` chooses, in each layer as many. Accuracy is that on all 10,000 test images, agreement the share

@@ -1,7 +1,7 @@
 """Classifiers of real images cut to equal MACs by billhook and by torch-pruning, and then trained alike.
 
 `pip install torch-pruning`; `OMP_NUM_THREADS=1 python benchmarks/images_vs_torch_pruning.py DATA WORK --out side_by_side.md`;
-`--picture docs/images_macs.png` draws, too.
+`--picture docs/evidence/images_macs.png` draws, too.
 `pictures.py` says what DATA is, and how the two models come into WORK. A row that was measured is kept in WORK.
 
 torch-pruning's rows are its own recipes: those of `examples/transformers/prune_hf_vit.py` for the ViT (as many dimensions of each

@@ -1,6 +1,6 @@
 """Does every operation on every architecture that transformers builds small, saves, reloads and compares.
 
-`python benchmarks/roundtrip.py --processes 2 --out docs/roundtrip.md` writes the table; model types restrict it, and
+`python benchmarks/roundtrip.py --processes 2 --out docs/evidence/roundtrip.md` writes the table; model types restrict it, and
 `--sample 60` draws pairs of an architecture and an operation by a seed.
 
 For each pair the operation is carried out, if `billhook inspect` allows it, and the model compared with an oracle that does not
@@ -563,26 +563,30 @@ def page(results: list[Result], command: str) -> str:
     bugs = [result for result in results if result.state in BUGS]
     reasons = collections.Counter(reason(result.detail) for result in results if result.state == "refused")
     lines = [
-        "# Every architecture, every operation, saved and reloaded",
+        f"# Every operation on {built} architectures",
         "",
-        f"{sum(bool(result.operation) for result in results)} pairs of {built} architectures of transformers "
-        f"{transformers.__version__}, small and with random weights, and an operation, by `{command}`. "
-        "Right: as the oracle says, where there is one, "
-        "and the same after saving and loading as `billhook inspect` promises, and after a Lightning checkpoint and "
-        "`billhook export`. Refused: before anything changed, with a reason. Wrong: other outputs. Raw: an error that is no "
-        "refusal. Late: refused "
-        "after a plan was made. Broken promise: saved in another way than `inspect` says. "
-        f"{small} more names of the auto classes were not asked, as `small_configs.py` has no small model of theirs that runs "
-        "on guessed inputs.",
+        f"{sum(bool(result.operation) for result in results):,} pairs of an architecture of transformers "
+        f"{transformers.__version__} and an operation. Models are small and have random weights. The states mean:",
+        "",
+        "- *right*: equal to an independent computation if there is one, the same after saving and loading in the format that "
+        "`billhook inspect` reports, and after a Lightning checkpoint and `billhook export`;",
+        "- *refused*: an error with a reason, before anything changed;",
+        "- *wrong*: other outputs;",
+        "- *raw*: an unexpected error;",
+        "- *late*: an error after a plan was made;",
+        "- *broken promise*: saved in another format than `inspect` reports.",
+        "",
+        f"{small} more names of the auto classes were not tried, because `small_configs.py` has no small model of them that runs "
+        f"on guessed inputs. Command: `{command}`",
         "",
         table(results),
         "",
-        "## Bugs",
+        "### Bugs",
         "",
         *(["| auto class | model type | operation | state | what |", "|---|---|---|---|---|"] if bugs else ["None."]),
         *(f"| {r.auto} | {r.model_type} | {r.operation} | {r.state} | {r.detail[:160].replace('|', '/')} |" for r in bugs),
         "",
-        "## Refused",
+        "### Refused",
         "",
         "| pairs | reason |",
         "|---:|---|",

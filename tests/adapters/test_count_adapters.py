@@ -177,16 +177,16 @@ class TestRefused:
         self.refused(adapted(), r"q_proj: count_adapters=True, and Sly changes kept weights \(`updates` is False\)", Sly())
 
     def test_no_adapters(self):
-        self.refused(llama(), "count_adapters=True needs LoRA on the linears, and there is none")
+        self.refused(llama(), "count_adapters=True requires LoRA adapters")
 
     def test_adapters_on_others_alone(self):
         model = adapted(target_modules=["q_proj"])
-        self.refused(model, "count_adapters=True needs LoRA on the linears that are pruned; it is only on", skip=["*q_proj"])
+        self.refused(model, "count_adapters=True requires LoRA on the pruned layers; it is only on", skip=["*q_proj"])
 
     def test_adapters_merged_already(self):
         model = adapted()
         model.merge_adapter()
-        self.refused(model, r"count_adapters=True: the adapters of .*q_proj are merged already, and must not be: unmerge")
+        self.refused(model, r"count_adapters=True: the adapters of .*q_proj are merged. Unmerge")
 
     def test_other_kinds(self):
         model = adapted(use_dora=True)

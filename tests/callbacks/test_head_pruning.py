@@ -642,7 +642,7 @@ class TestRefused:
             ({"ratio": 0.25}, {"num_key_value_heads": 4}, "ratio=0.25 removes no head; the smallest ratio that does is 0.5"),
             ({"ratio": 0.2, "per": "kv_head"}, {"num_key_value_heads": 4}, "0.2 removes no head; .* is 0.25"),
             ({"ratio": 0.5}, {"num_attention_heads": 1, "num_key_value_heads": 1}, "no ratio does"),
-            ({"ratio": 0.9, "min_heads": 2}, {}, "7 of 8 heads of model.layers.0.self_attn would be removed, and at most 6 may"),
+            ({"ratio": 0.9, "min_heads": 2}, {}, "would remove 7 of 8 heads of model.layers.0.self_attn. At most 6"),
             ({"ratio": 0.9, "min_heads": 2, "ranking": "global"}, {}, "14 of 16 heads of all layers .* at most 12 may"),
             ({"ratio": 0.5, "at": 9}, {}, "at=9 is past the end of training, which has 8 optimizer steps"),
             ({"ratio": bh.schedules.Cubic(final=0.5, end=9)}, {}, "end=9 is past the end of training"),

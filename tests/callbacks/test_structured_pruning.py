@@ -88,7 +88,7 @@ def test_a_target_is_met_in_parts(files, tmp_path, ranking):
 REPAIRED = {
     "enough": ({"channels": 0.25}, {"calibration": 16}, "OutputNorm, repaired"),
     "too few": ({"channels": 0.25}, {"calibration": 2}, "OutputNorm, not repaired: a refit needs two at least, "),
-    "nothing reads": ({"residual": 0.25}, {}, "OutputNorm, not repaired: repair: no linear layer reads what is removed"),
+    "nothing reads": ({"residual": 0.25}, {}, "OutputNorm, not repaired: repair: no linear layer consumes the removed units"),
     "no examples": ({"channels": 0.25}, {"importance": bh.importance.WeightNorm()}, "WeightNorm)"),
     "not asked": ({"channels": 0.25}, {"repair": None}, "OutputNorm)"),
 }
@@ -144,7 +144,7 @@ class TestResume:
         lit, whole, watch, _ = self.straight(files, tmp_path, lambda: pruning(**options), build)
         # of 1,536: 1,434, 1,332 and 1,229 are asked for, and become multiples of 128, 64 and 64
         assert [width for width, _ in watch.seen] == [1536] * 2 + [1408] * 2 + [1344] * 2 + [1216] * 2
-        assert "1,216 channels: a multiple of 64; 1,229 were asked for" in whole.events[-1]["what"]
+        assert "channels: 1,216 (rounded from 1,229 to a multiple of 64)" in whole.events[-1]["what"]
         resumed, again, later = build(1), pruning(**options), Widths()
         trainer(tmp_path, [again, later]).fit(resumed, data(files), ckpt_path=tmp_path / "step=4.ckpt")
         assert later.seen == watch.seen[4:]
@@ -187,10 +187,10 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({}, r"nothing is asked for: give a ratio \(heads, kv_heads, channels"),
+            ({}, r"nothing to remove: set a ratio \(heads, kv_heads, channels"),
             ({"channels": 1.0}, r"channels=1.0 must be a fraction of these units in \[0, 1\)"),
             ({"heads": 0.1, "kv_heads": 0.1}, "heads=0.1 and kv_heads=0.1: give one"),
-            ({"params": 0.8, "flops": 0.8}, "params and flops: give one target"),
+            ({"params": 0.8, "flops": 0.8}, "params and flops cannot be combined"),
             ({"params": 1.5}, r"params=1.5 must be a whole number above 0, or a fraction in \(0, 1\)"),
             ({"channels": 0.1, "rounds": 0}, "rounds=0 must be a whole number of at least 1"),
             ({"channels": 0.1, "at": -1}, "at=-1"),
@@ -208,9 +208,9 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({"params": 10}, r"params=10: 10 cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
-            ({"channels": 0.01}, "channels=0.01 is not a single unit of a place"),
-            ({"experts": 0.5}, "experts=0.5: the model has none that may be removed"),
+            ({"params": 10}, r"params=10 \(10\) is out of reach. Reachable: [\d,]+ to [\d,]+\."),
+            ({"channels": 0.01}, "channels=0.01 removes no unit from any module"),
+            ({"experts": 0.5}, "experts=0.5: the model has no prunable units"),
             ({"channels": 0.5, "first": 1, "last": 1}, "channels=0.5: all are in protected blocks"),
             (
                 {"channels": 0.5, "at": bh.schedules.Linear(final=0.5, start=0, end=4)},

@@ -226,9 +226,7 @@ def test_two_callbacks_each_mask_their_own(files, tmp_path):
 def test_the_result_is_exported_as_it_computes(files, tmp_path):
     lit, callback, export = injected(), pruning(bh.Magnitude(), 0.5, at=2, adapters="mask"), bh.Export(str(tmp_path / "out"))
     trainer(tmp_path, [callback, export]).fit(lit, data(files))
-    assert export.saved.adapters == (
-        "merged adapters of 14 linears in place, zeros kept; nothing of what the adapters add was left out"
-    )
+    assert export.saved.adapters == ("merged adapters of 14 layers in place, zeros kept; no update was lost")
     loaded = bh.load(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(lit.model), atol=1e-5, rtol=1e-4)
     linears = prunable(loaded)
@@ -248,14 +246,14 @@ class TestRefused:
     @pytest.mark.parametrize("option", ["mask", "count"])
     def test_no_plain_lora(self, tmp_path, option):
         on, name = {"adapters": option}, f"adapters='{option}'"
-        self.refused(tmp_path, Plain(), f"{name} needs LoRA on the linears, and there is none", **on)
+        self.refused(tmp_path, Plain(), f"{name} requires LoRA adapters", **on)
         dora = wrapped(use_dora=True)
         self.refused(tmp_path, dora, rf"{name}: the adapter of .* must be plain LoRA .*, got LoRA with Dora", **on)
         others = wrapped(target_modules=["q_proj"])
-        self.refused(tmp_path, others, f"{name} needs LoRA on the linears that are pruned", skip=["*q_proj"], **on)
+        self.refused(tmp_path, others, f"{name} requires LoRA on the pruned layers", skip=["*q_proj"], **on)
         merged = wrapped()
         merged.net.merge_adapter()
-        self.refused(tmp_path, merged, f"{name}: the adapters of .* are merged already", **on)
+        self.refused(tmp_path, merged, f"{name}: the adapters of .* are merged", **on)
 
     def test_criteria_that_update_weights(self, tmp_path):
         self.refused(tmp_path, wrapped(), "SparseGPT changes them", criterion=bh.SparseGPT(), adapters="count")

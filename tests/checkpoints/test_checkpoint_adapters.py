@@ -46,7 +46,7 @@ def test_a_dense_model_is_merged_in_full(tmp_path, build):
     model = lora(BUILD[build]())
     result, loaded = saved(model, tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-4)
-    assert result.adapters == f"merged adapters of {len(prunable(loaded))} linears in place, all in full, as none is pruned"
+    assert result.adapters == f"merged adapters of {len(prunable(loaded))} layers in place, all in full, because none is sparse"
 
 
 @pytest.mark.parametrize("build", BUILD)
@@ -55,7 +55,7 @@ def test_masked_adapters_are_saved_as_they_compute(tmp_path, build):
     bh.training.mask_adapters(model)
     result, loaded = saved(model, tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-4)
-    assert result.adapters.endswith("zeros kept; nothing of what the adapters add was left out")
+    assert result.adapters.endswith("zeros kept; no update was lost")
     linears = prunable(loaded)
     assert all(torch.equal(linears[name].weight != 0, mask) for name, mask in masks.items())
 
@@ -69,7 +69,7 @@ def test_what_zeros_cost_is_said(tmp_path, build):
     assert torch.equal(logits(loaded), logits(expected.model))
     assert (logits(loaded) - logits(model)).abs().max() > 1e-2
     mean = sum(expected.error.values()) / len(expected.error)
-    assert f"zeros kept; of what the adapters add there, {mean:.1%} was left out on average" in result.adapters
+    assert f"zeros kept; {mean:.1%} of the updates was lost on average" in result.adapters
     linears = prunable(loaded)
     assert all(torch.equal(linears[name].weight != 0, mask) for name, mask in masks.items())
 
@@ -158,7 +158,7 @@ class TestRefused:
     @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`", "ignore:Model has `tie_word_embeddings=True`")
     def test_a_weight_that_others_have_too(self, tmp_path):
         model = lora(llama(tie_word_embeddings=True), target_modules=["q_proj", "embed_tokens"])
-        self.refused(model, tmp_path, "embed_tokens has its weight in common with another module")
+        self.refused(model, tmp_path, "embed_tokens shares its weight with another module")
 
     @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed but the targeted layer")
     def test_a_bias_that_has_no_place(self, tmp_path):

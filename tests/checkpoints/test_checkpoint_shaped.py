@@ -371,5 +371,5 @@ def test_what_is_loaded_is_not_initialised_by_sizes_that_it_does_not_have(tmp_pa
 
 def test_blocks_without_which_the_class_builds_nothing_stay():
     model = rwkv()
-    with pytest.raises(ValueError, match="blocks: RwkvForCausalLM is not built of what is left: ZeroDivisionError"):
+    with pytest.raises(ValueError, match="blocks: RwkvForCausalLM cannot be built with the remaining blocks: ZeroDivisionError"):
         billhook.pruning.plan_units(model, {"rwkv.blocks": [1]}, kind="block")

@@ -53,7 +53,7 @@ value dimension, all heads           3 x 8         384    768  model.layers.*.se
 attention     q = q_proj; k = k_proj; v = v_proj; o = o_proj (3x)
 feed-forward  gate = gate_proj; up = up_proj; down = down_proj (3x)
 not pruned    rotary frequency (4, model: q_proj, k_proj and 1 more): a rotary frequency serves all heads of all layers, and the
-              code derives it from the width of a head
+              code derives it from the head dimension
 not pruned    token (61, embed_tokens, lm_head): tokens belong to the tokenizer
 
 saved         KV head (2): any fewer make a plain checkpoint, by num_attention_heads, num_key_value_heads

@@ -170,11 +170,11 @@ def test_blocks_and_then_what_is_within(small, files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ([], "nothing is asked for: give a ratio"),
+        ([], "nothing to remove: set a ratio"),
         (["--channels", "1.5"], r"channels=1.5 must be a fraction of these units in \[0, 1\)"),
         (
             ["--params", "10"],
-            "params=10: 10 cannot be reached; with what may be removed, [0-9,]+ to [0-9,]+ can; did you mean 0.1\\?",
+            "params=10 \\(10\\) is out of reach. Reachable: [0-9,]+ to [0-9,]+\\. .*; did you mean 0.1\\?",
         ),
         (["--channels", "0.5", "--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
         (["--channels", "0.5", "--generated", "0.5"], "generated=0.5 is what the model writes beside texts, and data=None"),

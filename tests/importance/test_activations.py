@@ -227,7 +227,7 @@ def test_heads_that_a_convolution_reads():
         (found,) = bh.score(model, units, importance, [batch]).values()
         torch.testing.assert_close(found, expected, **near)
     plan = bh.pruning.plan_units(model, {0: [1]})
-    with pytest.raises(ValueError, match="no linear layer reads what is removed"):
+    with pytest.raises(ValueError, match="no linear layer consumes the removed units"):
         bh.repair(model, plan, [batch, batch])
     model.transformer.encoder.layers[0].post_attention.conv1d = torch.nn.Conv1d(32, 32, 3, padding=1)
     with pytest.raises(ValueError, match="reads several places at once, of which some are padding"):

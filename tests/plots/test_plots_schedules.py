@@ -26,7 +26,7 @@ def test_each_panel_is_its_schedule_at_every_step():
 @pytest.mark.parametrize(
     ("named", "steps", "told"),
     [
-        ({}, 10, "named={} must have one"),
+        ({}, 10, "named={} must have at least one"),
         ({"a": 0.5}, 10, "named="),
         ({"a": NAMED["once"]}, 0, "steps=0"),
         ({"a": NAMED["late"]}, 30, "past the end of training"),

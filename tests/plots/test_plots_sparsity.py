@@ -45,7 +45,7 @@ def test_experts_of_a_block_are_taken_together_and_a_linear_in_no_block_is_at_th
     assert figure.axes[0].get_title() == "37.5% of 16 weights are zero"
 
 
-@pytest.mark.parametrize(("of", "told"), [("tiny", "of='tiny' must be"), (nn.ReLU(), "there is no linear")])
+@pytest.mark.parametrize(("of", "told"), [("tiny", "of='tiny' must be"), (nn.ReLU(), "it has no linear layers")])
 def test_what_has_no_linears_is_refused(of, told):
     with pytest.raises(ValueError, match=told):
         plots.sparsity(of)

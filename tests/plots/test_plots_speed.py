@@ -37,7 +37,7 @@ def test_speeds_speed_ups_and_their_quartiles():
     assert bars(speeds)[0] == [pytest.approx((16 / 0.03, 16 / 0.015)), pytest.approx((16 / 0.06, 16 / 0.04))]
     assert {((512, 2.0), (2048, 4.0)), ((512, 1.5), (2048, 2.5))} <= set(lines(ratios))
     assert bars(ratios) == [[(1.5, 2.0), (3.0, 4.0)]]
-    assert [axes.get_title() for axes in figure.axes] == ["decode", "decode against dense, dashed: ideal"]
+    assert [axes.get_title() for axes in figure.axes] == ["decode", "decode: speedup over dense (dashed: ideal)"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense, batch 16", "mqa, batch 16"]
 
 

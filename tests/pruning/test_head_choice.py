@@ -83,12 +83,16 @@ def test_min_heads_stay_in_each_layer():
     assert choose(found, scores(low, high), 0.5, "global", min_units=0, remove=False) == {LAYERS[0]: list(range(8))}
     assert choose(found, scores(low, high), 0.25, min_units=6) == {LAYERS[0]: [0, 1], LAYERS[1]: [0, 1]}
     assert choose(found, scores(low, high), 0, min_units=100) == {}
-    message = r"ratio=0.5: 4 of 8 heads of model.layers.0.self_attn would be removed, and at most 2 may: 0.25"
+    message = r"ratio=0.5 would remove 4 of 8 heads of model.layers.0.self_attn. At most 2 can be removed: ratio=0.25"
     with pytest.raises(ValueError, match=message):
         choose(found, scores(low, high), 0.5, min_units=6)
-    with pytest.raises(ValueError, match=r"ratio=0.5: 8 of 16 heads of all layers would be removed, and at most 4 may: 0.25"):
+    with pytest.raises(
+        ValueError, match=r"ratio=0.5 would remove 8 of 16 heads of all layers. At most 4 can be removed: ratio=0.25"
+    ):
         choose(found, scores(low, high), 0.5, "global", min_units=6)
-    with pytest.raises(ValueError, match=r"ratio=0.9: 14 of 16 heads of all layers would be removed, and at most 8 may: 0.5"):
+    with pytest.raises(
+        ValueError, match=r"ratio=0.9 would remove 14 of 16 heads of all layers. At most 8 can be removed: ratio=0.5"
+    ):
         choose(heads_of("gqa"), scores(low, high), 0.9, "global")  # one of each KV head's two at least
 
 
@@ -110,7 +114,7 @@ def test_kv_heads_themselves():
     assert choose(found, own, 0.5, per="kv_head") == {LAYERS[0]: [0, 1], LAYERS[1]: [2, 3]}
     assert choose(found, own, 0.5, "global", per="kv_head") == {LAYERS[0]: [0, 1, 3], LAYERS[1]: [3]}
     assert choose(found, own, 0.75, "global", 1, "kv_head", remove=False) == {LAYERS[0]: [0, 1, 3], LAYERS[1]: [1, 2, 3]}
-    with pytest.raises(ValueError, match="ratio=0.9: 1 of 2 heads of all layers would be removed, and at most 0 may: 0"):
+    with pytest.raises(ValueError, match="ratio=0.9 would remove 1 of 2 heads of all layers. At most 0 can be removed: ratio=0"):
         choose(heads_of("mqa"), scores([1.0], [1.0]), 0.9, "global", 1, "kv_head")
 
 
@@ -168,7 +172,7 @@ def test_of_a_model():
         ({"min_units": -1}, "min_units=-1 must be a whole number of at least 0"),
         ({"min_units": 1.0}, "min_units=1.0 must be a whole number"),
         ({"min_units": True}, "min_units=True must be a whole number"),
-        ({"min_units": 0}, "min_units=0: where units are removed, one at least stays in each place"),
+        ({"min_units": 0}, "min_units=0 must be at least 1 if units are removed"),
         ({"per": "layer"}, "per='layer' must be one of head, kv_head"),
     ],
 )
@@ -180,10 +184,18 @@ def test_arguments_that_are_refused(arguments, match):
 @pytest.mark.parametrize(
     ("own", "per", "match"),
     [
-        (scores(ASCENDING, ASCENDING[1:]), "head", r"each of the 8 heads of model.layers.1.self_attn is needed \(per='head'\)"),
-        (scores(ASCENDING, names=LAYERS[:1]), "head", "each of the 8 heads of model.layers.1.self_attn is needed"),
-        (scores(ASCENDING, ASCENDING), "kv_head", r"each of the 4 heads of model.layers.0.self_attn is needed \(per='kv_head'\)"),
-        (scores(ASCENDING, [float("nan"), *ASCENDING[1:]]), "head", "a score of model.layers.1.self_attn is NaN"),
+        (
+            scores(ASCENDING, ASCENDING[1:]),
+            "head",
+            r"model.layers.1.self_attn needs one score for each of its 8 heads \(per='head'\)",
+        ),
+        (scores(ASCENDING, names=LAYERS[:1]), "head", "model.layers.1.self_attn needs one score for each of its 8 heads"),
+        (
+            scores(ASCENDING, ASCENDING),
+            "kv_head",
+            r"model.layers.0.self_attn needs one score for each of its 4 heads \(per='kv_head'\)",
+        ),
+        (scores(ASCENDING, [float("nan"), *ASCENDING[1:]]), "head", "model.layers.1.self_attn has a score that is NaN"),
     ],
 )
 def test_scores_that_are_refused(own, per, match):

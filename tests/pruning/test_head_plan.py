@@ -126,21 +126,23 @@ class TestRefused:
 
     def test_a_single_head(self):
         refused(
-            bert(num_attention_heads=1), {0: [0]}, "heads: bert.encoder.layer.0.attention has one head, which cannot be removed"
+            bert(num_attention_heads=1),
+            {0: [0]},
+            "heads: bert.encoder.layer.0.attention has only one head, which cannot be",
         )
-        refused(gpt2(n_head=1), {1: [0]}, "heads: transformer.h.1.attn has one head, which cannot be removed")
-        refused(llama(num_attention_heads=1, num_key_value_heads=1), {0: [0]}, "self_attn has one head", per="kv_head")
+        refused(gpt2(n_head=1), {1: [0]}, "heads: transformer.h.1.attn has only one head, which cannot be removed")
+        refused(llama(num_attention_heads=1, num_key_value_heads=1), {0: [0]}, "self_attn has only one head", per="kv_head")
 
     def test_kv_heads_that_would_serve_different_numbers(self):
         match = (
-            r"the KV heads of model.layers.0.self_attn would serve \[1, 2\] query heads each, and must all serve as many: take "
+            r"the KV heads of model.layers.0.self_attn would have \[1, 2\] query heads each, but need the same number. Remove "
             r"whole KV heads \(per='kv_head'\), or the same number, 1 to 1, from each of its 4"
         )
         refused(llama(), {0: [0]}, match)
         refused(llama(), {0: [0, 2, 4]}, match)
         wide = llama(num_key_value_heads=2)
         refused(
-            wide, {1: [0, 1, 2, 4]}, r"layers.1.self_attn would serve \[1, 3\] query heads each, .* 1 to 3, from each of its 2"
+            wide, {1: [0, 1, 2, 4]}, r"layers.1.self_attn would have \[1, 3\] query heads each, .* 1 to 3, from each of its 2"
         )
         assert bh.pruning.plan_units(wide, {1: [0, 2, 6, 7]}).after[LAYERS[1]] == (4, 2)
         assert bh.pruning.plan_units(llama(num_key_value_heads=1), {0: [3]}).after[LAYERS[0]] == (7, 1)
@@ -148,7 +150,7 @@ class TestRefused:
     def test_other_heads_of_layers_that_share_a_bias(self):
         model = t5()
         names = list(find_units(model, "head"))
-        share = r"share a position bias that has one column a head, so all of them must lose the same heads; masks \(bh.mask\)"
+        share = r"share a position bias with one column per head. Remove the same heads from all of them, or use bh.mask"
         refused(model, {names[0]: [1], names[1]: [2]}, f"heads: {names[0]}, {names[1]} {share}")
         refused(model, {names[1]: [1]}, f"heads: {names[0]}, {names[1]} {share}")
         refused(model, {"decoder.block.0.layer.0.SelfAttention": [1]}, f"decoder.block.1.layer.0.SelfAttention {share}")
@@ -156,18 +158,22 @@ class TestRefused:
         refused(transformers.T5EncoderModel(deep).eval(), {0: [1]}, f"encoder.block.2.layer.0.SelfAttention and more {share}")
 
     def test_slopes_that_are_constants_of_the_code(self):
-        masked = r"cannot be removed: its values are a constant of the code \(arange\); they can be masked \(bh.mask\)"
+        masked = r"its values are a constant of the code \(arange\). Use bh.mask to mask them instead"
         bloom = small(small_config(transformers.BloomConfig), transformers.BloomForCausalLM)
-        refused(bloom, {0: [1]}, f"heads: those of transformer.h.0.self_attention {masked}")
+        refused(bloom, {0: [1]}, f"heads: cannot be removed from transformer.h.0.self_attention: {masked}")
         mpt = small(small_config(transformers.MptConfig, n_heads=8), transformers.MptForCausalLM)
-        refused(mpt, {1: [1]}, f"heads: those of transformer.blocks.1.attn {masked}")
+        refused(mpt, {1: [1]}, f"heads: cannot be removed from transformer.blocks.1.attn: {masked}")
 
     def test_a_norm_over_all_heads(self):
-        normed = "cannot be removed: a norm spans all of them, so that without some it would compute something else"
-        refused(build("olmo2"), {0: [0, 1]}, f"heads: those of model.layers.0.self_attn {normed}")
+        normed = "a norm spans all of them, so its output would change"
+        refused(build("olmo2"), {0: [0, 1]}, f"heads: cannot be removed from model.layers.0.self_attn: {normed}")
         if Version(transformers.__version__) >= Version("5.20"):  # Mamba2's code before has no heads that are found
             config = small_config(transformers.Mamba2Config)
-            refused(small(config, transformers.Mamba2ForCausalLM), {1: [0]}, f"heads: those of backbone.layers.1.mixer {normed}")
+            refused(
+                small(config, transformers.Mamba2ForCausalLM),
+                {1: [0]},
+                f"heads: cannot be removed from backbone.layers.1.mixer: {normed}",
+            )
         with bh.mask(build("olmo2"), {0: [0, 1]}):
             pass
 
@@ -180,7 +186,7 @@ class TestRefused:
         kind = transformers.BigBirdForMaskedLM
         model = small(small_config(kind.config_class), kind)
         model(**make_inputs(model))
-        refused(model, {0: [0, 1]}, "heads: BigBirdForMaskedLM runs without some, and no longer once it is saved and loaded")
+        refused(model, {0: [0, 1]}, "heads: BigBirdForMaskedLM runs without them, but not after it is saved and loaded")
 
     def test_a_plan_of_another_model(self):
         model = llama()
@@ -202,12 +208,12 @@ class TestRefused:
 
     def test_heads_that_are_masked(self):
         model = llama()
-        match = r"units: a mask or gates stand before model.layers.1.self_attn.o_proj: remove them first \(mask.remove\(\)\)"
+        match = r"units: model.layers.1.self_attn.o_proj has a mask or gates. Remove them first with mask.remove\(\)"
         mask = bh.mask(model, {1: [1]})
         with pytest.raises(ValueError, match=match):
             bh.pruning.prune_units(model, {0: [0, 1]})
         mask.remove()
-        with bh.gates(model, bh.find_units(model, "head")), pytest.raises(ValueError, match="a mask or gates stand before"):
+        with bh.gates(model, bh.find_units(model, "head")), pytest.raises(ValueError, match="has a mask or gates"):
             bh.pruning.prune_units(model, {0: [0, 1]})
         assert bh.pruning.prune_units(model, {0: [0, 1]}).after[LAYERS[0]] == (6, 3)
 
@@ -217,7 +223,7 @@ def test_codegen_deals_its_heads_to_four_cores():
     config = small_config(transformers.CodeGenConfig)
     model = small(config, transformers.CodeGenForCausalLM)
     shape = shape_of(model)
-    with pytest.raises(ValueError, match="the code of CodeGenForCausalLM does not follow when heads are removed"):
+    with pytest.raises(ValueError, match="heads cannot be removed from CodeGenForCausalLM"):
         bh.pruning.prune_units(model, {0: [0, 1, 2, 5]})  # the cores would have one, none, one and two
     assert shape_of(model) == shape
     assert bh.pruning.prune_units(model, {0: [0, 2, 4, 7]}).after["transformer.h.0.attn"] == (4, 4)

@@ -48,7 +48,7 @@ def test_where_channels_cannot_make_up_for_it_they_are_as_the_target_needs():
 
 def test_others_are_named():
     _, plan = planned(Amount(kv_heads=0.25))
-    line = "  6 KV heads cannot be divided among 2, 4 and 8 devices, as 1, 2, 4 or a multiple of 8 can"
+    line = "  6 KV heads cannot be divided among 2, 4, and 8 devices; 1, 2, 4, or a multiple of 8 can"
     assert str(plan).splitlines()[-1] == line
     assert line in str(planned(Amount(kv_cache_bytes=0.8))[1]).splitlines()
     assert "devices" not in str(planned(Amount(kv_heads=0.5))[1])

@@ -115,7 +115,7 @@ class TestTable:
         assert lines[-3:] == [
             "  model.layers.*.mlp        48 channels in each of 2: 0, 3",
             "  model.layers.*.mlp        48 -> 24 channels in each of 2: 1, 2",
-            "  3 KV heads cannot be divided among 2, 4 and 8 devices, as 1, 2, 4 or a multiple of 8 can",
+            "  3 KV heads cannot be divided among 2, 4, and 8 devices; 1, 2, 4, or a multiple of 8 can",
         ]
 
     def test_of_blocks_whose_places_are_the_blocks(self):
@@ -148,7 +148,7 @@ class TestJson:
                 bh.ModelPlan.from_json(broken, model)
         for missing in ("model", "kinds", "units", "before"):
             broken = {key: value for key, value in plain.items() if key != missing}
-            with pytest.raises(ValueError, match="plan: a mapping with model, kinds, units, before is needed"):
+            with pytest.raises(ValueError, match="plan must be a mapping with model, kinds, units, before"):
                 bh.ModelPlan.from_json(broken, model)
         with pytest.raises(ValueError, match=f"channels: {MLPS[0]} has no channel 48; it has 0 to 47"):
             bh.ModelPlan.from_json(plain | {"units": {MLPS[0]: [48]}}, model)
@@ -218,13 +218,13 @@ class TestRefused:
     def test_what_is_opaque_says_why(self):
         model = llama()
         model.model.layers[1].mlp = BiasedByItself()
-        refused(model, {MLPS[1]: [0]}, f"channels: those of {MLPS[1]} cannot be removed: no rule for the op histc", ["channel"])
+        refused(model, {MLPS[1]: [0]}, f"channels: cannot be removed from {MLPS[1]}: no rule for the op histc", ["channel"])
         bh.apply(model, bh.pruning.plan_units(model, {MLPS[0]: [0]}, ["channel"]))
         with pytest.raises(ValueError, match="no rule for the op histc"):
             bh.plan(model, RandomUnits(), channels=0.5)
 
     def test_parameters_that_the_run_does_not_use(self):
-        match = "residual channels: those of model.decoder cannot be removed: .* which the run never used, may have it too"
+        match = "residual channels: cannot be removed from model.decoder: .* which the run never used, may have it too"
         refused(make("bart"), {"model.decoder": [0]}, match, ["residual"])
 
     def test_a_norm_over_the_channels(self):
@@ -232,7 +232,7 @@ class TestRefused:
         model = small(config, transformers.Mamba2ForCausalLM)
         with pytest.raises(ValueError, match="Mamba2ForCausalLM has no channels"):
             find_units(model, "channel")
-        with pytest.raises(ValueError, match=r"channels=0.5: the model has none that may be removed"):
+        with pytest.raises(ValueError, match=r"channels=0.5: the model has no prunable units"):
             bh.plan(model, RandomUnits(), channels=0.5)
 
     def test_a_quantised_model(self):
@@ -244,13 +244,13 @@ class TestRefused:
 
     def test_other_heads_of_layers_that_share_a_bias(self):
         model = t5()
-        refused(model, {"encoder.block.0.layer.0.SelfAttention": [0]}, "share a position bias that has one column a head")
+        refused(model, {"encoder.block.0.layer.0.SelfAttention": [0]}, "share a position bias with one column per head")
 
     def test_a_mask_that_stands_before_what_reads(self):
         model = llama()
         plan = bh.pruning.plan_units(model, {MLPS[0]: [0]}, "channel")
         mask = bh.mask(model, {1: [1]}, "channel")
-        with pytest.raises(ValueError, match="units: a mask or gates stand before model.layers.1.mlp.down_proj"):
+        with pytest.raises(ValueError, match="units: model.layers.1.mlp.down_proj has a mask or gates"):
             bh.apply(model, plan)
         mask.remove()
         bh.apply(model, plan)

@@ -67,15 +67,13 @@ class TestRatios:
             assert plan.units.get(name, []) == sorted(scores[name].argsort()[: 48 - stay].tolist())
 
     def test_multiples_that_leave_nothing_to_go(self):
-        with pytest.raises(
-            ValueError, match=r"channels=0.3 \(round_to=16\) is not a single unit of a place, so that nothing would"
-        ):
+        with pytest.raises(ValueError, match=r"channels=0.3 \(round_to=16\) removes no unit from any module"):
             bh.plan(llama(), RandomUnits(), amount=bh.Amount(channels=0.3, round_to=16))
 
     def test_a_kernels_multiple_is_named_where_it_leaves_nothing_to_go(self, monkeypatch):
         monkeypatch.setattr("billhook.pruning.target.kernel_multiple", lambda model, units: 16)
         with pytest.raises(
-            ValueError, match=r"channels=0.25 is not a single .* \(the kernel of the experts takes .* multiples of 16\)"
+            ValueError, match=r"channels=0.25 removes no unit .* \(the kernel of the experts requires multiples of 16\)"
         ):
             bh.plan(llama(), RandomUnits(), channels=0.25)
 
@@ -86,7 +84,7 @@ class TestRatios:
         assert all(plan.after[name] == (4, 2) for name in ATTENTIONS)
         one = llama(num_key_value_heads=1)
         assert all(bh.plan(one, RandomUnits(), heads=0.25).after[name] == (6, 1) for name in ATTENTIONS)
-        with pytest.raises(ValueError, match=r"kv_heads=0.5 is not a single unit of a place, so that nothing would be removed"):
+        with pytest.raises(ValueError, match=r"kv_heads=0.5 removes no unit from any module"):
             bh.plan(one, RandomUnits(), kv_heads=0.5)
         each = llama(num_key_value_heads=8)
         for name in ("heads", "kv_heads"):
@@ -116,7 +114,7 @@ class TestRatios:
     def test_experts(self):
         plan = bh.plan(build("mixtral"), bh.importance.WeightNorm(), experts=0.5)
         assert all(plan.after[name] == (2,) for name in MLPS)
-        with pytest.raises(ValueError, match="each token takes 2: at least 2 must stay"):
+        with pytest.raises(ValueError, match=r"each token uses 2\. Keep at least 2"):
             bh.plan(build("mixtral"), bh.importance.WeightNorm(), experts=0.75)
 
 
@@ -217,7 +215,7 @@ class TestTargets:
     def test_what_cannot_be_reached_says_what_can(self, target, first):
         model = llama(num_hidden_layers=3)
         before = shape_of(model)
-        with pytest.raises(ValueError, match=f"{target}=1: 1 cannot be reached; with what may be removed, ") as refusal:
+        with pytest.raises(ValueError, match=rf"{target}=1 \(1\) is out of reach. Reachable: ") as refusal:
             bh.plan(model, RandomUnits(), amount=bh.Amount(first=first, **{target: 1}))
         least, most = (
             int(number.replace(",", ""))
@@ -227,14 +225,14 @@ class TestTargets:
         assert shape_of(model) == before
         plan = bh.plan(model, RandomUnits(), amount=bh.Amount(first=first, **{target: least}))
         assert getattr(plan.costs[1], target) == least
-        with pytest.raises(ValueError, match="cannot be reached"):
+        with pytest.raises(ValueError, match="is out of reach"):
             bh.plan(model, RandomUnits(), amount=bh.Amount(first=first, **{target: least - 1}))
 
     def test_what_is_there_already_or_cannot_be_told(self):
         now = llama().num_parameters()
-        with pytest.raises(ValueError, match=f"params={now}: the model has no more than that, {now:,}"):
+        with pytest.raises(ValueError, match=f"params={now} is met already: the model has {now:,}"):
             bh.plan(llama(), RandomUnits(), params=now)
-        with pytest.raises(ValueError, match="kv_cache_bytes=0.5: it cannot be measured of a BertForMaskedLM"):
+        with pytest.raises(ValueError, match="kv_cache_bytes=0.5 cannot be measured for BertForMaskedLM"):
             bh.plan(bert(), RandomUnits(), amount=bh.Amount(kv_cache_bytes=0.5))
 
     def test_the_first_that_is_low_enough(self):
@@ -254,16 +252,16 @@ class TestTargets:
 
 class TestRefused:
     @pytest.mark.parametrize(("arguments", "match"), [
-        ({}, "nothing is asked for: give a ratio"),
-        ({"channels": 0.0}, "nothing is asked for"),
+        ({}, "nothing to remove: set a ratio"),
+        ({"channels": 0.0}, "nothing to remove"),
         ({"channels": 1.0}, r"channels=1.0 must be a fraction of these units in \[0, 1\)"),
         ({"channels": -0.1}, "channels=-0.1 must be a fraction"),
         ({"residual": True}, "residual=True must be a fraction"),
         ({"heads": float("nan")}, "heads=nan must be a fraction"),
-        ({"heads": 0.5, "kv_heads": 0.5}, "heads=0.5 and kv_heads=0.5: give one"),
-        ({"params": 0.5, "flops": 0.5}, "params and flops: give one target"),
-        ({"params": 0.5, "kv_heads": 0.1, "channels": 0.1}, "params=0.5: nothing is left open that could be removed for it"),
-        ({"kv_cache_bytes": 0.5, "heads": 0.1}, "kv_cache_bytes=0.5: nothing is left open"),
+        ({"heads": 0.5, "kv_heads": 0.5}, "heads=0.5 and kv_heads=0.5 cannot be combined"),
+        ({"params": 0.5, "flops": 0.5}, "params and flops cannot be combined"),
+        ({"params": 0.5, "kv_heads": 0.1, "channels": 0.1}, "params=0.5 cannot be met: the ratios of all units"),
+        ({"kv_cache_bytes": 0.5, "heads": 0.1}, "kv_cache_bytes=0.5 cannot be met"),
         ({"params": 1.5}, "params=1.5 must be a whole number above 0, or a fraction"),
         ({"params": 0}, "params=0 must be a whole number above 0"),
         ({"params": float("nan")}, "params=nan must be"),
@@ -271,9 +269,9 @@ class TestRefused:
         ({"channels": 0.5, "round_to": 0}, "round_to=0 must be a whole number of at least 1"),
         ({"channels": 0.5, "first": -1}, "first=-1 must be a whole number of at least 0"),
         ({"channels": 0.5, "min_units": True}, "min_units=True must be a whole number"),
-        ({"channels": 0.01}, "channels=0.01 is not a single unit of a place, so that nothing would be removed"),
-        ({"experts": 0.5}, "experts=0.5: the model has none that may be removed"),
-        ({"channels": 0.9, "min_units": 40}, r"43 of 48 channels of model.layers.0.mlp would be removed, and at most 8 may"),
+        ({"channels": 0.01}, "channels=0.01 removes no unit from any module"),
+        ({"experts": 0.5}, "experts=0.5: the model has no prunable units"),
+        ({"channels": 0.9, "min_units": 40}, "would remove 43 of 48 channels of model.layers.0.mlp. At most 8 can be removed"),
     ])  # fmt: skip
     def test_arguments(self, arguments, match):
         model = llama()

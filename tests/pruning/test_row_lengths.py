@@ -53,7 +53,7 @@ class TestRule:
     def test_is_the_largest_multiple_that_is_near_enough(self, first, each):
         for asked in range(1, first):
             for more in (True, False):
-                assert round_units(asked, first, each=each, more=more) == by_trial(asked, first, each, more)
+                assert round_units(asked, first, unit_size=each, allow_more=more) == by_trial(asked, first, each, more)
 
     def test_never_keeps_more_where_more_was_to_go(self):
         for first in (384, 1000, 1536):
@@ -88,15 +88,15 @@ class TestSmolLM2:
     def test_what_is_told(self):
         plan = planned(smollm2(), Amount(channels=0.2))
         more = 2 * 3 * 576 * (1280 - 1216)
-        line = "1,216 channels: a multiple of 64; 1,229 were asked for; 1,280 would be a multiple of 256, with"
-        assert str(plan).splitlines()[-1] == f"  {line} {more:,} parameters more"
+        line = "channels: 1,216 (rounded from 1,229 to a multiple of 64); alternative: 1,280 (a multiple of 256,"
+        assert str(plan).splitlines()[-1] == f"  {line} {more:,} more parameters)"
         again = bh.ModelPlan.from_json(json.loads(json.dumps(plan.to_json())), smollm2())
         assert again.rows == plan.rows
         assert plan.to_json()["rows"] == [{
             "kind": "channel", "places": 2, "each": 1, "asked": 1229, "kept": 1216, "multiple": 64,
             "others": [{"units": 1280, "multiple": 256, "more_parameters": more}],
         }]  # fmt: skip
-        with pytest.raises(ValueError, match="plan: rows is"):
+        with pytest.raises(ValueError, match="plan: rows="):
             bh.ModelPlan.from_json(plan.to_json() | {"rows": [{"kind": "channel"}]}, smollm2())
 
     def test_hidden_size_and_heads(self):
@@ -104,7 +104,7 @@ class TestSmolLM2:
         assert [(row.kind, row.asked, row.kept, row.each, row.multiple) for row in plan.rows] == [
             ("head", 6, 6, 64, 128), ("residual", 519, 512, 1, 256),
         ]  # fmt: skip
-        assert "  6 heads (head dimension 64), rows of 384: a multiple of 128" in str(plan).splitlines()
+        assert "  heads: 6 (head dimension 64, rows of 384, a multiple of 128)" in str(plan).splitlines()
 
     def test_of_many_heads(self):
         plan = planned(llama(hidden_size=320, num_attention_heads=40, num_key_value_heads=40), Amount(heads=0.13))

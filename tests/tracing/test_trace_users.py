@@ -403,11 +403,11 @@ def test_code_in_a_folder_of_billhooks_name_is_the_models_code(folder):
 
 
 INPUTS = {
-    "no module": (None, None, "model: a module, a config or a name is needed, not NoneType"),
-    "a string": (Layers(), "hello", "example_inputs: a dictionary, a tuple or a tensor is needed, not str"),
+    "no module": (None, None, "model must be a module, a config, or a name, got NoneType"),
+    "a string": (Layers(), "hello", "example_inputs must be a dictionary, a tuple, or a tensor, got str"),
     "another name": (Layers(), {"y": X}, r"Layers does not run on meta tensors with these example_inputs \(y\)"),
     "another shape": (Layers(), X[..., 0], r"these example_inputs \(1 of them\): at test_trace_users\.py:\d+, op addmm"),
-    "lazy": (nn.LazyLinear(3), X, "its parameter weight has no shape before the first forward"),
+    "lazy": (nn.LazyLinear(3), X, "model: parameter weight is lazy and has no shape yet"),
     "nowhere": ("/nowhere/at/all", None, "is not a folder with a Hugging Face checkpoint"),
 }
 
@@ -447,4 +447,4 @@ def test_a_quantised_config_is_taken_as_not_quantised(tmp_path: Path):
     config.save_pretrained(tmp_path)
     structure = bh.trace(tmp_path)
     assert free(structure) == ALL
-    assert any("the config is of a quantised model" in what for what in structure.assumed)
+    assert any("the config is of a quantized model" in what for what in structure.assumed)

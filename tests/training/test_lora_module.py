@@ -319,7 +319,7 @@ class TestYaml:
         assert held["distillation"] == {"teacher": None, "temperature": 2.0, "weight": 0.8, "hidden": 0.0}
         assert transformers.AutoModelForCausalLM.from_pretrained("outputs/model")
         saved = json.loads(Path("outputs/model/billhook.json").read_text())["saved"]
-        assert saved["adapters"] == "merged adapters of 28 linears in place, all in full, as none is pruned"
+        assert saved["adapters"] == "merged adapters of 28 layers in place, all in full, because none is sparse"
 
     @pytest.mark.nightly
     def test_its_checkpoint_is_validated_and_loaded(self, quick, tmp_path):
@@ -367,7 +367,7 @@ class TestYaml:
         ({"r": 0}, "r=0 must be a whole number of at least 1"),
         ({"alpha": 0}, "alpha=0 must be a number above 0"),
         ({"dropout": 1.0}, re.escape("dropout=1.0 must be in [0, 1)")),
-        ({"target": []}, "must be 'all-linear' or the ends of the names"),
+        ({"target": []}, "must be 'all-linear' or name endings of linear layers"),
     ],
 )
 def test_refused(options, match):
@@ -383,5 +383,5 @@ def test_a_target_that_is_not_there_and_adapters_that_are():
     assert same(model.state_dict(), before)
     assert all(parameter.requires_grad for parameter in model.parameters())
     bh.TransformerModule(model, lora=bh.training.LoRA())
-    with pytest.raises(ValueError, match=r"lora: the model has adapters already: merge them first"):
+    with pytest.raises(ValueError, match=r"lora: the model already has adapters. Merge them first"):
         bh.TransformerModule(model, lora=bh.training.LoRA())

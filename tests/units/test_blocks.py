@@ -216,7 +216,7 @@ class TestImportance:
                 scored(model, [batch], importance)
         with pytest.raises(ValueError, match=f"blocks: there is no place 'layers'; there are 0 to 0, in this order: {LAYERS}"):
             bh.mask(model, {"layers": [1]}, "block")
-        with pytest.raises(ValueError, match="blocks=5: 5 of 5 blocks of model.layers would be removed, and at most 4 may"):
+        with pytest.raises(ValueError, match="blocks=5 would remove 5 of 5 blocks of model.layers. At most 4 can be removed"):
             bh.plan(model, batches=[batch], blocks=5, greedy=True)
 
 
@@ -300,21 +300,21 @@ class TestPlan:
         model = deep()
         plain = bh.pruning.plan_units(model, [1], "block").to_json()
         plain["fields"]["num_hidden_layers"] = 3
-        with pytest.raises(ValueError, match="it is not what removes these blocks"):
+        with pytest.raises(ValueError, match="do not match the removal of these blocks"):
             bh.ModelPlan.from_json(plain, model)
 
     SCORES = {"scores": {LAYERS: torch.ones(5)}}
     REFUSED = [
         ({"blocks": 1, "scores": {"h": torch.ones(5)}}, f"a score for each of the 5 blocks of {LAYERS} is needed"),
         ({"blocks": 1, "scores": {LAYERS: torch.ones(4)}}, f"a score for each of the 5 blocks of {LAYERS} is needed"),
-        ({"blocks": 1, "channels": 0.5}, "blocks=1 and channels: blocks are planned alone"),
-        ({"amount": bh.Amount(blocks=3, first=2, last=1), **SCORES}, "3 of 5 blocks .* would be removed, and at most 2 may"),
+        ({"blocks": 1, "channels": 0.5}, "blocks=1 cannot be combined with channels"),
+        ({"amount": bh.Amount(blocks=3, first=2, last=1), **SCORES}, "would remove 3 of 5 blocks .* At most 2 can be removed"),
         ({"blocks": -1, **SCORES}, "blocks=-1 must be a whole number of at least 0"),
-        ({"blocks": 0, **SCORES}, "nothing is asked for"),
+        ({"blocks": 0, **SCORES}, "nothing to remove"),
         ({"blocks": True, **SCORES}, "blocks=True must be a number or None"),
         ({"blocks": 1.0, **SCORES}, r"blocks=1.0 must be a fraction of these units in \[0, 1\)"),
         ({"blocks": 1, "amount": bh.Amount(blocks=1), **SCORES}, "amount and blocks: give one of them"),
-        ({"channels": 0.5, "greedy": True}, "greedy=True: only blocks are removed one at a time"),
+        ({"channels": 0.5, "greedy": True}, "greedy=True requires blocks"),
     ]
 
     @pytest.mark.parametrize(("given", "message"), REFUSED)
@@ -332,11 +332,11 @@ class TestPlan:
 
     def test_nothing_makes_up_for_a_block(self):
         model = deep()
-        with pytest.raises(ValueError, match="plan: repair makes up for units, and this is a plan of blocks"):
+        with pytest.raises(ValueError, match="plan: repair supports plans of units, got a plan of blocks"):
             bh.repair(model, bh.pruning.plan_units(model, [1], "block"), [{"input_ids": tokens()}])
 
     def test_blocks_are_planned_alone(self):
-        with pytest.raises(ValueError, match="blocks are planned alone"):
+        with pytest.raises(ValueError, match="blocks cannot be combined with other kinds"):
             bh.pruning.plan_units(deep(), {0: [0]}, ["head", "block"])
 
     def test_stages_are_found_in_few_trials(self, monkeypatch):
@@ -351,7 +351,7 @@ class TestPlan:
     def test_a_model_that_then_cannot_generate_is_refused_beforehand(self):
         model = other("GraniteMoeHybridForCausalLM")  # its cache asks the attention layer how long it is
         before = everything(model)
-        with pytest.raises(ValueError, match="does not run without .*1.* with a key-value cache.*: ValueError"):
+        with pytest.raises(ValueError, match="does not run without .*1.* if a KV cache is used.*: ValueError"):
             bh.pruning.plan_units(model, [1], "block")
         assert everything(model) == before
 
@@ -502,11 +502,11 @@ class TestRemoval:
 
 REFUSED = {
     "position bias": (
-        t5, {"encoder.block": [0]}, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight is .* in what its class"
+        t5, {"encoder.block": [0]}, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight is .* in the model that its class"
     ),
     "shared": (
         lambda: other("AlbertForMaskedLM", num_hidden_layers=4, num_hidden_groups=2),
-        {"albert.encoder.albert_layer_groups": [1]}, "block 1 of .* runs 2 times in a forward: its weights are shared",
+        {"albert.encoder.albert_layer_groups": [1]}, "block 1 of .* runs 2 times per forward pass: its weights are shared",
     ),
     "tied": (lambda: tied(), {LAYERS: [1]}, "block 1 of .* shares weights with .*layers.2.mlp.up_proj.weight, which stays"),
     "its place": (
@@ -514,15 +514,15 @@ REFUSED = {
     ),
     "a constant": (
         lambda: gpt2(n_layer=3, scale_attn_by_inverse_layer_idx=True), {"transformer.h": [0]},
-        "its class then builds transformer.h.0.attn.scaling = 0.35.*, and what comes to that place has 0.17",
+        "its class then builds transformer.h.0.attn.scaling = 0.35.*, but the block moved there has 0.17",
     ),
     "a period": (
-        lambda: build("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=2), {LAYERS: [1]}, "is missing in what its class then"
+        lambda: build("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=2), {LAYERS: [1]}, "is missing in the model that its class then"
     ),
     "a table for all": (
-        lambda: other("Gemma4ForCausalLM", num_hidden_layers=3), {LAYERS: [0]}, "cannot say that blocks 0 .* are removed"
+        lambda: other("Gemma4ForCausalLM", num_hidden_layers=3), {LAYERS: [0]}, "cannot express that blocks 0 .* are removed"
     ),
-    "the config is of another": (lambda: unlike(), {LAYERS: [0]}, "does not have the blocks that its class builds"),
+    "the config is of another": (lambda: unlike(), {LAYERS: [0]}, "has other blocks than its class builds"),
 }  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def test_why_there_are_none(name, why):
     model = make(name)
     with pytest.raises(ValueError, match=f"has no channels; {why}"):
         find_units(model, "channel")
-    with pytest.raises(ValueError, match=f"channels=0.25: the model has none that may be removed; {why}"):
+    with pytest.raises(ValueError, match=f"channels=0.25: the model has no prunable units; {why}"):
         bh.plan(model, bh.importance.WeightNorm(), channels=0.25)
 
 

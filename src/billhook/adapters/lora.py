@@ -26,15 +26,14 @@ ALL = "all-linear"
 
 @dataclass(frozen=True)
 class LoRA:
-    """LoRA: W x + alpha / r B A x on linears whose W is frozen; the defaults are LLM-Pruner's.
+    """LoRA settings: W x + alpha / r B A x on frozen linear layers, by default LLM-Pruner's.
 
     Args:
-        r: Rank of the product: A is `[r, in_features]`, B `[out_features, r]`, zero at first.
-        alpha: The product is scaled by alpha / r.
-        dropout: Share of the inputs of A that are zero in training.
-        target: `"all-linear"` (every linear except the output embedding, the head of a classifier and those that store fewer KV
-            heads than they give; experts whose weights are one tensor are no linears), or the linears by the ends of their
-            names, such as `[q_proj, v_proj]`.
+        r: Rank of the product. A is `[r, in_features]`; B is `[out_features, r]`, initially zero.
+        alpha: Scaling: the product is multiplied by alpha / r.
+        dropout: Fraction of the inputs of A that are zeroed in training.
+        target: Linear layers to adapt: name endings such as `[q_proj, v_proj]`, or `"all-linear"`. The latter excludes the output
+            embedding, a classification head, layers with repeated KV heads, and experts stored as one tensor.
 
     Raises:
         ValueError: If a number is out of range, or `target` is empty.
@@ -55,20 +54,22 @@ class LoRA:
         check_number("alpha", self.alpha, above=0)
         check_fraction("dropout", self.dropout)
         if not self.target:
-            raise ValueError(f"target={self.target!r} must be {ALL!r} or the ends of the names of linears")
+            raise ValueError(f"target={self.target!r} must be {ALL!r} or name endings of linear layers")
 
 
 def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = False) -> None:
-    """Freezes a model and puts LoRA on its linears, in place; its class stays, adapters are float32 also on half weights.
+    """Freezes a model and attaches LoRA in place. The model keeps its class.
+
+    Adapters are float32, also on half-precision weights.
 
     Args:
         model: The model.
-        lora: The settings. PEFT's own config is taken as it is.
-        classifies: Whether modules outside the base model are the head of a classifier, which may be new and so trains in full
-            (under PEFT's own config: if its `modules_to_save` names it).
+        lora: LoRA settings, or a PEFT config, which is used unchanged.
+        classifies: If True, modules outside the base model are a classification head and are trained in full. With a PEFT config,
+            set its `modules_to_save` instead.
     """
     if has_adapters(model):
-        raise ValueError("lora: the model has adapters already: merge them first (bh.training.merge), or leave lora out")
+        raise ValueError("lora: the model already has adapters. Merge them first with bh.training.merge, or remove lora.")
     head = _head(model) if classifies and isinstance(lora, LoRA) else {}
     config = _config(model, lora, head) if isinstance(lora, LoRA) else lora
     _check_not_handed(model, config)
@@ -97,7 +98,7 @@ def _check_not_handed(model: nn.Module, config: LoraConfig) -> None:
 
 
 def _head(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Finds the modules outside the base model, if that is not the whole."""
+    """Returns the modules outside the base model, such as a classification head."""
     children = dict(model.named_children())
     return {name: module for name, module in children.items() if module is not model.base_model is not model}
 
@@ -117,14 +118,14 @@ def _config(model: PreTrainedModel, lora: LoRA, head: Mapping[str, nn.Module]) -
 
 
 def to_plain(lora: LoRA | LoraConfig) -> dict[str, Any]:
-    """Converts to numbers, strings, lists and dicts, which any checkpoint can hold; `from_plain` undoes it."""
+    """Converts LoRA settings to plain data for checkpoints; `from_plain` restores them."""
     plain = asdict(lora) if isinstance(lora, LoRA) else lora.to_dict()  # type: ignore[no-untyped-call]
     settings: dict[str, Any] = json.loads(json.dumps(plain, default=sorted))  # PEFT's sets of names
     return settings
 
 
 def from_plain(lora: Mapping[str, Any]) -> LoRA | LoraConfig:
-    """Makes the settings from what `to_plain` returned."""
+    """Restores LoRA settings from plain data."""
     if "peft_type" not in lora:
         return LoRA(**lora)
     return LoraConfig(**{name: value for name, value in lora.items() if name != "peft_type"})

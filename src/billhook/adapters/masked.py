@@ -1,4 +1,4 @@
-"""LoRA on pruned weights: the product that it adds to a weight, and masks that keep it from changing zeros."""
+"""LoRA on sparse weights: its product, and masks that keep it from changing zeros."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -12,24 +12,26 @@ from billhook.engine.sharding import full_tensor, reshard
 from billhook.model.layers import active_in, base_of, is_adapter, is_pruned, prunable, weight_of
 
 WRAPPED = "base_model.model."
-"""Prefix of PEFT's for the names of the model that it wraps."""
+"""PEFT's name prefix for the model that it wraps."""
 
 
 def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
-    """Makes LoRA act only where weights are not zero: x (W + (scale B A) * mask)^T, so that merging changes nothing.
+    """Restricts LoRA to nonzero weights, so that zeros survive merging.
 
-    Each forward makes B A as large as the weight, and multiplies by their sum; in half precision and with dropout it costs a
-    second product of the weight's size instead. The layers become `MaskedLora`, also in copies of the model, deep or pickled;
-    the masks are no part of the state dict. `unmask_adapters` undoes it.
+    The layers compute x (W + (scale B A) * mask)^T.
+
+    Each forward pass computes B A at the size of the weight and multiplies by the sum; in half precision and with dropout, it
+    needs a second product of that size. The layers become `MaskedLora`, also in copies. Masks are not in the state dict.
+    `unmask_adapters` undoes it.
 
     Args:
         model: A model with LoRA attached, not merged.
-        masks: Keep-masks by linear, bool, as the weights lie in memory; zeros stay zeros in any case, and linears without a mask
-            stay as they are. By default all weights that are not zero now, in linears of which 1 % or more is zero.
+        masks: Masks by linear layer: bool, in the memory layout of the weight. Zeros always stay zero; layers without a mask are
+            unchanged. Defaults to the nonzero weights of all layers with at least 1% zeros.
 
     Raises:
-        ValueError: If no adapters are attached, one is not plain LoRA on a linear layer or merged already, a mask is not bool or
-            of another shape, none fits, or there is none and no linear is pruned.
+        ValueError: If there are no adapters, an adapter is merged or is not plain LoRA on a linear layer, a mask has another type
+            or shape, or no layer has a mask.
 
     Example:
         >>> import billhook as bh
@@ -42,11 +44,11 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
         False
     """
     check_types(mask_adapters, locals())
-    reshard(model)  # what a forward has left gathered is held as shards
+    reshard(model)  # a forward pass may have left parameters gathered
     layers = require_adapters(model)
     kept = find_masks(layers, masks)
     if not kept:
-        raise ValueError(f"masks=None: of no linear with adapters, such as {next(iter(layers))}, is 1 % zero: prune first")
+        raise ValueError(f"masks=None: no adapted layer, such as {next(iter(layers))}, has 1% zeros. Prune the model first.")
     check_plain_lora({name: layers[name] for name in kept}, "model")
     if masks is None:
         unmask_adapters(model)
@@ -54,7 +56,7 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
 
     for name, keep in kept.items():
         weight = layers[name].base_layer.weight
-        layers[name].__class__ = MaskedLora  # PEFT's merging asks it for its product, too, and copies keep it: no hook does that
+        layers[name].__class__ = MaskedLora  # a class, unlike a hook, also serves merging and survives copies
         sharded = isinstance(weight, DTensor)
         layers[name].mask = Mask(None if sharded else keep.to(weight.device) & (weight.detach() != 0))
 
@@ -64,7 +66,7 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
 
     Args:
         model: A model with adapters attached.
-        names: Of linears; all by default.
+        names: Names of linear layers. Defaults to all.
 
     Raises:
         ValueError: If no adapters are attached.
@@ -90,7 +92,7 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
 
 
 def find_adapters(model: nn.Module) -> dict[str, Any]:
-    """Finds PEFT's layers on linears, by the name of the linear."""
+    """Returns PEFT's layers on linear layers and convolutions, by layer name."""
     owners: dict[int, Any] = {}
     for module in model.modules():
         if is_adapter(module):
@@ -100,15 +102,15 @@ def find_adapters(model: nn.Module) -> dict[str, Any]:
 
 
 def require_adapters(model: nn.Module) -> dict[str, Any]:
-    """Finds PEFT's layers on linears, and refuses a model without any."""
+    """Returns PEFT's layers on linear layers, and raises if there are none."""
     layers = find_adapters(model)
     if not layers:
-        raise ValueError(f"model: no adapters are attached to the linears of this {type(model).__name__}")
+        raise ValueError(f"model: this {type(model).__name__} has no adapters on linear layers")
     return layers
 
 
 def mask_nonzero(model: nn.Module) -> None:
-    """Masks LoRA as the weights are now, also if none of them is pruned: `mask_adapters`, or else `unmask_adapters`."""
+    """Updates adapter masks to the nonzero weights; removes them if no layer is sparse."""
     if find_masks(require_adapters(model), None):
         mask_adapters(model)
     else:
@@ -116,21 +118,20 @@ def mask_nonzero(model: nn.Module) -> None:
 
 
 def require_plain_adapters(model: nn.Module, linears: Iterable[str], argument: str) -> dict[str, Any]:
-    """Finds the layers with plain LoRA on these linears, as an argument needs them, and refuses if there are none."""
+    """Returns the plain LoRA adapters of some layers, and raises if there are none."""
     try:
         layers = require_adapters(model)
     except ValueError as error:
-        raise ValueError(f"{argument} needs LoRA on the linears, and there is none: {error}") from None
+        raise ValueError(f"{argument} requires LoRA adapters: {error}") from None
     pruned = {name: layers[name] for name in linears if name in layers}
     if not pruned:
-        elsewhere = f"it is only on others, such as {next(iter(layers))}"
-        raise ValueError(f"{argument} needs LoRA on the linears that are pruned; {elsewhere}")
+        raise ValueError(f"{argument} requires LoRA on the pruned layers; it is only on others, such as {next(iter(layers))}")
     check_plain_lora(pruned, argument)
     return pruned
 
 
 def check_plain_lora(layers: Mapping[str, Any], argument: str) -> None:
-    """Refuses adapters whose product is not simply scale B A, as an argument needs it, or is in the weight already."""
+    """Raises for adapters that are merged or whose product is not scale B A."""
     if not layers:
         return
     from peft.tuners.lora import Linear as LoraLinear
@@ -141,39 +142,42 @@ def check_plain_lora(layers: Mapping[str, Any], argument: str) -> None:
         kind = type(layer).__name__
         if type(layer) in (LoraLinear, MaskedLora):
             extras = [type(variant).__name__ for variant in layer.lora_variant.values()]
-            extras += ["a bias of its own"] * any(layer.lora_bias.values())
-            extras += ["another forward in its place"] * ("forward" in vars(layer))
-            extras += ["another adapter inside"] * (layer.base_layer is not layer.get_base_layer())
+            extras += ["a bias"] * any(layer.lora_bias.values())
+            extras += ["a replaced forward"] * ("forward" in vars(layer))
+            extras += ["a nested adapter"] * (layer.base_layer is not layer.get_base_layer())
             kind = f"LoRA with {', '.join(extras)}" if extras else ""
         if kind:
             raise ValueError(f"{argument}: the adapter of {name} must be plain LoRA without bias, got {kind}")
         if layer.merged:
-            raise ValueError(f"{argument}: the adapters of {name} are merged already, and must not be: unmerge them first")
+            raise ValueError(f"{argument}: the adapters of {name} are merged. Unmerge them first.")
 
 
 def find_masks(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-    """Returns the keep-masks of these layers' weights, by linear; by default the nonzero weights of those that are pruned."""
+    """Returns masks by layer; by default the nonzero weights of sparse layers."""
     weights = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
-    if masks is None:
-        nonzero = {name: full_tensor(weight) != 0 for name, weight in weights.items()}
-        return {name: keep for name, keep in nonzero.items() if is_pruned(int((~keep).sum()), keep.numel())}
     kept = dict[str, Tensor]()
+    if masks is None:
+        for name, weight in weights.items():
+            keep = full_tensor(weight) != 0
+            if is_pruned(int((~keep).sum()), keep.numel()):
+                kept[name] = keep
+        return kept
     for name, weight in weights.items():
         mask = masks.get(name, masks.get(name.removeprefix(WRAPPED)))
         if mask is None:
             continue
         if mask.dtype != torch.bool or mask.shape != weight.shape:
-            wanted = list(weight.shape)
-            raise ValueError(f"masks: that of {name} must be bool of shape {wanted}, got {mask.dtype} {list(mask.shape)}")
+            shapes = f"bool of shape {list(weight.shape)}, got {mask.dtype} {list(mask.shape)}"
+            raise ValueError(f"masks: the mask of {name} must be {shapes}")
         kept[name] = mask
     if not kept:
-        raise ValueError(f"masks: none is of a linear with adapters, such as {next(iter(weights))}")
+        raise ValueError(f"masks: no name matches an adapted layer, such as {next(iter(weights))}")
     return kept
 
 
 @torch.no_grad()
 def lora_product(layer: Any) -> Tensor:  # noqa: ANN401
-    """Computes scale B A, which plain LoRA adds to its weight: of the active adapters, float32, `[out_features, in_features]`."""
+    """Computes scale B A of the active adapters: float32, `[out_features, in_features]`."""
     from billhook.adapters.masked_layer import MaskedLora
 
     weight = weight_of(layer.base_layer)
@@ -188,5 +192,8 @@ def lora_product(layer: Any) -> Tensor:  # noqa: ANN401
 
 
 def effective_weight(weight: Tensor, layer: Any | None) -> Tensor:  # noqa: ANN401
-    """Returns the weight that a criterion scores: W, or W + scale B A in float32, zero where W is, as pruned weights stay so."""
+    """Returns the weight that criteria score: W, or W + scale B A in float32.
+
+    It is zero where W is zero, because pruned weights stay zero.
+    """
     return weight if layer is None else lora_product(layer).add_(weight).masked_fill_(weight == 0, 0)

@@ -1,4 +1,4 @@
-"""A layer of LoRA with a mask; its class is one of peft's, which is imported only where there are adapters."""
+"""LoRA layer with a mask. Its base class is PEFT's, which is imported only if needed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ from billhook.engine.sharding import full_tensor
 from billhook.model.layers import active_in
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-"""Where a module has its hooks."""
+"""Attributes that hold a module's hooks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """A keep-mask, bool, that copies of a layer have in common, as it is never changed, but replaced.
+    """A mask (bool) that copies of a layer share, because it is replaced and never changed.
 
-    Of a weight that is sharded over ranks there is none (None): the weights that are not zero are kept.
+    None for a weight that is sharded over ranks: its nonzero entries are kept.
     """
 
     keep: Tensor | None
@@ -33,28 +33,28 @@ class Mask:
 
 
 class MaskedLora(LoraLinear):
-    """LoRA that adds nothing where a mask is False, in the forward and when it is merged; `mask_adapters` makes such layers.
+    """LoRA that adds nothing where its mask is False, in the forward pass and when merged.
 
     Attributes:
-        mask: Where it may add, as the weight lies in memory; no part of the state dict.
+        mask: Mask in the memory layout of the weight, not in the state dict.
     """
 
     mask: Mask
 
     @property
     def keep(self) -> Tensor:
-        """The mask, bool; of a weight that is sharded, all ranks ask for it together, or while the weight is gathered."""
+        """The mask (bool). For a sharded weight, all ranks must read it together."""
         return full_tensor(self.base_layer.get_parameter("weight")) != 0 if self.mask.keep is None else self.mask.keep
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Computes the product scale B A, masked; PEFT merges and unmerges this."""
+        """Computes the masked product scale B A, which PEFT merges and unmerges."""
         product = super().get_delta_weight(adapter)
         return torch.where(self.keep.to(product.device), product, 0)
 
     def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
-        """Computes the base layer's output plus those of the active adapters."""
+        """Computes the base layer's output plus the active adapters' outputs."""
         if adapter_names is not None:
-            raise ValueError(f"adapter_names={adapter_names} must be None: a masked adapter is the same for the whole batch")
+            raise ValueError(f"adapter_names={adapter_names} must be None: a masked adapter applies to the whole batch")
         if self.disable_adapters and self.merged:
             self.unmerge()
         base: Any = self.base_layer
@@ -71,10 +71,10 @@ class MaskedLora(LoraLinear):
         return result.to(dtype)
 
     def _is_summed(self, x: Tensor, active: Sequence[str]) -> bool:
-        """Tells whether one product by the sum of the weight and what is added to it gives what a product by each does.
+        """Returns whether a single product with the summed weight gives the same output.
 
-        It does not where dropout changes an adapter's inputs, where the base layer's own forward or hooks have to be called (a
-        quantized one's, a walk's), and in half precision, in which the sum rounds away what is small beside the weight.
+        It does not with active dropout, with a custom forward or hooks on the base layer (quantized layers, walks), and in half
+        precision, where the sum rounds small updates away.
         """
         base = self.base_layer
         if not active or type(base) not in (nn.Linear, Conv1D) or isinstance(base.weight, DTensor):

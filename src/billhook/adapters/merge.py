@@ -1,4 +1,4 @@
-"""Merges adapters into the weights that they are on, so that every zero of a pruned weight stays."""
+"""Merges adapters into their weights, keeping all zeros of sparse weights."""
 
 import copy
 from collections import Counter
@@ -24,12 +24,12 @@ MERGE_HINT = "convert the model first and attach adapters then (get_peft_model),
 
 
 def adapter_layers(model: nn.Module) -> dict[str, Any]:
-    """Finds the layers of a model that PEFT has put adapters on, by name."""
+    """Returns the layers with PEFT adapters, by name."""
     return {name: module for name, module in model.named_modules() if is_adapter(module)}
 
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """Copies the model beneath its adapters, to the meta device."""
+    """Copies the base model to the meta device."""
     meta_model = to_meta(model)
     for name, layer in adapter_layers(meta_model).items():
         meta_model.set_submodule(name, layer.get_base_layer())
@@ -38,7 +38,7 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def adapters_removed(model: nn.Module) -> Iterator[None]:
-    """Puts the layers beneath adapters in their places until the end of a `with` block."""
+    """Replaces adapted layers with their base layers within a `with` block."""
     layers = [(model.get_submodule(name.rpartition(".")[0]), name, layer) for name, layer in adapter_layers(model).items()]
     try:
         for owner, name, layer in layers:
@@ -50,31 +50,31 @@ def adapters_removed(model: nn.Module) -> Iterator[None]:
 
 
 def is_initial_lora(layer: Any) -> bool:  # noqa: ANN401 - any of PEFT's layers
-    """Tells whether a layer has LoRA on it that is as it began, with B = 0."""
+    """Returns whether a layer has LoRA in its initial state, with B = 0."""
     second = getattr(layer, "lora_B", None)
     plain = not len(getattr(layer, "lora_magnitude_vector", ())) and not layer.merged
     return plain and isinstance(second, nn.Module) and not any(bool(b.any()) for b in second.parameters())
 
 
 def base_layer_name(name: str, layers: Collection[str]) -> str:
-    """Renames a tensor or attribute as it is called where adapters are on some layers."""
+    """Returns the name of a tensor or attribute in a model with adapters on some layers."""
     owner, _, attribute = name.rpartition(".")
     return f"{owner}.base_layer.{attribute}" if owner in layers else name
 
 
 @dataclass(frozen=True, repr=False)
 class Merged(Printable):
-    """The result of `merge`, a report and no model; `print` shows it in a line.
+    """Report of `merge`; `print` shows a line.
 
     Attributes:
-        model: The model without adapters, which is the one that was passed, or what a `PeftModel` held.
-        error: The part of the adapters' product that falls on zeros and was left out: its Frobenius norm as a share of the
-            whole's, by linear; 0 where the adapters were masked.
-        pruned: The linears whose zeros were kept; the others were merged in full.
+        model: The model without adapters: the model that was passed, or the one inside a `PeftModel`.
+        error: Lost part of the adapters' product, by layer: the Frobenius norm on zeros relative to the whole. 0 if the adapters
+            were masked.
+        pruned: Sparse layers, whose zeros were kept. All other layers were merged in full.
     """
 
     no_model: ClassVar[str] = (
-        "bh.training.merge works in place and returns a report: use the model that you passed, or its `model`"
+        "bh.training.merge works in place and returns a report. Use the model that you passed, or `.model` of the report."
     )
 
     model: nn.Module
@@ -83,7 +83,7 @@ class Merged(Printable):
 
     @property
     def lost(self) -> bool:
-        """True if anything was left out."""
+        """True if any part of an adapter was lost."""
         return any(self.error.values())
 
     def _renderables(self) -> list[str]:
@@ -91,65 +91,66 @@ class Merged(Printable):
 
     def _line(self) -> str:
         if not self.error:
-            return "no adapter on a linear was left to merge; what the others add is in the weights"
-        what = f"merged adapters of {len(self.error)} linear{'s' * (len(self.error) > 1)} in place"
+            return "no adapters on linear layers were left to merge"
+        line = f"merged adapters of {len(self.error)} layer{'s' * (len(self.error) > 1)} in place"
         if not self.pruned:
-            return f"{what}, all in full, as none is pruned"
-        what += f", zeros kept{f' in {len(self.pruned)}' * (len(self.pruned) < len(self.error))}"
+            return f"{line}, all in full, because none is sparse"
+        line += f", zeros kept{f' in {len(self.pruned)}' * (len(self.pruned) < len(self.error))}"
         if not self.lost:
-            return f"{what}; nothing of what the adapters add was left out"
+            return f"{line}; no update was lost"
         shares = {name: self.error[name] for name in self.pruned}
         worst = max(shares, key=shares.__getitem__)
         mean = sum(shares.values()) / len(shares)
-        what += f"; of what the adapters add there, {mean:.1%} was left out on average"
-        return f"{what}, {shares[worst]:.1%} at most ({worst})"
+        return f"{line}; {mean:.1%} of the updates was lost on average, at most {shares[worst]:.1%} ({worst})"
 
 
 @fresh_autocast_cache()
 @torch.no_grad()
 def merge(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Merged:
-    """Merges adapters in place into weights whose zeros stay zero, W' = (W + scale B A) * mask, and returns a report.
+    """Merges adapters in place, W' = (W + scale B A) * mask, and returns a report.
 
-    The model that is passed is merged, and no longer has adapters: go on with it, or with the report's `model`.
-    The effect of the adapters at the zeros is lost, unless they were trained under `mask_adapters`.
+    The model no longer has adapters afterwards. Updates of zero weights are lost, unless the adapters were trained under
+    `mask_adapters`.
 
     Args:
-        model: A model with PEFT's adapters attached; its base weights are changed, and adapters taken off, in place.
-        masks: Keep-masks by linear, bool, as the weights lie in memory; linears without one are merged in full. By default all
-            weights that are not zero now, in linears of which 1 % or more is zero: fewer are zero by chance.
+        model: A model with PEFT adapters. Its base weights are changed and its adapters removed in place.
+        masks: Masks by linear layer: bool, in the memory layout of the weight. Layers without a mask are merged in full. Defaults
+            to the nonzero weights of all layers with at least 1% zeros.
 
     Raises:
-        ValueError: If no adapters are attached, they are merged already or cannot be, or a mask is not bool or of another shape,
-            or none fits.
+        ValueError: If there are no adapters, they are merged already or cannot be merged, or a mask has another type or shape or
+            matches no layer.
 
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> model = nn.Sequential(nn.Linear(2, 2))
         >>> weight = nn.init.eye_(model[0].weight)
         >>> print(merge(get_peft_model(model, LoraConfig(target_modules=["0"]))))
-        merged adapters of 1 linear in place, zeros kept; nothing of what the adapters add was left out
+        merged adapters of 1 layer in place, zeros kept; no update was lost
     """
     check_types(merge, locals())
     layers = require_adapters(model)
     if merged := next((name for name, layer in layers.items() if layer.merged), None):
-        raise ValueError(f"model: the adapters of {merged} are merged already, and which weights were zero is not known any more")
-    _check_alone(model)
+        raise ValueError(
+            f"model: the adapters of {merged} are merged already, so its zero weights are unknown. Unmerge them first."
+        )
+    _check_mergeable(model)
     kept = find_masks(layers, masks)
     error = {name: _merge(name, layer, kept.get(name)) for name, layer in layers.items()}
     return Merged(_removed(model), error, tuple(kept))
 
 
 def has_adapters(model: nn.Module) -> bool:
-    """Returns True if anything of PEFT's is in a model."""
-    return next(_places(model), None) is not None
+    """Returns True if a model contains PEFT layers."""
+    return next(_outermost_layers(model), None) is not None
 
 
 @contextmanager
 def temporarily_merged(model: nn.Module) -> Iterator[Merged]:
-    """Gives what merging makes of a model, within; the model is as it was afterwards.
+    """Yields the merged model; the original is unchanged afterwards.
 
-    It is a copy that is merged, or where blocks come and go, the model itself: weights in blocks are merged whenever these come.
-    Adapters on no linear, or merged already, are only taken off.
+    It merges a copy or, for a streamed or sharded model, each block when it is loaded. Adapters that are merged already or not on
+    linear layers are only removed.
     """
     if not store_of(model).holds_all:
         with _merged_in_turn(model) as merged:
@@ -157,7 +158,7 @@ def temporarily_merged(model: nn.Module) -> Iterator[Merged]:
         return
     copied = copy.deepcopy(model)
     if all(layer.merged for layer in find_adapters(copied).values()):
-        _check_alone(copied)
+        _check_mergeable(copied)
         yield Merged(_removed(copied), {}, ())
     else:
         yield merge(copied)
@@ -165,24 +166,29 @@ def temporarily_merged(model: nn.Module) -> Iterator[Merged]:
 
 @contextmanager
 def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
-    """Merges weights in blocks whenever these come, and others until the end of a `with` block."""
-    store, back, linears = store_of(model), snapshot(model), find_adapters(model)
-    named = {id(layer): name for name, layer in linears.items()}
-    layers = {id(child): child for _, _, child in _places(model) if is_adapter(child) and not child.merged}
+    """Merges each block when it is loaded, and other weights until the `with` block ends."""
+    store, back, on_layers = store_of(model), snapshot(model), find_adapters(model)
+    named = {id(layer): name for name, layer in on_layers.items()}
+    layers = dict[int, Any]()
+    for _, _, child in _outermost_layers(model):
+        if is_adapter(child) and not child.merged:
+            layers[id(child)] = child
     if layers:
-        _check_alone(model)
+        _check_mergeable(model)
     error, pruned = dict[str, float](), set[str]()
-    outside = [base for layer in layers.values() if (base := base_of(layer)) not in store.owner]
-    kept = [(parameter, parameter.detach().clone()) for base in outside for parameter in base.parameters()]
+    kept = list[tuple[nn.Parameter, Tensor]]()  # weights outside of blocks, to restore them
+    for layer in layers.values():
+        if base_of(layer) not in store.owner:
+            kept += [(parameter, parameter.detach().clone()) for parameter in base_of(layer).parameters()]
 
     @torch.no_grad()
     def merged(block: nn.Module | None) -> list[nn.Parameter]:
-        """Merges the layers on linears of a block, or of none, and returns their weights."""
+        """Merges the layers of a block, or of no block (None), and returns their weights."""
         parameters = list[nn.Parameter]()
         for key, layer in layers.items():
             if store.owner.get(base_of(layer)) is not block:
                 continue
-            layer.merged_adapters.clear()  # of the last time that it came
+            layer.merged_adapters.clear()  # set when the block was loaded before
             if (name := named.get(key)) is None:
                 _into(type(layer).__name__, layer)
             else:
@@ -198,7 +204,8 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
             for block in store.blocks.values():
                 store.load(block)
             subject = _removed(model, merges=False)
-            yield Merged(subject, {n: error[n] for n in linears if n in error}, tuple(n for n in linears if n in pruned))
+            ordered_error = {name: error[name] for name in on_layers if name in error}
+            yield Merged(subject, ordered_error, tuple(filter(pruned.__contains__, on_layers)))
     finally:
         back()
         for layer in layers.values():
@@ -207,22 +214,22 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
             parameter.data.copy_(values)
 
 
-def _check_alone(model: nn.Module) -> None:
-    """Refuses adapters that merging would apply in two places, or that compute more than it can know of."""
+def _check_mergeable(model: nn.Module) -> None:
+    """Raises for adapters whose merge would affect other modules or be incomplete."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     for name, module in model.named_modules():
         if not is_adapter(module) or module.merged:
             continue
         base: Any = base_of(module)
         if "forward" in vars(module) or getattr(module, "base_layer", base) is not base:
-            why = "another forward in its place" if "forward" in vars(module) else "another adapter inside"
-            raise ValueError(f"model: the adapter of {name} has {why}, so it cannot be merged alone")
+            why = "a replaced forward" if "forward" in vars(module) else "a nested adapter"
+            raise ValueError(f"model: the adapter of {name} has {why} and cannot be merged separately")
         if any(owners[id(parameter)] > 1 for parameter in base.parameters(recurse=False)):
-            raise ValueError(f"model: {name} has its weight in common with another module, which merging would change too")
+            raise ValueError(f"model: {name} shares its weight with another module, which merging would change, too")
 
 
 def _merge(name: str, layer: Any, keep: Tensor | None) -> float:  # noqa: ANN401 - PEFT does not type its layers
-    """Merges a layer; returns the share of its product that falls on zeros."""
+    """Merges a layer and returns the fraction of its product that falls on zeros."""
     weight = layer.get_base_layer().weight
     before = weight.detach().clone()
     _into(name, layer)
@@ -235,7 +242,7 @@ def _merge(name: str, layer: Any, keep: Tensor | None) -> float:  # noqa: ANN401
 
 
 def _into(name: str, layer: Any) -> None:  # noqa: ANN401
-    """Merges the active adapters, if they are not merged yet."""
+    """Merges the active adapters of a layer, unless they are merged or disabled."""
     if layer.merged or layer.disable_adapters:
         return
     try:
@@ -245,11 +252,11 @@ def _into(name: str, layer: Any) -> None:  # noqa: ANN401
 
 
 def _removed(model: nn.Module, merges: bool = True) -> nn.Module:
-    """Removes PEFT's layers and wrapper from a model, and `merges` in full those that are not merged yet."""
+    """Removes PEFT's layers and wrapper, merging unmerged ones in full if `merges`."""
     wrapped: Any = model
     inner: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
-    for parent, name, child in list(_places(inner)):
-        setattr(parent, name, _taken_off(name, child) if merges or is_trained_copy(child) else child.get_base_layer())
+    for parent, name, child in list(_outermost_layers(inner)):
+        setattr(parent, name, _merged_base(name, child) if merges or is_trained_copy(child) else child.get_base_layer())
     for module in inner.modules():
         if getattr(module, "_hf_peft_config_loaded", False):
             module._hf_peft_config_loaded = False
@@ -258,17 +265,17 @@ def _removed(model: nn.Module, merges: bool = True) -> nn.Module:
     return inner  # type: ignore[no-any-return]
 
 
-def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """Yields the places of PEFT's outermost layers."""
+def _outermost_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """Yields the parent, name, and module of PEFT's outermost layers."""
     for name, child in model.named_children():
         if is_adapter(child) or is_trained_copy(child):
             yield model, name, child
         else:
-            yield from _places(child)
+            yield from _outermost_layers(child)
 
 
-def _taken_off(name: str, child: Any) -> nn.Module:  # noqa: ANN401
-    """Returns the module beneath a layer of PEFT's, changed as the layer changes it."""
+def _merged_base(name: str, child: Any) -> nn.Module:  # noqa: ANN401
+    """Returns the module beneath a PEFT layer, with its update merged."""
     if not is_trained_copy(child):
         _into(name, child)
         return child.get_base_layer()  # type: ignore[no-any-return]
@@ -278,7 +285,7 @@ def _taken_off(name: str, child: Any) -> nn.Module:  # noqa: ANN401
 
 
 def _untie(model: Any) -> None:  # noqa: ANN401
-    """Reports in the config that the embeddings are two, where PEFT has trained a copy of one."""
+    """Clears `tie_word_embeddings` if PEFT trained a copy of an embedding."""
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False):
         inputs, outputs = (getattr(get(), "weight", None) for get in (model.get_input_embeddings, model.get_output_embeddings))

@@ -1,4 +1,4 @@
-"""Draws pictures, each a matplotlib figure of its own, which notebooks show and `savefig` writes; pyplot is left alone."""
+"""Plots as matplotlib figures for notebooks and `savefig`; pyplot is not used."""
 
 from billhook.plots.heads import heads
 from billhook.plots.pareto import pareto

@@ -1,4 +1,4 @@
-"""A picture of how much each head matters."""
+"""Plot of the importance of each head."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,20 @@ def heads(
     name: str = "",
     masked: bool = False,
 ) -> Plot:
-    """Draws a heat map of heads, with removed ones crossed out, and beside it a metric over the share of heads removed.
+    """Plots a heat map of head importance, and optionally a metric over the fraction removed.
 
-    Two points of one share are the metric before and after training at it, such as between rounds.
+    Removed heads are crossed out. Two points with the same fraction are the metric before and after training, for example between
+    rounds.
 
     Args:
-        importance: By attention, the score of each head, `[heads]`, as `bh.score` returns it; NaN for heads that were gone.
-        removed: By attention, the heads that go, such as `plan.units`; other places in it are left out.
-        curve: Shares of heads removed, in 0..1, each with the metric.
-        name: The metric's name.
-        masked: True if the heads are still there, masked.
+        importance: Scores `[heads]` by attention module, as `bh.score` returns them; NaN for heads removed before.
+        removed: Heads to remove by attention module, such as `plan.units`. Other modules are ignored.
+        curve: Pairs of the fraction of heads removed (0..1) and the metric.
+        name: Name of the metric.
+        masked: If True, labels the heads as masked instead of removed.
 
     Raises:
-        ValueError: If an argument is not legal, or there is no attention.
+        ValueError: If an argument is not legal, or `importance` is empty.
 
     >>> import torch
     >>> from billhook import plots
@@ -42,29 +43,29 @@ def heads(
     """
     check_types(heads, locals())
     if not importance:
-        raise ValueError("importance={} must have the scores of one attention at least")
+        raise ValueError("importance={} must have the scores of at least one attention module")
     table = np.full((len(importance), max(map(len, importance.values()))), np.nan)
     for row, scores in enumerate(importance.values()):
         table[row, : len(scores)] = scores.detach().float().cpu().numpy()
-    tall = min(max(3.2, 0.28 * len(table) + 1.2), 14)
-    figure = Plot(figsize=(9.5 if curve else 5, tall), dpi=150, layout="constrained")
+    height = min(max(3.2, 0.28 * len(table) + 1.2), 14)
+    figure = Plot(figsize=(9.5 if curve else 5, height), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
     heat_map(axes[0], table, list(importance), "importance", least=np.nanmin(table, initial=0))
     crossed = [(head, row) for row, layer in enumerate(importance) for head in (removed or {}).get(layer, ())]
     if crossed:
         axes[0].plot(*zip(*crossed, strict=True), "x", color=RED, markersize=4, markeredgewidth=1.2)
-    number, done = sum(map(len, importance.values())), "masked" if masked else "removed"
-    axes[0].set(xlabel=f"head (x: {done})", ylabel="layer", title=f"{len(crossed)} of {number} heads {done}")
+    number, action = sum(map(len, importance.values())), "masked" if masked else "removed"
+    axes[0].set(xlabel=f"head (x: {action})", ylabel="layer", title=f"{len(crossed)} of {number} heads {action}")
     axes[0].locator_params(axis="x", integer=True)
     if curve:
         _draw_curve(axes[1], [(100 * share, value) for share, value in curve])
-        axes[1].set(xlabel=f"heads {done}, %", ylabel=metric_label(name))
+        axes[1].set(xlabel=f"heads {action}, %", ylabel=metric_label(name))
         style_axes(axes[1])
     return figure
 
 
 def _draw_curve(axes: Axes, points: list[tuple[float, float]]) -> None:
-    """Draws points, and between them what pruning and what training did; a single change is an arrow, as nothing lies between."""
+    """Draws the metric, with arrows for pruning and training steps."""
     axes.plot(*zip(*points, strict=True), "o", markersize=4, color=BLUE)
     finite = [pair for pair in pairwise(points) if math.isfinite(pair[0][1]) and math.isfinite(pair[1][1])]
     colors = [BLUE if start[0] == end[0] else RED for start, end in finite]

@@ -1,4 +1,4 @@
-"""A picture of what a plan removes from each layer."""
+"""Plot of the units that a plan removes from each layer."""
 
 from matplotlib.axes import Axes
 
@@ -10,20 +10,19 @@ from billhook.pruning.plan import UnitPlan
 from billhook.units.units import PLURAL
 
 Bars = dict[str, tuple[float, float]]
-"""By layer, how much there is before, and afterwards."""
+"""Layer -> value before and after."""
 
 
 def removed(plan: UnitPlan | BlockPlan | KVHeadPlan) -> Plot:
-    """Draws what a plan leaves of each layer, and what it removes: a panel for each kind of unit, a bar for each layer.
+    """Plots the units that a plan keeps and removes: a panel per kind, a bar per layer.
 
-    Blocks are as tall as their scores, where the plan has scores. Of attentions with different numbers of KV heads, a conversion
-    shows the most that one has.
+    Bars of blocks have the height of their scores, if the plan has scores.
 
     Args:
-        plan: A plan of units, of blocks or of KV heads, before or after it is applied.
+        plan: A plan of units, blocks, or KV heads, before or after it is applied.
 
     Raises:
-        ValueError: If it is no such plan.
+        ValueError: If it is any other plan.
 
     >>> import billhook as bh
     >>> from billhook import plots

@@ -1,4 +1,4 @@
-"""A picture of schedules over the steps of training."""
+"""Plot of schedules over the steps of training."""
 
 from collections.abc import Mapping
 
@@ -10,14 +10,14 @@ COLUMNS = 4
 
 
 def schedules(named: Mapping[str, Schedule], steps: int = 1000) -> Plot:
-    """Draws values over the steps of training: a panel for each schedule, all on the same axes.
+    """Plots schedules over the steps of training, in panels with shared axes.
 
     Args:
-        named: Schedules by the titles of their panels.
-        steps: Optimizer steps of the training, of which times as fractions are a part.
+        named: Schedules by panel title.
+        steps: Number of optimizer steps of training, which resolves fractions.
 
     Raises:
-        ValueError: If there is no schedule, or one has a step past the end of training.
+        ValueError: If there is no schedule, or a schedule has a step past the end of training.
 
     >>> import billhook as bh
     >>> from billhook import plots
@@ -28,7 +28,7 @@ def schedules(named: Mapping[str, Schedule], steps: int = 1000) -> Plot:
     check_types(schedules, locals())
     check_int("steps", steps)
     if not named:
-        raise ValueError("named={} must have one schedule at least")
+        raise ValueError("named={} must have at least one schedule")
     columns = min(COLUMNS, len(named))
     rows = -(-len(named) // columns)
     size = (5, 3.2) if len(named) == 1 else (2.75 * columns, 2.3 * rows)

@@ -1,4 +1,4 @@
-"""A picture of how many weights of each linear are zero."""
+"""Plot of the sparsity of each linear layer."""
 
 import math
 import re
@@ -14,20 +14,19 @@ from billhook.sparsity.weight_plan import WeightPlan
 from billhook.tracing.show import name_pattern
 
 NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.)")
-"""The number of a block in the name of a linear."""
+"""The block number in the name of a layer."""
 
 
 def sparsity(of: WeightPlan | nn.Module) -> Plot:
-    """Draws the share of zeros of each linear: a row for linears of one name, a column for each block.
+    """Plots the sparsity of each linear layer: a row per layer name, a column per block.
 
-    Linears that stand in no block have a column of their own at the right; of several in one block, as of experts, the mean is
-    drawn.
+    Layers outside of blocks have a column on the right. Several layers of one cell, such as experts, are averaged.
 
     Args:
-        of: A plan, as `bh.prune` returns it, or a model as it now is.
+        of: A plan, as `bh.prune` returns it, or a model.
 
     Raises:
-        ValueError: If it is neither, or has no linear.
+        ValueError: If it is neither, or has no linear layer.
 
     >>> import billhook as bh
     >>> from billhook import plots
@@ -36,12 +35,17 @@ def sparsity(of: WeightPlan | nn.Module) -> Plot:
     '50.0% of 2,228,224 weights are zero'
     """
     check_types(sparsity, locals())
-    zeros, sizes = _counted(of)
+    zeros, sizes = _count_zeros(of)
     if not sizes:
-        raise ValueError("of: there is no linear in it")
+        raise ValueError("of: it has no linear layers")
     cells = {name: (name_pattern(f"{name}.").removesuffix("."), _block_of(name)) for name in sizes}
-    kinds = list(dict.fromkeys(kind for kind, _ in cells.values()))
-    blocks = sorted({block for _, block in cells.values()})
+    kinds, blocks = list[str](), list[float]()
+    for kind, block in cells.values():
+        if kind not in kinds:
+            kinds.append(kind)
+        if block not in blocks:
+            blocks.append(block)
+    blocks.sort()
     sums = np.zeros((2, len(kinds), len(blocks)))
     for name, (kind, block) in cells.items():
         sums[:, kinds.index(kind), blocks.index(block)] += zeros[name], sizes[name]
@@ -50,7 +54,7 @@ def sparsity(of: WeightPlan | nn.Module) -> Plot:
     size = min(3.2 + 0.42 * len(blocks), 14), min(max(2.6, 0.3 * len(kinds) + 1.4), 14)
     figure = Plot(figsize=size, dpi=150, layout="constrained")
     axes: Axes = figure.subplots()
-    heat_map(axes, table, kinds, "share of zeros", 0, 1)
+    heat_map(axes, table, kinds, "sparsity", 0, 1)
     every = max(1, len(blocks) // 16)
     labels = ["none" if block == math.inf else str(block) for block in blocks]
     axes.set_xticks(range(0, len(blocks), every), labels[::every])
@@ -59,22 +63,26 @@ def sparsity(of: WeightPlan | nn.Module) -> Plot:
     if table.size <= 200:
         for (row, column), share in np.ndenumerate(table):
             if not math.isnan(share):
-                colour = "white" if share > 0.6 else "black"
-                axes.text(column, row, f"{100 * share:.0f}%", ha="center", va="center", fontsize=6, color=colour)
+                color = "white" if share > 0.6 else "black"
+                axes.text(column, row, f"{100 * share:.0f}%", ha="center", va="center", fontsize=6, color=color)
     return figure
 
 
 def _block_of(name: str) -> float:
-    """Returns the number of the block that a linear stands in; infinity for none, so that it is drawn last."""
+    """Returns the block number of a layer; infinity for no block, so that it is drawn last."""
     number = NUMBER.search(f"{name}.")
     return int(number[0]) if number else math.inf
 
 
-def _counted(of: WeightPlan | nn.Module) -> tuple[dict[str, int], dict[str, int]]:
-    """Counts zeros and weights by linear."""
+def _count_zeros(of: WeightPlan | nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """Counts zeros and weights by layer."""
+    zeros, sizes = dict[str, int](), dict[str, int]()
     if isinstance(of, WeightPlan):
-        sizes = {name: math.prod(of.shapes[name]) for name in of.pruned}
-        return {name: sizes[name] - mask.kept for name, mask in of.pruned.items()}, sizes
-    weights = {name: weight_of(linear) for name, linear in prunable(of).items()}
-    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
-    return zeros, {name: weight.numel() for name, weight in weights.items()}
+        for name, mask in of.pruned.items():
+            sizes[name] = math.prod(of.shapes[name])
+            zeros[name] = sizes[name] - mask.kept
+    else:
+        for name, layer in prunable(of).items():
+            weight = weight_of(layer)
+            zeros[name], sizes[name] = int((weight == 0).sum()), weight.numel()
+    return zeros, sizes

@@ -1,6 +1,7 @@
-"""A picture of the speed of models over contexts, and of their speed-up next to the ideal one."""
+"""Plot of speed over context length, and of speedup next to the ideal."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -8,50 +9,51 @@ from matplotlib.axes import Axes
 from billhook.plots.style import Plot, log_scale, style_axes
 from billhook.report.speed import Timing, spread
 
-COLOURS = ("#1f5f8b", "#b03a2e", "#3c8d40", "#8e5ea2", "#d0812a", "#5a5a5a")
+COLORS = ("#1f5f8b", "#b03a2e", "#3c8d40", "#8e5ea2", "#d0812a", "#5a5a5a")
 MARKERS = "os^Dvx*"
 
 
 def speed(rows: Sequence[Timing], names: Sequence[str]) -> Plot:
-    """Draws tokens per second over contexts for each phase; for several models also the speed-up, the ideal one dashed.
+    """Plots tokens per second over context length, and the speedup of several models.
 
-    Bars are quartiles. A colour is a model, a marker a batch size.
+    Error bars are quartiles, and the ideal speedup is dashed. A color is a model; a marker is a batch size.
 
     Args:
-        rows: What `billhook.report.speed.measure_speed` returns, as `billhook bench` does it.
-        names: The models' names.
+        rows: Results of `billhook.report.speed.measure_speed`, as used by `billhook bench`.
+        names: Names of the models.
     """
-    phases = list(dict.fromkeys(row.phase for row in rows))
+    phases = list(dict.fromkeys(map(attrgetter("phase"), rows)))
     columns = 2 if len(names) > 1 else 1
     figure = Plot(figsize=(1 + 4.5 * columns, 0.8 + 3.2 * len(phases)), dpi=150, layout="constrained")
     panels = figure.subplots(len(phases), columns, squeeze=False)
     for phase, (speeds, *others) in zip(phases, panels, strict=True):
-        _draw_speeds(speeds, [row for row in rows if row.phase == phase], names)
+        rows_of_phase = [row for row in rows if row.phase == phase]
+        _draw_speeds(speeds, rows_of_phase, names)
         speeds.set(title=phase, ylabel="tokens per second")
         log_scale(speeds)
         for axes in others:
-            _draw_ratios(axes, [row for row in rows if row.phase == phase and row.model])
-            axes.set(title=f"{phase} against {names[0]}, dashed: ideal", ylabel="times as fast", ylim=(0, None))
-    contexts = sorted({row.context for row in rows})
+            _draw_ratios(axes, rows_of_phase)
+            axes.set(title=f"{phase}: speedup over {names[0]} (dashed: ideal)", ylabel="speedup", ylim=(0, None))
+    contexts = sorted(set(map(attrgetter("context"), rows)))
     for axes in panels.flat:
         axes.set_xscale("log", base=2)
         axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
         axes.minorticks_off()
-        axes.set_xlabel("context, tokens")
+        axes.set_xlabel("context length (tokens)")
         style_axes(axes)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
 def _curves(rows: Sequence[Timing]) -> list[tuple[list[Timing], dict[str, Any]]]:
-    """Groups rows by model and batch size, ordered by context, each with its style."""
+    """Groups rows by model and batch size, ordered by context, with a line style each."""
     batches = sorted({row.batch_size for row in rows})
     curves = dict[tuple[int, int], list[Timing]]()
     for row in sorted(rows, key=lambda row: row.context):
         curves.setdefault((row.model, row.batch_size), []).append(row)
     styled = []
     for (model, batch), curve in sorted(curves.items()):
-        style = {"color": COLOURS[model % len(COLOURS)], "marker": MARKERS[batches.index(batch) % len(MARKERS)], "markersize": 4}
+        style = {"color": COLORS[model % len(COLORS)], "marker": MARKERS[batches.index(batch) % len(MARKERS)], "markersize": 4}
         styled.append((curve, style))
     return styled
 
@@ -67,6 +69,8 @@ def _draw_speeds(axes: Axes, rows: Sequence[Timing], names: Sequence[str]) -> No
 
 def _draw_ratios(axes: Axes, rows: Sequence[Timing]) -> None:
     for curve, style in _curves(rows):
+        if curve[0].model == 0:  # the baseline
+            continue
         _bars(axes, [(row.context, row.speed_up, *spread(row.ratios)) for row in curve], style)
         ideal = [(row.context, row.ideal) for row in curve if row.ideal is not None]
         if ideal:
@@ -75,7 +79,7 @@ def _draw_ratios(axes: Axes, rows: Sequence[Timing]) -> None:
 
 
 def _bars(axes: Axes, points: Sequence[tuple[float, float, float, float]], style: dict[str, Any]) -> None:
-    """Draws points of a context and a value, with bars from the lower to the upper quartile."""
+    """Draws points with error bars from the lower to the upper quartile."""
     contexts, values, low, high = zip(*points, strict=True)
     down = [max(value - least, 0) for value, least in zip(values, low, strict=True)]
     up = [max(most - value, 0) for value, most in zip(values, high, strict=True)]

@@ -1,7 +1,8 @@
-"""A picture of a validation figure over the steps of a fit, with events marked."""
+"""Plot of a validation metric over the steps of a training run, with events marked."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any
 
@@ -18,13 +19,13 @@ def validation(
     name: str,
     dense: float | None = None,
 ) -> Plot:
-    """Draws a validation figure over optimizer steps, with the events marked.
+    """Plots a validation metric over optimizer steps, with events marked.
 
     Args:
-        history: Pairs of step and value. Values that are not finite, or beyond 1e100, leave a gap.
-        events: Step, description, and the value right before and right after.
-        name: Name of the figure.
-        dense: Value of the model before all events, drawn as a line.
+        history: Pairs of step and value. Values that are not finite or exceed 1e100 leave a gap.
+        events: Step, description, and the values before and after.
+        name: Name of the metric.
+        dense: Value of the dense model, drawn as a line.
 
     >>> from billhook import plots
     >>> history = [(0, 38.6), (100, 52.0), (200, 44.1)]
@@ -34,11 +35,11 @@ def validation(
     """
     figure = Plot(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    before = [(step, 0, value) for step, _, value, _ in events if value is not None]
-    after = [(step, 2, value) for step, _, _, value in events if value is not None]
-    measured = {step for step, _, _ in before + after}
-    points = sorted([(step, 1, value) for step, value in history if step not in measured] + before + after)
-    curve = [(step, value if abs(value) < 1e100 else math.nan) for step, _, value in points]
+    before, after = list[tuple[int, float]](), list[tuple[int, float]]()
+    for step, _, value_before, value_after in events:
+        before += [] if value_before is None else [(step, value_before)]
+        after += [] if value_after is None else [(step, value_after)]
+    curve = _joined_curve(history, before, after)
     (line,) = axes.plot(*zip(*curve, strict=True), **CURVE) if curve else axes.plot([], [])
     finite = [value for _, value in curve if math.isfinite(value)]
     if finite and min(finite) >= 1 and max(finite) > 5 * min(finite):
@@ -51,40 +52,54 @@ def validation(
     axes.locator_params(axis="x", integer=True)
     style_axes(axes)
     _mark(axes, [(step, what) for step, what, _, _ in events])
-    wanted = [(step, value, "right") for step, _, value in after] + [(step, value, "left") for step, _, value in before]
-    _label(axes, line, [*((*point, "right") for point in [*curve[-1:], *curve[:1]]), *wanted])
+    labels = [(*point, "right") for point in (*curve[-1:], *curve[:1], *after)]
+    for point in before:
+        labels.append((*point, "left"))
+    _label(axes, line, labels)
     return figure
 
 
+def _joined_curve(
+    history: Sequence[tuple[int, float]], before: Sequence[tuple[int, float]], after: Sequence[tuple[int, float]]
+) -> list[tuple[int, float]]:
+    """Joins validation values with values before and after events, which replace them."""
+    measured = dict([*before, *after])
+    points = [(step, 1, value) for step, value in history if step not in measured]
+    for order, values in ((0, before), (2, after)):
+        for step, value in values:
+            points.append((step, order, value))
+    return [(step, value if abs(value) < 1e100 else math.nan) for step, _, value in sorted(points)]
+
+
 def _mark(axes: Axes, events: Sequence[tuple[int, str]]) -> None:
-    """Draws a line at each event, and its name above the axes, as low as the other names leave room."""
+    """Draws a line at each event and its name above the axes, in the lowest free row."""
     figure: Any = axes.figure
     figure.draw_without_rendering()
     left, right = list[Any](), list[Any]()
     for step, what in sorted(events):
         text = axes.text(step, 1, f" {shorten(what, 60)} ", color=RED, fontsize=8, parse_math=False)
-        side = right if text.get_window_extent().x1 > figure.bbox.x1 else left
-        side.append((step, text))
-    taken: list[tuple[int, float, float]] = []
-    # from the inside out, so that no line has to cross another's name
+        group = right if text.get_window_extent().x1 > figure.bbox.x1 else left
+        group.append((step, text))
+    used_rows: list[tuple[int, float, float]] = []
+    # from the inside out, so that no line crosses a name
     for step, text in [*reversed(left), *right]:
         text.set(transform=axes.get_xaxis_transform(), ha="right" if (step, text) in right else "left")
         extent = text.get_window_extent()
-        rows = {row for row, x0, x1 in taken if x0 <= extent.x1 and extent.x0 <= x1}
-        row = next(row for row in range(len(taken) + 1) if row not in rows)
-        taken.append((row, extent.x0, extent.x1))
+        rows = {row for row, x0, x1 in used_rows if x0 <= extent.x1 and extent.x0 <= x1}
+        row = next(row for row in range(len(used_rows) + 1) if row not in rows)
+        used_rows.append((row, extent.x0, extent.x1))
         text.set_y(1.02 + 0.055 * row)
         style: dict[str, Any] = {"color": RED, "linestyle": ":", "linewidth": 0.9, "zorder": 1, "clip_on": False}
         axes.plot([step, step], [0, 1.045 + 0.055 * row], transform=axes.get_xaxis_transform(), **style)
 
 
 def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> None:  # noqa: ANN401 - a line or a text
-    """Writes values next to their points, where they cross the fewest lines and are nearer to no other point or value."""
+    """Writes values next to their points, at the side with the fewest collisions."""
     figure: Any = axes.figure
     figure.draw_without_rendering()
     lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
-    lines.append(curve.get_path().transformed(axes.transData))  # counts twice
-    taken, seen = list[Any](), set[tuple[int, float]]()
+    lines.append(curve.get_path().transformed(axes.transData))  # counts twice, because axes.lines has it, too
+    used, seen = list[Any](), set[tuple[int, float]]()
     dots = {(step, value): axes.transData.transform((step, value)) for step, value, _ in points if abs(value) < 1e100}
     for step, value, side in points:
         if (step, value) in seen or not abs(value) < 1e100:
@@ -92,23 +107,33 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
         seen.add((step, value))
         text = axes.annotate(_short(value), (step, value), (6, 3), textcoords="offset points", fontsize=8)
         sides = ["right", "left"] if side == "right" else ["left", "right"]
-        free = list[tuple[int, int, tuple[str, bool], Any]]()
-        for where in [(name, up) for up in (True, False) for name in sides]:
-            _put(text, *where)
+        options = list[tuple[int, int, tuple[str, bool], Any]]()
+        for up, name in itertools.product((True, False), sides):
+            _put(text, name, up)
             extent = text.get_window_extent()
-            if not any(extent.padded(3).overlaps(other) for other in taken):
-                outside = extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1 or extent.y0 < axes.bbox.y0
-                crossed = sum(line.intersects_bbox(extent.padded(2), filled=False) for line in lines)
-                center = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
-                away = {dot: math.dist(position, center) for dot, position in dots.items()}
-                taken_for_another = min(away, key=away.__getitem__) != (step, value)
-                free.append((crossed + 2 * outside + 2 * taken_for_another, len(free), where, extent))
-        if not free:
+            if not any(extent.padded(3).overlaps(other) for other in used):
+                is_ambiguous = _nearest(extent, dots) != (step, value)
+                cost = _collisions(axes, extent, lines) + 2 * is_ambiguous
+                options.append((cost, len(options), (name, up), extent))
+        if not options:
             text.remove()
             continue
-        _, _, where, extent = min(free)
-        _put(text, *where)
-        taken.append(extent)
+        _, _, side_and_height, extent = min(options)
+        _put(text, *side_and_height)
+        used.append(extent)
+
+
+def _collisions(axes: Axes, extent: Any, lines: Sequence[Any]) -> int:  # noqa: ANN401 - a bounding box
+    """Counts the lines that a text crosses, and adds two if it leaves the axes."""
+    leaves_axes: bool = extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1 or extent.y0 < axes.bbox.y0
+    crossed: int = sum(line.intersects_bbox(extent.padded(2), filled=False) for line in lines)
+    return crossed + 2 * leaves_axes
+
+
+def _nearest(extent: Any, dots: Mapping[tuple[int, float], Any]) -> tuple[int, float]:  # noqa: ANN401 - a bounding box
+    """Returns the point whose dot is nearest to the center of a text."""
+    center = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
+    return min(dots, key=lambda dot: math.dist(dots[dot], center))
 
 
 def _put(text: Any, side: str, up: bool) -> None:  # noqa: ANN401 - a line or a text

@@ -1,4 +1,4 @@
-"""How much of a model is removed: a ratio for each kind of unit, or one target."""
+"""Pruning amounts: a ratio for each kind of unit, or a budget."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -16,67 +16,77 @@ from billhook.units.units import PLURAL, Per, UnitKind, Units
 
 RoundTo = int | Literal["auto"]
 PERCENT = 3
-"""So much of the units that there were may stay more or fewer than was asked for."""
+"""The largest change by width rounding, in percent of the original number of units."""
 
 
 def round_units(
-    wanted: int, first: int, most: int | None = None, least: int = 1, each: int = 1, step: int = 1, more: bool = True
+    requested: int,
+    num_first: int,
+    maximum: int | None = None,
+    minimum: int = 1,
+    unit_size: int = 1,
+    step: int = 1,
+    allow_more: bool = True,
 ) -> int | None:
-    """Returns how many units stay instead of so many: as many as make rows a multiple of the largest of `MULTIPLES` near enough.
+    """Returns the nearest number of units whose rows are a multiple of 256, 128, 64, or 32.
 
-    Of each multiple the nearest number counts, and it is near enough if it differs from what was asked for by at most 3 % of the
-    units that there were at first. Where rows were shorter than 256, or no multiple is near enough, there is none.
+    The largest multiple wins whose nearest number of units differs from the requested one by at most 3% of the original units.
+    Returns None if no multiple is near enough, or if rows had fewer than 256 entries.
 
     Args:
-        wanted: How many are asked for.
-        first: How many there were at first; fewer stay.
-        most: The most that may stay; by default all but one.
-        least: The fewest that may stay.
-        each: The length of one unit in a row, as the width of a head.
-        step: The number that units must be a multiple of.
-        more: Whether more may stay than was asked for.
+        requested: Number of units to keep.
+        num_first: Original number of units. Fewer are kept.
+        maximum: Most units to keep. Defaults to all but one.
+        minimum: Fewest units to keep.
+        unit_size: Entries of one unit in a row, such as the head dimension.
+        step: Number that the units must be a multiple of.
+        allow_more: If False, never keeps more units than requested.
 
-    >>> round_units(1229, 1536), round_units(1300, 1536), round_units(1300, 1536, more=False), round_units(30, 40, each=128)
-    (1216, 1280, 1280, 30)
+    >>> round_units(1229, 1536), round_units(1300, 1536), round_units(1300, 1536, allow_more=False)
+    (1216, 1280, 1280)
+    >>> round_units(30, 40, unit_size=128)
+    30
     >>> round_units(308, 384), round_units(72, 96)
     (None, None)
     """
-    if first * each < MULTIPLES[0]:
+    if num_first * unit_size < MULTIPLES[0]:
         return None
-    highest = first - 1 if most is None else min(most, first - 1)
+    highest = num_first - 1 if maximum is None else min(maximum, num_first - 1)
     for multiple in MULTIPLES:
-        units = math.lcm(multiple // math.gcd(multiple, each), step)  # so many make rows a multiple
-        number = nearest_multiple(wanted, units, least, highest, more)
-        if number is not None and 100 * abs(number - wanted) <= PERCENT * first:
+        units = math.lcm(multiple // math.gcd(multiple, unit_size), step)  # the fewest units whose rows are a multiple
+        number = nearest_multiple(requested, units, minimum, highest, allow_more)
+        if number is not None and 100 * abs(number - requested) <= PERCENT * num_first:
             return number
     return None
 
 
-def nearest_multiple(wanted: int, step: int, least: int, most: int, more: bool = True) -> int | None:
-    """Returns the multiple of a step within bounds that is nearest to a number, the higher of two; None if there is none.
+def nearest_multiple(requested: int, step: int, minimum: int, maximum: int, allow_more: bool = True) -> int | None:
+    """Returns the multiple of a step nearest to a number, or None if none is within bounds.
 
-    >>> nearest_multiple(1229, 256, 1, 1535), nearest_multiple(1229, 256, 1, 1535, more=False)
+    Of two equally near multiples, returns the higher.
+
+    >>> nearest_multiple(1229, 256, 1, 1535), nearest_multiple(1229, 256, 1, 1535, allow_more=False)
     (1280, 1024)
     >>> nearest_multiple(24, 16, 1, 47), nearest_multiple(24, 64, 1, 47)
     (32, None)
     """
-    below = wanted // step * step
-    options = [number for number in (below + step, below) if least <= number <= most and (more or number <= wanted)]
-    return min(options, key=lambda number: abs(number - wanted), default=None)
+    below = requested // step * step
+    options = [number for number in (below + step, below) if minimum <= number <= maximum and (allow_more or number <= requested)]
+    return min(options, key=lambda number: abs(number - requested), default=None)
 
 
-def nearby_counts(wanted: int, kept: int, now: int, least: int = 1) -> dict[int, int]:
-    """Returns the nearest multiples of `MULTIPLES` that were not taken, each with the largest that it is a multiple of.
+def nearby_counts(requested: int, kept: int, num_before: int, minimum: int = 1) -> dict[int, int]:
+    """Returns nearby unit counts that were not chosen, each with its largest multiple.
 
     >>> nearby_counts(1229, 1216, 1536)
     {1280: 256}
     """
-    near = [nearest_multiple(wanted, multiple, least, now - 1) for multiple in MULTIPLES]
-    return {number: multiple_of(number) for number in near if number is not None and number != kept}
+    candidates = [nearest_multiple(requested, multiple, minimum, num_before - 1) for multiple in MULTIPLES]
+    return {number: multiple_of(number) for number in candidates if number is not None and number != kept}
 
 
 def rounding_multiple(count: int) -> int:
-    """Returns the largest of `MULTIPLES` to which any number of so many units can be rounded down; 1 if none is so small.
+    """Returns the largest of `MULTIPLES` that any count can be rounded down to, or 1.
 
     >>> rounding_multiple(11008), rounding_multiple(1536), rounding_multiple(384)
     (256, 32, 1)
@@ -85,29 +95,28 @@ def rounding_multiple(count: int) -> int:
 
 
 def unit_length(units: Units, per: Per = "head") -> int:
-    """Returns how much of a row one unit takes: of heads as many as they are wide; 0 where rows are of something else."""
+    """Returns the number of row entries of a unit; 0 if units do not shorten rows."""
     if units.kind in ("channel", "residual"):
         return 1
     return int((units.index >= 0).sum()) // units.count(per) if units.kind == "head" else 0
 
 
 OTHER = ("units", "multiple", "more_parameters")
-"""What plain data calls the numbers of another length."""
+"""Keys of an alternative count in plain data."""
 
 
 @dataclass(frozen=True)
 class RowLength:
-    """How long rows have become where units were removed; `print` shows a line.
+    """Row lengths after pruning and nearby alternatives; `print` shows a line.
 
     Attributes:
-        kind: The kind of the units.
-        places: In how many places.
-        each: The length of one unit in a row, as the width of a head.
-        asked: How many units were asked for.
-        kept: How many stay.
-        multiple: The largest of 256, 128, 64 and 32 that the rows are a multiple of; 1 if they are of none.
-        others: Numbers of units that could stay instead, of which multiple rows would be then, and how many parameters the model
-            would have more.
+        kind: Kind of the units.
+        places: Number of modules.
+        each: Entries of one unit in a row, such as the head dimension.
+        asked: Number of units that were requested.
+        kept: Number of units that remain.
+        multiple: Largest of 256, 128, 64, and 32 that divides the row length; 1 if none does.
+        others: Alternative unit counts, each with its largest multiple and the change in the number of parameters.
     """
 
     kind: UnitKind
@@ -119,34 +128,37 @@ class RowLength:
     others: tuple[tuple[int, int, int], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Returns it as plain data."""
+        """Returns the row lengths as plain data."""
         return vars(self) | {"others": [dict(zip(OTHER, other, strict=True)) for other in self.others]}
 
     def __str__(self) -> str:
-        rows = "" if self.each == 1 else f" (head dimension {self.each}), rows of {self.kept * self.each:,}"
-        by = f"a multiple of {self.multiple}" if self.multiple > 1 else "no multiple of 32 is near enough"
-        parts = [f"{self.kept:,} {PLURAL[self.kind]}{rows}: {by}"]
-        if self.asked != self.kept:
-            parts.append(f"{self.asked:,} were asked for")
-        for units, multiple, more in self.others:
-            parameters = f"{abs(more):,} parameters {'more' if more > 0 else 'fewer'}"
-            parts.append(f"{units:,} would be a multiple of {multiple}, with {parameters}")
+        multiple = f"a multiple of {self.multiple}" if self.multiple > 1 else "no multiple of 32 is near enough"
+        if self.asked != self.kept and self.multiple > 1:
+            multiple = f"rounded from {self.asked:,} to {multiple}"
+        elif self.asked != self.kept:
+            multiple = f"requested {self.asked:,}; {multiple}"
+        rows = "" if self.each == 1 else f"head dimension {self.each}, rows of {self.kept * self.each:,}, "
+        parts = [f"{PLURAL[self.kind]}: {self.kept:,} ({rows}{multiple})"]
+        for units, other_multiple, more in self.others:
+            parameters = f"{abs(more):,} {'more' if more > 0 else 'fewer'} parameters"
+            parts.append(f"alternative: {units:,} (a multiple of {other_multiple}, {parameters})")
         return "; ".join(parts)
 
 
-def row_lengths_from_json(plain: Iterable[Mapping[str, Any]]) -> tuple[RowLength, ...]:
-    """Makes row lengths of their plain data; refuses what is none."""
+def row_lengths_from_json(data: Iterable[Mapping[str, Any]]) -> tuple[RowLength, ...]:
+    """Restores row lengths from plain data, and raises if it is malformed."""
     try:
-        return tuple(
-            RowLength(**{**row, "others": tuple(tuple(other[name] for name in OTHER) for other in row["others"])})
-            for row in plain
-        )
+        rows = list[RowLength]()
+        for row in data:
+            others = [(other["units"], other["multiple"], other["more_parameters"]) for other in row["others"]]
+            rows.append(RowLength(**{**row, "others": tuple(others)}))
+        return tuple(rows)
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"plan: rows is {str(plain)[:80]!r}, and must be as to_json returns it") from error
+        raise ValueError(f"plan: rows={str(data)[:80]!r} is malformed. Pass the output of to_json.") from error
 
 
 def divides_among_devices(kv_heads: int) -> bool:
-    """Tells whether so many KV heads can be divided among 2, 4 and 8 devices.
+    """Returns whether a number of KV heads can be divided among 2, 4, and 8 devices.
 
     >>> [number for number in range(1, 33) if divides_among_devices(number)]
     [1, 2, 4, 8, 16, 24, 32]
@@ -154,23 +166,25 @@ def divides_among_devices(kv_heads: int) -> bool:
     return all(shares(kv_heads, gpus) for gpus in GPUS)
 
 
-def round_kv_heads(kept: int, count: int, least: int = 1) -> int:
-    """Returns the number of KV heads nearest to one that suits, or all of them; the higher of two.
+def round_kv_heads(kept: int, count: int, minimum: int = 1) -> int:
+    """Returns the nearest number of KV heads that divides among devices, or all of them.
+
+    Of two equally near numbers, returns the higher.
 
     >>> round_kv_heads(7, 8), round_kv_heads(3, 8), round_kv_heads(26, 32), round_kv_heads(2, 3)
     (8, 4, 24, 2)
     """
-    options = [number for number in range(count, least - 1, -1) if number == count or divides_among_devices(number)]
+    options = [number for number in range(count, minimum - 1, -1) if number == count or divides_among_devices(number)]
     return min(options, key=lambda number: abs(number - kept))
 
 
 def uneven_devices_note(kv_heads: int) -> str:
-    """Returns the words for a number that does not suit."""
-    return f"{kv_heads} KV heads cannot be divided among 2, 4 and 8 devices, as 1, 2, 4 or a multiple of 8 can"
+    """Returns the note for a number of KV heads that does not divide among devices."""
+    return f"{kv_heads} KV heads cannot be divided among 2, 4, and 8 devices; 1, 2, 4, or a multiple of 8 can"
 
 
 def kernel_multiple(model: nn.Module, units: Units) -> int:
-    """Returns the number that the units must be a multiple of; 1 where no such kernel reads them, or it takes none now."""
+    """Returns the multiple that the expert kernel requires of these units, or 1."""
     if units.kind not in ("channel", "residual") or not isinstance(model, PreTrainedModel):
         return 1
     for member in units.members:
@@ -184,7 +198,7 @@ def kernel_multiple(model: nn.Module, units: Units) -> int:
 
 @cache
 def _kernel_bytes() -> int:
-    """Asks torch's kernel, on meta tensors, of which number of bytes rows must be a multiple."""
+    """Probes torch's grouped kernel on meta tensors for its row alignment in bytes."""
     for width in range(1, 65):
         rows, weights = (torch.empty(*size, width, dtype=torch.bfloat16, device="meta") for size in ((2,), (2, 64)))
         try:
@@ -211,37 +225,37 @@ TARGETS = ("params", "flops", "kv_cache_bytes", "bytes")
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is removed: a ratio for each kind of unit, or one target, for which the ratios that were left open are found.
+    """How much to remove: a ratio for each kind of unit, or a single budget.
 
-    A ratio is a fraction in [0, 1) of the units that are there, in blocks that are not protected, rounded down. A target is the
-    most that may be left: a number (int), or a fraction (float in 0..1) of what is there now. For it channels alone are removed,
-    as far as half of them are enough (0.52), and KV heads and channels in equal ratios where they are not; for
-    `kv_cache_bytes` KV heads alone. A ratio that is given holds.
+    A ratio is a fraction in [0, 1) of the units in blocks that are not protected, rounded down. A budget is the most that may
+    remain: a number (int), or a fraction (float in 0..1) of the model. To meet a budget, billhook removes only channels if at
+    most 52% of them are enough, and KV heads and channels in equal ratios otherwise. For `kv_cache_bytes` it removes only KV
+    heads. Ratios that are set are kept.
 
     Args:
-        heads: Ratio of the query heads, as many of each KV head.
-        kv_heads: Ratio of the KV heads, with the query heads that they serve; of a model without grouped queries, of the heads.
-        channels: Ratio of the channels of feed-forwards.
-        residual: Ratio of the channels of the residual stream (the hidden size).
-        experts: Ratio of the experts, with their row of the router.
-        blocks: Ratio of the whole blocks of each stack, or their number (int); nothing else may be asked for with it.
-        params: Target: parameters.
-        flops: Target: operations of the forward pass, per token; of a model of images, of one image.
-        kv_cache_bytes: Target: bytes that the key/value cache takes for each token.
-        bytes: Target: bytes of all parameters.
-        ranking: `"layer"`: as many are removed in each layer, so that layers stay alike; `"global"`: the lowest of all layers.
-        normalize: Whether the scores of each place are divided by their L2 norm, which matters for `ranking="global"` alone.
-        first: Blocks at the beginning of each stack that are kept, with their heads, channels and experts.
-        last: Blocks at the end of each stack that are kept.
-        round_to: What the number of channels that remain, of feed-forwards and residual, is a multiple of. `"auto"`: the largest
-            of 256, 128, 64 and 32 whose nearest multiple differs from what was asked for by at most 3 % of the units that there
-            were, also of heads times their width; for a target, by which no more may be left, the nearest below. Nothing is
-            rounded where none is so near, or rows were shorter than 256. A number (int): multiples of it, always of no fewer
-            channels than asked for; 1: nothing is rounded.
-        min_units: The fewest units that remain in each place.
+        heads: Fraction of query heads to remove, the same number from every KV head.
+        kv_heads: Fraction of KV heads to remove, with their query heads. Without grouped queries, fraction of the heads.
+        channels: Fraction of MLP channels to remove.
+        residual: Fraction of hidden dimensions (`hidden_size`) to remove.
+        experts: Fraction of experts to remove, with their router rows.
+        blocks: Fraction (float) or number (int) of blocks to remove from each stack. Cannot be combined with other units.
+        params: Budget: maximum number (int) or fraction (float) of parameters.
+        flops: Budget: FLOPs of the forward pass, per token or, for image models, per image.
+        kv_cache_bytes: Budget: bytes of the KV cache per token.
+        bytes: Budget: bytes of all parameters.
+        ranking: `"layer"` removes the same number from every module (uniform). `"global"` removes the lowest scores of all
+            modules.
+        normalize: If True, divides the scores of each module by their L2 norm. Matters only for `ranking="global"`.
+        first: Number of blocks to protect at the start of each stack.
+        last: Number of blocks to protect at the end of each stack.
+        round_to: Width rounding: sizes become multiples of this. `"auto"` uses the largest of 256, 128, 64, and 32 whose nearest
+            multiple differs by at most 3% of the original units, also for heads times head dimension; for a budget, the nearest
+            multiple below. It rounds nothing if no multiple is near enough or rows had fewer than 256 entries. An int rounds
+            channels and hidden dimensions up to its multiples; 1 turns rounding off.
+        min_units: Fewest units that remain in each module.
 
     Raises:
-        ValueError: If a number is not legal, nothing is asked for, or two requests contradict each other.
+        ValueError: If a value is not legal, nothing would be removed, or two arguments contradict each other.
 
     Example:
         >>> import billhook as bh
@@ -276,25 +290,30 @@ class Amount:
                 check_fraction(name, ratio, of="these units")
         check_types(Amount, vars(self))
         if self.heads is not None and self.kv_heads is not None:
-            raise ValueError(f"heads={self.heads} and kv_heads={self.kv_heads}: give one, as a KV head takes its heads along")
-        targets = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
-        if self.blocks is not None and (others := [*(name for name in self.ratios if name != "blocks"), *targets]):
             raise ValueError(
-                f"blocks={self.blocks} and {others[0]}: blocks are planned alone, and the rest of the model after that"
+                f"heads={self.heads} and kv_heads={self.kv_heads} cannot be combined, because removing a KV head removes its "
+                "query heads. Set one of them."
+            )
+        targets = {name: getattr(self, name) for name in TARGETS if getattr(self, name) is not None}
+        other_names = [name for name in (*self.ratios, *targets) if name != "blocks"]
+        if self.blocks is not None and other_names:
+            raise ValueError(
+                f"blocks={self.blocks} cannot be combined with {other_names[0]}. Remove the blocks first, then the other units."
             )
         if len(targets) > 1:
-            raise ValueError(f"{' and '.join(targets)}: give one target")
+            raise ValueError(f"{' and '.join(targets)} cannot be combined. Set one budget.")
         if not targets and not any(self.ratios.values()):
-            raise ValueError(f"nothing is asked for: give a ratio ({', '.join(RATIOS)}) or a target ({', '.join(TARGETS)})")
+            raise ValueError(f"nothing to remove: set a ratio ({', '.join(RATIOS)}) or a budget ({', '.join(TARGETS)})")
         for name, value in targets.items():
             if not self.open_ratios:
-                raise ValueError(f"{name}={value}: nothing is left open that could be removed for it")
+                raise ValueError(
+                    f"{name}={value} cannot be met: the ratios of all units it may remove are fixed. Leave at least one of them "
+                    "unset."
+                )
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or value <= 0 or (isinstance(value, float) and not value < 1):
-                meant = percentage_hint(value) if number else ""
-                raise ValueError(
-                    f"{name}={value!r} must be a whole number above 0, or a fraction in (0, 1) of what is there{meant}"
-                )
+                hint = percentage_hint(value) if number else ""
+                raise ValueError(f"{name}={value!r} must be a whole number above 0, or a fraction of the model in (0, 1){hint}")
         check_one_of("ranking", self.ranking, Ranking)
         for name, least in {"first": 0, "last": 0, "min_units": 1}.items():
             check_int(name, getattr(self, name), least)
@@ -303,34 +322,34 @@ class Amount:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The given ratios."""
+        """The ratios that are set."""
         return {name: getattr(self, name) for name in RATIOS if getattr(self, name) is not None}
 
     @property
     def target(self) -> str | None:
-        """The name of the target, if there is one."""
+        """The name of the budget, or None."""
         return next((name for name in TARGETS if getattr(self, name) is not None), None)
 
     @property
     def open_ratios(self) -> tuple[str, ...]:
-        """Names of the ratios that are found for the target."""
+        """Names of the ratios that are searched to meet the budget."""
         if self.target is None:
             return ()
         names = ("kv_heads",) if self.target == "kv_cache_bytes" else ("kv_heads", "channels")
-        heads = ("kv_heads",) if self.heads is not None else ()  # a KV head takes its heads along
+        heads = ("kv_heads",) if self.heads is not None else ()  # removing a KV head removes its query heads
         return tuple(name for name in names if name not in (*self.ratios, *heads))
 
     @property
     def requested(self) -> dict[str, tuple[UnitKind, Per]]:
-        """The ratios that matter, with the kind of unit and of score."""
+        """The ratios that are set or searched, with their kind of unit and score."""
         return {name: of for name, of in RATIOS.items() if self.ratios.get(name) or name in self.open_ratios}
 
     @property
     def kinds(self) -> list[UnitKind]:
-        """The kinds of units that are asked for, in one order on every rank."""
+        """The kinds of units to remove, in the same order on every rank."""
         return list(dict.fromkeys(kind for kind, _ in self.requested.values()))
 
     @property
     def per(self) -> Per:
-        """The heads that have scores: query heads, or KV heads."""
+        """Whether heads are scored as query heads or as KV heads."""
         return "head" if "heads" in self.requested else "kv_head"

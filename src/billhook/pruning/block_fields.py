@@ -1,6 +1,7 @@
-"""Finds how a config says that blocks were removed, by building the model's own class; nothing is looked up."""
+"""Finds how a config expresses that blocks were removed, by building the model's class."""
 
 import itertools
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -12,14 +13,14 @@ from billhook.model.config_fields import Fields, build_on_meta, fields_of, read_
 from billhook.units.blocks import block_of
 from billhook.units.fields import TOGETHER
 
-STAGES = 6  # numbers in one field that may all change, at most
+STAGES = 6  # most numbers in one field that may all change
 BlockNumbers = dict[str, tuple[int, int]]
-"""Whole-number attributes, by their new names: their values before and after."""
+"""Integer attributes by new name: values before and after."""
 
 
 @dataclass(frozen=True)
 class Built:
-    """A model as its class builds it: sizes of tensors in `state_dict`, plain attributes of modules that hold parameters."""
+    """A model as its class builds it: tensor sizes and plain attributes."""
 
     tensors: dict[str, tuple[int, ...]]
     attributes: dict[str, Any]
@@ -28,31 +29,31 @@ class Built:
 def find_block_fields(
     model: PreTrainedModel, stacks: Mapping[str, int], removed: Mapping[str, Sequence[int]]
 ) -> tuple[Fields, BlockNumbers]:
-    """Finds how the config says that blocks are removed, so that the model's class builds just those that remain.
+    """Finds the config change for which the model's class builds the remaining blocks.
 
-    It tries lists with a value for each block, without those of removed ones; the fewest numbers of blocks that, changed
-    together, make the class build as many blocks and all else as it is; and, where others than those that remain are then
-    built, one more field, as the numbers of blocks without experts. Where none says it, the error names what would differ.
+    It tries lists with a value per block, without those of removed blocks; the fewest block counts that, changed together, give
+    the right number of blocks and change nothing else; and, if the wrong blocks are then built, one more field, such as the
+    numbers of blocks without experts. If nothing works, the error names the difference.
 
     Args:
         model: The model.
-        stacks: The number of blocks in each stack.
-        removed: The blocks that are removed, by stack.
+        stacks: Number of blocks in each stack.
+        removed: Blocks to remove, by stack.
     """
     finder = _Finder(model, stacks, removed)
     reasons = list[str]()
     for lists in finder.lists():
         counts, reason = finder.counts(lists)
         reasons.append(reason)
-        for fields in (*counts, *(counts[0] | more for more in finder.others(counts))):
+        for fields in (*counts, *(counts[0] | more for more in finder.numberings(counts))):
             reason, numbers = finder.compare(finder.build(lists | fields))
             if not reason:
                 return lists | fields, numbers
             reasons.append(reason)
     words = " and ".join(f"blocks {', '.join(map(str, numbers))} of {name}" for name, numbers in removed.items())
     raise ValueError(
-        f"blocks: the config of {type(model).__name__} cannot say that {words} are removed: "
-        + next(filter(None, reasons), "no field of it says how many there are")
+        f"blocks: the config of {type(model).__name__} cannot express that {words} are removed: "
+        + next(filter(None, reasons), "it has no field for their number")
     )
 
 
@@ -63,12 +64,12 @@ class _Finder:
         self._known: dict[str, Built | None] = {}
         now = self.build({})
         if now is None or any(_count(now, name) != count for name, count in stacks.items()):
-            raise ValueError(f"blocks: {type(model).__name__} does not have the blocks that its class builds from its config")
+            raise ValueError(f"blocks: {type(model).__name__} has other blocks than its class builds from its config")
         self.now = now
         self.wanted = {new: size for name, size in now.tensors.items() if (new := self._moved(name)) is not None}
 
     def build(self, fields: Fields) -> Built | None:
-        """Builds the class from the config with some fields changed, as it is read back; None if the class refuses it."""
+        """Builds the class from a changed config, read back; None if the class refuses it."""
         key = str(sorted(fields.items(), key=lambda field: field[0]))
         if key not in self._known:
             try:
@@ -81,16 +82,19 @@ class _Finder:
         return self._known[key]
 
     def _moved(self, name: str) -> str | None:
-        """Returns the new name of a tensor or attribute; None if it is removed."""
+        """Returns the new name of a tensor or attribute, or None if it is removed."""
         if (block := block_of(name, self.removed)) is None:
             return name
         stack, number = block
-        rest = name.removeprefix(f"{stack}.{number}.")
+        suffix = name.removeprefix(f"{stack}.{number}.")
         removed = self.removed[stack]
-        return None if number in removed else f"{stack}.{number - sum(before < number for before in removed)}.{rest}"
+        return None if number in removed else f"{stack}.{number - sum(before < number for before in removed)}.{suffix}"
 
     def lists(self) -> Iterator[Fields]:
-        """Yields lists without values of removed blocks, fewer and fewer: of two equally deep stacks, one may own some."""
+        """Yields lists without values of removed blocks, then with fewer lists changed.
+
+        Of two equally deep stacks, only one may own a list.
+        """
         shorter: Fields = {}
         for (name, value), (stack, removed) in itertools.product(self.fields.items(), self.removed.items()):
             long = isinstance(value, list | tuple) and len(value) == self.stacks[stack]
@@ -100,13 +104,13 @@ class _Finder:
             yield from map(dict, itertools.combinations(shorter.items(), number))
 
     def counts(self, lists: Fields) -> tuple[list[Fields], str]:
-        """Returns the fewest fields that give the number of blocks; or none, and what else would change."""
+        """Returns the fewest fields that give the number of blocks, or the first side effect."""
         fewer = list(dict.fromkeys((self.stacks[stack], len(removed)) for stack, removed in self.removed.items()))
         options = [(name, lower) for name, value in self.fields.items() for lower in _lowered(value, fewer, len(self.removed))]
         reason = ""
         for number in range(TOGETHER + 1):
             if number == 2:  # pairs are many
-                options = self._of_use(options, lists)
+                options = self._useful(options, lists)
             fitting = list[Fields]()
             for fields in map(dict, itertools.combinations(options, number)):
                 built = self.build(lists | fields) if len(fields) == number else None
@@ -118,75 +122,77 @@ class _Finder:
                 return fitting, ""
         return [], reason
 
-    def _of_use(self, options: list[tuple[str, Any]], lists: Fields) -> list[tuple[str, Any]]:
-        """Leaves out what alone changes all else, or nothing; but nothing where the class builds others only if more change."""
-        alone = [self.build(lists | {name: lower}) for name, lower in options]
-        unchanged = None if None in alone else self.build(lists)
+    def _useful(self, options: list[tuple[str, Any]], lists: Fields) -> list[tuple[str, Any]]:
+        """Drops options that change nothing or other tensors, unless the class refuses them."""
+        built_each = [self.build(lists | {name: lower}) for name, lower in options]
+        unchanged = None if None in built_each else self.build(lists)
         return [
             option
-            for option, built in zip(options, alone, strict=True)
+            for option, built in zip(options, built_each, strict=True)
             if built is None
             or (built != unchanged and not self._different(built, outside=True) and self._has_counts(built, all_removed=False))
         ]
 
-    def others(self, counts: Sequence[Fields]) -> Iterator[Fields]:
-        """Yields one more field that may name single blocks, if others count them: a number of first ones, or numbers."""
+    def numberings(self, counts: Sequence[Fields]) -> Iterator[Fields]:
+        """Yields another field that may number single blocks: a count of first blocks, or a list."""
         if not counts:
             return
         for (name, value), (stack, removed) in itertools.product(self.fields.items(), self.removed.items()):
             count = self.stacks[stack]
             left = [number for number in range(count) if number not in removed]
             if type(value) is int and name not in counts[0] and 0 < value <= count:
-                yield {name: value - sum(number < value for number in removed)}
-            elif isinstance(value, list | tuple) and value and all(type(v) is int and 0 <= v < count for v in value):
+                yield {name: bisect_left(left, value)}
+            elif isinstance(value, list | tuple) and set(map(type, value)) == {int} and 0 <= min(value) <= max(value) < count:
                 yield {name: type(value)(left.index(number) for number in value if number in left)}
 
     def compare(self, built: Built | None) -> tuple[str, BlockNumbers]:
-        """Describes the first difference in the remaining blocks, and returns the block numbers that change."""
+        """Describes the first difference in the remaining blocks, or returns the changed numbers."""
         if built is None:
-            return "its class does not accept it", {}
-        if different := self._different(built):
-            return different, {}
+            return "its class refuses the changed config", {}
+        if difference := self._different(built):
+            return difference, {}
         numbers: BlockNumbers = {}
         for name, value in self.now.attributes.items():
-            if (new := self._moved(name)) is None or (then := built.attributes.get(new)) == value:
+            if (new := self._moved(name)) is None or (new_value := built.attributes.get(new)) == value:
                 continue
-            if _is_number(value) and _is_number(then) and self._is_numbering(name, new, value, then):
-                numbers[new] = (value, then)
+            if _is_number(value) and _is_number(new_value) and self._is_numbering(name, new, value, new_value):
+                numbers[new] = (value, new_value)
             elif block_of(name, self.removed) is not None:
-                return f"its class then builds {new} = {then!r}, and what comes to that place has {value!r}", {}
+                return f"its class then builds {new} = {new_value!r}, but the block moved there has {value!r}", {}
         return "", numbers
 
     def _has_counts(self, built: Built, all_removed: bool) -> bool:
-        """Tells whether each stack has as many blocks as it shall have, or, unless `all_removed`, as it had."""
+        """Returns whether each stack has its final number of blocks (or its old, if allowed)."""
         return all(
             _count(built, stack) in (self.stacks[stack] - len(removed), *(() if all_removed else (self.stacks[stack],)))
             for stack, removed in self.removed.items()
         )
 
     def _different(self, built: Built, outside: bool = False) -> str:
-        """Describes the first tensor whose size differs from what remains, or only of those outside of blocks."""
+        """Describes the first tensor of another size, optionally only outside blocks."""
         for name in [*self.wanted, *built.tensors]:
             sizes = built.tensors.get(name), self.wanted.get(name)
             if sizes[0] != sizes[1] and not (outside and block_of(name, self.removed)):
-                shown = (size or "missing" for size in sizes)
-                return "{} is {} in what its class then builds, and {} in what comes to that place".format(name, *shown)
+                sizes_shown = (size or "missing" for size in sizes)
+                return "{} is {} in the model that its class then builds, but {} in the pruned model".format(name, *sizes_shown)
         return ""
 
-    def _is_numbering(self, name: str, new: str, value: int, then: int) -> bool:
-        """Tells whether a whole number that would change only says which block it is in, or how many blocks there are."""
+    def _is_numbering(self, name: str, new: str, value: int, new_value: int) -> bool:
+        """Returns whether a changed integer only gives a block's number or the block count."""
         block, block_then = block_of(name, self.removed), block_of(new, self.removed)
         counts = [(self.stacks[stack], self.stacks[stack] - len(removed)) for stack, removed in self.removed.items()]
-        if block is None or block_then is None or (value, then) in counts:
+        if block is None or block_then is None or (value, new_value) in counts:
             return True
         (stack, number), (_, number_then) = block, block_then
         if number == number_then:
             return False
-        step, rest = divmod(value - then, number - number_then)
-        prefix, suffix = f"{stack}.", name.removeprefix(f"{stack}.{number}")
-        values = {other: self.now.attributes.get(f"{prefix}{other}{suffix}") for other in range(self.stacks[stack])}
-        even = all(known - value == step * (other - number) for other, known in values.items() if _is_number(known))
-        return not rest and step > 0 and even
+        step, remainder = divmod(value - new_value, number - number_then)
+        suffix = name.removeprefix(f"{stack}.{number}")
+        for other in range(self.stacks[stack]):
+            known = self.now.attributes.get(f"{stack}.{other}{suffix}")
+            if _is_number(known) and known - value != step * (other - number):
+                return False
+        return not remainder and step > 0
 
 
 def _as_built(meta_model: PreTrainedModel) -> Built:
@@ -201,7 +207,7 @@ def _as_built(meta_model: PreTrainedModel) -> Built:
 
 
 def _lowered(value: Any, fewer: Sequence[tuple[int, int]], stacks: int) -> list[Any]:  # noqa: ANN401 - any field of a config
-    """Returns a number of blocks less the removed ones; of a list of such numbers, as of stages, at most one for each stack.
+    """Returns values lowered by the removed blocks; in a list, at most a change per stack.
 
     >>> _lowered([2, 2, 6], [(2, 1)], 2)
     [[1, 1, 6], [1, 2, 6], [2, 1, 6]]
@@ -210,16 +216,20 @@ def _lowered(value: Any, fewer: Sequence[tuple[int, int]], stacks: int) -> list[
         return [value - by for count, by in fewer if count == value]
     if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
         return []
-    changes = [[(at, number - by) for count, by in fewer if count == number] for at, number in enumerate(value)]
-    changes = [options for options in changes if options]
-    lowered = []
-    for count in range(min(stacks, len(changes)) if len(changes) <= STAGES else 1, 0, -1):
-        for new in itertools.chain(*(itertools.product(*some) for some in itertools.combinations(changes, count))):
-            numbers = list(value)
-            for at, number in new:
-                numbers[at] = number
-            lowered.append(type(value)(numbers))
-    return lowered
+    changes = list[list[tuple[int, int]]]()  # by entry that may change: its position, and the new numbers
+    for at, number in enumerate(value):
+        options = [(at, number - by) for count, by in fewer if count == number]
+        if options:
+            changes.append(options)
+    values = []
+    for num_changed in range(min(stacks, len(changes)) if len(changes) <= STAGES else 1, 0, -1):
+        for entries in itertools.combinations(changes, num_changed):
+            for new in itertools.product(*entries):
+                numbers = list(value)
+                for at, number in new:
+                    numbers[at] = number
+                values.append(type(value)(numbers))
+    return values
 
 
 def _count(built: Built, stack: str) -> int:

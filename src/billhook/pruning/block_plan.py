@@ -1,6 +1,7 @@
-"""Which blocks are removed from a model, and how its numbers and its config follow, as a plan that is checked and applied."""
+"""Plans of blocks to remove: how attributes and config follow, checked and applied."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -31,13 +32,13 @@ from billhook.units.units import UnitKind
 
 @dataclass(frozen=True, repr=False)
 class BlockPlan(ShapePlan):
-    """Which blocks are removed, by stack; `print` shows a table.
+    """A plan to remove blocks, by stack; `print` shows a table.
 
     Attributes:
-        made_for: A digest of the names and sizes of the model's tensors, and of the blocks that it has lost before.
-        fields: Fields of the config, those of nested configs with dots, with their new values.
-        attributes: The attributes that number blocks, by their new names: their values before and after.
-        scores: By stack, the score of each block; only shown.
+        made_for: Digest of the names and sizes of the model's tensors, and of blocks removed before.
+        fields: Config fields with their new values; dots separate nested configs.
+        attributes: Attributes with block numbers, by new name: values before and after.
+        scores: Score of each block by stack, for display only.
     """
 
     kind: ClassVar[str] = "blocks"
@@ -58,12 +59,12 @@ class BlockPlan(ShapePlan):
 
     @property
     def after(self) -> dict[str, tuple[int, ...]]:
-        """By stack, the number of blocks that remain."""
+        """Number of blocks that remain, by stack."""
         return {name: (count - len(self.units.get(name, ())),) for name, (count,) in self.before.items()}
 
     @property
     def words(self) -> str:
-        """How many blocks are removed, in words."""
+        """The number of removed blocks, in words."""
         return f"{sum(map(len, self.units.values())):,} of {sum(count for (count,) in self.before.values()):,} blocks"
 
     def to_json(self) -> dict[str, Any]:
@@ -73,29 +74,34 @@ class BlockPlan(ShapePlan):
     @classmethod
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
         try:
-            fields = {name: value for name, value in plain.items() if name != "kind"}
+            fields = dict(plain)
+            fields.pop("kind", None)
             fields["attributes"] = {name: (before, after) for name, (before, after) in plain["attributes"].items()}
             fields["before"] = {name: (int(count),) for name, (count,) in plain["before"].items()}
             before, after = plain["parameters"]
             plan = cls(**fields | {"parameters": (before, after)})
-            are_numbers = all(type(number) is int for numbers in plan.units.values() for number in numbers)
+            are_numbers = set(map(type, itertools.chain.from_iterable(plan.units.values()))) <= {int}
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
-            raise ValueError(f"plan: it is not as to_json returns it ({type(error).__name__}: {error})") from error
+            raise ValueError(f"plan is malformed ({type(error).__name__}: {error}). Pass the output of to_json.") from error
         if not are_numbers:
-            raise ValueError(f"plan: units is {str(plan.units)[:80]!r}, and must be lists of numbers by stack")
+            raise ValueError(f"plan: units={str(plan.units)[:80]!r} must be lists of numbers by stack")
         plan.check_made_for(model)
         return plan
 
     def check_made_for(self, model: nn.Module) -> None:
-        """Refuses a model that the plan was not made for; see `ModelPlan.check_made_for`."""
+        """Raises if the plan was made for another model; see `ModelPlan.check_made_for`."""
         subject = find_transformer(model)
         kind = type(subject).__name__
         if (self.model, self.made_for) != (kind, _digest(subject)):
             counts = self.before, _counts(find_blocks(subject))
-            then, now = (", ".join(f"{count} blocks in {name}" for name, (count,) in before.items()) for before in counts)
-            raise ValueError(f"plan: it was made for a {self.model} with {then}; this {kind} has {now}, or other tensors")
+            blocks_in_plan, blocks_here = (
+                ", ".join(f"{count} blocks in {name}" for name, (count,) in before.items()) for before in counts
+            )
+            raise ValueError(
+                f"plan: it was made for a {self.model} with {blocks_in_plan}; this {kind} has {blocks_here}, or other tensors"
+            )
         if find_block_plan(subject, self.units) != self:
-            raise ValueError(f"plan: it is not what removes these blocks from this {self.model}")
+            raise ValueError(f"plan: its config or attributes do not match the removal of these blocks from this {self.model}")
 
     def change(self, model: nn.Module, weights: Weights | None = None) -> UpdateOptimizers:
         """Removes the blocks; see `ShapePlan.change`."""
@@ -120,53 +126,58 @@ def find_block_plan(
     scores: Mapping[str, Tensor] | None = None,
     names: Iterable[str] | None = None,
 ) -> BlockPlan:
-    """Finds how a model, its numbers and its config follow when blocks are removed; refuses what none can say.
+    """Finds how config and attributes change if blocks are removed, or raises.
 
     Args:
         model: The model.
-        chosen: The blocks, by stack.
-        scores: By stack, the score of each block, which the plan shows.
-        names: The stacks, of a model on meta tensors, whose run does not show them.
+        chosen: Blocks to remove, by stack.
+        scores: Score of each block by stack, for display.
+        names: Stacks of a model on meta tensors, which cannot be detected by a run.
     """
     stacks = find_blocks(model) if names is None else {name: _stack(model, name) for name in names}
     removed: dict[str, list[int]] = {}
-    for name, some in chosen.items():
-        numbers, count = sorted(set(some)), len(stacks.get(name, ()))
+    for name, chosen_blocks in chosen.items():
+        numbers, count = sorted(set(chosen_blocks)), len(stacks.get(name, ()))
         if not set(numbers) <= set(range(count)):
-            raise ValueError(f"plan: there are no blocks {str(numbers)[:80]} in {str(name)[:80]!r}")
+            raise ValueError(f"plan: {str(name)[:80]!r} does not have all of the blocks {str(numbers)[:80]}")
         if numbers and len(numbers) == count:
             raise ValueError(f"blocks: {name} would be left without blocks; at least one of its {count} must stay")
         if numbers:
             removed[name] = numbers
     _check_unshared(model, stacks, removed)
-    sizes = {name: len(stack) for name, stack in stacks.items()}
+    sizes = dict(zip(stacks, map(len, stacks.values()), strict=True))
     fields, attributes = find_block_fields(model, sizes, removed) if removed else ({}, {})
-    # some classes build no model of too few blocks; this one does of its config as it is
+    # some classes refuse too few blocks; compare with the unchanged config
     if (error := _building_error(model, fields)) is not None and _building_error(model, {}) is None:
-        left = f"{type(model).__name__} is not built of what is left: {type(error).__name__}: {error}"
-        raise ValueError(f"blocks: {left}") from error
-    going = set[nn.Parameter]()
+        cause = f"{type(error).__name__}: {error}"
+        raise ValueError(f"blocks: {type(model).__name__} cannot be built with the remaining blocks: {cause}") from error
+    removed_params = set[nn.Parameter]()
     for name, numbers in removed.items():
         for number in numbers:
-            going.update(stacks[name][number].parameters())
-    before = sum(parameter.numel() for parameter in model.parameters())
-    parameters = before, before - sum(parameter.numel() for parameter in going)
-    shown = {name: values.tolist() for name, values in (scores or {}).items()}
-    return BlockPlan(type(model).__name__, _digest(model), removed, _counts(stacks), fields, attributes, parameters, shown)
+            removed_params.update(stacks[name][number].parameters())
+    before = sum(map(Tensor.numel, model.parameters()))
+    parameters = before, before - sum(map(Tensor.numel, removed_params))
+    score_lists = {name: values.tolist() for name, values in (scores or {}).items()}
+    return BlockPlan(type(model).__name__, _digest(model), removed, _counts(stacks), fields, attributes, parameters, score_lists)
 
 
 def _check_unshared(model: nn.Module, stacks: Mapping[str, nn.ModuleList], removed: Mapping[str, list[int]]) -> None:
-    """Refuses blocks that share parameters with other modules, which stay."""
-    named = [(name, id(p), block_of(name, stacks)) for name, p in model.named_parameters(remove_duplicate=False)]
+    """Raises if a removed block shares parameters with a module that stays."""
     blocks = {(name, number) for name, numbers in removed.items() for number in numbers}
-    staying = {parameter: name for name, parameter, block in named if block not in blocks}
-    for _, parameter, block in named:
-        if block in blocks and block is not None and parameter in staying:
-            raise ValueError(f"blocks: block {block[1]} of {block[0]} shares weights with {staying[parameter]}, which stays")
+    staying, leaving = dict[int, str](), list[tuple[tuple[str, int], int]]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        block = block_of(name, stacks)
+        if block is not None and block in blocks:
+            leaving.append((block, id(parameter)))
+        else:
+            staying[id(parameter)] = name
+    for (stack, number), key in leaving:
+        if key in staying:
+            raise ValueError(f"blocks: block {number} of {stack} shares weights with {staying[key]}, which stays")
 
 
 def _building_error(model: PreTrainedModel, fields: Fields) -> Exception | None:
-    """Returns the error with which building on meta from changed fields of the config ends, or the first weights there."""
+    """Returns the error of building the model on meta with changed config fields, or None."""
     try:
         build_on_meta(model, with_fields(model.config, fields)).initialize_weights()  # type: ignore[no-untyped-call]
     except Exception as error:  # whatever a class raises
@@ -190,21 +201,21 @@ def _digest(model: PreTrainedModel) -> str:
 
 
 class _Tried(Exception):
-    """The end of a trial, by which everything is put back."""
+    """Ends a trial, so that everything is restored."""
 
 
 def checked_block_plan(model: PreTrainedModel, plan: BlockPlan) -> BlockPlan:
-    """Returns a plan that can be carried out, as has been tried; the model is as before."""
+    """Returns the plan after a trial removal; raises if it fails. The model is unchanged."""
     with suppress(_Tried):
         _remove(model, plan, trial=True)
     return plan
 
 
 def _remove(model: PreTrainedModel, plan: BlockPlan, trial: bool = False) -> set[nn.Parameter]:
-    """Removes the blocks of a plan, in place, and returns what has been removed; the model is as before if that fails.
+    """Removes the blocks of a plan in place and returns their parameters; undone on errors.
 
-    Refuses a block that runs several times, and a model that then computes something else than with the blocks skipped, or does
-    not run with a key-value cache, as generating uses it.
+    Raises for a block that runs several times, and for a model whose output then differs from the one with the blocks skipped or
+    that fails with a KV cache, as used by `generate`.
     """
     if not plan.units:
         return set()
@@ -212,27 +223,27 @@ def _remove(model: PreTrainedModel, plan: BlockPlan, trial: bool = False) -> set
         expected = run_outputs(model)
     for (stack, number), times in runs.items():
         if times > 1:
-            raise ValueError(f"blocks: block {number} of {stack} runs {times} times in a forward: its weights are shared")
+            raise ValueError(f"blocks: block {number} of {stack} runs {times} times per forward pass: its weights are shared")
     with skipping(model, plan.units):
         cached, _ = cached_outputs(model)
     before = set(model.parameters())
     with store_of(model).restored_on_error(), restored_on_error(model):
         remove_blocks(model, plan)
-        _check_alike(model, plan.units, expected, cached)
+        _check_same_output(model, plan.units, expected, cached)
         if trial:
             raise _Tried
     return before - set(model.parameters())
 
 
 def without_blocks(model: PreTrainedModel, plan: BlockPlan) -> PreTrainedModel:
-    """Returns a model without the blocks of a plan, on meta tensors, where what it computes is not compared."""
+    """Returns the model without the blocks of a plan, on the meta device, unchecked."""
     meta_model = to_meta(model)
     remove_blocks(meta_model, plan)
     return meta_model
 
 
 def remove_blocks(model: PreTrainedModel, plan: BlockPlan) -> None:
-    """Takes the blocks of a plan out of a model, where what it computes is not compared; numbers and the config follow."""
+    """Removes the blocks of a plan in place, without comparing outputs."""
     for name, removed in plan.units.items():
         stack = _stack(model, name)
         keep_blocks(stack, [first for number, first in enumerate(block_numbers(stack)) if number not in removed])
@@ -245,22 +256,23 @@ def remove_blocks(model: PreTrainedModel, plan: BlockPlan) -> None:
     record_shape(model)
 
 
-def _check_alike(
+def _check_same_output(
     model: PreTrainedModel, blocks: Mapping[str, list[int]], expected: Sequence[Tensor], cached: Sequence[Tensor]
 ) -> None:
-    """Compares what a model computes without blocks with what it did when they were skipped, also with a key-value cache."""
-    kind, near = type(model).__name__, tolerance(model)
+    """Compares outputs without the blocks and with the blocks skipped, also with a KV cache."""
+    kind, tolerances = type(model).__name__, tolerance(model)
     now_cached, error = cached_outputs(model)
     if error is not None and len(now_cached) < len(cached):
         raise ValueError(
-            f"blocks: {kind} does not run without {blocks} and with a key-value cache, as generate uses it: "
+            f"blocks: {kind} does not run without {blocks} if a KV cache is used, as generate does: "
             f"{type(error).__name__}: {error}"
         ) from error
-    for how, then, now in (("", expected, run_outputs(model)), (" with a key-value cache", cached, now_cached[: len(cached)])):
-        if not outputs_match(then, now, near):
+    outputs = {"": (expected, run_outputs(model)), " with a KV cache": (cached, now_cached[: len(cached)])}
+    for how, (expected_output, output) in outputs.items():
+        if not outputs_match(expected_output, output, tolerances):
             raise ValueError(
-                f"blocks: {kind} computes something else{how} without {blocks} than it does when they are skipped: "
-                "later blocks need them, or count on their own place"
+                f"blocks: {kind} computes something else{how} without {blocks} than with these blocks skipped: later blocks "
+                "depend on them or on their own position"
             )
 
 

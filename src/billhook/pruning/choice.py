@@ -1,4 +1,4 @@
-"""Chooses the units of the lowest importance, in each layer or over all layers, as far as they may be removed."""
+"""Chooses the units with the lowest importance scores, within each layer or globally."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,17 +19,17 @@ from billhook.units.find import of_kind
 from billhook.units.units import Per, Units, plural
 
 Counts = Mapping[str, Mapping[str, int]]
-"""By the name of a ratio, and by place, numbers of units."""
+"""Ratio name -> module -> number of units."""
 
 
 @dataclass(frozen=True)
 class _Order:
-    """The units of layers that lose the same ones, in the order in which they go: some of each layer in each step.
+    """Units of modules that lose the same units, in order of removal.
 
     Attributes:
-        layers: The names of these layers.
-        units: Those that go in each step: int64, `[steps, units]`.
-        scores: The score of each step, float64, ascending.
+        layers: Names of the modules.
+        units: Units of each step: int64, `[steps, units]`.
+        scores: Score of each step: float64, ascending.
     """
 
     layers: Sequence[str]
@@ -39,13 +39,13 @@ class _Order:
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """Says how attention heads are compared and how many stay.
+    """Options for comparing attention heads and for how many remain.
 
     Args:
-        ranking: `"layer"`: as many heads from each layer; `"global"`: the lowest of all layers, as in Michel et al., 2019.
-        per: Whether heads are query heads (`"head"`), or KV heads with the query heads that they serve (`"kv_head"`).
-        min_heads: The least number of heads in each layer; 0 only if heads are masked and never removed.
-        normalize: True to divide the scores of each layer by their L2 norm, as the paper does.
+        ranking: `"layer"` removes the same number from every layer; `"global"` the lowest of all, as in Michel et al. (2019).
+        per: Unit to prune: query heads (`"head"`), or KV heads together with their query heads (`"kv_head"`).
+        min_heads: Fewest heads that remain in each layer. 0 is legal only if heads are masked and never removed.
+        normalize: If True, divides the scores of each layer by their L2 norm, as in the paper.
 
     Raises:
         ValueError: If an argument is not legal.
@@ -64,24 +64,27 @@ class HeadOptions:
         check_types(HeadOptions, vars(self))
 
 
-def check_choice(ratio: float, ranking: str, least: int, per: str, what: str = "units") -> None:
-    """Refuses arguments that no model allows; `what` names the units in messages, and `least` there is `min_heads` of heads."""
+def check_choice(ratio: float, ranking: str, min_units: int, per: str, what: str = "units") -> None:
+    """Raises for arguments that are illegal for every model.
+
+    `what` names the units in messages; `least` is `min_heads` if the units are heads.
+    """
     check_fraction("ratio", ratio, of=f"the {what}")
     check_one_of("ranking", ranking, Ranking)
-    check_int(f"min_{what}", least, 0)
+    check_int(f"min_{what}", min_units, 0)
     check_one_of("per", per, Per)
 
 
 def choose_including(
-    take: Callable[[Mapping[str, Tensor]], dict[str, list[int]]],
-    before: Mapping[str, Sequence[int]],
+    choose_by: Callable[[Mapping[str, Tensor]], dict[str, list[int]]],
+    earlier: Mapping[str, Sequence[int]],
     scores: Mapping[str, Tensor],
 ) -> dict[str, list[int]]:
-    """Chooses units by their scores, among them all that have been chosen before."""
+    """Chooses units by their scores, including all that were chosen before."""
     lowest = {name: values.clone() for name, values in scores.items()}
-    for name, chosen in before.items():
+    for name, chosen in earlier.items():
         lowest[name][list(chosen)] = -torch.inf
-    return take(lowest)
+    return choose_by(lowest)
 
 
 def choose(
@@ -95,47 +98,56 @@ def choose(
     ends: tuple[int, int] = (0, 0),
     name: str = "ratio",
 ) -> dict[str, list[int]]:
-    """Chooses the units of the lowest scores, of one kind; by place, ascending, places without any are left out.
+    """Chooses the units with the lowest scores, of a single kind.
+
+    Returns ascending unit numbers by module, without modules that lose none.
 
     Args:
-        units: The units by place.
-        scores: By place, one for each unit; of attentions, for each query head or KV head, as `per` says.
-        ratio: Fraction of the units, in [0, 1), rounded down; of blocks also the number in each stack (int).
-        ranking: `"layer"`: as many in each place; `"global"`: the lowest of all places.
-        min_units: The fewest that remain in each place.
-        per: For heads, whether scores and chosen units are of query heads, or KV heads.
-        remove: Whether they can be removed, not only masked: then all KV heads keep as many query heads, and layers that share a
-            position bias lose the same heads.
-        ends: How many units at the beginning and at the end of each place are kept.
-        name: The name of `ratio` in messages.
+        units: Units by module.
+        scores: One score per unit, by module. For attention, per query head or KV head, as `per` says.
+        ratio: Fraction of the units in [0, 1), rounded down. For blocks, also the number per stack (int).
+        ranking: `"layer"` takes the same number from every module; `"global"` the lowest of all modules.
+        min_units: Fewest units that remain in each module.
+        per: Whether scores and chosen heads are query heads or KV heads.
+        remove: If True, the units can be removed and not only masked: all KV heads keep the same number of query heads, and
+            layers that share a position bias lose the same heads.
+        ends: Numbers of units to protect at the start and end of each module.
+        name: Name of `ratio` in messages.
 
     Raises:
-        ValueError: If a score is missing or NaN, or a place would keep fewer than `min_units`: then with the legal ratio.
+        ValueError: If a score is missing or NaN, or a module would keep fewer than `min_units`. The message names the legal
+            ratio.
     """
     what = plural(layer.kind for layer in units.values())
     check_choice(0 if what == "blocks" and type(ratio) is int else ratio, ranking, min_units, per)
     if remove and min_units < 1:
-        raise ValueError(f"min_units={min_units}: where units are removed, one at least stays in each place")
-    counts = {layer: of_layer.count(per) for layer, of_layer in units.items()}
-    for layer, count in counts.items():
+        raise ValueError(f"min_units={min_units} must be at least 1 if units are removed. Keep one unit per module.")
+    for layer, of_layer in units.items():
+        count = of_layer.count(per)
         if layer not in scores or len(scores[layer]) != count:
-            raise ValueError(f"scores: a score for each of the {count} {what} of {layer} is needed (per={per!r})")
+            raise ValueError(f"scores: {layer} needs one score for each of its {count} {what} (per={per!r})")
         if scores[layer].isnan().any():
-            raise ValueError(f"scores: a score of {layer} is NaN")
-    sets = coupled_modules(units) if remove else [[layer] for layer in units]
-    orders = [_order(units, layers, scores, per, remove, min_units, ends) for layers in sets]
+            raise ValueError(f"scores: {layer} has a score that is NaN")
+    competitions = list[list[_Order]]()  # units are ranked within each of these
+    for layers in coupled_modules(units) if remove else zip(units, strict=True):
+        if ranking == "layer" or not competitions:
+            competitions.append([])
+        competitions[-1].append(_order(units, layers, scores, per, remove, min_units, ends))
     removed: dict[str, list[int]] = {}
-    for ranked_together in [[order] for order in orders] if ranking == "layer" else [orders]:
-        total = sum(counts[layer] for order in ranked_together for layer in order.layers)
-        where = ranked_together[0].layers[0] if ranking == "layer" else "all layers"
-        steps = _lowest_steps(ranked_together, ratio, total, f"{what} of {where}", name)
-        for order, numbers in zip(ranked_together, steps, strict=True):
+    for orders in competitions:
+        total = sum(units[layer].count(per) for order in orders for layer in order.layers)
+        where = orders[0].layers[0] if ranking == "layer" else "all layers"
+        steps = _lowest_steps(orders, ratio, total, f"{what} of {where}", name)
+        for order, numbers in zip(orders, steps, strict=True):
             removed |= dict.fromkeys(order.layers, np.sort(order.units[numbers].flatten()).tolist())
     return {layer: list(removed[layer]) for layer in units if removed.get(layer)}
 
 
 def rank_units(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> list[int]:
-    """Orders the units of a place from the lowest score to the highest; of equal ones the first leads, of blocks the last."""
+    """Orders the units of a module from the lowest score to the highest.
+
+    Of equal scores, the first unit leads; for blocks, the last.
+    """
     values, count = scores.detach().cpu().double().numpy(), len(scores)
     order = count - 1 - np.argsort(values[::-1], kind="stable") if units.kind == "block" else np.argsort(values, kind="stable")
     return [unit for unit in order.tolist() if ends[0] <= unit < count - ends[1]]
@@ -150,19 +162,11 @@ def _order(
     min_units: int,
     ends: tuple[int, int],
 ) -> _Order:
-    """Orders the units that may be removed, the least important first, of layers that lose the same ones."""
+    """Orders the removable units of coupled modules, the least important first."""
     first, score = units[layers[0]], torch.stack([scores[layer].detach().cpu().double() for layer in layers]).mean(0)
     values, count = score.numpy(), first.count(per)
-    if remove and per == "head" and first.count("kv_head") < count:  # the lowest of each KV head, then the next of each
-        queries_of = [np.flatnonzero(first.kv_of == kv) for kv in range(first.count("kv_head"))]
-        if len({len(queries) for queries in queries_of}) > 1:
-            raise ValueError(
-                f"per='head': the KV heads of {layers[0]} serve different numbers of query heads; per='kv_head' works"
-            )
-        order = [queries[np.argsort(values[queries], kind="stable")] for queries in queries_of]
-        steps = np.sort(np.stack(order, axis=1), axis=1)
-        # fmean rounds once, so that a step's mean does not depend on the order of its heads
-        means = np.array([fmean(step) for step in values[steps].tolist()])
+    if remove and per == "head" and first.count("kv_head") < count:
+        steps, means = _head_steps(first, values, layers[0])
     else:
         steps = np.array(rank_units(first, score, ends), dtype=np.int64)[:, None]
         means = values[steps[:, 0]]
@@ -171,26 +175,46 @@ def _order(
     return _Order(layers, steps[:most], means[:most])
 
 
+def _head_steps(units: Units, values: np.ndarray, name: str) -> tuple[Indices, np.ndarray]:
+    """Returns steps of the next lowest query head of every KV head, with their mean scores."""
+    order = list[Indices]()
+    for kv_head in range(units.count("kv_head")):
+        queries = np.flatnonzero(units.kv_of == kv_head)
+        order.append(queries[np.argsort(values[queries], kind="stable")])
+    if len(set(map(len, order))) > 1:
+        raise ValueError(
+            f"per='head' is not supported: the KV heads of {name} have different numbers of query heads. Use per='kv_head'."
+        )
+    steps = np.sort(np.stack(order, axis=1), axis=1)
+    # fmean rounds once, so that a step's mean does not depend on the order of its heads
+    return steps, np.array([fmean(step) for step in values[steps].tolist()])
+
+
 def _lowest_steps(orders: Sequence[_Order], ratio: float, total: int, what: str, name: str) -> list[list[int]]:
-    """Returns for each order the steps of the lowest scores of all that come to at most this part of the units."""
-    steps = [(number, step) for number, order in enumerate(orders) for step in range(len(order.units))]
-    sizes = [order.units.shape[1] * len(order.layers) for order in orders]
-    num_most = sum(sizes[number] for number, _ in steps)
+    """Returns the steps of each order with the lowest scores that fit the ratio."""
+    steps, sizes, scores = list[tuple[int, int]](), list[int](), list[np.ndarray]()
+    num_most = 0
+    for number, order in enumerate(orders):
+        steps += [(number, step) for step in range(len(order.units))]
+        sizes.append(order.units.shape[1] * len(order.layers))
+        scores.append(order.scores)
+        num_most += sizes[number] * len(order.units)
     target = ratio if type(ratio) is int else int(ratio * total + 1e-9)  # 0.3 of 10 is 3, though floats may say 2.9999
     if target > num_most:
         raise ValueError(
-            f"{name}={ratio}: {target} of {total} {what} would be removed, and at most {num_most} may: {num_most / total:g}"
+            f"{name}={ratio} would remove {target} of {total} {what}. At most {num_most} can be removed: "
+            f"{name}={num_most / total:g}."
         )
     left, smallest = target, min(sizes, default=0)
-    taken: list[list[int]] = [[] for _ in orders]
-    for rank in np.argsort(np.concatenate([order.scores for order in orders]), kind="stable").tolist():
+    chosen: list[list[int]] = [[] for _ in orders]
+    for rank in np.argsort(np.concatenate(scores), kind="stable").tolist():
         number, step = steps[rank]
         if left < smallest:
             break
         if sizes[number] <= left:  # a smaller step that comes later may still fit
-            taken[number].append(step)
+            chosen[number].append(step)
             left -= sizes[number]
-    return taken
+    return chosen
 
 
 def choose_units(
@@ -202,21 +226,23 @@ def choose_units(
     steps: Mapping[str, int] | None = None,
     first: Counts | None = None,
 ) -> dict[str, list[int]]:
-    """Chooses the units of the lowest scores, of several kinds; by place, ascending, of attentions query heads.
+    """Chooses the units with the lowest scores, of several kinds.
 
-    The scores are of heads or KV heads as the ratio is, by its name in `Amount`; protected places keep all of their units.
+    Returns ascending unit numbers by module; for attention, query heads. Heads are scored as query heads or KV heads, as the name
+    of the ratio says.
 
     Args:
-        units: The units by place.
+        units: Units by module.
         scores: Their scores.
-        amount: Says how they are ranked, how many stay, and to what numbers are rounded.
-        ratios: By name, which part of them goes.
-        protected: Places that keep all.
-        steps: By place, a number of which a multiple stays.
-        first: By name and place, how many units there were before parts of the amount were removed; given ratios are of those.
+        amount: Ranking, minimum sizes, and width rounding.
+        ratios: Fraction to remove, by the name of the ratio.
+        protected: Modules that keep all units.
+        steps: Number that the kept units must be a multiple of, by module.
+        first: Original number of units by ratio name and module, if parts of the amount were removed before. Ratios refer to
+            them.
 
     Raises:
-        ValueError: If a score is missing or NaN, or a ratio would leave a place with fewer than `min_units`.
+        ValueError: If a score is missing or NaN, or a ratio would leave a module with fewer than `min_units`.
     """
     removed: dict[str, list[int]] = {}
     for name, ratio in ratios.items():
@@ -225,66 +251,87 @@ def choose_units(
             continue
         layers = unprotected(of_kind(units, kind), protected)
         if not layers:
-            why = "all are in protected blocks" if of_kind(units, kind) else "the model has none that may be removed"
-            raise ValueError(f"{name}={ratio:g}: {why}")
-        ends = (amount.first, amount.last) if kind == "block" else (0, 0)
-        take = partial(choose, scores=scores, min_units=amount.min_units, per=per, ends=ends, name=name)
-        num_first = {layer: (first or {}).get(name, {}).get(layer, layers[layer].count(per)) for layer in layers}
-        parts = {ratio: list(layers)}
-        if name in amount.ratios:
-            parts = _parts_left(layers, ratio, num_first, per, amount.ranking)
-        chosen: dict[str, list[int]] = {}
-        for part, names in parts.items():
-            chosen |= take({layer: layers[layer] for layer in names}, ratio=part, ranking=amount.ranking)
-        for coupled_layers in coupled_modules({layer: layers[layer] for layer in chosen}):
-            layer = coupled_layers[0]
-            count, num_kept = layers[layer].count(per), layers[layer].count(per) - len(chosen[layer])
-            step = (steps or {}).get(layer, 1)
-            num_rounded = _rounded(
-                layers[layer], num_kept, num_first[layer], step, per, amount, at_most=name in amount.open_ratios
-            )
-            if num_rounded != num_kept:
-                again = take({layer: layers[layer] for layer in coupled_layers}, ratio=(count - num_rounded) / count)
-                chosen |= dict.fromkeys(coupled_layers, []) | again
+            if of_kind(units, kind):
+                raise ValueError(f"{name}={ratio:g}: all are in protected blocks. Lower first or last.")
+            raise ValueError(f"{name}={ratio:g}: the model has no prunable units")
+        chosen = _choose_kind(layers, scores, amount, name, ratio, steps or {}, (first or {}).get(name, {}))
         for layer, numbers in chosen.items():
             if numbers:
                 removed[layer] = layers[layer].query_heads(numbers) if per == "kv_head" else numbers
     return removed
 
 
+def _choose_kind(
+    layers: Mapping[str, Units],
+    scores: Mapping[str, Tensor],
+    amount: Amount,
+    name: str,
+    ratio: float,
+    steps: Mapping[str, int],
+    first: Mapping[str, int],
+) -> dict[str, list[int]]:
+    """Chooses the units of a single ratio, and rounds the numbers that remain."""
+    kind, per = RATIOS[name]
+    ends = (amount.first, amount.last) if kind == "block" else (0, 0)
+    take = partial(choose, scores=scores, min_units=amount.min_units, per=per, ends=ends, name=name)
+    num_first = {layer: first.get(layer, of_layer.count(per)) for layer, of_layer in layers.items()}
+    parts = _parts_left(layers, ratio, num_first, per, amount.ranking) if name in amount.ratios else {ratio: list(layers)}
+    chosen: dict[str, list[int]] = {}
+    for part, names in parts.items():
+        chosen |= take(_subset(layers, names), ratio=part, ranking=amount.ranking)
+    for coupled_layers in coupled_modules(_subset(layers, chosen)):
+        layer = coupled_layers[0]
+        count, num_kept = layers[layer].count(per), layers[layer].count(per) - len(chosen[layer])
+        at_most = name in amount.open_ratios
+        num_rounded = _rounded(layers[layer], num_kept, num_first[layer], steps.get(layer, 1), per, amount, at_most)
+        if num_rounded != num_kept:
+            again = take(_subset(layers, coupled_layers), ratio=(count - num_rounded) / count)
+            chosen |= dict.fromkeys(coupled_layers, []) | again
+    return chosen
+
+
+def _subset(units: Mapping[str, Units], names: Iterable[str]) -> dict[str, Units]:
+    return {name: units[name] for name in names}
+
+
 def _parts_left(
     layers: Mapping[str, Units], ratio: float, num_first: Mapping[str, int], per: Per, ranking: Ranking
 ) -> dict[float, list[str]]:
-    """Groups layers by the part of what is left in them that goes, for a ratio of what there was at first."""
+    """Groups modules by the fraction of their remaining units to remove."""
     parts: dict[float, list[str]] = {}
-    for names in [list(layers)] if ranking == "global" else [[name] for name in layers]:
-        first, now = sum(num_first[name] for name in names), sum(layers[name].count(per) for name in names)
-        part = ratio if first == now else max(0.0, ratio * first - (first - now)) / now
+    for names in [tuple(layers)] if ranking == "global" else zip(layers, strict=True):
+        first, num_now = sum(num_first[name] for name in names), sum(layers[name].count(per) for name in names)
+        part = ratio if first == num_now else max(0.0, ratio * first - (first - num_now)) / num_now
         parts.setdefault(part, []).extend(names)
     return parts
 
 
 def _rounded(units: Units, num_kept: int, num_first: int, step: int, per: Per, amount: Amount, at_most: bool) -> int:
-    """Returns how many units stay in a layer that was to keep so many."""
+    """Returns the rounded number of units to keep in a module."""
     count, channels, length = units.count(per), units.kind in ("channel", "residual"), unit_length(units, per)
     if amount.round_to == "auto" and length and (channels or not at_most):
         grouped = per == "head" and units.count("kv_head") < count and not channels
-        in_step = units.count("kv_head") if grouped else 1  # as many go of each KV head
-        near = round_units(num_kept, num_first, count, amount.min_units, length, math.lcm(step, in_step), more=not at_most)
-        if near is not None:
-            return near
+        in_step = units.count("kv_head") if grouped else 1  # every KV head loses the same number of query heads
+        num_rounded = round_units(
+            num_kept, num_first, count, amount.min_units, length, math.lcm(step, in_step), allow_more=not at_most
+        )
+        if num_rounded is not None:
+            return num_rounded
     multiple = math.lcm(1 if amount.round_to == "auto" else amount.round_to, step) if channels else 1
     return min(-(-num_kept // multiple) * multiple, count)
 
 
 def unprotected(units: Mapping[str, Units], protected: Iterable[str]) -> dict[str, Units]:
-    """Returns the places that may lose units: neither protected nor bound to one that is, as by a common position bias."""
+    """Returns the modules that may lose units.
+
+    Leaves out protected modules and those coupled to them, for example by a shared position bias.
+    """
     bound = {layer for layers in coupled_modules(units) if not set(layers).isdisjoint(protected) for layer in layers}
     return {name: layer for name, layer in units.items() if name not in bound}
 
 
 def protected_modules(model: nn.Module, units: Mapping[str, Units], amount: Amount) -> frozenset[str]:
-    """Returns the places in the first and last blocks of a stack."""
+    """Returns the modules in the first and last blocks of each stack."""
     stacks = find_blocks(model) if amount.first or amount.last else {}
     protected = set[str]()
     for name, layer in units.items():

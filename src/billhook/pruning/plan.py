@@ -1,4 +1,4 @@
-"""Which units are removed from a model, as a plan."""
+"""Plans of units to remove from a model."""
 
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -31,7 +31,7 @@ from billhook.units.units import PLURAL, UnitKind, count_text, counts
 
 @dataclass(frozen=True, eq=False, repr=False)
 class UnitPlan(Cut, ShapePlan):
-    """Which heads, channels, residual channels or experts are removed, and what the model costs then; `print` shows a table."""
+    """A plan to remove heads, channels, hidden dimensions, or experts; `print` shows a table."""
 
     kind: ClassVar[str] = "units"
     costs: tuple[Costs, Costs] | None = None
@@ -39,12 +39,12 @@ class UnitPlan(Cut, ShapePlan):
 
     @classmethod
     def of(cls, cut: Cut, costs: tuple[Costs, Costs] | None = None, rows: tuple[RowLength, ...] = ()) -> Self:
-        """Makes a plan of what has been found."""
+        """Returns the plan of a cut."""
         return cls(**vars(cut), costs=costs, rows=rows)
 
     @property
     def words(self) -> str:
-        """How many units of each kind are removed, in words."""
+        """The number of units of each kind to remove, in words."""
         numbers: dict[UnitKind, list[int]] = {}
         for name, removed in self.units.items():
             numbers.setdefault(self.kinds[name], []).append(len(removed))
@@ -53,8 +53,8 @@ class UnitPlan(Cut, ShapePlan):
             if kind in numbers:
                 count, module = len(numbers[kind]), "attention module" if kind == "head" else "module"
                 where = f" in {count:,} {module}{'s' * (count != 1)}"
-                one_stream = kind == "residual" and count == 1
-                words.append(f"{count_text(kind, sum(numbers[kind]))}{'' if one_stream else where}")
+                is_single_stream = kind == "residual" and count == 1
+                words.append(f"{count_text(kind, sum(numbers[kind]))}{'' if is_single_stream else where}")
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
@@ -63,8 +63,8 @@ class UnitPlan(Cut, ShapePlan):
             "kind": self.kind,
             "model": self.model,
             "kinds": dict(self.kinds),
-            "units": {name: list(removed) for name, removed in self.units.items()},
-            "before": {name: list(numbers) for name, numbers in self.before.items()},
+            "units": _as_lists(self.units),
+            "before": _as_lists(self.before),
             "rows": [row.to_json() for row in self.rows],
         }
 
@@ -72,23 +72,24 @@ class UnitPlan(Cut, ShapePlan):
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
         parts = ("model", "kinds", "units", "before")
         if not all(part in plain for part in parts):
-            raise ValueError(f"plan: a mapping with {', '.join(parts)} is needed, as to_json returns it")
+            raise ValueError(f"plan must be a mapping with {', '.join(parts)}. Pass the output of to_json.")
         for part in parts[1:]:
             is_legal = _is_kind if part == "kinds" else _is_list
             if not isinstance(plain[part], Mapping) or not all(map(is_legal, plain[part].values())):
-                raise ValueError(f"plan: {part} is {str(plain[part])[:80]!r}, and must be as to_json returns it")
+                raise ValueError(f"plan: {part}={str(plain[part])[:80]!r} is malformed. Pass the output of to_json.")
         before = {name: tuple(numbers) for name, numbers in plain["before"].items()}
         rows = row_lengths_from_json(plain.get("rows", []))
         return cls.of(_find_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)), rows=rows)
 
     def check_made_for(self, model: nn.Module) -> None:
-        """Refuses a model that the plan was not made for; see `ModelPlan.check_made_for`."""
+        """Raises if the plan was made for another model; see `ModelPlan.check_made_for`."""
         subject = find_transformer(model)
-        now = _find_again(self.model, self.kinds, self.before, self.units, subject).cuts
-        if now.keys() != self.cuts.keys() or any(not np.array_equal(stays, now[key]) for key, stays in self.cuts.items()):
+        cuts_now = _find_again(self.model, self.kinds, self.before, self.units, subject).cuts
+        same_tensors = cuts_now.keys() == self.cuts.keys()
+        if not same_tensors or any(not np.array_equal(kept, cuts_now[key]) for key, kept in self.cuts.items()):
             raise ValueError(
-                f"plan: it was made for a {self.model} with other units than this {type(subject).__name__} has (its tensors hold "
-                "others)"
+                f"plan: it was made for a {self.model} with other units than this {type(subject).__name__} has (different tensor "
+                "positions). Make a new plan."
             )
 
     def change(self, model: nn.Module, weights: Weights | None = None) -> UpdateOptimizers:
@@ -99,38 +100,40 @@ class UnitPlan(Cut, ShapePlan):
             return partial(update_optimizers, remove(subject, self, lambda: LazyTensors.of(weights or {}).key))
 
     def _renderables(self) -> list[RenderableType]:
-        alike: dict[tuple[str, str], list[str]] = {}
+        modules_of: dict[tuple[str, str], list[str]] = {}
+        num_rows = Counter[str]()
         for name, kind in self.kinds.items():
             by_number = kind == "head" and name in self.units
-            alike.setdefault((name if by_number else _pattern(name), self._change(name)), []).append(name)
-        several = Counter(_pattern(shown) for shown, _ in alike)
+            row = name if by_number else _pattern(name), self._change(name)
+            num_rows[_pattern(name)] += row not in modules_of
+            modules_of.setdefault(row, []).append(name)
         rows = []
-        for (shown, change), names in alike.items():
-            layer, where = shown, ""
+        for (row_name, change), names in modules_of.items():
+            layer, where = row_name, ""
             if len(names) == 1:
                 layer = names[0] or "the model"
             else:
-                star = shown.split(".").index("*")
-                which = f": {', '.join(name.split('.')[star] for name in names)}" if several[_pattern(shown)] > 1 else ""
-                where = f" in each of {len(names)}{which}"
+                star = row_name.split(".").index("*")
+                numbers = f": {', '.join(name.split('.')[star] for name in names)}" if num_rows[_pattern(row_name)] > 1 else ""
+                where = f" in each of {len(names)}{numbers}"
             rows.append((layer, f"{change}{where}"))
         first, *costs = self._costs()
         notes = [Padding.indent(Text(line), 2) for line in (*costs, *self._notes())]
         return [first, *notes[: len(costs)], text_table(rows, aligns="<", indent=2), *notes[len(costs) :]]
 
     def _change(self, name: str) -> str:
-        """Returns what becomes of a place: heads by number, other units by how many."""
+        """Describes the change of a module: head numbers, or counts of other units."""
         kind, before, after, removed = self.kinds[name], self.before[name], self.after[name], self.units.get(name, [])
         if kind != "head":
             return f"{before[0]:,} -> {after[0]:,} {PLURAL[kind]}" if removed else f"{before[0]:,} {PLURAL[kind]}"
         query, kv = before
         if not removed:
             return f"{query} query, {kv} KV heads" if kv != query else f"{query} heads"
-        then = "{} query, {} KV".format(*after) if kv != query else f"{after[0]}"
-        return f"{query} -> {then} heads; without {', '.join(map(str, removed))}"
+        after_text = "{} query, {} KV".format(*after) if kv != query else f"{after[0]}"
+        return f"{query} -> {after_text} heads; without {', '.join(map(str, removed))}"
 
     def _costs(self) -> list[str]:
-        """Says what the model costs before and after: first its parameters."""
+        """Describes the model's costs before and after, parameters first."""
         costs = [("parameters", *self.parameters)]
         if self.costs:
             before, after = self.costs
@@ -138,14 +141,24 @@ class UnitPlan(Cut, ShapePlan):
             for label, name in {flops: "flops", cache: "kv_cache_bytes", "bytes": "bytes"}.items():
                 if getattr(before, name) and getattr(after, name):
                     costs.append((label, getattr(before, name), getattr(after, name)))
-        lines = [f"{then:,} -> {now:,} {label} ({1 - now / then:.1%} fewer)" for label, then, now in costs]
+        lines = [
+            f"{cost_before:,} -> {cost_after:,} {label} ({1 - cost_after / cost_before:.1%} fewer)"
+            for label, cost_before, cost_after in costs
+        ]
         return [f"{self.model}: {lines[0]}", *lines[1:]]
 
     def _notes(self) -> list[str]:
-        """Says what else there is to know: row lengths that suit no engine, numbers of KV heads."""
-        heads = [name for name in self.units if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]]
-        numbers = sorted({self.after[name][1] for name in heads})
-        return [*map(str, self.rows), *(uneven_devices_note(number) for number in numbers if not divides_among_devices(number))]
+        """Describes uneven row lengths and numbers of KV heads."""
+        numbers = set[int]()
+        for name in self.units:
+            if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]:
+                numbers.add(self.after[name][1])
+        uneven = sorted(number for number in numbers if not divides_among_devices(number))
+        return [*map(str, self.rows), *map(uneven_devices_note, uneven)]
+
+
+def _as_lists(numbers_of: Mapping[str, Collection[int]]) -> dict[str, list[int]]:
+    return {name: list(numbers) for name, numbers in numbers_of.items()}
 
 
 def _is_kind(value: object) -> bool:
@@ -163,19 +176,21 @@ def _find_again(
     units: Mapping[str, list[int]],
     model: nn.Module,
 ) -> Cut:
-    """Finds a cut again, and refuses a model whose class, places or numbers of units are others."""
+    """Finds the cut of a stored plan in a model, and raises if the units differ."""
     structure = trace(model)
     layers = units_of(model, structure, dict.fromkeys(kinds.values()))
-    now = {name: counts(layer) for name, layer in layers.items()}
-    if made_for == type(model).__name__ and before == now:
+    counts_here = {name: counts(layer) for name, layer in layers.items()}
+    if made_for == type(model).__name__ and before == counts_here:
         return find_cut(model, structure, layers, units)
     differs = "another class"
-    for name in [*before, *now]:
-        if before.get(name) != now.get(name):
-            then, there = (" and ".join(map(str, numbers.get(name, ["none"]))) for numbers in (before, now))
-            differs = f"{name or 'the model'}: {then} then, {there} now"
+    for name in [*before, *counts_here]:
+        if before.get(name) != counts_here.get(name):
+            in_plan, here = (" and ".join(map(str, numbers.get(name, ["none"]))) for numbers in (before, counts_here))
+            differs = f"{name or 'the model'}: {in_plan} then, {here} now"
             break
-    raise ValueError(f"plan: it was made for a {made_for} with other units than this {type(model).__name__} has ({differs})")
+    raise ValueError(
+        f"plan: it was made for a {made_for} with other units than this {type(model).__name__} has ({differs}). Make a new plan."
+    )
 
 
 def _pattern(name: str) -> str:
@@ -183,9 +198,9 @@ def _pattern(name: str) -> str:
 
 
 def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
-    """Refuses residual channels together with heads or channels, of a model whose blocks come from files.
+    """Raises if a streamed model would lose hidden dimensions with heads or channels.
 
-    These are compared with their mask in the model without the residual channels, of which there would be two on files.
+    The check of heads and channels needs a second copy of the model, without the hidden dimensions, which files do not hold.
     """
     if "residual" in kinds and {"head", "channel"} & set(kinds):
-        store_of(model).check_can_hold_all("residual: these channels and those within blocks do not go both at once")
+        store_of(model).check_can_hold_all("residual cannot be combined with heads or channels; remove them one after the other")

@@ -1,4 +1,4 @@
-"""Plans what is removed from a model: `plan` chooses units by their scores, `plan_units` takes those that are given."""
+"""Plans pruning: `plan` chooses units by their scores, `plan_units` takes given units."""
 
 from collections.abc import Iterable, Mapping
 
@@ -19,8 +19,7 @@ from billhook.model.plan import apply_plan
 from billhook.model.surgery import check_replaceable
 from billhook.progress import OnProgress
 from billhook.pruning.amount import Amount
-from billhook.pruning.block_plan import BlockPlan, find_block_plan
-from billhook.pruning.block_plan import checked_block_plan as tried_blocks
+from billhook.pruning.block_plan import BlockPlan, checked_block_plan, find_block_plan
 from billhook.pruning.choice import choose_units, rank_units
 from billhook.pruning.cut import find_cut
 from billhook.pruning.plan import UnitPlan, check_kinds
@@ -50,37 +49,36 @@ def plan(
     loss: Loss | None = None,
     reduce: Reduce | None = None,
 ) -> UnitPlan | BlockPlan:
-    """Chooses the least important units of a model, for `apply` or `mask`; the model stays as it is.
+    """Plans which units to remove, without changing the model.
 
-    "LLM-Pruner: On the Structural Pruning of Large Language Models" (Ma, Fang & Wang, 2023, https://arxiv.org/abs/2305.11627),
-    section 3, and of blocks "ShortGPT" (Men et al., 2024, https://arxiv.org/abs/2403.03853).
+    References: "LLM-Pruner" (Ma, Fang & Wang, 2023), section 3, https://arxiv.org/abs/2305.11627; for blocks, "ShortGPT" (Men et
+    al., 2024), https://arxiv.org/abs/2403.03853.
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
-        importance: Any `Importance`; by default `OutputNorm()`, or `Taylor()` where no module reads some units alone, as
-            experts; of blocks `BlockInfluence()`.
-        batches: Inputs of the model's forward, as dictionaries, labels included; a causal language model's own inputs are its
-            labels where there are none. Padding (by `attention_mask`) does not count. A `Calibration` reads them; by default
-            they are what the model itself writes.
-        heads: Fraction of the query heads that is removed, in [0, 1), as many of each KV head.
-        kv_heads: Fraction of the KV heads, with the query heads that they serve.
-        channels: Fraction of the channels of feed-forwards.
-        residual: Fraction of the channels of the residual stream (the hidden size).
-        experts: Fraction of the experts.
-        blocks: Fraction of the blocks of each stack, or their number (int); blocks are planned alone.
-        params: Parameters that are left at most, a number (int) or a fraction (float); KV heads and channels are removed for it.
-        amount: Instead of the seven above, an `Amount`, which also says other targets, the ranking and what is protected.
-        scores: Instead of `importance` and `batches`, the scores of all units that may be removed, as `score` returns them.
-        greedy: Of blocks, whether one is removed at a time, and the others are scored again without it.
-        loss: From model and batch to the number that is to be small; by default the loss that the model returns.
-        reduce: Sums a tensor over ranks, if each has batches of its own.
+        importance: Scores the units: any `Importance`. Defaults to `OutputNorm()`; to `Taylor()` for units without consumer
+            layers of their own, such as experts; to `BlockInfluence()` for blocks.
+        batches: Calibration data: dictionaries of forward inputs with labels, or a `Calibration`. A causal language model uses
+            its inputs as labels if there are none. Padding (`attention_mask`) is ignored. Defaults to self-generated text.
+        heads: Fraction of query heads to remove, in [0, 1), the same number from every KV head.
+        kv_heads: Fraction of KV heads to remove, with their query heads.
+        channels: Fraction of MLP channels to remove.
+        residual: Fraction of hidden dimensions (`hidden_size`) to remove.
+        experts: Fraction of experts to remove.
+        blocks: Fraction (float) or number (int) of blocks to remove from each stack. Cannot be combined with other units.
+        params: Budget: maximum number (int) or fraction (float) of parameters, met by removing KV heads and channels.
+        amount: An `Amount` instead of the seven arguments above. It also sets other budgets, the ranking, and protected blocks.
+        scores: Scores of all prunable units, as `score` returns them, instead of `importance` and `batches`.
+        greedy: If True, removes one block at a time and rescores the rest. Only for blocks.
+        loss: Function of model and batch that returns the loss. Defaults to the loss that the model returns.
+        reduce: Sums a tensor over ranks, if each rank has its own batches.
 
     Returns:
-        The plan; `print` shows it, with what the model then costs, and `plan.units` are the chosen units by place.
+        The plan. `print` shows it with the new costs of the model; `plan.units` has the chosen units by module.
 
     Raises:
-        ValueError: If an argument is not legal, a target cannot be reached (then with what can), the units may not be removed,
-            or they cannot be scored, as without batches, labels or a finite gradient.
+        ValueError: If an argument is not legal, the budget is out of reach (the message says what is reachable), the units are
+            not prunable, or they cannot be scored, for example without batches, labels, or a finite gradient.
 
     Example:
         >>> import billhook as bh
@@ -94,8 +92,9 @@ def plan(
         "heads": heads, "kv_heads": kv_heads, "channels": channels, "residual": residual, "experts": experts, "blocks": blocks,
         "params": params,
     }  # fmt: skip
-    if amount is not None and (twice := [name for name, value in by_name.items() if value is not None]):
-        raise ValueError(f"amount and {twice[0]}: give one of them; an Amount has the other as its own argument")
+    given_names = [name for name, value in by_name.items() if value is not None]
+    if amount is not None and given_names:
+        raise ValueError(f"amount cannot be combined with {given_names[0]}. Pass {given_names[0]} to Amount instead.")
     amount = amount or Amount(heads, kv_heads, channels, residual, experts, blocks, params)
     return plan_amount(model, amount, importance, batches, scores, greedy, loss, Comm.of(reduce, model))
 
@@ -111,17 +110,16 @@ def plan_amount(
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
 ) -> UnitPlan | BlockPlan:
-    """Plans as `plan`.
+    """Plans as `plan` does, for an `Amount`.
 
-    `progress` is called with how many batches have been scored, and how many there are; if `greedy`, how many blocks of a stack
-    are chosen.
+    `progress` is called with the number of scored batches and the total; if `greedy`, with the number of chosen blocks.
     """
     subject = find_transformer(model)
     if importance is not None and scores is None:
         check_has_gradients(subject, importance)
     if amount.blocks is None:
         if greedy:
-            raise ValueError("greedy=True: only blocks are removed one at a time")
+            raise ValueError("greedy=True requires blocks. Set blocks, or remove greedy.")
         check_kinds(subject, amount.kinds)
         return plan_from_search(RatioSearch(subject, amount), importance, batches, scores, loss, comm, progress)
     importance = importance or BlockInfluence()
@@ -130,18 +128,20 @@ def plan_amount(
         if scores is None:
             scores = score_units(subject, stacks, importance, batches, loss, amount.normalize, comm=comm, progress=progress)
         blocks = choose_units(stacks, scores, amount, amount.ratios)
-        return tried_blocks(subject, find_block_plan(subject, blocks, scores))
+        return checked_block_plan(subject, find_block_plan(subject, blocks, scores))
     blocks = {name: [] for name in numbers}
     runs = list(read_batches(batches, subject))  # an iterator would be empty in the second round
-    while left := [name for name, number in numbers.items() if len(blocks[name]) < number]:
+    num_rounds = max(numbers.values(), default=0)
+    for num_removed in range(num_rounds):
         with mask(subject, blocks, "block"):
-            without = score_units(subject, stacks, importance, runs, loss, comm=comm)
-        for name in left:
-            order = rank_units(stacks[name], without[name], (amount.first, amount.last))
-            blocks[name].append(next(number for number in order if number not in blocks[name]))
+            new_scores = score_units(subject, stacks, importance, runs, loss, comm=comm)
+        for name, number in numbers.items():
+            if num_removed < number:
+                order = rank_units(stacks[name], new_scores[name], (amount.first, amount.last))
+                blocks[name].append(next(block for block in order if block not in blocks[name]))
         if progress is not None:
-            progress(max(map(len, blocks.values())), max(numbers.values()))
-    return tried_blocks(subject, find_block_plan(subject, blocks))
+            progress(num_removed + 1, num_rounds)
+    return checked_block_plan(subject, find_block_plan(subject, blocks))
 
 
 def plan_from_search(
@@ -153,7 +153,7 @@ def plan_from_search(
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
 ) -> UnitPlan:
-    """Plans units as `plan_amount`, in what a search has found of a model that is as it was then."""
+    """Plans units as `plan_amount` does, reusing a search of the unchanged model."""
     search.check()
     if scores is None:
         units, amount = search.removable(), search.amount
@@ -166,21 +166,19 @@ def plan_from_search(
 def plan_units(
     model: nn.Module, units: Chosen, kind: UnitKind | Iterable[UnitKind] = "head", per: Per = "head"
 ) -> UnitPlan | BlockPlan:
-    """Plans the removal of given units: rows that make them, columns that read them, biases, norms, adapters, routers.
+    """Plans the removal of given units, with their rows, columns, biases, norms, and adapters.
 
-    A KV head is removed with the last of its query heads.
+    A KV head is removed with its last query head.
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
-        units: The units that are removed, by place: its name, or its number in the order in which `find_units` gives places; or
-            the numbers alone, if there is one place, as of blocks.
-        kind: The kind of the units, or several; `"block"` alone.
-        per: For heads, whether the numbers are of query heads, or of KV heads with the query heads that they serve.
+        units: Units to remove, by module: its name, or its number in the order of `find_units`. If there is only one module, such
+            as for blocks, the numbers alone.
+        kind: Kind of the units, or several kinds. `"block"` cannot be combined with others.
+        per: Whether numbers are query heads (`"head"`), or KV heads with their query heads (`"kv_head"`).
 
     Raises:
-        ValueError: If there is no such place or unit, a place would be left without units, KV heads would serve different
-            numbers of query heads, layers that share a position bias would lose different heads, the config cannot say which
-            blocks are left, or the units may not be removed at all; the message says why and what is legal.
+        ValueError: If there is no such module or unit, or the units are not prunable. The message says why and what is legal.
 
     Example:
         >>> import billhook as bh
@@ -191,9 +189,9 @@ def plan_units(
     check_types(plan_units, locals())
     subject, kinds = find_transformer(model), kinds_of(kind)
     if kinds == ["block"]:
-        return tried_blocks(subject, find_block_plan(subject, unit_ids(find_units(subject, kinds), units)))
+        return checked_block_plan(subject, find_block_plan(subject, unit_ids(find_units(subject, kinds), units)))
     if "block" in kinds:
-        raise ValueError(f"kind={kind!r}: blocks are planned alone")
+        raise ValueError(f"kind={kind!r}: blocks cannot be combined with other kinds. Plan them separately.")
     check_kinds(subject, kinds)
     structure = trace(subject)
     layers = units_of(subject, structure, kinds)
@@ -210,24 +208,24 @@ def prune_units(
     kind: UnitKind | Iterable[UnitKind] = "head",
     per: Per = "head",
 ) -> UnitPlan | BlockPlan:
-    """Removes given units from a model in place: it computes what it did with these units masked, and is smaller.
+    """Removes given units in place, so that the model computes the same as with them masked.
 
-    Where the config of the model's class, or of a family that computes the same, can say the new shape, plain `from_pretrained`
-    loads what `bh.save` writes; otherwise the config says the shape in an entry of its own, and `bh.load` loads it.
+    If the config of this or an equivalent architecture can express the new shape, `bh.save` writes a standard checkpoint.
+    Otherwise it writes a billhook checkpoint for `bh.load`.
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
-        units: The units that are removed, by place: its name, or its number in the order in which `find_units` gives places; or
-            the numbers alone, if there is one place, as of blocks.
-        optimizers: The optimizer, or optimizers, that train the model; their state follows.
-        kind: The kind of the units, or several; `"block"` alone.
-        per: For heads, whether the numbers are of query heads, or of KV heads with the query heads that they serve.
+        units: Units to remove, by module: its name, or its number in the order of `find_units`. If there is only one module, such
+            as for blocks, the numbers alone.
+        optimizers: Optimizer or optimizers of the model; their state is remapped.
+        kind: Kind of the units, or several kinds. `"block"` cannot be combined with others.
+        per: Whether numbers are query heads (`"head"`), or KV heads with their query heads (`"kv_head"`).
 
     Returns:
-        The plan that was carried out.
+        The plan that was applied.
 
     Raises:
-        ValueError: As `plan_units`, or if the model's code does not follow; then nothing has changed.
+        ValueError: As `plan_units`, or if the model's code does not work with the smaller tensors. Nothing changes then.
 
     Example:
         >>> import billhook as bh
@@ -245,15 +243,18 @@ def prune_units(
 
 
 def count_blocks(model: nn.Module, amount: Amount) -> tuple[dict[str, Units], dict[str, int]]:
-    """Returns the stacks of blocks, and how many an amount removes from each; refuses so many, whatever the scores."""
+    """Returns the block stacks and the number of blocks to remove from each.
+
+    Raises if an amount removes too many blocks, whatever the scores.
+    """
     stacks = find_units(model, "block")
-    flat = {name: torch.zeros(stack.count()) for name, stack in stacks.items()}
-    return stacks, {name: len(blocks) for name, blocks in choose_units(stacks, flat, amount, amount.ratios).items()}
+    equal_scores = {name: torch.zeros(stack.count()) for name, stack in stacks.items()}
+    return stacks, {name: len(blocks) for name, blocks in choose_units(stacks, equal_scores, amount, amount.ratios).items()}
 
 
 def default_importance(units: Mapping[str, Units]) -> Importance:
-    """Returns `OutputNorm()`, or `Taylor()` where no module reads some of the units alone, as experts.
+    """Returns `OutputNorm()`, or `Taylor()` for units without consumer layers of their own.
 
-    docs/evidence/equal_size.md compares them at equal size, on a real model.
+    See docs/evidence/equal_size.md for a comparison.
     """
     return OutputNorm() if all(layer.readers for layer in units.values()) else Taylor()

@@ -1,4 +1,4 @@
-"""Removes units: tensors, optimizer state, attributes and config follow, and the outcome is compared with the mask."""
+"""Removes units from tensors, optimizer state, and config, and checks the model's output."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
@@ -29,26 +29,28 @@ from billhook.units.gates import Gate, consumer_columns
 from billhook.units.units import PLURAL, Units
 
 Scale = Callable[[Tensor], Tensor]
-"""From the old values of a weight to the new."""
+"""Maps old weight values to new ones."""
 
 
 class _Different(Exception):
-    """The model computes something else than with the units masked, or does not run."""
+    """The model's output differs from the masked model's, or its forward pass fails."""
 
 
 def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> list[Swap]:
-    """Removes units from a model, in place, and returns what optimizers have to follow; the model is as before if that fails.
+    """Removes units in place and returns the swaps that optimizers follow; undone on errors.
 
-    Where heads and feed-forward channels are removed, the outcome is compared with the model in which they are masked, without
-    the residual channels that go with them. Where these or experts alone are removed, it must run, have the planned units, and
-    compute the same whether the config says so or not. A mask before the units is refused. The blocks of a model that is
-    streamed are written as they change; `key` returns what tells the values that they start from.
+    If heads or MLP channels are removed, the output is compared with the model in which they are masked (without the hidden
+    dimensions to remove). Otherwise, the model must run, have the planned units, and compute the same before and after its config
+    changes. A mask on the units raises. A streamed model writes its blocks as they change; `key` returns the fingerprint of their
+    initial values.
     """
     if not cut.units:
         return []
     _check_ungated(model, cut)
-    readers = {reader for layer in cut.all_units.values() if layer.kind in ("head", "channel") for reader in layer.readers}
-    readers = {reader for reader in readers if not _makes_units(model, reader, cut)}
+    readers = set[str]()
+    for layer in cut.all_units.values():
+        if layer.kind in ("head", "channel"):
+            readers |= {reader for reader in layer.readers if not _makes_units(model, reader, cut)}
     computes = model.device.type != "meta"
     masked = _masked_answer(model, cut, readers) if computes else None
     why = ""
@@ -69,64 +71,72 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
             return swaps
         except _Different as different:
             why = str(different)
-    what = " or ".join(dict.fromkeys(PLURAL[cut.kinds[name]] for name in cut.units))
+    what = _unit_names(cut)
     raise ValueError(
-        f"{what}: the code of {type(model).__name__} does not follow when {what} are removed from its tensors"
+        f"{what} cannot be removed from {type(model).__name__}: its forward pass does not work with the smaller tensors"
         + (f" ({why})" if why else "")
-        + ("; they can be masked (bh.mask)" if what == "heads" else "")
+        + (". Use bh.mask to mask them instead." if what == "heads" else "")
     )
 
 
 def try_removal(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
-    """Returns a model without units, on meta tensors; refuses what its code does not follow, also once it is built again."""
+    """Returns the model without some units, on the meta device.
+
+    Raises if its code does not work with the smaller tensors, also once the model is rebuilt from its config.
+    """
     meta_model = to_meta(model)
     remove(meta_model, cut)
     unbuilt, rebuilt = shape_beyond_config(meta_model), build_on_meta(meta_model, copy.deepcopy(meta_model.config))
     classes = {name: type(module) for name, module in meta_model.named_modules()}
-    # a forward may have put other modules in the places of those that the class builds
+    # a forward pass may have replaced modules that the class builds
     if unbuilt.tensors and any(classes.get(name) is not type(module) for name, module in rebuilt.named_modules()):
         try:
             trace(rebuilt)
-        except ValueError:  # nor does it run as it is
+        except ValueError:  # the rebuilt model does not run in its old shape, either
             return meta_model
         set_shape(rebuilt, unbuilt.over(shape_of(rebuilt)))
         try:
             trace(rebuilt)
         except ValueError as error:
-            what = " or ".join(dict.fromkeys(PLURAL[cut.kinds[name]] for name in cut.units))
+            what = _unit_names(cut)
             raise ValueError(
-                f"{what}: {type(model).__name__} runs without some, and no longer once it is saved and loaded, as its code has "
-                f"put other modules in place of those that its class builds: {error}"
+                f"{what}: {type(model).__name__} runs without them, but not after it is saved and loaded, because its code "
+                f"replaced modules that its class builds: {error}"
             ) from error
     return meta_model
+
+
+def _unit_names(cut: Cut) -> str:
+    """Returns the kinds of units to remove, in words."""
+    return " or ".join(dict.fromkeys(PLURAL[cut.kinds[name]] for name in cut.units))
 
 
 def _check_ungated(model: PreTrainedModel, cut: Cut) -> None:
     for name in {reader for layer in cut.all_units.values() for reader in layer.readers}:
         if any(isinstance(hook, Gate) for hook in model.get_submodule(name)._forward_pre_hooks.values()):
-            raise ValueError(f"units: a mask or gates stand before {name}: remove them first (mask.remove())")
+            raise ValueError(f"units: {name} has a mask or gates. Remove them first with mask.remove().")
 
 
 def _makes_units(model: nn.Module, reader: str, cut: Cut) -> bool:
-    """Tells whether a reader loses outputs itself, which others read."""
+    """Returns whether a consumer layer also loses output rows."""
     dim = 1 if isinstance(model.get_submodule(reader), Conv1D) else 0
     return not cut.cuts.keys().isdisjoint({(f"{reader}.weight", dim), (f"{reader}.base_layer.weight", dim)})
 
 
 def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[], str]) -> list[Swap]:
-    """Cuts tensors, and returns the parameters that have changed."""
-    stays: dict[str, dict[int, Indices]] = {}
+    """Cuts tensors and returns the swapped parameters."""
+    kept_of: dict[str, dict[int, Indices]] = {}
     for (name, dim), positions in cut.cuts.items():
-        stays.setdefault(name, {})[dim] = positions
+        kept_of.setdefault(name, {})[dim] = positions
     parameters = dict(model.named_parameters())
-    buffers = {name: _selected(model.get_buffer(name), stays[name]) for name in stays if name not in parameters}
+    buffers = {name: _selected(model.get_buffer(name), kept_of[name]) for name in kept_of if name not in parameters}
     changes = dict[str, Change]()
-    for name in stays:
+    for name in kept_of:
         if name in parameters:
-            select = partial(_selected, stays=stays[name])
-            changes[name] = Change(select, partial(_selected_state, stays=stays[name]), select)
+            select = partial(_selected, kept=kept_of[name])
+            changes[name] = Change(select, partial(_selected_state, kept=kept_of[name]), select)
     sizes = [
-        (module, attribute)  # in which a module keeps the size of its weight, as a norm does
+        (module, attribute)  # attributes with the size of the weight, as norms have
         for module in model.modules()
         if (weight := module._parameters.get("weight")) is not None
         for attribute, value in vars(module).items()
@@ -142,18 +152,21 @@ def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[
     return swaps
 
 
-def _selected(tensor: Tensor, stays: Mapping[int, Indices]) -> Tensor:
-    for dim, positions in stays.items():
+def _selected(tensor: Tensor, kept: Mapping[int, Indices]) -> Tensor:
+    for dim, positions in kept.items():
         tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
     return tensor
 
 
-def _selected_state(_: str, state: Tensor, stays: Mapping[int, Indices]) -> Tensor:
-    return _selected(state, stays)
+def _selected_state(_: str, state: Tensor, kept: Mapping[int, Indices]) -> Tensor:
+    return _selected(state, kept)
 
 
 def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str]) -> list[Tensor] | None:
-    """Returns the answer with heads and channels masked, without the residual channels that go; None where nothing is masked."""
+    """Returns the output with heads and channels masked, or None if neither is removed.
+
+    The hidden dimensions to remove are removed for this run and restored afterwards.
+    """
     masked = {name: numbers for name, numbers in cut.units.items() if cut.kinds[name] in ("head", "channel")}
     residual = {name: numbers for name, numbers in cut.units.items() if cut.kinds[name] == "residual"}
     if not masked or len(masked) + len(residual) < len(cut.units):
@@ -172,16 +185,16 @@ def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str]) -> 
 def _zeroed_answer(
     model: PreTrainedModel, layers: Mapping[str, Units], removed: Mapping[str, list[int]], readers: Iterable[str]
 ) -> list[Tensor]:
-    """Returns the answer of the model without some units, whose reading weights are zero for that long."""
+    """Returns the output while the consumer columns of some units are zero."""
     store = store_of(model)
-    inside = {id(parameter) for block in store.blocks.values() for parameter in block.parameters()}
-    outside = [read for read in consumer_columns(model, layers, removed) if id(read[0]) not in inside]
-    values = [weight.index_select(dim, positions) for weight, dim, positions in outside]
+    in_blocks = _parameter_ids(store.blocks.values())
+    columns = [read for read in consumer_columns(model, layers, removed) if id(read[0]) not in in_blocks]
+    values = [weight.index_select(dim, positions) for weight, dim, positions in columns]
 
-    @torch.no_grad()  # blocks may come in another thread
+    @torch.no_grad()  # no_grad is per thread, and blocks may load in another
     def zero(block: nn.Module) -> list[nn.Parameter]:
-        """Zeroes what reads these units in a block that has come, and returns these parameters."""
-        parameters = {id(parameter) for parameter in block.parameters()}
+        """Zeroes the consumer columns in a loaded block and returns their parameters."""
+        parameters = _parameter_ids([block])
         reads = [read for read in consumer_columns(model, layers, removed) if id(read[0]) in parameters]
         for weight, dim, positions in reads:
             weight.index_fill_(dim, positions, 0)
@@ -189,17 +202,22 @@ def _zeroed_answer(
 
     try:
         with store.altered(zero):
-            for weight, dim, positions in outside:
+            for weight, dim, positions in columns:
                 weight.index_fill_(dim, positions, 0)
             return _answer(model, readers)
     finally:
-        for (weight, dim, positions), old in reversed(list(zip(outside, values, strict=True))):  # one may be read twice
+        # reversed, because two units may share columns
+        for (weight, dim, positions), old in reversed(list(zip(columns, values, strict=True))):
             weight.index_copy_(dim, positions, old)
+
+
+def _parameter_ids(modules: Iterable[nn.Module]) -> set[int]:
+    return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
 @torch.no_grad()
 def _answer(model: PreTrainedModel, readers: Iterable[str]) -> list[Tensor]:
-    """Returns the outputs of the readers and of the model for small random inputs."""
+    """Returns the outputs of the consumer layers and of the model for small random inputs."""
     outputs: list[Any] = []
     with ExitStack() as hooks, full_precision(), evaluating(model):
         for reader in sorted(readers):
@@ -215,14 +233,14 @@ def _answer_or_differ(model: PreTrainedModel, readers: Iterable[str]) -> list[Te
         return _answer(model, readers)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:  # such as a kernel that takes multiples of something
+    except RuntimeError as error:  # such as a kernel with an alignment
         raise _Different(str(error).partition("\n")[0]) from error
 
 
 def _change_config(model: PreTrainedModel, fields: Fields) -> list[Swap]:
-    """Changes the config and the numbers that the class derives from it; embeddings are scaled so that outputs stay as they were.
+    """Changes the config and its derived numbers, and rescales embeddings to compensate.
 
-    Where an embedding is tied to the output, the norm before that is scaled back. Their optimizer state restarts.
+    If an embedding is tied to the output, the norm before the output is scaled back. Their optimizer state restarts.
     """
     before = copy.deepcopy(model.config)
     set_fields(model.config, fields)
@@ -237,20 +255,26 @@ def _change_config(model: PreTrainedModel, fields: Fields) -> list[Swap]:
         if scales is None:
             attribute, (old, new) = next(iter(of_module.items()))
             name = f"{owner}.{attribute}".lstrip(".")
-            raise _Different(f"{name} follows from the config, {old:.4g} now and {new:.4g} then, and no weights make up for that")
+            raise _Different(
+                f"{name} follows from the config, {old:.4g} before and {new:.4g} after, and no weights compensate for it"
+            )
         changes |= {name: Change(scale, None) for name, scale in scales.items()}
     set_constants(model, numbers)
     return change_values(model, changes)
 
 
 def _scales(model: PreTrainedModel, owner: str, numbers: Mapping[str, tuple[float, float]]) -> dict[str, Scale] | None:
-    """Finds how weights make up for the numbers of a module, tried on a small copy; None if they do not."""
+    """Finds weight scales that compensate for changed numbers of a module, or None.
+
+    They are tried on a small copy.
+    """
     module = model.get_submodule(owner)
     if not isinstance(module, nn.Embedding):
         return None
-    old, new = ({name: both[then] for name, both in numbers.items()} for then in (0, 1))
+    old_numbers, new_numbers = zip(*numbers.values(), strict=True)
+    old, new = dict(zip(numbers, old_numbers, strict=True)), dict(zip(numbers, new_numbers, strict=True))
     used = next((name for name in numbers if name in module._buffers), next(iter(numbers)))
-    before, after = (float(torch.tensor(value[used]).to(module.weight.dtype)) for value in (old, new))  # as forwards round it
+    before, after = torch.tensor(numbers[used]).to(module.weight.dtype).tolist()  # rounded as in the forward pass
     ratio, tokens = before / after, torch.arange(3)
     up = partial(torch.mul, other=ratio)
     if not _alike(_small_output(module, tokens, old), _small_output(module, tokens, new, up)):
@@ -262,7 +286,7 @@ def _scales(model: PreTrainedModel, owner: str, numbers: Mapping[str, tuple[floa
 
 
 def _divided_norm(model: PreTrainedModel, width: int, ratio: float) -> dict[str, Scale] | None:
-    """Finds how the weight of the norm before the output, its only parameter, divides what it gives; None if it does not."""
+    """Finds how to divide the output of the last norm by scaling its weight, or None."""
     norms = []
     for name, module in model.named_modules():
         if [(part, tuple(parameter.shape)) for part, parameter in module.named_parameters()] == [("weight", (width,))]:
@@ -277,13 +301,13 @@ def _divided_norm(model: PreTrainedModel, width: int, ratio: float) -> dict[str,
 
 
 def _divided_with_one(weight: Tensor, by: float) -> Tensor:
-    """Divides what a weight and one are together, as Gemma's norms multiply by that."""
+    """Divides 1 + weight, by which Gemma's norms multiply."""
     return (1 + in_float64(weight)).div(by).sub(1).to(weight)
 
 
 @torch.no_grad()
 def _small_output(module: nn.Module, inputs: Tensor, numbers: Mapping[str, float], scale: Scale | None = None) -> Tensor:
-    """Computes what a narrow copy of a module does, with some numbers, and with its weight scaled."""
+    """Computes the output of a narrow copy of a module with given numbers and weight scale."""
     small, like = copy.copy(module), module.get_parameter("weight")
     weight = torch.randn((3, 4)[-like.dim() :], generator=torch.Generator().manual_seed(1)).to(like.dtype)
     small._parameters = {"weight": nn.Parameter(weight if scale is None else scale(weight), requires_grad=False)}

@@ -1,4 +1,4 @@
-"""Repairs a plan of units: the linears that read them are refitted, so that they make up for what is removed."""
+"""Repairs a plan of units: refits consumer layers to compensate for removed units."""
 
 from collections.abc import Collection
 from dataclasses import replace
@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
@@ -22,7 +22,7 @@ from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
 
 RepairOption = RepairConfig | Literal["auto"] | None
-"""How linears are refitted: as told, as far as they can be, or not at all."""
+"""Repair settings: explicit, `"auto"` (repairs if there are enough tokens), or None (off)."""
 
 
 def repair_if_requested(
@@ -33,22 +33,24 @@ def repair_if_requested(
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
 ) -> tuple[Weights | None, str]:
-    """Refits as `repair` does where that is asked, or `"auto"`, where it can be, for a plan of the model as it is.
+    """Returns repaired weights for a plan, if repair is requested and possible.
+
+    `"auto"` skips the repair if it is not possible. The plan must match the unchanged model.
 
     Returns:
-        The new values, and what was not refitted and why; empty if all was, or nothing was asked.
+        The new values, and a note on layers that were not refitted; empty if there are none.
     """
     if how is None:
         return None, ""
-    left = list[str]()
+    not_repaired = list[str]()
     config = how if isinstance(how, RepairConfig) else None
     try:
-        new = repair_with(model, _unit_plan(plan), batches, config, comm, progress=progress, not_repaired=left)
+        weights = repair_with(model, _unit_plan(plan), batches, config, comm, progress=progress, not_repaired=not_repaired)
     except NoRepair as error:
         if config is not None:
             raise
         return None, f"not repaired: {strip_argument(error)}"
-    return new, not_refitted_message(left)
+    return weights, not_refitted_message(not_repaired)
 
 
 def repair(
@@ -59,26 +61,26 @@ def repair(
     reduce: Reduce | None = None,
     progress: OnProgress | None = None,
 ) -> Weights:
-    """Refits the linears that read the heads and channels of a plan, so that they make up for what is removed; for `apply`.
+    """Returns least-squares weights that compensate for the units a plan removes.
 
-    Each is refitted by least squares, one after the other, on its inputs when all before it have been cut and refitted. The model
-    stays as it is.
+    Each consumer layer is refitted in turn, on its inputs after all earlier layers were pruned and refitted. The model is not
+    changed; pass the result to `apply`.
 
     Args:
-        model: The model that the plan was made for, as it is now.
+        model: The model that the plan was made for, unchanged since.
         plan: A plan of units.
-        batches: Two at least, as dictionaries of inputs of the model's forward; a few times as many tokens as a feed-forward has
-            channels; or a `Calibration` that reads them. Padding (by `attention_mask`) does not count.
-        how: How they are refitted; `RepairConfig()` by default.
-        reduce: Sums a tensor over ranks, if each has batches of its own.
-        progress: Is called with how many linears are refitted, and how many will be.
+        batches: Calibration data: at least two batches (dictionaries of forward inputs) or a `Calibration`. Use a few times as
+            many tokens as an MLP has channels. Padding (`attention_mask`) is ignored.
+        how: Repair settings. Defaults to `RepairConfig()`.
+        reduce: Sums a tensor over ranks, if each rank has its own batches.
+        progress: Callback with the number of refitted layers and the total.
 
     Returns:
-        New values of parameters, by the parameter's name; of adapted linears, those of the layer beneath the adapters.
+        New parameter values by name; for layers with LoRA, of the base layer.
 
     Raises:
-        ValueError: If the plan was not made for this model, no linear reads what is removed, or there are too few batches or
-            tokens.
+        ValueError: If the plan was made for another model, no linear layer consumes the removed units, or there are too few
+            batches or tokens.
 
     Example:
         >>> import torch, billhook as bh
@@ -96,7 +98,7 @@ def repair(
 
 def _unit_plan(plan: ModelPlan) -> UnitPlan:
     if not isinstance(plan, UnitPlan):
-        raise ValueError(f"plan: repair makes up for units, and this is a plan of {plan.kind}")
+        raise ValueError(f"plan: repair supports plans of units, got a plan of {plan.kind}")
     return plan
 
 
@@ -111,44 +113,47 @@ def repair_with(
     progress: OnProgress | None = None,
     not_repaired: list[str] | None = None,
 ) -> LazyTensors:
-    """Refits as `repair` does, where linears have other parameters besides; more of them make up for that, though they keep all.
+    """Refits consumer layers as `repair` does, while other layers have new parameters.
 
-    The plan is one of the model as it is.
+    The plan must match the unchanged model.
 
     Args:
         model: The model.
-        plan: The units that are removed.
+        plan: Plan of the units to remove.
         batches: Batches to fit to.
-        how: How linears are refitted.
-        comm: The ranks.
-        new_params: Other parameters of linears; these are not refitted, unless they are named in `also`.
-        also: Linears that are refitted also where the plan leaves them all of their inputs.
-        progress: Is called with how many linears are refitted.
-        not_repaired: Is given the names of linears that are not refitted, as too few tokens come to them.
+        how: Repair settings.
+        comm: Communication between ranks.
+        new_params: New parameters of other layers. They are not refitted, unless named in `also`.
+        also: Layers to refit even if the plan keeps all of their inputs.
+        progress: Callback with the number of refitted layers and the total.
+        not_repaired: Filled with the names of layers that too few tokens reach.
     """
     check_values(model, coming=True)
     check_stored(model)
-    subject, replaced = find_transformer(model), new_params.modules if new_params is not None else {}
-    modules = {reader: subject.get_submodule(reader) for layer in plan.all_units.values() for reader in layer.readers}
-    stays = {reader: torch.ones(size_of(subject.get_submodule(reader))[1], dtype=torch.bool) for reader in also}
+    subject, fixed = find_transformer(model), new_params.modules if new_params is not None else {}
+    kept_inputs = {reader: torch.ones(size_of(subject.get_submodule(reader))[1], dtype=torch.bool) for reader in also}
     for name, removed in plan.units.items():
         layer = plan.all_units[name]
         for reader in layer.readers if layer.kind in ("head", "channel") else ():
-            if is_linear(subject.get_submodule(_stored(subject, reader))) and (reader not in replaced or reader in also):
-                rest = torch.from_numpy(~np.isin(layer.index, removed))
-                stays[reader] = stays[reader] & rest if reader in stays else rest
-    if not stays:
-        raise NoRepair("repair: no linear layer reads what is removed, so none can make up for it")
-    stored = {reader: _stored(subject, reader) for reader in stays}
-    modules |= {reader: subject.get_submodule(reader) for reader in stays}
+            if is_linear(subject.get_submodule(_stored(subject, reader))) and (reader not in fixed or reader in also):
+                is_kept = torch.from_numpy(~np.isin(layer.index, removed))
+                kept_inputs[reader] = kept_inputs[reader] & is_kept if reader in kept_inputs else is_kept
+    if not kept_inputs:
+        raise NoRepair("repair: no linear layer consumes the removed units, so none can compensate for them")
+    modules = dict[str, nn.Module]()
+    for layer in plan.all_units.values():
+        modules |= zip(layer.readers, map(subject.get_submodule, layer.readers), strict=True)
+    stored, keep = dict[str, str](), dict[str, Tensor]()
+    for reader, is_kept in kept_inputs.items():
+        modules[reader], stored[reader] = subject.get_submodule(reader), _stored(subject, reader)
+        keep[stored[reader]] = is_kept
     runs = []
     for batch in read_batches(batches, subject):
         run = batch if isinstance(batch, Run) else run_with_loss(subject, modules, batch)
         runs.append(replace(run, tokens={stored.get(reader, reader): mask for reader, mask in run.tokens.items()}))
-    keep = {stored[reader]: rest for reader, rest in stays.items()}
     return repair_linears(subject, keep, runs, how, comm, new_params or None, progress, not_repaired)
 
 
 def _stored(model: nn.Module, reader: str) -> str:
-    """Returns the name of the layer that holds a reader's weight: beneath an adapter if it has one."""
+    """Returns the name of the layer with the weight: beneath LoRA, the base layer."""
     return f"{reader}.base_layer" if is_adapter(model.get_submodule(reader)) else reader

@@ -1,6 +1,7 @@
-"""Finds a model's attributes and config without some units: as its class builds them, or by trial on meta tensors."""
+"""Finds the attributes and config of a model without some units."""
 
 import itertools
+import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,58 +25,71 @@ from billhook.units.find import units_of
 from billhook.units.units import UnitKind, Units, counts
 
 TRIALS = 64
-"""The most assignments of whole-number attributes that are tried; none of 551 architectures needs more than 29 (roundtrip.py)."""
+"""Most assignments of integer attributes to try. None of 551 architectures needs more than 29 (benchmarks/roundtrip.py)."""
 
 Sizes = dict[str, tuple[int, ...]]
-"""Sizes of tensors, by name."""
+"""Tensor sizes by name."""
 
 
 def candidate_shapes(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Fields]]:
-    """Yields shapes that the model may have then, the likeliest first: as its class builds it, or with attributes by trial."""
-    now, usual, tensors = shape_of(model), _build_shape(model, {}), _sizes_then(model, cut)
-    yield from _built(model, cut, usual, now, tensors)
-    eager = all(usual.attributes.get(name) == value for name, value in now.attributes.items() if name.endswith(f".{GROUPS}"))
+    """Yields possible shapes, the likeliest first: as the class builds it, then by trial."""
+    shape_before, built_before, tensors = shape_of(model), _build_shape(model, {}), _sizes_then(model, cut)
+    yield from _built(model, cut, built_before, shape_before, tensors)
+    eager = all(
+        built_before.attributes.get(name) == value
+        for name, value in shape_before.attributes.items()
+        if name.endswith(f".{GROUPS}")
+    )
     eager = eager and _runs_eagerly(to_meta(model))
     num_heads = _head_fields(model, cut)
-    for fields in ({}, num_heads) if num_heads else ({},):  # some code asks the config in the middle of a forward
-        for attributes in itertools.islice(_assignments(model, cut, now, tensors), TRIALS):
-            shape = Shape(tensors, now.attributes | attributes, now.config)
+    for fields in ({}, num_heads) if num_heads else ({},):  # some code reads the config during the forward pass
+        for attributes in itertools.islice(_assignments(model, cut, shape_before, tensors), TRIALS):
+            shape = Shape(tensors, shape_before.attributes | attributes, shape_before.config)
             if _runs(model, cut, shape, fields, eager):
                 yield shape, fields
 
 
-def _built(model: PreTrainedModel, cut: Cut, usual: Shape, now: Shape, tensors: Sizes) -> Iterator[tuple[Shape, Fields]]:
-    """Yields the shape that the model's class builds, beneath adapters, from a changed config, if it has these tensors."""
-    base, structure, units, layers, built_now = model, cut.structure, cut.all_units, adapter_layers(model), now.tensors
-    plain = tensors
+def _built(
+    model: PreTrainedModel, cut: Cut, built_before: Shape, shape_before: Shape, tensors: Sizes
+) -> Iterator[tuple[Shape, Fields]]:
+    """Yields the shape that the class builds from a changed config, if its tensors fit.
+
+    Adapters are left out for the build.
+    """
+    base, structure, units, layers, built_now = model, cut.structure, cut.all_units, adapter_layers(model), shape_before.tensors
+    sizes_without_adapters = tensors
     if layers:
         base = without_adapters(model)
         structure, built_now = trace(base), shape_of(base).tensors
         units = units_of(base, structure, _kinds(cut))
-        plain = {name.replace(".base_layer.", "."): size for name, size in tensors.items() if ".lora_" not in name}
-    fields = _fields(base, cut, structure, units) if usual.tensors == built_now else {}
+        sizes_without_adapters = {
+            name.replace(".base_layer.", "."): size for name, size in tensors.items() if ".lora_" not in name
+        }
+    fields = _fields(base, cut, structure, units) if built_before.tensors == built_now else {}
     if not fields:
         return
     try:
         built = _build_shape(base, fields)
     except Exception:  # whatever a class of configs or models raises
         return
-    if built.tensors == plain:
-        changed = {name: value for name, value in built.attributes.items() if usual.attributes.get(name, value) != value}
-        attributes = {base_layer_name(name, layers): value for name, value in changed.items()}
+    if built.tensors == sizes_without_adapters:
+        attributes = dict[str, Any]()
+        for name, value in built.attributes.items():
+            if built_before.attributes.get(name, value) != value:
+                attributes[base_layer_name(name, layers)] = value
         certain = _certain(model, tensors) if layers else {}
-        yield Shape(tensors, now.attributes | attributes | certain, now.config), fields
+        yield Shape(tensors, shape_before.attributes | attributes | certain, shape_before.config), fields
 
 
 def _build_shape(model: PreTrainedModel, fields: Fields) -> Shape:
-    """Builds the model's class from its config with some fields changed, and returns its shape."""
+    """Builds the model's class from a changed config and returns its shape."""
     config = with_fields(model.config, fields)
-    read_back(config)  # which refuses what its class does not allow
+    read_back(config)  # raises if the config class does not allow the values
     return built_shape(type(model), config)
 
 
 def _sizes_then(model: PreTrainedModel, cut: Cut) -> Sizes:
-    """Returns the sizes of all tensors after the cut, also of those that are the same under another name."""
+    """Returns the sizes of all tensors after the cut, tied names included."""
     first = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     state = model.state_dict(keep_vars=True)
     return {name: size_after(cut.cuts, first.get(id(tensor), name), tensor.shape) for name, tensor in state.items()}
@@ -86,7 +100,7 @@ def _kinds(cut: Cut) -> list[UnitKind]:
 
 
 def _fields(model: PreTrainedModel, cut: Cut, structure: Structure, units: Mapping[str, Units]) -> Fields:
-    """Returns the config's fields with their new values, if they can say them: as many units of a kind everywhere."""
+    """Returns changed config fields, if all modules keep the same number of units per kind."""
     finder, leaves = FieldFinder(model), {leaf for layer in units.values() for leaf in layer.leaves}
     fields: Fields = {}
     for kind in _kinds(cut):
@@ -98,8 +112,8 @@ def _fields(model: PreTrainedModel, cut: Cut, structure: Structure, units: Mappi
                 continue
             groups = [g for g in structure.groups if g.leaf in leaves and g.kind in kinds and g.size == size]
             values = finder.values(size, finder.find(groups), size_then) if groups else {}
-            if not values and kind == "head" and (with_width := _head_fields(model, cut, width=True)):
-                fields |= with_width
+            if not values and kind == "head" and (with_head_dim := _head_fields(model, cut, width=True)):
+                fields |= with_head_dim
                 break
             if not values:
                 return {}
@@ -110,11 +124,11 @@ def _fields(model: PreTrainedModel, cut: Cut, structure: Structure, units: Mappi
 
 
 def _group_sizes(cut: Cut, kind: UnitKind) -> list[tuple[tuple[Kind, ...], int, int]] | None:
-    """Returns the kinds of groups that a kind of unit is made of, each with its size before and after; None if layers differ."""
+    """Returns the groups of a unit kind with sizes before and after; None if modules differ."""
     changes = {(cut.before[name], cut.after[name]) for name in cut.kinds if cut.kinds[name] == kind}
-    if all(before == after for before, after in changes):
+    if all(itertools.starmap(operator.eq, changes)):
         return []
-    if len({before for before, _ in changes}) < len(changes) or (kind == "head" and len(changes) > 1):
+    if len(dict(changes)) < len(changes) or (kind == "head" and len(changes) > 1):
         return None
     if kind != "head":
         assert kind != "block"
@@ -124,11 +138,15 @@ def _group_sizes(cut: Cut, kind: UnitKind) -> list[tuple[tuple[Kind, ...], int, 
 
 
 def _head_fields(model: PreTrainedModel, cut: Cut, width: bool = False) -> Fields:
-    """Returns the fields of the config that are numbers of heads, with their new values; none if layers differ.
+    """Returns config fields that hold head counts, with new values; none if layers differ.
 
-    With `width`, also that of heads, which many classes read of a config that does not declare it; or none if that says nothing.
+    With `width`, also `head_dim`, which many classes read although their config does not declare it.
     """
-    before, after = ({numbers[name] for name, kind in cut.kinds.items() if kind == "head"} for numbers in (cut.before, cut.after))
+    before, after = set[tuple[int, ...]](), set[tuple[int, ...]]()
+    for name, kind in cut.kinds.items():
+        if kind == "head":
+            before.add(cut.before[name])
+            after.add(cut.after[name])
     if len(before) != 1 or len(after) != 1:
         return {}
     becomes = dict(zip(before.pop(), after.pop(), strict=True))
@@ -142,33 +160,33 @@ def _head_fields(model: PreTrainedModel, cut: Cut, width: bool = False) -> Field
     return fields | {"head_dim": widths.pop()} if len(widths) == 1 and not hasattr(type(model.config), "head_dim") else {}
 
 
-def _assignments(model: PreTrainedModel, cut: Cut, now: Shape, tensors: Sizes) -> Iterator[dict[str, int]]:
-    """Yields values of whole-number attributes, the likeliest first: few attributes with another meaning than the likeliest."""
+def _assignments(model: PreTrainedModel, cut: Cut, shape_before: Shape, tensors: Sizes) -> Iterator[dict[str, int]]:
+    """Yields values of integer attributes, with few attributes in an unlikely meaning first."""
     certain = _certain(model, tensors)
-    options = _meanings(model, cut, now, tensors, certain)
+    options = _meanings(model, cut, shape_before, tensors, certain)
     for count in range(len(options) + 1):
         for unlikely in itertools.combinations(range(len(options)), count):
-            some = (values[1:] if number in unlikely else values[:1] for number, values in enumerate(options))
-            for chosen in itertools.product(*some):
+            options_of_trial = (values[1:] if number in unlikely else values[:1] for number, values in enumerate(options))
+            for chosen in itertools.product(*options_of_trial):
                 yield certain | {name: value for values in chosen for name, value in values.items()}
 
 
 def _certain(model: PreTrainedModel, tensors: Sizes) -> dict[str, int]:
-    """Returns the attributes that say the size of a tensor."""
+    """Returns the attributes that hold the size of a tensor."""
     certain: dict[str, int] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
         layer: Any = module.get_base_layer() if is_adapter(module) else module
         size = tensors.get(names.get(id(layer._parameters.get("weight")), ""))
         stated = _stated_sizes(layer, size) if size is not None else {}
-        if layer is not module:  # PEFT's layers say them by these names, and of convolutions none
+        if layer is not module:  # PEFT's layers use these names, and none for convolutions
             stated = {} if "groups" in stated else dict(zip(("in_features", "out_features"), stated.values(), strict=False))
         certain |= {f"{name}.{attribute}": value for attribute, value in stated.items() if hasattr(module, attribute)}
     return certain
 
 
 def _stated_sizes(layer: nn.Module, size: tuple[int, ...]) -> dict[str, int]:
-    """Returns the attributes of a layer whose weight has this size: first its inputs, then its outputs."""
+    """Returns a layer's size attributes for this weight size: inputs, then outputs."""
     if isinstance(layer, nn.Linear):
         return {"in_features": size[1], "out_features": size[0]}
     if isinstance(layer, Conv1D):
@@ -177,32 +195,41 @@ def _stated_sizes(layer: nn.Module, size: tuple[int, ...]) -> dict[str, int]:
         return {"num_embeddings": size[0], "embedding_dim": size[1]}
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         groups = layer.groups
-        if groups == layer.in_channels > 1:  # a depthwise one has as many groups as inputs
+        if groups == layer.in_channels > 1:  # a depthwise convolution has one group per input
             groups = size[0] // (layer.out_channels // groups)
         return {"in_channels": size[1] * groups, "out_channels": size[0], "groups": groups}
     return {"num_features": size[0]} if isinstance(layer, nn.modules.batchnorm._BatchNorm) else {}
 
 
 def _meanings(
-    model: PreTrainedModel, cut: Cut, now: Shape, tensors: Sizes, certain: Collection[str]
+    model: PreTrainedModel, cut: Cut, shape_before: Shape, tensors: Sizes, certain: Collection[str]
 ) -> list[list[dict[str, int]]]:
-    """Returns new values of the attributes of layers, by what they may mean, which is the same wherever a class has them."""
-    numbers = {name: _numbers(cut, name, now, tensors) for name in cut.before}
-    prefixes = {name: _outermost_prefix(model, name) for name in numbers}
-    alike: dict[tuple[type, str, UnitKind], list[tuple[str, str]]] = {}
-    for key in now.attributes:
-        inside = [name for name in numbers if key.startswith(prefixes[name])]
-        if inside and key not in certain:
+    """Returns possible new values of integer attributes, by their possible meanings.
+
+    An attribute has the same meaning wherever a class has it.
+    """
+    numbers, prefixes = dict[str, dict[str, tuple[int, int]]](), dict[str, str]()
+    for name in cut.before:
+        numbers[name], prefixes[name] = _numbers(cut, name, shape_before, tensors), _outermost_prefix(model, name)
+    keys_of: dict[tuple[type, str, UnitKind], list[tuple[str, str]]] = {}
+    for key in shape_before.attributes:
+        modules_around = [name for name in numbers if key.startswith(prefixes[name])]
+        if modules_around and key not in certain:
             owner, _, attribute = key.rpartition(".")
-            name = max(inside, key=lambda name: len(prefixes[name]))
-            alike.setdefault((type(model.get_submodule(owner)), attribute, cut.kinds[name]), []).append((key, name))
+            name = max(modules_around, key=lambda name: len(prefixes[name]))
+            keys_of.setdefault((type(model.get_submodule(owner)), attribute, cut.kinds[name]), []).append((key, name))
     options = []
-    for (_, attribute, _), keys in alike.items():
-        ranked = [(2, {key: now.attributes[key] for key, _ in keys})]
+    for (_, attribute, _), keys in keys_of.items():
+        ranked = [(2, {key: shape_before.attributes[key] for key, _ in keys})]
         for meaning in numbers[keys[0][1]]:
-            if all(numbers[name].get(meaning, (0, 0))[0] == now.attributes[key] for key, name in keys):
+            changed = dict[str, int]()
+            for key, name in keys:
+                before, after = numbers[name].get(meaning, (None, 0))
+                if before == shape_before.attributes[key]:
+                    changed[key] = after
+            if len(changed) == len(keys):
                 rank = 0 if meaning.split()[-1] in attribute else 1 if meaning.startswith(".") else 3
-                ranked.append((rank, {key: numbers[name][meaning][1] for key, name in keys}))
+                ranked.append((rank, changed))
         different: list[dict[str, int]] = []
         for _, values in sorted(ranked, key=lambda option: option[0]):
             different += [] if values in different else [values]
@@ -212,7 +239,7 @@ def _meanings(
 
 
 def _outermost_prefix(model: PreTrainedModel, layer: str) -> str:
-    """Returns the prefix of the outermost module that contains this layer and no other parameters."""
+    """Returns the prefix of the outermost module with only this module's parameters."""
     prefix = _prefix(layer)
     while "." in prefix[:-1]:
         outer = prefix[:-1].rpartition(".")[0]
@@ -223,29 +250,32 @@ def _outermost_prefix(model: PreTrainedModel, layer: str) -> str:
 
 
 def _prefix(layer: str) -> str:
-    module = layer.partition(" ")[0]  # after a space stands the kind of its units
+    module = layer.partition(" ")[0]  # after a space comes the kind of its units
     return f"{module}." if module else ""
 
 
-def _numbers(cut: Cut, layer: str, now: Shape, tensors: Sizes) -> dict[str, tuple[int, int]]:
-    """Returns numbers of units and sizes of tensors, before and after; the last word of a key may be in an attribute's name."""
+def _numbers(cut: Cut, layer: str, shape_before: Shape, tensors: Sizes) -> dict[str, tuple[int, int]]:
+    """Returns unit counts and tensor sizes before and after, by their meaning.
+
+    The last word of a key may be part of an attribute's name.
+    """
     before, after, kind = cut.before[layer], cut.after[layer], cut.kinds[layer]
     numbers: dict[str, tuple[int, int]] = {kind: (before[0], after[0])}
     if kind == "head":
         numbers |= {"kv head": (before[1], after[1]), "group": (before[0] // before[1], after[0] // after[1])}
     prefix = _prefix(layer)
-    for name, size in now.tensors.items():
+    for name, size in shape_before.tensors.items():
         if name.startswith(prefix):
             for dim, (old, new) in enumerate(zip(size, tensors[name], strict=True)):
                 meaning = f".{name.removeprefix(prefix)}[{dim}]"
                 numbers[meaning] = (old, new)
-                if old % 3 == new % 3 == 0:  # queries, keys and values in one
+                if old % 3 == new % 3 == 0:  # fused queries, keys, and values
                     numbers[f"{meaning} / 3"] = (old // 3, new // 3)
     return numbers
 
 
 def _runs(model: PreTrainedModel, cut: Cut, shape: Shape, fields: Fields, eager: bool) -> bool:
-    """Tells whether the model's code runs with a shape, on meta tensors, and has the planned units."""
+    """Returns whether the model's code runs with a shape on meta and has the planned units."""
     meta_model = to_meta(model)
     set_shape(meta_model, shape)
     set_fields(meta_model.config, fields)
@@ -253,17 +283,22 @@ def _runs(model: PreTrainedModel, cut: Cut, shape: Shape, fields: Fields, eager:
         units = units_of(meta_model, trace(meta_model), _kinds(cut))
     except ValueError:
         return False
-    if eager and not _runs_eagerly(meta_model):  # which may ask for what a faster implementation does not
+    if eager and not _runs_eagerly(meta_model):  # eager code may read attributes that faster code does not
         return False
-    expected = {name: left for name, left in cut.after.items() if name in units or max(left) > 1}  # a single unit is no group
-    if {name: counts(layer) for name, layer in units.items()} != expected:
-        return False
-    several = [name for name in cut.units if name in units and units[name].count() > 1]
-    return all(_are_left(cut.all_units[name], units[name], cut, cut.units[name]) for name in several)
+    for name, left in cut.after.items():
+        if name not in units and max(left) > 1:  # tracing reports no group of a single unit
+            return False
+    for name, layer in units.items():
+        if counts(layer) != cut.after.get(name):
+            return False
+        removed = cut.units.get(name)
+        if removed is not None and layer.count() > 1 and not _are_left(cut.all_units[name], layer, cut, removed):
+            return False
+    return True
 
 
 def _runs_eagerly(meta_model: PreTrainedModel) -> bool:
-    """Tells whether a model on meta tensors runs with attention of its own code, and leaves it with that."""
+    """Returns whether a meta model runs with eager attention, and leaves it set."""
     for config in configs_of(meta_model):
         set_attention(config, "eager")
     try:
@@ -274,12 +309,12 @@ def _runs_eagerly(meta_model: PreTrainedModel) -> bool:
 
 
 def _are_left(before: Units, after: Units, cut: Cut, removed: Sequence[int]) -> bool:
-    """Tells whether the units that remain are where they were left, and not dealt out again, as to cores."""
+    """Returns whether the remaining units kept their place and were not regrouped."""
     new_number = np.append(np.cumsum(~np.isin(np.arange(before.count()), removed)) - 1, -1)  # -1 stays -1
     members = {(member.name, member.dim): member for member in after.members_by_unit()}
     for member in before.members_by_unit():
-        unit_of, then = before.of_member(member), members.get((member.name, member.dim))
+        unit_of, new_member = before.of_member(member), members.get((member.name, member.dim))
         left = unit_of[cut.cuts.get((member.name, member.dim), np.arange(len(unit_of)))]
-        if then is None or not np.array_equal(new_number[left], after.of_member(then)):
+        if new_member is None or not np.array_equal(new_number[left], after.of_member(new_member)):
             return False
     return True

@@ -1,4 +1,4 @@
-"""Finds the ratios that lead to a target, all at once or in parts, and what a model then costs."""
+"""Finds the ratios that meet a budget, at once or in rounds, and the resulting costs."""
 
 import copy
 import math
@@ -31,13 +31,13 @@ from billhook.tracing.trace import trace
 from billhook.units.find import of_kind, units_of, why_none
 from billhook.units.units import Units
 
-ALONE = 0.52
-"""The share of channels up to which they alone go for a target: there the loss of SmolLM2 without channels meets that of one
-which has lost KV heads, too (docs/evidence/equal_size.md)."""
+MAX_CHANNEL_RATIO = 0.52
+"""Largest channel ratio at which a budget is met by channels only: beyond it, SmolLM2 loses less if KV heads are removed, too
+(docs/evidence/equal_size.md)."""
 
 
 class RatioSearch:
-    """The ratios of an amount, found for one model; it remembers what models of each shape cost."""
+    """The ratios of an amount for a model, with cached costs of each model shape."""
 
     def __init__(self, model: PreTrainedModel, amount: Amount) -> None:
         self.model, self.amount = model, amount
@@ -50,34 +50,34 @@ class RatioSearch:
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Costs] = {}
 
     def part(self, amount: Amount, first: Counts) -> "RatioSearch":
-        """Returns a search for a part of the amount, in what has been found of the model; its ratios are of what was `first`."""
+        """Returns a search for part of the amount; its ratios refer to the counts `first`."""
         part = copy.copy(self)
         part.amount, part.first, part._ratios = amount, first, None
         return part
 
     def check(self) -> Cut:
-        """Refuses the amount if so much cannot be removed, whatever the scores, by saying what can; returns a cut of so much."""
+        """Raises if the amount is out of reach for any scores; returns a cut of this size."""
         for name, ratio in self.amount.ratios.items():
-            kind = RATIOS[name][0]
-            if ratio and not of_kind(self.units, kind):
-                why = why_none(self.model, self.structure, kind)
-                raise ValueError(f"{name}={ratio:g}: the model has none that may be removed{why}")
-        return self.cut(self._flat_scores())
+            unit_kind = RATIOS[name][0]
+            if ratio and not of_kind(self.units, unit_kind):
+                why = why_none(self.model, self.structure, unit_kind)
+                raise ValueError(f"{name}={ratio:g}: the model has no prunable units{why}")
+        return self.cut(self._equal_scores())
 
     def removes_any(self) -> bool:
-        """Tells whether the ratios of an amount without a target come to a unit anywhere, whatever the scores."""
-        return bool(self._choose(self._flat_scores(), self.amount.ratios, self.amount))
+        """Returns whether ratios without a budget remove any unit, for any scores."""
+        return bool(self._choose(self._equal_scores(), self.amount.ratios, self.amount))
 
-    def _flat_scores(self) -> dict[str, Tensor]:
+    def _equal_scores(self) -> dict[str, Tensor]:
         return {name: torch.zeros(layer.count(self.amount.per)) for name, layer in self.units.items()}
 
     def removable(self, *ratios: str) -> dict[str, Units]:
-        """Returns the places that may lose units by some ratios, or by all that matter."""
+        """Returns the modules that may lose units by these ratios, or by all that are set."""
         kinds = [RATIOS[ratio][0] for ratio in ratios or self.amount.requested]
         return {name: layer for kind in kinds for name, layer in unprotected(of_kind(self.units, kind), self.protected).items()}
 
     def cut(self, scores: Mapping[str, Tensor]) -> Cut:
-        """Finds the cut that scores lead to; refuses it if so much cannot be removed, or no unit would be."""
+        """Finds the cut for some scores, and raises if it is out of reach or empty."""
         if self._ratios is None or self.amount.ranking == "global":
             self._ratios = self._find_ratios(scores)
         cut = self._cut(scores, self._ratios)
@@ -85,34 +85,34 @@ class RatioSearch:
             ratios = ", ".join(f"{name}={ratio:g}" for name, ratio in self._ratios.items())
             rounded = "" if self.amount.round_to in ("auto", 1) else f" (round_to={self.amount.round_to})"
             step = max(self._steps.values(), default=1)
-            kernel = "" if step == 1 else f" (the kernel of the experts takes channels in multiples of {step})"
-            raise ValueError(f"{ratios}{rounded} is not a single unit of a place{kernel}, so that nothing would be removed")
+            kernel = "" if step == 1 else f" (the kernel of the experts requires multiples of {step})"
+            raise ValueError(f"{ratios}{rounded} removes no unit from any module{kernel}. Raise the ratio.")
         return cut
 
     def step(self, name: str) -> int:
-        """Returns the number of which the channels that a place keeps must be a multiple."""
+        """Returns the multiple that the remaining channels of a module must have."""
         by = rounding_multiple(self.units[name].count()) if self.amount.round_to == "auto" else self.amount.round_to
         return math.lcm(by, self._steps.get(name, 1))
 
     def costs(self, cut: Cut) -> tuple[Costs, Costs]:
-        """Returns what the model costs before and after a cut; how many units are removed decides it, not which."""
+        """Returns the model's costs before and after a cut, which depend only on unit counts."""
         num_kept = tuple(cut.after.items())
         if num_kept not in self._known:
             self._known[num_kept] = costs_of(try_removal(self.model, cut))
         return self.now, self._known[num_kept]
 
     def limit(self, target: str) -> int:
-        """Returns a target as a number; refuses one that the model cannot have, or has already."""
-        wanted, now = getattr(self.amount, target), getattr(self.now, target)
-        if now is None:
-            raise ValueError(f"{target}={wanted}: it cannot be measured of a {type(self.model).__name__}")
-        limit = int(wanted * now) if isinstance(wanted, float) else int(wanted)
-        if limit >= now:
-            raise ValueError(f"{target}={wanted}: the model has no more than that, {now:,}")
+        """Returns a budget as a number, and raises if it cannot be measured or is met already."""
+        requested, current = getattr(self.amount, target), getattr(self.now, target)
+        if current is None:
+            raise ValueError(f"{target}={requested} cannot be measured for {type(self.model).__name__}. Use another budget.")
+        limit = int(requested * current) if isinstance(requested, float) else int(requested)
+        if limit >= current:
+            raise ValueError(f"{target}={requested} is met already: the model has {current:,}. Use a smaller value.")
         return limit
 
     def row_lengths(self, scores: Mapping[str, Tensor], cut: Cut) -> tuple[RowLength, ...]:
-        """Returns how long rows become by a cut that scores led to; nothing where `round_to` is not `"auto"`."""
+        """Returns the row lengths after a cut, if `round_to` is `"auto"`."""
         if self.amount.round_to != "auto" or self._ratios is None:
             return ()
         exact = self._choose(scores, self._ratios, replace(self.amount, round_to=1))
@@ -123,27 +123,27 @@ class RatioSearch:
         return choose_units(self.units, scores, amount, ratios, self.protected, self._steps, self.first)
 
     def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], target: bool = False) -> Cut:
-        """Finds the cut of some ratios; for a target, numbers that are found for it are not rounded unless they must be."""
+        """Finds the cut of some ratios; for a budget, searched counts are not rounded."""
         exact = self.amount.open_ratios if target and self.amount.round_to == "auto" else ()
         chosen: dict[str, list[int]] = {}
         for amount, of_target in ((self.amount, False), (replace(self.amount, round_to=1), True)):
-            some = {name: ratio for name, ratio in ratios.items() if (name in exact) == of_target}
-            chosen |= self._choose(scores, some, amount)
+            ratios_of_pass = {name: ratio for name, ratio in ratios.items() if (name in exact) == of_target}
+            chosen |= self._choose(scores, ratios_of_pass, amount)
         return find_cut(self.model, self.structure, self.units, chosen)
 
     def _find_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
-        """Returns the given ratios, and those that lead to the target."""
+        """Returns the ratios that are set, and the ratios that meet the budget."""
         ratios, target, names = self.amount.ratios, self.amount.target, self.amount.open_ratios
         if target is None:
             return ratios
         limit = self.limit(target)
 
         def left(ratio: float, names: Sequence[str], ratios: Mapping[str, float]) -> int:
-            alike = {name: min(ratio, self._highest(name)) for name in names}
-            return self.cost(self._cut(scores, {**ratios, **alike}, target=True), target)
+            equal_ratios = {name: min(ratio, self._highest(name)) for name in names}
+            return self.cost(self._cut(scores, {**ratios, **equal_ratios}, target=True), target)
 
         def lowest_ratio(names: Sequence[str], ratios: Mapping[str, float]) -> float | None:
-            """Finds the lowest ratio, of kinds alike and next to other ratios, that meets the target; None if none does."""
+            """Finds the lowest common ratio of some kinds that meets the budget, or None."""
             tries = self._tries(names)
             number = first_within(len(tries), lambda number: left(tries[number], names, ratios), limit)
             return None if number is None else tries[number]
@@ -151,26 +151,26 @@ class RatioSearch:
         if len(names) > 1:
             without_heads = ratios | {"kv_heads": 0.0}
             ratio = lowest_ratio(names[-1:], without_heads)
-            if ratio is not None and ratio <= ALONE:
+            if ratio is not None and ratio <= MAX_CHANNEL_RATIO:
                 return without_heads | {names[-1]: ratio}
         common = lowest_ratio(names, ratios)
         if common is None:
-            wanted, tries = getattr(self.amount, target), self._tries(names)
+            requested, tries = getattr(self.amount, target), self._tries(names)
             least, most = (left(ratio, names, ratios) for ratio in (tries[-1], tries[0]))
             raise ValueError(
-                f"{target}={wanted}: {limit:,} cannot be reached; with what may be removed, {least:,} to {most:,} can"
-                f"{percentage_hint(wanted)}"
+                f"{target}={requested} ({limit:,}) is out of reach. Reachable: {least:,} to {most:,}. Raise the budget, also "
+                f"remove blocks= or residual=, or use bh.shrink{percentage_hint(requested)}"
             )
         ratios |= {name: min(common, self._highest(name)) for name in names}
-        if len(names) > 1:  # heads are few and large: channels alone then come as close as they can
-            for near in (ratios | self._suiting(ratios["kv_heads"]), ratios):
-                ratio = lowest_ratio(names[-1:], near)
+        if len(names) > 1:  # heads are few and large, so channels then fine-tune the size
+            for kv_ratios in (ratios | self._divisible_ratio(ratios["kv_heads"]), ratios):
+                ratio = lowest_ratio(names[-1:], kv_ratios)
                 if ratio is not None:
-                    return near | {names[-1]: ratio}
+                    return kv_ratios | {names[-1]: ratio}
         return ratios
 
-    def _suiting(self, ratio: float) -> dict[str, float]:
-        """Returns the nearest ratio of KV heads that leaves a number that engines can divide; none if that is not ours."""
+    def _divisible_ratio(self, ratio: float) -> dict[str, float]:
+        """Returns the nearest ratio of KV heads that divides among devices, if rounding is on."""
         counts = set(self._counts("kv_heads"))
         if self.amount.round_to != "auto" or self.amount.ranking == "global" or len(counts) != 1:
             return {}
@@ -179,14 +179,14 @@ class RatioSearch:
 
     @cached_property
     def now(self) -> Costs:
-        """The costs of the model as it is."""
+        """The costs of the unchanged model."""
         return costs_of(self.model)
 
     def _counts(self, name: str) -> list[int]:
         return [layer.count(RATIOS[name][1]) for layer in self.removable(name).values()]
 
     def _tries(self, names: Sequence[str]) -> list[float]:
-        """Returns the ratios at which one more unit is removed."""
+        """Returns the ratios at which another unit is removed."""
         tries = {0.0}
         for name in names:
             counts = self._counts(name)
@@ -195,11 +195,11 @@ class RatioSearch:
         return sorted(tries)
 
     def _highest(self, name: str) -> float:
-        """Returns the highest ratio of a kind that leaves `min_units` everywhere; 0 where none may be removed."""
+        """Returns the highest ratio of a kind that leaves `min_units` in every module, or 0."""
         return min((max(count - self.amount.min_units, 0) / count for count in self._counts(name)), default=0.0)
 
     def cost(self, cut: Cut, target: str) -> int:
-        """Returns what is left after a cut of what a target limits."""
+        """Returns the value that a budget limits, after a cut."""
         if target == "params":
             return cut.parameters[1]
         if target == "bytes":
@@ -210,7 +210,10 @@ class RatioSearch:
 
 
 def _steps(model: PreTrainedModel, units: Mapping[str, Units]) -> dict[str, int]:
-    """Returns the numbers of which units must be a multiple: the same for as many units, which a config counts in one field."""
+    """Returns the multiples that unit counts must have.
+
+    Modules with the same count share one, because one config field holds it.
+    """
     most: dict[tuple[str, int], int] = {}
     for layer in units.values():
         key = (layer.kind, layer.count())
@@ -220,11 +223,11 @@ def _steps(model: PreTrainedModel, units: Mapping[str, Units]) -> dict[str, int]
 
 @dataclass(frozen=True)
 class Baseline:
-    """A model before any part of an amount was removed; parts are of what there was then, so that they do not compound.
+    """Counts of a model before pruning, so that rounds of an amount do not compound.
 
     Attributes:
-        counts: By the name of a ratio, and by place, how many units there were that may be removed.
-        figure: What there was of what the target limits.
+        counts: Number of prunable units by ratio name and module.
+        figure: Value of the budget's metric.
     """
 
     counts: dict[str, dict[str, int]]
@@ -232,7 +235,7 @@ class Baseline:
 
     @classmethod
     def of(cls, search: RatioSearch) -> "Baseline":
-        """Notes a model as a search has found it."""
+        """Returns the counts of the model of a search."""
         counts = {
             name: {layer: of_layer.count(per) for layer, of_layer in search.removable(name).items()}
             for name, (_, per) in search.amount.requested.items()
@@ -240,16 +243,15 @@ class Baseline:
         return cls(counts, getattr(search.now, search.amount.target) if search.amount.target else None)
 
     def part(self, search: RatioSearch, progress: float) -> RatioSearch | None:
-        """Returns a search for what of its amount is to be gone at a progress in 0..1; None if it is gone.
+        """Returns a search for the amount due at a progress in 0..1, or None if nothing is due.
 
-        Its ratios are of what there was at first, by which each part is also rounded, so that parts add up to what the whole
-        would be at once.
+        Ratios refer to the original counts and each part is rounded by them, so that all rounds together equal one event.
         """
         amount = search.amount
         changes: dict[str, Any] = {name: progress * ratio for name, ratio in amount.ratios.items()}
         if amount.target is not None and self.figure is not None:
-            wanted = getattr(amount, amount.target)
-            goal = int(wanted * self.figure) if isinstance(wanted, float) else int(wanted)
+            requested = getattr(amount, amount.target)
+            goal = int(requested * self.figure) if isinstance(requested, float) else int(requested)
             limit = goal if progress >= 1 else int(self.figure - progress * (self.figure - goal))
             if limit >= (getattr(search.now, amount.target) or 0):
                 return None
@@ -261,9 +263,9 @@ class Baseline:
 
 
 def first_within(count: int, cost: Callable[[int], int], limit: int) -> int | None:
-    """Finds the first of some numbers from 0 at which a falling cost is within a limit; None if it never is.
+    """Finds the first index at which a falling cost is within a limit, or None.
 
-    It looks where that would be if the cost fell evenly, and every other time in the middle.
+    Alternates between linear interpolation and bisection.
 
     >>> first_within(100, lambda number: 1000 - 7 * number, 500)
     72
@@ -276,37 +278,37 @@ def first_within(count: int, cost: Callable[[int], int], limit: int) -> int | No
     while high - low > 1:
         even = low + (above - limit) / max(above - below, 1) * (high - low)
         middle = (low + high) // 2 if halve else min(max(math.ceil(even), low + 1), high - 1)
-        if (now := cost(middle)) <= limit:
-            high, below = middle, now
+        if (current := cost(middle)) <= limit:
+            high, below = middle, current
         else:
-            low, above = middle, now
+            low, above = middle, current
         halve = not halve and high - low > 8
     return high
 
 
 def row_lengths(model: nn.Module, cut: Cut, num_asked: Mapping[str, int], least: int = 1) -> tuple[RowLength, ...]:
-    """Returns how long the rows become that a cut makes shorter, those that were 256 or longer.
+    """Returns the lengths of shortened rows that had at least 256 entries.
 
     Args:
         model: The model.
-        cut: What is removed.
-        num_asked: By place, how many units would stay by what was asked for.
-        least: The fewest that may stay.
+        cut: Cut of the units to remove.
+        num_asked: Number of units to keep by module, before width rounding.
+        least: Fewest units to keep.
     """
-    alike: dict[RowLength, list[str]] = {}
+    modules_of: dict[RowLength, list[str]] = {}
     for name in cut.units:
         layer, num_kept, length = cut.all_units[name], cut.after[name][0], unit_length(cut.all_units[name])
         if layer.count() * length >= MULTIPLES[0]:
             row = RowLength(layer.kind, 1, length, num_asked[name], num_kept, multiple_of(num_kept * length))
-            alike.setdefault(row, []).append(name)
+            modules_of.setdefault(row, []).append(name)
     rows = list[RowLength]()
-    for row, names in alike.items():
+    for row, names in modules_of.items():
         counts = {name: cut.all_units[name].count() for name in names}
         options = {} if row.kind == "head" else nearby_counts(row.asked, row.kept, max(counts.values()), least)
-        instead = list[tuple[int, int, int]]()
+        alternatives = list[tuple[int, int, int]]()
         for num_kept, multiple in options.items():
             chosen = cut.units | {name: list(range(num_kept, count)) for name, count in counts.items()}
-            then = find_cut(model, cut.structure, cut.all_units, chosen)
-            instead.append((num_kept, multiple, then.parameters[1] - cut.parameters[1]))
-        rows.append(replace(row, places=len(names), others=tuple(instead)))
+            alternative = find_cut(model, cut.structure, cut.all_units, chosen)
+            alternatives.append((num_kept, multiple, alternative.parameters[1] - cut.parameters[1]))
+        rows.append(replace(row, places=len(names), others=tuple(alternatives)))
     return tuple(rows)

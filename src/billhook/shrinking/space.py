@@ -254,7 +254,7 @@ def coarser(layers: Sequence[Layer], kept: Mapping[str, int], spare: int = 0) ->
         present, layer = [layer.name for layer in group if kept.get(layer.name, 0)], group[0]
         now = kept[present[0]] if present else layer.count
         if layer.kind == "channel" and now < layer.count:
-            fewer = round_units(_afforded(layer, now, spare / len(present)), layer.count, most=now, more=False)
+            fewer = round_units(_afforded(layer, now, spare / len(present)), layer.count, maximum=now, allow_more=False)
             numbers |= dict.fromkeys(present, fewer if fewer in layer.allowed else now)
     return numbers
 

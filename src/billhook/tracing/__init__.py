@@ -1,1 +1,1 @@
-"""Finds which dimensions of which parameters are one axis, from one run on meta tensors."""
+"""Dependency tracing: finds coupled parameter dimensions in a run on meta tensors."""

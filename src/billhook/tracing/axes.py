@@ -1,8 +1,8 @@
-"""Axis algebra: a dimension that several tensors share, and how it is made of smaller ones.
+"""Axis algebra: shared dimensions of tensors, as trees of sums and products.
 
-An axis is a leaf, a *product* (row-major factors: heads x head_dim) or a *sum* (consecutive segments: q | k | v). `cut`, `split`
-and `unify` refine leaves in place, so that whoever holds a leaf sees what became of it. Each axis says of every position which
-index of which leaves it is (`layout`); `unify` makes two axes say the same, merging and refining no more than that takes.
+An axis is a leaf, a *product* (row-major factors: heads x head_dim), or a *sum* (consecutive segments: q | k | v). `cut`,
+`split`, and `unify` refine leaves in place, so that every holder of a leaf sees its new parts. An axis gives each position an
+index along its leaves (`layout`). `unify` makes two axes agree, with the fewest refinements.
 """
 
 import itertools
@@ -24,7 +24,7 @@ class Irregular(Exception):
 
 
 class Axis:
-    """A dimension: its size, the factors (outermost first) or segments it is made of, and flags with their reasons."""
+    """A dimension: its size, factors (outermost first) or segments, and flags with reasons."""
 
     __slots__ = ("_same", "notes", "number", "op", "parts", "size")
 
@@ -42,7 +42,7 @@ class Axis:
 
 
 def find(axis: Axis) -> Axis:
-    """Returns the axis that this one has been unified with (itself, if with none)."""
+    """Returns the axis that this axis has been unified with, or itself."""
     while (same := axis._same) is not None:
         if same._same is not None:
             axis._same = same = same._same
@@ -51,7 +51,7 @@ def find(axis: Axis) -> Axis:
 
 
 def factors(axis: Axis) -> list[Axis]:
-    """Returns the factors of a product, flat, without those of size 1; another axis is its own only factor."""
+    """Returns the flat factors of a product without size 1; any other axis is its only factor."""
     axis = find(axis)
     if axis.op == "product":
         return [factor for part in axis.parts for factor in factors(part)]
@@ -59,39 +59,39 @@ def factors(axis: Axis) -> list[Axis]:
 
 
 def segments(axis: Axis) -> list[Axis]:
-    """Returns the segments of a sum, flat; another axis is its own only segment."""
+    """Returns the flat segments of a sum; any other axis is its only segment."""
     axis = find(axis)
     if axis.op != "sum":
         return [axis]
-    flat, rest = list[Axis](), [axis]
-    while rest:  # an axis that is unified with itself, shifted, is cut thousands of segments deep
-        part = find(rest.pop())
+    flat_segments, stack = list[Axis](), [axis]
+    while stack:  # no recursion: an axis unified with itself, shifted, nests thousands deep
+        part = find(stack.pop())
         if part.op == "sum":
-            rest += reversed(part.parts)
+            stack += reversed(part.parts)
         else:
-            flat.append(part)
-    axis.parts = flat
-    return list(flat)
+            flat_segments.append(part)
+    axis.parts = flat_segments
+    return list(flat_segments)
 
 
 def product(parts: Iterable[Axis]) -> Axis:
-    """Makes the axis with these factors, outermost first."""
-    flat = [factor for part in parts for factor in factors(part)]
-    if len(flat) == 1:
-        return flat[0]
-    return Axis(math.prod(f.size for f in flat), "product", flat) if flat else Axis(1)
+    """Returns the axis with these factors, outermost first."""
+    flat_factors = [factor for part in parts for factor in factors(part)]
+    if len(flat_factors) == 1:
+        return flat_factors[0]
+    return Axis(math.prod(f.size for f in flat_factors), "product", flat_factors) if flat_factors else Axis(1)
 
 
 def concat(parts: Iterable[Axis]) -> Axis:
-    """Makes the axis with these segments, one after the other."""
-    flat = [segment for part in parts for segment in segments(part) if segment.size]
-    if len(flat) == 1:
-        return flat[0]
-    return Axis(sum(s.size for s in flat), "sum", flat) if flat else Axis(0)
+    """Returns the axis with these consecutive segments."""
+    flat_segments = [segment for part in parts for segment in segments(part) if segment.size]
+    if len(flat_segments) == 1:
+        return flat_segments[0]
+    return Axis(sum(s.size for s in flat_segments), "sum", flat_segments) if flat_segments else Axis(0)
 
 
 def leaves(axis: Axis) -> list[Axis]:
-    """Returns the leaves of an axis from left to right; one that stands in several places comes several times."""
+    """Returns the leaves of an axis from left to right, repeated leaves several times."""
     axis = find(axis)
     if axis.op == "leaf":
         return [axis]
@@ -99,18 +99,21 @@ def leaves(axis: Axis) -> list[Axis]:
 
 
 def mark(axis: Axis, flag: str, reason: str = "") -> None:
-    """Notes a flag on every leaf of an axis; the first reason for it stays."""
+    """Sets a flag on every leaf of an axis; the first reason is kept."""
     for leaf in leaves(axis):
         leaf.notes.setdefault(flag, reason)
 
 
 def notes_of(axis: Axis) -> dict[str, str]:
-    """Returns the notes on all leaves of an axis."""
+    """Returns the flags of all leaves of an axis, with their reasons."""
     return {flag: reason for leaf in leaves(axis) for flag, reason in leaf.notes.items()}
 
 
 def cut(axis: Axis, at: int) -> tuple[list[Axis], list[Axis]]:
-    """Cuts an axis at a position, not between two indices of a product's first factor: the segments before it and from it on."""
+    """Cuts an axis at a position and returns the segments before and after it.
+
+    A product can only be cut between two indices of its first factor.
+    """
     before: list[Axis] = []
     after = segments(axis)
     while after and at >= after[0].size:
@@ -133,27 +136,29 @@ def cut(axis: Axis, at: int) -> tuple[list[Axis], list[Axis]]:
 
 
 def split(axis: Axis, outer: int) -> tuple[list[Axis], list[Axis]]:
-    """Splits an axis, where its pieces allow that, into an outer part of a size and the rest: the factors of each."""
+    """Splits an axis into an outer part of this size and the inner part, as factors."""
     if not 0 < outer <= axis.size or axis.size % outer:
         raise Irregular(f"{axis} has no outer part of size {outer}")
-    inner, taken = factors(axis), []
+    inner, outer_factors = factors(axis), []
     while outer > 1:
         factor = inner.pop(0)
         if outer % factor.size == 0:
-            taken.append(factor)
+            outer_factors.append(factor)
             outer //= factor.size
             continue
         if factor.size % outer:
             raise Irregular(f"{axis} cannot be split at {outer}")
         head, tail = _halve(factor, outer)
-        taken.append(head)
+        outer_factors.append(head)
         inner = [*factors(tail), *inner]
         outer = 1
-    return taken, inner
+    return outer_factors, inner
 
 
 def unify(a: Axis, b: Axis) -> Axis:
-    """Makes two axes of one size the same axis, and returns it. Size 1 has no identity: nothing happens.
+    """Makes two axes of equal size the same axis and returns it.
+
+    Axes of size 1 have no identity and are left unchanged.
 
     Raises:
         Irregular: If their sizes differ, or they are cut so differently that no regular pieces are common to both.
@@ -186,7 +191,7 @@ def unify(a: Axis, b: Axis) -> Axis:
 
 
 def layout(axis: Axis, leaf: Axis) -> Indices:
-    """Returns for each position of an axis the index along a leaf, -1 where it does not reach: int64 of shape (size,)."""
+    """Returns an axis position's index along a leaf, -1 for none: int64, `[size]`."""
     axis = find(axis)
     if axis is leaf:
         return np.arange(axis.size)
@@ -202,20 +207,22 @@ def layout(axis: Axis, leaf: Axis) -> Indices:
 
 
 def crossed(axis: Axis, leaf: Axis) -> bool:
-    """Tells whether a leaf is multiplied with itself somewhere in an axis, so that a position has two indices of it."""
+    """Returns whether a leaf is multiplied with itself in an axis."""
     axis = find(axis)
     holding = [part for part in _parts(axis) if leaf in leaves(part)]
     return (axis.op == "product" and len(holding) > 1) or any(crossed(part, leaf) for part in holding)
 
 
 def multiplied_with(axis: Axis, leaf: Axis) -> set[Axis]:
-    """Returns the leaves that are multiplied with a leaf wherever it stands in an axis."""
+    """Returns the leaves that are multiplied with a leaf in every part of an axis."""
     axis = find(axis)
     holding = [part for part in _parts(axis) if leaf in leaves(part)]
     if axis.op == "sum":
         return set.intersection(*[multiplied_with(part, leaf) for part in holding]) if holding else set()
-    others = [other for part in axis.parts if part not in holding for other in leaves(part)]
-    return {other for part in holding for other in [*multiplied_with(part, leaf), *others]}
+    multiplied = set[Axis]()
+    for part in axis.parts if holding else ():
+        multiplied.update(multiplied_with(part, leaf) if part in holding else leaves(part))
+    return multiplied
 
 
 def _parts(axis: Axis) -> list[Axis]:
@@ -230,7 +237,7 @@ def _refine(leaf: Axis, op: Op, parts: list[Axis]) -> None:
 
 
 def _halve(factor: Axis, outer: int) -> tuple[Axis, Axis]:
-    """Makes a leaf or a sum a product whose first factor has the size `outer`."""
+    """Turns a leaf or a sum into a product whose first factor has the size `outer`."""
     width = factor.size // outer
     if factor.op == "leaf":
         head, tail = Axis(outer), Axis(width)
@@ -239,12 +246,12 @@ def _halve(factor: Axis, outer: int) -> tuple[Axis, Axis]:
         tail = product(halves[0][1])
         for _, inner in halves[1:]:
             tail = unify(tail, product(inner))
-        head = concat(product(taken) for taken, _ in halves)
-    else:  # the segments repeat: every stretch of `width` is made of the same ones
-        head, tail = concat(Axis(1) for _ in range(outer)), None  # no units: what else holds a segment knows nothing of them
-        rest = [factor]
+        head = concat(product(outer_factors) for outer_factors, _ in halves)
+    else:  # the segments repeat with period `width`
+        head, tail = concat(Axis(1) for _ in range(outer)), None  # size 1: no units, because other axes share the segments
+        remaining = [factor]
         for _ in range(outer):
-            stretch, rest = cut(concat(rest), width)
+            stretch, remaining = cut(concat(remaining), width)
             tail = concat(stretch) if tail is None else unify(tail, concat(stretch))
     assert tail is not None
     _refine(factor, "product", [head, tail])
@@ -253,7 +260,7 @@ def _halve(factor: Axis, outer: int) -> tuple[Axis, Axis]:
 
 def _unify_sums(left: list[Axis], right: list[Axis]) -> None:
     while left and right:
-        left[:1], right[:1] = segments(left[0]), segments(right[0])  # what came before may have cut them
+        left[:1], right[:1] = segments(left[0]), segments(right[0])  # earlier unifications may have cut them
         a, b = left.pop(0), right.pop(0)
         if a.size > b.size:
             lows, highs = cut(a, b.size)
@@ -274,10 +281,10 @@ def _unify_sum_with_product(a: Axis, b: Axis) -> None:
     try:
         _unify_at(a, b, factors(b)[0].size)
     except Irregular:
-        rest = b
+        remaining = b
         *firsts, last = segments(a)
         for segment in firsts:  # cut the product where the sum is cut
-            lows, highs = cut(rest, segment.size)
+            lows, highs = cut(remaining, segment.size)
             unify(segment, concat(lows))
-            rest = concat(highs)
-        unify(last, rest)
+            remaining = concat(highs)
+        unify(last, remaining)

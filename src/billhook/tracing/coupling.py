@@ -1,6 +1,7 @@
-"""The structure that a run has shown of a model: its groups, each with its kind, its context, and why it must not be pruned."""
+"""The traced structure of a model: coupled groups with kind, context, and reason."""
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 from rich.console import RenderableType
@@ -15,19 +16,19 @@ from billhook.tracing.tape import Tape, note
 
 
 class Structure(Printable, StructureFields):
-    """Axes, groups and roles of a model's parameters; `print` shows them as a table.
+    """Axes, coupled groups, and roles of a model's parameters; `print` shows a table.
 
     Attributes:
-        model: The model's class.
-        axes: The axis of every dimension of every parameter and buffer that the run used.
-        groups: The groups, in the order of the parameters.
-        attention: Queries, keys, values and outputs.
-        feed_forward: Gates, ups and downs.
-        shapes: The shape of every parameter.
-        tied: Names that are the same tensor as another: alias -> name.
-        untouched: Parameters that the run never used, and that must be left alone.
-        opaque: Why axes are opaque: an op without a rule or in an irregular place, with how often.
-        assumed: Where the code asked for a value that nobody knows, and what was assumed, with how often.
+        model: Class name of the model.
+        axes: Axis of every dimension of every parameter and buffer that the run used.
+        groups: Coupled groups, in the order of the parameters.
+        attention: Query, key, value, and output parts of each attention module.
+        feed_forward: Gate, up, and down parts of each MLP.
+        shapes: Shape of every parameter.
+        tied: Tied weights: alias -> name.
+        untouched: Parameters that the run never used, which are not prunable.
+        opaque: Reasons for untraceable operations (no rule, or an irregular case), with counts.
+        assumed: Unknown values that the model's code read, with the assumed value and counts.
 
     Example:
         >>> import billhook as bh
@@ -36,61 +37,81 @@ class Structure(Printable, StructureFields):
     """
 
     def tree(self, name: str) -> str:
-        """Returns the axes of a parameter as a readable tree, such as `[kv:3 * group:3 * (f:32 + f:32), hidden:576]`.
+        """Returns the axes of a parameter as text, such as `[kv:3 * group:3 * f:64, hidden:576]`.
 
         Raises:
             ValueError: If the run used no parameter of that name.
         """
         name = self.tied.get(name, name)
         if name not in self.axes:
-            raise ValueError(f"name: the run used no parameter '{name}'; those of {self.model} are in `axes`")
+            raise ValueError(f"name={name!r} is not a parameter that the run used. See `axes` for the names in {self.model}.")
         return show.tree(self, name)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns everything as plain data."""
+        """Returns the structure as plain data."""
         return show.to_json(self)
 
     def _renderables(self) -> list[RenderableType]:
         return show.table(self, self.groups)
 
     def show(self, groups: Sequence[Group]) -> str:
-        """Shows some of the groups as a table."""
+        """Returns some of the groups as a table."""
         return render(*show.table(self, groups))
 
 
 def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
-    """Makes a structure of what a run has shown; parameters of the shapes `outside` stand next to the model and may be its."""
-    parameters = dict(model.named_parameters())
-    notes = {name: note(tensor, touch=False) for name, tensor in tape.parameters.items()}
-    axes = {name: tuple(map(find, known.axes)) for name, known in notes.items() if known.used and not known.active}
-    groups = find_groups(axes, tape, frozenset(parameters))
+    """Builds the structure of a traced model.
+
+    `outside` has shapes of parameters outside the model that may belong to its groups.
+    """
+    axes = dict[str, tuple[Axis, ...]]()
+    for name, tensor in tape.parameters.items():
+        known = note(tensor, touch=False)
+        if known.used and not known.active:
+            axes[name] = tuple(map(find, known.axes))
+    sizes, shapes = dict[str, int](), dict[str, tuple[int, ...]]()
+    for name, parameter in model.named_parameters():
+        sizes[name], shapes[name] = parameter.element_size(), tuple(parameter.shape)
+    untouched = {name: shape for name, shape in shapes.items() if name not in axes}
+    groups = find_groups(axes, tape, frozenset(sizes))
     attention = find_attention(tape, groups)
     name_kinds(groups, attention, tape)
-    groups = [group for group in groups if not all(member.buffer for member in group.members)]
-    untouched = {name: tuple(parameter.shape) for name, parameter in parameters.items() if name not in axes}
-    sizes = {name: parameter.element_size() for name, parameter in parameters.items()}
+    groups = _without_buffer_groups(groups)
     for number, group in enumerate(groups):
         group.number = number
-        give_reason(group)
+        set_reason(group)
         measure_units(group, axes, sizes)
-    mind_untouched(groups, untouched)
-    mind_outside(groups, outside or {})
+    exclude_untouched(groups, untouched)
+    exclude_outside(groups, outside or {})
     find_contexts(groups, axes)
     find_idle(groups, attention, axes)
-    first = {id(parameter): name for name, parameter in parameters.items()}
-    every = {name: first[id(parameter)] for name, parameter in model.named_parameters(remove_duplicate=False)}
     return Structure(
         model=type(model).__name__,
         axes=axes,
         groups=tuple(groups),
         attention=tuple(attention),
         feed_forward=tuple(find_feed_forward(tape, groups)),
-        shapes={name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        tied={alias: name for alias, name in every.items() if alias != name},
+        shapes=shapes,
+        tied=_tied_names(model),
         untouched=tuple(untouched),
         opaque=dict(tape.misses),
         assumed=dict(tape.assumed),
     )
+
+
+def _without_buffer_groups(groups: Sequence[Group]) -> list[Group]:
+    """Drops groups whose members are only buffers, which have no units to remove."""
+    return [group for group in groups if not all(member.buffer for member in group.members)]
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Returns the first name of every tied weight, by its other names."""
+    first, tied = dict[int, str](), dict[str, str]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        original = first.setdefault(id(parameter), name)
+        if original != name:
+            tied[name] = original
+    return tied
 
 
 BY_FLAG: dict[str, Kind] = {"data": "position", "fixed": "fixed", "vocab": "vocab", "label": "label", "topk": "expert"}
@@ -99,24 +120,17 @@ NEVER: dict[Kind, str] = {
     "vocab": "tokens belong to the tokenizer",
     "position": "a table of positions or types, addressed by number",
     "label": "labels belong to the task",
-    "rotary": "a rotary frequency serves all heads of all layers, and the code derives it from the width of a head",
+    "rotary": "a rotary frequency serves all heads of all layers, and the code derives it from the head dimension",
 }
 
 
 def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Tape) -> None:
-    """Gives every group its kind, from the roles that its axis plays."""
-    axes = {(member.name, member.dim): member.axis for group in groups for member in group.members}
-    queries, keys, over, values = set[Axis](), set[Axis](), set[Axis](), set[Axis]()
+    """Sets the kind of every group, from the roles of its axis."""
+    queries, keys = _head_leaves(groups, attention)
+    over, values = set[Axis](), set[Axis]()
     for layer in attention:
-        heads = set(layer.heads)
-        for part in layer.q:
-            if (part.name, part.dim) in axes:
-                queries |= heads & set(leaves(axes[part.name, part.dim]))
-        for part in (*layer.k, *layer.v):
-            if (axis := axes.get((part.name, part.dim))) is not None:  # keys and values may be parts of one matrix
-                keys |= {leaf for leaf in heads & set(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
-        over |= set(layer.query_key)
-        values |= set(layer.value)
+        over.update(layer.query_key)
+        values.update(layer.value)
     only_queries = queries - keys
     for group in groups:
         leaf, flags = group.leaf, group.flags
@@ -126,7 +140,7 @@ def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Ta
             grouped = any(leaf in layer.heads and not only_queries.isdisjoint(layer.heads) for layer in attention)
             group.kind = "query_head" if leaf in only_queries else "kv_head" if grouped else "head"
         elif leaf in over:
-            rotary = "const" in flags or any(member.buffer for member in group.members)
+            rotary = "const" in flags or any(member.buffer for member in group.members)  # cos and sin tables are buffers
             group.kind = "rotary" if rotary else "query_key"
         elif leaf in values:
             group.kind = "value"
@@ -138,24 +152,51 @@ def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Ta
             group.kind = _width_kind(group, tape)
 
 
+def _head_leaves(groups: Sequence[Group], attention: Sequence[Attention]) -> tuple[set[Axis], set[Axis]]:
+    """Returns the head leaves of queries, and the head leaves of keys and values."""
+    axes = {(member.name, member.dim): member.axis for group in groups for member in group.members}
+    queries, keys = set[Axis](), set[Axis]()
+    for layer in attention:
+        heads = set(layer.heads)
+        for part in layer.q:
+            if (part.name, part.dim) in axes:
+                queries |= heads & set(leaves(axes[part.name, part.dim]))
+        for part in (*layer.k, *layer.v):
+            axis = axes.get((part.name, part.dim))
+            if axis is not None:  # in a fused matrix, only the leaves that these positions reach
+                keys |= {leaf for leaf in heads & set(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
+    return queries, keys
+
+
 def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Mapping[str, Sequence[Axis]]) -> None:
-    """Finds the biases of keys that add the same to all scores of a query: one whose width no position turns."""
+    """Finds key biases that softmax cancels: constant over keys and without rotary embedding."""
     by_leaf = {group.leaf: group for group in groups}
     for layer in attention:
-        rotary = any(by_leaf[leaf].kind == "rotary" for leaf in layer.query_key if leaf in by_leaf)
-        made = [axes[part.name][part.dim] for part in layer.k if part.name in axes and len(part.positions) == part.size]
-        biases = {name for name, dims in axes.items() if len(dims) == 1 and dims[0] in made}
-        for leaf in (*layer.query_key, *(() if rotary else layer.heads)):
-            if leaf in by_leaf and by_leaf[leaf].kind != "rotary":
-                group = by_leaf[leaf]
-                group.idle += tuple(m.name for m in group.members if m.name in biases and m.name not in group.idle)
+        query_key = [by_leaf[leaf] for leaf in layer.query_key if leaf in by_leaf]
+        key_axes = list[Axis]()
+        for part in layer.k:
+            if part.name in axes and len(part.positions) == part.size:
+                key_axes.append(axes[part.name][part.dim])
+        candidates = list(query_key)
+        if "rotary" not in map(attrgetter("kind"), query_key):
+            candidates += map(by_leaf.__getitem__, filter(by_leaf.__contains__, layer.heads))
+        for group in candidates:
+            for member in group.members if group.kind != "rotary" else ():
+                is_bias = len(axes[member.name]) == 1 and axes[member.name][0] in key_axes
+                if is_bias and member.name not in group.idle:
+                    group.idle += (member.name,)
 
 
 def _width_kind(group: Group, tape: Tape) -> Kind:
-    """Finds residual channels: a table writes them, or they are made again from what was read of them, and added."""
-    dims = [(member.name, member.dim) for member in group.members]
-    reads = [tape.reads[dim] for dim in dims if dim in tape.reads]
-    writes = [tape.writes[dim] for dim in dims if dim in tape.writes]
+    """Returns the kind of a width: hidden dimension, MLP channel, or rank.
+
+    Hidden dimensions come from an embedding, or are recomputed from values read earlier and added to them.
+    """
+    reads, writes = list[int](), list[int]()
+    for member in group.members:
+        key = member.name, member.dim
+        reads += [tape.reads[key]] if key in tape.reads else []
+        writes += [tape.writes[key]] if key in tape.writes else []
     again = bool(reads and writes) and max(writes) > min(reads)
     if "embedded" in group.flags or ("added" in group.flags and again):
         return "residual"
@@ -163,20 +204,28 @@ def _width_kind(group: Group, tape: Tape) -> Kind:
 
 
 def find_contexts(groups: Sequence[Group], axes: Mapping[str, Sequence[Axis]]) -> None:
-    """Finds the groups next to which each stands in every member: multiplied in a dimension, or experts in another one."""
+    """Finds the groups that surround each group in every member.
+
+    They are multiplied with it in one dimension, or are experts in another dimension.
+    """
     numbers = {group.leaf: group.number for group in groups}
     for group in groups:
-        near: set[Axis] | None = None
+        shared: set[Axis] | None = None
         for member in group.members:
-            beside = multiplied_with(member.axis, group.leaf)
+            neighbors = multiplied_with(member.axis, group.leaf)
             for d, axis in enumerate(axes[member.name]):
-                beside |= {leaf for leaf in leaves(axis) if "topk" in leaf.notes} if d != member.dim else set()
-            near = beside if near is None else near & beside
-        group.context = tuple(sorted(numbers[leaf] for leaf in near or () if leaf in numbers and leaf is not group.leaf))
+                if d != member.dim:
+                    neighbors.update(filter(_is_ranked, leaves(axis)))
+            shared = neighbors if shared is None else shared & neighbors
+        group.context = tuple(sorted(numbers[leaf] for leaf in shared or () if leaf in numbers and leaf is not group.leaf))
 
 
-def give_reason(group: Group) -> None:
-    """Says why a group may not be pruned, if it may not."""
+def _is_ranked(leaf: Axis) -> bool:
+    return "topk" in leaf.notes
+
+
+def set_reason(group: Group) -> None:
+    """Sets the reason why a group is not prunable, if any."""
     for member in group.members:
         if crossed(member.axis, group.leaf):
             mark(group.leaf, "opaque", f"it is multiplied with itself in dimension {member.dim} of {member.name}")
@@ -186,8 +235,8 @@ def give_reason(group: Group) -> None:
     group.reason = next((reason for reason in reasons if reason), "")
 
 
-def mind_untouched(groups: Sequence[Group], untouched: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses groups that a parameter which the run never used may belong to: one that is as wide as the units are many."""
+def exclude_untouched(groups: Sequence[Group], untouched: Mapping[str, tuple[int, ...]]) -> None:
+    """Marks groups as not prunable if an unused parameter of the same size may belong to them."""
     for group in groups:
         plain = any(member.axis is group.leaf for member in group.members)
         name = next((name for name, shape in untouched.items() if group.size in shape), None)
@@ -195,8 +244,8 @@ def mind_untouched(groups: Sequence[Group], untouched: Mapping[str, tuple[int, .
             group.reason = f"{name}, which the run never used, may have it too; pass example_inputs that make use of it"
 
 
-def mind_outside(groups: Sequence[Group], outside: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses residual channels that a parameter outside of the model may write or read: one that is as wide."""
+def exclude_outside(groups: Sequence[Group], outside: Mapping[str, tuple[int, ...]]) -> None:
+    """Marks hidden dimensions as not prunable if a parameter outside the model may share them."""
     for group in groups:
         name = next((name for name, shape in outside.items() if group.size in shape), None)
         if group.kind == "residual" and name is not None and not group.reason:

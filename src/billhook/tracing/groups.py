@@ -1,8 +1,9 @@
-"""Groups: units that exist once but in several parameters, so that removing one must remove it everywhere."""
+"""Coupled groups: units that span several parameters and are removed from all of them."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal, get_args
 
 import numpy as np
@@ -12,16 +13,16 @@ from billhook.tracing.axes import Axis, find, layout, leaves
 from billhook.tracing.tape import Tape
 
 Kind = Literal[
-    "kv_head",  # a key/value head with the query heads that it serves
-    "query_head",  # a query head of every group, or of the only one
-    "head",  # a head with query, key and value of its own, or a head without attention
-    "channel",  # something bends it between who makes it and who reads it: feed-forward, convolution
-    "residual",  # a channel of the stream that blocks add to
-    "expert",  # with its row of the router
-    "rank",  # the inner width of a low-rank product: LoRA, MLA
+    "kv_head",  # a KV head with its query heads
+    "query_head",  # a query head of every query group
+    "head",  # a head with its own query, key, and value, or without attention
+    "channel",  # a nonlinearity between producer and consumer: MLP, convolution
+    "residual",  # a hidden dimension of the residual stream
+    "expert",  # with its router row
+    "rank",  # the inner size of a low-rank product: LoRA, MLA
     "query_key",  # a dimension over which queries and keys are contracted
     "value",  # a dimension of a value vector
-    "rotary",  # a query/key dimension with a rotary frequency of its own
+    "rotary",  # a query/key dimension with its own rotary frequency
     "state",  # of a state-space model, or another product of activations
     "vocab",
     "position",
@@ -33,14 +34,14 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Member:
-    """One dimension of one parameter that a group's axis reaches.
+    """A parameter dimension that contains a group's units.
 
     Attributes:
-        name: The parameter or buffer.
-        dim: Which dimension of it.
-        axis: The whole axis of that dimension; the group's is a part of it.
-        reads: Whether the parameter is contracted with the units along it; otherwise it makes or scales them.
-        buffer: Whether it is a buffer and no parameter.
+        name: Parameter or buffer.
+        dim: Dimension of it.
+        axis: Axis of the whole dimension, which contains the group's axis.
+        reads: True for consumer columns; False if the parameter produces or scales the units.
+        buffer: True for a buffer.
     """
 
     name: str
@@ -52,18 +53,18 @@ class Member:
 
 @dataclass(eq=False, repr=False)
 class Group:
-    """Units of one kind, and where they are.
+    """A coupled group: units of a kind and the parameter dimensions that contain them.
 
     Attributes:
-        number: Its number in the structure.
-        kind: What a unit is.
-        leaf: The axis of the units.
-        members: Where it is.
-        reason: Why it may not be pruned; empty if it may.
-        context: Numbers of the groups next to which it stands everywhere: other units may be removed for each unit of theirs.
-        idle: Members that softmax cancels, as it does the bias of keys without rotary embedding: they are members all the same.
-        entries: How many entries of parameters one unit takes with it.
-        bytes: How many bytes these are.
+        number: Number of the group in the structure.
+        kind: Kind of unit.
+        leaf: Axis of the units.
+        members: Parameter dimensions that contain the units.
+        reason: Why the group is not prunable; empty if it is.
+        context: Numbers of groups that surround it everywhere: each of their units may lose different units.
+        idle: Members that softmax cancels, such as key biases without rotary embedding. They are pruned all the same.
+        entries: Parameter entries that one unit removes.
+        bytes: Bytes that one unit removes.
 
     Example:
         >>> import billhook as bh
@@ -84,33 +85,33 @@ class Group:
 
     @property
     def size(self) -> int:
-        """How many units."""
+        """The number of units."""
         return self.leaf.size
 
     @property
     def flags(self) -> dict[str, str]:
-        """Notes on the axis (const, normed, opaque, ...), with the reason."""
+        """Flags of the axis (const, normed, opaque, ...) with reasons."""
         return self.leaf.notes
 
     @property
     def where(self) -> str:
-        """The innermost module that holds all members."""
+        """The innermost module that contains all members."""
         return common_module([member.name for member in self.members])
 
     def __repr__(self) -> str:
         return f"Group({self.kind!r}, {self.size:,} in {self.where!r})"
 
     def index(self, member: Member) -> Indices:
-        """Returns for each position of a member's dimension its unit, -1 for none: int64 of shape (size,)."""
+        """Returns the unit at each position of a member's dimension, -1 for none: int64, `[size]`."""
         return layout(member.axis, self.leaf)
 
     def positions(self, member: Member, units: Sequence[int]) -> Indices:
-        """Returns the positions of a member's dimension that belong to some units, ascending: int64."""
+        """Returns the positions of some units in a member's dimension: int64, ascending."""
         return np.flatnonzero(np.isin(self.index(member), units))
 
 
 def common_module(names: Sequence[str]) -> str:
-    """Returns the innermost module that holds all these parameters."""
+    """Returns the innermost module that contains all these parameters."""
     shared = []
     for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
         if len(set(parts)) > 1:
@@ -120,7 +121,10 @@ def common_module(names: Sequence[str]) -> str:
 
 
 def find_groups(axes: Mapping[str, Sequence[Axis]], tape: Tape, parameters: frozenset[str]) -> list[Group]:
-    """Makes one group for every leaf of the axes, in the order of the parameters; their kinds are not known yet."""
+    """Returns a group for every leaf of the axes, still without its kind.
+
+    Groups are in the order of the parameters.
+    """
     members: dict[Axis, list[Member]] = {}
     for name, dims in axes.items():
         for d, axis in enumerate(dims):
@@ -131,7 +135,7 @@ def find_groups(axes: Mapping[str, Sequence[Axis]], tape: Tape, parameters: froz
 
 
 def count_positions(axis: Axis, leaf: Axis) -> int:
-    """Counts the positions of an axis at which each index of a leaf stands."""
+    """Counts the positions of an axis for each index of a leaf."""
     axis = find(axis)
     if axis is leaf:
         return 1
@@ -141,14 +145,15 @@ def count_positions(axis: Axis, leaf: Axis) -> int:
 
 
 def measure_units(group: Group, axes: Mapping[str, Sequence[Axis]], sizes: Mapping[str, int]) -> None:
-    """Counts the entries and bytes that one unit takes with it; a matrix that has it in both dimensions loses its cross once.
+    """Counts the entries and bytes that a unit removes.
 
-    What has no bytes an entry in `sizes` (buffers) does not count.
+    A matrix with the unit in both dimensions loses the crossing once. Names that are not in `sizes` (buffers) do not count.
     """
     group.entries = group.bytes = 0
-    names: Iterable[str] = dict.fromkeys(member.name for member in group.members if member.name in sizes)
-    for name in names:
+    for name in dict.fromkeys(map(attrgetter("name"), group.members)):
+        if name not in sizes:
+            continue
         before = math.prod(axis.size for axis in axes[name])
-        lost = before - math.prod(axis.size - count_positions(axis, group.leaf) for axis in axes[name])
-        group.entries += lost
-        group.bytes += lost * sizes[name]
+        removed = before - math.prod(axis.size - count_positions(axis, group.leaf) for axis in axes[name])
+        group.entries += removed
+        group.bytes += removed * sizes[name]

@@ -1,4 +1,4 @@
-"""The run itself: every op is done on meta tensors, small constants are computed, and the op's rule notes the axes."""
+"""Runs a model on meta tensors, computes small constants, and applies operation rules."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,24 +33,24 @@ from billhook.tracing.tape import (
 
 
 def _all_nonzero(x: Tensor) -> Tensor:
-    """Returns the places of all entries, as if none were zero: [entries, dimensions]."""
+    """Returns the positions of all entries, as if none were zero: `[entries, dimensions]`."""
     axes = axes_of(x)
-    places = torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).reshape(-1, x.dim())
+    positions = torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).reshape(-1, x.dim())
     keep_order(axes, "the code asks where along it something is")
-    out = places if places.numel() <= SMALL else places.to("meta")
+    out = positions if positions.numel() <= SMALL else positions.to("meta")
     record(out, [product(axes), Axis(x.dim())], [x], points=axes[0] if x.dim() == 1 else None).columns = tuple(axes)
     return out
 
 
 def first_nonzero(x: Tensor) -> Tensor:
-    """Returns the place of the first entry, as if the others were zero: [1, dimensions]."""
+    """Returns the position of the first entry, as if all others were zero: `[1, dimensions]`."""
     out = torch.zeros(1, x.dim(), dtype=torch.int64)
     record(out, [Axis(1), Axis(x.dim())], [x], points=axes_of(x)[0] if x.dim() == 1 else None).columns = tuple(axes_of(x))
     return out
 
 
 def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
-    """Returns x[mask] as if the mask held everywhere."""
+    """Returns x[mask] as if the mask were True everywhere."""
     broadcast(x.shape, [x, mask])
     keep_order(axes_of(x), "the code picks along it by a mask")
     out = x.flatten().clone()
@@ -59,7 +59,7 @@ def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
-    """Returns x[..., mask] as if the mask held everywhere; None where nothing is masked."""
+    """Returns x[..., mask] as if the mask were True everywhere; None without a mask."""
     masks = [(d, i) for d, i in enumerate(indices) if i is not None and i.dtype == torch.bool]
     if len(masks) != 1 or sum(i is not None for i in indices) != 1:
         return None
@@ -73,7 +73,7 @@ def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
     return out
 
 
-EVERYTHING: dict[str, Callable[..., Tensor | None]] = {
+TAKEN_IN_FULL: dict[str, Callable[..., Tensor | None]] = {
     "nonzero": _all_nonzero,
     "masked_select": _all_selected,
     "index": _all_indexed,
@@ -85,11 +85,11 @@ IRREGULAR = (Irregular, TypeError, LookupError, ValueError, AttributeError, Zero
 
 
 class Op:
-    """Facts that are the same for every call of an op.
+    """Facts that are the same for every call of an operation.
 
     Attributes:
-        writes: The arguments that it writes to: place and name.
-        reshapes: Whether it changes the shape of its argument in place.
+        writes: Arguments that it writes to: position and name.
+        reshapes: True if it changes the shape of its argument in place.
     """
 
     __slots__ = ("name", "reshapes", "rule", "writes")
@@ -102,7 +102,7 @@ class Op:
 
 
 class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
-    """Notes on the tape what each op of a model says of axes; see `recording`."""
+    """Applies the rule of each operation that a model runs; see `recording`."""
 
     def __init__(self, tape: Tape, model: nn.Module, everything: bool = True) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
         self.ops: dict[OpOverload, Op] = {}
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        """Does an op, then notes what it says."""
+        """Runs an operation, then records its axes."""
         kwargs = kwargs or {}
         if (op := self.ops.get(func)) is None:
             op = self.ops[func] = Op(func)
@@ -124,12 +124,12 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
         if name == "nonzero" and not self.everything:
             self._assume("nonzero: one entry is taken")
             return first_nonzero(args[0])
-        if name in EVERYTHING and (out := EVERYTHING[name](*args)) is not None:
+        if name in TAKEN_IN_FULL and (out := TAKEN_IN_FULL[name](*args)) is not None:
             self._assume(f"{name}: every entry is taken")
             return out
-        seen = (_before(args[0]), *args[1:]) if op.reshapes else None
+        args_before = (_before(args[0]), *args[1:]) if op.reshapes else None
         out, args, kwargs = self._do(func, op, args, kwargs)
-        args = seen or args
+        args = args_before or args
         if not op.writes:
             self._note(op, out, args, kwargs)
             if isinstance(out, Tensor) and (value := _value(self.tape, func, name, out, args, kwargs)) is not None:
@@ -148,7 +148,7 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
         return out
 
     def _do(self, func: OpOverload, op: Op, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:  # noqa: ANN401
-        """Does an op on meta, where arguments are moved if they were not there."""
+        """Runs an operation on meta, moving arguments there first if needed."""
         try:
             return self.once(func, args, kwargs), args, kwargs
         except RuntimeError as error:
@@ -161,7 +161,7 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs), args, kwargs
 
     def _introduce(self, x: Tensor) -> None:
-        """Notes the axes of a tensor that no op has made: a constant of the code's own, or a parameter in disguise."""
+        """Records the axes of a tensor without a producer: a constant, or a view of a parameter."""
         if (known := getattr(x, "_billhook", None)) is not None and len(known.axes) == x.dim():
             return
         parameter = self.tape.parameters.get(self.tape.storages.get(memory_of(x), ""))
@@ -181,7 +181,7 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
             self._give_up(f"the op {op.name} is irregular here: {error}", out, args, kwargs)
 
     def _give_up(self, reason: str, out: Any, args: Any, kwargs: Any) -> None:  # noqa: ANN401
-        """Marks everything an unknown op touches as not prunable."""
+        """Marks everything that an untraceable operation touches as not prunable."""
         inputs = tensors((args, kwargs))
         reason = f"{reason}, in {running_module(self.model)}"
         self.tape.misses[reason] = self.tape.misses.get(reason, 0) + 1
@@ -194,7 +194,7 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
                 record(result, [Axis(n, notes={"opaque": reason}) for n in result.shape], inputs)
 
     def _read(self, x: Tensor) -> Any:  # noqa: ANN401 - a Python number
-        """Answers code that asks for a value: with the known one, or with what lets a condition be true."""
+        """Returns a tensor's known value, or a value that makes conditions true."""
         apply_pending(note(x))
         if (value := self.tape.value(x)) is not None:
             return value.item()
@@ -202,7 +202,7 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
         return True if x.dtype == torch.bool else 1.0 if x.dtype.is_floating_point else 1
 
     def _fetch(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-        """Answers code that wants the values in Python: with the known ones, or with ones."""
+        """Returns known values, or ones, to code that copies a tensor to the CPU."""
         if (value := self.tape.value(x)) is None:
             self._assume("values are fetched to the CPU: taken as ones")
             value = torch.ones(x.shape, dtype=x.dtype)
@@ -212,13 +212,13 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
         record(out, axes_of(x), [x], note(x).points)
         return out
 
-    def _assume(self, what: str) -> None:
-        what = f"{what}, in {running_module(self.model)}"
-        self.tape.assumed[what] = self.tape.assumed.get(what, 0) + 1
+    def _assume(self, assumption: str) -> None:
+        assumption = f"{assumption}, in {running_module(self.model)}"
+        self.tape.assumed[assumption] = self.tape.assumed.get(assumption, 0) + 1
 
 
 class _Attention(TorchFunctionMode):
-    """Refuses attention without key/value heads, where torch 2.10 divides by their number and the process ends."""
+    """Raises for attention without KV heads, which makes torch 2.10 divide by zero and crash."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
@@ -230,7 +230,7 @@ class _Attention(TorchFunctionMode):
 
 
 def _to_meta(tensor: Tensor) -> Tensor:
-    """Moves a tensor of the code's own to meta, with its values."""
+    """Moves a constant of the model's code to meta and keeps its values."""
     if tensor.is_meta:
         return tensor
     moved = tensor.to("meta")
@@ -242,28 +242,28 @@ def _to_meta(tensor: Tensor) -> Tensor:
 
 
 def _order(parameter: Tensor, x: Tensor) -> list[int] | None:
-    """Finds the dimensions of a parameter in a tensor in its memory; None if that is not all of it, perhaps transposed."""
-    theirs, dims = (list(zip(t.shape, t.stride(), strict=True)) for t in (parameter, x))
-    if theirs == dims:
+    """Returns the parameter dimension for each dimension of a full view, or None."""
+    parameter_dims, dims = (list(zip(t.shape, t.stride(), strict=True)) for t in (parameter, x))
+    if parameter_dims == dims:
         return list(range(x.dim()))
-    order = [theirs.index(dim) for dim in dims if dim in theirs]
+    order = [parameter_dims.index(dim) for dim in dims if dim in parameter_dims]
     return order if sorted(order) == list(range(parameter.dim())) == list(range(x.dim())) else None
 
 
 def _before(x: Tensor) -> Tensor:
-    """Keeps what a tensor is before its own shape is changed."""
+    """Returns a view with the shape that a tensor has before an in-place reshape."""
     same = x.detach()
     same._billhook = note(x)  # type: ignore[attr-defined]
     return same
 
 
 def _written(op: Op, args: Any, kwargs: Any) -> list[Tensor]:  # noqa: ANN401
-    """Returns the arguments that an op writes to."""
+    """Returns the arguments that an operation writes to."""
     return tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in op.writes])
 
 
 def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwargs: Any) -> Tensor | None:  # noqa: ANN401
-    """Computes a small result if all that it is made from is known."""
+    """Computes a small result if all of its inputs are known."""
     known: list[bool] = []
 
     def value_of(x: Any) -> Any:  # noqa: ANN401
@@ -293,26 +293,30 @@ def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwar
 
 @contextmanager
 def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator[None]:
-    """Notes on a tape all that a model does meanwhile, without gradients, compiled code and torch's fused encoder layers.
+    """Records the axes of all operations that a model runs within a `with` block.
 
-    Code that asks which entries are not zero hears that `everything` is, or that the first is.
+    It runs without gradients, compiled code, and torch's fused encoder layers. Code that asks for nonzero entries gets all of
+    them if `everything`, otherwise the first.
     """
     fused, replaced = torch.backends.mha.get_fastpath_enabled(), vars(torch.Tensor).get("__getitem__")
-    torch.backends.mha.set_fastpath_enabled(False)  # one op would hide all products of a layer
-    torch.Tensor.__getitem__ = _seen(torch.Tensor.__getitem__)  # type: ignore[method-assign, assignment]
+    torch.backends.mha.set_fastpath_enabled(False)  # a fused op would hide the products of a layer
+    torch.Tensor.__getitem__ = _visible_indices(torch.Tensor.__getitem__)  # type: ignore[method-assign, assignment]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), _Attention(), Recorder(tape, model, everything):
             yield
     finally:
         if replaced is None:
-            del torch.Tensor.__getitem__  # what it inherits is there again
+            del torch.Tensor.__getitem__  # restores the inherited method
         else:
             torch.Tensor.__getitem__ = replaced  # type: ignore[method-assign]
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def _seen(get: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
-    """Makes tensors of lists of whole numbers in an index, with their values: torch would make them unseen."""
+def _visible_indices(get: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
+    """Wraps indexing so that index lists become tensors with known values.
+
+    torch would create these tensors without dispatching them.
+    """
 
     def seen(x: Tensor, index: Any) -> Tensor:  # noqa: ANN401 - whatever a tensor can be indexed with
         if isinstance(index, tuple) and any(isinstance(i, list) for i in index):

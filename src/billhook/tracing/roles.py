@@ -1,28 +1,29 @@
-"""Who is query, key, value and output, who gate, up and down: from the order of products, not from names."""
+"""Finds attention and MLP roles from the order of products, not from names."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 
 from billhook.display import Printable
 from billhook.model.repeat_kv import Indices
 from billhook.tracing.axes import Axis, find, leaves
-from billhook.tracing.groups import Group, Kind
+from billhook.tracing.groups import Group, Kind, Member
 from billhook.tracing.tape import ActivationProduct, Rows, Sources, Tape
 
-NEAR = 6  # products after that of query and key among which the one with the values is looked for
+NEAR = 6  # products to search after the query-key product for the one with the values
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some positions along one dimension of a parameter; all of them, or a piece of a fused matrix.
+    """Positions along a parameter dimension: all, or a piece of a fused matrix.
 
     Attributes:
-        name: The parameter.
-        dim: The dimension.
-        positions: Which positions, ascending: int64.
-        size: How many positions the dimension has.
+        name: Parameter.
+        dim: Dimension.
+        positions: Positions, ascending: int64.
+        size: Size of the dimension.
     """
 
     name: str
@@ -36,16 +37,16 @@ class Part:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Attention(Printable):
-    """One attention: which rows make queries, keys and values, and who reads the outcome.
+    """An attention module: its query, key, and value rows, and the consumer columns.
 
     Attributes:
-        q: What makes queries; several with LoRA, or where parts of the head come from different matrices.
-        k: What makes keys.
-        v: What makes values.
-        o: What reads the heads.
-        heads: The leaves of the axis that counts heads: KV heads and query heads in a group, or heads.
-        query_key: The leaves of the axis over which queries and keys are contracted.
-        value: The leaves of the axis that a value vector has.
+        q: Producers of queries; several with LoRA, or if parts of a head come from different matrices.
+        k: Producers of keys.
+        v: Producers of values.
+        o: Consumers of the heads.
+        heads: Leaves of the head axis: KV heads and query heads per group, or heads.
+        query_key: Leaves of the axis over which queries and keys are contracted.
+        value: Leaves of the axis of a value vector.
     """
 
     q: tuple[Part, ...]
@@ -67,13 +68,13 @@ class Attention(Printable):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FeedForward(Printable):
-    """One feed-forward block: who makes the channels, who gates them, who reads them.
+    """An MLP: the producers, gates, and consumers of its channels.
 
     Attributes:
-        gate: What makes the factor that goes through the non-linearity, where there are two; else empty.
-        up: What makes the other, or the only one.
-        down: What reads the channels.
-        channel: The leaf of the axis of channels.
+        gate: Producers of the factor that passes the nonlinearity, if there are two factors; else empty.
+        up: Producers of the other factor, or of the only one.
+        down: Consumers of the channels.
+        channel: Leaf of the channel axis.
     """
 
     gate: tuple[Part, ...]
@@ -95,46 +96,72 @@ def _lines(roles: dict[str, tuple[Part, ...]]) -> list[str]:
 
 
 def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
-    """Finds the attentions of a run: a product of two activations, whose outcome is multiplied with a third."""
+    """Finds attention: products of two activations whose result is multiplied with a third."""
     layers: dict[tuple[object, ...], Attention] = {}
-    products = [meeting for meeting in tape.meetings if meeting.over is not None]
+    contractions = [product for product in tape.products if product.over is not None]
     by_leaf = {group.leaf: group for group in groups}
-    for i, scores in enumerate(products):
-        outcome = next((m for m in products[i + 1 : i + 1 + NEAR] if _continues(scores, m)), None)
-        if outcome is None or not scores.left or not scores.right:
-            continue
-        first = scores.left.keys() | scores.right.keys() <= outcome.left.keys()
-        values, axes = (outcome.right, outcome.right_axes) if first else (outcome.left, outcome.left_axes)
-        q, k, v = (_parts(tape, sources) for sources in (scores.left, scores.right, values))
-        heads = tuple(dict.fromkeys(leaf for axis in (scores.left_axes[:-2], axes[:-2]) for leaf in _units(axis)))
-        value = [leaf for leaf in _units(axes[-2:]) if leaf not in heads]
-        o = _readers(by_leaf, value, heads, {part.name for part in (*q, *k, *v)})
-        key = tuple((part.name, part.dim, len(part.positions)) for part in (*q, *k, *v))
-        if q and k and v and o:
-            over = tuple(_units([scores.over])) if scores.over is not None else ()
-            layers.setdefault(key, Attention(q, k, v, o, heads, over, tuple(value)))
+    for i, scores in enumerate(contractions):
+        values = _find_values(scores, contractions[i + 1 : i + 1 + NEAR])
+        if values is not None:
+            layer = _attention_of(tape, scores, *values, by_leaf)
+            rows = tuple(_key_of(part) for part in (*layer.q, *layer.k, *layer.v))
+            if layer.q and layer.k and layer.v and layer.o:
+                layers.setdefault(rows, layer)
     return list(layers.values())
 
 
-def _continues(scores: ActivationProduct, later: ActivationProduct) -> bool:
-    """Tells whether a later product multiplies the outcome of an earlier one with something else."""
+def _key_of(part: Part) -> tuple[str, int, int]:
+    return part.name, part.dim, len(part.positions)
+
+
+def _find_values(scores: ActivationProduct, later: Iterable[ActivationProduct]) -> tuple[Sources, list[Axis]] | None:
+    """Finds the values that a later product weighs by these scores: sources and axes."""
+    if not scores.left or not scores.right:
+        return None
     both = scores.left.keys() | scores.right.keys()
-    return any(both <= outcome.keys() and other for outcome, other in ((later.left, later.right), (later.right, later.left)))
+    for product in later:
+        if both <= product.left.keys() and product.right:
+            return product.right, product.right_axes
+        if both <= product.right.keys() and product.left:
+            left_too = both <= product.left.keys()
+            return (product.right, product.right_axes) if left_too else (product.left, product.left_axes)
+    return None
+
+
+def _attention_of(
+    tape: Tape, scores: ActivationProduct, values: Sources, axes: list[Axis], by_leaf: Mapping[Axis, Group]
+) -> Attention:
+    """Returns the attention module of a query-key product and of the values that it weighs."""
+    q, k, v = (_parts(tape, sources) for sources in (scores.left, scores.right, values))
+    heads = tuple(dict.fromkeys([*_units(scores.left_axes[:-2]), *_units(axes[:-2])]))
+    value = tuple(leaf for leaf in _units(axes[-2:]) if leaf not in heads)
+    producers = set(map(attrgetter("name"), (*q, *k, *v)))
+    over = tuple(_units([scores.over])) if scores.over is not None else ()
+    return Attention(q, k, v, _readers(by_leaf, value, heads, producers), heads, over, value)
 
 
 def _units(axes: Iterable[Axis]) -> list[Axis]:
     return [leaf for axis in axes for leaf in leaves(axis) if leaf.size > 1 and "data" not in leaf.notes]
 
 
-def _readers(by_leaf: dict[Axis, Group], value: Iterable[Axis], heads: Sequence[Axis], made: set[str]) -> tuple[Part, ...]:
-    """Returns the parameters that read a value axis, of the heads at hand."""
-    members = [member for leaf in value if leaf in by_leaf for member in by_leaf[leaf].members]
-    reading = [m for m in members if m.reads and m.name not in made and (not heads or set(heads) & set(leaves(m.axis)))]
-    if len({m.name for m in reading}) > 1:  # a value axis that all layers share: the reader next to the value
-        near = [m for m in reading if any(m.name.rsplit(".", 2)[0] == name.rsplit(".", 2)[0] for name in made)]
-        reading = near or reading
-    unique = {(m.name, m.dim): m for m in reading}
-    return tuple(Part(m.name, m.dim, np.arange(m.axis.size), m.axis.size) for m in unique.values())
+def _readers(
+    by_leaf: Mapping[Axis, Group], value: Iterable[Axis], heads: Sequence[Axis], producers: set[str]
+) -> tuple[Part, ...]:
+    """Returns the parameters that consume a value axis of these heads."""
+    readers = dict[tuple[str, int], Part]()
+    for leaf in filter(by_leaf.__contains__, value):
+        for member in by_leaf[leaf].members:
+            has_heads = not heads or not set(heads).isdisjoint(leaves(member.axis))
+            if member.reads and member.name not in producers and has_heads:
+                readers[member.name, member.dim] = _whole_dimension(member)
+    parents = {name.rsplit(".", 2)[0] for name in producers}
+    neighbors = [part for part in readers.values() if part.name.rsplit(".", 2)[0] in parents]
+    # if all layers share a value axis, take the consumers next to the values
+    return tuple(neighbors or readers.values())
+
+
+def _whole_dimension(member: Member) -> Part:
+    return Part(member.name, member.dim, np.arange(member.axis.size), member.axis.size)
 
 
 def _parts(tape: Tape, sources: Sources) -> tuple[Part, ...]:
@@ -145,7 +172,7 @@ def _part(tape: Tape, name: str, dim: int, rows: Rows) -> Part:
     size = tape.parameters[name].shape[dim]
     if rows.positions is None:
         return Part(name, dim, np.arange(size), size)
-    seen = np.zeros(size + 1, dtype=bool)  # the last place takes what comes from elsewhere, -1
+    seen = np.zeros(size + 1, dtype=bool)  # the last entry collects positions from elsewhere (-1)
     for positions in (rows.positions, *rows.more):
         once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in positions.stride())  # without repetitions
         seen[positions[once].numpy().reshape(-1)] = True
@@ -153,45 +180,45 @@ def _part(tape: Tape, name: str, dim: int, rows: Rows) -> Part:
 
 
 def find_feed_forward(tape: Tape, groups: Iterable[Group]) -> list[FeedForward]:
-    """Finds the feed-forward blocks of a run: channels that are made, bent and read."""
+    """Finds MLPs: channels that are produced, passed through a nonlinearity, and consumed."""
     gated: dict[Axis, ActivationProduct] = {}
-    for meeting in tape.meetings:
-        if meeting.over is None and meeting.left_axes:
-            for leaf in (leaf for axis in meeting.left_axes for leaf in leaves(axis)):  # of images channels are not the last
-                gated.setdefault(find(leaf), meeting)
+    for product in tape.products:
+        for axis in product.left_axes if product.over is None else ():  # all axes: image channels are not last
+            for leaf in leaves(axis):
+                gated.setdefault(find(leaf), product)
     layers = []
     for group in groups:
-        down = tuple(Part(m.name, m.dim, np.arange(m.axis.size), m.axis.size) for m in group.members if m.reads)
+        down = tuple(_whole_dimension(member) for member in group.members if member.reads)
         if group.kind != "channel" or not down:
             continue
-        if (product := gated.get(group.leaf)) is not None:
-            swapped = product.bent[1] and not product.bent[0]
-            gate, up = (product.right, product.left) if swapped else (product.left, product.right)
+        if group.leaf in gated:
+            gating = gated[group.leaf]
+            swapped = gating.bent[1] and not gating.bent[0]
+            gate, up = (gating.right, gating.left) if swapped else (gating.left, gating.right)
             layers.append(FeedForward(_parts(tape, gate), _parts(tape, up), down, group.leaf))
         else:
-            made = [(m.name, m.dim) for m in group.members if (m.name, m.dim) in tape.writes and not m.reads]
-            parts = tuple(_part(tape, name, dim, Rows(None)) for name, dim in made)
-            if parts:
-                layers.append(FeedForward((), parts, down, group.leaf))
+            producers = [m for m in group.members if (m.name, m.dim) in tape.writes and not m.reads]
+            if producers:
+                layers.append(FeedForward((), tuple(map(_whole_dimension, producers)), down, group.leaf))
     return layers
 
 
 def _ranges(positions: Indices) -> str:
-    """Shows ascending numbers as stretches: 0-47, 96-143."""
+    """Formats ascending numbers as ranges: 0-47, 96-143."""
     every = consecutive_ranges(positions)
-    shown = [f"{first}-{last}" if first != last else f"{first}" for first, last in every[:3]]
-    return ", ".join(shown) + (f", ... ({len(every)} stretches)" if len(every) > 3 else "")
+    ranges = [f"{first}-{last}" if first != last else f"{first}" for first, last in every[:3]]
+    return ", ".join(ranges) + (f", ... ({len(every)} stretches)" if len(every) > 3 else "")
 
 
 def consecutive_ranges(positions: Indices) -> list[tuple[int, int]]:
-    """Finds stretches without a gap in ascending numbers: the first and the last of each."""
+    """Returns the ranges without gaps in ascending numbers: first and last number."""
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     return [(int(part[0]), int(part[-1])) for part in np.split(positions, breaks) if len(part)]
 
 
 @dataclass(eq=False)
 class StructureFields:
-    """Fields of a `Structure`, where they are documented."""
+    """Fields of a `Structure`, which documents them."""
 
     model: str
     axes: dict[str, tuple[Axis, ...]]

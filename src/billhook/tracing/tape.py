@@ -1,10 +1,11 @@
-"""The record of a run on meta tensors: a note on every tensor, and the facts that lie between tensors."""
+"""The record of a run on meta tensors: a note on every tensor, and facts between tensors."""
 
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -15,18 +16,18 @@ from torch import Tensor, nn
 from billhook.engine.trees import tree_leaves
 from billhook.tracing.axes import Axis, Irregular, find, leaves, mark, unify
 
-MANY = 8  # sources; a residual stream has more, and there nobody asks for them
-SMALL = 4096  # entries of a constant that is worth computing
+MANY = 8  # most sources to track; a residual stream has more, and needs none
+SMALL = 4096  # most entries of a constant to compute
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Positions along a dimension of a parameter that an activation comes from.
+    """Positions along a parameter dimension that an activation comes from.
 
     Attributes:
-        positions: Whole numbers; -1 where it does not come from there. None stands for all.
-        exact: Whether `positions` has the activation's own shape, position by position, rather than being a set.
-        more: Further positions, of a set.
+        positions: Integers, -1 for entries from elsewhere. None means all.
+        exact: True if `positions` has the activation's shape, entry by entry, instead of being a set.
+        more: Further positions of a set.
     """
 
     positions: Tensor | None
@@ -34,11 +35,11 @@ class Rows:
     more: tuple[Tensor, ...] = ()
 
     def as_set(self) -> "Rows":
-        """Returns the same rows, no longer position by position."""
+        """Returns the same rows as a set."""
         return Rows(self.positions, more=self.more) if self.exact else self
 
     def union(self, other: "Rows") -> "Rows":
-        """Returns the rows of both."""
+        """Returns the union of both rows."""
         if self.positions is None or other.positions is None:
             return Rows(None)
         both = {id(rows): rows for rows in (self.positions, *self.more, other.positions, *other.more)}
@@ -50,20 +51,20 @@ Sources = dict[tuple[str, int], Rows]
 
 
 class Note:
-    """The facts known of one tensor.
+    """Facts about a tensor.
 
     Attributes:
-        axes: One a dimension.
-        active: Whether it depends on the inputs, rather than on parameters alone.
-        pending: Marks on axes of what it was taken from, due as soon as its values are used and not just its shape.
-        pool: For memory that is written piece by piece, the sources of all that was written, shared by its views.
-        points: The axis that its whole numbers index, if they do.
-        columns: The same for each index of the last dimension, where they differ.
-        used: Whether an op has asked for it.
-        value: What it holds, where that is small and does not depend on weights or inputs.
-        sources: Which rows of which parameters an activation was last multiplied with.
-        bent: Whether something non-linear came after them.
-        squared: Whether it is a power, whose sum is that of a norm.
+        axes: One axis per dimension.
+        active: True if it depends on the inputs and not only on parameters.
+        pending: Flags for axes, applied once the tensor's values (not only its shape) are used.
+        pool: Sources of everything written into this memory, shared by its views.
+        points: Axis that its integer values index, if any.
+        columns: Such an axis for each index of the last dimension, if they differ.
+        used: True once an operation has used it.
+        value: Its values, if they are small and do not depend on weights or inputs.
+        sources: Rows of parameters that an activation was last multiplied with.
+        bent: True if a nonlinearity followed them.
+        squared: True for a power, whose sum is that of a norm.
     """
 
     __slots__ = ("active", "axes", "bent", "columns", "pending", "points", "pool", "sources", "squared", "used", "value")
@@ -80,15 +81,15 @@ class Note:
 
 @dataclass(frozen=True)
 class ActivationProduct:
-    """Two activations that were multiplied: contracted over an axis, or element by element.
+    """A product of two activations: contracted over an axis, or elementwise.
 
     Attributes:
-        left: The sources of the first.
-        right: The sources of the second.
-        left_axes: The axes of the first.
-        right_axes: The axes of the second.
-        over: The contracted axis; None for a product element by element.
-        bent: Whether something non-linear had been done to the first, and to the second.
+        left: Sources of the first factor.
+        right: Sources of the second factor.
+        left_axes: Axes of the first factor.
+        right_axes: Axes of the second factor.
+        over: Contracted axis; None for an elementwise product.
+        bent: Whether the first and the second factor passed a nonlinearity.
     """
 
     left: Sources
@@ -101,24 +102,24 @@ class ActivationProduct:
 
 @dataclass
 class Tape:
-    """The facts of a run.
+    """Facts about a run.
 
     Attributes:
-        op: The operation at hand.
+        op: Current operation.
         parameters: Parameters and buffers by name.
         storages: Their names by storage.
-        meetings: Products of two activations, in order.
-        reads: When a dimension of a parameter was first contracted with an activation, in the order of all such events.
-        writes: When a dimension of a parameter first became one of an activation.
-        misses: Why axes are opaque, with how often.
-        assumed: What a value was taken to be where code asks for one that nobody knows.
-        overwritten: Values over which something unknown was written, by storage.
+        products: Products of two activations, in order.
+        reads: Order in which parameter dimensions were first contracted with an activation.
+        writes: Order in which parameter dimensions first became an activation's dimension.
+        misses: Reasons for untraceable operations, with counts.
+        assumed: Values assumed for code that read unknown ones, with counts.
+        overwritten: Values that unknown values were written over, by storage.
     """
 
     op: str = ""
     parameters: dict[str, Tensor] = field(default_factory=dict)
     storages: dict[int, str] = field(default_factory=dict)
-    meetings: list[ActivationProduct] = field(default_factory=list)
+    products: list[ActivationProduct] = field(default_factory=list)
     reads: dict[tuple[str, int], int] = field(default_factory=dict)
     writes: dict[tuple[str, int], int] = field(default_factory=dict)
     misses: dict[str, int] = field(default_factory=dict)
@@ -126,27 +127,27 @@ class Tape:
     overwritten: dict[int, Tensor] = field(default_factory=dict)
 
     def value(self, x: Tensor) -> Tensor | None:
-        """Returns the values of a tensor, where they are known."""
+        """Returns the values of a tensor if they are known."""
         value = note(x).value if x.is_meta else x
         return None if value is None or memory_of(value) in self.overwritten else value
 
     def read(self, name: str, dim: int) -> None:
-        """Notes the contraction of a parameter's dimension with an activation."""
+        """Records the contraction of a parameter dimension with an activation."""
         self.reads.setdefault((name, dim), len(self.reads) + len(self.writes))
 
     def write(self, name: str, dim: int) -> None:
-        """Notes a parameter's dimension as one that has become an activation's."""
+        """Records that a parameter dimension became an activation's dimension."""
         self.writes.setdefault((name, dim), len(self.reads) + len(self.writes))
 
 
 def memory_of(tensor: Tensor) -> int:
-    """Returns what tells the memory of a tensor from that of all others that are there."""
+    """Returns an identifier of a tensor's memory."""
     address: int = tensor.untyped_storage()._cdata
     return address
 
 
 def note(tensor: Tensor, touch: bool = True) -> Note:
-    """Returns the note on a tensor; one that nobody has noted anything on gets fresh axes."""
+    """Returns the note on a tensor, with fresh axes if it has none."""
     known: Note | None = getattr(tensor, "_billhook", None)
     if known is None or len(known.axes) != tensor.dim():
         known = Note([Axis(n) for n in tensor.shape])
@@ -156,12 +157,15 @@ def note(tensor: Tensor, touch: bool = True) -> Note:
 
 
 def axes_of(tensor: Tensor) -> list[Axis]:
-    """Returns the axes of a tensor, one a dimension."""
+    """Returns the axes of a tensor, by dimension."""
     return note(tensor).axes
 
 
 def apply_pending(used: Note, points: Axis | None = None) -> None:
-    """Uses the values of a tensor: marks what was due, and where they point unless the result still points there."""
+    """Applies the pending flags of a tensor whose values are used.
+
+    If the result does not index the same axis (`points`), that axis becomes constant.
+    """
     for axis, flag, reason in used.pending:
         mark(axis, flag, reason)
     used.pending = ()
@@ -172,38 +176,47 @@ def apply_pending(used: Note, points: Axis | None = None) -> None:
 def record(
     out: Tensor, axes: Sequence[Axis], inputs: Iterable[Tensor], points: Axis | None = None, applied: bool = False
 ) -> Note:
-    """Notes the axes of a result, and what it inherits from the inputs; their values are used, unless that is `applied`.
+    """Records the axes of a result and the facts it inherits from its inputs.
+
+    The pending flags of inputs are applied, unless `applied` says that they are already.
 
     Raises:
         Irregular: If the axes do not fit the shape.
     """
-    if tuple(axis.size for axis in axes) != tuple(out.shape):
+    if tuple(map(attrgetter("size"), axes)) != tuple(out.shape):
         raise Irregular(f"axes {axes} for a tensor of shape {tuple(out.shape)}")
     notes = [(tensor, note(tensor)) for tensor in inputs]
     active = [(tensor, known) for tensor, known in notes if known.active]
     if not applied:
         for _, known in notes:
             apply_pending(known, points)
-    new = Note([find(axis) for axis in axes], bool(active), points)
+    new = Note(list(map(find, axes)), bool(active), points)
     for tensor, known in active or notes:
         new.bent = new.bent or known.bent
-        if sources := known.sources or known.pool:
-            exact = tensor.shape == out.shape
-            merge_sources(new.sources, {key: rows if exact else rows.as_set() for key, rows in sources.items()})
+        sources = known.sources or known.pool or {}
+        merge_sources(new.sources, sources if tensor.shape == out.shape else as_sets(sources))
     if len(new.sources) > MANY:
         new.sources = {}
     out._billhook = new  # type: ignore[attr-defined]
     return new
 
 
+def as_sets(sources: Sources) -> Sources:
+    """Returns sources whose rows are sets."""
+    return {key: rows.as_set() for key, rows in sources.items()}
+
+
 def merge_sources(into: Sources, more: Sources) -> None:
-    """Adds sources to others."""
+    """Adds sources to others, in place."""
     for key, rows in more.items():
         into[key] = into[key].union(rows) if key in into else rows
 
 
 def record_move(out: Tensor, axes: Sequence[Axis], x: Tensor, along: Callable[[Tensor], Tensor]) -> Note:
-    """Notes the result of an op that only moves entries, as `along` moves those of any tensor of that shape; see `record`."""
+    """Records the result of an operation that only moves entries; see `record`.
+
+    `along` moves the entries of any tensor of that shape in the same way.
+    """
     before = note(x)
     new = record(out, axes, [x], before.points, applied=True)
     new.pending, new.pool = before.pending, before.pool
@@ -215,12 +228,12 @@ def record_move(out: Tensor, axes: Sequence[Axis], x: Tensor, along: Callable[[T
 
 
 def tensors(tree: Any) -> list[Tensor]:  # noqa: ANN401 - whatever an op takes or gives
-    """Returns the tensors in nested lists, tuples and dicts."""
+    """Returns the tensors in nested lists, tuples, and dicts."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def tensor_args(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Yields the tensors among the arguments of an op; lists of them are never nested."""
+    """Yields the tensors among an operation's arguments, whose lists are never nested."""
     for x in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(x, Tensor):
             yield x
@@ -229,7 +242,7 @@ def tensor_args(args: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Tens
 
 
 def join(a: Axis, b: Axis) -> Axis:
-    """Unifies two axes; where that is irregular, both become opaque."""
+    """Unifies two axes; if that is irregular, both become opaque."""
     try:
         return unify(a, b)
     except Irregular as error:
@@ -239,7 +252,7 @@ def join(a: Axis, b: Axis) -> Axis:
 
 
 def broadcast(shape: Sequence[int], inputs: Sequence[Tensor]) -> list[Axis]:
-    """Returns the axes of an elementwise result: aligned from the right, equal sizes are the same axis."""
+    """Returns the axes of an elementwise result, aligned from the right."""
     out: list[Axis | None] = [None] * len(shape)
     for tensor in inputs:
         missing = len(shape) - tensor.dim()
@@ -251,30 +264,30 @@ def broadcast(shape: Sequence[int], inputs: Sequence[Tensor]) -> list[Axis]:
 
 
 def is_data(axis: Axis) -> bool:
-    """Tells whether an axis is made of batch, sequence or image positions alone."""
+    """Returns whether an axis consists only of batch, sequence, or image positions."""
     return all("data" in leaf.notes for leaf in leaves(axis))
 
 
 def keep_order(axes: Iterable[Axis], reason: str) -> None:
-    """Marks the parts of axes that are not data as not to be reordered."""
+    """Marks the parts of axes that are not data as not reorderable."""
     for leaf in (leaf for axis in axes for leaf in leaves(axis)):
         if "data" not in leaf.notes:
             mark(leaf, "const", reason)
 
 
 def mark_units(axes: Iterable[Axis], flag: str, reason: str) -> None:
-    """Notes a flag on axes, except for those that are data alone."""
+    """Sets a flag on axes that are not only data."""
     for axis in axes:
         if not is_data(axis):
             mark(axis, flag, reason)
 
 
-NOT_THE_MODELS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
-"""Folders whose code is not the code of the model that runs."""
+LIBRARY_FOLDERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+"""Folders whose code is not part of the running model."""
 
 
 def running_module(model: nn.Module) -> str:
-    """Finds the innermost module of a model that is running, and the line of its code."""
+    """Returns the innermost running module and its line of code."""
     line = None
     for frame, number in traceback.walk_stack(sys._getframe()):
         line = line or _line(frame.f_code, number)
@@ -285,13 +298,13 @@ def running_module(model: nn.Module) -> str:
 
 
 def line_of(error: BaseException) -> str | None:
-    """Finds the innermost line of a model's code that an error came through."""
+    """Returns the innermost line of a model's code in an error's traceback."""
     lines = [_line(frame.f_code, number) for frame, number in traceback.walk_tb(error.__traceback__)]
     return next((line for line in reversed(lines) if line), None)
 
 
 def _line(code: CodeType, number: int) -> str | None:
-    return None if code.co_filename.startswith(NOT_THE_MODELS) else f"{Path(code.co_filename).name}:{number}"
+    return None if code.co_filename.startswith(LIBRARY_FOLDERS) else f"{Path(code.co_filename).name}:{number}"
 
 
 def _name(model: nn.Module, module: nn.Module) -> str | None:

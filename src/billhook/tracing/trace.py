@@ -1,4 +1,4 @@
-"""One run on meta tensors: which dimensions of which parameters are the same axis."""
+"""Dependency tracing: finds coupled parameter dimensions in a run on meta tensors."""
 
 import copy
 import os
@@ -28,25 +28,25 @@ from billhook.tracing.tape import Note, Rows, Tape, apply_pending, axes_of, join
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
 Shapes = dict[str, tuple[int, ...]]
 
-_alone = threading.RLock()  # a run replaces a method of torch's tensors, for all threads
+_patch_lock = threading.RLock()  # a run patches a method of torch's tensors, for all threads
 
 
 def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_inputs: Inputs | None = None) -> Structure:
-    """Finds what belongs together in a model, from one run on meta tensors: no weights, no gradients, no architecture table.
+    """Traces coupled dimensions in a run on the meta device.
 
-    Every dimension of every parameter gets an axis; each op of the forward says which axes are the same. What comes out is exact,
-    or it is marked opaque with the op to blame.
+    It needs no weights, gradients, or architecture table. Every dimension of every parameter gets an axis, and each operation of
+    the forward pass relates axes. The result is exact, or marked as opaque with the untraceable operation.
 
     Args:
-        model: A model on any device (nothing of it is changed or computed), also with LoRA attached or inside another module,
-            such as a LightningModule; or a config; or a folder, a config.json, a hub name or "tiny": the config alone is read.
-        example_inputs: What the forward takes: keyword arguments by name, or positional ones; only shapes and dtypes count.
-            By default guessed from the config; a module that is not of transformers needs them. With them the module is traced as
-            it is, heads and all; without them, the Hugging Face model in it.
+        model: A model on any device, which is not changed or run, also with LoRA or inside another module such as a
+            LightningModule. Or a config, a folder, a config.json, a Hub name, or "tiny", of which only the config is read.
+        example_inputs: Inputs of the forward pass: keyword arguments by name, or positional arguments. Only shapes and dtypes
+            matter. Required for modules that are not from transformers. With inputs, the module is traced as a whole; without,
+            the Hugging Face model in it. Defaults to inputs guessed from the config.
 
     Raises:
-        ValueError: If inputs are needed and cannot be guessed, or the forward does not run on meta tensors: the message names the
-            inputs, or the op and the line of the model's code.
+        ValueError: If inputs are needed and cannot be guessed, or the forward pass does not run on meta. The message names the
+            inputs, or the operation and the line of the model's code.
 
     Example:
         >>> import billhook as bh
@@ -56,9 +56,9 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
     """
     _check(model, example_inputs)
     check_types(trace, locals())
-    with _alone, torch.inference_mode(False), torch.device("cpu"):  # whatever is on around
+    with _patch_lock, torch.inference_mode(False), torch.device("cpu"):  # overrides any active inference mode or default device
         subject, outside = _subject(model, example_inputs is not None)
-        check_one_device(subject)  # accelerate's hooks would go along with a copy, and move its inputs
+        check_one_device(subject)  # accelerate's hooks would be copied, too, and move inputs
         check_dense(subject)
         find = partial(_find, subject, outside, example_inputs)
         if example_inputs is not None or not isinstance(subject, PreTrainedModel):
@@ -69,7 +69,7 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
 def _find(subject: nn.Module, outside: Shapes, example_inputs: Inputs | None) -> Structure:
     try:
         return _run(to_meta(subject), outside, example_inputs, everything=True)
-    except _EntriesDiffer as error:  # code for which not every entry can be taken: then one, if that is enough to see all
+    except _EntriesDiffer as error:  # code that fails on all entries: retry with the first, if that uses every parameter
         structure = _run(to_meta(subject), outside, example_inputs, everything=False)
         if structure.untouched:
             raise ValueError(str(error)) from error
@@ -77,18 +77,18 @@ def _find(subject: nn.Module, outside: Shapes, example_inputs: Inputs | None) ->
 
 
 class _EntriesDiffer(ValueError):
-    """The forward failed after code had asked which entries are not zero."""
+    """The forward pass failed after code asked for nonzero entries."""
 
 
 def _check(model: object, inputs: object) -> None:
     if not isinstance(model, nn.Module | PretrainedConfig | str | os.PathLike):
-        raise ValueError(f"model: a module, a config or a name is needed, not {type(model).__name__}")
+        raise ValueError(f"model must be a module, a config, or a name, got {type(model).__name__}")
     if not isinstance(inputs, Tensor | Mapping | list | tuple | None):
-        raise ValueError(f"example_inputs: a dictionary, a tuple or a tensor is needed, not {type(inputs).__name__}")
+        raise ValueError(f"example_inputs must be a dictionary, a tuple, or a tensor, got {type(inputs).__name__}")
     parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
     for name, parameter in parameters:
         if isinstance(parameter, nn.UninitializedParameter):
-            raise ValueError(f"model: its parameter {name} has no shape before the first forward (a lazy module); run it once")
+            raise ValueError(f"model: parameter {name} is lazy and has no shape yet. Run the model once first.")
 
 
 def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, everything: bool) -> Structure:
@@ -110,7 +110,9 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
 
 
 def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], all_of_it: bool) -> tuple[nn.Module, Shapes]:
-    """Returns what is traced, and the parameters next to it: all of a module, or the Hugging Face model that it holds.
+    """Returns the module to trace and the shapes of parameters outside of it.
+
+    All of a module, or the Hugging Face model that it holds.
 
     Raises:
         ValueError: If it holds several and none is the one to work on.
@@ -128,13 +130,19 @@ def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], all_
     if model is module:
         return model, {}
     model = next((child for child in module.modules() if _prompts(child) and model in child.modules()), model)
-    inside = [child for child in module.modules() if isinstance(child, PreTrainedModel) or child is model]
-    of_model = {id(parameter) for child in inside for parameter in child.parameters()}
-    return model, {name: tuple(p.shape) for name, p in module.named_parameters() if id(p) not in of_model}
+    of_model = set[int]()
+    for child in module.modules():
+        if isinstance(child, PreTrainedModel) or child is model:
+            of_model.update(map(id, child.parameters()))
+    outside = dict[str, tuple[int, ...]]()
+    for name, parameter in module.named_parameters():
+        if id(parameter) not in of_model:
+            outside[name] = tuple(parameter.shape)
+    return model, outside
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
-    """Returns what a wrapper without parameters of its own wraps: torch.compile, DDP, PEFT."""
+    """Returns the module inside a wrapper without parameters: torch.compile, DDP, PEFT."""
     wrapper: Any = module
     if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
         inner: nn.Module | None = wrapper.module
@@ -146,7 +154,10 @@ def _inner(module: nn.Module) -> nn.Module | None:
 
 
 def _prompts(module: nn.Module) -> bool:
-    """Tells whether PEFT puts prompts before the model that a module wraps: parameters that no forward of that model uses."""
+    """Returns whether PEFT adds prompts before the wrapped model.
+
+    Prompts are parameters that no forward pass of that model uses.
+    """
     adapters = getattr(module, "peft_config", None)
     values = adapters.values() if isinstance(adapters, Mapping) else ()
     return hasattr(module, "get_base_model") and any(getattr(adapter, "is_prompt_learning", False) for adapter in values)
@@ -157,8 +168,8 @@ def _arguments(meta_model: nn.Module, inputs: Inputs | None) -> tuple[list[Any],
         inputs = getattr(meta_model, "example_input_array", None)
         if inputs is None:
             raise ValueError(
-                f"example_inputs: {type(meta_model).__name__} is not a model of transformers, so what its forward takes cannot "
-                "be guessed; pass it, as a dictionary or a tuple"
+                f"example_inputs=None: {type(meta_model).__name__} is not a transformers model, so its inputs cannot be guessed. "
+                "Pass a dictionary or a tuple."
             )
     if inputs is None:
         return [], dict(make_inputs(meta_model))
@@ -168,7 +179,7 @@ def _arguments(meta_model: nn.Module, inputs: Inputs | None) -> tuple[list[Any],
 
 
 def _prepare(meta_model: nn.Module) -> None:
-    """Chooses those of transformers' ways to compute the same that run on meta."""
+    """Selects implementations in transformers that run on meta."""
     compute_every_expert(meta_model)
     for config in configs_of(meta_model):
         if attention_of(config) not in ("eager", "sdpa"):
@@ -188,19 +199,19 @@ def _tape(meta_model: nn.Module) -> Tape:
         hook.note = partial(_opaque, hook.says)
     config = getattr(meta_model, "config", None)
     if getattr(config, "quantization_config", None) is not None and not hasattr(meta_model, "hf_quantizer"):
-        tape.assumed["the config is of a quantised model: taken as not quantised, also what its bytes are"] = 1
+        tape.assumed["the config is of a quantized model: traced as not quantized, bytes included"] = 1
     return tape
 
 
 def _opaque(reason: str, replaceable: object) -> None:
-    """Marks every axis of the tensors that a hook could have replaced."""
+    """Marks every axis of the tensors that a hook may have replaced."""
     for tensor in tensors(replaceable):
         for axis in axes_of(tensor):
             mark(axis, "opaque", reason)
 
 
 def _vocabulary(meta_model: nn.Module) -> Axis | None:
-    """Makes the axis of token ids."""
+    """Returns the axis of token ids."""
     model = next((child for child in meta_model.modules() if isinstance(child, PreTrainedModel)), None)
     if model is None:
         return None
@@ -214,7 +225,7 @@ def _vocabulary(meta_model: nn.Module) -> Axis | None:
 
 
 def _noted(value: Any, vocab: Axis | None) -> Any:  # noqa: ANN401 - whatever a forward takes
-    """Makes an input on meta, every dimension of it data."""
+    """Returns an input on meta with data axes."""
     if isinstance(value, Tensor):
         moved = torch.empty_like(value, device="meta")
         moved._billhook = Note([Axis(n, notes={"data": "an input"}) for n in value.shape], True)  # type: ignore[attr-defined]
@@ -228,13 +239,13 @@ def _noted(value: Any, vocab: Axis | None) -> Any:  # noqa: ANN401 - whatever a 
 
 
 def _close(output: Any, vocab: Axis | None) -> None:  # noqa: ANN401 - whatever a forward gives
-    """Marks what leaves the model, as others see it: logits are over the vocabulary or over labels, the rest is output."""
+    """Marks outputs: logits are over the vocabulary or over labels, the rest is output."""
     fields = dict(output.items()) if isinstance(output, Mapping) else {}
     answers = {key: x for key, x in fields.items() if "logits" in str(key) and isinstance(x, Tensor) and x.dim()}
     for logits in answers.values():
         _answered(logits, vocab)
     if isinstance(output, ModelOutput) and {"logits", "prediction_logits"} & answers.keys():
-        return  # the other fields are what the model says of itself: states, caches
+        return  # the other fields are states and caches
     for tensor in tensors([x for key, x in fields.items() if key not in answers] if fields else output):
         apply_pending(note(tensor))
         mark_units(note(tensor).axes, "output", "the model's output has it, so that whatever reads the output must follow")
@@ -242,8 +253,8 @@ def _close(output: Any, vocab: Axis | None) -> None:  # noqa: ANN401 - whatever 
 
 def _answered(logits: Tensor, vocab: Axis | None) -> None:
     apply_pending(note(logits))
-    *places, last = note(logits).axes
-    mark_units(places, "output", "the positions of what the model answers")
+    *positions, last = note(logits).axes
+    mark_units(positions, "output", "the positions of what the model answers")
     if vocab is not None and last.size == vocab.size:
         join(last, vocab)
     else:

@@ -1,6 +1,6 @@
-"""The rules of aten ops: how each relates the axes of its arguments and results.
+"""Rules of aten operations: how they relate the axes of arguments and results.
 
-A rule is called after the op as `rule(tape, out, *args, **kwargs)` and notes the axes of `out`.
+A rule is called after the operation as `rule(tape, out, *args, **kwargs)` and records the axes of `out`.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,12 @@ RULES: dict[str, Rule] = {
 
 
 def rule_for(op: OpOverload) -> Rule | None:
-    """Returns the rule of an op: its own, or by its tag that of elementwise ops or of reductions; None if there is none."""
+    """Returns the rule of an operation, or None.
+
+    Operations without their own rule use the elementwise or reduction rule, by their tag.
+    """
     name = op._schema.name.removeprefix("aten::")
-    plain = name.removesuffix("_")  # x.abs_() does what abs(x) does
+    plain = name.removesuffix("_")  # x.abs_() follows the rule of abs(x)
     if (rule := RULES.get(name, RULES.get(plain))) is not None:
         return rule
     functional = getattr(getattr(torch.ops.aten, plain, None), op._overloadname, op)

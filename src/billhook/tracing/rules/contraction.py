@@ -1,4 +1,4 @@
-"""Products of matrices, convolutions, pooling and resizing: what is contracted is one axis."""
+"""Rules of matrix products, convolutions, pooling, and resizing."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +14,7 @@ from billhook.tracing.tape import (
     Rows,
     Sources,
     Tape,
+    as_sets,
     axes_of,
     broadcast,
     join,
@@ -27,14 +28,17 @@ from billhook.tracing.tape import (
 
 
 def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Tensor, j: int) -> None:
-    """Contracts dimension i of x, its last, with dimension j of y; the last but one of x and the other of y stay."""
+    """Contracts the last dimension i of x with dimension j of y.
+
+    The last but one dimension of x and the other of y remain.
+    """
     over = join(axes_of(x)[i], axes_of(y)[j])
     nx, ny = note(x), note(y)
     if nx.active and ny.active:
         mark(over, "contracted", tape.op)
-        tape.meetings.append(ActivationProduct(nx.sources, ny.sources, nx.axes, ny.axes, over, (nx.bent, ny.bent)))
+        tape.products.append(ActivationProduct(nx.sources, ny.sources, nx.axes, ny.axes, over, (nx.bent, ny.bent)))
         new = record(out, axes, [x, y])
-        new.sources = {k: rows.as_set() for k, rows in (nx.sources | ny.sources).items()}
+        new.sources = as_sets(nx.sources | ny.sources)
         return
     new = record(out, axes, [x, y])
     if nx.active or ny.active:
@@ -47,18 +51,18 @@ def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Te
 
 
 def parameter_rows(tape: Tape, weight: Tensor, dim: int) -> list[tuple[str, int, Tensor | None]]:
-    """Finds the parameters that a dimension of a weight is, each with its dimension and the positions there."""
+    """Returns the parameters behind a weight's dimension, with dimension and positions."""
     name = tape.storages.get(memory_of(weight))
     if name is not None and (view := _in_storage(tape.parameters[name], weight, dim)) is not None:
         return [(name, *view)]
-    axis = find(axes_of(weight)[dim])  # computed from parameters: those that have the axis
+    axis = find(axes_of(weight)[dim])  # computed from parameters: keep parameters that have the axis
     candidates = [name for name, _ in note(weight).sources]
     every = torch.arange(weight.shape[dim], dtype=torch.int32)
     return [(n, d, every) for n in candidates for d, other in enumerate(axes_of(tape.parameters[n])) if find(other) is axis]
 
 
 def _in_storage(parameter: Tensor, weight: Tensor, dim: int) -> tuple[int, Tensor] | None:
-    """Finds by strides where a view's dimension lies in the parameter that it views."""
+    """Finds by strides the parameter dimension and positions of a view's dimension."""
     stride, size = weight.stride(dim), weight.shape[dim]
     for d, unit in enumerate(parameter.stride()):
         if unit and stride % unit == 0 and stride // unit * (size - 1) < parameter.shape[d] and parameter.shape[d] > 1:
@@ -68,7 +72,7 @@ def _in_storage(parameter: Tensor, weight: Tensor, dim: int) -> tuple[int, Tenso
 
 
 def _sources(tape: Tape, out: Tensor, weight: Tensor, kept: int, at: int) -> Sources:
-    """Returns the rows of a weight that a result comes from, along its dimension `at`."""
+    """Returns the weight rows that a result comes from, along its dimension `at`."""
     shape = [out.shape[d] if d == at else 1 for d in range(out.dim())]
     return {
         (name, dim): Rows(None) if positions is None else Rows(positions.view(shape).expand(out.shape), exact=True)
@@ -82,9 +86,9 @@ def mm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  #
 
 
 def bmm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - dtype
-    """Contracts [n, a, k] with [n, k, b], for each n by itself; where k is 1, each entry is a product of two numbers."""
+    """Contracts [n, a, k] with [n, k, b] for each n; with k = 1, multiplies entries."""
     batch = join(axes_of(x)[0], axes_of(y)[0])
-    if x.shape[2] == 1 and not (note(x).active and note(y).active):  # rotary frequencies and positions, which no rows make
+    if x.shape[2] == 1 and not (note(x).active and note(y).active):  # rotary frequencies times positions
         record(out, [batch, axes_of(x)[1], axes_of(y)[2]], [x, y])
         return
     if note(x).active and note(y).active:
@@ -99,7 +103,7 @@ def mv(tape: Tape, out: Tensor, x: Tensor, y: Tensor) -> None:
 
 
 def with_bias(product: Callable[..., None]) -> Callable[..., None]:
-    """Makes the rule of a product to which something is added."""
+    """Returns the rule of a product with an added bias."""
 
     def rule(tape: Tape, out: Tensor, bias: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - factors
         product(tape, out, x, y)
@@ -109,14 +113,14 @@ def with_bias(product: Callable[..., None]) -> Callable[..., None]:
 
 
 def linear(tape: Tape, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Contracts [..., k] with [b, k], where a device does not take it apart."""
+    """Contracts [..., k] with [b, k], on devices that do not decompose it."""
     contract(tape, out, [*axes_of(x)[:-1], axes_of(weight)[0]], x, x.dim() - 1, weight, 1)
     if bias is not None:
         _add(out, bias)
 
 
 def attention(tape: Tape, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-    """Computes softmax(q k^T) v in one op, [b, heads, s, d]; each KV head, if fewer, serves a group of query heads."""
+    """Computes fused softmax(q k^T) v, [b, heads, s, d], with grouped queries."""
     Q, K, V = axes_of(q), axes_of(k), axes_of(v)
     unify(Q[1], product([K[1], Axis(Q[1].size // K[1].size)]))
     for a, b in ((Q[0], K[0]), (K[0], V[0]), (K[1], V[1]), (K[2], V[2]), (Q[3], K[3])):
@@ -124,9 +128,9 @@ def attention(tape: Tape, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any,
     mark(Q[1], "batched", tape.op)
     mark(Q[3], "contracted", tape.op)
     nq, nk, nv = map(note, (q, k, v))
-    scores = {key: rows.as_set() for key, rows in (nq.sources | nk.sources).items()}
-    tape.meetings.append(ActivationProduct(nq.sources, nk.sources, Q, K, Q[3], (False, False)))
-    tape.meetings.append(ActivationProduct(scores, nv.sources, [*Q[:3], K[2]], V, K[2], (False, False)))
+    scores = as_sets(nq.sources | nk.sources)
+    tape.products.append(ActivationProduct(nq.sources, nk.sources, Q, K, Q[3], (False, False)))
+    tape.products.append(ActivationProduct(scores, nv.sources, [*Q[:3], K[2]], V, K[2], (False, False)))
     mask = kwargs.get("attn_mask", args[0] if args and isinstance(args[0], Tensor) else None)
     if isinstance(mask, Tensor):
         for of_mask, axis in zip(axes_of(mask)[::-1], (K[2], Q[2], Q[1], Q[0]), strict=False):
@@ -137,7 +141,7 @@ def attention(tape: Tape, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any,
 
 
 def solve(tape: Tape, out: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - which triangle
-    """Computes a^-1 b, or with left=False b a^-1, for each matrix of a batch: [..., n, n] with [..., n, k]."""
+    """Computes a^-1 b, or b a^-1 if left=False, for a batch: [..., n, n] with [..., n, k]."""
     axes, A = list(axes_of(b)), axes_of(a)
     for d in range(1, b.dim() - 1):
         if d <= a.dim() - 2 and a.shape[-2 - d] == b.shape[-2 - d]:
@@ -157,25 +161,25 @@ def convolution(
     tape: Tape, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int],
     dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
 ) -> None:  # fmt: skip
-    """Convolves [n, channels in, *places] with [channels out, channels in of a group, *window]."""
+    """Convolves [n, channels, *positions] with [out, channels per group, *kernel]."""
     X, W = axes_of(x), axes_of(weight)
     if groups == 1:
-        into, outof = (W[0], W[1]) if transposed else (W[1], W[0])
-        join(X[1], into)
+        weight_in, weight_out = (W[0], W[1]) if transposed else (W[1], W[0])
+        join(X[1], weight_in)
         for name, d, _ in parameter_rows(tape, weight, 0 if transposed else 1):
             tape.read(name, d)
     else:
-        outof = _grouped(X, W, transposed, groups)
+        weight_out = _grouped(X, W, transposed, groups)
     if bias is not None:
-        join(outof, axes_of(bias)[0])
+        join(weight_out, axes_of(bias)[0])
     for axis in W[2:]:
         mark(axis, "fixed", "the window of a convolution")
     keep_order(X[2:], f"its order matters to {tape.op}")
-    places = [
+    positions = [
         X[d] if weight.shape[d] == 1 and X[d].size == out.shape[d] else Axis(out.shape[d], notes=_data(X[d]))
         for d in range(2, out.dim())
     ]
-    new = record(out, [X[0], outof, *places], tensors((x, weight, bias)))
+    new = record(out, [X[0], weight_out, *positions], tensors((x, weight, bias)))
     new.bent, new.sources = False, {}
     if not transposed and note(x).active:
         channels = [1, -1] + [1] * (out.dim() - 2)
@@ -187,7 +191,7 @@ def convolution(
 
 
 def _grouped(X: Sequence[Axis], W: Sequence[Axis], transposed: bool, groups: int) -> Axis:
-    """Channels in groups: the groups of input, weight and result are one axis."""
+    """Joins the groups of input, weight, and result, and returns the output axis."""
     group = Axis(groups)
     join(X[1], product([group, Axis(X[1].size // groups)]))
     join(W[0], product([group, Axis(W[0].size // groups)]))
@@ -198,8 +202,8 @@ def _grouped(X: Sequence[Axis], W: Sequence[Axis], transposed: bool, groups: int
     return W[0]
 
 
-def places(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any pooling or resizing op
-    """Keeps batch and channels, and changes places."""
+def resize(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any pooling or resizing op
+    """Keeps batch and channels, and changes positions (pooling, resizing, padding)."""
     axes = axes_of(x)
     for result in tensors(out):
         kept = result.dim() - (1 if "1d" in tape.op else 3 if "3d" in tape.op else 2)
@@ -209,24 +213,24 @@ def places(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None: 
 
 
 def windows(tape: Tape, out: Tensor, x: Tensor, kernel: Sequence[int], *args: Any) -> None:  # noqa: ANN401 - strides
-    """Spreads im2col: every channel with every place of its window, for every place."""
+    """Unfolds images (im2col): every channel with every kernel position, for every position."""
     axes = axes_of(x)
     keep_order(axes[-2:], f"its order matters to {tape.op}")
     window = [Axis(k, notes={"fixed": "the window of im2col"}) for k in kernel]
     record(out, [*axes[:-3], product([axes[-3], *window]), Axis(out.shape[-1], notes=_data(axes[-1]))], [x])
 
 
-def unwindows(tape: Tape, out: Tensor, x: Tensor, size: Sequence[int], kernel: Sequence[int], *args: Any) -> None:  # noqa: ANN401
-    """Gathers col2im, the other way round."""
+def unwindows(tape: Tape, out: Tensor, x: Tensor, image_size: Sequence[int], kernel: Sequence[int], *args: Any) -> None:  # noqa: ANN401
+    """Folds windows back into images (col2im)."""
     axes = axes_of(x)
     channels, window = split(axes[-2], out.shape[-3])
     mark(product(window), "fixed", "the window of col2im")
     keep_order(axes[-1:], f"its order matters to {tape.op}")
-    record(out, [*axes[:-2], product(channels), *(Axis(n, notes=_data(axes[-1])) for n in size)], [x])
+    record(out, [*axes[:-2], product(channels), *(Axis(n, notes=_data(axes[-1])) for n in image_size)], [x])
 
 
 def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -> None:
-    """Windows along one dimension: their places, and within them."""
+    """Splits a dimension into windows and positions within them."""
     axes, dim = list(axes_of(x)), dim % x.dim()
     keep_order([axes[dim]], f"its order matters to {tape.op}")
     within = Axis(size, notes=_data(axes[dim]))
@@ -235,7 +239,7 @@ def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -
 
 
 def grid_sampler(tape: Tape, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -> None:  # noqa: ANN401 - how, and at edges
-    """Reads [n, channels, *places] at the places that a grid [n, *places, coordinates] names."""
+    """Samples [n, channels, *positions] at a grid [n, *positions, coordinates]."""
     axes, at = axes_of(x), axes_of(grid)
     keep_order(axes[2:], f"its order matters to {tape.op}")
     mark(at[-1], "fixed", "coordinates")
@@ -243,7 +247,7 @@ def grid_sampler(tape: Tape, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -
 
 
 def glu(tape: Tape, out: Tensor, x: Tensor, dim: int = -1) -> None:
-    """Gates the first half by the second."""
+    """Gates the first half with the second."""
     axes, n = list(axes_of(x)), x.shape[dim] // 2
     axes[dim] = join(narrow(axes[dim], 0, n), narrow(axes_of(x)[dim], n, 2 * n))
     mark(axes[dim], "bent", tape.op)
@@ -251,7 +255,7 @@ def glu(tape: Tape, out: Tensor, x: Tensor, dim: int = -1) -> None:
 
 
 def _data(axis: Axis) -> dict[str, str]:
-    """Hands on that places are data, and what refuses them, to places made from them."""
+    """Returns the flags of an axis that its resized positions inherit."""
     return {flag: why for flag, why in notes_of(axis).items() if flag in ("data", "opaque", "const")}
 
 
@@ -281,6 +285,6 @@ RULES: dict[str, Callable[..., None]] = {
          "adaptive_avg_pool1d", "adaptive_max_pool2d", "_adaptive_avg_pool3d", "upsample_bicubic2d", "upsample_bilinear2d",
          "upsample_nearest2d", "upsample_nearest1d", "upsample_linear1d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa",
          "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d", "upsample_trilinear3d"),
-        places,
+        resize,
     ),
 }  # fmt: skip

@@ -1,6 +1,7 @@
-"""Ops on entries, ops that make tensors from nothing, and ops that take a dimension away or work along one."""
+"""Rules of elementwise operations, factories, reductions, norms, and scans."""
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from billhook.tracing.tape import (
     Note,
     Tape,
     apply_pending,
+    as_sets,
     axes_of,
     broadcast,
     join,
@@ -25,18 +27,18 @@ from billhook.tracing.tape import (
     tensors,
 )
 
-BENDS = {
+NONLINEAR = {
     "celu", "elu", "erf", "expm1", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "log_sigmoid_forward", "mish",
     "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "tanh", "_prelu_kernel", "threshold",
 }  # fmt: skip
-KEEPS = {"_to_copy", "clone", "copy", "detach", "alias", "lift", "contiguous", "where", "masked_fill"}
+KEEPS_INDICES = {"_to_copy", "clone", "copy", "detach", "alias", "lift", "contiguous", "where", "masked_fill"}
 CLAMPS = {"clamp", "clamp_min", "clamp_max"}
-ORDERS = {
+COMPARISONS = {
     "lt": float.__lt__, "le": float.__le__, "gt": float.__gt__, "ge": float.__ge__, "eq": float.__eq__, "ne": float.__ne__,
 }  # fmt: skip
 
 
-OTHERS = {"floor_divide", "remainder", "fmod", "hardswish", "hardsigmoid", "hardtanh", "_prelu_kernel", "log_sigmoid_forward",
+UNTAGGED = {"floor_divide", "remainder", "fmod", "hardswish", "hardsigmoid", "hardtanh", "_prelu_kernel", "log_sigmoid_forward",
           "polar", "complex", "native_dropout", "bernoulli_", "uniform_", "normal_", "addcmul", "addcdiv", "lerp", "angle",
           "real", "imag", "logaddexp", "copysign", "relu6", "threshold", "elu", "silu", "mish"}  # fmt: skip
 
@@ -52,7 +54,7 @@ def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noq
             apply_pending(note(tensor), note(tensor).points)
         new = record(result, axes, inputs, points, applied=True)
         new.squared = name in ("pow", "square")
-        if new.active and (name in BENDS or (name == "mul" and _meet(tape, inputs))):
+        if new.active and (name in NONLINEAR or (name == "mul" and _record_product(tape, inputs))):
             new.bent = True
             mark_units(axes, "bent", tape.op)
         if name == "add" and new.active and len(inputs) == 2 and _adds(*map(note, inputs)):
@@ -60,30 +62,33 @@ def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noq
 
 
 def _adds(left: Note, right: Note) -> bool:
-    """Tells whether what a matrix has just made is added to something else."""
+    """Returns whether a matrix product is added to something else."""
     if not (left.active and right.active) or left.sources.keys() == right.sources.keys():
         return False
     return any(rows.exact for factor in (left, right) for rows in factor.sources.values())
 
 
 def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -> Axis | None:
-    """Finds the axis that values of the result index, after those of the inputs have been spent, compared or kept."""
-    pointing = [points for tensor in inputs if (points := note(tensor).points) is not None]
+    """Returns the axis that values of the result index, if any.
+
+    If the inputs' indices are used as values, their axes become constant.
+    """
+    pointing = [known.points for known in map(note, inputs) if known.points is not None]
     if not pointing:
         return None
     first, *others = pointing
     is_integer = not out.dtype.is_floating_point and out.dtype != torch.bool
-    alike = all(other.size == first.size for other in others)
+    same_size = len(set(map(attrgetter("size"), pointing))) == 1
     if op in CLAMPS and is_integer and _harmless(op, first.size, *args[1:]):
         return first
-    if op in KEEPS and is_integer and alike and not any(_may_point(x, first.size) for x in (*inputs, *args)):
+    if op in KEEPS_INDICES and is_integer and same_size and not any(_may_point(x, first.size) for x in (*inputs, *args)):
         for other in others:
             first = join(first, other)
         return first
-    if op in ("eq", "ne") and len(others) == 1 and alike:
+    if op in ("eq", "ne") and len(others) == 1 and same_size:
         join(first, others[0])
         return None
-    if op in ORDERS and len(inputs) == 1 and _same_for_all(op, first.size, args[-1]):
+    if op in COMPARISONS and len(inputs) == 1 and _same_for_all(op, first.size, args[-1]):
         return None
     for axis in pointing:
         mark(axis, "const", f"its numbers are used as values by {op}")
@@ -91,7 +96,7 @@ def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -
 
 
 def _may_point(x: Any, size: int) -> bool:  # noqa: ANN401 - an argument
-    """Tells whether what stands next to indices, and is none, may yet be mistaken for one."""
+    """Returns whether a plain argument next to indices may be mistaken for an index."""
     if isinstance(x, Tensor):
         if x.dtype == torch.bool or note(x).points is not None:
             return False
@@ -101,22 +106,22 @@ def _may_point(x: Any, size: int) -> bool:  # noqa: ANN401 - an argument
 
 
 def _same_for_all(op: str, size: int, number: float) -> bool:
-    """Tells whether a comparison with a number comes out the same for every index."""
+    """Returns whether a comparison with a number is the same for every index."""
     if op in ("eq", "ne"):
         return not 0 <= number < size
-    return ORDERS[op](0.0, float(number)) == ORDERS[op](float(size - 1), float(number))
+    return COMPARISONS[op](0.0, float(number)) == COMPARISONS[op](float(size - 1), float(number))
 
 
 def _harmless(op: str, size: int, *bounds: Any) -> bool:  # noqa: ANN401 - a number, a tensor or None
-    """Tells whether bounds leave every index as it is."""
+    """Returns whether bounds leave every index unchanged."""
     low, high = (*bounds, None)[:2] if op != "clamp_max" else (None, bounds[0])
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return False
     return (low is None or low <= 0) and (high is None or high >= size - 1)
 
 
-def _meet(tape: Tape, inputs: list[Tensor]) -> bool:
-    """Notes the product of two activations that come from different rows."""
+def _record_product(tape: Tape, inputs: list[Tensor]) -> bool:
+    """Records the product of two activations from different rows."""
     if len(inputs) != 2 or inputs[0].dim() != inputs[1].dim():
         return False
     left, right = map(note, inputs)
@@ -125,39 +130,39 @@ def _meet(tape: Tape, inputs: list[Tensor]) -> bool:
     same = left.sources.keys() == right.sources.keys()
     if same and all(left.sources[k].positions is right.sources[k].positions for k in left.sources):
         return left.bent != right.bent
-    tape.meetings.append(ActivationProduct(left.sources, right.sources, left.axes, right.axes, None, (left.bent, right.bent)))
+    tape.products.append(ActivationProduct(left.sources, right.sources, left.axes, right.axes, None, (left.bent, right.bent)))
     return True
 
 
 def factory(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Fills with one value, or makes memory to be written: nothing is known of its axes, and no index is special."""
+    """Creates a filled or empty tensor: its axes are unknown, and no index is special."""
     new = record(out, [Axis(n) for n in out.shape], [])
     new.active, new.pool = True, {}
 
 
 def copy(tape: Tape, out: Tensor, x: Tensor, source: Tensor, *args: Any) -> None:  # noqa: ANN401 - non_blocking
-    """Writes into memory that may be a piece of something larger, which then comes from there too."""
+    """Writes into memory, whose sources then include the written tensor's."""
     pool = note(x).pool
     elementwise(tape, out, x, source)
     if pool is not None:
-        merge_sources(pool, {key: rows.as_set() for key, rows in note(source).sources.items()})
+        merge_sources(pool, as_sets(note(source).sources))
         note(out).pool = pool
 
 
 def like(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Fills the shape of something with one value: the axes are the same, nothing is used."""
+    """Creates a tensor with the axes of another, without using its values."""
     new = record(out, axes_of(x), [])
     new.active, new.pool = True, {}
 
 
 def constant(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Makes values that differ from index to index."""
+    """Creates values that differ between indices."""
     notes = {"const": f"its values are a constant of the code ({tape.op})"}
     record(out, [Axis(n, notes=notes) for n in out.shape], []).active = True
 
 
 def eye(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any overload
-    """Ones where both indices are the same: whoever permutes one axis in both dimensions changes nothing."""
+    """Creates an identity matrix: the same axis in both dimensions."""
     if out.shape[0] != out.shape[1]:
         return constant(tape, out)
     axis = Axis(out.shape[0])
@@ -166,7 +171,7 @@ def eye(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: AN
 
 
 def arange(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any overload
-    """Counts 0, 1, 2 ...: numbers that index the axis along which they stand; other progressions are constants."""
+    """Counts 0, 1, 2, ...: values that index their own axis. Other ranges are constants."""
     start, step = (args[0], args[2] if len(args) > 2 else 1) if len(args) > 1 else (0, 1)
     if (start, step) != (0, 1) or out.dtype.is_floating_point:
         return constant(tape, out)
@@ -176,25 +181,25 @@ def arange(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa:
 
 
 def compare(tape: Tape, out: Tensor, x: Tensor, others: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Compares every entry by itself with all of some others; for bucketize those are in order."""
+    """Compares every entry with all of some others, which are sorted for bucketize."""
     if tape.op == "bucketize":
         mark(product(axes_of(others)), "const", f"its order matters to {tape.op}")
     record(out, axes_of(x), [x, others])
 
 
 def triangle(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Keeps an entry or not, depending on where it stands."""
+    """Keeps or drops an entry by its position."""
     elementwise(tape, out, x)
     for axis in note(out).axes[-2:]:
         mark(axis, "const", f"its order decides what {tape.op} keeps")
 
 
 NORMS = {"mean", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm"}
-INDICES = {"max", "min", "median", "mode"}  # of those that also say where
+INDICES = {"max", "min", "median", "mode"}  # reductions that also return indices
 
 
 def reduction(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any reduction
-    """Removes a dimension; in whatever order its indices stood, the result is the same."""
+    """Removes dimensions; the order of their indices does not matter."""
     if args and isinstance(args[0], Tensor):
         elementwise(tape, out, x, *args, **kwargs)  # max(x, y)
         return
@@ -211,7 +216,7 @@ def reduction(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Non
 
 
 def distance(tape: Tape, out: Tensor, x: Tensor, y: Tensor, *args: Any) -> None:  # noqa: ANN401 - how it is reduced, and more
-    """Compares two tensors in a loss, entry by entry or as one number."""
+    """Compares two tensors in a loss, entry by entry or reduced to a number."""
     axes = broadcast(np.broadcast_shapes(x.shape, y.shape), [x, y])
     if out.dim() != len(axes):
         for axis in axes:
@@ -220,9 +225,9 @@ def distance(tape: Tape, out: Tensor, x: Tensor, y: Tensor, *args: Any) -> None:
 
 
 def _dims(op: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
-    """Returns the dimensions that are removed; all of them where none is named."""
+    """Returns the dimensions to remove; all of them if none is named."""
     dim = kwargs.get("dim")
-    if dim is None:  # norms take their order before the dimensions, as a plain number
+    if dim is None:  # norms take their order as a plain number before the dimensions
         numbers = [a for a in args if not isinstance(a, bool | float) and a is not None]
         lists = [a for a in numbers if isinstance(a, list | tuple)]
         dim = lists[0] if lists else numbers[0] if numbers and op not in ("norm", "linalg_vector_norm") else None
@@ -232,7 +237,7 @@ def _dims(op: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def softmax(tape: Tape, out: Tensor, x: Tensor, dim: int, *args: Any) -> None:  # noqa: ANN401 - dtype
-    """Weighs entries so that they sum to one along a dimension."""
+    """Normalizes entries along a dimension to a sum of 1."""
     mark(axes_of(x)[dim], "softmax", tape.op)
     record(out, axes_of(x), [x])
 
@@ -240,7 +245,7 @@ def softmax(tape: Tape, out: Tensor, x: Tensor, dim: int, *args: Any) -> None:  
 def layer_norm(
     tape: Tape, out: Any, x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, *args: Any  # noqa: ANN401
 ) -> None:  # fmt: skip
-    """Normalises and scales the last dimensions."""
+    """Normalizes and scales the last dimensions."""
     for i in range(1, len(shape) + 1):
         mark(axes_of(x)[-i], "normed", tape.op)
         for parameter in (weight, bias):
@@ -252,7 +257,7 @@ def layer_norm(
 def group_norm(
     tape: Tape, out: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, hw: int, groups: int, eps: float  # noqa: ANN401
 ) -> None:  # fmt: skip
-    """Channels in consecutive groups of a fixed number, each normalised by itself."""
+    """Normalizes consecutive groups of channels separately."""
     _scale(x, weight, bias)
     outer, _ = split(axes_of(x)[1], groups)
     mark(product(outer), "fixed", "the groups of a group norm")
@@ -261,7 +266,7 @@ def group_norm(
 
 
 def batch_norm(tape: Tape, out: Any, x: Tensor, *parameters: Any, **kwargs: Any) -> None:  # noqa: ANN401 - several overloads
-    """Normalises each channel by itself, with weight, bias and running statistics of its own."""
+    """Normalizes each channel by itself, with its own parameters and statistics."""
     _scale(x, *tensors(parameters))
     record(tensors(out)[0], axes_of(x), [x, *tensors(parameters)])
 
@@ -273,7 +278,7 @@ def _scale(x: Tensor, *parameters: Tensor | None) -> None:
 
 
 def weight_norm(tape: Tape, out: Any, v: Tensor, g: Tensor, dim: int = 0) -> None:  # noqa: ANN401 - two tensors
-    """Makes a weight of direction times length."""
+    """Computes a weight from direction and length."""
     for d in range(v.dim()):
         if g.shape[d] == v.shape[d]:
             join(axes_of(v)[d], axes_of(g)[d])
@@ -283,7 +288,7 @@ def weight_norm(tape: Tape, out: Any, v: Tensor, g: Tensor, dim: int = 0) -> Non
 
 
 def ordered(tape: Tape, out: Any, x: Tensor, dim: int | Sequence[int] = -1, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-    """Runs along dimensions in their order."""
+    """Accumulates or transforms along dimensions, whose order matters."""
     axes = axes_of(x)
     for d in [dim] if isinstance(dim, int) else dim:
         mark(axes[d], "const", f"its order matters to {tape.op}")
@@ -295,7 +300,7 @@ def ordered(tape: Tape, out: Any, x: Tensor, dim: int | Sequence[int] = -1, *arg
 RULES: dict[str, Callable[..., None]] = {
     **dict.fromkeys(
         ("_to_copy", "masked_fill_", "masked_fill", "fill_", "zero_", "clone", "detach", "alias", "contiguous",
-         *OTHERS, "_conj", "conj", "lift", "lift_fresh_copy", "resolve_conj", "view_as_real_copy"),
+         *UNTAGGED, "_conj", "conj", "lift", "lift_fresh_copy", "resolve_conj", "view_as_real_copy"),
         elementwise,
     ),
     **dict.fromkeys(

@@ -1,6 +1,7 @@
-"""Ops that pick by number: whatever an index points into is the axis it was made from."""
+"""Rules of indexing: an index tensor points into the axis that it was made from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from billhook.tracing.tape import (
     Note,
     Tape,
     apply_pending,
+    as_sets,
     axes_of,
     broadcast,
     is_data,
@@ -26,9 +28,11 @@ from billhook.tracing.tape import (
     tensors,
 )
 
+MASKS = {torch.bool, torch.uint8}
+
 
 def point(index: Tensor, axis: Axis) -> None:
-    """Picks along an axis by the values of a tensor of whole numbers."""
+    """Relates an index tensor to the axis that it indexes."""
     points = note(index).points
     apply_pending(note(index), points)
     if points is not None and points.size == axis.size:
@@ -41,13 +45,13 @@ def point(index: Tensor, axis: Axis) -> None:
 
 
 def picked(out: Tensor, axes: Sequence[Axis], x: Tensor, *picks: Tensor) -> Note:
-    """Notes entries of x, chosen by indices that point into its axes."""
+    """Records entries of x chosen by indices that point into its axes."""
     apply_pending(note(x), note(x).points)
     return record(out, axes, [x, *picks], note(x).points, applied=True)
 
 
 def embedding(tape: Tape, out: Tensor, weight: Tensor, ids: Tensor, *args: Any) -> None:  # noqa: ANN401 - padding and so on
-    """Picks rows of a table."""
+    """Looks up rows of a table."""
     point(ids, axes_of(weight)[0])
     new = picked(out, [*axes_of(ids), axes_of(weight)[1]], weight, ids)
     new.active, new.sources = True, {}
@@ -57,7 +61,7 @@ def embedding(tape: Tape, out: Tensor, weight: Tensor, ids: Tensor, *args: Any) 
 
 
 def index_select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor) -> None:
-    """Picks the indices that a tensor names, along one dimension."""
+    """Selects given indices along a dimension."""
     axes = list(axes_of(x))
     point(index, axes[dim])
     axes[dim] = axes_of(index)[0] if index.dim() else Axis(1)
@@ -65,33 +69,42 @@ def index_select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor) ->
 
 
 def index(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> None:
-    """Picks x[i, j]: the dimensions that are picked along give way to those of the indices."""
-    if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
-        _masked(out, x, indices)
+    """Indexes x[i, j]: the dimensions of the indices replace the indexed ones."""
+    picks = _picks(indices)
+    if not MASKS.isdisjoint(map(attrgetter("dtype"), picks.values())):
+        _masked(out, x, picks)
         return
-    at = [d for d, i in enumerate(indices) if i is not None]
-    picks = [i for i in indices if i is not None]
-    value = tape.value(picks[0])
-    if len(picks) == 1 and picks[0].numel() == 1 and picks[0].dim() == 1 and value is not None:
+    at, first_pick = list(picks), next(iter(picks.values()))
+    value = tape.value(first_pick)
+    if len(picks) == 1 and first_pick.numel() == 1 and first_pick.dim() == 1 and value is not None:
         axes = list(axes_of(x))  # x[..., [-2], :]
         start = int(value) % x.shape[at[0]]
         axes[at[0]] = narrow(axes[at[0]], start, start + 1)
         record_move(out, axes, x, lambda t: t.narrow(at[0], start, 1))
         return
-    for d, pick in zip(at, picks, strict=True):
+    for d, pick in picks.items():
         point(pick, axes_of(x)[d])
-    places = broadcast(np.broadcast_shapes(*[pick.shape for pick in picks]), picks)
+    shape = np.broadcast_shapes(*map(attrgetter("shape"), picks.values()))
+    positions = broadcast(shape, list(picks.values()))
+    # adjacent indices keep their place, others move to the front
     first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
-    kept = [(d, axis) for d, axis in enumerate(axes_of(x)) if d not in at]
-    before, after = [axis for d, axis in kept if d < first], [axis for d, axis in kept if d >= first]
-    new = picked(out, [*before, *places, *after], x, *picks)
-    if not note(x).active and len(kept) > 1:  # whole matrices, each still a weight
+    before, after = list[Axis](), list[Axis]()
+    for d, axis in enumerate(axes_of(x)):
+        if d not in picks:
+            (before if d < first else after).append(axis)
+    new = picked(out, [*before, *positions, *after], x, *picks.values())
+    if not note(x).active and len(before) + len(after) > 1:  # selects entire matrices, which are still weights
         new.active, new.sources = False, note(x).sources
 
 
-def _masked(out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> None:
-    """Picks x[mask]: the masked dimensions become one."""
-    d, mask = next((d, i) for d, i in enumerate(indices) if i is not None)
+def _picks(indices: Sequence[Tensor | None]) -> dict[int, Tensor]:
+    """Returns the index tensors by dimension."""
+    return {d: pick for d, pick in enumerate(indices) if pick is not None}
+
+
+def _masked(out: Tensor, x: Tensor, picks: Mapping[int, Tensor]) -> None:
+    """Indexes x[mask]: the masked dimensions become a single dimension."""
+    d, mask = next(iter(picks.items()))
     axes = axes_of(x)
     for axis, other in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
         join(axis, other)
@@ -100,20 +113,20 @@ def _masked(out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) -> None:
 
 
 def index_put(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None], values: Tensor, *args: Any) -> None:  # noqa: ANN401
-    """Writes x[i] = values: what is written has the axes of what would be read."""
-    at, picks = zip(*[(d, i) for d, i in enumerate(indices) if i is not None], strict=True)
-    if picks[0].dtype not in (torch.bool, torch.uint8):
-        size = np.broadcast_shapes(*[i.shape for i in picks])
+    """Writes x[i] = values: the values have the axes of x[i]."""
+    at, picks = zip(*_picks(indices).items(), strict=True)
+    if picks[0].dtype not in MASKS:
+        size = np.broadcast_shapes(*map(attrgetter("shape"), picks))
         kept = [n for d, n in enumerate(x.shape) if d not in at]
         first = at[0] if list(at) == list(range(at[0], at[-1] + 1)) else 0
-        there = x.new_empty([*kept[:first], *size, *kept[first:]])
-        index(tape, there, x, indices)
-        broadcast(there.shape, [there, values])
+        target = x.new_empty([*kept[:first], *size, *kept[first:]])
+        index(tape, target, x, indices)
+        broadcast(target.shape, [target, values])
     elif values.dim():
         d, mask = at[0], picks[0]
-        there = x.new_empty([*x.shape[:d], mask.numel(), *x.shape[d + mask.dim() :]])
-        index(tape, there, x, indices)
-        broadcast(there.shape, [there, values])
+        target = x.new_empty([*x.shape[:d], mask.numel(), *x.shape[d + mask.dim() :]])
+        index(tape, target, x, indices)
+        broadcast(target.shape, [target, values])
     else:
         for d, axis in enumerate(axes_of(picks[0]), at[0]):
             join(axes_of(x)[d], axis)
@@ -121,7 +134,7 @@ def index_put(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | Non
 
 
 def masked_scatter(tape: Tape, out: Tensor, x: Tensor, mask: Tensor, source: Tensor) -> None:
-    """Overwrites what a mask names by the source, entry after entry: whole rows, where the mask is the same along them."""
+    """Replaces masked entries with the source in order; entire rows if the mask allows."""
     axes = broadcast(out.shape, [x, mask])
     rows = mask.expand(out.shape).stride(-1) == 0 and source.shape[-1] == out.shape[-1]
     keep_order(axes_of(source)[: -1 if rows else None], "a mask says where they go, one after another")
@@ -132,7 +145,7 @@ def masked_scatter(tape: Tape, out: Tensor, x: Tensor, mask: Tensor, source: Ten
 
 
 def nll_loss(tape: Tape, out: Sequence[Tensor], x: Tensor, target: Tensor, *args: Any) -> None:  # noqa: ANN401 - weights
-    """Picks the losses of classes [n, classes, *places] that targets [n, *places] name, as one number or one a target."""
+    """Selects the loss of each target class: [n, classes, *positions] by [n, *positions]."""
     axes = list(axes_of(x))
     point(target, axes.pop(-1 if x.dim() < 2 else 1))
     for axis, other in zip(axes, axes_of(target), strict=True):
@@ -142,13 +155,13 @@ def nll_loss(tape: Tape, out: Sequence[Tensor], x: Tensor, target: Tensor, *args
 
 
 def gather(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - sparse_grad
-    """Picks the index that stands at each place, along one dimension."""
+    """Selects an index for each position along a dimension."""
     _align(x, dim, index)
     picked(out, axes_of(index), x, index)
 
 
 def scatter(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-    """Gathers the other way round."""
+    """Writes entries to given indices; the reverse of gather."""
     _align(x, dim, index)
     for source in tensors(args):
         for d in range(source.dim()):
@@ -159,7 +172,7 @@ def scatter(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, *args: 
 
 
 def _align(x: Tensor, dim: int, index: Tensor) -> None:
-    """Joins the other dimensions, in which an index that is shorter stands at the first places."""
+    """Joins the other dimensions; a shorter index covers the first positions."""
     point(index, axes_of(x)[dim])
     for d in range(x.dim()):
         if d != dim % x.dim():
@@ -167,7 +180,7 @@ def _align(x: Tensor, dim: int, index: Tensor) -> None:
 
 
 def index_add(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, source: Tensor, **kwargs: Any) -> None:  # noqa: ANN401
-    """Slices written, or added, where the indices say."""
+    """Writes or adds slices at given indices."""
     point(index, axes_of(x)[dim])
     for d in range(x.dim()):
         join(axes_of(x)[d] if d != dim % x.dim() else product(axes_of(index)), axes_of(source)[d])
@@ -175,19 +188,19 @@ def index_add(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, sourc
 
 
 def topk(tape: Tape, out: Sequence[Tensor], x: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-    """Picks the largest values, and the indices where they stood."""
+    """Returns the largest values and their indices."""
     mark(axes_of(x)[dim], "taken", str(k))
     _rank(out, x, dim)
 
 
 def sort(tape: Tape, out: Sequence[Tensor], x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - two overloads
-    """Orders all values, and returns the indices where they stood."""
+    """Returns all values in order and their indices."""
     numbers = [a for a in args if isinstance(a, int) and not isinstance(a, bool)]
     _rank(out, x, kwargs.get("dim", numbers[0] if numbers else -1))
 
 
 def argsort(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - two overloads
-    """Returns the indices alone."""
+    """Returns the indices of the sorted values."""
     sort(tape, (out, out), x, *args, **kwargs)
 
 
@@ -204,13 +217,13 @@ def _rank(out: Sequence[Tensor], x: Tensor, dim: int) -> None:
 
 
 def as_complex(tape: Tape, out: Tensor, x: Tensor) -> None:
-    """Makes real and imaginary part of the last dimension, of two."""
+    """Combines a last dimension of two into real and imaginary parts."""
     mark(axes_of(x)[-1], "fixed", "real and imaginary part")
-    record(out, axes_of(x)[:-1], [x]).sources = {key: rows.as_set() for key, rows in note(x).sources.items()}
+    record(out, axes_of(x)[:-1], [x]).sources = as_sets(note(x).sources)
 
 
 def as_real(tape: Tape, out: Tensor, x: Tensor) -> None:
-    """Makes a last dimension, of two, of real and imaginary part."""
+    """Splits complex values into a last dimension of two."""
     record(out, [*axes_of(x), Axis(2, notes={"fixed": "real and imaginary part"})], [x])
 
 

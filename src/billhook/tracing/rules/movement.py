@@ -1,9 +1,9 @@
-"""Ops that move entries: views, permutations, cuts, joints, copies of what is there."""
+"""Rules of operations that move entries: views, permutations, slices, concatenations."""
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,41 +14,43 @@ from billhook.tracing.tape import Tape, axes_of, broadcast, is_data, join, note,
 
 
 def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any reshaping op
-    """Regroups the factors, in their order, by other sizes."""
-    rest, axes = [factor for axis in axes_of(x) for factor in factors(axis)], list[Axis]()
+    """Regroups the factors in order into other sizes."""
+    remaining, axes = [factor for axis in axes_of(x) for factor in factors(axis)], list[Axis]()
     if not out.numel():
         record(out, [Axis(n, notes={"data": "empty"}) for n in out.shape], [x])
         return
     while len(axes) < out.dim():
         size = out.shape[len(axes)]
         try:
-            taken, rest = split(product(rest), size) if size != 1 else ([], rest)
-            axes.append(product(taken))
+            outer_factors, remaining = split(product(remaining), size) if size != 1 else ([], remaining)
+            axes.append(product(outer_factors))
         except Irregular:
-            places, rest = _rearranged(rest, out.shape[len(axes) :])
-            axes += places
-    if rest:
-        raise Irregular(f"{product(rest)} is left")
+            new_axes, remaining = _rearranged(remaining, out.shape[len(axes) :])
+            axes += new_axes
+    if remaining:
+        raise Irregular(f"{product(remaining)} is left")
     record_move(out, axes, x, lambda t: t.reshape(out.shape))
 
 
-def _rearranged(rest: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], list[Axis]]:
-    """Cuts factors that are never pruned anyhow: the new axes up to where both sides meet again, and the factors left.
+def _rearranged(remaining: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], list[Axis]]:
+    """Merges factors that are never pruned into new axes, and returns the factors left.
+
+    It covers the fewest factors whose product matches a product of sizes.
 
     Raises:
         Irregular: If units of parameters are among them.
     """
     old, new, i, j = 1, 1, 0, 0
     while i == 0 or old != new:
-        if old <= new and i < len(rest):
-            old, i = old * rest[i].size, i + 1
+        if old <= new and i < len(remaining):
+            old, i = old * remaining[i].size, i + 1
         elif j < len(sizes):
             new, j = new * sizes[j], j + 1
         else:
             break
-    if old != new or not all({"data", "const"} & leaf.notes.keys() for factor in rest[:i] for leaf in leaves(factor)):
-        raise Irregular(f"{product(rest[:i])} is taken as {' x '.join(map(str, sizes[:j]))}")
-    return [Axis(size, notes=notes_of(product(rest[:i]))) for size in sizes[:j]], rest[i:]
+    if old != new or not all({"data", "const"} & leaf.notes.keys() for factor in remaining[:i] for leaf in leaves(factor)):
+        raise Irregular(f"{product(remaining[:i])} is taken as {' x '.join(map(str, sizes[:j]))}")
+    return [Axis(size, notes=notes_of(product(remaining[:i]))) for size in sizes[:j]], remaining[i:]
 
 
 def permute(tape: Tape, out: Tensor, x: Tensor, dims: Sequence[int]) -> None:
@@ -67,33 +69,33 @@ def transpose(tape: Tape, out: Tensor, x: Tensor, first: int = 0, second: int = 
 
 
 def copies(n: int) -> Axis:
-    """Adds an axis along which all is the same."""
+    """Returns an axis of identical copies."""
     return Axis(n, notes={"copied": f"the same {n} times"})
 
 
 def mark_ranked(axis: Axis) -> None:
-    """Entries along an axis are compared; of those that are equal, the first wins."""
+    """Marks copies along a compared axis as constant, because the first of equals wins."""
     for leaf in leaves(axis):
         if "copied" in leaf.notes:
             mark(leaf, "const", "copies are ranked by their place")
 
 
 def expand(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sizes are in out
-    """Makes size 1 an axis of its own, along which all is the same."""
+    """Expands dimensions of size 1 into axes of copies."""
     new, old = out.dim() - x.dim(), axes_of(x)
     axes = [old[d - new] if d >= new and x.shape[d - new] == n else copies(n) for d, n in enumerate(out.shape)]
     record_move(out, axes, x, lambda t: t.expand(out.shape))
 
 
 def repeat(tape: Tape, out: Tensor, x: Tensor, repeats: Sequence[int]) -> None:
-    """Repeats the whole axis so many times."""
+    """Repeats the entire axis."""
     new, old = out.dim() - x.dim(), axes_of(x)
     axes = [product([copies(n), old[d - new]]) if d >= new else copies(n) for d, n in enumerate(repeats)]
     record_move(out, axes, x, lambda t: t.repeat(repeats))
 
 
 def repeat_interleave(tape: Tape, out: Tensor, x: Tensor, repeats: int, dim: int | None = None, **kwargs: Any) -> None:  # noqa: ANN401
-    """Repeats each index so many times."""
+    """Repeats each index."""
     if not isinstance(repeats, int):
         raise Irregular("how often each index is repeated depends on data")
     axes = list(axes_of(x)) if dim is not None else [product(axes_of(x))]
@@ -102,14 +104,14 @@ def repeat_interleave(tape: Tape, out: Tensor, x: Tensor, repeats: int, dim: int
 
 
 def narrow(axis: Axis, start: int, end: int) -> Axis:
-    """Returns the stretch of an axis from one position to another."""
+    """Returns the part of an axis between two positions."""
     if start == 0 and end == axis.size:
         return axis
     if start >= end:
         return Axis(0)
     try:
-        _, rest = cut(axis, start)
-        middle, _ = cut(concat(rest), end - start)
+        _, tail = cut(axis, start)
+        middle, _ = cut(concat(tail), end - start)
     except Irregular as error:
         mark(axis, "opaque", str(error))
         return Axis(end - start, notes=notes_of(axis))
@@ -119,7 +121,7 @@ def narrow(axis: Axis, start: int, end: int) -> Axis:
 def slice_(
     tape: Tape, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> None:
-    """Takes a stretch; with a step, the outer factor of the axis, whose inner one is fixed."""
+    """Takes a range; with a step, the outer factor of the axis, whose inner factor is fixed."""
     axes, n = list(axes_of(x)), x.shape[dim]
     pending: tuple[tuple[Axis, str, str], ...] = ()
     low, high = (min(max(v + n if v < 0 else v, 0), n) for v in (start or 0, n if end is None else end))
@@ -136,11 +138,11 @@ def slice_(
 
 
 def select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: int) -> None:
-    """Takes one index: the others are no longer like it."""
+    """Takes a single index, which makes the indices of its axis distinguishable."""
     axes = list(axes_of(x))
-    taken = axes.pop(dim)
+    selected = axes.pop(dim)
     new = record_move(out, axes, x, lambda t: t.select(dim, index))
-    new.pending += ((taken, "fixed", "the code takes single indices by their number"),)
+    new.pending += ((selected, "fixed", "the code takes single indices by their number"),)
     if (columns := note(x).columns) and dim % x.dim() == x.dim() - 1:
         new.points = columns[index]
 
@@ -152,7 +154,7 @@ def unbind(tape: Tape, out: Sequence[Tensor], x: Tensor, dim: int = 0) -> None:
 
 
 def split_(tape: Tape, out: Sequence[Tensor], x: Tensor, sizes: int | Sequence[int], dim: int = 0) -> None:
-    """Takes consecutive stretches."""
+    """Takes consecutive ranges."""
     start = 0
     for result in out:
         axes, n = list(axes_of(x)), result.shape[dim]
@@ -162,7 +164,7 @@ def split_(tape: Tape, out: Sequence[Tensor], x: Tensor, sizes: int | Sequence[i
 
 
 def cat(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
-    """Puts tensors one after the other; in the other dimensions they are alike."""
+    """Concatenates tensors; all other dimensions are joined."""
     parts = [part for part in parts if part.dim() == out.dim()]
     axes = list(axes_of(parts[0]))
     for part in parts[1:]:
@@ -170,7 +172,7 @@ def cat(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
             if d != dim % out.dim():
                 axes[d] = join(axes[d], axes_of(part)[d])
     joined = [axes_of(part)[dim] for part in parts]
-    if any(is_data(axis) for axis in joined if axis.size):
+    if any(map(is_data, filter(attrgetter("size"), joined))):
         for axis in joined:
             mark(axis, "data", "it stands next to positions of the input")
     axes[dim] = concat(joined)
@@ -180,14 +182,14 @@ def cat(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
 
 
 def stack(tape: Tape, out: Tensor, parts: Sequence[Tensor], dim: int = 0) -> None:
-    """Puts tensors side by side along a new axis, whose indices are not alike."""
+    """Stacks tensors along a new axis with distinguishable indices."""
     axes = broadcast(parts[0].shape, parts)
     axes.insert(dim % out.dim(), Axis(len(parts), notes={"fixed": "different things are stacked there"}))
     record(out, axes, parts)
 
 
 def pad(tape: Tape, out: Tensor, x: Tensor, pads: Sequence[int], *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - the value
-    """Adds positions before and behind, or takes some away where a pad is negative."""
+    """Adds positions before and after, or removes them if a pad is negative."""
     axes = list(axes_of(x))
     for i, (left, right) in enumerate(zip(pads[::2], pads[1::2], strict=True)):
         d = x.dim() - 1 - i
@@ -199,7 +201,7 @@ def pad(tape: Tape, out: Tensor, x: Tensor, pads: Sequence[int], *args: Any, **k
 
 
 def reorder(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - flip and roll differ
-    """Moves the same positions into another, fixed order: flip, roll."""
+    """Reorders positions in a fixed way: flip, roll."""
     dims = args[0] if tape.op == "flip" else args[1] if len(args) > 1 else ()
     axes = list(axes_of(x))
     for d in {d % x.dim() for d in dims} or range(x.dim()):
@@ -209,17 +211,28 @@ def reorder(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> No
 
 
 def as_strided(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sizes, strides, offset
-    """Views the memory anyhow: known as far as sizes and strides stay, where behind that nothing but places is rearranged."""
-    axes, (old, new) = axes_of(x), ([(n, s if n > 1 else 0) for n, s in zip(t.shape, t.stride(), strict=True)] for t in (x, out))
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(old, new, strict=False)))
+    """Views memory with other strides, if only the order of data positions changes.
+
+    Leading dimensions with unchanged sizes and strides keep their axes.
+    """
+    axes, old, new = axes_of(x), _sizes_and_strides(x), _sizes_and_strides(out)
+    same = 0
+    while same < min(len(old), len(new)) and old[same] == new[same]:
+        same += 1
     shift = out.storage_offset() - x.storage_offset()
     if old == new and shift == 0:
         record_move(out, axes, x, lambda t: t)
         return
-    reach = shift + sum((n - 1) * stride for n, stride in new[same:])
+    reach = shift
+    for n, stride in new[same:]:
+        reach += (n - 1) * stride
     if reach >= min((stride for n, stride in old[:same] if n > 1), default=math.inf) or not all(map(is_data, axes[same:])):
         raise Irregular("memory is viewed with other strides")
-    record(out, [*axes[:same], *(Axis(n, notes={"data": "rearranged places"}) for n in out.shape[same:])], [x])
+    record(out, [*axes[:same], *(Axis(n, notes={"data": "rearranged positions"}) for n in out.shape[same:])], [x])
+
+
+def _sizes_and_strides(tensor: Tensor) -> list[tuple[int, int]]:
+    return [(n, stride if n > 1 else 0) for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
 RULES: dict[str, Callable[..., None]] = {

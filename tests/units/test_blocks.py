@@ -305,8 +305,8 @@ class TestPlan:
 
     SCORES = {"scores": {LAYERS: torch.ones(5)}}
     REFUSED = [
-        ({"blocks": 1, "scores": {"h": torch.ones(5)}}, f"a score for each of the 5 blocks of {LAYERS} is needed"),
-        ({"blocks": 1, "scores": {LAYERS: torch.ones(4)}}, f"a score for each of the 5 blocks of {LAYERS} is needed"),
+        ({"blocks": 1, "scores": {"h": torch.ones(5)}}, f"{LAYERS} needs one score for each of its 5 blocks"),
+        ({"blocks": 1, "scores": {LAYERS: torch.ones(4)}}, f"{LAYERS} needs one score for each of its 5 blocks"),
         ({"blocks": 1, "channels": 0.5}, "blocks=1 cannot be combined with channels"),
         ({"amount": bh.Amount(blocks=3, first=2, last=1), **SCORES}, "would remove 3 of 5 blocks .* At most 2 can be removed"),
         ({"blocks": -1, **SCORES}, "blocks=-1 must be a whole number of at least 0"),
@@ -502,7 +502,7 @@ class TestRemoval:
 
 REFUSED = {
     "position bias": (
-        t5, {"encoder.block": [0]}, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight is .* in the model that its class"
+        t5, {"encoder.block": [0]}, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight is .* in the model"
     ),
     "shared": (
         lambda: other("AlbertForMaskedLM", num_hidden_layers=4, num_hidden_groups=2),
@@ -517,7 +517,7 @@ REFUSED = {
         "its class then builds transformer.h.0.attn.scaling = 0.35.*, but the block moved there has 0.17",
     ),
     "a period": (
-        lambda: build("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=2), {LAYERS: [1]}, "is missing in the model that its class then"
+        lambda: build("qwen3_moe", num_hidden_layers=4, decoder_sparse_step=2), {LAYERS: [1]}, "is missing in the model"
     ),
     "a table for all": (
         lambda: other("Gemma4ForCausalLM", num_hidden_layers=3), {LAYERS: [0]}, "cannot express that blocks 0 .* are removed"

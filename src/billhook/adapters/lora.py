@@ -72,7 +72,7 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
         raise ValueError("lora: the model already has adapters. Merge them first with bh.training.merge, or remove lora.")
     head = _head(model) if classifies and isinstance(lora, LoRA) else {}
     config = _config(model, lora, head) if isinstance(lora, LoRA) else lora
-    _check_not_handed(model, config)
+    _check_no_repeated_heads(model, config)
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
@@ -84,16 +84,17 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
         module.requires_grad_(True)
 
 
-def _handed(model: nn.Module) -> list[str]:
+def _repeating_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if repeat_layout_of(module) is not None]
 
 
-def _check_not_handed(model: nn.Module, config: LoraConfig) -> None:
+def _check_no_repeated_heads(model: nn.Module, config: LoraConfig) -> None:
     everything = config.target_modules == ALL and not config.exclude_modules
-    if named := [name for name in _handed(model) if everything or check_target_module_exists(config, name)]:
+    targets = [name for name in _repeating_layers(model) if everything or check_target_module_exists(config, name)]
+    if targets:
         raise ValueError(
-            f"lora: {named[0]} stores few KV heads and hands out many, which PEFT's LoRA cannot do: leave it out of "
-            "target, or train it whole"
+            f"lora: {targets[0]} repeats its KV heads, which PEFT's LoRA does not support. Remove it from target, or train it "
+            "without LoRA."
         )
 
 
@@ -104,9 +105,9 @@ def _head(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _config(model: PreTrainedModel, lora: LoRA, head: Mapping[str, nn.Module]) -> LoraConfig:
-    skipped = _handed(model) if lora.target == ALL else []
-    for name, top in head.items():
-        skipped += [f"{name}.{inner}".rstrip(".") for inner, module in top.named_modules() if is_linear(module)]
+    skipped = _repeating_layers(model) if lora.target == ALL else []
+    for name, module_outside in head.items():
+        skipped += [f"{name}.{inner}".rstrip(".") for inner, module in module_outside.named_modules() if is_linear(module)]
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number

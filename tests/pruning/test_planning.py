@@ -219,7 +219,7 @@ class TestTargets:
             bh.plan(model, RandomUnits(), amount=bh.Amount(first=first, **{target: 1}))
         least, most = (
             int(number.replace(",", ""))
-            for number in re.search(r"removed, ([\d,]+) to ([\d,]+) can", str(refusal.value)).groups()
+            for number in re.search(r"Reachable: ([\d,]+) to ([\d,]+)\.", str(refusal.value)).groups()
         )
         assert most == getattr(costs_of(model), target)
         assert shape_of(model) == before

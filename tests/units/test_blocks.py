@@ -556,7 +556,7 @@ class TestRefused:
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         before, config = everything(model, optimizer), model.config
-        real, blocks = block_plan.answer, list(model.model.layers)
+        real, blocks = block_plan.run_outputs, list(model.model.layers)
 
         def failing(subject):
             if len(subject.model.layers) < 4:

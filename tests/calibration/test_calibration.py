@@ -85,10 +85,13 @@ def test_a_text_shorter_than_its_share_gives_all_and_one_without_a_row_is_refuse
     ids = torch.cat([row["input_ids"] for row in rows])
     assert 10 < len(ids) < 100
     assert len(ids.unique(dim=0)) == len(ids)
-    refusal = rf"'other' has no row of 64 tokens but those to calibrate on: of {len(ids)}, 10000 are asked for; ask for fewer"
+    refusal = rf"'other' has {len(ids)} examples of 64 tokens, and calibration takes 10000 of them"
     with pytest.raises(ValueError, match=refusal):
         bh.Calibration(file, tokens=640_000, length=64).held_out(model, 4)
-    with pytest.raises(ValueError, match="sources: 'other' has no row of 512 tokens: give a longer text, or a smaller length$"):
+    with pytest.raises(
+        ValueError,
+        match="sources: 'other' is too short for an example of length=512 tokens. Use a longer text or a smaller length.$",
+    ):
         bh.Calibration(short(file), length=512).read(model)
 
 
@@ -153,23 +156,28 @@ def test_names_of_objects():
 
 
 def test_without_batches_a_model_that_does_not_write_needs_them():
-    with pytest.raises(ValueError, match="batches=None: a Bert.* does not write text .*: give batches"):
+    with pytest.raises(ValueError, match="batches=None: Bert.* does not generate text .*Pass batches"):
         read_batches(None, BUILD["bert"]())
     with pytest.raises(ValueError, match="batches=None: Linear holds no Hugging Face model"):
         read_batches(None, torch.nn.Linear(2, 2))
 
 
 @pytest.mark.parametrize(("arguments", "said"), [
-    ({"sources": []}, r"sources=\[\] must be one or more, each once"), ({"sources": ["tiny", "tiny"]}, "each once"),
-    ({"sources": "a/generated.txt"}, "sources: 'a/generated.txt' has the name of what the model writes, 'generated': rename it"),
-    ({"sources": ["generated", "a/generated.txt"]}, "'a/generated.txt' has the name of what the model writes, 'generated'"),
-    ({"weights": [1, 1]}, r"weights=\[1, 1\] must be a number for each of 1 sources"), ({"weights": [0.0]}, "weights=0.0"),
+    ({"sources": []}, r"sources=\[\] is empty. Name at least one"), ({"sources": ["tiny", "tiny"]}, "Name each source once"),
+    ({"sources": "a/generated.txt"}, "sources: 'a/generated.txt' has the reserved name 'generated'"),
+    ({"sources": ["generated", "a/generated.txt"]}, "'a/generated.txt' has the reserved name 'generated'"),
+    ({"weights": [1, 1]}, r"weights=\[1, 1\] must have one number for each of the 1 sources"),
+    ({"weights": [0.0]}, "weights=0.0"),
     ({"tokens": 0}, "tokens=0"), ({"length": 1}, "length=1"), ({"batch_size": 0}, "batch_size=0"), ({"sources": 3}, "sources=3"),
     ({"sources": ["tiny", 3]}, "sources=3 must be a name, a file"), ({"sources": {"train": 3}}, "sources={'train': 3} must be"),
-    ({"sources": ["a/x.txt", "b/x.txt"]}, "each once: 'x' is there twice"), ({"sources": [TABLE, TABLE]}, "is there twice"),
-    ({"sources": TABLE.to_iterable_dataset()}, r"of a stream \(IterableDataset\) nobody knows them: give a part of it"),
-    ({"sources": datasets.IterableDatasetDict(train=TABLE.to_iterable_dataset())}, r"of a stream \(IterableDatasetDict\)"),
-    ({"sources": datasets.DatasetDict(test=TABLE)}, "calibration needs a split 'train', and the DatasetDict has test"),
+    ({"sources": ["a/x.txt", "b/x.txt"]}, "'x' occurs twice. Name each source once"),
+    ({"sources": [TABLE, TABLE]}, "occurs twice"),
+    ({"sources": TABLE.to_iterable_dataset()}, r"a stream \(IterableDataset\) is not supported, .* Take a part of it"),
+    (
+        {"sources": datasets.IterableDatasetDict(train=TABLE.to_iterable_dataset())},
+        r"a stream \(IterableDatasetDict\) is not supported",
+    ),
+    ({"sources": datasets.DatasetDict(test=TABLE)}, "the DatasetDict has the splits test. Calibration needs 'train'"),
 ])  # fmt: skip
 def test_refused(arguments, said):
     with pytest.raises(ValueError, match=said):
@@ -177,5 +185,5 @@ def test_refused(arguments, said):
 
 
 def test_longer_rows_than_the_model_reads_are_refused():
-    with pytest.raises(ValueError, match="length=65: the model reads no more than 64 tokens"):
+    with pytest.raises(ValueError, match="length=65 exceeds the context length of the model, 64 tokens"):
         bh.Calibration(length=65).read(llama())

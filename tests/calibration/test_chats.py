@@ -35,7 +35,7 @@ def written(spoken, tools=None, template=PLAIN):
 
 def decoded(rows, tokenizer, columns=("conversations",), responses=False):
     (encoded,) = encode(rows, tokenizer, columns, True, responses)
-    return tokenizer.decode(encoded.ids), [token for token, own in zip(encoded.ids, encoded.learnt, strict=True) if own]
+    return tokenizer.decode(encoded.ids), [token for token, own in zip(encoded.ids, encoded.learned, strict=True) if own]
 
 
 @pytest.mark.parametrize("template", [PLAIN, TAGGED])
@@ -68,7 +68,7 @@ def test_those_who_are_unknown_are_refused():
     "message", ["Who?", {}, {"from": "human"}, {"value": "Who?"}, {"from": 3, "value": "Who?"}, {"from": "human", "value": None}]
 )
 def test_what_is_no_message_is_refused(message):
-    with pytest.raises(ValueError, match="the column 'x' must hold chats, .*'role' and 'content', or with 'from' and 'value'"):
+    with pytest.raises(ValueError, match="the column 'x' must hold chats: .*'role' and 'content', or with 'from' and 'value'"):
         parse_chat([message], "x")
 
 
@@ -98,7 +98,7 @@ def test_tools_of_prompts_and_of_a_template_of_their_own():
 
 @pytest.mark.parametrize("tools", ["a hammer", '{"name": "now"}', "3", 3, {"name": "now"}, ["now"], [[]]])
 def test_what_is_no_list_of_tools_is_refused(tools):
-    with pytest.raises(ValueError, match="the column 'tools' must hold lists of tools, .* rename the column"):
+    with pytest.raises(ValueError, match="the column 'tools' must hold lists of tools, .* Rename the column"):
         parse_tools(tools)
 
 

@@ -15,12 +15,12 @@ END = "<|endoftext|>"
 
 def one(rows, tokenizer, columns=("messages",), responses=True):
     (encoded,) = encode(rows, tokenizer, columns, True, responses)
-    assert len(encoded.ids) == len(encoded.learnt)
+    assert len(encoded.ids) == len(encoded.learned)
     return encoded
 
 
 def learnt(encoded, tokenizer):
-    return tokenizer.decode([token for token, own in zip(encoded.ids, encoded.learnt, strict=True) if own])
+    return tokenizer.decode([token for token, own in zip(encoded.ids, encoded.learned, strict=True) if own])
 
 
 @pytest.mark.parametrize(("template", "after"), [(PLAIN, "\n"), (TAGGED, "")])
@@ -29,13 +29,13 @@ def test_responses_alone_are_learnt_of_a_chat(template, after):
     encoded = one({"messages": [TURNS]}, tokenizer)
     assert learnt(encoded, tokenizer) == f"The old gardener.{END}{after}Nobody knows, they say.{END}{after}"
     assert encoded.ids == tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"]
-    assert all(one({"messages": [TURNS]}, tokenizer, responses=False).learnt)
+    assert all(one({"messages": [TURNS]}, tokenizer, responses=False).learned)
 
 
 def test_a_chat_that_ends_with_a_question():
     tokenizer = talking()
     assert learnt(one({"messages": [TURNS[:3]]}, tokenizer), tokenizer) == f"The old gardener.{END}\n"
-    assert not any(one({"messages": [TURNS[:1]]}, tokenizer).learnt)
+    assert not any(one({"messages": [TURNS[:1]]}, tokenizer).learned)
 
 
 @pytest.mark.parametrize("response", ["response", "completion"])
@@ -73,11 +73,15 @@ FORGETFUL = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ 
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
-        (FORGETFUL, TURNS, "loss_on='responses': the responses cannot be told apart .* comes before one otherwise"),
-        (PLAIN, TURNS[1:], "writes no chat that begins with one"),
-        ("{{ raise_exception('roles must alternate') }}", TURNS, "the chat template refuses a chat: roles must alternate"),
-        (None, TURNS, "tokenizer: it has no chat template, which rows of messages need"),
-        (PLAIN, [{"speaker": "human", "value": "Who?"}], "the column 'messages' must hold chats, .*; one is {'speaker'"),
+        (
+            FORGETFUL,
+            TURNS,
+            "loss_on='responses': the chat template does not separate responses .a response changes the text before it",
+        ),
+        (PLAIN, TURNS[1:], "a chat starts with a response"),
+        ("{{ raise_exception('roles must alternate') }}", TURNS, "the chat template rejects a chat .roles must alternate"),
+        (None, TURNS, "tokenizer: chats need a chat template, and the tokenizer has none"),
+        (PLAIN, [{"speaker": "human", "value": "Who?"}], "the column 'messages' must hold chats: .* Got the message {'speaker'"),
         (PLAIN, ["Who?"], "the column 'messages' must hold chats"),
     ],
 )
@@ -87,16 +91,16 @@ def test_chats_that_are_refused(template, messages, message):
 
 
 def test_a_prompt_that_is_no_text():
-    with pytest.raises(ValueError, match="the column 'response' must hold text in every row; it holds 5"):
+    with pytest.raises(ValueError, match="the column 'response' must hold text in every row. Got 5"):
         one({"prompt": ["Who?"], "response": [5]}, talking(), ["prompt", "response"])
 
 
 def test_a_tokenizer_that_does_not_know_characters(monkeypatch):
     tokenizer = talking()
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
-    with pytest.raises(ValueError, match="does not say which characters a token is of.*loss_on='all'"):
+    with pytest.raises(ValueError, match="loss_on='responses' needs the characters of each token, which .*loss_on='all'"):
         one({"messages": [TURNS]}, tokenizer)
-    assert all(one({"messages": [TURNS]}, tokenizer, responses=False).learnt)
+    assert all(one({"messages": [TURNS]}, tokenizer, responses=False).learned)
 
 
 @pytest.mark.parametrize("template", [PLAIN, TAGGED])
@@ -105,7 +109,7 @@ def test_packing_keeps_labels_with_their_tokens(template, block_size):
     tokenizer = talking(template)
     chats = [chat(f"Question {n}?", f"Answer {n}, of {'some ' * n}words.") for n in range(9)]
     rows = list(encode({"messages": chats}, tokenizer, ["messages"], True, True))
-    ids, marks = ([value for row in rows for value in getattr(row, name)] for name in ("ids", "learnt"))
+    ids, marks = ([value for row in rows for value in getattr(row, name)] for name in ("ids", "learned"))
     labels = [token if own else IGNORE_INDEX for token, own in zip(ids, marks, strict=True)]
     starts = range(0, len(ids) - block_size + 1, block_size)
     expected = [(ids[i : i + block_size], labels[i : i + block_size]) for i in starts if any(marks[i + 1 : i + block_size])]
@@ -119,7 +123,7 @@ def test_rows_apart_are_cut_and_those_without_a_response_in_reach_left_out():
     whole = one({"messages": [short]}, tokenizer)
     made = encode_separately({"messages": [long, short]}, tokenizer, 30, ["messages"], True, True)
     assert made["input_ids"] == [whole.ids]
-    assert made["labels"] == [[token if own else IGNORE_INDEX for token, own in zip(whole.ids, whole.learnt, strict=True)]]
+    assert made["labels"] == [[token if own else IGNORE_INDEX for token, own in zip(whole.ids, whole.learned, strict=True)]]
     assert [len(ids) for ids in encode_separately({"messages": [long]}, tokenizer, 30, ["messages"], True)["input_ids"]] == [30]
 
 
@@ -142,7 +146,7 @@ def test_which_columns_are_read():
     assert found("prompt", "completion") == ["prompt", "completion"]
     assert found("prompt", "response", "conversations") == ["conversations"]
     assert found("conversations", "messages") == ["messages"]
-    said = r"no column 'text'; it has prompt, a, and neither chats \(messages or conversations\) nor 'prompt' and 'response'"
+    said = r"no column 'text', no chats \(messages or conversations\), and no 'prompt' and 'response'. It has prompt, a"
     with pytest.raises(ValueError, match=said):
         found("prompt", "a")
 

@@ -101,12 +101,12 @@ def test_it_is_what_methods_are_shown_where_nothing_is_given(monkeypatch):
 
 @pytest.mark.parametrize(("of", "arguments", "said"), [
     (llama, {"examples": 0}, "examples=0"), (llama, {"length": 1}, "length=1"), (llama, {"temperature": 0.0}, "temperature=0.0"),
-    (llama, {"length": 65}, "length=65: the model reads no more than 64 tokens"),
-    (BUILD["bert"], {}, "a Bert.* does not write text"), (BUILD["t5"], {}, "does not write text"),
+    (llama, {"length": 65}, "length=65 exceeds the context length of the model, 64 tokens"),
+    (BUILD["bert"], {}, "Bert.* does not generate text"), (BUILD["t5"], {}, "does not generate text"),
     (llama, {"prompts": ["a"]}, "tokenizer=None: LlamaForCausalLM does not say where it came from"),
-    (llama, {"prompts": [], "tokenizer": model_path("tiny")}, "prompts: at least one is needed"),
-    (llama, {"prompts": [3], "tokenizer": model_path("tiny")}, "prompts: 3 is neither text nor a chat"),
-    (lambda: llama(bos_token_id=None, eos_token_id=None), {}, "names no token that begins a text: give prompts"),
+    (llama, {"prompts": [], "tokenizer": model_path("tiny")}, "prompts is empty. Pass at least one prompt"),
+    (llama, {"prompts": [3], "tokenizer": model_path("tiny")}, "prompts: 3 must be text or a chat"),
+    (lambda: llama(bos_token_id=None, eos_token_id=None), {}, "has no token to start a text with. Pass prompts"),
 ])  # fmt: skip
 def test_refused(of, arguments, said):
     with pytest.raises(ValueError, match=said):

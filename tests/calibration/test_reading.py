@@ -63,14 +63,14 @@ def test_files_of_one_split_are_all_named():
 def test_files_that_are_not_utf8_are_named(folder):
     (folder / "latin.txt").write_bytes("schön\n".encode("latin-1"))
     (folder / "utf8.txt").write_text("schön\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"data: the file '\S+latin.txt' is not encoded as UTF-8: save it as UTF-8$"):
+    with pytest.raises(ValueError, match=r"data: the file '\S+latin.txt' is not encoded as UTF-8. Save it as UTF-8.$"):
         load_splits({"train": [f"{folder}/utf8.txt", f"{folder}/latin.txt"]})
 
 
 def test_rows_without_text_are_counted_and_told(folder):
     texts = [" ".join(["word"] * 40), None, "", " \n", " ".join(["text"] * 40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    told = "data: 3 of 5 rows of the split 'train' have no text in the column 'text' and are left out"
+    told = "data: 3 of 5 rows of the split 'train' have no text in the column 'text' and are skipped."
     with pytest.warns(UserWarning, match=told):
         bh.Calibration(f"{folder}/rows.jsonl", tokens=16, length=8, tokenizer="tiny").read(bh.load("tiny"))
     data = bh.TextDataModule(f"{folder}/rows.jsonl", tokenizer="tiny", block_size=8, validation=0)
@@ -114,7 +114,7 @@ def test_objects_of_lines_of_text_are_documents(tmp_path):
 
 
 def test_objects_without_a_split_that_is_used():
-    with pytest.raises(ValueError, match="data: the splits are train_sft; one of train, validation, test is needed"):
+    with pytest.raises(ValueError, match="data: the splits are train_sft. One of train, validation, test is required"):
         load_splits(datasets.DatasetDict(train_sft=ROWS))
 
 
@@ -126,8 +126,8 @@ def test_what_is_there_is_not_read_and_what_is_not_is_refused(tmp_path):
     refused = {
         str(tmp_path / "b.txt"): "also: the file '.*' of the split 'train' does not exist",
         str(tmp_path / "b*.txt"): "also: no file of the split 'train' matches",
-        str(tmp_path / "empty"): "also='.*' is no file here, and no folder or data set that can be read: The directory",
-        "nobody/notes": "also='nobody/notes' is no file here, and no folder or data set that can be read: Couldn't reach",
+        str(tmp_path / "empty"): "also='.*' is not an existing file, folder, or readable data set: The directory",
+        "nobody/notes": "also='nobody/notes' is not an existing file, folder, or readable data set: Couldn't reach",
     }
     for absent, message in refused.items():
         with pytest.raises(ValueError, match=message):
@@ -144,8 +144,8 @@ def test_a_hub_that_cannot_be_reached_is_asked_for_a_data_set_once(tmp_path, mon
     for name, value in endpoint("http://127.0.0.1:9").items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr(time, "sleep", waits)
-    with pytest.raises(ValueError, match=r"data='own/MySet' is no file or folder here, and the Hub cannot be asked for a"):
+    with pytest.raises(ValueError, match=r"data='own/MySet' is not an existing file or folder, and the Hub cannot be reached"):
         check_available("own/MySet")
     (tmp_path / "cache" / "own___my_set").mkdir(parents=True)  # where what was read of it rests
-    with pytest.raises(ValueError, match="is no file here, and no folder or data set that can be read"):
+    with pytest.raises(ValueError, match="is not an existing file, folder, or readable data set"):
         check_available("own/MySet")

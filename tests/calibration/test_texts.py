@@ -24,5 +24,5 @@ def test_objects_get_names_that_no_other_text_has(tmp_path):
 
 
 def test_a_file_with_the_name_of_another_text_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="also: 'a' is the name of another text, too, so their figures would be one: rename"):
+    with pytest.raises(ValueError, match="also: 'a' is the name of another text, so their results would be mixed. Rename"):
         check_other_texts(bh.Calibration("x/a.txt"), "y/a.txt")

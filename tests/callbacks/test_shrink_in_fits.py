@@ -55,7 +55,7 @@ def test_it_finds_what_shrink_finds_on_the_same_batches(files, tmp_path, layers)
 def test_too_few_tokens_for_any_refit_are_told_or_where_one_is_asked_for_refused(files, tmp_path):
     how = {"params": 0.94, "calibration": [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (3, 1, 7))]}
     how |= {"importance": bh.importance.WeightNorm(), "generations": 0}
-    callback, few = shrinking(**how), "too few tokens that count for any refit"
+    callback, few = shrinking(**how), "repair of "
     with pytest.warns(UserWarning, match=f"Shrinking: not repaired: {few}"):
         trainer(tmp_path, [callback], max_steps=1).fit(module(), data(files))
     assert callback.events[0]["not_refitted"] == callback.shrunk.not_refitted

@@ -87,7 +87,7 @@ def test_a_target_is_met_in_parts(files, tmp_path, ranking):
 
 REPAIRED = {
     "enough": ({"channels": 0.25}, {"calibration": 16}, "OutputNorm, repaired"),
-    "too few": ({"channels": 0.25}, {"calibration": 2}, "OutputNorm, not repaired: a refit needs two at least, "),
+    "too few": ({"channels": 0.25}, {"calibration": 2}, "OutputNorm, not repaired: repair needs at least two batches, "),
     "nothing reads": ({"residual": 0.25}, {}, "OutputNorm, not repaired: repair: no linear layer consumes the removed units"),
     "no examples": ({"channels": 0.25}, {"importance": bh.importance.WeightNorm()}, "WeightNorm)"),
     "not asked": ({"channels": 0.25}, {"repair": None}, "OutputNorm)"),

@@ -99,7 +99,7 @@ def test_what_is_done_is_remembered(tmp_path, options, last):
     assert len(callback.looks) <= 4
 
 
-@pytest.mark.filterwarnings("ignore:linears are refitted to one kind of text")
+@pytest.mark.filterwarnings("ignore:Repair uses a single source")
 @pytest.mark.parametrize(("importance", "most"), [(bh.OutputNorm(), 24), (bh.Taylor(), 48), (bh.OBS(), 24)], ids=repr)
 def test_an_event_waits_a_stated_number_of_times_for_each_module(importance, most):
     model, mask = llama(), torch.ones(8, 12, dtype=torch.int64)

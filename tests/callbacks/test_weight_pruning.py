@@ -255,9 +255,9 @@ class TestRefused:
             ({"sparsity": bh.schedules.Linear(initial=0.5, final=0.2, every=2)}, "sparsity: the schedule goes down, from 0.5 to"),
             ({"sparsity": bh.schedules.Linear(final=1.5, every=4)}, r"sparsity=1.5 must be .* \(by the schedule, at step 8\)"),
             ({"sparsity": 0.5, "at": 8, "skip": ["*.fc1"]}, r"skip='\*.fc1' matches none"),
-            ({"pattern": "5:7", "at": 8}, "model.layers.0.self_attn.q_proj has 32 inputs, which 7 does not divide"),
+            ({"pattern": "5:7", "at": 8}, "model.layers.0.self_attn.q_proj has 32 inputs, not a multiple of 7"),
             ({"pattern": "2:4", "at": 8, "allocation": bh.criteria.OWL()}, "allocation=OWL"),
-            ({"sparsity": 0.5, "at": 8, "calibration": []}, "batches=an empty collection: Wanda needs"),
+            ({"sparsity": 0.5, "at": 8, "calibration": []}, "batches is empty: Wanda needs"),
             (
                 {
                     "sparsity": 0.5,
@@ -265,7 +265,7 @@ class TestRefused:
                     "match": bh.criteria.BlockMatching(),
                     "calibration": [{"input_ids": torch.ones(1, 9).long()}],
                 },
-                "match holds some out, and needs two at least.* got 1 here",
+                "match needs at least two batches.* got 1",
             ),
         ],
     )
@@ -286,7 +286,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({}, "sparsity=None with pattern='unstructured'"),
+            ({}, "sparsity=None requires an N:M pattern"),
             ({"sparsity": 1.0}, "sparsity=1.0 must be"),
             ({"sparsity": 0.7, "pattern": "2:4"}, "sparsity=0.7 contradicts"),
             ({"sparsity": RAMP, "at": 3}, "at=3: the schedule says when"),
@@ -332,7 +332,8 @@ class TestRefused:
         masks["model.layers.7.mlp.up_proj"] = masks.pop("model.layers.0.mlp.up_proj")
         torch.save(checkpoint, tmp_path / "other.ckpt")
         with pytest.raises(
-            ValueError, match=r"the masks are of another model: it has no model.layers.7.mlp.up_proj of shape \[32, 32\]"
+            ValueError,
+            match=r"the masks belong to another model: this model has no model.layers.7.mlp.up_proj of shape \[32, 32\]",
         ):
             trainer(tmp_path, [pruning(sparsity=0.5)]).fit(module(), data(files), ckpt_path=tmp_path / "other.ckpt")
 

@@ -134,7 +134,7 @@ def test_a_sparsity_that_is_rounded_down_is_said(tmp_path, capsys, sparsity, not
     ("arguments", "message"),
     [
         (["--sparsity", "1.5"], "sparsity=1.5 must be a fraction"),
-        ([], "sparsity=None with pattern='unstructured'"),
+        ([], "sparsity=None requires an N:M pattern"),
         (["--sparsity", "0.3", "--pattern", "2:4"], "sparsity=0.3 contradicts pattern='2:4'"),
         (["--sparsity", "0.5", "--length", "100000"], "length=100000 must be in 2..512"),
         (["--sparsity", "0.5", "--also", "{there}/train.txt"], "also: 'train' is the name of another text"),
@@ -188,9 +188,9 @@ def test_channels_in_the_order_in_which_groups_lose_least(tmp_path, data, capsys
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["--sparsity", "0.5"], "the order of channels counts only where groups are pruned"),
+        (["--sparsity", "0.5"], "channel order matters only for N:M patterns"),
         (["--pattern", "2:4", "--dry_run", "true"], "dry_run=True leaves it"),
-        (["--pattern", "2:4", "--stream", "true"], "the order of channels runs through all blocks"),
+        (["--pattern", "2:4", "--stream", "true"], "permute does not support streamed models"),
     ],
 )
 def test_an_order_that_cannot_be_changed(tmp_path, data, settings, said):

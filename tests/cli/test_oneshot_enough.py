@@ -35,7 +35,7 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
             TOO_FEW,
             f"{FEW_TOKENS}: 20 are fitted to, and model.layers.0.mlp",
         ),
-        ("prune-structure", ["--examples", "1", *TOO_FEW[2:]], "--examples 1: a refit needs two at least, .*; got 1"),
+        ("prune-structure", ["--examples", "1", *TOO_FEW[2:]], "--examples 1: repair needs at least two batches, .* got 1"),
         ("convert", TOO_FEW, f"{FEW_TOKENS}: 20 are fitted to, and model.layers.0.self"),
         ("convert", ["--examples", "1", *TOO_FEW[2:]], "--examples 1: repair needs 2 at least"),
         (
@@ -71,7 +71,7 @@ def test_what_is_not_refitted_is_said_before_the_work_and_stands_in_the_record_a
     assert "refit the linears" not in said
     assert record[how]["repair"] is None
     left = record["events"][0]["not_refitted"]
-    assert left.startswith("not repaired: too few tokens that count for any refit")
+    assert left.startswith("not repaired: repair of ")
     assert f"\n  - {left}\n" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -84,7 +84,8 @@ def test_few_tokens_for_a_criterion_that_solves_for_weights_are_said_before_the_
     with pytest.raises(pytest.fail.Exception):
         main(["prune", str(small), str(tmp_path / "out"), *how])
     assert (
-        "fewer tokens than inputs come to 14 linears, such as model.layers.0.mlp.down_proj, 20 for 48" in capsys.readouterr().out
+        "14 linear layers have fewer calibration tokens than inputs, such as model.layers.0.mlp.down_proj (20 for 48)"
+        in capsys.readouterr().out
     ) is few
 
 

@@ -179,7 +179,7 @@ def test_what_lies_in_files_is_a_copy_and_others_keep_theirs(tmp_path):
     [
         ({"offload": "gpu9"}, "offload='gpu9' is no device here"),
         ({"offload": "cuda:77"}, "offload='cuda:77' is no device here"),
-        ({"activations": "/nowhere/at/all"}, "activations='/nowhere/at/all' must be a folder"),
+        ({"activations": "/nowhere/at/all"}, "activations='/nowhere/at/all' must be an existing folder"),
     ],
 )
 def test_no_such_place(arguments, match):

@@ -244,7 +244,7 @@ def test_a_model_that_is_only_read(source):
 
 
 def test_ranks_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="reduce: the model is streamed"):
+    with pytest.raises(ValueError, match="reduce is not supported for a streamed model"):
         bh.prune(bh.stream("tiny", tmp_path / "out"), bh.Magnitude(), sparsity=0.5, reduce=lambda one: one)
     assert list(tmp_path.iterdir()) == []
 
@@ -252,18 +252,18 @@ def test_ranks_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "refusal"),
     [
-        (transformers.ZambaForCausalLM, "shares its weight with another linear: prune it in memory"),
+        (transformers.ZambaForCausalLM, "shares its weight with another layer. Prune the model in memory"),
         (
             transformers.DoryForCausalLM,
-            "is called again later, and its blocks come one at a time: prune it where all are in memory",
+            "is called twice, but blocks are loaded one at a time. Prune the model in memory",
         ),
         (
             transformers.HrmTextForCausalLM,
-            "is called again later, and its blocks come one at a time: prune it where all are in memory",
+            "is called twice, but blocks are loaded one at a time. Prune the model in memory",
         ),
     ],
 )
-@pytest.mark.filterwarnings("ignore:these hold several matrices")
+@pytest.mark.filterwarnings("ignore:these weights hold several matrices")
 def test_linears_that_several_blocks_call(tmp_path, kind, refusal):
     config = small_config(kind.config_class, **OVERRIDES.get(kind.config_class.model_type, {}))
     kind(config).save_pretrained(tmp_path / "dense")

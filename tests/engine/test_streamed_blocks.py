@@ -92,7 +92,7 @@ def test_after_an_error_blocks_are_as_they_were(tmp_path, monkeypatch):
 @pytest.mark.parametrize("importance", [bh.Taylor(), bh.importance.GateGradient()], ids=lambda one: type(one).__name__)
 def test_gradients_are_refused(importance):
     model = bh.stream("tiny")
-    with pytest.raises(ValueError, match=r"importance=\w+\(.*\): it needs gradients, and the model is streamed"):
+    with pytest.raises(ValueError, match=r"importance=\w+\(.*\) needs gradients, which a streamed model does not have"):
         bh.score(model, bh.find_units(model, "head"), importance, stopped.batches())
 
 

@@ -68,7 +68,7 @@ def saved_alike(dense, streamed, folder):
 
 
 @pytest.mark.daily("Llama-*", "T5*-criterion0", "Mixtral-criterion0", "GPT2*-criterion1", "BertForMaskedLM-criterion0")
-@pytest.mark.filterwarnings("ignore:these hold several matrices")
+@pytest.mark.filterwarnings("ignore:these weights hold several matrices")
 @pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.SparseGPT()])
 def test_the_same_bytes(folder, tmp_path, criterion):
     dense, streamed = bh.load(folder), stream(folder, tmp_path / "out")
@@ -78,7 +78,7 @@ def test_the_same_bytes(folder, tmp_path, criterion):
 
 
 @pytest.mark.daily("Llama-*", "T5*-block", "GPT2*-layer")
-@pytest.mark.filterwarnings("ignore:these hold several matrices")
+@pytest.mark.filterwarnings("ignore:these weights hold several matrices")
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 def test_the_same_bytes_where_blocks_are_matched(folder, tmp_path, sequential):
     dense, streamed = bh.load(folder), stream(folder, tmp_path / "out")

@@ -39,7 +39,7 @@ def trained(model, *callbacks):
     trainer.fit(bh.TransformerModule(model), [{"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}])
 
 
-GRADIENTS = r"importance=\w+\(.*\): it needs gradients, and the model is streamed"
+GRADIENTS = r"importance=\w+\(.*\) needs gradients, which a streamed model does not have"
 WEIGHTS = r"has no weights yet \(it is on the meta device\): load all of them first"
 TRAINING = "model: it is streamed, and training needs all weights in memory"
 ADDED = r"model: model.layers.0.self_attn.q_proj.lora_A.default was added to it, and the model is streamed"

@@ -83,11 +83,13 @@ def test_it_is_a_table():
     values = {"first": torch.tensor([0.5, 0.75]).double(), "the second": torch.tensor([1.0, 0.25]).double()}
     lines = str(HeadAblation("without", 0.5, values)).splitlines()
     assert lines == [
-        "without each head: change of 0.5000",
+        "change of the metric without each head, from 0.5000",
         "  first       +0.0000  +0.2500",
         "  the second  +0.5000  -0.2500",
     ]
-    assert str(HeadAblation("only", 0.5, values)).startswith("each head alone in its layer: change of 0.5000\n")
+    assert str(HeadAblation("only", 0.5, values)).startswith(
+        "change of the metric with each head as the only head of its layer, from 0.5000\n"
+    )
 
 
 def test_the_model_is_as_before():
@@ -122,7 +124,7 @@ def test_what_is_not_legal_is_refused():
         bh.importance.ablate_heads(model, batches, mode="x")
     with pytest.raises(ValueError, match="per='x' must be one of head, kv_head"):
         bh.importance.ablate_heads(model, batches, per="x")
-    with pytest.raises(ValueError, match="batches: at least one is needed"):
+    with pytest.raises(ValueError, match="batches is empty. Pass at least one batch"):
         bh.importance.ablate_heads(model, [])
     with pytest.raises(ValueError, match="BertForSequenceClassification gives no loss for input_ids"):
         bh.importance.ablate_heads(model, [{"input_ids": tokens()}])

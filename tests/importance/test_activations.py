@@ -193,7 +193,7 @@ def test_experts_channels_that_no_module_reads_are_refused():
     model = build("mixtral")
     units = bh.find_units(model, ["channel"])
     with pytest.raises(
-        ValueError, match=r"OutputNorm looks at what modules read, and the units of model.layers.0.mlp.experts \(chan"
+        ValueError, match=r"importance=OutputNorm needs consumer layers, and the units of model.layers.0.mlp.experts \(chan"
     ):
         bh.score(model, units, bh.OutputNorm(), [{"input_ids": tokens()}], normalize=True)
     found = bh.score(model, units, bh.Taylor(), [{"input_ids": tokens()}], normalize=True)
@@ -230,10 +230,10 @@ def test_heads_that_a_convolution_reads():
     with pytest.raises(ValueError, match="no linear layer consumes the removed units"):
         bh.repair(model, plan, [batch, batch])
     model.transformer.encoder.layers[0].post_attention.conv1d = torch.nn.Conv1d(32, 32, 3, padding=1)
-    with pytest.raises(ValueError, match="reads several places at once, of which some are padding"):
+    with pytest.raises(ValueError, match="has several kernel positions, and some of its inputs are padding"):
         bh.score(model, units, bh.OutputNorm(), [batch])
     model.transformer.encoder.layers[0].post_attention.conv1d = torch.nn.Conv1d(32, 32, 3, padding=1, groups=4)
-    with pytest.raises(ValueError, match="reads several places at once, so that"):
+    with pytest.raises(ValueError, match="has several kernel positions, so the effect of a unit is not"):
         bh.score(model, units, bh.OutputNorm(), [batch])
 
 

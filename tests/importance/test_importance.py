@@ -347,7 +347,7 @@ def test_it_scores_each_unit_or_says_which_importance_does(importance, kind):
     try:
         found = bh.score(model, units, importance, [{"input_ids": tokens()}])
     except ValueError as error:
-        assert str(error).startswith("importance: ")  # noqa: PT017 - either is right
+        assert str(error).startswith("importance=")  # noqa: PT017 - either is right
         assert isinstance(importance, bh.importance.BlockInfluence) or not all(one.readers for one in units.values())
     else:
         assert {name: len(own) for name, own in found.items()} == {name: one.count() for name, one in units.items()}
@@ -411,18 +411,18 @@ def test_a_loss_that_asks_nothing_of_a_layer_names_it(importance):
         return model(**batch, output_hidden_states=True).hidden_states[1].square().mean()
 
     for loss, layer in ((first, 1), (lambda model, _: model.model.embed_tokens.weight.sum(), 0)):
-        with pytest.raises(ValueError, match=rf"loss: it does not depend on the units of model\.layers\.{layer}\.self_attn;"):
+        with pytest.raises(ValueError, match=rf"loss does not depend on the units of model\.layers\.{layer}\.self_attn\."):
             bh.score(model, bh.find_units(model, "head"), importance, batches, loss=loss, normalize=True)
 
 
 def test_what_is_no_loss_is_refused():
     model, batches = llama(), [{"input_ids": tokens()}]
     for loss, said in (
-        (lambda model, batch: model(**batch).logits, r"loss: one number is needed, not a tensor of shape \[2, 12, 64\]"),
-        (lambda model, batch: model(**batch).logits.mean().detach(), "loss: it depends on no unit"),
+        (lambda model, batch: model(**batch).logits, r"loss must be a single number, got a tensor of shape \[2, 12, 64\]"),
+        (lambda model, batch: model(**batch).logits.mean().detach(), "loss has no gradient, so it depends on no unit"),
         (
             lambda model, batch: model(**batch).logits.mean() * math.nan,
-            r"batches: batch 0 \(counted from 0\) gives model.layers.1.self_attn\S* a gradient that is NaN or infinite",
+            r"batches: batch 0 \(counted from 0\) has a NaN or infinite gradient for model.layers.1.self_attn",
         ),
     ):
         for importance in (bh.importance.GateGradient(), bh.Taylor()):
@@ -431,7 +431,7 @@ def test_what_is_no_loss_is_refused():
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0] = math.inf
     for importance in (bh.importance.ActivationNorm(), bh.OutputNorm(), bh.importance.Ablation()):
-        with pytest.raises(ValueError, match="is NaN or infinite: the loss, or the model, is not finite on a batch"):
+        with pytest.raises(ValueError, match="is NaN or infinite. The loss or the model is not finite on a batch"):
             bh.score(model, bh.find_units(model, "head"), importance, batches, normalize=True)
 
 
@@ -439,7 +439,7 @@ def test_batches_that_do_not_do_are_refused():
     model, encoder = llama(), BUILD["bert"]()
     for importance in (one for one in EVERY if one.needs_data):
         name = type(importance).__name__
-        with pytest.raises(ValueError, match="batches=None: a BertForMaskedLM does not write"):
+        with pytest.raises(ValueError, match="batches=None: BertForMaskedLM does not generate text"):
             bh.score(encoder, bh.find_units(encoder, "head"), importance)
         with pytest.raises(ValueError, match=f"batches: {name} needs at least one batch"):
             bh.score(model, bh.find_units(model, "head"), importance, [], normalize=True)

@@ -64,7 +64,7 @@ def test_no_more_than_a_block_is_held_where_memory_is_short_and_the_scores_are_t
     units, batches = find_units(model, ["head", "channel"]), [{"input_ids": tokens(2, 9)} for _ in range(4)]
     model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
 
-    def noted(*given, make=obs.InputMoments):
+    def noted(*given, make=obs.InputGram):
         alive.add(one := make(*given))
         most.append(len(alive))
         return one
@@ -122,5 +122,5 @@ def test_refused(options, match):
 def test_experts_are_read_by_nobody():
     model = build("mixtral")
     units = find_units(model, ["expert"])
-    with pytest.raises(ValueError, match="OBS looks at what modules read, and the units of .*experts.* are read by none"):
+    with pytest.raises(ValueError, match="importance=OBS needs consumer layers, and the units of .*experts.* have none"):
         bh.score(model, units, bh.OBS(), [{"input_ids": tokens()}], normalize=True)

@@ -281,7 +281,7 @@ def test_experts_and_their_router():
         norms = sum(weight.detach().flatten(1).square().sum(1) for weight in weights).sqrt()
         torch.testing.assert_close(bh.score(model, units, bh.importance.WeightNorm())[place], norms)
     for importance in (bh.importance.GateGradient(), bh.importance.ActivationNorm(), bh.OutputNorm(), bh.importance.Ablation()):
-        with pytest.raises(ValueError, match=r"of model.layers.0.mlp \(experts\) .* Taylor, WeightNorm and RandomUnits work"):
+        with pytest.raises(ValueError, match=r"of model.layers.0.mlp \(experts\) have none. Use Taylor, WeightNorm, or RandomUnits"):
             bh.score(model, units, importance, BATCHES, loss=own_loss, normalize=True)
 
 
@@ -295,9 +295,14 @@ def test_a_gradient_that_is_not_finite_is_said(order, where):
         weights = batch.pop("weights", torch.ones(1))
         return own_loss(model, batch) * weights.mean()
 
-    with pytest.raises(ValueError, match=rf"batches: {where} \(counted from 0\) gives model\.layers\.\d\.mlp\.\w+\.weight a"):
+    with pytest.raises(
+        ValueError,
+        match=rf"batches: {where} \(counted from 0\) has a NaN or infinite gradient for model\.layers\.\d\.mlp\.\w+\.weight",
+    ):
         scores(model, batches, bh.Taylor(order), "channel", loss=loss)
-    with pytest.raises(ValueError, match=r"batches: batch 1 \(counted from 0\) gives model\.layers\.1\.mlp a gradient"):
+    with pytest.raises(
+        ValueError, match=r"batches: batch 1 \(counted from 0\) has a NaN or infinite gradient for model\.layers\.1\.mlp"
+    ):
         scores(model, batches, bh.importance.GateGradient(), "channel", loss=loss)
 
 
@@ -334,7 +339,7 @@ def test_batches_that_cannot_be_taken_apart(batch, shapes):
 @pytest.mark.parametrize(("arguments", "said"), [
     ({"order": "third"}, "order='third' must be one of first, second, mixed, vector, unit"),
     ({"reduce": "min"}, "reduce='min' must be one of sum, mean, max, product, first, last"),
-    ({"order": "unit", "reduce": "max"}, "reduce='max' must be sum with order='unit'"),
+    ({"order": "unit", "reduce": "max"}, "reduce='max' is not supported with order='unit'"),
     ({"passes": 0}, "passes=0 must be a whole number of at least 1"),
     ({"passes": True}, "passes=True must be a whole number"),
 ])  # fmt: skip
@@ -346,5 +351,5 @@ def test_what_is_not_legal_is_refused(arguments, said):
 def test_quantised_weights_have_no_gradient():
     model = llama()
     model.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"model: model.layers.0.mlp.up_proj.weight is quantised \(torch.int8\)"):
+    with pytest.raises(ValueError, match=r"model: model.layers.0.mlp.up_proj.weight is quantized \(torch.int8\)"):
         scores(model, BATCHES, bh.Taylor(), "channel")

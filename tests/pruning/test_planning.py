@@ -282,7 +282,7 @@ class TestRefused:
 
     def test_what_data_must_tell(self):
         model = llama()
-        with pytest.raises(ValueError, match="batches=None: a BertForMaskedLM does not write text that .*: give batches"):
+        with pytest.raises(ValueError, match="batches=None: BertForMaskedLM does not generate text .*Pass batches"):
             bh.plan(bert(), channels=0.5)
         with pytest.raises(ValueError, match="batches: OutputNorm needs at least one batch"):
             bh.plan(model, batches=[], channels=0.5)

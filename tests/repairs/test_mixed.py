@@ -36,7 +36,7 @@ def test_mixtures_err_as_all_outputs_do(monkeypatch, biased):
     monkeypatch.setattr(residuals, "MAX_OUTPUTS", 100)
     exact, _ = folds(1.0, biased)
     mixed = least_squares._mixed(exact)
-    assert mixed[0][0][0].owed_products.shape == (100, WIDTH)
+    assert mixed[0][0][0].residual_products.shape == (100, WIDTH)
     for ridge in RIDGES:
         whole, some = (error_of(*one[0], biased, ridge) for one in (exact, mixed))
         assert some == pytest.approx(whole, rel=0.25)
@@ -74,8 +74,8 @@ def test_short_calls_are_added_together(monkeypatch, weighted, owes):
         own.add(x, d, None if keep is None else keep.flatten().nonzero().flatten(), weights)
         expected.add(x, d, keep, weights)
         x.zero_()  # as may happen later in a run
-    own.empty()
-    own.empty()
+    own.flush()
+    own.flush()
     assert len(added) < 5
     for found, one in zip(sums.tensors(), expected.tensors(), strict=True):
         torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5)
@@ -88,6 +88,6 @@ def test_calls_without_debts_are_not_mixed_with_others():
         x = torch.randn(4, 5)
         own.add(x, owed, None, None)
         expected.add(x, owed)
-    own.empty()
+    own.flush()
     for found, one in zip(sums.tensors(), expected.tensors(), strict=True):
         torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5)

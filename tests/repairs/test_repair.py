@@ -89,7 +89,7 @@ def test_a_ridge_too_small_for_moments_without_an_inverse_is_skipped():
     fit, held_out = moments(x[:300]), moments(x[300:])
     products = fit.products
     products -= 0.005 * x[:300].square().mean() * 300 * torch.ones(24, 24) + 0.2 * torch.diag(products.diagonal())
-    fold = [fit.without(weight, keep)], held_out.without(weight, keep)
+    fold = [fit.after_removal(weight, keep)], held_out.after_removal(weight, keep)
     solved = [ridge for ridge in RIDGES if solve_ridge(fold[0], False, ridge).isfinite().all()]
     assert 0 < len(solved) < len(RIDGES)
     assert choose_ridge([fold], False, RIDGES) in {*solved, math.inf}
@@ -135,7 +135,7 @@ def test_moments_of_parts_and_padding_are_those_of_the_whole():
     own, due = x.reshape(3, 700, 24)[counts], owed[counts]
     assert int(found.tokens) == int(counts.sum())
     torch.testing.assert_close(found.products, own.t() @ own)
-    torch.testing.assert_close(found.owed_products, due.t() @ own)
+    torch.testing.assert_close(found.residual_products, due.t() @ own)
     more, shift = torch.randn(10, 24).double(), torch.randn(10).double()
     for some in (more, torch.zeros_like(more)):
         error = (due - own @ some.t() - shift).square().sum() / len(own)
@@ -145,7 +145,7 @@ def test_moments_of_parts_and_padding_are_those_of_the_whole():
 def test_moments_of_the_inputs_that_are_kept_owe_what_the_others_gave():
     x, weight, keep = inputs(), torch.randn(10, 24).double(), kept(24, 7)
     own, due = lacking(weight, keep, x)
-    for found, expected in zip(moments(x).without(weight, keep).tensors(), moments(own, owed=due).tensors(), strict=True):
+    for found, expected in zip(moments(x).after_removal(weight, keep).tensors(), moments(own, owed=due).tensors(), strict=True):
         torch.testing.assert_close(found, expected)
 
 
@@ -191,8 +191,8 @@ def test_the_ridge_is_the_one_that_errs_least_on_held_out_data():
         chosen.add(choose_ridge([([fit], held_out)], False, ridges))
         assert choose_ridge([([fit], held_out)], False, ridges) == ridges[int(torch.stack(errors).argmin())]
     assert len(chosen) > 1
-    unlike = moments(torch.randn(500, 24).double() * torch.where(keep, 1, 1e-3)).without(weight, keep)
-    assert choose_ridge([([moments(inputs(tokens=8)).without(weight, keep)], unlike)], False, ridges) == float("inf")
+    unlike = moments(torch.randn(500, 24).double() * torch.where(keep, 1, 1e-3)).after_removal(weight, keep)
+    assert choose_ridge([([moments(inputs(tokens=8)).after_removal(weight, keep)], unlike)], False, ridges) == float("inf")
 
 
 def test_of_several_sources_each_is_held_out_in_turn():
@@ -469,18 +469,21 @@ def test_other_parameters_that_cannot_be_are_refused():
     name, runs = "model.layers.0.self_attn.v_proj", trials(model, batches)
     weight = model.get_submodule(name).weight.detach()
     for wrong, message in (
-        ({"model.norm": {"weight": weight}}, r"given: 'model.norm' is no nn.Linear or Conv1D of the model"),
+        ({"model.norm": {"weight": weight}}, r"new_params: 'model.norm' is not an nn.Linear or Conv1D of the model"),
         (
             {name: {"weight": weight[:3]}},
-            r"given\['model.layers.0.self_attn.v_proj'\] must be {'weight': \[16, 32\]}, got {'weight': \[3, 32\]}",
+            r"new_params\['\S+v_proj'\] must have the shapes {'weight': \[16, 32\]}, got {'weight': \[3, 32\]}",
         ),
-        ({name: {"weight": weight, "bias": weight[:, 0]}}, r"must be {'weight': \[16, 32\]}, got {'weight': .*'bias': \[16\]}"),
+        (
+            {name: {"weight": weight, "bias": weight[:, 0]}},
+            r"must have the shapes {'weight': \[16, 32\]}, got {'weight': .*'bias': \[16\]}",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             refit(model, masks, runs, given=wrong)
     model, masks, batches = case("albert")
     with pytest.raises(
-        ValueError, match=r"repair: .* is called several times in a run, so it cannot be compared with the whole model"
+        ValueError, match=r"repair: .* is called several times in a run, so it cannot be compared with the dense model"
     ):
         refit(model, masks, trials(model, batches), given=other_parameters(model, "value"))
 
@@ -622,7 +625,7 @@ def test_ranks_hold_out_sources_only_where_there_are_several_on_any():
     assert Ranks(2).run(partial(parts, [["a", "a"], ["a"]])) == [([1, 1], [1]), ([0], [1])]
     assert Ranks(2).run(partial(parts, [["a", "a"], []])) == [([0, 1], [1]), ([], [1])]
     assert Ranks(2).run(partial(parts, [["a", "a"], ["b"]])) == [([1, 1], [0, 1]), ([0], [0, 1])]
-    with pytest.raises(ValueError, match="needs two at least.* got 1 in all"):
+    with pytest.raises(ValueError, match="needs at least two batches.* got 1"):
         Ranks(2).run(partial(parts, [["a"], []]))
 
 
@@ -639,13 +642,13 @@ def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():
     masks = {f"experts.{e}": kept(8, 3, e) for e in range(3)}
     calls = [(inputs(40, 8).float(), [0, 1]) for _ in range(2)]
     runs, left = [Run(lambda call=call: model(*call)) for call in calls], []
-    with pytest.warns(UserWarning, match=r"too few tokens have come to 1 linear, which is not refitted: experts\.2"):
+    with pytest.warns(UserWarning, match=r"1 linear layer was not repaired, because it had too few tokens: experts\.2"):
         found = refit(model, masks, runs, left=left)
     assert left == ["experts.2"]
     assert torch.equal(found["experts.2"][0], model.experts[2].weight * masks["experts.2"])
     assert torch.equal(found["experts.2"][1], model.experts[2].bias)
     assert not torch.equal(found["experts.0"][0], model.experts[0].weight * masks["experts.0"])
-    with pytest.raises(ValueError, match=r"too few tokens that count for any refit; the first linear is experts\.2"):
+    with pytest.raises(ValueError, match=r"repair of experts\.2\S* needs at least \d+ non-padding tokens"):
         refit(model, {"experts.2": masks["experts.2"]}, runs)
 
 
@@ -653,10 +656,10 @@ def test_too_few_tokens_are_refused_before_the_walk(monkeypatch):
     model, masks, batches = case("llama", number=2, length=2)
     monkeypatch.setattr("billhook.repairs.repair.Walk", None)
     runs = trials(model, [{"input_ids": batch["input_ids"][:1]} for batch in batches])
-    with pytest.raises(ValueError, match=r"too few tokens .*o_proj, which is given 4 and needs 24 at least"):
+    with pytest.raises(ValueError, match=r"repair of .*o_proj needs at least 24 non-padding tokens, got 4"):
         refit(model, masks, runs)
     padded = {name: torch.arange(40).lt(1).expand(6, 40) for name in masks}
-    with pytest.raises(ValueError, match=r"too few tokens .*o_proj, which is given 12 and needs 24 at least"):
+    with pytest.raises(ValueError, match=r"repair of .*o_proj needs at least 24 non-padding tokens, got 12"):
         refit(model, masks, trials(model, [{"input_ids": tokens(6, 40)}] * 2, padded))
 
 
@@ -670,19 +673,21 @@ def test_refusals_name_what_came_and_change_nothing():
         ({name: keep[:-1]}, r"must be bool of shape \[32\] .* got torch.bool of shape \[31\]"),
         ({name: keep.float()}, "got torch.float32"),
         ({name: torch.zeros_like(keep)}, "0 kept"),
-        ({}, "no linear is named"),
+        ({}, "kept is empty. Name at least one"),
     ):
         with pytest.raises(ValueError, match=message):
             refit(model, wrong, runs)
-    with pytest.raises(ValueError, match="a refit needs two at least.* got 1 in all"):
+    with pytest.raises(ValueError, match="repair needs at least two batches.* got 1"):
         refit(model, masks, runs[:1])
     with pytest.raises(ValueError, match="held_out=1 must be in .0, 1."):
         RepairConfig(held_out=1)
-    with pytest.raises(ValueError, match="ridges=.0.0, 1.0. must be finite numbers of at least 0.0001"):
+    with pytest.raises(ValueError, match="ridges=.0.0, 1.0. must be one or more finite numbers of at least 0.0001"):
         RepairConfig(ridges=(0.0, 1.0))
     model.model.layers[1].mlp.up_proj.weight.data[5] = torch.nan
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"layers.1.mlp.down_proj: NaN or infinite inputs in 1 features, the first in feature 5"):
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp.down_proj: 1 input features contain NaN or infinity, the first is feature 5"
+    ):
         refit(model, masks, runs)
     assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in model.state_dict().items())
     assert not any("forward" in vars(m) or m._forward_pre_hooks for m in model.modules())

@@ -24,14 +24,14 @@ def test_the_residual_stream_of_a_llama_is_one_chain():
     model = BUILD["llama"]()
     expected = chain(*(f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.o_proj", "mlp.down_proj")))
     shown = shown_by(model, input_ids=tokens())
-    assert shown.before == expected
+    assert shown.predecessors == expected
     assert set(shown.calls.values()) == {1}
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_gpt2_and_t5():
     expected = chain(*(f"transformer.h.{i}.{name}.c_proj" for i in range(2) for name in ("attn", "mlp")))
-    found = shown_by(BUILD["gpt2"](), input_ids=tokens()).before
+    found = shown_by(BUILD["gpt2"](), input_ids=tokens()).predecessors
     assert {name: last for name, last in found.items() if "c_fc" not in name} == expected  # its GELU adds, too, to something new
     assert {last for name, last in found.items() if "c_fc" in name} == {None}
     parts = ("layer.0.SelfAttention.o", "layer.1.DenseReluDense.wo")
@@ -39,15 +39,15 @@ def test_gpt2_and_t5():
     parts = ("layer.0.SelfAttention.o", "layer.1.EncDecAttention.o", "layer.2.DenseReluDense.wo")
     decoder = chain(*(f"decoder.block.{i}.{name}" for i in range(2) for name in parts))
     model = BUILD["t5"]().eval()
-    assert shown_by(model, input_ids=tokens(), labels=tokens()).before == encoder | decoder
+    assert shown_by(model, input_ids=tokens(), labels=tokens()).predecessors == encoder | decoder
 
 
 def test_a_sum_that_is_normed_starts_anew():
     shown = shown_by(BUILD["bert"]().eval(), input_ids=tokens())
-    assert shown.before == {
+    assert shown.predecessors == {
         f"bert.encoder.layer.{i}.{name}": None for i in range(2) for name in ("attention.output.dense", "output.dense")
     }
-    assert shown_by(build("gemma2"), input_ids=tokens()).before == {}
+    assert shown_by(build("gemma2"), input_ids=tokens()).predecessors == {}
     assert max(shown_by(BUILD["albert"]().eval(), input_ids=tokens()).calls.values()) == 3
 
 

@@ -26,7 +26,7 @@ def drawn(tokens=300, width=20, rows=7):
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("ridge", [1e-4, 0.3])
 def test_each_row_is_least_squares_on_its_own_support(biased, ridge, monkeypatch):
-    monkeypatch.setattr(least_squares, "STEPS", 200)
+    monkeypatch.setattr(least_squares, "CG_STEPS", 200)
     (x, owed), weight = drawn(), torch.randn(7, 20).double()
     support = torch.rand(7, 20) < 0.6
     support[3] = False

@@ -168,7 +168,7 @@ def test_inputs_that_are_not_finite_are_refused():
     model = llama()
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight[0] = torch.inf
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: NaN or infinite inputs in"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: \d+ input features contain NaN"):
         Made(model, texts())
 
 
@@ -245,10 +245,13 @@ def test_batches_are_enough_where_a_linear_gets_as_many_tokens_as_it_reads_at_th
     check_enough(search, layers, [{"input_ids": tokens(1, 24)}])  # three of four KV heads, each with two query heads
     check_enough(search, layers, [padded, {"input_ids": tokens(2, 10)}])
     channels = [layer for layer in layers if layer.kind == "channel"]
-    for own, batches, given in ((layers, tokens(1, 23), "o_proj, which is given 23 and needs 24"), (layers, padded, "given 4")):
+    for own, batches, given in (
+        (layers, tokens(1, 23), "o_proj needs at least 24 non-padding tokens, got 23"),
+        (layers, padded, "got 4"),
+    ):
         batch = batches if isinstance(batches, dict) else {"input_ids": batches}
-        with pytest.raises(ValueError, match=f"too few tokens that .*{given}"):
+        with pytest.raises(ValueError, match=f"batches: repair of .*{given}"):
             check_enough(search, own, [batch])
-    with pytest.raises(ValueError, match="too few tokens that .*0.mlp.down_proj, which is given 41 and needs 42 at"):
+    with pytest.raises(ValueError, match="repair of .*0.mlp.down_proj needs at least 42 non-padding tokens, got 41"):
         check_enough(search, channels, [{"input_ids": tokens(1, 41)}])
     assert not any(module._forward_pre_hooks for module in search.model.modules())

@@ -205,16 +205,16 @@ def test_a_classifier_and_an_encoder_with_a_decoder():
 @pytest.mark.parametrize(
     ("budget", "tokens_each", "says"),
     [
-        ({"params": 0.8}, 7, "given 14 and needs 16"),  # four of eight query heads
-        ({"latency": 0.8}, 7, "given 14 and needs 16"),  # those of two of four KV heads
-        ({"max_loss": 1.1}, 7, "given 14 and needs 16"),
+        ({"params": 0.8}, 7, "16 non-padding tokens, got 14"),  # four of eight query heads
+        ({"latency": 0.8}, 7, "16 non-padding tokens, got 14"),  # those of two of four KV heads
+        ({"max_loss": 1.1}, 7, "16 non-padding tokens, got 14"),
     ],
 )
 def test_too_few_tokens_for_any_refit_are_told_or_refused_before_anything_is_measured(budget, tokens_each, says, monkeypatch):
     monkeypatch.setattr(shrink, "measure", None)
     monkeypatch.setattr(Workload, "seconds", None)
     batches = [{"input_ids": tokens(1, tokens_each)}] * 3
-    few = f"too few tokens that .*o_proj, which is {says} at least"
+    few = f"repair of .*o_proj needs at least {says}"
     with pytest.raises(ValueError, match=f"batches: {few}"):
         shrinks.shrink(trained(), batches, repair=bh.RepairConfig(), **budget)
     with pytest.warns(UserWarning, match=f"shrink: not repaired: {few}"), pytest.raises(TypeError, match="not callable"):
@@ -238,7 +238,10 @@ def test_too_few_tokens_for_any_refit_are_told_or_refused_before_anything_is_mea
         ({"params": 0.8, "library": __file__}, "test_shrink.py' must be a folder"),
         ({"params": 0.8, "batches": texts(1)[:2]}, "batches: three rows at least, and two of each source.*1 of one, 1 of two"),
         ({"params": 0.8, "batches": []}, "got none"),
-        ({"params": 0.8, "batches": [{"input_ids": tokens(1, 4)}] * 3, "repair": bh.RepairConfig()}, "batches: too few tokens"),
+        (
+            {"params": 0.8, "batches": [{"input_ids": tokens(1, 4)}] * 3, "repair": bh.RepairConfig()},
+            "batches: repair of .* needs at least",
+        ),
     ],
 )
 def test_what_is_refused_changes_nothing(given, says):

@@ -61,7 +61,7 @@ def test_dimensions_that_positions_rotate_stay():
 def test_groups_that_hold_parts_of_two_heads_stay():
     free, why = free_of(llama(head_dim=6))
     assert {one.group.kind for one in free} == {"residual", "channel"}
-    assert {reason for name, reason in why.items() if name.startswith("value")} == {"groups of 4 hold others beside them"}
+    assert {reason for name, reason in why.items() if name.startswith("value")} == {"they share groups of 4 with other units"}
 
 
 def test_what_a_parameter_outside_may_read_stays():
@@ -92,7 +92,7 @@ def test_what_no_checkpoint_holds_stays(persistent):
     model.model.norm = Scaled(model.model.norm, persistent)
     free, why = free_of(model)
     assert ("residual" in {one.group.kind for one in free}) == persistent
-    reason = "model.norm.scale, which no checkpoint holds, has them"
+    reason = "the buffer model.norm.scale contains them and is not saved in checkpoints"
     assert why == ({} if persistent else {"residual in the model": reason})
 
 

@@ -121,7 +121,7 @@ def test_patterns_are_along_channels(criterion):
 
 def test_patterns_are_refused_where_channels_are_not_a_multiple():
     model = nn.Sequential(nn.Conv2d(6, 8, 2))  # 24 inputs, of 6 channels
-    with pytest.raises(ValueError, match="0 has 6 channels, which 4 does not divide; skip it"):
+    with pytest.raises(ValueError, match="0 has 6 channels, not a multiple of 4. Exclude it"):
         bh.prune(model, bh.Magnitude(), pattern="2:4")
     with pytest.raises(ValueError, match="convolutions='some' must be"):
         prunes.prune(model, bh.Magnitude(), sparsity=0.5, convolutions="some")

@@ -63,6 +63,6 @@ def test_one_mask_at_a_time_is_whole_where_weights_are_sharded(saved, mesh, monk
 def test_masks_of_another_model_are_refused(saved):
     again = EnforcedMasks()
     again.load_state_dict(saved[1])
-    with pytest.raises(ValueError, match=r"the masks are of another model: it has no 4 of shape \[8, 16\]"):
+    with pytest.raises(ValueError, match=r"the masks belong to another model: this model has no 4 of shape \[8, 16\]"):
         again.attach(nn.Sequential(*(nn.Linear(16, 16) for _ in range(5))), [])
     assert same(again.masks, saved[0])

@@ -157,7 +157,7 @@ class TestNothingIsHalfDone:
         model = llama()
         before = values(model)
         monkeypatch.setattr(permute, "outputs_match", lambda *_: False)
-        with pytest.raises(ValueError, match="model: LlamaForCausalLM computes something else"):
+        with pytest.raises(ValueError, match="model: the logits of LlamaForCausalLM change with the channel order"):
             bh.criteria.permute_for(model, "2:4", batches_of(model))
         assert same(model, before)
 
@@ -201,9 +201,9 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("settings", "said"),
         [
-            ({"sparsity": 0.5}, r"pattern='unstructured': the order of channels counts only where groups are pruned"),
-            ({"pattern": "2:4", "dry_run": True}, "dry_run=True leaves it: call permute_for first"),
-            ({"pattern": "2:4", "reduce": lambda tensor: tensor}, "each rank would search an order of its own"),
+            ({"sparsity": 0.5}, r"pattern='unstructured': channel order matters only for N:M patterns"),
+            ({"pattern": "2:4", "dry_run": True}, "permute=True cannot be combined with dry_run=True"),
+            ({"pattern": "2:4", "reduce": lambda tensor: tensor}, "permute=True does not support reduce"),
             ({"pattern": "2:4", "permute": 1}, "permute=1 must be True or False"),
         ],
     )
@@ -216,9 +216,9 @@ class TestRefused:
 
     def test_by_permute_for(self):
         model = llama()
-        with pytest.raises(ValueError, match="pattern='unstructured': the order of channels counts only"):
+        with pytest.raises(ValueError, match="pattern='unstructured': channel order matters only"):
             bh.criteria.permute_for(model, "unstructured", batches_of(model))
-        with pytest.raises(ValueError, match="has 48 inputs, which 5 does not divide|has 32 inputs, which 5 does not divide"):
+        with pytest.raises(ValueError, match="has 48 inputs, not a multiple of 5|has 32 inputs, not a multiple of 5"):
             bh.criteria.permute_for(model, "2:5", batches_of(model))
         with pytest.raises(ValueError, match="holds no Hugging Face model"):
             bh.criteria.permute_for(nn.Sequential(nn.Linear(8, 8)), "2:4", [torch.ones(1, 8)])
@@ -226,7 +226,7 @@ class TestRefused:
     def test_while_a_mask_stands_before_units(self):
         model = llama()
         before = values(model)
-        said = "a mask or gates stand before model.layers.0.mlp"
+        said = "model.layers.0.mlp.* has a mask or gates"
         with bh.mask(model, {0: [1]}, "channel"), pytest.raises(ValueError, match=said):
             bh.criteria.permute_for(model, "2:4", batches_of(model))
         assert same(model, before)

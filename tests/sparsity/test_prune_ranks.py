@@ -73,7 +73,7 @@ def test_ranks_match_blocks_together():
     with torch.no_grad():
         far = [sum(float((own(**x)[0] - model(**x)[0]).norm()) for x in given) for own in (one, plain)]
     assert far[0] < far[1]
-    with pytest.raises(ValueError, match=r"batches: match holds some out, and needs two at least on each rank, got [12] here"):
+    with pytest.raises(ValueError, match=r"batches: match needs at least two batches on each rank .* got [12]"):
         Ranks(2).run(lambda rank, reduce: prunes.prune(model, batches=given[rank * 2 :: 5], reduce=reduce, **options))
 
 
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 @pytest.mark.parametrize("routes", [[([0, 1], [2]), ([1], [0, 2]), ([0], [0])], [([0], [0]), ([1], [1])], [([0], [3])]])
-@pytest.mark.filterwarnings("ignore:no calibration batch has called")
+@pytest.mark.filterwarnings("ignore:no calibration batch called")
 def test_experts_that_not_every_rank_comes_to(sequential, routes):
     model, options = Routed(Block), {"criterion": bh.Wanda(), "sparsity": 0.5, "sequential": sequential}
     batches = [(torch.randn(2, 5, 8), route) for route in routes]
@@ -124,7 +124,7 @@ def test_bad_inputs_of_one_rank_are_refused_by_all():
 
 
 def test_no_data_on_any_rank_is_refused_by_all():
-    with pytest.raises(ValueError, match="batches=an empty collection: Wanda needs calibration data"):
+    with pytest.raises(ValueError, match="batches is empty: Wanda needs calibration data"):
         planned(llama(), [], 2, criterion=bh.Wanda(), sparsity=0.5)
 
 

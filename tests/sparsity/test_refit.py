@@ -78,7 +78,7 @@ def test_refusals_name_what_came():
         Refit(steps=0)
     with pytest.raises(ValueError, match="damping=-1 must be a number of at least 0"):
         Refit(damping=-1)
-    with pytest.raises(ValueError, match="Refit needs InputMoments .* got InputNorms"):
+    with pytest.raises(ValueError, match="Refit needs InputGram .* got InputNorms"):
         Refit().prune(torch.ones(2, 4), InputNorms(4), 0.5)
     assert repr(Refit()) == "Refit(criterion=Wanda(compares='row'), steps=10, damping=0.01)"
     assert Refit(Magnitude()).compares == "layer"

@@ -74,7 +74,7 @@ def test_sparsegpt_raises_its_damping_where_it_must():
     statistics = InputGram(2)
     statistics.products.copy_(torch.tensor([[1.0, 1.05], [1.05, 1.0]]))
     statistics.tokens.fill_(2)
-    with pytest.warns(UserWarning, match="not positive definite: damping=0.01 is raised to 0.1"):
+    with pytest.warns(UserWarning, match="not positive definite: damping was raised from 0.01 to 0.1"):
         pruned, _ = SparseGPT().prune(torch.ones(3, 2), statistics, 0.5)
     assert torch.isfinite(pruned).all()
     statistics.products.copy_(torch.tensor([[1.0, 3.0], [3.0, 1.0]]))

@@ -52,7 +52,7 @@ class Partly(nn.Module):
 
 def test_linears_that_were_not_called_are_named_in_json_too():
     model = Partly()
-    with pytest.warns(UserWarning, match="no calibration batch has called 1 linears"):
+    with pytest.warns(UserWarning, match="no calibration batch called 1 linear layer"):
         plan = bh.prune(model, bh.Wanda(), [torch.randn(5, 8)], 0.5, dry_run=True)
     again = WeightPlan.from_json(plan.to_json(), model)
     assert again.uncalled == ("other",)
@@ -88,14 +88,17 @@ class TestRefused:
         [
             ({"kind": "zeros"}, "its kind is 'zeros', and must be one of .*weights"),
             ({"pruned": {"0": {"shape": [8, 8], "bits": "AA=="}}}, "1 bytes of bits for 64 weights"),
-            ({"pruned": {"0": {"shape": [8, 8], "bits": "?"}}}, "not as WeightPlan.to_json makes it"),
+            ({"pruned": {"0": {"shape": [8, 8], "bits": "?"}}}, "was not written by WeightPlan.to_json"),
             ({"pruned": {"0": {"shape": [8, 8]}}}, "KeyError: 'bits'"),
-            ({"pruned": [3]}, "not as WeightPlan.to_json makes it"),
-            ({"uncalled": 7}, "not as WeightPlan.to_json makes it"),
-            ({"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAAA", "dtype": "float16"}}}, "not as WeightPlan"),
+            ({"pruned": [3]}, "was not written by WeightPlan.to_json"),
+            ({"uncalled": 7}, "was not written by WeightPlan.to_json"),
+            (
+                {"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAAA", "dtype": "float16"}}},
+                "was not written by WeightPlan",
+            ),
             (
                 {"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAA=", "dtype": "float16"}}},
-                "1 values for 4 weights",
+                "1 values for 4 kept weights",
             ),
             ({"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAA=", "dtype": "int8"}}}, "KeyError: 'int8'"),
         ],
@@ -105,5 +108,5 @@ class TestRefused:
             ModelPlan.from_json(plain | change, nn.Sequential(nn.Linear(8, 8)))
 
     def test_another_model(self, plain):
-        with pytest.raises(ValueError, match=r"made for another model: 0 is \(8, 8\) there, and \(4, 8\) here"):
+        with pytest.raises(ValueError, match=r"belongs to another model: 0 has shape \(8, 8\) in the plan and \(4, 8\) here"):
             ModelPlan.from_json(plain, nn.Sequential(nn.Linear(8, 4)))

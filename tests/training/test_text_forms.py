@@ -81,7 +81,7 @@ def test_padding(folder):
     assert batch["input_ids"].shape == (4, max(len(row.ids) for row in rows))
     for row, ids, mask, labels in zip(rows, batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
         assert ids[mask.bool()].tolist() == row.ids
-        assert (labels != IGNORE_INDEX).tolist() == row.learnt + [False] * (len(ids) - len(row.ids))
+        assert (labels != IGNORE_INDEX).tolist() == row.learned + [False] * (len(ids) - len(row.ids))
         assert torch.equal(labels[labels != IGNORE_INDEX], ids[labels != IGNORE_INDEX])
     assert not batch["attention_mask"].all()
 

@@ -1,1 +1,1 @@
-"""Text that methods are shown: packed token rows of several sources, and what the model itself writes."""
+"""Calibration data: packed examples from text sources and from the model itself."""

@@ -1,4 +1,4 @@
-"""Tokens of several sources, to show to a method."""
+"""Calibration data: packed examples of several text sources."""
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -24,22 +24,24 @@ from billhook.model.preprocessors import tokenizer_of
 from billhook.private_paths import without_folders
 
 Source: TypeAlias = str | dict[str, str | list[str]]
-"""`"generated"`, `"tiny"`, a file, a glob of files, a folder, a hub name, or files by split."""
+"""A source: `"generated"`, `"tiny"`, a file, a glob, a folder, a Hub name, or files by split."""
 Sources: TypeAlias = Source | Table | Sequence[Source | Table]
-"""One or several, in Python also objects of `datasets`."""
+"""One source or several; in Python also objects of `datasets`."""
 SHOWN = 4
-"""How many files of one split a source is named after, at most."""
+"""Most files of a split that appear in the name of a source."""
 
 
 def name_sources(sources: Sources, taken: Collection[str] = ()) -> dict[str, Source | Table]:
-    """Returns sources by name: of a file its stem, of an object the name of its data set, numbered where another has it.
+    """Returns the sources by name.
+
+    A file is named after its stem, and an object after its data set, with a number if that name is taken.
 
     Args:
-        sources: One or several.
-        taken: Names that no object is given.
+        sources: One source or several.
+        taken: Names that no object may get.
 
     Raises:
-        ValueError: If there is none, one cannot be read or is a stream, or two have a name in common.
+        ValueError: If there is no source, one cannot be read or is a stream, or two have the same name.
     """
     listed = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
     for source in listed:
@@ -48,17 +50,17 @@ def name_sources(sources: Sources, taken: Collection[str] = ()) -> dict[str, Sou
     for source in listed:
         name = _of_object(source, {*by_name, *taken}) if is_table(source) else _of_files(source)
         if name == GENERATED and source != GENERATED:
-            raise ValueError(f"sources: '{source}' has the name of what the model writes, '{GENERATED}': rename it")
+            raise ValueError(f"sources: '{source}' has the reserved name '{GENERATED}' (self-generated text). Rename the file.")
         if name in by_name or any(source is another for another in by_name.values()):
-            raise ValueError(f"sources={sources!r} must be one or more, each once: '{name}' is there twice")
+            raise ValueError(f"sources={sources!r}: '{name}' occurs twice. Name each source once.")
         by_name[name] = source
     if not by_name:
-        raise ValueError(f"sources={sources!r} must be one or more, each once")
+        raise ValueError(f"sources={sources!r} is empty. Name at least one source.")
     return by_name
 
 
 def _check(source: object) -> None:
-    """Refuses what names no text and holds none, or none that rows can be drawn of."""
+    """Raises if a source names no text, holds none, or is a stream."""
     check_data(source, "sources")
     if not is_table(source):
         return
@@ -66,16 +68,16 @@ def _check(source: object) -> None:
 
     if isinstance(source, datasets.IterableDataset | datasets.IterableDatasetDict):
         raise ValueError(
-            f"sources: rows are drawn of all that there are, and of a stream ({type(source).__name__}) nobody knows them: give a "
-            "part of it, such as datasets.Dataset.from_list(list(stream.take(1000)))"
+            f"sources: a stream ({type(source).__name__}) is not supported, because examples are drawn from all rows. Take a "
+            "part of it, such as datasets.Dataset.from_list(list(stream.take(1000)))."
         )
     if isinstance(source, datasets.DatasetDict) and "train" not in source:
         splits = ", ".join(map(str, source)) or "none"
-        raise ValueError(f"sources: calibration needs a split 'train', and the DatasetDict has {splits}")
+        raise ValueError(f"sources: the DatasetDict has the splits {splits}. Calibration needs 'train'.")
 
 
 def _of_files(source: Source) -> str:
-    """Names a source; files by split after those of `train`, a glob as it is written."""
+    """Returns the name of a source: of files by split that of `train`, of a glob the pattern."""
     if isinstance(source, dict):
         files = source.get("train") or next(iter(source.values()), "")
         names = [_of_files(file) for file in ([files] if isinstance(files, str) else files)]
@@ -85,7 +87,7 @@ def _of_files(source: Source) -> str:
 
 
 def _of_object(source: Table, taken: Collection[str]) -> str:
-    """Names an object after the data set that it was loaded from, if it has a name of its own."""
+    """Returns the name of the data set that an object was loaded from."""
     info = (source["train"] if isinstance(source, Mapping) else source).info
     name = (info.dataset_name if info.dataset_name != info.builder_name else None) or "dataset"  # of files it is "json"
     numbered = chain([name], (f"{name} {number}" for number in count(2)))
@@ -94,28 +96,28 @@ def _of_object(source: Table, taken: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that a method is shown: packed token rows of one or several sources, also of what the model writes itself.
+    """Calibration text: packed token sequences from files, datasets, or the model itself.
 
-    A model that is cut and refitted for one kind of text gets worse at all others; the sources should be what it is for.
+    A model that is pruned and repaired on one domain degrades on others. Use sources like the text that the model is for.
 
     Args:
-        sources: One or several: `"generated"`, which is what the model itself writes; `"tiny"`; a file (.txt, .jsonl, .csv,
-            .parquet) or a glob of files (`"chats/*.jsonl"`), a folder, a hub name (`"name"` or `"name:config"`) or files by
-            split; in Python also a `Dataset` or `DatasetDict` of `datasets`, which is called by its `info.dataset_name`, or else
-            `"dataset"`. Of splits, `train` is taken, and `held_out` takes `test` or `validation`. Without the column `column`,
-            rows are chats, in a column `messages` or `conversations`, or columns `prompt` and `response`: both go through the
-            chat template, with the column `tools` if there is one.
-        weights: Share of the tokens for each source, in the same order; by default they are equal.
-        tokens: How many there are of all sources together; a source that has fewer than its share gives all that it has.
-        length: Tokens in a row; by default as many as the model reads, at most 512.
-        batch_size: Rows in a batch, all of one source.
-        column: The column that holds the text.
-        tokenizer: A name or folder; by default that of the folder the model came from.
-        seed: Decides which rows are drawn, and what the model writes.
+        sources: One source or several: `"generated"` (self-generated text), `"tiny"` (the built-in text), a file (.txt, .jsonl,
+            .csv, .parquet), a glob (`"chats/*.jsonl"`), a folder, a Hub name (`"name"` or `"name:config"`), or files by split;
+            in Python also a `Dataset` or `DatasetDict`, named after its `info.dataset_name`, or `"dataset"`. Calibration uses
+            the split `train`; `held_out` uses `test` or `validation`. Without the column `column`, examples are chats (column
+            `messages` or `conversations`) or pairs (`prompt` and `response`); both go through the chat template, with the column
+            `tools` if there is one.
+        weights: Share of the tokens for each source, in the same order. Defaults to equal shares.
+        tokens: Total number of tokens over all sources. A source that is shorter than its share is used in full.
+        length: Tokens per example. Defaults to the context length of the model, at most 512.
+        batch_size: Examples per batch, all from one source.
+        column: Column that holds the text.
+        tokenizer: Name or folder of a tokenizer. Defaults to the one in the folder of the model.
+        seed: Seed for drawing examples and for self-generated text.
 
     Raises:
-        ValueError: If there is no source, one is a stream or a `DatasetDict` without `train`, two have one name, or a number is
-            out of range; when it is read, if a source has not one row, or the model does not write text.
+        ValueError: If there is no source, one is a stream or a `DatasetDict` without `train`, two have the same name, or a
+            number is out of range. On reading, if a source is too short for one example, or the model cannot generate text.
 
     Example:
         >>> import billhook as bh
@@ -143,15 +145,15 @@ class Calibration:
         for weight in weights:
             check_number("weights", weight, above=0)
         if len(weights) != len(sources):
-            raise ValueError(f"weights={self.weights!r} must be a number for each of {len(sources)} sources")
+            raise ValueError(f"weights={self.weights!r} must have one number for each of the {len(sources)} sources.")
 
     @property
     def named(self) -> dict[str, Source | Table]:
-        """The sources by name: a file's is its stem."""
+        """The sources by name; a file is named after its stem."""
         return name_sources(self.sources)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what is set as plain data, for records; files by their names alone, an object of `datasets` by its own."""
+        """Returns the settings as plain data for records, with file names but no folders."""
         sources = [name if is_table(source) else source for name, source in self.named.items()]
         plain = {field.name: getattr(self, field.name) for field in fields(self)}
         public: dict[str, Any] = without_folders(
@@ -160,62 +162,67 @@ class Calibration:
         return plain | public
 
     def examples(self, length: int) -> dict[str, int]:
-        """Returns how many rows each source gives, at least one."""
+        """Returns the number of examples of each source, which is never 0."""
         weights = [1.0] * len(self.named) if self.weights is None else self.weights
         shares = (self.tokens * weight / sum(weights) / length for weight in weights)
         return {name: max(round(share), 1) for name, share in zip(self.named, shares, strict=True)}
 
     def held_out(self, model: nn.Module, rows: int, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Batch]:
-        """Reads so many rows of each source, if it has so many, that `read` does not give; to measure on.
+        """Reads held-out examples of each source, at most `rows` each.
 
-        They are the first of the split `test`, or else of `validation`, or else other rows of the text; and what the model writes
-        by another seed.
+        They come from the split `test`, or else `validation`, or else from examples that `read` does not return. Self-generated
+        text uses another seed.
         """
-        return self._rows(model, tokenizer, rows)
+        return self._read(model, tokenizer, rows)
 
     def read(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Batch]:
-        """Reads the sources, and lets the model write its part; returns the batches, those of the sources in turn.
+        """Reads all sources, generating text where needed, and returns their batches in order.
 
         Args:
             model: The model, or a module that holds it.
-            tokenizer: Instead of the one that is named.
+            tokenizer: Tokenizer to use instead of `self.tokenizer`.
         """
-        return self._rows(model, tokenizer)
+        return self._read(model, tokenizer)
 
-    def _rows(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, held_out: int | None = None) -> list[Batch]:
+    def _read(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, held_out: int | None = None) -> list[Batch]:
         subject = find_transformer(model)
         length, batches = example_length(subject, self.length), list[Batch]()
         if GENERATED in self.named:
             check_can_generate(subject)
         for name, wanted in self.examples(length).items():
             if name == GENERATED:
-                number, seed = (wanted, self.seed) if held_out is None else (held_out, self.seed + 1)
-                batches += generated(subject, examples=number, length=length, batch_size=self.batch_size, seed=seed)
+                examples, seed = (wanted, self.seed) if held_out is None else (held_out, self.seed + 1)
+                batches += generated(subject, examples=examples, length=length, batch_size=self.batch_size, seed=seed)
             else:
                 tokenizer = tokenizer or tokenizer_of(subject, self.tokenizer)
-                rows = self._text(name, wanted, held_out, length, tokenizer)
-                batches += [Batch({"input_ids": ids}, name) for ids in torch.split(rows, self.batch_size)]
+                tokens = self._text(name, wanted, held_out, length, tokenizer)
+                batches += [Batch({"input_ids": ids}, name) for ids in torch.split(tokens, self.batch_size)]
         return batches
 
     def _text(self, name: str, count: int, held_out: int | None, length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-        """Draws rows to show, or to hold out, of a text: `[rows, length]`."""
+        """Draws calibration examples, or held-out ones, from a source: `[examples, length]`."""
         splits = load_splits(self.named[name])
         if "train" not in splits:
-            raise ValueError(f"sources: calibration needs a split 'train', and '{name}' has {', '.join(splits)}")
+            raise ValueError(f"sources: '{name}' has the splits {', '.join(splits)}. Calibration needs 'train'.")
         other = next((split for split in ("test", "validation") if split in splits), None)
         if held_out is not None and other is not None:
-            blocks: Any = self._blocks(splits[other], other, length, tokenizer)
-            return torch.tensor(blocks[:held_out]["input_ids"])
-        blocks = self._blocks(splits["train"], "train", length, tokenizer)
-        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(self.seed)).tolist()
+            examples: Any = self._packed(splits[other], other, length, tokenizer)
+            return torch.tensor(examples[:held_out]["input_ids"])
+        examples = self._packed(splits["train"], "train", length, tokenizer)
+        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.seed)).tolist()
         drawn = order[:count] if held_out is None else order[count : count + held_out]
+        if not drawn and order:
+            raise ValueError(
+                f"sources: '{name}' has {len(order)} examples of {length} tokens, and calibration takes {count} of them: none is "
+                "left to hold out. Use fewer tokens, or a longer text."
+            )
         if not drawn:
-            left = f" but those to calibrate on: of {len(order)}, {count} are asked for; ask for fewer, or give a longer text"
-            none = ": give a longer text, or a smaller length"
-            raise ValueError(f"sources: '{name}' has no row of {length} tokens{left if order else none}")
-        return torch.tensor(blocks[drawn]["input_ids"])
+            raise ValueError(
+                f"sources: '{name}' is too short for an example of length={length} tokens. Use a longer text or a smaller length."
+            )
+        return torch.tensor(examples[drawn]["input_ids"])
 
-    def _blocks(self, rows: Any, split: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - of `datasets`
+    def _packed(self, rows: Any, split: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - of `datasets`
         columns, documents = find_text_columns(rows, split, self.column), not is_line_text(rows)
         if documents:  # blank lines of a .txt file are part of its text
             warn_of_empty_rows(rows, split, columns)
@@ -223,78 +230,78 @@ class Calibration:
 
 
 Batches: TypeAlias = Iterable[Any] | Calibration
-"""Batches as a model takes them, or where they come from."""
+"""Batches of forward inputs, or a `Calibration` that reads them."""
 
 
 def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
-    """Returns batches; of a calibration those that it reads, and where none are given those that the model itself writes."""
+    """Returns the batches, reads a `Calibration`, or generates text by default."""
     if batches is None:
         try:
             check_can_generate(find_transformer(model))
         except ValueError as error:
-            raise ValueError(f"batches=None: {error}: give batches") from error
+            raise ValueError(f"batches=None: {error}. Pass batches.") from error
         batches = Calibration()
     return check_batches(batches.read(model) if isinstance(batches, Calibration) else batches)
 
 
-ADVICE = (
-    "linears are refitted to one kind of text alone, as far as the batches say, so that the model may do worse on others: "
-    'calibrate on bh.Calibration([..., "generated"]), which adds what the model itself writes'
+SINGLE_SOURCE = (
+    "Repair uses a single source of calibration data, so the model may degrade on other text. "
+    'Use bh.Calibration([..., "generated"]) to add self-generated text.'
 )
 
-OWN = (
-    "KV heads are merged by what the model itself writes, and nothing else, which says too little of other text: "
-    'show text of the kind that it is for, as by bh.Calibration(["train.txt", "generated"])'
+ONLY_SELF_GENERATED = (
+    "KV heads are pooled on self-generated text only, which represents other text poorly. "
+    'Add text from your domain, such as bh.Calibration(["train.txt", "generated"]).'
 )
 
 
 def log_single_source(model: nn.Module, sources: Collection[str]) -> None:
-    """Tells once, by the logger `billhook`, if a model that writes text is refitted to a single source of it, but its own.
+    """Logs once that a language model is fitted to a single source, unless self-generated.
 
-    It is no warning, as nothing is wrong with one kind of text for a model that is to read no other.
+    A log line, not a warning: one source is right for a model that will read no other text.
 
     Args:
         model: The model.
-        sources: The names of the sources of all batches, empty where batches name none.
+        sources: Source names of all batches; empty if batches have none.
     """
     if len(set(sources)) == 1 and GENERATED not in sources and isinstance(model, PreTrainedModel) and can_generate(model):
-        log_once(ADVICE)
+        log_once(SINGLE_SOURCE)
 
 
 def log_only_self_generated(sources: Collection[str]) -> None:
-    """Tells once, by the logger `billhook`, if KV heads are merged on nothing but what the model writes.
+    """Logs once that KV heads are pooled on self-generated text only.
 
     Args:
-        sources: The names of the sources of all batches, empty where batches name none.
+        sources: Source names of all batches; empty if batches have none.
     """
     if set(sources) == {GENERATED}:
-        log_once(OWN)
+        log_once(ONLY_SELF_GENERATED)
 
 
-def log_once(what: str) -> None:
-    """Logs something by the logger `billhook`, on the first rank, unless it has been logged in this process."""
+def log_once(message: str) -> None:
+    """Logs a message on the first rank, unless this process has logged it before."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0):
-        _log(what)
+        _log(message)
 
 
 @cache
-def _log(what: str) -> None:
-    logging.getLogger("billhook").warning(what)
+def _log(message: str) -> None:
+    logging.getLogger("billhook").warning(message)
 
 
 MEASURED = 4096
-"""How many tokens the model writes to be measured on, at most."""
+"""Most self-generated tokens to evaluate on, next to other texts."""
 OtherTexts = Sources | None
-"""Texts that nothing is calibrated on."""
+"""Texts to evaluate on that are not calibrated on."""
 
 
 def check_other_texts(calibration: Calibration, also: OtherTexts) -> None:
-    """Refuses other texts that have the name of one of the calibration's, or of each other, and what is no text."""
+    """Raises if a text cannot be read, or has the name of another text."""
     for source in also if isinstance(also, Sequence) and not isinstance(also, str) else [also]:
         if source is not None:
             check_data(source, "also")
     if same := sorted(_others(calibration, also).keys() & {*calibration.named, GENERATED}):
-        raise ValueError(f"also: '{same[0]}' is the name of another text, too, so their figures would be one: rename the file")
+        raise ValueError(f"also: '{same[0]}' is the name of another text, so their results would be mixed. Rename the file.")
 
 
 def evaluation_batches(
@@ -305,7 +312,16 @@ def evaluation_batches(
     tokenizer: PreTrainedTokenizerBase | None = None,
     written: bool = True,
 ) -> list[Batch]:
-    """Reads so many rows of each text: held out of the calibration, `written` by the model, and of other texts."""
+    """Reads examples to evaluate on: held-out, self-generated, and of other texts.
+
+    Args:
+        calibration: The calibration data.
+        model: The model, which generates its own text.
+        rows: Number of examples of each text.
+        also: Other texts.
+        tokenizer: Tokenizer to use instead of the one of the calibration data.
+        written: If False, leaves out self-generated text that is not a source of the calibration data.
+    """
     batches, others = calibration.held_out(model, rows, tokenizer), replace(calibration, weights=None)
     length = example_length(model, calibration.length)
     if written and GENERATED not in calibration.named:
@@ -317,12 +333,12 @@ def evaluation_batches(
 
 
 def _others(calibration: Calibration, also: OtherTexts) -> dict[str, Source | Table]:
-    """Returns other texts by name; objects of `datasets` get none that the calibration has."""
+    """Returns other texts by name; objects of `datasets` get unused names."""
     if also is None or (isinstance(also, Sequence) and not also):
         return {}
     return name_sources(also, calibration.named)
 
 
 def num_self_generated(calibration: Calibration, rows: int, length: int) -> int:
-    """Returns how many rows a model writes to be measured on: as many as of each text, or fewer beside other texts."""
+    """Returns the number of self-generated evaluation examples; fewer next to other texts."""
     return rows if GENERATED in calibration.named else max(min(rows, MEASURED // length), 1)

@@ -1,4 +1,4 @@
-"""Turns a row of data into token ids, and marks those that a model learns of it: text, a chat, or a prompt and its response."""
+"""Tokenizes text, chats, and prompts with responses, and marks the tokens of the loss."""
 
 import json
 import re
@@ -20,24 +20,24 @@ if TYPE_CHECKING:
 CHAT_COLUMNS = ("messages", "conversations")
 """Columns that hold chats."""
 TOOLS_COLUMN = "tools"
-"""The column that says which tools the assistant of a chat may call."""
+"""Column with the tools that the assistant of a chat may call."""
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool", "user": "user", "assistant": "assistant"}
-"""What ShareGPT's form calls those who speak, and their roles."""
+"""Speaker names of ShareGPT and of chat templates, with their roles."""
 
 Chat: TypeAlias = list[dict[str, Any]]
 Tools: TypeAlias = list[dict[str, Any]]
 
 
 def parse_chat(messages: list[Any], column: str) -> Chat:
-    """Returns a chat as templates take it.
+    """Returns a chat in the form that chat templates take.
 
     Args:
-        messages: Messages with `role` and `content`, or with `from` and `value`, as in ShareGPT; what is null in them is left
-            out, since `datasets` fills it in where one message has no key of another.
-        column: Where they stand, for messages of errors.
+        messages: Messages with `role` and `content`, or with `from` and `value` (ShareGPT). Null fields are dropped, because
+            `datasets` adds them if messages differ in their keys.
+        column: Name of the column, for error messages.
 
     Raises:
-        ValueError: If a message is something else, or `from` names nobody who is known.
+        ValueError: If a message has other fields, or `from` is not a known speaker.
 
     >>> parse_chat([{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "He."}], "conversations")
     [{'role': 'user', 'content': 'Who?'}, {'role': 'assistant', 'content': 'He.'}]
@@ -50,17 +50,17 @@ def parse_chat(messages: list[Any], column: str) -> Chat:
             continue
         if not isinstance(fields, dict) or not isinstance(fields.get("from"), str) or not isinstance(fields.get("value"), str):
             raise ValueError(
-                f"the column '{column}' must hold chats, lists of messages with 'role' and 'content', or with 'from' and "
-                f"'value'; one is {message!r}"
+                f"the column '{column}' must hold chats: lists of messages with 'role' and 'content', or with 'from' and "
+                f"'value'. Got the message {message!r}."
             )
         if fields["from"] not in ROLES:
-            raise ValueError(f"the column '{column}': from={fields['from']!r} must be one of {', '.join(ROLES)}")
+            raise ValueError(f"the column '{column}': from={fields['from']!r} must be one of {', '.join(ROLES)}.")
         chat.append({"role": ROLES[fields["from"]], "content": fields["value"]})
     return chat
 
 
 def parse_tools(value: object) -> Tools | None:
-    """Returns the tools of a row, if there are any: a list of what describes each, or JSON of it.
+    """Returns the tools of a row (a list of descriptions, or JSON of it), or None.
 
     >>> parse_tools('[{"name": "now"}]'), parse_tools([])
     ([{'name': 'now'}], None)
@@ -73,51 +73,51 @@ def parse_tools(value: object) -> Tools | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError(
-            f"the column '{TOOLS_COLUMN}' must hold lists of tools, each described by a JSON schema, or JSON of such a list; "
-            f"one is {str(value)[:200]!r}: rename the column if it is none of tools"
+            f"the column '{TOOLS_COLUMN}' must hold lists of tools, each described by a JSON schema, or JSON of such a list. "
+            f"Got {str(value)[:200]!r}. Rename the column if it holds something else."
         )
     return tools
 
 
 def _without_null(data: object) -> Any:  # noqa: ANN401 - plain data of any kind
-    """Returns plain data without the keys that are null."""
+    """Returns plain data without null fields."""
     if isinstance(data, Mapping):
         return {key: _without_null(value) for key, value in data.items() if value is not None}
     return [_without_null(value) for value in data] if isinstance(data, list) else data
 
 
 PROMPT_COLUMNS = (("prompt", "response"), ("prompt", "completion"))
-"""Columns of prompts and what follows them."""
+"""Column pairs of prompts and responses."""
 CHARACTERS = 2**18
-"""How many characters of texts are encoded at once, if a text is not longer."""
+"""Characters that are tokenized at once, unless a single text is longer."""
 ROWS_AT_ONCE = 10_000
-"""How many rows are read at once."""
+"""Rows that are read at once."""
 GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-"""The tag by which a chat template says which part the model writes."""
+"""Tag with which a chat template marks the tokens that the assistant generates."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A row as token ids, and for each of them whether a model learns to write it."""
+    """The token ids of a row, with True for each token that the loss covers."""
 
     ids: list[int]
-    learnt: list[bool]
+    learned: list[bool]
 
 
 def find_text_columns(rows: Rows, split: str, column: str) -> list[str]:
-    """Finds the columns that hold the text of a split: `column`, or else chats, or else prompts and responses."""
+    """Returns the columns of a split that hold text, chats, or prompts and responses."""
     names = column_names(rows)
     for columns in ((column,), *((chats,) for chats in CHAT_COLUMNS), *PROMPT_COLUMNS):
         if set(columns) <= set(names):
             return list(columns)
     raise ValueError(
-        f"the split '{split}' has no column '{column}'; it has {', '.join(names) or 'no rows'}, and neither chats "
-        f"({' or '.join(CHAT_COLUMNS)}) nor 'prompt' and 'response'"
+        f"the split '{split}' has no column '{column}', no chats ({' or '.join(CHAT_COLUMNS)}), and no 'prompt' and 'response'. "
+        f"It has {', '.join(names) or 'no rows'}."
     )
 
 
 def warn_of_empty_rows(rows: Rows, split: str, columns: Sequence[str]) -> None:
-    """Warns if rows make no example, as they have null, or nothing but spaces to learn; rows of a stream are not counted."""
+    """Warns of rows that are null or have no text to train on. Streams are not checked."""
     import datasets
     import pyarrow.compute
 
@@ -125,19 +125,20 @@ def warn_of_empty_rows(rows: Rows, split: str, columns: Sequence[str]) -> None:
         return
     empty = 0
     for table in rows.select_columns(list(columns)).with_format("arrow").iter(ROWS_AT_ONCE):
-        *prompts, learnt = (table[column] for column in columns)
-        missing = [*(pyarrow.compute.is_null(column).to_pylist() for column in prompts), _is_empty(learnt)]
-        empty += sum(any(row) for row in zip(*missing, strict=True))
+        missing = [_is_empty(table[columns[-1]])]  # a prompt may be blank, its response must not
+        for column in columns[:-1]:
+            missing.append(pyarrow.compute.is_null(table[column]).to_pylist())
+        empty += sum(map(any, zip(*missing, strict=True)))
     if empty:
-        named = " or ".join(f"'{column}'" for column in columns)
+        quoted = " or ".join(f"'{column}'" for column in columns)
         warnings.warn(
-            f"data: {empty:,} of {len(rows):,} rows of the split '{split}' have no text in the column {named} and are left out",
+            f"data: {empty:,} of {len(rows):,} rows of the split '{split}' have no text in the column {quoted} and are skipped.",
             stacklevel=2,
         )
 
 
 def _is_empty(column: "pyarrow.ChunkedArray") -> list[bool]:
-    """Finds the values of a column that are null, without items or characters, or blank."""
+    """Finds the values of a column that are null, empty, or blank."""
     import pyarrow.compute
 
     kind = column.type
@@ -153,7 +154,7 @@ def _is_empty(column: "pyarrow.ChunkedArray") -> list[bool]:
 
 
 def is_text(rows: Rows, columns: Sequence[str]) -> bool:
-    """Tells whether rows are plain text, of which all is learnt; reads the first row of a stream that does not know."""
+    """Returns True for plain text; reads the first row of a stream without known column types."""
     if len(columns) > 1:
         return False
     import datasets
@@ -168,64 +169,66 @@ def is_text(rows: Rows, columns: Sequence[str]) -> bool:
 def encode(
     rows: dict[str, Any], tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], documents: bool, responses: bool
 ) -> Iterator[Encoded]:
-    """Encodes rows: text, chats (lists of messages), or prompts with responses, which are chats if the tokenizer has a template.
+    """Tokenizes rows of text, chats, or prompts with responses.
+
+    Prompts with responses become chats if the tokenizer has a chat template.
 
     Args:
-        rows: Columns of rows, as `datasets` gives them to a function that maps batches; null and blank rows do not count. A
-            column `tools` says which tools the assistant of each chat may call.
-        tokenizer: The tokenizer; of chats, its chat template decides what is written.
-        columns: The column of text or chats, or those of prompts and responses.
-        documents: Whether a text is a document, which the end token ends; else all are one, the lines of a file.
-        responses: Whether responses alone are learnt; of text, all is.
+        rows: Columns of rows, as `datasets` passes them to a batched `map` function. Null and blank rows are skipped. The column
+            `tools` lists the tools of each chat.
+        tokenizer: Tokenizer, whose chat template formats chats.
+        columns: Column of texts or chats, or columns of prompts and responses.
+        documents: If True, each text is a document, followed by the end token. Otherwise rows are lines of one text.
+        responses: If True, the loss covers only the responses of chats and prompts. For text it covers all tokens.
 
     Raises:
-        ValueError: If a row holds something else, or responses cannot be found in what the chat template makes of a chat.
+        ValueError: If a row holds something else, or responses cannot be located in the output of the chat template.
     """
     tools = rows.get(TOOLS_COLUMN) or [None] * len(rows[columns[0]])
-    every = zip(*(rows[column] for column in columns), tools, strict=True)
-    full = [row for row in every if all(value is not None for value in row[:-1])]
+    values = zip(*(rows[column] for column in columns), strict=True)
+    complete = [(row, row_tools) for row, row_tools in zip(values, tools, strict=True) if None not in row]
     if len(columns) > 1:
-        for prompt, response, row_tools in full:
-            yield from _answered((prompt, response), row_tools, tokenizer, columns, responses)
-    elif full and isinstance(full[0][0], list):
-        for messages, row_tools in full:
+        for row, row_tools in complete:
+            yield from _answered(row, row_tools, tokenizer, columns, responses)
+    elif complete and isinstance(complete[0][0][0], list):
+        for (messages,), row_tools in complete:
             if chat := parse_chat(messages, columns[0]):
                 yield _chat(chat, parse_tools(row_tools), tokenizer, responses)
     else:
-        yield from _texts([text for text, _ in full], tokenizer, columns[0], documents)
+        yield from _texts([text for (text,), _ in complete], tokenizer, columns[0], documents)
 
 
 def _texts(texts: list[Any], tokenizer: PreTrainedTokenizerBase, column: str, documents: bool) -> Iterator[Encoded]:
     check_texts(texts, column)
-    end, some, size = _end(tokenizer) if documents else [], list[str](), 0
+    end, batch, size = _end(tokenizer) if documents else [], list[str](), 0
     texts = [text for text in (texts if documents else ["".join(texts)]) if text and not text.isspace()]
     for number, text in enumerate(texts, 1):
-        some.append(text)
+        batch.append(text)
         size += len(text)
-        # a few at once: a tokenizer holds more than a hundred bytes for each character meanwhile
+        # small batches: a tokenizer needs more than 100 bytes for each character
         if number == len(texts) or size + len(texts[number]) > CHARACTERS:
-            for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
                 yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
-            some, size = [], 0
+            batch, size = [], 0
 
 
 def check_texts(values: Sequence[Any], column: str) -> None:
-    """Refuses a column that holds anything but text."""
+    """Raises if a column holds anything but text."""
     for value in values:
         if not isinstance(value, str):
-            raise ValueError(f"the column '{column}' must hold text in every row; it holds {value!r}")
+            raise ValueError(f"the column '{column}' must hold text in every row. Got {value!r}.")
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the token that ends a document, if there is one."""
-    last: int | None = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    return [] if last is None else [last]
+    """Returns the end token of a document, if the tokenizer has any."""
+    end: int | None = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return [] if end is None else [end]
 
 
 def _answered(
     row: Sequence[Any], tools: object, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], responses: bool
 ) -> Iterator[Encoded]:
-    """Encodes a prompt and its response: by the chat template, or one after the other where there is none."""
+    """Tokenizes a prompt and its response, with the chat template if it exists."""
     chat, (prompt, response) = Chat(), row
     for value, column, role in zip(row, columns, ("user", "assistant"), strict=True):
         if not isinstance(value, list):
@@ -238,58 +241,58 @@ def _answered(
         return
     encoded = _spans(prompt + response, [(len(prompt), len(prompt + response))], tokenizer, responses)
     end = _end(tokenizer)
-    yield Encoded(encoded.ids + end, encoded.learnt + [True] * len(end))
+    yield Encoded(encoded.ids + end, encoded.learned + [True] * len(end))
 
 
 def _chat(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, responses: bool) -> Encoded:
-    """Encodes a chat; what is learnt is what the template marks as generated, or what each response adds to it."""
+    """Tokenizes a chat, and marks the generated tokens (by template tags) or the responses."""
     if not tokenizer.chat_template:
-        raise ValueError("tokenizer: it has no chat template, which rows of messages need: name a tokenizer that has one")
+        raise ValueError("tokenizer: chats need a chat template, and the tokenizer has none. Name a tokenizer that has one.")
     if not responses:
-        return _spans(_written(chat, tools, tokenizer), [], tokenizer, responses)
+        return _spans(_formatted(chat, tools, tokenizer), [], tokenizer, responses)
     if not GENERATION_TAG.search(tokenizer.get_chat_template(tools=tools)):
         return _spans(*_responses(chat, tools, tokenizer), tokenizer, responses)
-    _written(chat, tools, tokenizer)  # which refuses in our words what the template refuses
+    _formatted(chat, tools, tokenizer)  # raises a ValueError if the template rejects the chat
     encoded: Any = tokenizer.apply_chat_template(chat, tools, return_dict=True, return_assistant_tokens_mask=True)  # type: ignore[arg-type]
     return Encoded(list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]])
 
 
-def _written(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, opened: bool = False) -> str:
-    """Writes a chat by the template, perhaps up to where a response begins."""
+def _formatted(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, opened: bool = False) -> str:
+    """Formats a chat with the chat template, optionally up to the start of the next response."""
     try:
         return str(tokenizer.apply_chat_template(chat, tools, tokenize=False, add_generation_prompt=opened))  # type: ignore[arg-type]
     except TemplateError as error:
-        raise ValueError(f"the chat template refuses a chat: {error}; the chat is {str(chat)[:200]}") from error
+        raise ValueError(f"the chat template rejects a chat ({error}): {str(chat)[:200]}") from error
 
 
 def _responses(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """Returns a chat as text, with the characters of each response: from the text that asks for it, to the text with it."""
-    text, spans = _written(chat, tools, tokenizer), list[tuple[int, int]]()
+    """Returns a chat as text, with the character span of each response."""
+    text, spans = _formatted(chat, tools, tokenizer), list[tuple[int, int]]()
     for number, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
-        before = _written(chat[:number], tools, tokenizer, opened=True) if number else None
-        after = text if number == len(chat) - 1 else _written(chat[: number + 1], tools, tokenizer)
+        before = _formatted(chat[:number], tools, tokenizer, opened=True) if number else None
+        after = text if number == len(chat) - 1 else _formatted(chat[: number + 1], tools, tokenizer)
         if before is None or not after.startswith(before) or not text.startswith(after):
+            reason = "a chat starts with a response" if before is None else "a response changes the text before it"
             raise ValueError(
-                "loss_on='responses': the responses cannot be told apart from the rest, since the chat template writes "
-                f"{'no chat that begins with one' if before is None else 'what comes before one otherwise once it is there'}: "
-                "give the template {% generation %} tags, or learn from all (loss_on='all'); the chat is " + str(chat)[:200]
+                f"loss_on='responses': the chat template does not separate responses ({reason}). Add {{% generation %}} tags to "
+                f"the template, or use loss_on='all'. The chat is {str(chat)[:200]}"
             )
         spans.append((len(before), len(after)))
     return text, spans
 
 
 def _spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, responses: bool) -> Encoded:
-    """Encodes text of which some characters are learnt: each token that has one of them, as transformers does."""
+    """Tokenizes text, and marks every token that overlaps a span, as transformers does."""
     if not responses:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return Encoded(list(ids), [True] * len(ids))
     if not tokenizer.is_fast:
         raise ValueError(
-            f"loss_on='responses': {type(tokenizer).__name__} does not say which characters a token is of, as a fast tokenizer "
-            "does: name such a one, or learn from all (loss_on='all')"
+            f"loss_on='responses' needs the characters of each token, which {type(tokenizer).__name__} does not return. Name a "
+            "fast tokenizer, or use loss_on='all'."
         )
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    learnt = [any(start < last and end > first for first, last in spans) for start, end in encoded["offset_mapping"]]
-    return Encoded(list(encoded["input_ids"]), learnt)
+    learned = [any(start < last and end > first for first, last in spans) for start, end in encoded["offset_mapping"]]
+    return Encoded(list(encoded["input_ids"]), learned)

@@ -1,4 +1,4 @@
-"""Rows of data to examples of token ids, with `datasets`."""
+"""Turns rows of `datasets` into examples of token ids."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from billhook.calibration.conversations import ROWS_AT_ONCE, check_texts, encode
 from billhook.calibration.reading import Rows, column_names
 
 IGNORE_INDEX = -100
-"""The label of a token that does not count in the loss."""
+"""Label of a token that the loss ignores."""
 
 Batch: TypeAlias = dict[str, Any]
 
@@ -25,7 +25,10 @@ def map_rows(
     tokenizer: PreTrainedTokenizerBase,
     **arguments: Any,  # noqa: ANN401
 ) -> Rows:
-    """Runs `rows.map(function)`, cached by everything that decides the result (a tokenizer's own hash changes with use)."""
+    """Runs `rows.map(function)`, cached by everything that determines the result.
+
+    The hash that `datasets` makes of a tokenizer changes with use, so the cache key is computed here.
+    """
     import datasets
     from datasets.fingerprint import Hasher
 
@@ -38,13 +41,13 @@ def map_rows(
     if isinstance(rows, datasets.IterableDataset):
         return rows.map(function, **options)
     source = [Path(file).read_text(encoding="utf-8") for file in (__file__, conversations.__file__)]
-    # private: `datasets` itself names what rows are by it
+    # private: the fingerprint by which `datasets` caches these rows
     parts = [rows._fingerprint, source, function.__name__, arguments, _identity(tokenizer)]
-    return rows.map(function, **options, new_fingerprint=Hasher.hash(parts), desc=f"Tokenising {split}")
+    return rows.map(function, **options, new_fingerprint=Hasher.hash(parts), desc=f"Tokenizing {split}")
 
 
 def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Returns everything that decides a tokenizer's output, without the padding and truncation of its last call."""
+    """Returns a tokenizer's settings, without the padding and truncation of its last call."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return [repr(tokenizer), tokenizer.get_vocab()]
@@ -59,12 +62,13 @@ def pack(
     documents: bool,
     responses: bool = False,
 ) -> Batch:
-    """Packs rows, as `conversations.encode` reads them, into blocks of `block_size` token ids; the end of them is left out."""
-    encoded = list(encode(rows, tokenizer, columns, documents, responses))
-    ids = [token for row in encoded for token in row.ids]
-    learnt = [is_learnt for row in encoded for is_learnt in row.learnt]
+    """Tokenizes rows and packs them into examples of `block_size` tokens, dropping the rest."""
+    ids, learned = list[int](), list[bool]()
+    for row in encode(rows, tokenizer, columns, documents, responses):
+        ids += row.ids
+        learned += row.learned
     starts = range(0, len(ids) - block_size + 1, block_size)
-    return _examples([(ids[i : i + block_size], learnt[i : i + block_size]) for i in starts], responses)
+    return _examples([(ids[i : i + block_size], learned[i : i + block_size]) for i in starts], responses)
 
 
 def encode_separately(
@@ -75,19 +79,19 @@ def encode_separately(
     documents: bool,
     responses: bool = False,
 ) -> Batch:
-    """Makes an example of each row, as `conversations.encode` reads it, cut to at most `block_size` token ids."""
+    """Tokenizes each row into an example of its own, cut to at most `block_size` tokens."""
     encoded = encode(rows, tokenizer, columns, documents, responses)
-    return _examples([(row.ids[:block_size], row.learnt[:block_size]) for row in encoded], responses)
+    return _examples([(row.ids[:block_size], row.learned[:block_size]) for row in encoded], responses)
 
 
 def _examples(examples: list[tuple[list[int], list[bool]]], labelled: bool) -> Batch:
-    """Makes rows of token ids, perhaps with labels, of those examples in which something is learnt beyond the first token."""
+    """Returns examples, optionally with labels, if the loss covers a token beyond the first."""
     batch: Batch = {"input_ids": [], **({"labels": []} if labelled else {})}
-    for ids, learnt in examples:
-        if any(learnt[1:]):
+    for ids, learned in examples:
+        if any(learned[1:]):
             batch["input_ids"].append(ids)
             if labelled:
-                batch["labels"].append([token if counts else IGNORE_INDEX for token, counts in zip(ids, learnt, strict=True)])
+                batch["labels"].append([token if counts else IGNORE_INDEX for token, counts in zip(ids, learned, strict=True)])
     return batch
 
 
@@ -99,24 +103,24 @@ def classify(
     max_length: int,
     numbers: dict[Any, int] | None = None,
 ) -> Batch:
-    """Encodes texts, or pairs of texts, with their labels, of which `numbers` may be given."""
+    """Tokenizes texts or text pairs with their labels; `numbers` maps label names to ids."""
     labels = label_ids(rows[label_column], label_column, numbers)
     encoded = tokenizer(*(_texts(rows[column], column) for column in text_columns), truncation=True, max_length=max_length)
     return {**encoded, "labels": labels}
 
 
 def label_ids(labels: Sequence[Any], column: str, numbers: Mapping[Any, int] | None = None) -> list[int]:
-    """Returns labels by number, as given, or as they are; refuses what is no number then."""
+    """Returns labels as ids, mapped by `numbers` if given; raises if a label is no integer."""
     by_number = [label if numbers is None else numbers.get(label, label) for label in labels]
     for label in by_number:
         if not isinstance(label, int):
             known = f", or one of {', '.join(map(str, numbers))}" if numbers else ""
-            raise ValueError(f"the column '{column}' must hold labels, whole numbers from 0{known}; it holds {label!r}")
+            raise ValueError(f"the column '{column}' must hold labels: integers from 0{known}. Got {label!r}.")
     return by_number
 
 
 def translate(rows: Batch, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], lengths: Sequence[int]) -> Batch:
-    """Encodes sources, with the token ids of the targets as labels."""
+    """Tokenizes source texts, with the token ids of the targets as labels."""
     source, target = (_texts(rows[column], column) for column in columns)
     encoded = tokenizer(source, truncation=True, max_length=lengths[0])
     labels = tokenizer(text_target=target, truncation=True, max_length=lengths[1])
@@ -129,7 +133,7 @@ def _texts(values: list[Any], column: str) -> list[str]:
 
 
 def collate_packed(blocks: list[Batch]) -> Batch:
-    """Makes a batch of blocks of token ids; in blocks without labels every token is one."""
+    """Makes a batch of examples of equal length; by default every token is a label."""
     labelled = _labelled(blocks)
     return {name: torch.tensor([block[name] for block in labelled]) for name in ("input_ids", "labels")}
 
@@ -139,7 +143,7 @@ def _labelled(examples: list[Batch]) -> list[Batch]:
 
 
 class PaddingCollator:
-    """Collator of examples of token ids of different lengths, padded to the longest; padding does not count in the loss."""
+    """Collator that pads examples to the longest; the loss ignores padding."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE_INDEX)
@@ -151,9 +155,9 @@ class PaddingCollator:
 
 
 class DeterministicMasking(DataCollatorForLanguageModeling):
-    """Collator that makes a masked batch of examples of token ids; the masks depend on the examples alone.
+    """Collator for masked language modeling, whose masks depend on the examples only.
 
-    So they are the same in each evaluation and after a resume, and differ between epochs that shuffle.
+    So they are the same in each evaluation and after resuming, and differ between shuffled epochs.
     """
 
     def __call__(self, blocks: list[Batch], return_tensors: str | None = None) -> Batch:

@@ -1,8 +1,9 @@
-"""Text that the model writes itself, to calibrate on: it covers what the model is for, and nobody has to give any.
+"""Self-generated calibration text: sampled from the model, so no file is needed.
 
-"Reasoning Models Can be Accurately Pruned Via Chain-of-Thought Reconstruction" (Lucas, Behdin, Wang, Song, Tang & Mazumder,
-2025, https://arxiv.org/abs/2509.12464) calibrates on prompts and the model's own answers; "Self-calibration for Language Model
-Quantization and Pruning" (Williams, Chrysostomou & Aletras, 2024, https://arxiv.org/abs/2410.17170) on what it writes by itself.
+Calibrating on prompts and the model's own answers: "Reasoning Models Can be Accurately Pruned Via Chain-of-Thought
+Reconstruction" (Lucas, Behdin, Wang, Song, Tang & Mazumder, 2025, https://arxiv.org/abs/2509.12464). Without prompts:
+"Self-calibration for Language Model Quantization and Pruning" (Williams, Chrysostomou & Aletras, 2024,
+https://arxiv.org/abs/2410.17170).
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,15 +24,15 @@ from billhook.model.preprocessors import tokenizer_of
 from billhook.progress import OnProgress, progress_bar
 
 GENERATED = "generated"
-"""The name of this source."""
+"""Name of this source."""
 DEFAULT_LENGTH = 512
-"""Tokens of a row, unless another length is asked for."""
+"""Default number of tokens per example."""
 AT_ONCE = 8
-"""Rows that are written side by side at least; more, as long as their key/value caches fit into `CACHES`."""
+"""Fewest examples that are generated in parallel; more if their KV caches fit into `CACHES`."""
 CACHES = 2**30
-"""Bytes."""
+"""Bytes for KV caches."""
 SKIPPED = 8
-"""A row begins within the first eighth of its length."""
+"""Examples start within the first eighth of their length."""
 
 
 def generated(
@@ -45,29 +46,30 @@ def generated(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
 ) -> list[Batch]:
-    """Lets a causal language model write the text that it is calibrated on, token by token, without padding.
+    """Samples calibration text from a causal language model, without padding.
 
-    Rows begin with prompts. Without any, texts are begun, and rows begin anywhere in an eighth of their length after the first
-    token, as attention rests on the first one of a row, which is not to be the same in all. Each goes on past the ends of texts
-    until it is full.
+    Examples start with prompts. Without prompts, the model starts texts, and each example begins at a random token in the first
+    eighth of its length, because attention concentrates on the first token of an example, which must not always be the same.
+    Generation continues past end tokens until the example is full.
 
     Args:
-        model: A Hugging Face model that predicts the next token, or a module that holds one.
-        prompts: Texts, or chats (lists of messages with `role` and `content`, which go through the chat template), each the
-            beginning of a row; they are taken in turn. Without any, the model begins by itself.
-        examples: Rows.
-        length: Tokens of a row, its prompt included; longer prompts are cut. By default as many as the model reads, at most 512.
-        temperature: Of the distribution that tokens are drawn from; 1 is the model's own.
-        batch_size: Rows in a batch.
-        seed: Of the draws.
-        tokenizer: For prompts: a tokenizer, its name or its folder; by default that of the folder the model came from.
+        model: A Hugging Face causal language model, or a module that holds one.
+        prompts: Texts, or chats (lists of messages with `role` and `content`), used in rotation as the starts of examples. Chats
+            go through the chat template. Defaults to None (no prompts).
+        examples: Number of examples.
+        length: Tokens per example, including the prompt; longer prompts are cut. Defaults to the context length of the model, at
+            most 512.
+        temperature: Sampling temperature. 1 samples from the model's own distribution.
+        batch_size: Examples per batch.
+        seed: Sampling seed.
+        tokenizer: Tokenizer for prompts, its name, or its folder. Defaults to the one in the folder of the model.
 
     Returns:
         Batches `{"input_ids": [batch_size, length]}`, int64, on the CPU.
 
     Raises:
-        ValueError: If the model predicts no next token, reads fewer tokens, has no token that begins a text (and there are no
-            prompts), or a prompt is neither text nor a chat.
+        ValueError: If the model is not a causal language model, its context is shorter than `length`, it has no start token and
+            there are no prompts, or a prompt is neither text nor a chat.
 
     Example:
         >>> import billhook as bh
@@ -94,48 +96,48 @@ def generated(
 
 
 def can_generate(model: PreTrainedModel) -> bool:
-    """Tells whether a model writes text."""
+    """Returns True for a causal language model, which generates text."""
     config: Any = model.config
     return bool(model.can_generate() and not config.is_encoder_decoder and model.main_input_name == "input_ids")
 
 
 def check_can_generate(model: PreTrainedModel) -> None:
-    """Refuses a model that does not write."""
+    """Raises if a model does not generate text."""
     if not can_generate(model):
-        raise ValueError(f"a {type(model).__name__} does not write text that it could be shown")
+        raise ValueError(f"{type(model).__name__} does not generate text to calibrate on")
 
 
 def example_length(model: PreTrainedModel, length: int | None) -> int:
-    """Returns how many tokens a row has: those asked for, or as many as the model reads, at most 512."""
+    """Returns the number of tokens per example: `length`, or the context length, at most 512."""
     check_int("length", 2 if length is None else length, 2)
     config: Any = model.config
     most = getattr(text_config(config), "max_position_embeddings", None) or length or DEFAULT_LENGTH
     if length is not None and length > most:
-        raise ValueError(f"length={length}: the model reads no more than {most} tokens at once")
+        raise ValueError(f"length={length} exceeds the context length of the model, {most} tokens.")
     return length or min(DEFAULT_LENGTH, most)
 
 
 def _skipped(model: PreTrainedModel, length: int) -> int:
-    """Returns how many tokens more than a row are written: the last of them is not read, and all others are."""
+    """Returns the number of extra tokens to generate; the last token is never an input."""
     most = getattr(text_config(model.config), "max_position_embeddings", None)
     skipped = max(1, length // SKIPPED)
     return min(skipped, most + 1 - length) if most else skipped
 
 
 def _start(model: PreTrainedModel) -> list[int]:
-    """Returns the token that begins a text: where there is none, the one that ends the text before."""
+    """Returns the token that starts a text, or else the end token of the text before."""
     config: Any = text_config(model.config)
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(config, name, None)
         if token is not None:
             return [token[0] if isinstance(token, Sequence) else int(token)]
-    raise ValueError(f"prompts=None: the config of {type(model).__name__} names no token that begins a text: give prompts")
+    raise ValueError(f"prompts=None: the config of {type(model).__name__} has no token to start a text with. Pass prompts.")
 
 
 def _encoded(
     model: PreTrainedModel, prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase | str | None, length: int
 ) -> list[list[int]]:
-    """Turns prompts into token ids, none of them a whole row."""
+    """Tokenizes prompts, each cut to less than an example."""
     encoder: Any = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer_of(model, tokenizer)
     starts = list[list[int]]()
     for prompt in prompts:
@@ -144,17 +146,17 @@ def _encoded(
         elif isinstance(prompt, Sequence) and all(isinstance(message, dict) for message in prompt):
             ids = encoder.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
         else:
-            raise ValueError(f"prompts: {prompt!r} is neither text nor a chat, a list of messages with role and content")
+            raise ValueError(f"prompts: {prompt!r} must be text or a chat (a list of messages with role and content).")
         starts.append((ids or _start(model))[: length - 1])
     if not starts:
-        raise ValueError("prompts: at least one is needed")
+        raise ValueError("prompts is empty. Pass at least one prompt, or None.")
     return starts
 
 
 def _written(model: PreTrainedModel, starts: list[list[int]], length: int, temperature: float, seed: int) -> Tensor:
-    """Continues starts to full rows, `[rows, length]`; those of one length side by side."""
+    """Continues prompts to full examples; prompts of equal length run in parallel."""
     rows = torch.empty(len(starts), length, dtype=torch.int64)
-    # each step reads all weights, however many rows are written side by side
+    # each step loads all weights, however many examples run in parallel
     at_once = max(AT_ONCE, CACHES // (length * (kv_cache_bytes(model) or CACHES)))
     by_length: dict[int, list[int]] = {}
     for row, start in enumerate(starts):
@@ -162,9 +164,9 @@ def _written(model: PreTrainedModel, starts: list[list[int]], length: int, tempe
     groups = [alike[first : first + at_once] for alike in by_length.values() for first in range(0, len(alike), at_once)]
     with evaluating_without_grad(model):
         if not model(torch.tensor(starts[:1], device=model.device)).logits.isfinite().all():
-            raise ValueError(f"model: {type(model).__name__} computes numbers that are not finite, so it writes nothing")
+            raise ValueError(f"model: {type(model).__name__} returns logits that are not finite, so it cannot generate text.")
         torch.manual_seed(seed)
-        with progress_bar("writing text", "tokens") as report:
+        with progress_bar("generating text", "tokens") as report:
             progress = _Progress(report, rows.numel() - sum(map(len, starts)))
             for group in groups:
                 ids = torch.tensor([starts[row] for row in group], device=model.device)
@@ -175,7 +177,7 @@ def _written(model: PreTrainedModel, starts: list[list[int]], length: int, tempe
 
 
 class _Progress(StoppingCriteria):
-    """Reports after each token how many the model has written, and stops nothing."""
+    """A stopping criterion that reports the number of generated tokens and never stops."""
 
     def __init__(self, report: OnProgress, total: int) -> None:
         self.report, self.total, self.written = report, total, 0
@@ -186,13 +188,14 @@ class _Progress(StoppingCriteria):
 
 
 def _continued(model: PreTrainedModel, ids: Tensor, length: int, temperature: float, progress: _Progress) -> Tensor:
-    """Draws the next tokens, past the ends of texts; nothing but the temperature changes the model's distribution."""
-    how = GenerationConfig(  # type: ignore[no-untyped-call]
+    """Samples from the model's distribution, scaled only by the temperature, past end tokens."""
+    sampling = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_length=length, eos_token_id=None, pad_token_id=0,
         use_cache=True,
     )  # fmt: skip
-    write: Any = model.generate
-    with overridden(model, generation_config=how):  # which would add what `how` leaves open
+    generate: Any = model.generate
+    with overridden(model, generation_config=sampling):  # the model's own config would fill in the fields that are unset here
         stopping = StoppingCriteriaList([progress])
-        written: Tensor = write(ids, attention_mask=torch.ones_like(ids), generation_config=how, stopping_criteria=stopping)
-    return written
+        mask = torch.ones_like(ids)
+        tokens: Tensor = generate(ids, attention_mask=mask, generation_config=sampling, stopping_criteria=stopping)
+    return tokens

@@ -1,4 +1,4 @@
-"""Scores how much a unit matters, one paper a file."""
+"""Importance scores of units, with a file for each paper."""
 
 from billhook.importance.ablation import Ablation, ablate_heads
 from billhook.importance.activations import ActivationNorm, OutputNorm

@@ -1,4 +1,4 @@
-"""How much higher the loss is without a unit: what all other importances estimate, and the most expensive.
+"""Importance as the rise of the loss without a unit: exact and expensive.
 
 "Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig, 2019, https://arxiv.org/abs/1905.10650), section 3.
 """
@@ -30,35 +30,35 @@ Mode = Literal["without", "only"]
 
 @dataclass(frozen=True)
 class Ablation(Importance):
-    """How much higher the loss is without the unit, all others being there (Michel et al., section 3.2): one forward a unit.
+    """Scores a unit by the rise of the loss without it (Michel et al., section 3.2).
 
-    Units are masked by gates; blocks are skipped.
+    Needs a forward pass for each unit and batch. Units are masked by gates; blocks are skipped.
 
     Raises:
-        ValueError: When it runs: if units are neither blocks nor read by modules of their own.
+        ValueError: On scoring, if units are neither blocks nor have consumer layers.
 
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> scores = bh.score(model, bh.find_units(model, "block"), bh.importance.Ablation(), [model.dummy_inputs])
-        >>> {name: len(of_place) for name, of_place in scores.items()}
+        >>> {name: len(values) for name, values in scores.items()}
         {'model.layers': 4}
     """
 
     blockwise: ClassVar[bool] = True
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
-        """Sums over batches; see `Importance.sums`."""
-        gated = {name: of_place for name, of_place in units.items() if of_place.kind != "block"}
+        """Sums over batches. See `Importance.sums`."""
+        gated = {name: module_units for name, module_units in units.items() if module_units.kind != "block"}
         check_consumers(gated, type(self).__name__)
         sums = Sums.zero(units, per)
         with ablating(model, gated, per) as gates, torch.no_grad():
             for run in runs:
                 dense = float(run.forward())
-                for name, of_place in units.items():
+                for name, module_units in units.items():
                     losses = []
-                    for unit in range(of_place.count(per)):
-                        blocks = {of_place.name: [unit]}
+                    for unit in range(module_units.count(per)):
+                        blocks = {module_units.name: [unit]}
                         with skipping(model, blocks) if name not in gates else _masked(gates[name], unit, "without"):
                             losses.append(float(run.forward()))
                     sums.add(name, torch.tensor(losses, dtype=torch.float64) - dense, 1)
@@ -67,8 +67,8 @@ class Ablation(Importance):
 
 @contextmanager
 def ablating(model: nn.Module, units: Mapping[str, Units], per: Per) -> Iterator[dict[str, Tensor]]:
-    """Places gates that are to be set by hand, all 1."""
-    gates = {name: torch.ones(of_place.count(per)) for name, of_place in units.items()}
+    """Adds gates, all 1, whose values the caller sets."""
+    gates = {name: torch.ones(module_units.count(per)) for name, module_units in units.items()}
     with ExitStack() as hooks:
         for handle in place_gates(model, units, gates, per):
             hooks.callback(handle.remove)
@@ -77,7 +77,7 @@ def ablating(model: nn.Module, units: Mapping[str, Units], per: Per) -> Iterator
 
 @contextmanager
 def _masked(gate: Tensor, unit: int, mode: Mode) -> Iterator[None]:
-    """Masks a unit, or all others of its place."""
+    """Masks a unit, or all other units of its module."""
     gate.fill_(mode == "without")
     gate[unit] = mode == "only"
     try:
@@ -88,12 +88,12 @@ def _masked(gate: Tensor, unit: int, mode: Mode) -> Iterator[None]:
 
 @dataclass(frozen=True, repr=False)
 class HeadAblation(Printable):
-    """A metric of a model in which heads are masked, the paper's tables 1 to 3.
+    """Metric of a model with masked heads, as in tables 1 to 3 of the paper.
 
     Attributes:
-        mode: `"without"` each head alone, or with each as the `"only"` one of its layer.
-        whole: The metric with all heads.
-        values: By attention, the metric for each of its heads: float64, `[heads]`.
+        mode: `"without"` each head, or with each as the `"only"` head of its layer.
+        whole: Metric with all heads.
+        values: Metric for each head, by attention module: float64, `[heads]`.
     """
 
     mode: Mode
@@ -101,12 +101,12 @@ class HeadAblation(Printable):
     values: dict[str, Tensor]
 
     def _renderables(self) -> list[RenderableType]:
-        what = "without each head" if self.mode == "without" else "each head alone in its layer"
+        heads = "without each head" if self.mode == "without" else "with each head as the only head of its layer"
         rows = [
             (name, "  ".join(f"{change:+7.4f}" for change in (values - self.whole).tolist()))
             for name, values in self.values.items()
         ]
-        return [f"{what}: change of {self.whole:.4f}", text_table(rows, aligns="<", indent=2)]
+        return [f"change of the metric {heads}, from {self.whole:.4f}", text_table(rows, aligns="<", indent=2)]
 
 
 def ablate_heads(
@@ -116,17 +116,20 @@ def ablate_heads(
     mode: Mode = "without",
     per: Per = "head",
 ) -> HeadAblation:
-    """Measures a model without each head alone, or with each as the only one of its layer (Michel et al., 3.2 and 3.3).
+    """Measures a model without each head, or with each as the only head of its layer.
+
+    Reference: Michel et al. (1905.10650), sections 3.2 and 3.3.
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
-        batches: Inputs of the model's forward, as dictionaries, labels included; each is run once for every head.
-        metric: From model and batch to a number, such as accuracy; by default the loss. Its mean over the batches is taken.
+        batches: Calibration data: batches (dictionaries of forward inputs, including labels) or a `Calibration`. Each batch runs
+            once per head.
+        metric: Function of model and batch that returns a number, such as accuracy, averaged over batches. Defaults to the loss.
         mode: `"without"` or `"only"`.
-        per: For heads, whether they are query heads, or KV heads with the query heads that they serve.
+        per: `"head"` for query heads, or `"kv_head"` for KV heads together with their query heads.
 
     Raises:
-        ValueError: If there are no heads or no batches, or `mode` or `per` are not legal.
+        ValueError: If there are no heads or no batches, or `mode` or `per` is not legal.
 
     Example:
         >>> import billhook as bh
@@ -143,8 +146,8 @@ def ablate_heads(
     unit_ids(heads, {}, per)
     runs = [make_run(subject, heads, batch, metric) for batch in read_batches(batches, subject)]
     if not runs:
-        raise ValueError("batches: at least one is needed")
-    values = {name: torch.zeros(of_place.count(per), dtype=torch.float64) for name, of_place in heads.items()}
+        raise ValueError("batches is empty. Pass at least one batch.")
+    values = {name: torch.zeros(module_units.count(per), dtype=torch.float64) for name, module_units in heads.items()}
     dense = 0.0
     with evaluating(subject), ablating(subject, heads, per) as gates, torch.no_grad():
         for run in runs:

@@ -1,4 +1,4 @@
-"""Weight norm and random numbers: the baselines of every importance."""
+"""Baseline importances: weight norm and random scores."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,22 +16,21 @@ from billhook.units.units import Per, Units, parts_of
 
 @dataclass(frozen=True)
 class WeightNorm(Importance):
-    """The norm of a unit's own parameters: the rows that make it and the columns that read it; needs no data.
+    """Scores a unit by the norm of its producer rows and consumer columns; needs no data.
 
-    The baselines L1 and L2 of "LLM-Pruner" (Ma, Fang & Wang, 2023, https://arxiv.org/abs/2305.11627), section 4.1, rank in the
-    same order.
+    Ranks like the baselines L1 and L2 of "LLM-Pruner" (Ma, Fang & Wang, 2023, https://arxiv.org/abs/2305.11627), section 4.1.
 
     Args:
         p: 1 (the sum of |w|) or 2 (the root of the sum of w^2).
 
     Raises:
-        ValueError: If `p` is another.
+        ValueError: If `p` is neither.
 
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> scores = bh.score(model, bh.find_units(model, "channel"), bh.importance.WeightNorm())
-        >>> [len(of_place) for of_place in scores.values()]
+        >>> [len(values) for values in scores.values()]
         [384, 384, 384, 384]
     """
 
@@ -41,10 +40,10 @@ class WeightNorm(Importance):
 
     def __post_init__(self) -> None:
         if type(self.p) is not int or self.p not in (1, 2):
-            raise ValueError(f"p={self.p!r} must be 1 or 2")
+            raise ValueError(f"p={self.p!r} must be 1 or 2.")
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
-        """Sums over batches; see `Importance.sums`."""
+        """Sums over batches. See `Importance.sums`."""
         sums = Sums.zero(units, per)
         for part in parts_of(model, units, per):
             store_of(model).load(model.get_submodule(part.name.rpartition(".")[0]))
@@ -55,10 +54,10 @@ class WeightNorm(Importance):
 
 @dataclass(frozen=True)
 class RandomUnits(Importance):
-    """Random scores, the baseline: uniform in [0, 1), the same ones for the same seed; needs no data.
+    """Scores units with random numbers in [0, 1), fixed by the seed; needs no data.
 
     Args:
-        seed: Of the random numbers.
+        seed: Random seed.
     """
 
     needs_data: ClassVar[bool] = False
@@ -66,8 +65,8 @@ class RandomUnits(Importance):
     seed: int = 0
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
-        """Sums over batches; see `Importance.sums`."""
+        """Sums over batches. See `Importance.sums`."""
         sums, generator = Sums.zero(units, per), torch.Generator().manual_seed(self.seed)
-        for name, of_place in units.items():
-            sums.add(name, torch.rand(of_place.count(per), generator=generator), 1)
+        for name, module_units in units.items():
+            sums.add(name, torch.rand(module_units.count(per), generator=generator), 1)
         return sums

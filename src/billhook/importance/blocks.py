@@ -1,4 +1,4 @@
-"""How much a block matters by how far it moves the hidden states.
+"""Importance of a block as its effect on the hidden states.
 
 "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect" (Men et al., 2024,
 https://arxiv.org/abs/2403.03853), equation 1.
@@ -23,33 +23,33 @@ from billhook.units.units import PLURAL, Per, Units
 
 @dataclass(frozen=True)
 class BlockInfluence(Importance):
-    """BI_i = 1 - E[h_i . h_(i+1) / (|h_i| |h_(i+1)|)], the mean over all tokens that count (ShortGPT, equation 1).
+    """Scores a block by the change of direction of the hidden states (ShortGPT, equation 1).
 
-    h_i are the hidden states that block i is given, and h_(i+1) those that it returns. One forward a batch; it needs no labels
-    and no gradient.
+    BI_i = 1 - E[h_i . h_(i+1) / (|h_i| |h_(i+1)|)], the mean over non-padding tokens, with the input h_i and the output h_(i+1)
+    of block i. Needs a forward pass per batch, and neither labels nor gradients.
 
     Raises:
-        ValueError: When it runs: if the units are not blocks.
+        ValueError: On scoring, if the units are not blocks.
 
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> scores = bh.score(model, bh.find_units(model, "block"), bh.importance.BlockInfluence(), [model.dummy_inputs])
-        >>> {name: len(of_place) for name, of_place in scores.items()}
+        >>> {name: len(values) for name, values in scores.items()}
         {'model.layers': 4}
     """
 
     blockwise: ClassVar[bool] = True
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
-        """Sums over batches; see `Importance.sums`."""
+        """Sums over batches. See `Importance.sums`."""
         sums, together = Sums.zero(units, per), SideBySide(model)
-        for name, of_place in units.items():
-            if of_place.kind != "block":
-                kind = PLURAL[of_place.kind]
-                raise ValueError(f"importance: BlockInfluence scores blocks, and the units of {name} are {kind}")
+        for name, module_units in units.items():
+            if module_units.kind != "block":
+                kind = PLURAL[module_units.kind]
+                raise ValueError(f"importance=BlockInfluence() scores only blocks, and the units of {name} are {kind}.")
 
-        def note(name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
+        def note(name: str, block_index: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
             inputs = hidden_states([*args, *kwargs.values()])
             returned = None if inputs is None else returned_states(inputs, output)
             if inputs is not None and returned is not None:
@@ -57,17 +57,17 @@ class BlockInfluence(Importance):
                 tokens = runs[together.now].tokens.get(units[name].name)
                 if tokens is not None and tokens.shape == cosines.shape:
                     cosines = cosines[tokens.to(cosines.device)]
-                sums.totals[name][number] += float(cosines.cpu().double().sum())
-                sums.counts[name][number] += cosines.numel()
+                sums.totals[name][block_index] += float(cosines.cpu().double().sum())
+                sums.counts[name][block_index] += cosines.numel()
 
         with ExitStack() as hooks, torch.no_grad():
-            for name, of_place in units.items():
-                for number in range(of_place.count()):
-                    block = model.get_submodule(f"{of_place.name}.{number}")
-                    hooks.callback(block.register_forward_hook(partial(note, name, number), with_kwargs=True).remove)
+            for name, module_units in units.items():
+                for block_index in range(module_units.count()):
+                    block = model.get_submodule(f"{module_units.name}.{block_index}")
+                    hooks.callback(block.register_forward_hook(partial(note, name, block_index), with_kwargs=True).remove)
             together([run.visit for run in runs])
         return sums
 
     def of_mean(self, mean: Tensor) -> Tensor:
-        """Returns the scores of a place; see `Importance.of_mean`."""
+        """Returns the scores of a module. See `Importance.of_mean`."""
         return 1 - mean

@@ -1,4 +1,4 @@
-"""How much a unit matters by the gradient of a gate on it.
+"""Importance as the gradient of the loss with respect to a gate on each unit.
 
 "Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig, 2019, https://arxiv.org/abs/1905.10650).
 """
@@ -32,24 +32,25 @@ Each = Literal["token", "example", "batch"]
 
 @dataclass(frozen=True)
 class GateGradient(Importance):
-    """I_u = E_x |dL(x) / d gate_u| = E_x |a_u(x)^T dL(x) / d a_u(x)| (Michel et al., section 4.1, equation 2).
+    """Scores a unit by the gradient of a gate on it (Michel et al., section 4.1, equation 2).
 
-    a_u is a unit's output: of a head its context vector, of a channel one number. One backward pass a batch gives it for all
-    units. The loss is taken as it is: where it is a mean over a batch, batches should be of one size.
+    I_u = E_x |dL(x) / d gate_u| = E_x |a_u(x)^T dL(x) / d a_u(x)|, where a_u is the output of the unit: the context vector of a
+    head, or the value of a channel. A backward pass per batch scores all units. If the loss is a mean over a batch, use batches
+    of equal size.
 
     Args:
-        each: The x whose absolute values are averaged: `"token"`, as in the authors' code, `"example"` (a sequence or image), or
-            `"batch"`. Signs within one x cancel, so the three rank differently.
+        each: Items x whose absolute values are averaged: `"token"`, as in the authors' code, `"example"` (a sequence or image),
+            or `"batch"`. Signs cancel within an item, so the rankings differ.
 
     Raises:
-        ValueError: If `each` is not one of these. When it runs: if nothing reads the units alone, a gradient is NaN or infinite,
-            or the loss does not depend on a place.
+        ValueError: If `each` is not legal. On scoring, if the units have no consumer layers, a gradient is NaN or infinite, or
+            the loss does not depend on a module.
 
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> scores = bh.score(model, bh.find_units(model, "head"), bh.importance.GateGradient(), [model.dummy_inputs])
-        >>> [len(of_place) for of_place in scores.values()]
+        >>> [len(values) for values in scores.values()]
         [8, 8, 8, 8]
     """
 
@@ -61,7 +62,7 @@ class GateGradient(Importance):
         check_one_of("each", self.each, Each)
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
-        """Sums over batches; see `Importance.sums`."""
+        """Sums over batches. See `Importance.sums`."""
         check_consumers(units, type(self).__name__)
         sums = Sums.zero(units, per)
         for number, run in enumerate(runs):
@@ -69,21 +70,21 @@ class GateGradient(Importance):
         return sums
 
     def _note(self, sums: Sums, number: int, name: str, products: Tensor, tokens: int) -> None:
-        flat = products.flatten(1, -2) if products.dim() > 2 else products.unsqueeze(1)
+        per_item = products.flatten(1, -2) if products.dim() > 2 else products.unsqueeze(1)
         if self.each == "token":
-            total, count = flat.abs().sum((0, 1)), tokens
+            total, count = per_item.abs().sum((0, 1)), tokens
         elif self.each == "example":
-            total, count = flat.sum(1).abs().sum(0), len(flat)
+            total, count = per_item.sum(1).abs().sum(0), len(per_item)
         else:
-            total, count = flat.sum((0, 1)).abs(), 1
+            total, count = per_item.sum((0, 1)).abs(), 1
         if not total.isfinite().all():
-            raise ValueError(f"batches: batch {number} (counted from 0) gives {name} a gradient that is NaN or infinite")
+            raise ValueError(f"batches: batch {number} (counted from 0) has a NaN or infinite gradient for {name}.")
         sums.add(name, total, count)
 
 
 @dataclass(eq=False)
 class _Sum:
-    """Products of the same tokens, which add up: those that have come, and how many more are awaited."""
+    """Products of the same tokens, added up, with the number of calls still to come."""
 
     name: str
     tokens: Tensor | None
@@ -92,11 +93,11 @@ class _Sum:
 
 
 class Products:
-    """Products of what units give with the loss's gradient by it, of every token, noted on the way back.
+    """Products of unit outputs with their gradients, collected in the backward pass.
 
-    Several readers of a place, or one that runs several times, have one gate: their products add up where they are of the same
-    tokens. What is complete is passed on to `use` and dropped, so that few places are held at a time: the place, the products of
-    a batch (float32, `[..., units]`, zero for tokens that do not count), and how many tokens count.
+    Several consumer layers of a module, or several calls of a layer, share a gate, so their products add up if they belong to
+    the same tokens. Complete sums are passed to `use` and dropped, which limits memory: the module, the products of a batch
+    (float32, `[..., units]`, zero for padding), and the number of non-padding tokens.
     """
 
     def __init__(
@@ -106,19 +107,19 @@ class Products:
         self._sums = dict[Any, _Sum]()
 
     def run(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-        """Runs a loss and its gradient; refuses one that is none, or does not depend on a place."""
+        """Runs a loss and its backward pass; raises if the loss does not depend on a module."""
         probes = {name: torch.zeros((), requires_grad=True) for name in self._units}
         with ExitStack() as hooks, torch.enable_grad():
-            for name, of_place in self._units.items():
-                for reader, module in consumer_modules(model, of_place).items():
-                    hook = partial(self._probe, name, self._tokens.get(reader), probes[name])
+            for name, module_units in self._units.items():
+                for consumer, module in consumer_modules(model, module_units).items():
+                    hook = partial(self._probe, name, self._tokens.get(consumer), probes[name])
                     hooks.callback(module.register_forward_pre_hook(hook).remove)
             gradients = torch.autograd.grad(scalar_loss(loss()), list(probes.values()), allow_unused=True)
         for name, gradient in zip(self._units, gradients, strict=True):
             if gradient is None:
                 raise ValueError(no_gradient_message(name))
-        for rest in self._sums.values():  # of these, something ran that the loss makes no use of
-            self._pass_on(rest)
+        for incomplete in self._sums.values():  # a call of theirs does not affect the loss
+            self._pass_on(incomplete)
 
     def _probe(
         self, name: str, tokens: Tensor | None, probe: Tensor, module: nn.Module, args: tuple[Any, ...]
@@ -144,7 +145,7 @@ class Products:
 
 
 class _Probe(torch.autograd.Function):
-    """Passes its input on, and on the way back notes the product of the input with its gradient."""
+    """Identity whose backward pass reports the product of its input with the gradient."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, probe: Tensor, note: Callable[[Tensor], None]) -> Tensor:  # noqa: ANN401

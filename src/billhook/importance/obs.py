@@ -1,7 +1,7 @@
-"""How much is lost without a unit when the others make up for it: the importance that belongs to `RepairConfig`.
+"""Importance as the error that remains after repair (optimal brain surgeon).
 
 "Second order derivatives for network pruning: Optimal Brain Surgeon" (Hassibi & Stork, 1993,
-https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-Abstract.html), of structures as in "ZipLM:
+https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-Abstract.html), for structures as in "ZipLM:
 Inference-Aware Structured Pruning of Language Models" (Kurtic, Frantar & Alistarh, 2023, https://arxiv.org/abs/2302.04089).
 """
 
@@ -29,7 +29,7 @@ from billhook.units.units import Per, Units
 
 
 class RepeatedCall(ValueError):
-    """A reader is called after all runs had passed the blocks that it is in."""
+    """A consumer layer is called again after all runs have passed its block."""
 
 
 def watch_blockwise(
@@ -39,50 +39,52 @@ def watch_blockwise(
     note: Callable[..., None],
     leave: Callable[[Collection[str]], None],
 ) -> None:
-    """Watches the readers of units as `watch` does, while all runs go through the blocks of a model side by side.
+    """Watches consumer layers while all runs pass the blocks of a model in parallel.
 
     Args:
-        model: The model; in one without blocks, runs come one after the other.
-        units: The units, by place.
+        model: The model. Without blocks, runs are one after the other.
+        units: Units by module.
         runs: The batches.
         note: See `watch`.
-        leave: Called after each block, and at the end, with the names of all readers that all runs have passed; it may call them.
+        leave: Called after each block, and at the end, with the names of all consumer layers that all runs have passed. It may
+            call these layers.
 
     Raises:
-        RepeatedCall: If a reader is called later; then all runs must be over before anything is made of what was noted.
+        RepeatedCall: If a consumer layer is called again later. Statistics are then complete only after all runs.
     """
-    readers = {reader: module for of_place in units.values() for reader, module in consumer_modules(model, of_place).items()}
+    consumers = {
+        consumer: module for module_units in units.values() for consumer, module in consumer_modules(model, module_units).items()
+    }
     ahead = {block: set(block.modules()) for block in blocks_of(model)}
     passed, leaving = set[str](), False
 
-    def see(run: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
+    def see(run: int, name: str, consumer: str, inputs: Tensor, tokens: Tensor | None) -> None:
         if leaving:
             return
-        if reader in passed:
-            raise RepeatedCall(f"model: {reader} is called again later")
-        note(run, name, reader, inputs, tokens)
+        if consumer in passed:
+            raise RepeatedCall(f"model: {consumer} is called again after its block")
+        note(run, name, consumer, inputs, tokens)
 
-    def go_on(block: nn.Module) -> None:
+    def pass_block(block: nn.Module) -> None:
         nonlocal leaving
-        if block not in ahead:  # it was left before
+        if block not in ahead:  # all runs have passed it before
             return
-        inside = ahead.pop(block)
-        rest = set().union(*ahead.values())
-        passed.update(reader for reader, module in readers.items() if module in inside - rest)
+        inside = ahead.pop(block).difference(*ahead.values())
+        passed.update(consumer for consumer, module in consumers.items() if module in inside)
         leaving = True
         leave(passed)
         leaving = False
 
-    watch(model, units, runs, see, go_on)
-    leave(readers.keys())
+    watch(model, units, runs, see, pass_block)
+    leave(consumers.keys())
 
 
 Moments = dict[tuple[str, str], InputGram]
-"""(place, reader) -> the moments of what it reads."""
+"""Gram matrices of layer inputs, by (module, consumer layer)."""
 
 
-def _note(moments: Moments, _: int, name: str, reader: str, inputs: Tensor, tokens: Tensor | None) -> None:
-    key = name, reader
+def _note(moments: Moments, _: int, name: str, consumer: str, inputs: Tensor, tokens: Tensor | None) -> None:
+    key = name, consumer
     if key not in moments:
         moments[key] = InputGram(inputs.shape[-1], inputs.device)
     fits = tokens is not None and tokens.shape == inputs.shape[:-1]
@@ -91,31 +93,30 @@ def _note(moments: Moments, _: int, name: str, reader: str, inputs: Tensor, toke
 
 @dataclass(frozen=True)
 class OBS(Importance):
-    """How far the output of the module that reads a unit moves without it, when the columns of all other units are refitted.
+    """Scores a unit by the error that remains after all other columns are refitted.
 
-    The root of the mean over tokens of min |W x - W' x|^2 over all W' that do not read the unit, which is
-    tr(W_u^T W_u ([H^-1]_uu)^-1), H = sum of x x^T: the optimal brain surgeon's saliency, of a structure as in ZipLM, equation 2.
-    It needs no loss and no gradient. As with `RepairConfig`, what one kind of text shows is not what all need: the batches should
-    be of several, or of what the model writes itself, too (`Calibration([..., "generated"])`).
+    The score is the root of the mean over tokens of min |W x - W' x|^2 over all W' that do not use the unit: tr(W_u^T W_u
+    ([H^-1]_uu)^-1), with H = sum of x x^T. This is the saliency of the optimal brain surgeon, for structures as in ZipLM,
+    equation 2, and matches pruning with `RepairConfig`. It needs no loss and no gradients. Use calibration data of several
+    sources, or add self-generated text (`Calibration([..., "generated"])`).
 
-    Costs: a forward for each batch and pass; memory for a float32 matrix `[in_features, in_features]` of each reader of a pass,
-    and one in float64 of one reader; the inverse of each. With several ranks, the mean of what each finds. With
-    `passes=1`, where matrices would take more than a quarter of the free memory, and 2 GiB, there are those of one block at a
-    time: all batches go through it before the next, in one pass. So they do in a model that is streamed, or that is sharded, in
-    a search by `Shrinking`.
+    Costs: a forward pass for each batch and pass; a float32 matrix `[in_features, in_features]` for each consumer layer of a
+    pass, one more in float64, and an inverse of each. With several ranks, scores are averaged over ranks. With `passes=1`, if
+    the matrices need more than a quarter of the free memory and 2 GiB, only those of one block are kept, and all batches pass
+    one block before the next. The same holds for streamed models, and for sharded models in `Shrinking`.
 
     Args:
-        damping: Share of the mean of H's diagonal that is added to it.
-        passes: In how many passes over the batches, each for its share of the readers: the more, the less memory.
+        damping: Share of the mean diagonal of H that is added to its diagonal.
+        passes: Number of passes over the batches, each for a share of the consumer layers. More passes use less memory.
 
     Raises:
-        ValueError: If an argument is not legal; when it runs, if nothing reads the units alone.
+        ValueError: If an argument is out of range. On scoring, if the units have no consumer layers.
 
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> scores = bh.score(model, bh.find_units(model, "channel"), bh.OBS(), [model.dummy_inputs])
-        >>> [len(of_place) for of_place in scores.values()]
+        >>> [len(values) for values in scores.values()]
         [384, 384, 384, 384]
     """
 
@@ -129,22 +130,24 @@ class OBS(Importance):
         check_int("passes", self.passes)
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
-        """Sums over batches; see `Importance.sums`."""
+        """Sums over batches. See `Importance.sums`."""
         check_consumers(units, type(self).__name__)
-        size = sum(4 * len(of_place.index) ** 2 * len(consumer_modules(model, of_place)) for of_place in units.values())
+        size = 0  # bytes of all Gram matrices in float32
+        for module_units in units.values():
+            size += 4 * len(module_units.index) ** 2 * len(consumer_modules(model, module_units))
         device = next(chain(model.parameters(), model.buffers())).device
         too_many = self.passes == 1 and store_of(model).holds_all and size > memory_to_hold(device)
         if too_many or runs_blockwise(model, [run.visit for run in runs]):
             sums, moments = Sums.zero(units, per), Moments()
 
             def leave(passed: Collection[str]) -> None:
-                done = {key: moments.pop(key) for key in list(moments) if key[1] in passed}
-                self._add(sums, model, units, per, done)
+                complete = {key: moments.pop(key) for key in list(moments) if key[1] in passed}
+                self._add(sums, model, units, per, complete)
 
             try:
                 watch_blockwise(model, units, runs, partial(_note, moments), leave)
                 return sums
-            except RepeatedCall as error:  # moments are complete only when all runs are over
+            except RepeatedCall as error:  # then statistics are complete only after all runs
                 store_of(model).check_can_hold_all(str(error))
         sums, names = Sums.zero(units, per), list(units)
         for first in range(min(self.passes, len(names))):
@@ -154,32 +157,34 @@ class OBS(Importance):
         return sums
 
     def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, moments: Moments) -> None:
-        """Adds the errors that follow from moments."""
-        for (name, reader), seen in moments.items():
+        """Adds the errors of removal, computed from Gram matrices."""
+        for (name, consumer), statistics in moments.items():
             table, exists = unit_positions(units[name], per)
-            store_of(model).load(model.get_submodule(reader))
-            gram = gram_of(model.get_submodule(reader), table, exists, seen.in_features)
-            sums.add(name, removal_errors(seen.products, gram, table, exists, self.damping), int(seen.tokens))
+            store_of(model).load(model.get_submodule(consumer))
+            gram = gram_of(model.get_submodule(consumer), table, exists, statistics.in_features)
+            sums.add(name, removal_errors(statistics.products, gram, table, exists, self.damping), int(statistics.tokens))
 
     def of_mean(self, mean: Tensor) -> Tensor:
-        """Returns the scores of a place; see `Importance.of_mean`."""
+        """Returns the scores of a module. See `Importance.of_mean`."""
         return mean.clamp(min=0).sqrt()
 
 
 def removal_errors(products: Tensor, gram: Tensor, table: Tensor, exists: Tensor, damping: float) -> Tensor:
-    """Returns tr(W_u^T W_u ([H^-1]_uu)^-1) of each unit u, H = X X^T + damping * mean(diag) I: float64, `[units]`.
+    """Returns the error of removing each unit, after a refit: float64, `[units]`.
+
+    For a unit u it is tr(W_u^T W_u ([H^-1]_uu)^-1), with H = X X^T + damping * mean(diag) I.
 
     Args:
         products: X X^T, `[in_features, in_features]`.
         gram: W_u^T W_u, `[units, size, size]`, zero for positions that do not exist.
         table: The positions of each unit, `[units, size]`, int64.
-        exists: Which of them exist, as some units may have fewer: bool.
-        damping: Share of the mean of the diagonal that is added to it.
+        exists: Mask of positions that exist, because units may differ in size: bool.
+        damping: Share of the mean diagonal that is added to the diagonal.
     """
     h = products.to(float64_device(products.device), torch.float64, copy=True)
     factor, failed = cholesky_(damp_(h, damping))
     if failed:
-        raise ValueError(f"damping={damping} is too small for inputs so alike, or they are NaN or infinite")
+        raise ValueError(f"damping={damping} is too small for inputs this similar, or they are NaN or infinite. Raise it.")
     inverse = torch.cholesky_inverse(factor, out=factor)
     table, exists = table.to(h.device), exists.to(h.device)
     both = exists[:, :, None] & exists[:, None, :]

@@ -1,4 +1,4 @@
-"""Observes units while a batch runs: what reads them, which tokens count, and losses that depend on them."""
+"""Observes units during a batch: their consumer layers, non-padding tokens, and losses."""
 
 from collections.abc import Mapping
 
@@ -10,34 +10,34 @@ from billhook.units.units import PLURAL, Per, Units
 
 
 def scalar_loss(loss: Tensor) -> Tensor:
-    """Returns a loss that can be differentiated; refuses more than one number, and one without a gradient."""
+    """Returns a differentiable loss; raises if it is not a single number or has no gradient."""
     if loss.numel() != 1:
-        raise ValueError(f"loss: one number is needed, not a tensor of shape {list(loss.shape)}")
+        raise ValueError(f"loss must be a single number, got a tensor of shape {list(loss.shape)}.")
     if not loss.requires_grad:
-        raise ValueError("loss: it depends on no unit, as it has no gradient (was it detached, or computed without gradients?)")
+        raise ValueError("loss has no gradient, so it depends on no unit. Do not detach it, or compute it under no_grad.")
     return loss.reshape(())
 
 
 def no_gradient_message(name: str) -> str:
-    """Returns the message for a loss that does not depend on a place."""
-    return f"loss: it does not depend on the units of {name}; score the other places, or use a loss that it has a part in"
+    """Returns the message for a loss that does not depend on a module."""
+    return f"loss does not depend on the units of {name}. Score the other modules, or use a loss that depends on them."
 
 
-def check_consumers(units: Mapping[str, Units], who: str) -> None:
-    """Refuses units that no module of its own reads, as experts and blocks."""
-    for name, of_place in units.items():
-        if not of_place.readers:
-            works = "BlockInfluence, Ablation" if of_place.kind == "block" else "Taylor, WeightNorm"
+def check_consumers(units: Mapping[str, Units], importance: str) -> None:
+    """Raises for units without consumer layers, such as experts and blocks."""
+    for name, module_units in units.items():
+        if not module_units.readers:
+            works = "BlockInfluence, Ablation" if module_units.kind == "block" else "Taylor, WeightNorm"
             raise ValueError(
-                f"importance: {who} looks at what modules read, and the units of {name} ({PLURAL[of_place.kind]}) are read by "
-                f"none of their own; {works} and RandomUnits work"
+                f"importance={importance} needs consumer layers, and the units of {name} ({PLURAL[module_units.kind]}) have "
+                f"none. Use {works}, or RandomUnits."
             )
 
 
 def consumer_modules(model: nn.Module, units: Units) -> dict[str, nn.Module]:
-    """Returns the modules that read units, each once, though it may stand in several places of the model."""
-    named = {id(model.get_submodule(reader)): reader for reader in reversed(units.readers)}
-    return {reader: model.get_submodule(reader) for reader in units.readers if reader in named.values()}
+    """Returns the consumer layers of units; a layer with several names appears only once."""
+    names = {id(model.get_submodule(consumer)): consumer for consumer in reversed(units.readers)}
+    return {consumer: model.get_submodule(consumer) for consumer in units.readers if consumer in names.values()}
 
 
 def by_unit(values: Tensor, units: Units, per: Per) -> Tensor:
@@ -51,12 +51,12 @@ def by_unit(values: Tensor, units: Units, per: Per) -> Tensor:
 
 
 def mask_padding(values: Tensor, tokens: Tensor | None) -> Tensor:
-    """Sets the values of tokens that do not count to zero, if there is one value for each token."""
+    """Zeroes the values of padding tokens, if there is a value for each token."""
     if tokens is None or tokens.shape != values.shape[:-1]:
         return values
     return values.masked_fill(~tokens.to(values.device)[..., None], 0)
 
 
 def count_tokens(values: Tensor, tokens: Tensor | None) -> int:
-    """Counts the tokens that count."""
+    """Counts the non-padding tokens."""
     return values.shape[:-1].numel() if tokens is None or tokens.shape != values.shape[:-1] else int(tokens.sum())

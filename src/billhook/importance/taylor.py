@@ -1,9 +1,10 @@
-"""How much a unit matters by a Taylor expansion of the loss in its parameters.
+"""Importance as a Taylor expansion of the loss in a unit's parameters.
 
 "LLM-Pruner: On the Structural Pruning of Large Language Models" (Ma, Fang & Wang, 2023, https://arxiv.org/abs/2305.11627),
 section 3.2.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -24,41 +25,41 @@ from billhook.units.units import Part, Per, Units, parts_of
 Order = Literal["first", "second", "mixed", "vector", "unit"]
 Reduction = Literal["sum", "mean", "max", "product", "first", "last"]
 Scores = dict[tuple[str, str, int], Tensor]
-"""Of each part, by place, parameter and dimension: `[units]`."""
+"""Scores of each part, by module, parameter, and dimension: `[units]`."""
 
 
 @dataclass(frozen=True)
 class Taylor(Importance):
-    """How much the loss changes when a unit's parameters w become zero, by its gradient g (LLM-Pruner).
+    """Scores a unit by the estimated change of the loss if its parameters become zero.
 
-    A unit has the rows that make it and the columns that read it: of a head those of q and o (and of k and v, where it has its
-    own, or `per` is KV heads), of a channel those of gate, up and down. Each such matrix gives it a number; `reduce` makes one of
-    these. Scores of several batches are averaged; the authors take one batch, of 10 sequences of 64 tokens.
+    A unit has producer rows and consumer columns: for a head those of q and o (and of k and v, if it has its own, or `per` is
+    `"kv_head"`), for a channel those of gate, up, and down. Each matrix gives a number, and `reduce` combines them. Scores are
+    averaged over batches; the authors use a single batch of 10 sequences of 64 tokens. Reference: LLM-Pruner.
 
-    Costs: next to the model and the activations of a batch there is one gradient at a time, not one for each parameter.
-    `"first"`, `"vector"` and `"unit"` run a batch forward and back once; `"second"` once for each example; `"mixed"` both,
-    `passes` times, and keeps H of a share of the parameters meanwhile, in float32.
+    Costs: next to the model and the activations of a batch, memory holds a single gradient. `"first"`, `"vector"`, and `"unit"`
+    run a forward and a backward pass per batch; `"second"` runs them per example; `"mixed"` runs both, `passes` times, and keeps
+    H of a share of the parameters in float32.
 
     Args:
-        order: The number that a matrix gives a unit. `"first"`: sum of |w g| over its parameters (the authors' element-wise,
-            first order). `"second"`: sum of |w^2 H|, with H = 1/N sum over the N examples of a batch of the square of the
-            gradient of each alone (the diagonal of the Fisher matrix). `"mixed"`: sum of |w g - 1/2 w^2 H| (equation 5).
-            `"vector"`: |sum of w g| of each row or column, summed over those of a unit (equation 3). `"unit"`: |sum of w g| over
-            all of a unit.
-        reduce: How the numbers that its matrices give a unit become one: `"sum"`, `"mean"`, `"max"`, `"product"`, or that of the
-            `"first"` or `"last"` matrix in the model's order (section 3.2 names sum, product, max and last). Queries, keys and
-            values in one matrix are one.
-        passes: Of `"mixed"`: into how many shares the parameters are divided, each with passes of its own over a batch.
+        order: The number that a matrix gives a unit, from its parameters w and gradients g. `"first"`: sum of |w g| (the
+            authors' element-wise, first order). `"second"`: sum of |w^2 H|, with H = 1/N times the sum over the N examples of a
+            batch of the squared gradient of each (the diagonal of the Fisher matrix). `"mixed"`: sum of |w g - 1/2 w^2 H|
+            (equation 5). `"vector"`: |sum of w g| of each row or column, summed over the unit (equation 3). `"unit"`: |sum of w
+            g| over the whole unit.
+        reduce: Combines the numbers of a unit's matrices: `"sum"`, `"mean"`, `"max"`, `"product"`, or the number of the
+            `"first"` or `"last"` matrix in the model's order (section 3.2 names sum, product, max, and last). A matrix with
+            queries, keys, and values counts as one.
+        passes: For `"mixed"`, the number of shares into which the parameters are divided, each with its own passes over a batch.
 
     Raises:
-        ValueError: If one of these is not legal. When it runs: if a gradient is NaN or infinite, the loss does not depend on a
-            place, or a batch cannot be taken apart into its examples.
+        ValueError: If an argument is not legal. On scoring, if a gradient is NaN or infinite, the loss does not depend on a
+            module, or a batch cannot be split into examples.
 
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> scores = bh.score(model, bh.find_units(model, "head"), bh.Taylor(), [model.dummy_inputs])
-        >>> [len(of_place) for of_place in scores.values()]
+        >>> [len(values) for values in scores.values()]
         [8, 8, 8, 8]
     """
 
@@ -73,27 +74,30 @@ class Taylor(Importance):
         check_one_of("order", self.order, Order)
         check_one_of("reduce", self.reduce, Reduction)
         if self.order == "unit" and self.reduce != "sum":
-            raise ValueError(f"reduce={self.reduce!r} must be sum with order='unit', which sums over all of a unit")
+            raise ValueError(f"reduce={self.reduce!r} is not supported with order='unit', which sums over a unit. Use 'sum'.")
         check_int("passes", self.passes)
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
-        """Sums over batches; see `Importance.sums`."""
+        """Sums over batches. See `Importance.sums`."""
         sums, parts = Sums.zero(units, per), parts_of(model, units, per)
-        keys = {name: [_key(part) for part in parts if part.place == name] for name in units}
+        keys = defaultdict[str, list[tuple[str, str, int]]](list)
+        for part in parts:
+            keys[part.place].append(_key(part))
         with trainable(model, [part.name for part in parts]) as parameters:
             for number, run in enumerate(runs):
                 scores: Scores = {}
                 for share in _shares(parameters, self.passes if self.order == "mixed" else 1):
                     _Pass(self.order, share, parts, scores).run(run, f"batch {number}")
-                for name, keys_of in keys.items():
-                    if not any(key in scores for key in keys_of):
+                for name in units:
+                    module_keys = keys[name]
+                    if scores.keys().isdisjoint(module_keys):
                         raise ValueError(no_gradient_message(name))
                     zero = torch.zeros_like(sums.totals[name])
-                    sums.add(name, self._reduced(torch.stack([scores.get(key, zero) for key in keys_of])), 1)
+                    sums.add(name, self._reduced(torch.stack([scores.get(key, zero) for key in module_keys])), 1)
         return sums
 
     def _reduced(self, scores: Tensor) -> Tensor:
-        """Makes one number a unit of the numbers that its matrices give."""
+        """Combines the numbers of a unit's matrices."""
         match self.reduce:
             case "sum":
                 return scores.sum(0).abs() if self.order == "unit" else scores.sum(0)
@@ -111,16 +115,16 @@ def _key(part: Part) -> tuple[str, str, int]:
 
 
 class _Pass:
-    """Runs a batch, and adds to the scores of parts what each gradient makes of them as it comes."""
+    """A run of a batch, whose gradients are turned into scores as they arrive."""
 
     def __init__(self, order: Order, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], scores: Scores) -> None:
         self._order, self._parameters, self._scores = order, parameters, scores
         self._parts = {name: [part for part in parts if part.name == name] for name in parameters}
         self._curvature, self._positions = dict[str, Tensor](), Scores()
-        self._finite = list[tuple[str, str, Tensor]]()  # where it is asked once sums are not
+        self._finite = list[tuple[str, str, Tensor]]()  # searched only if the sums are not finite
 
     def run(self, run: Run, where: str) -> None:
-        """Runs it; `where` names the batch in messages."""
+        """Runs the batch; `where` names it in messages."""
         if self._order in ("second", "mixed"):
             examples = run.examples()
             for number, example in enumerate(examples):
@@ -134,7 +138,7 @@ class _Pass:
                     on_host = self._positions.pop(key).cpu()
                     if not np.isfinite(on_host.numpy()).all():
                         where, name = next((where, name) for where, name, finite in self._finite if not finite)
-                        raise ValueError(f"batches: {where} (counted from 0) gives {name} a gradient that is NaN or infinite")
+                        raise ValueError(f"batches: {where} (counted from 0) has a NaN or infinite gradient for {name}.")
                     self._scores[key] = part.by_unit(on_host)
 
     def _squares(self, factor: float, where: str, name: str, gradient: Tensor) -> None:
@@ -152,12 +156,12 @@ class _Pass:
         self._note(where, name, products)
 
     def _note(self, where: str, name: str, products: Tensor) -> None:
-        """Adds the products of one parameter to those of its parts, by position, where they are: nothing waits for a device."""
+        """Adds the products of a parameter to its parts, by position, without a host sync."""
         values = products if self._order in ("vector", "unit") else products.abs_()
         for part in self._parts[name]:
-            along = part.sum_others(values)
-            self._finite.append((where, name, along.isfinite().all()))
-            total = in_float64((along.abs() if self._order == "vector" else along).detach())
+            values_along = part.sum_others(values)
+            self._finite.append((where, name, values_along.isfinite().all()))
+            total = in_float64((values_along.abs() if self._order == "vector" else values_along).detach())
             self._positions[_key(part)] = total + self._positions.get(_key(part), 0.0)  # NaN and infinity stay in the sums
 
     def _weight(self, name: str) -> Tensor:
@@ -169,44 +173,48 @@ def _full(values: Tensor) -> Tensor:
 
 
 def _shares(parameters: Mapping[str, nn.Parameter], count: int) -> Iterator[dict[str, nn.Parameter]]:
-    """Divides parameters into at most so many shares of neighbours, none much larger than another."""
+    """Divides parameters into at most `count` shares of neighbors, similar in size."""
     total = sum(parameter.numel() for parameter in parameters.values())
-    shares, before = dict[int, dict[str, nn.Parameter]](), 0
+    shares, flags = dict[int, dict[str, nn.Parameter]](), 0
     for name, parameter in parameters.items():
-        shares.setdefault((before + parameter.numel() // 2) * count // total, {})[name] = parameter
-        before += parameter.numel()
+        shares.setdefault((flags + parameter.numel() // 2) * count // total, {})[name] = parameter
+        flags += parameter.numel()
     yield from shares.values()
 
 
 @contextmanager
 def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """Yields parameters by name, which need gradients for now; `grad` stays as it is. Refuses one that cannot have any."""
+    """Yields parameters by name with gradients enabled, and restores the flags afterwards.
+
+    Raises if a parameter cannot have a gradient; `grad` stays unchanged.
+    """
     parameters = {name: model.get_parameter(name) for name in names}
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():
-            raise ValueError(f"model: {name} is quantised ({parameter.dtype}) and has no gradient: GateGradient needs none of it")
-    before = {name: parameter.requires_grad for name, parameter in parameters.items()}
+            raise ValueError(
+                f"model: {name} is quantized ({parameter.dtype}) and has no gradient. GateGradient does not need it."
+            )
+    flags = {name: parameter.requires_grad for name, parameter in parameters.items()}
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         yield parameters
     finally:
         for name, parameter in parameters.items():
-            parameter.requires_grad_(before[name])
+            parameter.requires_grad_(flags[name])
 
 
 def stream_gradients(
     loss: Callable[[], Tensor], parameters: Mapping[str, nn.Parameter], use: Callable[[str, Tensor], None]
 ) -> None:
-    """Calls `use` with the name and gradient of each parameter that a loss depends on, summed over all of its uses.
+    """Calls `use` with each parameter's name and gradient, summed over all of its uses.
 
-    There is never more than the largest gradient in memory, and nothing is added to `grad`, so that neither optimizers nor
-    wrappers that wait for it notice.
+    Memory holds at most one gradient, the largest. Nothing is added to `grad`, so optimizers and wrappers do not notice.
     """
 
     def note(name: str, gradient: Tensor) -> Tensor:
         use(name, gradient)
-        return gradient.new_zeros(()).expand_as(gradient)  # this is what autograd keeps
+        return gradient.new_zeros(()).expand_as(gradient)  # autograd keeps this instead of the gradient
 
     with ExitStack() as hooks, torch.enable_grad():
         for name, parameter in parameters.items():

@@ -225,7 +225,7 @@ class Attentions:
         """Returns the same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
-        return new | repair_linears(self.model, kept, trials, repair, self._comm, given=new, left=self.not_refitted)
+        return new | repair_linears(self.model, kept, trials, repair, self._comm, new_params=new, left=self.not_refitted)
 
     @property
     def widths(self) -> dict[str, int]:

@@ -1,1 +1,1 @@
-"""Refits by least squares what reads the units that were removed (ZipLM, OSSCAR)."""
+"""Least-squares repair of consumer layers after units are removed."""

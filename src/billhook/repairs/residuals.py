@@ -1,4 +1,4 @@
-"""Moments of what a linear is given and of what it owes, of which least squares are solved, and the tokens that they need."""
+"""Statistics of layer inputs and residuals for least squares, and minimum token counts."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -17,26 +17,28 @@ from billhook.engine.statistics import TOKENS, add_products
 from billhook.linalg import float64_device, widest_float
 
 MAX_OUTPUTS = 1024
-"""How many outputs, or mixtures of more, ridges are tried on."""
+"""Most outputs, or mixtures of more, on which ridge penalties are tried."""
 ALL_ROWS = slice(None)
 
 
 class ResidualStatistics:
-    """First and second moments of a linear's inputs, and of what it owes in addition to its own output, float64.
+    """First and second moments of a layer's inputs x and residuals r, float64.
+
+    The residual is the missing part of the layer's output.
 
     Args:
-        out_features: Of the linear.
-        in_features: Of the linear, as far as they are kept.
-        device: Where sums are, if not in files; the CPU, where it has no float64.
-        files: What keeps those that are large there.
+        out_features: Number of outputs.
+        in_features: Number of kept inputs.
+        device: Device of sums that are not in files; the CPU if it has no float64.
+        files: Stores large sums on disk.
 
     Attributes:
-        tokens: How many tokens were added, each with its weight, `[]`.
-        sums: The sum of their inputs x, `[in_features]`.
-        products: The sum of x x^T, `[in_features, in_features]`.
-        owed_sums: The sum of what is owed, d, `[out_features]`.
-        owed_products: The sum of d x^T, `[out_features, in_features]`.
-        owed_squares: The sum of d^2, `[out_features]`.
+        tokens: Sum of token weights, `[]`.
+        sums: Sum of x, `[in_features]`.
+        products: Sum of x x^T, `[in_features, in_features]`.
+        residual_sums: Sum of r, `[out_features]`.
+        residual_products: Sum of r x^T, `[out_features, in_features]`.
+        residual_squares: Sum of r^2, `[out_features]`.
     """
 
     def __init__(
@@ -44,19 +46,21 @@ class ResidualStatistics:
     ) -> None:
         device = float64_device(device)
         self.tokens = torch.zeros((), dtype=torch.float64, device=device)
-        self.sums, self.owed_sums = self.tokens.new_zeros(in_features), self.tokens.new_zeros(out_features)
+        self.sums, self.residual_sums = self.tokens.new_zeros(in_features), self.tokens.new_zeros(out_features)
         self.products = zeros((in_features, in_features), torch.float64, device, files)
-        self.owed_products = zeros((out_features, in_features), torch.float64, device, files)
-        self.owed_squares = self.owed_sums.clone()
+        self.residual_products = zeros((out_features, in_features), torch.float64, device, files)
+        self.residual_squares = self.residual_sums.clone()
 
-    def add(self, inputs: Tensor, owed: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None) -> None:
-        """Adds what a linear is given in one call; multiplied in float32, or in float64 if the inputs are.
+    def add(
+        self, inputs: Tensor, residual: Tensor | None = None, keep: Tensor | None = None, weights: Tensor | None = None
+    ) -> None:
+        """Adds a call of a layer, multiplied in float32, or in float64 for float64 inputs.
 
         Args:
-            inputs: `[..., in_features]`, of any floating dtype.
-            owed: Addition that its outputs need, `[..., out_features]`, if any.
-            keep: Which tokens count, bool, `[...]`; all if None.
-            weights: How much each token counts, `[...]`; all one if None.
+            inputs: Inputs, `[..., in_features]`, of any floating-point dtype.
+            residual: Residuals, `[..., out_features]`. Defaults to None (zero).
+            keep: Mask of non-padding tokens, bool, `[...]`. Defaults to all.
+            weights: Token weights, `[...]`. Defaults to 1.
         """
         weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
         weights = tokens_of(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32))
@@ -67,119 +71,125 @@ class ResidualStatistics:
             self.tokens += share.sum(dtype=dtype).to(device)
             self.sums += weighted.sum(0, dtype=dtype).to(device)
             add_products(self.products, weighted, as_float(x))
-        if owed is not None:
-            for (x, share), d in zip(chunks, torch.split(tokens_of(owed, keep), TOKENS), strict=True):
-                weighted = as_float(d) * share
-                self.owed_sums += weighted.sum(0, dtype=dtype).to(device)
-                add_products(self.owed_products, weighted, as_float(x))
-                self.owed_squares += (weighted * as_float(d)).sum(0, dtype=dtype).to(device)
+        if residual is not None:
+            for (x, share), r in zip(chunks, torch.split(tokens_of(residual, keep), TOKENS), strict=True):
+                weighted = as_float(r) * share
+                self.residual_sums += weighted.sum(0, dtype=dtype).to(device)
+                add_products(self.residual_products, weighted, as_float(x))
+                self.residual_squares += (weighted * as_float(r)).sum(0, dtype=dtype).to(device)
 
     def mixed(self) -> Self:
-        """Returns moments of random mixtures of what is owed, if that has more than `MAX_OUTPUTS` features; inputs are the same.
+        """Returns statistics of random mixtures of residuals, for more than `MAX_OUTPUTS` outputs.
 
-        The expectation of the error on mixtures is the error itself, and all ridges are tried on the same ones.
+        The expected error on mixtures equals the error, and all ridge penalties use the same mixtures.
         """
-        rows = len(self.owed_products)
+        rows = len(self.residual_products)
         if rows <= MAX_OUTPUTS:
             return self
         mixing = (
             torch.randn(MAX_OUTPUTS, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / MAX_OUTPUTS**0.5
         )
         mixing = mixing.to(self.tokens.device)
-        products = mixing.new_zeros(MAX_OUTPUTS, self.owed_products.shape[1])
-        for columns, some in zip(torch.split(mixing, MAX_OUTPUTS, 1), torch.split(self.owed_products, MAX_OUTPUTS), strict=True):
-            products.addmm_(columns, some)
-        return self._with(self.sums, self.products, mixing @ self.owed_sums, products, self.owed_squares)
+        products = mixing.new_zeros(MAX_OUTPUTS, self.residual_products.shape[1])
+        for columns, part in zip(
+            torch.split(mixing, MAX_OUTPUTS, 1), torch.split(self.residual_products, MAX_OUTPUTS), strict=True
+        ):
+            products.addmm_(columns, part)
+        return self._with(self.sums, self.products, mixing @ self.residual_sums, products, self.residual_squares)
 
-    def _with(self, sums: Tensor, products: Tensor, owed_sums: Tensor, owed_products: Tensor, owed_squares: Tensor) -> Self:
-        """Returns moments of the same tokens."""
+    def _with(
+        self, sums: Tensor, products: Tensor, residual_sums: Tensor, residual_products: Tensor, residual_squares: Tensor
+    ) -> Self:
+        """Returns statistics of the same tokens with other sums."""
         new = copy(self)
         new.sums, new.products = sums, products
-        new.owed_sums, new.owed_products, new.owed_squares = owed_sums, owed_products, owed_squares
+        new.residual_sums, new.residual_products, new.residual_squares = residual_sums, residual_products, residual_squares
         return new
 
     def tensors(self) -> list[Tensor]:
-        """Returns the sums themselves, not copies, to be summed over ranks in place."""
-        return [self.tokens, self.sums, self.products, self.owed_sums, self.owed_products, self.owed_squares]
+        """Returns the sums themselves, to be summed over ranks in place."""
+        return [self.tokens, self.sums, self.products, self.residual_sums, self.residual_products, self.residual_squares]
 
-    def without(self, weight: Tensor, keep: Tensor) -> Self:
-        """Returns the moments of some inputs, where a linear that owed nothing owes what the others gave.
+    def after_removal(self, weight: Tensor, keep: Tensor) -> Self:
+        """Returns the statistics of kept inputs, with the outputs of removed inputs as residuals.
 
-        With S the inputs that are kept and R those removed, that is d = W_R x_R: so E d x_S^T = W_R H_RS.
+        With kept inputs S and removed inputs R, r = W_R x_R and E r x_S^T = W_R H_RS.
         """
-        removed, stays, goes = weight[:, ~keep].double(), self.products[keep], self.products[~keep]
-        squares = (removed @ goes[:, ~keep]).mul_(removed).sum(1)
-        owed = removed @ self.sums[~keep], removed @ stays[:, ~keep].t(), squares
-        return self._with(self.sums[keep], stays[:, keep], *owed)
+        removed, kept_products, removed_products = weight[:, ~keep].double(), self.products[keep], self.products[~keep]
+        squares = (removed @ removed_products[:, ~keep]).mul_(removed).sum(1)
+        residual = removed @ self.sums[~keep], removed @ kept_products[:, ~keep].t(), squares
+        return self._with(self.sums[keep], kept_products[:, keep], *residual)
 
     @property
-    def centre(self) -> tuple[Tensor, Tensor]:
-        """The means of x and d, `[in_features]` and `[out_features]`."""
-        return self.sums / self.tokens, self.owed_sums / self.tokens
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means of x and r, `[in_features]` and `[out_features]`."""
+        return self.sums / self.tokens, self.residual_sums / self.tokens
 
-    def error(self, more: Tensor | None, shift: Tensor | None = None, rows: slice = ALL_ROWS) -> Tensor:
-        """Computes E |d - M x - b|^2 over some outputs, `[]`.
+    def error(self, update: Tensor | None, shift: Tensor | None = None, rows: slice = ALL_ROWS) -> Tensor:
+        """Computes E |r - M x - b|^2 over some outputs, `[]`.
 
         Args:
-            more: M, what is added to the weight, `[outputs, in_features]`; zero if None.
-            shift: b, what is added to the bias, `[outputs]`; zero if None.
-            rows: The outputs; all by default, as those of mixtures are not apart.
+            update: Weight update M, `[outputs, in_features]`. Defaults to None (zero).
+            shift: Bias update b, `[outputs]`. Defaults to None (zero).
+            rows: Output rows. Defaults to all; mixtures have no separate outputs.
         """
-        error = self.owed_squares[rows].sum()
-        if more is not None:
-            for some, owed in zip(torch.split(more, TOKENS), torch.split(self.owed_products[rows], TOKENS), strict=True):
-                error += (some @ self.products).sub_(owed, alpha=2).mul_(some).sum()
+        error = self.residual_squares[rows].sum()
+        if update is not None:
+            for part, residual in zip(
+                torch.split(update, TOKENS), torch.split(self.residual_products[rows], TOKENS), strict=True
+            ):
+                error += (part @ self.products).sub_(residual, alpha=2).mul_(part).sum()
         error /= self.tokens
         if shift is not None:
-            x, d = self.centre
-            error += shift @ (shift - 2 * (d[rows] if more is None else d[rows] - more @ x))
+            x, r = self.means
+            error += shift @ (shift - 2 * (r[rows] if update is None else r[rows] - update @ x))
         return error
 
 
 class TokenBuffer:
-    """Holds tokens back that are added to moments, until there are as many as are multiplied at a time.
+    """Collects tokens until there are enough for an efficient matrix product.
 
-    However few they are, adding them goes over all sums: of 4,096 inputs, 128 tokens at a time take twice as long as 1,024.
+    Each addition updates all sums: with 4,096 inputs, adding 128 tokens at a time takes twice as long as 1,024.
     """
 
     def __init__(self, moments: ResidualStatistics) -> None:
         self._moments, self._tokens = moments, 0
-        self._inputs, self._owed, self._weights = list[Tensor](), list[Tensor](), list[Tensor]()
+        self._inputs, self._residuals, self._weights = list[Tensor](), list[Tensor](), list[Tensor]()
 
-    def add(self, inputs: Tensor, owed: Tensor | None, tokens: Tensor | None, weights: Tensor | None) -> None:
-        """Adds what a linear is given in one call, as `ResidualStatistics.add` does; copies stay, if any.
+    def add(self, inputs: Tensor, residual: Tensor | None, tokens: Tensor | None, weights: Tensor | None) -> None:
+        """Copies the tokens of a call, like `ResidualStatistics.add`.
 
-        Where only some tokens count, these are their numbers, of all that are in the call.
+        `tokens` are the indices of non-padding tokens; None for all.
         """
 
         def counting_tokens(tensor: Tensor) -> Tensor:
             every = tokens_of(tensor, None)
             return every.clone() if tokens is None else every[tokens]
 
-        if bool(self._owed) != (owed is not None):
-            self.empty()
+        if bool(self._residuals) != (residual is not None):
+            self.flush()
         weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
         self._inputs.append(counting_tokens(inputs))
         self._weights.append(counting_tokens(weights[..., None]).squeeze(-1))
-        self._owed += [] if owed is None else [counting_tokens(owed)]
+        self._residuals += [] if residual is None else [counting_tokens(residual)]
         self._tokens += len(self._inputs[-1])
         if self._tokens >= TOKENS:
-            self.empty()
+            self.flush()
 
-    def empty(self) -> None:
-        """Adds all that was held back."""
+    def flush(self) -> None:
+        """Adds all collected tokens to the statistics."""
         if self._tokens:
-            owed = torch.cat(self._owed) if self._owed else None
-            self._moments.add(torch.cat(self._inputs), owed, weights=torch.cat(self._weights))
-        self._inputs, self._owed, self._weights, self._tokens = [], [], [], 0
+            residual = torch.cat(self._residuals) if self._residuals else None
+            self._moments.add(torch.cat(self._inputs), residual, weights=torch.cat(self._weights))
+        self._inputs, self._residuals, self._weights, self._tokens = [], [], [], 0
 
 
 Fold = tuple[Sequence[ResidualStatistics], ResidualStatistics]
-"""Data that a ridge is tried on: parts that are fitted to, and the one that is held out."""
+"""Data for the choice of a ridge penalty: parts to fit, and a held-out part."""
 
 
 def make_folds(parts: Sequence[ResidualStatistics], held_out: Sequence[int]) -> list[Fold]:
-    """Returns the data that a ridge is tried on: each of some parts held out in turn, where it and the others have tokens."""
+    """Returns folds that hold out each of some parts in turn, if both sides have tokens."""
     tokens, folds = torch.stack([part.tokens for part in parts]).tolist(), list[Fold]()
     for number in held_out:
         others = [part for other, part in enumerate(parts) if other != number and tokens[other]]
@@ -189,35 +199,35 @@ def make_folds(parts: Sequence[ResidualStatistics], held_out: Sequence[int]) -> 
 
 
 def as_float(tensor: Tensor) -> Tensor:
-    """Converts to float32; float64 stays as it is."""
+    """Converts to float32; float64 is unchanged."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def tokens_of(tensor: Tensor, keep: Tensor | None) -> Tensor:
-    """Returns the tokens that count, `[tokens, ...]`, without their gradients."""
+    """Returns the non-padding tokens, `[tokens, ...]`, detached."""
     return tensor.detach().reshape(-1, tensor.shape[-1]) if keep is None else tensor.detach()[keep]
 
 
 class NoRepair(ValueError):
-    """Raised where no linear can be refitted: none reads what is removed, or batches, or their tokens, are too few."""
+    """No layer can be refitted: no consumer layer, or too few batches or tokens."""
 
 
 def check_tokens(
     linears: Mapping[str, nn.Module], needed: Mapping[str, int], runs: Sequence[Run], comm: Comm = SINGLE_PROCESS
 ) -> None:
-    """Refuses batches that give no linear enough tokens that count; runs them until one has enough.
+    """Runs batches until a layer has enough non-padding tokens; raises if none has.
 
     Args:
-        linears: The linears.
-        needed: By linear, how many tokens it needs: as many as inputs that it keeps.
+        linears: The linear layers.
+        needed: Tokens that each layer needs, as many as it has kept inputs.
         runs: The batches.
-        comm: The ranks, each of which has batches of its own.
+        comm: The ranks, each with its own batches.
 
     Raises:
-        NoRepair: If none has enough.
+        NoRepair: If no layer gets enough.
     """
-    names, wanted = list(linears), torch.tensor([needed[name] for name in linears])
-    tokens = torch.zeros_like(wanted)
+    names, required = list(linears), torch.tensor([needed[name] for name in linears])
+    tokens = torch.zeros_like(required)
 
     def count(number: int, run: Run, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         inputs = args[0] if args else kwargs["input"]
@@ -230,30 +240,31 @@ def check_tokens(
                 hook = partial(count, number, run)
                 stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
             run.visit()
-        if (tokens >= wanted).any():
+        if (tokens >= required).any():
             break
-    tokens = comm(tokens.to(comm.device)).to(wanted.device)
-    if not (tokens >= wanted).any():
-        raise NoRepair(f"{too_few_tokens(names[0])}, which is given {int(tokens[0])} and needs {int(wanted[0])} at least")
+    tokens = comm(tokens.to(comm.device)).to(required.device)
+    if not (tokens >= required).any():
+        raise NoRepair(too_few_tokens(names[0], int(required[0]), int(tokens[0])))
 
 
-def too_few_tokens(first: str) -> str:
-    """Returns the words for what is refused."""
-    return f"batches: too few tokens that count for any refit; the first linear is {first}"
+def too_few_tokens(name: str, required: int, given: int | None = None) -> str:
+    """Returns the message for a layer with too few tokens."""
+    got = "" if given is None else f", got {given}"
+    return f"batches: repair of {name} needs at least {required} non-padding tokens{got}. Use more or longer examples."
 
 
 def not_refitted_message(names: Sequence[str]) -> str:
-    """Returns the words for linears that were not refitted; empty if there are none.
+    """Returns the warning for layers that were not refitted, or an empty string.
 
     >>> not_refitted_message(["0.down_proj"])
-    'too few tokens have come to 1 linear, which is not refitted: 0.down_proj'
+    '1 linear layer was not repaired, because it had too few tokens: 0.down_proj'
     """
-    which = "1 linear, which is" if len(names) == 1 else f"{len(names)} linears, which are"
-    return f"too few tokens have come to {which} not refitted: {', '.join(names)}" if names else ""
+    layers, pronoun = ("1 linear layer was", "it") if len(names) == 1 else (f"{len(names)} linear layers were", "they")
+    return f"{layers} not repaired, because {pronoun} had too few tokens: {', '.join(names)}" if names else ""
 
 
 def strip_argument(error: ValueError) -> str:
-    """Returns what is wrong with batches without the name of the argument, which is another one elsewhere.
+    """Returns an error message without the argument name `batches`.
 
     >>> strip_argument(ValueError("batches: two are needed")), strip_argument(ValueError("model: another"))
     ('two are needed', 'model: another')
@@ -262,7 +273,7 @@ def strip_argument(error: ValueError) -> str:
 
 
 def non_padding(run: Run, name: str, inputs: Tensor) -> Tensor | None:
-    """Finds the tokens of a linear's inputs that count, bool, `[batch, length]`; None if all do."""
+    """Returns the mask of non-padding tokens of a layer, `[batch, length]`; None for all."""
     keep = run.tokens.get(name)
     if keep is None or keep.numel() != inputs.shape[:-1].numel():
         return None

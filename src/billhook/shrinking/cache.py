@@ -332,7 +332,7 @@ class Reader:
     def _without(self, keep: Tensor) -> tuple[list[ResidualStatistics], list[Fold]]:
         """Returns moments of the inputs that are kept, by part of the batches, and which of these are held out in turn."""
         weight, _ = self._matrix()
-        parts = [part.without(weight, keep.to(weight.device)) for part in self._parts]
+        parts = [part.after_removal(weight, keep.to(weight.device)) for part in self._parts]
         return parts, make_folds(parts, self._held_out)
 
     def _change(self, parts: Sequence[ResidualStatistics]) -> Tensor:

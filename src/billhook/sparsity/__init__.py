@@ -1,1 +1,1 @@
-"""Weights become zero, shapes stay: scores, masks, and how much each layer gives."""
+"""Weight pruning: criteria, masks, patterns, and sparsity allocation."""

@@ -1,4 +1,4 @@
-"""Allocations: how the sparsity of the whole model is shared among its linear layers."""
+"""Sparsity allocation: how the total sparsity is distributed over linear layers."""
 
 import math
 from abc import ABC, abstractmethod
@@ -18,17 +18,17 @@ from billhook.sparsity.masks import check_amount
 from billhook.sparsity.visitor import PruningVisitor, Walks
 
 HIGHEST = 0.99
-"""The highest sparsity of a linear, unless that of the whole model is higher."""
+"""Maximum sparsity of a linear layer, unless that of the model is higher."""
 
 Block = Mapping[str, int]
-"""The number of weights of each linear of a block, by name."""
+"""Number of weights of each linear layer of a block, by name."""
 
 
 class Allocation(ABC):
-    """How sparse each linear becomes.
+    """Distributes the sparsity of a model over its linear layers.
 
     Attributes:
-        measures: Whether `allocate` needs the results of `measure`, one for each block.
+        measures: Whether `allocate` needs a result of `measure` for each block.
     """
 
     measures: ClassVar[bool] = False
@@ -37,44 +37,45 @@ class Allocation(ABC):
         """Measures a block.
 
         Args:
-            scores: Wanda's scores of each linear of the dense block, `[out_features, in_features]`.
+            scores: Wanda scores of each linear layer of the dense block, `[out_features, in_features]`.
         """
         return 0.0
 
     @abstractmethod
     def allocate(self, blocks: Sequence[Block], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
-        """Returns the sparsity of each linear by name, each in [0, 1).
+        """Returns the sparsity of each linear layer by name, in [0, 1).
 
         Args:
-            blocks: The linears' sizes, block by block.
-            sparsity: Of the model as a whole, in [0, 1).
-            measured: The result of `measure` for each block.
+            blocks: Sizes of the linear layers, by block.
+            sparsity: Sparsity of the whole model, in [0, 1).
+            measured: Result of `measure` for each block.
 
         Raises:
-            ValueError: If the sparsity is not legal, or `measured` is needed and has not one value a block.
+            ValueError: If the sparsity is not legal, or `measured` is needed and does not have a value for each block.
         """
 
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """The same sparsity for each linear."""
+    """Gives each linear layer the same sparsity."""
 
     def allocate(self, blocks: Sequence[Block], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
-        """Returns the sparsity itself. See `Allocation.allocate`."""
+        """Returns the sparsity of the model for each layer. See `Allocation.allocate`."""
         return dict.fromkeys((name for block in blocks for name in block), check_amount(sparsity))
 
 
 @dataclass(frozen=True)
 class ByPattern(Allocation):
-    """A sparsity for linears of some names; those that no pattern matches get the sparsity of the whole.
+    """Sets a sparsity for layers whose names match a pattern, and the model's for all others.
 
-    The sparsity of the whole is then the average of the parts, not the one asked for.
+    The sparsity of the model is then the average over its layers, and may differ from the requested value.
 
     Args:
-        sparsities: By glob pattern, such as `"*.down_proj"` or `"model.layers.[0-3].*"`. The first that matches a name counts.
+        sparsities: Sparsity by glob pattern, such as `"*.down_proj"` or `"model.layers.[0-3].*"`. The first pattern that matches
+            a name applies.
 
     Raises:
-        ValueError: If there are none, or a sparsity is outside [0, 1).
+        ValueError: If there is no pattern, or a sparsity is outside [0, 1).
 
     >>> ByPattern({"0.*": 0.0, "*.up": 0.75}).allocate([{"0.up": 8, "0.down": 8}, {"1.up": 8, "1.down": 8}], 0.5)
     {'0.up': 0.0, '0.down': 0.0, '1.up': 0.75, '1.down': 0.5}
@@ -84,7 +85,7 @@ class ByPattern(Allocation):
 
     def __post_init__(self) -> None:
         if not self.sparsities:
-            raise ValueError("sparsities={} must have at least one pattern")
+            raise ValueError("sparsities={} must have at least one pattern.")
         for pattern, sparsity in self.sparsities.items():
             try:
                 check_amount(sparsity)
@@ -100,23 +101,29 @@ class ByPattern(Allocation):
         check_amount(sparsity)
         names = [name for block in blocks for name in block]
         for pattern in self.sparsities:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"sparsities[{pattern!r}] matches none of the {len(names)} linears, such as {names[:3]}")
-        return {name: next((s for p, s in self.sparsities.items() if fnmatchcase(name, p)), sparsity) for name in names}
+            if not any(map(partial(fnmatchcase, pat=pattern), names)):
+                raise ValueError(f"sparsities[{pattern!r}] matches none of the {len(names)} linear layers, such as {names[:3]}.")
+        allocated = dict.fromkeys(names, sparsity)
+        for pattern, value in reversed(self.sparsities.items()):  # the first pattern that matches applies last
+            allocated |= dict.fromkeys((name for name in names if fnmatchcase(name, pattern)), value)
+        return allocated
 
 
 @dataclass(frozen=True)
 class OWL(Allocation):
-    """Lower sparsity for blocks with more outliers; the same for all linears of a block.
+    """Lowers the sparsity of blocks with more outliers; the same for all layers of a block.
 
-    D_b is the percentage of a block's scores above `multiple` times their mean. D rescaled to [0, 2 lam] is subtracted from the
-    sparsity, and centred, so that the average over all weights is the sparsity asked for. Values that would leave [0, 0.99] stop
-    there, and the other blocks make up for it. From "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning
-    LLMs to High Sparsity", Yin et al., 2023, https://arxiv.org/abs/2310.05175, section 3.2.
+    D_b is the percentage of a block's scores above `multiple` times their mean. D, rescaled to [0, 2 lam], is subtracted from
+    the sparsity and centered, so that the average over all weights equals the requested sparsity. Values are limited to [0,
+    0.99], and the other blocks compensate.
+
+    Reference: "Outlier Weighed Layerwise Sparsity (OWL): A Missing Secret Sauce for Pruning LLMs to High Sparsity", Yin et al.,
+    2023, https://arxiv.org/abs/2310.05175, section 3.2.
 
     Args:
-        lam: Half of the widest gap between blocks; the paper's lambda, which it tunes at each sparsity (0.08 at 70 %).
-        multiple: How many times the mean makes an outlier; the paper's M.
+        lam: Half of the largest difference between blocks, in [0, 0.5]; the paper's lambda, tuned there for each sparsity (0.08
+            at 70%).
+        multiple: Multiple of the mean above which a score is an outlier; the paper's M.
 
     Raises:
         ValueError: If `lam` is outside [0, 0.5], or `multiple` is not positive.
@@ -139,57 +146,60 @@ class OWL(Allocation):
         check_number("multiple", self.multiple, above=0)
 
     def measure(self, scores: Sequence[Tensor]) -> float:
-        """Computes the percentage of outliers, D_b = 100 mean(S > multiple * mean(S)) over all scores of the block."""
-        size = sum(s.numel() for s in scores)
-        bound = self.multiple * sum(float(s.sum()) for s in scores) / size
-        return 100 * sum(int((s > bound).sum()) for s in scores) / size
+        """Computes the percentage of outliers, D_b = 100 mean(S > multiple * mean(S))."""
+        size = sum(map(Tensor.numel, scores))
+        bound = self.multiple * sum(float(layer.sum()) for layer in scores) / size
+        return 100 * sum(int((layer > bound).sum()) for layer in scores) / size
 
     def allocate(self, blocks: Sequence[Block], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
-        """Lowers the sparsity where more outliers were measured. See `Allocation.allocate`."""
+        """Lowers the sparsity of blocks with more outliers. See `Allocation.allocate`."""
         sparsity = check_amount(sparsity)
         if len(measured) != len(blocks):
-            raise ValueError(f"measured must have one value for each of {len(blocks)} blocks, got {len(measured)}")
+            raise ValueError(f"measured must have a value for each of the {len(blocks)} blocks, got {len(measured)}.")
         low, high = min(measured), max(measured)
-        gaps = [2 * self.lam * (d - low) / (high - low) if high > low else 0.0 for d in measured]
+        shifts = [-2 * self.lam * (outliers - low) / (high - low) if high > low else -0.0 for outliers in measured]
         sizes = [sum(block.values()) for block in blocks]
-        amounts = _centre([-gap for gap in gaps], sizes, sparsity)
-        return {name: amount for block, amount in zip(blocks, amounts, strict=True) for name in block}
+        allocated = dict[str, float]()
+        for block, block_sparsity in zip(blocks, _center(shifts, sizes, sparsity), strict=True):
+            allocated |= dict.fromkeys(block, block_sparsity)
+        return allocated
 
 
-def _centre(values: Sequence[float], sizes: Sequence[int], mean: float) -> list[float]:
-    """Shifts all values by one number, and clamps them to 0 and `HIGHEST`, so that their mean weighted by size is as asked."""
+def _center(values: Sequence[float], sizes: Sequence[int], mean: float) -> list[float]:
+    """Shifts all values equally, within [0, `HIGHEST`], to reach a mean weighted by size."""
     highest = max(HIGHEST, mean)
     low, high = -max(values), highest - min(values)
     for _ in range(100):
         shift = (low + high) / 2
-        moved = [min(max(value + shift, 0.0), highest) for value in values]
-        if sum(m * size for m, size in zip(moved, sizes, strict=True)) < mean * sum(sizes):
+        shifted = [min(max(value + shift, 0.0), highest) for value in values]
+        if sum(m * size for m, size in zip(shifted, sizes, strict=True)) < mean * sum(sizes):
             low = shift
         else:
             high = shift
-    return moved
+    return shifted
 
 
 def allocate_sparsities(walks: Walks, amount: float, allocation: Allocation) -> dict[str, float]:
-    """Finds the sparsity of each linear; blocks that no batch reaches take no part in measuring."""
-    blocks, measured = [site.linears for site in walks.blocks], dict[int, float]()
+    """Returns the sparsity of each linear layer; layers that no batch reaches get the average."""
+    blocks, measured = walks.blocks, dict[int, float]()
     if allocation.measures:
         visitor = walks("none", partial(_MeasuringVisitor, allocation))
-        measured = walks.comm.decide(lambda: visitor.measured)  # floats of ranks may be rounded otherwise
-        blocks = [blocks[number] for number in measured]
-    sizes = [{name: math.prod(size_of(linear)) for name, linear in block.items()} for block in blocks]
-    return dict.fromkeys(walks.linears, amount) | (allocation.allocate(sizes, amount, list(measured.values())) if sizes else {})
+        measured = walks.comm.decide(lambda: visitor.measured)  # ranks may round floats differently
+    numbers = measured if allocation.measures else range(len(blocks))
+    sizes = [{name: math.prod(size_of(linear)) for name, linear in blocks[number].linears.items()} for number in numbers]
+    allocated = allocation.allocate(sizes, amount, list(measured.values())) if sizes else {}
+    return dict.fromkeys(walks.linears, amount) | allocated
 
 
 class _MeasuringVisitor(PruningVisitor):
-    """A visitor that prunes nothing, and measures each block by Wanda's scores."""
+    """A visitor that measures each block by Wanda's scores, and prunes nothing."""
 
     def __init__(self, allocation: Allocation, walks: Walks, shared: bool) -> None:
         super().__init__(Wanda(), {}, "unstructured", None, walks, shared)
         self.allocation, self.measured, self.blocks = allocation, dict[int, float](), walks.blocks
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
-        """Measures the blocks of linears."""
+        """Measures the blocks of these linear layers."""
         for block, site in enumerate(self.blocks):
             scores = list[Tensor]()
             for name, linear in site.linears.items():

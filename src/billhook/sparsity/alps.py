@@ -1,4 +1,4 @@
-"""ALPS: chooses the mask and the weights on it together, by ADMM, then refits them by conjugate gradients.
+"""ALPS: finds mask and weights together by ADMM, then refits by conjugate gradients.
 
 "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models" (Meng, Behdin, Wang & Mazumder, 2024,
 https://arxiv.org/abs/2406.07831), algorithms 1 and 2.
@@ -17,50 +17,50 @@ from billhook.linalg import conjugate_gradients, damp_, in_float64
 from billhook.sparsity.criteria import Comparison, Criterion, Wanda, check_finite
 
 EVERY = 3
-"""Iterations after which the support is compared with what it was, and the penalty raised."""
+"""Iterations between updates of the penalty, which depend on the change of the support."""
 RAISED = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
-"""By how much, for changes of so large a share of the kept weights, or more."""
+"""Factors of the penalty, for at least this changed share of the kept weights."""
 LOWERED, LEAST = 5.0, 1e-6
-"""The penalty is divided by this, and all begins again, while it holds the first support from the start; and how far at most."""
+"""Divisor of the penalty, with a restart, while the first support never changed; and the lowest penalty."""
 SETTLED = 30, 3e-4
-"""After so many iterations changes of less than this share of the kept weights end it, as in the authors' code."""
+"""After this many iterations, a changed share below this ends the search, as in the authors' code."""
 
 Keep = Callable[[Tensor], Tensor]
-"""Returns the keep-mask of scores."""
+"""Returns the mask of scores."""
 
 
 def admm(dense: Tensor, h: Tensor, keep_of: Keep, penalty: float, steps: int) -> tuple[Tensor, Tensor]:
-    """Minimises tr((B - W) H (B - W)^T) over all B with as many zeros as are asked for, by alternating directions.
+    """Minimizes tr((B - W) H (B - W)^T) over sparse B, by ADMM.
 
-    With a copy D of B that has the zeros, the multipliers V of B = D and the penalty r: B = (W H - V + r D) (H + r I)^-1,
+    With a sparse copy D of B, the multipliers V of B = D, and the penalty r: B = (W H - V + r D) (H + r I)^-1,
     D = B + V / r without its smallest weights, V <- V + r (B - D). The penalty grows until the support of D stays.
 
     Args:
         dense: W, `[out_features, in_features]`, float32.
-        h: H, `[in_features, in_features]`, with a diagonal of ones, as inputs are scaled.
-        keep_of: Chooses the support, by magnitude.
-        penalty: r at the start.
-        steps: The most iterations.
+        h: H, `[in_features, in_features]`, scaled to a diagonal of ones.
+        keep_of: Function that returns the support for magnitudes.
+        penalty: Initial r.
+        steps: Maximum number of iterations.
 
     Returns:
         D and its support.
     """
-    # found in float64: in float32 small eigenvalues may come out negative, and r would have to make up for that
+    # in float64: small eigenvalues may become negative in float32, which r would have to outweigh
     values, vectors = (part.float().to(h.device) for part in torch.linalg.eigh(in_float64(h)))
-    goal, v, moved = dense @ h, torch.zeros_like(dense), False
+    target, v, has_changed = dense @ h, torch.zeros_like(dense), False
     keep = first = keep_of(dense.abs())
-    d, before = dense * keep, keep
+    d, previous = dense * keep, keep
     for step in range(1, steps + 1):
-        b = (torch.add(goal, d, alpha=penalty).sub_(v) @ vectors).div_(values + penalty) @ vectors.t()
+        b = (torch.add(target, d, alpha=penalty).sub_(v) @ vectors).div_(values + penalty) @ vectors.t()
         d = torch.add(b, v, alpha=1 / penalty)
         keep = keep_of(d.abs())
         d *= keep
         v.add_(b.sub_(d), alpha=penalty)
         if step % EVERY:
             continue
-        changed, before = float((keep != before).sum() / keep.sum().clamp(min=1)), keep
-        moved = moved or changed > 0 or penalty < LEAST
-        if not moved:
+        changed, previous = float((keep != previous).sum() / keep.sum().clamp(min=1)), keep
+        has_changed = has_changed or changed > 0 or penalty < LEAST
+        if not has_changed:
             penalty, d, v = penalty / LOWERED, dense * first, torch.zeros_like(dense)
         elif not changed or (step > SETTLED[0] and changed < SETTLED[1]):
             break
@@ -70,7 +70,10 @@ def admm(dense: Tensor, h: Tensor, keep_of: Keep, penalty: float, steps: int) ->
 
 
 def refit_(solution: Tensor, difference: Tensor, h: Tensor, keep: Tensor, steps: int) -> None:
-    """Moves V, zero off its support, in place towards the minimum of tr((W - V) H (W - V)^T) on it (algorithm 2); given W - V."""
+    """Moves V on its support toward the minimum of tr((W - V) H (W - V)^T), in place.
+
+    Algorithm 2; `difference` is W - V.
+    """
     residual = (difference @ h).mul_(keep)
     del difference  # as large as the weight in float32
     conjugate_gradients(solution, residual, h, keep, steps)
@@ -78,21 +81,22 @@ def refit_(solution: Tensor, difference: Tensor, h: Tensor, keep: Tensor, steps:
 
 @dataclass(frozen=True)
 class ALPS(Criterion):
-    """The mask and the weights on it that give the layer's outputs best, found together: min ||W X - V X||^2, V with zeros.
+    """Optimizes mask and weights together: min ||W X - V X||^2 over sparse V.
 
-    ADMM moves the mask, beginning with that of Wanda's scores, until it stays; then the kept weights are solved for on it, as
-    `Refit` does. Meng et al., 2024, https://arxiv.org/abs/2406.07831. It takes an eigendecomposition of X X^T and two products
-    by a matrix of that size for each iteration, a few dozen of them as a rule.
+    ADMM updates the mask, starting from Wanda's scores, until it is stable. Then the kept weights are solved for, as in `Refit`.
+    Needs an eigendecomposition of X X^T and two matrix products for each iteration, usually a few dozen.
+
+    Reference: Meng et al., 2024, https://arxiv.org/abs/2406.07831.
 
     Args:
-        compares: Which weights compete: "layer", as in the paper, or "row".
-        damping: Ridge towards the old weights, as a share of the mean squared input.
-        penalty: How strongly weights are drawn to their mask in the beginning; inputs are scaled to a mean square of one.
-        steps: The most iterations until the mask stays.
+        compares: Comparison group: `"layer"`, as in the paper, or `"row"`.
+        damping: Ridge penalty toward the old weights, as a share of the mean squared input.
+        penalty: Initial penalty that pulls weights to the mask; inputs are scaled to a mean square of 1.
+        steps: Maximum number of iterations until the mask is stable.
         refits: Steps of conjugate gradients on the mask.
 
     Raises:
-        ValueError: If a number is out of range, or all layers shall compete.
+        ValueError: If a number is out of range, or `compares` is `"global"`.
 
     Example:
         >>> alps = ALPS(damping=1e-6)
@@ -120,7 +124,7 @@ class ALPS(Criterion):
         check_int("refits", self.refits, 0)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes |W_ij| ||X_j||, the ridge in the norm: where ADMM begins."""
+        """Computes |W_ij| ||X_j||, including the ridge penalty: the start of ADMM."""
         moments = self._of_inputs(statistics, weight, InputGram)
         return (weight.detach().float().abs() * self._scaled(moments)[1]).masked_fill(moments.squares == 0, 0)
 
@@ -133,7 +137,7 @@ class ALPS(Criterion):
         zero = (weight.detach() == 0) | (moments.squares == 0)
 
         def keep_of(scores: Tensor) -> Tensor:
-            return self.keep(scores.masked_fill(zero, -1), sparsity, kept, check=False)  # NaN is refused in the end
+            return self.keep(scores.masked_fill(zero, -1), sparsity, kept, check=False)  # NaN raises an error at the end
 
         with torch.autocast(weight.device.type, enabled=False):
             dense = weight.detach().float().contiguous() * scale
@@ -144,7 +148,7 @@ class ALPS(Criterion):
         return updated, keep
 
     def _scaled(self, moments: InputGram) -> tuple[Tensor, Tensor]:
-        """Returns X X^T with the ridge and a diagonal of ones, and by what inputs were divided for that."""
+        """Returns X X^T with the ridge penalty, scaled to a diagonal of ones, and the scale."""
         h = damp_(moments.products.clone(), self.damping)
         scale = h.diagonal().sqrt()
         return h.div_(scale).div_(scale[:, None]), scale
@@ -152,18 +156,18 @@ class ALPS(Criterion):
 
 @dataclass(frozen=True)
 class Refit(Criterion):
-    """Another criterion's mask, and the kept weights that give the layer's outputs best: min ||W X - V X||^2 on the mask.
+    """Uses another criterion's mask, and refits the kept weights: min ||W X - V X||^2.
 
-    SparseGPT settles each weight once, from left to right; here all kept weights of a row are solved for together, as in ALPS
-    (Meng et al., 2024, https://arxiv.org/abs/2406.07831), algorithm 2.
+    SparseGPT fixes weights from left to right; here all kept weights of a row are solved for together, as in ALPS (Meng et al.,
+    2024, https://arxiv.org/abs/2406.07831), algorithm 2.
 
     Args:
-        criterion: The one that chooses the mask, `Wanda()` by default.
+        criterion: Criterion that chooses the mask. Defaults to `Wanda()`.
         steps: Steps of conjugate gradients.
-        damping: Ridge towards the old weights, as a share of the mean squared input.
+        damping: Ridge penalty toward the old weights, as a share of the mean squared input.
 
     Raises:
-        ValueError: If there is not at least one step, the damping is negative, or the criterion compares all layers.
+        ValueError: If `steps` is below 1, the damping is negative, or the criterion compares all layers.
 
     Example:
         >>> from billhook import Magnitude
@@ -186,7 +190,9 @@ class Refit(Criterion):
         check_int("steps", self.steps)
         check_number("damping", self.damping, least=0)
         if self.criterion.compares == "global":
-            raise ValueError("criterion: one that compares all layers cannot be refitted, as that goes layer by layer")
+            raise ValueError(
+                f"criterion={self.criterion} compares all layers, and Refit works on each layer. Use compares='layer' or 'row'."
+            )
         object.__setattr__(self, "compares", self.criterion.compares)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
@@ -196,7 +202,7 @@ class Refit(Criterion):
     def prune(
         self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
     ) -> tuple[Tensor, Tensor]:
-        """Prunes by the criterion, and refits the kept weights. See `Criterion.prune`."""
+        """Prunes with the criterion and refits the kept weights. See `Criterion.prune`."""
         moments = self._of_inputs(statistics, weight, InputGram)
         pruned, keep = self.criterion.prune(weight, moments, sparsity, pattern)
         with torch.autocast(weight.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Finds the order of channels in which groups of N:M lose least: which may stand in any order, and the search for the best."""
+"""Finds the channel order for N:M pruning: which channels can move, and the best order."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,20 +23,21 @@ from billhook.units.units import axis_numbers, match
 
 Costs = NDArray[np.float64]
 ROUNDS = 8
-"""How often groups exchange channels."""
+"""Rounds of channel exchange between groups."""
 ROWS = 2**14
-"""How many rows of scores an axis is ordered by at most: as many of each linear that reads it."""
+"""Most rows of scores that determine the order of an axis, split evenly over its consumer layers."""
 
 
 @dataclass(frozen=True, eq=False)
 class FreeAxis:
-    """Units that may stand in any order.
+    """Units whose order does not change the model.
 
     Attributes:
-        group: The units, and every parameter that has them.
-        beside: What they stand next to everywhere, as value dimensions next to KV heads: each of these may have its own order.
-        sets: The sets of units that have an order of their own, as numbers along `beside`: int64, `[sets, leaves]`.
-        readers: Of each linear that reads the units, their positions among its inputs: int64, `[sets, units, times]`.
+        group: The units, and all parameters that contain them.
+        beside: Axes that are next to the units in every parameter, such as KV heads for value dimensions. Each of their
+            positions may have its own order.
+        sets: Sets of units with their own order, as positions along `beside`: int64, `[sets, leaves]`.
+        readers: Positions of the units among the inputs of each consumer layer: int64, `[sets, units, times]`.
     """
 
     group: Group
@@ -54,52 +55,58 @@ class FreeAxis:
 def find_free_axes(
     model: PreTrainedModel, structure: Structure, linears: Mapping[str, nn.Module], m: int
 ) -> tuple[list[FreeAxis], dict[str, str]]:
-    """Finds the units that linears read in whole groups of m, and that may stand in any order.
+    """Finds units that can be reordered and whose consumer layers are pruned in groups of m.
 
-    Units that each fill groups of their own, as heads do, are left out: their order changes no group.
+    Units that fill whole groups, such as heads, are left out: their order does not change any group.
 
     Returns:
-        Those that may, and why others may not, by their kind and place.
+        The axes that can be reordered, and the reasons for all others, by kind and module.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    inputs = dict[tuple[str, int], str]()  # (weight, dimension of its inputs) -> linear
+    inputs = dict[tuple[str, int], str]()  # (weight, dimension of its inputs) -> layer
     for name, linear in linears.items():
-        if not is_convolution(linear) or linear.groups == 1:  # outputs of others read channels of their own
+        if not is_convolution(linear) or linear.groups == 1:  # other groups do not share input channels
             inputs[names.get(id(linear.get_parameter("weight")), ""), 0 if isinstance(linear, Conv1D) else 1] = name
-    stored, free, why = model.state_dict(keep_vars=True).keys(), list[FreeAxis](), dict[str, str]()
+    saved, free, reasons = model.state_dict(keep_vars=True).keys(), list[FreeAxis](), dict[str, str]()
     for group in structure.groups:
-        reading = {inputs[key]: member for member in group.members if (key := (member.name, member.dim)) in inputs}
-        if not reading or _fill_groups_alone(group, reading.values(), m):
+        consumers, reason = dict[str, Member](), group.reason
+        for member in group.members:
+            if (member.name, member.dim) in inputs:
+                consumers[inputs[member.name, member.dim]] = member
+            if member.buffer and member.name not in saved:
+                reason = reason or f"the buffer {member.name} contains them and is not saved in checkpoints"
+        if not consumers or _fill_groups_alone(group, consumers.values(), m):
             continue
-        units = _free(group, reading, {name: weight_of(linears[name]).shape[1] for name in reading})
-        lost = next((member.name for member in group.members if member.buffer and member.name not in stored), "")
-        reason = group.reason or (f"{lost}, which no checkpoint holds, has them" if lost else "")
+        units = _free(group, consumers, linears)
         if not reason and any(_straddle(positions, m) for positions in units.readers.values()):
-            reason = f"groups of {m} hold others beside them"
+            reason = f"they share groups of {m} with other units"
         if reason:
-            why[f"{group.kind} in {group.where or 'the model'}"] = reason
+            reasons[f"{group.kind} in {group.where or 'the model'}"] = reason
         else:
             free.append(units)
-    return free, why
+    return free, reasons
 
 
-def _free(group: Group, reading: Mapping[str, Member], inputs: Mapping[str, int]) -> FreeAxis:
-    """Finds the sets of units that may have an order of their own: all together, if not every member has the same sets."""
-    near = set.intersection(*[multiplied_with(member.axis, group.leaf) for member in group.members])
-    for beside in (tuple(sorted(near, key=lambda leaf: leaf.number)), ()):
+def _free(group: Group, consumers: Mapping[str, Member], linears: Mapping[str, nn.Module]) -> FreeAxis:
+    """Finds the sets of units with their own order; a single set if members differ."""
+    shared_axes = set.intersection(*[multiplied_with(member.axis, group.leaf) for member in group.members])
+    for beside in (tuple(sorted(shared_axes, key=lambda leaf: leaf.number)), ()):
         axis = group.members[0].axis
         sets = np.unique(axis_numbers(axis, beside)[layout(axis, group.leaf) >= 0], axis=0)
         if all(_positions(member.axis, group.leaf, beside, sets) is not None for member in group.members):
             break
     free = FreeAxis(group, beside, sets, {})
-    for name, member in reading.items():
-        taps = np.arange(0, inputs[name], member.axis.size)  # a convolution reads all channels at each
-        free.readers[name] = (free.positions(member.axis)[..., None] + taps).reshape(len(sets), group.size, -1)
+    for name, member in consumers.items():
+        kernel_offsets = np.arange(0, weight_of(linears[name]).shape[1], member.axis.size)  # all channels at each kernel position
+        free.readers[name] = (free.positions(member.axis)[..., None] + kernel_offsets).reshape(len(sets), group.size, -1)
     return free
 
 
 def _positions(axis: Axis, leaf: Axis, beside: Sequence[Axis], sets: Indices) -> Indices | None:
-    """Returns the positions of each set's units along an axis, `[sets, units, times]`; None if it has others, or not as many."""
+    """Returns the positions of each set's units along an axis, or None if they do not fit.
+
+    The positions are `[sets, units, times]`; all units need the same number of them.
+    """
     unit_at = layout(axis, leaf)
     positions = np.flatnonzero(unit_at >= 0)
     set_at = match(axis_numbers(axis, beside)[positions], sets)
@@ -110,14 +117,14 @@ def _positions(axis: Axis, leaf: Axis, beside: Sequence[Axis], sets: Indices) ->
     return positions[np.argsort(key, kind="stable")].reshape(len(sets), leaf.size, -1)
 
 
-def _fill_groups_alone(group: Group, reading: Iterable[Member], m: int) -> bool:
-    """Tells whether each group of m inputs that has one of the units has no other of them."""
-    blocks = [group.index(member).reshape(-1, m) for member in reading]
+def _fill_groups_alone(group: Group, consumers: Iterable[Member], m: int) -> bool:
+    """Returns True if no group of m inputs contains two different units."""
+    blocks = [group.index(member).reshape(-1, m) for member in consumers]
     return all((block == block[:, :1]).all() for block in blocks)
 
 
 def _straddle(positions: Indices, m: int) -> bool:
-    """Tells whether some group of m inputs does not hold m units that follow one another."""
+    """Returns True if a group of m inputs does not consist of m consecutive units."""
     _, units, times = positions.shape
     if units % m:
         return True
@@ -126,9 +133,10 @@ def _straddle(positions: Indices, m: int) -> bool:
 
 
 def assign(gains: Costs) -> Indices:
-    """Finds for each row a column of its own, so that the sum of their gains is the largest there is.
+    """Assigns a different column to each row, with the largest possible sum of gains.
 
-    By shortest augmenting paths: "A Shortest Augmenting Path Algorithm for Dense and Sparse Linear Assignment Problems" (Jonker &
+    Uses shortest augmenting paths: "A Shortest Augmenting Path Algorithm for Dense and Sparse Linear Assignment Problems"
+    (Jonker &
     Volgenant, 1987), without its start.
 
     Args:
@@ -142,7 +150,7 @@ def assign(gains: Costs) -> Indices:
     """
     costs = gains.max(initial=0) - gains
     size = len(costs)
-    row_prices = costs.min(1, initial=np.inf)  # no cost is below the sum of both prices
+    row_prices = costs.min(1, initial=np.inf)  # each cost is at least the sum of both prices
     column_prices = (costs - row_prices[:, None]).min(0, initial=np.inf)
     row_of, column_of = np.full(size, -1), np.full(size, -1)
     for row in range(size):
@@ -154,35 +162,35 @@ def assign(gains: Costs) -> Indices:
 
 
 def _shortest_path(row: int, costs: Costs, row_prices: Costs, column_prices: Costs, row_of: Indices) -> tuple[int, Indices]:
-    """Finds the cheapest path from a row to a column that is free, and raises prices for that.
+    """Finds the cheapest path from a row to a free column, and raises the prices along it.
 
     Returns:
-        The free column, and for each column that was reached the row from which it was.
+        The free column, and the predecessor row of each column that was reached.
     """
     shortest, came_from = np.full(len(costs), np.inf), np.full(len(costs), -1)
-    open_costs, settled = np.full(len(costs), np.inf), list[int]()
-    at, length = row, 0.0
+    open_costs, visited = np.full(len(costs), np.inf), list[int]()
+    current, length = row, 0.0
     closed = np.zeros(len(costs), dtype=bool)
     while True:
-        reached = length + costs[at] - row_prices[at] - column_prices
+        reached = length + costs[current] - row_prices[current] - column_prices
         nearer = (reached < shortest) & ~closed
         shortest[nearer] = open_costs[nearer] = reached[nearer]
-        came_from[nearer] = at
+        came_from[nearer] = current
         column = int(open_costs.argmin())
         length = float(shortest[column])
         if row_of[column] < 0:
             break
         closed[column], open_costs[column] = True, np.inf
-        settled.append(column)
-        at = int(row_of[column])
+        visited.append(column)
+        current = int(row_of[column])
     row_prices[row] += length
-    row_prices[row_of[settled]] += length - shortest[settled]
-    column_prices[settled] -= length - shortest[settled]
+    row_prices[row_of[visited]] += length - shortest[visited]
+    column_prices[visited] -= length - shortest[visited]
     return column, came_from
 
 
 def kept_sum(columns: Tensor, n: int, m: int) -> float:
-    """Sums the n highest of every m consecutive scores of each row: `columns` is `[columns, rows]`, float32.
+    """Sums the n highest of every m consecutive scores of each row of `[columns, rows]`.
 
     >>> kept_sum(torch.tensor([[1.0], [4.0], [3.0], [2.0]]), 2, 4)
     7.0
@@ -192,18 +200,18 @@ def kept_sum(columns: Tensor, n: int, m: int) -> float:
 
 
 def find_order(columns: Tensor, n: int, m: int, rounds: int) -> Tensor:
-    """Finds the order of columns in which the n highest of every m consecutive scores of a row have the largest sum.
+    """Finds the column order with the largest sum of the n highest of every m scores per row.
 
     Args:
         columns: Scores of at least 0, float32, `[columns, rows]`.
-        n: How many are kept.
-        m: Of how many.
-        rounds: How often groups exchange columns.
+        n: Number of kept scores per group.
+        m: Group size.
+        rounds: Rounds of exchange between groups.
 
     Returns:
-        Which column comes where, int64, `[columns]`; the old order where no better one is found.
+        The column at each position, int64, `[columns]`; the old order if no better order is found.
     """
-    # dealt out to groups by the sum of their scores, forth and back, so that each gets some of all sizes
+    # dealt to groups in alternating order of the sums, so that each group gets columns of all sizes
     hands = columns.sum(1).argsort(descending=True, stable=True).view(m, -1)
     dealt = torch.stack([hand.flip(0) if number % 2 else hand for number, hand in enumerate(hands)], 1).flatten()
     start = torch.arange(len(columns), device=columns.device)
@@ -216,15 +224,15 @@ def find_order(columns: Tensor, n: int, m: int, rounds: int) -> Tensor:
 
 
 def _exchange(columns: Tensor, groups: Tensor, slots: Tensor, n: int) -> None:
-    """Takes a column out of each group, and gives it another group's, so that all together gain most.
+    """Takes a column out of each group, and reassigns the columns to gain most in total.
 
     A column x adds max(0, x - t) to each row of a group whose n-th highest score is t without it, and the sum over rows of that
     is (|x - t| + x - t) / 2, of which only the first part depends on which column goes where.
     """
     taken = groups.gather(1, slots).squeeze(1)
     others = torch.arange(groups.shape[1] - 1, device=groups.device)
-    rest = groups.gather(1, others + (others >= slots))
-    threshold = _highest((columns[numbers] for numbers in rest.unbind(1)), n)[-1]
+    others_in_group = groups.gather(1, others + (others >= slots))
+    threshold = _highest((columns[numbers] for numbers in others_in_group.unbind(1)), n)[-1]
     gains = torch.cdist(columns[taken][None], threshold[None], p=1)[0].cpu().double().numpy()
     new = torch.empty_like(taken)
     new[torch.from_numpy(assign(gains)).to(taken.device)] = taken
@@ -232,26 +240,27 @@ def _exchange(columns: Tensor, groups: Tensor, slots: Tensor, n: int) -> None:
 
 
 def _highest(scores: Iterable[Tensor], n: int) -> list[Tensor]:
-    """Returns the highest score at each place of several tensors of one size, the second highest, and so on to the n-th."""
+    """Returns the n highest values at each position of several tensors, in descending order."""
     highest: list[Tensor] = []
-    for rest in scores:
+    for values in scores:
         for rank, higher in enumerate(highest):
-            highest[rank], rest = torch.maximum(higher, rest), torch.minimum(higher, rest)
+            highest[rank], values = torch.maximum(higher, values), torch.minimum(higher, values)
         if len(highest) < n:
-            highest.append(rest)
+            highest.append(values)
     return highest
 
 
 @dataclass(frozen=True, eq=False)
 class ReorderedAxis:
-    """Units of one axis that stand in another order.
+    """A new order of the units of an axis.
 
     Attributes:
-        kind: What a unit is.
-        where: The innermost module that holds them.
-        readers: The linears that read them.
-        orders: Which unit of each set comes to each place, int64, `[sets, units]`; value dimensions have a set for each KV head.
-        kept: The share of the scores that groups keep, before and after; where an axis has many readers, of some of their rows.
+        kind: Kind of unit.
+        where: Innermost module that contains the units.
+        readers: Consumer layers of the units.
+        orders: The unit at each position, int64, `[sets, units]`. Value dimensions have a set for each KV head.
+        kept: Share of the scores that groups keep, before and after. For an axis with many consumer layers, computed on some of
+            their rows.
     """
 
     kind: Kind
@@ -262,11 +271,11 @@ class ReorderedAxis:
 
 
 class OrderingVisitor(PruningVisitor):
-    """A visitor that prunes nothing, and finds orders, by the axis's number.
+    """A visitor that finds orders, by index of the axis, and prunes nothing.
 
     Args:
-        criterion: How weights are scored.
-        free: The axes.
+        criterion: Scores the weights.
+        free: Axes to reorder.
         kept: (N, M).
         walks: See `PruningVisitor`.
         shared: See `PruningVisitor`.
@@ -279,21 +288,21 @@ class OrderingVisitor(PruningVisitor):
         self._columns: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(free))}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
-        """Scores linears, and orders the axes of which all linears that read them are scored."""
+        """Scores linear layers, and orders the axes whose consumer layers are all scored."""
         for name in linears:
-            reading = [number for number, axis in enumerate(self.free) if name in axis.readers]
-            if not reading:
+            axes = [number for number, axis in enumerate(self.free) if name in axis.readers]
+            if not axes:
                 continue
             scores = self.scores(name, self.statistics_of(name)).float()
             with prefix_errors(name):
                 check_finite(scores, "a score")
-            for number in reading:
+            for number in axes:
                 self._columns[number][name] = _columns(scores, self.free[number], name)
                 if len(self._columns[number]) == len(self.free[number].readers):
                     self._order(number)
 
     def close(self) -> None:
-        """Orders the axes that some linears read which no batch has called."""
+        """Orders the axes with a consumer layer that no batch has called."""
         for number in [number for number, columns in self._columns.items() if columns]:
             self._order(number)
 
@@ -310,7 +319,7 @@ class OrderingVisitor(PruningVisitor):
 
 
 def _columns(scores: Tensor, axis: FreeAxis, name: str) -> Tensor:
-    """Returns the scores of a linear for each unit, of rows that are spread evenly: `[sets, units, rows]`."""
+    """Returns a layer's scores for each unit, `[sets, units, rows]`, on evenly spaced rows."""
     positions = torch.from_numpy(axis.readers[name]).to(scores.device)
     share = max(1, ROWS // (len(axis.readers) * positions.shape[2]))
     rows = torch.linspace(0, len(scores) - 1, min(len(scores), share), device=scores.device).round().long()

@@ -1,4 +1,4 @@
-"""Checks the arguments of pruning, as far as that is possible before there is data, and makes runs of what data there is."""
+"""Checks the arguments of `prune` before any run, and makes runs of batches."""
 
 import re
 import warnings
@@ -32,12 +32,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 
 
 def needs_data(criterion: Criterion) -> bool:
-    """Returns True for a criterion that needs statistics of a linear's inputs."""
+    """Returns True if a criterion needs statistics of layer inputs."""
     return criterion.statistics(1, "meta") is not None
 
 
 def solves_for_weights(criterion: Criterion) -> bool:
-    """Tells whether a criterion solves for weights by products of inputs, which fewer tokens than inputs leave singular."""
+    """Returns True if a criterion solves with Gram matrices, which need enough tokens."""
     return isinstance(criterion.statistics(1, "meta"), InputGram)
 
 
@@ -47,55 +47,57 @@ def check_pruning(
     pattern: str,
     options: PruneOptions,
 ) -> dict[str, nn.Module]:
-    """Checks arguments of `prune` before there is data; returns the linears to prune, by name. See `prune`."""
+    """Checks the arguments of `prune` that need no data; returns the linear layers to prune."""
     if not isinstance(criterion, Criterion):
-        raise ValueError(f"criterion={criterion!r} must be a Criterion, such as Wanda()")
+        raise ValueError(f"criterion={criterion!r} must be a Criterion, such as Wanda().")
     linears = _linears(model, options)
     sequential, allocation = options.sequential, options.allocation
-    group, all_layers = parse_pattern(pattern), criterion.compares == "global"
-    if all_layers and group is not None:
-        raise ValueError(f"criterion={criterion} compares all layers, and pattern={pattern!r} within groups: ask for one")
-    if all_layers and needs_data(criterion) and sequential != "none":
-        raise ValueError(f"criterion={criterion} compares all layers at once: sequential must be 'none', got {sequential!r}")
-    if not isinstance(allocation, Uniform | None) and (group is not None or all_layers):
-        other = f"criterion={criterion} compares all of them" if group is None else f"pattern={pattern!r} says it for all"
-        raise ValueError(f"allocation={allocation} says how sparse each linear is, and {other}: ask for one")
+    group, compares_all = parse_pattern(pattern), criterion.compares == "global"
+    if compares_all and group is not None:
+        raise ValueError(f"criterion={criterion} compares all layers and does not support pattern={pattern!r}. Use only one.")
+    if compares_all and needs_data(criterion) and sequential != "none":
+        raise ValueError(f"sequential={sequential!r} must be 'none' with criterion={criterion}, which compares all layers.")
+    if not isinstance(allocation, Uniform | None) and (group is not None or compares_all):
+        other = f"criterion={criterion}" if group is None else f"pattern={pattern!r}"
+        raise ValueError(f"allocation={allocation} cannot be combined with {other}, which determines each layer's sparsity.")
     for name, linear in linears.items():
         if group is not None and (width := adjacent_inputs(linear)) % group[1]:
             inputs = "channels" if is_convolution(linear) else "inputs"
-            raise ValueError(f"pattern={pattern!r}: {name} has {width} {inputs}, which {group[1]} does not divide; skip it")
+            raise ValueError(
+                f"pattern={pattern!r}: {name} has {width} {inputs}, not a multiple of {group[1]}. Exclude it with skip."
+            )
     return linears
 
 
 def _linears(model: nn.Module, options: PruneOptions) -> dict[str, nn.Module]:
     linears = prunable(model, options.output_embeddings, options.convolutions)
     if not linears:
-        raise ValueError(f"model: {type(model).__name__} has no linear layers to prune")
+        raise ValueError(f"model: {type(model).__name__} has no linear layers to prune.")
     empty = next((name for name, linear in linears.items() if linear.get_parameter("weight").is_meta), None)
     if empty is not None and store_of(model).holds_all:
-        raise ValueError(f"model: {empty} has no weights yet (it is on the meta device): load them first")
-    chosen = dict(linears)
+        raise ValueError(f"model: {empty} is on the meta device and has no weights. Load them first.")
+    remaining = dict(linears)
     for pattern in options.patterns:
-        skipped = [name for name in linears if fnmatchcase(name, pattern)]
-        if not skipped:
-            raise ValueError(f"skip={pattern!r} matches none of the {len(linears)} linears, such as {list(linears)[:3]}")
-        for name in skipped:
-            chosen.pop(name, None)
-    if not chosen:
-        raise ValueError(f"skip={list(options.patterns)} leaves none of the {len(linears)} linears")
-    return chosen
+        matching = [name for name in linears if fnmatchcase(name, pattern)]
+        if not matching:
+            raise ValueError(f"skip={pattern!r} matches none of the {len(linears)} linear layers, such as {list(linears)[:3]}.")
+        for name in matching:
+            remaining.pop(name, None)
+    if not remaining:
+        raise ValueError(f"skip={list(options.patterns)} excludes all {len(linears)} linear layers. Exclude fewer.")
+    return remaining
 
 
 def find_countable_adapters(model: nn.Module, criterion: Criterion, linears: Iterable[str]) -> dict[str, nn.Module]:
-    """Finds the layers of LoRA on these linears, by linear, for a criterion that is to count them in."""
+    """Finds the LoRA layers on these linear layers, for `count_adapters`."""
     if criterion.updates:
         raise ValueError(
-            f"count_adapters=True needs a criterion that leaves kept weights as they are, such as Wanda, and "
-            f"{type(criterion).__name__} changes them: merge the adapters first (bh.training.merge), or leave count_adapters off"
+            f"count_adapters=True needs a criterion that does not change kept weights, such as Wanda, unlike "
+            f"{type(criterion).__name__}. Merge the adapters first (bh.training.merge), or omit count_adapters."
         )
     layers = require_plain_adapters(model, linears, "count_adapters=True")
     if not any(active_in(layer) for layer in layers.values()):
-        raise ValueError(f"count_adapters=True: no adapter is active, such as that of {next(iter(layers))}: enable one")
+        raise ValueError(f"count_adapters=True: no adapter is active, for example on {next(iter(layers))}. Enable an adapter.")
     return layers
 
 
@@ -107,27 +109,42 @@ def make_runs(
     allocation: Allocation | None = None,
     match: BlockMatching | None = None,
 ) -> list[Run]:
-    """Makes a run of each batch, if something needs data; refuses to go without any, on all ranks together."""
-    reader = criterion if needs_data(criterion) else allocation if allocation is not None and allocation.measures else match
-    if reader is None:
+    """Makes a run of each batch if data is needed; raises on all ranks if there is none."""
+    user = criterion if needs_data(criterion) else allocation if allocation is not None and allocation.measures else match
+    if user is None:
         return []
-    who = f"{type(reader).__name__} needs calibration data"
+    problem = f"{type(user).__name__} needs calibration data."
     if batches is None and comm is not SINGLE_PROCESS:
-        raise ValueError(f"batches=None: {who}")
+        raise ValueError(f"batches=None: {problem} Pass batches.")
     runs = runs_of(model, read_batches(batches, model))
-    lacks = int(match is not None and len(runs) < 2)
-    counts = torch.tensor([len(runs), lacks], device=next(model.parameters()).device)
-    count, lacking = comm(counts).tolist()
+    too_few = int(match is not None and len(runs) < 2)
+    counts = torch.tensor([len(runs), too_few], device=next(model.parameters()).device)
+    count, any_too_few = comm(counts).tolist()
     if not count:
-        raise ValueError(f"batches=an empty collection: {who}")
-    if lacking:
-        each = "" if comm is SINGLE_PROCESS else " on each rank"
-        raise ValueError(f"batches: match holds some out, and needs two at least{each}, got {len(runs)} here: give smaller ones")
+        raise ValueError(f"batches is empty: {problem} Pass at least one batch.")
+    if any_too_few:
+        per_rank = "" if comm is SINGLE_PROCESS else " on each rank"
+        raise ValueError(
+            f"batches: match needs at least two batches{per_rank} (it holds some out), got {len(runs)}. Use smaller batches."
+        )
     return runs
 
 
+def expected_tokens(
+    criterion: Criterion, linears: Mapping[str, nn.Module], runs: Sequence[Run], comm: Comm
+) -> dict[str, tuple[int, int]]:
+    """Returns the numbers of tokens and inputs of each layer, as far as they are known before any run.
+
+    Empty if the criterion does not solve for weights, which needs as many tokens as inputs.
+    """
+    total = count_tokens(runs, comm) if solves_for_weights(criterion) else None
+    if total is None:
+        return {}
+    return {name: (total, adjacent_inputs(linear)) for name, linear in linears.items() if not is_convolution(linear)}
+
+
 def count_tokens(runs: Sequence[Run], comm: Comm) -> int | None:
-    """Counts the tokens of all runs, on all ranks, before any runs; None where it is not known what linears are given."""
+    """Counts the non-padding tokens on all ranks before any run; None if it is unknown."""
     total = unknown = 0
     for run in runs:
         ids = run.batch.get("input_ids") if isinstance(run.batch, Mapping) else None
@@ -140,61 +157,64 @@ def count_tokens(runs: Sequence[Run], comm: Comm) -> int | None:
     return None if unknown else total
 
 
-def too_few_tokens(criterion: Criterion, given: Mapping[str, tuple[int, int]]) -> str:
-    """Returns the words for linears that are given fewer tokens than they have inputs; empty if that matters for none.
+def too_few_tokens(criterion: Criterion, tokens_and_inputs: Mapping[str, tuple[int, int]]) -> str:
+    """Returns the warning for layers with fewer tokens than inputs, or an empty string.
 
     Args:
-        criterion: By what they are pruned.
-        given: By linear, how many tokens it is given, and how many inputs it has.
+        criterion: Criterion of pruning.
+        tokens_and_inputs: Number of tokens and of inputs of each linear layer.
     """
-    short = {name: (tokens, width) for name, (tokens, width) in given.items() if tokens < width}
-    if not short or not solves_for_weights(criterion):
+    too_few = {name: (tokens, width) for name, (tokens, width) in tokens_and_inputs.items() if tokens < width}
+    if not too_few or not solves_for_weights(criterion):
         return ""
-    name, (tokens, width) = max(short.items(), key=lambda item: item[1][1] - item[1][0])
+    name, (tokens, width) = max(too_few.items(), key=lambda item: item[1][1] - item[1][0])
+    layers = "1 linear layer has" if len(too_few) == 1 else f"{len(too_few):,} linear layers have"
     return (
-        f"fewer tokens than inputs come to {len(short):,} linear{'s' * (len(short) > 1)}, such as {name}, "
-        f"{tokens:,} for {width:,}: too few to solve for weights by {criterion}, whose damping then decides; give more tokens, "
-        "or take Wanda(), which needs few"
+        f"{layers} fewer calibration tokens than inputs, such as {name} "
+        f"({tokens:,} for {width:,}), so the damping of {criterion} determines their weights. Use more tokens, or Wanda(), which "
+        "needs few."
     )
 
 
 def check_called(linears: Iterable[str], pruned: Collection[str]) -> tuple[str, ...]:
-    """Names the linears that were given no token; if none was given any, that is an error."""
-    names = tuple(name for name in linears if name not in pruned)
+    """Returns the linear layers without tokens, and warns; raises if that is all of them."""
+    missing = tuple(name for name in linears if name not in pruned)
     if not pruned:
-        raise ValueError(f"batches: no linear has been given a token that counts; the first is {names[0]}")
-    if names:
-        what = f"{len(names)} linears, which stay as they are: {', '.join(names)}"
-        warnings.warn(f"no calibration batch has called {what}", stacklevel=3)
-    return names
+        raise ValueError(f"batches: no linear layer was called with a non-padding token, for example {missing[0]}.")
+    if missing:
+        layers = f"{len(missing)} linear layer{'s' * (len(missing) > 1)}"
+        warnings.warn(f"no calibration batch called {layers}, kept dense: {', '.join(missing)}", stacklevel=3)
+    return missing
 
 
 def check_matching(criterion: Criterion, sequential: Sequential, count_adapters: bool) -> None:
-    """Refuses what does not go together with matching of blocks."""
+    """Raises if an argument cannot be combined with block-wise reconstruction."""
     if criterion.compares == "global" or sequential == "none":
-        what = "sequential='none'" if sequential == "none" else f"criterion={criterion}"
-        raise ValueError(f"match: {what} prunes all blocks at once, and they are matched one after the other: ask for one")
+        other = "sequential='none'" if sequential == "none" else f"criterion={criterion}"
+        raise ValueError(f"match cannot be combined with {other}, which prunes all blocks at once. Use only one.")
     if count_adapters:
-        raise ValueError("match changes kept weights, and count_adapters=True leaves them as they are: ask for one")
+        raise ValueError("match changes kept weights and cannot be combined with count_adapters=True. Use only one.")
 
 
 def check_sharded(criterion: Criterion, allocation: Allocation | None, comm: Comm, offload: object) -> None:
-    """Refuses arguments that do not suit a model that is sharded over ranks."""
+    """Raises if an argument is not supported for a sharded model."""
     if offload is not None:
-        raise ValueError(f"offload={str(offload)!r}: the model is sharded, its blocks are gathered one at a time: leave it out")
+        raise ValueError(
+            f"offload={str(offload)!r} is not supported for a sharded model. Omit it: blocks are gathered one at a time."
+        )
     reads = needs_data(criterion) or (allocation is not None and allocation.measures)
     if comm is SINGLE_PROCESS and torch.distributed.get_world_size() > 1 and reads:
-        raise ValueError("reduce=None: the model is sharded, and each rank would prune by its own batches: say how ranks sum")
+        raise ValueError("reduce=None: the model is sharded, so ranks would prune by different batches. Pass reduce.")
 
 
 def check_streamed(model: nn.Module, comm: Comm) -> None:
-    """Refuses ranks that would write one folder."""
+    """Raises if several ranks would write the same folder."""
     if store_of(model).in_files and comm is not SINGLE_PROCESS:
-        raise ValueError("reduce: the model is streamed, and each rank would write the same folder: prune it on one")
+        raise ValueError("reduce is not supported for a streamed model, because ranks would write the same folder. Use one rank.")
 
 
 def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
-    """Refuses a streamed model that calls a block again later, as far as a run on the meta device says; none is read for it."""
+    """Raises if a run on the meta device shows that a streamed model calls a block twice."""
     batch, store = next((run.batch for run in runs if run.batch is not None), None), store_of(model)
     if not store.in_files or batch is None:
         return
@@ -202,14 +222,14 @@ def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
     for name in store.blocks:
         empty.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
     batch = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), batch)
-    with suppress(Exception), torch.no_grad():  # code that asks for values has none there
+    with suppress(Exception), torch.no_grad():  # code that needs values fails on the meta device
         runs_of(empty, [batch])[0].visit()
     if again := next((name for name in store.blocks if calls[name] > 1), None):
         raise_called_again(again)
 
 
 def warn_of_unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
-    """Warns about weights that hold several matrices but are no linears: of three dimensions, as experts in one tensor are."""
+    """Warns of three-dimensional weights, such as fused experts, which are not pruned."""
     inside = {module for site in find_sites(model, linears, "block") for module in site.module.modules()}
     shapes = {}
     for name, module in model.named_modules():
@@ -217,12 +237,12 @@ def warn_of_unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Modul
             if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, CONVOLUTIONS):
                 shapes[re.sub(r"\b\d+\b", "*", f"{name}.{attribute}")] = list(parameter.shape)
     if shapes:
-        what = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        warnings.warn(f"these hold several matrices each, but are no linear layers and stay as they are: {what}", stacklevel=3)
+        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        warnings.warn(f"these weights hold several matrices, are not linear layers, and stay dense: {listed}", stacklevel=3)
 
 
 def check_folder(activations: str | None) -> str | None:
-    """Returns the folder of that name."""
+    """Returns the folder if it exists; raises otherwise."""
     if activations is not None and not Path(activations).is_dir():
-        raise ValueError(f"activations={activations!r} must be a folder that exists")
+        raise ValueError(f"activations={activations!r} must be an existing folder.")
     return activations

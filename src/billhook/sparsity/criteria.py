@@ -1,6 +1,6 @@
-"""Criteria: how important each weight of a linear layer is, and pruning by that.
+"""Pruning criteria: scores of the weights of a linear layer, and pruning by them.
 
-A weight that is zero has the lowest score by every criterion, so pruning again continues from where it was.
+Zero weights always have the lowest score, so pruning again continues from an earlier result.
 """
 
 from abc import ABC, abstractmethod
@@ -16,22 +16,22 @@ from billhook.linalg import safe_divisor
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
 
 Comparison = Literal["row", "layer", "global"]
-"""Which weights compete: those of one output (a row of the weight), those of the whole layer, or those of all layers."""
+"""Comparison group: weights of an output (`"row"`), of a layer, or of all layers (`"global"`)."""
 
 ROWS = 256
-"""Rows that are sorted at a time, where something has to be sorted."""
+"""Rows that are sorted at once."""
 
 S = TypeVar("S", bound=Statistics)
 
 
 class Criterion(ABC):
-    """How important each weight of a linear layer is. Weights are `[out_features, in_features]`.
+    """Scores the weights of a linear layer, `[out_features, in_features]`.
 
     Attributes:
-        compares: Which weights compete; patterns N:M compare within each group of M instead.
-        needs: The kind of statistics of a layer's inputs that are needed; None if none are.
-        updates: Whether pruning changes weights that it keeps, too.
-        copies: How often the statistics' size is taken at most: as they are, and what is computed of them.
+        compares: Comparison group. N:M patterns compare within each group of M instead.
+        needs: Type of input statistics; None if the criterion needs no data.
+        updates: Whether pruning also changes the kept weights.
+        copies: Peak memory of pruning, as a multiple of the size of the statistics.
     """
 
     compares: Comparison
@@ -43,12 +43,12 @@ class Criterion(ABC):
         check_one_of("compares", self.compares, Comparison)
 
     def statistics(self, in_features: int, device: torch.device | str = "cpu") -> Statistics | None:
-        """Makes empty statistics of a layer's inputs; None if none are needed."""
+        """Makes empty statistics of a layer's inputs; None if the criterion needs no data."""
         return None if self.needs is None else self.needs(in_features, device)
 
     @abstractmethod
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes the scores, float32, `[out_features, in_features]`; higher = more important.
+        """Computes scores, float32, `[out_features, in_features]`; the lowest are pruned first.
 
         Raises:
             ValueError: If the statistics are missing, or not of this weight's inputs.
@@ -57,20 +57,20 @@ class Criterion(ABC):
     def prune(
         self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
     ) -> tuple[Tensor, Tensor]:
-        """Zeroes the lowest scores of one layer. The weight given is not changed.
+        """Zeroes the lowest scores of a layer and returns the new weight; the input is unchanged.
 
         Args:
-            weight: `[out_features, in_features]`, of any floating dtype.
-            statistics: Of the layer's inputs, as `statistics()` made them; None where it makes none.
-            sparsity: Fraction that becomes zero, in [0, 1); None with a pattern N:M, which implies it.
-            pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive input features.
+            weight: Weight `[out_features, in_features]`, of any floating-point dtype.
+            statistics: Statistics of the layer's inputs, from `statistics()`; None if there are none.
+            sparsity: Fraction of the weights to zero, in [0, 1). None with an N:M pattern, which implies it.
+            pattern: `"unstructured"`, or `"N:M"` to keep N of every M consecutive inputs.
 
         Returns:
             The new weight, in the dtype of the old, and the keep-mask, bool; both `[out_features, in_features]`.
 
         Raises:
-            ValueError: If sparsity or pattern are not legal or do not suit the weight, the weight or the statistics hold NaN or
-                inf, or the statistics are missing or not of this weight's inputs.
+            ValueError: If sparsity or pattern is not legal or does not fit the weight, the weight or the statistics contain NaN
+                or inf, or the statistics are missing or of other inputs.
         """
         sparsity, kept = check_amount(sparsity, pattern), parse_pattern(pattern)
         check_width(weight.shape[1], pattern)
@@ -80,21 +80,21 @@ class Criterion(ABC):
     def solve(
         self, weight: Tensor, statistics: Statistics | None, sparsity: float, kept: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:
-        """Does what `prune` does, whose arguments are legal: by default all kept weights stay as they are."""
+        """Does the work of `prune` after its checks. By default the kept weights do not change."""
         keep = self.keep(self.score(weight, statistics), sparsity, kept)
         return where_kept(weight, keep), keep
 
     def keep(self, scores: Tensor, sparsity: float, kept: tuple[int, int] | None, check: bool = True) -> Tensor:
-        """Returns the keep-mask of the highest scores: N of every M, with (N, M) = `kept`, or of those that compete.
+        """Returns the mask of the highest scores, per comparison group or N of every M = `kept`.
 
-        NaN is refused, unless `check=False`, which asks the device for nothing.
+        NaN raises an error, unless `check=False`, which avoids a host sync.
         """
         if kept is not None:
             return keep_n_of_m(scores, *kept, check)
         return keep_rows(scores, sparsity, check) if self.compares == "row" else keep_layer(scores, sparsity, check)
 
     def _of_inputs(self, statistics: Statistics | None, weight: Tensor, kind: type[S]) -> S:
-        """Returns the statistics, if they are of the kind that is needed, and of this weight's inputs."""
+        """Returns the statistics if their type and size fit; raises otherwise."""
         if not isinstance(statistics, kind):
             given = "none" if statistics is None else type(statistics).__name__
             raise ValueError(f"{type(self).__name__} needs {kind.__name__} of the layer's inputs (calibration data), got {given}")
@@ -106,19 +106,19 @@ class Criterion(ABC):
 
 @dataclass(frozen=True)
 class Random(Criterion):
-    """Random scores: others for another weight, the same ones whenever seed and weight are the same.
+    """Random scores, fixed by the seed and the weight.
 
     Args:
-        seed: Of the random numbers.
-        compares: Which weights compete.
+        seed: Random seed.
+        compares: Comparison group.
     """
 
     seed: int = 0
     compares: Comparison = "layer"
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Draws scores uniform in (0, 1], and 0 where the weight is zero."""
-        # the weight itself takes part in the seed: linears of one size must not all get one mask
+        """Returns scores uniform in (0, 1], and 0 for zero weights."""
+        # the weight is part of the seed: layers of equal size must get different masks
         first_row = weight.detach()[0].float().contiguous().view(torch.int32)
         seed = (self.seed * 1_000_003 + int(first_row.sum(dtype=torch.int64))) % 2**63
         drawn = torch.rand(weight.shape, generator=torch.Generator().manual_seed(seed))
@@ -127,10 +127,10 @@ class Random(Criterion):
 
 @dataclass(frozen=True)
 class Magnitude(Criterion):
-    """S_ij = |W_ij|, compared within the whole layer: the baseline of Wanda's paper, section 4.
+    """S_ij = |W_ij|, compared within the layer: the baseline of Wanda's paper, section 4.
 
     Args:
-        compares: Which weights compete.
+        compares: Comparison group.
 
     Example:
         >>> Magnitude().prune(torch.tensor([[1.0, -2.0], [3.0, -4.0]]), sparsity=0.5)[0]
@@ -150,10 +150,10 @@ class Wanda(Criterion):
     """S_ij = |W_ij| ||X_j||, compared within each output (equation 1 and algorithm 1).
 
     From "A Simple and Effective Pruning Approach for Large Language Models", Sun, Liu, Bair & Kolter, 2023,
-    https://arxiv.org/abs/2306.11695. The weights of an input that was always zero score zero.
+    https://arxiv.org/abs/2306.11695. Weights of an input that is always zero score zero.
 
     Args:
-        compares: Which weights compete.
+        compares: Comparison group.
 
     Example:
         >>> norms = Wanda().statistics(in_features=2)
@@ -174,17 +174,17 @@ class Wanda(Criterion):
 
 @dataclass(frozen=True)
 class WandaAlpha(Wanda):
-    """Wanda's variant (its appendix): of each row, the lowest scores that add up to a share alpha of its sum are removed.
+    """Wanda's variant that removes the same share alpha of each row's sum (appendix).
 
-    With the scores of row i in ascending order, those with S_i(1) + ... + S_i(k) <= alpha (S_i(1) + ... + S_i(n)) are removed.
-    The paper bisects for the alpha, one for all rows, that gives the sparsity to within 0.001. Here each score is its own share,
-    the left sum over the right one, so comparing these within the layer finds that alpha exactly.
+    With the scores of row i in ascending order, the weights with S_i(1) + ... + S_i(k) <= alpha (S_i(1) + ... + S_i(n)) are
+    removed. The paper bisects for the alpha, equal for all rows, that gives the sparsity to within 0.001. Here each score
+    becomes its own share, the left sum over the right sum, so a comparison within the layer finds that alpha exactly.
     """
 
     compares: Comparison = field(default="layer", init=False, repr=False)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes the share of its row's sum that a score and the lower ones add up to."""
+        """Computes the cumulative share of each score in the sum of its row."""
         scores = super().score(weight, statistics)
         for row in torch.split(scores, ROWS):
             ascending, order = row.sort(dim=1, stable=True)
@@ -195,14 +195,15 @@ class WandaAlpha(Wanda):
 
 @dataclass(frozen=True)
 class RIA(Criterion):
-    """S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a (relative importance and activations).
+    """Relative importance and activations: (|W_ij| / row sum + |W_ij| / column sum) ||X_j||^a.
 
-    From "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", Zhang, Bai, Lin, Zhao, Hou &
-    Cannistraci, ICLR 2024, https://openreview.net/forum?id=Tr0lPx9woF. Its permutation of channels for N:M is `permute_for`.
+    S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a. From "Plug-and-Play: An Efficient Post-training Pruning
+    Method for Large Language Models", Zhang, Bai, Lin, Zhao, Hou & Cannistraci, ICLR 2024,
+    https://openreview.net/forum?id=Tr0lPx9woF. Its channel permutation for N:M is `permute_for`.
 
     Args:
-        exponent: a, of the inputs' norms.
-        compares: Which weights compete: by the authors' code `"layer"` unless `"row"` is asked for.
+        exponent: Exponent a of the input norms.
+        compares: Comparison group. Defaults to `"layer"`, as in the authors' code.
 
     Raises:
         ValueError: If the exponent is negative.
@@ -233,6 +234,6 @@ class RIA(Criterion):
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Refuses NaN and inf."""
+    """Raises if values contain NaN or inf."""
     if not torch.stack(values.detach().aminmax()).isfinite().all():
         raise ValueError(f"{what} holds NaN or inf")

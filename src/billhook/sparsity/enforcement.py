@@ -1,4 +1,4 @@
-"""Holds masks: pruned weights are zero after every step of an optimizer."""
+"""Enforces masks: pruned weights are zero after every optimizer step."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,12 +16,12 @@ from billhook.sparsity.weight_plan import pack_mask, unpack_mask
 
 
 class EnforcedMasks:
-    """Keep-masks of a model's linears, one byte a weight, and the hooks that hold them."""
+    """Masks of a model's linear layers, a byte per weight, and the hooks that enforce them."""
 
     def __init__(self) -> None:
         self._masks: dict[str, Tensor] = {}
-        self._saved: Mapping[str, Any] = {}  # those of a checkpoint, one bit a weight, until it is known how weights lie
-        self._packed: dict[str, Any] = {}  # the masks as checkpoints hold them, once one has been saved
+        self._saved: Mapping[str, Any] = {}  # masks of a checkpoint, a bit per weight, until the memory layout is known
+        self._packed: dict[str, Any] = {}  # masks in checkpoint format, cached by the first save
         self._models: list[nn.Module] = []
         self._linears: list[dict[str, nn.Module]] = []
         self._weights: dict[str, nn.Parameter] = {}
@@ -30,7 +30,7 @@ class EnforcedMasks:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The masks by linear, bool, as the weights lie in memory, and sharded as they are."""
+        """Masks by linear layer, bool, in the memory layout and sharding of the weights."""
         return self._masks or {name: _unpacked(saved, torch.device("cpu")) for name, saved in self._saved.items()}
 
     def attach(
@@ -40,9 +40,13 @@ class EnforcedMasks:
         copies: Sequence[nn.Module] = (),
         adapted: Collection[str] = (),
     ) -> None:
-        """Begins to hold: in the model after each step of these optimizers, and in averaged copies of it.
+        """Enforces the masks after each step of these optimizers, in the model and its averages.
 
-        The adapters of linears that are `adapted` are masked too, once there are masks.
+        Args:
+            model: The model in training.
+            optimizers: Its optimizers.
+            copies: Averaged copies of the model.
+            adapted: Linear layers whose LoRA adapters are masked, too.
         """
         self._let_go()
         self._models, self._adapted = [model, *copies], adapted
@@ -53,7 +57,7 @@ class EnforcedMasks:
         self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
 
     def _restored(self) -> dict[str, Tensor]:
-        """Unpacks saved masks, one at a time, each sharded as its weight."""
+        """Unpacks saved masks in sequence, each sharded like its weight."""
         linears = _linears(self._models[0]) if self._saved else {}
         masks = {}
         for name, saved in self._saved.items():
@@ -63,12 +67,15 @@ class EnforcedMasks:
         return masks
 
     def hold(self, masks: Mapping[str, Tensor], change: Callable[[], None] | None = None) -> None:
-        """Replaces the masks, and applies them; if `change`, which changes the weights with them, fails, they are as before."""
-        linears = [_linears(model) for model in self._models]
+        """Replaces the masks and applies them; if `change` fails, the old masks stay.
+
+        `change` changes the weights that the masks are for.
+        """
+        linears = list(map(_linears, self._models))
         first = linears[0]
         for name, mask in masks.items():
             if name not in first or first[name].weight.shape != mask.shape:
-                raise ValueError(f"the masks are of another model: it has no {name} of shape {list(mask.shape)}")
+                raise ValueError(f"the masks belong to another model: this model has no {name} of shape {list(mask.shape)}.")
         before = self._linears, self._masks
         self._linears, self._packed = linears, {}
         self._masks = {name: sharded_as(mask, first[name].get_parameter("weight")).contiguous() for name, mask in masks.items()}
@@ -78,40 +85,43 @@ class EnforcedMasks:
         except BaseException:
             self._linears, self._masks = before
             raise
-        self._weights = {name: first[name].get_parameter("weight") for name in self._masks}
+        self._weights = {name: first[name].get_parameter("weight") for name in self._masks}  # `change` may have replaced them
         self.apply()
-        adapted = {name: self._masks[name] for name in self._adapted if name in self._masks}
+        adapted = dict[str, Tensor]()
+        for name in self._adapted:
+            if name in self._masks:
+                adapted[name] = self._masks[name]
         for model in self._models if adapted else ():
             mask_adapters(model, adapted)
 
     def follow(self) -> None:
-        """Follows new shapes: in weights that are new, zeros stay zeros, and no others."""
+        """Follows new shapes; in new weights, zeros are kept at zero."""
         if not self._masks or not self._models:
             return
         mask_of, masks = {id(weight): self._masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
         masked = {self._linears[0][name] for name in self._masks}
         for name, linear in _linears(self._models[0]).items():
             weight = linear.get_parameter("weight")
-            if id(weight) in mask_of:  # the same, perhaps under another name
+            if id(weight) in mask_of:  # the same parameter, perhaps with a new name
                 masks[name] = mask_of[id(weight)]
-            elif linear in masked or name in self._masks:  # FSDP makes all weights anew, and another name may be a block's now
+            elif linear in masked or name in self._masks:  # FSDP2 creates new parameters, and blocks may be renumbered
                 masks[name] = weight.detach() != 0
         self.hold(masks)
 
     def apply(self) -> None:
-        """Zeroes masked weights, in the model and in its copies."""
+        """Zeroes masked weights, in the model and its averages."""
         for model, linears in zip(self._models, self._linears, strict=False) if self._masks else ():
             reshard(model)
             weights = [linears[name].get_parameter("weight").data for name in self._masks]
             _mask(weights, [mask.to(weight.device) for mask, weight in zip(self._masks.values(), weights, strict=True)])
 
     def detach(self) -> None:
-        """Applies the masks a last time and lets go of model and optimizers; the masks stay."""
+        """Applies the masks a last time and releases model and optimizers; the masks stay."""
         self.apply()
         self._let_go()
 
     def clear(self) -> None:
-        """Forgets the masks."""
+        """Drops the masks."""
         self._masks, self._saved, self._packed = {}, {}, {}
 
     def _let_go(self) -> None:
@@ -132,9 +142,9 @@ class EnforcedMasks:
                 _mask(weights, masks)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the masks, one bit a weight; they are packed once, and not again until they are replaced."""
+        """Returns the masks, a bit per weight; packed again only if they have changed."""
         if not self._packed:
-            # assigned when all are packed: a checkpoint that is saved after an error holds all masks, too
+            # assigned only when complete, so that a save after an error still contains all masks
             self._packed = {
                 name: {"shape": list(mask.shape), "bits": torch.from_numpy(pack_mask(full_tensor(mask)))}
                 for name, mask in self._masks.items()
@@ -142,21 +152,24 @@ class EnforcedMasks:
         return dict(self._saved or self._packed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores masks that were saved."""
+        """Restores saved masks."""
         self._masks, self._saved, self._packed = {}, state, {}
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns all that may be masked, by name, where it is sharded as shards: FSDP's forward leaves gathered copies."""
+    """Returns all layers that can be masked; with FSDP2, with their sharded weights.
+
+    FSDP's forward pass may leave gathered copies, so the model is resharded first.
+    """
     reshard(model)
     return prunable(model, output_embeddings=True, convolutions="all")
 
 
 def _unpacked(saved: Mapping[str, Any], device: torch.device) -> Tensor:
-    """Unpacks a mask that was saved, on a device."""
+    """Unpacks a saved mask on a device."""
     return unpack_mask(saved["bits"].cpu().numpy(), math.prod(saved["shape"]), device).view(saved["shape"])
 
 
 def _mask(weights: list[Tensor], masks: list[Tensor]) -> None:
-    """Multiplies by the masks, in place: as the bytes 0 and 1, which takes a third of the time of bool."""
+    """Multiplies weights by masks in place, as bytes 0 and 1 (three times faster than bool)."""
     torch._foreach_mul_([local(weight) for weight in weights], [local(mask).view(torch.uint8) for mask in masks])

@@ -1,4 +1,4 @@
-"""Criteria on the weight of any linear: a grouped convolution is several linears beside each other."""
+"""Criteria for grouped convolutions, which are several independent linear layers."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,14 +13,14 @@ from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
 
 
 class GroupedStatistics:
-    """Statistics of a grouped convolution: of each group those of its own channels, as each is a linear beside the others."""
+    """Statistics of a grouped convolution, separate for the channels of each group."""
 
     def __init__(self, parts: Sequence[Statistics]) -> None:
         self.parts = parts
 
     @property
     def tokens(self) -> Tensor:
-        """How many patches were added."""
+        """Number of patches."""
         return self.parts[0].tokens
 
     def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
@@ -39,14 +39,14 @@ class GroupedStatistics:
 
 
 def empty_statistics(criterion: Criterion, linear: nn.Module, device: torch.device) -> Statistics | GroupedStatistics:
-    """Makes the empty statistics of a linear's inputs; norms, for a criterion that needs none, tell at least who is called."""
+    """Makes empty statistics of a layer's inputs; norms if the criterion needs none."""
     groups, width = linear.groups if is_convolution(linear) else 1, size_of(linear)[1]
     parts = [criterion.statistics(width, device) or InputNorms(width, device) for _ in range(groups)]
     return parts[0] if groups == 1 else GroupedStatistics(parts)
 
 
 def score_weight(criterion: Criterion, weight: Tensor, statistics: Statistics | GroupedStatistics | None) -> Tensor:
-    """Scores a weight `[out_features, in_features]`; in groups, the outputs of each by its own inputs."""
+    """Scores a weight `[out_features, in_features]`; each group by its own inputs."""
     if not isinstance(statistics, GroupedStatistics):
         return criterion.score(weight, statistics)
     return torch.cat([criterion.score(*group) for group in _groups(weight, statistics)])
@@ -55,16 +55,16 @@ def score_weight(criterion: Criterion, weight: Tensor, statistics: Statistics | 
 def prune_weight(
     criterion: Criterion, weight: Tensor, statistics: Statistics | GroupedStatistics | None, sparsity: float, pattern: str
 ) -> tuple[Tensor, Tensor]:
-    """Prunes a weight by a criterion; returns the new weight and the keep-mask. See `Criterion.prune`.
+    """Prunes a weight with a criterion; returns new weight and mask. See `Criterion.prune`.
 
-    Scores of groups compete as the criterion says, over the whole layer or in each row. A criterion that updates weights solves
-    each group as a layer of its own.
+    The comparison group of the criterion applies across convolution groups. A criterion that updates weights solves each group
+    separately.
     """
     if not isinstance(statistics, GroupedStatistics):
         return criterion.prune(weight, statistics, sparsity, pattern)
     if criterion.updates:
-        news, keeps = zip(*(criterion.prune(*group, sparsity, pattern) for group in _groups(weight, statistics)), strict=True)
-        return torch.cat(news), torch.cat(keeps)
+        weights, masks = zip(*(criterion.prune(*group, sparsity, pattern) for group in _groups(weight, statistics)), strict=True)
+        return torch.cat(weights), torch.cat(masks)
     check_finite(weight, "the weight")
     keep = criterion.keep(score_weight(criterion, weight, statistics), check_amount(sparsity, pattern), parse_pattern(pattern))
     return where_kept(weight, keep), keep
@@ -76,7 +76,7 @@ def _groups(weight: Tensor, statistics: GroupedStatistics) -> Iterator[tuple[Ten
 
 @contextmanager
 def prefix_errors(name: str) -> Iterator[None]:
-    """Puts a linear's name before the criterion's refusal."""
+    """Prefixes the errors of a criterion with the name of the layer."""
     try:
         yield
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Masks that are learned in training: chosen again after each step, while all weights learn (SR-STE)."""
+"""Learned masks: recomputed after each optimizer step, while all weights train (SR-STE)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,18 +28,18 @@ from billhook.sparsity.visitor import PruningVisitor, Walks
 
 @dataclass(frozen=True)
 class MaskRule:
-    """Says what the mask of a linear follows from, beside its weight.
+    """Everything that determines the mask of a linear layer, besides its weight.
 
     Attributes:
-        sparsity: Fraction of its weights that is left out.
-        statistics: Of its inputs; None where the criterion needs none.
+        sparsity: Fraction of the weights that are masked.
+        statistics: Statistics of its inputs; None if the criterion needs no data.
     """
 
     sparsity: float
     statistics: Statistics | GroupedStatistics | None
 
     def keep(self, name: str, linear: nn.Module, criterion: Criterion, pattern: str) -> Tensor:
-        """Returns the keep-mask of a linear as it is now, bool, as its weight lies in memory."""
+        """Returns the mask of a linear layer for its current weight, bool, in memory layout."""
         with prefix_errors(name):
             _, keep = prune_weight(criterion, weight_of(linear), self.statistics, self.sparsity, pattern)
         if self.statistics is not None:
@@ -47,23 +47,23 @@ class MaskRule:
         return to_layout(linear, keep).contiguous()
 
     def again(self, name: str, linear: nn.Module, criterion: Criterion, pattern: str) -> Tensor:
-        """Returns the mask that `keep` does, once that has checked what stays: after each step, without a host sync.
+        """Returns the same mask as `keep`, without its checks and without a host sync.
 
-        Weights that are NaN are kept, so that the loss shows them.
+        For use after each step. NaN weights are kept, so that the loss shows them.
         """
         overridden = [getattr(type(criterion), name) is not getattr(Criterion, name) for name in ("prune", "solve", "keep")]
-        if any(overridden):  # a user's own choice may check what it likes
+        if any(overridden):  # a custom criterion may check its inputs
             return self.keep(name, linear, criterion, pattern)
         scores = score_weight(criterion, weight_of(linear), self.statistics)
         return to_layout(linear, criterion.keep(scores, self.sparsity, parse_pattern(pattern), check=False)).contiguous()
 
     def state(self) -> dict[str, Any]:
-        """Returns it as a checkpoint holds it."""
+        """Returns the rule for a checkpoint."""
         return {"sparsity": self.sparsity, "sums": [] if self.statistics is None else self.statistics.tensors()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], linear: nn.Module, criterion: Criterion) -> "MaskRule":
-        """Makes it of what a checkpoint holds."""
+        """Restores a rule from a checkpoint."""
         if not state["sums"]:
             return cls(state["sparsity"], None)
         statistics = empty_statistics(criterion, linear, weight_of(linear).device)
@@ -73,14 +73,14 @@ class MaskRule:
 
 
 class _NotingVisitor(PruningVisitor):
-    """A visitor that notes what it prunes by."""
+    """A visitor that records the mask rule of each layer that it prunes."""
 
     def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of a visitor
         super().__init__(*args)
         self.noted: dict[str, MaskRule] = {}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
-        """Prunes, and notes by what."""
+        """Prunes the layers and records their mask rules."""
         super().finish(linears)
         self.noted |= {name: MaskRule(self.sparsities[name], self.statistics_of(name)) for name in linears}
 
@@ -94,7 +94,7 @@ def find_mask_rules(
     options: PruneOptions,
     comm: Comm,
 ) -> dict[str, MaskRule]:
-    """Finds what the masks that `prune` would make follow from, by linear; the model stays as it is. See `prune`."""
+    """Returns the mask rules of the masks that `prune` would make, without changing the model."""
     linears = check_pruning(model, criterion, pattern, options)
     walks = Walks(model, linears, make_runs(model, batches, comm, criterion, options.allocation), comm, None, None, {})
     warn_of_unsupported_weights(model, linears)
@@ -106,9 +106,9 @@ def find_mask_rules(
 
 
 class LearnedMasks:
-    """Masks that are chosen again after each step of an optimizer, and hooks by which a model's linears use what they keep.
+    """Masks that follow the weights after each optimizer step, and hooks that apply them.
 
-    `masks` are by linear, bool, as the weights lie in memory. The parameters stay in the model, all their weights with them.
+    `masks` maps linear layers to masks, bool, in the memory layout of the weights. The parameters keep all their values.
     """
 
     def __init__(self, criterion: Criterion, pattern: str) -> None:
@@ -117,14 +117,14 @@ class LearnedMasks:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets all."""
+        """Drops masks and rules."""
         self.detach()
         self.masks: dict[str, Tensor] = {}
         self.chosen: dict[str, MaskRule] = {}
         self._saved: Mapping[str, Any] = {}
 
     def attach(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        """Takes the model and its optimizers, and goes on with masks of a checkpoint, or of an interrupted fit."""
+        """Uses a model and its optimizers, and continues with the masks of a checkpoint."""
         self._model, self._optimizers = model, optimizers
         if self._saved:
             linears = prunable(model, output_embeddings=True, convolutions="all")
@@ -134,25 +134,26 @@ class LearnedMasks:
             self.begin(self.chosen)
 
     def begin(self, chosen: Mapping[str, MaskRule]) -> None:
-        """Has the linears use what is kept of their weights from now on."""
-        linears = prunable(self._model, output_embeddings=True, convolutions="all")
-        linears = {name: linears[name] for name in chosen}
-        masks = {name: choice.keep(name, linears[name], self.criterion, self.pattern) for name, choice in chosen.items()}
+        """Applies masks in the forward pass of the linear layers from now on."""
+        every = prunable(self._model, output_embeddings=True, convolutions="all")
+        linears, masks = dict[str, nn.Module](), dict[str, Tensor]()
+        for name, rule in chosen.items():
+            linears[name] = every[name]
+            masks[name] = rule.keep(name, every[name], self.criterion, self.pattern)
         self.detach()
         self.chosen, self.masks, self._linears = dict(chosen), masks, linears
-        twins = {linear: name for name, linear in find_tied(self._model, linears)}
-        self._names = {linear: name for name, linear in linears.items()} | twins
-        self._unmasked = dict[nn.Module, nn.Parameter]()  # while a linear computes with what is kept of it
+        self._names = {linear: name for name, linear in (*linears.items(), *find_tied(self._model, linears))}
+        self._unmasked = dict[nn.Module, nn.Parameter]()  # original parameters, while a masked layer runs
         self._hooks = [optimizer.register_step_post_hook(self._stepped) for optimizer in self._optimizers]
-        for linear in self._names:  # after the hooks of others, which may gather weights, and also where a forward fails
+        for linear in self._names:  # after other hooks, which may gather weights; restored even if the forward pass fails
             self._hooks += [
                 linear.register_forward_pre_hook(self._mask, prepend=False),
                 linear.register_forward_hook(self._restore, always_call=True),
             ]
-        torch.compiler.reset()  # what is compiled does not look for new hooks
+        torch.compiler.reset()  # compiled code ignores new hooks
 
     def detach(self) -> None:
-        """Lets go of the model; the masks stay."""
+        """Removes all hooks; the masks stay."""
         for hook in self._hooks:
             hook.remove()
         if self._hooks:
@@ -160,7 +161,7 @@ class LearnedMasks:
         self._hooks = []
 
     def decay(self, optimizer: Optimizer, decay: float) -> None:
-        """Adds decay (1 - m) * W to the gradients that an optimizer is about to take."""
+        """Adds decay (1 - m) * W to the gradients before an optimizer step."""
         for name in self._of(optimizer) if self._hooks else ():
             weight = self._linears[name].get_parameter("weight")
             if weight.grad is not None:
@@ -168,24 +169,24 @@ class LearnedMasks:
 
     @contextmanager
     def zeroed(self) -> Iterator[None]:
-        """Makes what is left out zero in the model for a while."""
+        """Sets masked weights to zero within the context."""
         kept = {name: where_kept(self._linears[name].get_parameter("weight").detach(), keep) for name, keep in self.masks.items()}
         with replaced({self._linears[name]: {"weight": weight} for name, weight in kept.items()}):
             yield
 
     def _stepped(self, optimizer: Optimizer, *_: object) -> None:
-        """Chooses the masks of the weights that an optimizer may have changed."""
+        """Updates the masks of the weights that an optimizer trains."""
         with torch.no_grad():
             for name in self._of(optimizer):
                 self.masks[name] = self.chosen[name].again(name, self._linears[name], self.criterion, self.pattern)
 
     def _of(self, optimizer: Optimizer) -> list[str]:
-        """Names the linears whose weights an optimizer trains."""
+        """Returns the linear layers whose weights an optimizer trains."""
         trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return [name for name, linear in self._linears.items() if id(linear.get_parameter("weight")) in trained]
 
     def _mask(self, linear: nn.Module, _: object) -> None:
-        # the attribute would take nothing but a Parameter, which has no graph; so the tensor goes into torch's own dictionary
+        # private: the attribute accepts only a Parameter, which cannot be part of a graph
         weight = linear.get_parameter("weight")
         self._unmasked[linear] = weight
         linear._parameters["weight"] = _Straight.apply(weight, self.masks[self._names[linear]])  # type: ignore[no-untyped-call]
@@ -195,18 +196,18 @@ class LearnedMasks:
             linear._parameters["weight"] = self._unmasked.pop(linear)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what the masks follow from, beside the weights."""
+        """Returns the mask rules for a checkpoint."""
         return {name: choice.state() for name, choice in self.chosen.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what was saved, once there is a model."""
+        """Restores saved mask rules when a model is attached."""
         self.clear()
         self._saved = state
 
 
 @contextmanager
 def with_learned_masks(model: nn.Module) -> Iterator[None]:
-    """Gives a model for a while, where masks are being learned, the weights that its runs see."""
+    """Sets the weights of a model to their masked values within the context."""
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     owners = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), LearnedMasks)]
     with ExitStack() as stack:
@@ -216,14 +217,14 @@ def with_learned_masks(model: nn.Module) -> Iterator[None]:
 
 
 class _Straight(torch.autograd.Function):
-    """Gives m * W, and the gradient of that to all of W."""
+    """Straight-through masking: m * W forward, the full gradient backward."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, weight: Tensor, keep: Tensor) -> Tensor:
-        """Gives what is kept."""
+        """Returns the masked weight."""
         return where_kept(weight, keep)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor, None]:
-        """Hands the gradient on."""
+        """Passes the gradient on unchanged."""
         return gradients[0], None

@@ -1,8 +1,8 @@
-"""Keep-masks from scores: bool, True = kept; the lowest scores are removed, by exact count.
+"""Masks from scores: bool, True where a weight is kept, with exact counts.
 
-The mask is that of a full stable ascending sort: of equal scores the lower column is removed first. Nothing is sorted, though:
-only the lowest score that is kept is searched, in blocks of rows or in one copy of a matrix. Scores of any floating dtype are
-compared as float32. With `check=False` the host does not wait for the device; a NaN is then not refused but kept.
+The mask equals that of a full stable ascending sort: of equal scores the lower column is removed first. Only the lowest kept
+score is selected, in blocks of rows or in a copy of the matrix, without a sort. Scores of any floating-point dtype are compared
+as float32. With `check=False` there is no host sync; NaN is then kept instead of raising an error.
 """
 
 import math
@@ -17,20 +17,20 @@ from torch import Tensor
 from billhook.arguments import check_fraction
 
 CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**24
-"""Scores in a block: few enough for a core's cache, and enough to keep an accelerator busy."""
+"""Scores per block: small enough for a core's cache, large enough to use an accelerator."""
 
 HOST = "cpu"
-"""The device on which NumPy selects; on others torch does, without a host sync."""
+"""Device on which NumPy selects; on others torch does, without a host sync."""
 
 WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Whole numbers of as many bytes as a number has: times 0 or 1, they leave its bits or none."""
+"""Integer types by size in bytes; multiplied by 0 or 1 they clear or keep the bits."""
 
 MAX_PAIRED = 8
-"""The widest N:M group in which comparing every pair is faster than selection."""
+"""Widest N:M group in which comparing all pairs is faster than selection."""
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
-    """Parses a pattern in which N of every M weights are kept to (N, M), and `"unstructured"` to None.
+    """Parses `"N:M"` to (N, M), and `"unstructured"` to None.
 
     >>> parse_pattern("2:4"), parse_pattern("unstructured")
     ((2, 4), None)
@@ -39,15 +39,15 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
         return None
     match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", pattern) if isinstance(pattern, str) else None
     if match is None or not 1 <= int(match[1]) < int(match[2]):
-        raise ValueError(f"pattern={pattern!r} must be 'unstructured' or 'N:M' with 1 <= N < M, where N of every M are kept")
+        raise ValueError(f"pattern={pattern!r} must be 'unstructured' or 'N:M' with 1 <= N < M (N of every M inputs are kept).")
     return int(match[1]), int(match[2])
 
 
 def check_amount(sparsity: float | None, pattern: str = "unstructured") -> float:
-    """Returns the fraction of weights that become zero.
+    """Returns the fraction of weights to zero.
 
     Args:
-        sparsity: That fraction, in [0, 1). With a pattern N:M it may be None, or must agree with the pattern.
+        sparsity: Fraction in [0, 1). With an N:M pattern, None or the sparsity of the pattern.
         pattern: `"unstructured"` or `"N:M"`.
 
     >>> check_amount(0.7), check_amount(None, "2:4")
@@ -55,26 +55,28 @@ def check_amount(sparsity: float | None, pattern: str = "unstructured") -> float
     """
     kept = parse_pattern(pattern)
     if sparsity is None and kept is None:
-        raise ValueError("sparsity=None with pattern='unstructured': say a fraction in [0, 1)")
+        raise ValueError("sparsity=None requires an N:M pattern. Pass a fraction in [0, 1), or a pattern such as '2:4'.")
     if sparsity is not None:
         check_fraction("sparsity", sparsity, of="the weights")
     if kept is None:
         return float(sparsity or 0)
     implied = (kept[1] - kept[0]) / kept[1]
     if sparsity is not None and not math.isclose(sparsity, implied, abs_tol=1e-3):
-        raise ValueError(f"sparsity={sparsity} contradicts pattern={pattern!r}, which is a sparsity of {implied:g}: say only one")
+        raise ValueError(
+            f"sparsity={sparsity} contradicts pattern={pattern!r}, a sparsity of {implied:g}. Pass only one of them."
+        )
     return implied
 
 
 def check_width(in_features: int, pattern: str) -> None:
-    """Refuses a pattern N:M for a weight whose number of input features M does not divide."""
+    """Raises if M of an N:M pattern does not divide the number of inputs."""
     kept = parse_pattern(pattern)
     if kept is not None and in_features % kept[1]:
-        raise ValueError(f"pattern={pattern!r} needs a multiple of {kept[1]} input features, got {in_features}")
+        raise ValueError(f"pattern={pattern!r} needs a multiple of {kept[1]} input features, got {in_features}.")
 
 
 def pruned_count(size: int, sparsity: float) -> int:
-    """Computes how many of `size` weights are removed: int(size * sparsity), or the whole number that only rounding misses.
+    """Computes the number of weights to remove, int(size * sparsity), corrected for rounding.
 
     >>> pruned_count(10, 0.7), pruned_count(100, 0.29), int(100 * 0.29)
     (7, 29, 28)
@@ -85,7 +87,7 @@ def pruned_count(size: int, sparsity: float) -> int:
 
 
 def keep_rows(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
-    """Compares within each row of `[rows, columns]`: int(columns * sparsity) of each row are removed.
+    """Removes int(columns * sparsity) scores of each row of `[rows, columns]`.
 
     >>> keep_rows(torch.tensor([[3.0, 1.0, 1.0, 2.0], [0.0, 0.0, 0.0, 9.0]]), 0.5).int()
     tensor([[1, 0, 0, 1],
@@ -99,7 +101,9 @@ def keep_rows(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
 
 
 def keep_layer(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
-    """Compares within the whole matrix: int(numel * sparsity) are removed, of equal scores those in lower rows, then columns.
+    """Compares within the matrix, and removes int(numel * sparsity) of all scores.
+
+    Of equal scores, lower rows and then lower columns are removed first.
 
     >>> keep_layer(torch.tensor([[3.0, 1.0], [1.0, 2.0]]), 0.25).int()
     tensor([[1, 0],
@@ -111,10 +115,10 @@ def keep_layer(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
         if keep.numel():
             _drop_lowest(_without_nan(scores.detach().float().reshape(1, -1)), count, keep.view(1, -1))
         return keep
-    if scores.device.type == "cpu" and count:  # numpy's selection
+    if scores.device.type == "cpu" and count:  # NumPy's selection is faster
         parted = np.partition(scores.detach().float().numpy(), count, axis=None)
         lowest = RemovalThreshold(float(parted[count]), count - int(np.count_nonzero(parted[:count] < parted[count])))
-        del parted  # as large as the scores, which the mask now lies beside
+        del parted  # as large as the scores; frees memory for the mask
     else:
         lowest = RemovalThreshold.of(lambda: [scores], count)
     return lowest.keep(scores)
@@ -122,11 +126,11 @@ def keep_layer(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
 
 @dataclass
 class RemovalThreshold:
-    """The lowest of the scores of all matrices, which are removed, one matrix after the other.
+    """The threshold below which scores of several matrices are removed, in sequence.
 
     Attributes:
-        kept: The lowest score that is kept.
-        tied: How many scores that are equal to it are still to be removed.
+        kept: Lowest score that is kept.
+        tied: Number of scores equal to it that are still to be removed.
     """
 
     kept: float
@@ -134,7 +138,10 @@ class RemovalThreshold:
 
     @classmethod
     def of(cls, scores: Callable[[], Iterable[Tensor]], count: int) -> "RemovalThreshold":
-        """Finds the `count` lowest, by a radix selection, 16 bits at a time; matrices are asked for twice."""
+        """Finds the threshold for `count` scores by radix selection, 16 bits at a time.
+
+        Calls `scores` twice.
+        """
         if not count:
             return cls(-math.inf, 0)
         high, lower = _digit_at(((keys >> 16) + 2**15 for keys in _keys(scores())), count)
@@ -144,7 +151,7 @@ class RemovalThreshold:
         return cls(float(_flip(key).view(torch.float32)), count - lower - lower_within)
 
     def keep(self, scores: Tensor) -> Tensor:
-        """Returns the keep-mask of the next matrix."""
+        """Returns the mask of the next matrix."""
         kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
         for rows, block in _blocks(scores):
             keep = torch.ge(block, self.kept, out=kept[rows])
@@ -173,9 +180,9 @@ def keep_n_of_m(scores: Tensor, n: int, m: int, check: bool = True) -> Tensor:
 
 
 def where_kept(values: Tensor, keep: Tensor) -> Tensor:
-    """Returns the values where a keep-mask is True, and 0 elsewhere, also instead of NaN.
+    """Returns the values where the mask is True, and 0 elsewhere, even for NaN.
 
-    On the CPU the bits are multiplied as whole numbers, a tenth of the time of `masked_fill` on a mask without a pattern.
+    On the CPU the bits are multiplied as integers, ten times faster than `masked_fill` with an irregular mask.
 
     >>> where_kept(torch.tensor([1.0, -2.0, torch.nan]), torch.tensor([True, False, False]))
     tensor([1., 0., 0.])
@@ -187,7 +194,7 @@ def where_kept(values: Tensor, keep: Tensor) -> Tensor:
 
 
 def sparsity_of(tensors: Iterable[Tensor]) -> float:
-    """Computes the fraction of all elements that are zero (of keep-masks: that are pruned); 0 if there are none.
+    """Computes the fraction of elements that are zero, or False in masks; 0 if there are none.
 
     >>> sparsity_of([torch.tensor([0.0, 1.0]), torch.tensor([True, True])])
     0.25
@@ -198,7 +205,7 @@ def sparsity_of(tensors: Iterable[Tensor]) -> float:
 
 
 def _blocks(scores: Tensor, check: bool = True) -> Iterator[tuple[slice, Tensor]]:
-    """Yields blocks of rows in float32; NaN is refused, or with `check=False` becomes infinity."""
+    """Yields blocks of rows in float32; NaN raises, or becomes infinity with `check=False`."""
     if scores.numel() == 0:
         return
     size = CPU_BLOCK if scores.device.type == "cpu" else DEVICE_BLOCK
@@ -227,7 +234,7 @@ def _drop_lowest(block: Tensor, count: int, keep: Tensor) -> None:
     else:
         lowest_kept = block.topk(count + 1, largest=False, sorted=False).values.amax(1, keepdim=True)
     torch.ge(block, lowest_kept, out=keep)
-    # so far all that tie with the lowest kept score are kept: the first of them go, by a full stable sort
+    # all ties with the lowest kept score are kept so far; a full stable sort removes the first of them
     tied = keep.sum(1, keepdim=True, dtype=torch.int32) - (block.shape[1] - count)
     if not on_host:
         keep &= ~_first(block == lowest_kept, tied)
@@ -241,10 +248,10 @@ def _first(ties: Tensor, count: Tensor) -> Tensor:
 
 
 def _digit_at(digits: Iterable[Tensor], position: int) -> tuple[int, int]:
-    """Finds the digit, in 0..2^16 - 1, at a position in ascending order, and how many are lower."""
+    """Returns the digit at a position in ascending order, and the number of lower digits."""
     counts = torch.zeros(2**16, dtype=torch.int64)
-    for some in digits:
-        counts += torch.bincount(some, minlength=2**16).cpu()
+    for part in digits:
+        counts += torch.bincount(part, minlength=2**16).cpu()
     ends = counts.cumsum(0)
     digit = int(torch.searchsorted(ends, position, right=True))
     return digit, int(ends[digit] - counts[digit])
@@ -252,13 +259,13 @@ def _digit_at(digits: Iterable[Tensor], position: int) -> tuple[int, int]:
 
 def _keys(scores: Iterable[Tensor]) -> Iterator[Tensor]:
     """Yields integers in the order of the scores, block by block."""
-    for of_matrix in scores:
-        for _, block in _blocks(of_matrix):
+    for matrix in scores:
+        for _, block in _blocks(matrix):
             yield _flip((block.flatten() + 0.0).view(torch.int32))  # + 0.0: -0.0 and 0.0 are equal scores
 
 
 def _flip(bits: Tensor) -> Tensor:
-    """Converts between the bits of a float32 and an int32 of the same order; its own inverse."""
+    """Converts between the bits of a float32 and an int32 of the same order, both ways."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 

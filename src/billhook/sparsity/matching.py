@@ -1,13 +1,15 @@
-"""BlockMatching: tunes what is kept of a block, so that the block gives what the dense one gave.
+"""Block-wise reconstruction: tunes a pruned block to reproduce the dense block's output.
 
 As the transformer matching of 3BASiL (Makni, Meng & Mazumder, 2025, https://arxiv.org/abs/2603.01376), EBFT (Guo et al., 2024,
-https://arxiv.org/abs/2402.12419) and the regional optimization of Wanda++ (Yang et al., 2025, https://arxiv.org/abs/2503.04992).
+https://arxiv.org/abs/2402.12419), and the regional optimization of Wanda++ (Yang et al., 2025,
+https://arxiv.org/abs/2503.04992).
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -25,19 +27,19 @@ from billhook.sparsity.visitor import PruningVisitor
 from billhook.sparsity.weight_plan import PrunedLayer
 
 EVALUATIONS = 5
-"""How often, in the steps of a block, what is held out is looked at."""
+"""Evaluations on held-out batches during the steps of a block."""
 ADAM_BETAS = 0.9, 0.99
-"""Of Adam's means of gradients and of their squares; steps are few."""
+"""Adam's betas, low because steps are few."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockSample:
-    """Holds what a batch gives to a block, and what shall come out.
+    """A block's input for a batch, and its target output.
 
     Attributes:
-        inputs: The arguments and keywords of the block, on the outputs of pruned blocks before it.
-        goal: What the dense block gave, on the outputs of dense blocks before it.
-        counts: Which tokens count, bool, of the shape of the goal without its last dimension; None if all do.
+        inputs: Arguments and keywords of the block, computed by pruned blocks before it.
+        goal: Output of the dense block, computed by dense blocks before it.
+        counts: Mask of non-padding tokens, bool, in the shape of the goal without its last dimension; None if all count.
     """
 
     inputs: Arguments
@@ -47,22 +49,22 @@ class BlockSample:
 
 @dataclass(frozen=True)
 class BlockMatching:
-    """Tunes the kept weights of each block, by Adam, so that the block gives what the dense model's block gave there.
+    """Tunes the kept weights of each block with Adam to reproduce the dense block's output.
 
-    Criteria look at one linear at a time, on the outputs of what is pruned before it; here all linears of a block make up
-    together for what each of them and all blocks before have lost. The error of a token is the square of what differs, over the
-    square of what the dense block gave. Some batches are held out, and of each block the state is kept that is best on these:
-    it is never worse there than without. As in 3BASiL (Makni, Meng & Mazumder, 2025, https://arxiv.org/abs/2603.01376), EBFT
-    (https://arxiv.org/abs/2402.12419) and Wanda++ (https://arxiv.org/abs/2503.04992).
+    A criterion prunes one linear layer at a time. Block-wise reconstruction then compensates for the errors of all layers of the
+    block, and of all blocks before it. The error of a token is the squared difference, divided by the squared output of the
+    dense block. Some batches are held out, and each block keeps the state with the lowest held-out error, so that error never
+    increases. As in 3BASiL (Makni, Meng & Mazumder, 2025, https://arxiv.org/abs/2603.01376), EBFT
+    (https://arxiv.org/abs/2402.12419), and Wanda++ (https://arxiv.org/abs/2503.04992).
 
-    A step takes one batch, forwards and backwards through one block; what is tuned is float32, and rounded once.
+    A step runs a block forward and backward on a batch. Tuned weights are float32, and rounded once at the end.
 
     Args:
-        steps: Steps of Adam for each block; by default one for each batch that is not held out.
-        lr: The largest step size, as a share of the root mean square of a linear's kept weights; it rises to that in the first
-            half of the steps, and falls to zero then.
-        held_out: Fraction of the batches that is held out, in (0, 1); at least one is.
-        seed: Of the order of batches.
+        steps: Adam steps for each block. Defaults to the number of batches that are not held out.
+        lr: Maximum step size, as a share of the root mean square of a layer's kept weights. It rises during the first half of
+            the steps, then falls to zero.
+        held_out: Fraction of the batches to hold out, in (0, 1); at least one batch.
+        seed: Seed for the order of batches.
 
     Raises:
         ValueError: If a number is out of range.
@@ -86,9 +88,9 @@ class BlockMatching:
         check_int("seed", self.seed, 0)
 
     def is_held_out(self, count: int) -> list[bool]:
-        """Picks some of so many batches, two at least, that lie evenly among them: True for each that is held out."""
-        number_held_out = min(max(1, round(self.held_out * count)), count - 1)
-        held_out = {int((number + 0.5) * count / number_held_out) for number in range(number_held_out)}
+        """Returns, for `count` batches, True for each that is held out, evenly spaced."""
+        num_held_out = min(max(1, round(self.held_out * count)), count - 1)
+        held_out = {int((number + 0.5) * count / num_held_out) for number in range(num_held_out)}
         return [batch in held_out for batch in range(count)]
 
 
@@ -96,11 +98,11 @@ class BlockTuning:
     """Tunes the kept weights of a block.
 
     Args:
-        matching: How.
-        block: The block; its parameters stay as they are.
-        weights: The weights to tune, by the name of the parameter in the block, as they lie in memory.
-        keeps: Of each, which weights are kept, bool.
-        comm: The ranks, each of which has passages of its own.
+        matching: Settings.
+        block: The block, whose parameters do not change.
+        weights: Weights to tune, by parameter name in the block, in memory layout.
+        keeps: Masks of these weights, bool.
+        comm: The ranks, each with its own samples.
     """
 
     def __init__(
@@ -113,14 +115,14 @@ class BlockTuning:
     ) -> None:
         self.matching, self.block, self.keeps, self.comm = matching, block, keeps, comm
         self.tuned = {name: _as_float32(weight).detach().clone().requires_grad_() for name, weight in weights.items()}
-        fixed = {name: tensor for name, tensor in (*block.named_parameters(), *block.named_buffers()) if name not in weights}
-        self.fixed = {name: _as_float32(tensor.detach()) for name, tensor in fixed.items()}
+        fixed = chain(block.named_parameters(), block.named_buffers())
+        self.fixed = {name: _as_float32(tensor.detach()) for name, tensor in fixed if name not in weights}
         self.device = next(iter(self.tuned.values())).device
 
     def __call__(self, tune: Sequence[BlockSample], held_out: Sequence[BlockSample]) -> dict[str, Tensor]:
         """Tunes on some passages, and returns the weights, float32, that were best on others."""
         steps = self.matching.steps
-        if steps is None:  # one for each batch: of ranks together as many as each has on average
+        if steps is None:  # a step for each batch; with several ranks the average number of batches
             batches, ranks = self.comm(torch.tensor([float(len(tune)), 1.0], device=self.device))
             steps = math.ceil(float(batches / ranks))
         groups = []
@@ -129,23 +131,23 @@ class BlockTuning:
             groups.append({"params": [weight], "lr": 0.0, "most": self.matching.lr * math.sqrt(float(mean_square))})
         optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS)
         order, queue = torch.Generator().manual_seed(self.matching.seed), list[int]()
-        looks = {steps * look // EVALUATIONS for look in range(1, EVALUATIONS + 1)}
-        inner = getattr(self.block, "_orig_mod", self.block)  # of what torch.compile has wrapped
+        evaluated_steps = {steps * evaluation // EVALUATIONS for evaluation in range(1, EVALUATIONS + 1)}
+        inner = getattr(self.block, "_orig_mod", self.block)  # the module inside torch.compile's wrapper
         with overridden(self.block, forward=partial(type(inner).forward, inner)):
             best, state = self._measured(held_out), self._state()
             for step in range(1, steps + 1):
                 queue = queue or torch.randperm(len(tune), generator=order).tolist()
-                share = 1 - abs((2 * step - 1) / steps - 1)  # of the largest step size: up to it in the first half, then down
+                share = 1 - abs((2 * step - 1) / steps - 1)  # of the maximum step size: linear warmup and decay
                 for group in optimizer.param_groups:
                     group["lr"] = share * group["most"]
                 self._step(optimizer, tune[queue.pop()])
-                if step in looks and (now := self._measured(held_out)) < best:
-                    best, state = now, self._state()
+                if step in evaluated_steps and (error := self._measured(held_out)) < best:
+                    best, state = error, self._state()
         return state
 
-    def _step(self, optimizer: torch.optim.Adam, passage: BlockSample) -> None:
+    def _step(self, optimizer: torch.optim.Adam, sample: BlockSample) -> None:
         with torch.enable_grad():
-            error, count = self._error(passage)
+            error, count = self._error(sample)
             gradients = torch.autograd.grad(error / count, list(self.tuned.values()), allow_unused=True)
         for (name, weight), gradient in zip(self.tuned.items(), gradients, strict=True):
             weight.grad = torch.zeros_like(weight) if gradient is None else gradient * self.keeps[name]
@@ -153,19 +155,19 @@ class BlockTuning:
         optimizer.step()
 
     @torch.no_grad()
-    def _measured(self, passages: Sequence[BlockSample]) -> float:
-        """Returns the mean error of the tokens of passages, on all ranks."""
+    def _measured(self, samples: Sequence[BlockSample]) -> float:
+        """Returns the mean error of the tokens of samples, on all ranks."""
         device = float64_device(self.device)
-        sums = torch.stack([torch.stack(self._error(passage)).to(device).double() for passage in passages]).sum(0)
+        sums = torch.stack([torch.stack(self._error(sample)).to(device).double() for sample in samples]).sum(0)
         error, count = self.comm(sums)
         return float(error / count)
 
-    def _error(self, passage: BlockSample) -> tuple[Tensor, Tensor]:
-        """Returns the sum of the errors of tokens, and how many these are."""
-        inputs = passage.inputs, passage.goal, passage.counts
+    def _error(self, sample: BlockSample) -> tuple[Tensor, Tensor]:
+        """Returns the summed error of tokens, and their number."""
+        inputs = sample.inputs, sample.goal, sample.counts
         (args, kwargs), goal, counts = tree_map_only(Tensor, lambda tensor: _as_float32(tensor.to(self.device)), inputs)
         args, kwargs = tuple(map(copy_cache, args)), {name: copy_cache(value) for name, value in kwargs.items()}
-        with fresh_autocast_cache():  # Adam changes in place what the block may have cast, if its forward enters autocast
+        with fresh_autocast_cache():  # Adam changes weights in place, so autocast's cached casts are stale
             output = hidden_state(functional_call(self.block, self.tuned | self.fixed, args, kwargs))
         assert output is not None, "it has come out before"
         size = goal.square().sum(-1)
@@ -178,22 +180,22 @@ class BlockTuning:
 
 
 def hidden_state(output: object) -> Tensor | None:
-    """Returns what a block hands to the next: the first tensor of floating-point numbers that it gives."""
+    """Returns the hidden states that a block returns: its first floating-point tensor."""
     return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
 
 
 def _as_float32(tensor: Tensor) -> Tensor:
-    """Returns floating-point numbers in float32, outside of inference mode, in which nothing has gradients."""
+    """Returns floating-point tensors in float32, as normal tensors that can have gradients."""
     tensor = tensor.clone() if tensor.is_inference() else tensor
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class MatchingVisitor(PruningVisitor):
-    """A visitor of runs in two series of the same batches, the second of the dense model, which says what blocks shall give.
+    """A visitor that runs each batch twice, pruned and dense, and reconstructs blocks.
 
     Args:
-        matching: How blocks are tuned.
-        args: The arguments of a visitor.
+        matching: Settings of block-wise reconstruction.
+        args: Arguments of `PruningVisitor`.
     """
 
     def __init__(self, matching: BlockMatching, *args: Any) -> None:  # noqa: ANN401 - those of a visitor
@@ -203,41 +205,41 @@ class MatchingVisitor(PruningVisitor):
         self._came_out: dict[int, tuple[Arguments, Tensor]] = {}  # by run
 
     def check_runs(self) -> None:
-        """Refuses linears that share a weight: they would be pruned before they are called under another name."""
+        """Raises if linear layers share a weight, which would be pruned before its second use."""
         if self.walks.twins:
             raise_block_called_again(self.walks.twins[0][0])
 
     def on_exit(self, run: int, given: Arguments, output: object) -> None:
-        """Notes what a block was given, and what it gave."""
+        """Records the input and output of a block."""
         if (state := hidden_state(output)) is not None:
             self._came_out[run] = given, state
 
     def on_reentry(self, site: Site) -> None:
-        """Refuses linears that are called again when their block has been matched."""
+        """Raises if linear layers are called again after their block was tuned."""
         if site.linears:
             raise_block_called_again(next(iter(site.linears)))
         super().on_reentry(site)
 
     def complete(self, site: Site) -> None:
-        """Prunes the linears of a site, or tunes those of a block that all runs have come out of."""
+        """Prunes the linear layers of a stop, or tunes the block that all runs have left."""
         if not site.out:
             super().complete(site)
             return
         linears = {name: linear for name, linear in site.linears.items() if name in self.pruned}
-        passages, came_out = list[BlockSample](), self._came_out
+        samples, outputs = list[BlockSample](), self._came_out
         self._came_out = {}
         for run in range(self._batches):
-            if run in came_out and (dense := run + self._batches) in came_out:
-                (inputs, output), (_, goal) = came_out[run], came_out[dense]
+            if run in outputs and (dense := run + self._batches) in outputs:
+                (inputs, output), (_, goal) = outputs[run], outputs[dense]
                 if output.shape == goal.shape:
-                    passages.append(BlockSample(inputs, goal, self._counting(goal.shape[:-1], goal, run)))
+                    samples.append(BlockSample(inputs, goal, self._counting(goal.shape[:-1], goal, run)))
         if linears:
-            # each rank needs passages to tune on and others to hold out
-            lacks = torch.tensor([float(len(passages) < 2)], device=weight_of(next(iter(linears.values()))).device)
+            # each rank needs samples to tune on and samples to hold out
+            lacks = torch.tensor([float(len(samples) < 2)], device=weight_of(next(iter(linears.values()))).device)
             if not self.comm(lacks):
-                self._tune(site.module, linears, passages)
+                self._tune(site.module, linears, samples)
 
-    def _tune(self, block: nn.Module, linears: Mapping[str, nn.Module], passages: Sequence[BlockSample]) -> None:
+    def _tune(self, block: nn.Module, linears: Mapping[str, nn.Module], samples: Sequence[BlockSample]) -> None:
         names = {id(parameter): name for name, parameter in block.named_parameters()}
         parameters = {name: names[id(linear.get_parameter("weight"))] for name, linear in linears.items()}
         weights, keeps = dict[str, Tensor](), dict[str, Tensor]()
@@ -245,11 +247,11 @@ class MatchingVisitor(PruningVisitor):
             weights[parameters[name]] = to_layout(linear, self.pruned[name].weight(weight_of(linear)))
             keeps[parameters[name]] = to_layout(linear, self.pruned[name].keep(weight_of(linear)))
         parts: tuple[list[BlockSample], list[BlockSample]] = ([], [])
-        for passage, is_held_out in zip(passages, self.matching.is_held_out(len(passages)), strict=True):
-            parts[is_held_out].append(passage)
-        with torch.inference_mode(False):  # runs may be in it, and nothing that is made there has gradients
+        for sample, is_held_out in zip(samples, self.matching.is_held_out(len(samples)), strict=True):
+            parts[is_held_out].append(sample)
+        with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
             tuning = BlockTuning(self.matching, block, weights, keeps, self.comm)
-            weights.clear()  # it has copies
+            weights.clear()  # copied by BlockTuning
             tuned = tuning(*parts)
         for name, linear in linears.items():  # rounded to the dtype of the old weights
             old, new = weight_of(linear), tuned[parameters[name]]
@@ -258,5 +260,7 @@ class MatchingVisitor(PruningVisitor):
 
 
 def raise_block_called_again(linear: str) -> NoReturn:
-    """Refuses a linear that would be pruned before it is called again, or under another name."""
-    raise ValueError(f"match: {linear} is called again after its block, or shares its weight: leave match out, or skip it")
+    """Raises for a linear layer that would be pruned before another call."""
+    raise ValueError(
+        f"match: {linear} is called again after its block, or shares its weight. Exclude it with skip, or do not use match."
+    )

@@ -1,4 +1,4 @@
-"""Which linears are pruned, and by what inputs: what `prune`, its callbacks and its command have in common."""
+"""Options of weight pruning that `prune`, its callbacks, and its command share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,22 +12,21 @@ from billhook.sparsity.matching import BlockMatching
 
 @dataclass(frozen=True)
 class PruneOptions:
-    """Says which linears are pruned, how sparse each becomes, and by what inputs.
+    """Options of weight pruning: layers, sparsity allocation, and calibration inputs.
 
     Args:
-        sequential: The inputs that a layer's statistics are taken from. `"block"`, the papers': those of the dense block, on the
-            outputs of pruned blocks before it. `"layer"`: those of each linear on the outputs of all pruned ones before it, in
-            one pass. `"none"`: those of the dense model. All calls of a linear count; one that is called again after its block
-            or itself would be pruned (ALBERT's, ProphetNet's), or shares its weight, is pruned first, as with `"none"`.
-        match: How what is kept of a block is tuned, once its linears are pruned, so that the block gives what it gave in the
-            dense model, such as `BlockMatching(lr=0.01)`; by default not at all. Runs go twice then, pruned and dense.
-        allocation: How the sparsity is shared among linears, such as `OWL()`; the same for each by default.
-        skip: A glob pattern of linears to leave alone, such as `"*.down_proj"`, or a list of them.
-        output_embeddings: Whether the output embedding (`lm_head`) is pruned too, where it is not tied to an embedding, and the
-            head of a classifier.
-        convolutions: Which `nn.Conv1d` and `nn.Conv2d` are pruned, each as a linear over the patches that its outputs read:
-            `"mixing"`, those of which an output reads four channels or more, so not depthwise ones, patch embeddings and stems;
-            `"all"`; or `"none"`, as in Wanda's experiments on images.
+        sequential: Where calibration statistics come from. `"block"`, as in the papers: inputs of the dense block, computed by
+            pruned blocks before it. `"layer"`: inputs of each linear layer, computed by all pruned layers before it, in one
+            pass. `"none"`: inputs in the dense model. All calls of a layer count. A layer that is called again after it would be
+            pruned (ALBERT, ProphetNet), or that shares its weight, is pruned first, as with `"none"`.
+        match: Block-wise reconstruction settings, such as `BlockMatching(lr=0.01)`, applied after each block is pruned. Runs
+            each batch twice, pruned and dense. Defaults to None (off).
+        allocation: Sparsity allocation, such as `OWL()`. Defaults to the same sparsity for all layers.
+        skip: Glob pattern of linear layers to exclude, such as `"*.down_proj"`, or a list of patterns.
+        output_embeddings: If True, also prunes the output embedding (`lm_head`), unless it is tied, and classification heads.
+        convolutions: Which `nn.Conv1d` and `nn.Conv2d` to prune, as linear layers over patches: `"mixing"` (outputs with at
+            least four input channels: no depthwise convolutions, patch embeddings, or stems), `"all"`, or `"none"`, as in
+            Wanda's experiments on images.
 
     Raises:
         ValueError: If an argument is not legal.
@@ -45,17 +44,17 @@ class PruneOptions:
 
     def __post_init__(self) -> None:
         if not isinstance(self.patterns, Sequence) or not all(isinstance(pattern, str) for pattern in self.patterns):
-            raise ValueError(f"skip={self.skip!r} must be glob patterns of linears, as in ['*.down_proj']")
+            raise ValueError(f"skip={self.skip!r} must be glob patterns of linear layers, such as ['*.down_proj'].")
         check_types(PruneOptions, vars(self))
         check_one_of("sequential", self.sequential, Sequential)
         check_one_of("convolutions", self.convolutions, Convolutions)
 
     @property
     def patterns(self) -> Sequence[str]:
-        """The glob patterns of linears to leave alone."""
+        """Glob patterns of linear layers to exclude."""
         return [self.skip] if isinstance(self.skip, str) else [] if self.skip is None else self.skip
 
     @property
     def needs_data(self) -> bool:
-        """True if matching or allocation take batches."""
+        """True if block-wise reconstruction or allocation needs batches."""
         return self.match is not None or (self.allocation is not None and self.allocation.measures)

@@ -1,4 +1,4 @@
-"""Puts a model's channels in the order in which groups of N:M lose least: what it computes stays, and nothing is gathered."""
+"""Channel permutation for N:M pruning: reorders channels without changing the output."""
 
 import re
 from collections import defaultdict
@@ -35,14 +35,14 @@ from billhook.units.gates import Gate
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PermutationResult(Printable):
-    """The order in which a model's channels now stand; `print` shows a table.
+    """The new channel order of a model; `print` shows a table.
 
     Attributes:
-        model: The name of the model's class.
-        criterion: The criterion that scored weights, in words.
+        model: Class name of the model.
+        criterion: Criterion that scored the weights, as text.
         pattern: `"N:M"`.
-        axes: What stands in another order.
-        left: Why others stay as they are, by kind and place.
+        axes: Axes with a new order.
+        left: Reasons why other axes keep their order, by kind and module.
     """
 
     model: str
@@ -52,48 +52,53 @@ class PermutationResult(Printable):
     left: dict[str, str]
 
     def _renderables(self) -> list[RenderableType]:
-        """Shows for axes that are alike their name, how many orders of how many units, and what they keep on average."""
-        alike: dict[tuple[str, int], list[ReorderedAxis]] = defaultdict(list)
+        """Shows similar axes in a row: number of orders, units, and mean share of kept scores."""
+        similar: dict[tuple[str, int], list[ReorderedAxis]] = defaultdict(list)
         for axis in self.axes:
             name = f"{axis.kind} in {axis.where or 'the model'}"
-            alike[re.sub(r"\b\d+\b", "*", name), axis.orders.shape[1]].append(axis)
+            similar[re.sub(r"\b\d+\b", "*", name), axis.orders.shape[1]].append(axis)
         rows = []
-        for (name, units), axes in alike.items():
-            before, after = (sum(axis.kept[n] for axis in axes) / len(axes) for n in (0, 1))
+        for (name, units), axes in similar.items():
+            before, after = np.mean([axis.kept for axis in axes], axis=0)
             sets = sum(len(axis.orders) for axis in axes)
             rows.append((name, f"{sets:>4} x {units:>6,}  {before:.4f} -> {after:.4f}"))
-        title = f"{self.model} in order for {self.pattern}, by {self.criterion}: share of the scores that is kept"
-        left = [f"  {name} stay as they are: {why}" for name, why in self.left.items()]
-        return [title, text_table(rows, aligns="<", indent=2), *left]
+        title = (
+            f"{self.model}, channels permuted for {self.pattern} with {self.criterion} (share of scores kept, before -> after)"
+        )
+        lines: list[RenderableType] = [title, text_table(rows, aligns="<", indent=2)]
+        for name, reason in self.left.items():
+            lines.append(f"  {name}: not permuted ({reason})")
+        return lines
 
 
 Ordered = Sequence[tuple[FreeAxis, Indices]]
-"""Axes, each with the unit of each set that comes to each place: int64, `[sets, units]`."""
+"""Axes, each with the unit at each position of each set: int64, `[sets, units]`."""
 
 
 def apply_orders(model: nn.Module, ordered: Ordered) -> None:
-    """Puts units in other places, in place: parameters, their gradients and buffers; all of them or, after an interrupt, none.
+    """Reorders units in place: parameters, gradients, and buffers.
 
-    No more memory is taken than the largest tensor has, before anything has changed.
+    After an interrupt all or none have moved. Needs at most as much extra memory as the largest tensor, allocated before any
+    change.
 
     Raises:
-        MemoryError: Before anything has changed, if there is no memory for that; or torch's own error.
+        MemoryError: Before any change, if memory is too small; or torch's own error.
     """
-    moves = _moves(model, ordered)  # an interrupt here leaves nothing to put back
+    moves = _moves(model, ordered)  # nothing has changed yet, so an interrupt here needs no undo
     try:
         _move(moves)
-    except KeyboardInterrupt:  # raised when all have been moved
+    except KeyboardInterrupt:  # delayed until all have moved
         undo_orders(model, ordered)
         raise
 
 
 def undo_orders(model: nn.Module, ordered: Ordered) -> None:
-    """Puts units back in the places that they had before: the same bits. An interrupt is raised when all are."""
+    """Restores the old order, bitwise identical. An interrupt is raised at the end."""
     _move(_moves(model, [(free, np.argsort(orders, axis=1)) for free, orders in ordered]))
 
 
 def _moves(model: nn.Module, ordered: Ordered) -> list[tuple[Tensor, int, Tensor]]:
-    """Returns the tensors that change, each with the dimension, and with the place that each of its slices comes from."""
+    """Returns the tensors to reorder, each with its dimension and the source of each slice."""
     tensors, moves = dict([*model.named_parameters(), *model.named_buffers()]), list[tuple[Tensor, int, Tensor]]()
     for free, orders in ordered:
         for member in free.group.members:
@@ -125,33 +130,33 @@ def permute_for(
     offload: str | torch.device | None = None,
     activations: str | None = None,
 ) -> PermutationResult:
-    """Puts a model's channels in the order in which groups of N:M keep most of their scores, in place; it computes the same.
+    """Reorders channels so that N:M groups keep most of their scores, in place.
 
-    Feed-forward channels, value dimensions of a head and channels of the residual stream are put in another order wherever the
-    trace shows that nothing depends on it: the rows that make them and the columns that read them go along, so that nothing is
-    gathered at run time. Dimensions that positions rotate stay, and so do heads, each of which fills groups of its own. Zhang et
-    al., ICLR 2024, https://openreview.net/forum?id=Tr0lPx9woF, and Pool & Yu, NeurIPS 2021, are where this is from.
+    Reorders MLP channels, value dimensions of heads, and hidden dimensions wherever dependency tracing shows that the order does
+    not matter. Producer rows and consumer columns move together, so the output stays the same and nothing is gathered at run
+    time. Dimensions that position embeddings rotate are not reordered, and neither are heads, which fill whole groups.
+    Reference: Zhang et al., ICLR 2024, https://openreview.net/forum?id=Tr0lPx9woF, and Pool & Yu, NeurIPS 2021.
 
-    If anything fails, the model is as it was. An optimizer that has seen the model does not follow: make it afterwards.
+    After an error the model is unchanged. Create optimizers afterwards, because they do not follow.
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
-        pattern: `"N:M"`: N are kept of every M consecutive inputs.
-        batches: Calibration data, as `prune` takes them.
-        criterion: Scores the weights; `Wanda()` by default. Of an axis, the sum of the scores that are kept in all linears that
-            read it is made large.
-        skip: A glob pattern of linears that are not going to be pruned, or several.
-        output_embeddings: Whether the output embedding (`lm_head`), or the head of a classifier, is going to be pruned too.
-        convolutions: Which convolutions are going to be pruned.
-        offload: A device on which the blocks of a model compute, one at a time, with copies of their parameters.
-        activations: A folder for the outputs of the model's modules, in files that are removed afterwards; by default memory.
-            What else runs hold while they wait for each other, such as masks, stays in memory.
+        pattern: `"N:M"`, which keeps N of every M consecutive inputs.
+        batches: Calibration data, as in `prune`.
+        criterion: Scores the weights. Defaults to `Wanda()`. The order of an axis maximizes the kept scores of all its consumer
+            layers.
+        skip: Glob pattern of linear layers that will not be pruned, or several.
+        output_embeddings: If True, the output embedding (`lm_head`) or classification head will be pruned, too.
+        convolutions: Which convolutions will be pruned. See `PruneOptions`.
+        offload: Device on which blocks run one at a time, with copies of their parameters. Defaults to None (off).
+        activations: Folder for temporary files with module outputs. Defaults to None (memory). Other state of waiting runs, such
+            as attention masks, stays in memory.
 
     Returns:
-        What stands in which order, and how much of the scores is kept before and after; `print` shows it.
+        The new order, with the share of kept scores before and after; `print` shows it.
 
     Raises:
-        ValueError: If an argument is not legal, the model is quantised, sharded or streamed, or its logits would change.
+        ValueError: If an argument is not legal, the model is quantized, sharded, or streamed, or its logits would change.
 
     Example:
         >>> import billhook as bh
@@ -176,32 +181,38 @@ def permute_for(
 
 
 def check_permute(pattern: str, dry_run: bool = False, stream: bool = False, ranks: bool = False) -> None:
-    """Refuses arguments with which channels cannot be put in another order."""
+    """Raises if an argument cannot be combined with channel permutation."""
     if parse_pattern(pattern) is None:
-        raise ValueError(f"pattern={pattern!r}: the order of channels counts only where groups are pruned: name a pattern N:M")
+        raise ValueError(f"pattern={pattern!r}: channel order matters only for N:M patterns. Use one such as '2:4'.")
     if dry_run:
-        raise ValueError("permute=True changes the order of channels, and dry_run=True leaves it: call permute_for first")
+        raise ValueError(
+            "permute=True cannot be combined with dry_run=True, because it changes the model. Call permute_for first."
+        )
     if stream:
-        raise ValueError("permute: the model is streamed, and the order of channels runs through all blocks: have it in memory")
+        raise ValueError(
+            "permute does not support streamed models, because a channel order affects all blocks. Load the model into memory."
+        )
     if ranks:
-        raise ValueError("permute=True: each rank would search an order of its own: leave reduce out, or call permute_for first")
+        raise ValueError(
+            "permute=True does not support reduce, because ranks would find different orders. Call permute_for first."
+        )
 
 
 def check_permutable(model: nn.Module) -> None:
-    """Refuses models whose channels cannot be put in another order."""
+    """Raises if the channels of a model cannot be reordered."""
     check_changeable(model)
     check_plain(find_transformer(model), "permute the model before it is")
     for name, module in model.named_modules():
         if any(isinstance(hook, Gate) for hook in module._forward_pre_hooks.values()):
-            raise ValueError(f"model: a mask or gates stand before {name}: remove them first (mask.remove())")
+            raise ValueError(f"model: {name} has a mask or gates. Remove them first (mask.remove()).")
 
 
 @contextmanager
 def permuted(walks: Walks, criterion: Criterion, pattern: str) -> Iterator[PermutationResult]:
-    """Puts channels in order, and puts them back if an error is raised within."""
+    """Reorders channels, and restores the old order after an error in the context."""
     model, kept = find_transformer(walks.model), parse_pattern(pattern)
     assert kept is not None, "check_permute has seen the pattern"
-    free, why = find_free_axes(model, trace(walks.model), walks.linears, kept[1])
+    free, reasons = find_free_axes(model, trace(walks.model), walks.linears, kept[1])
     visitor = walks("block" if needs_data(criterion) else None, partial(OrderingVisitor, criterion, free, kept))
     axes = dict(sorted(visitor.ordered.items()))
     ordered = [(free[number], axis.orders) for number, axis in axes.items()]
@@ -209,8 +220,8 @@ def permuted(walks: Walks, criterion: Criterion, pattern: str) -> Iterator[Permu
     apply_orders(model, ordered)
     try:
         if not outputs_match(expected, logits_of(model), tolerance(model)):
-            raise ValueError(f"model: {type(model).__name__} computes something else with its channels in another order")
-        yield PermutationResult(type(model).__name__, str(criterion), pattern, tuple(axes.values()), why)
+            raise ValueError(f"model: the logits of {type(model).__name__} change with the channel order. It was restored.")
+        yield PermutationResult(type(model).__name__, str(criterion), pattern, tuple(axes.values()), reasons)
     except BaseException:
         undo_orders(model, ordered)
         raise

@@ -1,4 +1,4 @@
-"""Prunes a model's weights in one shot: checks, plans while the model stays as it is, applies."""
+"""One-shot weight pruning: checks, plans without changing the model, and applies."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from billhook.engine.passes import blockwise
 from billhook.engine.sharding import is_sharded
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
-from billhook.model.layers import adjacent_inputs, is_convolution, size_of
+from billhook.model.layers import size_of
 from billhook.sparsity.allocation import allocate_sparsities
 from billhook.sparsity.checks import (
     check_called,
@@ -25,11 +25,10 @@ from billhook.sparsity.checks import (
     check_pruning,
     check_sharded,
     check_streamed,
-    count_tokens,
+    expected_tokens,
     find_countable_adapters,
     make_runs,
     needs_data,
-    solves_for_weights,
     too_few_tokens,
     warn_of_unsupported_weights,
 )
@@ -58,43 +57,43 @@ def prune(
     permute: bool = False,
     dry_run: bool = False,
 ) -> WeightPlan:
-    """Zeroes the least important weights of a model's linear layers and convolutions, in place and in one shot.
+    """Prunes the weights of linear layers and convolutions, in place and without training.
 
-    If a criterion or a run fails, nothing has changed. An interrupt while finished masks are put into a model in memory leaves
-    some of its weights as they were: the same call again finishes with the same masks if the criterion is `Magnitude` or `Wanda`
-    and neither `allocation`, `match` nor `permute` is given, as zeros score lowest. Modes, random numbers, hooks and configs are
-    as before afterwards.
+    If a criterion or a run fails, the model is unchanged. If an interrupt stops `prune` while it applies masks to a model in
+    memory, some weights keep their old values. The same call then finishes with the same masks, if the criterion is `Magnitude`
+    or `Wanda` and neither `allocation`, `match`, nor `permute` is set, because zeros score lowest. Modes, random state, hooks,
+    and configs are restored.
 
     Args:
-        model: A model of transformers, with LoRA attached or not (its base weights are pruned), or any module that the batches
-            can be given to.
-        criterion: How important a weight is; `Wanda()` by default.
-        batches: Calibration data: each batch is what the model's forward takes, as a dictionary, a tuple or a tensor. Padding
-            (`attention_mask`, `decoder_attention_mask`) does not count. A `Calibration` reads them; by default they are what a
-            language model itself writes.
-        sparsity: Fraction of each linear's weights that become zero, in [0, 1); None with a pattern N:M.
-        pattern: `"unstructured"`, or `"N:M"`: N are kept of every M consecutive inputs; of a convolution, of M channels of a tap.
-        options: Which linears are pruned and by what inputs, such as `PruneOptions(sequential="layer")`.
-        count_adapters: Whether LoRA counts as if it were merged: a criterion that leaves kept weights as they are then sees
-            W + scale B A of the active adapters, in float32. W is pruned, and zeros are pruned first; the adapters stay as they
-            are, and `merge` keeps every zero.
-        reduce: Sums a tensor over ranks, in place, where each rank has batches of its own.
-        progress: Called with how many linears are done, and of how many.
-        offload: A device, such as `"cuda"`, on which the blocks of a model in memory or in files compute, one at a time, with
-            copies of their parameters, the next block's on their way; the outputs of a block go back to where the model is.
-        activations: A folder for the outputs of the model's modules, in files that are removed afterwards; by default memory.
-            What else runs hold while they wait for each other, such as masks, stays in memory.
-        permute: Whether channels are first put in the order in which groups of N:M lose least, as `permute_for` does.
-        dry_run: Whether the model stays as it is; `bh.apply(model, plan)` carries out the plan later.
+        model: A Hugging Face model, also with LoRA attached (its base weights are pruned), or any module that accepts the
+            batches.
+        criterion: Scores the weights. Defaults to `Wanda()`.
+        batches: Calibration data: batches (dictionaries, tuples, or tensors of forward inputs) or a `Calibration`. Padding
+            (`attention_mask`, `decoder_attention_mask`) is ignored. Defaults to self-generated text for language models.
+        sparsity: Fraction of each linear layer's weights to zero, in [0, 1). None with an N:M pattern.
+        pattern: `"unstructured"`, or `"N:M"` to keep N of every M consecutive inputs; in a convolution, of M channels at a
+            kernel position.
+        options: Further options, such as `PruneOptions(sequential="layer")`.
+        count_adapters: If True, scores weights as if LoRA were merged: W + scale B A of the active adapters, in float32. W is
+            pruned, with zeros first, the adapters do not change, and `merge` keeps every zero. The criterion must not update
+            weights.
+        reduce: Sums a statistic over ranks, in place. Required if each rank has its own batches.
+        progress: Callback with the number of pruned layers and the total.
+        offload: Device such as `"cuda"` on which blocks run one at a time, with copies of their parameters; the next block is
+            copied meanwhile, and outputs return to the model's device. Defaults to None (off).
+        activations: Folder for temporary files with module outputs. Defaults to None (memory). Other state of waiting runs, such
+            as attention masks, stays in memory.
+        permute: If True, first reorders channels so that N:M groups lose least. See `permute_for`.
+        dry_run: If True, the model stays unchanged. Apply the plan later with `bh.apply(model, plan)`.
 
     Returns:
-        The plan, carried out unless `dry_run`; `print` shows it.
+        The plan, applied unless `dry_run`; `print` shows it.
 
     Raises:
-        ValueError: If an argument is not legal, two contradict each other, the criterion needs data and there is none, a linear
-            is quantised or of a width that M does not divide, or weights or statistics hold NaN or inf. With `count_adapters`,
-            also if the criterion updates weights, or there is no plain LoRA that is active and not merged; with `match`, if
-            all blocks are pruned at once, there are fewer than two batches, or the model calls a block again.
+        ValueError: If an argument is not legal, two cannot be combined, the criterion needs data and there is none, a layer is
+            quantized or M does not divide its width, or weights or statistics contain NaN or inf. With `count_adapters`, also if
+            the criterion updates weights, or there is no plain, active, unmerged LoRA. With `match`, also if all blocks are
+            pruned at once, there are fewer than two batches, or the model calls a block twice.
 
     Example:
         >>> import billhook as bh
@@ -111,7 +110,7 @@ def prune(
     allocation, match = options.allocation, options.match
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)
-    comm = Comm.of(reduce, model)  # asks which rank this is: after what is checked on each alone
+    comm = Comm.of(reduce, model)  # communicates, so it comes after the checks that each rank makes alone
     if permute:
         check_permute(pattern, dry_run, not store_of(model).holds_all, comm is not SINGLE_PROCESS)
         check_permutable(model)
@@ -127,32 +126,29 @@ def prune(
             runs = make_runs(model, batches, comm, criterion, allocation, match)
             check_called_once(model, runs)
             warn_of_unsupported_weights(model, linears)
-            # what solves for weights needs as many tokens as inputs: said before the work as far as that is known
-            expected, total = dict[str, tuple[int, int]](), count_tokens(runs, comm) if solves_for_weights(criterion) else None
-            if total is not None:
-                expected = {n: (total, adjacent_inputs(linear)) for n, linear in linears.items() if not is_convolution(linear)}
-            if words := too_few_tokens(criterion, expected):
-                log_once(words)
+            expected = expected_tokens(criterion, linears, runs, comm)
+            if message := too_few_tokens(criterion, expected):  # before the work, if the number is known
+                log_once(message)
             walks = Walks(model, linears, runs, comm, device, folder, adapters)
             with permuted(walks, criterion, pattern) if permute else nullcontext():
-                sparsities = (
-                    dict.fromkeys(linears, amount) if allocation is None else allocate_sparsities(walks, amount, allocation)
-                )
-                words = f"{criterion} {pattern} {options.sequential} {sparsities}" + (f" {match}" if match else "")
+                sparsities = dict.fromkeys(linears, amount)
+                if allocation is not None:
+                    sparsities = allocate_sparsities(walks, amount, allocation)
+                key = f"{criterion} {pattern} {options.sequential} {sparsities}" + (f" {match}" if match else "")
                 kind: Callable[..., PruningVisitor] = GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
                 if match is not None:
                     kind = partial(MatchingVisitor, match)
                 visitor = walks(
                     options.sequential if needs_data(criterion) or match else None,
                     partial(kind, criterion, sparsities, pattern, progress),
-                    None if dry_run else words,
+                    None if dry_run else key,
                 )
                 pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}
                 left_out = check_called(linears, pruned)
-            # experts are given only some of the tokens
+            # experts get only some of the tokens
             fewer = {name: seen for name, seen in visitor.tokens.items() if name not in expected or seen[0] < expected[name][0]}
-            if words := too_few_tokens(criterion, fewer):
-                log_once(words)
+            if message := too_few_tokens(criterion, fewer):
+                log_once(message)
         shapes = {name: size_of(linear) for name, linear in linears.items()}
         plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out)
         if not dry_run:

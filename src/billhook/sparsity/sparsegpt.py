@@ -1,6 +1,6 @@
-"""SparseGPT: prunes column by column, and lets the columns to the right make up for it.
+"""SparseGPT: prunes column by column, and updates the columns to the right to compensate.
 
-The weight is worked on transposed, `[in_features, out_features]`, so that a column of the paper's W is a row in memory.
+The weight is transposed, `[in_features, out_features]`, so that a column of the paper's W is a row in memory.
 """
 
 import warnings
@@ -17,24 +17,25 @@ from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import keep_layer, keep_n_of_m
 
 MAX_DAMPING = 1.0
-"""Of the mean of the Hessian's diagonal: with more, the weights' interplay would hardly count."""
+"""Maximum damping, as a share of the mean diagonal of the Hessian; more would hide correlations."""
 NARROW = 128
-"""Columns of a triangle that is inverted as a whole; a wider one is inverted in two halves."""
+"""Columns of a triangular matrix that are inverted at once; wider matrices are halved."""
 
 
 def inverse_factor(products: Tensor, damping: float) -> Tensor:
-    """Computes the upper triangular U with H^-1 = U^T U, for H = X^T X + damping * mean(diag(X^T X)) * I, in float32.
+    """Computes the upper triangular U with H^-1 = U^T U, in float32.
 
-    The paper's H is twice that over the number of samples, but such a factor of H changes neither mask nor update. With the
-    inputs taken in reverse order H = L L^T gives H = R R^T with R upper triangular, so U = R^-1: one factorisation, and H^-1 is
-    never formed. An input that is always zero has no row in the mean, and the mean as its diagonal.
+    H = X^T X + damping * mean(diag(X^T X)) * I. The paper's H is twice that over the number of samples, but such a factor
+    changes neither mask nor update. With the inputs in reverse order, H = L L^T gives H = R R^T with R upper triangular, so U =
+    R^-1: one factorization, without forming H^-1. An input that is always zero is left out of the mean, and gets the mean as its
+    diagonal.
 
     Args:
         products: X^T X, float32, `[in_features, in_features]`.
-        damping: Share of the mean of its diagonal that is added to it.
+        damping: Share of the mean diagonal that is added to the diagonal.
 
     Raises:
-        ValueError: If H is not positive definite with a damping of 1 either.
+        ValueError: If H is not positive definite even with a damping of 1.
     """
     diagonal = products.diagonal()
     live = diagonal > 0
@@ -48,38 +49,41 @@ def inverse_factor(products: Tensor, damping: float) -> Tensor:
         lower, failed = cholesky_(damp_(h, share))
         if not failed:
             if share > damping:
-                warnings.warn(f"X^T X is not positive definite: damping={damping} is raised to {share:g}", stacklevel=2)
+                warnings.warn(f"X^T X is not positive definite: damping was raised from {damping} to {share:g}.", stacklevel=2)
             upper = lower.flip(0, 1)
             del h, lower
             return _invert(upper)
-    raise ValueError(f"X^T X is not positive definite even with damping={MAX_DAMPING}: are the inputs finite?")
+    raise ValueError(f"X^T X is not positive definite even with damping={MAX_DAMPING}. Check that the inputs are finite.")
 
 
 def _invert(upper: Tensor) -> Tensor:
-    """Inverts an upper triangular matrix in place: of [[A, B], [0, C]] it is [[A^-1, -A^-1 B C^-1], [0, C^-1]]."""
+    """Inverts an upper triangular matrix in place, block by block.
+
+    The inverse of [[A, B], [0, C]] is [[A^-1, -A^-1 B C^-1], [0, C^-1]].
+    """
     half = len(upper) // 2
     if len(upper) <= NARROW:
         return upper.copy_(torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True))
     left, right = _invert(upper[:half, :half]), _invert(upper[half:, half:])
     corner = upper[:half, half:]
-    between = torch.mm(left, corner, out=torch.empty_like(corner))  # given where to, autocast leaves it in float32
+    between = torch.mm(left, corner, out=torch.empty_like(corner))  # with out=, autocast keeps float32
     torch.mm(between, right, out=corner).neg_()
     return upper
 
 
 def saliency(weight: Tensor, factor: Tensor) -> Tensor:
-    """Computes W_ij^2 / U_jj^2: the error from pruning a weight when those to its left are settled."""
+    """Computes W_ij^2 / U_jj^2: the error of pruning a weight after the columns to its left."""
     return (weight / factor.diagonal()).square()
 
 
 def solve(
     weight: Tensor, factor: Tensor, sparsity: float, kept: tuple[int, int] | None, block_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Prunes and updates a weight, block of columns by block.
+    """Prunes and updates a weight, in blocks of columns.
 
-    Unstructured, the int(rows * columns * sparsity) lowest saliencies of a block are removed when the block is reached; N:M, the
-    lowest M - N of each row's group of M, with (N, M) = `kept`, when the group is reached. The weight given is not changed.
-    Returns the new weight, float32, and the keep-mask; all `[out_features, in_features]`.
+    Unstructured: the int(rows * columns * sparsity) lowest saliencies of a block are removed when the block is reached. N:M: the
+    lowest M - N of each row's group of M, with (N, M) = `kept`, are removed when the group is reached. The input is unchanged.
+    Returns the new weight, float32, and the mask, both `[out_features, in_features]`.
     """
     work = weight.t().clone(memory_format=torch.contiguous_format)
     keep = torch.empty(work.shape, dtype=torch.bool, device=work.device)
@@ -94,7 +98,7 @@ def solve(
 
 
 def _solve_block(block: Tensor, factor: Tensor, keep: Tensor, kept: tuple[int, int] | None) -> Tensor:
-    """Settles each column of a block in turn; returns the errors, over U_jj, that the later blocks have to make up for."""
+    """Prunes and updates the columns of a block; returns the errors over U_jj."""
     errors = torch.empty_like(block)
     diagonal = factor.diagonal().tolist()
     for column in range(len(block)):
@@ -109,21 +113,23 @@ def _solve_block(block: Tensor, factor: Tensor, keep: Tensor, kept: tuple[int, i
 
 @dataclass(frozen=True)
 class SparseGPT(Criterion):
-    """Prunes column by column and updates the weights to the right, so that they make up for it.
+    """Prunes column by column, and updates the weights to the right to compensate.
 
-    With H = X^T X + damping * mean(diag(X^T X)) I and H^-1 = U^T U, U upper triangular, the saliency of a weight is
-    W_ij^2 / U_jj^2, and pruning it adds -W_ij / U_jj * U_jk to each W_ik to its right. Unstructured, the lowest saliencies of
-    each block of columns are removed, by exact count; N:M, the lowest of each row's group. The weights of an input that was
-    always zero become zero, whether the mask keeps them or not. Algorithm 1 of "SparseGPT: Massive Language Models Can Be
-    Accurately Pruned in One-Shot", Frantar & Alistarh, 2023, https://arxiv.org/abs/2301.00774.
+    With H = X^T X + damping * mean(diag(X^T X)) I and H^-1 = U^T U, U upper triangular, the saliency of a weight is W_ij^2 /
+    U_jj^2, and pruning it adds -W_ij / U_jj * U_jk to each W_ik to its right. Unstructured pruning removes the lowest saliencies
+    of each block of columns, by exact count; N:M removes the lowest of each row's group. Weights of an input that is always zero
+    become zero, even if the mask keeps them.
+
+    Reference: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", Frantar & Alistarh, 2023,
+    https://arxiv.org/abs/2301.00774, algorithm 1.
 
     Args:
-        damping: Share of the mean of the diagonal of X^T X that is added to it. Raised tenfold, up to 1, with a warning, while
-            that is not positive definite.
-        block_size: Columns whose mask is chosen at once; with N:M a multiple of M.
+        damping: Share of the mean diagonal of X^T X that is added to the diagonal, in (0, 1]. Raised tenfold up to 1, with a
+            warning, while the result is not positive definite.
+        block_size: Number of columns whose mask is chosen at once. With N:M, a multiple of M.
 
     Raises:
-        ValueError: If the damping is outside (0, 1], or the block size below 1.
+        ValueError: If the damping is outside (0, 1], or the block size is below 1.
 
     Example:
         >>> sparsegpt = SparseGPT(damping=1e-4)
@@ -145,7 +151,7 @@ class SparseGPT(Criterion):
         check_int("block_size", self.block_size)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes W_ij^2 / U_jj^2 of the weight as it is, before any update."""
+        """Computes W_ij^2 / U_jj^2 of the current weight, before any update."""
         moments = self._of_inputs(statistics, weight, InputGram)
         return saliency(_without_dead(weight, moments), inverse_factor(moments.products, self.damping))
 
@@ -154,7 +160,7 @@ class SparseGPT(Criterion):
     ) -> tuple[Tensor, Tensor]:
         """Zeroes the lowest saliencies and updates the kept weights. See `Criterion.prune`."""
         if kept is not None and self.block_size % kept[1]:
-            raise ValueError(f"block_size={self.block_size} must be a multiple of {kept[1]} for pattern='{kept[0]}:{kept[1]}'")
+            raise ValueError(f"block_size={self.block_size} must be a multiple of {kept[1]} for pattern='{kept[0]}:{kept[1]}'.")
         moments = self._of_inputs(statistics, weight, InputGram)
         factor = inverse_factor(moments.products, self.damping)
         solved, keep = solve(_without_dead(weight, moments), factor, sparsity, kept, self.block_size)

@@ -1,4 +1,4 @@
-"""Walks over a model whose linears are pruned: sums of what each linear reads, and what becomes of it beside the model."""
+"""Walks over a model in pruning: input statistics of each layer, and pruned layers."""
 
 import math
 from collections import Counter
@@ -39,28 +39,28 @@ from billhook.sparsity.masks import RemovalThreshold, pruned_count, where_kept
 from billhook.sparsity.weight_plan import PrunedLayer
 
 VALUES = 2**24
-"""How many values of patches are in memory at a time, unless one image has more."""
+"""Values of patches in memory at once, unless an image has more."""
 
 
 V = TypeVar("V", bound="PruningVisitor")
 
 
 class InputsDiffer(Exception):
-    """Two linears that read one and the same tensor in one run do not in another, of this rank or of another."""
+    """Two layers share an input tensor in some runs only, on this rank or another."""
 
 
 @dataclass(frozen=True, eq=False)
 class Walks:
-    """Walks over one model, all with the same runs.
+    """Walks over a model, all with the same runs.
 
     Attributes:
         model: The model.
-        linears: Those to prune, by name.
-        runs: One for each batch; none where nothing needs data.
+        linears: Linear layers to prune, by name.
+        runs: A run for each batch; empty if nothing needs data.
         comm: The ranks.
-        offload: The device on which blocks compute, if it is another one.
-        activations: A folder for the outputs of modules; None for memory.
-        adapters: The layers of LoRA that count, by linear: as if they were merged.
+        offload: Device on which blocks run; None for the model's device.
+        activations: Folder for module outputs; None for memory.
+        adapters: LoRA layers to count as merged, by linear layer.
     """
 
     model: nn.Module
@@ -73,33 +73,36 @@ class Walks:
 
     @cached_property
     def twins(self) -> list[tuple[str, nn.Module]]:
-        """Other linears that have the weight of one."""
+        """Other layers that share the weight of a linear layer."""
         return find_tied(self.model, self.linears)
 
     @cached_property
     def store(self) -> BlockStore:
-        """Where the model's blocks live."""
+        """The block store of the model."""
         return store_of(self.model)
 
     @property
     def blocks(self) -> list[Site]:
-        """The blocks, and the linears outside of them."""
+        """The blocks, and the linear layers outside of blocks."""
         return find_sites(self.model, self.linears, "block")
 
     def __call__(self, sequential: Sequential | None, make: Callable[["Walks", bool], V], key: str | None = None) -> V:
-        """Walks with a visitor and returns it; once more without shared statistics if inputs are shared in some runs only.
+        """Walks with a visitor and returns it, repeating the walk if necessary.
 
-        It also walks once more if a run has called linears again later: with these first, so that every call counts.
+        It repeats without shared statistics if inputs are shared in some runs only. It also repeats if a run has called layers
+        again later, with these layers first, so that every call counts.
 
         Args:
-            sequential: Where runs rest; None: nothing runs, as the visitor needs no data.
-            make: Makes the visitor, given these walks and whether linears that read one tensor share their statistics.
-            key: What tells this work from all other: what an earlier process has staged of blocks in files is not made again.
+            sequential: Where runs stop; None if the visitor needs no data.
+            make: Makes the visitor from these walks, and from whether layers with the same input share statistics.
+            key: Identifies this work, so that staged blocks of an earlier process are reused for files.
         """
         shared, called_again = True, {name for name, _ in self.twins}
         if called_again and not self.store.holds_all:
             name = min(called_again)
-            raise ValueError(f"model: {name} shares its weight with another linear: prune it in memory, not block by block")
+            raise ValueError(
+                f"model: {name} shares its weight with another layer. Prune the model in memory, not block by block."
+            )
         while True:
             visitor = make(self, shared)
             step = self.store.step(f"{key} {shared}", partial(runs_fingerprint, self.runs)) if key else nullcontext()
@@ -119,7 +122,7 @@ class Walks:
 
     @contextmanager
     def _ready(self, sequential: Sequential | None) -> Iterator[None]:
-        """Has the model ready for runs, on the device and with the files that are asked for."""
+        """Prepares the model for runs, with offload and files if requested."""
         with ExitStack() as stack:
             stack.enter_context(evaluating_without_grad(self.model))
             blocks = [site.module for site in self.blocks] if self.offload or self.activations else []
@@ -127,12 +130,12 @@ class Walks:
                 stack.enter_context(self.store.on(self.offload, blocks))
             if self.activations is not None:
                 files = stack.enter_context(closing(ActivationFiles(self.activations)))
-                # runs that rest at each linear hold outputs of modules within blocks, too
+                # runs that stop at each layer also hold outputs of modules within blocks
                 stack.enter_context(spilled_outputs(files, self.model, [] if sequential == "layer" else blocks))
             yield
 
     def _go(self, sequential: Sequential | None, visitor: "PruningVisitor", called_again: set[str], resumes: bool) -> set[str]:
-        """Walks once and returns the linears of which it left out some calls; `called_again` come first, in the dense model."""
+        """Walks and returns the layers with missed calls; `called_again` are pruned first."""
         done = set(visitor.resume() if resumes else ())
         if sequential is None:
             for site in self.blocks:
@@ -142,47 +145,52 @@ class Walks:
         visitor.check_runs()
         forwards = [run.forward for run in self.runs] * (2 if visitor.dense else 1)
         at_once = sequential == "none" and not self.store.blocks
-        first = {name: linear for name, linear in self.linears.items() if at_once or name in called_again}
+        pruned_first, other_layers = dict[str, nn.Module](), dict[str, nn.Module]()
+        for name, linear in self.linears.items():
+            (pruned_first if at_once or name in called_again else other_layers)[name] = linear
         new: dict[str, Tensor] = {}
-        if first:
-            site = Site(self.model, first, False if called_again else None, self.twins)
+        if pruned_first:
+            site = Site(self.model, pruned_first, False if called_again else None, self.twins)
             Walk([site], visitor, self.comm)(forwards)
             new = by_parameter(visitor.parameters(site))
-        rest = {name: linear for name, linear in self.linears.items() if name not in first}
-        # where blocks come and go, all runs leave one before the next
-        sites = find_sites(self.model, rest, "block" if sequential == "none" else sequential, self.store.blocks.values())
+        # if blocks are loaded on demand, all runs leave a block before the next is loaded
+        sites = find_sites(self.model, other_layers, "block" if sequential == "none" else sequential, self.store.blocks.values())
+        pending = False
         for site in sites:
             site.done = self.store.owner.get(site.module) in done
-        if all(site.done or not site.linears for site in sites):
+            pending |= bool(site.linears) and not site.done
+        if not pending:
             return set()
         visitor.untouched = range(len(forwards)) if sequential == "none" else visitor.dense
-        visitor.ends = 1  # one run goes on to its end, to see which linears are called again
+        visitor.ends = 1  # one run continues to its end, to detect layers that are called again
         with self.store.computing_with(new) if new else nullcontext():
             walk = Walk(with_exits(self.model, sites) if visitor.dense else sites, visitor, self.comm, visitor.enter)
             walk(forwards)
-        return {name for site in walk.again for name in site.linears}
+        return set().union(*(site.linears for site in walk.again))
 
 
 Progress = Callable[[int, int], None]
-"""Called with how many linears are done, and of how many."""
+"""Callback with the number of pruned layers and the total."""
 
 
 class PruningVisitor(Visitor):
-    """Gathers a criterion's statistics, and prunes each linear of a site when all runs have been there; the model stays as it is.
+    """Gathers input statistics, and prunes each layer of a stop when all runs have reached it.
+
+    The model does not change.
 
     Args:
-        criterion: How weights are pruned.
-        sparsities: Of each linear.
+        criterion: Prunes the weights.
+        sparsities: Sparsity of each linear layer.
         pattern: `"unstructured"` or `"N:M"`.
-        progress: Called with how many linears are done, and of how many.
-        walks: The model, its linears and all that is needed beside it.
-        shared: Whether linears that read one and the same tensor share their statistics; if they do so in some runs only, that
-            raises `InputsDiffer`.
+        progress: Callback with the number of pruned layers and the total.
+        walks: The model, its linear layers, and all settings of the walks.
+        shared: If True, layers with the same input tensor share statistics. Raises `InputsDiffer` if they do so in some runs
+            only.
 
     Attributes:
-        pruned: What has become of each linear.
-        tokens: Of each linear that is no convolution, how many tokens it has read, and how many inputs it has.
-        statistics: Of the inputs of linears that are not complete, by the first linear that reads them.
+        pruned: Result of each linear layer.
+        tokens: Numbers of tokens and of inputs of each linear layer that is not a convolution.
+        statistics: Incomplete input statistics, by the first layer that uses them.
     """
 
     def __init__(
@@ -200,19 +208,21 @@ class PruningVisitor(Visitor):
         self.tokens: dict[str, tuple[int, int]] = {}
         self.statistics: dict[str, Statistics | GroupedStatistics] = {}
         self._names = {module: name for name, module in self.store.model.named_modules()}
-        self._block: nn.Module | None = None  # in which runs are
+        self._block: nn.Module | None = None  # the block that runs are in
         self._staged = set[str]()
-        self._source: dict[str, str] = {}  # linear -> the one whose statistics are its own
-        self._last: dict[int, tuple[ReferenceType[Tensor], float, str]] = {}  # run -> inputs, their version, who read them first
+        self._source: dict[str, str] = {}  # layer -> the layer whose statistics it shares
+        self._last: dict[
+            int, tuple[ReferenceType[Tensor], float, str]
+        ] = {}  # run -> last inputs, their version, their first layer
         self._calls = Counter[str]()
         self._complete: set[str] = set()
         self._differ = False
 
     def check_runs(self) -> None:
-        """Refuses a model that this visitor cannot walk over."""
+        """Raises if this visitor does not support the model."""
 
     def resume(self) -> list[nn.Module]:
-        """Takes what an earlier process has made of blocks in the same step, and returns these."""
+        """Restores the blocks that an earlier process has staged, and returns them."""
         blocks = list[nn.Module]()
         for block in self.store.blocks.values():
             if (known := self.store.known(block)) is not None:
@@ -222,12 +232,12 @@ class PruningVisitor(Visitor):
         return blocks
 
     def _take(self, kept: Mapping[str, int], tensors: LazyTensors) -> None:
-        """Takes linears that a store has staged, with the number of weights that each keeps."""
+        """Adds layers that a store has staged, with the number of weights that each keeps."""
         self.pruned |= {name: PrunedLayer.staged(kept[name], self._weight(name), tensors) for name in kept}
         self._staged |= kept.keys()
 
     def enter(self, module: nn.Module) -> None:
-        """Has the block of a module in memory; what has become of the one that all runs have left is staged first."""
+        """Loads the block of a module, after staging the block that all runs have left."""
         block = self.store.owner.get(module)
         if block is not self._block:
             self.stage()
@@ -236,35 +246,38 @@ class PruningVisitor(Visitor):
 
     @torch.no_grad()
     def stage(self) -> None:
-        """Stages what the linears of the block that runs are in have become, or of those that are in none."""
+        """Stages the pruned layers of the current block, or of the layers outside all blocks."""
         linears, new = self.walks.linears, dict[str, PrunedLayer]()
         for name, pruned in self.pruned.items():
-            # a linear that is not in the store's model is beside it, and waits in memory
+            # a layer outside the store's model stays in memory
             if self.store.owner.get(linears[name]) is self._block and linears[name] in self._names:
                 new[name] = pruned
-        if not self.store.blocks or self._staged.issuperset(new):  # in memory it is where it stays
+        if not self.store.blocks or self._staged.issuperset(new):  # in memory there is nothing to stage
             return
         values = {key: value for name, pruned in new.items() for key, value in pruned.to_stage(self._weight(name)).items()}
         kept = {name: pruned.kept for name, pruned in new.items()}
         self._take(kept, self.store.stage(self._block, values, kept, torch.device("cpu")))
 
     def _weight(self, name: str) -> str:
-        """Names the weight of a linear as the store does."""
+        """Returns the name of a layer's weight in the store."""
         return f"{self._names[self.walks.linears[name]]}.weight"
 
     def on_reentry(self, site: Site) -> None:
-        """Refuses blocks that come one at a time and are called again when what they become has been decided."""
+        """Raises if a block that is loaded on demand is called again after its layers were pruned."""
         if not self.store.holds_all:
             raise_called_again(self._names[site.module])
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
-        """Adds the inputs of a linear in one run; of a convolution, whatever reads the same tensor may read other patches."""
-        last, reader = self._last.get(run), name
+        """Adds the inputs of a linear layer in a run.
+
+        Statistics are never shared with a convolution, whose patches depend on its settings.
+        """
+        last, source_name = self._last.get(run), name
         if self.shared and not is_convolution(linear) and last and last[0]() is inputs and last[1] == _version(inputs):
-            reader = last[2]
-        source = self._source.setdefault(name, reader)
+            source_name = last[2]
+        source = self._source.setdefault(name, source_name)
         self._calls[name] += 1
-        self._differ |= source not in (name, reader)
+        self._differ |= source not in (name, source_name)
         if source != name:
             return
         if name not in self.statistics:
@@ -278,78 +291,82 @@ class PruningVisitor(Visitor):
         keep = self._counting(outputs, images, run)
         step = max(1, VALUES // max(1, outputs[1:].numel() * linear.groups * size_of(linear)[1]))
         keeps = repeat(None) if keep is None else torch.split(keep, step)
-        for some, counting in zip(torch.split(images, step), keeps, strict=False):
-            self.statistics[name].add(patches(linear, some), counting)
+        for images_part, counting in zip(torch.split(images, step), keeps, strict=False):
+            self.statistics[name].add(patches(linear, images_part), counting)
 
     def _counting(self, shape: torch.Size, inputs: Tensor, run: int) -> Tensor | None:
-        """Finds the mask of tokens that are not padding, if one fits the shape of those that inputs hold."""
+        """Returns the mask of non-padding tokens that fits a shape, if there is any."""
         for keep in self.walks.runs[run].tokens.values():
             if keep.shape == shape or (len(shape) == 1 and keep.numel() == shape[0]):
                 return keep.reshape(shape).to(inputs.device)
         return None
 
     def complete(self, site: Site) -> None:
-        """Prunes the linears of a site that were given tokens."""
+        """Prunes the linear layers of a stop that had tokens."""
         self._sum(site)
-        called = {name: linear for name, linear in site.linears.items() if name in self._source}
-        reached = dict[str, nn.Module]()
-        for name, linear in called.items():
+        reached, is_single_layer = dict[str, nn.Module](), False
+        for name, linear in site.linears.items():
+            if name not in self._source:
+                continue
+            is_single_layer |= linear is site.module
             if tokens := int(self.statistics[self._source[name]].tokens):
                 reached[name] = linear
                 if not is_convolution(linear):
                     self.tokens[name] = tokens, adjacent_inputs(linear)
         self.finish(reached)
         self._complete |= site.linears.keys()
-        # a linear that rests alone may read what the next one reads: its statistics stay until another tensor is read
-        if site.module not in called.values() or self.comm.size > 1:
+        # the next stop may have the same input tensor, so statistics stay until another tensor arrives
+        if not is_single_layer or self.comm.size > 1:
             self._last = {run: last for run, last in self._last.items() if last[2] not in self._complete}
-        needed = {reader for _, _, reader in self._last.values()}
+        needed = {source for _, _, source in self._last.values()}
         self.statistics = {name: sums for name, sums in self.statistics.items() if name in needed or name not in self._complete}
 
     def _sum(self, site: Site) -> None:
-        """Sums the statistics of a site over ranks together, once all have agreed on which there are."""
+        """Sums the statistics of a stop over ranks, after an agreement on shared inputs."""
         sources = {name: self._source[name] for name in site.linears if name in self._source}
         for name, source in sources.items():
-            self._differ |= self._calls[name] != self._calls[source]  # one of them came again
+            self._differ |= self._calls[name] != self._calls[source]  # one of the two was called again
         ranks, agreed = self.comm.gather((sources, self._differ)), dict[str, str]()
-        for of_rank, _ in ranks:
-            agreed |= of_rank
-        # equality is asked of what was gathered, so that all ranks raise or none does
-        if any(differ or not agreed.items() >= of_rank.items() for of_rank, differ in ranks):
+        for rank_sources, _ in ranks:
+            agreed |= rank_sources
+        # computed from gathered data, so that all ranks raise or none does
+        if any(differ or not agreed.items() >= rank_sources.items() for rank_sources, differ in ranks):
             raise InputsDiffer
         self._source |= agreed
-        sums, read = list[Tensor](), set(agreed.values())
+        sums, used = list[Tensor](), set(agreed.values())
         for name, linear in site.linears.items():
-            if name in read:
-                if name not in self.statistics:  # zeros, on a rank that has not called it
+            if name in used:
+                if name not in self.statistics:  # zeros on a rank that has not called it
                     self.statistics[name] = empty_statistics(self.criterion, linear, linear.get_parameter("weight").device)
                 sums += self.statistics[name].tensors()
         self.comm.sum_(*sums)
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
-        """Prunes linears whose statistics are complete, or are not needed."""
-        divided = self.criterion.updates and self.comm.size > 1  # to solve for weights takes longer than to send them
+        """Prunes linear layers whose statistics are complete, or are not needed."""
+        divided = self.criterion.updates and self.comm.size > 1  # solving for weights takes longer than sending them
         solved = self._solve_own(linears) if divided else {}
         for name, linear in linears.items():
             self.enter(linear)
             weight, scored = weight_of(linear), self.scored(name)
-            if divided:  # zeros of all ranks but one, summed: the bits of what that one has solved
-                mine = solved.pop(name, None)
-                new = torch.zeros_like(scored) if mine is None else mine.weight(scored)
-                keep = torch.zeros_like(scored, dtype=torch.bool) if mine is None else mine.keep(scored)
+            if divided:  # all other ranks add zeros, so the sum is bitwise identical to the solution
+                part = solved.pop(name, None)
+                new = torch.zeros_like(scored) if part is None else part.weight(scored)
+                keep = torch.zeros_like(scored, dtype=torch.bool) if part is None else part.keep(scored)
                 new, keep = self.comm(new.float()).to(new.dtype), self.comm(keep.byte()).bool()
             else:
                 new, keep = self._prune(name, scored)
             if name in self.walks.adapters:
                 if not torch.equal(new, where_kept(scored, keep)):
                     kind = type(self.criterion).__name__
-                    raise ValueError(f"{name}: count_adapters=True, and {kind} changes kept weights (`updates` is False)")
+                    raise ValueError(
+                        f"{name}: {kind} changes kept weights although its `updates` is False. Set it, without count_adapters."
+                    )
                 new = where_kept(weight, keep)
             self.pruned[name] = PrunedLayer.of(weight, new, keep)
             self.report()
 
     def _solve_own(self, linears: Mapping[str, nn.Module]) -> dict[str, PrunedLayer]:
-        """Prunes this rank's linears, reckoned to cost rows x width^2 + width^3, before any are sent."""
+        """Prunes this rank's share of the layers, by cost rows x width^2 + width^3."""
         costs = [width**2 * (rows + width) for rows, width in map(size_of, linears.values())]
         solved = dict[str, PrunedLayer]()
         for (name, linear), is_own in zip(linears.items(), self.comm.owned_pieces(costs), strict=True):
@@ -360,12 +377,12 @@ class PruningVisitor(Visitor):
         return solved
 
     def scored(self, name: str) -> Tensor:
-        """Returns the weight that a criterion sees: with its adapter, if that counts."""
+        """Returns the weight that the criterion scores, including LoRA if it counts."""
         weight, adapter = weight_of(self.walks.linears[name]), self.walks.adapters.get(name)
         return weight if adapter is None else effective_weight(weight, adapter)
 
     def scores(self, name: str, statistics: Statistics | GroupedStatistics | None) -> Tensor:
-        """Scores the weight of a linear, whose block is in memory."""
+        """Scores the weight of a linear layer, whose block is in memory."""
         with prefix_errors(name):
             weight = self.scored(name)
             check_finite(weight, "the weight")
@@ -376,24 +393,24 @@ class PruningVisitor(Visitor):
             return prune_weight(self.criterion, scored, self.statistics_of(name), self.sparsities[name], self.pattern)
 
     def statistics_of(self, name: str) -> Statistics | GroupedStatistics | None:
-        """Returns the statistics of a linear's inputs; None if it was not called."""
+        """Returns the statistics of a layer's inputs; None if it was not called."""
         return self.statistics[self._source[name]] if name in self._source else None
 
     def report(self) -> None:
-        """Reports how many linears are done."""
+        """Reports the number of pruned layers."""
         if self.progress is not None:
             self.progress(len(self.pruned), len(self.sparsities))
 
     def close(self) -> None:
-        """Ends the walk, when all runs have been everywhere."""
+        """Ends the walk after all runs."""
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
-        """Returns the new weights of a site's linears, as they lie in memory."""
+        """Returns the new weights of a stop's layers, in memory layout."""
         new: dict[str, dict[str, Tensor]] = {}
         for name, linear in site.linears.items():
             if name in self.pruned:
                 weight = self.pruned[name].weight(weight_of(linear))
-                if name in self.walks.adapters:  # what LoRA adds where weights are zero is left out, as by merging
+                if name in self.walks.adapters:  # without LoRA's contribution to pruned weights, as after merging
                     added = where_kept(lora_product(self.walks.adapters[name]), ~self.pruned[name].keep(weight))
                     weight = weight - added.to(weight.dtype)
                 new[name] = {"weight": to_layout(linear, weight)}
@@ -401,9 +418,9 @@ class PruningVisitor(Visitor):
 
 
 class GlobalPruningVisitor(PruningVisitor):
-    """A visitor for which the weights of all linears compete with one another, when all statistics are complete.
+    """A visitor that compares the weights of all layers, when all statistics are complete.
 
-    Their scores are computed three times, of one linear at a time: twice to find the lowest that is kept, and to prune.
+    Scores are computed three times, for a layer at a time: twice to find the threshold, and once to prune.
     """
 
     def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of a visitor
@@ -411,21 +428,21 @@ class GlobalPruningVisitor(PruningVisitor):
         self._seen: dict[str, Statistics | GroupedStatistics | None] = {}
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
-        """Keeps the statistics of linears."""
+        """Keeps the statistics of linear layers."""
         self._seen |= {name: self.statistics_of(name) for name in linears}
 
     def resume(self) -> list[nn.Module]:
-        """Takes nothing: how many scores of each linear are lowest has to be found again."""
+        """Restores nothing: the threshold depends on the scores of all layers."""
         return []
 
     def close(self) -> None:
-        """Finds the lowest score that is kept of all, and prunes by it."""
+        """Finds the threshold over all scores, and prunes by it."""
         seen = {name: linear for name, linear in self.walks.linears.items() if name in self._seen}
         sparsity = next(iter(self.sparsities.values()))
         count = pruned_count(sum(math.prod(size_of(linear)) for linear in seen.values()), sparsity)
         lowest = RemovalThreshold.of(lambda: map(self._scores, seen), count)
         for site in self.walks.blocks:
-            for name in (name for name in site.linears if name in seen):
+            for name in filter(seen.__contains__, site.linears):
                 keep = lowest.keep(self._scores(name))
                 weight = weight_of(seen[name])
                 self.pruned[name] = PrunedLayer.of(weight, where_kept(weight, keep), keep)
@@ -437,10 +454,10 @@ class GlobalPruningVisitor(PruningVisitor):
 
 
 def raise_called_again(block: str) -> NoReturn:
-    """Refuses a model that calls a block again, of which one is there at a time."""
-    raise ValueError(f"model: {block} is called again later, and its blocks come one at a time: prune it where all are in memory")
+    """Raises for a block that is called again although blocks are loaded on demand."""
+    raise ValueError(f"model: {block} is called twice, but blocks are loaded one at a time. Prune the model in memory.")
 
 
 def _version(tensor: Tensor) -> float:
-    """Returns a number that is another after each change in place; nan in inference mode, where nothing counts."""
+    """Returns a number that changes with each in-place change; NaN in inference mode."""
     return math.nan if tensor.is_inference() else tensor._version

@@ -1,6 +1,6 @@
-"""The planned result of pruning: packed masks and new values of each linear layer, and the plan that applies them.
+"""Plan of weight pruning: packed masks and new values of each layer.
 
-Masks have 8 weights a byte as they wait and travel: a device packs and unpacks its own, so that only bits are copied.
+Masks are packed 8 weights to a byte in memory and in transfers. Devices pack and unpack their own, so that only bits are copied.
 """
 
 import hashlib
@@ -34,17 +34,19 @@ from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, where_kept
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HOST = "cpu"
-"""The device on which NumPy packs, in a tenth of the time that torch takes there."""
+"""Device on which NumPy packs, ten times faster than torch there."""
 
 
 @dataclass(frozen=True, eq=False)
 class PrunedLayer:
-    """One linear's part of a plan, which lies where a store has staged it; where ranks share it, all ranks read it together.
+    """The mask and new values of a linear layer, stored where a block store has staged them.
+
+    If ranks share the model, all ranks read them together.
 
     Attributes:
-        kept: How many weights are kept.
-        read_bits: Reads the keep-mask, 8 weights a byte, uint8.
-        read_values: Reads the kept weights, where a criterion updates them; None where the old values stay.
+        kept: Number of kept weights.
+        read_bits: Reads the mask, 8 weights to a byte, uint8.
+        read_values: Reads the kept weights if a criterion updates them; None otherwise.
     """
 
     kept: int
@@ -53,50 +55,50 @@ class PrunedLayer:
 
     @classmethod
     def of(cls, old: Tensor, new: Tensor, keep: Tensor) -> Self:
-        """Packs the change of a weight `[out_features, in_features]` from old to new under a keep-mask."""
+        """Packs the change from an old to a new weight `[out_features, in_features]` with a mask."""
         changed = not torch.equal(new, where_kept(old, keep))
         return cls.of_bits(pack_mask(keep), new[keep].cpu() if changed else None)
 
     @classmethod
     def of_bits(cls, bits: np.ndarray, values: Tensor | None = None) -> Self:
-        """Takes a mask with 8 weights a byte, and the kept weights, if they change."""
+        """Makes a layer from a packed mask, and from the kept weights if they change."""
         return cls(count_kept(bits), torch.from_numpy(bits).detach, None if values is None else values.detach)
 
     @classmethod
     def staged(cls, kept: int, weight: str, tensors: LazyTensors) -> Self:
-        """Takes what a store has staged for a weight, as `to_stage` names it."""
+        """Makes a layer from staged tensors, as named by `to_stage`."""
         return cls(kept, tensors.reads[f"bits {weight}"], tensors.reads.get(f"values {weight}"))
 
     def to_stage(self, weight: str) -> dict[str, Tensor]:
-        """Returns what a store is to stage, by the name of the weight behind that of the part."""
+        """Returns the tensors to stage, named by part and weight."""
         bits = {f"bits {weight}": self.read_bits()}
         return bits if self.read_values is None else bits | {f"values {weight}": self.read_values()}
 
     @property
     def bits(self) -> np.ndarray:
-        """The keep-mask, 8 weights a byte."""
+        """The mask, 8 weights to a byte."""
         bits: np.ndarray = _on_host(self.read_bits()).numpy()
         return bits
 
     @property
     def values(self) -> Tensor | None:
-        """The kept weights, where a criterion updates them, on the CPU; None where the old values stay."""
+        """The kept weights on the CPU if a criterion updates them; None otherwise."""
         return None if self.read_values is None else _on_host(self.read_values())
 
     @property
     def decided(self) -> str:
-        """A hash of the mask and the values, on which ranks have to agree."""
+        """A hash of mask and values, for comparison between ranks."""
         digest, values = hashlib.sha256(self.bits.data), self.values
         if values is not None:
             digest.update(values.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def keep(self, like: Tensor) -> Tensor:
-        """Unpacks the keep-mask, bool, of the size and on the device of a weight."""
+        """Unpacks the mask, bool, in the shape and on the device of a weight."""
         return unpack_mask(self.bits, like.numel(), like.device).view(like.shape)
 
     def weight(self, old: Tensor) -> Tensor:
-        """Returns the weight after pruning; of one that is sharded, this rank's part."""
+        """Returns the weight after pruning; for a sharded weight, this rank's part."""
         keep, values = self.keep(old), self.values
         if values is None:
             return where_kept(local(old), local(sharded_as(keep, old))) if isinstance(old, DTensor) else where_kept(old, keep)
@@ -106,10 +108,10 @@ class PrunedLayer:
     @fresh_autocast_cache()
     @torch.no_grad()
     def put_into(self, weight: Tensor) -> None:
-        """Zeroes what the mask leaves out of a weight, in place, and gives what it keeps its new values, if there are any.
+        """Applies mask and new values to a weight, in place.
 
-        It goes some rows at a time, whose bits fill whole bytes, so that little lies beside the model. Where it is stopped, the
-        rows before have their values and the others theirs of before; called again, it puts all.
+        Works on groups of rows whose bits fill whole bytes, which limits extra memory. After an interrupt earlier rows are new
+        and later rows old; another call completes all.
         """
         if isinstance(weight, DTensor):
             local(weight).copy_(self.weight(weight))
@@ -127,7 +129,7 @@ class PrunedLayer:
             used += kept
 
     def to_json(self) -> dict[str, str]:
-        """Returns bits and values as text, in base 64."""
+        """Returns bits and values as base64 text."""
         plain, values = {"bits": b64encode(self.bits.tobytes()).decode()}, self.values
         if values is None:
             return plain
@@ -136,7 +138,7 @@ class PrunedLayer:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any], size: int) -> Self:
-        """Makes the part of a linear with so many weights from what `to_json` returned."""
+        """Makes a layer of `size` weights from the output of `to_json`."""
         bits = np.frombuffer(bytearray(b64decode(plain["bits"], validate=True)), dtype=np.uint8)
         if len(bits) != -(-size // 8):
             raise ValueError(f"{len(bits)} bytes of bits for {size} weights")
@@ -144,17 +146,17 @@ class PrunedLayer:
             return cls.of_bits(bits)
         values = torch.frombuffer(bytearray(b64decode(plain["values"], validate=True)), dtype=DTYPES[plain["dtype"]])
         if len(values) != count_kept(bits):
-            raise ValueError(f"{len(values)} values for {count_kept(bits)} weights that are kept")
+            raise ValueError(f"{len(values)} values for {count_kept(bits)} kept weights")
         return cls.of_bits(bits, values)
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """Returns what has been read on the CPU, where it lies unless ranks share it."""
+    """Returns a tensor on the CPU."""
     return tensor if tensor.device.type == "cpu" else tensor.cpu()
 
 
 def pack_mask(mask: Tensor) -> np.ndarray:
-    """Packs a mask, bool, of any shape; in the order of `numpy.packbits`, with zeros at the end of the last byte.
+    """Packs a mask, bool, in the order of `numpy.packbits`, padded with zeros.
 
     >>> pack_mask(torch.tensor([[True, False, True], [False, False, False]]))
     array([160], dtype=uint8)
@@ -171,7 +173,7 @@ def pack_mask(mask: Tensor) -> np.ndarray:
 
 
 def unpack_mask(bits: np.ndarray, size: int, device: torch.device) -> Tensor:
-    """Unpacks so many weights, bool, `[size]`, on a device; `bits` may go on.
+    """Unpacks `size` weights on a device, bool, `[size]`; `bits` may be longer.
 
     >>> unpack_mask(np.array([160], dtype=np.uint8), 6, torch.device("cpu")).int()
     tensor([1, 0, 1, 0, 0, 0], dtype=torch.int32)
@@ -184,23 +186,23 @@ def unpack_mask(bits: np.ndarray, size: int, device: torch.device) -> Tensor:
 
 
 def count_kept(bits: np.ndarray) -> int:
-    """Counts the weights that are kept."""
+    """Counts the kept weights."""
     return int(np.bitwise_count(bits).sum())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WeightPlan(ModelPlan):
-    """Which weights of a model become zero, and the new values of the others where a criterion changes them.
+    """Plan of the weights to zero, and of new values if a criterion updates the others.
 
     Attributes:
         kind: `"weights"`.
-        model: The name of the model's class; only shown, as it is another one where a model is sharded.
-        criterion: The criterion that chose them, in words.
+        model: Class name of the model, for display; it differs for a sharded model.
+        criterion: Criterion, as text.
         pattern: `"unstructured"` or `"N:M"`.
-        pruned: The results by linear, which lie in memory; of a model that is sharded, in shards of all ranks; of one that is
-            streamed and has been pruned, in files until it is saved.
-        shapes: Of each linear's weight, `[out_features, in_features]`.
-        uncalled: Linears that stay as they are, as no batch has called them.
+        pruned: Mask and values by layer: in memory, for a sharded model in shards, for a streamed model in files until it is
+            saved.
+        shapes: Shape of each layer's weight, `[out_features, in_features]`.
+        uncalled: Layers that stay dense because no batch called them.
     """
 
     kind: ClassVar[str] = "weights"
@@ -213,14 +215,14 @@ class WeightPlan(ModelPlan):
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the weights of all linears that is removed."""
+        """Fraction of weights that are removed, over all pruned layers."""
         total = sum(math.prod(self.shapes[name]) for name in self.pruned)
         return 1 - sum(part.kept for part in self.pruned.values()) / total if total else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data: a bit for each weight, and the values that change, in base 64.
+        """Returns the plan as plain data: a bit per weight, and changed values in base64.
 
-        If the model was sharded, all ranks call this together.
+        For a sharded model, all ranks must call this together.
         """
         pruned = {name: {"shape": list(self.shapes[name]), **part.to_json()} for name, part in self.pruned.items()}
         names = {"kind": self.kind, "model": self.model, "criterion": self.criterion, "pattern": self.pattern}
@@ -231,21 +233,23 @@ class WeightPlan(ModelPlan):
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
         try:
             kind, criterion, pattern = (str(plain[name]) for name in ("model", "criterion", "pattern"))
-            shapes = {name: tuple(map(int, part["shape"])) for name, part in plain["pruned"].items()}
-            pruned = {name: PrunedLayer.from_json(part, math.prod(shapes[name])) for name, part in plain["pruned"].items()}
+            shapes, pruned = dict[str, tuple[int, ...]](), dict[str, PrunedLayer]()
+            for name, part in plain["pruned"].items():
+                shapes[name] = tuple(map(int, part["shape"]))
+                pruned[name] = PrunedLayer.from_json(part, math.prod(shapes[name]))
             uncalled = {name: tuple(map(int, shape)) for name, shape in plain["uncalled"].items()}
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
-            raise ValueError(f"plan: it is not as WeightPlan.to_json makes it ({type(error).__name__}: {error})") from error
+            raise ValueError(f"plan was not written by WeightPlan.to_json ({type(error).__name__}: {error})") from error
         plan = cls(kind, criterion, pattern, pruned, shapes | uncalled, tuple(uncalled))
         plan.check_made_for(model)
         return plan
 
     def check_made_for(self, model: nn.Module) -> None:
-        """Refuses a model that lacks one of the linears, or has it in another size."""
+        """Raises if a model lacks a layer of the plan, or has it in another size."""
         self._linears(model)
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
-        """Returns the keep-masks, bool, each as its weight lies in memory, and sharded as it is."""
+        """Returns the masks, bool, in the memory layout and sharding of their weights."""
         linears = self._linears(model)
         weights = {name: weight_view(linears[name]) for name in self.pruned}
         return {
@@ -254,27 +258,27 @@ class WeightPlan(ModelPlan):
 
     @torch.no_grad()
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
-        """Changes the weights, in place; what is wrong with plan or model is refused before anything changes.
+        """Changes the weights in place, after checking plan and model.
 
-        After an interrupt, weights of a model in memory may have changed in part: the same call again changes the others. Of a
-        model that is streamed, blocks are written one by one, and the checkpoint that they are of stays as it is.
+        After an interrupt, weights of a model in memory may have changed in part; the same call again changes the others. For a
+        streamed model, blocks are written one at a time, and the checkpoint does not change.
 
         Args:
-            model: The model that the plan was made for, or one with the same linears.
-            optimizers: They keep their state: no weight changes its size, and masks are held by others.
-            weights: New values of parameters from which pruning starts.
+            model: The model that the plan was made for, or one with the same linear layers.
+            optimizers: Unused: no weight changes its size, so optimizer state stays.
+            weights: New parameter values to start from.
 
         Raises:
             ValueError: If the plan was not made for this model.
         """
         linears, store = self._linears(model), store_of(model)
-        inside = defaultdict[nn.Module | None, list[str]](list)
-        for name in reversed(list(self.pruned)):  # linears that an interrupt leaves still have the inputs of before
-            inside[store.owner.get(linears[name])].append(name)
+        layers_of_block = defaultdict[nn.Module | None, list[str]](list)
+        for name in reversed(list(self.pruned)):  # last layers first: after an interrupt the rest still has its old inputs
+            layers_of_block[store.owner.get(linears[name])].append(name)
         sizes = {name: tuple(parameter.shape) for name, parameter in store.model.named_parameters(remove_duplicate=False)}
 
         def put_into(block: nn.Module | None) -> None:
-            for name in inside[block]:
+            for name in layers_of_block[block]:
                 self.pruned[name].put_into(weight_view(linears[name]))
 
         def key() -> str:
@@ -282,14 +286,17 @@ class WeightPlan(ModelPlan):
 
         with with_weights(model, weights) if weights else nullcontext(), store.step(f"{self.kind} {list(self.pruned)}", key):
             for block in store.blocks.values():
-                if (block in inside or store.is_altered(block)) and not store.resumed(block, sizes):
+                if (block in layers_of_block or store.is_altered(block)) and not store.resumed(block, sizes):
                     with store.changing(block):
                         put_into(block)
             store.release()
             put_into(None)
 
     def decided(self) -> dict[str, str]:
-        """Returns a hash of each linear's mask and values, on which ranks have to agree; they ask for it together."""
+        """Returns a hash of each layer's mask and values, for comparison between ranks.
+
+        For a sharded model, all ranks must call this together.
+        """
         return {name: part.decided for name, part in self.pruned.items()}
 
     def _linears(self, model: nn.Module) -> dict[str, nn.Module]:
@@ -298,19 +305,21 @@ class WeightPlan(ModelPlan):
         for name in self.pruned:
             size = size_of(linears[name]) if name in linears else None
             if size != self.shapes[name]:
-                raise ValueError(f"plan: it was made for another model: {name} is {self.shapes[name]} there, and {size} here")
+                raise ValueError(
+                    f"plan belongs to another model: {name} has shape {self.shapes[name]} in the plan and {size} here."
+                )
         return linears
 
     def _renderables(self) -> list[RenderableType]:
-        """Shows linears that are alike by their name, number, shape, and the least and greatest sparsity."""
-        alike: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
+        """Shows similar layers in a row: count, shape, and range of sparsity."""
+        sparsities: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
         for name, part in self.pruned.items():
             size = math.prod(self.shapes[name])
-            alike[re.sub(r"\b\d+\b", "*", name), self.shapes[name]].append(1 - part.kept / size if size else 0.0)
+            sparsities[re.sub(r"\b\d+\b", "*", name), self.shapes[name]].append(1 - part.kept / size if size else 0.0)
         rows = []
-        for (name, (out, into)), each in alike.items():
-            low, high = min(each), max(each)
+        for (name, (out_features, in_features)), values in sparsities.items():
+            low, high = min(values), max(values)
             spread = f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"
-            rows.append((name, f"{len(each):>4} x [{out:>6,}, {into:>6,}]  sparsity {spread}"))
-        rows += [(name, "not called by any batch: left as it is") for name in self.uncalled]
+            rows.append((name, f"{len(values):>4} x [{out_features:>6,}, {in_features:>6,}]  sparsity {spread}"))
+        rows += [(name, "not called by any batch, kept dense") for name in self.uncalled]
         return [f"{self.criterion}, {self.pattern}", text_table(rows, aligns="<", indent=2)]

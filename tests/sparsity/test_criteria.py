@@ -279,7 +279,7 @@ def test_bad_amounts_are_refused(criterion):
         (lambda: SparseGPT(block_size=0), "block_size=0 must be"),
         (lambda: SparseGPT(block_size=1.5), "block_size=1.5 must be"),
         (lambda: SparseGPT(block_size=6).prune(torch.ones(2, 8), None, pattern="2:4"), "block_size=6 must be a multiple of 4"),
-        (lambda: SparseGPT().prune(torch.ones(2, 8), InputNorms(8), 0.5), "SparseGPT needs InputMoments .* got InputNorms"),
+        (lambda: SparseGPT().prune(torch.ones(2, 8), InputNorms(8), 0.5), "SparseGPT needs InputGram .* got InputNorms"),
     ],
 )
 def test_bad_settings_are_refused(make, message):

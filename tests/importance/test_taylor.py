@@ -281,7 +281,7 @@ def test_experts_and_their_router():
         norms = sum(weight.detach().flatten(1).square().sum(1) for weight in weights).sqrt()
         torch.testing.assert_close(bh.score(model, units, bh.importance.WeightNorm())[place], norms)
     for importance in (bh.importance.GateGradient(), bh.importance.ActivationNorm(), bh.OutputNorm(), bh.importance.Ablation()):
-        with pytest.raises(ValueError, match=r"of model.layers.0.mlp \(experts\) have none. Use Taylor, WeightNorm, or RandomUnits"):
+        with pytest.raises(ValueError, match=r"\(experts\) have none. Use Taylor, WeightNorm, or RandomUnits"):
             bh.score(model, units, importance, BATCHES, loss=own_loss, normalize=True)
 
 

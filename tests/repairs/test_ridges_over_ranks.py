@@ -66,7 +66,7 @@ def rows(monkeypatch):
 
         return counted
 
-    for name in ("_solving", "_bound"):
+    for name in ("_solve_directly", "_solve_on_support"):
         made = getattr(least_squares, name)
         monkeypatch.setattr(least_squares, name, lambda *given, made=made: counting(made(*given)))
     return found

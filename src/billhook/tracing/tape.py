@@ -57,7 +57,7 @@ class Note:
         axes: One axis per dimension.
         active: True if it depends on the inputs and not only on parameters.
         pending: Flags for axes, applied once the tensor's values (not only its shape) are used.
-        pool: Sources of everything written into this memory, shared by its views.
+        written_sources: Sources of everything written into this memory, shared by its views.
         points: Axis that its integer values index, if any.
         columns: Such an axis for each index of the last dimension, if they differ.
         used: True once an operation has used it.
@@ -67,12 +67,24 @@ class Note:
         squared: True for a power, whose sum is that of a norm.
     """
 
-    __slots__ = ("active", "axes", "bent", "columns", "pending", "points", "pool", "sources", "squared", "used", "value")
+    __slots__ = (
+        "active",
+        "axes",
+        "bent",
+        "columns",
+        "pending",
+        "points",
+        "sources",
+        "squared",
+        "used",
+        "value",
+        "written_sources",
+    )
 
     def __init__(self, axes: Sequence[Axis], active: bool = False, points: Axis | None = None) -> None:
         self.axes, self.active, self.points = list(axes), active, points
         self.columns: tuple[Axis, ...] = ()
-        self.pool: Sources | None = None
+        self.written_sources: Sources | None = None
         self.pending: tuple[tuple[Axis, str, str], ...] = ()
         self.value: Tensor | None = None
         self.sources: Sources = {}
@@ -193,7 +205,7 @@ def record(
     new = Note(list(map(find, axes)), bool(active), points)
     for tensor, known in active or notes:
         new.bent = new.bent or known.bent
-        sources = known.sources or known.pool or {}
+        sources = known.sources or known.written_sources or {}
         merge_sources(new.sources, sources if tensor.shape == out.shape else as_sets(sources))
     if len(new.sources) > MANY:
         new.sources = {}
@@ -219,7 +231,7 @@ def record_move(out: Tensor, axes: Sequence[Axis], x: Tensor, along: Callable[[T
     """
     before = note(x)
     new = record(out, axes, [x], before.points, applied=True)
-    new.pending, new.pool = before.pending, before.pool
+    new.pending, new.written_sources = before.pending, before.written_sources
     new.sources = {
         key: Rows(along(rows.positions), exact=True) if rows.exact and rows.positions is not None else rows
         for key, rows in before.sources.items()

@@ -137,22 +137,22 @@ def _record_product(tape: Tape, inputs: list[Tensor]) -> bool:
 def factory(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
     """Creates a filled or empty tensor: its axes are unknown, and no index is special."""
     new = record(out, [Axis(n) for n in out.shape], [])
-    new.active, new.pool = True, {}
+    new.active, new.written_sources = True, {}
 
 
 def copy(tape: Tape, out: Tensor, x: Tensor, source: Tensor, *args: Any) -> None:  # noqa: ANN401 - non_blocking
     """Writes into memory, whose sources then include the written tensor's."""
-    pool = note(x).pool
+    written = note(x).written_sources
     elementwise(tape, out, x, source)
-    if pool is not None:
-        merge_sources(pool, as_sets(note(source).sources))
-        note(out).pool = pool
+    if written is not None:
+        merge_sources(written, as_sets(note(source).sources))
+        note(out).written_sources = written
 
 
 def like(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
     """Creates a tensor with the axes of another, without using its values."""
     new = record(out, axes_of(x), [])
-    new.active, new.pool = True, {}
+    new.active, new.written_sources = True, {}
 
 
 def constant(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op

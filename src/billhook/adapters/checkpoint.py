@@ -82,7 +82,7 @@ def restore_adapters(model: PreTrainedModel, checkpoint: Mapping[str, Any], name
             tensor = state.get(f"{key}.{part}.{ADAPTER}.weight")
             if tensor is None or tensor.shape != size:
                 raise ValueError(f"'{name}' has adapters on {key} that do not fit its {type(model).__name__}")
-    _attach(model, {key: entry["rank"] for key, entry in recorded.items()})
+    _attach(model, recorded)
     layers, is_masked = find_adapters(model), False
     for key, entry in recorded.items():
         layers[key].scaling[ADAPTER] = entry["scaling"]
@@ -92,13 +92,13 @@ def restore_adapters(model: PreTrainedModel, checkpoint: Mapping[str, Any], name
         mask_nonzero(model)
 
 
-def _attach(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
+def _attach(model: PreTrainedModel, recorded: Mapping[str, Mapping[str, Any]]) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(
         r=1,
-        rank_pattern={re.escape(name): rank for name, rank in ranks.items()},
-        target_modules=list(ranks),
+        rank_pattern={re.escape(name): entry["rank"] for name, entry in recorded.items()},
+        target_modules=list(recorded),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     inject_adapter_in_model(config, model)

@@ -168,7 +168,7 @@ def temporarily_merged(model: nn.Module) -> Iterator[Merged]:
 def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
     """Merges each block when it is loaded, and other weights until the `with` block ends."""
     store, back, on_layers = store_of(model), snapshot(model), find_adapters(model)
-    named = {id(layer): name for name, layer in on_layers.items()}
+    named = dict(zip(map(id, on_layers.values()), on_layers, strict=True))
     layers = dict[int, Any]()
     for _, _, child in _outermost_layers(model):
         if is_adapter(child) and not child.merged:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from textwrap import shorten
 from typing import Any
 
@@ -51,7 +52,7 @@ def validation(
     axes.margins(x=0.06, y=0.12)
     axes.locator_params(axis="x", integer=True)
     style_axes(axes)
-    _mark(axes, [(step, what) for step, what, _, _ in events])
+    _mark(axes, list(map(itemgetter(0, 1), events)))
     labels = [(*point, "right") for point in (*curve[-1:], *curve[:1], *after)]
     for point in before:
         labels.append((*point, "left"))
@@ -100,7 +101,10 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
     lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
     lines.append(curve.get_path().transformed(axes.transData))  # counts twice, because axes.lines has it, too
     used, seen = list[Any](), set[tuple[int, float]]()
-    dots = {(step, value): axes.transData.transform((step, value)) for step, value, _ in points if abs(value) < 1e100}
+    dots = dict[tuple[int, float], Any]()
+    for step, value, _ in points:
+        if abs(value) < 1e100:
+            dots[step, value] = axes.transData.transform((step, value))
     for step, value, side in points:
         if (step, value) in seen or not abs(value) < 1e100:
             continue

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from statistics import fmean
 
 import numpy as np
@@ -118,7 +119,7 @@ def choose(
         ValueError: If a score is missing or NaN, or a module would keep fewer than `min_units`. The message names the legal
             ratio.
     """
-    what = plural(layer.kind for layer in units.values())
+    what = plural(map(attrgetter("kind"), units.values()))
     check_choice(0 if what == "blocks" and type(ratio) is int else ratio, ranking, min_units, per)
     if remove and min_units < 1:
         raise ValueError(f"min_units={min_units} must be at least 1 if units are removed. Keep one unit per module.")

@@ -134,7 +134,7 @@ def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Ta
     only_queries = queries - keys
     for group in groups:
         leaf, flags = group.leaf, group.flags
-        if (flag := next((flag for flag in BY_FLAG if flag in flags), None)) is not None:
+        if (flag := next(filter(flags.__contains__, BY_FLAG), None)) is not None:
             group.kind = BY_FLAG[flag]
         elif leaf in queries or leaf in keys or "batched" in flags:
             grouped = any(leaf in layer.heads and not only_queries.isdisjoint(layer.heads) for layer in attention)

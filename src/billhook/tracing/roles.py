@@ -104,7 +104,7 @@ def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
         values = _find_values(scores, contractions[i + 1 : i + 1 + NEAR])
         if values is not None:
             layer = _attention_of(tape, scores, *values, by_leaf)
-            rows = tuple(_key_of(part) for part in (*layer.q, *layer.k, *layer.v))
+            rows = tuple(map(_key_of, (*layer.q, *layer.k, *layer.v)))
             if layer.q and layer.k and layer.v and layer.o:
                 layers.setdefault(rows, layer)
     return list(layers.values())

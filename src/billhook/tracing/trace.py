@@ -95,7 +95,7 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
     args, kwargs = _arguments(meta_model, example_inputs)
     _prepare(meta_model)
     tape, vocab = _tape(meta_model), _vocabulary(meta_model)
-    noted = [_noted(value, vocab if isinstance(meta_model, PreTrainedModel) else None) for value in args]
+    noted = _noted(args, vocab if isinstance(meta_model, PreTrainedModel) else None)
     named = {key: _noted(value, vocab if "input_ids" in key else None) for key, value in kwargs.items()}
     try:
         with recording(tape, meta_model, everything):

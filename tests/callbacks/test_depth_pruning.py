@@ -203,7 +203,7 @@ class TestRefused:
         [
             (
                 lambda: [pruning(4)],
-                f"blocks=4 would remove 4 of 4 blocks of {LAYERS}. At most 3 can be removed: blocks=0.75",
+                f"blocks=4 would remove 4 of 4 blocks of {LAYERS}. At most 3 can be removed: blocks=3",
             ),
             (lambda: [pruning(2, first=2, last=1)], "would remove 2 of 4 blocks .* At most 1 can be removed"),
             (lambda: [pruning(1, at=99)], "99"),

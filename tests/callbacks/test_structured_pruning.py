@@ -189,9 +189,9 @@ class TestRefused:
         [
             ({}, r"nothing to remove: set a ratio \(heads, kv_heads, channels"),
             ({"channels": 1.0}, r"channels=1.0 must be a fraction of these units in \[0, 1\)"),
-            ({"heads": 0.1, "kv_heads": 0.1}, "heads=0.1 and kv_heads=0.1: give one"),
+            ({"heads": 0.1, "kv_heads": 0.1}, "heads=0.1 and kv_heads=0.1 cannot be combined"),
             ({"params": 0.8, "flops": 0.8}, "params and flops cannot be combined"),
-            ({"params": 1.5}, r"params=1.5 must be a whole number above 0, or a fraction in \(0, 1\)"),
+            ({"params": 1.5}, r"params=1.5 must be a whole number above 0, or a fraction of the model in \(0, 1\)"),
             ({"channels": 0.1, "rounds": 0}, "rounds=0 must be a whole number of at least 1"),
             ({"channels": 0.1, "at": -1}, "at=-1"),
             ({"channels": 0.1, "calibration": iter([])}, "calibration=list_iterator can be read only once"),

@@ -196,5 +196,5 @@ def test_refused_before_anything_is_written(small, tmp_path, arguments, match):
 def test_too_many_blocks_are_refused_before_anything_is_measured(small, tmp_path, monkeypatch):
     for name in ("batches", "measure"):
         monkeypatch.setattr(f"billhook.cli.one_shot.OneShot.{name}", lambda self: pytest.fail("too late"))
-    with pytest.raises(SystemExit, match="99 of . blocks of model.layers would be removed"):
+    with pytest.raises(SystemExit, match="blocks=99 would remove 99 of . blocks of model.layers"):
         main(["prune-structure", str(small), str(tmp_path / "out"), "--blocks", "99"])

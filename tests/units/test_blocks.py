@@ -314,7 +314,7 @@ class TestPlan:
         ({"blocks": 0, **SCORES}, "nothing to remove"),
         ({"blocks": True, **SCORES}, "blocks=True must be a number or None"),
         ({"blocks": 1.0, **SCORES}, r"blocks=1.0 must be a fraction of these units in \[0, 1\)"),
-        ({"blocks": 1, "amount": bh.Amount(blocks=1), **SCORES}, "amount and blocks: give one of them"),
+        ({"blocks": 1, "amount": bh.Amount(blocks=1), **SCORES}, "amount cannot be combined with blocks"),
         ({"channels": 0.5, "greedy": True}, "greedy=True requires blocks"),
     ]
 

@@ -204,7 +204,7 @@ def _lowest_steps(orders: Sequence[_Order], ratio: float, total: int, what: str,
     if target > num_most:
         raise ValueError(
             f"{name}={ratio} would remove {target} of {total} {what}. At most {num_most} can be removed: "
-            f"{name}={num_most / total:g}."
+            f"{name}={num_most if type(ratio) is int else f'{num_most / total:g}'}."
         )
     left, smallest = target, min(sizes, default=0)
     chosen: list[list[int]] = [[] for _ in orders]

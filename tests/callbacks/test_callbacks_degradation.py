@@ -181,23 +181,23 @@ def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
             assert logged == {name: one[own] for name, own in names.items()}
     said = capsys.readouterr().out
     assert f"after {callbacks[0].events[0]['what']}\nperplexity on" in said
-    last = said.split("at the end\n")[1].splitlines()
+    last = said.split("end of training\n")[1].splitlines()
     assert [line.split()[0] for line in last[2:5]] == ["train", "generated", "other"]
     assert f"{end[2]['ratio']:.3f} ± {end[2]['ratio_error']:.3f}" in last[4]
 
 
 def test_what_loses_twice_as_much_is_warned_of(tmp_path, monkeypatch):
     monkeypatch.setattr("billhook.callbacks.degradation.degradation_warning", lambda found: f"{found[0].source} has lost")
-    with pytest.warns(UserWarning, match="Degradation, step 1, (after .*mean.*|at the end): generated has lost"):
+    with pytest.warns(UserWarning, match="Degradation, step 1, (after .*mean.*|end of training): generated has lost"):
         fit(tmp_path, "mean", at=1, more=[degradation()], max_steps=1)
 
 
 @pytest.mark.parametrize(
     ("callbacks", "match"),
     [
-        (lambda folder: [bh.Export(str(folder / "out")), degradation()], "Export must stand behind Degradation"),
-        (lambda folder: [bh.Report(str(folder / "plot.png")), degradation()], "Report must stand behind Degradation"),
-        (lambda _: [degradation(), WeightAveraging()], "Degradation must stand behind WeightAveraging"),
+        (lambda folder: [bh.Export(str(folder / "out")), degradation()], "Export must be listed after Degradation"),
+        (lambda folder: [bh.Report(str(folder / "plot.png")), degradation()], "Report must be listed after Degradation"),
+        (lambda _: [degradation(), WeightAveraging()], "Degradation must be listed after WeightAveraging"),
     ],
 )
 def test_the_wrong_place_is_refused(tmp_path, callbacks, match):
@@ -208,7 +208,7 @@ def test_the_wrong_place_is_refused(tmp_path, callbacks, match):
 def test_a_model_that_predicts_no_next_token_is_refused(tmp_path):
     lit = Own()
     lit.net = transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
-    with pytest.raises(ValueError, match="BertForMaskedLM does not predict next tokens, so it has no perplexity"):
+    with pytest.raises(ValueError, match="Degradation does not support BertForMaskedLM, which does not predict next tokens"):
         trainer(tmp_path, [degradation()], max_steps=1).fit(lit, loader(), loader(4, 4))
 
 

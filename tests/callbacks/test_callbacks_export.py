@@ -106,7 +106,7 @@ class TestRehearsal:
     def test_what_cannot_be_saved_costs_no_training(self, tmp_path, monkeypatch):
         lit = Own()
         lit.net.config.hidden_act = "relu"
-        with pytest.raises(ValueError, match="Export: before training the model cannot be saved"):
+        with pytest.raises(ValueError, match="Export: the trial export before training failed"):
             fit(tmp_path / "a", lit, loader())
         assert lit.global_step == 0
         assert not (tmp_path / "a").exists() or [*(tmp_path / "a").iterdir()] == []
@@ -126,7 +126,7 @@ class TestRehearsal:
         lit = Own()
         lit.net.config.hidden_act = "relu"
         run = trainer(tmp_path, [bh.Export(str(tmp_path / "out"))], max_steps=-1, fast_dev_run=True)
-        with pytest.raises(ValueError, match="Export: before training"):
+        with pytest.raises(ValueError, match="Export: the trial export before training failed"):
             run.fit(lit, loader())
 
 
@@ -138,12 +138,12 @@ def test_a_failing_export_keeps_the_weights(tmp_path):
     lit = Own()
     with (
         pytest.raises(RuntimeError),
-        pytest.warns(UserWarning, match="the weights are kept, not verified, in '.*out-unverified'"),
+        pytest.warns(UserWarning, match="The unverified weights are in .*out-unverified"),
     ):
         fit(tmp_path, lit, loader(), more=[Break(), bh.KVHeadConversion(1, at=1, measure_batches=0)])
     kept = tmp_path / "out-unverified"
     assert not (tmp_path / "out").exists()
-    assert "nothing has verified them" in (kept / "UNVERIFIED.txt").read_text()
+    assert "final weights, not verified" in (kept / "UNVERIFIED.txt").read_text()
     state = torch.load(kept / "weights.ckpt")["state_dict"]
     assert all(torch.equal(one, state[name]) for name, one in lit.net.state_dict().items())
 
@@ -157,7 +157,7 @@ def test_kept_weights_can_be_exported(tmp_path, monkeypatch):
         raise RuntimeError("other logits")
 
     monkeypatch.setattr("billhook.callbacks.export.save", lambda *a, **k: real(*a, **k) if k else fails())
-    with pytest.raises(RuntimeError, match="other logits"), pytest.warns(UserWarning, match="the weights are kept"):
+    with pytest.raises(RuntimeError, match="other logits"), pytest.warns(UserWarning, match="The unverified weights are in"):
         fit(tmp_path, lit, loader(), more=[bh.KVHeadConversion(1, at=1, measure_batches=0)])
     export(tmp_path / "out-unverified" / "weights.ckpt", tmp_path / "again")
     again = bh.load(tmp_path / "again").eval()
@@ -258,11 +258,11 @@ class TestTokenizer:
 
     def test_none(self, tmp_path):
         with pytest.warns(
-            UserWarning, match="no tokenizer is saved along to '.*out', nor a processor, since neither data module"
+            UserWarning, match="no tokenizer or processor was found in the data module, .* so none is saved to .*out"
         ):
             fit(tmp_path, Own(), loader())
         llama().save_pretrained(tmp_path / "bare")  # from which transformers makes an empty tokenizer
-        with pytest.warns(UserWarning, match="no tokenizer is saved along"):
+        with pytest.warns(UserWarning, match="no tokenizer or processor was found"):
             fit(tmp_path, Plain(bh.load(tmp_path / "bare")), loader())
 
     def test_billhooks_own_module_and_data(self, files, tmp_path, tokenizer):
@@ -274,9 +274,9 @@ class TestTokenizer:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"tokenizer": 3}, "tokenizer=3 must be one of transformers' own, or the name or folder of one"),
-        ({"probe": [1]}, r"probe=\[1\] must be a dictionary of inputs"),
-        ({"probe": {}}, r"probe=\{\} must be a dictionary of inputs"),
+        ({"tokenizer": 3}, "tokenizer=3 must be a transformers tokenizer, processor, or image processor"),
+        ({"probe": [1]}, r"probe=\[1\] must be a dictionary of forward inputs"),
+        ({"probe": {}}, r"probe=\{\} must be a dictionary of forward inputs"),
     ],
 )
 def test_arguments(options, match):
@@ -345,7 +345,7 @@ class TestPush:
         ({"push_to_hub": "cut"}, "push_to_hub='cut' must be the name of a repository of the Hub, as in 'user/name'"),
         ({"push_to_hub": "some one/cut"}, "push_to_hub='some one/cut' must be the name of a repository"),
         ({"push_to_hub": 3}, "push_to_hub=3 must be a string or None"),
-        ({"private": True}, "private=True is of a repository of the Hub: name it as push_to_hub"),
+        ({"private": True}, "private=True requires push_to_hub"),
     ],
 )
 def test_names_of_repositories(options, match):
@@ -371,4 +371,4 @@ def test_what_an_earlier_run_has_left_is_replaced_only_after_a_word_before_train
     assert re.fullmatch(
         rf"billhook: the fit will be saved to '{where}', in the place of what billhook wrote there on {date}", saved
     )
-    assert drawn == f"billhook: the picture '{picture}' will be replaced"
+    assert drawn == f"billhook: the plot {picture} will be replaced"

@@ -36,7 +36,7 @@ def test_table_and_picture_say_what_happened(files, tmp_path, capsys):
     assert rows["dense"][0] == "0"
     assert rows["dense"][2:] == [params[0], "256"]  # 2 layers x (k + v) x 4 heads x 4 x 4 bytes
     assert rows["after 4 -> 1 KV heads (mean)"] == ["3", f"{event['after']['val_perplexity']:,.0f}", params[1], "64"]
-    assert rows["after training"][0] == "8"
+    assert rows["end of training"][0] == "8"
     assert (tmp_path / "plots" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in report.history] == [2, 4, 6, 8]
 
@@ -70,7 +70,7 @@ def test_conversions_before_training(files, tmp_path, capsys):
 def test_nothing_happened(files, tmp_path, capsys):
     run(files, tmp_path, [])
     rows = lines_of(capsys.readouterr().out)
-    assert {"at the start", "at the end"} <= rows.keys()
+    assert {"start of training", "end of training"} <= rows.keys()
 
 
 @pytest.mark.parametrize(
@@ -92,14 +92,14 @@ def test_arguments(make, match):
 @pytest.mark.parametrize("make", [lambda _: KVHeadConversion(1), lambda folder: Export(str(folder / "model"))])
 def test_a_fit_that_takes_no_step_is_refused(files, tmp_path, options, make):
     lit = module()
-    with pytest.raises(ValueError, match="=0: a fit that takes no step prunes, converts and saves nothing, so .* has no effect"):
+    with pytest.raises(ValueError, match="=0 takes no training step, so .* has no effect"):
         trainer(tmp_path, [make(tmp_path)], **options).fit(lit, data(files))
     assert lit.model.config.num_key_value_heads == 4
 
 
 def test_no_validation(files, tmp_path, capsys):
     run(files, tmp_path, [KVHeadConversion(2, at=3)], limit_val_batches=0)
-    assert "after training" in capsys.readouterr().out
+    assert "end of training" in capsys.readouterr().out
     assert not (tmp_path / "plots").exists()
 
 
@@ -144,7 +144,7 @@ def test_a_folder_that_fills_during_the_fit_does_not_cost_the_result(files, tmp_
             (tmp_path / "model" / "thesis.txt").write_text("years of work")
 
     export = Export(str(tmp_path / "model"))
-    with pytest.warns(UserWarning, match="did not write .* the model is saved to '.*model-2'"):
+    with pytest.warns(UserWarning, match="did not write .* Saving to .*model-2 instead"):
         trainer(tmp_path, [Intruder(), export], max_steps=1).fit(module(), data(files))
     assert export.saved.folder == str(tmp_path / "model-2")
     assert (tmp_path / "model" / "thesis.txt").exists()
@@ -217,7 +217,7 @@ def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkey
     assert out.split("---")[0].split()[-6:] == ["zeros", "parameters", "KV-cache", "bytes/token", "in", "float32"]
     assert rows["dense"][:2] == ["0", f"{dense:,.0f}"]
     assert rows["dense"][2] == "0.00"
-    assert rows["after training"][2] == "0.50"
+    assert rows["end of training"][2] == "0.50"
     label = next(row for row in rows if row.startswith("after Wanda"))
     assert rows[label][:3] == [str(step), f"{event['after']['val_perplexity']:,.0f}", "0.50"]
     assert int(rows[label][3].replace(",", "")) == event["after"]["zeros"] > int(rows["dense"][3].replace(",", ""))

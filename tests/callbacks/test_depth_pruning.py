@@ -207,7 +207,7 @@ class TestRefused:
             ),
             (lambda: [pruning(2, first=2, last=1)], "would remove 2 of 4 blocks .* At most 1 can be removed"),
             (lambda: [pruning(1, at=99)], "99"),
-            (lambda: [pruning(1), EMAWeightAveraging()], "EMAWeightAveraging cannot follow"),
+            (lambda: [pruning(1), EMAWeightAveraging()], "EMAWeightAveraging does not support"),
         ],
     )
     def test_before_training(self, files, tmp_path, callbacks, message):

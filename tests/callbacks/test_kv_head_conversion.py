@@ -266,21 +266,24 @@ class TestRefused:
         self.refused(files, tmp_path, [KVHeadConversion(2, at=1000)], "at=1000 is past the end", **epochs)
 
     def test_two_stages_at_one_step(self, files, tmp_path):
-        self.refused(files, tmp_path, [KVHeadConversion([2, 1], [4, 0.5])], "two stages fall on one step")
+        self.refused(files, tmp_path, [KVHeadConversion([2, 1], [4, 0.5])], "two stages have the same step")
 
     def test_two_callbacks_at_one_step(self, files, tmp_path):
         self.refused(
-            files, tmp_path, [KVHeadConversion(2, at=4), KVHeadConversion(1, at=0.5)], "two KVHeadConversion fall on one step"
+            files,
+            tmp_path,
+            [KVHeadConversion(2, at=4), KVHeadConversion(1, at=0.5)],
+            "two KVHeadConversion stages have the same step",
         )
 
     def test_callbacks_in_the_wrong_order(self, files, tmp_path):
         callbacks = [KVHeadConversion(1, at=2), KVHeadConversion(2, at=4)]
-        self.refused(files, tmp_path, callbacks, "than the one before, and divide it; got 1 at step 2, 2 at step 4")
+        self.refused(files, tmp_path, callbacks, "than the one before and divide it, got 1 at step 2, 2 at step 4")
 
     def test_callbacks_that_do_not_divide_one_another(self, files, tmp_path):
         callbacks = [KVHeadConversion(6, at=2), KVHeadConversion(4, at=4)]
         wide = module(num_attention_heads=12, num_key_value_heads=12, hidden_size=48)
-        self.refused(files, tmp_path, callbacks, "divide it; got 6 at step 2, 4 at step 4", wide)
+        self.refused(files, tmp_path, callbacks, "divide it, got 6 at step 2, 4 at step 4", wide)
 
     def test_more_heads_than_there_are(self, files, tmp_path):
         self.refused(files, tmp_path, [KVHeadConversion(8, at=2)], "num_key_value_heads=8, .* legal is 1, 2")
@@ -294,7 +297,7 @@ class TestRefused:
 
     def test_a_fraction_of_endless_training(self, files, tmp_path):
         lit = TransformerModule(llama(vocab_size=2048), decay="constant", warmup=0)
-        match, options = "whose length is not known: set max_steps", {"max_steps": -1, "max_epochs": -1}
+        match, options = "unknown training length. Set", {"max_steps": -1, "max_epochs": -1}
         self.refused(files, tmp_path, [KVHeadConversion(1, at=0.5)], match, lit, **options)
         by_hand, loader = Plain(), DataLoader(tokens(16), batch_size=2)
         by_hand.automatic_optimization = False
@@ -303,9 +306,9 @@ class TestRefused:
 
     def test_later_stages_beside_the_start_need_a_length_that_is_known(self, files, tmp_path):
         epochs = {"max_steps": -1, "max_epochs": 1}
-        self.refused(files, tmp_path, [KVHeadConversion([2, 1], ["start", 3])], "set max_steps alone, or give 0", **epochs)
+        self.refused(files, tmp_path, [KVHeadConversion([2, 1], ["start", 3])], "max_steps=.* alone, or use 0", **epochs)
         callbacks = [KVHeadConversion(2), KVHeadConversion(1, at=0.5)]
-        self.refused(files, tmp_path, callbacks, "set max_steps alone, or give 0", **epochs)
+        self.refused(files, tmp_path, callbacks, "max_steps=.* alone, or use 0", **epochs)
         self.refused(files, tmp_path, [KVHeadConversion(1), KVHeadConversion(2, at=4)], "fewer KV heads than the one before")
 
     @pytest.mark.parametrize(
@@ -315,8 +318,8 @@ class TestRefused:
             ({"num_key_value_heads": 2, "at": -1}, "at=-1 is negative"),
             ({"num_key_value_heads": 2, "at": "end"}, "at='end' must be one of start or "),
             ({"num_key_value_heads": [2, 1], "at": 3}, "must have the same length"),
-            ({"num_key_value_heads": [1, 2], "at": [1, 2]}, "must have fewer heads than the one before"),
-            ({"num_key_value_heads": [], "at": []}, "one at least"),
+            ({"num_key_value_heads": [1, 2], "at": [1, 2]}, "must be smaller than the one before"),
+            ({"num_key_value_heads": [], "at": []}, "at least 1"),
             ({"num_key_value_heads": [4, 3], "at": [1, 2]}, "and divide it"),
             ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be a whole number"),
             ({"num_key_value_heads": "4"}, "num_key_value_heads='4' must be a whole number"),
@@ -331,7 +334,7 @@ class TestRefused:
     def test_averaged_weights(self, files, tmp_path):
         callbacks = [pl.callbacks.StochasticWeightAveraging(1e-3), KVHeadConversion(2)]
         epochs = {"max_steps": -1, "max_epochs": 2}
-        self.refused(files, tmp_path, callbacks, "must stand before StochasticWeightAveraging", **epochs)
+        self.refused(files, tmp_path, callbacks, "must be listed before StochasticWeightAveraging", **epochs)
 
     def test_another_models_checkpoint(self, files, tmp_path):
         trainer(tmp_path, [KVHeadConversion(2), checkpoints(tmp_path)], max_steps=2).fit(module(num_hidden_layers=1), data(files))
@@ -339,12 +342,14 @@ class TestRefused:
             trainer(tmp_path, [KVHeadConversion(2)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
 
 
-@pytest.mark.parametrize(("at", "told"), [([2, 6], "the event at step 6"), ([5, 6], "the event at step 6, the last of 2")])
+@pytest.mark.parametrize(
+    ("at", "told"), [([2, 6], "the event at step 6"), ([5, 6], "the event at step 6 .the last of 2 pending")]
+)
 def test_training_that_ends_before_a_stage_says_so(files, tmp_path, at, told):
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
             trainer.should_stop = trainer.global_step == 3
 
     callback = KVHeadConversion([2, 1], at=at, measure_batches=0)
-    with pytest.warns(UserWarning, match=f"training has ended at step 3, before {told}"):
+    with pytest.warns(UserWarning, match=f"training ended at step 3, before {told}"):
         trainer(tmp_path, [callback, Stop()]).fit(module(), data(files))

@@ -63,7 +63,7 @@ def test_the_last_go_first_and_the_config_tells_when_all_have_gone(files, tmp_pa
     assert watch.said == [2 if one == "2222" else 4 for one in seen]
     whats = [event["what"] for event in callback.events]
     counts = [before.count("4") - after.count("4") for before, after in zip(["4444", *seen], seen, strict=False)]
-    assert whats == [f"4 -> 2 KV heads in {count} of 4 attentions (mean)" for count in counts if count]
+    assert whats == [f"4 -> 2 KV heads in {count} of 4 attention modules (mean)" for count in counts if count]
 
 
 def test_each_event_sees_the_model_as_it_then_is(files, tmp_path):
@@ -86,7 +86,7 @@ def test_each_event_sees_the_model_as_it_then_is(files, tmp_path):
         torch.testing.assert_close(
             lit.model.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
-    assert [event["what"] for event in callback.events] == [f"4 -> 2 KV heads in 1 of 2 attentions ({told})"] * 2
+    assert [event["what"] for event in callback.events] == [f"4 -> 2 KV heads in 1 of 2 attention modules ({told})"] * 2
 
 
 def test_resumed_equals_straight_through(files, tmp_path):
@@ -106,7 +106,7 @@ def test_at_the_end_it_is_an_ordinary_checkpoint(files, tmp_path, capsys):
     callbacks = [callback, Export(str(tmp_path / "out")), Report(str(tmp_path / "report.png"))]
     trainer(tmp_path, callbacks, max_steps=3).fit(lit, data(files))
     assert "plain from_pretrained loads it" in (out := capsys.readouterr().out)
-    assert "after 4 -> 2 KV heads in 1 of 2 attentions (svd)" in out
+    assert "after 4 -> 2 KV heads in 1 of 2 attention modules (svd)" in out
     again, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tokens()
     assert again.config.num_key_value_heads == 2
     with torch.no_grad():
@@ -182,8 +182,8 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("at", "match"),
         [
-            (Linear(final=0.5, end=4), "it says which share of the amount is pruned, and must rise to 1 before training ends"),
-            (MultiStep([0.5, 2.0], [1, 2]), "it must rise to 1 at most, and is 2 at step 2 after 0.5"),
+            (Linear(final=0.5, end=4), "is the share of the amount to prune and must reach 1 before training ends"),
+            (MultiStep([0.5, 2.0], [1, 2]), "must increase from 0 to 1, but is 2 at step 2 after 0.5"),
             (MultiStep([0.5, 0.25, 1.0], [1, 2, 3]), "is 0.25 at step 2 after 0.5"),
             (MultiStep([0.5, 1.0], [1, 9]), "steps=9 is past the end of training"),
         ],
@@ -193,13 +193,13 @@ class TestRefused:
 
     def test_a_stage_of_another_between(self, files, tmp_path):
         callbacks = [conversion(MultiStep([0.5, 1.0], [2, 5])), KVHeadConversion(1, at=3)]
-        self.refused(files, tmp_path, callbacks, "divide it; got 2 at step 2, 1 at step 3, 2 at step 5")
+        self.refused(files, tmp_path, callbacks, "divide it, got 2 at step 2, 1 at step 3, 2 at step 5")
 
     def test_a_training_whose_length_is_not_known(self, files, tmp_path):
         lit = module()
         lit.decay = "constant"
         options = {"max_steps": -1, "max_epochs": -1}
-        self.refused(files, tmp_path, [conversion()], "which is not known: set max_steps", lit, **options)
+        self.refused(files, tmp_path, [conversion()], "known training length. Set Trainer", lit, **options)
 
     def test_heads_that_cannot_change_places(self, files, tmp_path):
         """A position bias knows heads by their number."""

@@ -183,22 +183,22 @@ class TestRefused:
         for way in ("svd", "auto", "mean, repaired"):
             lit, loader = bh.TransformerModule(llama(), warmup=0), DataLoader(Stream(), batch_size=2)
             callback = conversion(at=1, **WAYS[way])
-            self.refused(files, tmp_path, callback, "Stream can be read only once: give batches of their own", lit, loader)
+            self.refused(files, tmp_path, callback, "Stream can be read only once. Pass batches", lit, loader)
 
     @pytest.mark.parametrize(
         ("options", "match"),
         [
             (
                 {"method": "auto", "calibration": 2},
-                "examples=2: method='auto' needs 2 batches at least, as some are held out; all devices together have 1",
+                "examples=2: method='auto' needs at least 2 batches, because some are held out, got 1",
             ),
             (
                 {"repair": RepairConfig(), "calibration": batches(1)},
-                "calibration: repair needs 2 batches at least, as some are held out; all devices together have 1",
+                "calibration: repair needs at least 2 batches, because some are held out, got 1",
             ),
             (
                 {"method": "svd", "calibration": []},
-                "calibration: method='svd' needs a batch at least; all devices together have 0",
+                "calibration: method='svd' needs at least 1 batch, got 0",
             ),
         ],
     )

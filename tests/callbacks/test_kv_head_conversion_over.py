@@ -101,7 +101,7 @@ class Stop(Callback):
         trainer.should_stop = trainer.global_step == 3
 
 
-@pytest.mark.filterwarnings("ignore:KVHeadConversion. training has ended")
+@pytest.mark.filterwarnings("ignore:KVHeadConversion. training ended")
 def test_to_turn_heads_towards_each_other_changes_nothing(files, tmp_path):
     """The first of a thousand moves is small, so what the model gives is as it was."""
     seen = Seen()
@@ -209,11 +209,11 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({"at": "start"}, "over=3: before at='start' there are no steps in which heads could move"),
-            ({"method": "svd"}, "over=3: method='svd' has no path .*; 'mean', 'first' and 'aligned' have one"),
-            ({"method": "auto"}, "method='auto' has no path"),
-            ({"method": "random"}, "method='random' has no path"),
-            ({"repair": RepairConfig()}, "over=3 and repair: heads that have moved lose nothing when they are cut"),
+            ({"at": "start"}, "over=3 needs steps before the conversion"),
+            ({"method": "svd"}, "over=3 is not supported by method='svd', .* Use 'mean', 'first', or 'aligned'"),
+            ({"method": "auto"}, "not supported by method='auto'"),
+            ({"method": "random"}, "not supported by method='random'"),
+            ({"repair": RepairConfig()}, "over=3 cannot be combined with repair"),
             ({"over": -1}, "over=-1 is negative"),
             ({"over": 1.5}, "over=1.5 as a float is a fraction"),
         ],
@@ -225,11 +225,11 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("callbacks", "match"),
         [
-            ([(2, 2, 3)], "over=3 steps must fit in before the stage at step 2, and there are 2 since training began"),
-            ([([2, 1], [3, 5], 3)], "over=3 .* at step 5, and there are 2 since the stage at step 3"),
-            ([(2, 2, 0), (1, 4, 3)], "over=3 .* at step 4, and there are 2 since the stage at step 2"),
-            ([(2, 0.5, 0.75)], "over=6 steps must fit in before the stage at step 4, and there are 4 since training began"),
-            ([(2, MultiStep([0.5, 1], [3, 5]), 3)], "over=3 .* at step 5, and there are 2 since the stage at step 3"),
+            ([(2, 2, 3)], "over=3 steps do not fit before the stage at step 2: there are 2 since training began"),
+            ([([2, 1], [3, 5], 3)], "over=3 .* at step 5: there are 2 since the stage at step 3"),
+            ([(2, 2, 0), (1, 4, 3)], "over=3 .* at step 4: there are 2 since the stage at step 2"),
+            ([(2, 0.5, 0.75)], "over=6 steps do not fit before the stage at step 4: there are 4 since training began"),
+            ([(2, MultiStep([0.5, 1], [3, 5]), 3)], "over=3 .* at step 5: there are 2 since the stage at step 3"),
         ],
     )
     def test_ways_that_are_longer_than_there_is_time(self, files, tmp_path, callbacks, match):
@@ -242,5 +242,5 @@ class TestRefused:
     def test_a_fraction_of_endless_training(self, files, tmp_path):
         lit = module()
         lit.decay = "constant"
-        with pytest.raises(ValueError, match="whose length is not known: set max_steps"):
+        with pytest.raises(ValueError, match="unknown training length. Set"):
             trainer(tmp_path, [conversion(over=0.1)], max_steps=-1, max_epochs=-1).fit(lit, data(files))

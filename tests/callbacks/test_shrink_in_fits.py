@@ -158,8 +158,8 @@ DORA = {"lora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)}
     [
         ({"params": 10}, {}, r"params=10: 10 cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
         ({"params": 0.94, "at": 20}, {}, "at=20"),
-        ({"params": 0.94, "at": 3}, LORA, "at=3 must be 'start' where adapters are attached"),
-        ({"params": 0.94}, DORA, "Shrinking: the adapter of model.layers.0.self_attn.q_proj is not plain LoRA, or has learned"),
+        ({"params": 0.94, "at": 3}, LORA, "at=3 must be 'start' if the model has adapters"),
+        ({"params": 0.94}, DORA, "Shrinking: the adapter of model.layers.0.self_attn.q_proj is trained or is not plain LoRA"),
         ({"params": 0.94, "calibration": 2}, {}, "calibration: three rows at least, .* got 2"),
     ],
 )
@@ -216,7 +216,7 @@ def test_lora_trains_what_is_left_and_is_merged(files, tmp_path, params, layers)
 def test_adapters_that_have_learned_are_refused_when_it_comes_late(files, tmp_path):
     trainer(tmp_path, [checkpoints(tmp_path)], max_steps=2).fit(adapted(), data(files))
     run = trainer(tmp_path, [shrinking(params=0.94)], max_steps=4)
-    with pytest.raises(ValueError, match="is not plain LoRA, or has learned something: merge it"):
+    with pytest.raises(ValueError, match="is trained or is not plain LoRA. Merge it"):
         run.fit(adapted(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
 
 

@@ -342,5 +342,5 @@ def test_fits_in_which_masks_cannot_be_learned_are_refused(files, tmp_path):
 
     refused(r"end=2 is step 2.*learned from step 2 on", learn=learning(2, at=2))
     refused("all base weights are frozen", injected())
-    refused("WeightAveraging keeps", more=[WeightAveraging()])
+    refused("cannot mask the copy of WeightAveraging", more=[WeightAveraging()])
     refused("learned masks use the layers' inputs", more=[bh.HeadPruning(0.5, at=3, **FEW)])

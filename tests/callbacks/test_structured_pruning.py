@@ -202,7 +202,7 @@ class TestRefused:
             pruning(**options)
 
     def test_a_schedule_in_the_place_of_an_amount(self):
-        with pytest.raises(ValueError, match="amount=Linear.* must be an Amount, .*; a schedule is given as at"):
+        with pytest.raises(ValueError, match="amount=Linear.* must be an Amount, .* Pass a schedule as at"):
             bh.StructuredPruning(bh.schedules.Linear(final=0.5))
 
     @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ class TestRefused:
             ({"channels": 0.5, "first": 1, "last": 1}, "channels=0.5: all are in protected blocks"),
             (
                 {"channels": 0.5, "at": bh.schedules.Linear(final=0.5, start=0, end=4)},
-                "it says which share of the amount is pruned, and must rise to 1",
+                "is the share of the amount to prune and must reach 1",
             ),
             ({"channels": 0.5, "at": 20}, "at=20"),
         ],

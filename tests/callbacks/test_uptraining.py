@@ -116,7 +116,7 @@ class TestResume:
 
     def test_another_length_is_refused(self, files, tmp_path):
         self.fitted(files, tmp_path, Uptraining(pretraining_steps=160))
-        with pytest.raises(ValueError, match="was to take 8 steps, and this one 16: alpha"):
+        with pytest.raises(ValueError, match="checkpoint's run has 8 steps, and this run 16. Use the same alpha"):
             self.fitted(files, tmp_path, Uptraining(0.1, 160), seed=1, ckpt_path=str(tmp_path / "run0" / "step=3.ckpt"))
 
     def test_a_second_fit_of_one_trainer(self, files, tmp_path):
@@ -144,8 +144,8 @@ def test_without_epochs(files, tmp_path):
         ({"alpha": 5, "pretraining_steps": 10}, r"alpha=5 must"),
         ({"alpha": True, "pretraining_steps": 10}, r"alpha=True must"),
         ({"alpha": math.nan, "pretraining_steps": 10}, r"alpha=nan must"),
-        ({}, "one of pretraining_steps and pretraining_tokens must be given, got neither"),
-        ({"pretraining_steps": 10, "pretraining_tokens": 10}, "one of pretraining_steps and pretraining_tokens"),
+        ({}, "Pass either pretraining_steps or pretraining_tokens, got neither"),
+        ({"pretraining_steps": 10, "pretraining_tokens": 10}, "Pass either pretraining_steps or pretraining_tokens"),
         ({"pretraining_steps": 0}, "pretraining_steps=0 must be a whole number of at least 1"),
         ({"pretraining_steps": True}, "pretraining_steps=True must"),
         ({"pretraining_tokens": 1.5}, "pretraining_tokens=1.5 must"),
@@ -169,10 +169,10 @@ STEPS, TOKENS = {"pretraining_steps": 100}, {"pretraining_tokens": 1000}
 @pytest.mark.parametrize(
     ("budget", "options", "match"),
     [
-        (STEPS, {"max_steps": 6}, "sets the length of the fit to 5 steps, and the Trainer has max_steps=6"),
-        (STEPS, {"max_epochs": 2}, "the Trainer has max_epochs=2: give -1"),
-        (TOKENS, {"callbacks": [GradientAccumulationScheduler({1: 2})]}, "not known before training: give pretraining_steps"),
-        (TOKENS, {"lit": ByHand}, "not known before training: give pretraining_steps"),
+        (STEPS, {"max_steps": 6}, "max_steps=6 of the Trainer conflicts with Uptraining, .* to 5 steps"),
+        (STEPS, {"max_epochs": 2}, "max_epochs=2 of the Trainer .* Use -1"),
+        (TOKENS, {"callbacks": [GradientAccumulationScheduler({1: 2})]}, "known before training. Use pretraining_steps"),
+        (TOKENS, {"lit": ByHand}, "known before training. Use pretraining_steps"),
         (TOKENS, {"source": lambda: DataLoader([torch.zeros(2)])}, "the training batches have no 'input_ids'"),
         (TOKENS, {"source": lambda: iter([{"input_ids": torch.ones(2, 8)}])}, "can be read only once"),
     ],

@@ -119,7 +119,7 @@ def test_without_contexts_as_many_tokens_are_read_as_all_models_can(folders, cap
         (["--plot", "o.svg"], "plot='o.svg' must be a file that ends in .png"),
         (["--json", "nowhere/o.json"], "json='nowhere/o.json'"),
         (["--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
-        (["--contexts", "[100]"], "reads 64 at once: ask for fewer"),
+        (["--contexts", "[100]"], "supports 64. Use fewer"),
         (["--device", "cuda:99"], "device"),
     ],
 )

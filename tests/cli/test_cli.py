@@ -66,7 +66,7 @@ def test_fragments_compose_in_the_order_given(quick, capsys):
     billhook(f"fit --config {ROOT}/examples/base.yaml {given} {options} {quick}")
     assert callbacks_in("config.yaml") == ["KVHeadConversion", "KVHeadConversion", "Export", "Report"]
     out = capsys.readouterr().out
-    for told in ("dense", "after 8 -> 4 KV heads (mean)", "after 4 -> 1 KV heads (mean)", "after training", "outputs/model"):
+    for told in ("dense", "after 8 -> 4 KV heads (mean)", "after 4 -> 1 KV heads (mean)", "end of training", "outputs/model"):
         assert told in out
     assert "plain from_pretrained loads it" in out
     assert Path("outputs/report.png").read_bytes().startswith(b"\x89PNG")

@@ -132,9 +132,9 @@ def test_a_token_that_joins_context_and_choice_is_the_choices():
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=joined)
     assert encode([Question("f", 1, "ab", ("c",), 0)], tokenizer, 9)[0][0].ids == (0, 4, 3)
     assert encode([Question("f", 1, "ab", ("c",), 0)], tokenizer, 9)[0][0].scored == 2
-    with pytest.raises(ValueError, match="f, line 7: choice 0 has 2 tokens after 0 of the context; it must have 1 to length=9"):
+    with pytest.raises(ValueError, match="f, line 7: choice 0 has 2 tokens after 0 context tokens. It must have 1 to length=9"):
         encode([Question("f", 7, "a", ("c",), 0)], tokenizer, 9)
-    with pytest.raises(ValueError, match="f, line 7: choice 1 has 4 tokens after 1 of the context; it must have 1 to length=3"):
+    with pytest.raises(ValueError, match="f, line 7: choice 1 has 4 tokens after 1 context tokens. It must have 1 to length=3"):
         encode([Question("f", 7, "ab", ("c", "ccc"), 0)], tokenizer, 3)
 
 
@@ -167,9 +167,9 @@ def test_a_line_that_is_no_question_is_refused_with_its_number(tmp_path, line):
 
 def test_files_without_questions_are_refused(tmp_path):
     (tmp_path / "q.jsonl").write_text("\n \n")
-    with pytest.raises(ValueError, match=r"q.jsonl holds no question"):
+    with pytest.raises(ValueError, match=r"q.jsonl has no questions"):
         read_questions(str(tmp_path / "q.jsonl"))
-    with pytest.raises(ValueError, match="there is no file"):
+    with pytest.raises(ValueError, match="does not exist"):
         read_questions(str(tmp_path))
 
 
@@ -222,7 +222,7 @@ def test_all_that_a_chat_says_is_measured(tmp_path):
         (["--data", "FILE", "--length", "513"], r"length=513 must be in 2..512: 'tiny' reads no more"),
         (["--data", "FILE", "--length", "3"], r"evaluate: data: .*q.jsonl, line 1: choice 1 has 7 tokens"),
         (["--data=FILE", "--json", "out.txt"], "json='out.txt' must be a file that ends in .json"),
-        (["--data", "FILE", "none.jsonl"], "data: there is no file 'none.jsonl'"),
+        (["--data", "FILE", "none.jsonl"], "data: the file 'none.jsonl' does not exist"),
         (["--tasks", "hellaswag,arc_easy"], r"tasks=hellaswag,arc_easy .* not installed: pip install 'billhook\[eval\]'"),
     ],
 )

@@ -63,7 +63,7 @@ def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, caps
     said = capsys.readouterr().out
     assert "turn 4 KV heads into 2 in 2 attentions, by mean\n  shown no text, as it needs none\n" in said
     assert "on 2 examples that it writes; --data FILE names a text\n" in said
-    assert "method='svd' starts far nearer" in said
+    assert "method='svd' starts much closer" in said
 
 
 def test_some_layers_by_a_class_with_settings_and_repaired(small, files, tmp_path, capsys):

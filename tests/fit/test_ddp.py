@@ -168,7 +168,7 @@ def test_ranks_that_are_rounded_otherwise_end_with_the_first_ones_weights(fitted
 def test_ranks_that_decide_otherwise_stop_before_it_is_done(stopped, name):
     for number, (kind, message, events) in enumerate(stopped[name]):
         assert kind == "RanksDiffer"
-        assert message.startswith(f"step 1, rank {number} of 2: {name} must be the same on every rank, and on rank 1 it is not")
+        assert message.startswith(f"step 1, rank {number} of 2: {name} must be identical on all ranks, but rank 1 differs")
         assert events == []
 
 
@@ -179,7 +179,7 @@ def test_where_one_fails_both_stop_and_say_why(stopped, name):
     assert kind == {"validation fails": "ValueError", "export fails": "OSError"}.get(name, "IndexError")
     assert other[0] == "RanksDiffer"
     failed = f"rank {0 if name == 'export fails' else 1} ({kind}: {message})"
-    assert f"this rank stops, as another has failed: {failed}" in other[1]
+    assert f"this rank stops, because another failed: {failed}" in other[1]
 
 
 @pytest.mark.nightly
@@ -211,5 +211,5 @@ def test_one_of_two_processes_exports(fitted, name):
 
 def test_processes_that_are_forked_give_back_no_shape(tmp_path):
     run = trainer(tmp_path, [KVHeadConversion(2)], devices=2, strategy="ddp_fork")
-    with pytest.raises(ValueError, match="KVHeadConversion changes shapes, and processes that are forked or spawned"):
+    with pytest.raises(ValueError, match="KVHeadConversion does not support ddp_notebook"):
         run.callbacks[0].setup(run, FitOfTuples(), stage="fit")

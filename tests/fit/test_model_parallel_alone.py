@@ -105,7 +105,7 @@ def test_weights_are_not_masked_under_another_fsdp(tmp_path, alone):
 
 def test_averaged_weights_are_refused(tmp_path, alone):
     callbacks = [bh.WeightPruning(sparsity=0.5), pl.callbacks.EMAWeightAveraging()]
-    with pytest.raises(ValueError, match="cannot mask the copy that EMAWeightAveraging keeps"):
+    with pytest.raises(ValueError, match="cannot mask the copy of EMAWeightAveraging"):
         trainer(tmp_path, callbacks, max_steps=2, strategy=alone).fit(Own())
 
 
@@ -124,7 +124,7 @@ def test_layers_that_torch_recomputes_are_refused_before_training(tmp_path, alon
 
 def test_masks_that_are_learned_are_refused(tmp_path, alone):
     callback = prunes.SRSTE(bh.Wanda(), 0.5, **GIVEN)
-    with pytest.raises(ValueError, match="SRSTE chooses masks of whole weights at each step, and ModelParallelStrategy shards"):
+    with pytest.raises(ValueError, match="SRSTE does not support ModelParallelStrategy"):
         trainer(tmp_path, [callback], strategy=alone).fit(Own())
 
 

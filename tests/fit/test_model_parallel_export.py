@@ -47,7 +47,7 @@ def test_two_blocks_at_most_are_there_on_each_of_two_ranks(of_two):
 def test_all_ranks_keep_their_shards_where_the_first_cannot_save(of_two, tmp_path):
     (first, second), state = torch.load(of_two / "failing.pt", weights_only=False)
     assert first == "other logits"
-    assert "this rank stops, as another has failed: rank 0 (RuntimeError: other logits)" in second
+    assert "this rank stops, because another failed: rank 0 (RuntimeError: other logits)" in second
     assert "other logits" in (of_two / "failing-unverified" / "UNVERIFIED.txt").read_text()
     export(of_two / "failing-unverified" / "weights.ckpt", tmp_path / "out")
     found = bh.load(tmp_path / "out").state_dict()

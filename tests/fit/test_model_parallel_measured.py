@@ -77,4 +77,4 @@ def test_ranks_send_what_the_manual_reckons(of_two, name):
 def test_a_search_whose_ranks_have_other_settings_stops_before_they_measure_other_models(of_two):
     alike, message = torch.load(of_two / "differing.pt", weights_only=True)
     assert alike
-    assert "Shrinking: its settings must be the same on every rank, and on rank 1 it is not that of rank 0" in message
+    assert "Shrinking: the settings must be identical on all ranks, but rank 1 differs from rank 0" in message

@@ -26,8 +26,8 @@ def test_where_a_rank_fails_while_others_gather_each_log_says_why(ended, name):
     assert own.endswith("\nRuntimeError: this rank has no memory left\n")
     why = "rank 1 (RuntimeError: this rank has no memory left)"
     if number == 0:
-        why = "what holds the process group's store has ended (rank 0, or torchrun on its machine); its log says why"
-    assert said.endswith(f"RanksDiffer: step 1, rank {1 - number} of 2: this rank stops, as another has failed: {why}\n")
+        why = "the process with the store has ended (rank 0, or torchrun on its machine). See its log"
+    assert said.endswith(f"RanksDiffer: step 1, rank {1 - number} of 2: this rank stops, because another failed: {why}\n")
 
 
 def test_ranks_wait_for_what_one_does_alone_as_long_as_it_takes(ended):

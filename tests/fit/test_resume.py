@@ -124,7 +124,7 @@ def test_stopped_at_any_step(files, tmp_path, callbacks, lora, stops, options):
 
 
 @pytest.mark.nightly
-@pytest.mark.filterwarnings("ignore:.*training has ended at step .*, before the")
+@pytest.mark.filterwarnings("ignore:.*training ended at step .*, before the")
 @pytest.mark.slow
 def test_stopped_again_and_again(files, tmp_path):
     """Each part of the run goes on with what the one before has saved, across the end of an epoch."""

@@ -288,7 +288,7 @@ def test_averages_that_cannot_follow_are_refused(tmp_path, event, average):
     lit = Own()
     before = weights(lit)
     for at in (2, *(["start"] if event != "mean" else [])):
-        with pytest.raises(ValueError, match="changes shapes when the fit is under way, which .*Averaging cannot follow: prune"):
+        with pytest.raises(ValueError, match="changes shapes during training, which .*Averaging does not support. Prune"):
             trainer(tmp_path, [EVENTS[event](at), average()], max_steps=-1, max_epochs=3).fit(lit, loader(), loader(4, 4))
     assert same(weights(lit), before)
 

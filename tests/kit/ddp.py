@@ -334,16 +334,14 @@ DRIFTING = {
 
 
 DIFFER = {
-    "WeightPruning: the weights that become zero": stop(lambda: [prunes.WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
-    "KVHeadConversion: what heads become": stop(lambda: [Apart(), KVHeadConversion(2, at=1, **NONE)]),
-    "KVHeadConversion: how heads are turned": stop(lambda: [Apart(), KVHeadConversion(2, 2, "aligned", over=1, **NONE)]),
-    "HeadPruning: the heads that are masked": stop(
-        lambda: [HeadPruning(0.5 - rank() / 4, 1, RandomUnits(), remove="never", **NONE)]
-    ),
-    "StructuredPruning: the plan of what is removed": stop(
+    "WeightPruning: the masks": stop(lambda: [prunes.WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
+    "KVHeadConversion: the pooled heads": stop(lambda: [Apart(), KVHeadConversion(2, at=1, **NONE)]),
+    "KVHeadConversion: the rotated heads": stop(lambda: [Apart(), KVHeadConversion(2, 2, "aligned", over=1, **NONE)]),
+    "HeadPruning: the masked heads": stop(lambda: [HeadPruning(0.5 - rank() / 4, 1, RandomUnits(), remove="never", **NONE)]),
+    "StructuredPruning: the plan": stop(
         lambda: [StructuredPruning(bh.Amount(channels=0.5 - rank() / 4), at=1, importance=RandomUnits(), **NONE)]
     ),
-    "Shrinking: its settings": stop(
+    "Shrinking: the settings": stop(
         lambda: [
             shrinks.Shrinking(params=0.8, at=1, importance=RandomUnits(rank()), generations=0, repair=None, calibration=6, **NONE)
         ]

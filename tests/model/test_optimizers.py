@@ -140,8 +140,8 @@ def test_parameters_with_hooks_of_their_own_are_refused(hook):
 
 
 BESIDE = {
-    "its own": "Chosen.extra is a SGD that configure_optimizers does not return",
-    "an average": "changes shapes when the fit is under way, which Chosen.extra, an AveragedModel, cannot follow",
+    "its own": "configure_optimizers does not return Chosen.extra .SGD.",
+    "an average": "changes shapes during training, which Chosen.extra, an AveragedModel, does not support",
 }
 
 

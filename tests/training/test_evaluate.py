@@ -64,7 +64,7 @@ def test_it_is_what_the_command_measures(model, files, tmp_path):
         ({"text": "a.txt", "length": 1}, "length=1 must be"),
         ({"text": "a.txt", "length": 10**6}, "length=1000000 must be in 2"),
         ({"text": "a.txt", "examples": 0}, "examples=0"),
-        ({"questions": ["nowhere.jsonl"]}, "^questions: there is no file 'nowhere.jsonl'"),
+        ({"questions": ["nowhere.jsonl"]}, "^questions: the file 'nowhere.jsonl' does not exist"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(model, arguments, said):

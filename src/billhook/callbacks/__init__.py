@@ -1,4 +1,4 @@
-"""When things happen: Lightning callbacks, one a file, no maths."""
+"""Lightning callbacks, each of which applies a method at given steps of training."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from billhook.callbacks.weight_pruning import WeightPruning as WeightPruning
     from billhook.fit.calibration import FitCalibration as FitCalibration
 
-else:  # imported when it is asked for: each brings what it alone needs
-    _PLACES = {
+else:  # imported on first use, because each callback needs other modules
+    _MODULES = {
         "FitCalibration": "billhook.fit.calibration",
         "Degradation": "billhook.callbacks.degradation",
         "DepthPruning": "billhook.callbacks.depth_pruning",
@@ -34,10 +34,10 @@ else:  # imported when it is asked for: each brings what it alone needs
         "Uptraining": "billhook.callbacks.uptraining",
         "WeightPruning": "billhook.callbacks.weight_pruning",
     }
-    __all__ = [*_PLACES]
+    __all__ = [*_MODULES]
 
     def __getattr__(name: str) -> object:
         """Imports a callback."""
-        if name not in _PLACES:
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(import_module(_PLACES[name]), name)
+        return getattr(import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""Tells what events and training cost the model on texts."""
+"""The Degradation callback: perplexity and KL divergence after each event."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +71,7 @@ class Degradation(EventFollower):
         return "Damage"  # the class's first name, so that runs resume from checkpoints of that time
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks the trainer, and reads the dense model once it exists."""
+        """Checks the trainer and evaluates the dense model once it exists."""
         if stage == "fit":
             check_strategy(trainer, "Degradation")
             for callback, _ in averaging_callbacks(trainer):
@@ -79,53 +79,53 @@ class Degradation(EventFollower):
             self.begin(trainer, pl_module)
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Reads the dense model once it exists; a callback whose events come before the fit asks for it earlier."""
+        """Evaluates the dense model once it exists; idempotent."""
         if self._begun:
             return
         check_strategy(trainer, "Degradation")
         self._begun, self.last = True, None
-        if self._dense is None or trainer.global_step == 0:  # otherwise the fit before continues
+        if self._dense is None or trainer.global_step == 0:  # otherwise an earlier training run continues
             once_model_exists(pl_module, partial(self._read, trainer, pl_module))
 
     def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         model = find_transformer(pl_module)
         if not generates(model):
             raise ValueError(
-                f"Degradation: a {type(model).__name__} does not predict next tokens, so it has no perplexity: leave it out"
+                f"Degradation does not support {type(model).__name__}, which does not predict next tokens. Remove the callback."
             )
-        with fail_together(trainer, "Degradation"), _aside(trainer, pl_module, model):
+        with fail_together(trainer, "Degradation"), _undisturbed(trainer, pl_module, model):
             read = evaluation_batches(self.texts, model, self.examples, self.also, find_tokenizer(trainer))
-            check_identical(trainer, "Degradation", "the rows of text", [batch["input_ids"] for batch in read])
+            check_identical(trainer, "Degradation", "the evaluation examples", [batch["input_ids"] for batch in read])
             self._dense = DenseReference(model, read, list(self.texts.named), comm_of(trainer))
 
     def on_event(self, trainer: pl.Trainer, event: Event) -> None:
-        """Measures the model after an event; of several at once, after the last."""
+        """Evaluates the model after an event; after the last event if several share a step."""
         if any(event is callback.events[-1] for callback in callbacks_of(trainer, EventCallback) if callback.events):
             event["degradation"] = self._measure(trainer, f"after {label_of(event)}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures the model at the end."""
+        """Evaluates the model at the end of training."""
         if not is_tuning(trainer):
-            self.last = self._measure(trainer, "at the end")
+            self.last = self._measure(trainer, "end of training")
 
     def _measure(self, trainer: pl.Trainer, when: str) -> list[dict[str, Any]]:
-        """Measures the model as it is, gives loggers the figures, and warns."""
+        """Evaluates the current model, logs the results, and warns."""
         assert self._dense is not None
         pl_module, step = trainer.lightning_module, trainer.global_step
         model = find_transformer(pl_module)
-        with fail_together(trainer, "Degradation"), _aside(trainer, pl_module, model):
+        with fail_together(trainer, "Degradation"), _undisturbed(trainer, pl_module, model):
             degradation = self._dense.degradation(model)
-        log_metrics(trainer, _figures(degradation))
+        log_metrics(trainer, _metrics(degradation))
         if warning := degradation_warning(degradation):
             rank_zero_warn(f"Degradation, step {step}, {when}: {warning}")
         return [text.to_json() for text in degradation]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the rows of text, what the dense model loses on them, and what was measured at the end."""
+        """Returns the examples, the dense model's losses, and the results at the end."""
         return {} if self._dense is None else self._dense.state_dict() | {"last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on with the rows of the run that is resumed."""
+        """Restores the examples and the dense model's losses of the resumed run."""
         if state_dict and self._dense is not None and not self._dense.load_state_dict(state_dict):
             rank_zero_warn(
                 "Degradation: the model before loading the checkpoint, or the texts, differ from those of the resumed run. "
@@ -133,31 +133,34 @@ class Degradation(EventFollower):
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Reads the model again in the next fit."""
+        """Lets the next training run evaluate its dense model."""
         self._begun = False
         drop_pending(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Reads the model again in the next fit (Lightning does not call `teardown` then)."""
+        """Same as `teardown`, which Lightning does not call after an error."""
         self.teardown(trainer, pl_module, "fit")
 
 
 def check_listed_after(trainer: pl.Trainer, first: Callback, second: Callback) -> None:
-    """Refuses a callback that stands before another in the list."""
+    """Raises `ValueError` if the first callback is listed before the second."""
     order = callbacks_of(trainer, Callback)
     if order.index(first) < order.index(second):
-        raise ValueError(f"{type(first).__name__} must stand behind {type(second).__name__} in the list of callbacks")
+        raise ValueError(f"{type(first).__name__} must be listed after {type(second).__name__} in Trainer(callbacks=...).")
 
 
-def _figures(degradation: list[TextDegradation]) -> dict[str, float]:
-    """Returns what loggers are given."""
-    names = {"perplexity": "after", "perplexity_ratio": "ratio", "kl": "kl"}
-    return {f"degradation/{text.source}/{name}": getattr(text, figure) for text in degradation for name, figure in names.items()}
+def _metrics(degradation: list[TextDegradation]) -> dict[str, float]:
+    """Returns the values for loggers by name."""
+    metrics = dict[str, float]()
+    for text in degradation:
+        values = {"perplexity": text.after, "perplexity_ratio": text.ratio, "kl": text.kl}
+        metrics |= {f"degradation/{text.source}/{name}": value for name, value in values.items()}
+    return metrics
 
 
 @contextmanager
-def _aside(trainer: pl.Trainer, pl_module: pl.LightningModule, model: PreTrainedModel) -> Iterator[None]:
-    """Leaves no trace in the training; before the strategy has moved the model, it is on the device meanwhile."""
+def _undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, model: PreTrainedModel) -> Iterator[None]:
+    """Restores training state afterward; meanwhile, the model is on the training device."""
     home, device = model.device, trainer.strategy.root_device
     moves = home != device and not is_sharded(model)
     if moves:

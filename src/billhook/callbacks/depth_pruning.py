@@ -1,5 +1,6 @@
-"""Ranks and removes whole blocks at a given step of a fit."""
+"""The DepthPruning callback: removes whole blocks during training."""
 
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import lightning.pytorch as pl
@@ -24,26 +25,26 @@ from billhook.units.find import find_units
 
 
 class DepthPruning(ShapeCallback):
-    """Removes the least important blocks at a given step of a fit; training then continues.
+    """Removes the least important transformer blocks at a given step.
 
-    This is ShortGPT (Men et al., 2024, https://arxiv.org/abs/2403.03853) in the middle of a fit. Scores are taken from
-    training examples. Optimizer state follows, checkpoints carry which blocks there are, and a resumed run ends as the
-    straight run does.
+    Implements ShortGPT during training. Blocks are scored on calibration data. Optimizer state is remapped, checkpoints store
+    the remaining blocks, and a resumed run ends like an uninterrupted run.
+
+    Reference: Men et al., ShortGPT (2024), https://arxiv.org/abs/2403.03853
 
     Args:
-        blocks: The number of blocks to remove (int), or the fraction of them (float in [0, 1), rounded down); of a model with an
-            encoder and a decoder, from each.
-        at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the first step).
-        importance: How much a block matters: any `Importance`; by default `BlockInfluence`, the paper's.
-        greedy: True to remove one at a time and score the others again without it; as many times the work.
-        first: So many first blocks are kept.
-        last: So many last blocks are kept.
-        calibration: Batches that scores are taken from, text as a `Calibration`, or a number of training
-            examples, by default 128.
-        measure_batches: Validation batches to measure before and after each event; by default all of validation, 0 for none.
+        blocks: Number (int) or fraction (float in [0, 1), rounded down) of blocks to remove. In an encoder-decoder, from each of
+            the two stacks.
+        at: When to apply it: a step (int), a fraction of training (float), or `"start"` (before the first step).
+        importance: Scores the blocks. Defaults to `BlockInfluence()`, as in the paper.
+        greedy: If True, removes one block at a time and rescores the rest. Costs one scoring pass per removed block.
+        first: Number of blocks to protect at the start of each stack.
+        last: Number of blocks to protect at the end of each stack.
+        calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
+        measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
     Raises:
-        ValueError: If an argument is not legal, or so many blocks cannot be removed; before training.
+        ValueError: If an argument is not legal. Before training, if the model has too few blocks.
 
     >>> import billhook as bh
     >>> callback = bh.DepthPruning(blocks=1, at=0.1)  # for Trainer(callbacks=[callback])
@@ -64,7 +65,10 @@ class DepthPruning(ShapeCallback):
     ) -> None:
         check_types(DepthPruning, locals())
         if isinstance(at, Schedule):
-            raise ValueError(f"at={at}: blocks are removed in one event: give a step, a fraction of training or 'start'")
+            raise ValueError(
+                f"at={at}: DepthPruning removes all blocks in one event and does not support schedules. Use a step, a fraction "
+                "of training, or 'start'."
+            )
         check_at(at)
         self.blocks, self.first, self.last = blocks, first, last
         self.amount = Amount(blocks=blocks, first=first, last=last)
@@ -79,48 +83,52 @@ class DepthPruning(ShapeCallback):
 
     @property
     def needs_data(self) -> bool:
-        """True until blocks are removed."""
+        """True until the blocks have been removed."""
         return self.last_event_step < 0
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
-        """Refuses a model that has no blocks."""
+        """Raises `ValueError` if the model has no blocks."""
         find_units(model, "block")
 
     def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
-        """Returns the step at which all of it happens."""
+        """Returns the step of the event."""
         return round_targets(1.0, self.at, total, trainer, "blocks")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds the step, and refuses a model from which so many blocks cannot be removed."""
+        """Resolves the step and checks that the model has enough blocks."""
         super().on_fit_start(trainer, pl_module)
         if self.last_event_step < 0:
             count_blocks(pl_module, self.amount)
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        """Removes the blocks, and measures before and after."""
+        """Removes the blocks and logs the event."""
         self.apply_change(trainer, pl_module, partial(self._remove, trainer, pl_module, step))
 
     def label(self, event: Event) -> str:
-        """Returns how many blocks went."""
+        """Returns the number of removed blocks."""
         assert self.plan is not None
         return f"depth, {self.plan.words}"
 
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, optimizers: list[Optimizer]) -> str:
-        """Ranks the blocks, removes the least important, and says how many there were and are."""
-        self.plan = made = self._plan(trainer, pl_module)
-        check_identical(trainer, "DepthPruning", "the blocks that are removed", made.units)
-        apply_plan(pl_module, made, optimizers)
+        """Ranks the blocks and removes the least important; returns a description."""
+        self.plan = plan = self._plan(trainer, pl_module)
+        check_identical(trainer, "DepthPruning", "the blocks to remove", plan.units)
+        apply_plan(pl_module, plan, optimizers)
         self.last_event_step, self.last_target = step, 1.0
-        before, after = (sum(count for (count,) in counts.values()) for counts in (made.before, made.after))
-        removed = "; ".join(f"{', '.join(map(str, numbers))} of {name}" for name, numbers in made.units.items()) or "none"
+        before, after = _total(plan.before), _total(plan.after)
+        removed = "; ".join(f"{', '.join(map(str, numbers))} of {name}" for name, numbers in plan.units.items()) or "none"
         return f"{before} -> {after} blocks ({type(self.importance).__name__}): without {removed}"
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> BlockPlan:
-        """Plans the removal of blocks, the same on every rank."""
+        """Plans the removal of blocks, identically on all ranks."""
         model = find_transformer(pl_module)
         stacks = find_units(model, "block")
         with self.calibration.undisturbed(pl_module), trainer.precision_plugin.forward_context():
             runs = [make_run(model, stacks, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
-            made = plan_amount(model, self.amount, self.importance, runs, greedy=self.greedy, comm=comm_of(trainer))
-        assert isinstance(made, BlockPlan)
-        return made
+            plan = plan_amount(model, self.amount, self.importance, runs, greedy=self.greedy, comm=comm_of(trainer))
+        assert isinstance(plan, BlockPlan)
+        return plan
+
+
+def _total(counts: Mapping[str, Sequence[int]]) -> int:
+    return sum(count for (count,) in counts.values())

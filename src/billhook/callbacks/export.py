@@ -1,4 +1,4 @@
-"""Saves the result of a fit as a verified Hugging Face checkpoint."""
+"""The Export callback: saves a verified Hugging Face checkpoint at the end of training."""
 
 import errno
 import inspect
@@ -44,41 +44,38 @@ from billhook.serving.converter import find_converter
 from billhook.serving.worker import Missing
 from billhook.serving.written import check_gguf, export_gguf
 
-UNVERIFIED = """These are the weights at the end of a fit whose export failed; nothing has verified them. The error was:
+UNVERIFIED = """Export failed at the end of training. These are the final weights, not verified. The error was:
 
 {error}
 
-`billhook export {ckpt} OUT` tries again; torch.load reads them, or if they are shards, torch.distributed.checkpoint.
+To try again, run `billhook export {ckpt} OUT`. To read the weights, use torch.load, or torch.distributed.checkpoint for shards.
 """
 
 
 class Export(Callback):
-    """Saves the model as a Hugging Face checkpoint at the end of the fit: reloaded and compared before it is moved into place.
+    """Saves a verified Hugging Face checkpoint at the end of training.
 
-    That is rehearsed before the first step, beside `folder`, so that what could not be saved costs no training. No other run can
-    write to the folder until the fit ends. Should it fail at
-    the end all the same, the weights are kept in a folder of the name with `-unverified` behind it. Nothing is left of a
-    `fast_dev_run`, which rehearses alone.
+    The checkpoint is reloaded and compared before it replaces `folder`. A trial export before the first step reports problems
+    early. The folder is locked against other runs until training ends. If the final export fails, the weights are kept in a
+    folder with the suffix `-unverified`. A `fast_dev_run` runs only the trial and leaves no files.
 
     Args:
-        folder: The folder; new, empty, or an earlier export, which is replaced: a line says so before training.
-        tokenizer: The tokenizer, processor, or image processor that is saved along, or the name or folder of one. By default it
-            is the one that the data module, the module or the loaders hold, or else the one beside the model that training
-            started from.
-        probe: Inputs of the model on which it is compared; by default an example of the first training batch, where that holds
-            what the model's forward takes, or else what `bh.save` makes.
-        rehearse: False to save at the end alone; a rehearsal takes the time and the disk of a save.
-        gguf: A GGUF file to write of the folder at the end, for llama.cpp and what is built on it, of the folder's dtype: by
-            llama.cpp's converter (`pip install 'billhook[serve]'`), or by billhook where layers differ. Should that fail at the
-            end, a warning says why, and the folder stays.
-        converter: Where llama.cpp's `convert_hf_to_gguf.py` is; by default the one that is installed.
-        push_to_hub: A repository of the Hub, as in `"user/name"`, that the folder is pushed to once it is verified, with the
-            token of `hf auth login` or HF_TOKEN. Should that fail, a warning says why and how to try again, and the folder stays.
-        private: True if that repository must be private; otherwise a new one is as the account has it by default.
+        folder: Output folder. It must be new, empty, or an earlier export, which is replaced.
+        tokenizer: Tokenizer, processor, or image processor to save, or its name or folder. Defaults to the one of the data
+            module, the module, or the loaders, or else of the base model.
+        probe: Forward inputs for comparing outputs. Defaults to an example of the first training batch, or to the inputs that
+            `bh.save` generates.
+        rehearse: If False, skips the trial export, which needs the time and disk space of a save. Defaults to True.
+        gguf: GGUF file to write at the end, in the folder's dtype, with llama.cpp's converter (`pip install 'billhook[serve]'`),
+            or with billhook's own if layers differ. If the conversion fails, a warning says why and the folder stays.
+        converter: Path of llama.cpp's `convert_hf_to_gguf.py`. Defaults to the installed one.
+        push_to_hub: Hub repository, such as `"user/name"`, to which the verified folder is pushed with the token of
+            `hf auth login` or HF_TOKEN. If the push fails, a warning says how to try again and the folder stays.
+        private: If True, requires a private repository. Otherwise a new repository uses the account's default.
 
     Raises:
-        ValueError: Before training, if `folder` holds something that billhook did not write, an argument is not legal, or the
-            model cannot be saved, verified or, for `gguf`, converted; or there is no token for `push_to_hub`.
+        ValueError: Before training, if `folder` is not a billhook checkpoint, an argument is not legal, the model cannot be
+            saved, verified, or converted, or there is no token for `push_to_hub`.
 
     >>> import billhook as bh
     >>> callback = bh.Export("outputs/model")  # last in Trainer(callbacks=[...])
@@ -99,14 +96,16 @@ class Export(Callback):
         if gguf is not None:
             check_path("gguf", gguf, [".gguf"])
         if tokenizer is not None and not isinstance(tokenizer, Preprocessor | str):
-            raise ValueError(f"tokenizer={tokenizer!r} must be one of transformers' own, or the name or folder of one")
+            raise ValueError(
+                f"tokenizer={tokenizer!r} must be a transformers tokenizer, processor, or image processor, or its name or folder."
+            )
         if probe is not None and not (isinstance(probe, Mapping) and any(isinstance(value, Tensor) for value in probe.values())):
-            raise ValueError(f"probe={probe!r} must be a dictionary of inputs of the model's forward, as {{'input_ids': ...}}")
+            raise ValueError(f"probe={probe!r} must be a dictionary of forward inputs, such as {{'input_ids': ...}}.")
         check_types(Export, locals())
         if push_to_hub is not None:
             check_repository("push_to_hub", push_to_hub)
         elif private:
-            raise ValueError("private=True is of a repository of the Hub: name it as push_to_hub")
+            raise ValueError("private=True requires push_to_hub. Pass the repository as push_to_hub.")
         self.folder, self.probe, self.rehearse = folder, probe, rehearse
         self.tokenizer = tokenizer
         self.gguf, self.converter = gguf, converter
@@ -117,7 +116,7 @@ class Export(Callback):
         self._claim: FolderLock | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks the folder, and loads a tokenizer or processor that is given by name."""
+        """Checks the folder and loads a tokenizer or processor given by name."""
         if stage == "fit":
             check_takes_steps(trainer, "Export")
             check_target(self.folder)
@@ -135,33 +134,33 @@ class Export(Callback):
                 self._along = [load_preprocessor(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer]
 
     def _tell_replaced(self) -> None:
-        """Says before training what the results will replace."""
+        """Logs before training which files will be replaced."""
         if words := replacement_note(self.folder):
             rank_zero_info(f"billhook: the fit will be saved to '{self.folder}'{words}")
         if self.gguf is not None and Path(self.gguf).is_file():
-            rank_zero_info(f"billhook: the GGUF file '{self.gguf}' will be replaced")
+            rank_zero_info(f"billhook: the GGUF file {self.gguf} will be replaced")
 
     def _claimed(self) -> None:
         """Claims the folder, if it has not been yet."""
         self._claim = self._claim or FolderLock(Path(self.folder).resolve())
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses a model whose checkpoint would not load, and claims the folder, before training."""
+        """Checks that the checkpoint would load, and locks the folder."""
         check_names(find_transformer(pl_module))
-        # not in `setup`, where a ModelCheckpoint warns of any file that lies beside the folder, as a lock does
+        # not in `setup`: a ModelCheckpoint would warn about the lock file next to the folder
         on_first_rank(trainer, "Export", self._claimed)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds what is saved along; warns if there is nothing."""
+        """Finds the tokenizer or processor to save; warns if there is none."""
         self._along = self._along or find_preprocessors(trainer, pl_module)
         if not self._along:
             rank_zero_warn(
-                f"no tokenizer is saved along to '{self.folder}', nor a processor, since neither data module, module and loaders "
-                "hold one nor does one lie where the model came from; give Export tokenizer=..."
+                f"Export: no tokenizer or processor was found in the data module, the module, the loaders, or the base model's "
+                f"folder, so none is saved to {self.folder}. Pass Export(tokenizer=...)."
             )
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int) -> None:
-        """Keeps an example of the first batch to verify with, and rehearses."""
+        """Keeps an example of the first batch for verification, and runs the trial export."""
         if self._begun or is_tuning(trainer):
             return
         self._begun, model = True, find_transformer(pl_module)
@@ -172,10 +171,10 @@ class Export(Callback):
             on_first_rank(trainer, "Export", partial(self._rehearse, model), store_of(model).apart)
 
     def _rehearse(self, model: PreTrainedModel) -> None:
-        """Saves the model as it is beside the folder, and removes that again; what fails now would fail at the end."""
+        """Saves the model next to the folder and deletes the result, to report problems early."""
         target = Path(self.folder).resolve()
         draft = target.with_name(f".{target.name}.rehearsal")
-        if (draft / RECORD).is_file():  # of a run that was killed
+        if (draft / RECORD).is_file():  # left by a run that was killed
             shutil.rmtree(draft, ignore_errors=True)
         check_target(draft)
         try:
@@ -193,29 +192,29 @@ class Export(Callback):
         except Exception as error:
             by = "an example of the first batch" if self.probe is None and self._probe else "the probe"
             raise ValueError(
-                f"Export: before training the model cannot be saved and verified by {by}: {type(error).__name__}: {error}; "
-                "give Export other inputs of its forward as probe={...}"
+                f"Export: the trial export before training failed on {by}: {type(error).__name__}: {error}. Pass other forward "
+                "inputs as Export(probe={...})."
             ) from error
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves on one process; the others wait."""
+        """Saves on the first rank; the others wait."""
         if is_dev_run(trainer):
-            rank_zero_info(f"billhook: nothing is saved to {self.folder}, since this is a fast_dev_run")
+            rank_zero_info(f"billhook: fast_dev_run, so {self.folder} was not written")
             return
         model, failed = find_transformer(pl_module), list[Exception]()
         with blockwise(model):
             on_first_rank(trainer, "Export", partial(self._export, trainer, model, failed), store_of(model).apart)
         full = any(isinstance(error, OSError) and error.errno == errno.ENOSPC for error in failed)
         words = [f"{type(error).__name__}: {error}" for error in failed if not full]
-        for why in from_first_rank(trainer, "Export", "how it has failed", words):
+        for why in from_first_rank(trainer, "Export", "the error", words):
             self._keep(trainer, model, why)
         on_first_rank(trainer, "Export", partial(_raise, failed))
 
     def _export(self, trainer: pl.Trainer, model: PreTrainedModel, failed: list[Exception]) -> None:
-        """Saves, converts and logs; puts an error into `failed`, for which all ranks keep the weights."""
+        """Saves, converts, and logs; on error, appends to `failed`, so that ranks keep weights."""
         try:
             self._save(trainer, model)
-        except Exception as error:  # noqa: BLE001 - it is raised again
+        except Exception as error:  # noqa: BLE001 - raised again later
             failed.append(error)
             return
         self._convert()
@@ -236,12 +235,12 @@ class Export(Callback):
             self._claim = None
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pushes what was saved, as one process; the others wait."""
+        """Pushes the checkpoint from the first rank; the others wait."""
         if self.push_to_hub is not None:
             on_first_rank(trainer, "Export", partial(self._push, self.push_to_hub))
 
     def _push(self, repository: str) -> None:
-        """Pushes what was saved, if anything was; warns where that fails."""
+        """Pushes the saved checkpoint, if any; warns if that fails."""
         if self.saved is None:
             return
         try:
@@ -252,13 +251,13 @@ class Export(Callback):
         rank_zero_info(f"billhook: pushed to {address}")
 
     def _convert(self) -> None:
-        """Writes the GGUF file of what was saved."""
+        """Converts the saved checkpoint to GGUF."""
         if self.gguf is None or self.saved is None:
             return
         try:
             written = export_gguf(self.saved.folder, self.gguf, converter=self.converter)
         except (ValueError, Missing, OSError) as error:
-            rank_zero_warn(f"no GGUF file is written, and the model is in '{self.saved.folder}': {error}")
+            rank_zero_warn(f"Export: {self.gguf} was not written ({error}). The checkpoint is in {self.saved.folder}.")
             return
         rank_zero_info(f"billhook: {self.gguf} is {written}")
 
@@ -272,12 +271,12 @@ class Export(Callback):
         rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")
 
     def _keep(self, trainer: pl.Trainer, model: PreTrainedModel, why: str) -> None:
-        """Keeps the weights of a model that could not be exported; each rank writes its shards."""
+        """Keeps the weights if the export failed; each rank writes its shards."""
         folder = Path(from_first_rank(trainer, "Export", "a folder for the weights", _unused(f"{self.folder}-unverified")))
         reshard(model)
         checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
         save_adapters(model, checkpoint)
-        with suppress(Exception):  # what failed may be this
+        with suppress(Exception):  # the shape may be what failed
             save_shape(model, checkpoint)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -289,15 +288,15 @@ class Export(Callback):
         except (OSError, CheckpointException):
             shutil.rmtree(folder, ignore_errors=True)
             return
-        rank_zero_warn(f"Export failed; the weights are kept, not verified, in '{folder}'")
+        rank_zero_warn(f"Export failed. The unverified weights are in {folder}.")
 
     def _free_folder(self) -> str:
-        """Returns the folder, or one next to it if the folder has been filled in the meantime, so that the result is not lost."""
+        """Returns the folder, or a new folder next to it if it is in use meanwhile."""
         try:
             check_target(self.folder)
         except ValueError as error:
             folder = _unused(self.folder)
-            rank_zero_warn(f"{error}; the model is saved to '{folder}'")
+            rank_zero_warn(f"{error} Saving to {folder} instead.")
             return folder
         return self.folder
 
@@ -308,19 +307,21 @@ def _raise(failed: Sequence[Exception]) -> None:
 
 
 def _unused(folder: str) -> str:
-    """Returns the name, with a number behind it if it is taken."""
+    """Returns the name, with a number appended if it exists."""
     names = itertools.chain([folder], (f"{folder}-{number}" for number in itertools.count(2)))
     return next(name for name in names if not Path(name).exists())
 
 
 def _inputs_in(batch: object, model: PreTrainedModel) -> dict[str, Tensor] | None:
-    """Returns an example of what a model's forward takes of a batch, on the CPU; None if its main input is not there."""
+    """Returns an example of a batch's forward inputs, on the CPU; None without the main input."""
     if not isinstance(batch, Mapping) or not isinstance(batch.get(model.main_input_name), Tensor):
         return None
     taken = inspect.signature(model.forward).parameters
     tensors = {name: value.detach() for name, value in batch.items() if name in taken and isinstance(value, Tensor)}
-    if not (model.config.is_encoder_decoder and "decoder_input_ids" not in tensors):  # else the decoder's inputs are made of them
+    if not (
+        model.config.is_encoder_decoder and "decoder_input_ids" not in tensors
+    ):  # else the decoder inputs are made from labels
         tensors.pop("labels", None)
-    with suppress(ValueError):  # it cannot be taken apart
+    with suppress(ValueError):  # it cannot be split into examples
         tensors = examples_of(tensors)[0]
     return {name: value.cpu().clone() for name, value in tensors.items()}

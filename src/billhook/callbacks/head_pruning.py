@@ -1,4 +1,4 @@
-"""Masks, ranks again and removes heads at given steps of a fit."""
+"""The HeadPruning callback: masks attention heads during training and removes them."""
 
 import re
 import sys
@@ -50,22 +50,24 @@ HIGHER = {
     "pearson",
 }
 LOWER = {"loss", "nll", "ce", "kl", "perplexity", "ppl", "error", "err", "mse", "rmse", "mae", "wer", "cer"}
-"""Words in the names of figures that are better when higher, or lower."""
+"""Words in names of metrics that are better when higher, or when lower."""
 
 
 @dataclass(frozen=True)
 class StopWhenWorse:
-    """Undoes a round of pruning after which a validation metric is worse, and stops (Michel et al., 2019, section 4.1).
+    """Undoes a round of pruning that makes a validation metric worse, and stops pruning.
+
+    Reference: Michel et al., Are Sixteen Heads Really Better than One? (2019), section 4.1, https://arxiv.org/abs/1905.10650
 
     Args:
-        monitor: The metric that validation logs. A round after which it is worse than `keep` times its best value, before or
-            after any round, is undone and is the last one.
-        keep: The share of the best value that must remain, in (0, 1].
-        mode: Whether a higher value is better (`"max"`) or a lower one (`"min"`: at most 1 / `keep` times the best); by default
-            read off the metric's name, such as `val_accuracy` or `val_loss`.
+        monitor: Logged validation metric. If a round makes it worse than `keep` times its best value so far, that round is undone
+            and pruning ends.
+        keep: Fraction of the best value to keep, in (0, 1]. Defaults to 0.9.
+        mode: `"max"` if higher is better, or `"min"` if lower is better (limit: 1 / `keep` times the best). Defaults to the
+            direction that the name implies, such as `val_accuracy` or `val_loss`.
 
     Raises:
-        ValueError: If an argument is not legal, or the metric's name does not say whether higher is better and `mode` is None.
+        ValueError: If an argument is not legal, or `mode` is None and the name implies no direction.
 
     >>> import billhook as bh
     >>> callback = bh.HeadPruning(0.5, stop=bh.StopWhenWorse("val_accuracy", keep=0.95))
@@ -82,38 +84,40 @@ class StopWhenWorse:
 
     @property
     def direction(self) -> Mode:
-        """The direction in which the metric is better: `mode`, or what its name says."""
+        """Whether a higher or a lower value is better: `mode`, or inferred from the name."""
         return self.mode or _mode(self.monitor)
 
     def value(self, metrics: Mapping[str, float]) -> float:
-        """Returns the metric, and refuses a validation that does not log it."""
+        """Returns the metric; raises `ValueError` if validation does not log it."""
         if self.monitor not in metrics:
             logged = ", ".join(metrics) or "nothing"
-            raise ValueError(f"monitor={self.monitor!r} is not logged by validation, which logs {logged}")
+            raise ValueError(f"monitor={self.monitor!r} is not logged in validation. Logged: {logged}.")
         return metrics[self.monitor]
 
     def best(self, value: float, earlier: float | None) -> float:
-        """Returns the better of a value and the best earlier one, which is None at first; NaN is worse than any number."""
+        """Returns the better of two values; NaN is worse than any number."""
         if earlier is None or earlier != earlier:
             return value
         return max(earlier, value) if self.direction == "max" else min(earlier, value)
 
     def is_worse(self, value: float, best: float) -> bool:
-        """Returns whether a value is worse than the best one allows."""
+        """Returns whether a value is worse than `keep` times the best value."""
         loss = best - value if self.direction == "max" else value - best
         share = 1 - self.keep if self.direction == "max" else 1 / self.keep - 1
         return not loss <= share * abs(best)  # NaN is worse, too
 
 
 def _mode(name: str) -> Mode:
-    """Reads off a figure's name whether higher or lower is better; refuses one that does not say it.
+    """Infers from a metric's name whether higher or lower is better.
 
     >>> _mode("val/f1"), _mode("val_loss/dataloader_idx_0")
     ('max', 'min')
     """
     words = set(re.findall("[a-z]+", name.partition("/dataloader_idx")[0].lower()))
     if bool(words & HIGHER) == bool(words & LOWER):
-        raise ValueError(f"mode: whether a higher or a lower {name!r} is better is not to be seen: give mode='max' or 'min'")
+        raise ValueError(
+            f"mode=None: cannot infer from monitor={name!r} whether higher or lower is better. Use mode='max' or mode='min'."
+        )
     return "max" if words & HIGHER else "min"
 
 
@@ -121,27 +125,28 @@ Remove = Literal["end", "rounds", "never"]
 
 
 class HeadPruning(HeadMasking):
-    """Masks the least important attention heads at given steps of a fit, and removes them.
+    """Masks the least important attention heads during training, then removes them.
 
-    This is section 4 of Michel et al., 2019 (https://arxiv.org/abs/1905.10650). Scores are taken again for each round, from
-    training examples and the training loss. The ratio is always of the heads that there were at first, so that rounds do not
-    compound. Optimizer state follows, checkpoints carry masks and shape, and a resumed run ends as the straight run does.
+    Heads are scored again for each round, on training examples and the training loss. The ratio always refers to the original
+    number of heads, so rounds do not compound. Optimizer state is remapped, checkpoints store masks and shapes, and a resumed run
+    ends like an uninterrupted run.
+
+    Reference: Michel et al., Are Sixteen Heads Really Better than One? (2019), section 4, https://arxiv.org/abs/1905.10650
 
     Args:
-        ratio: Fraction of the heads that are removed, in [0, 1), rounded down; a schedule of it for rounds.
-        at: When: a step (int), a fraction of training (float in 0..1), `"start"`, or a schedule of progress that rises to 1.
-        importance: How much a head matters: any `Importance`; by default `GateGradient`, the paper's.
-        options: How heads are compared and chosen: `HeadOptions(ranking="global")`.
-        remove: When masked heads are removed from the tensors: after the last round (`"end"`), at once (`"rounds"`), or
-            `"never"`: they stay masked, and at the end of the fit the weights that read them become zero.
-        stop: When a round is undone, and is the last: `StopWhenWorse("val_accuracy")`, the paper's loop, whose model is trained
-            already; by default never.
-        calibration: Batches that scores are taken from, text as a `Calibration`, or a number of training
-            examples, by default 128.
-        measure_batches: Validation batches to measure before and after each round; by default all of validation, 0 for none.
+        ratio: Fraction of the heads to remove, in [0, 1), rounded down, or a schedule for pruning in rounds.
+        at: When to prune: a step (int), a fraction of training (float), `"start"`, or a schedule of progress from 0 to 1.
+        importance: Scores the heads. Defaults to `GateGradient()`, as in the paper.
+        options: Head ranking and selection. Defaults to `HeadOptions()`.
+        remove: When to remove masked heads from the tensors: after the last round (`"end"`), after each round (`"rounds"`), or
+            `"never"`, which zeroes their consumer weights at the end of training. Defaults to `"end"`.
+        stop: Criterion for undoing a round and ending pruning, as in the paper (which starts from a trained model). Defaults to
+            None (off).
+        calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
+        measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
     Raises:
-        ValueError: If an argument is not legal, two contradict each other, or a schedule falls or leaves [0, 1).
+        ValueError: If an argument is not legal, two arguments contradict each other, or a schedule decreases or leaves [0, 1).
 
     >>> import billhook as bh
     >>> callback = bh.HeadPruning(0.25, at="start", remove="rounds")  # for Trainer(callbacks=[callback])
@@ -165,9 +170,13 @@ class HeadPruning(HeadMasking):
         check_one_of("remove", remove, Remove)
         self.options = options or HeadOptions()
         if self.options.min_heads < 1 and remove != "never":
-            raise ValueError(f"min_heads={self.options.min_heads}: where heads are removed, one at least stays in each layer")
+            raise ValueError(
+                f"min_heads={self.options.min_heads} must be at least 1 if heads are removed. Use min_heads=1, or remove='never'."
+            )
         if stop is not None and measure_batches == 0:
-            raise ValueError(f"measure_batches=0: monitor={stop.monitor!r} needs validation after each round")
+            raise ValueError(
+                f"measure_batches=0 disables the validation that monitor={stop.monitor!r} needs. Use None or a positive number."
+            )
         self.ratio, self.at, self.remove, self.stop = ratio, at, remove, stop
         self.cuts_tensors, self.per = remove != "never", self.options.per
         self.importance = importance or GateGradient()
@@ -175,7 +184,7 @@ class HeadPruning(HeadMasking):
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
-        """Forgets all events, scores and masks."""
+        """Clears events, scores, and masks."""
         super().reset()
         self.record = HeadRecord()
         self.best: float | None = None
@@ -188,23 +197,25 @@ class HeadPruning(HeadMasking):
 
     @property
     def needs_data(self) -> bool:
-        """True if scores take batches."""
+        """True if the importance uses batches."""
         return self.ranks.importance.needs_data
 
     @property
     def only_at_start(self) -> bool:
-        """True if no shape changes in the middle of the fit."""
+        """True if no shape changes during training."""
         return self.remove == "never"
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
-        """Refuses a model that has no heads, and a place in the list after `Export`."""
+        """Raises `ValueError` if the model has no heads, or `Export` is listed first."""
         find_units(model, "head")
         earlier = takewhile(lambda callback: callback is not self, callbacks_of(trainer, Callback))
         if self.remove == "never" and any(isinstance(callback, Export) for callback in earlier):
-            raise ValueError("HeadPruning must stand before Export in the list of callbacks: it makes weights zero at the end")
+            raise ValueError(
+                "HeadPruning(remove='never') must be listed before Export, because it zeroes weights at the end of training."
+            )
 
     def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
-        """Returns from which step on which ratio holds."""
+        """Returns the target ratio of each round by step."""
         return round_targets(self.ratio, self.at, total, trainer, "ratio")
 
     def shape_steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
@@ -213,7 +224,7 @@ class HeadPruning(HeadMasking):
         return {"end": rounds[-1:], "rounds": rounds, "never": []}[self.remove]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds the rounds, and refuses a ratio that cannot be reached, or shapes that change between rounds."""
+        """Resolves the rounds and checks the ratio and other callbacks' shape changes."""
         super().on_fit_start(trainer, pl_module)
         if self._stopped or not self._steps:
             self._steps = {}
@@ -223,13 +234,13 @@ class HeadPruning(HeadMasking):
         self.ranks.check(find_transformer(pl_module), self.record, max(self._steps.values()))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks what validation logs, and carries out what is due before the first step."""
+        """Checks that the metric is logged and applies events that are due before the first step."""
         if self.stop is not None:
             self.stop.value(measure(trainer, pl_module, 1))
         super().on_train_start(trainer, pl_module)
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        """Masks the heads of a round, undoes it if the model has become worse, and removes masked heads when it is time."""
+        """Masks the heads of a round; undoes it if the metric is worse; removes masked heads."""
         with self.restore_masks_on_error(pl_module):
             before, earlier = self.validate(trainer, pl_module), self.heads
             if self.stop is not None:
@@ -237,7 +248,7 @@ class HeadPruning(HeadMasking):
             with fail_together(trainer, "HeadPruning"):
                 ratio = self._steps[step]
                 chosen = self.ranks.choose(trainer, pl_module, self.calibration, self.record, earlier, ratio)
-                check_identical(trainer, "HeadPruning", "the heads that are masked", chosen)
+                check_identical(trainer, "HeadPruning", "the masked heads", chosen)
             self.mask(pl_module, chosen)
             after, what, worse = self.validate(trainer, pl_module), f"{sum(map(len, chosen.values()))} heads masked", False
             if self.stop is not None and self.best is not None:
@@ -260,15 +271,15 @@ class HeadPruning(HeadMasking):
         self.record.note(trainer, self.heads, metric, before, event["after"])
 
     def plots(self) -> dict[str, Plot]:
-        """Returns a picture of the importance of heads, of which are removed, and of the metric, once there are scores."""
+        """Returns a plot of head importance, removed heads, and the metric, once there are scores."""
         return {"heads": self.record.draw(self.heads)} if self.record.scores else {}
 
     def label(self, event: Event) -> str:
-        """Returns what was masked or removed, without the figure for which a round was undone."""
+        """Returns the change, without the metric of a round that was undone."""
         return str(event["what"]).partition(": ")[0]
 
     def _finish(self, module: nn.Module, step: int, worse: bool, what: str, optimizers: list[Optimizer] | None = None) -> str:
-        """Ends a round; with optimizers, removes the heads that are masked, and says how many there were and are."""
+        """Ends a round, removing masked heads if optimizers are given; returns a description."""
         if optimizers is not None:
             self.unmask()
             plan = prune_units(module, self.heads, optimizers, per=self.per)
@@ -282,12 +293,12 @@ class HeadPruning(HeadMasking):
         return what
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what has happened so far, and what is known of heads."""
+        """Returns events, masked heads, and scores."""
         heads = {"record": dict(vars(self.record)), "best": self.best, "stopped": self._stopped}
         return super().state_dict() | heads
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what had happened."""
+        """Restores events, masked heads, and scores."""
         super().load_state_dict(state_dict)
         self.best, self._stopped = state_dict["best"], state_dict["stopped"]
         self.record = HeadRecord(**state_dict["record"])

@@ -1,4 +1,4 @@
-"""Scores the heads of the model in a fit, and chooses those that are masked."""
+"""Scores attention heads during training and selects the heads to mask."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,42 +26,44 @@ from billhook.units.units import Units
 
 @dataclass
 class HeadRecord:
-    """Heads by their first numbers, their last scores, and a metric at each share of removed heads; by attention."""
+    """History of head pruning by attention module: original indices, scores, and the metric."""
 
-    first: dict[str, int] = field(default_factory=dict)  # how many heads there were at first
-    numbers: dict[str, list[int]] = field(default_factory=dict)  # the first numbers of the remaining heads
-    scores: dict[str, Tensor] = field(default_factory=dict)  # `[heads at first]`, NaN for those that had none
-    # shares of heads that are gone, each with the metric: before and after each round
+    first: dict[str, int] = field(default_factory=dict)  # original number of heads
+    numbers: dict[str, list[int]] = field(default_factory=dict)  # original indices of the remaining heads
+    scores: dict[str, Tensor] = field(default_factory=dict)  # `[original heads]`, NaN for heads without a score
+    # fraction of removed heads and metric, before and after each round
     curve: list[tuple[float, float]] = field(default_factory=list)
     metric: str = ""  # its name
 
     def begin(self, counts: Mapping[str, int]) -> None:
-        """Sets how many heads there are, unless that is known."""
+        """Sets the original number of heads, once."""
         self.first = self.first or dict(counts)
         self.numbers = self.numbers or {name: list(range(count)) for name, count in counts.items()}
 
     def scored(self, scores: Mapping[str, Tensor]) -> None:
-        """Keeps scores of the remaining heads."""
+        """Stores scores of the remaining heads."""
         self.scores = {name: torch.full([count], torch.nan) for name, count in self.first.items()}
         for name, values in scores.items():
             self.scores[name][self.numbers[name]] = values
 
     def removed(self, heads: Mapping[str, Sequence[int]]) -> None:
-        """Drops heads that have been removed."""
+        """Drops removed heads."""
         for name, numbers in heads.items():
             self.numbers[name] = [number for i, number in enumerate(self.numbers[name]) if i not in numbers]
 
     def left(self, ratio: float) -> float:
-        """Converts a fraction of the first heads into one of the remaining heads."""
+        """Converts a fraction of the original heads to a fraction of the remaining heads."""
         first, now = sum(self.first.values()), sum(map(len, self.numbers.values()))
         return max(0.0, (ratio * first - first + now) / now) if now else ratio
 
-    def gone(self, masked: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
-        """Returns the first numbers of heads that are removed or masked."""
-        stay = {
-            name: {n for i, n in enumerate(numbers) if i not in masked.get(name, ())} for name, numbers in self.numbers.items()
-        }
-        return {name: sorted(set(range(count)) - stay[name]) for name, count in self.first.items()}
+    def inactive(self, masked: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+        """Returns the original indices of removed and masked heads."""
+        inactive = dict[str, list[int]]()
+        for name, count in self.first.items():
+            masked_here = masked.get(name, ())
+            active = {number for i, number in enumerate(self.numbers[name]) if i not in masked_here}
+            inactive[name] = sorted(set(range(count)) - active)
+        return inactive
 
     def note(
         self,
@@ -71,8 +73,8 @@ class HeadRecord:
         before: Mapping[str, float],
         after: Mapping[str, float],
     ) -> None:
-        """Adds a round to the curve, and gives the picture to loggers that take figures."""
-        removed = self.gone(masked)
+        """Adds a round to the curve and logs the plot."""
+        removed = self.inactive(masked)
         share, last = sum(map(len, removed.values())) / sum(self.first.values()), self.curve[-1][0] if self.curve else 0.0
         self.metric = metric
         self.curve += [(at, values[metric]) for at, values in ((last, before), (share, after)) if metric in values]
@@ -80,28 +82,30 @@ class HeadRecord:
             on_first_rank(trainer, "HeadPruning", lambda: log_plot(trainer, "heads", self.draw(masked)))
 
     def draw(self, masked: Mapping[str, Sequence[int]]) -> Plot:
-        """Draws the scores of the heads, which are removed or masked, and the curve of the metric."""
-        return heads(self.scores, self.gone(masked), self.curve, self.metric, any(map(len, masked.values())))
+        """Plots head scores, removed and masked heads, and the metric."""
+        return heads(self.scores, self.inactive(masked), self.curve, self.metric, any(map(len, masked.values())))
 
 
 @dataclass(frozen=True, eq=False)
 class HeadRanking:
-    """How heads are scored and chosen in a fit."""
+    """Settings for scoring and selecting heads during training."""
 
     importance: Importance
     options: HeadOptions
-    removes: bool  # and does not only mask
+    removes: bool  # from the tensors, not only by masks
 
     def check(self, model: PreTrainedModel, record: HeadRecord, ratio: float) -> None:
-        """Refuses a ratio that cannot be reached, with the least that removes a head, and heads that cannot be removed."""
+        """Raises `ValueError` if the ratio removes no head, or heads cannot be removed."""
         heads = find_units(model, "head")
-        flat = {name: torch.zeros(units.count(self.options.per)) for name, units in heads.items()}
-        chosen = self._lowest(heads, record.left(ratio), flat)
+        equal_scores = {name: torch.zeros(units.count(self.options.per)) for name, units in heads.items()}
+        chosen = self._lowest(heads, record.left(ratio), equal_scores)
         if ratio > 0 and not chosen and not record.first:
-            total = sum(map(len, flat.values()))
-            least = next((number / total for number in range(1, total) if self._lowest(heads, number / total, flat)), None)
-            which = f"the smallest ratio that does is {least:.4g}" if least else "no ratio does"
-            raise ValueError(f"ratio={ratio} removes no head; {which}")
+            total = sum(map(len, equal_scores.values()))
+            least = next(
+                (number / total for number in range(1, total) if self._lowest(heads, number / total, equal_scores)), None
+            )
+            fix = f"The smallest ratio that removes a head is {least:.4g}." if least else "No ratio removes a head of this model."
+            raise ValueError(f"ratio={ratio} removes no head. {fix}")
         if self.removes:
             with sizes_only(model):
                 plan_units(model, chosen, per=self.options.per)
@@ -115,7 +119,7 @@ class HeadRanking:
         masked: Mapping[str, Sequence[int]],
         ratio: float,
     ) -> dict[str, list[int]]:
-        """Returns the heads to mask of the model as it is, among them all that are masked already; the record gets the scores."""
+        """Returns the heads to mask, including heads that are masked already; records the scores."""
         model = find_transformer(pl_module)
         heads = find_units(model, "head")
         record.begin({name: units.count(self.options.per) for name, units in heads.items()})

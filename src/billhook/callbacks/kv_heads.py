@@ -1,4 +1,4 @@
-"""Multi-head to grouped-query to multi-query attention, at given steps of a fit."""
+"""The KVHeadConversion callback: fewer KV heads during training."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -37,14 +37,15 @@ from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule
 
 HINT = (
-    "billhook: KV heads are mean-pooled, as in the paper. method='svd' starts far nearer to the dense model (SmolLM2-135M, 3 -> "
-    "1 KV heads, perplexity right after: 14,841 with 'mean', 109 with 'svd'); 'auto' takes what stays nearest on held-out batches"
+    "billhook: KV heads are mean-pooled, as in the paper. method='svd' starts much closer to the dense model (SmolLM2-135M, 3 "
+    "-> 1 KV heads, perplexity before training: 14,841 with 'mean', 109 with 'svd'). 'auto' selects the best method on held-out "
+    "batches."
 )
 
 
 @dataclass(frozen=True, eq=False)
 class Preparation:
-    """How the heads of a group become equal before they are pooled, in the middle of a fit."""
+    """Settings for preparing the heads of a group for pooling during training."""
 
     method: KVMethod
     repair: RepairConfig | None
@@ -55,11 +56,11 @@ class Preparation:
 
     @property
     def needed(self) -> bool:
-        """True if there is anything to do before heads are pooled."""
+        """True if heads are rotated or layers are repaired."""
         return self.method.turns or self.repair is not None
 
     def check_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses a fit whose batches can be read only once, or are too few."""
+        """Raises `ValueError` if there are too few batches, or they can be read only once."""
         least, what = batches_needed(self.method, self.repair)
         if not least:
             return
@@ -69,43 +70,46 @@ class Preparation:
         every = int(sum_over_ranks(trainer, torch.tensor(count)))
         if every < least:
             source = f"examples={self.calibration.examples}" if self.calibration.batches is None else "calibration"
-            held_out = ", as some are held out" if least > 1 else ""
-            many = "a batch" if least == 1 else f"{least} batches"
-            raise ValueError(f"{source}: {what} needs {many} at least{held_out}; all devices together have {every}")
+            held_out = ", because some are held out" if least > 1 else ""
+            needed = "1 batch" if least == 1 else f"{least} batches"
+            raise ValueError(
+                f"{source}: {what} needs at least {needed}{held_out}, got {every} on all devices. Use more examples."
+            )
 
     def ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan) -> tuple[KVHeadPlan, Weights, str]:
-        """Returns the plan with what restarts, the values that it starts from, and how they came to be."""
+        """Returns the plan with optimizer restarts, the new weights, and a description."""
         model, groups = find_transformer(pl_module), dict.fromkeys(plan.layers, plan.after)
         with self.calibration.undisturbed(pl_module):
             batches = list(self._pairs(trainer, pl_module))
             comm = comm_of(trainer, self.calibration.shared(trainer))
             weights, how = ready_weights(Attentions(model, groups, comm), self.method, batches, self.repair)
-        if not self.method.turns:  # what the mean pools is as it was
+        if not self.method.turns:  # the mean pools unchanged weights
             weights = weights.without(plan.parameters)
         return replace(plan, restart=tuple(changed_names(model, weights))), weights, how
 
     def check_same(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan, weights: Weights, trained: bool
     ) -> None:
-        """Makes sure that ranks convert the same to the same; before DDP has the model, each may have weights of its own.
+        """Checks that all ranks apply the same conversion.
 
-        New weights may be rounded otherwise: those of the first count, when DDP wraps the model or when they are sharded.
+        Before DDP wraps the model, each rank may have its own weights. New weights may differ by rounding; the first rank's
+        are used once DDP wraps or FSDP2 shards the model.
         """
         model = find_transformer(pl_module)
         pooled = {name: [pooling.dim, np.asarray(pooling.index)] for name, pooling in plan.parameters.items()}
-        check_identical(trainer, "KVHeadConversion", "what heads become", [str(self.method), str(self.repair), pooled])
+        check_identical(trainer, "KVHeadConversion", "the pooled heads", [str(self.method), str(self.repair), pooled])
         if trained:
             before = {name: model.get_parameter(name) for name in plan.parameters}
-            check_close(trainer, "KVHeadConversion", "what heads become", model, before)
+            check_close(trainer, "KVHeadConversion", "the pooled heads", model, before)
 
     def turned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: Mapping[str, int]) -> Weights:
-        """Returns values with which the heads of a group lie in one basis, and the model computes what it did."""
+        """Returns weights with each group's heads in a shared basis and the same outputs."""
         with self.calibration.undisturbed(pl_module):
             batches, (method,) = list(self._pairs(trainer, pl_module)), self.method.candidates
             return turned_weights(find_transformer(pl_module), groups, method, batches, comm_of(trainer))
 
     def _pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[BatchAndLoss]:
-        """Yields this rank's batches; none where they can be read only once and are not needed."""
+        """Yields this rank's batches; none if they are optional and can be read only once."""
         if not batches_needed(self.method, self.repair)[0]:
             try:
                 self.calibration.check(trainer)
@@ -116,16 +120,16 @@ class Preparation:
 
 
 def _precisely(trainer: pl.Trainer, loss: Any, model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
-    """Returns a loss in the precision of the fit, while what is made of the batches is in full precision."""
+    """Computes the loss in the training precision, while statistics use full precision."""
     with trainer.precision_plugin.forward_context():
         value: Tensor = loss(model, batch)
     return value
 
 
 def _same(trainer: pl.Trainer, model: nn.Module, weights: Weights) -> Weights:
-    """Returns new weights, those of the first rank where each has all of them; refuses ranks whose models differ."""
-    what = "KVHeadConversion", "how heads are turned"
-    if store_of(model).on_ranks:  # each has its shards of those of the first
+    """Returns the first rank's new weights; raises `RanksDiffer` if the models differ."""
+    what = "KVHeadConversion", "the rotated heads"
+    if store_of(model).on_ranks:  # each rank has shards of the first rank's weights
         return weights
     check_close(trainer, *what, model, {name: model.get_parameter(name) for name in weights})
     if trainer.world_size == 1:
@@ -135,16 +139,16 @@ def _same(trainer: pl.Trainer, model: nn.Module, weights: Weights) -> Weights:
 
 @dataclass
 class Moving:
-    """How far the heads of a group have moved towards each other."""
+    """Progress of gradual conversion."""
 
-    moved: int = -1  # the last step after which they did
-    turned: list[int] = field(default_factory=list)  # the stages whose heads have been put in one basis
-    path: KVHeadPlan | None = None  # to what they move, while it is of the model as it is
+    moved: int = -1  # the last step after which heads moved
+    turned: list[int] = field(default_factory=list)  # the stages whose heads are in one basis
+    path: KVHeadPlan | None = None  # the target, for the current shape of the model
 
     def move(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, preparation: Preparation, stage: int, share: float
     ) -> None:
-        """Moves the heads that a stage is to cut along `path`, by a share of the remaining way, once they lie in one basis."""
+        """Moves the heads of a stage by a share of the distance to the pooled head."""
         model = find_transformer(pl_module)
         if self.path is None:
             return
@@ -160,45 +164,45 @@ class Moving:
         self.moved = trainer.global_step
 
     def fits(self, pl_module: pl.LightningModule) -> bool:
-        """Returns whether the model still has the heads that `path` is of."""
+        """Returns whether `path` matches the current shape of the model."""
         if self.path is None:
             return False
         model, pooled = find_transformer(pl_module), self.path.parameters
         try:
             return all(model.get_parameter(name).shape[pooling.dim] == len(pooling.index) for name, pooling in pooled.items())
-        except AttributeError:  # of a block that is gone
+        except AttributeError:  # of a removed block
             return False
 
 
 class KVHeadConversion(StageCallback):
-    """Converts to fewer key/value heads at given steps of a fit; training then continues (uptraining).
+    """Converts attention to fewer KV heads at given steps, before uptraining.
 
-    Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints", 2023
-    (https://arxiv.org/abs/2305.13245), section 2.1. Optimizer state follows, checkpoints carry the shape, and a resumed run ends
-    as the straight run does. Where heads are turned, change places or are refitted, their optimizer state restarts.
+    Optimizer state is remapped, checkpoints store the shape, and a resumed run ends like an uninterrupted run. The optimizer
+    state of heads that are rotated, reordered, or refitted restarts.
+
+    Reference: Ainslie et al., GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints (2023),
+    section 2.1, https://arxiv.org/abs/2305.13245
 
     Args:
-        num_key_value_heads: KV heads after the conversion, 1 for multi-query attention; a list for several stages, as in
-            `[4, 2, 1]`. Each divides both the KV heads before it and the query heads.
-        at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the optimizer exists; before the
-            first step if batches are needed); a list, one per stage. Or, with one number of heads, a schedule that rises to 1:
-            the share of the attentions converted by each step, the last ones first (self- and cross-attention of a decoder's
-            block are two). Until all are converted the config keeps the old number.
-        method: How the heads of a group become one: any `KVMethod`, or `"mean"` (the paper's), `"first"`, `"random"`,
-            `"aligned"`, `"svd"` or `"auto"`; see `convert_kv_heads`.
-        repair: How what reads the heads, and the feed-forwards, make up for what is lost: least squares on the batches (see
-            `RepairConfig`); by default they keep their weights.
-        over: Steps (int), or a fraction of training (float), before each `at` in which the heads of a group move towards what
-            they are pooled to, so that nothing is lost when they are cut: at t of n steps by 1 / (n - t) of the remaining way.
-            With `"aligned"`, or similar heads grouped, they are turned and put in order first.
-        encoder: Whether the self-attention of an encoder-decoder's encoder is converted too; as in the paper it is not.
-        calibration: Batches that show what heads do, text as a `Calibration`, or a number of training
-            examples, by default 32.
-            `"aligned"` and similar heads do without them where these can be read only once.
-        measure_batches: Validation batches to measure before and after each stage; by default all of validation, 0 for none.
+        num_key_value_heads: Number of KV heads after the conversion, 1 for multi-query attention, or a list for several stages,
+            such as `[4, 2, 1]`. Each must divide the number of query heads and the previous number of KV heads.
+        at: When to convert: a step (int), a fraction of training (float), `"start"` (before the optimizer exists, or before the
+            first step if batches are needed), or a list with one entry per stage. With one number of heads, also a schedule from
+            0 to 1 of the fraction of converted attention modules, last modules first. The config keeps the old number until all
+            are converted.
+        method: Pooling method for the heads of a group: `"mean"` (the paper's), `"first"`, `"random"`, `"aligned"`, `"svd"`,
+            `"auto"`, or a custom `KVMethod`. See `convert_kv_heads`.
+        repair: Least-squares repair of consumer layers and MLPs (see `RepairConfig`). Defaults to None (off).
+        over: Steps (int) or fraction of training (float) before each `at` during which heads are interpolated toward the pooled
+            head, so that the conversion itself changes nothing. At step t of n they move by 1 / (n - t) of the remaining
+            distance. With `"aligned"` or similarity grouping, heads are rotated and reordered first.
+        encoder: If True, also converts the self-attention of an encoder-decoder's encoder, unlike the paper.
+        calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 32 examples.
+            Optional for `"aligned"` and similarity grouping.
+        measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
     Raises:
-        ValueError: If arguments, model or data do not allow it; before training.
+        ValueError: Before training, if arguments, model, or data are not legal.
 
     >>> import billhook as bh
     >>> callback = bh.KVHeadConversion(1, at=0.1, method="svd")  # for Trainer(callbacks=[callback])
@@ -227,14 +231,14 @@ class KVHeadConversion(StageCallback):
         super().__init__(heads, at_steps, over, self.preparation.calibration, measure_batches)
 
     def reset(self) -> None:
-        """Forgets all stages and plans, and how far heads have moved."""
+        """Clears stages, plans, and progress."""
         super().reset()
         self._planned: tuple[tuple[Shape, int, list[str] | None], KVHeadPlan] | None = None
         self._moving = Moving()
 
     @property
     def state_key(self) -> str:
-        """The key under which checkpoints keep this callback's state."""
+        """The key of this callback's state in checkpoints."""
         return self._generate_state_key(num_key_value_heads=self.heads)
 
     @property
@@ -242,7 +246,7 @@ class KVHeadConversion(StageCallback):
         return isinstance(self.at[0], Schedule)
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
-        """Refuses a model, or a number of heads, that cannot be converted."""
+        """Raises `ValueError` if the model cannot be converted to the number of KV heads."""
         most = self._most(model)
         first = next((heads for heads in self.heads if heads < most), self.heads[-1])
         if first == most:
@@ -258,7 +262,7 @@ class KVHeadConversion(StageCallback):
             rank_zero_info(HINT)
 
     def reached(self, model: nn.Module) -> set[int]:
-        """Returns the numbers of the stages that lead to no fewer KV heads than the model has."""
+        """Returns the indices of stages whose number of KV heads the model has reached."""
         if not self._by_layer:
             most = self._most(model)
             return {number for number, heads in enumerate(self.heads) if most <= heads}
@@ -266,25 +270,27 @@ class KVHeadConversion(StageCallback):
         return {number for number, stage in enumerate(self._stages) if not next_layers(now, self.heads[0], stage.share)}
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Turns fractions of training into steps, and checks the stages, also against a checkpoint that has been loaded."""
+        """Resolves the steps and checks the stages against the loaded model."""
         super().on_fit_start(trainer, pl_module)
         least, most = (
             min(heads for callback in callbacks_of(trainer, KVHeadConversion) for heads in callback.heads),
             self._most(pl_module),
         )
         if most < least:
-            held = f"the checkpoint holds a model with {most} KV heads"
-            raise ValueError(f"num_key_value_heads={self.heads}: {held}, which is fewer than the {least} that this run leads to")
+            raise ValueError(
+                f"num_key_value_heads={self.heads}: the checkpoint has {most} KV heads, fewer than the {least} of this run. Use "
+                "the settings of the run that saved it."
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses a fit without batches, and carries out what is due before the first step."""
+        """Checks the batches and applies events that are due before the first step."""
         if self._most(pl_module) > self.heads[-1]:
             with fail_together(trainer, "KVHeadConversion"):
                 self.preparation.check_data(trainer, pl_module)
         super().on_train_start(trainer, pl_module)
 
     def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
-        """Converts, and returns from how many heads to how many."""
+        """Converts the heads of a stage and returns a description."""
         assert isinstance(model, pl.LightningModule)
         plan, preparation = self._plan(model, stage), self.preparation
         weights: Weights = {}
@@ -295,11 +301,13 @@ class KVHeadConversion(StageCallback):
             plan, weights, how = preparation.ready(model.trainer, model, plan)
         preparation.check_same(model.trainer, model, plan, weights, trained=bool(optimizers))
         apply_plan(model, plan, optimizers, weights)
-        where = f" in {len(plan.layers)} of {len(kv_heads_by_layer(model, self.encoder))} attentions" if self._by_layer else ""
+        where = (
+            f" in {len(plan.layers)} of {len(kv_heads_by_layer(model, self.encoder))} attention modules" if self._by_layer else ""
+        )
         return f"{plan.before} -> {plan.after} KV heads{where} ({how})"
 
     def label(self, event: Event) -> str:
-        """Returns from how many heads to how many, and by which method."""
+        """Returns the number of heads before and after, and the method."""
         brief, _, more = str(event["what"]).partition(",")
         return f"{brief})" if more else brief
 
@@ -315,14 +323,14 @@ class KVHeadConversion(StageCallback):
             self._moving.move(trainer, pl_module, self.preparation, stage, share)
 
     def _plan(self, model: nn.Module, stage: int) -> KVHeadPlan:
-        """Returns what a stage does to the model as it is."""
+        """Returns the plan of a stage for the current model."""
         if not self._by_layer:
             return self._plan_to(model, self.heads[stage])
         now = kv_heads_by_layer(model, self.encoder)
         return self._plan_to(model, self.heads[0], next_layers(now, self.heads[0], self._stages[stage].share))
 
     def _plan_to(self, model: nn.Module, heads: int, layers: list[str] | None = None) -> KVHeadPlan:
-        """Plans fewer KV heads, once for each shape of the model: to check it, to move heads, and to cut them."""
+        """Returns a plan for fewer KV heads, cached for each shape of the model."""
         of = shape_of(find_transformer(model)), heads, layers
         if self._planned is None or self._planned[0] != of:
             with sizes_only(model):
@@ -333,10 +341,10 @@ class KVHeadConversion(StageCallback):
         return max(kv_heads_by_layer(model, self.encoder).values()) if self.encoder else kv_heads_of(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what has happened so far; the shape itself is in the LightningModule's part of the checkpoint."""
+        """Returns events and progress; the LightningModule saves the shape."""
         return super().state_dict() | {"moved": self._moving.moved, "turned": self._moving.turned}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what had happened."""
+        """Restores events and progress."""
         super().load_state_dict(state_dict)
         self._moving = Moving(state_dict["moved"], list(state_dict["turned"]))

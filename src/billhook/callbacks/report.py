@@ -1,4 +1,4 @@
-"""Reports the run as one table and one picture."""
+"""The Report callback: a table and a plot of the training run."""
 
 from functools import partial
 from pathlib import Path
@@ -23,18 +23,17 @@ from billhook.report.summary import Stage, stage_table, summary
 
 
 class Report(Callback):
-    """Prints figures of the model before, right after each change, and at the end; draws validation over steps.
+    """Prints a table of size and quality before and after each event, and plots validation.
 
-    Put it last, after `Export`, so that it reports where the checkpoint is. What `Degradation` has measured is printed too. The
-    picture also goes to the loggers: to TensorBoard, MLflow and W&B, and as a file beside the figures of `CSVLogger`. After
-    `HeadPruning`, a second picture beside the first, with `_heads` in its name, shows the importance of heads and which of them
-    are removed.
+    Put it last, after `Export`, so that it reports the checkpoint. It also prints the results of `Degradation`. The plot is sent
+    to the loggers too: TensorBoard, MLflow, W&B, and a file next to the metrics of `CSVLogger`. After `HeadPruning`, a second
+    plot next to the first, with `_heads` in its name, shows the importance of heads and the removed heads.
 
     Args:
-        plot_file: Path of the picture (PNG, PDF, SVG or JPEG); none is drawn where the run has no validation.
-        metric: The logged validation figure to draw; by default the first there is of `val_perplexity`, `val_accuracy`,
-            `val_loss` and all others that begin with `val`.
-        measure_batches: Validation batches for the figures at the end; by default as many as validation takes.
+        plot_file: Output file of the plot (PNG, PDF, SVG, or JPEG). No plot is drawn if the run has no validation.
+        metric: Logged validation metric to plot. Defaults to the first of `val_perplexity`, `val_accuracy`, `val_loss`, and
+            others that start with `val`.
+        measure_batches: Validation batches to run at the start and the end. Defaults to all; 0 disables it.
 
     Raises:
         ValueError: If an argument is not legal.
@@ -48,7 +47,7 @@ class Report(Callback):
     ) -> None:
         check_path("plot_file", plot_file, PLOT_SUFFIXES)
         if metric is not None and not isinstance(metric, str):
-            raise ValueError(f"metric={metric!r} must be the name of a figure that validation logs")
+            raise ValueError(f"metric={metric!r} must be the name of a logged validation metric (str) or None.")
         check_types(Report, locals())
         if measure_batches is not None:
             check_int("measure_batches", measure_batches, least=0)
@@ -58,45 +57,45 @@ class Report(Callback):
         self._dtype = ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forgets an earlier fit, and refuses a place before `Degradation`."""
+        """Clears results and checks the order of callbacks."""
         if stage == "fit":
             for callback in callbacks_of(trainer, Degradation):
                 check_listed_after(trainer, self, callback)
             self.history, self.first = [], None
             if Path(self.plot_file).is_file():
-                rank_zero_info(f"billhook: the picture '{self.plot_file}' will be replaced")
+                rank_zero_info(f"billhook: the plot {self.plot_file} will be replaced")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measures the model before training."""
         if self.first is None:
-            numbers, came = self._measured(trainer, pl_module), len(events_of(trainer))
-            self.first = {"step": trainer.global_step, "after": numbers, "events": came}
-            if starts_fresh(trainer) and not came:
+            numbers, num_events = self._measured(trainer, pl_module), len(events_of(trainer))
+            self.first = {"step": trainer.global_step, "after": numbers, "events": num_events}
+            if starts_fresh(trainer) and not num_events:
                 record_start(trainer, numbers)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps the figure that validation logged."""
+        """Stores the logged validation metric."""
         if not trainer.sanity_checking and trainer.state.fn == "fit" and (name := self._name(trainer.callback_metrics)):
             self.history.append([trainer.global_step, float(trainer.callback_metrics[name])])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures once more, prints the table and draws the picture."""
+        """Validates the final model, prints the table, and saves the plot."""
         on_first_rank(trainer, "Report", partial(self._report, trainer, self._measured(trainer, pl_module)))
 
     def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        figures = metrics_of_callbacks(trainer, pl_module)
+        metrics = metrics_of_callbacks(trainer, pl_module)
         report = summary(pl_module)
         self._dtype = report.dtype
-        return report.numbers() | figures | measure(trainer, pl_module, self.measure_batches)
+        return report.numbers() | metrics | measure(trainer, pl_module, self.measure_batches)
 
     def _report(self, trainer: pl.Trainer, last: dict[str, Any]) -> None:
         events = events_of(trainer)
-        stages = self._stages(trainer, events, Stage("after training" if events else "at the end", trainer.global_step, last))
+        stages = self._stages(trainer, events, Stage("end of training", trainer.global_step, last))
         notes = [(f"step {e['step']}", e["what"]) for e in events if label_of(e) != e["what"]]
         for callback in callbacks_of(trainer, Export):
             if callback.saved is not None:
-                notes += [("checkpoint", callback.saved.folder), ("saved as", callback.saved.says)]
-                notes += [("reloaded", f"largest difference of logits {callback.saved.difference:.3g}")]
+                notes += [("checkpoint", callback.saved.folder), ("format", callback.saved.says)]
+                notes += [("verified", f"largest logit difference {callback.saved.difference:.3g}")]
         if name := self._name(last):
             Path(self.plot_file).parent.mkdir(parents=True, exist_ok=True)
             marks = [(e["step"], label_of(e), e["before"].get(name), e["after"].get(name)) for e in events]
@@ -106,37 +105,43 @@ class Report(Callback):
             log_plot(trainer, "report", figure)
             notes.append(("plot", self.plot_file))
         elif self.metric:
-            rank_zero_warn(
-                f"metric={self.metric!r} is not logged in validation, so nothing is drawn; logged is {', '.join(last)}"
-            )
-        drawn = [picture for callback in callbacks_of(trainer, EventCallback) for picture in callback.plots().items()]
-        for number, (kind, picture) in enumerate(drawn):
-            path = Path(self.plot_file)
-            path = path.with_stem(f"{path.stem}_{kind}{number or ''}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            picture.savefig(path)
-            notes.append((kind, str(path)))
+            rank_zero_warn(f"metric={self.metric!r} is not logged in validation, so no plot is drawn. Logged: {', '.join(last)}.")
+        notes += self._save_plots(trainer)
         print("\n".join(["", stage_table(stages, notes, name, self._dtype), "", *self._degradation(trainer, events)]))
 
+    def _save_plots(self, trainer: pl.Trainer) -> list[tuple[str, str]]:
+        """Saves the plots of other callbacks next to `plot_file`; returns their kinds and paths."""
+        saved = list[tuple[str, str]]()
+        for callback in callbacks_of(trainer, EventCallback):
+            for kind, plot in callback.plots().items():
+                path = Path(self.plot_file)
+                path = path.with_stem(f"{path.stem}_{kind}{len(saved) or ''}")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                plot.savefig(path)
+                saved.append((kind, str(path)))
+        return saved
+
     def _degradation(self, trainer: pl.Trainer, events: list[Event]) -> list[str]:
-        """Returns a table of degradation for each event after which it was measured, and for the end."""
-        tables = [(f"after {label_of(event)}", event["degradation"]) for event in events if "degradation" in event]
-        tables += [("at the end", callback.last) for callback in callbacks_of(trainer, Degradation) if callback.last is not None]
-        return [
-            f"{when}\n{degradation_table(list(map(TextDegradation.from_json, degradation)))}\n" for when, degradation in tables
-        ]
+        """Returns a table of degradation after each event that was evaluated, and at the end."""
+        results = [(f"after {label_of(event)}", event["degradation"]) for event in events if "degradation" in event]
+        for callback in callbacks_of(trainer, Degradation):
+            if callback.last is not None:
+                results.append(("end of training", callback.last))
+        return [f"{when}\n{degradation_table(list(map(TextDegradation.from_json, texts)))}\n" for when, texts in results]
 
     def _stages(self, trainer: pl.Trainer, events: list[Event], last: Stage) -> list[Stage]:
         first = self.first or {"step": 0, "after": {}, "events": 0}
         if not events:
-            return [Stage("at the start", first["step"], first["after"]), last]
-        # what was measured before training is the dense model, unless events came first
-        came = first["events"]
-        start = start_metrics(trainer) | (events[0]["before"] if came else first["after"])
-        dense = Stage("dense", events[0]["step"] if came else first["step"], start)
+            return [Stage("start of training", first["step"], first["after"]), last]
+        # the first measurement is of the dense model, unless events came first
+        num_events = first["events"]
+        start = start_metrics(trainer) | (events[0]["before"] if num_events else first["after"])
+        dense = Stage("dense", events[0]["step"] if num_events else first["step"], start)
         after = [Stage(f"after {label_of(event)}", event["step"], event["after"]) for event in events]
-        if came:
-            after[came - 1] = Stage(after[came - 1].name, after[came - 1].step, first["after"] | after[came - 1].numbers)
+        if num_events:
+            after[num_events - 1] = Stage(
+                after[num_events - 1].name, after[num_events - 1].step, first["after"] | after[num_events - 1].numbers
+            )
         return [dense, *after, last]
 
     def _points(self, name: str, last: dict[str, Any], step: int) -> list[tuple[int, float]]:
@@ -145,14 +150,14 @@ class Report(Callback):
             points.setdefault(self.first["step"], self.first["after"][name])
         return sorted(points.items())
 
-    def _name(self, figures: dict[str, Any]) -> str | None:
-        known = ["val_perplexity", "val_accuracy", "val_loss", *sorted(name for name in figures if name.startswith("val"))]
-        return next((name for name in ([self.metric] if self.metric else known) if name in figures), None)
+    def _name(self, metrics: dict[str, Any]) -> str | None:
+        known = ["val_perplexity", "val_accuracy", "val_loss", *sorted(name for name in metrics if name.startswith("val"))]
+        return next((name for name in ([self.metric] if self.metric else known) if name in metrics), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the figures so far."""
+        """Returns the metrics so far."""
         return {"history": self.history, "first": self.first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the figures of the run that is resumed."""
+        """Restores the metrics of the resumed run."""
         self.history, self.first = state_dict["history"], state_dict["first"]

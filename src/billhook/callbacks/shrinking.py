@@ -1,4 +1,4 @@
-"""Searches at a given step of a fit for the smaller model that loses least, and goes on with it."""
+"""The Shrinking callback: budgeted search during training."""
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
@@ -43,32 +43,31 @@ from billhook.shrinking.shrunk import Shrunk
 
 
 class Shrinking(ShapeCallback):
-    """Removes channels, heads and blocks within one budget at a given step, as much of each as loses least.
+    """Searches for the best model within a budget at a given step, and applies it.
 
-    This is `bh.shrink` in the middle of a fit, so that training recovers what is lost; with `TransformerModule(distillation=...)`
-    the dense model teaches it. Optimizer state and gradients follow, checkpoints carry the shape, and a resumed run ends as the
-    straight run does. Under DDP and FSDP2 each rank searches on the same batches, all of them, by what the first has measured;
-    under FSDP2 one block is whole at a time, and candidates of layers are divided among ranks. With
-    `TransformerModule(lora=...)` it comes at the start, and LoRA, cut too, trains what is left; the budget counts no adapters.
-    For a budget of time, call `bh.shrink` before the fit: ranks would not agree on what they measure.
+    Runs `bh.shrink` during training, so that training recovers the loss. With `TransformerModule(distillation=...)`, the dense
+    model is the teacher. Optimizer state and gradients are remapped, checkpoints store the shape, and a resumed run ends like an
+    uninterrupted run. With `TransformerModule(lora=...)`, it runs at the start: LoRA is pruned too and trains the remaining
+    weights, and the budget excludes adapters. Under DDP and FSDP2, all ranks search on the same batches with the first rank's
+    measurements; under FSDP2, one block is gathered at a time.
 
     Args:
-        budget: What is left at most, such as `Budget(params=0.8)`; not `latency`. Where KV heads merge, for `kv_cache_bytes`,
-            their optimizer state restarts, as they are in another basis; under LoRA heads are removed. For `max_loss` perplexity
-            is by the model's own loss.
-        layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many heads; `"free"`: each its own.
-            Whole blocks may go in both.
-        at: When: a step (int), a fraction of training (float in 0..1), or `"start"` (before the first step).
-        calibration: Batches to fit and to measure on, text as a `Calibration`, or a number of training
-            examples, by default 128; a fifth is held out to measure on.
-        search: How it is searched for, as by `Search(generations=0)`.
-        measure_batches: Validation batches to measure before and after; by default all of validation, 0 for none.
+        budget: Budget, such as `Budget(params=0.8)`; `latency` is not supported, because timings differ between ranks. For
+            `kv_cache_bytes`, merged KV heads restart their optimizer state; with LoRA, heads are removed instead. For `max_loss`,
+            perplexity comes from the model's own loss.
+        layers: `"uniform"` keeps the same number of channels and heads in all blocks; `"free"` chooses per block. Both may remove
+            blocks.
+        at: When to apply it: a step (int), a fraction of training (float), or `"start"` (before the first step).
+        calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
+            A fifth is held out for measuring.
+        search: Search settings, such as `Search(generations=0)`. Defaults to `Search()`.
+        measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
     Attributes:
-        shrunk: What was found, once it has been; a resumed run does not know it.
+        shrunk: Search results, once the event has happened. Not restored when a run is resumed.
 
     Raises:
-        ValueError: If an argument is not legal; in `setup`, if the model cannot meet the budget.
+        ValueError: If an argument is not legal. In `setup`, if the model cannot meet the budget.
 
     >>> import billhook as bh
     >>> callback = bh.Shrinking(bh.Budget(params=0.8), calibration=64)  # for Trainer(callbacks=[callback])
@@ -88,13 +87,16 @@ class Shrinking(ShapeCallback):
         check_types(Shrinking, locals())
         check_at(at)
         if budget.latency is not None:
-            raise ValueError(f"budget={budget.words}: ranks would not agree on what they measure: call bh.shrink before the fit")
+            raise ValueError(
+                f"budget={budget.words}: Shrinking does not support latency, because timings differ between ranks. Call "
+                "bh.shrink before training."
+            )
         self.budget, self.layers, self.at, self.search = budget, layers, at, search or Search()
         self.amount = self.search.amount(budget)
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
-        """Forgets what was found."""
+        """Clears events and results."""
         super().reset()
         self.shrunk: Shrunk | None = None
         self._known: dict[Hashable, Candidates] = {}
@@ -102,44 +104,42 @@ class Shrinking(ShapeCallback):
     @property
     def state_key(self) -> str:
         """The key of this callback's state in checkpoints."""
-        # as when the class was called Shrink, so that checkpoints of then can be resumed
+        # the class's first name, so that runs resume from checkpoints of that time
         return f"Shrink{{'amount': {str(self.amount)!r}, 'max_loss': {self.budget.max_loss!r}}}"
 
     @property
     def needs_data(self) -> bool:
-        """True: it is measured what a smaller model loses."""
+        """True: the search measures candidates on calibration data."""
         return True
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Checks the model once it exists, with its values."""
+        """Checks the model and its weights once it exists."""
         with blockwise(pl_module):
             self.check(pl_module, trainer)
 
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
-        """Refuses a budget that the model cannot meet, and adapters."""
+        """Raises `ValueError` if the model cannot meet the budget, or adapters have been trained."""
         subject = find_transformer(model)
         if adapter_layers(subject) and self.at != "start":
             raise ValueError(
-                f"at={self.at!r} must be 'start' where adapters are attached: Shrinking comes before they learn anything"
+                f"at={self.at!r} must be 'start' if the model has adapters, because Shrinking needs untrained adapters."
             )
         if trainer.ckpt_path is None:
             self._candidates(subject)
 
     def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
-        """Returns the step at which it happens."""
+        """Returns the step of the event."""
         return round_targets(1.0, self.at, total, trainer, "at")
 
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        """Searches, removes and repairs."""
+        """Searches, then removes units and repairs the rest."""
         metrics, model = self.validate(trainer, pl_module), find_transformer(pl_module)
         with fail_together(trainer, "Shrinking"), blockwise(pl_module):
             candidates, merges = self._candidates(model), not adapter_layers(model)
             self._known.clear()
             with adapters_removed(model):
                 measured, chosen = self._search(trainer, pl_module, candidates, merges)
-            check_identical(
-                trainer, "Shrinking", "the plan of what is removed", lambda: [plan.to_json() for plan in chosen.planned.plans]
-            )
+            check_identical(trainer, "Shrinking", "the plan", lambda: [plan.to_json() for plan in chosen.planned.plans])
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, chosen.planned))
         record_not_refitted(event, chosen.planned.not_refitted)
         self.last_event_step, self.last_target = step, 1.0
@@ -154,17 +154,20 @@ class Shrinking(ShapeCallback):
         log_event(trainer, event)
 
     def _candidates(self, model: PreTrainedModel) -> Candidates:
-        """Finds what may be removed beneath adapters; refuses a budget that cannot be met, and adapters that have learned.
+        """Finds the candidates; raises `ValueError` if the budget or an adapter is not legal.
 
-        What is found in `setup` is there once more at the event, if the model is then the same to the last bit.
+        The result of `setup` is reused at the event if the model is bitwise identical then.
         """
         for name, layer in adapter_layers(model).items():
             store_of(model).load(layer)
             if not is_initial_lora(layer):
-                what = f"the adapter of {name} is not plain LoRA, or has learned something"
-                raise ValueError(f"Shrinking: {what}: merge it (bh.training.merge)")
+                raise ValueError(
+                    f"Shrinking: the adapter of {name} is trained or is not plain LoRA. Merge it first (bh.training.merge)."
+                )
         with adapters_removed(model):
-            lasts = self.at == "start" and not store_of(model).on_ranks  # training changes it, and shards are gathered anew
+            lasts = (
+                self.at == "start" and not store_of(model).on_ranks
+            )  # training changes the model, and shards are gathered again
             seen = _seen(model) if lasts else None
             candidates = self._known.pop(seen, None) or Candidates.find(model, self.amount, self.layers == "uniform")
         self._known = {seen: candidates} if seen is not None else {}
@@ -173,16 +176,16 @@ class Shrinking(ShapeCallback):
     def _search(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, candidates: Candidates, merges: bool
     ) -> tuple[Measured, Chosen]:
-        """Searches on the same batches on each rank; where adapters are attached, no heads merge."""
+        """Searches on the same batches on each rank; `merges` allows merging KV heads."""
         model = candidates.model
         with self.calibration.undisturbed(pl_module), gradient_precision(trainer):
             batches = list(self.calibration.read(trainer, same_on_ranks=True))
-            check_identical(trainer, "Shrinking", "its settings", partial(describe_callback, self))
+            check_identical(trainer, "Shrinking", "the settings", partial(describe_callback, self))
             check_identical(
                 trainer, "Shrinking", "the batches", [leaf for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)]
             )
             check_close(trainer, "Shrinking", "the model", model, dict(model.named_parameters()))
-            agreed = partial(from_first_rank, trainer, "Shrinking", "what it measures")
+            agreed = partial(from_first_rank, trainer, "Shrinking", "the measurements")
             fitted, held_out = divided(batches)
             runs, searched = (_runs(pl_module, model, some) for some in (fitted, to_search(fitted, candidates.widest)))
             repair, not_repaired = repair_for(candidates, runs, self.search.repair)
@@ -198,12 +201,12 @@ class Shrinking(ShapeCallback):
             return measured, replace(chosen, planned=replace(chosen.planned, not_refitted=left))
 
     def label(self, event: Event) -> str:
-        """Returns how much smaller the model is, or its cache."""
+        """Returns the change in size of the model or its KV cache."""
         cache = self.amount.target == "kv_cache_bytes"
         return f"shrink, KV cache {percent_change(event, 'kv_cache_bytes')}" if cache else f"shrink, {percent_change(event)}"
 
     def _remove(self, model: PreTrainedModel, planned: Planned, optimizers: list[Optimizer]) -> str:
-        """Removes what is planned, of adapters too, and says how much that is."""
+        """Applies the plans, also to adapters, and returns a description."""
         layers = adapter_layers(model)
         weights = LazyTensors.of(planned.weights or {}).renamed(partial(base_layer_name, layers=layers))
         apply_in_turn(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
@@ -212,20 +215,22 @@ class Shrinking(ShapeCallback):
 
 
 def _seen(model: PreTrainedModel) -> Hashable | None:
-    """Returns what tells a model in its shape and with its values; None if something may decide it that cannot be seen."""
+    """Returns a fingerprint of a model's shape and weights; None if it cannot be computed."""
     seen = signature(model)
     return None if seen is None else (id(model), seen, key_of(model, None, {}, ()))
 
 
 def _above(model: PreTrainedModel, planned: Planned) -> Iterator[UnitPlan | BlockPlan]:
-    """Yields the same plans for a model with adapters, each once those before it have been carried out."""
+    """Yields the plans for the model with adapters; each needs the plans before it applied."""
     for plan in planned.cuts:
         if plan.units:
             yield plan_units(model, plan.units, dict.fromkeys(plan.kinds.values()))
 
 
 def _runs(pl_module: pl.LightningModule, model: PreTrainedModel, batches: Sequence[Any]) -> list[Run]:
-    """Returns runs of batches with the loss that is trained, and of each linear which tokens count."""
-    losses = (training_loss(pl_module, number) for number in range(len(batches)))
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    return [run_with_loss(model, linears, *pair) for pair in zip(batches, losses, strict=True)]
+    """Returns runs with the training loss and each linear layer's non-padding tokens."""
+    linear_layers = {name: module for name, module in model.named_modules() if is_linear(module)}
+    runs = list[Run]()
+    for number, batch in enumerate(batches):
+        runs.append(run_with_loss(model, linear_layers, batch, training_loss(pl_module, number)))
+    return runs

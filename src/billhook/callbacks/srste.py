@@ -86,7 +86,7 @@ class SRSTE(WeightPruning):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The keep-masks (bool) by linear layer: the current ones while they are learned, then the fixed ones."""
+        """The keep-masks (bool) by linear layer: learned until `end`, then fixed."""
         return dict(self._learned.masks) or super().masks
 
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -102,9 +102,9 @@ class SRSTE(WeightPruning):
             raise ValueError(f"end={self.end} is step {end}, but masks are learned from step {begin} on. Use a later end.")
         return {begin: 0.0, max(begin + 1, end): sparsity}
 
-    def check_linears(self, linears: dict[str, nn.Module]) -> None:
+    def check_layers(self, layers: dict[str, nn.Module]) -> None:
         """Raises `ValueError` if none of the layers' weights are trained."""
-        if not any(linear.get_parameter("weight").requires_grad for linear in linears.values()):
+        if not any(layer.get_parameter("weight").requires_grad for layer in layers.values()):
             raise ValueError(
                 "SRSTE learns masks of trained weights, and all base weights are frozen, as under LoRA. Use WeightPruning."
             )
@@ -113,7 +113,7 @@ class SRSTE(WeightPruning):
         return ", and learned masks use the layers' inputs at that step"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restores the masks of a checkpoint and applies events that are due before the first step."""
+        """Restores a checkpoint's masks and applies events due before the first step."""
         self._learned.attach(find_transformer(pl_module), trainer.optimizers)
         super().on_train_start(trainer, pl_module)
 

@@ -105,7 +105,7 @@ class WeightPruning(EventCallback, ShapeFollower):
                     "'mask', or match=None."
                 )
             check_matching(self.criterion, self.options.sequential, count_adapters=False)
-        self._hold, self._adapted, self._linears = EnforcedMasks(), list[str](), list[str]()
+        self._hold, self._adapted, self._layers = EnforcedMasks(), list[str](), list[str]()
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
@@ -125,7 +125,7 @@ class WeightPruning(EventCallback, ShapeFollower):
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """The enforced keep-masks (bool) by linear layer. If the model is sharded, all ranks must read them together."""
+        """The enforced keep-masks (bool) by linear layer; sharded ranks must call it together."""
         return {name: full_tensor(mask) for name, mask in self._hold.masks.items()}
 
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -140,21 +140,21 @@ class WeightPruning(EventCallback, ShapeFollower):
         """Resolves the rounds and checks the model."""
         super().on_fit_start(trainer, pl_module)
         model = find_transformer(pl_module)
-        linears = check_pruning(model, self.criterion, self.pattern, self.options)
-        self._linears = list(linears)
-        self.check_linears(linears)
+        layers = check_pruning(model, self.criterion, self.pattern, self.options)
+        self._layers = list(layers)
+        self.check_layers(layers)
         if self._counts:
             try:
-                find_countable_adapters(model, self.criterion, linears)
+                find_countable_adapters(model, self.criterion, layers)
             except ValueError as error:  # it names the argument of `prune`
                 raise ValueError(str(error).replace("count_adapters=True", f"adapters={self.adapters!r}")) from error
-        self._adapted = list(require_plain_adapters(model, linears, f"adapters={self.adapters!r}")) if self._masks_lora else []
+        self._adapted = list(require_plain_adapters(model, layers, f"adapters={self.adapters!r}")) if self._masks_lora else []
         if self._steps and not self._masks_lora:
-            _warn_unmasked_adapters(set(find_adapters(model)) & set(linears))
+            _warn_unmasked_adapters(set(find_adapters(model)) & set(layers))
         if self._steps:
             check_no_shape_changes(trainer, self, min(self._steps), sys.maxsize, "made masks", self._cannot_follow)
 
-    def check_linears(self, linears: dict[str, nn.Module]) -> None:
+    def check_layers(self, layers: dict[str, nn.Module]) -> None:
         """Raises `ValueError` if the layers cannot be pruned; a subclass may check more."""
 
     def _cannot_follow(self, callback: ShapeCallback) -> str | None:
@@ -170,7 +170,7 @@ class WeightPruning(EventCallback, ShapeFollower):
         self._hold.follow()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Enforces the masks of a checkpoint and applies events that are due before the first step."""
+        """Enforces a checkpoint's masks and applies events due before the first step."""
         averaged = [find_transformer(copy) for _, copy in averaging_callbacks(trainer) if copy is not None]
         self._hold.attach(find_transformer(pl_module), trainer.optimizers, averaged, self._adapted)
         super().on_train_start(trainer, pl_module)
@@ -215,7 +215,7 @@ class WeightPruning(EventCallback, ShapeFollower):
         with adapters_removed(subject):
             zeros, sizes = zeros_by_name(subject) or {}, dict(subject.named_parameters())
             num_zeros = total = 0
-            for name in (f"{layer}.weight" for layer in self._linears):
+            for name in (f"{layer}.weight" for layer in self._layers):
                 if name in zeros:
                     num_zeros, total = num_zeros + zeros[name], total + sizes[name].numel()
         return {"sparsity": num_zeros / total} if total else {}
@@ -246,7 +246,7 @@ class WeightPruning(EventCallback, ShapeFollower):
 
     @contextmanager
     def _runs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Batches | None]:
-        """Yields calibration runs with one block gathered at a time; None if no data is needed."""
+        """Yields calibration runs, gathering block by block; None if no data is needed."""
         model = find_transformer(pl_module)
         precision = trainer.precision_plugin.forward_context() if self.needs_data else nullcontext()
         with self.calibration.undisturbed(pl_module), precision, blockwise(pl_module):

@@ -1,1 +1,1 @@
-"""Gives every callback what it needs of a Lightning fit: when, on which data, on all ranks, in checkpoints."""
+"""Lightning integration of callbacks: events, data, ranks, and checkpoints."""

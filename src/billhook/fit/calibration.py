@@ -1,9 +1,10 @@
-"""Batches for scores and statistics in a fit, read and run without leaving a trace in the training."""
+"""Calibration data during training, read and run without affecting training."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -29,27 +30,27 @@ from billhook.model.find import find_transformer
 from billhook.repairs.residuals import strip_argument
 
 BatchAndLoss = tuple[Any, Callable[[nn.Module, Any], Tensor]]
-"""A batch, and the loss as a function of the model and the batch."""
+"""A batch, and the loss as a function of model and batch."""
 
 
 @dataclass(frozen=True, eq=False)
 class FitCalibration:
-    """Batches from which a callback takes scores and statistics: given ones, text, or examples drawn from the training data.
+    """Calibration data of a callback: batches, text, or examples drawn from the training data.
 
-    Where a LightningModule has a method `calibration_batches(self)`, the first batches of what it returns (a list, a DataLoader,
-    or it yields them) stand in for the training data, dealt out to ranks. Under manual optimization (`automatic_optimization =
-    False`) that method, or `batches`, is needed: no `training_step` is run that steps optimizers. Each batch is then a dictionary
-    of what the model takes, and where scores need a loss it is the model's own.
+    If the LightningModule defines `calibration_batches(self)`, the first batches that it returns (a list, a DataLoader, or a
+    generator) replace the training data and are divided among ranks. Under manual optimization (`automatic_optimization =
+    False`), that method or `batches` is required, because `training_step` would update weights. Each batch must then be a
+    dictionary of the model's inputs, and scores use the model's own loss.
 
     Args:
-        batches: Batches as `training_step` takes them, which can be read again and again, such as a list or a DataLoader; or a
-            `Calibration`, which is read when the callback needs it, with the tokenizer of the data module if it has one; by
-            default examples are drawn from the training data, or from `calibration_batches`.
-        examples: How many training examples are drawn, on all devices together; the papers take 128.
-        seed: The seed that decides which ones.
+        batches: Batches as `training_step` takes them, in a re-iterable such as a list or a DataLoader, or a `Calibration`, which
+            is read with the data module's tokenizer, if any. Defaults to examples of the training data or
+            `calibration_batches`.
+        examples: Number of training examples over all devices. Defaults to 128, as in the papers.
+        seed: Seed for drawing examples.
 
     Raises:
-        ValueError: If there is less than one example, or batches can be read only once.
+        ValueError: If `examples` is below 1, or batches can be read only once.
 
     >>> FitCalibration(examples=64)
     FitCalibration(batches=None, examples=64, seed=0)
@@ -62,11 +63,11 @@ class FitCalibration:
     def __post_init__(self) -> None:
         check_int("examples", self.examples)
         if isinstance(self.batches, Iterator):
-            raise ValueError(f"calibration={type(self.batches).__name__} can be read only once: give a list or a DataLoader")
+            raise ValueError(f"calibration={type(self.batches).__name__} can be read only once. Use a list or a DataLoader.")
 
     @classmethod
     def of(cls, batches: "FitCalibration | Batches | int | None", examples: int = 128) -> "FitCalibration":
-        """Returns a calibration as it is, or one of the given batches, or of as many training examples."""
+        """Converts batches, a `Calibration`, or a number of training examples."""
         if isinstance(batches, FitCalibration):
             return batches
         if isinstance(batches, int):
@@ -75,38 +76,37 @@ class FitCalibration:
         return cls(batches, examples)
 
     def shared(self, trainer: pl.Trainer) -> bool:
-        """Tells whether ranks share each batch, as in training, from which examples are drawn; others are dealt out to ranks."""
+        """Returns whether ranks share each batch, as in training, instead of dividing batches."""
         return self.batches is None and _hook(trainer.lightning_module) is None
 
     def check(self, trainer: pl.Trainer) -> None:
-        """Refuses to draw examples from training data that can be read only once, or that only a manual step understands."""
+        """Raises `ValueError` if the training data cannot be used for calibration."""
         module = trainer.lightning_module
         if not self.shared(trainer):
             return
         if not module.automatic_optimization:
             raise ValueError(
-                f"calibration: {type(module).__name__} steps its optimizers itself (automatic_optimization=False), so its "
-                "training_step is not run for scores: give it a method calibration_batches(self) that returns batches which "
-                "the model takes, as dictionaries; or give such batches, or a Calibration, as calibration=; or use automatic "
-                "optimization"
+                f"calibration=None is not supported by {type(module).__name__}, which uses manual optimization: its "
+                "training_step would update weights. Pass batches (dictionaries of the model's inputs) or a Calibration as "
+                "calibration=, or define calibration_batches(self) in the module."
             )
         for loader in tree_leaves(trainer.train_dataloader):
             source = loader.dataset if isinstance(loader, DataLoader) else loader
             if isinstance(source, Iterator):
                 raise ValueError(
-                    f"calibration=None takes examples from the training data, but {type(source).__name__} can be read only once: "
-                    "give batches of their own"
+                    f"calibration=None uses the training data, but {type(source).__name__} can be read only once. Pass batches "
+                    "or a Calibration."
                 )
 
     def read(self, trainer: pl.Trainer, same_on_ranks: bool = False) -> Iterator[Any]:
-        """Yields this rank's batches, or all of them alike on each, on its device: examples come in batches as in training."""
+        """Yields this rank's batches on its device, or all batches with `same_on_ranks`."""
         rank, ranks = (0, 1) if same_on_ranks else (trainer.global_rank, trainer.world_size)
         hook = _hook(trainer.lightning_module)
         if self.batches is None and hook is not None:
             source = hook()
             if not isinstance(source, Iterable):
                 name = f"calibration_batches of {type(trainer.lightning_module).__name__}"
-                raise ValueError(f"calibration: {name} returned {source!r}: return batches, such as a list of dictionaries")
+                raise ValueError(f"calibration: {name} returned {source!r}. Return batches, such as a list of dictionaries.")
             batches: Iterable[Any] = _first(source, self.examples, rank, ranks)
         elif self.batches is None:
             loaders, structure = tree_flatten(trainer.train_dataloader)
@@ -115,7 +115,7 @@ class FitCalibration:
         else:
             every_batch = _text(self.batches, trainer) if isinstance(self.batches, Calibration) else self.batches
             batches = islice(every_batch, rank, None, ranks)
-        return (_moved(trainer, batch) for batch in batches)
+        return map(partial(_moved, trainer), batches)
 
     def pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[BatchAndLoss]:
         """Yields this rank's batches, each with its training loss."""
@@ -123,7 +123,7 @@ class FitCalibration:
 
     @contextmanager
     def undisturbed(self, pl_module: pl.LightningModule) -> Iterator[None]:
-        """Leaves no trace of the work within: random numbers are the seed's, and restored; nothing is logged."""
+        """Seeds random state and disables logging within; restores both afterward."""
         trained = {parameter: parameter.requires_grad for parameter in pl_module.parameters()}
         try:
             with overridden(pl_module, log=lambda *_, **__: None), isolated_rng(), torch.no_grad():
@@ -131,7 +131,7 @@ class FitCalibration:
                 random.seed(self.seed)
                 np.random.seed(self.seed % 2**32)
                 yield
-        except ValueError as error:  # what is told of batches is about this argument of a callback
+        except ValueError as error:  # the callback's argument is called `calibration`
             if (what := strip_argument(error)) == str(error):
                 raise
             raise type(error)(f"calibration: {what}") from error
@@ -141,26 +141,26 @@ class FitCalibration:
 
 
 CalibrationLike = FitCalibration | Batches | int | None
-"""Batches, text as a `Calibration`, how many training examples, or these and a seed as a `FitCalibration`."""
+"""Batches, a `Calibration`, a number of training examples, or a `FitCalibration` with a seed."""
 
 
 def _hook(pl_module: pl.LightningModule) -> Callable[[], Any] | None:
-    """Returns the method by which a module of a user's own says what it is calibrated on, if it has one."""
+    """Returns the `calibration_batches` method of a custom module, if any."""
     hook = getattr(pl_module, "calibration_batches", None)
     return hook if callable(hook) else None
 
 
 def _text(calibration: Calibration, trainer: pl.Trainer) -> list[Batch]:
-    """Reads text for the model in training; every rank reads all of it."""
+    """Returns calibration batches for the model; every rank reads all of them."""
     model = find_transformer(trainer.lightning_module)
     with blockwise(trainer.lightning_module) if GENERATED in calibration.named else nullcontext():  # for each token a block comes
         batches = calibration.read(model, find_tokenizer(trainer))
-    labelled = model.can_generate() and not model.config.is_encoder_decoder  # every token is one to predict
+    labelled = model.can_generate() and not model.config.is_encoder_decoder  # every token is a label
     return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in batches] if labelled else batches
 
 
 def find_tokenizer(trainer: pl.Trainer) -> PreTrainedTokenizerBase | None:
-    """Returns the tokenizer of the data module, if it has one."""
+    """Returns the tokenizer of the data module, if any."""
     tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
@@ -172,14 +172,14 @@ def _moved(trainer: pl.Trainer, batch: Any) -> Any:  # noqa: ANN401
 
 
 def _examples(loader: Any, number: int, rank: int, ranks: int) -> Iterator[Any]:  # noqa: ANN401
-    """Yields a rank's share of so many examples of a loader, or all there are, in its batches; of a stream, the first ones."""
+    """Yields a rank's share of `number` examples, batched as the loader does."""
     if not isinstance(loader, DataLoader):
         yield from _first(loader, number, rank, ranks)
         return
     if isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
         examples: Iterator[Any] = islice(iter(loader.dataset), rank, number, ranks)
     else:
-        indices = getattr(loader.sampler, "indices", range(len(loader.dataset)))  # those of a subset
+        indices = getattr(loader.sampler, "indices", range(len(loader.dataset)))  # a sampler of a subset
         order = torch.randperm(len(indices))[:number][rank::ranks]
         examples = (loader.dataset[indices[index]] for index in order.tolist())
     if loader.batch_sampler is None:
@@ -190,7 +190,7 @@ def _examples(loader: Any, number: int, rank: int, ranks: int) -> Iterator[Any]:
 
 
 def _first(batches: Iterable[Any], number: int, rank: int, ranks: int) -> Iterator[Any]:
-    """Yields a rank's share of the first batches, which have so many examples together, or of all there are."""
+    """Yields a rank's share of the first batches that contain `number` examples in total."""
     for index, batch in enumerate(batches):
         if index % ranks == rank:
             yield batch
@@ -205,10 +205,10 @@ def _size(batch: Any) -> int:  # noqa: ANN401
 
 
 def gradient_precision(trainer: pl.Trainer) -> AbstractContextManager[object]:
-    """Returns the precision of the fit for unscaled gradients: where float16 would lose them, bfloat16 or float32."""
+    """Returns the training precision, replacing float16, which loses unscaled gradients."""
     plugin = trainer.precision_plugin
     if not isinstance(plugin, MixedPrecision) or plugin.precision != "16-mixed":
         return plugin.forward_context()
-    # a fit in float16 scales the loss, which scores do not; that of bfloat16 may be emulated, and slow
-    able = trainer.strategy.root_device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(plugin.device, torch.bfloat16, cache_enabled=False) if able else nullcontext()
+    # float16 training scales the loss, but scores do not; emulated bfloat16 is slow
+    has_bfloat16 = trainer.strategy.root_device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(plugin.device, torch.bfloat16, cache_enabled=False) if has_bfloat16 else nullcontext()

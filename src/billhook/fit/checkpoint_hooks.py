@@ -1,4 +1,4 @@
-"""Hooks on checkpoints while our callbacks are in a fit: shape, adapters, random numbers, and the place in the data."""
+"""Checkpoint hooks: shape, adapters, random state, and position in the data."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +23,7 @@ from billhook.model.find import find_transformer
 from billhook.model.shape import KEY, Shape, shape_of
 
 RANDOM, GRADIENTS = "billhook_random", "billhook_gradients"
-"""Where checkpoints keep the random numbers of each process, and the gradients of an unfinished step."""
+"""Checkpoint keys of the random state of each process and the gradients of an unfinished step."""
 _WRAPPED = "_billhook_wrapped"
 _HOOKS = ("on_load_checkpoint", "on_save_checkpoint", "on_train_start", "on_train_epoch_start")
 
@@ -31,10 +31,10 @@ State = dict[str, Any]
 
 
 class ResumeState:
-    """Random numbers as they are, and as they were when the epoch began, from which its order can be drawn again.
+    """Random state now and at the start of the epoch, from which the data order is reproduced.
 
-    A `DataLoader` that only shuffles draws its order with torch's own random numbers. Loaders with a `state_dict` know their
-    place, and the sampler of a `DistributedSampler` is given the epoch.
+    A `DataLoader` that only shuffles draws its order from torch's global random state. Loaders with a `state_dict` restore their
+    own position, and a `DistributedSampler` depends on the epoch.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class ResumeState:
         self._end: State | None = None
 
     def state(self, trainer: pl.Trainer) -> list[State]:
-        """Returns the states of all processes; only of this one after an error, when the others may no longer exist."""
+        """Returns the states of all processes, or of this process after an error."""
         mine = {"now": self._end or random_state(trainer.strategy.root_device), "begun": self._begun}
         if trainer.world_size == 1 or trainer.state.status == TrainerStatus.INTERRUPTED:
             return [mine]
@@ -52,15 +52,15 @@ class ResumeState:
         return states
 
     def end(self, trainer: pl.Trainer) -> None:
-        """Keeps the random numbers for a checkpoint that is saved later."""
+        """Stores the random state for a checkpoint that is saved after training."""
         self._end = random_state(trainer.strategy.root_device)
 
     def load(self, states: list[State]) -> None:
-        """Keeps the states of all processes until training begins."""
+        """Stores the loaded states until training begins."""
         self._loaded = list(states)
 
     def begin_training(self, trainer: pl.Trainer) -> None:
-        """Continues from the loaded states, if they are of as many processes."""
+        """Restores the loaded states if the number of processes is the same."""
         loaded, self._loaded, self._begun = self._loaded, [], None
         if len(loaded) != trainer.world_size:
             return
@@ -75,18 +75,18 @@ class ResumeState:
                     sampler: Any = getattr(loader, "sampler", None)
                     if hasattr(sampler, "set_epoch"):
                         sampler.set_epoch(epochs.processed)
-                iter(data_fetcher(trainer))  # Lightning has made an iterator already, with other random numbers
-            for _ in range(0 if over else progress.current.processed):  # as the straight run has read them
+                iter(data_fetcher(trainer))  # Lightning has created an iterator from another random state
+            for _ in range(0 if over else progress.current.processed):  # as in the uninterrupted run
                 next(data_fetcher(trainer).iterator)
             self._begun = begun
         if not over or self._begun is None:
             set_random_state(state["now"], trainer.strategy.root_device)
 
     def begin_epoch(self, trainer: pl.Trainer) -> None:
-        """Keeps the random numbers from which the order of an epoch will be drawn."""
+        """Stores the random state from which the epoch's order will be drawn."""
         resuming = trainer.fit_loop.is_resuming
         if self._begun is not None and resuming:
-            return  # drawn already
+            return  # already drawn
         again = trainer.current_epoch > 0 and not resuming
         lazy = all(getattr(loader, "num_workers", 0) == 0 for loader in training_loaders(trainer))
         known = _can_draw_again(trainer) and (again or lazy)
@@ -94,7 +94,7 @@ class ResumeState:
 
 
 def unfinished_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-    """Returns the gradients accumulated so far in an unfinished optimizer step; none with several processes."""
+    """Returns accumulated gradients of an unfinished step; empty with several processes."""
     batches = batch_progress(trainer).current
     if trainer.world_size > 1 or batches.ready != batches.processed or not is_accumulating(trainer):
         return {}
@@ -102,14 +102,14 @@ def unfinished_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> 
 
 
 def _can_draw_again(trainer: pl.Trainer) -> bool:
-    """Returns whether no loader knows its place, and none is read ahead to see where it ends."""
+    """Returns whether the order can be drawn again: no stateful loaders and no read-ahead."""
     loaders = training_loaders(trainer)
     knows_end = data_fetcher(trainer).length is not None
     return bool(loaders) and knows_end and not any(hasattr(loader, "load_state_dict") for loader in loaders)
 
 
 def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Wraps the hooks of a module, once for all callbacks: the last ones before weights are loaded, and before training."""
+    """Wraps a module's checkpoint and training hooks, once for all callbacks."""
     if _WRAPPED in pl_module.__dict__:
         return
     load, save, start, epoch = (getattr(pl_module, name) for name in _HOOKS)
@@ -144,8 +144,7 @@ def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         resume.begin_epoch(pl_module.trainer)
 
     wrapped: list[Callable[..., None]] = [on_load_checkpoint, on_save_checkpoint, on_train_start, on_train_epoch_start]
-    # on the instance, and under names of hooks: Lightning calls the module's own last before weights are loaded, and before
-    # batches are read, where a callback's come earlier
+    # on the instance: Lightning calls the module's hooks after those of callbacks, right before it loads weights or reads batches
     pl_module.__dict__.update(zip(_HOOKS, wrapped, strict=True))
     pl_module.__dict__[_WRAPPED] = resume
 
@@ -164,7 +163,7 @@ def unwrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ResumeSt
 def add_resume_state(
     trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any], released: ResumeState | None = None
 ) -> None:
-    """Adds all of it to a checkpoint; callbacks call it too, for checkpoints that are saved after the fit or an error."""
+    """Adds shape, adapters, random state, and gradients to a checkpoint."""
     save_shape(pl_module, checkpoint)
     save_adapters(find_transformer(pl_module), checkpoint)
     resume = pl_module.__dict__.get(_WRAPPED, released)
@@ -175,7 +174,7 @@ def add_resume_state(
 
 
 def _shape_now(module: nn.Module) -> Shape | None:
-    """Returns the shape of the model in a module; None where it is made later."""
+    """Returns the shape of a module's model; None if the model does not exist yet."""
     try:
         return shape_of(find_transformer(module))
     except ValueError:
@@ -186,14 +185,14 @@ _LOAD = "load_checkpoint"
 
 
 def load_in_shape(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Has FSDP2's strategy load checkpoints into a model of their shape, until `load_as_before`; other strategies ask a hook."""
+    """Makes FSDP2's strategy restore shapes when loading; other strategies use a hook."""
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy) and _LOAD not in vars(strategy):
         vars(strategy)[_LOAD] = partial(_load, trainer, pl_module, strategy.load_checkpoint)
 
 
 def load_as_before(trainer: pl.Trainer) -> None:
-    """Gives the strategy its own method again."""
+    """Restores the strategy's own method."""
     vars(trainer.strategy).pop(_LOAD, None)
 
 
@@ -204,26 +203,31 @@ def _load(
     checkpoint_path: str | Path,
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
-    """Loads a checkpoint as the strategy does, once model and optimizers have its shape."""
+    """Restores the shape of model and optimizers, then loads a checkpoint."""
     record = _recorded(Path(trainer.strategy.broadcast(checkpoint_path)))
     as_it_is = isinstance(record, dict) and shape_of(find_transformer(pl_module)).to_dict() == record.get("shape")
-    if record is not None and not as_it_is:  # so that nothing is gathered in vain
-        reshard(pl_module)  # which a forward may have left gathered
+    if record is not None and not as_it_is:  # avoids gathering if the shape is the same
+        reshard(pl_module)  # a forward pass may have left it gathered
         if trainer.state.fn != TrainerFn.FITTING:
-            trainer.strategy.optimizers = []  # those of an earlier fit are of other parameters
-        names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        trained = [[names[parameter] for parameter in group["params"] if parameter in names] for group in groups]
+            trainer.strategy.optimizers = []  # an earlier run's optimizers have other parameters
+        names = dict[Tensor, str]()
+        for name, parameter in pl_module.named_parameters():
+            names[parameter] = name
+        groups, names_by_group = list[dict[str, Any]](), list[list[str]]()
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                groups.append(group)
+                names_by_group.append([names[parameter] for parameter in group["params"] if parameter in names])
         with gathered(pl_module, (), gradients=False, blockwise=True):
             load_shape(pl_module, {KEY: record})
-        now = dict(pl_module.named_parameters())
-        for group, names_in_group in zip(groups, trained, strict=True):  # no step has been taken, so there is no state to follow
-            group["params"][:] = [now[name] for name in names_in_group if name in now]
+        parameters = dict(pl_module.named_parameters())
+        for group, group_names in zip(groups, names_by_group, strict=True):  # no optimizer state exists before the first step
+            group["params"][:] = [parameters[name] for name in group_names if name in parameters]
     return load(checkpoint_path, weights_only=weights_only)
 
 
 def _recorded(path: Path) -> Any:  # noqa: ANN401 - what a file holds
-    """Returns what a checkpoint, a file or a folder of shards, says of its model; None of one that Lightning is to refuse."""
+    """Returns the shape record of a checkpoint; None if it cannot be read."""
     try:
         sharded = is_sharded_checkpoint(path)
         checkpoint = read_non_tensors(path) if sharded else torch.load(path, map_location="cpu", weights_only=True, mmap=True)

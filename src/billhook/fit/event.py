@@ -1,4 +1,4 @@
-"""Events in a fit: when they are due, what is measured and logged, and what a resumed fit knows of them."""
+"""Events during training: steps, validation, logging, and resuming."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -34,52 +34,54 @@ from billhook.schedules import Schedule
 Event = dict[str, Any]
 
 SIZES = ("params", "kv_cache_bytes", "sparsity")
-"""Figures of the model that loggers are given after each event, and once before all."""
+"""Metrics of the model that are logged before the first event and after each event."""
 UNLOGGED = ("zeros", "flops")
-"""Figures that records alone hold."""
+"""Metrics that are recorded but not logged."""
 
 
 class ShapeFollower(Callback, ABC):
-    """Keeps something in the sizes of the model's tensors, and follows when these change in the middle of a fit."""
+    """A callback with state in the shapes of the model's tensors, updated when shapes change."""
 
     @abstractmethod
     def follow(self) -> None:
-        """Takes the shape that the model has now."""
+        """Adapts the state to the model's new shape."""
 
 
 class LengthSetter(Callback, ABC):
-    """Sets the length of the fit, which others may need in their own `setup`."""
+    """A callback that sets the training length, which others may need in their own `setup`."""
 
     @abstractmethod
     def set_length(self, trainer: pl.Trainer) -> None:
-        """Sets the length; called again, it changes nothing."""
+        """Sets the training length; idempotent."""
 
 
 class EventFollower(Callback, ABC):
-    """Looks at the model before all events of a fit, and after each."""
+    """A callback that evaluates the model before the first event and after each event."""
 
     @abstractmethod
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Looks at the model as it is once it exists, before any event; called again in the fit, it does nothing."""
+        """Evaluates the model once it exists, before any event; idempotent."""
 
     @abstractmethod
     def on_event(self, trainer: pl.Trainer, event: Event) -> None:
-        """Looks at the model after an event, which it may add to."""
+        """Evaluates the model after an event and may add results to the event."""
 
 
 class EventCallback(Callback, ABC):
-    """Changes the model at given steps of a fit. Events are counted by step, measured, logged, and not repeated after a resume.
+    """A callback that changes the model at given steps.
+
+    Events are measured and logged, and are not repeated after a resume.
 
     Args:
-        calibration: The batches that events are decided on.
-        measure_batches: Validation batches to measure before and after each event; by default all of validation, 0 for none.
+        calibration: Calibration data for the events.
+        measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
     Attributes:
-        events: What has happened: for each event its number in the fit, its step, what was done, and figures before and after.
-        done: The last step by which all that was due has been done; -1 for none.
-        asked: The amount that was due by then.
-        start: Figures of the model before any event, at step 0, which the first callback of a fit keeps.
-        must_resume: True if its state says what it has done, so that a run cannot continue with another instead of it.
+        events: Events so far: number in the run, step, description, and metrics before and after.
+        last_event_step: The step of the last event; -1 before the first event.
+        last_target: The target amount of the last event.
+        start: Metrics before any event, stored by the first callback of the run.
+        must_resume: True if a resumed run cannot replace this callback by another of its class.
     """
 
     must_resume = True
@@ -94,7 +96,7 @@ class EventCallback(Callback, ABC):
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all events, when a fit begins."""
+        """Clears events at the start of training."""
         self.events: list[Event] = []
         self.last_event_step, self.last_target = -1, 0.0
         self.start: dict[str, float | None] = {}
@@ -102,44 +104,44 @@ class EventCallback(Callback, ABC):
 
     @abstractmethod
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raises `ValueError` if events cannot happen under the trainer's strategy, or next to its other callbacks."""
+        """Raises `ValueError` if the trainer's strategy or callbacks do not support the events."""
 
     @abstractmethod
     def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
-        """Returns from which step on how much is pruned in a fit of so many steps, None if that is not known."""
+        """Returns the target amount by step; `total` is the training length, if known."""
 
     @abstractmethod
     def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
-        """Does what is due, and sets `done` and `asked` as soon as it is done."""
+        """Applies the event of a step, and updates `last_event_step` and `last_target`."""
 
     @property
     def needs_data(self) -> bool:
-        """True if events take batches."""
+        """True if events use batches."""
         return False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Adds the shape to checkpoints, checks the trainer, and forgets an earlier fit."""
+        """Wraps checkpoint hooks, checks the trainer, and clears an earlier run."""
         if stage == "fit":
             check_takes_steps(trainer, type(self).__name__)
             self.check_trainer(trainer, pl_module)
             if [other.state_key for other in callbacks_of(trainer, type(self))].count(self.state_key) > 1:
-                raise ValueError(f"two {type(self).__name__} ({self.state_key}): one is enough, with a schedule")
+                raise ValueError(f"{type(self).__name__} ({self.state_key}) is listed twice. Use one callback with a schedule.")
             for follower in callbacks_of(trainer, EventFollower):
-                follower.begin(trainer, pl_module)  # even if it is later in the list
+                follower.begin(trainer, pl_module)  # also if it is listed later
         wrap_hooks(trainer, pl_module)
         self._resume, self._steps, self._last_step = None, {}, -1
-        if stage == "fit" and trainer.global_step == 0:  # otherwise the fit before continues
+        if stage == "fit" and trainer.global_step == 0:  # otherwise an earlier run continues
             self.reset()
         if stage == "fit" and callbacks_of(trainer, EventCallback)[0] is self and not is_dev_run(trainer):
             log_settings(trainer, [describe_callback(callback) for callback in callbacks_of(trainer, EventCallback)])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds the steps of the events."""
+        """Resolves the steps of the events."""
         steps = self.steps(training_steps(trainer), trainer)
         self._steps = remaining_rounds(steps, self.last_event_step, self.last_target, type(self).__name__)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Carries out what is due before the first step (after a resume: what the checkpoint had not yet)."""
+        """Applies events that are due before the first step, or that a resumed checkpoint lacks."""
         if self.needs_data:
             self.calibration.check(trainer)
         if callbacks_of(trainer, EventCallback)[0] is self and starts_fresh(trainer):
@@ -148,8 +150,8 @@ class EventCallback(Callback, ABC):
         self._run(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
-        """Carries out what is due at the step that has just been taken."""
-        if trainer.global_step != self._last_step:  # a batch of gradients that are only accumulated is no step
+        """Applies events that are due after an optimizer step."""
+        if trainer.global_step != self._last_step:  # gradient accumulation takes no step
             self._run(trainer, pl_module)
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,80 +160,80 @@ class EventCallback(Callback, ABC):
             self.apply_event(trainer, pl_module, due)
 
     def due(self, model: nn.Module, step: int) -> list[int]:
-        """Returns what is due at a step: of the moments that have come since the last event, the last one."""
+        """Returns the step of the event that is due, if any; earlier missed steps are skipped."""
         return [due for due in self._steps if self.last_event_step < due <= step][-1:]
 
     def pending_steps(self, model: nn.Module, step: int) -> list[int]:
-        """Returns the steps of the events that are still to come."""
+        """Returns the steps of pending events."""
         return [pending for pending in self._steps if pending > step]
 
     def metrics(self, model: nn.Module) -> dict[str, float | None]:
-        """Returns what else is told of the model at the start and at the end of a fit."""
+        """Returns further metrics of the model for the start and the end of training."""
         return {}
 
     def plots(self) -> Mapping[str, Any]:
-        """Returns figures of matplotlib that `Report` writes beside its own, by what they show."""
+        """Returns matplotlib figures that `Report` saves, by kind."""
         return {}
 
     def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
-        """Returns what validation logs of the model as it is."""
+        """Returns the validation metrics of the current model."""
         return measure(trainer, pl_module, self.measure_batches)
 
     def record_event(self, trainer: pl.Trainer, model: nn.Module, metrics: dict[str, float], change: Callable[[], str]) -> Event:
-        """Carries out a change, which says what was done; returns an event, which the caller measures afterwards and logs."""
+        """Applies a change, which returns its description, and returns a new event."""
         before = summary(model).numbers() | metrics
         what = change()
-        number = len(events_of(trainer))  # of a step, events of several callbacks come in any order
+        number = len(events_of(trainer))  # orders events of several callbacks at one step
         event: Event = {"number": number, "step": trainer.global_step, "what": what, "before": before, "after": {}}
         event["by"] = describe_callback(self)
-        self.events.append(event)  # it has happened, even if measuring fails
+        self.events.append(event)  # recorded even if measuring fails
         event["after"] |= summary(model).numbers()
         event["label"] = self.label(event)
         rank_zero_info(f"billhook, step {event['step']}: {what}")
         return event
 
     def label(self, event: Event) -> str:
-        """Returns a few words for an event, for tables, pictures and model cards; all of it is in `what`."""
+        """Returns a short label of an event for tables, plots, and model cards."""
         return str(event["what"])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warns if training has ended before all events."""
+        """Warns if training ended before all events."""
         if late := self.pending_steps(pl_module, trainer.global_step):
             rank_zero_warn(
-                f"{type(self).__name__}: training has ended at step {trainer.global_step}, before the event at step {max(late)}"
-                + (f", the last of {len(late)} that were still to come" if len(late) > 1 else "")
+                f"{type(self).__name__}: training ended at step {trainer.global_step}, before the event at step {max(late)}"
+                + (f" (the last of {len(late)} pending events)" if len(late) > 1 else "")
             )
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds how the model was trained, and the shape to checkpoints that are saved after the fit or after an error, too."""
+        """Adds the training record and, after training or an error, the shape."""
         add_resume_state(trainer, pl_module, checkpoint, self._resume)
         checkpoint[TRAINED] = self._validated | training_record(trainer)
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keeps what validation said before the stop, until it says something again."""
+        """Restores the last validation metrics, until the next validation."""
         noted = checkpoint.get(TRAINED, {})
         self._validated = {"metrics": noted["metrics"]} if "metrics" in noted else {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what has happened so far; the shape itself is in the LightningModule's part of the checkpoint."""
+        """Returns the events; the LightningModule saves the shape."""
         start = {"start": self.start} if self.start else {}
         return {"events": self.events, "done": self.last_event_step, "asked": self.last_target} | start
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what had happened."""
+        """Restores the events."""
         self.events, self.last_event_step, self.last_target = (
             current_names(state_dict)["events"],
             state_dict["done"],
             state_dict["asked"],
         )
-        self.start = state_dict.get("start", {})  # an older billhook noted none
+        self.start = state_dict.get("start", {})  # older versions wrote none
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leaves the LightningModule as it was found."""
+        """Removes all hooks."""
         self.release_masks(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leaves the LightningModule as it was found (Lightning does not call `teardown` then)."""
+        """Removes all hooks, because Lightning does not call `teardown` after an error."""
         self.release_masks(trainer, pl_module)
 
     def release_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -241,7 +243,7 @@ class EventCallback(Callback, ABC):
 
 
 def events_of(trainer: pl.Trainer) -> list[Event]:
-    """Returns what has happened in a fit, one after the other."""
+    """Returns the events of a run in order."""
     events = [event for callback in callbacks_of(trainer, EventCallback) for event in callback.events]
     return sorted(events, key=lambda event: (event["step"], event["number"]))
 
@@ -256,68 +258,73 @@ def percent_change(event: Event, name: str = "params") -> str:
 
 
 def record_not_refitted(event: Event, what: str) -> None:
-    """Notes what was cut and not refitted, and why, and says it."""
+    """Records and logs which pruned layers were not refitted, and why."""
     if what:
         event["not_refitted"] = what
         rank_zero_info(f"billhook, step {event['step']}: {what}")
 
 
 def starts_fresh(trainer: pl.Trainer) -> bool:
-    """Tells whether a fit has taken no step, and goes on from no checkpoint."""
+    """Returns whether training is before its first step and not resumed."""
     return trainer.global_step == 0 and trainer.ckpt_path is None and not is_tuning(trainer)
 
 
 def start_metrics(trainer: pl.Trainer) -> dict[str, float | None]:
-    """Returns the figures of the model before any event; none if nothing noted them."""
+    """Returns the recorded metrics of the model before any event."""
     return {name: value for callback in callbacks_of(trainer, EventCallback) for name, value in callback.start.items()}
 
 
 def metrics_of_callbacks(trainer: pl.Trainer, model: nn.Module) -> dict[str, float | None]:
-    """Returns what callbacks tell of a model besides its size."""
-    figures = dict[str, float | None]()
+    """Returns further metrics of a model from all callbacks."""
+    metrics = dict[str, float | None]()
     for callback in callbacks_of(trainer, EventCallback):
-        figures |= callback.metrics(model)
-    return figures
+        metrics |= callback.metrics(model)
+    return metrics
 
 
-def record_start(trainer: pl.Trainer, figures: Mapping[str, float | None]) -> None:
-    """Notes figures of the model before any event, once each, and gives them to loggers, whose curves begin with them."""
+def record_start(trainer: pl.Trainer, metrics: Mapping[str, float | None]) -> None:
+    """Records and logs metrics of the model before any event, each once."""
     known = start_metrics(trainer)
-    new = {name: value for name, value in figures.items() if name not in known}
+    new = {name: value for name, value in metrics.items() if name not in known}
     for first in callbacks_of(trainer, EventCallback)[:1]:
         first.start |= new
         log_metrics(trainer, {name: value for name, value in new.items() if name not in UNLOGGED})
 
 
 def log_event(trainer: pl.Trainer, event: Event) -> None:
-    """Gives every logger the figures of an event, and the event to who follows."""
+    """Logs the metrics of an event and notifies event followers."""
     before, after = event["before"], event["after"]
     numbers = {key: after[key] for key in SIZES if key in after}
     for key in sorted(before.keys() & after.keys() - {*SIZES, *UNLOGGED}):
         numbers |= {f"{key}_before": before[key], f"{key}_after": after[key]}
     if event["number"] == 0 and starts_fresh(trainer):
         record_start(trainer, before)
-    if event["step"] or trainer.ckpt_path is None:  # of a run that is resumed, what comes before training is logged already
+    if event["step"] or trainer.ckpt_path is None:  # a resumed run has already logged what comes before training
         log_metrics(trainer, numbers)
     for follower in callbacks_of(trainer, EventFollower):
         follower.on_event(trainer, event)
 
 
-BESIDE = {"self", "measure_batches", "plot_file", "metric"}
-"""Parameters that do not decide what is done."""
+UNRECORDED = {"self", "measure_batches", "plot_file", "metric"}
+"""Parameters that do not affect the model."""
 
 
 def describe_callback(callback: Callback) -> dict[str, Any]:
-    """Returns the name of a callback's class as `callback`, and what is set of its settings; data by where it comes from."""
-    beside = BESIDE | ({"calibration"} if getattr(callback, "needs_data", None) is False else set())
-    parameters = inspect.signature(type(callback).__init__).parameters
-    settings = {name: getattr(callback, name, None) for name in parameters if name not in beside}
-    if any(isinstance(value, Schedule) for name, value in settings.items() if name != "at"):
-        settings.pop("at", None)  # the schedule says when
-    plain = {name: _plain(value) for name, value in settings.items() if value is not None}
-    # what is switched off by default is not told
-    plain = {name: value for name, value in plain.items() if value or value != (parameters[name].default or value)}
-    return {"callback": type(callback).__name__} | plain
+    """Returns the class name of a callback as `callback`, and its settings as plain data."""
+    unrecorded = UNRECORDED | ({"calibration"} if getattr(callback, "needs_data", None) is False else set())
+    parameters, settings = inspect.signature(type(callback).__init__).parameters, dict[str, Any]()
+    follows_schedule = False
+    for name in parameters:
+        value = getattr(callback, name, None)
+        if name in unrecorded or value is None:
+            continue
+        follows_schedule |= isinstance(value, Schedule) and name != "at"
+        plain = _plain(value)
+        if plain or plain != (parameters[name].default or plain):  # options that are off by default are not recorded
+            settings[name] = plain
+    if follows_schedule:
+        settings.pop("at", None)  # the schedule determines the steps
+    return {"callback": type(callback).__name__} | settings
 
 
 def _plain(value: object) -> Any:  # noqa: ANN401 - plain data of any kind
@@ -333,7 +340,7 @@ def _plain(value: object) -> Any:  # noqa: ANN401 - plain data of any kind
 
 
 def _words(value: object) -> str:
-    """Says an object as its class prints it, a dataclass by what is set, or the class's name where that is an address."""
+    """Describes an object: a dataclass by its settings, or its string, or its class name."""
     kind = type(value)
     if is_dataclass(value) and kind.__str__ is object.__str__:
         shown = [(field, getattr(value, field.name)) for field in fields(value) if field.repr]

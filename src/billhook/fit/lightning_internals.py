@@ -1,4 +1,4 @@
-"""Private names of Lightning, and places in its loops that it does not document: they are used in this file alone.
+"""Private and undocumented names of Lightning, used only in this file.
 
 `tests/fit/test_lightning_internals.py` checks that each of them still exists.
 """
@@ -13,29 +13,29 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def forks_or_spawns(trainer: pl.Trainer) -> bool:
-    """Returns whether the fit runs in processes that give back nothing but weights."""
+    """Returns whether processes are forked or spawned and return only weights."""
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def averaging_callbacks(trainer: pl.Trainer) -> list[tuple[Callback, nn.Module | None]]:
-    """Finds the callbacks that average weights, each with its copy of the model, None before there is one."""
+    """Returns callbacks that average weights, each with its copy of the model, if it exists."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     copies = [(callback, callback._average_model) for callback in callbacks if hasattr(callback, "_average_model")]
     return [(callback, copy.module if isinstance(copy, AveragedModel) else copy) for callback, copy in copies]
 
 
 def is_tuning(trainer: pl.Trainer) -> bool:
-    """Returns whether a `Tuner` looks for a learning rate or a batch size in this fit, which it undoes afterwards."""
+    """Returns whether a `Tuner` runs this to find a learning rate or a batch size."""
     return any(getattr(callback, "_early_exit", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def communication_state(trainer: pl.Trainer) -> object:
-    """Returns what the communication hook of DDP keeps between steps."""
+    """Returns the state of DDP's communication hook."""
     return getattr(trainer.strategy, "_ddp_comm_state", None)
 
 
 def set_length(trainer: pl.Trainer, steps: int) -> None:
-    """Sets how many optimizer steps the fit takes."""
+    """Sets the number of optimizer steps."""
     trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = steps, -1
 
 
@@ -47,7 +47,7 @@ def to_device(trainer: pl.Trainer, batch: Any, loader: int = 0) -> Any:  # noqa:
 
 
 def validation_loaders(trainer: pl.Trainer) -> Any:  # noqa: ANN401
-    """Returns Lightning's `CombinedLoader` of the validation; None where the run has no validation."""
+    """Returns Lightning's `CombinedLoader` for validation; None without validation."""
     loop = trainer.fit_loop.epoch_loop.val_loop
     if trainer.enable_validation:
         loop.setup_data()
@@ -55,35 +55,38 @@ def validation_loaders(trainer: pl.Trainer) -> Any:  # noqa: ANN401
 
 
 def is_sequential(loaders: Any) -> bool:  # noqa: ANN401
-    """Returns whether a `CombinedLoader` reads its loaders one after another."""
+    """Returns whether a `CombinedLoader` reads its loaders sequentially."""
     return bool(loaders._mode == "sequential")
 
 
 def training_loaders(trainer: pl.Trainer) -> list[Any]:
-    """Returns the loaders of the training, none before there are any."""
+    """Returns the training loaders; empty before they exist."""
     loaders = trainer.fit_loop._combined_loader
     return [] if loaders is None else list(loaders.flattened)
 
 
 def drop_training_loaders(trainer: pl.Trainer) -> None:
-    """Has Lightning ask for the training loaders again."""
+    """Makes Lightning create the training loaders again."""
     trainer.fit_loop._combined_loader = None
 
 
 def logged_step(trainer: pl.Trainer) -> int:
-    """Returns the step under which Lightning logs now: the one that has just been taken counts once its figures are logged."""
+    """Returns the step at which Lightning logs its metrics now."""
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
 def initial_hyperparameters(trainer: pl.Trainer) -> dict[str, Any]:
-    """Returns what Lightning logs as hyperparameters of the module and of the data module, once it begins to fit."""
-    owners = [owner for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)) if owner is not None]
-    hyperparameters = {name: value for owner in owners if owner._log_hyperparams for name, value in owner.hparams_initial.items()}
-    return {name: value for name, value in hyperparameters.items() if name != "_class_path"}
+    """Returns the hyperparameters of module and data module that Lightning logs at the start."""
+    hyperparameters = dict[str, Any]()
+    for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)):
+        if owner is not None and owner._log_hyperparams:
+            hyperparameters |= owner.hparams_initial
+    hyperparameters.pop("_class_path", None)
+    return hyperparameters
 
 
 def data_fetcher(trainer: pl.Trainer) -> Any:  # noqa: ANN401
-    """Returns Lightning's reader of the epoch: its `iterator`, and `length`, None where it reads ahead to see the end."""
+    """Returns Lightning's data fetcher; its `length` is None if it reads ahead."""
     return trainer.fit_loop._data_fetcher
 
 
@@ -98,6 +101,6 @@ def is_accumulating(trainer: pl.Trainer) -> bool:
 
 
 def saved_progress(checkpoint: dict[str, Any]) -> dict[str, int]:
-    """Returns the part of a checkpoint that says how many batches of the epoch have been used."""
+    """Returns the batch counts of the epoch in a checkpoint."""
     batches: dict[str, int] = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
     return batches

@@ -1,4 +1,4 @@
-"""Finds the tokenizer or processor of a fit, which a checkpoint needs beside the weights."""
+"""Finds the tokenizer or processor of a training run, for saving with the checkpoint."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -14,53 +14,53 @@ from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
 
 NAMES = ("processor", "tokenizer", "image_processor", "feature_extractor")
-"""Attributes of data modules, which may load what they hold when they are first asked."""
+"""Attributes of data modules; properties may load on first access."""
 DEPTH = 4
-"""How far a loader's `collate_fn` and data set are followed."""
+"""Search depth in a loader's `collate_fn` and dataset."""
 SHORT = 16
-"""The longest list that is looked through."""
+"""Maximum length of a list to search."""
 
 
 def find_preprocessors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Preprocessor]:
-    """Finds what made the batches of text, images or sound, or else what lies beside the model that training started from.
+    """Returns the tokenizer or processor that created the batches, or else the base model's.
 
-    It is looked for in the data module, in the module, and in what the loaders collate and read with.
+    Searches the data module, the module, and the loaders' `collate_fn` and dataset, in this order.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     named = list[object]()
     for name in NAMES:
-        with suppress(ValueError, OSError):  # a data module that cannot load it
+        with suppress(ValueError, OSError):  # the data module cannot load it
             named.append(getattr(data, name, None))
     read = [getattr(loader, name, None) for loader in training_loaders(trainer) for name in ("collate_fn", "dataset")]
     for owners, depth in ((named, 0), ([data], 2), ([pl_module], 2), (read, DEPTH)):
         seen = set[int]()
-        if preprocessors := [preprocessor for owner in owners for preprocessor in _held(owner, depth, seen)]:
-            return _one_of_each(preprocessors)
+        if preprocessors := [preprocessor for owner in owners for preprocessor in _find_in(owner, depth, seen)]:
+            return _select(preprocessors)
     origin = find_transformer(pl_module).config.name_or_path
-    with suppress(Exception):  # transformers raises all kinds
+    with suppress(Exception):  # transformers raises many types
         return [load_preprocessor(str(origin))] if origin else []
     return []
 
 
-def _held(owner: object, depth: int, seen: set[int]) -> Iterator[Preprocessor]:
-    """Yields the preprocessors that an object has, or a function makes use of."""
+def _find_in(owner: object, depth: int, seen: set[int]) -> Iterator[Preprocessor]:
+    """Yields the preprocessors that an object or function refers to."""
     if isinstance(owner, Preprocessor):
         yield owner
     elif depth and id(owner) not in seen:
         seen.add(id(owner))
-        for part in _parts(owner):
-            yield from _held(part, depth - 1, seen)
+        for part in _references(owner):
+            yield from _find_in(part, depth - 1, seen)
 
 
-def _parts(owner: object) -> Iterable[object]:
-    """Returns what an object refers to: its attributes, a function's variables, what is bound, partial, or in a short list."""
+def _references(owner: object) -> Iterable[object]:
+    """Returns an object's attributes, closure variables, arguments, and items."""
     if isinstance(owner, partial):
         return owner.func, *owner.args, *owner.keywords.values()
     if isinstance(owner, MethodType):
         return owner.__self__, owner.__func__
     if isinstance(owner, FunctionType):
         cells = dict(zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True))
-        with suppress(ValueError):  # a cell that is empty still
+        with suppress(ValueError):  # an empty cell
             cells = {name: cell.cell_contents for name, cell in cells.items()}
         return *cells.values(), *(owner.__globals__.get(name) for name in owner.__code__.co_names)
     if isinstance(owner, dict | list | tuple):
@@ -71,8 +71,8 @@ def _parts(owner: object) -> Iterable[object]:
     return [] if of_torch else list(getattr(owner, "__dict__", {}).values())
 
 
-def _one_of_each(preprocessors: list[Preprocessor]) -> list[Preprocessor]:
-    """Returns a processor, which holds the others, or else a tokenizer and one for images or sound."""
+def _select(preprocessors: list[Preprocessor]) -> list[Preprocessor]:
+    """Returns a processor, or else a tokenizer and an image or audio preprocessor."""
     for preprocessor in preprocessors:
         if isinstance(preprocessor, ProcessorMixin):
             return [preprocessor]

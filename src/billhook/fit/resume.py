@@ -1,4 +1,4 @@
-"""Restores a model's shape from a Lightning checkpoint, and handles the state of callbacks that a run does not have."""
+"""Restores shapes from Lightning checkpoints; handles state of missing callbacks."""
 
 from functools import partial
 from io import BytesIO
@@ -23,30 +23,30 @@ from billhook.model.find import find_transformer
 from billhook.units.gates import zero_units
 
 LARGE = "optimizer_states", "callbacks", "current_model_state"
-"""What checkpoints hold beside weights that may be as large; modules see it, and Lightning needs none of it to make one."""
+"""Large checkpoint entries besides weights, which Lightning does not need to create a module."""
 ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
 
 
 class ShapeInCheckpoint:
-    """For a LightningModule that holds a Hugging Face model: its checkpoints carry the shape, and loading them restores it.
+    """Mixin for LightningModules: checkpoints save and restore the model's shape.
 
-    Callbacks that change shapes do this for any module in a fit; with this class before `LightningModule` among the bases,
-    `load_from_checkpoint` does it too.
+    Callbacks that change shapes do this for any module during training. With this class before `LightningModule` among the bases,
+    `load_from_checkpoint` does it, too.
 
     >>> import billhook as bh, lightning.pytorch as pl
     >>> class Module(bh.training.ShapeInCheckpoint, pl.LightningModule):
-    ...     '''Holds a Hugging Face model and trains it.'''
+    ...     '''Trains a Hugging Face model.'''
     """
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the shape, and the scaling of LoRA."""
+        """Adds the shape and the scaling of LoRA."""
         assert isinstance(self, nn.Module)
         save_shape(self, checkpoint)
         save_adapters(find_transformer(self), checkpoint)
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Sets the shape before weights are loaded; heads that are masked in the checkpoint are masked in the module, too."""
+        """Restores shape and masked heads before weights are loaded."""
         assert isinstance(self, nn.Module)
         load_shape(self, checkpoint)
         prepare_for_weights(self, getattr(self, "_trainer", None), checkpoint)
@@ -54,26 +54,26 @@ class ShapeInCheckpoint:
 
 
 def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **options: Any) -> ModuleT:  # noqa: ANN401
-    """Calls `kind.load_from_checkpoint(checkpoint_path, **options)`, also where callbacks have changed the model's shape.
+    """Loads a LightningModule from a checkpoint with changed shapes.
 
-    `TransformerModule`, and a class with `ShapeInCheckpoint` among its bases, can do it themselves; any other class of a
-    LightningModule that holds a Hugging Face model needs this. Heads that the checkpoint has masked do nothing in the module.
+    Use it for any LightningModule with a Hugging Face model. `TransformerModule` and classes with the `ShapeInCheckpoint` mixin
+    do not need it. Heads that the checkpoint masks are zeroed.
 
     Args:
-        kind: The class of the module.
-        checkpoint_path: The checkpoint: a file, or the folder of a sharded one, which needs no process group. It is read a tensor
-            at a time into the module.
-        **options: What the class and Lightning's `load_from_checkpoint` take.
+        kind: Class of the module.
+        checkpoint_path: Checkpoint file, or folder of a sharded checkpoint (no process group needed). Tensors are loaded one at a
+            time.
+        **options: Arguments of the class and of Lightning's `load_from_checkpoint`.
 
     Returns:
-        A module of that class.
+        A module of class `kind`.
 
     Example:
         >>> import billhook as bh
         >>> bh.training.load_from_checkpoint(bh.TransformerModule, "run.ckpt")  # doctest: +SKIP
 
     Raises:
-        ValueError: If the checkpoint holds another model than the class makes.
+        ValueError: If the checkpoint's model differs from the model that the class creates.
     """
     check_types(load_from_checkpoint, locals())
     path = Path(checkpoint_path)
@@ -83,19 +83,19 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
         source, shaped = _tensors_later(checkpoint)
     bases = (kind,) if issubclass(kind, shaped) else (shaped, kind)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    made: Any = type(kind.__name__, bases, names)
-    module = cast(ModuleT, made.load_from_checkpoint(source, **options))
-    module.__class__ = kind  # Lightning makes the module and loads into it in one call, of the class that is asked
+    subclass: Any = type(kind.__name__, bases, names)
+    module = cast(ModuleT, subclass.load_from_checkpoint(source, **options))
+    module.__class__ = kind  # Lightning creates the module and loads it in one call, of the class that it is called on
     return module
 
 
 def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
-    """Maps a checkpoint that is a file, and notes in the options where Lightning would put its tensors; None of other files."""
+    """Memory-maps a checkpoint file and sets `map_location`; None if it cannot."""
     requested, locations = options.get("map_location"), dict[int, str]()
     if not is_zipfile(path) or not (requested is None or isinstance(requested, str | torch.device)):
         return None
 
-    # torch calls it for each storage with the device that the tensor was on; one that returns the storage leaves it mapped
+    # torch calls it for each storage with its original device; returning the storage keeps it mapped
     def note(storage: Any, location: str) -> Any:  # noqa: ANN401 - one of torch's kinds of storage
         locations[storage.data_ptr()] = location
         return storage
@@ -103,9 +103,10 @@ def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     checkpoint = torch.load(path, map_location=note, mmap=True, weights_only=options.get("weights_only"))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(TENSORS), dict):
         return None
-    plain = {
-        name: tensor for name, tensor in checkpoint[TENSORS].items() if type(tensor) is Tensor and tensor.layout == torch.strided
-    }
+    plain = dict[str, Tensor]()
+    for name, tensor in checkpoint[TENSORS].items():
+        if type(tensor) is Tensor and tensor.layout == torch.strided:
+            plain[name] = tensor
     if requested is None:
         saved = [locations.get(tensor.untyped_storage().data_ptr(), "cpu") for tensor in plain.values()]
         options["map_location"] = next(filter(_is_there, saved), "cpu")
@@ -114,20 +115,22 @@ def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _is_there(location: str) -> bool:
-    """Tells whether tensors that were saved on a device can come back to it."""
+    """Returns whether a saved tensor's device is available."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator is not None and torch.device(location).type == accelerator.type
 
 
 def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInCheckpoint]]:
-    """Returns what Lightning loads of a checkpoint whose tensors are unread, and a class for modules to take them."""
+    """Returns a checkpoint with empty tensors, and a mixin that loads the real tensors."""
     state, source = checkpoint[TENSORS], BytesIO()
-    later = {key: checkpoint[key] for key in LARGE if key in checkpoint}
+    later, first = dict[str, Any](), dict[str, Any]()
+    for key, value in checkpoint.items():
+        (later if key in LARGE else first)[key] = value
     placed = {name: torch.empty(0) if isinstance(tensor, DeferredTensor) else tensor for name, tensor in state.items()}
-    torch.save({key: tensor for key, tensor in checkpoint.items() if key not in later} | {TENSORS: placed}, source)
+    torch.save(first | {TENSORS: placed}, source)
     source.seek(0)
 
-    # Lightning moves what it loads to a device at once: it moves an empty tensor, which then says where the unread one goes
+    # Lightning moves loaded tensors to a device at once: it moves empty tensors, whose device the real ones then follow
     class Later(ShapeInCheckpoint):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             placed = checkpoint[TENSORS]
@@ -141,26 +144,25 @@ def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInChe
 
 
 def unclaimed_states(trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Returns the states of callbacks, by key, that no callback of a run restores."""
+    """Returns callback states of a checkpoint that no callback of this run restores."""
     taken = set() if trainer is None else {callback.state_key for callback in callbacks_of(trainer, Callback)}
     return {key: state for key, state in (checkpoint.get("callbacks") or {}).items() if key not in taken}
 
 
 def check_callbacks(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Refuses to continue with a callback instead of another of its kind, whose state would be lost."""
+    """Raises `ValueError` if a callback replaces another of its class."""
     others, states = unclaimed_states(trainer, checkpoint), checkpoint.get("callbacks") or {}
     for callback in callbacks_of(trainer, Callback):
         named = [key for key in others if key.startswith(f"{type(callback).__qualname__}{{")]
         if getattr(callback, "must_resume", False) and callback.state_key not in states and named:
             raise ValueError(
-                f"the checkpoint is of a run with {', '.join(named)}, and this run has {callback.state_key} in its place, which "
-                "does not know what has been done: go on with the arguments of that run, or begin a new fit with the weights "
-                "alone (bh.training.load_from_checkpoint)"
+                f"the checkpoint's run has {', '.join(named)}, but this run has {callback.state_key} instead. Use the arguments "
+                "of that run, or start a new run from its weights (bh.training.load_from_checkpoint)."
             )
 
 
 def prepare_for_weights(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
-    """Prepares for the weights of a checkpoint, once the model has its shape: masked heads, and the place in the data."""
+    """Prepares masked heads and data position before weights are loaded."""
     _restore_masks(module, trainer, checkpoint)
     fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
     fit_checkpoint = getattr(trainer.datamodule, "fit_checkpoint", None) if fits else None  # type: ignore[union-attr]
@@ -169,11 +171,11 @@ def prepare_for_weights(module: nn.Module, trainer: pl.Trainer | None, checkpoin
 
 
 def _restore_masks(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
-    """Zeroes the weights that read heads masked in a checkpoint, once they are loaded, if no callback masks these heads again.
+    """Zeroes consumer weights of masked heads after loading, if no callback masks them.
 
-    It warns where training continues without the callback that held masks.
+    Warns if training continues without the callback that enforced masks.
     """
-    lost, masked = dict[str, str](), checkpoint.get(MASKED)  # what nobody masks, by the callback that did
+    lost, masked = dict[str, str](), checkpoint.get(MASKED)  # kind of masks by callback, if the run lacks it
     for key, state in unclaimed_states(trainer, checkpoint).items():
         if isinstance(state, dict) and (state.get("heads") or state.get("masks")):
             lost[key] = "heads" if state.get("heads") else "weights"
@@ -191,6 +193,6 @@ def _restore_masks(module: nn.Module, trainer: pl.Trainer | None, checkpoint: di
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
         for key, what in lost.items():
             rank_zero_warn(
-                f"the checkpoint is of a run with {key}, which this run lacks: the {what} that it has masked are zero, and "
-                "nothing keeps them so when training goes on"
+                f"the checkpoint's run has {key}, which this run lacks. The {what} that it masked are zero, but training will "
+                "change them."
             )

@@ -1,4 +1,4 @@
-"""Facts of a fit: its length, its callbacks, its strategy, when its model is there, and how it was trained."""
+"""Properties of a training run: length, callbacks, strategy, model creation, and record."""
 
 import math
 import os
@@ -26,25 +26,25 @@ CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
 def training_steps(trainer: pl.Trainer) -> int | None:
-    """Returns the optimizer steps from the start of training to its end; None where nothing bounds it."""
+    """Returns the total number of optimizer steps; None if it is unknown."""
     if not trainer.lightning_module.automatic_optimization and trainer.max_epochs != -1:
-        return None  # the module may step its optimizers any number of times in a batch
+        return None  # the module may take any number of steps per batch
     steps = trainer.estimated_stepping_batches
     return None if steps == float("inf") or steps < 0 else int(steps)
 
 
 def callbacks_of(trainer: pl.Trainer, kind: type[CallbackT]) -> list[CallbackT]:
-    """Returns the callbacks of one kind, in the trainer's order."""
+    """Returns the callbacks of a class, in the trainer's order."""
     return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
 
 
 def is_dev_run(trainer: pl.Trainer) -> bool:
-    """Returns whether this is a `fast_dev_run`, a step or two to try everything out."""
+    """Returns whether this is a `fast_dev_run`."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
 def check_takes_steps(trainer: pl.Trainer, what: str) -> None:
-    """Refuses a fit that takes no step, in which Lightning calls none of the hooks that `what` needs."""
+    """Raises `ValueError` if training takes no step, so that hooks are not called."""
     limits = {
         "max_steps": trainer.max_steps,
         "max_epochs": trainer.max_epochs,
@@ -52,76 +52,72 @@ def check_takes_steps(trainer: pl.Trainer, what: str) -> None:
     }
     if none := next((name for name, value in limits.items() if value == 0), None):
         raise ValueError(
-            f"{none}=0: a fit that takes no step prunes, converts and saves nothing, so {what} has no effect: take one step at "
-            "least, or do it without training (`billhook prune`, bh.prune, bh.convert_kv_heads, bh.save)"
+            f"{none}=0 takes no training step, so {what} has no effect. Train for at least one step, or use `billhook prune`, "
+            "bh.prune, bh.convert_kv_heads, or bh.save without training."
         )
 
 
 @contextmanager
 def isolated_rng() -> Iterator[None]:
-    """Restores random numbers afterwards, also after an error, where Lightning's own `isolate_rng` does not."""
+    """Restores random state afterward, also after an error, unlike Lightning's `isolate_rng`."""
     rng = isolate_rng()
     rng.__enter__()
     try:
         yield
     finally:
-        rng.__exit__(None, None, None)  # as if nothing had been raised
+        rng.__exit__(None, None, None)  # without the exception, so that it restores
 
 
-FIRST = "prune or convert first (billhook on one device), then train the result"
+FIRST = "prune or convert first on one device and train the result"
 
 
 def check_masking_strategy(trainer: pl.Trainer, name: str) -> None:
-    """Refuses strategies under which a callback cannot mask weights."""
+    """Raises `ValueError` if the strategy does not support masks."""
     is_sharded = check_strategy(trainer, name)
     averaging = [type(callback).__name__ for callback, _ in averaging_callbacks(trainer)]
     if is_sharded and averaging:
-        raise ValueError(
-            f"{name} under ModelParallelStrategy cannot mask the copy that {averaging[0]} keeps: leave {averaging[0]} out"
-        )
+        raise ValueError(f"{name} under ModelParallelStrategy cannot mask the copy of {averaging[0]}. Remove {averaging[0]}.")
 
 
 def check_learning_strategy(trainer: pl.Trainer, name: str) -> None:
-    """Refuses strategies and callbacks under which a callback cannot learn masks."""
+    """Raises `ValueError` if the strategy or a callback does not support learned masks."""
     if isinstance(trainer.strategy, ModelParallelStrategy):
         raise ValueError(
-            f"{name} chooses masks of whole weights at each step, and ModelParallelStrategy shards them: use one device or "
-            "DDP, or WeightPruning"
+            f"{name} does not support ModelParallelStrategy, because masks need unsharded weights at each step. Use one device, "
+            "DDP, or WeightPruning."
         )
     if averaging := [type(callback).__name__ for callback, _ in averaging_callbacks(trainer)]:
-        raise ValueError(
-            f"{name} masks what runs see of weights, and not the copy that {averaging[0]} keeps: leave one of them out"
-        )
+        raise ValueError(f"{name} cannot mask the copy of {averaging[0]}. Remove one of them.")
 
 
 def check_reshaping_strategy(trainer: pl.Trainer, name: str) -> None:
-    """Refuses strategies under which a callback cannot change shapes."""
+    """Raises `ValueError` if the strategy does not support shape changes."""
     check_strategy(trainer, name)
     if forks_or_spawns(trainer):
         raise ValueError(
-            f"{name} changes shapes, and processes that are forked or spawned (ddp_notebook, ddp_fork, ddp_spawn) give back "
-            f"nothing but weights, which the model they came from cannot take then: use strategy='ddp' in a script, or {FIRST}"
+            f"{name} does not support ddp_notebook, ddp_fork, and ddp_spawn, whose processes return weights without shapes. Use "
+            f"strategy='ddp' in a script, or {FIRST}."
         )
 
 
 def check_strategy(trainer: pl.Trainer, name: str) -> bool:
-    """Refuses strategies under which no callback works; returns whether the fit is sharded by FSDP2."""
+    """Raises `ValueError` for unsupported strategies; returns whether the strategy is FSDP2."""
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy):
         if (size := strategy.device_mesh["tensor_parallel"].size()) > 1:
             raise ValueError(
-                f"{name} works where data is parallel, not where tensors are: tensor_parallel_size={size} must be 1, as in "
-                f"ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1); or {FIRST}"
+                f"tensor_parallel_size={size} is not supported by {name}. Use ModelParallelStrategy(data_parallel_size="
+                f"{trainer.world_size}, tensor_parallel_size=1), or {FIRST}."
             )
         return True
     if isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
         return False
-    reason = ", which flattens the parameters of a layer into one (FSDP1)" if isinstance(strategy, FSDPStrategy) else ""
+    reason = ", which flattens parameters (FSDP1)" if isinstance(strategy, FSDPStrategy) else ""
     if isinstance(strategy, DeepSpeedStrategy):
-        reason = ", which keeps weights and optimizer states in an engine of its own"
+        reason = ", which manages weights and optimizer state itself"
     raise ValueError(
-        f"{name} works on one device, under DDP, and under ModelParallelStrategy (FSDP2); the strategy is "
-        f"{type(strategy).__name__}{reason}. Use one of these, or {FIRST}"
+        f"{name} does not support {type(strategy).__name__}{reason}. Use one device, DDP, or ModelParallelStrategy (FSDP2), or "
+        f"{FIRST}."
     )
 
 
@@ -130,9 +126,9 @@ _HOOK = "configure_model"
 
 
 def once_model_exists(pl_module: pl.LightningModule, step: Callable[[], None]) -> None:
-    """Takes a step at once where there is a Hugging Face model, else right after `configure_model`.
+    """Calls `step` now if the model exists, or else right after `configure_model`.
 
-    That is after the module's `setup`, and before checkpoints are loaded, strategies wrap the model and optimizers are made.
+    That is after the module's `setup`, and before checkpoints are loaded, strategies wrap the model, and optimizers are created.
     """
     if any(isinstance(module, PreTrainedModel) for module in pl_module.modules()):
         step()
@@ -144,19 +140,19 @@ def once_model_exists(pl_module: pl.LightningModule, step: Callable[[], None]) -
 
 
 def drop_pending(pl_module: pl.LightningModule) -> None:
-    """Drops the steps that still wait, and restores the module's hook."""
+    """Drops pending calls and restores the module's hook."""
     if vars(pl_module).pop(_WAITING, None) is not None:
         del vars(pl_module)[_HOOK]
 
 
 def _configure(pl_module: pl.LightningModule, configure: Callable[[], None]) -> None:
-    """Makes the model, and takes the steps that wait for it."""
+    """Creates the model and makes the pending calls."""
     configure()
     steps = vars(pl_module)[_WAITING]
     drop_pending(pl_module)
     before = TorchState.now()
     try:
-        with torch.device("cpu"):  # Lightning has set a device and a dtype for new models, which are not for what steps compute
+        with torch.device("cpu"):  # undoes the default device and dtype that Lightning sets for new models
             TorchState(gradients=before.gradients, precision=before.precision, autocast=before.autocast).restore()
             for step in steps:
                 step()
@@ -165,23 +161,25 @@ def _configure(pl_module: pl.LightningModule, configure: Callable[[], None]) -> 
 
 
 def training_record(trainer: pl.Trainer) -> dict[str, Any]:
-    """Returns data, seed, precision and devices of a fit as `training`, and the last figures of its validation as `metrics`."""
+    """Returns the run's settings as `training` and last validation metrics as `metrics`."""
     data = getattr(getattr(trainer, "datamodule", None), "data", None)
-    seed = os.environ.get("PL_GLOBAL_SEED", "")  # of `seed_everything`, in this process or the one that started it
+    seed = os.environ.get("PL_GLOBAL_SEED", "")  # set by `seed_everything`, also in a parent process
     training = {
         "data": without_folders(data) if _names(data) else None,
         "seed": int(seed) if seed.isdigit() else None,
         "precision": str(trainer.precision),
         "devices": trainer.world_size,
     }
-    figures = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val")}
-    metrics = {name: value for name, value in figures.items() if math.isfinite(value)}
-    facts = {"training": {name: value for name, value in training.items() if value is not None}}
+    facts: dict[str, Any] = {"training": {name: value for name, value in training.items() if value is not None}}
+    metrics = dict[str, float]()
+    for name, value in trainer.callback_metrics.items():
+        if name.startswith("val") and math.isfinite(value):
+            metrics[name] = float(value)
     return facts | ({"metrics": metrics} if metrics else {})
 
 
 def _names(data: object) -> bool:
-    """Tells whether data is named, and not, or only in part, an object of `datasets`, which may be a dictionary."""
+    """Returns whether data is given by name, not as an object of `datasets`."""
     parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
     return isinstance(data, str) or (bool(parts) and all(_names(part) for part in parts))
 
@@ -189,31 +187,31 @@ def _names(data: object) -> bool:
 At = Step | Literal["start"]
 """A step (int), a fraction of training (float in 0..1), or `"start"`.
 
-`ratio=Linear(final=0.5)` is a schedule of the amount, `at=Linear(final=1.0)` one of the share of it that is removed by a step.
+`ratio=Linear(final=0.5)` schedules the amount itself; `at=Linear(final=1.0)` schedules the share of the amount.
 """
 
 
 def check_at(at: At | Schedule, amount: object = None) -> None:
-    """Refuses a moment that is none, or that contradicts a schedule of the amount."""
+    """Raises `ValueError` if `at` is not legal or contradicts a schedule of the amount."""
     if isinstance(at, str) and at != "start":
         raise ValueError(f"at={at!r} must be 'start', an int (a step) or a float in 0..1 (a fraction of training)")
     if not isinstance(at, Schedule | str):
         check_step(at, "at")
     if isinstance(amount, Schedule) and at != "start":
-        raise ValueError(f"at={at!r}: the schedule says when; give it start and end instead")
+        raise ValueError(f"at={at!r} conflicts with the schedule of the amount. Set start and end of the schedule instead.")
 
 
 def round_targets(
     amount: float | Schedule, at: At | Schedule, total: int | None, trainer: pl.Trainer, name: str
 ) -> dict[int, float]:
-    """Finds from which step on how much is pruned; in a `fast_dev_run` there is only the last round.
+    """Returns the target amount by step; in a `fast_dev_run` only the last round.
 
     Args:
         amount: A fraction, or a schedule of it.
-        at: When, or a schedule of the share of the amount.
-        total: Steps of training; None where that is not known.
+        at: Step or fraction of training, or a schedule of the share of the amount.
+        total: Number of training steps; None if unknown.
         trainer: The trainer.
-        name: The name of the argument that is the amount.
+        name: Name of the amount's argument.
     """
     trial = is_dev_run(trainer)
     if isinstance(amount, Schedule):
@@ -224,9 +222,9 @@ def round_targets(
 
 
 def _values(schedule: Schedule, total: int | None, trial: bool, name: str) -> dict[int, float]:
-    """Returns what a schedule gives from which step on; in a trial, which may be shorter than it, there is only its end."""
+    """Returns the values of a schedule by step; in a trial only the final value."""
     if total is None:
-        raise ValueError(f"{name}: a schedule needs the length of training, which is not known: set max_steps")
+        raise ValueError(f"{name}: a schedule requires a known training length. Set Trainer(max_steps=...).")
     bound = schedule.bind(sys.maxsize if trial else total)
     return {total: bound(sys.maxsize)} if trial else {step: bound(step) for step in bound.changes(total)}
 
@@ -238,41 +236,44 @@ def _amounts(schedule: Schedule, total: int | None, trial: bool, name: str) -> d
             raise ValueError(f"{name}={value!r} must be a fraction in [0, 1) (by the schedule, at step {step})")
     for higher, lower in pairwise(rounds.values()):
         if lower < higher:
-            raise ValueError(f"{name}: the schedule goes down, from {higher:g} to {lower:g}: what is pruned does not come back")
+            raise ValueError(
+                f"{name}: the schedule decreases from {higher:g} to {lower:g}, but pruning cannot be undone. Use an increasing "
+                "one."
+            )
     return rounds
 
 
 def share_targets(schedule: Schedule, total: int | None, trial: bool) -> dict[int, float]:
-    """Finds from which step on which share of the amount is pruned; refuses a schedule that does not rise to 1."""
+    """Returns the share of the amount by step; raises `ValueError` unless it increases to 1."""
     shares = _values(schedule, total, trial, f"at={schedule}")
     for (step, value), before in zip(shares.items(), [0.0, *shares.values()], strict=False):
         if not before <= value <= 1:
-            raise ValueError(f"at={schedule}: it must rise to 1 at most, and is {value:g} at step {step} after {before:g}")
+            raise ValueError(f"at={schedule} must increase from 0 to 1, but is {value:g} at step {step} after {before:g}.")
     if max(shares.values(), default=0) < 1:
         raise ValueError(
-            f"at={schedule}: it says which share of the amount is pruned, and must rise to 1 before training ends; how much is "
-            "pruned in all is said by the amount"
+            f"at={schedule} is the share of the amount to prune and must reach 1 before training ends. Set the total by the "
+            "amount."
         )
     return shares
 
 
 def resolve_at(at: At, total: int | None, trial: bool = False, name: str = "at") -> int:
-    """Returns the step of a moment, 0 for the start; in a trial, which may be shorter, the last step at most."""
+    """Returns the step of `at`; 0 for the start, and at most the last step in a trial."""
     if at == "start":
         return 0
     if total is None and isinstance(at, float):
-        raise ValueError(f"{name}={at} is a fraction of training, whose length is not known: set max_steps")
+        raise ValueError(f"{name}={at} is a fraction of an unknown training length. Set Trainer(max_steps=...), or use a step.")
     capped = min(at, total or 0) if trial and isinstance(at, int) else at
     return resolve_step(capped, sys.maxsize if total is None else total, name)
 
 
-def remaining_rounds(rounds: Mapping[int, float], done: int, asked: float, name: str) -> dict[int, float]:
-    """Drops rounds that would un-prune what was `asked` by step `done`, in a resumed fit of another schedule or length."""
-    before = max((amount for step, amount in rounds.items() if step <= done), default=0.0)
-    if done < 0 or math.isclose(before, asked):
+def remaining_rounds(rounds: Mapping[int, float], last_step: int, target: float, name: str) -> dict[int, float]:
+    """Drops rounds below the target of a resumed run with another schedule or length."""
+    before = max((amount for step, amount in rounds.items() if step <= last_step), default=0.0)
+    if last_step < 0 or math.isclose(before, target):
         return dict(rounds)
     rank_zero_warn(
-        f"{name}: the fit of the checkpoint had come to {asked:g} at step {done}, where this fit, by its arguments and length, "
-        f"comes to {before:g}: what is pruned stays so, and rounds that ask for less are left out"
+        f"{name}: the checkpoint's run reached {target:g} at step {last_step}, where this run has {before:g}. Pruning is not "
+        f"undone, and rounds below {target:g} are skipped."
     )
-    return {step: amount for step, amount in rounds.items() if step <= done or amount > asked}
+    return {step: amount for step, amount in rounds.items() if step <= last_step or amount > target}

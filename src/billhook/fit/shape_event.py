@@ -1,4 +1,4 @@
-"""Events that change tensor shapes in the middle of a fit: model, optimizers, DDP and compiled code follow."""
+"""Events that change tensor shapes in model, optimizers, DDP, and FSDP2."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -26,47 +26,47 @@ from billhook.model.surgery import check_replaceable, check_unhooked
 
 
 class ShapeCallback(EventCallback):
-    """Changes tensor shapes at given steps of a fit."""
+    """A callback that changes tensor shapes at given steps."""
 
     moves_weights = False  # between events, too
     cuts_tensors = True  # by name, instead of dropping modules
-    blockwise = False  # whether its events need one block of a sharded model whole at a time, and not all of it
+    blockwise = False  # events need one gathered block of a sharded model at a time
 
     @abstractmethod
     def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
-        """Raises `ValueError` if an event cannot happen; called once the model exists, before checkpoints are loaded."""
+        """Raises `ValueError` if an event is impossible; called before checkpoints are loaded."""
 
     @property
     def only_at_start(self) -> bool:
-        """True if no shape changes in the middle of the fit."""
+        """True if no shape changes during training."""
         return False
 
     def shape_steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
-        """Returns the steps at which shapes change; -1 for before the optimizer exists."""
+        """Returns the steps at which shapes change; -1 means before the optimizer exists."""
         return sorted(self.steps(total, trainer))
 
     def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses strategies, and averages of weights, that cannot follow."""
+        """Raises `ValueError` if the strategy or weight averaging does not support shape changes."""
         name, averaging = type(self).__name__, averaging_callbacks(trainer)
         check_reshaping_strategy(trainer, name)
         if averaging and not self.only_at_start:
             raise ValueError(
-                f"{name} changes shapes when the fit is under way, which {type(averaging[0][0]).__name__} cannot follow: prune "
-                "or convert first and train the result, or use KVHeadConversion(at='start') without calibration"
+                f"{name} changes shapes during training, which {type(averaging[0][0]).__name__} does not support. Prune or "
+                "convert first and train the result, or use KVHeadConversion(at='start') without calibration."
             )
         if early := [type(callback).__name__ for callback, copy in averaging if copy is not None]:
-            raise ValueError(f"{name} must stand before {early[0]} in the list of callbacks, which has already copied the model")
+            raise ValueError(f"{name} must be listed before {early[0]}, which has already copied the model.")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Adds the shape to checkpoints, and checks trainer and model."""
+        """Wraps checkpoint hooks and checks trainer and model."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             for callback in callbacks_of(trainer, LengthSetter):
-                callback.set_length(trainer)  # even if it is later in the list
+                callback.set_length(trainer)  # also if it is listed later
             once_model_exists(pl_module, partial(self._begin_unwrapped, trainer, pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses what a `configure_model` has wrapped, and optimizers that cannot follow; carries out what is due by then."""
+        """Checks wrappers and optimizers, and applies events that are due before the first step."""
         self._refuse_wrapped(pl_module)
         if not self.only_at_start:
             check_no_hidden_state(trainer, pl_module, type(self).__name__)
@@ -89,7 +89,7 @@ class ShapeCallback(EventCallback):
             self.check(pl_module, trainer)
 
     def apply_change(self, trainer: pl.Trainer, pl_module: pl.LightningModule, change: Callable[[list[Optimizer]], str]) -> Event:
-        """Carries out a change as an event of its own, measured before and after, and logged; returns the event."""
+        """Applies a change as an event, measured before and after, and logs it."""
         event = self.reshape(trainer, pl_module, self.validate(trainer, pl_module), change)
         event["after"] |= self.validate(trainer, pl_module)
         log_event(trainer, event)
@@ -102,84 +102,85 @@ class ShapeCallback(EventCallback):
         metrics: dict[str, float],
         change: Callable[[list[Optimizer]], str],
     ) -> Event:
-        """Carries out a change of model and optimizers, also where DDP has wrapped the model; see `record_event`."""
+        """Applies a change of model and optimizers, also under DDP and FSDP2; see `record_event`."""
         with unwrapped(trainer, self.blockwise), fail_together(trainer, type(self).__name__):
             event = self.record_event(trainer, pl_module, metrics, partial(change, trainer.optimizers))
         for callback in callbacks_of(trainer, ShapeFollower):
             callback.follow()
-        torch.compiler.reset()  # torch stops compiling after so many shapes
+        torch.compiler.reset()  # torch stops compiling after several shapes
         return event
 
 
 @contextmanager
 def unwrapped(trainer: pl.Trainer, blockwise: bool = False) -> Iterator[None]:
-    """Drops DDP, whose hooks are on the old parameters, and wraps the model again afterwards; takes FSDP2 off, and puts it on.
+    """Unwraps DDP and FSDP2 within, because their hooks are on the old parameters.
 
-    What was sharded is whole meanwhile, or if that is enough, a block at a time.
+    Within, sharded parameters are gathered: all of them, or with `blockwise`, one block at a time.
     """
     module, wrapped = trainer.lightning_module, isinstance(trainer.strategy.model, DistributedDataParallel)
     if wrapped:
         trainer.strategy.model = module
-    if module.automatic_optimization:  # which makes new gradients before it takes the next step
+    if module.automatic_optimization:  # new gradients are computed before the next step
         module.zero_grad()
     with gathered(module, trainer.optimizers, gradients=not module.automatic_optimization, blockwise=blockwise):
         yield
     if wrapped:
         assert isinstance(trainer.strategy, DDPStrategy)
-        trainer.strategy.configure_ddp()  # the same processes and settings, new buckets and hooks
+        trainer.strategy.configure_ddp()  # same settings, new buckets and hooks
         if isinstance(state := communication_state(trainer), PowerSGDState):
             _restart(state)
 
 
 def check_no_hidden_state(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> None:
-    """Refuses optimizers and averages that a module or a callback keeps by itself, which nothing would have follow."""
+    """Raises `ValueError` for optimizers and averaged models that Lightning does not know."""
     for holder in [pl_module, *callbacks_of(trainer, Callback)]:
         attributes = vars(holder) | (dict(pl_module.named_modules()) if holder is pl_module else {})
-        for attr, kept in attributes.items():
-            if isinstance(kept, AveragedModel):
+        for attr, value in attributes.items():
+            if isinstance(value, AveragedModel):
                 raise ValueError(
-                    f"{name} changes shapes when the fit is under way, which {type(holder).__name__}.{attr}, an AveragedModel, "
-                    "cannot follow: prune or convert first and train the result"
+                    f"{name} changes shapes during training, which {type(holder).__name__}.{attr}, an AveragedModel, does not "
+                    "support. Prune or convert first and train the result."
                 )
     known = {id(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups}
-    for attr, kept in vars(pl_module).items():
-        if isinstance(kept, Optimizer) and any(id(group["params"]) not in known for group in kept.param_groups):
+    for attr, value in vars(pl_module).items():
+        if isinstance(value, Optimizer) and any(id(group["params"]) not in known for group in value.param_groups):
             raise ValueError(
-                f"{name}: {type(pl_module).__name__}.{attr} is a {type(kept).__name__} that configure_optimizers does not "
-                "return, so that it would go on with parameters that have been replaced: return it there"
+                f"{name} replaces parameters, but configure_optimizers does not return {type(pl_module).__name__}.{attr} "
+                f"({type(value).__name__}), so it would keep the old ones. Return it from configure_optimizers."
             )
 
 
 def check_unwrapped(module: nn.Module, name: str) -> None:
-    """Refuses a model in which torch's `checkpoint_wrapper` or `offload_wrapper` renames weights."""
+    """Raises `ValueError` if a torch wrapper renames weights."""
     for where, part in module.named_modules():
         if WRAPPED in part._modules:
             raise ValueError(
-                f"{name}: {where} is wrapped by torch's {class_of(part).__name__}, which renames its weights, so that it "
-                "cannot cut them: let the model recompute activations by itself, as by activation_checkpointing_enable(), once "
-                "called gradient_checkpointing_enable()"
+                f"{name}: {where} is wrapped by torch's {class_of(part).__name__}, which renames its weights. Use the model's "
+                "own activation_checkpointing_enable(), formerly gradient_checkpointing_enable(), instead."
             )
 
 
 def _restart(state: PowerSGDState) -> None:
-    """Drops the gradients that PowerSGD keeps by their place in DDP's buckets, which change in the first two steps."""
+    """Clears PowerSGD's state, because DDP's buckets change in the first two steps."""
     state.iter = max(0, min(state.iter, state.start_powerSGD_iter - 2))
-    for kept in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
-        kept.clear()
+    for value in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+        value.clear()
 
 
 def check_no_shape_changes(
     trainer: pl.Trainer, mine: EventCallback, after: int, before: int, what: str, why: Callable[[ShapeCallback], str | None]
 ) -> None:
-    """Refuses other callbacks that change shapes between two events of one; at one step their order in the list decides.
+    """Raises `ValueError` if other callbacks change shapes between two events of a callback.
+
+    At the same step, the order of callbacks decides.
 
     Args:
         trainer: The trainer.
         mine: The callback.
-        after: The step of its first event.
-        before: The step of its last event.
-        what: A phrase that says what the first event did.
-        why: Returns a phrase that says why another callback cannot change shapes; None if it can.
+        after: Step of its first event.
+        before: Step of its last event.
+        what: Effect of the first event, for the message.
+        why: Function that returns why another callback must not change shapes, for the message; None if it may.
     """
     total, seen = training_steps(trainer), False
     for callback in callbacks_of(trainer, EventCallback):
@@ -189,5 +190,5 @@ def check_no_shape_changes(
         if steps := [step for step in callback.shape_steps(total, trainer) if (after, False) < (step, seen) < (before, True)]:
             raise ValueError(
                 f"{type(callback).__name__} changes shapes at step {steps[0]}, after {type(mine).__name__} has {what} at step "
-                f"{after}{reason}: let it come first, at an earlier step or before it in the list of callbacks"
+                f"{after}{reason}. Move it to an earlier step, or list it first."
             )

@@ -1,4 +1,4 @@
-"""Takes what FSDP2 shares out in a fit apart while shapes change: a sharded module is whole then, at once or block by block."""
+"""Gathers FSDP2 modules while their shapes change, at once or block by block."""
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -14,28 +14,28 @@ from billhook.engine.shards import ShardStore
 
 @contextmanager
 def gathered(module: nn.Module, optimizers: Collection[Optimizer], gradients: bool, blockwise: bool = False) -> Iterator[None]:
-    """Makes a sharded module whole while its shapes change, then shards it as it was, also after an error.
+    """Gathers a sharded module within, then shards it as before, also after an error.
 
-    What optimizers keep of parameters stays sharded.
+    Optimizer state stays sharded.
 
     Args:
         module: The module.
-        optimizers: Those that train it.
-        gradients: Whether gradients follow; they are dropped otherwise.
-        blockwise: Whether it is whole a block at a time: what happens within loads each that it looks into, see `ShardStore`.
+        optimizers: The optimizers of the module.
+        gradients: If True, keeps gradients; otherwise drops them.
+        blockwise: If True, gathers one block at a time, when it is accessed; see `ShardStore`.
     """
     if not is_sharded(module):
         yield
         return
     reshard(module)
-    store = ShardStore(module, gradients)  # which gathers, and may fail, so it comes before anything changes
+    store = ShardStore(module, gradients)  # gathering may fail, so it comes before any change
     shardings = remove_fsdp(module)
-    whole_ones = store.begin()
-    _follow(optimizers, whole_ones)
+    full_parameters = store.begin()
+    _follow(optimizers, full_parameters)
     if not gradients:
-        for shard in whole_ones:
+        for shard in full_parameters:
             shard.grad = None
-    del whole_ones
+    del full_parameters
     try:
         with nullcontext() if blockwise else store.all_loaded():
             yield
@@ -47,7 +47,7 @@ def gathered(module: nn.Module, optimizers: Collection[Optimizer], gradients: bo
 
 
 def _follow(optimizers: Collection[Optimizer], new: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Gives optimizers new parameters instead of others, and shards what they keep of these as they are."""
+    """Replaces parameters in optimizers, and shards optimizer state like its parameter."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["params"][:] = [new.get(parameter, parameter) for parameter in group["params"]]
@@ -57,7 +57,7 @@ def _follow(optimizers: Collection[Optimizer], new: Mapping[nn.Parameter, nn.Par
 
 
 def _as(value: object, like: nn.Parameter) -> object:
-    """Shards what an optimizer keeps of a parameter as that is, if it is of its size; what is sharded stays so."""
+    """Shards optimizer state like its parameter, if it has the same shape."""
     if not isinstance(value, Tensor) or not isinstance(like, DTensor) or value.shape != like.shape or not value.ndim:
         return value
     if isinstance(value, DTensor) and value.placements != like.placements:

@@ -1,4 +1,4 @@
-"""Finds out what a user's `training_step` makes of a batch: the call of the model, and the loss."""
+"""Extracts model inputs and loss from a `training_step`."""
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -14,18 +14,18 @@ from billhook.engine.state import overridden
 
 
 def bind_arguments(method: Callable[..., object], *arguments: object) -> Callable[[], object]:
-    """Binds as many arguments to a step as it has parameters."""
+    """Binds the first arguments to a step, up to its number of parameters."""
     parameters = inspect.signature(method).parameters.values()
     takes_any = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
     return partial(method, *(arguments if takes_any else arguments[: len(parameters)]))
 
 
 def training_runs(pl_module: pl.LightningModule, model: nn.Module, batches: Iterable[Any]) -> list[Run]:
-    """Makes a run of each batch: of the model on the arguments that `training_step` gives it.
+    """Returns a run for each batch: the model on `training_step`'s arguments for it.
 
-    A dictionary of nothing but arguments of the model's forward is given to the model directly. For any other batch the step
-    runs until it calls the model. Where it does not call the model as a whole, the step itself is the run. A step that steps
-    optimizers itself is not run: under manual optimization all batches are dictionaries for the model.
+    A dictionary that contains only forward arguments goes to the model directly. For other batches, the step runs until it calls
+    the model. If it never calls the model as a whole, the step itself is the run. Under manual optimization, the step would
+    update weights, so all batches must be dictionaries for the model.
     """
     names = list(inspect.signature(model.forward).parameters)
     runs: list[Run] = []
@@ -43,7 +43,7 @@ def training_runs(pl_module: pl.LightningModule, model: nn.Module, batches: Iter
 
 
 def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Module, Any], Tensor]:
-    """Returns the loss as a function of model and batch: that of `training_step`; under manual optimization the model's own."""
+    """Returns the loss of `training_step`, or the model's under manual optimization."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
         if not pl_module.automatic_optimization:
@@ -51,41 +51,44 @@ def training_loss(pl_module: pl.LightningModule, number: int) -> Callable[[nn.Mo
         result: Any = bind_arguments(pl_module.training_step, batch, number)()
         value = result["loss"] if isinstance(result, Mapping) else result
         if not isinstance(value, Tensor):
-            raise ValueError(f"training_step of {type(pl_module).__name__} gives no loss for batch {number}: {value!r}")
+            raise ValueError(f"training_step of {type(pl_module).__name__} returned no loss for batch {number}: {value!r}")
         return value
 
     return loss
 
 
 def _for_model(pl_module: pl.LightningModule, batch: Any) -> dict[str, Any]:  # noqa: ANN401
-    """Refuses a batch that is no dictionary, which only the step of a module with manual optimization would understand."""
+    """Returns a batch as a dictionary; raises `ValueError` if it is not a mapping."""
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"calibration: {type(pl_module).__name__} steps its optimizers itself, so batches are given to the model and not to "
-            f"training_step, and a {type(batch).__name__} is no dictionary of what the model takes"
+            f"calibration: {type(pl_module).__name__} uses manual optimization, so batches must be dictionaries of the model's "
+            f"inputs, got {type(batch).__name__}."
         )
     return batch if isinstance(batch, dict) else dict(batch)
 
 
-class _Called(BaseException):  # no `Exception`, which a step might catch
-    """Ends a training step at a call that is waited for, with the arguments."""
+class _Called(BaseException):  # not an `Exception`, which a step might catch
+    """Stops a training step at the call of the model, with the arguments."""
 
 
 def _call(model: nn.Module, step: Callable[[], object], what: str) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Returns the arguments of a training step's first call of the model; None if it does not call it."""
+    """Returns the arguments of a training step's first call of the model, or None."""
 
     def forward(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         raise _Called(args, kwargs)
 
     try:
-        with overridden(model, forward=forward), torch.compiler.set_stance("force_eager"):  # compiled code would not call it
+        with (
+            overridden(model, forward=forward),
+            torch.compiler.set_stance("force_eager"),
+        ):  # compiled code skips `forward`
             step()
     except _Called as call:
         args, kwargs = call.args
         return args, kwargs
     except Exception as error:
         raise ValueError(
-            f"calibration: training_step of {what} failed before it came to {type(model).__name__} ({error}): "
-            "give batches that the model takes, as dictionaries"
+            f"calibration: training_step of {what} failed before it called {type(model).__name__} ({error}). Pass batches as "
+            "dictionaries of the model's inputs."
         ) from error
     return None

@@ -1,1 +1,1 @@
-"""Measures what a model weighs and how fast it is, as tables."""
+"""Measures size, speed, and degradation of models."""

@@ -1,4 +1,4 @@
-"""Multiple-choice questions, and the likelihood of each choice under a language model."""
+"""Multiple-choice questions and the likelihood of each choice."""
 
 import json
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LEGAL = 'a line is {"context": text, "choices": [text, text, ...], "label": which choice is right, from 0}, and no text is blank'
+LEGAL = 'a line is {"context": text, "choices": [text, text, ...], "label": index of the correct choice}, and no text is blank'
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question: its line in a file, from 1, and its possible continuations, after a space; `label` is the right one, from 0."""
+    """A question with its choices; `label` is the index of the correct choice."""
 
     file: str
     line: int
@@ -26,7 +26,7 @@ class Question:
 
 @dataclass(frozen=True)
 class EncodedChoice:
-    """A question with one of its choices, as tokens, the last `scored` of them the choice's; `cut` if the beginning is lost."""
+    """Tokens of a question and a choice: `scored` at the end; `cut` if truncated."""
 
     ids: tuple[int, ...]
     scored: int
@@ -34,13 +34,13 @@ class EncodedChoice:
 
 
 def read_questions(file: str, limit: int | None = None, argument: str = "questions") -> list[Question]:
-    """Reads the first `limit` questions from JSON Lines, such as `{"context": "...?", "choices": ["one", "two"], "label": 1}`.
+    """Reads the first `limit` questions from a JSON Lines file; errors name `argument`.
 
-    A refusal names the argument that gave the file.
+    A line is, for example, `{"context": "...?", "choices": ["one", "two"], "label": 1}`.
     """
     path, questions = Path(file), list[Question]()
     if not path.is_file():
-        raise ValueError(f"{argument}: there is no file '{file}'")
+        raise ValueError(f"{argument}: the file '{file}' does not exist.")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip() and (limit is None or len(questions) < limit):
             try:
@@ -49,7 +49,7 @@ def read_questions(file: str, limit: int | None = None, argument: str = "questio
                 raise ValueError(f"{argument}: {file}, line {number} is not JSON ({error}); {LEGAL}") from error
             questions.append(_question(row, file, number, argument))
     if not questions:
-        raise ValueError(f"{argument}: {file} holds no question; {LEGAL}")
+        raise ValueError(f"{argument}: {file} has no questions; {LEGAL}")
     return questions
 
 
@@ -67,12 +67,12 @@ def _question(row: object, file: str, number: int, argument: str) -> Question:
 def encode(
     questions: Sequence[Question], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "questions"
 ) -> list[list[EncodedChoice]]:
-    """Encodes each question as rows, one for each choice.
+    """Encodes each question with each of its choices.
 
-    Context, space and choice are encoded as one text, as in lm-eval, because in most vocabularies a space belongs to the token
-    after it; spaces at the end of the context count as the choice's. All tokens from the first difference to the context alone
-    are the choice's, also one that joins the end of the context with the choice. A token for the beginning stands in front if the
-    tokenizer puts one there. Contexts longer than `length` lose their beginning; the last token is scored, but never read.
+    Context, space, and choice are encoded as one text, as in lm-eval, because most vocabularies attach a space to the next token.
+    Trailing spaces of the context count as part of the choice. All tokens from the first difference to the encoded context on
+    are scored, including a token that joins context and choice. A beginning-of-text token is added if the tokenizer adds one.
+    Contexts longer than `length` are truncated at the start. The last token is scored but not an input.
     """
     start = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 
@@ -90,8 +90,8 @@ def encode(
             scored = len(ids) - shared
             if not shared or not 0 < scored <= length:
                 raise ValueError(
-                    f"{argument}: {question.file}, line {question.line}: choice {number} has {scored} tokens after {shared} of "
-                    f"the context; it must have 1 to length={length}, after one at least"
+                    f"{argument}: {question.file}, line {question.line}: choice {number} has {scored} tokens after {shared} "
+                    f"context tokens. It must have 1 to length={length} tokens after at least 1 context token."
                 )
             rows.append(EncodedChoice(tuple(ids[-length - 1 :]), scored, len(ids) > length + 1))
         encoded.append(rows)
@@ -99,25 +99,25 @@ def encode(
 
 
 def batches(rows: Sequence[EncodedChoice], batch_size: int) -> list[list[EncodedChoice]]:
-    """Groups rows into batches, the longest first and equal ones once, so that equal rows have exactly the same likelihood."""
+    """Groups distinct rows into batches, longest first."""
     distinct = sorted(dict.fromkeys(rows), key=lambda row: -len(row.ids))
     return [distinct[i : i + batch_size] for i in range(0, len(distinct), batch_size)]
 
 
 @torch.no_grad()
 def log_likelihoods(model: PreTrainedModel, batch: Sequence[EncodedChoice]) -> list[float]:
-    """Sums the log-probabilities of each row's scored tokens, in nats.
+    """Returns the sum of the log-probabilities of each row's scored tokens, in nats.
 
-    Rows are padded on the right and the padding is masked, so that positions begin with 0 in every model, and no token that
-    counts sees the padding.
+    Rows are padded on the right and the padding is masked, so that positions start at 0 in every model and scored tokens do not
+    attend to padding.
     """
-    read = [torch.tensor(row.ids[:-1]) for row in batch]
-    ids, mask = pad_sequence(read, batch_first=True), pad_sequence([torch.ones_like(tokens) for tokens in read], batch_first=True)
+    inputs = [torch.tensor(row.ids[:-1]) for row in batch]
+    ids, mask = pad_sequence(inputs, batch_first=True), pad_sequence(list(map(torch.ones_like, inputs)), batch_first=True)
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
     return [_sum(of_row[: len(row.ids) - 1], row) for of_row, row in zip(logits, batch, strict=True)]
 
 
 def _sum(logits: Tensor, row: EncodedChoice) -> float:
-    chances = logits[-row.scored :].log_softmax(-1, dtype=torch.float32)
+    log_probs = logits[-row.scored :].log_softmax(-1, dtype=torch.float32)
     tokens = torch.tensor(row.ids[-row.scored :], device=logits.device)
-    return float(chances.gather(-1, tokens[:, None]).cpu().double().sum())
+    return float(log_probs.gather(-1, tokens[:, None]).cpu().double().sum())

@@ -1,4 +1,4 @@
-"""Tells what a change of a language model costs on texts: perplexity, and how far predictions are from the dense model's."""
+"""Degradation of a language model: perplexity ratio and KL divergence."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,14 +27,16 @@ from billhook.report.predictions import Predictions, compute_logits, mean_loss
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progress: OnProgress | None = None) -> float | None:
-    """Measures exp of the mean negative log-likelihood of each next token; None for a model that predicts none.
+    """Returns the perplexity on the first examples; None without next-token predictions.
 
-    `progress` is called with how many rows have been read, and how many will be.
+    `progress` is called with the number of finished examples and the total.
     """
     if rows is None or not examples or not generates(model):
         return None
-    every: Any = rows
-    texts = [torch.tensor([every[number]["input_ids"]], device=model.device) for number in range(min(examples, len(every)))]
+    dataset: Any = rows
+    texts = list[Tensor]()
+    for number in range(min(examples, len(dataset))):
+        texts.append(torch.tensor([dataset[number]["input_ids"]], device=model.device))
     losses = dict[int, Tensor]()
 
     def read(number: int) -> None:
@@ -49,37 +51,37 @@ def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progres
 
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> float | None:
-    """Measures the share of examples whose label has the highest logit; None if there are no examples."""
-    right = list[bool]()
+    """Returns the accuracy on labeled examples; None without examples."""
+    correct = list[bool]()
     for batch in batches:
         inputs: dict[str, Any] = {
             name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
             for name, tensor in batch.items()
             if name != "labels"
         }
-        right += (model(**inputs).logits.argmax(-1).cpu() == batch["labels"]).tolist()
-    return sum(right) / len(right) if right else None
+        correct += (model(**inputs).logits.argmax(-1).cpu() == batch["labels"]).tolist()
+    return sum(correct) / len(correct) if correct else None
 
 
 SAME = 1e-3
-"""Two models that lose the same on every row but for such a share are one, computed elsewhere."""
+"""Models whose losses on every example differ by less than this ratio count as the same model."""
 TWICE = 2.0
-"""A text outside of the calibration that loses so many times as much as those inside is warned of."""
+"""A warning lists out-of-domain texts that degrade more than this many times as much as in-domain texts."""
 
 
 @dataclass(frozen=True)
 class TextDegradation:
-    """Costs of a change on one text.
+    """Degradation on a text.
 
     Attributes:
-        source: The name of the text.
-        inside: Whether the change was calibrated on such text.
+        source: Name of the text.
+        inside: True if the text is a source of the calibration data.
         before: Perplexity of the dense model.
         after: Perplexity of the changed model.
-        ratio_error: Standard error of after / before, of the differences row by row.
-        kl: Mean KL divergence of the changed model's next-token predictions from the dense model's, in nats.
-        kl_error: Its standard error, over rows.
-        rows: How many rows of text were read.
+        ratio_error: Paired standard error of after / before over examples.
+        kl: Mean KL divergence of next-token predictions from the dense model, in nats.
+        kl_error: Standard error of `kl` over examples.
+        rows: Number of examples.
     """
 
     source: str
@@ -93,45 +95,46 @@ class TextDegradation:
 
     @property
     def ratio(self) -> float:
-        """Perplexity after to before."""
+        """Perplexity after / before."""
         return self.after / self.before
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain data; numbers that are not finite as words."""
-        plain = {name: getattr(self, name) for name in ("source", "inside", "rows")}
-        numbers = {name: getattr(self, name) for name in ("before", "after", "ratio", "ratio_error", "kl", "kl_error")}
-        return plain | {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+        """Returns JSON-compatible data; non-finite numbers become strings."""
+        plain: dict[str, Any] = {"source": self.source, "inside": self.inside, "rows": self.rows}
+        for name in ("before", "after", "ratio", "ratio_error", "kl", "kl_error"):
+            value = getattr(self, name)
+            plain[name] = value if math.isfinite(value) else str(value)
+        return plain
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Self:
-        """Reads what `to_json` returns."""
+        """Restores the result of `to_json`."""
         numbers = {name: float(plain[name]) for name in ("before", "after", "ratio_error", "kl", "kl_error")}
         return cls(source=plain["source"], inside=plain["inside"], rows=plain["rows"], **numbers)
 
 
 class DenseReference:
-    """Predictions of a dense language model on rows of text, held so that a changed one can be compared with it.
+    """Stored losses and predictions of a dense language model, for comparing changed models.
 
     Args:
         model: The dense model.
-        batches: Rows of text, `{"input_ids": [batch, length]}`, with the names of their sources (`Batch`).
-        inside: The sources that the change is calibrated on.
-        comm: The ranks, each of which reads a share of the rows.
+        batches: Examples, `{"input_ids": [batch, length]}`, with the names of their sources (`Batch`).
+        inside: Names of the sources of the calibration data.
+        comm: Ranks, each of which evaluates a share of the examples.
 
     Attributes:
-        rows: The rows, each with the name of its source.
-        losses: What the dense model loses on each, float64, `[rows]`.
+        rows: The examples, each with the name of its source.
+        losses: The dense model's loss on each example, float64, `[rows]`.
 
     Raises:
-        ValueError: If the model predicts nothing, as it has no `logits`.
+        ValueError: If the model has no logits.
 
     Example:
         >>> import billhook as bh
         >>> from billhook.report.degradation import DenseReference
         >>> model = bh.load("tiny")
         >>> dense = DenseReference(model, bh.generated(model, examples=4, length=64), inside=["generated"])
-        >>> found = dense.degradation(model)
-        >>> [(one.source, one.ratio, round(one.kl, 6)) for one in found]
+        >>> [(text.source, text.ratio, round(text.kl, 6)) for text in dense.degradation(model)]
         [('generated', 1.0, 0.0)]
     """
 
@@ -145,54 +148,61 @@ class DenseReference:
     ) -> None:
         self.inside, self._comm = set(inside), comm
         self.rows = [(source_of(batch), ids.cpu()) for batch in batches for ids in batch["input_ids"]]
-        self._read_here = range(comm.rank, len(self.rows), comm.size)
+        self._rank_rows = range(comm.rank, len(self.rows), comm.size)
         self._predictions = dict[int, Predictions]()
         losses = torch.zeros(len(self.rows), dtype=torch.float64)
 
-        def take(row: int, logits: Tensor, loss: float) -> None:
-            predicted = Predictions.of(logits, len(self._read_here))
+        def visit(row: int, logits: Tensor, loss: float) -> None:
+            predicted = Predictions.of(logits, len(self._rank_rows))
             losses[row] = loss
             self._predictions[row] = predicted if files is None else replace(predicted, logs=files.copy(predicted.logs))
 
         with activation_files(store_of(model)) as files:
-            self._each(model, take, progress)
+            self._evaluate(model, visit, progress)
         self.losses = comm(losses)
 
-    def _each(self, model: PreTrainedModel, take: Callable[[int, Tensor, float], None], progress: OnProgress | None) -> None:
-        """Reads the rows that are read here; `take` is given each, its logits `[length - 1, vocabulary]` and its mean loss."""
-        done = set[int]()
+    def _evaluate(self, model: PreTrainedModel, visit: Callable[[int, Tensor, float], None], progress: OnProgress | None) -> None:
+        """Calls `visit` with each of this rank's examples, its logits, and its mean loss."""
+        finished = set[int]()
 
         def read(row: int, run: Run) -> None:
             logits = compute_logits(model, run)[:-1]
-            take(row, logits, mean_loss(logits, self.rows[row][1][1:].to(logits.device)))
-            done.add(row)
+            visit(row, logits, mean_loss(logits, self.rows[row][1][1:].to(logits.device)))
+            finished.add(row)
             if progress is not None:
-                progress(len(done), len(self._read_here))
+                progress(len(finished), len(self._rank_rows))
 
-        most = math.ceil(len(self.rows) / self._read_here.step) if is_sharded(model) else 0
-        others = [0] * (most - len(self._read_here))  # so that all ranks gather what is sharded equally often
-        runs = runs_of(model, [{"input_ids": self.rows[row][1][None]} for row in (*self._read_here, *others)])
-        reads = [partial(read, row, run) for row, run in zip(self._read_here, runs, strict=False)]
+        # ranks with fewer examples repeat the first one, so that all ranks gather shards equally often
+        most = math.ceil(len(self.rows) / self._rank_rows.step) if is_sharded(model) else 0
+        padded = [*self._rank_rows, *[0] * (most - len(self._rank_rows))]
+        inputs = list[dict[str, Tensor]]()
+        for row in padded:
+            inputs.append({"input_ids": self.rows[row][1][None]})
+        runs = runs_of(model, inputs)
+        reads = [partial(read, row, run) for row, run in zip(self._rank_rows, runs, strict=False)]
         with evaluating_without_grad(model):
             run_side_by_side(model, [*reads, *(run.forward for run in runs[len(reads) :])])
 
     def degradation(self, model: PreTrainedModel, progress: OnProgress | None = None) -> list[TextDegradation]:
-        """Compares a changed model with the dense one, by source; `progress` is called with how many rows are done."""
-        now = torch.zeros(len(self.rows), 2, dtype=torch.float64)  # loss and divergence
+        """Compares a changed model with the dense model, by source.
 
-        def take(row: int, logits: Tensor, loss: float) -> None:
+        `progress` is called with the number of finished examples and the total.
+        """
+        results = torch.zeros(len(self.rows), 2, dtype=torch.float64)  # loss and divergence
+
+        def visit(row: int, logits: Tensor, loss: float) -> None:
             dense = self._predictions.get(row)
-            now[row, 0] = loss
-            now[row, 1] = math.nan if dense is None else dense.divergence(logits) / len(dense.positions)
+            results[row, 0] = loss
+            results[row, 1] = math.nan if dense is None else dense.divergence(logits) / len(dense.positions)
 
-        self._each(model, take, progress)
-        self._comm.sum_(now)
-        of_source: dict[str, list[int]] = {}
+        self._evaluate(model, visit, progress)
+        self._comm.sum_(results)
+        rows_by_source: dict[str, list[int]] = {}
         for row, (source, _) in enumerate(self.rows):
-            of_source.setdefault(source, []).append(row)
+            rows_by_source.setdefault(source, []).append(row)
         degradation = []
-        for source, rows in of_source.items():
-            before, (after, kl) = self.losses[rows], now[rows].T
+        for source, rows in rows_by_source.items():
+            before, (after, kl) = self.losses[rows], results[rows].T
             degradation.append(
                 TextDegradation(
                     source,
@@ -208,16 +218,16 @@ class DenseReference:
         return degradation
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the rows and what the dense model loses on them, but not its predictions, which would be large."""
+        """Returns the examples and the dense model's losses, without its large predictions."""
         sources, ids = map(list, zip(*self.rows, strict=True))
         return {"sources": sources, "ids": ids, "losses": self.losses, "inside": sorted(self.inside)}
 
     def load_state_dict(self, state: dict[str, Any]) -> bool:
-        """Takes the rows and losses of an earlier process.
+        """Restores the examples and losses of an earlier process.
 
         Returns:
-            Whether the model that was read here is the same, by its losses on the same rows: if not, its predictions are
-            dropped, and no divergence is told.
+            True if this process's dense model has the same losses on the same examples. If not, its predictions are dropped, and
+            the divergence is NaN.
         """
         rows = list(zip(state["sources"], state["ids"], strict=True))
         texts = len(rows) == len(self.rows) and all(
@@ -226,7 +236,7 @@ class DenseReference:
         same = texts and torch.allclose(self.losses, state["losses"], rtol=SAME, atol=0)
         self.rows, self.losses, self.inside = rows, state["losses"], set(state["inside"])
         if not same:
-            self._predictions, self._read_here = {}, range(self._read_here.start, len(rows), self._read_here.step)
+            self._predictions, self._rank_rows = {}, range(self._rank_rows.start, len(rows), self._rank_rows.step)
         return same
 
 
@@ -235,7 +245,7 @@ def _error(values: Tensor) -> float:
 
 
 def degradation_table(degradation: Sequence[TextDegradation]) -> str:
-    """Shows what a change costs, a row for each text: ± are standard errors over rows, KL is to the dense model, in nats."""
+    """Formats degradation as a table by text; ± is the standard error over examples."""
     rows = []
     for text in degradation:
         ratio, kl = _with_error(text.ratio, text.ratio_error), _with_error(text.kl, text.kl_error)
@@ -251,22 +261,25 @@ def _with_error(value: float, error: float) -> str:
 
 
 def degradation_warning(degradation: Sequence[TextDegradation]) -> str | None:
-    """Names the texts outside of the calibration that lose over twice as much log-perplexity as those inside, beyond chance.
+    """Lists out-of-domain texts that degrade more than twice as much as in-domain texts.
 
-    Beyond chance is further than two standard errors of the difference; where those inside lose nothing, any loss is.
+    The difference must exceed two standard errors. If in-domain texts do not degrade, any significant increase counts.
     """
-    inside = [text for text in degradation if text.inside]
-    if not inside:
+    increases, errors = list[float](), list[float]()  # of log-perplexity, in-domain
+    for text in degradation:
+        if text.inside:
+            increases.append(math.log(text.ratio))
+            errors.append(text.ratio_error / text.ratio)
+    if not increases:
         return None
-    mean = sum(math.log(text.ratio) for text in inside) / len(inside)
-    usual = TWICE * max(mean, 0.0)
-    error = TWICE * math.hypot(*(text.ratio_error / text.ratio for text in inside)) / len(inside)
+    mean = sum(increases) / len(increases)
+    allowed, error = TWICE * max(mean, 0.0), TWICE * math.hypot(*errors) / len(errors)
     worse = list[str]()
     for text in degradation:
-        beyond_chance = math.log(text.ratio) - usual > 2 * math.hypot(text.ratio_error / text.ratio, error)
-        if beyond_chance and not text.inside:
-            worse.append(f"{text.source} ({text.ratio:.2f} times its perplexity)")
+        significant = math.log(text.ratio) - allowed > 2 * math.hypot(text.ratio_error / text.ratio, error)
+        if significant and not text.inside:
+            worse.append(f"{text.source} ({text.ratio:.2f}x perplexity)")
     if not worse:
         return None
-    lost = "has lost over twice as much as what was" if mean > 0 else "has lost, and what was has not"
-    return f"what was not calibrated on {lost}: {', '.join(worse)}; calibrate on text of this kind too"
+    degraded = "more than twice as much as the calibration texts" if mean > 0 else "and the calibration texts did not"
+    return f"out-of-domain texts degraded {degraded}: {', '.join(worse)}. Add similar text to the calibration data."

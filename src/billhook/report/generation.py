@@ -1,4 +1,4 @@
-"""A generation loop as a good server runs it: prompts in one go, then one token of each sequence at a time, on one cache."""
+"""A generation loop as in a server: prefill, then a token per sequence and step."""
 
 import inspect
 from typing import Any, Literal
@@ -12,34 +12,34 @@ CacheKind = Literal["static", "reserved", "dynamic"]
 
 
 def generates(model: PreTrainedModel) -> bool:
-    """Says whether a model predicts next tokens, so that there is something to decode."""
+    """Returns whether a model predicts next tokens."""
     return "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
 
 
 def cache_name(model: PreTrainedModel) -> str | None:
-    """Returns the name of a model's cache argument, which changed in transformers 5.20; None if it takes no cache."""
+    """Returns the name of the forward's cache argument, renamed in transformers 5.20."""
     names = inspect.signature(model.forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 class Generation:
-    """Prompts of one length, and the tokens that a model generates after them, greedily.
+    """Greedy generation after prompts of equal length.
 
-    As on a server, there is no padding and no mask, and only the last logits of the prompts are computed where the class can
-    do so (`logits_to_keep`).
+    As in a server, there is no padding mask, and only the last logits of the prompts are computed if the class supports it
+    (`logits_to_keep`).
 
     Attributes:
         model: The model, in eval mode.
         ids: The prompts, `[batch, context]`.
-        new_tokens: How many tokens `decode` adds to each.
-        kind: How the key/value cache is kept.
+        new_tokens: Number of tokens that `decode` adds to each prompt.
+        kind: Kind of the KV cache.
 
-            - "static": allocated once, and each step attends over all of it with a mask that hides the part not filled yet.
-              Under a mask, transformers hands the query heads that share a KV head to SDPA as the rows of one matrix, so that
-              their keys and values are read once. The mask costs a model without shared heads a little.
-            - "reserved": allocated once as well, but the model sees only the filled part, without a mask. Transformers then sets
-              `enable_gqa`, for which CUDA has a kernel; the CPU's kernel reads keys and values again for each query head.
-            - "dynamic", the default of `generate`: like "reserved", but each step copies the whole cache to append a token.
+            - "static": allocated once; each step attends to all of it with a mask that hides the unfilled part. With a mask,
+              transformers passes the query heads of a group to SDPA as rows of one matrix, so that keys and values are read
+              once. The mask costs a little time for models without query groups.
+            - "reserved": allocated once, but the model attends to the filled part only, without a mask. Transformers then sets
+              `enable_gqa`, which has a kernel on CUDA; the CPU kernel reads keys and values again for each query head.
+            - "dynamic", the default of `generate`: like "reserved", but each step copies the cache to append a token.
     """
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, kind: CacheKind = "static") -> None:
@@ -61,43 +61,44 @@ class Generation:
 
     @property
     def capacity(self) -> int:
-        """Tokens of each sequence, prompt and new ones."""
+        """Tokens per sequence: prompt and new tokens."""
         return self.ids.shape[1] + self.new_tokens
 
     @property
     def _plain(self) -> bool:
-        """True if the cache holds keys and values of all tokens and nothing else: no windows, no states."""
+        """True if the cache stores keys and values of all tokens: no windows, no recurrent states."""
         layers = [] if self._cache is None else self._cache.layers
         return all(type(layer) in (StaticLayer, _Reserved, DynamicLayer) for layer in layers)
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens of each sequence that the cache has room for now; a growing cache has none to spare."""
+        """Number of tokens per sequence for which the cache has memory now."""
         return self.ids.shape[1] + self._decoded if self.kind == "dynamic" else self.capacity
 
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors of the cache."""
         layers = [] if self._cache is None else self._cache.layers
-        values = [value for layer in layers for value in vars(layer).values()]
-        for states in [value for value in values if isinstance(value, dict)]:  # of linear attention
-            values += states.values()
-        return list({id(value): value for value in values if isinstance(value, Tensor) and value.ndim > 1}.values())
+        tensors = dict[int, Tensor]()  # by id, each once
+        for value in [value for layer in layers for value in vars(layer).values()]:
+            states = value.values() if isinstance(value, dict) else [value]  # a dictionary for linear attention
+            tensors |= {id(state): state for state in states if isinstance(state, Tensor) and state.ndim > 1}
+        return list(tensors.values())
 
     def start(self) -> None:
-        """Empties the cache; memory that was allocated ahead is kept."""
+        """Empties the cache and keeps its memory."""
         self._decoded = 0
         if self._cache is not None:
             self._cache.reset()  # type: ignore[no-untyped-call]
 
     def prefill(self) -> None:
-        """Reads the prompts; the cache must be empty."""
+        """Processes the prompts; the cache must be empty."""
         logits = self._forward(self.ids)
         if self._cache is not None:
             self._token = logits[:, -1:].argmax(-1)
 
     def fill(self) -> None:
-        """Reads one prompt for all sequences where the cache holds nothing but keys and values; otherwise does as `prefill`."""
+        """Fills the cache from the first prompt if possible; otherwise runs `prefill`."""
         if self._cache is None or not self._plain:
             self.prefill()
             return
@@ -109,7 +110,7 @@ class Generation:
         self._token = first._token.expand(rows, 1)
 
     def decode(self) -> Tensor:
-        """Generates `new_tokens` tokens after the one that `prefill` found; returns them all, `[batch, 1 + new_tokens]`."""
+        """Generates `new_tokens` after `prefill`; returns all, `[batch, 1 + new_tokens]`."""
         tokens = [self._token]
         for _ in range(self.new_tokens):
             tokens.append(self._forward(tokens[-1])[:, -1:].argmax(-1))
@@ -117,7 +118,7 @@ class Generation:
         return torch.cat(tokens, 1)
 
     def rewind(self) -> None:
-        """Forgets the tokens after the prompts; where a cache cannot forget, the prompts are read again."""
+        """Removes the generated tokens from the cache, or processes the prompts again."""
         if not self._decoded or self._cache is None:
             return
         if self._plain:
@@ -136,7 +137,7 @@ class Generation:
 
 
 class _Reserved(DynamicLayer):
-    """A layer that is allocated once and returns the part that is filled."""
+    """A cache layer that is allocated once and returns the filled part."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -148,11 +149,11 @@ class _Reserved(DynamicLayer):
         self.length += key_states.shape[2]
         return keys[:, :, : self.length], values[:, :, : self.length]
 
-    def _append(self, room: Tensor | None, new: Tensor) -> Tensor:
-        if room is None:
-            room = new.new_zeros(*new.shape[:2], self.capacity, new.shape[3])
-        room[:, :, self.length : self.length + new.shape[2]] = new
-        return room
+    def _append(self, buffer: Tensor | None, new: Tensor) -> Tensor:
+        if buffer is None:
+            buffer = new.new_zeros(*new.shape[:2], self.capacity, new.shape[3])
+        buffer[:, :, self.length : self.length + new.shape[2]] = new
+        return buffer
 
     def get_seq_length(self) -> int:
         return self.length

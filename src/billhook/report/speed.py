@@ -1,8 +1,9 @@
-"""How fast models read prompts and decode, side by side in interleaved rounds, and the ideal speed-up."""
+"""Prefill and decoding speed of models in interleaved rounds, and the ideal speedup."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import truediv
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, Literal
@@ -23,11 +24,11 @@ RESET = Path("/proc/self/clear_refs")
 
 
 class Peak:
-    """Within `with`, follows the memory of a device.
+    """Context manager that measures the peak memory of a device.
 
-    On CUDA that is torch's allocated memory. On a CPU it is the resident memory of the process, which the system counts (Linux
-    only): memory that was freed before, kept by the process and used again is not seen. Then `rise` is by how many bytes the
-    peak exceeds the memory in use before; None where nothing counts it.
+    Afterward, `rise` is the number of bytes by which the peak exceeded the memory in use before, or None if it is not measured.
+    On CUDA, this is torch's allocated memory. On a CPU, it is the resident memory of the process (Linux only), which misses
+    memory that the process had freed, kept, and used again.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,7 +40,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before: int | None = torch.cuda.memory_allocated(self.device)
         elif self.device.type == "cpu":
-            self._before = resident() if _forget_peak() else None
+            self._before = resident() if _reset_peak() else None
         else:
             self._before = None
         return self
@@ -51,8 +52,8 @@ class Peak:
             self.rise = max(most - self._before, 0)
 
 
-def _forget_peak() -> bool:
-    """Resets the system's count of this process's peak, and says whether that worked."""
+def _reset_peak() -> bool:
+    """Resets the kernel's peak memory of this process; returns False if that fails."""
     try:
         RESET.write_text("5")
     except OSError:
@@ -65,22 +66,22 @@ Phase = Literal["prefill", "decode"]
 
 @dataclass(frozen=True)
 class Timing:
-    """Time and memory that one model took for one phase at one batch size and context.
+    """Time and memory of a model in a phase, at a batch size and context.
 
     Attributes:
-        model: Its number among the models; 0 is the reference.
-        phase: "prefill": all prompts in one go. "decode": a step, which gives each sequence a token.
-        batch_size: Sequences.
-        context: Tokens of each prompt.
-        seconds: For each round: seconds of the whole prefill, or of a decoding step, as the mean over the steps of the round.
-        ratios: For each round: the reference's seconds over the model's; above 1 is faster.
+        model: Index of the model; 0 is the reference.
+        phase: "prefill": all prompts in one forward pass. "decode": one step, a token for each sequence.
+        batch_size: Number of sequences.
+        context: Tokens per prompt.
+        seconds: Seconds of each round: for the prefill, or for a decoding step (the mean over the round's steps).
+        ratios: Speedup of each round: the reference's seconds divided by the model's.
         weight_bytes: Bytes of the weights that a step reads.
-        cache_bytes: Bytes of all tensors in the key/value cache; 0 where there is none.
-        cache_tokens: Tokens of each sequence that the cache has room for.
-        flops: Floating-point operations of the prefill, attention as a whole square; None where the model cannot run on meta
+        cache_bytes: Bytes of the KV cache; 0 without a cache.
+        cache_tokens: Tokens per sequence for which the cache has memory.
+        flops: Floating-point operations of the prefill, with full (not causal) attention; None if the model does not run on meta
             tensors.
-        ideal: The ideal speed-up against the reference; None where it is not known.
-        peak_bytes: The most memory taken: weights, cache, and the phase's own needs; None where it cannot be measured.
+        ideal: Ideal speedup over the reference; None if unknown.
+        peak_bytes: Peak memory: weights, cache, and activations; None if it is not measured.
     """
 
     model: int
@@ -98,37 +99,37 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds of the median round."""
+        """Median of `seconds`."""
         return median(self.seconds)
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens read, or generated, in a second of the median round."""
+        """Tokens processed or generated per second, in the median round."""
         return self.batch_size * (self.context if self.phase == "prefill" else 1) / self.median
 
     @property
     def cache_bytes_per_token(self) -> float:
-        """Bytes by which each token of a sequence makes the cache grow; exact where all layers attend to all tokens."""
+        """KV-cache bytes per token; exact if all layers attend to all tokens."""
         return self.cache_bytes / (self.batch_size * self.cache_tokens) if self.cache_bytes else 0.0
 
     @property
     def speed_up(self) -> float:
-        """The median of the ratios."""
+        """Median of `ratios`."""
         return median(self.ratios)
 
     @property
     def share(self) -> float | None:
-        """The speed-up over the ideal one."""
+        """Speedup divided by the ideal speedup."""
         return None if self.ideal is None else self.speed_up / self.ideal
 
     @property
     def rate(self) -> float | None:
-        """Bytes that a step moves, or operations of the prefill, per second of the median round."""
-        done = self.flops if self.phase == "prefill" else self.weight_bytes + self.cache_bytes
-        return None if done is None else done / self.median
+        """Bytes read by a step, or operations of the prefill, per second in the median round."""
+        work = self.flops if self.phase == "prefill" else self.weight_bytes + self.cache_bytes
+        return None if work is None else work / self.median
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain data, with the properties."""
+        """Returns JSON-compatible data, including the properties."""
         names = ("median", "tokens_per_second", "cache_bytes_per_token", "speed_up", "share", "rate")
         return asdict(self) | {name: getattr(self, name) for name in names}
 
@@ -152,33 +153,33 @@ def measure_speed(
     seed: int = 0,
     tell: Callable[[], None] = lambda: None,
 ) -> list[Timing]:
-    """Measures prefill and decoding of models in interleaved rounds: each round measures every model once, in turning order.
+    """Measures prefill and decoding speed in interleaved rounds.
 
-    A disturbance of the machine thus hits all models alike. The speed-up is the median over rounds of the ratio to the reference
-    in the same round. Prompts are random tokens; the first `warmup` rounds of each cell are not kept.
+    Each round measures every model once, in alternating order, so that disturbances of the machine affect all models. The speedup
+    is the median over rounds of the ratio to the reference in the same round. Prompts are random tokens.
 
-    The ideal speed-up is the ratio of the work that the reference and the model must do. Decoding is bound by memory: the bytes
-    moved in a step are all weights once (except embedding tables that are only looked up) and the cache of all sequences. Prefill
-    is bound by arithmetic: floating-point operations. All experts of a mixture count as read.
+    The ideal speedup is the ratio of the work of the reference and the model. Decoding is bound by memory: a step reads all
+    weights (except embedding tables, which are only looked up) and the cache of all sequences. Prefill is bound by floating-point
+    operations. All experts of a mixture count as read.
 
     Args:
-        models: The first is the reference. They are not changed, and must be in eval mode.
-        batch_sizes: Sequences at once.
-        contexts: Tokens of each prompt.
-        new_tokens: Tokens decoded after the prompt in each round.
-        rounds: Rounds of each phase and cell.
-        warmup: Rounds before these.
-        cache: How the key/value cache is kept: see `Generation`.
-        phases: Phases to measure. For "decode" alone, one prompt is read in each cell, and its keys and values stand for all
+        models: Models in evaluation mode; the first is the reference.
+        batch_sizes: Numbers of sequences.
+        contexts: Numbers of tokens per prompt.
+        new_tokens: Number of tokens to decode after the prompt in each round.
+        rounds: Number of rounds for each phase, batch size, and context.
+        warmup: Number of rounds to run and discard before.
+        cache: Kind of the KV cache: see `Generation`.
+        phases: Phases to measure. With "decode" only, one prompt is processed and its keys and values fill the cache of all
             sequences.
         seed: Seed of the prompts.
-        tell: Called after each measurement.
+        tell: Callback after each measurement.
 
     Returns:
-        Rows by batch size, context, phase and model; none for "decode" if one of the models predicts no next token.
+        Timings by batch size, context, phase, and model; none for "decode" if a model does not predict next tokens.
 
     Raises:
-        ValueError: If an argument is not legal, before anything is run.
+        ValueError: If an argument is not legal.
 
     Example:
         >>> import billhook as bh
@@ -213,10 +214,10 @@ def check_speed(
     cache: CacheKind,
     phases: Sequence[Phase],
 ) -> None:
-    """Refuses arguments and models that cannot be measured."""
+    """Raises `ValueError` if arguments or models cannot be measured."""
     for name, values in (("models", models), ("batch_sizes", batch_sizes), ("contexts", contexts), ("phases", phases)):
         if not values:
-            raise ValueError(f"{name}: at least one is needed")
+            raise ValueError(f"{name}=[] must have at least one entry.")
     for batch_size in batch_sizes:
         check_int("batch_sizes", batch_size)
     for context in contexts:
@@ -228,27 +229,27 @@ def check_speed(
         check_one_of("phases", phase, Phase)
     for number, model in enumerate(models):
         tokens = max(contexts) + (new_tokens if generates(model) else 0)
-        _check_model(model, f"models: number {number}, a {type(model).__name__},", tokens)
+        _check_model(model, f"models: {type(model).__name__} (number {number})", tokens)
     if list(phases) == ["decode"] and not all(map(generates, models)):
-        raise ValueError("phases=['decode'] needs models that all predict next tokens")
+        raise ValueError("phases=['decode'] requires models that predict next tokens.")
 
 
 def _check_model(model: PreTrainedModel, name: str, tokens: int) -> None:
     if model.main_input_name != "input_ids":
-        raise ValueError(f"{name} reads {model.main_input_name}; one that reads input_ids is needed")
+        raise ValueError(f"{name} takes {model.main_input_name}. Only models that take input_ids are supported.")
     if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} has an encoder and a decoder; a decoder alone or an encoder alone is needed")
+        raise ValueError(f"{name} is an encoder-decoder. Only decoders and encoders are supported.")
     if generates(model) and cache_name(model) is None:
-        raise ValueError(f"{name} takes none of transformers' caches, so that there is no incremental decoding to be measured")
+        raise ValueError(f"{name} does not support transformers' caches, so its decoding cannot be measured.")
     if model.training:
-        raise ValueError(f"{name} is in training mode, with dropout: call model.eval() first")
+        raise ValueError(f"{name} is in training mode. Call model.eval() first.")
     longest = getattr(text_config(model.config), "max_position_embeddings", None)
     if longest and tokens > longest:
-        raise ValueError(f"contexts and new_tokens are {tokens} tokens; {name} reads {longest} at once: ask for fewer")
+        raise ValueError(f"contexts and new_tokens add up to {tokens} tokens; {name} supports {longest}. Use fewer.")
 
 
 def _prompts(model: PreTrainedModel, batch_size: int, context: int, seed: int) -> Tensor:
-    """Draws random tokens, `[batch_size, context]`, the same for all models of one vocabulary."""
+    """Draws random tokens, `[batch_size, context]`, equal for equal vocabulary sizes."""
     vocabulary = text_config(model.config).vocab_size
     ids = torch.randint(vocabulary, (batch_size, context), generator=torch.Generator().manual_seed(seed))
     return ids.to(model.device)
@@ -262,21 +263,21 @@ def _rounds(
     work: Callable[[Generation], object],
     tell: Callable[[], None],
 ) -> list[list[tuple[float, int | None]]]:
-    """Measures, for each model and round, the seconds of the work and the most bytes that were taken."""
+    """Returns seconds and peak bytes of `work` for each model and round."""
     measured: list[list[tuple[float, int | None]]] = [[] for _ in runs]
     for number in range(warmup + rounds):
         order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
         for index in order:
             run = runs[index]
             before(run)
-            kept, device = _bytes(run.model.parameters()) + _bytes(run.tensors), run.model.device
+            allocated, device = _bytes(run.model.parameters()) + _bytes(run.tensors), run.model.device
             with Peak(device) as peak:
                 _wait(device)
                 began = time.perf_counter()
                 work(run)
                 _wait(device)
                 seconds = time.perf_counter() - began
-            measured[index].append((seconds, None if peak.rise is None else kept + peak.rise))
+            measured[index].append((seconds, None if peak.rise is None else allocated + peak.rise))
             tell()
     return [of_model[warmup:] for of_model in measured]
 
@@ -290,15 +291,16 @@ def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[
     steps = runs[0].new_tokens if phase == "decode" else 1
     rows = list[Timing]()
     for number, (run, rounds) in enumerate(zip(runs, measured, strict=True)):
-        seconds = tuple(taken / steps for taken, _ in rounds)
-        ratios = tuple(first / taken for first, taken in zip(rows[0].seconds if rows else seconds, seconds, strict=True))
+        seconds = tuple(elapsed / steps for elapsed, _ in rounds)
+        ratios = tuple(map(truediv, rows[0].seconds if rows else seconds, seconds))
+        peaks = [peak for _, peak in rounds if peak is not None]
         batch_size, context = run.ids.shape
         flops = _flops(run.model, context) if phase == "prefill" else None
         weights, cache = _read(run.model), _bytes(run.tensors)
         row = Timing(
             model=number, phase=phase, batch_size=batch_size, context=context, seconds=seconds, ratios=ratios,
             weight_bytes=weights, cache_bytes=cache, cache_tokens=run.cached_tokens, flops=flops and batch_size * flops,
-            ideal=None, peak_bytes=max((taken for _, taken in rounds if taken is not None), default=None),
+            ideal=None, peak_bytes=max(peaks, default=None),
         )  # fmt: skip
         rows.append(replace(row, ideal=_ideal(rows[0] if rows else row, row)))
     return rows
@@ -315,14 +317,15 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _read(model: PreTrainedModel) -> int:
-    """Counts bytes of the weights that a step reads: all except tables in which a few rows are looked up."""
-    looked_up = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    used = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    return _bytes(p for p in model.parameters() if id(p) in used or id(p) not in looked_up)
+    """Counts bytes of the weights that a step reads, without looked-up embedding tables."""
+    looked_up, used = set[nn.Parameter](), set[nn.Parameter]()
+    for module in model.modules():
+        (looked_up if isinstance(module, nn.Embedding) else used).update(module.parameters(recurse=False))
+    return _bytes(parameter for parameter in model.parameters() if parameter in used or parameter not in looked_up)
 
 
 def _flops(model: PreTrainedModel, context: int) -> int | None:
-    """Counts operations of the prefill of one prompt on meta tensors; None where the model does not run there."""
+    """Counts operations of a prompt's prefill on meta tensors; None if it does not run."""
     try:
         meta_model = meta_copy(model)
         with FlopCounterMode(display=False) as counter:

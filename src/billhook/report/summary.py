@@ -1,4 +1,4 @@
-"""Size and cost of a model, and a table of them before and after."""
+"""Size and cost of a model, and the table of a training run."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,19 +24,19 @@ class Summary(Printable):
     """Size and cost of a model; `print` shows a table.
 
     Attributes:
-        model: The model's class.
-        params: Parameters, without those of adapters; tied ones count once.
-        zeros: Parameters that are exactly zero; None for a streamed model of which files are still on a hub.
-        bytes: Bytes of these parameters.
-        query_heads: Query heads of a layer, where all layers have the same number.
-        kv_heads: Key/value heads of a layer, where all layers have the same number.
-        kv_cache_bytes: Bytes that the key/value cache grows by with each token, until sliding windows are full, in the dtype of
-            the weights, once the model is saved and loaded: a GPT-2 with one KV head keeps all its heads in memory until then.
-        flops: Floating-point operations of the forward pass, per token, at `context` tokens; of a model of images, of one image.
-        context: Tokens for which `flops` holds; 0 for a model of images.
-        adapters: Parameters of PEFT's adapters, such as LoRA's, which no other number counts: a saved model has them merged.
-        heads: Query heads and key/value heads of each layer, where layers differ.
-        dtype: The dtype of the weights, in which the key/value cache is counted.
+        model: Class of the model.
+        params: Number of parameters without adapters; tied weights count once.
+        zeros: Number of parameters that are exactly zero; None for a streamed model with files still on the Hub.
+        bytes: Bytes of the parameters.
+        query_heads: Query heads per block; None if blocks differ.
+        kv_heads: KV heads per block; None if blocks differ.
+        kv_cache_bytes: KV-cache bytes per token until sliding windows are full, in the dtype of the weights, after saving and
+            loading (a converted GPT-2 keeps all heads in memory until then).
+        flops: Floating-point operations of the forward pass, per token at `context` tokens, or per image.
+        context: Tokens for which `flops` holds; 0 for image models.
+        adapters: Parameters of PEFT adapters, such as LoRA, which no other number includes: a saved model has them merged.
+        heads: Query heads and KV heads of each block, if blocks differ.
+        dtype: Dtype of the weights and the KV cache.
     """
 
     model: str
@@ -53,17 +53,17 @@ class Summary(Printable):
     dtype: str = ""
 
     def numbers(self) -> dict[str, Any]:
-        """Returns the numbers that change when a model is pruned or converted."""
+        """Returns the numbers that pruning and conversion change."""
         return {key: getattr(self, key) for key in ("params", "zeros", "kv_cache_bytes", "flops")}
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain data."""
+        """Returns JSON-compatible data."""
         return asdict(self)
 
     def _renderables(self) -> list[RenderableType]:
         dtype = f" in {self.dtype}" if self.dtype else ""
         per = f"token at {self.context}" if self.context else "image"
-        adapters = [("of adapters, besides", f"{self.adapters:,}")] if self.adapters else []
+        adapters = [("adapter parameters", f"{self.adapters:,}")] if self.adapters else []
         rows = [
             ("model", self.model),
             ("parameters", f"{self.params:,}"),
@@ -77,7 +77,7 @@ class Summary(Printable):
         return [text_table(rows, aligns="<")]
 
     def _heads(self) -> str:
-        """Returns how many heads of each kind layers have, from the fewest to the most."""
+        """Returns the number of heads, as a range if blocks differ."""
         if not self.heads:
             return f"{self.query_heads or '?'} / {self.kv_heads or '?'}"
         ranges = [(min(counts), max(counts)) for counts in zip(*self.heads, strict=True)]
@@ -85,13 +85,13 @@ class Summary(Printable):
 
 
 def summary(model: nn.Module) -> Summary:
-    """Counts parameters, zeros, KV-cache bytes per token and FLOPs per token or image, the last two by a run on meta tensors.
+    """Counts parameters, zeros, KV-cache bytes per token, and FLOPs per token or image.
 
-    With PEFT's adapters attached, these are numbers of the model beneath, which has as many once they are merged. If the model is
-    sharded, all ranks must call this together.
+    KV-cache bytes and FLOPs come from a run on meta tensors. With PEFT adapters, the numbers are of the base model, as after
+    merging. If the model is sharded, all ranks must call this together.
 
     Args:
-        model: A Hugging Face model, or a module that holds one.
+        model: A Hugging Face model, or a module that contains one.
 
     Example:
         >>> import billhook as bh
@@ -120,7 +120,7 @@ def summary(model: nn.Module) -> Summary:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the table: the model at some point of a run."""
+    """A row of the table: the model at a step of a training run."""
 
     name: str
     step: int
@@ -130,9 +130,9 @@ class Stage:
 def stage_table(
     stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric: str | None = None, dtype: str | None = None
 ) -> str:
-    """Shows stages as rows and their numbers as columns (`metric` too, if it is none of the usual ones), and notes below.
+    """Formats stages as rows, their numbers and `metric` as columns, and notes below.
 
-    The dtype is the one that bytes of the key/value cache are counted in.
+    `dtype` is the dtype of the KV cache.
     """
     keys = {
         "perplexity": "val_perplexity",
@@ -145,12 +145,15 @@ def stage_table(
     }
     if metric is not None and metric not in keys.values():
         keys = {metric: metric} | keys
-    shown = {head: key for head, key in keys.items() if any(stage.numbers.get(key) is not None for stage in stages)}
+    shown = dict[str, str]()
+    for head, key in keys.items():
+        if any(stage.numbers.get(key) is not None for stage in stages):
+            shown[head] = key
     if next(iter(shown), None) not in ("val_loss", "parameters"):
         shown.pop("val_loss", None)
     if "sparsity" not in shown:
         shown.pop("zeros", None)
-    rows = [[stage.name, stage.step, *(_number(stage.numbers.get(key)) for key in shown.values())] for stage in stages]
+    rows = [[stage.name, stage.step, *map(_number, map(stage.numbers.get, shown.values()))] for stage in stages]
     return render(text_table(rows, ["", "step", *shown]), *(["", text_table(notes, aligns="<")] if notes else []))
 
 

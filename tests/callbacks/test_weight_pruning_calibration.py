@@ -278,6 +278,6 @@ def test_calibration_batches_of_ones_own(tmp_path, monkeypatch, form):
 def test_calibration_batches_that_nobody_takes(tmp_path):
     callback = pruning(sparsity=0.5, calibration=["a text"])
     with pytest.raises(
-        ValueError, match="calibration: training_step of Plain on batch 0, a str failed .*: give batches that the model"
+        ValueError, match="calibration: training_step of Plain on batch 0, a str failed .* Pass batches as dictionaries"
     ):
         trainer(tmp_path, [callback], max_steps=1).fit(Plain(), loader())

@@ -284,5 +284,5 @@ def test_each_of_two_ranks_loads_a_tensor_at_a_time(of_two, name):
 
 def test_tensor_parallel_is_refused(of_two):
     for message, name in zip(of_two("refused"), ("WeightPruning", "KVHeadConversion"), strict=True):
-        assert message.startswith(f"{name} works where data is parallel, not where tensors are: tensor_parallel_size=2 must be 1")
+        assert message.startswith(f"tensor_parallel_size=2 is not supported by {name}")
         assert "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)" in message

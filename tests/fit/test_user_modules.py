@@ -301,7 +301,9 @@ def test_as_many_examples_as_are_asked_for(tmp_path):
 def test_manual_optimization_without_batches_for_the_model_is_refused_before_training(tmp_path, kind):
     lit = ByHand()
     before, run = weights(lit), trainer(tmp_path, [CALIBRATED[kind]()], max_steps=2)
-    with pytest.raises(ValueError, match=r"ByHand .*calibration_batches\(self\).*calibration=; or use automatic optimization"):
+    with pytest.raises(
+        ValueError, match=r"ByHand, which uses manual optimization.*as calibration=, or .*calibration_batches\(self\)"
+    ):
         run.fit(lit, tuples(), tuples())
     assert run.global_step == 0
     assert same(weights(lit), before)

@@ -140,7 +140,7 @@ def test_parameters_with_hooks_of_their_own_are_refused(hook):
 
 
 BESIDE = {
-    "its own": "configure_optimizers does not return Chosen.extra .SGD.",
+    "its own": "replaces parameters, but configure_optimizers does not return Chosen.extra .SGD.",
     "an average": "changes shapes during training, which Chosen.extra, an AveragedModel, does not support",
 }
 

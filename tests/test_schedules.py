@@ -138,7 +138,7 @@ def test_unbound_fractions_are_refused(schedule, step):
         (lambda: Constant(0.5, start=101).bind(100), "start=101 is past the end"),
         (lambda: Exponential(final=1.0), "final=1.0 must be below 1"),
         (lambda: Exponential(final=0.5, initial=1.0), "initial=1.0 must be below 1"),
-        (lambda: MultiStep(values=[], steps=[]), "same length of at least 1"),
+        (lambda: MultiStep(values=[], steps=[]), "same length, at least 1"),
         (lambda: MultiStep(values=[0.1], steps=[1, 2]), "got 1 and 2"),
         (lambda: MultiStep(values=[0.1, 0.2], steps=[2, 1]), r"steps=\[2, 1\] must ascend"),
         (lambda: MultiStep(values=[0.1, 0.2], steps=[60, 0.5]).bind(100), r"steps=\[60, 50\] must ascend"),

@@ -391,7 +391,7 @@ def test_a_report_that_is_taken_for_the_model_says_so(tmp_path):
     assert " in place, " in str(net)
     for call in (lambda: bh.save(net, tmp_path / "out"), lambda: bh.convert_kv_heads(net, 1), lambda: bh.summary(net)):
         with pytest.raises(
-            ValueError, match="bh.training.merge works in place and returns a report: use the model that you passed"
+            ValueError, match="bh.training.merge works in place and returns a report. Use the model that you passed"
         ):
             call()
     assert bh.save(net.model, tmp_path / "out").folder

@@ -227,12 +227,12 @@ class TestRefused:
         [
             (
                 [prunes.WeightPruning(bh.criteria.RIA(), 0.5, at=2, **FEW)],
-                r"a run with WeightPruning\{'criterion': 'Magnitude'.*this run has WeightPruning\{'criterion': 'RIA'",
+                r"run has WeightPruning\{'criterion': 'Magnitude'.*this run has WeightPruning\{'criterion': 'RIA'",
             ),
-            ([prunes.WeightPruning(bh.Magnitude(), 0.5, at=2, skip=["*.mlp.*"])], r"'skip': \[\]\}, and this run has .*\*.mlp"),
+            ([prunes.WeightPruning(bh.Magnitude(), 0.5, at=2, skip=["*.mlp.*"])], r"'skip': \[\]\}, but this run has .*\*.mlp"),
             (
                 [bh.HeadPruning(0.5, at=1, options=bh.HeadOptions(per="kv_head"), **FEW)],
-                "'per': 'head'}, and this run has .*'per': 'kv_head'}",
+                "'per': 'head'}, but this run has .*'per': 'kv_head'}",
             ),
         ],
         ids=["criterion", "skip", "unit"],

@@ -97,10 +97,10 @@ def speeds_of(options, names):
         speeds = measure_engine([file_of(options, *key) for key in keys], CONTEXT, NEW_TOKENS, options.rounds)
         dense = speeds[keys.index(("dense", "F16"))]
         rows = {
-            f"{name}, {kind}": [speed_up(dense.read, speed.read), speed_up(dense.written, speed.written)]
+            f"{name}, {kind}": [speed_up(dense.prefill, speed.prefill), speed_up(dense.decoding, speed.decoding)]
             for (name, kind), speed in zip(keys, speeds, strict=True)
         }
-        rates = {"prefill": dense.prompt_rate, "decoding": dense.writing_rate}
+        rates = {"prefill": dense.prefill_rate, "decoding": dense.decoding_rate}
         kept.write_text(json.dumps({"dense tokens per second": rates, **rows}))
     return json.loads(kept.read_text())
 

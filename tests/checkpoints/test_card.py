@@ -237,7 +237,7 @@ def test_of_a_family_of_the_users_own(tmp_path):
 
     model = OwnForCausalLM(OwnConfig.from_dict({**llama().config.to_dict(), "model_type": "own"}))
     bh.save(model, tmp_path / "small", record={"steps": 1})
-    assert "unknown: OwnForCausalLM was not looked up" in (tmp_path / "small" / "README.md").read_text()
+    assert "unknown: OwnForCausalLM was not reviewed" in (tmp_path / "small" / "README.md").read_text()
 
 
 def test_names_of_the_hub(tmp_path, monkeypatch):

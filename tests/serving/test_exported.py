@@ -55,7 +55,7 @@ def fast(monkeypatch, converter):
 def test_the_command_writes_a_file_of_a_folder(folder, tmp_path, capsys, fast):
     out = tmp_path / "new" / "out.gguf"
     main(["export", str(folder), "--gguf", str(out)])
-    assert capsys.readouterr().out == f"{out} (converted by llama.cpp's converter, its text split as gpt-2 does)\n"
+    assert capsys.readouterr().out == f"{out} (converted by llama.cpp's converter, text split as in gpt-2)\n"
     assert {one.tensor_type.name for one in gguf.GGUFReader(out).tensors} == {"F32"}
     assert torch.allclose(logits(out), expected(folder), atol=1e-4)
     types = {}
@@ -68,7 +68,7 @@ def test_the_command_writes_a_file_of_a_folder(folder, tmp_path, capsys, fast):
 
 def test_a_failed_conversion_leaves_nothing(tmp_path, fast):
     small("llama").save_pretrained(tmp_path / "model")  # no tokenizer
-    with pytest.raises(ValueError, match="gguf: '.*model' cannot be converted: the folder holds no tokenizer"):
+    with pytest.raises(ValueError, match="gguf: '.*model' cannot be converted: the folder has no tokenizer"):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
@@ -79,11 +79,11 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, fast):
         ("export {folder}", "is a folder, of which --gguf makes a GGUF file"),
         ("export {folder} --gguf out.bin", "gguf='out.bin' must be a path that ends in .gguf"),
         ("export {folder} --gguf {folder}/model.safetensors", "must be a path that ends in .gguf"),
-        ("export {folder} --gguf {there}", "is there, and no GGUF file, which would be replaced"),
+        ("export {folder} --gguf {there}", "exists and is not a GGUF file"),
         ("export {folder} --gguf out.gguf --tokenizer tiny", "with the tokenizer in it"),
         ("export one.ckpt", "give a Lightning checkpoint and the folder to write, or a folder alone, with --gguf"),
         ("export one.ckpt two three", "give a Lightning checkpoint and the folder to write"),
-        ("export {folder} --gguf out.gguf --converter nowhere", "converter='nowhere': must be llama.cpp's"),
+        ("export {folder} --gguf out.gguf --converter nowhere", "converter='nowhere' must be llama.cpp's"),
     ],
 )
 def test_what_the_command_refuses(line, message, folder, tmp_path, monkeypatch):

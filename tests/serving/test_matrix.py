@@ -54,7 +54,7 @@ def lora(model, groups=2):
 WAYS = [kv_heads, heads, channels, residual, blocks, differ, lora]
 
 
-TOKENIZER = "llama.cpp's converter does not read the tokenizer (FileNotFoundError: "
+TOKENIZER = "llama.cpp's converter cannot read the tokenizer (FileNotFoundError: "
 NO = {
     ("qwen3", differ): "of qwen3 llama.cpp has no architecture whose layers may",
     ("gemma2", differ): "of gemma2 llama.cpp has no architecture whose layers may",
@@ -62,7 +62,7 @@ NO = {
         "gemma2",
         heads,
     ): "of gemma2 llama.cpp has no architecture whose layers may",  # whose config wants heads that divide its width
-    ("gemma2", blocks): "from token 17 of 32 on",  # llama.cpp takes every second layer for one that looks back without limit
+    ("gemma2", blocks): "from token 17 of 32",  # llama.cpp takes every second layer for one that looks back without limit
 }
 """What llama.cpp cannot run."""
 
@@ -76,16 +76,16 @@ def test_what_is_made_is_served(family, way, tmp_path, converter, llama_cpp):
     way(model)
     assert model.num_parameters() != before
     bh.save(model, tmp_path / "model")
-    found = serve_check(beside(tmp_path / "model"), llama_cpp, converter, tokens=32, new_tokens=8, quantised=())
+    found = serve_check(beside(tmp_path / "model"), llama_cpp, converter, tokens=32, new_tokens=8, quantized=())
     reason = NO.get((family, way))
     if reason is not None:
-        assert not found.yes
-        assert reason in found.why
+        assert not found.supported
+        assert reason in found.reason
         return
     assert found.difference < 1e-3
-    assert found.alike == (8, 8)
-    assert found.yes == (family != "gemma2"), found
-    assert found.yes or found.why.startswith(TOKENIZER)  # of Gemma 2, the converter reads SentencePiece alone
+    assert found.matching_tokens == (8, 8)
+    assert found.supported == (family != "gemma2"), found
+    assert found.supported or found.reason.startswith(TOKENIZER)  # of Gemma 2, the converter reads SentencePiece alone
 
 
 @pytest.mark.parametrize("way", [blocks, channels], ids=lambda way: way.__name__)
@@ -93,9 +93,9 @@ def test_windows_that_the_row_does_not_reach(way, tmp_path, converter, llama_cpp
     model = small("gemma2", sliding_window=64)
     way(model)
     bh.save(model, tmp_path / "model")
-    found = serve_check(beside(tmp_path / "model"), llama_cpp, converter, tokens=32, new_tokens=8, quantised=())
+    found = serve_check(beside(tmp_path / "model"), llama_cpp, converter, tokens=32, new_tokens=8, quantized=())
     assert found.difference < 1e-3
-    assert ("up to 64 tokens: beyond, layers of the engine look back otherwise" in found.why) == (way is blocks)
+    assert ("valid up to 64 tokens, because the engine uses other attention windows" in found.reason) == (way is blocks)
 
 
 SHARES = {
@@ -128,5 +128,5 @@ def test_what_is_made_of_trained_models_is_served(name, way, tmp_path, converter
         bh.apply(model, bh.plan(model, importance, batches, **SHARES[way]))
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_path(name))
     bh.save(model, tmp_path / "model", tokenizer)
-    found = serve_check(tmp_path / "model", llama_cpp, converter, tokens=32, new_tokens=16, quantised=())
-    assert found.yes, found
+    found = serve_check(tmp_path / "model", llama_cpp, converter, tokens=32, new_tokens=16, quantized=())
+    assert found.supported, found

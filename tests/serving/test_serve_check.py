@@ -8,7 +8,7 @@ import pytest
 from billhook.cli.main import main
 from billhook.serving import converter as converters
 from billhook.serving import engine as engines
-from billhook.serving.check import Served, serve_check
+from billhook.serving.check import ServeResult, serve_check
 from billhook.serving.engine import LlamaCpp
 from billhook.serving.worker import Missing, Worker, WorkerError
 from kit import serving
@@ -19,86 +19,88 @@ pytestmark = serving.pytestmark
 
 def test_the_embedded_model_is_served(converter):
     found = serve_check("tiny", converter=converter, tokens=64)
-    assert found.yes, found
+    assert found.supported, found
     assert found.difference < 1e-4
-    assert found.alike == (24, 24)
-    eight, four = found.quantised
+    assert found.matching_tokens == (24, 24)
+    eight, four = found.quantized
     assert (eight.kind, four.kind) == ("Q8_0", "Q4_K_M")
     assert 8.5 <= eight.bits < 8.6
     assert 4.5 <= four.bits < 6.2
     assert abs(eight.perplexity - 1) < 0.02
     assert abs(four.perplexity - 1) < 0.2
-    assert str(found).splitlines()[0].startswith("llama.cpp: yes: converted by llama.cpp's converter, its text split as gpt-2")
+    assert (
+        str(found).splitlines()[0].startswith("llama.cpp: supported: converted by llama.cpp's converter, text split as in gpt-2")
+    )
 
 
 def test_the_command_prints_yes(tmp_path, capsys):
     main(["serve-check", str(saved(tmp_path, "llama")), "--tokens", "32"])
-    assert capsys.readouterr().out.startswith("llama.cpp: yes: ")
+    assert capsys.readouterr().out.startswith("llama.cpp: supported: ")
 
 
 def test_the_command_prints_no_and_fails(monkeypatch, capsys):
     monkeypatch.setattr(
-        "billhook.serving.check.serve_check", lambda *given, **named: Served("folder", "llama.cpp", False, "a reason")
+        "billhook.serving.check.serve_check", lambda *given, **named: ServeResult("folder", "llama.cpp", False, "a reason")
     )
     with pytest.raises(SystemExit) as stopped:
         main(["serve-check", "folder"])
     assert stopped.value.code == 1
-    assert capsys.readouterr().out == "llama.cpp: no: a reason\n"
+    assert capsys.readouterr().out == "llama.cpp: not supported: a reason\n"
 
 
 def test_another_activation_than_the_engine_computes(tmp_path, converter):
     config = json.loads((saved(tmp_path, "llama") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": "gelu"}))  # llama.cpp's graph is of silu
-    found = serve_check(tmp_path, converter=converter, tokens=32, new_tokens=8, quantised=())
-    assert not found.yes
-    assert found.why.startswith("logits differ by ")
-    assert "of 32 on; of 8 greedy tokens, " in found.why
+    found = serve_check(tmp_path, converter=converter, tokens=32, new_tokens=8, quantized=())
+    assert not found.supported
+    assert found.reason.startswith("logits differ by ")
+    assert "of 32; greedy tokens differ after " in found.reason
 
 
 def test_a_window_that_the_engine_does_not_know(tmp_path, converter):
     saved(tmp_path, "mistral", sliding_window=12)
-    found = serve_check(tmp_path, converter=converter, tokens=32, quantised=())
-    assert not found.yes
-    assert "from token 13 of 32 on" in found.why
-    assert "up to 12 tokens: beyond, layers of the engine look back otherwise" in found.why
-    short = serve_check(tmp_path, converter=converter, tokens=10, new_tokens=2, quantised=())
-    assert short.yes
-    assert "up to 12 tokens" in short.why
+    found = serve_check(tmp_path, converter=converter, tokens=32, quantized=())
+    assert not found.supported
+    assert "from token 13 of 32" in found.reason
+    assert "valid up to 12 tokens, because the engine uses other attention windows" in found.reason
+    short = serve_check(tmp_path, converter=converter, tokens=10, new_tokens=2, quantized=())
+    assert short.supported
+    assert "up to 12 tokens" in short.reason
 
 
 def test_a_tokenizer_that_the_converter_does_not_read(tmp_path, converter):
-    found = serve_check(saved(tmp_path, "gemma2"), converter=converter, tokens=32, quantised=())
-    assert not found.yes
-    assert "does not read the tokenizer (FileNotFoundError: File not found: " in found.why
+    found = serve_check(saved(tmp_path, "gemma2"), converter=converter, tokens=32, quantized=())
+    assert not found.supported
+    assert "cannot read the tokenizer (FileNotFoundError: File not found: " in found.reason
     assert found.difference < 1e-3
-    assert found.alike == (24, 24)
+    assert found.matching_tokens == (24, 24)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path, converter):
     serving.small("llama").save_pretrained(tmp_path)
-    found = serve_check(tmp_path, converter=converter, tokens=16, new_tokens=2, quantised=())
-    assert not found.yes
-    assert found.why.startswith("the folder holds no tokenizer (converted by llama.cpp's converter; logits differ by ")
+    found = serve_check(tmp_path, converter=converter, tokens=16, new_tokens=2, quantized=())
+    assert not found.supported
+    assert found.reason.startswith("the folder has no tokenizer (converted by llama.cpp's converter; logits differ by ")
 
 
 def test_a_tokenizer_that_splits_text_otherwise(tmp_path, converter):
     said = saved(tmp_path, "llama") / "tokenizer.json"
     state = json.loads(said.read_text())
     said.write_text(json.dumps(state | {"normalizer": {"type": "Lowercase"}}))
-    found = serve_check(tmp_path, converter=converter, tokens=16, new_tokens=2, quantised=())
-    assert not found.yes
-    assert "BPE pre-tokenizer was not recognized" in found.why
+    found = serve_check(tmp_path, converter=converter, tokens=16, new_tokens=2, quantized=())
+    assert not found.supported
+    assert "BPE pre-tokenizer was not recognized" in found.reason
 
 
 def test_a_family_that_the_converter_does_not_know(tmp_path, converter):
-    found = serve_check(saved(tmp_path, "helium", head_dim=16), converter=converter, tokens=16, new_tokens=2, quantised=())
-    assert found.why == "it cannot be converted: RuntimeError: Model HeliumForCausalLM is not supported"
-    assert (found.yes, found.difference, found.alike) == (False, None, None)
+    found = serve_check(saved(tmp_path, "helium", head_dim=16), converter=converter, tokens=16, new_tokens=2, quantized=())
+    assert found.reason == "conversion failed: RuntimeError: Model HeliumForCausalLM is not supported"
+    assert (found.supported, found.difference, found.matching_tokens) == (False, None, None)
 
 
 def test_a_file_that_the_engine_does_not_load(tmp_path):
     (tmp_path / "wrong.gguf").write_bytes(b"GGUF" + bytes(60))
-    with LlamaCpp() as engine, pytest.raises(WorkerError, match="it does not load the file; .*"):
+    with LlamaCpp() as engine, pytest.raises(WorkerError, match="the file cannot be loaded; .*"):
         engine.load(tmp_path / "wrong.gguf")
 
 
@@ -106,8 +108,8 @@ def test_a_process_that_ends_is_an_error_of_ours():
     with Worker("run_llama_cpp") as worker:
         worker._process.kill()
         worker._process.wait()
-        with pytest.raises(WorkerError, match="its process ended with -9: it said nothing"):
-            worker.ask(do="quantise")
+        with pytest.raises(WorkerError, match="the process ended with status -9: no output"):
+            worker.ask(do="quantize")
 
 
 class TestWhatIsMissing:
@@ -117,15 +119,17 @@ class TestWhatIsMissing:
         monkeypatch.setattr(engines, "find_spec", lambda name: None)
 
     def test_it_says_what_to_install(self):
-        with pytest.raises(Missing, match=r"the converter|converter is not installed: pip install 'billhook\[serve\]'"):
+        with pytest.raises(Missing, match=r"the converter|converter is not installed. Run: pip install 'billhook\[serve\]'"):
             converters.Converter()
-        with pytest.raises(Missing, match=r"llama.cpp is not installed: pip install 'billhook\[serve\]'"):
+        with pytest.raises(Missing, match=r"llama.cpp is not installed. Run: pip install 'billhook\[serve\]'"):
             LlamaCpp()
 
     def test_the_command_says_it_without_a_traceback(self):
         with pytest.raises(SystemExit) as stopped:
             main(["serve-check", "tiny"])
-        assert str(stopped.value.code).startswith("billhook serve-check: llama.cpp's converter is not installed: pip install ")
+        assert str(stopped.value.code).startswith(
+            "billhook serve-check: llama.cpp's converter is not installed. Run: pip install "
+        )
 
 
 def test_a_converter_that_is_given(tmp_path):
@@ -133,21 +137,21 @@ def test_a_converter_that_is_given(tmp_path):
     assert converters.find_converter(path.parent) == path == converters.find_converter(path)
     (tmp_path / path.name).write_text("")  # alone, without the modules that it imports
     for wrong in (tmp_path, tmp_path / path.name, tmp_path / "none.py"):
-        with pytest.raises(ValueError, match="converter=.*: must be llama.cpp's convert_hf_to_gguf.py, beside its folder"):
+        with pytest.raises(ValueError, match="converter=.* must be llama.cpp's convert_hf_to_gguf.py .next to its folder"):
             converters.find_converter(wrong)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"folder": "nowhere"}, "folder='nowhere' must be a folder on this machine"),
+        ({"folder": "nowhere"}, "folder='nowhere' must be a local folder"),
         ({"engine": "vllm"}, "engine='vllm' must be "),
         ({"tokens": 1}, "tokens=1 must be a whole number of at least 2"),
         ({"new_tokens": 0}, "new_tokens=0 must be a whole number of at least 1"),
         ({"threads": 0}, "threads=0 must be a whole number of at least 1"),
-        ({"quantised": ["Q2_K"]}, "quantised=.* must be "),
-        ({"new_tokens": 511}, "new_tokens=511: LlamaForCausalLM reads too few tokens at once"),
-        ({"converter": "nowhere"}, "converter='nowhere': must be llama.cpp's"),
+        ({"quantized": ["Q2_K"]}, "quantized=.* must be "),
+        ({"new_tokens": 511}, "new_tokens=511 leaves fewer than 2 tokens of the maximum length of LlamaForCausalLM"),
+        ({"converter": "nowhere"}, "converter='nowhere' must be llama.cpp's"),
     ],
     ids=lambda case: next(iter(case)) if isinstance(case, dict) else "",
 )

@@ -14,7 +14,7 @@ from billhook.checkpoints.save import save
 from billhook.cli.main import main
 from billhook.model.meta import read_config
 from billhook.pruning.planning import prune_units
-from billhook.serving.engines import GPUS, Verdict, engines, multiple_of, shares, told, verdicts
+from billhook.serving.engines import GPUS, Verdict, can_split, engines, grouped, multiple_of, verdicts
 from kit.families import build, llama
 from kit.shaped import uneven_llama
 
@@ -38,10 +38,10 @@ def served(model, folder) -> dict[str, Verdict]:
 
 def test_a_model_of_round_sizes_is_served_everywhere():
     found = said("LlamaForCausalLM", transformers.LlamaConfig(**WIDE))
-    assert {engine: one.serves for engine, one in found.items()} == dict.fromkeys(
+    assert {engine: one.supported for engine, one in found.items()} == dict.fromkeys(
         ["transformers", "llama.cpp", "vLLM", "SGLang"], True
     )
-    assert found["llama.cpp"].notes == ("K-quants divide all rows by 256",)
+    assert found["llama.cpp"].notes == ("K-quants apply to all rows (multiples of 256)",)
     assert found["vLLM"].notes == found["SGLang"].notes == ("tensor parallelism over 2, 4 or 8 GPUs",)
 
 
@@ -50,8 +50,8 @@ def test_a_model_of_round_sizes_is_served_everywhere():
 def test_each_yes_cites_class_file_and_release(kind, engine):
     config = getattr(transformers, kind).config_class()
     one = said(kind, config)[engine]
-    assert one.serves
-    assert re.fullmatch(r"\w+, [\w/.-]+\.(py|cpp) \(.*\d+\.\d+\.\d+\)", one.why)
+    assert one.supported
+    assert re.fullmatch(r"\w+, [\w/.-]+\.(py|cpp) \(.*\d+\.\d+\.\d+\)", one.reason)
 
 
 @pytest.mark.parametrize("kind", engines()["files"])
@@ -61,9 +61,9 @@ def test_heads_of_another_width_are_served_where_head_dim_is_read(kind):
     for engine in ("llama.cpp", "vLLM", "SGLang"):
         one = said(kind, config)[engine]
         as_deci = (kind, engine) == ("Phi3ForCausalLM", "llama.cpp")  # billhook writes it as deci, which takes widths
-        assert one.serves == (reads_head_dim(kind, engine) or as_deci)
-        assert ("as GGUF of its architecture deci" in one.why) == as_deci
-        assert one.serves or "heads are 64 wide, and " in one.why
+        assert one.supported == (reads_head_dim(kind, engine) or as_deci)
+        assert ("writes its architecture deci" in one.reason) == as_deci
+        assert one.supported or "the head dimension is 64, but " in one.reason
 
 
 def test_the_family_that_stands_for_one_that_engines_misread_is_read_by_all():
@@ -84,7 +84,7 @@ def test_what_billhook_makes_of_these_families_is_served(family, what, tmp_path)
         bh.pruning.prune_units(model, {"model.layers": [1]}, kind="block")
     else:
         bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), **{what: 0.34}))
-    assert all(one.serves for one in served(model, tmp_path).values())
+    assert all(one.supported for one in served(model, tmp_path).values())
     assert AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters() == model.num_parameters()
 
 
@@ -95,14 +95,14 @@ def test_what_billhook_makes_of_these_families_is_served(family, what, tmp_path)
 def test_families_that_nothing_stands_for_are_refused_by_name_where_heads_go(family, refusing, tmp_path):
     model = build(family, num_attention_heads=4, num_key_value_heads=4)
     prune_units(model, {0: [1], 1: [2]})
-    assert {engine for engine, one in served(model, tmp_path).items() if not one.serves} == refusing
+    assert {engine for engine, one in served(model, tmp_path).items() if not one.supported} == refusing
 
 
 def test_layers_that_differ_run_in_llama_cpp_alone(tmp_path):
     found = served(uneven_llama(), tmp_path)
-    assert {engine for engine, one in found.items() if one.serves} == {"llama.cpp"}
-    assert all(one.why.startswith("layers differ in size") for one in found.values())
-    assert "architecture deci, src/models/deci.cpp" in found["llama.cpp"].why
+    assert {engine for engine, one in found.items() if one.supported} == {"llama.cpp"}
+    assert all(one.reason.startswith("layers differ in size") for one in found.values())
+    assert "architecture deci, src/models/deci.cpp" in found["llama.cpp"].reason
 
 
 @pytest.mark.parametrize(
@@ -117,10 +117,10 @@ def test_layers_that_differ_run_in_llama_cpp_alone(tmp_path):
 def test_layers_that_differ_and_that_deci_does_not_compute(change):
     entry = {"shape": {"tensors": {"model.layers.0.mlp.up_proj.weight": [40, 32]}, "attributes": {}}}
     config = transformers.LlamaConfig(num_hidden_layers=2)
-    assert said("LlamaForCausalLM", config, entry=entry)["llama.cpp"].serves
+    assert said("LlamaForCausalLM", config, entry=entry)["llama.cpp"].supported
     for name, value in change.items():
         setattr(config, name, value)
-    assert said("LlamaForCausalLM", config, entry=entry)["llama.cpp"].serves is False
+    assert said("LlamaForCausalLM", config, entry=entry)["llama.cpp"].supported is False
 
 
 def test_heads_that_are_handed_out(tmp_path):
@@ -128,15 +128,15 @@ def test_heads_that_are_handed_out(tmp_path):
     model = transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(vocab_size=64, **sizes)).eval()
     bh.convert_kv_heads(model, 2)
     found = served(model, tmp_path)
-    assert not any(one.serves for one in found.values())
-    assert "store fewer KV heads than their class computes with" in found["transformers"].why
-    assert "billhook.load loads it" in found["transformers"].why
+    assert not any(one.supported for one in found.values())
+    assert "store fewer KV heads than their class computes with" in found["transformers"].reason
+    assert "load it with billhook.load" in found["transformers"].reason
 
 
 def test_a_width_that_is_alike_in_all_layers_and_no_field_says():
     entry = {"shape": {"tensors": {f"model.layers.{i}.mlp.up_proj.weight": [40, 32] for i in range(2)}, "attributes": {}}}
     found = said("LlamaForCausalLM", transformers.LlamaConfig(num_hidden_layers=2), entry=entry)
-    assert found["vLLM"].why.startswith("no field of the config says its sizes")
+    assert found["vLLM"].reason.startswith("no config field expresses its sizes")
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -146,7 +146,7 @@ def test_shared_out_means_that_every_gpu_holds_as_many_heads(exact):
             copies = [gpu * kv_heads // gpus for gpu in range(gpus)]  # the head of each, where there are fewer
             whole = kv_heads % gpus == 0
             fewer = kv_heads < gpus and len({copies.count(head) for head in range(kv_heads)}) == 1
-            assert shares(kv_heads, gpus, exact) == (whole or (fewer and not exact))
+            assert can_split(kv_heads, gpus, exact) == (whole or (fewer and not exact))
 
 
 def test_what_tensor_parallelism_cannot_share_is_named():
@@ -156,7 +156,7 @@ def test_what_tensor_parallelism_cannot_share_is_named():
         assert note == "one GPU, not 2 or 4 (3 KV heads), not 8 (12 query heads and 3 KV heads)"
     config = transformers.LlamaConfig(**WIDE | {"num_key_value_heads": 1, "intermediate_size": 1022})
     note = said("LlamaForCausalLM", config)["vLLM"].notes[0]
-    assert note == "tensor parallelism over 2 GPUs, not 4 or 8 (a feed-forward width of 1,022)"
+    assert note == "tensor parallelism over 2 GPUs, not 4 or 8 (an MLP width of 1,022)"
 
 
 def test_sglang_copies_no_kv_heads_in_code_for_all_models():
@@ -170,7 +170,7 @@ def test_rows_that_k_quants_do_not_divide_are_named():
     config = transformers.LlamaConfig(**WIDE | {"hidden_size": 576, "num_attention_heads": 9, "intermediate_size": 1228})
     note = said("LlamaForCausalLM", config)["llama.cpp"].notes[0]
     assert "576 (hidden size, a multiple of 64)" in note
-    assert "1,228 (feed-forward width, F16)" in note
+    assert "1,228 (MLP width, F16)" in note
 
 
 @pytest.mark.parametrize(("size", "block"), [(1024, 256), (384, 128), (576, 64), (1248, 32), (1228, 1)])
@@ -180,7 +180,7 @@ def test_blocks(size, block):
 
 def test_windows_that_llama_cpp_does_not_see():
     config = transformers.MistralConfig(**WIDE, sliding_window=100)
-    assert "right up to 100 tokens, as it sees through no window" in said("MistralForCausalLM", config)["llama.cpp"].notes
+    assert "correct up to 100 tokens, because it has no sliding window" in said("MistralForCausalLM", config)["llama.cpp"].notes
     for window in ({}, {"use_sliding_window": True, "max_window_layers": 32}):
         full = transformers.Qwen2Config(**WIDE, num_hidden_layers=2, **window)
         assert len(said("Qwen2ForCausalLM", full)["llama.cpp"].notes) == 1
@@ -188,18 +188,18 @@ def test_windows_that_llama_cpp_does_not_see():
 
 def test_zeros_are_no_faster():
     found = said("LlamaForCausalLM", transformers.LlamaConfig(**WIDE), zeros=True)
-    assert all("zeros run at dense speed" in found[engine].notes for engine in ("llama.cpp", "vLLM", "SGLang"))
+    assert all("sparse weights run at dense speed" in found[engine].notes for engine in ("llama.cpp", "vLLM", "SGLang"))
 
 
 def test_biases_that_llama_cpp_has_not():
     config = transformers.SeedOssConfig(**WIDE, attention_out_bias=True)
-    assert not said("SeedOssForCausalLM", config)["llama.cpp"].serves
+    assert not said("SeedOssForCausalLM", config)["llama.cpp"].supported
 
 
 def test_a_class_that_was_not_looked_up_is_unknown():
     found = verdicts("BertForMaskedLM", transformers.BertConfig())
-    assert [one.serves for one in found] == [True, None, None, None]
-    assert told(found)[1] == ("llama.cpp, vLLM, SGLang", "unknown: BertForMaskedLM was not looked up")
+    assert [one.supported for one in found] == [True, None, None, None]
+    assert grouped(found)[1] == ("llama.cpp, vLLM, SGLang", "unknown: BertForMaskedLM was not reviewed")
 
 
 def test_a_config_of_two_texts():
@@ -208,7 +208,7 @@ def test_a_config_of_two_texts():
         audio_encoder=transformers.EncodecConfig(),
         decoder=transformers.MusicgenDecoderConfig(),
     )
-    assert [one.serves for one in verdicts("MusicgenForConditionalGeneration", config)] == [True, None, None, None]
+    assert [one.supported for one in verdicts("MusicgenForConditionalGeneration", config)] == [True, None, None, None]
 
 
 def test_inspect_says_who_serves_the_model_and_what_is_left_of_it(tmp_path, capsys):
@@ -216,9 +216,9 @@ def test_inspect_says_who_serves_the_model_and_what_is_left_of_it(tmp_path, caps
     main(["inspect", str(tmp_path)])
     text = " ".join(capsys.readouterr().out.split())
     assert "head_dim, which llama.cpp will not run" in text
-    assert "served transformers yes: plain from_pretrained loads it" in text
+    assert "served transformers yes: from_pretrained loads it" in text
     main(["inspect", str(tmp_path), "--json"])
-    engines = {one["engine"]: one["serves"] for one in json.loads(capsys.readouterr().out)["serving"]}
+    engines = {one["engine"]: one["supported"] for one in json.loads(capsys.readouterr().out)["serving"]}
     assert engines == dict.fromkeys(["transformers", "llama.cpp", "vLLM", "SGLang"], True)
 
 
@@ -235,7 +235,7 @@ def test_the_model_card_has_them(tmp_path, zeros, fast):
     bh.save(llama(), tmp_path / "a", record={"events": [event]})
     text = (tmp_path / "a" / "README.md").read_text()
     assert "| vLLM | yes: LlamaForCausalLM, model_executor/models/llama.py" in text
-    assert ("zeros run at dense speed" in text) == fast
+    assert ("sparse weights run at dense speed" in text) == fast
 
 
 def test_no_plain_llama_is_built_of_a_config_for_each_layer():

@@ -17,7 +17,7 @@ WIDTH = {"hidden_size": 96}  # which Gemma's config wants the number of heads to
 def said(folder) -> bool | None:
     config = read_config(str(folder))
     found = verdicts(config.architectures[0], config, vars(config).get("billhook"))
-    return next(one.serves for one in found if one.engine == "llama.cpp")
+    return next(one.supported for one in found if one.engine == "llama.cpp")
 
 
 def made(family, **changes):
@@ -29,7 +29,7 @@ def made(family, **changes):
 
 def runs(folder, converter) -> bool:
     """Whether llama.cpp computes the same logits; the embedded tokenizer is not one that it reads for all families."""
-    difference = serve_check(beside(folder), converter=converter, tokens=32, quantised=()).difference
+    difference = serve_check(beside(folder), converter=converter, tokens=32, quantized=()).difference
     return difference is not None and difference < 1e-3
 
 

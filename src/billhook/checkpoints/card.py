@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from billhook.checkpoints.origin import hub_name
 from billhook.display import markdown_table
 from billhook.model.shape import KEY
-from billhook.serving.engines import told, verdicts
+from billhook.serving.engines import grouped, verdicts
 
 
 def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:
@@ -202,7 +202,7 @@ def _engines(record: Mapping[str, Any], config: PretrainedConfig) -> list[str]:
     """Makes a table of which engines run it."""
     figures = [event["after"] for event in listed(record, "events", ("after",)) if isinstance(event["after"], Mapping)]
     kind, zeros = (config.architectures or [""])[0], figures[-1].get("zeros") if figures else 0
-    rows = told(verdicts(kind, config, vars(config).get(KEY), zeros=isinstance(zeros, int) and zeros > 0))
+    rows = grouped(verdicts(kind, config, vars(config).get(KEY), zeros=isinstance(zeros, int) and zeros > 0))
     return [table(["engine", "runs it"], [list(row) for row in rows]), READ]
 
 

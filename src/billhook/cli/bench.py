@@ -174,11 +174,11 @@ def _in_engine(
                         f"{context:,}",
                         name,
                         f"{size / 1e9:.3f}",
-                        f"{speed.prompt_rate:,.1f}",
-                        f"{speed.writing_rate:,.1f}",
+                        f"{speed.prefill_rate:,.1f}",
+                        f"{speed.decoding_rate:,.1f}",
                     ]
                     if speed is not first:
-                        for low, middle, high in (speed_up(first.read, speed.read), speed_up(first.written, speed.written)):
+                        for low, middle, high in map(speed_up, (first.prefill, first.decoding), (speed.prefill, speed.decoding)):
                             cells += [f"{middle:.2f}", f"({low:.2f}-{high:.2f})"]
                     lines.append(cells + [""] * (len(head) - len(cells)))
                     record.append({"kind": kind, "model": name, "bytes": size, **vars(speed)})
@@ -195,8 +195,8 @@ def _converted(models: Sequence[str], folder: Path) -> list[list[Path]]:
     try:
         with Converter() as converter, LlamaCpp() as engine:
             for model, file, smaller in zip(models, plain, quantised, strict=True):
-                write_gguf(model_path(model), file, converter, "f16", ids_alone=True)
-                engine.quantise(file, smaller, "Q4_K_M")
+                write_gguf(model_path(model), file, converter, "f16", ids_only=True)
+                engine.quantize(file, smaller, "Q4_K_M")
     except WorkerError as error:
         raise ValueError(f"models: '{model}' cannot be converted: {error}") from error
     return [plain, quantised]

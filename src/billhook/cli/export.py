@@ -93,5 +93,5 @@ def serve_check(
     """
     answer = serving.serve_check(folder, engine, converter, tokens, threads=threads)
     print(answer)
-    if not answer.yes:
+    if not answer.supported:
         sys.exit(1)

@@ -28,7 +28,7 @@ from billhook.pruning.amount import kernel_multiple
 from billhook.pruning.cut import find_cut
 from billhook.pruning.removal import try_removal
 from billhook.report.summary import summary as summarise
-from billhook.serving.engines import GPUS, Verdict, engines, shares, told, verdicts
+from billhook.serving.engines import GPUS, Verdict, can_split, engines, grouped, verdicts
 from billhook.tracing.groups import Group, Kind
 from billhook.tracing.show import fold_groups, kind_name, labeled_notes
 from billhook.tracing.trace import trace
@@ -130,7 +130,7 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
         notes.append(("converted", converted["says"]))
     parts = [labeled_notes(notes)] if notes else []
     if group is None:
-        parts.append(labeled_notes([("" if number else "served", *verdict) for number, verdict in enumerate(told(served))]))
+        parts.append(labeled_notes([("" if number else "served", *verdict) for number, verdict in enumerate(grouped(served))]))
     if streamed is not None:
         parts.append(labeled_notes([("streamed", streamed.text())]))
     for part in parts:
@@ -247,7 +247,7 @@ def _refusing(shrunk: PreTrainedModel, config: PretrainedConfig) -> tuple[str, .
     """Returns the engines that do not serve a model as it is saved, by a config of its own family or of another."""
     same_family = isinstance(shrunk.config, type(config))
     kind = type(shrunk).__name__ if same_family else (config.architectures or [""])[0]
-    return tuple(verdict.engine for verdict in verdicts(kind, config) if verdict.serves is False)
+    return tuple(verdict.engine for verdict in verdicts(kind, config) if verdict.supported is False)
 
 
 def serving(model: PreTrainedModel) -> list[Verdict]:
@@ -318,7 +318,7 @@ def conversion(model: PreTrainedModel) -> dict[str, Any]:
 
 def _unshared(model: PreTrainedModel, legal: Sequence[int]) -> str:
     """Names the numbers of KV heads that tensor parallelism cannot share out, if engines serve the class."""
-    odd = {number: [str(gpus) for gpus in GPUS if not shares(number, gpus)] for number in legal}
+    odd = {number: [str(gpus) for gpus in GPUS if not can_split(number, gpus)] for number in legal}
     named = [f"{number} over {' or '.join(gpus)} GPUs" for number, gpus in odd.items() if gpus]
     known = type(model).__name__ in engines()["files"]
     return f"; vLLM and SGLang cannot share out {', '.join(named)}" if named and known else ""

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types, percentage_hint
-from billhook.serving.engines import GPUS, MULTIPLES, multiple_of, shares
+from billhook.serving.engines import GPUS, MULTIPLES, can_split, multiple_of
 from billhook.units.units import PLURAL, Per, UnitKind, Units
 
 RoundTo = int | Literal["auto"]
@@ -163,7 +163,7 @@ def divides_among_devices(kv_heads: int) -> bool:
     >>> [number for number in range(1, 33) if divides_among_devices(number)]
     [1, 2, 4, 8, 16, 24, 32]
     """
-    return all(shares(kv_heads, gpus) for gpus in GPUS)
+    return all(can_split(kv_heads, gpus) for gpus in GPUS)
 
 
 def round_kv_heads(kept: int, count: int, minimum: int = 1) -> int:

@@ -1,1 +1,1 @@
-"""Proves that engines run what billhook makes: converted, run in the engine itself, and compared with transformers."""
+"""Inference engines: GGUF conversion, comparison with transformers, and support by engine."""

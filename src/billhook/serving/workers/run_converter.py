@@ -1,4 +1,4 @@
-"""Runs llama.cpp's converter, found at the path given, for each request: `{"folder", "out", "dtype", "vocabulary"}`."""
+"""Runs llama.cpp's converter for each request: `{"folder", "out", "dtype", "vocabulary"}`."""
 
 import contextlib
 import importlib.util
@@ -11,8 +11,8 @@ from typing import Any
 
 
 def main(path: Path) -> None:
-    """Answers requests until there are no more."""
-    out, sys.stdout = sys.stdout, sys.stderr  # what the converter prints is no answer
+    """Answers requests until the input ends."""
+    out, sys.stdout = sys.stdout, sys.stderr  # the converter's output must not mix with answers
     sys.path[:0] = [str(path.parent / "gguf-py"), str(path.parent)]
     spec = importlib.util.spec_from_file_location("convert_hf_to_gguf", path)
     assert spec is not None
@@ -30,9 +30,9 @@ def main(path: Path) -> None:
 
 
 def convert(converter: Any, folder: str, out: str, dtype: str, vocabulary: bool) -> dict[str, Any]:  # noqa: ANN401 - a module
-    """Converts a folder, without its vocabulary if that is not wanted; returns how its text is split, where that was added."""
-    said = _Errors()
-    logging.getLogger("hf-to-gguf").addHandler(said)
+    """Converts a folder, with or without its vocabulary; returns the text splitting if it was added."""
+    errors = _Errors()
+    logging.getLogger("hf-to-gguf").addHandler(errors)
     text_model = sys.modules["conversion.base"].TextModel
     added: dict[str, Any] = {}
     sys.argv = [converter.__file__, folder, "--outfile", out, "--outtype", dtype]
@@ -46,18 +46,18 @@ def convert(converter: Any, folder: str, out: str, dtype: str, vocabulary: bool)
             converter.main()
         except SystemExit as error:
             if error.code:
-                raise RuntimeError(said.last or f"it ended with {error.code}") from error
+                raise RuntimeError(errors.last or f"exit status {error.code}") from error
     return added
 
 
 def _kind(converter: Any, folder: str) -> Any:  # noqa: ANN401 - a class of the converter
-    """Returns the converter's class for a folder."""
+    """Returns the converter class of a folder."""
     hparams = converter.ModelBase.load_hparams(Path(folder), False)
     return converter.get_model_class(converter.get_model_architecture(hparams, converter.ModelType.TEXT))
 
 
 def _no_vocabulary(self: Any) -> None:  # noqa: ANN401 - a model of the converter
-    """Writes how many tokens there are, and none of them."""
+    """Writes the number of tokens, without the tokens."""
     self._set_vocab_none()
     key = f"{self.gguf_writer.arch}.vocab_size"
     if not any(key in part for part in self.gguf_writer.kv_data):
@@ -65,9 +65,9 @@ def _no_vocabulary(self: Any) -> None:  # noqa: ANN401 - a model of the converte
 
 
 def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method of the converter
-    """Makes the method that tells how text is split before BPE also know new tokenizers that split it as GPT-2's does.
+    """Extends the method that identifies text splitting before BPE to new tokenizers that split as GPT-2's.
 
-    The converter knows tokenizers by what they make of one text, so that it knows no vocabulary that its authors did not see.
+    The converter identifies tokenizers by their tokens of one text, so it knows only vocabularies that its authors saw.
     """
 
     def pre(self: Any, tokenizer: Any) -> Any:  # noqa: ANN401
@@ -87,7 +87,7 @@ def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Any:  # noqa: ANN401
-    """Gives a class another method for a while."""
+    """Replaces a method of a class within the `with` block."""
     inherited, before = name not in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:
@@ -100,12 +100,12 @@ def _replaced(owner: Any, name: str, value: Any) -> Any:  # noqa: ANN401
 
 
 class _Errors(logging.Handler):
-    """Keeps the last error that the converter logged."""
+    """Stores the last logged error of the converter."""
 
     last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keeps it."""
+        """Stores an error."""
         if record.levelno >= logging.ERROR:
             self.last = record.getMessage()
 

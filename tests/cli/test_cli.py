@@ -145,7 +145,7 @@ class TestHelp:
             (
                 "fit --trainer.callbacks.help KVHeadConversion",
                 [
-                    "Converts to fewer key/value heads",
+                    "Converts attention to fewer KV heads",
                     "1 for multi-query attention",
                     "'mean', 'first', 'random', 'aligned', 'svd', 'auto'",
                     "billhook.kv_heads.methods.Aligned",

@@ -303,7 +303,7 @@ class TestRefused:
             ({"sparsity": 0.5, "at": 8, "sequential": "both"}, "sequential='both' must be one of"),
             (
                 {"sparsity": 0.5, "match": bh.criteria.BlockMatching(), "sequential": "none"},
-                "match: sequential='none' prunes all blocks",
+                "match cannot be combined with sequential='none'",
             ),
             (
                 {"sparsity": 0.5, "match": bh.criteria.BlockMatching(), "adapters": "count"},

@@ -228,14 +228,14 @@ def test_bad_weights_are_refused(criterion):
     for value, dtype in itertools.product((torch.nan, torch.inf, -torch.inf), DTYPES):
         weight = torch.randn(OUT, IN).to(dtype)
         weight[2, 3] = value
-        with pytest.raises(ValueError, match="the weight holds NaN or inf"):
+        with pytest.raises(ValueError, match="the weight contains NaN or inf"):
             criterion.prune(weight, statistics, 0.5)
 
 
 def test_an_update_that_does_not_fit_is_refused():
     weight, statistics = torch.full((OUT, IN), 6e4).half(), seen(SparseGPT(), make_inputs())
     Wanda().prune(weight, statistics, 0.5)
-    with pytest.raises(ValueError, match="the updated weight, as torch.float16, holds NaN or inf"):
+    with pytest.raises(ValueError, match="the updated weight, as torch.float16, contains NaN or inf"):
         SparseGPT().prune(weight, statistics, 0.5)
 
 
@@ -245,7 +245,7 @@ def test_bad_statistics_are_refused(criterion):
         return
     with pytest.raises(ValueError, match=r"needs (Input)?\w+ of the layer's inputs \(calibration data\), got none"):
         criterion.prune(weight, None, 0.5)
-    with pytest.raises(ValueError, match="statistics of 8 input features do not suit a weight of 160"):
+    with pytest.raises(ValueError, match="statistics of 8 input features do not fit a weight of 160"):
         criterion.prune(weight, seen(criterion, make_inputs(8)), 0.5)
     with pytest.raises(ValueError, match="no inputs were seen"):
         criterion.prune(weight, criterion.statistics(IN), 0.5)

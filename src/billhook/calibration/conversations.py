@@ -185,7 +185,7 @@ def encode(
         ValueError: If a row holds something else, or responses cannot be located in the output of the chat template.
     """
     tools = rows.get(TOOLS_COLUMN) or [None] * len(rows[columns[0]])
-    values = zip(*(rows[column] for column in columns), strict=True)
+    values = zip(*map(rows.__getitem__, columns), strict=True)
     complete = [(row, row_tools) for row, row_tools in zip(values, tools, strict=True) if None not in row]
     if len(columns) > 1:
         for row, row_tools in complete:

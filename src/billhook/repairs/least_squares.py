@@ -8,7 +8,6 @@ penalty toward the old weights instead of zero, chosen on held-out data.
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -103,9 +102,12 @@ def refit_linear(
 
 def _mixed(folds: Sequence[Fold]) -> list[Fold]:
     """Returns folds whose parts have a limited number of outputs."""
-    parts = chain.from_iterable((*others, held_out) for others, held_out in folds)
-    mixed = {part: part.mixed() for part in dict.fromkeys(parts)}
-    return [(list(map(mixed.__getitem__, others)), mixed[held_out]) for others, held_out in folds]
+    mixed = dict[ResidualStatistics, ResidualStatistics]()
+    for others, held_out in folds:
+        for part in (*others, held_out):
+            if part not in mixed:
+                mixed[part] = part.mixed()
+    return [([mixed[part] for part in others], mixed[held_out]) for others, held_out in folds]
 
 
 def _solve_directly(parts: Sequence[ResidualStatistics], about_means: bool, ridges: Sequence[float], comm: Comm) -> Solve:

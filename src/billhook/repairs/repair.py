@@ -136,9 +136,9 @@ def repair_linears(
         ValueError: If masks, batches, inputs, or `new_params` do not fit, or a layer in `new_params` is called more than once in
             a run.
     """
-    repair, needed = repair or RepairConfig(), {name: int(keep.sum()) for name, keep in kept.items()}
-    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    linears = _check(model, kept, every)
+    repair = repair or RepairConfig()
+    every, layers = _check(model, kept)
+    needed = {name: int(keep.sum()) for name, keep in kept.items()}
     forwards, sources = list[Callable[[], object]](), list[str]()
     for trial in trials:
         forwards.append(trial.visit)
@@ -148,27 +148,25 @@ def repair_linears(
     log_single_source(model, sources)
     with evaluating_without_grad(model):
         calls, orderly = _shown(model, every, forwards, comm)
-        repeated = {name: linear for name, linear in linears.items() if calls.calls[name] > 1}
-        predecessors = residual_order(calls, linears.keys() | with_new_params) if repair.compensate and not repeated else {}
+        repeated = {name: linear for name, linear in layers.items() if calls.calls[name] > 1}
+        predecessors = residual_order(calls, layers.keys() | with_new_params) if repair.compensate and not repeated else {}
         if new_params is not None:  # every layer compensates for its error relative to the dense model
             _check_given(new_params, every, calls.calls, repeated)
-            predecessors = dict.fromkeys(linears) | predecessors
-        observed = _in_order(every, {*predecessors, *with_new_params, *linears})
+            predecessors = dict.fromkeys(layers) | predecessors
+        observed = _in_order(every, {*predecessors, *with_new_params, *layers})
         visitor = RepairVisitor(
             observed, kept, predecessors, trials, repair.ridges, parts, held_out, comm, new_params, progress, store
         )
         forwards = forwards * (2 if predecessors else 1)
         if not store.holds_all and orderly and not repeated:
-            masks = [(name, keep.tolist()) for name, keep in kept.items()]
-            digest = hashlib.sha256(str(masks).encode()).hexdigest()
-            step = store.step(f"{repair} {sources} {digest}", partial(runs_fingerprint, trials))
+            step = store.step(f"{repair} {sources} {_fingerprint(kept)}", partial(runs_fingerprint, trials))
             with step, activation_files(store) as visitor.files, spilled_outputs(visitor.files, model):
                 new = _refit(model, visitor, observed, {}, comm, forwards, by_block=True)
         else:
             store.check_can_hold_all(f"repair: {', '.join(list(repeated)[:1])} is called several times in a run")
             with store.all_loaded():
                 with evaluating_without_grad(model):
-                    check_tokens(linears, needed, trials, comm)
+                    check_tokens(layers, needed, trials, comm)
                 new = _refit(model, visitor, observed, repeated, comm, forwards, by_block=False)
     not_refitted = list(filter(visitor.left.__getitem__, visitor.left))
     if len(not_refitted) == len(visitor.left):
@@ -205,7 +203,7 @@ def _refit(
 ) -> LazyTensors:
     """Refits layers, starting with repeatedly called layers, up to the last block with any."""
     visitor.take(visitor.inside(None) if by_block else observed)
-    refitted = [name for name in observed if name in visitor.left]
+    refitted = list(filter(visitor.left.__contains__, observed))
     if repeated:
         with replaced({observed[name]: visitor.own(name) for name in refitted}):
             Walk([Site(model, dict(repeated))], visitor, comm)(forwards)
@@ -219,13 +217,18 @@ def _refit(
     return visitor.finish() if by_block else LazyTensors.of(by_parameter({name: visitor.own(name) for name in refitted}))
 
 
-def _in_order(linears: Mapping[str, nn.Module], names: Set[str]) -> dict[str, nn.Module]:
-    """Returns the layers of these names, in the order of `linears`."""
-    return {name: linear for name, linear in linears.items() if name in names}
+def _in_order(layers: Mapping[str, nn.Module], names: Set[str]) -> dict[str, nn.Module]:
+    """Returns the layers of these names, in the order of `layers`."""
+    return {name: linear for name, linear in layers.items() if name in names}
 
 
-def _check(model: nn.Module, kept: Mapping[str, Tensor], every: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Returns the layers in the order of the model's modules, if the masks fit them."""
+def _fingerprint(kept: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(str([(name, keep.tolist()) for name, keep in kept.items()]).encode()).hexdigest()
+
+
+def _check(model: nn.Module, kept: Mapping[str, Tensor]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Returns all linear layers of a model, and the masked layers; raises if a mask is wrong."""
+    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     for name, keep in kept.items():
         if name not in every:
             kind = type(dict(model.named_modules()).get(name)).__name__.replace("NoneType", "nothing")
@@ -238,7 +241,7 @@ def _check(model: nn.Module, kept: Mapping[str, Tensor], every: Mapping[str, nn.
             )
     if not kept:
         raise ValueError("kept is empty. Name at least one linear layer.")
-    return _in_order(every, kept.keys())
+    return every, _in_order(every, kept.keys())
 
 
 def _check_given(

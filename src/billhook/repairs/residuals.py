@@ -213,12 +213,12 @@ class NoRepair(ValueError):
 
 
 def check_tokens(
-    linears: Mapping[str, nn.Module], needed: Mapping[str, int], runs: Sequence[Run], comm: Comm = SINGLE_PROCESS
+    layers: Mapping[str, nn.Module], needed: Mapping[str, int], runs: Sequence[Run], comm: Comm = SINGLE_PROCESS
 ) -> None:
     """Runs batches until a layer has enough non-padding tokens; raises if none has.
 
     Args:
-        linears: The linear layers.
+        layers: The linear layers.
         needed: Tokens that each layer needs, as many as it has kept inputs.
         runs: The batches.
         comm: The ranks, each with its own batches.
@@ -226,7 +226,7 @@ def check_tokens(
     Raises:
         NoRepair: If no layer gets enough.
     """
-    names, required = list(linears), torch.tensor([needed[name] for name in linears])
+    names, required = list(layers), torch.tensor([needed[name] for name in layers])
     tokens = torch.zeros_like(required)
 
     def count(number: int, run: Run, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -236,7 +236,7 @@ def check_tokens(
 
     for run in runs:
         with ExitStack() as stack:
-            for number, linear in enumerate(linears.values()):
+            for number, linear in enumerate(layers.values()):
                 hook = partial(count, number, run)
                 stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
             run.visit()

@@ -42,9 +42,9 @@ class LinearCalls:
     predecessors: dict[str, str | None]
 
 
-def record_calls(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> LinearCalls:
+def record_calls(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> LinearCalls:
     """Runs a model once without gradients, and records the calls of its linear layers."""
-    record = LinearCalls(dict.fromkeys(linears, 0), {})
+    record = LinearCalls(dict.fromkeys(layers, 0), {})
 
     def mark(name: str, _: nn.Module, __: object, output: object) -> object:
         record.calls[name] += 1
@@ -53,7 +53,7 @@ def record_calls(linears: Mapping[str, nn.Module], run: Callable[[], object]) ->
         return _Marked.of(output, record.predecessors, linear=name)
 
     with ExitStack() as stack, torch.no_grad():
-        for name, linear in linears.items():
+        for name, linear in layers.items():
             stack.callback(linear.register_forward_hook(partial(mark, name)).remove)
         run()
     return record
@@ -171,7 +171,7 @@ class RepairVisitor(Visitor):
     shortfall s of the sum that it adds to. After its refit, that sum is short of r - (W' - W) x - (b' - b).
 
     Args:
-        linears: All observed layers, by name.
+        layers: All observed layers, by name.
         kept: Masks of kept inputs of the layers to refit.
         predecessors: For layers that share a sum, the layer that was added before. See `residual_order`.
         runs: The batches, with the non-padding tokens of each layer.
@@ -190,7 +190,7 @@ class RepairVisitor(Visitor):
 
     def __init__(
         self,
-        linears: Mapping[str, nn.Module],
+        layers: Mapping[str, nn.Module],
         kept: Mapping[str, Tensor],
         predecessors: Mapping[str, str | None],
         runs: Sequence[Run],
@@ -204,7 +204,7 @@ class RepairVisitor(Visitor):
     ) -> None:
         self.files: ActivationFiles | None = None
         self._progress, self._done = progress, set[str]()
-        self._modules, self._kept, self._predecessors, self._runs = linears, kept, predecessors, runs
+        self._modules, self._kept, self._predecessors, self._runs = layers, kept, predecessors, runs
         self._ridges, self._parts, self._held_out, self._comm = ridges, parts, held_out, comm
         self._new_params, self._store = new_params or LazyTensors({}), store
         self._block: nn.Module | None = None  # the block that runs are in

@@ -133,7 +133,7 @@ def make_runs(
 def expected_tokens(
     criterion: Criterion, linears: Mapping[str, nn.Module], runs: Sequence[Run], comm: Comm
 ) -> dict[str, tuple[int, int]]:
-    """Returns the numbers of tokens and inputs of each layer, as far as they are known before any run.
+    """Returns the numbers of tokens and inputs of each layer, if known before any run.
 
     Empty if the criterion does not solve for weights, which needs as many tokens as inputs.
     """

@@ -96,10 +96,10 @@ class Criterion(ABC):
     def _of_inputs(self, statistics: Statistics | None, weight: Tensor, kind: type[S]) -> S:
         """Returns the statistics if their type and size fit; raises otherwise."""
         if not isinstance(statistics, kind):
-            given = "none" if statistics is None else type(statistics).__name__
-            raise ValueError(f"{type(self).__name__} needs {kind.__name__} of the layer's inputs (calibration data), got {given}")
+            got = "none" if statistics is None else type(statistics).__name__
+            raise ValueError(f"{type(self).__name__} needs {kind.__name__} of the layer's inputs (calibration data), got {got}.")
         if statistics.in_features != weight.shape[1]:
-            raise ValueError(f"statistics of {statistics.in_features} input features do not suit a weight of {weight.shape[1]}")
+            raise ValueError(f"statistics of {statistics.in_features} input features do not fit a weight of {weight.shape[1]}.")
         statistics.check()
         return statistics
 
@@ -233,7 +233,7 @@ class RIA(Criterion):
         return relative.mul_(norms**self.exponent)
 
 
-def check_finite(values: Tensor, what: str) -> None:
+def check_finite(values: Tensor, name: str) -> None:
     """Raises if values contain NaN or inf."""
     if not torch.stack(values.detach().aminmax()).isfinite().all():
-        raise ValueError(f"{what} holds NaN or inf")
+        raise ValueError(f"{name} contains NaN or inf.")

@@ -319,7 +319,8 @@ class PruningVisitor(Visitor):
         if not is_single_layer or self.comm.size > 1:
             self._last = {run: last for run, last in self._last.items() if last[2] not in self._complete}
         needed = {source for _, _, source in self._last.values()}
-        self.statistics = {name: sums for name, sums in self.statistics.items() if name in needed or name not in self._complete}
+        for name in self._complete - needed:
+            self.statistics.pop(name, None)
 
     def _sum(self, site: Site) -> None:
         """Sums the statistics of a stop over ranks, after an agreement on shared inputs."""

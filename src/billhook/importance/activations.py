@@ -115,10 +115,10 @@ class OutputNorm(Importance):
             table = tables[name, consumer].to(inputs.device)
             rows = mask_padding(inputs.float(), tokens).flatten(0, -2)
             if table.shape[1] == 1:
-                moments = rows.square().sum(0)[table][..., None]
+                squares = rows.square().sum(0)[table][..., None]
             else:
-                moments = _square(rows[:, table].transpose(0, 1).mT)
-            sums.add(name, consumer, (moments * grams[name, consumer]).sum((1, 2)), count_tokens(inputs, tokens))
+                squares = _square(rows[:, table].transpose(0, 1).mT)
+            sums.add(name, consumer, (squares * grams[name, consumer]).sum((1, 2)), count_tokens(inputs, tokens))
 
         watch(model, units, runs, note)
         return sums.over(units, per)

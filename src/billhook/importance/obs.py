@@ -79,16 +79,16 @@ def watch_blockwise(
     leave(consumers.keys())
 
 
-Moments = dict[tuple[str, str], InputGram]
+InputGrams = dict[tuple[str, str], InputGram]
 """Gram matrices of layer inputs, by (module, consumer layer)."""
 
 
-def _note(moments: Moments, _: int, name: str, consumer: str, inputs: Tensor, tokens: Tensor | None) -> None:
+def _note(grams: InputGrams, _: int, name: str, consumer: str, inputs: Tensor, tokens: Tensor | None) -> None:
     key = name, consumer
-    if key not in moments:
-        moments[key] = InputGram(inputs.shape[-1], inputs.device)
+    if key not in grams:
+        grams[key] = InputGram(inputs.shape[-1], inputs.device)
     fits = tokens is not None and tokens.shape == inputs.shape[:-1]
-    moments[key].add(inputs, tokens.to(inputs.device) if tokens is not None and fits else None)
+    grams[key].add(inputs, tokens.to(inputs.device) if tokens is not None and fits else None)
 
 
 @dataclass(frozen=True)
@@ -138,27 +138,27 @@ class OBS(Importance):
         device = next(chain(model.parameters(), model.buffers())).device
         too_many = self.passes == 1 and store_of(model).holds_all and size > memory_to_hold(device)
         if too_many or runs_blockwise(model, [run.visit for run in runs]):
-            sums, moments = Sums.zero(units, per), Moments()
+            sums, grams = Sums.zero(units, per), InputGrams()
 
             def leave(passed: Collection[str]) -> None:
-                complete = {key: moments.pop(key) for key in list(moments) if key[1] in passed}
+                complete = {key: grams.pop(key) for key in list(grams) if key[1] in passed}
                 self._add(sums, model, units, per, complete)
 
             try:
-                watch_blockwise(model, units, runs, partial(_note, moments), leave)
+                watch_blockwise(model, units, runs, partial(_note, grams), leave)
                 return sums
             except RepeatedCall as error:  # then statistics are complete only after all runs
                 store_of(model).check_can_hold_all(str(error))
         sums, names = Sums.zero(units, per), list(units)
         for first in range(min(self.passes, len(names))):
-            part, moments = {name: units[name] for name in names[first :: self.passes]}, Moments()
-            watch(model, part, runs, partial(_note, moments))
-            self._add(sums, model, units, per, moments)
+            part, grams = {name: units[name] for name in names[first :: self.passes]}, InputGrams()
+            watch(model, part, runs, partial(_note, grams))
+            self._add(sums, model, units, per, grams)
         return sums
 
-    def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, moments: Moments) -> None:
+    def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, grams: InputGrams) -> None:
         """Adds the errors of removal, computed from Gram matrices."""
-        for (name, consumer), statistics in moments.items():
+        for (name, consumer), statistics in grams.items():
             table, exists = unit_positions(units[name], per)
             store_of(model).load(model.get_submodule(consumer))
             gram = gram_of(model.get_submodule(consumer), table, exists, statistics.in_features)

@@ -228,7 +228,10 @@ def _fingerprint(kept: Mapping[str, Tensor]) -> str:
 
 def _check(model: nn.Module, kept: Mapping[str, Tensor]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Returns all linear layers of a model, and the masked layers; raises if a mask is wrong."""
-    every = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    every: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            every[name] = module
     for name, keep in kept.items():
         if name not in every:
             kind = type(dict(model.named_modules()).get(name)).__name__.replace("NoneType", "nothing")

@@ -152,8 +152,8 @@ class TokenBuffer:
     Each addition updates all sums: with 4,096 inputs, adding 128 tokens at a time takes twice as long as 1,024.
     """
 
-    def __init__(self, moments: ResidualStatistics) -> None:
-        self._moments, self._tokens = moments, 0
+    def __init__(self, statistics: ResidualStatistics) -> None:
+        self._statistics, self._tokens = statistics, 0
         self._inputs, self._residuals, self._weights = list[Tensor](), list[Tensor](), list[Tensor]()
 
     def add(self, inputs: Tensor, residual: Tensor | None, tokens: Tensor | None, weights: Tensor | None) -> None:
@@ -180,7 +180,7 @@ class TokenBuffer:
         """Adds all collected tokens to the statistics."""
         if self._tokens:
             residual = torch.cat(self._residuals) if self._residuals else None
-            self._moments.add(torch.cat(self._inputs), residual, weights=torch.cat(self._weights))
+            self._statistics.add(torch.cat(self._inputs), residual, weights=torch.cat(self._weights))
         self._inputs, self._residuals, self._weights, self._tokens = [], [], [], 0
 
 

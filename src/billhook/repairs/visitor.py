@@ -143,16 +143,16 @@ class _Linear:
             self.keep = keep.to(weight.device)
             # integers: indexing with bools causes a host sync
             self.kept_index, self.removed_index = (where.nonzero().flatten().to(weight.device) for where in (keep, ~keep))
-        self.moments: list[ResidualStatistics] = []
+        self.statistics: list[ResidualStatistics] = []
         self.buffers: list[TokenBuffer] = []
         self.norms = InputNorms(weight.shape[1], weight.device)
 
     def begin(self, parts: int, files: ActivationFiles | None) -> None:
         """Makes empty statistics for each part of the data, unless they exist."""
-        if not self.moments:
+        if not self.statistics:
             weight, _ = self.start
-            self.moments = [ResidualStatistics(len(weight), len(self.kept_index), weight.device, files) for _ in range(parts)]
-            self.buffers = [TokenBuffer(moments) for moments in self.moments]
+            self.statistics = [ResidualStatistics(len(weight), len(self.kept_index), weight.device, files) for _ in range(parts)]
+            self.buffers = [TokenBuffer(statistics) for statistics in self.statistics]
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -346,7 +346,7 @@ class RepairVisitor(Visitor):
         linear.begin(max(*self._held_out, 1) + 1, self.files)  # a rank may have no inputs
         for buffer in linear.buffers:
             buffer.flush()
-        parts, linear.moments, linear.buffers = linear.moments, [], []
+        parts, linear.statistics, linear.buffers = linear.statistics, [], []
         squares = linear.norms.squares.to(parts[0].tokens)  # in float64, so that one collective sums all
         self._comm.sum_(squares, *(sums for part in parts for sums in part.tensors()))
         bad = ~squares.isfinite()

@@ -100,9 +100,9 @@ class ALPS(Criterion):
 
     Example:
         >>> alps = ALPS(damping=1e-6)
-        >>> moments = alps.statistics(in_features=2)
-        >>> moments.add(torch.tensor([[1.0, 0.5], [1.0, 0.5]]))  # the second input is always half of the first
-        >>> alps.prune(torch.tensor([[4.0, 2.0]]), moments, sparsity=0.5)[0].round()
+        >>> gram = alps.statistics(in_features=2)
+        >>> gram.add(torch.tensor([[1.0, 0.5], [1.0, 0.5]]))  # the second input is always half of the first
+        >>> alps.prune(torch.tensor([[4.0, 2.0]]), gram, sparsity=0.5)[0].round()
         tensor([[5., 0.]])
     """
 
@@ -125,16 +125,16 @@ class ALPS(Criterion):
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
         """Computes |W_ij| ||X_j||, including the ridge penalty: the start of ADMM."""
-        moments = self._of_inputs(statistics, weight, InputGram)
-        return (weight.detach().float().abs() * self._scaled(moments)[1]).masked_fill(moments.squares == 0, 0)
+        gram = self._of_inputs(statistics, weight, InputGram)
+        return (weight.detach().float().abs() * self._scaled(gram)[1]).masked_fill(gram.squares == 0, 0)
 
     def solve(
         self, weight: Tensor, statistics: Statistics | None, sparsity: float, kept: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:
         """Finds the mask, and the weights on it. See `Criterion.prune`."""
-        moments = self._of_inputs(statistics, weight, InputGram)
-        h, scale = self._scaled(moments)
-        zero = (weight.detach() == 0) | (moments.squares == 0)
+        gram = self._of_inputs(statistics, weight, InputGram)
+        h, scale = self._scaled(gram)
+        zero = (weight.detach() == 0) | (gram.squares == 0)
 
         def keep_of(scores: Tensor) -> Tensor:
             return self.keep(scores.masked_fill(zero, -1), sparsity, kept, check=False)  # NaN raises an error at the end
@@ -147,9 +147,9 @@ class ALPS(Criterion):
         check_finite(updated, f"the updated weight, as {weight.dtype},")
         return updated, keep
 
-    def _scaled(self, moments: InputGram) -> tuple[Tensor, Tensor]:
+    def _scaled(self, gram: InputGram) -> tuple[Tensor, Tensor]:
         """Returns X X^T with the ridge penalty, scaled to a diagonal of ones, and the scale."""
-        h = damp_(moments.products.clone(), self.damping)
+        h = damp_(gram.products.clone(), self.damping)
         scale = h.diagonal().sqrt()
         return h.div_(scale).div_(scale[:, None]), scale
 
@@ -172,9 +172,9 @@ class Refit(Criterion):
     Example:
         >>> from billhook import Magnitude
         >>> refit = Refit(Magnitude(), damping=0.0)
-        >>> moments = refit.statistics(in_features=2)
-        >>> moments.add(torch.tensor([[1.0, 0.5], [1.0, 0.5]]))  # the second input is always half of the first
-        >>> refit.prune(torch.tensor([[4.0, 2.0]]), moments, sparsity=0.5)[0]
+        >>> gram = refit.statistics(in_features=2)
+        >>> gram.add(torch.tensor([[1.0, 0.5], [1.0, 0.5]]))  # the second input is always half of the first
+        >>> refit.prune(torch.tensor([[4.0, 2.0]]), gram, sparsity=0.5)[0]
         tensor([[5., 0.]])
     """
 
@@ -203,9 +203,9 @@ class Refit(Criterion):
         self, weight: Tensor, statistics: Statistics | None = None, sparsity: float | None = None, pattern: str = "unstructured"
     ) -> tuple[Tensor, Tensor]:
         """Prunes with the criterion and refits the kept weights. See `Criterion.prune`."""
-        moments = self._of_inputs(statistics, weight, InputGram)
-        pruned, keep = self.criterion.prune(weight, moments, sparsity, pattern)
+        gram = self._of_inputs(statistics, weight, InputGram)
+        pruned, keep = self.criterion.prune(weight, gram, sparsity, pattern)
         with torch.autocast(weight.device.type, enabled=False):
-            h, solution = damp_(moments.products.clone(), self.damping), pruned.float().clone()
+            h, solution = damp_(gram.products.clone(), self.damping), pruned.float().clone()
             refit_(solution, weight.detach().float() - solution, h, keep, self.steps)
         return solution.to(weight.dtype), keep

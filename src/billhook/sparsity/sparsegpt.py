@@ -133,9 +133,9 @@ class SparseGPT(Criterion):
 
     Example:
         >>> sparsegpt = SparseGPT(damping=1e-4)
-        >>> moments = sparsegpt.statistics(in_features=2)
-        >>> moments.add(torch.tensor([[0.5, 1.0], [0.5, 1.0]]))  # the second input is always twice the first
-        >>> sparsegpt.prune(torch.tensor([[2.0, 4.0]]), moments, sparsity=0.5)[0].round()
+        >>> gram = sparsegpt.statistics(in_features=2)
+        >>> gram.add(torch.tensor([[0.5, 1.0], [0.5, 1.0]]))  # the second input is always twice the first
+        >>> sparsegpt.prune(torch.tensor([[2.0, 4.0]]), gram, sparsity=0.5)[0].round()
         tensor([[0., 5.]])
     """
 
@@ -152,8 +152,8 @@ class SparseGPT(Criterion):
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
         """Computes W_ij^2 / U_jj^2 of the current weight, before any update."""
-        moments = self._of_inputs(statistics, weight, InputGram)
-        return saliency(_without_dead(weight, moments), inverse_factor(moments.products, self.damping))
+        gram = self._of_inputs(statistics, weight, InputGram)
+        return saliency(_without_dead(weight, gram), inverse_factor(gram.products, self.damping))
 
     def solve(
         self, weight: Tensor, statistics: Statistics | None, sparsity: float, kept: tuple[int, int] | None
@@ -161,9 +161,9 @@ class SparseGPT(Criterion):
         """Zeroes the lowest saliencies and updates the kept weights. See `Criterion.prune`."""
         if kept is not None and self.block_size % kept[1]:
             raise ValueError(f"block_size={self.block_size} must be a multiple of {kept[1]} for pattern='{kept[0]}:{kept[1]}'.")
-        moments = self._of_inputs(statistics, weight, InputGram)
-        factor = inverse_factor(moments.products, self.damping)
-        solved, keep = solve(_without_dead(weight, moments), factor, sparsity, kept, self.block_size)
+        gram = self._of_inputs(statistics, weight, InputGram)
+        factor = inverse_factor(gram.products, self.damping)
+        solved, keep = solve(_without_dead(weight, gram), factor, sparsity, kept, self.block_size)
         updated = solved.to(weight.dtype)
         check_finite(updated, f"the updated weight, as {weight.dtype},")
         return updated, keep

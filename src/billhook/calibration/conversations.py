@@ -67,7 +67,7 @@ def parse_tools(value: object) -> Tools | None:
     """
     tools = _without_null(value)
     if isinstance(value, str):
-        with suppress(ValueError):  # what is no JSON is refused like all that is no list
+        with suppress(ValueError):  # invalid JSON raises below, like any value that is not a list
             tools = json.loads(value.strip() or "null")
     if tools in (None, []):
         return None

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
     Table: TypeAlias = datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict
     """Data that is already loaded."""
-else:  # where an argument may be an object of a class, a command line gives it what stands in the file that is named
-    Rows = Table = Any  # and `datasets`, with pandas, takes a second to import
+else:  # at run time, command lines read such arguments as file names,
+    Rows = Table = Any  # and importing `datasets`, with pandas, takes a second
 
 
 def is_table(data: object) -> TypeGuard["Table"]:

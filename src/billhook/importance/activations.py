@@ -221,7 +221,7 @@ def gram_of(consumer: nn.Module, table: Tensor, exists: Tensor, width: int) -> T
     with torch.autocast(dtype_source.device.type, enabled=False):
         for positions, mask in zip(torch.split(table, step), torch.split(exists, step), strict=True):
             vectors = dtype_source.new_zeros(positions.numel(), width).scatter_(1, positions.reshape(-1, 1), 1.0)
-            columns = product(vectors.view(-1, *zero.shape[1:])) - product(zero)  # less what a bias gives
+            columns = product(vectors.view(-1, *zero.shape[1:])) - product(zero)  # without the bias
             grams.append(_square(columns.float().view(*positions.shape, -1) * mask[..., None]))
     return torch.cat(grams)
 

@@ -66,7 +66,7 @@ class Criterion(ABC):
             pattern: `"unstructured"`, or `"N:M"` to keep N of every M consecutive inputs.
 
         Returns:
-            The new weight, in the dtype of the old, and the keep-mask, bool; both `[out_features, in_features]`.
+            The new weight, in the dtype of the old, and the mask, bool; both `[out_features, in_features]`.
 
         Raises:
             ValueError: If sparsity or pattern is not legal or does not fit the weight, the weight or the statistics contain NaN

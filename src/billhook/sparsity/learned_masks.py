@@ -75,7 +75,7 @@ class MaskRule:
 class _NotingVisitor(PruningVisitor):
     """A visitor that records the mask rule of each layer that it prunes."""
 
-    def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of a visitor
+    def __init__(self, *args: Any) -> None:  # noqa: ANN401 - the arguments of `PruningVisitor`
         super().__init__(*args)
         self.noted: dict[str, MaskRule] = {}
 

@@ -120,7 +120,7 @@ class BlockTuning:
         self.device = next(iter(self.tuned.values())).device
 
     def __call__(self, tune: Sequence[BlockSample], held_out: Sequence[BlockSample]) -> dict[str, Tensor]:
-        """Tunes on some passages, and returns the weights, float32, that were best on others."""
+        """Tunes on samples, and returns the float32 weights with the lowest held-out error."""
         steps = self.matching.steps
         if steps is None:  # a step for each batch; with several ranks the average number of batches
             batches, ranks = self.comm(torch.tensor([float(len(tune)), 1.0], device=self.device))
@@ -198,21 +198,21 @@ class MatchingVisitor(PruningVisitor):
         args: Arguments of `PruningVisitor`.
     """
 
-    def __init__(self, matching: BlockMatching, *args: Any) -> None:  # noqa: ANN401 - those of a visitor
+    def __init__(self, matching: BlockMatching, *args: Any) -> None:  # noqa: ANN401 - the arguments of `PruningVisitor`
         super().__init__(*args)
         self.matching, self._batches = matching, len(self.walks.runs)
         self.dense = range(self._batches, 2 * self._batches)
-        self._came_out: dict[int, tuple[Arguments, Tensor]] = {}  # by run
+        self._outputs: dict[int, tuple[Arguments, Tensor]] = {}  # by run
 
     def check_runs(self) -> None:
         """Raises if linear layers share a weight, which would be pruned before its second use."""
-        if self.walks.twins:
-            raise_block_called_again(self.walks.twins[0][0])
+        if self.walks.tied:
+            raise_block_called_again(self.walks.tied[0][0])
 
     def on_exit(self, run: int, given: Arguments, output: object) -> None:
         """Records the input and output of a block."""
         if (state := hidden_state(output)) is not None:
-            self._came_out[run] = given, state
+            self._outputs[run] = given, state
 
     def on_reentry(self, site: Site) -> None:
         """Raises if linear layers are called again after their block was tuned."""
@@ -226,8 +226,8 @@ class MatchingVisitor(PruningVisitor):
             super().complete(site)
             return
         linears = {name: linear for name, linear in site.linears.items() if name in self.pruned}
-        samples, outputs = list[BlockSample](), self._came_out
-        self._came_out = {}
+        samples, outputs = list[BlockSample](), self._outputs
+        self._outputs = {}
         for run in range(self._batches):
             if run in outputs and (dense := run + self._batches) in outputs:
                 (inputs, output), (_, goal) = outputs[run], outputs[dense]
@@ -235,8 +235,8 @@ class MatchingVisitor(PruningVisitor):
                     samples.append(BlockSample(inputs, goal, self._counting(goal.shape[:-1], goal, run)))
         if linears:
             # each rank needs samples to tune on and samples to hold out
-            lacks = torch.tensor([float(len(samples) < 2)], device=weight_of(next(iter(linears.values()))).device)
-            if not self.comm(lacks):
+            too_few = torch.tensor([float(len(samples) < 2)], device=weight_of(next(iter(linears.values()))).device)
+            if not self.comm(too_few):
                 self._tune(site.module, linears, samples)
 
     def _tune(self, block: nn.Module, linears: Mapping[str, nn.Module], samples: Sequence[BlockSample]) -> None:

@@ -72,7 +72,7 @@ class Walks:
     adapters: Mapping[str, nn.Module]
 
     @cached_property
-    def twins(self) -> list[tuple[str, nn.Module]]:
+    def tied(self) -> list[tuple[str, nn.Module]]:
         """Other layers that share the weight of a linear layer."""
         return find_tied(self.model, self.linears)
 
@@ -97,7 +97,7 @@ class Walks:
             make: Makes the visitor from these walks, and from whether layers with the same input share statistics.
             key: Identifies this work, so that staged blocks of an earlier process are reused for files.
         """
-        shared, called_again = True, {name for name, _ in self.twins}
+        shared, called_again = True, {name for name, _ in self.tied}
         if called_again and not self.store.holds_all:
             name = min(called_again)
             raise ValueError(
@@ -150,7 +150,7 @@ class Walks:
             (pruned_first if at_once or name in called_again else other_layers)[name] = linear
         new: dict[str, Tensor] = {}
         if pruned_first:
-            site = Site(self.model, pruned_first, False if called_again else None, self.twins)
+            site = Site(self.model, pruned_first, False if called_again else None, self.tied)
             Walk([site], visitor, self.comm)(forwards)
             new = by_parameter(visitor.parameters(site))
         # if blocks are loaded on demand, all runs leave a block before the next is loaded
@@ -424,7 +424,7 @@ class GlobalPruningVisitor(PruningVisitor):
     Scores are computed three times, for a layer at a time: twice to find the threshold, and once to prune.
     """
 
-    def __init__(self, *args: Any) -> None:  # noqa: ANN401 - those of a visitor
+    def __init__(self, *args: Any) -> None:  # noqa: ANN401 - the arguments of `PruningVisitor`
         super().__init__(*args)
         self._seen: dict[str, Statistics | GroupedStatistics | None] = {}
 

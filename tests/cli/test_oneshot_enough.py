@@ -35,7 +35,7 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
             TOO_FEW,
             f"{FEW_TOKENS}: 20 are fitted to, and model.layers.0.mlp",
         ),
-        ("prune-structure", ["--examples", "1", *TOO_FEW[2:]], "--examples 1: repair needs at least two batches, .* got 1"),
+        ("prune-structure", ["--examples", "1", *TOO_FEW[2:]], "--examples 1: a refit needs two at least, .*; got 1"),
         ("convert", TOO_FEW, f"{FEW_TOKENS}: 20 are fitted to, and model.layers.0.self"),
         ("convert", ["--examples", "1", *TOO_FEW[2:]], "--examples 1: repair needs 2 at least"),
         (

@@ -129,7 +129,7 @@ def test_memory_that_is_too_little(small, files, tmp_path):
             ["prune-structure", "--params", "0.8", "--data", "tiny", "--importance", "Taylor"],
             "needs gradients, which a streamed model",
         ),
-        (["prune-heads", "--ratio", "0.5", "--data", "tiny"], "importance=GateGradient(each='token'): it needs gradients"),
+        (["prune-heads", "--ratio", "0.5", "--data", "tiny"], "importance=GateGradient(each='token') needs gradients"),
     ],
 )
 def test_refused(small, tmp_path, arguments, refusal):

@@ -64,16 +64,16 @@ REFUSED = {
 }
 COMMANDS = {
     "shrink": (["shrink", "--params", "0.8"], "stream=True: this command needs gradients, or all weights at once"),
-    "Taylor": (["prune-structure", "--channels", "0.25", "--importance", "Taylor"], "it needs gradients"),
+    "Taylor": (["prune-structure", "--channels", "0.25", "--importance", "Taylor"], "needs gradients"),
     "blocks, and then Taylor": (
         ["prune-structure", "--blocks", "1", "--residual", "0.25", "--importance", "Taylor"],
-        "it needs gradients",
+        "needs gradients",
     ),
     "both": (
         ["prune-structure", "--residual", "0.25", "--channels", "0.25", "--importance", "WeightNorm"],
         "not go both at once",
     ),
-    "heads by default": (["prune-heads", "--ratio", "0.5"], "it needs gradients"),
+    "heads by default": (["prune-heads", "--ratio", "0.5"], "needs gradients"),
 }
 
 

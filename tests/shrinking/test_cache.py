@@ -168,7 +168,7 @@ def test_inputs_that_are_not_finite_are_refused():
     model = llama()
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight[0] = torch.inf
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: \d+ input features contain NaN"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: NaN or infinite inputs in"):
         Made(model, texts())
 
 

@@ -167,8 +167,8 @@ def wrong_in(node):
     wrong = re.findall(r"^(?:What|Whether) |\b(?:as|see) there\b|\banew\b", text, re.IGNORECASE)
     decorators = {ast.unparse(one).rpartition(".")[2] for one in getattr(node, "decorator_list", [])}
     if text and isinstance(node, ast.FunctionDef) and not decorators & {"property", "cached_property"}:
-        first, _, rest = text.replace("\n", " ").partition(" ")
-        if not re.fullmatch(r"[A-Z]\w*s,?", first) or first in NOUNS or rest.startswith(("of ", "that ", "which ")):
+        first = text.split()[0]
+        if not re.fullmatch(r"[A-Z][\w-]*s,?", first) or first in NOUNS:
             wrong = ["no verb in the third person", *wrong[text.startswith(("What ", "Whether ")) :]]
     return [f"{node.name if hasattr(node, 'name') else 'module'}: {one}: {text[:70]!r}" for one in wrong]
 

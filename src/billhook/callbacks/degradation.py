@@ -138,7 +138,7 @@ class Degradation(EventFollower):
         drop_pending(pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Same as `teardown`, which Lightning does not call after an error."""
+        """Does the same as `teardown`, which Lightning does not call after an error."""
         self.teardown(trainer, pl_module, "fit")
 
 

@@ -84,7 +84,7 @@ class StopWhenWorse:
 
     @property
     def direction(self) -> Mode:
-        """Whether a higher or a lower value is better: `mode`, or inferred from the name."""
+        """Direction of improvement, `"max"` or `"min"`: `mode`, or inferred from the name."""
         return self.mode or _mode(self.monitor)
 
     def value(self, metrics: Mapping[str, float]) -> float:

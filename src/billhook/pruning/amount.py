@@ -351,5 +351,5 @@ class Amount:
 
     @property
     def per(self) -> Per:
-        """Whether heads are scored as query heads or as KV heads."""
+        """Kind of heads that are scored: query heads or KV heads."""
         return "head" if "heads" in self.requested else "kv_head"

@@ -41,7 +41,7 @@ from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.cli.inspect import CHOICES, conversion, saving
+from billhook.cli.inspect import CHOICES, conversion, find_savings
 from billhook.model.inputs import make_inputs
 from billhook.model.transformers_internals import match_implementations
 from billhook.sparsity.weight_plan import WeightPlan
@@ -209,7 +209,7 @@ def refusing(subject: Subject, model: nn.Module, step: Callable[[], Any]) -> Any
 def promised(model: nn.Module, kind: str) -> str | None:
     """Returns how `inspect` says that a model with fewer units of a kind is saved; None if it names no such units."""
     groups = [group for group in trace(model).groups if group.kind in CHOICES[kind]]
-    said = [one for one in saving(model, groups) if not one.reason]
+    said = [one for one in find_savings(model, groups) if not one.reason]
     if not said:
         return None
     ways = {"plain" if one.fields else "shaped" for one in said}

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import billhook as bh
-from billhook.cli.examples import Text
+from billhook.cli.examples import TextOptions
 from billhook.cli.options import COMMANDS
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +134,7 @@ def test_the_reference_describes_each_option_of_each_command():
     text = made["commands"]() + made["shared"]()
     rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line.startswith("| `")]
     assert [name for name, kind, _, says in rows if not kind or not says] == []
-    assert {f"`--{one.name}`" for one in fields(Text)} < {name for name, *_ in rows}
+    assert {f"`--{one.name}`" for one in fields(TextOptions)} < {name for name, *_ in rows}
     assert re.findall(r"^billhook (\S+)", text, re.MULTILINE) == list(COMMANDS)
 
 

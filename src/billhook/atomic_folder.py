@@ -54,7 +54,7 @@ def replacement_note(folder: str | Path) -> str:
     record = Path(folder) / RECORD
     if not record.is_file():
         return ""
-    return f", in the place of what billhook wrote there on {datetime.fromtimestamp(record.stat().st_mtime):%Y-%m-%d at %H:%M}"
+    return f" (replaces the billhook checkpoint of {datetime.fromtimestamp(record.stat().st_mtime):%Y-%m-%d %H:%M})"
 
 
 def _foreign(folder: Path) -> str | None:

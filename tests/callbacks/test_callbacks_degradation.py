@@ -171,7 +171,7 @@ def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
     assert record["events"][0]["degradation"] == start
     assert sorted(record["files"]) == sorted(one.name for one in (tmp_path / "out").iterdir())
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"- step 1: {callbacks[0].events[0]['what']}\n- training, 2 steps\n" in card
+    assert f"- step 1: {callbacks[0].events[0]['what']}\n- 2 training steps\n" in card
     assert f"| other | not calibrated on | {end[2]['before']:,.4g} | {end[2]['after']:,.4g} | {end[2]['ratio']:.3f} ±" in card
     assert [(one["source"], one["inside"]) for one in end] == [("train", True), ("generated", False), ("other", False)]
     for step, found in ((0, start), (2, end)):  # with the first step of training

@@ -70,28 +70,28 @@ def test_what_was_done_what_it_costs_and_how_to_load_it(tmp_path):
     lines = [line for line in body.splitlines() if line]
     assert lines[:8] == [
         "# LlamaForCausalLM, pruned with billhook",
-        "## What was done",
+        "## Changes",
         "- step 2: 4 -> 2 KV heads (mean)",
         "- step 3: a\\|b c",
         "  - linears that keep more inputs than there are tokens",
-        "- training, 8 steps",
+        "- 8 training steps",
         "| by | settings |",
         "| --- | --- |",
     ]
     torch = metadata.version("torch")
     assert lines[8].startswith(f"| versions | billhook {bh.__version__}; torch {torch}; transformers ")
     assert lines[9:16] == [
-        "`billhook.json` holds the whole record, such as which units or heads went.",
+        "See `billhook.json` for the complete record, such as the removed units.",
         "|  | before | after |",
         "| --- | ---: | ---: |",
         "| parameters | 1,000 | 800 |",
-        "| of them zero | 0 | 12 |",
-        "| FLOPs of a forward pass, per token or image | 20 | 20 |",
-        "## What it costs",
+        "| zero parameters | 0 | 12 |",
+        "| FLOPs per token or image | 20 | 20 |",
+        "## Size and quality",
     ]
     assert "| a | calibrated on | 25.44 | 31.33 | 1.232 ± 0.010 | 0.200 ± 0.020 |" in body
     assert "| b | not calibrated on | 2e+04 | 3e+04 | 1.500 | unknown |" in body
-    assert "It is an ordinary Hugging Face checkpoint: plain from_pretrained loads it, without billhook." in body
+    assert "Standard checkpoint: from_pretrained loads it." in body
 
 
 def test_metadata_as_the_hub_reads_it(tmp_path):
@@ -115,7 +115,7 @@ def test_the_folder_that_it_was_made_of_is_named_without_its_place(tmp_path):
     bh.save(bh.load(tmp_path / "small"), tmp_path / "smaller")  # goes back to the first
     for name, done, size in (("small", "pruned", ", 1,000 parameters"), ("smaller", "saved", "")):
         text, record = (tmp_path / name / "README.md").read_text(), json.loads((tmp_path / name / "billhook.json").read_text())
-        assert f"# dense, {done} with billhook\n\nMade of a local folder, dense (LlamaForCausalLM{size}).\n" in text
+        assert f"# dense, {done} with billhook\n\nMade from a local folder, dense (LlamaForCausalLM{size}).\n" in text
         assert record["made_of"] == {"name": "dense", "class": "LlamaForCausalLM"}
         assert record["saved"]["folder"] == name
         assert str(tmp_path) not in text + json.dumps(record)
@@ -251,7 +251,7 @@ def test_an_earlier_card_is_replaced(tmp_path):
     saved(tmp_path, {"steps": 8})
     record = json.loads((tmp_path / "small" / "billhook.json").read_text())
     assert sorted(record["files"]) == sorted(os.listdir(tmp_path / "small"))
-    assert "training, 8 steps" not in saved(tmp_path, {"note": "unchanged"})
+    assert "8 training steps" not in saved(tmp_path, {"note": "unchanged"})
 
 
 def test_without_a_record_the_card_says_what_is_known(tmp_path):
@@ -261,11 +261,11 @@ def test_without_a_record_the_card_says_what_is_known(tmp_path):
     read = front(tmp_path / "small")
     assert (read["base_model"], read["license"], read["library_name"]) == ("owner/dense", "mit", "transformers")
     text = (tmp_path / "small" / "README.md").read_text()
-    assert "## What was done\n\nNothing was recorded of what was done to it: " in text
+    assert "## Changes\n\nNo record of the changes: " in text
     assert "| versions | billhook " in text
-    assert "holds the whole record" not in text
+    assert "the complete record" not in text
     assert 'LlamaForCausalLM.from_pretrained("small")' in text
-    assert "vLLM" in text.split("## Where it runs")[1]
+    assert "vLLM" in text.split("## Compatibility")[1]
     record = json.loads((tmp_path / "small" / "billhook.json").read_text())
     assert record["versions"]["billhook"] == bh.__version__
     assert "README.md" in record["files"]
@@ -274,5 +274,5 @@ def test_without_a_record_the_card_says_what_is_known(tmp_path):
 @pytest.mark.parametrize("anything", [None, 3, "x", [1, "x", {}], {"a": 1}, [{"what": 1, "before": 2, "after": None}]])
 def test_a_record_of_ones_own_may_hold_anything(tmp_path, anything):
     text = saved(tmp_path, dict.fromkeys(("events", "degradation", "steps", "accuracy", "base_model"), anything))
-    assert "## How to load it" in text
-    assert "Made of" not in text or anything == "x"
+    assert "## Usage" in text
+    assert "Made from" not in text or anything == "x"

@@ -11,7 +11,7 @@ from billhook.assets import model_path
 from billhook.checkpoints import equivalent
 from billhook.checkpoints.equivalent import EQUIVALENT, Family
 from billhook.checkpoints.export import export
-from billhook.checkpoints.save import WAYS, load, save
+from billhook.checkpoints.save import FORMATS, load, save
 from billhook.model.shape import KEY, shape_of
 from billhook.pruning.planning import prune_units
 from kit.equivalents import FOUR, same, three_of_four, written
@@ -210,13 +210,13 @@ def test_a_tokenizer_reads_the_same_beside_it(tmp_path):
 
 def test_it_is_said(tmp_path):
     saved = save(three_of_four(), tmp_path / "a")
-    assert saved.says == f"{WAYS['equivalent']}; it is saved as mistral"
+    assert saved.format == f"{FORMATS['equivalent']} (saved as mistral)"
     record = json.loads((tmp_path / "a" / "billhook.json").read_text())
     assert (record["saved"]["way"], record["saved"]["family"]) == ("equivalent", "mistral")
     run = trainer(tmp_path, [])
     run.strategy.connect(TransformerModule(three_of_four()))
     run.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    assert "it is saved as mistral; largest difference of logits 0" in export(tmp_path / "last.ckpt", tmp_path / "b").text()
+    assert "(saved as mistral)\nVerified: largest logit difference 0" in export(tmp_path / "last.ckpt", tmp_path / "b").text()
     assert type(load(tmp_path / "b")) is transformers.MistralForCausalLM
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import billhook
-from billhook.checkpoints.save import WAYS, load, save
+from billhook.checkpoints.save import FORMATS, load, save
 from billhook.cli.inspect import inspect
 from billhook.model.meta import from_name
 from billhook.model.shape import KEY, set_shape, shape_of
@@ -128,7 +128,7 @@ def test_plain_transformers_refuses_it(family, tmp_path):
     save(model, tmp_path / "a")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         type(model).from_pretrained(tmp_path / "a")
-    assert "plain from_pretrained refuses it" in WAYS["shaped"]
+    assert "so from_pretrained fails" in FORMATS["shaped"]
 
 
 def test_what_is_saved_is_the_shape_of_now(tmp_path):

@@ -69,9 +69,9 @@ def test_before_the_end_degradation_is_that_of_the_last_event(tmp_path):
     _, kept = fitted(tmp_path)
     export(kept, tmp_path / FOLDERS[1])
     first, card = (of(tmp_path, name) for name in FOLDERS)
-    begins, costs = card.split("## What it costs\n\n")
-    assert begins == first.split("## What it costs\n\n")[0]
-    assert costs.startswith("Right after what was done at step 2:\n\n| perplexity on |")
+    begins, costs = card.split("## Size and quality\n\n")
+    assert begins == first.split("## Size and quality\n\n")[0]
+    assert costs.startswith("Right after step 2:\n\n| perplexity on |")
     record = json.loads(of(tmp_path, FOLDERS[1], "billhook.json"))
     assert f"| {record['events'][1]['degradation'][0]['after']:,.4g} |" in costs
     assert "degradation" not in record

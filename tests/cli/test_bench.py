@@ -116,7 +116,7 @@ def test_without_contexts_as_many_tokens_are_read_as_all_models_can(folders, cap
     [
         (["--dtype", "int8"], "dtype='int8' must be one of auto, float32"),
         (["--threads", "0"], "threads=0 must be a whole number of at least 1"),
-        (["--plot", "o.svg"], "plot='o.svg' must be a file that ends in .png"),
+        (["--plot", "o.svg"], "plot='o.svg' must be a .png file in an existing folder"),
         (["--json", "nowhere/o.json"], "json='nowhere/o.json'"),
         (["--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
         (["--contexts", "[100]"], "supports 64. Use fewer"),

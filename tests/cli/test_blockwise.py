@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.cli.machine import over
+from billhook.cli.machine import model_progress
 from billhook.cli.main import main
 from billhook.engine import files as streams
 from billhook.engine.tensors import TensorFiles
@@ -57,7 +57,7 @@ def read(monkeypatch):
 
 def test_a_pass_over_blocks(terminal):
     model, stderr = bh.stream("tiny"), terminal()
-    with over(model, "reading", "batches") as told, torch.no_grad():
+    with model_progress(model, "reading", "batches") as told, torch.no_grad():
         model(torch.arange(8)[None])
         told(5, 7)
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stderr.getvalue())
@@ -68,7 +68,7 @@ def test_a_pass_over_blocks(terminal):
 
 def test_a_model_in_memory_has_the_bar_of_the_work(terminal):
     model, stderr = bh.load("tiny"), terminal()
-    with over(model, "reading", "batches") as told:
+    with model_progress(model, "reading", "batches") as told:
         told(5, 7)
     assert "5/7 batches" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stderr.getvalue())
 
@@ -77,7 +77,7 @@ def plan_of(dense, passes):
     """What is said of so many passes over the blocks of a small Llama."""
     model = bh.load(dense)
     blocks, written = (sum(p.nbytes for p in part.parameters()) for part in (model.model.layers, model))
-    return f"read 2 blocks from files in {passes} passes, {passes * blocks / 1e6:,.1f} MB, and write {written / 1e6:,.1f} MB"
+    return f"stream 2 blocks in {passes} passes (read {passes * blocks / 1e6:,.1f} MB, write {written / 1e6:,.1f} MB)"
 
 
 PRUNED = [([], 7), (["--allocation", "OWL"], 8), (["--criterion", "Magnitude", "--criterion.compares", "global"], 9)]
@@ -129,7 +129,7 @@ def test_the_plan_of_a_removal_says_what_is_read(files, tmp_path, capsys, read, 
     more = [*SHORT, "--batch_size", "1", *option(files), *asked, "--stream"]
     main([command, str(dense), str(tmp_path / "out"), *more])
     passes = expected + 5
-    assert f"read 4 blocks from files in {passes} passes" in capsys.readouterr().out
+    assert f"stream 4 blocks in {passes} passes" in capsys.readouterr().out
     often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
     before = 2 if command == "prune-blocks" else 1
     assert often == before + passes, "once to count zeros, and to find blocks, before it is said"
@@ -146,8 +146,8 @@ def test_the_plan_says_that_an_own_importance_reads_as_often_as_it_needs(files, 
     dense = small_llama(tmp_path / "dense", num_hidden_layers=4)
     own = [asked, "0.5", "--importance", f"{__name__}.Own", *(["--repair", "null"] if command == "prune-structure" else [])]
     main([command, str(dense), str(tmp_path / "out"), *SHORT, "--batch_size", "1", *option(files), *own, "--stream"])
-    said = re.search(r"read 4 blocks from files in (\d+) passes, [\d.]+ MB, (.*), and write", capsys.readouterr().out)
-    assert (int(said[1]), said[2]) == (passes, "and as often as Own() needs")
+    said = re.search(r"stream 4 blocks in (\d+) passes, (.*) \(read", capsys.readouterr().out)
+    assert (int(said[1]), said[2]) == (passes, "plus the passes of Own()")
     often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
     assert often == 1 + passes + 2, "once to count zeros, and twice by the importance"
 
@@ -156,6 +156,6 @@ def test_the_plan_says_how_often_is_read_at_most_where_linears_may_not_be_refitt
     dense = small_llama(tmp_path / "dense", num_hidden_layers=4)
     asked = ["--channels", "0.25", "--length", "2", "--examples", "3", "--evaluate", "5", "--batch_size", "1", "--generated", "0"]
     main(["prune-structure", str(dense), str(tmp_path / "out"), *asked, *option(files), "--stream"])
-    said = re.search(r"read 4 blocks from files in at most (\d+) passes", capsys.readouterr().out)
+    said = re.search(r"stream 4 blocks in at most (\d+) passes", capsys.readouterr().out)
     often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
     assert int(said[1]) // 2 < often - 1 <= int(said[1])

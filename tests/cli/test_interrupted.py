@@ -49,7 +49,7 @@ def test_one_line_and_no_traceback(small, tmp_path, monkeypatch, capsys, command
     out, before = tmp_path / "out", signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr("billhook.cli.one_shot.load", lambda *_: os.kill(os.getpid(), by))
     line = stopped([command, small, out, *COMMANDS[command]], capsys, status)
-    assert line == f"billhook {command}: stopped; nothing was written to {out}; the same command begins afresh"
+    assert line == f"billhook {command}: interrupted. {out} was not written. The same command starts from the beginning."
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -64,7 +64,7 @@ def test_one_line_and_no_traceback(small, tmp_path, monkeypatch, capsys, command
 )
 def test_commands_that_write_no_folder(words, where, monkeypatch, capsys):
     monkeypatch.setattr(where, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    assert stopped(words, capsys) == f"billhook {words[0]}: stopped"
+    assert stopped(words, capsys) == f"billhook {words[0]}: interrupted."
 
 
 def test_a_fit(tmp_path, monkeypatch, capsys, files):
@@ -75,9 +75,7 @@ def test_a_fit(tmp_path, monkeypatch, capsys, files):
         line = stopped(words, capsys)
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores it from then on
-    assert line.startswith(
-        "billhook fit: stopped; checkpoints that were written stay: with --ckpt_path FILE the same command goes"
-    )
+    assert line == "billhook fit: interrupted. Checkpoints are kept. Resume with --ckpt_path FILE."
 
 
 def test_a_fit_that_has_ended_leaves_no_process_group_to_the_interpreter_which_could_abort_in_it(tmp_path, monkeypatch, files):
@@ -109,16 +107,16 @@ def test_streamed_work_goes_on(small, files, tmp_path, monkeypatch, capsys):
         patch.setattr(Parts, "write", last)
         line = stopped(words, capsys)
     parts = tmp_path / ".out.parts"
-    stays = f"nothing was written to {tmp_path / 'out'}; the same command goes on after the blocks that are done"
-    assert line.endswith(f"{stays}, which are in {parts}")
+    again = "Run the same command again to continue after the finished blocks in"
+    assert line.endswith(f"interrupted. {tmp_path / 'out'} was not written. {again} {parts}.")
     main([str(word) for word in words])
-    assert "1 block was there from an earlier run" in capsys.readouterr().out
+    assert "Reused 1 block from an interrupted run." in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_search_goes_on_with_what_it_has_made(small, files, tmp_path, monkeypatch, capsys):
     words = ["shrink", small, tmp_path / "out", *SHRINK, *option(files)]
-    library, add, made = tmp_path / ".out.library", CandidateCache.add, []
+    cache, add, made = tmp_path / ".out.variants", CandidateCache.add, []
 
     def counted(*given):
         made.append(given[1:3])
@@ -128,10 +126,10 @@ def test_a_search_goes_on_with_what_it_has_made(small, files, tmp_path, monkeypa
 
     monkeypatch.setattr(CandidateCache, "add", counted)
     line = stopped(words, capsys)
-    assert line.endswith(f"; the same command goes on with the variants that are done, which are in {library}")
+    assert line.endswith(f"Run the same command again to continue after the finished variants in {cache}.")
     before = made[:3]
     main([str(word) for word in words])
-    assert f"3 variants are there from an earlier run, in {library}, and are not made again" in capsys.readouterr().out
+    assert f"Reusing 3 variants of an earlier run in {cache}." in capsys.readouterr().out
     assert not set(before) & set(made[4:])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -139,7 +137,7 @@ def test_a_search_goes_on_with_what_it_has_made(small, files, tmp_path, monkeypa
 def test_an_error_says_what_there_is_to_go_on_with(small, files, tmp_path, monkeypatch):
     words = ["shrink", str(small), str(tmp_path / "out"), *SHRINK, *option(files)]
     monkeypatch.setattr("billhook.shrinking.measurement.config_losses", fails)
-    with pytest.raises(SystemExit, match=r"(?s)no room.*the same command goes on with the variants that are done, which are in"):
+    with pytest.raises(SystemExit, match=r"(?s)no room.*Run the same command again to continue after the finished variants in"):
         main(words)
 
 
@@ -147,9 +145,9 @@ def fails(*_):
     raise ValueError("no room")
 
 
-def test_a_library_that_billhook_did_not_write_is_left_alone(small, tmp_path):
-    (tmp_path / ".out.library").mkdir()
-    (tmp_path / ".out.library" / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="billhook shrink: '.*out.library', in which shrink keeps .* did not write"):
+def test_a_cache_that_billhook_did_not_write_is_left_alone(small, tmp_path):
+    (tmp_path / ".out.variants").mkdir()
+    (tmp_path / ".out.variants" / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="billhook shrink: '.*out.variants' is needed for the variant cache"):
         main(["shrink", str(small), str(tmp_path / "out"), "--params", "0.95"])
-    assert (tmp_path / ".out.library" / "notes.txt").read_text() == "mine"
+    assert (tmp_path / ".out.variants" / "notes.txt").read_text() == "mine"

@@ -29,8 +29,8 @@ def test_those_there_are_are_listed(words, near, others, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(words)
     told = capsys.readouterr().err
-    assert f"There is no class '{words[-1].rpartition('=')[2]}'. Did you mean '{near}'? There are: " in told
-    assert all(f"{name}," in told or f"{name};" in told for name in (near, *others))
+    assert f"unknown class '{words[-1].rpartition('=')[2]}'. Did you mean '{near}'? Classes: " in told
+    assert all(f"{name}," in told or f"{name}, or" in told for name in (near, *others))
     assert "Criterion," not in told
     assert "Importance," not in told
 
@@ -40,7 +40,7 @@ def test_a_class_within_a_config(tmp_path, capsys):
     (tmp_path / "own.yaml").write_text(f"trainer:\n  callbacks+: [{settings}]\n")
     with pytest.raises(SystemExit, match="2"):
         main(["fit", "--config", "recipe:base", "--config", "own.yaml"])
-    assert "There is no class 'Wandaa'. Did you mean 'Wanda'?" in capsys.readouterr().err
+    assert "unknown class 'Wandaa'. Did you mean 'Wanda'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -48,10 +48,10 @@ def test_a_class_within_a_config(tmp_path, capsys):
     [
         (
             ["fit", "--trainer.callbacks+=HeadPrunning"],
-            "There is no class 'HeadPrunning'. Did you mean 'HeadPruning'? There are: ",
+            "unknown class 'HeadPrunning'. Did you mean 'HeadPruning'? Classes: ",
         ),
-        (["fit", "--trainer.max_stepps=1"], "lightning.pytorch.Trainer has no 'max_stepps'. Did you mean 'max_steps'?"),
-        (["fti"], "there is no command 'fti'. Did you mean 'fit'? `mine.py --help` says what each does.\nThere are: fit, "),
+        (["fit", "--trainer.max_stepps=1"], "lightning.pytorch.Trainer has no argument 'max_stepps'. Did you mean 'max_steps'?"),
+        (["fti"], "unknown command 'fti'. Did you mean 'fit'? See `mine.py --help`.\nCommands: fit, "),
     ],
 )
 def test_a_users_own_cli_suggests_names_too(words, told, capsys):

@@ -42,12 +42,12 @@ def test_by_svd_with_perplexity_before_and_after(small, files, tmp_path, capsys)
     assert "- 4 -> 1 KV heads in 2 attentions (svd)\n" in (tmp_path / "out" / "README.md").read_text()
     said = capsys.readouterr().out
     steps = [
-        f"{small}, ",
-        "turn 4 KV heads into 1 in 2 attentions, by svd",
-        "shown 6 of train",
-        "measure the perplexity before and",
+        f"Model: {small} (",
+        "convert 4 KV heads to 1 in 2 attention modules (method: svd)",
+        "calibrate on 6 examples of 16 tokens (source: train)",
+        "measure perplexity before and",
     ]
-    steps += [f"save to {tmp_path / 'out'}", "k_proj.weight  16 -> 4 along dimension 0", "perplexity on", "Next:"]
+    steps += [f"save to {tmp_path / 'out'}", "k_proj.weight  16 -> 4 along dimension 0", "perplexity on", "Next steps:"]
     places = [said.index(words) for words in steps]
     assert places == sorted(places), "the plan comes first, and what may follow last"
 
@@ -61,8 +61,8 @@ def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, caps
     assert [(one["source"], one["inside"]) for one in record["degradation"]] == [("generated", False)]
     assert "calibration" not in record
     said = capsys.readouterr().out
-    assert "turn 4 KV heads into 2 in 2 attentions, by mean\n  shown no text, as it needs none\n" in said
-    assert "on 2 examples that it writes; --data FILE names a text\n" in said
+    assert "convert 4 KV heads to 2 in 2 attention modules (method: mean)\n  no calibration data needed\n" in said
+    assert "on 2 self-generated examples (--data FILE uses your text)\n" in said
     assert "method='svd' starts much closer" in said
 
 
@@ -72,7 +72,7 @@ def test_some_layers_by_a_class_with_settings_and_repaired(small, files, tmp_pat
     assert record["plans"][0]["layers"] == ["model.layers.1.self_attn"]
     assert record["events"][0]["what"].endswith("in 1 attentions (aligned, similar heads grouped, repaired)")
     assert record["repair"].startswith("RepairConfig(")
-    assert "  refit what reads the heads, and the feed-forwards, by least squares\n" in capsys.readouterr().out
+    assert "  refit attention output projections and MLPs by least squares\n" in capsys.readouterr().out
 
 
 def test_a_model_that_writes_nothing_needs_no_data(tmp_path, capsys):
@@ -83,14 +83,14 @@ def test_a_model_that_writes_nothing_needs_no_data(tmp_path, capsys):
     record = convert(tmp_path / "t5", tmp_path / "out", "--num_key_value_heads", "2")
     assert record["perplexity"]["before"] is None
     assert "4 -> 2 KV heads in 2 attentions" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="data=None: T5ForConditionalGeneration does not generate text .*: name a file"):
+    with pytest.raises(SystemExit, match="data=None: T5ForConditionalGeneration does not generate text .*Pass a file with --data"):
         main(["convert", str(tmp_path / "t5"), str(tmp_path / "two"), "--num_key_value_heads", "2", "--method", "svd"])
 
 
 def test_a_dry_run_prints_and_writes_nothing(small, tmp_path, capsys):
     main(["convert", str(small), str(tmp_path / "out"), "--num_key_value_heads", "1", "--method", "auto", "--dry_run"])
     said = capsys.readouterr().out
-    assert "nothing was changed, and nothing written" in said
+    assert "Dry run: " in said
     assert "\n\nLlamaForCausalLM: 4 -> 1 KV heads in 2 attentions (auto); the KV cache shrinks" in said
     assert not (tmp_path / "out").exists()
 
@@ -98,7 +98,7 @@ def test_a_dry_run_prints_and_writes_nothing(small, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ([], "num_key_value_heads: say how many KV heads are left"),
+        ([], "num_key_value_heads=None: pass the number of KV heads to keep"),
         (["--num_key_value_heads", "0"], "num_key_value_heads=0 must be a whole number of at least 1"),
         (["--num_key_value_heads", "3"], "num_key_value_heads=3, which must be fewer .* legal is 1, 2"),
         (["--num_key_value_heads", "1", "--method", "first", "--repair", "RepairConfig"], "repair goes with method 'mean'"),

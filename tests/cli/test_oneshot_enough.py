@@ -19,7 +19,7 @@ def small(tmp_path_factory):
 
 
 TOO_FEW = ["--examples", "4", "--length", "5", "--evaluate", "0", "--generated", "0"]
-FEW_TOKENS = "--examples 4, --length 5: too few tokens for any refit"
+FEW_TOKENS = "--examples 4 --length 5 gives"
 SEARCH = ["--generations", "0", "--importance", "WeightNorm"]
 CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels", "0.5"]}
 
@@ -28,20 +28,20 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
 @pytest.mark.parametrize(
     ("command", "given", "says"),
     [
-        ("shrink", TOO_FEW, f"{FEW_TOKENS}: 15 are fitted to, and model.layers.0.self"),
-        ("shrink", ["--examples", "2", *TOO_FEW[2:]], "--examples, --length and --batch_size: three rows at least, .*; got 2"),
+        ("shrink", TOO_FEW, f"{FEW_TOKENS} 15 tokens, and model.layers.0.self"),
+        ("shrink", ["--examples", "2", *TOO_FEW[2:]], "--examples, --length, and --batch_size: three rows at least, .*; got 2"),
         (
             "prune-structure",
             TOO_FEW,
-            f"{FEW_TOKENS}: 20 are fitted to, and model.layers.0.mlp",
+            f"{FEW_TOKENS} 20 tokens, and model.layers.0.mlp",
         ),
-        ("prune-structure", ["--examples", "1", *TOO_FEW[2:]], "--examples 1: a refit needs two at least, .*; got 1"),
-        ("convert", TOO_FEW, f"{FEW_TOKENS}: 20 are fitted to, and model.layers.0.self"),
-        ("convert", ["--examples", "1", *TOO_FEW[2:]], "--examples 1: repair needs 2 at least"),
+        ("prune-structure", ["--examples", "1", *TOO_FEW[2:]], "--examples 1 is too few: repair needs at least 2"),
+        ("convert", TOO_FEW, f"{FEW_TOKENS} 20 tokens, and model.layers.0.self"),
+        ("convert", ["--examples", "1", *TOO_FEW[2:]], "--examples 1 is too few: repair needs at least 2"),
         (
             "prune",
             ["--examples", "1", *TOO_FEW[2:]],
-            "--examples 1: match needs 2 at least",
+            "--examples 1 is too few: match needs at least 2",
         ),
     ],
 )
@@ -62,13 +62,13 @@ def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, mo
 def test_what_is_not_refitted_is_said_before_the_work_and_stands_in_the_record_and_the_card(
     small, files, tmp_path, capsys, command, tokens, after, how
 ):
-    words = f"not repaired: {FEW_TOKENS}: {tokens} are fitted to"
+    words = f"no repair: {FEW_TOKENS} {tokens} tokens"
     main([command, str(small), str(tmp_path / "dry"), *CUTS[command], *TOO_FEW, *option(files), "--dry_run"])
     assert words in capsys.readouterr().out
     record = run(command, small, tmp_path / "out", *CUTS[command], *TOO_FEW, *option(files))
     said = capsys.readouterr().out
     assert said.index(words) < said.index(after)
-    assert "refit the linears" not in said
+    assert "refit consumer layers" not in said
     assert record[how]["repair"] is None
     left = record["events"][0]["not_refitted"]
     assert left.startswith("not repaired: repair of ")

@@ -99,7 +99,7 @@ def test_tiny_with_fewer_heads_and_its_perplexity(files, tmp_path, capsys):
     plan = bh.pruning.prune_units(dense, record["heads"])
     assert str(plan) in said
     assert f"{record['perplexity']['before']:,.4g}" in said
-    assert "plain from_pretrained loads it" in said
+    assert "Format: standard checkpoint: from_pretrained loads it" in said
     with torch.no_grad():
         assert torch.equal(model(held_out).logits, dense(held_out).logits)
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -172,8 +172,8 @@ def test_a_classifier_and_its_accuracy(classifier, table, tmp_path, capsys):
     assert f"| accuracy | {expected[0]:,.4g} | {expected[1]:,.4g} |" in card
     assert "- without 6 heads in 2 attention modules\n" in card
     said = capsys.readouterr().out
-    assert f"accuracy {expected[0]:,.4g} before, {expected[1]:,.4g} after" in said
-    assert f"the split 'train' of {table}; measured on its split 'test'\n" in said
+    assert f"Accuracy: {expected[0]:,.4g} before, {expected[1]:,.4g} after" in said
+    assert f"Calibration data: split 'train' of {table} (evaluated on split 'test')\n" in said
     bh.pruning.prune_units(dense, record["heads"])
     batch = tokenizer()(rows[5][0], return_tensors="pt")
     with torch.no_grad():

@@ -9,7 +9,7 @@ import transformers
 
 import billhook as bh
 from billhook.cli.main import main
-from billhook.cli.one_shot import forward
+from billhook.cli.one_shot import time_forward
 from kit.cli import QUICK, option, pytestmark, small_llama  # noqa: F401 - of short fits
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "1"]
@@ -26,7 +26,7 @@ def bars(monkeypatch):
     shown = {}
 
     @contextmanager
-    def bar(what, of=""):
+    def bar(what, of="", *_):
         shown[what] = None
 
         def told(done, total):
@@ -50,13 +50,18 @@ def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
         "generating text": (5 * 17, 5 * 17, "tokens"),  # what it is measured on, the last
         "measuring": (5, 5, "examples"),
         "scoring": (6, 6, "batches"),
-        "refitting": (2, 2, "linears"),
+        "refitting": (2, 2, "linear layers"),
         "measuring again": (5, 5, "examples"),
-        "saving, loading again and comparing": None,
+        "saving and verifying": None,
     }
     said = capsys.readouterr().out
-    plan = [f"{small}, ", "remove units for channels=0.5, by OutputNorm()", "refit the linears", "shown 6 that it writes"]
-    places = [said.index(words) for words in [*plan, f"save to {out}", "LlamaForCausalLM: ", "perplexity on", "Next:"]]
+    plan = [
+        f"Model: {small} (",
+        "remove units: channels=0.5 (importance: OutputNorm())",
+        "refit consumer layers",
+        "calibrate on 6 ",
+    ]
+    places = [said.index(words) for words in [*plan, f"save to {out}", "LlamaForCausalLM: ", "perplexity on", "Next steps:"]]
     assert places == sorted(places), "the plan comes first, and what may follow last"
 
 
@@ -64,7 +69,7 @@ def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
     ("words", "step", "of"),
     [
         (["prune-heads", "--ratio", "0.5"], "scoring", "batches"),
-        (["prune", "--sparsity", "0.5"], "pruning", "linears"),
+        (["prune", "--sparsity", "0.5"], "pruning", "linear layers"),
     ],
 )
 def test_others_show_bars_too(small, files, tmp_path, bars, capsys, words, step, of):
@@ -81,7 +86,7 @@ def test_others_show_bars_too(small, files, tmp_path, bars, capsys, words, step,
 def test_what_may_follow_can_be_run(small, files, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["prune-heads", str(small), "out", "--ratio", "0.5", *SHORT, *option(files)])
-    _, _, after = capsys.readouterr().out.partition("Next:\n")
+    _, _, after = capsys.readouterr().out.partition("Next steps:\n")
     commands = [shlex.split(line, comments=True)[1:] for line in after.splitlines()]
     assert [words[0] for words in commands] == ["evaluate", "fit", "serve-check"]
     text = {"FILE": option(files)[1], "1000": "1"}
@@ -115,10 +120,10 @@ def test_a_dry_run_has_the_model_write_nothing_and_says_how_much_it(small, tmp_p
     command, *more = words
     main([command, str(small), str(tmp_path / "out"), *more, *SHORT, "--dry_run"])
     said = capsys.readouterr().out
-    assert said.index(f"save to {tmp_path / 'out'}") < said.index("A dry run: nothing was changed")
-    uses = "shown and measured on" if tokens == "176" else "measured on"
-    assert f"The model would write {tokens} tokens to be {uses}" in said
-    assert ("with --data FILE a dry run shows the plan" in said) == (not plan)
+    assert said.index(f"save to {tmp_path / 'out'}") < said.index("Dry run: ")
+    uses = "calibration and evaluation" if tokens == "176" else "evaluation"
+    assert f"the model first generates {tokens} tokens for {uses}." in said
+    assert ("With --data FILE, a dry run prints the whole plan." in said) == (not plan)
     assert (said.count("\n\n") == 2) == plan
     assert list(tmp_path.iterdir()) == []
 
@@ -139,7 +144,7 @@ def test_an_earlier_checkpoint_is_named_before_the_work_and_other_folders_are_ne
     assert f"  save to {tmp_path / 'out'}\n" in capsys.readouterr().out
     main(words)
     said = capsys.readouterr().out
-    line = f"  save to {tmp_path / 'out'}, in the place of what billhook wrote there on "
+    line = f"  save to {tmp_path / 'out'} (replaces the billhook checkpoint of "
     assert 0 < said.index(line) < said.index("LlamaForCausalLM: ")
     (tmp_path / "out" / "notes.txt").write_text("mine\n")
     with pytest.raises(SystemExit, match=r"holds something that billhook did not write \(notes.txt\): name another folder"):
@@ -149,23 +154,23 @@ def test_an_earlier_checkpoint_is_named_before_the_work_and_other_folders_are_ne
 
 def test_how_long_the_examples_take_is_said_before(small, tmp_path, monkeypatch, capsys):
     told = []
-    monkeypatch.setattr("billhook.cli.one_shot.forward", lambda model, length: told.append(length) or 20.0)
+    monkeypatch.setattr("billhook.cli.one_shot.time_forward", lambda model, length: told.append(length) or 20.0)
     line = ["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT]
     main(line)
     assert told == [8, 16]
     plan = capsys.readouterr().out.partition("\n\n")[0]
-    words = "2 min each time that 6 examples are shown, thrice that with gradients, 3 min to measure on 5 twice"
-    assert plan.endswith(f"an example takes 20 s here: {words}")
+    times = "about 2 min per calibration pass over 6 examples (3x with gradients)", "about 3 min to measure 5 examples twice"
+    assert plan.endswith("\n  ".join(times))
 
 
 def test_what_is_soon_done_is_not_reckoned(small, tmp_path, capsys):
     main(["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT])
-    assert "an example takes" not in capsys.readouterr().out
+    assert "calibration pass" not in capsys.readouterr().out
 
 
 def test_timing_an_example_leaves_the_model_and_chance_as_they_were(small):
     model = bh.load(str(small)).train()
     before = torch.get_rng_state()
-    assert forward(model, 8) > 0
+    assert time_forward(model, 8) > 0
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)

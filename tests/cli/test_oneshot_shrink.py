@@ -34,8 +34,8 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys, mo
     picture, shown = tmp_path / "curve.png", list[tuple[int, int, str]]()
 
     @contextmanager
-    def noted(what, of="", beside=None, steady=True):
-        yield lambda done, total: shown.append((done, total, beside())) if what == "shrinking" else None
+    def noted(what, unit="", suffix=None, steady=True):
+        yield lambda done, total: shown.append((done, total, suffix())) if what == "shrinking" else None
 
     monkeypatch.setattr("billhook.cli.shrink.progress_bar", noted)
     main(["shrink", str(small), str(tmp_path / "out"), "--params", "0.95", "--plot", str(picture), *SHORT, *option(files)])
@@ -67,13 +67,17 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys, mo
     [
         (
             ["--params", "0.95"],
-            ["146,592 params now; at most 139,262", "self_attn  4, 2, 1 KV heads, in each of 2", "1 whole block may go"],
+            [
+                "params now 146,592, budget 139,262",
+                "self_attn: keep 4, 2 or 1 KV heads (in each of 2)",
+                "blocks that may be removed: 1",
+            ],
         ),
         (
             ["--max_loss", "1.1"],
-            ["as few as max_loss=1.1 allows are to be left", "model.layers.*.mlp  48, ", "channels, in each of 2"],
+            ["budget max_loss=1.1, smallest reachable", "model.layers.*.mlp: keep 48, ", "channels (in each of 2)"],
         ),
-        (["--kv_cache_bytes", "0.5"], ["self_attn  4, 3, 2, 1 KV heads, in each of 2"]),
+        (["--kv_cache_bytes", "0.5"], ["self_attn: keep 4, 3, 2 or 1 KV heads (in each of 2)"]),
     ],
 )
 def test_a_dry_run_says_what_a_search_may_try_and_measures_nothing(small, tmp_path, monkeypatch, capsys, budget, words):
@@ -81,7 +85,7 @@ def test_a_dry_run_says_what_a_search_may_try_and_measures_nothing(small, tmp_pa
         monkeypatch.setattr(f"billhook.cli.one_shot.OneShot.{name}", lambda self: pytest.fail("too late"))
     main(["shrink", str(small), str(tmp_path / "out"), *budget, "--dry_run"])
     said = capsys.readouterr().out
-    assert [word for word in (*words, "nothing was changed, and nothing written") if word not in said] == []
+    assert [word for word in (*words, "Dry run: ") if word not in said] == []
     assert not (tmp_path / "out").exists()
 
 
@@ -191,7 +195,7 @@ def test_recovery_by_distillation(sure, files, tmp_path, capsys, given):
     recovery, after = record["recovery"], record["degradation"]
     assert recovery["recover"] == 20
     assert recovery["before"][0]["after"] > 1.5 * after[0]["after"]
-    assert said.index("Before recovery:") < said.index("After 20 steps of recovery on ")
+    assert said.index("Before recovery training:") < said.index("After 20 recovery steps on ")
     assert said.count("perplexity on") == 2
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     assert again.num_parameters() == record["shrink"]["left"]
@@ -203,7 +207,7 @@ def test_a_classifier_recovers(classifier, tmp_path, capsys):
     model, data = classifier
     main(["shrink", str(model), str(tmp_path / "out"), "--params", "0.95", "--recover", "3", *SHORT, *data])
     record, said = json.loads((tmp_path / "out" / "billhook.json").read_text()), capsys.readouterr().out
-    assert re.findall(r"^accuracy|accuracy (?=before and)", said, re.MULTILINE) == ["accuracy ", "accuracy", "accuracy"]
+    assert re.findall(r"^Accuracy|accuracy (?=before and)", said, re.MULTILINE) == ["accuracy ", "Accuracy", "Accuracy"]
     assert 0 <= record["recovery"]["before"] <= 1
     assert transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").num_parameters() > 0
 
@@ -226,11 +230,11 @@ def test_what_is_measured_is_not_trained_on(small, tmp_path):
     given = Examples(data=str(text), also=[], length=16, examples=6, evaluate=5, batch_size=2)
     work = OneShot(str(small), str(tmp_path / "out"), given)
     batches, before = work.batches(), work.measure()
-    rows = {tuple(row["input_ids"].tolist()) for row in work.loader(1000, 2, batches, before).dataset}
+    rows = {tuple(row["input_ids"].tolist()) for row in work.training_loader(1000, 2, batches, before).dataset}
     measured = {tuple(ids.tolist()) for source, ids in before.rows if source == "text"}
     assert len(measured) == 5
     assert rows == {tuple(ids.tolist()) for ids in blocks(text)} - measured
-    few = {tuple(row["input_ids"].tolist()) for row in work.loader(8, 2, batches, before).dataset}
+    few = {tuple(row["input_ids"].tolist()) for row in work.training_loader(8, 2, batches, before).dataset}
     assert len(few) >= 8
     assert few > {tuple(ids.tolist()) for batch in batches for ids in batch["input_ids"]}
 
@@ -239,7 +243,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path, files):
     folder = tmp_path / "bert"
     transformers.BertForMaskedLM(bert(vocab_size=2048).config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    with pytest.raises(SystemExit, match="recover=2: a BertForMaskedLM is no causal language model and no classifier"):
+    with pytest.raises(SystemExit, match="recover=2 does not support BertForMaskedLM"):
         main(["shrink", str(folder), str(tmp_path / "out"), "--params", "0.9", "--recover", "2", *SHORT, *option(files)])
     assert not (tmp_path / "out").exists()
 

@@ -5,7 +5,7 @@ import pytest
 from transformers.utils import logging
 
 from billhook.checkpoints.save import load
-from billhook.cli.machine import files
+from billhook.cli.machine import file_progress
 from billhook.cli.main import main
 
 
@@ -38,7 +38,7 @@ def test_summary_shows_none_of_transformers_bars(shows, capsys):
 
 
 def test_what_fails_within_leaves_the_bars_as_they_were(shows):
-    with pytest.raises(OSError, match="gone"), files("reading"):
+    with pytest.raises(OSError, match="gone"), file_progress("reading"):
         _fail_without_bars()
     assert logging.is_progress_bar_enabled()
 

@@ -4,7 +4,7 @@ import pytest
 
 from billhook.cli import recipes
 from billhook.cli.main import main
-from billhook.cli.recipes import with_files
+from billhook.cli.recipes import resolve_recipes
 from kit.cli import ROOT
 from kit.cli import pytestmark as quiet
 
@@ -29,7 +29,7 @@ def test_one_is_printed(name, capsys):
 def test_one_that_there_is_not_is_refused_with_those_there_are():
     for line in (["recipes", "wander"], ["fit", "--config", "recipe:wander"], ["fit", "--config=recipe:wander"]):
         with pytest.raises(
-            SystemExit, match=f"billhook {line[0]}: recipe:wander must be one of base, .*, wanda_lora;.* Did you mean 'wanda'"
+            SystemExit, match=f"billhook {line[0]}: unknown recipe 'wander'. Did you mean 'wanda'.* Recipes: base, .*, wanda_lora"
         ):
             main(line)
 
@@ -37,7 +37,7 @@ def test_one_that_there_is_not_is_refused_with_those_there_are():
 def test_only_what_follows_the_option_is_a_recipe():
     base = str(ROOT / "examples" / "base.yaml")
     words = ["fit", "--config", "recipe:base", "--config=recipe:base", "--model.model", "recipe:base"]
-    assert with_files(words) == ["fit", "--config", base, f"--config={base}", "--model.model", "recipe:base"]
+    assert resolve_recipes(words) == ["fit", "--config", base, f"--config={base}", "--model.model", "recipe:base"]
 
 
 def test_fit_takes_them(tmp_path, monkeypatch, capsys):

@@ -48,7 +48,7 @@ def test_a_limit_of_memory_reckons_what_a_refit_takes(zeros, few, monkeypatch):
     weight = torch.randn(ROWS, WIDTH) * support
     model = llama(hidden_size=ROWS, intermediate_size=WIDTH)
     name = "model.layers.0.mlp.down_proj"
-    solved, sums = streamed.bytes_of_refit(model, 2, {name: WIDTH})
+    solved, sums = streamed.refit_bytes(model, 2, {name: WIDTH})
     parts = seen(x, x @ true)
     assert sum(own.nbytes for part in parts for own in part.tensors()) <= 1.01 * sums
     with Alive() as alive:

@@ -216,7 +216,7 @@ def test_inspect_says_who_serves_the_model_and_what_is_left_of_it(tmp_path, caps
     main(["inspect", str(tmp_path)])
     text = " ".join(capsys.readouterr().out.split())
     assert "head_dim, which llama.cpp will not run" in text
-    assert "served transformers yes: from_pretrained loads it" in text
+    assert "engines transformers yes: from_pretrained loads it" in text
     main(["inspect", str(tmp_path), "--json"])
     engines = {one["engine"]: one["supported"] for one in json.loads(capsys.readouterr().out)["serving"]}
     assert engines == dict.fromkeys(["transformers", "llama.cpp", "vLLM", "SGLang"], True)

@@ -268,7 +268,7 @@ class Export(Callback):
         record |= degradation[0] if degradation else {}
         self.saved = save(model, self._free_folder(), self._along, record, self._probe)
         adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
-        rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.says}{adapters}")
+        rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.format}{adapters}")
 
     def _keep(self, trainer: pl.Trainer, model: PreTrainedModel, why: str) -> None:
         """Keeps the weights if the export failed; each rank writes its shards."""

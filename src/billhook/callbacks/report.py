@@ -94,7 +94,7 @@ class Report(Callback):
         notes = [(f"step {e['step']}", e["what"]) for e in events if label_of(e) != e["what"]]
         for callback in callbacks_of(trainer, Export):
             if callback.saved is not None:
-                notes += [("checkpoint", callback.saved.folder), ("format", callback.saved.says)]
+                notes += [("checkpoint", callback.saved.folder), ("format", callback.saved.format)]
                 notes += [("verified", f"largest logit difference {callback.saved.difference:.3g}")]
         if name := self._name(last):
             Path(self.plot_file).parent.mkdir(parents=True, exist_ok=True)

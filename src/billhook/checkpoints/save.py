@@ -36,27 +36,26 @@ from billhook.sparsity.learned_masks import with_learned_masks
 from billhook.versions import versions
 
 Way = Literal["plain", "equivalent", "shaped"]
-WAYS: dict[Way, str] = {
-    "plain": "an ordinary Hugging Face checkpoint: plain from_pretrained loads it, without billhook",
-    "equivalent": "an ordinary Hugging Face checkpoint of another family, which computes the same and has config fields for its "
-    "shape: plain from_pretrained loads it, without billhook",
-    "shaped": "a Hugging Face checkpoint of a shape that its class has no config fields for: bh.load loads it, plain "
-    "from_pretrained refuses it",
+FORMATS: dict[Way, str] = {
+    "plain": "standard checkpoint: from_pretrained loads it",
+    "equivalent": "standard checkpoint of an equivalent architecture, which can express the shape: from_pretrained loads it",
+    "shaped": "billhook checkpoint: load it with bh.load (no config field of its class can express the shape, so from_pretrained "
+    "fails)",
 }
 
 
 @dataclass(frozen=True, repr=False)
 class Saved(Printable):
-    """The result of `save`; `print` shows it in a line.
+    """Result of `save`.
 
     Attributes:
-        folder: Where the checkpoint is.
-        way: How it was saved: `"plain"`, as an ordinary Hugging Face checkpoint; `"equivalent"`, as one of another family; or
-            `"shaped"`, as one that `load` loads.
-        difference: The largest difference between the logits of the model and of the reloaded one.
-        megabytes: The size of the folder, in 10^6 bytes.
-        adapters: How PEFT's adapters were merged, in a line; None if there were none.
-        family: The model type of that other family, such as `"mistral"`; None if it is the model's own.
+        folder: Folder of the checkpoint.
+        way: Format: `"plain"` (a standard checkpoint), `"equivalent"` (a standard checkpoint of an equivalent architecture), or
+            `"shaped"` (a billhook checkpoint, for `bh.load`).
+        difference: Largest difference between the logits of the model and of the reloaded model.
+        megabytes: Size of the folder in 10^6 bytes.
+        adapters: How LoRA adapters were merged, in one line; None without adapters.
+        family: Model type of the equivalent architecture, such as `"mistral"`, or None.
     """
 
     folder: str
@@ -67,12 +66,16 @@ class Saved(Printable):
     family: str | None = None
 
     @property
-    def says(self) -> str:
-        """How it was saved, in words."""
-        return f"{WAYS[self.way]}; it is saved as {self.family}" if self.family else WAYS[self.way]
+    def format(self) -> str:
+        """The format, and how to load it, in words."""
+        return f"{FORMATS[self.way]} (saved as {self.family})" if self.family else FORMATS[self.way]
 
     def _renderables(self) -> list[str]:
-        return [f"{self.folder} ({self.megabytes:.1f} MB): {self.says}; largest difference of logits {self.difference:.3g}"]
+        return [
+            f"Saved to {self.folder} ({self.megabytes:.1f} MB)",
+            f"Format: {self.format}",
+            f"Verified: largest logit difference {self.difference:.3g}",
+        ]
 
 
 def save(
@@ -176,7 +179,7 @@ def _save(
         said = asdict(saved) | {"folder": target.name}
         plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": said}
         config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
-        (draft / CARD).write_text(card(plain, saved.says, config), encoding="utf-8")
+        (draft / CARD).write_text(card(plain, saved.format, config), encoding="utf-8")
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
         replace_folder(draft, target)

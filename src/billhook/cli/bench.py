@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from billhook.arguments import check_int, check_one_of
 from billhook.assets import model_path
 from billhook.checkpoints.save import load
-from billhook.cli.machine import check_file, device_of, files, machine_name, threads_of
+from billhook.cli.machine import check_file, cpu_threads, device_of, file_progress, machine_name
 from billhook.display import render_table
 from billhook.model.config_fields import text_config
 from billhook.model.meta import from_name
@@ -114,11 +114,11 @@ def bench(
     computes_on, meta_models = device_of(device), [from_name(name) for name in models]
     lengths = contexts or _read_by(meta_models, new_tokens)
     check_speed(meta_models, sizes, lengths, new_tokens, rounds, warmup, cache, measured)
-    with files(f"loading {', '.join(models)}"):
+    with file_progress(f"loading {', '.join(models)}"):
         loaded = _randomised(models, meta_models, dtype, seed) if random else [load(name, dtype) for name in models]
     for model in loaded:
         model.to(computes_on)  # type: ignore[arg-type]
-    with threads_of(threads) as used, Progress(console=Console(stderr=True), transient=True) as bar:
+    with cpu_threads(threads) as used, Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=len(sizes) * len(lengths) * len(measured) * len(models) * (warmup + rounds))
         rows = measure_speed(
             loaded, sizes, lengths, new_tokens, rounds, warmup, cache, measured, seed, tell=lambda: bar.advance(task)

@@ -18,7 +18,7 @@ from billhook.assets import model_path
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
 from billhook.cli import images
-from billhook.cli.machine import check_file, device_of, files, over
+from billhook.cli.machine import check_file, device_of, file_progress, model_progress
 from billhook.display import render_table
 from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
@@ -148,7 +148,7 @@ def evaluate(
 def _result(name: str, work: images.Work, device: torch.device, dtype: str, stream: bool) -> tuple[list[Figure], dict[str, Any]]:
     """Loads and measures a model; returns its figures, and what is recorded about it."""
     began = time.perf_counter()
-    with files(f"loading {name}"):
+    with file_progress(f"loading {name}"):
         model = open_streamed(name, None, dtype, device) if stream else load(name, dtype)
     if not stream:
         model.to(device)  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ def _measure(
     tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
     with progress_bar(f"{work.model}: questions", "tokens") as progress:
         scored = answered(model, f"models: '{work.model}'", work.sets, batch_size, progress)
-    with over(model, f"{work.model}: text", "blocks") as progress:
+    with model_progress(model, f"{work.model}: text", "blocks") as progress:
         figures = [*on_questions(scored), *on_text(model, work.text, length, examples, progress)]
     answers = dict[str, Any]()
     for file, likelihoods in scored.items():

@@ -1,4 +1,4 @@
-"""LightningCLI with what this package brings: `billhook fit`, `validate`, `test` and `predict`."""
+"""LightningCLI with billhook's defaults: `billhook fit`, `validate`, `test`, and `predict`."""
 
 import re
 import sys
@@ -12,38 +12,38 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook
-from billhook.cli.options import COMMANDS, LIGHTNING, legal, no_command
+from billhook.cli.options import COMMANDS, LIGHTNING, legal_values, unknown_command
 from billhook.fit.run import training_steps
 from billhook.progress import format_duration
 
-FIRST, EVERY = 20.0, 60.0
-"""Seconds until the first line, and between lines."""
+FIRST, INTERVAL = 20.0, 60.0
+"""Seconds until the first progress line, and between lines."""
 
 
-class Bar(RichProgressBar):
-    """Lightning's bar, which says "Epoch 0/-2" where `max_epochs` is -1, without the number that there is not."""
+class ProgressBar(RichProgressBar):
+    """Lightning's progress bar, without the "/-2" that it shows after the epoch if `max_epochs` is -1."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return super()._get_train_description(current_epoch).replace("/-2", "")
 
 
-class Lines(pl.Callback):
-    """Prints a line now and then: the step, the loss, and how long the rest takes."""
+class ProgressLines(pl.Callback):
+    """Prints a line per minute with the step, the loss, and the remaining time."""
 
     def __init__(self) -> None:
-        self._start, self._due, self._from = 0.0, 0.0, 0
+        self._start, self._due, self._first_step = 0.0, 0.0, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""
-        self._start, self._from = time.monotonic(), trainer.global_step
+        self._start, self._first_step = time.monotonic(), trainer.global_step
         self._due = self._start + FIRST
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: object) -> None:  # noqa: ANN401
-        """Prints a line if one is due; the loss is read then alone, as a device would be waited for."""
-        now, done = time.monotonic(), trainer.global_step - self._from
+        """Prints a line if it is due; only then is the loss read, which waits for the device."""
+        now, done = time.monotonic(), trainer.global_step - self._first_step
         if now < self._due or not trainer.is_global_zero:
             return
-        self._due = now + EVERY
+        self._due = now + INTERVAL
         total, loss = training_steps(trainer), outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         words = [f"step {trainer.global_step:,}" + (f" of {total:,}" if total else "")]
         words += [f"loss {float(loss):.4g}"] if loss is not None else []
@@ -52,20 +52,20 @@ class Lines(pl.Callback):
         print(", ".join(words), flush=True)
 
 
-def shown(trainer: pl.Trainer) -> pl.Trainer:
-    """Puts `Bar` in the place of Lightning's, and adds `Lines` where that is shown to no terminal; without a bar, neither."""
+def replace_progress_bar(trainer: pl.Trainer) -> pl.Trainer:
+    """Replaces Lightning's bar, if there is one, with `ProgressBar`, plus `ProgressLines` if stdout is no terminal."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for number, callback in enumerate(callbacks):
         if type(callback) is RichProgressBar:
-            callbacks[number] = Bar(int(callback.refresh_rate), theme=callback.theme)
+            callbacks[number] = ProgressBar(int(callback.refresh_rate), theme=callback.theme)
             if not sys.stdout.isatty():
-                callbacks.insert(number, Lines())
+                callbacks.insert(number, ProgressLines())
             break
     return trainer
 
 
 class ArgumentParser(LightningArgumentParser):
-    """A parser for any `LightningCLI` that knows billhook's classes by their short names and suggests the nearest legal name.
+    """Parser for any `LightningCLI` that resolves billhook's short class names and suggests legal names.
 
     Example:
         >>> from functools import partial
@@ -76,7 +76,7 @@ class ArgumentParser(LightningArgumentParser):
     commands: Sequence[str] = LIGHTNING
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as LightningCLI passes them
-        for name in dir(billhook):  # short class names are legal for classes that are imported
+        for name in dir(billhook):  # jsonargparse finds imported classes by their short names
             getattr(billhook, name)
         super().__init__(*args, **kwargs)
 
@@ -84,11 +84,11 @@ class ArgumentParser(LightningArgumentParser):
         """Prints the error and the legal names, and ends the process with exit status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        said = f"{message}\n{legal(message)}".rstrip()
+        problem = f"{message}\n{legal_values(message)}".rstrip()
         if "subcommand" in message:
             wrong = re.search(r"invalid choice: '(.*?)'", message)
-            said = no_command(wrong[1] if wrong else "", self.commands, self.prog.split()[0])
-        sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {said}\n")
+            problem = unknown_command(wrong[1] if wrong else "", self.commands, self.prog.split()[0])
+        sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {problem}\n")
         self.exit(2)
 
 
@@ -97,16 +97,16 @@ class _Parser(ArgumentParser):
 
 
 class BillhookCLI(LightningCLI):
-    """LightningCLI with billhook's own model and data as defaults."""
+    """LightningCLI with billhook's LightningModule and data module as defaults."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Makes `model: {model: ...}` and `data: {data: ...}` enough."""
+        """Sets default classes, so that `model: {model: ...}` and `data: {data: ...}` suffice."""
         classes = {"model": "billhook.TransformerModule", "data": "billhook.TextDataModule"}
         parser.set_defaults({name: {"class_path": path} for name, path in classes.items()})
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # noqa: ANN401 - as LightningCLI passes them
-        """Makes the trainer, which shows how far it is also where nobody looks at a bar."""
-        return shown(super().instantiate_trainer(**kwargs))
+        """Returns the trainer, which also reports progress without a terminal."""
+        return replace_progress_bar(super().instantiate_trainer(**kwargs))
 
 
 def run_lightning(words: list[str]) -> None:
@@ -123,5 +123,5 @@ def run_lightning(words: list[str]) -> None:
         args=words,
     )
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # Gloo's threads may outlive Python and release its tensors, which aborts the process: pytorch/pytorch#190489
+        # Gloo's threads may outlive Python and free its tensors, which aborts the process (pytorch/pytorch#190489)
         torch.distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""`billhook inspect` and `summary`: the coupled units of a model, what can be done with them, and what a checkpoint weighs."""
+"""`billhook inspect` and `summary`: coupled units, how a smaller model can be saved and served, and sizes."""
 
 import json as json_format
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.arguments import check_one_of
 from billhook.checkpoints.save import Way, load, way_of
-from billhook.cli.machine import files
+from billhook.cli.machine import file_progress
 from billhook.display import render
 from billhook.engine.memory import StreamedSize, streamed_size
 from billhook.engine.state import evaluating_without_grad
@@ -37,42 +37,41 @@ from billhook.units.find import units_of, why_not
 from billhook.units.units import UnitKind, Units
 
 Operands = list[tuple[str, tuple[float, ...]]]
-"""The name of each op, in the order of calls, and the single numbers among its arguments."""
+"""Operations in call order, each with the scalars among its arguments."""
 
 
-class _Numbers(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records the single numbers that ops are given."""
+class _ScalarRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the scalar arguments of operations."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.seen: Operands = []
+        self.operands: Operands = []
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:  # noqa: ANN401 - what an op returns
+    ) -> Any:  # noqa: ANN401 - any result of an operation
         leaves = tree_leaves([args, dict(kwargs or {})])
-        values = [leaf.item() if _is_single(leaf) else leaf for leaf in leaves]
-        numbers = tuple(value for value in values if isinstance(value, int | float))
-        self.seen.append((str(func), numbers))
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:  # code that asks for a value
+        values = [leaf.item() if _is_known_scalar(leaf) else leaf for leaf in leaves]
+        self.operands.append((str(func), tuple(value for value in values if isinstance(value, int | float))))
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:  # `item()` of a meta tensor
             return args[0].dtype == torch.bool or 1
         return func(*args, **(kwargs or {}))
 
 
-def _is_single(leaf: object) -> bool:
-    """Says whether a tensor is a single number whose value is known."""
+def _is_known_scalar(leaf: object) -> bool:
+    """Returns True for a tensor with one element that has a value."""
     return isinstance(leaf, torch.Tensor) and not leaf.is_meta and leaf.numel() == 1
 
 
 def operands_of(model: PreTrainedModel) -> Operands | None:
-    """Returns the numbers that a model, also one on meta tensors, computes with; None if it does not run."""
-    numbers = _Numbers()
+    """Returns the scalars that a model, possibly on meta tensors, computes with; None if it does not run."""
+    recorder = _ScalarRecorder()
     try:
-        with evaluating_without_grad(model), numbers:
+        with evaluating_without_grad(model), recorder:
             model(**small_inputs(model))
-    except Exception:  # whatever a model raises
+    except Exception:  # a model may raise anything
         return None
-    return numbers.seen
+    return recorder.operands
 
 
 CHOICES: dict[str, tuple[Kind, ...]] = {
@@ -89,22 +88,22 @@ CHOICES: dict[str, tuple[Kind, ...]] = {
 UNITS: dict[Kind, UnitKind] = {
     "kv_head": "head", "query_head": "head", "head": "head", "channel": "channel", "residual": "residual", "expert": "expert",
 }  # fmt: skip
-"""The kinds of groups whose units `plan` removes."""
+"""Kinds of groups whose units `plan` can remove."""
 
 
 def inspect(model: str, group: str | None = None, json: bool = False, stream: bool = False) -> None:
-    """Prints the coupled units of a model, where they are, and what can be pruned, converted and saved.
+    """Prints the coupled units of a model, and how it can be pruned, converted, saved, and served.
 
-    Only the config is read: no weights are downloaded.
+    Only the config is read; no weights are downloaded.
 
     Args:
-        model: A folder, a config.json, a hub name, or "tiny".
-        group: Only units of this kind: heads, channels, residual, experts, ranks, dimensions, tables or fixed.
-        json: Print everything as JSON.
-        stream: Whether it is also said how the model streams, as the headers of its safetensors files tell it.
+        model: A folder, a config.json, a Hub name, or "tiny".
+        group: Kind of unit to print: heads, channels, residual, experts, ranks, dimensions, tables, or fixed. Defaults to all.
+        json: If true, prints everything as JSON.
+        stream: If true, also prints the size of blocks for streaming, from the headers of the safetensors files.
 
     Raises:
-        ValueError: If there is no such kind, transformers has no such model, or the model cannot be traced.
+        ValueError: If the kind is unknown, transformers has no such model, or the model cannot be traced.
     """
     if group is not None:
         check_one_of("group", group, CHOICES)
@@ -112,58 +111,67 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
     meta_model = from_name(model)
     structure = trace(meta_model)
     groups = [units for units in structure.groups if group is None or units.kind in CHOICES[group]]
-    saved = saving(meta_model, groups)
+    savings = find_savings(meta_model, groups)
     converted = conversion(meta_model)
     served = serving(meta_model)
     if json:
-        config_fields = {units.number: list(saving.fields) for saving in saved for units in saving.groups}
-        plain, wanted = structure.to_json(), {units.number for units in groups}
-        shown = [units for units in plain["groups"] if units["number"] in wanted]
-        plain["groups"] = [units | {"config_fields": config_fields.get(units["number"], [])} for units in shown]
-        plain |= {"conversion": converted, "serving": [asdict(verdict) for verdict in served]}
+        plain = structure.to_json()
+        plain["groups"] = _groups_json(plain["groups"], groups, savings)
+        plain |= {"conversion": converted, "serving": list(map(asdict, served))}
         plain |= {} if streamed is None else {"streamed": asdict(streamed)}
         print(json_format.dumps(plain, indent=1))
         return
     print(structure.show(groups))
-    notes = _saved_notes(saved, FieldFinder(meta_model))
+    notes = _saving_notes(savings, FieldFinder(meta_model))
     if group in (None, "heads"):
-        notes.append(("converted", converted["says"]))
+        notes.append(("conversion", converted["says"]))
     parts = [labeled_notes(notes)] if notes else []
     if group is None:
-        parts.append(labeled_notes([("" if number else "served", *verdict) for number, verdict in enumerate(grouped(served))]))
+        parts.append(labeled_notes([("" if number else "engines", *verdict) for number, verdict in enumerate(grouped(served))]))
     if streamed is not None:
-        parts.append(labeled_notes([("streamed", streamed.text())]))
+        parts.append(labeled_notes([("streaming", streamed.text())]))
     for part in parts:
         print(f"\n{render(part)}")
 
 
+def _groups_json(plain: Sequence[dict[str, Any]], groups: Sequence[Group], savings: Sequence["Saving"]) -> list[dict[str, Any]]:
+    """Returns the selected groups as plain data, with the config fields that count their units."""
+    fields, numbers = dict[int, list[str]](), {group.number for group in groups}
+    for saving in savings:
+        fields |= {group.number: list(saving.fields) for group in saving.groups}
+    return [group | {"config_fields": fields.get(group["number"], [])} for group in plain if group["number"] in numbers]
+
+
 def summary(model: str, stream: bool = False) -> None:
-    """Prints what a checkpoint weighs: parameters, zeros, heads, KV-cache bytes per token, FLOPs.
+    """Prints the size of a model: parameters, zeros, heads, KV-cache bytes per token, and FLOPs.
 
     Args:
-        model: A folder, a hub name, or "tiny".
-        stream: Whether the model stays in its files: only zeros are counted in them, a few rows at a time; not in those that are
-            still on a hub.
+        model: A folder, a Hub name, or "tiny".
+        stream: If true, does not load the model: zeros are counted in the files, a few rows at a time, but not on the Hub.
     """
-    with files(f"{'opening' if stream else 'loading'} {model}"):
+    with file_progress(f"{'opening' if stream else 'loading'} {model}"):
         size = summarise(outline(model) if stream else load(model))
     print(size)
 
 
 def _streamed(model: str) -> StreamedSize:
-    """Finds how a model streams; of its files only headers are read."""
-    with files(f"opening {model}"):
+    """Returns the sizes of a model's blocks, from the headers of its files."""
+    with file_progress(f"opening {model}"):
         store = store_of(outline(model))
     if store.holds_all:
-        raise ValueError(f"stream=True: '{model}' has no blocks that could come and go")
+        raise ValueError(f"stream=True: '{model}' has no blocks to stream. Remove --stream.")
     return streamed_size(store)
 
 
 @dataclass(frozen=True)
 class Saving:
-    """How a model with fewer units is saved: alike units, the config fields that count them, and why they cannot be removed.
+    """How a model with fewer units of some groups would be saved.
 
-    The last are the engines that do not serve what is saved then, and would serve others of its class.
+    Attributes:
+        groups: Groups of the same kind and size.
+        fields: Config fields that count the units; empty if none does.
+        reason: Why the units cannot be removed; empty if they can.
+        refusing: Engines that run other models of the class, but not the smaller model.
     """
 
     groups: list[Group]
@@ -172,33 +180,46 @@ class Saving:
     refusing: tuple[str, ...] = ()
 
 
-def saving(model: PreTrainedModel, groups: Sequence[Group]) -> list[Saving]:
-    """Finds the config fields that count the units of each kind of group that may be pruned, alike in all layers.
+def find_savings(model: PreTrainedModel, groups: Sequence[Group]) -> list[Saving]:
+    """Finds, for each kind of group, the config fields that count its units, if all layers have the same number.
 
-    Without such a field, a model with fewer units is not a plain checkpoint of its family. Units that `plan` removes are removed
-    for it, on meta tensors, and `save` asked.
+    Without such a field, a model with fewer units has no standard checkpoint. Units that `plan` supports are removed on meta
+    tensors to see how `save` would write the smaller model.
     """
     finder = FieldFinder(model)
-    alike: dict[tuple[Kind, int], list[Group]] = {}
+    by_size: dict[tuple[Kind, int], list[Group]] = {}
     for folded in fold_groups([group for group in groups if not group.reason]):
-        alike.setdefault((folded[0].kind, folded[0].size), []).extend(folded)
+        by_size.setdefault((folded[0].kind, folded[0].size), []).extend(folded)
     savings: list[Saving] = []
-    for kind in alike.values():
-        fields = finder.find(kind)
-        parts = [kind] if fields else fold_groups(kind)
-        tries = [_tried(model, part, fields or finder.find(part), finder) for part in parts]
-        done = [saving for saving in tries if saving is not None]
-        if len(parts) > 1 and len(done) == len(tries) and not any(saving.fields for saving in done):
-            together = _tried(model, kind, (), finder)  # some code and configs follow only where all layers lose as many
-            none_alone = all(saving.reason for saving in done)
-            if together is not None and (together.fields or (none_alone and not together.reason)):
-                done = [together]
-        savings += done
+    for kind in by_size.values():
+        savings += _savings_of_kind(model, kind, finder)
     return savings
 
 
-def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], finder: FieldFinder) -> Saving | None:
-    """Removes a few units, and finds how the rest would be saved; None if `plan` knows none of these, and others."""
+def _savings_of_kind(model: PreTrainedModel, kind: list[Group], finder: FieldFinder) -> list[Saving]:
+    """Removes units of each set of layers, or of all layers if some code or config only supports that."""
+    fields = finder.find(kind)
+    parts = [kind] if fields else fold_groups(kind)
+    tried = [_try_removing(model, part, fields or finder.find(part), finder) for part in parts]
+    savings = [saving for saving in tried if saving is not None]
+    has_fields, all_fail = any(map(_has_fields, savings)), all(map(_fails, savings))
+    if len(parts) > 1 and len(savings) == len(tried) and not has_fields:
+        uniform = _try_removing(model, kind, (), finder)
+        if uniform is not None and (uniform.fields or (all_fail and not uniform.reason)):
+            return [uniform]
+    return savings
+
+
+def _has_fields(saving: Saving) -> bool:
+    return bool(saving.fields)
+
+
+def _fails(saving: Saving) -> bool:
+    return bool(saving.reason)
+
+
+def _try_removing(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], finder: FieldFinder) -> Saving | None:
+    """Removes a few units on meta tensors; None if `plan` supports other units of the model, but not these."""
     kind, size = UNITS.get(part[0].kind), part[0].size
     if kind is None:
         return Saving(part, fields)
@@ -214,92 +235,99 @@ def _tried(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], f
         why = why_not(model, structure, first) if kind == "channel" and not every else ""
         return Saving(part, (), f"they {why}") if why else None
     step = max(kernel_multiple(model, layer) for layer in units.values())
-    legal = [count for count in finder.counts(size, fields) if not count % step] if fields else []
-    refusal, saving = "", None
-    for left in legal[:1] or dict.fromkeys(count // step * step or size for count in (size - 1, size // 2, size * 2 // 3)):
-        try:  # with some numbers of units, code may run, or a config say them, and with others not
-            last = {name: _last(layer, part[0], left) for name, layer in units.items()}
+    reason, saving = "", None
+    for count in _counts_to_try(size, step, finder.counts(size, fields) if fields else []):
+        try:  # code may run, and a config express the shape, with some numbers of units only
+            last = {name: _last(layer, part[0], count) for name, layer in units.items()}
             shrunk = try_removal(model, find_cut(model, structure, every, last))
         except ValueError as error:
-            refusal = refusal or str(error)
+            reason = reason or str(error)
             continue
         way, config = way_of(shrunk)
-        then = _fields_then(model, shrunk, fields, way, config)
-        saving = Saving(part, then, refusing=_refusing(shrunk, config) if then else ())
-        if then:
+        new_fields = _fields_of_shrunk(model, shrunk, fields, way, config)
+        saving = Saving(part, new_fields, refusing=_refusing_engines(shrunk, config) if new_fields else ())
+        if new_fields:
             break
-    return saving or Saving(part, (), refusal)
+    return saving or Saving(part, (), reason)
 
 
-def _fields_then(
+def _counts_to_try(size: int, step: int, legal: Sequence[int]) -> list[int]:
+    """Returns numbers of units to keep: the largest legal multiple of a step, or a few typical numbers."""
+    multiples = [count for count in legal if not count % step]
+    return multiples[:1] or list(dict.fromkeys(count // step * step or size for count in (size - 1, size // 2, size * 2 // 3)))
+
+
+def _fields_of_shrunk(
     model: PreTrainedModel, shrunk: PreTrainedModel, fields: tuple[str, ...], way: Way, config: PretrainedConfig
 ) -> tuple[str, ...]:
-    """Returns the fields of the config that say so many units, those that are given or others; none if it is saved as shaped."""
-    now = fields_of(model.config)
-    known = {name: value for name, value in fields_of(config).items() if name in now or name == "head_dim"}
-    then = {name: value for name, value in known.items() if type(value) is int and now.get(name) != value}
-    if way == "plain" and then and _computes_otherwise(shrunk, {name: now[name] for name in then if name in now}):
+    """Returns the config fields that express the smaller number of units; empty for a billhook checkpoint."""
+    old, new = fields_of(model.config), dict[str, int]()
+    for name, value in fields_of(config).items():
+        if (name in old or name == "head_dim") and type(value) is int and old.get(name) != value:
+            new[name] = value
+    if way == "plain" and new and _reads_fields(shrunk, {name: old[name] for name in new if name in old}):
         return ()
-    return () if way == "shaped" else fields or tuple(then)
+    return () if way == "shaped" else fields or tuple(new)
 
 
-def _refusing(shrunk: PreTrainedModel, config: PretrainedConfig) -> tuple[str, ...]:
-    """Returns the engines that do not serve a model as it is saved, by a config of its own family or of another."""
+def _refusing_engines(shrunk: PreTrainedModel, config: PretrainedConfig) -> tuple[str, ...]:
+    """Returns the engines that do not run a saved model."""
     same_family = isinstance(shrunk.config, type(config))
     kind = type(shrunk).__name__ if same_family else (config.architectures or [""])[0]
     return tuple(verdict.engine for verdict in verdicts(kind, config) if verdict.supported is False)
 
 
 def serving(model: PreTrainedModel) -> list[Verdict]:
-    """Finds the engines that serve a model as it is, and those that do not."""
+    """Returns which engines run a model."""
     shape = shape_beyond_config(model)
     return verdicts(type(model).__name__, model.config, to_entry(shape) if shape.tensors else None)
 
 
-def _computes_otherwise(shrunk: PreTrainedModel, before: Fields) -> bool:
-    """Says whether a forward takes other numbers from a changed config than from the one before, which is then not changed."""
-    operands_of(shrunk)  # a first run may change what a model does, as BigBird's with few tokens
-    then = operands_of(shrunk)
+def _reads_fields(shrunk: PreTrainedModel, before: Fields) -> bool:
+    """Returns True if a forward pass computes with scalars from these config fields, whose old values it restores."""
+    operands_of(shrunk)  # a first run may change a model, such as BigBird with few tokens
+    with_new = operands_of(shrunk)
     set_fields(shrunk.config, before)
-    now = operands_of(shrunk)
-    return now is not None and now != then
+    with_old = operands_of(shrunk)
+    return with_old is not None and with_old != with_new
 
 
-def _last(units: Units, group: Group, left: int) -> list[int]:
-    """Returns the units after the first few; of query heads, those of each KV head."""
+def _last(units: Units, group: Group, kept: int) -> list[int]:
+    """Returns the units after the first few; for query heads, those of each query group."""
     count = units.count("kv_head")
     if group.kind == "query_head":
-        return [unit for head in range(count) for unit in units.query_heads([head])[left:]]
-    return units.query_heads(range(count * left // group.size, count))
+        return [unit for head in range(count) for unit in units.query_heads([head])[kept:]]
+    return units.query_heads(range(count * kept // group.size, count))
 
 
-def _saved_notes(saved: Sequence[Saving], finder: FieldFinder) -> list[tuple[str, str]]:
+def _saving_notes(savings: Sequence[Saving], finder: FieldFinder) -> list[tuple[str, str]]:
     notes: dict[tuple[str, str], None] = {}
-    for saving in saved:
+    for saving in savings:
         group, fields = saving.groups[0], saving.fields
-        how = "fewer make no plain checkpoint: no field of the config counts them"
+        note = "fewer give a billhook checkpoint (no config field counts them)"
         if saving.reason:
-            how = f"none can be removed: {saving.reason}"
+            note = f"cannot be removed: {saving.reason}"
         elif fields:
-            how = f"{_numbers(group.size, finder.counts(group.size, fields))} make a plain checkpoint, by {', '.join(fields)}"
-            how += f", which {' and '.join(saving.refusing)} will not run" if saving.refusing else ""
-        notes["saved", f"{kind_name(group)} ({group.size:,}): {how}"] = None
+            numbers = _legal_numbers(group.size, finder.counts(group.size, fields))
+            note = f"{numbers} give a standard checkpoint ({', '.join(fields)})"
+            note += f"; {' and '.join(saving.refusing)} will not run it" if saving.refusing else ""
+        notes["saving", f"{kind_name(group)} ({group.size:,}): {note}"] = None
     return list(notes)
 
 
-def _numbers(size: int, legal: Sequence[int]) -> str:
-    """Names the legal numbers below a size, given the highest few."""
+def _legal_numbers(size: int, legal: Sequence[int]) -> str:
+    """Returns the legal numbers below a size as text, given the largest few."""
     if list(legal) == list(range(size - 1, max(size - 1 - SHOWN, 0), -1)):
-        return "any fewer"
-    *most, last = [f"{number:,}" for number in legal] or ["none"]
+        return "smaller numbers"
+    *others, last = [f"{number:,}" for number in legal] or ["none"]
     if len(legal) == SHOWN and legal[-1] > 1:
-        return f"{', '.join([*most, last])} ..."
-    return f"{', '.join(most)} or {last}" if most else last
+        return f"{', '.join([*others, last])} ..."
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def conversion(model: PreTrainedModel) -> dict[str, Any]:
-    """Finds the numbers of KV heads that a model can be converted to, or why it cannot; `says` is a sentence about that."""
-    legal, refused = list[int](), "there is one KV head already"
+    """Returns the numbers of KV heads that a model can be converted to, and a sentence (`says`) on them."""
+    legal, reason = list[int](), "it has one KV head"
     try:
         before = kv_heads_of(model)
     except ValueError as error:
@@ -309,16 +337,20 @@ def conversion(model: PreTrainedModel) -> dict[str, Any]:
             plan_kv_heads(model, number)
             legal.append(number)
         except ValueError as error:
-            refused = str(error)
+            reason = str(error)
     if before > 1 and not legal:
-        return {"num_key_value_heads": None, "legal": [], "says": f"no: {refused}"}
-    says = f"{before} KV heads to {' or '.join(map(str, legal))}{_unshared(model, legal)}" if legal else f"no: {refused}"
+        return {"num_key_value_heads": None, "legal": [], "says": f"no: {reason}"}
+    says = f"no: {reason}"
+    if legal:
+        says = f"{before} KV heads to {' or '.join(map(str, legal))}{_unsplittable(model, legal)}"
     return {"num_key_value_heads": before, "legal": legal, "says": says}
 
 
-def _unshared(model: PreTrainedModel, legal: Sequence[int]) -> str:
-    """Names the numbers of KV heads that tensor parallelism cannot share out, if engines serve the class."""
-    odd = {number: [str(gpus) for gpus in GPUS if not can_split(number, gpus)] for number in legal}
-    named = [f"{number} over {' or '.join(gpus)} GPUs" for number, gpus in odd.items() if gpus]
+def _unsplittable(model: PreTrainedModel, legal: Sequence[int]) -> str:
+    """Returns the numbers of KV heads that tensor parallelism cannot split, if engines run the class."""
+    cases = []
+    for number in legal:
+        if gpus := [str(count) for count in GPUS if not can_split(number, count)]:
+            cases.append(f"{number} over {' or '.join(gpus)} GPUs")
     known = type(model).__name__ in engines()["files"]
-    return f"; vLLM and SGLang cannot share out {', '.join(named)}" if named and known else ""
+    return f"; vLLM and SGLang cannot split {', '.join(cases)}" if cases and known else ""

@@ -1,4 +1,4 @@
-"""Where a command computes, where it may write its figures, and the bars that it shows."""
+"""The device of a command, checks of its output files, and its progress bars."""
 
 import platform
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from billhook.progress import OnProgress, progress_bar
 
 
 def device_of(name: str) -> torch.device:
-    """Returns the device of a name; for "auto", an accelerator with float64 if there is one and its driver works, or the CPU."""
+    """Returns a device by name; "auto" is a working accelerator with float64, or the CPU."""
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         return torch.device("cpu") if accelerator is None else float64_device(accelerator)
@@ -27,70 +27,70 @@ def device_of(name: str) -> torch.device:
 
 
 @contextmanager
-def threads_of(number: int | None) -> Iterator[int]:
-    """Sets the threads of the CPU within, and gives how many there are."""
+def cpu_threads(threads: int | None) -> Iterator[int]:
+    """Sets the number of CPU threads within a `with` block, and yields it."""
     before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
+    torch.set_num_threads(threads or before)
     try:
-        yield number or before
+        yield threads or before
     finally:
         torch.set_num_threads(before)
 
 
 def machine_name(device: torch.device, threads: int) -> str:
-    """Names the machine on which figures were measured."""
+    """Returns a name for the hardware that measures."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({platform.processor() or platform.machine()}), {threads} thread{'s' if threads > 1 else ''}"
 
 
 def check_file(name: str, file: str | None, suffix: str) -> None:
-    """Refuses a file to write that has another ending, or lies in no folder."""
+    """Raises if an output file has the wrong suffix or its folder does not exist."""
     if file is not None and (Path(file).suffix != suffix or not Path(file).absolute().parent.is_dir()):
-        raise ValueError(f"{name}='{file}' must be a file that ends in {suffix}, in a folder that exists")
+        raise ValueError(f"{name}='{file}' must be a {suffix} file in an existing folder.")
 
 
 @contextmanager
-def files(what: str) -> Iterator[None]:
-    """Shows one bar, and none of transformers' own, while files are read or written."""
-    with progress_bars_off(), progress_bar(what):
+def file_progress(task: str) -> Iterator[None]:
+    """Shows one progress bar, instead of transformers' own, while files are read or written."""
+    with progress_bars_off(), progress_bar(task):
         yield
 
 
 @contextmanager
-def without_others_bars() -> Iterator[None]:
-    """Has `datasets` and transformers show no bars of their own within."""
-    shows = not datasets.are_progress_bars_disabled()
+def hide_library_bars() -> Iterator[None]:
+    """Hides the progress bars of datasets and transformers within a `with` block."""
+    enabled = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         with progress_bars_off():
             yield
     finally:
-        if shows:
+        if enabled:
             datasets.enable_progress_bars()
 
 
 @contextmanager
-def over(model: nn.Module, what: str, of: str) -> Iterator[OnProgress]:
-    """Shows a bar over what a pass over a model tells; of a model that is streamed, over its blocks.
+def model_progress(model: nn.Module, task: str, unit: str) -> Iterator[OnProgress]:
+    """Shows the progress of a pass over a model; for a streamed model it counts blocks.
 
     Args:
         model: The model.
-        what: What is done, as in "pruning".
-        of: What is counted where the model is in memory, as in "linears".
+        task: The task, such as "pruning".
+        unit: The steps that are counted for a model in memory, such as "linear layers".
 
     Yields:
-        A function to call with how much is done, and of how much.
+        Callback with the number of finished steps and the total.
     """
     if (store := store_of(model)).holds_all:
-        with progress_bar(what, of) as progress:
+        with progress_bar(task, unit) as progress:
             yield progress
         return
-    with progress_bar(what, "blocks", peak) as progress, store.watched(progress):
+    with progress_bar(task, "blocks", peak_memory) as progress, store.watched(progress):
         yield lambda done, total: None
 
 
-def peak() -> str:
-    """Says how much memory the process has taken at most; nothing where no system counts it."""
-    most = resident("VmHWM")
-    return "" if most is None else f"peak {most / 2**30:.1f} GiB"
+def peak_memory() -> str:
+    """Returns the peak memory of this process as text; empty if the system does not count it."""
+    peak = resident("VmHWM")
+    return "" if peak is None else f"peak {peak / 2**30:.1f} GiB"

@@ -1,4 +1,4 @@
-"""The frame of one-shot commands: load, calibrate, measure, change, measure, record, save, print."""
+"""The steps that one-shot commands share: load, calibrate, measure, change, measure again, save."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ from billhook.calibration.calibration import Calibration, check_other_texts, eva
 from billhook.calibration.generated import GENERATED, can_generate, check_can_generate
 from billhook.checkpoints.equivalent import cache_as_saved
 from billhook.checkpoints.save import load, save
-from billhook.cli.examples import EXAMPLES, Examples, Labelled, Text
-from billhook.cli.machine import device_of, files, over
-from billhook.cli.streamed import check_streamed, reads
+from billhook.cli.examples import EXAMPLES, Examples, LabeledData, TextOptions
+from billhook.cli.machine import device_of, file_progress, model_progress
+from billhook.cli.streamed import check_streamed, io_summary
 from billhook.engine.batches import Batch
 from billhook.engine.memory import fits
 from billhook.engine.state import evaluating
@@ -39,81 +39,89 @@ from billhook.report.degradation import DenseReference, TextDegradation, accurac
 from billhook.report.generation import generates
 from billhook.report.predictions import BYTES as PREDICTIONS
 
-FEW = 8
-"""Tokens of a first example, which also pays for what is done but once."""
-SOON = 120.0
-"""Seconds from which on it is said how long all examples take."""
+WARMUP_TOKENS = 8
+"""Tokens of a first example that is not timed: it also pays for initialization."""
+LONG = 120.0
+"""Seconds from which the expected time is printed."""
+GENERATED_EXAMPLES = 40
+"""Default number of self-generated examples."""
+GENERATED_SHARE = 0.25
+"""Default share of self-generated examples if linear layers are refitted on text files."""
+
+Before = DenseReference | float | None
+"""Measurement of the dense model: predictions on texts, an accuracy, or None."""
+Degradation = list[TextDegradation] | float | None
+"""Measurement of the changed model: degradation on each text, an accuracy, or None."""
 
 
 @torch.no_grad()
-def forward(model: PreTrainedModel, length: int) -> float:
-    """Runs a model on an example of random tokens, and returns the seconds that it took."""
+def time_forward(model: PreTrainedModel, length: int) -> float:
+    """Returns the seconds of a forward pass on one example of random tokens."""
     inputs = small_inputs(model, 1, length)
     with evaluating(model):
         start = time.monotonic()
         outputs = model(**inputs, return_dict=True)
-        float(outputs[0].sum())  # waits for a device
+        float(outputs[0].sum())  # waits for an asynchronous device
         return time.monotonic() - start
 
 
-Before = DenseReference | float | None
-"""What is measured before a model is changed: predictions on texts, or an accuracy."""
-Cost = list[TextDegradation] | float | None
-"""What is measured afterwards: the degradation on texts, or an accuracy."""
-
-
 def sizes_of(model: PreTrainedModel, zeros: int | None) -> dict[str, int | None]:
-    """Returns the numbers of parameters and of those that are zero, and the bytes of the key/value cache per token."""
+    """Returns the parameter count, the given zero count, and the KV-cache bytes per token."""
     return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": cache_as_saved(model)}
 
 
-def shown(before: Before, cost: Cost) -> str | None:
-    """Shows what a model has lost."""
-    if isinstance(cost, list):
-        return degradation_table(cost)
-    return None if cost is None else f"accuracy {before:,.4g} before, {cost:,.4g} after"
+def degradation_text(before: Before, degradation: Degradation) -> str | None:
+    """Returns a table of the degradation on texts, or a line on the accuracy."""
+    if isinstance(degradation, list):
+        return degradation_table(degradation)
+    return None if degradation is None else f"Accuracy: {before:,.4g} before, {degradation:,.4g} after"
 
 
-def commands(model: PreTrainedModel, name: str, out: str, event: Mapping[str, Any]) -> list[str]:
-    """Returns commands that may follow, each with what it is for; training would undo zeros.
+def next_steps(model: PreTrainedModel, name: str, out: str, event: Mapping[str, Any]) -> list[str]:
+    """Returns commands to continue with, each with a comment; none trains a model that became sparse.
 
     Args:
         model: The smaller model.
-        name: What it was made of.
-        out: Where it is.
-        event: What was done, with the numbers of parameters and zeros before and after.
+        name: Name of the dense model.
+        out: Folder of the smaller model.
+        event: The recorded change, with sizes before and after.
     """
     if not generates(model):
-        return [f"billhook summary {out}  # counts parameters and operations"]
+        return [f"billhook summary {out}  # count parameters and operations"]
     train = f"billhook fit --model.model {out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"
     export = f"--trainer.callbacks+=billhook.Export --trainer.callbacks.folder {out}-trained"
+    # plain training would make zeros nonzero
     sparse = event["after"]["zeros"] - event["before"]["zeros"] > PRUNED * event["after"]["params"]
     return [
-        f"billhook evaluate {name} {out} --text FILE  # compares both on text of yours",
-        *([] if sparse else [f"{train} {export}  # trains it on such text"]),
-        f"billhook serve-check {out}  # asks whether llama.cpp computes the same",
+        f"billhook evaluate {name} {out} --text FILE  # compare both models on your text",
+        *([] if sparse else [f"{train} {export}  # recovery training on your text"]),
+        f"billhook serve-check {out}  # check the outputs in llama.cpp",
     ]
 
 
-WRITTEN = 40
-"""How many the model writes."""
-BESIDE = 0.25
-"""Share of the examples that it writes beside texts that linears are refitted to."""
-
-
 class OneShot:
-    """A checkpoint that becomes a smaller one, on the data that it is scored and measured on.
+    """A checkpoint that a command makes smaller, with its calibration and evaluation data.
 
-    With `offload` the model stays in the CPU's memory, and is measured block by block on the device. One that `refits` linears is
-    shown what the model writes, too, whatever texts are given. One that does not calibrate needs no data: without any, a model
-    that writes none is not measured. Where `streams` is False, a model must be in memory.
+    With `offload` the model stays in CPU memory, and blocks move to the device one at a time.
+
+    Args:
+        name: The dense model: a folder, a Hub name, or "tiny".
+        out: Output folder.
+        options: Data and device options.
+        offload: If True, keeps the model in CPU memory and computes block by block on the device.
+        refits: If True, linear layers are refitted; text files are then supplemented with self-generated text.
+        calibrates: If False, the method uses no data. A model that generates no text is then not measured.
+        streams: If False, the command does not support streamed models.
+
+    Raises:
+        ValueError: If an option is not legal, before anything is computed.
     """
 
     def __init__(
         self,
         name: str,
         out: str,
-        examples: Text,
+        options: TextOptions,
         offload: bool = False,
         refits: bool = False,
         calibrates: bool = True,
@@ -121,290 +129,325 @@ class OneShot:
     ) -> None:
         check_target(out)
         check_not_source(model_path(name), out)
-        examples.check_there()
-        if examples.stream:
-            check_streamed(examples, streams, offload, calibrates or examples.evaluate > 0)
-        self.name, self.out, self.examples = name, out, examples
-        self.device = torch.device("cpu") if examples.stream and examples.device == "auto" else device_of(examples.device)
-        with files(f"opening {name}" if examples.stream else f"loading {name}"):
-            self.model = stream(name, out, examples.dtype, self.device) if examples.stream else load(name, examples.dtype)
-        self._visiting: list[nn.Module] = []
+        options.check_sources()
+        if options.stream:
+            check_streamed(options, streams, offload, calibrates or options.evaluate > 0)
+        self.name, self.out, self.options, self.calibrates = name, out, options, calibrates
+        self.device = torch.device("cpu") if options.stream and options.device == "auto" else device_of(options.device)
+        with file_progress(f"opening {name}" if options.stream else f"loading {name}"):
+            self.model = stream(name, out, options.dtype, self.device) if options.stream else load(name, options.dtype)
+        self._offloaded_blocks: list[nn.Module] = []
         if offload:
-            self._visiting = [site.module for site in find_sites(self.model, prunable(self.model), "block")]
-        elif not examples.stream:
+            self._offloaded_blocks = [site.module for site in find_sites(self.model, prunable(self.model), "block")]
+        elif not options.stream:
             self.model.to(self.device)  # type: ignore[arg-type]
-        self.length = examples.length_for(self.model)
-        self._labelled = Labelled(examples, self.model, model_path(examples.tokenizer or name), self.length)
-        if examples.tokenizer is not None:
-            if self._labelled.of_images:
-                raise ValueError(f"tokenizer={examples.tokenizer!r}: a {type(self.model).__name__} reads no text: leave it out")
-            load_tokenizer(examples.tokenizer)
-        classifies = isinstance(examples, Examples) and self._labelled.is_classifier
-        self.metric = "accuracy" if classifies or self._labelled.of_images else "perplexity"
-        self.calibrates = calibrates
-        self.reads = calibrates or examples.data is not None or (self.metric == "perplexity" and can_generate(self.model))
-        self.beside = self._beside(refits)
-        self.of_images = self._labelled.of_images
+        self.length = options.length_for(self.model)
+        self._labeled = LabeledData(options, self.model, model_path(options.tokenizer or name), self.length)
+        self.of_images = self._labeled.of_images
+        if options.tokenizer is not None:
+            if self.of_images:
+                kind = type(self.model).__name__
+                raise ValueError(f"tokenizer={options.tokenizer!r}: {kind} classifies images. Remove --tokenizer.")
+            load_tokenizer(options.tokenizer)
+        classifies = isinstance(options, Examples) and self._labeled.is_classifier
+        self.metric = "accuracy" if classifies or self.of_images else "perplexity"
+        self.uses_data = calibrates or options.data is not None or (self.metric == "perplexity" and can_generate(self.model))
+        self.generated_share = self._generated_share(refits)
         if self.metric == "perplexity":
-            check_other_texts(self.calibration, examples.also)
+            check_other_texts(self.calibration, options.also)
 
     @cached_property
     def sizes(self) -> dict[str, int | None]:
-        """The parameters of the model as it was, those that are zero, and bytes of the key/value cache per token."""
+        """Parameters, zeros, and KV-cache bytes per token of the dense model."""
         return sizes_of(self.model, None if self.zeros is None else sum(self.zeros.values()))
 
     @cached_property
     def zeros(self) -> dict[str, int] | None:
-        """How many weights of the model as it was are zero, by name; None where that is not known."""
+        """Number of zero weights of the dense model by name; None if unknown."""
         return zeros_by_name(self.model)
 
-    def _beside(self, refits: bool) -> float:
-        """Returns the share of the examples that the model writes beside texts; refuses one that it cannot write."""
-        share, texts_alone = self.examples.generated, self.examples.alone
+    def _generated_share(self, refits: bool) -> float:
+        """Returns the share of self-generated examples next to text files, or raises if the model generates none."""
+        share = self.options.generated
         try:
             check_can_generate(self.model)
         except ValueError as error:
-            if self.examples.data is None and self.reads:
-                raise ValueError(f"data=None: {error}: name a file") from error
+            if self.options.data is None and self.uses_data:
+                raise ValueError(f"data=None: {error}. Pass a file with --data.") from error
             if share:
                 raise ValueError(f"generated={share}: {error}") from error
             return 0.0
         if share is None:
-            share = BESIDE if refits and texts_alone and not self.examples.stream else 0.0
+            share = GENERATED_SHARE if refits and self.options.only_files and not self.options.stream else 0.0
         return share
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Where the text comes from that scores are taken from."""
-        examples = self.examples
-        sources: Any = GENERATED if examples.data is None else examples.data
+        """Calibration data, as the options describe it."""
+        options = self.options
+        sources: Any = GENERATED if options.data is None else options.data
         weights = None
-        if self.beside:
-            read = sources if isinstance(sources, list) else [sources]
-            sources, weights = [*read, GENERATED], [(1 - self.beside) / len(read)] * len(read) + [self.beside]
-        count = examples.examples or (WRITTEN if examples.data is None else EXAMPLES)
+        if self.generated_share:
+            files = sources if isinstance(sources, list) else [sources]
+            sources = [*files, GENERATED]
+            weights = [(1 - self.generated_share) / len(files)] * len(files) + [self.generated_share]
+        count = options.examples or (GENERATED_EXAMPLES if options.data is None else EXAMPLES)
         return Calibration(
             sources,
             weights,
             count * self.length,
             self.length,
-            batch_size=examples.batch_size,
-            column=examples.column,
-            seed=examples.seed,
-            tokenizer=model_path(examples.tokenizer or self.name),
+            batch_size=options.batch_size,
+            column=options.column,
+            seed=options.seed,
+            tokenizer=model_path(options.tokenizer or self.name),
         )
 
-    def rest(self, moments: int, sums: int = 0, inside: int = 0) -> str | None:
-        """Has what modules give, and predictions to compare with, lie in files where memory is limited and too small for it.
+    def spill(self, statistics: int, sums: int = 0, runs: int = 0) -> str | None:
+        """Spills block outputs and reference predictions to disk if they do not fit into `--memory`.
 
         Args:
-            moments: Bytes of the largest second moments, with what is made of them.
-            sums: Bytes of moments that may lie in files.
-            inside: How many runs of each example wait within a block: two where a refit compares them.
+            statistics: Bytes of the largest Gram matrix, with the matrices that are computed from it.
+            sums: Bytes of Gram matrices that may be spilled.
+            runs: Number of runs of each example that wait within a block: two if a refit compares them.
 
         Returns:
-            The folder in which the files are; None for memory.
+            The folder of the files; None if everything stays in memory.
         """
-        if self.examples.memory is None:
+        if self.options.memory is None:
             return None
-        store, memory = store_of(self.model), parse_memory("memory", self.examples.memory)
-        shown, measured = sum(self.rows), self._measured * self._measures
+        store, memory = store_of(self.model), parse_memory("memory", self.options.memory)
+        calibrated, measured = sum(self.example_counts), self._measured_count * self._measures
         text, itemsize = text_config(self.model.config), self.model.dtype.itemsize
-        logits, hidden = 4 * self.length * text.vocab_size, max(shown, measured) * self.length * text.hidden_size * itemsize
-        widest = max((weight_of(linear).shape[1] for linear in prunable(self.model).values()), default=0)
-        # what no module gives, a product and a sum; and what goes into a block, and comes out
-        moments += inside * shown * self.length * (widest + text.hidden_size) * itemsize
-        activations = 2 * max(inside, 1) * hidden + min(PREDICTIONS, measured * logits)
-        if not fits(store, moments + self.examples.batch_size * logits, activations + sums, memory):
+        logits = 4 * self.length * text.vocab_size
+        hidden = max(calibrated, measured) * self.length * text.hidden_size * itemsize
+        widest = max((weight_of(layer).shape[1] for layer in prunable(self.model).values()), default=0)
+        # within a block each waiting run holds a layer's inputs and the residual stream
+        statistics += runs * calibrated * self.length * (widest + text.hidden_size) * itemsize
+        activations = 2 * max(runs, 1) * hidden + min(PREDICTIONS, measured * logits)
+        if not fits(store, statistics + self.options.batch_size * logits, activations + sums, memory):
             store.spill_folder = str(Path(self.out).resolve().parent)
         return store.spill_folder
 
     @property
-    def rows(self) -> list[int]:
-        """How many examples there are of each source."""
-        return [self._labelled.count] if self.metric == "accuracy" else list(self.calibration.examples(self.length).values())
+    def example_counts(self) -> list[int]:
+        """Number of calibration examples of each source."""
+        if self.metric == "accuracy":
+            return [self._labeled.count]
+        return list(self.calibration.examples(self.length).values())
 
     @property
-    def sources(self) -> list[str]:
-        """The names of the sources of examples."""
+    def source_names(self) -> list[str]:
+        """Names of the calibration sources."""
         return [""] if self.metric == "accuracy" else list(self.calibration.named)
 
     @property
     def parts(self) -> int:
-        """The parts of the examples of which one at a time is held out of a refit: sources, or two of one source."""
+        """Number of parts of the data that a refit holds out in turn: the sources, or two halves of one source."""
         return max(2, len(self.calibration.named)) if self.metric == "perplexity" else 2
 
-    def tell(self, *steps: str, passes: int = 1, exactly: bool = True, beside: Sequence[object] = ()) -> None:
-        """Prints what will be done, before it is; of a streamed model also what so many passes read, at most, beside others'."""
-        each = " of each text" if self.examples.data or self.examples.also else " that it writes; --data FILE names a text"
-        many = f"{self.examples.evaluate} examples{'' if self.metric == 'accuracy' else each}"
-        measure = [f"measure the {self.metric} before and after, on {many}"] if self._measures else []
-        print(f"{self.name}, {self.model.num_parameters():,} parameters:")
+    def print_plan(self, *steps: str, passes: int = 1, exact: bool = True, unknown: Sequence[object] = ()) -> None:
+        """Prints the steps of the command before it runs them.
+
+        Args:
+            steps: The steps up to measuring and saving.
+            passes: Number of passes over a streamed model that the steps need.
+            exact: If False, `passes` is an upper bound.
+            unknown: Importances that need an unknown number of further passes.
+        """
+        data = self.options.data or self.options.also
+        examples = f"{self.options.evaluate} examples per text"
+        if self.metric == "accuracy":
+            examples = f"{self.options.evaluate} examples"
+        elif not data:
+            examples = f"{self.options.evaluate} self-generated examples (--data FILE uses your text)"
+        measure = [f"measure {self.metric} before and after, on {examples}"] if self._measures else []
         store, more = store_of(self.model), 2 * self._measures
-        streams = [reads(store, passes + more, exactly, beside)] if not store.holds_all else []
+        streams = [] if store.holds_all else [io_summary(store, passes + more, exact, unknown)]
+        print(f"Model: {self.name} ({self.model.num_parameters():,} parameters)\nPlan:")
         for step in (*steps, *measure, *streams, f"save to {self.out}{replacement_note(self.out)}"):
             print(f"  {step}", flush=True)
-        if pace := self._pace():  # which a large model needs a while to say
-            print(f"  {pace}")
+        for line in self._expected_times():  # which takes a while for a large model
+            print(f"  {line}")
         print(flush=True)
 
-    def _pace(self) -> str | None:
-        """Times a forward of one example of a model that is in memory, and says how long all take; None where that is soon."""
-        shown, measured = sum(self.rows) if self.calibrates else 0, self._measured if self._measures else 0
-        if self.examples.stream or self._visiting or not (shown or measured):
-            return None
-        forward(self.model, FEW)
-        each = forward(self.model, self.length)
-        if each * (shown + 2 * measured) < SOON:
-            return None
-        times = (
-            [f"{format_duration(each * shown)} each time that {shown} examples are shown, thrice that with gradients"]
-            if shown
-            else []
-        )
-        times += [f"{format_duration(2 * each * measured)} to measure on {measured} twice"] if measured else []
-        return f"an example takes {each:.2g} s here: {', '.join(times)}"
+    def _expected_times(self) -> list[str]:
+        """Times a forward pass of a model in memory, and returns lines on the expected time if it is long."""
+        calibrated = sum(self.example_counts) if self.calibrates else 0
+        measured = self._measured_count if self._measures else 0
+        if self.options.stream or self._offloaded_blocks or not (calibrated or measured):
+            return []
+        time_forward(self.model, WARMUP_TOKENS)
+        each = time_forward(self.model, self.length)
+        if each * (calibrated + 2 * measured) < LONG:
+            return []
+        lines = []
+        if calibrated:
+            duration = format_duration(each * calibrated)
+            lines.append(f"about {duration} per calibration pass over {calibrated} examples (3x with gradients)")
+        if measured:
+            lines.append(f"about {format_duration(2 * each * measured)} to measure {measured} examples twice")
+        return lines
 
     @property
-    def _measured(self) -> int:
-        """How many examples it is measured on, as far as they are there."""
-        texts = 1 if self.metric == "accuracy" else len(self.calibration.named) + len(self.examples.also or ())
-        return texts * self.examples.evaluate
+    def _measured_count(self) -> int:
+        """Number of examples that the model is measured on, if the texts are long enough."""
+        texts = 1 if self.metric == "accuracy" else len(self.calibration.named) + len(self.options.also or ())
+        return texts * self.options.evaluate
 
     @property
-    def shown(self) -> str:
-        """The words for the examples that the model is shown."""
+    def calibration_step(self) -> str:
+        """The line of the plan about calibration data."""
+        if not self.calibrates:
+            return "no calibration data needed"
         if self.metric == "accuracy":
-            return f"{self._labelled.count} examples of {self.examples.data}"
-        rows = self.calibration.examples(self.length)
-        texts = [f"{count} {'that it writes' if name == GENERATED else f'of {name}'}" for name, count in rows.items()]
-        return f"{' and '.join(texts)}, examples of {self.length} tokens"
+            return f"calibrate on {self._labeled.count} examples (source: {self.options.data})"
+        counts = self.calibration.examples(self.length)
+        names = {name: "self-generated text" if name == GENERATED else name for name in counts}
+        sources = f"source: {next(iter(names.values()))}"
+        if len(counts) > 1:
+            sources = "sources: " + ", ".join(f"{count} from {names[name]}" for name, count in counts.items())
+        return f"calibrate on {sum(counts.values())} examples of {self.length} tokens ({sources})"
 
     def batches(self) -> list[Batch]:
-        """Draws the batches to calibrate on."""
+        """Reads the calibration batches."""
         if self.metric == "perplexity":
             with progress_bar("reading text"):
-                read = self.calibration.read(self.model)
-            return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in read]
-        return list(self._labelled.shown())
+                batches = self.calibration.read(self.model)
+            return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in batches]
+        return list(self._labeled.calibration_batches())
 
     @property
     def _measures(self) -> bool:
-        """True where there is something to measure: a classifier's answers, or what a model writes."""
-        return self.reads and self.examples.evaluate > 0 and (self.metric == "accuracy" or generates(self.model))
+        """True if accuracy or perplexity is measured."""
+        return self.uses_data and self.options.evaluate > 0 and (self.metric == "accuracy" or generates(self.model))
 
     @property
-    def unread(self) -> bool:
-        """True where what the model is shown is only what it would first have to write, which a dry run does not have it do."""
-        return self.metric == "perplexity" and self.examples.data is None
+    def must_generate(self) -> bool:
+        """True if all calibration data is self-generated; a dry run does not generate it."""
+        return self.calibrates and self.metric == "perplexity" and self.options.data is None
 
-    def tell_dry(self, plan: str = "") -> None:
-        """Prints the plan of a dry run, which ends with it, and how much the model would write."""
+    def print_dry_run(self, plan: str = "") -> None:
+        """Prints the plan of a dry run, and how many tokens the command would generate."""
         if plan:
             print(f"{plan}\n")
-        print(f"A dry run: nothing was changed, and nothing written to {self.out}.")
-        if tokens := {what: rows * self.length for what, rows in self._written.items() if rows}:
-            more = "" if plan else "; with --data FILE a dry run shows the plan, too"
-            print(f"The model would write {sum(tokens.values()):,} tokens to be {' and '.join(tokens)}{more}.")
+        print(f"Dry run: {self.out} was not written.")
+        tokens = self._generated_tokens()
+        if total := sum(tokens.values()):
+            purposes = " and ".join(purpose for purpose, count in tokens.items() if count)
+            print(f"Without --dry_run, the model first generates {total:,} tokens for {purposes}.")
+            if not plan:
+                print("With --data FILE, a dry run prints the whole plan.")
 
-    @property
-    def _written(self) -> dict[str, int]:
-        """How many examples the model writes to be shown, and to be measured on."""
+    def _generated_tokens(self) -> dict[str, int]:
+        """Returns the number of tokens that the model generates, by purpose."""
         if self.metric == "accuracy" or not can_generate(self.model):
             return {}
-        measures = self._measures and not self.examples.stream
-        return {
-            "shown": self.calibration.examples(self.length).get(GENERATED, 0) if self.calibrates else 0,
-            "measured on": num_self_generated(self.calibration, self.examples.evaluate, self.length) if measures else 0,
-        }
+        rows = {"calibration": 0, "evaluation": 0}
+        if self.calibrates:
+            rows["calibration"] = self.calibration.examples(self.length).get(GENERATED, 0)
+        if self._measures and not self.options.stream:
+            rows["evaluation"] = num_self_generated(self.calibration, self.options.evaluate, self.length)
+        return {purpose: count * self.length for purpose, count in rows.items()}
 
-    def _offloaded(self) -> AbstractContextManager[None]:
-        """Has blocks of a model that stays in the CPU's memory compute on the device, one at a time, within."""
-        return store_of(self.model).on(self.device, self._visiting) if self._visiting else nullcontext()
+    def _on_device(self) -> AbstractContextManager[None]:
+        """Runs the blocks of an offloaded model on the device, one at a time, within a `with` block."""
+        if not self._offloaded_blocks:
+            return nullcontext()
+        return store_of(self.model).on(self.device, self._offloaded_blocks)
 
     def measure(self) -> Before:
-        """Measures the model before it is changed: accuracy, or what it predicts on texts; None for one that does neither."""
-        _ = self.sizes
+        """Measures the dense model: accuracy, or predictions on texts; None if it does neither."""
+        _ = self.sizes  # are counted before the model changes
         if not self._measures:
             return None
-        with self._offloaded():
+        with self._on_device():
             if self.metric == "perplexity":
                 with progress_bar("reading text"):
-                    written = not self.examples.stream
-                    read = evaluation_batches(
-                        self.calibration, self.model, self.examples.evaluate, self.examples.also, written=written
-                    )
-                inside = [name for name in self.calibration.named if not (self.beside and name == GENERATED)]
-                with over(self.model, "measuring", "examples") as progress:
-                    return DenseReference(self.model, read, inside if self.calibrates else [], progress=progress)
-            rows = self._labelled.measured()
+                    own = not self.options.stream
+                    rows = evaluation_batches(self.calibration, self.model, self.options.evaluate, self.options.also, written=own)
+                supplement = GENERATED if self.generated_share else None
+                calibrated = [name for name in self.calibration.named if name != supplement] if self.calibrates else []
+                with model_progress(self.model, "measuring", "examples") as progress:
+                    return DenseReference(self.model, rows, calibrated, progress=progress)
+            batches = self._labeled.measured_batches()
             with progress_bar("measuring"):
-                return None if rows is None else accuracy(self.model, rows)
+                return None if batches is None else accuracy(self.model, batches)
 
-    def cost(self, before: Before) -> Cost:
-        """Measures what the model has lost: on each text, or the accuracy that is left; None where nothing was measured."""
+    def measure_degradation(self, before: Before) -> Degradation:
+        """Measures the changed model: degradation on each text, or accuracy; None if nothing was measured before."""
         if isinstance(before, DenseReference):
-            with self._offloaded(), over(self.model, "measuring again", "examples") as progress:
+            with self._on_device(), model_progress(self.model, "measuring again", "examples") as progress:
                 return before.degradation(self.model, progress)
         return None if before is None else cast(float, self.measure())
 
-    def save(self, before: Before, what: str, record: Mapping[str, Any], *says: object, not_refitted: str = "") -> None:
-        """Measures again, saves the model with a record of what was done, and prints `says` and what it costs.
+    def save(self, before: Before, what: str, record: Mapping[str, Any], *lines: object, not_refitted: str = "") -> None:
+        """Measures again, saves the model with its record, and prints the results.
 
-        The record says what was cut and `not_refitted`.
+        Args:
+            before: Measurement of the dense model.
+            what: Description of the change, for the record.
+            record: Settings of the change, for the record.
+            lines: Lines to print before the results.
+            not_refitted: Why layers were not refitted, for the record.
         """
         event: dict[str, Any] = {"what": what, "before": self.sizes, "after": sizes_of(self.model, zeros_of(self.model))}
         if not_refitted:
             event["not_refitted"] = not_refitted
         record = {"events": [event], **record}
-        if self.reads:
-            read = self.calibration.to_json() if self.metric == "perplexity" else self._labelled.to_json()
-            record["calibration" if self.calibrates else "text"] = read
-        figures: dict[str, Any] = {"before": None, "after": None, "examples": self.examples.evaluate}
-        cost, warning = self.cost(before), None
-        if isinstance(cost, list):
-            figures = {"before": cost[0].before, "after": cost[0].after, "examples": cost[0].rows}
-            record["degradation"], warning = [text.to_json() for text in cost], degradation_warning(cost)
-        elif cost is not None:
-            figures = {"before": before, "after": cost, "examples": len(self._labelled.drawn)}
+        if self.uses_data:
+            data = self.calibration.to_json() if self.metric == "perplexity" else self._labeled.to_json()
+            record["calibration" if self.calibrates else "text"] = data
+        degradation, warning = self.measure_degradation(before), None
+        results: dict[str, Any] = {"before": None, "after": None, "examples": self.options.evaluate}
+        if isinstance(degradation, list):
+            results = {"before": degradation[0].before, "after": degradation[0].after, "examples": degradation[0].rows}
+            record["degradation"], warning = [text.to_json() for text in degradation], degradation_warning(degradation)
+        elif degradation is not None:
+            results = {"before": before, "after": degradation, "examples": len(self._labeled.measured_rows)}
         if reused := store_of(self.model).reused:
-            were = "block was" if reused == 1 else "blocks were"
-            print(f"{reused} {were} there from an earlier run, and not changed again")
-        with files("saving, loading again and comparing"):
-            saved = save(self.model, self.out, self._preprocessor(), record | {self.metric: figures})
-        for line in filter(None, (*says, self._named(cost), shown(before, cost), warning and f"Warning: {warning}")):
-            print(line)
-        print(f"{saved.folder} ({saved.megabytes:.1f} MB): {saved.says}; largest difference of logits {saved.difference:.3g}")
-        print("\n".join(["", "Next:", *(f"  {line}" for line in commands(self.model, self.name, self.out, event))]))
+            print(f"Reused {reused} block{'s' * (reused > 1)} from an interrupted run.")
+        with file_progress("saving and verifying"):
+            saved = save(self.model, self.out, self._preprocessor(), record | {self.metric: results})
+        warning = warning and f"Warning: {warning}"
+        for line in (*lines, self._data_line(degradation), degradation_text(before, degradation), warning):
+            if line:
+                print(line)
+        print(saved.text())
+        print("\n".join(["", "Next steps:", *(f"  {line}" for line in next_steps(self.model, self.name, self.out, event))]))
 
     def _preprocessor(self) -> Preprocessor | None:
-        """Loads what lies beside the model, or is named, to be saved along; None if there is nothing, as nothing was read."""
-        name = self.examples.tokenizer or self.name
+        """Loads the tokenizer or image processor to save with the model, if there is one."""
+        name = self.options.tokenizer or self.name
         if not may_have_preprocessor(name):
-            print(f"'{name}' has no tokenizer, so none is saved along; --tokenizer NAME names one")
+            print(f"No tokenizer saved: '{name}' has none. Add one with --tokenizer NAME.")
             return None
-        return load_preprocessor(name) if self._labelled.of_images else load_tokenizer(name)
+        return load_preprocessor(name) if self.of_images else load_tokenizer(name)
 
-    def loader(self, examples: int, batch_size: int, calibrated: Sequence[Batch], before: Before) -> DataLoader[Any]:
-        """Reads so many examples to train on, if there are: what was calibrated on and more, but nothing that is measured on."""
-        chance = torch.Generator().manual_seed(self.examples.seed)
+    def training_loader(self, examples: int, batch_size: int, calibrated: Sequence[Batch], before: Before) -> DataLoader[Any]:
+        """Returns training data: the calibration examples, and more from the same files, but no evaluation examples."""
+        generator = torch.Generator().manual_seed(self.options.seed)
         if self.metric == "accuracy":
-            return self._labelled.loader(batch_size, chance)
-        rows = [ids for batch in calibrated for ids in batch["input_ids"]]
+            return self._labeled.training_loader(batch_size, generator)
         measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, DenseReference) else set()
+        batches: list[Any] = list(calibrated)
         if files := [source for name, source in self.calibration.named.items() if name != GENERATED]:
-            more = replace(self.calibration, sources=files, weights=None, tokens=(examples + len(measured)) * self.length)
-            rows += [ids for batch in more.read(self.model) for ids in batch["input_ids"]]
-        unseen = {tuple(ids.tolist()): ids.cpu() for ids in rows}
-        data: Any = [{"input_ids": ids, "labels": ids} for row, ids in unseen.items() if row not in measured]
-        return DataLoader(data, batch_size, shuffle=True, generator=chance)
+            tokens = (examples + len(measured)) * self.length
+            batches += replace(self.calibration, sources=files, weights=None, tokens=tokens).read(self.model)
+        rows = dict[tuple[int, ...], torch.Tensor]()  # each example once
+        for batch in batches:
+            for ids in batch["input_ids"]:
+                key = tuple(ids.tolist())
+                if key not in measured:
+                    rows[key] = ids.cpu()
+        data: Any = [{"input_ids": ids, "labels": ids} for ids in rows.values()]
+        return DataLoader(data, batch_size, shuffle=True, generator=generator)
 
-    def _named(self, cost: Cost) -> str | None:
-        """Names the text that was calibrated and measured on, where no table of texts does."""
-        if isinstance(cost, list):
+    def _data_line(self, degradation: Degradation) -> str | None:
+        """Returns a line on the calibration and evaluation data, unless a table lists the texts."""
+        if isinstance(degradation, list):
             return None
         if self.metric == "perplexity":
-            return f"text to calibrate on: {', '.join(self.calibration.named)}; measured on nothing"
-        measured = "nothing" if cost is None else f"its split '{self._labelled.split}'"
-        what = "images" if self._labelled.of_images else "text"
-        return f"{what} to calibrate on: the split 'train' of {self.examples.data}; measured on {measured}"
+            return f"Calibration data: {', '.join(self.calibration.named)} (no evaluation)"
+        evaluation = "no evaluation" if degradation is None else f"evaluated on split '{self._labeled.split}'"
+        return f"Calibration data: split 'train' of {self.options.data} ({evaluation})"

@@ -1,4 +1,4 @@
-"""The commands, and a function as a command: its parameters are the options, and its docstring is the manual."""
+"""The list of commands, and the parser that makes a command from a function and its docstring."""
 
 import ast
 import difflib
@@ -17,7 +17,7 @@ from typing import Any, NoReturn, cast, get_args, get_origin
 
 from jsonargparse import ArgumentParser
 
-from billhook.cli.stopped import written_alone
+from billhook.cli.interruption import exclusive_output
 
 Command = Callable[..., None]
 LIGHTNING = ("fit", "validate", "test", "predict")
@@ -38,90 +38,92 @@ COMMANDS = {
     "bench": "bench",
     "serve-check": "export",
 }
-"""The module of each command in this folder; it has a function of the command's name, whose docstring is the manual."""
+"""The module of each command. Its function of the same name is the command, and that docstring is the `--help`."""
 ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
-ARGUMENTS = {"batches": "--examples, --length and --batch_size", "sources": "--data"}
-"""The options that arguments of functions which one-shot commands call come from."""
+OPTION_NAMES = {"batches": "--examples, --length, and --batch_size", "sources": "--data"}
+"""Options of one-shot commands that set an argument of a library function."""
 
 
 class _Parser(ArgumentParser):
-    """Parser that reports the error and what is legal, instead of the whole usage."""
+    """Parser that reports an error with the legal values, instead of the whole usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        _, _, words = message.partition("unrecognized arguments: ")
-        unknown = re.findall(r"(?:^|\s)(--)([\w.-]+)", words) + re.findall(r"^()Option '(\w+)' is not accepted", message)
+        _, _, unrecognized = message.partition("unrecognized arguments: ")
+        unknown = re.findall(r"(?:^|\s)(--)([\w.-]+)", unrecognized)
+        unknown += re.findall(r"^()Option '(\w+)' is not accepted", message)
         options = [action.dest for action in self._actions if action.option_strings]
-        lines = [f"there is no option '{dashes}{name}'.{near(name, options, dashes)}" for dashes, name in unknown]
-        said = "\n".join(lines) or f"{message}\n{legal(message)}".rstrip()
-        sys.stderr.write(f"{self.prog}: {said}\n`{self.prog} --help` lists all options.\n")
+        lines = [f"unknown option '{dashes}{name}'.{suggestion(name, options, dashes)}" for dashes, name in unknown]
+        problem = "\n".join(lines) or f"{message}\n{legal_values(message)}".rstrip()
+        sys.stderr.write(f"{self.prog}: {problem}\n`{self.prog} --help` lists all options.\n")
         self.exit(2)
 
 
-def near(wrong: str, names: Sequence[str], before: str = "") -> str:
-    """Asks whether the nearest name is meant, behind a space and with what stands before it; empty if none is near.
+def suggestion(wrong: str, names: Sequence[str], prefix: str = "") -> str:
+    """Returns a question that suggests the closest name; empty if no name is close.
 
-    >>> near("pruine", ["convert", "prune"])
+    >>> suggestion("pruine", ["convert", "prune"])
     " Did you mean 'prune'?"
     """
-    return "".join(f" Did you mean '{before}{name}'?" for name in difflib.get_close_matches(wrong, names, n=1))
+    return "".join(f" Did you mean '{prefix}{name}'?" for name in difflib.get_close_matches(wrong, names, n=1))
 
 
-NO_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
-NO_TRAINER_ARGUMENT = re.compile(r"(?:not accept option '|unrecognized arguments: --)trainer\.(\w+)")
-NO_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
+UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
+UNKNOWN_TRAINER_ARGUMENT = re.compile(r"(?:not accept option '|unrecognized arguments: --)trainer\.(\w+)")
+UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
 TYPES = re.compile(r"Subtypes: (.*)")
 
 
-def legal(message: str) -> str:
-    """Lists what is legal in the place of the arguments and classes that a parser's message says are not; empty if it names none.
+def legal_values(message: str) -> str:
+    """Returns the legal arguments and classes for the unknown ones in a parser's message; empty if it names none.
 
     Args:
-        message: What jsonargparse says of a wrong argument or class.
+        message: jsonargparse's message about an unknown argument or class.
     """
-    from billhook.cli.schema import public_classes  # which takes seconds: a misspelt command is told at once
+    from billhook.cli.schema import public_classes  # takes seconds to import, which a misspelled command need not wait for
 
     lines = []
-    unknown = NO_ARGUMENT.findall(message)
-    unknown += [("lightning.pytorch.Trainer", name) for name in NO_TRAINER_ARGUMENT.findall(message)]
+    unknown = UNKNOWN_ARGUMENT.findall(message)
+    unknown += [("lightning.pytorch.Trainer", name) for name in UNKNOWN_TRAINER_ARGUMENT.findall(message)]
     for path, name in unknown:
         arguments = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
-        lines.append(f"{path} has no '{name}'.{near(name, arguments)} It takes: {', '.join(arguments)}\n")
+        lines.append(f"{path} has no argument '{name}'.{suggestion(name, arguments)} Arguments: {', '.join(arguments)}\n")
     classes = set[str]()
     for path in re.findall(r"\w+(?:\.\w+)+", " ".join(TYPES.findall(message))):
         try:
             base = pkgutil.resolve_name(path)
-        except (ImportError, AttributeError, ValueError):  # of a class within a function
+        except (ImportError, AttributeError, ValueError):  # a class defined in a function
             continue
-        if isinstance(base, type):  # and not typing.Literal
+        if isinstance(base, type):  # not typing.Literal
             classes.update(kind.__name__ for kind in public_classes(base))
-    for name in dict.fromkeys(NO_CLASS.findall(message)) if classes else ():
-        there = f"There are: {', '.join(sorted(classes))}; or module.Class of your own"
-        lines.append(f"There is no class '{name}'.{near(name, sorted(classes))} {there}\n")
+    for name in dict.fromkeys(UNKNOWN_CLASS.findall(message)) if classes else ():
+        known = f"Classes: {', '.join(sorted(classes))}, or a custom module.Class"
+        lines.append(f"unknown class '{name}'.{suggestion(name, sorted(classes))} {known}\n")
     return "".join(lines)
 
 
-def no_command(wrong: str, commands: Sequence[str], program: str = "billhook") -> str:
-    """Names the command that there is not, with the nearest, and all that there are; or tells that one is needed.
+def unknown_command(wrong: str, commands: Sequence[str], program: str = "billhook") -> str:
+    """Returns the error for an unknown or missing command.
 
     Args:
-        wrong: The word in its place; empty if there was none.
-        commands: The names of all commands.
-        program: What the command line begins with.
+        wrong: The unknown command; empty if it is missing.
+        commands: Names of all commands.
+        program: Name of the program.
     """
-    said = f"there is no command '{wrong}'.{near(wrong, commands)}" if wrong else "a command is needed."
-    return f"{said} `{program} --help` says what each does.\nThere are: {', '.join(commands)}"
+    problem = f"unknown command '{wrong}'.{suggestion(wrong, commands)}" if wrong else "missing command."
+    return f"{problem} See `{program} --help`.\nCommands: {', '.join(commands)}"
 
 
 def in_options(command: str, message: str) -> str:
-    """Returns a message that begins with an argument of a function as a command's options say it.
+    """Returns a message in which options replace the argument of a library function at its beginning.
 
-    >>> in_options("shrink", "batches: three rows at least; got 2")
-    '--examples, --length and --batch_size: three rows at least; got 2'
+    >>> in_options("shrink", "batches: needs at least 3 rows, got 2")
+    '--examples, --length, and --batch_size: needs at least 3 rows, got 2'
     """
-    argument, colon, rest = message.partition(": ")
-    return f"{ARGUMENTS[argument]}{colon}{rest}" if command in ONE_SHOT and argument in ARGUMENTS else message
+    argument, colon, problem = message.partition(": ")
+    is_option = command in ONE_SHOT and argument in OPTION_NAMES
+    return f"{OPTION_NAMES[argument]}{colon}{problem}" if is_option else message
 
 
 def command_of(name: str) -> Command:
@@ -130,9 +132,9 @@ def command_of(name: str) -> Command:
 
 
 def run(command: Command, words: Sequence[str]) -> None:
-    """Runs a command with the words of a command line.
+    """Runs a command with command-line arguments.
 
-    A parameter whose type is a dataclass is given by the options of its fields: `--params 0.8` for `amount: Amount`.
+    The fields of a parameter whose type is a dataclass are options: `--params 0.8` sets `amount: Amount`.
     """
     parameters = inspect.signature(command).parameters
     groups: dict[str, Any] = {
@@ -140,37 +142,37 @@ def run(command: Command, words: Sequence[str]) -> None:
     }
     kinds = {name: parameter.annotation for name, parameter in parameters.items() if name not in groups}
     positional = [name for name in kinds if parameters[name].default is inspect.Parameter.empty]
-    kinds |= {field.name: field.type for group in groups.values() for field in fields(group)}  # may have a group's name
+    kinds |= {field.name: field.type for group in groups.values() for field in fields(group)}  # a field may share a group's name
 
     name = command.__name__.replace("_", "-")
     parser = _Parser(prog=f"billhook {name}", description=inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:")[0])
-    parser.add_argument("--config", action="config", help="A YAML file of options.")
+    parser.add_argument("--config", action="config", help="YAML file with options.")
     parser.add_function_arguments(command, as_group=False, as_positional=True, skip=set(groups), sub_configs=True)
     for group in groups.values():
         parser.add_class_arguments(group, sub_configs=True)
-    parsed = vars(parser.instantiate(parser.parse_args(_as_jsonargparse_reads(words, kinds, positional))))
+    parsed = vars(parser.instantiate(parser.parse_args(_to_jsonargparse(words, kinds, positional))))
 
     values = {name: _int_where_legal(value, kinds.get(name)) for name, value in parsed.items()}
     arguments = {name: values[name] for name in parameters if name in values}
     for name, group in groups.items():
         arguments[name] = group(**{field.name: values[field.name] for field in fields(group)})
-    with written_alone(parsed):
+    with exclusive_output(parsed):
         command(**arguments)
 
 
 def _int_where_legal(value: object, kind: object) -> object:
-    """Makes an int of a whole float: once Lightning's types are read, jsonargparse tries float first for `int | float`."""
+    """Converts a whole float to an int if legal; with Lightning imported, jsonargparse tries float first for `int | float`."""
     return int(value) if isinstance(value, float) and value.is_integer() and int in get_args(kind) else value
 
 
-def _as_jsonargparse_reads(words: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]) -> list[str]:
-    """Makes `--sizes=[1, 8]` of `--sizes 1 8`, `--json=true` of `--json`, and `--name=wanda` of `wanda` where none is needed.
+def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]) -> list[str]:
+    """Rewrites `--sizes 1 8` to `--sizes=[1, 8]`, `--json` to `--json=true`, and an optional first argument to an option.
 
-    Where an option takes a list or a single value, it gets a list only behind all words that a command needs: these may follow.
+    An option that takes a list or a single value gets a list only after all required arguments, as these may follow it.
     """
     first = next(iter(kinds), "")
-    runs = [[first]]  # an option with its values, the first parameter with the words before all options
-    joined = set[int]()  # the runs of options that have `=`, of which a switch has its value already
+    runs = [[first]]  # each option with its values; the first run has the arguments before all options
+    joined = set[int]()  # numbers of the runs with `=`, whose switches already have a value
     for word in words:
         if word.startswith("--"):
             joined |= {len(runs)} if "=" in word else set()
@@ -179,13 +181,14 @@ def _as_jsonargparse_reads(words: Sequence[str], kinds: dict[str, Any], position
             runs.append([word])
         else:
             runs[-1].append(word)
-    needed, made = len(runs[0]) > len(positional), list[str]()
+    complete, made = len(runs[0]) > len(positional), list[str]()
     for number, (name, *values) in enumerate(runs):
         kind = kinds.get(name)
         option = "" if number == 0 and (positional or not first) else name if name.startswith("-") else f"--{name}="
-        element = next((get_args(member)[0] for member in (kind, *get_args(kind)) if get_origin(member) is list), None)
-        single = [member for member in get_args(kind) if get_origin(member) is not list and member is not NoneType]
-        lists = get_origin(kind) is list or not single or (needed and len(values) > 1)
+        list_types = [member for member in (kind, *get_args(kind)) if get_origin(member) is list]
+        element = get_args(list_types[0])[0] if list_types else None
+        single = set(get_args(kind)) - {*list_types, NoneType}
+        lists = get_origin(kind) is list or not single or (complete and len(values) > 1)
         if kind is bool and number not in joined and values[:1] not in (["true"], ["false"]):
             made += [f"{option}true", *values]
         elif element is not None and values and lists and not values[0].startswith("["):
@@ -200,33 +203,35 @@ def _as_jsonargparse_reads(words: Sequence[str], kinds: dict[str, Any], position
 
 
 def _as_yaml(value: str, element: object) -> str:
-    """Quotes a word, unless it is a number or a mapping and may be one."""
+    """Quotes a value, unless it is a legal number or mapping."""
     kinds = {element, *get_args(element)}
-    plain = (int in kinds and value.isdecimal()) or (kinds != {str} and value.startswith("{"))
-    return value if plain else json.dumps(value)
+    unquoted = (int in kinds and value.isdecimal()) or (kinds != {str} and value.startswith("{"))
+    return value if unquoted else json.dumps(value)
 
 
 def description() -> str:
-    """Returns the front page: all commands, each with the first sentence of its docstring."""
-    commands = "\n".join(_manual(name) for name in COMMANDS)
+    """Returns the text of `billhook --help`: all commands with the summaries of their docstrings."""
+    commands = "\n".join(_usage(name) for name in COMMANDS)
     return f"""usage: billhook [-h | --version] COMMAND ...
 
-Prune and convert Hugging Face transformers inside a Lightning fit.
+Prune and convert Hugging Face transformers, alone or while training with PyTorch Lightning.
 
   billhook fit --config recipe:quickstart
-      Trains, with the callbacks in the config: a file of yours, or one that `billhook recipes` lists.
+      Trains a model with the callbacks of a config: your own file, or a recipe (see `billhook recipes`).
   billhook validate, billhook test, billhook predict
       Lightning's other subcommands, with the same configs.
 {commands}
 
-Options of a command: `billhook prune --help`. Of a callback, model or data module:
-`billhook fit --trainer.callbacks.help KVHeadConversion`, `billhook fit --model.help TransformerModule`,
-`billhook fit --data.help TextDataModule`.
+Help on a command: `billhook prune --help`.
+Help on a callback, model, or data module:
+  billhook fit --trainer.callbacks.help KVHeadConversion
+  billhook fit --model.help TransformerModule
+  billhook fit --data.help TextDataModule
 """
 
 
-def _manual(name: str) -> str:
-    """Returns how a command is called, and the first sentence of its docstring; read, as importing a command takes seconds."""
+def _usage(name: str) -> str:
+    """Returns the usage and summary of a command, from its source: importing a command takes seconds."""
     tree = ast.parse(Path(__file__).with_name(f"{COMMANDS[name]}.py").read_text(encoding="utf-8"))
     command = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name.replace("-", "_"))
     words = []

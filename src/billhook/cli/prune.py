@@ -1,14 +1,14 @@
-"""`billhook prune`: a checkpoint in, one with zeros out, with its perplexity before and after."""
+"""`billhook prune`: prunes individual weights of a checkpoint."""
 
 from collections.abc import Mapping
 
 from torch import nn
 
-from billhook.cli.examples import NONE, Pictures
-from billhook.cli.machine import over
+from billhook.cli.examples import LabeledOptions
+from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches
-from billhook.cli.streamed import bytes_of_match, bytes_of_moments
+from billhook.cli.streamed import reconstruction_bytes, statistics_bytes
 from billhook.model.layers import adjacent_inputs, is_convolution
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, check_pruning, needs_data, solves_for_weights, too_few_tokens
@@ -18,14 +18,14 @@ from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.permute import check_permute
 from billhook.sparsity.prune import prune as prune_weights
 
-LESS = 5e-5
-"""How much less than was asked for is said to be less."""
+TOLERANCE = 5e-5
+"""Difference from the requested sparsity that is reported."""
 
 
 def prune(
     model: str,
     out: str,
-    examples: Pictures,
+    examples: LabeledOptions,
     options: PruneOptions,
     criterion: Criterion | None = None,
     sparsity: float | None = None,
@@ -35,83 +35,89 @@ def prune(
     permute: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Zeroes the least important weights of a model and saves it, verified, with its perplexity before and after.
+    """Sets the least important weights of a model to zero, and saves it.
+
+    The checkpoint is verified, and perplexity or accuracy is measured before and after.
 
     Args:
-        model: A folder, a hub name, or "tiny".
-        out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        examples: Text, or images with labels, to calibrate and to measure on, and the place to compute.
-        options: Which linears are pruned, and by what inputs.
-        criterion: How weights are scored: `Wanda` (the default), or any other `Criterion`, also a class of your own.
-        sparsity: Fraction of each linear's weights that become zero, in [0, 1); not with a pattern N:M.
-        pattern: "unstructured", or "N:M": N are kept of every M consecutive inputs, as in 2:4.
-        offload: Whether the model stays in the CPU's memory, and its blocks visit the device one at a time.
-        activations: A folder for the outputs of the model's modules during calibration; by default they stay in memory, and
-            in any case what else batches hold while they wait for each other.
-        permute: Whether channels are first put in the order in which groups of N:M lose least; the model then computes the same,
-            and nothing is gathered. Not with dry_run.
-        dry_run: Score the weights, print the plan and write nothing.
+        model: A folder, a Hub name, or "tiny".
+        out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
+        examples: Calibration and evaluation data, and the device.
+        options: Which layers are pruned, and how calibration statistics are computed.
+        criterion: Scores the weights: `Wanda` (the default), or any other `Criterion`, including a custom class.
+        sparsity: Fraction of each linear layer's weights to zero, in [0, 1). Not with an N:M pattern.
+        pattern: "unstructured", or "N:M" to keep N of every M consecutive inputs, such as 2:4.
+        offload: If true, keeps the model in CPU memory and moves one block at a time to the device.
+        activations: Folder for block outputs during calibration. Defaults to memory.
+        permute: If true, first reorders channels so that an N:M pattern loses least; the model's outputs do not change. Not with
+            dry_run.
+        dry_run: If true, scores the weights, prints the plan, and writes nothing.
 
     Raises:
-        ValueError: If an argument is not legal or two contradict each other; before anything is written.
+        ValueError: If an argument is not legal or two contradict each other, before anything is written.
     """
     amount = check_amount(sparsity, pattern)
     if permute:
         check_permute(pattern, dry_run, examples.stream)
     folder = check_folder(activations)
+    criterion = criterion or Wanda()
     allocation, match = options.allocation, options.match
-    reads = needs_data(criterion or Wanda()) or options.needs_data
-    work = OneShot(model, out, examples, offload, calibrates=reads, streams=True)
+    calibrates = needs_data(criterion) or options.needs_data
+    work = OneShot(model, out, examples, offload, calibrates=calibrates, streams=True)
     if match is not None:
         check_examples(work, 2, "match")
-    scored_by = criterion or Wanda()
-    linears = check_pruning(work.model, scored_by, pattern, options)
-    how = f"{scored_by}" + (f", and match each block by {match}" if match else "")
-    order = ", channels in the order in which groups lose least" if permute else ""
-    what = f"zero {amount:.4g} of the weights of linears ({pattern}), by {how}{order}"
-    few = [] if work.of_images or not solves_for_weights(scored_by) else [too_few_tokens(scored_by, _given(work, linears))]
-    work.tell(what, *filter(None, few), f"shown {work.shown if reads else NONE}", passes=_passes(scored_by, allocation))
-    if dry_run and work.calibrates and work.unread:
-        work.tell_dry()
+    layers = check_pruning(work.model, criterion, pattern, options)
+    step = f"prune linear layers to {100 * amount:.4g}% sparsity ({pattern}) with {criterion}"
+    steps = ["permute channels"] * permute + [step] + [f"reconstruct each pruned block with {match}"] * (match is not None)
+    if (
+        not work.of_images
+        and solves_for_weights(criterion)
+        and (warning := too_few_tokens(criterion, _token_counts(work, layers)))
+    ):
+        steps.append(warning)
+    work.print_plan(*steps, work.calibration_step, passes=_passes(criterion, allocation))
+    if dry_run and work.must_generate:
+        work.print_dry_run()
         return
-    most = max(bytes_of_moments(work.model, scored_by), bytes_of_match(work.model) if match else 0)
-    rests = work.rest(most, inside=2 if match else int(options.sequential == "layer"))
+    statistics = max(statistics_bytes(work.model, criterion), reconstruction_bytes(work.model) if match else 0)
+    spill_folder = work.spill(statistics, runs=2 if match else int(options.sequential == "layer"))
     before = None if dry_run else work.measure()
-    shown = work.batches() if reads and work.metric == "accuracy" else work.calibration
-    with over(work.model, "pruning", "linears") as progress:
+    data = work.batches() if calibrates and work.metric == "accuracy" else work.calibration
+    with model_progress(work.model, "pruning", "linear layers") as progress:
         plan = prune_weights(
             work.model,
             criterion,
-            shown,
+            data,
             sparsity,
             pattern,
             options=options,
             progress=progress,
             offload=work.device if offload else None,
-            activations=folder or rests,
+            activations=folder or spill_folder,
             permute=permute,
             dry_run=dry_run,
         )
-    fewer = amount - plan.sparsity >= LESS
-    note = f"sparsity={amount:g} gives {plan.sparsity:.4f}: the number of weights is rounded down" if fewer else None
+    lines = [plan.text()]
+    if amount - plan.sparsity >= TOLERANCE:
+        lines.append(f"Sparsity: {plan.sparsity:.4f} (rounded down from {amount:g} to whole weights)")
     if dry_run:
-        work.tell_dry("\n".join(filter(None, [plan.text(), note])))
+        work.print_dry_run("\n".join(lines))
         return
-    done = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": options.sequential}
-    done |= {"match": str(match)} if match else {}
-    done |= {"permute": True} if permute else {}
-    what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linears"
-    work.save(before, what, {"pruned": done}, plan.text(), note)
+    record = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": options.sequential}
+    record |= {"match": str(match)} if match else {}
+    record |= {"permute": True} if permute else {}
+    what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linear layers"
+    work.save(before, what, {"pruned": record}, *lines)
 
 
-def _given(work: OneShot, linears: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Returns how many tokens each linear is given at most, and how many inputs it has."""
+def _token_counts(work: OneShot, layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Returns the maximum number of tokens and the number of inputs of each linear layer."""
     tokens = sum(batch["input_ids"].numel() for batch in meta_batches(work))
-    return {name: (tokens, adjacent_inputs(linear)) for name, linear in linears.items() if not is_convolution(linear)}
+    return {name: (tokens, adjacent_inputs(layer)) for name, layer in layers.items() if not is_convolution(layer)}
 
 
 def _passes(criterion: Criterion, allocation: Allocation | None) -> int:
-    """Returns how often the blocks of a streamed model are read until they are pruned: also to put masks in place."""
-    if criterion.compares == "global":  # masks are found in three, after one in which linears are seen, if they must be
+    """Returns the number of passes over a streamed model, including the pass that applies the masks."""
+    if criterion.compares == "global":  # three passes find the masks; criteria with data need one more to find the layers
         return 4 + needs_data(criterion)
     return 3 if allocation is not None and allocation.measures else 2

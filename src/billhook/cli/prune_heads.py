@@ -1,13 +1,13 @@
-"""`billhook prune-heads`: a checkpoint in, one with fewer attention heads out, with its metric before and after."""
+"""`billhook prune-heads`: removes attention heads from a checkpoint."""
 
 from functools import partial
 
 import torch
 
 from billhook.arguments import check_int
-from billhook.cli.examples import NONE, Examples
+from billhook.cli.examples import Examples
 from billhook.cli.one_shot import OneShot
-from billhook.cli.streamed import REMOVED, Passes, batch_count, bytes_of_moments, check_scored
+from billhook.cli.streamed import REMOVE_PASSES, Passes, batch_count, check_scored, statistics_bytes
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance, make_run, score_units
 from billhook.model.plan import apply
@@ -33,29 +33,31 @@ def prune_heads(
     normalize: bool = True,
     dry_run: bool = False,
 ) -> None:
-    """Removes the least important attention heads of a language model or a text classifier and saves it, verified.
+    """Removes the least important attention heads of a model, and saves it.
 
-    The method is Michel et al., Are Sixteen Heads Really Better than One? (2019), https://arxiv.org/abs/1905.10650.
+    The checkpoint is verified, and perplexity or accuracy is measured before and after. Reference: Michel et al., Are Sixteen
+    Heads Really Better than One? (2019), https://arxiv.org/abs/1905.10650.
 
     Args:
-        model: A folder, a hub name, or "tiny".
-        out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        examples: Examples to score and to measure on, and the place to compute.
-        ratio: Fraction of the heads to remove, in [0, 1), rounded down.
-        importance: How heads are scored: `GateGradient` (the paper's; the default), or any other `Importance`, also a class of
-            your own; with `stream` one without gradients, such as `OutputNorm`.
-        ranking: "layer": as many in each layer; "global": the lowest of all layers, as in the paper; then the layers differ.
-        per: Whether heads are query heads ("head"), or KV heads with the query heads that they serve ("kv_head").
-        min_heads: Heads that are kept in each layer, at least.
-        rounds: In how many rounds, each with new scores.
-        normalize: Whether the scores of each layer are divided by their L2 norm, as in the paper.
-        dry_run: Score the heads, print the plan and write nothing.
+        model: A folder, a Hub name, or "tiny".
+        out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
+        examples: Calibration and evaluation data, and the device.
+        ratio: Fraction of heads to remove, in [0, 1), rounded down.
+        importance: Scores the heads: `GateGradient` (the paper's, the default), or any other `Importance`, including a custom
+            class. With `stream`, one without gradients, such as `OutputNorm`.
+        ranking: "layer" removes the same number from each layer; "global" removes the lowest scores of all layers, as in the
+            paper, so that layers differ.
+        per: Unit to remove: query heads ("head"), or KV heads together with their query heads ("kv_head").
+        min_heads: Minimum number of heads to keep in each layer.
+        rounds: Number of score-and-prune rounds.
+        normalize: If true, divides the scores of each layer by their L2 norm, as in the paper.
+        dry_run: If true, scores the heads, prints the plan, and writes nothing.
 
     Raises:
-        ValueError: If an argument is not legal, or the heads cannot be removed; before anything is written.
+        ValueError: If an argument is not legal, or the heads cannot be removed, before anything is written.
     """
     if ratio is None:
-        raise ValueError("ratio: say which fraction of the heads to remove, in [0, 1)")
+        raise ValueError("ratio=None: pass the fraction of heads to remove, in [0, 1), with --ratio.")
     check_choice(ratio, ranking, min_heads, per, "heads")
     check_int("min_heads", min_heads)
     check_int("rounds", rounds)
@@ -63,37 +65,37 @@ def prune_heads(
     check_scored(examples, importance)
     work = OneShot(model, out, examples, calibrates=importance.needs_data, streams=True)
     heads = find_units(work.model, "head")
-    # refuses a ratio that no scores could lead to, and heads that cannot be removed
+    # reports an impossible ratio, and heads that cannot be removed, before any scoring
     scores = {name: torch.zeros(units.count(per)) for name, units in heads.items()}
     removed = choose(heads, scores, ratio, ranking, min_heads, per)
     if not removed:
-        raise ValueError(f"ratio={ratio} is not a single head of a layer, so that nothing would be removed")
+        raise ValueError(f"ratio={ratio} is less than one head of a layer, so that nothing would be removed. Use a larger ratio.")
     plan_units(work.model, removed, per=per)
-    every, fewer = sum(map(len, scores.values())), sum(map(len, removed.values()))
-    what = "heads" if per == "head" else "KV heads, with their query heads"
-    passes = Passes(REMOVED)
+    total, count = sum(map(len, scores.values())), sum(map(len, removed.values()))
+    kind = "heads" if per == "head" else "KV heads and their query heads"
+    passes = Passes(REMOVE_PASSES)
     if examples.stream:
-        passes.to_score(rounds, importance, every, batch_count(work.rows, examples.batch_size))
-    words = f"remove {fewer:,} of {every:,} {what}, by {importance}", f"shown {work.shown if work.calibrates else NONE}"
-    work.tell(*words, passes=passes.known, beside=passes.beside)
-    if dry_run and work.calibrates and work.unread:
-        work.tell_dry()
+        passes.add_scoring(rounds, importance, total, batch_count(work.example_counts, examples.batch_size))
+    step = f"remove {count:,} of {total:,} {kind} (importance: {importance})"
+    work.print_plan(step, work.calibration_step, passes=passes.known, unknown=passes.unknown)
+    if dry_run and work.must_generate:
+        work.print_dry_run()
         return
     if examples.stream:
-        work.rest(bytes_of_moments(work.model, importance))
+        work.spill(statistics_bytes(work.model, importance))
     batches, before = work.batches() if work.calibrates else [], None if dry_run else work.measure()
     runs = [make_run(work.model, heads, batch) for batch in batches]
     removed = {}
     for number in range(1, rounds + 1):
-        take = partial(choose, heads, ratio=ratio * number / rounds, ranking=ranking, min_units=min_heads, per=per)
+        select = partial(choose, heads, ratio=ratio * number / rounds, ranking=ranking, min_units=min_heads, per=per)
         with mask(work.model, removed, per=per), progress_bar("scoring", "batches") as progress:
             scores = score_units(work.model, heads, importance, runs, None, normalize, per, progress=progress)
-        removed = choose_including(take, removed, scores)
+        removed = choose_including(select, removed, scores)
     plan = plan_units(work.model, removed, per=per)
     if dry_run:
-        work.tell_dry(plan.text())
+        work.print_dry_run(plan.text())
         return
     apply(work.model, plan)
-    how = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
-    record = {"heads": plan.to_json()["units"], "importance": how}
+    settings = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
+    record = {"heads": plan.to_json()["units"], "importance": settings}
     work.save(before, f"without {plan.words}", record, plan.text())

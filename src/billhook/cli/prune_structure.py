@@ -1,6 +1,6 @@
-"""`billhook prune-structure`: a checkpoint in, a smaller one out, without its least important coupled structures."""
+"""`billhook prune-structure` and `prune-blocks`: remove units and blocks from a checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 from transformers import PreTrainedModel
@@ -8,16 +8,16 @@ from transformers import PreTrainedModel
 from billhook.arguments import check_int
 from billhook.cli.examples import Examples
 from billhook.cli.one_shot import OneShot
-from billhook.cli.refit import REFIT, inputs_left, meta_batches, refits
+from billhook.cli.refit import REFIT_STEP, meta_batches, remaining_inputs, repair_limits
 from billhook.cli.streamed import (
-    REFITTED,
-    REMOVED,
-    WITHOUT_BLOCKS,
+    BLOCK_PASSES,
+    REMOVE_PASSES,
+    REPAIR_PASSES,
     Passes,
     batch_count,
-    bytes_of_moments,
-    bytes_of_refit,
     check_scored,
+    refit_bytes,
+    statistics_bytes,
 )
 from billhook.engine.batches import Batch
 from billhook.importance.blocks import BlockInfluence
@@ -35,27 +35,27 @@ from billhook.shrinking.divergence import in_rows
 
 
 @dataclass(frozen=True)
-class Removed(Amount):
-    """Units to remove: whole blocks first, then others by a ratio for each kind of unit or by one target.
+class RemoveOptions(Amount):
+    """Units to remove: blocks first, then other units by a ratio per kind or by one budget.
 
     Args:
-        greedy: Whether blocks are removed one at a time, and the others scored again without it; as many times the work.
+        greedy: If true, removes one block at a time and rescores the rest. Costs one scoring pass per removed block.
     """
 
     greedy: bool = False
 
     def __post_init__(self) -> None:
         if self.greedy and not self.blocks:
-            raise ValueError(f"greedy=True removes blocks one at a time, and blocks={self.blocks}")
-        _ = self.blocks_alone, self.within
+            raise ValueError(f"greedy=True requires blocks to remove (blocks={self.blocks}). Pass --blocks, or remove --greedy.")
+        _ = self.blocks_only, self.within_blocks  # which check their arguments
 
     @property
-    def blocks_alone(self) -> Amount | None:
+    def blocks_only(self) -> Amount | None:
         """The blocks to remove, if any."""
         return Amount(blocks=self.blocks, first=self.first, last=self.last) if self.blocks else None
 
     @property
-    def within(self) -> Amount | None:
+    def within_blocks(self) -> Amount | None:
         """The units to remove within blocks, if any."""
         if self.blocks and all(getattr(self, name) is None for name in (*RATIOS, *TARGETS) if name != "blocks"):
             return None
@@ -65,7 +65,7 @@ class Removed(Amount):
 def prune_structure(
     model: str,
     out: str,
-    amount: Removed,
+    amount: RemoveOptions,
     examples: Examples,
     block_importance: Importance | None = None,
     importance: Importance | None = None,
@@ -73,113 +73,126 @@ def prune_structure(
     repair: RepairOption = "auto",
     dry_run: bool = False,
 ) -> None:
-    """Removes the least important coupled structures of a language model or a text classifier and saves it, verified.
+    """Removes the least important units of a model (heads, channels, experts, hidden dimensions, blocks), and saves it.
 
-    Coupled structures are found automatically, on any architecture. Each plan is printed before it is carried out. The method is
-    Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models (2023), https://arxiv.org/abs/2305.11627.
+    Coupled groups are found automatically, on any architecture. The checkpoint is verified, and perplexity or accuracy is
+    measured before and after. Reference: Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models (2023),
+    https://arxiv.org/abs/2305.11627.
 
     Args:
-        model: A folder, a hub name, or "tiny".
-        out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
+        model: A folder, a Hub name, or "tiny".
+        out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
         amount: How much to remove.
-        examples: Examples to score and to measure on, and the place to compute.
-        block_importance: How blocks are scored: `BlockInfluence` (ShortGPT, https://arxiv.org/abs/2403.03853; the default), or
-            `Ablation`, one forward a block.
-        importance: How units are scored: `OutputNorm`, `Taylor` (LLM-Pruner), or any other `Importance`, also a class of your
-            own; by default `OutputNorm`, or `Taylor` where no module reads some units alone, as experts. With `stream` one
-            without gradients.
-        rounds: In how many rounds, each with new scores.
-        repair: How the linears that read removed units make up for them, by least squares on the examples; "auto": by
-            `RepairConfig()` where linears read them, and the examples are enough; null: they do not.
-        dry_run: Print the first plan and write nothing.
+        examples: Calibration and evaluation data, and the device.
+        block_importance: Scores the blocks: `BlockInfluence` (ShortGPT, https://arxiv.org/abs/2403.03853, the default), or
+            `Ablation`, one forward pass per block.
+        importance: Scores the units: `OutputNorm`, `Taylor` (LLM-Pruner), or any other `Importance`, including a custom class.
+            Defaults to `OutputNorm`, or to `Taylor` if some units have no consumer layer of their own, such as experts. With
+            `stream`, one without gradients.
+        rounds: Number of score-and-prune rounds.
+        repair: Least-squares repair of the consumer layers. "auto" uses `RepairConfig()` if linear layers read the units and
+            there are enough examples. null keeps the old weights.
+        dry_run: If true, prints the first plan and writes nothing.
 
     Raises:
-        ValueError: If an argument is not legal, or the model cannot give what is asked; before anything is written.
+        ValueError: If an argument is not legal, or the budget is out of reach, before anything is written.
     """
     check_int("rounds", rounds)
     check_scored(examples, block_importance, importance)
     work = OneShot(model, out, examples, refits=repair is not None, streams=True)
-    passes, count = Passes(), batch_count(work.rows, examples.batch_size) if examples.stream else 0
-    steps, refit, kept, needed = list[str](), "", None, None
-    if amount.within is not None:
-        check_kinds(work.model, amount.within.kinds)
-        search = RatioSearch(work.model, amount.within)
+    passes, batches_to_score = Passes(), batch_count(work.example_counts, examples.batch_size) if examples.stream else 0
+    steps, repair_step, kept, needed = list[str](), "", None, None
+    if amount.blocks_only is not None:
+        stacks, removed = count_blocks(work.model, amount.blocks_only)
+        block_importance = block_importance or BlockInfluence()
+        block_rounds = sum(removed.values()) if amount.greedy else 1
+        passes.add_scoring(block_rounds, block_importance, sum(blocks.count() for blocks in stacks.values()), batches_to_score)
+        passes.known += BLOCK_PASSES
+        one_by_one = " one at a time" * amount.greedy
+        steps.append(f"remove blocks{one_by_one}: blocks={amount.blocks} (importance: {block_importance})")
+    if amount.within_blocks is not None:
+        check_kinds(work.model, amount.within_blocks.kinds)
+        search = RatioSearch(work.model, amount.within_blocks)
         cut = search.check()
-        kept = inputs_left(search, cut, most=True) if rounds == 1 else None
-        needed = inputs_left(search, cut, most=False) if repair is not None else None
+        kept = remaining_inputs(search, cut, most=True) if rounds == 1 else None
+        needed = remaining_inputs(search, cut, most=False) if repair is not None else None
         importance = importance or default_importance(search.removable())
         check_scored(examples, importance)
-        every = sum(units.count(amount.per) for units in search.removable().values())
-        passes.to_score(rounds, importance, every, count)
-        passes.known += rounds * (REMOVED + REFITTED * (repair is not None))
-        amounts = amount.within.ratios | ({amount.target: getattr(amount, amount.target)} if amount.target else {})
-        sizes = ", ".join(f"{name}={value}" for name, value in amounts.items())
-        steps.append(f"remove units for {sizes}, by {importance}" + (f", in {rounds} rounds" if rounds > 1 else ""))
+        units = sum(units.count(amount.per) for units in search.removable().values())
+        passes.add_scoring(rounds, importance, units, batches_to_score)
+        passes.known += rounds * (REMOVE_PASSES + REPAIR_PASSES * (repair is not None))
+        steps.append(_units_step(amount, amount.within_blocks, importance, rounds))
         if needed is not None:
-            refit = refits(work, needed, meta_batches(work), repair != "auto") or REFIT
-            steps.append(refit)
-    if amount.blocks_alone is not None:
-        stacks, fewer = count_blocks(work.model, amount.blocks_alone)
-        block_importance = block_importance or BlockInfluence()
-        every, times = sum(blocks.count() for blocks in stacks.values()), sum(fewer.values()) if amount.greedy else 1
-        passes.to_score(times, block_importance, every, count)
-        passes.known += WITHOUT_BLOCKS
-        steps.insert(0, f"remove blocks={amount.blocks}{', one at a time' if amount.greedy else ''}, by {block_importance}")
-    work.tell(*steps, f"shown {work.shown}", passes=passes.known, exactly=repair != "auto", beside=passes.beside)
-    needs = any(scored_by.needs_data for scored_by in (block_importance, importance) if scored_by is not None)
-    if dry_run and needs and work.unread:
-        work.tell_dry()
+            repair_step = repair_limits(work, needed, meta_batches(work), repair != "auto") or REFIT_STEP
+            steps.append(repair_step)
+    work.print_plan(*steps, work.calibration_step, passes=passes.known, exact=repair != "auto", unknown=passes.unknown)
+    needs_data = any(scorer.needs_data for scorer in (block_importance, importance) if scorer is not None)
+    if dry_run and needs_data and work.must_generate:
+        work.print_dry_run()
         return
-    batches = work.batches() if needs or not dry_run else []
-    if examples.stream:  # what reading text took is there
-        solved, sums = (0, 0) if repair is None else bytes_of_refit(work.model, work.parts, kept)
-        work.rest(max(bytes_of_moments(work.model, importance), solved), sums, 0 if repair is None else 2)
-    if needed is not None and not dry_run and (now := refits(work, needed, batches, repair != "auto")) not in ("", refit):
-        print(now)  # a text is shorter than what was asked for
+    batches = work.batches() if needs_data or not dry_run else []
+    if examples.stream:  # after reading text, whose memory is free again
+        solved, sums = (0, 0) if repair is None else refit_bytes(work.model, work.parts, kept)
+        work.spill(max(statistics_bytes(work.model, importance), solved), sums, 0 if repair is None else 2)
+    if needed is not None and not dry_run:
+        limits = repair_limits(work, needed, batches, repair != "auto")
+        if limits and limits != repair_step:
+            print(limits)  # a text is shorter than requested
     before = None if dry_run else work.measure()
-    plans, refitted, whys = list[BlockPlan | UnitPlan](), False, list[str]()
+    plans, refitted, not_refitted = list[BlockPlan | UnitPlan](), False, list[str]()
     rows = batches if len(batches) > 1 else in_rows(batches)
     for plan in _plans(work.model, batches, amount, block_importance, importance, rounds):
         if dry_run:
-            work.tell_dry(plan.text())
+            work.print_dry_run(plan.text())
             return
         print(plan.text())
-        with progress_bar("refitting", "linears") as progress:
-            how_repaired = repair if plan.kind == "units" else None
-            repaired, why = repair_if_requested(work.model, plan, rows, how_repaired, progress=progress)
+        with progress_bar("refitting", "linear layers") as progress:
+            plan_repair = repair if plan.kind == "units" else None
+            weights, why = repair_if_requested(work.model, plan, rows, plan_repair, progress=progress)
         if why:
             print(why)
-            whys.append(why)
-        refitted = refitted or bool(repaired)
-        apply(work.model, plan, weights=repaired)
+            not_refitted.append(why)
+        refitted = refitted or bool(weights)
+        apply(work.model, plan, weights=weights)
         plans.append(plan)
-    done = str(RepairConfig() if repair == "auto" else repair) if refitted else None
-    by = {"by": importance and str(importance), "blocks_by": block_importance and str(block_importance)}
-    how = by | {"ranking": amount.ranking, "rounds": rounds, "repair": done} | ({"greedy": True} if amount.greedy else {})
-    what = f"without {', '.join(plan.words for plan in plans)}"
-    record = {"plans": [plan.to_json() for plan in plans], "importance": how}
-    work.save(before, what, record, not_refitted="; ".join(dict.fromkeys(whys)))
+    used_repair = str(RepairConfig() if repair == "auto" else repair) if refitted else None
+    scorers = {"by": importance and str(importance), "blocks_by": block_importance and str(block_importance)}
+    settings = scorers | {"ranking": amount.ranking, "rounds": rounds, "repair": used_repair}
+    settings |= {"greedy": True} if amount.greedy else {}
+    record = {"plans": [plan.to_json() for plan in plans], "importance": settings}
+    work.save(before, _description(plans), record, not_refitted="; ".join(dict.fromkeys(not_refitted)))
+
+
+def _units_step(amount: RemoveOptions, within_blocks: Amount, importance: Importance, rounds: int) -> str:
+    """Returns the line of the plan about units within blocks."""
+    limits = within_blocks.ratios | ({amount.target: getattr(amount, amount.target)} if amount.target else {})
+    sizes = ", ".join(f"{name}={value}" for name, value in limits.items())
+    return f"remove units: {sizes} (importance: {importance}{f', {rounds} rounds' if rounds > 1 else ''})"
+
+
+def _description(plans: Sequence[BlockPlan | UnitPlan]) -> str:
+    return f"without {', '.join(plan.words for plan in plans)}"
 
 
 def _plans(
     model: PreTrainedModel,
     batches: list[Batch],
-    amount: Removed,
+    amount: RemoveOptions,
     block_importance: Importance | None,
     importance: Importance | None,
     rounds: int,
 ) -> Iterator[BlockPlan | UnitPlan]:
-    """Plans what to remove, each time from the model as it is when the plan before has been carried out."""
-    if amount.blocks_alone is not None:
+    """Yields plans; the caller applies each plan before the next one is made."""
+    if amount.blocks_only is not None:
         with progress_bar("scoring blocks", "rounds" if amount.greedy else "batches") as progress:
             greedy = amount.greedy
-            blocks = plan_amount(model, amount.blocks_alone, block_importance, batches, greedy=greedy, progress=progress)
+            blocks = plan_amount(model, amount.blocks_only, block_importance, batches, greedy=greedy, progress=progress)
         yield blocks
-    if amount.within is None:
+    if amount.within_blocks is None:
         return
-    start = Baseline.of(RatioSearch(model, amount.within))
+    start = Baseline.of(RatioSearch(model, amount.within_blocks))
     for number in range(1, rounds + 1):
-        if (part := start.part(RatioSearch(model, amount.within), number / rounds)) is not None:
+        if (part := start.part(RatioSearch(model, amount.within_blocks), number / rounds)) is not None:
             with progress_bar("scoring", "batches") as progress:
                 units = plan_from_search(part, importance, batches, progress=progress)
             yield units
@@ -196,28 +209,29 @@ def prune_blocks(
     last: int = 0,
     dry_run: bool = False,
 ) -> None:
-    """Removes the least important blocks of a language model or a text classifier and saves it, verified.
+    """Removes the least important blocks of a model, and saves it.
 
-    The method is Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than You Expect (2024),
-    https://arxiv.org/abs/2403.03853. `billhook prune-structure` removes units within the blocks that stay, too.
+    The checkpoint is verified, and perplexity or accuracy is measured before and after. `billhook prune-structure` also removes
+    units within the remaining blocks. Reference: Men et al., ShortGPT: Layers in Large Language Models are More Redundant Than
+    You Expect (2024), https://arxiv.org/abs/2403.03853.
 
     Args:
-        model: A folder, a hub name, or "tiny".
-        out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        examples: Examples to score and to measure on, and the place to compute.
-        blocks: How many blocks to remove (int), or the fraction (float, in [0, 1), rounded down); of a model with an encoder and
-            a decoder, from each.
-        importance: How much a block matters: `BlockInfluence` (the paper's; the default), `Ablation`, one forward a block, or any
-            other `Importance`, also a class of your own.
-        greedy: Whether blocks are removed one at a time, and the others scored again without it; as many times the work.
-        first: So many first blocks are kept.
-        last: So many last blocks are kept.
-        dry_run: Print the plan and write nothing.
+        model: A folder, a Hub name, or "tiny".
+        out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
+        examples: Calibration and evaluation data, and the device.
+        blocks: Number of blocks to remove (int), or fraction (float, in [0, 1), rounded down). In an encoder-decoder, from each
+            of the two stacks.
+        importance: Scores the blocks: `BlockInfluence` (the paper's, the default), `Ablation`, one forward pass per block, or any
+            other `Importance`, including a custom class.
+        greedy: If true, removes one block at a time and rescores the rest. Costs one scoring pass per removed block.
+        first: Number of blocks to protect at the start of each stack.
+        last: Number of blocks to protect at the end of each stack.
+        dry_run: If true, prints the plan and writes nothing.
 
     Raises:
-        ValueError: If an argument is not legal, or so many blocks cannot be removed; before anything is written.
+        ValueError: If an argument is not legal, or there are too few blocks, before anything is written.
     """
     if not blocks:
-        raise ValueError(f"blocks={blocks}: say how many blocks to remove, or which fraction of them, in (0, 1)")
-    amount = Removed(blocks=blocks, first=first, last=last, greedy=greedy)
+        raise ValueError(f"blocks={blocks}: pass the number of blocks to remove, or a fraction in (0, 1), with --blocks.")
+    amount = RemoveOptions(blocks=blocks, first=first, last=last, greedy=greedy)
     prune_structure(model, out, amount, examples, block_importance=importance, repair=None, dry_run=dry_run)

@@ -1,4 +1,4 @@
-"""`billhook recipes`: the YAML files that come with billhook, and warnings of files that do not fit together."""
+"""`billhook recipes`: the packaged YAML configs, and warnings about configs that do not fit together."""
 
 import re
 import textwrap
@@ -8,21 +8,22 @@ from typing import Any
 
 import yaml
 
-from billhook.cli.options import near
+from billhook.cli.options import suggestion
 
 PREFIX = "recipe:"
 PACKAGE = Path(__file__).parents[1]
-FOR_EDITORS = "# yaml-language-server:"
-"""How the line begins that names the schema of a file."""
+SCHEMA_LINE = "# yaml-language-server:"
+"""Start of the line that names the schema of a YAML file."""
 
 
 def recipes(name: str | None = None) -> None:
-    """Lists the configs that `billhook fit --config recipe:NAME` takes, or prints one, to be changed in a file of your own.
+    """Lists the recipes for `billhook fit --config recipe:NAME`, or prints one of them.
 
-    Those of callbacks go on a base: `billhook fit --config recipe:base --config recipe:wanda --config recipe:export`.
+    Recipes of callbacks need a base: `billhook fit --config recipe:base --config recipe:wanda --config recipe:export`. Save a
+    printed recipe to a file to change it.
 
     Args:
-        name: A recipe to print; by default all are listed, each with what it is.
+        name: Recipe to print. Defaults to a list of all recipes.
 
     Raises:
         ValueError: If there is no such recipe.
@@ -38,7 +39,7 @@ def recipes(name: str | None = None) -> None:
 
 
 def recipe_files() -> dict[str, Path]:
-    """Returns the fragments of callbacks, and the bases to put them on, by name."""
+    """Returns the files of all recipes by name: configs of callbacks, and bases."""
     packed, clone = PACKAGE / "recipes", PACKAGE.parents[1]
     bases = [clone / "examples" / f"{name}.yaml" for name in ("base", "quickstart")]
     paths = packed.glob("*.yaml") if packed.is_dir() else [*bases, *(clone / "callbacks").glob("*.yaml")]
@@ -46,29 +47,29 @@ def recipe_files() -> dict[str, Path]:
 
 
 def recipe_file(name: str) -> Path:
-    """Returns the file of a recipe; refuses a name that there is not, and lists those there are."""
+    """Returns the file of a recipe, or raises if there is none."""
     files = recipe_files()
     if name not in files:
-        what = f"`billhook recipes` says what each is.{near(name, [*files])}"
-        raise ValueError(f"{PREFIX}{name} must be one of {', '.join(files)}; {what}")
+        hint = suggestion(name, [*files])
+        raise ValueError(f"unknown recipe '{name}'.{hint} Recipes: {', '.join(files)}. `billhook recipes` describes them.")
     return files[name]
 
 
 def first_sentence(text: str) -> str:
-    r"""Returns the first sentence of the comment at the beginning of a YAML file.
+    r"""Returns the first sentence of a YAML file's leading comment.
 
     >>> first_sentence("# Magnitude: the smallest\n# weights go. It needs no data.\ntrainer: {}")
     'Magnitude: the smallest weights go.'
     """
     comment = re.match(r"(?:#.*\n?)*", text)[0].splitlines()  # type: ignore[index]  # this always matches
-    words = " ".join(line.removeprefix("#").strip() for line in comment if not line.startswith(FOR_EDITORS))
+    words = " ".join(line.removeprefix("#").strip() for line in comment if not line.startswith(SCHEMA_LINE))
     return re.split(r"(?<=\.)\s", words, maxsplit=1)[0]
 
 
-def with_files(words: Sequence[str]) -> list[str]:
-    """Puts the files of recipes in the place of `--config recipe:NAME` among the words of a command line.
+def resolve_recipes(words: Sequence[str]) -> list[str]:
+    """Replaces `--config recipe:NAME` with the recipe's file in a command line.
 
-    >>> with_files(["fit", "--config", "recipe:wanda"])[2].endswith("wanda.yaml")
+    >>> resolve_recipes(["fit", "--config", "recipe:wanda"])[2].endswith("wanda.yaml")
     True
     """
     made = list[str]()
@@ -80,37 +81,40 @@ def with_files(words: Sequence[str]) -> list[str]:
     return made
 
 
-def configs_in(words: Sequence[str]) -> list[str]:
-    """Returns the files of `--config` on a command line, in order.
+def config_files(words: Sequence[str]) -> list[str]:
+    """Returns the files of `--config` in a command line, in order.
 
-    >>> configs_in(["fit", "--config", "base.yaml", "--config=wanda.yaml", "--model.lr", "1"])
+    >>> config_files(["fit", "--config", "base.yaml", "--config=wanda.yaml", "--model.lr", "1"])
     ['base.yaml', 'wanda.yaml']
     """
-    pairs = zip(["", *words], words, strict=False)
-    return [
-        word.removeprefix("--config=") for option, word in pairs if option in ("--config", "-c") or word.startswith("--config=")
-    ]
+    files = []
+    for option, word in zip(["", *words], words, strict=False):
+        if option in ("--config", "-c") or word.startswith("--config="):
+            files.append(word.removeprefix("--config="))
+    return files
 
 
-def warnings_of(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns warnings of files that drop the callbacks of those before them, and of files that choose no model or no data.
+def config_warnings(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Returns warnings about configs that drop earlier callbacks, or choose no model or no data.
 
     Args:
         words: The command line.
-        names: Its files as they were called, such as `recipe:wanda`.
+        names: The configs as the user wrote them, such as `recipe:wanda`.
     """
-    files = [(file, content) for file in configs_in(words) if (content := _read(file)) is not None]
-    if not files or len(files) < len(configs_in(words)):  # the parser says what is wrong with the others
+    configs = list[tuple[str, dict[str, Any]]]()
+    for file in config_files(words):
+        if (content := _read(file)) is None:  # the parser reports it
+            return []
+        configs.append((file, content))
+    if not configs:
         return []
     warnings, callbacks, chosen = list[str](), list[str](), set[str]()
-    for file, content in files:
+    for file, content in configs:
         trainer = content.get("trainer")
         trainer = trainer if isinstance(trainer, dict) else {}
         if "callbacks" in trainer and callbacks:
             dropped = ", ".join(callbacks)
-            warnings.append(
-                f"{file} drops {dropped}, which files before it gave: `callbacks+:` in the place of `callbacks:` adds"
-            )
+            warnings.append(f"{file} drops the callbacks of earlier configs ({dropped}). To add to them, use `callbacks+:`.")
         callbacks = _class_names(trainer["callbacks"]) if "callbacks" in trainer else callbacks
         callbacks += _class_names(trainer.get("callbacks+"))
         for part in ("model", "data"):
@@ -122,23 +126,28 @@ def warnings_of(words: Sequence[str], names: Sequence[str]) -> list[str]:
             chosen.add(part)
     missing = [part for part in ("model", "data") if part not in chosen]
     if missing:
-        are = "is a fragment that says" if len(names) == 1 else "are fragments that say"
-        what, options = (" and ".join(way.format(part) for part in missing) for way in ("no {0}", "--{0}.{0}"))
-        base = f"put a base before, as in `--config recipe:base --config {names[0]}`, or give {options}"
-        warnings.append(f"{' and '.join(names)} {are} {what}, so that what comes with billhook is taken: {base}")
+        choose = "chooses" if len(names) == 1 else "choose"
+        options = " and ".join(f"--{part}.{part}" for part in missing)
+        warnings.append(
+            f"{' and '.join(names)} {choose} no {' and no '.join(missing)}, so that the packaged default is used. Start with a "
+            f"base, such as `--config recipe:base --config {names[0]}`, or pass {options}."
+        )
     return warnings
 
 
 def _read(file: str) -> dict[str, Any] | None:
-    """Reads a file; None where it is none or no mapping."""
+    """Reads a YAML mapping; None if it cannot be read or is no mapping."""
     try:
-        plain = yaml.safe_load(Path(file).read_text())
+        content = yaml.safe_load(Path(file).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    return plain if isinstance(plain, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def _class_names(callbacks: object) -> list[str]:
-    every = callbacks if isinstance(callbacks, list) else [callbacks]
-    paths = [str(one.get("class_path")) if isinstance(one, dict) else str(one) for one in every if one]
-    return [path.rpartition(".")[2] for path in paths]
+    names = []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if callback:
+            path = callback.get("class_path") if isinstance(callback, dict) else callback
+            names.append(str(path).rpartition(".")[2])
+    return names

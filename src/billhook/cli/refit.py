@@ -1,4 +1,4 @@
-"""Says before the work whether the examples are enough to refit linears to, in terms of the options that they come from."""
+"""Checks, before a command runs, whether the examples are enough to refit linear layers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,75 +11,95 @@ from billhook.pruning.cut import Cut
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.residuals import NoRepair
 
-REFIT = "refit the linears that read them, by least squares"
+REFIT_STEP = "refit consumer layers by least squares"
+"""The line of a plan about repair."""
 
 
 def meta_batches(work: OneShot) -> list[Batch]:
-    """Returns batches as large as those that a model will be shown, if the texts are long enough; without any values."""
-    batches, most = list[Batch](), work.examples.batch_size
-    for source, count in zip(work.sources, work.rows, strict=True):
-        for start in range(0, count, most):
-            ids = torch.empty(min(most, count - start), work.length, device="meta")
+    """Returns batches without values, as large as the calibration batches if the texts are long enough."""
+    batches, batch_size = list[Batch](), work.options.batch_size
+    for source, count in zip(work.source_names, work.example_counts, strict=True):
+        for start in range(0, count, batch_size):
+            ids = torch.empty(min(batch_size, count - start), work.length, device="meta")
             batches.append(Batch({"input_ids": ids}, source))
     return batches
 
 
 def check_examples(work: OneShot, least: int, what: str) -> None:
-    """Refuses fewer examples than are needed at least."""
-    if (rows := sum(work.rows)) < least:
-        raise ValueError(f"--examples {rows}: {what} needs {least} at least, as some are held out")
+    """Raises if there are too few examples.
+
+    Args:
+        work: The command.
+        least: Minimum number of examples.
+        what: The option that needs them.
+    """
+    if (count := sum(work.example_counts)) < least:
+        raise ValueError(f"--examples {count} is too few: {what} needs at least {least}, because it holds some out.")
 
 
-def inputs_left(search: RatioSearch, cut: Cut, most: bool) -> dict[str, int]:
-    """Returns how many inputs a cut leaves at most, or at least, to each linear that reads units; if scores decide, all, or 1."""
-    left: dict[str, int] = {}
+def remaining_inputs(search: RatioSearch, cut: Cut, most: bool) -> dict[str, int]:
+    """Returns how many inputs a cut leaves to each consumer layer.
+
+    If scores decide the number per layer, it is the largest or smallest possible: all inputs, or one.
+
+    Args:
+        search: The units and ratios.
+        cut: The cut.
+        most: If True, returns the largest possible number, otherwise the smallest.
+    """
+    remaining: dict[str, int] = {}
     for name, units in search.units.items():
         if name in cut.units and units.kind in ("head", "channel"):
             inputs = len(units.index) if most else 1
             if search.amount.ranking == "layer":
                 inputs = len(units.index) * cut.after[name][0] // cut.before[name][0]
-            readers = [reader for reader in units.readers if is_linear(search.model.get_submodule(reader))]
-            left |= dict.fromkeys(readers, inputs)
-    return left
+            consumers = [layer for layer in units.readers if is_linear(search.model.get_submodule(layer))]
+            remaining |= dict.fromkeys(consumers, inputs)
+    return remaining
 
 
-def refits(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch], must: bool) -> str:
-    """Returns the words for linears that cannot be refitted, as far as that is known before; empty if all can be.
+def repair_limits(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch], required: bool) -> str:
+    """Returns a line of the plan on linear layers that cannot be refitted; empty if all can be.
 
     Args:
-        work: It says what the examples are.
-        needed: By linear that is refitted, how many tokens that takes: as many as it keeps inputs.
-        batches: What it is fitted to, or as large as that; of padded examples that is the most that they may have.
-        must: Whether it is refused that no linear can be refitted.
+        work: The command, with its examples.
+        needed: Minimum number of tokens for each linear layer to refit: the number of inputs that it keeps.
+        batches: Calibration batches, or batches of the same size. Padded examples may have fewer tokens.
+        required: If True, raises if no linear layer can be refitted.
 
     Raises:
-        NoRepair: If none can be, and it must.
+        NoRepair: If no linear layer can be refitted and that is required.
     """
-    why, short = _none(work, needed, batches), list[str]()
-    if why and must:
-        raise NoRepair(f"{why}; --repair null does without")
-    if why:
-        return f"not repaired: {why}"
-    if not work.of_images:
-        short = [name for name, number in needed.items() if number > _tokens(batches)]
-    inputs = f"that keep more inputs than there are tokens to fit to, {_tokens(batches):,}"
-    return f"cut and not refitted: linears {inputs} (up to {len(short)} of {len(needed)})" if short else ""
+    problem = _no_repair(work, needed, batches)
+    if problem and required:
+        raise NoRepair(f"{problem} Or use --repair null.")
+    if problem:
+        return f"no repair: {problem}"
+    tokens = _token_count(batches)
+    short = [] if work.of_images else [name for name, count in needed.items() if count > tokens]
+    if not short:
+        return ""
+    layers = f"up to {len(short)} of {len(needed)} consumer layers"
+    return f"no repair of {layers}: they keep more inputs than there are calibration tokens ({tokens:,})"
 
 
-def _none(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch]) -> str:
-    """Says why no linear at all can be refitted; empty if one can be, as far as is known."""
-    examples, tokens = work.examples, _tokens(batches)
+def _no_repair(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch]) -> str:
+    """Returns why no linear layer at all can be refitted; empty if that is not known."""
+    options, tokens = work.options, _token_count(batches)
     if not needed:
-        return "no linear layer reads what is removed, so none can make up for it"
-    if (rows := sum(len(batch["input_ids"]) for batch in batches if "input_ids" in batch)) < 2 and not work.of_images:
-        return f"--examples {examples.examples or rows}: a refit needs two at least, as some are to choose the ridge; got {rows}"
-    if work.of_images or any(number <= tokens for number in needed.values()):
+        return "no linear layer reads the removed units."
+    rows = sum(len(batch["input_ids"]) for batch in batches if "input_ids" in batch)
+    if rows < 2 and not work.of_images:
+        return f"--examples {options.examples or rows} is too few: repair needs at least 2, to choose the ridge penalty."
+    if work.of_images or any(count <= tokens for count in needed.values()):
         return ""
     first = min(needed, key=lambda name: needed[name])
-    size = "" if examples.examples is None else f"--examples {examples.examples}, "
-    few = f"{size}--length {work.length}: too few tokens for any refit"
-    return f"{few}: {tokens:,} are fitted to, and {first} needs {needed[first]:,}"
+    size = "" if options.examples is None else f"--examples {options.examples} "
+    return (
+        f"{size}--length {work.length} gives {tokens:,} tokens, and {first} needs at least {needed[first]:,}. Use more or longer "
+        "examples."
+    )
 
 
-def _tokens(batches: Sequence[Batch]) -> int:
+def _token_count(batches: Sequence[Batch]) -> int:
     return sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)

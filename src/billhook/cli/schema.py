@@ -15,28 +15,28 @@ import billhook
 from billhook.model.plan import subclasses
 
 Schema = dict[str, Any]
-PLAIN: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", NoneType: "null"}
+SCALARS: dict[Any, str] = {bool: "boolean", int: "integer", float: "number", str: "string", Path: "string", NoneType: "null"}
 ARRAYS: tuple[Any, ...] = (list, tuple, set, Sequence, Iterable, Collection)
 OPEN = (pl.Callback, pl.LightningModule, pl.LightningDataModule)
-"""Classes of others of which billhook has some."""
-OTHERS = r"^(?!billhook\.\w+$)\w+(\.\w+)+$"
-"""Paths of classes that are none of billhook's public ones."""
+"""Lightning's base classes, of which users write subclasses."""
+OTHER_CLASSES = r"^(?!billhook\.\w+$)\w+(\.\w+)+$"
+"""Pattern of class paths outside billhook's public names."""
 
 
 def config_schema() -> Schema:
     """Returns the schema of a config (JSON Schema, draft 2020-12).
 
-    jsonargparse can describe a parser too (from 4.53 on); of this one it makes 5 MB, with every `nn.Module` there is, and it
-    knows neither `callbacks+` nor short names.
+    jsonargparse (from 4.53) can also describe a parser. For this one it returns 5 MB with every `nn.Module`, and it supports
+    neither `callbacks+` nor short class names.
     """
-    made = Definitions()
+    definitions = Definitions()
 
     def part(base: type, default: type) -> Schema:
-        return {"if": NAMES_CLASS, "then": made.chosen(base), "else": made.arguments(default)}
+        return {"if": HAS_CLASS_PATH, "then": definitions.class_choice(base), "else": definitions.arguments(default)}
 
-    known: Schema = {
+    properties: Schema = {
         "seed_everything": {"type": ["boolean", "integer"]},
-        "trainer": made.arguments(pl.Trainer),
+        "trainer": definitions.arguments(pl.Trainer),
         "model": part(pl.LightningModule, billhook.TransformerModule),
         "data": part(pl.LightningDataModule, billhook.TextDataModule),
         "ckpt_path": {"type": ["string", "null"]},
@@ -44,19 +44,19 @@ def config_schema() -> Schema:
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "A config of `billhook fit`, or a fragment of one",
+        "title": "A config of `billhook fit`, or part of one",
         "type": "object",
-        "properties": known,
+        "properties": properties,
         "additionalProperties": False,
-        "$defs": dict(sorted(made.schemas.items())),
+        "$defs": dict(sorted(definitions.schemas.items())),
     }
 
 
-NAMES_CLASS: Schema = {"required": ["class_path"]}
+HAS_CLASS_PATH: Schema = {"required": ["class_path"]}
 
 
 class Definitions:
-    """Schemas of classes, each described once."""
+    """Schemas of classes, each defined once."""
 
     def __init__(self) -> None:
         self.schemas: dict[str, Schema] = {}
@@ -64,59 +64,60 @@ class Definitions:
     def arguments(self, of: type) -> Schema:
         """Describes the arguments of a class, as a mapping."""
         if (name := path_of(of)) not in self.schemas:
-            self.schemas[name] = {}  # it may be among its own arguments
+            self.schemas[name] = {}  # set first, as a class may be an argument of itself
             self.schemas[name] |= self._arguments(of)
         return {"$ref": f"#/$defs/{name}"}
 
     def _arguments(self, of: type) -> Schema:
-        hints, text = get_type_hints(of.__init__), parse(of.__doc__ or "")  # type: ignore[misc]
-        descriptions = {param.arg_name: param.description for param in [*text.params, *parse(of.__init__.__doc__ or "").params]}  # type: ignore[misc]
+        hints, docstring = get_type_hints(of.__init__), parse(of.__doc__ or "")  # type: ignore[misc]
+        params = [*docstring.params, *parse(of.__init__.__doc__ or "").params]  # type: ignore[misc]
+        descriptions = {param.arg_name: " ".join((param.description or "").split()) for param in params}
         properties: Schema = {}
-        needed, open_ended = list[str](), False
+        required, open_ended = list[str](), False
         for name, parameter in inspect.signature(of).parameters.items():
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
                 open_ended = True
                 continue
             schema = self.value(hints.get(name, Any))
-            says = " ".join((descriptions.get(name) or "").split())
-            properties[name] = schema | ({"description": says} if says else {})
+            description = descriptions.get(name)
+            properties[name] = schema | ({"description": description} if description else {})
             if "array" in str(schema) or name == "callbacks":
                 properties[f"{name}+"] = properties[name]
             if parameter.default is parameter.empty:
-                needed.append(name)
-        about = {"description": text.short_description} if text.short_description else {}
-        shape = {"type": "object", "properties": properties, "additionalProperties": open_ended}
-        return about | shape | ({"required": needed} if needed else {})
+                required.append(name)
+        about = {"description": docstring.short_description} if docstring.short_description else {}
+        schema = {"type": "object", "properties": properties, "additionalProperties": open_ended}
+        return about | schema | ({"required": required} if required else {})
 
-    def chosen(self, of: type) -> Schema:
-        """Describes a class that is chosen by `class_path`, or by its path alone, of those that are some class, and others."""
+    def class_choice(self, of: type) -> Schema:
+        """Describes the choice of a subclass, by `class_path` and `init_args` or as a path."""
         if (name := f"class:{path_of(of)}") not in self.schemas:
             self.schemas[name] = {}
-            words, cases = list[str](), list[Schema]()
+            paths, cases = list[str](), list[Schema]()
             for kind in public_classes(of):
                 names = sorted({path_of(kind), kind.__name__})
-                words += names
-                is_it = {"properties": {"class_path": {"enum": names}}, "required": ["class_path"]}
-                cases.append({"if": is_it, "then": {"properties": {"init_args": self.arguments(kind)}}})
-            words.sort()
-            words += pl.callbacks.__all__ if of is pl.Callback else []
-            path: Schema = {"anyOf": [{"enum": words}, {"type": "string", "pattern": OTHERS}]}
+                paths += names
+                is_kind = {"properties": {"class_path": {"enum": names}}, "required": ["class_path"]}
+                cases.append({"if": is_kind, "then": {"properties": {"init_args": self.arguments(kind)}}})
+            paths.sort()
+            paths += pl.callbacks.__all__ if of is pl.Callback else []
+            path: Schema = {"anyOf": [{"enum": paths}, {"type": "string", "pattern": OTHER_CLASSES}]}
             spec: Schema = {"type": "object", "required": ["class_path"], "additionalProperties": False}
             spec["properties"] = {"class_path": path, "init_args": {"type": "object"}, "dict_kwargs": {"type": "object"}}
             spec["allOf"] = cases
             self.schemas[name] |= {"if": {"type": "object"}, "then": spec, "else": path}
         return {"$ref": f"#/$defs/{name}"}
 
-    def value(self, kind: Any) -> Schema:  # noqa: ANN401 - annotations are of no class
-        """Describes the values of an annotation."""
+    def value(self, kind: Any) -> Schema:  # noqa: ANN401 - annotations have no common class
+        """Describes the legal values of an annotation."""
         origin, inside = get_origin(kind), get_args(kind)
-        if kind in PLAIN:
-            return {"type": PLAIN[kind]}
+        if kind in SCALARS:
+            return {"type": SCALARS[kind]}
         if origin is Literal:
             return {"enum": list(inside)}
         if origin in (Union, UnionType):
-            schemas = [self.value(member) for member in inside if member is not Any]  # `Any` is for Python; YAML gives the others
-            return {"anyOf": sorted(schemas, key=json.dumps)}  # typing keeps no order of its own
+            schemas = [self.value(member) for member in inside if member is not Any]  # YAML gives no objects
+            return {"anyOf": sorted(schemas, key=json.dumps)}  # typing does not keep an order
         if origin in ARRAYS:
             return {"type": "array"} | ({"items": self.value(inside[0])} if inside else {})
         if origin in (dict, Mapping):
@@ -124,16 +125,16 @@ class Definitions:
         if not isinstance(kind, type):
             return {}
         if kind in OPEN:
-            return self.chosen(kind)
+            return self.class_choice(kind)
         if kind.__module__.startswith("billhook."):
-            chosen = self.chosen(kind)
-            arguments: Schema = {"type": "object", "not": NAMES_CLASS}
-            return chosen if inspect.isabstract(kind) else {"if": arguments, "then": self.arguments(kind), "else": chosen}
+            choice = self.class_choice(kind)
+            arguments: Schema = {"type": "object", "not": HAS_CLASS_PATH}
+            return choice if inspect.isabstract(kind) else {"if": arguments, "then": self.arguments(kind), "else": choice}
         return {"type": ["string", "object"]}
 
 
 def path_of(kind: type) -> str:
-    """Returns the shortest path of a class that YAML takes."""
+    """Returns the shortest legal path of a class in YAML."""
     for space in (billhook, billhook.criteria, billhook.importance, billhook.kv_methods, billhook.training):
         if getattr(space, kind.__name__, None) is kind:
             return f"{space.__name__}.{kind.__name__}"
@@ -141,25 +142,22 @@ def path_of(kind: type) -> str:
 
 
 def public_classes(of: type) -> list[type]:
-    """Returns billhook's classes that are some class, can be made, and are meant to be, by path; those of commands are not."""
+    """Returns billhook's public, concrete subclasses of a class, except those of commands, by path."""
     return sorted(filter(_is_public, subclasses(of)), key=lambda kind: (kind.__module__, kind.__name__))
 
 
 def _is_public(kind: type) -> bool:
-    if (
-        not kind.__module__.startswith("billhook.")
-        or kind.__module__.startswith("billhook.cli.")
-        or kind.__name__.startswith("_")
-    ):
+    module = kind.__module__
+    if not module.startswith("billhook.") or module.startswith("billhook.cli.") or kind.__name__.startswith("_"):
         return False
-    # also where the metaclass is no ABCMeta, which would know
+    # `inspect.isabstract` needs the metaclass ABCMeta, which not all of these classes have
     return not any(getattr(getattr(kind, name, None), "__isabstractmethod__", False) for name in dir(kind))
 
 
 def schema() -> None:
-    """Prints a JSON Schema of the configs of `billhook fit`, by which editors complete and check YAML.
+    """Prints a JSON Schema of `billhook fit` configs, which editors use to complete and check YAML.
 
-    `billhook schema > billhook.schema.json`, and in the first line of a config beside it:
-    `# yaml-language-server: $schema=billhook.schema.json`. Recipes of the installed package lie beside theirs.
+    Run `billhook schema > billhook.schema.json`, and start a config in the same folder with
+    `# yaml-language-server: $schema=billhook.schema.json`. Packaged recipes already have a schema.
     """
     print(json.dumps(config_schema(), indent=1))

@@ -1,9 +1,9 @@
-"""`billhook shrink`: a checkpoint in, the best smaller one within one budget out."""
+"""`billhook shrink`: searches for the best model within one budget."""
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,14 @@ from billhook.adapters.merge import merge
 from billhook.arguments import check_int, check_number
 from billhook.checkpoints.pretrained import Task
 from billhook.cli.examples import Examples
+from billhook.cli.interruption import default_variant_cache
 from billhook.cli.machine import check_file
-from billhook.cli.one_shot import Before, OneShot, shown
-from billhook.cli.refit import meta_batches, refits
-from billhook.cli.stopped import library_beside
+from billhook.cli.one_shot import Before, OneShot, degradation_text
+from billhook.cli.refit import meta_batches, repair_limits
 from billhook.engine.batches import Batch
 from billhook.fit.run import isolated_rng
 from billhook.plots.pareto import pareto
-from billhook.progress import progress_bar
+from billhook.progress import OnProgress, progress_bar
 from billhook.report.generation import generates
 from billhook.report.speed import Phase
 from billhook.shrinking.cache import tokens_needed
@@ -40,19 +40,19 @@ from billhook.tracing.show import name_pattern
 from billhook.training.distillation import Distillation
 from billhook.training.module import TransformerModule
 
-RATE, ADAPTER_RATE = 1e-4, 1e-3
-"""The highest learning rate, of all weights and of LoRA."""
+LR, LORA_LR = 1e-4, 1e-3
+"""Default peak learning rates of recovery training: of all weights, and of LoRA."""
 
 
 @dataclass(frozen=True)
 class Recovery:
-    """Training after the cut, on the same texts (more of them than were calibrated on, if there are), taught by the dense model.
+    """Recovery training with the dense model as a teacher, on the calibration texts and more examples from the same files.
 
     Args:
-        recover: Steps of training; 0 for none.
-        recover_lr: The highest learning rate; by default 1e-4, or 1e-3 of LoRA.
-        recover_lora: Train LoRA, which is merged in the end, in the place of all weights.
-        recover_batch_size: Examples in a step.
+        recover: Number of training steps. 0 disables recovery training.
+        recover_lr: Peak learning rate. Defaults to 1e-4, or 1e-3 with LoRA.
+        recover_lora: If true, trains LoRA adapters, which are merged at the end, instead of all weights.
+        recover_batch_size: Examples per step.
 
     Raises:
         ValueError: If a number is out of range.
@@ -71,17 +71,17 @@ class Recovery:
 
     @property
     def examples(self) -> int:
-        """How many examples it takes."""
+        """Number of training examples."""
         return self.recover * self.recover_batch_size
 
     def task_of(self, model: PreTrainedModel) -> Task:
-        """Returns the task of a model; refuses one that cannot be trained here."""
+        """Returns the training task of a model, or raises if there is none."""
         if "SequenceClassification" in type(model).__name__:
             return "sequence-classification"
         if not generates(model):
             raise ValueError(
-                f"recover={self.recover}: a {type(model).__name__} is no causal language model and no classifier of texts: train "
-                "it in a LightningModule of your own, with `Shrinking` among the callbacks"
+                f"recover={self.recover} does not support {type(model).__name__}, only causal language models and text "
+                "classifiers. Train it in your own LightningModule with the callback Shrinking."
             )
         return "causal-lm"
 
@@ -92,17 +92,17 @@ class Recovery:
         loader: DataLoader[Any],
         device: torch.device,
         seed: int,
-        progress: Callable[[int, int], None],
+        progress: OnProgress,
     ) -> None:
         """Trains a model in place, in float32.
 
         Args:
-            model: The model that was cut.
-            teacher: The name of the dense model.
+            model: The smaller model.
+            teacher: Name of the dense model.
             loader: Batches with labels.
-            device: Where it is trained.
-            seed: Decides the order of the examples, dropout, and how LoRA begins.
-            progress: Called with how many steps are done, and of how many.
+            device: Device to train on.
+            seed: Seed for the order of examples, dropout, and the initial LoRA weights.
+            progress: Callback with the number of finished steps and the total.
         """
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
@@ -112,7 +112,7 @@ class Recovery:
             module = TransformerModule(
                 model,
                 self.task_of(model),
-                lr=self.recover_lr or (ADAPTER_RATE if self.recover_lora else RATE),
+                lr=self.recover_lr or (LORA_LR if self.recover_lora else LR),
                 warmup=0.1,
                 lora=LoRA() if self.recover_lora else None,
                 distillation=Distillation(teacher=teacher),
@@ -125,19 +125,19 @@ class Recovery:
         model.to(device).eval()  # type: ignore[arg-type]
 
 
-class _Progress(pl.Callback):
-    """Tells how many steps are done."""
+class _ReportProgress(pl.Callback):
+    """Reports each training step to a callback."""
 
-    def __init__(self, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, progress: OnProgress) -> None:
         self.progress = progress
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        """Tells it after each step."""
+        """Reports the number of finished steps."""
         self.progress(trainer.global_step, trainer.max_steps)
 
 
-def _trainer(steps: int, device: torch.device, progress: Callable[[int, int], None]) -> pl.Trainer:
-    """Makes a trainer that shows and writes nothing."""
+def _trainer(steps: int, device: torch.device, progress: OnProgress) -> pl.Trainer:
+    """Returns a trainer that prints and writes nothing."""
     return pl.Trainer(
         accelerator=device.type,
         devices=1 if device.index is None else [device.index],
@@ -145,7 +145,7 @@ def _trainer(steps: int, device: torch.device, progress: Callable[[int, int], No
         max_epochs=-1,
         limit_val_batches=0,
         gradient_clip_val=1.0,
-        callbacks=[_Progress(progress)],
+        callbacks=[_ReportProgress(progress)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -153,67 +153,69 @@ def _trainer(steps: int, device: torch.device, progress: Callable[[int, int], No
     )
 
 
-def outlook(candidates: Candidates, steps: int, within: str | None = None) -> str:
-    """Returns what there is and may be left, the configs of each layer, the blocks, and how many steps it takes.
+def search_space(candidates: Candidates, steps: int, budget: str | None = None) -> str:
+    """Returns a description of what the search may remove, and its maximum number of steps.
 
     Args:
-        candidates: What may be removed.
-        steps: How many steps the search has at most.
-        within: A budget that is no number of what is left, in words.
+        candidates: The search space.
+        steps: Maximum number of search steps.
+        budget: A budget of loss or latency, as text. Defaults to the size limit of the candidates.
     """
-    left = f"at most {candidates.limit:,} are to be left" if within is None else f"as few as {within} allows are to be left"
-    head = f"{type(candidates.model).__name__}: {candidates.now:,} {candidates.target} now; {left}"
-    lines = [f"{head}, and at least {candidates.least:,} can be"]
-    rows = Counter((name_pattern(layer.name), _configs(layer)) for layer in candidates.layers)
-    lines += [f"  {name}  {configs}, in each of {count}" for (name, configs), count in rows.items()]
-    able = len(candidates.blocks.able)
-    lines.append(f"  {able} whole block{'s' * (able > 1)} may go" if able else f"  all blocks stay: {candidates.blocks.why}")
-    return "\n".join([*lines, f"  at most {steps:,} steps"])
+    budget = f"{candidates.limit:,}" if budget is None else budget
+    sizes = f"{candidates.target} now {candidates.now:,}, budget {budget}, smallest reachable {candidates.least:,}"
+    lines = [f"{type(candidates.model).__name__}: {sizes}"]
+    modules = Counter((name_pattern(layer.name), _levels(layer)) for layer in candidates.layers)
+    lines += [f"  {name}: keep {levels} (in each of {count})" for (name, levels), count in modules.items()]
+    blocks = len(candidates.blocks.able)
+    lines.append(f"  blocks that may be removed: {blocks}{'' if blocks else f' ({candidates.blocks.why})'}")
+    return "\n".join([*lines, f"  at most {steps:,} search steps"])
 
 
-def _configs(layer: Layer) -> str:
-    """Returns how many units a layer may keep, all of them first."""
-    return f"{', '.join(map(str, layer.configs))} {'KV heads' if layer.kind == 'head' else CALLED[layer.kind]}"
+def _levels(layer: Layer) -> str:
+    """Returns the numbers of units that a module may keep, the largest first."""
+    *others, last = map(str, layer.configs)
+    unit = "KV heads" if layer.kind == "head" else CALLED[layer.kind]
+    return f"{', '.join(others)} or {last} {unit}" if others else f"{last} {unit}"
 
 
-MARK = "billhook-library.json"
-"""The file by which it is known: a folder of its name without one is not touched."""
+MARKER = "billhook-variants.json"
+"""File that identifies a variant cache next to an output; a folder of that name without it is not touched."""
 
 
-class KeptLibrary:
-    """The folder of a library: one that was asked for, which stays, or one beside the output, which goes once that is saved.
+class VariantCache:
+    """The folder of a variant cache: a given one, which is kept, or one next to the output, which is deleted after the save.
 
     Args:
-        out: The output.
-        library: The folder that was asked for, if one was.
+        out: Output folder.
+        folder: The given folder, if any.
 
     Raises:
-        ValueError: If a folder beside the output has its name, and billhook did not write it.
+        ValueError: If a folder next to the output has the cache's name, but billhook did not create it.
     """
 
-    def __init__(self, out: str, library: str | None) -> None:
-        self.folder, self._stays = library_beside(out) if library is None else Path(library), library is not None
-        if not self._stays and self.folder.exists() and not (self.folder / MARK).is_file():
+    def __init__(self, out: str, folder: str | None) -> None:
+        self.folder, self._keep = default_variant_cache(out) if folder is None else Path(folder), folder is not None
+        if not self._keep and self.folder.exists() and not (self.folder / MARKER).is_file():
             raise ValueError(
-                f"'{self.folder}', in which shrink keeps what it has made, holds something that billhook did not write "
-                f"({MARK} is not there): move it, or name a folder as library"
+                f"'{self.folder}' is needed for the variant cache, but billhook did not create it: it has no {MARKER}. Move it, "
+                "or pass another folder with --variant_cache."
             )
 
-    def begin(self) -> None:
-        """Makes the folder beside the output."""
-        if not self._stays:
+    def create(self) -> None:
+        """Creates the folder next to the output."""
+        if not self._keep:
             self.folder.mkdir(exist_ok=True)
-            (self.folder / MARK).write_text(json.dumps({"until": "the output is saved"}))
+            (self.folder / MARKER).write_text(json.dumps({"until": "the output is saved"}))
 
-    def done(self) -> None:
-        """Removes the folder beside the output."""
-        if not self._stays:
+    def delete(self) -> None:
+        """Deletes the folder next to the output."""
+        if not self._keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def tell(self, variants: int) -> None:
-        """Prints how many variants of an earlier run are taken."""
+    def report_reused(self, variants: int) -> None:
+        """Prints the number of variants from an earlier run."""
         if variants:
-            print(f"{variants} variants are there from an earlier run, in {self.folder}, and are not made again", flush=True)
+            print(f"Reusing {variants} variants of an earlier run in {self.folder}.", flush=True)
 
 
 def shrink(
@@ -224,40 +226,41 @@ def shrink(
     budget: Budget,
     search: Search,
     layers: Layers = "uniform",
-    library: str | None = None,
+    variant_cache: str | None = None,
     time_phase: Phase | None = None,
     time_batch_size: int = 1,
     time_context: int | None = None,
     plot: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Finds the smaller model within one budget that loses least, without channels, heads and blocks, and saves it, verified.
+    """Searches for the best model within one budget, by removing channels, heads, and blocks, and saves it.
 
-    Each feed-forward and attention is pruned to several configs and refitted, on its own. What that costs the whole model is
-    measured, as is what it loses without each block, and what loses least together is searched for. What is chosen is repaired
-    from front to back. The parts are from ZipLM (https://arxiv.org/abs/2302.04089) and Týr-the-Pruner (https://arxiv.org/abs/2503.09657).
+    Each MLP and attention module is pruned to several levels and refitted. The command measures how each variant, and the removal
+    of each block, changes the model's predictions, and searches for the best combination. The selected model is repaired from
+    front to back, verified, and measured. References: ZipLM (https://arxiv.org/abs/2302.04089) and Týr-the-Pruner
+    (https://arxiv.org/abs/2503.09657).
 
     Args:
-        model: A folder, a hub name, or "tiny".
-        out: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        examples: Examples to fit and to measure on, and the place to compute.
-        recovery: Training after the cut.
-        budget: What is left at most.
-        search: How it is searched for.
-        layers: "uniform", so that layers stay alike and plain checkpoints can say it, or "free".
-        library: A folder for the variants of all places, from which a search on the same examples goes on. By default they are
-            in `.OUT.library` beside `out` until that is saved, so that the same command goes on if it is stopped.
-        time_phase: What is timed for `latency`: "decode", writing a token (the default), or "prefill", reading prompts.
-        time_batch_size: Sequences at once while it is timed.
-        time_context: Tokens of each prompt while it is timed; by default 512.
-        plot: A file, ending in .png, for a picture of what other sizes lose.
-        dry_run: Print what the search may try, and how many steps it takes at most; measure and write nothing.
+        model: A folder, a Hub name, or "tiny".
+        out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
+        examples: Calibration and evaluation data, and the device.
+        recovery: Recovery training of the smaller model.
+        budget: The most that may remain.
+        search: Settings of the search.
+        layers: "uniform" keeps the same number of units in every block, for a standard checkpoint; "free" lets blocks differ.
+        variant_cache: Folder for pruned variants of all modules, which later searches on the same examples reuse. Defaults to
+            `.OUT.variants` next to `out`, deleted after the save, so that the same command continues if it is interrupted.
+        time_phase: What `latency` times: "decode" (decoding, the default), or "prefill".
+        time_batch_size: Sequences per batch while timing.
+        time_context: Tokens per prompt while timing. Defaults to 512.
+        plot: PNG file for a plot of the loss at other sizes.
+        dry_run: If true, prints what the search may remove and its maximum number of steps, and writes nothing.
 
     Raises:
-        ValueError: If an argument is not legal, or the budget cannot be reached; before anything is written.
+        ValueError: If an argument is not legal, or the budget is out of reach, before anything is written.
     """
-    check_library(library)
-    kept = KeptLibrary(out, library)
+    check_library(variant_cache)
+    cache = VariantCache(out, variant_cache)
     check_int("seed", examples.seed, 0)
     if plot is not None:
         check_file("plot", plot, ".png")
@@ -269,51 +272,52 @@ def shrink(
         recovery.task_of(work.model)
     clock = None if budget.latency is None else (budget.latency, clock_of(work.model, workload))
     candidates = Candidates.find(work.model, search.amount(budget), layers == "uniform")
-    then = [f"train it for {recovery.recover:,} steps"] if recovery.recover else []
     fitted, _ = divided(meta_batches(work))
-    asked = search.repair
-    short = (
-        refits(work, tokens_needed(candidates.search, candidates.layers), fitted, asked != "auto") if asked is not None else ""
-    )
-    then = [*([short] if short else []), *then]
-    work.tell(f"find the model within {budget.words} that loses least", f"shown {work.shown}", *then)
+    limits, steps = "", [f"search for the best model within {budget.words}"]
+    if search.repair is not None:
+        needed = tokens_needed(candidates.search, candidates.layers)
+        limits = repair_limits(work, needed, fitted, search.repair != "auto")
+        steps += [limits] * bool(limits)
+    if recovery.recover:
+        steps.append(f"train for {recovery.recover:,} recovery steps")
+    work.print_plan(*steps, work.calibration_step)
     if dry_run:
-        of_size = budget.max_loss is None and budget.latency is None
-        steps = candidates.most_steps(search.generations, search.candidates)
-        work.tell_dry(outlook(candidates, steps, None if of_size else budget.words))
+        by_size = budget.max_loss is None and budget.latency is None
+        most_steps = candidates.most_steps(search.generations, search.candidates)
+        work.print_dry_run(search_space(candidates, most_steps, None if by_size else budget.words))
         return
-    kept.begin()
+    cache.create()
     batches = work.batches()
     fitted, held_out = divided(batches)
-    how_refitted, not_repaired = repair_for(candidates, fitted, search.repair)
-    if not_repaired and not short.startswith("not repaired"):
-        print(not_repaired)  # a text is shorter than what was asked for
+    repair, not_repaired = repair_for(candidates, fitted, search.repair)
+    if not_repaired and not limits.startswith("no repair:"):
+        print(not_repaired)  # a text is shorter than requested
     before = work.measure()
     phases = [""]
     with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
-        progress, seed = Progress(report, phases.append, kept.tell), examples.seed
-        shrunk = shrink_to(candidates, budget, clock, fitted, held_out, how_refitted, search, seed, kept.folder, progress)
+        progress, seed = Progress(report, phases.append, cache.report_reused), examples.seed
+        shrunk = shrink_to(candidates, budget, clock, fitted, held_out, repair, search, seed, cache.folder, progress)
     shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
-    by = str(how_refitted) if how_refitted else None
-    how = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": by}
+    settings = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": str(repair) if repair else None}
     what = f"{shrunk.what}: {shrunk.budget}"
-    what += f"; {recovery.recover:,} steps of recovery" if recovery.recover else ""
-    trained, *said = _recovered(work, recovery, batches, before) if recovery.recover else ({},)
-    record = {"shrink": shrunk.to_json() | how} | trained
-    work.save(before, what, record, shrunk.text(), *said, not_refitted=shrunk.not_refitted)
-    kept.done()
+    what += f"; {recovery.recover:,} recovery steps" if recovery.recover else ""
+    recovered, *lines = _recover(work, recovery, batches, before) if recovery.recover else ({},)
+    record = {"shrink": shrunk.to_json() | settings} | recovered
+    work.save(before, what, record, shrunk.text(), *lines, not_refitted=shrunk.not_refitted)
+    cache.delete()
     if plot is not None:
         pareto(shrunk).savefig(plot)
 
 
-def _recovered(
+def _recover(
     work: OneShot, recovery: Recovery, batches: Sequence[Batch], before: Before
 ) -> tuple[dict[str, Any], str, str | None, str]:
-    """Trains the smaller model; returns what to record, and what to say of it before and after."""
-    cost, seed = work.cost(before), work.examples.seed
-    loader = work.loader(recovery.examples, recovery.recover_batch_size, batches, before)
+    """Trains the smaller model; returns the record, and lines to print about the degradation before it."""
+    degradation, seed = work.measure_degradation(before), work.options.seed
+    loader = work.training_loader(recovery.examples, recovery.recover_batch_size, batches, before)
     with progress_bar("recovering", "steps") as progress:
         recovery.train(work.model, work.name, loader, work.device, seed, progress)
-    plain = [text.to_json() for text in cost] if isinstance(cost, list) else cost
-    after = f"After {recovery.recover} steps of recovery on {len(loader.dataset):,} examples:"  # type: ignore[arg-type]
-    return {"recovery": asdict(recovery) | {"before": plain}}, "Before recovery:", shown(before, cost), after
+    plain = [text.to_json() for text in degradation] if isinstance(degradation, list) else degradation
+    after = f"After {recovery.recover:,} recovery steps on {len(loader.dataset):,} examples:"  # type: ignore[arg-type]
+    record = {"recovery": asdict(recovery) | {"before": plain}}
+    return record, "Before recovery training:", degradation_text(before, degradation), after

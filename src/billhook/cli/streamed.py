@@ -1,4 +1,4 @@
-"""Refuses what one-shot commands cannot do with a streamed model, and reckons how often its blocks are read, and bytes."""
+"""Streamed models in one-shot commands: limits, number of passes, and memory estimates."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel
 
 from billhook.calibration.generated import GENERATED
-from billhook.cli.examples import Text
+from billhook.cli.examples import TextOptions
 from billhook.engine.memory import streamed_size
 from billhook.engine.store import BlockStore, store_of
 from billhook.importance.ablation import Ablation
@@ -19,140 +19,150 @@ from billhook.model.layers import prunable, weight_of
 from billhook.repairs.residuals import MAX_OUTPUTS
 from billhook.sparsity.criteria import Criterion
 
-REFITTED = 2
-"""Passes that show which linears are called, and refit them."""
-REMOVED = 3
-"""Passes in which units are masked, removed, and what is left is compared."""
-WITHOUT_BLOCKS = 12
-"""Passes that compare what the others compute without some blocks, also with a cache: when it is planned, and when it is done."""
+REPAIR_PASSES = 2
+"""Passes that find the linear layers which run, and refit them."""
+REMOVE_PASSES = 3
+"""Passes that mask units, remove them, and compare the results."""
+BLOCK_PASSES = 12
+"""Passes that compare the model without some blocks, also with a KV cache, when planning and when applying."""
+SAVE_PASSES = 3
+"""Passes that count zeros, compute the expected logits, and verify the checkpoint."""
+
+TUNED_COPIES = 6
+"""Float32 copies of a block during reconstruction: weights, gradient, Adam's two moments, the best and the old weights."""
+SOLVER_COPIES = 8
+"""Matrices of the size of a slice of weight rows in a refit: six of conjugate gradients, the residual, and mixtures of it."""
+OBS_BYTES = 4 + 8
+"""Bytes per pair of inputs in OBS: a float32 and a float64 matrix."""
 
 
-def batch_count(rows: Sequence[int], size: int) -> int:
-    """Returns how many batches of a size so many examples of each source make.
+def batch_count(example_counts: Sequence[int], batch_size: int) -> int:
+    """Returns the number of batches, given the number of examples of each source.
 
     >>> batch_count([20, 5], 8)
     4
     """
-    return sum(-(-count // size) for count in rows)
+    return sum(-(-count // batch_size) for count in example_counts)
 
 
 @dataclass
 class Passes:
-    """How often the blocks of a streamed model are read until units are removed.
+    """Number of passes over a streamed model until units are removed.
 
     Attributes:
-        known: As often as is known before.
-        beside: The importances of which that is not known: a user's own.
+        known: Number of passes that are known in advance.
+        unknown: Custom importances, which need an unknown number of further passes.
     """
 
     known: int = 0
-    beside: list[Importance] = field(default_factory=list)
+    unknown: list[Importance] = field(default_factory=list)
 
-    def to_score(self, times: int, importance: Importance, units: int, count: int) -> None:
-        """Adds the passes in which an importance scores units so many times; see `to_score`."""
-        once = to_score(importance, units, count)
-        if once is not None:
-            self.known += times * once
-        elif importance not in self.beside:
-            self.beside.append(importance)
+    def add_scoring(self, rounds: int, importance: Importance, units: int, batches: int) -> None:
+        """Adds the passes of an importance that scores units in each round; see `scoring_passes`."""
+        passes = scoring_passes(importance, units, batches)
+        if passes is not None:
+            self.known += rounds * passes
+        elif importance not in self.unknown:
+            self.unknown.append(importance)
 
 
-def to_score(importance: Importance, units: int, count: int) -> int | None:
-    """Returns how often blocks are read at most to score units; None for an importance that is not known.
+def scoring_passes(importance: Importance, units: int, batches: int) -> int | None:
+    """Returns the maximum number of passes that score units; None for a custom importance.
 
     Args:
-        importance: How they are scored.
-        units: How many there are.
-        count: How many batches there are.
+        importance: Scores the units.
+        units: Number of units.
+        batches: Number of batches.
     """
     known = {
-        OutputNorm: 2,  # it looks at readers before
+        OutputNorm: 2,  # the first finds the consumer layers
         ActivationNorm: 1,
         BlockInfluence: 1,
         Ablation: 1 + units,
         WeightNorm: 1,
         RandomUnits: 0,
     }
-    each = importance.passes if isinstance(importance, OBS) else known.get(type(importance))
-    if each is None or not importance.needs_data:
-        return each
-    return each * count if isinstance(importance, Ablation) else each
+    passes = importance.passes if isinstance(importance, OBS) else known.get(type(importance))
+    if passes is None or not importance.needs_data:
+        return passes
+    return passes * batches if isinstance(importance, Ablation) else passes
 
 
-AFTERWARDS = 3
-"""Passes over the blocks that count zeros, say which logits the checkpoint must give, and compare it."""
+def check_streamed(options: TextOptions, streams: bool, offload: bool, uses_data: bool) -> None:
+    """Raises if a command cannot run on a streamed model.
 
-TUNED = 6
-"""Copies of a block in float32 while it is tuned: as it is, its gradient, two means of Adam's, the best so far, and what was."""
-STEPPED = 8
-"""Matrices like some rows of the weight that a refit steps in: six of conjugate gradients, what is owed, and mixtures of it."""
-OBS_BYTES = 4 + 8
-"""Bytes for each pair of inputs: a matrix in float32, and one in float64."""
-
-
-def check_streamed(examples: Text, streams: bool, offload: bool, reads: bool) -> None:
-    """Refuses what cannot be done with a model that is streamed, of which `reads` says whether it is shown any text."""
+    Args:
+        options: Data options of the command.
+        streams: True if the command supports streamed models.
+        offload: Option of the command.
+        uses_data: True if the model runs on any text.
+    """
     if not streams:
-        raise ValueError("stream=True: this command needs gradients, or all weights at once: leave it out")
+        raise ValueError("stream=True is not supported by this command, which needs gradients or all weights. Remove --stream.")
     if offload:
-        raise ValueError("offload=True keeps the model in memory, and stream=True does not: ask for one")
-    sources = examples.data if isinstance(examples.data, list) else [examples.data]
-    if reads and (examples.generated or any(source in (None, GENERATED) for source in sources)):
+        raise ValueError("offload=True keeps the model in memory and cannot be combined with stream=True. Use one of them.")
+    sources = options.data if isinstance(options.data, list) else [options.data]
+    if uses_data and (options.generated or None in sources or GENERATED in sources):
         raise ValueError(
-            f"data={examples.data!r}: a streamed model is read once for each token that it writes: name a file of text"
+            f"data={options.data!r} is not supported with stream=True: to generate text, a streamed model would be read once per "
+            "token. Pass a text file with --data."
         )
 
 
-def check_scored(examples: Text, *importances: Importance | None) -> None:
-    """Refuses importances that need gradients, of a model that is streamed; before anything of it is read."""
-    for importance in importances if examples.stream else ():
+def check_scored(options: TextOptions, *importances: Importance | None) -> None:
+    """Raises if a streamed model is to be scored with gradients, before any weights are read."""
+    for importance in importances if options.stream else ():
         if importance is not None:
             check_supports_streaming(importance)
 
 
-def bytes_of_moments(model: PreTrainedModel, by: Criterion | Importance | None) -> int:
-    """Returns the bytes of the largest statistics of a linear that weights or units are scored by, with what is made of them."""
-    return max((_to_score(by, weight_of(linear).shape[1]) for linear in prunable(model).values()), default=0)
+def statistics_bytes(model: PreTrainedModel, scorer: Criterion | Importance | None) -> int:
+    """Returns the bytes of the largest statistics of a linear layer, with the matrices computed from them."""
+    return max((_scorer_bytes(scorer, weight_of(layer).shape[1]) for layer in prunable(model).values()), default=0)
 
 
-def _to_score(by: Criterion | Importance | None, columns: int) -> int:
-    if isinstance(by, Criterion):
-        statistics = by.statistics(columns, "meta")
-        return 0 if statistics is None else by.copies * sum(tensor.nbytes for tensor in statistics.tensors())
-    return OBS_BYTES * columns**2 if isinstance(by, OBS) else 0
+def _scorer_bytes(scorer: Criterion | Importance | None, columns: int) -> int:
+    if isinstance(scorer, Criterion):
+        statistics = scorer.statistics(columns, "meta")
+        return 0 if statistics is None else scorer.copies * sum(tensor.nbytes for tensor in statistics.tensors())
+    return OBS_BYTES * columns**2 if isinstance(scorer, OBS) else 0
 
 
-def bytes_of_refit(model: PreTrainedModel, parts: int, kept: Mapping[str, int] | None = None) -> tuple[int, int]:
-    """Returns the bytes that the largest refit of a linear takes to solve, and those of its moments, which may lie in files.
+def refit_bytes(model: PreTrainedModel, parts: int, kept: Mapping[str, int] | None = None) -> tuple[int, int]:
+    """Returns the bytes of the largest refit, and of its Gram matrices, which may be spilled to disk.
 
     Args:
         model: The model.
-        parts: Of how many parts of the data moments are kept.
-        kept: How many inputs are left to each linear that is refitted; by default all linears keep all.
+        parts: Number of parts of the data with Gram matrices of their own.
+        kept: Number of inputs that each refitted linear layer keeps. Defaults to all inputs of all layers.
     """
-    solved = summed = 0
-    for name, linear in prunable(model).items():
-        rows, columns = weight_of(linear).shape
+    largest_refit = largest_gram = 0
+    for name, layer in prunable(model).items():
+        rows, columns = weight_of(layer).shape
         if kept is not None:
             columns = kept.get(name, 0)
-        weights = 2 * model.dtype.itemsize * rows * columns  # as it was, and as it is then
-        solved = max(solved, 8 * columns * (columns + STEPPED * min(rows, MAX_OUTPUTS)) + weights)
-        summed = max(summed, 8 * parts * columns * (columns + rows))
-    return solved, summed
+        weights = 2 * model.dtype.itemsize * rows * columns  # the old and the new weight
+        largest_refit = max(largest_refit, 8 * columns * (columns + SOLVER_COPIES * min(rows, MAX_OUTPUTS)) + weights)
+        largest_gram = max(largest_gram, 8 * parts * columns * (columns + rows))
+    return largest_refit, largest_gram
 
 
-def bytes_of_match(model: PreTrainedModel) -> int:
-    """Returns the bytes that tuning the largest block takes, without what a batch leaves for its gradients."""
-    return TUNED * 4 * streamed_size(store_of(model)).largest // model.dtype.itemsize
+def reconstruction_bytes(model: PreTrainedModel) -> int:
+    """Returns the bytes for tuning the largest block, without the activations of a batch."""
+    return TUNED_COPIES * 4 * streamed_size(store_of(model)).largest // model.dtype.itemsize
 
 
-def reads(store: BlockStore, passes: int, exactly: bool = True, beside: Sequence[object] = ()) -> str:
-    """Says how many bytes are read and written, if so many passes, or as many at most, change and measure the blocks.
+def io_summary(store: BlockStore, passes: int, exact: bool = True, unknown: Sequence[object] = ()) -> str:
+    """Returns a line on the bytes that a command reads and writes.
 
-    What is named in `beside` reads them besides, nobody knows how often.
+    Args:
+        store: The model on disk.
+        passes: Number of passes until the model is saved.
+        exact: If False, `passes` is an upper bound.
+        unknown: Importances that need an unknown number of further passes.
     """
-    extent, passes = streamed_size(store), passes + AFTERWARDS
-    read, written = (f"{size / 1e6:,.1f} MB" for size in (passes * extent.bytes, extent.bytes + extent.stays))
-    most = "" if exactly else "at most "
-    more = f", and as often as {' and '.join(map(str, beside))} needs" if beside else ""
-    return f"read {extent.blocks} blocks from files in {most}{passes} passes, {read}{more}, and write {written}"
+    extent, passes = streamed_size(store), passes + SAVE_PASSES
+    at_most = "" if exact else "at most "
+    more = f", plus the passes of {' and '.join(map(str, unknown))}" if unknown else ""
+    read, written = passes * extent.bytes / 1e6, (extent.bytes + extent.stays) / 1e6
+    return f"stream {extent.blocks} blocks in {at_most}{passes} passes{more} (read {read:,.1f} MB, write {written:,.1f} MB)"

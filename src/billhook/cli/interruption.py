@@ -1,0 +1,86 @@
+"""Interrupted commands: one writer per output folder, and messages about partial results."""
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from billhook.atomic_folder import RECORD, check_target
+from billhook.folder_lock import lock_folder
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt whose message reports what was written, and how to continue."""
+
+
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM, which ends a command like Ctrl-C."""
+
+
+def default_variant_cache(out: str) -> Path:
+    """Returns the folder next to an output folder in which `shrink` caches variants until it has saved."""
+    target = Path(out).resolve()
+    return target.with_name(f".{target.name}.variants")
+
+
+@contextmanager
+def exclusive_output(options: Mapping[str, Any]) -> Iterator[None]:
+    """Locks the output folder of a command, if it has one, within a `with` block.
+
+    Raises:
+        Interrupted: Instead of another interrupt, to report what was written. Other errors get a note on partial results.
+    """
+    out = options.get("out")
+    if not isinstance(out, str):
+        yield
+        return
+    check_target(out)
+    target = Path(out).resolve()
+    variant_cache = Path(options.get("variant_cache") or default_variant_cache(out))
+    with lock_folder(target):
+        before = _written_at(target)
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            written = f"{out} was written." if _written_at(target) != before else f"{out} was not written."
+            resume = _partial_results(target, variant_cache) or "The same command starts from the beginning."
+            raise Interrupted(f"{written} {resume}") from interrupt
+        except Exception as error:
+            if note := _partial_results(target, variant_cache):
+                vars(error).setdefault("__notes__", []).append(note)  # like `add_note`, which is new in Python 3.11
+            raise
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Makes SIGTERM end a command like Ctrl-C within a `with` block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(_: int, __: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _written_at(target: Path) -> int | None:
+    """Returns the time at which a folder's checkpoint was written; None without a checkpoint."""
+    record = target / RECORD
+    return record.stat().st_mtime_ns if record.is_file() else None
+
+
+def _partial_results(target: Path, variant_cache: Path) -> str:
+    """Returns a sentence on the partial results from which the same command continues; empty if there are none."""
+    parts = target.with_name(f".{target.name}.parts")
+    for folder, name in ((parts, "blocks"), (variant_cache, "variants")):
+        if next(folder.glob("*/*.safetensors"), None) is not None:
+            return f"Run the same command again to continue after the finished {name} in {folder}."
+    return ""

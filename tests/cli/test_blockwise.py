@@ -36,7 +36,7 @@ def terminal(monkeypatch):
 @pytest.fixture
 def read(monkeypatch):
     """The name and the bytes of each tensor of a block that is read, as a whole or in rows."""
-    found, original, rows = [], streams.load_some, TensorFiles.rows
+    found, original, rows = [], streams.load_tensors, TensorFiles.rows
 
     def counted(model, slices):
         for key, one in slices.items():

@@ -101,7 +101,7 @@ def test_validate_test_predict_and_export(quick, capsys):
     assert transformers.AutoModelForCausalLM.from_pretrained("out").config.num_key_value_heads == 4
     assert transformers.AutoTokenizer.from_pretrained("out")("to be").input_ids
     billhook(f"export '{ckpt}' out")
-    assert capsys.readouterr().out.startswith("saves to out, in the place of what billhook wrote there on ")
+    assert capsys.readouterr().out.startswith("Saving to out (replaces the billhook checkpoint of ")
 
 
 @pytest.mark.parametrize("example", sorted(ROOT.glob("examples/*.yaml")), ids=lambda path: path.stem)

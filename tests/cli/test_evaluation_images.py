@@ -77,14 +77,14 @@ def test_a_parquet_file_and_fewer_images(here, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tiny", "--data", "PHOTOS"], "models: 'tiny' does not classify images, and others do: measure them apart"),
-        (["--text", "tiny"], "text='tiny' is for language models, and '.*vit' classifies images: give data alone"),
+        (["tiny", "--data", "PHOTOS"], "models: 'tiny' is no image classifier, but other models are"),
+        (["--text", "tiny"], "text='tiny' is for language models, but '.*vit' classifies images. Pass only --data"),
         (["--data", "PHOTOS", "--tasks", "hellaswag"], r"tasks=\['hellaswag'\] is for language models"),
         (["--data", "PHOTOS", "--length", "64"], "length=64 is for language models"),
         (["--data", "PHOTOS", "--stream"], "stream=True is for language models"),
         (["--data", "PHOTOS", "--column", "picture"], "the split '.*' has no column 'picture'; it has image, label"),
         (["--data", "none.parquet"], "the file 'none.parquet' of the split 'train' does not exist"),
-        (["FOUR", "--data", "PHOTOS"], "models: they have other classes: .*vit 6, .*four 4"),
+        (["FOUR", "--data", "PHOTOS"], "models: the numbers of classes differ .*vit 6, .*four 4"),
     ],
 )
 def test_refusals_come_before_any_model_is_loaded(here, tmp_path, arguments, message, monkeypatch):
@@ -98,5 +98,5 @@ def test_refusals_come_before_any_model_is_loaded(here, tmp_path, arguments, mes
 def test_labels_that_a_model_has_not(here, tmp_path):
     rows = {"image": [picture(0)], "label": [6]}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(tmp_path / "rows.parquet")
-    with pytest.raises(SystemExit, match="rows.parquet' holds the label 6, and '.*vit' has 6 classes, from 0"):
+    with pytest.raises(SystemExit, match="rows.parquet' has the label 6, but the classes of '.*vit' are 0 to 5"):
         main(["evaluate", str(here / "vit"), "--data", str(tmp_path / "rows.parquet")])

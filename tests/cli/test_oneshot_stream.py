@@ -151,7 +151,7 @@ def test_perplexity_of_streamed_models(small, files, tmp_path, capsys):
         main(["evaluate", str(small), "--text", files["validation"], "--length", "16", "--examples", "4", *how])
         figures.append(capsys.readouterr().out)
     assert figures[0] == figures[1]
-    with pytest.raises(SystemExit, match="stream=True is for text alone"):
+    with pytest.raises(SystemExit, match="stream=True only supports --text"):
         main(["evaluate", str(small), "--data", files["validation"], "--stream"])
 
 

@@ -92,7 +92,7 @@ def test_a_misspelt_option_is_answered_with_the_nearest_in_two_lines(line, wrong
     with pytest.raises(SystemExit, match="2"):
         main(line.split())
     command, meant = line.split()[0], "" if near is None else f" Did you mean '--{near}'?"
-    said = f"billhook {command}: there is no option '--{wrong}'.{meant}\n`billhook {command} --help` lists all options.\n"
+    said = f"billhook {command}: unknown option '--{wrong}'.{meant}\n`billhook {command} --help` lists all options.\n"
     assert capsys.readouterr().err == said
 
 
@@ -124,4 +124,4 @@ def test_one_in_a_file_is_too(tmp_path, capsys):
     (tmp_path / "own.yaml").write_text("sparsty: 0.5\n")
     with pytest.raises(SystemExit, match="2"):
         main(["prune", "tiny", "out", "--config", str(tmp_path / "own.yaml")])
-    assert capsys.readouterr().err.startswith("billhook prune: there is no option 'sparsty'. Did you mean 'sparsity'?\n")
+    assert capsys.readouterr().err.startswith("billhook prune: unknown option 'sparsty'. Did you mean 'sparsity'?\n")

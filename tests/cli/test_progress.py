@@ -19,7 +19,7 @@ pytestmark = quiet
 
 def trainer(folder, **given):
     plain = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return command.shown(pl.Trainer(max_steps=10, default_root_dir=folder, limit_val_batches=0, **plain, **given))
+    return command.replace_progress_bar(pl.Trainer(max_steps=10, default_root_dir=folder, limit_val_batches=0, **plain, **given))
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_a_log_gets_lines_with_step_loss_and_time(tmp_path, stdout):
 def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, stdout):
     stdout(terminal=True)
     fit = trainer(tmp_path)
-    assert not any(isinstance(one, command.Lines) for one in fit.callbacks)
+    assert not any(isinstance(one, command.ProgressLines) for one in fit.callbacks)
     (bar,) = [one for one in fit.callbacks if isinstance(one, RichProgressBar)]
     assert fit.progress_bar_callback is bar
     bar.setup(fit, BoringModel(), "fit")
@@ -62,11 +62,11 @@ def test_a_terminal_gets_a_bar_and_no_lines(tmp_path, stdout):
 def test_what_a_user_says_of_the_bar_holds(tmp_path, stdout, given):
     stdout(terminal=False)
     fit = trainer(tmp_path, **given)
-    assert not any(isinstance(one, command.Lines | RichProgressBar) for one in fit.callbacks)
+    assert not any(isinstance(one, command.ProgressLines | RichProgressBar) for one in fit.callbacks)
 
 
 def test_the_command_shows_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     parts = {"run": False, "subclass_mode_model": True, "subclass_mode_data": True, "auto_configure_optimizers": False}
     made = BillhookCLI(pl.LightningModule, pl.LightningDataModule, **parts, args=["--trainer.max_steps", "1"]).trainer
-    assert type(made.progress_bar_callback) is command.Bar
+    assert type(made.progress_bar_callback) is command.ProgressBar

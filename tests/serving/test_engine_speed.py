@@ -73,9 +73,9 @@ def test_rounds_are_interleaved_and_compared_within(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--batch_sizes [2]", "batch_sizes=[2] is not of engine='llama.cpp'"),
-        ("--dtype float16", "dtype='float16' is not of engine='llama.cpp'"),
-        ("--random", "random=True is not of engine='llama.cpp'"),
+        ("--batch_sizes [2]", "batch_sizes=[2] is not supported with engine='llama.cpp'"),
+        ("--dtype float16", "dtype='float16' is not supported with engine='llama.cpp'"),
+        ("--random", "random=True is not supported with engine='llama.cpp'"),
         ("--rounds 1", "rounds=1 must be a whole number of at least 2"),
         ("--new_tokens 1", "new_tokens=1 must be a whole number of at least 2"),
         ("--contexts [0]", "contexts=0 must be a whole number of at least 1"),

@@ -1,4 +1,4 @@
-"""`billhook bench`: the speed of checkpoints in prefill and decoding, side by side, and their share of the ideal speed-up."""
+"""`billhook bench`: speed of models in prefill and decoding, and their share of the ideal speedup."""
 
 import tempfile
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ KINDS = ("F16", "Q4_K_M")
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CONTEXTS = (512, 2048)
-"""Tokens of the prompts, where models read as many."""
+"""Default prompt lengths in tokens, if the models support them."""
 
 
 def bench(
@@ -56,42 +56,39 @@ def bench(
     json: str | None = None,
     engine: Literal["transformers", "llama.cpp"] = "transformers",
 ) -> None:
-    """Measures how fast models read prompts (prefill) and decode, side by side, and which share of the ideal they reach.
+    """Measures the speed of models in prefill and decoding, and compares it with the ideal speedup.
 
-    Models are measured in interleaved rounds, each of which measures every model once, in turning order, so that a disturbance of
-    the machine hits all of them. A speed-up is the median over rounds of the ratio to the first model in the same round;
-    quartiles stand next to medians. Prompts are random tokens without padding, decoding is greedy, and only the logits of the
-    last token are computed.
+    Models are timed in interleaved rounds, in alternating order, so that a disturbance affects all of them. A speedup is the
+    median over rounds of the ratio to the first model in the same round, with quartiles. Prompts are random tokens without
+    padding, decoding is greedy, and only the logits of the last token are computed.
 
-    The ideal speed-up of decoding is the ratio of the bytes that a step moves: all weights once (except tables that are only
-    looked up) and the key/value cache of all sequences, as measured on the cache itself. It is reached where memory bounds a
-    step; GB/s tells how far from that the machine is. The ideal of prefill is the ratio of floating-point operations, with
-    attention counted as a whole square. All experts of a mixture count as read. If a model predicts no next token, only prefill
-    is measured.
+    The ideal speedup of decoding is the ratio of the bytes that a step reads: all weights once (except lookup tables), and the KV
+    cache of all sequences. It is reached if memory bandwidth is the bottleneck; GB/s shows how close the machine gets. The ideal
+    of prefill is the ratio of floating-point operations, with full attention matrices. All experts of a mixture count as read.
+    For a model that predicts no next token, only prefill is timed.
 
     Args:
-        models: Folders, hub names or "tiny"; first the one to compare the others with: `bench dense converted ...`.
-        batch_sizes: Sequences at once; several numbers in a row, as in `1 16` (the default).
-        contexts: Tokens of each prompt, as in `512 2048`; by default these, or as many as all models read before those decoded.
-        new_tokens: Tokens that are decoded after the prompt, in each round.
-        rounds: How often each model is measured.
-        warmup: Rounds before these that do not count.
-        phases: `prefill decode` (the default), or one of them. For decoding alone, one prompt is read, and
-            its keys and values stand for all sequences.
-        cache: "static": allocated once, and the query heads that share a KV head are one matrix: by far the fastest for these on
-            a CPU. "reserved": allocated once too, without a mask, `enable_gqa` on: for CUDA's kernels. "dynamic": the default of
-            `generate`; it copies the cache at each step, which flatters the model with the smaller one.
-        random: Whether weights are random instead of read: a folder needs a config.json only.
-        dtype: Of the weights and the cache: "auto" (as saved), "float32", "bfloat16" or "float16".
-        device: Where it is computed: "auto" takes an accelerator if there is one with float64, which Apple's lack.
-        threads: Threads of the CPU; by default torch's number.
+        models: Folders, Hub names, or "tiny". The first is the baseline: `bench dense converted ...`.
+        batch_sizes: Batch sizes, such as `1 16` (the default).
+        contexts: Prompt lengths in tokens, such as `512 2048`. Defaults to these, or to the longest that all models support.
+        new_tokens: Number of tokens to decode after the prompt in each round.
+        rounds: Number of timed rounds.
+        warmup: Number of rounds before them that are not timed.
+        phases: `prefill decode` (the default), or one of them. For decoding alone, one prompt is processed, and its keys and
+            values are copied to all sequences.
+        cache: "static": allocated once, with the query heads of a KV head in one matrix; by far the fastest on a CPU. "reserved":
+            allocated once, without a mask and with `enable_gqa`, for CUDA kernels. "dynamic": the default of `generate`, which
+            copies the cache at each step and so favors the model with the smaller cache.
+        random: If true, uses random weights; a folder then only needs a config.json.
+        dtype: Data type of the weights and the cache: "auto" (as saved), "float32", "bfloat16", or "float16".
+        device: Device to compute on. "auto" uses an accelerator that supports float64 (Apple's do not), else the CPU.
+        threads: Number of CPU threads. Defaults to torch's.
         seed: Seed of the prompts and the random weights.
-        plot: A file, ending in .png, for the picture.
-        json: A file, ending in .json, for the seconds of each round, the settings and the versions.
-        engine: "transformers", or "llama.cpp": folders are converted (`billhook export --gguf`) and measured there, on a CPU, at
-            F16 and Q4_K_M, one sequence at a time: tokens of the prompt and tokens written a second, with the medians and
-            quartiles of their ratios to the first model in the same round. Then `contexts`, `new_tokens`, `rounds`, `warmup`,
-            `threads` and `json` are all that may be given.
+        plot: PNG file for a plot.
+        json: JSON file for the times of each round, the settings, and the versions.
+        engine: "transformers", or "llama.cpp" to convert the folders (`billhook export --gguf`) and time them on a CPU as F16 and
+            Q4_K_M, one sequence at a time. llama.cpp only supports `contexts`, `new_tokens`, `rounds`, `warmup`, `threads`, and
+            `json`.
 
     Raises:
         ValueError: If an argument is not legal, before any weights are read.
@@ -107,15 +104,15 @@ def bench(
         others = {"batch_sizes": batch_sizes, "phases": phases, "plot": plot, "random": random, "cache": cache, "dtype": dtype}
         for name, value in (others | {"device": device, "seed": seed}).items():
             if value and value not in usual.get(name, ()):
-                raise ValueError(f"{name}={value!r} is not of engine='llama.cpp', which reads one sequence at a time, on a CPU")
-        lengths = contexts or _read_by([from_name(name) for name in models], new_tokens)
-        _in_engine(models, lengths, new_tokens, rounds, warmup, threads or torch.get_num_threads(), json)
+                raise ValueError(f"{name}={value!r} is not supported with engine='llama.cpp'. Remove --{name}.")
+        lengths = contexts or _supported_contexts([from_name(name) for name in models], new_tokens)
+        _bench_llama_cpp(models, lengths, new_tokens, rounds, warmup, threads or torch.get_num_threads(), json)
         return
     computes_on, meta_models = device_of(device), [from_name(name) for name in models]
-    lengths = contexts or _read_by(meta_models, new_tokens)
+    lengths = contexts or _supported_contexts(meta_models, new_tokens)
     check_speed(meta_models, sizes, lengths, new_tokens, rounds, warmup, cache, measured)
     with file_progress(f"loading {', '.join(models)}"):
-        loaded = _randomised(models, meta_models, dtype, seed) if random else [load(name, dtype) for name in models]
+        loaded = _random_models(models, meta_models, dtype, seed) if random else [load(name, dtype) for name in models]
     for model in loaded:
         model.to(computes_on)  # type: ignore[arg-type]
     with cpu_threads(threads) as used, Progress(console=Console(stderr=True), transient=True) as bar:
@@ -139,8 +136,8 @@ def bench(
         _write(json, record | {"rows": [row.to_dict() for row in rows]})
 
 
-def _read_by(models: Sequence[PreTrainedModel], new_tokens: int) -> list[int]:
-    """Returns the contexts that all models read and can then go on from; where all are too long, the longest that is not."""
+def _supported_contexts(models: Sequence[PreTrainedModel], new_tokens: int) -> list[int]:
+    """Returns the default contexts that all models support, or the longest that they do."""
     limits = [getattr(text_config(model.config), "max_position_embeddings", None) for model in models]
     most = max(min(filter(None, limits), default=CONTEXTS[-1] + new_tokens) - new_tokens, 1)
     return [context for context in CONTEXTS if context <= most] or [most]
@@ -150,10 +147,10 @@ def _write(file: str, record: dict[str, object]) -> None:
     Path(file).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
 
 
-def _in_engine(
+def _bench_llama_cpp(
     models: list[str], contexts: list[int], new_tokens: int, rounds: int, warmup: int, threads: int, json: str | None
 ) -> None:
-    """Converts folders to F16 and Q4_K_M, measures them in llama.cpp, prints the table, and writes the figures."""
+    """Converts folders to F16 and Q4_K_M, times them in llama.cpp, and prints and writes the results."""
     for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 2), ("warmup", warmup, 0)):
         check_int(name, value, least)
     for context in contexts:
@@ -190,23 +187,23 @@ def _in_engine(
 
 
 def _converted(models: Sequence[str], folder: Path) -> list[list[Path]]:
-    """Writes the files of all models, by kind."""
-    plain, quantised = ([folder / f"{number}-{kind}.gguf" for number in range(len(models))] for kind in KINDS)
+    """Writes the GGUF files of all models, and returns them by data type."""
+    plain, quantized = ([folder / f"{number}-{kind}.gguf" for number in range(len(models))] for kind in KINDS)
     try:
         with Converter() as converter, LlamaCpp() as engine:
-            for model, file, smaller in zip(models, plain, quantised, strict=True):
+            for model, file, smaller in zip(models, plain, quantized, strict=True):
                 write_gguf(model_path(model), file, converter, "f16", ids_only=True)
                 engine.quantize(file, smaller, "Q4_K_M")
     except WorkerError as error:
-        raise ValueError(f"models: '{model}' cannot be converted: {error}") from error
-    return [plain, quantised]
+        raise ValueError(f"models: '{model}' cannot be converted to GGUF: {error}") from error
+    return [plain, quantized]
 
 
-def _randomised(models: Sequence[str], meta_models: Sequence[PreTrainedModel], dtype: str, seed: int) -> list[PreTrainedModel]:
-    """Makes models of these shapes with random weights."""
+def _random_models(models: Sequence[str], meta_models: Sequence[PreTrainedModel], dtype: str, seed: int) -> list[PreTrainedModel]:
+    """Returns models with random weights."""
     for name, meta_model in zip(models, meta_models, strict=True):
         if shape_beyond_config(meta_model).tensors:
-            raise ValueError(f"random: '{name}' has a shape that its class does not build; measure it with its weights")
+            raise ValueError(f"random=True does not support the billhook checkpoint '{name}'. Remove --random.")
     made = list[PreTrainedModel]()
     with torch.random.fork_rng(devices=[]):
         for meta_model in meta_models:
@@ -219,7 +216,7 @@ def _randomised(models: Sequence[str], meta_models: Sequence[PreTrainedModel], d
 
 
 def table(rows: Sequence[Timing], names: Sequence[str]) -> str:
-    """Shows a table for each phase, with a line for each batch size, context and model."""
+    """Returns a table for each phase, with a row for each batch size, context, and model."""
     tables = []
     for phase, time, rate in (("prefill", "ms", "GFLOP/s"), ("decode", "ms/token", "GB/s")):
         head = [phase, "batch", "context", time, "(quartiles)", "tokens/s", "peak MB", "cache MB", rate]
@@ -251,29 +248,29 @@ def _compared(row: Timing) -> list[str]:
 def _notes(
     rows: Sequence[Timing], names: Sequence[str], models: Sequence[PreTrainedModel], summaries: Sequence[Summary]
 ) -> list[str]:
-    """Notes the cache per token next to the prediction from the shape, and figures that were assumed or not measured."""
+    """Returns lines on the KV cache per token, and on what was not measured."""
     lines = [""]
     cached = {row.model: row.cache_bytes_per_token for row in rows if row.cache_bytes}
     for number, size in cached.items():
-        says = f"KV cache of {names[number]}: {size:,.0f} bytes per token and sequence measured"
+        note = f"KV cache of {names[number]}: {size:,.0f} bytes per token and sequence"
         predicted, heads = summaries[number].kv_cache_bytes, summaries[number].kv_heads
-        says += f", {predicted:,} predicted" if predicted else ""
-        says += f"; {heads} KV head{'s' if heads > 1 else ''}" if heads else ""
+        note += f" ({predicted:,} expected)" if predicted else ""
+        note += f", {heads} KV head{'s' if heads > 1 else ''}" if heads else ""
         if number and cached.get(0):
             first = summaries[0].kv_heads
-            says += f": {cached[0] / size:.2f} times less"
-            says += f", heads {first / heads:.2f} times fewer" if first and heads else ""
-        lines.append(says)
-    mute = [name for name, model in zip(names, models, strict=True) if not generates(model)]
-    if mute:
-        lines.append(f"prefill only: {', '.join(mute)} predicts no next token, so that decoding is not compared")
+            note += f": {cached[0] / size:.2f}x smaller"
+            note += f", {first / heads:.2f}x fewer heads" if first and heads else ""
+        lines.append(note)
+    no_decoding = [name for name, model in zip(names, models, strict=True) if not generates(model)]
+    if no_decoding:
+        lines.append(f"prefill only: {', '.join(no_decoding)} predicts no next token")
     if any(row.peak_bytes is None for row in rows):
-        lines.append("peak MB: nothing counts it on this system")
+        lines.append("peak MB: not available on this system")
     elif models[0].device.type == "cpu":
-        lines.append("peak MB: weights, cache, and by how much the resident memory of the process rose")
-    mixed = [name for name, model in zip(names, models, strict=True) if _experts(model)]
-    if mixed:
-        lines.append(f"ideal: all experts of {', '.join(mixed)} count as read in each step")
+        lines.append("peak MB: weights, cache, and the increase of the resident memory of the process")
+    mixtures = [name for name, model in zip(names, models, strict=True) if _experts(model)]
+    if mixtures:
+        lines.append(f"ideal: all experts of {', '.join(mixtures)} count as read in each step")
     return lines
 
 
@@ -283,7 +280,7 @@ def _experts(model: PreTrainedModel) -> bool:
 
 
 def _last_parts(models: Sequence[str]) -> list[str]:
-    """Shortens names to their last parts, where these differ."""
+    """Shortens names to their last parts, if these differ."""
     last = [Path(name).name for name in models]
     return last if len({*last}) == len(last) else list(models)
 

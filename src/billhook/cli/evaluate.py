@@ -1,4 +1,4 @@
-"""`billhook evaluate`: checkpoints before and after, side by side: accuracy, perplexity, lm-eval's tasks."""
+"""`billhook evaluate`: accuracy, perplexity, and lm-eval tasks of models, side by side."""
 
 import math
 import time
@@ -44,7 +44,7 @@ from billhook.versions import versions
 
 @dataclass(frozen=True)
 class _Work:
-    """Everything to measure on one model, with its own tokenizer."""
+    """The evaluation data of one model, tokenized with its tokenizer."""
 
     model: str
     tokenizer: PreTrainedTokenizerBase
@@ -69,49 +69,46 @@ def evaluate(
     stream: bool = False,
     json: str | None = None,
 ) -> None:
-    """Measures language models, or classifiers of images, side by side: accuracy, perplexity, lm-eval's tasks.
+    """Evaluates models side by side: multiple-choice accuracy, perplexity, lm-eval tasks, or image classification.
 
-    A language model answers multiple-choice questions zero-shot: by the choice with the highest log-likelihood (acc), or the
-    highest one per character (acc_norm), both as in lm-eval; the first of equal ones counts. Standard errors are binomial,
-    sqrt(p (1 - p) / (n - 1)). The difference between a later model and the first has the standard error of the differences
-    question by question, as both answer the same questions: most often it is smaller than each model's own.
+    Multiple-choice questions are answered zero-shot, by the choice with the highest log-likelihood (acc), or the highest
+    log-likelihood per character (acc_norm), as in lm-eval; ties go to the first choice. Standard errors are binomial,
+    sqrt(p (1 - p) / (n - 1)). The difference to the first model has the paired standard error over questions.
 
-    A classifier of images has its accuracy (acc), of more than five classes also the share of images whose label is among the
-    five likeliest (acc_top5), with the same standard errors; and, where there are several models, the share of images that each
-    takes for what the first one does (agreement).
+    For image classifiers, the command reports accuracy (acc), with more than five classes also top-5 accuracy (acc_top5), and the
+    share of images with the same prediction as the first model (agreement).
 
     Args:
-        models: Folders, hub names or "tiny"; first the one to compare the others with: `evaluate before after ...`.
-        data: Files of questions, JSON Lines: `{"context": "Question: ... Answer:", "choices": ["one", "two"], "label": 1}`. A
-            choice follows the context and a space; its log-likelihood is the sum over its tokens (acc), for acc_norm divided by
-            its characters, as in lm-eval. For classifiers of images, folders of these by class, .parquet files or hub names: they
-            are measured on the split `test`, or else `validation`, or the one that there is.
-        text: A file (.txt, .jsonl, .csv, .parquet) to measure perplexity on, or "tiny" (the embedded text). Perplexities of
-            models with different tokenizers cannot be compared.
-        tasks: Tasks of lm-eval by name, as in `--tasks hellaswag,arc_easy`; `pip install 'billhook[eval]'` installs it. Their
-            differences have no standard errors.
-        limit: Questions of each file, and of each task of lm-eval: the first ones; by default all. Of images so many drawn at
-            random, always the same.
-        length: Tokens that the models read at once: longer contexts lose their beginning, and the text is cut into blocks of so
-            many. By default 2048, or as many as all of the models read.
-        examples: Blocks of the text, the first ones.
-        batch_size: Choices in a batch, or images.
-        column: The column that holds the text; of images, by default "image".
-        label_column: The column that holds the labels of images.
-        dtype: Of the weights: "auto" (as saved), "float32", "bfloat16" or "float16".
-        device: Where it is computed: "auto" takes an accelerator if there is one with float64, which Apple's lack. Of a model
-            that stays in its files, blocks compute there, one at a time; with "auto" on the CPU.
-        stream: Whether models stay in their files, and one block at a time is in memory, for perplexity on `text`.
-        json: A file, ending in .json, for the figures, the likelihood of each choice, the settings and the versions.
+        models: Folders, Hub names, or "tiny". The first is the baseline: `evaluate before after ...`.
+        data: Files of questions, as JSON Lines: `{"context": "Question: ... Answer:", "choices": ["one", "two"], "label": 1}`. A
+            choice follows the context and a space. For image classifiers, folders with one subfolder per class, .parquet files,
+            or Hub names, evaluated on the split `test`, else `validation`, else the only split.
+        text: File (.txt, .jsonl, .csv, .parquet) to measure perplexity on, or "tiny" (the packaged text). Perplexities of models
+            with different tokenizers are not comparable.
+        tasks: lm-eval tasks, such as `--tasks hellaswag,arc_easy`; requires `pip install 'billhook[eval]'`. Their differences
+            have no standard errors.
+        limit: Number of questions per file and per lm-eval task, from the start, or of images, drawn at random with a fixed seed.
+            Defaults to all.
+        length: Tokens per example. Longer contexts are cut from the left, and the text is split into blocks of this length.
+            Defaults to 2048, or the longest that all models support.
+        examples: Number of blocks of the text, from the start.
+        batch_size: Choices or images per batch.
+        column: Column of the text, or of images (there by default "image").
+        label_column: Column of image labels.
+        dtype: Data type of the weights: "auto" (as saved), "float32", "bfloat16", or "float16".
+        device: Device to compute on. "auto" uses an accelerator that supports float64 (Apple's do not), else the CPU. Blocks of
+            a streamed model run there one at a time; with "auto" on the CPU.
+        stream: If true, loads one block at a time from disk. Only for perplexity on `text`.
+        json: JSON file for the results, the likelihood of each choice, the settings, and the versions.
 
     Raises:
-        ValueError: If an argument is not legal, before any model is loaded; or a model computes no finite number.
+        ValueError: If an argument is not legal, before any model is loaded, or a model computes non-finite logits.
     """
     for name, value in {"limit": 1 if limit is None else limit, "examples": examples, "batch_size": batch_size}.items():
         check_int(name, value)
     check_file("json", json, ".json")
     if not models or not (data or text or tasks):
-        raise ValueError("models and one of data, text and tasks are needed: what to measure, and on what")
+        raise ValueError("nothing to evaluate. Pass models, and at least one of --data, --text, and --tasks.")
     of_images, computes_on = any(images.classifies(model) for model in models), device_of(device)
     settings: dict[str, Any] = {"data": data, "limit": limit, "batch_size": batch_size, "column": column}
     if of_images:
@@ -120,7 +117,7 @@ def evaluate(
         works = images.prepare(models, data or [], limit, batch_size, settings["column"], label_column)
     else:
         if stream and (data or tasks):
-            raise ValueError("stream=True is for text alone: leave out data and tasks, or stream")
+            raise ValueError("stream=True only supports --text. Remove --data and --tasks, or --stream.")
         if stream and device == "auto":
             computes_on = torch.device("cpu")
         tasks, length = _tasks(tasks or []), _length(models, length)
@@ -136,7 +133,7 @@ def evaluate(
     print(table(models, [figures for figures, _ in results]))
     for name, (_, about) in zip(models, results, strict=True):
         if about.get("cut"):
-            print(f"{name}: {about['cut']} choices had their context cut from the left, to length={settings['length']}")
+            print(f"{name}: the contexts of {about['cut']} choices were cut from the left to length={settings['length']}")
     if json is not None:
         settings |= {"dtype": dtype, "device": str(computes_on)}
         of_models = [about | {"figures": _plain(figures, results[0][0])} for figures, about in results]
@@ -146,7 +143,7 @@ def evaluate(
 
 
 def _result(name: str, work: images.Work, device: torch.device, dtype: str, stream: bool) -> tuple[list[Figure], dict[str, Any]]:
-    """Loads and measures a model; returns its figures, and what is recorded about it."""
+    """Loads and evaluates a model; returns its results, and details for the JSON file."""
     began = time.perf_counter()
     with file_progress(f"loading {name}"):
         model = open_streamed(name, None, dtype, device) if stream else load(name, dtype)
@@ -157,18 +154,18 @@ def _result(name: str, work: images.Work, device: torch.device, dtype: str, stre
 
 
 def _length(models: Sequence[str], length: int | None) -> int:
-    """Finds how many tokens all of the models read at once; refuses models that predict no next token."""
+    """Returns the number of tokens per example, or raises if a model is no causal language model."""
     longest = dict[str, int]()
     for name in models:
         path = model_path(name)
         config = read_config(path)
         kind = model_class(config, path).__name__
         if "CausalLM" not in kind and "LMHead" not in kind:
-            raise ValueError(f"models: '{name}' is a {kind}, which predicts no next token; a causal language model is needed")
+            raise ValueError(f"models: '{name}' is a {kind}, which predicts no next token. Pass causal language models.")
         longest[name] = getattr(text_config(config), "max_position_embeddings", None) or length or LONGEST
     most = min(longest, key=longest.__getitem__)
     if length is not None and not 2 <= length <= longest[most]:
-        raise ValueError(f"length={length} must be in 2..{longest[most]}: '{most}' reads no more tokens at once")
+        raise ValueError(f"length={length} must be from 2 to {longest[most]}, the maximum of '{most}'.")
     return length or min(LONGEST, longest[most])
 
 
@@ -181,7 +178,7 @@ def _work(name: str, questions: Sequence[list[Question]], text: str | None, colu
 def _measure(
     model: PreTrainedModel, work: _Work, length: int, examples: int, batch_size: int, limit: int | None
 ) -> tuple[list[Figure], dict[str, Any]]:
-    """Measures all figures of a model; returns with them the likelihoods of each file's choices."""
+    """Returns the results of a model, and the likelihoods of each file's choices."""
     tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
     with progress_bar(f"{work.model}: questions", "tokens") as progress:
         scored = answered(model, f"models: '{work.model}'", work.sets, batch_size, progress)
@@ -199,14 +196,14 @@ def _measure(
 
 
 def difference(figure: Figure, first: Figure) -> tuple[float, float | None]:
-    """Returns the difference of a figure to the first model's, with the standard error of the differences by question."""
+    """Returns the difference to the first model's result, with its paired standard error."""
     if figure.each is None or first.each is None:
         return figure.value - first.value, None
     return mean([a - b for a, b in zip(figure.each, first.each, strict=True)])
 
 
 def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
-    """Shows figures as rows and models as columns, with their differences to the first model."""
+    """Returns a table with a row per metric and a column per model, with differences to the first model."""
     rows = []
     for first, *others in zip(*figures, strict=True):
         cells = [f"{shown(other.value, other.error)}  ({shown(*difference(other, first), sign='+')})" for other in others]
@@ -217,7 +214,7 @@ def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
 
 
 def _plain(figures: Sequence[Figure], first: Sequence[Figure]) -> list[dict[str, Any]]:
-    """Turns figures into JSON, with their differences to the first model."""
+    """Returns results as plain data, with their differences to the first model."""
     plain = []
     for figure, other in zip(figures, first, strict=True):
         numbers = {"value": figure.value, "error": figure.error}
@@ -228,15 +225,15 @@ def _plain(figures: Sequence[Figure], first: Sequence[Figure]) -> list[dict[str,
 
 
 def _tasks(tasks: Sequence[str]) -> list[str]:
-    """Splits names of tasks at commas; refuses them if lm-eval is not installed."""
+    """Splits task names at commas, and raises if lm-eval is not installed."""
     names = [name.strip() for text in tasks for name in text.split(",") if name.strip()]
     if tasks and util.find_spec("lm_eval") is None:
-        raise ValueError(f"tasks={','.join(tasks)} are lm-eval's, which is not installed: pip install 'billhook[eval]'")
+        raise ValueError(f"tasks={','.join(tasks)} requires lm-eval. Install it: pip install 'billhook[eval]'")
     return names
 
 
 def _harness(model: PreTrainedModel, work: _Work, length: int, batch_size: int, limit: int | None) -> list[Figure]:
-    """Runs tasks of lm-eval, and returns each measure with the standard error that lm-eval states."""
+    """Runs lm-eval tasks, and returns each metric with lm-eval's standard error."""
     wrapper = import_module("lm_eval.models.huggingface").HFLM
     wrapped = wrapper(pretrained=model, tokenizer=work.tokenizer, batch_size=batch_size, max_length=length)
     results = import_module("lm_eval").simple_evaluate(model=wrapped, tasks=work.tasks, limit=limit, log_samples=False)

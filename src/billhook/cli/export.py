@@ -1,11 +1,11 @@
-"""`billhook export`, `push` and `serve-check`: what becomes of a checkpoint."""
+"""`billhook export`, `push`, and `serve-check`: convert, publish, and check a checkpoint."""
 
 import sys
 from pathlib import Path
 
 from billhook.atomic_folder import check_target, replacement_note
 from billhook.checkpoints import push as hub
-from billhook.checkpoints.export import export as exported
+from billhook.checkpoints.export import export as export_checkpoint
 from billhook.serving import check as serving
 from billhook.serving.written import GGUFKind, check_gguf, export_gguf
 
@@ -17,52 +17,53 @@ def export(
     kind: GGUFKind = "auto",
     converter: str | None = None,
 ) -> None:
-    """Turns a Lightning checkpoint that billhook's callbacks or module wrote into a Hugging Face folder, verified.
+    """Converts a Lightning checkpoint from billhook's callbacks or LightningModule to a Hugging Face folder.
 
-    `billhook export last.ckpt OUT` writes the folder. Its model card says what callbacks have noted in the checkpoint: events,
-    and what they cost. With `--gguf out.gguf`, a GGUF file of it follows, for llama.cpp and what is built on it; and
-    `billhook export FOLDER --gguf out.gguf` makes one of a folder that is there. `billhook serve-check` runs it.
+    `billhook export last.ckpt OUT` writes the folder and verifies it; the model card lists the events of the training run and the
+    degradation. With `--gguf FILE`, it also writes a GGUF file for llama.cpp. `billhook export FOLDER --gguf FILE` converts an
+    existing folder. Check the outputs with `billhook serve-check`.
 
     Args:
-        paths: The Lightning checkpoint, a .ckpt file, and the folder to write: new, empty, or an earlier export. Or the folder
-            of a Hugging Face checkpoint alone, for `--gguf`.
-        tokenizer: The tokenizer to save with the model, a name or folder; by default the one that training started from.
-        gguf: The GGUF file to write: by llama.cpp's converter (`pip install 'billhook[serve]'`), or, where layers differ, by
+        paths: The Lightning checkpoint (.ckpt) and the output folder, which must be new, empty, or an earlier export. With
+            `--gguf`, alternatively the folder of a Hugging Face checkpoint.
+        tokenizer: Name or folder of the tokenizer to save. Defaults to the tokenizer of the base model.
+        gguf: GGUF file to write, with llama.cpp's converter (`pip install 'billhook[serve]'`). Non-uniform models are written by
             billhook, as llama.cpp's architecture deci.
-        kind: How the GGUF file keeps weights: "auto" (as saved), "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M" or "Q4_K_M".
-        converter: llama.cpp's convert_hf_to_gguf.py, or the folder that holds it; by default the installed one.
+        kind: Data type of the GGUF file: "auto" (as saved), "F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", or "Q4_K_M".
+        converter: llama.cpp's convert_hf_to_gguf.py, or its folder. Defaults to the installed converter.
     """
     first, *others = paths
     folder = first if Path(first).is_dir() and not others else None
     if len(others) > 1 or (folder is None and not others):
-        raise ValueError("paths: give a Lightning checkpoint and the folder to write, or a folder alone, with --gguf")
+        raise ValueError("paths: pass a Lightning checkpoint and an output folder, or a folder with --gguf FILE.gguf.")
     if folder is not None and gguf is None:
-        raise ValueError(f"paths: '{first}' is a folder, of which --gguf makes a GGUF file: add --gguf FILE.gguf")
+        raise ValueError(f"paths: '{first}' is a folder. Add --gguf FILE.gguf to convert it.")
     if folder is not None and tokenizer is not None:
-        raise ValueError(f"tokenizer={tokenizer!r}: a folder is made a GGUF file with the tokenizer in it: leave --tokenizer out")
+        raise ValueError(f"tokenizer={tokenizer!r}: a folder is converted with its own tokenizer. Remove --tokenizer.")
     if gguf is not None:
         check_gguf(gguf, kind)
     if folder is None:
         check_target(others[0])
-        if words := replacement_note(others[0]):
-            print(f"saves to {others[0]}{words}", flush=True)
-        print(exported(first, folder := others[0], tokenizer))
+        if note := replacement_note(others[0]):
+            print(f"Saving to {others[0]}{note}", flush=True)
+        print(export_checkpoint(first, folder := others[0], tokenizer))
     if gguf is not None:
-        print(f"{gguf} ({export_gguf(folder, gguf, kind, converter)})")
+        print(f"Saved to {gguf} ({export_gguf(folder, gguf, kind, converter)})")
 
 
 def push(folder: str, name: str, private: bool = False, revision: str | None = None) -> None:
-    """Pushes a folder that billhook saved and verified to a repository of the Hub, which is made if it is not there.
+    """Pushes a folder that billhook saved to a Hub repository, which is created if it does not exist.
 
-    All files go in one commit, the model card as the repository's front page. The token is that of `hf auth login`, or HF_TOKEN.
+    All files go into one commit, with the model card as the repository's README. The token is that of `hf auth login`, or
+    HF_TOKEN.
 
     Args:
-        folder: The folder that billhook saved, by a command, `Export` or bh.save.
-        name: The repository, as in user/name.
-        private: Whether the repository must be private; otherwise a new one is as the account has it by default.
-        revision: The branch, which is made if it is not there; by default main.
+        folder: Folder that a command, `Export`, or bh.save wrote.
+        name: Repository name, such as user/name.
+        private: If true, requires a private repository. Otherwise a new repository uses the account's default.
+        revision: Branch, created if it does not exist. Defaults to main.
     """
-    print(f"pushed to {hub.push(folder, name, private, revision)}")
+    print(f"Pushed to {hub.push(folder, name, private, revision)}")
 
 
 def serve_check(
@@ -72,26 +73,24 @@ def serve_check(
     tokens: int = 128,
     threads: int = 1,
 ) -> None:
-    """Converts a folder for an engine, runs it there, and prints yes or no, and why; it ends with 1 if it is no.
+    """Runs a checkpoint in llama.cpp, and compares its outputs with transformers; the exit status is 1 if they differ.
 
-    Yes means that llama.cpp, on a CPU in F32, computes the logits of transformers up to rounding (a thousandth of the largest),
-    writes the same 24 greedy tokens, and reads a text as the same tokens. Q8_0 and Q4_K_M follow: how many times the
-    perplexity they have on tokens that the model wrote itself, and the bits that a weight takes.
-
-    `pip install 'billhook[serve]'` installs engine and converter.
+    The outputs agree if llama.cpp (CPU, F32) computes the same logits within 1e-3 of the largest, generates the same 24 greedy
+    tokens, and tokenizes text identically. The command also reports the perplexity ratio of Q8_0 and Q4_K_M, on self-generated
+    tokens, and their bits per weight. Install the engine and converter with `pip install 'billhook[serve]'`.
 
     Args:
-        folder: A Hugging Face checkpoint that billhook or others wrote, or "tiny".
-        engine: The engine: llama.cpp.
-        converter: llama.cpp's convert_hf_to_gguf.py, or the folder that holds it; by default the installed one.
-        tokens: Tokens of the row on which both are compared.
-        threads: Threads of the engine.
+        folder: A Hugging Face checkpoint, or "tiny".
+        engine: Inference engine: llama.cpp.
+        converter: llama.cpp's convert_hf_to_gguf.py, or its folder. Defaults to the installed converter.
+        tokens: Number of tokens to compare logits on.
+        threads: Number of CPU threads of the engine.
 
     Raises:
-        ValueError: If the folder is no checkpoint of a model that writes text.
-        RuntimeError: If the engine or the converter is not installed; the message says what to install.
+        ValueError: If the folder is not a checkpoint of a model that generates text.
+        RuntimeError: If the engine or the converter is not installed.
     """
-    answer = serving.serve_check(folder, engine, converter, tokens, threads=threads)
-    print(answer)
-    if not answer.supported:
+    result = serving.serve_check(folder, engine, converter, tokens, threads=threads)
+    print(result)
+    if not result.supported:
         sys.exit(1)

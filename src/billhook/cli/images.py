@@ -1,4 +1,4 @@
-"""Measures classifiers of images: accuracy, also among the five likeliest, and agreement with the first of them."""
+"""Evaluation of image classifiers: accuracy, top-5 accuracy, and agreement with the first model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,38 +19,38 @@ from billhook.training.images import ImageDataModule
 from billhook.training.metrics import TOP
 
 Work = Callable[[PreTrainedModel], tuple[list[Figure], dict[str, Any]]]
-"""Measures a model; returns its figures, and what is recorded about it."""
+"""Evaluates a model; returns its results, and details for the JSON file."""
 COLUMN = "image"
-"""The column of images, where no other is asked for."""
+"""Default column of images."""
 
 
 def classifies(name: str) -> bool:
-    """Tells whether a name is that of a classifier of images."""
+    """Returns True for the name of an image classifier."""
     path = model_path(name)
     kind = model_class(read_config(path), path)
     return kind.main_input_name == "pixel_values" and "Classification" in kind.__name__
 
 
 def check(models: Sequence[str], others: Mapping[str, object]) -> None:
-    """Refuses other models beside classifiers of images, and arguments that say nothing of images, or no images."""
+    """Raises if not all models are image classifiers, or an argument does not apply to them."""
     for name in models:
         if not classifies(name):
-            raise ValueError(f"models: '{name}' does not classify images, and others do: measure them apart")
+            raise ValueError(f"models: '{name}' is no image classifier, but other models are. Evaluate them separately.")
     for name, value in others.items():
         if value:
-            raise ValueError(f"{name}={value!r} is for language models, and '{models[0]}' classifies images: give data alone")
+            raise ValueError(f"{name}={value!r} is for language models, but '{models[0]}' classifies images. Pass only --data.")
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images of a source with their labels, as a model's own processor prepares them and its config numbers them.
+    """Labeled images of a source, prepared for a model.
 
     Attributes:
         of: The source.
-        data: What prepares the images.
-        split: The split that they are of.
-        numbers: Which images are measured on.
-        names: The names of classes by number, where the data holds names.
+        data: Data module that prepares the images.
+        split: The evaluation split.
+        numbers: Numbers of the images to evaluate on.
+        names: Class names by number, if the data has names.
     """
 
     of: str
@@ -63,15 +63,16 @@ class Images:
 def prepare(
     models: Sequence[str], data: Sequence[str], limit: int | None, batch_size: int, column: str, label_column: str
 ) -> list[Work]:
-    """Reads what classifiers are measured on; returns what measures each of the models.
+    """Loads the evaluation data, and returns a function for each model that evaluates it.
 
     Raises:
-        ValueError: If there are no such images, or models have other classes.
+        ValueError: If the images do not exist, or the models have different numbers of classes.
     """
     built = {name: from_name(name) for name in models}
     classes = {name: model.config.num_labels for name, model in built.items()}
     if len(set(classes.values())) > 1:
-        raise ValueError(f"models: they have other classes: {', '.join(f'{name} {count}' for name, count in classes.items())}")
+        counts = ", ".join(f"{name} {count}" for name, count in classes.items())
+        raise ValueError(f"models: the numbers of classes differ ({counts}). Pass models with the same classes.")
     works: list[Work] = []
     for name in models:
         sets = [_read(name, built[name], source, column, label_column, limit) for source in data]
@@ -80,7 +81,7 @@ def prepare(
 
 
 def _read(name: str, model: PreTrainedModel, source: str, column: str, label_column: str, limit: int | None) -> Images:
-    """Reads images of the split `test`, or else `validation`, or the one that there is, as a model is shown them."""
+    """Loads the images of the split `test`, else `validation`, else the only split."""
     check_available(source)
     data = ImageDataModule(source, name, column, label_column, validation=0)
     data.read(model)
@@ -92,7 +93,7 @@ def _read(name: str, model: PreTrainedModel, source: str, column: str, label_col
 
 
 def measure(model: PreTrainedModel, who: str, sets: Sequence[Images], batch_size: int) -> tuple[list[Figure], dict[str, Any]]:
-    """Measures `acc` and `acc_top5` on all images; returns with them what each image is taken for."""
+    """Returns `acc` and `acc_top5` on all images, and the prediction for each image."""
     figures, answers = list[Figure](), dict[str, Any]()
     for images in sets:
         with progress_bar(f"{who}: {images.of}", "images") as progress:
@@ -104,7 +105,7 @@ def measure(model: PreTrainedModel, who: str, sets: Sequence[Images], batch_size
 
 
 def agreements(answers: Mapping[str, Sequence[Any]], first: Mapping[str, Sequence[Any]]) -> list[Figure]:
-    """Measures the share of images that a model takes for what the first one does, by source."""
+    """Returns the share of images with the same prediction as the first model, by source."""
     figures = []
     for of, classified in answers.items():
         same = [int(image["class"] == other["class"]) for image, other in zip(classified, first[of], strict=True)]
@@ -121,8 +122,8 @@ def answered(model: PreTrainedModel, who: str, images: Images, batch_size: int, 
     """Classifies images.
 
     Returns:
-        Of each image its number in the split, its label and the class that it is taken for, by name where the data holds names,
-        and whether the label is that class (`acc`), or among the five likeliest (`acc_top5`, of a model with more than five).
+        For each image its number in the split, its label, and the predicted class, by name if the data has names, and whether the
+        prediction is correct (`acc`) or the label is among the top five (`acc_top5`, with more than five classes).
     """
     rows: Any = images.data.splits[images.split]
     collate, classified = images.data.collate(), list[dict[str, Any]]()
@@ -132,13 +133,13 @@ def answered(model: PreTrainedModel, who: str, images: Images, batch_size: int, 
         logits = model(pixel_values=batch["pixel_values"].to(model.device, model.dtype)).logits.float().cpu()
         classes = logits.shape[1]
         if not logits.isfinite().all():
-            raise ValueError(f"models: '{who}' computes logits that are not finite; its weights have diverged")
+            raise ValueError(f"models: '{who}' computes non-finite logits; its weights have diverged.")
         for number, label, scores in zip(numbers, batch["labels"].tolist(), logits, strict=True):
             if not 0 <= label < classes:
-                raise ValueError(f"data: '{images.of}' holds the label {label}, and '{who}' has {classes} classes, from 0")
-            taken = int(scores.argmax())
-            image = {"image": number, "label": images.names.get(label, label), "class": images.names.get(taken, taken)}
-            image["acc"] = int(taken == label)
+                raise ValueError(f"data: '{images.of}' has the label {label}, but the classes of '{who}' are 0 to {classes - 1}.")
+            prediction = int(scores.argmax())
+            image = {"image": number, "label": images.names.get(label, label), "class": images.names.get(prediction, prediction)}
+            image["acc"] = int(prediction == label)
             if classes > TOP:
                 image[f"acc_top{TOP}"] = int(label in scores.topk(TOP).indices.tolist())
             classified.append(image)

@@ -108,7 +108,7 @@ def test_without_contexts_as_many_tokens_are_read_as_all_models_can(folders, cap
     )
     dense, mqa = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("dense", "mqa")))
     assert (dense[2], mqa[2]) == ("62", "62")  # of 64
-    assert command._read_by([], 16) == [512, 2048]
+    assert command._supported_contexts([], 16) == [512, 2048]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Refuses arguments in one voice: the name, what came, what is legal."""
+"""Checks of arguments, whose errors name the argument, its value, and the legal values."""
 
 import math
 import re
@@ -12,7 +12,7 @@ CONTAINERS = (Iterable, Collection, Sequence, Mapping, list, tuple, dict)
 
 
 def check_int(name: str, value: object, least: int = 1) -> None:
-    """Refuses what is not a whole number, or too small.
+    """Raises if a value is not a whole number, or too small.
 
     >>> check_int("examples", 0)
     Traceback (most recent call last):
@@ -23,7 +23,7 @@ def check_int(name: str, value: object, least: int = 1) -> None:
 
 
 def check_number(name: str, value: object, least: float | None = None, above: float | None = None) -> None:
-    """Refuses what is not a finite number, or too small.
+    """Raises if a value is not a finite number, or too small.
 
     >>> check_number("damping", 0, above=0)
     Traceback (most recent call last):
@@ -35,7 +35,7 @@ def check_number(name: str, value: object, least: float | None = None, above: fl
 
 
 def check_fraction(name: str, value: object, legal: str = "[0, 1)", of: str = "") -> None:
-    """Refuses a number outside of an interval; of one that looks like a percentage, the message asks whether it is meant as one.
+    """Raises if a number is outside an interval, with a hint if it looks like a percentage.
 
     Args:
         name: The argument.
@@ -62,7 +62,7 @@ def check_fraction(name: str, value: object, legal: str = "[0, 1)", of: str = ""
 
 
 def percentage_hint(value: float) -> str:
-    """Asks whether a number above 1 and up to 100 is meant as a percentage, for the end of a message; empty of another number.
+    """Returns a hint for an error if a number from 1 to 100 may be a percentage.
 
     >>> percentage_hint(30), percentage_hint(0.3), percentage_hint(4096)
     ('; did you mean 0.3?', '', '')
@@ -71,7 +71,7 @@ def percentage_hint(value: float) -> str:
 
 
 def check_one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 - a Literal is of no class
-    """Refuses what is none of several words.
+    """Raises if a value is not one of several legal values.
 
     Args:
         name: The argument.
@@ -88,7 +88,7 @@ def check_one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 
 
 
 def check_path(name: str, value: object, endings: Iterable[str] = ()) -> None:
-    """Refuses what is no path of a file or folder, or ends in none of some endings.
+    """Raises if a value is not a path, or has none of the legal suffixes.
 
     >>> check_path("plot_file", "report.foo", [".png", ".pdf"])
     Traceback (most recent call last):
@@ -101,7 +101,7 @@ def check_path(name: str, value: object, endings: Iterable[str] = ()) -> None:
 
 
 def parse_memory(name: str, value: str) -> int:
-    """Reads an amount of memory, refuses what is none, and returns it in bytes.
+    """Returns an amount of memory in bytes, or raises if it cannot be parsed.
 
     >>> parse_memory("memory", "8GiB"), parse_memory("memory", "1.5 GB")
     (8589934592, 1500000000)
@@ -116,7 +116,7 @@ def parse_memory(name: str, value: str) -> int:
 
 
 def check_types(of: Callable[..., Any], given: Mapping[str, object]) -> None:
-    """Refuses arguments that are not of the kinds that the annotations of a function, or of a class's `__init__`, name.
+    """Raises if an argument does not have the annotated type.
 
     Args:
         of: The function or class.

@@ -1,4 +1,4 @@
-"""One run at a time writes to a folder: a lock file beside it is held by the process that does."""
+"""A lock file next to a folder, so that only one process writes to it."""
 
 import json
 import os
@@ -16,7 +16,7 @@ except ImportError:  # Windows, where nothing keeps two runs apart
 
 
 class FolderLock:
-    """Holds the lock of a folder until it is released, or lost, or the process ends, however it does.
+    """The lock of a folder, held until it is released or the process ends.
 
     The system takes a lock from a process that ends, so that a file which it left is no obstacle, on any host. A process that
     claims a folder again gets a claim that holds nothing. Folders above `target` that are missing are made, and removed by
@@ -49,18 +49,18 @@ class FolderLock:
 
     @property
     def holds(self) -> bool:
-        """True if the lock is this claim's, and not an earlier one's of the same process."""
+        """True if this object holds the lock, and not an earlier one of the same process."""
         return self._held is not None and self._held.alive
 
     def release(self) -> None:
-        """Lets other processes write, if it holds the lock."""
+        """Releases the lock, if this object holds it."""
         if self._held is not None:
             self._held()
 
 
 @contextmanager
 def lock_folder(target: Path) -> Iterator[None]:
-    """Claims a folder for this process within; see `Claim`."""
+    """Locks a folder within a `with` block; see `FolderLock`."""
     claim = FolderLock(target)
     try:
         yield
@@ -69,7 +69,7 @@ def lock_folder(target: Path) -> Iterator[None]:
 
 
 def _locked(lock: Path, target: Path) -> int | None:
-    """Returns the descriptor of a lock file that is held; None if this process holds it already, or nothing can."""
+    """Returns the descriptor of the locked file; None if this process already holds the lock."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -98,7 +98,7 @@ def _locked(lock: Path, target: Path) -> int | None:
 
 
 def _holder(lock: Path) -> dict[str, object]:
-    """Reads who holds a lock; nothing if that is not there yet."""
+    """Returns the process that holds a lock, as far as it is recorded."""
     with suppress(OSError, ValueError):
         record = json.loads(lock.read_text())
         return record if isinstance(record, dict) else {}

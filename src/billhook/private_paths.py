@@ -1,4 +1,4 @@
-"""Names files and folders without the folders that they are in, as what is published says no private path."""
+"""Removal of private paths from data that is published."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 ABSOLUTE = re.compile(r"(?<![\w./:\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"<>|,;:()\[\]{}]+[/\\])+")
-"""The folders at the beginning of an absolute path, wherever it stands in a text."""
+"""The folders of an absolute path in a text."""
 
 
 def without_folders(value: Any) -> Any:  # noqa: ANN401 - plain data
-    """Returns plain data that names files and folders by their last names alone; names of the hub and other values stay.
+    """Returns plain data with local paths reduced to their last part; Hub names stay.
 
     >>> without_folders({"train": "/home/me/text.txt", "also": ["data/*.txt", "owner/name", 3]})
     {'train': 'text.txt', 'also': ['*.txt', 'owner/name', 3]}
@@ -25,7 +25,7 @@ def without_folders(value: Any) -> Any:  # noqa: ANN401 - plain data
 
 
 def _is_local(name: str) -> bool:
-    """Tells whether a name is a path, and not a name of the hub."""
+    """Returns True for a local path, and False for a Hub name."""
     if Path(name).is_absolute() or name.startswith(("~", "./", "../")) or any(sign in name for sign in "*?[\\"):
         return True
     with suppress(OSError, ValueError):  # too long, or with a NUL
@@ -34,7 +34,7 @@ def _is_local(name: str) -> bool:
 
 
 def without_paths(value: Any) -> Any:  # noqa: ANN401 - plain data
-    """Returns plain data in whose texts absolute paths are the names of their files or folders.
+    """Returns plain data with absolute paths in texts reduced to their last part.
 
     >>> without_paths(["Calibration('/home/me/text.txt'), 4/8 heads, https://example.org/a/b", "/home/my texts/a.txt"])
     ["Calibration('text.txt'), 4/8 heads, https://example.org/a/b", 'a.txt']
@@ -49,7 +49,7 @@ def without_paths(value: Any) -> Any:  # noqa: ANN401 - plain data
 
 
 def absolute_paths(value: Any) -> Iterator[str]:  # noqa: ANN401 - plain data
-    """Yields the absolute paths in the texts of plain data, as `without_paths` finds them; of one within a text, its folders.
+    """Yields the absolute paths in plain data; for a path within a text, its folders.
 
     >>> list(absolute_paths({"by": ["Calibration('/home/me/text.txt')", "4/8 heads"], "/home/me/a.txt": 1}))
     ['/home/me/', '/home/me/a.txt']

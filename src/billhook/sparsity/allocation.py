@@ -188,7 +188,7 @@ def allocate_sparsities(walks: Walks, amount: float, allocation: Allocation) -> 
     numbers = measured if allocation.measures else range(len(blocks))
     sizes = [{name: math.prod(size_of(linear)) for name, linear in blocks[number].linears.items()} for number in numbers]
     allocated = allocation.allocate(sizes, amount, list(measured.values())) if sizes else {}
-    return dict.fromkeys(walks.linears, amount) | allocated
+    return dict.fromkeys(walks.layers, amount) | allocated
 
 
 class _MeasuringVisitor(PruningVisitor):

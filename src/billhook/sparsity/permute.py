@@ -212,7 +212,7 @@ def permuted(walks: Walks, criterion: Criterion, pattern: str) -> Iterator[Permu
     """Reorders channels, and restores the old order after an error in the context."""
     model, kept = find_transformer(walks.model), parse_pattern(pattern)
     assert kept is not None, "check_permute has seen the pattern"
-    free, reasons = find_free_axes(model, trace(walks.model), walks.linears, kept[1])
+    free, reasons = find_free_axes(model, trace(walks.model), walks.layers, kept[1])
     visitor = walks("block" if needs_data(criterion) else None, partial(OrderingVisitor, criterion, free, kept))
     axes = dict(sorted(visitor.ordered.items()))
     ordered = [(free[number], axis.orders) for number, axis in axes.items()]

@@ -55,7 +55,7 @@ class Walks:
 
     Attributes:
         model: The model.
-        linears: Linear layers to prune, by name.
+        layers: Linear layers to prune, by name.
         runs: A run for each batch; empty if nothing needs data.
         comm: The ranks.
         offload: Device on which blocks run; None for the model's device.
@@ -64,7 +64,7 @@ class Walks:
     """
 
     model: nn.Module
-    linears: Mapping[str, nn.Module]
+    layers: Mapping[str, nn.Module]
     runs: Sequence[Run]
     comm: Comm
     offload: torch.device | None
@@ -74,7 +74,7 @@ class Walks:
     @cached_property
     def tied(self) -> list[tuple[str, nn.Module]]:
         """Other layers that share the weight of a linear layer."""
-        return find_tied(self.model, self.linears)
+        return find_tied(self.model, self.layers)
 
     @cached_property
     def store(self) -> BlockStore:
@@ -84,7 +84,7 @@ class Walks:
     @property
     def blocks(self) -> list[Site]:
         """The blocks, and the linear layers outside of blocks."""
-        return find_sites(self.model, self.linears, "block")
+        return find_sites(self.model, self.layers, "block")
 
     def __call__(self, sequential: Sequential | None, make: Callable[["Walks", bool], V], key: str | None = None) -> V:
         """Walks with a visitor and returns it, repeating the walk if necessary.
@@ -146,7 +146,7 @@ class Walks:
         forwards = [run.forward for run in self.runs] * (2 if visitor.dense else 1)
         at_once = sequential == "none" and not self.store.blocks
         pruned_first, other_layers = dict[str, nn.Module](), dict[str, nn.Module]()
-        for name, linear in self.linears.items():
+        for name, linear in self.layers.items():
             (pruned_first if at_once or name in called_again else other_layers)[name] = linear
         new: dict[str, Tensor] = {}
         if pruned_first:
@@ -247,7 +247,7 @@ class PruningVisitor(Visitor):
     @torch.no_grad()
     def stage(self) -> None:
         """Stages the pruned layers of the current block, or of the layers outside all blocks."""
-        linears, new = self.walks.linears, dict[str, PrunedLayer]()
+        linears, new = self.walks.layers, dict[str, PrunedLayer]()
         for name, pruned in self.pruned.items():
             # a layer outside the store's model stays in memory
             if self.store.owner.get(linears[name]) is self._block and linears[name] in self._names:
@@ -260,7 +260,7 @@ class PruningVisitor(Visitor):
 
     def _weight(self, name: str) -> str:
         """Returns the name of a layer's weight in the store."""
-        return f"{self._names[self.walks.linears[name]]}.weight"
+        return f"{self._names[self.walks.layers[name]]}.weight"
 
     def on_reentry(self, site: Site) -> None:
         """Raises if a block that is loaded on demand is called again after its layers were pruned."""
@@ -379,7 +379,7 @@ class PruningVisitor(Visitor):
 
     def scored(self, name: str) -> Tensor:
         """Returns the weight that the criterion scores, including LoRA if it counts."""
-        weight, adapter = weight_of(self.walks.linears[name]), self.walks.adapters.get(name)
+        weight, adapter = weight_of(self.walks.layers[name]), self.walks.adapters.get(name)
         return weight if adapter is None else effective_weight(weight, adapter)
 
     def scores(self, name: str, statistics: Statistics | GroupedStatistics | None) -> Tensor:
@@ -438,7 +438,7 @@ class GlobalPruningVisitor(PruningVisitor):
 
     def close(self) -> None:
         """Finds the threshold over all scores, and prunes by it."""
-        seen = {name: linear for name, linear in self.walks.linears.items() if name in self._seen}
+        seen = {name: linear for name, linear in self.walks.layers.items() if name in self._seen}
         sparsity = next(iter(self.sparsities.values()))
         count = pruned_count(sum(math.prod(size_of(linear)) for linear in seen.values()), sparsity)
         lowest = RemovalThreshold.of(lambda: map(self._scores, seen), count)
@@ -450,7 +450,7 @@ class GlobalPruningVisitor(PruningVisitor):
             self.report()
 
     def _scores(self, name: str) -> Tensor:
-        self.enter(self.walks.linears[name])
+        self.enter(self.walks.layers[name])
         return self.scores(name, self._seen[name])
 
 

@@ -158,7 +158,7 @@ def test_names_of_objects():
 def test_without_batches_a_model_that_does_not_write_needs_them():
     with pytest.raises(ValueError, match="batches=None: Bert.* does not generate text .*Pass batches"):
         read_batches(None, BUILD["bert"]())
-    with pytest.raises(ValueError, match="batches=None: Linear holds no Hugging Face model"):
+    with pytest.raises(ValueError, match="batches=None: Linear contains no Hugging Face model"):
         read_batches(None, torch.nn.Linear(2, 2))
 
 

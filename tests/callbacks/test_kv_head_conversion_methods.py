@@ -221,7 +221,7 @@ class TestRefused:
         lit = module()
         linear = lit.model.model.layers[0].self_attn.k_proj
         linear.weight = torch.nn.Parameter(torch.ones(16, 32, dtype=torch.int8), requires_grad=False)
-        self.refused(files, tmp_path, conversion(**WAYS[way]), "k_proj.weight is quantised .* before it is quantised", lit)
+        self.refused(files, tmp_path, conversion(**WAYS[way]), "k_proj.weight is quantized .* before it is quantized", lit)
 
     def test_heads_that_do_not_divide(self, files, tmp_path):
         self.refused(files, tmp_path, conversion(3, method="svd"), "num_key_value_heads=3, .* legal is 1, 2")

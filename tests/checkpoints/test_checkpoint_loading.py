@@ -260,7 +260,9 @@ class TestWarned:
             trainer(tmp_path, cut()[1:], max_steps=5).fit(lit, data(files), ckpt_path=fitted("masked")[1])
 
     def test_a_config_that_says_something_else(self, fitted, files, tmp_path):
-        with pytest.warns(UserWarning, match="whose config says rms_norm_eps 1e-06, here 0.1: what is here holds"):
+        with pytest.warns(
+            UserWarning, match="config differs: rms_norm_eps 1e-06 instead of 0.1. The values of this run are used"
+        ):
             trainer(tmp_path, []).validate(module(1, rms_norm_eps=0.1), data(files), ckpt_path=fitted("kv")[1], verbose=False)
 
     @pytest.mark.parametrize("kind", ["weights", "heads"])

@@ -113,7 +113,7 @@ def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatc
 
 
 def test_memory_that_is_too_little(small, files, tmp_path):
-    with pytest.raises(SystemExit, match=r"memory=0\.00 GiB: at least \d\.\d\d GiB are needed for one block at a time"):
+    with pytest.raises(SystemExit, match=r"memory=0\.00 GiB is too small: streaming one block at a time needs \d\.\d\d GiB"):
         main(["prune", str(small), str(tmp_path / "out"), *option(files), "--sparsity", "0.5", "--stream", "--memory", "1MB"])
     assert list(tmp_path.iterdir()) == []
 
@@ -182,7 +182,7 @@ def test_inspect_is_the_same_and_says_how_the_model_streams(small, capsys, monke
     assert (
         said[len(plain) :].split()
         == (
-            f"streaming 2 blocks of at most {blocks[0] / 1e6:,.1f} MB, one at a time: {sum(blocks) / 1e6:,.1f} MB in all; "
+            f"streaming 2 blocks of up to {blocks[0] / 1e6:,.1f} MB, loaded one at a time ({sum(blocks) / 1e6:,.1f} MB in total); "
             f"{stays / 1e6:,.1f} MB stay in memory"
         ).split()
     )

@@ -89,8 +89,8 @@ def test_ranks_of_a_fit_are_those_of_the_fit():
 
 
 @pytest.mark.parametrize(("reduce", "why"), [
-    (lambda tensor: None, "reduce: it must return the tensor that it has summed, and returned None"),
-    (lambda tensor: tensor.div_(2, rounding_mode="floor"), "reduce: it must sum over ranks, and made 0 of this rank's 1"),
+    (lambda tensor: None, "reduce must return the summed tensor, but returned None"),
+    (lambda tensor: tensor.div_(2, rounding_mode="floor"), "reduce must sum over ranks, but turned 1 on this rank into 0"),
 ])  # fmt: skip
 def test_a_function_that_does_not_sum_is_refused(reduce, why):
     with pytest.raises(ValueError, match=why):

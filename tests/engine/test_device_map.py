@@ -31,7 +31,7 @@ def test_several_devices_are_refused_by_name(name):
     model = llama()
     before = copy.deepcopy(model.state_dict())
     model.hf_device_map = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1, "lm_head": 1}
-    with pytest.raises(ValueError, match="model: its device_map has spread it over 0, 1, and here it must be on one device"):
+    with pytest.raises(ValueError, match="model: device_map has distributed it over 0, 1, but it must be on one device"):
         WORKS[name](model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
@@ -40,7 +40,7 @@ def test_repair_with_a_plan_of_before_is_refused():
     model = llama()
     plan = bh.pruning.plan_units(model, {0: [0, 1]})
     model.hf_device_map = {"model": 0, "lm_head": 1}
-    with pytest.raises(ValueError, match="model: its device_map has spread it over 0, 1"):
+    with pytest.raises(ValueError, match="model: device_map has distributed it over 0, 1"):
         bh.repair(model, plan, batches())
 
 
@@ -63,7 +63,7 @@ def test_weights_on_disk_are_refused_and_stay_there(tmp_path):
     ids = tokens()
     expected = model(ids).logits
     for name, work in WORKS.items():
-        why = "has no weights" if name in ("prune", "match", "shrink", "permute") else "has spread it over cpu, disk"
+        why = "has no weights" if name in ("prune", "match", "shrink", "permute") else "has distributed it over cpu, disk"
         with pytest.raises(ValueError, match=why):
             work(model)
     assert all(parameter.is_meta for parameter in model.model.layers[1].parameters())

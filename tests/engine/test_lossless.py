@@ -53,7 +53,7 @@ def test_units_are_removed_and_made_up_for(subject):
 
 def test_what_needs_a_loss_says_what_it_takes(subject):
     model, batches = subject
-    with pytest.raises(ValueError, match="gives no loss for .*: add labels, or give `loss`"):
+    with pytest.raises(ValueError, match="returns no loss for inputs .*. Add labels, or pass loss="):
         bh.score(model, bh.find_units(model, "head"), bh.Taylor(), batches)
     bh.score(
         model, bh.find_units(model, "head"), bh.Taylor(), batches, loss=lambda model, batch: model(**batch)[0].square().mean()
@@ -62,5 +62,5 @@ def test_what_needs_a_loss_says_what_it_takes(subject):
 
 def test_batches_that_no_model_takes(subject):
     model, _ = subject
-    with pytest.raises(ValueError, match="a str is no dictionary, tuple or tensor"):
+    with pytest.raises(ValueError, match="a str is not a dictionary, tuple, list, or tensor"):
         bh.convert_kv_heads(model, 1, "svd", ["text"])

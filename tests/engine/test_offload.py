@@ -177,8 +177,8 @@ def test_what_lies_in_files_is_a_copy_and_others_keep_theirs(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"offload": "gpu9"}, "offload='gpu9' is no device here"),
-        ({"offload": "cuda:77"}, "offload='cuda:77' is no device here"),
+        ({"offload": "gpu9"}, "offload='gpu9' is not available"),
+        ({"offload": "cuda:77"}, "offload='cuda:77' is not available"),
         ({"activations": "/nowhere/at/all"}, "activations='/nowhere/at/all' must be an existing folder"),
     ],
 )

@@ -47,7 +47,7 @@ class Imported:
 def test_a_list_that_torch_did_not_write_is_refused(folder, monkeypatch, hostile):
     monkeypatch.chdir(folder)
     (folder / ".metadata").write_bytes(pickle.dumps(hostile))
-    with pytest.raises(ValueError, match="has no list of its tensors as torch writes it"):
+    with pytest.raises(ValueError, match="has no valid metadata of torch.distributed.checkpoint"):
         read_sharded(folder)
     assert not (folder / "ran").exists()
 
@@ -74,9 +74,9 @@ def no_tensor(listed):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (elsewhere, "lists a file elsewhere: ../other.distcp"),
-        (larger, "lists 4000000000008 bytes of weights, and its files have"),
-        (no_tensor, "lists state_dict.model.one, which is no tensor"),
+        (elsewhere, "names a file outside of the folder: ../other.distcp"),
+        (larger, "lists 4000000000008 bytes of weights, but its files have"),
+        (no_tensor, "state_dict.model.one in its metadata is not a tensor"),
     ],
 )
 def test_a_list_of_what_is_not_there_is_refused(folder, change, match):

@@ -223,7 +223,7 @@ def test_a_tensor_that_is_not_there(source):
     plain = json.loads(index.read_text())
     del plain["weight_map"]["model.layers.1.mlp.up_proj.weight"]
     index.write_text(json.dumps(plain))
-    with pytest.raises(ValueError, match="the files lack model.layers.1.mlp.up_proj.weight of LlamaForCausalLM"):
+    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight of LlamaForCausalLM is missing in the files"):
         bh.stream(source)
 
 
@@ -233,13 +233,13 @@ def test_a_full_disk(source, tmp_path, monkeypatch):
 
     model = bh.stream(source, tmp_path / "out")
     monkeypatch.setattr("billhook.engine.parts.save_file", full)
-    with pytest.raises(OSError, match="model.layers.0 cannot be written to .*No space left.*; 0 blocks are there"):
+    with pytest.raises(OSError, match="model.layers.0 cannot be written to .*No space left.*. 0 blocks are finished"):
         bh.prune(model, bh.Magnitude(), sparsity=0.5)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_only_read(source):
-    with pytest.raises(ValueError, match=r"it is streamed to be read only; say where it is written: bh.stream\(folder, out\)"):
+    with pytest.raises(ValueError, match=r"the streamed model is read-only. Pass an output folder: bh.stream\(folder, out\)"):
         bh.prune(bh.stream(source), bh.Magnitude(), sparsity=0.5)
 
 

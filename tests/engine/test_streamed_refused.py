@@ -40,9 +40,9 @@ def trained(model, *callbacks):
 
 
 GRADIENTS = r"importance=\w+\(.*\) needs gradients, which a streamed model does not have"
-WEIGHTS = r"has no weights yet \(it is on the meta device\): load all of them first"
+WEIGHTS = r"has no values \(it is on the meta device\). Load all weights first"
 TRAINING = "model: it is streamed, and training needs all weights in memory"
-ADDED = r"model: model.layers.0.self_attn.q_proj.lora_A.default was added to it, and the model is streamed"
+ADDED = r"model: model.layers.0.self_attn.q_proj.lora_A.default was added to a streamed model"
 BOTH = "residual: these channels and those within blocks do not go both at once, and the model is streamed"
 REFUSED = {
     "heads by Taylor": (scored("head", bh.Taylor()), GRADIENTS),
@@ -121,7 +121,7 @@ def loss_of(model, **given):
 def test_gradients_are_refused(embedded):
     model, ids = bh.stream("tiny"), torch.arange(8)[None]
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
-    with pytest.raises(ValueError, match="model: its blocks come one at a time, and gradients need all weights in memory"):
+    with pytest.raises(ValueError, match="model is streamed one block at a time, but gradients need all weights in memory"):
         loss_of(model, **({"inputs_embeds": inputs} if embedded else {"input_ids": ids})).backward()
     assert inputs.grad is None
     with torch.no_grad():

@@ -108,7 +108,7 @@ def test_ranks_take_part_in_what_others_bring_until_all_have_ended(mesh):
 
     with blockwise(sharded):
         store = store_of(sharded)
-        with store.apart(Comm(add, size=2)):
+        with store.independently(Comm(add, size=2)):
             store.load(first)
             assert size(first.mlp.up_proj.weight)
             assert not size(last.mlp.up_proj.weight)

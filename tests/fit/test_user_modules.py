@@ -370,8 +370,8 @@ class Two(Own):
 @pytest.mark.parametrize(
     ("kind", "match"),
     [
-        (Listed, r"Listed holds no Hugging Face model .* that torch sees: 'models' has one in a list; make it an attribute"),
-        (Two, "Two holds more than one Hugging Face model: net, other; the one to work on must be its attribute `model`"),
+        (Listed, r"Listed contains no Hugging Face model .* that torch sees: 'models' has one in a list. Make it an attribute"),
+        (Two, "Two contains more than one Hugging Face model \(net, other\). Assign the model to use to the attribute `model`"),
     ],
 )
 def test_what_cannot_be_found_is_refused(tmp_path, kind, match, event):

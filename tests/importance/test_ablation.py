@@ -126,5 +126,5 @@ def test_what_is_not_legal_is_refused():
         bh.importance.ablate_heads(model, batches, per="x")
     with pytest.raises(ValueError, match="batches is empty. Pass at least one batch"):
         bh.importance.ablate_heads(model, [])
-    with pytest.raises(ValueError, match="BertForSequenceClassification gives no loss for input_ids"):
+    with pytest.raises(ValueError, match="BertForSequenceClassification returns no loss for inputs input_ids"):
         bh.importance.ablate_heads(model, [{"input_ids": tokens()}])

@@ -443,9 +443,9 @@ def test_batches_that_do_not_do_are_refused():
             bh.score(encoder, bh.find_units(encoder, "head"), importance)
         with pytest.raises(ValueError, match=f"batches: {name} needs at least one batch"):
             bh.score(model, bh.find_units(model, "head"), importance, [], normalize=True)
-    with pytest.raises(ValueError, match="BertForMaskedLM gives no loss for input_ids: add labels, or give `loss`"):
+    with pytest.raises(ValueError, match="BertForMaskedLM returns no loss for inputs input_ids. Add labels, or pass loss="):
         bh.score(bert(), bh.find_units(bert(), "head"), bh.importance.GateGradient(), [{"input_ids": tokens()}], normalize=True)
-    with pytest.raises(ValueError, match="a Tensor is no dictionary of what the model takes, or give `loss`"):
+    with pytest.raises(ValueError, match="a Tensor is not a dictionary of model inputs. Pass dictionaries, or pass loss="):
         bh.score(model, bh.find_units(model, "head"), bh.importance.GateGradient(), [tokens()], normalize=True)
     with pytest.raises(ValueError, match="each='x' must be one of token, example, batch"):
         bh.importance.GateGradient("x")

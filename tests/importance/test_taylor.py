@@ -331,7 +331,7 @@ def test_batches_that_cannot_be_taken_apart(batch, shapes):
         return own_loss(model, {"input_ids": batch.get("input_ids", tokens(1, 4))})
 
     for order in ("second", "mixed"):
-        with pytest.raises(ValueError, match=rf"a batch with tensors of shapes {shapes} cannot be taken apart"):
+        with pytest.raises(ValueError, match=rf"a batch with tensors of shapes {shapes} cannot be split into examples"):
             scores(model, [batch], bh.Taylor(order), loss=loss)
     assert scores(model, [batch], bh.Taylor(), loss=loss).isfinite().all()
 

@@ -389,7 +389,10 @@ class TestWeights:
         model = build("llama")
         plan, shape = plan_kv_heads(model, 2), shape_of(model)
         name = "model.layers.0.self_attn.o_proj.weight"
-        for wrong, message in ((name, "is \\[3\\], and must be"), ("nothing", "'nothing' is no parameter of LlamaForCausalLM")):
+        for wrong, message in (
+            (name, "has size \\[3\\], but must have"),
+            ("nothing", "'nothing' is not a parameter of LlamaForCausalLM"),
+        ):
             with pytest.raises(ValueError, match=f"weights: .*{message}"):
                 apply(model, plan, weights={wrong: torch.zeros(3)})
         with pytest.raises(ValueError, match="the new values are not finite"):

@@ -296,12 +296,12 @@ class TestRefused:
             convert_kv_heads(model, 2)
 
     def test_not_a_hugging_face_model(self):
-        with pytest.raises(ValueError, match="Linear holds no Hugging Face model"):
+        with pytest.raises(ValueError, match="Linear contains no Hugging Face model"):
             convert_kv_heads(nn.Linear(2, 2), 1)
 
     def test_quantised(self):
         model = llama()
         attention = model.model.layers[0].self_attn
         attention.k_proj.weight = nn.Parameter(torch.zeros(16, 32, dtype=torch.int8), requires_grad=False)
-        with pytest.raises(ValueError, match="k_proj.weight is quantised"):
+        with pytest.raises(ValueError, match="k_proj.weight is quantized"):
             convert_kv_heads(model, 2)

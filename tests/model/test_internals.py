@@ -50,7 +50,7 @@ def test_a_release_without_a_private_name_is_told_where_that_is_needed(monkeypat
     model = llama()
     monkeypatch.delattr(core_model_loading, "Chunk")
     told = (
-        rf"transformers {transformers.__version__}: cannot import name 'Chunk'.*, which billhook needs to save models.*: install"
+        rf"transformers {transformers.__version__}: cannot import name 'Chunk'.*, which billhook needs to save models.*\. Install"
     )
     with pytest.raises(ImportError, match=told):
         bh.save(model, tmp_path / "model")

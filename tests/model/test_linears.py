@@ -166,11 +166,11 @@ def marked():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: quantised(torch.int8), r"block\.fc is quantised \(Linear, Tensor of torch.int8\): prune the model before"),
-        (lambda: quantised(torch.float8_e4m3fn), r"block\.fc is quantised \(Linear, Tensor of torch.float8_e4m3fn\)"),
-        (marked, r"block\.fc is quantised \(Linear, Marked of torch.float32\)"),
-        (Packed, r"block\.fc is quantised \(Packed\): prune the model before it is quantised"),
-        (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), "the weight of block.fc is no parameter but computed"),
+        (lambda: quantised(torch.int8), r"block\.fc is quantized \(Linear, Tensor of torch.int8\)\. Prune the model before"),
+        (lambda: quantised(torch.float8_e4m3fn), r"block\.fc is quantized \(Linear, Tensor of torch.float8_e4m3fn\)"),
+        (marked, r"block\.fc is quantized \(Linear, Marked of torch.float32\)"),
+        (Packed, r"block\.fc is quantized \(Packed\)\. Prune the model before it is quantized"),
+        (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), "the weight of block.fc is computed"),
     ],
 )
 def test_what_is_refused(make, message):

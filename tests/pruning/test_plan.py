@@ -239,8 +239,8 @@ class TestRefused:
         model = llama()
         weight = model.model.layers[1].mlp.up_proj.weight
         model.model.layers[1].mlp.up_proj.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
-        refused(model, {MLPS[0]: [0]}, r"up_proj.weight is quantised \(torch.int8\): remove units before", ["channel"])
-        refused(model, {ATTENTIONS[0]: [0, 1]}, r"up_proj.weight is quantised \(torch.int8\)", ["head"])
+        refused(model, {MLPS[0]: [0]}, r"up_proj.weight is quantized \(torch.int8\). Remove units before", ["channel"])
+        refused(model, {ATTENTIONS[0]: [0, 1]}, r"up_proj.weight is quantized \(torch.int8\)", ["head"])
 
     def test_other_heads_of_layers_that_share_a_bias(self):
         model = t5()

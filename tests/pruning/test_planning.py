@@ -286,7 +286,7 @@ class TestRefused:
             bh.plan(bert(), channels=0.5)
         with pytest.raises(ValueError, match="batches: OutputNorm needs at least one batch"):
             bh.plan(model, batches=[], channels=0.5)
-        with pytest.raises(ValueError, match="gives no loss for input_ids: add labels, or give `loss`"):
+        with pytest.raises(ValueError, match="returns no loss for inputs input_ids. Add labels, or pass loss="):
             bh.plan(bert(), bh.Taylor(), [{"input_ids": tokens()}], channels=0.5)
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")

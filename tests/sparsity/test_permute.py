@@ -220,7 +220,7 @@ class TestRefused:
             bh.criteria.permute_for(model, "unstructured", batches_of(model))
         with pytest.raises(ValueError, match="has 48 inputs, not a multiple of 5|has 32 inputs, not a multiple of 5"):
             bh.criteria.permute_for(model, "2:5", batches_of(model))
-        with pytest.raises(ValueError, match="holds no Hugging Face model"):
+        with pytest.raises(ValueError, match="contains no Hugging Face model"):
             bh.criteria.permute_for(nn.Sequential(nn.Linear(8, 8)), "2:4", [torch.ones(1, 8)])
 
     def test_while_a_mask_stands_before_units(self):

@@ -218,6 +218,6 @@ def test_a_reduce_that_returns_nothing_is_refused():
         lambda **given: bh.score(model, bh.find_units(model, "head"), bh.OutputNorm(), batches, **given),
         lambda **given: bh.repair(model, plan, batches, **given),
     ):
-        with pytest.raises(ValueError, match="reduce: it must return the tensor that it has summed, and returned None"):
+        with pytest.raises(ValueError, match="reduce must return the summed tensor, but returned None"):
             call(reduce=lambda tensor: None)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

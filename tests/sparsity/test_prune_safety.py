@@ -186,7 +186,7 @@ class TestRefused:
             ({"pattern": "2:4", "allocation": bh.criteria.OWL()}, "allocation=OWL.* cannot be combined with"),
             ({"sparsity": 0.5, "sequential": "blocks"}, "sequential='blocks' must be one of"),
             ({"sparsity": 0.5, "batches": []}, "batches is empty: Wanda needs calibration data"),
-            ({"sparsity": 0.5, "batches": ["a text"]}, "batches: a str is no dictionary, tuple or tensor"),
+            ({"sparsity": 0.5, "batches": ["a text"]}, "batches: a str is not a dictionary, tuple, list, or tensor"),
             ({"sparsity": 0.5, "batches": "a text"}, "batches='a text' must be an Iterable"),
             ({"sparsity": 0.5, "batches": {"input_ids": tokens()}}, "batches=.*one batch.*list"),
             ({"sparsity": 0.5, "batches": tokens()}, "batches=.*one batch.*list"),
@@ -217,7 +217,7 @@ class TestRefused:
     def test_a_quantised_linear(self):
         model = llama()
         model.model.layers[1].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.int8), requires_grad=False)
-        with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj is quantised"):
+        with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj is quantized"):
             bh.prune(model, bh.Magnitude(), sparsity=0.5)
 
     def test_a_model_on_meta(self):

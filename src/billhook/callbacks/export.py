@@ -168,7 +168,7 @@ class Export(Callback):
         if not self.rehearse:
             return
         with blockwise(model):
-            on_first_rank(trainer, "Export", partial(self._rehearse, model), store_of(model).apart)
+            on_first_rank(trainer, "Export", partial(self._rehearse, model), store_of(model).independently)
 
     def _rehearse(self, model: PreTrainedModel) -> None:
         """Saves the model next to the folder and deletes the result, to report problems early."""
@@ -203,7 +203,7 @@ class Export(Callback):
             return
         model, failed = find_transformer(pl_module), list[Exception]()
         with blockwise(model):
-            on_first_rank(trainer, "Export", partial(self._export, trainer, model, failed), store_of(model).apart)
+            on_first_rank(trainer, "Export", partial(self._export, trainer, model, failed), store_of(model).independently)
         full = any(isinstance(error, OSError) and error.errno == errno.ENOSPC for error in failed)
         words = [f"{type(error).__name__}: {error}" for error in failed if not full]
         for why in from_first_rank(trainer, "Export", "the error", words):

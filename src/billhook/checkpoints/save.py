@@ -183,7 +183,7 @@ def _save(
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
         (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
         replace_folder(draft, target)
-    store_of(model).settle(target)
+    store_of(model).reopen(target)
     return saved
 
 

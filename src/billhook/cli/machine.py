@@ -86,7 +86,7 @@ def model_progress(model: nn.Module, task: str, unit: str) -> Iterator[OnProgres
         with progress_bar(task, unit) as progress:
             yield progress
         return
-    with progress_bar(task, "blocks", peak_memory) as progress, store.watched(progress):
+    with progress_bar(task, "blocks", peak_memory) as progress, store.reporting(progress):
         yield lambda done, total: None
 
 

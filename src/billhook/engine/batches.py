@@ -1,4 +1,4 @@
-"""Batches: what a model is called with, which of the tokens count, and the loss."""
+"""Batches and runs: model inputs, their non-padding tokens, and the loss."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,16 +19,16 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A model run on one batch.
+    """A model run on a batch.
 
     Attributes:
-        forward: Runs the model; returns the loss, a number with a gradient, where `run_with_loss` made the run.
-        tokens: Which tokens count, bool, `[batch, length]`, where there is padding: by the name of the module that reads them,
-            or by that of the mask, which then holds for all that is of its shape.
-        examples: Returns a forward for each example alone; raises ValueError if the batch cannot be taken apart.
-        lossless: Runs the model also where it gives no loss; None if `forward` does.
-        source: The name of the source that the batch is of.
-        batch: What the model is given, which tells runs apart; None where a loss or a step of others runs it.
+        forward: Runs the model. Returns the loss if `run_with_loss` made the run.
+        tokens: Non-padding tokens, bool, `[batch, length]`, by the name of the module that uses them. A mask's name stands for
+            all inputs of its shape. Empty without padding.
+        examples: Returns a forward for each example. Raises ValueError if the batch cannot be split.
+        lossless: Runs the model without a loss. None if `forward` does.
+        source: The name of the batch's source.
+        batch: The model's inputs, which identify the run. None if they are unknown.
     """
 
     forward: Callable[[], Any]
@@ -39,12 +39,12 @@ class Run:
     batch: Any = None
 
     def visit(self) -> Any:  # noqa: ANN401 - whatever a model returns
-        """Runs the model for what it computes inside, with a loss or without one."""
+        """Runs the model for its activations, with or without a loss."""
         return (self.lossless or self.forward)()
 
 
 class Batch(dict[str, Any]):
-    """Inputs of a model's forward, with the name of the source that they are of."""
+    """Inputs of a forward, with the name of their source."""
 
     def __init__(self, inputs: Mapping[str, Any], source: str = "") -> None:
         super().__init__(inputs)
@@ -52,22 +52,22 @@ class Batch(dict[str, Any]):
 
 
 def source_of(batch: Any) -> str:  # noqa: ANN401
-    """Returns the name of a batch's source, if it has one."""
+    """Returns the name of a batch's source, or an empty string."""
     return batch.source if isinstance(batch, Batch | Run) else ""
 
 
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
-    """Makes a run, on the model's device and without a loss, of each batch: a dictionary, a tuple, a list, a tensor, or a run."""
+    """Makes a run of each batch, on the model's device and without a loss."""
     return [batch if isinstance(batch, Run) else _run(model, batch) for batch in check_batches(batches)]
 
 
 def runs_fingerprint(runs: Iterable[Run]) -> str:
-    """Returns a hash of what a model is given in runs; another one each time if that is not known of one of them."""
+    """Returns a hash of the inputs of runs, which is unique if any inputs are unknown."""
     return fingerprint([(run.source, uuid4() if run.batch is None else run.batch, run.tokens) for run in runs])
 
 
 def with_progress(runs: Sequence[Run], report: OnProgress) -> list[Run]:
-    """Returns runs that tell how many of them have been visited, and how many there are."""
+    """Wraps runs so that they report the number of visited runs and the total."""
     seen = set[int]()
 
     def after(number: int, forward: Callable[[], Any]) -> Callable[[], Any]:
@@ -91,19 +91,19 @@ def with_progress(runs: Sequence[Run], report: OnProgress) -> list[Run]:
 
 
 def check_batches(batches: Iterable[Any]) -> Iterable[Any]:
-    """Returns batches; refuses one that is given in the place of several."""
+    """Returns the batches. Raises if a single batch was passed."""
     if isinstance(batches, Mapping | Tensor):
-        raise ValueError(f"batches={type(batches).__name__} is one batch: give a list of them")
+        raise ValueError(f"batches is a single batch ({type(batches).__name__}). Pass a list of batches.")
     if not isinstance(batches, Iterable):
-        raise ValueError(f"batches={batches!r} must be a collection of batches")
+        raise ValueError(f"batches={batches!r} must be an iterable of batches.")
     return batches
 
 
 def _check_filled(batch: Any) -> None:  # noqa: ANN401
-    """Refuses a batch that holds nothing for a model."""
+    """Raises if a batch is empty."""
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    if (isinstance(batch, dict | list | tuple) and not batch) or (tensors and not any(leaf.numel() for leaf in tensors)):
-        raise ValueError(f"batches: a batch is empty: {', '.join(str(list(leaf.shape)) for leaf in tensors) or batch!r}")
+    if (isinstance(batch, dict | list | tuple) and not batch) or (tensors and not any(map(Tensor.numel, tensors))):
+        raise ValueError(f"batches contains an empty batch: {', '.join(str(list(leaf.shape)) for leaf in tensors) or batch!r}")
 
 
 def _run(model: nn.Module, batch: Any) -> Run:  # noqa: ANN401
@@ -114,17 +114,17 @@ def _run(model: nn.Module, batch: Any) -> Run:  # noqa: ANN401
     config = getattr(model, "config", None)
     masks = {"attention_mask": batch.get("attention_mask")}
     if getattr(config, "is_encoder_decoder", False):
-        batch = _told_apart(batch, getattr(config, "max_position_embeddings", None))
+        batch = _with_distinct_lengths(batch, getattr(config, "max_position_embeddings", None))
         masks["decoder_attention_mask"] = _decoder_mask(batch)
     elif config is not None:
-        batch.pop("labels", None)  # no loss is asked for
+        batch.pop("labels", None)  # no loss is computed
     tokens = {name: mask.bool() for name, mask in masks.items() if _is_mask(mask)}
     padded = {name: mask for name, mask in tokens.items() if not mask.all()}
     return Run(_forward(model, batch), padded, source=source, batch=batch)
 
 
 def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
-    """Makes a run of a batch whose forward returns the loss, on the model's device; `modules` need to know which tokens count."""
+    """Makes a run whose forward returns the loss. `modules` need their non-padding tokens."""
     source, batch = source_of(batch), _on_device(model, batch)
     run, tokens = partial(loss or model_loss, model), tokens_of(model, modules, batch)
 
@@ -138,15 +138,14 @@ def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any
 
 
 def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
-    """Takes a batch apart into examples: slices along the first dimension; what has one entry there, as positions may, stays."""
+    """Splits a batch into examples along the first dimension; size 1 is shared."""
     shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    counts = {shape[0] if shape else 0 for shape in shapes}
+    counts = set(map(_first_size, shapes))
     count = max(counts, default=0)
     if not count or counts - {1, count}:
         raise ValueError(
-            "batches: a batch with tensors of shapes "
-            f"{', '.join(map(str, shapes)) or 'none'} cannot be taken apart into its examples along the first dimension, which "
-            "order='second' and 'mixed' need"
+            f"batches: a batch with tensors of shapes {', '.join(map(str, shapes)) or 'none'} cannot be split into examples "
+            "along the first dimension, which order='second' and 'mixed' require. Use order='first'."
         )
 
     def take(number: int, tensor: Tensor) -> Tensor:
@@ -155,36 +154,40 @@ def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
     return [tree_map_only(Tensor, partial(take, number), batch) for number in range(count)]
 
 
-def model_loss(model: nn.Module, batch: Any, hint: str = ", or give `loss`") -> Tensor:  # noqa: ANN401
-    """Returns the loss that a model gives; a causal language model predicts its inputs if there are no labels."""
+def _first_size(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 0
+
+
+def model_loss(model: nn.Module, batch: Any, hint: str = ", or pass loss=") -> Tensor:  # noqa: ANN401
+    """Returns the loss of a model. Causal language models predict their inputs by default."""
     if not isinstance(batch, dict):
-        raise ValueError(f"batches: a {type(batch).__name__} is no dictionary of what the model takes{hint}")
+        raise ValueError(f"batches: a {type(batch).__name__} is not a dictionary of model inputs. Pass dictionaries{hint}.")
     config: Any = getattr(model, "config", None)
-    writes = getattr(model, "can_generate", lambda: False)() and not getattr(config, "is_encoder_decoder", False)
-    if "labels" not in batch and writes and "input_ids" in batch:
+    generates = getattr(model, "can_generate", lambda: False)() and not getattr(config, "is_encoder_decoder", False)
+    if "labels" not in batch and generates and "input_ids" in batch:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
-        if mask is not None:  # neither is padding predicted, nor does it predict
+        if mask is not None:  # padding is neither a target nor an input of a prediction
             ids = ids.masked_fill((mask == 0) | (mask.roll(1, -1) == 0), -100)
         batch = batch | {"labels": ids}
     loss: Tensor | None = getattr(model(**batch), "loss", None)
     if loss is None:
-        raise ValueError(f"batches: {type(model).__name__} gives no loss for {', '.join(batch)}: add labels{hint}")
+        raise ValueError(f"batches: {type(model).__name__} returns no loss for inputs {', '.join(batch)}. Add labels{hint}.")
     return loss
 
 
 def _forward(model: nn.Module, batch: Any) -> Callable[[], Any]:  # noqa: ANN401
-    """Returns a forward of a model on a batch."""
+    """Returns a function that runs a model on a batch."""
     if isinstance(batch, dict):
         return partial(model, **batch)
     if isinstance(batch, list | tuple):
         return partial(model, *batch)
     if isinstance(batch, Tensor):
         return partial(model, batch)
-    raise ValueError(f"batches: a {type(batch).__name__} is no dictionary, tuple or tensor of what the model takes")
+    raise ValueError(f"batches: a {type(batch).__name__} is not a dictionary, tuple, list, or tensor of model inputs.")
 
 
 def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
-    """Finds the tokens that count for each module, where a batch says so: bool, `[batch, length]`."""
+    """Finds the non-padding tokens of each module from a batch: bool, `[batch, length]`."""
     if not isinstance(batch, Mapping):
         return {}
     decoder: Any = None
@@ -192,26 +195,28 @@ def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) ->
         decoder = getattr(model, "get_decoder", lambda: None)()
     in_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
     masks = (batch.get("attention_mask"), _decoder_mask(batch))
-    read, written = (mask.bool() if _is_mask(mask) else None for mask in masks)  # modules with the same tokens share one tensor
+    encoder_mask, decoder_mask = (
+        mask.bool() if _is_mask(mask) else None for mask in masks
+    )  # modules with the same tokens share one tensor
     tokens = dict[str, Tensor]()
     for name, module in modules.items():
-        mask = written if module in in_decoder else read
+        mask = decoder_mask if module in in_decoder else encoder_mask
         if mask is not None:
             tokens[name] = mask
     return tokens
 
 
 def check_one_device(model: nn.Module) -> None:
-    """Refuses a model that accelerate has spread over devices, whose sums could not be added up, or whose weights it moves.
+    """Raises if accelerate has distributed a model over devices or to disk.
 
-    Where a visitor ends a forward early, accelerate would leave the weights that it has brought.
+    Sums on several devices cannot be added, and a forward that ends early would leave offloaded weights loaded.
     """
     for module in model.modules():
         devices = {str(device) for device in (getattr(module, "hf_device_map", None) or {}).values()}
         if len(devices) > 1 or "disk" in devices:
             raise ValueError(
-                f"model: its device_map has spread it over {', '.join(sorted(devices))}, and here it must be on one device: "
-                "load it without device_map or, if it is too large, stream it (bh.stream)"
+                f"model: device_map has distributed it over {', '.join(sorted(devices))}, but it must be on one device. "
+                "Load it without device_map, or use bh.stream if it is too large."
             )
 
 
@@ -222,10 +227,10 @@ def _on_device(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
     return tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)
 
 
-def _told_apart(batch: dict[str, Any], longest: int | None) -> dict[str, Any]:
-    """Makes the decoder's tokens one more than the encoder's if they are as many, as masks are told apart by their length.
+def _with_distinct_lengths(batch: dict[str, Any], longest: int | None) -> dict[str, Any]:
+    """Makes the decoder's inputs longer than the encoder's, as masks are matched by length.
 
-    The new one does not count. A decoder that is as long as it can be loses its last one instead.
+    The new token does not count. A decoder at its maximum length loses its last token instead.
     """
     mask = batch.get("attention_mask")
     inputs = {key: batch[key] for key in ("decoder_input_ids", "labels") if isinstance(batch.get(key), Tensor)}
@@ -242,7 +247,7 @@ def _told_apart(batch: dict[str, Any], longest: int | None) -> dict[str, Any]:
 
 
 def _decoder_mask(batch: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """Finds the tokens of a decoder that count; without a mask, those with labels."""
+    """Returns the decoder's mask, by default the tokens with labels."""
     mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
     return labels != -100 if mask is None and isinstance(labels, Tensor) else mask
 

@@ -1,4 +1,4 @@
-"""Blocks on a device: copies of one's tensors stand in the place of its own there, and those of the next are on their way."""
+"""Runs blocks on a device as copies of their tensors, and prefetches the next block."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -15,28 +15,28 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[K, T]):
-    """The tensors that a thread reads or sends for the next block while this block computes, by block."""
+    """Prepares the tensors of the next block in a thread while the current block runs."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1)
         self.pending: tuple[K, Future[T]] | None = None
 
     def begin(self, block: K, make: Callable[[], T]) -> None:
-        """Begins to make what a block needs."""
+        """Starts preparing the tensors of a block."""
         self.forget()
         self.pending = block, self._thread.submit(make)
 
     def take(self, block: K | None) -> T | None:
-        """Returns what was made for a block, once it is there; None if it was made for another."""
+        """Waits for the tensors of a block. None if another block was prepared."""
         pending, self.pending = self.pending, None
         if pending is None:
             return None
         key, future = pending
-        wait([future])  # also if it is another block's: files are read, and memory is locked, by one thread at a time
+        wait([future])  # even for another block: only one thread at a time reads files and pins memory
         return future.result() if key == block else None
 
     def forget(self, block: K | None = None) -> None:
-        """Lets go of what was made for a block, or for any, as that has other tensors now."""
+        """Discards the tensors of a block (default: any), which are out of date."""
         if self.pending is not None and block in (None, self.pending[0]):
             self.take(None)
 
@@ -47,31 +47,31 @@ class Prefetcher(Generic[K, T]):
 
 
 class DeviceCopies:
-    """Copies of a block's parameters and buffers on a device, in the place of its own, which stay as and where they are.
+    """Copies of a block's parameters and buffers on a device, used instead of the originals.
 
-    On CUDA a thread sends the next block's while this one computes: it copies them to page-locked memory, of which torch keeps
-    as much as two blocks need, and from there they go on a stream of their own. Two blocks are on the device at most.
+    On CUDA a thread copies the next block while this one runs: first to pinned memory, of which torch caches as much as two
+    blocks need, then to the device on a separate stream. At most two blocks are on the device.
 
     Args:
         device: The device.
-        order: Blocks that are in memory, in the order in which they come; with none, nothing is sent ahead.
+        order: Blocks in memory, in the order of their calls. Empty disables prefetching.
     """
 
     def __init__(self, device: torch.device, order: Sequence[nn.Module] = ()) -> None:
         self.device = device
-        self._replaced = list[tuple[dict[str, Any], str, Tensor, Tensor]]()  # a module's dictionary, a name in it, original, copy
+        self._replaced = list[tuple[dict[str, Any], str, Tensor, Tensor]]()  # a module's dictionary, name, original, copy
         self._after = dict(zip(order, [*order[1:], *order[:1]], strict=True)) if self.prefetches(device) else {}
         self._stream = torch.cuda.Stream(device) if self._after and device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.ahead = Prefetcher[nn.Module, dict[Tensor, Tensor]]()
 
     @staticmethod
     def prefetches(device: torch.device) -> bool:
-        """Tells whether the next block goes to a device while another computes there."""
+        """Returns whether the next block is copied to the device while another runs."""
         return device.type == "cuda"
 
     def enter(self, block: nn.Module) -> None:
-        """Puts copies in the place of a block's tensors."""
-        copies = {original: _like(original, copy) for original, copy in self._arrived(block).items()}
+        """Replaces a block's tensors by copies."""
+        copies = {original: _like(original, copy) for original, copy in self._take_copies(block).items()}
         for module in block.modules():
             for slots in (vars(module)["_parameters"], vars(module)["_buffers"]):
                 for name, original in slots.items():
@@ -80,20 +80,20 @@ class DeviceCopies:
                         slots[name] = copies[original]
         following = self._after.get(block, block)
         if following is not block:
-            # the thread waits until kernels that are queued now have run: the block before frees its memory then
+            # the thread waits for the kernels queued now, after which the previous block frees its memory
             queued = None if self._stream is None else torch.cuda.current_stream(self.device).record_event()
             self.ahead.begin(following, partial(self._send, _tensors(following), queued))
 
     def leave(self) -> None:
-        """Puts a block's own tensors back; what has come in the place of a copy meanwhile stays."""
+        """Restores a block's own tensors, except where a copy was replaced."""
         for slots, name, original, copy in self._replaced:
             if slots.get(name) is copy:
                 slots[name] = original
         self._replaced = []
-        torch.clear_autocast_cache()  # which holds, on the device, what was cast of the block
+        torch.clear_autocast_cache()  # holds casts of the block on the device
 
-    def keep(self) -> None:
-        """Gives a block's own tensors the values of copies that have changed; no other is copied back."""
+    def copy_back(self) -> None:
+        """Copies changed values back to the originals."""
         for slots, name, original, copy in self._replaced:
             now = slots.get(name)
             if now is copy and not torch.equal(copy, original.to(self.device)):
@@ -102,12 +102,12 @@ class DeviceCopies:
                 slots[name] = _like(original, now.detach().to(original.device))
 
     def close(self) -> None:
-        """Has nothing on the device any more."""
+        """Releases all copies."""
         self.leave()
         self.ahead.close()
 
-    def _arrived(self, block: nn.Module) -> dict[Tensor, Tensor]:
-        """Returns copies of a block's tensors by the originals: those that were sent ahead, or new ones."""
+    def _take_copies(self, block: nn.Module) -> dict[Tensor, Tensor]:
+        """Returns copies by original: the prefetched ones, or new ones."""
         sent = self.ahead.take(block)
         if sent is None:
             read_pinned = self.device.type == "cuda" and all(parameter.is_pinned() for parameter in block.parameters())
@@ -116,11 +116,11 @@ class DeviceCopies:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)
             for copy in sent.values():
-                copy.record_stream(current)  # or their memory would be given away while kernels still read it
+                copy.record_stream(current)  # keeps the memory until kernels have read it
         return sent
 
     def _send(self, tensors: Iterable[Tensor], queued: torch.cuda.Event | None) -> dict[Tensor, Tensor]:
-        """Sends tensors, in a thread of its own."""
+        """Copies tensors to the device, in the prefetching thread."""
         if queued is None:
             return {tensor: tensor.detach().to(self.device, copy=True) for tensor in tensors}
         queued.synchronize()
@@ -129,7 +129,7 @@ class DeviceCopies:
 
 
 def read_pinned(read: Callable[[], Mapping[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
-    """Reads tensors, for CUDA into page-locked memory, from which they go to the device without a copy between."""
+    """Reads tensors, for CUDA into pinned memory, which copies to the device directly."""
     return {name: tensor.pin_memory() if device.type == "cuda" else tensor for name, tensor in read().items()}
 
 
@@ -142,17 +142,17 @@ def _like(original: Tensor, copy: Tensor) -> Tensor:
 
 
 def run_on(device: torch.device, forward: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-    """Calls a forward with what it is given on a device; what it gives goes to where the first tensor was, and rests there."""
-    home = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), device)
+    """Runs a forward on a device; outputs return to the device of the first input."""
+    input_device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), device)
     args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
-    return tree_map_only(Tensor, lambda x: x.to(home), forward(*args, **kwargs))
+    return tree_map_only(Tensor, lambda x: x.to(input_device), forward(*args, **kwargs))
 
 
 def check_device(offload: str | torch.device | None, name: str = "offload") -> torch.device | None:
-    """Returns the device that an argument names."""
+    """Returns the device of an argument, or raises."""
     if offload is None:
         return None
     try:
         return torch.empty(0, device=offload).device
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        raise ValueError(f"{name}={str(offload)!r} is no device here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{name}={str(offload)!r} is not available: {str(error).splitlines()[0]}") from None

@@ -1,4 +1,4 @@
-"""A model of which one block at a time is in memory: each comes from files when it computes, and goes when another one does."""
+"""The store of a streamed model, which loads each block from files."""
 
 import sys
 from collections import defaultdict
@@ -34,27 +34,27 @@ from billhook.progress import OnProgress
 
 
 class FileStore(BlockStore):
-    """The store of a model on meta: blocks are read from files, and changed ones written; nothing is read before it is opened.
+    """The store of a streamed model: blocks are read from safetensors files on demand.
 
-    All that is in no block then stays in memory, and so do buffers, and blocks that hold the model's first parameter or share a
-    weight with something outside of them.
+    Parameters outside of blocks stay in memory after `open`. So do buffers, blocks with the model's first parameter, and blocks
+    that share a weight with modules outside of them.
 
     Args:
-        model: The model, on meta.
+        model: The model, on the meta device.
         files: The tensors of its checkpoint.
-        parts: Where changed blocks are written; None for a model that is only read.
+        parts: Writes changed blocks. None for a read-only model.
 
     Attributes:
-        blocks: The blocks that come and go, by name.
-        adopted: The files that hold blocks as they are now, by the name of the block.
-        done: The blocks that an earlier process has left of the step that goes on, with its notes.
+        blocks: The blocks that are loaded on demand, by name.
+        adopted: The current file of each changed block, by block name.
+        done: Notes of the blocks that an earlier process finished in the current step, by block name.
     """
 
     model: PreTrainedModel
     holds_all = False
     trains = False
     in_files = True
-    kept = ("files", "keys", "adopted", "names", "blocks", "owner", "_lost", "_alterations")
+    kept = ("files", "keys", "adopted", "names", "blocks", "owner", "_renames", "_alterations")
 
     def __init__(self, model: PreTrainedModel, files: TensorFiles, parts: Parts | None) -> None:
         super().__init__(model)
@@ -62,38 +62,42 @@ class FileStore(BlockStore):
         self._copies: DeviceCopies | None = None
         self._ahead: Prefetcher[str, dict[str, Tensor]] | None = None  # on CUDA only
         self._in_step = False
-        self._transposed = frozenset[str]()  # in the last checkpoint that was written
-        self._overlay = LazyTensors({})  # what parameters of blocks have for values, meanwhile
+        self._transposed = frozenset[str]()  # names in the last written checkpoint
+        self._overlay = LazyTensors({})  # temporary values of parameters in blocks
         self.adopted = dict[str, Path]()
         self._report: OnProgress | None = None
         self._passed = set[str]()
         self.done = dict[str, Any]()
-        self._lost = list[dict[str, str]]()  # each time that blocks were removed, the others by their names before and after
-        first = next(model.parameters())  # which models ask for the device that they are on
+        self._renames = list[dict[str, str]]()  # new names by old name, for each removal of blocks
+        first = next(model.parameters())  # its device is the device of the model
         apart = separable_blocks(model, parameter_slots(model))
         self._index(model, [block for block in apart if all(parameter is not first for parameter in block.parameters())])
         self.keys = self._keys()
         self._origin = files.state
         setattr(model, STORE, self)
 
-    def open(self, beside: PreTrainedModel | None = None) -> None:
-        """Loads what stays in memory, except for what a model beside this one has, and has blocks come when they are called."""
+    def open(self, share_with: PreTrainedModel | None = None) -> None:
+        """Loads parameters outside of blocks, and installs forwards that load blocks.
+
+        Args:
+            share_with: A model in memory. Bitwise identical parameters are shared with it instead of loaded.
+        """
         initialize_buffers(self.model, made_by_class(self.model, names_in_model(self.model, self.files).values()))
         stay = self.keys[""]
-        self._load(stay if beside is None else share_parameters(self.model, beside, self.files, stay))
-        # forwards are replaced, as a hook could not have the block compute without gradients
+        self._load(stay if share_with is None else share_parameters(self.model, share_with, self.files, stay))
+        # replaced forwards, not hooks: a hook cannot run the block without gradients
         for module in self.model.modules():
             if module not in self.owner and isinstance(module, nn.Linear):
                 vars(module)["forward"] = OffloadedForward(self, module, module.forward)
         for module, block in self.owner.items():
             if module is block:
                 vars(block)["forward"] = InferenceForward(self, block, block.forward)
-            elif next(module.parameters(recurse=False), None) is not None:  # it may be called while its block is not
+            elif next(module.parameters(recurse=False), None) is not None:  # a module may be called without its block
                 module.register_forward_pre_hook(LoadHook(self.load, block))
 
     def _keys(self) -> dict[str, list[str]]:
-        """Returns the names of tensors in the files, by the block that they are in, or ""."""
-        block_of = dict[str, str]()  # the block of each parameter: buffers stay in memory, also those of blocks
+        """Returns the names of tensors in the files by block name, with "" for none."""
+        block_of = dict[str, str]()  # by parameter; buffers always stay in memory
         for (module, key), _ in parameter_slots(self.model):
             if module in self.owner:
                 block_of[f"{self.names[module]}.{key}"] = self.names[self.owner[module]]
@@ -102,7 +106,7 @@ class FileStore(BlockStore):
             keys[block_of.get(parameter, "")].append(key)
         return keys
 
-    def _bring(self, block: nn.Module) -> None:
+    def _load_block(self, block: nn.Module) -> None:
         self._check_known(block)
         name = self.names[block]
         self._load(self.keys[name], None if self._ahead is None else self._ahead.take(name))
@@ -118,11 +122,11 @@ class FileStore(BlockStore):
             parameter.data = value.to(parameter.device)
 
     def _read_ahead(self, name: str) -> None:
-        """Has the tensors of the block after one read while this one computes: by a thread, or into pages of the system alone."""
+        """Prefetches the tensors of the next block, by a thread or into the page cache."""
         names = list(self.blocks)
         following = names[(names.index(name) + 1) % len(names)]
         keys = self.keys[following]
-        # what must be fetched first is not read ahead: nobody would see why the thread waits
+        # files on the Hub are not prefetched: the thread would wait without a visible reason
         if self.device is not None and following != name and DeviceCopies.prefetches(self.device) and self.files.are_local:
             self._ahead = self._ahead or Prefetcher()
             self._ahead.begin(following, partial(read_pinned, partial(self.files.read, keys), self.device))
@@ -130,13 +134,13 @@ class FileStore(BlockStore):
             self.files.read_ahead(keys)
 
     def _forget(self, name: str | None = None) -> None:
-        """Lets go of a block, or any, that was read ahead: its tensors come from elsewhere, or under other names, from now on."""
+        """Discards prefetched tensors of a block (default: any) that are out of date."""
         if self._ahead is not None:
             self._ahead.forget(name)
 
     @contextmanager
     def on(self, device: torch.device, blocks: Sequence[nn.Module] = ()) -> Iterator[None]:
-        """Has blocks compute on a device, within, as they come from the files; see `BlockStore.on`."""
+        """Runs blocks on a device as they are read. See `BlockStore.on`."""
         self.release()
         before, self.device = self.device, device
         try:
@@ -147,21 +151,21 @@ class FileStore(BlockStore):
             self.device, self._ahead = before, None
 
     def _check_known(self, block: nn.Module) -> None:
-        """Refuses a block with modules that have come since the model was loaded, such as adapters; nothing is read for it."""
+        """Raises if a block has modules that were added after loading, such as adapters."""
         for name, part in block.named_modules(prefix=self.names[block]):
             if part not in self.owner and part._parameters:
                 raise ValueError(
-                    f"model: {name} was added to it, and the model is streamed, so that its files alone say what a block holds: "
-                    "load it with bh.load for adapters and the like"
+                    f"model: {name} was added to a streamed model, whose blocks are defined by their files. "
+                    "Use bh.load for models with adapters or other new modules."
                 )
 
     def check_can_hold_all(self, why: str) -> None:
-        """Refuses what needs all blocks in memory; see `BlockStore.check_can_hold_all`."""
-        raise ValueError(f"{why}, and the model is streamed: have it in memory (bh.load)")
+        """Raises, because not all blocks fit in memory. See `BlockStore.check_can_hold_all`."""
+        raise ValueError(f"{why}, which a streamed model does not support. Load the model in memory with bh.load.")
 
     @contextmanager
     def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Has the model compute with other values within; those of parameters in blocks are read whenever these come."""
+        """Replaces parameter values within the context. Values in blocks are read on every load."""
         self.release()
         before, new = self._overlay, LazyTensors.of(values)
         away = [name for name in new if self.block_of(name) is not None]
@@ -170,12 +174,12 @@ class FileStore(BlockStore):
             with super().computing_with(new.without(away)):
                 yield
         finally:
-            self._changed = False  # the block that is still here has other values for this while alone
+            self._changed = False  # the loaded block has other values for this context only
             self.release()
             self._overlay = before
 
     def release(self) -> None:
-        """Has no block in memory; the one that was there is written first, if it has changed."""
+        """Writes the loaded block if it has changed, and frees its memory."""
         if not self.loaded:
             return
         block = self.loaded[0]
@@ -183,7 +187,7 @@ class FileStore(BlockStore):
         if self._changed:
             tensors = {key: parameter.detach() for key, parameter in block.named_parameters(prefix=name)}
             self.written.write(name, to_file_format(self.model, tensors), self._note)
-        empty = dict[nn.Parameter, nn.Parameter]()  # those that are tied stay so
+        empty = dict[nn.Parameter, nn.Parameter]()  # tied weights stay tied
         for (module, key), parameter in list(parameter_slots(block)):
             if parameter not in empty:
                 empty[parameter] = nn.Parameter(torch.empty_like(parameter.detach(), device="meta"), parameter.requires_grad)
@@ -191,7 +195,7 @@ class FileStore(BlockStore):
         if self._copies is not None:
             self._copies.leave()  # buffers stay in memory
         self.loaded, self._copies = [], None
-        torch.clear_autocast_cache()  # which holds what was cast of the block
+        torch.clear_autocast_cache()  # holds casts of the block
         if self._changed:
             self._changed = False
             self.adopt(name)
@@ -200,8 +204,8 @@ class FileStore(BlockStore):
             self._report(len(self._passed), len(self.blocks))
 
     @contextmanager
-    def watched(self, report: OnProgress) -> Iterator[None]:
-        """Reports, within, how many blocks have come and gone since the last step began, and of how many."""
+    def reporting(self, report: OnProgress) -> Iterator[None]:
+        """Reports the number of processed blocks since the last step began, and their total."""
         self._passed, self._report = set(), report
         report(0, len(self.blocks))
         try:
@@ -211,32 +215,32 @@ class FileStore(BlockStore):
 
     @contextmanager
     def step(self, key: str, more: Callable[[], str] = str) -> Iterator[None]:
-        """Begins work that is written block by block; after an error blocks come as before, and what was written stays.
+        """Starts work that is written block by block. After an error, written blocks stay on disk.
 
         Blocks that an earlier process has done are as they were before the step until they are adopted.
         """
-        back, self._passed = self.snapshot(), set()
-        # whatever decides the values that are written: a journal of other work must not be taken for this one's
-        self.done = self.written.begin(f"{self._origin} {self._lost} {identity_of(self.model)} {self.device} {key} {more()}")
+        restore, self._passed = self.snapshot(), set()
+        # everything that decides the written values: the journal of other work must not be reused
+        self.done = self.written.begin(f"{self._origin} {self._renames} {identity_of(self.model)} {self.device} {key} {more()}")
         self.reused += len(self.done)
         self._in_step = True
         try:
             yield
         except BaseException:
-            back()
-            if self.parts is not None and not self.adopted:  # or the blocks of an earlier step come from there
+            restore()
+            if self.parts is not None and not self.adopted:  # unless blocks of an earlier step are read from it
                 self.parts.release()
             raise
         finally:
             self._in_step = False
 
-    def known(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
-        """Returns what an earlier process has written of a block in this step, with its note."""
+    def staged(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
+        """Returns the values that an earlier process wrote for a block in this step, with a note."""
         name = self.names[block]
         return (self._written(name), self.done[name]) if name in self.done else None
 
-    def resumed(self, block: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Has a block come as an earlier process has left it in this step; see `BlockStore.resumed`."""
+    def resume_block(self, block: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Adopts a block that an earlier process finished in this step."""
         if (name := self.names[block]) not in self.done:
             return False
         self.adopt(name)
@@ -246,9 +250,9 @@ class FileStore(BlockStore):
     def stage(
         self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
-        """Writes new values of a block's parameters, unless an earlier process has; of what is in no block they stay here.
+        """Writes a block's new values, unless an earlier process has. Other values stay in memory.
 
-        Outside of a step they stay here, too.
+        So do all values outside of a step.
         """
         del device
         if block is None or not self._in_step:
@@ -262,14 +266,14 @@ class FileStore(BlockStore):
         return LazyTensors({key: partial(tensor_in, path, key) for key in self.written.keys(name)})
 
     def snapshot(self) -> Callable[[], None]:
-        """Returns what has blocks come, under the names and in the sizes that they have now, from where they come from now."""
+        """Returns a function that restores the files, names, and sizes that blocks have now."""
         restore, step = super().snapshot(), 0 if self.parts is None else self.parts.step
         sizes = {
             name: {key: tuple(parameter.shape) for key, parameter in block.named_parameters(prefix=name)}
             for name, block in self.blocks.items()
         }
 
-        def back() -> None:
+        def restore_all() -> None:
             restore()
             self._forget()
             for name, shapes in sizes.items():
@@ -277,33 +281,34 @@ class FileStore(BlockStore):
             if self.parts is not None:
                 self.parts.step = step
 
-        return back
+        return restore_all
 
-    def follow(self) -> None:
-        """Follows the model, which has lost blocks: the others come under the names that they have now.
+    def reindex(self) -> None:
+        """Renames the remaining blocks after blocks were removed from the model.
 
         Raises:
-            ValueError: If the names in the files do not number the blocks as the model does.
+            ValueError: If the files do not number blocks as the model does.
         """
         self.release()
         self._forget()
-        now = {module: name for name, module in self.model.named_modules()}
-        then, moved, removed, keys = dict[str, str](), dict[str, str](), list[str](), {"": self.keys[""]}
+        names = {module: name for name, module in self.model.named_modules()}
+        new_names, renamed, removed, keys = dict[str, str](), dict[str, str](), list[str](), {"": self.keys[""]}
         for name, block in self.blocks.items():
-            if block not in now:
+            if block not in names:
                 removed += self.keys[name]
                 continue
-            then[name] = now[block]
-            moved |= {key: renumbered(key, name, now[block]) for key in self.keys[name]}
-            keys[now[block]] = [moved[key] for key in self.keys[name]]
-        self.files.rename(moved, frozenset(removed))
+            new_names[name] = names[block]
+            new_keys = [renumbered(key, name, names[block]) for key in self.keys[name]]
+            renamed |= zip(self.keys[name], new_keys, strict=True)
+            keys[names[block]] = new_keys
+        self.files.rename(renamed, frozenset(removed))
         self.keys = keys
-        self.adopted = {name: path for name, path in self.adopted.items() if then.get(name) == name}  # others hold old names
-        self._index(self.model, [self.blocks[name] for name in then])
-        self._lost.append(then)
+        self.adopted = {name: path for name, path in self.adopted.items() if new_names.get(name) == name}
+        self._index(self.model, list(map(self.blocks.__getitem__, new_names)))
+        self._renames.append(new_names)
 
     def adopt(self, name: str) -> None:
-        """Has a block come from what was written of it, from now on."""
+        """Reads a block from its written file from now on."""
         if self.blocks[name] in self.loaded:
             self.release()
         self._forget(name)
@@ -313,7 +318,7 @@ class FileStore(BlockStore):
         self._alterations.pop(self.blocks[name], None)
 
     def resize(self, name: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
-        """Gives the parameters of a block that is not there the sizes that they have in its file."""
+        """Gives an unloaded block the parameter sizes that its file has."""
         for name_in_model, parameter in list(self.blocks[name].named_parameters(prefix=name)):
             if tuple(parameter.shape) != tuple(sizes[name_in_model]):
                 module, _, key = name_in_model.rpartition(".")
@@ -321,7 +326,7 @@ class FileStore(BlockStore):
                 self.model.get_submodule(module)._parameters[key] = nn.Parameter(empty, parameter.requires_grad)
 
     def write(self, folder: Path, transposed: Collection[str] = ()) -> None:
-        """Writes config, a file for what is in no block, a file for each block, and the index; see `BlockStore.write`."""
+        """Writes the config, a file per block, and the index. See `BlockStore.write`."""
         self.release()
         self._transposed = frozenset(transposed)
         blocks, parameter_of = len(self.blocks), names_in_model(self.model, self.files) if transposed else {}
@@ -331,45 +336,45 @@ class FileStore(BlockStore):
         for number, name in enumerate(self.blocks, 1):
             file = folder / _file_name(number, blocks)
             keys = {key for key in self.keys[name] if parameter_of.get(key) in transposed}
-            file.unlink(missing_ok=True)  # what is written over might be a link to the file of a part
+            file.unlink(missing_ok=True)  # an old file may be a hard link to a block's file
             if name in self.adopted and not keys:
                 link_or_copy(self.adopted[name], file)
             else:
                 save_file(with_transposed(self.files.read(self.keys[name]), keys), file, {"format": "pt"})
         write_index(folder)
 
-    def settle(self, folder: Path) -> None:
-        """Has blocks come from the checkpoint that was written of the model, and removes what was written on the way."""
+    def reopen(self, folder: Path) -> None:
+        """Reads blocks from the saved checkpoint from now on, and removes the intermediate files."""
         self._forget()
         if self.parts is not None:
             self.parts.remove()
-        self.files, self.adopted, self._lost = TensorFiles(str(folder)), {}, []
+        self.files, self.adopted, self._renames = TensorFiles(str(folder)), {}, []
         parameter_of = names_in_model(self.model, self.files)
         self.files.transposed = frozenset(key for key, name in parameter_of.items() if name in self._transposed)
         self.keys, self._origin = self._keys(), self.files.state
 
-    def _load(self, keys: list[str], read: Mapping[str, Tensor] | None = None) -> None:
-        """Loads tensors from the files, or those that have been read; those that are tied stay so."""
-        tied = defaultdict[nn.Parameter, list[Slot]](list)
-        for place, parameter in parameter_slots(self.model):
+    def _load(self, keys: list[str], prefetched: Mapping[str, Tensor] | None = None) -> None:
+        """Loads tensors from the files, or tensors that were read before. Tied weights stay tied."""
+        slots_of = defaultdict[nn.Parameter, list[Slot]](list)
+        for slot, parameter in parameter_slots(self.model):
             if parameter.is_meta:
-                tied[parameter].append(place)
-        with self.files.slices(keys) if read is None else nullcontext(read) as slices:
+                slots_of[parameter].append(slot)
+        with self.files.slices(keys) if prefetched is None else nullcontext(prefetched) as slices:
             load_tensors(self.model, slices)
-        for places in tied.values():
-            parameters = [module.get_parameter(key) for module, key in places]
+        for slots in slots_of.values():
+            parameters = [module.get_parameter(key) for module, key in slots]
             arrived = [parameter for parameter in parameters if not parameter.is_meta]
-            for module, key in places if arrived else ():
+            for module, key in slots if arrived else ():
                 module._parameters[key] = arrived[0]
 
     @property
     def written(self) -> Parts:
-        """Where changed blocks are written."""
+        """The writer of changed blocks."""
         if self.parts is None:
-            raise ValueError("model: it is streamed to be read only; say where it is written: bh.stream(folder, out)")
+            raise ValueError("out=None: the streamed model is read-only. Pass an output folder: bh.stream(folder, out).")
         return self.parts
 
 
 def _file_name(number: int, blocks: int) -> str:
-    """Names a file of the checkpoint as transformers does; the first holds what is in no block."""
+    """Returns a file name in the style of transformers. Number 0 is outside of blocks."""
     return f"model-{number + 1:05d}-of-{blocks + 1:05d}.safetensors" if blocks else SAFE_WEIGHTS_NAME

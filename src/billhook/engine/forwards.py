@@ -1,4 +1,4 @@
-"""Forwards of blocks that are not in memory, or not on their device, until they are called."""
+"""Forwards that load their block first."""
 
 from collections.abc import Callable
 from contextlib import closing
@@ -17,19 +17,19 @@ class BlockLoader(Protocol):
     device: torch.device | None
 
     def load(self, module: nn.Module) -> nn.Module | None:
-        """Has the block of a module in memory."""
+        """Loads the block of a module."""
 
 
 class LoadingForward:
-    """A forward of a block that is in memory by then, or on the device of its store."""
+    """A forward that first loads its block, and runs it on the device of the store."""
 
     keeps_shapes = True
 
     def __init__(self, store: BlockLoader, block: nn.Module, forward: Callable[..., Any]) -> None:
         self.store, self.block, self.forward = store, block, forward
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-        """Returns what the block makes of what it is given."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any input
+        """Loads the block and returns its output."""
         self.store.load(self.block)
         if self.store.device is not None:
             return run_on(self.store.device, self.forward, args, kwargs)
@@ -37,22 +37,22 @@ class LoadingForward:
 
 
 class InferenceForward(LoadingForward):
-    """A forward of a block that is there by then; nothing is kept of it for gradients, which are refused."""
+    """A loading forward without gradients, whose outputs raise on backward."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-        """Returns what the block makes of what it is given."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any input
+        """Loads the block and returns its output."""
         if not torch.is_grad_enabled():
             return super().__call__(*args, **kwargs)
-        with torch.no_grad():  # or what autograd keeps would hold all blocks
+        with torch.no_grad():  # autograd would keep all blocks in memory
             output = super().__call__(*args, **kwargs)
         return tree_map_only(Tensor, _without_gradient, output)
 
 
 class OffloadedForward(LoadingForward):
-    """A forward of a linear that is in no block, such as the output embedding: copies are on the store's device for each call."""
+    """A forward of a linear layer outside of blocks, copied to the device for each call."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-        """Returns what the linear makes of what it is given."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any input
+        """Runs the layer on the device and returns its output."""
         if self.store.device is None:
             return self.forward(*args, **kwargs)
         with closing(DeviceCopies(self.store.device)) as copies:
@@ -60,8 +60,8 @@ class OffloadedForward(LoadingForward):
             return run_on(self.store.device, self.forward, args, kwargs)
 
 
-class _Refused(torch.autograd.Function):
-    """Gives what it is given, and refuses to be differentiated."""
+class _NoGradient(torch.autograd.Function):
+    """Identity that raises on backward."""
 
     @staticmethod
     def forward(_: Any, output: Tensor, __: Tensor) -> Tensor:  # noqa: ANN401
@@ -70,24 +70,24 @@ class _Refused(torch.autograd.Function):
 
     @staticmethod
     def backward(*_: object) -> NoReturn:
-        """Refuses the gradient."""
-        raise ValueError("model: its blocks come one at a time, and gradients need all weights in memory: load it with bh.load")
+        """Raises."""
+        raise ValueError("model is streamed one block at a time, but gradients need all weights in memory. Load it with bh.load.")
 
 
 def _without_gradient(output: Tensor) -> Tensor:
-    """Returns what a block gives, so that a gradient that comes to it is refused."""
+    """Returns an output on which backward raises."""
     if not output.is_floating_point():
         return output
-    # a second input that wants a gradient: autograd calls `backward` for it, although the output itself wants none
-    refused: Tensor = _Refused.apply(output, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+    # the second input requires a gradient, so autograd calls `backward` even if the output does not
+    refused: Tensor = _NoGradient.apply(output, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
     return refused
 
 
 class TrainingForward(LoadingForward):
-    """A forward of a block that is in memory by then, and again when gradients come back to what it has given."""
+    """A loading forward that loads its block again for the backward pass."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-        """Returns what the block makes of what it is given."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any input
+        """Loads the block and returns its output."""
         output = super().__call__(*args, **kwargs)
         for tensor in tree_leaves(output) if torch.is_grad_enabled() else ():
             if isinstance(tensor, Tensor) and tensor.requires_grad:
@@ -99,7 +99,7 @@ class TrainingForward(LoadingForward):
 
 
 class LoadHook:
-    """A hook by which the block of a module is in memory before the module computes."""
+    """A forward pre-hook that loads the block of a module."""
 
     keeps_shapes = True
 
@@ -107,5 +107,5 @@ class LoadHook:
         self.load, self.block = load, block
 
     def __call__(self, *_: object) -> None:
-        """Loads it."""
+        """Loads the block."""
         self.load(self.block)

@@ -1,7 +1,7 @@
-"""Takes FSDP2 (`torch.distributed.fsdp.fully_shard`) off modules, and puts it on again as it was.
+"""Removes FSDP2 (`torch.distributed.fsdp.fully_shard`) from modules, and restores it.
 
-Torch has no way to do this: the private names that it takes, and those that tensors in files take, are used in this file alone.
-`check_known` and `metadata_classes` look for them.
+Torch has no public way to do this. The private names of FSDP2 and of sharded checkpoints are used in this file alone, and checked
+by `check_known` and `metadata_classes`.
 """
 
 import inspect
@@ -19,9 +19,9 @@ from torch.distributed.tensor import Shard
 from billhook.versions import supported_versions
 
 MODULE = "torch.distributed._composable_state"
-"""Where torch keeps which module has which state, in `_module_state_mapping`."""
+"""Module with torch's `_module_state_mapping`, from modules to their FSDP state."""
 STATE_KEY = "__composable_api_state_key"
-"""How names begin under which a module keeps what has been done to it."""
+"""Prefix of the attributes in which a module records composable APIs."""
 OF_PART = ("_get_fsdp_state",)
 OF_STATE = (
     "_modules",
@@ -45,9 +45,9 @@ SETTINGS = (
     "_all_gather_comm",
     "_reduce_scatter_comm",
 )
-"""What the methods `set_...` of an `FSDPModule` set, where torch keeps it of each group of parameters."""
+"""Settings of a parameter group, from the `set_...` methods of `FSDPModule`."""
 NEWER_SETTINGS = ("reduce_scatter_unused_params", "reduce_scatter_max_input_buffers")
-"""The same, of torch 2.13; 2.10 has no such methods."""
+"""Settings that torch 2.13 has and 2.10 lacks."""
 OF_GROUP = (
     "mesh_info",
     "post_forward_mesh_info",
@@ -59,53 +59,53 @@ OF_GROUP = (
 )
 OF_PARAMETER = ("_post_load_hook_handle", "reset_sharded_param")
 OF_RUNS = (*OF_PART, STATE_KEY, "_mp_policy")
-"""Those without which no run of a sharded model can be looked into, as for masks, whose shapes stay."""
+"""Names needed for forward runs of a sharded model whose shapes stay, such as for masks."""
 WRAPPED = "_checkpoint_wrapped_module"
-"""What a wrapper of torch calls the module whose activations it recomputes or offloads; names of weights have it in theirs."""
+"""Attribute of torch's activation-checkpointing wrappers, which is part of weight names."""
 OF_LISTS = {"torch.distributed.checkpoint.filesystem": "_StorageInfo", "torch.serialization": "_get_layout"}
-"""What torch's list of the tensors in a folder is made of, beside what has a public name."""
+"""Private classes in the metadata of a sharded checkpoint, by module."""
 
 
 @dataclass(frozen=True, eq=False)
 class Sharding:
-    """How modules are sharded together: the arguments of `fully_shard`, and what was set later."""
+    """How modules are sharded together: arguments of `fully_shard` and later settings."""
 
     modules: tuple[nn.Module, ...]
     arguments: dict[str, Any]
     settings: dict[str, Any]
-    prefetched: tuple[list[nn.Module], list[nn.Module]]  # before it in forwards, and in backwards
+    prefetched: tuple[list[nn.Module], list[nn.Module]]  # in the forward and backward pass
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """Returns the class of a module, also where FSDP has put one of its own instead."""
+    """Returns the class of a module, also of an FSDP module."""
     kind = type(module)
     return kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)] if isinstance(module, FSDPModule) else kind  # 2.10: always 2
 
 
 def precision_of(part: nn.Module) -> torch.dtype | None:
-    """Returns the dtype in which a sharded module computes, None for that of its parameters."""
+    """Returns the compute dtype of a sharded module. None for the parameter dtype."""
     dtype: torch.dtype | None = _state(part)._mp_policy.param_dtype
     return dtype
 
 
 def strip_fsdp(part: nn.Module) -> tuple[type[nn.Module], dict[Any, Any]]:
-    """Gives a sharded module its own class again, without what FSDP keeps on it; returns the class of FSDP, and that."""
-    # whatever torch keeps of it on the module: its keys are no plain strings, or begin so
+    """Restores the class of a sharded module; returns the FSDP class and its state."""
+    # torch's state on the module has keys that are not plain strings, or begin with STATE_KEY
     kind, kept = (
         type(part),
         {key: value for key, value in vars(part).items() if type(key) is not str or key.startswith(STATE_KEY)},
     )
-    part.__class__ = class_of(part)  # torch has put its own there, and has no other way back
+    part.__class__ = class_of(part)  # fully_shard has replaced the class, and nothing else restores it
     for key in kept:
         del vars(part)[key]
     return kind, kept
 
 
 def remove_fsdp(module: nn.Module) -> list[Sharding]:
-    """Takes FSDP off a module and those within; the parameters stay shards. Returns how they were sharded, inner ones first.
+    """Removes FSDP from a module, whose parameters stay shards; returns the shardings.
 
     Raises:
-        RuntimeError: If this torch has another FSDP2 than billhook knows; nothing has changed then.
+        RuntimeError: If this torch has an unknown FSDP2. Nothing has changed then.
         ValueError: If parameters of a module are sharded over several meshes.
     """
     parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
@@ -125,7 +125,7 @@ def remove_fsdp(module: nn.Module) -> list[Sharding]:
     for part in parts:
         for key, marks in strip_fsdp(part)[1].items():
             if type(key) is str:
-                # torch refuses to shard a module again that bears its mark; other marks may stand beside it
+                # torch does not shard a module with this mark again; other marks may be there too
                 for mark in (inspect.unwrap(fully_shard), fully_shard.__name__):
                     marks.pop(mark, None)
                 vars(part)[key] = marks
@@ -134,25 +134,26 @@ def remove_fsdp(module: nn.Module) -> list[Sharding]:
 
 
 def restore_fsdp(module: nn.Module, shardings: list[Sharding], shards: Mapping[nn.Parameter, nn.Parameter]) -> None:
-    """Shards a module as it was; of the modules that were sharded, those that it still has.
+    """Shards a module as before, without modules that it has lost.
 
     Args:
-        module: The module, whose parameters are whole; of their values nothing is asked.
-        shardings: What `remove_fsdp` has returned.
-        shards: The shards that come instead of parameters, as they lie from now on; others stay whole.
+        module: The module with full parameters, whose values are not used.
+        shardings: The result of `remove_fsdp`.
+        shards: The shard of each full parameter. Other parameters stay full.
     """
-    places = [(part, name, full) for part in module.modules() for name, full in part._parameters.items() if full is not None]
-    # `fully_shard` divides parameters on meta, which takes no memory and sends nothing; shards come in their place below
+    slots = [(part, name, full) for part in module.modules() for name, full in part._parameters.items() if full is not None]
+    # `fully_shard` divides meta parameters, which needs no memory or communication; shards replace them below
     sizes = {full: nn.Parameter(torch.empty_like(full, device="meta"), full.requires_grad) for full in shards}
-    dimensions = dict[nn.Parameter, Shard | None]()  # in which each is divided; None for the first
+    dimensions = dict[nn.Parameter, Shard | None]()  # sharded dimension by parameter; None for the first
     for full, shard in shards.items():
-        beyond_first = (
-            placement for placement in getattr(shard, "placements", ()) if isinstance(placement, Shard) and placement.dim
-        )
-        dimensions[sizes[full]] = next(beyond_first, None)
-    for part, name, full in places:
+        dimensions[sizes[full]] = None
+        for placement in getattr(shard, "placements", ()):
+            if isinstance(placement, Shard) and placement.dim:
+                dimensions[sizes[full]] = placement
+                break
+    for part, name, full in slots:
         part._parameters[name] = sizes.get(full, full)
-    ignored, parts = {full for *_, full in places if full not in shards}, set(module.modules())
+    ignored, parts = {full for *_, full in slots if full not in shards}, set(module.modules())
     meshes = [sharding.arguments["mesh"] for sharding in shardings if "mesh" in sharding.arguments]
     for sharding in shardings:
         modules = [part for part in sharding.modules if part in parts]
@@ -167,12 +168,12 @@ def restore_fsdp(module: nn.Module, shardings: list[Sharding], shards: Mapping[n
             if isinstance(part, FSDPModule):
                 part.set_modules_to_forward_prefetch(still[0])
                 part.set_modules_to_backward_prefetch(still[1])
-    for part, name, full in places:
+    for part, name, full in slots:
         part._parameters[name] = shards.get(full, full)
     for part in module.modules():
         for group in groups_of(_state(part)) if isinstance(part, FSDPModule) else ():
             for parameter in group.fsdp_params:
-                parameter.reset_sharded_param()  # by which FSDP notes that its shard is another tensor now
+                parameter.reset_sharded_param()  # registers the new tensor of the shard
 
 
 def _state(part: Any) -> Any:  # noqa: ANN401
@@ -180,7 +181,7 @@ def _state(part: Any) -> Any:  # noqa: ANN401
 
 
 def groups_of(state: Any) -> list[Any]:  # noqa: ANN401
-    """Returns the groups of parameters that a module shards together, of which torch 2.10 has one at most."""
+    """Returns the parameter groups of a sharded module, of which torch 2.10 has a single."""
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
     group = getattr(state, "_fsdp_param_group", None)
@@ -190,8 +191,8 @@ def groups_of(state: Any) -> list[Any]:  # noqa: ANN401
 def _sharding(state: Any) -> Sharding:  # noqa: ANN401
     if len(groups_of(state)) > 1:
         raise ValueError(
-            f"model: parameters of {class_of(state._modules[0]).__name__} are sharded over several meshes, which cannot be put "
-            "back once shapes have changed: shard them over one"
+            f"model: parameters of {class_of(state._modules[0]).__name__} are sharded over several meshes, which cannot be "
+            "restored after shapes change. Shard them over a single mesh."
         )
     arguments: dict[str, Any] = {"mp_policy": state._mp_policy}
     settings: dict[str, Any] = {}
@@ -214,11 +215,11 @@ def _sharding(state: Any) -> Sharding:  # noqa: ANN401
 
 
 def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
-    """Refuses an FSDP2 that lacks a private name which is needed, before anything changes.
+    """Raises if this FSDP2 lacks a private name that is needed, before anything changes.
 
     Args:
-        part: A module that is sharded.
-        reshapes: Whether FSDP is taken off and put on again, which needs more than runs do.
+        part: A sharded module.
+        reshapes: Whether FSDP is removed and restored, which needs more names than forward runs.
     """
     needed: list[tuple[Any, Sequence[str]]] = [(part, OF_PART)]
     if hasattr(part, OF_PART[0]):
@@ -236,24 +237,24 @@ def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
         [name for name in missing if reshapes or name in OF_RUNS],
         "its FSDP2",
         "work on a sharded model",
-        ", or do so on one device first",
+        ", or run this step on a single device first",
     )
 
 
 def metadata_classes() -> dict[str, dict[str, Any]]:
-    """Returns what `OF_LISTS` names; refuses a torch that lacks it."""
+    """Returns the classes in `OF_LISTS`. Raises if this torch lacks them."""
     parts = {(module, name): vars(import_module(module)).get(name) for module, name in OF_LISTS.items()}
-    _refuse([".".join(names) for names, part in parts.items() if part is None], "it", "read a folder of shards")
+    _refuse([".".join(names) for names, part in parts.items() if part is None], "it", "read a sharded checkpoint")
     return {module: {name: part} for (module, name), part in parts.items()}
 
 
 def wrapper_tensor(kind: type[Tensor], size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401
-    """Makes a tensor of a class of its own that has a size and no memory."""
+    """Creates a tensor of a subclass that has a size and no memory."""
     return kind._make_wrapper_subclass(kind, size, dtype=dtype, device=device)
 
 
 def as_plain() -> AbstractContextManager[None]:
-    """Has torch treat tensors of classes of their own as plain ones, but for what computes with them."""
+    """Disables `__torch_function__` of tensor subclasses within the context."""
     disabled: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
     return disabled
 
@@ -261,7 +262,7 @@ def as_plain() -> AbstractContextManager[None]:
 def _refuse(missing: Iterable[str], what: str, why: str, instead: str = "") -> None:
     if named := ", ".join(dict.fromkeys(missing)):
         needed = f"torch {torch.__version__}: {what} lacks {named}, which billhook needs to {why}"
-        raise RuntimeError(f"{needed}: install {supported_versions('torch')}, another release{instead}")
+        raise RuntimeError(f"{needed}. Install another release ({supported_versions('torch')}){instead}.")
 
 
 def _states_of_modules() -> Any:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""New values of parameters, which lie beside the model until they are asked for: in memory, in files, or as shards of ranks."""
+"""Lazy parameter values, which are read on access from memory, files, or shards."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -10,21 +10,21 @@ from typing_extensions import Self
 from billhook.engine.parts import fingerprint
 
 Read = Callable[[], Tensor]
-"""Reads the values of a parameter; where ranks share them, all ranks call it together."""
+"""Reads the values of a parameter. For shards, all ranks call it together."""
 T = TypeVar("T", bound=Tensor)
 Part = str | Mapping[str, Read]
-"""What tells some values from all others, or the values, of which a hash does."""
+"""The key of some values, or the values themselves, which are hashed."""
 Change = Callable[[str, Read], Tensor]
-"""Makes other values of those of a parameter, given its name and what reads them."""
+"""Returns new values of a parameter from its name and its read function."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Values by the parameter's name, each read when it is asked for.
+    """Values by parameter name, each read on access.
 
     Args:
-        reads: What reads each.
-        known_by: What tells them from all others, for work that starts from them; None: a hash of all, read for it.
-        parts: The same of values that they are made of, instead.
+        reads: The function that reads each value.
+        known_by: Key that identifies the values. None hashes all of them on demand.
+        parts: Keys or values of the parts that these values were made of, instead of `known_by`.
     """
 
     def __init__(self, reads: Mapping[str, Read], known_by: str | None = "", parts: Sequence[Part] = ()) -> None:
@@ -33,21 +33,23 @@ class LazyTensors(Mapping[str, Tensor]):
 
     @classmethod
     def of(cls, values: Mapping[str, Tensor]) -> Self:
-        """Returns values that are read when they are asked for as they are, and others, which are in memory, as such."""
-        return values if isinstance(values, cls) else cls({name: partial(_held, value) for name, value in values.items()}, None)
+        """Returns lazy values unchanged, and wraps values in memory."""
+        return (
+            values if isinstance(values, cls) else cls({name: partial(_identity, value) for name, value in values.items()}, None)
+        )
 
     @property
     def key(self) -> str:
-        """The words and hashes that tell these values from all others."""
+        """The key that identifies these values, made of words and hashes."""
         hashes = (part if isinstance(part, str) else fingerprint({n: part[n]() for n in part}) for part in self._parts)
         return " ".join(filter(None, hashes))
 
     def __getitem__(self, name: str) -> Tensor:
-        """Reads the values of one parameter."""
+        """Reads the value of a parameter."""
         return self.reads[name]()
 
     def __contains__(self, name: object) -> bool:
-        """Tells whether there are values of a parameter; nothing is read."""
+        """Returns whether a parameter has a value, without reading it."""
         return name in self.reads
 
     def __iter__(self) -> Iterator[str]:
@@ -57,33 +59,33 @@ class LazyTensors(Mapping[str, Tensor]):
         return len(self.reads)
 
     def __or__(self, other: Mapping[str, Tensor]) -> "LazyTensors":
-        """Returns these values, and others, which count where there are both; nothing is read."""
+        """Merges with other values, which take precedence. Nothing is read."""
         others = LazyTensors.of(other)
         return LazyTensors({**self.reads, **others.reads}, parts=(*self._parts, *others._parts)) if self else others
 
     def __ror__(self, other: Mapping[str, Tensor]) -> "LazyTensors":
-        """Returns other values, and these, which count where there are both; nothing is read."""
+        """Merges other values with these, which take precedence. Nothing is read."""
         return LazyTensors.of(other) | self
 
     def map(self, change: Change) -> "LazyTensors":
-        """Returns what becomes of each, which is made when it is asked for."""
+        """Returns values that are changed on access."""
         return LazyTensors({name: partial(change, name, read) for name, read in self.reads.items()}, parts=self._parts)
 
     def renamed(self, name: Callable[[str], str]) -> "LazyTensors":
-        """Returns the same values under other names; nothing is read."""
+        """Renames parameters. Nothing is read."""
         return LazyTensors({name(before): read for before, read in self.reads.items()}, parts=self._parts)
 
     def without(self, names: Collection[str]) -> "LazyTensors":
-        """Returns the values of other parameters; nothing is read."""
+        """Returns the values of all other parameters. Nothing is read."""
         return LazyTensors({name: read for name, read in self.reads.items() if name not in names}, parts=self._parts)
 
     def under(self, modules: Collection[str]) -> "LazyTensors":
-        """Returns the values of the parameters that modules have themselves; nothing is read."""
+        """Returns the values of parameters that modules hold directly. Nothing is read."""
         return LazyTensors({n: read for n, read in self.reads.items() if n.rpartition(".")[0] in modules}, parts=self._parts)
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, Read]]:
-        """The functions that read each, by the module that has the parameter and by its name there."""
+        """The read functions by module and by parameter name in the module."""
         modules: dict[str, dict[str, Read]] = {}
         for name, read in self.reads.items():
             module, _, part = name.rpartition(".")
@@ -91,14 +93,14 @@ class LazyTensors(Mapping[str, Tensor]):
         return modules
 
     def of_module(self, module: str) -> dict[str, Tensor]:
-        """Reads the values of a module's own parameters, by their names in it."""
+        """Reads the values of a module's own parameters, by name in the module."""
         return {part: read() for part, read in self.modules.get(module, {}).items()}
 
 
-def _held(value: Tensor) -> Tensor:
+def _identity(value: Tensor) -> Tensor:
     return value
 
 
 def by_parameter(values: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
-    """Names values of modules' parameters as the model does."""
+    """Names values by parameter, as the model does."""
     return {f"{module}.{part}": value for module, parts in values.items() for part, value in parts.items()}

@@ -1,4 +1,4 @@
-"""Private names of transformers' loader, by which tensors of files become a model's, and a model's those of files."""
+"""Private names of transformers' loader, for conversions between files and models."""
 
 import re
 from collections import defaultdict
@@ -15,15 +15,15 @@ from transformers.utils import logging
 from billhook.versions import version_hint
 
 LOADED = "_is_hf_initialized"
-"""The attribute of modules and tensors that are not to be initialized, as they are loaded."""
+"""Attribute of loaded modules and tensors, which are not initialized."""
 
 
 LOADER = "to save models and to stream them"
-"""What the names of transformers' loader are for, which are imported where something asks for them: they move often."""
+"""The purpose of the loader's names, for errors. They are imported on use, as they move often."""
 
 
 def _conversions(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a list of what differs by release
-    """Returns how the tensors of a family's files become those of a model."""
+    """Returns the weight conversions of a model's family."""
     with version_hint("transformers", LOADER):
         from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -31,7 +31,7 @@ def _conversions(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a list of wha
 
 
 def is_joined_unevenly(model: PreTrainedModel) -> bool:
-    """Finds whether files of a family join tensors, such as queries and keys, that loading would wrongly cut in equal parts."""
+    """Returns whether files join tensors of unequal sizes, which loading would split wrongly."""
     with version_hint("transformers", LOADER):
         from transformers.core_model_loading import Chunk
 
@@ -40,7 +40,7 @@ def is_joined_unevenly(model: PreTrainedModel) -> bool:
     for conversion in conversions:
         if not any(isinstance(operation, Chunk) for operation in getattr(conversion, "operations", ())):
             continue
-        shapes = defaultdict[str, set[torch.Size]](set)  # of the tensors that are joined, by what their names have in common
+        shapes = defaultdict[str, set[torch.Size]](set)  # shapes of joined tensors, by the common part of their names
         for name, tensor in state.items():
             for part in conversion.target_patterns:
                 if part in name:
@@ -51,16 +51,18 @@ def is_joined_unevenly(model: PreTrainedModel) -> bool:
 
 
 def made_by_class(model: PreTrainedModel, read: Iterable[str]) -> set[str]:
-    """Names the parameters that files may lack, as the class makes them, such as sinusoidal positions; none that is `read`."""
+    """Returns parameters that files may lack because the class creates them."""
     patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    parameters = dict(model.named_parameters())
-    in_files = {parameters[name] for name in read if name in parameters}
-    missing = [name for name, parameter in parameters.items() if parameter not in in_files]
-    return {name for name in missing if any(pattern.search(name) for pattern in patterns)}
+    parameters, missing = dict(model.named_parameters()), set[str]()
+    in_files = set(map(parameters.get, read))
+    for name, parameter in parameters.items():
+        if parameter not in in_files and any(pattern.search(name) for pattern in patterns):
+            missing.add(name)
+    return missing
 
 
 def initialize_buffers(model: PreTrainedModel, parameters: Container[str] = ()) -> None:
-    """Makes the buffers of a model on meta as its class does, and some parameters, on the CPU; nothing else gets values."""
+    """Initializes buffers and some parameters of a meta model on the CPU."""
     made = {parameter for name, parameter in model.named_parameters() if name in parameters}
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -70,15 +72,15 @@ def initialize_buffers(model: PreTrainedModel, parameters: Container[str] = ()) 
             if parameter is not None and parameter in made:
                 module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
             elif parameter is not None:
-                setattr(parameter, LOADED, True)  # or random values would be drawn for it
-        setattr(module, LOADED, False)  # a module may make the buffers of those within
+                setattr(parameter, LOADED, True)  # otherwise it would get random values
+        setattr(module, LOADED, False)  # a module may initialize buffers of its submodules
     model.initialize_weights()  # type: ignore[no-untyped-call]
 
 
 def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
-    """Returns what a model calls the tensors of a checkpoint's files: of one that becomes several, or part of one, the first.
+    """Maps tensor names in checkpoint files to names in a model, without unknown names.
 
-    Those that the model does not have are left out.
+    A tensor that becomes several, or a part of another, maps to the first name.
     """
     with version_hint("transformers", LOADER):
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -88,7 +90,7 @@ def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str
     converters = [conversion for conversion in mapping if isinstance(conversion, WeightConverter)]
     parameters = {}
     for key in keys:
-        for conversions in ((renamings, converters), ([], [])):  # files may also have the names of the model already
+        for conversions in ((renamings, converters), ([], [])):  # files may already have the model's names
             name, _ = rename_source_key(key, *conversions, model.base_model_prefix, state)
             if name in state:
                 parameters[key] = name
@@ -97,7 +99,7 @@ def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str
 
 
 def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
-    """Loads some tensors of a checkpoint, given as slices of its files, in the dtypes that the model's own have."""
+    """Loads slices of checkpoint files into a model, in the model's dtypes."""
     with version_hint("transformers", LOADER):
         from transformers.core_model_loading import convert_and_load_state_dict_in_model as load_state
         from transformers.modeling_utils import LoadStateDictConfig
@@ -110,12 +112,12 @@ def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
         with progress_bars_off():
             load_state(model, dict(slices), plan)
     finally:
-        vars(model)["_weight_conversions"] = conversions  # of all tensors, which saving turns back
+        vars(model)["_weight_conversions"] = conversions  # saving reverts the conversions of all tensors
 
 
 @contextmanager
 def progress_bars_off() -> Iterator[None]:
-    """Has transformers show no bars of its own within."""
+    """Disables transformers' progress bars within the context."""
     shows = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -126,7 +128,7 @@ def progress_bars_off() -> Iterator[None]:
 
 
 def to_file_format(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns some of a model's tensors as its files hold them, which may join or name them otherwise."""
+    """Converts model tensors to the names and layout of checkpoint files."""
     if is_joined_unevenly(model):
         return dict(state)
     with version_hint("transformers", LOADER):
@@ -137,9 +139,9 @@ def to_file_format(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[
 
 
 def save_state(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None, **options: Any) -> None:  # noqa: ANN401
-    """Saves config and weights, or others by their names; also those that the class leaves out because it makes them."""
+    """Saves config and weights, including weights that the class would recreate."""
     ignored = model._keys_to_ignore_on_save
-    model._keys_to_ignore_on_save = None  # what the class makes anew may be pruned here, and so is saved, too
+    model._keys_to_ignore_on_save = None  # recreated weights may have been pruned, so they are saved too
     try:
         model.save_pretrained(
             folder,

@@ -1,4 +1,4 @@
-"""How much memory a process takes, how much there is, and how much a streamed model needs."""
+"""Measures memory: of the process, on the host, and the needs of a streamed model."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,33 +15,33 @@ STATUS = Path("/proc/self/status")
 
 
 def resident(which: Literal["VmRSS", "VmHWM", "RssAnon"] = "VmRSS") -> int | None:
-    """Returns the bytes that the process takes now, has taken at most (VmHWM) or takes beside pages of files (RssAnon).
+    """Returns resident bytes: now, at the peak (VmHWM), or without file pages (RssAnon).
 
-    None where nothing counts them: Linux does.
+    None if the system does not report it, which Linux does.
     """
     lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:")), None)
 
 
 LEAST = 2**31
-"""Bytes that may be taken in any case."""
+"""Bytes that may always be used."""
 
 
 def memory_to_hold(device: torch.device) -> int:
-    """Returns how many bytes may be held on a device at a time: a quarter of what is free, and 2 GiB at least.
+    """Returns the bytes that may be used on a device.
 
-    Where ranks work together it is 2 GiB, as all of them have to decide alike.
+    This is a quarter of the free memory, at least 2 GiB. With several ranks it is always 2 GiB, as all must decide identically.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return LEAST
-    with suppress(OSError, ValueError, RuntimeError, NotImplementedError):  # of systems and devices that do not say it
+    with suppress(OSError, ValueError, RuntimeError, NotImplementedError):  # not reported by all systems and devices
         free = _free_on_host() if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
         return max(LEAST, free // 4)
     return LEAST
 
 
 def _free_on_host() -> int:
-    """Returns the bytes that this process could still take on Linux, also in a container with a limit of its own."""
+    """Returns the available bytes on Linux, also in a container with a limit."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     group = Path("/sys/fs/cgroup")
@@ -51,34 +51,37 @@ def _free_on_host() -> int:
 
 
 COPIES = 3
-"""How often a block is there at most: as it was, as it is now, and on its way to a file; the next one may be read meanwhile."""
+"""Largest number of copies of a block: old, new, and being written. The next one may be prefetched."""
 
 WORK = 2**27
-"""Bytes that libraries keep to compute in, and the allocator in pieces."""
+"""Bytes for library workspaces and allocator fragmentation."""
 
 
-def fits(store: BlockStore, moments: int, activations: int, memory: int) -> bool:
-    """Tells whether activations fit into the memory of the process, too, beside a block, as often as it is there, and moments.
+def fits(store: BlockStore, gram_bytes: int, activations: int, memory: int) -> bool:
+    """Returns whether activations fit into memory beside a block and its Gram matrices.
 
     Raises:
-        ValueError: If not even a block and moments fit.
+        ValueError: If a single block with its Gram matrices does not fit.
     """
-    ahead = store.device is not None and DeviceCopies.prefetches(store.device)
-    needed = (resident() or 0) + WORK + (COPIES + ahead) * streamed_size(store).largest + moments
+    prefetched = store.device is not None and DeviceCopies.prefetches(store.device)
+    needed = (resident() or 0) + WORK + (COPIES + prefetched) * streamed_size(store).largest + gram_bytes
     if needed > memory:
-        raise ValueError(f"memory={memory / 2**30:.2f} GiB: at least {needed / 2**30:.2f} GiB are needed for one block at a time")
+        raise ValueError(
+            f"memory={memory / 2**30:.2f} GiB is too small: streaming one block at a time needs {needed / 2**30:.2f} GiB. "
+            "Raise memory."
+        )
     return needed + activations <= memory
 
 
 @dataclass(frozen=True)
 class StreamedSize:
-    """How much of a model comes and goes, and how much stays, in bytes of parameters.
+    """Sizes of the streamed and resident parts of a model, in bytes of parameters.
 
     Attributes:
-        blocks: How many blocks come and go.
-        bytes: Of all blocks together.
-        largest: Of the largest block.
-        stays: Of what is in no block.
+        blocks: Number of streamed blocks.
+        bytes: Size of all blocks.
+        largest: Size of the largest block.
+        stays: Size of the parameters outside of blocks, which stay in memory.
     """
 
     blocks: int
@@ -87,13 +90,13 @@ class StreamedSize:
     stays: int
 
     def text(self) -> str:
-        """Says it in words."""
-        blocks = f"{self.blocks} blocks of at most {self.largest / 1e6:,.1f} MB, one at a time"
-        return f"{blocks}: {self.bytes / 1e6:,.1f} MB in all; {self.stays / 1e6:,.1f} MB stay in memory"
+        """Describes the sizes as text."""
+        blocks = f"{self.blocks} blocks of up to {self.largest / 1e6:,.1f} MB, loaded one at a time"
+        return f"{blocks} ({self.bytes / 1e6:,.1f} MB in total); {self.stays / 1e6:,.1f} MB stay in memory"
 
 
 def streamed_size(store: BlockStore) -> StreamedSize:
-    """Finds how much of a model comes and goes."""
+    """Returns the sizes of the streamed and resident parts of a model."""
     sizes = [_bytes(block) for block in store.blocks.values()]
     total = sum(sizes)
     return StreamedSize(len(sizes), total, max(sizes, default=0), _bytes(store.model) - total)

@@ -1,4 +1,4 @@
-"""Runs a model on several inputs: one after the other, or side by side, so that all pass a block before one enters the next."""
+"""Runs a model on several inputs, in sequence or side by side, block by block."""
 
 import math
 import tempfile
@@ -20,12 +20,12 @@ from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Site, Visitor, Walk, blocks_of
 
 SMALL = 2**16
-"""Bytes of a tensor that is not worth a file."""
+"""Size below which tensors are not spilled to disk."""
 
 
 @contextmanager
 def blockwise(module: nn.Module) -> Iterator[None]:
-    """Makes a sharded module what it was before, a block at a time (see `ShardStore`); what is done to its parameters is lost."""
+    """Unshards a module within the context, a block at a time. Changes are lost."""
     if not is_sharded(module):
         yield
         return
@@ -36,14 +36,14 @@ def blockwise(module: nn.Module) -> Iterator[None]:
             yield
         finally:
             store.end()
-            store.put_back()
+            store.restore_shards()
 
 
 class CallOrder:
-    """Holds what has been seen of a run: whether each block was called once at most, as a whole, and none within another.
+    """Records whether a run calls each block at most once, in full, and not within another.
 
     Args:
-        model: The model; blocks that are not in it must not be called.
+        model: The model. Blocks outside of it must not be called.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,7 +52,7 @@ class CallOrder:
         self._here: nn.Module | None = None
 
     def enter(self, block: nn.Module, part: nn.Module, *_: Any) -> None:  # noqa: ANN401 - whatever it takes
-        """Marks a block, or a part of it, as called."""
+        """Records the call of a block or of a module in it."""
         if part is not block:
             self.orderly &= self._here is block
             return
@@ -61,13 +61,13 @@ class CallOrder:
         self._here = block
 
     def leave(self, *_: Any) -> None:  # noqa: ANN401
-        """Marks the block as done."""
+        """Records the end of a block."""
         self._here = None
 
 
 @contextmanager
 def watch_call_order(store: BlockStore, model: nn.Module) -> Iterator[CallOrder]:
-    """Watches a run within, and yields what is seen of it; of a model that ranks do not share, whatever it does is orderly."""
+    """Records the order of block calls within the context, if ranks share the model."""
     seen = CallOrder(model)
     with ExitStack() as stack:
         for part, block in store.owner.items() if store.on_ranks else ():
@@ -79,14 +79,14 @@ def watch_call_order(store: BlockStore, model: nn.Module) -> Iterator[CallOrder]
 
 @torch.no_grad()
 def runs_blockwise(model: nn.Module, forwards: Sequence[Callable[[], object]], comm: Comm = SINGLE_PROCESS) -> bool:
-    """Tells whether work is done block by block: blocks come and go, and on all ranks runs need them one after the other.
+    """Returns whether work can be done block by block, on all ranks.
 
-    Blocks in files always do. Of blocks that ranks share the first run tells, which is made for it.
+    This holds for blocks in files. For blocks that ranks share, the first run is executed and its call order recorded.
     """
     store = store_of(model)
-    if not store.on_ranks or not store.alike:
+    if not store.on_ranks or not store.in_lockstep:
         return store.in_files
-    with evaluating_without_grad(model), store.apart(comm), watch_call_order(store, model) as passed:
+    with evaluating_without_grad(model), store.independently(comm), watch_call_order(store, model) as passed:
         for forward in forwards[:1]:
             forward()
     seen = comm.gather((bool(forwards), passed.orderly))
@@ -94,7 +94,7 @@ def runs_blockwise(model: nn.Module, forwards: Sequence[Callable[[], object]], c
 
 
 class _Passed(Visitor):
-    """A visitor that finds nothing to do at blocks, and tells which all runs have passed."""
+    """A visitor that reports blocks that all runs have passed."""
 
     def __init__(self, ends: int, leave: Callable[[nn.Module], None] | None) -> None:
         self.ends, self._leave = ends, leave
@@ -106,14 +106,14 @@ class _Passed(Visitor):
 
 
 class ActivationFiles:
-    """Keeps tensors in files of a folder, mapped into memory: the system writes them out when it needs the room."""
+    """Tensors in memory-mapped files of a folder, which the system can write out."""
 
     def __init__(self, folder: str) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="billhook_", dir=folder, ignore_cleanup_errors=True)
         self._files = 0
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """Copies a tensor of the CPU into a file; one that is small, lies there already or needs gradients is returned itself."""
+        """Copies a CPU tensor to a file, unless it is small, mapped, or needs gradients."""
         plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not tensor.requires_grad and tensor.is_contiguous()
         if not plain or tensor.nbytes < SMALL or self._has(tensor):
             return tensor
@@ -124,13 +124,13 @@ class ActivationFiles:
         self._files += 1
         path = Path(self._folder.name, str(self._files))
         mapped = torch.from_file(str(path), shared=True, size=math.prod(shape), dtype=dtype)
-        # the map keeps the file until the tensor goes; without a name nothing is left of it if the process is killed
-        with suppress(OSError):  # where a file that is mapped cannot be removed, closing does it
+        # the map keeps an unlinked file until the tensor is freed, and a killed process leaves nothing
+        with suppress(OSError):  # if a mapped file cannot be removed, `close` removes it
             path.unlink()
         return mapped.view(shape)
 
     def close(self) -> None:
-        """Removes the folder; what is still mapped stays readable."""
+        """Removes the folder. Mapped tensors stay readable."""
         self._folder.cleanup()
 
     def _has(self, tensor: Tensor) -> bool:
@@ -140,7 +140,7 @@ class ActivationFiles:
 
 @contextmanager
 def activation_files(store: BlockStore) -> Iterator[ActivationFiles | None]:
-    """Yields what keeps the values that blocks hand on in the files of a store's folder; None where they rest in memory."""
+    """Yields files for block outputs in the store's spill folder. None without a folder."""
     if store.spill_folder is None:
         yield None
         return
@@ -150,10 +150,10 @@ def activation_files(store: BlockStore) -> Iterator[ActivationFiles | None]:
 
 @contextmanager
 def spilled_outputs(files: ActivationFiles | None, model: nn.Module, blocks: Iterable[nn.Module] = ()) -> Iterator[None]:
-    """Has the outputs of a model's modules lie in files, where runs that rest within the model hold them; None leaves them.
+    """Spills the outputs of a model's modules to files within the context. None disables it.
 
-    A copy in a file goes on in the place of each output. What else a module's code computes stays in memory, and so does what is
-    computed within `blocks`, in which no run rests.
+    A copy in a file replaces each output. Other intermediate tensors stay in memory, and so do outputs inside `blocks`, in which
+    no run pauses.
     """
     if files is None:
         yield
@@ -171,7 +171,7 @@ def spilled_outputs(files: ActivationFiles | None, model: nn.Module, blocks: Ite
 def zeros(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", files: ActivationFiles | None = None
 ) -> Tensor:
-    """Returns zeros on a device or, where that is the CPU, in a file."""
+    """Returns zeros on a device, or in a file if it is the CPU."""
     if files is None or torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return files.zeros(*shape, dtype=dtype)
@@ -179,18 +179,18 @@ def zeros(
 
 @contextmanager
 def spilling(store: BlockStore) -> Iterator[None]:
-    """Has what modules hand on lie in the files of a store's folder within; in memory where it names none."""
+    """Spills module outputs within the context, if the store has a spill folder."""
     with activation_files(store) as files, spilled_outputs(files, store.model, store.blocks.values()):
         yield
 
 
 class SideBySide:
-    """Runs a model on several inputs; where blocks come and go on all side by side, so that each comes once.
+    """Runs a model on several inputs, side by side if blocks are loaded on demand.
 
     Args:
         model: The model.
-        leave: Called with each block when all runs have passed it, on any rank; with it, all models run side by side.
-        orderly: Whether blocks that ranks share are called one after the other: then all ranks, too, go side by side.
+        leave: Called with each block after all runs on all ranks have passed it. With it, all models run side by side.
+        orderly: Whether blocks that ranks share are called in order. Then all ranks run side by side too.
         comm: The ranks.
     """
 
@@ -212,19 +212,19 @@ class SideBySide:
         self._number = 0
 
     @property
-    def now(self) -> int:
-        """The number of the run that is going on."""
+    def run(self) -> int:
+        """The number of the current run."""
         return self._number if self._walk is None else self._walk.run
 
     def __call__(self, forwards: Sequence[Callable[[], object]]) -> None:
-        """Calls functions that each run the model once, without gradients; they end one after the other."""
+        """Calls functions that each run the model once, without gradients."""
         if not self._sites:
             for self._number, forward in enumerate(forwards):
                 forward()
             return
         with spilling(self._store):
             passed = _Passed(len(forwards), self._leave)
-            self._walk = Walk(self._sites, passed, self._comm, self._store.load)  # on all ranks, also without runs that come
+            self._walk = Walk(self._sites, passed, self._comm, self._store.load)  # on all ranks, also without runs
             self._walk(forwards)
 
 

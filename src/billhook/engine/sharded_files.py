@@ -1,4 +1,4 @@
-"""Folders of shards, as `torch.distributed.checkpoint` writes them: read where there are no ranks, a tensor at a time."""
+"""Sharded checkpoints of `torch.distributed.checkpoint`, read in a single process."""
 
 import pickle
 import warnings
@@ -19,9 +19,9 @@ from billhook.engine.trees import tree_map_only
 
 
 class DeferredTensor(Tensor):
-    """A tensor of known size that takes no memory: whatever computes with it, or copies it, is given what `read` returns.
+    """A tensor without memory, whose values are read whenever it is used.
 
-    What comes out is a plain tensor, so that `load_state_dict` holds one of these in memory at a time, beside the module.
+    Results are plain tensors, so `load_state_dict` holds at most one tensor in memory beside the module.
     """
 
     read: Callable[[], Tensor]
@@ -30,56 +30,56 @@ class DeferredTensor(Tensor):
     def of(
         size: Sequence[int], dtype: torch.dtype, read: Callable[[], Tensor], device: torch.device | None = None
     ) -> "DeferredTensor":
-        """Makes one that counts as on a device, by default the CPU, where it is put as soon as it has been read."""
+        """Creates a tensor that counts as on a device (default: CPU), where it is read to."""
         unread: DeferredTensor = wrapper_tensor(DeferredTensor, size, dtype, device or torch.device("cpu"))
         unread.read = read
         return unread
 
     def on(self, device: torch.device) -> "DeferredTensor":
-        """Returns the same, for another device."""
+        """Returns the same tensor for another device."""
         return DeferredTensor.of(self.shape, self.dtype, self.read, device)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        with as_plain():  # or torch would make what comes out one of this class again
+        with as_plain():  # otherwise torch would wrap results in this class
             return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # noqa: ANN401
-        """Computes with what is read."""
+        """Runs an operation on the values that are read."""
         plain, named = tree_map_only(DeferredTensor, lambda unread: unread.read().to(unread.device), (args, kwargs or {}))
         return func(*plain, **named)
 
 
 DESCRIBED, TENSORS = "meta.pt", "state_dict"
-"""The file in which Lightning keeps all but tensors, and the name under which the model's tensors are in the other files."""
+"""Lightning's file for everything but tensors, and the prefix of the model's tensors in the other files."""
 PLAIN = {
     "torch.distributed.checkpoint.metadata": vars(metadata),
     **dict.fromkeys(("pathlib", "pathlib._local"), {"PosixPath": Path, "WindowsPath": Path, "Path": Path}),  # of Python 3.13
-    "torch": {"Size": torch.Size} | {name: one for name, one in vars(torch).items() if isinstance(one, torch.dtype)},
+    "torch": {"Size": torch.Size} | {name: dtype for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)},
 }
-"""What torch's list of the tensors in a folder is made of, beside what only has private names."""
+"""Public classes in the metadata of a sharded checkpoint, by module."""
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
-    """Tells whether a path is a sharded checkpoint, as Lightning writes it under `ModelParallelStrategy`."""
+    """Returns whether a path is a sharded checkpoint of `ModelParallelStrategy`."""
     return (path / DESCRIBED).is_file()
 
 
 def read_non_tensors(folder: Path) -> dict[str, Any]:
-    """Reads all of a sharded checkpoint but its tensors."""
+    """Reads everything in a sharded checkpoint but its tensors."""
     checkpoint: dict[str, Any] = torch.load(folder / DESCRIBED, map_location="cpu", weights_only=True)
     return checkpoint
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
-    """Reads a sharded checkpoint without what optimizers keep, as if it was one file.
+    """Reads a sharded checkpoint without optimizer states, like a single file.
 
-    Its tensors stay in the folder: each is read, and put together, whenever something computes with it.
+    Its tensors stay in the folder, and are read whenever they are used.
 
     Raises:
-        ValueError: If it lists what torch does not, files elsewhere, or more numbers than its files hold.
-        RuntimeError: If this torch lacks what such a list is made of.
+        ValueError: If its metadata has unknown classes, files outside of the folder, or more values than its files.
+        RuntimeError: If this torch lacks the classes of the metadata.
     """
     reader = _Reader(folder)
     listed = {name: entry for name, entry in reader.listed.state_dict_metadata.items() if name.startswith(f"{TENSORS}.")}
@@ -92,12 +92,12 @@ def read_sharded(folder: Path) -> dict[str, Any]:
 
 
 def write_sharded(folder: Path, checkpoint: Mapping[str, Any], first: bool) -> None:
-    """Writes a sharded checkpoint; all ranks call it together, and each writes its shards.
+    """Writes a sharded checkpoint. All ranks call it together, and each writes its shards.
 
     Args:
         folder: The folder.
-        checkpoint: Its tensors are in a state dict, as `read_sharded` returns it.
-        first: Whether this is the rank that writes all else.
+        checkpoint: A checkpoint with a state dict, as `read_sharded` returns it.
+        first: Whether this rank writes the non-tensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save({TENSORS: checkpoint[TENSORS]}, checkpoint_id=folder)
@@ -106,29 +106,30 @@ def write_sharded(folder: Path, checkpoint: Mapping[str, Any], first: bool) -> N
 
 
 def _read(reader: "_Reader", name: str) -> Tensor:
-    """Puts a tensor together."""
+    """Assembles a tensor from its shards."""
     entry: Any = reader.listed.state_dict_metadata[name]
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
-        load({name: tensor}, storage_reader=reader, no_dist=True)  # ranks that have gone wrote it; this process reads alone
+        load({name: tensor}, storage_reader=reader, no_dist=True)  # this process reads without the ranks that wrote it
     return tensor
 
 
 def _check(folder: Path, listed: metadata.Metadata, tensors: Mapping[str, Any]) -> None:
-    if odd := next((name for name, entry in tensors.items() if not isinstance(entry, metadata.TensorStorageMetadata)), None):
-        raise ValueError(f"'{folder}' lists {odd[:80]}, which is no tensor")
+    for name, entry in tensors.items():
+        if not isinstance(entry, metadata.TensorStorageMetadata):
+            raise ValueError(f"'{folder}': {name[:80]} in its metadata is not a tensor.")
     for entry in (listed.storage_data or {}).values():
         if Path(entry.relative_path).name != entry.relative_path:
-            raise ValueError(f"'{folder}' lists a file elsewhere: {entry.relative_path[:80]}")
-    there = sum(file.stat().st_size for file in folder.glob("*.distcp"))
-    said = sum(prod(entry.size) * entry.properties.dtype.itemsize for entry in tensors.values())
-    if said > there:
-        raise ValueError(f"'{folder}' lists {said} bytes of weights, and its files have {there}")
+            raise ValueError(f"'{folder}': its metadata names a file outside of the folder: {entry.relative_path[:80]}")
+    file_bytes = sum(file.stat().st_size for file in folder.glob("*.distcp"))
+    listed_bytes = sum(prod(entry.size) * entry.properties.dtype.itemsize for entry in tensors.values())
+    if listed_bytes > file_bytes:
+        raise ValueError(f"'{folder}': its metadata lists {listed_bytes} bytes of weights, but its files have {file_bytes}.")
 
 
 class _Reader(filesystem.FileSystemReader):
-    """Reads files of a folder, by a list that is read as data."""
+    """A checkpoint reader whose metadata is read as plain data."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -136,12 +137,12 @@ class _Reader(filesystem.FileSystemReader):
             try:
                 self.listed = _Plain(file).load()
             except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, IndexError, KeyError) as error:
-                raise ValueError(f"'{folder}' has no list of its tensors as torch writes it: {error}") from error
+                raise ValueError(f"'{folder}' has no valid metadata of torch.distributed.checkpoint: {error}") from error
         if not isinstance(self.listed, metadata.Metadata):
-            raise ValueError(f"'{folder}' has no list of its tensors as torch writes it")
+            raise ValueError(f"'{folder}' has no valid metadata of torch.distributed.checkpoint.")
 
-    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:  # noqa: ANN401 - what torch calls it with
-        """Returns the list."""
+    def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:  # noqa: ANN401 - any arguments of torch
+        """Returns the metadata."""
         listed: metadata.Metadata = self.listed
         if listed.storage_meta is None:
             listed.storage_meta = metadata.StorageMeta()
@@ -149,12 +150,12 @@ class _Reader(filesystem.FileSystemReader):
 
 
 class _Plain(pickle.Unpickler):
-    """Reads torch's list of tensors, and nothing else."""
+    """An unpickler for checkpoint metadata, which raises on any other class."""
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
-        """Returns what the list is made of; refuses all else."""
+        """Returns an allowed class. Raises for all others."""
         part = (PLAIN | metadata_classes()).get(module, {}).get(name)
         known = module != metadata.__name__ or (isinstance(part, type) and part.__module__ == module)
         if part is None or not known:
-            raise pickle.UnpicklingError(f"it names {module}.{name}"[:160])
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed"[:160])
         return part

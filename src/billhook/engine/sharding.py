@@ -1,4 +1,4 @@
-"""Parameters that ranks share: how they lie, whole ones made of them, and a sharded module without what FSDP does."""
+"""Sharded parameters: layouts, gathered tensors, and modules without FSDP hooks."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -16,11 +16,11 @@ from typing_extensions import Self
 from billhook.engine.fsdp import check_known, precision_of, strip_fsdp
 
 Slot = tuple[nn.Module, str]
-"""A parameter, by a module that has it and its name there."""
+"""A module and the name of a parameter in it."""
 
 
 def parameter_slots(module: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
-    """Yields all parameters of a module, those that are tied at each of their places."""
+    """Yields all parameters with their slots. A tied parameter comes with each slot."""
     for part in module.modules():
         for name, parameter in part._parameters.items():
             if parameter is not None:
@@ -28,16 +28,16 @@ def parameter_slots(module: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
 
 
 def unallocated(shard: DTensor) -> nn.Parameter:
-    """Returns a whole parameter for one that is sharded; it has no memory yet, and must not be read."""
+    """Returns a full parameter for a shard, without memory. It must not be read."""
     return nn.Parameter(_empty(shard, torch.device(shard.device_mesh.device_type)), shard.requires_grad)
 
 
 def free(parameter: nn.Parameter) -> None:
-    """Takes the memory of a whole parameter away; what autograd has saved of it lasts until it comes again."""
+    """Frees the memory of a full parameter. Autograd keeps the tensor for later."""
     storage = parameter.untyped_storage()
     if storage.resizable():
         storage.resize_(0)
-    else:  # something else has it, too, such as an array
+    else:  # shared with another owner, such as an array
         parameter.data = _empty(parameter, parameter.device)
 
 
@@ -61,45 +61,45 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
-    """Shards a model over a mesh: its blocks, and as one what is around them."""
+    """Shards a model over a mesh: each block, and the remaining modules together."""
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh)
 
 
 def reshard(module: nn.Module) -> None:
-    """Makes the parameters shards again that a forward has left gathered: only what is done to shards lasts."""
+    """Reshards parameters that a forward left gathered, as changes to them would be lost."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Returns a whole tensor without gradient: gathered, if it is sharded."""
+    """Returns a full tensor without gradient, gathered from shards if needed."""
     if not isinstance(tensor, DTensor):
         return tensor.detach()
-    there: Any = tensor.detach().to(tensor.device_mesh.device_type)  # weights may rest on the CPU
-    full: Tensor = there.full_tensor()
+    on_device: Any = tensor.detach().to(tensor.device_mesh.device_type)  # weights may be on the CPU
+    full: Tensor = on_device.full_tensor()
     return full
 
 
 @torch.no_grad()
 def local(tensor: Tensor) -> Tensor:
-    """Returns this rank's part of a tensor, in the tensor's own memory; the tensor itself if it is not sharded."""
+    """Returns this rank's shard, sharing memory. Other tensors are returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
 def sharded_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """Shards and places a tensor that all ranks have as another of its size is."""
+    """Shards and places a tensor like another of its size."""
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
         return tensor.to(like.device)
-    # without a source rank nothing is sent: each takes its part of what it has
+    # without a source rank nothing is sent: each rank takes its part of its own tensor
     return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None).to(like.device)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a parameter lies on ranks: sharded in which dimension over which of them, and on which device."""
+    """The layout of a sharded parameter: mesh, placements, and device."""
 
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
@@ -107,21 +107,23 @@ class Layout:
 
     @classmethod
     def of(cls, shard: DTensor) -> Self:
-        """Returns how a sharded parameter lies."""
+        """Returns the layout of a shard."""
         return cls(shard.device_mesh, shard.placements, shard.device)
 
-    def joined(self, local: Tensor, shape: torch.Size) -> Tensor:
-        """Makes a sharded tensor of what each rank has of one of this shape; nothing is sent."""
+    def from_local(self, local: Tensor, shape: torch.Size) -> Tensor:
+        """Makes a sharded tensor from local shards of a tensor of this shape. Nothing is sent."""
         stride = torch.empty(shape, device="meta").stride()  # torch would ask all ranks for their sizes without shape and stride
         local = local.contiguous()
         return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride).to(self.device)
 
     def shards(self, parameter: nn.Parameter, first: bool = False) -> nn.Parameter:
-        """Shards a whole parameter, and its gradient; in the first dimension where it has no other, or not one to share evenly.
+        """Shards a full parameter and its gradient.
+
+        The dimension is the first if the layout's dimension does not exist or is not evenly divisible.
 
         Args:
             parameter: The parameter.
-            first: Whether the first rank's values count, which are sent; otherwise all ranks have the same.
+            first: Whether the first rank's values are sent to all. Otherwise all ranks have the same.
         """
         sizes = zip(self.placements, self.mesh.shape, strict=True)
         shared = [(placement.dim, size) for placement, size in sizes if isinstance(placement, Shard)]
@@ -136,12 +138,12 @@ class Layout:
 
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
-    """Makes a module what it was before it was sharded, except for its parameters: see `gathered` and `sizes_only`.
+    """Removes FSDP from a module within the context, except for its shards.
 
-    Nothing gathers around forwards, as ranks may not run as many; autocast stands for a dtype in which FSDP would compute.
+    Forwards gather nothing, as ranks may run different numbers of them. Autocast replaces FSDP's compute dtype.
 
     Raises:
-        RuntimeError: If this torch has another FSDP2 than billhook knows; nothing has changed then.
+        RuntimeError: If this torch has an unknown FSDP2. Nothing has changed then.
     """
     reshard(module)
     parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
@@ -151,7 +153,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
     device = next((shard.device_mesh.device_type for shard in module.parameters() if isinstance(shard, DTensor)), "cpu")
     kept = {part: strip_fsdp(part) for part in parts}
     try:
-        # no cache: whole parameters come and go in the same memory, and a cast of one would stand for the next
+        # no cache: gathered parameters reuse memory, so a cached cast could belong to another one
         with _unhooked(module), nullcontext() if dtype is None else torch.autocast(device, dtype, cache_enabled=False):
             yield
     finally:
@@ -162,7 +164,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _unhooked(module: nn.Module) -> Iterator[None]:
-    """Takes out what FSDP does before and after forwards; other hooks may come and go meanwhile."""
+    """Removes FSDP's forward hooks within the context. Other hooks may change."""
     stores: list[Any] = [store for part in module.modules() for store in (part._forward_pre_hooks, part._forward_hooks)]
     fsdp, kept = FSDPModule.__module__, list[tuple[Any, dict[int, Any], set[int]]]()
     for store in stores:
@@ -174,30 +176,30 @@ def _unhooked(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for store, before, taken in kept:
-            # hooks run in the order of the dictionary: FSDP's come back to where they were, before those that are new
+            # hooks run in dictionary order: FSDP's return to their old positions, before new hooks
             now = {number: hook for number, hook in before.items() if number in store or number in taken} | dict(store)
             store.clear()
             store.update(now)
 
 
 def gathered(module: nn.Module, but: Iterable[nn.Module] = ()) -> AbstractContextManager[None]:
-    """Puts whole parameters instead of shards into a module and those within, except some; what is done to them is lost."""
+    """Replaces the shards of modules by full parameters. Changes to them are lost."""
     out = {part for module in but for part in module.modules()}
     return _replaced([part for part in module.modules() if part not in out], full_tensor)
 
 
 @contextmanager
 def sizes_only(module: nn.Module) -> Iterator[None]:
-    """Makes a sharded module what it was before, on the meta device except for its buffers."""
+    """Puts a sharded module on the meta device, except for its buffers."""
     with unsharded(module), _replaced(module.modules(), lambda shard: torch.empty(shard.shape, dtype=shard.dtype, device="meta")):
         yield
 
 
 @contextmanager
 def _replaced(parts: Iterable[nn.Module], new: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Puts other parameters instead of shards; those that are tied stay tied."""
-    places = [(part, name, shard) for part in parts for name, shard in part._parameters.items() if shard is not None]
-    sharded = [(part, name, shard) for part, name, shard in places if isinstance(shard, DTensor)]
+    """Replaces shards by other parameters within the context. Tied weights stay tied."""
+    slots = [(part, name, shard) for part in parts for name, shard in part._parameters.items() if shard is not None]
+    sharded = [(part, name, shard) for part, name, shard in slots if isinstance(shard, DTensor)]
     others: dict[nn.Parameter, nn.Parameter] = {}
     try:
         for part, name, shard in sharded:

@@ -1,4 +1,4 @@
-"""A sharded model of which one block at a time is whole: it is gathered when it computes, and goes when another one does."""
+"""The store of a sharded model, which gathers blocks on demand."""
 
 import itertools
 import sys
@@ -35,80 +35,79 @@ from billhook.engine.walk import separable_blocks
 
 
 class ShardStore(BlockStore):
-    """Has one block of a module whole at a time, and always what is in no block, instead of shards.
+    """The store of a sharded module, which gathers a block before it runs.
 
-    The parameters of other blocks keep their sizes, without memory: shards hold their values. A block that changes is sharded
-    again when it goes. Every rank brings the same blocks in the same order, except within `apart`.
-
-    Names of parameters are those that the Hugging Face model within gives them, if there is one.
+    Parameters outside of blocks are always gathered. Parameters of other blocks keep their sizes, but have no memory: shards hold
+    their values. A changed block is sharded again on release. All ranks load the same blocks in the same order, except within
+    `independently`. Parameters are named as in the Hugging Face model inside the module, if there is one.
 
     Args:
-        root: The module; whoever computes with it takes out what FSDP does around forwards.
-        gradients: Whether parameters come with their gradients.
+        root: The module. Callers must remove FSDP's forward hooks (see `unsharded`).
+        gradients: Whether gradients are gathered with their parameters.
 
     Attributes:
-        blocks: The blocks that come and go: those that share no parameter with anything outside of them.
-        owner: The block that each module within is in.
-        shards: Where the values of parameters lie that are in such blocks.
+        blocks: The blocks that are gathered on demand: blocks that share no parameter with modules outside of them.
+        owner: The block that contains each module.
+        shards: The shards of parameters in blocks, by full parameter.
     """
 
     holds_all = False
     on_ranks = True
-    kept = ("shards", "names", "blocks", "owner", "_inside", "_alterations")
+    kept = ("shards", "names", "blocks", "owner", "_block_parameters", "_alterations")
 
     def __init__(self, root: nn.Module, gradients: bool = False) -> None:
         super().__init__(root)
         self.root, self.gradients = root, gradients
-        self._before, self._layouts, self._plain = dict[Slot, nn.Parameter](), dict[Slot, Layout](), set[Slot]()
+        self._original, self._layouts, self._unsharded = dict[Slot, nn.Parameter](), dict[Slot, Layout](), set[Slot]()
         self._full = dict[nn.Parameter, nn.Parameter]()  # by their shards
-        self._altered = set[nn.Parameter]()  # what is altered in the block that is here
-        for place, parameter in parameter_slots(root):
+        self._altered = set[nn.Parameter]()  # altered parameters of the loaded block
+        for slot, parameter in parameter_slots(root):
             if not isinstance(parameter, DTensor):
-                self._plain.add(place)
+                self._unsharded.add(slot)
                 continue
-            self._before[place], self._layouts[place] = parameter, Layout.of(parameter)
+            self._original[slot], self._layouts[slot] = parameter, Layout.of(parameter)
             if parameter not in self._full:
                 self._full[parameter] = unallocated(parameter)
         self.shards = {full: shard for shard, full in self._full.items()}
-        self._index(root, separable_blocks(root, self._before.items()))
-        around = (module for module in root.modules() if isinstance(module, PreTrainedModel) and self._has_blocks(module))
-        self.model = next(around, root)
-        self._filled = list[nn.Parameter]()
-        self.everything = False
+        self._index(root, separable_blocks(root, self._original.items()))
+        containers = (module for module in root.modules() if isinstance(module, PreTrainedModel) and self._has_blocks(module))
+        self.model = next(containers, root)
+        self._gathered = list[nn.Parameter]()
+        self.all_gathered = False
         self._overlay: Mapping[nn.Parameter, Read] = {}
         self._comm_apart: Comm | None = None
-        self._inside = {  # the full parameters of each block
+        self._block_parameters = {  # the full parameters of each block
             block: [self._full[shard] for shard in block.parameters() if shard in self._full] for block in self.blocks.values()
         }
         self._installed, self._forwards = list[RemovableHandle](), dict[nn.Module, Any]()
-        in_blocks = set(itertools.chain.from_iterable(self._inside.values()))
+        in_blocks = set(itertools.chain.from_iterable(self._block_parameters.values()))
         for full in self._full.values():
             if full not in in_blocks:
-                self._fill(full)
-        self._filled.clear()
+                self._gather_parameter(full)
+        self._gathered.clear()
 
     @property
     def is_open(self) -> bool:
-        """True if blocks come and go now, as not all of them are here."""
-        return bool(self.blocks) and not self.everything
+        """True if blocks are gathered on demand now, as not all of them are in memory."""
+        return bool(self.blocks) and not self.all_gathered
 
     def _has_blocks(self, module: nn.Module) -> bool:
         return not self.owner.keys().isdisjoint(module.modules())
 
     @property
-    def alike(self) -> bool:
-        """Tells whether all ranks bring the same blocks in the same order, which they need not within `apart`."""
+    def in_lockstep(self) -> bool:
+        """Returns whether all ranks load the same blocks, which `independently` suspends."""
         return self._comm_apart is None
 
     def begin(self) -> dict[nn.Parameter, nn.Parameter]:
-        """Puts whole parameters instead of shards, and has blocks come when they are called; returns them by the shards."""
-        for (module, name), shard in self._before.items():
+        """Replaces shards by full parameters and installs hooks; returns parameters by shard."""
+        for (module, name), shard in self._original.items():
             module._parameters[name] = self._full[shard]
         for module, block in self.owner.items():
             if module is block:
                 self._forwards[block] = vars(block).get("forward")
                 vars(block)["forward"] = TrainingForward(self, block, block.forward)
-            elif module._parameters:  # some are called, and their block is not
+            elif module._parameters:  # a module may be called without its block
                 self._installed.append(module.register_forward_pre_hook(LoadHook(self.load, block)))
         for module in self.root.modules():
             if module not in self.owner and self._has_blocks(module):
@@ -116,7 +115,7 @@ class ShardStore(BlockStore):
         return self._full
 
     def end(self) -> None:
-        """Leaves forwards and hooks as they were; blocks that have changed are sharded."""
+        """Removes hooks and forwards, and shards blocks that have changed."""
         self.release()
         for handle in self._installed:
             handle.remove()
@@ -129,65 +128,67 @@ class ShardStore(BlockStore):
 
     @torch.no_grad()
     def sharded(self) -> dict[nn.Parameter, nn.Parameter]:
-        """Returns the shards of all parameters that the module has now, each by the whole one."""
+        """Returns the shards of all parameters that the module has now, by full parameter."""
         shards = dict[nn.Parameter, nn.Parameter]()
-        for place, full in parameter_slots(self.root):
-            if full not in shards and (layout := self.layout(place)) is not None:
+        for slot, full in parameter_slots(self.root):
+            if full not in shards and (layout := self.layout(slot)) is not None:
                 shards[full] = layout.shards(full) if has_memory(full) else self.shards[full]
         return shards
 
     def holder(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Returns what holds the values of a parameter, in any order of ranks: its shards, or itself."""
+        """Returns the tensor with the values of a parameter: its shards, or itself."""
         return self.shards[parameter] if parameter in self.shards and not has_memory(parameter) else parameter
 
-    def layout(self, place: Slot) -> Layout | None:
-        """Returns how a parameter, also a new one, is to lie on ranks; None of one that stays whole."""
-        return None if place in self._plain else self._layouts.get(place, next(iter(self._layouts.values())))
+    def layout(self, slot: Slot) -> Layout | None:
+        """Returns the layout of a parameter. None if it is not sharded."""
+        return None if slot in self._unsharded else self._layouts.get(slot, next(iter(self._layouts.values())))
 
-    def put_back(self) -> None:
-        """Puts the shards back that there were at first."""
-        for (module, name), shard in self._before.items():
+    def restore_shards(self) -> None:
+        """Restores the original shards as parameters."""
+        for (module, name), shard in self._original.items():
             module._parameters[name] = shard
 
     def on(self, device: torch.device, blocks: Sequence[nn.Module]) -> NoReturn:
-        """Refuses to compute elsewhere than shards are."""
-        raise ValueError(f"device={str(device)!r}: the model is sharded, and its blocks compute where shards are: leave it out")
+        """Raises: blocks of a sharded model run where their shards are."""
+        raise ValueError(
+            f"device={str(device)!r} is not supported for a sharded model, whose blocks run where their shards are. Omit device."
+        )
 
-    def _bring(self, block: nn.Module) -> None:
+    def _load_block(self, block: nn.Module) -> None:
         if self._comm_apart is None:
             self._gather(block)
         else:
-            self._round(block)
+            self._gather_round(block)
 
     def release(self) -> None:
-        """Has no block whole; those that were are sharded again if they have changed."""
+        """Frees gathered blocks, and shards them again if they have changed."""
         for block in self.loaded if self._changed else ():
             self._shard(block)
             self._alterations.pop(block, None)
-        for full in self._filled:
+        for full in self._gathered:
             free(full)
             full.grad = None
-        self._filled, self.loaded, self._altered, self._changed = [], [], set(), False
-        torch.clear_autocast_cache()  # which holds what was cast of the block
+        self._gathered, self.loaded, self._altered, self._changed = [], [], set(), False
+        torch.clear_autocast_cache()  # holds casts of the block
 
     def _alter(self, block: nn.Module) -> None:
         self._altered = {parameter for alter in self._alterations.get(block, ()) for parameter in alter(block)}
 
     @torch.no_grad()
     def _shard(self, block: nn.Module) -> None:
-        """Shards the parameters of a block that are new, or may have other values than before."""
+        """Shards parameters of a block that are new or may have new values."""
         done = set[nn.Parameter]()
-        for place, full in parameter_slots(block):
-            layout, differs = self.layout(place), self.everything or full in self._altered or full not in self.shards
+        for slot, full in parameter_slots(block):
+            layout, differs = self.layout(slot), self.all_gathered or full in self._altered or full not in self.shards
             if layout is not None and differs and full not in done:
                 self.shards[full] = layout.shards(full)
-                self._filled.append(full)
+                self._gathered.append(full)
                 done.add(full)
-        self._inside[block] = [full for full in block.parameters() if full in self.shards]
+        self._block_parameters[block] = [full for full in block.parameters() if full in self.shards]
 
     @contextmanager
     def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Has the module compute with other values within; those of parameters in blocks are read when these come."""
+        """Replaces parameter values within the context. Values in blocks are read on loading."""
         self.release()
         before, overlay, resident = self._overlay, dict(self._overlay), dict[nn.Module, dict[str, Tensor]]()
         for name, read in LazyTensors.of(values).reads.items():
@@ -210,9 +211,9 @@ class ShardStore(BlockStore):
     def stage(
         self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
-        """Shards the first rank's new values as the parameters are; all ranks call it together, and read them together.
+        """Shards the first rank's new values as the parameters are. All ranks call it together.
 
-        What each rank has solved for by itself may be rounded otherwise.
+        Values that each rank has computed for itself may be rounded differently. All ranks also read the result together.
         """
         del block, note
         reads = dict[str, Read]()
@@ -225,52 +226,52 @@ class ShardStore(BlockStore):
 
     @torch.no_grad()
     def write(self, folder: Path, transposed: Collection[str] = ()) -> None:
-        """Writes config and weights, a block at a time, into the files that `save_pretrained` makes of them.
+        """Writes config and weights block by block, into the files of `save_pretrained`.
 
-        Where blocks come to each rank apart, one rank does; see `apart`.
+        Within `independently`, only one rank may call it.
         """
         self.release()
-        model, away = cast(PreTrainedModel, self.model), dict[nn.Module, dict[str, nn.Parameter]]()
+        model, by_block = cast(PreTrainedModel, self.model), dict[nn.Module, dict[str, nn.Parameter]]()
         for name, parameter in model.named_parameters():
             if parameter in self.shards and (block := self.block_of(name)) is not None:
-                away.setdefault(block, {})[name] = parameter
-        inside = {parameter for named in away.values() for parameter in named.values()}
-        names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter in inside}
-        rest = {name: tensor for name, tensor in model.state_dict().items() if name not in names}
-        save_state(model, folder, with_transposed(rest, transposed), max_shard_size=sys.maxsize)
+                by_block.setdefault(block, {})[name] = parameter
+        parameters = set[nn.Parameter]().union(*(named.values() for named in by_block.values()))
+        names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter in parameters}
+        outside = {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+        save_state(model, folder, with_transposed(outside, transposed), max_shard_size=sys.maxsize)
 
         def in_files(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return to_file_format(model, with_transposed({name: tensor.detach() for name, tensor in named.items()}, transposed))
 
         def read() -> Iterator[dict[str, Tensor]]:
-            for block, named in away.items():
+            for block, named in by_block.items():
                 self.load(block)
                 yield in_files(named)
 
         sizes = dict[str, Tensor]()
-        for named in away.values():
+        for named in by_block.values():
             sizes |= in_files({name: torch.empty_like(parameter, device="meta") for name, parameter in named.items()})
         add_to_file(folder, sizes, read())
         self.release()
 
     @contextmanager
     def all_loaded(self) -> Iterator[None]:
-        """Has all blocks whole, within."""
+        """Keeps all blocks gathered within the context."""
         self.release()
         try:
             for block in self.blocks.values():
                 self._gather(block)
-            self.loaded, self.everything = list(self.blocks.values()), True
+            self.loaded, self.all_gathered = list(self.blocks.values()), True
             yield
         finally:
-            self._changed = self.everything
-            self.follow()
-            self.everything = False
+            self._changed = self.all_gathered
+            self.reindex()
+            self.all_gathered = False
 
     @contextmanager
-    def apart(self, comm: Comm) -> Iterator[None]:
-        """Lets each rank bring what it needs, within, however often: all take part in what one gathers, until all have ended."""
-        if self.everything or comm.size == 1:
+    def independently(self, comm: Comm) -> Iterator[None]:
+        """Lets each rank load different blocks within the context, until all ranks have ended."""
+        if self.all_gathered or comm.size == 1:
             yield
             return
         self.release()
@@ -278,16 +279,16 @@ class ShardStore(BlockStore):
         try:
             yield
             self.release()
-            while self._round(None):  # gathering is collective: whoever has ended takes part until all have
+            while self._gather_round(None):  # gathering is collective: a rank that has ended takes part until all have
                 pass
         finally:
             self._comm_apart = None
 
-    def _round(self, block: nn.Module | None) -> bool:
-        """Gathers what ranks ask for, and keeps what this one does; tells whether there still was a rank that had not ended."""
+    def _gather_round(self, block: nn.Module | None) -> bool:
+        """Gathers the blocks that ranks request. False if all ranks have ended."""
         assert self._comm_apart is not None
         blocks = list(self.blocks.values())
-        # a count for each block of the ranks that want it, and one of the ranks that have not ended
+        # per block the number of ranks that request it; last, the number of ranks that have not ended
         wanted = torch.tensor([*(other is block for other in blocks), block is not None], dtype=torch.int64)
         *counts, running = self._comm_apart(wanted).tolist()
         for other, count in zip(blocks, counts, strict=True):
@@ -296,25 +297,25 @@ class ShardStore(BlockStore):
         return bool(running)
 
     def _gather(self, block: nn.Module, keep: bool = True) -> None:
-        for full in self._inside[block]:
-            self._fill(full, keep)
+        for full in self._block_parameters[block]:
+            self._gather_parameter(full, keep)
 
     @torch.no_grad()
-    def _fill(self, full: nn.Parameter, keep: bool = True) -> None:
-        """Gathers the values of a parameter, which keeps them if asked: where it does not, only other ranks need them."""
+    def _gather_parameter(self, full: nn.Parameter, keep: bool = True) -> None:
+        """Gathers a parameter. Without `keep`, this rank takes part only for others."""
         shard = self.shards[full]
         values = self._overlay[full]() if full in self._overlay else full_tensor(shard)
         if keep:
-            # the same storage gets memory again, as autograd may have saved it; values may have a narrower dtype
+            # reallocate the same storage, as autograd may have saved it; values may have a narrower dtype
             full.untyped_storage().resize_(full.numel() * full.element_size())
             full.data.copy_(values)
-            self._filled.append(full)
+            self._gathered.append(full)
         if self.gradients and shard.grad is not None:
-            gradient = full_tensor(shard.grad)  # also where it is not kept: gathering is collective
+            gradient = full_tensor(shard.grad)  # also without keep: gathering is collective
             full.grad = gradient if keep else None
 
-    def follow(self) -> None:
-        """Follows the module, which has lost blocks."""
+    def reindex(self) -> None:
+        """Updates the blocks after blocks were removed from the module."""
         self.release()
-        there = set(self.root.modules())
-        self._index(self.root, [block for block in self.blocks.values() if block in there])
+        modules = set(self.root.modules())
+        self._index(self.root, [block for block in self.blocks.values() if block in modules])

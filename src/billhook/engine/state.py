@@ -1,4 +1,4 @@
-"""States of torch and of modules that hold for a while: modes, random numbers, precision, other attributes and other values."""
+"""Temporary states of torch and of modules: modes, random state, precision, and values."""
 
 import hashlib
 import random
@@ -16,13 +16,13 @@ from transformers import PretrainedConfig
 
 
 class StepRandom:
-    """Random numbers of each step, from a seed, the step and the process: a resumed run draws as the straight run does."""
+    """Random numbers by seed, step, and rank, identical in resumed runs."""
 
     def __init__(self) -> None:
         self.seed: int | None = None
 
     def draw(self) -> int:
-        """Returns the seed; draws it at first from where torch's own random numbers are, which stay there."""
+        """Returns the seed. On the first call, it is drawn without changing torch's state."""
         if self.seed is None:
             with torch.random.fork_rng(devices=[]):
                 self.seed = int(torch.randint(2**62, ()))
@@ -30,23 +30,23 @@ class StepRandom:
 
     @contextmanager
     def drawn(self, device: torch.device, step: int, rank: int) -> Iterator[None]:
-        """Has torch draw from the numbers of a step within the block, on the CPU and this device."""
+        """Uses the random numbers of a step within the context, on the CPU and a device."""
         seed = int.from_bytes(hashlib.blake2b(f"{self.draw()} {step} {rank}".encode(), digest_size=7).digest(), "big")
         with seeded(seed, device):
             yield
 
     def state_dict(self) -> dict[str, int]:
-        """Returns the seed, once there is one."""
+        """Returns the seed, if it has been drawn."""
         return {} if self.seed is None else {"seed": self.seed}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Goes on with that seed."""
+        """Continues with a saved seed."""
         self.seed = state.get("seed")
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Has torch draw from the numbers of a seed within the block, on the CPU and this device."""
+    """Uses the random numbers of a seed within the context, on the CPU and a device."""
     with forked(device):
         torch.default_generator.manual_seed(seed)
         if _has_own(device):
@@ -56,28 +56,28 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def forked(device: torch.device) -> AbstractContextManager[None]:
-    """Has torch's random numbers, on the CPU and a device, go on after the block as if nothing had been drawn within."""
+    """Restores the random state of the CPU and a device after the context."""
     devices, kind = ([device], device.type) if _has_own(device) else ([], "cpu")
     forking: AbstractContextManager[None] = torch.random.fork_rng(devices, device_type=kind)
     return forking
 
 
 def _has_own(device: torch.device) -> bool:
-    """Tells whether a device has random numbers of its own."""
+    """Returns whether a device has its own random state."""
     return device.type not in ("cpu", "meta")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """Returns the state of the random numbers of torch (on the CPU and a device), Python and NumPy, as plain data and tensors."""
+    """Returns the random state of torch, Python, and NumPy as plain data and tensors."""
     name, keys, *rest = np.random.get_state(legacy=True)
-    # checkpoints load by `weights_only`, which knows tensors and no arrays, and torch has no arithmetic on uint32
+    # `weights_only` loads tensors but not arrays, and torch has no uint32 arithmetic
     numpy = (name, torch.from_numpy(np.asarray(keys).astype("int64")), *rest)
     state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
     return state | ({device.type: torch.get_device_module(device).get_rng_state(device)} if _has_own(device) else {})
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
-    """Goes on from there."""
+    """Restores a random state."""
     torch.set_rng_state(state["torch"].cpu())
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
@@ -88,9 +88,9 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
 
 @contextmanager
 def fresh_autocast_cache() -> Iterator[None]:
-    """Has autocast cast parameters again within, and once more afterwards, so that no copy of other values is computed with.
+    """Clears autocast's cache of low-precision parameters before and after the context.
 
-    Whatever puts other values into a parameter for a while, or for good, does it within such a block.
+    Every change of parameter values, temporary or not, must happen within it.
     """
     torch.clear_autocast_cache()
     try:
@@ -101,9 +101,9 @@ def fresh_autocast_cache() -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Raises a `KeyboardInterrupt` that comes within only at the end, when all has been done.
+    """Delays a `KeyboardInterrupt` to the end of the context.
 
-    Python runs signal handlers in the main thread alone, so that nothing is to be done in another one.
+    Python runs signal handlers only in the main thread, so other threads need no handler.
     """
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:  # None: Python did not set it
@@ -120,12 +120,12 @@ def uninterrupted() -> Iterator[None]:
 
 
 OPEN = "_overridden"
-"""The name under which an object holds the blocks that are open, in the order in which they were entered."""
+"""Attribute of an object with its open `overridden` contexts, in order of entry."""
 
 
 @dataclass(eq=False)
 class _Block:
-    """The attributes that a block gives, and those that were there before."""
+    """The attributes that a context sets, and the previous ones."""
 
     attributes: dict[str, Any]
     before: dict[str, Any]
@@ -133,10 +133,9 @@ class _Block:
 
 @contextmanager
 def overridden(owner: object, **attributes: object) -> Iterator[None]:
-    """Gives an object other attributes within the block; afterwards it has its own again, or its class's if it had none.
+    """Overrides attributes of an object within the context, and then restores them.
 
-    Modules do not register what is given. Blocks may be nested, and may also end in another order than they began, as those of
-    runs that rest in turn (`Walk`) do.
+    Modules do not register the values. Contexts may be nested, and may end in another order, as in paused runs of a `Walk`.
 
     >>> from torch import nn
     >>> model = nn.Identity()
@@ -156,7 +155,7 @@ def overridden(owner: object, **attributes: object) -> Iterator[None]:
     finally:
         later = blocks[blocks.index(mine) + 1 :]
         for name in attributes:
-            # where a later block gives the same and is still open, it is that block which is to leave what was here before
+            # if a later open context overrides the same name, it must restore the previous value
             inner = next((block.before for block in later if name in block.attributes), fields)
             inner.pop(name, None)
             inner.update({name: mine.before[name]} if name in mine.before else {})
@@ -167,9 +166,9 @@ def overridden(owner: object, **attributes: object) -> Iterator[None]:
 
 @contextmanager
 def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
-    """Puts other values instead of modules' own parameters, given by module and by their name in it; the old ones come back.
+    """Replaces parameter values within the context, by module and by name in the module.
 
-    Values that lie elsewhere come to where the parameters are.
+    Values on other devices are moved to the parameter's device.
     """
     pairs = [(module.get_parameter(name), value) for module, values in new.items() for name, value in values.items()]
     old = [parameter.data for parameter, _ in pairs]
@@ -185,12 +184,12 @@ def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
 
 
 PROBLEM = "problem_type"
-"""What a classifier's forward writes into its config, by the labels that it is given."""
+"""Config field that a classifier's forward sets from its labels."""
 
 
 @dataclass(frozen=True)
 class TorchState:
-    """The state that torch keeps for a whole thread, although each run sets it for itself; by default, what arithmetic needs."""
+    """Thread-wide torch state that runs may change. The default is full precision."""
 
     gradients: bool = False
     dtype: torch.dtype = torch.float32
@@ -199,12 +198,12 @@ class TorchState:
 
     @classmethod
     def now(cls) -> "TorchState":
-        """Returns the state that is set now."""
+        """Returns the current state."""
         kinds = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()]
         return cls(torch.is_grad_enabled(), torch.get_default_dtype(), _precision(), tuple(kinds))
 
     def restore(self) -> None:
-        """Sets it again."""
+        """Restores this state."""
         torch.set_grad_enabled(self.gradients)
         torch.set_default_dtype(self.dtype)
         _set_precision(*self.precision)
@@ -220,10 +219,10 @@ def _kinds() -> set[str]:
 
 
 def _precision() -> tuple[str, str, str]:
-    """Returns the precision of float32 products as torch's old setting says it, and as the new ones for cuda and mkldnn do.
+    """Returns the float32 precision: old setting, CUDA setting, and mkldnn setting.
 
-    The new ones follow the old one, but not the other way round: where they contradict it, torch refuses to read the old one.
-    One that says the same as its whole backend is `"none"`: it goes on to follow that.
+    New settings follow the old one, but not vice versa. If they contradict it, torch raises on reading the old one. A new setting
+    that equals its backend's is `"none"`, and keeps following the backend.
     """
     backends: Any = torch.backends
     cuda, mkldnn = backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
@@ -246,7 +245,7 @@ def _set_precision(old: str, cuda: str, mkldnn: str) -> None:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Computes products in full precision until the end of a `with` block, whatever the run has set."""
+    """Computes matrix products in full precision within the context."""
     before = TorchState.now()
     TorchState().restore()
     try:
@@ -257,14 +256,17 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def evaluating_without_grad(model: nn.Module) -> Iterator[None]:
-    """Evaluates without gradients, key-value cache or compiled code; restores modes, random numbers and configs afterwards."""
+    """Evaluates without gradients, KV cache, or compiled code within the context."""
     with evaluating(model), torch.no_grad():
         yield
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluates without dropout, key-value cache or compiled code; restores modes, random numbers and configs afterwards."""
+    """Evaluates without dropout, KV cache, or compiled code within the context.
+
+    Modes, random state, and configs are restored afterwards.
+    """
     modes = {module: module.training for module in model.modules()}
     caching, problems = dict[int, Any](), dict[int, tuple[dict[str, Any], object]]()
     for module in modes:
@@ -274,13 +276,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         if isinstance(config, PretrainedConfig) and PROBLEM in vars(config):
             problems[id(config)] = vars(config), vars(config)[PROBLEM]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type not in ("cpu", "meta")}
-    kind = next((device.type for device in devices), "cuda")
+    kind = next(iter(devices)).type if devices else "cuda"
     try:
         for config in caching.values():
             config.use_cache = False
-        model.train()  # some then forget what they have computed from parameters, as LeViT its position biases
+        model.train()  # some modules discard values computed from parameters, such as LeViT its position biases
         model.eval()
-        # eager: compiled code would not call forwards that are replaced for the run, nor hooks that came after it was compiled
+        # eager: compiled code would ignore replaced forwards and new hooks
         with fresh_autocast_cache(), torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
             yield
     finally:

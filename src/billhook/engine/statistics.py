@@ -1,6 +1,6 @@
-"""Sums over the tokens that a linear layer reads, in float32 whatever the inputs' dtype.
+"""Input statistics of linear layers, summed in float32 over tokens.
 
-The sums of ranks add up: an all-reduce of `tensors()`.
+An all-reduce of `tensors()` sums them over ranks.
 """
 
 from abc import ABC, abstractmethod
@@ -11,47 +11,47 @@ import torch
 from torch import Tensor
 
 TOKENS = 1024
-"""How many tokens are multiplied at a time."""
+"""Number of tokens in a product."""
 ROWS = 1024
-"""How many rows of a sum of products are computed at a time."""
+"""Number of rows of a Gram matrix in a product."""
 
 
 def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left^T right, of `[tokens, m]` and `[tokens, n]`, to sums `[m, n]`; in the dtype of left, also under autocast.
+    """Adds left^T right, of `[tokens, m]` and `[tokens, n]`, to sums `[m, n]`.
 
-    Sums may lie in a file: some rows of them are in memory at a time.
+    Sums may be in a file: only some rows are in memory at a time.
     """
     buffer = torch.empty(min(ROWS, len(sums)), sums.shape[1], dtype=left.dtype, device=left.device)
     for first in range(0, len(sums), ROWS):
         rows = sums[first : first + ROWS]
         product = buffer[: len(rows)]
         for some, others in zip(torch.split(left, TOKENS), torch.split(right, TOKENS), strict=True):
-            torch.mm(some[:, first : first + ROWS].t(), others, out=product)  # given where to, autocast leaves it in float32
-            rows += product.to(rows.device)  # one sum first: some kernels round after each token
+            torch.mm(some[:, first : first + ROWS].t(), others, out=product)  # with out=, autocast keeps float32
+            rows += product.to(rows.device)  # one product first: some kernels round after each token
 
 
 class Statistics(ABC):
-    """Sums over the tokens that a linear layer has read, and how many (`tokens`, int64), on the device of the inputs."""
+    """Sums over input tokens of a linear layer, and the number of tokens (`tokens`, int64)."""
 
     chunk: ClassVar[tuple[int, int]]
-    """How many input values are in float32 at a time: on the CPU, elsewhere."""
+    """Number of input values in float32 at a time, on the CPU and on other devices."""
     frozen = False
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.in_features = in_features
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
-        self._largest: Tensor | None = None  # of the first inputs: it tells zeros from squares that underflow
+        self._largest: Tensor | None = None  # of the first inputs: distinguishes zeros from squares that underflow
 
-    def settle(self) -> None:
-        """Checks the sums a last time: nothing is added from now on, so `check` has nothing to ask the device for."""
+    def freeze(self) -> None:
+        """Checks the sums a last time. No inputs can be added, so `check` is free afterwards."""
         self.check()
         self.frozen = True
 
     @torch.no_grad()
     def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
-        """Adds what the layer reads in one call: `[..., in_features]`, of any floating dtype.
+        """Adds the inputs of a call: `[..., in_features]`, of any floating dtype.
 
-        `keep`, bool, `[...]`, says which tokens count (None: all); the values of others do not matter, not even NaN.
+        `keep`, bool, `[...]`, marks the tokens that count (None: all). Values of other tokens are ignored, even NaN.
         """
         if inputs.shape[-1] != self.in_features:
             raise ValueError(f"inputs of shape {list(inputs.shape)} must end with {self.in_features} input features")
@@ -69,21 +69,21 @@ class Statistics(ABC):
     @property
     @abstractmethod
     def squares(self) -> Tensor:
-        """||X_j||^2, the squared L2 norm of each input feature over all tokens, float32, `[in_features]`."""
+        """||X_j||^2, the squared L2 norm of each input feature, float32, `[in_features]`."""
 
     @abstractmethod
     def tensors(self) -> list[Tensor]:
-        """Returns the sums themselves, not copies, to be summed over ranks in place."""
+        """Returns the sums themselves, not copies, for an in-place sum over ranks."""
 
     def check(self) -> None:
-        """Refuses sums to which no token was added, of which one is NaN or infinite, or all underflow."""
+        """Raises if there are no tokens, or if sums are NaN, infinite, or underflow."""
         if self.frozen:
             return
         finite = torch.isfinite(self.squares)
         fine = finite.all() & (self.tokens > 0)
         if self._largest is not None:
             fine &= self.squares.any() | (self._largest == 0).to(fine.device)
-        if fine:  # one question to the device
+        if fine:  # a single synchronization
             return
         if not self.tokens:
             raise ValueError("no inputs were seen: the layer did not run, or every token was padding")
@@ -99,7 +99,7 @@ class Statistics(ABC):
 
     @abstractmethod
     def _add(self, chunks: Iterator[Tensor]) -> None:
-        """Adds float32 inputs, `[tokens, in_features]` a chunk, in which tokens that do not count are zero."""
+        """Adds chunks of float32 inputs, `[tokens, in_features]`, with zeros for padding."""
 
     def _chunks(self, inputs: Tensor, keep: Tensor | None) -> Iterator[Tensor]:
         step = max(1, self.chunk[inputs.device.type != "cpu"] // self.in_features)
@@ -109,7 +109,7 @@ class Statistics(ABC):
 
 
 class InputNorms(Statistics):
-    """The squared L2 norm of each input feature over all tokens, ||X_j||^2 = sum over tokens of x_j^2.
+    """The squared L2 norm of each input feature over all tokens, sum of x_j^2.
 
     >>> norms = InputNorms(2)
     >>> norms.add(torch.tensor([[[1.0, 2.0], [3.0, 0.0]]]))
@@ -133,16 +133,16 @@ class InputNorms(Statistics):
         return [self._squares, self.tokens]
 
     def _add(self, chunks: Iterator[Tensor]) -> None:
-        # one call's sum first: a long run of small additions to a large sum would round more
+        # sum each call first: many small additions to a large sum would round more
         self._squares += torch.stack([chunk.square().sum(0) for chunk in chunks]).sum(0)
 
 
 class InputGram(Statistics):
-    """The second moments of the inputs, X^T X = sum over tokens of x x^T.
+    """The Gram matrix of the inputs, X^T X = sum over tokens of x x^T.
 
-    >>> moments = InputMoments(2)
-    >>> moments.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
-    >>> moments.products
+    >>> gram = InputGram(2)
+    >>> gram.add(torch.tensor([[1.0, 2.0], [3.0, 0.0]]))
+    >>> gram.products
     tensor([[10.,  2.],
             [ 2.,  4.]])
     """

@@ -1,8 +1,7 @@
-"""Where the blocks of a model live: one contract, and the store of a model that is in memory.
+"""Block stores: load and change the blocks of a model, and the in-memory store.
 
-A method asks for the block of what it computes with (`load`), says that it has changed one (`change`), and puts what it makes of
-parameters beside the model (`stage`). Whether blocks are in memory, come from files, or are shards of several ranks, only the
-store knows: `store_of(model)` finds it.
+A method loads the block that it computes with (`load`), marks it as changed (`change`), and stages new parameter values beside
+the model (`stage`). Only the store knows whether blocks are in memory, in files, or sharded. `store_of(model)` returns it.
 """
 
 import copy
@@ -24,34 +23,34 @@ from billhook.engine.loader_internals import save_state
 from billhook.engine.state import overridden, replaced
 
 STORE = "_billhook_store"
-"""The attribute of a module that holds the store of its blocks."""
+"""Attribute of a module for the store of its blocks."""
 Alter = Callable[[nn.Module], Iterable[nn.Parameter]]
-"""Gives parameters of a block other values, and returns these."""
+"""Changes parameter values of a block, and returns these parameters."""
 
 
 class BlockStore(ABC):
-    """The blocks of a model: where they come from to compute, and where what becomes of them goes.
+    """Loads the blocks of a model for computing, and stores them after they have changed.
 
     Args:
         model: The module that computes.
 
     Attributes:
-        blocks: The blocks that come and go, by name, in the order of the model's modules; none of a model in memory.
-        owner: The block that each module within them is in.
-        device: Where blocks compute, with copies of what rests in memory or in files; None: where they are.
-        rests: The folder in which what blocks hand on rests while runs go side by side; None for memory.
-        reused: How many blocks, in all steps so far, were there from an earlier process.
+        blocks: The blocks that are loaded on demand, by name, in module order. Empty for a model in memory.
+        owner: The block that contains each module.
+        device: Device on which blocks run as copies. None runs them where they are.
+        spill_folder: Folder for block outputs that are spilled to disk. None keeps them in memory.
+        reused: Number of blocks, over all steps, that an earlier process had finished.
         holds_all: Whether all values of the model are in memory.
-        trains: Whether parameters can have gradients, and optimizers that follow them.
-        in_files: Whether they come from files.
-        on_ranks: Whether they are shards, which all ranks gather together.
+        trains: Whether parameters can have gradients and optimizers.
+        in_files: Whether blocks come from files.
+        on_ranks: Whether blocks are shards that all ranks gather together.
     """
 
     holds_all: ClassVar[bool] = True
     trains: ClassVar[bool] = True
     in_files: ClassVar[bool] = False
     on_ranks: ClassVar[bool] = False
-    kept: ClassVar[tuple[str, ...]] = ()  # the attributes that say where blocks come from, which `way_back` restores
+    kept: ClassVar[tuple[str, ...]] = ()  # attributes that `snapshot` restores
     keeps_shapes = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -62,95 +61,97 @@ class BlockStore(ABC):
         self.device: torch.device | None = None
         self.spill_folder: str | None = None
         self.reused = 0
-        self._alterations: dict[nn.Module, list[Alter]] = {}  # what is done to each block whenever it comes
+        self._alterations: dict[nn.Module, list[Alter]] = {}  # applied to each block on every load
         self.loaded: list[nn.Module] = []  # the block that is here; all of them within `all_here`
-        self._changed = False  # whether it goes back to where it comes from
+        self._changed = False  # whether the loaded block is stored on release
         self._note: object = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "BlockStore":
-        """Returns one without blocks: a copy of the model, as on meta, has neither files nor shards."""
+        """Returns a store without blocks: a copy of the model has neither files nor shards."""
         idle = object.__new__(type(self))
         memo[id(self)] = idle
         idle.blocks, idle.owner, idle.names, idle.device = {}, {}, {}, None
         return idle
 
     def _index(self, root: nn.Module, blocks: Iterable[nn.Module]) -> None:
-        """Has some blocks of a module come and go, under the names that they have there now."""
+        """Registers the blocks that are loaded on demand, under their current names."""
         self.names = {module: name for name, module in root.named_modules()}
         self.blocks = {self.names[block]: block for block in blocks}
-        self.owner = {module: block for block in self.blocks.values() for module in block.modules()}
+        self.owner = {}
+        for block in self.blocks.values():
+            self.owner |= dict.fromkeys(block.modules(), block)
 
     @property
-    def alike(self) -> bool:
-        """True if all ranks load the same blocks in the same order, which they need not within `apart`."""
+    def in_lockstep(self) -> bool:
+        """True if all ranks load the same blocks in order, which `independently` suspends."""
         return True
 
     @property
     def is_open(self) -> bool:
-        """True if blocks come and go now."""
+        """True if blocks are loaded on demand now."""
         return bool(self.blocks)
 
     def block_of(self, parameter: str) -> nn.Module | None:
-        """Returns the block that a parameter of the model is in; None if it is in none, or all are in memory."""
+        """Returns the block of a parameter. None outside of blocks, or for a model in memory."""
         return self.owner.get(self.model.get_submodule(parameter.rpartition(".")[0])) if self.owner else None
 
     @abstractmethod
     def on(self, device: torch.device, blocks: Sequence[nn.Module]) -> AbstractContextManager[None]:
-        """Has blocks compute on a device, within: one at a time is there, with the next one on its way.
+        """Runs blocks on a device within the context, and prefetches the next block.
 
         Args:
-            device: The device; what blocks give goes back to where their inputs were.
-            blocks: Those of a model in memory, none within another, in the order in which they come.
+            device: The device. Block outputs return to the device of their inputs.
+            blocks: Blocks of a model in memory, in the order of their calls. None may contain another.
         """
 
     def load(self, module: nn.Module) -> nn.Module | None:
-        """Has the block of a module in memory, and no other, and returns it; what is in no block always is."""
+        """Loads the block of a module, releases any other, and returns it."""
         block = self.owner.get(module)
         if block is not None and block not in self.loaded:
             self.release()
-            self._bring(block)
-            self.loaded = [block]  # before it is altered, by what may ask for it
+            self._load_block(block)
+            self.loaded = [block]  # before it is altered: an alteration may load it again
             self._alter(block)
         return block
 
     @abstractmethod
-    def _bring(self, block: nn.Module) -> None:
-        """Has a block in memory, where there is none."""
+    def _load_block(self, block: nn.Module) -> None:
+        """Loads a block into memory, where there is none."""
 
     def _alter(self, block: nn.Module) -> None:
-        """Alters the block that has come."""
+        """Applies the registered alterations to a loaded block."""
         for alter in self._alterations.get(block, ()):
             alter(block)
 
     @abstractmethod
     def release(self) -> None:
-        """Has no block in memory; the one that was there is kept as it has changed."""
+        """Releases the loaded block, and stores its values if they have changed."""
 
     def change(self, block: nn.Module, note: object = None) -> None:
-        """Has the block that is here, which has changed, kept as it is when it goes.
+        """Marks the loaded block as changed, so that it is stored on release.
 
         Args:
             block: The block.
-            note: What a later process is to know of it, in plain data, where blocks are kept in files.
+            note: Plain data that a later process reads with the block, if blocks are kept in files.
         """
-        assert block in self.loaded, f"{self.names[block]} is gone: what was changed in it is lost"
+        assert block in self.loaded, f"{self.names[block]} is not loaded: its changes would be lost"
         self._changed, self._note = True, note
 
     @contextmanager
     def changing(self, module: nn.Module) -> Iterator[None]:
-        """Has the block of a module in memory, which changes within."""
+        """Loads the block of a module, and stores it as changed at the end of the context."""
         block = self.load(module)
         yield
         if block is not None:
             self.change(block)
 
     def is_altered(self, block: nn.Module) -> bool:
-        """Tells whether values of a block are altered whenever it comes."""
+        """Returns whether values of a block are altered on every load."""
         return bool(self._alterations.get(block))
 
     @contextmanager
     def altered(self, alter: Alter) -> Iterator[None]:
-        """Has values of blocks altered whenever they come, within; one that changes and goes stays as that is."""
+        """Alters block values on every load within the context. A changed block keeps them."""
         self.release()
         before = self._alterations
         self._alterations = {block: [*before.get(block, ()), alter] for block in self.blocks.values()}
@@ -158,131 +159,135 @@ class BlockStore(ABC):
             yield
         finally:
             self._alterations = before
-            self._changed = False  # the block that is still here was altered for this while alone
+            self._changed = False  # the loaded block was altered for this context only
             self.release()
 
-    def follow(self) -> None:
-        """Follows the model, which has lost blocks."""
+    def reindex(self) -> None:
+        """Updates names and blocks after blocks were removed from the model."""
         self.release()
 
     def snapshot(self) -> Callable[[], None]:
-        """Returns what has blocks come as they do now, once the model has the parameters again that it has now."""
+        """Returns a function that restores where blocks come from now."""
         self.release()
         state = {name: copy.copy(vars(self)[name]) for name in self.kept}
 
-        def back() -> None:
+        def restore() -> None:
             self._changed = False
             self.release()
             vars(self).update({name: copy.copy(value) for name, value in state.items()})
 
-        return back
+        return restore
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
-        """Has blocks come as before they changed, if an error is raised within."""
-        back = self.snapshot()
+        """Restores where blocks came from if an error is raised within the context."""
+        restore = self.snapshot()
         try:
             yield
         except BaseException:
-            back()
+            restore()
             raise
 
-    def apart(self, comm: Comm) -> AbstractContextManager[None]:
-        """Lets ranks that share blocks load what each needs, within, however often."""
+    def independently(self, comm: Comm) -> AbstractContextManager[None]:
+        """Lets ranks that share blocks load different ones, within the context."""
         del comm
         return nullcontext()
 
     def all_loaded(self) -> AbstractContextManager[None]:
-        """Has all blocks in memory, within, where ranks share them."""
+        """Keeps all blocks in memory within the context, where ranks share them."""
         return nullcontext()
 
     def check_can_hold_all(self, why: str) -> None:
-        """Refuses, where blocks come from files, what needs all of them in memory, and says why it does."""
+        """Raises if all blocks are needed in memory and they come from files.
+
+        Args:
+            why: The start of the message: what needs all blocks.
+        """
         del why
 
     @contextmanager
     def step(self, key: str, more: Callable[[], str] = str) -> Iterator[None]:
-        """Begins work in which blocks change, or values are staged; after an error within, blocks come as before.
+        """Starts work that changes blocks or stages values. An error within restores the blocks.
 
         Args:
-            key: What tells this work from all other: files that an earlier process has left of the same are taken.
-            more: Returns the rest of it, such as a hash of data: called only where a later process may go on.
+            key: Identifies the work. Files of an earlier process with the same key are reused.
+            more: Returns the rest of the key, such as a hash of data. Called only if an earlier process can be resumed.
         """
         del key, more
         yield
 
-    def resumed(self, block: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Has a block come as an earlier process has left it in the same step; False if it has left nothing.
+    def resume_block(self, block: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Adopts a block that an earlier process finished in this step. False if there is none.
 
         Args:
             block: The block.
-            sizes: Those of all parameters of the model after the step, by name.
+            sizes: Sizes of all parameters of the model after the step, by name.
         """
         del block, sizes
         return False
 
-    def watched(self, report: Callable[[int, int], None]) -> AbstractContextManager[None]:
-        """Reports, within, how many blocks have come and gone since the last step began, and of how many."""
+    def reporting(self, report: Callable[[int, int], None]) -> AbstractContextManager[None]:
+        """Reports the number of processed blocks since the last step began, and their total."""
         del report
         return nullcontext()
 
-    def known(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
-        """Returns what an earlier process has staged of a block in the same step, with its note; None if nothing."""
+    def staged(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
+        """Returns the values and note that an earlier process staged for a block. None if nothing."""
         del block
         return None
 
     def stage(
         self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
-        """Puts new values of parameters where this store has room, and returns what reads them; the model stays as it is.
+        """Stages new parameter values beside the model, and returns a lazy reader of them.
 
-        Outside of a step they stay in memory, unless ranks share them.
+        The model is not changed. Outside of a step the values stay in memory, unless ranks share them.
 
         Args:
-            block: The block that they are of; None if of none.
-            values: By the names of parameters. With a prefix that ends in a space there may be several of one parameter.
-            note: What a later process is to know of them, in plain data.
-            device: Where shards of them rest; by default where those of the parameters do.
+            block: The block of the parameters. None for parameters outside of blocks.
+            values: Values by parameter name. A prefix that ends in a space allows several values for one parameter.
+            note: Plain data that a later process reads with the values.
+            device: Device of the shards. Defaults to that of the parameter's shards.
         """
         del block, note, device
         return LazyTensors.of(values)
 
     def holder(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Returns what holds the values of a parameter: itself, or where ranks share it and it is not here, its shards."""
+        """Returns the tensor with the values of a parameter: itself, or its shards."""
         return parameter
 
     @contextmanager
     def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Has the model compute with other values of parameters within: the one way to do so."""
+        """Replaces parameter values within the context, also of blocks loaded later."""
         new = LazyTensors.of(values)
         with replaced({self.model.get_submodule(module): new.of_module(module) for module in new.modules}):
             yield
 
     @abstractmethod
     def write(self, folder: Path, transposed: Collection[str] = ()) -> None:
-        """Writes config and weights of a Hugging Face model into a folder, as `save_pretrained` does.
+        """Writes config and weights of a Hugging Face model, as `save_pretrained` does.
 
-        Weights are written, too, that the class leaves out because it makes them: they may be others, or smaller.
+        Weights that the class recreates on loading are written too, because their values or sizes may have changed.
 
         Args:
             folder: The folder.
-            transposed: The names of weights that are written transposed.
+            transposed: Names of weights that are written transposed.
         """
 
-    def settle(self, folder: Path) -> None:
-        """Has blocks come from the checkpoint that was written of the model, where they come from files."""
+    def reopen(self, folder: Path) -> None:
+        """Reads blocks from the saved checkpoint from now on, if they come from files."""
         del folder
 
 
 class MemoryStore(BlockStore):
-    """The store of a model that is in memory: all blocks are there, and what is staged stays there, too.
+    """The store of a model in memory, where all blocks and staged values stay.
 
-    On another device blocks compute with copies, which come and go; the model's own parameters stay where they are.
+    With a device, blocks run as copies on it, and the model's own parameters stay where they are.
     """
 
     @contextmanager
     def on(self, device: torch.device, blocks: Sequence[nn.Module]) -> Iterator[None]:
-        """Has blocks compute on a device, within; see `BlockStore.on`."""
+        """Runs blocks on a device within the context. See `BlockStore.on`."""
         with closing(DeviceCopies(device, blocks)) as self._copies, ExitStack() as stack:
             self.device = device
             self._index(self.model, blocks)
@@ -296,33 +301,33 @@ class MemoryStore(BlockStore):
         self.release()
         self.device, self.blocks, self.owner, self.names = None, {}, {}, {}
 
-    def _bring(self, block: nn.Module) -> None:
+    def _load_block(self, block: nn.Module) -> None:
         self._copies.enter(block)
 
     def release(self) -> None:
-        """Has no block on the device; values that have changed there go home."""
+        """Releases the block on the device, and copies changed values back."""
         if self.loaded:
             if self._changed:
-                self._copies.keep()
+                self._copies.copy_back()
             self._copies.leave()
             self.loaded, self._changed = [], False
 
     def change(self, block: nn.Module, note: object = None) -> None:
-        """Has what has changed on the device go home with the block; elsewhere it stays where it is."""
+        """Marks the block on the device as changed. Elsewhere there is nothing to do."""
         del note
         self._changed |= block in self.loaded
 
     @contextmanager
     def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """Has the model compute with other values of parameters within, of which blocks take copies when they come."""
-        self._renew()
+        """Replaces parameter values within the context, also in the copies on a device."""
+        self._drop_copies()
         try:
             with super().computing_with(values):
                 yield
         finally:
-            self._renew()
+            self._drop_copies()
 
-    def _renew(self) -> None:
+    def _drop_copies(self) -> None:
         if self.device is not None:
             self.release()
             self._copies.ahead.forget()
@@ -330,31 +335,31 @@ class MemoryStore(BlockStore):
     def stage(
         self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
-        """Keeps new values of parameters in memory: those that were made on another device, where the model is."""
+        """Keeps new parameter values in memory, on the device of the model."""
         if self.device is not None:
-            home = next(self.model.parameters()).device
-            values = {name: value.to(home) for name, value in values.items()}
+            model_device = next(self.model.parameters()).device
+            values = {name: value.to(model_device) for name, value in values.items()}
         return super().stage(block, values, note, device)
 
     @contextmanager
     def altered(self, alter: Alter) -> Iterator[None]:
-        """Does nothing: no block comes."""
+        """Does nothing, because no block is loaded."""
         del alter
         yield
 
     def write(self, folder: Path, transposed: Collection[str] = ()) -> None:
-        """Writes config and weights of a Hugging Face model; see `BlockStore.write`."""
+        """Writes config and weights of a Hugging Face model. See `BlockStore.write`."""
         state = with_transposed(self.model.state_dict(), transposed) if transposed else None
         save_state(cast(PreTrainedModel, self.model), folder, state)
 
 
 def with_transposed(tensors: Mapping[str, Tensor], transposed: Collection[str]) -> dict[str, Tensor]:
-    """Returns tensors by name, some of them transposed."""
+    """Transposes the named tensors and returns all."""
     return {name: tensor.T.contiguous() if name in transposed else tensor for name, tensor in tensors.items()}
 
 
 def store_of(model: nn.Module) -> BlockStore:
-    """Returns the store of a model, or of the one that a module holds."""
+    """Returns the block store of a model, or of the model inside a module."""
     return _opened(model) or MemoryStore(model)
 
 
@@ -362,6 +367,6 @@ def _opened(module: nn.Module) -> BlockStore | None:
     store = vars(module).get(STORE)
     if isinstance(store, BlockStore) and store.is_open:
         return store
-    if isinstance(module, PreTrainedModel):  # which has the store itself, or none
+    if isinstance(module, PreTrainedModel):  # only the model itself can have the store
         return None
     return next(filter(None, map(_opened, module.children())), None)

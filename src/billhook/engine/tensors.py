@@ -1,7 +1,8 @@
-"""The tensors in the safetensors files of a checkpoint: sizes are read from headers, values one at a time; nothing is mapped."""
+"""Tensors in safetensors files: sizes from headers, values read on demand, not mapped."""
 
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,13 +23,13 @@ from billhook.engine.sharding import parameter_slots
 
 
 class Source:
-    """A folder, or a repository of a hub as it was at the commit from which its config has come.
+    """A checkpoint folder, or a Hub repository at the commit of its cached config.
 
     Args:
-        name: A folder or a hub name.
+        name: A folder or a Hub name.
 
     Attributes:
-        commit: The commit; None of a folder.
+        commit: The commit. None for a folder.
     """
 
     def __init__(self, name: str) -> None:
@@ -37,36 +38,36 @@ class Source:
         self.commit = Path(config).parent.name if isinstance(config, str) else None
 
     def here(self, file: str) -> Path | None:
-        """Returns where a file lies on this machine; None if it does not."""
+        """Returns the local path of a file. None if it is not downloaded."""
         if self.folder is not None:
             return self.folder / file if (self.folder / file).is_file() else None
         path = try_to_load_from_cache(self.name, file, revision=self.commit)
         return Path(path) if isinstance(path, str) else None
 
     def fetch(self, file: str) -> Path:
-        """Returns where a file lies, once it is here as a whole."""
+        """Downloads a file if needed, and returns its local path."""
         return Path(cast(str, cached_file(self.name, file, revision=self.commit)))
 
     def has(self, file: str) -> bool:
-        """Asks the hub whether there is such a file; of a folder, and where no hub is asked, that is known."""
+        """Returns whether a file exists, in the folder or on the Hub."""
         if self.folder is not None or constants.HF_HUB_OFFLINE:
             return self.here(file) is not None
-        with self._asked(file):
+        with self._hub_errors(file):
             return HfApi().file_exists(self.name, file, revision=self.commit)
 
     def header(self, file: str) -> dict[str, tuple[str, list[int]]]:
-        """Asks the hub for the dtype and the shape of each tensor in a file, by its first bytes."""
-        with self._asked(file):
+        """Requests the dtype and shape of each tensor in a file from the Hub."""
+        with self._hub_errors(file):
             tensors = HfApi().parse_safetensors_file_metadata(self.name, file, revision=self.commit).tensors
         return {name: (entry.dtype, entry.shape) for name, entry in tensors.items()}
 
     @contextmanager
-    def _asked(self, file: str) -> Iterator[None]:
+    def _hub_errors(self, file: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # the client and what it is made of raise all kinds
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise OSError(f"the hub does not say what {file} holds: {first}") from error
+            raise OSError(f"the Hub request for {file} failed: {first}") from error
 
 
 DTYPES = {
@@ -81,17 +82,17 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-CALLED = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FILE_PATTERN, LARGEST = "model{suffix}.safetensors", "50GB"
-"""Of the files of a checkpoint, as `save_pretrained` has them by default."""
+"""Name and size limit of checkpoint files, the defaults of `save_pretrained`."""
 UNREADABLE = (OSError, SafetensorError, KeyError)
 
 
 class TensorFiles:
-    """Where the tensors of a checkpoint are, by their names in the files.
+    """The tensors of a checkpoint, by their names in the files.
 
     Args:
-        name: A folder or a hub name. Of a hub's, an index and headers are fetched, and each file when a value in it is asked for.
+        name: A folder or a Hub name. From the Hub, only the index and headers are fetched until a value is needed.
 
     Raises:
         ValueError: If there are no safetensors files, or they cannot be read.
@@ -107,9 +108,9 @@ class TensorFiles:
 
     @property
     def state(self) -> list[tuple[str | int, ...]]:
-        """The files that have been read, with their sizes and the times of their last changes, or the commit of a hub's.
+        """The files that have been read, with sizes and modification times, or the commit.
 
-        One that is replaced by another of the same size and time, as `rsync -t` does, has another time of its status (ctime).
+        The status time (ctime) detects a replacement with the same size and modification time, as by `rsync -t`.
         """
         if self._source.commit is not None:
             return [(self._name, self._source.commit)]
@@ -117,7 +118,7 @@ class TensorFiles:
 
     @property
     def are_local(self) -> bool:
-        """True if none of the files must be fetched."""
+        """True if no file must be downloaded."""
         return all(self._here(file) is not None for file in set(self._files.values()))
 
     def __iter__(self) -> Iterator[str]:
@@ -130,7 +131,7 @@ class TensorFiles:
         return other
 
     def move(self, names: Collection[str], path: Path, new: Collection[str]) -> None:
-        """Has tensors stand in another file from now on, under their own or other names."""
+        """Reads tensors from another file from now on, under the same or new names."""
         for name in names:
             del self._files[name]
             self._names.pop(name, None)
@@ -139,7 +140,7 @@ class TensorFiles:
         self._paths[str(path)] = path
 
     def rename(self, names: Mapping[str, str], removed: Collection[str]) -> None:
-        """Calls tensors otherwise than the files do, and forgets those that are gone."""
+        """Renames tensors relative to the files, and drops removed ones."""
         files, names_in_files, transposed = dict[str, str](), dict[str, str](), set[str]()
         for name in self._files:
             if name in removed:
@@ -153,7 +154,7 @@ class TensorFiles:
         self._files, self._names, self.transposed = files, names_in_files, frozenset(transposed)
 
     def sizes(self) -> dict[str, Tensor]:
-        """Returns all tensors on the meta device; only headers are read."""
+        """Returns all tensors on the meta device. Only headers are read."""
         by_file, sizes = defaultdict[str, list[str]](list), dict[str, Tensor]()
         for name, file in self._files.items():
             by_file[file].append(name)
@@ -171,7 +172,7 @@ class TensorFiles:
 
     @contextmanager
     def slices(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
-        """Opens tensors, each of which `[...]` then reads."""
+        """Opens slices of tensors, which `[...]` reads."""
         with ExitStack() as stack:
             files, slices = dict[str, Any](), dict[str, Any]()
             for file in dict.fromkeys(self._files[name] for name in names):
@@ -179,7 +180,7 @@ class TensorFiles:
             with self._readable():
                 for name in names:
                     entry = files[self._files[name]].get_slice(self._names.get(name, name))
-                    slices[name] = entry if all(entry.get_shape()) else _empty(entry)  # safetensors reads none without elements
+                    slices[name] = entry if all(entry.get_shape()) else _empty(entry)  # safetensors cannot read empty tensors
                     if name in self.transposed:
                         slices[name] = slices[name][...].T.contiguous()
             yield slices
@@ -190,17 +191,20 @@ class TensorFiles:
             return {name: entry[...] for name, entry in slices.items()}
 
     def read_ahead(self, names: Collection[str]) -> None:
-        """Has the system read tensors of files that are here into its pages, while this process goes on; Linux does."""
-        paths = {file: path for file in {self._files[name] for name in names} if (path := self._here(file)) is not None}
-        for file, path in paths.items() if hasattr(os, "posix_fadvise") else ():
+        """Prefetches tensors of local files into the page cache (Linux)."""
+        files = set(map(self._files.__getitem__, names)) if hasattr(os, "posix_fadvise") else set[str]()
+        for file in files:
+            path = self._here(file)
+            if path is None:
+                continue
             with suppress(OSError, ValueError, KeyError), path.open("rb") as opened:
                 extents = _extents(opened)
                 for first, last in (extents[self._names.get(name, name)] for name in names if self._files[name] == file):
-                    if last > first:  # or all that follows would be read
+                    if last > first:  # length 0 would read to the end
                         os.posix_fadvise(opened.fileno(), first, last - first, os.POSIX_FADV_WILLNEED)
 
     def rows(self, name: str, elements: int) -> Iterator[Tensor]:
-        """Reads a tensor a few rows at a time, so many elements at once; a slice of safetensors reads it as a whole each time."""
+        """Reads a tensor a few rows at a time, up to a number of elements."""
         with self.slices([name]) as slices, self._readable():
             entry = slices[name]
             shape = [] if isinstance(entry, Tensor) else entry.get_shape()
@@ -208,7 +212,7 @@ class TensorFiles:
             if not shape or step >= shape[0]:
                 yield entry[...]
                 return
-            # past safetensors, which reads the whole tensor for each slice
+            # not by safetensors, which reads the full tensor for each slice
             with self._paths[self._files[name]].open("rb") as file:
                 file.seek(_extents(file)[self._names.get(name, name)][0])
                 for start in range(0, shape[0], step):
@@ -223,9 +227,9 @@ class TensorFiles:
         with self._readable():
             path = self._here(file) or self._source.fetch(file)
             now = path.stat().st_size, path.stat().st_mtime_ns
-            opened = safe_open(path, "pt", backend="pread")  # not mapped: pages of a map would count as memory of the process
+            opened = safe_open(path, "pt", backend="pread")  # not mapped: mapped pages count as memory of the process
         if self._seen.setdefault(path, now) != now:
-            raise ValueError(f"'{path}' has changed since it was first read: begin again")
+            raise ValueError(f"'{path}' has changed since it was first read. Load the model again.")
         self._paths[file] = path
         with opened:
             yield opened
@@ -235,7 +239,7 @@ class TensorFiles:
 
     def _like(self, name: str, kind: str, shape: Sequence[int]) -> Tensor:
         if kind not in DTYPES:
-            raise ValueError(f"'{self._name}': {name} is of dtype {kind}, which is quantised or unknown: it cannot be streamed")
+            raise ValueError(f"'{self._name}': {name} has dtype {kind}, which is quantized or unknown and cannot be streamed.")
         return torch.empty(tuple(shape), dtype=DTYPES[kind], device="meta")
 
     @contextmanager
@@ -247,7 +251,7 @@ class TensorFiles:
 
 
 def _extents(file: BinaryIO) -> dict[str, tuple[int, int]]:
-    """Returns where the bytes of each tensor begin and end in a safetensors file."""
+    """Returns the byte range of each tensor in a safetensors file."""
     size = int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(size))
     header.pop("__metadata__", None)
@@ -255,17 +259,19 @@ def _extents(file: BinaryIO) -> dict[str, tuple[int, int]]:
     return {name: (8 + size + first, 8 + size + last) for name, (first, last) in offsets.items()}
 
 
-def renumbered(key: str, block: str, then: str) -> str:
-    """Returns the name that a tensor of a block has in files when the block has another number.
+def renumbered(key: str, block: str, new_block: str) -> str:
+    """Returns the file name of a tensor after its block was renumbered.
 
     >>> renumbered("h.3.mlp.experts.3.up.weight", "transformer.h.3", "transformer.h.2")
     'h.2.mlp.experts.3.up.weight'
     """
-    old, new = ([part for part in name.split(".") if part.isdigit()] for name in (block, then))
+    old, new = re.findall(r"(?<![^.])\d+(?![^.])", block), re.findall(r"(?<![^.])\d+(?![^.])", new_block)
     parts = key.split(".")
     positions = [position for position, part in enumerate(parts) if part.isdigit()][: len(old)]
     if [parts[position] for position in positions] != old:
-        raise ValueError(f"model: its files name a tensor of {block} {key}: remove blocks in memory, not streamed")
+        raise ValueError(
+            f"model: its files do not number blocks as the model does ({key} in {block}). Load it in memory to remove blocks."
+        )
     for position, number in zip(positions, new, strict=True):
         parts[position] = number
     return ".".join(parts)
@@ -286,38 +292,39 @@ def write_index(folder: Path) -> None:
 
 
 def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mapping[str, Tensor]]) -> None:
-    """Adds tensors, some at a time, to a file that `save_pretrained` has written, as if it had written all of them.
+    """Adds tensors incrementally to a file of `save_pretrained`, as if it had saved all.
 
     Args:
-        folder: Where `model.safetensors` is; where that becomes too large there are several files then, and their index.
-        sizes: What is added, on meta.
-        parts: The values of all of them.
+        folder: The folder of `model.safetensors`, which is split into several files and an index if it becomes too large.
+        sizes: The new tensors on meta.
+        parts: The values of the new tensors, some at a time.
     """
     first = (folder / SAFE_WEIGHTS_NAME).rename(folder / "first.draft")
     with safe_open(first, "pt", backend="pread") as old, ExitStack() as stack:
-        every = {name: _empty(old.get_slice(name), "meta") for name in old.keys()} | dict(sizes)  # noqa: SIM118 - no dict
-        split = split_torch_state_dict_into_shards(every, filename_pattern=FILE_PATTERN, max_shard_size=LARGEST)
+        all_sizes = {name: _empty(old.get_slice(name), "meta") for name in old.keys()} | dict(sizes)  # noqa: SIM118 - no dict
+        split = split_torch_state_dict_into_shards(all_sizes, filename_pattern=FILE_PATTERN, max_shard_size=LARGEST)
         extents = dict[str, tuple[BinaryIO, int]]()
         for file, names in split.filename_to_tensors.items():
             new = stack.enter_context((folder / file).open("wb"))
-            extents |= {name: (new, start) for name, start in _begin(new, {name: every[name] for name in names}).items()}
+            for name, start in _begin(new, {name: all_sizes[name] for name in names}).items():
+                extents[name] = (new, start)
         for part in chain(({name: old.get_tensor(name)} for name in old.keys()), parts):  # noqa: SIM118
             for name, tensor in part.items():
                 opened, start = extents.pop(name)
                 opened.seek(start)
                 opened.write(_bits(tensor.detach().cpu().contiguous()).numpy().data)
-    assert not extents, f"{', '.join(extents)} have no values"
+    assert not extents, f"no values for {', '.join(extents)}"
     first.unlink()
     write_index(folder)
 
 
 def _begin(file: BinaryIO, sizes: Mapping[str, Tensor]) -> dict[str, int]:
-    """Writes the header of a safetensors file, as safetensors does, and returns where each tensor begins."""
+    """Writes the header of a safetensors file, and returns the offset of each tensor."""
     header, starts, end = dict[str, Any](__metadata__={"format": "pt"}), dict[str, int](), 0
     for name in sorted(sizes, key=lambda name: (-sizes[name].itemsize, name)):
         starts[name], size = end, sizes[name]
         end += size.nbytes
-        header[name] = {"dtype": CALLED[size.dtype], "shape": list(size.shape), "data_offsets": [starts[name], end]}
+        header[name] = {"dtype": DTYPE_NAMES[size.dtype], "shape": list(size.shape), "data_offsets": [starts[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -325,7 +332,7 @@ def _begin(file: BinaryIO, sizes: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _files(source: Source) -> dict[str, str]:
-    """Returns the file of each tensor, as an index says it, or the one file has them."""
+    """Returns the file of each tensor, from an index or a single file."""
     try:
         if (single := source.here(SAFE_WEIGHTS_NAME)) is not None:
             with safe_open(single, "pt", backend="pread") as opened:
@@ -335,7 +342,7 @@ def _files(source: Source) -> dict[str, str]:
         index: Mapping[str, Any] = json.loads(source.fetch(SAFE_WEIGHTS_INDEX_NAME).read_text())
         return {str(key): str(file) for key, file in index["weight_map"].items()}
     except (*UNREADABLE, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"'{source.name}': streaming needs safetensors files, and they cannot be read: {error}") from error
+        raise ValueError(f"'{source.name}': streaming requires safetensors files, which cannot be read: {error}") from error
 
 
 def _empty(entry: Any, device: str = "cpu") -> Tensor:  # noqa: ANN401 - a slice of safetensors
@@ -343,13 +350,13 @@ def _empty(entry: Any, device: str = "cpu") -> Tensor:  # noqa: ANN401 - a slice
 
 
 ELEMENTS = 2**22
-"""Numbers that are read at once."""
+"""Number of values that are read at once."""
 
 
 def share_parameters(model: PreTrainedModel, other: PreTrainedModel, files: TensorFiles, keys: Collection[str]) -> list[str]:
-    """Takes parameters from another model where it has, bit for bit, what files hold; returns the keys that are left to load.
+    """Shares bitwise identical parameters with another model; returns the remaining keys.
 
-    Those that are converted when they are loaded have other names in the files, and are left.
+    Tensors that are converted on loading have other names in the files, and remain.
 
     Args:
         model: The model, on meta.
@@ -358,29 +365,29 @@ def share_parameters(model: PreTrainedModel, other: PreTrainedModel, files: Tens
         keys: Names of tensors in the files.
     """
     on_meta, in_memory = (dict(either.named_parameters(remove_duplicate=False)) for either in (model, other))
-    left = list[str]()
+    remaining = list[str]()
     for key in keys:
         empty, full = on_meta.get(key), in_memory.get(key)
-        if empty is None or full is None or not empty.is_meta or not _holds(full, empty, files, key):
-            left.append(key)
+        if empty is None or full is None or not empty.is_meta or not _equals_file(full, empty, files, key):
+            remaining.append(key)
             continue
         shared = nn.Parameter(full.detach(), empty.requires_grad)
         for (module, name), parameter in list(parameter_slots(model)):
             if parameter is empty:
                 module._parameters[name] = shared
-    return left
+    return remaining
 
 
-def _holds(full: Tensor, empty: Tensor, files: TensorFiles, key: str) -> bool:
-    """Tells whether a tensor in memory is what the files hold, in dtype, shape and every bit."""
-    alike = full.dtype == empty.dtype and full.shape == empty.shape and full.dim() > 0
-    alike = alike and full.untyped_storage().size() >= full.nbytes  # or it is away, as a shard of ranks
-    if not alike or full.device.type != "cpu" or not full.is_contiguous():
+def _equals_file(full: Tensor, empty: Tensor, files: TensorFiles, key: str) -> bool:
+    """Returns whether a tensor equals the files in dtype, shape, and every bit."""
+    same = full.dtype == empty.dtype and full.shape == empty.shape and full.dim() > 0
+    same = same and full.untyped_storage().size() >= full.nbytes  # freed memory of a sharded parameter
+    if not same or full.device.type != "cpu" or not full.is_contiguous():
         return False
     start, values = 0, full.detach()
     for rows in files.rows(key, ELEMENTS):
-        ours = values[start : start + len(rows)]
-        if rows.dtype != ours.dtype or rows.shape != ours.shape or not torch.equal(_bits(rows), _bits(ours)):
+        in_memory = values[start : start + len(rows)]
+        if rows.dtype != in_memory.dtype or rows.shape != in_memory.shape or not torch.equal(_bits(rows), _bits(in_memory)):
             return False
         start += len(rows)
     return start == len(values)

@@ -1,4 +1,4 @@
-"""Nested lists, tuples and dictionaries: torch's functions for them, which have a public name in new versions only."""
+"""Functions for nested lists, tuples, and dictionaries, which torch names privately."""
 
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 

@@ -1,7 +1,7 @@
-"""Runs a model on all batches side by side: each rests at every site until all have been there, then all continue.
+"""Runs a model on all batches side by side: every run stops at each site.
 
-Every run is the model's own forward, in a greenlet of its own, so that masks, rotary embeddings, states of an encoder and
-whatever else one block hands to the next are what the model makes of them; nothing is replayed.
+Every run is the model's own forward in a separate greenlet, so masks, rotary embeddings, encoder states, and
+all other block inputs are computed by the model itself. Nothing is replayed.
 """
 
 import copy
@@ -27,14 +27,17 @@ Sequential = Literal["block", "layer", "none"]
 
 @dataclass(eq=False)
 class Site:
-    """A module whose linears are pruned together (a block, one linear, the model), or, without linears, is only waited at."""
+    """A stop of the walk: a block, a layer, or the model, with the layers pruned there.
+
+    Runs pause at the module until all of them have arrived. A site without layers is only waited at.
+    """
 
     module: nn.Module
     linears: dict[str, nn.Module]
-    once: bool | None = None  # whether each of them is called exactly once, as the first run has shown
-    twins: Sequence[tuple[str, nn.Module]] = ()  # others with the weight of one of them, which count as calls of it
-    out: bool = False  # whether runs rest where they come out of the module, and pass it once more with what is new then
-    done: bool = False  # whether its linears' new parameters are known, so that runs only pass them
+    once: bool | None = None  # whether the first run called each layer exactly once
+    tied: Sequence[tuple[str, nn.Module]] = ()  # layers with a tied weight, whose calls count for the named one
+    out: bool = False  # whether runs stop after the module, and run it again with the new parameters
+    done: bool = False  # whether the new parameters are known, so that runs only pass through
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -43,7 +46,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def separable_blocks(model: nn.Module, parameters: Iterable[tuple[tuple[nn.Module, str], nn.Parameter]]) -> list[nn.Module]:
-    """Returns the blocks of a model that have some of these parameters, each named by a module that has it, and share none."""
+    """Returns the blocks that hold some of the parameters and share none with other modules."""
     holders = defaultdict[nn.Parameter, set[nn.Module]](set)
     for (module, _), parameter in parameters:
         holders[parameter].add(module)
@@ -56,32 +59,32 @@ def separable_blocks(model: nn.Module, parameters: Iterable[tuple[tuple[nn.Modul
     return apart
 
 
-def blocks_with(module: nn.Module, linears: set[nn.Module]) -> Iterator[nn.Module]:
-    """Yields the elements of outermost module lists in which two or more hold linears.
+def blocks_with(module: nn.Module, layers: set[nn.Module]) -> Iterator[nn.Module]:
+    """Yields the elements of outermost module lists if at least two have linear layers.
 
-    Any module has such, and none needs to run; `find_blocks`, which needs a run, finds the same in 274 of 322 small models of
-    transformers, and in the others leaves out towers that its inputs do not reach, and stages that change the shape.
+    The module need not run. `find_blocks`, which runs it, returns the same for 274 of 322 small transformers models. For the
+    others it omits towers that its inputs do not reach and stages that change the shape.
     """
     children = list(module.children())
-    holding = [child for child in children if not linears.isdisjoint(child.modules())]
-    in_turn = not any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in children)
-    if in_turn and isinstance(module, nn.ModuleList | nn.Sequential) and len(holding) > 1:
+    with_layers = [child for child in children if not layers.isdisjoint(child.modules())]
+    innermost = not any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in children)
+    if innermost and isinstance(module, nn.ModuleList | nn.Sequential) and len(with_layers) > 1:
         yield from children
         return
     for child in children:
-        yield from blocks_with(child, linears)
+        yield from blocks_with(child, layers)
 
 
 def find_sites(
     model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential, gates: Collection[nn.Module] = ()
 ) -> list[Site]:
-    """Finds the sites where runs rest: blocks and linears outside of them, every linear, or the model as a whole.
+    """Finds the stops of a walk: blocks and layers outside of them, every layer, or the model.
 
     Args:
         model: The model.
-        linears: Those to prune, by name, in the order of the model's modules.
-        sequential: "block", "layer" or "none".
-        gates: Blocks that all runs leave before one enters the next, also where they rest within.
+        linears: The layers to prune, by name, in module order.
+        sequential: `"block"`, `"layer"`, or `"none"`.
+        gates: Blocks that all runs leave before any enters the next one, in addition.
     """
     if sequential == "none":
         return [Site(model, dict(linears))]
@@ -99,7 +102,7 @@ def find_sites(
 
 
 def with_exits(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
-    """Adds to sites of a model, in order, the way out of each block in which some of them have linears."""
+    """Adds the exit of each block with pending layers to the sites."""
     owner = {module: block for block in blocks_of(model) for module in block.modules()}
     ordered = list[Site]()
     for block, within in groupby(sites, key=lambda site: owner.get(site.module)):
@@ -114,12 +117,12 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Visitor:
-    """The work that is done at sites; what it leaves out does nothing.
+    """The work that is done at sites. By default, every method does nothing.
 
     Attributes:
-        untouched: The numbers of runs that keep the old parameters to the end, for comparison.
-        dense: The numbers of those of them of which nothing is observed.
-        ends: How many runs continue to their end when all sites are complete; with one, `again` has all that are called again.
+        untouched: Numbers of runs that keep the old parameters to the end, for comparison.
+        dense: Numbers of untouched runs that are not observed.
+        ends: Number of runs that continue to their end after the last site. With at least one, `again` lists all reentered sites.
     """
 
     untouched: Collection[int] = ()
@@ -127,39 +130,38 @@ class Visitor:
     ends = 0
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
-        """Notes the call of a linear, or of another with its weight, in a site that is not complete, by a run."""
+        """Observes a call of a layer (or a layer with its weight) at an incomplete site."""
 
     def complete(self, site: Site) -> None:
-        """Completes a site with linears, at which all runs that come to it, on any rank, have been."""
+        """Completes a site with layers, after all runs on all ranks have arrived."""
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
-        """Returns the new parameters of a complete site: by linear, by their name in it."""
+        """Returns the new parameters of a complete site, by layer and parameter name."""
         del site
         return {}
 
-    def on_exit(self, run: int, given: Arguments, output: object) -> None:
-        """Notes the arguments and keywords of a module in a run, and what it gave, at a way out."""
+    def on_exit(self, run: int, arguments: Arguments, output: object) -> None:
+        """Receives the arguments and output of a module at its exit."""
 
     def on_reentry(self, site: Site) -> None:
-        """Is told of a complete site that a run comes to once more."""
+        """Is called when a run reaches a complete site again."""
 
     def leave(self, site: Site) -> None:
-        """Is told of a site that all runs have passed, on any rank."""
+        """Is called when all runs on all ranks have passed a site."""
 
 
-class _Observed(BaseException):  # no `Exception`, which code of a model might catch
-    """All linears of a site have been called; the rest of its forward would be for nothing."""
+class _Observed(BaseException):  # not an `Exception`, which model code might catch
+    """Ends a forward early, after all layers of a site have been called."""
 
 
 class Walk:
-    """The runs, side by side; whatever they or the caller have set, the visitor is called in the state of `TorchState()`.
+    """Runs forwards side by side. The visitor is always called in the state `TorchState()`.
 
     Args:
-        sites: Where they rest.
-        visitor: What is done there.
-        comm: The ranks, each of which has runs of its own: all complete the same sites in the same order, also
-            those that no run of their own comes to.
-        enter: Called with the module of each site before runs go on within it, on all ranks, as to load its block.
+        sites: The stops.
+        visitor: The work at each stop.
+        comm: The ranks, each with its own runs. All ranks complete the same sites in the same order, even without a run there.
+        enter: Called on all ranks with the module of a site before runs continue in it, such as to load its block.
     """
 
     def __init__(
@@ -180,13 +182,13 @@ class Walk:
 
     @property
     def run(self) -> int:
-        """The number of the run that is going on."""
+        """The number of the current run."""
         return self._run
 
     def __call__(self, forwards: Iterable[Callable[[], object]]) -> list[str]:
-        """Goes all the way with forwards of the model, and returns the linears that no run has called.
+        """Runs all forwards to the end, and returns the layers that no run has called.
 
-        Sites that a run has come to once more, after they were complete, are in `again`: these calls were not observed.
+        `again` then holds the sites that a run reached after they were complete. These calls were not observed.
         """
         self._main, self._caller = greenlet.getcurrent(), TorchState.now()
         self._runs = [greenlet(forward) for forward in forwards]
@@ -196,22 +198,22 @@ class Walk:
                 self.again = set(self._on_any_rank(self.again))
         finally:
             for run in self._runs:
-                run.throw()  # ends those that still rest, also after an error, and with them what their frames hold
+                run.throw()  # ends paused runs, also after an error, and frees their frames
             self._caller.restore()
         return [name for site in self.sites if site not in self.complete for name in site.linears]
 
     def _go(self) -> None:
         waiting = [self._resume(number) for number in range(len(self._runs))]  # the site at which each run waits
-        # the first of all sites at which one does on any rank, so that ranks whose runs take other ways complete the same
+        # the first such site on any rank, so that ranks with different paths complete the same sites
         while reached := self._on_any_rank(set(waiting)):
             site = reached[0]
             arrived = [number for number, other in enumerate(waiting) if other is site]
             self._enter(site)
             if site.linears and not site.done:
                 for number in arrived:
-                    self._resume(number)  # which observes the linears, and comes back to the same site
+                    self._resume(number)  # observes the layers, and stops at the same site again
                 self.visitor.complete(site)
-                self._enter(site)  # a visitor may have loaded another block meanwhile
+                self._enter(site)  # the visitor may have loaded another block
             self.complete.add(site)
             last = len(self.complete) == len(self.sites)
             for number in arrived[: self.visitor.ends] if last else arrived:
@@ -226,70 +228,70 @@ class Walk:
             self.enter(site.module)
 
     def _on_any_rank(self, sites: Collection[Site | None]) -> list[Site]:
-        """Returns those of all sites that some rank names, in their order; all ranks call it together."""
+        """Returns the sites that any rank names, in order. All ranks call it together."""
         flags = self.comm(torch.tensor([float(site in sites) for site in self.sites], device=self.comm.device))
         return [site for site, flag in zip(self.sites, flags.tolist(), strict=True) if flag]
 
     def _resume(self, number: int) -> Site | None:
-        """Lets a run continue to where it rests next; None if that is its end."""
+        """Continues a run to its next stop. None if it has ended."""
         run, self._run = self._runs[number], number
-        self._caller.restore()  # autocast and the like are the thread's, which all runs share with the visitor
+        self._caller.restore()  # autocast and other thread state is shared by all runs and the visitor
         site: Site = run.switch()
         TorchState().restore()
         return None if run.dead else site
 
     @contextmanager
     def _installed(self) -> Iterator[None]:
-        """Overrides the forwards of sites, and listens to linears."""
+        """Replaces the forwards of sites and hooks layers."""
         with ExitStack() as stack:
             for site in self.sites:
                 visit = self._come_out if site.out else self._visit
                 stack.enter_context(overridden(site.module, forward=partial(visit, site, site.module.forward)))
-                for name, linear in (*site.linears.items(), *site.twins):
+                for name, linear in (*site.linears.items(), *site.tied):
                     hook = partial(self._listen, site, name)
                     stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
     def _visit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Runs a site's forward: when all are here, with the old weights, to observe; when all have, with the new ones."""
-        if self._is_straight():
+        """Runs a site's forward: with the old weights to observe, then with the new ones."""
+        if self._is_outside_runs():
             return forward(*args, **kwargs)
         if site in self.complete:
             self._come_again(site)
         else:
-            self._rest(site)
+            self._pause(site)
             if site.linears and not site.done:
                 if self._run not in self.visitor.dense:
                     self._observe(site, forward, args, kwargs)
-                self._rest(site)
+                self._pause(site)
         with nullcontext() if self._run in self.visitor.untouched else self._pruned(site):
             return forward(*args, **kwargs)
 
-    def _is_straight(self) -> bool:
-        """Tells whether a call is none of a run: a visitor's, or one from another thread, as autograd's that computes again."""
+    def _is_outside_runs(self) -> bool:
+        """Returns whether a call is from a visitor or an autograd thread, not from a run."""
         return self._straight or greenlet.getcurrent() not in self._runs
 
     def _come_again(self, site: Site) -> None:
         self.again.add(site)
         self.visitor.on_reentry(site)
 
-    def _rest(self, site: Site) -> None:
-        """Lets others go on until all are here."""
+    def _pause(self, site: Site) -> None:
+        """Switches to other runs until all have arrived."""
         state = TorchState.now()
         self._main.switch(site)
         state.restore()
 
     def _come_out(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Runs a site's forward, rests where it ends, and runs it again, straight through, with the new weights."""
-        if self._is_straight():
+        """Runs a site's forward, stops at its exit, and runs it again with the new weights."""
+        if self._is_outside_runs():
             return forward(*args, **kwargs)
         if site in self.complete:
             self._come_again(site)
             return forward(*args, **kwargs)
         output = forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
-        self._rest(site)
+        self._pause(site)
         self.visitor.on_exit(self._run, (args, kwargs), output)
-        self._rest(site)
+        self._pause(site)
         if self._run in self.visitor.untouched:
             return output
         self._straight = True
@@ -316,7 +318,7 @@ class Walk:
     def _listen(self, site: Site, name: str, linear: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
         if self._watched is not site:
             return
-        if not args and "input" not in kwargs:  # its forward refuses that
+        if not args and "input" not in kwargs:  # its forward raises
             return
         state = TorchState.now()
         TorchState().restore()
@@ -330,7 +332,7 @@ class Walk:
 
     @contextmanager
     def _pruned(self, site: Site) -> Iterator[None]:
-        """Puts the new parameters instead of the old ones, which come back."""
+        """Uses the new parameters within the context."""
         if self._pruned_parameters[0] is not site:
             new = self.visitor.parameters(site)
             self._pruned_parameters = (site, {site.linears[name]: parameters for name, parameters in new.items()})
@@ -339,5 +341,5 @@ class Walk:
 
 
 def copy_cache(value: Any) -> Any:  # noqa: ANN401
-    """Copies a key-value cache, so that it may be written to before the forward proper fills its own."""
+    """Copies a KV cache, so that an observed forward does not change the original."""
     return copy.deepcopy(value) if isinstance(value, Cache) else value

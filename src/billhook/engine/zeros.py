@@ -1,4 +1,4 @@
-"""Counts zeros in a model, also in one whose blocks stay in their files."""
+"""Counts zeros in a model, also in a streamed model."""
 
 from collections.abc import Mapping
 
@@ -12,17 +12,17 @@ from billhook.engine.sharding import full_tensor
 from billhook.engine.store import store_of
 
 ELEMENTS = 2**24
-"""Numbers that are read at once."""
+"""Number of values that are read at once."""
 
 
 def zeros_of(model: nn.Module) -> int | None:
-    """Counts parameters that are zero; None if files of a model that is streamed would have to be fetched for it."""
+    """Counts zero parameters. None if a streamed model would have to fetch files."""
     counts = zeros_by_name(model)
     return None if counts is None else sum(counts.values())
 
 
 def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
-    """Counts zeros of each parameter, by name; None if files of a model that is streamed would have to be fetched for it."""
+    """Counts the zeros of each parameter. None if a streamed model would have to fetch files."""
     store = store_of(model)
     if isinstance(store, FileStore):
         return _in_files(store) if store.files.are_local else None
@@ -31,22 +31,22 @@ def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
 
 
 def _in_files(store: FileStore) -> dict[str, int]:
-    """Counts zeros a few rows at a time; no block comes. What a checkpoint keeps as one tensor counts for its first name."""
+    """Counts zeros a few rows at a time. Tied tensors count for their first name."""
     store.release()
-    in_memory = {name: parameter for name, parameter in store.model.named_parameters() if not parameter.is_meta}
-    counts = _numbers({name: _zeros(parameter) for name, parameter in in_memory.items()})
+    parameters_in_memory = ((name, parameter) for name, parameter in store.model.named_parameters() if not parameter.is_meta)
+    counts = _numbers({name: _zeros(parameter) for name, parameter in parameters_in_memory})
     parameters, names = dict(store.model.named_parameters(remove_duplicate=False)), dict[int, str]()
     for key, name in names_in_model(store.model, store.files).items():
         parameter = parameters.get(name)
         if parameter is None or not parameter.is_meta or names.setdefault(id(parameter), name) != name:
             continue  # a buffer, or it is in memory, or tied to one that has been counted
-        rows = store.files.rows(key, ELEMENTS)
-        counts[name] = counts.get(name, 0) + sum(int(_zeros(some.to(parameter.dtype))) for some in rows)
+        for rows in store.files.rows(key, ELEMENTS):
+            counts[name] = counts.get(name, 0) + int(_zeros(rows.to(parameter.dtype)))
     return counts
 
 
 def _numbers(counts: Mapping[str, Tensor]) -> dict[str, int]:
-    """Reads counts, for all of which the host waits once."""
+    """Reads counts with a single device synchronization."""
     if not counts:
         return {}
     device = next(iter(counts.values())).device
@@ -54,7 +54,7 @@ def _numbers(counts: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _zeros(values: Tensor) -> Tensor:
-    """Counts zeros; a sum of what equals zero would hold a number of 8 bytes for each."""
+    """Counts zeros. `count_nonzero` saves the 8 bytes per value of a comparison and sum."""
     if isinstance(values, DTensor):
         return full_tensor((values == 0).sum())
     return values.numel() - torch.count_nonzero(values)

@@ -171,8 +171,8 @@ def watch(
     together = SideBySide(model, leave)
 
     def see(name: str, consumer: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        dim, tokens = read_dim(module), runs[together.now].tokens.get(consumer)
-        note(together.now, name, consumer, args[0] if dim == -1 else args[0].movedim(dim, -1), tokens)
+        dim, tokens = read_dim(module), runs[together.run].tokens.get(consumer)
+        note(together.run, name, consumer, args[0] if dim == -1 else args[0].movedim(dim, -1), tokens)
 
     with ExitStack() as hooks, torch.no_grad():
         for name, module_units in units.items():

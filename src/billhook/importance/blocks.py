@@ -54,7 +54,7 @@ class BlockInfluence(Importance):
             returned = None if inputs is None else returned_states(inputs, output)
             if inputs is not None and returned is not None:
                 cosines = cosine_similarity(inputs.detach().float(), returned.detach().float(), dim=-1)
-                tokens = runs[together.now].tokens.get(units[name].name)
+                tokens = runs[together.run].tokens.get(units[name].name)
                 if tokens is not None and tokens.shape == cosines.shape:
                     cosines = cosines[tokens.to(cosines.device)]
                 sums.totals[name][block_index] += float(cosines.cpu().double().sum())

@@ -157,11 +157,11 @@ def score_units(
     `progress` is called with the number of scored batches and the total.
     """
     unit_ids(units, {}, per)
-    check_values(model, coming=True)
+    check_values(model, streamed=True)
     check_has_gradients(model, importance)
     check_belongs(model, units)
     loaded = read_batches(batches, model) if importance.needs_data else ()
-    blocks = store_of(model).apart(comm) if importance.blockwise else store_of(model).all_loaded()
+    blocks = store_of(model).independently(comm) if importance.blockwise else store_of(model).all_loaded()
     with evaluating(model), blocks, recomputing(model) if importance.needs_gradients else nullcontext():
         runs = [make_run(model, units, batch, loss) for batch in loaded]
         sums = importance.sums(model, units, per, with_progress(runs, progress) if progress else runs)

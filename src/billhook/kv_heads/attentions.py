@@ -175,7 +175,7 @@ class Attentions:
             inside[store.owner.get(self.model.get_submodule(name))].append(name)
         new = LazyTensors({})
         with store.step(f"heads of {self.groups} by {methods}", partial(runs_fingerprint, trials)):
-            known = {block for block in inside if block is not None and store.known(block) is not None}
+            known = {block for block in inside if block is not None and store.staged(block) is not None}
             left = {name: self.projections[name] for block, names in inside.items() if block not in known for name in names}
             listening = MomentPass(self.model, left, {name: [groups[name]] for name in left}, trials, self._comm)
             has_data = bool(left) and any(self.summed(len(trials)))
@@ -253,7 +253,7 @@ class Attentions:
                 return
             outputs = list[list[Any]]()
             for values in (LazyTensors({}), new):
-                with self.store.computing_with(values), self.store.apart(self._comm):
+                with self.store.computing_with(values), self.store.independently(self._comm):
                     outputs += map(self._outputs, trial)
             if trial:
                 yield trial[0], outputs[0], outputs[1]
@@ -272,7 +272,7 @@ class Attentions:
         together = SideBySide(self.model, lambda _: of_block.clear())
 
         def changed(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            if not together.now % 2:  # which has the model's own parameters
+            if not together.run % 2:  # which has the model's own parameters
                 return forward(*args, **kwargs)
             if name not in of_block:
                 of_block[name] = new.of_module(name)
@@ -280,7 +280,7 @@ class Attentions:
                 return forward(*args, **kwargs)
 
         def run(trial: Run) -> None:
-            outputs[together.now] = trial.visit()
+            outputs[together.run] = trial.visit()
 
         with evaluating_without_grad(self.model), ExitStack() as stack:
             for name in new.modules:

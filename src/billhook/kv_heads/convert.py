@@ -207,7 +207,7 @@ def ready(
     """
     if not plan.method.turns and repair is None:
         return plan, {}, str(plan.method)
-    check_values(model, coming=True)
+    check_values(model, streamed=True)
     model = find_transformer(model)
     least, _ = batches_needed(plan.method, repair)
     calibration = read_batches(batches, model) if least or batches is not None else ()

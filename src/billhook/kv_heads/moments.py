@@ -82,7 +82,7 @@ def gather(
     """
     log_only_self_generated([trial.source for trial in trials])
     listening = MomentPass(model, projections, groups, trials, comm)
-    with store_of(model).apart(comm):
+    with store_of(model).independently(comm):
         listening.run(SideBySide(model))
     return listening.take(*projections)
 
@@ -114,7 +114,7 @@ class MomentPass:
         """Goes over all blocks, as `together` has runs pass them."""
         with evaluating_without_grad(self._model), ExitStack() as stack:
             for name in self._listeners:  # no local keeps a listener, and what it adds up, once its block has been left
-                self._listeners[name].masks = lambda: self._trials[together.now].tokens
+                self._listeners[name].masks = lambda: self._trials[together.run].tokens
                 self._hooks[name] = stack.enter_context(ExitStack())
                 self._hooks[name].enter_context(self._listeners[name].listening())
             together([run.visit for run in self._trials])

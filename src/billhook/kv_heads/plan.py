@@ -170,7 +170,7 @@ def plan_kv_heads(
     check_int("num_key_value_heads", num_key_value_heads)
     heads, method = num_key_value_heads, method_of(method)
     model = find_transformer(model)
-    check_plain(model, "convert the model before it is")
+    check_plain(model, "Convert the model before it is")
     if adapter_layers(model):
         return _plan_under_adapters(model, heads, method, layers, encoder)
     stated = config_heads(model) if layers is None and not shape_of(model).handed else None

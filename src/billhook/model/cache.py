@@ -1,4 +1,4 @@
-"""Remembers what has been found of a model, for every model that is alike in all that decides it, forward hooks among it."""
+"""Caches results for models with the same signature, including forward hooks."""
 
 import dis
 import inspect
@@ -21,49 +21,49 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, PretrainedConfig
 
-PARTS = ("torch.nn.utils.", "transformers.")  # masks and norms of weights; how transformers collects hidden states
+PARTS = ("torch.nn.utils.", "transformers.")  # weight masks and norms; transformers' output recorders
 
 
 class HookStandIn:
-    """Stands where a hook was, which may do anything to anybody and so is not called."""
+    """Replaces a hook in a meta copy. The hook is not called, as it may have side effects."""
 
     def __init__(self, hook: Callable[..., Any], module: nn.Module, before: bool) -> None:
         self.harmless, self.before = returns_none(hook), before
-        self.note: Callable[[object], None] | None = None  # is called with what the hook could have replaced
+        self.note: Callable[[object], None] | None = None  # receives the values that the hook could have replaced
         name, moment = _function(hook).__qualname__, "before" if before else "after"
         what = f"the hook {name} {moment} the forward of {type(module).__name__} is not called"
         does = "it returns nothing, so it should change nothing" if self.harmless else "what it returns would count; remove it"
         self.says = f"{what}: {does}"
 
     def __call__(self, module: nn.Module, *args: Any) -> None:  # noqa: ANN401 - what hooks get
-        """Notes what the hook could have replaced."""
+        """Reports values that the hook could have replaced."""
         if self.note is not None and not self.harmless:
             self.note(args if self.before else args[-1])
 
 
 def stand_ins(model: nn.Module) -> dict[int, Any]:
-    """Returns for the id of every dictionary of hooks in a model the one that its copy on meta gets."""
-    found: dict[int, Any] = {}
+    """Returns the hook dictionaries for a meta copy, by id of the originals."""
+    replacements: dict[int, Any] = {}
     for module in model.modules():
         for kind, hooks in vars(module).items():
             if not kind.endswith("_hooks") or not isinstance(hooks, dict):
                 continue
-            found[id(hooks)] = new = type(hooks)()
+            replacements[id(hooks)] = new = type(hooks)()
             before = kind == "_forward_pre_hooks"
             for key, hook in hooks.items() if before or kind == "_forward_hooks" else ():
                 if not getattr(hook, "keeps_shapes", False):
                     new[key] = hook if is_part(hook) else HookStandIn(hook, module, before)
-    return found
+    return replacements
 
 
 def stand_ins_in(meta_model: nn.Module) -> list[HookStandIn]:
-    """Returns the stand-ins in a copy on meta."""
+    """Returns the hook stand-ins in a meta copy."""
     hooks = (hook for m in meta_model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
     return [hook for hook in hooks if isinstance(hook, HookStandIn)]
 
 
 def returns_none(hook: Callable[..., Any]) -> bool:
-    """Tells whether a hook returns None, as far as its code shows, so that a module's input or output stays what it is."""
+    """Returns whether a hook's code only returns None, so that nothing is replaced."""
     code = getattr(_function(hook), "__code__", None)
     if code is None:
         return False
@@ -76,18 +76,18 @@ def returns_none(hook: Callable[..., Any]) -> bool:
 
 
 def is_part(hook: Callable[..., Any]) -> bool:
-    """Tells whether a hook belongs to the model: torch or transformers have put it there."""
+    """Returns whether torch or transformers has added a hook."""
     return name_of(hook).startswith(PARTS)
 
 
 def name_of(hook: Callable[..., Any]) -> str:
-    """Returns the module and name of the code at work in a hook."""
+    """Returns the module and name of the code of a hook."""
     function = _function(hook)
     return f"{function.__module__}.{function.__qualname__}"
 
 
 def _function(hook: Callable[..., Any]) -> Any:  # noqa: ANN401 - a function, or a class that is called
-    """Returns the code at work in a hook: behind what is filled in, decorated or bound."""
+    """Returns the code of a hook, without partials, decorators, or binding."""
     while isinstance(hook, partial):
         hook = hook.func
     hook = inspect.unwrap(hook)
@@ -99,7 +99,7 @@ def _function(hook: Callable[..., Any]) -> Any:  # noqa: ANN401 - a function, or
 Finding = TypeVar("Finding")
 
 MOST = 256
-"""How many findings are remembered: of each shape, the search for its config builds dozens."""
+"""Number of cached results. The config search builds dozens of models per shape."""
 
 # Without it half of a short fit is spent on finding the same again. A finding is bytes, so that whatever a caller does to it does
 # not reach the next. Each operation on the dictionary is atomic, so that threads need no lock.
@@ -107,46 +107,46 @@ _findings: OrderedDict[Hashable, bytes] = OrderedDict()
 
 
 def cached(find: Callable[[], Finding], subject: nn.Module | tuple[object, ...], *more: Hashable) -> Finding:
-    """Returns what `find` finds of a model; calls it only if it is not known of any model that is alike.
+    """Returns the result of `find`, cached by model signature.
 
     Args:
-        find: Finds it; what it returns can be pickled, and follows from the subject's `signature` and from `more`.
-        subject: The model, or the class and the config of which one is built.
-        more: A name for what is found, and what else decides it.
+        find: Computes the result, which must be picklable and depend only on the signature and `more`.
+        subject: The model, or a class and a config.
+        more: The name of the result, and other values that it depends on.
     """
-    seen = signature(subject)
-    if seen is None:
+    model_signature = signature(subject)
+    if model_signature is None:
         return find()
-    key = seen, more, torch.get_default_dtype()
-    known = _findings.pop(key, None)
-    if known is None:
-        finding = find()
+    key = model_signature, more, torch.get_default_dtype()
+    pickled = _findings.pop(key, None)
+    if pickled is None:
+        result = find()
         try:
-            known = pickle.dumps(finding)
+            pickled = pickle.dumps(result)
         except RecursionError:  # some axes are made of thousands of others
-            return finding
+            return result
     else:
-        finding = pickle.loads(known)
-    _findings[key] = known  # behind all others: the first is the one that was asked for longest ago
+        result = pickle.loads(pickled)
+    _findings[key] = pickled  # behind all others: the first is the one that was asked for longest ago
     if len(_findings) > MOST:
         _findings.popitem(last=False)
-    return finding
+    return result
 
 
 def clear_cache() -> None:
-    """Forgets all findings: needed only after replacing code of models other than their classes' `forward`."""
+    """Clears the cache. Needed only if model code other than a class's `forward` was replaced."""
     _findings.clear()
 
 
 def signature(subject: nn.Module | tuple[object, ...]) -> Hashable | None:
-    """Returns all of a model that decides how it runs on meta tensors; models of equal signatures are alike.
+    """Returns everything that determines how a model runs on meta tensors.
 
-    It tells the class of each module and that class's `forward`, its plain attributes and config, and of each tensor the size,
-    strides, dtype, whether it is trained, and which other names hold it. Values, devices and modes do not count.
+    It contains the class and `forward` of each module, plain attributes, the config, and the size, strides, dtype,
+    trainability, and aliases of each tensor. Values, devices, and modes are not included.
 
-    It is None if something may decide it that is not seen: hooks of others (except such as keep shapes), a module's own
-    `forward`, tensors that are quantised, sharded or neither parameters nor buffers (except such as have no values, as those
-    of blocks that were removed), or an attribute that is no plain value.
+    It is None if something unknown may matter: custom hooks (unless they keep shapes), an instance's own `forward`, tensors that
+    are quantized, sharded, or neither parameters nor buffers (unless they have no values), or an attribute that is not a plain
+    value.
     """
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
@@ -158,21 +158,21 @@ def signature(subject: nn.Module | tuple[object, ...]) -> Hashable | None:
 
 
 UNSEEN = {*vars(nn.Module()), "_compiled_call_impl"}
-"""Attributes of a module that decide nothing of how it runs, or are looked at in their own way."""
+"""Attributes of a module that do not affect how it runs, or are handled separately."""
 
 PLAIN = int | float | complex | str | bytes | torch.dtype | torch.device | Enum | None
-"""The kinds of values whose text tells them from all others."""
+"""Types whose text identifies a value."""
 
 
 class _Signature:
-    """Turns values into what tells them from others, by its text; TypeError where that is not known."""
+    """Converts values to identifying plain data. Raises TypeError for unknown types."""
 
     def __init__(self) -> None:
         self.code: dict[ReferenceType[Any], int] = {}  # classes and functions, and the numbers that stand for them
         self.tensors: dict[int, int] = {}  # by their ids: one that several modules hold has one number
 
     def of(self, value: Any) -> object:  # noqa: ANN401 - any attribute
-        """Returns what tells a value."""
+        """Returns plain data that identifies a value."""
         if isinstance(value, PLAIN):
             return value
         if isinstance(value, list | tuple):
@@ -196,7 +196,7 @@ class _Signature:
         raise TypeError("whatever this holds may decide how the model runs")
 
     def module(self, module: nn.Module) -> object:
-        """Returns what tells a module, without those in it."""
+        """Returns plain data that identifies a module, without its submodules."""
         plain = {name: value for name, value in vars(module).items() if name not in UNSEEN and not _keeps_shapes(value)}
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         names = [name_of(hook) for hook in hooks if not _keeps_shapes(hook)]
@@ -207,7 +207,7 @@ class _Signature:
         return self.of([type(module), type(module).forward, plain]), names, shapes
 
     def tensor(self, tensor: Tensor) -> object:
-        """Returns what tells a parameter, a buffer or a tensor without values."""
+        """Returns plain data that identifies a parameter, buffer, or meta tensor."""
         if type(tensor) not in (Tensor, nn.Parameter):
             raise TypeError("more than its shape may decide how the model runs")
         number = self.tensors.setdefault(id(tensor), len(self.tensors))
@@ -215,12 +215,12 @@ class _Signature:
 
 
 def _keeps_shapes(value: object) -> bool:
-    """Finds whether an attribute or a hook says that it decides nothing of how a model runs on meta tensors."""
+    """Returns whether a value declares that it does not affect runs on meta tensors."""
     return getattr(type(value), "keeps_shapes", False) is True
 
 
 class CachedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Does ops on meta tensors once for all that are alike, as layers repeat: torch finds many of their shapes in Python."""
+    """Computes each distinct operation on meta tensors once, as layers repeat."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -229,15 +229,15 @@ class CachedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Spares torch the question at every op whether it should be compiled: nothing is on meta."""
+        """Skips torch.compile checks, which meta tensors do not need."""
         return False
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
-        """Does an op, or gives a tensor like the one that it gave before."""
+        """Runs an operation, or returns a tensor like its earlier result."""
         return self.once(func, args, kwargs or {})
 
     def once(self, func: OpOverload, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
-        """Does an op, unless its result is known."""
+        """Runs an operation, unless its result is cached."""
         if (repeats := self.repeats.get(func)) is None:
             repeats = self.repeats[func] = _repeats(func)
         key = _key(func, args, kwargs) if repeats else None
@@ -251,7 +251,7 @@ class CachedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _repeats(func: OpOverload) -> bool:
-    """Tells whether the result of an op is new memory whose shape, strides and dtype follow from those of its arguments."""
+    """Returns whether the shape of an operation's result depends only on its arguments."""
     schema = func._schema
     plain = not any(part.alias_info for part in (*schema.arguments, *schema.returns))
     returns_tensor = [str(part.type) for part in schema.returns] == ["Tensor"]
@@ -260,7 +260,7 @@ def _repeats(func: OpOverload) -> bool:
 
 
 def _key(func: OpOverload, args: Any, kwargs: Any) -> object:  # noqa: ANN401
-    """Returns all that decides the shape of an op's result; None if that is not known."""
+    """Returns everything that determines the shape of a result. None if unknown."""
     parts: list[object] = [func]
     for arg in (*args, *kwargs.items()):
         part: object = (type(arg), arg)

@@ -1,4 +1,4 @@
-"""The shape of a model in a Lightning checkpoint: a model of any other shape takes it before the weights are loaded."""
+"""The model shape in a Lightning checkpoint, which a model adopts before its weights load."""
 
 import json
 import warnings
@@ -17,20 +17,20 @@ from billhook.model.shape import KEY, Shape, check_plain_shape, record_shape, se
 from billhook.model.surgery import restored_on_error
 
 VERSION = 1
-PARTS = {"class": str, "config": str, "prefix": str, "shape": Mapping}
-"""The parts of what a checkpoint says of its model."""
+ENTRY_TYPES = {"class": str, "config": str, "prefix": str, "shape": Mapping}
+"""Required keys and types of a checkpoint's model entry."""
 PER_HEAD = ("head_dim", "attention_head_size", "key_value_proj_dim")
-"""Names that attentions give to the width of a head, which nothing changes."""
+"""Attributes of attention modules for the head dimension, which never changes."""
 SHOWN = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-"""Fields of a config that messages show."""
+"""Config fields shown in messages."""
 HARMLESS = ("dtype", "version", "name_or_path", "implementation", "drop", "problem_type", "initializer")
-"""Parts of the names of fields that may have changed in a run that is resumed."""
+"""Parts of field names that may differ in a resumed run."""
 
 
 def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
-    """Puts shape, class, config and constants of the Hugging Face model in a module into a Lightning checkpoint of that module.
+    """Stores shape, class, config, and constants of a model in a Lightning checkpoint.
 
-    Nothing is collective here: every rank may call it, or one.
+    Nothing is collective: any ranks may call it.
     """
     name, model = locate_transformer(module)
     checkpoint[KEY] = {
@@ -45,7 +45,7 @@ def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
 
 
 def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shape | None = None) -> None:
-    """Gives the Hugging Face model in a module the shape that a Lightning checkpoint holds, or else the shape `otherwise`."""
+    """Gives a model the shape in a Lightning checkpoint, or else the shape `otherwise`."""
     model, entry = find_transformer(module), checkpoint.get(KEY)
     if entry is None:
         if otherwise is not None:
@@ -65,20 +65,22 @@ def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shap
 
 
 def check_entry(entry: object, state: object) -> None:
-    """Refuses what a Lightning checkpoint says of its model if it is not as billhook writes it, or not what its weights are."""
-    unlike = "the checkpoint does not say what model it holds as billhook writes it"
-    for key, kind in PARTS.items():
+    """Raises if the model entry of a checkpoint is invalid, or contradicts its weights."""
+    invalid = "the checkpoint has an invalid model entry"
+    for key, kind in ENTRY_TYPES.items():
         if not isinstance(entry, Mapping) or not isinstance(entry.get(key), kind):
-            raise ValueError(f"{unlike}: {key} is missing or wrong")
+            raise ValueError(f"{invalid}: {key} is missing or has the wrong type.")
     assert isinstance(entry, Mapping)
     if entry.get("version", VERSION) != VERSION:
-        raise ValueError(f"the checkpoint was written by another billhook (version {str(entry['version'])[:80]} of what it says)")
+        raise ValueError(
+            f"the checkpoint's model entry has version {str(entry['version'])[:80]}, which this billhook does not support."
+        )
     try:
         config = json.loads(entry["config"])
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{unlike}: config: {error}") from error
+        raise ValueError(f"{invalid}: config: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{unlike}: config is no mapping")
+        raise ValueError(f"{invalid}: config is not a mapping.")
     check_plain_shape(entry["shape"])
     weights = {k: tuple(v.shape) for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, Mapping) else {}
     missing = 0
@@ -87,38 +89,44 @@ def check_entry(entry: object, state: object) -> None:
         if weight is None:
             missing += prod(size)
         elif weight != tuple(size):
-            raise ValueError(f"the checkpoint says that {name} is {tuple(size)}, and holds it as {weight}")
+            raise ValueError(f"the checkpoint's model entry gives {name} the size {tuple(size)}, but its weight has {weight}.")
     if weights and missing > 10**8 + 10 * sum(map(prod, weights.values())):
-        raise ValueError(f"the checkpoint says that there are {missing} numbers, of which it holds none")
+        raise ValueError(f"the checkpoint's model entry lists {missing} values without weights.")
 
 
 def check_same_model(model: PreTrainedModel, entry: Mapping[str, Any]) -> None:
-    """Refuses what is of another family, or has other heads or ties; warns of numbers that are others in the config."""
-    then, now = json.loads(entry["config"]), _config_of(model)
+    """Raises for another family, head dimension, or ties. Warns of other config values."""
+    saved, current = json.loads(entry["config"]), _config_of(model)
     reasons = [
-        f"its {name} is {then[name]!r}, here it is {now[name]!r}"
+        f"its {name} is {saved[name]!r} instead of {current[name]!r}"
         for name in ("model_type", "tie_word_embeddings")
-        if name in then and name in now and then[name] != now[name]
+        if name in saved and name in current and saved[name] != current[name]
     ]
     attributes = entry["shape"]["attributes"]
     for name, module in model.named_modules():
         for attr in PER_HEAD:
             before, width = attributes.get(f"{name}.{attr}"), vars(module).get(attr)
             if type(before) is int and type(width) is int and before != width:
-                reasons.append(f"{name} has heads of {before}, here they are of {width}")
+                reasons.append(f"{name} has head dimension {before} instead of {width}")
     if reasons:
-        raise ValueError(f"the checkpoint holds another model than the run: {reasons[0]}; {_both_described(model, entry)}")
-    ours = dict(_constants(now))
-    others = [f"{name} {value!r}, here {ours[name]!r}" for name, value in _constants(then) if ours.get(name, value) != value]
-    if others:
-        warnings.warn(f"the checkpoint is of a model whose config says {'; '.join(others[:3])}: what is here holds", stacklevel=2)
+        raise ValueError(f"the checkpoint contains a different model: {reasons[0]}; {_both_described(model, entry)}")
+    current_values = dict(_constants(current))
+    differences = [
+        f"{name} {value!r} instead of {current_values[name]!r}"
+        for name, value in _constants(saved)
+        if current_values.get(name, value) != value
+    ]
+    if differences:
+        warnings.warn(
+            f"the checkpoint's config differs: {'; '.join(differences[:3])}. The values of this run are used.", stacklevel=2
+        )
 
 
 def _both_described(model: PreTrainedModel, entry: Mapping[str, Any]) -> str:
-    """Describes the model that a checkpoint holds and that of a run."""
+    """Describes the models of a checkpoint and of a run."""
     parameters = (name for name, _ in model.named_parameters())
-    theirs = _described(entry["class"], json.loads(entry["config"]), entry["shape"]["tensors"])
-    return f"the checkpoint holds {theirs}, the run has {_described(type(model).__name__, _config_of(model), parameters)}"
+    saved = _described(entry["class"], json.loads(entry["config"]), entry["shape"]["tensors"])
+    return f"the checkpoint contains {saved}, the run has {_described(type(model).__name__, _config_of(model), parameters)}"
 
 
 def _described(kind: str, config: Mapping[str, Any], parameters: Iterable[str]) -> str:
@@ -133,7 +141,7 @@ def _config_of(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _constants(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float | str]]:
-    """Yields the numbers and words of a config that are of no shape."""
+    """Yields the numbers and strings of a config that do not determine the shape."""
     for name, value in config.items():
         if isinstance(value, dict) and not name.startswith(("id2", "label2")):
             yield from _constants(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""Checkpoints that hold all that a model is made of: others are refused by name; a head that a task adds may be new."""
+"""Checks that checkpoints contain all tensors of a model, except for a new task head."""
 
 import copy
 import json
@@ -17,26 +17,26 @@ from billhook.model.config_fields import build_or_refuse, named_class
 from billhook.model.layers import NEW
 
 ModelLoader = Any
-"""A class of models or an auto class: whatever has `from_pretrained`."""
+"""A model class or an auto class, with `from_pretrained`."""
 
 
 @dataclass(frozen=True)
 class Gaps:
-    """The gaps that a checkpoint leaves in a model: names of tensors that its files lack, and sizes there and in the model."""
+    """Tensors that checkpoint files lack, and tensors of other sizes than in the model."""
 
     missing: list[str]
     mismatched: list[tuple[str, tuple[int, ...], tuple[int, ...]]]
 
 
 def check_shards(name: str) -> None:
-    """Refuses a folder without a file that its index names; a hub name passes."""
+    """Raises if a folder lacks a file of its index. Hub names pass."""
     files = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     read = next((path for path in (Path(name, file) for file in files) if path.is_file()), None)
     if read is None or read.suffix != ".json":
         return
     try:
         named = {str(file) for file in json.loads(read.read_text())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError):  # whoever reads it says so
+    except (ValueError, KeyError, TypeError, AttributeError):  # reported when it is read
         return
     if absent := sorted(file for file in named if not Path(name, file).is_file()):
         more = f", nor are {len(absent) - 1} more" if len(absent) > 1 else ""
@@ -44,62 +44,62 @@ def check_shards(name: str) -> None:
 
 
 def load_and_compare(kind: ModelLoader, name: str | None, **options: Any) -> tuple[PreTrainedModel, Gaps]:  # noqa: ANN401
-    """Loads a checkpoint and says what it lacks; there the model has new values, of no use."""
+    """Loads a checkpoint and returns its gaps, where the model has random values."""
     model, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **options)
     return model, Gaps(sorted(_counted(model, info["missing_keys"])), sorted(info["mismatched_keys"]))
 
 
 def load_complete(kind: ModelLoader, name: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - from_pretrained's own
-    """Loads a checkpoint that holds all that the model is made of, as `accept` says."""
+    """Loads a checkpoint that contains all tensors, as `check_complete` requires."""
     model, gaps = load_and_compare(kind, name, **options)
     check_complete(model, gaps, name)
     return model
 
 
 def check_complete(model: PreTrainedModel, gaps: Gaps, name: str) -> None:
-    """Refuses a loaded model of which the checkpoint does not hold all.
+    """Raises if a checkpoint lacks tensors of the loaded model, except for a new task head.
 
-    Only what the class that config.json names does not have may be new, such as the head that a task adds: a line says so.
+    Only tensors that the class in config.json does not have may be new. They are logged.
 
     Raises:
-        ValueError: If the files lack other tensors of the model, or hold other sizes.
+        ValueError: If the files lack other tensors, or have other sizes.
     """
     new = _added(model, gaps.missing)
     refuse_gaps(model, Gaps([key for key in gaps.missing if key not in new], gaps.mismatched), name)
     for key in new:
         setattr(model.get_submodule(key.rpartition(".")[0]), NEW, True)
     if new:
-        rank_zero_info(f"'{name}' has no {', '.join(new)}, which {type(model).__name__} adds: new, with random values")
+        rank_zero_info(f"'{name}': {', '.join(new)} of {type(model).__name__} not in the checkpoint, initialized randomly")
 
 
 def refuse_gaps(model: PreTrainedModel, gaps: Gaps, name: str) -> None:
-    """Refuses a checkpoint that lacks tensors of a model, or holds other sizes."""
+    """Raises if a checkpoint lacks tensors of a model, or has other sizes."""
     kind, missing = type(model).__name__, gaps.missing
     if len(missing) == 1:
-        raise ValueError(f"'{name}': the files lack {missing[0]} of {kind}")
+        raise ValueError(f"'{name}': {missing[0]} of {kind} is missing in the files.")
     if missing:
-        raise ValueError(f"'{name}': the files lack {len(missing)} tensors of {kind}, such as {missing[0]}")
+        raise ValueError(f"'{name}': {len(missing)} tensors of {kind} are missing in the files, such as {missing[0]}.")
     if gaps.mismatched:
         raise ValueError(f"'{name}': {mismatch(model, gaps)}")
 
 
 def mismatch(model: PreTrainedModel, gaps: Gaps) -> str:
-    """Names a tensor that has another size in the files, and both sizes."""
-    key, there, here = gaps.mismatched[0]
+    """Describes a tensor that has another size in the files."""
+    key, file_size, model_size = gaps.mismatched[0]
     more = f"; {len(gaps.mismatched) - 1} more differ" if len(gaps.mismatched) > 1 else ""
-    return f"{key} is {list(there)} in the files, and {list(here)} in {type(model).__name__}{more}"
+    return f"{key} has size {list(file_size)} in the files, but {list(model_size)} in {type(model).__name__}{more}"
 
 
 def _counted(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
-    """Leaves out buffers of whole numbers, which classes make: places in a sequence, and how many batches a norm has seen."""
+    """Excludes integer buffers, which classes create, such as positions and batch counts."""
     buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
     return [key for key in missing if key not in buffers]
 
 
 def _added(model: PreTrainedModel, missing: list[str]) -> list[str]:
-    """Lists what the class of the model that was saved does not have; where that is not known, what is outside of the base model.
+    """Returns missing tensors that the saved class lacks.
 
-    A base model may have been saved without its pooler, which heads for masked tokens have no use for.
+    A base model may have been saved without its pooler, which masked-token models do not use.
     """
     if not missing:
         return []
@@ -123,6 +123,6 @@ def _added(model: PreTrainedModel, missing: list[str]) -> list[str]:
 
 
 def _may_lack_pooler(base: nn.Module) -> bool:
-    """Tells whether the class of a base model can be built without a pooler."""
+    """Returns whether the base class can be built without a pooler."""
     builds = [vars(kind).get("__init__") for kind in type(base).__mro__]
     return any(build is not None and "add_pooling_layer" in signature(build).parameters for build in builds)

@@ -1,4 +1,4 @@
-"""Fields of configs by dotted name, also of nested ones, and the model of a config on meta, without weights."""
+"""Config fields by dotted name, and meta models built from a config."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ Fields = dict[str, Any]
 
 
 def fields_of(config: PretrainedConfig, prefix: str = "") -> Fields:
-    """Returns the fields of a config and of those nested in it, except private ones, in their order.
+    """Returns the public fields of a config and its nested configs, in order.
 
     >>> from transformers import LlamaConfig
     >>> fields_of(LlamaConfig(hidden_size=64))["hidden_size"]
@@ -31,13 +31,13 @@ def fields_of(config: PretrainedConfig, prefix: str = "") -> Fields:
 
 
 def field(config: PretrainedConfig, name: str) -> Any:  # noqa: ANN401 - any field
-    """Returns the value of a field; None if there is none of that name, or one for each layer, in `per_layer_config`."""
+    """Returns a field. None if it does not exist, or differs by layer (`per_layer_config`)."""
     owner, attr = _owner(config, name)
     return None if attr in (getattr(owner, "per_layer_attributes", None) or ()) else getattr(owner, attr, None)
 
 
 def set_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> None:
-    """Changes fields of a config and of those nested in it."""
+    """Sets fields of a config and of its nested configs."""
     for name, value in fields.items():
         setattr(*_owner(config, name), copy.copy(value))
 
@@ -50,12 +50,12 @@ def with_fields(config: PretrainedConfig, fields: Mapping[str, Any]) -> Pretrain
 
 
 def read_back(config: PretrainedConfig) -> PretrainedConfig:
-    """Returns a config as its class reads it once it is saved: some derive fields again, or refuse what was assigned."""
+    """Returns a config as loaded after saving. Some classes derive or reject fields then."""
     return type(config).from_dict(config.to_dict())
 
 
 def nested_configs(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple[str, PretrainedConfig]]:
-    """Yields a config and those nested in it, each with what stands before the names of its fields."""
+    """Yields a config and its nested configs, each with its field prefix."""
     yield prefix, config
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
@@ -63,7 +63,7 @@ def nested_configs(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple
 
 
 def text_config(config: PretrainedConfig, encoder: bool = False) -> PretrainedConfig:
-    """Returns the config of the text that a model reads or writes; of two, as MusicGen's, the decoder's or the encoder's."""
+    """Returns the text config of a model: the decoder's by default, or the encoder's."""
     try:
         return config.get_text_config()
     except ValueError:
@@ -71,7 +71,7 @@ def text_config(config: PretrainedConfig, encoder: bool = False) -> PretrainedCo
 
 
 def configs_of(model: nn.Module) -> list[PretrainedConfig]:
-    """Returns the configs that modules hold, and those nested in them, each once."""
+    """Returns the distinct configs of all modules, also nested configs."""
     configs = [value for module in model.modules() for value in vars(module).values() if isinstance(value, PretrainedConfig)]
     return list({id(nested): nested for config in configs for _, nested in nested_configs(config)}.values())
 
@@ -85,25 +85,25 @@ Mode = AbstractContextManager[Any]
 
 
 def named_class(name: object) -> type[PreTrainedModel] | None:
-    """Returns the class of models that transformers has under a name; None if there is none."""
+    """Returns the transformers model class of this name. None if there is none."""
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     return kind if isinstance(kind, type) and issubclass(kind, PreTrainedModel) else None
 
 
 def build_on_meta(model: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
-    """Builds on meta what the model's own class makes of a config."""
+    """Builds a model of the same class from a config on meta."""
     return build_class_on_meta(type(model), config)
 
 
 def build_class_on_meta(kind: type[PreTrainedModel], config: PretrainedConfig, within: Mode = nullcontext()) -> PreTrainedModel:  # noqa: B008
-    """Builds on meta what a class makes of a config; a mode decides within about single calls of torch."""
-    safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # some classes read numbers off a linspace
+    """Builds a model class from a config on meta. A torch mode may intercept calls."""
+    safe = getattr(initialization, "meta_device_safe_creation_ops", nullcontext)  # some classes read values of a linspace
     with torch.random.fork_rng(devices=[]), torch.device("meta"), safe(), within:
         return kind(config)
 
 
 def build_or_refuse(kind: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    """Builds on meta what a class makes of a config; refuses one that it does not accept."""
+    """Builds a model class from a config on meta. Raises if the config is not accepted."""
     try:
         return build_class_on_meta(kind, config)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, ZeroDivisionError) as error:

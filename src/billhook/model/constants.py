@@ -1,4 +1,4 @@
-"""Constants that no state_dict holds: numbers of modules, those that a class derives from its config, and buffers."""
+"""Constants outside of state_dict: module numbers, derived numbers, and buffers."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -17,9 +17,9 @@ from billhook.model.config_fields import build_class_on_meta
 from billhook.model.transformers_internals import follows_inputs
 
 MOST = 1024
-"""Of a larger buffer, about as many values are recorded, evenly spaced."""
+"""Approximate number of recorded values of a larger buffer, evenly spaced."""
 ROUNDING = 1e-6
-"""How far floating-point numbers may be apart, relatively, that were computed on another device."""
+"""Relative tolerance for floating-point values from another device."""
 
 Number = bool | int | float | None
 Record = Mapping[str, Any]
@@ -27,7 +27,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Constant:
-    """A plain number, or a buffer, and the dictionary of its module that holds it."""
+    """A number or buffer, and the dictionary of its module that holds it."""
 
     name: str
     holder: dict[str, Any]
@@ -35,13 +35,13 @@ class Constant:
 
     @property
     def value(self) -> Any:  # noqa: ANN401 - a number or a tensor
-        """Its value now."""
+        """The current value."""
         return self.holder[self.attr]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A constant that is another one than was recorded; of a buffer, the values that are furthest apart."""
+    """A constant that differs from its record. For buffers, the largest difference."""
 
     constant: Constant
     recorded: Number
@@ -49,7 +49,7 @@ class Difference:
 
 
 def constants(model: nn.Module) -> Iterator[Constant]:
-    """Yields the constants of a model by dotted name, except those on the meta device and those that forwards change."""
+    """Yields the constants of a model, except meta buffers and buffers that forwards change."""
     in_checkpoints = model.state_dict(keep_vars=True).keys()
     for name, module in model.named_modules():
         for attr, value in vars(module).items():
@@ -62,7 +62,7 @@ def constants(model: nn.Module) -> Iterator[Constant]:
 
 
 def record_constants(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Returns the constants of a model as lists, dicts and numbers, which any checkpoint format can hold."""
+    """Returns the constants as plain data, for any checkpoint format."""
     record: dict[str, dict[str, Any]] = {"numbers": {}, "buffers": {}}
     for constant in constants(model):
         if isinstance(value := constant.value, Tensor):
@@ -75,20 +75,20 @@ def record_constants(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def check_record(record: object) -> None:
-    """Refuses what `record_constants` does not make."""
+    """Raises for a record that `record_constants` does not create."""
     for part, holds in (("numbers", _is_number), ("buffers", _is_sample)):
         stated = record.get(part) if isinstance(record, Mapping) else None
         if not isinstance(stated, Mapping):
-            raise ValueError(f"constants.{part} is {str(type(stated))[:80]}, and must be a mapping")
+            raise ValueError(f"constants.{part} is {str(type(stated))[:80]}, but must be a mapping.")
         for name, value in stated.items():
             if not isinstance(name, str) or not holds(value):
-                raise ValueError(f"constants.{part}: {str(name)[:200]} is not as record_constants makes it")
+                raise ValueError(f"constants.{part}: {str(name)[:200]} is not a valid entry.")
 
 
 def differences(model: nn.Module, record: Record) -> list[Difference]:
-    """Compares constants that a model has and a record too; rounding is no difference, nor is a buffer of another size.
+    """Returns the constants that differ from a record, beyond rounding.
 
-    Such buffers are tables that grow with the inputs.
+    Buffers of another size are ignored, as they are tables that grow with the inputs.
     """
     result = []
     for constant in constants(model):
@@ -131,13 +131,13 @@ def _is_sample(stated: object) -> bool:
 
 
 def _sample(buffer: Tensor) -> Tensor:
-    """Takes values of a buffer, on the CPU; complex ones as two each."""
+    """Samples values of a buffer on the CPU. Complex values become pairs."""
     values = buffer.detach().flatten()[:: 1 + buffer.numel() // MOST].cpu()
     return torch.view_as_real(values).flatten() if values.is_complex() else values
 
 
 def _furthest_apart(recorded: Mapping[str, Any], buffer: Tensor) -> tuple[float, float] | None:
-    """Returns the values furthest apart by more than the rounding of the coarser dtype; None if there are none."""
+    """Returns the values with the largest difference beyond rounding. None if there are none."""
     now = _sample(buffer)
     if recorded["size"] != list(buffer.shape) or len(recorded["values"]) != len(now):
         return None
@@ -154,11 +154,11 @@ def _furthest_apart(recorded: Mapping[str, Any], buffer: Tensor) -> tuple[float,
 
 
 Numbers = dict[str, tuple[float, float]]
-"""Numbers that modules hold, by dotted name: before and after."""
+"""Old and new numbers of modules, by dotted name."""
 
 
 class _KnownNumbers(TorchFunctionMode):
-    """Lets single numbers become tensors on the CPU, so that their values are known, where all else is built on meta."""
+    """Keeps single numbers on the CPU, with values, while a model is built on meta."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         kwargs = dict(kwargs or {})
@@ -170,7 +170,7 @@ class _KnownNumbers(TorchFunctionMode):
 
 
 def derived_constants(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
-    """Finds the numbers that the model's class makes otherwise of its config than of an earlier one."""
+    """Finds numbers that a class derives differently from the current than an earlier config."""
     kind = type(model)
 
     def built(config: PretrainedConfig) -> dict[str, float]:
@@ -183,7 +183,7 @@ def derived_constants(model: PreTrainedModel, before: PretrainedConfig) -> Numbe
 
 
 def set_constants(model: nn.Module, numbers: Numbers) -> None:
-    """Gives modules other numbers."""
+    """Sets numbers of modules."""
     for name, (_, value) in numbers.items():
         owner, _, attr = name.rpartition(".")
         module = model.get_submodule(owner)

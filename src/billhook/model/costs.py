@@ -1,4 +1,4 @@
-"""The costs of a model of a shape: parameters, bytes, key/value cache, operations; the last two from runs on meta tensors."""
+"""Costs of a model: parameters, bytes, KV cache, and FLOPs, measured on meta tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from billhook.model.transformers_internals import compute_every_expert
 
 CONTEXT = 512
 CANNOT_RUN = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, KeyError, IndexError, AssertionError)
-"""What comes of code that depends on values, or on other inputs than token ids."""
+"""Errors of code that depends on values, or on inputs other than token ids."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,13 @@ class Costs:
     """The costs of a model.
 
     Attributes:
-        params: Parameters; tied ones count once.
+        params: Number of parameters. Tied weights count once.
         bytes: Bytes of all parameters.
-        kv_cache_bytes: Bytes that the key/value cache grows by with each token, until sliding windows are full, in the dtype of
-            the weights; None without one.
-        flops: Floating-point operations of the forward pass, per token, at `context` tokens, or of an image of the config's size;
-            None where it does not run on meta.
-        context: Tokens for which `flops` holds; 0 for a model of images.
-        dtype: The dtype of the weights, in which the key/value cache is counted.
+        kv_cache_bytes: Bytes that the KV cache grows by with each token, until sliding windows are full, in the weights'
+            dtype. None without a KV cache.
+        flops: FLOPs of the forward pass per token at `context` tokens, or per image. None if it does not run on meta.
+        context: Number of tokens for `flops`. 0 for image models.
+        dtype: The dtype of the weights and of the KV cache.
     """
 
     params: int
@@ -46,7 +45,7 @@ class Costs:
 
 
 def costs_of(model: PreTrainedModel) -> Costs:
-    """Finds the costs of a model, which may stand on meta tensors itself."""
+    """Measures the costs of a model, which may be on meta."""
     config = model.config.get_text_config(decoder=True)
     context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
     context = 0 if model.main_input_name == "pixel_values" else context
@@ -55,13 +54,13 @@ def costs_of(model: PreTrainedModel) -> Costs:
 
 
 def cost_of(model: PreTrainedModel, name: str) -> int | None:
-    """Finds one of a model's costs, by its name in `Costs`; parameters and bytes need no run."""
+    """Measures a single cost, by its name in `Costs`."""
     if name == "kv_cache_bytes":
         return kv_cache_bytes(model)
     if name in ("params", "bytes"):
         return _params(model) if name == "params" else _bytes(model)
-    figure: int | None = getattr(costs_of(model), name)
-    return figure
+    cost: int | None = getattr(costs_of(model), name)
+    return cost
 
 
 def _params(model: PreTrainedModel) -> int:
@@ -73,9 +72,9 @@ def _bytes(model: PreTrainedModel) -> int:
 
 
 def kv_cache_bytes(model: PreTrainedModel) -> int | None:
-    """Counts the bytes that the key/value cache of transformers grows by with a token; None without one, or not run on meta.
+    """Counts the bytes that the KV cache grows by per token. None without a KV cache.
 
-    It is what a second token adds, so that states that do not grow do not count, and sliding windows, not yet full, do.
+    It is the growth by a second token: fixed-size states are excluded, and sliding windows included.
     """
     return cached(partial(_cache_on_meta, model), model, "kv_cache_bytes")
 
@@ -87,7 +86,7 @@ def _cache_on_meta(model: PreTrainedModel) -> int | None:
 
 
 def _flops_on_meta(model: PreTrainedModel, context: int) -> int | None:
-    """Counts FLOPs per token, or of an image where there is no context; None where the model cannot run on meta."""
+    """Counts FLOPs per token or per image. None if the model does not run on meta."""
     if context and model.main_input_name != "input_ids":
         return None
 
@@ -106,7 +105,7 @@ def _flops_on_meta(model: PreTrainedModel, context: int) -> int | None:
 
 
 def _on_meta(model: PreTrainedModel, measure: Callable[[PreTrainedModel], int | None]) -> int | None:
-    """Measures a copy on meta; None where it does not run there."""
+    """Measures a copy on meta. None if it does not run there."""
     try:
         meta_model = meta_copy(model)
         with CachedShapes():
@@ -116,21 +115,23 @@ def _on_meta(model: PreTrainedModel, measure: Callable[[PreTrainedModel], int | 
 
 
 def meta_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Copies a model to meta, ready to be run there as a whole: without padding, with every expert computed."""
+    """Copies a model to meta for full runs, without padding and with all experts."""
     meta_model = to_meta(model)
-    vars(meta_model.config)["pad_token_id"] = None  # which code would look for; some classes refuse to be set None
+    vars(meta_model.config)["pad_token_id"] = None  # code would search for padding; some classes cannot be set to None
     compute_every_expert(meta_model)
     return meta_model
 
 
 @torch.no_grad()
 def _forward(meta_model: PreTrainedModel, length: int) -> int:
-    """Counts the bytes of the key/value cache after some tokens; 0 without one."""
+    """Counts the bytes of the KV cache after some tokens. 0 without a KV cache."""
     ids = torch.zeros(1, length, dtype=torch.long, device="meta")
     inputs: dict[str, Any] = {"input_ids": ids}
     if meta_model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-        if "decoder_attention_mask" in signature(meta_model.forward).parameters:  # else BART makes one, and asks for its values
+        if (
+            "decoder_attention_mask" in signature(meta_model.forward).parameters
+        ):  # otherwise BART creates a mask and reads its values
             inputs["decoder_attention_mask"] = torch.zeros(1, 1, length, length, dtype=meta_model.dtype, device="meta")
     if hasattr(meta_model.config.get_text_config(decoder=True), "use_cache"):
         inputs["use_cache"] = True
@@ -138,8 +139,8 @@ def _forward(meta_model: PreTrainedModel, length: int) -> int:
 
 
 def _cached(output: Any) -> list[Tensor]:  # noqa: ANN401 - a ModelOutput whose class depends on the model
-    """Returns what a decoder keeps of the tokens it has seen; an encoder's memory, which does not grow, is not among it."""
-    fields = dict(output.items())  # asking the output itself for an older name logs a deprecation
+    """Returns the tensors of a decoder's KV cache, without encoder states."""
+    fields = dict(output.items())  # attribute access on an old name would log a deprecation
     cache = fields.get("cache", fields.get("past_key_values"))
     layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
     return list({id(t): t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)}.values())

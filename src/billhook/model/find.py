@@ -1,4 +1,4 @@
-"""Finds the Hugging Face model that a module holds, and refuses tensors without values, or that nothing may change."""
+"""Finds the Hugging Face model in a module, and checks that its tensors can be changed."""
 
 import torch
 from torch import nn
@@ -10,12 +10,12 @@ from billhook.model.layers import is_linear, is_packed, is_quantized
 
 
 def find_transformer(module: nn.Module) -> PreTrainedModel:
-    """Finds the Hugging Face model in a module: itself, or the one that it holds (in its attribute `model`, if it has one)."""
+    """Returns the Hugging Face model in a module: itself, its `model`, or its only model."""
     return locate_transformer(module)[1]
 
 
 def locate_transformer(module: nn.Module) -> tuple[str, PreTrainedModel]:
-    """Finds the Hugging Face model in a module, as `find_transformer` does, and its name there."""
+    """Returns the Hugging Face model in a module, and its name there."""
     if isinstance(module, PreTrainedModel):
         return "", module
     if (inner := module._modules.get("model")) is not None:
@@ -26,71 +26,71 @@ def locate_transformer(module: nn.Module) -> tuple[str, PreTrainedModel]:
         if isinstance(child, PreTrainedModel) and not any(name.startswith(f"{outer}.") for outer in models):
             models[name] = child
     if len(models) != 1:
-        several = f"more than one Hugging Face model: {', '.join(models)}; the one to work on must be its attribute `model`"
+        several = f"more than one Hugging Face model ({', '.join(models)}). Assign the model to use to the attribute `model`."
         many = several if models else f"no Hugging Face model (PreTrainedModel){_hidden(module)}"
-        raise ValueError(f"{type(module).__name__} holds {many}")
+        raise ValueError(f"{type(module).__name__} contains {many}")
     return next(iter(models.items()))
 
 
 def _hidden(module: nn.Module) -> str:
-    """Describes where a model is that is no part of a module to torch."""
+    """Describes a model that torch does not see as a submodule."""
     for name, value in vars(module).items():
         items = list(value.values()) if isinstance(value, dict) and name != "_modules" else value
         if isinstance(items, list | tuple) and any(isinstance(item, PreTrainedModel) for item in items):
-            return f" that torch sees: '{name}' has one in a {type(value).__name__}; make it an attribute of its own"
+            return f" that torch sees: '{name}' has one in a {type(value).__name__}. Make it an attribute."
     return ""
 
 
-def check_values(model: nn.Module, coming: bool = False) -> None:
-    """Refuses a model with tensors that have no values yet, or that nothing may change.
+def check_values(model: nn.Module, streamed: bool = False) -> None:
+    """Raises for a model with tensors that have no values yet, or that cannot be changed.
 
     Args:
         model: The model.
-        coming: Whether values of a block may be away until it comes.
+        streamed: Whether parameters in blocks may be unloaded.
     """
-    blocks = store_of(model).blocks.values() if coming else ()
-    away = {id(parameter) for block in blocks for parameter in block.parameters()}
+    blocks = store_of(model).blocks.values() if streamed else ()
+    unloaded = {id(parameter) for block in blocks for parameter in block.parameters()}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_meta and id(tensor) not in away:
-            raise ValueError(f"model: {name} has no weights yet (it is on the meta device): load all of them first")
+        if tensor.is_meta and id(tensor) not in unloaded:
+            raise ValueError(f"model: {name} has no values (it is on the meta device). Load all weights first.")
     check_changeable(model)
 
 
 def check_changeable(model: nn.Module) -> None:
-    """Refuses a model with tensors that nothing may change, as torch makes them in inference mode."""
+    """Raises for inference-mode tensors, which cannot be changed."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_inference():
             raise ValueError(
-                f"model: {name} was made under torch.inference_mode, so it can neither be changed nor have a gradient: make or "
-                "load the model outside of it"
+                f"model: {name} was created under torch.inference_mode and cannot be changed. Create or load the model "
+                "outside of inference mode."
             )
 
 
 def check_stored(model: nn.Module) -> None:
-    """Refuses linears whose weight is no parameter, but computed from others or a buffer."""
+    """Raises for linear layers whose weight is not a parameter."""
     for name, module in model.named_modules():
         if is_linear(module) and module._parameters.get("weight") is None:
             raise ValueError(
-                f"the weight of {name} is no parameter (it is computed, as by torch.nn.utils.prune or a parametrization, or a "
-                "buffer): make it one first"
+                f"the weight of {name} is not a parameter (it is a buffer, or computed, such as by torch.nn.utils.prune or a "
+                "parametrization). Make it a parameter first."
             )
 
 
 def check_dense(model: nn.Module) -> None:
-    """Refuses weights that are stored sparse, which torch can neither cut nor save as they are."""
+    """Raises for weights in a sparse layout, which torch cannot slice or save."""
     for name, parameter in model.named_parameters():
         if parameter.layout is not torch.strided:
-            raise ValueError(f"{name} is sparse ({parameter.layout}): make it dense first, as by to_dense()")
+            raise ValueError(f"{name} has the sparse layout {parameter.layout}. Convert it with to_dense() first.")
 
 
 def check_plain(model: nn.Module, do: str) -> None:
-    """Refuses weights that are quantised, or sharded over devices, and says what to do before they are."""
+    """Raises for quantized or sharded weights. `do` completes the fix."""
     for name, module in model.named_modules():
         if is_packed(module):
-            raise ValueError(f"{name} is quantised ({type(module).__name__}): {do} quantised")
+            raise ValueError(f"{name} is quantized ({type(module).__name__}). {do} quantized.")
     check_dense(model)
     for name, parameter in model.named_parameters():
         if is_quantized(parameter) and parameter.dtype is not torch.bool:
-            raise ValueError(f"{name} is quantised ({parameter.dtype}): {do} quantised")
+            raise ValueError(f"{name} is quantized ({parameter.dtype}). {do} quantized.")
         if isinstance(parameter, DTensor):
-            raise ValueError(f"{name} is sharded over devices: {do} sharded")
+            raise ValueError(f"{name} is sharded over devices. {do} sharded.")

@@ -1,4 +1,4 @@
-"""Models without weights of their own: from a config or a name, and copies on meta of those that have weights."""
+"""Models without weights: from a config or name, and meta copies."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ MOST = 10_000
 
 
 def to_meta(model: Module) -> Module:
-    """Copies a module to the meta device, in eval mode, without its values."""
+    """Copies a module to the meta device in eval mode, without values."""
     if is_sharded(model):
         with sizes_only(model):
             return to_meta(model)
@@ -42,18 +42,18 @@ def to_meta(model: Module) -> Module:
     memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors}
     memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in model.parameters()}
     memo |= stand_ins(model)
-    for module in model.modules():  # those that a hook or the code has computed from parameters
+    for module in model.modules():  # tensors that hooks or code have computed from parameters
         memo |= {id(t): t.detach().clone() for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn is not None}
     return _copied(model, memo)
 
 
 def copy_sharing_parameters(model: Module) -> Module:
-    """Copies a module, in eval mode; the copy has the same parameters, and buffers and configs of its own."""
+    """Copies a module in eval mode. Parameters are shared, buffers and configs copied."""
     return _copied(model, {id(p): p for p in model.parameters()} | stand_ins(model))
 
 
 def _copied(model: Module, memo: dict[int, Any]) -> Module:
-    """Copies a module, in eval mode, with what stands for some of its parts, by id."""
+    """Copies a module in eval mode, with replacements for some parts by id."""
     try:
         copied = copy.deepcopy(model, dict(memo))  # which writes to its memo
     except (TypeError, ValueError, RuntimeError):
@@ -63,7 +63,7 @@ def _copied(model: Module, memo: dict[int, Any]) -> Module:
 
 
 def _not_copied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """Finds attributes that cannot be copied, such as locks and files, by id: a copy has the same ones."""
+    """Finds attributes that cannot be copied, such as locks and files."""
     shared = dict[int, Any]()
     for module in model.modules():
         for name, value in vars(module).items():
@@ -76,7 +76,7 @@ def _not_copied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
 
 
 def check_checkpoint(name: str) -> None:
-    """Refuses a path that is not a Hugging Face checkpoint; a hub name passes."""
+    """Raises for a path that is not a Hugging Face checkpoint. Hub names pass."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"the folder '{name}' has no config.json, so it is not a Hugging Face checkpoint")
@@ -85,7 +85,7 @@ def check_checkpoint(name: str) -> None:
 
 
 def _check_on_hub(name: str) -> None:
-    """Refuses a name of which no config is here or on the Hub; it is asked once, where transformers asks six times."""
+    """Raises if a model is neither local nor on the Hub, with a single request."""
     no_folder = f"there is no folder '{name}' here, and"
     legal = 'name a folder, a model of the Hub, or "tiny"'
     try:
@@ -110,7 +110,7 @@ def _check_on_hub(name: str) -> None:
 
 
 def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
-    """Returns the class that a config names; refuses one that transformers does not have, or that is built from other configs."""
+    """Returns the class that a config names. Raises if it is unknown or does not match."""
     names: Any = config.architectures or []
     first = names[0] if isinstance(names, list) and names else None
     kind = named_class(first)
@@ -123,7 +123,7 @@ def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
 
 
 def from_config(config: PretrainedConfig) -> PreTrainedModel:
-    """Builds on meta the class that a config names, or else the first that its family has for language modelling and so on."""
+    """Builds a meta model of the class that a config names, or of its family."""
     config = copy.deepcopy(config)
     stated: Any = config.architectures
     names = [*(stated if isinstance(stated, list) else ()), *(name for mapping in MAPPINGS for name in _named(mapping, config))]
@@ -138,9 +138,9 @@ def from_config(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def from_name(name: str | os.PathLike[str]) -> PreTrainedModel:
-    """Builds on meta the model that a folder, a config.json, a hub name or "tiny" describes; no weights are read.
+    """Builds a meta model from a folder, config.json, Hub name, or "tiny", without weights.
 
-    It has the shape that the config says under `"billhook"`, if it says one.
+    It has the shape in the config's `"billhook"` entry, if there is one.
     """
     name = model_path(os.fspath(name))
     config = read_config(name)
@@ -152,9 +152,9 @@ def from_name(name: str | os.PathLike[str]) -> PreTrainedModel:
 
 
 def read_config(name: str) -> PretrainedConfig:
-    """Reads the config of a folder, a config.json or a hub name; no code that it brings is run.
+    """Reads the config of a folder, config.json, or Hub name, without running its code.
 
-    It is refused if it is of no family that transformers knows, or asks for code or for more blocks than any model has.
+    Raises for an unknown family, custom code, or an implausible number of blocks.
     """
     if not Path(name).is_file():
         check_checkpoint(name)
@@ -177,7 +177,7 @@ def read_config(name: str) -> PretrainedConfig:
 
 
 def _refusal(plain: object) -> str | None:
-    """Says what is wrong with what a config asks for, before a config is made of it."""
+    """Returns the problem of a raw config, before it is instantiated."""
     fields = list(_fields_in(plain))
     kernels = [value for key, value in fields if key.endswith(KERNELS) and isinstance(value, str) and "/" in value]
     if kernels:
@@ -191,7 +191,7 @@ def _refusal(plain: object) -> str | None:
 
 
 def _fields_in(plain: object, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields all that a config says, those within it too, by the names of fields."""
+    """Yields all values of a config by field name, also nested values."""
     if isinstance(plain, Mapping):
         for name, value in plain.items():
             yield from _fields_in(value, key if key.endswith(KERNELS) else str(name))  # a kernel for each part
@@ -212,6 +212,6 @@ def _read_config(name: str) -> PretrainedConfig:
 
 
 def _named(mapping: str, config: PretrainedConfig) -> tuple[str, ...]:
-    """Returns the classes that a mapping of the auto classes names for a config."""
+    """Returns the classes of an auto mapping for a config."""
     names: str | tuple[str, ...] = getattr(modeling_auto, mapping).get(config.model_type, ())
     return (names,) if isinstance(names, str) else tuple(names)

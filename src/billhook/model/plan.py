@@ -1,4 +1,4 @@
-"""Plans of what is done to a model: to its units, blocks, weights or KV heads."""
+"""Plans for changing units, blocks, weights, or KV heads of a model."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,12 +23,12 @@ Weights = Mapping[str, Tensor]
 
 
 class ModelPlan(Printable):
-    """A change of a model, found and checked before anything changes; `print` shows a table.
+    """A checked change of a model that has not been applied. `print` shows a table.
 
-    A plan is plain data: it can be shown, saved as JSON and applied later, to the model that it was made for.
+    Plans are plain data. They can be saved as JSON, and applied later to the model they were made for.
 
     Attributes:
-        kind: The plan's kind in JSON.
+        kind: The kind of the plan in JSON.
         model: The name of the model's class.
 
     Example:
@@ -44,18 +44,18 @@ class ModelPlan(Printable):
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data, from which `ModelPlan.from_json` makes it again."""
+        """Returns the plan as plain data for `ModelPlan.from_json`."""
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
-        """Makes a plan of any kind from its plain data.
+        """Creates a plan of any kind from its plain data.
 
         Args:
-            plain: The result of `to_json`, also after it was written and read again.
-            model: The model that the plan was made for, as it was then.
+            plain: The result of `to_json`, also after saving and loading.
+            model: The model that the plan was made for, in the same state.
 
         Raises:
-            ValueError: If it is no such data, or was made for a model of another class or shape.
+            ValueError: If the data is invalid, or the model has another class or shape.
         """
         kinds = {plan.kind: plan for plan in subclasses(cls) if "kind" in vars(plan)}
         kind = plain.get("kind") if isinstance(plain, Mapping) else None
@@ -67,56 +67,56 @@ class ModelPlan(Printable):
     @classmethod
     @abstractmethod
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
-        """Makes a plan of this kind of plain data."""
+        """Creates a plan of this kind from plain data."""
 
     @abstractmethod
     def check_made_for(self, model: nn.Module) -> None:
-        """Refuses a model that the plan was not made for.
+        """Raises if the plan was made for another model.
 
         Raises:
-            ValueError: If the model's class, shape or units are others.
+            ValueError: If the class, shape, or units of the model differ.
         """
 
     @abstractmethod
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
-        """Carries the plan out, in place; see `apply`."""
+        """Applies the plan in place. See `apply`."""
 
 
 class ShapePlan(ModelPlan):
-    """A plan that replaces parameters by smaller ones, or leaves some out."""
+    """A plan that shrinks or removes parameters."""
 
     @abstractmethod
     def change(self, model: nn.Module, weights: Weights | None = None) -> UpdateOptimizers:
-        """Carries the plan out on a model, in place or not at all, and returns what has optimizers follow."""
+        """Applies the plan to a model, and returns a function that updates optimizers."""
 
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
-        """Carries the plan out, in place; see `apply`."""
+        """Applies the plan in place. See `apply`."""
         trained_by = list(optimizers)
         check_replaceable(model, trained_by)
         self.change(model, weights)(trained_by)
 
 
 def subclasses(kind: type[Any]) -> list[type[Any]]:
-    """Returns a class and all that are derived from it."""
+    """Returns a class and all of its subclasses."""
     return [kind, *(derived for child in kind.__subclasses__() for derived in subclasses(child))]
 
 
 def check_weights(model: nn.Module, weights: Weights | None) -> None:
-    """Refuses new values of what is no parameter of a model, or of other sizes; those in files are read later, one at a time."""
+    """Raises for new values of unknown parameters or of other sizes."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in weights or ():
         if name not in parameters:
-            raise ValueError(f"weights: {name!r} is no parameter of {type(model).__name__}")
+            raise ValueError(f"weights: {name!r} is not a parameter of {type(model).__name__}.")
     for name, value in weights.items() if isinstance(weights, dict) else ():
         if value.shape != parameters[name].shape:
-            raise ValueError(f"weights: {name} is {list(value.shape)}, and must be {list(parameters[name].shape)}")
+            raise ValueError(f"weights: {name} has size {list(value.shape)}, but must have {list(parameters[name].shape)}.")
 
 
 @contextmanager
 def with_weights(model: nn.Module, weights: Weights | None) -> Iterator[None]:
-    """Gives parameters new values, in place; the old ones come back if an error is raised within.
+    """Assigns new parameter values in place, and restores the old values after an error.
 
-    Those of blocks that come and go they have whenever these come, within; one that changes keeps them.
+    Values in blocks that are loaded on demand are assigned on every load. A changed block keeps them.
     """
     check_weights(model, weights)
     store, new = store_of(model), weights or {}
@@ -131,7 +131,7 @@ def with_weights(model: nn.Module, weights: Weights | None) -> Iterator[None]:
 
 @torch.no_grad()
 def _take(model: nn.Module, weights: Weights, block: nn.Module) -> list[nn.Parameter]:
-    """Puts new values into parameters of a block, and returns these."""
+    """Assigns new values to parameters of a block, and returns these parameters."""
     inside = {id(parameter) for parameter in block.parameters()}
     taken = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside and name in weights}
     for name, parameter in taken.items():
@@ -142,18 +142,18 @@ def _take(model: nn.Module, weights: Weights, block: nn.Module) -> list[nn.Param
 def apply(
     model: nn.Module, plan: ModelPlan, optimizers: Optimizer | Iterable[Optimizer] = (), weights: Weights | None = None
 ) -> None:
-    """Carries out a plan, in place; the model and the optimizers are as before if that fails.
+    """Applies a plan in place. If that fails, the model and optimizers are unchanged.
 
-    Where heads and feed-forward channels are removed, the result is first compared with the model in which they are masked.
+    If heads or MLP channels are removed, the result is first compared with the model in which they are masked.
 
     Args:
-        model: The model that the plan was made for, as it is now.
-        plan: A plan of any kind, from `plan`, `plan_units`, `prune(dry_run=True)` or `ModelPlan.from_json`.
-        optimizers: The optimizer, or optimizers, that train the model; their state follows.
-        weights: New values of parameters, in their sizes before, from which the plan starts, as `repair` returns them.
+        model: The model that the plan was made for, in the same state.
+        plan: A plan of any kind, from `plan`, `plan_units`, `prune(dry_run=True)`, or `ModelPlan.from_json`.
+        optimizers: Optimizers that train the model. Their state is remapped.
+        weights: New parameter values in the old sizes, such as from `repair`, that the plan starts from.
 
     Raises:
-        ValueError: If the plan was not made for this model, or the model's code does not follow.
+        ValueError: If the plan was made for another model, or the model's code does not support the new shape.
 
     Example:
         >>> import billhook as bh
@@ -169,14 +169,14 @@ def apply(
 
 
 def apply_plan(model: nn.Module, plan: ModelPlan, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
-    """Carries out a plan as `apply` does, one that has just been made of the model as it is."""
+    """Applies a plan like `apply`, without checking that it was made for the model."""
     check_changeable(model)
     with torch.inference_mode(mode=False):  # whose tensors nothing could change later
         plan.apply(model, optimizers, without_inference_tensors(weights))
 
 
 def without_inference_tensors(weights: Weights | None) -> Weights | None:
-    """Returns new values without such as were made in inference mode, which nothing could change later: copies instead."""
+    """Copies new values that were created in inference mode and could not be changed."""
     if isinstance(weights, LazyTensors):
         return weights.map(lambda _, read: _usable(read()))
     return {name: _usable(value) for name, value in weights.items()} if isinstance(weights, dict) else weights

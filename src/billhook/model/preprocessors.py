@@ -1,4 +1,4 @@
-"""Loads what makes a model's inputs of text, images or sound."""
+"""Loads tokenizers, processors, and feature extractors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ from billhook.assets import model_path
 from billhook.model.shaped import readable
 
 Preprocessor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin | FeatureExtractionMixin
-"""What makes a model's inputs of text, images or sound, and saves itself beside the model."""
+"""A tokenizer, processor, image processor, or feature extractor."""
 FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,16 +29,16 @@ FILES = (
     "vocab.txt",
     "vocab.json",
 )
-"""Files of which a folder with a preprocessor has one; without any, transformers makes up an empty tokenizer."""
+"""Preprocessor files. Without any of them, transformers creates an empty tokenizer."""
 VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "spm.model", "merges.txt")
-"""Files of which an older folder may have one alone."""
+"""Vocabulary files that older folders may have instead."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a folder, a hub name or `"tiny"`; no code that it brings is run.
+    """Loads the tokenizer of a folder, Hub name, or `"tiny"`, without running its code.
 
     Raises:
-        ValueError: If there is none, or it is code.
+        ValueError: If there is none, or it requires custom code.
     """
     if not may_have_preprocessor(name):
         raise ValueError(f"'{name}' has no tokenizer: name another folder, or a hub name, as tokenizer (--tokenizer NAME)")
@@ -48,14 +48,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def may_have_preprocessor(name: str) -> bool:
-    """Tells whether there may be a tokenizer or a processor: a folder has a file of one; of a hub name that is not known."""
+    """Returns whether a folder has preprocessor files. True for Hub names."""
     folder = Path(model_path(name))
     return not folder.is_dir() or any((folder / file).is_file() for file in (*FILES, *VOCABULARIES))
 
 
 @contextmanager
 def _without_code(name: str) -> Iterator[None]:
-    """Says in the place of transformers' advice that code which a tokenizer or processor brings is not run."""
+    """Replaces transformers' advice about trust_remote_code in errors."""
     try:
         yield
     except ValueError as error:
@@ -68,14 +68,14 @@ def _without_code(name: str) -> Iterator[None]:
 
 
 def tokenizer_of(model: PreTrainedModel, name: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer by name, or the one of the folder or hub name that a model came from."""
+    """Loads a tokenizer by name, or from the source of a model."""
     if not (name or model.config.name_or_path):
         raise ValueError(f"tokenizer=None: {type(model).__name__} does not say where it came from: name a tokenizer")
     return load_tokenizer(name or str(model.config.name_or_path))
 
 
 def load_preprocessor(name: str, auto: Any = AutoProcessor) -> Preprocessor:  # noqa: ANN401 - an auto class
-    """Loads what an auto class finds in a folder or under a hub name, if there is anything; no code that it brings is run."""
+    """Loads a preprocessor with an auto class, without running its code."""
     with readable(name), _without_code(name):
         paths = (cached_file(model_path(name), file, _raise_exceptions_for_missing_entries=False) for file in FILES)
         if not any(paths):

@@ -322,7 +322,7 @@ def change_blockwise(
         inside.setdefault(store.block_of(name), {})[name] = change
     with store.step(key, more):
         for block in store.blocks.values():
-            if (block not in inside and not store.is_altered(block)) or store.resumed(block, sizes or {}):
+            if (block not in inside and not store.is_altered(block)) or store.resume_block(block, sizes or {}):
                 continue
             store.load(block)
             swapped = change_values(model, inside.get(block, {}), keep_on_device=True)  # where they go with their block

@@ -251,7 +251,7 @@ def remove_blocks(model: PreTrainedModel, plan: BlockPlan) -> None:
         owner, _, attribute = name.rpartition(".")
         if getattr(model.get_submodule(owner), attribute, None) == before:
             setattr(model.get_submodule(owner), attribute, after)
-    store_of(model).follow()
+    store_of(model).reindex()
     set_fields(model.config, plan.fields)
     record_shape(model)
 

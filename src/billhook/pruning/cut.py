@@ -55,7 +55,7 @@ def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units],
 
     A KV head is removed with its last query head.
     """
-    check_plain(model, "remove units before the model is")
+    check_plain(model, "Remove units before the model is")
     removed = {name: numbers for name, numbers in unit_ids(units, chosen, per).items() if numbers}
     _check_allowed(structure, [units[name] for name in removed])
     kinds: dict[str, UnitKind] = {}

@@ -128,7 +128,7 @@ def repair_with(
         progress: Callback with the number of refitted layers and the total.
         not_repaired: Filled with the names of layers that too few tokens reach.
     """
-    check_values(model, coming=True)
+    check_values(model, streamed=True)
     check_stored(model)
     subject, fixed = find_transformer(model), new_params.modules if new_params is not None else {}
     kept_inputs = {reader: torch.ones(size_of(subject.get_submodule(reader))[1], dtype=torch.bool) for reader in also}

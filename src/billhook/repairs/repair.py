@@ -186,7 +186,7 @@ def _shown(
 ) -> tuple[LinearCalls, bool]:
     """Runs a model once; returns its calls, and whether its blocks are called in sequence."""
     store = store_of(model)
-    with store.apart(comm), watch_call_order(store, model) as passed:
+    with store.independently(comm), watch_call_order(store, model) as passed:
         records = [record_calls(every, forward) for forward in forwards[:1]]  # empty on a rank without batches
     rank_records, orderly = zip(*comm.gather((records, passed.orderly)), strict=True)
     return combine_calls(list(chain.from_iterable(rank_records))), all(orderly)

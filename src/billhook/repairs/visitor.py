@@ -233,7 +233,7 @@ class RepairVisitor(Visitor):
                 self.stage()
             self._block = self._store.load(module)
             self.take(self.inside(block))
-            values, refitted = self._store.known(block) or (LazyTensors({}), {})
+            values, refitted = self._store.staged(block) or (LazyTensors({}), {})
             for name in refitted:  # results of an earlier process, with or without a refit
                 self._known.add(name)
                 if refitted[name]:

@@ -43,7 +43,7 @@ class MaskRule:
         with prefix_errors(name):
             _, keep = prune_weight(criterion, weight_of(linear), self.statistics, self.sparsity, pattern)
         if self.statistics is not None:
-            self.statistics.settle()
+            self.statistics.freeze()
         return to_layout(linear, keep).contiguous()
 
     def again(self, name: str, linear: nn.Module, criterion: Criterion, pattern: str) -> Tensor:

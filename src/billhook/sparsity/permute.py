@@ -201,7 +201,7 @@ def check_permute(pattern: str, dry_run: bool = False, stream: bool = False, ran
 def check_permutable(model: nn.Module) -> None:
     """Raises if the channels of a model cannot be reordered."""
     check_changeable(model)
-    check_plain(find_transformer(model), "permute the model before it is")
+    check_plain(find_transformer(model), "Permute the model before it is")
     for name, module in model.named_modules():
         if any(isinstance(hook, Gate) for hook in module._forward_pre_hooks.values()):
             raise ValueError(f"model: {name} has a mask or gates. Remove them first (mask.remove()).")

@@ -225,7 +225,7 @@ class PruningVisitor(Visitor):
         """Restores the blocks that an earlier process has staged, and returns them."""
         blocks = list[nn.Module]()
         for block in self.store.blocks.values():
-            if (known := self.store.known(block)) is not None:
+            if (known := self.store.staged(block)) is not None:
                 tensors, kept = known
                 self._take(kept, tensors)
                 blocks.append(block)

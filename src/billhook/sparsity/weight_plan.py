@@ -286,7 +286,7 @@ class WeightPlan(ModelPlan):
 
         with with_weights(model, weights) if weights else nullcontext(), store.step(f"{self.kind} {list(self.pruned)}", key):
             for block in store.blocks.values():
-                if (block in layers_of_block or store.is_altered(block)) and not store.resumed(block, sizes):
+                if (block in layers_of_block or store.is_altered(block)) and not store.resume_block(block, sizes):
                     with store.changing(block):
                         put_into(block)
             store.release()

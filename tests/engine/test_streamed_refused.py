@@ -43,7 +43,7 @@ GRADIENTS = r"importance=\w+\(.*\) needs gradients, which a streamed model does 
 WEIGHTS = r"has no values \(it is on the meta device\). Load all weights first"
 TRAINING = "model: it is streamed, and training needs all weights in memory"
 ADDED = r"model: model.layers.0.self_attn.q_proj.lora_A.default was added to a streamed model"
-BOTH = "residual: these channels and those within blocks do not go both at once, and the model is streamed"
+BOTH = "residual: these channels and those within blocks do not go both at once"
 REFUSED = {
     "heads by Taylor": (scored("head", bh.Taylor()), GRADIENTS),
     "channels by GateGradient": (scored("channel", bh.importance.GateGradient()), GRADIENTS),

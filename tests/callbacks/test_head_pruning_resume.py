@@ -143,7 +143,7 @@ class Watch(pl.Callback):
 
 def test_another_models_checkpoint(files, tmp_path):
     trainer(tmp_path, [pruning(0.5), checkpoints(tmp_path)], max_steps=2).fit(module(num_hidden_layers=1), data(files))
-    with pytest.raises(ValueError, match=f"the checkpoint holds another model than the run: it lacks {LAYERS[1][:14]}"):
+    with pytest.raises(ValueError, match=f"the checkpoint contains a different model: it lacks {LAYERS[1][:14]}"):
         trainer(tmp_path, [pruning(0.5)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
 
 

@@ -338,7 +338,7 @@ class TestRefused:
 
     def test_another_models_checkpoint(self, files, tmp_path):
         trainer(tmp_path, [KVHeadConversion(2), checkpoints(tmp_path)], max_steps=2).fit(module(num_hidden_layers=1), data(files))
-        with pytest.raises(ValueError, match="the checkpoint holds another model than the run: it lacks model.layers.1"):
+        with pytest.raises(ValueError, match="the checkpoint contains a different model: it lacks model.layers.1"):
             trainer(tmp_path, [KVHeadConversion(2)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
 
 

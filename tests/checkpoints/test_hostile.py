@@ -237,7 +237,7 @@ CKPTS = {
     "a deep config": (entry(config="[" * 200000), "config: maximum recursion"),
     "a config of a list": (entry(config="[1]"), "config is not a mapping"),
     "a later version": (entry(version=9), "another billhook .version 9"),
-    "no shape": (entry(shape={}), r"shape.tensors is 'None', and must be a mapping"),
+    "no shape": (entry(shape={}), r"shape.tensors is 'None', but must be a mapping"),
     "a shape of a list": (entry(shape=[1]), "shape is missing or wrong"),
     "a huge size": (size([10**9, 10**9]), r"gives .*k_proj.weight the size .*, but its weight has \(8, 16\)"),
     "a size past 64 bits": (size([10**30, 1]), "must be a short list of whole numbers"),

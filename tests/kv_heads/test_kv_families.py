@@ -472,8 +472,8 @@ class TestFromALightningCheckpoint:
 
 
 HOSTILE = {
-    "no mapping": (lambda shape: shape.update(handed=[1]), "shape.handed is '.1.', and must be a mapping"),
-    "no handing": (lambda shape: change_first(shape, "text"), "is .text., and must be a list"),
+    "no mapping": (lambda shape: shape.update(handed=[1]), "shape.handed is '.1.', but must be a mapping"),
+    "no handing": (lambda shape: change_first(shape, "text"), "is .text., but must be a list"),
     "another module": (lambda shape: shape["handed"].update(nothing=first(shape)), "nothing is named, and"),
     "no linear": (
         lambda shape: shape["handed"].update(gpt_neox=first(shape)),

@@ -22,7 +22,7 @@ def test_what_is_handed_out():
     stored = torch.arange(9.0)
     assert HANDING.repeat(stored).tolist() == [0, 1, 2, 6, 7, 8, 3, 4, 5, 6, 7, 8]
     assert HANDING.index().tolist() == [0, 1, 2, 6, 7, 8, 3, 4, 5, 6, 7, 8]
-    assert (HANDING.stored, HANDING.given, HANDING.heads) == (9, 12, 1)
+    assert (HANDING.stored, HANDING.returned, HANDING.heads) == (9, 12, 1)
     assert HANDING.repeat(stored.expand(2, 5, 9)).shape == (2, 5, 12)
     assert torch.equal(HANDING.undo_repeat(HANDING.repeat(stored)), stored)
 

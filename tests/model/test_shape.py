@@ -124,7 +124,7 @@ def test_the_flag_of_multi_query_attention_is_part_of_a_shape():
 def test_a_name_that_is_no_linear_is_refused_before_anything_changes():
     model = build_kv("gpt2")
     before = shape_of(model)
-    with pytest.raises(ValueError, match="transformer.ln_f is no linear in GPT2LMHeadModel"):
+    with pytest.raises(ValueError, match="transformer.ln_f is not a linear layer in GPT2LMHeadModel"):
         set_shape(
             model, Shape(before.tensors, before.attributes, {}, handed={"transformer.ln_f": RepeatLayout(1, ((0, 1, 2, 2),))})
         )

@@ -617,7 +617,7 @@ class TestShape:
             set_shape(dense, shape_of(small))
         cut = copy.deepcopy(dense)
         remove(cut, [0])
-        with pytest.raises(ValueError, match="the checkpoint holds another model than the run"):
+        with pytest.raises(ValueError, match="the checkpoint contains a different model"):
             set_shape(cut, third)
         assert everything(dense) == before
         assert len(cut.model.layers) == 4

@@ -416,10 +416,12 @@ def test_channels_have_gates_too():
 
 def test_what_no_module_of_its_own_reads_has_no_gate():
     model = build("mixtral")
-    with pytest.raises(ValueError, match="experts: no module of its own reads those of model.layers.0.mlp, so no gate can stand"):
+    with pytest.raises(
+        ValueError, match="experts: no single module consumes the experts of model.layers.0.mlp, so they cannot be masked"
+    ):
         bh.mask(model, {0: [1]}, "expert")
     with (
-        pytest.raises(ValueError, match="blocks: no module of its own reads"),
+        pytest.raises(ValueError, match="blocks: no single module consumes"),
         bh.gates(model, bh.find_units(model, "block")),
     ):
         pass

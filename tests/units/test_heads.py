@@ -89,7 +89,7 @@ def test_what_no_head_gives_has_no_gate():
 
 def test_heads_that_cannot_be_told_apart_are_refused():
     config = small_config(transformers.MptConfig, n_heads=6)  # the slopes of ALiBi are interleaved, but for powers of two
-    with pytest.raises(ValueError, match=r"heads of transformer\.blocks\.0\.attn cannot be told apart"):
+    with pytest.raises(ValueError, match=r"heads of transformer\.blocks\.0\.attn cannot be distinguished"):
         find_units(build(config, transformers.MptForCausalLM), "head")
 
 

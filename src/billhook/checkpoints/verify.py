@@ -42,7 +42,7 @@ def verify(
     if not streams and _is_same_by_blocks(model, expected, folder, probe, kind):
         return 0.0
     if streams:
-        reloaded = load_streamed(kind, str(folder), model.dtype, beside=model)
+        reloaded = load_streamed(kind, str(folder), model.dtype, share_with=model)
     else:
         try:
             reloaded = load_as(kind, str(folder), model.dtype).to(cast(Any, model.device))
@@ -65,7 +65,7 @@ def verify(
 def _is_same_by_blocks(model: PreTrainedModel, expected: Tensor, folder: Path, probe: Probe, kind: type[PreTrainedModel]) -> bool:
     """Tells whether a folder that is read one block at a time gives the same logits, bit for bit."""
     try:
-        reloaded = load_streamed(kind, str(folder), model.dtype, beside=model)
+        reloaded = load_streamed(kind, str(folder), model.dtype, share_with=model)
         _make_alike(model, reloaded)
         logits = logits_of(reloaded, probe)
     except (MemoryError, torch.OutOfMemoryError):

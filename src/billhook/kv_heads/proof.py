@@ -255,7 +255,7 @@ def _handing(parameter: str, rows: Rows, heads: int, before: int) -> RepeatLayou
 
 def _new_positions(before: RepeatLayout | None, then: RepeatLayout) -> tuple[int, ...]:
     """Returns the new position of each stored output; both hand out as many."""
-    stored = np.arange(then.given) if before is None else before.index()
+    stored = np.arange(then.returned) if before is None else before.index()
     positions = np.zeros(int(stored.max()) + 1, np.int64)
     positions[stored] = then.index()
     return tuple(positions.tolist())

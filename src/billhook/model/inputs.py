@@ -1,4 +1,4 @@
-"""Small inputs with which a model's forward runs, and its answers to them, by which two ways to compute it are compared."""
+"""Small example inputs for a forward pass, and outputs for comparing two computations."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -14,13 +14,13 @@ from billhook.model.config_fields import configs_of, nested_configs, text_config
 
 
 def make_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:
-    """Makes small random inputs by name, on the CPU, for a Hugging Face model, also one that PEFT wraps; the same each time."""
+    """Creates small deterministic inputs by name, on the CPU, for a Hugging Face model."""
     unwrap: Any = getattr(model, "get_base_model", lambda: model)
     return _Maker(unwrap(), batch, length).inputs()
 
 
 def _parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
-    """Returns what a forward names; of one that names nothing and passes on what comes, what the class above names."""
+    """Returns the named parameters of a forward, or of the class above if it has none."""
     for forward in (model.forward, *(vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind))):
         parameters = inspect.signature(forward).parameters
         named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and n != "self"}
@@ -30,7 +30,7 @@ def _parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
 
 
 class _Maker:
-    """Decides from a model's main input, its signature and its config which inputs there are and how large they must be."""
+    """Creates inputs from the main input, signature, and config of a model."""
 
     def __init__(self, model: nn.Module, batch: int, length: int) -> None:
         self.model, self.batch, self.length = model, batch, length
@@ -43,7 +43,7 @@ class _Maker:
         wanted = self.wanted()
         if unknown := sorted(wanted - _MAKERS.keys()):
             raise ValueError(
-                f"cannot guess the inputs {', '.join(unknown)} of {type(self.model).__name__}: pass them as example_inputs"
+                f"cannot guess the inputs {', '.join(unknown)} of {type(self.model).__name__}. Pass them as example_inputs."
             )
         inputs: dict[str, Any] = {name: _MAKERS[name](self) for name in self.named if name in wanted}
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
@@ -51,7 +51,7 @@ class _Maker:
         return inputs | ({"use_cache": False} if "use_cache" in self.named else {})
 
     def wanted(self) -> set[str]:
-        """Returns the main input, those without a default, and those that a forward asks for although they have one."""
+        """Returns the names of required inputs."""
         wanted = {name for name, parameter in self.named.items() if parameter.default is parameter.empty}
         main = getattr(self.model, "main_input_name", "input_ids")
         main = next((n for n in [main, *self.named] if n in self.named and n in _MAKERS and n != "decoder_input_ids"), main)
@@ -68,12 +68,12 @@ class _Maker:
         return {name for name in wanted if name in self.named or name not in optional}
 
     def find(self, *names: str, default: int | None = None) -> Any:  # noqa: ANN401  (configs hold anything)
-        """Returns the first of the names that is set in the config or in one nested in it."""
+        """Returns the first name that is set in the config or in a nested config."""
         values = (getattr(config, name, None) for config in self.configs for name in names)
         return next((value for value in values if value is not None), default)
 
     def special(self, kind: str = "") -> set[int]:
-        """Returns the ids that the config reserves."""
+        """Returns the reserved token ids of the config."""
         ids: set[int] = set()
         for config in self.configs:
             for name, value in vars(config).items():
@@ -109,7 +109,7 @@ class _Maker:
         return self.real(*([frames] if frames else []), channels if isinstance(channels, int) else 3, height, width)
 
     def patches(self) -> torch.Tensor:
-        """Makes the flat patches of images, 4 x 4 of them in each."""
+        """Creates flattened image patches, 4 x 4 per image."""
         width = self.find("in_channels", "in_chans", "num_channels", default=3)
         width *= self.find("temporal_patch_size", "patch_temporal", default=1)
         return self.real(16, width * self.find("patch_size", default=14) ** 2).flatten(0, 1)
@@ -118,7 +118,7 @@ class _Maker:
         return torch.tensor([[1, 4, 4]] * self.batch)
 
     def wave(self) -> torch.Tensor:
-        """Makes a raw waveform of 16 frames after the convolutions, or a spectrogram where there are none."""
+        """Creates a waveform of 16 frames after convolutions, or a spectrogram."""
         kernels, bins = self.find("conv_kernel"), self.find("num_mel_bins")
         if self.find("audio_channels", "codebook_size"):
             return self.real(1, 2000)
@@ -130,7 +130,7 @@ class _Maker:
         return self.real(self.find("max_length", default=32), bins) if bins else self.real(2000)
 
     def features(self) -> torch.Tensor:
-        """Makes a spectrogram, its bins first where a convolution takes them as its channels."""
+        """Creates a spectrogram, with bins first if a convolution uses them as channels."""
         bins = self.find("num_mel_bins")
         if any(isinstance(m, nn.Conv1d) and m.in_channels == bins for m in self.model.modules()):
             return self.real(bins, 2 * self.find("max_source_positions", default=16))
@@ -154,7 +154,7 @@ _MAKERS: dict[str, Callable[[_Maker], torch.Tensor]] = {
 
 
 def small_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:
-    """Makes small inputs, as `make_inputs` does, on the model's device."""
+    """Creates small inputs like `make_inputs`, on the model's device."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     inputs: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.to(device), make_inputs(model, batch, length))
     return inputs
@@ -162,14 +162,14 @@ def small_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str,
 
 @torch.no_grad()
 def run_outputs(model: PreTrainedModel) -> list[Tensor]:
-    """Returns the tensors of real numbers that a model gives, except those of each block: float64, on the CPU."""
+    """Returns the floating-point outputs of a model: float64, on the CPU."""
     with full_precision(), evaluating(model):
         return _real(model(**small_inputs(model), return_dict=True))
 
 
 @torch.no_grad()
 def logits_of(model: PreTrainedModel) -> list[Tensor]:
-    """Returns the logits that a model gives, or all that `answer` returns if it gives none: float64, on the CPU."""
+    """Returns the logits of a model, or all outputs without logits: float64, on the CPU."""
     with full_precision(), evaluating(model):
         output = model(**small_inputs(model), return_dict=True)
     logits = {name: value for name, value in output.items() if "logits" in name}
@@ -178,7 +178,7 @@ def logits_of(model: PreTrainedModel) -> list[Tensor]:
 
 @torch.no_grad()
 def cached_outputs(model: PreTrainedModel) -> tuple[list[Tensor], Exception | None]:
-    """Returns what `answer` does with a key-value cache, then for one token more; ends with the error of what does not run."""
+    """Returns outputs with a KV cache, then for another token, and the error if any."""
     inputs, numbers = small_inputs(model), list[Tensor]()
     inputs |= dict.fromkeys({"use_cache"} & inputs.keys(), True)
     configs: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", False)]  # `resting` unsets it
@@ -193,7 +193,7 @@ def cached_outputs(model: PreTrainedModel) -> tuple[list[Tensor], Exception | No
             if ids is not None and cache is not None:
                 inputs |= {ids: inputs[ids][:, -1:], cache: output[cache]}
                 numbers += _real(model(**inputs, return_dict=True))
-    except Exception as error:  # whatever a model raises
+    except Exception as error:  # any error of a model
         return numbers, error
     return numbers, None
 
@@ -204,14 +204,17 @@ def _real(output: Any) -> list[Tensor]:  # noqa: ANN401 - a dictionary of anythi
 
 
 def outputs_match(expected: Sequence[Tensor], other: Sequence[Tensor], tolerance: float) -> bool:
-    """Tells whether answers are the same except for rounding."""
+    """Returns whether outputs are equal up to rounding."""
     if [value.shape for value in expected] != [value.shape for value in other]:
         return False
     return all(_near(a, b, tolerance) for a, b in zip(expected, other, strict=True))
 
 
 def tolerance(model: PreTrainedModel) -> float:
-    """Returns how far answers may be apart, relative to their norm; parts of most models are in float32 at best."""
+    """Returns the tolerance for outputs, relative to their norm.
+
+    It is at least that of float32, in which parts of most models run.
+    """
     return min(1000 * max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32)), 0.05)
 
 

@@ -1,4 +1,4 @@
-"""Linears that store few heads and hand out many: what an attention's code reads is as ever, what is kept and trained is less."""
+"""Linear layers that store few KV heads and return them repeated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ Piece = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class RepeatLayout:
-    """How stored outputs are handed out: pieces of them, each head repeated, dealt in turn to so many blocks of outputs.
+    """The layout of repeated heads in the stored outputs of a linear layer.
 
-    The queries, keys and values of a matrix that holds them one after the other are three pieces in one block; of one that holds
-    them head by head, three pieces in one block for each head.
+    Queries, keys, and values in sequence in a matrix are three pieces in one block. Stored head by head, they are three pieces in
+    one block per head.
 
     Attributes:
-        blocks: How many blocks of outputs there are; every piece has an equal part in each, in the order of the pieces.
-        pieces: For each piece its first stored output, the heads in it, how often each is handed out, and outputs in a head.
+        blocks: Number of blocks of outputs. Each contains an equal part of every piece, in order.
+        pieces: First stored output, number of heads, repeats, and head dimension of each piece.
     """
 
     blocks: int
@@ -34,21 +34,21 @@ class RepeatLayout:
 
     @property
     def stored(self) -> int:
-        """How many outputs are stored."""
+        """The number of stored outputs."""
         return max((start + heads * width for start, heads, _, width in self.pieces), default=0)
 
     @property
-    def given(self) -> int:
-        """How many outputs are handed out."""
+    def returned(self) -> int:
+        """The number of returned outputs."""
         return sum(heads * repeats * width for _, heads, repeats, width in self.pieces)
 
     @property
     def heads(self) -> int:
-        """How many heads a piece whose heads are repeated has: the KV heads."""
+        """The number of KV heads: heads in a repeated piece."""
         return min(heads for _, heads, _, _ in self.pieces)
 
     def repeat(self, stored: Tensor) -> Tensor:
-        """Hands out stored outputs as the code that asked for them expects them: `[..., stored]` to `[..., given]`."""
+        """Repeats stored outputs: `[..., stored]` to `[..., returned]`."""
         lead, parts = stored.shape[:-1], []
         for start, heads, repeats, width in self.pieces:
             part = stored.narrow(-1, start, heads * width)
@@ -58,16 +58,16 @@ class RepeatLayout:
         return (torch.cat(parts, -1) if len(parts) > 1 else parts[0]).flatten(-2)
 
     def index(self) -> Indices:
-        """Returns for each output that is handed out the number of the stored one: int64."""
+        """Returns the stored output of each returned output: int64."""
         return cast(Indices, self.repeat(torch.arange(self.stored)).numpy())
 
     def undo_repeat(self, outputs: Tensor) -> Tensor:
-        """Makes stored outputs of what was handed out of them: `[..., given]` to `[..., stored]`."""
+        """Selects stored outputs from returned outputs: `[..., returned]` to `[..., stored]`."""
         _, first = np.unique(self.index(), return_index=True)
         return outputs[..., torch.from_numpy(first).to(outputs.device)]
 
     def pooled(self, heads: int) -> Self:
-        """Returns how heads are handed out if the repeated ones become fewer."""
+        """Returns the layout after the repeated heads were reduced to a smaller number."""
         pieces, start = list[Piece](), 0
         for _, before, repeats, width in self.pieces:
             after = heads if repeats > 1 else before
@@ -81,8 +81,8 @@ class RepeatLayout:
 
     @classmethod
     def from_list(cls, plain: object) -> Self:
-        """Makes a handing of what `to_list` returned, and refuses anything else."""
-        wrong = ValueError(f"heads are handed out as {str(plain)[:80]}, which is not how billhook writes it")
+        """Creates a layout from the result of `to_list`. Raises for anything else."""
+        wrong = ValueError(f"{str(plain)[:80]} is not a valid layout of repeated heads.")
         if not isinstance(plain, list) or len(plain) != 2 or not isinstance(plain[1], list) or not 0 < len(plain[1]) <= 8:
             raise wrong
         blocks, pieces = plain
@@ -100,32 +100,32 @@ class RepeatLayout:
 
 
 class RepeatedHeadsLinear(nn.Linear):
-    """A linear that stores few heads and hands out many, as `handing` says; its weight and bias keep their names."""
+    """A linear layer that stores few heads and repeats them, with the same parameter names."""
 
     handing: RepeatLayout
 
     def forward(self, input: Tensor) -> Tensor:
-        """Returns all outputs: `[..., in]` to `[..., handing.given]`."""
+        """Returns all outputs: `[..., in]` to `[..., returned]`."""
         return self.handing.repeat(super().forward(input))
 
 
 class RepeatedHeadsConv1D(Conv1D):
-    """The same of the transposed linear of GPT-2."""
+    """A `Conv1D` layer of GPT-2 that stores few heads and repeats them."""
 
     handing: RepeatLayout
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns all outputs: `[..., in]` to `[..., handing.given]`."""
+        """Returns all outputs: `[..., in]` to `[..., returned]`."""
         return self.handing.repeat(super().forward(x))  # type: ignore[no-untyped-call]
 
 
 def repeat_layout_of(module: nn.Module) -> RepeatLayout | None:
-    """Returns how a module hands out heads; None if it gives what it stores."""
+    """Returns the layout of repeated heads of a module. None if it repeats nothing."""
     return module.handing if isinstance(module, RepeatedHeadsLinear | RepeatedHeadsConv1D) else None
 
 
 def set_repeat_layout(module: nn.Module, handing: RepeatLayout | None) -> None:
-    """Makes a linear hand out heads, in place, or with None the plain linear that it was; its tensors are not touched."""
+    """Makes a linear layer repeat heads in place, or with None a plain layer."""
     attributes: dict[str, Any] = vars(module)
     if handing is None:
         module.__class__ = attributes.pop("_billhook_was")
@@ -133,15 +133,16 @@ def set_repeat_layout(module: nn.Module, handing: RepeatLayout | None) -> None:
         return
     if repeat_layout_of(module) is None:
         attributes["_billhook_was"] = type(module)
-        # a class, as of torch's parametrize: deep and pickled copies have it, and undoing an event takes it back, unlike a hook
+        # a class, like torch's parametrize: unlike a hook, copies have it, and undoing an event restores it
         module.__class__ = RepeatedHeadsConv1D if isinstance(module, Conv1D) else RepeatedHeadsLinear
     attributes["handing"] = handing
 
 
 def find_repeat_layout(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], heads: int) -> RepeatLayout | None:
-    """Finds how outputs are handed out if heads of some kinds become so many; None if they do not lie regularly.
+    """Finds the layout if heads of some kinds are reduced to `heads`. None if it is irregular.
 
-    For each output it is given its kind (such as query, key, value), head and rank in the head, and if that kind is `repeated`.
+    Each output is given by kind (such as query, key, or value), head, and position in the head, and by whether its kind is
+    repeated.
     """
     kinds, head, rank = np.asarray(keys, np.int64).T
     pieces, stored, times = list[Piece](), list[tuple[int, int, int]](), np.ones_like(kinds)

@@ -1,6 +1,6 @@
-"""The shape of a model, absolute: the sizes of its tensors, its blocks, and what modules and config say of both.
+"""The shape of a model: tensor sizes, blocks, and related numbers.
 
-A checkpoint carries it, so that a model of any other shape can take the checkpoint's shape before the weights are loaded.
+A checkpoint contains it, so a model can adopt the shape before the weights are loaded.
 """
 
 import copy
@@ -20,27 +20,27 @@ from billhook.model.layers import is_linear
 from billhook.model.repeat_kv import RepeatLayout, repeat_layout_of, set_repeat_layout
 from billhook.model.surgery import restored_on_error
 
-_REMOVED = "_billhook_removed"  # on a module list: by their first numbers, the blocks that were removed, without weights
+_REMOVED = "_billhook_removed"  # on a module list: removed blocks without weights, by original number
 
 
 def block_numbers(stack: nn.ModuleList) -> list[int]:
-    """Returns the numbers that the blocks of a stack had before any was taken out."""
+    """Returns the original numbers of the blocks in a stack."""
     return [number for number in range(original_count(stack)) if number not in _removed_from(stack)]
 
 
 def original_count(stack: nn.ModuleList) -> int:
-    """Returns how many blocks a stack had before any was taken out."""
+    """Returns the original number of blocks in a stack."""
     return len(stack) + len(_removed_from(stack))
 
 
 def removed_blocks(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Finds the stacks that have lost blocks: by name, how many blocks there were at first, and the numbers of those there."""
+    """Returns stacks that have lost blocks, with the original count and remaining numbers."""
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     return {name: (original_count(stack), tuple(block_numbers(stack))) for name, stack in stacks.items() if _removed_from(stack)}
 
 
 def keep_blocks(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
-    """Leaves these blocks in a stack, by the numbers that they had at first; removed ones come back, without weights."""
+    """Keeps the blocks with these original numbers. Removed blocks return without weights."""
     blocks, removed = dict(zip(block_numbers(stack), stack, strict=True)), dict(_removed_from(stack))
     tensor = next(stack.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
@@ -67,12 +67,12 @@ def _removed_from(stack: nn.ModuleList) -> dict[int, nn.Module | None]:
 
 def _filled(block: nn.Module | None, number: int, device: torch.device) -> nn.Module:
     if block is None:
-        raise ValueError(f"block {number}, which was removed, cannot come back: load the checkpoint into a new model")
+        raise ValueError(f"block {number} was removed and cannot be restored. Load the checkpoint into a new model.")
     return _copied(block, device)
 
 
 def _copied(block: nn.Module, device: torch.device) -> nn.Module:
-    """Copies a block, but not its configs, with parameters on a device that hold nothing meaningful."""
+    """Copies a block, but not its configs, with uninitialized parameters on a device."""
     memo: dict[int, Any] = {}
     for module in block.modules():
         memo |= {id(config): config for config in vars(module).values() if isinstance(config, PretrainedConfig)}
@@ -84,30 +84,30 @@ def _copied(block: nn.Module, device: torch.device) -> nn.Module:
 T = TypeVar("T")
 
 KEY = "billhook"
-"""Where Lightning checkpoints keep the shape, and config.json what the model's class does not build of it."""
+"""Key of the shape in Lightning checkpoints, and of the shape beyond the config in config.json."""
 
 VERSIONS = (1, 2)
-"""Those of an entry that are read: the first has no linears that hand out heads, and is written where there are none."""
+"""Supported versions of a shape entry. Version 1, written without repeated heads, cannot contain them."""
 
 GROUPS = "num_key_value_groups"
-"""The attribute of an attention, its class's or given to it, with which transformers reads fewer KV heads than query heads."""
+"""Attribute of attention modules for the number of query heads per KV head."""
 
 FLAG = "multi_query"
-"""The field of config and attention that says in some families that there is one KV head: the only flag in a shape."""
-DIMENSIONS = 8  # more than any layer's weight has
+"""Config field and attribute of some families for multi-query attention, the only flag in a shape."""
+DIMENSIONS = 8  # more than any weight has
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of tensors by name, and whole numbers by `module.attribute` and by config field.
+    """Sizes of tensors by name, and integers by `module.attribute` and config field.
 
     Attributes:
-        tensors: The sizes of what `state_dict` holds.
-        attributes: The whole-number attributes of the modules that hold parameters.
-        config: The whole-number fields of the config, nested configs with dots.
-        lists: The fields of the config that are lists of plain values, such as one for each block.
-        blocks: By the module lists from which blocks were removed: how many there were at first, and which of them are there.
-        handed: The linears that store fewer heads than they hand out; None where a shape says nothing of them.
+        tensors: Sizes of the tensors in `state_dict`.
+        attributes: Integer attributes of modules with parameters.
+        config: Integer fields of the config, with dots for nested configs.
+        lists: Config fields that are lists of plain values, such as one value per block.
+        blocks: Original count and remaining numbers of blocks, by module list that has lost blocks.
+        handed: Layouts of repeated heads, by linear layer. None if unknown.
     """
 
     tensors: dict[str, tuple[int, ...]]
@@ -118,12 +118,12 @@ class Shape:
     handed: dict[str, RepeatLayout] | None = None
 
     def over(self, other: "Shape") -> "Shape":
-        """Returns a complete shape in which this one, where it says anything, stands instead."""
+        """Returns a complete shape with the values of this shape over another."""
         parts = {part: vars(other)[part] | stated for part, stated in vars(self).items() if part != "handed"}
         return Shape(**parts, handed=other.handed if self.handed is None else self.handed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns lists, dicts and numbers, which any checkpoint format can hold."""
+        """Returns plain data, for any checkpoint format."""
         return {
             "tensors": {name: list(size) for name, size in self.tensors.items()},
             "attributes": dict(self.attributes),
@@ -135,7 +135,7 @@ class Shape:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
-        """Makes a shape of what `to_dict` returned, also before it knew of lists, blocks and linears that hand out heads."""
+        """Creates a shape from `to_dict`, also of older versions."""
         check_plain_shape(plain)
         tensors = {name: tuple(size) for name, size in plain["tensors"].items()}
         blocks = {name: (first, tuple(numbers)) for name, (first, numbers) in plain.get("blocks", {}).items()}
@@ -144,22 +144,22 @@ class Shape:
 
 
 def check_plain_shape(plain: object) -> None:
-    """Refuses what `Shape.to_dict` does not make."""
+    """Raises for data that `Shape.to_dict` does not create."""
     parts: dict[str, tuple[Callable[[str, Any], bool], str]] = {
-        "tensors": (_is_size, "a short list of whole numbers"),
-        "attributes": (_is_whole, "a whole number of 64 bits"),
-        "config": (_is_whole, "a whole number of 64 bits"),
+        "tensors": (_is_size, "a short list of integers"),
+        "attributes": (_is_whole, "a 64-bit integer"),
+        "config": (_is_whole, "a 64-bit integer"),
         "lists": (_is_plain_list, "a list of plain values"),
-        "blocks": (_are_blocks, "a number of blocks, and which of them are there, ascending"),
+        "blocks": (_are_blocks, "a number of blocks and the remaining numbers, ascending"),
         "handed": (lambda _, stated: isinstance(stated, list), "a list"),
     }
     for part, (holds, legal) in parts.items():
         stated = plain.get(part, {} if part in ("lists", "blocks", "handed") else None) if isinstance(plain, Mapping) else None
         if not isinstance(stated, Mapping):
-            raise ValueError(f"shape.{part} is {str(stated)[:80]!r}, and must be a mapping")
+            raise ValueError(f"shape.{part} is {str(stated)[:80]!r}, but must be a mapping.")
         for name, value in stated.items():
             if not isinstance(name, str) or not holds(name, value):
-                raise ValueError(f"shape.{part}: {str(name)[:200]} is {str(value)[:80]!r}, and must be {legal}")
+                raise ValueError(f"shape.{part}: {str(name)[:200]} is {str(value)[:80]!r}, but must be {legal}.")
 
 
 def _is_size(_: str, size: object) -> bool:
@@ -167,12 +167,12 @@ def _is_size(_: str, size: object) -> bool:
 
 
 def _is_whole(name: str, stated: object) -> bool:
-    """Tells whether an attribute or field is a number that a shape can hold, or the flag that it does."""
+    """Returns whether a value is an integer or flag that a shape can contain."""
     return (type(stated) is int and abs(stated) < 2**63) or (type(stated) is bool and name.rpartition(".")[2] == FLAG)
 
 
 def _is_plain_list(_: str, stated: object) -> bool:
-    """Tells whether a field is a list that a shape can hold."""
+    """Returns whether a value is a list that a shape can contain."""
     return isinstance(stated, list) and all(value is None or isinstance(value, bool | int | float | str) for value in stated)
 
 
@@ -184,12 +184,12 @@ def _are_blocks(_: str, stated: object) -> bool:
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """Returns the shape that a model has now."""
+    """Returns the current shape of a model."""
     state = model.state_dict(keep_vars=True)
     if packed := next((name for name, value in state.items() if not isinstance(value, Tensor)), None):
         raise ValueError(
-            f"model: {packed} is a {type(state[packed]).__name__} and no tensor, as in layers that torch.ao has quantised: "
-            "work on the model before it is quantised"
+            f"model: {packed} is a {type(state[packed]).__name__}, not a tensor, as in layers quantized by torch.ao. Change the "
+            "model before it is quantized."
         )
     shape = Shape({name: tuple(tensor.shape) for name, tensor in state.items()}, {}, {}, blocks=removed_blocks(model), handed={})
     for name, module, attr in _numbers(model):
@@ -206,7 +206,7 @@ def shape_of(model: nn.Module) -> Shape:
 
 
 def built_shape(kind: type[PreTrainedModel], config: PretrainedConfig) -> Shape:
-    """Returns the shape that a class builds from a config as it is read back from a checkpoint; the config stays as it is."""
+    """Returns the shape that a class builds from a config as loaded from a checkpoint."""
 
     def built() -> Shape:
         try:
@@ -219,10 +219,10 @@ def built_shape(kind: type[PreTrainedModel], config: PretrainedConfig) -> Shape:
 
 
 def shape_beyond_config(model: PreTrainedModel, now: Shape | None = None) -> Shape:
-    """Returns the part of a model's shape that its config cannot express; without tensors if the config describes the model.
+    """Returns the part of a model's shape that its config cannot express.
 
-    The attributes alone may differ in such a model too, as when a field of the config was changed after building. Linears count
-    as those that they are without adapters. Its shape `now` is not looked for again if it is known.
+    Attributes alone may differ, such as after a config field was changed. Adapters are ignored. `now` is the current shape, if
+    known.
     """
     now, built = now or shape_of(model), built_shape(type(model), model.config)
     sizes, numbers, handed = _bare(now.tensors), _bare(now.attributes), _bare(now.handed or {})
@@ -236,19 +236,19 @@ def shape_beyond_config(model: PreTrainedModel, now: Shape | None = None) -> Sha
 
 
 def _bare(stated: Mapping[str, T]) -> dict[str, T]:
-    """Names linears as if they had no adapters."""
+    """Removes adapters from names."""
     return {name.replace(".base_layer.", ".").removesuffix(".base_layer"): value for name, value in stated.items()}
 
 
 def to_entry(shape: Shape) -> dict[str, Any]:
-    """Returns the entry of a config under `KEY` for a shape."""
+    """Returns the config entry (`KEY`) of a shape."""
     plain = shape.to_dict()
     parts = ("tensors", "attributes", "handed") if shape.handed else ("tensors", "attributes")
     return {"version": VERSIONS[len(parts) - 2], "shape": {part: plain[part] for part in parts}}
 
 
 def record_shape(model: nn.Module) -> None:
-    """Has a model's config report, for whoever saves the model, what its class does not build of its shape."""
+    """Records the shape beyond the config in a model's config, for saving."""
     if not isinstance(model, PreTrainedModel) or model.device.type == "meta":
         return
     vars(model.config).pop(KEY, None)
@@ -261,13 +261,13 @@ def record_shape(model: nn.Module) -> None:
 
 
 def set_shape(model: nn.Module, shape: Shape) -> None:
-    """Gives a model another shape; tensors whose size changes are new and hold nothing meaningful until weights are loaded.
+    """Gives a model another shape. Resized tensors are uninitialized until weights are loaded.
 
-    What else a module says of a tensor's size follows it: `normalized_shape` of a `LayerNorm`. Blocks that were removed by then
-    are removed, and those that were not come back; what attentions and linears have of fewer KV heads follows likewise.
+    Related module attributes are updated, such as `normalized_shape` of `LayerNorm`. Blocks are removed or restored to match, and
+    so are attributes and layouts of fewer KV heads.
 
     Raises:
-        ValueError: If the shape is of a model with other tensors.
+        ValueError: If the shape belongs to a model with other tensors.
     """
     with restored_on_error(model):
         for stack, numbers in list(_blocks_then(model, shape)):
@@ -287,8 +287,8 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
     _set_groups(model, shape)
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
-    then: Fields = shape.config | shape.lists
-    if changed := {name: then[name] for name, value in _fields(model).items() if then.get(name, value) != value}:
+    new_fields: Fields = shape.config | shape.lists
+    if changed := {name: new_fields[name] for name, value in _fields(model).items() if new_fields.get(name, value) != value}:
         before = copy.deepcopy(model.config)
         set_fields(cast(PretrainedConfig, model.config), changed)
         if isinstance(model, PreTrainedModel):
@@ -296,12 +296,12 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
 
 
 def changed_constants(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
-    """Finds numbers that a model takes from its config instead of an earlier one; none if that does not describe the model."""
+    """Returns numbers that a model derives differently from its config than before."""
     return {} if shape_beyond_config(model).tensors else derived_constants(model, before)
 
 
 def _set_groups(model: nn.Module, shape: Shape) -> None:
-    """Gives attentions the attribute that others of their class lack; a complete shape that lacks it takes it from them."""
+    """Sets the number of query heads per KV head where the class does not."""
     complete = shape.handed is not None
     for name, module in model.named_modules():
         stated = shape.attributes.get(f"{name}.{GROUPS}")
@@ -316,15 +316,17 @@ def _check_names(model: nn.Module, shape: Shape) -> None:
     if names != shape.tensors.keys():
         missing, extra = sorted(names - shape.tensors.keys()), sorted(shape.tensors.keys() - names)
         raise ValueError(
-            f"the checkpoint holds another model than the run: it lacks {_some(missing)} of {type(model).__name__}, "
+            f"the checkpoint contains a different model: it lacks {_some(missing)} of {type(model).__name__}, "
             f"and has {_some(extra)}, which {type(model).__name__} lacks"
         )
     modules = dict(model.named_modules())
     for name, handing in (shape.handed or {}).items():
         if not is_linear(modules.get(name, model)):
-            raise ValueError(f"the checkpoint holds another model than the run: {name} is no linear in {type(model).__name__}")
+            raise ValueError(f"the checkpoint contains a different model: {name} is not a linear layer in {type(model).__name__}")
         if handing.stored not in shape.tensors.get(f"{name}.weight", (handing.stored,)):
-            raise ValueError(f"{name} is said to hand out heads of {handing.stored} stored outputs, which it does not store")
+            raise ValueError(
+                f"{name}: its layout of repeated heads needs {handing.stored} stored outputs, which differs from its weight."
+            )
 
 
 def _like(old: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -333,7 +335,7 @@ def _like(old: Tensor, size: tuple[int, ...]) -> Tensor:
 
 
 def _put(module: nn.Module, attr: str, new: Tensor) -> None:
-    """Sets a tensor, and where it is the weight what the module keeps of its size."""
+    """Assigns a tensor, and updates size attributes for a weight."""
     size = tuple(getattr(module, attr).shape)
     for name, value in vars(module).items():
         if attr == "weight" and isinstance(value, tuple | list) and tuple(value) == size:
@@ -350,7 +352,7 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def _fields(model: nn.Module) -> Fields:
-    """Returns the fields of a model's config that are whole numbers or lists of plain values, except the names of its class."""
+    """Returns integer and list fields of a config, except class names."""
     config = getattr(model, "config", None)
     fields = fields_of(config).items() if isinstance(config, PretrainedConfig) else ()
     plain = {name: value for name, value in fields if _is_whole(name, value) or _is_plain_list(name, value)}
@@ -358,20 +360,20 @@ def _fields(model: nn.Module) -> Fields:
 
 
 def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList, list[int]]]:
-    """Yields the stacks that hold other blocks in a shape, and their numbers; by default all of them, or those there."""
+    """Yields stacks whose blocks differ from a shape, and the required numbers."""
     for name, stack in list(model.named_modules()):
         if not isinstance(stack, nn.ModuleList):
             continue
-        now, first, prefix = block_numbers(stack), original_count(stack), f"{name}."
+        current, first, prefix = block_numbers(stack), original_count(stack), f"{name}."
         blocks = {tensor.removeprefix(prefix).partition(".")[0] for tensor in shape.tensors if tensor.startswith(prefix)}
-        before, then = shape.blocks.get(name, (first, range(first) if len(blocks) == first else now))
+        before, required = shape.blocks.get(name, (first, range(first) if len(blocks) == first else current))
         if before != first:
             raise ValueError(
-                f"the checkpoint holds another model than the run: {name} had {before} blocks at first, and has {first} in "
+                f"the checkpoint contains a different model: {name} had {before} blocks originally, but {first} in "
                 f"{type(model).__name__}"
             )
-        if list(then) != now:
-            yield stack, list(then)
+        if list(required) != current:
+            yield stack, list(required)
 
 
 def _some(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Models of a shape that their class does not build from their config: config.json says the difference, the files prove it."""
+"""Loads models whose shape the config cannot express, from an entry in config.json."""
 
 import json
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -24,18 +24,18 @@ from billhook.model.layers import is_linear
 from billhook.model.repeat_kv import RepeatLayout
 from billhook.model.shape import GROUPS, KEY, VERSIONS, Shape, set_shape, shape_of, to_entry
 
-LARGEST = 2**48  # numbers in one tensor: far more than memory holds, and few enough for torch to count their bytes
+LARGEST = 2**48  # largest number of values in a tensor: beyond any memory, but its bytes fit in 64 bits
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
-"""Names that attentions give to how many heads of queries they have."""
+"""Attributes of attention modules for the number of query heads."""
 ROLES = {"q_proj": "q", "query": "q", "q": "q", "k_proj": "k", "key": "k", "k": "k"}
 Sizes = Mapping[str, tuple[int, ...]]
 T = TypeVar("T")
 
 
 def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) -> PreTrainedModel:
-    """Loads a folder or a hub name in a class, of the shape that its config says under `"billhook"`, if it says one.
+    """Loads a checkpoint in a class, with the shape in its `"billhook"` entry.
 
-    A config that was written without what it said there is completed by the sizes in the files; the model must then run.
+    If the entry was lost, the sizes in the files are used, and the model must run.
     """
     check_shards(name)
     if has_shape_entry(name):
@@ -55,14 +55,14 @@ def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) ->
             loaded(**make_inputs(loaded))
     except Exception as error:  # whatever a model raises
         raise ValueError(
-            f"'{name}': the files hold other sizes than its config says, and no \"{KEY}\" in it says what else differs: "
-            f"save the model again with bh.save ({mismatch(loaded, gaps)})"
+            f"'{name}': tensor sizes differ from its config, which has no \"{KEY}\" entry ({mismatch(loaded, gaps)}). "
+            "Save the model again with bh.save."
         ) from error
     return loaded
 
 
 def _entry_of_files(kind: type[PreTrainedModel], name: str) -> dict[str, Any] | None:
-    """Makes the entry of a config that lacks one, of the sizes in the files; None if they are those that the class builds."""
+    """Creates a missing config entry from the sizes in the files. None if they match."""
     meta_model = build_or_refuse(kind, cast(type[PretrainedConfig], kind.config_class).from_pretrained(name))
     built, state = shape_of(meta_model), meta_model.state_dict(keep_vars=True)
     _, files = _named_as_in(meta_model, Shape({}, {}, {}), _file_sizes(name))
@@ -78,7 +78,7 @@ def _entry_of_files(kind: type[PreTrainedModel], name: str) -> dict[str, Any] | 
 
 
 def _number_then(module: nn.Module, attr: str, owner: str, tensors: Sizes) -> int | None:
-    """Returns what a module says of sizes, or of heads in them, once its tensors have other sizes; None if that is not clear."""
+    """Returns a size or head count of a module for new tensor sizes. None if unclear."""
     now = {name: tuple(tensor.shape) for name, tensor in module.named_parameters() if name.count(".") < 2}
     then = {name: tensors.get(f"{owner}.{name}", size) for name, size in now.items()}
     rows = {}
@@ -98,7 +98,7 @@ def _number_then(module: nn.Module, attr: str, owner: str, tensors: Sizes) -> in
 
 @contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Raises a ValueError that names the checkpoint instead of all errors except those of memory, files and missing packages."""
+    """Converts loading errors to a ValueError that names the checkpoint."""
     try:
         yield
     except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
@@ -109,7 +109,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def has_shape_entry(name: str) -> bool:
-    """Tells whether the config of a folder or a hub name has a shape under `"billhook"`; an unreadable one has none."""
+    """Returns whether the config of a checkpoint has a shape entry."""
     try:
         return PretrainedConfig.get_config_dict(name)[0].get(KEY) is not None
     except OSError:
@@ -124,9 +124,9 @@ def load_shaped(
     labels: int | None = None,
     entry: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Loads a checkpoint, whose config says a shape, in a class; the model that was saved may have had another head.
+    """Loads a checkpoint with a shape entry in a class, also with another task head.
 
-    Before memory is taken, an entry is refused that is not what billhook writes, or not what the files and the class hold.
+    Invalid entries, and entries that contradict the files or the class, raise before memory is used.
     """
     entry = entry or PretrainedConfig.get_config_dict(name)[0].get(KEY)
     fields: dict[str, Any] = {} if labels is None else {"num_labels": labels}
@@ -144,7 +144,7 @@ def load_shaped(
 def load_on_meta(
     kind: type[PreTrainedModel], name: str, sizes: Mapping[str, Tensor], dtype: str | torch.dtype
 ) -> PreTrainedModel:
-    """Loads a checkpoint in a class as `load_as` does, without values: of the sizes that the tensors in its files have."""
+    """Loads a checkpoint in a class on meta, with the tensor sizes of its files."""
     config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name)
     entry, shape = vars(config).pop(KEY, None), None
     if entry is not None:
@@ -160,7 +160,7 @@ def load_on_meta(
 
 
 def _checked(kind: type[PreTrainedModel], config: PretrainedConfig, stated: Shape, files: Sizes) -> Shape:
-    """Returns what is stated, named as a class does, if it is what the files and the class hold."""
+    """Returns a shape named as in a class. Raises if files or class contradict it."""
     meta_model = build_or_refuse(kind, config)
     shape, sizes = _named_as_in(meta_model, stated, files)
     _check(meta_model, shape, sizes)
@@ -168,7 +168,7 @@ def _checked(kind: type[PreTrainedModel], config: PretrainedConfig, stated: Shap
 
 
 def apply_entry(meta_model: PreTrainedModel, entry: object, name: str) -> None:
-    """Gives a model on meta tensors the shape that an entry of a config says; no files are asked."""
+    """Gives a meta model the shape of a config entry, without reading files."""
     with _said_by(name):
         shape = _from_entry(entry)
         _check(meta_model, shape, None)
@@ -186,13 +186,13 @@ def _said_by(name: str) -> Iterator[None]:
 def build_shaped(
     kind: type[PreTrainedModel], config: PretrainedConfig, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
-    """Builds a model of a shape that its class does not build from the config, with weights, in no more memory than theirs."""
+    """Builds a model with weights in a shape that its config cannot express."""
     model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     return _finish(model, kind, shape)
 
 
 def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedModel]:
-    """Makes a class for one use, named as transformers looks it up, whose models are built with other tensors."""
+    """Creates a single-use class whose models are built with other tensor sizes."""
 
     def build(self: PreTrainedModel, config: PretrainedConfig, *args: object, **options: object) -> None:
         kind.__init__(self, config, *args, **options)
@@ -209,14 +209,14 @@ def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedM
 
 
 def _finish(model: PreTrainedModel, kind: type[PreTrainedModel], shape: Shape) -> PreTrainedModel:
-    """Sets the attributes, now that nothing is initialized by them any more, and gives the model back its class."""
+    """Sets attributes after initialization, and restores the class of a model."""
     model.__class__ = kind  # from_pretrained builds of a class: only a class can build otherwise for one call
     set_shape(model, Shape({}, shape.attributes, {}, handed=shape.handed).over(shape_of(model)))
     return model
 
 
 def _from_entry(entry: object) -> Shape:
-    """Reads the shape in an entry of config.json, and refuses what `to_entry` does not make."""
+    """Reads the shape in a config entry. Raises for invalid entries."""
     if not isinstance(entry, dict) or type(entry.get("version")) is not int or entry["version"] not in VERSIONS:
         came = entry.get("version") if isinstance(entry, dict) else entry
         known = " and ".join(map(str, VERSIONS))
@@ -229,7 +229,7 @@ def _from_entry(entry: object) -> Shape:
 
 
 def _named_as_in(meta_model: PreTrainedModel, stated: Shape, files: Sizes) -> tuple[Shape, Sizes]:
-    """Names what is stated and held as the model does, if it has a head and what was saved had none, or the other way round."""
+    """Renames tensors to a model's names, with or without its base model prefix."""
     prefix, modules = f"{meta_model.base_model_prefix}.", dict(meta_model.named_modules())
 
     def renamed(entries: Mapping[str, T], known: Container[str]) -> dict[str, T]:
@@ -243,15 +243,15 @@ def _named_as_in(meta_model: PreTrainedModel, stated: Shape, files: Sizes) -> tu
 
 
 def _attributes(modules: Iterable[str], built: Shape) -> set[str]:
-    """Returns the attributes that a shape may state: those that the class builds, and the one that attentions may be given."""
+    """Returns the attributes that a shape may contain."""
     return built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
 
 
 def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> None:
-    """Compares what is stated with what the class builds, on meta tensors, which take it, and with what the files hold if known.
+    """Raises if a shape contradicts the class on meta tensors, or the files.
 
-    A tensor may be in the files under the name of one that it is tied to, or, where transformers changes the format as it loads,
-    under no name of the model's; all such together may be no larger than what is there under no name of the model's.
+    A tensor may be in the files under a tied name, or unnamed if transformers converts it on loading. Unnamed tensors may be no
+    larger than the remaining tensors in the files.
     """
     kind, state, built = type(meta_model).__name__, meta_model.state_dict(keep_vars=True), shape_of(meta_model)
     modules, handed = dict(meta_model.named_modules()), stated.handed or {}
@@ -292,9 +292,9 @@ def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> N
 
 
 def _check_attributes(stated: Shape, built: Shape) -> None:
-    """Refuses an attribute that a module of such tensors cannot have: no size, nor number of heads, is larger than all of them.
+    """Raises for attributes larger than any related size.
 
-    A number that the class builds as 1 or more stays so, but for places in an order, which begin at 0.
+    Positive integers must stay positive, except indices, which start at 0.
     """
     largest: dict[str, int] = {}
     for name, size in (built.tensors | stated.tensors).items():
@@ -321,15 +321,15 @@ def _check_attributes(stated: Shape, built: Shape) -> None:
 
 
 def _check_handed(module: nn.Module, name: str, handing: RepeatLayout, tensors: Sizes) -> None:
-    """Compares how a linear is said to hand out heads with what it has and is asked for."""
+    """Raises for a layout of repeated heads that contradicts its layer."""
     if not is_linear(module):
         raise ValueError(f"{name[:200]} is said to hand out heads, and is no linear")
     weight = cast(Tensor, module.weight)
     dim = 1 if isinstance(module, Conv1D) else 0
     stored = tensors.get(f"{name}.weight", tuple(weight.shape))[dim]
-    if handing.stored != stored or handing.given > weight.shape[dim]:  # fewer, where heads were removed before
+    if handing.stored != stored or handing.returned > weight.shape[dim]:  # fewer, where heads were removed before
         raise ValueError(
-            f"{name[:200]} is said to hand out {handing.given} outputs of {handing.stored}, and at most {weight.shape[dim]} of "
+            f"{name[:200]} is said to hand out {handing.returned} outputs of {handing.stored}, and at most {weight.shape[dim]} of "
             f"{stored} are asked for"
         )
 
@@ -339,7 +339,7 @@ def _numbers(sizes: Iterable[tuple[int, ...]]) -> int:
 
 
 def _file_sizes(name: str) -> Sizes:
-    """Reads the sizes in the headers of a checkpoint's safetensors files; the tensors are not read."""
+    """Reads tensor sizes from safetensors headers."""
     try:
         sizes = dict[str, tuple[int, ...]]()
         for file in _files(name):

@@ -1,4 +1,4 @@
-"""Loads a checkpoint of which one block at a time is in memory."""
+"""Loads a checkpoint as a streamed model."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -22,27 +22,26 @@ from billhook.model.shaped import load_on_meta, readable
 def stream(
     folder: str | Path, out: str | Path | None = None, dtype: str = "auto", device: str | torch.device | None = None
 ) -> PreTrainedModel:
-    """Loads a checkpoint of which one block at a time is in memory: it comes from the files when it computes, then goes.
+    """Loads a checkpoint as a streamed model, with a single block in memory at a time.
 
-    What is in no block, such as embeddings, stays. `prune` and `convert_kv_heads` write each block as soon as it has changed,
-    into a folder next to `out`; `save` to `out` makes the checkpoint of it, verifies it block by block, and moves it into place.
-    A process that is stopped goes on where it was when the same calls are made again. The model gives what it gives in memory,
-    bit for bit; what needs gradients, or the values of all weights at once, is refused, or finds tensors on the meta device.
+    Parameters outside of blocks, such as embeddings, stay in memory. `prune` and `convert_kv_heads` write each changed block to a
+    folder next to `out`. `save` to `out` then assembles the checkpoint, verifies it block by block, and moves it into place. An
+    interrupted process is resumed by making the same calls again. Outputs are bitwise identical to those in memory. Methods that
+    need gradients or all weights at once raise, or find tensors on the meta device.
 
     Args:
-        folder: A folder with safetensors files, a hub name, or `"tiny"`. Of a hub's, each file is fetched when it is needed.
-        out: The folder that will be saved to; None for a model that does not change.
-        dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
-        device: Where blocks compute, one at a time, such as `"cuda"`; what they give goes back to the CPU, on which the rest of
-            the model stays; of a linear in no block a copy is on the device for each call. By default all computes on the CPU.
+        folder: A folder with safetensors files, a Hub name, or `"tiny"`. Hub files are downloaded when needed.
+        out: Output folder for `save`. None for a read-only model.
+        dtype: Dtype of the weights. `"auto"` uses the checkpoint's dtype.
+        device: Device on which blocks run one at a time, such as `"cuda"`. Outputs return to the CPU, where the rest of the model
+            stays. Linear layers outside of blocks are copied to the device for each call. Defaults to the CPU.
 
     Returns:
-        The model, in evaluation mode, whose blocks have parameters on the meta device while they are not there.
+        The model in eval mode. Parameters of blocks that are not loaded are on the meta device.
 
     Raises:
-        ValueError: If there are no safetensors files, they are quantised or lack tensors of the model, something that billhook
-            did not write stands at `out` or at `.OUT.parts` beside it, or, as for `load`, the config names no class that
-            transformers has.
+        ValueError: If there are no safetensors files, if they are quantized or lack tensors, if `out` or `.OUT.parts` was not
+            written by billhook, or if transformers does not have the class in the config.
 
     Example:
         >>> import billhook as bh
@@ -68,19 +67,24 @@ def load_streamed(
     name: str,
     dtype: str | torch.dtype,
     parts: Parts | None = None,
-    beside: PreTrainedModel | None = None,
+    share_with: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """Loads a folder or a hub name in a class, as `load_as` does, with one block at a time in memory.
+    """Loads a folder or Hub name in a class as a streamed model.
 
-    What stays in memory is not loaded where a model beside this one has the same values: both then hold the same tensors.
+    Args:
+        kind: The class.
+        name: A folder or Hub name.
+        dtype: Dtype of the weights.
+        parts: Writes changed blocks. None for a read-only model.
+        share_with: A model in memory, with which bitwise identical parameters are shared.
     """
     stream = _stream(kind, name, dtype, parts)
-    stream.open(beside)
+    stream.open(share_with)
     return stream.model
 
 
 def outline(folder: str) -> PreTrainedModel:
-    """Returns a model on meta that knows its files, of which only headers are read; in memory, if it has no blocks to stream."""
+    """Returns a meta model with its files, or a model in memory if it has no blocks."""
     name = model_path(folder)
     check_checkpoint(name)
     with readable(name):

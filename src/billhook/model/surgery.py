@@ -1,4 +1,4 @@
-"""New parameters instead of old ones, in a model and in the optimizers that train it, if these can follow."""
+"""Replaces parameters in a model and in its optimizers."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,47 +16,47 @@ from billhook.engine.state import fresh_autocast_cache, uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.config_fields import configs_of
 
-INSTEAD = "use a plain optimizer, such as torch.optim.AdamW, or prune or convert first and train the result"
+INSTEAD = "Use a plain optimizer, such as torch.optim.AdamW, or prune or convert first and train the result."
 
 
 def check_replaceable(model: nn.Module, optimizers: Iterable[Optimizer], name: str = "optimizers") -> None:
-    """Refuses optimizers that would go on with the old parameters where new ones take their place.
+    """Raises for optimizers that would keep training replaced parameters.
 
     Raises:
-        ValueError: Of an optimizer that holds parameters in more places than its `param_groups`, as one around another optimizer
-            does, and of parameters that have optimizers of their own, which step while gradients are computed.
+        ValueError: If an optimizer holds parameters outside of its `param_groups`, such as a wrapper of another optimizer, or if
+            parameters are stepped during the backward pass.
     """
     for optimizer in optimizers:
         kind = type(optimizer).__name__
         if "ZeroRedundancyOptimizer" in {parent.__name__ for parent in type(optimizer).mro()}:  # slow to import
-            raise ValueError(f"{name}: {kind} steps shards of its own, which new parameters do not reach: {INSTEAD}")
+            raise ValueError(f"{name}: {kind} trains its own shards, which new parameters do not reach. {INSTEAD}")
         if isinstance(optimizer, LBFGS):
-            raise ValueError(f"{name}: {kind} keeps directions of all parameters as one vector of a fixed size: {INSTEAD}")
+            raise ValueError(f"{name}: {kind} keeps all parameters in vectors of fixed size. {INSTEAD}")
         if (attr := _beside_groups(optimizer)) is not None:
             raise ValueError(
-                f"{name}: {kind} holds parameters in `{attr}` as well as in its param_groups, where new ones do not replace "
-                f"them, so that they would not be trained: {INSTEAD}"
+                f"{name}: {kind} also holds parameters in `{attr}`, outside of its param_groups, so new parameters would not be "
+                f"trained. {INSTEAD}"
             )
     for of, parameter in model.named_parameters():
         if getattr(parameter, "_in_backward_optimizers", None) or getattr(parameter, "_post_accumulate_grad_hooks", None):
             raise ValueError(
-                f"{name}: {of} has hooks that step an optimizer, or do something else, as soon as its gradient is there, and a "
-                f"new parameter in its place has none: {INSTEAD}"
+                f"{name}: {of} has hooks on gradient accumulation, such as an optimizer step in backward, which a new parameter "
+                f"would lack. {INSTEAD}"
             )
 
 
 def check_unhooked(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuses parameters with hooks on their gradients, which those in their place would not have."""
+    """Raises for parameters with gradient hooks, which new parameters would lack."""
     for name, parameter in parameters.items():
         if getattr(parameter, "_backward_hooks", None):
             raise ValueError(
-                f"{name} has a hook on its gradient (register_hook), and a new parameter in its place has none: remove the hook, "
-                "and register it again afterwards"
+                f"{name} has a gradient hook (register_hook), which a new parameter would lack. Remove the hook, and register it "
+                "again afterwards."
             )
 
 
 def _beside_groups(optimizer: Optimizer) -> str | None:
-    """Returns the attribute in which an optimizer holds parameters, or another optimizer of them, beside its groups and state."""
+    """Returns an attribute with parameters outside of param_groups and state."""
     groups = optimizer.param_groups
     followed: list[Any] = [groups, optimizer.state, *groups, *(group["params"] for group in groups)]
     seen, parameters = set(map(id, followed)), {id(parameter) for group in groups for parameter in group["params"]}
@@ -104,7 +104,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Swap:
-    """A parameter that has taken the place of another in a model, whose optimizers have yet to follow."""
+    """A replaced parameter, whose optimizers are not updated yet."""
 
     name: str
     old: nn.Parameter
@@ -113,25 +113,24 @@ class Swap:
 
 
 UpdateOptimizers = Callable[[Iterable[Optimizer]], None]
-"""Has optimizers follow what has changed in a model; nothing undoes it, so it comes last."""
+"""Updates optimizers after a change. It cannot be undone, so it comes last."""
 
 
 def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
-    """Changes parameters by name, everywhere at once: model, param groups, optimizer state, gradients.
+    """Replaces parameters by name in the model, param groups, optimizer state, and gradients.
 
-    An error, such as a ValueError where new values are not finite and the old were, leaves model and optimizers as they were.
-    Order in the param groups stays, so optimizer state in a checkpoint still finds its parameter. A parameter under several
-    names (tied) changes under all of them.
+    An error, such as for new values that are not finite, leaves model and optimizers unchanged. The order in param groups stays,
+    so optimizer state in a checkpoint still matches. A tied parameter changes under all of its names.
     """
     update_optimizers(change_values(model, changes), [optimizers] if isinstance(optimizers, Optimizer) else optimizers)
 
 
 @torch.no_grad()
 def change_values(model: nn.Module, changes: Mapping[str, Change], keep_on_device: bool = False) -> list[Swap]:
-    """Changes parameters by name in a model alone, one after the other; `follow` has optimizers follow them.
+    """Replaces parameters by name in the model. `update_optimizers` then updates optimizers.
 
-    The old values leave the device for the CPU, where they wait for what may undo the change: it is `snapshot` that takes them
-    home. They stay where something else still holds them on the device.
+    Old values are moved to the CPU until the change is final, and back if it is undone. Values that are shared elsewhere stay on
+    the device.
     """
     check_unhooked({name: model.get_parameter(name) for name in changes})
     with restored_on_error(model):
@@ -142,7 +141,7 @@ def _changed(model: nn.Module, name: str, change: Change, keep_on_device: bool) 
     old = model.get_parameter(name)
     values = change.weight(old.detach())
     if not values.is_meta and not torch.isfinite(values).all() and torch.isfinite(old).all():
-        raise ValueError(f"{name}: the new values are not finite")
+        raise ValueError(f"{name}: the new values are not finite.")
     new = nn.Parameter(values.to(old.dtype).contiguous(), requires_grad=old.requires_grad)
     if old.grad is not None and change.gradient is not None:
         new.grad = change.gradient(old.grad).to(new.dtype).contiguous()
@@ -155,7 +154,7 @@ def _changed(model: nn.Module, name: str, change: Change, keep_on_device: bool) 
 
 
 def _move(parameter: nn.Parameter, device: torch.device) -> None:
-    """Moves a parameter that stays the same object, and its gradient."""
+    """Moves a parameter and its gradient. It stays the same object."""
     if parameter.device == device:
         return
     with uninterrupted():
@@ -167,15 +166,15 @@ def _move(parameter: nn.Parameter, device: torch.device) -> None:
 
 @torch.no_grad()
 def update_optimizers(swaps: list[Swap], optimizers: Iterable[Optimizer]) -> None:
-    """Gives optimizers the parameters that have taken the place of theirs, whose state follows, and goes, before the next.
+    """Replaces parameters in optimizers and remaps their state, one parameter at a time.
 
-    Where state cannot follow, the optimizer restarts for the parameter, with a warning: the model has changed by now, and
-    optimizers must not be left behind. For the same reason, an interrupt from the keyboard waits until all have followed.
+    If state cannot be remapped, the optimizer restarts for the parameter with a warning, because the model has already changed.
+    For the same reason, keyboard interrupts are delayed to the end.
     """
     trained_by = list(optimizers)
     with uninterrupted():
         while swaps:
-            swap = swaps.pop(0)  # with which the old values go
+            swap = swaps.pop(0)  # frees the old values
             for optimizer in trained_by:
                 _follow(optimizer, swap)
 
@@ -190,7 +189,7 @@ def _follow(optimizer: Optimizer, swap: Swap) -> None:
 
 @contextmanager
 def restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Puts back modules and configs, but not the values of tensors, if an error is raised within."""
+    """Restores modules and configs, but not tensor values, after an error."""
     back = snapshot(model)
     try:
         yield
@@ -200,7 +199,7 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
-    """Returns what puts modules and configs, but not the values of tensors, back to what they are now."""
+    """Returns a function that restores modules and configs, but not tensor values."""
     modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
     tables = [*map(vars, configs_of(model)), *(attributes.get(name) for *_, attributes in modules for name in TABLES)]
     contents = [(table, dict(table)) for table in tables if isinstance(table, dict)]  # TorchScript has others
@@ -211,7 +210,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             for parameter, device in devices.items():
                 _move(parameter, device)
             for module, kind, attributes in modules:
-                module.__class__ = kind  # FSDP2, masked LoRA and linears that hand out heads have changed it
+                module.__class__ = kind  # changed by FSDP2, masked LoRA, and repeated KV heads
                 _refill(vars(module), attributes)
             for table, before in contents:
                 _refill(table, before)
@@ -226,7 +225,7 @@ def _refill(table: dict[Any, Any], before: Mapping[Any, Any]) -> None:
 
 @contextmanager
 def values_restored_on_error(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Puts back what stood in some tensors, which change within, if an error is raised; for that long the CPU has it, too."""
+    """Restores tensor values after an error. Meanwhile the CPU holds a copy."""
     kept = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
     with fresh_autocast_cache():
         try:
@@ -248,7 +247,7 @@ def initial_state(optimizer: Optimizer, parameter: Tensor) -> dict[str, object]:
 
 
 def _new_state(optimizer: Optimizer, swap: Swap, change: Callable[[str, Tensor], Tensor]) -> dict[str, object]:
-    """Returns what an optimizer keeps of a parameter, as it is of the one in its place."""
+    """Returns the remapped optimizer state of a replaced parameter."""
     state, size, what = dict[str, object](), swap.old.shape, ""
     before = optimizer.state.get(swap.old, {})
     for key, value in before.items():
@@ -270,15 +269,16 @@ def _new_state(optimizer: Optimizer, swap: Swap, change: Callable[[str, Tensor],
 
 @torch.no_grad()
 def assign_values(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
-    """Takes other values of the same sizes, in place or not at all; the optimizer state of what differs restarts.
+    """Assigns values of the same sizes in place, and restarts their optimizer state.
 
-    Where parameters are sharded, each rank takes its part of values that all have; those that change are gathered to tell.
+    Sharded parameters take their part of values that all ranks have, after a gather to compare them. After an error, nothing has
+    changed.
     """
     reshard(model)
     trained_by = list(optimizers)
     for name, values in weights.items():
         if not values.isfinite().all():
-            raise ValueError(f"{name}: the new values are not finite")
+            raise ValueError(f"{name}: the new values are not finite.")
     new = {name: model.get_parameter(name) for name in changed_names(model, weights)}
     with values_restored_on_error(new.values()):
         for name, parameter in new.items():
@@ -290,7 +290,7 @@ def assign_values(model: nn.Module, weights: Mapping[str, Tensor], optimizers: I
 
 
 def changed_names(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Returns the names of parameters that are to have other values than they have, in the model's order."""
+    """Returns the names of parameters whose values would change, in model order."""
     store, names = store_of(model), list[str]()
     for name in (name for name, _ in model.named_parameters(remove_duplicate=False) if name in weights):
         store.load(model.get_submodule(name.rpartition(".")[0]))
@@ -306,16 +306,16 @@ def change_blockwise(
     sizes: Mapping[str, tuple[int, ...]] | None = None,
     more: Callable[[], str] = str,
 ) -> list[Swap]:
-    """Changes parameters, block by block where blocks come and go, and returns what optimizers have to follow.
+    """Changes parameters block by block, and returns the swaps for optimizers.
 
-    See `change_values`. Blocks that an earlier process has changed are as it has left them.
+    See `change_values`. Blocks that an earlier process has changed are adopted.
 
     Args:
         model: The model.
-        changes: How parameters change, by name.
-        key: What tells this change from all others; see `BlockStore.step`.
-        sizes: Those of all parameters afterwards, where there are such blocks.
-        more: The rest of the key.
+        changes: Changes by parameter name.
+        key: Identifies the change. See `BlockStore.step`.
+        sizes: Sizes of all parameters afterwards, for streamed models.
+        more: Returns the rest of the key.
     """
     store, swaps, inside = store_of(model), list[Swap](), dict[nn.Module | None, dict[str, Change]]()
     for name, change in changes.items():
@@ -333,7 +333,7 @@ def change_blockwise(
 
 
 def snapshot_with_store(model: nn.Module) -> Callable[[], None]:
-    """Returns what puts a model back to what it is now, as `snapshot` does, and has its blocks come as now."""
+    """Returns a function that restores a model and the store of its blocks."""
     ways = snapshot(model), store_of(model).snapshot()
 
     def back() -> None:

@@ -1,4 +1,4 @@
-"""Private names of transformers, each in one place; a test asks whether they are still there."""
+"""Private names of transformers, whose existence a test checks."""
 
 from typing import Any
 
@@ -10,43 +10,43 @@ from billhook.engine.loader_internals import LOADED
 from billhook.model.config_fields import configs_of
 
 ATTENTION = "_attn_implementation_internal"
-"""The attribute of a config that holds how attention is computed; to set it asks for no check."""
+"""Config attribute for the attention implementation, without validation."""
 
 
 EXPERTS = "_experts_implementation_internal"
-"""The same of experts."""
+"""Config attribute for the experts implementation."""
 
 
 def attention_of(config: PretrainedConfig) -> str | None:
-    """Returns how attention is computed; None where that is not chosen yet."""
+    """Returns the attention implementation. None if it is not set yet."""
     implementation: str | None = getattr(config, ATTENTION, None)
     return implementation
 
 
 def set_attention(config: PretrainedConfig, implementation: str) -> None:
-    """Chooses how attention is computed, also by what the model's class does not name."""
+    """Sets the attention implementation, also to custom ones."""
     config._attn_implementation = implementation
 
 
 def has_sdpa(kind: type[nn.Module]) -> bool:
-    """Finds whether the attention of a class of models can be torch's `scaled_dot_product_attention`."""
+    """Returns whether a model class supports `scaled_dot_product_attention`."""
     return bool(getattr(kind, "_supports_sdpa", False))
 
 
 def compute_every_expert(model: nn.Module) -> None:
-    """Has experts computed in the one way that does not ask how many tokens each is given, which nobody knows on meta."""
+    """Uses the experts implementation that does not depend on token counts."""
     for config in configs_of(model):
         config._experts_implementation = "batched_mm"
 
 
 def compute_experts_eagerly(model: nn.Module) -> None:
-    """Has experts computed by their class's own code, which asks nothing of their sizes."""
+    """Uses the experts implementation of the class's own code."""
     for config in configs_of(model):
         config._experts_implementation = "eager"
 
 
 def follows_inputs(module: nn.Module, buffer: str) -> bool:
-    """Tells whether a module's forwards change a buffer: rotary frequencies of the kinds that follow the length of the inputs."""
+    """Returns whether forwards change a buffer, such as dynamic rotary frequencies."""
     types = getattr(module, "rope_type", None)
     names = map(str, types.values() if isinstance(types, dict) else [types])  # one for each kind of layers
     changes = any("dynamic" in name or name == "longrope" for name in names)
@@ -54,7 +54,7 @@ def follows_inputs(module: nn.Module, buffer: str) -> bool:
 
 
 def match_implementations(model: nn.Module, other: nn.Module) -> None:
-    """Has another model compute attention and experts as a model does, part by part."""
+    """Copies attention and experts implementations between the modules of two models."""
     parts = dict(model.named_modules())
     for name, module in other.named_modules():
         config, stated = (vars(part).get("config") for part in (module, parts.get(name, module)))
@@ -63,7 +63,7 @@ def match_implementations(model: nn.Module, other: nn.Module) -> None:
 
 
 def build_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Builds a model of a class, with weights; tables in buffers are as loading makes them, in float32 whatever the dtype."""
+    """Builds a model with weights. Buffers are initialized in float32 as on loading."""
     model: PreTrainedModel = kind._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     for module in model.modules():
         setattr(module, LOADED, not module._buffers)
@@ -72,6 +72,6 @@ def build_class(kind: type[PreTrainedModel], config: PretrainedConfig, dtype: to
 
 
 def classes_of(auto: Any, config: PretrainedConfig) -> list[type[PreTrainedModel]]:  # noqa: ANN401 - an auto class
-    """Returns the classes that an auto class may take for a config."""
+    """Returns the model classes that an auto class may use for a config."""
     classes = auto._model_mapping.get(type(config), ())
     return list(classes) if isinstance(classes, tuple | list) else [classes]

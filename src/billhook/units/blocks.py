@@ -1,6 +1,6 @@
-"""Finds the blocks of a model, by the module lists that hold them, and lets it compute without some of them.
+"""Finds the block stacks of a model, and skips blocks in the forward pass.
 
-A run shows them, not the structure: stages that change the shape of hidden states are module lists too.
+Blocks are found by a forward pass, because stages that change the shape of hidden states are module lists too.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,15 +19,15 @@ from billhook.model.find import find_transformer
 from billhook.model.inputs import small_inputs
 
 _Call = tuple[int, Tensor, Tensor | None]
-"""A block's number in its list, the hidden states that went in, and those of the same shape that came out, if any."""
+"""Number of a block, its input hidden states, and its output hidden states of the same shape, if any."""
 
 
 def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> dict[str, nn.ModuleList]:
-    """Finds the stacks of blocks: the outermost module lists whose modules return hidden states of the shape that they get.
+    """Finds block stacks: outermost module lists whose modules keep the shape of hidden states.
 
     Args:
-        model: A Hugging Face model, also with LoRA attached, or a module that holds one; models alike are run once.
-        example_inputs: What its forward takes; by default small random inputs.
+        model: A Hugging Face model, also with LoRA, or a module that contains one. Models with the same signature run once.
+        example_inputs: Inputs of the forward. Defaults to small random inputs.
 
     Raises:
         ValueError: If the inputs cannot be guessed, the model does not run with them, or there are no blocks.
@@ -36,12 +36,12 @@ def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = Non
     find = partial(_find_names, subject, example_inputs)
     names = cached(find, subject, "blocks") if example_inputs is None else find()
     if not names:
-        raise ValueError(f"model: {type(subject).__name__} has no blocks that hand hidden states on, one to the next")
+        raise ValueError(f"model: {type(subject).__name__} has no blocks that pass hidden states to each other.")
     return {name: stack for name, stack in subject.named_modules() if name in names and isinstance(stack, nn.ModuleList)}
 
 
 def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) -> list[str]:
-    """Runs a model and returns the names of its stacks of blocks."""
+    """Runs a model and returns the names of its block stacks."""
     lists = {
         name: module
         for name, module in subject.named_modules()
@@ -49,7 +49,7 @@ def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) ->
     }
     calls: dict[str, list[_Call]] = {name: [] for name in lists}
 
-    def note(name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
+    def record_call(name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
         if (states := hidden_states([*args, *kwargs.values()])) is not None:
             calls[name].append((number, states, returned_states(states, output)))
 
@@ -57,7 +57,7 @@ def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) ->
     with ExitStack() as hooks:
         for name, stack in lists.items():
             for number, module in enumerate(stack):
-                hooks.callback(module.register_forward_hook(partial(note, name, number), with_kwargs=True).remove)
+                hooks.callback(module.register_forward_hook(partial(record_call, name, number), with_kwargs=True).remove)
         try:
             with evaluating(subject), torch.no_grad():
                 subject(**inputs)
@@ -74,12 +74,12 @@ def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) ->
 def _is_stack(calls: Sequence[_Call], count: int) -> bool:
     if {number for number, _, _ in calls} != set(range(count)) or any(returned is None for _, _, returned in calls):
         return False
-    # one gets the very tensor that another returned: values could be equal by chance
+    # a block receives the same tensor that another returned; equal values could be a coincidence
     return count == 1 or any(states is returned for (_, _, returned), (_, states, _) in pairwise(calls))
 
 
 def block_of(name: str, stacks: Iterable[str]) -> tuple[str, int] | None:
-    """Returns the stack in which a module or parameter of this name is, and its block's place there; None if it is in none."""
+    """Returns the stack and the block number of a module or parameter. None outside of blocks."""
     for stack in stacks:
         if name.startswith(f"{stack}."):
             return stack, int(name.removeprefix(f"{stack}.").partition(".")[0])
@@ -87,7 +87,7 @@ def block_of(name: str, stacks: Iterable[str]) -> tuple[str, int] | None:
 
 
 class Skip:
-    """A forward hook by which a block returns the hidden states that it gets; `runs` counts the calls."""
+    """A forward hook that returns the input hidden states of a block, and counts calls."""
 
     keeps_shapes = True
 
@@ -95,7 +95,7 @@ class Skip:
         self.runs, self.key = runs, key
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:  # noqa: ANN401
-        """Returns the output with the hidden states that went in instead of the block's own."""
+        """Returns the output with the input hidden states."""
         self.runs[self.key] += 1
         states = hidden_states([*args, *kwargs.values()])
         if states is None or isinstance(output, Tensor):
@@ -105,7 +105,7 @@ class Skip:
 
 
 def skip(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> tuple[list[RemovableHandle], dict[tuple[str, int], int]]:
-    """Lets blocks return what they get; returns handles that undo it, and how often each has been called so far."""
+    """Skips blocks; returns handles that undo it, and the number of calls of each block."""
     runs = {(name, number): 0 for name, numbers in blocks.items() for number in numbers}
     handles = []
     for name, number in runs:
@@ -116,7 +116,7 @@ def skip(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> tuple[list[Re
 
 @contextmanager
 def skipping(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> Iterator[dict[tuple[str, int], int]]:
-    """Skips blocks as `skip` does, for as long as the `with` block lasts, and yields how often each has been called."""
+    """Skips blocks within the context, and yields the number of calls of each block."""
     handles, runs = skip(model, blocks)
     with ExitStack() as hooks:
         for handle in handles:
@@ -125,7 +125,7 @@ def skipping(model: nn.Module, blocks: Mapping[str, Iterable[int]]) -> Iterator[
 
 
 def hidden_states(values: Iterable[Any], shape: torch.Size | None = None) -> Tensor | None:
-    """Returns the first value that can be hidden states: real numbers of two dimensions or more, of a shape if one is given."""
+    """Returns the first floating-point tensor with at least two dimensions (and a shape)."""
     for value in values:
         if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1 and shape in (None, value.shape):
             return value
@@ -133,5 +133,5 @@ def hidden_states(values: Iterable[Any], shape: torch.Size | None = None) -> Ten
 
 
 def returned_states(states: Tensor, output: Any) -> Tensor | None:  # noqa: ANN401 - whatever a block returns
-    """Returns the hidden states in the output of a block; None if none have the shape of those that went in."""
+    """Returns the output hidden states with the shape of the input. None if there are none."""
     return hidden_states(output if isinstance(output, tuple | list) else [output], states.shape)

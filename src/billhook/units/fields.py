@@ -1,4 +1,4 @@
-"""Finds the fields of a config that say how many units there are, by building the model's own class; none is looked up."""
+"""Finds config fields that determine unit counts, by building models with changed fields."""
 
 import itertools
 import re
@@ -15,8 +15,8 @@ from billhook.tracing.axes import leaves
 from billhook.tracing.groups import Group, count_positions
 from billhook.tracing.trace import trace
 
-TOGETHER = 3  # fields that must change at once, at most
-TRIED, SHOWN = 512, 4  # numbers of units that a config may accept: the most that are tried, and returned
+TOGETHER = 3  # largest number of fields that change together
+TRIED, SHOWN = 512, 4  # largest number of unit counts that are tried and returned
 
 LAYERS = re.compile(r"(^|[_.])layers?$")
 
@@ -25,7 +25,7 @@ Sizes = dict[tuple[str, int], int]
 
 
 class FieldFinder:
-    """Finds config fields by changing them; fields once found are remembered for all models alike."""
+    """Finds config fields by changing them. Results are cached by model signature."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -33,9 +33,9 @@ class FieldFinder:
         self._known: dict[tuple[tuple[str, int], ...], Sizes | None] = {}
 
     def find(self, groups: Sequence[Group]) -> tuple[str, ...]:
-        """Finds the fields, by dotted names, that, changed together, give all these groups of one size fewer units, and no more.
+        """Finds the fields, by dotted name, that together reduce all groups and nothing else.
 
-        With them come such as must be given because others change that they follow; there are none if no fields do that.
+        The result includes fields that must be set explicitly because others change them. It is empty if no fields match.
         """
         return cached(partial(self._find_new, groups), self.model, "fields", *(group.number for group in groups))
 
@@ -55,12 +55,12 @@ class FieldFinder:
         return fields or (self._find(stated, wanted, groups, after, self._defaults) if self._defaults else ())
 
     def counts(self, size: int, fields: Sequence[str]) -> tuple[int, ...]:
-        """Returns the highest few numbers of units below `size` that the classes of the config and of the model accept."""
+        """Returns the largest unit counts below `size` that the config and model accept."""
         counts = range(size - 1, max(size - TRIED, 1) - 1, -1)
         return tuple(itertools.islice((count for count in counts if self._accepts(self.values(size, fields, count))), SHOWN))
 
     def values(self, size: int, fields: Sequence[str], count: int) -> dict[str, int]:
-        """Returns the fields for `count` units instead of `size`; a field left open next to others keeps its default."""
+        """Returns the fields for `count` units. An unset field keeps its default."""
         stated = {name: value for name, value in _numbers(self.model.config) if name in fields}
         left_open = {} if all(value is None for value in stated.values()) else self._defaults
         return {name: left_open.get(name, count) if v is None else v // size * count for name, v in stated.items()}
@@ -70,17 +70,17 @@ class FieldFinder:
 
     @cached_property
     def _shallow(self) -> dict[str, int]:
-        """The numbers of layers, few, if the class builds so few: whether it accepts a width can then be asked often."""
+        """Few layers, if the class supports it, so that widths can be checked quickly."""
         few = {name: 2 for name, value in _numbers(self.model.config) if value is not None and value > 2 and LAYERS.search(name)}
         return few if _builds(self.model, few, model_too=True) else {}
 
     @cached_property
     def _defaults(self) -> dict[str, int]:
-        """The defaults of fields that are left open, where parameters follow from them."""
+        """The defaults of unset fields that determine parameter sizes."""
         defaults: dict[str, int] = {}
         for name, value in _numbers(self.model.config):
             if value is None and (changed := self._changed({name: 2})):
-                # 2 of what there are so many by default have made these dimensions smaller
+                # setting the field to 2 instead of its default has reduced these dimensions
                 widths = {2 * self.now[key] // size for key, size in changed.items() if size}
                 if len(widths) == 1 and self._changed({name: min(widths)}) == {}:
                     defaults[name] = min(widths)
@@ -102,7 +102,7 @@ class FieldFinder:
         return ()
 
     def _has_fewer(self, values: dict[str, int], groups: Sequence[Group], after: int) -> bool:
-        """Tells whether the units have become fewer, and not others of the same widths (as heads half as wide)."""
+        """Returns whether the units themselves are fewer, not narrower, such as half-width heads."""
         try:
             axes = trace(build_on_meta(self.model, with_fields(self.model.config, values))).axes
         except ValueError:
@@ -116,7 +116,7 @@ class FieldFinder:
         return True
 
     def _changed(self, values: dict[str, int]) -> Sizes | None:
-        """Returns the sizes that an assignment of fields changes; None if the class refuses it or has other parameters then."""
+        """Returns the sizes that fields change. None if the class raises or has other parameters."""
         key = tuple(sorted(values.items()))
         if key not in self._known:
             sizes: Sizes = {}
@@ -129,7 +129,7 @@ class FieldFinder:
 
 
 def _builds(model: PreTrainedModel, values: dict[str, int], model_too: bool = False) -> bool:
-    """Tells whether the class of the config, or also of the model, accepts some fields."""
+    """Returns whether the config class (and the model class) accepts some fields."""
     config = with_fields(model.config, values)
     try:
         read_back(config)
@@ -145,5 +145,5 @@ def _sizes_of(model: nn.Module) -> Sizes:
 
 
 def _numbers(config: PretrainedConfig) -> list[tuple[str, int | None]]:
-    """Returns the whole numbers in a config, and fields that could be one but are left open."""
+    """Returns the integer fields of a config, and unset fields that could be integers."""
     return [(name, value) for name, value in fields_of(config).items() if value is None or (type(value) is int and value > 1)]

@@ -1,4 +1,4 @@
-"""Finds the units of a model of any kind, and reads which of them somebody has chosen."""
+"""Finds the units of a model, and resolves chosen unit numbers."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
@@ -61,7 +61,7 @@ def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_in
 
 
 def kinds_of(kind: UnitKind | Iterable[UnitKind]) -> list[UnitKind]:
-    """Returns one or several kinds as a list, each once; refuses others."""
+    """Returns the kinds as a list without duplicates. Raises for other values."""
     kinds: list[UnitKind] = list(dict.fromkeys([kind] if isinstance(kind, str) else kind))
     for legal in kinds:
         check_one_of("kind", legal, UnitKind)
@@ -69,25 +69,28 @@ def kinds_of(kind: UnitKind | Iterable[UnitKind]) -> list[UnitKind]:
 
 
 def check_any(model: nn.Module, structure: Structure | None, units: Mapping[str, Units], kinds: Collection[UnitKind]) -> None:
-    """Refuses a model without any units of some kinds."""
+    """Raises for a model without units of some kinds."""
     if not units:
         why = "".join(why_none(model, structure, kind) for kind in kinds) if structure is not None else ""
         raise ValueError(f"model: {type(model).__name__} has no {plural(kinds)}{why}")
 
 
 def check_belongs(model: nn.Module, units: Mapping[str, Units]) -> None:
-    """Refuses units of another model: whose modules this one does not have."""
+    """Raises for units of another model."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for place, layer in units.items():
         for name in [layer.name] if layer.kind == "block" else layer.readers:
             if name not in modules:
                 raise ValueError(
-                    f"units: {name} of {place} is no module of this {type(model).__name__}: give those of find_units"
+                    f"units: {name} of {place} is not a module of this {type(model).__name__}. Pass units from bh.find_units."
                 )
 
 
 def units_of(model: nn.Module, structure: Structure, kinds: Iterable[UnitKind]) -> dict[str, Units]:
-    """Finds the units of a traced model, none if there are none of a kind; refuses heads that cannot be told apart."""
+    """Returns the units of a traced model, empty if there are none of a kind.
+
+    Raises if heads cannot be distinguished.
+    """
     units: dict[str, Units] = {}
     for kind in kinds:
         if kind == "head":
@@ -106,7 +109,7 @@ def of_kind(units: Mapping[str, Units], *kinds: UnitKind) -> dict[str, Units]:
 
 
 def unit_ids(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
-    """Returns chosen units by the name of their place, ascending and each once; KV heads as their query heads."""
+    """Returns chosen units by module, sorted and unique. KV heads become query heads."""
     check_one_of("per", per, Per)
     names, what = list(units), plural(layer.kind for layer in units.values())
     order = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
@@ -134,7 +137,7 @@ def unit_ids(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> d
 
 
 def why_none(model: nn.Module, structure: Structure, kind: UnitKind) -> str:
-    """Says why no channels of a model are those of a feed-forward; empty if there are none at all, or of another kind."""
+    """Explains why a model has no MLP channels. Empty if there are no other channels either."""
     reasons: dict[str, str] = {}
     for group in structure.groups if kind == "channel" else ():
         if group.kind == "channel":
@@ -143,7 +146,7 @@ def why_none(model: nn.Module, structure: Structure, kind: UnitKind) -> str:
 
 
 def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
-    """Says why channels are not those of a feed-forward; empty if they are."""
+    """Explains why channels are not MLP channels. Empty if they are."""
     feed_forward = next((layer for layer in structure.feed_forward if layer.channel is group.leaf), None)
     modules = [_at(model, member.name.split(".")[:-1]) for member in group.members]
     convolutions = [module for module in modules if isinstance(module, nn.modules.conv._ConvNd)]
@@ -182,13 +185,13 @@ def _units_of_group(model: nn.Module, structure: Structure, group: Group, kind: 
     readers: dict[int, str] = {}
     if kind != "expert" and all(np.array_equal(index, reading[0][1]) for _, index in reading):
         for name, _ in reading:
-            readers.setdefault(id(model.get_submodule(name)), name)  # one gate for a module in several places
+            readers.setdefault(id(model.get_submodule(name)), name)  # one gate for a shared module
     index = reading[0][1] if readers else np.zeros(0, dtype=np.int64)
     return Units(kind, group.where, tuple(readers.values()), index, np.arange(group.size), (group.leaf,), (group.leaf,), members)
 
 
 def _reader(model: nn.Module, parameter: str) -> str:
-    """Returns the module that gets what a parameter reads: its own, or the layer of adapters around it."""
+    """Returns the consumer module of a parameter: its own, or the adapter layer around it."""
     path = parameter.split(".")[:-1]
     return ".".join(next((path[:end] for end in range(len(path)) if is_adapter(_at(model, path[:end]))), path))
 
@@ -198,7 +201,10 @@ def _at(model: nn.Module, path: Sequence[str]) -> nn.Module:
 
 
 def find_heads(model: nn.Module, structure: Structure) -> dict[str, Units]:
-    """Finds the heads of each attention of a traced model, by its name, as they run; refuses none, or ones not told apart."""
+    """Returns the heads of each attention module of a traced model, in call order.
+
+    Raises if there are none, or if they cannot be distinguished.
+    """
     layers: dict[str, Units] = {}
     seen: set[tuple[str, ...]] = set()
     for attention in structure.attention:
@@ -216,7 +222,7 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
     for part in attention.o:
         axis = structure.axes[part.name][part.dim]
         shared.append((len(set(attention.heads) & set(leaves(axis))), part.name, axis))
-    most = max(count for count, _, _ in shared)  # others read KV heads, or are another layer's
+    most = max(count for count, _, _ in shared)  # others read KV heads, or belong to another layer
     axis = next(axis for count, _, axis in shared if count == most)
     readers = [parameter for count, parameter, _ in shared if count == most]
     name = common_module([*(part.name for part in attention.q), *readers])
@@ -224,14 +230,14 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
     made = set[Axis]()
     for part in (*attention.k, *attention.v):
         made.update(leaves(structure.axes[part.name][part.dim]))
-    counted = made if made & set(query) else set(query)  # heads that other attentions count along may be fewer here
+    counted = made if made & set(query) else set(query)  # heads that other attention modules count may be fewer here
     kinds = {group.leaf: group.kind for group in structure.groups}
     kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in counted)
     keys = axis_numbers(axis, query)
-    in_heads = np.flatnonzero((keys >= 0).any(1))  # other positions belong to none, as of a convolution next to the attention
+    in_heads = np.flatnonzero((keys >= 0).any(1))  # other positions belong to no head, such as of a parallel convolution
     numbers, first = _number(keys[in_heads])
     if len(set(np.bincount(numbers).tolist())) > 1:
-        raise ValueError(f"model: the heads of {name} cannot be told apart: they would not be of one size")
+        raise ValueError(f"model: the heads of {name} cannot be distinguished, because their sizes would differ.")
     index = np.full(axis.size, -1)
     index[in_heads] = numbers
     kv_of, _ = _number(axis_numbers(axis, kv)[in_heads[first]])
@@ -250,7 +256,7 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
 
 
 def _number(keys: Indices) -> tuple[Indices, Indices]:
-    """Numbers different rows in the order in which they come first, and returns where that is."""
+    """Numbers distinct rows in order of appearance, and returns their first positions."""
     _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     order = np.argsort(first)
     return np.argsort(order)[inverse.reshape(-1)], first[order]

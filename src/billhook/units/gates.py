@@ -1,8 +1,9 @@
-"""Gates on units: the output of each unit is multiplied by a number before anything reads it.
+"""Gates on units: factors that multiply the output of each unit before its consumers.
 
-"Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig, 2019, https://arxiv.org/abs/1905.10650), section 2.2,
-equation 1: MHAtt(x, q) = sum over h of gate_h Att_h(x, q); channels are gated alike. Code that torch.compile has made knows
-nothing of gates that are placed or removed later, so it is compiled again then.
+Gates are placed by hooks, so torch.compile recompiles after a change.
+
+Reference: Are Sixteen Heads Really Better than One? (Michel, Levy & Neubig, 2019), https://arxiv.org/abs/1905.10650, section
+2.2, equation 1: MHAtt(x, q) = sum over h of gate_h Att_h(x, q). Channels are gated in the same way.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,9 +30,9 @@ from billhook.units.units import PLURAL, Per, UnitKind, Units
 
 
 class Gate:
-    """A forward pre-hook that multiplies each unit by its gate; `index` says for each position the unit, -1 if none.
+    """A forward pre-hook that multiplies units by gates.
 
-    Gates that are `fixed` are spread over positions once, and not in each forward.
+    `index` maps positions to units, -1 for none. Fixed gates are expanded to positions once, not in every forward.
     """
 
     keeps_shapes = True
@@ -46,7 +47,7 @@ class Gate:
         return values.to(device)[self.index.to(device)]
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Returns the inputs, gated."""
+        """Returns the gated inputs."""
         inputs, *rest = args
         spread = self._over_positions(inputs.device) if self._spread is None else self._spread
         gates, dim = spread.to(inputs.device), read_dim(module)
@@ -57,17 +58,17 @@ class Gate:
 
 
 class Mask:
-    """Units that are masked until `remove` is called, or until the end of a `with` block.
+    """Masked units, until `remove` is called or the `with` block ends.
 
     Attributes:
-        units: The masked units by place; of an attention, query heads.
+        units: The masked units by module. For attention modules, query heads.
     """
 
     def __init__(self, units: dict[str, list[int]], handles: list[RemovableHandle]) -> None:
         self.units, self._handles = units, handles
 
     def remove(self) -> None:
-        """Lets the units act again; nothing of the mask is left on the model."""
+        """Removes the mask from the model."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -135,20 +136,20 @@ def mask(
     per: Per = "head",
     example_inputs: Inputs | None = None,
 ) -> Mask:
-    """Masks units without changing the model's weights: their gates are 0, and blocks are skipped.
+    """Masks units without changing weights: their gates are set to 0, and blocks are skipped.
 
     Args:
-        model: A Hugging Face model, also with LoRA attached, or a module that holds one; any module with `example_inputs`.
-        units: A plan; or the units by place: its name, or its number in the order in which `find_units` gives places.
-        kind: The kind of the units, or several, if no plan says it.
-        per: For heads, whether the numbers are of query heads, or of KV heads with the query heads that they serve.
-        example_inputs: Inputs of the forward, as `trace` takes them; by default guessed from the config.
+        model: A Hugging Face model, also with LoRA, or a module that contains one. Any module with `example_inputs`.
+        units: A plan, or unit numbers by module: its name, or its position in `find_units`.
+        kind: Kind of the units, or a list of kinds. Ignored for a plan.
+        per: For heads, whether numbers are query heads (`"head"`) or KV heads with their query heads (`"kv_head"`).
+        example_inputs: Inputs of the forward, as for `trace`. Defaults to inputs guessed from the config.
 
     Returns:
-        A mask, which `mask.remove()` or the end of a `with` block removes.
+        A mask. Remove it with `mask.remove()`, or use it in a `with` block.
 
     Raises:
-        ValueError: If there is no such place or unit, or no module of its own reads them, as of experts.
+        ValueError: If a module or unit does not exist, or no single module consumes the units, such as for experts.
 
     Example:
         >>> import billhook as bh
@@ -181,9 +182,9 @@ def mask(
 def place_gates(
     model: nn.Module, units: Mapping[str, Units], gates: Mapping[str, Tensor], per: Per = "head", fixed: bool = False
 ) -> list[RemovableHandle]:
-    """Puts gates, `[units]` by place, before the modules that read units, and returns handles that remove them.
+    """Places gates before consumers, `[units]` by module, and returns removal handles.
 
-    Those that are not `fixed` may be changed, and have gradients.
+    Gates that are not `fixed` can change and have gradients.
     """
     handles = []
     for name, values in gates.items():
@@ -194,11 +195,11 @@ def place_gates(
 
 
 def _open_gates(model: nn.Module, units: Units, per: Per = "head") -> Tensor:
-    """Returns gates that change nothing; refuses units before which none can stand."""
+    """Returns gates of 1. Raises for units without a consumer module."""
     if not units.readers:
         what = PLURAL[units.kind]
         raise ValueError(
-            f"{what}: no module of its own reads those of {units.name or 'the model'}, so no gate can stand before it"
+            f"{what}: no single module consumes the {what} of {units.name or 'the model'}, so they cannot be masked."
         )
     reader = model.get_submodule(units.readers[0])
     device = next(chain(reader.parameters(), reader.buffers())).device
@@ -208,7 +209,7 @@ def _open_gates(model: nn.Module, units: Units, per: Per = "head") -> Tensor:
 
 @fresh_autocast_cache()
 def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Per = "head") -> None:
-    """Sets the weights that read some units to zero, in place: the model computes what it does with them masked."""
+    """Zeroes the consumer columns of units in place, which is equivalent to masking them."""
     subject = find_transformer(model)
     layers = find_units(subject, kind)
     removed = unit_ids(layers, units, per)
@@ -222,7 +223,7 @@ def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Pe
 def consumer_columns(
     model: nn.Module, layers: Mapping[str, Units], units: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
-    """Yields what reads some units: a parameter, one of its dimensions, and the positions along it."""
+    """Yields the parameters that consume units, with dimension and positions."""
     for name, numbers in units.items():
         for member in layers[name].members_by_unit():
             if member.reads:

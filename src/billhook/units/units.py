@@ -1,4 +1,4 @@
-"""Units: the parts that can be removed from one place of a model, and the positions of tensors that belong to each."""
+"""Units: the removable parts of a module, and their positions in tensors."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from billhook.tracing.axes import Axis, layout, leaves
 from billhook.tracing.groups import Member
 
 Per = Literal["head", "kv_head"]
-"""One number for each query head, or for each key/value head with the query heads that it serves."""
+"""Numbering of query heads, or of KV heads with their query heads."""
 
 UnitKind = Literal["head", "channel", "residual", "expert", "block"]
-"""Heads of an attention, channels of a feed-forward, channels of the residual stream, experts of a mixture, blocks of a stack."""
+"""Heads of attention, MLP channels, hidden dimensions, experts, and blocks of a stack."""
 
 PLURAL: dict[UnitKind, str] = {
     "head": "heads",
@@ -31,17 +31,17 @@ PLURAL: dict[UnitKind, str] = {
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Units:
-    """The units of one place: the heads of one attention, the channels of one feed-forward, the blocks of one stack.
+    """The units of a module: heads of attention, channels of an MLP, or blocks of a stack.
 
     Attributes:
-        kind: The kind of all these units.
-        name: The innermost module that makes and reads the units; of blocks, the module list that holds them.
-        readers: The modules that read the units and nothing but them, as their only input; none where code reads them.
-        index: For each position of what the readers read, the unit that it belongs to, -1 if to none: int64.
-        kv_of: For each query head, the KV head that serves it; of other units, the unit itself: int64.
-        leaves: The leaves of the axis that counts units; of heads, those of KV heads and of query heads in each.
-        kv_leaves: The leaves that count KV heads; of other units, the same.
-        members: The parameters that hold units along a dimension.
+        kind: The kind of all units.
+        name: The innermost module that produces and consumes the units. For blocks, their module list.
+        readers: Modules whose only input are the units. Empty if code consumes them.
+        index: Unit of each consumer position, -1 for none: int64.
+        kv_of: KV head of each query head. For other units, the unit itself: int64.
+        leaves: The axis leaves that count units. For heads, KV heads and query heads in each.
+        kv_leaves: The axis leaves that count KV heads. For other units, the same.
+        members: The parameters with units along a dimension.
 
     Example:
         >>> import billhook as bh
@@ -66,7 +66,7 @@ class Units:
         return f"Units({self.kind!r}, {' and '.join(f'{number:,}' for number in counts(self))} in {self.name!r})"
 
     def count(self, per: Per = "head") -> int:
-        """Counts the units, or KV heads."""
+        """Returns the number of units, or of KV heads."""
         return len(self.kv_of) if per == "head" else int(self.kv_of.max()) + 1
 
     def query_heads(self, kv_heads: Iterable[int]) -> list[int]:
@@ -75,21 +75,21 @@ class Units:
         return query_heads
 
     def positions(self, per: Per = "head") -> Indices:
-        """Returns for each position of what the readers read its unit, or KV head, -1 if it has none: int64."""
+        """Returns the unit (or KV head) of each consumer position, -1 for none: int64."""
         return self.index if per == "head" else np.where(self.index < 0, -1, self.kv_of[self.index])
 
     def members_by_unit(self, per: Per = "head") -> tuple[Member, ...]:
-        """Returns the members that hold units one by one; keys and values of several query heads hold KV heads only."""
+        """Returns the members that contain units separately, not only KV heads."""
         wanted = set(self.leaves if per == "head" or not self.kv_leaves else self.kv_leaves)
         return tuple(member for member in self.members if wanted <= set(leaves(member.axis)))
 
     @cached_property
     def _known(self) -> dict[tuple[object, ...], Any]:
-        """Holds what has been found of members; a search for a target asks for it again and again."""
+        """A cache of results for members, which a search requests repeatedly."""
         return {}
 
     def of_member(self, member: Member, per: Per = "head") -> Indices:
-        """Returns for each position of a member's dimension its unit, or KV head, -1 if it has none: int64."""
+        """Returns the unit (or KV head) of each position of a member, -1 for none: int64."""
         key = member.name, member.dim, per
         if key not in self._known:
             if per == "kv_head" and self.kv_leaves:
@@ -103,9 +103,10 @@ class Units:
         return units_of
 
     def units_at(self, member: Member) -> tuple[Indices, Indices]:
-        """Returns for each position of a member's dimension its location, and which units each holds: `[locations, units]`, bool.
+        """Returns the location of each position of a member, and the units at each location.
 
-        Positions of one location have the same numbers along all leaves, as the keys that several query heads read.
+        The second array is `[locations, units]`, bool. A location has the same numbers along all leaves, such as a key that
+        several query heads share.
         """
         key = member.name, member.dim
         if key not in self._known:
@@ -118,7 +119,7 @@ class Units:
 
     @cached_property
     def keys(self) -> Indices:
-        """Number of each unit along every leaf: int64, `[units, leaves]`."""
+        """Numbers of each unit along all leaves: int64, `[units, leaves]`."""
         if self.kind != "head":
             return np.arange(len(self.kv_of))[:, None]
         reader = next(member for member in self.members_by_unit() if member.reads)
@@ -127,21 +128,21 @@ class Units:
 
 
 def counts(units: Units) -> tuple[int, ...]:
-    """Counts the units; of an attention, query heads and KV heads."""
+    """Returns the number of units. For attention, of query heads and KV heads."""
     return (units.count(), units.count("kv_head")) if units.kind == "head" else (units.count(),)
 
 
 def count_text(kind: UnitKind, number: int) -> str:
-    """Says how many units of a kind there are.
+    """Describes a number of units.
 
-    >>> counted("head", 1), counted("residual", 1200)
+    >>> count_text("head", 1), count_text("residual", 1200)
     ('1 head', '1,200 residual channels')
     """
     return f"{number:,} {PLURAL[kind].removesuffix('s') if number == 1 else PLURAL[kind]}"
 
 
 def plural(kinds: Iterable[UnitKind]) -> str:
-    """Names units in a message: by their kind if it is one.
+    """Names units in a message, by kind if all have the same.
 
     >>> plural(["head", "head"]), plural(["head", "channel"])
     ('heads', 'units')
@@ -151,14 +152,14 @@ def plural(kinds: Iterable[UnitKind]) -> str:
 
 
 def axis_numbers(axis: Axis, leaves: Sequence[Axis]) -> Indices:
-    """Returns for each position of an axis its number along some leaves, -1 where it has none: int64, `[size, leaves]`."""
+    """Returns the numbers of axis positions along leaves: int64, `[size, leaves]`."""
     if not leaves:
         return np.zeros((axis.size, 1), dtype=np.int64)
     return np.stack([layout(axis, leaf) for leaf in leaves], axis=1)
 
 
 def match(keys: Indices, units: Indices) -> Indices:
-    """Returns for each row of keys the unit that has the same keys, -1 if none has: int64.
+    """Returns the unit with the same keys for each row, -1 for none: int64.
 
     >>> match(np.array([[0, 1], [1, 0], [-1, 0]]), np.array([[1, 0], [0, 1]])).tolist()
     [1, 0, -1]
@@ -174,7 +175,7 @@ def match(keys: Indices, units: Indices) -> Indices:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A dimension of a parameter with units of a place along it: for each position its unit, `count` if none, int64."""
+    """A parameter dimension with units. `units` maps positions, with `count` for none."""
 
     place: str
     name: str
@@ -183,18 +184,18 @@ class Part:
     count: int
 
     def sum_others(self, values: Tensor) -> Tensor:
-        """Sums values of the parameter's shape over all other dimensions: `[positions]`."""
+        """Sums values over all other dimensions: `[positions]`."""
         others = [dim for dim in range(values.dim()) if dim != self.dim]
         return values.sum(others) if others else values
 
     def by_unit(self, positions: Tensor) -> Tensor:
-        """Sums values of the positions over those of each unit: float64, `[units]`, on the CPU."""
+        """Sums values of positions by unit: float64, `[units]`, on the CPU."""
         sums = torch.zeros(self.count + 1, dtype=torch.float64)
         return sums.index_add_(0, self.units, positions.detach().cpu().double())[: self.count]
 
 
 def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Part]:
-    """Returns the parts of all places, in order; a parameter under several names has its first. Refuses a place without any."""
+    """Returns the parameter dimensions of all units. Raises for units without any."""
     names: dict[int, str] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     parts: dict[tuple[str, str, int], Part] = {}
@@ -204,7 +205,9 @@ def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Par
             if member.buffer:
                 continue
             if member.name not in parameters:
-                raise ValueError(f"units: {member.name} of {place} is no parameter of the model (is it another's, or quantised?)")
+                raise ValueError(
+                    f"units: {member.name} of {place} is not a parameter of the model (another model, or quantized?)."
+                )
             name = names.setdefault(id(parameters[member.name]), member.name)
             unit_of = torch.from_numpy(layer.of_member(member, per) % (count + 1))  # -1, of none, becomes `count`
             parts.setdefault((place, name, member.dim), Part(place, name, member.dim, unit_of, count))

@@ -259,7 +259,7 @@ CKPTS = {
     "a block twice": (shape("blocks", model__layers=[2, [0, 0]]), "must be a number of blocks"),
     "endless blocks": (shape("blocks", model__layers=[10**9, [0]]), "had 1000000000 blocks at first"),
     "heads handed out by text": (handing(KEYS, "x"), "must be a list"),
-    "heads handed out by a norm": (handing("model.norm", [1, [[0, 1, 1, 16]]]), "model.norm is no linear"),
+    "heads handed out by a norm": (handing("model.norm", [1, [[0, 1, 1, 16]]]), "model.norm is not a linear layer"),
     "endless heads": (handing(KEYS, [1, [[0, 2**30, 1, 16]]]), "which it does not store"),
     "a function to be called": (lambda held, _: held.update(hyper_parameters={"_instantiator": "evil.go"}), None),
 }

@@ -477,16 +477,16 @@ HOSTILE = {
     "another module": (lambda shape: shape["handed"].update(nothing=first(shape)), "nothing is named, and"),
     "no linear": (
         lambda shape: shape["handed"].update(gpt_neox=first(shape)),
-        "gpt_neox is said to hand out heads, and is no linear",
+        "gpt_neox: its layout repeats heads, but it is not a linear layer",
     ),
     "too many": (
         lambda shape: change_first(shape, [8, [[0, 8, 2, 4], [32, 2, 4, 4], [40, 2, 4, 4]]]),
-        "hand out 128 outputs of 48, and at most 96",
+        "returns 128 outputs of 48, but at most 96",
     ),
-    "huge": (lambda shape: change_first(shape, [1, [[0, 2**30, 2**30, 2**30]]]), "are asked for"),
+    "huge": (lambda shape: change_first(shape, [1, [[0, 2**30, 2**30, 2**30]]]), "are expected"),
     "too few stored": (
         lambda shape: change_first(shape, [8, [[0, 8, 1, 4], [32, 8, 1, 4], [64, 8, 1, 4]]]),
-        "96 outputs of 96, and at most 96 of 48",
+        "96 outputs of 96, but at most 96 of 48",
     ),
 }
 

@@ -263,7 +263,7 @@ def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> N
         if unknown := next((name for name in names if name not in known), None):
             raise ValueError(f"{unknown[:200]} is named, and {kind} has nothing of that name")
     for name, handing in handed.items():
-        _check_handed(modules[name], name, handing, stated.tensors)
+        _check_repeat_layout(modules[name], name, handing, stated.tensors)
     tied: dict[int, list[str]] = {}
     for name, tensor in state.items():
         tied.setdefault(id(tensor), []).append(name)
@@ -320,17 +320,17 @@ def _check_attributes(stated: Shape, built: Shape) -> None:
             raise ValueError(f"shape.attributes: {name[:200]} is {value}, and must be a whole number from {least:,} to {most:,}")
 
 
-def _check_handed(module: nn.Module, name: str, handing: RepeatLayout, tensors: Sizes) -> None:
+def _check_repeat_layout(module: nn.Module, name: str, layout: RepeatLayout, tensors: Sizes) -> None:
     """Raises for a layout of repeated heads that contradicts its layer."""
     if not is_linear(module):
-        raise ValueError(f"{name[:200]} is said to hand out heads, and is no linear")
+        raise ValueError(f"{name[:200]}: its layout repeats heads, but it is not a linear layer.")
     weight = cast(Tensor, module.weight)
     dim = 1 if isinstance(module, Conv1D) else 0
     stored = tensors.get(f"{name}.weight", tuple(weight.shape))[dim]
-    if handing.stored != stored or handing.returned > weight.shape[dim]:  # fewer, where heads were removed before
+    if layout.stored != stored or layout.returned > weight.shape[dim]:  # fewer, where heads were removed before
         raise ValueError(
-            f"{name[:200]} is said to hand out {handing.returned} outputs of {handing.stored}, and at most {weight.shape[dim]} of "
-            f"{stored} are asked for"
+            f"{name[:200]}: its layout of repeated heads returns {layout.returned} outputs of {layout.stored}, but at most "
+            f"{weight.shape[dim]} of {stored} are expected."
         )
 
 

@@ -1,1 +1,1 @@
-"""Where the blocks of a model live, and how runs go through them."""
+"""Block stores, and runs through the blocks of a model."""

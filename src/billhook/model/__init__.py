@@ -1,1 +1,1 @@
-"""Finds a Hugging Face model in a module, builds it without weights, and changes its tensors and shape."""
+"""Finds, builds, and changes Hugging Face models: tensors, shapes, and configs."""

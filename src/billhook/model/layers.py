@@ -207,7 +207,7 @@ def weight_view(linear: nn.Module) -> Tensor:
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """Returns the weight as `[out_features, in_features]`, without gradient. It may be sharded.
+    """Returns the weight as `[out_features, in_features]`, without gradient.
 
     Convolutions have an input for each kernel position and channel, channels innermost, so N:M patterns are along channels. Their
     matrix may be a copy. For linear layers it is a view.

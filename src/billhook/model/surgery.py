@@ -87,14 +87,13 @@ TABLES = ("_parameters", "_buffers", "_modules")
 
 @dataclass(frozen=True)
 class Change:
-    """How one parameter changes, and how its optimizer state follows.
+    """How a parameter and its optimizer state change.
 
     Attributes:
-        weight: From the old values to the new.
-        state: From an optimizer's state tensor of the old size to the new, by the name that the optimizer gives it
-            (`exp_avg`, `momentum_buffer`, ...). State of any other size is dropped, with a warning. None where the state means
-            nothing for the new values: then the optimizer restarts for the parameter, its count of steps too.
-        gradient: From the old gradient to the new; by default there is none afterwards.
+        weight: Maps old values to new values.
+        state: Maps the name and value of an optimizer state tensor (`exp_avg`, `momentum_buffer`, ...) to its new value. State of
+            any other size is dropped with a warning. None restarts the optimizer for the parameter, including its step count.
+        gradient: Maps the old gradient to the new gradient. Defaults to None, which drops it.
     """
 
     weight: Callable[[Tensor], Tensor]
@@ -166,7 +165,7 @@ def _move(parameter: nn.Parameter, device: torch.device) -> None:
 
 @torch.no_grad()
 def update_optimizers(swaps: list[Swap], optimizers: Iterable[Optimizer]) -> None:
-    """Replaces parameters in optimizers and remaps their state, one parameter at a time.
+    """Replaces parameters in optimizers and remaps their state.
 
     If state cannot be remapped, the optimizer restarts for the parameter with a warning, because the model has already changed.
     For the same reason, keyboard interrupts are delayed to the end.

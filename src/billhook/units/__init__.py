@@ -1,1 +1,1 @@
-"""Finds what can be taken out of a model (heads, channels, experts, blocks), and gates on it."""
+"""Units of a model (heads, channels, experts, blocks), and gates on them."""

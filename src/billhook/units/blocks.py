@@ -23,7 +23,7 @@ _Call = tuple[int, Tensor, Tensor | None]
 
 
 def find_blocks(model: nn.Module, example_inputs: Mapping[str, Any] | None = None) -> dict[str, nn.ModuleList]:
-    """Finds block stacks: outermost module lists whose modules keep the shape of hidden states.
+    """Finds block stacks: module lists whose modules keep the shape of hidden states.
 
     Args:
         model: A Hugging Face model, also with LoRA, or a module that contains one. Models with the same signature run once.

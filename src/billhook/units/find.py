@@ -19,24 +19,24 @@ from billhook.units.blocks import find_blocks
 from billhook.units.units import Per, UnitKind, Units, axis_numbers, plural
 
 Chosen = Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[int | str, Iterable[int]] | Iterable[int]
-"""Units by place: its name, or its number in the order in which `find_units` gives places; or those of the only place."""
+"""Unit numbers by module name or position in `find_units`, or unit numbers of the only module."""
 
 
 def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_inputs: Inputs | None = None) -> dict[str, Units]:
-    """Finds the units of a model: heads, channels, residual channels, experts or blocks.
+    """Finds the units of a model: heads, channels, hidden dimensions, experts, or blocks.
 
-    A place is named after the innermost module that holds it; the second of one name gets its kind added.
+    A module is named by the innermost module with the units. If a name occurs twice, the kind is appended.
 
     Args:
-        model: A Hugging Face model, also with LoRA attached, or a module that holds one; any module with `example_inputs`.
-        kind: `"head"`, `"channel"` (of feed-forwards in blocks), `"residual"`, `"expert"` or `"block"`, or several of them.
-        example_inputs: Inputs of the forward, as `trace` takes them; by default guessed from the config.
+        model: A Hugging Face model, also with LoRA, or a module that contains one. Any module with `example_inputs`.
+        kind: `"head"`, `"channel"` (of MLPs in blocks), `"residual"`, `"expert"`, or `"block"`, or a list of kinds.
+        example_inputs: Inputs of the forward, as for `trace`. Defaults to inputs guessed from the config.
 
     Returns:
-        By place: each attention, feed-forward, stream, mixture or stack of blocks, in the order in which they run.
+        Units by module, in execution order: attention, MLP, residual stream, mixture of experts, or block stack.
 
     Raises:
-        ValueError: If a kind is not legal, there are no such units, or heads cannot be told apart.
+        ValueError: If a kind is invalid, if there are no such units, or if heads cannot be distinguished.
 
     Example:
         >>> import billhook as bh

@@ -83,31 +83,31 @@ class Mask:
 
 @runtime_checkable
 class Planned(Protocol):
-    """A plan of units, as `plan` and `plan_units` return it."""
+    """A plan of units, as returned by `plan` and `plan_units`."""
 
     @property
     def units(self) -> Mapping[str, list[int]]:
-        """The chosen units by place."""
+        """The chosen units by module."""
 
     @property
     def kinds(self) -> Mapping[str, UnitKind]:
-        """The kind of each place."""
+        """The kind of units of each module."""
 
 
 @contextmanager
 def gates(model: nn.Module, units: Mapping[str, Units], per: Per = "head") -> Iterator[dict[str, Tensor]]:
-    """Puts a differentiable gate on every unit, for as long as the `with` block lasts.
+    """Places a differentiable gate on every unit within the context.
 
     Args:
-        model: The model, or a module that holds it.
-        units: Units that modules of their own read, as heads and channels: `find_units(model, "head")`.
-        per: For heads, one gate for each `"head"` (query head), or for each `"kv_head"` with the query heads that it serves.
+        model: The model, or a module that contains it.
+        units: Units with a consumer module, such as heads and channels: `find_units(model, "head")`.
+        per: For heads, a gate for each query head (`"head"`), or for each KV head with its query heads (`"kv_head"`).
 
     Yields:
-        By place, its gates: float32, `[units]`, all 1, leaves that require gradients. They are no parameters of the model.
+        Gates by module: float32, `[units]`, all 1, with `requires_grad`. They are not parameters of the model.
 
     Raises:
-        ValueError: If no module of its own reads the units of a place, as of experts and blocks; or if `per` is not legal.
+        ValueError: If no single module consumes the units, such as for experts and blocks, or if `per` is invalid.
 
     Example:
         >>> import billhook as bh

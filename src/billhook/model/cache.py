@@ -176,9 +176,9 @@ class _Signature:
         if isinstance(value, PLAIN):
             return value
         if isinstance(value, list | tuple):
-            return type(value).__name__, [self.of(item) for item in value]
+            return type(value).__name__, list(map(self.of, value))
         if isinstance(value, set | frozenset):
-            return "set", sorted(repr(self.of(item)) for item in value)
+            return "set", sorted(map(repr, map(self.of, value)))
         if isinstance(value, dict):
             return [(self.of(key), self.of(item)) for key, item in value.items()]
         if isinstance(value, type | FunctionType | BuiltinFunctionType):

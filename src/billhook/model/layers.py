@@ -188,9 +188,13 @@ def read_dim(reader: nn.Module) -> int:
 
 def find_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """Finds other layers with the weight of a listed layer, with its name."""
-    names, known = {id(linear.get_parameter("weight")): name for name, linear in linears.items()}, set(linears.values())
-    others = [module for module in model.modules() if _is_among(module, "all") and module not in known]
-    return [(names[weight], module) for module in others if (weight := id(module._parameters.get("weight"))) in names]
+    names, listed = {id(linear.get_parameter("weight")): name for name, linear in linears.items()}, set(linears.values())
+    tied = list[tuple[str, nn.Module]]()
+    for module in model.modules():
+        weight = id(module._parameters.get("weight"))
+        if weight in names and module not in listed and _is_among(module, "all"):
+            tied.append((names[weight], module))
+    return tied
 
 
 def to_layout(linear: nn.Module, matrix: Tensor) -> Tensor:

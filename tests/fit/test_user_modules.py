@@ -371,7 +371,7 @@ class Two(Own):
     ("kind", "match"),
     [
         (Listed, r"Listed contains no Hugging Face model .* that torch sees: 'models' has one in a list. Make it an attribute"),
-        (Two, "Two contains more than one Hugging Face model \(net, other\). Assign the model to use to the attribute `model`"),
+        (Two, r"Two contains more than one Hugging Face model \(net, other\). Assign the model to use to the attribute `model`"),
     ],
 )
 def test_what_cannot_be_found_is_refused(tmp_path, kind, match, event):

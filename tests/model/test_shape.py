@@ -176,7 +176,7 @@ def test_finding_the_model():
     assert locate_transformer(Holder(net=Holder(inner=model))) == ("net.inner", model)
     assert locate_transformer(Holder(teacher=teacher, model=model)) == ("model", model)
     assert find_transformer(Holder(model=Holder(x=nn.Linear(1, 1), backbone=model))) is model
-    with pytest.raises(ValueError, match="Holder contains more than one Hugging Face model \(a, b\)"):
+    with pytest.raises(ValueError, match=r"Holder contains more than one Hugging Face model \(a, b\)"):
         find_transformer(Holder(a=model, b=teacher))
     with pytest.raises(ValueError, match="Holder contains no Hugging Face model"):
         find_transformer(Holder(a=nn.Linear(1, 1)))

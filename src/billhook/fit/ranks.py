@@ -116,7 +116,7 @@ def fail_together(trainer: pl.Trainer, who: str) -> Iterator[None]:
 
 
 Apart = Callable[[Comm], AbstractContextManager[None]]
-"""Context in which the first rank alone can load sharded blocks, as `BlockStore.apart`."""
+"""Context in which the first rank alone can load sharded blocks, as `BlockStore.independently`."""
 
 
 def on_first_rank(trainer: pl.Trainer, who: str, work: Callable[[], object], apart: Apart = lambda _: nullcontext()) -> None:

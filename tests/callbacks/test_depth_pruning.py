@@ -174,7 +174,7 @@ class TestCheckpoints:
 
     def test_a_layers_checkpoint_of_another_depth_is_refused(self, files, tmp_path):
         trainer(tmp_path, [pruning(1), checkpoints(tmp_path)], max_steps=2).fit(module(num_hidden_layers=3), data(files))
-        with pytest.raises(ValueError, match=f"{LAYERS} had 3 blocks at first, and has 4 in LlamaForCausalLM"):
+        with pytest.raises(ValueError, match=f"{LAYERS} had 3 blocks originally, but 4 in LlamaForCausalLM"):
             trainer(tmp_path, [pruning(1)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
 
 

@@ -196,14 +196,14 @@ class TestRefused:
         [
             (
                 {"family": "mistral", "sliding_window": None, "head_dim": 4},
-                "its model_type is 'llama', here it is 'mistral'; .*holds LlamaForCausalLM",
+                "its model_type is 'llama' instead of 'mistral'; .*contains LlamaForCausalLM",
             ),
             (
                 {"hidden_size": 32},
-                r"self_attn has heads of 4, here they are of 8; .*hidden_size 16.* the run has .*hidden_size 32",
+                r"self_attn has head dimension 4 instead of 8; .*hidden_size 16.* the run has .*hidden_size 32",
             ),
             ({"num_hidden_layers": 3}, "it lacks model.layers.2.*num_hidden_layers 2.* the run has .*num_hidden_layers 3"),
-            ({"tie_word_embeddings": True}, "its tie_word_embeddings is False, here it is True"),
+            ({"tie_word_embeddings": True}, "its tie_word_embeddings is False instead of True"),
             ({"attention_bias": True}, "it lacks model.layers.0.self_attn.k_proj.bias"),
         ],
         ids=["family", "heads", "blocks", "tied", "biases"],

@@ -215,7 +215,7 @@ HOSTILE = {
     "shape is a list": (lambda config: config[KEY].update(shape=[1]), "tensors is 'None', but must be a mapping"),
     "tensors are a list": (_shape("tensors", [1]), "tensors is '.1.', but must be a mapping"),
     "attributes are text": (_shape("attributes", "a"), "attributes is 'a', but must be a mapping"),
-    "size is text": (_size("ab"), "must be a short list of whole numbers"),
+    "size is text": (_size("ab"), "must be a short list of integers"),
     "size is a number": (_size(3), "must be a short list"),
     "size has text": (_size(["a", "b"]), "must be a short list"),
     "size has a fraction": (_size([32.0, 20]), "must be a short list"),

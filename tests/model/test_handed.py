@@ -102,5 +102,5 @@ def test_plain_data():
     ],
 )
 def test_other_data_is_refused(plain):
-    with pytest.raises(ValueError, match="which is not how billhook writes it"):
+    with pytest.raises(ValueError, match="is not a valid layout of repeated heads"):
         RepeatLayout.from_list(plain)

@@ -613,7 +613,7 @@ class TestShape:
         small, dense, third = llama(num_hidden_layers=4), deep(), shape_of(llama(num_hidden_layers=3))
         remove(small, [0])
         before = everything(dense)
-        with pytest.raises(ValueError, match=f"{LAYERS} had 4 blocks at first, and has 5 in LlamaForCausalLM"):
+        with pytest.raises(ValueError, match=f"{LAYERS} had 4 blocks originally, but 5 in LlamaForCausalLM"):
             set_shape(dense, shape_of(small))
         cut = copy.deepcopy(dense)
         remove(cut, [0])

@@ -76,24 +76,24 @@ def blocks_with(module: nn.Module, layers: set[nn.Module]) -> Iterator[nn.Module
 
 
 def find_sites(
-    model: nn.Module, linears: Mapping[str, nn.Module], sequential: Sequential, gates: Collection[nn.Module] = ()
+    model: nn.Module, layers: Mapping[str, nn.Module], sequential: Sequential, gates: Collection[nn.Module] = ()
 ) -> list[Site]:
     """Finds the stops of a walk: blocks and layers outside of them, every layer, or the model.
 
     Args:
         model: The model.
-        linears: The layers to prune, by name, in module order.
+        layers: The layers to prune, by name, in module order.
         sequential: `"block"`, `"layer"`, or `"none"`.
         gates: Blocks that all runs leave before any enters the next one, in addition.
     """
     if sequential == "none":
-        return [Site(model, dict(linears))]
+        return [Site(model, dict(layers))]
     sites: dict[nn.Module, Site] = {}
-    blocks = list(blocks_with(model, set(linears.values())))
+    blocks = list(blocks_with(model, set(layers.values())))
     owner = {module: block for block in blocks for module in block.modules()}
-    for name, linear in linears.items():
-        module = owner.get(linear, linear) if sequential == "block" else linear
-        sites.setdefault(module, Site(module, {})).linears[name] = linear
+    for name, layer in layers.items():
+        module = owner.get(layer, layer) if sequential == "block" else layer
+        sites.setdefault(module, Site(module, {})).linears[name] = layer
     if not gates:
         return list(sites.values())
     for block in gates:

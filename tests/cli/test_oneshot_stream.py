@@ -182,8 +182,8 @@ def test_inspect_is_the_same_and_says_how_the_model_streams(small, capsys, monke
     assert (
         said[len(plain) :].split()
         == (
-            f"streaming 2 blocks of up to {blocks[0] / 1e6:,.1f} MB, loaded one at a time ({sum(blocks) / 1e6:,.1f} MB in total); "
-            f"{stays / 1e6:,.1f} MB stay in memory"
+            f"streaming 2 blocks of up to {blocks[0] / 1e6:,.1f} MB, loaded one at a time "
+            f"({sum(blocks) / 1e6:,.1f} MB in total); {stays / 1e6:,.1f} MB stay in memory"
         ).split()
     )
     found = json.loads(printed(capsys, "inspect", small, "--stream", "--json", "true"))

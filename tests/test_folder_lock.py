@@ -106,7 +106,7 @@ def test_a_command_is_refused_before_it_loads(tmp_path, monkeypatch, how):
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /proc, where even root makes no file")
 def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("billhook.cli.one_shot.OneShot.__init__", None)
-    said = r"'/proc/out' cannot be written: no file can be made in '/proc' \(No such file or directory\)"
+    said = r"'/proc/out' cannot be written: no file can be created in '/proc' \(No such file or directory\)"
     with pytest.raises(SystemExit, match=f"^billhook prune: {said}$"):
         main(["prune", "tiny", "/proc/out", "--sparsity", "0.5"])
     with pytest.raises(OSError, match=said):
@@ -153,5 +153,5 @@ def test_a_folder_that_billhook_did_not_write_is_left_alone(tmp_path, name):
 def test_an_output_that_billhook_did_not_write_is_refused_before_the_model_is_streamed(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=f"out' holds something that billhook did not write .{RECORD} is not there"):
+    with pytest.raises(ValueError, match=f"out' is not a billhook checkpoint .no {RECORD}"):
         bh.stream("nowhere/at-all", tmp_path / "out")

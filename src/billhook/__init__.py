@@ -1,6 +1,6 @@
-"""Prune and convert Hugging Face transformers inside a PyTorch Lightning fit.
+"""Prune and convert Hugging Face transformers while training them with PyTorch Lightning.
 
-What is needed less often is in `criteria`, `importance`, `kv_methods`, `pruning` and `training`.
+Further names are in `criteria`, `importance`, `kv_methods`, `pruning`, and `training`.
 """
 
 # ruff: noqa: I001 - by theme
@@ -55,9 +55,9 @@ if TYPE_CHECKING:
 else:
     import importlib.util
 
-    # what is above, imported when it is asked for: all together take seconds
+    # the names above are imported on first use, because importing all of them takes seconds
     _NAMESPACES = ("criteria", "importance", "kv_methods", "pruning", "training")
-    _PLACES = {
+    _MODULES = {
         "billhook.checkpoints.save": "load save",
         "billhook.model.streamed": "stream",
         "billhook.report.summary": "summary",
@@ -89,24 +89,24 @@ else:
         "billhook.training.module": "TransformerModule",
         "billhook.training.data": "TextDataModule",
     }
-    _WHERE = {name: place for place, names in _PLACES.items() for name in names.split()}
-    __all__ = ["schedules", *_NAMESPACES, *_WHERE]
+    _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
+    __all__ = ["schedules", *_NAMESPACES, *_MODULE_OF]
 
     def __getattr__(name: str) -> object:
-        """Imports a public name, or a folder, for which all names are imported: any module of it may be meant."""
+        """Imports a public name, or a folder of billhook with all its modules."""
         if name not in __all__ and importlib.util.find_spec(f"{__name__}.{name}") is None:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if name not in __all__:
-            for place in _PLACES:
-                importlib.import_module(place)
-        if name == "ModelPlan":  # `ModelPlan.from_json` makes plans of the kinds that have been imported
-            for place in ("kv_heads.convert", "pruning.planning", "sparsity.prune"):
-                importlib.import_module(f"{__name__}.{place}")
-        if name not in _WHERE:
+            for module in _MODULES:
+                importlib.import_module(module)
+        if name == "ModelPlan":  # `ModelPlan.from_json` only knows kinds of plans that have been imported
+            for module in ("kv_heads.convert", "pruning.planning", "sparsity.prune"):
+                importlib.import_module(f"{__name__}.{module}")
+        if name not in _MODULE_OF:
             return importlib.import_module(f"{__name__}.{name}")
-        globals()[name] = value = getattr(importlib.import_module(_WHERE[name]), name)
+        globals()[name] = value = getattr(importlib.import_module(_MODULE_OF[name]), name)
         return value
 
     def __dir__() -> list[str]:
-        """Lists what is there, and what can be imported."""
+        """Lists loaded and importable names."""
         return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Runs the command: `python -m billhook` is `billhook`."""
+"""Runs the command line: `python -m billhook` is `billhook`."""
 
 from billhook.cli.main import main
 

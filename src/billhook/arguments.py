@@ -1,4 +1,4 @@
-"""Checks of arguments, whose errors name the argument, its value, and the legal values."""
+"""Argument checks, with errors of the form `argument=value must be ...`."""
 
 import math
 import re
@@ -12,7 +12,7 @@ CONTAINERS = (Iterable, Collection, Sequence, Mapping, list, tuple, dict)
 
 
 def check_int(name: str, value: object, least: int = 1) -> None:
-    """Raises if a value is not a whole number, or too small.
+    """Raises an error unless a value is an integer of at least `least`.
 
     >>> check_int("examples", 0)
     Traceback (most recent call last):
@@ -23,25 +23,26 @@ def check_int(name: str, value: object, least: int = 1) -> None:
 
 
 def check_number(name: str, value: object, least: float | None = None, above: float | None = None) -> None:
-    """Raises if a value is not a finite number, or too small.
+    """Raises an error unless a value is a finite number within the bounds.
 
     >>> check_number("damping", 0, above=0)
     Traceback (most recent call last):
     ValueError: damping=0 must be a number above 0
     """
     if not _is_finite(value) or (least is not None and value < least) or (above is not None and value <= above):
-        legal = "".join(f" {word} {bound:g}" for word, bound in (("of at least", least), ("above", above)) if bound is not None)
-        raise ValueError(f"{name}={value!r} must be a number{legal}")
+        at_least = "" if least is None else f" of at least {least:g}"
+        greater = "" if above is None else f" above {above:g}"
+        raise ValueError(f"{name}={value!r} must be a number{at_least}{greater}")
 
 
 def check_fraction(name: str, value: object, legal: str = "[0, 1)", of: str = "") -> None:
-    """Raises if a number is outside an interval, with a hint if it looks like a percentage.
+    """Raises an error unless a value is in an interval, with a hint if it looks like a percentage.
 
     Args:
-        name: The argument.
-        value: What came.
-        legal: The interval; a round bracket leaves out the end.
-        of: What it is a fraction of, for the message.
+        name: Argument name.
+        value: Argument value.
+        legal: The interval; a round bracket excludes the bound.
+        of: Name of the total for the message, such as "the heads".
 
     >>> check_fraction("ratio", 1.0, of="the heads")
     Traceback (most recent call last):
@@ -51,18 +52,18 @@ def check_fraction(name: str, value: object, legal: str = "[0, 1)", of: str = ""
     ValueError: sparsity=50 must be in [0, 1); did you mean 0.5?
     """
     low, high = map(float, legal[1:-1].split(","))
-    ends = [end for end, bracket in ((low, legal[0]), (high, legal[-1])) if bracket in "()"]
+    excluded = [bound for bound, bracket in ((low, legal[0]), (high, legal[-1])) if bracket in "()"]
 
-    def holds(value: float) -> bool:
-        return low <= value <= high and value not in ends
+    def is_inside(value: float) -> bool:
+        return low <= value <= high and value not in excluded
 
-    if not _is_finite(value) or not holds(value):
-        meant = percentage_hint(value) if _is_finite(value) and holds(value / 100) else ""
-        raise ValueError(f"{name}={value!r} must be {f'a fraction of {of} ' if of else ''}in {legal}{meant}")
+    if not _is_finite(value) or not is_inside(value):
+        hint = percentage_hint(value) if _is_finite(value) and is_inside(value / 100) else ""
+        raise ValueError(f"{name}={value!r} must be {f'a fraction of {of} ' if of else ''}in {legal}{hint}")
 
 
 def percentage_hint(value: float) -> str:
-    """Returns a hint for an error if a number from 1 to 100 may be a percentage.
+    """Returns the hint of a message for a number in (1, 100], which may be a percentage.
 
     >>> percentage_hint(30), percentage_hint(0.3), percentage_hint(4096)
     ('; did you mean 0.3?', '', '')
@@ -70,13 +71,13 @@ def percentage_hint(value: float) -> str:
     return f"; did you mean {value / 100:g}?" if 1 < value <= 100 else ""
 
 
-def check_one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 - a Literal is of no class
-    """Raises if a value is not one of several legal values.
+def check_one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 - a Literal has no type
+    """Raises an error unless a value is among the legal words.
 
     Args:
-        name: The argument.
-        value: What came.
-        legal: The words, or the `Literal` of them.
+        name: Argument name.
+        value: Argument value.
+        legal: The words, or a `Literal`.
 
     >>> check_one_of("per", "layer", ("head", "kv_head"))
     Traceback (most recent call last):
@@ -88,20 +89,20 @@ def check_one_of(name: str, value: object, legal: Any) -> None:  # noqa: ANN401 
 
 
 def check_path(name: str, value: object, endings: Iterable[str] = ()) -> None:
-    """Raises if a value is not a path, or has none of the legal suffixes.
+    """Raises an error unless a value is a path, with a legal ending.
 
     >>> check_path("plot_file", "report.foo", [".png", ".pdf"])
     Traceback (most recent call last):
     ValueError: plot_file='report.foo' must be a path that ends in .png, .pdf
     """
     legal = list(endings)
-    named = isinstance(value, str | Path) and str(value).strip() != ""
-    if not named or (legal and Path(str(value)).suffix.lower() not in legal):
+    is_path = isinstance(value, str | Path) and str(value).strip() != ""
+    if not is_path or (legal and Path(str(value)).suffix.lower() not in legal):
         raise ValueError(f"{name}={value!r} must be a path{' that ends in ' if legal else ''}{', '.join(legal)}")
 
 
 def parse_memory(name: str, value: str) -> int:
-    """Returns an amount of memory in bytes, or raises if it cannot be parsed.
+    """Parses an amount of memory and returns it in bytes.
 
     >>> parse_memory("memory", "8GiB"), parse_memory("memory", "1.5 GB")
     (8589934592, 1500000000)
@@ -115,12 +116,12 @@ def parse_memory(name: str, value: str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** ("KMGT".index(match[2]) + 1))
 
 
-def check_types(of: Callable[..., Any], given: Mapping[str, object]) -> None:
-    """Raises if an argument does not have the annotated type.
+def check_types(function: Callable[..., Any], arguments: Mapping[str, object]) -> None:
+    """Raises an error for arguments that do not match the annotations of a function or class.
 
     Args:
-        of: The function or class.
-        given: The arguments by name, as `locals()` at the start of a function or `vars(self)` have them.
+        function: The function, or a class whose `__init__` is annotated.
+        arguments: Arguments by name, from `locals()` at the start of a function or from `vars(self)`.
 
     >>> def scale(model: str, by: float = 1.0) -> None:
     ...     check_types(scale, locals())
@@ -128,21 +129,21 @@ def check_types(of: Callable[..., Any], given: Mapping[str, object]) -> None:
     Traceback (most recent call last):
     ValueError: by='double' must be a number
     """
-    for name, kind in _kinds(of).items():
-        if name in given and not _fits(given[name], kind):
-            hint = getattr(given[name], "no_model", "")  # of a report that is taken for the model that it is about
-            raise ValueError(f"{name}={_shown(given[name])} must be {_legal(kind)}{f': {hint}' if hint else ''}")
+    for name, kind in _annotations(function).items():
+        if name in arguments and not _fits(arguments[name], kind):
+            hint = getattr(arguments[name], "no_model", "")  # a report was passed instead of its model
+            raise ValueError(f"{name}={_short_repr(arguments[name])} must be {_legal(kind)}{f': {hint}' if hint else ''}")
 
 
 @cache
-def _kinds(of: Callable[..., Any]) -> dict[str, Any]:
-    hints = get_type_hints(of.__init__ if isinstance(of, type) else of)  # type: ignore[misc]
+def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
+    hints = get_type_hints(function.__init__ if isinstance(function, type) else function)  # type: ignore[misc]
     return {name: kind for name, kind in hints.items() if name != "return"}
 
 
-def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN401 - annotations are of no class
-    """Tells whether a value is of an annotated kind; within containers, which number or word it is is left to who reads them."""
-    kind = _meant(kind)
+def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN401 - annotations have no type
+    """Returns True if a value matches an annotation; the values of items within containers are not compared."""
+    kind = _resolve_alias(kind)
     origin, inside = get_origin(kind), get_args(kind)
     if kind is Any or isinstance(kind, TypeVar):
         return True
@@ -159,32 +160,32 @@ def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN4
     if isinstance(value, str | bytes) or origin not in CONTAINERS:
         return not isinstance(value, str | bytes) or str in (kind, *inside)
     if isinstance(value, Mapping) and issubclass(origin, Mapping):
-        items = value.values() if isinstance(value, dict) else ()  # others may have to read each value
+        items = value.values() if isinstance(value, dict) else ()  # other mappings may have to load each value
         return all(_fits(key, inside[0], True) for key in value) and all(_fits(item, inside[1], True) for item in items)
     return not isinstance(value, Collection) or all(_fits(item, inside[0], True) for item in value)
 
 
-def _meant(kind: Any) -> Any:  # noqa: ANN401
-    """Returns what an alias stands for that `type` has made, as numpy 2.5 makes `NDArray` from Python 3.12 on."""
+def _resolve_alias(kind: Any) -> Any:  # noqa: ANN401
+    """Returns the value of a `type` alias, such as `NDArray` of numpy 2.5 on Python 3.12."""
     return getattr(get_origin(kind) or kind, "__value__", kind)
 
 
 def _legal(kind: Any) -> str:  # noqa: ANN401
-    """Describes an annotated kind."""
+    """Describes an annotation."""
     origin, inside = get_origin(kind), get_args(kind)
-    plain = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", NoneType: "None"}
+    names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", NoneType: "None"}
     if origin in (Union, UnionType):
-        words_first = sorted(inside, key=lambda kind: "Literal" not in str(kind))
-        return " or ".join(dict.fromkeys(_legal(kind) for kind in words_first if kind is not int or float not in inside))
+        literals_first = sorted(inside, key=lambda kind: "Literal" not in str(kind))
+        return " or ".join(dict.fromkeys(_legal(kind) for kind in literals_first if kind is not int or float not in inside))
     if origin is Literal:
         return f"one of {', '.join(map(str, inside))}"
     if origin is Callable:
         return "a function"
     name = kind.__name__ if isinstance(kind, type) and not inside else re.sub(r"\b(\w+\.)+", "", str(kind))
-    return plain.get(kind) or f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
+    return names.get(kind) or f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
-def _shown(value: object) -> str:
+def _short_repr(value: object) -> str:
     text = repr(value)
     return text if len(text) < 80 and "\n" not in text else f"a {type(value).__name__}"
 

@@ -1,4 +1,4 @@
-"""Puts a folder in its place in one step: written as a draft, flushed to disk, renamed; also if the process is killed."""
+"""Atomic writes of folders: a draft is written, flushed to disk, and renamed in one step."""
 
 import json
 import os
@@ -12,45 +12,51 @@ from datetime import datetime
 from pathlib import Path
 
 RECORD = "billhook.json"
-"""The file that shows that billhook wrote a folder, and lists its files."""
+"""File that marks a folder as written by billhook, and lists its files."""
 LONGEST = 255 - len("..rehearsal.draft-01234567")
-"""Bytes of a folder's name at most, as drafts beside it have longer ones."""
+"""Maximum number of bytes of a folder name, because drafts next to it have longer names."""
 
 
 def check_name(folder: str | Path) -> None:
-    """Refuses what no folder can be called, nor the drafts beside it."""
+    """Raises an error for a name that is illegal for a folder or its drafts."""
     longest = max(len(os.fsencode(part)) for part in ("", *Path(folder).parts))
     if "\0" in str(folder) or longest > LONGEST:
-        wrong = "a zero byte" if "\0" in str(folder) else f"a name of {longest} bytes, more than {LONGEST},"
-        raise ValueError(f"folder: {str(folder)[:80]!r} holds {wrong} which no folder can have: name another")
+        problem = "contains a zero byte" if "\0" in str(folder) else f"has a name of {longest} bytes, more than {LONGEST}"
+        raise ValueError(f"folder: {str(folder)[:80]!r} {problem}. Choose another name.")
 
 
 def check_target(folder: str | Path) -> None:
-    """Refuses a folder to save to that holds anything that billhook did not write, or that cannot be replaced."""
+    """Raises an error if an output folder is not a billhook checkpoint or cannot be replaced."""
     check_name(folder)
     path = Path(folder).resolve()
     if path.is_mount():
-        raise ValueError(f"'{folder}' is a mount point, which cannot be replaced in one step: name a folder inside it")
-    if occupied := next((p for p in path.parents if p.exists() and not p.is_dir()), None):
-        raise ValueError(f"'{folder}' cannot be a folder: '{occupied}' is a file")
-    aside = _draft_name(path, "old")
-    if aside.is_symlink() or aside.is_file():
-        raise ValueError(f"'{folder}' cannot be replaced in one step: '{aside}', where what stands there rests, is no folder")
-    if aside.is_dir() and (foreign := _foreign(aside)):
-        raise ValueError(f"'{folder}' cannot be replaced in one step: '{aside}' holds what billhook did not write ({foreign})")
-    if path.exists() and (foreign := "a file" if not path.is_dir() else _foreign(path)):
-        raise ValueError(f"'{folder}' holds something that billhook did not write ({foreign}): name another folder")
+        raise ValueError(f"'{folder}' is a mount point, which cannot be replaced. Use a folder inside it.")
+    for parent in path.parents:
+        if parent.exists() and not parent.is_dir():
+            raise ValueError(f"'{folder}' cannot be created, because '{parent}' is a file. Choose another folder.")
+    backup = _draft_name(path, "old")
+    if backup.is_symlink() or backup.is_file():
+        raise ValueError(f"'{folder}' cannot be replaced, because its backup '{backup}' is not a folder. Move that file.")
+    foreign = _foreign(backup) if backup.is_dir() else None
+    if foreign:
+        raise ValueError(f"'{folder}' cannot be replaced, because '{backup}' was not written by billhook ({foreign}). Move it.")
+    foreign = _foreign(path) if path.is_dir() else "a file" if path.exists() else None
+    if foreign:
+        raise ValueError(
+            f"'{folder}' is not a billhook checkpoint ({foreign}) and will not be overwritten. Choose another folder."
+        )
 
 
 def check_not_source(source: str | Path, folder: str | Path) -> None:
-    """Refuses a folder to save to that is the one which is read, or that holds it: it would be lost."""
-    read, path = Path(source).resolve(), Path(folder).resolve()
-    if read.is_dir() and path.exists() and any(path.samefile(own) for own in (read, *read.parents)):
-        raise ValueError(f"'{folder}' is the folder of the model that is read, or holds it, and would be replaced: name another")
+    """Raises an error if the output folder is or contains the source folder, which would be lost."""
+    source_path, path = Path(source).resolve(), Path(folder).resolve()
+    folders = (source_path, *source_path.parents)
+    if source_path.is_dir() and path.exists() and any(map(path.samefile, folders)):
+        raise ValueError(f"'{folder}' is or contains the folder of the model, which would be lost. Choose another folder.")
 
 
 def replacement_note(folder: str | Path) -> str:
-    """Says what a save to a folder that `check_target` has passed replaces, to follow its name; empty if nothing stands there."""
+    """Returns a note on the checkpoint that a save to a checked folder replaces, if any."""
     record = Path(folder) / RECORD
     if not record.is_file():
         return ""
@@ -58,22 +64,23 @@ def replacement_note(folder: str | Path) -> str:
 
 
 def _foreign(folder: Path) -> str | None:
+    """Returns the sign that billhook did not write a folder, or None."""
     names = {path.name for path in folder.iterdir()}
     if names and RECORD not in names:
-        return f"{RECORD} is not there"
+        return f"no {RECORD}"
     try:
         record = json.loads((folder / RECORD).read_text()) if names else {}
         added = sorted(names - set(record.get("files", names)))
     except (ValueError, AttributeError, TypeError, RecursionError, OSError):
-        return f"{RECORD} is not as billhook writes it"
+        return f"{RECORD} is malformed"
     return ", ".join(added) or None
 
 
 @contextmanager
 def draft_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder next to the target, and removes it afterwards; drafts of killed processes are removed first.
+    """Yields an empty folder next to the target, and removes it and older drafts.
 
-    The target must be claimed, or a draft of a process that lives would be removed.
+    The target must be locked, because drafts of other processes are removed too.
     """
     drafts = re.compile(rf"\.{re.escape(target.name)}\.draft-[0-9a-f]{{8}}")
     for path in list(target.parent.iterdir()):
@@ -92,11 +99,11 @@ def _draft_name(target: Path, suffix: str | None = None) -> Path:
 
 
 def replace_folder(draft: Path, target: Path) -> None:
-    """Moves the draft, safely on disk, to the target; an older checkpoint there stays complete until the new one is in place."""
+    """Flushes the draft to disk and moves it to the target, which is either old or new at any time."""
     mode = stat.S_IMODE(draft.stat().st_mode)
     for path in draft.rglob("*"):
         if path.is_file():
-            path.chmod(mode & 0o666)  # as the umask has it, where safetensors writes 0600
+            path.chmod(mode & 0o666)  # by the umask, because safetensors writes 0600
         _flush(path)
     if target.is_dir():
         draft.chmod(stat.S_IMODE(target.stat().st_mode))
@@ -105,7 +112,7 @@ def replace_folder(draft: Path, target: Path) -> None:
     try:
         if target.is_dir() and not empty:
             target.rename(_draft_name(target, "old"))
-        draft.rename(target)  # over nothing or an empty folder: one step
+        draft.rename(target)  # atomic, because the target is missing or empty
         try:
             _flush(target.parent)
         except OSError:
@@ -118,13 +125,13 @@ def replace_folder(draft: Path, target: Path) -> None:
 
 
 def recover_folder(target: Path) -> None:
-    """Recovers from a move that was cut off: puts the older checkpoint back if no new one is in place, else removes it."""
+    """Completes an interrupted move: restores the old checkpoint, or removes it if a new one exists."""
     old = _draft_name(target, "old")
     if old.is_symlink() or not old.is_dir() or _foreign(old):
         return
     if target.is_dir() and any(target.iterdir()):
         with suppress(OSError):  # the next save removes it
-            shutil.rmtree(old.rename(_draft_name(target)), ignore_errors=True)  # under a draft's name it is never put back
+            shutil.rmtree(old.rename(_draft_name(target)), ignore_errors=True)  # under the name of a draft it is never restored
     elif not target.exists() or target.is_dir():
         old.rename(target)
 
@@ -138,5 +145,5 @@ def _flush(path: Path) -> None:
 
 
 def folder_size(folder: Path) -> int:
-    """Adds up the bytes of all files in a folder."""
+    """Returns the total size of all files in a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""Which weights become zero: criteria, how sparse each linear becomes, and what makes up for zeros."""
+"""Weight pruning: criteria, sparsity allocation, block-wise reconstruction, and channel permutation."""
 
 from billhook.sparsity.allocation import OWL
 from billhook.sparsity.alps import ALPS, Refit

@@ -1,4 +1,4 @@
-"""Lines and tables, drawn by rich: as text, in a notebook, and as Markdown."""
+"""Lines and tables as text, in a notebook, and as Markdown, drawn by rich."""
 
 import io
 from abc import ABC, abstractmethod
@@ -12,39 +12,39 @@ from rich.table import Table
 from rich.text import Text
 
 COLUMNS = 130
-"""Columns of what `print` shows; what is longer goes on below."""
+"""Width of printed output; longer lines are wrapped."""
 UNLIMITED = 100_000
 RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
-"""Nothing but a rule below the heads, of a character that every terminal has."""
+"""Table style with only a line below the header, of a character that every terminal has."""
 
 
 def text_table(rows: Iterable[Sequence[object]], head: Sequence[str] = (), aligns: str = "<>", indent: int = 0) -> RenderableType:
     """Returns a table.
 
     Args:
-        rows: Cells, one for each column.
-        head: The heads of the columns; none, for a table without.
-        aligns: For each column "<", on the left, or ">", on the right; the last holds of all others.
-        indent: Spaces before each row.
+        rows: Rows of cells, one cell per column.
+        head: Column headers. Defaults to none.
+        aligns: Alignment of each column, "<" (left) or ">" (right). The last one applies to all further columns.
+        indent: Number of spaces before each row.
     """
     table = Table(box=RULE if head else None, show_header=bool(head), show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
     if head:
-        table.padding = (0, 1, 0, 0)  # the box itself has a blank between columns
+        table.padding = (0, 1, 0, 0)  # the box has a blank between columns
     cells = [[Text(str(cell)) for cell in row] for row in rows]  # `Text`, as brackets in a string would be markup
     count = len(head) or max(map(len, cells), default=0)
     sides = [aligns[min(number, len(aligns) - 1)] for number in range(count)]
-    # where the table is too wide, its last column of words gives way, or else its first: numbers stay whole
-    giving = count - 1 if sides[-1:] == ["<"] or "<" not in sides else sides.index("<")
+    # a table that is too wide wraps its last column of text, or else its first, so that numbers stay in one piece
+    wrapped = count - 1 if sides[-1:] == ["<"] or "<" not in sides else sides.index("<")
     for number, side in enumerate(sides):
         name = Text(head[number] if head else "")
-        table.add_column(name, justify="left" if side == "<" else "right", overflow="fold", no_wrap=number != giving)
+        table.add_column(name, justify="left" if side == "<" else "right", overflow="fold", no_wrap=number != wrapped)
     for row in cells:
         table.add_row(*row)
     return Padding.indent(table, indent) if indent else table
 
 
 def render(*parts: RenderableType, width: int = COLUMNS) -> str:
-    """Draws lines and tables as text.
+    """Renders lines and tables as text.
 
     >>> print(render("zeros by stage", text_table([["dense", "0"], ["pruned", "1,024"]], ["", "zeros"], indent=2)))
     zeros by stage
@@ -61,12 +61,12 @@ def render(*parts: RenderableType, width: int = COLUMNS) -> str:
 
 
 def render_table(head: Sequence[str], rows: Iterable[Sequence[object]], aligns: str = "<>") -> str:
-    """Draws a table as text, however wide it is; see `text_table`."""
+    """Renders a table as text of any width; see `text_table`."""
     return render(text_table(rows, head, aligns), width=UNLIMITED)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], align: str) -> str:
-    """Draws a table as Markdown, whose cells must be escaped; all columns but the first are aligned by `align`.
+    """Renders a table as Markdown, from escaped cells; `align` applies to all but the first column.
 
     >>> print(markdown_table(["", "zeros"], [["dense", 0], ["pruned", "1,024"]], "---:"))
     |  | zeros |
@@ -79,14 +79,14 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], align:
 
 
 class Printable(JupyterMixin, ABC):
-    """An object that `print`, a notebook whose cell ends with it, and rich show as lines and tables."""
+    """Base class for objects that are displayed as lines and tables by `print`, notebooks, and rich."""
 
     @abstractmethod
     def _renderables(self) -> Iterable[RenderableType]:
-        """Returns the lines and tables that are shown."""
+        """Returns the lines and tables to display."""
 
     def text(self) -> str:
-        """Returns what `print` shows, with lines as long as they are."""
+        """Returns the printed text without wrapping lines."""
         return render(*self._renderables(), width=UNLIMITED)
 
     def __str__(self) -> str:
@@ -96,6 +96,6 @@ class Printable(JupyterMixin, ABC):
         return str(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterable[RenderableType]:
-        """Draws it in a terminal or a notebook, as wide as that is."""
+        """Renders the object at the width of a terminal or notebook."""
         for part in self._renderables():
             yield Text(part) if isinstance(part, str) else part

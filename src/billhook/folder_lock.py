@@ -1,4 +1,4 @@
-"""A lock file next to a folder, so that only one process writes to it."""
+"""Locks that allow one process at a time to write to a folder."""
 
 import json
 import os
@@ -11,65 +11,67 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows, where nothing keeps two runs apart
+except ImportError:  # Windows, without locks
     fcntl = None  # type: ignore[assignment]
 
 
 class FolderLock:
-    """The lock of a folder, held until it is released or the process ends.
+    """Lock of a folder, until it is released or garbage-collected, or the process ends.
 
-    The system takes a lock from a process that ends, so that a file which it left is no obstacle, on any host. A process that
-    claims a folder again gets a claim that holds nothing. Folders above `target` that are missing are made, and removed by
-    `release` unless there is something in them.
+    The system releases the locks of a process that ends, so that a remaining lock file is harmless on any host. If a process
+    locks a folder again, the second object holds no lock. Missing parent folders of `target` are created, and `release` removes
+    them if they are empty.
 
     Args:
-        target: The folder that is written, resolved; it need not be there.
+        target: The output folder, as a resolved path. It may be missing.
 
     Raises:
-        ValueError: If another process holds the lock.
-        OSError: If no file can be made beside the folder.
+        ValueError: If another process has the lock.
+        OSError: If no file can be created next to the folder.
     """
 
     def __init__(self, target: Path) -> None:
         lock = target.with_name(f".{target.name}.lock")
-        made = [parent for parent in target.parents if not parent.exists()]
+        created = [parent for parent in target.parents if not parent.exists()]
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             descriptor = _locked(lock, target)
         except OSError as error:
-            _remove_empty(made)
-            why = f"no file can be made in '{target.parent}' ({error.strerror})"
-            refusal = type(error)(f"'{target}' cannot be written: {why}")
-            refusal.errno = error.errno
-            raise refusal from error
+            _remove_empty(created)
+            problem = f"no file can be created in '{target.parent}' ({error.strerror})"
+            explained = type(error)(f"'{target}' cannot be written: {problem}")
+            explained.errno = error.errno
+            raise explained from error
         except ValueError:
-            _remove_empty(made)
+            _remove_empty(created)
             raise
-        self._held = None if descriptor is None else weakref.finalize(self, _release, os.getpid(), lock, descriptor, made)
+        self._finalizer = None
+        if descriptor is not None:
+            self._finalizer = weakref.finalize(self, _release, os.getpid(), lock, descriptor, created)
 
     @property
     def holds(self) -> bool:
-        """True if this object holds the lock, and not an earlier one of the same process."""
-        return self._held is not None and self._held.alive
+        """True if this object holds the lock, not an earlier object of the same process."""
+        return self._finalizer is not None and self._finalizer.alive
 
     def release(self) -> None:
         """Releases the lock, if this object holds it."""
-        if self._held is not None:
-            self._held()
+        if self._finalizer is not None:
+            self._finalizer()
 
 
 @contextmanager
 def lock_folder(target: Path) -> Iterator[None]:
-    """Locks a folder within a `with` block; see `FolderLock`."""
-    claim = FolderLock(target)
+    """Locks a folder for this process within a `with` block; see `FolderLock`."""
+    folder_lock = FolderLock(target)
     try:
         yield
     finally:
-        claim.release()
+        folder_lock.release()
 
 
 def _locked(lock: Path, target: Path) -> int | None:
-    """Returns the descriptor of the locked file; None if this process already holds the lock."""
+    """Locks a file and returns its descriptor, or None if this process has the lock already."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -82,36 +84,36 @@ def _locked(lock: Path, target: Path) -> int | None:
                 return None
             who = " (process {process} on {host}, since {since})".format(**holder) if len(holder) == 3 else ""
             raise ValueError(
-                f"another run is writing to '{target}'{who}: wait until it has ended, or name another folder"
+                f"another run is writing to '{target}'{who}. Wait until it ends, or choose another folder."
             ) from None
         except OSError:  # a file system without locks
             pass
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), lock.stat()):
                 break
-        os.close(descriptor)  # whoever held it has removed it in the meantime
+        os.close(descriptor)  # the previous holder has removed the file in the meantime
     since = datetime.now().strftime("%Y-%m-%d %H:%M")
-    with suppress(OSError):  # on a full disk the lock holds without a name
+    with suppress(OSError):  # on a full disk, the lock works without its record
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname(), "since": since}).encode())
     return descriptor
 
 
 def _holder(lock: Path) -> dict[str, object]:
-    """Returns the process that holds a lock, as far as it is recorded."""
+    """Returns the record of the process that has a lock, or nothing if it is not written yet."""
     with suppress(OSError, ValueError):
         record = json.loads(lock.read_text())
         return record if isinstance(record, dict) else {}
     return {}
 
 
-def _release(process: int, lock: Path, descriptor: int, made: list[Path]) -> None:
-    if os.getpid() != process:  # a fork has it too
+def _release(process: int, lock: Path, descriptor: int, created: list[Path]) -> None:
+    if os.getpid() != process:  # a forked process has the descriptor too
         return
     with suppress(OSError):
-        lock.unlink()  # while it is held, so that nobody else's goes
+        lock.unlink()  # while locked, so that no other process loses its file
     os.close(descriptor)
-    _remove_empty(made)
+    _remove_empty(created)
 
 
 def _remove_empty(folders: list[Path]) -> None:

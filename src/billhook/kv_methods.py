@@ -1,4 +1,4 @@
-"""How the KV heads of a group become one."""
+"""Pooling methods for the KV heads of a group."""
 
 from billhook.kv_heads.methods import SVD, Aligned, Auto, Mean
 

@@ -1,4 +1,4 @@
-"""Removal of private paths from data that is published."""
+"""Removes private paths from published data: files and folders keep only their last names."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 ABSOLUTE = re.compile(r"(?<![\w./:\\-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\"<>|,;:()\[\]{}]+[/\\])+")
-"""The folders of an absolute path in a text."""
+"""Parent folders of an absolute path within a text."""
 
 
 def without_folders(value: Any) -> Any:  # noqa: ANN401 - plain data
-    """Returns plain data with local paths reduced to their last part; Hub names stay.
+    """Returns plain data with local paths reduced to their last names; Hub names are kept.
 
     >>> without_folders({"train": "/home/me/text.txt", "also": ["data/*.txt", "owner/name", 3]})
     {'train': 'text.txt', 'also': ['*.txt', 'owner/name', 3]}
@@ -25,7 +25,7 @@ def without_folders(value: Any) -> Any:  # noqa: ANN401 - plain data
 
 
 def _is_local(name: str) -> bool:
-    """Returns True for a local path, and False for a Hub name."""
+    """Returns True if a name is a local path rather than a Hub name."""
     if Path(name).is_absolute() or name.startswith(("~", "./", "../")) or any(sign in name for sign in "*?[\\"):
         return True
     with suppress(OSError, ValueError):  # too long, or with a NUL
@@ -34,7 +34,7 @@ def _is_local(name: str) -> bool:
 
 
 def without_paths(value: Any) -> Any:  # noqa: ANN401 - plain data
-    """Returns plain data with absolute paths in texts reduced to their last part.
+    """Returns plain data with absolute paths in its texts reduced to their last names.
 
     >>> without_paths(["Calibration('/home/me/text.txt'), 4/8 heads, https://example.org/a/b", "/home/my texts/a.txt"])
     ["Calibration('text.txt'), 4/8 heads, https://example.org/a/b", 'a.txt']
@@ -49,7 +49,7 @@ def without_paths(value: Any) -> Any:  # noqa: ANN401 - plain data
 
 
 def absolute_paths(value: Any) -> Iterator[str]:  # noqa: ANN401 - plain data
-    """Yields the absolute paths in plain data; for a path within a text, its folders.
+    """Yields the absolute paths in plain data; for a path within a text, its parent folders.
 
     >>> list(absolute_paths({"by": ["Calibration('/home/me/text.txt')", "4/8 heads"], "/home/me/a.txt": 1}))
     ['/home/me/', '/home/me/a.txt']

@@ -285,9 +285,9 @@ def test_what_billhook_did_not_write_is_refused(tmp_path):
     (tmp_path / "b" / "weights").write_text("mine")
     before = listing(tmp_path)
     for name, message in [
-        ("a", "did not write .notes.md"),
-        ("file", "did not write .a file"),
-        ("b", f"did not write .{RECORD} is not there"),
+        ("a", "not a billhook checkpoint .notes.md"),
+        ("file", "not a billhook checkpoint .a file"),
+        ("b", f"not a billhook checkpoint .no {RECORD}"),
         ("file/a/b", "'.*/file' is a file"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -296,7 +296,7 @@ def test_what_billhook_did_not_write_is_refused(tmp_path):
     with pytest.raises(ValueError, match="mount point"):
         check_target("/proc")
     (tmp_path / "b" / RECORD).write_text("[")
-    with pytest.raises(ValueError, match="is not as billhook writes it"):
+    with pytest.raises(ValueError, match="is malformed"):
         check_target(tmp_path / "b")
 
 

@@ -177,7 +177,7 @@ def test_something_that_has_the_name_of_an_older_checkpoint_put_aside(left, tmp_
     else:
         old.symlink_to(mine if left == "link" else tmp_path / "nowhere")
     before = listing(tmp_path)
-    with contextlib.nullcontext() if left == "folder" else pytest.raises(ValueError, match="draft-old', .* is no folder"):
+    with contextlib.nullcontext() if left == "folder" else pytest.raises(ValueError, match="draft-old' is not a folder"):
         older(tmp_path / "a")
     assert left == "folder" or listing(tmp_path) == before
     assert (mine / "notes").read_text() == "mine"
@@ -229,9 +229,9 @@ def test_a_picture_that_cannot_be_written_costs_no_checkpoint(tmp_path):
 @pytest.mark.parametrize("name", ["a\0b", "a" * 300])
 def test_names_that_no_folder_can_have(name, tmp_path):
     for write in (lambda: bh.save(llama(), tmp_path / name), lambda: bh.stream("tiny", tmp_path / name)):
-        with pytest.raises(ValueError, match="folder: .* which no folder can have: name another"):
+        with pytest.raises(ValueError, match="folder: .*(contains a zero byte|has a name of 300 bytes).* Choose another name"):
             write()
-    with pytest.raises(ValueError, match="'/' is a mount point|'/' holds something"):
+    with pytest.raises(ValueError, match="'/' is a mount point|'/' is not a billhook checkpoint"):
         bh.save(llama(), "/")
     assert list(tmp_path.iterdir()) == []
 

@@ -85,7 +85,7 @@ class TestWhatIsReadIsNotWritten:
     @pytest.mark.parametrize("command", COMMANDS)
     def test_by_any_command(self, command, written):
         before = {path.name: path.read_bytes() for path in written.iterdir()}
-        with pytest.raises(SystemExit, match=f"'{written}' is the folder of the model that is read, or holds it, and would"):
+        with pytest.raises(SystemExit, match=f"'{written}' is or contains the folder of the model, which would"):
             main([command, str(written), str(written), *COMMANDS[command], *SHORT])
         assert {path.name: path.read_bytes() for path in written.iterdir()} == before
 
@@ -94,7 +94,7 @@ class TestWhatIsReadIsNotWritten:
         monkeypatch.chdir(written)
         for source, out in ((written, tmp_path / "link"), (tmp_path / "link", written), (written, f"../{written.name}")):
             for stream in ([], ["--stream"]):
-                with pytest.raises(SystemExit, match="is the folder of the model that is read"):
+                with pytest.raises(SystemExit, match="is or contains the folder of the model"):
                     main(["prune", str(source), str(out), *HALF, "--data", "tiny", *SHORT, *stream])
 
     def test_nor_what_holds_it(self, written, tmp_path):

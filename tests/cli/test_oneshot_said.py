@@ -147,7 +147,9 @@ def test_an_earlier_checkpoint_is_named_before_the_work_and_other_folders_are_ne
     line = f"  save to {tmp_path / 'out'} (replaces the billhook checkpoint of "
     assert 0 < said.index(line) < said.index("LlamaForCausalLM: ")
     (tmp_path / "out" / "notes.txt").write_text("mine\n")
-    with pytest.raises(SystemExit, match=r"holds something that billhook did not write \(notes.txt\): name another folder"):
+    with pytest.raises(
+        SystemExit, match=r"is not a billhook checkpoint \(notes.txt\) and will not be overwritten. Choose another folder"
+    ):
         main(words)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine\n"
 

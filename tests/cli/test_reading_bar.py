@@ -50,7 +50,7 @@ def test_commands_show_no_bars_of_datasets_and_leave_them_as_they_were(shows, tm
     words = ["--sparsity", "0.5", "--data", str(tmp_path / "a.txt"), "--length", "16", "--examples", "2", "--evaluate", "0"]
     main(["prune", "tiny", str(tmp_path / "out"), *words])
     assert capsys.readouterr().err == ""
-    with pytest.raises(SystemExit, match="holds something that billhook did not write"):
+    with pytest.raises(SystemExit, match="is not a billhook checkpoint"):
         main(["prune", "tiny", str(tmp_path), *words])
     assert not datasets.are_progress_bars_disabled()
     assert logging.is_progress_bar_enabled()

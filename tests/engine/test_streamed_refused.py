@@ -41,7 +41,7 @@ def trained(model, *callbacks):
 
 GRADIENTS = r"importance=\w+\(.*\) needs gradients, which a streamed model does not have"
 WEIGHTS = r"has no values \(it is on the meta device\). Load all weights first"
-TRAINING = "model: it is streamed, and training needs all weights in memory"
+TRAINING = "model: training needs all weights in memory, but the model is streamed"
 ADDED = r"model: model.layers.0.self_attn.q_proj.lora_A.default was added to a streamed model"
 BOTH = "residual: these channels and those within blocks do not go both at once"
 REFUSED = {

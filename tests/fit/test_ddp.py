@@ -187,7 +187,7 @@ def test_where_one_fails_both_stop_and_say_why(stopped, name):
 def test_ranks_learn_from_one_teacher(stopped, name):
     for kind, message, _ in stopped[name]:
         assert kind == "ValueError"
-        assert message.startswith("distillation: the ranks have teachers with different weights")
+        assert message.startswith("distillation: the teacher's weights differ between ranks")
 
 
 @pytest.mark.daily("heads go on")

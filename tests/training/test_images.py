@@ -123,9 +123,9 @@ def test_top_five_is_right_where_the_label_is_among_five(photos, processor, tmp_
     ("options", "message"),
     [
         ({"image_column": "picture"}, "the split 'train' has no column 'picture'; it has image, label, size"),
-        ({"image_column": "size"}, "image_column='size' of the split 'train' holds no images"),
+        ({"image_column": "size"}, "image_column='size' of the split 'train' contains no images"),
         ({"label_column": "class"}, "the split 'train' has no column 'class'"),
-        ({"processor": None}, "processor: the model in training does not say where it came from; name a processor"),
+        ({"processor": None}, "processor=None: the model in training has no name or folder"),
         ({"batch_size": 0}, "batch_size=0"),
     ],
 )
@@ -136,12 +136,12 @@ def test_what_is_refused(processor, options, message):
 
 def test_other_models_and_numbers_of_classes_are_refused(photos, processor):
     data = ImageDataModule(photos, processor)
-    with pytest.raises(ValueError, match="a LlamaForCausalLM does not classify images"):
+    with pytest.raises(ValueError, match="cannot train LlamaForCausalLM, which does not classify images"):
         data.read(llama())
-    with pytest.raises(ValueError, match="holds 6 labels .* and the model has 4 classes"):
+    with pytest.raises(ValueError, match="has 6 labels .* but the model has 4 classes"):
         data.read(Classifier(config(num_labels=4)))
     stream = table([0, 1]).to_iterable_dataset()
-    with pytest.raises(ValueError, match="images are not read from a stream"):
+    with pytest.raises(ValueError, match="streaming is not supported for images"):
         ImageDataModule(stream, processor, validation=0).setup("fit")
     words = table([0, 1]).remove_columns("label").add_column("label", [0.5, 1.5])
     data = ImageDataModule(words, processor, validation=0)

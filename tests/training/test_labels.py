@@ -92,14 +92,14 @@ def test_numbers_leave_the_names_of_a_model(tmp_path):
 def test_another_number_of_classes_is_refused_before_anything_changes(table):
     classifier = module()
     with pytest.raises(
-        ValueError, match=r"label_column='label' holds 3 labels \(bad, good, so-so\), and the model has 2 classes: "
+        ValueError, match=r"label_column='label' has 3 labels \(bad, good, so-so\), but the model has 2 classes\. "
     ):
         fit(classifier, table)
     assert classifier.model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
 
 
 def test_many_labels_are_not_all_listed():
-    with pytest.raises(ValueError, match=r"9 labels \(0, 1, 2, 3, 4, ...\), and the model has 2"):
+    with pytest.raises(ValueError, match=r"9 labels \(0, 1, 2, 3, 4, ...\), but the model has 2"):
         number_labels([str(n) for n in range(9)], LlamaConfig(), "label")
     assert number_labels([], LlamaConfig(), "label") == {}
 

@@ -256,7 +256,7 @@ class TestOptimizer:
         assert all(p.requires_grad for g in run.optimizers[0].param_groups for p in g["params"])
 
     def test_endless_training_needs_a_length(self, files, tmp_path):
-        with pytest.raises(ValueError, match="decay='cosine' .* set max_steps"):
+        with pytest.raises(ValueError, match="decay='cosine' .* Set Trainer.max_steps="):
             trainer(tmp_path, [], max_steps=-1, max_epochs=-1).fit(module(), data(files))
 
 
@@ -354,14 +354,14 @@ class TestTrainable:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({"trainable": "heads"}, "trainable='heads' must be 'all', 'attention' or patterns"),
+            ({"trainable": "heads"}, "trainable='heads' must be 'all', 'attention', or name patterns"),
             ({"trainable": []}, r"trainable=\[\] must be"),
             (
                 {"trainable": ["*.k_proj.*", "*.key.*"]},
                 r"trainable='\*.key.\*' matches none of the .*'model.embed_tokens.weight'",
             ),
-            ({"trainable": "attention", "lora": LoRA()}, "trainable='attention' and lora: with LoRA the adapters train"),
-            ({"model": transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64)}, "has no attention"),
+            ({"trainable": "attention", "lora": LoRA()}, "trainable='attention' cannot be combined with lora"),
+            ({"model": transformers.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64)}, "no attention module"),
         ],
         ids=["word", "nothing", "no match", "lora", "no attention"],
     )

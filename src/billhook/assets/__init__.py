@@ -1,4 +1,4 @@
-"""The embedded default: a tiny pretrained Llama with its tokenizer, and public-domain text (see README.md beside this file)."""
+"""Packaged defaults: a tiny pretrained Llama with tokenizer, and public-domain text."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ _HERE = Path(__file__).parent
 
 
 def model_path(name: str) -> str:
-    """Returns the folder of the embedded model for `"tiny"`, and any other name as it is."""
+    """Returns the folder of the packaged model for `"tiny"`, and any other name unchanged."""
     return str(_HERE / "model") if name == "tiny" else name
 
 
 def text_files() -> dict[str, str]:
-    """Returns the embedded text as Parquet files by split, one work per row in the column `text`."""
+    """Returns the packaged text as Parquet files by split; a row of the column `text` is a work."""
     return {split: str(_HERE / f"{split}.parquet") for split in ("train", "validation")}

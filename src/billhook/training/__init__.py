@@ -1,4 +1,4 @@
-"""billhook's own LightningModule and data modules, adapters and distillation in a fit, and its checkpoints."""
+"""The LightningModule and data modules, LoRA adapters, distillation, and Lightning checkpoints."""
 
 from billhook.adapters.lora import LoRA
 from billhook.adapters.masked import mask_adapters

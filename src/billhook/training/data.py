@@ -1,4 +1,4 @@
-"""LightningDataModules over `datasets`: text packed into blocks, sequence classification, sequence to sequence."""
+"""LightningDataModules for language modeling, text classification, and sequence-to-sequence tasks."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -22,14 +22,14 @@ from billhook.calibration.examples import (
 )
 from billhook.calibration.reading import Data, Rows, Table, check_columns, is_line_text
 from billhook.model.preprocessors import load_tokenizer
-from billhook.training.dataset_module import DatasetModule, LabelledModule, NoExamples, numbers_of
+from billhook.training.dataset_module import DatasetModule, LabeledModule, NoExamples, label_numbers
 
 
 class TokenizedModule(DatasetModule):
-    """Base of the data modules of text.
+    """Base class of the data modules for text.
 
     Attributes:
-        tokenizer_name: A name or folder; None where the tokenizer is the one saved with the model in training.
+        tokenizer_name: Name or folder of a tokenizer. None uses the tokenizer saved with the model in training.
     """
 
     tokenizer_name: str | None = None
@@ -37,9 +37,9 @@ class TokenizedModule(DatasetModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded when first asked for."""
+        """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
-            tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.tokenizer_name or self.name_of_model("tokenizer"))
+            tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.tokenizer_name or self.model_name("tokenizer"))
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizer = tokenizer
@@ -47,43 +47,43 @@ class TokenizedModule(DatasetModule):
 
 
 class TextDataModule(TokenizedModule):
-    """Text, chats, or prompts and responses for language models, tokenised and packed into blocks of equal length, or padded.
+    """Text, chats, or prompts and responses for language models, packed or padded.
 
-    A row of a hub data set, .jsonl, .csv or .parquet file has one of these, in this order:
+    A row of a Hub dataset or of a .jsonl, .csv, or .parquet file has one of these columns. The first match is used:
 
-    - the column `column`: a document, which the tokenizer's end-of-sequence token (or separator) ends, or a chat;
-    - `messages` or `conversations`: a chat, a list of messages with `role` and `content`, or `from` (human, gpt, system, tool)
-      and `value`, which the tokenizer's chat template writes, with the tools of a column `tools` if there is one;
-    - `prompt` and `response` (or `completion`): a chat of two messages, or, where the tokenizer has no chat template, the one
-      after the other and the end token.
+    - the column `column`: a document, to which the end-of-sequence token (or separator) is appended, or a chat;
+    - `messages` or `conversations`: a chat, as a list of messages with `role` and `content`, or with `from` (human, gpt, system,
+      tool) and `value`. The tokenizer's chat template formats it, with the tools of a column `tools` if there is one;
+    - `prompt` and `response` (or `completion`): a chat of two messages. Without a chat template, the two texts and the
+      end-of-sequence token are concatenated.
 
-    The lines of a .txt file run on. Null and blank rows do not count. Tokens that do not fill a block at the end of 10,000 rows
-    are left out, as are examples in which nothing is learnt.
+    The lines of a .txt file are one continuous text. Null and blank rows are ignored. After every 10,000 rows, tokens that do
+    not fill a block are dropped. Examples without a token in the loss are dropped too.
 
     Args:
-        data: `"tiny"` (the embedded text), a hub name (`"name"` or `"name:config"`), a folder, a file or a glob of files
-            (`"chats/*.jsonl"`), or files by split, as in `{train: [a.jsonl, b.jsonl], validation: c.jsonl}`; or a list of
-            several of these. In Python also a `Dataset` or `DatasetDict` of `datasets`, or one that streams.
-        tokenizer: A name or folder; by default the tokenizer saved with the model in training.
-        block_size: Tokens in a block.
-        batch_size: Blocks in a batch, per device.
-        column: The column that holds the text.
-        mlm_probability: Share of the tokens to mask, for masked language models; 0 for all others. A batch of the same
-            blocks is always masked alike, so that figures before and after can be compared.
-        seed: The order of the training blocks depends on this seed and the epoch alone.
-        num_workers: Processes that load batches; 0 loads in the main process.
-        streaming: Read while training instead of preparing and caching everything first.
-        validation: Share of the training rows, in [0, 1), that are held out, drawn by `seed`, to validate on where the data has
-            no split `validation` and does not stream; of a .txt file the last lines. 0 for none.
-        loss_on: Tokens of chats and of prompts that are learnt: those of "responses", or "all". Of plain text all are. Responses
-            are what the chat template marks by `{% generation %}`, or else what each message of the assistant adds to the chat.
-        packing: False for an example of each row: longer ones are cut to `block_size` tokens, and those of a batch are padded.
-        weights: Shares of the training blocks, one for each in the list `data`: they are drawn so till each source has been seen
-            whole, and what is drawn of others may repeat. By default each gives all that it has, once.
+        data: `"tiny"` (the packaged text), a Hub name (`"name"` or `"name:config"`), a folder, a file, a glob of files
+            (`"chats/*.jsonl"`), files by split, as in `{train: [a.jsonl, b.jsonl], validation: c.jsonl}`, or a list of these.
+            In Python also a `Dataset` or `DatasetDict` of `datasets`, streaming or not.
+        tokenizer: Name or folder of a tokenizer. Defaults to the tokenizer saved with the model in training.
+        block_size: Number of tokens per block.
+        batch_size: Number of blocks per batch and device.
+        column: Column of the text.
+        mlm_probability: Fraction of tokens to mask, for masked language models. The mask depends only on the blocks of a batch,
+            so that results before and after a change are comparable. Defaults to 0, for all other models.
+        seed: Seed for the order of the training blocks, which depends only on it and the epoch.
+        num_workers: Number of processes that load batches. 0 loads in the main process.
+        streaming: If True, reads data during training instead of preparing and caching it first.
+        validation: Fraction of the training rows, in [0, 1), to hold out for validation if the data has no split `validation`
+            and is not streamed. Rows are drawn by `seed`; a .txt file gives its last lines. 0 holds out nothing.
+        loss_on: Tokens of chats and prompts in the loss: `"responses"` or `"all"`. Plain text always uses all tokens. Responses
+            are the tokens that the chat template marks with `{% generation %}`, or else those that each assistant message adds.
+        packing: If False, every row is one example, truncated to `block_size` tokens and padded within a batch.
+        weights: Sampling weights, one per source in the list `data`. Sampling stops when every source was used in full, so
+            that rows of other sources may repeat. Defaults to using every row once.
 
     Raises:
-        ValueError: If a file is empty or missing, a split has no such column, the text is shorter than one block, there is no
-            chat template for chats, or it does not show which tokens are responses.
+        ValueError: If a file is empty or missing, a column is missing, the text is shorter than one block, or the tokenizer has
+            no chat template for chats, or one that does not separate responses.
 
     Example:
         >>> import billhook as bh
@@ -110,24 +110,25 @@ class TextDataModule(TokenizedModule):
     ) -> None:
         check_types(TextDataModule, locals())
         super().__init__(data, batch_size, seed, num_workers, streaming, validation, weights)
-        check_int("block_size", block_size, 2)  # a token to read and one to predict
+        check_int("block_size", block_size, 2)  # an input token and the next one to predict
         check_fraction("mlm_probability", mlm_probability)
         self.tokenizer_name = tokenizer
         self.block_size, self.column, self.mlm_probability = block_size, column, mlm_probability
         self.loss_on, self.packing = loss_on, packing
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuses a classifier, whose labels are no tokens."""
+        """Raises an error for a classifier, whose labels are not tokens."""
         if "Classification" in type(model).__name__:
             raise ValueError(
-                f"TextDataModule: a {type(model).__name__} does not predict tokens: give it a ClassificationDataModule"
+                f"TextDataModule cannot train {type(model).__name__}, which does not predict tokens. "
+                "Use ClassificationDataModule."
             )
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Turns rows of text into rows of `block_size` token ids, or at most so many."""
+        """Tokenizes rows of text into examples of (at most) `block_size` tokens."""
         columns, documents = find_text_columns(rows, split, self.column), not is_line_text(rows)
         if not (documents or self.packing):
-            raise ValueError("packing=False: the lines of a .txt file run on, and are no examples: give it rows (.jsonl, ...)")
+            raise ValueError("packing=False requires rows, but a .txt file is one continuous text. Use a .jsonl file.")
         if documents:
             warn_of_empty_rows(rows, split, columns)
         responses = self.loss_on == "responses" and not self.mlm_probability and not is_text(rows, columns)
@@ -136,47 +137,48 @@ class TextDataModule(TokenizedModule):
         if not isinstance(examples, datasets.Dataset):
             return examples
         if len(examples) == 0:
-            what = (
-                "no example of the split '{}' has a token to learn within block_size={}" if responses or not self.packing else ""
-            )
-            what = what or "block_size={1} is longer than the whole text of the split '{0}'"
-            raise NoExamples(what.format(split, self.block_size))
-        if not self.packing and (left := len(rows) - len(examples)):
+            if responses or not self.packing:
+                problem = f"leaves no token in the loss of any example of the split '{split}'"
+            else:
+                problem = f"is longer than the text of the split '{split}'"
+            raise NoExamples(f"block_size={self.block_size} {problem}. Use a smaller block_size, or more text.")
+        dropped = len(rows) - len(examples)
+        if dropped and not self.packing:
             rank_zero_info(
-                f"billhook: {left} of {len(rows)} rows of the split '{split}' are left out, since there is nothing to learn in "
-                f"their first {self.block_size} tokens"
+                f"billhook: dropped {dropped} of {len(rows)} rows of the split '{split}', because their first {self.block_size} "
+                "tokens contain none in the loss"
             )
         return examples
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
-        """Returns the function that makes a batch of blocks, or of padded rows, masked with `mlm_probability`."""
+        """Returns the collate function for blocks or padded rows, masked with `mlm_probability`."""
         if not self.mlm_probability:
             return collate_packed if self.packing else PaddingCollator(self.tokenizer)
         if self.tokenizer.mask_token is None:
-            raise ValueError(f"mlm_probability={self.mlm_probability}: the tokenizer has no mask token")
+            raise ValueError(f"mlm_probability={self.mlm_probability} requires a tokenizer with a mask token. Use 0.")
         return DeterministicMasking(self.tokenizer, mlm_probability=self.mlm_probability)
 
 
-class ClassificationDataModule(LabelledModule, TokenizedModule):
-    """Texts, or pairs of texts, with a label each.
+class ClassificationDataModule(LabeledModule, TokenizedModule):
+    """Labeled texts, or pairs of texts, for classifiers.
 
     Args:
-        data: A hub name (`"name"` or `"name:config"`), a folder, a file or a glob of files, or files by split; in Python also a
+        data: A Hub name (`"name"` or `"name:config"`), a folder, a file, a glob of files, or files by split. In Python also a
             `Dataset` or `DatasetDict` of `datasets`.
-        tokenizer: A name or folder; by default the tokenizer saved with the model in training.
-        text_columns: The column of the text; two columns for pairs.
-        label_column: The column of the label: whole numbers from 0, or words, which are numbered as the model's config does
-            (`label2id`), or else in the order of the alphabet. The names are kept in the config, and so are exported.
-        max_length: Longer texts are cut to so many tokens.
-        batch_size: Texts in a batch, per device.
-        seed: The order of the training texts depends on this seed and the epoch alone.
-        num_workers: Processes that load batches; 0 loads in the main process.
-        validation: Share of the training rows, in [0, 1), that are held out, drawn by `seed`, to validate on where the data has
-            no split `validation`. 0 for none.
+        tokenizer: Name or folder of a tokenizer. Defaults to the tokenizer saved with the model in training.
+        text_columns: Column of the text, or two columns for pairs. Defaults to `["text"]`.
+        label_column: Column of the label: integers from 0, or names. Names are numbered by the model's config (`label2id`), or
+            else alphabetically. They are stored in the config and exported with the model.
+        max_length: Maximum number of tokens; longer texts are truncated.
+        batch_size: Number of texts per batch and device.
+        seed: Seed for the order of the training texts, which depends only on it and the epoch.
+        num_workers: Number of processes that load batches. 0 loads in the main process.
+        validation: Fraction of the training rows, in [0, 1), to hold out for validation if the data has no split `validation`.
+            Rows are drawn by `seed`. 0 holds out nothing.
 
     Raises:
-        ValueError: If a file is empty or missing, a split has no such column, or there are more or fewer labels by name than the
-            model has classes.
+        ValueError: If a file is empty or missing, a column is missing, or the number of label names differs from the model's
+            number of classes.
 
     Example:
         >>> import billhook as bh
@@ -203,49 +205,49 @@ class ClassificationDataModule(LabelledModule, TokenizedModule):
         self.tokenizer_name, self.text_columns = tokenizer, text_columns or ["text"]
         self.label_column, self.max_length = label_column, max_length
         if len(self.text_columns) > 2:
-            raise ValueError(f"text_columns={self.text_columns}: one column, or two for pairs")
+            raise ValueError(f"text_columns={self.text_columns} must be one column, or two for pairs")
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuses a language model, whose labels are tokens."""
+        """Raises an error for a language model, whose labels are tokens."""
         embeddings: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if embeddings is not None and "Classification" not in type(model).__name__:
             raise ValueError(
-                f"ClassificationDataModule: a {type(model).__name__} predicts tokens and no classes: train a classifier "
-                "(task='sequence-classification')"
+                f"ClassificationDataModule cannot train {type(model).__name__}, which predicts tokens. Load the model with "
+                "task='sequence-classification', or use TextDataModule."
             )
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Turns rows of text and label into rows of token ids and labels."""
+        """Tokenizes rows of text and label."""
         check_columns(rows, split, *self.text_columns, self.label_column)
         arguments = {"text_columns": self.text_columns, "label_column": self.label_column, "max_length": self.max_length}
-        arguments |= {"numbers": numbers_of(rows, self.label_column, self.label2id)}
+        arguments |= {"numbers": label_numbers(rows, self.label_column, self.label2id)}
         return map_rows(rows, classify, split, self.tokenizer, **arguments)
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
-        """Returns the function that makes a batch of texts, padded to the longest."""
+        """Returns the collate function, which pads to the longest text."""
         collator: Callable[[list[Batch]], Batch] = DataCollatorWithPadding(self.tokenizer)
         return collator
 
 
 class Seq2SeqDataModule(TokenizedModule):
-    """Pairs of source and target texts.
+    """Pairs of source and target texts for encoder-decoder models.
 
     Args:
-        data: A hub name (`"name"` or `"name:config"`), a folder, a file or a glob of files, or files by split; in Python also a
+        data: A Hub name (`"name"` or `"name:config"`), a folder, a file, a glob of files, or files by split. In Python also a
             `Dataset` or `DatasetDict` of `datasets`.
-        tokenizer: A name or folder; by default the tokenizer saved with the model in training.
-        source_column: The column of the text to read.
-        target_column: The column of the text to write.
-        max_source_length: Longer sources are cut to so many tokens.
-        max_target_length: Longer targets are cut to so many tokens.
-        batch_size: Pairs in a batch, per device.
-        seed: The order of the training pairs depends on this seed and the epoch alone.
-        num_workers: Processes that load batches; 0 loads in the main process.
-        validation: Share of the training rows, in [0, 1), that are held out, drawn by `seed`, to validate on where the data has
-            no split `validation`. 0 for none.
+        tokenizer: Name or folder of a tokenizer. Defaults to the tokenizer saved with the model in training.
+        source_column: Column of the source text.
+        target_column: Column of the target text.
+        max_source_length: Maximum number of source tokens; longer texts are truncated.
+        max_target_length: Maximum number of target tokens; longer texts are truncated.
+        batch_size: Number of pairs per batch and device.
+        seed: Seed for the order of the training pairs, which depends only on it and the epoch.
+        num_workers: Number of processes that load batches. 0 loads in the main process.
+        validation: Fraction of the training rows, in [0, 1), to hold out for validation if the data has no split `validation`.
+            Rows are drawn by `seed`. 0 holds out nothing.
 
     Raises:
-        ValueError: If a file is empty or missing, or a split has no such column.
+        ValueError: If a file is empty or missing, or a column is missing.
 
     Example:
         >>> from billhook.training.data import Seq2SeqDataModule
@@ -275,20 +277,20 @@ class Seq2SeqDataModule(TokenizedModule):
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuses a model without an encoder and a decoder."""
+        """Raises an error for a model that is not an encoder-decoder."""
         if not model.config.is_encoder_decoder:
             raise ValueError(
-                f"Seq2SeqDataModule: a {type(model).__name__} does not turn one text into another: train an encoder-decoder "
-                "(task='seq2seq-lm'), or give it text (TextDataModule)"
+                f"Seq2SeqDataModule cannot train {type(model).__name__}, which is not an encoder-decoder. Load one with "
+                "task='seq2seq-lm', or use TextDataModule."
             )
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Turns rows of source and target into rows of token ids."""
+        """Tokenizes rows of source and target."""
         check_columns(rows, split, self.source_column, self.target_column)
         columns, lengths = (self.source_column, self.target_column), (self.max_source_length, self.max_target_length)
         return map_rows(rows, translate, split, self.tokenizer, columns=columns, lengths=lengths)
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
-        """Returns the function that makes a batch of pairs, padded to the longest; padded labels do not count in the loss."""
+        """Returns the collate function, which pads pairs and excludes padding from the loss."""
         collator: Callable[[list[Batch]], Batch] = DataCollatorForSeq2Seq(self.tokenizer)
         return collator

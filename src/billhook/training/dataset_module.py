@@ -1,4 +1,4 @@
-"""The part that data modules share: splits from `datasets`, loaders in a resumable order, and labels of classifiers."""
+"""Base classes of the data modules: splits, resumable loaders, and label numbers of classifiers."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,23 +19,23 @@ from billhook.calibration.examples import Batch
 from billhook.calibration.reading import SPLITS, Data, Rows, Table, check_data, is_line_text, load_splits
 from billhook.fit.lightning_internals import drop_training_loaders
 from billhook.model.find import find_transformer
-from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen, fit_place, place_of
+from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen, convert_position, loader_position
 
 
 def check_weights(weights: Sequence[float] | None, sources: int) -> None:
-    """Refuses weights that are not a number above 0 for each of several sources."""
+    """Raises an error unless there is a positive weight for every source."""
     if weights is None:
         return
     for weight in weights:
         check_number("weights", weight, above=0)
     if len(weights) != sources:
-        raise ValueError(f"weights={weights!r} must be a number for each of {sources} sources in data")
+        raise ValueError(f"weights={weights!r} must have a number for each of the {sources} sources in data")
 
 
-def held_out(splits: dict[str, Rows], share: float, seed: int) -> dict[str, Rows] | None:
-    """Moves a share of the training rows to a split `validation`; None where that cannot be done.
+def split_validation(splits: dict[str, Rows], share: float, seed: int) -> dict[str, Rows] | None:
+    """Moves a share of the training rows to a split `validation`, or returns None if it cannot.
 
-    They are drawn by `seed`; of text whose lines run on they are the last ones.
+    Rows are drawn by `seed`; continuous text gives its last lines.
     """
     rows = splits.get("train")
     if not isinstance(rows, datasets.Dataset) or len(rows) < 2:
@@ -44,24 +44,24 @@ def held_out(splits: dict[str, Rows], share: float, seed: int) -> dict[str, Rows
     return {**splits, "train": parts["train"], "validation": parts["test"]}
 
 
-def tell_held_out(share: float, seed: int, examples: int) -> None:
-    """Logs how many examples are held out to validate on, or why there are none."""
+def log_validation_split(share: float, seed: int, examples: int) -> None:
+    """Logs the number of examples held out for validation, or why there is no validation."""
     if examples:
         rank_zero_info(
-            f"billhook: the data has no split 'validation', so {examples} examples are held out of 'train': "
-            f"{share:.3g} of its rows, drawn by seed {seed} (validation=0 trains on them too)"
+            f"billhook: holding out {examples} examples of 'train' for validation ({share:.3g} of its rows, seed {seed}), "
+            "because the data has no split 'validation'. Set validation=0 to train on all of them."
         )
     else:
         rank_zero_info(
-            "billhook: there is no validation, as the data has no such split and 'train' is a stream, or too short to hold "
-            "something out of it: name a split 'validation' in data to have one"
+            "billhook: no validation, because the data has no split 'validation' and 'train' is streamed or too short to split. "
+            "Name a split 'validation' in data."
         )
 
 
 def join(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Rows:
-    """Joins the rows of several sources: one after the other, or drawn by weights till each has been seen whole once.
+    """Concatenates the rows of all sources, or samples them by weight until every source was used in full.
 
-    What is drawn of the others may then repeat.
+    With weights, rows of other sources may repeat.
     """
     if len(parts) == 1:
         return parts[0]
@@ -72,16 +72,16 @@ def join(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> R
 
 
 def draw(rows: int, count: int, seed: int = 0) -> list[int]:
-    """Draws the numbers of so many rows, in their order, as folders and tables are often in the order of their labels."""
+    """Draws `count` sorted row numbers at random, because folders and tables are often sorted by label."""
     return sorted(torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
 class NoExamples(ValueError):
-    """There is a split whose rows make no example."""
+    """Error for a split without a usable example."""
 
 
 class DatasetModule(pl.LightningDataModule):
-    """Base of the data modules: splits from `datasets`, and loaders in a deterministic, resumable order."""
+    """Base class of the data modules: splits from `datasets`, and deterministic, resumable loaders."""
 
     def __init__(
         self,
@@ -107,109 +107,116 @@ class DatasetModule(pl.LightningDataModule):
         self.splits: dict[str, Rows] = {}
         self._resume: dict[str, int] = {}
 
-    def name_of_model(self, needed: str) -> str:
-        """Returns where the model in training came from, beside which what is needed is saved."""
+    def model_name(self, argument: str) -> str:
+        """Returns the name or folder of the model in training, where its tokenizer or processor is saved."""
         module = getattr(self.trainer, "lightning_module", None)
         name = None if module is None else find_transformer(module).config.name_or_path
         if not name:
-            raise ValueError(f"{needed}: the model in training does not say where it came from; name a {needed}")
+            raise ValueError(f"{argument}=None: the model in training has no name or folder to load it from. Pass {argument}=.")
         return str(name)
 
     def prepare_data(self) -> None:
-        """Reads, prepares and caches the data in one process, for the others to find in the cache."""
+        """Prepares and caches the data in one process, before the others load it from the cache."""
         if not self.streaming:
             self.setup("fit")
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises `ValueError` if the batches are not what a model takes; called before anything is read."""
+        """Raises `ValueError` if a model cannot train on the batches; called before data is loaded."""
 
     def setup(self, stage: str) -> None:
-        """Makes the splits, unless the model in training could not read them."""
+        """Prepares the splits, after checking that the model in training can use them."""
         model = None
-        with suppress(ValueError):  # there is none yet, or more than one
+        with suppress(ValueError):  # no model yet, or several
             model = find_transformer(getattr(self.trainer, "lightning_module", None) or nn.Identity())
         self.read(model)
 
     def read(self, model: PreTrainedModel | None = None) -> None:
-        """Makes the splits, for a model that is to read them."""
+        """Prepares the splits for a model."""
         if model is not None:
             self.check(model)
         if self.splits:
             return
         sources = self.data if isinstance(self.data, list) else [self.data]
-        loaded = [
-            {split: rows for split, rows in load_splits(source, self.streaming).items() if split in SPLITS} for source in sources
-        ]
-        trains = ["train" in splits for splits in loaded]
-        if self.weights is not None and not all(trains):
-            raise ValueError("weights: each source in data needs a split 'train'")
+        loaded = [self._load(source) for source in sources]
+        num_train = sum("train" in splits for splits in loaded)
+        if self.weights is not None and num_train < len(loaded):
+            raise ValueError("weights: every source in data needs a split 'train'. Add the split, or remove weights.")
         self.prepare(loaded, model)
-        holds_out = self.validation > 0 and any(trains) and not any("validation" in splits for splits in loaded)
-        encoded = [self._held_out(splits) if holds_out else self._encoded(splits) for splits in loaded]
+        num_validation = sum("validation" in splits for splits in loaded)
+        splits_train = self.validation > 0 and num_train > 0 and num_validation == 0
+        encode = self._encode_with_validation if splits_train else self._encode_all
+        self.splits = self._join(list(map(encode, loaded)))
+        if splits_train:
+            examples: Any = self.splits.get("validation", ())
+            log_validation_split(self.validation, self.seed, len(examples))
+
+    def _load(self, source: Data | Table) -> dict[str, Rows]:
+        splits = load_splits(source, self.streaming)
+        return {split: rows for split, rows in splits.items() if split in SPLITS}
+
+    def _join(self, sources: Sequence[dict[str, Rows]]) -> dict[str, Rows]:
         joined = dict[str, Rows]()
         for split in SPLITS:
-            if parts := [splits[split] for splits in encoded if split in splits]:
+            parts = [splits[split] for splits in sources if split in splits]
+            if parts:
                 joined[split] = join(parts, self.weights if split == "train" else None, self.seed)
-        self.splits = joined
-        if holds_out:
-            examples: Any = self.splits.get("validation", ())
-            tell_held_out(self.validation, self.seed, len(examples))
+        return joined
 
-    def _encoded(self, splits: dict[str, Rows]) -> dict[str, Rows]:
+    def _encode_all(self, splits: dict[str, Rows]) -> dict[str, Rows]:
         return {split: self.encode(rows, split) for split, rows in splits.items()}
 
-    def _held_out(self, splits: dict[str, Rows]) -> dict[str, Rows]:
-        """Encodes splits with a validation split held out of the training rows, unless one of both would have no example."""
-        parts = held_out(splits, self.validation, self.seed)
+    def _encode_with_validation(self, splits: dict[str, Rows]) -> dict[str, Rows]:
+        """Encodes splits after holding out validation rows, unless a split would be left without examples."""
+        parts = split_validation(splits, self.validation, self.seed)
         if parts is not None:
             with suppress(NoExamples):
-                return self._encoded(parts)
-        return self._encoded(splits)
+                return self._encode_all(parts)
+        return self._encode_all(splits)
 
     def prepare(self, sources: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
-        """Looks at the rows of all sources before they are encoded."""
+        """Inspects the rows of all sources before they are encoded."""
 
     @abstractmethod
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Turns rows of the data into examples."""
+        """Converts rows of the data to examples."""
 
     @abstractmethod
     def collate(self) -> Callable[[list[Batch]], Batch]:
-        """Returns the function that makes a batch of examples."""
+        """Returns the collate function."""
 
     def train_dataloader(self) -> ResumableLoader:
-        """Returns batches of the split `train`, in another order each epoch; examples that do not fill a batch are left out."""
+        """Returns training batches, reshuffled every epoch; an incomplete last batch is dropped."""
         if "train" not in self.splits:
-            raise ValueError(f"data has no split 'train'; it has {', '.join(sorted(self.splits)) or 'none that is used'}")
+            raise ValueError(f"data has no split 'train'. Splits: {', '.join(sorted(self.splits)) or 'none'}.")
         begin = self._resume or {"epoch": 0 if self.trainer is None else self.trainer.current_epoch}
         self._resume = {}
         return self._loader("train", shuffle=True, **begin)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the place in the training data."""
-        position = None if self.trainer is None else place_of(self.trainer)
+        """Returns the position in the training data."""
+        position = None if self.trainer is None else loader_position(self.trainer)
         return {} if position is None else {"train": position}
 
     def fit_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Makes the place in a checkpoint fit this batch size and number of devices, before it is loaded."""
+        """Converts the saved position to this batch size and number of devices, before it is loaded."""
         position = checkpoint.get(type(self).__qualname__, {}).get("train", {})
         if self.trainer is not None and "examples" in position:
-            fit_place(position, checkpoint, self.batch_size * self.trainer.world_size)
+            convert_position(position, checkpoint, self.batch_size * self.trainer.world_size)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a saved place, if a fit has begun."""
+        """Continues from a saved position, if training has begun."""
         if self.trainer is None or self.trainer.state.fn != TrainerFn.FITTING:
             return
         self._resume = {name: value for name, value in state_dict.get("train", {}).items() if name != "examples"}
-        # whoever asked for the length of training before this had a loader made that starts at the beginning
+        # computing the length of training may have created a loader before this, which starts at the beginning
         drop_training_loaders(self.trainer)
 
     def val_dataloader(self) -> list[ResumableLoader]:
-        """Returns batches of the split `validation`, in order; none if the data has no such split."""
+        """Returns validation batches in order, or an empty list without a split `validation`."""
         return [self._loader("validation")] if "validation" in self.splits else []
 
     def test_dataloader(self) -> list[ResumableLoader]:
-        """Returns batches of the split `test`, in order; of `validation` if there is no `test`."""
+        """Returns test batches in order, or validation batches without a split `test`."""
         return [self._loader("test")] if "test" in self.splits else self.val_dataloader()
 
     def predict_dataloader(self) -> list[ResumableLoader]:
@@ -224,10 +231,11 @@ class DatasetModule(pl.LightningDataModule):
             rows = split_dataset_by_node(rows.shuffle(self.seed) if shuffle else rows, rank=rank, world_size=world)
         elif shuffle and len(rows) // world < self.batch_size:
             raise ValueError(
-                f"batch_size={self.batch_size}: the split '{split}' has only {len(rows)} examples for {world} device(s)"
+                f"batch_size={self.batch_size} is too large: the split '{split}' has {len(rows)} examples for {world} device(s). "
+                "Use a smaller batch_size, or more data."
             )
         else:
-            # torch adds seed and epoch: without a factor, one seed's second epoch would be the next seed's first
+            # torch adds seed and epoch: without the factor, the second epoch of a seed would equal the first of the next seed
             sampler = EpochSampler(rows, world, rank, shuffle=shuffle, seed=self.seed * 1_000_003, drop_last=shuffle)
         return ResumableLoader(
             rows,
@@ -241,8 +249,8 @@ class DatasetModule(pl.LightningDataModule):
         )
 
 
-def names_in(splits: Mapping[str, Rows], column: str) -> list[str]:
-    """Finds the names of labels: those that `datasets` knows of a column of numbers, or the words in it, sorted; else none."""
+def label_names(splits: Mapping[str, Rows], column: str) -> list[str]:
+    """Returns the class names that `datasets` stores for a column, or its sorted strings, if any."""
     words = set[str]()
     for rows in splits.values():
         kind = (rows.features or {}).get(column)
@@ -254,10 +262,10 @@ def names_in(splits: Mapping[str, Rows], column: str) -> list[str]:
 
 
 def number_labels(names: Sequence[str], config: PretrainedConfig | None, column: str) -> dict[str, int]:
-    """Numbers labels by name, as a model does that knows them all, or else in their order.
+    """Numbers labels by name as in a config that has all names, or else in order.
 
     Raises:
-        ValueError: If the model has another number of classes.
+        ValueError: If the model has a different number of classes.
     """
     known: dict[str, int] = {} if config is None else dict(config.label2id or {})  # type: ignore[arg-type]
     if names and set(names) <= known.keys():
@@ -265,14 +273,14 @@ def number_labels(names: Sequence[str], config: PretrainedConfig | None, column:
     if names and config is not None and len(names) != config.num_labels:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise ValueError(
-            f"label_column='{column}' holds {len(names)} labels ({shown}), and the model has {config.num_labels} classes: give "
-            f"TransformerModule num_labels={len(names)}"
+            f"label_column='{column}' has {len(names)} labels ({shown}), but the model has {config.num_labels} classes. Pass "
+            f"num_labels={len(names)} to TransformerModule."
         )
     return {name: number for number, name in enumerate(names)}
 
 
-def numbers_of(rows: Rows, column: str, label2id: Mapping[str, int]) -> dict[Any, int] | None:
-    """Returns the number of each label as it stands in a column, a word or a number; None where the numbers stay as they are."""
+def label_numbers(rows: Rows, column: str, label2id: Mapping[str, int]) -> dict[Any, int] | None:
+    """Returns the class number of each value of a column, or None if values are class numbers."""
     kind = (rows.features or {}).get(column)
     if not isinstance(kind, datasets.ClassLabel):
         return dict(label2id) or None
@@ -280,13 +288,15 @@ def numbers_of(rows: Rows, column: str, label2id: Mapping[str, int]) -> dict[Any
     return None if all(before == after for before, after in numbers.items()) else numbers
 
 
-class LabelledModule(DatasetModule):
-    """Base of the data modules of classifiers: labels are numbered as the model in training does, which learns their names.
+class LabeledModule(DatasetModule):
+    """Base class of the data modules for classifiers, which number labels as the model does.
+
+    The label names are stored in the config of the model in training.
 
     Attributes:
-        label_column: The column of the label.
-        names: The names of labels that the data holds.
-        label2id: The number of each.
+        label_column: Column of the label.
+        names: Label names in the data.
+        label2id: Class number of each label name.
     """
 
     label_column: str
@@ -294,15 +304,15 @@ class LabelledModule(DatasetModule):
     label2id: Mapping[str, int] = {}
 
     def read(self, model: PreTrainedModel | None = None) -> None:
-        """Makes the splits, with the numbers that a model gives to labels; it then knows their names."""
+        """Prepares the splits with the model's label numbers, and stores the label names in its config."""
         if model is not None and number_labels(self.names, model.config, self.label_column) != self.label2id:
-            self.splits = {}  # which were made for a model that gives other numbers
+            self.splits = {}  # prepared for a model with other label numbers
         super().read(model)
-        if model is not None and self.label2id:  # what is saved says them, too
+        if model is not None and self.label2id:  # exported with the model
             model.config.id2label = {number: name for name, number in self.label2id.items()}
             model.config.label2id = dict(self.label2id)
 
     def prepare(self, sources: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
-        """Finds the names of labels."""
-        self.names = [name for splits in sources for name in names_in(splits, self.label_column)]
+        """Finds and numbers the label names."""
+        self.names = [name for splits in sources for name in label_names(splits, self.label_column)]
         self.label2id = number_labels(self.names, None if model is None else model.config, self.label_column)

@@ -1,4 +1,4 @@
-"""Distillation: a model in training also learns from the outputs of another one, the teacher, on the same batch."""
+"""Distillation: training against the outputs of a teacher model on the same batch."""
 
 import zlib
 from collections.abc import Mapping
@@ -16,35 +16,34 @@ from billhook.arguments import check_fraction, check_number, check_path, check_t
 from billhook.model.config_fields import text_config
 
 CHUNK = 2**22
-"""How many logits are in work at once: 16 MB in float32."""
+"""Number of logits processed at once: 16 MB in float32."""
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """Learning from a teacher: (1 - weight) CE + weight T^2 KL(p || q) + hidden MSE.
+    """Distillation settings: the loss is (1 - weight) CE + weight T^2 KL(p || q) + hidden MSE.
 
-    Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (2015), https://arxiv.org/abs/1503.02531.
+    Reference: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network (2015), https://arxiv.org/abs/1503.02531.
 
-    p = softmax(teacher's logits / T) and q = softmax(student's logits / T); KL is the mean over all tokens whose label
-    is not -100, each with the logits that predict it (over examples, for classification). CE is the model's own loss on the
-    labels. MSE is between the hidden states after blocks, except at padding; if the student has fewer blocks, its block i of n is
-    compared with the teacher's block round(i N / n) of N.
+    The teacher's distribution is p = softmax(logits / T), the student's is q. KL is the mean over all tokens with a label other
+    than -100 (over examples for classification). CE is the model's loss on the labels. MSE compares the hidden states after
+    blocks, except at padding. A student with fewer blocks compares its block i of n with block round(i N / n) of the teacher's N.
 
-    It costs a forward pass of the teacher in each step, and in memory its weights (no gradients, no optimizer state), the logits
-    of the batch once in the forward pass and once more in the backward pass. With SmolLM2-135M in float32 on a CPU, a step on
-    2 x 128 tokens takes 1.33 times the time of full training without a teacher (LoRA alone 0.80, LoRA with a teacher 1.26), and
-    memory peaks at 3.9 instead of 3.5 GiB (LoRA: 2.4 instead of 1.8).
+    Every step runs a forward pass of the teacher. Memory holds the teacher's weights (without gradients or optimizer state) and
+    the logits of the batch, once in the forward pass and once more in the backward pass. With SmolLM2-135M in float32 on a CPU,
+    a step on 2 x 128 tokens takes 1.33x the time of full training without a teacher (LoRA: 0.80x; LoRA with a teacher: 1.26x).
+    Peak memory is 3.9 GiB instead of 3.5 (LoRA: 2.4 instead of 1.8).
 
     Args:
-        teacher: The model to learn from, a name or folder like the student's, with the same vocabulary. By default a frozen copy
-            of the student as it is when the module is made, before any callback cuts it.
-        temperature: T, above 0; both distributions are softer above 1.
-        weight: Share of the teacher in the loss on logits, in [0, 1]; with 0 only the labels count.
-        hidden: Weight of the MSE between hidden states, at least 0; 0 leaves it out. Both must be equally wide. The MSE has the
-            scale of the model's own states, which may be large in a few places: begin small.
+        teacher: Name or folder of the teacher, which must have the student's vocabulary. Defaults to a frozen copy of the
+            student, made when the module is created, before any callback prunes it.
+        temperature: T, above 0. Values above 1 soften both distributions.
+        weight: Weight of the teacher in the loss on logits, in [0, 1]. With 0, only the labels are used.
+        hidden: Weight of the MSE between hidden states, at least 0. Defaults to 0 (off). Both models must have the same hidden
+            size. A few hidden states can be very large, so start with a small weight.
 
     Raises:
-        ValueError: If a number is out of range, or the teacher is no name.
+        ValueError: If a number is out of range, or the teacher is not a name.
 
     Example:
         >>> import billhook as bh
@@ -67,13 +66,13 @@ class Distillation:
         check_number("hidden", self.hidden, 0)
         check_types(Distillation, vars(self))
         if self.weight == self.hidden == 0:
-            raise ValueError("weight=0 and hidden=0 leave nothing to learn from a teacher: leave distillation out")
+            raise ValueError("weight=0 and hidden=0 disable the teacher. Raise one of them, or remove distillation.")
 
 
 class Teacher:
-    """A frozen model to learn from. It is not part of any module: it is neither trained, saved nor found in one.
+    """Frozen teacher model, which is not a submodule, so that it is neither trained nor saved.
 
-    Copies of the module that has it, deep ones too, share it.
+    Copies of the module, deep copies too, share it.
     """
 
     def __init__(self, model: PreTrainedModel, settings: Distillation, causal: bool) -> None:
@@ -85,22 +84,25 @@ class Teacher:
         return self
 
     @property
-    def asks(self) -> dict[str, bool]:
-        """Arguments of student and teacher in addition to the batch."""
+    def extra_arguments(self) -> dict[str, bool]:
+        """Arguments of both forward passes in addition to the batch."""
         return {"output_hidden_states": True} if self.settings.hidden else {}
 
     def loss(self, output: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:  # noqa: ANN401 - a ModelOutput
-        """Returns the loss on a batch with `labels`, and the KL in it, in nats per token; `output` has the student's own loss."""
-        taught = self._output(batch)
-        counted = counted_in(batch["labels"], output.logits, self.causal)
-        divergence = kl_divergence(output.logits, taught.logits, counted, self.settings.temperature)
+        """Returns the loss on a batch with `labels`, and its KL divergence in nats per token.
+
+        The student's `output` contains its loss on the labels.
+        """
+        target = self._output(batch)
+        mask = loss_mask(batch["labels"], output.logits, self.causal)
+        divergence = kl_divergence(output.logits, target.logits, mask, self.settings.temperature)
         weight, squared = self.settings.weight, self.settings.temperature**2
         loss = (1 - weight) * output.loss + weight * squared * divergence
         if self.settings.hidden:
-            loss = loss + self.settings.hidden * hidden_error(output, taught, batch)
+            loss = loss + self.settings.hidden * hidden_error(output, target, batch)
         return loss, divergence.detach()
 
-    def follow(self, student: PreTrainedModel) -> None:
+    def match_device(self, student: PreTrainedModel) -> None:
         """Moves the teacher to the student's device and dtype."""
         if (self.model.device, self.model.dtype) != (student.device, student.dtype):
             self.model.to(student.device, student.dtype)
@@ -110,36 +112,37 @@ class Teacher:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         if self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
             shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-            made = {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(labels=batch["labels"])}
-            inputs |= made  # without the first, some models make none
-        return self.model(**inputs, **self.asks)
+            # models without that method need the labels to derive decoder inputs
+            inputs |= {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(labels=batch["labels"])}
+        return self.model(**inputs, **self.extra_arguments)
 
 
-def counted_in(labels: Tensor, logits: Tensor, causal: bool) -> Tensor:
-    """Marks the logits that count, all except those of the label -100: bool, `[*, tokens]` or `[examples]`."""
+def loss_mask(labels: Tensor, logits: Tensor, causal: bool) -> Tensor:
+    """Returns a mask of the logits with a label other than -100: bool, `[*, tokens]` or `[examples]`."""
     if logits.ndim == 2:
         return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     return (pad(labels[:, 1:], (0, 1), value=-100) if causal else labels) != -100
 
 
-def kl_divergence(student: Tensor, teacher: Tensor, counted: Tensor, temperature: float) -> Tensor:
-    """Computes the mean of KL(softmax(teacher / T) || softmax(student / T)) over counted logits, in float32 or better.
+def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
+    """Computes the mean of KL(softmax(teacher / T) || softmax(student / T)), in float32 or better.
 
-    Logits are `[..., classes]`, and `counted` is bool, `[...]`. The gradient is computed with the value and kept in memory of the
-    teacher's logits, which are overwritten: the forward pass makes no other tensor of that size, the backward pass only the
-    gradient itself. Apart from them, at most 4 million logits are in use at once.
+    Logits are `[..., classes]`, and `mask` is bool, `[...]`. The gradient is computed with the value and overwrites the teacher's
+    logits, so that the forward pass allocates no other tensor of that size, and the backward pass only the gradient. Temporary
+    tensors hold at most 4 million logits.
     """
     if student.shape != teacher.shape:
         raise ValueError(
-            f"distillation: the logits of student {list(student.shape)} and teacher {list(teacher.shape)} must have one shape"
+            f"distillation: the logits of student {list(student.shape)} and teacher {list(teacher.shape)} must have the same "
+            "shape. Use a teacher with the student's vocabulary."
         )
-    rows = counted.flatten().nonzero().squeeze(1)
+    rows = mask.flatten().nonzero().squeeze(1)
     divergence: Tensor = _Divergence.apply(student.flatten(0, -2), teacher.flatten(0, -2), rows, temperature)  # type: ignore[no-untyped-call]
     return divergence
 
 
 class _Divergence(torch.autograd.Function):
-    """The mean over rows of KL, and dKL / dstudent = (q - p) / (T rows)."""
+    """Mean KL divergence over rows, with the gradient dKL / dstudent = (q - p) / (T rows)."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, rows: Tensor, temperature: float) -> Tensor:  # noqa: ANN401
@@ -161,7 +164,7 @@ class _Divergence(torch.autograd.Function):
         gradient = torch.zeros_like(slopes, dtype=ctx.dtype)
         scale = upstream / (ctx.temperature * max(1, len(rows)))
         for chunk in _chunks(rows, slopes):
-            # scaled before it is rounded to half: loss scaling comes from upstream
+            # scaled before rounding to half precision, because upstream contains the loss scale
             gradient[chunk] = (slopes[chunk].to(upstream.dtype) * scale).to(ctx.dtype)
         return gradient, None, None, None
 
@@ -171,56 +174,56 @@ def _chunks(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def hidden_error(student: Any, teacher: Any, batch: Mapping[str, Tensor]) -> Tensor:  # noqa: ANN401
-    """Computes the mean squared error between hidden states after blocks, except at padding, over the student's blocks."""
+    """Computes the mean squared error between hidden states after blocks, except at padding."""
     mask = batch.get("attention_mask")
-    kept = {"hidden_states": mask, "encoder_hidden_states": mask, "decoder_hidden_states": batch["labels"] != -100}
+    masks = {"hidden_states": mask, "encoder_hidden_states": mask, "decoder_hidden_states": batch["labels"] != -100}
     errors = []
-    for name, keep in kept.items():
+    for name, keep in masks.items():
         ours, theirs = (list(getattr(output, name, None) or ())[1:] for output in (student, teacher))  # without the embeddings
         for block, state in enumerate(ours, start=1):
             errors.append(_squared_error(state, theirs[round(block * len(theirs) / len(ours)) - 1], keep))
     if not errors:
-        raise ValueError("distillation: hidden must be 0 for a model that gives no hidden states")
+        raise ValueError("distillation: hidden must be 0 for a model that returns no hidden states")
     return torch.stack(errors).mean()
 
 
 def _squared_error(ours: Tensor, theirs: Tensor, keep: Tensor | None) -> Tensor:
     if ours.shape != theirs.shape:
         raise ValueError(
-            f"distillation: hidden states of the student {list(ours.shape)} and the teacher {list(theirs.shape)} must have one "
-            "shape: use hidden=0 where the hidden size is pruned"
+            f"distillation: hidden states of the student {list(ours.shape)} and the teacher {list(theirs.shape)} must have "
+            "the same shape. Use hidden=0 if the hidden size is pruned."
         )
     difference = ours.to(torch.promote_types(ours.dtype, torch.float32)) - theirs
     return (difference if keep is None or keep.shape != ours.shape[:-1] else difference[keep.bool()]).square().mean()
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation, classifies: bool) -> None:
-    """Refuses a teacher whose logits or inputs mean something else than the student's."""
+    """Raises an error if the teacher's classes, vocabulary, or hidden size differ from the student's."""
     student_config, teacher_config = text_config(student.config), text_config(teacher.config)
     name = f"distillation: teacher={settings.teacher!r}"
     fields = ["num_labels"] * classifies + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)
     for field in fields:
         ours, theirs = (getattr(config, field, None) for config in (student_config, teacher_config))
         if ours != theirs:
-            raise ValueError(f"{name} has {field}={theirs}, the student {ours}: they must be the same")
+            raise ValueError(f"{name} has {field}={theirs}, but the student has {ours}. Use a teacher with the same {field}.")
     ours, theirs = (_vocabulary(model.config) for model in (student, teacher))
     if ours and theirs and ours != theirs:
-        raise ValueError(f"{name} has a tokenizer that gives other tokens other numbers than the student's: it must be the same")
+        raise ValueError(f"{name} has a different vocabulary than the student. Use a teacher with the same tokenizer.")
 
 
 def _vocabulary(config: PretrainedConfig) -> dict[str, int] | None:
     """Returns token ids by token, if the model was saved with a tokenizer."""
     try:
         vocabulary: dict[str, int] = AutoTokenizer.from_pretrained(config.name_or_path, trust_remote_code=False).get_vocab()
-    except Exception:  # there is none, or of a kind that cannot be read here: then the sizes must do
+    except Exception:  # no tokenizer, or one that cannot be loaded: only the sizes are compared
         return None
     return vocabulary
 
 
 def fingerprint(model: nn.Module) -> int:
-    """Computes a checksum (CRC-32) of all weights and buffers, which shows whether two models are the same."""
+    """Computes a checksum (CRC-32) of all weights and buffers."""
     checksum = 0
     for tensor in [*model.parameters(), *model.buffers()]:
-        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        checksum = zlib.crc32(plain.numpy().data, checksum)
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        checksum = zlib.crc32(data.numpy().data, checksum)
     return checksum

@@ -1,4 +1,4 @@
-"""A LightningDataModule over `datasets` for classifiers of images."""
+"""LightningDataModule for image classification."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,32 +12,32 @@ from billhook.arguments import check_types
 from billhook.calibration.examples import Batch, label_ids
 from billhook.calibration.reading import Data, Rows, Table, check_columns
 from billhook.model.preprocessors import load_preprocessor
-from billhook.training.dataset_module import LabelledModule, numbers_of
+from billhook.training.dataset_module import LabeledModule, label_numbers
 
 RGB = datasets.Image(mode="RGB")
-"""Images of any kind, read in three colours."""
+"""Images of any mode, decoded to three channels."""
 
 
-class ImageDataModule(LabelledModule):
-    """Images with a label each, prepared by an image processor of transformers when they are loaded.
+class ImageDataModule(LabeledModule):
+    """Labeled images, preprocessed by a transformers image processor when they are loaded.
 
     Args:
-        data: A folder of images (`train/cat/1.png`, `validation/dog/2.png`, or `cat/1.png` alone), a hub name (`"name"` or
-            `"name:config"`), a .parquet file or a glob of such, or files by split; in Python also a `Dataset` or `DatasetDict` of
-            `datasets`.
-        processor: The name or folder of an image processor; by default the one saved with the model in training.
-        image_column: The column of the image.
-        label_column: The column of the label: whole numbers from 0, or words, which are numbered as the model's config does
-            (`label2id`), or else in the order of the alphabet. The names are kept in the config, and so are exported.
-        batch_size: Images in a batch, per device.
-        seed: The order of the training images depends on this seed and the epoch alone.
-        num_workers: Processes that load batches; 0 loads in the main process.
-        validation: Share of the training rows, in [0, 1), that are held out, drawn by `seed`, to validate on where the data has
-            no split `validation`. 0 for none.
+        data: A folder of images (`train/cat/1.png`, `validation/dog/2.png`, or only `cat/1.png`), a Hub name (`"name"` or
+            `"name:config"`), a .parquet file, a glob of such files, or files by split. In Python also a `Dataset` or
+            `DatasetDict` of `datasets`.
+        processor: Name or folder of an image processor. Defaults to the processor saved with the model in training.
+        image_column: Column of the image.
+        label_column: Column of the label: integers from 0, or names. Names are numbered by the model's config (`label2id`), or
+            else alphabetically. They are stored in the config and exported with the model.
+        batch_size: Number of images per batch and device.
+        seed: Seed for the order of the training images, which depends only on it and the epoch.
+        num_workers: Number of processes that load batches. 0 loads in the main process.
+        validation: Fraction of the training rows, in [0, 1), to hold out for validation if the data has no split `validation`.
+            Rows are drawn by `seed`. 0 holds out nothing.
 
     Raises:
-        ValueError: If a file is empty or missing, a split has no such column, the column holds no images, there are more or fewer
-            labels by name than the model has classes, or the model in training reads no images.
+        ValueError: If a file is empty or missing, a column is missing or contains no images, the number of label names differs
+            from the model's number of classes, or the model in training does not classify images.
 
     Example:
         >>> import billhook as bh
@@ -64,38 +64,38 @@ class ImageDataModule(LabelledModule):
 
     @property
     def image_processor(self) -> BaseImageProcessor:
-        """The image processor, loaded when first asked for."""
+        """The image processor, loaded on first use."""
         if self._processor is None:
-            name = self.processor_name or self.name_of_model("processor")
+            name = self.processor_name or self.model_name("processor")
             loaded = load_preprocessor(name, AutoImageProcessor)
             if not isinstance(loaded, BaseImageProcessor):
-                raise ValueError(f"processor={name!r}: a {type(loaded).__name__} prepares no images")
+                raise ValueError(f"processor={name!r} is not an image processor but {type(loaded).__name__}. Name another one.")
             self._processor = loaded
         return self._processor
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuses a model that does not classify images."""
+        """Raises an error for a model that does not classify images."""
         if model.main_input_name != "pixel_values" or "Classification" not in type(model).__name__:
             raise ValueError(
-                f"ImageDataModule: a {type(model).__name__} does not classify images: train a classifier of images "
-                "(task='image-classification')"
+                f"ImageDataModule cannot train {type(model).__name__}, which does not classify images. Load the model with "
+                "task='image-classification'."
             )
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Returns rows of image and label that become pixels and a number when they are read."""
+        """Returns rows whose images and labels are converted to tensors on access."""
         check_columns(rows, split, self.image_column, self.label_column)
         if not isinstance(rows, datasets.Dataset):
-            raise ValueError("data: images are not read from a stream: give a folder, files or a Dataset")
+            raise ValueError("data: streaming is not supported for images. Pass a folder, files, or a Dataset.")
         try:
-            pictures = rows.select_columns([self.image_column, self.label_column]).cast_column(self.image_column, RGB)
-        except (TypeError, ValueError, NotImplementedError) as error:  # as arrow has them
-            raise ValueError(f"image_column='{self.image_column}' of the split '{split}' holds no images: {error}") from error
-        numbers = numbers_of(pictures, self.label_column, self.label2id)
+            images = rows.select_columns([self.image_column, self.label_column]).cast_column(self.image_column, RGB)
+        except (TypeError, ValueError, NotImplementedError) as error:  # of arrow
+            raise ValueError(f"image_column='{self.image_column}' of the split '{split}' contains no images: {error}") from error
+        numbers = label_numbers(images, self.label_column, self.label2id)
         columns = (self.image_column, self.label_column)
-        return pictures.with_transform(partial(pixels_and_labels, self.image_processor, columns, numbers))
+        return images.with_transform(partial(pixels_and_labels, self.image_processor, columns, numbers))
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
-        """Returns the function that makes a batch of examples."""
+        """Returns the collate function."""
         collate: Callable[[list[Batch]], Batch] = default_collate
         return collate
 
@@ -106,13 +106,13 @@ def pixels_and_labels(
     numbers: Mapping[Any, int] | None,
     rows: Mapping[str, Sequence[Any]],
 ) -> dict[str, Any]:
-    """Returns `pixel_values`, float32 `[rows, channels, height, width]` as a rule, and `labels` of rows that are read.
+    """Converts rows to `pixel_values`, usually float32 `[rows, channels, height, width]`, and `labels`.
 
     Args:
         processor: The image processor.
-        columns: Those of the image and the label.
-        numbers: Of each label as it stands there; None where it is the number.
-        rows: The rows.
+        columns: Columns of the image and of the label.
+        numbers: Class number of each label value. None if the values are class numbers.
+        rows: Rows to convert.
     """
     images, labels = (rows[column] for column in columns)
     pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]

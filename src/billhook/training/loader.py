@@ -1,4 +1,4 @@
-"""A DataLoader that can start in the middle of a pass over the data, where a checkpoint was saved."""
+"""DataLoader that can resume in the middle of an epoch."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -13,9 +13,9 @@ from billhook.fit.lightning_internals import batch_progress, saved_progress
 
 
 class EpochSampler(DistributedSampler[int]):
-    """An order that depends on seed and epoch alone, split over ranks; it can start in the middle once.
+    """Sampler whose order depends only on seed and epoch, split over ranks, with a start position.
 
-    It is a `DistributedSampler` also on one device, since that is the one kind that Lightning leaves in place.
+    It is a `DistributedSampler` on one device too, because Lightning replaces all other samplers.
     """
 
     start = 0
@@ -26,24 +26,24 @@ class EpochSampler(DistributedSampler[int]):
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A DataLoader that counts its passes over the data (epochs) and can start in the middle of one.
+    """DataLoader that counts its epochs and can start in the middle of an epoch.
 
-    It counts for itself, because Lightning tells the epoch to samplers only, not to streams, and takes a pass that
-    `max_steps` cut short for a whole one.
+    It counts by itself, because Lightning sets the epoch of samplers but not of streams, and counts an epoch that `max_steps`
+    ended early as complete.
 
     Args:
-        dataset: Examples by index or, without a sampler, a stream of them.
-        epoch: The pass to start with.
-        batch: The batch of that pass to start with.
-        seen: The batches of all passes before that one and in it.
-        count: How many batches of all passes have been used till now: an iterator of which none was used was no pass.
-            Without it each iteration is one.
-        **options: The arguments of `DataLoader`.
+        dataset: Indexed examples or, without a sampler, a stream.
+        epoch: Epoch to start with.
+        batch: Batch of that epoch to start with.
+        seen: Number of batches used before the start, over all epochs.
+        count: Returns the number of batches used so far, over all epochs. An iterator of which no batch was used is not an
+            epoch. Defaults to None, which makes every iteration an epoch.
+        **options: Arguments of `DataLoader`.
     """
 
     def __init__(
         self,
-        dataset: Any,  # noqa: ANN401 - DataLoader's own type does not know streams from `datasets`
+        dataset: Any,  # noqa: ANN401 - the type of DataLoader does not include streams of `datasets`
         *,
         epoch: int = 0,
         batch: int = 0,
@@ -51,12 +51,12 @@ class ResumableLoader(DataLoader[Any]):
         count: Callable[[], int] | None = None,
         **options: Any,  # noqa: ANN401
     ) -> None:
-        super().__init__(dataset, generator=torch.Generator(), **options)  # so that it draws none of torch's own random numbers
+        super().__init__(dataset, generator=torch.Generator(), **options)  # keeps the global random state of torch unchanged
         self.epoch, self.batch, self.seen, self.count = epoch, batch, seen, count
         self.begun = False
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        # Lightning makes an iterator too many, now and then, and a first one before it has restored its own counts
+        # Lightning sometimes creates an extra iterator, and the first one before it has restored its progress
         seen = self.seen if self.count is None else max(self.count(), self.seen)
         if self.begun and (self.count is None or seen > self.seen):
             self.epoch, self.batch = self.epoch + 1, 0
@@ -79,23 +79,26 @@ class ResumableLoader(DataLoader[Any]):
             if number >= self.batch:
                 yield batch
         if streaming and number < 0:
-            raise ValueError(f"batch_size={self.batch_size}: the stream ended before a single batch was full")
+            raise ValueError(f"batch_size={self.batch_size}: the stream ended before the first batch. Use a smaller batch_size.")
 
     def state_dict(self) -> dict[str, int]:
-        """Returns nothing: the data module saves the place, as Lightning asks for a loader's length before it restores it."""
+        """Returns an empty state, because the data module saves the position.
+
+        Lightning computes the length of a loader before it restores its state.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Ignores the state: a loader is made with its place."""
+        """Ignores the state, because a loader is created with its position."""
 
 
 def batches_seen(trainer: pl.Trainer) -> int:
-    """Returns how many training batches a trainer has used in all."""
+    """Returns the number of training batches that a trainer has used, over all epochs."""
     return int(batch_progress(trainer).total.processed)
 
 
-def place_of(trainer: pl.Trainer) -> dict[str, int] | None:
-    """Returns where a `ResumableLoader` must start to continue a trainer's fit; None if the trainer has no such loader."""
+def loader_position(trainer: pl.Trainer) -> dict[str, int] | None:
+    """Returns the position from which a `ResumableLoader` continues, or None without such a loader."""
     loader = trainer.train_dataloader
     if not isinstance(loader, ResumableLoader):
         return None
@@ -103,18 +106,18 @@ def place_of(trainer: pl.Trainer) -> dict[str, int] | None:
     if not loader.begun or loader.seen == batches_seen(trainer):
         position = {"epoch": loader.epoch, "batch": loader.batch, "seen": loader.seen}
     else:
-        over = progress.is_last_batch
-        batch = 0 if over else int(progress.current.processed)
-        position = {"epoch": loader.epoch + int(over), "batch": batch, "seen": batches_seen(trainer)}
+        epoch_ended = progress.is_last_batch
+        batch = 0 if epoch_ended else int(progress.current.processed)
+        position = {"epoch": loader.epoch + int(epoch_ended), "batch": batch, "seen": batches_seen(trainer)}
     return position | {"examples": position["batch"] * (loader.batch_size or 1) * trainer.world_size}
 
 
-def fit_place(position: dict[str, int], checkpoint: dict[str, Any], at_once: int) -> None:
-    """Makes a place, and how many batches of the epoch Lightning takes for used, fit another batch size or number of devices.
+def convert_position(position: dict[str, int], checkpoint: dict[str, Any], batch_size: int) -> None:
+    """Converts a saved position, and Lightning's progress, to a total batch size over all devices.
 
-    Examples that then do not fill a batch are seen again. Both are changed in place; `at_once` are examples on all devices.
+    Both are changed in place. Examples of an incomplete batch are used again.
     """
-    batch = position["examples"] // at_once
+    batch = position["examples"] // batch_size
     if batch == position["batch"]:
         return
     position["batch"] = batch

@@ -1,4 +1,4 @@
-"""Metrics of validation: perplexity per token, and accuracy."""
+"""Validation metrics: perplexity per token, and accuracy."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 class TokenPerplexity(Metric):
-    """Perplexity per token, exp(sum of losses / number of tokens), whatever the number of tokens in each batch."""
+    """Perplexity per token: exp(sum of losses / number of tokens), over batches of any size."""
 
     full_state_update = False
     total: Tensor
@@ -23,8 +23,8 @@ class TokenPerplexity(Metric):
         self.add_state("tokens", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, tokens: Tensor) -> None:
-        """Takes a batch's mean loss and the number of tokens that it is the mean of."""
-        # not in place: after trainer.validate the states are inference tensors, which a fit may not write into
+        """Adds a batch's mean loss and its number of tokens."""
+        # not in place: after trainer.validate the states are inference tensors, which training must not modify
         self.total = self.total + loss.detach().float() * tokens
         self.tokens = self.tokens + tokens
 
@@ -34,11 +34,9 @@ class TokenPerplexity(Metric):
 
 
 TOP = 5
-"""How many classes an image may be taken for, in the second accuracy of image classification."""
-
-
-WRITTEN = 128
-"""Tokens that a model writes at most, where its generation config names no `max_new_tokens`."""
+"""The k of top-k accuracy in image classification."""
+MAX_NEW_TOKENS = 128
+"""Default limit for generation, if the generation config has no `max_new_tokens`."""
 
 
 def metric_name(task: str) -> str:
@@ -47,9 +45,10 @@ def metric_name(task: str) -> str:
 
 
 def metrics_of(task: str, num_labels: int | None) -> dict[str, Metric]:
-    """Makes the metrics of a task, by name: accuracy for classification, of images of many classes also top 5, or perplexity.
+    """Creates the metrics of a task, by name: accuracy for classification, otherwise perplexity.
 
-    Of images and captions it is the share of images of a batch to which of all its captions their own is nearest.
+    Image classification with many classes also has top-5 accuracy. The accuracy of `feature-extraction` is the fraction of
+    images in a batch whose most similar caption is their own.
     """
     name, classes = metric_name(task), num_labels or 2
     if name == "perplexity":
@@ -62,17 +61,17 @@ def metrics_of(task: str, num_labels: int | None) -> dict[str, Metric]:
     return metrics
 
 
-def counted(batch: Mapping[str, Any], causal: bool) -> Tensor:
-    """Counts what the loss of a batch is the mean of: labels, or, where there are none, examples."""
+def count_targets(batch: Mapping[str, Any], causal: bool) -> Tensor:
+    """Counts the terms of a batch's mean loss: labels, or examples if there are no labels."""
     labels: Tensor | None = batch.get("labels")
     if labels is None:
         return torch.tensor(len(next(value for value in batch.values() if isinstance(value, Tensor))))
-    # a causal model predicts each label but the first
+    # a causal model does not predict the first label
     return ((labels[:, 1:] if causal else labels) != -100).sum()
 
 
-def observed(metric: Metric, output: Any, batch: Mapping[str, Any], weight: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
-    """Returns what a metric takes of a batch and a model's output for it."""
+def metric_inputs(metric: Metric, output: Any, batch: Mapping[str, Any], weight: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
+    """Returns the arguments of `metric.update` for a batch and its output."""
     if isinstance(metric, TokenPerplexity):
         return output.loss, weight
     if isinstance(metric, MeanMetric):
@@ -81,15 +80,16 @@ def observed(metric: Metric, output: Any, batch: Mapping[str, Any], weight: Tens
     return output.logits, batch["labels"]
 
 
-def written(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
-    """Returns what an encoder-decoder writes of a batch, token ids, `[batch, length]`.
+def generate_ids(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
+    """Generates token ids with an encoder-decoder, `[batch, length]`.
 
-    It is at most `max_new_tokens` of the generation config, or else as long as that and the places of the decoder allow, or 128.
+    The limit is `max_new_tokens` of the generation config. Without it, the limit is 128 new tokens, or for a decoder with a
+    fixed number of positions, `max_length` (by default 128) up to that number.
     """
-    generation, room = model.generation_config, getattr(model.config, "max_target_positions", None)
-    limit = {"max_new_tokens": getattr(generation, "max_new_tokens", None) or WRITTEN}
-    if room and not getattr(generation, "max_new_tokens", None):  # Whisper's own warns of both
-        limit = {"max_length": min(getattr(generation, "max_length", None) or WRITTEN, room)}
+    generation, positions = model.generation_config, getattr(model.config, "max_target_positions", None)
+    limit = {"max_new_tokens": getattr(generation, "max_new_tokens", None) or MAX_NEW_TOKENS}
+    if positions and not getattr(generation, "max_new_tokens", None):  # Whisper warns if both limits are set
+        limit = {"max_length": min(getattr(generation, "max_length", None) or MAX_NEW_TOKENS, positions)}
     inputs = {name: batch[name] for name in (model.main_input_name, "attention_mask") if batch.get(name) is not None}
     ids: Tensor = model.generate(**inputs, **limit)  # type: ignore[operator]
     return ids

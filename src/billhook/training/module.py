@@ -1,10 +1,11 @@
-"""The LightningModule: a Hugging Face model with its loss, metrics, optimizer and learning-rate schedule."""
+"""The LightningModule: a Hugging Face model with loss, metrics, optimizer, and learning-rate schedule."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -34,30 +35,30 @@ from billhook.schedules import Step, check_step, resolve_step
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import common_module
-from billhook.tracing.roles import Attention
+from billhook.tracing.roles import Attention, Part
 from billhook.tracing.trace import trace
 from billhook.training.distillation import Distillation, Teacher, check_teacher
 from billhook.training.loader import batches_seen
-from billhook.training.metrics import counted, metric_name, metrics_of, observed, written
+from billhook.training.metrics import count_targets, generate_ids, metric_inputs, metric_name, metrics_of
 
 Trainable = Literal["all", "attention"] | list[str]
-"""All parameters, those of attention, or those whose names match one of some glob patterns."""
+"""All parameters, attention parameters, or parameters whose names match a glob pattern."""
 
 
 def check_trainable(trainable: Trainable, model: object) -> None:
-    """Refuses a value that is legal for no model, and a model that is streamed, of which nothing trains."""
+    """Raises an error for an illegal value, or for a streamed model, which cannot be trained."""
     if isinstance(model, nn.Module) and not store_of(model).trains:
-        raise ValueError("model: it is streamed, and training needs all weights in memory: load it with bh.load")
+        raise ValueError("model: training needs all weights in memory, but the model is streamed. Load it with bh.load.")
     patterns = isinstance(trainable, Sequence) and not isinstance(trainable, str) and all(isinstance(p, str) for p in trainable)
     if trainable not in ("all", "attention") and not (patterns and trainable):
-        raise ValueError(f"trainable={trainable!r} must be 'all', 'attention' or patterns of names, as in ['*.k_proj.*']")
+        raise ValueError(f"trainable={trainable!r} must be 'all', 'attention', or name patterns such as ['*.k_proj.*']")
 
 
 def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool = False) -> None:
-    """Freezes all other parameters, in place; parameters that were frozen before stay so, and with `"all"` nothing changes.
+    """Freezes all parameters except the trainable ones, in place, and unfreezes none.
 
-    A tied parameter trains if one of its names matches. What `classifies` has outside of the base model is a head that may be
-    new, and so trains with attention. A refusal leaves the model as it was.
+    A tied parameter trains if one of its names matches. With `classifies` and `"attention"`, parameters outside the base model
+    (the classification head, which may be new) train too. If an error is raised, the model is unchanged.
     """
     if trainable == "all":
         return
@@ -65,96 +66,119 @@ def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool
     if trainable == "attention":
         names = set(attention_parameters(model))
         base = set(model.base_model.parameters()) if classifies else {parameter for _, parameter in parameters}
-        chosen = {parameter for name, parameter in parameters if name in names or parameter not in base}
+        trained = {parameter for name, parameter in parameters if name in names or parameter not in base}
     else:
+        trained = set[nn.Parameter]()
         for pattern in trainable:
-            if not any(fnmatchcase(name, pattern) for name, _ in parameters):
-                shown = [name for name, _ in parameters[:3]]
-                raise ValueError(f"trainable={pattern!r} matches none of the {len(parameters)} parameters, such as {shown}")
-        chosen = {parameter for name, parameter in parameters if any(fnmatchcase(name, pattern) for pattern in trainable)}
+            trained |= matching_parameters(parameters, pattern)
     for _, parameter in parameters:
-        if parameter not in chosen:
+        if parameter not in trained:
             parameter.requires_grad_(False)
 
 
-def attention_parameters(model: nn.Module, structure: Structure | None = None) -> list[str]:
-    """Finds the parameters of all attentions of a model: projections, their biases, norms and position biases within.
+def matching_parameters(parameters: Sequence[tuple[str, nn.Parameter]], pattern: str) -> set[nn.Parameter]:
+    """Returns the named parameters that match a glob pattern."""
+    matching = {parameter for name, parameter in parameters if fnmatchcase(name, pattern)}
+    if not matching:
+        names = [name for name, _ in parameters[:3]]
+        raise ValueError(f"trainable={pattern!r} matches none of the {len(parameters)} parameters, such as {names}")
+    return matching
 
-    An attention is the innermost module that holds the projections of queries, keys, values and output, as `trace` finds them by
-    the model's operations, not by names; modules that compute the same as attention count too (state-space layers of Mamba-2).
-    If that module holds a feed-forward too, only projections and parameters with heads, or dimensions of heads, count.
+
+def attention_parameters(model: nn.Module, structure: Structure | None = None) -> list[str]:
+    """Returns the parameter names of all attention modules: projections, biases, norms, and position biases.
+
+    An attention module is the innermost module with the query, key, value, and output projections. `trace` identifies them by
+    operations, not by names, so equivalent modules are included (state-space layers of Mamba-2). If the module also contains an
+    MLP, only projections and parameters with heads, or dimensions of heads, are returned.
     """
     subject = find_transformer(model)
     structure = structure or trace(subject)
-    names = {name for attention in structure.attention for name in _of(attention, structure)}
+    names = set[str]().union(*(module_parameters(attention, structure) for attention in structure.attention))
     if not names:
-        raise ValueError(f"model: {type(subject).__name__} has no attention that can be told apart")
+        raise ValueError(f"trainable='attention': no attention module was found in {type(subject).__name__}. Use name patterns.")
     return [name for name, _ in subject.named_parameters() if name in names]
 
 
-def _of(attention: Attention, structure: Structure) -> set[str]:
-    """Finds the parameters of one attention."""
-    projections = {part.name for part in (*attention.q, *attention.k, *attention.v, *attention.o)}
-    where = common_module(list(projections))
-    others = {part.name for mlp in structure.feed_forward for part in (*mlp.gate, *mlp.up, *mlp.down)} - projections
-    if where and not any(name.startswith(f"{where}.") for name in others):
-        return {name for name in structure.shapes if name.startswith(f"{where}.")}
+def module_parameters(attention: Attention, structure: Structure) -> set[str]:
+    """Returns the parameter names of an attention module."""
+    projections = layer_names((*attention.q, *attention.k, *attention.v, *attention.o))
+    module = common_module(list(projections))
+    mlp_layers = set[str]()
+    for mlp in structure.feed_forward:
+        mlp_layers |= layer_names((*mlp.gate, *mlp.up, *mlp.down))
+    if module and not names_within(module, mlp_layers - projections):
+        return names_within(module, structure.shapes)
     dimensions = {*attention.heads, *attention.query_key, *attention.value}
-    modules = {name.rpartition(".")[0] for name in projections}
-    with_heads = {name for name, axes in structure.axes.items() if any(dimensions & set(leaves(axis)) for axis in axes)}
-    return {name for name in structure.shapes if name.rpartition(".")[0] in modules or name in with_heads}
+    layers = {name.rpartition(".")[0] for name in projections}
+    selected = set[str]()
+    for name in structure.shapes:
+        axes = chain.from_iterable(map(leaves, structure.axes.get(name, ())))
+        if name.rpartition(".")[0] in layers or not dimensions.isdisjoint(axes):
+            selected.add(name)
+    return selected
+
+
+def layer_names(parts: Iterable[Part]) -> set[str]:
+    """Returns the parameter names of traced layers."""
+    return {part.name for part in parts}
+
+
+def names_within(module: str, names: Iterable[str]) -> set[str]:
+    """Returns the names of parameters within a module."""
+    return {name for name in names if name.startswith(f"{module}.")}
 
 
 Decay = Literal["cosine", "linear", "constant"]
-TEACHER, NOISE, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
-"""Where Lightning checkpoints keep the checksum of the teacher's weights, the seed of random numbers, and the fit's length."""
+TEACHER, RANDOM, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
+"""Keys of Lightning checkpoints: the teacher's checksum, the random state, and the length of training."""
 
 
 class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
-    """A Hugging Face model in training: loss from the model, token-weighted perplexity or accuracy, AdamW, warm-up and decay.
+    """LightningModule for a Hugging Face model, with AdamW, warm-up, decay, LoRA, and distillation.
 
-    Logs `train_loss`, `val_loss`, and `val_perplexity` or `val_accuracy` (`test_...` likewise); of images of more than five
-    classes also `val_accuracy_top5`, for which the right class may be any of the five likeliest. Of `feature-extraction` (CLIP)
-    the loss is contrastive within a device's batch, and `val_accuracy` the share of images there whose own caption suits them
-    best.
+    The loss is the model's. It logs `train_loss`, `val_loss`, and `val_perplexity` (per token) or `val_accuracy`, and the same
+    with `test_`. Image classification with more than five classes also logs `val_accuracy_top5`. For `feature-extraction` (CLIP),
+    the loss is contrastive within a device's batch, and `val_accuracy` is the fraction of its images whose best match is their
+    own caption.
 
-    After pruning, three ways restore quality. Full training (`lora=None`) needs memory for gradients and AdamW's state, 12 bytes
-    a weight in float32, and enough text. `lora` trains a few weights next to frozen ones, for little memory or text. It is either
-    attached while callbacks remove units in the same fit, and is then cut too, or attached to a folder that was pruned before
-    (`billhook prune-heads MODEL OUT`, then `model: OUT`), as in the paper and as `KVHeadConversion` needs, which pools no
-    adapters. `Export` writes merged weights in both cases. `distillation` combines with all of them.
+    Three kinds of recovery training are available after pruning. Full training (`lora=None`) needs enough text, and memory for
+    gradients and AdamW state (12 bytes per weight in float32). `lora` trains a few weights next to frozen ones and needs less of
+    both. Attach it in the same run in which callbacks remove units (the adapters are then pruned too), or load a pruned folder
+    (`billhook prune-heads MODEL OUT`, then `model: OUT`), as in the paper. `KVHeadConversion` requires the latter, because it
+    does not pool adapters. `Export` writes merged weights in both cases. `distillation` can be combined with all of them.
 
     Args:
-        model: `"tiny"` (the embedded Llama), a hub name, a folder (whatever `bh.save` wrote, too), a `config.json` file or a
-            config (random weights), or a ready `PreTrainedModel`.
-        task: Task of the model; it decides the class and the metric.
-        lr: The highest learning rate.
-        weight_decay: AdamW's weight decay; never on biases and norms (parameters with one dimension).
+        model: `"tiny"` (the packaged Llama), a Hub name, a folder (also one written by `bh.save`), a `config.json` file or a
+            config (random weights), or a `PreTrainedModel`.
+        task: Task of the model, which determines its class and metric.
+        lr: Peak learning rate.
+        weight_decay: Weight decay of AdamW. Biases and norms (parameters with one dimension) have none.
         warmup: Steps (int) or fraction of training (float) over which the learning rate rises from 0.
-        decay: How the learning rate falls to 0 after that, or stays.
-        num_labels: Classes, for the classification tasks; by default the checkpoint's.
-        dtype: The dtype of the weights. `"auto"` takes the checkpoint's own.
-        attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, ...; by default what transformers chooses.
-        gradient_checkpointing: Recompute activations in the backward pass to save memory.
-        gguf_file: The name of a GGUF file in the folder or repository `model`; its weights are dequantised.
-        trust_remote_code: Run the modelling code that a repository brings. Off unless asked.
-        lora: Freeze the model and train LoRA on its linears: `{}` for the defaults of LLM-Pruner (r 8, alpha 16, dropout 0.05,
-            all linears; the paper's `lr` is 1e-4), `{r: 16}` and so on for others, or PEFT's own `peft.LoraConfig` by
-            `class_path`. The head of a classifier trains in full, too.
-        distillation: Learn from a teacher too, by (1 - weight) CE + weight T^2 KL(teacher || student) + hidden MSE, as
-            `Distillation` says: `{}` for temperature T 2, weight 0.5, hidden 0 and as teacher the model as it is now, before it
-            is cut; `{teacher: FOLDER, weight: 0.9}` and so on for others, as a model needs that is cut already. It costs a
-            forward pass of the teacher in each step and its weights in memory. `train_loss` is then the sum, `train_kl` the KL in
-            it; validation stays as it is.
-        trainable: Which parameters train: `"all"` (those that a ready model has not frozen), `"attention"` (its projections, with
-            biases and norms within, of whatever family, and the head of a classifier), or those whose names in the model match
-            one of some glob patterns, as in `["*.k_proj.*", "*.v_proj.*"]`. The others are frozen: they get no gradient and no
-            optimizer state. Not with `lora`, which decides itself which parameters train.
+        decay: Shape of the learning rate after warm-up: `"cosine"` or `"linear"` decay to 0, or `"constant"`.
+        num_labels: Number of classes, for classification tasks. Defaults to the checkpoint's.
+        dtype: Data type of the weights. `"auto"` uses the checkpoint's.
+        attn_implementation: `"sdpa"`, `"eager"`, `"flash_attention_2"`, and so on. Defaults to the choice of transformers.
+        gradient_checkpointing: If True, recomputes activations in the backward pass to save memory.
+        gguf_file: Name of a GGUF file in the folder or repository `model`. Its weights are dequantized.
+        trust_remote_code: If True, runs modeling code from the repository. Defaults to False.
+        lora: Freezes the model and trains LoRA adapters on its linear layers. `{}` uses the defaults of LLM-Pruner (r 8, alpha
+            16, dropout 0.05, all linear layers; the paper's `lr` is 1e-4), `{r: 16}` changes a setting, and `class_path` selects
+            a `peft.LoraConfig`. A classification head is trained in full.
+        distillation: Adds a teacher to the loss: (1 - weight) CE + weight T^2 KL(teacher || student) + hidden MSE. See
+            `Distillation`. `{}` uses temperature T 2, weight 0.5, hidden 0, and the current model, before pruning, as the
+            teacher. If the model is pruned already, name the teacher: `{teacher: FOLDER, weight: 0.9}`. Every step runs a
+            forward pass of the teacher, whose weights stay in memory. `train_loss` is the sum and `train_kl` its KL term;
+            validation is unchanged.
+        trainable: Parameters to train: `"all"` (except parameters that are frozen in a `PreTrainedModel`), `"attention"`
+            (projections, biases, and norms of attention modules, and a classification head), or a list of glob patterns of
+            parameter names, such as `["*.k_proj.*", "*.v_proj.*"]`. All others are frozen, without gradients or optimizer state.
+            Cannot be combined with `lora`.
 
     Raises:
-        ValueError: If a number is out of range, the model's name leads nowhere, it has adapters already and `lora` is given,
-            `trainable` matches nothing or is given with `lora`, or the teacher has another vocabulary; on resuming, if the
-            teacher is not the one that the run started with.
+        ValueError: If a number is out of range, the model is not found, the model already has adapters and `lora` is set,
+            `trainable` matches no parameter or is combined with `lora`, or the teacher has a different vocabulary. On resuming,
+            if the teacher differs from the teacher of the checkpoint.
 
     Example:
         >>> import billhook as bh
@@ -181,16 +205,19 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         distillation: Distillation | None = None,
         trainable: Trainable = "all",
     ) -> None:
-        check_types(TransformerModule, {k: v for k, v in locals().items() if not isinstance(v, dict)})  # as checkpoints hold LoRA
+        # checkpoints store lora and distillation as dictionaries
+        check_types(TransformerModule, {k: v for k, v in locals().items() if not isinstance(v, dict)})
         super().__init__()
         check_one_of("task", task, AUTO_CLASSES)
         check_number("lr", lr, above=0)
         check_step(warmup, "warmup")
         check_trainable(trainable, model)
         if distillation is not None and task == "feature-extraction":
-            raise ValueError("distillation: a teacher of logits has none to give for task='feature-extraction'; leave it out")
+            raise ValueError(
+                "distillation does not support task='feature-extraction', which has no class logits. Remove distillation."
+            )
         if lora is not None and trainable != "all":
-            raise ValueError(f"trainable={trainable!r} and lora: with LoRA the adapters train and nothing else; leave one out")
+            raise ValueError(f"trainable={trainable!r} cannot be combined with lora, which trains only adapters. Set one.")
         self.save_hyperparameters(ignore=[] if isinstance(model, str) else ["model"])
         lora, distillation = self._plain_hyperparameters(lora, distillation)
         self.task, self.lr, self.weight_decay, self.warmup, self.decay = task, lr, weight_decay, warmup, decay
@@ -198,7 +225,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         if not isinstance(model, PreTrainedModel):
             model = load_model(model, task, options, num_labels, gguf_file)
         self.model = model
-        self.noise = StepRandom()
+        self.step_random = StepRandom()
         self._steps: int | None = None
         self.teacher = None if distillation is None else self._teacher(distillation, options)
         if lora is not None:
@@ -211,23 +238,24 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self.metrics = nn.ModuleDict({stage: nn.ModuleDict(metrics_of(task, classes)) for stage in ("val", "test")})
         self.metric_name = metric_name(task)
         self.model.train()
-        if self.model.main_input_name == "input_ids" and task != "feature-extraction":  # CLIP takes images beside
+        if self.model.main_input_name == "input_ids" and task != "feature-extraction":  # CLIP also needs images
             ids = torch.zeros(1, 8, dtype=torch.long)
             self.example_input_array = {"input_ids": ids} | ({"decoder_input_ids": ids} if task == "seq2seq-lm" else {})
 
     def _plain_hyperparameters(
         self, lora: LoRA | LoraConfig | None, distillation: Distillation | None
     ) -> tuple[LoRA | LoraConfig | None, Distillation | None]:
-        """Stores both as plain data in checkpoints, which load without any class, and reads them from such data."""
-        if isinstance(setting := self.hparams.get("lora"), LoRA | LoraConfig):
-            self.hparams["lora"] = to_plain(setting)
-        if isinstance(setting := self.hparams.get("distillation"), Distillation):
-            self.hparams["distillation"] = asdict(setting)
+        """Stores both settings as plain data in checkpoints, and restores them from it."""
+        saved_lora, saved_distillation = self.hparams.get("lora"), self.hparams.get("distillation")
+        if isinstance(saved_lora, LoRA | LoraConfig):
+            self.hparams["lora"] = to_plain(saved_lora)
+        if isinstance(saved_distillation, Distillation):
+            self.hparams["distillation"] = asdict(saved_distillation)
         lora = from_plain(lora) if isinstance(lora, dict) else lora
         return lora, Distillation(**distillation) if isinstance(distillation, dict) else distillation
 
     def _teacher(self, distillation: Distillation, options: dict[str, Any]) -> Teacher:
-        """Makes the teacher: a copy of the model as it is now, or another model."""
+        """Creates the teacher: a copy of the current model, or a loaded model."""
         if distillation.teacher is None:
             model = copy.deepcopy(self.model)
         else:
@@ -237,27 +265,27 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         return Teacher(model, distillation, causal=self.task == "causal-lm")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the shape, how LoRA is scaled, the seed of dropout, and which teacher there is."""
+        """Adds the shape, LoRA scaling, random state, length of training, and teacher checksum."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[NOISE], checkpoint[STEPS] = self.noise.state_dict(), self._steps
+        checkpoint[RANDOM], checkpoint[STEPS] = self.step_random.state_dict(), self._steps
         if self.teacher is not None:
             checkpoint[TEACHER] = self.teacher.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to continue with another teacher; sets the shape before weights are loaded."""
+        """Checks the teacher, and restores the shape before weights are loaded."""
         resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if resuming and self.teacher is not None and checkpoint.get(TEACHER) not in (None, self.teacher.fingerprint):
             raise ValueError(
-                f"distillation: teacher={self.teacher.settings.teacher!r} has other weights than the teacher with which the run "
-                "of the checkpoint started: make the module of the same model as then, or name the teacher"
+                f"distillation: the weights of teacher={self.teacher.settings.teacher!r} differ from those in the checkpoint's "
+                "run. Create the module from the same model as in that run, or name its teacher."
             )
         super().on_load_checkpoint(checkpoint)
         if resuming:
-            self.noise.load_state_dict(checkpoint.get(NOISE, {}))
+            self.step_random.load_state_dict(checkpoint.get(RANDOM, {}))
             self._steps = checkpoint.get(STEPS)
 
     def configure_model(self) -> None:
-        """Shards blocks, and what is around them, over ranks, where `ModelParallelStrategy` (FSDP2) asks for it."""
+        """Shards blocks and the remaining layers over ranks under `ModelParallelStrategy` (FSDP2)."""
         if self._trainer is None or not isinstance(self.trainer.strategy, ModelParallelStrategy):
             return
         load_in_shape(self.trainer, self)
@@ -266,7 +294,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             shard(self.model, blocks_of(self.model), self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
-        """Tells a classifier which token is padding, where only the tokenizer knows."""
+        """Sets the padding token of a classifier from the tokenizer, if its config has none."""
         tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
         for model in [self.model] + ([] if self.teacher is None else [self.teacher.model]):
             config = model.config.get_text_config(decoder=True)
@@ -274,44 +302,46 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
                 config.pad_token_id = getattr(tokenizer, "pad_token_id", None)
 
     def teardown(self, stage: str) -> None:
-        """Leaves the strategy as it was found."""
+        """Restores the strategy."""
         if self._trainer is not None:
             load_as_before(self.trainer)
 
     def forward(self, **batch: Tensor) -> Any:  # noqa: ANN401 - a ModelOutput whose class depends on the model
-        """Returns the model's own output for a batch of its own arguments."""
+        """Returns the model's output for a batch of its arguments."""
         return self.model(**batch)
 
-    def generate(self, **arguments: Any) -> Tensor:  # noqa: ANN401 - transformers' own arguments
-        """Returns token ids from `model.generate` with the same arguments."""
+    def generate(self, **arguments: Any) -> Tensor:  # noqa: ANN401 - arguments of transformers
+        """Returns token ids from `model.generate` with these arguments."""
         generated: Tensor = self.model.generate(**arguments)  # type: ignore[operator]
         return generated
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the model's loss; with a teacher, the sum of `Distillation`."""
-        noise = self.noise.drawn(self.device, batches_seen(self.trainer), self.global_rank) if self._trainer else nullcontext()
-        with noise:  # the same in a resumed run
-            output = self(**batch, **({} if self.teacher is None else self.teacher.asks))
+        """Returns the model's loss, or with a teacher the distillation loss."""
+        random_state = nullcontext()
+        if self._trainer:  # dropout depends on the batch number, so that a resumed run repeats it
+            random_state = self.step_random.drawn(self.device, batches_seen(self.trainer), self.global_rank)
+        with random_state:
+            output = self(**batch, **({} if self.teacher is None else self.teacher.extra_arguments))
         loss: Tensor = output.loss
         if self.teacher is not None:
-            self.teacher.follow(self.model)
+            self.teacher.match_device(self.model)
             loss, divergence = self.teacher.loss(output, batch)
             self.log("train_kl", divergence)
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
     def on_train_start(self) -> None:
-        """Draws the seed of dropout, if it is in no checkpoint; refuses teachers that differ over ranks."""
+        """Draws the seed of dropout, unless resuming, and checks that all ranks have the same teacher."""
         if self.teacher is not None:
             checksum = torch.tensor(self.teacher.fingerprint, device=self.device)
             if (cast(Tensor, self.all_gather(checksum)) != checksum).any():
                 raise ValueError(
-                    "distillation: the ranks have teachers with different weights: seed all ranks alike (seed_everything) where "
-                    "weights of the model are new, or name the teacher"
+                    "distillation: the teacher's weights differ between ranks. Use the same seed on all ranks (seed_everything) "
+                    "if weights are randomly initialized, or name the teacher."
                 )
         if self.trainer.global_step == 0 and self.trainer.ckpt_path is None:
-            self.noise = StepRandom()
-        self.noise.seed = self.trainer.strategy.broadcast(self.noise.draw())
+            self.step_random = StepRandom()
+        self.step_random.seed = self.trainer.strategy.broadcast(self.step_random.draw())
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Logs `val_loss` and the task's metrics."""
@@ -322,49 +352,54 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns classes, generated ids (sequence to sequence; see `written`), similarities to captions, or logits."""
+        """Returns classes, generated token ids (see `generate_ids`), similarities to captions, or logits."""
         if self.task in ("seq2seq-lm", "speech-seq2seq"):
-            return written(self.model, batch)
+            return generate_ids(self.model, batch)
         output = self(**batch)
         logits: Tensor = output.logits_per_image if self.task == "feature-extraction" else output.logits
         return logits.argmax(-1) if self.task.endswith("classification") else logits
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        output, weight = self(**batch), counted(batch, self.task == "causal-lm")
+        output, weight = self(**batch), count_targets(batch, self.task == "causal-lm")
         self.log(f"{stage}_loss", output.loss, batch_size=int(weight), sync_dist=True)
         for name, metric in cast(dict[str, Metric], self.metrics[stage]).items():
-            metric.update(*observed(metric, output, batch, weight))
+            metric.update(*metric_inputs(metric, output, batch, weight))
             self.log(f"{stage}_{name}", metric, prog_bar=True, batch_size=int(weight))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Makes AdamW (fused where possible) with warm-up and decay by optimizer step."""
-        trained = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        # under float16 the scaler and gradient clipping both want to unscale: the fused step leaves no room for that
-        fused = self.trainer.precision != "16-mixed" and all(p.device.type in ("cpu", "cuda") for p in trained)
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.lr, fused=fused)
-        total = training_steps(self.trainer)
-        if total is None:
-            if self.decay != "constant" or (isinstance(self.warmup, float) and self.warmup > 0):
-                raise ValueError(
-                    f"decay={self.decay!r} and warmup={self.warmup} need the length of training: set max_steps, "
-                    "or use decay='constant' with warmup as a number of steps"
-                )
-            total = int(self.warmup)
-        if (
-            self.trainer.ckpt_path
-            and self._steps not in (None, total)
-            and (self.decay != "constant" or isinstance(self.warmup, float))
-        ):
+        """Creates AdamW (fused if possible), with warm-up and decay by optimizer step."""
+        optimizer = self._optimizer()
+        total = self._schedule_steps()
+        depends_on_length = self.decay != "constant" or isinstance(self.warmup, float)
+        if self.trainer.ckpt_path and self._steps not in (None, total) and depends_on_length:
             rank_zero_info(
-                f"billhook: the fit of the checkpoint was to take {self._steps} steps, and this one takes {total}: the learning "
-                "rate continues as if that had been so from the start"
+                f"billhook: the checkpoint's run was set to {self._steps} steps, this run to {total}. The learning rate "
+                f"continues as in a run of {total} steps."
             )
         self._steps = total
         kind = {"constant": "constant_with_warmup"}.get(self.decay, self.decay)
         warmup = self.warmup if isinstance(self.warmup, int) else resolve_step(self.warmup, total, "warmup")
         scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Creates AdamW without weight decay on biases and norms."""
+        groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (self.weight_decay, 0.0)]
+        fused = self.trainer.precision != "16-mixed"  # gradient scaling of float16 and clipping cannot both act on a fused step
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups[parameter.ndim <= 1]["params"].append(parameter)
+                fused = fused and parameter.device.type in ("cpu", "cuda")
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr, fused=fused)
+
+    def _schedule_steps(self) -> int:
+        """Returns the length of training, or of warm-up if training has no end."""
+        total = training_steps(self.trainer)
+        if total is None:
+            if self.decay != "constant" or (isinstance(self.warmup, float) and self.warmup > 0):
+                raise ValueError(
+                    f"decay={self.decay!r} and warmup={self.warmup} require a known training length. Set Trainer(max_steps=...), "
+                    "or use decay='constant' with warmup in steps."
+                )
+            total = int(self.warmup)
+        return total

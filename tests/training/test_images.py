@@ -122,7 +122,7 @@ def test_top_five_is_right_where_the_label_is_among_five(photos, processor, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_column": "picture"}, "the split 'train' has no column 'picture'; it has image, label, size"),
+        ({"image_column": "picture"}, "the split 'train' has no column 'picture'. It has image, label, size"),
         ({"image_column": "size"}, "image_column='size' of the split 'train' contains no images"),
         ({"label_column": "class"}, "the split 'train' has no column 'class'"),
         ({"processor": None}, "processor=None: the model in training has no name or folder"),

@@ -279,8 +279,8 @@ class TestSaved:
     @pytest.mark.parametrize(
         ("change", "match"),
         [
-            ({"rank": "2"}, "does not say how its adapters are scaled as billhook writes it"),
-            ({"scaling": None}, "does not say how its adapters are scaled as billhook writes it"),
+            ({"rank": "2"}, "has a malformed entry .billhook_adapters. for its adapters"),
+            ({"scaling": None}, "has a malformed entry .billhook_adapters. for its adapters"),
             ({"rank": 10**9}, r"has adapters on .*q_proj that do not fit its LlamaForCausalLM"),
         ],
     )
@@ -354,7 +354,7 @@ class TestYaml:
         assert [word for word in words if word not in told] == []
 
     def test_help_tells_what_they_take(self, capsys):
-        asked = {"lora.help LoRA": "Share of the inputs of A", "help TransformerModule": "weight T^2 KL(teacher || student)"}
+        asked = {"lora.help LoRA": "Fraction of the inputs of A", "help TransformerModule": "weight T^2 KL(teacher || student)"}
         for line, word in asked.items():
             with pytest.raises(SystemExit):
                 main(shlex.split(f"fit --model.{line}"))

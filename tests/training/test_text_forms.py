@@ -55,7 +55,7 @@ def file(folder, name):
 @pytest.mark.parametrize("name", ["chats.jsonl", "chats.parquet", "pairs.jsonl", "pairs.csv"])
 def test_the_same_chats_in_four_forms(folder, name, streaming):
     rows = list(encode({"messages": CHATS}, talking(), ["messages"], True, True))
-    ids, learnt = ([value for row in rows for value in getattr(row, kind)] for kind in ("ids", "learnt"))
+    ids, learnt = ([value for row in rows for value in getattr(row, kind)] for kind in ("ids", "learned"))
     found = made(folder, file(folder, name), streaming=streaming)
     starts = [i for i in range(0, len(ids) - 15, 16) if any(learnt[i + 1 : i + 16])]
     assert [row["input_ids"] for row in found] == [ids[i : i + 16] for i in starts]

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -317,7 +317,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns the model's loss, or with a teacher the distillation loss."""
-        random_state = nullcontext()
+        random_state: AbstractContextManager[None] = nullcontext()
         if self._trainer:  # dropout depends on the batch number, so that a resumed run repeats it
             random_state = self.step_random.drawn(self.device, batches_seen(self.trainer), self.global_rank)
         with random_state:

@@ -93,8 +93,8 @@ class Table:
         """Returns a copy of the model without what goes."""
         model = bh.load(str(self.options.model), dtype="float32")
         if kind in SHRINKS:
-            library = self.options.work / "library"
-            bh.shrink(model, bh.Budget(params=size), self.shown, layers=SHRINKS[kind], library=library)
+            variant_cache = self.options.work / "variant_cache"
+            bh.shrink(model, bh.Budget(params=size), self.shown, layers=SHRINKS[kind], variant_cache=variant_cache)
             return model
         plan = self.plan(model, kind, size, by)
         bh.apply(model, plan, weights=bh.repair(model, plan, self.shown) if repaired else None)

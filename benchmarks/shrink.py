@@ -61,7 +61,7 @@ def make(options, size, texts):
     if size == CONVERTED:
         bh.convert_kv_heads(model, 1, "svd", shown, repair=bh.RepairConfig())
         return model
-    shrunk = bh.shrink(model, batches=shown, library=options.work / "library", progress=_progress, **SHRINKS[size])
+    shrunk = bh.shrink(model, batches=shown, variant_cache=options.work / "variant_cache", progress=_progress, **SHRINKS[size])
     print(shrunk, flush=True)
     (options.work / f"{size} {texts} found.json".replace(" ", "_")).write_text(json.dumps(shrunk.to_json()))
     return model

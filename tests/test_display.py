@@ -15,7 +15,7 @@ from billhook.importance.ablation import HeadAblation
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
-from billhook.shrinking.shrunk import Choice, Shrunk
+from billhook.shrinking.result import Candidate, Shrunk
 from billhook.units.find import find_units
 from kit.families import llama
 
@@ -42,7 +42,7 @@ def shown():
         {},
     )
     heads = {f"{WORDS}.{number}": torch.rand(64, dtype=torch.float64) for number in range(LAYERS)}
-    choices = tuple(Choice({}, number, 0.5, 0.5) for number in range(99))
+    choices = tuple(Candidate({}, number, 0.5, 0.5) for number in range(99))
     errors = {f"{WORDS}.{number}": 0.5 for number in range(9)}
     return {
         "Structure": structure,
@@ -113,7 +113,7 @@ def small():
     model = llama(num_attention_heads=4, num_key_value_heads=4, num_hidden_layers=2)
     units = bh.pruning.plan_units(model, {0: [1, 2], 1: [3]})
     blocks = bh.plan(model, bh.importance.BlockInfluence(), [{"input_ids": torch.arange(8)[None]}], blocks=1)
-    choices = Choice({}, 12_345, 0.25, 0.125), Choice({}, 6_789, 0.75, 0.5)
+    choices = Candidate({}, 12_345, 0.25, 0.125), Candidate({}, 6_789, 0.75, 0.5)
     return {
         "UnitPlan": units,
         "UnitPlan of channels": bh.plan(model, bh.importance.WeightNorm(), channels=0.5),

@@ -286,10 +286,10 @@ class TestRefused:
         self.refused(files, tmp_path, callbacks, "divide it, got 6 at step 2, 4 at step 4", wide)
 
     def test_more_heads_than_there_are(self, files, tmp_path):
-        self.refused(files, tmp_path, [KVHeadConversion(8, at=2)], "num_key_value_heads=8, .* legal is 1, 2")
+        self.refused(files, tmp_path, [KVHeadConversion(8, at=2)], "num_key_value_heads=8 must .* Use 1, 2")
 
     def test_heads_that_do_not_divide(self, files, tmp_path):
-        self.refused(files, tmp_path, [KVHeadConversion(3, at=2)], "num_key_value_heads=3, .* legal is 1, 2")
+        self.refused(files, tmp_path, [KVHeadConversion(3, at=2)], "num_key_value_heads=3 must .* Use 1, 2")
 
     def test_a_model_without_attention(self, files, tmp_path):
         config = transformers.MambaConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=1)

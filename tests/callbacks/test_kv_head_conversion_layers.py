@@ -204,6 +204,4 @@ class TestRefused:
     def test_heads_that_cannot_change_places(self, files, tmp_path):
         """A position bias knows heads by their number."""
         lit, loader = OfTwo("t5"), DataLoader(tokens(4), batch_size=2)
-        self.refused(
-            files, tmp_path, [conversion(2, method=Mean("similar"))], "grouping='similar' puts heads in another", lit, loader
-        )
+        self.refused(files, tmp_path, [conversion(2, method=Mean("similar"))], "grouping='similar' reorders heads", lit, loader)

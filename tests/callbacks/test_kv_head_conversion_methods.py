@@ -224,4 +224,4 @@ class TestRefused:
         self.refused(files, tmp_path, conversion(**WAYS[way]), "k_proj.weight is quantized .* before it is quantized", lit)
 
     def test_heads_that_do_not_divide(self, files, tmp_path):
-        self.refused(files, tmp_path, conversion(3, method="svd"), "num_key_value_heads=3, .* legal is 1, 2")
+        self.refused(files, tmp_path, conversion(3, method="svd"), "num_key_value_heads=3 must .* Use 1, 2")

@@ -10,8 +10,8 @@ from peft import LoraConfig
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.shrinking import candidates
-from billhook.shrinking.layers import find_layers
+from billhook.shrinking import scope as candidates
+from billhook.shrinking.modules import find_modules
 from kit import shrinks
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
@@ -55,12 +55,12 @@ def test_it_finds_what_shrink_finds_on_the_same_batches(files, tmp_path, layers)
 def test_too_few_tokens_for_any_refit_are_told_or_where_one_is_asked_for_refused(files, tmp_path):
     how = {"params": 0.94, "calibration": [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (3, 1, 7))]}
     how |= {"importance": bh.importance.WeightNorm(), "generations": 0}
-    callback, few = shrinking(**how), "repair of "
-    with pytest.warns(UserWarning, match=f"Shrinking: not repaired: {few}"):
+    callback, limit_tokens = shrinking(**how), "repair of "
+    with pytest.warns(UserWarning, match=f"Shrinking: not repaired: {limit_tokens}"):
         trainer(tmp_path, [callback], max_steps=1).fit(module(), data(files))
     assert callback.events[0]["not_refitted"] == callback.shrunk.not_refitted
-    assert callback.shrunk.not_refitted.startswith(f"not repaired: {few}")
-    with pytest.raises(ValueError, match=few):
+    assert callback.shrunk.not_refitted.startswith(f"not repaired: {limit_tokens}")
+    with pytest.raises(ValueError, match=limit_tokens):
         trainer(tmp_path, [shrinking(**how, repair=bh.RepairConfig())], max_steps=1).fit(module(), data(files))
 
 
@@ -85,7 +85,7 @@ def test_a_model_that_is_the_same_at_the_event_is_looked_at_once(files, tmp_path
             pl_module.model.model.layers[0].mlp.down_proj.weight.data.mul_(2.0)
 
     calls = []
-    monkeypatch.setattr(candidates, "find_layers", lambda *given: calls.append(given) or find_layers(*given))
+    monkeypatch.setattr(candidates, "find_modules", lambda *given: calls.append(given) or find_modules(*given))
     callback = shrinking(kv_cache_bytes=0.5, at=at, importance=bh.importance.WeightNorm(), repair=None, generations=0)
     trainer(tmp_path, [*([Changes()] if changed else []), callback], max_steps=2).fit(module(), data(files))
     assert callback.shrunk.left == callback.shrunk.limit
@@ -135,8 +135,8 @@ def test_the_dense_model_teaches_the_smaller_one_which_is_saved(files, tmp_path)
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({}, "params=None: give one budget of params, kv_cache_bytes, bytes"),
-        ({"params": 0.8, "bytes": 0.8}, "params and bytes: give one budget"),
+        ({}, "exactly one of params, kv_cache_bytes, bytes"),
+        ({"params": 0.8, "bytes": 0.8}, "exactly one of .*; got params and bytes"),
         ({"params": 0.8, "generations": -1}, "generations=-1 must be a whole number of at least 0"),
         ({"params": 0.8, "candidates": 0}, "candidates=0 must be a whole number of at least 1"),
         ({"params": 0.8, "layers": "all"}, "layers='all' must be one of uniform, free"),
@@ -156,11 +156,11 @@ DORA = {"lora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)}
 @pytest.mark.parametrize(
     ("options", "given", "match"),
     [
-        ({"params": 10}, {}, r"params=10: 10 cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
+        ({"params": 10}, {}, r"params=10 \(10\) is out of reach. Reachable: [\d,]+ to [\d,]+"),
         ({"params": 0.94, "at": 20}, {}, "at=20"),
         ({"params": 0.94, "at": 3}, LORA, "at=3 must be 'start' if the model has adapters"),
         ({"params": 0.94}, DORA, "Shrinking: the adapter of model.layers.0.self_attn.q_proj is trained or is not plain LoRA"),
-        ({"params": 0.94, "calibration": 2}, {}, "calibration: three rows at least, .* got 2"),
+        ({"params": 0.94, "calibration": 2}, {}, "calibration: at least 3 examples, .* got 2"),
     ],
 )
 def test_what_is_refused_changes_nothing(files, tmp_path, options, given, match):
@@ -238,7 +238,7 @@ def test_heads_that_merge_are_resumed_and_exported(files, tmp_path, layers):
     first = trainer(tmp_path, [whole, checkpoints(tmp_path)], max_steps=4)
     first.fit(lit, data(files))
     assert [plan.after for plan in whole.shrunk.merged] == [2]
-    assert "parameters (4 -> 2 KV heads in 2 attentions, merged; Shrinking)" in whole.events[0]["what"]
+    assert "parameters (4 -> 2 KV heads in 2 attention modules (pooled); Shrinking)" in whole.events[0]["what"]
     shapes = {(one.self_attn.q_proj.out_features, one.self_attn.k_proj.out_features) for one in lit.model.model.layers}
     assert shapes == {(32, 8)}
     steps = {name: float(first.optimizers[0].state[one]["step"]) for name, one in lit.model.named_parameters()}

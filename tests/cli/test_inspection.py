@@ -130,7 +130,7 @@ def test_refusals(arguments, said) -> None:
 @pytest.mark.daily("mpt-*")
 @pytest.mark.parametrize(
     ("family", "said"),
-    [("t5", "6 KV heads to 1 or 2 or 3"), ("mpt", "no: MptForCausalLM cannot be told to use fewer KV heads")],
+    [("t5", "6 KV heads to 1 or 2 or 3"), ("mpt", "no: MptForCausalLM does not support fewer KV heads")],
 )
 def test_long_names_go_on_below(capsys, tmp_path, family, said) -> None:
     config_class = next(architectures(family))[2]

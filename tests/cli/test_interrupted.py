@@ -9,7 +9,7 @@ import torch
 import billhook as bh
 from billhook.cli.main import main
 from billhook.engine.parts import Parts
-from billhook.shrinking.cache import CandidateCache
+from billhook.shrinking.variants import CandidateCache
 from kit.cli import QUICK, option, small_llama
 from kit.cli import pytestmark as quiet
 

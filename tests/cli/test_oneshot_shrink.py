@@ -14,7 +14,7 @@ from billhook.cli.main import main
 from billhook.cli.one_shot import OneShot
 from billhook.shrinking import candidates
 from billhook.shrinking.latency import Workload
-from billhook.shrinking.layers import find_layers
+from billhook.shrinking.modules import find_modules
 from kit.cli import blocks, option, small_llama, tokenizer
 from kit.cli import pytestmark as quiet
 from kit.published import record_of
@@ -91,7 +91,7 @@ def test_a_dry_run_says_what_a_search_may_try_and_measures_nothing(small, tmp_pa
 
 def test_the_model_is_looked_at_once(small, files, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(candidates, "find_layers", lambda *given: calls.append(given) or find_layers(*given))
+    monkeypatch.setattr(candidates, "find_layers", lambda *given: calls.append(given) or find_modules(*given))
     options = ["--kv_cache_bytes", "0.5", "--importance", "WeightNorm", "--repair", "null"]
     main(["shrink", str(small), str(tmp_path / "out"), *options, *SHORT, *option(files)])
     assert len(calls) == 1
@@ -234,9 +234,9 @@ def test_what_is_measured_is_not_trained_on(small, tmp_path):
     measured = {tuple(ids.tolist()) for source, ids in before.rows if source == "text"}
     assert len(measured) == 5
     assert rows == {tuple(ids.tolist()) for ids in blocks(text)} - measured
-    few = {tuple(row["input_ids"].tolist()) for row in work.training_loader(8, 2, batches, before).dataset}
-    assert len(few) >= 8
-    assert few > {tuple(ids.tolist()) for batch in batches for ids in batch["input_ids"]}
+    limit_tokens = {tuple(row["input_ids"].tolist()) for row in work.training_loader(8, 2, batches, before).dataset}
+    assert len(limit_tokens) >= 8
+    assert limit_tokens > {tuple(ids.tolist()) for batch in batches for ids in batch["input_ids"]}
 
 
 def test_what_cannot_be_trained_is_refused(tmp_path, files):

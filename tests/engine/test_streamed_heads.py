@@ -146,9 +146,9 @@ def test_another_family_with_transposed_linears(tmp_path):
 
 def test_refused(tmp_path):
     model = bh.stream("tiny", tmp_path / "out")
-    with pytest.raises(ValueError, match="batches: method='auto' needs 2 at least, as some are held out; got 1"):
+    with pytest.raises(ValueError, match="batches: method='auto' needs at least 2, because some are held out; got 1"):
         bh.convert_kv_heads(model, 2, "auto", stopped.batches()[:1])
-    with pytest.raises(ValueError, match="batches: repair needs 2 at least, as some are held out; got 1"):
+    with pytest.raises(ValueError, match="batches: repair needs at least 2, because some are held out; got 1"):
         bh.convert_kv_heads(model, 2, "svd", stopped.batches()[:1], repair=bh.RepairConfig())
     with pytest.raises(ValueError, match="load all of them first"):
         bh.convert_kv_heads(model, 2, "svd")

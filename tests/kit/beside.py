@@ -11,7 +11,7 @@ import torch
 
 import billhook as bh
 from billhook.engine.lazy import LazyTensors
-from billhook.shrinking import cache, merged, merging
+from billhook.shrinking import pooled_consumers, pooling, variants
 from kit import prunes, shrinks
 from kit.families import llama
 from kit.fits import trainer
@@ -103,7 +103,7 @@ def size(parameters):
     return sum(one.numel() * one.element_size() for one in parameters)
 
 
-def searched(patch, make=cache.resting):
+def searched(patch, make=variants.staged):
     """Bytes of each variant that a search holds, of which ranks have shards; it has second moments of one block at a time."""
     found = []
 
@@ -111,9 +111,9 @@ def searched(patch, make=cache.resting):
         found.extend([] if isinstance(weights, LazyTensors) else [size([value]) for value in weights.values()])
         return make(model, weights)
 
-    for module in (cache, merging, merged):
-        patch.setattr(module, "resting", counted)
-    patch.setattr(merging, "memory_to_hold", lambda _: 1)
+    for module in (variants, pooling, pooled_consumers):
+        patch.setattr(module, "staged", counted)
+    patch.setattr(pooling, "memory_to_hold", lambda _: 1)
     return found
 
 

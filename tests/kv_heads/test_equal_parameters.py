@@ -96,7 +96,7 @@ def test_all_experts_become_wider(family, field):
         (config_of("llama", num_key_value_heads=1), (1,), "legal is nothing, one KV head is all there is"),
         (config_of("llama"), (1, 0), "multiple_of=0 must be a whole number"),
         (config_of("llama", billhook={"shape": {}}), (1,), "its layers have widths of their own"),
-        ("llama", (1,), "config: a config of transformers is needed, not str"),
+        ("llama", (1,), "config: a transformers config is required, got str"),
         (
             transformers.Qwen2MoeConfig(
                 **SMALL, moe_intermediate_size=16, shared_expert_intermediate_size=24, num_experts=4, num_experts_per_tok=2

@@ -47,7 +47,7 @@ def test_converted_and_merged_is_merged_and_converted(family, method):
 @pytest.mark.parametrize(
     ("family", "lora", "method", "match"),
     [
-        ("llama", None, "random", "method='random' pools weights in a way that their adapters cannot follow"),
+        ("llama", None, "random", "method='random' does not pool adapters like weights"),
         (
             "llama",
             None,

@@ -102,5 +102,5 @@ def test_heads_that_cannot_change_places_are_refused():
     names = dict.fromkeys(plan_kv_heads(model, 2).layers, 2)
     check_ready(model, names, Aligned())
     check_ready(model, names, Auto())
-    with pytest.raises(ValueError, match="grouping='similar' puts heads in another order"):
+    with pytest.raises(ValueError, match="grouping='similar' reorders heads"):
         check_ready(model, names, Aligned("similar"))

@@ -232,6 +232,6 @@ def test_an_attention_that_is_not_called_as_a_module_is_refused():
     model = llama()
     places = find_projections(model, trace(model))
     model.model.layers[1].self_attn.__class__ = Direct
-    with pytest.raises(ValueError, match=r"layers.1.self_attn is not called as a module, so what its heads do cannot be seen"):
+    with pytest.raises(ValueError, match=r"layers.1.self_attn is not called as a module, so its heads cannot be recorded"):
         find_symmetries(model, places)
     assert not any(module._forward_pre_hooks for module in model.modules())

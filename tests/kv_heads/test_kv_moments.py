@@ -237,15 +237,15 @@ def test_refusals_name_the_attention():
     nothing = dict.fromkeys(
         [rows.linear for place in places.values() for rows in (place.k, place.o)], torch.zeros(2, 9, dtype=torch.bool)
     )
-    with pytest.raises(ValueError, match=r"batches: model.layers.0.self_attn is not called, or no token counts"):
+    with pytest.raises(ValueError, match=r"batches: model.layers.0.self_attn is not called, or receives no non-padding token"):
         moments_of(model, places, groups, [trial(model, ids, nothing)])
-    with pytest.raises(ValueError, match=r"batches: model.layers.0.self_attn is not called, or no token counts"):
+    with pytest.raises(ValueError, match=r"batches: model.layers.0.self_attn is not called, or receives no non-padding token"):
         moments_of(model, places, groups, [Run(lambda: torch.zeros(()))])
     own = model.model.layers[1].self_attn
-    with pytest.raises(ValueError, match=r"model.layers.1.self_attn is not called as a module: its values cannot be seen"):
+    with pytest.raises(ValueError, match=r"model.layers.1.self_attn is not called as a module, so its values cannot be recorded"):
         moments_of(model, places, groups, [Run(lambda: own.o_proj(torch.zeros(1, 3, 64).double()).sum())])
     own.k_proj.weight.data[3] = torch.nan
-    with pytest.raises(ValueError, match=r"batches: model.layers.1.self_attn gives NaN or infinite numbers"):
+    with pytest.raises(ValueError, match=r"batches: model.layers.1.self_attn gives NaN or infinite values"):
         moments_of(model, places, groups, [trial(model, ids)])
 
 

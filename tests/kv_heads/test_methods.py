@@ -117,7 +117,7 @@ class TestFromAFileOfTheUsersOwn:
         dense = model.get_parameter(K).detach().view(2, 2, 4, 32).clone()
         plan = bh.convert_kv_heads(model, 2, Last())
         assert torch.equal(model.get_parameter(K).view(2, 4, 32), dense[:, 1])
-        assert "4 -> 2 KV heads in 2 attentions (last)" in str(plan)
+        assert "4 -> 2 KV heads in 2 attention modules (last)" in str(plan)
 
     def test_optimizer_state_follows(self):
         model = build("llama").train()
@@ -193,7 +193,7 @@ class TestPlan:
 
     def test_it_prints_a_table(self):
         assert str(plan_kv_heads(build("llama"), 2)).splitlines() == [
-            "LlamaForCausalLM: 4 -> 2 KV heads in 2 attentions (mean); the KV cache shrinks",
+            "LlamaForCausalLM: 4 -> 2 KV heads in 2 attention modules (mean); the KV cache shrinks",
             "  model.layers.*.self_attn.k_proj.weight  16 -> 8 along dimension 0, in each of 2",
             "  model.layers.*.self_attn.v_proj.weight  16 -> 8 along dimension 0, in each of 2",
         ]
@@ -201,8 +201,8 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("change", "match"),
         [
-            ({"model": "GPT2LMHeadModel"}, "made for another model than this LlamaForCausalLM with 4 KV heads"),
-            ({"before": 8}, "made for another model than this LlamaForCausalLM with 4 KV heads"),
+            ({"model": "GPT2LMHeadModel"}, "made for a different model than this LlamaForCausalLM with 4 KV heads"),
+            ({"before": 8}, "made for a different model than this LlamaForCausalLM with 4 KV heads"),
             ({"layers": ["nowhere"]}, "layers: there is no 'nowhere'"),
             ({"layers": None}, "layers and restart must be lists of names"),
             ({"restart": [1]}, "layers and restart must be lists of names"),

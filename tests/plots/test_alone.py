@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 import billhook as bh
 from billhook import plots
 from billhook.report.speed import Timing
-from billhook.shrinking.shrunk import Shrunk
+from billhook.shrinking.result import Shrunk
 from kit.families import llama
 
 DRAWN = {

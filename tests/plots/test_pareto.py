@@ -3,11 +3,11 @@
 import pytest
 
 from billhook import plots
-from billhook.shrinking.shrunk import Choice, Shrunk
+from billhook.shrinking.result import Candidate, Shrunk
 
 
 def test_measured_predicted_and_chosen(tmp_path):
-    curve = Choice({"a": 1}, 50, 1.2, 1.0), Choice({"a": 4}, 100, 0.0, 0.0)
+    curve = Candidate({"a": 1}, 50, 1.2, 1.0), Candidate({"a": 4}, 100, 0.0, 0.0)
     shrunk = Shrunk(None, "params", 75, 70, {"a": (4, 2)}, 0.4, {"a": 0.2, "b": 0.4}, curve, curve, {"channels": (70, 0.5)})
     figure = plots.pareto(shrunk)
     (axes,) = figure.axes

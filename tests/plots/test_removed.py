@@ -44,7 +44,7 @@ def test_kv_heads_of_the_layers_that_are_converted():
     plan = bh.convert_kv_heads(model, 2)
     figure = plots.removed(plan)
     assert bars(figure.axes[0]) == ([4, 4], [2, 2])
-    assert figure.axes[0].get_title() == "4 -> 2 KV heads in 2 attentions"
+    assert figure.axes[0].get_title() == "4 -> 2 KV heads in 2 attention modules"
 
 
 def test_a_plan_of_weights_is_refused():

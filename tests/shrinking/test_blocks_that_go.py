@@ -17,14 +17,14 @@ from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.blocks import Block, find_blocks
-from billhook.shrinking.candidates import Candidates, Progress
-from billhook.shrinking.choice import choose_within
-from billhook.shrinking.divergence import Divergence, divided
+from billhook.shrinking.divergence import Divergence, split_batches
 from billhook.shrinking.knapsack import Frontier, Slot, cost, loss
-from billhook.shrinking.layers import Layer, alike_layers, find_layers
-from billhook.shrinking.measurement import Measured, measure
-from billhook.shrinking.planned import as_planned, plan
-from billhook.shrinking.space import best_point, free_space, starts, uniform_spaces, with_removal
+from billhook.shrinking.measurement import Measurement, measure
+from billhook.shrinking.modules import PrunableModule, find_modules, uniform_groups
+from billhook.shrinking.planning import plan, simulated
+from billhook.shrinking.scope import Progress, SearchScope
+from billhook.shrinking.selection import search_within
+from billhook.shrinking.space import best_point, free_space, initial_points, uniform_spaces, with_removal
 from kit import shrinks
 from kit.families import BERT, T5, build, llama, tokens
 
@@ -106,10 +106,10 @@ def test_what_is_left_is_what_was_said_and_is_saved(layers, tmp_path):
 
 def searched(model, layers, params, repair=None):
     """What candidates lose, with what was chosen."""
-    fitted, held_out = divided(texts())
-    candidates = Candidates.find(model, Amount(params=params), layers == "uniform")
+    fitted, held_out = split_batches(texts())
+    candidates = SearchScope.find(model, Amount(params=params), layers == "uniform")
     measured = measure(candidates, fitted, held_out, bh.importance.WeightNorm(), repair)
-    return measured, choose_within(measured, fitted, repair, bh.Search(generations=1, candidates=2), 0, candidates.limit)
+    return measured, search_within(measured, fitted, repair, bh.Search(generations=1, candidates=2), 0, candidates.limit)
 
 
 @pytest.mark.daily("free")
@@ -123,7 +123,7 @@ def test_removed_computes_what_masked_does_with_the_repaired_weights(layers):
     with bh.mask(masked, planned.units), bh.mask(masked, planned.blocks), torch.no_grad():
         expected = masked(ids).logits
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with as_planned(model, planned), torch.no_grad():
+    with simulated(model, planned), torch.no_grad():
         assert torch.equal(model(ids).logits, expected)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for one in planned.plans:
@@ -135,10 +135,10 @@ def test_removed_computes_what_masked_does_with_the_repaired_weights(layers):
 
 def test_the_blocks_behind_make_up_for_one_that_goes():
     model = uneven()
-    fitted, held_out = divided(texts())
-    candidates = Candidates.find(model, Amount(params=model.num_parameters() - size_of_block(model)), uniform=False)
-    kept = {layer.name: 0 if ".1." in layer.name else layer.count for layer in candidates.layers} | {f"{LAYERS}.1 block": 0}
-    measured = Measured(candidates, {}, None, None, {}, None, Progress())
+    fitted, held_out = split_batches(texts())
+    candidates = SearchScope.find(model, Amount(params=model.num_parameters() - size_of_block(model)), uniform=False)
+    kept = {layer.name: 0 if ".1." in layer.name else layer.count for layer in candidates.modules} | {f"{LAYERS}.1 block": 0}
+    measured = Measurement(candidates, {}, None, None, {}, None, Progress())
     planned, lost = plan(measured, candidates.limit, kept, fitted, RepairConfig()), []
     assert not planned.units.units
     assert {int(name.split(".")[2]) for name in planned.weights} == {2, 3}
@@ -156,13 +156,13 @@ def test_blocks_that_are_protected_stay():
     model = uneven(idle=[0, 3])
     shrunk = shrinks.shrink(model, texts(), params=0.6, layers="free", first=1, last=1, repair=None, **FEW)
     assert not set(shrunk.blocks.units[LAYERS] if shrunk.blocks else []) & {0, 3}
-    candidates = Candidates.find(uneven(), Amount(params=0.5), uniform=True)
-    assert [block.number for block in candidates.blocks.able] == [1, 2, 3]
+    candidates = SearchScope.find(uneven(), Amount(params=0.5), uniform=True)
+    assert [block.number for block in candidates.blocks.removable] == [1, 2, 3]
 
 
 def blocks_of(model, **amount):
     search = RatioSearch(model, Amount(**amount))
-    return find_blocks(search, search.amount.target, find_layers(search, search.amount.target))
+    return find_blocks(search, search.amount.target, find_modules(search, search.amount.target))
 
 
 @pytest.mark.daily("llama-params", "gemma2-kv_cache_bytes")
@@ -173,7 +173,7 @@ def test_a_block_costs_what_its_removal_saves(family, target):
     if (family, target) == ("olmo2", "kv_cache_bytes"):
         pytest.skip("its heads stay")
     blocks = blocks_of(model, **{target: 0.5})
-    now, two = getattr(bh.summary(model), target), blocks.able[1]
+    now, two = getattr(bh.summary(model), target), blocks.removable[1]
     bh.pruning.prune_units(model, {LAYERS: [two.number]}, kind="block")
     assert now - two.cost == getattr(bh.summary(model), target)
 
@@ -187,14 +187,16 @@ def test_models_whose_blocks_cannot_go_say_so():
             parameter.add_(0.1 * torch.randn_like(parameter))
     shrunk = shrinks.shrink(bert, texts(), params=0.95, **QUICK)
     assert shrunk.blocks is None
-    assert "all blocks stay: " in str(shrunk)
-    assert "computes something also with the linears behind its heads and channels at zero" in shrunk.blocks_stay
+    assert "no block can be removed: " in str(shrunk)
+    assert "changes the output even if the layers after its heads and channels are zero" in shrunk.blocks_stay
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(**T5 | {"num_layers": 2})).eval()
     rows = [{"input_ids": tokens(8, 16), "labels": tokens(8, 10)} for _ in range(4)]
-    assert shrinks.shrink(t5, rows, params=0.97, **QUICK).blocks_stay == "encoder.block and decoder.block are stacks of their own"
+    assert (
+        shrinks.shrink(t5, rows, params=0.97, **QUICK).blocks_stay == "encoder.block and decoder.block are separate block stacks"
+    )
     assert "would be left without blocks" in shrinks.shrink(llama(num_hidden_layers=1), texts(), params=0.95, **QUICK).blocks_stay
     mixture = build("mixtral", num_hidden_layers=2)
-    assert "computes something also" in shrinks.shrink(mixture, texts(), params=0.97, **QUICK).blocks_stay
+    assert "changes the output even if" in shrinks.shrink(mixture, texts(), params=0.97, **QUICK).blocks_stay
 
 
 @pytest.mark.nightly
@@ -214,10 +216,10 @@ def test_nothing_is_half_applied(monkeypatch):
 def test_a_choice_whose_blocks_cannot_go_together_is_passed_over(monkeypatch):
     model = uneven(idle=[1, 2])
     work, found = searched(model, "free", model.num_parameters() - size_of_block(model))
-    blocks = work.candidates.blocks
+    blocks = work.scope.blocks
     first = blocks.removed(found.tried[0].kept)
     monkeypatch.setattr(type(blocks), "refusal", lambda _, removed: "no" if removed == first else "")
-    other = choose_within(work, [], None, bh.Search(generations=1, candidates=2), 0, work.candidates.limit)
+    other = search_within(work, [], None, bh.Search(generations=1, candidates=2), 0, work.scope.limit)
     assert found.planned.blocks is not None
     assert blocks.removed(other.kept) != first
     assert blocks.removed(found.kept) == first
@@ -225,15 +227,15 @@ def test_a_choice_whose_blocks_cannot_go_together_is_passed_over(monkeypatch):
 
 @pytest.mark.nightly
 def test_the_damage_of_blocks_is_noted_in_the_library(tmp_path, monkeypatch):
-    first = shrinks.shrink(uneven(), texts(), params=0.8, library=tmp_path, **FEW)
+    first = shrinks.shrink(uneven(), texts(), params=0.8, variant_cache=tmp_path, **FEW)
     (file,) = tmp_path.glob("*/measured.json")
     assert f"{LAYERS}.1 block" in file.read_text()
     dense = uneven()
-    far = Divergence(dense, runs_of(dense, divided(texts())[1]))
+    far = Divergence(dense, runs_of(dense, split_batches(texts())[1]))
     with bh.mask(dense, {LAYERS: [1]}, "block"):
         noted = next(line for line in json.loads(file.read_text()) if line[:2] == [f"{LAYERS}.1 block", 0])
         assert noted[2] == pytest.approx(far.mean(), rel=1e-4)
-    assert shrinks.shrink(uneven(), texts(), params=0.8, library=tmp_path, **FEW).to_json() == first.to_json()
+    assert shrinks.shrink(uneven(), texts(), params=0.8, variant_cache=tmp_path, **FEW).to_json() == first.to_json()
 
 
 def drawn(seed, count=3):
@@ -242,14 +244,14 @@ def drawn(seed, count=3):
     layers, blocks, losses = [], [], {}
     for number in range(count):
         own = [
-            Layer((f"{number}.heads",), "head", 3, (3, 2, 1), int(random.integers(5, 9)), (3, 2, 1)),
-            Layer((f"{number}.channels",), "channel", 8, tuple(range(8, 0, -1)), int(random.integers(1, 5)), (8, 7, 6)),
+            PrunableModule((f"{number}.heads",), "head", 3, (3, 2, 1), int(random.integers(5, 9)), (3, 2, 1)),
+            PrunableModule((f"{number}.channels",), "channel", 8, tuple(range(8, 0, -1)), int(random.integers(1, 5)), (8, 7, 6)),
         ]
         whole = sum(layer.cost(layer.count) for layer in own)
         blocks.append(Block(f"{number}", number, tuple(layer.name for layer in own), whole + int(random.integers(0, 9))))
         losses[blocks[-1].name] = [0.0, float(random.random() * 3)]
         layers += own
-    layers.append(Layer(("outside",), "channel", 5, (5, 4, 3, 2, 1), 3, (5, 4, 3)))
+    layers.append(PrunableModule(("outside",), "channel", 5, (5, 4, 3, 2, 1), 3, (5, 4, 3)))
     for layer in layers:
         losses[layer.name] = [0.0, *np.cumsum(random.random(2)).tolist()]
     return layers, losses, blocks
@@ -265,11 +267,11 @@ def test_free_blocks_lose_least_of_all_there_is(seed):
         for chosen in product(range(3), repeat=7):
             price, lost = rest, 0.0
             for level, layer in zip(chosen, layers, strict=True):
-                block = next((b for b in blocks if layer.name in b.layers), None)
+                block = next((b for b in blocks if layer.name in b.modules), None)
                 if block is None or not gone[block.number]:
-                    price, lost = price + layer.cost(layer.configs[level]), lost + losses[layer.name][level]
+                    price, lost = price + layer.cost(layer.levels[level]), lost + losses[layer.name][level]
             for block, away in zip(blocks, gone, strict=True):
-                own = sum(layer.cost(layer.count) for layer in layers if layer.name in block.layers)
+                own = sum(layer.cost(layer.count) for layer in layers if layer.name in block.modules)
                 price, lost = price + (0 if away else block.cost - own), lost + (losses[block.name][1] if away else 0)
             every.append((price, lost))
     for limit in np.linspace(rest + 3, 500, 25).astype(int).tolist():
@@ -280,25 +282,25 @@ def test_free_blocks_lose_least_of_all_there_is(seed):
             assert space.predicted(found) == pytest.approx(min(within))
             kept = space.kept(found)
             away = {block.name for block in blocks if kept.get(block.name) == 0}
-            assert all((kept[name] == 0) == (block.name in away) for block in blocks for name in block.layers)
+            assert all((kept[name] == 0) == (block.name in away) for block in blocks for name in block.modules)
     assert space.left((0,) * len(space.slots)) == 500
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_alike_blocks_lose_least_of_all_there_is(seed):
     layers, losses, blocks = drawn(seed)
-    alike = [replace(layer, each={"head": 7, "channel": 2}[layer.kind]) for layer in layers]
+    alike = [replace(layer, unit_cost={"head": 7, "channel": 2}[layer.kind]) for layer in layers]
     spaces = uniform_spaces(alike, losses, blocks, now=500)
     ranked = sorted(blocks, key=lambda block: losses[block.name][1])
     every = []
     for count in range(4):
-        away = {name for block in ranked[:count] for name in block.layers}
+        away = {name for block in ranked[:count] for name in block.modules}
         stay = [layer for layer in alike if layer.name not in away]
-        kinds = alike_layers(stay, True)
+        kinds = uniform_groups(stay, True)
         for chosen in product(range(3), repeat=len(kinds)):
             level = {layer.name: one for one, kind in zip(chosen, kinds, strict=True) for layer in kind}
             price = 500 - sum(block.cost for block in ranked[:count])
-            price -= sum(layer.saves(layer.configs[level[layer.name]]) for layer in stay)
+            price -= sum(layer.saves(layer.levels[level[layer.name]]) for layer in stay)
             lost = sum(losses[block.name][1] for block in ranked[:count])
             every.append((price, lost + sum(losses[layer.name][level[layer.name]] for layer in stay)))
     for limit in range(min(price for price, _ in every), 501, 7):
@@ -312,7 +314,7 @@ def test_a_search_begins_with_several_numbers_of_blocks_gone():
     ranked = sorted(blocks, key=lambda block: losses[block.name][1])
     spaces = free_space(layers, losses, blocks, now=500)
     gone = []
-    for number, found in starts(spaces, 420, ranked):
+    for number, found in initial_points(spaces, 420, ranked):
         assert spaces[number].left(found) <= 420
         kept = spaces[number].kept(found)
         gone.append([block.name for block in ranked if kept.get(block.name) == 0])
@@ -320,7 +322,7 @@ def test_a_search_begins_with_several_numbers_of_blocks_gone():
     assert [block.name for block in ranked[:2]] in gone
     assert [] in gone
     uniform = uniform_spaces(layers, losses, blocks, now=500)
-    assert {number for number, _ in starts(uniform, 420, ranked)} >= {0, 1, 2}
+    assert {number for number, _ in initial_points(uniform, 420, ranked)} >= {0, 1, 2}
 
 
 def test_levels_of_a_block_cost_less_and_lose_more_one_after_the_other():

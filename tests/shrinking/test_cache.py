@@ -12,12 +12,12 @@ from billhook.engine.batches import Batch, Run, runs_of
 from billhook.importance.score import make_run
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import RatioSearch
-from billhook.shrinking import cache as module
-from billhook.shrinking.cache import CandidateCache, check_enough, fill_cache, key_of
+from billhook.shrinking import variants as module
 from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.layers import alike_layers, find_layers, removed_units
 from billhook.shrinking.measurement import config_losses, probes
+from billhook.shrinking.modules import alike_layers, find_layers, removed_units
 from billhook.shrinking.space import make_slots
+from billhook.shrinking.variants import VariantCache, check_enough, fill_cache, key_of
 from kit.families import build, llama, tokens
 
 TINY = bh.RepairConfig(ridges=[1e-4])
@@ -28,17 +28,17 @@ class Made:
 
     def __init__(self, model, batches, repair=TINY, folder=None):
         self.model, self.search = model, RatioSearch(model, Amount(params=0.5))
-        self.units, self.layers = self.search.units, find_layers(self.search, "params")
+        self.units, self.modules = self.search.units, find_layers(self.search, "params")
         self.scores = bh.score(model, self.units, bh.importance.WeightNorm(), per="kv_head")
         runs = [make_run(model, self.units, batch) for batch in batches]
-        self.cache = CandidateCache(model, folder)
-        fill_cache(self.cache, self.layers, self.units, self.scores, runs, repair, lambda: None)
+        self.cache = VariantCache(model, folder)
+        fill_cache(self.cache, self.modules, self.units, self.scores, runs, repair, lambda: None)
 
     def removed(self, layer, kept):
         return removed_units(layer, self.units, self.scores, kept)
 
     def layer(self, kind):
-        return next(layer for layer in self.layers if layer.kind == kind)
+        return next(layer for layer in self.modules if layer.kind == kind)
 
 
 def texts():
@@ -115,11 +115,11 @@ def test_all_batches_pass_each_block_once_and_its_moments_go_before_the_next(mon
     model, batches, seen = llama(), texts(), []
     for number, block in enumerate(model.model.layers):
         block.mlp.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
-    monkeypatch.setattr(module, "Reader", lambda *given, make=module.Reader: seen.append(given[1]) or make(*given))
+    monkeypatch.setattr(module, "ConsumerRefit", lambda *given, make=module.ConsumerRefit: seen.append(given[1]) or make(*given))
     monkeypatch.setattr(memory, "LEAST", 1)
     monkeypatch.setattr(memory, "_free_on_host", lambda: 0)
     made = Made(model, batches)
-    readers = [made.units[layer.name].readers[0] for layer in made.layers]
+    readers = [made.units[layer.name].readers[0] for layer in made.modules]
     first, second = ([reader for reader in readers if f"layers.{number}." in reader] for number in range(2))
     assert seen == [*[0] * 4, *first, *[1] * 4, *second]
 
@@ -158,10 +158,10 @@ def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():
 
 def test_places_of_a_kind_share_a_slot_where_layers_stay_alike():
     made = Made(llama(), texts())
-    losses = {layer.name: [0.1 * number for number in range(len(layer.configs))] for layer in made.layers}
-    free, uniform = (make_slots(made.layers, losses, alike) for alike in (False, True))
+    losses = {layer.name: [0.1 * number for number in range(len(layer.configs))] for layer in made.modules}
+    free, uniform = (make_slots(made.modules, losses, alike) for alike in (False, True))
     assert [len(slot.names) for slot in free] == [1] * 4
-    assert [len(slot.names) for slot in uniform] == [2, 2] == [len(own) for own in alike_layers(made.layers, True)]
+    assert [len(slot.names) for slot in uniform] == [2, 2] == [len(own) for own in alike_layers(made.modules, True)]
 
 
 def test_inputs_that_are_not_finite_are_refused():
@@ -180,7 +180,7 @@ def test_a_library_on_disk_goes_on_where_it_was(tmp_path, monkeypatch):
     found = config_losses(first.cache, divergence, layer)
     next(file for file in tmp_path.glob("*.safetensors") if layer.name not in file.name).unlink()
     calls = []
-    monkeypatch.setattr(module, "Reader", lambda *given, make=module.Reader: calls.append(given[1]) or make(*given))
+    monkeypatch.setattr(module, "ConsumerRefit", lambda *given, make=module.ConsumerRefit: calls.append(given[1]) or make(*given))
     again = Made(model, batches, folder=tmp_path)
     assert len(calls) == 1
     assert again.cache.errors == first.cache.errors == memory.cache.errors
@@ -219,7 +219,7 @@ def test_what_is_damaged_in_a_library_is_made_again(tmp_path, monkeypatch, damag
     assert again.cache.errors == errors
     assert again.cache.measured == ({} if file.suffix == ".json" else first.cache.measured)
     assert config_losses(again.cache, Divergence(model, runs_of(model, batches)), layer) == found
-    assert CandidateCache(model, tmp_path).errors.keys() >= errors.keys()
+    assert VariantCache(model, tmp_path).errors.keys() >= errors.keys()
     assert not list(tmp_path.glob("unfinished*"))
 
 

@@ -9,15 +9,15 @@ import transformers
 from billhook.engine.batches import Batch
 from billhook.pruning.amount import Amount
 from billhook.shrinking import latency
-from billhook.shrinking.candidates import Candidates, Progress
-from billhook.shrinking.choice import Chosen
-from billhook.shrinking.latency import Clock, Workload, timed
-from billhook.shrinking.planned import Planned
-from billhook.shrinking.shrunk import Times
+from billhook.shrinking.latency import Clock, Workload, with_latency
+from billhook.shrinking.planning import ShrinkPlan
+from billhook.shrinking.result import Times
+from billhook.shrinking.scope import Progress, SearchScope
+from billhook.shrinking.selection import SearchResult
 from kit import shrinks
 from kit.families import BERT, T5, llama, tokens
 
-WRITING = "writing a token after a prompt of 56 tokens"
+WRITING = "decoding after a prompt of 56 tokens"
 FEW, LAYERS = {"generations": 1, "candidates": 2}, 3
 
 
@@ -76,17 +76,17 @@ def same(model, before):
 def test_places_cost_what_the_machine_takes():
     model = model_of()
     before, shape = {name: value.clone() for name, value in model.state_dict().items()}, model.config.to_dict()
-    found = Candidates.find(model, Amount(params=0.999), uniform=False)
-    priced = timed(found, 0.8, Clock(model, machine(channel=3e-5, head=2e-4), "something"), Progress())
+    found = SearchScope.find(model, Amount(params=0.999), uniform=False)
+    priced = with_latency(found, 0.8, Clock(model, machine(channel=3e-5, head=2e-4), "something"), Progress())
     assert (priced.target, priced.now) == ("latency", round(1e9 * seconds(model, 3e-5, 2e-4)))
     assert priced.limit == int(0.8 * priced.now)
     each = {"channel": 30_000, "head": 200_000}
-    for layer in priced.layers:
+    for layer in priced.modules:
         assert [layer.saves(kept) for kept in (layer.count, *layer.grid()[1:])] == pytest.approx(
             [each[layer.kind] * (layer.count - kept) for kept in layer.grid()], abs=2
         )
     block = 48 * 30_000 + 4 * 200_000
-    assert [one.cost for one in priced.blocks.able] == pytest.approx([block] * (LAYERS - 1), abs=2)
+    assert [one.cost for one in priced.blocks.removable] == pytest.approx([block] * (LAYERS - 1), abs=2)
     assert same(model, before)
     assert model.config.to_dict() == shape
     assert not any(one._forward_pre_hooks or one._forward_hooks for one in model.modules())
@@ -94,13 +94,13 @@ def test_places_cost_what_the_machine_takes():
 
 def test_levels_between_those_that_are_measured_and_times_that_do_not_fall():
     model = model_of()
-    found = Candidates.find(model, Amount(params=0.999), uniform=False)
+    found = SearchScope.find(model, Amount(params=0.999), uniform=False)
     steps = {48: 1.0, 42: 1.0, 36: 0.9, 30: 0.95, 24: 0.8, 18: 0.7, 12: 0.6, 6: 0.5}
 
     def measure(models):
         return [(steps[one.model.layers[0].mlp.down_proj.in_features],) for one in models]
 
-    timed_layers = timed(found, 0.8, Clock(model, measure, ""), Progress()).layers
+    timed_layers = with_latency(found, 0.8, Clock(model, measure, ""), Progress()).modules
     layer = next(one for one in timed_layers if one.kind == "channel")
     costs = [layer.cost(kept) for kept in range(48, 5, -1)]
     assert costs == sorted(costs, reverse=True)
@@ -129,8 +129,8 @@ def test_a_budget_is_used_up_and_the_model_timed_beside_the_dense_one(layers, cl
     )
     assert 0.7 - 3e-5 * (LAYERS if layers == "uniform" else 1) / now - 1e-6 < shrunk.times.ratio <= 0.7
     assert shrunk.to_json()["times"] == vars(shrunk.times)
-    assert f"of the dense model's {1e3 * now:.4g} ms: writing a token" in shrunk.text()
-    assert any(line.split()[:2] == ["ms", "predicted"] for line in shrunk.text().splitlines())
+    assert f"of the dense model's {1e3 * now:.4g} ms (decoding after" in shrunk.text()
+    assert any(line.split()[:2] == ["ms", "estimated"] for line in shrunk.text().splitlines())
     assert shrunk.curve[-1].left == round(1e9 * now)
 
 
@@ -182,11 +182,11 @@ class Made:
 
     def __init__(self, steps):
         self.now, self.least, self.limit, self.tried = 1000, 100, 700, []
-        self.candidates, self.steps, self.workload = self, steps, "something"
+        self.scope, self.steps, self.workload = self, steps, "something"
 
     def within(self, limit):
         self.tried.append(limit)
-        return Chosen({}, Planned(max(step for step in self.steps if step <= limit), None), limit, [], [])
+        return SearchResult({}, ShrinkPlan(max(step for step in self.steps if step <= limit), None), limit, [], [])
 
     def times(self, taken, blocks):
         return Times(1.0, taken / 1000, taken / 1000, self.workload)
@@ -203,13 +203,13 @@ class Made:
 )
 def test_a_search_comes_back_up_until_the_budget_is_used(steps, takes, unused, monkeypatch):
     made = Made(steps)
-    monkeypatch.setattr(latency, "choose_by_sums", lambda *_: {})
-    monkeypatch.setattr(latency, "plan", lambda _, limit, *__: Planned(limit + 100, None))
+    monkeypatch.setattr(latency, "knapsack_solution", lambda *_: {})
+    monkeypatch.setattr(latency, "plan", lambda _, limit, *__: ShrinkPlan(limit + 100, None))
     found = latency.fast_enough(made, 0.7, made, made.within)
     assert takes[0] <= found.times.ratio <= takes[1]
     assert found.times.unused == unused
     assert made.tried[0] <= 600 < made.tried[1]
-    assert str(found.times).endswith(unused or "something")
+    assert str(found.times).endswith(unused or "(something)")
     assert found.limit == 700
 
 
@@ -217,7 +217,7 @@ def test_a_search_comes_back_up_until_the_budget_is_used(steps, takes, unused, m
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"channel": 0, "head": 0}, r"latency=0.6: [\d.]+ ms cannot be reached; with what may be removed, [\d.]+ to [\d.]+ can"),
+        ({"channel": 0, "head": 0}, r"latency=0.6 \([\d.]+ ms\) is out of reach. Reachable: [\d.]+ to [\d.]+"),
         ({"together": 0.3}, r"latency=0.6: a model that should take 0.\d+ of the dense model's time.* was measured at 0.[789]"),
     ],
 )
@@ -234,10 +234,10 @@ def test_what_cannot_be_met_changes_nothing(given, says, clock):
     ("given", "says"),
     [
         ({"latency": 1.0}, "latency=1.0 must be a fraction of the dense model's time in"),
-        ({"latency": 0.5, "params": 0.5}, "params and latency: give one budget"),
+        ({"latency": 0.5, "params": 0.5}, "exactly one of .*; got params and latency"),
         ({"latency": 0.5, "workload": Workload(context=100)}, "latency: contexts and new_tokens .* supports 64"),
         ({"latency": 0.5, "workload": "decode"}, "workload='decode'"),
-        ({"params": 0.5, "workload": Workload()}, r"workload=Workload\(.* is what latency is measured of, and latency=None"),
+        ({"params": 0.5, "workload": Workload()}, r"workload=Workload\(.* requires a latency budget"),
     ],
 )
 def test_what_is_refused(given, says):
@@ -265,9 +265,9 @@ def test_workloads_are_legal_and_decided_for_a_model():
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
 def test_a_real_clock_gives_figures(phase):
     model = llama()
-    found = Candidates.find(model.train(), Amount(params=0.9), uniform=True)
+    found = SearchScope.find(model.train(), Amount(params=0.9), uniform=True)
     own = Workload(phase, context=8, new_tokens=2, rounds=1).of(model.eval())
-    priced = timed(found, 1 - 1e-9, Clock(model, own.seconds, str(own)), Progress())
+    priced = with_latency(found, 1 - 1e-9, Clock(model, own.seconds, str(own)), Progress())
     assert priced.now > 0
-    assert all(math.isfinite(one) and one >= 0 for layer in priced.layers for _, one in layer.times)
+    assert all(math.isfinite(one) and one >= 0 for layer in priced.modules for _, one in layer.times)
     assert model(tokens()).logits.requires_grad

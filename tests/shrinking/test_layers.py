@@ -7,14 +7,14 @@ import transformers
 import billhook as bh
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import RatioSearch
-from billhook.shrinking.layers import Layer, find_layers, removed_units
+from billhook.shrinking.modules import PrunableModule, find_modules, removed_units
 from kit import shrinks
 from kit.families import T5, build, llama, tokens
 
 
 def layers_of(model, **amount):
     search = RatioSearch(model, Amount(**amount))
-    return search, find_layers(search, search.amount.target)
+    return search, find_modules(search, search.amount.target)
 
 
 @pytest.mark.daily("llama-params", "gemma2-kv_cache_bytes")
@@ -37,7 +37,7 @@ def test_units_cost_what_their_removal_saves(family, target):
 
 def test_configs_are_eighths_and_every_number_of_few():
     def levels(count, allowed):
-        return Layer(("a",), "channel", count, tuple(allowed), 1).grid()
+        return PrunableModule(("a",), "channel", count, tuple(allowed), 1).grid()
 
     assert levels(384, range(384, 0, -1)) == (384, 336, 288, 240, 192, 144, 96, 48)
     assert levels(100, [100, *range(96, 0, -32)]) == (100, 96, 64, 32)
@@ -81,5 +81,5 @@ def test_attentions_with_one_position_bias_lose_the_same_heads():
 def test_heads_under_a_norm_that_spans_them_stay_whole():
     _, layers = layers_of(build("olmo2"), params=0.9)
     assert {layer.kind for layer in layers} == {"channel"}
-    with pytest.raises(ValueError, match="kv_cache_bytes: no layer of this Olmo2ForCausalLM may keep less"):
+    with pytest.raises(ValueError, match="kv_cache_bytes cannot be met: Olmo2ForCausalLM has no channels or KV heads"):
         layers_of(build("olmo2"), kv_cache_bytes=0.5)

@@ -6,11 +6,11 @@ import torch
 import billhook as bh
 from billhook.engine.batches import Batch, Run
 from billhook.pruning.amount import Amount
-from billhook.shrinking import merging
-from billhook.shrinking.candidates import Candidates
-from billhook.shrinking.divergence import divided
+from billhook.shrinking import pooling as merging
+from billhook.shrinking.divergence import split_batches
 from billhook.shrinking.measurement import measure
-from billhook.shrinking.merging import Merging
+from billhook.shrinking.pooling import HeadPooling
+from billhook.shrinking.scope import SearchScope
 from kit import shrinks
 from kit.families import build, tokens
 
@@ -37,8 +37,8 @@ def model_of(family="llama"):
 
 
 def measured(model, repair, batches=None):
-    fitted, held_out = divided(batches or texts())
-    candidates = Candidates.find(model, Amount(kv_cache_bytes=0.5), uniform=False)
+    fitted, held_out = split_batches(batches or texts())
+    candidates = SearchScope.find(model, Amount(kv_cache_bytes=0.5), uniform=False)
     return measure(candidates, fitted, held_out, bh.importance.WeightNorm(), repair), fitted
 
 
@@ -82,10 +82,10 @@ def test_less_is_lost_on_what_it_was_not_fitted_to():
 
 
 def test_all_attentions_and_numbers_are_seen_in_one_run_of_each_batch(monkeypatch):
-    runs, visit, fit = [], Run.visit, merging.refit_readers
-    monkeypatch.setattr(merging, "refit_readers", lambda *given: runs.clear() or fit(*given))
+    runs, visit, fit = [], Run.visit, merging.refit_consumers
+    monkeypatch.setattr(merging, "refit_consumers", lambda *given: runs.clear() or fit(*given))
     monkeypatch.setattr(Run, "visit", lambda self: runs.append(self) or visit(self))
-    monkeypatch.setattr(Merging, "choose", lambda self, divergence, layers, losses, uniform: (layers, losses))
+    monkeypatch.setattr(HeadPooling, "choose", lambda self, divergence, layers, losses, uniform: (layers, losses))
     work, fitted = measured(model_of(), TINY)
     assert {(key, kept) for key, kept in work.cache.errors if key.endswith("merged")} == {
         (f"model.layers.{number}.self_attn merged", kept) for number in (0, 1) for kept in (2, 1)
@@ -113,9 +113,9 @@ def test_padding_does_not_count_and_the_model_stays():
 @pytest.mark.nightly
 def test_a_library_on_disk_goes_on_with_what_is_refitted_and_what_is_not(tmp_path, monkeypatch):
     options = {"kv_cache_bytes": 0.5, "importance": bh.importance.WeightNorm(), "repair": TINY, "generations": 0}
-    first = shrinks.shrink(model_of(), texts(), library=tmp_path, **options)
+    first = shrinks.shrink(model_of(), texts(), variant_cache=tmp_path, **options)
     monkeypatch.setattr(merging, "gather", None)
-    monkeypatch.setattr(merging, "refit_readers", None)
-    second = shrinks.shrink(model_of(), texts(), library=tmp_path, **options)
+    monkeypatch.setattr(merging, "refit_consumers", None)
+    second = shrinks.shrink(model_of(), texts(), variant_cache=tmp_path, **options)
     assert first.merged
     assert first.to_json() == second.to_json()

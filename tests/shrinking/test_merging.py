@@ -10,12 +10,12 @@ import billhook as bh
 from billhook.engine.batches import Batch, runs_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
-from billhook.shrinking import merging
-from billhook.shrinking.candidates import Candidates
-from billhook.shrinking.divergence import Divergence, divided
-from billhook.shrinking.layers import Layer
+from billhook.shrinking import pooling as merging
+from billhook.shrinking.divergence import Divergence, split_batches
 from billhook.shrinking.measurement import measure
-from billhook.shrinking.planned import apply_in_turn, plan
+from billhook.shrinking.modules import PrunableModule
+from billhook.shrinking.planning import apply_plans, plan
+from billhook.shrinking.scope import SearchScope
 from kit import shrinks
 from kit.families import build, llama, tokens
 
@@ -69,9 +69,9 @@ def test_heads_that_are_nearly_equal_merge_and_hardly_anything_changes(layers, t
     assert model.model.layers[0].self_attn.q_proj.out_features == 32
     assert parameters - model.num_parameters() == 3 * 2 * 2 * 4 * 32
     assert apart(logits(model), before) < 0.01
-    assert shrunk.what == "4 -> 2 KV heads in 3 attentions, merged"
-    assert "4 -> 2 KV heads in 3 attentions (svd)" in str(shrunk)
-    assert "192 kv_cache_bytes left of at most 192" in str(shrunk)
+    assert shrunk.what == "4 -> 2 KV heads in 3 attention modules (pooled)"
+    assert "4 -> 2 KV heads in 3 attention modules (svd)" in str(shrunk)
+    assert "192 kv_cache_bytes (budget: 192)" in str(shrunk)
     assert shrunk.to_json()["merged"][0]["after"] == 2
     bh.save(model, tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -121,7 +121,7 @@ def test_each_layer_has_its_own_way_and_the_model_is_saved(repair, tmp_path):
 @pytest.mark.parametrize("repair", [None, bh.RepairConfig()])
 def test_all_layers_alike_are_what_convert_kv_heads_makes(repair):
     model, batches = grouped(noise=0.3), texts(length=13)  # few enough that the search takes all
-    expected, (fitted, _) = copy.deepcopy(model), divided(batches)
+    expected, (fitted, _) = copy.deepcopy(model), split_batches(batches)
     shrunk = shrinks.shrink(model, batches, kv_cache_bytes=0.25, repair=repair, **FEW)
     assert [plan.after for plan in shrunk.merged] == [1]
     bh.convert_kv_heads(expected, 1, "svd", fitted, repair=repair)
@@ -133,8 +133,8 @@ def test_all_layers_alike_are_what_convert_kv_heads_makes(repair):
 
 def measured(model, layers="free", **options):
     """What candidates lose, with the batches."""
-    fitted, held_out = divided(texts())
-    candidates = Candidates.find(model, Amount(kv_cache_bytes=0.5), layers == "uniform")
+    fitted, held_out = split_batches(texts())
+    candidates = SearchScope.find(model, Amount(kv_cache_bytes=0.5), layers == "uniform")
     return measure(candidates, fitted, held_out, bh.importance.WeightNorm(), None, **options), fitted, held_out
 
 
@@ -149,33 +149,33 @@ def test_a_variant_computes_what_convert_kv_heads_makes_of_that_layer(kept):
     with work.cache.assembled({f"{name} merged": kept}):
         torch.testing.assert_close(logits(model), logits(converted), rtol=1e-4, atol=1e-4)
     assert work.cache.measured[f"{name} merged", kept] == pytest.approx(far.mean(), rel=1e-3)
-    assert (name, kept) in work.merging.chosen
-    assert work.losses[name][configs(work)[name].index(kept)] == work.cache.measured[f"{name} merged", kept]
+    assert (name, kept) in work.pooling.chosen
+    assert work.losses[name][levels(work)[name].index(kept)] == work.cache.measured[f"{name} merged", kept]
 
 
-def configs(work):
-    return {layer.name: layer.configs for layer in work.candidates.layers}
+def levels(work):
+    return {layer.name: layer.levels for layer in work.scope.modules}
 
 
 def test_a_config_that_loses_more_than_a_smaller_one_is_no_choice():
     work, *_ = measured(grouped())
-    removal, *_ = measured(grouped(), merges=False)
-    for name, numbers in configs(removal).items():
+    removal, *_ = measured(grouped(), pool_sizes=False)
+    for name, numbers in levels(removal).items():
         assert numbers == (4, 3, 2, 1)
-        assert configs(work)[name] == (4, 2, 1)
+        assert levels(work)[name] == (4, 2, 1)
         assert removal.losses[name][1] > work.losses[name][1]
-    assert {layer.allowed for layer in work.candidates.layers} == {(4, 2, 1)}
+    assert {layer.allowed for layer in work.scope.modules} == {(4, 2, 1)}
 
 
 def test_of_alike_layers_it_is_decided_together():
     """Two layers whose heads are equal outweigh one in which heads are for nothing."""
     work, *_ = measured(grouped(alike=(0, 1), idle=(2,)), "uniform")
-    ways = {kept for _, kept in work.merging.chosen}
-    assert all({kept for name, kept in work.merging.chosen if name == layer.name} == ways for layer in work.candidates.layers)
+    ways = {kept for _, kept in work.pooling.chosen}
+    assert all({kept for name, kept in work.pooling.chosen if name == layer.name} == ways for layer in work.scope.modules)
     together = []
-    names = [layer.name for layer in work.candidates.layers]
+    names = [layer.name for layer in work.scope.modules]
     for keys in (names, [f"{name} merged" for name in names]):
-        work.cache.instead.clear()
+        work.cache.substitutes.clear()
         with work.cache.assembled(dict.fromkeys(keys, 2)):
             together.append(work.divergence.mean())
     assert (2 in ways) == (together[1] < together[0])
@@ -196,7 +196,7 @@ def test_heads_merge_beside_a_block_that_goes(layers, tmp_path):
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
     assert len(model.model.layers) == 2
     assert apart(logits(model), before) < 0.01
-    assert shrunk.what.endswith("attentions, merged; without 1 of 3 blocks")
+    assert shrunk.what.endswith("attentions (pooled); without 1 of 3 blocks")
     bh.save(model, tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(logits(again), logits(model))
@@ -235,11 +235,11 @@ def test_optimizers_follow_and_restart_for_what_is_in_another_basis():
     optimizer.step()
     optimizer.zero_grad()
     work, fitted, _ = measured(model, "uniform")
-    assert (work.candidates.layers[0].name, 2) in work.merging.chosen
-    limit, layers = work.candidates.limit, work.candidates.layers
+    assert (work.scope.modules[0].name, 2) in work.pooling.chosen
+    limit, layers = work.scope.limit, work.scope.modules
     planned = plan(work, limit, {layer.name: 2 for layer in layers}, fitted, None)
     assert planned.merged
-    apply_in_turn(model, planned.plans, [optimizer], planned.weights)
+    apply_plans(model, planned.plans, [optimizer], planned.weights)
     names = {parameter: name for name, parameter in model.named_parameters()}
     held = {names[parameter] for group in optimizer.param_groups for parameter in group["params"]}
     assert held == set(names.values())
@@ -252,9 +252,9 @@ def test_optimizers_follow_and_restart_for_what_is_in_another_basis():
 @pytest.mark.nightly
 def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
     options = {"kv_cache_bytes": 0.5, "layers": "free", "repair": None, **FEW}
-    first = shrinks.shrink(grouped(), texts(), library=tmp_path, **options)
+    first = shrinks.shrink(grouped(), texts(), variant_cache=tmp_path, **options)
     monkeypatch.setattr(merging, "gather", None)  # nothing is run for it again
-    second = shrinks.shrink(grouped(), texts(), library=tmp_path, **options)
+    second = shrinks.shrink(grouped(), texts(), variant_cache=tmp_path, **options)
     assert first.merged
     assert first.to_json() == second.to_json()
 
@@ -299,5 +299,5 @@ def test_other_families(family, layers, tmp_path):
 
 
 def test_many_heads_may_merge_to_few():
-    layer = Layer(("a",), "head", 32, tuple(range(32, 0, -1)), 1, merges=(16, 8, 4, 2, 1))
+    layer = PrunableModule(("a",), "head", 32, tuple(range(32, 0, -1)), 1, pool_sizes=(16, 8, 4, 2, 1))
     assert layer.grid() == (32, 28, 24, 20, 16, 12, 8, 4, 2, 1)

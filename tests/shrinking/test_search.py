@@ -2,7 +2,7 @@
 
 import random
 
-from billhook.shrinking.knapsack import Slot, cost, evolve, mutated
+from billhook.shrinking.knapsack import Slot, cost, evolve, mutate
 
 SLOTS = [Slot((f"place {n}",), (4, 3, 2, 1), (40, 30, 20, 10), (0.0, 1.0, 2.0, 3.0)) for n in range(6)]
 LIMIT = 150
@@ -11,13 +11,13 @@ START = (0, 0, 0, 3, 3, 3)
 
 def test_a_mutation_keeps_the_budget_and_leaves_nothing_of_it():
     chance = random.Random(0)
-    found = {mutated(SLOTS, START, LIMIT, chance) for _ in range(200)} - {None}
+    found = {mutate(SLOTS, START, LIMIT, chance) for _ in range(200)} - {None}
     assert len(found) > 20
     assert all(cost(SLOTS, levels) == LIMIT for levels in found)
 
 
 def test_none_where_nothing_else_can_give():
-    assert mutated(SLOTS[:1], (3,), 10, random.Random(0)) is None
+    assert mutate(SLOTS[:1], (3,), 10, random.Random(0)) is None
 
 
 def measure(levels):
@@ -26,7 +26,7 @@ def measure(levels):
 
 
 def search(slots, start, limit, measure, generations, seed=0):
-    return evolve(start, lambda levels, chance: mutated(slots, levels, limit, chance), measure, generations, 8, seed)
+    return evolve(start, lambda levels, chance: mutate(slots, levels, limit, chance), measure, generations, 8, seed)
 
 
 def test_it_finds_what_sums_do_not_say_and_is_decided_by_its_seed():

@@ -10,12 +10,14 @@ import transformers
 import billhook as bh
 from billhook.engine.batches import Batch, runs_of
 from billhook.importance.obs import OBS
-from billhook.shrinking import cache, choice, shrink, space
-from billhook.shrinking.candidates import Candidates
-from billhook.shrinking.divergence import Divergence, divided
+from billhook.shrinking import selection as choice
+from billhook.shrinking import shrink, space
+from billhook.shrinking import variants as cache
+from billhook.shrinking.divergence import Divergence, split_batches
 from billhook.shrinking.latency import Workload
 from billhook.shrinking.measurement import measure
-from billhook.shrinking.planned import apply_in_turn, plan
+from billhook.shrinking.planning import apply_plans, plan
+from billhook.shrinking.scope import SearchScope
 from kit import shrinks
 from kit.families import BERT, T5, build, llama, tokens
 
@@ -39,7 +41,7 @@ def trained():
     return model
 
 
-def shrunk_of(**given):
+def measure_result(**given):
     model = trained()
     return model, shrinks.shrink(model, texts(), **FEW | given)
 
@@ -48,7 +50,7 @@ def shrunk_of(**given):
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 @pytest.mark.parametrize("budget", [{"params": 0.8}, {"bytes": 0.75}, {"kv_cache_bytes": 0.5}, {"params": 20_000}])
 def test_a_budget_is_used_up_and_not_exceeded(layers, budget):
-    before, (model, shrunk) = bh.summary(trained()), shrunk_of(layers=layers, **budget)
+    before, (model, shrunk) = bh.summary(trained()), measure_result(layers=layers, **budget)
     ((target, asked),) = budget.items()
     now, left = getattr(before, target), getattr(bh.summary(model), target)
     assert shrunk.limit == (asked if isinstance(asked, int) else int(asked * now))
@@ -59,7 +61,7 @@ def test_a_budget_is_used_up_and_not_exceeded(layers, budget):
 
 
 def test_layers_stay_alike_and_plain_transformers_loads_them(tmp_path):
-    model, shrunk = shrunk_of(params=0.7)
+    model, shrunk = measure_result(params=0.7)
     assert len({counts for name, counts in shrunk.kept.items() if name.endswith("mlp")}) == 1
     assert len({counts for name, counts in shrunk.kept.items() if name.endswith("attn")}) == 1
     bh.save(model, tmp_path / "out")
@@ -70,8 +72,8 @@ def test_layers_stay_alike_and_plain_transformers_loads_them(tmp_path):
 
 @pytest.mark.nightly
 def test_free_layers_lose_less_and_are_saved(tmp_path):
-    _, alike = shrunk_of(params=0.7, generations=0)
-    model, free = shrunk_of(params=0.7, layers="free", generations=0)
+    _, alike = measure_result(params=0.7, generations=0)
+    model, free = measure_result(params=0.7, layers="free", generations=0)
     assert len(set(free.kept.values())) > 2
     assert free.predicted < 0.9 * alike.predicted
     assert free.tried[0].measured < alike.tried[0].measured
@@ -83,9 +85,9 @@ def test_free_layers_lose_less_and_are_saved(tmp_path):
 
 def test_it_is_compared_with_each_kind_alone():
     """Of channels and of blocks alone as an independent computation has it; heads alone are not enough."""
-    _, shrunk = shrunk_of(params=0.7, layers="free", repair=None, generations=0)
+    _, shrunk = measure_result(params=0.7, layers="free", repair=None, generations=0)
     assert set(shrunk.alone) == {"channels", "blocks"}
-    fitted, held_out = divided(texts())
+    fitted, held_out = split_batches(texts())
     model = trained()
     far, sizes = Divergence(model, runs_of(model, held_out)), bh.summary(trained()).params
     scores = bh.score(model, bh.find_units(model, "block"), bh.importance.BlockInfluence(), fitted)["model.layers"]
@@ -97,7 +99,7 @@ def test_it_is_compared_with_each_kind_alone():
     left, lost = shrunk.alone["channels"]
     assert left <= shrunk.limit
     assert lost >= shrunk.tried[0].measured > 0
-    assert "only channels removed, " in str(shrunk)
+    assert "channels only: KL " in str(shrunk)
 
 
 @pytest.mark.daily("turned")
@@ -113,14 +115,14 @@ def test_where_layers_stay_alike_what_loses_least_once_repaired_is_taken(turn, m
         return kept[::turn], *rest
 
     monkeypatch.setattr(choice, "choose", chosen)
-    _, shrunk = shrunk_of(params=0.8, generations=0)
-    (fitted, held_out), lost = divided(texts()), []
+    _, shrunk = measure_result(params=0.8, generations=0)
+    (fitted, held_out), lost = split_batches(texts()), []
     for kept in several:
         model = trained()
-        candidates = Candidates.find(model, bh.Amount(params=0.8, round_to="auto"), uniform=True)
+        candidates = SearchScope.find(model, bh.Amount(params=0.8, round_to="auto"), uniform=True)
         measured = measure(candidates, fitted, held_out, OBS(), bh.RepairConfig())
         planned = plan(measured, candidates.limit, kept, fitted, bh.RepairConfig())
-        apply_in_turn(model, planned.plans, weights=planned.weights)
+        apply_plans(model, planned.plans, weights=planned.weights)
         lost.append(measured.divergence.mean())
     assert len(several) == space.MOST
     assert sum(shrunk.measured.values()) / 2 == pytest.approx(min(lost), rel=1e-4)
@@ -129,21 +131,21 @@ def test_where_layers_stay_alike_what_loses_least_once_repaired_is_taken(turn, m
 
 @pytest.mark.nightly
 def test_the_smallest_that_can_be_reached_is():
-    _, some = shrunk_of(params=0.7, layers="free", generations=0)
+    _, some = measure_result(params=0.7, layers="free", generations=0)
     least = some.curve[0].left
-    _, smallest = shrunk_of(params=least, layers="free", generations=0)
+    _, smallest = measure_result(params=least, layers="free", generations=0)
     assert smallest.left == least
     assert {now for _, now in smallest.kept.values()} == {0, 1, 6}  # of all blocks but the first nothing
     with pytest.raises(ValueError, match=f"params={least - 1}: .* cannot be reached; .* {least:,} to"):
-        shrunk_of(params=least - 1, layers="free")
+        measure_result(params=least - 1, layers="free")
 
 
 def test_evolution_never_ends_worse_and_its_seed_decides():
-    _, none = shrunk_of(params=0.7, layers="free", generations=0)
+    _, none = measure_result(params=0.7, layers="free", generations=0)
     steps = []
     several = {"generations": 2, "candidates": 3, "seed": 3}
-    model, some = shrunk_of(params=0.7, layers="free", progress=lambda *done: steps.append(done), **several)
-    twin, same = shrunk_of(params=0.7, layers="free", **several)
+    model, some = measure_result(params=0.7, layers="free", progress=lambda *done: steps.append(done), **several)
+    twin, same = measure_result(params=0.7, layers="free", **several)
     assert some.tried[0].measured <= none.tried[0].measured
     assert len(some.tried) > len(none.tried)
     assert some.to_json() == same.to_json()
@@ -155,17 +157,17 @@ def test_evolution_never_ends_worse_and_its_seed_decides():
 @pytest.mark.nightly
 def test_what_was_measured_is_told_on_batches_that_were_not_fitted():
     dense, batches = trained(), texts()
-    fitted, held_out = divided(batches)
+    fitted, held_out = split_batches(batches)
     assert [batch.source for batch in held_out] == ["one", "two"]
     assert len(fitted) == 4
     divergence = Divergence(dense, runs_of(dense, held_out))
     shrunk = shrinks.shrink(dense, batches, params=0.8, **FEW)
     assert divergence.by_source() == shrunk.measured
     model = trained()
-    weights = bh.repair(model, shrunk_of(params=0.8)[1].plan, fitted)
+    weights = bh.repair(model, measure_result(params=0.8)[1].plan, fitted)
     bh.apply(model, shrunk.plan, weights=weights)
     assert all(torch.equal(value, dense.state_dict()[name]) for name, value in model.state_dict().items())
-    assert "KL to the dense model by size" in str(shrunk)
+    assert "KL divergence from the dense model, by size" in str(shrunk)
     sizes = [choice.left for choice in shrunk.curve]
     assert sizes == sorted(sizes)
     assert shrunk.curve[-1].measured == pytest.approx(0, abs=1e-5)
@@ -173,10 +175,10 @@ def test_what_was_measured_is_told_on_batches_that_were_not_fitted():
 
 @pytest.mark.nightly
 def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
-    _, memory = shrunk_of(params=0.7)
-    _, first = shrunk_of(params=0.7, library=tmp_path)
+    _, memory = measure_result(params=0.7)
+    _, first = measure_result(params=0.7, variant_cache=tmp_path)
     monkeypatch.setattr(cache, "watch", None)  # nothing is run for it again
-    _, second = shrunk_of(params=0.7, library=tmp_path)
+    _, second = measure_result(params=0.7, variant_cache=tmp_path)
     assert memory.to_json() == first.to_json() == second.to_json()
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -214,10 +216,10 @@ def test_too_few_tokens_for_any_refit_are_told_or_refused_before_anything_is_mea
     monkeypatch.setattr(shrink, "measure", None)
     monkeypatch.setattr(Workload, "seconds", None)
     batches = [{"input_ids": tokens(1, tokens_each)}] * 3
-    few = f"repair of .*o_proj needs at least {says}"
-    with pytest.raises(ValueError, match=f"batches: {few}"):
+    limit_tokens = f"repair of .*o_proj needs at least {says}"
+    with pytest.raises(ValueError, match=f"batches: {limit_tokens}"):
         shrinks.shrink(trained(), batches, repair=bh.RepairConfig(), **budget)
-    with pytest.warns(UserWarning, match=f"shrink: not repaired: {few}"), pytest.raises(TypeError, match="not callable"):
+    with pytest.warns(UserWarning, match=f"shrink: not repaired: {limit_tokens}"), pytest.raises(TypeError, match="not callable"):
         shrinks.shrink(trained(), batches, **budget)
     with pytest.raises(TypeError, match="not callable"):
         shrinks.shrink(trained(), batches, repair=None, **budget)
@@ -226,17 +228,17 @@ def test_too_few_tokens_for_any_refit_are_told_or_refused_before_anything_is_mea
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({}, "params=None: give one budget of params, kv_cache_bytes, bytes, max_loss, latency"),
-        ({"params": 0.5, "bytes": 0.5}, "params and bytes: give one budget"),
+        ({}, "Budget requires exactly one of params, kv_cache_bytes, bytes, max_loss, latency; got none"),
+        ({"params": 0.5, "bytes": 0.5}, "exactly one of .*; got params and bytes"),
         ({"params": 1.5}, "params=1.5 must be a whole number above 0, or a fraction in"),
         ({"params": 30}, r"can; did you mean 0.3\?"),
-        ({"params": 0.01}, r"params=0.01: \d+ cannot be reached; with what may be removed, [\d,]+ to [\d,]+ can"),
+        ({"params": 0.01}, r"params=0.01 \(\d+\) is out of reach. Reachable: [\d,]+ to [\d,]+"),
         ({"params": 10**9}, "params=1000000000: the model has no more than that"),
         ({"params": 0.8, "layers": "all"}, "layers='all' must be one of uniform, free"),
         ({"params": 0.8, "generations": -1}, "generations=-1"),
         ({"params": 0.8, "candidates": 0}, "candidates=0"),
-        ({"params": 0.8, "library": __file__}, "test_shrink.py' must be a folder"),
-        ({"params": 0.8, "batches": texts(1)[:2]}, "batches: three rows at least, and two of each source.*1 of one, 1 of two"),
+        ({"params": 0.8, "variant_cache": __file__}, "test_shrink.py' is a file. Pass a folder."),
+        ({"params": 0.8, "batches": texts(1)[:2]}, "batches: at least 3 examples, and 2 of each source.*1 of one, 1 of two"),
         ({"params": 0.8, "batches": []}, "got none"),
         (
             {"params": 0.8, "batches": [{"input_ids": tokens(1, 4)}] * 3, "repair": bh.RepairConfig()},

@@ -8,8 +8,8 @@ import torch
 
 import billhook as bh
 from billhook.engine.batches import Batch, run_with_loss
-from billhook.shrinking import choice as module
-from billhook.shrinking.divergence import Perplexity, divided
+from billhook.shrinking import selection as module
+from billhook.shrinking.divergence import Perplexity, split_batches
 from kit import shrinks
 from kit.families import llama, tokens
 
@@ -63,14 +63,14 @@ def test_the_ratio_of_perplexities():
 @pytest.mark.parametrize("layers", ["uniform", "free"])
 def test_it_is_met_and_the_next_smaller_size_does_not_meet_it(layers, repair, monkeypatch):
     monkeypatch.setattr(module, "SIZES", 16)
-    model, dense, held_out = sure(), sure(), divided(texts())[1]
+    model, dense, held_out = sure(), sure(), split_batches(texts())[1]
     options = {"layers": layers, "repair": repair, "generations": 1, "candidates": 2}
     shrunk = shrinks.shrink(model, texts(), max_loss=1.1, **options)
     assert shrunk.ratio == pytest.approx(rises(model, dense, held_out), rel=1e-4)
     assert shrunk.ratio <= 1.1
     assert (shrunk.target, shrunk.left) == ("params", model.num_parameters())
     assert shrunk.left <= shrunk.limit < dense.num_parameters()
-    assert "times the dense model's" in str(shrunk)
+    assert "x the dense model's" in str(shrunk)
     least = shrunk.curve[0].left
     step = math.ceil((dense.num_parameters() - least) / 16)
     other = sure()
@@ -83,7 +83,7 @@ def test_it_is_met_and_the_next_smaller_size_does_not_meet_it(layers, repair, mo
 @pytest.mark.parametrize("start", [0, 7])
 def test_from_a_wrong_guess_it_goes_up_or_down(start, monkeypatch):
     monkeypatch.setattr(module, "SIZES", 8)
-    monkeypatch.setattr(module, "first_met", lambda *_: start)
+    monkeypatch.setattr(module, "first_within_loss", lambda *_: start)
     tries, ratio = [], Perplexity.ratio
     monkeypatch.setattr(Perplexity, "ratio", lambda self: tries.append(ratio(self)) or tries[-1])
     options = {"layers": "free", "generations": 0, "repair": None, "importance": bh.importance.WeightNorm()}
@@ -99,8 +99,8 @@ def test_from_a_wrong_guess_it_goes_up_or_down(start, monkeypatch):
     ("given", "says"),
     [
         ({"max_loss": 1.0}, "max_loss=1.0 must be a number above 1"),
-        ({"max_loss": 1.1, "params": 0.8}, "params and max_loss: give one budget"),
-        ({"max_loss": 1 + 1e-12}, r"max_loss=1.0+1: not even a model of [\d,]+ parameters meets it"),
+        ({"max_loss": 1.1, "params": 0.8}, "exactly one of .*; got params and max_loss"),
+        ({"max_loss": 1 + 1e-12}, r"max_loss=1.0+1 is out of reach: a model of [\d,]+ parameters already"),
     ],
 )
 def test_what_is_refused_changes_nothing(given, says):

@@ -6,9 +6,9 @@ import billhook as bh
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import RatioSearch
 from billhook.serving.engines import multiple_of
-from billhook.shrinking.candidates import Candidates
-from billhook.shrinking.layers import Layer, find_layers
-from billhook.shrinking.space import coarser
+from billhook.shrinking.modules import PrunableModule, find_modules
+from billhook.shrinking.scope import SearchScope
+from billhook.shrinking.space import round_channels
 from kit import shrinks
 from kit.families import llama, tokens
 
@@ -17,7 +17,7 @@ WIDE = {"intermediate_size": 1536, "num_key_value_heads": 8, "num_hidden_layers"
 
 def allowed_of(kind, alike=True, target="params", **amount):
     search = RatioSearch(llama(**WIDE), Amount(**{target: 0.7}, **amount))
-    return {layer.allowed for layer in find_layers(search, target, alike) if layer.kind == kind}
+    return {layer.allowed for layer in find_modules(search, target, alike) if layer.kind == kind}
 
 
 @pytest.mark.parametrize(("given", "allowed"), [
@@ -36,16 +36,16 @@ def test_channels_are_multiples_by_which_none_is_far_away():
 
 
 def test_what_the_budget_leaves_becomes_a_larger_multiple_if_that_is_near():
-    layer = Layer(("a",), "channel", 1536, tuple(range(1536, 0, -32)), 1)
-    heads = Layer(("b",), "head", 300, tuple(range(300, 0, -1)), 1)
+    layer = PrunableModule(("a",), "channel", 1536, tuple(range(1536, 0, -32)), 1)
+    heads = PrunableModule(("b",), "head", 300, tuple(range(300, 0, -1)), 1)
     # 3 % of them are 46: 256 takes 32 of 1,312, 128 takes 32 of 1,184, 64 takes 32 of the other two
     for number, rounded in {1312: 1280, 1248: 1216, 1184: 1152, 1120: 1088, 1152: 1152, 1536: 1536, 0: 0}.items():
-        assert coarser([layer, heads], {"a": number, "b": 299}) == {"a": rounded, "b": 299}
-    assert coarser([layer], {"b": 2}) == {"b": 2}
+        assert round_channels([layer, heads], {"a": number, "b": 299}) == {"a": rounded, "b": 299}
+    assert round_channels([layer], {"b": 2}) == {"b": 2}
 
 
 def test_what_is_rounded_down_is_what_the_budget_leaves_and_not_what_may_be_kept():
-    one, other = (Layer((name,), "channel", 1536, tuple(range(1536, 0, -32)), 10) for name in "ab")
+    one, other = (PrunableModule((name,), "channel", 1536, tuple(range(1536, 0, -32)), 10) for name in "ab")
     kept = {"a": 1120, "b": 1120}
     for spare, left in {
         0: 1088,
@@ -54,9 +54,9 @@ def test_what_is_rounded_down_is_what_the_budget_leaves_and_not_what_may_be_kept
         20 * 26: 1120,
         10**6: 1120,
     }.items():  # 1,088 is 47 less than 1,120 and 15
-        assert coarser([one, other], kept, spare) == {"a": left, "b": left}
-    assert coarser([one, other], {"a": 1120, "b": 0}, 10 * 14) == {"a": 1088, "b": 0}  # of which the other has gone
-    assert coarser([one, other], {"a": 1120, "b": 0}, 10 * 15) == {"a": 1120, "b": 0}
+        assert round_channels([one, other], kept, spare) == {"a": left, "b": left}
+    assert round_channels([one, other], {"a": 1120, "b": 0}, 10 * 14) == {"a": 1088, "b": 0}  # of which the other has gone
+    assert round_channels([one, other], {"a": 1120, "b": 0}, 10 * 15) == {"a": 1120, "b": 0}
 
 
 @pytest.mark.nightly
@@ -81,8 +81,8 @@ def test_a_model_within_its_budget(layers):
 
 
 def test_levels_that_just_meet_a_budget_are_rounded_too():
-    rounded = Candidates.find(llama(**WIDE), Amount(params=0.81), uniform=True)
-    exact = Candidates.find(llama(**WIDE), Amount(params=0.81, round_to=1), uniform=True)
-    own, others = (next(layer.configs for layer in one.layers if layer.kind == "channel") for one in (rounded, exact))
+    rounded = SearchScope.find(llama(**WIDE), Amount(params=0.81), uniform=True)
+    exact = SearchScope.find(llama(**WIDE), Amount(params=0.81, round_to=1), uniform=True)
+    own, others = (next(layer.levels for layer in one.modules if layer.kind == "channel") for one in (rounded, exact))
     assert all(multiple_of(number) >= 32 for number in own)
     assert any(multiple_of(number) == 1 for number in others)

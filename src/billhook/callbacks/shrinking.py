@@ -31,15 +31,15 @@ from billhook.model.layers import is_linear
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
-from billhook.shrinking.cache import key_of
-from billhook.shrinking.candidates import Candidates
-from billhook.shrinking.choice import Chosen
-from billhook.shrinking.divergence import divided, to_search
-from billhook.shrinking.measurement import Measured, measure
-from billhook.shrinking.planned import Planned, apply_in_turn
+from billhook.shrinking.divergence import search_batches, split_batches
+from billhook.shrinking.measurement import Measurement, measure
+from billhook.shrinking.planning import ShrinkPlan, apply_plans
+from billhook.shrinking.result import Shrunk
+from billhook.shrinking.scope import SearchScope
 from billhook.shrinking.search import Budget, Search
-from billhook.shrinking.shrink import Layers, choose_for, repair_for, shrunk_of
-from billhook.shrinking.shrunk import Shrunk
+from billhook.shrinking.selection import SearchResult
+from billhook.shrinking.shrink import Layers, measure_result, resolve_repair, select_for_budget
+from billhook.shrinking.variants import cache_key
 
 
 class Shrinking(ShapeCallback):
@@ -99,7 +99,7 @@ class Shrinking(ShapeCallback):
         """Clears events and results."""
         super().reset()
         self.shrunk: Shrunk | None = None
-        self._known: dict[Hashable, Candidates] = {}
+        self._known: dict[Hashable, SearchScope] = {}
 
     @property
     def state_key(self) -> str:
@@ -135,10 +135,10 @@ class Shrinking(ShapeCallback):
         """Searches, then removes units and repairs the rest."""
         metrics, model = self.validate(trainer, pl_module), find_transformer(pl_module)
         with fail_together(trainer, "Shrinking"), blockwise(pl_module):
-            candidates, merges = self._candidates(model), not adapter_layers(model)
+            scope, pool_sizes = self._candidates(model), not adapter_layers(model)
             self._known.clear()
             with adapters_removed(model):
-                measured, chosen = self._search(trainer, pl_module, candidates, merges)
+                measurement, chosen = self._search(trainer, pl_module, scope, pool_sizes)
             check_identical(trainer, "Shrinking", "the plan", lambda: [plan.to_json() for plan in chosen.planned.plans])
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, chosen.planned))
         record_not_refitted(event, chosen.planned.not_refitted)
@@ -149,11 +149,11 @@ class Shrinking(ShapeCallback):
             gradient_precision(trainer),
             adapters_removed(model),
         ):
-            self.shrunk = shrunk_of(measured, chosen)
+            self.shrunk = measure_result(measurement, chosen)
         event["after"] |= self.validate(trainer, pl_module)
         log_event(trainer, event)
 
-    def _candidates(self, model: PreTrainedModel) -> Candidates:
+    def _candidates(self, model: PreTrainedModel) -> SearchScope:
         """Finds the candidates; raises `ValueError` if the budget or an adapter is not legal.
 
         The result of `setup` is reused at the event if the model is bitwise identical then.
@@ -169,15 +169,15 @@ class Shrinking(ShapeCallback):
                 self.at == "start" and not store_of(model).on_ranks
             )  # training changes the model, and shards are gathered again
             seen = _seen(model) if lasts else None
-            candidates = self._known.pop(seen, None) or Candidates.find(model, self.amount, self.layers == "uniform")
-        self._known = {seen: candidates} if seen is not None else {}
-        return candidates
+            scope = self._known.pop(seen, None) or SearchScope.find(model, self.amount, self.layers == "uniform")
+        self._known = {seen: scope} if seen is not None else {}
+        return scope
 
     def _search(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, candidates: Candidates, merges: bool
-    ) -> tuple[Measured, Chosen]:
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, scope: SearchScope, pool_sizes: bool
+    ) -> tuple[Measurement, SearchResult]:
         """Searches on the same batches on each rank; `merges` allows merging KV heads."""
-        model = candidates.model
+        model = scope.model
         with self.calibration.undisturbed(pl_module), gradient_precision(trainer):
             batches = list(self.calibration.read(trainer, same_on_ranks=True))
             check_identical(trainer, "Shrinking", "the settings", partial(describe_callback, self))
@@ -185,31 +185,31 @@ class Shrinking(ShapeCallback):
                 trainer, "Shrinking", "the batches", [leaf for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)]
             )
             check_close(trainer, "Shrinking", "the model", model, dict(model.named_parameters()))
-            agreed = partial(from_first_rank, trainer, "Shrinking", "the measurements")
-            fitted, held_out = divided(batches)
-            runs, searched = (_runs(pl_module, model, some) for some in (fitted, to_search(fitted, candidates.widest)))
-            repair, not_repaired = repair_for(candidates, runs, self.search.repair)
+            broadcast = partial(from_first_rank, trainer, "Shrinking", "the measurements")
+            fitted, held_out = split_batches(batches)
+            runs, searched = (_runs(pl_module, model, some) for some in (fitted, search_batches(fitted, scope.widest)))
+            repair, not_repaired = resolve_repair(scope, runs, self.search.repair)
             if not_repaired:
                 rank_zero_warn(f"Shrinking: {not_repaired}")
             predicting = training_runs(pl_module, model, held_out)
-            measured = measure(
-                candidates, searched, predicting, self.search.importance or OBS(), repair, merges=merges, agreed=agreed
+            measurement = measure(
+                scope, searched, predicting, self.search.importance or OBS(), repair, pool_sizes=pool_sizes, broadcast=broadcast
             )
             how = self.search, self.calibration.seed
-            chosen = choose_for(measured, self.budget, searched, runs, held_out, repair, *how)
+            chosen = select_for_budget(measurement, self.budget, searched, runs, held_out, repair, *how)
             left = chosen.planned.not_refitted or not_repaired
-            return measured, replace(chosen, planned=replace(chosen.planned, not_refitted=left))
+            return measurement, replace(chosen, planned=replace(chosen.planned, not_refitted=left))
 
     def label(self, event: Event) -> str:
         """Returns the change in size of the model or its KV cache."""
         cache = self.amount.target == "kv_cache_bytes"
         return f"shrink, KV cache {percent_change(event, 'kv_cache_bytes')}" if cache else f"shrink, {percent_change(event)}"
 
-    def _remove(self, model: PreTrainedModel, planned: Planned, optimizers: list[Optimizer]) -> str:
+    def _remove(self, model: PreTrainedModel, planned: ShrinkPlan, optimizers: list[Optimizer]) -> str:
         """Applies the plans, also to adapters, and returns a description."""
         layers = adapter_layers(model)
         weights = LazyTensors.of(planned.weights or {}).renamed(partial(base_layer_name, layers=layers))
-        apply_in_turn(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
+        apply_plans(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
         before, after = planned.parameters
         return f"{before:,} -> {after:,} parameters ({planned.words}; Shrinking)"
 
@@ -217,10 +217,10 @@ class Shrinking(ShapeCallback):
 def _seen(model: PreTrainedModel) -> Hashable | None:
     """Returns a fingerprint of a model's shape and weights; None if it cannot be computed."""
     seen = signature(model)
-    return None if seen is None else (id(model), seen, key_of(model, None, {}, ()))
+    return None if seen is None else (id(model), seen, cache_key(model, None, {}, ()))
 
 
-def _above(model: PreTrainedModel, planned: Planned) -> Iterator[UnitPlan | BlockPlan]:
+def _above(model: PreTrainedModel, planned: ShrinkPlan) -> Iterator[UnitPlan | BlockPlan]:
     """Yields the plans for the model with adapters; each needs the plans before it applied."""
     for plan in planned.cuts:
         if plan.units:

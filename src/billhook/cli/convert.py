@@ -12,7 +12,7 @@ from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.plan import apply
 from billhook.repairs.repair import RepairConfig
-from billhook.shrinking.divergence import in_rows
+from billhook.shrinking.divergence import split_examples
 
 REFIT_STEP = "refit attention output projections and MLPs by least squares"
 """The line of the plan about repair."""
@@ -85,7 +85,7 @@ def convert(
     if repair is not None and known is not None and batches is not None:
         repair_limits(work, known.widths, batches, required=True)  # a text may be shorter than requested
     if batches is not None and len(batches) < least:
-        batches = in_rows(batches)
+        batches = split_examples(batches)
     before = work.measure()
     with model_progress(work.model, "converting", "attention modules"):
         plan, weights, how = ready(work.model, plan, batches, repair, known)

@@ -31,7 +31,7 @@ from billhook.pruning.planning import count_blocks, default_importance, plan_amo
 from billhook.pruning.repair import RepairOption, repair_if_requested
 from billhook.pruning.target import Baseline, RatioSearch
 from billhook.repairs.repair import RepairConfig
-from billhook.shrinking.divergence import in_rows
+from billhook.shrinking.divergence import split_examples
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def prune_structure(
             print(limits)  # a text is shorter than requested
     before = None if dry_run else work.measure()
     plans, refitted, not_refitted = list[BlockPlan | UnitPlan](), False, list[str]()
-    rows = batches if len(batches) > 1 else in_rows(batches)
+    rows = batches if len(batches) > 1 else split_examples(batches)
     for plan in _plans(work.model, batches, amount, block_importance, importance, rounds):
         if dry_run:
             work.print_dry_run(plan.text())

@@ -28,14 +28,14 @@ from billhook.plots.pareto import pareto
 from billhook.progress import OnProgress, progress_bar
 from billhook.report.generation import generates
 from billhook.report.speed import Phase
-from billhook.shrinking.cache import tokens_needed
-from billhook.shrinking.candidates import Candidates, Progress
-from billhook.shrinking.divergence import divided
-from billhook.shrinking.latency import Workload, clock_of
-from billhook.shrinking.layers import Layer
-from billhook.shrinking.measurement import CALLED
+from billhook.shrinking.divergence import split_batches
+from billhook.shrinking.latency import Workload, make_clock
+from billhook.shrinking.measurement import KIND_NAMES
+from billhook.shrinking.modules import PrunableModule
+from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.search import Budget, Search
-from billhook.shrinking.shrink import Layers, check_library, repair_for, shrink_to
+from billhook.shrinking.shrink import Layers, check_variant_cache, resolve_repair, run_shrink
+from billhook.shrinking.variants import tokens_needed
 from billhook.tracing.show import name_pattern
 from billhook.training.distillation import Distillation
 from billhook.training.module import TransformerModule
@@ -153,28 +153,28 @@ def _trainer(steps: int, device: torch.device, progress: OnProgress) -> pl.Train
     )
 
 
-def search_space(candidates: Candidates, steps: int, budget: str | None = None) -> str:
+def search_space(scope: SearchScope, steps: int, budget: str | None = None) -> str:
     """Returns a description of what the search may remove, and its maximum number of steps.
 
     Args:
-        candidates: The search space.
+        scope: The search space.
         steps: Maximum number of search steps.
         budget: A budget of loss or latency, as text. Defaults to the size limit of the candidates.
     """
-    budget = f"{candidates.limit:,}" if budget is None else budget
-    sizes = f"{candidates.target} now {candidates.now:,}, budget {budget}, smallest reachable {candidates.least:,}"
-    lines = [f"{type(candidates.model).__name__}: {sizes}"]
-    modules = Counter((name_pattern(layer.name), _levels(layer)) for layer in candidates.layers)
+    budget = f"{scope.limit:,}" if budget is None else budget
+    sizes = f"{scope.target} now {scope.now:,}, budget {budget}, smallest reachable {scope.least:,}"
+    lines = [f"{type(scope.model).__name__}: {sizes}"]
+    modules = Counter((name_pattern(layer.name), _levels(layer)) for layer in scope.modules)
     lines += [f"  {name}: keep {levels} (in each of {count})" for (name, levels), count in modules.items()]
-    blocks = len(candidates.blocks.able)
-    lines.append(f"  blocks that may be removed: {blocks}{'' if blocks else f' ({candidates.blocks.why})'}")
+    blocks = len(scope.blocks.removable)
+    lines.append(f"  blocks that may be removed: {blocks}{'' if blocks else f' ({scope.blocks.why})'}")
     return "\n".join([*lines, f"  at most {steps:,} search steps"])
 
 
-def _levels(layer: Layer) -> str:
+def _levels(layer: PrunableModule) -> str:
     """Returns the numbers of units that a module may keep, the largest first."""
-    *others, last = map(str, layer.configs)
-    unit = "KV heads" if layer.kind == "head" else CALLED[layer.kind]
+    *others, last = map(str, layer.levels)
+    unit = "KV heads" if layer.kind == "head" else KIND_NAMES[layer.kind]
     return f"{', '.join(others)} or {last} {unit}" if others else f"{last} {unit}"
 
 
@@ -259,7 +259,7 @@ def shrink(
     Raises:
         ValueError: If an argument is not legal, or the budget is out of reach, before anything is written.
     """
-    check_library(variant_cache)
+    check_variant_cache(variant_cache)
     cache = VariantCache(out, variant_cache)
     check_int("seed", examples.seed, 0)
     if plot is not None:
@@ -270,12 +270,12 @@ def shrink(
     work = OneShot(model, out, examples, refits=search.repair is not None)
     if recovery.recover:
         recovery.task_of(work.model)
-    clock = None if budget.latency is None else (budget.latency, clock_of(work.model, workload))
-    candidates = Candidates.find(work.model, search.amount(budget), layers == "uniform")
-    fitted, _ = divided(meta_batches(work))
+    clock = None if budget.latency is None else (budget.latency, make_clock(work.model, workload))
+    scope = SearchScope.find(work.model, search.amount(budget), layers == "uniform")
+    fitted, _ = split_batches(meta_batches(work))
     limits, steps = "", [f"search for the best model within {budget.words}"]
     if search.repair is not None:
-        needed = tokens_needed(candidates.search, candidates.layers)
+        needed = tokens_needed(scope.search, scope.modules)
         limits = repair_limits(work, needed, fitted, search.repair != "auto")
         steps += [limits] * bool(limits)
     if recovery.recover:
@@ -283,20 +283,20 @@ def shrink(
     work.print_plan(*steps, work.calibration_step)
     if dry_run:
         by_size = budget.max_loss is None and budget.latency is None
-        most_steps = candidates.most_steps(search.generations, search.candidates)
-        work.print_dry_run(search_space(candidates, most_steps, None if by_size else budget.words))
+        most_steps = scope.most_steps(search.generations, search.candidates)
+        work.print_dry_run(search_space(scope, most_steps, None if by_size else budget.words))
         return
     cache.create()
     batches = work.batches()
-    fitted, held_out = divided(batches)
-    repair, not_repaired = repair_for(candidates, fitted, search.repair)
+    fitted, held_out = split_batches(batches)
+    repair, not_repaired = resolve_repair(scope, fitted, search.repair)
     if not_repaired and not limits.startswith("no repair:"):
         print(not_repaired)  # a text is shorter than requested
     before = work.measure()
     phases = [""]
     with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
         progress, seed = Progress(report, phases.append, cache.report_reused), examples.seed
-        shrunk = shrink_to(candidates, budget, clock, fitted, held_out, repair, search, seed, cache.folder, progress)
+        shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, cache.folder, progress)
     shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
     settings = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": str(repair) if repair else None}
     what = f"{shrunk.what}: {shrunk.budget}"

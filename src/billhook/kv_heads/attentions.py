@@ -1,4 +1,7 @@
-"""The attentions of a model that are to have fewer KV heads: what their heads are given, and parameters that make them equal."""
+"""The attention modules to convert to fewer KV heads.
+
+Statistics of their heads, and weights that make heads equal.
+"""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,19 +34,19 @@ from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.tracing.trace import trace
 
 ROWS = 256
-"""How many predictions are compared at a time, as float64 takes memory."""
+"""Number of predictions to compare at a time, as float64 takes memory."""
 
 Compared = Iterator[tuple[Run, list[Any], list[Any]]]
-"""Runs, with what the model returns as it is, and with other weights."""
+"""Runs, with the model's outputs before and after a change of weights."""
 
 
 def distance_between(expected: Any, other: Any, tokens: Tensor | None = None) -> float:  # noqa: ANN401 - whatever a model returns
-    """Returns the mean Kullback-Leibler divergence of logits, KL(expected || other); without any, a relative mean square.
+    """Returns the mean KL(expected || other), or without logits a relative square error.
 
     Args:
-        expected: What the model returns as it is.
-        other: What it returns with other weights.
-        tokens: Which tokens count, bool, `[batch, length]`; it is for outputs of that shape.
+        expected: Output of the unchanged model.
+        other: Output with other weights.
+        tokens: Mask of non-padding tokens, bool, `[batch, length]`, for outputs of this shape.
     """
     has_logits = isinstance(getattr(expected, "logits", None), Tensor)
     a, b = ((output.logits if has_logits else _states(output)).detach() for output in (expected, other))
@@ -62,15 +65,17 @@ def _divergence(expected: Tensor, other: Tensor) -> float:
 
 
 def _states(output: Any) -> Tensor:  # noqa: ANN401
-    """Returns the first of what a model returns that is of states, or else of numbers: a loss comes before them."""
+    """Returns the first hidden states in an output, or else its first floating-point tensor."""
     numbers = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not numbers:
-        raise ValueError(f"batches: the model returns a {type(output).__name__}, which holds no numbers to compare")
+        raise ValueError(
+            f"batches: the model returns a {type(output).__name__}, which contains no floating-point tensor to compare"
+        )
     return next((tensor for tensor in numbers if tensor.dim() > 1), numbers[0])
 
 
 class Attentions:
-    """The attentions of a model that are to have fewer KV heads, in `groups` by name, and what is known of them."""
+    """The attention modules to convert, with their number of groups and their symmetries."""
 
     def __init__(self, model: nn.Module, groups: Mapping[str, int], comm: Comm = SINGLE_PROCESS) -> None:
         layers = tuple(adapter_layers(model))
@@ -86,26 +91,29 @@ class Attentions:
         self.not_refitted = list[str]()  # by the last repair
 
     def check_adapters(self, repair: RepairConfig | None) -> None:
-        """Refuses a repair of a model with adapters, which are none of the heads' but may be on what a repair refits."""
+        """Raises a ValueError for a repair of a model with adapters."""
         if repair is not None and (layers := adapter_layers(self.model)):
             raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE_HINT}")
 
     def check(self, method: Reconstructing) -> None:
-        """Refuses a method where heads cannot change places, or none of their numbers may be mixed."""
+        """Raises a ValueError if the method needs an unsupported reordering or change of basis."""
         fixed = [name for name, symmetries in self.symmetries.items() if not symmetries.order]
         if method.grouping == "similar" and fixed:
             raise ValueError(
-                f"grouping='similar' puts heads in another order, which changes what {fixed[0]} computes (its code knows heads "
-                "by their place, as a position bias for each does): 'consecutive' works"
+                f"grouping='similar' reorders heads, which changes the output of {fixed[0]} (its code depends on "
+                "the position of each head). Use grouping='consecutive'."
             )
         if method.changes_basis and not any(symmetries.keys or symmetries.values for symmetries in self.symmetries.values()):
             raise ValueError(
-                f"method='{method.name}': no change of basis leaves what {next(iter(self.projections))} computes as it is (a "
-                "norm or a gate stands between its projections and their products): 'mean' works"
+                f"method='{method.name}': no change of basis preserves the output of {next(iter(self.projections))} (a "
+                "norm or a gate follows its projections): 'mean' works"
             )
 
     def allowed(self, methods: Sequence[Reconstructing]) -> list[Reconstructing]:
-        """Returns the methods that suit the attentions; refuses if none does."""
+        """Returns the methods that suit the attention modules.
+
+        Raises a ValueError if there are none.
+        """
         allowed, refusal = list[Reconstructing](), None
         for method in methods:
             try:
@@ -118,12 +126,12 @@ class Attentions:
         return allowed
 
     def trial(self, batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
-        """Returns a batch, on the model's device, with which tokens count for each linear."""
+        """Returns a run of a batch, with the non-padding tokens of each linear layer."""
         names = {linear for attention in self.projections.values() for linear in attention.linears} | set(self.downs)
         return run_with_loss(self.model, {name: self.model.get_submodule(name) for name in names}, batch, loss)
 
     def choosing(self, runs: int, repair: RepairConfig | None = None) -> set[int]:
-        """Returns those of this rank's runs that are held out, as they choose a repair's ridge."""
+        """Returns the indices of this rank's runs that are held out to choose a ridge penalty."""
         return (repair or RepairConfig()).choosing(runs, self._comm)
 
     def summed(self, *numbers: float) -> list[float]:
@@ -134,7 +142,7 @@ class Attentions:
         return sums
 
     def moments(self, trials: Sequence[Run], grouping: Grouping) -> dict[str, Moments]:
-        """Returns the moments that data shows, or where no rank has any, those of the weights."""
+        """Returns the Gram matrices of heads on data, or of the weights if no rank has data."""
         groups = self._seen_in(grouping)
         if any(self.summed(len(trials))):
             moments = gather(self.model, self.projections, {n: [number] for n, number in groups.items()}, trials, self._comm)
@@ -142,7 +150,10 @@ class Attentions:
         return {name: self._weight_moments(name, number) for name, number in groups.items()}
 
     def _seen_in(self, grouping: Grouping) -> dict[str, int]:
-        """Returns in how many groups moments are needed, by attention: in one where it is open which heads share a group."""
+        """Returns the number of groups for the statistics.
+
+        One if the method chooses which heads share a group.
+        """
         return {name: 1 if grouping == "similar" else self.groups[name] for name in self.projections}
 
     def _weight_moments(self, name: str, groups: int) -> Moments:
@@ -153,10 +164,10 @@ class Attentions:
     def reconstructed(
         self, methods: Sequence[Reconstructing], trials: Sequence[Run]
     ) -> Iterator[tuple[Reconstructing, LazyTensors]]:
-        """Yields for each of some methods, which group heads alike, what `equal` returns on the moments that data shows.
+        """Yields for each method the parameters with equal heads in each group.
 
-        Where blocks come and go, one pass finds all of them, and moments go with their block. Where ranks share blocks and call
-        them in another order than one after the other, the moments of all attentions are there at once.
+        If blocks are streamed, one pass serves all methods, and statistics are dropped with their block. If ranks share blocks
+        and call them out of order, the statistics of all attention modules are in memory at once.
         """
         if not runs_blockwise(self.model, [trial.visit for trial in trials], self._comm):
             moments = self.moments(trials, methods[0].grouping)
@@ -169,7 +180,10 @@ class Attentions:
             yield method, LazyTensors({name.removeprefix(prefix): new[name] for name in new if name.startswith(prefix)})
 
     def _by_block(self, methods: Sequence[Reconstructing], trials: Sequence[Run]) -> LazyTensors:
-        """Returns the parameters of all methods, each behind its number; what an earlier process has found is not found again."""
+        """Returns the parameters of all methods, prefixed by their index.
+
+        Results of an interrupted process are reused.
+        """
         store, groups, inside = self.store, self._seen_in(methods[0].grouping), defaultdict[nn.Module | None, list[str]](list)
         for name in self.projections:
             inside[store.owner.get(self.model.get_submodule(name))].append(name)
@@ -199,19 +213,22 @@ class Attentions:
         return new
 
     def equal(self, method: Reconstructing, moments: Mapping[str, Moments], pool: bool = True) -> LazyTensors:
-        """Returns the parameters with which the heads of each group are equal; without pooling, in one basis."""
+        """Returns parameters with equal heads in each group.
+
+        Without pooling, heads in a common basis.
+        """
         new = LazyTensors({})
         for name, of_heads in moments.items():
             new |= self.store.stage(None, by_parameter(self.equal_in(name, method, of_heads, pool)))
         return new
 
     def equal_in(self, name: str, method: Reconstructing, moments: Moments, pool: bool = True) -> dict[str, dict[str, Tensor]]:
-        """Returns the same of one attention, by linear and by the name in it."""
+        """Returns the same for an attention module, by linear layer and parameter name."""
         self.store.load(self.model.get_submodule(name))
         return written(self.model, self.projections[name], self._equal_heads(name, method, moments, pool))
 
     def _equal_heads(self, name: str, method: Reconstructing, moments: Moments, pool: bool) -> HeadTensors:
-        """Returns equal heads in float64; those of the model are gone when this returns, before parameters are written."""
+        """Returns equal heads in float64, and frees copies of the old values."""
         symmetries, groups = self.symmetries[name], self.groups[name]
         tensors = read(self.model, self.projections[name])
         if method.grouping == "similar":
@@ -222,20 +239,23 @@ class Attentions:
         return become(tensors, *find_bases(tensors, moments, symmetries, method))
 
     def repaired(self, new: LazyTensors, trials: Sequence[Run], repair: RepairConfig) -> LazyTensors:
-        """Returns the same, with the linears behind attentions and feed-forwards refitted to what the whole model gives."""
+        """Returns the parameters with refitted output layers of attention and MLP modules."""
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
         return new | repair_linears(self.model, kept, trials, repair, self._comm, new_params=new, left=self.not_refitted)
 
     @property
     def widths(self) -> dict[str, int]:
-        """How many inputs the linears have that a repair refits: those behind attentions, and those that feed-forwards end in."""
+        """Number of inputs of the layers that a repair refits.
+
+        The output layers of attention and MLP modules.
+        """
         readers = [attention.o.linear for attention in self.projections.values()]
         return {name: size_of(self.model.get_submodule(name))[1] for name in dict.fromkeys([*readers, *self.downs])}
 
     @torch.no_grad()
     def distance(self, new: LazyTensors, trials: Sequence[Run]) -> float:
-        """Returns how far the outputs with other parameters are from the model's own, the mean over some batches."""
+        """Returns the mean distance of outputs with other parameters from the unchanged model's."""
         *_, last = self.projections.values()
         compared = self._compared_side_by_side if self.store.in_files else self._compared
         distances = list[float]()
@@ -246,7 +266,10 @@ class Attentions:
         return float(total / number)
 
     def _compared(self, new: LazyTensors, trials: Sequence[Run]) -> Compared:
-        """Yields each run with the model's own outputs and those with other parameters; all ranks go on until none has any."""
+        """Yields each run with its outputs before and after.
+
+        All ranks continue until none has a run left.
+        """
         for number in count():
             trial = trials[number : number + 1]
             if not any(self.summed(len(trial))):
@@ -259,7 +282,7 @@ class Attentions:
                 yield trial[0], outputs[0], outputs[1]
 
     def _outputs(self, trial: Run) -> list[Any]:
-        """Returns what the model returns each time that it is called, or else, if only parts of it are, what the run does."""
+        """Returns the outputs of each call of the model, or else the output of the run."""
         outputs = list[Any]()
         with evaluating_without_grad(self.model), ExitStack() as stack:
             stack.callback(self.model.register_forward_hook(lambda _module, _args, output: outputs.append(output)).remove)
@@ -267,7 +290,7 @@ class Attentions:
         return outputs or [result]
 
     def _compared_side_by_side(self, new: LazyTensors, trials: Sequence[Run]) -> Compared:
-        """Yields the same of a model whose blocks are read once for all runs, with their own parameters and with others."""
+        """Yields the same for a streamed model, with a single read of its blocks."""
         of_block, outputs = dict[str, dict[str, Tensor]](), dict[int, Any]()  # new parameters of the block that computes
         together = SideBySide(self.model, lambda _: of_block.clear())
 
@@ -299,7 +322,7 @@ class Attentions:
         return len(set(groupings)) + len(groupings) * each + each
 
     def bytes(self, method: KVMethod) -> int:
-        """Returns the bytes of the largest moments of an attention, with those that are computed of them."""
+        """Returns the bytes of the largest Gram matrices of an attention module."""
         groups = self._seen_in("similar" if any(m.grouping == "similar" for m in method.candidates) else "consecutive")
         squares = (
             sum(groups[name] * (rows.index.size // groups[name]) ** 2 for rows in (attention.k, attention.v))

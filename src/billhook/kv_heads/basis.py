@@ -1,4 +1,4 @@
-"""Bases in which one head stands for those of a group, what is lost by that, and the groups that lose least."""
+"""Bases in which a single head represents a group, and the grouping that loses least."""
 
 import itertools
 from dataclasses import dataclass
@@ -12,19 +12,21 @@ from billhook.kv_heads.moments import Moments, grouped
 from billhook.kv_heads.symmetry import Block, Symmetries, Symmetry, in_order
 
 RESTARTS = 20
-"""From how many random orders groups are improved, beside the present one."""
+"""Number of random groupings to improve, besides the current one."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bases(Reconstruction):
-    """How one head reconstructs each group, in real numbers: B_j times its group's sum of P_i k_i stands for head j.
+    """Reconstruction of each group from a single head, in real numbers.
+
+    B_j times the group's sum of P_i k_i replaces head j.
 
     Attributes:
         basis: B, `[heads, width, width]`, float64.
         shared: P, `[heads, width, width]`, float64.
-        groups: How many groups there are.
-        lost: The share of what the heads give that is lost, in the metric of what reads them: the sums over all heads of
-            E||S_j (k_j - B_j kbar)||^2 and of E||S_j k_j||^2, the one divided by the other.
+        groups: Number of groups.
+        lost: Relative loss in the metric of the consumers: the sum over heads of E||S_j (k_j - B_j kbar)||^2 divided by that of
+            E||S_j k_j||^2.
     """
 
     groups: int
@@ -32,7 +34,7 @@ class Bases(Reconstruction):
 
 
 def find_bases(tensors: HeadTensors, moments: Moments, symmetries: Symmetries, method: Reconstructing) -> tuple[Bases, Bases]:
-    """Finds the bases of the keys and of the values of an attention; numbers that may not be mixed are averaged."""
+    """Returns the bases of keys and values; dimensions that may not be mixed are averaged."""
     outputs = grouped(tensors.o, len(tensors.k))
     readers = torch.einsum("jhoa,jhob->jab", outputs, outputs)
     keys = _bases(moments.queries, moments.keys, symmetries.keys, method)
@@ -54,7 +56,10 @@ def _bases(metric: Tensor, moments: Tensor, symmetry: Symmetry, method: Reconstr
 
 
 def _of_block(metric: Tensor, moments: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """Returns a block's part of a metric and of moments; pairs as complex numbers: E[z_i conj(z_j)]."""
+    """Returns a block's part of the metric and Gram matrices.
+
+    Pairs become complex numbers: E[z_i conj(z_j)].
+    """
     r, i = list(block.real), list(block.imaginary)
     if not i:
         return metric[:, r][:, :, r], moments[:, r][:, :, :, r]
@@ -75,7 +80,10 @@ def _loss(metric: Tensor, moments: Tensor, basis: Tensor, shared: Tensor) -> tup
 
 
 def pooled(tensors: HeadTensors, keys: Bases, values: Bases) -> HeadTensors:
-    """Returns the weights with each head replaced by its group's reconstruction: k' = sum of P_i k_i, v' likewise."""
+    """Returns the weights with each head replaced by its group's reconstruction.
+
+    K' = sum of P_i k_i, v' likewise.
+    """
 
     def shared(heads: Tensor, bases: Bases) -> Tensor:
         summed = grouped(bases.shared @ heads, bases.groups).sum(1)
@@ -85,17 +93,17 @@ def pooled(tensors: HeadTensors, keys: Bases, values: Bases) -> HeadTensors:
 
 
 def in_bases(tensors: HeadTensors, keys: Bases, values: Bases) -> HeadTensors:
-    """Returns the weights with each head in its group's basis and none pooled; the model computes what it did: k' = B_j^-1 k.
+    """Returns the weights with each head in its group's basis, unpooled: k' = B_j^-1 k.
 
     Raises:
-        torch.linalg.LinAlgError: If a basis has no inverse, as that of a head without any part in what its group shares may not.
+        torch.linalg.LinAlgError: If a basis is singular, such as that of a head with no share in its group's head.
     """
     k, v = torch.linalg.solve(keys.basis, tensors.k), torch.linalg.solve(values.basis, tensors.v)
     return _read_through(tensors, keys, values, k, v)
 
 
 def _read_through(tensors: HeadTensors, keys: Bases, values: Bases, k: Tensor, v: Tensor) -> HeadTensors:
-    """Returns new keys and values, and what reads them: q' = B_j^T q, W_O' = W_O B_j."""
+    """Returns new keys and values with their consumers: q' = B_j^T q, W_O' = W_O B_j."""
     queries = len(tensors.q) // len(tensors.k)
     q = keys.basis.mT.repeat_interleave(queries, 0) @ tensors.q
     return HeadTensors(q, k, v, tensors.o @ values.basis.repeat_interleave(queries, 0))
@@ -104,10 +112,10 @@ def _read_through(tensors: HeadTensors, keys: Bases, values: Bases, k: Tensor, v
 def similar_order(
     tensors: HeadTensors, moments: Moments, symmetries: Symmetries, method: Reconstructing, groups: int
 ) -> list[int]:
-    """Returns an order of the KV heads in which those that share a group are next to each other, from moments of one group.
+    """Returns an order of the KV heads that puts similar heads into the same group.
 
-    The loss of a group is estimated as the sum of the losses of its pairs, of keys and of values, each as a share of what there
-    is. Heads are exchanged between groups as long as that helps, from the present order and from random ones.
+    The loss of a group is estimated as the sum of the relative losses of its pairs, of keys and of values. Heads are exchanged
+    between groups while that helps, from the current order and from random ones.
     """
     count = len(tensors.k)
     loss = torch.zeros(count, count, dtype=torch.float64)
@@ -123,10 +131,12 @@ def similar_order(
 
 
 def _improved(group_of: Tensor, loss: Tensor) -> Tensor:
-    """Exchanges the two heads whose exchange helps most, until none does; `group_of` says which group each head is in.
+    """Exchanges the two heads whose exchange helps most until none helps.
 
-    The exchange of a, in group g, with b, in group h, changes the sum over pairs by l(a, h) + l(b, g) - l(a, g) - l(b, h) -
-    2 l(a, b), l(a, h) being the loss of a with all of h.
+    `group_of` is the group of each head.
+
+    Exchanging a in group g with b in group h changes the sum over pairs by l(a, h) + l(b, g) - l(a, g) - l(b, h) - 2 l(a, b),
+    where l(a, h) is the loss of a with all of h.
     """
     group_of = group_of.clone()
     while True:

@@ -1,4 +1,4 @@
-"""How many KV heads a model has, in which attentions there may be fewer, and what follows where its class builds these."""
+"""Numbers of KV heads, attention modules to convert, and conversion through the config."""
 
 import copy
 import math
@@ -22,10 +22,19 @@ FIELDS = (FIELD, "num_kv_heads")
 def cut_by_config(
     model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int, encoder: bool, every: bool
 ) -> tuple[list[str], Shrunk] | None:
-    """Returns the chosen attentions that follow a changed config, and how the model shrinks; None if the class follows no field.
+    """Returns the attention modules that follow a changed config, and the new shapes.
 
-    With `encoder` the encoder's config changes as well; with `every` all of the chosen must follow. None, too, of a model that in
-    anything else is no longer what its class builds, as without some heads.
+    None if no field controls them.
+
+    Also None if the model differs from its class in anything else, such as removed heads.
+
+    Args:
+        model: The model.
+        attentions: All attention modules.
+        chosen: Names of the modules to convert.
+        heads: New number of KV heads.
+        encoder: If True, the config of the encoder changes as well.
+        every: If True, all chosen modules must follow.
     """
     usual = built_shape(type(model), model.config)
     for config in _changed(model, heads, encoder):
@@ -40,7 +49,7 @@ def cut_by_config(
         if not is_as_built(model, usual, owners):
             return None
         if (lone := next((name for name, owner in owners.items() if owner is None), None)) is not None:
-            raise ValueError(f"{lone} follows the number of KV heads in the config, and stands in no attention")
+            raise ValueError(f"{lone} follows the number of KV heads in the config, and belongs to no attention module")
         shape = _difference(usual, built, owners, following, attentions, heads).over(shape_of(model))
         resized = [name for name, owner in owners.items() if owner in following]
         return following, (_matched(model, attentions, following, heads, shape, resized), shape)
@@ -48,7 +57,7 @@ def cut_by_config(
 
 
 def _changed(model: PreTrainedModel, heads: int, encoder: bool) -> Iterator[PretrainedConfig]:
-    """Yields the config, changed in each of the ways in which families state how many KV heads there are."""
+    """Yields the config changed in each way in which families state the number of KV heads."""
     ways: list[dict[str, int]] = [{name: heads} for name in FIELDS]
     if heads == 1:
         ways.append({FLAG: True, FIELD: 1})
@@ -66,7 +75,10 @@ def _query_heads(config: PretrainedConfig) -> list[object]:
 
 
 def _set(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
-    """Sets fields that are there, and are of that kind; tells whether the first is, without which none is set."""
+    """Sets fields that exist with the same type.
+
+    Returns whether the first one exists, without which none is set.
+    """
     known = {name: value for name, value in fields.items() if type(field(config, name)) is type(value)}
     if is_stated := next(iter(fields)) in known:
         for name, value in known.items():
@@ -75,7 +87,7 @@ def _set(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
 
 
 def _owner(name: str, attentions: Mapping[str, KVAttention]) -> str | None:
-    """Returns the attention that a parameter belongs to."""
+    """Returns the attention module that a parameter belongs to."""
     for owner, attention in attentions.items():
         if name in attention.rows:
             return owner
@@ -84,7 +96,7 @@ def _owner(name: str, attentions: Mapping[str, KVAttention]) -> str | None:
 
 
 def is_as_built(model: PreTrainedModel, built: Shape, but: Collection[str]) -> bool:
-    """Finds whether a model is in all but some tensors what its class builds from its config; refuses tensors of other names."""
+    """Returns whether a model has the shapes that its class builds, except for some tensors."""
     now = shape_of(model).tensors
     if different := sorted(now.keys() ^ built.tensors.keys()):
         adapters = any("lora_" in name or ".base_layer." in name for name in now)
@@ -104,9 +116,11 @@ def _difference(
     attentions: Mapping[str, KVAttention],
     heads: int,
 ) -> Shape:
-    """Returns what differs between the two shapes that the class builds: what a user set by hand is in neither, and stays.
+    """Returns the difference of two shapes that the class builds.
 
-    The config says nothing of fewer heads until all attentions that follow it have them.
+    Attributes set by the user are in neither and stay.
+
+    The config keeps the old number of KV heads until all attention modules that follow it are converted.
     """
     complete = all(owner in following or attentions[str(owner)].heads == heads for owner in owners.values())
     shape = Shape({name: size for name, size in built.tensors.items() if owners.get(name) in following}, {}, {})
@@ -127,7 +141,7 @@ def _matched(
     shape: Shape,
     names: Collection[str],
 ) -> dict[str, Pooled]:
-    """Finds the new position of each position of what shrinks, from what the model's own code does with it before and after."""
+    """Returns the new position of each row of the shrinking parameters."""
     meta_model = to_meta(model)
     set_shape(meta_model, shape)
     try:
@@ -157,27 +171,27 @@ def _matched(
 def _match(name: str, now: KVAttention, then: KVAttention, old: tuple[int, ...], new: tuple[int, ...]) -> Pooled:
     dims = [dim for dim, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
     if len(dims) != 1:
-        raise ValueError(f"{name} goes from {list(old)} to {list(new)}, which is more than KV heads")
+        raise ValueError(f"{name} goes from {list(old)} to {list(new)}, which involves more than KV heads")
     (dim,) = dims
-    keys = now.owned_rows(name, dim, old[dim]).keys(now.heads // then.heads)
-    positions = {key: position for position, key in enumerate(then.owned_rows(name, dim, new[dim]).keys())}
+    keys = now.rows_of(name, dim, old[dim]).keys(now.heads // then.heads)
+    positions = {key: position for position, key in enumerate(then.rows_of(name, dim, new[dim]).keys())}
     wrong = set(keys) != positions.keys() or len(positions) != new[dim] or math.prod(old) == 0
     if wrong or any(head < 0 for _, head, _ in keys):
-        raise ValueError(f"{name} goes from {list(old)} to {list(new)}, and it cannot be told which head is where")
+        raise ValueError(f"{name} goes from {list(old)} to {list(new)}, and the positions of its heads are unknown")
     return Pooled(dim, tuple(positions[key] for key in keys))
 
 
 def kv_heads_by_layer(model: nn.Module, encoder: bool = True) -> dict[str, int]:
-    """Returns the number of KV heads that every attention has, by its name, in the order in which they run."""
+    """Returns the number of KV heads of each attention module, in running order."""
     model = find_transformer(model)
     attentions = find_kv(model)
     return {name: attentions[name].heads for name in in_scope(model, attentions, encoder)}
 
 
 def kv_heads_of(model: nn.Module) -> int:
-    """Returns the number of KV heads of a Hugging Face model: as its config states it, or else as its code shows.
+    """Returns the number of KV heads of a Hugging Face model.
 
-    Where layers differ it is the most; of an encoder-decoder whose config has no such field, those of the decoder count.
+    If layers differ, this is the largest number. For an encoder-decoder without such a config field, it is the decoder's.
     """
     model = find_transformer(model)
     stated = config_heads(model)
@@ -189,34 +203,38 @@ def kv_heads_of(model: nn.Module) -> int:
 
 
 def _encoder_only(model: PreTrainedModel) -> str:
-    return f"model: {type(model).__name__} has attention in its encoder only: encoder=True would convert it"
+    return f"model: {type(model).__name__} has attention only in its encoder. Pass encoder=True to convert it."
 
 
 def check_kv_heads(num_key_value_heads: int, before: int, query_heads: int) -> None:
-    """Refuses a number of KV heads that a model with so many heads cannot have; says what is legal."""
+    """Raises a ValueError for an illegal number of KV heads."""
     legal = [n for n in range(1, before) if before % n == 0 and query_heads % n == 0]
     if num_key_value_heads not in legal:
-        reason = "which must be fewer than there are, and divide both them and the query heads"
+        fix = f"Use {', '.join(map(str, legal))}." if legal else "One KV head is the minimum."
         raise ValueError(
-            f"num_key_value_heads={num_key_value_heads}, {reason}: with {before} KV heads and {query_heads} query heads, "
-            f"legal is {', '.join(map(str, legal)) or 'nothing: one KV head is all there is'}"
+            f"num_key_value_heads={num_key_value_heads} must be smaller than {before} and divide both {before} KV heads and "
+            f"{query_heads} query heads. {fix}"
         )
 
 
 def config_heads(model: PreTrainedModel) -> int | None:
-    """Returns the number of KV heads in the config; None if it has no such field. Refuses another number for each layer."""
+    """Returns the number of KV heads in the config; None if there is no such field.
+
+    Raises:
+        ValueError: If the config has a different number for each layer.
+    """
     config = model.config.get_text_config(decoder=True)
     stated = field(config, FIELD)
     if isinstance(stated, list | tuple):
         raise ValueError(
-            f"{type(model).__name__} cannot be told to use fewer KV heads: {type(config).__name__}.{FIELD} is what would tell "
-            "it, and it says another number for each layer"
+            f"{type(model).__name__} does not support fewer KV heads: {type(config).__name__}.{FIELD} has a different "
+            "number for each layer"
         )
     return stated if isinstance(stated, int) else None
 
 
 def inside_encoder(model: PreTrainedModel, names: Collection[str]) -> set[str]:
-    """Returns the attentions in the encoder of an encoder-decoder."""
+    """Returns the attention modules in the encoder of an encoder-decoder."""
     if not model.config.is_encoder_decoder:
         return set()
     encoder = model.get_encoder()
@@ -225,7 +243,10 @@ def inside_encoder(model: PreTrainedModel, names: Collection[str]) -> set[str]:
 
 
 def in_scope(model: PreTrainedModel, names: Collection[str], encoder: bool) -> list[str]:
-    """Returns the attentions converted by default: of an encoder-decoder those of the decoder, and with `encoder` all."""
+    """Returns the attention modules to convert by default.
+
+    The decoder's, or all with `encoder`.
+    """
     left_out = set() if encoder else inside_encoder(model, names)
     return [name for name in names if name not in left_out]
 
@@ -237,7 +258,10 @@ def choose(
     layers: Collection[int | str] | None,
     encoder: bool,
 ) -> list[str]:
-    """Returns the attentions that are to have fewer KV heads, of those that have more; refuses if there is none."""
+    """Returns the attention modules with more than `heads` KV heads.
+
+    Raises a ValueError if there are none.
+    """
     names = list(attentions)
     chosen = in_scope(model, names, encoder)
     if layers is not None:
@@ -248,7 +272,7 @@ def choose(
         wanted = {layer if isinstance(layer, str) else names[layer] for layer in layers}
         chosen = [name for name in names if name in wanted]
         if not chosen:
-            raise ValueError("layers is empty: at least one is needed")
+            raise ValueError("layers is empty. Name at least one attention module.")
     if not chosen:
         raise ValueError(_encoder_only(model))
     more = [name for name in chosen if attentions[name].heads > heads]
@@ -258,7 +282,7 @@ def choose(
 
 
 def next_layers(heads: Mapping[str, int], fewer: int, share: float) -> list[str]:
-    """Returns those of the last attentions, a share of all rounded down, that have more than `fewer` KV heads.
+    """Returns the attention modules to convert next, to reach a share of all.
 
     >>> next_layers({"a": 8, "b": 8, "c": 8, "d": 1}, fewer=1, share=0.75)
     ['b', 'c']
@@ -269,20 +293,20 @@ def next_layers(heads: Mapping[str, int], fewer: int, share: float) -> list[str]
 
 
 def check_each(attentions: Mapping[str, KVAttention], names: Collection[str], heads: int) -> None:
-    """Refuses a number of KV heads that one of some attentions cannot have."""
+    """Raises a ValueError if any of the attention modules cannot have this number of KV heads."""
     for name in names:
         check_kv_heads(heads, attentions[name].heads, attentions[name].queries)
 
 
 def hands_out(model: PreTrainedModel, attention: KVAttention) -> bool:
-    """Returns whether linears of an attention store fewer heads than they hand out."""
+    """Returns whether linear layers of an attention module store repeated KV heads."""
     return any(repeat_layout_of(model.get_submodule(name.rpartition(".")[0])) is not None for name in attention.rows)
 
 
 def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
-    """Returns the query heads and KV heads of a layer: as the config states, or where it does not, as the model's code shows.
+    """Returns the query heads and KV heads of each layer.
 
-    None where layers differ (those of an encoder apart), or heads cannot be told apart.
+    None if layers differ, or heads cannot be told apart. The encoder of an encoder-decoder is ignored.
     """
     config = model.config.get_text_config(decoder=True)
     query = field(config, "num_attention_heads")
@@ -295,7 +319,10 @@ def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
 
 
 def heads_by_layer(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """Returns the query heads and KV heads of each layer, those of an encoder apart; none where heads cannot be told apart."""
+    """Returns the query heads and KV heads of each layer without an encoder's.
+
+    Empty if they are unknown.
+    """
     try:
         attentions = find_kv(model)
     except ValueError:

@@ -1,11 +1,11 @@
-"""Fewer key/value heads: from multi-head to grouped-query to multi-query attention.
+"""KV-head conversion: from multi-head to grouped-query to multi-query attention.
 
 Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints", 2023
 (https://arxiv.org/abs/2305.13245), section 2.1; Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need", 2019
 (https://arxiv.org/abs/1911.02150).
 
-With `before` KV heads turned into `after`, each new head replaces a group of `before / after` consecutive old ones:
-query head h reads KV head h // (query heads / KV heads), so consecutive heads are the ones whose queries will share.
+To convert `before` KV heads into `after`, each new head replaces a group of `before / after` consecutive heads. Query head h
+reads KV head h // (query heads / KV heads), so the query heads of consecutive KV heads share the new one.
 """
 
 import math
@@ -33,23 +33,21 @@ from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import not_refitted_message
 
 BatchAndLoss = tuple[Any, Loss | None]
-"""A batch and, from the model and it, the loss; None for the model's own."""
+"""A batch, and a function of model and batch that returns the loss; None for the model's own loss."""
 
 
 def best_method(
     attentions: Attentions, methods: Sequence[Reconstructing], trials: Sequence[Run], repair: RepairConfig | None = None
 ) -> tuple[Reconstructing, dict[Reconstructing, float]]:
-    """Finds the allowed method that stays nearest to the model's outputs on held-out batches, and how far away each of them is.
+    """Returns the method that stays closest to the held-out outputs, and all distances.
 
-    The loss would not do: it varies by chance more than an exact method and one that is nearly so differ.
-
-    Those batches are held out that choose a repair's ridge; each method is repaired before it is compared, where there is more
-    than one batch besides.
+    Outputs are compared because the loss varies by chance more than two good methods differ. The held-out batches also choose a
+    repair's ridge penalty. Each method is repaired before the comparison if more than one other batch remains.
     """
     choosing = attentions.choosing(len(trials), repair)
     some, besides = attentions.summed(len(choosing), len(attentions.choosing(len(trials) - len(choosing), repair)))
     if not some:
-        raise ValueError(f"batches: 'auto' needs 2 at least, as some are held out; got {len(trials)} here")
+        raise ValueError(f"batches: 'auto' needs at least 2, because some are held out; got {len(trials)} here")
     seen = [trial for number, trial in enumerate(trials) if number not in choosing]
     held_out = [trial for number, trial in enumerate(trials) if number in choosing]
     distances: dict[Reconstructing, float] = {}
@@ -66,13 +64,13 @@ def best_method(
 def ready_weights(
     attentions: Attentions, method: KVMethod, batches: Iterable[BatchAndLoss], repair: RepairConfig | None
 ) -> tuple[LazyTensors, str]:
-    """Returns the parameters with which the heads of each group are equal, and how they came to be.
+    """Returns the parameters with equal heads in each group, and a description of the method.
 
     Args:
-        attentions: What is known of the attentions.
-        method: How heads become equal; of several `candidates` the best on held-out batches.
-        batches: Batches, each with its loss (None for the model's own).
-        repair: If given, what reads the heads, and the feed-forwards, are refitted to what the whole model gives.
+        attentions: The attention modules.
+        method: Conversion method; of several `candidates`, the best on held-out batches.
+        batches: Batches with their loss (None for the model's own).
+        repair: Repair settings for the output layers of attention and MLP modules. None skips the repair.
     """
     attentions.check_adapters(repair)
     chosen, *others = attentions.allowed(method.candidates)
@@ -80,8 +78,8 @@ def ready_weights(
     least, what = batches_needed(method, repair)
     (number,) = attentions.summed(len(trials))
     if number < least:
-        why = "as some are held out" if least > 1 else "to see what the heads are given"
-        raise ValueError(f"batches: {what} needs {least} at least, {why}; got {number:g}")
+        why = "because some are held out" if least > 1 else "to compute statistics of the heads"
+        raise ValueError(f"batches: {what} needs at least {least}, {why}; got {number:g}")
     how = str(method)
     if len(method.candidates) > 1:
         chosen, _ = best_method(attentions, [chosen, *others], trials, repair)
@@ -94,14 +92,17 @@ def ready_weights(
 
 
 def batches_needed(method: KVMethod, repair: RepairConfig | None) -> tuple[int, str]:
-    """Returns how many batches are needed at least, and what needs them, in words."""
+    """Returns the minimum number of batches, and the argument that requires them."""
     if repair is not None and method.least_batches < 2:
         return 2, "repair"
     return method.least_batches, f"method='{method.name}'"
 
 
 def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod, repair: RepairConfig | None = None) -> Attentions:
-    """Returns the attentions of a model; refuses one whose heads none of a method's candidates can make ready for fewer."""
+    """Returns the attention modules of a model.
+
+    Raises a ValueError if no candidate method suits them.
+    """
     attentions = Attentions(model, groups)
     attentions.allowed(method.candidates)
     attentions.check_adapters(repair)
@@ -115,9 +116,9 @@ def turned_weights(
     batches: Iterable[BatchAndLoss] = (),
     comm: Comm = SINGLE_PROCESS,
 ) -> LazyTensors:
-    """Returns by parameter the values with which the heads of each group lie in one basis and next to each other.
+    """Returns the parameters with the heads of each group adjacent and in a common basis.
 
-    Nothing is pooled, and the model computes what it did. Without batches the weights alone say which basis.
+    Nothing is pooled, and the model computes the same. Without batches, the basis follows from the weights.
     """
     attentions = Attentions(model, groups, comm)
     attentions.check(method)
@@ -135,48 +136,48 @@ def convert_kv_heads(
     layers: Collection[int | str] | None = None,
     encoder: bool = False,
 ) -> KVHeadPlan:
-    """Turns multi-head attention into grouped-query, or with one KV head multi-query, attention, in place.
+    """Converts attention to fewer KV heads (GQA, or or MQA), in place.
 
     Args:
-        model: A Hugging Face model, or a module that holds one.
-        num_key_value_heads: KV heads afterwards; divides both the KV heads now and the query heads.
-        method: How a group of heads becomes one; any `KVMethod`, or a short name for one with its defaults.
+        model: A Hugging Face model, or a module that contains one.
+        num_key_value_heads: New number of KV heads. It must divide both the old number and the query heads.
+        method: Pooling method for the heads of a group: a `KVMethod`, or a name.
 
-            - `"mean"`: their mean (the paper's choice); `"first"`: the first of them; `"random"`: drawn as the model
-              initialises (both the paper's ablation, section 3.3).
-            - `"aligned"`: each head is turned so that all of the group agree as far as turns can make them, and queries and
-              outputs are turned along, which changes nothing; then their mean. Without batches, the weights alone say how.
-            - `"svd"`: the one head, and what each query head and output makes of it, with which least is lost on the batches.
-            - `"auto"`: what stays nearest to the model's predictions on held-out batches, also of which heads share a group.
+            - `"mean"`: the mean (the paper's choice); `"first"`: the first head; `"random"`: drawn like new weights (both are the
+              paper's ablations, section 3.3).
+            - `"aligned"`: rotates the heads of a group toward each other, with their queries and outputs, which changes nothing,
+              and takes the mean. Without batches, the rotations follow from the weights.
+            - `"svd"`: the best low-rank approximation on the batches.
+            - `"auto"`: the method and grouping that stay closest to the model's predictions on held-out batches.
 
-            Where code stands between projection and product (a norm of keys, a gate), what it does not let pass is averaged.
-        batches: For `"svd"`, `"auto"`, `"aligned"` and `repair`, as dictionaries of what the model's forward takes; some
-            thousand tokens. `"auto"` and `repair` hold some of them out. A `Calibration` reads them; where they are needed
-            and there are none, they are what a language model itself writes.
-        optimizers: The optimizer, or optimizers, that train the model. Their state follows: first moments are pooled like the
-            weights; second moments (of Adam, AdamW, RMSprop, Adadelta, Adagrad) are pooled and multiplied by G^2 for groups of
-            G heads. The gradient of a pooled head is the sum of its heads' gradients, and
+            Dimensions that a norm or gate between projection and product does not let rotate are averaged.
+        batches: Calibration batches (dictionaries of forward inputs, some thousand tokens) or a `Calibration`, for `"svd"`,
+            `"auto"`, `"aligned"`, and `repair`. `"auto"` and `repair` hold out some of them. Defaults to self-generated text
+            where they are needed.
+        optimizers: The optimizer or optimizers that train the model. First moments are pooled like the weights. Second moments
+            (of Adam, AdamW, RMSprop, Adadelta, Adagrad) are pooled and multiplied by G^2 for groups of G heads. The gradient of
+            a pooled head is the sum of its heads' gradients, and
             (g_1 + ... + g_G)^2 <= G (g_1^2 + ... + g_G^2) = G^2 mean(g_i^2), so the step stays within the optimizer's bound.
-            With `"random"` the state of what is drawn starts at zero. Of what is in another basis afterwards, or refitted, it
-            restarts.
-        repair: If given, the linears that read the heads, and those of feed-forwards, are refitted to make up for what is lost.
-        layers: The attentions to convert, by name or by their place in the order in which they run, from 0; by default all that
-            have more KV heads. While layers differ the config keeps its number, and gets the new one once all have it.
-        encoder: Whether the self-attention of an encoder-decoder's encoder is converted too; as in the paper (section 3.1) it is
-            not. A model that is an encoder only is converted all the same.
+            State restarts for heads drawn by `"random"`, and for parameters in a new basis or refitted.
+        repair: Repair settings: refits the output layers of attention and MLP modules to compensate for the conversion. Defaults
+            to None (off).
+        layers: Attention modules to convert, by name or by index in the order in which they run. Defaults to all with more KV
+            heads. While layers differ, the config keeps the old number.
+        encoder: If True, also converts the encoder's self-attention of an encoder-decoder, which the paper leaves out (section
+            3.1). An encoder-only model is always converted.
 
     Returns:
-        The plan that was carried out.
+        The plan that was applied.
 
     Raises:
-        ValueError: If the number, method or layers are not legal, batches are missing, a method does not suit the model, or the
-            model cannot be converted; then nothing has changed.
+        ValueError: If an argument is not legal, batches are missing, the method does not suit the model, or the model cannot be
+            converted. The model is then unchanged.
 
     Example:
         >>> import billhook as bh
         >>> model = bh.load("tiny")
         >>> print(bh.convert_kv_heads(model, 2, "first"))
-        LlamaForCausalLM: 8 -> 2 KV heads in 4 attentions (first); the KV cache shrinks
+        LlamaForCausalLM: 8 -> 2 KV heads in 4 attention modules (first); the KV cache shrinks
           model.layers.*.self_attn.k_proj.weight  256 -> 64 along dimension 0, in each of 4
           model.layers.*.self_attn.v_proj.weight  256 -> 64 along dimension 0, in each of 4
     """
@@ -201,9 +202,9 @@ def ready(
     repair: RepairConfig | None = None,
     attentions: Attentions | None = None,
 ) -> tuple[KVHeadPlan, Weights, str]:
-    """Returns a plan with what restarts, the values that it starts from, and how they came to be; the model stays as it is.
+    """Returns a plan with its restarts, the initial weights, and a description.
 
-    What is known of the `attentions` is found if it is not given.
+    The model is not changed.
     """
     if not plan.method.turns and repair is None:
         return plan, {}, str(plan.method)
@@ -218,6 +219,6 @@ def ready(
 
 
 def check_repair(method: KVMethod, repair: RepairConfig | None) -> None:
-    """Refuses a repair of heads that nothing makes equal before they are pooled."""
+    """Raises a ValueError for a repair with a method that does not make heads equal."""
     if repair is not None and not method.candidates:
         raise ValueError(f"repair goes with method 'mean', 'aligned', 'svd' and 'auto', not with '{method.name}'")

@@ -1,6 +1,7 @@
-"""A config with fewer KV heads and wider feed-forwards: another attention at equal parameters.
+"""Configs with fewer KV heads and wider MLPs, for comparisons at equal parameter counts.
 
-Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need", 2019 (https://arxiv.org/abs/1911.02150), section 4.
+Reference: Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need" (2019), https://arxiv.org/abs/1911.02150, section
+    4.
 """
 
 from collections.abc import Mapping
@@ -18,30 +19,29 @@ from billhook.units.fields import FieldFinder
 
 
 def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multiple_of: int = 1) -> PretrainedConfig:
-    """Returns a config with fewer KV heads whose feed-forwards are wider, so that a model of it has as many parameters as before.
+    """Returns a config with fewer KV heads and wider MLPs with the same number of parameters.
 
-    The MQA paper compares models that are trained from scratch in this way (section 4: 8 KV heads and d_ff 4096
-    against 1 and 5440). With P(h, w) parameters at h KV heads and feed-forwards of width w, the new width is what is closest to
+    The MQA paper compares models trained from scratch in this way (section 4: 8 KV heads and d_ff 4096 against 1 and 5440). With
+    P(h, w) parameters at h KV heads and MLP width w, the new width is closest to
 
         w' = w + (P(h, w) - P(h', w)) / (P(h, w + 1) - P(h, w)).
 
-    Parameters are counted on what the model's own class builds of the configs, without memory. Their number differs from before
-    by at most half of what `multiple_of` channels have in all feed-forwards together: `multiple_of` 3 d L / 2 with three matrices
-    of hidden size d in each of L layers.
+    Parameters are counted on meta models. The count differs by at most half the parameters of `multiple_of` channels in all MLPs:
+    `multiple_of` 3 d L / 2 with three matrices of hidden size d in each of L layers.
 
     Args:
-        config: The config of a family with `num_key_value_heads`; it is not changed. In a mixture of experts all experts become
-            wider: all parameters are as many as before, not those that a token meets. Where encoder and decoder have a config
-            each, both get as few KV heads, as in the paper.
-        num_key_value_heads: KV heads afterwards: fewer than now, and a divisor of the query heads.
-        multiple_of: The new width is a multiple of this; 64 suits the kernels of GPUs.
+        config: Config with `num_key_value_heads`; it is not changed. In a mixture of experts, all experts become wider, so that
+            the total number of parameters stays, not the number that a token uses. Separate configs of encoder and decoder both
+        change.
+        num_key_value_heads: New number of KV heads: smaller than now, and a divisor of the query heads.
+        multiple_of: The new width is a multiple of this; 64 suits GPU kernels.
 
     Returns:
         The new config.
 
     Raises:
-        ValueError: If a number is not legal, the config has no such field, or its feed-forwards have several widths or none that
-            fields of the config state.
+        ValueError: If a number is not legal, the config has no such field, or its MLPs have several widths or none that a config
+            field states.
 
     Example:
         >>> import billhook as bh
@@ -51,7 +51,7 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
         (1, 533)
     """
     if not isinstance(config, PretrainedConfig):
-        raise ValueError(f"config: a config of transformers is needed, not {type(config).__name__}")
+        raise ValueError(f"config: a transformers config is required, got {type(config).__name__}")
     check_types(equal_parameters, locals())
     check_int("multiple_of", multiple_of)
     if vars(config).get(KEY) is not None:
@@ -62,7 +62,10 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
     now, fields = _feed_forward(model, finder)
 
     def params(changed: Mapping[str, Any]) -> int:
-        """Counts the parameters of what the model's class builds of the changed config; tied ones count once."""
+        """Counts the parameters of the model that the changed config builds.
+
+        Tied ones count once.
+        """
         return sum(p.numel() for p in build_on_meta(model, with_fields(config, changed)).parameters())
 
     before, fewer = params({}), params(heads)
@@ -78,7 +81,10 @@ def equal_parameters(config: PretrainedConfig, num_key_value_heads: int, multipl
 
 
 def _head_fields(config: PretrainedConfig, number: int) -> list[str]:
-    """Returns the fields that state how many KV heads there are; refuses if there is none, or the number is not legal for one."""
+    """Returns the fields that state how many KV heads there are.
+
+    Refuses if there is none, or the number is not legal for one.
+    """
     text = config.get_text_config(decoder=True)
     configs = {
         f"{prefix}{FIELD}": nested
@@ -99,14 +105,17 @@ def _head_fields(config: PretrainedConfig, number: int) -> list[str]:
 
 
 def _feed_forward(model: PreTrainedModel, finder: FieldFinder) -> tuple[int, tuple[str, ...]]:
-    """Returns the width of all feed-forwards, and the fields of the config that state it; refuses several widths, or no field."""
+    """Returns the common width of all MLPs and its config fields.
+
+    Raises a ValueError if there is none.
+    """
     structure = trace(model)
     channels = {feed_forward.channel for feed_forward in structure.feed_forward}
     groups = [group for group in structure.groups if group.leaf in channels]
     widths = sorted({group.size for group in groups})
     if len(widths) != 1:
-        several = f"widths {', '.join(map(str, widths))}: it must be one" if widths else "no feed-forward that could become wider"
+        several = f"widths {', '.join(map(str, widths))}: it must be one" if widths else "no MLP that could become wider"
         raise ValueError(f"config: {type(model).__name__} has {several}")
     if not (fields := finder.find(groups)):
-        raise ValueError(f"config: no field of {type(model.config).__name__} says the width {widths[0]} of feed-forwards alone")
+        raise ValueError(f"config: no field of {type(model.config).__name__} states only the MLP width {widths[0]}")
     return widths[0], fields

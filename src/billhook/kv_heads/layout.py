@@ -1,4 +1,4 @@
-"""Where the queries, keys, values and outputs of an attention lie in its parameters, and of which head each position is."""
+"""Positions of the heads of an attention module in its parameters."""
 
 import itertools
 from collections import defaultdict
@@ -27,12 +27,12 @@ KV = KEY | VALUE | BESIDE
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The roles of the positions along a dimension of a parameter.
+    """Roles of the positions along a dimension of a parameter.
 
     Attributes:
         dim: The dimension.
-        role: For each position QUERY, KEY or VALUE, or BESIDE of what is next to keys such as a norm of them: int64.
-        head: For each position the query head, or the KV head, -1 of what belongs to none: int64.
+        role: By position QUERY, KEY, or VALUE, or BESIDE for parameters next to keys such as their norm: int64.
+        head: By position the query head or KV head, -1 for none: int64.
     """
 
     dim: int
@@ -41,11 +41,11 @@ class Rows:
 
     @property
     def fused(self) -> bool:
-        """True if there is more than keys, or more than values."""
+        """Whether the parameter holds more than keys, or more than values."""
         return len(set(self.role.tolist())) > 1 or not self.role[0] & KV
 
     def keys(self, groups: int = 1) -> list[tuple[int, int, int]]:
-        """Returns for each position its role, its head and its rank in that; of KV heads the head's group of so many."""
+        """Returns by position its role, its head (or group of KV heads), and its rank within both."""
         ranks: dict[tuple[int, int], Iterator[int]] = defaultdict(itertools.count)
         pairs = zip(self.role.tolist(), self.head.tolist(), strict=True)
         return [(role, head // groups if role & KV else head, next(ranks[role, head])) for role, head in pairs]
@@ -53,13 +53,13 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class KVAttention:
-    """One attention, seen from its KV heads.
+    """The KV heads of an attention module.
 
     Attributes:
         units: Its heads.
-        module: The innermost module that makes its queries, keys and values.
-        heads: How many KV heads there are.
-        rows: Of the weights that make keys and values, and of their biases.
+        module: Innermost module that contains its projections.
+        heads: Number of KV heads.
+        rows: Roles of the rows of key and value weights and biases.
     """
 
     units: Units
@@ -69,11 +69,11 @@ class KVAttention:
 
     @cached_property
     def queries(self) -> int:
-        """How many query heads there are."""
+        """Number of query heads."""
         return self.units.count()
 
-    def owned_rows(self, name: str, dim: int, size: int) -> Rows:
-        """Returns the rows of a parameter, also of one that belongs to KV heads altogether, such as a norm over all keys."""
+    def rows_of(self, name: str, dim: int, size: int) -> Rows:
+        """Returns the rows of a parameter, which all KV heads may share, such as a norm."""
         rows = self.rows.get(name)
         if rows is not None and rows.dim == dim:
             return rows
@@ -83,12 +83,12 @@ class KVAttention:
 
 
 def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
-    """Finds the attentions of a model as `find_heads` names and orders them, from one run on meta tensors."""
+    """Finds the attention modules of a model, from a trace on the meta device."""
     try:
         structure = trace(model)
         heads = find_heads(model, structure)
     except ValueError as error:
-        raise ValueError(f"{type(model).__name__} cannot be told to use fewer KV heads: {error}") from error
+        raise ValueError(f"{type(model).__name__} does not support fewer KV heads: {error}") from error
     by_readers: dict[tuple[str, ...], list[Attention]] = defaultdict(list)
     for attention in structure.attention:
         units, *_ = find_heads(model, replace(structure, attention=(attention,))).values()
@@ -134,9 +134,9 @@ def _member(units: Units, name: str, dim: int) -> Member | None:
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:
-    """Where the heads of one kind lie: the linear that makes them, or by which they `are_read`, and their positions in it.
+    """The linear layer of a kind of head, and the positions of its heads.
 
-    Positions are `[heads, width]`.
+    Indices are `[heads, head dimension]`.
     """
 
     linear: str
@@ -146,7 +146,10 @@ class HeadRows:
 
 @dataclass(frozen=True, eq=False)
 class Projections:
-    """Where the queries, keys, values and outputs of the attention of that name lie; `o` is what reads the heads."""
+    """Positions of the queries, keys, values, and outputs of an attention module.
+
+    `o` consumes the heads.
+    """
 
     name: str
     q: HeadRows
@@ -156,34 +159,34 @@ class Projections:
 
     @property
     def kinds(self) -> dict[str, HeadRows]:
-        """Queries, keys, values and outputs, as in `HeadTensors`."""
+        """Queries, keys, values, and outputs, as in `HeadTensors`."""
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
 
     @property
     def linears(self) -> list[str]:
-        """The linears that make and read the heads, once each."""
+        """Names of the linear layers, each once."""
         return list(dict.fromkeys(rows.linear for rows in self.kinds.values()))
 
     @property
     def kv_heads(self) -> int:
-        """How many KV heads there are."""
+        """Number of KV heads."""
         return len(self.k.index)
 
     @property
     def queries(self) -> int:
-        """How many query heads read one KV head."""
+        """Number of query heads per KV head."""
         return len(self.q.index) // self.kv_heads
 
 
 @dataclass(frozen=True, eq=False)
 class HeadTensors:
-    """The weights of one attention, head by head, each with its bias as a last column where it has one, float64.
+    """Weights of an attention module by head, in float64, with biases as a last column.
 
     Attributes:
-        q: `[query heads, width of keys, hidden]`.
-        k: `[KV heads, width of keys, hidden]`.
-        v: `[KV heads, width of values, hidden]`.
-        o: `[query heads, hidden, width of values]`.
+        q: `[query heads, key dimension, hidden]`.
+        k: `[KV heads, key dimension, hidden]`.
+        v: `[KV heads, value dimension, hidden]`.
+        o: `[query heads, hidden, value dimension]`.
     """
 
     q: Tensor
@@ -193,10 +196,10 @@ class HeadTensors:
 
 
 def find_projections(model: nn.Module, structure: Structure, names: Container[str] | None = None) -> dict[str, Projections]:
-    """Finds where the projections of each attention, or of those named, lie, by its name, in the order in which they run.
+    """Finds the projections of attention modules, by name, in the order in which they run.
 
     Raises:
-        ValueError: If heads are not made and read by one `nn.Linear` or `Conv1D` each.
+        ValueError: If heads are not produced and consumed by one `nn.Linear` or `Conv1D` each.
     """
     by_reader = {part.name.rpartition(".")[0]: attention for attention in structure.attention for part in attention.o}
     heads = find_heads(model, structure).items()
@@ -206,12 +209,12 @@ def find_projections(model: nn.Module, structure: Structure, names: Container[st
 
 
 def read(model: nn.Module, projections: Projections) -> HeadTensors:
-    """Returns copies of the weights of an attention, by head."""
+    """Returns copies of the weights of an attention module, by head."""
     return HeadTensors(**{kind: read_heads(model, rows) for kind, rows in projections.kinds.items()})
 
 
 def read_heads(model: nn.Module, rows: HeadRows) -> Tensor:
-    """Returns a copy of the weights of heads of one kind, a tensor of `HeadTensors`."""
+    """Returns a copy of the weights of a kind of head, a tensor of `HeadTensors`."""
     weight, bias = matrix_of(model.get_submodule(rows.linear))
     if rows.are_read:
         return in_float64(weight[:, rows.index]).transpose(0, 1)
@@ -220,7 +223,7 @@ def read_heads(model: nn.Module, rows: HeadRows) -> Tensor:
 
 
 def written(model: nn.Module, projections: Projections, tensors: HeadTensors) -> dict[str, dict[str, Tensor]]:
-    """Returns the new parameters of an attention's linears, by linear, in their own sizes and dtypes."""
+    """Returns the new parameters by linear layer, in their sizes and dtypes."""
     linears: dict[str, tuple[Tensor, Tensor | None]] = {}
     for kind, rows in projections.kinds.items():
         if rows.linear not in linears:  # queries, keys and values may be made by one
@@ -230,7 +233,7 @@ def written(model: nn.Module, projections: Projections, tensors: HeadTensors) ->
 
 
 def moved_values(model: nn.Module, projections: Projections, order: Sequence[int]) -> dict[str, dict[str, Tensor]]:
-    """Returns new parameters as `written` does, in which each KV head has the values of the one that `order` says."""
+    """Returns new parameters in which each KV head has the values of another head."""
     rows, linear = projections.v, model.get_submodule(projections.v.linear)
     weight, bias = _copied(linear)
     for tensor in (weight, bias):
@@ -245,7 +248,7 @@ def _copied(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def put_heads(linear: tuple[Tensor, Tensor | None], rows: HeadRows, tensor: Tensor) -> None:
-    """Writes heads into the weight, `[out_features, in_features]`, and the bias of the linear where they lie."""
+    """Writes heads into the weight and bias of their linear layer."""
     weight, bias = linear
     if rows.are_read:
         weight[:, rows.index] = tensor.transpose(0, 1).to(weight)
@@ -273,7 +276,7 @@ def _projections(model: nn.Module, units: Units, attention: Attention) -> Projec
         if not is_linear(model.get_submodule(linear)):
             raise ValueError(f"{linear} is a {type(model.get_submodule(linear)).__name__}, not an nn.Linear or Conv1D")
     if not np.array_equal(units.kv_of, np.arange(len(units.kv_of)) // (len(units.kv_of) // units.count("kv_head"))):
-        raise ValueError(f"{units.name}: query heads that share a KV head do not lie next to each other")
+        raise ValueError(f"{units.name}: query heads that share a KV head are not adjacent")
     width, key_width = rows["queries"].index.shape[1], rows["keys"].index.shape[1]
     if width != key_width:
         raise ValueError(f"{units.name}: {width} numbers of a query, {key_width} of a key come from its projections")
@@ -293,7 +296,7 @@ def _head_rows(units: Units, part: Part, per: Per) -> HeadRows:
 
 
 def _by_head(head: Indices, count: int, what: str) -> Indices:
-    """Returns the positions of each head, in their order."""
+    """Returns the positions of each head, in order."""
     positions = [np.flatnonzero(head == number) for number in range(count)]
     if len(set(map(len, positions))) != 1 or not len(positions[0]):
         raise ValueError(f"{what}: its {count} heads are not of one width")

@@ -1,4 +1,6 @@
-"""How the KV heads of a group become one: methods, from the first head to a truncated SVD, and their names.
+"""Pooling methods for KV heads, from the first head to a truncated SVD.
+
+Methods, from the first head to a truncated SVD, and their names.
 
 The heads of a group, k_1 ... k_J, each of width w, become one, kbar = sum over j of P_j k_j, and B_j kbar stands for head j.
 What reads head j absorbs B_j, so that nothing of it is left to compute. Keys are read by the query, whose score q^H k_j becomes
@@ -33,10 +35,9 @@ Grouping = Literal["consecutive", "similar"]
 
 
 class KVMethod(ABC):
-    """How the heads of a group become one.
+    """Combines the heads of a group into a single head.
 
-    A method in a file of its own need only say how heads are pooled. `convert_kv_heads` takes an object of it, and YAML its
-    `class_path`:
+    A custom method only needs `pool`. `convert_kv_heads` takes an instance, and YAML its `class_path`:
 
         @dataclass(frozen=True)
         class Last(KVMethod):
@@ -44,9 +45,9 @@ class KVMethod(ABC):
                 return heads[-1]
 
     Attributes:
-        least_batches: How many batches it needs at least; with two or more, some are held out.
-        has_path: Whether heads can move step by step towards what they become, as `KVHeadConversion(over=)` moves them.
-        pools_adapters: Whether LoRA's B can be pooled as the weight is: whether pooling is linear, and the same for both.
+        least_batches: Minimum number of batches; with two or more, some are held out.
+        has_path: Whether gradual conversion works, as with `KVHeadConversion(over=)`.
+        pools_adapters: Whether LoRA's B can be pooled like the weight: pooling is linear, and the same for both.
     """
 
     least_batches: ClassVar[int] = 0
@@ -55,33 +56,36 @@ class KVMethod(ABC):
 
     @property
     def turns(self) -> bool:
-        """True if heads are first put in another basis or order, and what reads them along with them."""
+        """Whether heads are first rotated or reordered, together with their consumers."""
         return False
 
     @property
     def candidates(self) -> Sequence["Reconstructing"]:
-        """The methods that can make the heads of a group equal before they are pooled; held-out batches choose among several."""
+        """Methods that can make the heads of a group equal before pooling.
+
+        Held-out batches choose among several.
+        """
         return ()
 
     @property
     def name(self) -> str:
-        """The name that messages use."""
+        """Name in messages."""
         return type(self).__name__.lower()
 
     @abstractmethod
     def pool(self, heads: Sequence[Tensor]) -> Tensor:
-        """Returns one head for those of a group.
+        """Returns a single head for the heads of a group.
 
         Args:
-            heads: The heads in their order, two or more: those rows of a weight, a bias or an optimizer's state, of one size.
+            heads: The heads in order, two or more: rows of a weight, bias, or optimizer state, of equal size.
         """
 
     def changes(self, model: PreTrainedModel, parameters: Mapping[str, Pooled]) -> dict[str, Change]:
-        """Returns how each parameter and the optimizer's state of it shrink.
+        """Returns the change of each parameter and its optimizer state.
 
         Args:
-            model: The model as it is.
-            parameters: By parameter, which positions become one.
+            model: The unchanged model.
+            parameters: Pooling by parameter.
         """
         return {name: pooling(pooled, self.pool) for name, pooled in parameters.items()}
 
@@ -91,7 +95,7 @@ class KVMethod(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """One head for several, by the matrices B (`basis`) and P (`shared`) of each, `[heads, width, width]`."""
+    """A head for several, with matrices B and P for each, `[heads, width, width]`."""
 
     basis: Tensor
     shared: Tensor
@@ -99,14 +103,14 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class Reconstructing(KVMethod):
-    """A method that makes the heads of a group equal, in the sizes that the model has; then to pool them loses nothing more.
+    """A method that makes the heads of a group equal at full size, before they are pooled.
 
     Args:
-        grouping: Which heads share a group: `"consecutive"`, those next to each other, or `"similar"`, those that one head
-            renders best; query heads then change places along with them.
+        grouping: Heads that share a group: `"consecutive"` heads, or `"similar"` heads, which one head reconstructs best. Query
+            heads are reordered along.
 
     Attributes:
-        changes_basis: Whether it puts heads in another basis.
+        changes_basis: Whether heads change their basis.
     """
 
     grouping: Grouping = "consecutive"
@@ -117,25 +121,25 @@ class Reconstructing(KVMethod):
 
     @property
     def turns(self) -> bool:
-        """True if heads are first put in another basis or order, and what reads them along with them."""
+        """Whether heads are first rotated or reordered, together with their consumers."""
         return self.changes_basis or self.grouping == "similar"
 
     @property
     def candidates(self) -> "Sequence[Reconstructing]":
-        """This method alone."""
+        """Only this method."""
         return (self,)
 
     @abstractmethod
     def reconstruct(self, metric: Tensor, moments: Tensor) -> Reconstruction:
-        """Returns how one head reconstructs those of a group.
+        """Returns the reconstruction of a group from a single head.
 
         Args:
-            metric: S_j^2 = the sum of E[r r^H] over what reads head j, `[heads, width, width]`, Hermitian.
-            moments: The second moments of the heads, E[k_i k_j^H], `[heads, width, heads, width]`.
+            metric: S_j^2 = the sum of E[r r^H] over the consumers of head j, `[heads, width, width]`, Hermitian.
+            moments: Gram matrices of the heads, E[k_i k_j^H], `[heads, width, heads, width]`.
         """
 
     def pool(self, heads: Sequence[Tensor]) -> Tensor:
-        """Returns the mean of heads that are equal by then."""
+        """Returns the mean of the heads, which are equal by then."""
         return mean(heads)
 
     def __str__(self) -> str:
@@ -144,13 +148,15 @@ class Reconstructing(KVMethod):
 
 @dataclass(frozen=True)
 class Mean(Reconstructing):
-    """Pools the heads of a group to their mean, as the GQA paper does: W_group = 1/J sum over j of W_j.
+    """Pools the heads of a group to their mean, as in the GQA paper.
 
-    The mean is summed in float32 at least.
+    W_group = 1/J sum over j of W_j.
+
+    The mean is summed in float32 or wider.
 
     Args:
-        grouping: Which heads share a group: `"consecutive"`, those next to each other, or `"similar"`, those whose mean loses
-            least; query heads then change places along with them.
+        grouping: Heads that share a group: `"consecutive"` heads, or `"similar"` heads, whose mean loses least. Query heads are
+            reordered along.
 
     Example:
         >>> import billhook as bh
@@ -167,25 +173,26 @@ class Mean(Reconstructing):
 
 
 ROUNDS = 100
-"""How often, at most, all heads are turned."""
+"""Maximum number of rotations of all heads."""
 
 
 @dataclass(frozen=True)
 class Aligned(Reconstructing):
-    """Turns each head so that all of a group agree as far as turns can make them, and takes their mean.
+    """Rotates the heads of a group toward each other, and takes their mean.
 
-    Queries and outputs are turned along, so that the turns alone change nothing in the model. Without batches, the weights alone
-    say which turns. Sought are unitary R_j with the least sum over j of E||R_j k_j - m||^2, m = 1/J sum over j of R_j k_j. As
-    turns keep lengths, that is sum over j of E||k_j||^2 - J E||m||^2: the mean is to be as large as it can. J^2 E||m||^2 is the
-    sum over i and j of tr(R_i E[k_i k_j^H] R_j^H), in which one head's turn has a part of 2 Re tr(M_j R_j^H), M_j = sum over
-    i != j of R_i E[k_i k_j^H]; with the singular value decomposition M_j = U s V^H the unitary matrix that makes it largest is
-    R_j = U V^H (Schönemann 1966, https://doi.org/10.1007/BF02289451). The heads are
-    turned one after another until none moves (Gower 1975, https://doi.org/10.1007/BF02291478): the mean never shrinks, so the
-    result is no worse than without turns. kbar = m, so P_j = R_j / J, and B_j = R_j^H.
+    Queries and outputs are rotated along, so that the rotations alone change nothing. Without batches, the rotations follow from
+    the weights. They are unitary matrices R_j with the least sum over j of E||R_j k_j - m||^2, m = 1/J sum over j of R_j k_j. As
+    rotations keep lengths, that is sum over j of E||k_j||^2 - J E||m||^2, so the mean should be as large as possible. J^2
+    E||m||^2 is the sum over i and j of tr(R_i E[k_i k_j^H] R_j^H), in which one head's rotation has a part of 2 Re tr(M_j
+    R_j^H), M_j = sum over i != j of R_i E[k_i k_j^H]. With the singular value decomposition M_j = U s V^H, it is largest for R_j
+    = U V^H (Schönemann 1966,
+    https://doi.org/10.1007/BF02289451). Heads are rotated one after another until they converge (Gower 1975,
+    https://doi.org/10.1007/BF02291478). The mean never shrinks, so the result is no worse than without rotations. kbar = m, so
+    P_j = R_j / J, and B_j = R_j^H.
 
     Args:
-        grouping: Which heads share a group: `"consecutive"`, those next to each other, or `"similar"`, those that can be turned
-            nearest to each other; query heads then change places along with them.
+        grouping: Heads that share a group: `"consecutive"` heads, or `"similar"` heads, which align best. Query heads are
+            reordered along.
 
     Example:
         >>> import billhook as bh
@@ -195,7 +202,7 @@ class Aligned(Reconstructing):
     """
 
     def reconstruct(self, metric: Tensor, moments: Tensor) -> Reconstruction:
-        """Returns the turns; who reads the heads makes no difference."""
+        """Returns the rotations; the consumers of the heads do not matter."""
         count, width = moments.shape[:2]
         turns = torch.eye(width, dtype=moments.dtype, device=moments.device).repeat(count, 1, 1)
         for _ in range(ROUNDS if count > 1 else 0):
@@ -210,31 +217,29 @@ class Aligned(Reconstructing):
 
 
 TINY = 1e-12
-"""Eigenvalues below this share of the largest count as this share: float64 resolves no more."""
+"""Smallest eigenvalue relative to the largest: float64 resolves no less."""
 
 
 @dataclass(frozen=True)
 class SVD(Reconstructing):
-    """Takes the one head, and what each query head and output makes of it, with which least is lost on the batches.
+    """Replaces a group by the head with the best low-rank approximation on the batches.
 
-    A reader r of head j sees r^H k_j, and would see r^H B_j kbar. The sum over the readers of the mean square of the difference
-    is E||S_j (k_j - B_j kbar)||^2, S_j^2 = sum of E[r r^H]. The readers of values are the rows of W_O; those of keys are queries,
-    treated as independent of the keys as if any could meet any, and, of pairs, turned by any angle.
+    A consumer r of head j computes r^H k_j, and then r^H B_j kbar. The sum over consumers of the mean square difference is
+    E||S_j (k_j - B_j kbar)||^2, S_j^2 = sum of E[r r^H]. The consumers of values are the rows of W_O. Those of keys are queries,
+    treated as independent of the keys and, for rotary pairs, at any angle.
 
-    Stack these over the heads, T = [S_1 k_1; ...; S_J k_J]. Any choice of B and P replaces T by [S_j B_j]_j kbar, of rank w, and
-    of all such the nearest is U U^H T, where the columns of U are the w first eigenvectors of
-    E[T T^H] = [S_i E[k_i k_j^H] S_j]_ij (Eckart and Young 1936, https://doi.org/10.1007/BF02288367);
-    the loss is the sum of the other eigenvalues. It is reached with
-    kbar = D U^H T, so P_j = D U_j^H S_j and B_j = S_j^-1 U_j D^-1, U_j being the rows of U of head j, for any invertible D.
-    D = c l^-1/4, l the w first eigenvalues, gives B and kbar equal parts of the singular values l^1/2, and c gives kbar the mean
-    square of the heads that it stands for, so that training continues at the scale that it had.
+    Stack these over the heads, T = [S_1 k_1; ...; S_J k_J]. Any choice of B and P replaces T by [S_j B_j]_j kbar, of rank w. The
+    nearest such approximation is U U^H T, where the columns of U are the w first eigenvectors of E[T T^H] = [S_i E[k_i k_j^H]
+    S_j]_ij (Eckart and Young 1936, https://doi.org/10.1007/BF02288367), and the loss is the sum of the other eigenvalues. It is
+    reached with kbar = D U^H T, so P_j = D U_j^H S_j and B_j = S_j^-1 U_j D^-1, U_j being the rows of U of head j, for any
+    invertible D. D = c l^-1/4, l the w first eigenvalues, gives B and kbar equal parts of the singular values l^1/2. c gives
+    kbar the mean square of the heads that it replaces, so that training continues at the same scale.
 
-    Where a metric is zero altogether it counts as the identity; where all moments are zero nothing can be lost, and the mean is
-    taken.
+    A metric that is zero counts as the identity. If all Gram matrices are zero, nothing can be lost, and the mean is used.
 
     Args:
-        grouping: Which heads share a group: `"consecutive"`, those next to each other, or `"similar"`, those that one head
-            renders best; query heads then change places along with them.
+        grouping: Heads that share a group: `"consecutive"` heads, or `"similar"` heads, which one head reconstructs best. Query
+            heads are reordered along.
 
     Example:
         >>> import billhook as bh, torch
@@ -247,7 +252,7 @@ class SVD(Reconstructing):
     has_path: ClassVar[bool] = False
 
     def reconstruct(self, metric: Tensor, moments: Tensor) -> Reconstruction:
-        """Returns B and P from the first eigenvectors of the stacked moments."""
+        """Returns B and P from the first eigenvectors of the stacked Gram matrices."""
         count, width = moments.shape[:2]
         root, inverse = _roots(metric)
         stacked = torch.einsum("iab,ibjc,jcd->iajd", root, moments, root).reshape(count * width, count * width)
@@ -264,7 +269,7 @@ class SVD(Reconstructing):
 
 
 def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns S and S^-1; what has no reader counts as read a little, and then follows what the others need."""
+    """Returns S and S^-1, with a small weight for dimensions without consumers."""
     values, vectors = torch.linalg.eigh((metric + metric.mH) / 2)
     values = values / values.max().clamp_min(torch.finfo(values.dtype).tiny)
     values = values.clamp_min(TINY).sqrt().to(metric.dtype)[:, None]
@@ -273,12 +278,11 @@ def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Auto(KVMethod):
-    """Tries several methods and takes the one whose predictions are nearest to the model's on held-out batches.
+    """Tries several methods and uses the closest on held-out batches.
 
-    How near is the mean Kullback-Leibler divergence of the logits; of a model without any, the distance of its last states.
-
-    These are the mean, and turns and the low-rank rendering of consecutive and of similar heads, as far as the model allows them;
-    a subclass with other `candidates` tries others.
+    The distance is the mean KL divergence of logits, or that of the last hidden states without logits. The candidates are the
+    mean, and rotation and low-rank approximation of consecutive and of similar heads, where the model allows them. A subclass
+    can set other `candidates`.
 
     Example:
         >>> import billhook as bh
@@ -292,7 +296,7 @@ class Auto(KVMethod):
     candidates = (Mean(), Aligned(), SVD(), Aligned("similar"), SVD("similar"))
 
     def pool(self, heads: Sequence[Tensor]) -> Tensor:
-        """Returns the mean of heads that are equal by then."""
+        """Returns the mean of the heads, which are equal by then."""
         return mean(heads)
 
 
@@ -307,12 +311,14 @@ class First(KVMethod):
 
 @dataclass(frozen=True)
 class RandomHeads(KVMethod):
-    """Draws one head for those of a group, as the model initialises its weights; biases start at zero, and norms are averaged.
+    """Draws a new head for each group like initial weights.
 
-    The optimizer's state of what is drawn starts at zero.
+    Biases start at zero, and norms are averaged.
+
+    The optimizer state of drawn weights starts at zero.
 
     Args:
-        seed: Of the numbers that are drawn.
+        seed: Seed of the draws.
     """
 
     seed: int = 0
@@ -321,15 +327,15 @@ class RandomHeads(KVMethod):
 
     @property
     def name(self) -> str:
-        """The name that messages use."""
+        """Name in messages."""
         return "random"
 
     def pool(self, heads: Sequence[Tensor]) -> Tensor:
-        """Returns the mean, of what no linear makes."""
+        """Returns the mean, for parameters outside linear layers."""
         return mean(heads)
 
     def changes(self, model: PreTrainedModel, parameters: Mapping[str, Pooled]) -> dict[str, Change]:
-        """Returns draws for linears, one after the other from one generator, and means for all else."""
+        """Returns draws for linear layers, and means for other parameters."""
         generator = torch.Generator().manual_seed(self.seed)
         config, found = model.config.get_text_config(decoder=True), dict[str, Change]()
         for name, pooled in parameters.items():
@@ -342,7 +348,10 @@ class RandomHeads(KVMethod):
 
 
 def drawing(pooled: Pooled, size: tuple[int, ...], std: float, generator: torch.Generator) -> Change:
-    """Draws what is pooled (biases are zero), and keeps the rest; the optimizer's state is zero there."""
+    """Draws the pooled positions (biases are zero), and keeps all others.
+
+    The optimizer's state is zero there.
+    """
     drawn = torch.randn(size, generator=generator) * std if len(size) > 1 else torch.zeros(size)
     several = pooled.along(drawn) > 1
 
@@ -353,7 +362,10 @@ def drawing(pooled: Pooled, size: tuple[int, ...], std: float, generator: torch.
 
 
 def std_of(config: object, size: tuple[int, ...], dim: int) -> float:
-    """Returns the deviation with which a model draws a weight whose outputs lie along `dim`; 1 / sqrt(inputs) if unknown."""
+    """Returns the deviation with which a model draws a weight whose outputs lie along `dim`.
+
+    1 / sqrt(inputs) if unknown.
+    """
     inputs = math.prod(size) // size[dim]
     usual = float(getattr(config, "initializer_factor", 1.0)) * inputs**-0.5
     stated = (getattr(config, name, None) for name in ("initializer_range", "init_std"))
@@ -380,7 +392,10 @@ def method_of(method: KVMethod | Name) -> KVMethod:
 
 
 def read_method(plain: Any) -> KVMethod:  # noqa: ANN401
-    """Makes a method of its class's name and its arguments, as a plan's JSON has them; the class must have been imported."""
+    """Makes a method of its class's name and its arguments, as a plan's JSON has them.
+
+    The class must have been imported.
+    """
     known: dict[str, type[KVMethod]] = {kind.__name__: kind for kind in subclasses(KVMethod)[1:]}
     if not isinstance(plain, Mapping) or len(plain) != 1 or not isinstance(arguments := next(iter(plain.values())), Mapping):
         raise ValueError(f"plan: method is {plain!r}, and must be a class's name with its arguments, as to_json makes it")

@@ -1,4 +1,7 @@
-"""Second moments of the KV heads of a group: how they vary together on data, or as the weights alone let expect."""
+"""Gram matrices of the KV heads of a group.
+
+Their covariance on data, or as the weights alone predict.
+"""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,13 +27,13 @@ from billhook.model.repeat_kv import repeat_layout_of
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Second moments of the heads of one attention, group by group, about zero, biases included: float64.
+    """Gram matrices of the heads of an attention module, by group, in float64.
 
-    Apart from `InputMoments`, as that sums in float32 all that one linear is given, and bases take float64 of each group's heads.
+    They are separate from the float32 Gram matrices of linear layers, because bases need float64 for each group of heads.
 
     Attributes:
         keys: E[k_i k_j^T], the mean over tokens, `[groups, heads, width, heads, width]`.
-        values: The same of values, as the query heads of the group are given them: with a_t what query head h attends to with,
+        values: The same of values as the query heads of the group receive them: with a_t the attention weights of query head h,
             E[u_i u_j^T], u_i = sum over t of a_t v_i,t, the mean over tokens and over the query heads h of the group.
         queries: The sum of E[q q^T] over the query heads of each KV head, `[KV heads, width, width]`.
     """
@@ -40,10 +43,10 @@ class Moments:
     queries: Tensor
 
     def in_order(self, order: Sequence[int], groups: int) -> "Moments":
-        """Returns the moments of one group of all heads as those of heads in another order and in several groups.
+        """Regroups the Gram matrices of all heads into several groups of reordered heads.
 
-        Of keys and queries these are what `gather` would find of the model in that order. Values are still seen as all query
-        heads of the attention attend to them, not only those of their group.
+        For keys and queries this equals `gather` on the reordered model. Values keep the attention of all query heads of the
+        module, not only those of their group.
         """
         heads = torch.tensor(order).reshape(groups, -1)
         keys, values = (torch.stack([m[0][group][:, :, group] for group in heads]) for m in (self.keys, self.values))
@@ -51,14 +54,14 @@ class Moments:
 
 
 def weight_moments(tensors: HeadTensors, groups: int) -> Moments:
-    """Returns moments without data, as if all that the projections are given were independent and of one size."""
+    """Returns Gram matrices without data, for independent inputs of equal size."""
     keys, values, queries = grouped(tensors.k, groups), grouped(tensors.v, groups), grouped(tensors.q, len(tensors.k))
     pairs, squares = "gian,gjbn->giajb", "jhan,jhbn->jab"
     return Moments(torch.einsum(pairs, keys, keys), torch.einsum(pairs, values, values), torch.einsum(squares, queries, queries))
 
 
 def grouped(heads: Tensor, groups: int) -> Tensor:
-    """Returns heads, `[heads, ...]`, in groups of consecutive ones, `[groups, heads, ...]`."""
+    """Returns heads, `[heads, ...]`, in consecutive groups, `[groups, heads, ...]`."""
     return heads.reshape(groups, -1, *heads.shape[1:])
 
 
@@ -69,16 +72,16 @@ def gather(
     trials: Sequence[Run],
     comm: Comm = SINGLE_PROCESS,
 ) -> dict[str, dict[int, Moments]]:
-    """Returns the moments of attentions on all batches, by name and by the number of groups; the model stays as it is.
+    """Returns the Gram matrices of attention modules, by name and number of groups.
 
-    Groups are of consecutive KV heads. Keys and queries are seen before any rotary embedding. Of values it matters what attention
-    makes of them, so each attention runs once more for each other head of a group, with that one's values instead of its own. It
-    runs no more often than the fewest groups take, where the other numbers are multiples of that one.
+    Groups consist of consecutive KV heads. Keys and queries are recorded before a rotary embedding. Values depend on the
+    attention weights, so each attention module runs once more for each other head of a group, with that head's values. It runs
+    only as often as the smallest number of groups needs, if the other numbers are multiples of it.
 
-    In groups of J heads each attention runs J times a batch. Held throughout are 2 G (J w)^2 + H w^2 numbers in float64 of each
-    attention, for G groups and H = G J heads of width w: of Llama-7B (H = 32, w = 128, 32 attentions) 1.2 GB for G = 8, and
-    8.7 GB for G = 1, which a choice of groups needs; within an attention, with 2048 tokens in a batch, 0.13 GB and 1.1 GB more.
-    What is held for several numbers adds up.
+    With groups of J heads, each attention module runs J times per batch. Memory: 2 G (J w)^2 + H w^2 float64 numbers per
+    attention module, for G groups and H = G J heads of width w. For Llama-7B (H = 32, w = 128, 32 attention modules) that is 1.2
+    GB for G = 8, and 8.7 GB for G = 1, which a choice of groups needs. Within an attention module, 2048 tokens take another 0.13
+    GB and 1.1 GB. Several numbers of groups add up.
     """
     log_only_self_generated([trial.source for trial in trials])
     listening = MomentPass(model, projections, groups, trials, comm)
@@ -88,12 +91,14 @@ def gather(
 
 
 class MomentPass:
-    """One pass of runs over a model as it is, after which there are moments of attentions; `take` may be called within it.
+    """A pass of runs over an unchanged model that sums Gram matrices.
+
+    `take` may be called within it.
 
     Args:
         model: The model.
-        projections: The attentions to listen to, by name.
-        groups: In how many groups of consecutive KV heads moments are added up, by attention.
+        projections: The attention modules to record, by name.
+        groups: By attention module, the numbers of groups of consecutive KV heads.
         trials: The runs.
         comm: The ranks.
     """
@@ -111,7 +116,7 @@ class MomentPass:
         self._hooks: dict[str, ExitStack] = {}
 
     def run(self, together: SideBySide) -> None:
-        """Goes over all blocks, as `together` has runs pass them."""
+        """Runs all blocks in the order of the side-by-side runner."""
         with evaluating_without_grad(self._model), ExitStack() as stack:
             for name in self._listeners:  # no local keeps a listener, and what it adds up, once its block has been left
                 self._listeners[name].masks = lambda: self._trials[together.run].tokens
@@ -120,7 +125,7 @@ class MomentPass:
             together([run.visit for run in self._trials])
 
     def take(self, *names: str) -> dict[str, dict[int, Moments]]:
-        """Returns moments of attentions that all runs have left, and lets go of what they were added up in."""
+        """Returns the Gram matrices of finished attention modules, and frees their sums."""
         sums = {}
         for name in names:
             self._hooks.pop(name).close()
@@ -130,7 +135,7 @@ class MomentPass:
 
 
 class MomentSums:
-    """Sums over tokens of what `Moments` are means of, for several numbers of groups."""
+    """Sums over tokens for `Moments`, for several numbers of groups."""
 
     def __init__(self, device: torch.device, projections: Projections, groups: Collection[int]) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=float64_device(device))
@@ -142,31 +147,31 @@ class MomentSums:
         self.tokens = zeros(3)  # of which keys, values (as one head attends to them), queries were seen
 
     def tensors(self) -> list[Tensor]:
-        """Returns the sums themselves, not copies, to be summed over ranks in place."""
+        """Returns the sums themselves, to be reduced over ranks in place."""
         return [*self.keys.values(), *self.values.values(), self.queries, self.tokens]
 
     def moments(self, name: str) -> dict[int, Moments]:
-        """Returns the means of what was added up of the attention of that name, by the number of groups."""
+        """Returns the means for the attention module of this name, by number of groups."""
         of_keys, of_values, of_queries = counts = self.tokens.tolist()
         if not all(counts):
-            raise ValueError(f"batches: {name} is not called, or no token counts")
+            raise ValueError(f"batches: {name} is not called, or receives no non-padding token")
         moments, queries = {}, self.queries / of_queries
         for number in self.keys:
             size = self.kv_heads // number
             means = self.keys[number] / of_keys, self.values[number] / (of_values * size)
             if not all(bool(mean.isfinite().all()) for mean in (*means, queries)):
-                raise ValueError(f"batches: {name} gives NaN or infinite numbers")
+                raise ValueError(f"batches: {name} gives NaN or infinite values")
             keys, values = (mean.view(number, size, mean.shape[1] // size, size, -1) for mean in means)
             moments[number] = Moments(keys, values, queries)
         return moments
 
 
 class StopForward(BaseException):
-    """Ends an attention's forward at the linear that reads the heads: the rest would be for nothing."""
+    """Ends the forward pass of an attention module at the consumer layer of its heads."""
 
 
 class _Listener:
-    """Listens to one attention, and adds up; `masks` returns which tokens of the batch count, by linear, where not all do."""
+    """Records an attention module at the non-padding tokens of the current batch."""
 
     def __init__(self, model: nn.Module, projections: Projections, groups: Collection[int]) -> None:
         self._model, self._projections, self._groups = model, projections, groups
@@ -181,13 +186,13 @@ class _Listener:
         self._unshifted = False
 
     def summed(self) -> MomentSums:
-        """Returns what has been added up, zeros if the attention was not called."""
+        """Returns the sums, zero if the attention module was not called."""
         self._sums = self._sums or MomentSums(self._device, self._projections, self._groups)
         return self._sums
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Overrides the attention's forward, and listens to its linears."""
+        """Overrides the forward pass of the attention module, and hooks its linear layers."""
         projections, module = self._projections, self._model.get_submodule(self._projections.name)
         with ExitStack() as stack:
             for linear in {projections.q.linear, projections.k.linear}:
@@ -199,7 +204,7 @@ class _Listener:
             yield
 
     def _visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Runs the attention's forward with the values of each of the others of the group, and then as it is."""
+        """Runs the forward pass with the values of each other head of the group, and unchanged."""
         self._read, size = [], self._size
         for shift in range(1, size):
             heads = range(self._projections.kv_heads)
@@ -213,7 +218,7 @@ class _Listener:
             self._unshifted, self._read = False, None
 
     def _projected(self, linear: str, module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        """Adds up keys or queries, or both where one linear makes them."""
+        """Adds keys or queries, or both if a linear layer produces them."""
         if not self._unshifted:
             return
         if (handing := repeat_layout_of(module)) is not None:
@@ -232,7 +237,7 @@ class _Listener:
     def _attended(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         projections = self._projections
         if self._read is None:
-            raise ValueError(f"{projections.name} is not called as a module: its values cannot be seen")
+            raise ValueError(f"{projections.name} is not called as a module, so its values cannot be recorded")
         index = projections.o.index.reshape(self._fewest, self._size, projections.queries, -1)
         self._read.append(self._tokens_that_count(args[0], projections.o.linear)[:, index])
         if not self._unshifted:
@@ -249,7 +254,7 @@ class _Listener:
         self._read = []
 
     def _add_values(self, total: Tensor, size: int, shifts: Sequence[Tensor]) -> None:
-        """Adds up how values vary together in groups of a size, as each head of the group attends to them."""
+        """Adds products of the values, as each head of the group attends to them."""
         for head in range(self._size):  # whose query heads attend
             first = head // size * size
             values = [shifts[(other - head) % self._size][:, :, head] for other in range(first, first + size)]
@@ -258,7 +263,7 @@ class _Listener:
             _add_products(total.view(self._fewest, -1, *total.shape[1:])[:, head // size], flat)
 
     def _tokens_that_count(self, tensor: Tensor, linear: str) -> Tensor:
-        """Returns the tokens that count, one after the other, in float32 at least."""
+        """Returns the non-padding tokens as rows, in float32 or wider."""
         tensor, mask = tensor.detach().flatten(0, -2), self.masks().get(linear)
         if mask is not None and mask.numel() == len(tensor):
             tensor = tensor[mask.flatten()]

@@ -1,4 +1,7 @@
-"""A plan for fewer KV heads: what shrinks, and the proof that the model's own code follows; found before anything changes."""
+"""Plans for fewer KV heads, with a proof that the model's own code follows.
+
+The model is not changed.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -47,23 +50,22 @@ UNCHANGED = Change(lambda old: old, lambda _, value: value)
 
 @dataclass(frozen=True, repr=False)
 class KVHeadPlan(ShapePlan):
-    """A conversion to fewer KV heads, as plain data; `print` shows a table.
+    """A KV-head conversion as plain data; `print` shows a table.
 
     Attributes:
-        model: The name of the model's class.
-        before: KV heads now; of layers that differ, the most.
-        after: KV heads afterwards.
-        method: How the heads of a group become one.
-        parameters: The parameters that shrink, and how.
-        shape: The shape of the model afterwards.
-        way: How the model comes to have fewer: `"config"`, as its class builds it from a changed config; `"groups"`, as its code
-            reads however many heads keys and values have, and attentions are given `num_key_value_groups`; `"handed"`, by linears
-            that store few heads and hand out many.
-        saves_cache: Whether the key/value cache of transformers, where there is one, shrinks too, in the class that the model is
-            saved as. With `"handed"` only parameters are saved, unless that is another class, as for a GPT-2 with one KV head;
-            and likewise in Falcon, whose code repeats heads before it keeps them.
-        layers: The names of the attentions that are converted.
-        restart: The parameters whose optimizer state restarts, as their new values are in another basis, or refitted.
+        model: Name of the model's class.
+        before: Current number of KV heads; if layers differ, the largest.
+        after: New number of KV heads.
+        method: Pooling method.
+        parameters: The parameters that shrink, with their pooling.
+        shape: New shape of the model.
+        way: How the model gets fewer heads: `"config"` (its class builds it from a changed config), `"groups"` (its code reads
+            any number of KV heads, and `num_key_value_groups` is set), or `"handed"` (linear layers store repeated KV heads).
+        saves_cache: Whether the KV cache of transformers shrinks in the class that the model is saved as. With `"handed"` only
+            parameters shrink, unless the model is saved as another class, such as a GPT-2 with one KV head. Falcon repeats heads
+        before caching them.
+        layers: Names of the attention modules to convert.
+        restart: Parameters whose optimizer state restarts, because they are refitted or in a new basis.
     """
 
     kind: ClassVar[str] = "kv_heads"
@@ -80,11 +82,11 @@ class KVHeadPlan(ShapePlan):
 
     @property
     def words(self) -> str:
-        """How many KV heads there are then, and where, in words."""
-        return f"{self.before} -> {self.after} KV heads in {len(self.layers)} attentions"
+        """A summary of the conversion."""
+        return f"{self.before} -> {self.after} KV heads in {len(self.layers)} attention modules"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the plan as plain data, from which `ModelPlan.from_json` makes it again."""
+        """Returns the plan as plain data for `ModelPlan.from_json`."""
         return {
             "kind": self.kind,
             "model": self.model,
@@ -103,7 +105,7 @@ class KVHeadPlan(ShapePlan):
                 raise ValueError("plan: layers and restart must be lists of names, as KVHeadPlan.to_json makes them")
         plan = plan_kv_heads(model, plain.get("after", 0), read_method(plain.get("method")), layers)
         if (plan.model, plan.before, plan.layers) != (plain.get("model"), plain.get("before"), tuple(layers or ())):
-            raise ValueError(f"plan: it was made for another model than this {plan.model} with {plan.before} KV heads")
+            raise ValueError(f"plan: it was made for a different model than this {plan.model} with {plan.before} KV heads")
         return replace(plan, restart=tuple(restart or ()))  # type: ignore[return-value]
 
     def _renderables(self) -> list[RenderableType]:
@@ -115,22 +117,22 @@ class KVHeadPlan(ShapePlan):
         return [f"{self.model}: {self.words} ({self.method}); {cache}", text_table(rows, aligns="<", indent=2)]
 
     def check_made_for(self, model: nn.Module) -> None:
-        """Refuses a model whose class or whose tensors are others than the plan was made for."""
+        """Raises a ValueError if the plan was made for another class or other shapes."""
         model = find_transformer(model)
         sizes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         for name, pooled in self.parameters.items():
             if name not in sizes or sizes[name][pooled.dim] != len(pooled.index):
-                raise ValueError(f"plan: it was made for another model: {name} is {list(sizes.get(name, ())) or 'not there'}")
+                raise ValueError(f"plan: it was made for a different model: {name} is {list(sizes.get(name, ())) or 'not there'}")
         if self.model != type(model).__name__ or self.shape.tensors.keys() != shape_of(model).tensors.keys():
-            raise ValueError(f"plan: it was made for another model than this {type(model).__name__}")
+            raise ValueError(f"plan: it was made for a different model than this {type(model).__name__}")
 
     def change(self, model: nn.Module, weights: Weights | None = None) -> UpdateOptimizers:
-        """Carries the plan out on a model, in place; see `ShapePlan.change`.
+        """Applies the plan to a model in place; see `ShapePlan.change`.
 
         Args:
-            model: The model that the plan was made for, as it is now.
-            weights: New values, in the old sizes, of any parameters, from which the conversion starts; also of some that do not
-                shrink, as queries and outputs.
+            model: The model that the plan was made for.
+            weights: New values of parameters, in the old sizes, from which the conversion starts; also of parameters that do not
+                shrink, such as queries and outputs.
         """
         model, new = find_transformer(model), LazyTensors.of(weights or {})
         check_weights(model, weights)
@@ -146,7 +148,7 @@ class KVHeadPlan(ShapePlan):
 
 
 def starting(values: Callable[[], Tensor], change: Change) -> Change:
-    """Returns a change that begins with other values than the old ones, which are read then."""
+    """Returns a change that starts from other values, which are read on demand."""
     return replace(change, weight=lambda old: change.weight(values().to(old)))
 
 
@@ -157,15 +159,15 @@ def plan_kv_heads(
     layers: Collection[int | str] | None = None,
     encoder: bool = False,
 ) -> KVHeadPlan:
-    """Finds what `convert_kv_heads` changes, and proves that the model's own code then computes what it should.
+    """Plans a KV-head conversion, and proves that the model's own code computes the same.
 
-    No names of architectures or projections are needed. The first of three ways is taken that holds: the model's class builds it
-    from a changed config, also where queries, keys and values are one matrix; or the code reads however many heads keys and
-    values have; or linears store few heads and hand out many. The last two are proved on a small copy of the model. The plan
-    pools heads; what makes them equal before is in the `weights` with which it is applied.
+    No names of architectures or projections are needed. The first of three ways that works is used: the class builds the model
+    from a changed config (also with fused projections); the code reads any number of KV heads; or linear layers store repeated
+    KV heads. The last two are proved on a small copy of the model. The plan pools heads; `weights` passed when it is applied can
+    make them equal before.
 
     Raises:
-        ValueError: If the number, method or layers are not legal, or the model cannot be converted; it says what is missing.
+        ValueError: If the number, method, or layers are not legal, or the model cannot be converted.
     """
     check_int("num_key_value_heads", num_key_value_heads)
     heads, method = num_key_value_heads, method_of(method)
@@ -201,15 +203,13 @@ def _plan_under_adapters(
     check_adapters(model, method)
     plan = plan_kv_heads(without_adapters(model), heads, method, layers, encoder)
     if plan.way == "handed":
-        raise ValueError(
-            f"linears of {type(model).__name__} would hand out few heads many times, which LoRA cannot do: {MERGE_HINT}"
-        )
+        raise ValueError(f"{type(model).__name__} needs repeated KV heads, which LoRA does not support: {MERGE_HINT}")
     parameters, shape = with_adapters(model, plan.parameters, plan.shape)
     return replace(plan, model=type(model).__name__, parameters=parameters, shape=shape)
 
 
 def _shrinks_cache(model: PreTrainedModel, shape: Shape) -> bool | None:
-    """Tells whether a model of a shape caches less; None where that is not known."""
+    """Returns whether a model of a shape caches less; None if unknown."""
     before, after = cache_as_saved(model), cache_as_saved(_of_shape(model, shape))
     return None if before is None or after is None else after < before
 
@@ -221,7 +221,7 @@ def _of_shape(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
 
 
 def check_in_part(model: nn.Module, part: KVHeadPlan) -> None:
-    """Refuses a model whose attentions cannot have been converted in part, as this plan for some would; it stays as it is."""
+    """Raises a ValueError if attention modules cannot be converted in part."""
     heads = kv_heads_by_layer(_of_shape(find_transformer(model), part.shape))
     for name in part.layers:
         if heads.get(name) != part.after:
@@ -232,9 +232,9 @@ def check_in_part(model: nn.Module, part: KVHeadPlan) -> None:
 
 
 def check_adapters(model: nn.Module, method: KVMethod) -> None:
-    """Refuses adapters that are not plain LoRA, or that the method does not pool as it pools weights."""
+    """Raises a ValueError for adapters that cannot be pooled."""
     if not method.pools_adapters:
-        raise ValueError(f"method='{method.name}' pools weights in a way that their adapters cannot follow: {MERGE_HINT}")
+        raise ValueError(f"method='{method.name}' does not pool adapters like weights: {MERGE_HINT}")
     from peft.tuners.lora import LoraLayer
 
     for name, layer in adapter_layers(model).items():
@@ -244,7 +244,10 @@ def check_adapters(model: nn.Module, method: KVMethod) -> None:
 
 
 def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> Shrunk:
-    """Returns how a model shrinks from how the one beneath its adapters does; refuses if what adapters read becomes less."""
+    """Extends the changes of a base model to its adapters.
+
+    Raises a ValueError if an adapter's input would shrink.
+    """
     layers, now = adapter_layers(model), shape_of(model)
 
     def renamed(entries: Mapping[str, T]) -> dict[str, T]:
@@ -256,7 +259,7 @@ def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shap
             continue
         outputs = 1 if isinstance(layer.get_base_layer(), Conv1D) else 0
         if cut.dim != outputs:
-            raise ValueError(f"{name}.weight shrinks along what its adapters read: {MERGE_HINT}")
+            raise ValueError(f"{name}.weight shrinks along the inputs of its adapters: {MERGE_HINT}")
         size = shape.tensors[f"{name}.weight"][outputs]
         attributes[f"{name}.out_features"] = size
         for adapter, second in layer.lora_B.items():

@@ -1,4 +1,4 @@
-"""Heads are pooled, at once with the state that optimizers keep of them, or step by step while a model trains."""
+"""Pooling of heads with their optimizer state, at once or gradually during training."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,14 +15,14 @@ from billhook.model.shape import Shape
 from billhook.model.surgery import Change
 
 Pool = Callable[[Sequence[Tensor]], Tensor]
-"""From the heads of a group to one."""
+"""Combines the heads of a group into one."""
 
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
-"""What Adam and AdamW, RMSprop and Adadelta, and Adagrad call the mean or sum of squared gradients."""
+"""Names of the mean or sum of squared gradients in Adam and AdamW, RMSprop and Adadelta, and Adagrad."""
 
 
 def mean(heads: Sequence[Tensor]) -> Tensor:
-    """Returns the mean of some heads, summed in float32 at least.
+    """Returns the mean of heads, summed in float32 or wider.
 
     >>> mean([torch.tensor([0.0, 1.0]), torch.tensor([2.0, 5.0])])
     tensor([1., 3.])
@@ -34,17 +34,17 @@ def mean(heads: Sequence[Tensor]) -> Tensor:
 
 
 def first(heads: Sequence[Tensor]) -> Tensor:
-    """Returns the first of some heads."""
+    """Returns the first head."""
     return heads[0]
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """How one parameter shrinks.
+    """The pooling of a parameter.
 
     Attributes:
-        dim: The dimension that holds its heads.
-        index: For each old position along it, its position in the new tensor; positions that share one are pooled.
+        dim: Dimension that holds its heads.
+        index: By old position, the position in the new tensor; old positions with equal new ones are pooled.
     """
 
     dim: int
@@ -55,12 +55,12 @@ class Pooled:
 
     @cached_property
     def counts(self) -> Indices:
-        """For each new position how many old ones it has: int64."""
+        """By new position, the number of old positions: int64."""
         return np.bincount(np.asarray(self.index))
 
     @cached_property
     def groups(self) -> list[tuple[Indices, Indices]]:
-        """New positions that are pooled from equally many old ones, and these, `[old for each new, new]`, in their order."""
+        """New positions with equally many old ones, and these, `[old per new, new]`, in order."""
         order, starts = np.argsort(np.asarray(self.index), kind="stable"), np.cumsum(self.counts) - self.counts
         groups = []
         for count in np.unique(self.counts).tolist():
@@ -69,7 +69,10 @@ class Pooled:
         return groups
 
     def _on(self, device: torch.device) -> tuple[list[tuple[Tensor, list[Tensor]]], Tensor]:
-        """Returns the groups and the index on a device, where they stay: heads that move are pooled at every step."""
+        """Returns the groups and the index on a device, where they are cached.
+
+        Gradual conversion pools at every step.
+        """
         if device not in self._by_device:
             groups = [(torch.from_numpy(new).to(device), list(torch.from_numpy(old).to(device))) for new, old in self.groups]
             self._by_device[device] = groups, torch.tensor(self.index, device=device)
@@ -80,13 +83,13 @@ class Pooled:
         return (*old[: self.dim], len(self.counts), *old[self.dim + 1 :])
 
     def along(self, tensor: Tensor) -> Tensor:
-        """Returns the number of old positions of every new one, in a shape that a new tensor can be multiplied with."""
+        """Returns the number of old positions by new position, broadcastable to a new tensor."""
         shape = [1] * tensor.ndim
         shape[self.dim] = -1
         return torch.from_numpy(self.counts).to(tensor.device, tensor.dtype).reshape(shape)
 
     def pool(self, tensor: Tensor, how: Pool = mean) -> Tensor:
-        """Returns the new tensor, in which the old positions of every new one are pooled where there are several."""
+        """Returns the new tensor, with old positions that share a new position pooled."""
         new = tensor.new_empty(self.size(tensor.shape))
         for positions, old in self._on(tensor.device)[0]:
             heads = [tensor.index_select(self.dim, head) for head in old]
@@ -95,16 +98,19 @@ class Pooled:
         return new
 
     def spread(self, tensor: Tensor) -> Tensor:
-        """Returns a new tensor at the old positions: what was pooled, repeated."""
+        """Returns a new tensor at the old positions, with pooled values repeated."""
         return tensor.index_select(self.dim, self._on(tensor.device)[1])
 
 
 Shrunk = tuple[dict[str, Pooled], Shape]
-"""How parameters shrink, and the shape of the model afterwards."""
+"""Pooling by parameter, and the new shape of the model."""
 
 
 def pooling(pooled: Pooled, how: Pool) -> Change:
-    """Pools a parameter; first moments of optimizers follow like the weights, and second ones, times G^2 for G heads."""
+    """Pools a parameter and its optimizer state.
+
+    Second moments are multiplied by G^2 for G heads.
+    """
 
     def state(key: str, value: Tensor) -> Tensor:
         new = pooled.pool(value, how)
@@ -116,10 +122,10 @@ def pooling(pooled: Pooled, how: Pool) -> Change:
 
 @torch.no_grad()
 def approach(model: nn.Module, parameters: Mapping[str, Pooled], share: float, how: Pool = mean) -> None:
-    """Moves every head towards what its group is pooled to, in place: W <- W + share (pool(W) - W).
+    """Interpolates heads toward their pooled head, in place: W <- W + share (pool(W) - W).
 
-    With shares 1/n, 1/(n - 1), ..., 1 the heads of a group are equal after n moves, whatever training does in between: each moves
-    an equal part of the remaining way. Optimizer state stays. If anything fails, nothing has moved.
+    With shares 1/n, 1/(n - 1), ..., 1 the heads of a group are equal after n moves, whatever training does in between. Optimizer
+    state stays. If anything fails, no head has moved.
     """
     reshard(model)  # what a forward has left gathered is held as shards
     moving = {model.get_parameter(name): pooled for name, pooled in parameters.items()}

@@ -1,4 +1,4 @@
-"""Proof by running: a small copy with fewer KV heads computes what the dense class does with heads pooled and repeated.
+"""Proof by execution that a small copy with fewer KV heads computes the same.
 
 Code that views keys as `(batch, -1, heads, width)` runs at some lengths although it folds time into heads, so several are tried.
 """
@@ -37,7 +37,7 @@ Inputs = dict[str, Any]
 def prove(
     model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int
 ) -> tuple[KVWay, Shrunk]:
-    """Finds the way that a small copy of the model shows to be right."""
+    """Returns the way of conversion that a small copy proves correct, and the new shapes."""
     rows = {id(model.get_parameter(name)) for attention in attentions.values() for name in attention.rows}
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in rows}
     as_built = is_as_built(model, built_shape(type(model), model.config), names)
@@ -67,12 +67,12 @@ def prove(
 
 
 def small_copy(model: PreTrainedModel, shape: Shape | None = None, few: bool = True) -> PreTrainedModel:
-    """Builds a model of the class from the config, on the CPU, with random weights that make every part count.
+    """Builds a small model of the class on the CPU, with random weights.
 
     Args:
-        model: The model, which may stand on meta tensors.
-        shape: What of its shape its class does not build, if anything.
-        few: Whether few layers are enough.
+        model: The model, which may be on the meta device.
+        shape: Parts of its shape that its class does not build, if any.
+        few: If True, two layers are enough.
     """
     fields = fields_of(model.config)
     two = {name: 2 for name, value in fields.items() if few and LAYERS.search(name) and type(value) is int and value > 2}
@@ -85,7 +85,9 @@ def small_copy(model: PreTrainedModel, shape: Shape | None = None, few: bool = T
             except Exception as error:  # whatever a class of models raises
                 why = error
         else:
-            raise ValueError(f"{type(model).__name__} cannot be built from its config, so nothing can be proved of it: {why}")
+            raise ValueError(
+                f"{type(model).__name__} cannot be built from its config, so its conversion cannot be verified: {why}"
+            )
         if shape is not None:
             _take_shape(small, model, shape)
         with torch.no_grad():
@@ -99,7 +101,10 @@ def small_copy(model: PreTrainedModel, shape: Shape | None = None, few: bool = T
 
 
 def _take_shape(small: PreTrainedModel, model: PreTrainedModel, shape: Shape) -> None:
-    """Gives a copy with fewer layers what a model's shape says of those; refuses buffers that no checkpoint of a shape brings."""
+    """Applies a model's shape to a copy with fewer layers.
+
+    Raises a ValueError for resized buffers.
+    """
     now, buffers = shape_of(small), dict(model.named_buffers())
     tensors = {name: shape.tensors.get(name, size) for name, size in now.tensors.items()}
     handed = {name: handing for name, handing in (shape.handed or {}).items() if f"{name}.weight" in tensors}
@@ -118,7 +123,7 @@ def _take_shape(small: PreTrainedModel, model: PreTrainedModel, shape: Shape) ->
 
 @full_precision()
 def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, implementation: str) -> str | None:
-    """Finds the first case in which a small model with 1 of `groups` KV heads fails or differs from one with heads pooled."""
+    """Returns the first case in which a converted model fails or differs."""
     reference, converted = (copy.deepcopy(dense, {id(p): p for p in dense.parameters()}) for _ in range(2))
     cuts, shape = shrunk
     change_values(reference, {n: Change(lambda old, cut=cut: cut.spread(cut.pool(old)), None) for n, cut in cuts.items()})  # type: ignore[misc]
@@ -146,7 +151,7 @@ def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, impleme
 
 
 def _cases(model: PreTrainedModel, groups: int) -> Iterator[tuple[str, Callable[[PreTrainedModel], list[Tensor]]]]:
-    """Yields inputs of several lengths, with and without padding and a key/value cache, in words and as what runs a model."""
+    """Yields inputs of several lengths, with and without padding and KV cache."""
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 2 * groups + 2
     parameters = inspect.signature(model.forward).parameters
     takes_mask = model.main_input_name == "input_ids" and "attention_mask" in parameters
@@ -168,7 +173,7 @@ def _cases(model: PreTrainedModel, groups: int) -> Iterator[tuple[str, Callable[
 
 
 def _inputs(model: PreTrainedModel, batch: int, length: int, other: int) -> Inputs:
-    """Makes inputs of a length; of an encoder-decoder the encoder's have another one."""
+    """Returns inputs of a length; the encoder of an encoder-decoder gets another length."""
     inputs = make_inputs(model, batch, length)
     if "decoder_input_ids" in inputs and "input_ids" in inputs:
         inputs |= {"decoder_input_ids": inputs["input_ids"], "input_ids": make_inputs(model, batch, other)["input_ids"]}
@@ -180,7 +185,7 @@ def _inputs(model: PreTrainedModel, batch: int, length: int, other: int) -> Inpu
 
 @torch.no_grad()
 def _outcome(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
-    """Returns what a model gives, where it is not padded."""
+    """Returns the outputs of a model at non-padding tokens."""
     fields = dict(model(**inputs, return_dict=True).items())
     leaves = tree_leaves([value for name, value in fields.items() if name not in ("past_key_values", "cache", "loss")])
     mask = inputs.get("attention_mask")
@@ -190,7 +195,7 @@ def _outcome(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
 
 @torch.no_grad()
 def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tensor]:
-    """Returns what a model gives for a token, and for two, that follow what it has in its cache."""
+    """Returns the outputs for new tokens after a cached prefix."""
     output = model(**inputs | {"use_cache": True}, return_dict=True)
     ids, states, encoder = "input_ids", list[Tensor](), {}
     if "decoder_input_ids" in inputs:
@@ -205,9 +210,9 @@ def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tenso
 def cut_into_groups(
     model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int
 ) -> Shrunk | None:
-    """Shrinks keys and values and sets the number of query heads that share each, whether the code follows or not.
+    """Shrinks keys and values and sets the number of query heads per KV head.
 
-    None if keys and values are not made by linears of their own.
+    Returns None if keys and values have no linear layers of their own.
     """
     cuts, attributes = dict[str, Pooled](), dict[str, int]()
     for name in chosen:
@@ -224,9 +229,10 @@ def cut_into_groups(
 
 
 def cut_into_handed(model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Shrunk:
-    """Lets the linears of keys and values store fewer heads and hand out as many as before.
+    """Shrinks the linear layers of keys and values to fewer, repeated KV heads.
 
-    Refuses keys or values that are not made by a linear, or whose heads do not lie regularly.
+    Raises:
+        ValueError: If keys or values do not come from linear layers, or their heads are not laid out regularly.
     """
     cuts, handed = dict[str, Pooled](), dict(shape_of(model).handed or {})
     for name in chosen:
@@ -234,7 +240,7 @@ def cut_into_handed(model: PreTrainedModel, attentions: Mapping[str, KVAttention
             owner, _, attr = parameter.rpartition(".")
             module = model.get_submodule(owner)
             if not is_linear(module) or attr not in ("weight", "bias"):
-                raise ValueError(f"{parameter} makes keys or values of {name}, and is not of a linear")
+                raise ValueError(f"{parameter} makes keys or values of {name}, and does not belong to a linear layer")
             before = repeat_layout_of(module)
             then = before.pooled(heads) if before is not None else _handing(parameter, rows, heads, attentions[name].heads)
             cuts[parameter] = Pooled(rows.dim, _new_positions(before, then))
@@ -254,7 +260,10 @@ def _handing(parameter: str, rows: Rows, heads: int, before: int) -> RepeatLayou
 
 
 def _new_positions(before: RepeatLayout | None, then: RepeatLayout) -> tuple[int, ...]:
-    """Returns the new position of each stored output; both hand out as many."""
+    """Returns the new position of each stored output.
+
+    Both layouts have equally many repeated outputs.
+    """
     stored = np.arange(then.returned) if before is None else before.index()
     positions = np.zeros(int(stored.max()) + 1, np.int64)
     positions[stored] = then.index()
@@ -264,7 +273,7 @@ def _new_positions(before: RepeatLayout | None, then: RepeatLayout) -> tuple[int
 def _shrunk(
     model: PreTrainedModel, cuts: dict[str, Pooled], attributes: dict[str, int], handed: dict[str, RepeatLayout] | None = None
 ) -> Shrunk:
-    """Returns how a model shrinks: parameters under all of their names, and attributes in which linears state their outputs."""
+    """Returns the pooling by all parameter names, and the new shape."""
     shrinking, tensors = {model.get_parameter(name): cut for name, cut in cuts.items()}, dict[str, tuple[int, ...]]()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (cut := shrinking.get(parameter)) is None:

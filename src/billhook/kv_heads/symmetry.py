@@ -1,10 +1,10 @@
-"""The symmetry group of an attention: how the numbers of a head may be mixed without changing what the model computes.
+"""Finds changes of basis of keys and values that leave an attention module's outputs.
 
-Keys may be multiplied by A and queries by its inverse transpose, q^T A^-1 A k = q^T k, or values by A and output columns by A^-1,
-unless a rotary embedding, a norm or a gate stands in between. It is found by trying it on the model's own code: one attention is
-run by itself for that, on random numbers and in float64, as the model calls it (masks, positions, rotary angles), one kind of
-heads at a time, as an attention in float64 may be as large as its block. What is the same then differs by 1e-15 (1e-7 where the
-code computes scores in float32), so that also slow rotary turns show.
+Keys may be multiplied by A and queries by its inverse transpose, q^T A^-1 A k = q^T k, or values by A and output columns by
+A^-1, unless a rotary embedding, a norm, or a gate is in between. This is tested on the model's own code. One attention module
+runs on random numbers in float64 with the arguments that the model passes (masks, positions, rotary angles), one kind of heads
+at a time, as an attention module in float64 may be as large as its block. Equal outputs then differ by 1e-15 (1e-7 if the code
+computes scores in float32), so that slow rotations show too.
 """
 
 import copy
@@ -32,33 +32,36 @@ from billhook.model.layers import matrix_of
 from billhook.model.transformers_internals import ATTENTION, attention_of
 
 LENGTH = 128
-"""How many tokens are shown: enough for slow turns to be seen."""
+"""Number of tokens: enough to detect slow rotations."""
 
 FEW = 7
-"""How many, where a model does not say how many it can take."""
+"""Number of tokens if the model does not state its maximum length."""
 
 TOLERANCE = 1e-6
-"""How far apart, relative to its norm, what an attention gives may be and still be the same: some compute in float32."""
+"""Largest relative difference of equal outputs: some code computes in float32."""
 
 SHARES = (*(n / 8 for n in range(1, 9)), *(n / 10 for n in range(1, 10)))
-"""The shares of a head that rotary embeddings turn, as far as is known."""
+"""Known fractions of a head that rotary embeddings rotate."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """Numbers of a head that may be mixed with each other, and with nothing else.
+    """Dimensions of a head that may be mixed only with each other.
 
     Attributes:
         real: Their positions in the head.
-        imaginary: Where two numbers may only be turned and scaled together, as a complex number: the position of the second;
-            `real` is then that of the first.
+        imaginary: Position of the second dimension, if two dimensions may only be rotated and scaled together, as a complex
+            number; `real` is then the position of the first.
     """
 
     real: tuple[int, ...]
     imaginary: tuple[int, ...] = ()
 
     def put(self, matrices: Tensor, mix: Tensor) -> None:
-        """Writes a block's matrices into `[heads, width, width]`; a complex number a + ib as [[a, -b], [b, a]]."""
+        """Writes a block's matrices into `[heads, width, width]`.
+
+        A complex number a + ib as [[a, -b], [b, a]].
+        """
         r, i = torch.tensor(self.real), torch.tensor(self.imaginary, dtype=torch.int64)
         if not self.imaginary:
             matrices[:, r[:, None], r] = mix
@@ -68,7 +71,10 @@ class Block:
         matrices[:, i[:, None], r] = mix.imag
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Draws a matrix, or a complex number, that mixes the numbers: not orthogonal, well conditioned."""
+        """Draws a matrix, or a complex number, that mixes the dimensions.
+
+        Not orthogonal, well conditioned.
+        """
         if self.imaginary:
             angle, size = torch.rand(2, generator=generator, dtype=torch.float64) + 0.3
             return torch.polar(size, 3 * angle)
@@ -78,12 +84,12 @@ class Block:
 
 
 Symmetry = tuple[Block, ...]
-"""The blocks of a head; empty where nothing may be mixed."""
+"""The blocks of a head; empty if no dimensions may be mixed."""
 
 
 @dataclass(frozen=True)
 class Symmetries:
-    """How the numbers of keys, and of values, of one attention may be mixed, and whether KV heads may change places."""
+    """The allowed changes of basis of keys and values, and whether KV heads may be reordered."""
 
     keys: Symmetry
     values: Symmetry
@@ -91,7 +97,10 @@ class Symmetries:
 
 
 def candidates(width: int) -> Iterator[Symmetry]:
-    """Yields all together; pairs half a rotary width apart, or side by side, and the rest together; freer ones first."""
+    """Yields possible symmetries, the largest first: all dimensions.
+
+    Rotary pairs half a rotary width apart, or adjacent.
+    """
     yield (Block(tuple(range(width))),)
     rotary_widths = sorted({int(width * share) for share in SHARES if width * share % 2 == 0})
     for rotary in reversed(rotary_widths):
@@ -107,13 +116,13 @@ def _paired(pairs: Sequence[tuple[int, int]], width: int) -> Symmetry:
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments of a call of a module, and those that are named."""
+"""Positional and keyword arguments of a call."""
 Transform = Mapping[str, Callable[[Tensor], Tensor]]
-"""What becomes of heads, by their kind, q, k, v or o, as in `HeadTensors`."""
+"""Changes of heads by kind, q, k, v, or o, as in `HeadTensors`."""
 
 
 class AttentionProbe:
-    """One attention of a model, and what the model calls it with."""
+    """One attention module with the arguments that the model passes."""
 
     def __init__(self, model: nn.Module, projections: Projections, call: Call) -> None:
         self._model, self.projections, self._call = model, projections, call
@@ -121,9 +130,11 @@ class AttentionProbe:
 
     @contextmanager
     def as_float64(self) -> Iterator[None]:
-        """Puts all its numbers in float64 for a while, in which it can be called: on the CPU, where its device has none.
+        """Runs the module in float64 within a `with` block.
 
-        Other tensors replace its own: a parameter whose dtype changes would lose the hooks that DDP has on its gradient.
+        On the CPU if its device has no float64.
+
+        Its tensors are replaced, because a parameter whose dtype changes would lose the gradient hooks of DDP.
         """
         linears = (self._model.get_submodule(name) for name in self.projections.linears)
         modules = dict.fromkeys([*self._module.modules(), *linears])
@@ -142,11 +153,11 @@ class AttentionProbe:
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
+        """Device of its weights."""
         return self._matrix(self.projections.k)[0].device
 
     def draw(self, generator: torch.Generator) -> None:
-        """Draws its weights, with which scores are of the size of one where inputs are."""
+        """Draws weights that give scores of unit size."""
         for rows in self.projections.kinds.values():
             weight, bias = self._matrix(rows)
             heads, width = rows.index.shape
@@ -164,7 +175,7 @@ class AttentionProbe:
         return matrix_of(self._model.get_submodule(rows.linear))
 
     def __call__(self) -> Tensor:
-        """Returns what the linear behind its heads gives, `[calls * tokens, hidden]`."""
+        """Returns the output of the consumer layer of its heads, `[calls * tokens, hidden]`."""
         outputs: list[Tensor] = []
         args, kwargs = tree_map_only((Tensor, Cache), _as_float64, self._call)
         with ExitStack() as stack:
@@ -181,7 +192,7 @@ class AttentionProbe:
 
 
 class _Float64Numbers(TorchFunctionMode):
-    """Makes tensors of numbers in float64: the least one of that dtype, which masks are made of, is too large for others."""
+    """Creates scalar tensors in float64, as masks use its smallest number."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         number = func in (torch.tensor, torch.full) and args and isinstance(args[-1], float)
@@ -202,7 +213,7 @@ def _as_float64(value: Any) -> Any:  # noqa: ANN401 - a tensor or a cache
 
 
 def see_calls(model: nn.Module, projections: Mapping[str, Projections]) -> dict[str, Call]:
-    """Runs a model on random tokens and returns with what it calls each of its attentions the first time."""
+    """Returns the arguments of the first call of each attention module, on random tokens."""
     calls: dict[str, Call] = {}
 
     def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -218,14 +229,14 @@ def see_calls(model: nn.Module, projections: Mapping[str, Projections]) -> dict[
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
         model(**small_inputs(model, length=length))
     if unseen := [name for name in projections if name not in calls]:
-        raise ValueError(f"{unseen[0]} is not called as a module, so what its heads do cannot be seen")
+        raise ValueError(f"{unseen[0]} is not called as a module, so its heads cannot be recorded")
     return calls
 
 
 def find_symmetries(model: nn.Module, projections: Mapping[str, Projections]) -> dict[str, Symmetries]:
-    """Finds how the heads of each attention may be mixed, by the attention's name; the model stays as it is.
+    """Returns the symmetries of each attention module, by name; the model stays unchanged.
 
-    It runs the model once, and each attention of a usual kind some four times.
+    It runs the model once, and each attention module about four times.
     """
     with evaluating_without_grad(model), ExitStack() as stack:
         for config in configs_of(model):
@@ -268,20 +279,20 @@ def _symmetries(attention: AttentionProbe) -> Symmetries:
 
 
 def in_order(tensors: HeadTensors, order: Sequence[int]) -> HeadTensors:
-    """Returns the KV heads in another order, or some of them, with their query heads."""
+    """Returns reordered KV heads, or some of them, with their query heads."""
     picks = _reordered(order, len(tensors.q) // len(tensors.k))
     return HeadTensors(**{kind: pick(vars(tensors)[kind]) for kind, pick in picks.items()})
 
 
 def _reordered(order: Sequence[int], queries: int) -> Transform:
-    """Puts KV heads in another order, or some of them, with their query heads."""
+    """Reorders KV heads, or selects some of them, with their query heads."""
     kv_heads, query_heads = list(order), [head * queries + query for head in order for query in range(queries)]
     pick_kv, pick_query = itemgetter(kv_heads), itemgetter(query_heads)
     return {"q": pick_query, "k": pick_kv, "v": pick_kv, "o": pick_query}
 
 
 def _drawn(count: int, width: int, symmetry: Symmetry, generator: torch.Generator) -> Tensor:
-    """Draws for each head a matrix that mixes its blocks' numbers, `[heads, width, width]`."""
+    """Draws for each head a matrix that mixes the dimensions of its blocks."""
     matrices = torch.eye(width, dtype=torch.float64).repeat(count, 1, 1)
     for matrix in torch.split(matrices, 1):
         for block in symmetry:
@@ -290,12 +301,12 @@ def _drawn(count: int, width: int, symmetry: Symmetry, generator: torch.Generato
 
 
 def _mixed_keys(matrix: Tensor, queries: int) -> Transform:
-    """Multiplies keys by a matrix, queries by the transpose of its inverse."""
+    """Multiplies keys by a matrix, and queries by the transpose of its inverse."""
     inverse = torch.linalg.inv(matrix).transpose(1, 2).repeat_interleave(queries, 0)
     return {"k": lambda k: matrix @ k, "q": lambda q: inverse @ q}
 
 
 def _mixed_values(matrix: Tensor, queries: int) -> Transform:
-    """Multiplies values by a matrix, output columns by its inverse."""
+    """Multiplies values by a matrix, and output columns by its inverse."""
     inverse = torch.linalg.inv(matrix).repeat_interleave(queries, 0)
     return {"v": lambda v: matrix @ v, "o": lambda o: o @ inverse}

@@ -1,1 +1,4 @@
-"""Searches for the best smaller model within one budget: how much each layer of a model keeps."""
+"""Budgeted search: how many units each module of a model keeps.
+
+How much each layer of a model keeps.
+"""

@@ -1,4 +1,4 @@
-"""Measures how far predictions are from the dense model's, on held-out batches: the KL divergence and perplexity."""
+"""KL divergence and perplexity relative to the dense model, on held-out batches."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -18,35 +18,45 @@ from billhook.report.predictions import Predictions, eval_logits
 from billhook.units.blocks import find_blocks
 
 SHARE = 0.2
-"""Share of the batches of each source that is held out at most."""
+"""Largest fraction of each source's batches to hold out."""
 TOKENS = 4096
-"""How many tokens losses are measured on at most, of all sources together: each of some hundred candidates runs on all."""
+"""Maximum number of evaluation tokens over all sources: some hundred candidates run on all of them."""
 PER_INPUT = 10
-"""How many tokens candidates are fitted to at most for each input of the widest linear that is refitted."""
+"""Maximum number of fitting tokens per input of the widest refitted layer, for variants."""
 
 
-def divided(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Divides batches, the held-out ones spread evenly over those of each source, no more than are measured.
+def split_batches(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Splits batches into fitted and held-out batches, evenly over each source.
 
-    Where there are too few, they are taken apart into rows; too few rows are refused.
+    Held-out batches are cut to the number of tokens that is evaluated. If there are too few batches, they are split into
+    examples first.
+
+    Raises:
+        ValueError: If there are fewer than three examples, or fewer than two of a source.
     """
     numbers = _by_source(batches)
     if _too_few(numbers):
-        batches = in_rows(batches)
+        batches = split_examples(batches)
         numbers = _by_source(batches)
     if _too_few(numbers):
-        counts = ", ".join(f"{len(of_source)}{f' of {source}' if source else ''}" for source, of_source in numbers.items())
-        raise ValueError(f"batches: three rows at least, and two of each source, as some are held out; got {counts or 'none'}")
-    chosen = {of_source[n] for of_source in numbers.values() for n in RepairConfig(held_out=SHARE).chooses(len(of_source))}
-    order = sorted(chosen)
-    measured = few([batches[number] for number in order])
-    held_out = {number for number, rows in zip(order, measured, strict=True) if rows is not None}
-    fitted = [batch for number, batch in enumerate(batches) if number not in held_out]
-    return fitted, [rows for rows in measured if rows is not None]
+        counts = [f"{len(of_source)}{f' of {source}' if source else ''}" for source, of_source in numbers.items()]
+        raise ValueError(
+            "batches: at least 3 examples, and 2 of each source, are required because some are held out; "
+            f"got {', '.join(counts) or 'none'}. Pass more examples."
+        )
+    chosen, config = list[int](), RepairConfig(held_out=SHARE)
+    for of_source in numbers.values():
+        chosen += [of_source[number] for number in config.chooses(len(of_source))]
+    chosen.sort()
+    held_out = dict[int, Any]()
+    for number, rows in zip(chosen, limit_tokens([batches[number] for number in chosen]), strict=True):
+        if rows is not None:
+            held_out[number] = rows
+    return [batch for number, batch in enumerate(batches) if number not in held_out], list(held_out.values())
 
 
-def in_rows(batches: Sequence[Any]) -> list[Any]:
-    """Takes batches apart into rows."""
+def split_examples(batches: Sequence[Any]) -> list[Any]:
+    """Splits batches into single examples."""
     return [_rows(batch, row, row + 1) for batch in batches for row in range(_size(batch)[0])]
 
 
@@ -61,13 +71,13 @@ def _too_few(numbers: Mapping[str, Sequence[int]]) -> bool:
     return sum(map(len, numbers.values())) < 3 or any(len(of_source) < 2 for of_source in numbers.values())
 
 
-def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | None]:
-    """Returns the first rows of each source's batches, as many as come to an equal share of so many tokens, one at least.
+def limit_tokens(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | None]:
+    """Returns the first examples of each source, up to a number of tokens.
 
-    None stands for batches of which none is taken.
+    None stands for a batch of which no example is used.
 
     >>> import torch
-    >>> [batch and tuple(batch["input_ids"].shape) for batch in few([{"input_ids": torch.zeros(4, 100)}] * 3, 600)]
+    >>> [batch and tuple(batch["input_ids"].shape) for batch in limit_tokens([{"input_ids": torch.zeros(4, 100)}] * 3, 600)]
     [(4, 100), (2, 100), None]
     """
     share = tokens // max(len({source_of(batch) for batch in batches}), 1)
@@ -82,38 +92,43 @@ def few(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | None]:
     return taken
 
 
-def to_search(batches: Sequence[Any], widest: int) -> list[Any]:
-    """Returns the batches that candidates are scored on and fitted to; what is chosen is repaired on all.
+def search_batches(batches: Sequence[Any], widest: int) -> list[Any]:
+    """Returns the batches for scoring units and fitting variants.
+
+    The selected candidate is repaired on all batches.
 
     Args:
-        batches: All batches that something may be fitted to.
-        widest: Inputs of the widest linear that is refitted.
+        batches: All batches for fitting.
+        widest: Number of inputs of the widest refitted layer.
     """
-    taken = [batch for batch in few(batches, PER_INPUT * widest) if batch is not None]
+    taken = [batch for batch in limit_tokens(batches, PER_INPUT * widest) if batch is not None]
     return taken if len(taken) > 1 else list(batches)
 
 
 def _size(batch: Any) -> tuple[int, int]:  # noqa: ANN401
-    """Returns how many rows a batch has, and how many tokens a row."""
+    """Returns the number of examples of a batch and the tokens of each."""
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
-    shapes = [leaf.shape for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim()]
-    rows = max((shape[0] for shape in shapes), default=1)
-    return rows, max((shape[1] for shape in shapes if len(shape) == 2), default=1)
+    rows, length = list[int](), list[int]()
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim():
+            rows.append(leaf.shape[0])
+            length += [leaf.shape[1]] if leaf.dim() == 2 else []
+    return max(rows, default=1), max(length, default=1)
 
 
 def _rows(batch: Any, start: int, stop: int) -> Any:  # noqa: ANN401
-    """Returns some rows of a batch; what has one row, as positions may, stays."""
+    """Returns some examples of a batch; tensors shared by all examples are kept."""
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
     cut = tree_map_only(Tensor, lambda tensor: tensor[start:stop] if tensor.dim() and len(tensor) > 1 else tensor, inputs)
     return Batch(cut, source_of(batch)) if isinstance(batch, Batch) else cut
 
 
 BYTES = 2**31
-"""How much is held of all runs together; beyond that, nothing is, and models run as a whole."""
+"""Memory limit for recorded block outputs of all runs; beyond it, models always run in full."""
 
 
 class Replay:
-    """Holds what the blocks of a model gave in its runs.
+    """Recorded block outputs of a model, to skip unchanged blocks.
 
     Args:
         blocks: The blocks, by name.
@@ -124,8 +139,8 @@ class Replay:
         self._outputs = list[dict[str, Any]]()  # of each run, by block
 
     @contextmanager
-    def noting(self) -> Iterator[None]:
-        """Notes what the blocks give in the next run, which is done within the `with` block."""
+    def recording(self) -> Iterator[None]:
+        """Records the block outputs of the next run, which happens within the `with` block."""
         outputs, repeated = dict[str, Any](), False
 
         def note(name: str, _: nn.Module, __: Any, output: Any) -> None:  # noqa: ANN401
@@ -144,11 +159,11 @@ class Replay:
 
     @contextmanager
     def before(self, changed: Collection[str], run: int) -> Iterator[None]:
-        """Lets the blocks before the first of some modules give what they gave, for as long as the `with` block lasts.
+        """Replays recorded outputs of the blocks before the first changed module.
 
         Args:
-            changed: Names of modules that have changed; where one is in no block, the model runs as a whole.
-            run: The number of the run.
+            changed: Names of the changed modules; if one is outside all blocks, the model runs in full.
+            run: Index of the run.
         """
         outputs = self._outputs[run] if self._outputs else {}
         numbers = [number for number, block in enumerate(outputs) for name in changed if f"{name}.".startswith(f"{block}.")]
@@ -159,7 +174,7 @@ class Replay:
             yield
 
     def forget(self) -> None:
-        """Lets models run as a whole from now on."""
+        """Drops the recordings, so that models run in full from now on."""
         self._outputs = []
 
 
@@ -168,28 +183,28 @@ def _again(output: Any, *_: Any, **__: Any) -> Any:  # noqa: ANN401 - whatever a
 
 
 def _copied(output: Any) -> Any:  # noqa: ANN401
-    """Copies what a block gives, as the next one may add to it in place."""
+    """Copies a block output, as the next block may add to it in place."""
     return tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), output)
 
 
-Agreed = Callable[[Any], Any]
-"""Returns, of what several ranks have found alike but for rounding, that of the first."""
+Broadcast = Callable[[Any], Any]
+"""Returns the first rank's value of a result that ranks agree on except for rounding."""
 
 
 class Divergence:
-    """Predictions of a dense model on batches, held so that a changed one can be compared with it.
+    """Recorded predictions of the dense model on batches, for comparison with a changed model.
 
     Args:
         model: The dense model.
-        runs: Runs of it, without a loss, with the names of their sources.
-        agreed: Returns, of what several ranks have measured alike, that of the first.
+        runs: Forward passes without a loss, with the names of their sources.
+        broadcast: Returns the first rank's value of a measurement.
 
     Raises:
-        ValueError: If it predicts nothing, as it has no `logits`.
+        ValueError: If the model has no `logits`.
     """
 
-    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], agreed: Agreed = lambda value: value) -> None:
-        self._model, self.agreed = model, agreed
+    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], broadcast: Broadcast = lambda value: value) -> None:
+        self._model, self.broadcast = model, broadcast
         try:
             stacks = find_blocks(model)
         except ValueError:
@@ -198,7 +213,7 @@ class Divergence:
         self._replay = Replay(blocks)
         self._dense = list[tuple[Run, Predictions]]()
         for run in runs:
-            with self._replay.noting():  # no local keeps the logits while the next run makes its own
+            with self._replay.recording():  # no local keeps the logits while the next run makes its own
                 self._dense.append((run, Predictions.of(eval_logits(model, run), len(runs))))
         # where blocks hand on more than they return, as keys and values of earlier ones, models run as a whole
         try:
@@ -211,57 +226,57 @@ class Divergence:
             self._replay.forget()
 
     def by_source(self, changed: Collection[str] = ()) -> dict[str, float]:
-        """Measures the model as it is now: by source, the mean of KL(dense || now) over positions, in nats.
+        """Measures by source the mean KL(dense || current) over positions, in nats.
 
         Args:
-            changed: The modules that are not the dense model's, where that is known: only what comes after them is run.
+            changed: Names of the changed modules, if known: blocks before them are replayed.
         """
-        sums, counts = dict[str, float](), dict[str, int]()
+        sums, unit_counts = dict[str, float](), dict[str, int]()
         for number, (run, dense) in enumerate(self._dense):
             with self._replay.before(changed, number):
                 total = dense.divergence(eval_logits(self._model, run))
             sums[run.source] = sums.get(run.source, 0.0) + total
-            counts[run.source] = counts.get(run.source, 0) + len(dense.positions)
-        measured: dict[str, float] = self.agreed({source: total / counts[source] for source, total in sums.items()})
+            unit_counts[run.source] = unit_counts.get(run.source, 0) + len(dense.positions)
+        measured: dict[str, float] = self.broadcast({source: total / unit_counts[source] for source, total in sums.items()})
         return measured
 
     def mean(self, changed: Collection[str] = ()) -> float:
-        """Measures the model as it is now, or as it is with modules changed: the mean over sources."""
-        return mean_of(self.by_source(changed))
+        """Measures the current model: the mean over sources. See `by_source`."""
+        return mean_over_sources(self.by_source(changed))
 
 
-def mean_of(by_source: Mapping[str, float]) -> float:
+def mean_over_sources(by_source: Mapping[str, float]) -> float:
     """Returns the mean over sources."""
     return sum(by_source.values()) / len(by_source)
 
 
 class Perplexity:
-    """The loss of a dense model on batches, to compare a changed one's with.
+    """Recorded losses of the dense model on batches, for comparison with a changed model.
 
     Args:
         model: The dense model.
-        runs: Runs of it that return the loss, with the names of their sources.
-        agreed: Returns, of what several ranks have measured alike, that of the first.
+        runs: Forward passes that return the loss, with the names of their sources.
+        broadcast: Returns the first rank's value of a measurement.
 
     Raises:
         ValueError: If a loss is not finite.
     """
 
-    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], agreed: Agreed = lambda value: value) -> None:
-        self._model, self._runs, self._agreed = model, runs, agreed
+    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], broadcast: Broadcast = lambda value: value) -> None:
+        self._model, self._runs, self._broadcast = model, runs, broadcast
         self._dense = self._losses()
         if not all(map(math.isfinite, self._dense)):
             raise ValueError(f"batches: the loss of this {type(model).__name__} is NaN or infinite on a batch")
 
     def ratio(self) -> float:
-        """Measures the model as it is now: exp of how much its loss has risen, the mean over sources."""
+        """Returns the perplexity relative to the dense model, a geometric mean over sources."""
         rises: dict[str, list[float]] = {}
         for run, before, after in zip(self._runs, self._dense, self._losses(), strict=True):
             rises.setdefault(run.source, []).append(after - before)
-        mean = mean_of({source: sum(of_source) / len(of_source) for source, of_source in rises.items()})
+        mean = mean_over_sources({source: sum(of_source) / len(of_source) for source, of_source in rises.items()})
         return math.exp(mean) if mean < math.log(1e9) else math.inf
 
     def _losses(self) -> list[float]:
         with evaluating_without_grad(self._model):
-            losses: list[float] = self._agreed([float(run.forward()) for run in self._runs])
+            losses: list[float] = self._broadcast([float(run.forward()) for run in self._runs])
         return losses

@@ -1,7 +1,10 @@
-"""Chooses a level for each slot so that the least is lost within a budget: pure functions on numbers.
+"""Chooses a level per slot with the smallest total loss within a budget.
 
-A multiple-choice knapsack, solved by dynamic programming over what nothing else beats ("Discrete dynamic programming and capital
-allocation", Nemhauser & Ullmann, 1969). As layers are alike, there are few different costs, and the solution is exact.
+Pure functions of numbers.
+
+A multiple-choice knapsack, solved by dynamic programming over Pareto-optimal choices ("Discrete dynamic programming and capital
+allocation", Nemhauser & Ullmann, 1969). Modules of one shape have equal costs, so there are few different sums and the solution
+is exact.
 """
 
 import math
@@ -15,24 +18,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 MOST = 20_000
-"""How many partial choices are kept at most; beyond that, evenly spaced ones."""
+"""Maximum number of partial choices; beyond it, evenly spaced choices are kept."""
 
 CHOICES = 100
-"""With more choices than that, levels come close enough to a limit."""
+"""Above this number of choices, levels come close enough to a limit without extra levels."""
 
 Levels = tuple[int, ...]
-"""The number of a level for each slot; 0 keeps all."""
+"""Index of the chosen level of each slot; level 0 keeps all units."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Layers that take one level together.
+    """Modules that share a level.
 
     Attributes:
-        names: The layers.
-        kept: How many units each of them keeps at each level, falling, from all on.
-        costs: What is left at each level of what the budget limits, falling.
-        losses: What is lost at each level, from 0 on.
+        names: The modules.
+        kept: Units that each module keeps, by level, decreasing.
+        costs: Remaining cost, by level, decreasing.
+        losses: Loss, by level, starting at 0.
     """
 
     names: tuple[str, ...]
@@ -41,18 +44,18 @@ class Slot:
     losses: tuple[float, ...]
 
     def at(self, level: int) -> dict[str, int]:
-        """Returns how many units each layer keeps at a level."""
+        """Returns the number of kept units of each module at a level."""
         return dict.fromkeys(self.names, self.kept[level])
 
 
 @dataclass(frozen=True)
-class Joint:
-    """Layers whose numbers of units are chosen together, such as all of a block.
+class JointSlot:
+    """Modules whose numbers of units are chosen jointly, such as all modules of a block.
 
     Attributes:
-        kept: By level, how many units each of them keeps, from all on.
-        costs: What is left at each level of what the budget limits, falling.
-        losses: What is lost at each level, from 0 on.
+        kept: By level, the units that each module keeps.
+        costs: Remaining cost, by level, decreasing.
+        losses: Loss, by level, starting at 0.
     """
 
     kept: tuple[Mapping[str, int], ...]
@@ -60,12 +63,12 @@ class Joint:
     losses: tuple[float, ...]
 
     def at(self, level: int) -> dict[str, int]:
-        """Returns how many units each layer keeps at a level."""
+        """Returns the number of kept units of each module at a level."""
         return dict(self.kept[level])
 
 
 class Frontier:
-    """The choices of levels that no other beats in both cost and loss.
+    """The Pareto-optimal choices of levels in cost and loss.
 
     >>> slots = [Slot(("a",), (4, 2), (40, 20), (0.0, 0.3)), Slot(("b",), (4, 2), (40, 20), (0.0, 0.1))]
     >>> frontier = Frontier(slots)
@@ -73,7 +76,7 @@ class Frontier:
     ((0, 1), None)
     """
 
-    def __init__(self, slots: Sequence[Slot | Joint]) -> None:
+    def __init__(self, slots: Sequence[Slot | JointSlot]) -> None:
         self.costs, self.losses = np.zeros(1, dtype=np.int64), np.zeros(1)
         self._steps: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
         for slot in slots:
@@ -85,12 +88,15 @@ class Frontier:
             self._steps.append((best // count, best % count))
 
     def within(self, limit: int) -> Levels | None:
-        """Returns the choice that loses least at a cost of at most the limit; None if none is so cheap."""
+        """Returns the choice with the smallest loss within a cost limit.
+
+        None if there is no such choice.
+        """
         number = int(np.searchsorted(self.costs, limit, side="right")) - 1
         return None if number < 0 else self.levels(number)
 
     def levels(self, number: int) -> Levels:
-        """Returns the levels of a choice, by its number, from the cheapest on."""
+        """Returns the levels of a choice, by its index in order of cost."""
         chosen = list[int]()
         for parents, levels in reversed(self._steps):
             chosen.append(int(levels[number]))
@@ -99,7 +105,7 @@ class Frontier:
 
 
 def _unbeaten(costs: NDArray[np.int64], losses: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Returns the numbers of those that cost less, or lose less, than each other one, by rising cost."""
+    """Returns the indices of Pareto-optimal choices, by increasing cost."""
     order = np.lexsort((losses, costs))
     lowest = np.minimum.accumulate(losses[order])
     better = np.concatenate([[True], lowest[1:] < lowest[:-1]])
@@ -107,70 +113,74 @@ def _unbeaten(costs: NDArray[np.int64], losses: NDArray[np.float64]) -> NDArray[
     return best if len(best) <= MOST else best[np.linspace(0, len(best) - 1, MOST).round().astype(np.int64)]
 
 
-def cost(slots: Sequence[Slot | Joint], levels: Levels) -> int:
-    """Adds up what levels cost."""
+def cost(slots: Sequence[Slot | JointSlot], levels: Levels) -> int:
+    """Returns the total cost of a choice of levels."""
     return sum(slot.costs[level] for slot, level in zip(slots, levels, strict=True))
 
 
-def loss(slots: Sequence[Slot | Joint], levels: Levels) -> float:
-    """Adds up what levels lose."""
+def loss(slots: Sequence[Slot | JointSlot], levels: Levels) -> float:
+    """Returns the total loss of a choice of levels."""
     return sum(slot.losses[level] for slot, level in zip(slots, levels, strict=True))
 
 
-def kept_at(slots: Sequence[Slot | Joint], levels: Levels) -> dict[str, int]:
-    """Returns how many units each layer keeps at levels."""
+def kept_at(slots: Sequence[Slot | JointSlot], levels: Levels) -> dict[str, int]:
+    """Returns the number of kept units of each module at a choice of levels."""
     return {name: kept for slot, level in zip(slots, levels, strict=True) for name, kept in slot.at(level).items()}
 
 
-def joined(slots: Sequence[Slot]) -> Slot:
-    """Joins slots of the same levels to one, all of whose layers take one level.
+def join_slots(slots: Sequence[Slot]) -> Slot:
+    """Joins slots with equal levels into a slot whose modules share a level.
 
-    >>> joined([Slot(("a",), (4, 2), (40, 20), (0.0, 0.5)), Slot(("b",), (4, 2), (40, 20), (0.0, 0.25))])
+    >>> join_slots([Slot(("a",), (4, 2), (40, 20), (0.0, 0.5)), Slot(("b",), (4, 2), (40, 20), (0.0, 0.25))])
     Slot(names=('a', 'b'), kept=(4, 2), costs=(80, 40), losses=(0.0, 0.75))
     """
-    names = tuple(name for slot in slots for name in slot.names)
-    costs = tuple(map(sum, zip(*(slot.costs for slot in slots), strict=True)))
-    losses = tuple(map(sum, zip(*(slot.losses for slot in slots), strict=True)))
-    return Slot(names, slots[0].kept, costs, losses)
+    names, levels = list[str](), range(len(slots[0].kept))
+    for slot in slots:
+        names += slot.names
+    costs = [sum(slot.costs[level] for slot in slots) for level in levels]
+    return Slot(tuple(names), slots[0].kept, tuple(costs), tuple(loss(slots, (level,) * len(slots)) for level in levels))
 
 
-def product_of(slots: Sequence[Slot], rest: int = 0) -> Joint:
-    """Combines slots to one whose levels are all combinations of theirs that no other beats in both cost and loss.
+def combine_slots(slots: Sequence[Slot], rest: int = 0) -> JointSlot:
+    """Combines slots into a slot whose levels are their Pareto-optimal combinations.
 
     Args:
         slots: The slots.
-        rest: What is left besides, at all levels.
+        rest: Cost to add at every level.
 
-    >>> product_of([Slot(("a",), (2, 1), (4, 2), (0.0, 0.5)), Slot(("b",), (2, 1), (6, 3), (0.0, 0.25))]).kept
+    >>> combine_slots([Slot(("a",), (2, 1), (4, 2), (0.0, 0.5)), Slot(("b",), (2, 1), (6, 3), (0.0, 0.25))]).kept
     ({'a': 2, 'b': 2}, {'a': 2, 'b': 1}, {'a': 1, 'b': 1})
     """
     every = product(*(range(len(slot.costs)) for slot in slots))
-    return best_of([(rest + cost(slots, levels), loss(slots, levels), kept_at(slots, levels)) for levels in every])
+    return pareto_slot([(rest + cost(slots, levels), loss(slots, levels), kept_at(slots, levels)) for levels in every])
 
 
-def best_of(options: Sequence[tuple[int, float, Mapping[str, int]]]) -> Joint:
-    """Makes a slot of options, of cost, loss and units kept, without those that another beats; the first keeps all and stays."""
+def pareto_slot(options: Sequence[tuple[int, float, Mapping[str, int]]]) -> JointSlot:
+    """Returns a slot of the Pareto-optimal options (cost, loss, kept units).
+
+    The first keeps all units and always stays.
+    """
     first, best = options[0], list[tuple[int, float, Mapping[str, int]]]()
     for option in sorted(options[1:], key=lambda option: option[:2]):
         if not best or option[1] < best[-1][1]:
             best.append(option)
     costs, losses, kept = zip(first, *(option for option in reversed(best) if option[0] < first[0]), strict=True)
-    return Joint(kept, costs, losses)
+    return JointSlot(kept, costs, losses)
 
 
-def filled(slots: Sequence[Slot], levels: Levels, limit: int, costs: Sequence[Mapping[int, int]]) -> list[int]:
-    """Lets slots keep more units, between levels too, as long as that is within the limit.
+def fill_budget(slots: Sequence[Slot], levels: Levels, limit: int, costs: Sequence[Mapping[int, int]]) -> list[int]:
+    """Adds units to slots, also between levels, while the cost stays within the limit.
 
-    Those whose next level up gains most for its cost come first, and then no slot can take a single step more.
+    Slots with the largest gain per cost come first. Afterwards no slot can take another step.
 
     Args:
         slots: The slots.
-        levels: A choice of levels, within the limit.
-        limit: The most that may be left.
-        costs: By slot, and by all numbers of units that its layers may keep, what they cost.
+        levels: A choice of levels within the limit.
+        limit: Largest allowed cost.
+        costs: By slot, the cost of each number of units that its modules may keep.
 
     Returns:
-        By slot, how many units its layers keep.
+        The number of units that the modules of each slot keep.
     """
     kept = [slot.kept[level] for slot, level in zip(slots, levels, strict=True)]
     spare = limit - cost(slots, levels)
@@ -189,34 +199,37 @@ def filled(slots: Sequence[Slot], levels: Levels, limit: int, costs: Sequence[Ma
     return kept
 
 
-def between(slot: Slot, kept: int) -> float:
-    """Interpolates what is lost where a slot keeps a number of units between levels.
+def interpolated_loss(slot: Slot, kept: int) -> float:
+    """Returns the loss of a slot at a number of units, interpolated between its levels.
 
-    >>> between(Slot(("a",), (4, 2), (40, 20), (0.0, 0.5)), 3)
+    >>> interpolated_loss(Slot(("a",), (4, 2), (40, 20), (0.0, 0.5)), 3)
     0.25
     """
     return float(np.interp(kept, slot.kept[::-1], slot.losses[::-1]))
 
 
-def widest(kept: Sequence[Sequence[int]], costs: Sequence[Mapping[int, int]], limit: int) -> dict[int, set[int]]:
-    """Finds the numbers of units that just meet a limit, next to each choice of levels of all other slots.
+def sizes_at_limit(kept: Sequence[Sequence[int]], costs: Sequence[Mapping[int, int]], limit: int) -> dict[int, set[int]]:
+    """Finds numbers of units that just meet a limit, given the levels of all other slots.
 
-    With few slots, whose levels are far apart, no choice of levels alone would come close.
+    With few slots and levels far apart, no choice of levels alone would come close to the limit.
 
     Args:
-        kept: By slot, how many units its layers keep at each level.
-        costs: By slot, and by all numbers of units that its layers may keep, what they cost.
-        limit: The most that may be left.
+        kept: By slot, the units that its modules keep at each level.
+        costs: By slot, the cost of each number of units that its modules may keep.
+        limit: Largest allowed cost.
 
     Returns:
-        By the number of the slot that has the finest steps, numbers of units; nothing where there are too many choices.
+        Numbers of units by the index of the slot with the finest steps; empty if there are too many choices.
 
-    >>> widest([(4, 2), (100, 50)], [{kept: 20 * kept for kept in (4, 3, 2, 1)}, {kept: kept for kept in range(100, 0, -1)}], 130)
+    >>> sizes_at_limit([(4, 2), (100, 50)], [{kept: 20 * kept for kept in (4, 3, 2, 1)}, {n: n for n in range(100, 0, -1)}], 130)
     {1: {50, 90}}
     """
     steps = [(price[max(price)] - price[min(price)]) / (max(price) - min(price)) for price in costs]  # of one unit
     finest = min(range(len(kept)), key=lambda number: steps[number] or math.inf)
-    others = [[costs[number][n] for n in numbers] for number, numbers in enumerate(kept) if number != finest]
+    others = list[list[int]]()
+    for number, numbers in enumerate(kept):
+        if number != finest:
+            others.append([costs[number][n] for n in numbers])
     if math.prod(map(len, others)) > CHOICES:
         return {}
     met = set[int]()
@@ -228,9 +241,9 @@ def widest(kept: Sequence[Sequence[int]], costs: Sequence[Mapping[int, int]], li
 
 Choice = TypeVar("Choice", bound=tuple[Any, ...])
 MOVES = 3
-"""In how many slots a level is raised at once, at most."""
+"""Maximum number of slots whose level is raised in one mutation."""
 TRIES = 20
-"""How often a new choice is looked for before there is none."""
+"""Attempts per new candidate before a generation ends early."""
 
 
 def evolve(
@@ -241,18 +254,18 @@ def evolve(
     candidates: int,
     seed: int,
 ) -> dict[Choice, float]:
-    """Measures choices, each generation near the best so far, and returns all of them with what they lose.
+    """Runs an evolutionary search and returns all measured choices with their losses.
 
-    As in Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657): some layers keep more and others less, within the
-    budget, and the best of all that have been measured goes on.
+    As in Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657): each mutation trades units between modules within
+    the budget, and the best measured choice is the parent of the next generation.
 
     Args:
-        start: Choices within the limit, from which it starts.
-        move: Makes a choice within the limit of another, near it; None where that cannot be.
-        measure: Returns what a choice loses.
-        generations: How often new choices are made of the best; 0 measures the start alone.
-        candidates: How many new choices a generation has.
-        seed: Decides which ones.
+        start: Choices within the limit to start from.
+        move: Returns a choice near another one and within the limit, or None.
+        measure: Returns the loss of a choice.
+        generations: Number of generations; 0 measures only the start.
+        candidates: Number of new choices per generation.
+        seed: Seed for the mutations.
     """
     random, losses = Random(seed), {choice: measure(choice) for choice in dict.fromkeys(start)}
     for _ in range(generations):
@@ -267,8 +280,11 @@ def evolve(
     return losses
 
 
-def mutated(slots: Sequence[Slot | Joint], levels: Levels, limit: int, random: Random) -> Levels | None:
-    """Lets some slots keep more and others less, until nothing more fits; None if that cannot be."""
+def mutate(slots: Sequence[Slot | JointSlot], levels: Levels, limit: int, random: Random) -> Levels | None:
+    """Returns a mutation of levels that trades units between slots within the limit.
+
+    None if it fails.
+    """
     chosen = list(levels)
     able = [number for number, level in enumerate(chosen) if level]
     raised = random.sample(able, min(random.randint(1, MOVES), len(able)))
@@ -285,7 +301,6 @@ def mutated(slots: Sequence[Slot | Joint], levels: Levels, limit: int, random: R
         spent += slots[number].costs[chosen[number]] - slots[number].costs[chosen[number] - 1]
 
     def paid(number: int) -> int:
-        """Counts what it costs that a slot keeps more."""
         slot, level = slots[number], chosen[number]
         return slot.costs[level - 1] - slot.costs[level]
 

@@ -1,8 +1,9 @@
-"""A budget of time: what each layer costs by the clock, and a model that is fast enough by it."""
+"""Latency budget: a latency table of all levels, and a search for a fast enough model."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from operator import attrgetter
 from statistics import median
 
 from transformers import PreTrainedModel
@@ -16,35 +17,35 @@ from billhook.pruning.cut import Cut
 from billhook.pruning.removal import remove
 from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, check_speed, measure_speed
-from billhook.shrinking.candidates import Candidates, Progress
-from billhook.shrinking.choice import Chosen, Within, choose_by_sums
-from billhook.shrinking.layers import Layer, cut_of, grouped
-from billhook.shrinking.measurement import Measured
-from billhook.shrinking.planned import plan
-from billhook.shrinking.shrunk import Times
+from billhook.shrinking.measurement import Measurement
+from billhook.shrinking.modules import PrunableModule, cut_of, group_by
+from billhook.shrinking.planning import plan
+from billhook.shrinking.result import Times
+from billhook.shrinking.scope import Progress, SearchScope
+from billhook.shrinking.selection import SearchResult, Within, knapsack_solution
 
 CONTEXT = 512
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Says what a model does while it is timed: by default it writes, one token after the other, after a prompt of 512 tokens.
+    """The workload for timing; by default, decoding after a prompt of 512 tokens.
 
     Args:
-        phase: `"decode"`: writing a token; `"prefill"`: reading the prompts. By default it writes, or it reads where a model
-            predicts no next token.
-        batch_size: Sequences at once.
-        context: Tokens of each prompt; by default 512, or as many as the model reads.
-        new_tokens: Tokens that are written after the prompt, in each round.
-        rounds: How often a model and the dense one are measured, in turn; medians count.
-        cache: How the key/value cache is kept: see `Generation`.
+        phase: `"decode"` (generating tokens) or `"prefill"` (processing prompts). Defaults to decode, or to prefill if the model
+            does not generate.
+        batch_size: Number of sequences.
+        context: Number of tokens of each prompt. Defaults to 512, or to the longest that the model accepts.
+        new_tokens: Number of generated tokens in each round.
+        rounds: Number of interleaved measurements of each model; the median counts.
+        cache: Kind of KV cache. See `Generation`.
 
     Raises:
         ValueError: If a number is out of range.
 
     >>> from billhook.shrinking.latency import Workload
     >>> print(Workload("prefill", batch_size=8, context=1024))
-    reading prompts of 1,024 tokens, 8 at once
+    prefill of 8 prompts of 1,024 tokens
     """
 
     phase: Phase | None = None
@@ -60,7 +61,7 @@ class Workload:
             check_int(name, least if (value := getattr(self, name)) is None else value, least)
 
     def of(self, model: PreTrainedModel) -> "Workload":
-        """Decides what is left open, for one model; refuses a model that cannot do it."""
+        """Fills in the defaults for a model, and checks that it supports the workload."""
         phase: Phase = self.phase or ("decode" if generates(model) else "prefill")
         longest = getattr(text_config(model.config), "max_position_embeddings", None) or CONTEXT + self.new_tokens
         prompt = longest - (self.new_tokens if generates(model) else 0)
@@ -78,9 +79,9 @@ class Workload:
         return [self.batch_size], [self.context or CONTEXT], self.new_tokens, self.rounds, 1, self.cache, phases
 
     def __str__(self) -> str:
-        prompts = f"{'prompts' if self.batch_size > 1 else 'a prompt'} of {self.context or CONTEXT:,} tokens"
-        at_once = f", {self.batch_size} at once" if self.batch_size > 1 else ""
-        return f"{'reading' if self.phase == 'prefill' else 'writing a token after'} {prompts}{at_once}"
+        prompts = f"{self.batch_size} prompts" if self.batch_size > 1 else "a prompt"
+        prompts = f"{prompts} of {self.context or CONTEXT:,} tokens"
+        return f"prefill of {prompts}" if self.phase == "prefill" else f"decoding after {prompts}"
 
 
 Seconds = Callable[[Sequence[PreTrainedModel]], Sequence[Sequence[float]]]
@@ -89,12 +90,12 @@ Seconds = Callable[[Sequence[PreTrainedModel]], Sequence[Sequence[float]]]
 
 @dataclass(frozen=True, eq=False)
 class Clock:
-    """Times a model with what it would be after a cut; the model stays as it is.
+    """Times a model against its pruned copy; the model stays unchanged.
 
     Args:
         model: The model.
         seconds: Measures models.
-        workload: Says what they do meanwhile.
+        workload: Description of the workload.
     """
 
     model: PreTrainedModel
@@ -102,7 +103,7 @@ class Clock:
     workload: str
 
     def times(self, cut: Cut, blocks: BlockPlan | None = None) -> Times:
-        """Measures the model before and after a cut, and without some blocks, as copies that share all that stays whole."""
+        """Measures the model before and after a removal, as copies that share unchanged weights."""
         with evaluating_without_grad(self.model):
             dense, smaller = copy_sharing_parameters(self.model), copy_sharing_parameters(self.model)
             remove(smaller, cut)
@@ -113,8 +114,11 @@ class Clock:
         return Times(median(before), median(after), median(ratios), self.workload)
 
 
-def clock_of(model: PreTrainedModel, workload: Workload | None) -> Clock:
-    """Returns a clock that times a model doing what is asked, as `billhook bench` measures; refuses a model that cannot do it."""
+def make_clock(model: PreTrainedModel, workload: Workload | None) -> Clock:
+    """Returns a clock that measures like `billhook bench`.
+
+    Raises a ValueError for an unsupported workload.
+    """
     try:
         with evaluating_without_grad(model):
             decided = (workload or Workload()).of(model)
@@ -123,69 +127,73 @@ def clock_of(model: PreTrainedModel, workload: Workload | None) -> Clock:
     return Clock(model, decided.seconds, str(decided))
 
 
-def timed(candidates: Candidates, most: float, clock: Clock, progress: Progress) -> Candidates:
-    """Returns the candidates within a budget of time, a fraction of the dense model's, with what layers cost by the clock.
+def with_latency(scope: SearchScope, most: float, clock: Clock, progress: Progress) -> SearchScope:
+    """Returns the scope of a latency budget, with the measured cost of each level.
 
     Args:
-        candidates: Those of a budget that any smaller model meets.
-        most: The fraction.
-        clock: Measures each config of layers of one shape.
-        progress: Says how far it is.
+        scope: Scope of a budget that every smaller model meets.
+        most: Largest allowed fraction of the dense model's time.
+        clock: Measures each level of modules of one shape.
+        progress: Progress of the search.
 
     Raises:
-        ValueError: If the budget cannot be reached.
+        ValueError: If the budget is out of reach.
     """
-    # layers that take as long in each config are timed together
-    groups = grouped(candidates.layers, lambda layer: (layer.kind, layer.count, layer.allowed, layer.each, len(layer.names)))
+    # modules that take equally long at each level are timed together
+    shape = attrgetter("kind", "count", "allowed", "unit_cost")
+    groups = group_by(scope.modules, lambda module: (shape(module), len(module.names)))
     progress.steps += sum(len(group[0].grid()) - 1 for group in groups)
-    measured = list[list[Times]]()
+    measured, dense = list[list[float]](), list[float]()
     for group in groups:
         measured.append([])
         for kept in group[0].grid()[1:]:
-            removed = {name: list(range(kept, layer.count)) for layer in group for name in layer.names}
-            measured[-1].append(clock.times(cut_of(candidates.search, removed)))
+            removed = dict[str, list[int]]()
+            for module in group:
+                removed |= {name: list(range(kept, module.count)) for name in module.names}
+            times = clock.times(cut_of(scope.search, removed))
+            measured[-1].append(times.ratio)
+            dense.append(times.dense)
             progress.advance()
-    now = round(1e9 * median(times.dense for of_group in measured for times in of_group))
-    priced = dict[str, Layer]()
-    for group, of_group in zip(groups, measured, strict=True):
-        ratios = [times.ratio for times in of_group]
-        priced |= {layer.name: _priced(layer, ratios, now / len(group)) for layer in group}
-    layers = [priced[layer.name] for layer in candidates.layers]
-    blocks = candidates.blocks.priced(_block_time(candidates, clock, now, progress), layers)
-    budget = replace(candidates, target="latency", now=now, limit=int(most * now), layers=layers, blocks=blocks)
-    return budget.with_configs(most)
+    now = round(1e9 * median(dense))
+    priced = dict[str, PrunableModule]()
+    for group, ratios in zip(groups, measured, strict=True):
+        priced |= {module.name: _priced(module, ratios, now / len(group)) for module in group}
+    modules = [priced[module.name] for module in scope.modules]
+    blocks = scope.blocks.with_cost(_block_time(scope, clock, now, progress), modules)
+    budget = replace(scope, target="latency", now=now, limit=int(most * now), modules=modules, blocks=blocks)
+    return budget.with_levels(most)
 
 
-def _block_time(candidates: Candidates, clock: Clock, now: int, progress: Progress) -> int:
-    """Measures what one of the blocks that may go takes: without the latter half of them, or the last where half cannot go."""
-    blocks = candidates.blocks
-    half = blocks.able[len(blocks.able) // 2 :]
+def _block_time(scope: SearchScope, clock: Clock, now: int, progress: Progress) -> int:
+    """Returns the time of a removable block, measured without the last half of them."""
+    blocks = scope.blocks
+    half = blocks.removable[len(blocks.removable) // 2 :]
     if not half:
         return 0
     if blocks.refusal(half):
         half = half[-1:]
     progress.advance()
-    times = clock.times(cut_of(candidates.search, {}), blocks.planned(candidates.model, half))
+    times = clock.times(cut_of(scope.search, {}), blocks.planned(scope.model, half))
     return round((1 - times.ratio) * now / len(half))
 
 
-def _priced(layer: Layer, ratios: Sequence[float], share: float) -> Layer:
-    """Gives a layer what it costs at each config, above the smallest: nanoseconds.
+def _priced(module: PrunableModule, ratios: Sequence[float], share: float) -> PrunableModule:
+    """Sets the cost of each level of a module, relative to the lowest level, in nanoseconds.
 
     Args:
-        layer: The layer.
-        ratios: By config, the time of a model whose layers of this shape are all cut, against the dense model's.
-        share: The time of the dense model over the number of these layers.
+        module: The module.
+        ratios: By level, the time of a model whose modules of this shape are all pruned, relative to the dense model.
+        share: Time of the dense model divided by the number of these modules.
     """
-    falling = made_falling([1.0, *ratios])
+    falling = make_decreasing([1.0, *ratios])
     costs = [round((ratio - falling[-1]) * share) for ratio in falling]
-    return replace(layer, times=tuple(zip(layer.grid(), costs, strict=True))[::-1])
+    return replace(module, times=tuple(zip(module.grid(), costs, strict=True))[::-1])
 
 
-def made_falling(values: Sequence[float]) -> list[float]:
-    """Makes values that do not all fall do so: half way between the least so far and the most that follow.
+def make_decreasing(values: Sequence[float]) -> list[float]:
+    """Makes values decrease: the mean of the least value so far and the largest that follows.
 
-    >>> made_falling([1.0, 0.75, 0.875, 0.5])
+    >>> make_decreasing([1.0, 0.75, 0.875, 0.5])
     [1.0, 0.8125, 0.8125, 0.5]
     """
     least = accumulate(values, min)
@@ -194,31 +202,31 @@ def made_falling(values: Sequence[float]) -> list[float]:
 
 
 TRIES = 4
-"""How often a limit is tried by the clock, and how often a model is searched for, each time within less or more."""
+"""Maximum number of adjustments of a limit, and of searches with a tighter or looser limit."""
 SLACK = 0.02
-"""How much faster than asked a model may be, as a fraction of the dense model's time, before it is allowed more."""
+"""Unused part of a latency budget, as a fraction of the dense time, that triggers a looser limit."""
 
 
-def fast_enough(measured: Measured, most: float, clock: Clock, within: Within) -> Chosen:
-    """Searches for a model that takes no longer than is asked, timed before anything is cut.
+def fast_enough(measurement: Measurement, most: float, clock: Clock, within: Within) -> SearchResult:
+    """Searches for a model within a latency budget, timed before anything is removed.
 
-    What layers take together is not the sum of what they take alone. So the limit is first adjusted to how long the knapsack's
-    choice takes, cut but not repaired; the search itself comes then, again within less if what it finds takes too long, or
-    within more if that leaves some of the budget unused.
+    The latency of a model is not the sum of its modules' latencies. The limit is first adjusted to the measured time of the
+    knapsack solution, pruned but not repaired. The search follows. It is repeated with a tighter limit if its result is too
+    slow, or with a looser one if much of the budget is unused.
 
     Args:
-        measured: What candidates lose.
-        most: The fraction of the dense model's time that it may take.
+        measurement: Losses of the variants.
+        most: Largest allowed fraction of the dense model's time.
         clock: Measures models.
         within: Searches within a limit.
 
     Raises:
-        ValueError: If none is fast enough.
+        ValueError: If no model is fast enough.
     """
-    candidates, best = measured.candidates, None
-    limit = adjusted(measured, most, clock)
+    scope, best = measurement.scope, None
+    limit = adjusted_limit(measurement, most, clock)
     # the most that was fast enough, and the least that was not, with its time
-    low, high, too_slow = candidates.least, candidates.now, 1.0
+    low, high, too_slow = scope.least, scope.now, 1.0
     for _ in range(TRIES):
         chosen = within(limit)
         times = clock.times(chosen.planned.units, chosen.planned.blocks)
@@ -228,46 +236,44 @@ def fast_enough(measured: Measured, most: float, clock: Clock, within: Within) -
             high, too_slow = limit, times.ratio
         if most - SLACK <= times.ratio <= most or high - low <= 1:
             break
-        scaled = (
-            low if best is not None and too_slow < 1 else max(_scaled(candidates.now, limit, times.ratio, most), candidates.least)
-        )
+        scaled = low if best is not None and too_slow < 1 else max(_scaled(scope.now, limit, times.ratio, most), scope.least)
         limit = scaled if low < scaled < high or best is None else (low + high) // 2
     if best is None or best.times is None:
         raise ValueError(
-            f"latency={most}: a model that should take {limit / candidates.now:.3f} of the dense model's time, by what layers "
-            f"take, was measured at {times.ratio:.3f}, {clock.workload}"
+            f"latency={most} is out of reach: a model estimated at {limit / scope.now:.3f} of the dense model's time took "
+            f"{times.ratio:.3f} ({clock.workload}). Raise latency."
         )
-    left_over = unused(most, best.times.ratio, too_slow)
-    return replace(best, limit=candidates.limit, times=replace(best.times, unused=left_over))
+    left_over = unused_budget(most, best.times.ratio, too_slow)
+    return replace(best, limit=scope.limit, times=replace(best.times, unused=left_over))
 
 
-def unused(most: float, ratio: float, too_slow: float) -> str:
-    """Returns words for the share of a budget of time that is unused, and what the next larger model takes; empty if it is small.
+def unused_budget(most: float, ratio: float, too_slow: float) -> str:
+    """Returns a note on the unused part of a latency budget; empty if it is small.
 
-    >>> unused(0.7, 0.6, 0.75), unused(0.7, 0.69, 0.75)
-    ('0.10 of the budget is unused: the next larger model that was tried takes 0.750', '')
+    >>> unused_budget(0.7, 0.6, 0.75), unused_budget(0.7, 0.69, 0.75)
+    ('0.10 of the budget is unused: the next larger candidate takes 0.750', '')
     """
     if most - ratio <= SLACK:
         return ""
-    tried = "no larger model was tried" if too_slow >= 1 else f"the next larger model that was tried takes {too_slow:.3f}"
+    tried = "no larger candidate was tried" if too_slow >= 1 else f"the next larger candidate takes {too_slow:.3f}"
     return f"{most - ratio:.2f} of the budget is unused: {tried}"
 
 
-def adjusted(measured: Measured, most: float, clock: Clock) -> int:
-    """Returns the limit at which the knapsack's choice takes as long as is asked, or a little less."""
-    candidates = measured.candidates
-    low, high, limit = candidates.least, candidates.now, candidates.limit
+def adjusted_limit(measurement: Measurement, most: float, clock: Clock) -> int:
+    """Returns the limit at which the knapsack solution just meets the latency budget."""
+    scope = measurement.scope
+    low, high, limit = scope.least, scope.now, scope.limit
     for _ in range(TRIES):
-        planned = plan(measured, limit, choose_by_sums(measured, limit), (), None)
+        planned = plan(measurement, limit, knapsack_solution(measurement, limit), (), None)
         ratio = clock.times(planned.units, planned.blocks).ratio
         if most - SLACK <= ratio <= most:
             return limit
         low, high = (low, limit) if ratio > most else (limit, high)
-        scaled = _scaled(candidates.now, limit, ratio, most)
+        scaled = _scaled(scope.now, limit, ratio, most)
         limit = scaled if low < scaled < high else (low + high) // 2
     return low
 
 
 def _scaled(now: int, limit: int, ratio: float, most: float) -> int:
-    """Returns the limit that would save what is asked, if as much of what it saves counts as did."""
+    """Returns the limit at which proportional savings would meet the budget."""
     return now - round((now - limit) * (1 - most + SLACK / 2) / max(1 - ratio, 1e-3))

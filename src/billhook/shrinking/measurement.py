@@ -1,4 +1,4 @@
-"""The second stage of a search: what each candidate costs the whole model, from a few that are measured."""
+"""Second stage of a search: the loss of each variant, from a few measurements."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,53 +16,53 @@ from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, make_run, score
 from billhook.pruning.choice import rank_units
 from billhook.repairs.repair import RepairConfig
-from billhook.shrinking.cache import CandidateCache, fill_cache, key_of
-from billhook.shrinking.candidates import Candidates, Progress
-from billhook.shrinking.divergence import Agreed, Divergence
+from billhook.shrinking.divergence import Broadcast, Divergence
 from billhook.shrinking.knapsack import Frontier, Levels, Slot, cost, kept_at
-from billhook.shrinking.layers import Layer
-from billhook.shrinking.merging import Merging, find_merging
-from billhook.shrinking.space import Space, all_kept, free_space, make_slots, uniform_spaces
+from billhook.shrinking.modules import PrunableModule
+from billhook.shrinking.pooling import HeadPooling, find_pooling
+from billhook.shrinking.scope import Progress, SearchScope
+from billhook.shrinking.space import Space, free_space, full_cost, make_slots, uniform_spaces
+from billhook.shrinking.variants import VariantCache, cache_key, fill_cache
 from billhook.units.find import find_units
 from billhook.units.gates import mask
 from billhook.units.units import UnitKind
 
 PROBES = (0.4, 0.8)
-"""How far down the grid of a layer those candidates lie that are measured."""
-CALLED: dict[UnitKind, str] = {"head": "heads", "channel": "channels", "block": "blocks"}
+"""Positions on a module's grid of the variants that are measured."""
+KIND_NAMES: dict[UnitKind, str] = {"head": "heads", "channel": "channels", "block": "blocks"}
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
-    """The loss and the cost of each candidate; the model stays unchanged.
+class Measurement:
+    """Loss and cost of each variant.
 
     Attributes:
-        candidates: What may be removed; configs of layers in which heads merge are those that are worth a choice.
-        scores: The scores of units by module, of attentions those of KV heads.
+        scope: The prunable modules and blocks; levels of modules with pooled heads are those worth choosing.
+        scores: Scores of the units by module, for attention modules those of KV heads.
         divergence: Measures the model.
-        cache: The candidates.
-        losses: By layer, what is lost at each of its configs; by block, the last is what is lost without it.
-        merging: The KV heads that may merge; None where none may.
-        progress: Says how far the search is.
+        cache: The variants.
+        losses: By module, the loss at each level; by block, the last entry is the loss without it.
+        pooling: The KV heads that may be pooled; None if there are none.
+        progress: Progress of the search.
     """
 
-    candidates: Candidates
+    scope: SearchScope
     scores: Mapping[str, Tensor]
     divergence: Divergence
-    cache: CandidateCache
+    cache: VariantCache
     losses: dict[str, list[float]]
-    merging: Merging | None
+    pooling: HeadPooling | None
     progress: Progress
     _known: dict[frozenset[tuple[str, int]], float] = field(default_factory=dict)
 
     @cached_property
     def spaces(self) -> list[Space]:
-        """The spaces that a search chooses from: one for each number of removed blocks if layers are uniform."""
-        make = uniform_spaces if self.candidates.uniform else free_space
-        return make(self.candidates.layers, self.losses, self.candidates.blocks.able, self.candidates.now)
+        """The spaces to search: for each number of removed blocks if modules are uniform."""
+        make = uniform_spaces if self.scope.uniform else free_space
+        return make(self.scope.modules, self.losses, self.scope.blocks.removable, self.scope.now)
 
     def lost(self, kept: Mapping[str, int]) -> float:
-        """Measures what the model loses where layers keep so many units, each refitted alone."""
+        """Returns the measured loss of a candidate, assembled from variants."""
         self.progress.advance()
         key = frozenset(kept.items())
         if key not in self._known:
@@ -72,74 +72,75 @@ class Measured:
 
 
 def measure(
-    candidates: Candidates,
+    scope: SearchScope,
     fitted: Sequence[Any],
     held_out: Sequence[Any],
     importance: Importance,
     repair: RepairConfig | None,
     folder: Path | None = None,
     progress: Progress | None = None,
-    merges: bool = True,
-    agreed: Agreed = lambda value: value,
-) -> Measured:
-    """Scores units, makes the candidates, in a folder or in memory, and measures what they cost the model.
+    pool_sizes: bool = True,
+    broadcast: Broadcast = lambda value: value,
+) -> Measurement:
+    """Scores units, creates the variants, and measures their loss.
 
     Args:
-        candidates: What may be removed.
-        fitted: Batches to score on and to fit to.
-        held_out: Batches to measure on.
-        importance: How units are scored.
-        repair: How linears are refitted; None: not at all.
-        folder: Where candidates are kept; None: in memory.
-        progress: Says how far it is.
-        merges: Whether KV heads may merge, for a budget of their cache, wherever that loses less than removal.
-        agreed: Returns, of what several ranks have found alike but for rounding, that of the first, by which all decide.
+        scope: The prunable modules and blocks.
+        fitted: Batches for scoring and fitting.
+        held_out: Batches for measuring.
+        importance: Scores the units.
+        repair: Settings of the refits; None keeps the old weights.
+        folder: Folder for the variants. Defaults to None (in memory).
+        progress: Progress of the search.
+        pool_sizes: If True, KV heads may be pooled for a KV cache budget, if that loses less than removal.
+        broadcast: Returns the first rank's value of a measurement, by which all ranks decide.
     """
     progress = progress or Progress()
-    model, search, layers = candidates.model, candidates.search, candidates.layers
+    model, search, modules = scope.model, scope.search, scope.modules
     progress.enter("scoring")
-    divergence = Divergence(model, runs_of(model, held_out), agreed)
-    units = {name: search.units[name] for layer in layers for name in layer.names}
-    scores = agreed(score(model, units, importance, fitted, per="kv_head"))
+    divergence = Divergence(model, runs_of(model, held_out), broadcast)
+    units = {name: search.units[name] for module in modules for name in module.names}
+    scores = broadcast(score(model, units, importance, fitted, per="kv_head"))
     settings: list[object] = [str(repair), search.amount.round_to, len(fitted)]
-    cache_folder = folder and folder / key_of(model, settings, scores, [*fitted, *held_out])
-    cache = CandidateCache(model, cache_folder, candidates.blocks.writers)
+    cache_folder = folder and folder / cache_key(model, settings, scores, [*fitted, *held_out])
+    cache = VariantCache(model, cache_folder, scope.blocks.writers)
     if progress.reused is not None:
         progress.reused(len(cache.errors))
-    progress.enter("refitting candidates of layers")
+    progress.enter("refitting variants")
     runs = [make_run(model, units, batch) for batch in fitted]
-    fill_cache(cache, layers, units, scores, runs, repair, progress.advance)
-    progress.enter("measuring what they lose")
+    fill_cache(cache, modules, units, scores, runs, repair, progress.advance)
+    progress.enter("measuring losses")
     losses = dict[str, list[float]]()
-    for layer in layers:
+    for module in modules:
         progress.advance()
-        losses[layer.name] = config_losses(cache, divergence, layer)
-    losses = agreed(losses)
-    merging = find_merging(candidates, cache) if merges else None
-    if merging is not None:
-        merging.fill(layers, fitted, repair, progress.advance)
-        layers, losses = merging.choose(divergence, layers, losses, candidates.uniform)
-    for block in candidates.blocks.able:
+        losses[module.name] = config_losses(cache, divergence, module)
+    losses = broadcast(losses)
+    pooling = find_pooling(scope, cache) if pool_sizes else None
+    if pooling is not None:
+        pooling.fill(modules, fitted, repair, progress.advance)
+        modules, losses = pooling.choose(divergence, modules, losses, scope.uniform)
+    for block in scope.blocks.removable:
         progress.advance()
         losses[block.name] = [0.0, cache.lost(block.name, 0, divergence.mean)]
-    return Measured(replace(candidates, layers=layers), scores, divergence, cache, agreed(losses), merging, progress)
+    return Measurement(replace(scope, modules=modules), scores, divergence, cache, broadcast(losses), pooling, progress)
 
 
-def config_losses(cache: CandidateCache, divergence: Divergence, layer: Layer) -> list[float]:
-    """Returns what each config of a layer loses, the whole model's KL divergence, with all else dense.
+def config_losses(cache: VariantCache, divergence: Divergence, module: PrunableModule) -> list[float]:
+    """Returns the loss of a module at each level.
 
-    It is measured at the probes; at other configs it is in proportion to the error of the refitted linears between them, which is
-    known for all: a straight line from zero through the probes' pairs of error and loss, and on beyond the last. Fewer units
-    never lose less.
+    The KL divergence of the model, all else dense.
+
+    The loss is measured at the probes. Between them it follows the error of the refitted consumer layers, which is known for all
+    levels: piecewise linear from zero through the pairs of error and loss, extended past the last. Fewer units never lose less.
     """
     points = {0.0: 0.0}
-    for kept in probes(layer.grid()):
-        lost = cache.lost(layer.name, kept, divergence.mean)
-        points[cache.errors[layer.name, kept]] = lost
+    for kept in probes(module.grid()):
+        lost = cache.lost(module.name, kept, divergence.mean)
+        points[cache.errors[module.name, kept]] = lost
     errors, losses = sorted(points), [0.0]
     last = errors[-1]
-    for kept in layer.configs[1:]:
-        error = cache.errors[layer.name, kept]
+    for kept in module.levels[1:]:
+        error = cache.errors[module.name, kept]
         if last and error > last:
             losses.append(points[last] * error / last)
         else:
@@ -157,15 +158,17 @@ def probes(grid: Sequence[int]) -> list[int]:
     return [below[number] for number in dict.fromkeys(round(part * (len(below) - 1)) for part in PROBES)]
 
 
-def of_one_kind(measured: Measured, limit: int) -> dict[UnitKind, tuple[list[Slot], Levels]]:
-    """Finds the levels that lose least within a limit if layers of one kind alone keep less, by kind, where that is enough.
+def single_kind_levels(measurement: Measurement, limit: int) -> dict[UnitKind, tuple[list[Slot], Levels]]:
+    """Returns by kind the best levels if only this kind is pruned.
 
-    There is nothing to compare where all layers are of one kind.
+    Kinds that cannot meet the limit are missing.
+
+    Empty if all modules are of one kind.
     """
-    candidates = measured.candidates
-    slots = make_slots(candidates.layers, measured.losses, candidates.uniform)
-    within = limit - candidates.now + all_kept(slots)
-    kinds = {layer.name: layer.kind for layer in candidates.layers}
+    scope = measurement.scope
+    slots = make_slots(scope.modules, measurement.losses, scope.uniform)
+    within = limit - scope.now + full_cost(slots)
+    kinds = {module.name: module.kind for module in scope.modules}
     chosen = dict[UnitKind, tuple[list[Slot], Levels]]()
     for kind in dict.fromkeys(kinds.values()) if len(set(kinds.values())) > 1 else ():
         able = list[Slot]()
@@ -178,33 +181,33 @@ def of_one_kind(measured: Measured, limit: int) -> dict[UnitKind, tuple[list[Slo
     return chosen
 
 
-def compare(measured: Measured, limit: int, fitted: Sequence[Any]) -> dict[str, tuple[int, float]]:
-    """Measures what would be lost within the budget without one kind of unit alone; candidates are let go of after that.
+def compare(measurement: Measurement, limit: int, fitted: Sequence[Any]) -> dict[str, tuple[int, float]]:
+    """Measures the loss of pruning a single kind of unit within the budget.
 
     Returns:
-        By the name of a kind, what is left of the target, and lost.
+        By kind, the remaining cost and the loss.
     """
-    candidates, alone = measured.candidates, dict[str, tuple[int, float]]()
-    measured.progress.enter("comparing with one kind of unit")
-    for kind, (slots, levels) in of_one_kind(measured, limit).items():
-        left = candidates.now - all_kept(slots) + cost(slots, levels)
-        alone[CALLED[kind]] = left, measured.lost(kept_at(slots, levels))
-    ends = candidates.search.amount.first, candidates.search.amount.last
-    if candidates.target == "params":
-        blocks = fewer_blocks(candidates.model, fitted, measured.divergence, candidates.now - limit, ends)
+    scope, alone = measurement.scope, dict[str, tuple[int, float]]()
+    measurement.progress.enter("comparing single kinds of unit")
+    for kind, (slots, levels) in single_kind_levels(measurement, limit).items():
+        left = scope.now - full_cost(slots) + cost(slots, levels)
+        alone[KIND_NAMES[kind]] = left, measurement.lost(kept_at(slots, levels))
+    ends = scope.search.amount.first, scope.search.amount.last
+    if scope.target == "params":
+        blocks = measure_without_blocks(scope.model, fitted, measurement.divergence, scope.now - limit, ends)
         if blocks is not None:
-            alone[CALLED["block"]] = candidates.now - blocks[0], blocks[1]
-    measured.cache.forget()
+            alone[KIND_NAMES["block"]] = scope.now - blocks[0], blocks[1]
+    measurement.cache.forget()
     return alone
 
 
-def fewer_blocks(
+def measure_without_blocks(
     model: PreTrainedModel, batches: Sequence[Any], divergence: Divergence, parameters: int, ends: tuple[int, int]
 ) -> tuple[int, float] | None:
-    """Measures the model without its least important blocks (ShortGPT's score), as many as hold so many parameters.
+    """Measures the model without enough of its least important blocks (ShortGPT's score).
 
     Returns:
-        How many parameters they hold, and the divergence; None where there is not one stack of alike blocks, or too few.
+        Their number of parameters and the divergence; None if there is no single stack of equal blocks, or too few blocks.
     """
     try:
         ((name, blocks),) = find_units(model, "block").items()

@@ -1,4 +1,4 @@
-"""The settings of a search for a smaller model: its budget, and how it searches."""
+"""Settings of a budgeted search: the budget, and how to search."""
 
 from dataclasses import dataclass, fields
 
@@ -8,28 +8,30 @@ from billhook.pruning.amount import TARGETS, Amount, RoundTo
 from billhook.pruning.repair import RepairOption
 
 ANY = 1 - 1e-9
-"""A budget that any smaller model meets."""
+"""Fraction that every smaller model meets."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits a smaller model by one of five: its size, its key/value cache, what it loses, or the time that it takes.
+    """The limit on a smaller model: its size, KV cache, quality loss, or latency.
+
+    Exactly one field is set.
 
     Args:
-        params: Parameters that are left at most, a number (int) or a fraction of those that are there (float).
-        kv_cache_bytes: Bytes of the key/value cache per token, a number or a fraction. For it KV heads are removed, with the
-            query heads that they serve, or merged by SVD, so that all query heads stay (`convert_kv_heads`): whichever loses
-            less, decided for each attention, or where layers are uniform for all together. Heads merge where fewer divide their
-            number, and the model can be converted; elsewhere they are removed. Whole blocks may go, no channels.
-        bytes: Bytes of all parameters, a number or a fraction.
-        max_loss: The fewest parameters at which perplexity on batches that nothing is fitted to, the geometric mean over their
-            sources, is at most so many times the dense model's, such as 1.1.
-        latency: The fraction of the dense model's time that is left at most, by this machine's clock, on the model's own device.
-            A table of what each config of each layer takes leads the search; what it finds is timed beside the dense model
-            before anything is cut, and searched for again where it takes too long.
+        params: Maximum number (int) or fraction (float) of parameters.
+        kv_cache_bytes: Maximum bytes of the KV cache per token, as a number (int) or fraction (float). KV heads are removed with
+            their query heads, or pooled by SVD with all query heads kept (see `convert_kv_heads`), whichever loses less. The
+            choice is made for each attention module, or jointly if modules are uniform. Pooling needs a number of KV heads that
+            divides the old one and a model that can be converted. Blocks may be removed, channels may not.
+        bytes: Maximum bytes of all parameters, as a number (int) or fraction (float).
+        max_loss: Quality budget: finds the fewest parameters at which perplexity on held-out batches (geometric mean over
+            sources) is at most this many times the dense model's, such as 1.1.
+        latency: Maximum fraction of the dense model's time, measured on this machine and the model's device. A latency table of
+            all levels guides the search. The selected model is timed before anything is removed, and the search is repeated with
+            a tighter limit if it is too slow.
 
     Raises:
-        ValueError: If not exactly one is given, or it is out of range.
+        ValueError: If not exactly one budget is set, or its value is out of range.
 
     >>> import billhook as bh
     >>> bh.Budget(params=0.8).words
@@ -46,7 +48,7 @@ class Budget:
         check_types(Budget, vars(self))
         names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
         if len(names) != 1:
-            raise ValueError(f"{' and '.join(names) or 'params=None'}: give one budget of {', '.join(vars(self))}")
+            raise ValueError(f"Budget requires exactly one of {', '.join(vars(self))}; got {' and '.join(names) or 'none'}.")
         if self.max_loss is not None:
             check_number("max_loss", self.max_loss, above=1)
         if self.latency is not None:
@@ -54,31 +56,31 @@ class Budget:
         self.amount(0, 0, "auto")
 
     def amount(self, first: int, last: int, round_to: RoundTo) -> Amount:
-        """Returns the budget as an amount; for a loss or a time, any smaller model."""
+        """Returns the budget as an `Amount`; `max_loss` and `latency` allow any smaller model."""
         targets = {name: getattr(self, name) for name in TARGETS if getattr(self, name, None) is not None}
         return Amount(**targets or {"params": ANY}, first=first, last=last, round_to=round_to)
 
     @property
     def words(self) -> str:
-        """The budget as it was given."""
+        """The budget as `name=value`."""
         return next(f"{name}={value}" for name, value in vars(self).items() if value is not None)
 
 
 @dataclass(frozen=True)
 class Search:
-    """Says how the smaller model within a budget is searched for.
+    """Settings of a budgeted search.
 
     Args:
-        importance: Which units go, in each config those of the lowest scores; by default `OBS()`.
-        repair: How the linears that read removed units are refitted; `"auto"`: by `RepairConfig()` if there are enough tokens for
-            any refit, and otherwise, with a warning before the search, not at all; None: not at all.
-        first: Blocks at the beginning of each stack that stay whole.
-        last: Blocks at the end of each stack that stay whole.
-        round_to: To multiples of what the number of channels that remain is rounded down. `"auto"`: of the largest of 256,
-            128, 64 and 32 that takes at most 3 % of them more; layers that stay alike keep all KV heads, 1, 2, 4 or a multiple
-            of 8, except for `kv_cache_bytes`. A number (int): multiples of it; 1: any number.
-        generations: Rounds of evolution; 0 takes the best of what the knapsack finds.
-        candidates: Models that each round measures.
+        importance: Scores the units; the lowest scores are removed first. Defaults to `OBS()`.
+        repair: Least-squares repair of the consumer layers. `"auto"` uses `RepairConfig()` if there are enough tokens, and
+            otherwise warns and skips the repair. None keeps the old weights.
+        first: Number of blocks to protect at the start of each stack.
+        last: Number of blocks to protect at the end of each stack.
+        round_to: Width rounding: numbers of channels are rounded down to multiples of this. `"auto"` uses the largest of 256,
+            128, 64, and 32 that removes at most 3% more channels. With uniform modules it also keeps 1, 2, 4, a multiple of 8, or
+            all KV heads, except for `kv_cache_bytes`. 1 allows any number.
+        generations: Rounds of evolutionary search. 0 uses the best knapsack solution.
+        candidates: Number of candidates per round.
 
     Raises:
         ValueError: If a number is out of range.
@@ -103,5 +105,5 @@ class Search:
             check_int("round_to", self.round_to)
 
     def amount(self, budget: Budget) -> Amount:
-        """Returns a budget as an amount of which the blocks that stay whole give nothing."""
+        """Returns a budget as an `Amount` with the protected blocks of this search."""
         return budget.amount(self.first, self.last, self.round_to)

@@ -1,4 +1,4 @@
-"""Makes a model smaller within one budget, where that loses least."""
+"""Searches for the best smaller model within a budget."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,18 +18,18 @@ from billhook.model.surgery import restored_on_error, values_restored_on_error
 from billhook.pruning.repair import RepairOption
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import NoRepair, strip_argument
-from billhook.shrinking.cache import check_enough
-from billhook.shrinking.candidates import Candidates, Progress
-from billhook.shrinking.choice import Chosen, choose_within, smallest
-from billhook.shrinking.divergence import divided, to_search
-from billhook.shrinking.knapsack import between
-from billhook.shrinking.latency import Clock, Workload, clock_of, fast_enough, timed
-from billhook.shrinking.layers import counts
-from billhook.shrinking.measurement import Measured, compare, measure
-from billhook.shrinking.planned import apply_in_turn
+from billhook.shrinking.divergence import search_batches, split_batches
+from billhook.shrinking.knapsack import interpolated_loss
+from billhook.shrinking.latency import Clock, Workload, fast_enough, make_clock, with_latency
+from billhook.shrinking.measurement import Measurement, compare, measure
+from billhook.shrinking.modules import unit_counts
+from billhook.shrinking.planning import apply_plans
+from billhook.shrinking.result import Shrunk
+from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.search import Budget, Search
-from billhook.shrinking.shrunk import Shrunk
+from billhook.shrinking.selection import SearchResult, search_within, smallest
 from billhook.shrinking.space import make_slots
+from billhook.shrinking.variants import check_token_count
 
 Layers = Literal["uniform", "free"]
 
@@ -41,45 +41,46 @@ def shrink(
     *,
     layers: Layers = "uniform",
     search: Search | None = None,
-    library: str | Path | None = None,
+    variant_cache: str | Path | None = None,
     workload: Workload | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Shrunk:
-    """Removes channels, heads and blocks within one budget, as much of each as loses least, and repairs.
+    """Removes channels, heads, and blocks within a budget, and repairs the model.
 
-    Each layer (a feed-forward, an attention) is pruned to several configs and refitted, on its own. What a config costs the
-    whole model is measured at two of them, as KL divergence from the dense model on batches that nothing is fitted to, and is in
-    proportion to the error of the refitted linears in between. So is the model without each whole block, where a block whose
-    last linears are zero computes nothing, as in most decoders; what is printed says why all must stay. A knapsack then finds
-    what loses least, and evolution on the divergence itself refines it, from several numbers of blocks on. What is chosen is cut
-    as a whole, in place, and repaired from front to back; the blocks behind one that goes make up for it, too. Where layers stay
-    alike, the best choice that cuts other kinds of units is repaired as well if it loses at most a quarter more before, and what
-    then loses less is taken. The parts are from ZipLM (Kurtic et al., 2023, https://arxiv.org/abs/2302.04089), MoDeGPT (Lin et
-    al., 2024, https://arxiv.org/abs/2408.09632: how much each layer gives decides) and Týr-the-Pruner (Li et al., 2025,
-    https://arxiv.org/abs/2503.09657).
+    Each attention and MLP module is pruned to several levels and refitted separately. The loss of a level is the KL divergence
+    of the model from the dense model on held-out batches. It is measured at two levels of each module and follows the error of
+    the refitted layers in between. The loss without each block is measured too, if the block computes nothing once its output
+    layers are zero; most decoders qualify, and the result reports the reason otherwise. A knapsack solver minimizes the sum of
+    these losses, and an evolutionary search refines its solution by measured divergence. The selected model is pruned in place
+    and repaired from front to back, including the layers behind removed blocks. With uniform modules, the best candidate that
+    prunes other kinds of units is also repaired if its loss is at most 1.25x the best, and the better of both is used.
+
+    Reference: ZipLM (Kurtic et al., 2023), https://arxiv.org/abs/2302.04089
+    Reference: MoDeGPT (Lin et al., 2024), https://arxiv.org/abs/2408.09632
+    Reference: Týr-the-Pruner (Li et al., 2025), https://arxiv.org/abs/2503.09657
 
     Args:
-        model: A Hugging Face model with `logits`, or a module that holds one.
-        budget: What is left at most, such as `Budget(params=0.8)`.
-        batches: Inputs of the model's forward, as dictionaries; two rows of each source at least, three in all. A `Calibration`
-            reads them; by default they are what the model itself writes.
-        layers: `"uniform"`: all feed-forwards keep as many channels and all attentions as many heads, which plain checkpoints
-            can say; `"free"`: each layer keeps its own number. Whole blocks may go in both.
-        search: How it is searched for, as by `Search(generations=0)`.
-        library: A folder for the candidates of all layers; by default they stay in memory. A search of the same model, batches,
-            importance, rounding and repair goes on from what it holds, also for another budget of `params` or `bytes`.
-        workload: What is timed for `latency`, a `billhook.shrinking.latency.Workload`; by default the writing of a token
-            after a prompt of 512.
-        seed: Decides what evolution tries.
-        progress: Called with how many steps of the search are done, and of how many at most.
+        model: A Hugging Face model with `logits`, or a module that contains one.
+        budget: The budget, such as `Budget(params=0.8)`.
+        batches: Calibration batches (dictionaries of forward inputs) or a `Calibration`: at least three examples, and two of each
+            source. Defaults to self-generated text for language models.
+        layers: `"uniform"` keeps the same number of channels in all MLP modules and of heads in all attention modules, which
+            gives a standard checkpoint. `"free"` lets each module keep its own number. Both may remove blocks.
+        search: Search settings, such as `Search(generations=0)`. Defaults to `Search()`.
+        variant_cache: Folder for the variants. Later searches with the same model, batches, importance, rounding, and repair
+            reuse them, also with another `params` or `bytes` budget. Defaults to None (kept in memory).
+        workload: Workload for a latency budget, a `billhook.shrinking.latency.Workload`. Defaults to decoding after a prompt of
+            512 tokens.
+        seed: Seed of the evolutionary search.
+        progress: Callback with the number of finished steps and the total.
 
     Returns:
-        What was removed, what was expected and measured, and what other sizes would lose; `print` shows it.
+        The removed units, the estimated and measured loss, and the loss at other sizes; `print` shows a summary.
 
     Raises:
-        ValueError: If an argument is not legal, the budget cannot be reached (then with what can), there are too few batches, or
-            the model predicts nothing; then nothing has changed.
+        ValueError: If an argument is not legal, the budget is out of reach (the message states the reachable range), there are
+            too few batches, or the model predicts nothing. The model is then unchanged.
 
     Example:
         >>> import torch, billhook as bh
@@ -91,33 +92,33 @@ def shrink(
     """
     check_types(shrink, locals())
     check_int("seed", seed, 0)
-    check_library(library)
+    check_variant_cache(variant_cache)
     if workload is not None and budget.latency is None:
-        raise ValueError(f"workload={workload!r} is what latency is measured of, and latency=None")
+        raise ValueError(f"workload={workload!r} requires a latency budget. Set Budget(latency=...), or remove workload.")
     search = search or Search()
     subject = find_transformer(model)
     check_values(subject)
     check_stored(subject)
-    clock = None if budget.latency is None else (budget.latency, clock_of(subject, workload))
-    candidates = Candidates.find(subject, search.amount(budget), layers == "uniform")
-    fitted, held_out = divided(list(read_batches(batches, subject)))
-    repair, not_repaired = repair_for(candidates, fitted, search.repair)
+    clock = None if budget.latency is None else (budget.latency, make_clock(subject, workload))
+    scope = SearchScope.find(subject, search.amount(budget), layers == "uniform")
+    fitted, held_out = split_batches(list(read_batches(batches, subject)))
+    repair, not_repaired = resolve_repair(scope, fitted, search.repair)
     if not_repaired:
         warnings.warn(f"shrink: {not_repaired}", stacklevel=2)
-    shrunk = shrink_to(candidates, budget, clock, fitted, held_out, repair, search, seed, library, Progress(progress))
+    shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, variant_cache, Progress(progress))
     return replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
 
 
-def repair_for(candidates: Candidates, fitted: Sequence[Any], repair: RepairOption) -> tuple[RepairConfig | None, str]:
-    """Returns how linears are refitted; with `"auto"` not at all, and why, where tokens are too few.
+def resolve_repair(scope: SearchScope, fitted: Sequence[Any], repair: RepairOption) -> tuple[RepairConfig | None, str]:
+    """Returns the repair settings; `"auto"` becomes None if there are too few tokens.
 
     Raises:
-        NoRepair: If there are too few tokens for any refit, and a `RepairConfig` was asked for.
+        NoRepair: If there are too few tokens for any refit, and `repair` is a `RepairConfig`.
     """
     if repair is None:
         return None, ""
     try:
-        check_enough(candidates.search, candidates.layers, fitted)
+        check_token_count(scope.search, scope.modules, fitted)
     except NoRepair as error:
         if repair != "auto":
             raise
@@ -125,8 +126,8 @@ def repair_for(candidates: Candidates, fitted: Sequence[Any], repair: RepairOpti
     return RepairConfig() if repair == "auto" else repair, ""
 
 
-def shrink_to(
-    candidates: Candidates,
+def run_shrink(
+    scope: SearchScope,
     budget: Budget,
     clock: tuple[float, Clock] | None,
     fitted: Sequence[Any],
@@ -134,28 +135,28 @@ def shrink_to(
     repair: RepairConfig | None,
     search: Search,
     seed: int,
-    library: str | Path | None,
+    variant_cache: str | Path | None,
     progress: Progress,
 ) -> Shrunk:
-    """Makes a model smaller as `shrink` does, which says what is given, once candidates are found; see `repair_for`.
+    """Runs the search of `shrink` for a known scope; see `resolve_repair`.
 
-    A budget of time comes with the clock that it is measured by.
+    `clock` is the latency budget with its clock, or None.
     """
-    progress.steps = candidates.most_steps(search.generations, search.candidates)
+    progress.steps = scope.most_steps(search.generations, search.candidates)
     if clock is not None:
-        candidates = timed(candidates, *clock, progress)
-    model, searched = candidates.model, to_search(fitted, candidates.widest)
-    folder = None if library is None else Path(library)
-    measured = measure(candidates, searched, held_out, search.importance or OBS(), repair, folder, progress)
-    chosen = choose_for(measured, budget, searched, fitted, held_out, repair, search, seed, clock)
+        scope = with_latency(scope, *clock, progress)
+    model, searched = scope.model, search_batches(fitted, scope.widest)
+    folder = None if variant_cache is None else Path(variant_cache)
+    measurement = measure(scope, searched, held_out, search.importance or OBS(), repair, folder, progress)
+    chosen = select_for_budget(measurement, budget, searched, fitted, held_out, repair, search, seed, clock)
     changed = [model.get_parameter(name) for name in chosen.planned.weights or {}]
     with restored_on_error(model), values_restored_on_error(changed):  # also if what has been cut cannot be measured
-        apply_in_turn(model, chosen.planned.plans, weights=chosen.planned.weights)
-        return shrunk_of(measured, chosen)
+        apply_plans(model, chosen.planned.plans, weights=chosen.planned.weights)
+        return measure_result(measurement, chosen)
 
 
-def choose_for(
-    measured: Measured,
+def select_for_budget(
+    measurement: Measurement,
     budget: Budget,
     searched: Sequence[Any],
     fitted: Sequence[Any],
@@ -164,52 +165,48 @@ def choose_for(
     search: Search,
     seed: int,
     clock: tuple[float, Clock] | None = None,
-) -> Chosen:
-    """Searches for what loses least within a budget, repaired on `fitted`, and compares it with one kind of unit alone."""
-    within = partial(choose_within, measured, fitted, repair, search, seed)
+) -> SearchResult:
+    """Selects the best repaired candidate within a budget."""
+    within = partial(search_within, measurement, fitted, repair, search, seed)
     if clock is not None:
-        chosen = fast_enough(measured, *clock, within)
+        chosen = fast_enough(measurement, *clock, within)
     elif budget.max_loss is not None:
-        chosen = smallest(measured, budget.max_loss, held_out, within)
+        chosen = smallest(measurement, budget.max_loss, held_out, within)
     else:
-        chosen = within(measured.candidates.limit)
-    return replace(chosen, alone=compare(measured, chosen.limit, searched))
+        chosen = within(measurement.scope.limit)
+    return replace(chosen, alone=compare(measurement, chosen.limit, searched))
 
 
-def shrunk_of(measured: Measured, chosen: Chosen) -> Shrunk:
-    """Measures the model once the plans of what was chosen have been carried out."""
-    candidates, kept, planned = measured.candidates, chosen.kept, chosen.planned
-    present = [layer for layer in candidates.layers if kept[layer.name]]
-    slots = make_slots(present, measured.losses, candidates.uniform)
-    predicted = sum(between(slot, kept[slot.names[0]]) for slot in slots)
-    predicted += sum(measured.losses[block.name][-1] for block in candidates.blocks.removed(kept))
-    if chosen.times is not None:
-        left = round(chosen.times.ratio * candidates.now)
-    else:
-        left = int(cost_of(candidates.model, candidates.target) or 0)
+def measure_result(measurement: Measurement, chosen: SearchResult) -> Shrunk:
+    """Measures the model after the selected plans were applied."""
+    scope, kept, planned = measurement.scope, chosen.kept, chosen.planned
+    slots = make_slots([module for module in scope.modules if kept[module.name]], measurement.losses, scope.uniform)
+    predicted = sum(interpolated_loss(slot, kept[slot.names[0]]) for slot in slots)
+    predicted += sum(measurement.losses[block.name][-1] for block in scope.blocks.removed(kept))
+    left = int(cost_of(scope.model, scope.target) or 0) if chosen.times is None else round(chosen.times.ratio * scope.now)
     return Shrunk(
         plan=planned.units,
-        target=candidates.target,
+        target=scope.target,
         limit=chosen.limit,
         left=left,
-        kept=counts(candidates.layers, kept),
+        kept=unit_counts(scope.modules, kept),
         predicted=predicted,
-        measured=measured.divergence.by_source(),
+        measured=measurement.divergence.by_source(),
         curve=tuple(chosen.curve),
         tried=tuple(chosen.tried),
         alone=chosen.alone,
         ratio=chosen.ratio,
         times=chosen.times,
         blocks=planned.blocks,
-        blocks_stay=candidates.blocks.why,
+        blocks_stay=scope.blocks.why,
         merged=planned.merged,
         not_refitted=planned.not_refitted,
     )
 
 
-def check_library(library: str | Path | None) -> None:
-    """Refuses what is no folder, nor free to become one."""
-    if library is not None:
-        check_path("library", library)
-        if Path(library).exists() and not Path(library).is_dir():
-            raise ValueError(f"library='{library}' must be a folder, or a name that is free")
+def check_variant_cache(variant_cache: str | Path | None) -> None:
+    """Raises a ValueError if the path is a file."""
+    if variant_cache is not None:
+        check_path("variant_cache", variant_cache)
+        if Path(variant_cache).exists() and not Path(variant_cache).is_dir():
+            raise ValueError(f"variant_cache='{variant_cache}' is a file. Pass a folder.")

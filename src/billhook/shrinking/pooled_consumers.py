@@ -1,7 +1,7 @@
-"""Refits what reads merged KV heads to what it gave before, as readers of removed heads are.
+"""Refits the consumer layers of pooled KV heads to their dense outputs.
 
-Each attention runs once more for each of its candidates, beside itself, up to the linear that reads its heads; what it hands on
-is the dense model's, so that all attentions are seen in one run of each batch.
+Each attention module also runs once for each of its variants, up to the consumer layer of its heads. Its output stays the dense
+model's, so one run of each batch covers all attention modules.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,30 +22,31 @@ from billhook.model.layers import matrix_of, size_of, to_layout, to_parameters
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import ResidualStatistics, as_float, make_folds, non_padding
-from billhook.shrinking.cache import resting
+from billhook.shrinking.variants import staged
 
 
-def refit_readers(
+def refit_consumers(
     model: nn.Module,
     projections: Mapping[str, Projections],
-    candidates: Mapping[str, Mapping[int, LazyTensors]],
+    variants: Mapping[str, Mapping[int, LazyTensors]],
     runs: Sequence[Run],
     repair: RepairConfig,
 ) -> dict[str, dict[int, LazyTensors]]:
-    """Returns new parameters of the linears that read heads, by attention and number of KV heads; the model stays as it is.
+    """Returns new parameters of the consumer layers, by module and number of KV heads.
 
     Args:
-        model: The model.
-        projections: Where projections lie, by attention.
-        candidates: By attention and number of KV heads, the parameters with which the heads of each group are equal.
-        runs: Batches, two at least; each source is held out in turn, or some batches where there is one source.
-        repair: How linears are refitted, by its ridges and held-out share.
+        model: The model; it stays unchanged.
+        projections: The projections, by attention module.
+        variants: By attention module and number of KV heads, the parameters with equal heads in each group.
+        runs: Batches, at least two. Each source is held out in turn, or some batches if there is one source.
+        repair: Ridge penalties and held-out fraction of the refits.
     """
     parts, held_out = repair.parts([run.source for run in runs])
-    refits = {name: _ReaderRefit(model, where, candidates[name], max(parts) + 1) for name, where in projections.items()}
+    refits = dict[str, _PooledConsumerRefit]()
     with evaluating_without_grad(model), ExitStack() as stack:
-        for refit in refits.values():
-            stack.enter_context(refit.listening())
+        for name, of_attention in projections.items():
+            refits[name] = _PooledConsumerRefit(model, of_attention, variants[name], max(parts) + 1)
+            stack.enter_context(refits[name].listening())
         for run, part in zip(runs, parts, strict=True):
             for refit in refits.values():
                 refit.run, refit.part = run, part
@@ -53,24 +54,24 @@ def refit_readers(
     return {name: refit.refitted(held_out, repair.ridges) for name, refit in refits.items()}
 
 
-class _ReaderRefit:
-    """Runs one attention with the parameters of each candidate, and adds up what its reader is given, and owes, in each."""
+class _PooledConsumerRefit:
+    """Runs an attention module with each variant, and sums the residual errors."""
 
     run: Run
     part: int
 
-    def __init__(self, model: nn.Module, projections: Projections, candidates: Mapping[int, LazyTensors], parts: int) -> None:
-        self._model, self._projections, self._candidates = model, projections, candidates
+    def __init__(self, model: nn.Module, projections: Projections, variants: Mapping[int, LazyTensors], parts: int) -> None:
+        self._model, self._projections, self._candidates = model, projections, variants
         self._linear = projections.o.linear
         self._reader = model.get_submodule(self._linear)
-        (rows, columns), device = size_of(self._reader), self._reader.get_parameter("weight").device
-        self._moments = {number: [ResidualStatistics(rows, columns, device) for _ in range(parts)] for number in candidates}
+        (rows, text_table), device = size_of(self._reader), self._reader.get_parameter("weight").device
+        self._moments = {number: [ResidualStatistics(rows, text_table, device) for _ in range(parts)] for number in variants}
         self._inputs: Tensor | None = None
         self._stops = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Overrides the attention's forward, and listens to its reader."""
+        """Overrides the forward pass of the attention module, and hooks its consumer layer."""
         attention = self._model.get_submodule(self._projections.name)
         with ExitStack() as stack:
             stack.callback(self._reader.register_forward_pre_hook(self._read).remove)
@@ -78,7 +79,10 @@ class _ReaderRefit:
             yield
 
     def refitted(self, held_out: Sequence[int], ridges: Sequence[float]) -> dict[int, LazyTensors]:
-        """Returns by candidate the new parameters of the reader; none where nothing can be held out."""
+        """Returns by variant the new parameters of the consumer layer.
+
+        Empty if nothing can be held out.
+        """
         refitted = dict[int, LazyTensors]()
         for number, parts in self._moments.items():
             weight, bias = self._parameters(number)
@@ -88,16 +92,16 @@ class _ReaderRefit:
             if folds := make_folds(parts, held_out):
                 tensors = to_parameters(self._reader, *refit_linear(weight, bias, folds, parts, ridges))
                 new = by_parameter({self._linear: tensors})
-            refitted[number] = resting(self._model, new) if new else LazyTensors({})
+            refitted[number] = staged(self._model, new) if new else LazyTensors({})
         return refitted
 
     def _parameters(self, number: int) -> tuple[Tensor, Tensor | None]:
-        """Returns the weight and bias of the reader in a candidate."""
+        """Returns the weight and bias of the consumer layer in a variant."""
         parameters = self._candidates[number].of_module(self._linear)
         return to_layout(self._reader, parameters["weight"]), parameters.get("bias")
 
     def _visit(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Runs the attention's forward with the parameters of each candidate, and then as it is."""
+        """Runs the forward pass with each variant's parameters, and then unchanged."""
         inputs = dict[int, Tensor]()
         for number, weights in self._candidates.items():
             parameters = {self._model.get_submodule(linear): weights.of_module(linear) for linear in weights.modules}
@@ -116,14 +120,14 @@ class _ReaderRefit:
             raise StopForward
 
     def _taken(self) -> Tensor:
-        """Returns what the reader was given last."""
+        """Returns the last inputs of the consumer layer."""
         inputs, self._inputs = self._inputs, None
         if inputs is None:
-            raise ValueError(f"{self._projections.name} does not run {self._linear}")
+            raise ValueError(f"{self._projections.name} does not call {self._linear}")
         return inputs
 
     def _add(self, inputs: Mapping[int, Tensor], dense: Tensor) -> None:
-        """Adds what the reader owes in each candidate: what it gives in the dense model, less what it gives then."""
+        """Adds the residual error of each variant: the dense output minus the variant's output."""
         with full_precision():
             keep, expected = (
                 non_padding(self.run, self._linear, dense),

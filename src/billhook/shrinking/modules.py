@@ -1,0 +1,225 @@
+"""Finds the prunable modules, their numbers of units, and the cost of a unit."""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from billhook.model.costs import kv_cache_bytes
+from billhook.model.layers import is_linear
+from billhook.pruning.amount import divides_among_devices
+from billhook.pruning.choice import rank_units
+from billhook.pruning.cut import Cut, coupled_modules, find_cut
+from billhook.pruning.removal import try_removal
+from billhook.pruning.target import RatioSearch
+from billhook.units.units import Per, UnitKind, Units
+
+PARTS = 8
+"""Levels keep multiples of one part in this many of a module."""
+
+
+@dataclass(frozen=True)
+class PrunableModule:
+    """An attention or MLP module that may keep fewer KV heads or channels.
+
+    Attributes:
+        names: Modules that lose the same units; nearly always one.
+        kind: Kind of its units.
+        count: Current number of units.
+        allowed: Numbers of units that it may keep, decreasing, starting with all.
+        unit_cost: Cost of one unit (KV heads include their query heads): parameters, bytes, or KV cache bytes per token.
+        levels: Numbers of units that the search considers, decreasing, starting with all.
+        times: Pairs of a number of units and its measured cost, increasing, for a latency budget.
+        pool_sizes: Numbers of KV heads that it may be pooled to, for a KV cache budget.
+    """
+
+    names: tuple[str, ...]
+    kind: UnitKind
+    count: int
+    allowed: tuple[int, ...]
+    unit_cost: int
+    levels: tuple[int, ...] = ()
+    times: tuple[tuple[int, int], ...] = ()
+    pool_sizes: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the first module."""
+        return self.names[0]
+
+    def cost(self, kept: int) -> int:
+        """Returns the cost of this module at a number of kept units."""
+        if not self.times:
+            return kept * self.unit_cost
+        numbers, times = zip(*self.times, strict=True)
+        return round(float(np.interp(kept, numbers, times)))
+
+    def saves(self, kept: int) -> int:
+        """Returns the cost saved by keeping this number of units instead of all."""
+        return self.cost(self.count) - self.cost(kept)
+
+    def grid(self) -> tuple[int, ...]:
+        """Returns the levels for any budget: the numbers nearest to eighths, and the pool sizes."""
+        numbers = set(self.allowed)
+        if len(numbers) > PARTS:
+            sizes = [self.count * part / PARTS for part in range(1, PARTS + 1)]
+            numbers = {min(self.allowed, key=lambda kept: abs(kept - size)) for size in sizes}
+        return tuple(sorted({*numbers, *self.pool_sizes}, reverse=True))
+
+
+def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> list[PrunableModule]:
+    """Finds the modules that may keep fewer units, with the cost of each unit.
+
+    Excluded are protected blocks, modules whose units are consumed by anything but linear layers of their own, and kinds of units
+    without which the model's class does not run.
+
+    Args:
+        search: The model, its units, and their costs.
+        target: Name of the budget.
+        uniform: If True, all attention modules keep the same number of KV heads. With `round_to="auto"`, only numbers that
+            engines can divide among devices are allowed, and channels make up the difference.
+
+    Raises:
+        ValueError: If no module may keep fewer units.
+    """
+    model, modules = search.model, list[PrunableModule]()
+    groups, consumed = list[list[str]](), set[str]()
+    for names in coupled_modules(free := search.removable()):
+        if all(has_linear_consumers(model, free[name]) for name in names):
+            groups.append(list(names))
+    for names, cost in zip(groups, _unit_costs(search, groups, target), strict=True):
+        consumers = {consumer for name in names for consumer in free[name].readers}
+        module = _prunable_module(search, free[names[0]], names, cost, target, uniform)
+        if len(module.allowed) > 1 and cost > 0 and not consumers & consumed:
+            modules.append(module)
+            consumed |= consumers
+    refusals = dict[UnitKind, str]()
+    for kind, of_kind in itertools.groupby(sorted(modules, key=lambda module: module.kind), lambda module: module.kind):
+        refusals[kind] = _refusal(search, list(of_kind))
+    able = [module for module in modules if not refusals[module.kind]]
+    if modules and not able:
+        raise ValueError(f"{target}: {refusals[modules[0].kind]}")
+    if not able:
+        raise ValueError(
+            f"{target} cannot be met: {type(model).__name__} has no channels or KV heads that only linear layers consume, and "
+            "that are not protected. Protect fewer blocks, or use another method."
+        )
+    return able
+
+
+def _prunable_module(
+    search: RatioSearch, units: Units, names: list[str], cost: int, target: str, uniform: bool
+) -> PrunableModule:
+    """Returns coupled modules as a prunable module."""
+    amount = search.amount
+    count, step = units.count("kv_head"), search.step(names[0]) if units.kind == "channel" else 1
+    allowed = tuple(n for n in range(count, 0, -1) if n == count or (n % step == 0 and n >= amount.min_units))
+    caches = target == "kv_cache_bytes" and units.kind == "head"
+    if uniform and amount.round_to == "auto" and units.kind == "head" and not caches:
+        allowed = tuple(kept for kept in allowed if kept == count or divides_among_devices(kept))
+    pool_sizes = [kept for kept in allowed[1:] if count % kept == 0] if caches else []
+    module = PrunableModule(tuple(names), units.kind, count, allowed, cost, pool_sizes=tuple(pool_sizes))
+    return replace(module, levels=module.grid())
+
+
+def has_linear_consumers(model: PreTrainedModel, units: Units) -> bool:
+    """Returns whether all consumers of a module's units are linear layers."""
+    return bool(units.readers) and all(is_linear(model.get_submodule(reader)) for reader in units.readers)
+
+
+def _refusal(search: RatioSearch, modules: Sequence[PrunableModule]) -> str:
+    """Returns why the model does not run at the lowest numbers of units, or an empty string.
+
+    Empty if it runs.
+    """
+    removed = dict[str, list[int]]()
+    for module in modules:
+        removed |= any_removed(module, search.units, module.allowed[-1])
+    try:
+        try_removal(search.model, cut_of(search, removed, "head"))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def cut_of(search: RatioSearch, numbers: Mapping[str, list[int]], per: Per = "kv_head") -> Cut:
+    """Returns the removal of channels and KV heads, or query heads."""
+    return find_cut(search.model, search.structure, search.units, numbers, per)
+
+
+def _unit_costs(search: RatioSearch, groups: Sequence[list[str]], target: str) -> list[int]:
+    """Returns the cost of a unit for each group of modules; 0 if it is not prunable.
+
+    0 if it is not prunable.
+    """
+    model, units, cached = search.model, search.units, target == "kv_cache_bytes"
+
+    def cut(names: list[str]) -> Cut | None:
+        try:
+            return None if cached and units[names[0]].kind != "head" else cut_of(search, {name: [0] for name in names})
+        except ValueError:  # as under a norm that spans all heads
+            return None
+
+    if not cached:
+        return [_parameters_saved(model, cut(names), target) for names in groups]
+    cache, cuts = kv_cache_bytes(model) or 0, list(map(cut, groups))
+    # asking the class what each attention saves takes long; where the first has an equal share of the cache, all have
+    heads, costs = sum(one.count("kv_head") for one in units.values() if one.kind == "head"), list[int]()
+    for names, removed in zip(groups, cuts, strict=True):
+        costs.append(0 if removed is None else cache - (kv_cache_bytes(try_removal(model, removed)) or 0))
+        if removed is not None and costs[-1] * heads == cache * len(names):
+            return [0 if cut is None else cache // heads * len(names) for names, cut in zip(groups, cuts, strict=True)]
+    return costs
+
+
+def _parameters_saved(model: PreTrainedModel, cut: Cut | None, target: str) -> int:
+    """Returns the number of parameters, or bytes, that a removal saves."""
+    parameters, cuts, total = dict(model.named_parameters()), {} if cut is None else cut.cuts, 0
+    for name in {name for name, _ in cuts if name in parameters}:
+        parameter = parameters[name]
+        left = math.prod(len(cuts.get((name, dim), range(size))) for dim, size in enumerate(parameter.shape))
+        total += (parameter.numel() - left) * (parameter.element_size() if target == "bytes" else 1)
+    return total
+
+
+def removed_units(
+    module: PrunableModule, units: Mapping[str, Units], scores: Mapping[str, Tensor], kept: int
+) -> dict[str, list[int]]:
+    """Returns the units (or query heads) with the lowest scores, to keep this number of units."""
+    if kept == module.count:
+        return {}
+    mean = torch.stack([scores[name].double() for name in module.names]).mean(0)
+    lowest = sorted(rank_units(units[module.name], mean)[: module.count - kept])
+    return {name: units[name].query_heads(lowest) if module.kind == "head" else lowest for name in module.names}
+
+
+def any_removed(module: PrunableModule, units: Mapping[str, Units], kept: int) -> dict[str, list[int]]:
+    """Returns the units to remove without regard to scores."""
+    return removed_units(module, units, {name: torch.zeros(module.count) for name in module.names}, kept)
+
+
+def unit_counts(modules: Sequence[PrunableModule], kept: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """Returns by module name the number of units before and after."""
+    return {name: (module.count, kept[module.name]) for module in modules for name in module.names}
+
+
+def uniform_groups(modules: Sequence[PrunableModule], uniform: bool) -> list[list[PrunableModule]]:
+    """Groups the modules that share a level: each module alone, or all of a kind and size."""
+    return (
+        group_by(modules, lambda module: (module.kind, module.count, module.allowed))
+        if uniform
+        else [[module] for module in modules]
+    )
+
+
+def group_by(modules: Sequence[PrunableModule], key: Callable[[PrunableModule], object]) -> list[list[PrunableModule]]:
+    """Groups modules by a key."""
+    groups: dict[object, list[PrunableModule]] = {}
+    for module in modules:
+        groups.setdefault(key(module), []).append(module)
+    return list(groups.values())

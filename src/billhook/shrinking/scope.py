@@ -1,0 +1,132 @@
+"""First stage of a search: which modules and blocks may be pruned within a budget."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedModel
+
+from billhook.arguments import percentage_hint
+from billhook.model.layers import matrix_of
+from billhook.pruning.amount import Amount
+from billhook.pruning.target import RatioSearch
+from billhook.shrinking.blocks import Blocks, find_blocks
+from billhook.shrinking.modules import PrunableModule, find_modules
+from billhook.shrinking.result import format_amount
+from billhook.shrinking.space import SEVERAL, budget_sizes, round_channels
+
+CURVE = 9
+"""Number of model sizes on the curve of sizes and losses."""
+
+
+@dataclass(eq=False)
+class Progress:
+    """Progress of a search.
+
+    Attributes:
+        report: Callback with the number of finished steps and the total.
+        entered: Callback with the name of the phase that starts.
+        reused: Callback with the number of variants that the variant cache already holds.
+        steps: Total number of steps, an upper bound.
+        done: Number of finished steps.
+    """
+
+    report: Callable[[int, int], None] | None = None
+    entered: Callable[[str], None] | None = None
+    reused: Callable[[int], None] | None = None
+    steps: int = 0
+    done: int = 0
+
+    def enter(self, phase: str) -> None:
+        """Starts a phase."""
+        if self.entered is not None:
+            self.entered(phase)
+        self.advance(0)
+
+    def advance(self, steps: int = 1) -> None:
+        """Counts steps as finished."""
+        self.done += steps
+        if self.report is not None:
+            self.report(min(self.done, self.steps), self.steps)
+
+
+@dataclass(frozen=True, eq=False)
+class SearchScope:
+    """The modules and blocks of a model that a search may prune, and the budget's limit.
+
+    Attributes:
+        search: The model, its units, and their costs.
+        target: Name of the budget, such as `"params"`.
+        now: Current cost of the model in units of the target.
+        limit: Largest allowed cost.
+        uniform: If True, all modules of one kind and size keep the same number of units.
+        modules: The modules that may keep fewer units, each with its levels.
+        blocks: The blocks that may be removed.
+    """
+
+    search: RatioSearch
+    target: str
+    now: int
+    limit: int
+    uniform: bool
+    modules: list[PrunableModule]
+    blocks: Blocks
+
+    @classmethod
+    def find(cls, model: PreTrainedModel, amount: Amount, uniform: bool) -> "SearchScope":
+        """Finds the prunable modules and blocks for a budget.
+
+        Raises a ValueError if the budget is out of reach.
+        """
+        search, target = RatioSearch(model, amount), amount.target or ""
+        limit, now = search.limit(target), int(getattr(search.now, target))
+        modules = find_modules(search, target, uniform)
+        scope = cls(search, target, now, limit, uniform, modules, find_blocks(search, target, modules))
+        return scope.with_levels(getattr(amount, target))
+
+    def with_levels(self, budget: float) -> "SearchScope":
+        """Returns the scope with levels that suit the limit.
+
+        Raises a ValueError if it is out of reach.
+        """
+        scope = replace(self, modules=[replace(module, levels=module.grid()) for module in self.modules])
+        if scope.least > self.limit:
+            limit, least, now = (format_amount(self.target, number) for number in (self.limit, scope.least, self.now))
+            limit += " ms" * (self.target == "latency")
+            raise ValueError(
+                f"{self.target}={budget} ({limit}) is out of reach. Reachable: {least} to {now}. "
+                f"Raise the budget, or protect fewer blocks{percentage_hint(budget)}"
+            )
+        met = budget_sizes(scope.modules, self.blocks.removable, self.now, self.limit) if self.uniform else {}
+        modules = list[PrunableModule]()
+        for module in scope.modules:
+            more = [self.rounded({module.name: number})[module.name] for number in met.get(module.name, ())]
+            modules.append(replace(module, levels=tuple(sorted({*module.levels, *more}, reverse=True))))
+        return replace(self, modules=modules)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model."""
+        return self.search.model
+
+    @property
+    def least(self) -> int:
+        """Smallest reachable cost: all removable blocks removed, all else at its lowest level."""
+        saved = {module.name: module.saves(module.levels[-1]) for module in self.modules}
+        more = (max(block.cost - sum(saved[name] for name in block.modules), 0) for block in self.blocks.removable)
+        return self.now - sum(saved.values()) - sum(more)
+
+    @property
+    def widest(self) -> int:
+        """Number of inputs of the widest consumer layer."""
+        units = [self.search.units[name] for module in self.modules for name in module.names]
+        return max(matrix_of(self.model.get_submodule(reader))[0].shape[1] for one in units for reader in one.readers)
+
+    def most_steps(self, generations: int, children: int) -> int:
+        """Returns an upper bound on the number of search steps."""
+        measurement = sum(2 + bool(module.pool_sizes) for module in self.modules) + len(self.blocks.removable)
+        return measurement + len(SEVERAL) + 2 + generations * children + CURVE
+
+    def rounded(self, kept: Mapping[str, int], spare: int = 0) -> dict[str, int]:
+        """Returns numbers of channels rounded down, if modules are uniform and `round_to="auto"`."""
+        left_to_us = self.uniform and self.search.amount.round_to == "auto"
+        return round_channels(self.modules, kept, spare) if left_to_us else dict(kept)

@@ -1,0 +1,224 @@
+"""Third stage of a search: selects, plans, and repairs the best candidates."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from billhook.importance.score import make_run
+from billhook.repairs.repair import RepairConfig
+from billhook.shrinking.divergence import Perplexity
+from billhook.shrinking.knapsack import cost, evolve, fill_budget
+from billhook.shrinking.measurement import Measurement, single_kind_levels
+from billhook.shrinking.modules import unit_counts
+from billhook.shrinking.planning import ShrinkPlan, plan, simulated
+from billhook.shrinking.result import Candidate, Times
+from billhook.shrinking.scope import CURVE
+from billhook.shrinking.search import Search
+from billhook.shrinking.space import (
+    Point,
+    best_point,
+    evenly_sized,
+    finalists,
+    initial_points,
+    make_slots,
+    neighbor,
+    size_costs,
+    uniform_points,
+)
+
+SIZES = 64
+"""Number of sizes that a search for a quality budget considers."""
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The candidate that a search selected within a limit.
+
+    Attributes:
+        kept: Number of kept units by module.
+        planned: The plans, with repaired weights.
+        limit: The limit.
+        curve: Candidates of other sizes.
+        tried: Candidates that were measured within the limit.
+        ratio: Perplexity relative to the dense model, for a quality budget.
+        times: Measured times, for a latency budget.
+        alone: By kind of unit, the remaining cost and the loss of pruning only this kind.
+    """
+
+    kept: dict[str, int]
+    planned: ShrinkPlan
+    limit: int
+    curve: list[Candidate]
+    tried: list[Candidate]
+    ratio: float | None = None
+    times: Times | None = None
+    alone: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+
+Within = Callable[[int], SearchResult]
+"""Searches within a limit."""
+
+
+def search_within(
+    measurement: Measurement, fitted: Sequence[Any], repair: RepairConfig | None, search: Search, seed: int, limit: int
+) -> SearchResult:
+    """Searches within a limit and repairs the best candidates.
+
+    Returns the one with the lowest loss after repair.
+    """
+    choices, curve, tried = choose(measurement, search, seed, limit)
+    if repair is None:
+        choices = choices[:1]
+    chosen = [SearchResult(kept, plan(measurement, limit, kept, fitted, repair), limit, curve, tried) for kept in choices]
+    if len(chosen) == 1:
+        return chosen[0]
+    losses = list[float]()
+    for one in chosen:
+        with simulated(measurement.scope.model, one.planned):
+            losses.append(measurement.divergence.mean())
+    return chosen[losses.index(min(losses))]
+
+
+def choose(
+    measurement: Measurement, search: Search, seed: int, limit: int
+) -> tuple[list[dict[str, int]], list[Candidate], list[Candidate]]:
+    """Returns the finalists, candidates of other sizes, and all measured candidates.
+
+    With uniform modules there may be several finalists, the best first; repair can change their ranking.
+    """
+    scope, losses, spaces, progress = measurement.scope, measurement.losses, measurement.spaces, measurement.progress
+    progress.enter("searching")
+    start = initial_points(spaces, limit, sorted(scope.blocks.removable, key=lambda block: losses[block.name][-1]))
+    if scope.uniform:
+        start += [(0, levels) for _, levels in single_kind_levels(measurement, limit).values()]
+    else:
+        start += uniform_points(spaces[0], scope.modules, losses, limit - scope.now)
+
+    def lost(point: Point) -> float:
+        return measurement.lost(spaces[point[0]].kept(point[1]))
+
+    move = partial(neighbor, spaces, limit)
+    found = evolve(start, move, lost, search.generations, search.candidates, seed)
+    order = sorted(found, key=lambda point: found[point])
+    kept = [_filled(measurement, point, limit) for point in _finalists(measurement, order, found)]
+    progress.steps = progress.done + CURVE
+    curve = [_candidate(measurement, point, lost(point)) for point in evenly_sized(spaces, CURVE)]
+    return kept, curve, [_candidate(measurement, point, found[point]) for point in order]
+
+
+def _finalists(measurement: Measurement, order: Sequence[Point], found: Mapping[Point, float]) -> list[Point]:
+    """Returns the points to repair, whose blocks can be removed.
+
+    Raises a ValueError if there are none.
+    """
+    scope, spaces = measurement.scope, measurement.spaces
+    first = next((number for number, point in enumerate(order) if not _refusal(measurement, point)), None)
+    if first is None:
+        raise ValueError(_refusal(measurement, order[-1]))
+    if not scope.uniform or measurement.pooling is not None:
+        return [order[first]]
+
+    def kinds_cut(point: Point) -> frozenset[str]:
+        kept = spaces[point[0]].kept(point[1])
+        blocks = {"block"} if spaces[point[0]].removed else set()
+        return frozenset(blocks | {module.kind for module in scope.modules if 0 < kept[module.name] < module.count})
+
+    return [point for point in finalists(order[first:], found, kinds_cut) if not _refusal(measurement, point)]
+
+
+def knapsack_solution(measurement: Measurement, limit: int) -> dict[str, int]:
+    """Returns the kept units with the lowest estimated loss, or of the smallest model."""
+    point = best_point(measurement.spaces, limit) or best_point(measurement.spaces, measurement.scope.least)
+    assert point is not None
+    return _filled(measurement, point, limit)
+
+
+def _refusal(measurement: Measurement, point: Point) -> str:
+    """Returns why the blocks of a point cannot be removed together, or an empty string.
+
+    Empty if they can.
+    """
+    blocks = measurement.scope.blocks
+    removed = blocks.removed(measurement.spaces[point[0]].kept(point[1]))
+    return blocks.refusal(removed) if removed else ""
+
+
+def _filled(measurement: Measurement, point: Point, limit: int) -> dict[str, int]:
+    """Adds units to modules, also between levels, up to the limit.
+
+    Removed blocks stay removed.
+    """
+    scope, space, levels = measurement.scope, measurement.spaces[point[0]], point[1]
+    kept, spare = space.kept(levels), limit - space.left(levels)
+    present = [module for module in scope.modules if kept[module.name]]
+    slots = make_slots(present, measurement.losses, scope.uniform)
+    chosen = tuple(slot.kept.index(kept[slot.names[0]]) for slot in slots)
+    numbers = fill_budget(slots, chosen, cost(slots, chosen) + max(spare, 0), size_costs(present, scope.uniform))
+    more = dict(kept)
+    for slot, number in zip(slots, numbers, strict=True):
+        more |= dict.fromkeys(slot.names, number)
+    for module in present:
+        spare -= module.cost(more[module.name]) - module.cost(kept[module.name])
+    return scope.rounded(more, spare)
+
+
+def _candidate(measurement: Measurement, point: Point, lost: float) -> Candidate:
+    space, levels = measurement.spaces[point[0]], point[1]
+    kept = space.kept(levels)
+    by_module = {name: stay for name, (_, stay) in unit_counts(measurement.scope.modules, kept).items()}
+    return Candidate(kept | by_module, space.left(levels), space.predicted(levels), lost)
+
+
+def smallest(measurement: Measurement, most: float, held_out: Sequence[Any], within: Within) -> SearchResult:
+    """Finds the smallest size at which the repaired model meets a perplexity ratio.
+
+    Bisection on assembled variants finds the size to start from. From there, smaller sizes are searched and repaired while they
+    are good enough, or else larger ones until one is.
+
+    Args:
+        measurement: Losses of the variants.
+        most: Largest allowed perplexity relative to the dense model.
+        held_out: Batches for measuring, as dictionaries; their loss is the model's own.
+        within: Searches within a limit.
+
+    Raises:
+        ValueError: If not even the largest size is good enough.
+    """
+    scope = measurement.scope
+    model, sizes = scope.model, sorted({*np.linspace(scope.least, scope.now, SIZES + 1)[:-1].astype(int).tolist()})
+    perplexity = Perplexity(model, [make_run(model, {}, batch) for batch in held_out], measurement.divergence.broadcast)
+
+    def good(number: int) -> SearchResult | None:
+        chosen = within(sizes[number])
+        with simulated(model, chosen.planned):
+            ratio = perplexity.ratio()
+        return replace(chosen, ratio=ratio) if ratio <= most else None
+
+    number = first_within_loss(measurement, sizes, most, perplexity)
+    best = good(number)
+    while best is not None and number > 0 and (smaller := good(number - 1)) is not None:
+        best, number = smaller, number - 1
+    while best is None and number < len(sizes) - 1:
+        best, number = good(number + 1), number + 1
+    if best is None:
+        raise ValueError(
+            f"max_loss={most} is out of reach: a model of {sizes[-1]:,} parameters already exceeds it. Raise max_loss."
+        )
+    return best
+
+
+def first_within_loss(measurement: Measurement, sizes: Sequence[int], most: float, perplexity: Perplexity) -> int:
+    """Returns the index of the smallest size at which assembled variants meet the ratio."""
+    low, high = 0, len(sizes) - 1
+    while low < high:
+        middle = (low + high) // 2
+        point, ratio = best_point(measurement.spaces, sizes[middle]), math.inf
+        if point is not None:
+            with measurement.cache.assembled(measurement.spaces[point[0]].kept(point[1])):
+                ratio = perplexity.ratio()
+        low, high = (low, middle) if ratio <= most else (middle + 1, high)
+    return low

@@ -1,0 +1,380 @@
+"""The variants of each module: pruned to each level, with refitted consumer layers.
+
+As in ZipLM (Kurtic, Frantar & Alistarh, 2023, https://arxiv.org/abs/2302.04089) and Týr-the-Pruner (Li et al., 2025,
+https://arxiv.org/abs/2503.09657), every module is pruned to every level and refitted once, independently; a search then combines
+them. All fits use the Gram matrices of the consumer layers' inputs in the dense model.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from billhook.engine.batches import Run, source_of
+from billhook.engine.lazy import LazyTensors, by_parameter
+from billhook.engine.parts import fingerprint, identity_of, replace_file
+from billhook.engine.state import evaluating_without_grad
+from billhook.engine.store import store_of
+from billhook.importance.activations import watch
+from billhook.importance.obs import RepeatedCall, watch_blockwise
+from billhook.importance.score import make_run
+from billhook.linalg import float64_device
+from billhook.model.layers import matrix_of, to_parameters
+from billhook.pruning.target import RatioSearch
+from billhook.repairs.least_squares import bias_shift, choose_ridge, errors_without_refit, residual_error, solve_ridge
+from billhook.repairs.repair import RepairConfig
+from billhook.repairs.residuals import Fold, ResidualStatistics, check_tokens, make_folds
+from billhook.shrinking.modules import PrunableModule, any_removed, removed_units
+from billhook.units.units import Units
+
+FORMAT = 4
+MEASURED = "measured.json"
+UNFITTED = " unfitted"
+"""Suffix of a variant name: the consumer layer of pooled heads before its refit."""
+
+
+class VariantCache:
+    """The variants of all modules of a model, which itself stays unchanged.
+
+    Args:
+        model: The model.
+        folder: Folder for the variants, one file each; None keeps them in memory. If the model is sharded, each rank keeps its
+            shards in CPU memory.
+        writers: By name of each removable block, the linear layers that write its output, which are zero if it is removed.
+
+    Attributes:
+        errors: By module and number of kept units, E |W x - W' x|^2 on batches that W' was not fitted to, relative to E |W x|^2.
+        measured: By module and number of kept units, the measured loss of the whole model.
+        substitutes: By module and number of kept units, the name of another variant to use.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, folder: Path | None = None, writers: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
+        self.model, self._folder, self._writers = model, folder, writers or {}
+        self.errors: dict[tuple[str, int], float] = {}
+        self.measured: dict[tuple[str, int], float] = {}
+        self.substitutes: dict[tuple[str, int], str] = {}
+        self._weights: dict[tuple[str, int], LazyTensors] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._read(folder)
+
+    def _read(self, folder: Path) -> None:
+        """Reads the variants of an earlier search; damaged files are removed and recomputed."""
+        damaged = list[Path]()
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, "pt") as stored:
+                    self.errors |= _from_json(stored.metadata()["errors"])
+            except (SafetensorError, OSError, ValueError, TypeError, KeyError):
+                damaged.append(file)
+        if (file := folder / MEASURED).exists():
+            try:
+                self.measured = _from_json(file.read_text())
+            except (OSError, ValueError, TypeError):
+                damaged.append(file)
+        for file in damaged:
+            module, _, kept = file.stem.rpartition(".")
+            if kept.isdecimal():  # what belongs to a candidate of merged heads is made with it
+                self.errors.pop((module.removesuffix(UNFITTED), int(kept)), None)
+            file.unlink(missing_ok=True)
+        if damaged:
+            names = ", ".join(file.name for file in damaged[:3]) + (f" and {len(damaged) - 3} more" if damaged[3:] else "")
+            warnings.warn(f"variant_cache: cannot read {names} in '{folder}'. These variants are recomputed.", stacklevel=2)
+
+    def add(self, module: str, kept: int, error: float, weights: Mapping[str, Tensor]) -> None:
+        """Adds a variant."""
+        self.errors[module, kept] = error
+        if self._folder is None:
+            self._weights[module, kept] = staged(self.model, weights)
+            return
+        tensors = {name: value.cpu() for name, value in weights.items()}
+        unfinished = self._folder / f"unfinished-{os.getpid()}"
+        save_file(tensors, unfinished, {"errors": _to_json({(module, kept): error})})
+        replace_file(unfinished, self._folder / f"{module}.{kept}.safetensors")
+
+    def lost(self, module: str, kept: int, measure: Callable[[Collection[str]], float]) -> float:
+        """Returns the measured loss of a variant, or of removing a block (0), with all else dense.
+
+        Args:
+            module: Name of a module, or of a block.
+            kept: Number of kept units.
+            measure: Measures the current model, given the names of the changed parameters.
+        """
+        if (module, kept) not in self.measured:
+            with self.assembled({module: kept}):
+                self.measured[module, kept] = max(measure(self.weights(module, kept)), 0.0)
+            if self._folder is not None:
+                unfinished = self._folder / f"unfinished-{os.getpid()}"
+                unfinished.write_text(_to_json(self.measured))
+                replace_file(unfinished, self._folder / MEASURED)
+        return self.measured[module, kept]
+
+    def weights(self, module: str, kept: int) -> LazyTensors:
+        """Returns the parameters of a variant; empty if the module keeps all units."""
+        if not kept:
+            return zero_weights(self.model, self._writers.get(module, ()))
+        module = self.substitutes.get((module, kept), module)
+        if self._folder is None or (module, kept) not in self.errors:
+            return self._weights.get((module, kept), LazyTensors({}))
+        tensors = load_file(self._folder / f"{module}.{kept}.safetensors")
+        return LazyTensors.of({name: value.to(self.model.get_parameter(name).device) for name, value in tensors.items()})
+
+    def forget(self) -> None:
+        """Drops the variants in memory."""
+        self._weights.clear()
+
+    def assembled(self, kept: Mapping[str, int]) -> AbstractContextManager[None]:
+        """Runs the model with the given variants within a `with` block; removed units are zeroed.
+
+        Args:
+            kept: Number of kept units by module; 0 for removed blocks and the modules inside.
+        """
+        values = LazyTensors({})
+        for module, number in kept.items():
+            values |= self.weights(module, number)
+        return store_of(self.model).computing_with(values)
+
+
+def staged(model: nn.Module, weights: Mapping[str, Tensor]) -> LazyTensors:
+    """Returns new parameters in memory, or each rank's shards of them on the CPU."""
+    if isinstance(weights, LazyTensors):  # which rest
+        return weights
+    return store_of(model).stage(None, weights, device=torch.device("cpu"))
+
+
+def zero_weights(model: PreTrainedModel, linears: Sequence[str]) -> LazyTensors:
+    """Returns zero parameters for linear layers, created when they are read."""
+    values = by_parameter({name: dict(model.get_submodule(name).named_parameters(recurse=False)) for name in linears})
+    return LazyTensors({name: partial(torch.zeros_like, value.data) for name, value in values.items()})
+
+
+def cache_key(model: PreTrainedModel, settings: object, scores: Mapping[str, Tensor], batches: Sequence[Any]) -> str:
+    """Returns a hash of model, config, settings, scores, and batches.
+
+    Model, config, settings, scores, and batches.
+    """
+    of_sources = [(source_of(batch), batch) for batch in batches]
+    return fingerprint(FORMAT, identity_of(model), settings, scores, of_sources)[:16]
+
+
+def _to_json(values: Mapping[tuple[str, int], float]) -> str:
+    return json.dumps([[module, kept, value] for (module, kept), value in values.items()])
+
+
+def _from_json(text: str) -> dict[tuple[str, int], float]:
+    return {(module, kept): value for module, kept, value in json.loads(text)}
+
+
+def fill_cache(
+    cache: VariantCache,
+    modules: Sequence[PrunableModule],
+    units: Mapping[str, Units],
+    scores: Mapping[str, Tensor],
+    runs: Sequence[Run],
+    repair: RepairConfig | None,
+    done: Callable[[], None],
+) -> None:
+    """Prunes and refits each module at each of its levels, except for cached variants.
+
+    All batches pass through the model once, side by side, and memory holds the Gram matrices of one block at a time. If a block
+    turns out to be called again after others, the pass is repeated with the Gram matrices of all modules in memory.
+
+    Args:
+        cache: Receives the variants.
+        modules: The modules.
+        units: Their units.
+        scores: Scores of the units; the lowest are removed.
+        runs: Batches, at least two. Each source is held out in turn, or some batches if there is one source.
+        repair: Ridge penalties and held-out fraction of the refits; None keeps the old weights.
+        done: Callback after each module.
+    """
+    model, how = cache.model, repair or RepairConfig()
+    parts, held_out = how.parts([run.source for run in runs])
+    missing, watched = dict[PrunableModule, list[int]](), dict[str, Units]()
+    for module in modules:
+        levels = [kept for kept in module.levels if kept < module.count and (module.name, kept) not in cache.errors]
+        if levels:
+            missing[module] = levels
+            watched |= {name: units[name] for name in module.names}
+    waiting = list(missing)
+    moments: dict[str, list[ResidualStatistics]] = {}  # by consumer layer, one for each part of the batches
+
+    def note(run: int, _: str, linear: str, inputs: Tensor, tokens: Tensor | None) -> None:
+        if linear not in moments:
+            moments[linear] = [ResidualStatistics(1, inputs.shape[-1], inputs.device) for _ in range(max(parts) + 1)]
+        fits = tokens is not None and tokens.shape == inputs.shape[:-1]
+        moments[linear][parts[run]].add(inputs, keep=tokens if fits else None)
+
+    def make(passed: Collection[str]) -> None:
+        for module in list(waiting):
+            linears = consumers_of(module, units)
+            if not set(linears) <= set(passed):
+                continue
+            waiting.remove(module)
+            refits = {name: ConsumerRefit(model, name, moments.pop(name, ()), held_out) for name in linears}
+            _add_variants(cache, module, missing[module], units, scores, refits, how.ridges if repair else ())
+            del refits  # before the Gram matrices of the next module exist
+            done()
+
+    with evaluating_without_grad(model):
+        try:
+            watch_blockwise(model, watched, runs, note, make)
+        except RepeatedCall:
+            moments.clear()
+            waiting[:] = missing
+            watch(model, watched, runs, note)
+        every = set[str]()
+        for module in modules:
+            every |= set(consumers_of(module, units))
+        make(every)
+
+
+def consumers_of(module: PrunableModule, units: Mapping[str, Units]) -> list[str]:
+    """Returns the names of a module's consumer layers."""
+    return list(dict.fromkeys(consumer for name in module.names for consumer in units[name].readers))
+
+
+def _add_variants(
+    cache: VariantCache,
+    module: PrunableModule,
+    levels: Sequence[int],
+    units: Mapping[str, Units],
+    scores: Mapping[str, Tensor],
+    refits: Mapping[str, "ConsumerRefit"],
+    ridges: Sequence[float],
+) -> None:
+    """Adds the variants of a module, with ridge penalties chosen at its middle level."""
+    grid = module.grid()
+    middle = kept_inputs(module, units, removed_units(module, units, scores, grid[len(grid) // 2]))
+    for name, keep in middle.items():
+        refits[name].choose(keep, ridges)
+    total = max(sum(refit.total for refit in refits.values()), torch.finfo(torch.float64).tiny)
+    for kept in levels:
+        error, weights = 0.0, dict[str, dict[str, Tensor]]()
+        for name, keep in kept_inputs(module, units, removed_units(module, units, scores, kept)).items():
+            of_layer, weights[name] = refits[name].refitted(keep)
+            error += of_layer
+        cache.add(module.name, kept, error / total, by_parameter(weights))
+        del weights
+
+
+def check_token_count(search: RatioSearch, modules: Sequence[PrunableModule], batches: Sequence[Any]) -> None:
+    """Raises an error if there are too few tokens for refits at the highest pruned level.
+
+    Args:
+        search: The model, its units, and their costs.
+        modules: The modules that may keep fewer units.
+        batches: All batches for fitting.
+    """
+    model, needed, units = search.model, tokens_needed(search, modules), dict[str, Units]()
+    for module in modules:
+        units |= {name: search.units[name] for name in module.names}
+    with evaluating_without_grad(model):
+        linears = {name: model.get_submodule(name) for name in needed}
+        check_tokens(linears, needed, [make_run(model, units, batch) for batch in batches])
+
+
+def tokens_needed(search: RatioSearch, modules: Sequence[PrunableModule]) -> dict[str, int]:
+    """Returns the tokens that the refit of each consumer layer needs.
+
+    Its inputs at the highest pruned level.
+    """
+    needed = dict[str, int]()
+    for module in modules:
+        keeps = kept_inputs(module, search.units, any_removed(module, search.units, module.grid()[1]))
+        needed |= {name: int(keep.sum()) for name, keep in keeps.items()}
+    return needed
+
+
+def kept_inputs(module: PrunableModule, units: Mapping[str, Units], removed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Returns a mask of the kept inputs of each consumer layer, bool, `[in_features]`."""
+    return {
+        reader: torch.from_numpy(~np.isin(units[name].index, list(removed.get(name, ()))))
+        for name in module.names
+        for reader in units[name].readers
+    }
+
+
+class ConsumerRefit:
+    """Refits a consumer layer without some of its inputs.
+
+    Args:
+        model: The model.
+        name: Name of the linear layer.
+        parts: Gram matrices of its inputs, one for each part of the batches.
+        held_out: Indices of the parts that are held out in turn.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[ResidualStatistics], held_out: Sequence[int]) -> None:
+        _check(name, parts)
+        self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
+        self._parts, self._held_out = parts, held_out
+        weight, bias = self._matrix()
+        self._centred = bias is not None
+        _, folds = self._without(torch.zeros(weight.shape[1], dtype=torch.bool))
+        self.total = float(errors_without_refit(folds, self._centred).sum())
+
+    def choose(self, keep: Tensor, ridges: Sequence[float]) -> None:
+        """Chooses the ridge penalty with the lowest held-out error.
+
+        Without choices, the layer is not refitted.
+        """
+        _, folds = self._without(keep)
+        self._ridge = choose_ridge(folds, self._centred, ridges)
+
+    def refitted(self, keep: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """Returns the held-out error E |W x - W' x|^2, and parameters fitted to all batches.
+
+        If the layer has a bias, which corrects means, the error is about the means.
+        """
+        parts, folds = self._without(keep)
+        error = float(sum(residual_error(self._change(fit), fit, held_out, self._centred) for fit, held_out in folds))
+        weight, bias = self._matrix()
+        change = self._change(parts)
+        if bias is not None and self._ridge < math.inf:
+            bias = bias.double() + bias_shift(change, parts)
+        keep = keep.to(weight.device)
+        new = torch.zeros_like(weight, dtype=torch.float64)
+        new[:, keep] = change + weight[:, keep]
+        return error, to_parameters(self.linear, new, bias)
+
+    def _without(self, keep: Tensor) -> tuple[list[ResidualStatistics], list[Fold]]:
+        """Returns the Gram matrices of the kept inputs by part, and the folds."""
+        weight, _ = self._matrix()
+        parts = [part.after_removal(weight, keep.to(weight.device)) for part in self._parts]
+        return parts, make_folds(parts, self._held_out)
+
+    def _change(self, parts: Sequence[ResidualStatistics]) -> Tensor:
+        """Returns the update of the weight; zero if the ridge penalty is too small for a solution."""
+        change = solve_ridge(parts, self._centred, self._ridge)
+        return torch.where(change.isnan().any(), 0, change)
+
+    def _matrix(self) -> tuple[Tensor, Tensor | None]:
+        """Returns the weight and bias on the device of the Gram matrices."""
+        store_of(self.model).load(self.linear)
+        weight, bias = matrix_of(self.linear)
+        device = float64_device(weight.device)  # the CPU where the device has no float64
+        return weight.to(device), None if bias is None else bias.to(device)
+
+
+def _check(name: str, parts: Sequence[ResidualStatistics]) -> None:
+    """Raises a ValueError if inputs are not finite, or the layer saw no token."""
+    if not sum(float(part.tokens) for part in parts):
+        raise ValueError(f"batches: {name} received no non-padding token")
+    bad = sum(int((~part.products.diagonal().isfinite()).sum()) for part in parts)
+    if bad:
+        raise ValueError(f"batches: {bad} input features of {name} are NaN or infinite")

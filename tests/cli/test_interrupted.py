@@ -9,7 +9,7 @@ import torch
 import billhook as bh
 from billhook.cli.main import main
 from billhook.engine.parts import Parts
-from billhook.shrinking.variants import CandidateCache
+from billhook.shrinking.variants import VariantCache
 from kit.cli import QUICK, option, small_llama
 from kit.cli import pytestmark as quiet
 
@@ -116,7 +116,7 @@ def test_streamed_work_goes_on(small, files, tmp_path, monkeypatch, capsys):
 
 def test_a_search_goes_on_with_what_it_has_made(small, files, tmp_path, monkeypatch, capsys):
     words = ["shrink", small, tmp_path / "out", *SHRINK, *option(files)]
-    cache, add, made = tmp_path / ".out.variants", CandidateCache.add, []
+    cache, add, made = tmp_path / ".out.variants", VariantCache.add, []
 
     def counted(*given):
         made.append(given[1:3])
@@ -124,7 +124,7 @@ def test_a_search_goes_on_with_what_it_has_made(small, files, tmp_path, monkeypa
             os.kill(os.getpid(), signal.SIGINT)
         add(*given)
 
-    monkeypatch.setattr(CandidateCache, "add", counted)
+    monkeypatch.setattr(VariantCache, "add", counted)
     line = stopped(words, capsys)
     assert line.endswith(f"Run the same command again to continue after the finished variants in {cache}.")
     before = made[:3]

@@ -38,8 +38,8 @@ def test_by_svd_with_perplexity_before_and_after(small, files, tmp_path, capsys)
     assert record["plans"] == [plan.to_json()]
     assert [(one["source"], one["inside"]) for one in record["degradation"]] == [("train", True), ("generated", False)]
     assert record["calibration"]["sources"] == {split: Path(path).name for split, path in files.items()}
-    assert record["events"][0]["what"] == "4 -> 1 KV heads in 2 attentions (svd)"
-    assert "- 4 -> 1 KV heads in 2 attentions (svd)\n" in (tmp_path / "out" / "README.md").read_text()
+    assert record["events"][0]["what"] == "4 -> 1 KV heads in 2 attention modules (svd)"
+    assert "- 4 -> 1 KV heads in 2 attention modules (svd)\n" in (tmp_path / "out" / "README.md").read_text()
     said = capsys.readouterr().out
     steps = [
         f"Model: {small} (",

@@ -12,7 +12,7 @@ import billhook as bh
 from billhook.cli.examples import Examples
 from billhook.cli.main import main
 from billhook.cli.one_shot import OneShot
-from billhook.shrinking import candidates
+from billhook.shrinking import scope as candidates
 from billhook.shrinking.latency import Workload
 from billhook.shrinking.modules import find_modules
 from kit.cli import blocks, option, small_llama, tokenizer
@@ -51,10 +51,10 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys, mo
     assert picture.read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert str(plan).splitlines()[0] in said
-    assert "KL to the dense model by size" in said
+    assert "KL divergence from the dense model, by size" in said
     assert "perplexity" in said
     assert record["degradation"]
-    assert f"- without {plan.words}: {record['shrink']['left']:,} params left" in (tmp_path / "out" / "README.md").read_text()
+    assert f"- without {plan.words}: {record['shrink']['left']:,} params (budget" in (tmp_path / "out" / "README.md").read_text()
     assert record["shrink"]["layers"] == "uniform"
     assert shown[0] == (0, shown[0][1], "scoring")  # how many there are is known from the start
     assert shown[0][1] > 0
@@ -91,7 +91,7 @@ def test_a_dry_run_says_what_a_search_may_try_and_measures_nothing(small, tmp_pa
 
 def test_the_model_is_looked_at_once(small, files, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(candidates, "find_layers", lambda *given: calls.append(given) or find_modules(*given))
+    monkeypatch.setattr(candidates, "find_modules", lambda *given: calls.append(given) or find_modules(*given))
     options = ["--kv_cache_bytes", "0.5", "--importance", "WeightNorm", "--repair", "null"]
     main(["shrink", str(small), str(tmp_path / "out"), *options, *SHORT, *option(files)])
     assert len(calls) == 1
@@ -121,7 +121,7 @@ def test_a_budget_of_time(small, files, tmp_path, capsys, monkeypatch):
     now, left = (bh.load(name).num_parameters() for name in (small, tmp_path / "out"))
     assert left / now <= 0.95
     assert record["shrink"]["times"]["ratio"] == pytest.approx(left / now)
-    told = "of the dense model's " + f"{1e-4 * now:.4g} ms: reading prompts of 8 tokens, 2 at once"
+    told = "of the dense model's " + f"{1e-4 * now:.4g} ms (prefill of 2 prompts of 8 tokens)"
     assert told in said
     assert told in (tmp_path / "out" / "README.md").read_text()
 
@@ -154,12 +154,12 @@ def test_whole_blocks_are_in_the_record_the_table_and_the_card(small, files, tmp
         (["--latency", "0"], "latency=0.0 must be a fraction of the dense model's time in (0, 1)"),
         (["--latency", "0.5", "--time_context", "100000"], "latency: contexts and new_tokens"),
         (["--latency", "0.5", "--time_batch_size", "0"], "time_batch_size=0 must be a whole number"),
-        ([], "params=None: give one budget"),
+        ([], "exactly one of .*; got none"),
         (["--params", "0.001"], "cannot be reached"),
         (["--params", "0.9", "--recover", "-1"], "recover=-1 must be a whole number of at least 0"),
         (["--params", "0.9", "--recover", "2", "--recover_lr", "0"], "recover_lr=0.0 must be a number above 0"),
-        (["--params", "0.9", "--max_loss", "1.1"], "params and max_loss: give one budget"),
-        (["--params", "0.9", "--library", __file__], "test_oneshot_shrink.py' must be a folder"),
+        (["--params", "0.9", "--max_loss", "1.1"], "exactly one of .*; got params and max_loss"),
+        (["--params", "0.9", "--variant_cache", __file__], "test_oneshot_shrink.py' is a file. Pass a folder."),
         (["--params", "0.9", "--seed", "-1"], "seed=-1 must be a whole number of at least 0"),
         (["--params", "0.9", "--plot", "curve.gif"], "plot='curve.gif' must be a file that ends in .png"),
     ],
@@ -262,10 +262,10 @@ def test_merged_heads_are_in_the_record_the_table_and_the_card(small, files, tmp
     main(["shrink", str(tmp_path / "dense"), str(tmp_path / "out"), *options, *SHORT, *option(files)])
     record, said = json.loads((tmp_path / "out" / "billhook.json").read_text()), capsys.readouterr().out
     left = record["shrink"]["left"]
-    done = f"4 -> 2 KV heads in 2 attentions, merged: {left:,} kv_cache_bytes left of at most {left:,}"
+    done = f"4 -> 2 KV heads in 2 attention modules (pooled): {left:,} kv_cache_bytes (budget: {left:,})"
     assert f"- {done}" in (tmp_path / "out" / "README.md").read_text()
     assert record["events"][0]["what"] == done
-    assert "4 -> 2 KV heads in 2 attentions (svd)" in said
+    assert "4 -> 2 KV heads in 2 attention modules (svd)" in said
     (plan,) = record["shrink"]["merged"]
     bh.apply(dense, bh.ModelPlan.from_json(plan, dense))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

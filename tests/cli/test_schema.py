@@ -95,5 +95,5 @@ def test_illegal(config, word, validator):
 def test_arguments_are_described(validator):
     own = validator.schema["$defs"]["billhook.KVHeadConversion"]["properties"]["num_key_value_heads"]
     assert own["anyOf"] == [{"type": "array", "items": {"type": "integer"}}, {"type": "integer"}]
-    assert own["description"].startswith("KV heads after the conversion, 1 for multi-query attention;")
+    assert own["description"].startswith("Number of KV heads after the conversion, 1 for multi-query attention,")
     assert "max_steps" in validator.schema["$defs"]["lightning.pytorch.Trainer"]["properties"]

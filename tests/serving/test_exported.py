@@ -55,7 +55,7 @@ def fast(monkeypatch, converter):
 def test_the_command_writes_a_file_of_a_folder(folder, tmp_path, capsys, fast):
     out = tmp_path / "new" / "out.gguf"
     main(["export", str(folder), "--gguf", str(out)])
-    assert capsys.readouterr().out == f"{out} (converted by llama.cpp's converter, text split as in gpt-2)\n"
+    assert capsys.readouterr().out == f"Saved to {out} (converted by llama.cpp's converter, text split as in gpt-2)\n"
     assert {one.tensor_type.name for one in gguf.GGUFReader(out).tensors} == {"F32"}
     assert torch.allclose(logits(out), expected(folder), atol=1e-4)
     types = {}

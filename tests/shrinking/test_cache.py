@@ -15,9 +15,9 @@ from billhook.pruning.target import RatioSearch
 from billhook.shrinking import variants as module
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.measurement import config_losses, probes
-from billhook.shrinking.modules import alike_layers, find_layers, removed_units
+from billhook.shrinking.modules import find_modules, removed_units, uniform_groups
 from billhook.shrinking.space import make_slots
-from billhook.shrinking.variants import VariantCache, check_enough, fill_cache, key_of
+from billhook.shrinking.variants import VariantCache, cache_key, check_token_count, fill_cache
 from kit.families import build, llama, tokens
 
 TINY = bh.RepairConfig(ridges=[1e-4])
@@ -28,7 +28,7 @@ class Made:
 
     def __init__(self, model, batches, repair=TINY, folder=None):
         self.model, self.search = model, RatioSearch(model, Amount(params=0.5))
-        self.units, self.modules = self.search.units, find_layers(self.search, "params")
+        self.units, self.modules = self.search.units, find_modules(self.search, "params")
         self.scores = bh.score(model, self.units, bh.importance.WeightNorm(), per="kv_head")
         runs = [make_run(model, self.units, batch) for batch in batches]
         self.cache = VariantCache(model, folder)
@@ -66,7 +66,7 @@ def test_errors_are_those_of_least_squares_on_the_other_source(kind):
     layer = made.layer(kind)
     reader = made.units[layer.name].readers[0]
     inputs, weight = read(model, reader, batches), model.get_submodule(reader).weight.detach().double()
-    for kept in layer.configs[1:]:
+    for kept in layer.levels[1:]:
         lost = torch.tensor(made.removed(layer, kept)[layer.name])
         stays = ~torch.isin(torch.from_numpy(made.units[layer.name].index), lost)
         error = whole = 0.0
@@ -85,7 +85,7 @@ def test_weights_are_fitted_to_all_batches_and_read_nothing_that_is_lost():
     model, batches = build("phi"), texts()  # with biases
     made = Made(model, batches)
     layer = made.layer("channel")
-    reader, kept = made.units[layer.name].readers[0], layer.configs[3]
+    reader, kept = made.units[layer.name].readers[0], layer.levels[3]
     own = made.cache.weights(layer.name, kept).of_module(reader)
     lost = made.removed(layer, kept)[layer.name]
     assert not own["weight"][:, lost].any()
@@ -104,7 +104,7 @@ def test_without_repair_units_are_only_cut():
     made = Made(model, texts(), None)
     layer = made.layer("channel")
     (reader,) = made.units[layer.name].readers
-    kept = layer.configs[2]
+    kept = layer.levels[2]
     own = made.cache.weights(layer.name, kept).of_module(reader)["weight"]
     expected = model.get_submodule(reader).weight.detach().clone()
     expected[:, made.removed(layer, kept)[layer.name]] = 0
@@ -142,7 +142,7 @@ def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():
     for kind in ("channel", "head"):
         layer = made.layer(kind)
         found = config_losses(made.cache, divergence, layer)
-        for kept in probes(layer.configs):
+        for kept in probes(layer.levels):
             smaller = llama()
             smaller.load_state_dict(before)
             new = made.cache.weights(layer.name, kept)
@@ -150,7 +150,7 @@ def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():
             with torch.no_grad():
                 p, q = (one(held_out[0]["input_ids"]).logits.log_softmax(-1) for one in (model, smaller))
             direct = float((p.exp() * (p - q)).sum(-1).mean())
-            assert found[layer.configs.index(kept)] == pytest.approx(direct, rel=3e-2, abs=1e-5)
+            assert found[layer.levels.index(kept)] == pytest.approx(direct, rel=3e-2, abs=1e-5)
         assert found[0] == 0
         assert found == sorted(found)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -158,17 +158,17 @@ def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():
 
 def test_places_of_a_kind_share_a_slot_where_layers_stay_alike():
     made = Made(llama(), texts())
-    losses = {layer.name: [0.1 * number for number in range(len(layer.configs))] for layer in made.modules}
+    losses = {layer.name: [0.1 * number for number in range(len(layer.levels))] for layer in made.modules}
     free, uniform = (make_slots(made.modules, losses, alike) for alike in (False, True))
     assert [len(slot.names) for slot in free] == [1] * 4
-    assert [len(slot.names) for slot in uniform] == [2, 2] == [len(own) for own in alike_layers(made.modules, True)]
+    assert [len(slot.names) for slot in uniform] == [2, 2] == [len(own) for own in uniform_groups(made.modules, True)]
 
 
 def test_inputs_that_are_not_finite_are_refused():
     model = llama()
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight[0] = torch.inf
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: NaN or infinite inputs in"):
+    with pytest.raises(ValueError, match=r"input features of .*layers\.1\.mlp\.down_proj are NaN or infinite"):
         Made(model, texts())
 
 
@@ -213,7 +213,7 @@ def test_what_is_damaged_in_a_library_is_made_again(tmp_path, monkeypatch, damag
         file = tmp_path / "p merged unfitted.2.safetensors"
         file.write_bytes(b"no such file")
     with pytest.warns(
-        UserWarning, match=f"library: {re.escape(file.name)} in '{tmp_path}' cannot be read: what they held is made"
+        UserWarning, match=f"variant_cache: cannot read {re.escape(file.name)} in '{tmp_path}'. These variants are recomputed"
     ):
         again = Made(model, batches, folder=tmp_path)
     assert again.cache.errors == errors
@@ -225,25 +225,29 @@ def test_what_is_damaged_in_a_library_is_made_again(tmp_path, monkeypatch, damag
 
 def test_another_model_batch_or_setting_has_another_library():
     model, batches, scores = llama(), texts(), {"a": torch.zeros(2)}
-    keys = [key_of(model, "s", scores, batches), key_of(model, "s", scores, texts()), key_of(model, "t", scores, batches)]
-    keys += [key_of(model, "s", scores, batches[:3]), key_of(model, "s", {"a": torch.ones(2)}, batches)]
+    keys = [
+        cache_key(model, "s", scores, batches),
+        cache_key(model, "s", scores, texts()),
+        cache_key(model, "t", scores, batches),
+    ]
+    keys += [cache_key(model, "s", scores, batches[:3]), cache_key(model, "s", {"a": torch.ones(2)}, batches)]
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
-    keys.append(key_of(model, "s", scores, batches))
+    keys.append(cache_key(model, "s", scores, batches))
     model.config.hidden_act = "relu"
-    keys.append(key_of(model, "s", scores, batches))
-    keys.append(key_of(model, "s", scores, [{"decoder_input_ids": batch["input_ids"]} for batch in batches]))
-    keys.append(key_of(model, "s", scores, [{"input_ids": batch["input_ids"].view(1, -1)} for batch in batches]))
+    keys.append(cache_key(model, "s", scores, batches))
+    keys.append(cache_key(model, "s", scores, [{"decoder_input_ids": batch["input_ids"]} for batch in batches]))
+    keys.append(cache_key(model, "s", scores, [{"input_ids": batch["input_ids"].view(1, -1)} for batch in batches]))
     assert keys[0] == keys[1]
     assert len(set(keys)) == 8
 
 
 def test_batches_are_enough_where_a_linear_gets_as_many_tokens_as_it_reads_at_the_highest_level_that_cuts():
     search = RatioSearch(llama(), Amount(params=0.5))
-    layers = find_layers(search, "params")
+    layers = find_modules(search, "params")
     padded = {"input_ids": tokens(2, 5), "attention_mask": torch.arange(5).expand(2, 5).lt(2).long()}
-    check_enough(search, layers, [{"input_ids": tokens(1, 24)}])  # three of four KV heads, each with two query heads
-    check_enough(search, layers, [padded, {"input_ids": tokens(2, 10)}])
+    check_token_count(search, layers, [{"input_ids": tokens(1, 24)}])  # three of four KV heads, each with two query heads
+    check_token_count(search, layers, [padded, {"input_ids": tokens(2, 10)}])
     channels = [layer for layer in layers if layer.kind == "channel"]
     for own, batches, given in (
         (layers, tokens(1, 23), "o_proj needs at least 24 non-padding tokens, got 23"),
@@ -251,7 +255,7 @@ def test_batches_are_enough_where_a_linear_gets_as_many_tokens_as_it_reads_at_th
     ):
         batch = batches if isinstance(batches, dict) else {"input_ids": batches}
         with pytest.raises(ValueError, match=f"batches: repair of .*{given}"):
-            check_enough(search, own, [batch])
+            check_token_count(search, own, [batch])
     with pytest.raises(ValueError, match="repair of .*0.mlp.down_proj needs at least 42 non-padding tokens, got 41"):
-        check_enough(search, channels, [{"input_ids": tokens(1, 41)}])
+        check_token_count(search, channels, [{"input_ids": tokens(1, 41)}])
     assert not any(module._forward_pre_hooks for module in search.model.modules())

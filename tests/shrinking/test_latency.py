@@ -235,7 +235,7 @@ def test_what_cannot_be_met_changes_nothing(given, says, clock):
     [
         ({"latency": 1.0}, "latency=1.0 must be a fraction of the dense model's time in"),
         ({"latency": 0.5, "params": 0.5}, "exactly one of .*; got params and latency"),
-        ({"latency": 0.5, "workload": Workload(context=100)}, "latency: contexts and new_tokens .* supports 64"),
+        ({"latency": 0.5, "workload": Workload(context=100)}, "latency: contexts and new_tokens .* reads 64 at once"),
         ({"latency": 0.5, "workload": "decode"}, "workload='decode'"),
         ({"params": 0.5, "workload": Workload()}, r"workload=Workload\(.* requires a latency budget"),
     ],

@@ -1,4 +1,4 @@
-"""`billhook bench`: speed of models in prefill and decoding, and their share of the ideal speedup."""
+"""`billhook bench`: prefill and decoding speed, and the share of the ideal speedup."""
 
 import tempfile
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def bench(
     json: str | None = None,
     engine: Literal["transformers", "llama.cpp"] = "transformers",
 ) -> None:
-    """Measures the speed of models in prefill and decoding, and compares it with the ideal speedup.
+    """Measures prefill and decoding speed, and compares it with the ideal speedup.
 
     Models are timed in interleaved rounds, in alternating order, so that a disturbance affects all of them. A speedup is the
     median over rounds of the ratio to the first model in the same round, with quartiles. Prompts are random tokens without
@@ -150,7 +150,7 @@ def _write(file: str, record: dict[str, object]) -> None:
 def _bench_llama_cpp(
     models: list[str], contexts: list[int], new_tokens: int, rounds: int, warmup: int, threads: int, json: str | None
 ) -> None:
-    """Converts folders to F16 and Q4_K_M, times them in llama.cpp, and prints and writes the results."""
+    """Times folders in llama.cpp as F16 and Q4_K_M, and prints and writes the results."""
     for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 2), ("warmup", warmup, 0)):
         check_int(name, value, least)
     for context in contexts:
@@ -248,7 +248,7 @@ def _compared(row: Timing) -> list[str]:
 def _notes(
     rows: Sequence[Timing], names: Sequence[str], models: Sequence[PreTrainedModel], summaries: Sequence[Summary]
 ) -> list[str]:
-    """Returns lines on the KV cache per token, and on what was not measured."""
+    """Returns lines on the KV cache per token, and on missing measurements."""
     lines = [""]
     cached = {row.model: row.cache_bytes_per_token for row in rows if row.cache_bytes}
     for number, size in cached.items():

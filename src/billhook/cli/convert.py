@@ -29,7 +29,7 @@ def convert(
     encoder: bool = False,
     dry_run: bool = False,
 ) -> None:
-    """Converts attention to fewer KV heads (grouped-query or multi-query attention), and saves the model.
+    """Converts a model to grouped-query or multi-query attention, and saves it.
 
     The checkpoint is verified, and perplexity or accuracy is measured before and after. Reference: Ainslie et al., GQA: Training
     Generalized Multi-Query Transformer Models from Multi-Head Checkpoints (2023), https://arxiv.org/abs/2305.13245. The paper

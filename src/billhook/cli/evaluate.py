@@ -69,7 +69,7 @@ def evaluate(
     stream: bool = False,
     json: str | None = None,
 ) -> None:
-    """Evaluates models side by side: multiple-choice accuracy, perplexity, lm-eval tasks, or image classification.
+    """Evaluates models side by side: multiple-choice accuracy, perplexity, lm-eval, images.
 
     Multiple-choice questions are answered zero-shot, by the choice with the highest log-likelihood (acc), or the highest
     log-likelihood per character (acc_norm), as in lm-eval; ties go to the first choice. Standard errors are binomial,
@@ -154,7 +154,7 @@ def _result(name: str, work: images.Work, device: torch.device, dtype: str, stre
 
 
 def _length(models: Sequence[str], length: int | None) -> int:
-    """Returns the number of tokens per example, or raises if a model is no causal language model."""
+    """Returns the tokens per example, or raises if a model is no causal language model."""
     longest = dict[str, int]()
     for name in models:
         path = model_path(name)
@@ -203,7 +203,7 @@ def difference(figure: Figure, first: Figure) -> tuple[float, float | None]:
 
 
 def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
-    """Returns a table with a row per metric and a column per model, with differences to the first model."""
+    """Returns a table of metrics by model, with differences to the first model."""
     rows = []
     for first, *others in zip(*figures, strict=True):
         cells = [f"{shown(other.value, other.error)}  ({shown(*difference(other, first), sign='+')})" for other in others]

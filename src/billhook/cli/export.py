@@ -17,7 +17,7 @@ def export(
     kind: GGUFKind = "auto",
     converter: str | None = None,
 ) -> None:
-    """Converts a Lightning checkpoint from billhook's callbacks or LightningModule to a Hugging Face folder.
+    """Converts a Lightning checkpoint to a Hugging Face folder, or a folder to a GGUF file.
 
     `billhook export last.ckpt OUT` writes the folder and verifies it; the model card lists the events of the training run and the
     degradation. With `--gguf FILE`, it also writes a GGUF file for llama.cpp. `billhook export FOLDER --gguf FILE` converts an
@@ -52,7 +52,7 @@ def export(
 
 
 def push(folder: str, name: str, private: bool = False, revision: str | None = None) -> None:
-    """Pushes a folder that billhook saved to a Hub repository, which is created if it does not exist.
+    """Pushes a folder that billhook saved to a Hub repository, which may be new.
 
     All files go into one commit, with the model card as the repository's README. The token is that of `hf auth login`, or
     HF_TOKEN.
@@ -73,7 +73,7 @@ def serve_check(
     tokens: int = 128,
     threads: int = 1,
 ) -> None:
-    """Runs a checkpoint in llama.cpp, and compares its outputs with transformers; the exit status is 1 if they differ.
+    """Runs a checkpoint in llama.cpp and compares its outputs with transformers.
 
     The outputs agree if llama.cpp (CPU, F32) computes the same logits within 1e-3 of the largest, generates the same 24 greedy
     tokens, and tokenizes text identically. The command also reports the perplexity ratio of Q8_0 and Q4_K_M, on self-generated

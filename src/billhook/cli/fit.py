@@ -21,7 +21,7 @@ FIRST, INTERVAL = 20.0, 60.0
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's progress bar, without the "/-2" that it shows after the epoch if `max_epochs` is -1."""
+    """Lightning's progress bar, without the "/-2" after the epoch if `max_epochs` is -1."""
 
     def _get_train_description(self, current_epoch: int) -> str:
         return super()._get_train_description(current_epoch).replace("/-2", "")
@@ -53,7 +53,7 @@ class ProgressLines(pl.Callback):
 
 
 def replace_progress_bar(trainer: pl.Trainer) -> pl.Trainer:
-    """Replaces Lightning's bar, if there is one, with `ProgressBar`, plus `ProgressLines` if stdout is no terminal."""
+    """Replaces Lightning's bar with `ProgressBar`, plus `ProgressLines` without a terminal."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     for number, callback in enumerate(callbacks):
         if type(callback) is RichProgressBar:
@@ -65,7 +65,7 @@ def replace_progress_bar(trainer: pl.Trainer) -> pl.Trainer:
 
 
 class ArgumentParser(LightningArgumentParser):
-    """Parser for any `LightningCLI` that resolves billhook's short class names and suggests legal names.
+    """Parser for any `LightningCLI` with billhook's short class names and suggestions.
 
     Example:
         >>> from functools import partial

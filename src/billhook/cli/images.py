@@ -1,4 +1,4 @@
-"""Evaluation of image classifiers: accuracy, top-5 accuracy, and agreement with the first model."""
+"""Evaluation of image classifiers: accuracy, top-5 accuracy, and agreement."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""`billhook inspect` and `summary`: coupled units, how a smaller model can be saved and served, and sizes."""
+"""`billhook inspect` and `summary`: coupled units, possible checkpoints, and sizes."""
 
 import json as json_format
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -64,7 +64,7 @@ def _is_known_scalar(leaf: object) -> bool:
 
 
 def operands_of(model: PreTrainedModel) -> Operands | None:
-    """Returns the scalars that a model, possibly on meta tensors, computes with; None if it does not run."""
+    """Returns the scalars in a forward pass, also on meta tensors; None if it does not run."""
     recorder = _ScalarRecorder()
     try:
         with evaluating_without_grad(model), recorder:
@@ -92,7 +92,7 @@ UNITS: dict[Kind, UnitKind] = {
 
 
 def inspect(model: str, group: str | None = None, json: bool = False, stream: bool = False) -> None:
-    """Prints the coupled units of a model, and how it can be pruned, converted, saved, and served.
+    """Prints the coupled units of a model, and its options for pruning, saving, and serving.
 
     Only the config is read; no weights are downloaded.
 
@@ -135,7 +135,7 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
 
 
 def _groups_json(plain: Sequence[dict[str, Any]], groups: Sequence[Group], savings: Sequence["Saving"]) -> list[dict[str, Any]]:
-    """Returns the selected groups as plain data, with the config fields that count their units."""
+    """Returns the selected groups as plain data, with the config fields of their units."""
     fields, numbers = dict[int, list[str]](), {group.number for group in groups}
     for saving in savings:
         fields |= {group.number: list(saving.fields) for group in saving.groups}
@@ -143,7 +143,7 @@ def _groups_json(plain: Sequence[dict[str, Any]], groups: Sequence[Group], savin
 
 
 def summary(model: str, stream: bool = False) -> None:
-    """Prints the size of a model: parameters, zeros, heads, KV-cache bytes per token, and FLOPs.
+    """Prints the size of a model: parameters, zeros, heads, KV-cache bytes, and FLOPs.
 
     Args:
         model: A folder, a Hub name, or "tiny".
@@ -181,7 +181,7 @@ class Saving:
 
 
 def find_savings(model: PreTrainedModel, groups: Sequence[Group]) -> list[Saving]:
-    """Finds, for each kind of group, the config fields that count its units, if all layers have the same number.
+    """Finds the config fields for the units of each kind of group, if layers are uniform.
 
     Without such a field, a model with fewer units has no standard checkpoint. Units that `plan` supports are removed on meta
     tensors to see how `save` would write the smaller model.
@@ -197,7 +197,7 @@ def find_savings(model: PreTrainedModel, groups: Sequence[Group]) -> list[Saving
 
 
 def _savings_of_kind(model: PreTrainedModel, kind: list[Group], finder: FieldFinder) -> list[Saving]:
-    """Removes units of each set of layers, or of all layers if some code or config only supports that."""
+    """Removes units of each set of layers, or of all layers if the code requires it."""
     fields = finder.find(kind)
     parts = [kind] if fields else fold_groups(kind)
     tried = [_try_removing(model, part, fields or finder.find(part), finder) for part in parts]
@@ -219,7 +219,7 @@ def _fails(saving: Saving) -> bool:
 
 
 def _try_removing(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], finder: FieldFinder) -> Saving | None:
-    """Removes a few units on meta tensors; None if `plan` supports other units of the model, but not these."""
+    """Removes a few units on meta tensors; None if `plan` supports only other units."""
     kind, size = UNITS.get(part[0].kind), part[0].size
     if kind is None:
         return Saving(part, fields)
@@ -252,7 +252,7 @@ def _try_removing(model: PreTrainedModel, part: list[Group], fields: tuple[str, 
 
 
 def _counts_to_try(size: int, step: int, legal: Sequence[int]) -> list[int]:
-    """Returns numbers of units to keep: the largest legal multiple of a step, or a few typical numbers."""
+    """Returns numbers of units to keep: the largest legal multiple, or typical numbers."""
     multiples = [count for count in legal if not count % step]
     return multiples[:1] or list(dict.fromkeys(count // step * step or size for count in (size - 1, size // 2, size * 2 // 3)))
 
@@ -260,7 +260,7 @@ def _counts_to_try(size: int, step: int, legal: Sequence[int]) -> list[int]:
 def _fields_of_shrunk(
     model: PreTrainedModel, shrunk: PreTrainedModel, fields: tuple[str, ...], way: Way, config: PretrainedConfig
 ) -> tuple[str, ...]:
-    """Returns the config fields that express the smaller number of units; empty for a billhook checkpoint."""
+    """Returns the config fields for the smaller number of units; empty without fields."""
     old, new = fields_of(model.config), dict[str, int]()
     for name, value in fields_of(config).items():
         if (name in old or name == "head_dim") and type(value) is int and old.get(name) != value:
@@ -284,7 +284,7 @@ def serving(model: PreTrainedModel) -> list[Verdict]:
 
 
 def _reads_fields(shrunk: PreTrainedModel, before: Fields) -> bool:
-    """Returns True if a forward pass computes with scalars from these config fields, whose old values it restores."""
+    """Returns True if a forward pass computes with scalars from these config fields."""
     operands_of(shrunk)  # a first run may change a model, such as BigBird with few tokens
     with_new = operands_of(shrunk)
     set_fields(shrunk.config, before)
@@ -293,7 +293,7 @@ def _reads_fields(shrunk: PreTrainedModel, before: Fields) -> bool:
 
 
 def _last(units: Units, group: Group, kept: int) -> list[int]:
-    """Returns the units after the first few; for query heads, those of each query group."""
+    """Returns the units after the first few; for query heads, of each query group."""
     count = units.count("kv_head")
     if group.kind == "query_head":
         return [unit for head in range(count) for unit in units.query_heads([head])[kept:]]
@@ -326,7 +326,7 @@ def _legal_numbers(size: int, legal: Sequence[int]) -> str:
 
 
 def conversion(model: PreTrainedModel) -> dict[str, Any]:
-    """Returns the numbers of KV heads that a model can be converted to, and a sentence (`says`) on them."""
+    """Returns the possible numbers of KV heads of a model, and a sentence (`says`) on them."""
     legal, reason = list[int](), "it has one KV head"
     try:
         before = kv_heads_of(model)
@@ -347,7 +347,7 @@ def conversion(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _unsplittable(model: PreTrainedModel, legal: Sequence[int]) -> str:
-    """Returns the numbers of KV heads that tensor parallelism cannot split, if engines run the class."""
+    """Returns the numbers of KV heads that tensor parallelism cannot split."""
     cases = []
     for number in legal:
         if gpus := [str(count) for count in GPUS if not can_split(number, count)]:

@@ -1,4 +1,4 @@
-"""Interrupted commands: one writer per output folder, and messages about partial results."""
+"""Interrupted commands: a single writer per output folder, and notes on partial results."""
 
 import signal
 import threading
@@ -13,7 +13,7 @@ from billhook.folder_lock import lock_folder
 
 
 class Interrupted(KeyboardInterrupt):
-    """An interrupt whose message reports what was written, and how to continue."""
+    """An interrupt whose message reports the written files, and how to continue."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -21,7 +21,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def default_variant_cache(out: str) -> Path:
-    """Returns the folder next to an output folder in which `shrink` caches variants until it has saved."""
+    """Returns the folder next to an output folder in which `shrink` caches variants."""
     target = Path(out).resolve()
     return target.with_name(f".{target.name}.variants")
 
@@ -78,7 +78,7 @@ def _written_at(target: Path) -> int | None:
 
 
 def _partial_results(target: Path, variant_cache: Path) -> str:
-    """Returns a sentence on the partial results from which the same command continues; empty if there are none."""
+    """Returns a sentence on partial results from which the same command continues."""
     parts = target.with_name(f".{target.name}.parts")
     for folder, name in ((parts, "blocks"), (variant_cache, "variants")):
         if next(folder.glob("*/*.safetensors"), None) is not None:

@@ -73,7 +73,7 @@ def _end(command: str, interrupt: KeyboardInterrupt) -> NoReturn:
 
 
 def _billhook_error(error: BaseException | None) -> BaseException | None:
-    """Returns the error or its cause that billhook itself raised, if any; its message replaces the traceback."""
+    """Returns the error (or its cause) that billhook raised, to replace the traceback."""
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
         raised_here = frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])

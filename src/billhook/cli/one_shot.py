@@ -1,4 +1,4 @@
-"""The steps that one-shot commands share: load, calibrate, measure, change, measure again, save."""
+"""Shared steps of one-shot commands: load, calibrate, measure, change, measure, save."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -78,7 +78,7 @@ def degradation_text(before: Before, degradation: Degradation) -> str | None:
 
 
 def next_steps(model: PreTrainedModel, name: str, out: str, event: Mapping[str, Any]) -> list[str]:
-    """Returns commands to continue with, each with a comment; none trains a model that became sparse.
+    """Returns commands to continue with, each with a comment.
 
     Args:
         model: The smaller model.
@@ -167,7 +167,7 @@ class OneShot:
         return zeros_by_name(self.model)
 
     def _generated_share(self, refits: bool) -> float:
-        """Returns the share of self-generated examples next to text files, or raises if the model generates none."""
+        """Returns the share of self-generated examples next to text files."""
         share = self.options.generated
         try:
             check_can_generate(self.model)
@@ -204,7 +204,7 @@ class OneShot:
         )
 
     def spill(self, statistics: int, sums: int = 0, runs: int = 0) -> str | None:
-        """Spills block outputs and reference predictions to disk if they do not fit into `--memory`.
+        """Spills block outputs and reference predictions to disk if `--memory` is too small.
 
         Args:
             statistics: Bytes of the largest Gram matrix, with the matrices that are computed from it.
@@ -243,7 +243,7 @@ class OneShot:
 
     @property
     def parts(self) -> int:
-        """Number of parts of the data that a refit holds out in turn: the sources, or two halves of one source."""
+        """Number of parts that a refit holds out in turn: sources, or two halves of one source."""
         return max(2, len(self.calibration.named)) if self.metric == "perplexity" else 2
 
     def print_plan(self, *steps: str, passes: int = 1, exact: bool = True, unknown: Sequence[object] = ()) -> None:
@@ -272,7 +272,7 @@ class OneShot:
         print(flush=True)
 
     def _expected_times(self) -> list[str]:
-        """Times a forward pass of a model in memory, and returns lines on the expected time if it is long."""
+        """Times a forward pass, and returns lines on the expected time if it is long."""
         calibrated = sum(self.example_counts) if self.calibrates else 0
         measured = self._measured_count if self._measures else 0
         if self.options.stream or self._offloaded_blocks or not (calibrated or measured):
@@ -351,7 +351,7 @@ class OneShot:
         return {purpose: count * self.length for purpose, count in rows.items()}
 
     def _on_device(self) -> AbstractContextManager[None]:
-        """Runs the blocks of an offloaded model on the device, one at a time, within a `with` block."""
+        """Runs the blocks of an offloaded model on the device within a `with` block."""
         if not self._offloaded_blocks:
             return nullcontext()
         return store_of(self.model).on(self.device, self._offloaded_blocks)
@@ -375,7 +375,7 @@ class OneShot:
                 return None if batches is None else accuracy(self.model, batches)
 
     def measure_degradation(self, before: Before) -> Degradation:
-        """Measures the changed model: degradation on each text, or accuracy; None if nothing was measured before."""
+        """Measures degradation on each text, or accuracy; None without an earlier measurement."""
         if isinstance(before, DenseReference):
             with self._on_device(), model_progress(self.model, "measuring again", "examples") as progress:
                 return before.degradation(self.model, progress)
@@ -425,7 +425,7 @@ class OneShot:
         return load_preprocessor(name) if self.of_images else load_tokenizer(name)
 
     def training_loader(self, examples: int, batch_size: int, calibrated: Sequence[Batch], before: Before) -> DataLoader[Any]:
-        """Returns training data: the calibration examples, and more from the same files, but no evaluation examples."""
+        """Returns training data: the calibration examples, and more from the same files."""
         generator = torch.Generator().manual_seed(self.options.seed)
         if self.metric == "accuracy":
             return self._labeled.training_loader(batch_size, generator)

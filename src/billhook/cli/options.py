@@ -1,4 +1,4 @@
-"""The list of commands, and the parser that makes a command from a function and its docstring."""
+"""The list of commands, and the parser that turns a function into a command."""
 
 import ast
 import difflib
@@ -76,7 +76,7 @@ TYPES = re.compile(r"Subtypes: (.*)")
 
 
 def legal_values(message: str) -> str:
-    """Returns the legal arguments and classes for the unknown ones in a parser's message; empty if it names none.
+    """Returns the legal arguments and classes for unknown names in a parser's message.
 
     Args:
         message: jsonargparse's message about an unknown argument or class.
@@ -116,7 +116,7 @@ def unknown_command(wrong: str, commands: Sequence[str], program: str = "billhoo
 
 
 def in_options(command: str, message: str) -> str:
-    """Returns a message in which options replace the argument of a library function at its beginning.
+    """Returns a message in which options replace the argument name at its beginning.
 
     >>> in_options("shrink", "batches: needs at least 3 rows, got 2")
     '--examples, --length, and --batch_size: needs at least 3 rows, got 2'
@@ -161,12 +161,12 @@ def run(command: Command, words: Sequence[str]) -> None:
 
 
 def _int_where_legal(value: object, kind: object) -> object:
-    """Converts a whole float to an int if legal; with Lightning imported, jsonargparse tries float first for `int | float`."""
+    """Converts a whole float to an int if legal: jsonargparse may try float before int."""
     return int(value) if isinstance(value, float) and value.is_integer() and int in get_args(kind) else value
 
 
 def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]) -> list[str]:
-    """Rewrites `--sizes 1 8` to `--sizes=[1, 8]`, `--json` to `--json=true`, and an optional first argument to an option.
+    """Rewrites words for jsonargparse, such as `--sizes 1 8` to `--sizes=[1, 8]`.
 
     An option that takes a list or a single value gets a list only after all required arguments, as these may follow it.
     """
@@ -210,7 +210,7 @@ def _as_yaml(value: str, element: object) -> str:
 
 
 def description() -> str:
-    """Returns the text of `billhook --help`: all commands with the summaries of their docstrings."""
+    """Returns the text of `billhook --help`: all commands with their summaries."""
     commands = "\n".join(_usage(name) for name in COMMANDS)
     return f"""usage: billhook [-h | --version] COMMAND ...
 
@@ -231,7 +231,7 @@ Help on a callback, model, or data module:
 
 
 def _usage(name: str) -> str:
-    """Returns the usage and summary of a command, from its source: importing a command takes seconds."""
+    """Returns the usage and summary of a command, from its source (imports take seconds)."""
     tree = ast.parse(Path(__file__).with_name(f"{COMMANDS[name]}.py").read_text(encoding="utf-8"))
     command = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name.replace("-", "_"))
     words = []

@@ -117,7 +117,7 @@ def _token_counts(work: OneShot, layers: Mapping[str, nn.Module]) -> dict[str, t
 
 
 def _passes(criterion: Criterion, allocation: Allocation | None) -> int:
-    """Returns the number of passes over a streamed model, including the pass that applies the masks."""
+    """Returns the number of passes over a streamed model, including applying the masks."""
     if criterion.compares == "global":  # three passes find the masks; criteria with data need one more to find the layers
         return 4 + needs_data(criterion)
     return 3 if allocation is not None and allocation.measures else 2

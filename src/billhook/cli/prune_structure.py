@@ -1,4 +1,4 @@
-"""`billhook prune-structure` and `prune-blocks`: remove units and blocks from a checkpoint."""
+"""`billhook prune-structure` and `prune-blocks`: removal of units and blocks."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -36,7 +36,7 @@ from billhook.shrinking.divergence import split_examples
 
 @dataclass(frozen=True)
 class RemoveOptions(Amount):
-    """Units to remove: blocks first, then other units by a ratio per kind or by one budget.
+    """Units to remove: blocks first, then other units by ratios or by a budget.
 
     Args:
         greedy: If true, removes one block at a time and rescores the rest. Costs one scoring pass per removed block.
@@ -73,7 +73,7 @@ def prune_structure(
     repair: RepairOption = "auto",
     dry_run: bool = False,
 ) -> None:
-    """Removes the least important units of a model (heads, channels, experts, hidden dimensions, blocks), and saves it.
+    """Removes the least important heads, channels, experts, or other units, and saves it.
 
     Coupled groups are found automatically, on any architecture. The checkpoint is verified, and perplexity or accuracy is
     measured before and after. Reference: Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models (2023),
@@ -182,7 +182,7 @@ def _plans(
     importance: Importance | None,
     rounds: int,
 ) -> Iterator[BlockPlan | UnitPlan]:
-    """Yields plans; the caller applies each plan before the next one is made."""
+    """Yields plans; the caller applies each before the next is made."""
     if amount.blocks_only is not None:
         with progress_bar("scoring blocks", "rounds" if amount.greedy else "batches") as progress:
             greedy = amount.greedy

@@ -1,4 +1,4 @@
-"""`billhook recipes`: the packaged YAML configs, and warnings about configs that do not fit together."""
+"""`billhook recipes`: packaged YAML configs, and warnings about their combination."""
 
 import re
 import textwrap
@@ -95,7 +95,7 @@ def config_files(words: Sequence[str]) -> list[str]:
 
 
 def config_warnings(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Returns warnings about configs that drop earlier callbacks, or choose no model or no data.
+    """Returns warnings about configs that drop callbacks, or name no model or data.
 
     Args:
         words: The command line.

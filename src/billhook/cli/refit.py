@@ -16,7 +16,7 @@ REFIT_STEP = "refit consumer layers by least squares"
 
 
 def meta_batches(work: OneShot) -> list[Batch]:
-    """Returns batches without values, as large as the calibration batches if the texts are long enough."""
+    """Returns batches without values, of the size of the calibration batches."""
     batches, batch_size = list[Batch](), work.options.batch_size
     for source, count in zip(work.source_names, work.example_counts, strict=True):
         for start in range(0, count, batch_size):
@@ -59,7 +59,7 @@ def remaining_inputs(search: RatioSearch, cut: Cut, most: bool) -> dict[str, int
 
 
 def repair_limits(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch], required: bool) -> str:
-    """Returns a line of the plan on linear layers that cannot be refitted; empty if all can be.
+    """Returns a plan line on linear layers that cannot be refitted, or an empty string.
 
     Args:
         work: The command, with its examples.

@@ -142,7 +142,7 @@ def path_of(kind: type) -> str:
 
 
 def public_classes(of: type) -> list[type]:
-    """Returns billhook's public, concrete subclasses of a class, except those of commands, by path."""
+    """Returns billhook's public, concrete subclasses of a class by path, without commands."""
     return sorted(filter(_is_public, subclasses(of)), key=lambda kind: (kind.__module__, kind.__name__))
 
 
@@ -155,7 +155,7 @@ def _is_public(kind: type) -> bool:
 
 
 def schema() -> None:
-    """Prints a JSON Schema of `billhook fit` configs, which editors use to complete and check YAML.
+    """Prints a JSON Schema of `billhook fit` configs for editors.
 
     Run `billhook schema > billhook.schema.json`, and start a config in the same folder with
     `# yaml-language-server: $schema=billhook.schema.json`. Packaged recipes already have a schema.

@@ -46,7 +46,7 @@ LR, LORA_LR = 1e-4, 1e-3
 
 @dataclass(frozen=True)
 class Recovery:
-    """Recovery training with the dense model as a teacher, on the calibration texts and more examples from the same files.
+    """Recovery training on the calibration texts, with the dense model as a teacher.
 
     Args:
         recover: Number of training steps. 0 disables recovery training.
@@ -154,7 +154,7 @@ def _trainer(steps: int, device: torch.device, progress: OnProgress) -> pl.Train
 
 
 def search_space(scope: SearchScope, steps: int, budget: str | None = None) -> str:
-    """Returns a description of what the search may remove, and its maximum number of steps.
+    """Returns a description of the removable units, and the maximum number of steps.
 
     Args:
         scope: The search space.
@@ -183,7 +183,7 @@ MARKER = "billhook-variants.json"
 
 
 class VariantCache:
-    """The folder of a variant cache: a given one, which is kept, or one next to the output, which is deleted after the save.
+    """Folder of a variant cache: a named folder, or a temporary folder next to the output.
 
     Args:
         out: Output folder.
@@ -233,7 +233,7 @@ def shrink(
     plot: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Searches for the best model within one budget, by removing channels, heads, and blocks, and saves it.
+    """Searches for the best model within a budget of size, cache, time, or loss, and saves it.
 
     Each MLP and attention module is pruned to several levels and refitted. The command measures how each variant, and the removal
     of each block, changes the model's predictions, and searches for the best combination. The selected model is repaired from
@@ -312,7 +312,7 @@ def shrink(
 def _recover(
     work: OneShot, recovery: Recovery, batches: Sequence[Batch], before: Before
 ) -> tuple[dict[str, Any], str, str | None, str]:
-    """Trains the smaller model; returns the record, and lines to print about the degradation before it."""
+    """Trains the smaller model; returns the record, and lines on the degradation before."""
     degradation, seed = work.measure_degradation(before), work.options.seed
     loader = work.training_loader(recovery.examples, recovery.recover_batch_size, batches, before)
     with progress_bar("recovering", "steps") as progress:

@@ -117,7 +117,7 @@ def check_scored(options: TextOptions, *importances: Importance | None) -> None:
 
 
 def statistics_bytes(model: PreTrainedModel, scorer: Criterion | Importance | None) -> int:
-    """Returns the bytes of the largest statistics of a linear layer, with the matrices computed from them."""
+    """Returns the bytes of the largest statistics of a linear layer, with derived matrices."""
     return max((_scorer_bytes(scorer, weight_of(layer).shape[1]) for layer in prunable(model).values()), default=0)
 
 
@@ -129,7 +129,7 @@ def _scorer_bytes(scorer: Criterion | Importance | None, columns: int) -> int:
 
 
 def refit_bytes(model: PreTrainedModel, parts: int, kept: Mapping[str, int] | None = None) -> tuple[int, int]:
-    """Returns the bytes of the largest refit, and of its Gram matrices, which may be spilled to disk.
+    """Returns the bytes of the largest refit, and of its Gram matrices (spillable).
 
     Args:
         model: The model.

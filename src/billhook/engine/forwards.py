@@ -70,7 +70,7 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(*_: object) -> NoReturn:
-        """Raises."""
+        """Refuses gradients."""
         raise ValueError("model is streamed one block at a time, but gradients need all weights in memory. Load it with bh.load.")
 
 

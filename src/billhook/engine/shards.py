@@ -149,7 +149,7 @@ class ShardStore(BlockStore):
             module._parameters[name] = shard
 
     def on(self, device: torch.device, blocks: Sequence[nn.Module]) -> NoReturn:
-        """Raises: blocks of a sharded model run where their shards are."""
+        """Refuses a device, because blocks of a sharded model run where their shards are."""
         raise ValueError(
             f"device={str(device)!r} is not supported for a sharded model, whose blocks run where their shards are. Omit device."
         )

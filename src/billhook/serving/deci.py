@@ -1,4 +1,4 @@
-"""GGUF files of llama.cpp's architecture `deci`: a Llama whose layers may differ in heads, KV heads, and width.
+"""GGUF files of llama.cpp's architecture `deci`: a Llama whose layers may differ in size.
 
 Its graph is `src/models/deci.cpp` of llama.cpp, and its tensor names are from `conversion/deci.py` (Nemotron, NVIDIA and Deci).
 """
@@ -32,7 +32,7 @@ SIZE_KEYS = ("embedding_length", "block_count", "feed_forward_length", "attentio
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of a layer, and its tensors by GGUF name, with queries and keys in llama.cpp's rotary order."""
+    """Sizes and tensors of a layer by GGUF name, queries and keys in llama.cpp's order."""
 
     heads: int
     kv_heads: int
@@ -50,7 +50,7 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
 
 
 def save_template(model: PreTrainedModel, folder: Path, out: Path) -> None:
-    """Saves a minimal Llama with a model's rotary positions, vocabulary size, and tokenizer files.
+    """Saves a minimal Llama with a model's rotary positions, vocabulary, and tokenizer.
 
     llama.cpp's converter writes the GGUF fields of vocabulary and positions from it.
     """
@@ -175,5 +175,5 @@ def _parameters(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _pairs(rows: Tensor, width: int) -> Tensor:
-    """Reorders query or key rows: transformers rotates feature i with i + width / 2, llama.cpp 2i with 2i + 1."""
+    """Reorders query or key rows from transformers' to llama.cpp's rotary order."""
     return rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

@@ -42,7 +42,7 @@ class LlamaCpp:
         self._worker = Worker("run_llama_cpp")
 
     def load(self, file: str | Path, context: int = 512, cache: Literal["F32", "F16"] = "F32") -> int:
-        """Loads a file, replacing the previous one, for up to `context` tokens; returns the vocabulary size.
+        """Loads a file for up to `context` tokens; returns the vocabulary size.
 
         Raises:
             WorkerError: If llama.cpp cannot load it. The message has the reason.
@@ -65,7 +65,7 @@ class LlamaCpp:
         return answer["tokens"], float(answer["prefill"]), float(answer["decoding"])
 
     def tokenize(self, text: str) -> list[int] | None:
-        """Returns the tokens of a text, without special tokens. None if the file has no vocabulary."""
+        """Returns the tokens of a text without special tokens; None without a vocabulary."""
         tokens: list[int] | None = self._worker.ask(do="tokenize", text=text)["tokens"]
         return tokens
 
@@ -110,7 +110,7 @@ class EngineSpeed:
 
 
 def speed_up(first: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """Returns lower quartile, median, and upper quartile of the ratios of seconds in the same rounds."""
+    """Returns quartile, median, and quartile of the ratios of seconds in the same rounds."""
     low, middle, high = quantiles([a / b for a, b in zip(first, other, strict=True)], n=4, method="inclusive")
     return low, middle, high
 

@@ -1,4 +1,4 @@
-"""Which inference engines support a checkpoint, from source review: decided by its config, without running an engine.
+"""Support of checkpoints by inference engines, from source review of their code.
 
 `engines.json` holds the reviewed releases, their source files by model class, the classes whose config fields an engine ignores,
 and the sentence of each verdict.
@@ -49,7 +49,7 @@ def multiple_of(length: int) -> int:
 
 
 def can_split(kv_heads: int, gpus: int, exact: bool = False) -> bool:
-    """Tests if GPUs can split KV heads evenly. Unless `exact`, several GPUs may hold copies of a head."""
+    """Tests if GPUs can split KV heads evenly; unless `exact`, heads may be copied."""
     return kv_heads % gpus == 0 or (not exact and gpus % kv_heads == 0)
 
 
@@ -75,7 +75,7 @@ class Verdict:
 
 
 class Sizes(NamedTuple):
-    """The sizes in a config, or in its text config, that engines use. None if a field is missing."""
+    """The sizes in a config that engines use; None for a missing field."""
 
     heads: int | None
     kv_heads: int | None
@@ -173,12 +173,12 @@ def _verdict(engine: Engine, kind: str, config: PretrainedConfig, shape: str, no
 
 
 def misreads_heads(config: PretrainedConfig) -> bool:
-    """Tests if llama.cpp's converter assumes a wrong head dimension (for Phi-3, hidden size / heads)."""
+    """Tests if llama.cpp's converter assumes a wrong head dimension, as for Phi-3."""
     return config.model_type in engines()["deci"]["instead_of"] and not Sizes.of(config).splits_hidden_size
 
 
 def deci_limitation(config: PretrainedConfig) -> str | None:
-    """Returns the reason why llama.cpp's `deci` cannot compute a model, by its config, or None if it can.
+    """Returns the reason why llama.cpp's `deci` cannot compute a model, or None.
 
     Its layers may differ, and it computes the same as a Llama, and so as every family that differs only in storage order.
     """
@@ -191,7 +191,7 @@ def deci_limitation(config: PretrainedConfig) -> str | None:
 
 
 def _quants(sizes: Sizes) -> str:
-    """Returns the rows whose length K-quants do not divide, with the largest divisor; without one, llama.cpp uses F16."""
+    """Returns the rows whose length K-quants do not divide, with the largest divisor."""
     rows = {"hidden size": sizes.hidden or 0, "heads": (sizes.heads or 0) * (sizes.head_dim or 0)}
     rows |= {f"MLP width {number}" if number > 1 else "MLP width": n for number, n in enumerate(sizes.mlp, 1)}
     best = {name: multiple_of(size) for name, size in rows.items() if size % MULTIPLES[0]}
@@ -202,7 +202,7 @@ def _quants(sizes: Sizes) -> str:
 
 
 def _parallel(sizes: Sizes, exact: bool) -> str:
-    """Returns the possible numbers of GPUs, and the reason against others. With `exact`, KV heads are not copied."""
+    """Returns the possible numbers of GPUs, and the reason against others."""
     reasons = defaultdict[str, list[str]](list)
     for gpus in GPUS:
         parts = [f"{sizes.heads} query heads"] if (sizes.heads or 0) % gpus else []

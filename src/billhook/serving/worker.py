@@ -1,4 +1,4 @@
-"""Scripts in separate processes that answer requests, so that a crash of an engine cannot end this process."""
+"""Scripts in separate processes, so that a crash of an engine cannot end this process."""
 
 import json
 import os
@@ -25,7 +25,7 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """A running script of the folder `workers`, which reads and writes one line of JSON per request.
+    """A running script of the folder `workers`, with a line of JSON per request.
 
     C++ libraries abort their process on unexpected input, and two of them with their own threads disturb each other. In a
     separate process, either is at most a `WorkerError`. Use it in a `with` statement.

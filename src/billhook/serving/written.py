@@ -75,7 +75,7 @@ def write_gguf(folder: str, out: str | Path, converter: Converter, dtype: DType 
 
 
 def _write_shaped(folder: str, out: str | Path, converter: Converter, dtype: DType, vocabulary: bool) -> str | None:
-    """Writes a billhook checkpoint as `deci`; returns the text splitting, as `Converter.convert` does."""
+    """Writes a billhook checkpoint as `deci`; returns the text splitting (see `Converter`)."""
     from billhook.serving.deci import save_template, unsupported_reason, write_deci  # it needs gguf, an extra
 
     with readable(folder):

@@ -30,7 +30,7 @@ def main(path: Path) -> None:
 
 
 def convert(converter: Any, folder: str, out: str, dtype: str, vocabulary: bool) -> dict[str, Any]:  # noqa: ANN401 - a module
-    """Converts a folder, with or without its vocabulary; returns the text splitting if it was added."""
+    """Converts a folder with or without its vocabulary; returns an added text splitting."""
     errors = _Errors()
     logging.getLogger("hf-to-gguf").addHandler(errors)
     text_model = sys.modules["conversion.base"].TextModel
@@ -65,7 +65,7 @@ def _no_vocabulary(self: Any) -> None:  # noqa: ANN401 - a model of the converte
 
 
 def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method of the converter
-    """Extends the method that identifies text splitting before BPE to new tokenizers that split as GPT-2's.
+    """Extends the identification of text splitting to new tokenizers that split as GPT-2's.
 
     The converter identifies tokenizers by their tokens of one text, so it knows only vocabularies that its authors saw.
     """

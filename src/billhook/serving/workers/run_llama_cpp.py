@@ -1,4 +1,4 @@
-"""Runs libllama (package llama-cpp-py-sync) on a CPU for each request: `{"do": a name in REQUESTS, ...}`."""
+"""Runs libllama (llama-cpp-py-sync) on a CPU for each request: `{"do": NAME, ...}`."""
 
 import json
 import os
@@ -43,7 +43,7 @@ class Loaded:
         lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
 
     def decode(self, tokens: list[int], after: int, every: bool) -> Any:  # noqa: ANN401 - an array
-        """Returns the logits `[tokens, vocabulary]` after every token, or after the last, at position `after`."""
+        """Returns the logits `[tokens, vocabulary]` after every token, or after the last."""
         lib = self.lib
         batch = lib.llama_batch_init(len(tokens), 0, 1)
         try:

@@ -63,9 +63,7 @@ def test_weights_on_disk_are_refused_and_stay_there(tmp_path):
     ids = tokens()
     expected = model(ids).logits
     for name, work in WORKS.items():
-        why = (
-            "has no (values|weights)" if name in ("prune", "match", "shrink", "permute") else "has distributed it over cpu, disk"
-        )
+        why = "has no values" if name in ("prune", "match", "shrink", "permute") else "has distributed it over cpu, disk"
         with pytest.raises(ValueError, match=why):
             work(model)
     assert all(parameter.is_meta for parameter in model.model.layers[1].parameters())

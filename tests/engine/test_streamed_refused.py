@@ -43,7 +43,10 @@ GRADIENTS = r"importance=\w+\(.*\) needs gradients, which a streamed model does 
 WEIGHTS = r"has no values \(it is on the meta device\). Load all weights first"
 TRAINING = "model: training needs all weights in memory, but the model is streamed"
 ADDED = r"model: model.layers.0.self_attn.q_proj.lora_A.default was added to a streamed model"
-BOTH = "residual: these channels and those within blocks do not go both at once"
+BOTH = (
+    "residual is combined with heads or channels, which a streamed model does not support. "
+    "Load the model in memory with bh.load, or remove them one after the other"
+)
 REFUSED = {
     "heads by Taylor": (scored("head", bh.Taylor()), GRADIENTS),
     "channels by GateGradient": (scored("channel", bh.importance.GateGradient()), GRADIENTS),
@@ -63,7 +66,10 @@ REFUSED = {
     "LoRA in training": (lambda model: bh.TransformerModule(model, lora=bh.training.LoRA()), TRAINING),
 }
 COMMANDS = {
-    "shrink": (["shrink", "--params", "0.8"], "stream=True: this command needs gradients, or all weights at once"),
+    "shrink": (
+        ["shrink", "--params", "0.8"],
+        "stream=True is not supported by this command, which needs gradients or all weights. Remove --stream",
+    ),
     "Taylor": (["prune-structure", "--channels", "0.25", "--importance", "Taylor"], "needs gradients"),
     "blocks, and then Taylor": (
         ["prune-structure", "--blocks", "1", "--residual", "0.25", "--importance", "Taylor"],
@@ -71,7 +77,7 @@ COMMANDS = {
     ),
     "both": (
         ["prune-structure", "--residual", "0.25", "--channels", "0.25", "--importance", "WeightNorm"],
-        "not go both at once",
+        "residual is combined with heads or channels, which a streamed model does not support",
     ),
     "heads by default": (["prune-heads", "--ratio", "0.5"], "needs gradients"),
 }

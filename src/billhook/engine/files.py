@@ -159,9 +159,9 @@ class FileStore(BlockStore):
                     "Use bh.load for models with adapters or other new modules."
                 )
 
-    def check_can_hold_all(self, why: str) -> None:
+    def check_can_hold_all(self, why: str, instead: str = "") -> None:
         """Raises, because not all blocks fit in memory. See `BlockStore.check_can_hold_all`."""
-        raise ValueError(f"{why}, which a streamed model does not support. Load the model in memory with bh.load.")
+        raise ValueError(f"{why}, which a streamed model does not support. Load the model in memory with bh.load{instead}.")
 
     @contextmanager
     def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:

@@ -197,13 +197,14 @@ class BlockStore(ABC):
         """Keeps all blocks in memory within the context, where ranks share them."""
         return nullcontext()
 
-    def check_can_hold_all(self, why: str) -> None:
+    def check_can_hold_all(self, why: str, instead: str = "") -> None:
         """Raises if all blocks are needed in memory and they come from files.
 
         Args:
             why: The start of the message: what needs all blocks.
+            instead: The end of the message: another fix, such as `", or remove blocks"`.
         """
-        del why
+        del why, instead
 
     @contextmanager
     def step(self, key: str, more: Callable[[], str] = str) -> Iterator[None]:

@@ -203,4 +203,4 @@ def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
     The check of heads and channels needs a second copy of the model, without the hidden dimensions, which files do not hold.
     """
     if "residual" in kinds and {"head", "channel"} & set(kinds):
-        store_of(model).check_can_hold_all("residual cannot be combined with heads or channels; remove them one after the other")
+        store_of(model).check_can_hold_all("residual is combined with heads or channels", ", or remove them one after the other")

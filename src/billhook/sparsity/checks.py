@@ -75,7 +75,7 @@ def _linears(model: nn.Module, options: PruneOptions) -> dict[str, nn.Module]:
         raise ValueError(f"model: {type(model).__name__} has no linear layers to prune.")
     empty = next((name for name, linear in linears.items() if linear.get_parameter("weight").is_meta), None)
     if empty is not None and store_of(model).holds_all:
-        raise ValueError(f"model: {empty} is on the meta device and has no weights. Load them first.")
+        raise ValueError(f"model: {empty} has no values (it is on the meta device). Load all weights first.")
     remaining = dict(linears)
     for pattern in options.patterns:
         matching = [name for name in linears if fnmatchcase(name, pattern)]

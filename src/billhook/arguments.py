@@ -36,7 +36,7 @@ def check_number(name: str, value: object, least: float | None = None, above: fl
 
 
 def check_fraction(name: str, value: object, legal: str = "[0, 1)", of: str = "") -> None:
-    """Raises an error unless a value is in an interval, with a hint if it looks like a percentage.
+    """Raises an error unless a value is in an interval, with a hint for percentages.
 
     Args:
         name: Argument name.
@@ -142,7 +142,7 @@ def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN401 - annotations have no type
-    """Returns True if a value matches an annotation; the values of items within containers are not compared."""
+    """Returns True if a value matches an annotation; items within containers match by type."""
     kind = _resolve_alias(kind)
     origin, inside = get_origin(kind), get_args(kind)
     if kind is Any or isinstance(kind, TypeVar):

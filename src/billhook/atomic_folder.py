@@ -48,7 +48,7 @@ def check_target(folder: str | Path) -> None:
 
 
 def check_not_source(source: str | Path, folder: str | Path) -> None:
-    """Raises an error if the output folder is or contains the source folder, which would be lost."""
+    """Raises an error if the output folder is or contains the source folder."""
     source_path, path = Path(source).resolve(), Path(folder).resolve()
     folders = (source_path, *source_path.parents)
     if source_path.is_dir() and path.exists() and any(map(path.samefile, folders)):
@@ -99,7 +99,7 @@ def _draft_name(target: Path, suffix: str | None = None) -> Path:
 
 
 def replace_folder(draft: Path, target: Path) -> None:
-    """Flushes the draft to disk and moves it to the target, which is either old or new at any time."""
+    """Flushes the draft to disk and moves it to the target atomically."""
     mode = stat.S_IMODE(draft.stat().st_mode)
     for path in draft.rglob("*"):
         if path.is_file():
@@ -125,7 +125,7 @@ def replace_folder(draft: Path, target: Path) -> None:
 
 
 def recover_folder(target: Path) -> None:
-    """Completes an interrupted move: restores the old checkpoint, or removes it if a new one exists."""
+    """Completes an interrupted move: restores the old checkpoint, or removes it if replaced."""
     old = _draft_name(target, "old")
     if old.is_symlink() or not old.is_dir() or _foreign(old):
         return

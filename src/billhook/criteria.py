@@ -1,4 +1,4 @@
-"""Weight pruning: criteria, sparsity allocation, block-wise reconstruction, and channel permutation."""
+"""Criteria, sparsity allocation, reconstruction, and permutation for weight pruning."""
 
 from billhook.sparsity.allocation import OWL
 from billhook.sparsity.alps import ALPS, Refit

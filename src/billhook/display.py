@@ -66,7 +66,7 @@ def render_table(head: Sequence[str], rows: Iterable[Sequence[object]], aligns: 
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], align: str) -> str:
-    """Renders a table as Markdown, from escaped cells; `align` applies to all but the first column.
+    """Renders a table of escaped cells as Markdown; `align` skips the first column.
 
     >>> print(markdown_table(["", "zeros"], [["dense", 0], ["pruned", "1,024"]], "---:"))
     |  | zeros |
@@ -79,7 +79,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], align:
 
 
 class Printable(JupyterMixin, ABC):
-    """Base class for objects that are displayed as lines and tables by `print`, notebooks, and rich."""
+    """Base class for objects displayed as lines and tables, by `print`, notebooks, and rich."""
 
     @abstractmethod
     def _renderables(self) -> Iterable[RenderableType]:

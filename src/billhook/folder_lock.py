@@ -1,4 +1,4 @@
-"""Locks that allow one process at a time to write to a folder."""
+"""Locks that allow only a single process to write to a folder."""
 
 import json
 import os

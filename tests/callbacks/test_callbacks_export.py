@@ -308,7 +308,7 @@ class TestPush:
 
     def test_a_hub_that_refuses_costs_nothing_but_a_warning(self, tmp_path, held):
         held.refuse = "/commit/"
-        with pytest.warns(UserWarning, match="The folder is as it was; `billhook push .*out someone/cut --private` tries again"):
+        with pytest.warns(UserWarning, match="To retry, run `billhook push .*out someone/cut --private`"):
             fit(tmp_path, Own(), loader(), push_to_hub="someone/cut", private=True)
         held.refuse = "\0"
         push(tmp_path / "out", "someone/cut", private=True)
@@ -333,7 +333,7 @@ class TestPush:
         monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
         lit = Own()
         before = {name: one.clone() for name, one in lit.state_dict().items()}
-        with pytest.raises(ValueError, match="push_to_hub='someone/cut': there is no token of the Hub"):
+        with pytest.raises(ValueError, match="push_to_hub='someone/cut': no Hub token"):
             fit(tmp_path, lit, loader(), push_to_hub="someone/cut")
         assert all(torch.equal(one, before[name]) for name, one in lit.state_dict().items())
         assert not (tmp_path / "out").exists()
@@ -342,8 +342,8 @@ class TestPush:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"push_to_hub": "cut"}, "push_to_hub='cut' must be the name of a repository of the Hub, as in 'user/name'"),
-        ({"push_to_hub": "some one/cut"}, "push_to_hub='some one/cut' must be the name of a repository"),
+        ({"push_to_hub": "cut"}, "push_to_hub='cut' must be the name of a Hub repository, such as 'user/name'"),
+        ({"push_to_hub": "some one/cut"}, "push_to_hub='some one/cut' must be the name of a Hub repository"),
         ({"push_to_hub": 3}, "push_to_hub=3 must be a string or None"),
         ({"private": True}, "private=True requires push_to_hub"),
     ],

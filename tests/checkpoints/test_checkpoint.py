@@ -150,7 +150,7 @@ def test_a_model_that_reads_something_else_needs_a_probe():
         transformers.PatchTSTConfig(d_model=8, ffn_dim=8, num_hidden_layers=1, num_attention_heads=2)
     )
     with pytest.raises(
-        ValueError, match="probe: cannot guess the inputs past_values of PatchTSTModel: a batch of them is needed"
+        ValueError, match="probe=None: cannot guess the inputs past_values of PatchTSTModel. Pass a batch of inputs as probe"
     ):
         make_probe(model)
 
@@ -208,7 +208,7 @@ def test_names_that_are_patterns_and_neighbours(tmp_path):
 )
 def test_a_record_that_json_cannot_hold_is_refused_first(what, message, tmp_path, monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", lambda *_: pytest.fail("written"))
-    with pytest.raises(ValueError, match=f"record: {RECORD} holds plain data only.*{message}"):
+    with pytest.raises(ValueError, match=f"record must be plain data .JSON.: .*{message}"):
         save(llama(), tmp_path / "deep" / "a", record=what)
     assert os.listdir(tmp_path) == []
 
@@ -257,7 +257,7 @@ def test_a_save_that_fails_leaves_everything(failure, standing, tmp_path, monkey
         error = RuntimeError
         worth = float("nan") if failure == "nan" else 1.0
         model.lm_head.register_forward_hook(lambda *args: args[-1] + torch.arange(51) * worth)
-    message = {"logits": "other logits", "nan": "diverged"}.get(failure)
+    message = {"logits": "the model was not saved, because the logits", "nan": "diverged"}.get(failure)
     with pytest.raises(error, match=message):
         save(model, target)
     assert listing(tmp_path) == before
@@ -305,7 +305,7 @@ def test_verify_sees_one_changed_weight(tmp_path):
     save(model, tmp_path / "a")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0] += 1
-    with pytest.raises(RuntimeError, match="other logits"):
+    with pytest.raises(RuntimeError, match="the model was not saved, because the .*logits"):
         verify(model, expect(model, make_probe(model)), tmp_path / "a", make_probe(model))
 
 

@@ -20,7 +20,7 @@ from kit.families import llama
 from kit.fits import data, module, trainer
 from kit.weight_pruning import checkpoints, injected
 
-LOSSY = pytest.mark.filterwarnings("ignore:the checkpoint does not compute what the model does")
+LOSSY = pytest.mark.filterwarnings("ignore:the checkpoint differs from the model")
 
 
 def saved(model, folder):
@@ -64,7 +64,7 @@ def test_masked_adapters_are_saved_as_they_compute(tmp_path, build):
 def test_what_zeros_cost_is_said(tmp_path, build):
     model, masks = pruned(build)
     expected = bh.training.merge(copy.deepcopy(model))
-    with pytest.warns(UserWarning, match=r"the checkpoint does not compute what the model does: .* was left out on average, .*%"):
+    with pytest.warns(UserWarning, match=r"the checkpoint differs from the model: .* was lost on average, .*%"):
         result, loaded = saved(model, tmp_path / "out")
     assert torch.equal(logits(loaded), logits(expected.model))
     assert (logits(loaded) - logits(model)).abs().max() > 1e-2
@@ -117,7 +117,7 @@ class TestOtherThings:
         self.check(model, tmp_path)
         only = lora(llama(tie_word_embeddings=False), target_modules=["embed_tokens"])
         only.get_base_model().model.embed_tokens.lora_embedding_A["default"].data.normal_()
-        assert self.check(only, tmp_path).adapters.startswith("no adapter on a linear was left to merge")
+        assert self.check(only, tmp_path).adapters.startswith("no adapters on linear layers were left to merge")
 
     def test_dora(self, tmp_path):
         self.check(lora(llama(), use_dora=True), tmp_path)
@@ -130,7 +130,7 @@ class TestOtherThings:
         with model.disable_adapter():
             self.check(model, tmp_path)
         model.merge_adapter()
-        assert self.check(model, tmp_path).adapters.startswith("no adapter on a linear was left to merge")
+        assert self.check(model, tmp_path).adapters.startswith("no adapters on linear layers were left to merge")
 
     def test_a_model_of_transformers_with_adapters_of_its_own(self, tmp_path, monkeypatch):
         monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)  # asks for PEFT 0.22
@@ -153,7 +153,7 @@ class TestRefused:
 
     def test_prompts(self, tmp_path):
         model = peft.get_peft_model(llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-        self.refused(model, tmp_path, "model: PromptTuningConfig puts prompts before the inputs, which a plain checkpoint cannot")
+        self.refused(model, tmp_path, "model: PromptTuningConfig adds prompts to the inputs, which a model checkpoint cannot")
 
     @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`", "ignore:Model has `tie_word_embeddings=True`")
     def test_a_weight_that_others_have_too(self, tmp_path):
@@ -172,8 +172,8 @@ def test_the_callback_says_what_zeros_cost(files, tmp_path, caplog):
     bh.prune(lit.model, bh.Magnitude(), sparsity=0.5)
     with caplog.at_level(logging.INFO):
         trainer(tmp_path, [export], max_steps=2).fit(lit, data(files))
-    assert f"without billhook; {export.saved.adapters}" in caplog.text
-    assert "was left out on average" in export.saved.adapters
+    assert f"from_pretrained loads it; {export.saved.adapters}" in caplog.text
+    assert "was lost on average" in export.saved.adapters
     assert bh.load(tmp_path / "out")(input_ids=IDS).logits.isfinite().all()
 
 
@@ -182,7 +182,7 @@ def test_without_adapters_nothing_is_said(files, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         trainer(tmp_path, [export], max_steps=1).fit(module(), data(files))
     assert export.saved.adapters is None
-    assert caplog.text.rstrip().endswith("without billhook")
+    assert caplog.text.rstrip().endswith("from_pretrained loads it")
 
 
 def test_a_lightning_checkpoint_with_adapters_is_exported_merged(files, tmp_path):
@@ -206,7 +206,5 @@ def test_adapters_of_which_a_checkpoint_does_not_say_how_they_are_scaled_are_ref
     own = {key: value for key, value in held.items() if key != ADAPTERS}
     assert len(own) < len(held)
     torch.save(own, tmp_path / "without.ckpt")
-    with pytest.raises(
-        ValueError, match=r"holds adapters beside the weights \(.*base_layer.weight\), but not how they are scaled"
-    ):
+    with pytest.raises(ValueError, match=r"contains adapters \(.*base_layer.weight\) without their scaling"):
         export(tmp_path / "without.ckpt", tmp_path / "out")

@@ -6,7 +6,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import billhook as bh
-from billhook.checkpoints.equivalent import say_head_dim
+from billhook.checkpoints.equivalent import set_head_dim
 from billhook.checkpoints.save import load, save, way_of
 from billhook.model.meta import from_name
 from billhook.pruning.planning import prune_units
@@ -106,5 +106,5 @@ def test_an_empty_width_of_heads_is_written_as_a_number(tmp_path):
 def test_widths_that_differ_are_no_number():
     model = build("mixtral")
     model.model.layers[1].self_attn.head_dim = 5
-    say_head_dim(model)
+    set_head_dim(model)
     assert model.config.head_dim is None

@@ -168,7 +168,7 @@ def test_a_record_that_names_files_elsewhere(files, tmp_path):
     (mine / "notes").write_text("mine")
     bh.save(llama(**SMALL), target)
     (target / RECORD).write_text(json.dumps({"files": files}))
-    with pytest.raises(ValueError, match="billhook did not write"):
+    with pytest.raises(ValueError, match="is not a billhook checkpoint"):
         bh.save(llama(**SMALL), target)
     (target / RECORD).write_text(json.dumps({"files": [*os.listdir(target), "../mine/notes", "../mine"]}))
     bh.save(llama(**SMALL), target)

@@ -63,7 +63,7 @@ def test_again_privately_and_to_a_branch(held, folder):
 def test_what_must_be_private_does_not_go_where_all_can_read_it(held, folder):
     push(folder, "someone/small")
     (folder / "README.md").write_text("# A secret")
-    with pytest.raises(NotPushed, match="it is public.*`billhook push .*small someone/small --private` tries again"):
+    with pytest.raises(NotPushed, match="exists and is public.*To retry, run `billhook push .*small someone/small --private`"):
         push(folder, "someone/small", private=True)
     assert held.repos["someone/small"]["main"]["README.md"] != b"# A secret"
 
@@ -72,8 +72,8 @@ def test_what_must_be_private_does_not_go_where_all_can_read_it(held, folder):
 @pytest.mark.parametrize("part", ["/create", "/preupload", "/objects/batch", "/large/", "/commit/"])
 def test_what_the_hub_refuses_is_still_in_the_folder(held, folder, part):
     before, held.refuse = files_in(folder), part
-    again = re.escape(f"The folder is as it was; `billhook push {folder} someone/small --revision x` tries again")
-    with pytest.raises(NotPushed, match=f"is not pushed to someone/small: .*{again}"):
+    again = re.escape(f"To retry, run `billhook push {folder} someone/small --revision x`")
+    with pytest.raises(NotPushed, match=f"was not pushed to someone/small: .*{again}"):
         push(folder, "someone/small", revision="x")
     assert files_in(folder) == before
     held.refuse = "\0"
@@ -84,7 +84,7 @@ def test_what_the_hub_refuses_is_still_in_the_folder(held, folder, part):
 @pytest.mark.daily("a/b/c", "someone/x.git", "3")
 @pytest.mark.parametrize("name", ["small", "a/b/c", "someone/a model", "someone/", "someone/x.git", "../small", 3])
 def test_names_that_are_none(held, folder, name):
-    with pytest.raises(ValueError, match=r"name=.* must be the name of a repository of the Hub, as in 'user/name'"):
+    with pytest.raises(ValueError, match=r"name=.* must be the name of a Hub repository, such as 'user/name'"):
         push(folder, name)
     assert held.asked == []
 
@@ -96,21 +96,21 @@ def test_without_a_token_or_offline_nothing_is_asked(held, folder, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(folder / "none"))
-    with pytest.raises(ValueError, match="name='someone/small': there is no token of the Hub on this machine: `hf auth login`"):
+    with pytest.raises(ValueError, match="name='someone/small': no Hub token on this machine. Run `hf auth login`"):
         push(folder, "someone/small")
     assert held.asked == []
 
 
 def test_a_wrong_token_is_told(held, folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_another")
-    with pytest.raises(NotPushed, match="is not pushed to someone/small: .*401"):
+    with pytest.raises(NotPushed, match="was not pushed to someone/small: .*401"):
         push(folder, "someone/small")
 
 
 def test_only_what_was_saved_and_verified(held, folder, tmp_path):
     llama().save_pretrained(tmp_path / "plain")
     for other in (tmp_path / "plain", tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=r"it holds no billhook.json as billhook writes it, and only what"):
+        with pytest.raises(ValueError, match=r"has no valid billhook.json. Only folders that billhook saved"):
             push(other, "someone/small")
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model.safetensors is missing"):
@@ -121,21 +121,29 @@ def test_only_what_was_saved_and_verified(held, folder, tmp_path):
 @pytest.mark.parametrize(
     ("file", "changed", "says"),
     [
-        ("billhook.json", lambda text: text.replace('"text.txt"', '"/home/me/text.txt"'), "'/home/me/text.txt', which all"),
+        (
+            "billhook.json",
+            lambda text: text.replace('"text.txt"', '"/home/me/text.txt"'),
+            "'/home/me/text.txt', which would be published",
+        ),
         (
             "billhook.json",
             lambda text: text.replace('"text.txt"', "\"A('/home/me/a'), B('/data/b')\""),
             "'/home/me/' and 1 more,",
         ),
-        ("config.json", lambda text: text.replace("{", '{"_name_or_path": "/home/me/dense",', 1), "'/home/me/dense', which all"),
-        ("README.md", lambda text: f"{text}\n| data | sources ~/texts/a.txt |\n", "'~/texts/', which all"),
+        (
+            "config.json",
+            lambda text: text.replace("{", '{"_name_or_path": "/home/me/dense",', 1),
+            "'/home/me/dense', which would be published",
+        ),
+        ("README.md", lambda text: f"{text}\n| data | sources ~/texts/a.txt |\n", "'~/texts/', which would be published"),
     ],
 )
 def test_a_path_that_an_older_version_wrote_is_not_published(held, folder, file, changed, says):
     text = (folder / file).read_text()
     (folder / file).write_text(changed(text))
     assert (folder / file).read_text() != text
-    with pytest.raises(ValueError, match=re.escape(f"{file} holds the absolute path {says}")):
+    with pytest.raises(ValueError, match=re.escape(f"{file} contains the absolute path {says}")):
         push(folder, "someone/small")
     assert held.asked == []
     (folder / file).write_text(text)
@@ -144,11 +152,11 @@ def test_a_path_that_an_older_version_wrote_is_not_published(held, folder, file,
 
 def test_the_command(held, folder, capsys):
     main(["push", str(folder), "someone/small", "--private", "--revision", "first"])
-    assert capsys.readouterr().out == f"pushed to {held.url}/someone/small/commit/1\n"
+    assert capsys.readouterr().out == f"Pushed to {held.url}/someone/small/commit/1\n"
     assert held.private == {"someone/small": True}
     assert held.repos["someone/small"]["first"] == files_in(folder)
     held.refuse = "/commit/"
-    with pytest.raises(SystemExit, match=r"^billhook push: '.*small' is not pushed to someone/small: .*tries again$"):
+    with pytest.raises(SystemExit, match=r"^billhook push: '.*small' was not pushed to someone/small: .*To retry, run `.*`$"):
         main(["push", str(folder), "someone/small"])
 
 

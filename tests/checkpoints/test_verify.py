@@ -61,7 +61,7 @@ def test_no_probe_is_needed_where_inputs_can_be_guessed(what, tmp_path):
 
 
 def test_a_model_that_does_not_run_with_its_probe_is_refused_first(tmp_path):
-    with pytest.raises(ValueError, match="probe: LlamaForCausalLM does not run with inputs, so"):
+    with pytest.raises(ValueError, match="probe: LlamaForCausalLM does not run with inputs, so it cannot"):
         billhook.save(llama(), tmp_path / "a", probe={"inputs": torch.ones(1, 2)})
     assert not (tmp_path / "a").exists()
 
@@ -96,7 +96,7 @@ def test_logits_of_another_size_are_others(tmp_path):
     model = llama()
     probe = make_probe(model)
     model.save_pretrained(tmp_path / "a")
-    with pytest.raises(RuntimeError, match=r"other logits: they are \[1, 32, 64\], and were \[1, 31, 64\]; it was not saved"):
+    with pytest.raises(RuntimeError, match=r"different logits: shape \[1, 32, 64\] instead of \[1, 31, 64\]"):
         verify(model, expect(model, probe)[:, 1:], tmp_path / "a", probe)
 
 
@@ -126,5 +126,5 @@ def test_the_last_digit_of_every_weight_is_rounding_and_more_is_not(dtype, tmp_p
         return logits_of(model, probe)
 
     assert 0 < verify(model, changed(1), tmp_path / "a", probe) < 0.05
-    with pytest.raises(RuntimeError, match="the reloaded checkpoint computes other logits"):
+    with pytest.raises(RuntimeError, match="the model was not saved, because the .*logits"):
         verify(model, changed(100), tmp_path / "a", probe)

@@ -60,7 +60,7 @@ def test_it_is_what_the_command_measures(model, files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({}, "text=None: give a text"),
+        ({}, "text=None requires questions"),
         ({"text": "a.txt", "length": 1}, "length=1 must be"),
         ({"text": "a.txt", "length": 10**6}, "length=1000000 must be in 2"),
         ({"text": "a.txt", "examples": 0}, "examples=0"),
@@ -73,5 +73,5 @@ def test_what_cannot_be_measured_is_refused(model, arguments, said):
 
 
 def test_models_that_predict_no_next_token_are_refused():
-    with pytest.raises(ValueError, match="predicts no next token"):
+    with pytest.raises(ValueError, match="is not a causal language model"):
         bh.evaluate(bert(), "a.txt", tokenizer=str(model_path("tiny")))

@@ -11,5 +11,5 @@ def model_path(name: str) -> str:
 
 
 def text_files() -> dict[str, str]:
-    """Returns the packaged text as Parquet files by split; a row of the column `text` is a work."""
+    """Returns the packaged text as Parquet files by split, with a work per row of `text`."""
     return {split: str(_HERE / f"{split}.parquet") for split in ("train", "validation")}

@@ -18,20 +18,21 @@ from billhook.serving.engines import grouped, verdicts
 
 
 def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:
-    """Returns the entries of a list in a record that have some keys; the record may be anybody's."""
+    """Returns the entries of a list in an untrusted record that have the given keys."""
     value = record.get(name)
     entries = value if isinstance(value, list) else []
     return [entry for entry in entries if isinstance(entry, Mapping) and all(key in entry for key in keys)]
 
 
 def current_names(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames the keys that older versions wrote in a record or an event: `damage` is `degradation`.
+    """Renames keys of older versions in a record or an event: `damage` is `degradation`.
 
     >>> current_names({"events": [{"damage": []}]})
     {'events': [{'degradation': []}]}
     """
     renamed = {"degradation" if name == "damage" else name: value for name, value in record.items()}
-    if isinstance(events := renamed.get("events"), list):
+    events = renamed.get("events")
+    if isinstance(events, list):
         renamed["events"] = [current_names(event) if isinstance(event, Mapping) else event for event in events]
     return renamed
 
@@ -76,7 +77,7 @@ MAX_SETTING = 150
 
 
 def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns pairs of name and settings: of callbacks that changed the model, and other short entries."""
+    """Returns names and settings of callbacks that changed the model, and other short entries."""
     pairs = list[tuple[str, str]]()
     for event in listed(record, "events", ("by",)):
         if isinstance(event["by"], Mapping):
@@ -87,7 +88,7 @@ def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def words(value: object, within: bool = False) -> str:
-    """Returns a value as one line; empty if it is too long."""
+    """Returns a value as a single line; empty if it is too long."""
     if isinstance(value, Mapping):
         parts = {name: words(part, True) for name, part in value.items()}
         line = "; ".join(f"{name} {part}" for name, part in parts.items() if part)
@@ -150,7 +151,7 @@ def label_of(event: Mapping[str, Any]) -> str:
 
 
 def _title(record: Mapping[str, Any], base: str | None, config: PretrainedConfig) -> list[str]:
-    """Returns the title, and a sentence on the base model: its Hub name, or its folder, class, and size."""
+    """Returns the title and a sentence on the base model: Hub name, or folder and class."""
     made_of = record.get("made_of")
     folder = dict(made_of) if isinstance(made_of, Mapping) else {}
     kind = (config.architectures or ["a model"])[0]
@@ -197,7 +198,7 @@ def _measured(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _code(record: Mapping[str, Any], name: str, config: PretrainedConfig) -> str:
-    """Returns code that loads the model, with transformers if possible, otherwise with billhook."""
+    """Returns code that loads the model with transformers if possible, else with billhook."""
     kind = (config.architectures or ["?"])[0]
     quoted = json.dumps(name, ensure_ascii=False)
     lines = ["import billhook", "", f"model = billhook.load({quoted})  # this folder, or its Hub name"]
@@ -220,7 +221,8 @@ def _changes(record: Mapping[str, Any]) -> list[str]:
     for event in _measured(record):
         step = f"step {plain(event['step'])}: " if "step" in event else ""
         lines.append(f"- {step}{_event(event)}")
-    if isinstance(steps := record.get("steps"), int):
+    steps = record.get("steps")
+    if isinstance(steps, int):
         lines.append(f"- {steps:,} training steps")
     used = settings(record)
     recorded = bool(lines) or any(name != "versions" for name, _ in used)
@@ -230,7 +232,7 @@ def _changes(record: Mapping[str, Any]) -> list[str]:
 
 
 def _size_table(record: Mapping[str, Any]) -> list[str]:
-    """Returns a table of sizes and validation metrics: at the start, before and after the events, and at the end."""
+    """Returns a table of sizes and validation metrics before and after the events."""
     (before, after), last, start = _sizes(record), _mapping(record, "metrics"), _mapping(record, "start")
     if not any(key.startswith("val") and start[key] != before.get(key) for key in start):
         start = {}  # the same as `before`
@@ -245,7 +247,7 @@ def _size_table(record: Mapping[str, Any]) -> list[str]:
 
 
 def _event(event: Mapping[str, Any]) -> str:
-    """Returns the label of an event, with its description and the layers that were not refitted below."""
+    """Returns the label of an event, its description, and its layers without a refit."""
     what = plain(event["what"])
     label = plain(label_of(event)) if "label" in event else what
     not_refitted = [plain(event["not_refitted"])] if event.get("not_refitted") else []

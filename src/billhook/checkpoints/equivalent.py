@@ -1,6 +1,7 @@
-"""Finds configs from which plain from_pretrained builds a model of an unusual shape: its own class's, or another family's."""
+"""Standard checkpoints of unusual shapes: other configs and equivalent architectures."""
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -15,25 +16,25 @@ from billhook.model.shape import KEY, Shape, built_shape, shape_beyond_config, s
 from billhook.serving.engines import engines
 
 ANY = object()
-"""Any value, of a config field that no code reads."""
+"""Any value, for a config field that no code uses."""
 
 FULL = object()
-"""A list of layers' types, or none, by which no layer sees through a window."""
+"""A list of layer types without sliding windows, or no list."""
 
-SUMMARY = tuple(f"summary_{what}" for what in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"))
-"""Fields of GPT-2's config for a head for two tasks at once."""
+SUMMARY = tuple(f"summary_{suffix}" for suffix in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"))
+"""Config fields of GPT-2 for its double-head model."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family that computes the same as another one, from tensors of the same names; its linears may be transposed.
+    """An equivalent architecture with the same tensor names, possibly transposed.
 
     Attributes:
-        name: Prefix of the names of its classes.
-        adds: Its config fields that the other lacks: the values with which it computes the same, the other's field as `=name`, or
-            any. `head_dim` is one for all.
-        lacks: Config fields of the other that it lacks: the values at which the other computes the same.
-        tasks: Endings of the other's class names that are different in its own.
+        name: Prefix of its class names.
+        adds: Config fields that the original lacks, with the equivalent value, a field of the original as `=name`, or any value.
+            `head_dim` is always allowed.
+        lacks: Config fields of the original that it lacks, with the values for which both are equivalent.
+        tasks: Class-name suffixes that differ from the original's.
     """
 
     name: str
@@ -77,7 +78,7 @@ EQUIVALENT = {
         ),
     ),
 }
-"""Families that can stand for another, the best known first, by the prefix of the other's class names."""
+"""Equivalent architectures by class-name prefix of the original, the best known first."""
 
 COUNTED: Mapping[str, tuple[str | tuple[str, ...], bool]] = {
     "num_attention_heads": (".q_proj.weight", True),
@@ -85,58 +86,67 @@ COUNTED: Mapping[str, tuple[str | tuple[str, ...], bool]] = {
     "intermediate_size": ((".mlp.gate_proj.weight", ".mlp.fc1.weight"), False),
     "hidden_size": (".input_layernorm.weight", False),
 }
-"""Config fields: the tensor of each layer that has as many rows, and whether each is of a head, that is `head_dim` rows."""
+"""Config fields, with the suffixes of tensors that determine them, and True if a unit is a head of `head_dim` rows."""
 
 NOT_COPIED = {"model_type", "auto_map"}
-"""Config fields that name its own family."""
+"""Config fields that identify the model type."""
 
 Candidate = tuple[type[PreTrainedModel], PretrainedConfig]
 
 
-def say_head_dim(model: PreTrainedModel) -> None:
-    """Fills in the field `head_dim` of configs that leave it empty: transformers computes it then, and SGLang fails."""
+def set_head_dim(model: PreTrainedModel) -> None:
+    """Sets `head_dim` in configs that leave it empty, because SGLang fails without it."""
     for _, config in nested_configs(model.config):
         if vars(config).get("head_dim", 0) is None:
-            modules = [module for module in model.modules() if getattr(module, "config", None) is config]
-            sizes = {size for module in modules if type(size := getattr(module, "head_dim", None)) is int}
+            sizes = set[int]()
+            for module in model.modules():
+                size = getattr(module, "head_dim", None)
+                if getattr(module, "config", None) is config and type(size) is int:
+                    sizes.add(size)
             config.head_dim = sizes.pop() if len(sizes) == 1 else None
 
 
 def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
-    """Yields classes, and configs from which they build exactly this model's tensors and whole-number attributes.
+    """Yields classes and configs that build a model's exact tensors and integer attributes.
 
-    There are none where the model's own config describes it and engines read all that it says. The model's own class comes
-    first, as many read the field `head_dim` that their config does not declare; unless engines do not.
+    Yields nothing if the model's config describes its shape and inference engines support that. The model's class comes first,
+    because many classes use a field `head_dim` that their config does not declare, unless engines ignore that field.
     """
     now, config = shape_of(model), model.config
     counts = _counts(now, config)
     if counts is None or text_config(config) is not config:
         return
-    classes = {kind for kinds in engines()["computes_head_dim"].values() for kind in kinds}
-    computed = tuple(start for start in EQUIVALENT if f"{start}ForCausalLM" in classes)
-    misread = type(model).__name__.startswith(computed) and not _is_shared_out(counts)
-    if not (misread or shape_beyond_config(model, now).tensors):
+    classes = set(itertools.chain.from_iterable(engines()["computes_head_dim"].values()))
+    ignored = tuple(prefix for prefix in EQUIVALENT if f"{prefix}ForCausalLM" in classes)  # engines ignore their `head_dim`
+    engines_fail = type(model).__name__.startswith(ignored) and not _heads_fill_hidden_size(counts)
+    if not (engines_fail or shape_beyond_config(model, now).tensors):
         return
-    for kind, changes, lacks in sorted(_classes(type(model), config), key=lambda row: misread and row[0] is type(model)):
+    for kind, changes, lacks in sorted(_classes(type(model), config), key=lambda row: engines_fail and row[0] is type(model)):
         same_class = kind is type(model)
-        left_out = {KEY} if same_class else {KEY, *NOT_COPIED, *lacks}
-        copied = {name: value for name, value in config.to_dict().items() if name not in left_out}
-        reads = type(config) if same_class else cast(type[PretrainedConfig], kind.config_class)
+        config_class = type(config) if same_class else cast(type[PretrainedConfig], kind.config_class)
+        dropped = {KEY} if same_class else {KEY, *NOT_COPIED, *lacks}
+        copied = _without(config.to_dict(), dropped)
         try:
-            known = counts if same_class else {name: count for name, count in counts.items() if name in _declared(reads)}
-            candidate = reads.from_dict(copied | known | changes | {"architectures": [kind.__name__]})
+            known = counts if same_class else _without(counts, counts.keys() - _declared(config_class))
+            candidate = config_class.from_dict(copied | known | changes | {"architectures": [kind.__name__]})
             built = built_shape(kind, candidate)
         except Exception:  # whatever a class of configs or models raises
             continue
-        sizes = now.tensors if same_class else now.tensors | {name: now.tensors[name][::-1] for name in transposed(model, kind)}
+        sizes = dict(now.tensors)
+        for name in transposed(model, kind):
+            sizes[name] = now.tensors[name][::-1]
         if built.tensors == sizes and all(built.attributes.get(k, v) == v for k, v in now.attributes.items()):
             yield kind, candidate
 
 
-def cache_as_saved(model: PreTrainedModel) -> int | None:
-    """Counts the bytes that the key/value cache grows by with a token, in the class that a checkpoint of the model is loaded in.
+def _without(fields: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in dropped}
 
-    It is less than in memory where the other class caches one head that the model's own repeats.
+
+def saved_cache_bytes(model: PreTrainedModel) -> int | None:
+    """Returns the KV-cache bytes per token of a saved model, in the class of its checkpoint.
+
+    They are fewer than in memory if an equivalent architecture caches a single head that the model repeats.
     """
     kind, config = next(iter(equivalents(model)), (type(model), model.config))
     if kind is type(model):
@@ -145,28 +155,29 @@ def cache_as_saved(model: PreTrainedModel) -> int | None:
 
 
 def transposed(model: PreTrainedModel, kind: type[PreTrainedModel]) -> list[str]:
-    """Lists the weights that another class has transposed."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
-    return [f"{name}.weight" for name in linears] if kind is not type(model) else []
+    """Returns the names of weights that an equivalent class stores transposed."""
+    if kind is type(model):
+        return []
+    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)]
 
 
 def _classes(
     kind: type[PreTrainedModel], config: PretrainedConfig
 ) -> Iterator[tuple[type[PreTrainedModel], dict[str, Any], Collection[str]]]:
-    """Yields the class itself, and those that can stand for it with this config, with the fields that each adds and lacks."""
+    """Yields a class and its equivalents, with the config fields that each adds and lacks."""
     yield kind, {}, ()
     if getattr(transformers, kind.__name__, None) is not kind:
         return
-    for start, families in EQUIVALENT.items():
-        task = kind.__name__.removeprefix(start)
+    for prefix, families in EQUIVALENT.items():
+        task = kind.__name__.removeprefix(prefix)
         for family in families if task[:1].isupper() and task != kind.__name__ else ():
-            other = getattr(transformers, family.name + family.tasks.get(task, task), None)
-            if other is not None and _is_complete(family, config, cast(type[PretrainedConfig], other.config_class)):
-                yield other, _added(family, config), family.lacks
+            equivalent = getattr(transformers, family.name + family.tasks.get(task, task), None)
+            if equivalent is not None and _is_complete(family, config, cast(type[PretrainedConfig], equivalent.config_class)):
+                yield equivalent, _added(family, config), family.lacks
 
 
 def _is_complete(family: Family, config: PretrainedConfig, kind: type[PretrainedConfig]) -> bool:
-    """Returns True if a family's config, of the class `kind`, holds all that this config does, and nothing more."""
+    """Returns True if a config of the class `kind` expresses exactly this config."""
     declared, other = _declared(type(config)), _declared(kind)
     known = declared - other <= family.lacks.keys() and other - declared <= family.adds.keys() | {"head_dim"}
     neutral = all(_is_neutral(getattr(config, name, value), value) for name, value in family.lacks.items())
@@ -175,7 +186,7 @@ def _is_complete(family: Family, config: PretrainedConfig, kind: type[Pretrained
 
 
 def _is_neutral(stated: object, neutral: object) -> bool:
-    """Returns True if a field that the other family lacks changes nothing; `neutral` is the value that it must have."""
+    """Returns True if a value has no effect, so that a family without the field is equivalent."""
     if neutral is FULL:
         return stated in (FULL, None) or set(cast(list[str], stated)) == {"full_attention"}
     return neutral is ANY or stated == neutral
@@ -186,21 +197,23 @@ def _declared(kind: type[PretrainedConfig]) -> set[str]:
 
 
 def _added(family: Family, config: PretrainedConfig) -> dict[str, Any]:
-    """Returns the fields that a family's config adds to this one, without those that no code reads."""
-    return {
-        name: getattr(config, value.removeprefix("="), None) if isinstance(value, str) and value.startswith("=") else value
-        for name, value in family.adds.items()
-        if value is not ANY
-    }
+    """Returns the fields that a family adds to this config, without unused fields."""
+    added = dict[str, Any]()
+    for name, value in family.adds.items():
+        if isinstance(value, str) and value.startswith("="):
+            added[name] = getattr(config, value.removeprefix("="), None)
+        elif value is not ANY:
+            added[name] = value
+    return added
 
 
-def _is_shared_out(counts: Mapping[str, int]) -> bool:
-    """Returns True if the heads are together as wide as the hidden size."""
+def _heads_fill_hidden_size(counts: Mapping[str, int]) -> bool:
+    """Returns True if the query heads add up to the hidden size."""
     return counts["head_dim"] * counts.get("num_attention_heads", 0) == counts.get("hidden_size")
 
 
 def _counts(shape: Shape, config: PretrainedConfig) -> dict[str, int] | None:
-    """Derives config fields from the sizes of a model's tensors; None where layers differ, or give no whole number."""
+    """Derives config fields from tensor sizes, or returns None if they are inconsistent."""
     sizes = {value for name, value in shape.attributes.items() if name.endswith(".head_dim")}
     if len(sizes) != 1:
         return None

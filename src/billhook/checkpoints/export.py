@@ -1,4 +1,4 @@
-"""Exports a Lightning checkpoint to a Hugging Face folder, without the training script."""
+"""Export of Lightning checkpoints to Hugging Face folders, without the training script."""
 
 import copy
 import json
@@ -34,15 +34,15 @@ from billhook.units.gates import zero_units
 from billhook.units.units import Per
 
 EVENT = ("number", "step", "what", "before", "after")
-"""What each event of a fit says."""
+"""Keys that every recorded event has."""
 TRAINED = "billhook_trained"
-"""The key of Lightning checkpoints under which they keep how the model was trained."""
+"""Key of Lightning checkpoints for the training settings and metrics."""
 
 
 def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the record of a training run: settings, events in order, and the degradation at its end if measured.
+    """Returns the record of a training run: settings, events in order, and degradation.
 
-    What is not as billhook notes it, as anybody may have written the file, is left out.
+    Malformed entries are skipped, because the file may come from anywhere.
     """
     callbacks, noted = checkpoint.get("callbacks"), checkpoint.get(TRAINED)
     events, degradation, record = list[Mapping[str, Any]](), list[Mapping[str, Any]](), dict[str, Any]()
@@ -54,7 +54,8 @@ def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             if type(event["number"]) is type(event["step"]) is int and _is_plain(event):
                 events.append(event)
         degradation += filter(_is_plain, listed(state, "last", LOSSES))
-        if _is_plain(start := state.get("start")) and start:  # first whether it is a mapping: a tensor is neither true nor false
+        start = state.get("start")
+        if _is_plain(start) and start:  # in this order, because the truth value of a tensor may raise
             record.setdefault("start", dict(start))
     record["events"] = sorted(events, key=lambda event: (event["step"], event["number"]))
     facts = noted if isinstance(noted, Mapping) else {}
@@ -63,7 +64,7 @@ def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_plain(value: object) -> bool:
-    """Tells whether a value is a mapping that JSON can say."""
+    """Returns True for a mapping that JSON can represent."""
     if not isinstance(value, Mapping):
         return False
     try:
@@ -74,34 +75,34 @@ def _is_plain(value: object) -> bool:
 
 
 def check_trained(model: PreTrainedModel, record: Record, name: str) -> None:
-    """Refuses a rebuilt model that computes by other constants than are recorded of the one that was trained.
+    """Raises an error if constants that affect the logits differ from the recorded values.
 
-    They may differ where they change nothing of what the model computes of a probe, as rates of dropout and a size of the
-    vocabulary from before it grew. To find out, yet another value is tried; what the file says is only compared.
+    Constants without an effect on the logits of a probe may differ, such as dropout rates. This is tested with a third value,
+    so that values from the file are only compared and never used.
     """
     differing = sorted(differences(model, record), key=lambda difference: difference.constant.attr)
     if not differing:
         return
     probe = make_probe(model)
     expected = logits_of(model, probe)
-    for _, alike in groupby(differing, key=lambda difference: difference.constant.attr):
-        of_one_name = list(alike)
-        if _counts(model, of_one_name, probe, expected):
-            first = of_one_name[0]
+    for _, group in groupby(differing, key=lambda difference: difference.constant.attr):
+        same_attribute = list(group)
+        if _affects_logits(model, same_attribute, probe, expected):
+            first = same_attribute[0]
             raise ValueError(
-                f"'{name}' holds no {type(model).__name__} that computes what the trained one did: "
-                f"{first.constant.name.removeprefix('.')} was {_shown(first.recorded)} in training, and its class makes "
-                f"{_shown(first.now)} of the config in the checkpoint"
+                f"'{name}': the rebuilt {type(model).__name__} differs from the trained model: "
+                f"{first.constant.name.removeprefix('.')} was {_format(first.recorded)} in training, but is "
+                f"{_format(first.now)} according to the config in the checkpoint"
             )
 
 
-def _shown(value: Number) -> str:
+def _format(value: Number) -> str:
     return f"{value:.7g}" if isinstance(value, float) else str(value)
 
 
-def _counts(model: PreTrainedModel, differing: Sequence[Difference], probe: Probe, expected: Tensor) -> bool:
-    """Tells whether other constants than the model's give other logits, or no logits."""
-    with _others(differing):
+def _affects_logits(model: PreTrainedModel, differing: Sequence[Difference], probe: Probe, expected: Tensor) -> bool:
+    """Returns True if the logits change, or the model fails, with other constants."""
+    with _changed_constants(differing):
         try:
             logits = logits_of(model, probe)
         except (MemoryError, torch.OutOfMemoryError):
@@ -112,21 +113,21 @@ def _counts(model: PreTrainedModel, differing: Sequence[Difference], probe: Prob
 
 
 @contextmanager
-def _others(differing: Sequence[Difference]) -> Iterator[None]:
-    """Gives a model other constants for a while."""
+def _changed_constants(differing: Sequence[Difference]) -> Iterator[None]:
+    """Changes constants of a model within a `with` block."""
     constants = [difference.constant for difference in differing]
     before = [constant.value for constant in constants]
     try:
         for constant, value in zip(constants, before, strict=True):
-            constant.holder[constant.attr] = _other(value)
+            constant.holder[constant.attr] = _other_value(value)
         yield
     finally:
         for constant, value in zip(constants, before, strict=True):
             constant.holder[constant.attr] = value
 
 
-def _other(value: Any) -> Any:  # noqa: ANN401 - a number or a tensor
-    """Makes a number that is as legal: a probability stays one, and a place in a table is one in the table."""
+def _other_value(value: Any) -> Any:  # noqa: ANN401 - a number or a tensor
+    """Returns another legal value, such as a probability in [0, 1] or an index in its table."""
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex():
             return torch.where(value == 0, 0.5, value / 2).to(value.dtype)
@@ -144,37 +145,37 @@ IGNORED = {
     *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
     KEY,
 }
-"""Config fields that make transformers fetch code, choose kernels, or that billhook wrote."""
+"""Config fields that make transformers download code or select kernels, and billhook's entry."""
 MASKED = "billhook_masked_heads"
-"""The key of Lightning checkpoints under which they keep which heads are masked."""
+"""Key of Lightning checkpoints for masked heads."""
 REPEATED = re.compile("(layers?|depths?|blocks|experts)$")
-"""Config fields that set how often something is built."""
+"""Config fields that set the number of repeated modules."""
 
 
 def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> Saved:
-    """Turns a Lightning checkpoint that billhook's callbacks or module wrote into a Hugging Face folder, verified.
+    """Exports a Lightning checkpoint of billhook as a verified Hugging Face folder.
 
-    The model is rebuilt of the config, shape and weights in the checkpoint, every weight by its name and size. The numbers and
-    unsaved buffers by which it computes are compared with those that the checkpoint records of the model that was trained, such
-    as the scale of embeddings; one of an older billhook records none. Then the folder is loaded again, and its logits are
-    compared with those of the rebuilt model. The trained model's own logits are not known here: they would take a forward at
-    every checkpoint. So code that a script put in the place of the class's own is not seen. The record and the model card say
-    what callbacks have noted in the checkpoint: events, and degradation, which is measured right after events and at the end.
+    The model is rebuilt from the config, shape, and weights in the checkpoint. Its constants and unsaved buffers, such as the
+    embedding scale, are compared with those of the trained model, unless an older version wrote the checkpoint. Then the folder
+    is reloaded, and its logits are compared with those of the rebuilt model. The logits of the trained model are unknown, because
+    recording them would need a forward pass at every checkpoint. Changes that a script made to the code of the class are
+    therefore not detected. The record and the model card have the events and the degradation from the checkpoint.
 
     Args:
-        ckpt: The Lightning checkpoint: a .ckpt file, or the folder of a sharded one, which needs no process group.
-        out: The folder to write; new, empty, or an earlier export.
-        tokenizer: The tokenizer to save with the model, a name or folder; by default the one that training started from.
+        ckpt: Lightning checkpoint: a .ckpt file, or the folder of a sharded checkpoint (no process group is needed).
+        out: Output folder. It must be new, empty, or an earlier export.
+        tokenizer: Name or folder of a tokenizer to save with the model. Defaults to the tokenizer that training started from.
 
     Raises:
-        ValueError: If the file is not a Lightning checkpoint that billhook can read, `out` holds something else, or the model
-            that was trained computed by other numbers than its class makes of the config.
+        ValueError: If the file is not a Lightning checkpoint of billhook, `out` is not a billhook checkpoint, or constants of
+            the trained model differ from those that its class derives from the config.
     """
     check_target(out)
     checkpoint = read_checkpoint(ckpt)
     base = base_checkpoint(checkpoint, str(ckpt))
     model = build_model(base, str(ckpt))
-    if constants := base[KEY].get("constants"):
+    constants = base[KEY].get("constants")
+    if constants:
         check_trained(model, constants, str(ckpt))
     restore_adapters(model, checkpoint, str(ckpt))
     _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
@@ -185,20 +186,20 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
 
 
 def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noqa: ANN401 - what a file holds
-    """Zeroes the weights that read heads which were masked in training."""
+    """Zeroes the consumer weights of heads that were masked in training."""
     if masked is None:
         return
     heads = masked.get("heads") if isinstance(masked, dict) else None
     if not isinstance(heads, dict) or not all(isinstance(numbers, list) for numbers in heads.values()):
-        raise ValueError(f"'{name}' does not say which heads are masked as billhook writes it")
-    zero_units(model, heads, per=cast(Per, masked.get("per")))  # which is checked there
+        raise ValueError(f"'{name}' has a malformed entry '{MASKED}' for masked heads")
+    zero_units(model, heads, per=cast(Per, masked.get("per")))  # checks `per`
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a Lightning checkpoint as data; nothing in it can run code, and its tensors stay in its files."""
+    """Reads a Lightning checkpoint without running code; its tensors are memory-mapped."""
     sharded = is_sharded_checkpoint(Path(path))
     if not (sharded or Path(path).is_file()):
-        raise ValueError(f"'{path}' is neither a Lightning checkpoint (.ckpt) nor a folder of its shards: one of them is needed")
+        raise ValueError(f"'{path}' is neither a Lightning checkpoint (.ckpt) nor a folder of its shards")
     try:
         checkpoint = read_sharded(Path(path)) if sharded else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -206,32 +207,34 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise ValueError(f"'{path}' is not a Lightning checkpoint: it has no state_dict of tensors")
-    if not (record := checkpoint.get(KEY)):
-        raise ValueError(f"'{path}' was not written with a billhook callback or module: it does not say what model it holds")
+    record = checkpoint.get(KEY)
+    if not record:
+        raise ValueError(f"'{path}' has no entry '{KEY}', because no billhook callback or module wrote it")
     kinds = {"class": str, "config": str, "prefix": str, "shape": dict, "name_or_path": str | None}
-    wrong = [k for k, kind in kinds.items() if not isinstance(record, dict) or k not in record or not isinstance(record[k], kind)]
-    if wrong:
-        raise ValueError(f"'{path}' does not say what model it holds as billhook writes it: {wrong[0]} is missing or wrong")
+    for name, kind in kinds.items():
+        if not isinstance(record, dict) or name not in record or not isinstance(record[name], kind):
+            raise ValueError(f"'{path}' has a malformed entry '{KEY}': {name} is missing or wrong")
     try:
-        check_record(record.get("constants", {"numbers": {}, "buffers": {}}))  # an older billhook recorded none
+        check_record(record.get("constants", {"numbers": {}, "buffers": {}}))  # older versions recorded none
     except ValueError as error:
-        raise ValueError(f"'{path}' does not say what model it holds as billhook writes it: {error}") from None
+        raise ValueError(f"'{path}' has a malformed entry '{KEY}': {error}") from None
     return cast(dict[str, Any], checkpoint)
 
 
 def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
-    """Builds the Hugging Face model that a Lightning checkpoint holds.
+    """Builds the Hugging Face model in a Lightning checkpoint.
 
-    It is built on meta tensors first, and takes memory only when its sizes are those of the tensors in the checkpoint. Where its
-    class builds other sizes from the config, it takes those that the checkpoint records and holds.
+    It is built on the meta device first, and allocated only if its sizes match the tensors in the checkpoint. If its class builds
+    different sizes from the config, the recorded sizes are used.
     """
     record, prefix = checkpoint[KEY], checkpoint[KEY]["prefix"]
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    if adapted := next((key for key in state if ".base_layer." in key), None):
-        raise ValueError(
-            f"'{name}' holds adapters beside the weights ({adapted}), but not how they are scaled: load it in the script that "
-            "wrote it, and save the model from there (bh.save, or the callback Export)"
-        )
+    for key in state:
+        if ".base_layer." in key:
+            raise ValueError(
+                f"'{name}' contains adapters ({key}) without their scaling. Load it in the script that wrote it, and save the "
+                "model there with bh.save or the Export callback."
+            )
     try:
         shape = Shape.from_dict(record["shape"])
         config = _read_config(record, shape, limit=1000 + len(state))
@@ -245,39 +248,39 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
         compute_experts_eagerly(model)
         logits_of(model, make_probe(model))
     except Exception as error:
-        raise ValueError(f"'{name}' holds no {record['class'][:80]} that can be built: {error}") from error
+        raise ValueError(f"'{name}': its {record['class'][:80]} cannot be built: {error}") from error
     return model
 
 
 def _read_config(record: dict[str, Any], shape: Shape, limit: int) -> PretrainedConfig:
-    """Makes the config that a checkpoint holds; fields that its class derives from others are as they were."""
+    """Builds the config in a checkpoint, with the recorded values of derived fields."""
     fields = _harmless(json.loads(record["config"], object_hook=_number), limit)
     config: PretrainedConfig = transformers.AutoConfig.for_model(**{**copy.deepcopy(fields), "architectures": [record["class"]]})
     derived = {name: shape.config[name] for name, value in fields_of(config).items() if shape.config.get(name, value) != value}
     for name, stated in derived.items():
         if _within(fields, name) != stated:
-            raise ValueError(f"config and shape do not agree on {name}")
+            raise ValueError(f"config and shape have different values of {name}")
     set_fields(config, derived)
     return config
 
 
 def _number(fields: dict[str, Any]) -> Any:  # noqa: ANN401 - any JSON
-    """Reads what transformers writes in the place of a number that JSON lacks."""
+    """Decodes the substitute of transformers for a number that JSON lacks."""
     stated = fields.get("__float__") if len(fields) == 1 else None
     return float(stated) if stated in ("Infinity", "-Infinity", "NaN") else fields
 
 
 def _within(fields: Any, name: str) -> object:  # noqa: ANN401 - any JSON
-    first, _, rest = name.partition(".")
+    first, _, nested = name.partition(".")
     value = fields.get(first) if isinstance(fields, dict) else None
-    return _within(value, rest) if rest else value
+    return _within(value, nested) if nested else value
 
 
 def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
-    """Drops the fields of a config that make transformers fetch code or choose kernels.
+    """Drops the config fields that make transformers download code or select kernels.
 
     Raises:
-        ValueError: If there are more layers than `limit`; even empty ones take memory.
+        ValueError: If there are more layers than `limit`, because even empty layers use memory.
     """
     if isinstance(fields, list):
         return [_harmless(value, limit) for value in fields]
@@ -286,21 +289,21 @@ def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
     for key, value in fields.items():
         counts = value if isinstance(value, list) else [value]
         if REPEATED.search(key) and any(isinstance(count, int) and count > limit for count in counts):
-            raise ValueError(f"{key}={value} is more than there are tensors")
+            raise ValueError(f"{key}={value} exceeds the number of tensors")
     return {key: _harmless(value, limit) for key, value in fields.items() if key not in IGNORED and not key.startswith("__")}
 
 
-def _check_sizes(shadow: PreTrainedModel, recorded: Shape, state: dict[str, Tensor]) -> bool:
-    """Refuses a shape that is not that of the tensors; returns True if it is also what the config builds."""
-    built = shape_of(shadow)
+def _check_sizes(meta_model: PreTrainedModel, recorded: Shape, state: dict[str, Tensor]) -> bool:
+    """Checks the recorded shape; returns True if the config builds the same."""
+    built = shape_of(meta_model)
     for name in [*built.tensors, *recorded.tensors]:
         in_weights = tuple(state[name].shape) if name in state else None
         sizes = {"config": built.tensors.get(name), "shape": recorded.tensors.get(name), "weights": in_weights}
         if in_weights != sizes["shape"] or len({None if size is None else len(size) for size in sizes.values()}) > 1:
-            listed = ", ".join(f"{size or 'not there'} by its {where}" for where, size in sizes.items())
-            raise ValueError(f"{name} is {listed}")
-    if sum(buffer.numel() for buffer in shadow.buffers()) > 10**8 + 10 * sum(tensor.numel() for tensor in state.values()):
-        raise ValueError("the config asks for far more than the checkpoint holds")
+            details = ", ".join(f"{size or 'missing'} in the {source}" for source, size in sizes.items())
+            raise ValueError(f"the size of {name} is {details}")
+    if sum(buffer.numel() for buffer in meta_model.buffers()) > 10**8 + 10 * sum(tensor.numel() for tensor in state.values()):
+        raise ValueError("the buffers of the config are much larger than the checkpoint")
     return built.tensors == recorded.tensors
 
 
@@ -312,6 +315,6 @@ def _find_tokenizer(requested: str | None, started_from: str | None, model: PreT
         return load_tokenizer(name)
     except (OSError, ValueError) as error:
         if requested:
-            raise ValueError(f"tokenizer: none can be read from '{requested}': {error}") from error
-        warnings.warn(f"no tokenizer is saved along, since none can be read from '{name}'; name one", stacklevel=3)
+            raise ValueError(f"tokenizer='{requested}' cannot be loaded: {error}") from error
+        warnings.warn(f"no tokenizer was saved, because none can be loaded from '{name}'. Pass tokenizer=.", stacklevel=3)
         return None

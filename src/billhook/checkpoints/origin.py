@@ -1,4 +1,4 @@
-"""Finds what a model was made of: the model of the hub, and its licence."""
+"""Origin of a model: its base model on the Hub, and its license."""
 
 import json
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from yaml import YAMLError
 from billhook.atomic_folder import RECORD
 
 CARD = "README.md"
-"""The name of the file that holds a model card."""
+"""File name of the model card."""
 LONGEST = 200
-"""Characters that a licence's name or address has at most."""
+"""Maximum number of characters of a license name or link."""
 
 
 def hub_name(name: str) -> str | None:
-    """Returns a model's name if it is one of the hub, not a folder."""
+    """Returns a name if it is a Hub name, not a folder."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -31,15 +31,16 @@ def hub_name(name: str) -> str | None:
 
 
 def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
-    """Returns what a record says of the model that a name or folder holds.
+    """Returns the origin of a model for a record: base model or folder, and license.
 
-    That is the hub's name for it as `base_model`, of a folder that billhook wrote the one in its record, or else the folder's
-    name and the model's class as `made_of`; and the licence that its model card or config names as `license`, with
-    `license_name` and `license_link` where the card has them. Nothing is fetched: a card of the hub is read if it was downloaded.
+    `base_model` is the Hub name, for a billhook checkpoint the one in its record. Otherwise `made_of` has the name of the folder
+    and the model's class. `license`, `license_name`, and `license_link` come from the model card, or `license` from the config.
+    Nothing is downloaded: a model card on the Hub is used if it is in the cache.
     """
     origin: dict[str, Any] = {}
     recorded = _recorded(Path(name)) if name else {}
-    if name and (base := hub_name(name) or _in_cache(name) or recorded.get("base_model")):
+    base = hub_name(name) or _in_cache(name) or recorded.get("base_model") if name else None
+    if base:
         origin["base_model"] = base
     elif name:
         kind = next(iter(config.architectures or []), None)
@@ -49,21 +50,22 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
     if not _is_text(stated):
         return origin
     origin["license"] = stated
-    if _is_text(license_name := card.get("license_name")):
+    license_name, link = card.get("license_name"), card.get("license_link")
+    if _is_text(license_name):
         origin["license_name"] = license_name
-    if _is_text(link := card.get("license_link")) and str(link).startswith(("https://", "http://")):  # a file would not be there
+    if _is_text(link) and str(link).startswith(("https://", "http://")):  # a link to a file would be broken
         origin["license_link"] = link
     return origin
 
 
 def _in_cache(name: str) -> str | None:
-    """Returns the hub's name of a model whose folder lies in the cache of huggingface_hub."""
+    """Returns the Hub name of a model whose folder is in the cache of huggingface_hub."""
     folder = next((part for part in Path(name).parts if part.startswith("models--")), "")
     return hub_name("/".join(folder.split("--")[1:]))
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
-    """Returns what the record in a folder of billhook's says that was made of: a model of the hub, or another folder."""
+    """Returns the origin in the record of a billhook checkpoint: a Hub model or a folder."""
     with suppress(OSError, ValueError, AttributeError, RecursionError):
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         base, made_of = record.get("base_model"), record.get("made_of")
@@ -75,7 +77,7 @@ def _recorded(folder: Path) -> dict[str, Any]:
 
 
 def _card_of(name: str) -> Mapping[str, Any]:
-    """Returns the front matter of a model's card, empty where it has none that can be read."""
+    """Returns the front matter of a model card, or nothing if it cannot be read."""
     file = try_to_load_from_cache(name, CARD) if hub_name(name) else Path(name) / CARD
     if not isinstance(file, str | Path) or not Path(file).is_file():
         return {}

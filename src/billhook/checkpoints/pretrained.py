@@ -1,4 +1,4 @@
-"""Loads the model of a name, a folder, a config.json or a config, in the class that a task needs."""
+"""Loading of models from a name, folder, config.json, or config, in the class of a task."""
 
 import copy
 from pathlib import Path
@@ -40,17 +40,17 @@ def load_model(
     num_labels: int | None = None,
     gguf_file: str | None = None,
 ) -> PreTrainedModel:
-    """Loads or builds the model of a name, a folder, a config.json or a config (see `TransformerModule`)."""
+    """Loads or builds a model from a name, folder, config.json, or config."""
     options = {k: v for k, v in options.items() if v is not None}
     labels = {} if num_labels is None else {"num_labels": num_labels}
     auto = AUTO_CLASSES[task]
     if isinstance(model, str) and model.endswith(".json"):
         if not Path(model).is_file():
-            raise ValueError(f"model: there is no config file '{model}'")
+            raise ValueError(f"model: the config file '{model}' does not exist")
         with readable(file := model):
             return _built(auto, read_config(file), options, labels)
     if isinstance(model, PretrainedConfig):
-        return _built(auto, copy.deepcopy(model), options, labels)  # an event changes it, and others may be made of it
+        return _built(auto, copy.deepcopy(model), options, labels)  # events change the config, which the caller may use again
     name = model_path(model)
     with readable(name):
         if gguf_file is None:
@@ -61,7 +61,7 @@ def load_model(
                 kind = _class_for(auto, config, task)
                 return load_shaped(kind, name, options.get("dtype", "auto"), options.get("attn_implementation"), num_labels)
         loaded = load_complete(auto, name, gguf_file=gguf_file, **options, **labels)
-    return loaded if gguf_file is None else _plain(loaded)
+    return loaded if gguf_file is None else _without_quantization(loaded)
 
 
 def _built(auto: Any, config: PretrainedConfig, options: dict[str, Any], labels: dict[str, Any]) -> PreTrainedModel:  # noqa: ANN401
@@ -72,17 +72,17 @@ def _built(auto: Any, config: PretrainedConfig, options: dict[str, Any], labels:
 
 
 def _class_for(auto: Any, config: PretrainedConfig, task: str) -> type[PreTrainedModel]:  # noqa: ANN401 - an auto class
-    """Finds the class that an auto class takes for a config: of several, the one that the config names, or else the first."""
+    """Returns the class of an auto class that a config names, or the first."""
     kinds = classes_of(auto, config)
     if not kinds:
-        raise ValueError(f"task={task!r}: transformers has no class for it of the family '{config.model_type}'")
+        raise ValueError(f"task={task!r} is not supported: transformers has no such class for model type '{config.model_type}'")
     return next((kind for kind in kinds if kind.__name__ in (config.architectures or ())), kinds[0])
 
 
-def _plain(loaded: PreTrainedModel) -> PreTrainedModel:
-    """Copies a model without its note that it was quantised: one loaded from GGUF refuses to be saved."""
+def _without_quantization(loaded: PreTrainedModel) -> PreTrainedModel:
+    """Copies a dequantized model without its quantization config, so that it can be saved."""
     config = loaded.config
     del config.quantization_config
-    plain = build_class(type(loaded), config, loaded.dtype)
-    plain.load_state_dict(loaded.state_dict())
-    return plain
+    model = build_class(type(loaded), config, loaded.dtype)
+    model.load_state_dict(loaded.state_dict())
+    return model

@@ -1,4 +1,4 @@
-"""Pushes a saved folder to the Hub, by huggingface_hub."""
+"""Pushing of saved folders to the Hub."""
 
 import json
 import shlex
@@ -14,17 +14,17 @@ from billhook.private_paths import absolute_paths
 
 
 class NotPushed(RuntimeError):
-    """Raised when the Hub has not taken a folder, which stays as it is; the message says how to try again."""
+    """Error for a failed push. The folder is unchanged; the message has the command to retry."""
 
 
 def check_repository(argument: str, name: object) -> None:
-    """Refuses what is no name of a repository of the Hub.
+    """Raises an error unless a value is the name of a Hub repository.
 
     >>> check_repository("push_to_hub", "a model")
     Traceback (most recent call last):
-    ValueError: push_to_hub='a model' must be the name of a repository of the Hub, as in 'user/name'
+    ValueError: push_to_hub='a model' must be the name of a Hub repository, such as 'user/name'
     """
-    legal = f"{argument}={name!r} must be the name of a repository of the Hub, as in 'user/name'"
+    legal = f"{argument}={name!r} must be the name of a Hub repository, such as 'user/name'"
     if not isinstance(name, str) or name.count("/") != 1:
         raise ValueError(legal)
     try:
@@ -34,30 +34,29 @@ def check_repository(argument: str, name: object) -> None:
 
 
 def check_token(argument: str, name: str) -> None:
-    """Refuses a push that cannot come about: without a token, or offline."""
+    """Raises an error if a push is impossible: offline, or without a token."""
     if constants.HF_HUB_OFFLINE:
-        raise ValueError(f"{argument}='{name}': HF_HUB_OFFLINE is set, so nothing can be pushed: unset it")
+        raise ValueError(f"{argument}='{name}': HF_HUB_OFFLINE is set. Unset it to push.")
     if get_token() is None:
-        raise ValueError(f"{argument}='{name}': there is no token of the Hub on this machine: `hf auth login`, or set HF_TOKEN")
+        raise ValueError(f"{argument}='{name}': no Hub token on this machine. Run `hf auth login`, or set HF_TOKEN.")
 
 
 def push(folder: str | Path, name: str, private: bool = False, revision: str | None = None) -> str:
-    """Pushes a folder that billhook saved and verified to a repository of the Hub, which is made if it is not there.
+    """Pushes a billhook checkpoint to a Hub repository, which is created if it is missing.
 
     Args:
-        folder: The folder; all of it is pushed, in one commit.
-        name: The repository, as in `"user/name"`.
-        private: Whether the repository must be private; otherwise a new one is as the account has it by default.
-        revision: The branch, which is made if it is not there; by default `main`.
+        folder: Folder to push, in one commit.
+        name: Name of the repository, such as `"user/name"`.
+        private: If True, requires a private repository. Otherwise a new repository uses the account's default.
+        revision: Branch, which is created if it is missing. Defaults to `main`.
 
     Returns:
-        The address of the commit.
+        URL of the commit.
 
     Raises:
-        ValueError: Before anything is pushed, if the folder is no complete checkpoint of billhook's, the name is none of a
-            repository, its record, card or config holds an absolute path, as older versions wrote them, there is no token, or
-            the Hub is switched off.
-        NotPushed: If the Hub does not take it, or the repository is public and `private` was asked for.
+        ValueError: Before the push, if the folder is not a complete billhook checkpoint, the name is illegal, the record, card,
+            or config contains an absolute path (as in older versions), there is no token, or the Hub is offline.
+        NotPushed: If the push fails, or `private` is set and the repository is public.
     """
     check_repository("name", name)
     check_token("name", name)
@@ -66,22 +65,23 @@ def push(folder: str | Path, name: str, private: bool = False, revision: str | N
     try:
         return _pushed(HfApi(library_name="billhook"), str(folder), name, private, revision)
     except Exception as error:  # of the network, the Hub or its client
-        why = _why(error)
-        words = ["billhook", "push", str(folder), name, *["--private"] * private, *(["--revision", revision] if revision else [])]
-        again = shlex.join(words)
-        raise NotPushed(f"'{folder}' is not pushed to {name}: {why}. The folder is as it was; `{again}` tries again") from error
+        reason = _describe(error)
+        options = ["--private"] * private + (["--revision", revision] if revision else [])
+        retry = shlex.join(["billhook", "push", str(folder), name, *options])
+        raise NotPushed(f"'{folder}' was not pushed to {name}: {reason}. To retry, run `{retry}`") from error
 
 
-def _why(error: BaseException) -> str:
-    """Says in a line what went wrong, with what lies behind it."""
-    said = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-    return said if error.__cause__ is None or str(error.__cause__) in str(error) else f"{said}: {_why(error.__cause__)}"
+def _describe(error: BaseException) -> str:
+    """Returns the messages of an error and its causes on a line."""
+    message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+    cause = error.__cause__
+    return message if cause is None or str(cause) in str(error) else f"{message}: {_describe(cause)}"
 
 
 def _pushed(api: HfApi, folder: str, name: str, private: bool, revision: str | None) -> str:
     api.create_repo(name, private=private or None, exist_ok=True)
     if private and not api.repo_info(name).private:
-        raise PermissionError("the repository is there already, and it is public: make it private, or name another")
+        raise PermissionError("the repository exists and is public. Make it private, or choose another name")
     if revision is not None:
         api.create_branch(name, branch=revision, exist_ok=True)
     commit = api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message="Saved by billhook")
@@ -89,19 +89,19 @@ def _pushed(api: HfApi, folder: str, name: str, private: bool, revision: str | N
 
 
 def _check_saved(folder: Path) -> None:
-    """Refuses a folder that is not as `save` wrote it and verified it."""
-    legal = "only what billhook has saved, which verifies it, is pushed"
+    """Raises an error unless a folder is a complete, verified checkpoint."""
+    legal = "Only folders that billhook saved, and so verified, can be pushed."
     try:
         files = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
         missing = [file for file in files if not (folder / file).exists()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"folder='{folder}': it holds no {RECORD} as billhook writes it, and {legal}") from None
+        raise ValueError(f"folder='{folder}' has no valid {RECORD}. {legal}") from None
     if missing:
-        raise ValueError(f"folder='{folder}': {missing[0]} is missing, and {legal}")
+        raise ValueError(f"folder='{folder}': {missing[0]} is missing. {legal}")
 
 
 def _check_paths(folder: Path) -> None:
-    """Refuses a record, card or config that says where files lay on a machine, as older versions wrote it."""
+    """Raises an error if a record, card, or config contains absolute paths."""
     texts: dict[str, object] = {}
     for file in (RECORD, "config.json", CARD):
         if (folder / file).is_file():
@@ -110,9 +110,10 @@ def _check_paths(folder: Path) -> None:
     config = texts.get("config.json")
     texts["config.json"] = config.get("_name_or_path") if isinstance(config, dict) else None
     for file, content in texts.items():
-        if paths := list(dict.fromkeys(absolute_paths(content))):
+        paths = list(dict.fromkeys(absolute_paths(content)))
+        if paths:
             more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
             raise ValueError(
-                f"folder='{folder}': {file} holds the absolute path '{paths[0][:200]}'{more}, which all who see the repository "
-                "would read: take it out, or load the model, save it with this billhook (bh.save), and push that"
+                f"folder='{folder}': {file} contains the absolute path '{paths[0][:200]}'{more}, which would be published. "
+                "Remove it, or load the model, save it again with bh.save, and push that folder."
             )

@@ -1,4 +1,4 @@
-"""Saves and loads Hugging Face checkpoints: written, reloaded and compared before they are moved into place."""
+"""Verified saving and loading of Hugging Face checkpoints."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from billhook.arguments import check_types
 from billhook.assets import model_path
 from billhook.atomic_folder import RECORD, check_name, check_target, draft_folder, folder_size, recover_folder, replace_folder
 from billhook.checkpoints.card import card
-from billhook.checkpoints.equivalent import equivalents, say_head_dim, transposed
+from billhook.checkpoints.equivalent import equivalents, set_head_dim, transposed
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.display import Printable
@@ -85,51 +85,49 @@ def save(
     record: Mapping[str, Any] | None = None,
     probe: Probe | None = None,
 ) -> Saved:
-    """Saves a model as a Hugging Face checkpoint that is known to load: written to a draft, reloaded, compared, moved into place.
+    """Saves a verified Hugging Face checkpoint, reloaded and compared before it is in place.
 
-    At every moment `folder` is missing, empty or a complete checkpoint, also if the process is killed, and a save that fails
-    leaves everything as it was. A checkpoint that billhook wrote there earlier is replaced, by two renames; a process killed
-    right between them leaves nothing at `folder`, and the earlier checkpoint, complete, next to it as `.NAME.draft-old`, which
-    the next save puts back first. Where `folder` is a symbolic link, its target is replaced and the link stays. The model is left
-    as it was: modes, gradients, config, and torch's random state too.
+    The save is atomic: `folder` is missing, empty, or a complete checkpoint at any time, even if the process is killed. If a save
+    fails, nothing changes. An existing billhook checkpoint is replaced by two renames. If the process is killed between them,
+    the old checkpoint remains as `.NAME.draft-old` next to `folder`, and the next save restores it first. If `folder` is a
+    symbolic link, its target is replaced. The model is unchanged, including modes, gradients, config, and torch's random state.
 
-    Where the model's class builds tensors of other sizes from the model's config, the first of these ways is taken that works:
+    If the model's class would build different sizes from the config, the first possible format is used:
 
-    - its class builds them from a config with other numbers of heads and with `head_dim`: that config is written;
-    - a family that computes the same builds them: a Llama whose heads do not divide its width is saved as a Mistral, a GPT-2 with
-      one KV head as a GPTBigCode. The reloaded model must have the same tensors and give the same logits, bit for bit, except
-      for rounding where linears are transposed. The model itself stays in its class. Where vLLM and llama.cpp read no `head_dim`
-      in the model's own family, this comes first: a Qwen2 whose heads are not together as wide as its hidden size is saved as a
-      SeedOss, if no layer sees through a window;
-    - otherwise config.json reports under `"billhook"` which sizes and whole-number attributes differ (between layers, for
-      example), and which linears store fewer heads than they give, and `load` loads it. Plain `from_pretrained` refuses it with
-      a RuntimeError, unless it is asked to ignore mismatched sizes.
+    - a standard checkpoint, whose config has different numbers of heads and `head_dim`;
+    - a standard checkpoint of an equivalent architecture: a Llama whose heads do not divide its hidden size is saved as a
+      Mistral, and a GPT-2 with one KV head as a GPTBigCode. The reloaded model must have the same tensors and bitwise identical
+      logits, except for rounding if linear layers are transposed. The model in memory keeps its class. This format comes first
+      if vLLM and llama.cpp ignore `head_dim` for the model type: a Qwen2 whose heads do not add up to the hidden size is saved as
+      a SeedOss, unless a layer uses a sliding window;
+    - a billhook checkpoint: config.json lists the differing sizes and integer attributes under `"billhook"`, for example per
+      layer, and the layers with repeated KV heads. `load` loads it. `from_pretrained` raises a RuntimeError, unless it is set to
+      ignore mismatched sizes.
 
-    A field `head_dim` that a config leaves empty is written as the number that the model has.
+    If `head_dim` is empty in the config, the model's value is written.
 
-    Of a model with PEFT's adapters attached, a copy is saved, with the adapters merged as by `merge`: in linears of which 1 % or
-    more is zero, every zero stays, and the others are merged in full. If part of the adapters' product is left out, a warning
-    reports how much; under `mask_adapters` it is nothing. To keep other zeros, or none, merge first.
+    For a model with PEFT adapters, a copy with merged adapters is saved, as by `merge`. Layers with at least 1% zeros keep every
+    zero; the others are merged in full. If part of an update is lost, a warning reports how much (nothing with `mask_adapters`).
+    To handle zeros differently, merge first.
 
     Args:
-        model: A Hugging Face model, or a module that holds one.
-        folder: The folder to write; new, empty, or an earlier checkpoint of billhook's.
-        tokenizer: Saved along; or a processor, or several of them.
-        record: The history of the model, for `billhook.json` and what of it the model card shows, `README.md`. Absolute paths in
-            it become the names of their files, as both may be published. Numbers that JSON lacks become `"NaN"`, `"Infinity"`
-            and `"-Infinity"`. Without one the card says what the model was made of, its licence, how it is loaded and which
-            engines run it.
-        probe: Inputs on which the logits are compared; by default random ones of the kinds that the model reads.
+        model: A Hugging Face model, or a module that contains one.
+        folder: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
+        tokenizer: Tokenizer or processor to save with the model, or a list of these.
+        record: History of the model, for `billhook.json` and the model card, `README.md`. Absolute paths are reduced to file
+            names, because both may be published. Numbers that JSON lacks become `"NaN"`, `"Infinity"`, and `"-Infinity"`.
+            Without a record, the card has the model's origin, license, loading code, and supported engines.
+        probe: Inputs for comparing logits. Defaults to random inputs of the kinds that the model accepts.
 
     Returns:
-        Where it is, the way it was saved, and the largest difference of logits.
+        Folder, format, and largest logit difference.
 
     Raises:
-        ValueError: Before anything is written, if something that billhook did not write stands at `folder`, `record` is not
-            plain data, the model does not run with `probe`, or comes without it and its inputs cannot be guessed, a part of it
-            is wrapped by `torch.compile` (compiled in place is right), or adapters cannot be merged.
-        RuntimeError: If the model computes no finite logits, or the reloaded one others, by more than rounding explains: four
-            times the effect of changing every weight by its last digit. Nothing is written at `folder`.
+        ValueError: Before anything is written, if `folder` is not a billhook checkpoint, `record` is not plain data, the model
+            does not run with `probe` or its inputs cannot be guessed, a module is wrapped by `torch.compile` (compiling in place
+            is supported), or adapters cannot be merged.
+        RuntimeError: If the model has no finite logits, or the logits of the reloaded model differ by more than rounding: four
+            times the effect of changing every weight by its last digit. `folder` is unchanged.
 
     Example:
         >>> import tempfile
@@ -156,7 +154,7 @@ def save(
             return _save(model, str(folder), target, tokenizer, plain, probe)
         with temporarily_merged(model) as merged:
             if merged.lost:
-                warnings.warn(f"the checkpoint does not compute what the model does: {merged.text()}", stacklevel=2)
+                warnings.warn(f"the checkpoint differs from the model: {merged.text()}", stacklevel=2)
             return _save(cast(PreTrainedModel, merged.model), str(folder), target, tokenizer, plain, probe, merged.text())
 
 
@@ -169,15 +167,15 @@ def _save(
     probe: Probe,
     adapters: str | None = None,
 ) -> Saved:
-    """Saves a model without adapters to a folder that is claimed, with a record in plain data that says what was merged."""
+    """Saves a model without adapters to a locked folder, with a record of plain data."""
     expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
     with draft_folder(target) as draft, _untouched(model), with_learned_masks(model):
         way, family, difference = _write(model, expected, draft, probe)
         for preprocessor in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
             preprocessor.save_pretrained(draft)
         saved = Saved(folder, way, difference, folder_size(draft) / 1e6, adapters, family)
-        said = asdict(saved) | {"folder": target.name}
-        plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": said}
+        result = asdict(saved) | {"folder": target.name}
+        plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": result}
         config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
         (draft / CARD).write_text(card(plain, saved.format, config), encoding="utf-8")
         files = sorted([RECORD, *(path.name for path in draft.iterdir())])
@@ -188,21 +186,26 @@ def _save(
 
 
 def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) -> tuple[Way, str | None, float]:
-    """Saves and verifies the model; returns the way, the family where it is another, and the largest difference of logits."""
-    vars(model.config).pop(KEY, None)  # an older report
-    say_head_dim(model)
+    """Writes and verifies a model.
+
+    Returns:
+        Format, model type of an equivalent architecture or None, and largest logit difference.
+    """
+    vars(model.config).pop(KEY, None)  # the entry of an earlier save
+    set_head_dim(model)
     shape = shape_beyond_config(model)
     if shape.tensors:
         setattr(model.config, KEY, to_entry(shape))
     _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()
     for kind, config in equivalents(model):
-        if to_transpose := transposed(model, kind):
+        to_transpose = transposed(model, kind)
+        if to_transpose:
             _write_weights(model, draft, to_transpose)
         config.save_pretrained(draft)
-        with suppress(RuntimeError):  # other logits
+        with suppress(RuntimeError):  # different logits
             difference = verify(model, expected, draft, probe, kind)
-            if difference == 0 or to_transpose:  # transposed linears round otherwise
+            if difference == 0 or to_transpose:  # transposed layers round differently
                 return ("plain", None, 0.0) if kind is type(model) else ("equivalent", config.model_type, difference)
         if to_transpose:
             _write_weights(model, draft)
@@ -211,20 +214,21 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
 
 
 def _write_weights(model: PreTrainedModel, draft: Path, to_transpose: Collection[str] = ()) -> None:
-    """Writes config and weights, some transposed, into a folder that is empty but for what was written so before."""
+    """Writes config and weights, some transposed, into a draft folder."""
     try:
         store_of(model).write(draft, to_transpose)
     except RuntimeError as error:
-        if "shared tensors" not in str(error) or (shared := _shared(model)) is None:
+        shared = _shared_names(model) if "shared tensors" in str(error) else None
+        if shared is None:
             raise
         raise ValueError(
-            f"model: {' and '.join(shared)} are one tensor, and {type(model).__name__} does not tie them: give each its own, "
-            "as by copy.deepcopy of a layer that is used twice"
+            f"model: {' and '.join(shared)} share a tensor that {type(model).__name__} does not tie. Copy it, for example with "
+            "copy.deepcopy of a layer that is used twice."
         ) from error
 
 
-def _shared(model: PreTrainedModel) -> list[str] | None:
-    """Names two parameters that are one tensor, although their class does not tie them."""
+def _shared_names(model: PreTrainedModel) -> list[str] | None:
+    """Returns two names of a shared parameter that the class does not tie, or None."""
     names = defaultdict[int, list[str]](list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name not in model.all_tied_weights_keys:
@@ -233,43 +237,43 @@ def _shared(model: PreTrainedModel) -> list[str] | None:
 
 
 def way_of(model: PreTrainedModel) -> tuple[Way, PretrainedConfig]:
-    """Says how `save` writes a model, if the logits are the same, and the config that then says its shape; no values are read."""
+    """Returns the format and config that `save` would use, without reading weights."""
     for kind, config in equivalents(model):
         return ("plain" if kind is type(model) else "equivalent"), config
     return ("shaped" if shape_beyond_config(model).tensors else "plain"), model.config
 
 
 def _check_no_prompts(module: nn.Module) -> None:
-    """Refuses prompts that PEFT puts before a model's inputs, as no weights of the model can hold them."""
+    """Raises an error for prompt tuning of PEFT, which model weights cannot represent."""
     for part in module.modules():
         config = getattr(part, "active_peft_config", None)  # of a PeftModel
         if getattr(config, "is_prompt_learning", False):
             raise ValueError(
-                f"model: {type(config).__name__} puts prompts before the inputs, which a plain checkpoint cannot hold: "
-                "save them with PEFT, or the model without them (get_base_model())"
+                f"model: {type(config).__name__} adds prompts to the inputs, which a model checkpoint cannot contain. Save them "
+                "with PEFT, or save the model without them (get_base_model())."
             )
 
 
 def check_names(model: PreTrainedModel) -> None:
-    """Refuses a model in which weights have names that its class would not find."""
+    """Raises an error if weights are renamed, so that the class would not find them."""
     for name, part in model.named_modules():
         if "_orig_mod" in part._modules:
             raise ValueError(
-                f"model: {name} is wrapped by torch.compile, which renames its weights, so that no checkpoint of it loads: "
-                "compile it in place, as in layer.compile()"
+                f"model: {name} is wrapped by torch.compile, which renames its weights, so that its checkpoint cannot be loaded. "
+                "Compile it in place, as in layer.compile()."
             )
 
 
 def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
-    """Loads a checkpoint in the class of transformers that its config names; no code that it brings is run.
+    """Loads a checkpoint in the transformers class of its config, without custom code.
 
     Args:
-        folder: A folder, a hub name, or `"tiny"`.
-        dtype: The dtype of the weights, `"auto"` for the checkpoint's own.
+        folder: A folder, a Hub name, or `"tiny"`.
+        dtype: Data type of the weights. `"auto"` uses the checkpoint's.
 
     Raises:
-        ValueError: If a folder is not a checkpoint, its config names no class that transformers has or asks for code, what the
-            config reports under `"billhook"` is not as `save` writes it or does not fit the files, or these cannot be read.
+        ValueError: If a folder is not a checkpoint, its config has no transformers class or requires custom code, its entry
+            `"billhook"` is malformed or does not match the files, or the files cannot be read.
 
     Example:
         >>> model = load("tiny")
@@ -286,7 +290,7 @@ def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
 
 @contextmanager
 def _untouched(model: PreTrainedModel) -> Iterator[None]:
-    """Puts back what saving and reloading change: torch's random state, and dtype and class in the config."""
+    """Restores the random state and config fields that saving and reloading change."""
     before = [(vars(config), dict(vars(config))) for _, config in nested_configs(model.config)]
     try:
         with forked(model.device):
@@ -298,7 +302,7 @@ def _untouched(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Converts the record to plain data for JSON, without private paths, as it may be published."""
+    """Converts a record to plain data for JSON, without private paths."""
 
     def finite(value: object) -> object:
         if isinstance(value, Mapping):
@@ -312,5 +316,5 @@ def _to_plain(record: Mapping[str, Any]) -> dict[str, Any]:
     try:
         plain: dict[str, Any] = without_paths(json.loads(json.dumps(finite(record), allow_nan=False)))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"record: {RECORD} holds plain data only (JSON): {error}") from error
+        raise ValueError(f"record must be plain data (JSON): {error}") from error
     return plain

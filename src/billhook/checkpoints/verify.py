@@ -21,25 +21,31 @@ from billhook.model.transformers_internals import match_implementations
 
 Probe = Mapping[str, Any]
 TIMES, TRIALS = 4, 4
-"""How often the effect of every weight's last digit counts as rounding; sums in another order have up to once that effect."""
+"""Allowed difference, as a multiple of the effect of every weight's last digit, and number of trials.
+
+Sums in another order have up to once that effect.
+"""
 MOST = 0.05
-"""What rounding is at most, relative to the largest logit: where a last digit turns a choice, its effect is no measure."""
+"""Upper bound of rounding, relative to the largest logit.
+
+If a last digit changes a discrete choice of the model, its effect is not a measure of rounding.
+"""
 CACHE_LINE = 64  # bytes
 
 
 def verify(
     model: PreTrainedModel, expected: Tensor, folder: Path, probe: Probe, kind: type[PreTrainedModel] | None = None
 ) -> float:
-    """Reloads a folder in a class, by default the model's, and returns the largest difference from the model's logits.
+    """Reloads a folder and returns the largest difference from the model's logits.
 
-    It is read one block at a time. Only if that gives other logits, or cannot be done, is it loaded as a whole beside a model in
-    memory, to tell rounding from other weights.
+    The folder is loaded one block at a time. For a model in memory, it is loaded completely if the logits differ or that fails,
+    to distinguish rounding from wrong weights.
 
     Raises:
-        RuntimeError: If the difference is more than rounding explains.
+        RuntimeError: If the difference is larger than rounding explains.
     """
     kind, streams = kind or type(model), not store_of(model).holds_all
-    if not streams and _is_same_by_blocks(model, expected, folder, probe, kind):
+    if not streams and _matches_blockwise(model, expected, folder, probe, kind):
         return 0.0
     if streams:
         reloaded = load_streamed(kind, str(folder), model.dtype, share_with=model)
@@ -47,44 +53,44 @@ def verify(
         try:
             reloaded = load_as(kind, str(folder), model.dtype).to(cast(Any, model.device))
         except ValueError as error:
-            raise RuntimeError(f"the reloaded checkpoint is incomplete or broken, so it was not saved: {error}") from error
-    _make_alike(model, reloaded)
+            raise RuntimeError(f"the model was not saved, because its checkpoint is incomplete or broken: {error}") from error
+    _match_computation(model, reloaded)
     logits = logits_of(reloaded, probe)
     if logits.shape != expected.shape:
-        sizes = f"they are {list(logits.shape)}, and were {list(expected.shape)}"
-        raise RuntimeError(f"the reloaded checkpoint computes other logits: {sizes}; it was not saved")
-    same = _where_same(expected, logits)
+        shapes = f"shape {list(logits.shape)} instead of {list(expected.shape)}"
+        raise RuntimeError(f"the model was not saved, because the reloaded checkpoint has different logits: {shapes}")
+    same = _equal(expected, logits)
     if same.all():
         return 0.0
     difference = float((expected - logits)[~same].abs().nan_to_num(torch.inf).max())
     if not difference <= _rounding(reloaded, logits, probe):
-        raise RuntimeError(f"the reloaded checkpoint computes other logits: they differ by {difference:.3g}; it was not saved")
+        raise RuntimeError(f"the model was not saved, because the logits of the reloaded checkpoint differ by {difference:.3g}")
     return difference
 
 
-def _is_same_by_blocks(model: PreTrainedModel, expected: Tensor, folder: Path, probe: Probe, kind: type[PreTrainedModel]) -> bool:
-    """Tells whether a folder that is read one block at a time gives the same logits, bit for bit."""
+def _matches_blockwise(model: PreTrainedModel, expected: Tensor, folder: Path, probe: Probe, kind: type[PreTrainedModel]) -> bool:
+    """Returns True if the folder, loaded block by block, has bitwise identical logits."""
     try:
         reloaded = load_streamed(kind, str(folder), model.dtype, share_with=model)
-        _make_alike(model, reloaded)
+        _match_computation(model, reloaded)
         logits = logits_of(reloaded, probe)
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception:  # what is quantised cannot be streamed, and what is broken says so again when it is loaded as a whole
+    except Exception:  # quantized models cannot be streamed, and a broken folder raises again when it is loaded completely
         return False
-    return logits.shape == expected.shape and bool(_where_same(expected, logits).all())
+    return logits.shape == expected.shape and bool(_equal(expected, logits).all())
 
 
-def _where_same(logits: Tensor, other: Tensor) -> Tensor:
+def _equal(logits: Tensor, other: Tensor) -> Tensor:
     return torch.isclose(logits, other, rtol=0, atol=0, equal_nan=True)
 
 
 def expect(model: PreTrainedModel, probe: Probe) -> Tensor:
-    """Computes the logits that the reloaded checkpoint must give.
+    """Returns the logits that the reloaded checkpoint must have.
 
     Raises:
         ValueError: If the model does not run with the probe.
-        RuntimeError: If it computes no finite number.
+        RuntimeError: If no logit is finite.
     """
     try:
         expected = logits_of(model, probe)
@@ -92,86 +98,88 @@ def expect(model: PreTrainedModel, probe: Probe) -> Tensor:
         raise
     except Exception as error:  # whatever a model raises
         raise ValueError(
-            f"probe: {type(model).__name__} does not run with {', '.join(probe)}, so that nothing can be verified: give inputs "
-            f"with which it runs ({type(error).__name__}: {error})"
+            f"probe: {type(model).__name__} does not run with {', '.join(probe)}, so it cannot be verified. Pass inputs with "
+            f"which it runs ({type(error).__name__}: {error})"
         ) from error
     if not expected.isfinite().any():
-        raise RuntimeError("the model computes no finite logits, so nothing can be verified (it has diverged); it was not saved")
+        raise RuntimeError("the model was not saved, because it has no finite logits (its training has diverged)")
     return expected
 
 
 def logits_of(model: PreTrainedModel, probe: Probe) -> Tensor:
-    """Computes the logits in float32, or for a model without a head its first output; some draw random numbers, the same."""
+    """Returns the logits in float32, or the first output of a base model, with a fixed seed."""
     inputs = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in probe.items()}
     with full_precision(), evaluating_without_grad(model), seeded(0, model.device):
         output = model(**inputs)
     logits: Tensor | tuple[Tensor, ...] = output.logits if hasattr(output, "logits") else output[0]
-    several = isinstance(logits, tuple | list)  # of heads for characters and for pieces of words, as MGP-STR's
-    return torch.cat([part.flatten() for part in logits]).float() if several else cast(Tensor, logits).float()
+    has_several = isinstance(logits, tuple | list)  # MGP-STR has one output for characters and others for subwords
+    return torch.cat([part.flatten() for part in logits]).float() if has_several else cast(Tensor, logits).float()
 
 
 def make_probe(model: PreTrainedModel) -> dict[str, Any]:
-    """Makes random inputs of the kinds that a model reads; token ids are 32 that end as a sequence does.
+    """Returns random inputs for a model, with up to 32 token ids.
 
     Raises:
-        ValueError: If they cannot be guessed.
+        ValueError: If the inputs cannot be guessed.
     """
     text = text_config(model.config)
     positions = getattr(text, "max_position_embeddings", None)
     length = min(32, positions // 2) if isinstance(positions, int) and positions > 1 else 32
-    try:  # some classifiers take one row, and music comes in a row for each codebook
+    try:  # some classifiers accept a single row, and music models need a row per codebook
         inputs = make_inputs(model, getattr(model.config, "num_codebooks", None) or 1, length)
     except ValueError as error:
-        raise ValueError(f"probe: {str(error).partition(':')[0]}: a batch of them is needed to verify with") from error
+        raise ValueError(f"probe=None: {str(error).partition('. ')[0]}. Pass a batch of inputs as probe.") from error
     end, size = getattr(text, "eos_token_id", None), getattr(text, "vocab_size", None) or 0
     for name in {"input_ids", "decoder_input_ids"} & inputs.keys():
         if isinstance(end, int) and 0 <= end < size:
-            inputs[name][:, -1] = end  # some classifiers read there
+            inputs[name][:, -1] = end  # some classifiers use its hidden state
     if {"input_ids", "decoder_input_ids"} <= inputs.keys() and text is model.config:
-        inputs["decoder_input_ids"] = inputs["input_ids"]  # which they look for in the other
+        inputs["decoder_input_ids"] = inputs["input_ids"]  # some models search one for tokens of the other
     return inputs
 
 
-def _make_alike(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
-    """Has a reloaded model compute as the model does, and its tensors lie where the model's do, blocks when they come."""
+def _match_computation(model: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    """Gives a reloaded model the implementations, devices, and memory alignment of the model."""
     match_implementations(model, reloaded)
-    there = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
-    _lie_alike(there, reloaded)
+    originals = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    _match_memory(originals, reloaded)
     store = store_of(reloaded)
     for name, block in store.blocks.items():
-        block.register_forward_pre_hook(partial(_arrive, store, there, name))
+        block.register_forward_pre_hook(partial(_load_block, store, originals, name))
 
 
-def _arrive(store: BlockStore, there: Mapping[str, Tensor], name: str, block: nn.Module, *_: object) -> None:
+def _load_block(store: BlockStore, originals: Mapping[str, Tensor], name: str, block: nn.Module, *_: object) -> None:
     store.load(block)
-    _lie_alike(there, block, name)
+    _match_memory(originals, block, name)
 
 
-def _lie_alike(there: Mapping[str, Tensor], part: nn.Module, prefix: str = "") -> None:
-    """Has tensors lie on the devices, and in cache lines, as others of the same names do.
+def _match_memory(originals: Mapping[str, Tensor], part: nn.Module, prefix: str = "") -> None:
+    """Moves tensors to the devices and cache-line offsets of the originals.
 
-    Those read from a file begin anywhere, and sums differ by it.
+    Tensors from a file start at any offset, and the order of summation in kernels depends on it.
     """
     for name, tensor in itertools.chain(part.named_parameters(prefix), part.named_buffers(prefix)):
-        other = there.get(name)
-        if other is None or tensor.is_meta or other.is_meta:
+        original = originals.get(name)
+        if original is None or tensor.is_meta or original.is_meta:
             continue
-        tensor.data = tensor.detach().to(other.device)
-        start = (other.data_ptr() - tensor.data_ptr()) % CACHE_LINE
+        tensor.data = tensor.detach().to(original.device)
+        start = (original.data_ptr() - tensor.data_ptr()) % CACHE_LINE
         if tensor.device.type == "cpu" and start:
-            room = torch.empty(tensor.nbytes + CACHE_LINE, dtype=torch.uint8)
-            start = (other.data_ptr() - room.data_ptr()) % CACHE_LINE
-            tensor.data = room[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+            memory = torch.empty(tensor.nbytes + CACHE_LINE, dtype=torch.uint8)
+            start = (original.data_ptr() - memory.data_ptr()) % CACHE_LINE
+            tensor.data = memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
 
 
 def _rounding(reloaded: PreTrainedModel, logits: Tensor, probe: Probe) -> float:
-    """Returns how far logits may be apart: `TIMES` the largest effect, in some trials, of every weight's last digit.
+    """Returns the largest logit difference that rounding explains.
 
-    Of a model that is streamed, blocks are changed whenever they come, each time alike.
+    It is `TIMES` the largest effect of changing the last digit of every weight.
+
+    The blocks of a streamed model are changed whenever they are loaded, in the same way each time.
     """
     store, generator, effect, before = store_of(reloaded), torch.Generator().manual_seed(0), 0.0, logits
     with torch.no_grad(), ExitStack() as stack:
-        for trial in range(TRIALS):  # several, as by chance a few logits may stay as they are
+        for trial in range(TRIALS):  # several trials, because a few logits may be unchanged by chance
             stack.enter_context(store.altered(partial(_change_block, store, trial)))
             _change_last_digits((weight for weight in reloaded.parameters() if not weight.is_meta), generator)
             after = logits_of(reloaded, probe)
@@ -192,4 +200,4 @@ def _change_last_digits(weights: Iterable[nn.Parameter], generator: torch.Genera
     for weight in weights:
         if weight.is_floating_point():
             digits = torch.finfo(weight.dtype).eps * (2 * torch.randint(2, weight.shape, generator=generator) - 1)
-            weight.data = weight * (1 + digits).to(weight)  # others may share the old values
+            weight.data = weight * (1 + digits).to(weight)  # not in place, because tensors may share the old values

@@ -18,7 +18,7 @@ from billhook.assets import model_path
 from billhook.atomic_folder import check_not_source, check_target, replacement_note
 from billhook.calibration.calibration import Calibration, check_other_texts, evaluation_batches, num_self_generated
 from billhook.calibration.generated import GENERATED, can_generate, check_can_generate
-from billhook.checkpoints.equivalent import cache_as_saved
+from billhook.checkpoints.equivalent import saved_cache_bytes
 from billhook.checkpoints.save import load, save
 from billhook.cli.examples import EXAMPLES, Examples, LabeledData, TextOptions
 from billhook.cli.machine import device_of, file_progress, model_progress
@@ -67,7 +67,7 @@ def time_forward(model: PreTrainedModel, length: int) -> float:
 
 def sizes_of(model: PreTrainedModel, zeros: int | None) -> dict[str, int | None]:
     """Returns the parameter count, the given zero count, and the KV-cache bytes per token."""
-    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": cache_as_saved(model)}
+    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": saved_cache_bytes(model)}
 
 
 def degradation_text(before: Before, degradation: Degradation) -> str | None:

@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from billhook.adapters.merge import MERGE_HINT, adapter_layers, base_layer_name, without_adapters
 from billhook.arguments import check_int
-from billhook.checkpoints.equivalent import cache_as_saved
+from billhook.checkpoints.equivalent import saved_cache_bytes
 from billhook.display import text_table
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
@@ -210,7 +210,7 @@ def _plan_under_adapters(
 
 def _shrinks_cache(model: PreTrainedModel, shape: Shape) -> bool | None:
     """Returns whether a model of a shape caches less; None if unknown."""
-    before, after = cache_as_saved(model), cache_as_saved(_of_shape(model, shape))
+    before, after = saved_cache_bytes(model), saved_cache_bytes(_of_shape(model, shape))
     return None if before is None or after is None else after < before
 
 

@@ -1,4 +1,4 @@
-"""The LightningModule and data modules, LoRA adapters, distillation, and Lightning checkpoints."""
+"""LightningModule, data modules, LoRA adapters, distillation, and checkpoints."""
 
 from billhook.adapters.lora import LoRA
 from billhook.adapters.masked import mask_adapters

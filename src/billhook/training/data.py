@@ -1,4 +1,4 @@
-"""LightningDataModules for language modeling, text classification, and sequence-to-sequence tasks."""
+"""LightningDataModules for language modeling, classification, and sequence-to-sequence."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal

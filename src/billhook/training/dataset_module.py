@@ -1,4 +1,4 @@
-"""Base classes of the data modules: splits, resumable loaders, and label numbers of classifiers."""
+"""Base classes of the data modules: splits, resumable loaders, and label numbers."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ def check_weights(weights: Sequence[float] | None, sources: int) -> None:
 
 
 def split_validation(splits: dict[str, Rows], share: float, seed: int) -> dict[str, Rows] | None:
-    """Moves a share of the training rows to a split `validation`, or returns None if it cannot.
+    """Moves a share of the training rows to a split `validation`, if possible.
 
     Rows are drawn by `seed`; continuous text gives its last lines.
     """
@@ -59,9 +59,9 @@ def log_validation_split(share: float, seed: int, examples: int) -> None:
 
 
 def join(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Rows:
-    """Concatenates the rows of all sources, or samples them by weight until every source was used in full.
+    """Concatenates the rows of all sources, or samples them by weight.
 
-    With weights, rows of other sources may repeat.
+    Sampling stops when every source was used in full, so rows of other sources may repeat.
     """
     if len(parts) == 1:
         return parts[0]
@@ -72,7 +72,7 @@ def join(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> R
 
 
 def draw(rows: int, count: int, seed: int = 0) -> list[int]:
-    """Draws `count` sorted row numbers at random, because folders and tables are often sorted by label."""
+    """Draws `count` random row numbers, sorted, from data that may be sorted by label."""
     return sorted(torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
@@ -81,7 +81,7 @@ class NoExamples(ValueError):
 
 
 class DatasetModule(pl.LightningDataModule):
-    """Base class of the data modules: splits from `datasets`, and deterministic, resumable loaders."""
+    """Base class of the data modules, with deterministic, resumable loaders."""
 
     def __init__(
         self,
@@ -108,7 +108,7 @@ class DatasetModule(pl.LightningDataModule):
         self._resume: dict[str, int] = {}
 
     def model_name(self, argument: str) -> str:
-        """Returns the name or folder of the model in training, where its tokenizer or processor is saved."""
+        """Returns the name or folder of the model in training, for its tokenizer or processor."""
         module = getattr(self.trainer, "lightning_module", None)
         name = None if module is None else find_transformer(module).config.name_or_path
         if not name:
@@ -116,12 +116,12 @@ class DatasetModule(pl.LightningDataModule):
         return str(name)
 
     def prepare_data(self) -> None:
-        """Prepares and caches the data in one process, before the others load it from the cache."""
+        """Prepares and caches the data in a single process, before the others load it."""
         if not self.streaming:
             self.setup("fit")
 
     def check(self, model: PreTrainedModel) -> None:
-        """Raises `ValueError` if a model cannot train on the batches; called before data is loaded."""
+        """Raises `ValueError` if a model cannot train on the batches, before data is loaded."""
 
     def setup(self, stage: str) -> None:
         """Prepares the splits, after checking that the model in training can use them."""
@@ -166,7 +166,7 @@ class DatasetModule(pl.LightningDataModule):
         return {split: self.encode(rows, split) for split, rows in splits.items()}
 
     def _encode_with_validation(self, splits: dict[str, Rows]) -> dict[str, Rows]:
-        """Encodes splits after holding out validation rows, unless a split would be left without examples."""
+        """Encodes splits after holding out validation rows, if both splits have examples."""
         parts = split_validation(splits, self.validation, self.seed)
         if parts is not None:
             with suppress(NoExamples):
@@ -198,7 +198,7 @@ class DatasetModule(pl.LightningDataModule):
         return {} if position is None else {"train": position}
 
     def fit_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Converts the saved position to this batch size and number of devices, before it is loaded."""
+        """Converts the saved position to the current batch size and number of devices."""
         position = checkpoint.get(type(self).__qualname__, {}).get("train", {})
         if self.trainer is not None and "examples" in position:
             convert_position(position, checkpoint, self.batch_size * self.trainer.world_size)
@@ -250,7 +250,7 @@ class DatasetModule(pl.LightningDataModule):
 
 
 def label_names(splits: Mapping[str, Rows], column: str) -> list[str]:
-    """Returns the class names that `datasets` stores for a column, or its sorted strings, if any."""
+    """Returns the class names stored for a column, or its sorted strings, if any."""
     words = set[str]()
     for rows in splits.values():
         kind = (rows.features or {}).get(column)
@@ -304,7 +304,7 @@ class LabeledModule(DatasetModule):
     label2id: Mapping[str, int] = {}
 
     def read(self, model: PreTrainedModel | None = None) -> None:
-        """Prepares the splits with the model's label numbers, and stores the label names in its config."""
+        """Prepares the splits with the model's label numbers, and stores names in its config."""
         if model is not None and number_labels(self.names, model.config, self.label_column) != self.label2id:
             self.splits = {}  # prepared for a model with other label numbers
         super().read(model)

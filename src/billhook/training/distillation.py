@@ -118,14 +118,14 @@ class Teacher:
 
 
 def loss_mask(labels: Tensor, logits: Tensor, causal: bool) -> Tensor:
-    """Returns a mask of the logits with a label other than -100: bool, `[*, tokens]` or `[examples]`."""
+    """Returns a bool mask of the logits with labels, `[*, tokens]` or `[examples]`."""
     if logits.ndim == 2:
         return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     return (pad(labels[:, 1:], (0, 1), value=-100) if causal else labels) != -100
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """Computes the mean of KL(softmax(teacher / T) || softmax(student / T)), in float32 or better.
+    """Computes the mean KL(softmax(teacher / T) || softmax(student / T)) in at least float32.
 
     Logits are `[..., classes]`, and `mask` is bool, `[...]`. The gradient is computed with the value and overwrites the teacher's
     logits, so that the forward pass allocates no other tensor of that size, and the backward pass only the gradient. Temporary
@@ -198,7 +198,7 @@ def _squared_error(ours: Tensor, theirs: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation, classifies: bool) -> None:
-    """Raises an error if the teacher's classes, vocabulary, or hidden size differ from the student's."""
+    """Raises an error unless teacher and student have the same classes, vocabulary, and sizes."""
     student_config, teacher_config = text_config(student.config), text_config(teacher.config)
     name = f"distillation: teacher={settings.teacher!r}"
     fields = ["num_labels"] * classifies + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)

@@ -1,8 +1,9 @@
-"""Measures a language model as it stands: perplexity on a text, and accuracy on multiple-choice questions."""
+"""Evaluation of language models: perplexity, and accuracy on multiple-choice tasks."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -22,16 +23,16 @@ from billhook.report.generation import generates
 from billhook.training.data import TextDataModule
 
 LONGEST = 2048
-"""Tokens that models read at once, unless another length is asked for."""
+"""Default length of a sequence, in tokens."""
 Asked = list[tuple[Question, list[EncodedChoice]]]
-"""The questions of a file, each with its choices as tokens."""
+"""Questions of a file, with their tokenized choices."""
 Answers = Sequence[tuple[Question, Sequence[float]]]
-"""The questions of a file, each with the log-likelihoods of its choices."""
+"""Questions of a file, with the log-likelihoods of their choices."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of one model `of` questions, a text or a task; `each` is 1 or 0, whether each question was answered right."""
+    """A result of a model on a text or task, with 1 (right) or 0 for `each` question."""
 
     of: str
     measure: str
@@ -42,10 +43,10 @@ class Figure:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Printable):
-    """Figures that `evaluate` has measured.
+    """Results of `evaluate`.
 
     Attributes:
-        figures: Of each file of questions `acc` and `acc_norm`, with binomial standard errors; of a text its perplexity.
+        figures: `acc` and `acc_norm` of each question file, with standard errors, and the perplexity of the text.
     """
 
     figures: tuple[Figure, ...]
@@ -56,12 +57,12 @@ class Evaluation(Printable):
 
     @property
     def perplexity(self) -> float | None:
-        """Perplexity on the text, if there was one."""
+        """Perplexity on the text, or None without a text."""
         return next((figure.value for figure in self.figures if figure.measure == "perplexity"), None)
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """The share of right answers (`acc`) by file of questions, as each is called in `figures`."""
+        """Fraction of right answers (`acc`) by question file, with the names in `figures`."""
         return {figure.of: figure.value for figure in self.figures if figure.measure == "acc"}
 
 
@@ -76,24 +77,24 @@ def evaluate(
     batch_size: int = 8,
     column: str = "text",
 ) -> Evaluation:
-    """Measures a causal language model in memory: perplexity on a text, zero-shot accuracy on multiple-choice questions.
+    """Measures perplexity on a text, and zero-shot accuracy on multiple-choice questions.
 
-    `billhook evaluate` measures the same of folders, side by side, with lm-eval's tasks beside it. An answer is the choice with
-    the highest log-likelihood (acc), or the highest one per character (acc_norm), as in lm-eval.
+    `billhook evaluate` measures the same for several folders, and also runs lm-eval tasks. An answer is the choice with the
+    highest log-likelihood (acc), or the highest log-likelihood per character (acc_norm), as in lm-eval.
 
     Args:
-        model: The model; it is left as it was.
-        text: A file (.txt, .jsonl, .csv, .parquet), or "tiny" (the embedded text), cut into blocks.
-        questions: Files of questions, JSON Lines: `{"context": "Question: ...", "choices": ["one", "two"], "label": 1}`.
-        tokenizer: A name or folder; by default where the model came from.
-        length: Tokens that the model reads at once; by default 2048, or as many as it reads.
-        examples: Blocks of the text, the first ones.
-        limit: Questions of each file, the first ones; by default all.
-        batch_size: Choices in a batch.
-        column: The column that holds the text.
+        model: A causal language model, which is not changed.
+        text: A file (.txt, .jsonl, .csv, .parquet), or `"tiny"` (the packaged text). It is split into blocks.
+        questions: Question files in JSON Lines: `{"context": "Question: ...", "choices": ["one", "two"], "label": 1}`.
+        tokenizer: Name or folder of a tokenizer. Defaults to the model's.
+        length: Length of a block in tokens. Defaults to 2048, or the model's context length if that is shorter.
+        examples: Number of blocks of the text, from its start.
+        limit: Number of questions per file, from its start. Defaults to all.
+        batch_size: Number of choices per batch.
+        column: Column of the text.
 
     Raises:
-        ValueError: If an argument is not legal, the model predicts no next token, or it computes no finite number.
+        ValueError: If an argument is illegal, the model is not a causal language model, or its logits are not finite.
 
     >>> import billhook as bh
     >>> from billhook.assets import text_files
@@ -106,12 +107,12 @@ def evaluate(
         check_int(name, value)
     check_int("length", 2 if length is None else length, 2)
     if text is None and not questions:
-        raise ValueError("text=None: give a text to measure perplexity on, questions, or both")
+        raise ValueError("text=None requires questions. Pass a text, questions, or both.")
     if not generates(model):
-        raise ValueError(f"model: a {type(model).__name__} predicts no next token; a causal language model is needed")
+        raise ValueError(f"model: {type(model).__name__} is not a causal language model. Pass one, such as LlamaForCausalLM.")
     most = getattr(text_config(model.config), "max_position_embeddings", None) or length or LONGEST
     if length is not None and length > most:
-        raise ValueError(f"length={length} must be in 2..{most}: the model reads no more tokens at once")
+        raise ValueError(f"length={length} must be in 2..{most}, the context length of the model")
     tokens, encoder = length or min(LONGEST, most), tokenizer_of(model, tokenizer)
     sets = encoded([read_questions(file, limit) for file in questions], encoder, tokens)
     rows = None if text is None else blocks(text, tokenizer or str(model.config.name_or_path), tokens, column)
@@ -123,12 +124,12 @@ def evaluate(
 def encoded(
     questions: Iterable[list[Question]], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "questions"
 ) -> dict[str, Asked]:
-    """Encodes questions, by file; a refusal names the argument that gave them."""
+    """Tokenizes questions, by file; errors name `argument`."""
     return {file[0].file: list(zip(file, encode(file, tokenizer, length, argument), strict=True)) for file in questions}
 
 
 def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
-    """Cuts a text into blocks of so many tokens."""
+    """Splits a text into blocks of `length` tokens."""
     file = text_files()["validation"] if text == "tiny" else text
     data = TextDataModule({"test": file}, tokenizer, block_size=length, column=column, loss_on="all")
     data.setup("test")
@@ -138,27 +139,34 @@ def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
 def answered(
     model: PreTrainedModel, who: str, sets: dict[str, Asked], batch_size: int, progress: OnProgress | None = None
 ) -> dict[str, Answers]:
-    """Measures the log-likelihoods of all choices, by file; `progress` is called with how many tokens of how many are read."""
-    rows = [row for questions in sets.values() for _, choices in questions for row in choices]
+    """Returns the log-likelihoods of all choices, by file; `progress` counts tokens."""
+    rows = list[EncodedChoice]()
+    for _, choices in chain.from_iterable(sets.values()):
+        rows += choices
     parts = batches(rows, batch_size)
-    tokens = [sum(len(row.ids) for row in batch) for batch in parts]  # the first batches are the longest
+    tokens = list(map(count_tokens, parts))  # the first batches are the longest
     likelihoods = dict[EncodedChoice, float]()
     for number, batch in enumerate(parts, 1):
         likelihoods |= zip(batch, log_likelihoods(model, batch), strict=True)
         if progress is not None:
             progress(sum(tokens[:number]), sum(tokens))
-    if not all(math.isfinite(value) for value in likelihoods.values()):
-        raise ValueError(f"{who} computes logits that are not finite; its weights have diverged")
+    if not all(map(math.isfinite, likelihoods.values())):
+        raise ValueError(f"{who} has logits that are not finite, because its weights have diverged")
     answers = dict[str, Answers]()
     for file, questions in sets.items():
         answers[file] = [(question, [likelihoods[row] for row in choices]) for question, choices in questions]
     return answers
 
 
+def count_tokens(batch: Iterable[EncodedChoice]) -> int:
+    """Returns the number of tokens in a batch of choices."""
+    return sum(len(row.ids) for row in batch)
+
+
 def on_text(
     model: PreTrainedModel, text: Rows | None, length: int, examples: int, progress: OnProgress | None = None
 ) -> list[Figure]:
-    """Measures perplexity on the first blocks of a text, if there is one."""
+    """Measures perplexity on the first blocks of a text, if any."""
     value = None if text is None else perplexity(model, text, examples, progress)
     if text is None or value is None:
         return []
@@ -166,7 +174,7 @@ def on_text(
 
 
 def on_questions(answers: Mapping[str, Answers]) -> list[Figure]:
-    """Measures `acc` and `acc_norm` of each file's answers."""
+    """Returns `acc` and `acc_norm` of each file's answers."""
     figures = list[Figure]()
     for file, answers_in_file in answers.items():
         figures += accuracies(f"{Path(file).stem} ({len(answers_in_file)})", answers_in_file)
@@ -174,7 +182,7 @@ def on_questions(answers: Mapping[str, Answers]) -> list[Figure]:
 
 
 def accuracies(of: str, answers: Answers) -> list[Figure]:
-    """Measures `acc` and `acc_norm` on questions with the log-likelihood of each of their choices."""
+    """Returns `acc` and `acc_norm` from the log-likelihoods of all choices."""
     plain, norm = list[int](), list[int]()
     for question, sums in answers:
         per_character = [total / len(choice) for total, choice in zip(sums, question.choices, strict=True)]
@@ -184,11 +192,13 @@ def accuracies(of: str, answers: Answers) -> list[Figure]:
 
 
 def mean(values: Sequence[float]) -> tuple[float, float | None]:
-    """Returns the mean and its standard error, s / sqrt(n); None for the error of a single value."""
-    count, middle = len(values), sum(values) / len(values)
-    return middle, math.sqrt(sum((value - middle) ** 2 for value in values) / (count - 1) / count) if count > 1 else None
+    """Returns the mean and its standard error, s / sqrt(n), which is None for a single value."""
+    count, average = len(values), sum(values) / len(values)
+    if count == 1:
+        return average, None
+    return average, math.sqrt(sum((value - average) ** 2 for value in values) / (count - 1) / count)
 
 
 def shown(value: float, error: float | None, sign: str = "") -> str:
-    """Writes a figure with its standard error, if it has one."""
+    """Formats a value with its standard error, if any."""
     return f"{value:{sign},.3f}" + ("" if error is None else f" ± {error:.3f}")

@@ -106,7 +106,7 @@ def pixels_and_labels(
     numbers: Mapping[Any, int] | None,
     rows: Mapping[str, Sequence[Any]],
 ) -> dict[str, Any]:
-    """Converts rows to `pixel_values`, usually float32 `[rows, channels, height, width]`, and `labels`.
+    """Converts rows to `pixel_values`, usually `[rows, 3, height, width]`, and `labels`.
 
     Args:
         processor: The image processor.

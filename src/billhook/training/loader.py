@@ -13,7 +13,7 @@ from billhook.fit.lightning_internals import batch_progress, saved_progress
 
 
 class EpochSampler(DistributedSampler[int]):
-    """Sampler whose order depends only on seed and epoch, split over ranks, with a start position.
+    """Sampler with a start position, whose order depends only on seed and epoch.
 
     It is a `DistributedSampler` on one device too, because Lightning replaces all other samplers.
     """
@@ -98,7 +98,7 @@ def batches_seen(trainer: pl.Trainer) -> int:
 
 
 def loader_position(trainer: pl.Trainer) -> dict[str, int] | None:
-    """Returns the position from which a `ResumableLoader` continues, or None without such a loader."""
+    """Returns the position from which a `ResumableLoader` continues, if there is a loader."""
     loader = trainer.train_dataloader
     if not isinstance(loader, ResumableLoader):
         return None
@@ -113,7 +113,7 @@ def loader_position(trainer: pl.Trainer) -> dict[str, int] | None:
 
 
 def convert_position(position: dict[str, int], checkpoint: dict[str, Any], batch_size: int) -> None:
-    """Converts a saved position, and Lightning's progress, to a total batch size over all devices.
+    """Converts a saved position and Lightning's progress to a new total batch size.
 
     Both are changed in place. Examples of an incomplete batch are used again.
     """

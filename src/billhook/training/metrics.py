@@ -45,7 +45,7 @@ def metric_name(task: str) -> str:
 
 
 def metrics_of(task: str, num_labels: int | None) -> dict[str, Metric]:
-    """Creates the metrics of a task, by name: accuracy for classification, otherwise perplexity.
+    """Creates the metrics of a task: accuracy for classification, otherwise perplexity.
 
     Image classification with many classes also has top-5 accuracy. The accuracy of `feature-extraction` is the fraction of
     images in a batch whose most similar caption is their own.

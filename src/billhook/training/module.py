@@ -1,4 +1,4 @@
-"""The LightningModule: a Hugging Face model with loss, metrics, optimizer, and learning-rate schedule."""
+"""LightningModule with loss, metrics, optimizer, and learning-rate schedule."""
 
 import copy
 from collections.abc import Iterable, Sequence
@@ -86,7 +86,7 @@ def matching_parameters(parameters: Sequence[tuple[str, nn.Parameter]], pattern:
 
 
 def attention_parameters(model: nn.Module, structure: Structure | None = None) -> list[str]:
-    """Returns the parameter names of all attention modules: projections, biases, norms, and position biases.
+    """Returns the parameter names of all attention modules, including biases and norms.
 
     An attention module is the innermost module with the query, key, value, and output projections. `trace` identifies them by
     operations, not by names, so equivalent modules are included (state-space layers of Mamba-2). If the module also contains an
@@ -135,7 +135,7 @@ TEACHER, RANDOM, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
 
 
 class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
-    """LightningModule for a Hugging Face model, with AdamW, warm-up, decay, LoRA, and distillation.
+    """LightningModule for a Hugging Face model, with optional LoRA and distillation.
 
     The loss is the model's. It logs `train_loss`, `val_loss`, and `val_perplexity` (per token) or `val_accuracy`, and the same
     with `test_`. Image classification with more than five classes also logs `val_accuracy_top5`. For `feature-extraction` (CLIP),
@@ -331,7 +331,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         return loss
 
     def on_train_start(self) -> None:
-        """Draws the seed of dropout, unless resuming, and checks that all ranks have the same teacher."""
+        """Draws the seed of dropout and checks that all ranks have the same teacher."""
         if self.teacher is not None:
             checksum = torch.tensor(self.teacher.fingerprint, device=self.device)
             if (cast(Tensor, self.all_gather(checksum)) != checksum).any():
@@ -352,7 +352,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns classes, generated token ids (see `generate_ids`), similarities to captions, or logits."""
+        """Returns classes, generated token ids, similarities to captions, or logits."""
         if self.task in ("seq2seq-lm", "speech-seq2seq"):
             return generate_ids(self.model, batch)
         output = self(**batch)

@@ -196,7 +196,7 @@ def test_heads_merge_beside_a_block_that_goes(layers, tmp_path):
     assert shrunk.left == shrunk.limit == bh.summary(model).kv_cache_bytes
     assert len(model.model.layers) == 2
     assert apart(logits(model), before) < 0.01
-    assert shrunk.what.endswith("attentions (pooled); without 1 of 3 blocks")
+    assert shrunk.what.endswith("attention modules (pooled); without 1 of 3 blocks")
     bh.save(model, tmp_path / "out")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert torch.equal(logits(again), logits(model))

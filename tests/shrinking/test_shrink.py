@@ -230,10 +230,10 @@ def test_too_few_tokens_for_any_refit_are_told_or_refused_before_anything_is_mea
     [
         ({}, "Budget requires exactly one of params, kv_cache_bytes, bytes, max_loss, latency; got none"),
         ({"params": 0.5, "bytes": 0.5}, "exactly one of .*; got params and bytes"),
-        ({"params": 1.5}, "params=1.5 must be a whole number above 0, or a fraction in"),
-        ({"params": 30}, r"can; did you mean 0.3\?"),
+        ({"params": 1.5}, "params=1.5 must be a whole number above 0, or a fraction of the model in"),
+        ({"params": 30}, r"params=30 \(30\) is out of reach.*protect fewer blocks; did you mean 0.3\?"),
         ({"params": 0.01}, r"params=0.01 \(\d+\) is out of reach. Reachable: [\d,]+ to [\d,]+"),
-        ({"params": 10**9}, "params=1000000000: the model has no more than that"),
+        ({"params": 10**9}, "params=1000000000 is met already: the model has 35,104"),
         ({"params": 0.8, "layers": "all"}, "layers='all' must be one of uniform, free"),
         ({"params": 0.8, "generations": -1}, "generations=-1"),
         ({"params": 0.8, "candidates": 0}, "candidates=0"),

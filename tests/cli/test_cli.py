@@ -146,14 +146,22 @@ class TestHelp:
                 "fit --trainer.callbacks.help KVHeadConversion",
                 [
                     "Converts attention to fewer KV heads",
-                    "1 for multi-query attention",
+                    "1 for multi- query attention",
                     "'mean', 'first', 'random', 'aligned', 'svd', 'auto'",
                     "billhook.kv_heads.methods.Aligned",
                 ],
             ),
-            ("fit --model.help TransformerModule", ["token-weighted perplexity", "The highest learning rate", "GGUF"]),
-            ("fit --data.help TextDataModule", ["packed into blocks", "Tokens in a block"]),
-            ("export --help", ["Lightning checkpoint", "verified"]),
+            (
+                "fit --model.help TransformerModule",
+                [
+                    "with AdamW, warm-up, decay, LoRA, and distillation",
+                    "determines its class and metric",
+                    "Peak learning rate",
+                    "GGUF",
+                ],
+            ),
+            ("fit --data.help TextDataModule", ["packed or padded", "Number of tokens per block"]),
+            ("export --help", ["Lightning checkpoint", "writes the folder and verifies it"]),
             ("summary --help", ["KV-cache bytes per token", '"tiny"']),
         ],
     )
@@ -184,7 +192,7 @@ class TestRefused:
             ("{class_path: KVHeadConversion, init_args: {num_key_value_heads: 4, at: 1.5}}", ["billhook fit: at=1.5 as a float"]),
             (
                 "{class_path: KVHeadConversion, init_args: {num_key_value_heads: 3}}",
-                ["billhook fit: num_key_value_heads=3", "legal"],
+                ["billhook fit: num_key_value_heads=3 must", "Use 1, 2, 4."],
             ),
             ("{class_path: KVHeadConversion}", ["num_key_value_heads"]),
             ("{class_path: KVHeadConversions}", ["KVHeadConversions"]),

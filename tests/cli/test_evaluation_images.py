@@ -82,7 +82,7 @@ def test_a_parquet_file_and_fewer_images(here, tmp_path, capsys):
         (["--data", "PHOTOS", "--tasks", "hellaswag"], r"tasks=\['hellaswag'\] is for language models"),
         (["--data", "PHOTOS", "--length", "64"], "length=64 is for language models"),
         (["--data", "PHOTOS", "--stream"], "stream=True is for language models"),
-        (["--data", "PHOTOS", "--column", "picture"], "the split '.*' has no column 'picture'; it has image, label"),
+        (["--data", "PHOTOS", "--column", "picture"], "the split '.*' has no column 'picture'. It has image, label"),
         (["--data", "none.parquet"], "the file 'none.parquet' of the split 'train' does not exist"),
         (["FOUR", "--data", "PHOTOS"], "models: the numbers of classes differ .*vit 6, .*four 4"),
     ],

@@ -70,7 +70,7 @@ def test_some_layers_by_a_class_with_settings_and_repaired(small, files, tmp_pat
     how = ["--method", "Aligned", "--method.grouping", "similar", "--layers", "1", "--repair", "RepairConfig"]
     record = convert(small, tmp_path / "out", "--num_key_value_heads", "2", *how, *SHORT, *option(files))
     assert record["plans"][0]["layers"] == ["model.layers.1.self_attn"]
-    assert record["events"][0]["what"].endswith("in 1 attentions (aligned, similar heads grouped, repaired)")
+    assert record["events"][0]["what"].endswith("in 1 attention modules (aligned, similar heads grouped, repaired)")
     assert record["repair"].startswith("RepairConfig(")
     assert "  refit attention output projections and MLPs by least squares\n" in capsys.readouterr().out
 
@@ -82,7 +82,7 @@ def test_a_model_that_writes_nothing_needs_no_data(tmp_path, capsys):
     tokenizer().save_pretrained(tmp_path / "t5")
     record = convert(tmp_path / "t5", tmp_path / "out", "--num_key_value_heads", "2")
     assert record["perplexity"]["before"] is None
-    assert "4 -> 2 KV heads in 2 attentions" in capsys.readouterr().out
+    assert "4 -> 2 KV heads in 2 attention modules" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="data=None: T5ForConditionalGeneration does not generate .*Pass a file"):
         main(["convert", str(tmp_path / "t5"), str(tmp_path / "two"), "--num_key_value_heads", "2", "--method", "svd"])
 
@@ -91,7 +91,7 @@ def test_a_dry_run_prints_and_writes_nothing(small, tmp_path, capsys):
     main(["convert", str(small), str(tmp_path / "out"), "--num_key_value_heads", "1", "--method", "auto", "--dry_run"])
     said = capsys.readouterr().out
     assert "Dry run: " in said
-    assert "\n\nLlamaForCausalLM: 4 -> 1 KV heads in 2 attentions (auto); the KV cache shrinks" in said
+    assert "\n\nLlamaForCausalLM: 4 -> 1 KV heads in 2 attention modules (auto); the KV cache shrinks" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -100,7 +100,7 @@ def test_a_dry_run_prints_and_writes_nothing(small, tmp_path, capsys):
     [
         ([], "num_key_value_heads=None: pass the number of KV heads to keep"),
         (["--num_key_value_heads", "0"], "num_key_value_heads=0 must be a whole number of at least 1"),
-        (["--num_key_value_heads", "3"], "num_key_value_heads=3, which must be fewer .* legal is 1, 2"),
+        (["--num_key_value_heads", "3"], "num_key_value_heads=3 must be smaller than 4 and divide .* Use 1, 2"),
         (["--num_key_value_heads", "1", "--method", "first", "--repair", "RepairConfig"], "repair goes with method 'mean'"),
         (["--num_key_value_heads", "1", "--layers", "[7]"], "layers: there is no 7; there are 0 to 1"),
     ],

@@ -29,7 +29,11 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
     ("command", "given", "says"),
     [
         ("shrink", TOO_FEW, f"{FEW_TOKENS} 15 tokens, and model.layers.0.self"),
-        ("shrink", ["--examples", "2", *TOO_FEW[2:]], "--examples, --length, and --batch_size: three rows at least, .*; got 2"),
+        (
+            "shrink",
+            ["--examples", "2", *TOO_FEW[2:]],
+            "--examples, --length, and --batch_size: at least 3 examples, .*; got 2 of",
+        ),
         (
             "prune-structure",
             TOO_FEW,
@@ -57,7 +61,7 @@ def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, mo
 
 @pytest.mark.parametrize(
     ("command", "tokens", "after", "how"),
-    [("prune-structure", 20, "LlamaForCausalLM", "importance"), ("shrink", 15, "KL to the dense model", "shrink")],
+    [("prune-structure", 20, "LlamaForCausalLM", "importance"), ("shrink", 15, "KL divergence from the dense model", "shrink")],
 )
 def test_what_is_not_refitted_is_said_before_the_work_and_stands_in_the_record_and_the_card(
     small, files, tmp_path, capsys, command, tokens, after, how

@@ -61,7 +61,7 @@ class TestWithoutATokenizer:
 
     def test_where_nothing_is_read_none_is_needed(self, bare, tmp_path, capsys):
         main(["prune", bare, str(tmp_path / "out"), *HALF, *SHORT])
-        assert f"'{bare}' has no tokenizer, so none is saved along; --tokenizer NAME names one\n" in capsys.readouterr().out
+        assert f"No tokenizer saved: '{bare}' has none. Add one with --tokenizer NAME.\n" in capsys.readouterr().out
         assert float((bh.load(tmp_path / "out").model.layers[0].mlp.up_proj.weight == 0).float().mean()) == 0.5
 
     def test_nor_where_it_reads_what_it_writes(self, bare, tmp_path):

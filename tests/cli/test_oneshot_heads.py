@@ -109,9 +109,9 @@ def test_tiny_with_fewer_heads_and_its_perplexity(files, tmp_path, capsys):
 def test_a_dry_run_prints_what_would_be_done_and_writes_nothing(small, files, tmp_path, capsys):
     main(["prune-heads", str(small), str(tmp_path / "out"), "--ratio", "0.5", "--dry_run", *option(files), *SHORT])
     prune(small, tmp_path / "done", "--ratio", "0.5", *option(files), *SHORT)
-    _, dry, done = capsys.readouterr().out.split(f"{small}, ")
+    _, dry, done = capsys.readouterr().out.split(f"Model: {small} (")
     plan = bh.pruning.prune_units(bh.load(small), json.loads((tmp_path / "done" / "billhook.json").read_text())["heads"])
-    assert f"\n\n{plan.text()}\n\nA dry run: nothing was changed, and nothing written to {tmp_path / 'out'}.\n" in dry
+    assert f"\n\n{plan.text()}\n\nDry run: {tmp_path / 'out'} was not written.\n" in dry
     assert f"\n{plan.text()}\n" in done
     assert not (tmp_path / "out").exists()
 
@@ -144,7 +144,7 @@ def test_settings(small, files, tmp_path, capsys):
     run = [small, tmp_path / "out", "--ratio", "0.4", *option(files), *SHORT]
     record = prune(*run, "--importance", "RandomUnits", "--importance.seed", "5", "--evaluate", "0", "--normalize", "false")
     assert record["perplexity"] == {"before": None, "after": None, "examples": 0}
-    assert "text to calibrate on: train; measured on nothing\n" in capsys.readouterr().out
+    assert "\nCalibration data: train (no evaluation)\n" in capsys.readouterr().out
     scores = bh.score(bh.load(small), bh.find_units(bh.load(small), "head"), RandomUnits(5))
     assert record["heads"] == choose(bh.find_units(bh.load(small), "head"), scores, 0.4)
     record = prune(*run, "--ranking", "global", "--min_heads", "4", "--importance", "WeightNorm", "--dtype", "bfloat16")
@@ -228,19 +228,19 @@ def test_of_a_model_that_predicts_no_next_token_there_is_no_perplexity(files, tm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "ratio: say which fraction of the heads to remove"),
+        ([], r"ratio=None: pass the fraction of heads to remove, in \[0, 1\), with --ratio"),
         (["--ratio", "1"], r"ratio=1.0 must be a fraction of the heads in \[0, 1\)"),
         (["--ratio", "0.5", "--min_heads", "0"], "min_heads=0 must be a whole number of at least 1"),
         (
             ["--ratio", "0.9", "--min_heads", "2"],
             "would remove 7 of 8 heads of model.layers.0.self_attn. At most 6 can be removed",
         ),
-        (["--ratio", "0.1"], "ratio=0.1 is not a single head of a layer"),
+        (["--ratio", "0.1"], "ratio=0.1 is less than one head of a layer"),
         (["--ratio", "0.5", "--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
         (["--ratio", "0.5", "--examples", "0"], "examples=0 must be a whole number of at least 1"),
         (["--ratio", "0.5", "--batch_size", "0"], "batch_size=0 must be a whole number of at least 1"),
         (["--ratio", "0.5", "--evaluate", "-1"], "evaluate=-1 must be a whole number of at least 0"),
-        (["--ratio", "0.5", "--length", "100"], "length=100 must be in 2..64"),
+        (["--ratio", "0.5", "--length", "100"], "length=100 must be from 2 to 64"),
         (["--ratio", "0.5", "--column", "content"], "'train' .*content"),
     ],
 )

@@ -121,10 +121,16 @@ def test_memory_that_is_too_little(small, files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "refusal"),
     [
-        (["prune", "--sparsity", "0.5"], "data=None is not supported with stream=True: name a file"),
-        (["prune", "--sparsity", "0.5", "--data", "generated"], "data='generated': a streamed model is read once"),
+        (["prune", "--sparsity", "0.5"], "data=None is not supported with stream=True"),
+        (
+            ["prune", "--sparsity", "0.5", "--data", "generated"],
+            "data='generated' is not supported with stream=True: to generate text",
+        ),
         (["prune", "--sparsity", "0.5", "--data", "tiny", "--offload", "true"], "offload=True keeps the model in memory"),
-        (["shrink", "--params", "0.8", "--data", "tiny"], "stream=True: this command needs gradients, or all weights"),
+        (
+            ["shrink", "--params", "0.8", "--data", "tiny"],
+            "stream=True is not supported by this command, which needs gradients or all weights",
+        ),
         (
             ["prune-structure", "--params", "0.8", "--data", "tiny", "--importance", "Taylor"],
             "needs gradients, which a streamed model",

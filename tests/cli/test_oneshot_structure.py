@@ -177,10 +177,10 @@ def test_blocks_and_then_what_is_within(small, files, tmp_path):
             "params=10 \\(10\\) is out of reach. Reachable: [0-9,]+ to [0-9,]+\\. .*; did you mean 0.1\\?",
         ),
         (["--channels", "0.5", "--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
-        (["--channels", "0.5", "--generated", "0.5"], "generated=0.5 is what the model writes beside texts, and data=None"),
+        (["--channels", "0.5", "--generated", "0.5"], "generated=0.5 is a share next to text files, but data=None"),
         (
             ["--channels", "0.5", "--generated", "0.5", "--data", "[a.txt, generated]"],
-            r"generated=0.5 is what the model writes beside texts, and data=\['a.txt', 'generated'\]",
+            r"generated=0.5 is a share next to text files, but data=\['a.txt', 'generated'\]",
         ),
         (["--channels", "0.5", "--generated", "1"], r"generated=1.0 must be in \[0, 1\)"),
         (["--blocks", "-1"], "blocks=-1 must be a whole number of at least 0"),

@@ -1,4 +1,4 @@
-"""Atomic writes of folders: a draft is written, flushed to disk, and renamed in one step."""
+"""Atomic writes of folders: a draft is written, flushed to disk, and renamed atomically."""
 
 import json
 import os

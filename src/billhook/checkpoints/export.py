@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
@@ -283,7 +284,7 @@ def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
         ValueError: If there are more layers than `limit`, because even empty layers use memory.
     """
     if isinstance(fields, list):
-        return [_harmless(value, limit) for value in fields]
+        return list(map(partial(_harmless, limit=limit), fields))
     if not isinstance(fields, dict):
         return fields
     for key, value in fields.items():
@@ -299,12 +300,16 @@ def _check_sizes(meta_model: PreTrainedModel, recorded: Shape, state: dict[str, 
     for name in [*built.tensors, *recorded.tensors]:
         in_weights = tuple(state[name].shape) if name in state else None
         sizes = {"config": built.tensors.get(name), "shape": recorded.tensors.get(name), "weights": in_weights}
-        if in_weights != sizes["shape"] or len({None if size is None else len(size) for size in sizes.values()}) > 1:
+        if in_weights != sizes["shape"] or len(set(map(_num_dims, sizes.values()))) > 1:
             details = ", ".join(f"{size or 'missing'} in the {source}" for source, size in sizes.items())
             raise ValueError(f"the size of {name} is {details}")
-    if sum(buffer.numel() for buffer in meta_model.buffers()) > 10**8 + 10 * sum(tensor.numel() for tensor in state.values()):
+    if sum(map(Tensor.numel, meta_model.buffers())) > 10**8 + 10 * sum(map(Tensor.numel, state.values())):
         raise ValueError("the buffers of the config are much larger than the checkpoint")
     return built.tensors == recorded.tensors
+
+
+def _num_dims(size: tuple[int, ...] | None) -> int | None:
+    return None if size is None else len(size)
 
 
 def _find_tokenizer(requested: str | None, started_from: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:

@@ -76,6 +76,10 @@ def draw(rows: int, count: int, seed: int = 0) -> list[int]:
     return sorted(torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
+def _count_splits(sources: Sequence[dict[str, Rows]], name: str) -> int:
+    return sum(name in splits for splits in sources)
+
+
 class NoExamples(ValueError):
     """Error for a split without a usable example."""
 
@@ -138,11 +142,10 @@ class DatasetModule(pl.LightningDataModule):
             return
         sources = self.data if isinstance(self.data, list) else [self.data]
         loaded = [self._load(source) for source in sources]
-        num_train = sum("train" in splits for splits in loaded)
+        num_train, num_validation = _count_splits(loaded, "train"), _count_splits(loaded, "validation")
         if self.weights is not None and num_train < len(loaded):
             raise ValueError("weights: every source in data needs a split 'train'. Add the split, or remove weights.")
         self.prepare(loaded, model)
-        num_validation = sum("validation" in splits for splits in loaded)
         splits_train = self.validation > 0 and num_train > 0 and num_validation == 0
         encode = self._encode_with_validation if splits_train else self._encode_all
         self.splits = self._join(list(map(encode, loaded)))

@@ -76,13 +76,13 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, fast):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("export {folder}", "is a folder, of which --gguf makes a GGUF file"),
+        ("export {folder}", "' is a folder. Add --gguf FILE.gguf to convert it."),
         ("export {folder} --gguf out.bin", "gguf='out.bin' must be a path that ends in .gguf"),
         ("export {folder} --gguf {folder}/model.safetensors", "must be a path that ends in .gguf"),
         ("export {folder} --gguf {there}", "exists and is not a GGUF file"),
-        ("export {folder} --gguf out.gguf --tokenizer tiny", "with the tokenizer in it"),
-        ("export one.ckpt", "give a Lightning checkpoint and the folder to write, or a folder alone, with --gguf"),
-        ("export one.ckpt two three", "give a Lightning checkpoint and the folder to write"),
+        ("export {folder} --gguf out.gguf --tokenizer tiny", "tokenizer='tiny': a folder is converted with its own tokenizer"),
+        ("export one.ckpt", "paths: pass a Lightning checkpoint and an output folder, or a folder with --gguf"),
+        ("export one.ckpt two three", "paths: pass a Lightning checkpoint and an output folder"),
         ("export {folder} --gguf out.gguf --converter nowhere", "converter='nowhere' must be llama.cpp's"),
     ],
 )

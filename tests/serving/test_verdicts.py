@@ -215,7 +215,7 @@ def test_inspect_says_who_serves_the_model_and_what_is_left_of_it(tmp_path, caps
     build("granite", num_attention_heads=4, num_key_value_heads=4).config.save_pretrained(tmp_path)
     main(["inspect", str(tmp_path)])
     text = " ".join(capsys.readouterr().out.split())
-    assert "head_dim, which llama.cpp will not run" in text
+    assert "standard checkpoint (hidden_size, head_dim); llama.cpp will not run it" in text
     assert "engines transformers yes: from_pretrained loads it" in text
     main(["inspect", str(tmp_path), "--json"])
     engines = {one["engine"]: one["supported"] for one in json.loads(capsys.readouterr().out)["serving"]}
@@ -226,7 +226,7 @@ def test_inspect_names_kv_heads_that_gpus_cannot_share(tmp_path, capsys):
     llama(hidden_size=48, num_attention_heads=6, num_key_value_heads=6).config.save_pretrained(tmp_path)
     main(["inspect", str(tmp_path)])
     text = " ".join(capsys.readouterr().out.split())
-    assert "6 KV heads to 1 or 2 or 3; vLLM and SGLang cannot share out 3 over 2 or 4 or 8 GPUs" in text
+    assert "6 KV heads to 1 or 2 or 3; vLLM and SGLang cannot split 3 over 2 or 4 or 8 GPUs" in text
 
 
 @pytest.mark.parametrize(("zeros", "fast"), [(0, False), (12, True)])

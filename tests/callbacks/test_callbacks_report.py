@@ -132,7 +132,7 @@ def test_an_occupied_folder_is_refused_before_training(files, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("years of work")
     lit, export = module(), Export(str(tmp_path / "model"))
-    with pytest.raises(ValueError, match="did not write"):
+    with pytest.raises(ValueError, match="is not a billhook checkpoint .* and will not be overwritten"):
         trainer(tmp_path, [export]).fit(lit, data(files))
     assert lit.global_step == 0
 
@@ -144,7 +144,7 @@ def test_a_folder_that_fills_during_the_fit_does_not_cost_the_result(files, tmp_
             (tmp_path / "model" / "thesis.txt").write_text("years of work")
 
     export = Export(str(tmp_path / "model"))
-    with pytest.warns(UserWarning, match="did not write .* Saving to .*model-2 instead"):
+    with pytest.warns(UserWarning, match="is not a billhook checkpoint .*overwritten.* Saving to .*model-2 instead"):
         trainer(tmp_path, [Intruder(), export], max_steps=1).fit(module(), data(files))
     assert export.saved.folder == str(tmp_path / "model-2")
     assert (tmp_path / "model" / "thesis.txt").exists()

@@ -45,7 +45,7 @@ class OneOf:
 # blocks; rows of query, key and up projections; gated attentions; share of zeros
 DENSE = (2, 16, 16, 24, 0, 0.0)
 # of shrink, by what its event says: KV heads merge, a block goes, or KV heads go with their query heads
-WAYS = {"merged": (2, 16, 8, 24, 0, 0.0), "blocks": (1, 16, 16, 24, 0, 0.0), "heads": (2, 8, 8, 24, 0, 0.0)}
+WAYS = {"pooled": (2, 16, 8, 24, 0, 0.0), "blocks": (1, 16, 16, 24, 0, 0.0), "heads": (2, 8, 8, 24, 0, 0.0)}
 AFTER = {
     "wanda": (2, 16, 16, 24, 0, 0.5),
     "heads": (2, 8, 8, 24, 0, 0.0),

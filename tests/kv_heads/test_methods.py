@@ -93,7 +93,7 @@ class TestContract:
         model = build("llama")
         before = copy.deepcopy(model.state_dict())
         if kind().least_batches:
-            with pytest.raises(ValueError, match=f"method='{kind().name}' needs {kind().least_batches} at least, "):
+            with pytest.raises(ValueError, match=f"batches: method='{kind().name}' needs at least {kind().least_batches}, "):
                 bh.convert_kv_heads(model, 2, kind(), batches()[: kind().least_batches - 1])
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

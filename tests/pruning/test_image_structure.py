@@ -140,7 +140,7 @@ def test_what_stays_is_refused_before_anything_changes(name, kind, message):
             for name in ("Pvt", "Segformer", "FocalNet", "Hiera", "Siglip")
         ),
         ("CLIPModel", "residual", "the model's output has it, so that whatever reads the output must follow"),
-        ("ConvNextV2", "channel", "a norm spans all of them, so that without some it would compute something else"),
+        ("ConvNextV2", "channel", "a norm spans all of them, so its output would change"),
     ],
 )
 def test_what_the_page_says_of_other_families(name, kind, message):

@@ -239,7 +239,7 @@ def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
         try:
             check_can_generate(find_transformer(model))
         except ValueError as error:
-            raise ValueError(f"batches=None: {error}. Pass batches.") from error
+            raise ValueError(f"batches=None: {str(error).removesuffix('.')}. Pass batches.") from error
         batches = Calibration()
     return check_batches(batches.read(model) if isinstance(batches, Calibration) else batches)
 

@@ -216,10 +216,21 @@ class TestRefused:
             bh.TransformerModule.load_from_checkpoint(fitted("ours")[1], model=module(1, **changes).model)
 
     def test_adapters_that_one_of_both_has(self, fitted, files, tmp_path):
-        self.refused(fitted, files, tmp_path, "lora", r"holds LlamaForCausalLM with LoRA \(.*the run has LlamaForCausalLM \(")
+        self.refused(
+            fitted,
+            files,
+            tmp_path,
+            "lora",
+            r"the checkpoint contains LlamaForCausalLM with LoRA \(.*the run has LlamaForCausalLM \(",
+        )
         lit = module(1, lora=bh.training.LoRA(r=2))
         self.refused(
-            fitted, files, tmp_path, "ours", r"holds LlamaForCausalLM \(.*the run has LlamaForCausalLM with LoRA", lit=lit
+            fitted,
+            files,
+            tmp_path,
+            "ours",
+            r"contains LlamaForCausalLM \(.*the run has LlamaForCausalLM with LoRA",
+            lit=lit,
         )
 
     @pytest.mark.parametrize(

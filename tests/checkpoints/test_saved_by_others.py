@@ -109,5 +109,5 @@ def test_sizes_are_read_off_the_files_where_the_config_lost_them(build, tmp_path
 
 def test_where_sizes_do_not_say_enough_it_is_refused(tmp_path):
     lost(gpt2_of_two_heads(), tmp_path / "a")
-    with pytest.raises(ValueError, match='other sizes than its config says, and no "billhook" in it'):
+    with pytest.raises(ValueError, match='tensor sizes differ from its config, which has no "billhook" entry'):
         billhook.load(tmp_path / "a")

@@ -202,7 +202,7 @@ def test_labels_that_are_words_are_numbered_as_the_classifier_does(classifier, t
     capsys.readouterr()
     record = prune(tmp_path / "named", tmp_path / "alone", *line, "--data", worded["train"])
     assert record["accuracy"]["before"] is not None
-    assert f"of {worded['train']}; measured on its split 'validation'" in capsys.readouterr().out
+    assert f"of {worded['train']} (evaluated on split 'validation')" in capsys.readouterr().out
 
 
 def test_columns_of_other_names(classifier, table, tmp_path):
@@ -278,7 +278,7 @@ def test_data_without_labels_or_training_rows_and_an_occupied_folder(classifier,
     (occupied / "mine.txt").write_text("mine")
     for out, given, message in (
         ("out", {split: files[split] for split in ("train", "validation")}, "label"),
-        ("out", {"test": table["test"]}, "needs a split 'train'"),
+        ("out", {"test": table["test"]}, "has no split 'train' to calibrate on, only test"),
         ("occupied", table, "occupied"),
     ):
         with pytest.raises(SystemExit, match=message):

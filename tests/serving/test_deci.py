@@ -88,12 +88,12 @@ def test_the_file_says_each_layer_and_keeps_the_bits(dtype, tmp_path, converter)
 @pytest.mark.parametrize(
     ("family", "changes", "why"),
     [
-        ("qwen3", {}, "as where layers differ, and of qwen3 llama.cpp has no architecture whose layers may"),
-        ("llama", {"hidden_act": "gelu"}, "the architecture that llama.cpp has for that computes silu, not gelu"),
+        ("qwen3", {}, "and llama.cpp has no architecture for qwen3 whose layers may differ"),
+        ("llama", {"hidden_act": "gelu"}, "llama.cpp's architecture for it computes silu, not gelu"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}},
-            "and its rotary positions .*dynamic.* are none of default, linear, llama3, yarn over whole heads",
+            "and its rotary positions .*dynamic.* are not default, linear, llama3, or yarn over full heads",
         ),
     ],
 )  # fmt: skip

@@ -18,7 +18,7 @@ import billhook as bh
 from kit.fits import write_text
 
 ROOT = Path(__file__).parents[1]
-LETTERS = ("CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
+LETTERS = ("ARCHITECTURE.md", "CONTRIBUTING.md", "RELEASING.md", "SECURITY.md", "CODE_OF_CONDUCT.md")
 LITTER = re.compile(r"/(__pycache__|outputs|lightning_logs|dist|site|\..*)/|\.(pyc|log)$")
 pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 

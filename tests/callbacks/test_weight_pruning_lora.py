@@ -256,7 +256,13 @@ class TestRefused:
         self.refused(tmp_path, merged, f"{name}: the adapters of .* are merged", **on)
 
     def test_criteria_that_update_weights(self, tmp_path):
-        self.refused(tmp_path, wrapped(), "SparseGPT changes them", criterion=bh.SparseGPT(), adapters="count")
+        self.refused(
+            tmp_path,
+            wrapped(),
+            "adapters=.count. needs a criterion .* unlike SparseGPT",
+            criterion=bh.SparseGPT(),
+            adapters="count",
+        )
 
 
 @pytest.mark.parametrize("masked", [True, False])

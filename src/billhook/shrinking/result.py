@@ -142,7 +142,7 @@ class Shrunk(Printable):
             notes.append(f"{name} only: KL {lost:.4f} at {format_amount(self.target, left)}")
         losses = ", ".join(f"{lost:.4f}{f' on {source}' if source else ''}" for source, lost in self.measured.items())
         ratio = "" if self.ratio is None else f"; perplexity {self.ratio:.4f}x the dense model's"
-        notes.append(f"selected model after repair: KL {losses}{ratio}")
+        notes.append(f"selected model: KL {losses}{ratio}")
         notes += [self.not_refitted] if self.not_refitted else []
         return notes if self.times is None else [*notes, f"measured: {self.times}"]
 

@@ -88,7 +88,9 @@ def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
         structure = trace(model)
         heads = find_heads(model, structure)
     except ValueError as error:
-        raise ValueError(f"{type(model).__name__} does not support fewer KV heads: {error}") from error
+        raise ValueError(
+            f"{type(model).__name__} does not support fewer KV heads: {str(error).removeprefix('model: ')}"
+        ) from error
     by_readers: dict[tuple[str, ...], list[Attention]] = defaultdict(list)
     for attention in structure.attention:
         units, *_ = find_heads(model, replace(structure, attention=(attention,))).values()

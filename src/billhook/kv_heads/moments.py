@@ -243,9 +243,7 @@ class _Listener:
         if not self._unshifted:
             raise StopForward
         if len(self._read) != self._size:
-            raise ValueError(
-                f"{projections.name} reads its heads several times in one call: what is of which values cannot be told"
-            )
+            raise ValueError(f"{projections.name} reads its heads several times in one call, so its values cannot be recorded")
         shifts, sums = [self._read[-1], *self._read[:-1]], self.summed()  # the attention as it is comes last
         with full_precision():  # whatever the fit has set
             for number, total in sums.values.items():

@@ -64,8 +64,8 @@ class _PooledConsumerRefit:
         self._model, self._projections, self._candidates = model, projections, variants
         self._linear = projections.o.linear
         self._reader = model.get_submodule(self._linear)
-        (rows, text_table), device = size_of(self._reader), self._reader.get_parameter("weight").device
-        self._moments = {number: [ResidualStatistics(rows, text_table, device) for _ in range(parts)] for number in variants}
+        (rows, columns), device = size_of(self._reader), self._reader.get_parameter("weight").device
+        self._moments = {number: [ResidualStatistics(rows, columns, device) for _ in range(parts)] for number in variants}
         self._inputs: Tensor | None = None
         self._stops = False
 

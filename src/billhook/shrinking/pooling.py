@@ -233,6 +233,6 @@ def _size(attentions: Attentions, module: PrunableModule, numbers: Sequence[int]
         projections = attentions.projections[name]
         for rows in (projections.k, projections.v):
             size += sum(8 * rows.index.size**2 // number for number in numbers)
-        rows_out, text_table = matrix_of(attentions.model.get_submodule(projections.o.linear))[0].shape
-        size += len(numbers) * parts * 8 * text_table * (rows_out + text_table)
+        outputs, inputs = matrix_of(attentions.model.get_submodule(projections.o.linear))[0].shape
+        size += len(numbers) * parts * 8 * inputs * (outputs + inputs)
     return size

@@ -138,10 +138,7 @@ def knapsack_solution(measurement: Measurement, limit: int) -> dict[str, int]:
 
 
 def _refusal(measurement: Measurement, point: Point) -> str:
-    """Returns why the blocks of a point cannot be removed together, or an empty string.
-
-    Empty if they can.
-    """
+    """Returns why the blocks of a point cannot be removed together; empty if they can."""
     blocks = measurement.scope.blocks
     removed = blocks.removed(measurement.spaces[point[0]].kept(point[1]))
     return blocks.refusal(removed) if removed else ""

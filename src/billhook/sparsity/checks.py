@@ -93,7 +93,7 @@ def find_countable_adapters(model: nn.Module, criterion: Criterion, linears: Ite
     if criterion.updates:
         raise ValueError(
             f"count_adapters=True needs a criterion that does not change kept weights, such as Wanda, unlike "
-            f"{type(criterion).__name__}. Merge the adapters first (bh.training.merge), or omit count_adapters."
+            f"{type(criterion).__name__}. Merge the adapters first (bh.training.merge), or do not count adapters."
         )
     layers = require_plain_adapters(model, linears, "count_adapters=True")
     if not any(active_in(layer) for layer in layers.values()):

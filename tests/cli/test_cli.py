@@ -155,7 +155,7 @@ class TestHelp:
             (
                 "fit --model.help TransformerModule",
                 [
-                    "with AdamW, warm-up, decay, LoRA, and distillation",
+                    "with optional LoRA and distillation",
                     "determines its class and metric",
                     "Peak learning rate",
                     "GGUF",

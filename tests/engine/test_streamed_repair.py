@@ -37,7 +37,7 @@ def repaired(model, how=None):
     return model
 
 
-@pytest.mark.daily("catching up-LlamaForCausalLM", "alone-T5*")
+@pytest.mark.daily("compensating-LlamaForCausalLM", "independent-T5*")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("how", [bh.RepairConfig(), bh.RepairConfig(compensate=False)], ids=["compensating", "independent"])
 def test_repaired_with_the_same_bytes(tmp_path, kind, how):

@@ -143,7 +143,7 @@ def _groups_json(plain: Sequence[dict[str, Any]], groups: Sequence[Group], savin
 
 
 def summary(model: str, stream: bool = False) -> None:
-    """Prints the size of a model: parameters, zeros, heads, KV-cache bytes, and FLOPs.
+    """Prints the size of a model: parameters, zeros, heads, KV-cache bytes per token, FLOPs.
 
     Args:
         model: A folder, a Hub name, or "tiny".

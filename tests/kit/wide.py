@@ -40,7 +40,7 @@ def work(source, out, text):
             cut(source, out, text, f"{memory:.3f}GiB")
             break
         except SystemExit as refused:
-            (needed,) = re.findall(r"needs ([\d.]+) GiB", str(refused))
+            (needed,) = re.findall(r"needs at least ([\d.]+) GiB", str(refused))
             memory = float(needed) + 0.006  # it is rounded
         finally:
             watch.done.set()

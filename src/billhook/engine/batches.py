@@ -140,7 +140,7 @@ def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any
 def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
     """Splits a batch into examples along the first dimension; size 1 is shared."""
     shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-    counts = set(map(_first_size, shapes))
+    counts = {(*shape, 0)[0] for shape in shapes}
     count = max(counts, default=0)
     if not count or counts - {1, count}:
         raise ValueError(
@@ -152,10 +152,6 @@ def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
         return tensor if len(tensor) == 1 else tensor[number : number + 1]
 
     return [tree_map_only(Tensor, partial(take, number), batch) for number in range(count)]
-
-
-def _first_size(shape: tuple[int, ...]) -> int:
-    return shape[0] if shape else 0
 
 
 def model_loss(model: nn.Module, batch: Any, hint: str = ", or pass loss=") -> Tensor:  # noqa: ANN401

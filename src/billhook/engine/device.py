@@ -110,8 +110,8 @@ class DeviceCopies:
         """Returns copies by original: the prefetched ones, or new ones."""
         sent = self.ahead.take(block)
         if sent is None:
-            read_pinned = self.device.type == "cuda" and all(parameter.is_pinned() for parameter in block.parameters())
-            return {tensor: tensor.detach().to(self.device, copy=True, non_blocking=read_pinned) for tensor in _tensors(block)}
+            is_pinned = self.device.type == "cuda" and all(parameter.is_pinned() for parameter in block.parameters())
+            return {tensor: tensor.detach().to(self.device, copy=True, non_blocking=is_pinned) for tensor in _tensors(block)}
         if self._stream is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_stream(self._stream)

@@ -303,6 +303,7 @@ class FileStore(BlockStore):
             keys[names[block]] = new_keys
         self.files.rename(renamed, frozenset(removed))
         self.keys = keys
+        # files of renamed blocks contain the old names
         self.adopted = {name: path for name, path in self.adopted.items() if new_names.get(name) == name}
         self._index(self.model, list(map(self.blocks.__getitem__, new_names)))
         self._renames.append(new_names)

@@ -262,7 +262,7 @@ def as_plain() -> AbstractContextManager[None]:
 def _refuse(missing: Iterable[str], what: str, why: str, instead: str = "") -> None:
     if named := ", ".join(dict.fromkeys(missing)):
         needed = f"torch {torch.__version__}: {what} lacks {named}, which billhook needs to {why}"
-        raise RuntimeError(f"{needed}. Install another release ({supported_versions('torch')}){instead}.")
+        raise RuntimeError(f"{needed}. Install {supported_versions('torch')}{instead}.")
 
 
 def _states_of_modules() -> Any:  # noqa: ANN401

@@ -57,17 +57,17 @@ WORK = 2**27
 """Bytes for library workspaces and allocator fragmentation."""
 
 
-def fits(store: BlockStore, gram_bytes: int, activations: int, memory: int) -> bool:
-    """Returns whether activations fit into memory beside a block and its Gram matrices.
+def fits(store: BlockStore, working_bytes: int, activations: int, memory: int) -> bool:
+    """Returns whether activations fit into memory beside a block and the memory to work on it.
 
     Raises:
-        ValueError: If a single block with its Gram matrices does not fit.
+        ValueError: If a single block with that memory does not fit.
     """
     prefetched = store.device is not None and DeviceCopies.prefetches(store.device)
-    needed = (resident() or 0) + WORK + (COPIES + prefetched) * streamed_size(store).largest + gram_bytes
+    needed = (resident() or 0) + WORK + (COPIES + prefetched) * streamed_size(store).largest + working_bytes
     if needed > memory:
         raise ValueError(
-            f"memory={memory / 2**30:.2f} GiB is too small: streaming one block at a time needs {needed / 2**30:.2f} GiB. "
+            f"memory={memory / 2**30:.2f} GiB is too small: streaming one block at a time needs at least {needed / 2**30:.2f} GiB. "
             "Raise memory."
         )
     return needed + activations <= memory

@@ -62,7 +62,7 @@ class BlockStore(ABC):
         self.spill_folder: str | None = None
         self.reused = 0
         self._alterations: dict[nn.Module, list[Alter]] = {}  # applied to each block on every load
-        self.loaded: list[nn.Module] = []  # the block that is here; all of them within `all_here`
+        self.loaded: list[nn.Module] = []  # the loaded block; all blocks within `all_loaded`
         self._changed = False  # whether the loaded block is stored on release
         self._note: object = None
 

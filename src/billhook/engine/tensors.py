@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -265,7 +264,7 @@ def renumbered(key: str, block: str, new_block: str) -> str:
     >>> renumbered("h.3.mlp.experts.3.up.weight", "transformer.h.3", "transformer.h.2")
     'h.2.mlp.experts.3.up.weight'
     """
-    old, new = re.findall(r"(?<![^.])\d+(?![^.])", block), re.findall(r"(?<![^.])\d+(?![^.])", new_block)
+    old, new = (list(filter(str.isdigit, name.split("."))) for name in (block, new_block))
     parts = key.split(".")
     positions = [position for position, part in enumerate(parts) if part.isdigit()][: len(old)]
     if [parts[position] for position in positions] != old:

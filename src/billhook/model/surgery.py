@@ -31,7 +31,7 @@ def check_replaceable(model: nn.Module, optimizers: Iterable[Optimizer], name: s
         if "ZeroRedundancyOptimizer" in {parent.__name__ for parent in type(optimizer).mro()}:  # slow to import
             raise ValueError(f"{name}: {kind} trains its own shards, which new parameters do not reach. {INSTEAD}")
         if isinstance(optimizer, LBFGS):
-            raise ValueError(f"{name}: {kind} keeps all parameters in vectors of fixed size. {INSTEAD}")
+            raise ValueError(f"{name}: {kind} keeps directions of all parameters in vectors of fixed size. {INSTEAD}")
         if (attr := _beside_groups(optimizer)) is not None:
             raise ValueError(
                 f"{name}: {kind} also holds parameters in `{attr}`, outside of its param_groups, so new parameters would not be "

@@ -85,7 +85,7 @@ def test_a_text_shorter_than_its_share_gives_all_and_one_without_a_row_is_refuse
     ids = torch.cat([row["input_ids"] for row in rows])
     assert 10 < len(ids) < 100
     assert len(ids.unique(dim=0)) == len(ids)
-    refusal = rf"'other' has {len(ids)} examples of 64 tokens, and calibration takes 10000 of them"
+    refusal = rf"'other' has {len(ids)} examples of 64 tokens, and calibration needs 10000, so none is left to hold out"
     with pytest.raises(ValueError, match=refusal):
         bh.Calibration(file, tokens=640_000, length=64).held_out(model, 4)
     with pytest.raises(

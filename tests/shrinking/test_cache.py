@@ -213,7 +213,7 @@ def test_what_is_damaged_in_a_library_is_made_again(tmp_path, monkeypatch, damag
         file = tmp_path / "p merged unfitted.2.safetensors"
         file.write_bytes(b"no such file")
     with pytest.warns(
-        UserWarning, match=f"variant_cache: cannot read {re.escape(file.name)} in '{tmp_path}'. These variants are recomputed"
+        UserWarning, match=f"variant_cache: cannot read {re.escape(file.name)} in '{tmp_path}'. What they held is recomputed"
     ):
         again = Made(model, batches, folder=tmp_path)
     assert again.cache.errors == errors

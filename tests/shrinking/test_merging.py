@@ -159,7 +159,7 @@ def levels(work):
 
 def test_a_config_that_loses_more_than_a_smaller_one_is_no_choice():
     work, *_ = measured(grouped())
-    removal, *_ = measured(grouped(), pool_sizes=False)
+    removal, *_ = measured(grouped(), pool_heads=False)
     for name, numbers in levels(removal).items():
         assert numbers == (4, 3, 2, 1)
         assert levels(work)[name] == (4, 2, 1)

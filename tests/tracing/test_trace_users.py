@@ -108,7 +108,8 @@ def test_a_student_beside_a_frozen_teacher_and_a_metric():
             self.teacher, self.accuracy = llama().requires_grad_(False), torchmetrics.Accuracy(task="binary")
 
     assert free(bh.trace(Distillation("model"))) == ALL
-    message = r"more than one Hugging Face model \(student, teacher\)\. Assign .* attribute `model`\. Or pass only that model\.$"
+    one = r"more than one Hugging Face model \(student, teacher\)\. Assign .* attribute `model`"
+    message = rf"{one}\. Or pass only the model to trace\.$"
     with pytest.raises(ValueError, match=message):
         bh.trace(Distillation("student"))
 

@@ -91,7 +91,7 @@ class Merged(Printable):
 
     def _line(self) -> str:
         if not self.error:
-            return "no adapters on linear layers were left to merge"
+            return "no adapters on linear layers were left to merge; updates of other adapters are in the weights"
         line = f"merged adapters of {len(self.error)} layer{'s' * (len(self.error) > 1)} in place"
         if not self.pruned:
             return f"{line}, all in full, because none is sparse"
@@ -101,7 +101,7 @@ class Merged(Printable):
         shares = {name: self.error[name] for name in self.pruned}
         worst = max(shares, key=shares.__getitem__)
         mean = sum(shares.values()) / len(shares)
-        return f"{line}; {mean:.1%} of the updates was lost on average, at most {shares[worst]:.1%} ({worst})"
+        return f"{line}; {mean:.1%} of the updates of sparse layers was lost on average, at most {shares[worst]:.1%} ({worst})"
 
 
 @fresh_autocast_cache()
@@ -147,7 +147,7 @@ def has_adapters(model: nn.Module) -> bool:
 
 @contextmanager
 def temporarily_merged(model: nn.Module) -> Iterator[Merged]:
-    """Yields the merged model; the original is unchanged afterwards.
+    """Yields the report of a merge; the original is unchanged afterwards.
 
     It merges a copy or, for a streamed or sharded model, each block when it is loaded. Adapters that are merged already or not on
     linear layers are only removed.

@@ -52,7 +52,9 @@ def name_sources(sources: Sources, taken: Collection[str] = ()) -> dict[str, Sou
         if name == GENERATED and source != GENERATED:
             raise ValueError(f"sources: '{source}' has the reserved name '{GENERATED}' (self-generated text). Rename the file.")
         if name in by_name or any(source is another for another in by_name.values()):
-            raise ValueError(f"sources={sources!r}: '{name}' occurs twice. Name each source once.")
+            raise ValueError(
+                f"sources={sources!r}: '{name}' occurs twice. Name each source once, and rename files with equal names."
+            )
         by_name[name] = source
     if not by_name:
         raise ValueError(f"sources={sources!r} is empty. Name at least one source.")
@@ -213,8 +215,8 @@ class Calibration:
         drawn = order[:count] if held_out is None else order[count : count + held_out]
         if not drawn and order:
             raise ValueError(
-                f"sources: '{name}' has {len(order)} examples of {length} tokens, and calibration takes {count} of them: none is "
-                "left to hold out. Use fewer tokens, or a longer text."
+                f"sources: '{name}' has {len(order)} examples of {length} tokens, and calibration needs {count}, so none "
+                "is left to hold out. Use fewer tokens, or a longer text."
             )
         if not drawn:
             raise ValueError(

@@ -135,10 +135,10 @@ class Shrinking(ShapeCallback):
         """Searches, then removes units and repairs the rest."""
         metrics, model = self.validate(trainer, pl_module), find_transformer(pl_module)
         with fail_together(trainer, "Shrinking"), blockwise(pl_module):
-            scope, pool_sizes = self._candidates(model), not adapter_layers(model)
+            scope, pool_heads = self._candidates(model), not adapter_layers(model)
             self._known.clear()
             with adapters_removed(model):
-                measurement, chosen = self._search(trainer, pl_module, scope, pool_sizes)
+                measurement, chosen = self._search(trainer, pl_module, scope, pool_heads)
             check_identical(trainer, "Shrinking", "the plan", lambda: [plan.to_json() for plan in chosen.planned.plans])
         event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, chosen.planned))
         record_not_refitted(event, chosen.planned.not_refitted)
@@ -174,9 +174,9 @@ class Shrinking(ShapeCallback):
         return scope
 
     def _search(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, scope: SearchScope, pool_sizes: bool
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, scope: SearchScope, pool_heads: bool
     ) -> tuple[Measurement, SearchResult]:
-        """Searches on the same batches on each rank; `merges` allows merging KV heads."""
+        """Searches on the same batches on each rank; `pool_heads` allows pooling KV heads."""
         model = scope.model
         with self.calibration.undisturbed(pl_module), gradient_precision(trainer):
             batches = list(self.calibration.read(trainer, same_on_ranks=True))
@@ -193,7 +193,7 @@ class Shrinking(ShapeCallback):
                 rank_zero_warn(f"Shrinking: {not_repaired}")
             predicting = training_runs(pl_module, model, held_out)
             measurement = measure(
-                scope, searched, predicting, self.search.importance or OBS(), repair, pool_sizes=pool_sizes, broadcast=broadcast
+                scope, searched, predicting, self.search.importance or OBS(), repair, pool_heads=pool_heads, broadcast=broadcast
             )
             how = self.search, self.calibration.seed
             chosen = select_for_budget(measurement, self.budget, searched, runs, held_out, repair, *how)

@@ -144,10 +144,7 @@ class WeightPruning(EventCallback, ShapeFollower):
         self._layers = list(layers)
         self.check_layers(layers)
         if self._counts:
-            try:
-                find_countable_adapters(model, self.criterion, layers)
-            except ValueError as error:  # it names the argument of `prune`
-                raise ValueError(str(error).replace("count_adapters=True", f"adapters={self.adapters!r}")) from error
+            find_countable_adapters(model, self.criterion, layers, f"adapters={self.adapters!r}")
         self._adapted = list(require_plain_adapters(model, layers, f"adapters={self.adapters!r}")) if self._masks_lora else []
         if self._steps and not self._masks_lora:
             _warn_unmasked_adapters(set(find_adapters(model)) & set(layers))

@@ -102,7 +102,7 @@ def config_warnings(words: Sequence[str], names: Sequence[str]) -> list[str]:
         names: The configs as the user wrote them, such as `recipe:wanda`.
     """
     configs = list[tuple[str, dict[str, Any]]]()
-    for file in config_files(words):
+    for file in dict.fromkeys(config_files(words)):
         if (content := _read(file)) is None:  # the parser reports it
             return []
         configs.append((file, content))

@@ -90,7 +90,9 @@ def _no_repair(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch
         return "no linear layer reads the removed units."
     rows = sum(len(batch["input_ids"]) for batch in batches if "input_ids" in batch)
     if rows < 2 and not work.of_images:
-        return f"--examples {options.examples or rows} is too few: repair needs at least 2, to choose the ridge penalty."
+        return (
+            f"repair needs at least 2 examples, to choose the ridge penalty, got {rows}. Use more --examples, or a longer text."
+        )
     if work.of_images or any(count <= tokens for count in needed.values()):
         return ""
     first = min(needed, key=lambda name: needed[name])

@@ -182,7 +182,7 @@ MARKER = "billhook-variants.json"
 """File that identifies a variant cache next to an output; a folder of that name without it is not touched."""
 
 
-class VariantCache:
+class VariantFolder:
     """Folder of a variant cache: a named folder, or a temporary folder next to the output.
 
     Args:
@@ -198,7 +198,7 @@ class VariantCache:
         if not self._keep and self.folder.exists() and not (self.folder / MARKER).is_file():
             raise ValueError(
                 f"'{self.folder}' is needed for the variant cache, but billhook did not create it: it has no {MARKER}. Move it, "
-                "or pass another folder with --variant_cache."
+                "or name a folder with --variant_cache."
             )
 
     def create(self) -> None:
@@ -260,7 +260,7 @@ def shrink(
         ValueError: If an argument is not legal, or the budget is out of reach, before anything is written.
     """
     check_variant_cache(variant_cache)
-    cache = VariantCache(out, variant_cache)
+    folder = VariantFolder(out, variant_cache)
     check_int("seed", examples.seed, 0)
     if plot is not None:
         check_file("plot", plot, ".png")
@@ -286,7 +286,7 @@ def shrink(
         most_steps = scope.most_steps(search.generations, search.candidates)
         work.print_dry_run(search_space(scope, most_steps, None if by_size else budget.words))
         return
-    cache.create()
+    folder.create()
     batches = work.batches()
     fitted, held_out = split_batches(batches)
     repair, not_repaired = resolve_repair(scope, fitted, search.repair)
@@ -295,8 +295,8 @@ def shrink(
     before = work.measure()
     phases = [""]
     with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
-        progress, seed = Progress(report, phases.append, cache.report_reused), examples.seed
-        shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, cache.folder, progress)
+        progress, seed = Progress(report, phases.append, folder.report_reused), examples.seed
+        shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, folder.folder, progress)
     shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
     settings = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": str(repair) if repair else None}
     what = f"{shrunk.what}: {shrunk.budget}"
@@ -304,7 +304,7 @@ def shrink(
     recovered, *lines = _recover(work, recovery, batches, before) if recovery.recover else ({},)
     record = {"shrink": shrunk.to_json() | settings} | recovered
     work.save(before, what, record, shrunk.text(), *lines, not_refitted=shrunk.not_refitted)
-    cache.delete()
+    folder.delete()
     if plot is not None:
         pareto(shrunk).savefig(plot)
 

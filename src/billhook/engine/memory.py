@@ -67,8 +67,8 @@ def fits(store: BlockStore, working_bytes: int, activations: int, memory: int) -
     needed = (resident() or 0) + WORK + (COPIES + prefetched) * streamed_size(store).largest + working_bytes
     if needed > memory:
         raise ValueError(
-            f"memory={memory / 2**30:.2f} GiB is too small: streaming one block at a time needs at least {needed / 2**30:.2f} GiB. "
-            "Raise memory."
+            f"memory={memory / 2**30:.2f} GiB is too small: streaming one block at a time needs at least "
+            f"{needed / 2**30:.2f} GiB. Raise memory."
         )
     return needed + activations <= memory
 

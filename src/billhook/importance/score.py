@@ -94,7 +94,7 @@ def check_supports_streaming(importance: Importance) -> None:
     if importance.needs_gradients:
         raise ValueError(
             f"importance={importance} needs gradients, which a streamed model does not have. Use OutputNorm, OBS, "
-            "ActivationNorm, WeightNorm, or RandomUnits (for blocks BlockInfluence or Ablation), or load it into memory."
+            "ActivationNorm, WeightNorm, or RandomUnits (for blocks BlockInfluence or Ablation), or load the model into memory."
         )
 
 

@@ -175,10 +175,10 @@ def _full(values: Tensor) -> Tensor:
 def _shares(parameters: Mapping[str, nn.Parameter], count: int) -> Iterator[dict[str, nn.Parameter]]:
     """Divides parameters into at most `count` shares of neighbors, similar in size."""
     total = sum(parameter.numel() for parameter in parameters.values())
-    shares, flags = dict[int, dict[str, nn.Parameter]](), 0
+    shares, offset = dict[int, dict[str, nn.Parameter]](), 0
     for name, parameter in parameters.items():
-        shares.setdefault((flags + parameter.numel() // 2) * count // total, {})[name] = parameter
-        flags += parameter.numel()
+        shares.setdefault((offset + parameter.numel() // 2) * count // total, {})[name] = parameter
+        offset += parameter.numel()
     yield from shares.values()
 
 

@@ -299,7 +299,7 @@ def check_each(attentions: Mapping[str, KVAttention], names: Collection[str], he
 
 
 def hands_out(model: PreTrainedModel, attention: KVAttention) -> bool:
-    """Returns whether linear layers of an attention module store repeated KV heads."""
+    """Returns whether linear layers of an attention module return more KV heads than they store, by repeating them."""
     return any(repeat_layout_of(model.get_submodule(name.rpartition(".")[0])) is not None for name in attention.rows)
 
 

@@ -136,7 +136,7 @@ def convert_kv_heads(
     layers: Collection[int | str] | None = None,
     encoder: bool = False,
 ) -> KVHeadPlan:
-    """Converts attention to fewer KV heads (GQA, or or MQA), in place.
+    """Converts attention to fewer KV heads (GQA, or MQA with one KV head), in place.
 
     Args:
         model: A Hugging Face model, or a module that contains one.

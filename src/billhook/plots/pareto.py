@@ -47,7 +47,7 @@ def pareto(shrunk: Shrunk) -> Plot:
     if shrunk.ratio is None:
         axes.axvline(shrunk.limit / unit, color=RED, linestyle=":", linewidth=1, label="budget", zorder=1)
     axes.plot(shrunk.left / unit, mean_over_sources(shrunk.measured), "*", color=RED, markersize=12, label="selected")
-    axes.set(xlabel=f"{LABELS.get(shrunk.target, shrunk.target)}", ylim=(0, None))
+    axes.set(xlabel=LABELS.get(shrunk.target, shrunk.target), ylim=(0, None))
     axes.set_ylabel("KL divergence from the dense model, nats")
     plain = FuncFormatter(lambda value, _: f"{value:,g}")  # an engineering prefix `m` would read as milli-milliseconds
     axes.xaxis.set_major_formatter(plain if shrunk.target == "latency" else EngFormatter(sep=""))

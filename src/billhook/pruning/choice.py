@@ -68,7 +68,7 @@ class HeadOptions:
 def check_choice(ratio: float, ranking: str, min_units: int, per: str, what: str = "units") -> None:
     """Raises for arguments that are illegal for every model.
 
-    `what` names the units in messages; `least` is `min_heads` if the units are heads.
+    `what` names the units in messages; `min_units` is called `min_heads` there if the units are heads.
     """
     check_fraction("ratio", ratio, of=f"the {what}")
     check_one_of("ranking", ranking, Ranking)

@@ -61,7 +61,7 @@ def record_calls(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> 
 
 def combine_calls(records: Sequence[LinearCalls]) -> LinearCalls:
     """Combines the records of runs; contradictory predecessors are dropped."""
-    calls, predecessors = dict(records[0].calls), dict(records[0].predecessors.items())
+    calls, predecessors = dict(records[0].calls), dict(records[0].predecessors)
     for record in records[1:]:
         predecessors = dict(predecessors.items() & record.predecessors.items())
         calls = {name: max(count, record.calls[name]) for name, count in calls.items()}

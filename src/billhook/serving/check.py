@@ -190,13 +190,12 @@ def _compared(
     reasons = list[str]()
     if difference > TOLERANCE:
         first = int((differences > TOLERANCE * largest).int().argmax()) + 1
-        reasons.append(f"logits differ by {difference:.1e} (limit {TOLERANCE:g}) from token {first} of {len(row)}")
+        reasons.append(f"logits differ by {difference:.1e} of the largest (limit {TOLERANCE:g}) from token {first} of {len(row)}")
     if matching < new_tokens:
         reasons.append(f"greedy tokens differ after {matching} of {new_tokens}")
     reasons += [written.vocabulary] if written.vocabulary else _other_tokens(folder, engine)
-    measured = (
-        f"{written}; logits differ by {difference:.1e}, {matching} of {new_tokens} greedy tokens match{_limit(model, file)}"
-    )
+    equal = f"{matching} of {new_tokens} greedy tokens match{_limit(model, file)}"
+    measured = f"{written}; logits differ by {difference:.1e} of the largest, {equal}"
     reason = f"{'; '.join(reasons)} ({measured})" if reasons else measured
     results = tuple(_quantized(engine, file, kind, row, expected) for kind in quantized)
     return ServeResult(folder, engine.name, not reasons, reason, difference, (matching, new_tokens), results)

@@ -45,7 +45,7 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     if (reason := deci_limitation(model.config)) is not None:
         return f"{SHAPED}, and {reason}"
     if any(repeat_layout_of(module) is not None for module in model.modules()):
-        return "it repeats its stored KV heads, which no architecture of llama.cpp does"
+        return "its attention modules store fewer KV heads than their class computes with, which llama.cpp does not support"
     return None
 
 

@@ -231,13 +231,13 @@ class Divergence:
         Args:
             changed: Names of the changed modules, if known: blocks before them are replayed.
         """
-        sums, unit_counts = dict[str, float](), dict[str, int]()
+        sums, counts = dict[str, float](), dict[str, int]()
         for number, (run, dense) in enumerate(self._dense):
             with self._replay.before(changed, number):
                 total = dense.divergence(eval_logits(self._model, run))
             sums[run.source] = sums.get(run.source, 0.0) + total
-            unit_counts[run.source] = unit_counts.get(run.source, 0) + len(dense.positions)
-        measured: dict[str, float] = self.broadcast({source: total / unit_counts[source] for source, total in sums.items()})
+            counts[run.source] = counts.get(run.source, 0) + len(dense.positions)
+        measured: dict[str, float] = self.broadcast({source: total / counts[source] for source, total in sums.items()})
         return measured
 
     def mean(self, changed: Collection[str] = ()) -> float:

@@ -79,7 +79,7 @@ def measure(
     repair: RepairConfig | None,
     folder: Path | None = None,
     progress: Progress | None = None,
-    pool_sizes: bool = True,
+    pool_heads: bool = True,
     broadcast: Broadcast = lambda value: value,
 ) -> Measurement:
     """Scores units, creates the variants, and measures their loss.
@@ -92,7 +92,7 @@ def measure(
         repair: Settings of the refits; None keeps the old weights.
         folder: Folder for the variants. Defaults to None (in memory).
         progress: Progress of the search.
-        pool_sizes: If True, KV heads may be pooled for a KV cache budget, if that loses less than removal.
+        pool_heads: If True, KV heads may be pooled for a KV cache budget, if that loses less than removal.
         broadcast: Returns the first rank's value of a measurement, by which all ranks decide.
     """
     progress = progress or Progress()
@@ -115,7 +115,7 @@ def measure(
         progress.advance()
         losses[module.name] = config_losses(cache, divergence, module)
     losses = broadcast(losses)
-    pooling = find_pooling(scope, cache) if pool_sizes else None
+    pooling = find_pooling(scope, cache) if pool_heads else None
     if pooling is not None:
         pooling.fill(modules, fitted, repair, progress.advance)
         modules, losses = pooling.choose(divergence, modules, losses, scope.uniform)

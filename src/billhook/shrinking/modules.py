@@ -1,6 +1,5 @@
 """Finds the prunable modules, their numbers of units, and the cost of a unit."""
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -99,8 +98,8 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
             modules.append(module)
             consumed |= consumers
     refusals = dict[UnitKind, str]()
-    for kind, of_kind in itertools.groupby(sorted(modules, key=lambda module: module.kind), lambda module: module.kind):
-        refusals[kind] = _refusal(search, list(of_kind))
+    for of_kind in group_by(modules, lambda module: module.kind):
+        refusals[of_kind[0].kind] = _refusal(search, of_kind)
     able = [module for module in modules if not refusals[module.kind]]
     if modules and not able:
         raise ValueError(f"{target}: {refusals[modules[0].kind]}")
@@ -153,10 +152,7 @@ def cut_of(search: RatioSearch, numbers: Mapping[str, list[int]], per: Per = "kv
 
 
 def _unit_costs(search: RatioSearch, groups: Sequence[list[str]], target: str) -> list[int]:
-    """Returns the cost of a unit for each group of modules; 0 if it is not prunable.
-
-    0 if it is not prunable.
-    """
+    """Returns the cost of a unit for each group of modules; 0 if it is not prunable."""
     model, units, cached = search.model, search.units, target == "kv_cache_bytes"
 
     def cut(names: list[str]) -> Cut | None:
@@ -170,9 +166,10 @@ def _unit_costs(search: RatioSearch, groups: Sequence[list[str]], target: str) -
     cache, cuts = kv_cache_bytes(model) or 0, list(map(cut, groups))
     # asking the class what each attention saves takes long; where the first has an equal share of the cache, all have
     heads, costs = sum(one.count("kv_head") for one in units.values() if one.kind == "head"), list[int]()
-    for names, removed in zip(groups, cuts, strict=True):
+    first = next((number for number, removed in enumerate(cuts) if removed is not None), None)
+    for number, (names, removed) in enumerate(zip(groups, cuts, strict=True)):
         costs.append(0 if removed is None else cache - (kv_cache_bytes(try_removal(model, removed)) or 0))
-        if removed is not None and costs[-1] * heads == cache * len(names):
+        if number == first and costs[-1] * heads == cache * len(names):
             return [0 if cut is None else cache // heads * len(names) for names, cut in zip(groups, cuts, strict=True)]
     return costs
 

@@ -162,18 +162,16 @@ def plan_cuts(
         structure = trace(pooled_model)
         units = units_of(pooled_model, structure, search.amount.kinds)
     cut = find_cut(pooled_model, structure, units, numbers)
-    costs = (
-        (costs_of(pooled_model), costs_of(try_removal(pooled_model, cut))) if heads else search.costs(cut)
-    )  # which a search remembers
+    smaller = try_removal(pooled_model, cut) if heads or removed_blocks else None
+    costs = (costs_of(pooled_model), costs_of(smaller)) if heads and smaller else search.costs(cut)  # cached by the search
     after, left = None, getattr(costs[1], target) if target in TARGETS else 0
-    if removed_blocks:
-        smaller = try_removal(pooled_model, cut)
+    if removed_blocks and smaller:
         after = scope.blocks.planned(smaller, removed_blocks)
         left = cost_of(without_blocks(smaller, after), target) if target in TARGETS else 0
     left = int(left or 0)
     if left > limit:
         raise ValueError(
-            f"{target}: the plan leaves {left:,}, more than the limit {limit:,}, because costs per unit differ. Lower the budget."
+            f"{target}: the plan leaves {left:,}, more than the limit {limit:,}, because costs per unit differ. Try another budget."
         )
     rows = () if heads else _row_lengths(search, cut)
     return ShrinkPlan(UnitPlan.of(cut, costs, rows), after, merged=tuple(plans), dense=search.now.params if heads else None)

@@ -108,8 +108,8 @@ class Shrunk(Printable):
     @property
     def what(self) -> str:
         """A summary of the change."""
-        without_blocks = [f"without {self.words}"] if self.words else []
-        return "; ".join([*(f"{plan.words} (pooled)" for plan in self.merged), *without_blocks])
+        without = [f"without {self.words}"] if self.words else []
+        return "; ".join([*(f"{plan.words} (pooled)" for plan in self.merged), *without])
 
     def to_json(self) -> dict[str, Any]:
         """Returns the result as plain data."""

@@ -123,8 +123,8 @@ class SearchScope:
 
     def most_steps(self, generations: int, children: int) -> int:
         """Returns an upper bound on the number of search steps."""
-        measurement = sum(2 + bool(module.pool_sizes) for module in self.modules) + len(self.blocks.removable)
-        return measurement + len(SEVERAL) + 2 + generations * children + CURVE
+        measured = sum(2 + bool(module.pool_sizes) for module in self.modules) + len(self.blocks.removable)
+        return measured + len(SEVERAL) + 2 + generations * children + CURVE
 
     def rounded(self, kept: Mapping[str, int], spare: int = 0) -> dict[str, int]:
         """Returns numbers of channels rounded down, if modules are uniform and `round_to="auto"`."""

@@ -93,7 +93,7 @@ class VariantCache:
             file.unlink(missing_ok=True)
         if damaged:
             names = ", ".join(file.name for file in damaged[:3]) + (f" and {len(damaged) - 3} more" if damaged[3:] else "")
-            warnings.warn(f"variant_cache: cannot read {names} in '{folder}'. These variants are recomputed.", stacklevel=2)
+            warnings.warn(f"variant_cache: cannot read {names} in '{folder}'. What they held is recomputed.", stacklevel=2)
 
     def add(self, module: str, kept: int, error: float, weights: Mapping[str, Tensor]) -> None:
         """Adds a variant."""

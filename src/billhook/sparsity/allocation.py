@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from billhook.arguments import check_fraction, check_number, check_types
 from billhook.model.layers import size_of
 from billhook.sparsity.criteria import Wanda
-from billhook.sparsity.grouped import score_weight
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.visitor import PruningVisitor, Walks
 
@@ -205,6 +204,6 @@ class _MeasuringVisitor(PruningVisitor):
             for name, linear in site.linears.items():
                 if name in linears:
                     self.store.load(linear)
-                    scores.append(score_weight(self.criterion, self.scored(name), self.statistics_of(name)))
+                    scores.append(self.scores(name, self.statistics_of(name)))
             if scores:
                 self.measured[block] = self.allocation.measure(scores)

@@ -69,14 +69,12 @@ def admm(dense: Tensor, h: Tensor, keep_of: Keep, penalty: float, steps: int) ->
     return d, keep
 
 
-def refit_(solution: Tensor, difference: Tensor, h: Tensor, keep: Tensor, steps: int) -> None:
+def refit_(solution: Tensor, residual: Tensor, h: Tensor, keep: Tensor, steps: int) -> None:
     """Moves V on its support toward the minimum of tr((W - V) H (W - V)^T), in place.
 
-    Algorithm 2; `difference` is W - V.
+    Algorithm 2; `residual` is (W - V) H and is overwritten.
     """
-    residual = (difference @ h).mul_(keep)
-    del difference  # as large as the weight in float32
-    conjugate_gradients(solution, residual, h, keep, steps)
+    conjugate_gradients(solution, residual.mul_(keep), h, keep, steps)
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ class ALPS(Criterion):
         with torch.autocast(weight.device.type, enabled=False):
             dense = weight.detach().float().contiguous() * scale
             solution, keep = admm(dense, h, keep_of, self.penalty, self.steps)
-            refit_(solution, dense - solution, h, keep, self.refits)
+            refit_(solution, (dense - solution) @ h, h, keep, self.refits)
         updated = solution.div_(scale).to(weight.dtype)
         check_finite(updated, f"the updated weight, as {weight.dtype},")
         return updated, keep
@@ -207,5 +205,5 @@ class Refit(Criterion):
         pruned, keep = self.criterion.prune(weight, gram, sparsity, pattern)
         with torch.autocast(weight.device.type, enabled=False):
             h, solution = damp_(gram.products.clone(), self.damping), pruned.float().clone()
-            refit_(solution, weight.detach().float() - solution, h, keep, self.steps)
+            refit_(solution, (weight.detach().float() - solution) @ h, h, keep, self.steps)
         return solution.to(weight.dtype), keep

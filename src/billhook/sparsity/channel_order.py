@@ -136,8 +136,7 @@ def assign(gains: Costs) -> Indices:
     """Assigns a different column to each row, with the largest possible sum of gains.
 
     Uses shortest augmenting paths: "A Shortest Augmenting Path Algorithm for Dense and Sparse Linear Assignment Problems"
-    (Jonker &
-    Volgenant, 1987), without its start.
+    (Jonker & Volgenant, 1987), without its start.
 
     Args:
         gains: Finite, `[n, n]`.

@@ -88,16 +88,18 @@ def _linears(model: nn.Module, options: PruneOptions) -> dict[str, nn.Module]:
     return remaining
 
 
-def find_countable_adapters(model: nn.Module, criterion: Criterion, linears: Iterable[str]) -> dict[str, nn.Module]:
-    """Finds the LoRA layers on these linear layers, for `count_adapters`."""
+def find_countable_adapters(
+    model: nn.Module, criterion: Criterion, linears: Iterable[str], argument: str = "count_adapters=True"
+) -> dict[str, nn.Module]:
+    """Finds the LoRA layers on these linear layers; errors name the argument that counts them."""
     if criterion.updates:
         raise ValueError(
-            f"count_adapters=True needs a criterion that does not change kept weights, such as Wanda, unlike "
-            f"{type(criterion).__name__}. Merge the adapters first (bh.training.merge), or do not count adapters."
+            f"{argument} needs a criterion that does not change kept weights, such as Wanda, unlike "
+            f"{type(criterion).__name__}. Merge the adapters first (bh.training.merge), or omit {argument}."
         )
-    layers = require_plain_adapters(model, linears, "count_adapters=True")
+    layers = require_plain_adapters(model, linears, argument)
     if not any(active_in(layer) for layer in layers.values()):
-        raise ValueError(f"count_adapters=True: no adapter is active, for example on {next(iter(layers))}. Enable an adapter.")
+        raise ValueError(f"{argument}: no adapter is active, for example on {next(iter(layers))}. Enable an adapter.")
     return layers
 
 
@@ -123,9 +125,9 @@ def make_runs(
     if not count:
         raise ValueError(f"batches is empty: {problem} Pass at least one batch.")
     if any_too_few:
-        per_rank = "" if comm is SINGLE_PROCESS else " on each rank"
+        per_rank, here = ("", "") if comm is SINGLE_PROCESS else (" on each rank", " on this rank")
         raise ValueError(
-            f"batches: match needs at least two batches{per_rank} (it holds some out), got {len(runs)}. Use smaller batches."
+            f"batches: match needs at least two batches{per_rank} (it holds some out), got {len(runs)}{here}. Use smaller batches."
         )
     return runs
 

@@ -16,6 +16,7 @@ from billhook.engine.sharding import is_sharded
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
 from billhook.model.layers import size_of
+from billhook.progress import OnProgress
 from billhook.sparsity.allocation import allocate_sparsities
 from billhook.sparsity.checks import (
     check_called,
@@ -37,7 +38,7 @@ from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matching import MatchingVisitor
 from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.permute import check_permutable, check_permute, permuted
-from billhook.sparsity.visitor import GlobalPruningVisitor, Progress, PruningVisitor, Walks
+from billhook.sparsity.visitor import GlobalPruningVisitor, PruningVisitor, Walks
 from billhook.sparsity.weight_plan import WeightPlan
 
 
@@ -51,7 +52,7 @@ def prune(
     options: PruneOptions | None = None,
     count_adapters: bool = False,
     reduce: Reduce | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
     offload: str | torch.device | None = None,
     activations: str | None = None,
     permute: bool = False,

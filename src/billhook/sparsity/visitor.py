@@ -33,6 +33,7 @@ from billhook.model.layers import (
     to_layout,
     weight_of,
 )
+from billhook.progress import OnProgress
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.grouped import GroupedStatistics, empty_statistics, prefix_errors, prune_weight, score_weight
 from billhook.sparsity.masks import RemovalThreshold, pruned_count, where_kept
@@ -169,10 +170,6 @@ class Walks:
         return set().union(*(site.linears for site in walk.again))
 
 
-Progress = Callable[[int, int], None]
-"""Callback with the number of pruned layers and the total."""
-
-
 class PruningVisitor(Visitor):
     """Gathers input statistics, and prunes each layer of a stop when all runs have reached it.
 
@@ -198,7 +195,7 @@ class PruningVisitor(Visitor):
         criterion: Criterion,
         sparsities: Mapping[str, float],
         pattern: str,
-        progress: Progress | None,
+        progress: OnProgress | None,
         walks: Walks,
         shared: bool,
     ) -> None:
@@ -360,7 +357,8 @@ class PruningVisitor(Visitor):
                 if not torch.equal(new, where_kept(scored, keep)):
                     kind = type(self.criterion).__name__
                     raise ValueError(
-                        f"{name}: {kind} changes kept weights although its `updates` is False. Set it, without count_adapters."
+                        f"{name}: {kind} changes kept weights although its `updates` is False. Set it to True, and do not count "
+                        "adapters."
                     )
                 new = where_kept(weight, keep)
             self.pruned[name] = PrunedLayer.of(weight, new, keep)

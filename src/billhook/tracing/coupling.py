@@ -37,7 +37,7 @@ class Structure(Printable, StructureFields):
     """
 
     def tree(self, name: str) -> str:
-        """Returns the axes of a parameter as text, such as `[kv:3 * group:3 * f:64, hidden:576]`.
+        """Returns the axes of a parameter as text, such as `[kv:3 * group:3 * (f:32 + f:32), hidden:576]`.
 
         Raises:
             ValueError: If the run used no parameter of that name.

@@ -123,8 +123,7 @@ def _find_values(scores: ActivationProduct, later: Iterable[ActivationProduct]) 
         if both <= product.left.keys() and product.right:
             return product.right, product.right_axes
         if both <= product.right.keys() and product.left:
-            left_too = both <= product.left.keys()
-            return (product.right, product.right_axes) if left_too else (product.left, product.left_axes)
+            return product.left, product.left_axes
     return None
 
 

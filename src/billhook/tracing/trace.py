@@ -126,7 +126,7 @@ def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], all_
     try:
         model: nn.Module = find_transformer(module)
     except ValueError as error:
-        raise ValueError(f"model: {error} Or pass only that model.") from error
+        raise ValueError(f"model: {str(error).removesuffix('.')}. Or pass only the model to trace.") from error
     if model is module:
         return model, {}
     model = next((child for child in module.modules() if _prompts(child) and model in child.modules()), model)

@@ -141,7 +141,8 @@ class TextDataModule(TokenizedModule):
                 problem = f"leaves no token in the loss of any example of the split '{split}'"
             else:
                 problem = f"is longer than the text of the split '{split}'"
-            raise NoExamples(f"block_size={self.block_size} {problem}. Use a smaller block_size, or more text.")
+            fix = "Use a smaller block_size, or more text." if self.packing else "Use a larger block_size, or longer texts."
+            raise NoExamples(f"block_size={self.block_size} {problem}. {fix}")
         dropped = len(rows) - len(examples)
         if dropped and not self.packing:
             rank_zero_info(

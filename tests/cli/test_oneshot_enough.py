@@ -39,9 +39,9 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
             TOO_FEW,
             f"{FEW_TOKENS} 20 tokens, and model.layers.0.mlp",
         ),
-        ("prune-structure", ["--examples", "1", *TOO_FEW[2:]], "--examples 1 is too few: repair needs at least 2"),
+        ("prune-structure", ["--examples", "1", *TOO_FEW[2:]], "repair needs at least 2 examples, to choose the ridge penalty, got 1"),
         ("convert", TOO_FEW, f"{FEW_TOKENS} 20 tokens, and model.layers.0.self"),
-        ("convert", ["--examples", "1", *TOO_FEW[2:]], "--examples 1 is too few: repair needs at least 2"),
+        ("convert", ["--examples", "1", *TOO_FEW[2:]], "repair needs at least 2 examples, to choose the ridge penalty, got 1"),
         (
             "prune",
             ["--examples", "1", *TOO_FEW[2:]],

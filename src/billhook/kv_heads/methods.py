@@ -281,8 +281,8 @@ class Auto(KVMethod):
     """Tries several methods and uses the closest on held-out batches.
 
     The distance is the mean KL divergence of logits, or without logits the relative square error of the hidden states. The
-    candidates are the mean, and rotation and low-rank approximation of consecutive and of similar heads, where the model allows them. A subclass
-    can set other `candidates`.
+    candidates are the mean, and rotation and low-rank approximation of consecutive and of similar heads, where the model allows
+    them. A subclass can set other `candidates`.
 
     Example:
         >>> import billhook as bh

@@ -171,7 +171,8 @@ def plan_cuts(
     left = int(left or 0)
     if left > limit:
         raise ValueError(
-            f"{target}: the plan leaves {left:,}, more than the limit {limit:,}, because costs per unit differ. Try another budget."
+            f"{target}: the plan leaves {left:,}, more than the limit {limit:,}, because costs per unit differ. Try another "
+            "budget."
         )
     rows = () if heads else _row_lengths(search, cut)
     return ShrinkPlan(UnitPlan.of(cut, costs, rows), after, merged=tuple(plans), dense=search.now.params if heads else None)

@@ -127,7 +127,8 @@ def make_runs(
     if any_too_few:
         per_rank, here = ("", "") if comm is SINGLE_PROCESS else (" on each rank", " on this rank")
         raise ValueError(
-            f"batches: match needs at least two batches{per_rank} (it holds some out), got {len(runs)}{here}. Use smaller batches."
+            f"batches: match needs at least two batches{per_rank} (it holds some out), got {len(runs)}{here}. Use smaller "
+            "batches."
         )
     return runs
 

@@ -702,7 +702,7 @@ class TestRefused:
 
     def test_data_that_can_be_read_once(self, tmp_path):
         stream = iter([(tokens(),) for _ in range(8)])
-        with pytest.raises(ValueError, match="calibration=None uses the training data, but list_iterator"):
+        with pytest.raises(ValueError, match="calibration: examples come from the training data, but list_iterator"):
             trainer(tmp_path, [pruning(0.5)], max_steps=2).fit(Own(mha()), stream)
         trainer(tmp_path, [pruning(0.5, importance=bh.importance.WeightNorm())], max_steps=2).fit(Own(mha()), stream)
 

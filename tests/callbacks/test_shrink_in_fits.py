@@ -10,6 +10,7 @@ from peft import LoraConfig
 
 import billhook as bh
 from billhook.checkpoints.export import export
+from billhook.fit.resume import check_callbacks
 from billhook.shrinking import scope as candidates
 from billhook.shrinking.modules import find_modules
 from kit import shrinks
@@ -280,3 +281,12 @@ def test_a_kv_head_goes_with_all_its_query_heads_beneath_lora_too(files, tmp_pat
     assert again.config.num_key_value_heads == 3
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, lit.model.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_another_search_is_refused_on_resume():
+    earlier, callback = shrinking(params=0.8), shrinking(params=0.7)
+    states = {earlier.state_key: {}}
+    resumed = pl.Trainer(callbacks=callback, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match=r"run has Shrink\{.*0\.8.*, but this run has Shrink\{.*0\.7"):
+        check_callbacks(resumed, {"callbacks": states})
+    check_callbacks(resumed, {"callbacks": {callback.state_key: {}}})

@@ -18,6 +18,7 @@ def small(tmp_path_factory):
     return small_llama(tmp_path_factory.mktemp("small"))
 
 
+ONE_EXAMPLE = "repair needs at least 2 examples, to choose the ridge penalty, got 1"
 TOO_FEW = ["--examples", "4", "--length", "5", "--evaluate", "0", "--generated", "0"]
 FEW_TOKENS = "--examples 4 --length 5 gives"
 SEARCH = ["--generations", "0", "--importance", "WeightNorm"]
@@ -39,9 +40,13 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
             TOO_FEW,
             f"{FEW_TOKENS} 20 tokens, and model.layers.0.mlp",
         ),
-        ("prune-structure", ["--examples", "1", *TOO_FEW[2:]], "repair needs at least 2 examples, to choose the ridge penalty, got 1"),
+        ("prune-structure", ["--examples", "1", *TOO_FEW[2:]], ONE_EXAMPLE),
         ("convert", TOO_FEW, f"{FEW_TOKENS} 20 tokens, and model.layers.0.self"),
-        ("convert", ["--examples", "1", *TOO_FEW[2:]], "repair needs at least 2 examples, to choose the ridge penalty, got 1"),
+        (
+            "convert",
+            ["--examples", "1", *TOO_FEW[2:]],
+            "--examples 1 is too few: repair needs at least 2, because it holds some out",
+        ),
         (
             "prune",
             ["--examples", "1", *TOO_FEW[2:]],

@@ -192,8 +192,8 @@ class Export(Callback):
         except Exception as error:
             by = "an example of the first batch" if self.probe is None and self._probe else "the probe"
             raise ValueError(
-                f"Export: the trial export before training failed on {by}: {type(error).__name__}: {error}. Pass other forward "
-                "inputs as Export(probe={...})."
+                f"Export: the trial export before training failed on {by}: {type(error).__name__}: "
+                f"{str(error).removesuffix('.')}. Pass other forward inputs as Export(probe={{...}})."
             ) from error
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -257,7 +257,8 @@ class Export(Callback):
         try:
             written = export_gguf(self.saved.folder, self.gguf, converter=self.converter)
         except (ValueError, Missing, OSError) as error:
-            rank_zero_warn(f"Export: {self.gguf} was not written ({error}). The checkpoint is in {self.saved.folder}.")
+            reason = str(error).removesuffix(".")
+            rank_zero_warn(f"Export: {self.gguf} was not written ({reason}). The checkpoint is in {self.saved.folder}.")
             return
         rank_zero_info(f"billhook: {self.gguf} is {written}")
 

@@ -47,7 +47,7 @@ def _warn_unmasked_adapters(adapted: Collection[str]) -> None:
         )
 
 
-Adapters = Literal["ignore", "count", "mask", "both"]
+Adapters = Literal["count", "mask", "both"]
 
 
 class WeightPruning(EventCallback, ShapeFollower):
@@ -65,7 +65,7 @@ class WeightPruning(EventCallback, ShapeFollower):
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
         options: Layers to prune and inputs to score them on, as in `prune`. Defaults to `PruneOptions()`.
         adapters: LoRA on pruned layers: `"count"` scores weights as if LoRA were merged, `"mask"` restricts LoRA to unpruned
-            weights during and after training, `"both"` does both. Defaults to `"ignore"`.
+            weights during and after training, `"both"` does both. Defaults to None (neither).
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
     Raises:
@@ -83,12 +83,13 @@ class WeightPruning(EventCallback, ShapeFollower):
         at: At | Schedule = "start",
         calibration: CalibrationLike = None,
         options: PruneOptions | None = None,
-        adapters: Adapters = "ignore",
+        adapters: Adapters | None = None,
         measure_batches: int | None = None,
     ) -> None:
         check_at(at, sparsity)
         check_types(WeightPruning, locals())
-        check_one_of("adapters", adapters, Adapters)
+        if adapters is not None:
+            check_one_of("adapters", adapters, Adapters)
         self.amount = sparsity if isinstance(sparsity, Schedule) else check_amount(sparsity, pattern)
         if pattern != "unstructured" and (isinstance(sparsity, Schedule) or isinstance(at, Schedule)):
             raise ValueError(
@@ -101,8 +102,8 @@ class WeightPruning(EventCallback, ShapeFollower):
         if self.options.match is not None:
             if self._counts:
                 raise ValueError(
-                    f"adapters={adapters!r} cannot be combined with match, which updates kept weights. Use adapters='ignore' or "
-                    "'mask', or match=None."
+                    f"adapters={adapters!r} cannot be combined with match, which updates kept weights. Use adapters='mask' "
+                    "or None, or match=None."
                 )
             check_matching(self.criterion, self.options.sequential, count_adapters=False)
         self._hold, self._adapted, self._layers = EnforcedMasks(), list[str](), list[str]()

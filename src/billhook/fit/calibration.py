@@ -86,16 +86,16 @@ class FitCalibration:
             return
         if not module.automatic_optimization:
             raise ValueError(
-                f"calibration=None is not supported by {type(module).__name__}, which uses manual optimization: its "
-                "training_step would update weights. Pass batches (dictionaries of the model's inputs) or a Calibration as "
-                "calibration=, or define calibration_batches(self) in the module."
+                f"calibration: examples of training data are not supported by {type(module).__name__}, which uses manual "
+                "optimization: its training_step would update weights. Pass batches (dictionaries of the model's inputs) or a "
+                "Calibration as calibration=, or define calibration_batches(self) in the module."
             )
         for loader in tree_leaves(trainer.train_dataloader):
             source = loader.dataset if isinstance(loader, DataLoader) else loader
             if isinstance(source, Iterator):
                 raise ValueError(
-                    f"calibration=None uses the training data, but {type(source).__name__} can be read only once. Pass batches "
-                    "or a Calibration."
+                    f"calibration: examples come from the training data, but {type(source).__name__} can be read only "
+                    "once. Pass batches or a Calibration."
                 )
 
     def read(self, trainer: pl.Trainer, same_on_ranks: bool = False) -> Iterator[Any]:

@@ -173,8 +173,8 @@ def training_record(trainer: pl.Trainer) -> dict[str, Any]:
     facts: dict[str, Any] = {"training": {name: value for name, value in training.items() if value is not None}}
     metrics = dict[str, float]()
     for name, value in trainer.callback_metrics.items():
-        if name.startswith("val") and math.isfinite(value):
-            metrics[name] = float(value)
+        if name.startswith("val") and math.isfinite(number := float(value)):
+            metrics[name] = number
     return facts | ({"metrics": metrics} if metrics else {})
 
 

@@ -92,7 +92,7 @@ def test_arguments(make, match):
 @pytest.mark.parametrize("make", [lambda _: KVHeadConversion(1), lambda folder: Export(str(folder / "model"))])
 def test_a_fit_that_takes_no_step_is_refused(files, tmp_path, options, make):
     lit = module()
-    with pytest.raises(ValueError, match="=0 takes no training step, so .* has no effect"):
+    with pytest.raises(ValueError, match=r"=0 takes no training step, so .* has no effect\. Train for at least one step"):
         trainer(tmp_path, [make(tmp_path)], **options).fit(lit, data(files))
     assert lit.model.config.num_key_value_heads == 4
 
@@ -132,7 +132,7 @@ def test_an_occupied_folder_is_refused_before_training(files, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("years of work")
     lit, export = module(), Export(str(tmp_path / "model"))
-    with pytest.raises(ValueError, match="is not a billhook checkpoint .* and will not be overwritten"):
+    with pytest.raises(ValueError, match=r"is not a billhook checkpoint \(no billhook\.json\) and will not be overwritten"):
         trainer(tmp_path, [export]).fit(lit, data(files))
     assert lit.global_step == 0
 
@@ -144,7 +144,8 @@ def test_a_folder_that_fills_during_the_fit_does_not_cost_the_result(files, tmp_
             (tmp_path / "model" / "thesis.txt").write_text("years of work")
 
     export = Export(str(tmp_path / "model"))
-    with pytest.warns(UserWarning, match="is not a billhook checkpoint .*overwritten.* Saving to .*model-2 instead"):
+    match = r"is not a billhook checkpoint \(no billhook\.json\) and will not be overwritten.* Saving to .*model-2 instead"
+    with pytest.warns(UserWarning, match=match):
         trainer(tmp_path, [Intruder(), export], max_steps=1).fit(module(), data(files))
     assert export.saved.folder == str(tmp_path / "model-2")
     assert (tmp_path / "model" / "thesis.txt").exists()

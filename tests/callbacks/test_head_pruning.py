@@ -694,11 +694,17 @@ class TestRefused:
     def test_training_without_end(self, files, tmp_path):
         endless = {"max_steps": -1, "max_epochs": -1}
         for options, match in (
-            ({"ratio": 0.5, "at": 0.5}, "at=0.5 is a fraction"),
-            ({"ratio": bh.schedules.Linear(0.5)}, "a schedule requires"),
+            (
+                {"ratio": 0.5, "at": 0.5},
+                r"at=0\.5 is a fraction of an unknown training length\. Set Trainer\(max_steps=\.\.\.\), or use a step",
+            ),
+            (
+                {"ratio": bh.schedules.Linear(0.5)},
+                r"ratio: a schedule requires a known training length\. Set Trainer\(max_steps=\.\.\.\)",
+            ),
         ):
             lit = bh.TransformerModule(module().model, decay="constant", warmup=0)
-            self.refused(files, tmp_path, [pruning(**options)], f"{match}.*known.*Set Trainer", lit, **endless)
+            self.refused(files, tmp_path, [pruning(**options)], match, lit, **endless)
 
     def test_data_that_can_be_read_once(self, tmp_path):
         stream = iter([(tokens(),) for _ in range(8)])

@@ -242,5 +242,6 @@ class TestRefused:
     def test_a_fraction_of_endless_training(self, files, tmp_path):
         lit = module()
         lit.decay = "constant"
-        with pytest.raises(ValueError, match="unknown training length. Set"):
+        match = r"over=0\.1 is a fraction of an unknown training length\. Set Trainer\(max_steps=\.\.\.\), or use a step"
+        with pytest.raises(ValueError, match=match):
             trainer(tmp_path, [conversion(over=0.1)], max_steps=-1, max_epochs=-1).fit(lit, data(files))

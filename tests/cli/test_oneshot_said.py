@@ -1,5 +1,6 @@
 """What one-shot commands say while they work: what they will do, bars for each long step, and what may follow."""
 
+import re
 import shlex
 from contextlib import contextmanager
 
@@ -55,11 +56,13 @@ def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
         "saving and verifying": None,
     }
     said = capsys.readouterr().out
+    calibration = re.search(r"calibrate on 6 examples of \d+ tokens \(source: self-generated text\)", said)
+    assert calibration
     plan = [
         f"Model: {small} (",
         "remove units: channels=0.5 (importance: OutputNorm())",
         "refit consumer layers",
-        "calibrate on 6 ",
+        calibration[0],
     ]
     places = [said.index(words) for words in [*plan, f"save to {out}", "LlamaForCausalLM: ", "perplexity on", "Next steps:"]]
     assert places == sorted(places), "the plan comes first, and what may follow last"

@@ -65,21 +65,22 @@ REFUSED = {
     "weight pruning in training": (lambda model: trained(model, bh.WeightPruning(sparsity=0.5)), TRAINING),
     "LoRA in training": (lambda model: bh.TransformerModule(model, lora=bh.training.LoRA()), TRAINING),
 }
+SCORED = "needs gradients, which a streamed model does not have"
 COMMANDS = {
     "shrink": (
         ["shrink", "--params", "0.8"],
         "stream=True is not supported by this command, which needs gradients or all weights. Remove --stream",
     ),
-    "Taylor": (["prune-structure", "--channels", "0.25", "--importance", "Taylor"], "needs gradients"),
+    "Taylor": (["prune-structure", "--channels", "0.25", "--importance", "Taylor"], SCORED),
     "blocks, and then Taylor": (
         ["prune-structure", "--blocks", "1", "--residual", "0.25", "--importance", "Taylor"],
-        "needs gradients",
+        SCORED,
     ),
     "both": (
         ["prune-structure", "--residual", "0.25", "--channels", "0.25", "--importance", "WeightNorm"],
         "residual is combined with heads or channels, which a streamed model does not support",
     ),
-    "heads by default": (["prune-heads", "--ratio", "0.5"], "needs gradients"),
+    "heads by default": (["prune-heads", "--ratio", "0.5"], SCORED),
 }
 
 

@@ -210,7 +210,8 @@ class TestResidual:
         gone = {place: random.Random(0).sample(range(one.count()), max(one.count() // 4, 1)) for place, one in units.items()}
         if name in STAYS:
             before = {own: id(tensor) for own, tensor in model.state_dict(keep_vars=True).items()}, shape_of(model)
-            with pytest.raises(ValueError, match=f"residual channels:? cannot be removed from .*{STAYS[name]}"):
+            colon = "" if name == "olmo" else ":"
+            with pytest.raises(ValueError, match=f"residual channels{colon} cannot be removed from .*{STAYS[name]}"):
                 bh.apply(model, bh.pruning.plan_units(model, gone, ["residual"]))
             assert ({own: id(tensor) for own, tensor in model.state_dict(keep_vars=True).items()}, shape_of(model)) == before
             return

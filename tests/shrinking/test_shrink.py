@@ -242,7 +242,7 @@ def test_too_few_tokens_for_any_refit_are_told_or_refused_before_anything_is_mea
         ({"params": 0.8, "batches": []}, "got none"),
         (
             {"params": 0.8, "batches": [{"input_ids": tokens(1, 4)}] * 3, "repair": bh.RepairConfig()},
-            "batches: repair of .* needs at least",
+            r"batches: repair of \S+ needs at least \d+ non-padding tokens",
         ),
     ],
 )

@@ -226,7 +226,7 @@ class TestRefused:
     def test_while_a_mask_stands_before_units(self):
         model = llama()
         before = values(model)
-        said = "model.layers.0.mlp.* has a mask or gates"
+        said = r"model: model\.layers\.0\.mlp\.\w+ has a mask or gates\. Remove them first"
         with bh.mask(model, {0: [1]}, "channel"), pytest.raises(ValueError, match=said):
             bh.criteria.permute_for(model, "2:4", batches_of(model))
         assert same(model, before)

@@ -405,7 +405,7 @@ def test_weights_of_all_linears_compete(name, criterion):
         (
             bh.Magnitude(compares="global"),
             {"sparsity": 0.5, "allocation": bh.criteria.OWL()},
-            "allocation=OWL.* cannot be combined with criterion=Magnitude",
+            "allocation=OWL.* cannot be combined with criterion=Magnitude.*, which determines each layer's sparsity",
         ),
     ],
 )

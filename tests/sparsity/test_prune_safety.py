@@ -132,6 +132,21 @@ def test_inputs_that_are_no_numbers(criterion):
     assert same({n: v.nan_to_num(7.0) for n, v in weights(model).items()}, old)
 
 
+class PrunesNothing(bh.Wanda):
+    def prune(self, *_):
+        pytest.fail("too late")
+
+
+def test_owl_refuses_a_weight_that_is_not_finite_before_anything_is_pruned():
+    model, batches = llama(), [{"input_ids": tokens()}]
+    model.model.layers[1].mlp.down_proj.weight.data[3, 2] = float("inf")
+    before, old = state(model), weights(model)
+    with pytest.raises(ValueError, match=r"^model\.layers\.1\.mlp\.down_proj: the weight contains NaN or inf\.$"):
+        prunes.prune(model, PrunesNothing(), batches, 0.5, allocation=bh.criteria.OWL())
+    assert state(model) == before
+    assert same(weights(model), old)
+
+
 def test_an_interrupted_reduction_changes_nothing():
     model, old = llama(), None
     old = weights(model)
@@ -183,7 +198,10 @@ class TestRefused:
             ({"sparsity": 0.5, "skip": ["*.fc1"]}, r"skip='\*.fc1' matches none of the 14 linear layers, such as"),
             ({"sparsity": 0.5, "skip": ["*"]}, r"skip=\['\*'\] excludes all 14 linear layers"),
             ({"sparsity": 0.5, "skip": "*.proj"}, r"skip='\*.proj' matches none of the 14 linear layers"),
-            ({"pattern": "2:4", "allocation": bh.criteria.OWL()}, "allocation=OWL.* cannot be combined with"),
+            (
+                {"pattern": "2:4", "allocation": bh.criteria.OWL()},
+                "allocation=OWL.* cannot be combined with pattern='2:4', which determines each layer's sparsity",
+            ),
             ({"sparsity": 0.5, "sequential": "blocks"}, "sequential='blocks' must be one of"),
             ({"sparsity": 0.5, "batches": []}, "batches is empty: Wanda needs calibration data"),
             ({"sparsity": 0.5, "batches": ["a text"]}, "batches: a str is not a dictionary, tuple, list, or tensor"),

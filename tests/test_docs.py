@@ -29,8 +29,8 @@ def test_tests_and_files_that_it_names(page):
     text = page.read_text()
     files = re.findall(r"`(?:tests/(?:\w+/)?)?(test_[\w*]+\.py)`", text)
     assert all(list((ROOT / "tests").rglob(name)) for name in files)
-    functions = re.findall(r"`(test_\w+)`", text)
-    assert [name for name in functions if f"def {name}(" not in SOURCES] == []
+    functions = re.findall(r"`(?:tests/\w+/)?((?:test_|Test)\w+)`", text)
+    assert [name for name in functions if not re.search(rf"(?:def|class) {name}\b", SOURCES)] == []
     paths = re.findall(r"(?<!tests/)\b((?:benchmarks|examples|callbacks|docs)/[\w/*]+\.(?:py|yaml|md|png))", text)
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
@@ -51,14 +51,14 @@ def test_each_row_of_what_works_has_its_test():
     lines = (ROOT / "docs" / "evidence" / "guarantees.md").read_text().splitlines()
     headings = {before for before, line in pairwise(lines) if line.startswith("|---")}
     rows = [line for line in lines if line.startswith("| ") and line not in headings]
-    assert len(rows) > 30
+    assert len(rows) > 110
     assert [row for row in rows if not re.search(r"`(?:tests/\w+/)?(?:test_|Test)\w", row)] == []
 
 
-GUIDE = [page for page in PAGES if "evidence" not in page.parts]
+GUIDE = [page for page in PAGES if "evidence" not in page.relative_to(ROOT).parts]
 """README, and the pages of the guide and the reference: short sentences in the words of the glossary, without history."""
 NEVER = re.compile(
-    r"\b(affair|alike|bit for bit|brings? back|comes? and goe?s?|gives? way|hands? (?:on|out)|kin|linears|of one's own|owes?"
+    r"\b(?:affair|alike|bit for bit|brings? back|comes? and goe?s?|gives? way|hands? (?:on|out)|kin|linears|of one's own|owes?"
     r"|settles?|so many|straight run|way out)\b|\w*(?:quantis|licence|generalis|normalis|randomis|behaviour|colour|centre)\w*",
     re.IGNORECASE,
 )
@@ -80,14 +80,16 @@ def lengths(page):
 
 @pytest.mark.parametrize("page", GUIDE, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_outside_evidence_are_plain(page):
-    assert NEVER.findall(prose(page)) == []
-    assert HISTORY.findall(prose(page)) == []
+    line = " ".join(prose(page).split())
+    assert NEVER.findall(line) == []
+    assert HISTORY.findall(line) == []
     assert max(lengths(page), default=0) <= 45
 
 
 def test_few_sentences_outside_evidence_are_long():
+    assert len(GUIDE) >= 40
     words = [count for page in GUIDE for count in lengths(page)]
-    assert sum(count > 30 for count in words) <= 0.05 * len(words)
+    assert sum(count > 30 for count in words) <= 0.01 * len(words)
 
 
 def test_each_marker_is_described_and_the_two_commands_are_told(pytestconfig):
@@ -153,6 +155,8 @@ NOUNS = {
     "Units",
     "Weights",
 }
+VERBS = {"Checks", "Plans", "Records", "Returns", "Warns"}
+"""Verbs that "of", "that" or "which" may follow; after another word these tell a noun ("Rows of ...")."""
 FOLDERS = sorted(path.parent.name for path in (ROOT / "src" / "billhook").glob("*/__init__.py"))
 
 
@@ -167,8 +171,9 @@ def wrong_in(node):
     wrong = re.findall(r"^(?:What|Whether) |\b(?:as|see) there\b|\banew\b", text, re.IGNORECASE)
     decorators = {ast.unparse(one).rpartition(".")[2] for one in getattr(node, "decorator_list", [])}
     if text and isinstance(node, ast.FunctionDef) and not decorators & {"property", "cached_property"}:
-        first = text.split()[0]
-        if not re.fullmatch(r"[A-Z][\w-]*s,?", first) or first in NOUNS:
+        first, _, rest = " ".join(text.split()).partition(" ")
+        noun = first in NOUNS or (rest.startswith(("of ", "that ", "which ")) and first not in VERBS)
+        if noun or not re.fullmatch(r"[A-Z][\w-]*s,?", first):
             wrong = ["no verb in the third person", *wrong[text.startswith(("What ", "Whether ")) :]]
     return [f"{node.name if hasattr(node, 'name') else 'module'}: {one}: {text[:70]!r}" for one in wrong]
 
@@ -206,7 +211,7 @@ def test_nearly_all_summaries_are_one_plain_line():
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     texts = [summary_of(ast.get_docstring(node)) for node in nodes if isinstance(node, documented) and ast.get_docstring(node)]
     poor = [text for text in texts if len(text) > 88 or HEADLESS.search(text)]
-    assert len(poor) <= 0.05 * len(texts), poor
+    assert len(poor) <= 0.01 * len(texts), poor
 
 
 def test_docstrings_and_messages_avoid_words_that_nobody_knows():
@@ -218,5 +223,7 @@ def test_docstrings_and_messages_avoid_words_that_nobody_knows():
                 for node in ast.walk(ast.parse(path.read_text()))
                 if isinstance(node, ast.Constant) and isinstance(node.value, str)
             ]
-            found += [f"{path.name}:{node.lineno}: {word}" for node in strings for word in NEVER.findall(node.value)]
+            found += [
+                f"{path.name}:{node.lineno}: {word}" for node in strings for word in NEVER.findall(" ".join(node.value.split()))
+            ]
     assert found == []

@@ -108,7 +108,7 @@ def uneven():
 
 
 @pytest.mark.daily("*-older")
-@pytest.mark.filterwarnings("ignore:.*no tokenizer")
+@pytest.mark.filterwarnings("ignore:(Export. )?no tokenizer (was saved, because|or processor was found)")
 @pytest.mark.parametrize("standing", ["nothing", "older"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_disk_that_is_full_at_any_moment(way, standing, ckpt, tmp_path, full):

@@ -123,7 +123,7 @@ def test_a_dry_run_has_the_model_write_nothing_and_says_how_much_it(small, tmp_p
     command, *more = words
     main([command, str(small), str(tmp_path / "out"), *more, *SHORT, "--dry_run"])
     said = capsys.readouterr().out
-    assert said.index(f"save to {tmp_path / 'out'}") < said.index("Dry run: ")
+    assert said.index(f"save to {tmp_path / 'out'}") < said.index(f"Dry run: {tmp_path / 'out'} was not written.")
     uses = "calibration and evaluation" if tokens == "176" else "evaluation"
     assert f"the model first generates {tokens} tokens for {uses}." in said
     assert ("With --data FILE, a dry run prints the whole plan." in said) == (not plan)

@@ -148,7 +148,7 @@ def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
     main(["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT, *option(files)])
     said = capsys.readouterr().out
     assert "48 -> 24 channels in each of 2" in said
-    assert "Dry run: " in said
+    assert f"Dry run: {tmp_path / 'out'} was not written." in said
     assert not (tmp_path / "out").exists()
 
 

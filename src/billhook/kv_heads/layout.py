@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from billhook.engine.batches import check_one_device
 from billhook.linalg import in_float64
 from billhook.model.layers import is_linear, matrix_of, to_parameters
 from billhook.model.repeat_kv import Indices, repeat_layout_of
@@ -84,6 +85,7 @@ class KVAttention:
 
 def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
     """Finds the attention modules of a model, from a trace on the meta device."""
+    check_one_device(model)  # says so itself: the model would be supported on one device
     try:
         structure = trace(model)
         heads = find_heads(model, structure)

@@ -1,4 +1,1 @@
-"""Budgeted search: how many units each module of a model keeps.
-
-How much each layer of a model keeps.
-"""
+"""Budgeted search: how many units each module of a model keeps."""

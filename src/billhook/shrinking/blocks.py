@@ -3,9 +3,11 @@
 With zeroed output layers they add nothing to the residual stream.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.engine.lazy import LazyTensors
@@ -92,10 +94,9 @@ class Blocks:
         """Returns the output layers of the kept blocks after the first removed block."""
         if not removed:
             return []
-        first, names = removed[0].number, {block.name for block in removed}
-        linears = list[str]()
-        for number, (name, writers) in enumerate(self.writers.items()):
-            if number > first and name not in names:
+        numbers, linears = [block.number for block in removed], list[str]()
+        for number, writers in enumerate(self.writers.values()):
+            if number > numbers[0] and number not in numbers:
                 linears += writers
         return linears
 
@@ -116,18 +117,16 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
     ((stack, numbered),) = stacks.items()
     count = numbered.count()
     blocks = Blocks(model, stack, writers=_writers(model, stack, count, units))
-    inside: dict[int, list[PrunableModule]] = {number: [] for number in range(count)}
+    inside = defaultdict[int, list[PrunableModule]](list)
     for module in modules:
-        where = {block_of(search.units[name].name, {stack: ()}) for name in module.names}
+        where = {block_of(search.units[name].name, [stack]) for name in module.names}
         if len(where) > 1:
             return Blocks(model, why=f"{module.name} is coupled to modules of other blocks")
         if (block := where.pop()) is not None:
             inside[block[1]].append(module)
     costs = dict[object, int | str]()
     for number in range(amount.first, count - amount.last):
-        name, block_module = f"{stack}.{number} block", model.get_submodule(f"{stack}.{number}")
-        shapes = tuple((key, one.shape, one.dtype) for key, one in block_module.named_parameters())
-        shape = type(block_module), shapes, tuple(layer.unit_cost for layer in inside[number])
+        name, shape = f"{stack}.{number} block", _shape(model.get_submodule(f"{stack}.{number}"), inside[number])
         if shape not in costs:
             costs[shape] = _cost_of(search, target, {stack: [number]})
         cost = costs[shape]
@@ -140,12 +139,18 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
     return blocks
 
 
+def _shape(block: nn.Module, modules: Sequence[PrunableModule]) -> object:
+    """Returns the class, parameter shapes, and unit costs that blocks of equal cost share."""
+    parameters = tuple((name, parameter.shape, parameter.dtype) for name, parameter in block.named_parameters())
+    return type(block), parameters, tuple(module.unit_cost for module in modules)
+
+
 def _writers(model: PreTrainedModel, stack: str, count: int, units: Mapping[str, Units]) -> dict[str, list[str]]:
     """Returns by block the linear layers that write to the residual stream."""
     writers: dict[str, list[str]] = {f"{stack}.{number} block": [] for number in range(count)}
     for module_units in units.values():
         for consumer in module_units.readers:
-            where = block_of(consumer, {stack: ()})
+            where = block_of(consumer, [stack])
             if where is None or not is_linear(model.get_submodule(consumer)):
                 continue
             linears = writers[f"{stack}.{where[1]} block"]
@@ -164,10 +169,7 @@ def _cost_of(search: RatioSearch, target: str, chosen: Mapping[str, list[int]]) 
 
 
 def _computes(blocks: Blocks, name: str, number: int) -> str:
-    """Returns why a block with zeroed output layers changes the output, or an empty string.
-
-    Empty if it does not.
-    """
+    """Returns why a block with zeroed output layers changes the output; empty if it does not."""
     model = blocks.model
     with skipping(model, {blocks.stack: [number]}):
         expected = run_outputs(model)

@@ -46,13 +46,18 @@ def split_batches(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         )
     chosen, config = list[int](), RepairConfig(held_out=SHARE)
     for of_source in numbers.values():
-        chosen += [of_source[number] for number in config.chooses(len(of_source))]
+        for number in config.chooses(len(of_source)):
+            chosen.append(of_source[number])
     chosen.sort()
-    held_out = dict[int, Any]()
-    for number, rows in zip(chosen, limit_tokens([batches[number] for number in chosen]), strict=True):
-        if rows is not None:
-            held_out[number] = rows
-    return [batch for number, batch in enumerate(batches) if number not in held_out], list(held_out.values())
+    limited = dict(zip(chosen, limit_tokens([batches[number] for number in chosen]), strict=True))
+    fitted, held_out = list[Any](), list[Any]()
+    for number, batch in enumerate(batches):
+        rows = limited.get(number)
+        if rows is None:
+            fitted.append(batch)
+        else:
+            held_out.append(rows)
+    return fitted, held_out
 
 
 def split_examples(batches: Sequence[Any]) -> list[Any]:

@@ -134,11 +134,14 @@ def join_slots(slots: Sequence[Slot]) -> Slot:
     >>> join_slots([Slot(("a",), (4, 2), (40, 20), (0.0, 0.5)), Slot(("b",), (4, 2), (40, 20), (0.0, 0.25))])
     Slot(names=('a', 'b'), kept=(4, 2), costs=(80, 40), losses=(0.0, 0.75))
     """
-    names, levels = list[str](), range(len(slots[0].kept))
+    names, costs, losses = list[str](), list[int](), list[float]()
     for slot in slots:
         names += slot.names
-    costs = [sum(slot.costs[level] for slot in slots) for level in levels]
-    return Slot(tuple(names), slots[0].kept, tuple(costs), tuple(loss(slots, (level,) * len(slots)) for level in levels))
+    for level in range(len(slots[0].kept)):
+        levels = (level,) * len(slots)
+        costs.append(cost(slots, levels))
+        losses.append(loss(slots, levels))
+    return Slot(tuple(names), slots[0].kept, tuple(costs), tuple(losses))
 
 
 def combine_slots(slots: Sequence[Slot], rest: int = 0) -> JointSlot:
@@ -190,10 +193,9 @@ def fill_budget(slots: Sequence[Slot], levels: Levels, limit: int, costs: Sequen
         paid = slot.costs[level - 1] - slot.costs[level]
         return (slot.losses[level] - slot.losses[level - 1]) / max(paid, 1)
 
-    for number in sorted((n for n, level in enumerate(levels) if level), key=gain, reverse=True):
+    for number in sorted(np.flatnonzero(levels).tolist(), key=gain, reverse=True):
         paid = costs[number][kept[number]]
-        within = (n for n, price in costs[number].items() if n <= slots[number].kept[0] and price - paid <= spare)
-        most = max(within)
+        most = max(n for n, price in costs[number].items() if n <= slots[number].kept[0] and price - paid <= spare)
         spare -= costs[number][most] - paid
         kept[number] = most
     return kept
@@ -224,8 +226,13 @@ def sizes_at_limit(kept: Sequence[Sequence[int]], costs: Sequence[Mapping[int, i
     >>> sizes_at_limit([(4, 2), (100, 50)], [{kept: 20 * kept for kept in (4, 3, 2, 1)}, {n: n for n in range(100, 0, -1)}], 130)
     {1: {50, 90}}
     """
-    steps = [(price[max(price)] - price[min(price)]) / (max(price) - min(price)) for price in costs]  # of one unit
-    finest = min(range(len(kept)), key=lambda number: steps[number] or math.inf)
+
+    def unit_cost(number: int) -> float:
+        price = costs[number]
+        most, least = max(price), min(price)
+        return (price[most] - price[least]) / (most - least) or math.inf
+
+    finest = min(range(len(kept)), key=unit_cost)
     others = list[list[int]]()
     for number, numbers in enumerate(kept):
         if number != finest:
@@ -286,24 +293,23 @@ def mutate(slots: Sequence[Slot | JointSlot], levels: Levels, limit: int, random
     None if it fails.
     """
     chosen = list(levels)
-    able = [number for number, level in enumerate(chosen) if level]
-    raised = random.sample(able, min(random.randint(1, MOVES), len(able)))
-    for number in raised:
-        chosen[number] -= 1
-    lower = [number for number in range(len(slots)) if number not in raised]
-    spent = cost(slots, tuple(chosen))
-    while spent > limit:
-        able = [number for number in lower if chosen[number] + 1 < len(slots[number].costs)]
-        if not able:
-            return None
-        number = random.choice(able)
-        chosen[number] += 1
-        spent += slots[number].costs[chosen[number]] - slots[number].costs[chosen[number] - 1]
 
     def paid(number: int) -> int:
         slot, level = slots[number], chosen[number]
         return slot.costs[level - 1] - slot.costs[level]
 
+    able = np.flatnonzero(levels).tolist()
+    raised = random.sample(able, min(random.randint(1, MOVES), len(able)))
+    for number in raised:
+        chosen[number] -= 1
+    spent = cost(slots, tuple(chosen))
+    while spent > limit:
+        able = [n for n, slot in enumerate(slots) if n not in raised and chosen[n] + 1 < len(slot.costs)]
+        if not able:
+            return None
+        number = random.choice(able)
+        chosen[number] += 1
+        spent -= paid(number)
     while fitting := [number for number, level in enumerate(chosen) if level and spent + paid(number) <= limit]:
         number = random.choice(fitting)
         spent += paid(number)

@@ -149,7 +149,7 @@ def with_latency(scope: SearchScope, most: float, clock: Clock, progress: Progre
         for kept in group[0].grid()[1:]:
             removed = dict[str, list[int]]()
             for module in group:
-                removed |= {name: list(range(kept, module.count)) for name in module.names}
+                removed |= dict.fromkeys(module.names, list(range(kept, module.count)))
             times = clock.times(cut_of(scope.search, removed))
             measured[-1].append(times.ratio)
             dense.append(times.dense)
@@ -157,7 +157,8 @@ def with_latency(scope: SearchScope, most: float, clock: Clock, progress: Progre
     now = round(1e9 * median(dense))
     priced = dict[str, PrunableModule]()
     for group, ratios in zip(groups, measured, strict=True):
-        priced |= {module.name: _priced(module, ratios, now / len(group)) for module in group}
+        for module in group:
+            priced[module.name] = _priced(module, ratios, now / len(group))
     modules = [priced[module.name] for module in scope.modules]
     blocks = scope.blocks.with_cost(_block_time(scope, clock, now, progress), modules)
     budget = replace(scope, target="latency", now=now, limit=int(most * now), modules=modules, blocks=blocks)

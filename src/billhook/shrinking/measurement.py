@@ -18,7 +18,7 @@ from billhook.pruning.choice import rank_units
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import Broadcast, Divergence
 from billhook.shrinking.knapsack import Frontier, Levels, Slot, cost, kept_at
-from billhook.shrinking.modules import PrunableModule
+from billhook.shrinking.modules import PrunableModule, units_by_name
 from billhook.shrinking.pooling import HeadPooling, find_pooling
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.space import Space, free_space, full_cost, make_slots, uniform_spaces
@@ -99,7 +99,7 @@ def measure(
     model, search, modules = scope.model, scope.search, scope.modules
     progress.enter("scoring")
     divergence = Divergence(model, runs_of(model, held_out), broadcast)
-    units = {name: search.units[name] for module in modules for name in module.names}
+    units = units_by_name(modules, search.units)
     scores = broadcast(score(model, units, importance, fitted, per="kv_head"))
     settings: list[object] = [str(repair), search.amount.round_to, len(fitted)]
     cache_folder = folder and folder / cache_key(model, settings, scores, [*fitted, *held_out])

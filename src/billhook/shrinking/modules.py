@@ -1,7 +1,7 @@
 """Finds the prunable modules, their numbers of units, and the cost of a unit."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from billhook.model.costs import kv_cache_bytes
 from billhook.model.layers import is_linear
 from billhook.pruning.amount import divides_among_devices
 from billhook.pruning.choice import rank_units
-from billhook.pruning.cut import Cut, coupled_modules, find_cut
+from billhook.pruning.cut import Cut, coupled_modules, find_cut, size_after
 from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
 from billhook.units.units import Per, UnitKind, Units
@@ -90,10 +90,10 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
     groups, consumed = list[list[str]](), set[str]()
     for names in coupled_modules(free := search.removable()):
         if all(has_linear_consumers(model, free[name]) for name in names):
-            groups.append(list(names))
+            groups.append(names)
     for names, cost in zip(groups, _unit_costs(search, groups, target), strict=True):
-        consumers = {consumer for name in names for consumer in free[name].readers}
         module = _prunable_module(search, free[names[0]], names, cost, target, uniform)
+        consumers = set(consumers_of(module, free))
         if len(module.allowed) > 1 and cost > 0 and not consumers & consumed:
             modules.append(module)
             consumed |= consumers
@@ -101,14 +101,14 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
     for of_kind in group_by(modules, lambda module: module.kind):
         refusals[of_kind[0].kind] = _refusal(search, of_kind)
     able = [module for module in modules if not refusals[module.kind]]
-    if modules and not able:
+    if able:
+        return able
+    if modules:
         raise ValueError(f"{target}: {refusals[modules[0].kind]}")
-    if not able:
-        raise ValueError(
-            f"{target} cannot be met: {type(model).__name__} has no channels or KV heads that only linear layers consume, and "
-            "that are not protected. Protect fewer blocks, or use another method."
-        )
-    return able
+    raise ValueError(
+        f"{target} cannot be met: {type(model).__name__} has no channels or KV heads that only linear layers consume, and "
+        "that are not protected. Protect fewer blocks, or use another method."
+    )
 
 
 def _prunable_module(
@@ -117,13 +117,26 @@ def _prunable_module(
     """Returns coupled modules as a prunable module."""
     amount = search.amount
     count, step = units.count("kv_head"), search.step(names[0]) if units.kind == "channel" else 1
-    allowed = tuple(n for n in range(count, 0, -1) if n == count or (n % step == 0 and n >= amount.min_units))
-    caches = target == "kv_cache_bytes" and units.kind == "head"
-    if uniform and amount.round_to == "auto" and units.kind == "head" and not caches:
-        allowed = tuple(kept for kept in allowed if kept == count or divides_among_devices(kept))
-    pool_sizes = [kept for kept in allowed[1:] if count % kept == 0] if caches else []
-    module = PrunableModule(tuple(names), units.kind, count, allowed, cost, pool_sizes=tuple(pool_sizes))
+    cached = target == "kv_cache_bytes"
+    divided = uniform and amount.round_to == "auto" and units.kind == "head" and not cached
+    allowed = tuple(
+        n
+        for n in range(count, 0, -1)
+        if n == count or (n % step == 0 and n >= amount.min_units and (not divided or divides_among_devices(n)))
+    )
+    pool_sizes = tuple(kept for kept in allowed[1:] if count % kept == 0) if cached else ()
+    module = PrunableModule(tuple(names), units.kind, count, allowed, cost, pool_sizes=pool_sizes)
     return replace(module, levels=module.grid())
+
+
+def consumers_of(module: PrunableModule, units: Mapping[str, Units]) -> list[str]:
+    """Returns the names of a module's consumer layers."""
+    return list(dict.fromkeys(consumer for name in module.names for consumer in units[name].readers))
+
+
+def units_by_name(modules: Iterable[PrunableModule], units: Mapping[str, Units]) -> dict[str, Units]:
+    """Returns the units of some modules by name."""
+    return {name: units[name] for module in modules for name in module.names}
 
 
 def has_linear_consumers(model: PreTrainedModel, units: Units) -> bool:
@@ -132,10 +145,7 @@ def has_linear_consumers(model: PreTrainedModel, units: Units) -> bool:
 
 
 def _refusal(search: RatioSearch, modules: Sequence[PrunableModule]) -> str:
-    """Returns why the model does not run at the lowest numbers of units, or an empty string.
-
-    Empty if it runs.
-    """
+    """Returns why the model does not run at the lowest numbers of units; empty if it runs."""
     removed = dict[str, list[int]]()
     for module in modules:
         removed |= any_removed(module, search.units, module.allowed[-1])
@@ -153,23 +163,28 @@ def cut_of(search: RatioSearch, numbers: Mapping[str, list[int]], per: Per = "kv
 
 def _unit_costs(search: RatioSearch, groups: Sequence[list[str]], target: str) -> list[int]:
     """Returns the cost of a unit for each group of modules; 0 if it is not prunable."""
-    model, units, cached = search.model, search.units, target == "kv_cache_bytes"
+    cached = target == "kv_cache_bytes"
 
     def cut(names: list[str]) -> Cut | None:
         try:
-            return None if cached and units[names[0]].kind != "head" else cut_of(search, {name: [0] for name in names})
+            return None if cached and search.units[names[0]].kind != "head" else cut_of(search, dict.fromkeys(names, [0]))
         except ValueError:  # as under a norm that spans all heads
             return None
 
-    if not cached:
-        return [_parameters_saved(model, cut(names), target) for names in groups]
-    cache, cuts = kv_cache_bytes(model) or 0, list(map(cut, groups))
+    if cached:
+        return _cache_saved(search, groups, list(map(cut, groups)))
+    return [_parameters_saved(search.model, cut(names), target) for names in groups]
+
+
+def _cache_saved(search: RatioSearch, groups: Sequence[list[str]], cuts: Sequence[Cut | None]) -> list[int]:
+    """Returns the KV cache bytes per token that the removal of each group's units saves."""
+    cache, costs = kv_cache_bytes(search.model) or 0, list[int]()
+    heads = sum(units.count("kv_head") for units in search.units.values() if units.kind == "head")
     # asking the class what each attention saves takes long; where the first has an equal share of the cache, all have
-    heads, costs = sum(one.count("kv_head") for one in units.values() if one.kind == "head"), list[int]()
-    first = next((number for number, removed in enumerate(cuts) if removed is not None), None)
-    for number, (names, removed) in enumerate(zip(groups, cuts, strict=True)):
-        costs.append(0 if removed is None else cache - (kv_cache_bytes(try_removal(model, removed)) or 0))
-        if number == first and costs[-1] * heads == cache * len(names):
+    first = next(filter(None, cuts), None)
+    for names, cut in zip(groups, cuts, strict=True):
+        costs.append(0 if cut is None else cache - (kv_cache_bytes(try_removal(search.model, cut)) or 0))
+        if cut is first and costs[-1] * heads == cache * len(names):
             return [0 if cut is None else cache // heads * len(names) for names, cut in zip(groups, cuts, strict=True)]
     return costs
 
@@ -179,7 +194,7 @@ def _parameters_saved(model: PreTrainedModel, cut: Cut | None, target: str) -> i
     parameters, cuts, total = dict(model.named_parameters()), {} if cut is None else cut.cuts, 0
     for name in {name for name, _ in cuts if name in parameters}:
         parameter = parameters[name]
-        left = math.prod(len(cuts.get((name, dim), range(size))) for dim, size in enumerate(parameter.shape))
+        left = math.prod(size_after(cuts, name, parameter.shape))
         total += (parameter.numel() - left) * (parameter.element_size() if target == "bytes" else 1)
     return total
 

@@ -10,7 +10,7 @@ from billhook.model.layers import matrix_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.blocks import Blocks, find_blocks
-from billhook.shrinking.modules import PrunableModule, find_modules
+from billhook.shrinking.modules import PrunableModule, find_modules, units_by_name
 from billhook.shrinking.result import format_amount
 from billhook.shrinking.space import SEVERAL, budget_sizes, round_channels
 
@@ -99,8 +99,10 @@ class SearchScope:
         met = budget_sizes(scope.modules, self.blocks.removable, self.now, self.limit) if self.uniform else {}
         modules = list[PrunableModule]()
         for module in scope.modules:
-            more = [self.rounded({module.name: number})[module.name] for number in met.get(module.name, ())]
-            modules.append(replace(module, levels=tuple(sorted({*module.levels, *more}, reverse=True))))
+            levels = set(module.levels)
+            for number in met.get(module.name, ()):
+                levels.add(self.rounded({module.name: number})[module.name])
+            modules.append(replace(module, levels=tuple(sorted(levels, reverse=True))))
         return replace(self, modules=modules)
 
     @property
@@ -112,14 +114,16 @@ class SearchScope:
     def least(self) -> int:
         """Smallest reachable cost: all removable blocks removed, all else at its lowest level."""
         saved = {module.name: module.saves(module.levels[-1]) for module in self.modules}
-        more = (max(block.cost - sum(saved[name] for name in block.modules), 0) for block in self.blocks.removable)
-        return self.now - sum(saved.values()) - sum(more)
+        least = self.now - sum(saved.values())
+        for block in self.blocks.removable:
+            least -= max(block.cost - sum(saved[name] for name in block.modules), 0)
+        return least
 
     @property
     def widest(self) -> int:
         """Number of inputs of the widest consumer layer."""
-        units = [self.search.units[name] for module in self.modules for name in module.names]
-        return max(matrix_of(self.model.get_submodule(reader))[0].shape[1] for one in units for reader in one.readers)
+        units = units_by_name(self.modules, self.search.units).values()
+        return max(matrix_of(self.model.get_submodule(reader))[0].shape[1] for layer in units for reader in layer.readers)
 
     def most_steps(self, generations: int, children: int) -> int:
         """Returns an upper bound on the number of search steps."""

@@ -36,7 +36,7 @@ from billhook.pruning.target import RatioSearch
 from billhook.repairs.least_squares import bias_shift, choose_ridge, errors_without_refit, residual_error, solve_ridge
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import Fold, ResidualStatistics, check_tokens, make_folds
-from billhook.shrinking.modules import PrunableModule, any_removed, removed_units
+from billhook.shrinking.modules import PrunableModule, any_removed, consumers_of, removed_units, units_by_name
 from billhook.units.units import Units
 
 FORMAT = 4
@@ -163,10 +163,7 @@ def zero_weights(model: PreTrainedModel, linears: Sequence[str]) -> LazyTensors:
 
 
 def cache_key(model: PreTrainedModel, settings: object, scores: Mapping[str, Tensor], batches: Sequence[Any]) -> str:
-    """Returns a hash of model, config, settings, scores, and batches.
-
-    Model, config, settings, scores, and batches.
-    """
+    """Returns a hash of model, config, settings, scores, and batches."""
     of_sources = [(source_of(batch), batch) for batch in batches]
     return fingerprint(FORMAT, identity_of(model), settings, scores, of_sources)[:16]
 
@@ -204,13 +201,12 @@ def fill_cache(
     """
     model, how = cache.model, repair or RepairConfig()
     parts, held_out = how.parts([run.source for run in runs])
-    missing, watched = dict[PrunableModule, list[int]](), dict[str, Units]()
+    missing = dict[PrunableModule, list[int]]()
     for module in modules:
         levels = [kept for kept in module.levels if kept < module.count and (module.name, kept) not in cache.errors]
         if levels:
             missing[module] = levels
-            watched |= {name: units[name] for name in module.names}
-    waiting = list(missing)
+    waiting, watched = list(missing), units_by_name(missing, units)
     moments: dict[str, list[ResidualStatistics]] = {}  # by consumer layer, one for each part of the batches
 
     def note(run: int, _: str, linear: str, inputs: Tensor, tokens: Tensor | None) -> None:
@@ -241,11 +237,6 @@ def fill_cache(
         for module in modules:
             every |= set(consumers_of(module, units))
         make(every)
-
-
-def consumers_of(module: PrunableModule, units: Mapping[str, Units]) -> list[str]:
-    """Returns the names of a module's consumer layers."""
-    return list(dict.fromkeys(consumer for name in module.names for consumer in units[name].readers))
 
 
 def _add_variants(
@@ -280,9 +271,7 @@ def check_token_count(search: RatioSearch, modules: Sequence[PrunableModule], ba
         modules: The modules that may keep fewer units.
         batches: All batches for fitting.
     """
-    model, needed, units = search.model, tokens_needed(search, modules), dict[str, Units]()
-    for module in modules:
-        units |= {name: search.units[name] for name in module.names}
+    model, needed, units = search.model, tokens_needed(search, modules), units_by_name(modules, search.units)
     with evaluating_without_grad(model):
         linears = {name: model.get_submodule(name) for name in needed}
         check_tokens(linears, needed, [make_run(model, units, batch) for batch in batches])

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ class ShrinkPlan:
     def words(self) -> str:
         """A summary of the plans."""
         removed = ", ".join(plan.words for plan in self.cuts if plan.units)
-        return "; ".join([*(f"{plan.words} (pooled)" for plan in self.merged), *([removed] if removed else [])])
+        return "; ".join(filter(None, [*(f"{plan.words} (pooled)" for plan in self.merged), removed]))
 
 
 def plan(
@@ -114,7 +115,7 @@ def plan(
     zeros, units, extra = blocks.zeros(removed_blocks), planned.units, blocks.behind(removed_blocks)
     if heads:
         units = UnitPlan.of(find_cut(scope.model, search.structure, search.units, numbers))  # of the model before pooling
-        extra = [name for name in _output_layers(search) if name not in zeros.modules]
+        extra = _output_layers(search, zeros.modules)
     weights, not_repaired = equal, ""
     if repair is not None and (units.units or extra):
         refitted, not_repaired = refitted_if_enough(scope.model, units, fitted, repair, equal | zeros, extra)
@@ -178,14 +179,14 @@ def plan_cuts(
     return ShrinkPlan(UnitPlan.of(cut, costs, rows), after, merged=tuple(plans), dense=search.now.params if heads else None)
 
 
-def _output_layers(search: RatioSearch) -> list[str]:
-    """Returns the linear layers that consume heads, and the last ones of MLP modules."""
+def _output_layers(search: RatioSearch, removed: Collection[str]) -> list[str]:
+    """Returns the kept linear layers that consume heads, and the last ones of MLP modules."""
     names = list[str]()
     for units in search.units.values():
         names += units.readers
     for mlp in search.structure.feed_forward:
         names += [member.name.rpartition(".")[0] for member in mlp.down]
-    return [name for name in dict.fromkeys(names) if is_linear(search.model.get_submodule(name))]
+    return [name for name in dict.fromkeys(names) if name not in removed and is_linear(search.model.get_submodule(name))]
 
 
 def _row_lengths(search: RatioSearch, cut: Cut) -> tuple[RowLength, ...]:
@@ -193,7 +194,7 @@ def _row_lengths(search: RatioSearch, cut: Cut) -> tuple[RowLength, ...]:
     if search.amount.round_to != "auto":
         return ()
     rows = row_lengths(search.model, cut, {name: left[0] for name, left in cut.after.items()})
-    lengths = Counter(row.kind for row in rows)
+    lengths = Counter(map(attrgetter("kind"), rows))
     return tuple(row for row in rows if lengths[row.kind] == 1)
 
 
@@ -229,10 +230,7 @@ def simulated(model: PreTrainedModel, planned: ShrinkPlan) -> Iterator[None]:
 def apply_plans(
     model: nn.Module, plans: Iterable[ShapePlan], optimizers: Iterable[Optimizer] = (), weights: Weights | None = None
 ) -> None:
-    """Applies plans in order, all or none.
-
-    All or none. See `apply`.
-    """
+    """Applies plans in order, all or none. See `apply`."""
     check_changeable(model)
     subject, follows = find_transformer(model), list[UpdateOptimizers]()
     undone = store_of(subject).restored_on_error(), restored_on_error(model)

@@ -50,7 +50,7 @@ class Times:
 
     def __str__(self) -> str:
         took = f"{1e3 * self.smaller:.4g} ms, {self.ratio:.3f} of the dense model's {1e3 * self.dense:.4g} ms ({self.workload})"
-        return "; ".join([took, *filter(None, [self.unused])])
+        return "; ".join(filter(None, [took, self.unused]))
 
 
 @dataclass(frozen=True, repr=False)

@@ -1,5 +1,6 @@
 """Pools KV heads for a KV cache budget, where that loses less than removing them."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -63,8 +64,11 @@ class HeadPooling:
             done: Callback after each module.
         """
         attentions, cache = self.attentions, self.cache
-        runs = [batch if isinstance(batch, Run) else attentions.trial(batch) for batch in batches]
-        parts = len({run.source for run in runs}) + 2 if repair is not None else 0
+        runs, sources = list[Run](), set[str]()
+        for batch in batches:
+            runs.append(batch if isinstance(batch, Run) else attentions.trial(batch))
+            sources.add(runs[-1].source)
+        parts = len(sources) + 2 if repair is not None else 0
         missing, sizes = dict[PrunableModule, list[int]](), dict[PrunableModule, int]()
         for module in modules:
             numbers = [kept for kept in self.sizes.get(module.name, ()) if (pooled_name(module), kept) not in cache.errors]
@@ -103,12 +107,12 @@ class HeadPooling:
         Returns:
             The modules with their remaining levels, and the losses at these.
         """
-        chosen, new_losses = {module.name: module for module in modules}, dict(losses)
+        chosen, new_losses = dict(zip(modules, modules, strict=True)), dict(losses)
         for group in uniform_groups(modules, uniform):
             lost = {module.name: dict(zip(module.levels, losses[module.name], strict=True)) for module in group}
             better = list[int]()
             for kept in group[0].levels:
-                if all(kept in self.sizes.get(name, ()) for name in lost) and self._loses_less(divergence, group, kept, lost):
+                if kept in self.sizes.get(group[0].name, ()) and self._loses_less(divergence, group, kept, lost):
                     better.append(kept)
             if not better:
                 continue
@@ -119,7 +123,7 @@ class HeadPooling:
                     self.chosen.add((module.name, kept))
             levels = _undominated(lost, group[0].levels)
             for module in group:
-                chosen[module.name] = replace(module, allowed=levels, levels=levels)
+                chosen[module] = replace(module, allowed=levels, levels=levels)
                 new_losses[module.name] = [lost[module.name][kept] for kept in levels]
         return list(chosen.values()), new_losses
 
@@ -131,7 +135,7 @@ class HeadPooling:
         if len(group) == 1:
             return alone[0] < removed[group[0].name][kept]
         together = list[float]()
-        for names in (map(pooled_name, group), (module.name for module in group)):
+        for names in (map(pooled_name, group), removed):
             with self.cache.assembled(dict.fromkeys(names, kept)):
                 together.append(divergence.mean())
         return together[0] < together[1]
@@ -146,9 +150,10 @@ def find_pooling(scope: SearchScope, cache: VariantCache) -> HeadPooling | None:
 
     None if there are none.
     """
-    modules, counts = [module for module in scope.modules if module.pool_sizes], dict[str, int]()
-    for module in modules:
-        counts |= dict.fromkeys(module.names, module.count)
+    counts = dict[str, int]()
+    for module in scope.modules:
+        if module.pool_sizes:
+            counts |= dict.fromkeys(module.names, module.count)
     if not counts:
         return None
     try:
@@ -158,18 +163,26 @@ def find_pooling(scope: SearchScope, cache: VariantCache) -> HeadPooling | None:
         attentions.check(METHOD)
     except ValueError:
         return None
-    sizes: dict[str, list[int]] = {}
-    for group in uniform_groups(modules, uniform=True):
-        trials = [group] if scope.uniform else [group, group[-1:]]
-        numbers = [kept for kept in group[0].pool_sizes if all(_saves(scope.model, trial, kept) for trial in trials)]
-        sizes |= dict.fromkeys([module.name for module in group], numbers)
+    sizes = dict[str, list[int]]()
+    for group in uniform_groups(scope.modules, uniform=True):
+        numbers = list[int]()
+        for kept in group[0].pool_sizes:
+            if _saves(scope.model, group, kept) and (scope.uniform or _saves(scope.model, group[-1:], kept)):
+                numbers.append(kept)
+        for module in group:
+            sizes[module.name] = numbers
     return HeadPooling(attentions, cache, sizes)
 
 
 def _undominated(lost: Mapping[str, Mapping[int, float]], levels: Sequence[int]) -> tuple[int, ...]:
     """Returns the levels without any that lose more than a lower level."""
-    total = {kept: sum(of_module[kept] for of_module in lost.values()) for kept in levels}
-    return tuple(kept for kept in total if all(total[kept] <= total[fewer] for fewer in total if fewer < kept))
+    undominated, least = list[int](), math.inf
+    for kept in reversed(levels):
+        total = sum(of_module[kept] for of_module in lost.values())
+        if total <= least:
+            undominated.append(kept)
+            least = total
+    return tuple(reversed(undominated))
 
 
 def pooling_plans(model: PreTrainedModel, heads: Mapping[str, int]) -> tuple[list[KVHeadPlan], PreTrainedModel]:
@@ -216,14 +229,12 @@ def _pooled_variants(
 ) -> tuple[ByNumber, ByNumber]:
     """Returns parameters with equal heads, and the refitted consumer layers."""
     model, projections = attentions.model, {name: attentions.projections[name] for name in numbers}
-    moments = gather(model, projections, numbers, runs)
-    equal: ByNumber = {name: {} for name in numbers}
-    for name, by_number in moments.items():
+    equal, consumers = ByNumber(), ByNumber()
+    for name, by_number in gather(model, projections, numbers, runs).items():
+        equal[name], consumers[name] = {}, dict.fromkeys(by_number, LazyTensors({}))
         for kept, of_heads in by_number.items():
             equal[name][kept] = staged(model, by_parameter(attentions.equal_in(name, METHOD, of_heads)))
-    if repair is not None:
-        return equal, refit_consumers(model, projections, equal, runs, repair)
-    return equal, {name: dict.fromkeys(by_number, LazyTensors({})) for name, by_number in equal.items()}
+    return equal, consumers if repair is None else refit_consumers(model, projections, equal, runs, repair)
 
 
 def _size(attentions: Attentions, module: PrunableModule, numbers: Sequence[int], parts: int) -> int:

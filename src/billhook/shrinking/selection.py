@@ -77,8 +77,8 @@ def search_within(
     if len(chosen) == 1:
         return chosen[0]
     losses = list[float]()
-    for one in chosen:
-        with simulated(measurement.scope.model, one.planned):
+    for result in chosen:
+        with simulated(measurement.scope.model, result.planned):
             losses.append(measurement.divergence.mean())
     return chosen[losses.index(min(losses))]
 
@@ -94,7 +94,8 @@ def choose(
     progress.enter("searching")
     start = initial_points(spaces, limit, sorted(scope.blocks.removable, key=lambda block: losses[block.name][-1]))
     if scope.uniform:
-        start += [(0, levels) for _, levels in single_kind_levels(measurement, limit).values()]
+        for _, levels in single_kind_levels(measurement, limit).values():
+            start.append((0, levels))
     else:
         start += uniform_points(spaces[0], scope.modules, losses, limit - scope.now)
 
@@ -102,20 +103,20 @@ def choose(
         return measurement.lost(spaces[point[0]].kept(point[1]))
 
     move = partial(neighbor, spaces, limit)
-    found = evolve(start, move, lost, search.generations, search.candidates, seed)
-    order = sorted(found, key=lambda point: found[point])
-    kept = [_filled(measurement, point, limit) for point in _finalists(measurement, order, found)]
+    measured = evolve(start, move, lost, search.generations, search.candidates, seed)
+    measured = dict(sorted(measured.items(), key=lambda item: item[1]))
+    kept = [_filled(measurement, point, limit) for point in _finalists(measurement, measured)]
     progress.steps = progress.done + CURVE
-    curve = [_candidate(measurement, point, lost(point)) for point in evenly_sized(spaces, CURVE)]
-    return kept, curve, [_candidate(measurement, point, found[point]) for point in order]
+    curve = {point: lost(point) for point in evenly_sized(spaces, CURVE)}
+    return kept, _candidates(measurement, curve), _candidates(measurement, measured)
 
 
-def _finalists(measurement: Measurement, order: Sequence[Point], found: Mapping[Point, float]) -> list[Point]:
+def _finalists(measurement: Measurement, measured: Mapping[Point, float]) -> list[Point]:
     """Returns the points to repair, whose blocks can be removed.
 
-    Raises a ValueError if there are none.
+    Measured points are sorted by loss. Raises a ValueError if there are none.
     """
-    scope, spaces = measurement.scope, measurement.spaces
+    scope, spaces, order = measurement.scope, measurement.spaces, list(measured)
     first = next((number for number, point in enumerate(order) if not _refusal(measurement, point)), None)
     if first is None:
         raise ValueError(_refusal(measurement, order[-1]))
@@ -127,7 +128,7 @@ def _finalists(measurement: Measurement, order: Sequence[Point], found: Mapping[
         blocks = {"block"} if spaces[point[0]].removed else set()
         return frozenset(blocks | {module.kind for module in scope.modules if 0 < kept[module.name] < module.count})
 
-    return [point for point in finalists(order[first:], found, kinds_cut) if not _refusal(measurement, point)]
+    return [point for point in finalists(order[first:], measured, kinds_cut) if not _refusal(measurement, point)]
 
 
 def knapsack_solution(measurement: Measurement, limit: int) -> dict[str, int]:
@@ -163,11 +164,15 @@ def _filled(measurement: Measurement, point: Point, limit: int) -> dict[str, int
     return scope.rounded(more, spare)
 
 
-def _candidate(measurement: Measurement, point: Point, lost: float) -> Candidate:
-    space, levels = measurement.spaces[point[0]], point[1]
-    kept = space.kept(levels)
-    by_module = {name: stay for name, (_, stay) in unit_counts(measurement.scope.modules, kept).items()}
-    return Candidate(kept | by_module, space.left(levels), space.predicted(levels), lost)
+def _candidates(measurement: Measurement, losses: Mapping[Point, float]) -> list[Candidate]:
+    """Returns measured points as candidates."""
+    candidates = list[Candidate]()
+    for (number, levels), lost in losses.items():
+        space = measurement.spaces[number]
+        kept = space.kept(levels)
+        by_module = {name: stay for name, (_, stay) in unit_counts(measurement.scope.modules, kept).items()}
+        candidates.append(Candidate(kept | by_module, space.left(levels), space.predicted(levels), lost))
+    return candidates
 
 
 def smallest(measurement: Measurement, most: float, held_out: Sequence[Any], within: Within) -> SearchResult:

@@ -28,7 +28,7 @@ from billhook.shrinking.result import Shrunk
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.selection import SearchResult, search_within, smallest
-from billhook.shrinking.space import make_slots
+from billhook.shrinking.space import make_slots, modules_outside
 from billhook.shrinking.variants import check_token_count
 
 Layers = Literal["uniform", "free"]
@@ -180,9 +180,10 @@ def select_for_budget(
 def measure_result(measurement: Measurement, chosen: SearchResult) -> Shrunk:
     """Measures the model after the selected plans were applied."""
     scope, kept, planned = measurement.scope, chosen.kept, chosen.planned
-    slots = make_slots([module for module in scope.modules if kept[module.name]], measurement.losses, scope.uniform)
+    removed = scope.blocks.removed(kept)
+    slots = make_slots(modules_outside(scope.modules, removed), measurement.losses, scope.uniform)
     predicted = sum(interpolated_loss(slot, kept[slot.names[0]]) for slot in slots)
-    predicted += sum(measurement.losses[block.name][-1] for block in scope.blocks.removed(kept))
+    predicted += sum(measurement.losses[block.name][-1] for block in removed)
     left = int(cost_of(scope.model, scope.target) or 0) if chosen.times is None else round(chosen.times.ratio * scope.now)
     return Shrunk(
         plan=planned.units,

@@ -243,10 +243,13 @@ def budget_sizes(modules: Sequence[PrunableModule], blocks: Sequence[Block], now
     for count in BLOCKS:
         if count > len(blocks):
             continue
-        left = modules_outside(modules, blocks[:count])
+        left, levels = modules_outside(modules, blocks[:count]), list[Sequence[int]]()
         groups = uniform_groups(left, uniform=True)
-        within = limit - now + sum(block.cost for block in blocks[:count]) + sum(module.cost(module.count) for module in left)
-        more = sizes_at_limit([group[0].levels for group in groups], size_costs(left, uniform=True), within) if groups else {}
+        within = limit - now + sum(block.cost for block in blocks[:count])
+        for group in groups:
+            levels.append(group[0].levels)
+            within += sum(module.cost(module.count) for module in group)
+        more = sizes_at_limit(levels, size_costs(left, uniform=True), within) if levels else {}
         for number, kept in more.items():
             for group in uniform_groups(modules, uniform=True):
                 if groups[number][0] in group:

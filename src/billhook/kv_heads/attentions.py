@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from itertools import count
+from itertools import count, product
 from statistics import fmean
 from typing import Any
 
@@ -24,7 +24,7 @@ from billhook.engine.state import evaluating_without_grad, overridden, replaced
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
 from billhook.kv_heads.basis import find_bases, in_bases, pooled, similar_order
-from billhook.kv_heads.layout import HeadTensors, find_projections, read, written
+from billhook.kv_heads.layout import HeadTensors, Projections, find_projections, read, written
 from billhook.kv_heads.methods import Grouping, KVMethod, Reconstructing
 from billhook.kv_heads.moments import MomentPass, Moments, gather, weight_moments
 from billhook.kv_heads.symmetry import find_symmetries, in_order
@@ -78,10 +78,10 @@ class Attentions:
     """The attention modules to convert, with their number of groups and their symmetries."""
 
     def __init__(self, model: nn.Module, groups: Mapping[str, int], comm: Comm = SINGLE_PROCESS) -> None:
-        layers = tuple(adapter_layers(model))
-        if inside := next((layer for layer in layers if layer.startswith(tuple(f"{name}." for name in groups))), None):
-            why = "heads stay in their bases, where 'mean' and 'first' can pool them"
-            raise ValueError(f"with LoRA attached to {inside}, {why}: or {MERGE_HINT}")
+        for layer, name in product(adapter_layers(model), groups):
+            if layer.startswith(f"{name}."):
+                why = "heads stay in their bases, where 'mean' and 'first' can pool them"
+                raise ValueError(f"model: with LoRA attached to {layer}, {why}: or {MERGE_HINT}")
         structure = trace(model)
         self.model, self.groups, self._comm, self.store = model, groups, comm, store_of(model)
         self.projections = find_projections(model, structure, groups)
@@ -144,10 +144,9 @@ class Attentions:
     def moments(self, trials: Sequence[Run], grouping: Grouping) -> dict[str, Moments]:
         """Returns the Gram matrices of heads on data, or of the weights if no rank has data."""
         groups = self._seen_in(grouping)
-        if any(self.summed(len(trials))):
-            moments = gather(self.model, self.projections, {n: [number] for n, number in groups.items()}, trials, self._comm)
-            return {name: by_number[groups[name]] for name, by_number in moments.items()}
-        return {name: self._weight_moments(name, number) for name, number in groups.items()}
+        numbers = {name: [number] for name, number in groups.items()}
+        of_data = gather(self.model, self.projections, numbers, trials, self._comm) if any(self.summed(len(trials))) else {}
+        return {name: of_data[name][groups[name]] if of_data else self._weight_moments(name, groups[name]) for name in groups}
 
     def _seen_in(self, grouping: Grouping) -> dict[str, int]:
         """Returns the number of groups for the statistics.
@@ -189,8 +188,12 @@ class Attentions:
             inside[store.owner.get(self.model.get_submodule(name))].append(name)
         new = LazyTensors({})
         with store.step(f"heads of {self.groups} by {methods}", partial(runs_fingerprint, trials)):
-            known = {block for block in inside if block is not None and store.staged(block) is not None}
-            left = {name: self.projections[name] for block, names in inside.items() if block not in known for name in names}
+            known, left = set[nn.Module](), dict[str, Projections]()
+            for block, names in inside.items():
+                if block is not None and store.staged(block) is not None:
+                    known.add(block)
+                else:
+                    left |= {name: self.projections[name] for name in names}
             listening = MomentPass(self.model, left, {name: [groups[name]] for name in left}, trials, self._comm)
             has_data = bool(left) and any(self.summed(len(trials)))
 
@@ -324,11 +327,11 @@ class Attentions:
     def bytes(self, method: KVMethod) -> int:
         """Returns the bytes of the largest Gram matrices of an attention module."""
         groups = self._seen_in("similar" if any(m.grouping == "similar" for m in method.candidates) else "consecutive")
-        squares = (
-            sum(groups[name] * (rows.index.size // groups[name]) ** 2 for rows in (attention.k, attention.v))
-            for name, attention in self.projections.items()
-        )
-        return 2 * 8 * max(squares, default=0)
+        largest = 0
+        for name, attention in self.projections.items():
+            number, sizes = groups[name], (attention.k.index.size, attention.v.index.size)
+            largest = max(largest, sum(number * (size // number) ** 2 for size in sizes))
+        return 2 * 8 * largest
 
     @property
     def may_group(self) -> bool:

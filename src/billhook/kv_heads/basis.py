@@ -82,7 +82,7 @@ def _loss(metric: Tensor, moments: Tensor, basis: Tensor, shared: Tensor) -> tup
 def pooled(tensors: HeadTensors, keys: Bases, values: Bases) -> HeadTensors:
     """Returns the weights with each head replaced by its group's reconstruction.
 
-    K' = sum of P_i k_i, v' likewise.
+    Each key becomes k' = sum of P_i k_i, and each value likewise.
     """
 
     def shared(heads: Tensor, bases: Bases) -> Tensor:
@@ -125,8 +125,8 @@ def similar_order(
     generator, group_of = torch.Generator().manual_seed(0), torch.arange(count) // (count // groups)
     starts = [group_of, *(group_of[torch.randperm(count, generator=generator)] for _ in range(RESTARTS))]
     ends = [_improved(start, loss) for start in starts]
-    losses = torch.stack([torch.where(end[:, None] == end, loss, 0).sum() for end in ends])
-    best = ends[int(losses.round(decimals=9).argmin())].tolist()  # of ends that differ by rounding alone, the first
+    # of ends that differ by rounding alone, the first
+    best = min(ends, key=lambda end: float(torch.where(end[:, None] == end, loss, 0).sum().round(decimals=9))).tolist()
     return sorted(range(count), key=lambda head: (best.index(best[head]), head))
 
 

@@ -48,11 +48,11 @@ def cut_by_config(
             continue
         if not is_as_built(model, usual, owners):
             return None
-        if (lone := next((name for name, owner in owners.items() if owner is None), None)) is not None:
-            raise ValueError(f"{lone} follows the number of KV heads in the config, and belongs to no attention module")
+        for name, owner in owners.items():
+            if owner is None:
+                raise ValueError(f"{name} follows the number of KV heads in the config, and belongs to no attention module")
         shape = _difference(usual, built, owners, following, attentions, heads).over(shape_of(model))
-        resized = [name for name, owner in owners.items() if owner in following]
-        return following, (_matched(model, attentions, following, heads, shape, resized), shape)
+        return following, (_matched(model, attentions, following, heads, shape), shape)
     return None
 
 
@@ -134,12 +134,7 @@ def _difference(
 
 
 def _matched(
-    model: PreTrainedModel,
-    attentions: Mapping[str, KVAttention],
-    following: Collection[str],
-    heads: int,
-    shape: Shape,
-    names: Collection[str],
+    model: PreTrainedModel, attentions: Mapping[str, KVAttention], following: Collection[str], heads: int, shape: Shape
 ) -> dict[str, Pooled]:
     """Returns the new position of each row of the shrinking parameters."""
     meta_model = to_meta(model)
@@ -149,15 +144,15 @@ def _matched(
     except ValueError as error:
         raise ValueError(f"the code of {type(model).__name__} does not follow with {heads} KV heads: {error}") from error
     numbers = {name: attention.heads for name, attention in after.items()}
-    expected = {name: heads if name in following else attention.heads for name, attention in attentions.items()}
-    if numbers != expected:
-        wrong = next(name for name in expected if numbers.get(name) != expected[name])
-        raise ValueError(
-            f"the code of {type(model).__name__} does not follow: {wrong} would have {numbers.get(wrong)} KV heads and not "
-            f"{expected[wrong]}" + ("; convert all layers at once" if len(following) < len(attentions) else "")
-        )
+    for name, attention in attentions.items():
+        expected = heads if name in following else attention.heads
+        if numbers.get(name) != expected:
+            raise ValueError(
+                f"the code of {type(model).__name__} does not follow: {name} would have {numbers.get(name)} KV heads and not "
+                f"{expected}" + ("; convert all layers at once" if len(following) < len(attentions) else "")
+            )
     before = shape_of(model).tensors
-    changed = {name for name in names if before[name] != shape.tensors[name]}
+    changed = {name for name, size in before.items() if shape.tensors[name] != size}
     if kept := sorted(changed - dict(model.named_parameters(remove_duplicate=False)).keys()):
         raise ValueError(f"{kept[0]} follows the number of KV heads but is no parameter: it cannot be pooled")
     cuts = {}
@@ -173,10 +168,11 @@ def _match(name: str, now: KVAttention, then: KVAttention, old: tuple[int, ...],
     if len(dims) != 1:
         raise ValueError(f"{name} goes from {list(old)} to {list(new)}, which involves more than KV heads")
     (dim,) = dims
-    keys = now.rows_of(name, dim, old[dim]).keys(now.heads // then.heads)
-    positions = {key: position for position, key in enumerate(then.rows_of(name, dim, new[dim]).keys())}
+    rows = now.rows_of(name, dim, old[dim])
+    keys, new_keys = rows.keys(now.heads // then.heads), then.rows_of(name, dim, new[dim]).keys()
+    positions = dict(zip(new_keys, range(len(new_keys)), strict=True))
     wrong = set(keys) != positions.keys() or len(positions) != new[dim] or math.prod(old) == 0
-    if wrong or any(head < 0 for _, head, _ in keys):
+    if wrong or (rows.head < 0).any():
         raise ValueError(f"{name} goes from {list(old)} to {list(new)}, and the positions of its heads are unknown")
     return Pooled(dim, tuple(positions[key] for key in keys))
 
@@ -269,8 +265,7 @@ def choose(
             if layer not in attentions and not (type(layer) is int and 0 <= layer < len(names)):
                 shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
                 raise ValueError(f"layers: there is no {layer!r}; there are 0 to {len(names) - 1}, in this order: {shown}")
-        wanted = {layer if isinstance(layer, str) else names[layer] for layer in layers}
-        chosen = [name for name in names if name in wanted]
+        chosen = [name for number, name in enumerate(names) if name in layers or number in layers]
         if not chosen:
             raise ValueError("layers is empty. Name at least one attention module.")
     if not chosen:

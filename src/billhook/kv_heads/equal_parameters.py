@@ -4,6 +4,7 @@ Reference: Shazeer, "Fast Transformer Decoding: One Write-Head is All You Need" 
     4.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from billhook.kv_heads.config import FIELD
 from billhook.model.config_fields import build_on_meta, field, nested_configs, with_fields
 from billhook.model.meta import from_config
 from billhook.model.shape import KEY
+from billhook.tracing.groups import Group
 from billhook.tracing.trace import trace
 from billhook.units.fields import FieldFinder
 
@@ -111,11 +113,15 @@ def _feed_forward(model: PreTrainedModel, finder: FieldFinder) -> tuple[int, tup
     """
     structure = trace(model)
     channels = {feed_forward.channel for feed_forward in structure.feed_forward}
-    groups = [group for group in structure.groups if group.leaf in channels]
-    widths = sorted({group.size for group in groups})
-    if len(widths) != 1:
-        several = f"widths {', '.join(map(str, widths))}: it must be one" if widths else "no MLP that could become wider"
+    by_width: dict[int, list[Group]] = defaultdict(list)
+    for group in structure.groups:
+        if group.leaf in channels:
+            by_width[group.size].append(group)
+    if len(by_width) != 1:
+        widths = ", ".join(map(str, sorted(by_width)))
+        several = f"widths {widths}: it must be one" if widths else "no MLP that could become wider"
         raise ValueError(f"config: {type(model).__name__} has {several}")
+    ((width, groups),) = by_width.items()
     if not (fields := finder.find(groups)):
-        raise ValueError(f"config: no field of {type(model.config).__name__} states only the MLP width {widths[0]}")
-    return widths[0], fields
+        raise ValueError(f"config: no field of {type(model.config).__name__} states only the MLP width {width}")
+    return width, fields

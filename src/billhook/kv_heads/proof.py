@@ -38,8 +38,10 @@ def prove(
     model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int
 ) -> tuple[KVWay, Shrunk]:
     """Returns the way of conversion that a small copy proves correct, and the new shapes."""
-    rows = {id(model.get_parameter(name)) for attention in attentions.values() for name in attention.rows}
-    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in rows}
+    kv_parameters = set[nn.Parameter]()
+    for attention in attentions.values():
+        kv_parameters.update(map(model.get_parameter, attention.rows))
+    names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter in kv_parameters}
     as_built = is_as_built(model, built_shape(type(model), model.config), names)
     equal = len({(attentions[name].queries, attentions[name].heads) for name in chosen}) == 1
     small = small_copy(model, None if as_built else shape_beyond_config(model), few=equal)
@@ -124,10 +126,15 @@ def _take_shape(small: PreTrainedModel, model: PreTrainedModel, shape: Shape) ->
 @full_precision()
 def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, implementation: str) -> str | None:
     """Returns the first case in which a converted model fails or differs."""
-    reference, converted = (copy.deepcopy(dense, {id(p): p for p in dense.parameters()}) for _ in range(2))
+    parameters = {id(parameter): parameter for parameter in dense.parameters()}  # which both copies share
+    reference, converted = copy.deepcopy(dense, dict(parameters)), copy.deepcopy(dense, parameters)
     cuts, shape = shrunk
-    change_values(reference, {n: Change(lambda old, cut=cut: cut.spread(cut.pool(old)), None) for n, cut in cuts.items()})  # type: ignore[misc]
-    change_values(converted, {name: Change(cut.pool, None) for name, cut in cuts.items()})
+    pooled, spread = dict[str, Change](), dict[str, Change]()
+    for name, cut in cuts.items():
+        pooled[name] = Change(cut.pool, None)
+        spread[name] = Change(lambda old, cut=cut: cut.spread(cut.pool(old)), None)  # type: ignore[misc]
+    change_values(reference, spread)
+    change_values(converted, pooled)
     set_shape(converted, shape)
     for model in (reference, converted):
         if attention_of(model.config) != implementation:
@@ -187,10 +194,11 @@ def _inputs(model: PreTrainedModel, batch: int, length: int, other: int) -> Inpu
 def _outcome(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
     """Returns the outputs of a model at non-padding tokens."""
     fields = dict(model(**inputs, return_dict=True).items())
-    leaves = tree_leaves([value for name, value in fields.items() if name not in ("past_key_values", "cache", "loss")])
-    mask = inputs.get("attention_mask")
-    tensors = [leaf.double() for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    return [tensor[mask.bool()] if mask is not None and tensor.shape[:2] == mask.shape else tensor for tensor in tensors]
+    mask, tensors = inputs.get("attention_mask"), list[Tensor]()
+    for leaf in tree_leaves([value for name, value in fields.items() if name not in ("past_key_values", "cache", "loss")]):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            tensors.append((leaf if mask is None or leaf.shape[:2] != mask.shape else leaf[mask.bool()]).double())
+    return tensors
 
 
 @torch.no_grad()

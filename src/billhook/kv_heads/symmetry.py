@@ -105,14 +105,17 @@ def candidates(width: int) -> Iterator[Symmetry]:
     rotary_widths = sorted({int(width * share) for share in SHARES if width * share % 2 == 0})
     for rotary in reversed(rotary_widths):
         half = rotary // 2
-        yield _paired([(n, n + half) for n in range(half)], width)
+        yield _paired(range(half), range(half, rotary), width)
     for rotary in rotary_widths:
-        yield _paired([(n, n + 1) for n in range(0, rotary, 2)], width)
+        yield _paired(range(0, rotary, 2), range(1, rotary, 2), width)
 
 
-def _paired(pairs: Sequence[tuple[int, int]], width: int) -> Symmetry:
-    rest = tuple(range(2 * len(pairs), width))
-    return (*(Block((first,), (second,)) for first, second in pairs), *([Block(rest)] if rest else []))
+def _paired(real: Sequence[int], imaginary: Sequence[int], width: int) -> Symmetry:
+    rest = tuple(range(2 * len(real), width))
+    return (
+        *(Block((first,), (second,)) for first, second in zip(real, imaginary, strict=True)),
+        *([Block(rest)] if rest else []),
+    )
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -136,16 +139,15 @@ class AttentionProbe:
 
         Its tensors are replaced, because a parameter whose dtype changes would lose the gradient hooks of DDP.
         """
-        linears = (self._model.get_submodule(name) for name in self.projections.linears)
-        modules = dict.fromkeys([*self._module.modules(), *linears])
+        modules = dict.fromkeys([*self._module.modules(), *map(self._model.get_submodule, self.projections.linears)])
         tables: list[dict[str, Any]] = [table for module in modules for table in (module._parameters, module._buffers)]
         before = [(table, dict(table)) for table in tables]
-        wide: dict[int, Tensor] = {}  # by the id of the tensor, so that tied ones stay tied
+        in_float64: dict[int, Tensor] = {}  # by the id of the tensor, so that tied ones stay tied
         try:
-            for table in tables:
-                for name, tensor in table.items():
+            for table, tensors in before:
+                for name, tensor in tensors.items():
                     if tensor is not None:
-                        table[name] = wide.setdefault(id(tensor), _as_float64(tensor))
+                        table[name] = in_float64.setdefault(id(tensor), _as_float64(tensor))
             yield
         finally:
             for table, tensors in before:
@@ -228,8 +230,9 @@ def see_calls(model: nn.Module, projections: Mapping[str, Projections]) -> dict[
             hook = partial(note, name)
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
         model(**small_inputs(model, length=length))
-    if unseen := [name for name in projections if name not in calls]:
-        raise ValueError(f"{unseen[0]} is not called as a module, so its heads cannot be recorded")
+    for name in projections:
+        if name not in calls:
+            raise ValueError(f"{name} is not called as a module, so its heads cannot be recorded")
     return calls
 
 

@@ -236,14 +236,13 @@ def written(model: nn.Module, projections: Projections, tensors: HeadTensors) ->
     return {name: to_parameters(model.get_submodule(name), *matrix) for name, matrix in linears.items()}
 
 
-def moved_values(model: nn.Module, projections: Projections, order: Sequence[int]) -> dict[str, dict[str, Tensor]]:
-    """Returns new parameters in which each KV head has the values of another head."""
-    rows, linear = projections.v, model.get_submodule(projections.v.linear)
+def moved_values(linear: nn.Module, rows: HeadRows, order: Sequence[int]) -> dict[str, Tensor]:
+    """Returns new parameters of the linear layer of values: each KV head has those of another."""
     weight, bias = _copied(linear)
     for tensor in (weight, bias):
         if tensor is not None:
             tensor[rows.index] = tensor[rows.index[list(order)]]  # in its own dtype: this runs for each batch and head of a group
-    return {rows.linear: to_parameters(linear, weight, bias)}
+    return to_parameters(linear, weight, bias)
 
 
 def _copied(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -276,9 +275,10 @@ def _projections(model: nn.Module, units: Units, attention: Attention) -> Projec
         raise ValueError(f"{units.name}: its heads are read by {len(units.readers)} modules, not by one linear")
     rows = {what: _head_rows(units, part, per) for what, ((part,), per) in made.items()}
     rows["outputs"] = HeadRows(units.readers[0], _by_head(units.index, units.count(), units.name), are_read=True)
-    for linear in (one.linear for one in rows.values()):
-        if not is_linear(model.get_submodule(linear)):
-            raise ValueError(f"{linear} is a {type(model.get_submodule(linear)).__name__}, not an nn.Linear or Conv1D")
+    for head_rows in rows.values():
+        module = model.get_submodule(head_rows.linear)
+        if not is_linear(module):
+            raise ValueError(f"{head_rows.linear} is a {type(module).__name__}, not an nn.Linear or Conv1D")
     if not np.array_equal(units.kv_of, np.arange(len(units.kv_of)) // (len(units.kv_of) // units.count("kv_head"))):
         raise ValueError(f"{units.name}: query heads that share a KV head are not adjacent")
     width, key_width = rows["queries"].index.shape[1], rows["keys"].index.shape[1]

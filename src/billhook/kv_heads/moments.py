@@ -205,11 +205,11 @@ class _Listener:
 
     def _visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs the forward pass with the values of each other head of the group, and unchanged."""
-        self._read, size = [], self._size
+        self._read, size, rows = [], self._size, self._projections.v
+        linear, heads = self._model.get_submodule(rows.linear), range(self._projections.kv_heads)
         for shift in range(1, size):
-            heads = range(self._projections.kv_heads)
-            moved = moved_values(self._model, self._projections, [h // size * size + (h + shift) % size for h in heads])
-            with replaced({self._model.get_submodule(n): new for n, new in moved.items()}), suppress(StopForward):
+            moved = moved_values(linear, rows, [head // size * size + (head + shift) % size for head in heads])
+            with replaced({linear: moved}), suppress(StopForward):
                 forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
         self._unshifted = True
         try:

@@ -1,7 +1,5 @@
 """Pooling methods for KV heads, from the first head to a truncated SVD.
 
-Methods, from the first head to a truncated SVD, and their names.
-
 The heads of a group, k_1 ... k_J, each of width w, become one, kbar = sum over j of P_j k_j, and B_j kbar stands for head j.
 What reads head j absorbs B_j, so that nothing of it is left to compute. Keys are read by the query, whose score q^H k_j becomes
 q^H B_j kbar = (B_j^H q)^H kbar; values by the output, W_O v_j, which becomes (W_O B_j) vbar. So all query heads of the group
@@ -337,14 +335,14 @@ class RandomHeads(KVMethod):
     def changes(self, model: PreTrainedModel, parameters: Mapping[str, Pooled]) -> dict[str, Change]:
         """Returns draws for linear layers, and means for other parameters."""
         generator = torch.Generator().manual_seed(self.seed)
-        config, found = model.config.get_text_config(decoder=True), dict[str, Change]()
+        config, changes = model.config.get_text_config(decoder=True), dict[str, Change]()
         for name, pooled in parameters.items():
             if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D):
                 size = pooled.size(model.get_parameter(name).shape)
-                found[name] = drawing(pooled, size, std_of(config, size, pooled.dim), generator)
+                changes[name] = drawing(pooled, size, std_of(config, size, pooled.dim), generator)
             else:
-                found[name] = pooling(pooled, self.pool)
-        return found
+                changes[name] = pooling(pooled, self.pool)
+        return changes
 
 
 def drawing(pooled: Pooled, size: tuple[int, ...], std: float, generator: torch.Generator) -> Change:

@@ -226,8 +226,8 @@ def check_in_part(model: nn.Module, part: KVHeadPlan) -> None:
     for name in part.layers:
         if heads.get(name) != part.after:
             raise ValueError(
-                f"at: {name} cannot have fewer KV heads before others have, as their heads cannot be told apart in the code "
-                "that they share: convert all at one step"
+                f"at: {name} cannot have fewer KV heads before others have, because the code that they share cannot "
+                "distinguish their heads: convert all at the same step"
             )
 
 
@@ -240,7 +240,7 @@ def check_adapters(model: nn.Module, method: KVMethod) -> None:
     for name, layer in adapter_layers(model).items():
         parts = {part.partition(".")[0] for part, _ in layer.named_parameters()} - {"base_layer"}
         if not isinstance(layer, LoraLayer) or parts - {"lora_A", "lora_B"}:
-            raise ValueError(f"{name} has adapters that are not plain LoRA ({', '.join(sorted(parts))}): {MERGE_HINT}")
+            raise ValueError(f"model: {name} has adapters that are not plain LoRA ({', '.join(sorted(parts))}): {MERGE_HINT}")
 
 
 def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> Shrunk:
@@ -259,7 +259,7 @@ def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shap
             continue
         outputs = 1 if isinstance(layer.get_base_layer(), Conv1D) else 0
         if cut.dim != outputs:
-            raise ValueError(f"{name}.weight shrinks along the inputs of its adapters: {MERGE_HINT}")
+            raise ValueError(f"model: {name}.weight shrinks along the inputs of its adapters: {MERGE_HINT}")
         size = shape.tensors[f"{name}.weight"][outputs]
         attributes[f"{name}.out_features"] = size
         for adapter, second in layer.lora_B.items():

@@ -3,6 +3,7 @@
 Blocks are found by a forward pass, because stages that change the shape of hidden states are module lists too.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -47,7 +48,7 @@ def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) ->
         for name, module in subject.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and None not in module._modules.values()
     }
-    calls: dict[str, list[_Call]] = {name: [] for name in lists}
+    calls: dict[str, list[_Call]] = defaultdict(list)
 
     def record_call(name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
         if (states := hidden_states([*args, *kwargs.values()])) is not None:
@@ -72,10 +73,13 @@ def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) ->
 
 
 def _is_stack(calls: Sequence[_Call], count: int) -> bool:
-    if {number for number, _, _ in calls} != set(range(count)) or any(returned is None for _, _, returned in calls):
-        return False
+    uncalled = set(range(count))
+    for number, _, returned in calls:
+        if returned is None:
+            return False
+        uncalled.discard(number)
     # a block receives the same tensor that another returned; equal values could be a coincidence
-    return count == 1 or any(states is returned for (_, _, returned), (_, states, _) in pairwise(calls))
+    return not uncalled and (count == 1 or any(states is returned for (_, _, returned), (_, states, _) in pairwise(calls)))
 
 
 def block_of(name: str, stacks: Iterable[str]) -> tuple[str, int] | None:

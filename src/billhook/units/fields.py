@@ -48,9 +48,12 @@ class FieldFinder:
                 if not member.buffer:
                     fewer = (before - after) * count_positions(member.axis, group.leaf)
                     wanted[member.name, member.dim] = member.axis.size - fewer
-        numbers = _numbers(self.model.config)
-        stated = {name: value // before * after for name, value in numbers if value and value % before == 0}
-        unset = {name: after for name, value in numbers if value is None}
+        stated, unset = dict[str, int](), dict[str, int]()
+        for name, value in _numbers(self.model.config):
+            if value is None:
+                unset[name] = after
+            elif value % before == 0:
+                stated[name] = value // before * after
         fields = self._find(stated, wanted, groups, after) or self._find(unset, wanted, groups, after)
         return fields or (self._find(stated, wanted, groups, after, self._defaults) if self._defaults else ())
 
@@ -62,7 +65,7 @@ class FieldFinder:
     def values(self, size: int, fields: Sequence[str], count: int) -> dict[str, int]:
         """Returns the fields for `count` units. An unset field keeps its default."""
         stated = {name: value for name, value in _numbers(self.model.config) if name in fields}
-        left_open = {} if all(value is None for value in stated.values()) else self._defaults
+        left_open = self._defaults if any(stated.values()) else {}
         return {name: left_open.get(name, count) if v is None else v // size * count for name, v in stated.items()}
 
     def _accepts(self, values: dict[str, int]) -> bool:
@@ -109,9 +112,9 @@ class FieldFinder:
             return False
         for group in groups:
             for member in group.members:
-                expected = [after if leaf is group.leaf else leaf.size for leaf in leaves(member.axis)]
-                sizes = [leaf.size for leaf in leaves(axes[member.name][member.dim])]
-                if [size for size in sizes if size > 1] != [size for size in expected if size > 1]:
+                sizes = [leaf.size for leaf in leaves(axes[member.name][member.dim]) if leaf.size > 1]
+                expected = [size for leaf in leaves(member.axis) if (size := after if leaf is group.leaf else leaf.size) > 1]
+                if sizes != expected:
                     return False
         return True
 

@@ -119,9 +119,8 @@ def gates(model: nn.Module, units: Mapping[str, Units], per: Per = "head") -> It
     """
     check_types(gates, locals())
     unit_ids(units, {}, per)  # refuses an illegal `per`
-    names = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    named_here = all(names.issuperset(layer.readers) for layer in units.values())
-    subject = model if named_here else find_transformer(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    subject = model if all(modules.keys() >= set(layer.readers) for layer in units.values()) else find_transformer(model)
     check_belongs(subject, units)
     values = {name: _open_gates(subject, layer, per).requires_grad_() for name, layer in units.items()}
     with Mask({}, place_gates(subject, units, values, per)):

@@ -366,7 +366,7 @@ class TestPlan:
         assert everything(model) == before
 
     def test_two_stacks_must_be_told_apart(self):
-        with pytest.raises(ValueError, match=r"say of which place.* encoder.block, decoder.block"):
+        with pytest.raises(ValueError, match=r"blocks: numbers without a module, .*; there are encoder.block, decoder.block"):
             bh.pruning.plan_units(t5(), [1], "block")
 
 

@@ -1,6 +1,8 @@
 """Finds the units of a model, and resolves chosen unit numbers."""
 
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import pairwise, starmap
 
 import numpy as np
 from torch import nn
@@ -13,7 +15,7 @@ from billhook.model.repeat_kv import Indices
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Member, common_module
-from billhook.tracing.roles import Attention
+from billhook.tracing.roles import Attention, Part
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
 from billhook.units.units import Per, UnitKind, Units, axis_numbers, plural
@@ -78,11 +80,11 @@ def check_any(model: nn.Module, structure: Structure | None, units: Mapping[str,
 def check_belongs(model: nn.Module, units: Mapping[str, Units]) -> None:
     """Raises for units of another model."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    for place, layer in units.items():
+    for module, layer in units.items():
         for name in [layer.name] if layer.kind == "block" else layer.readers:
             if name not in modules:
                 raise ValueError(
-                    f"units: {name} of {place} is not a module of this {type(model).__name__}. Pass units from bh.find_units."
+                    f"units: {name} of {module} is not a module of this {type(model).__name__}. Pass units from bh.find_units."
                 )
 
 
@@ -115,16 +117,16 @@ def unit_ids(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> d
     order = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     if not isinstance(chosen, Mapping):
         if len(names) > 1:
-            raise ValueError(f"{what}: say of which place, as {{place: [numbers]}}; there are {order}")
+            raise ValueError(f"{what}: numbers without a module, pass {{module: [numbers]}}; there are {order}")
         chosen = {names[0]: chosen}
     result: dict[str, list[int]] = {}
-    for place, some in chosen.items():
-        known = place in units if isinstance(place, str) else type(place) is int and 0 <= place < len(names)
+    for module, numbers in chosen.items():
+        known = module in units if isinstance(module, str) else type(module) is int and 0 <= module < len(names)
         if not known:
-            raise ValueError(f"{what}: there is no place {place!r}; there are 0 to {len(names) - 1}, in this order: {order}")
-        if not isinstance(some, Iterable):
-            raise ValueError(f"units={{{place!r}: {some!r}}} must say the numbers of a place, as in {{{place!r}: [0]}}")
-        name, numbers = place if isinstance(place, str) else names[place], list(some)
+            raise ValueError(f"{what}: there is no place {module!r}; there are 0 to {len(names) - 1}, in this order: {order}")
+        if not isinstance(numbers, Iterable):
+            raise ValueError(f"units={{{module!r}: {numbers!r}}} must list the numbers of a module, as in {{{module!r}: [0]}}")
+        name, numbers = module if isinstance(module, str) else names[module], list(numbers)
         layer, count = units[name], units[name].count(per)
         for number in numbers:
             if type(number) is not int or not 0 <= number < count:
@@ -147,19 +149,22 @@ def why_none(model: nn.Module, structure: Structure, kind: UnitKind) -> str:
 
 def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
     """Explains why channels are not MLP channels. Empty if they are."""
-    feed_forward = next((layer for layer in structure.feed_forward if layer.channel is group.leaf), None)
-    modules = [_at(model, member.name.split(".")[:-1]) for member in group.members]
-    convolutions = [module for module in modules if isinstance(module, nn.modules.conv._ConvNd)]
     if group.size < 2:
         return "are one"
+    feed_forward = next((layer for layer in structure.feed_forward if layer.channel is group.leaf), None)
     if feed_forward is None:
         return "are not made and read as those of a feed-forward"
     path = group.where.split(".")
     if not any(isinstance(_at(model, path[:end]), nn.ModuleList) for end in range(len(path))):
         return "are in no block"
-    if any(module.groups not in (1, group.size) for module in convolutions):
+    convolutions: dict[int, list[nn.Module]] = defaultdict(list)  # by their number of groups
+    for member in group.members:
+        module = _at(model, member.name.split(".")[:-1])
+        if isinstance(module, nn.modules.conv._ConvNd):
+            convolutions[module.groups].append(module)
+    if convolutions.keys() - {1, group.size}:
         return "are made or read by a convolution of several groups"
-    mixing = [module for module in convolutions if module.groups == 1]
+    mixing = convolutions.get(1, ())
     if not all(map(is_convolution, mixing)):
         return "are made or read by a convolution that is no plain nn.Conv1d or nn.Conv2d"
     if mixing and (group.reason or "normed" in group.leaf.notes):
@@ -171,7 +176,7 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
 
 def _units_of_group(model: nn.Module, structure: Structure, group: Group, kind: UnitKind) -> Units:
     members = tuple({(m.name, m.dim): m for m in group.members if not m.buffer}.values())
-    reading: list[tuple[str, Indices]] = []
+    readers, indices = dict[int, str](), list[Indices]()
     for member in members:
         if member.reads:
             index = group.index(member)
@@ -181,12 +186,11 @@ def _units_of_group(model: nn.Module, structure: Structure, group: Group, kind: 
                 layer = module.get_base_layer() if is_adapter(module) else module
                 mixes = kind == "channel" and is_convolution(layer) and layer.groups == 1
                 if isinstance(layer, nn.Linear | Conv1D) or mixes:
-                    reading.append((name, index))
-    readers: dict[int, str] = {}
-    if kind != "expert" and all(np.array_equal(index, reading[0][1]) for _, index in reading):
-        for name, _ in reading:
-            readers.setdefault(id(model.get_submodule(name)), name)  # one gate for a shared module
-    index = reading[0][1] if readers else np.zeros(0, dtype=np.int64)
+                    readers.setdefault(id(module), name)  # a single gate for a shared module
+                    indices.append(index)
+    if kind == "expert" or not all(starmap(np.array_equal, pairwise(indices))):
+        readers.clear()
+    index = indices[0] if readers else np.zeros(0, dtype=np.int64)
     return Units(kind, group.where, tuple(readers.values()), index, np.arange(group.size), (group.leaf,), (group.leaf,), members)
 
 
@@ -218,21 +222,15 @@ def find_heads(model: nn.Module, structure: Structure) -> dict[str, Units]:
 
 
 def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Units:
-    shared: list[tuple[int, str, Axis]] = []
+    by_leaves: dict[int, list[Part]] = defaultdict(list)
     for part in attention.o:
         axis = structure.axes[part.name][part.dim]
-        shared.append((len(set(attention.heads) & set(leaves(axis))), part.name, axis))
-    most = max(count for count, _, _ in shared)  # others read KV heads, or belong to another layer
-    axis = next(axis for count, _, axis in shared if count == most)
-    readers = [parameter for count, parameter, _ in shared if count == most]
-    name = common_module([*(part.name for part in attention.q), *readers])
+        by_leaves[len(set(attention.heads) & set(leaves(axis)))].append(part)
+    consumers = by_leaves[max(by_leaves)]  # others read KV heads, or belong to another layer
+    axis = structure.axes[consumers[0].name][consumers[0].dim]
+    name = common_module([part.name for part in (*attention.q, *consumers)])
     query = tuple(leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in attention.heads)
-    made = set[Axis]()
-    for part in (*attention.k, *attention.v):
-        made.update(leaves(structure.axes[part.name][part.dim]))
-    counted = made if made & set(query) else set(query)  # heads that other attention modules count may be fewer here
-    kinds = {group.leaf: group.kind for group in structure.groups}
-    kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in counted)
+    kv = _kv_leaves(structure, attention, query)
     keys = axis_numbers(axis, query)
     in_heads = np.flatnonzero((keys >= 0).any(1))  # other positions belong to no head, such as of a parallel convolution
     numbers, first = _number(keys[in_heads])
@@ -242,17 +240,27 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
     index[in_heads] = numbers
     kv_of, _ = _number(axis_numbers(axis, kv)[in_heads[first]])
     modules: dict[str, None] = {}
-    for parameter in readers:
-        path = parameter.split(".")[:-1]
+    for part in consumers:
+        path = part.name.split(".")[:-1]
         if len(path) > 1 and isinstance(_at(model, path[:-1]), nn.MultiheadAttention):
-            raise ValueError(f"model: {parameter} is read by torch.nn.MultiheadAttention at once, so no gate can stand before it")
-        modules[_reader(model, parameter)] = None
+            raise ValueError(f"model: {part.name} is read by torch.nn.MultiheadAttention at once, so no gate can stand before it")
+        modules[_reader(model, part.name)] = None
     members: dict[tuple[str, int], Member] = {}
     for group in structure.groups:
         for member in group.members if group.leaf in query else ():
             if member.name.startswith(f"{name}.") and not member.buffer:
                 members[member.name, member.dim] = member
     return Units("head", name, tuple(modules), index, kv_of, query, kv, tuple(members.values()))
+
+
+def _kv_leaves(structure: Structure, attention: Attention, query: Sequence[Axis]) -> tuple[Axis, ...]:
+    """Returns the leaves that count KV heads, among those that count query heads."""
+    made = set[Axis]()
+    for part in (*attention.k, *attention.v):
+        made.update(leaves(structure.axes[part.name][part.dim]))
+    counted = made if made & set(query) else set(query)  # heads that other attention modules count may be fewer here
+    kinds = {group.leaf: group.kind for group in structure.groups}
+    return tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in counted)
 
 
 def _number(keys: Indices) -> tuple[Indices, Indices]:

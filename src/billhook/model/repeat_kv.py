@@ -102,40 +102,40 @@ class RepeatLayout:
 class RepeatedHeadsLinear(nn.Linear):
     """A linear layer that stores few heads and repeats them, with the same parameter names."""
 
-    handing: RepeatLayout
+    repeat_layout: RepeatLayout
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns all outputs: `[..., in]` to `[..., returned]`."""
-        return self.handing.repeat(super().forward(input))
+        return self.repeat_layout.repeat(super().forward(input))
 
 
 class RepeatedHeadsConv1D(Conv1D):
     """A `Conv1D` layer of GPT-2 that stores few heads and repeats them."""
 
-    handing: RepeatLayout
+    repeat_layout: RepeatLayout
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns all outputs: `[..., in]` to `[..., returned]`."""
-        return self.handing.repeat(super().forward(x))  # type: ignore[no-untyped-call]
+        return self.repeat_layout.repeat(super().forward(x))  # type: ignore[no-untyped-call]
 
 
 def repeat_layout_of(module: nn.Module) -> RepeatLayout | None:
     """Returns the layout of repeated heads of a module. None if it repeats nothing."""
-    return module.handing if isinstance(module, RepeatedHeadsLinear | RepeatedHeadsConv1D) else None
+    return module.repeat_layout if isinstance(module, RepeatedHeadsLinear | RepeatedHeadsConv1D) else None
 
 
-def set_repeat_layout(module: nn.Module, handing: RepeatLayout | None) -> None:
+def set_repeat_layout(module: nn.Module, layout: RepeatLayout | None) -> None:
     """Makes a linear layer repeat heads in place, or with None a plain layer."""
     attributes: dict[str, Any] = vars(module)
-    if handing is None:
-        module.__class__ = attributes.pop("_billhook_was")
-        del attributes["handing"]
+    if layout is None:
+        module.__class__ = attributes.pop("_billhook_plain_class")
+        del attributes["repeat_layout"]
         return
     if repeat_layout_of(module) is None:
-        attributes["_billhook_was"] = type(module)
+        attributes["_billhook_plain_class"] = type(module)
         # a class, like torch's parametrize: unlike a hook, copies have it, and undoing an event restores it
         module.__class__ = RepeatedHeadsConv1D if isinstance(module, Conv1D) else RepeatedHeadsLinear
-    attributes["handing"] = handing
+    attributes["repeat_layout"] = layout
 
 
 def find_repeat_layout(keys: Sequence[tuple[int, int, int]], repeated: Sequence[bool], heads: int) -> RepeatLayout | None:
@@ -159,6 +159,6 @@ def find_repeat_layout(keys: Sequence[tuple[int, int, int]], repeated: Sequence[
     blocks = changes // len(pieces)
     if changes % len(pieces) or any(many * repeats * width % blocks for _, many, repeats, width in pieces):
         return None
-    handing = RepeatLayout(blocks, tuple(pieces))
-    handed_out = np.asarray(stored)[handing.index()]
-    return handing if np.array_equal(handed_out.T, [kinds, head // times, rank]) else None
+    layout = RepeatLayout(blocks, tuple(pieces))
+    returned = np.asarray(stored)[layout.index()]
+    return layout if np.array_equal(returned.T, [kinds, head // times, rank]) else None

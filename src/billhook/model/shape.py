@@ -125,22 +125,31 @@ class Shape:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, for any checkpoint format."""
         return {
-            "tensors": {name: list(size) for name, size in self.tensors.items()},
+            "tensors": _map_values(list, self.tensors),
             "attributes": dict(self.attributes),
             "config": dict(self.config),
-            "lists": {name: list(values) for name, values in self.lists.items()},
+            "lists": _map_values(list, self.lists),
             "blocks": {name: [first, list(numbers)] for name, (first, numbers) in self.blocks.items()},
-            "handed": {name: handing.to_list() for name, handing in (self.handed or {}).items()},
+            "handed": _map_values(RepeatLayout.to_list, self.handed or {}),
         }
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
         """Creates a shape from `to_dict`, also of older versions."""
         check_plain_shape(plain)
-        tensors = {name: tuple(size) for name, size in plain["tensors"].items()}
-        blocks = {name: (first, tuple(numbers)) for name, (first, numbers) in plain.get("blocks", {}).items()}
-        handed = {name: RepeatLayout.from_list(pieces) for name, pieces in plain.get("handed", {}).items()}
-        return cls(tensors, dict(plain["attributes"]), dict(plain["config"]), dict(plain.get("lists", {})), blocks, handed)
+        return cls(
+            _map_values(tuple, plain["tensors"]),
+            dict(plain["attributes"]),
+            dict(plain["config"]),
+            dict(plain.get("lists", {})),
+            {name: (first, tuple(numbers)) for name, (first, numbers) in plain.get("blocks", {}).items()},
+            _map_values(RepeatLayout.from_list, plain.get("handed", {})),
+        )
+
+
+def _map_values(convert: Callable[[Any], T], entries: Mapping[str, Any]) -> dict[str, T]:
+    """Returns entries with converted values."""
+    return {name: convert(value) for name, value in entries.items()}
 
 
 def check_plain_shape(plain: object) -> None:
@@ -200,8 +209,8 @@ def shape_of(model: nn.Module) -> Shape:
         else:
             shape.config[name] = value
     for name, module in model.named_modules():
-        if shape.handed is not None and (handing := repeat_layout_of(module)) is not None:
-            shape.handed[name] = handing
+        if shape.handed is not None and (layout := repeat_layout_of(module)) is not None:
+            shape.handed[name] = layout
     return shape
 
 
@@ -320,12 +329,12 @@ def _check_names(model: nn.Module, shape: Shape) -> None:
             f"and has {_some(extra)}, which {type(model).__name__} lacks"
         )
     modules = dict(model.named_modules())
-    for name, handing in (shape.handed or {}).items():
+    for name, layout in (shape.handed or {}).items():
         if not is_linear(modules.get(name, model)):
             raise ValueError(f"the checkpoint contains a different model: {name} is not a linear layer in {type(model).__name__}")
-        if handing.stored not in shape.tensors.get(f"{name}.weight", (handing.stored,)):
+        if layout.stored not in shape.tensors.get(f"{name}.weight", (layout.stored,)):
             raise ValueError(
-                f"{name}: its layout of repeated heads needs {handing.stored} stored outputs, which differs from its weight."
+                f"{name}: its layout of repeated heads needs {layout.stored} stored outputs, which differs from its weight."
             )
 
 

@@ -1,6 +1,7 @@
 """Loads models whose shape the config cannot express, from an entry in config.json."""
 
 import json
+from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain
@@ -65,26 +66,28 @@ def _entry_of_files(kind: type[PreTrainedModel], name: str) -> dict[str, Any] | 
     """Creates a missing config entry from the sizes in the files. None if they match."""
     meta_model = build_or_refuse(kind, cast(type[PretrainedConfig], kind.config_class).from_pretrained(name))
     built, state = shape_of(meta_model), meta_model.state_dict(keep_vars=True)
-    _, files = _named_as_in(meta_model, Shape({}, {}, {}), _file_sizes(name))
+    _, files = _with_model_names(meta_model, Shape({}, {}, {}), _file_sizes(name))
     sizes = {id(state[key]): size for key, size in files.items() if key in state}  # also of what is tied
     tensors = {key: sizes[id(t)] for key, t in state.items() if sizes.get(id(t), built.tensors[key]) != built.tensors[key]}
     attributes = dict[str, int]()
     for key, value in built.attributes.items():
         owner, _, attr = key.rpartition(".")
-        number = _number_then(meta_model.get_submodule(owner), attr, owner, tensors)
+        number = _infer_attribute(meta_model.get_submodule(owner), attr, owner, tensors)
         if number is not None and number != value:
             attributes[key] = number
     return to_entry(Shape(tensors, attributes, {})) if tensors else None
 
 
-def _number_then(module: nn.Module, attr: str, owner: str, tensors: Sizes) -> int | None:
+def _infer_attribute(module: nn.Module, attr: str, owner: str, tensors: Sizes) -> int | None:
     """Returns a size or head count of a module for new tensor sizes. None if unclear."""
-    now = {name: tuple(tensor.shape) for name, tensor in module.named_parameters() if name.count(".") < 2}
-    then = {name: tensors.get(f"{owner}.{name}", size) for name, size in now.items()}
-    rows = {}
+    sizes, rows = dict[str, tuple[tuple[int, ...], tuple[int, ...]]](), dict[str, tuple[int, int]]()
+    for name, parameter in module.named_parameters():
+        if name.count(".") < 2:
+            sizes[name] = parameter.shape, tensors.get(f"{owner}.{name}", parameter.shape)
     for name, kind in ROLES.items():
-        if (weight := f"{name}.weight") in now:
-            rows[kind] = now[weight][0], then[weight][0]
+        if (weight := f"{name}.weight") in sizes:
+            old, new = sizes[weight]
+            rows[kind] = old[0], new[0]
     if attr == GROUPS and len(rows) == 2:
         return rows["q"][1] // rows["k"][1]
     value: int = getattr(module, attr)
@@ -92,7 +95,7 @@ def _number_then(module: nn.Module, attr: str, owner: str, tensors: Sizes) -> in
     if counted in rows:
         before, after = rows[counted]
         return after * value // before if after * value % before == 0 else None
-    changed = {b for name, size in now.items() for a, b in zip(size, then[name], strict=True) if a == value}
+    changed = {b for old, new in sizes.values() for a, b in zip(old, new, strict=True) if a == value}
     return changed.pop() if len(changed) == 1 else None
 
 
@@ -130,7 +133,7 @@ def load_shaped(
     """
     entry = entry or PretrainedConfig.get_config_dict(name)[0].get(KEY)
     fields: dict[str, Any] = {} if labels is None else {"num_labels": labels}
-    with _said_by(name):
+    with _entry_errors(name):
         shape = _from_entry(entry)
         config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name, **fields)
         vars(config).pop(KEY, None)
@@ -148,7 +151,7 @@ def load_on_meta(
     config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name)
     entry, shape = vars(config).pop(KEY, None), None
     if entry is not None:
-        with _said_by(name):
+        with _entry_errors(name):
             shape = _checked(kind, config, _from_entry(entry), {key: tuple(size.shape) for key, size in sizes.items()})
     options = {"state_dict": dict(sizes), "device_map": {"": "meta"}}
     model, gaps = load_and_compare(_with_tensors(kind, shape) if shape else kind, None, config=config, dtype=dtype, **options)
@@ -162,21 +165,22 @@ def load_on_meta(
 def _checked(kind: type[PreTrainedModel], config: PretrainedConfig, stated: Shape, files: Sizes) -> Shape:
     """Returns a shape named as in a class. Raises if files or class contradict it."""
     meta_model = build_or_refuse(kind, config)
-    shape, sizes = _named_as_in(meta_model, stated, files)
+    shape, sizes = _with_model_names(meta_model, stated, files)
     _check(meta_model, shape, sizes)
     return shape
 
 
 def apply_entry(meta_model: PreTrainedModel, entry: object, name: str) -> None:
     """Gives a meta model the shape of a config entry, without reading files."""
-    with _said_by(name):
+    with _entry_errors(name):
         shape = _from_entry(entry)
         _check(meta_model, shape, None)
     _finish(meta_model, type(meta_model), shape)
 
 
 @contextmanager
-def _said_by(name: str) -> Iterator[None]:
+def _entry_errors(name: str) -> Iterator[None]:
+    """Adds the checkpoint's name to errors of its config entry."""
     try:
         yield
     except ValueError as error:
@@ -228,13 +232,16 @@ def _from_entry(entry: object) -> Shape:
     return Shape(shape.tensors, shape.attributes, {}, handed=shape.handed or None)
 
 
-def _named_as_in(meta_model: PreTrainedModel, stated: Shape, files: Sizes) -> tuple[Shape, Sizes]:
+def _with_model_names(meta_model: PreTrainedModel, stated: Shape, files: Sizes) -> tuple[Shape, Sizes]:
     """Renames tensors to a model's names, with or without its base model prefix."""
     prefix, modules = f"{meta_model.base_model_prefix}.", dict(meta_model.named_modules())
 
     def renamed(entries: Mapping[str, T], known: Container[str]) -> dict[str, T]:
-        names = {key: (key, prefix + key, key.removeprefix(prefix)) for key in entries}
-        return {next((name for name in names[key] if name in known), key): entry for key, entry in entries.items()}
+        in_model = dict[str, T]()
+        for key, entry in entries.items():
+            names = key, prefix + key, key.removeprefix(prefix)
+            in_model[next((name for name in names if name in known), key)] = entry
+        return in_model
 
     state, attributes = meta_model.state_dict(), _attributes(modules, shape_of(meta_model))
     handed = None if stated.handed is None else renamed(stated.handed, modules)
@@ -254,40 +261,37 @@ def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> N
     larger than the remaining tensors in the files.
     """
     kind, state, built = type(meta_model).__name__, meta_model.state_dict(keep_vars=True), shape_of(meta_model)
-    modules, handed = dict(meta_model.named_modules()), stated.handed or {}
-    for names, known in (
-        (stated.tensors, built.tensors),
-        (stated.attributes, _attributes(modules, built)),
-        (handed, modules),
-    ):
-        if unknown := next((name for name in names if name not in known), None):
-            raise ValueError(f"{unknown[:200]} is named, and {kind} has nothing of that name")
-    for name, handing in handed.items():
-        _check_repeat_layout(modules[name], name, handing, stated.tensors)
-    tied: dict[int, list[str]] = {}
+    modules, layouts = dict(meta_model.named_modules()), stated.handed or {}
+    for names, known in (stated.tensors, built.tensors), (stated.attributes, _attributes(modules, built)), (layouts, modules):
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{name[:200]} is named, and {kind} has nothing of that name")
+    for name, layout in layouts.items():
+        _check_repeat_layout(modules[name], name, layout, stated.tensors)
+    complete, in_files = built.tensors | stated.tensors, files or {}
+    tied, unnamed = defaultdict[int, list[str]](list), dict[int, int]()
+    sizes = defaultdict[int, set[tuple[int, ...]]](set)  # of a tensor, under all of its names
     for name, tensor in state.items():
-        tied.setdefault(id(tensor), []).append(name)
-    unnamed = dict[int, int]()
+        tied[id(tensor)].append(name)
+        sizes[id(tensor)] |= {complete[name], in_files.get(name, complete[name])}
     for name, size in stated.tensors.items():
-        if len(size) != len(usual := built.tensors[name]):
-            raise ValueError(f"{name} is said to be {size}, and {kind} has it with {len(usual)} dimensions")
-        names_in_files = [other for other in tied[id(state[name])] if files is not None and other in files]
-        sizes = {stated.tensors.get(other, built.tensors[other]) for other in tied[id(state[name])]}
-        sizes.update(cast(Sizes, files)[other] for other in names_in_files)
-        if others := sizes - {size}:
+        identity, dims = id(state[name]), len(built.tensors[name])
+        if len(size) != dims:
+            raise ValueError(f"{name} is said to be {size}, and {kind} has it with {dims} dimensions")
+        if others := sizes[identity] - {size}:
             raise ValueError(f"{name} is said to be {size}, and is {others.pop()} in the files or where it is tied")
         if files is None and prod(size) > LARGEST:
             raise ValueError(f"{name} is said to be {size}, which no memory holds")
-        if not names_in_files:
-            unnamed[id(state[name])] = prod(size)
-    if files is not None and sum(unnamed.values()) > _numbers(size for name, size in files.items() if name not in state):
+        if in_files.keys().isdisjoint(tied[identity]):
+            unnamed[identity] = prod(size)
+    if files is not None and sum(unnamed.values()) > _num_values(size for name, size in files.items() if name not in state):
         raise ValueError(f"{tied[next(iter(unnamed))][0]} is not in the files, nor anything that holds as many numbers")
     _check_attributes(stated, built)
     set_shape(meta_model, Shape(stated.tensors, {}, {}).over(built))
     if files is None:
         return
-    requested = sum(tensor.numel() for tensor in chain(meta_model.parameters(), meta_model.buffers()))
-    if requested > 10**8 + 10 * _numbers(files.values()):
+    requested = sum(map(Tensor.numel, chain(meta_model.parameters(), meta_model.buffers())))
+    if requested > 10**8 + 10 * _num_values(files.values()):
         raise ValueError(f"the config asks for {requested} numbers, far more than the files hold")
 
 
@@ -334,8 +338,8 @@ def _check_repeat_layout(module: nn.Module, name: str, layout: RepeatLayout, ten
         )
 
 
-def _numbers(sizes: Iterable[tuple[int, ...]]) -> int:
-    return sum(prod(size) for size in sizes)
+def _num_values(sizes: Iterable[tuple[int, ...]]) -> int:
+    return sum(map(prod, sizes))
 
 
 def _file_sizes(name: str) -> Sizes:

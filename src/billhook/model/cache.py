@@ -198,10 +198,12 @@ class _Signature:
     def module(self, module: nn.Module) -> object:
         """Returns plain data that identifies a module, without its submodules."""
         plain = {name: value for name, value in vars(module).items() if name not in UNSEEN and not _keeps_shapes(value)}
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        names = [name_of(hook) for hook in hooks if not _keeps_shapes(hook)]
-        if not all(name.startswith(PARTS) for name in names):
-            raise TypeError("hooks of others may decide how the model runs")
+        names = list[str]()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if not _keeps_shapes(hook):
+                if not is_part(hook):
+                    raise TypeError("hooks of others may decide how the model runs")
+                names.append(name_of(hook))
         tensors = (module._parameters | module._buffers).items()
         shapes = [(name, self.tensor(tensor)) for name, tensor in tensors if tensor is not None]
         return self.of([type(module), type(module).forward, plain]), names, shapes

@@ -31,11 +31,11 @@ class Gaps:
 def check_shards(name: str) -> None:
     """Raises if a folder lacks a file of its index. Hub names pass."""
     files = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
-    read = next((path for path in (Path(name, file) for file in files) if path.is_file()), None)
+    read = next(filter(Path.is_file, map(Path(name).joinpath, files)), None)
     if read is None or read.suffix != ".json":
         return
     try:
-        named = {str(file) for file in json.loads(read.read_text())["weight_map"].values()}
+        named = set(map(str, json.loads(read.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):  # reported when it is read
         return
     if absent := sorted(file for file in named if not Path(name, file).is_file()):
@@ -105,8 +105,12 @@ def _added(model: PreTrainedModel, missing: list[str]) -> list[str]:
         return []
     names: object = model.config.architectures
     name, prefix = names[0] if isinstance(names, list) and names else None, f"{model.base_model_prefix}."
-    outside = {key for key in missing if model.base_model is not model and not key.startswith(prefix)}
-    poolers = {key for key in missing if key.removeprefix(prefix).startswith("pooler.") and _may_lack_pooler(model.base_model)}
+    base, outside, poolers = model.base_model, set[str](), set[str]()
+    for key in missing:
+        if base is not model and not key.startswith(prefix):
+            outside.add(key)
+        if key.removeprefix(prefix).startswith("pooler.") and _may_lack_pooler(base):
+            poolers.add(key)
     saved: PreTrainedModel | None = model
     if name != type(model).__name__:
         kind = named_class(name)

@@ -141,11 +141,14 @@ def _furthest_apart(recorded: Mapping[str, Any], buffer: Tensor) -> tuple[float,
     now = _sample(buffer)
     if recorded["size"] != list(buffer.shape) or len(recorded["values"]) != len(now):
         return None
-    dtypes = [torch.finfo(dtype) for dtype in (getattr(torch, recorded["dtype"]), now.dtype) if dtype.is_floating_point]
     a, b = torch.tensor(recorded["values"], dtype=torch.float64), now.double()
     largest = max(map(abs, filter(isfinite, recorded["values"])), default=0.0)
-    relative = max((max(2 * dtype.eps, ROUNDING) for dtype in dtypes), default=0.0)
-    absolute = max((torch.finfo(torch.float32).eps * largest + dtype.tiny * dtype.eps for dtype in dtypes), default=0.0)
+    relative = absolute = 0.0
+    for dtype in (getattr(torch, recorded["dtype"]), now.dtype):
+        if dtype.is_floating_point:
+            limits = torch.finfo(dtype)
+            relative = max(relative, 2 * limits.eps, ROUNDING)
+            absolute = max(absolute, torch.finfo(torch.float32).eps * largest + limits.tiny * limits.eps)
     wrong = ~torch.isclose(a, b, rtol=relative, atol=absolute, equal_nan=True)
     if not wrong.any():
         return None

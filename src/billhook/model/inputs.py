@@ -45,9 +45,12 @@ class _Maker:
             raise ValueError(
                 f"cannot guess the inputs {', '.join(unknown)} of {type(self.model).__name__}. Pass them as example_inputs."
             )
-        inputs: dict[str, Any] = {name: _MAKERS[name](self) for name in self.named if name in wanted}
+        inputs = dict[str, Any]()
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        inputs |= {name: value.to(dtype) for name, value in inputs.items() if value.is_floating_point()}
+        for name in self.named:
+            if name in wanted:
+                value = _MAKERS[name](self)
+                inputs[name] = value.to(dtype) if value.is_floating_point() else value
         return inputs | ({"use_cache": False} if "use_cache" in self.named else {})
 
     def wanted(self) -> set[str]:
@@ -65,7 +68,7 @@ class _Maker:
         if "spatial_shapes" in self.named:
             wanted.update(["spatial_shapes", "pixel_attention_mask"])
         optional = {"decoder_input_ids", "bbox", "pixel_values", "input_features"}
-        return {name for name in wanted if name in self.named or name not in optional}
+        return wanted - (optional - self.named.keys())
 
     def find(self, *names: str, default: int | None = None) -> Any:  # noqa: ANN401  (configs hold anything)
         """Returns the first name that is set in the config or in a nested config."""
@@ -188,7 +191,7 @@ def cached_outputs(model: PreTrainedModel) -> tuple[list[Tensor], Exception | No
                 config.use_cache = True
             output = model(**inputs, return_dict=True)
             numbers += _real(output)
-            ids = next((name for name in ("decoder_input_ids", "input_ids") if name in inputs), None)
+            ids = next(filter(inputs.__contains__, ("decoder_input_ids", "input_ids")), None)
             cache = next((name for name in ("cache", "past_key_values") if output.get(name) is not None), None)
             if ids is not None and cache is not None:
                 inputs |= {ids: inputs[ids][:, -1:], cache: output[cache]}

@@ -266,17 +266,20 @@ def _output_embeddings(module: nn.Module) -> set[int]:
         get = getattr(part, "get_output_embeddings", None)
         output = get() if callable(get) else None
         if isinstance(output, nn.Module):
-            identities |= {id(output), *(id(parameter) for parameter in output.parameters())}
+            identities |= {id(output), *map(id, output.parameters())}
     return identities
 
 
 def _classification_heads(module: nn.Module) -> set[int]:
     """Returns the ids of classification heads and of new modules."""
-    identities = {id(part) for part in module.modules() if hasattr(part, NEW)}
+    identities = set[int]()
     for part in module.modules():
+        if hasattr(part, NEW):
+            identities.add(id(part))
         if isinstance(part, PreTrainedModel) and any(kind in type(part).__name__ for kind in CLASSIFIERS):
-            body = [child for child in part.children() if child is part.base_model or isinstance(child, PreTrainedModel)]
-            identities |= {id(child) for child in part.children() if body and child not in body}
+            children = set(part.children())
+            body = {child for child in children if child is part.base_model or isinstance(child, PreTrainedModel)}
+            identities.update(map(id, children - body) if body else ())
     return identities
 
 

@@ -38,10 +38,9 @@ def to_meta(model: Module) -> Module:
     if is_sharded(model):
         with sizes_only(model):
             return to_meta(model)
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors}
-    memo |= {id(p): nn.Parameter(memo[id(p)], p.requires_grad) for p in model.parameters()}
-    memo |= stand_ins(model)
+    memo = stand_ins(model) | {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for module in model.modules():  # tensors that hooks or code have computed from parameters
         memo |= {id(t): t.detach().clone() for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn is not None}
     return _copied(model, memo)
@@ -179,9 +178,9 @@ def read_config(name: str) -> PretrainedConfig:
 def _refusal(plain: object) -> str | None:
     """Returns the problem of a raw config, before it is instantiated."""
     fields = list(_fields_in(plain))
-    kernels = [value for key, value in fields if key.endswith(KERNELS) and isinstance(value, str) and "/" in value]
-    if kernels:
-        return f"asks for the kernel {kernels[0][:80]!r}, which is code from a hub; billhook does not run it"
+    for key, value in fields:
+        if key.endswith(KERNELS) and isinstance(value, str) and "/" in value:
+            return f"asks for the kernel {value[:80]!r}, which is code from a hub; billhook does not run it"
     blocks, experts = (
         max((n for key, n in fields if key.endswith(kind) and type(n) is int), default=1) for kind in (BLOCKS, EXPERTS)
     )

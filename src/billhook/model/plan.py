@@ -120,12 +120,11 @@ def with_weights(model: nn.Module, weights: Weights | None) -> Iterator[None]:
     """
     check_weights(model, weights)
     store, new = store_of(model), weights or {}
-    inside = {name for name in new if store.block_of(name) is not None}
-    pairs = [(model.get_parameter(name), new[name]) for name in new if name not in inside]
-    with values_restored_on_error(parameter for parameter, _ in pairs):
-        for parameter, value in pairs:
-            parameter.data.copy_(value)
-        with store.altered(partial(_take, model, new)) if inside else nullcontext():
+    outside = {name: model.get_parameter(name) for name in new if store.block_of(name) is None}
+    with values_restored_on_error(outside.values()):
+        for name, parameter in outside.items():
+            parameter.data.copy_(new[name])
+        with store.altered(partial(_take, model, new)) if len(outside) < len(new) else nullcontext():
             yield
 
 

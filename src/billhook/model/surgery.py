@@ -58,8 +58,8 @@ def check_unhooked(parameters: Mapping[str, nn.Parameter]) -> None:
 def _beside_groups(optimizer: Optimizer) -> str | None:
     """Returns an attribute with parameters outside of param_groups and state."""
     groups = optimizer.param_groups
-    followed: list[Any] = [groups, optimizer.state, *groups, *(group["params"] for group in groups)]
-    seen, parameters = set(map(id, followed)), {id(parameter) for group in groups for parameter in group["params"]}
+    trained = [group["params"] for group in groups]
+    seen, parameters = set(map(id, [groups, optimizer.state, *groups, *trained])), set(map(id, chain.from_iterable(trained)))
     left = list(vars(optimizer).items())
     while left:
         attr, value = left.pop()
@@ -77,12 +77,8 @@ def _beside_groups(optimizer: Optimizer) -> str | None:
             inside = chain.from_iterable(value.items())
         elif isinstance(value, list | tuple | set | frozenset):
             inside = value
-        left += [(attr, item) for item in inside]
+        left += product([attr], inside)
     return None
-
-
-TABLES = ("_parameters", "_buffers", "_modules")
-"""What a module holds, by the names of its attributes."""
 
 
 @dataclass(frozen=True)
@@ -199,8 +195,10 @@ def restored_on_error(model: nn.Module) -> Iterator[None]:
 
 def snapshot(model: nn.Module) -> Callable[[], None]:
     """Returns a function that restores modules and configs, but not tensor values."""
-    modules = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    tables = [*map(vars, configs_of(model)), *(attributes.get(name) for *_, attributes in modules for name in TABLES)]
+    modules, tables = list[tuple[nn.Module, type[Any], dict[str, Any]]](), list[Any](map(vars, configs_of(model)))
+    for module in model.modules():
+        modules.append((module, type(module), dict(vars(module))))
+        tables += map(vars(module).get, ("_parameters", "_buffers", "_modules"))
     contents = [(table, dict(table)) for table in tables if isinstance(table, dict)]  # TorchScript has others
     devices = {parameter: parameter.device for parameter in model.parameters()}
 

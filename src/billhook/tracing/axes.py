@@ -8,6 +8,7 @@ index along its leaves (`layout`). `unify` makes two axes agree, with the fewest
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from functools import reduce
 from typing import Literal
 
 import numpy as np
@@ -136,7 +137,7 @@ def cut(axis: Axis, at: int) -> tuple[list[Axis], list[Axis]]:
 
 
 def split(axis: Axis, outer: int) -> tuple[list[Axis], list[Axis]]:
-    """Splits an axis into an outer part of this size and the inner part, as factors."""
+    """Splits an axis, and returns the factors of its outer part, of this size, and inner part."""
     if not 0 < outer <= axis.size or axis.size % outer:
         raise Irregular(f"{axis} has no outer part of size {outer}")
     inner, outer_factors = factors(axis), []
@@ -226,6 +227,7 @@ def multiplied_with(axis: Axis, leaf: Axis) -> set[Axis]:
 
 
 def _parts(axis: Axis) -> list[Axis]:
+    """Returns the segments of a sum, or the factors of a product."""
     return segments(axis) if axis.op == "sum" else axis.parts
 
 
@@ -237,23 +239,21 @@ def _refine(leaf: Axis, op: Op, parts: list[Axis]) -> None:
 
 
 def _halve(factor: Axis, outer: int) -> tuple[Axis, Axis]:
-    """Turns a leaf or a sum into a product whose first factor has the size `outer`."""
+    """Turns a leaf or sum into a product, and returns its factors; the first has size `outer`."""
     width = factor.size // outer
     if factor.op == "leaf":
         head, tail = Axis(outer), Axis(width)
     elif all(segment.size % width == 0 for segment in segments(factor)):
-        halves = [split(segment, segment.size // width) for segment in segments(factor)]
-        tail = product(halves[0][1])
-        for _, inner in halves[1:]:
-            tail = unify(tail, product(inner))
-        head = concat(product(outer_factors) for outer_factors, _ in halves)
+        outers, inners = zip(*[split(segment, segment.size // width) for segment in segments(factor)], strict=True)
+        tail = reduce(unify, map(product, inners))
+        head = concat(map(product, outers))
     else:  # the segments repeat with period `width`
-        head, tail = concat(Axis(1) for _ in range(outer)), None  # size 1: no units, because other axes share the segments
-        remaining = [factor]
-        for _ in range(outer):
+        head = concat(map(Axis, [1] * outer))  # size 1: no units, because other axes share the segments
+        stretch, remaining = cut(factor, width)
+        tail = concat(stretch)
+        while remaining:
             stretch, remaining = cut(concat(remaining), width)
-            tail = concat(stretch) if tail is None else unify(tail, concat(stretch))
-    assert tail is not None
+            tail = unify(tail, concat(stretch))
     _refine(factor, "product", [head, tail])
     return head, tail
 

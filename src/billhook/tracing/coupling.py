@@ -76,7 +76,7 @@ def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[in
     groups = find_groups(axes, tape, frozenset(sizes))
     attention = find_attention(tape, groups)
     name_kinds(groups, attention, tape)
-    groups = _without_buffer_groups(groups)
+    groups = [group for group in groups if not all(map(attrgetter("buffer"), group.members))]  # buffers have no units to remove
     for number, group in enumerate(groups):
         group.number = number
         set_reason(group)
@@ -97,11 +97,6 @@ def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[in
         opaque=dict(tape.misses),
         assumed=dict(tape.assumed),
     )
-
-
-def _without_buffer_groups(groups: Sequence[Group]) -> list[Group]:
-    """Drops groups whose members are only buffers, which have no units to remove."""
-    return [group for group in groups if not all(member.buffer for member in group.members)]
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -214,14 +209,11 @@ def find_contexts(groups: Sequence[Group], axes: Mapping[str, Sequence[Axis]]) -
         for member in group.members:
             neighbors = multiplied_with(member.axis, group.leaf)
             for d, axis in enumerate(axes[member.name]):
-                if d != member.dim:
-                    neighbors.update(filter(_is_ranked, leaves(axis)))
+                for leaf in leaves(axis) if d != member.dim else ():
+                    if "topk" in leaf.notes:
+                        neighbors.add(leaf)
             shared = neighbors if shared is None else shared & neighbors
         group.context = tuple(sorted(numbers[leaf] for leaf in shared or () if leaf in numbers and leaf is not group.leaf))
-
-
-def _is_ranked(leaf: Axis) -> bool:
-    return "topk" in leaf.notes
 
 
 def set_reason(group: Group) -> None:

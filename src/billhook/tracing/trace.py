@@ -234,7 +234,7 @@ def _noted(value: Any, vocab: Axis | None) -> Any:  # noqa: ANN401 - whatever a 
     if isinstance(value, Mapping):
         return {key: _noted(item, vocab) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_noted(item, vocab) for item in value)
+        return type(value)(map(partial(_noted, vocab=vocab), value))
     return copy.copy(value)
 
 

@@ -227,10 +227,10 @@ def distance(tape: Tape, out: Tensor, x: Tensor, y: Tensor, *args: Any) -> None:
 def _dims(op: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
     """Returns the dimensions to remove; all of them if none is named."""
     dim = kwargs.get("dim")
-    if dim is None:  # norms take their order as a plain number before the dimensions
-        numbers = [a for a in args if not isinstance(a, bool | float) and a is not None]
-        lists = [a for a in numbers if isinstance(a, list | tuple)]
-        dim = lists[0] if lists else numbers[0] if numbers and op not in ("norm", "linalg_vector_norm") else None
+    if dim is None:
+        if op in ("norm", "linalg_vector_norm", "linalg__powsum"):  # their first argument is the order of the norm
+            args = args[1:]
+        dim = next((a for a in args if isinstance(a, int | list | tuple) and not isinstance(a, bool)), None)
     if dim is None or dim == []:
         return set(range(rank))
     return {d % max(rank, 1) for d in ([dim] if isinstance(dim, int) else dim)}

@@ -33,7 +33,7 @@ def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def _rearranged(remaining: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], list[Axis]]:
-    """Merges factors that are never pruned into new axes, and returns the factors left.
+    """Merges factors that are never pruned, and returns the new axes and the remaining factors.
 
     It covers the fewest factors whose product matches a product of sizes.
 
@@ -232,6 +232,7 @@ def as_strided(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) ->
 
 
 def _sizes_and_strides(tensor: Tensor) -> list[tuple[int, int]]:
+    """Returns the size and stride of each dimension; strides of size 1, which vary, are 0."""
     return [(n, stride if n > 1 else 0) for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 

@@ -90,12 +90,11 @@ def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 def words(value: object, within: bool = False) -> str:
     """Returns a value as a single line; empty if it is too long."""
     if isinstance(value, Mapping):
-        parts = {name: words(part, True) for name, part in value.items()}
-        line = "; ".join(f"{name} {part}" for name, part in parts.items() if part)
+        line = "; ".join(f"{name} {text}" for name, part in value.items() if (text := words(part, True)))
         return line if not within else f"({line})" if line and len(line) <= MAX_SETTING else ""
     if isinstance(value, list):
         items = list(map(partial(words, within=True), value))
-        line = ", ".join(items) if all(items) and not any(map(_is_mapping, value)) else ""
+        line = ", ".join(items) if all(items) and not any(isinstance(item, Mapping) for item in value) else ""
     elif isinstance(value, float):
         line = f"{value:g}"
     else:
@@ -236,13 +235,12 @@ def _size_table(record: Mapping[str, Any]) -> list[str]:
     (before, after), last, start = _sizes(record), _mapping(record, "metrics"), _mapping(record, "start")
     if not any(key.startswith("val") and start[key] != before.get(key) for key in start):
         start = {}  # the same as `before`
-    names = {key: name for key, name in SIZES.items() if after.get(key) is not None}
-    for key in (*after, *last):
-        if key.startswith("val") and (key in before or key in last):
-            names[key] = plain(key)
     columns = ({"at the start": start} if start else {}) | {"before": before, "after": after}
     columns |= {"at the last validation": last} if last else {}
-    rows = [[name, *(sizes.get(key) for sizes in columns.values())] for key, name in names.items()]
+    rows = list[list[object]]()
+    for key in dict.fromkeys((*SIZES, *after, *last)):
+        if (key in SIZES and after.get(key) is not None) or (key.startswith("val") and (key in before or key in last)):
+            rows.append([SIZES.get(key) or plain(key), *(sizes.get(key) for sizes in columns.values())])
     return [table(["", *columns], rows)] * bool(rows)
 
 
@@ -258,10 +256,6 @@ def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     """Returns a mapping in a record; empty if it is something else."""
     part = record.get(name)
     return part if isinstance(part, Mapping) else {}
-
-
-def _is_mapping(value: object) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _quality(record: Mapping[str, Any]) -> list[str]:

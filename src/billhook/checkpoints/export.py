@@ -229,13 +229,17 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
     different sizes from the config, the recorded sizes are used.
     """
     record, prefix = checkpoint[KEY], checkpoint[KEY]["prefix"]
-    state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
-    for key in state:
+    state = dict[str, Tensor]()
+    for key, value in checkpoint["state_dict"].items():
+        if not key.startswith(prefix):
+            continue
+        key = key.removeprefix(prefix)
         if ".base_layer." in key:
             raise ValueError(
                 f"'{name}' contains adapters ({key}) without their scaling. Load it in the script that wrote it, and save the "
                 "model there with bh.save or the Export callback."
             )
+        state[key] = value
     try:
         shape = Shape.from_dict(record["shape"])
         config = _read_config(record, shape, limit=1000 + len(state))
@@ -300,16 +304,12 @@ def _check_sizes(meta_model: PreTrainedModel, recorded: Shape, state: dict[str, 
     for name in [*built.tensors, *recorded.tensors]:
         in_weights = tuple(state[name].shape) if name in state else None
         sizes = {"config": built.tensors.get(name), "shape": recorded.tensors.get(name), "weights": in_weights}
-        if in_weights != sizes["shape"] or len(set(map(_num_dims, sizes.values()))) > 1:
+        if in_weights != sizes["shape"] or len({None if size is None else len(size) for size in sizes.values()}) > 1:
             details = ", ".join(f"{size or 'missing'} in the {source}" for source, size in sizes.items())
             raise ValueError(f"the size of {name} is {details}")
     if sum(map(Tensor.numel, meta_model.buffers())) > 10**8 + 10 * sum(map(Tensor.numel, state.values())):
         raise ValueError("the buffers of the config are much larger than the checkpoint")
     return built.tensors == recorded.tensors
-
-
-def _num_dims(size: tuple[int, ...] | None) -> int | None:
-    return None if size is None else len(size)
 
 
 def _find_tokenizer(requested: str | None, started_from: str | None, model: PreTrainedModel) -> PreTrainedTokenizerBase | None:

@@ -33,7 +33,7 @@ def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def _rearranged(remaining: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], list[Axis]]:
-    """Merges factors that are never pruned, and returns the new axes and the remaining factors.
+    """Merges factors that are never pruned, and returns the new axes and remaining factors.
 
     It covers the fewest factors whose product matches a product of sizes.
 

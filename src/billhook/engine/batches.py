@@ -148,10 +148,10 @@ def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
             "along the first dimension, which order='second' and 'mixed' require. Use order='first'."
         )
 
-    def take(number: int, tensor: Tensor) -> Tensor:
-        return tensor if len(tensor) == 1 else tensor[number : number + 1]
+    def example(number: int) -> Any:  # noqa: ANN401
+        return tree_map_only(Tensor, lambda tensor: tensor if len(tensor) == 1 else tensor[number : number + 1], batch)
 
-    return [tree_map_only(Tensor, partial(take, number), batch) for number in range(count)]
+    return list(map(example, range(count)))
 
 
 def model_loss(model: nn.Module, batch: Any, hint: str = ", or pass loss=") -> Tensor:  # noqa: ANN401

@@ -26,7 +26,7 @@ from billhook.engine.loader_internals import (
     to_file_format,
 )
 from billhook.engine.parts import Parts, identity_of, link_or_copy, tensor_in
-from billhook.engine.sharding import Slot, parameter_slots
+from billhook.engine.slots import Slot, parameter_slots
 from billhook.engine.store import STORE, BlockStore, with_transposed
 from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index
 from billhook.engine.walk import separable_blocks
@@ -297,10 +297,11 @@ class FileStore(BlockStore):
             if block not in names:
                 removed += self.keys[name]
                 continue
-            new_names[name] = names[block]
-            new_keys = [renumbered(key, name, names[block]) for key in self.keys[name]]
-            renamed |= zip(self.keys[name], new_keys, strict=True)
-            keys[names[block]] = new_keys
+            new_names[name] = new = names[block]
+            keys[new] = []
+            for key in self.keys[name]:
+                renamed[key] = renumbered(key, name, new)
+                keys[new].append(renamed[key])
         self.files.rename(renamed, frozenset(removed))
         self.keys = keys
         # files of renamed blocks contain the old names

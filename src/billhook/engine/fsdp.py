@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
+from billhook.engine.slots import parameter_slots
 from billhook.versions import supported_versions
 
 MODULE = "torch.distributed._composable_state"
@@ -82,6 +83,11 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)] if isinstance(module, FSDPModule) else kind  # 2.10: always 2
 
 
+def fsdp_parts(modules: Iterable[nn.Module]) -> list[Any]:
+    """Returns those modules that FSDP shards."""
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
 def precision_of(part: nn.Module) -> torch.dtype | None:
     """Returns the compute dtype of a sharded module. None for the parameter dtype."""
     dtype: torch.dtype | None = _state(part)._mp_policy.param_dtype
@@ -108,11 +114,11 @@ def remove_fsdp(module: nn.Module) -> list[Sharding]:
         RuntimeError: If this torch has an unknown FSDP2. Nothing has changed then.
         ValueError: If parameters of a module are sharded over several meshes.
     """
-    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    parts = fsdp_parts(module.modules())
     for part in parts:
         check_known(part)
-    states = list(dict.fromkeys(_state(part) for part in reversed(parts)))
-    shardings = [_sharding(state) for state in states]
+    states = list(dict.fromkeys(map(_state, reversed(parts))))
+    shardings = list(map(_sharding, states))
     for state in states:
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
@@ -141,19 +147,20 @@ def restore_fsdp(module: nn.Module, shardings: list[Sharding], shards: Mapping[n
         shardings: The result of `remove_fsdp`.
         shards: The shard of each full parameter. Other parameters stay full.
     """
-    slots = [(part, name, full) for part in module.modules() for name, full in part._parameters.items() if full is not None]
-    # `fully_shard` divides meta parameters, which needs no memory or communication; shards replace them below
-    sizes = {full: nn.Parameter(torch.empty_like(full, device="meta"), full.requires_grad) for full in shards}
+    slots, parts = list(parameter_slots(module)), set(module.modules())
+    ignored = set(module.parameters()).difference(shards)
+    sizes = dict[nn.Parameter, nn.Parameter]()
     dimensions = dict[nn.Parameter, Shard | None]()  # sharded dimension by parameter; None for the first
     for full, shard in shards.items():
-        dimensions[sizes[full]] = None
+        # `fully_shard` divides meta parameters, which needs no memory or communication; shards replace them below
+        sizes[full] = size = nn.Parameter(torch.empty_like(full, device="meta"), full.requires_grad)
+        dimensions[size] = None
         for placement in getattr(shard, "placements", ()):
             if isinstance(placement, Shard) and placement.dim:
-                dimensions[sizes[full]] = placement
+                dimensions[size] = placement
                 break
-    for part, name, full in slots:
+    for (part, name), full in slots:
         part._parameters[name] = sizes.get(full, full)
-    ignored, parts = {full for *_, full in slots if full not in shards}, set(module.modules())
     meshes = [sharding.arguments["mesh"] for sharding in shardings if "mesh" in sharding.arguments]
     for sharding in shardings:
         modules = [part for part in sharding.modules if part in parts]
@@ -163,15 +170,14 @@ def restore_fsdp(module: nn.Module, shardings: list[Sharding], shards: Mapping[n
             for group in groups_of(_state(modules[0])):
                 vars(group).update(sharding.settings)
     for sharding in shardings:
-        still: list[list[Any]] = [[part for part in ahead if isinstance(part, FSDPModule)] for ahead in sharding.prefetched]
-        for part in sharding.modules:
-            if isinstance(part, FSDPModule):
-                part.set_modules_to_forward_prefetch(still[0])
-                part.set_modules_to_backward_prefetch(still[1])
-    for part, name, full in slots:
+        forward, backward = map(fsdp_parts, sharding.prefetched)
+        for part in fsdp_parts(sharding.modules):
+            part.set_modules_to_forward_prefetch(forward)
+            part.set_modules_to_backward_prefetch(backward)
+    for (part, name), full in slots:
         part._parameters[name] = shards.get(full, full)
-    for part in module.modules():
-        for group in groups_of(_state(part)) if isinstance(part, FSDPModule) else ():
+    for part in fsdp_parts(module.modules()):
+        for group in groups_of(_state(part)):
             for parameter in group.fsdp_params:
                 parameter.reset_sharded_param()  # registers the new tensor of the shard
 
@@ -209,9 +215,13 @@ def _sharding(state: Any) -> Sharding:  # noqa: ANN401
             "reshard_after_forward": reshard,
         }
         settings = {name: getattr(group, name) for name in (*SETTINGS, *NEWER_SETTINGS) if hasattr(group, name)}
-    ahead = state._states_to_forward_prefetch, state._states_to_backward_prefetch
-    forward, backward = ([part for other in states for part in other._modules] for states in ahead)
-    return Sharding(state._modules, arguments, settings, (forward, backward))
+    prefetched = _modules_of(state._states_to_forward_prefetch), _modules_of(state._states_to_backward_prefetch)
+    return Sharding(state._modules, arguments, settings, prefetched)
+
+
+def _modules_of(states: Iterable[Any]) -> list[nn.Module]:
+    """Returns the modules of FSDP states."""
+    return [part for state in states for part in state._modules]
 
 
 def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
@@ -221,14 +231,14 @@ def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
         part: A sharded module.
         reshapes: Whether FSDP is removed and restored, which needs more names than forward runs.
     """
-    needed: list[tuple[Any, Sequence[str]]] = [(part, OF_PART)]
-    if hasattr(part, OF_PART[0]):
-        state = part._get_fsdp_state()
-        needed.append((state, OF_STATE if hasattr(state, "_fsdp_param_group") else (*OF_STATE, "_fsdp_param_groups")))
+    missing = _lacking(part, OF_PART)
+    if not missing:
+        state = _state(part)
+        missing += _lacking(state, OF_STATE if hasattr(state, "_fsdp_param_group") else (*OF_STATE, "_fsdp_param_groups"))
         for group in groups_of(state):
-            needed.append((group, OF_GROUP))
-            needed += [(parameter, OF_PARAMETER) for parameter in getattr(group, "fsdp_params", ())]
-    missing = [name for owner, names in needed for name in names if not hasattr(owner, name)]
+            missing += _lacking(group, OF_GROUP)
+            for parameter in getattr(group, "fsdp_params", ()):
+                missing += _lacking(parameter, OF_PARAMETER)
     if not any(type(key) is str and key.startswith(STATE_KEY) for key in vars(part)):
         missing.append(STATE_KEY)
     if not hasattr(_states_of_modules(), "pop"):
@@ -241,11 +251,17 @@ def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
     )
 
 
+def _lacking(owner: Any, names: Iterable[str]) -> list[str]:  # noqa: ANN401
+    """Returns the names that an object lacks."""
+    return [name for name in names if not hasattr(owner, name)]
+
+
 def metadata_classes() -> dict[str, dict[str, Any]]:
     """Returns the classes in `OF_LISTS`. Raises if this torch lacks them."""
-    parts = {(module, name): vars(import_module(module)).get(name) for module, name in OF_LISTS.items()}
-    _refuse([".".join(names) for names, part in parts.items() if part is None], "it", "read a sharded checkpoint")
-    return {module: {name: part} for (module, name), part in parts.items()}
+    classes = {module: {name: vars(import_module(module)).get(name)} for module, name in OF_LISTS.items()}
+    missing = [f"{module}.{name}" for module, name in OF_LISTS.items() if classes[module][name] is None]
+    _refuse(missing, "it", "read a sharded checkpoint")
+    return classes
 
 
 def wrapper_tensor(kind: type[Tensor], size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401

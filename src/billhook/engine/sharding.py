@@ -1,7 +1,7 @@
 """Sharded parameters: layouts, gathered tensors, and modules without FSDP hooks."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,18 +13,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
 from typing_extensions import Self
 
-from billhook.engine.fsdp import check_known, precision_of, strip_fsdp
-
-Slot = tuple[nn.Module, str]
-"""A module and the name of a parameter in it."""
-
-
-def parameter_slots(module: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
-    """Yields all parameters with their slots. A tied parameter comes with each slot."""
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                yield (part, name), parameter
+from billhook.engine.fsdp import check_known, fsdp_parts, precision_of, strip_fsdp
+from billhook.engine.slots import parameter_slots
 
 
 def unallocated(shard: DTensor) -> nn.Parameter:
@@ -55,9 +45,7 @@ def has_memory(parameter: nn.Parameter) -> bool:
 
 def is_sharded(module: nn.Module) -> bool:
     """Tells whether parameters of a module are shards, or were before a forward gathered them."""
-    return any(isinstance(part, FSDPModule) for part in module.modules()) or any(
-        isinstance(parameter, DTensor) for parameter in module.parameters()
-    )
+    return bool(fsdp_parts(module.modules())) or any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
@@ -68,9 +56,8 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> No
 
 def reshard(module: nn.Module) -> None:
     """Reshards parameters that a forward left gathered, as changes to them would be lost."""
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for part in fsdp_parts(module.modules()):
+        part.reshard()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -125,9 +112,10 @@ class Layout:
             parameter: The parameter.
             first: Whether the first rank's values are sent to all. Otherwise all ranks have the same.
         """
-        sizes = zip(self.placements, self.mesh.shape, strict=True)
-        shared = [(placement.dim, size) for placement, size in sizes if isinstance(placement, Shard)]
-        uneven = any(dim >= parameter.ndim or parameter.shape[dim] % size for dim, size in shared)
+        uneven = any(
+            isinstance(placement, Shard) and (placement.dim >= parameter.ndim or parameter.shape[placement.dim] % size)
+            for placement, size in zip(self.placements, self.mesh.shape, strict=True)
+        )
         placed = [Shard(0) if uneven and isinstance(placement, Shard) else placement for placement in self.placements]
         divide = partial(distribute_tensor, device_mesh=self.mesh, placements=placed, src_data_rank=0 if first else None)
         shard = nn.Parameter(divide(parameter.detach()).to(self.device), parameter.requires_grad)
@@ -146,10 +134,10 @@ def unsharded(module: nn.Module) -> Iterator[None]:
         RuntimeError: If this torch has an unknown FSDP2. Nothing has changed then.
     """
     reshard(module)
-    parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    parts = fsdp_parts(module.modules())
     for part in parts:
         check_known(part, reshapes=False)
-    dtype = next((dtype for dtype in map(precision_of, parts) if dtype is not None), None)
+    dtype = next(filter(None, map(precision_of, parts)), None)
     device = next((shard.device_mesh.device_type for shard in module.parameters() if isinstance(shard, DTensor)), "cpu")
     kept = {part: strip_fsdp(part) for part in parts}
     try:
@@ -165,13 +153,13 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _unhooked(module: nn.Module) -> Iterator[None]:
     """Removes FSDP's forward hooks within the context. Other hooks may change."""
-    stores: list[Any] = [store for part in module.modules() for store in (part._forward_pre_hooks, part._forward_hooks)]
     fsdp, kept = FSDPModule.__module__, list[tuple[Any, dict[int, Any], set[int]]]()
-    for store in stores:
-        taken = {number for number, hook in store.items() if str(getattr(hook, "__module__", "")).startswith(fsdp)}
-        kept.append((store, dict(store), taken))
-        for number in taken:
-            del store[number]
+    for part in module.modules():
+        for store in (part._forward_pre_hooks, part._forward_hooks):
+            taken = {number for number, hook in store.items() if str(getattr(hook, "__module__", "")).startswith(fsdp)}
+            kept.append((store, dict(store), taken))
+            for number in taken:
+                del store[number]
     try:
         yield
     finally:
@@ -182,31 +170,19 @@ def _unhooked(module: nn.Module) -> Iterator[None]:
             store.update(now)
 
 
-def gathered(module: nn.Module, but: Iterable[nn.Module] = ()) -> AbstractContextManager[None]:
-    """Replaces the shards of modules by full parameters. Changes to them are lost."""
-    out = {part for module in but for part in module.modules()}
-    return _replaced([part for part in module.modules() if part not in out], full_tensor)
-
-
 @contextmanager
 def sizes_only(module: nn.Module) -> Iterator[None]:
-    """Puts a sharded module on the meta device, except for its buffers."""
-    with unsharded(module), _replaced(module.modules(), lambda shard: torch.empty(shard.shape, dtype=shard.dtype, device="meta")):
-        yield
-
-
-@contextmanager
-def _replaced(parts: Iterable[nn.Module], new: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replaces shards by other parameters within the context. Tied weights stay tied."""
-    slots = [(part, name, shard) for part in parts for name, shard in part._parameters.items() if shard is not None]
-    sharded = [(part, name, shard) for part, name, shard in slots if isinstance(shard, DTensor)]
-    others: dict[nn.Parameter, nn.Parameter] = {}
-    try:
-        for part, name, shard in sharded:
-            if shard not in others:
-                others[shard] = nn.Parameter(new(shard.detach()), shard.requires_grad)
-            part._parameters[name] = others[shard]
-        yield
-    finally:
-        for part, name, shard in sharded:
-            part._parameters[name] = shard
+    """Puts a sharded module on the meta device, except for its buffers. Tied weights stay tied."""
+    with unsharded(module):
+        sharded = [(slot, shard) for slot, shard in parameter_slots(module) if isinstance(shard, DTensor)]
+        on_meta = dict[nn.Parameter, nn.Parameter]()
+        try:
+            for (part, name), shard in sharded:
+                if shard not in on_meta:
+                    empty = torch.empty(shard.shape, dtype=shard.dtype, device="meta")
+                    on_meta[shard] = nn.Parameter(empty, shard.requires_grad)
+                part._parameters[name] = on_meta[shard]
+            yield
+        finally:
+            for (part, name), shard in sharded:
+                part._parameters[name] = shard

@@ -1,6 +1,5 @@
 """The store of a sharded model, which gathers blocks on demand."""
 
-import itertools
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,15 +18,8 @@ from billhook.engine.comm import Comm
 from billhook.engine.forwards import LoadHook, TrainingForward
 from billhook.engine.lazy import LazyTensors, Read
 from billhook.engine.loader_internals import save_state, to_file_format
-from billhook.engine.sharding import (
-    Layout,
-    Slot,
-    free,
-    full_tensor,
-    has_memory,
-    parameter_slots,
-    unallocated,
-)
+from billhook.engine.sharding import Layout, free, full_tensor, has_memory, unallocated
+from billhook.engine.slots import Slot, parameter_slots
 from billhook.engine.state import replaced
 from billhook.engine.store import STORE, BlockStore, with_transposed
 from billhook.engine.tensors import add_to_file
@@ -60,6 +52,7 @@ class ShardStore(BlockStore):
         self.root, self.gradients = root, gradients
         self._original, self._layouts, self._unsharded = dict[Slot, nn.Parameter](), dict[Slot, Layout](), set[Slot]()
         self._full = dict[nn.Parameter, nn.Parameter]()  # by their shards
+        self.shards = dict[nn.Parameter, nn.Parameter]()
         self._altered = set[nn.Parameter]()  # altered parameters of the loaded block
         for slot, parameter in parameter_slots(root):
             if not isinstance(parameter, DTensor):
@@ -67,21 +60,22 @@ class ShardStore(BlockStore):
                 continue
             self._original[slot], self._layouts[slot] = parameter, Layout.of(parameter)
             if parameter not in self._full:
-                self._full[parameter] = unallocated(parameter)
-        self.shards = {full: shard for shard, full in self._full.items()}
+                self._full[parameter] = full = unallocated(parameter)
+                self.shards[full] = parameter
         self._index(root, separable_blocks(root, self._original.items()))
         containers = (module for module in root.modules() if isinstance(module, PreTrainedModel) and self._has_blocks(module))
         self.model = next(containers, root)
         self._gathered = list[nn.Parameter]()
         self.all_gathered = False
         self._overlay: Mapping[nn.Parameter, Read] = {}
-        self._comm_apart: Comm | None = None
-        self._block_parameters = {  # the full parameters of each block
-            block: [self._full[shard] for shard in block.parameters() if shard in self._full] for block in self.blocks.values()
-        }
+        self._round_comm: Comm | None = None
+        self._block_parameters = dict[nn.Module, list[nn.Parameter]]()  # the full parameters of each block
         self._installed, self._forwards = list[RemovableHandle](), dict[nn.Module, Any]()
-        in_blocks = set(itertools.chain.from_iterable(self._block_parameters.values()))
-        for full in self._full.values():
+        in_blocks = set[nn.Parameter]()
+        for block in self.blocks.values():
+            self._block_parameters[block] = [self._full[shard] for shard in block.parameters() if shard in self._full]
+            in_blocks.update(self._block_parameters[block])
+        for full in self.shards:
             if full not in in_blocks:
                 self._gather_parameter(full)
         self._gathered.clear()
@@ -97,7 +91,7 @@ class ShardStore(BlockStore):
     @property
     def in_lockstep(self) -> bool:
         """Returns whether all ranks load the same blocks, which `independently` suspends."""
-        return self._comm_apart is None
+        return self._round_comm is None
 
     def begin(self) -> dict[nn.Parameter, nn.Parameter]:
         """Replaces shards by full parameters and installs hooks; returns parameters by shard."""
@@ -155,7 +149,7 @@ class ShardStore(BlockStore):
         )
 
     def _load_block(self, block: nn.Module) -> None:
-        if self._comm_apart is None:
+        if self._round_comm is None:
             self._gather(block)
         else:
             self._gather_round(block)
@@ -232,12 +226,14 @@ class ShardStore(BlockStore):
         """
         self.release()
         model, by_block = cast(PreTrainedModel, self.model), dict[nn.Module, dict[str, nn.Parameter]]()
+        in_blocks, outside = set[nn.Parameter](), model.state_dict()
         for name, parameter in model.named_parameters():
             if parameter in self.shards and (block := self.block_of(name)) is not None:
                 by_block.setdefault(block, {})[name] = parameter
-        parameters = set[nn.Parameter]().union(*(named.values() for named in by_block.values()))
-        names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter in parameters}
-        outside = {name: tensor for name, tensor in model.state_dict().items() if name not in names}
+                in_blocks.add(parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if parameter in in_blocks:
+                outside.pop(name, None)
         save_state(model, folder, with_transposed(outside, transposed), max_shard_size=sys.maxsize)
 
         def in_files(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -275,22 +271,22 @@ class ShardStore(BlockStore):
             yield
             return
         self.release()
-        self._comm_apart = comm
+        self._round_comm = comm
         try:
             yield
             self.release()
             while self._gather_round(None):  # gathering is collective: a rank that has ended takes part until all have
                 pass
         finally:
-            self._comm_apart = None
+            self._round_comm = None
 
     def _gather_round(self, block: nn.Module | None) -> bool:
         """Gathers the blocks that ranks request. False if all ranks have ended."""
-        assert self._comm_apart is not None
+        assert self._round_comm is not None
         blocks = list(self.blocks.values())
         # per block the number of ranks that request it; last, the number of ranks that have not ended
         wanted = torch.tensor([*(other is block for other in blocks), block is not None], dtype=torch.int64)
-        *counts, running = self._comm_apart(wanted).tolist()
+        *counts, running = self._round_comm(wanted).tolist()
         for other, count in zip(blocks, counts, strict=True):
             if count:
                 self._gather(other, keep=other is block)

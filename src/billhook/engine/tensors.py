@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from billhook.engine.sharding import parameter_slots
+from billhook.engine.slots import parameter_slots
 
 
 class Source:
@@ -264,14 +264,13 @@ def renumbered(key: str, block: str, new_block: str) -> str:
     >>> renumbered("h.3.mlp.experts.3.up.weight", "transformer.h.3", "transformer.h.2")
     'h.2.mlp.experts.3.up.weight'
     """
-    old, new = (list(filter(str.isdigit, name.split("."))) for name in (block, new_block))
-    parts = key.split(".")
+    parts, old = key.split("."), list(filter(str.isdigit, block.split(".")))
     positions = [position for position, part in enumerate(parts) if part.isdigit()][: len(old)]
     if [parts[position] for position in positions] != old:
         raise ValueError(
             f"model: its files do not number blocks as the model does ({key} in {block}). Load it in memory to remove blocks."
         )
-    for position, number in zip(positions, new, strict=True):
+    for position, number in zip(positions, filter(str.isdigit, new_block.split(".")), strict=True):
         parts[position] = number
     return ".".join(parts)
 
@@ -305,7 +304,7 @@ def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mappi
         extents = dict[str, tuple[BinaryIO, int]]()
         for file, names in split.filename_to_tensors.items():
             new = stack.enter_context((folder / file).open("wb"))
-            for name, start in _begin(new, {name: all_sizes[name] for name in names}).items():
+            for name, start in _begin(new, names, all_sizes).items():
                 extents[name] = (new, start)
         for part in chain(({name: old.get_tensor(name)} for name in old.keys()), parts):  # noqa: SIM118
             for name, tensor in part.items():
@@ -317,10 +316,10 @@ def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mappi
     write_index(folder)
 
 
-def _begin(file: BinaryIO, sizes: Mapping[str, Tensor]) -> dict[str, int]:
+def _begin(file: BinaryIO, names: Iterable[str], sizes: Mapping[str, Tensor]) -> dict[str, int]:
     """Writes the header of a safetensors file, and returns the offset of each tensor."""
     header, starts, end = dict[str, Any](__metadata__={"format": "pt"}), dict[str, int](), 0
-    for name in sorted(sizes, key=lambda name: (-sizes[name].itemsize, name)):
+    for name in sorted(names, key=lambda name: (-sizes[name].itemsize, name)):
         starts[name], size = end, sizes[name]
         end += size.nbytes
         header[name] = {"dtype": DTYPE_NAMES[size.dtype], "shape": list(size.shape), "data_offsets": [starts[name], end]}

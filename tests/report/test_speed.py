@@ -46,7 +46,7 @@ def test_rounds_are_interleaved_in_turning_order_and_warm_up_is_not_kept(monkeyp
     monkeypatch.setattr(speed, "_flops", lambda model, context: 1)
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock) ** 2)
     told = []
-    rows = measure_speed(models, [2], [8], 4, rounds=2, warmup=1, tell=lambda: told.append(1))
+    rows = measure_speed(models, [2], [8], 4, rounds=2, warmup=1, progress=lambda: told.append(1))
     assert done == [(name, model) for name in ("prefill", "decode") for model in (0, 1, 1, 0, 0, 1)]
     assert len(told) == 12
     spans = [2 * tick + 1 for tick in range(0, 24, 2)]  # each work takes from one square to the next

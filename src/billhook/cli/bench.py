@@ -118,7 +118,7 @@ def bench(
     with cpu_threads(threads) as used, Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=len(sizes) * len(lengths) * len(measured) * len(models) * (warmup + rounds))
         rows = measure_speed(
-            loaded, sizes, lengths, new_tokens, rounds, warmup, cache, measured, seed, tell=lambda: bar.advance(task)
+            loaded, sizes, lengths, new_tokens, rounds, warmup, cache, measured, seed, progress=lambda: bar.advance(task)
         )  # fmt: skip
     names, summaries, where = _last_parts(models), [summary(model) for model in loaded], machine_name(computes_on, used)
     print(f"{where}, {', '.join(sorted({_dtype(model) for model in loaded}))}, cache={cache}\n")

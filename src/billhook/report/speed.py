@@ -151,7 +151,7 @@ def measure_speed(
     cache: CacheKind = "static",
     phases: Sequence[Phase] = ("prefill", "decode"),
     seed: int = 0,
-    tell: Callable[[], None] = lambda: None,
+    progress: Callable[[], object] = lambda: None,
 ) -> list[Timing]:
     """Measures prefill and decoding speed in interleaved rounds.
 
@@ -173,7 +173,7 @@ def measure_speed(
         phases: Phases to measure. With "decode" only, one prompt is processed and its keys and values fill the cache of all
             sequences.
         seed: Seed of the prompts.
-        tell: Callback after each measurement.
+        progress: Called after each measurement.
 
     Returns:
         Timings by batch size, context, phase, and model; none for "decode" if a model does not predict next tokens.
@@ -195,12 +195,12 @@ def measure_speed(
         for context in contexts:
             runs = [Generation(model, _prompts(model, batch_size, context, seed), new_tokens, cache) for model in models]
             if "prefill" in phases:
-                rows += _rows(runs, "prefill", _rounds(runs, rounds, warmup, Generation.start, Generation.prefill, tell))
+                rows += _rows(runs, "prefill", _rounds(runs, rounds, warmup, Generation.start, Generation.prefill, progress))
             elif all(map(generates, models)):
                 for generation in runs:
                     generation.fill()
             if "decode" in phases and all(map(generates, models)):
-                rows += _rows(runs, "decode", _rounds(runs, rounds, warmup, Generation.rewind, Generation.decode, tell))
+                rows += _rows(runs, "decode", _rounds(runs, rounds, warmup, Generation.rewind, Generation.decode, progress))
     return rows
 
 
@@ -261,7 +261,7 @@ def _rounds(
     warmup: int,
     before: Callable[[Generation], object],
     work: Callable[[Generation], object],
-    tell: Callable[[], None],
+    progress: Callable[[], object],
 ) -> list[list[tuple[float, int | None]]]:
     """Returns seconds and peak bytes of `work` for each model and round."""
     measured: list[list[tuple[float, int | None]]] = [[] for _ in runs]
@@ -278,7 +278,7 @@ def _rounds(
                 _wait(device)
                 seconds = time.perf_counter() - began
             measured[index].append((seconds, None if peak.rise is None else allocated + peak.rise))
-            tell()
+            progress()
     return [of_model[warmup:] for of_model in measured]
 
 

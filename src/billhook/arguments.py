@@ -161,8 +161,13 @@ def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN4
         return not isinstance(value, str | bytes) or str in (kind, *inside)
     if isinstance(value, Mapping) and issubclass(origin, Mapping):
         items = value.values() if isinstance(value, dict) else ()  # other mappings may have to load each value
-        return all(_fits(key, inside[0], True) for key in value) and all(_fits(item, inside[1], True) for item in items)
-    return not isinstance(value, Collection) or all(_fits(item, inside[0], True) for item in value)
+        return _all_fit(value, inside[0]) and _all_fit(items, inside[1])
+    return not isinstance(value, Collection) or _all_fit(value, inside[0])
+
+
+def _all_fit(items: Iterable[object], kind: Any) -> bool:  # noqa: ANN401
+    """Returns True if the types of all items in a container match an annotation."""
+    return all(_fits(item, kind, within=True) for item in items)
 
 
 def _resolve_alias(kind: Any) -> Any:  # noqa: ANN401

@@ -255,10 +255,10 @@ def _quantized(engine: LlamaCpp, file: Path, kind: Quantized, row: Sequence[int]
     try:
         engine.quantize(file, out, kind)
         engine.load(out, len(row))
-        losses = [cross_entropy(logits[:-1].double(), following) for logits in (engine.logits(row), expected)]
+        loss = cross_entropy(engine.logits(row)[:-1].double(), following)
     except WorkerError as error:
         return QuantizedFile(kind, failed=f"failed: {error}")
     tensors = GGUFReader(out).tensors
     bits = 8 * sum(int(tensor.n_bytes) for tensor in tensors) / sum(int(tensor.n_elements) for tensor in tensors)
     out.unlink()
-    return QuantizedFile(kind, math.exp(float(losses[0]) - float(losses[1])), bits)
+    return QuantizedFile(kind, math.exp(float(loss - cross_entropy(expected[:-1].double(), following))), bits)

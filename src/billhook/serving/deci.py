@@ -4,10 +4,9 @@ Its graph is `src/models/deci.cpp` of llama.cpp, and its tensor names are from `
 """
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
@@ -30,8 +29,7 @@ SIZE_KEYS = ("embedding_length", "block_count", "feed_forward_length", "attentio
 """Keys whose values in the template file are not the model's."""
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(NamedTuple):
     """Sizes and tensors of a layer by GGUF name, queries and keys in llama.cpp's order."""
 
     heads: int
@@ -90,16 +88,16 @@ def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) 
         dtype: Data type of matrices. Vectors are float32.
     """
     parts, read = _parts(model), GGUFReader(template)
-    layers = [_layer(layer, _width(model)) for layer in parts.layers]
+    heads, kv_heads, widths, tensors = zip(*(_layer(layer, _width(model)) for layer in parts.layers), strict=True)
     writer = GGUFWriter(out, "deci", use_temp_file=True)
     _copy_fields(read, writer)
     writer.add_file_type(TYPES[dtype][1])
     writer.add_embedding_length(parts.embed_tokens.weight.shape[1])
-    writer.add_block_count(len(layers))
-    writer.add_head_count([layer.heads for layer in layers])
-    writer.add_head_count_kv([layer.kv_heads for layer in layers])
-    writer.add_feed_forward_length([layer.width for layer in layers])
-    for name, values in _all_tensors(model, layers):
+    writer.add_block_count(len(heads))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_feed_forward_length(widths)
+    for name, values in _all_tensors(model, tensors):
         kind = TYPES[dtype][0] if values.ndim > 1 else GGMLQuantizationType.F32
         writer.add_tensor(name, quantize(values.detach().float().cpu().numpy(), kind), raw_dtype=kind)
     for tensor in read.tensors:
@@ -133,7 +131,7 @@ def _copy_fields(read: GGUFReader, writer: GGUFWriter) -> None:
         writer.add_key_value(name, field.contents(), kind, sub_type=inside)
 
 
-def _all_tensors(model: PreTrainedModel, layers: list[Layer]) -> Iterator[tuple[str, Tensor]]:
+def _all_tensors(model: PreTrainedModel, layers: Iterable[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yields all tensors of a model with their GGUF names."""
     parts, head = _parts(model), cast(Any, model).get_output_embeddings()
     yield "token_embd.weight", parts.embed_tokens.weight
@@ -141,7 +139,7 @@ def _all_tensors(model: PreTrainedModel, layers: list[Layer]) -> Iterator[tuple[
     if isinstance(head, nn.Linear) and head.weight is not parts.embed_tokens.weight:
         yield "output.weight", head.weight
     for number, layer in enumerate(layers):
-        for name, tensor in layer.tensors.items():
+        for name, tensor in layer.items():
             yield f"blk.{number}.{name}", tensor
 
 
@@ -153,8 +151,8 @@ def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any fa
     if hasattr(attention, "qkv_proj"):  # Phi-3's
         rows = attention.num_key_value_heads * width
         for part, values in _parameters(attention.qkv_proj).items():
-            three = torch.split(values, [len(values) - 2 * rows, rows, rows])
-            tensors |= {f"{name}.{part}": rows_of for name, rows_of in zip(("attn_q", "attn_k", "attn_v"), three, strict=True)}
+            sizes = [len(values) - 2 * rows, rows, rows]
+            tensors[f"attn_q.{part}"], tensors[f"attn_k.{part}"], tensors[f"attn_v.{part}"] = torch.split(values, sizes)
         for part, values in _parameters(mlp.gate_up_proj).items():
             tensors[f"ffn_gate.{part}"], tensors[f"ffn_up.{part}"] = values.chunk(2)
     else:
@@ -165,8 +163,8 @@ def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any fa
     for name in tensors:
         if name.startswith(("attn_q.", "attn_k.")):
             tensors[name] = _pairs(tensors[name], width)
-    heads, kv_heads = (len(tensors[f"{name}.weight"]) // width for name in ("attn_q", "attn_k"))
-    return Layer(heads, kv_heads, len(tensors["ffn_up.weight"]), tensors)
+    queries, keys, up = tensors["attn_q.weight"], tensors["attn_k.weight"], tensors["ffn_up.weight"]
+    return Layer(len(queries) // width, len(keys) // width, len(up), tensors)
 
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """llama.cpp on a CPU, run by the package llama-cpp-py-sync in a separate process."""
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -138,11 +139,12 @@ def measure_engine(
         threads: Number of threads per file.
         progress: Called after each measurement.
     """
-    prefill: list[list[float]] = [[] for _ in files]
-    decoding: list[list[float]] = [[] for _ in files]
+    prefill, decoding = defaultdict[int, list[float]](list), defaultdict[int, list[float]](list)  # by file number
+    engines, sizes = list[LlamaCpp](), list[int]()
     with ExitStack() as stack:
-        engines = [stack.enter_context(LlamaCpp(threads)) for _ in files]
-        sizes = [engine.load(file, context + new_tokens, "F16") for engine, file in zip(engines, files, strict=True)]
+        for file in files:
+            engines.append(stack.enter_context(LlamaCpp(threads)))
+            sizes.append(engines[-1].load(file, context + new_tokens, "F16"))
         prompt = [1 + number * 7919 % (min(sizes) - 1) for number in range(context)]
         for round_number in range(warmup + rounds):
             for first in range(len(files)):
@@ -152,4 +154,4 @@ def measure_engine(
                     prefill[number].append(prefill_seconds)
                     decoding[number].append(decoding_seconds)
                 progress()
-    return [EngineSpeed(context, new_tokens - 1, tuple(p), tuple(d)) for p, d in zip(prefill, decoding, strict=True)]
+    return [EngineSpeed(context, new_tokens - 1, tuple(prefill[number]), tuple(decoding[number])) for number in range(len(files))]

@@ -194,10 +194,12 @@ def _quants(sizes: Sizes) -> str:
     """Returns the rows whose length K-quants do not divide, with the largest divisor."""
     rows = {"hidden size": sizes.hidden or 0, "heads": (sizes.heads or 0) * (sizes.head_dim or 0)}
     rows |= {f"MLP width {number}" if number > 1 else "MLP width": n for number, n in enumerate(sizes.mlp, 1)}
-    best = {name: multiple_of(size) for name, size in rows.items() if size % MULTIPLES[0]}
-    if not best:
+    short = list[str]()
+    for name, size in rows.items():
+        if (best := multiple_of(size)) != MULTIPLES[0]:
+            short.append(f"{size:,} ({name}, {f'a multiple of {best}' if best > 1 else 'F16'})")
+    if not short:
         return f"K-quants apply to all rows (multiples of {MULTIPLES[0]})"
-    short = [f"{rows[name]:,} ({name}, {f'a multiple of {n}' if n > 1 else 'F16'})" for name, n in best.items()]
     return f"K-quants need multiples of {MULTIPLES[0]}; types with more bits replace them in rows of {_listed(short)}"
 
 

@@ -14,9 +14,6 @@ from billhook.model.plan import apply
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import split_examples
 
-REFIT_STEP = "refit attention output projections and MLPs by least squares"
-"""The line of the plan about repair."""
-
 
 def convert(
     model: str,
@@ -73,7 +70,8 @@ def convert(
     work.spill(max(statistics, solved), sums, 0 if repair is None else 2)
     steps = [f"convert {plan.before} KV heads to {plan.after} in {len(plan.layers)} attention modules (method: {plan.method})"]
     if repair is not None and known is not None:
-        steps.append(repair_limits(work, known.widths, meta_batches(work), required=True) or REFIT_STEP)
+        limits = repair_limits(work, known.widths, meta_batches(work), required=True)
+        steps.append(limits or "refit attention output projections and MLPs by least squares")
     work.print_plan(*steps, work.calibration_step, passes=passes)
     if dry_run:
         work.print_dry_run(plan.text())

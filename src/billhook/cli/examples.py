@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from billhook.arguments import check_fraction, check_int
 from billhook.calibration.generated import DEFAULT_LENGTH, GENERATED
 from billhook.calibration.reading import Data, check_available
+from billhook.cli import images
 from billhook.engine.batches import Batch
 from billhook.model.config_fields import text_config
 from billhook.private_paths import without_folders
@@ -21,8 +22,6 @@ from billhook.training.images import ImageDataModule
 
 EXAMPLES = 128
 """Default number of calibration examples from files."""
-IMAGE_COLUMN = "image"
-"""Default column of images."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ class LabeledData:
             raise ValueError(f"data={options.data!r}: {kind} needs one table of labeled {what}. Pass it with --data.")
         data: DatasetModule
         if self.of_images:
-            column = IMAGE_COLUMN if options.column == TextOptions.column else options.column
+            column = images.COLUMN if options.column == TextOptions.column else options.column
             data = ImageDataModule(options.data, self.preprocessor, column, options.label_column, options.batch_size)
         else:
             columns, size = [options.column], options.batch_size

@@ -29,7 +29,7 @@ from billhook.engine.store import store_of
 from billhook.engine.walk import Site, Walk, find_sites
 from billhook.model.layers import size_of
 from billhook.progress import OnProgress
-from billhook.repairs.residuals import NoRepair, check_tokens, not_refitted_message, too_few_tokens
+from billhook.repairs.residuals import NoRepair, check_tokens, not_refitted_message, too_few_tokens_message
 from billhook.repairs.visitor import LinearCalls, RepairVisitor, combine_calls, record_calls, residual_order
 
 
@@ -170,7 +170,7 @@ def repair_linears(
                 new = _refit(model, visitor, observed, repeated, comm, forwards, by_block=False)
     not_refitted = list(filter(visitor.left.__getitem__, visitor.left))
     if len(not_refitted) == len(visitor.left):
-        raise NoRepair(too_few_tokens(not_refitted[0], needed[not_refitted[0]]))
+        raise NoRepair(too_few_tokens_message(not_refitted[0], needed[not_refitted[0]]))
     if not_refitted:
         warnings.warn(not_refitted_message(not_refitted), stacklevel=2)
     if left is not None:

@@ -14,10 +14,10 @@ import argparse
 import ast
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import tokenize
@@ -26,8 +26,11 @@ from itertools import islice
 from pathlib import Path
 
 import coverage
+import pytest
 
 ROOT = Path(__file__).parents[1]
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["lightning", "peft", "torch", "transformers", "datasets"])
 FOLDERS = ["engine", "kv_heads", "pruning", "repairs", "sparsity"]
 SWAPS = {
     "<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+", "*": "+", "/": "*", "//": "*",
@@ -94,17 +97,33 @@ def parses(source: str) -> bool:
     return True
 
 
-def pytest(arguments: list[str], source: Path, seconds: float | None = None) -> int:
-    """Runs pytest on a copy of the source; returns its exit status, or 1 after so many seconds."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(source), str(ROOT / "tests")]),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    try:
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=seconds, check=False).returncode
-    except subprocess.TimeoutExpired:
+def exit_status(arguments: list[str], source: Path, seconds: float | None = None) -> int:
+    """Runs pytest on a copy of the source; returns its exit status, or 1 after so many seconds.
+
+    It runs in a fork of a process that has imported the libraries, since importing them takes longer than most tests.
+    """
+    imported = "ignore:Module already imported:pytest.PytestAssertRewriteWarning"  # plugins that the libraries import
+    command = ["-q", "-p", "no:cacheprovider", "-W", imported, *arguments]
+    process = FORKSERVER.Process(target=run_pytest, args=(command, source))
+    process.start()
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
         return 1
+    return process.exitcode or 0
+
+
+def run_pytest(command: list[str], source: Path) -> None:
+    """Runs pytest in this process, without output, and exits with its status."""
+    silent = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silent, 1)
+    os.dup2(silent, 2)
+    os.chdir(ROOT)
+    folders = [str(source), str(ROOT / "tests")]
+    os.environ |= {"PYTHONPATH": os.pathsep.join(folders), "PYTHONDONTWRITEBYTECODE": "1"}  # of processes that a test starts
+    sys.dont_write_bytecode = True
+    sys.path[:0] = folders
+    sys.exit(pytest.main(command))
 
 
 def measure(out: Path, folders: list[str], select: str) -> None:
@@ -113,7 +132,7 @@ def measure(out: Path, folders: list[str], select: str) -> None:
     os.environ["COVERAGE_FILE"] = str(out / "coverage")
     junit = [f"--junitxml={out / 'tests.xml'}", "-o", "junit_family=xunit1"]
     covered = ["--cov=src/billhook", "--cov-context=test", "--cov-report=", *junit]
-    pytest(["-n", "2", "-m", select, *covered, *tests], ROOT / "src")
+    exit_status(["-n", "2", "-m", select, *covered, *tests], ROOT / "src")
 
 
 def durations(out: Path) -> dict[str, float]:
@@ -126,7 +145,7 @@ def tests_of(mutation: Mutation, data: coverage.CoverageData, seconds: dict[str,
     """Returns the tests that execute the mutated line, the quickest first.
 
     A line that runs in a fixture's setup counts for all tests of that file, and a line that runs at import (a constant)
-    for all tests     that execute any line of its file.
+    for all tests that execute any line of its file.
     """
     lines = data.contexts_by_lineno(str(ROOT / mutation[0]))
     contexts = set(lines.get(mutation[1], [])) - {""} or {context for line in lines.values() for context in line} - {""}
@@ -143,7 +162,7 @@ def caught(copy: Path, mutation: Mutation, tests: list[str], select: str, second
     names = copy.parent / "tests.txt"
     names.write_text("\n".join(tests))
     try:
-        return pytest(["-x", "-m", select, f"@{names}"], copy, seconds) != 0
+        return exit_status(["-x", "-m", select, f"@{names}"], copy, seconds) != 0
     finally:
         path.write_text(source)
 
@@ -175,7 +194,7 @@ def main() -> None:
             if mutation not in results:
                 tests = tests_of(mutation, data, seconds)[: options.most]
                 results[mutation] = bool(tests) and caught(
-                    copy, mutation, tests, options.select, 300 + 20 * sum(map(seconds.__getitem__, tests))
+                    copy, mutation, tests, options.select, 60 + 6 * sum(map(seconds.__getitem__, tests))
                 )
                 print(json.dumps({"mutation": mutation, "caught": results[mutation], "tests": len(tests)}), file=file, flush=True)
             print(f"{'caught  ' if results[mutation] else 'SURVIVED'} {':'.join(map(str, mutation))}", flush=True)

@@ -190,7 +190,7 @@ class TestRefused:
         [
             (
                 {"method": "auto", "calibration": 2},
-                "examples=2: method='auto' needs at least 2 batches, because some are held out, got 1",
+                "calibration: method='auto' needs at least 2 batches, because some are held out, got 1",
             ),
             (
                 {"repair": RepairConfig(), "calibration": batches(1)},

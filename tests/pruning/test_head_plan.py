@@ -110,10 +110,10 @@ class TestRefused:
     def test_layers_and_heads_that_are_not_there(self):
         model = llama()
         order = "in this order: model.layers.0.self_attn, model.layers.1.self_attn"
-        refused(model, {2: [0]}, f"heads: there is no place 2; there are 0 to 1, {order}")
-        refused(model, {-1: [0]}, "heads: there is no place -1; there are 0 to 1")
-        refused(model, {"layers.0": [0]}, "heads: there is no place 'layers.0'")
-        refused(model, {True: [0]}, "heads: there is no place True")
+        refused(model, {2: [0]}, f"heads: there is no module 2; there are 0 to 1, {order}")
+        refused(model, {-1: [0]}, "heads: there is no module -1; there are 0 to 1")
+        refused(model, {"layers.0": [0]}, "heads: there is no module 'layers.0'")
+        refused(model, {True: [0]}, "heads: there is no module True")
         refused(model, {0: [0], 1: [8]}, f"heads: {LAYERS[1]} has no head 8; it has 0 to 7")
         refused(model, {0: [-1]}, f"heads: {LAYERS[0]} has no head -1")
         refused(model, {0: [4]}, f"heads: {LAYERS[0]} has no KV head 4; it has 0 to 3", per="kv_head")

@@ -196,12 +196,12 @@ class BiasedByItself(nn.Module):
 
 
 class TestRefused:
-    def test_places_and_units_that_are_not_there(self):
+    def test_modules_and_units_that_are_not_there(self):
         model = llama()
         refused(
-            model, {"model.layers.2.mlp": [0]}, r"units: there is no place 'model.layers.2.mlp'; there are 0 to 4, .*, \.\.\."
+            model, {"model.layers.2.mlp": [0]}, r"units: there is no module 'model.layers.2.mlp'; there are 0 to 4, .*, \.\.\."
         )
-        refused(model, {MLPS[0]: [0]}, f"place '{MLPS[0]}'; there are 0 to 1, in this order: {', '.join(ATTENTIONS)}$", ["head"])
+        refused(model, {MLPS[0]: [0]}, f"module '{MLPS[0]}'; there are 0 to 1, in this order: {', '.join(ATTENTIONS)}$", ["head"])
         for unit in (48, -1, True, 1.0, "0"):
             refused(model, {MLPS[0]: [0, unit]}, f"units: {MLPS[0]} has no channel {unit!r}; it has 0 to 47")
         refused(model, {MLPS[0]: [0]}, "kind='rank' must be one of", ["rank"])

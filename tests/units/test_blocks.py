@@ -215,7 +215,7 @@ class TestImportance:
         for importance in EVERY:
             with pytest.raises(ValueError, match=f"a score of {LAYERS} is NaN or infinite"):
                 scored(model, [batch], importance)
-        with pytest.raises(ValueError, match=f"blocks: there is no place 'layers'; there are 0 to 0, in this order: {LAYERS}"):
+        with pytest.raises(ValueError, match=f"blocks: there is no module 'layers'; there are 0 to 0, in this order: {LAYERS}"):
             bh.mask(model, {"layers": [1]}, "block")
         with pytest.raises(ValueError, match="blocks=5 would remove 5 of 5 blocks of model.layers. At most 4 can be removed"):
             bh.plan(model, batches=[batch], blocks=5, greedy=True)
@@ -325,7 +325,7 @@ class TestPlan:
 
     @pytest.mark.parametrize(("blocks", "message"), [
         ([5], f"{LAYERS} has no block 5; it has 0 to 4"), ([True], "has no block True"),
-        ({"layers": [0]}, "there is no place 'layers'"), (range(5), f"{LAYERS} would be left without blocks"),
+        ({"layers": [0]}, "there is no module 'layers'"), (range(5), f"{LAYERS} would be left without blocks"),
     ])  # fmt: skip
     def test_blocks_that_may_not_be_removed(self, blocks, message):
         with pytest.raises(ValueError, match=message):

@@ -130,7 +130,7 @@ def test_what_is_not_there_is_refused_and_what_is_legal_is_said():
     heads = find_units(model, "head")
     layers = r"there are 0 to 1, in this order: model\.layers\.0\.self_attn, model\.layers\.1\.self_attn$"
     for layer in (2, -1, True, "model.layers.0", None, 1.0):
-        with pytest.raises(ValueError, match=rf"no place {layer!r}; {layers}"):
+        with pytest.raises(ValueError, match=rf"no module {layer!r}; {layers}"):
             bh.mask(model, {layer: [0]})
     for head in (6, -1, True, "0", 0.0):
         with pytest.raises(ValueError, match=rf"layers.1.self_attn has no head {head!r}; it has 0 to 5"):

@@ -69,11 +69,10 @@ class Preparation:
             count = sum(1 for _ in islice(self._pairs(trainer, pl_module), least))
         every = int(sum_over_ranks(trainer, torch.tensor(count)))
         if every < least:
-            source = f"examples={self.calibration.examples}" if self.calibration.batches is None else "calibration"
             held_out = ", because some are held out" if least > 1 else ""
             needed = "1 batch" if least == 1 else f"{least} batches"
             raise ValueError(
-                f"{source}: {what} needs at least {needed}{held_out}, got {every} on all devices. Use more examples."
+                f"calibration: {what} needs at least {needed}{held_out}, got {every} on all devices. Use more examples."
             )
 
     def ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan) -> tuple[KVHeadPlan, Weights, str]:

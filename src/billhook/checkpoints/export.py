@@ -305,7 +305,7 @@ def _check_sizes(meta_model: PreTrainedModel, recorded: Shape, state: dict[str, 
         in_weights = tuple(state[name].shape) if name in state else None
         sizes = {"config": built.tensors.get(name), "shape": recorded.tensors.get(name), "weights": in_weights}
         if in_weights != sizes["shape"] or len({None if size is None else len(size) for size in sizes.values()}) > 1:
-            details = ", ".join(f"{size or 'missing'} in the {source}" for source, size in sizes.items())
+            details = ", ".join(f"{'missing' if size is None else size} in the {source}" for source, size in sizes.items())
             raise ValueError(f"the size of {name} is {details}")
     if sum(map(Tensor.numel, meta_model.buffers())) > 10**8 + 10 * sum(map(Tensor.numel, state.values())):
         raise ValueError("the buffers of the config are much larger than the checkpoint")

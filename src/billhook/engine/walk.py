@@ -245,7 +245,7 @@ class Walk:
         """Replaces the forwards of sites and hooks layers."""
         with ExitStack() as stack:
             for site in self.sites:
-                visit = self._come_out if site.out else self._visit
+                visit = self._visit_exit if site.out else self._visit
                 stack.enter_context(overridden(site.module, forward=partial(visit, site, site.module.forward)))
                 for name, linear in (*site.linears.items(), *site.tied):
                     hook = partial(self._listen, site, name)
@@ -257,7 +257,7 @@ class Walk:
         if self._is_outside_runs():
             return forward(*args, **kwargs)
         if site in self.complete:
-            self._come_again(site)
+            self._note_reentry(site)
         else:
             self._pause(site)
             if site.linears and not site.done:
@@ -271,7 +271,7 @@ class Walk:
         """Returns whether a call is from a visitor or an autograd thread, not from a run."""
         return self._straight or greenlet.getcurrent() not in self._runs
 
-    def _come_again(self, site: Site) -> None:
+    def _note_reentry(self, site: Site) -> None:
         self.again.add(site)
         self.visitor.on_reentry(site)
 
@@ -281,12 +281,12 @@ class Walk:
         self._main.switch(site)
         state.restore()
 
-    def _come_out(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def _visit_exit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs a site's forward, stops at its exit, and runs it again with the new weights."""
         if self._is_outside_runs():
             return forward(*args, **kwargs)
         if site in self.complete:
-            self._come_again(site)
+            self._note_reentry(site)
             return forward(*args, **kwargs)
         output = forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
         self._pause(site)

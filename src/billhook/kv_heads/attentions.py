@@ -80,7 +80,7 @@ class Attentions:
     def __init__(self, model: nn.Module, groups: Mapping[str, int], comm: Comm = SINGLE_PROCESS) -> None:
         for layer, name in product(adapter_layers(model), groups):
             if layer.startswith(f"{name}."):
-                why = "heads stay in their bases, where 'mean' and 'first' can pool them"
+                why = "heads stay in their bases, where 'mean' and 'first' can pool them without a repair"
                 raise ValueError(f"model: with LoRA attached to {layer}, {why}: or {MERGE_HINT}")
         structure = trace(model)
         self.model, self.groups, self._comm, self.store = model, groups, comm, store_of(model)

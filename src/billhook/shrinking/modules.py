@@ -185,7 +185,7 @@ def _cache_saved(search: RatioSearch, groups: Sequence[list[str]], cuts: Sequenc
     for names, cut in zip(groups, cuts, strict=True):
         costs.append(0 if cut is None else cache - (kv_cache_bytes(try_removal(search.model, cut)) or 0))
         if cut is first and costs[-1] * heads == cache * len(names):
-            return [0 if cut is None else cache // heads * len(names) for names, cut in zip(groups, cuts, strict=True)]
+            return [0 if cut is None else cache * len(names) // heads for names, cut in zip(groups, cuts, strict=True)]
     return costs
 
 

@@ -41,6 +41,8 @@ class FieldFinder:
 
     def _find_new(self, groups: Sequence[Group]) -> tuple[str, ...]:
         before = groups[0].size
+        if before == 1:  # a field without a smaller value
+            return ()
         after = next(before // n for n in range(2, before + 1) if before % n == 0)
         wanted: Sizes = {}
         for group in groups:

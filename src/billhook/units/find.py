@@ -123,7 +123,7 @@ def unit_ids(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> d
     for module, numbers in chosen.items():
         known = module in units if isinstance(module, str) else type(module) is int and 0 <= module < len(names)
         if not known:
-            raise ValueError(f"{what}: there is no place {module!r}; there are 0 to {len(names) - 1}, in this order: {order}")
+            raise ValueError(f"{what}: there is no module {module!r}; there are 0 to {len(names) - 1}, in this order: {order}")
         if not isinstance(numbers, Iterable):
             raise ValueError(f"units={{{module!r}: {numbers!r}}} must list the numbers of a module, as in {{{module!r}: [0]}}")
         name, numbers = module if isinstance(module, str) else names[module], list(numbers)

@@ -92,7 +92,7 @@ def test_summary_and_inspect_fetch_none(hub, capsys):
     said = capsys.readouterr().out
     assert said == bh.summary(bh.load("tiny")).text().replace("3 (0.0%)", "not counted") + "\n"
     main(["inspect", NAME, "--stream"])
-    assert "4 blocks of at most" in capsys.readouterr().out
+    assert "4 blocks of up to" in capsys.readouterr().out
     assert shards(hub.asked) == []
 
 

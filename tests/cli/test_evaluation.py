@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, models, processors
 
 import billhook as bh
 from billhook.assets import model_path
-from billhook.cli.evaluate import _work, difference, table
+from billhook.cli.evaluate import difference, table
 from billhook.cli.main import main
 from billhook.report.choices import Question, batches, encode, log_likelihoods, read_questions
-from billhook.training.evaluation import Figure, accuracies, mean
+from billhook.training.evaluation import Figure, accuracies, blocks, mean
 from kit.chats import chat, talking
 from kit.shaped import gpt2
 
@@ -210,7 +210,7 @@ def test_before_and_after_from_the_command_line(tmp_path, file, files, cut, toke
 def test_all_that_a_chat_says_is_measured(tmp_path):
     talking().save_pretrained(tmp_path)
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat("Who " * 40, "The gardener.")}))
-    rows = _work(str(tmp_path), [], str(tmp_path / "chats.jsonl"), "text", 16, []).text
+    rows = blocks(str(tmp_path / "chats.jsonl"), str(tmp_path), 16, "text")
     assert len(rows) > 3, "with loss on responses alone it would be one"
 
 

@@ -105,10 +105,10 @@ def bench(
         for name, value in (others | {"device": device, "seed": seed}).items():
             if value and value not in usual.get(name, ()):
                 raise ValueError(f"{name}={value!r} is not supported with engine='llama.cpp'. Remove --{name}.")
-        lengths = contexts or _supported_contexts([from_name(name) for name in models], new_tokens)
+        lengths = contexts or _supported_contexts(list(map(from_name, models)), new_tokens)
         _bench_llama_cpp(models, lengths, new_tokens, rounds, warmup, threads or torch.get_num_threads(), json)
         return
-    computes_on, meta_models = device_of(device), [from_name(name) for name in models]
+    computes_on, meta_models = device_of(device), list(map(from_name, models))
     lengths = contexts or _supported_contexts(meta_models, new_tokens)
     check_speed(meta_models, sizes, lengths, new_tokens, rounds, warmup, cache, measured)
     with file_progress(f"loading {', '.join(models)}"):
@@ -120,8 +120,8 @@ def bench(
         rows = measure_speed(
             loaded, sizes, lengths, new_tokens, rounds, warmup, cache, measured, seed, progress=lambda: bar.advance(task)
         )  # fmt: skip
-    names, summaries, where = _last_parts(models), [summary(model) for model in loaded], machine_name(computes_on, used)
-    print(f"{where}, {', '.join(sorted({_dtype(model) for model in loaded}))}, cache={cache}\n")
+    names, summaries, where = _last_parts(models), list(map(summary, loaded)), machine_name(computes_on, used)
+    print(f"{where}, {', '.join(sorted({*map(_dtype, loaded)}))}, cache={cache}\n")
     print(table(rows, names))
     print("\n".join(_notes(rows, names, loaded, summaries)))
     if plot is not None:
@@ -133,7 +133,7 @@ def bench(
             for name, model, size in zip(models, loaded, summaries, strict=True)
         ]
         record = {"versions": versions(), "machine": where, "settings": settings, "models": about}
-        _write(json, record | {"rows": [row.to_dict() for row in rows]})
+        _write(json, record | {"rows": list(map(Timing.to_dict, rows))})
 
 
 def _supported_contexts(models: Sequence[PreTrainedModel], new_tokens: int) -> list[int]:
@@ -261,14 +261,18 @@ def _notes(
             note += f": {cached[0] / size:.2f}x smaller"
             note += f", {first / heads:.2f}x fewer heads" if first and heads else ""
         lines.append(note)
-    no_decoding = [name for name, model in zip(names, models, strict=True) if not generates(model)]
+    no_decoding, mixtures = list[str](), list[str]()
+    for name, model in zip(names, models, strict=True):
+        if not generates(model):
+            no_decoding.append(name)
+        if _experts(model):
+            mixtures.append(name)
     if no_decoding:
         lines.append(f"prefill only: {', '.join(no_decoding)} predicts no next token")
     if any(row.peak_bytes is None for row in rows):
         lines.append("peak MB: not available on this system")
     elif models[0].device.type == "cpu":
         lines.append("peak MB: weights, cache, and the increase of the resident memory of the process")
-    mixtures = [name for name, model in zip(names, models, strict=True) if _experts(model)]
     if mixtures:
         lines.append(f"ideal: all experts of {', '.join(mixtures)} count as read in each step")
     return lines

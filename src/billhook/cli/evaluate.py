@@ -25,7 +25,7 @@ from billhook.model.meta import model_class, read_config
 from billhook.model.preprocessors import load_tokenizer
 from billhook.model.streamed import stream as open_streamed
 from billhook.progress import progress_bar
-from billhook.report.choices import Question, read_questions
+from billhook.report.choices import read_questions
 from billhook.training.evaluation import (
     LONGEST,
     Asked,
@@ -109,7 +109,7 @@ def evaluate(
     check_file("json", json, ".json")
     if not models or not (data or text or tasks):
         raise ValueError("nothing to evaluate. Pass models, and at least one of --data, --text, and --tasks.")
-    of_images, computes_on = any(images.classifies(model) for model in models), device_of(device)
+    of_images, computes_on = any(map(images.classifies, models)), device_of(device)
     settings: dict[str, Any] = {"data": data, "limit": limit, "batch_size": batch_size, "column": column}
     if of_images:
         images.check(models, {"text": text, "tasks": tasks, "length": length, "stream": stream})
@@ -122,21 +122,19 @@ def evaluate(
             computes_on = torch.device("cpu")
         tasks, length = _tasks(tasks or []), _length(models, length)
         settings |= {"text": text, "tasks": tasks, "length": length, "examples": examples}
-        questions = [read_questions(file, limit, "data") for file in data or []]
-        prepared = [_work(name, questions, text, column, length, tasks) for name in models]
-        counts: dict[str, Any] = {"length": length, "examples": examples, "batch_size": batch_size, "limit": limit}
-        works = [partial(_measure, work=work, **counts) for work in prepared]
+        works = _prepare(models, data or [], text, tasks, limit, length, examples, batch_size, column)
     results = [_result(name, work, computes_on, dtype, stream) for name, work in zip(models, works, strict=True)]
+    all_figures, details = zip(*results, strict=True)
     if of_images and len(models) > 1:
         for figures, about in results:
-            figures += images.agreements(about["answers"], results[0][1]["answers"])
-    print(table(models, [figures for figures, _ in results]))
-    for name, (_, about) in zip(models, results, strict=True):
+            figures += images.agreements(about["answers"], details[0]["answers"])
+    print(table(models, all_figures))
+    for name, about in zip(models, details, strict=True):
         if about.get("cut"):
             print(f"{name}: the contexts of {about['cut']} choices were cut from the left to length={settings['length']}")
     if json is not None:
         settings |= {"dtype": dtype, "device": str(computes_on)}
-        of_models = [about | {"figures": _plain(figures, results[0][0])} for figures, about in results]
+        of_models = [about | {"figures": _plain(figures, all_figures[0])} for figures, about in results]
         used = versions("tokenizers", *(["lm_eval"] if settings.get("tasks") else []))
         record = {"versions": used, "settings": settings, "models": of_models}
         Path(json).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
@@ -169,10 +167,26 @@ def _length(models: Sequence[str], length: int | None) -> int:
     return length or min(LONGEST, longest[most])
 
 
-def _work(name: str, questions: Sequence[list[Question]], text: str | None, column: str, length: int, tasks: list[str]) -> _Work:
-    tokenizer = load_tokenizer(name)
-    rows = None if text is None else blocks(text, model_path(name), length, column)
-    return _Work(name, tokenizer, encoded(questions, tokenizer, length, "data"), rows, tasks)
+def _prepare(
+    models: Sequence[str],
+    data: Sequence[str],
+    text: str | None,
+    tasks: list[str],
+    limit: int | None,
+    length: int,
+    examples: int,
+    batch_size: int,
+    column: str,
+) -> list[images.Work]:
+    """Tokenizes the evaluation data, and returns a function for each model that evaluates it."""
+    questions = [read_questions(file, limit, "data") for file in data]
+    works = list[images.Work]()
+    for name in models:
+        tokenizer = load_tokenizer(name)
+        rows = None if text is None else blocks(text, model_path(name), length, column)
+        work = _Work(name, tokenizer, encoded(questions, tokenizer, length, "data"), rows, tasks)
+        works.append(partial(_measure, work=work, length=length, examples=examples, batch_size=batch_size, limit=limit))
+    return works
 
 
 def _measure(
@@ -186,10 +200,10 @@ def _measure(
         figures = [*on_questions(scored), *on_text(model, work.text, length, examples, progress)]
     answers = dict[str, Any]()
     for file, likelihoods in scored.items():
-        right, right_normed = (figure.each or () for figure in accuracies(file, likelihoods))
+        right, right_normed = accuracies(file, likelihoods)
         answers[file] = [
             {"line": question.line, "label": question.label, "acc": plain, "acc_norm": norm, "log_likelihoods": sums}
-            for (question, sums), plain, norm in zip(likelihoods, right, right_normed, strict=True)
+            for (question, sums), plain, norm in zip(likelihoods, right.each or (), right_normed.each or (), strict=True)
         ]
     cut = sum(row.cut for asked in work.sets.values() for _, rows in asked for row in rows)
     return figures + tasks, {"cut": cut, "answers": answers}

@@ -68,8 +68,10 @@ def prepare(
     Raises:
         ValueError: If the images do not exist, or the models have different numbers of classes.
     """
-    built = {name: from_name(name) for name in models}
-    classes = {name: model.config.num_labels for name, model in built.items()}
+    built, classes = dict[str, PreTrainedModel](), dict[str, int]()
+    for name in models:
+        built[name] = from_name(name)
+        classes[name] = built[name].config.num_labels
     if len(set(classes.values())) > 1:
         counts = ", ".join(f"{name} {count}" for name, count in classes.items())
         raise ValueError(f"models: the numbers of classes differ ({counts}). Pass models with the same classes.")

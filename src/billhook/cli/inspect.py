@@ -3,6 +3,7 @@
 import json as json_format
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,10 +137,11 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
 
 def _groups_json(plain: Sequence[dict[str, Any]], groups: Sequence[Group], savings: Sequence["Saving"]) -> list[dict[str, Any]]:
     """Returns the selected groups as plain data, with the config fields of their units."""
-    fields, numbers = dict[int, list[str]](), {group.number for group in groups}
+    fields: dict[int, list[str]] = {group.number: [] for group in groups}
     for saving in savings:
-        fields |= {group.number: list(saving.fields) for group in saving.groups}
-    return [group | {"config_fields": fields.get(group["number"], [])} for group in plain if group["number"] in numbers]
+        for group in saving.groups:
+            fields[group.number] = list(saving.fields)
+    return [group | {"config_fields": fields[group["number"]]} for group in plain if group["number"] in fields]
 
 
 def summary(model: str, stream: bool = False) -> None:
@@ -200,22 +202,16 @@ def _savings_of_kind(model: PreTrainedModel, kind: list[Group], finder: FieldFin
     """Removes units of each set of layers, or of all layers if the code requires it."""
     fields = finder.find(kind)
     parts = [kind] if fields else fold_groups(kind)
-    tried = [_try_removing(model, part, fields or finder.find(part), finder) for part in parts]
-    savings = [saving for saving in tried if saving is not None]
-    has_fields, all_fail = any(map(_has_fields, savings)), all(map(_fails, savings))
-    if len(parts) > 1 and len(savings) == len(tried) and not has_fields:
+    savings = list[Saving]()
+    for part in parts:
+        saving = _try_removing(model, part, fields or finder.find(part), finder)
+        if saving is not None:
+            savings.append(saving)
+    if len(savings) == len(parts) > 1 and not any(saving.fields for saving in savings):
         uniform = _try_removing(model, kind, (), finder)
-        if uniform is not None and (uniform.fields or (all_fail and not uniform.reason)):
+        if uniform is not None and (uniform.fields or (not uniform.reason and all(saving.reason for saving in savings))):
             return [uniform]
     return savings
-
-
-def _has_fields(saving: Saving) -> bool:
-    return bool(saving.fields)
-
-
-def _fails(saving: Saving) -> bool:
-    return bool(saving.reason)
 
 
 def _try_removing(model: PreTrainedModel, part: list[Group], fields: tuple[str, ...], finder: FieldFinder) -> Saving | None:
@@ -223,23 +219,22 @@ def _try_removing(model: PreTrainedModel, part: list[Group], fields: tuple[str, 
     kind, size = UNITS.get(part[0].kind), part[0].size
     if kind is None:
         return Saving(part, fields)
-    structure, numbers = trace(model), {group.number for group in part}
-    leaves = {group.leaf for group in structure.groups if group.number in numbers}
+    structure = trace(model)
+    leaves = {structure.groups[group.number].leaf for group in part}
     try:
         every = units_of(model, structure, [kind])
     except ValueError as error:
         return Saving(part, (), str(error))
     units = {name: layer for name, layer in every.items() if leaves & set(layer.leaves)}
     if not units:
-        first = next(group for group in structure.groups if group.number in numbers)
+        first = structure.groups[part[0].number]
         why = why_not(model, structure, first) if kind == "channel" and not every else ""
         return Saving(part, (), f"they {why}") if why else None
-    step = max(kernel_multiple(model, layer) for layer in units.values())
+    step = max(map(partial(kernel_multiple, model), units.values()))
     reason, saving = "", None
     for count in _counts_to_try(size, step, finder.counts(size, fields) if fields else []):
         try:  # code may run, and a config express the shape, with some numbers of units only
-            last = {name: _last(layer, part[0], count) for name, layer in units.items()}
-            shrunk = try_removal(model, find_cut(model, structure, every, last))
+            shrunk = try_removal(model, find_cut(model, structure, every, _last(units, part[0], count)))
         except ValueError as error:
             reason = reason or str(error)
             continue
@@ -292,12 +287,16 @@ def _reads_fields(shrunk: PreTrainedModel, before: Fields) -> bool:
     return with_old is not None and with_old != with_new
 
 
-def _last(units: Units, group: Group, kept: int) -> list[int]:
-    """Returns the units after the first few; for query heads, of each query group."""
-    count = units.count("kv_head")
-    if group.kind == "query_head":
-        return [unit for head in range(count) for unit in units.query_heads([head])[kept:]]
-    return units.query_heads(range(count * kept // group.size, count))
+def _last(units: Mapping[str, Units], group: Group, kept: int) -> dict[str, list[int]]:
+    """Returns the units after the first few by module; for query heads, of each query group."""
+    last = dict[str, list[int]]()
+    for name, layer in units.items():
+        count = layer.count("kv_head")
+        if group.kind == "query_head":
+            last[name] = [unit for head in range(count) for unit in layer.query_heads([head])[kept:]]
+        else:
+            last[name] = layer.query_heads(range(count * kept // group.size, count))
+    return last
 
 
 def _saving_notes(savings: Sequence[Saving], finder: FieldFinder) -> list[tuple[str, str]]:

@@ -434,13 +434,13 @@ class OneShot:
         if files := [source for name, source in self.calibration.named.items() if name != GENERATED]:
             tokens = (examples + len(measured)) * self.length
             batches += replace(self.calibration, sources=files, weights=None, tokens=tokens).read(self.model)
-        rows = dict[tuple[int, ...], torch.Tensor]()  # each example once
+        rows = dict[tuple[int, ...], dict[str, torch.Tensor]]()  # each example once
         for batch in batches:
             for ids in batch["input_ids"]:
                 key = tuple(ids.tolist())
                 if key not in measured:
-                    rows[key] = ids.cpu()
-        data: Any = [{"input_ids": ids, "labels": ids} for ids in rows.values()]
+                    rows[key] = dict.fromkeys(("input_ids", "labels"), ids.cpu())
+        data: Any = list(rows.values())
         return DataLoader(data, batch_size, shuffle=True, generator=generator)
 
     def _data_line(self, degradation: Degradation) -> str | None:

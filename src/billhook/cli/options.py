@@ -137,12 +137,15 @@ def run(command: Command, words: Sequence[str]) -> None:
     The fields of a parameter whose type is a dataclass are options: `--params 0.8` sets `amount: Amount`.
     """
     parameters = inspect.signature(command).parameters
-    groups: dict[str, Any] = {
-        name: parameter.annotation for name, parameter in parameters.items() if is_dataclass(parameter.annotation)
-    }
-    kinds = {name: parameter.annotation for name, parameter in parameters.items() if name not in groups}
-    positional = [name for name in kinds if parameters[name].default is inspect.Parameter.empty]
-    kinds |= {field.name: field.type for group in groups.values() for field in fields(group)}  # a field may share a group's name
+    groups, kinds, positional = dict[str, Any](), dict[str, Any](), 0
+    for name, parameter in parameters.items():
+        if is_dataclass(parameter.annotation):
+            groups[name] = parameter.annotation
+        else:
+            kinds[name] = parameter.annotation
+            positional += parameter.default is parameter.empty
+    for group in groups.values():
+        kinds |= {field.name: field.type for field in fields(group)}  # a field may share a group's name
 
     name = command.__name__.replace("_", "-")
     parser = _Parser(prog=f"billhook {name}", description=inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:")[0])
@@ -152,10 +155,12 @@ def run(command: Command, words: Sequence[str]) -> None:
         parser.add_class_arguments(group, sub_configs=True)
     parsed = vars(parser.instantiate(parser.parse_args(_to_jsonargparse(words, kinds, positional))))
 
-    values = {name: _int_where_legal(value, kinds.get(name)) for name, value in parsed.items()}
-    arguments = {name: values[name] for name in parameters if name in values}
-    for name, group in groups.items():
-        arguments[name] = group(**{field.name: values[field.name] for field in fields(group)})
+    arguments = dict[str, Any]()
+    for name, parameter in parameters.items():
+        if group := groups.get(name):
+            arguments[name] = group(**{field.name: _int_where_legal(parsed[field.name], field.type) for field in fields(group)})
+        else:
+            arguments[name] = _int_where_legal(parsed[name], parameter.annotation)
     with exclusive_output(parsed):
         command(**arguments)
 
@@ -165,7 +170,7 @@ def _int_where_legal(value: object, kind: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() and int in get_args(kind) else value
 
 
-def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: Sequence[str]) -> list[str]:
+def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: int) -> list[str]:
     """Rewrites words for jsonargparse, such as `--sizes 1 8` to `--sizes=[1, 8]`.
 
     An option that takes a list or a single value gets a list only after all required arguments, as these may follow it.
@@ -181,7 +186,7 @@ def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: Se
             runs.append([word])
         else:
             runs[-1].append(word)
-    complete, made = len(runs[0]) > len(positional), list[str]()
+    complete, made = len(runs[0]) > positional, list[str]()
     for number, (name, *values) in enumerate(runs):
         kind = kinds.get(name)
         option = "" if number == 0 and (positional or not first) else name if name.startswith("-") else f"--{name}="

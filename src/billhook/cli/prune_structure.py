@@ -1,7 +1,8 @@
 """`billhook prune-structure` and `prune-blocks`: removal of units and blocks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -32,6 +33,7 @@ from billhook.pruning.repair import RepairOption, repair_if_requested
 from billhook.pruning.target import Baseline, RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import split_examples
+from billhook.units.units import Units
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def prune_structure(
         stacks, removed = count_blocks(work.model, amount.blocks_only)
         block_importance = block_importance or BlockInfluence()
         block_rounds = sum(removed.values()) if amount.greedy else 1
-        passes.add_scoring(block_rounds, block_importance, sum(blocks.count() for blocks in stacks.values()), batches_to_score)
+        passes.add_scoring(block_rounds, block_importance, sum(map(Units.count, stacks.values())), batches_to_score)
         passes.known += BLOCK_PASSES
         one_by_one = " one at a time" * amount.greedy
         steps.append(f"remove blocks{one_by_one}: blocks={amount.blocks} (importance: {block_importance})")
@@ -116,10 +118,11 @@ def prune_structure(
         cut = search.check()
         kept = remaining_inputs(search, cut, most=True) if rounds == 1 else None
         needed = remaining_inputs(search, cut, most=False) if repair is not None else None
-        importance = importance or default_importance(search.removable())
+        removable = search.removable()
+        importance = importance or default_importance(removable)
         check_scored(examples, importance)
-        units = sum(units.count(amount.per) for units in search.removable().values())
-        passes.add_scoring(rounds, importance, units, batches_to_score)
+        count = sum(units.count(amount.per) for units in removable.values())
+        passes.add_scoring(rounds, importance, count, batches_to_score)
         passes.known += rounds * (REMOVE_PASSES + REPAIR_PASSES * (repair is not None))
         steps.append(_units_step(amount, amount.within_blocks, importance, rounds))
         if needed is not None:
@@ -139,7 +142,7 @@ def prune_structure(
         if limits and limits != repair_step:
             print(limits)  # a text is shorter than requested
     before = None if dry_run else work.measure()
-    plans, refitted, not_refitted = list[BlockPlan | UnitPlan](), False, list[str]()
+    plans, words, refitted, not_refitted = list[dict[str, Any]](), list[str](), False, list[str]()
     rows = batches if len(batches) > 1 else split_examples(batches)
     for plan in _plans(work.model, batches, amount, block_importance, importance, rounds):
         if dry_run:
@@ -154,13 +157,14 @@ def prune_structure(
             not_refitted.append(why)
         refitted = refitted or bool(weights)
         apply(work.model, plan, weights=weights)
-        plans.append(plan)
+        plans.append(plan.to_json())
+        words.append(plan.words)
     used_repair = str(RepairConfig() if repair == "auto" else repair) if refitted else None
     scorers = {"by": importance and str(importance), "blocks_by": block_importance and str(block_importance)}
     settings = scorers | {"ranking": amount.ranking, "rounds": rounds, "repair": used_repair}
     settings |= {"greedy": True} if amount.greedy else {}
-    record = {"plans": [plan.to_json() for plan in plans], "importance": settings}
-    work.save(before, _description(plans), record, not_refitted="; ".join(dict.fromkeys(not_refitted)))
+    record = {"plans": plans, "importance": settings}
+    work.save(before, f"without {', '.join(words)}", record, not_refitted="; ".join(dict.fromkeys(not_refitted)))
 
 
 def _units_step(amount: RemoveOptions, within_blocks: Amount, importance: Importance, rounds: int) -> str:
@@ -168,10 +172,6 @@ def _units_step(amount: RemoveOptions, within_blocks: Amount, importance: Import
     limits = within_blocks.ratios | ({amount.target: getattr(amount, amount.target)} if amount.target else {})
     sizes = ", ".join(f"{name}={value}" for name, value in limits.items())
     return f"remove units: {sizes} (importance: {importance}{f', {rounds} rounds' if rounds > 1 else ''})"
-
-
-def _description(plans: Sequence[BlockPlan | UnitPlan]) -> str:
-    return f"without {', '.join(plan.words for plan in plans)}"
 
 
 def _plans(

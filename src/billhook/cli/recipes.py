@@ -121,10 +121,11 @@ def config_warnings(words: Sequence[str], names: Sequence[str]) -> list[str]:
             choice = content.get(part)
             if isinstance(choice, str) or (isinstance(choice, dict) and choice.keys() & {part, "class_path", "init_args"}):
                 chosen.add(part)
+    missing = list[str]()
     for part in ("model", "data"):
-        if any(re.match(rf"--{part}(=|$|\.({part}|class_path|init_args)\b)", word) for word in words):
-            chosen.add(part)
-    missing = [part for part in ("model", "data") if part not in chosen]
+        option = rf"--{part}(=|$|\.({part}|class_path|init_args)\b)"
+        if part not in chosen and not any(re.match(option, word) for word in words):
+            missing.append(part)
     if missing:
         choose = "chooses" if len(names) == 1 else "choose"
         options = " and ".join(f"--{part}.{part}" for part in missing)

@@ -97,7 +97,7 @@ def fit_again(out: str, end: float, fits: int, ranks: int) -> None:
     from kit.sharding import sharding
 
     torch.set_num_threads(1)
-    others = ["channels, repaired", "KV heads, with data", "zeros, SparseGPT", "zeros, ALPS", "residual channels, by gradients"]
+    others = ["channels, repaired", "KV heads, with data", "zeros, SparseGPT", "zeros, ALPS", "hidden dimensions, by gradients"]
     made, going = 0, True
     while made < fits and going:
         name = ("a smaller model", "a smaller cache", others[made // 3 % len(others)])[made % 3]

@@ -22,7 +22,7 @@ from billhook.report.speed import measure_speed
 QUESTIONS = ("arc_easy", "piqa")
 CALIBRATION = {"foldoc": "foldoc/foldoc_train.txt", "wikitext": "wikitext-2/valid.txt"}
 TESTS = {"foldoc": ("foldoc/foldoc_test.txt", 16), "wikitext": ("wikitext-2/test.txt", 32)}
-COLUMNS = ("parameters", "KV bytes a token", "FOLDOC", "WikiText-2", "ARC-easy", "PIQA", "reads", "writes", "loads by")
+COLUMNS = ("parameters", "KV bytes per token", "FOLDOC", "WikiText-2", "ARC-easy", "PIQA", "reads", "writes", "loads by")
 
 
 def windows(options, text, count, length=512, drawn=True):
@@ -64,7 +64,7 @@ def perplexity(model, rows):
 
 
 def left_out(options, folder):
-    """KL(dense || smaller), in nats a token by source, on six windows of each that nothing was fitted to or chosen on."""
+    """KL(dense || smaller), in nats per token by source, on six windows of each that nothing was fitted to or chosen on."""
     file = folder.parent / f"{folder.name}.left_out.json"
     if not file.exists():
         dense, model = bh.load(str(options.model), dtype="float32"), bh.load(str(folder), dtype="float32")

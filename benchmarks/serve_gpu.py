@@ -1,7 +1,7 @@
 """Proves on a machine with a GPU what `billhook inspect` says of vLLM and SGLang, which was read in their code.
 
 `python benchmarks/serve_gpu.py --model MODEL --out serve_gpu.md` makes a folder of each kind of MODEL (fewer KV heads, query
-heads, channels, residual channels and blocks, and layers that differ), has each engine that is installed load it and write
+heads, channels, hidden dimensions and blocks, and layers that differ), has each engine that is installed load it and write
 greedily, and has transformers in float32 say the probabilities of the tokens that the engine wrote. Each pair of engine and
 folder is a process of its own. `transformers` is the first engine: what it shows in the same dtype is rounding. Without a model
 it is the embedded one; without vLLM and SGLang the table has that engine alone, and the status is 1.
@@ -29,7 +29,7 @@ from billhook.serving.engines import verdicts
 
 ENGINES = {"transformers": "transformers", "vLLM": "vllm", "SGLang": "sglang"}
 PROMPTS = ["The sea", "Once upon a time there was", "In the beginning", "To be, or not to be"]
-KINDS = ("dense", "KV heads", "query heads", "channels", "residual channels", "blocks", "layers differ")
+KINDS = ("dense", "KV heads", "query heads", "channels", "hidden dimensions", "blocks", "layers differ")
 
 
 def cut(model, kind):
@@ -41,7 +41,7 @@ def cut(model, kind):
         amounts = {
             "query heads": bh.Amount(heads=0.34),
             "channels": bh.Amount(channels=0.25),
-            "residual channels": bh.Amount(residual=0.12),
+            "hidden dimensions": bh.Amount(residual=0.12),
             "blocks": bh.Amount(blocks=1),
             "layers differ": bh.Amount(channels=0.25, first=1),
         }

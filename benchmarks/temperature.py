@@ -4,7 +4,7 @@
 what is in DATA. For each temperature the model writes 24 windows of 512 tokens; a KV head of three with its query heads, and as
 many channels as then leave 85 % of the parameters, alike in all blocks, go by `OutputNorm` and are repaired: on what was
 written alone, and on 12 windows of it and 12 of FOLDOC's training text. Columns: the dense model's perplexity on what was
-written, and the KL divergence of the cut model from the dense one, in nats a token, on ten windows of FOLDOC's training text
+written, and the KL divergence of the cut model from the dense one, in nats per token, on ten windows of FOLDOC's training text
 and of WikiText-2's validation text that nothing was fitted to, and on six that the model writes at temperature 1 and at 0.7. No
 test text is read. Products of forwards are multiplied in bfloat16 where a CPU can.
 """

@@ -111,7 +111,7 @@ def test_at_the_end_it_is_an_ordinary_checkpoint(files, tmp_path, capsys):
     assert again.config.num_key_value_heads == 2
     with torch.no_grad():
         assert torch.equal(again(ids).logits, lit.model.eval()(ids).logits)
-    # 2 tensors of 4 heads' width, of float32: a head less saves 2 * 4 * 4 bytes a token
+    # 2 tensors of 4 heads' width, of float32: a head less saves 2 * 4 * 4 bytes per token
     assert [event["after"]["kv_cache_bytes"] for event in callback.events] == [(8 - 2 * gone) * 32 for gone in (1, 2)]
 
 

@@ -28,7 +28,7 @@ ROUNDS = {
     "heads at the end": lambda: bh.HeadPruning(HALF, remove="end", options=bh.HeadOptions(per="kv_head"), **FEW),
     "channels": lambda: bh.StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), at=WHOLE, **FEW),
     "a target": lambda: bh.StructuredPruning(bh.Amount(params=0.9, ranking="global"), at=2, rounds=2, **FEW),
-    "residual channels": lambda: bh.StructuredPruning(
+    "hidden dimensions": lambda: bh.StructuredPruning(
         bh.Amount(residual=0.25), at=2, importance=bh.importance.WeightNorm(), **FEW
     ),
     "the worst blocks": lambda: bh.DepthPruning(1, at="start", importance=bh.importance.Ablation(), greedy=True, **FEW),

@@ -47,11 +47,11 @@ unit                        groups x units  parameters  bytes  of each unit, in
 KV head                              3 x 2       3,072  6,144  model.layers.*.self_attn: q_proj, k_proj, v_proj, o_proj
 query head per KV head               3 x 3       1,536  3,072  model.layers.*.self_attn: q_proj, o_proj
 channel                             3 x 80         144    288  model.layers.*.mlp: gate_proj, up_proj, down_proj
-residual channel                        48       1,233  2,466  embed_tokens, q_proj, k_proj, v_proj and 8 more
+hidden dimension                        48       1,233  2,466  embed_tokens, q_proj, k_proj, v_proj and 8 more
 value dimension, all heads           3 x 8         384    768  model.layers.*.self_attn: v_proj, o_proj
 
 attention     q = q_proj; k = k_proj; v = v_proj; o = o_proj (3x)
-feed-forward  gate = gate_proj; up = up_proj; down = down_proj (3x)
+MLP           gate = gate_proj; up = up_proj; down = down_proj (3x)
 not pruned    rotary frequency (4, model: q_proj, k_proj and 1 more): a rotary frequency serves all heads of all layers, and the
               code derives it from the head dimension
 not pruned    token (61, embed_tokens, lm_head): tokens belong to the tokenizer
@@ -59,7 +59,7 @@ not pruned    token (61, embed_tokens, lm_head): tokens belong to the tokenizer
 saving        KV head (2): smaller numbers give a standard checkpoint (num_attention_heads, num_key_value_heads)
 saving        query head per KV head (3): smaller numbers give a standard checkpoint (num_attention_heads)
 saving        channel (80): smaller numbers give a standard checkpoint (intermediate_size)
-saving        residual channel (48): 42, 36, 30, 24 ... give a standard checkpoint (hidden_size)
+saving        hidden dimension (48): 42, 36, 30, 24 ... give a standard checkpoint (hidden_size)
 saving        value dimension, all heads (8): fewer give a billhook checkpoint (no config field counts them)
 conversion    2 KV heads to 1
 

@@ -144,7 +144,7 @@ def test_settings(small, files, tmp_path, capsys):
     run = [small, tmp_path / "out", "--ratio", "0.4", *option(files), *SHORT]
     record = prune(*run, "--importance", "RandomUnits", "--importance.seed", "5", "--evaluate", "0", "--normalize", "false")
     assert record["perplexity"] == {"before": None, "after": None, "examples": 0}
-    assert "\nCalibration data: train (no evaluation)\n" in capsys.readouterr().out
+    assert "Calibration data" not in capsys.readouterr().out  # the plan has named it
     scores = bh.score(bh.load(small), bh.find_units(bh.load(small), "head"), RandomUnits(5))
     assert record["heads"] == choose(bh.find_units(bh.load(small), "head"), scores, 0.4)
     record = prune(*run, "--ranking", "global", "--min_heads", "4", "--importance", "WeightNorm", "--dtype", "bfloat16")
@@ -173,7 +173,10 @@ def test_a_classifier_and_its_accuracy(classifier, table, tmp_path, capsys):
     assert "- without 6 heads in 2 attention modules\n" in card
     said = capsys.readouterr().out
     assert f"Accuracy: {expected[0]:,.4g} before, {expected[1]:,.4g} after" in said
-    assert f"Calibration data: split 'train' of {table} (evaluated on split 'test')\n" in said
+    assert "calibrate on 10 examples (source: train.csv, split 'train')\n" in said
+    assert (
+        "Calibration data: train.csv, split 'train', 10 examples\nEvaluation data: test.csv, split 'test', 17 examples\n" in said
+    )
     bh.pruning.prune_units(dense, record["heads"])
     batch = tokenizer()(rows[5][0], return_tensors="pt")
     with torch.no_grad():

@@ -39,8 +39,7 @@ def test_weights_become_zero(here, tmp_path, capsys):
     assert record["accuracy"].keys() == {"before", "after", "examples"}
     assert record["calibration"]["examples"] == 12
     told = capsys.readouterr().out
-    assert "evaluated on split 'validation'" in told
-    assert "Calibration data: split 'train' of" in told
+    assert "Calibration data: photos, split 'train', 12 examples\nEvaluation data: photos, split 'validation', " in told
 
 
 def test_heads_are_removed(here, tmp_path):
@@ -57,7 +56,7 @@ def test_blocks_and_channels_are_removed(here, tmp_path, capsys):
     assert [plan["kind"] for plan in record["plans"]] == ["blocks", "units"]
     assert record["accuracy"].keys() == {"before", "after", "examples"}
     assert record["accuracy"]["after"] is not None
-    assert "Calibration data: split 'train' of" in capsys.readouterr().out
+    assert "Calibration data: photos, split 'train', " in capsys.readouterr().out
 
 
 @pytest.mark.daily("prune-structure-*")

@@ -26,7 +26,7 @@ def test_a_model_in_memory_on_a_device(name, found):
     check(name, found)
 
 
-@pytest.mark.daily("files: Wanda", "files: repair", "files: residual channels", "files, read ahead: match")
+@pytest.mark.daily("files: Wanda", "files: repair", "files: hidden dimensions", "files, read ahead: match")
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WORKS if name.startswith("files")])
 def test_a_model_in_files_on_a_device(name, found):

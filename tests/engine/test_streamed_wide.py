@@ -1,4 +1,4 @@
-"""Experts, channels of experts and residual channels of a streamed model: scored, chosen and removed as in memory."""
+"""Experts, channels of experts and hidden dimensions of a streamed model: scored, chosen and removed as in memory."""
 
 import pytest
 import torch

@@ -28,8 +28,8 @@ EVENTS = {
     "heads": lambda: bh.HeadPruning(0.5, at=1, **FEW),
     "channels": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, repair=None, **FEW),
     "channels, repaired": lambda: bh.StructuredPruning(bh.Amount(channels=0.9), at=1, repair=bh.RepairConfig(), **MORE),
-    "residual channels": lambda: bh.StructuredPruning(bh.Amount(residual=0.5), at=1, repair=None, **FEW),
-    "residual channels, by gradients": lambda: bh.StructuredPruning(
+    "hidden dimensions": lambda: bh.StructuredPruning(bh.Amount(residual=0.5), at=1, repair=None, **FEW),
+    "hidden dimensions, by gradients": lambda: bh.StructuredPruning(
         bh.Amount(residual=0.5), at=1, importance=bh.Taylor(), repair=None, **FEW
     ),
     "KV heads": lambda: bh.KVHeadConversion(2, at=1, measure_batches=0),
@@ -54,7 +54,7 @@ ZEROS = {
     "zeros, matched": lambda: prunes.WeightPruning(bh.Wanda(), match=bh.criteria.BlockMatching(), **HALF),
 }
 EVENTS |= ZEROS
-ON_TWO = [*ASIDE, "residual channels, by gradients", *ZEROS]
+ON_TWO = [*ASIDE, "hidden dimensions, by gradients", *ZEROS]
 """Events that each of two ranks measures: those whose new values wait or whose masks stay, and one that needs gradients."""
 SOLVED = "zeros, SparseGPT", "zeros, Refit", "zeros, ALPS", "zeros, matched"
 """Those of which half of the weights are new, and wait as shards until all are put, beside a byte for each weight's mask."""

@@ -21,7 +21,7 @@ def bert() -> PreTrainedModel:
 
 
 def cut(model: PreTrainedModel) -> None:
-    """Removes a block and a quarter of the residual channels, and heads and channels in the first of the two layers left."""
+    """Removes a block and a quarter of the hidden dimensions, and heads and channels in the first of the two layers left."""
     bh.pruning.prune_units(model, {0: [1]}, kind="block")
     bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), residual=0.25))
     bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(heads=0.5, channels=0.3, last=1)))

@@ -88,7 +88,7 @@ def t5():
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**config, decoder_start_token_id=0)).eval()
 
 
-MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]  # of families.llama: 48 channels each, 32 residual channels
+MLPS = ["model.layers.0.mlp", "model.layers.1.mlp"]  # of families.llama: 48 channels each, 32 hidden dimensions
 
 
 ATTENTIONS = ["model.layers.0.self_attn", "model.layers.1.self_attn"]

@@ -224,7 +224,7 @@ FILES = {
     "OBS": (removed(bh.OBS(), channels=0.5), 1e-5),
     "OutputNorm": (removed(bh.OutputNorm(), heads=0.5), 0),
     "a block": (removed(bh.importance.BlockInfluence(), blocks=1), 0),
-    "residual channels": (removed(bh.importance.WeightNorm(), residual=0.25), 0),
+    "hidden dimensions": (removed(bh.importance.WeightNorm(), residual=0.25), 0),
 }
 STOPPED = ("Wanda", "match", "repair", "KV heads by SVD, repaired")
 WORKS = {f"memory: {name}": own for name, own in MEMORY.items()}

@@ -22,7 +22,7 @@ class Holder(nn.Module):
 
 
 def cut_by_hand(model, plan):
-    """The class built from a config with fewer residual channels, with sliced weights and the scale of all of them."""
+    """The class built from a config with fewer hidden dimensions, with sliced weights and the scale of all of them."""
     config = copy.deepcopy(model.config)
     config.hidden_size -= len(next(iter(plan.units.values())))
     small = type(model)(config).eval().to(model.dtype)

@@ -136,7 +136,7 @@ def test_what_stays_is_refused_before_anything_changes(name, kind, message):
     ("name", "kind", "message"),
     [
         *(
-            (name, "residual", "residual channels cannot be removed from .*: its forward pass")
+            (name, "residual", "hidden dimensions cannot be removed from .*: its forward pass")
             for name in ("Pvt", "Segformer", "FocalNet", "Hiera", "Siglip")
         ),
         ("CLIPModel", "residual", "the model's output has it, so that whatever reads the output must follow"),

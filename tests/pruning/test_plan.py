@@ -1,4 +1,4 @@
-"""What goes with channels, residual channels and experts: cuts, numbers, tables, JSON, and every plan that is refused."""
+"""What goes with channels, hidden dimensions and experts: cuts, numbers, tables, JSON, and every plan that is refused."""
 
 import json
 
@@ -92,9 +92,9 @@ class TestTable:
         assert str(plan).splitlines() == [
             f"LlamaForCausalLM: {before:,} -> {after:,} parameters ({1 - after / before:.1%} fewer)",
             "  model.layers.*.mlp  48 -> 36 channels in each of 2",
-            "  the model           32 -> 31 residual channels",
+            "  the model           32 -> 31 hidden dimensions",
         ]
-        assert plan.words == "24 channels in 2 modules, 1 residual channel"
+        assert plan.words == "24 channels in 2 modules, 1 hidden dimension"
 
     def test_of_layers_that_differ_and_with_costs(self):
         plan = bh.plan(
@@ -105,8 +105,8 @@ class TestTable:
         lines = str(plan).splitlines()
         now, then = plan.costs
         assert lines[1:4] == [
-            f"  {now.flops:,} -> {then.flops:,} FLOPs a token ({1 - then.flops / now.flops:.1%} fewer)",
-            f"  {now.kv_cache_bytes:,} -> {then.kv_cache_bytes:,} KV-cache bytes a token in float32 (12.5% fewer)",
+            f"  {now.flops:,} -> {then.flops:,} FLOPs per token ({1 - then.flops / now.flops:.1%} fewer)",
+            f"  {now.kv_cache_bytes:,} -> {then.kv_cache_bytes:,} KV-cache bytes per token in float32 (12.5% fewer)",
             f"  {4 * plan.parameters[0]:,} -> {4 * plan.parameters[1]:,} bytes "
             f"({1 - plan.parameters[1] / plan.parameters[0]:.1%} fewer)",
         ]
@@ -211,7 +211,7 @@ class TestRefused:
         refused(
             llama(),
             {"": range(32)},
-            "residual channels: the model would be left without residual channels; at least one of its 32",
+            "hidden dimensions: the model would be left without hidden dimensions; at least one of its 32",
         )
         refused(build("mixtral"), {MLPS[0]: range(4)}, f"experts: {MLPS[0]} would be left without experts", ["expert"])
 
@@ -224,7 +224,7 @@ class TestRefused:
             bh.plan(model, RandomUnits(), channels=0.5)
 
     def test_parameters_that_the_run_does_not_use(self):
-        match = "residual channels: cannot be removed from model.decoder: .* which the run never used, may have it too"
+        match = "hidden dimensions: cannot be removed from model.decoder: .* which the run never used, may have it too"
         refused(make("bart"), {"model.decoder": [0]}, match, ["residual"])
 
     def test_a_norm_over_the_channels(self):

@@ -149,7 +149,7 @@ class TestTargets:
         bh.apply(model, plan)
         assert plan.costs == (before, costs_of(model))
         assert 0 < plan.costs[1].flops <= 0.8 * before.flops
-        assert " FLOPs an image (" in str(plan)
+        assert " FLOPs per image (" in str(plan)
 
     @pytest.mark.parametrize(
         ("target", "asked", "first"), [*((*one, 0) for one in TARGETS if one[0] != "flops"), ("params", 0.75, 1)]
@@ -221,6 +221,8 @@ class TestTargets:
             int(number.replace(",", ""))
             for number in re.search(r"Reachable: ([\d,]+) to ([\d,]+)\.", str(refusal.value)).groups()
         )
+        raised = "the budget" if target == "kv_cache_bytes" else "the budget or residual="
+        assert str(refusal.value).endswith(f". Raise {raised}, or use bh.shrink, which also removes blocks")
         assert most == getattr(costs_of(model), target)
         assert shape_of(model) == before
         plan = bh.plan(model, RandomUnits(), amount=bh.Amount(first=first, **{target: least}))
@@ -260,8 +262,16 @@ class TestRefused:
         ({"heads": float("nan")}, "heads=nan must be a fraction"),
         ({"heads": 0.5, "kv_heads": 0.5}, "heads=0.5 and kv_heads=0.5 cannot be combined"),
         ({"params": 0.5, "flops": 0.5}, "params and flops cannot be combined"),
-        ({"params": 0.5, "kv_heads": 0.1, "channels": 0.1}, "params=0.5 cannot be met: the ratios of all units"),
-        ({"kv_cache_bytes": 0.5, "heads": 0.1}, "kv_cache_bytes=0.5 cannot be met"),
+        (
+            {"params": 0.5, "kv_heads": 0.1, "channels": 0.1},
+            r"params=0.5 cannot be met: it removes only KV heads \(with their query heads\) and channels, but kv_heads=0.1 and "
+            r"channels=0.1 are set\. Leave one of them unset\.$",
+        ),
+        (
+            {"kv_cache_bytes": 0.5, "heads": 0.1},
+            r"kv_cache_bytes=0.5 cannot be met: it removes only KV heads \(with their query heads\), but heads=0.1 is set\. "
+            r"Leave it unset\.$",
+        ),
         ({"params": 1.5}, "params=1.5 must be a whole number above 0, or a fraction"),
         ({"params": 0}, "params=0 must be a whole number above 0"),
         ({"params": float("nan")}, "params=nan must be"),

@@ -1,4 +1,4 @@
-"""Channels, residual channels and experts are removed; what is left computes what it did without them, in every family."""
+"""Channels, hidden dimensions and experts are removed; what is left computes what it did without them, in every family."""
 
 import copy
 import random
@@ -28,7 +28,7 @@ from kit.units import EVERY, EXPERTS, HELD, WITHOUT_CHANNELS, down_projections
 
 NO_HEADS = ("mamba", "recurrent_gemma", "convnext", "resnet", "bloom", "mpt", "olmo2", "mamba2", "codegen")  # none, or they stay
 UNUSED = "which the run never used, may have it too"
-STAYS = {  # what cannot lose residual channels, and why
+STAYS = {  # what cannot lose hidden dimensions, and why
     "olmo": "its forward pass does not work",  # a norm without weights keeps its size in a tuple
     "bart": UNUSED, "pegasus": UNUSED, "marian": UNUSED, "whisper": UNUSED,  # decoders, with an attention to no encoder
     "dinov2": UNUSED,  # a mask token
@@ -211,7 +211,7 @@ class TestResidual:
         if name in STAYS:
             before = {own: id(tensor) for own, tensor in model.state_dict(keep_vars=True).items()}, shape_of(model)
             colon = "" if name == "olmo" else ":"
-            with pytest.raises(ValueError, match=f"residual channels{colon} cannot be removed from .*{STAYS[name]}"):
+            with pytest.raises(ValueError, match=f"hidden dimensions{colon} cannot be removed from .*{STAYS[name]}"):
                 bh.apply(model, bh.pruning.plan_units(model, gone, ["residual"]))
             assert ({own: id(tensor) for own, tensor in model.state_dict(keep_vars=True).items()}, shape_of(model)) == before
             return
@@ -380,7 +380,7 @@ class TestExperts:
 
 
 def every_kind(model):
-    """A plan of heads, channels and residual channels of a small Llama."""
+    """A plan of heads, channels and hidden dimensions of a small Llama."""
     return bh.plan(model, RandomUnits(), heads=0.5, channels=0.25, residual=0.25)
 
 
@@ -535,7 +535,7 @@ class TestNothingIsHalfDone:
 
         monkeypatch.setattr(removal, "_answer", fails)
         with pytest.raises(
-            ValueError, match=r"residual channels cannot be removed from GPT2LMHeadModel: .* \(strange strides\)$"
+            ValueError, match=r"hidden dimensions cannot be removed from GPT2LMHeadModel: .* \(strange strides\)$"
         ):
             bh.apply(model, plan, optimizer)
         assert self.everything(model, optimizer) == before

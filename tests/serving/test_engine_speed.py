@@ -22,7 +22,7 @@ def test_the_table_and_the_figures(tmp_path, capsys, monkeypatch, converter):
     main(line.split())
     table = capsys.readouterr().out.splitlines()
     assert table[0].startswith("llama.cpp, cpu (")
-    assert table[2].split()[:6] == ["kind", "context", "model", "GB", "prompt/s", "written/s"]
+    assert table[2].split()[:6] == ["kind", "context", "model", "GB", "prefill", "tokens/s"]
     assert [line.split()[:3] for line in table[4:]] == [
         [kind, "16", name] for kind in ("F16", "Q4_K_M") for name in ("dense", "cut")
     ]

@@ -233,7 +233,7 @@ def test_json_and_table_hold_everything() -> None:
         "head",
         "expert",
         "rank",
-        "residual channel",
+        "hidden dimension",
         "not pruned",
         "tokens belong to the tokenizer",
     ):

@@ -1,4 +1,4 @@
-"""Which channels, residual channels and experts are found, in every family; who reads them, checked by names."""
+"""Which channels, hidden dimensions and experts are found, in every family; who reads them, checked by names."""
 
 import warnings
 

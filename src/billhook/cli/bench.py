@@ -156,8 +156,8 @@ def _bench_llama_cpp(
     for context in contexts:
         check_int("contexts", context)
     names, lines, record = _last_parts(models), list[list[str]](), list[dict[str, object]]()
-    head = ["kind", "context", "model", "GB", "prompt/s", "written/s"]
-    head += ["prompt x", "(quartiles)", "written x", "(quartiles)"] if len(models) > 1 else []
+    head = ["kind", "context", "model", "GB", "prefill tokens/s", "decoding tokens/s"]
+    head += ["prefill speed-up", "(quartiles)", "decoding speed-up", "(quartiles)"] if len(models) > 1 else []
     total = len(KINDS) * len(contexts) * len(models) * (warmup + rounds)
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=total)

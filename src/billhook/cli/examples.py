@@ -183,6 +183,22 @@ class LabeledData:
         """The evaluation split."""
         return "test" if "test" in self.data.splits else "validation"
 
+    def source(self, split: str) -> str:
+        """Names the data and a split, such as "reviews.csv, split 'train'"."""
+        data = self.options.data
+        files = data.get(split, data.get("train")) if isinstance(data, dict) else data  # validation may be a part of train
+        names = without_folders(files if isinstance(files, list) else [files])
+        return f"{' + '.join(map(str, names))}, split '{split}'"
+
+    def used(self, calibrates: bool, evaluates: bool) -> list[str]:
+        """Returns lines on the calibration and evaluation data."""
+        lines = []
+        if calibrates:
+            lines.append(f"Calibration data: {self.source('train')}, {self.to_json()['examples']} examples")
+        if evaluates:
+            lines.append(f"Evaluation data: {self.source(self.split)}, {len(self.measured_rows)} examples")
+        return lines
+
     def calibration_batches(self) -> Iterator[Batch]:
         """Draws the calibration examples."""
         rows: Any = self.data.splits["train"]

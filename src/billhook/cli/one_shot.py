@@ -301,7 +301,7 @@ class OneShot:
         if not self.calibrates:
             return "no calibration data needed"
         if self.metric == "accuracy":
-            return f"calibrate on {self._labeled.count} examples (source: {self.options.data})"
+            return f"calibrate on {self._labeled.count} examples (source: {self._labeled.source('train')})"
         counts = self.calibration.examples(self.length)
         names = {name: "self-generated text" if name == GENERATED else name for name in counts}
         sources = f"source: {next(iter(names.values()))}"
@@ -410,7 +410,8 @@ class OneShot:
         with file_progress("saving and verifying"):
             saved = save(self.model, self.out, self._preprocessor(), record | {self.metric: results})
         warning = warning and f"Warning: {warning}"
-        for line in (*lines, self._data_line(degradation), degradation_text(before, degradation), warning):
+        used = self._labeled.used(self.calibrates, degradation is not None) if self.metric == "accuracy" else []
+        for line in (*lines, *used, degradation_text(before, degradation), warning):
             if line:
                 print(line)
         print(saved.text())
@@ -442,12 +443,3 @@ class OneShot:
                     rows[key] = dict.fromkeys(("input_ids", "labels"), ids.cpu())
         data: Any = list(rows.values())
         return DataLoader(data, batch_size, shuffle=True, generator=generator)
-
-    def _data_line(self, degradation: Degradation) -> str | None:
-        """Returns a line on the calibration and evaluation data, unless a table lists the texts."""
-        if isinstance(degradation, list):
-            return None
-        if self.metric == "perplexity":
-            return f"Calibration data: {', '.join(self.calibration.named)} (no evaluation)"
-        evaluation = "no evaluation" if degradation is None else f"evaluated on split '{self._labeled.split}'"
-        return f"Calibration data: split 'train' of {self.options.data} ({evaluation})"

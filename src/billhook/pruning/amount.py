@@ -306,10 +306,11 @@ class Amount:
             raise ValueError(f"nothing to remove: set a ratio ({', '.join(RATIOS)}) or a budget ({', '.join(TARGETS)})")
         for name, value in targets.items():
             if not self.open_ratios:
-                raise ValueError(
-                    f"{name}={value} cannot be met: the ratios of all units it may remove are fixed. Leave at least one of them "
-                    "unset."
-                )
+                heads = f"heads={self.heads}" if self.kv_heads is None else f"kv_heads={self.kv_heads}"
+                fixed = f" and channels, but {heads} and channels={self.channels} are set. Leave one of them unset."
+                if name == "kv_cache_bytes":
+                    fixed = f", but {heads} is set. Leave it unset."
+                raise ValueError(f"{name}={value} cannot be met: it removes only KV heads (with their query heads){fixed}")
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or value <= 0 or (isinstance(value, float) and not value < 1):
                 hint = percentage_hint(value) if number else ""

@@ -137,7 +137,7 @@ class UnitPlan(Cut, ShapePlan):
         costs = [("parameters", *self.parameters)]
         if self.costs:
             before, after = self.costs
-            flops, cache = "FLOPs a token" if before.context else "FLOPs an image", f"KV-cache bytes a token in {before.dtype}"
+            flops, cache = f"FLOPs per {'token' if before.context else 'image'}", f"KV-cache bytes per token in {before.dtype}"
             for label, name in {flops: "flops", cache: "kv_cache_bytes", "bytes": "bytes"}.items():
                 if getattr(before, name) and getattr(after, name):
                     costs.append((label, getattr(before, name), getattr(after, name)))

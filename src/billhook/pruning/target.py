@@ -157,9 +157,10 @@ class RatioSearch:
         if common is None:
             requested, tries = getattr(self.amount, target), self._tries(names)
             least, most = (left(ratio, names, ratios) for ratio in (tries[-1], tries[0]))
+            narrows = target != "kv_cache_bytes" and units_of(self.model, self.structure, ["residual"])
             raise ValueError(
-                f"{target}={requested} ({limit:,}) is out of reach. Reachable: {least:,} to {most:,}. Raise the budget, also "
-                f"remove blocks= or residual=, or use bh.shrink{percentage_hint(requested)}"
+                f"{target}={requested} ({limit:,}) is out of reach. Reachable: {least:,} to {most:,}. Raise the budget"
+                f"{' or residual=' if narrows else ''}, or use bh.shrink, which also removes blocks{percentage_hint(requested)}"
             )
         ratios |= {name: min(common, self._highest(name)) for name in names}
         if len(names) > 1:  # heads are few and large, so channels then fine-tune the size

@@ -27,7 +27,7 @@ NAMES: dict[Kind, str] = {
     "query_head": "query head per KV head",
     "query_key": "query/key dimension, all heads",
     "value": "value dimension, all heads",
-    "residual": "residual channel",
+    "residual": "hidden dimension",
     "rotary": "rotary frequency",
     "position": "position or type",
     "vocab": "token",
@@ -148,7 +148,7 @@ def _roles(structure: StructureFields) -> list[tuple[str, str]]:
     for layer in structure.attention:
         lines["attention", _role_line(layer.roles)] += 1
     for mlp in structure.feed_forward:
-        lines["feed-forward", _role_line(mlp.roles)] += 1
+        lines["MLP", _role_line(mlp.roles)] += 1
     return [(label, f"{line} ({times}x)") for (label, line), times in lines.items()]
 
 

@@ -153,7 +153,7 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
         return "are one"
     feed_forward = next((layer for layer in structure.feed_forward if layer.channel is group.leaf), None)
     if feed_forward is None:
-        return "are not made and read as those of a feed-forward"
+        return "are not made and read as those of an MLP"
     path = group.where.split(".")
     if not any(isinstance(_at(model, path[:end]), nn.ModuleList) for end in range(len(path))):
         return "are in no block"

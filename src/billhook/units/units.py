@@ -23,7 +23,7 @@ UnitKind = Literal["head", "channel", "residual", "expert", "block"]
 PLURAL: dict[UnitKind, str] = {
     "head": "heads",
     "channel": "channels",
-    "residual": "residual channels",
+    "residual": "hidden dimensions",
     "expert": "experts",
     "block": "blocks",
 }
@@ -136,7 +136,7 @@ def count_text(kind: UnitKind, number: int) -> str:
     """Describes a number of units.
 
     >>> count_text("head", 1), count_text("residual", 1200)
-    ('1 head', '1,200 residual channels')
+    ('1 head', '1,200 hidden dimensions')
     """
     return f"{number:,} {PLURAL[kind].removesuffix('s') if number == 1 else PLURAL[kind]}"
 

@@ -205,7 +205,7 @@ def test_labels_that_are_words_are_numbered_as_the_classifier_does(classifier, t
     capsys.readouterr()
     record = prune(tmp_path / "named", tmp_path / "alone", *line, "--data", worded["train"])
     assert record["accuracy"]["before"] is not None
-    assert f"of {worded['train']} (evaluated on split 'validation')" in capsys.readouterr().out
+    assert "Evaluation data: train.csv, split 'validation', 2 examples\n" in capsys.readouterr().out
 
 
 def test_columns_of_other_names(classifier, table, tmp_path):

@@ -264,13 +264,13 @@ class TestRefused:
         ({"params": 0.5, "flops": 0.5}, "params and flops cannot be combined"),
         (
             {"params": 0.5, "kv_heads": 0.1, "channels": 0.1},
-            r"params=0.5 cannot be met: it removes only KV heads \(with their query heads\) and channels, but kv_heads=0.1 and "
-            r"channels=0.1 are set\. Leave one of them unset\.$",
+            r"params=0.5 cannot be met: it removes only KV heads \(with their query heads\) and channels\. Leave heads= and "
+            r"kv_heads=, or channels=, unset\.$",
         ),
         (
             {"kv_cache_bytes": 0.5, "heads": 0.1},
-            r"kv_cache_bytes=0.5 cannot be met: it removes only KV heads \(with their query heads\), but heads=0.1 is set\. "
-            r"Leave it unset\.$",
+            r"kv_cache_bytes=0.5 cannot be met: it removes only KV heads \(with their query heads\)\. Leave heads= and kv_heads= "
+            r"unset\.$",
         ),
         ({"params": 1.5}, "params=1.5 must be a whole number above 0, or a fraction"),
         ({"params": 0}, "params=0 must be a whole number above 0"),

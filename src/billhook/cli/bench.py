@@ -157,7 +157,7 @@ def _bench_llama_cpp(
         check_int("contexts", context)
     names, lines, record = _last_parts(models), list[list[str]](), list[dict[str, object]]()
     head = ["kind", "context", "model", "GB", "prefill tokens/s", "decoding tokens/s"]
-    head += ["prefill speed-up", "(quartiles)", "decoding speed-up", "(quartiles)"] if len(models) > 1 else []
+    head += ["prefill x", "(quartiles)", "decoding x", "(quartiles)"] if len(models) > 1 else []
     total = len(KINDS) * len(contexts) * len(models) * (warmup + rounds)
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("measuring", total=total)

@@ -68,7 +68,7 @@ def prepare(
     Raises:
         ValueError: If the images do not exist, or the models have different numbers of classes.
     """
-    built, classes = dict[str, PreTrainedModel](), dict[str, int]()
+    built, classes = dict[str, PreTrainedModel](), dict[str, int | None]()
     for name in models:
         built[name] = from_name(name)
         classes[name] = built[name].config.num_labels
@@ -89,7 +89,7 @@ def _read(name: str, model: PreTrainedModel, source: str, column: str, label_col
     data.read(model)
     split = next(split for split in ("test", "validation", "train") if split in data.splits)
     every: Any = data.splits[split]
-    numbers = draw(len(every), len(every) if limit is None else limit)
+    numbers = draw(len(every), limit or len(every))
     names = {number: label for label, number in data.label2id.items()}
     return Images(source, data, split, numbers, names)
 

@@ -31,7 +31,7 @@ from billhook.pruning.removal import try_removal
 from billhook.report.summary import summary as summarise
 from billhook.serving.engines import GPUS, Verdict, can_split, engines, grouped, verdicts
 from billhook.tracing.groups import Group, Kind
-from billhook.tracing.show import fold_groups, kind_name, labeled_notes
+from billhook.tracing.show import fold_groups, group_to_json, kind_name, labeled_notes
 from billhook.tracing.trace import trace
 from billhook.units.fields import SHOWN, FieldFinder
 from billhook.units.find import units_of, why_not
@@ -117,7 +117,7 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
     served = serving(meta_model)
     if json:
         plain = structure.to_json()
-        plain["groups"] = _groups_json(plain["groups"], groups, savings)
+        plain["groups"] = _groups_json(groups, savings)
         plain |= {"conversion": converted, "serving": list(map(asdict, served))}
         plain |= {} if streamed is None else {"streamed": asdict(streamed)}
         print(json_format.dumps(plain, indent=1))
@@ -135,13 +135,12 @@ def inspect(model: str, group: str | None = None, json: bool = False, stream: bo
         print(f"\n{render(part)}")
 
 
-def _groups_json(plain: Sequence[dict[str, Any]], groups: Sequence[Group], savings: Sequence["Saving"]) -> list[dict[str, Any]]:
-    """Returns the selected groups as plain data, with the config fields of their units."""
-    fields: dict[int, list[str]] = {group.number: [] for group in groups}
+def _groups_json(groups: Sequence[Group], savings: Sequence["Saving"]) -> list[dict[str, Any]]:
+    """Returns groups as plain data, with the config fields of their units."""
+    fields = dict[int, list[str]]()
     for saving in savings:
-        for group in saving.groups:
-            fields[group.number] = list(saving.fields)
-    return [group | {"config_fields": fields[group["number"]]} for group in plain if group["number"] in fields]
+        fields |= dict.fromkeys((group.number for group in saving.groups), list(saving.fields))
+    return [group_to_json(group) | {"config_fields": fields.get(group.number, [])} for group in groups]
 
 
 def summary(model: str, stream: bool = False) -> None:
@@ -337,12 +336,8 @@ def conversion(model: PreTrainedModel) -> dict[str, Any]:
             legal.append(number)
         except ValueError as error:
             reason = str(error)
-    if before > 1 and not legal:
-        return {"num_key_value_heads": None, "legal": [], "says": f"no: {reason}"}
-    says = f"no: {reason}"
-    if legal:
-        says = f"{before} KV heads to {' or '.join(map(str, legal))}{_unsplittable(model, legal)}"
-    return {"num_key_value_heads": before, "legal": legal, "says": says}
+    says = f"{before} KV heads to {' or '.join(map(str, legal))}{_unsplittable(model, legal)}" if legal else f"no: {reason}"
+    return {"num_key_value_heads": before if legal or before == 1 else None, "legal": legal, "says": says}
 
 
 def _unsplittable(model: PreTrainedModel, legal: Sequence[int]) -> str:

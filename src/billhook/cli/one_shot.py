@@ -217,7 +217,7 @@ class OneShot:
         if self.options.memory is None:
             return None
         store, memory = store_of(self.model), parse_memory("memory", self.options.memory)
-        calibrated, measured = sum(self.example_counts), self._measured_count * self._measures
+        calibrated, measured = sum(self.example_counts.values()), self._measured_count * self._measures
         text, itemsize = text_config(self.model.config), self.model.dtype.itemsize
         logits = 4 * self.length * text.vocab_size
         hidden = max(calibrated, measured) * self.length * text.hidden_size * itemsize
@@ -230,16 +230,9 @@ class OneShot:
         return store.spill_folder
 
     @property
-    def example_counts(self) -> list[int]:
-        """Number of calibration examples of each source."""
-        if self.metric == "accuracy":
-            return [self._labeled.count]
-        return list(self.calibration.examples(self.length).values())
-
-    @property
-    def source_names(self) -> list[str]:
-        """Names of the calibration sources."""
-        return [""] if self.metric == "accuracy" else list(self.calibration.named)
+    def example_counts(self) -> dict[str, int]:
+        """Number of calibration examples of each source; labeled data has no name."""
+        return {"": self._labeled.count} if self.metric == "accuracy" else self.calibration.examples(self.length)
 
     @property
     def parts(self) -> int:
@@ -273,7 +266,7 @@ class OneShot:
 
     def _expected_times(self) -> list[str]:
         """Times a forward pass, and returns lines on the expected time if it is long."""
-        calibrated = sum(self.example_counts) if self.calibrates else 0
+        calibrated = sum(self.example_counts.values()) if self.calibrates else 0
         measured = self._measured_count if self._measures else 0
         if self.options.stream or self._offloaded_blocks or not (calibrated or measured):
             return []
@@ -302,7 +295,7 @@ class OneShot:
             return "no calibration data needed"
         if self.metric == "accuracy":
             return f"calibrate on {self._labeled.count} examples (source: {self._labeled.source('train')})"
-        counts = self.calibration.examples(self.length)
+        counts = self.example_counts
         names = {name: "self-generated text" if name == GENERATED else name for name in counts}
         sources = f"source: {next(iter(names.values()))}"
         if len(counts) > 1:
@@ -345,7 +338,7 @@ class OneShot:
             return {}
         rows = {"calibration": 0, "evaluation": 0}
         if self.calibrates:
-            rows["calibration"] = self.calibration.examples(self.length).get(GENERATED, 0)
+            rows["calibration"] = self.example_counts.get(GENERATED, 0)
         if self._measures and not self.options.stream:
             rows["evaluation"] = num_self_generated(self.calibration, self.options.evaluate, self.length)
         return {purpose: count * self.length for purpose, count in rows.items()}

@@ -7,7 +7,7 @@ from torch import nn
 from billhook.cli.examples import LabeledOptions
 from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
-from billhook.cli.refit import check_examples, meta_batches
+from billhook.cli.refit import check_examples, meta_batches, token_count
 from billhook.cli.streamed import reconstruction_bytes, statistics_bytes
 from billhook.model.layers import adjacent_inputs, is_convolution
 from billhook.sparsity.allocation import Allocation
@@ -112,7 +112,7 @@ def prune(
 
 def _token_counts(work: OneShot, layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
     """Returns the maximum number of tokens and the number of inputs of each linear layer."""
-    tokens = sum(batch["input_ids"].numel() for batch in meta_batches(work))
+    tokens = token_count(meta_batches(work))
     return {name: (tokens, adjacent_inputs(layer)) for name, layer in layers.items() if not is_convolution(layer)}
 
 

@@ -74,8 +74,7 @@ def prune_heads(
     total, count = sum(map(len, scores.values())), sum(map(len, removed.values()))
     kind = "heads" if per == "head" else "KV heads and their query heads"
     passes = Passes(REMOVE_PASSES)
-    if examples.stream:
-        passes.add_scoring(rounds, importance, total, batch_count(work.example_counts, examples.batch_size))
+    passes.add_scoring(rounds, importance, total, batch_count(work.example_counts.values(), examples.batch_size))
     step = f"remove {count:,} of {total:,} {kind} (importance: {importance})"
     work.print_plan(step, work.calibration_step, passes=passes.known, unknown=passes.unknown)
     if dry_run and work.must_generate:

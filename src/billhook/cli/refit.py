@@ -18,7 +18,7 @@ REFIT_STEP = "refit consumer layers by least squares"
 def meta_batches(work: OneShot) -> list[Batch]:
     """Returns batches without values, of the size of the calibration batches."""
     batches, batch_size = list[Batch](), work.options.batch_size
-    for source, count in zip(work.source_names, work.example_counts, strict=True):
+    for source, count in work.example_counts.items():
         for start in range(0, count, batch_size):
             ids = torch.empty(min(batch_size, count - start), work.length, device="meta")
             batches.append(Batch({"input_ids": ids}, source))
@@ -33,7 +33,7 @@ def check_examples(work: OneShot, least: int, what: str) -> None:
         least: Minimum number of examples.
         what: The option that needs them.
     """
-    if (count := sum(work.example_counts)) < least:
+    if (count := sum(work.example_counts.values())) < least:
         raise ValueError(f"--examples {count} is too few: {what} needs at least {least}, because it holds some out.")
 
 
@@ -75,7 +75,7 @@ def repair_limits(work: OneShot, needed: Mapping[str, int], batches: Sequence[Ba
         raise NoRepair(f"{problem} Or use --repair null.")
     if problem:
         return f"no repair: {problem}"
-    tokens = _token_count(batches)
+    tokens = token_count(batches)
     short = [] if work.of_images else [name for name, count in needed.items() if count > tokens]
     if not short:
         return ""
@@ -85,7 +85,7 @@ def repair_limits(work: OneShot, needed: Mapping[str, int], batches: Sequence[Ba
 
 def _no_repair(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch]) -> str:
     """Returns why no linear layer at all can be refitted; empty if that is not known."""
-    options, tokens = work.options, _token_count(batches)
+    options, tokens = work.options, token_count(batches)
     if not needed:
         return "no linear layer reads the removed units."
     rows = sum(len(batch["input_ids"]) for batch in batches if "input_ids" in batch)
@@ -95,7 +95,7 @@ def _no_repair(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch
         )
     if work.of_images or any(count <= tokens for count in needed.values()):
         return ""
-    first = min(needed, key=lambda name: needed[name])
+    first = min(needed, key=needed.__getitem__)
     size = "" if options.examples is None else f"--examples {options.examples} "
     return (
         f"{size}--length {work.length} gives {tokens:,} tokens, and {first} needs at least {needed[first]:,}. Use more or longer "
@@ -103,5 +103,6 @@ def _no_repair(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch
     )
 
 
-def _token_count(batches: Sequence[Batch]) -> int:
+def token_count(batches: Sequence[Batch]) -> int:
+    """Returns the number of tokens in batches, with padding."""
     return sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)

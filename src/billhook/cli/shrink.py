@@ -262,8 +262,7 @@ def shrink(
     check_variant_cache(variant_cache)
     folder = VariantFolder(out, variant_cache)
     check_int("seed", examples.seed, 0)
-    if plot is not None:
-        check_file("plot", plot, ".png")
+    check_file("plot", plot, ".png")
     check_int("time_batch_size", time_batch_size)
     check_int("time_context", 2 if time_context is None else time_context, 2)
     workload = Workload(time_phase, time_batch_size, time_context)

@@ -1,6 +1,6 @@
 """Streamed models in one-shot commands: limits, number of passes, and memory estimates."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
@@ -36,7 +36,7 @@ OBS_BYTES = 4 + 8
 """Bytes per pair of inputs in OBS: a float32 and a float64 matrix."""
 
 
-def batch_count(example_counts: Sequence[int], batch_size: int) -> int:
+def batch_count(example_counts: Iterable[int], batch_size: int) -> int:
     """Returns the number of batches, given the number of examples of each source.
 
     >>> batch_count([20, 5], 8)

@@ -306,11 +306,10 @@ class Amount:
             raise ValueError(f"nothing to remove: set a ratio ({', '.join(RATIOS)}) or a budget ({', '.join(TARGETS)})")
         for name, value in targets.items():
             if not self.open_ratios:
-                heads = f"heads={self.heads}" if self.kv_heads is None else f"kv_heads={self.kv_heads}"
-                fixed = f" and channels, but {heads} and channels={self.channels} are set. Leave one of them unset."
-                if name == "kv_cache_bytes":
-                    fixed = f", but {heads} is set. Leave it unset."
-                raise ValueError(f"{name}={value} cannot be met: it removes only KV heads (with their query heads){fixed}")
+                units, ratios = "KV heads (with their query heads)", "heads= and kv_heads="
+                if name != "kv_cache_bytes":
+                    units, ratios = f"{units} and channels", f"{ratios}, or channels=,"
+                raise ValueError(f"{name}={value} cannot be met: it removes only {units}. Leave {ratios} unset.")
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or value <= 0 or (isinstance(value, float) and not value < 1):
                 hint = percentage_hint(value) if number else ""

@@ -170,7 +170,7 @@ def model_of(family: str, heads: int = 4, queries: int = 1, **changes: object) -
         model = build(family, **changes)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1 and parameter.std() < 0.1:
+            if parameter.ndim > 1 and 0 < parameter.std() < 0.1:
                 parameter.mul_(0.2 / parameter.std())
     return model.double()
 

@@ -1,18 +1,23 @@
 """Moments against attention by hand: probabilities, what each query head is given of each head of its group, token by token."""
 
 import copy
+import inspect
 import math
+import sys
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from billhook.engine.batches import Run
 from billhook.kv_heads.layout import find_projections
 from billhook.kv_heads.moments import gather
+from billhook.model.inputs import small_inputs
 from billhook.tracing.trace import trace
-from kit.families import tokens
-from kit.kv_zoo import model_of, moments_of
+from kit.families import EXTRA, tokens
+from kit.kv_zoo import ZOO, model_of, moments_of
 from kit.ranks import Ranks
 
 
@@ -45,7 +50,10 @@ def hidden_states(model, ids, **more):
 
 
 def by_hand(attention, x, angles, allowed, counts, groups):
-    """E[k k^T], E[u u^T] and the sums of E[q q^T] of an attention like Llama's, in loops; `allowed` is [rows, to, from]."""
+    """Covariances of keys, E[u u^T] and the sums of E[q q^T] of an attention like Llama's, in loops.
+
+    `allowed` is [rows, to, from].
+    """
     width = attention.head_dim
     q, k, v = (
         one(x).unflatten(-1, (-1, width)).transpose(1, 2).detach()
@@ -64,13 +72,15 @@ def by_hand(attention, x, angles, allowed, counts, groups):
             seen += 1
             for group in range(groups):
                 own = range(group * size, group * size + size)
-                stacked = torch.cat([k[row, head, to] for head in own])
-                found["keys"][group] += torch.outer(stacked, stacked)
                 for head in range(group * size * each, (group + 1) * size * each):
                     scores = keys[row, head // each] @ turned[row, head, to] / math.sqrt(width)
                     share = scores.masked_fill(~allowed[row, to], -math.inf).softmax(0)
                     given = torch.cat([share @ v[row, other] for other in own])
                     found["values"][group] += torch.outer(given, given) / (size * each)
+                    mean = torch.cat([share @ keys[row, other] for other in own])
+                    for of, weight in enumerate(share):
+                        apart = torch.cat([keys[row, other, of] for other in own]) - mean
+                        found["keys"][group] += weight * torch.outer(apart, apart) / (size * each)
                     queries[head // each] += torch.outer(q[row, head, to], q[row, head, to])
     shape = (groups, size, width, size, width)
     return (found["keys"] / seen).view(shape), (found["values"] / seen).view(shape), queries / seen
@@ -94,6 +104,43 @@ def test_they_are_those_of_attention_computed_by_hand(family, attention, groups)
             assert one.dtype == torch.float64
             close = 1e-5 if attention == "eager" else 1e-8  # of which the softmax is in float32
             torch.testing.assert_close(one, other, rtol=close, atol=close)
+
+
+@pytest.mark.daily("t5", "codegen", "bloom")
+@pytest.mark.parametrize("family", sorted({*ZOO, "gemma2", "gpt_oss"} - {"albert", "xglm"}))  # one module; no float64
+def test_they_are_those_of_the_weights_that_the_models_own_code_returns(family, monkeypatch):
+    monkeypatch.setitem(
+        EXTRA,
+        "gpt_oss",
+        {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8, "experts_implementation": "eager"},
+    )  # with sinks
+    model, places = case(family, attn_implementation="eager")
+    inputs, calls, function_of = small_inputs(model, length=7), {}, ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def noted(function):
+        def call(module, query, key, value, *args, **more):
+            output, weights = function(module, query, key, value, *args, **more)
+            calls[module] = weights, key, value
+            return output, weights
+
+        return call
+
+    found = moments_of(model, places, dict.fromkeys(places, 2), [Run(lambda: model(**inputs), {})])
+    monkeypatch.setattr(ALL_ATTENTION_FUNCTIONS, "get_interface", lambda *names: noted(function_of(*names)))
+    with torch.no_grad():
+        model(**inputs)
+    seen = {name: calls[module] for name in places for module in model.get_submodule(name).modules() if module in calls}
+    source = inspect.getsource(sys.modules[type(model).__module__])  # in transformers 5.16, fewer families call the interface
+    assert (set(seen) == set(places)) == ("ALL_ATTENTION_FUNCTIONS" in source)
+    for name, (weights, keys, values) in seen.items():
+        heads, queries = places[name].kv_heads, weights.shape[1] // 2
+        keys, values = (tensor[:, :: tensor.shape[1] // heads] for tensor in (keys, values))
+        for group in range(2):
+            share, own = weights[:, group * queries : (group + 1) * queries], slice(group * heads // 2, (group + 1) * heads // 2)
+            torch.testing.assert_close(found[name].keys[group], covariance(share, keys[:, own]), rtol=1e-4, atol=1e-5)
+            given = torch.einsum("bhts,bjsc->bhtjc", share, values[:, own]).flatten(0, 2)
+            products = torch.einsum("tia,tjb->iajb", given, given) / len(given)
+            torch.testing.assert_close(found[name].values[group], products, rtol=1e-4, atol=1e-5)
 
 
 def test_padding_does_not_count_and_is_not_attended_to():
@@ -130,6 +177,13 @@ def test_batches_and_ranks_add_up(family):
             close(found[name], whole[name])
 
 
+def covariance(share, keys):
+    """That of keys, [rows, heads, from, width], under the attention weights of queries, [rows, query heads, to, from]."""
+    mean = torch.einsum("bhts,bisa->bhtia", share, keys)
+    both = torch.einsum("bhts,bisa,bjsc->bhtiajc", share, keys, keys) - torch.einsum("bhtia,bhtjc->bhtiajc", mean, mean)
+    return both.flatten(0, 2).mean(0)
+
+
 def test_a_cross_attention_sees_what_the_encoder_gives_and_which_of_it_counts():
     model, places = case("bart")
     ids, mask = tokens(2, 7), torch.arange(7).expand(2, 7) < torch.tensor([[7], [4]])
@@ -147,13 +201,12 @@ def test_a_cross_attention_sees_what_the_encoder_gives_and_which_of_it_counts():
     q, k, v = (
         one(z).unflatten(-1, (4, -1)).transpose(1, 2).detach() for one, z in ((own.q_proj, x), (own.k_proj, y), (own.v_proj, y))
     )
-    keys = torch.stack([k[row, :, at] for row in range(2) for at in range(7) if mask[row, at]])  # [tokens, heads, width]
     share = (q @ k.transpose(2, 3) / math.sqrt(own.head_dim)).masked_fill(~mask[:, None, None], -math.inf).softmax(-1)
     queries = torch.einsum("bhta,bhtc->hac", q, q) / 10
     torch.testing.assert_close(found.queries, queries)
     for group in range(2):
         pair = [2 * group, 2 * group + 1]
-        torch.testing.assert_close(found.keys[group], torch.einsum("tia,tjb->iajb", keys[:, pair], keys[:, pair]) / len(keys))
+        torch.testing.assert_close(found.keys[group], covariance(share[:, pair], k[:, pair]))
         given = torch.einsum("bhts,bjsc->bhtjc", share[:, pair], v[:, pair]).flatten(0, 2)
         torch.testing.assert_close(found.values[group], torch.einsum("tia,tjb->iajb", given, given) / len(given))
 
@@ -161,17 +214,22 @@ def test_a_cross_attention_sees_what_the_encoder_gives_and_which_of_it_counts():
 def test_a_module_that_runs_in_every_layer_is_seen_in_every_layer():
     model, places = case("albert")
     (place,) = places.values()
-    seen = []
-    key = model.get_submodule(place.k.linear)
-    hook = key.register_forward_hook(lambda _, args, output: seen.append(output.flatten(0, 1)))
+    seen = {place.k.linear: [], place.q.linear: []}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: seen[name].append(output))
+        for name in seen
+    ]
     run = trial(model, tokens(2, 6))
     with torch.no_grad():
         run.forward()
-    hook.remove()
-    assert len(seen) == 2
-    keys = torch.cat(seen).unflatten(1, (2, 4, 4))
+    for hook in hooks:
+        hook.remove()
+    q, k = (torch.cat(seen[rows.linear]).unflatten(2, (8, 4)).transpose(1, 2) for rows in (place.q, place.k))
+    assert len(k) == 2 * 2
+    share = (q @ k.transpose(2, 3) / 2).softmax(-1)
     found = moments_of(model, places, {place.name: 2}, [run])[place.name]
-    torch.testing.assert_close(found.keys, torch.einsum("tgia,tgjb->giajb", keys, keys) / len(keys))
+    expected = torch.stack([covariance(share[:, group], k[:, group]) for group in (slice(0, 4), slice(4, 8))])
+    torch.testing.assert_close(found.keys, expected)
 
 
 @pytest.mark.parametrize("dtype", ["autocast", "bfloat16"])
@@ -191,12 +249,6 @@ def test_in_bfloat16_sums_are_not_rounded(dtype):
             one, other = getattr(found[name], part), getattr(exact[name], part)
             assert one.dtype == torch.float64
             assert (one - other).norm() < 0.03 * other.norm()
-    one = next(iter(places.values()))  # of the first keys, whose inputs are what they are
-    x = model.model.layers[0].input_layernorm(model.model.embed_tokens(ids)).detach()
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-        keys = model.get_submodule(one.k.linear)(x).detach().flatten(0, 1).double().unflatten(1, (2, 2, 8))
-    expected = torch.einsum("tgia,tgjb->giajb", keys, keys) / len(keys)
-    torch.testing.assert_close(found[one.name].keys, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_model_stays_as_it_is_and_gives_what_it_gave():
@@ -250,15 +302,17 @@ def test_refusals_name_the_attention():
 
 
 @pytest.mark.parametrize("numbers", [(4, 2, 1), (3, 2), (6, 2)])
-def test_several_numbers_of_groups_at_once_are_as_each_alone(numbers):
+def test_several_numbers_of_groups_at_once_are_as_each_alone(numbers, monkeypatch):
     heads = math.lcm(*numbers)
     model, places = case(heads=heads)
     model, calls = model.double(), []
     trials = [trial(model, tokens(2, 7)), trial(model, tokens(1, 5))]
-    first = next(iter(places))
-    model.get_submodule(places[first].v.linear).register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS, "sdpa", lambda *args, **more: calls.append(1) or sdpa_attention_forward(*args, **more)
+    )
     found = gather(model, places, dict.fromkeys(places, numbers), trials)
-    assert len(calls) == 2 * heads // math.gcd(*numbers)
+    size = heads // math.gcd(*numbers)  # own values once, those of others and keys of all, and once for the sums of weights
+    assert len(calls) == 2 * len(places) * (1 + (size - 1) + size + 1)
     for number in numbers:
         alone = moments_of(model, places, dict.fromkeys(places, number), trials)
         for name in places:

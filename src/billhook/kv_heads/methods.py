@@ -224,7 +224,9 @@ class SVD(Reconstructing):
 
     A consumer r of head j computes r^H k_j, and then r^H B_j kbar. The sum over consumers of the mean square difference is
     E||S_j (k_j - B_j kbar)||^2, S_j^2 = sum of E[r r^H]. The consumers of values are the rows of W_O. Those of keys are queries,
-    treated as independent of the keys and, for rotary pairs, at any angle.
+    treated as independent of the keys and, for rotary pairs, at any angle. E weighs a token by the attention that it gets, and
+    keys are relative to the mean key that a query sees: with score changes d and attention weights p, KL(p || p') is about
+    1/2 sum over s of p_s (d_s - sum p d)^2.
 
     Stack these over the heads, T = [S_1 k_1; ...; S_J k_J]. Any choice of B and P replaces T by [S_j B_j]_j kbar, of rank w. The
     nearest such approximation is U U^H T, where the columns of U are the w first eigenvectors of E[T T^H] = [S_i E[k_i k_j^H]

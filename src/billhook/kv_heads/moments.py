@@ -6,7 +6,7 @@ Their covariance on data, or as the weights alone predict.
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,10 +19,12 @@ from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.passes import SideBySide
 from billhook.engine.state import evaluating_without_grad, full_precision, overridden, replaced
 from billhook.engine.store import store_of
+from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import copy_cache
 from billhook.kv_heads.layout import HeadTensors, Projections, moved_values
 from billhook.linalg import float64_device
 from billhook.model.repeat_kv import repeat_layout_of
+from billhook.model.transformers_internals import attention_functions_as
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +34,11 @@ class Moments:
     They are separate from the float32 Gram matrices of linear layers, because bases need float64 for each group of heads.
 
     Attributes:
-        keys: E[k_i k_j^T], the mean over tokens, `[groups, heads, width, heads, width]`.
-        values: The same of values as the query heads of the group receive them: with a_t the attention weights of query head h,
-            E[u_i u_j^T], u_i = sum over t of a_t v_i,t, the mean over tokens and over the query heads h of the group.
+        keys: Covariance of rotated keys z under the attention weights p of a query, `[groups, heads, width, heads, width]`: the
+            sum over s of p_s (z_i,s - m_i) (z_j,s - m_j)^T, m = sum over s of p_s z_s, the mean over tokens and over the query
+            heads of the group. Only differences between keys that a query attends to change its attention weights.
+            E[k_i k_j^T] if the module calls no attention function of transformers.
+        values: Second moments of values as queries receive them, E[u_i u_j^T], u = sum over s of p_s v_s, the same mean.
         queries: The sum of E[q q^T] over the query heads of each KV head, `[KV heads, width, width]`.
     """
 
@@ -45,7 +49,7 @@ class Moments:
     def in_order(self, order: Sequence[int], groups: int) -> "Moments":
         """Regroups the Gram matrices of all heads into several groups of reordered heads.
 
-        For keys and queries this equals `gather` on the reordered model. Values keep the attention of all query heads of the
+        For queries this equals `gather` on the reordered model. Keys and values keep the attention of all query heads of the
         module, not only those of their group.
         """
         heads = torch.tensor(order).reshape(groups, -1)
@@ -74,14 +78,14 @@ def gather(
 ) -> dict[str, dict[int, Moments]]:
     """Returns the Gram matrices of attention modules, by name and number of groups.
 
-    Groups consist of consecutive KV heads. Keys and queries are recorded before a rotary embedding. Values depend on the
-    attention weights, so each attention module runs once more for each other head of a group, with that head's values. It runs
-    only as often as the smallest number of groups needs, if the other numbers are multiples of it.
+    Groups consist of consecutive KV heads. Keys and values depend on attention weights, which the model's own attention function
+    applies to them, in any implementation: with groups of J heads it is called 2 J - 1 more times per batch, and differentiated
+    once. A module that calls no function of transformers' attention interface runs J times instead, with the values of each
+    other head. Both happen only as often as the smallest number of groups needs, if the other numbers are multiples of it.
 
-    With groups of J heads, each attention module runs J times per batch. Memory: 2 G (J w)^2 + H w^2 float64 numbers per
-    attention module, for G groups and H = G J heads of width w. For Llama-7B (H = 32, w = 128, 32 attention modules) that is 1.2
-    GB for G = 8, and 8.7 GB for G = 1, which a choice of groups needs. Within an attention module, 2048 tokens take another 0.13
-    GB and 1.1 GB. Several numbers of groups add up.
+    Memory: 2 G (J w)^2 + H w^2 float64 numbers per attention module, for G groups and H = G J heads of width w. For Llama-7B
+    (H = 32, w = 128, 32 attention modules) that is 1.2 GB for G = 8, and 8.7 GB for G = 1, which a choice of groups needs.
+    Within an attention module, 2048 tokens take another 0.13 GB and 1.1 GB. Several numbers of groups add up.
     """
     log_only_self_generated([trial.source for trial in trials])
     listening = MomentPass(model, projections, groups, trials, comm)
@@ -144,7 +148,7 @@ class MomentSums:
         self.keys = {number: zeros(number, keys // number, keys // number) for number in groups}
         self.values = {number: zeros(number, values // number, values // number) for number in groups}
         self.queries = zeros(self.kv_heads, keys // self.kv_heads, keys // self.kv_heads)
-        self.tokens = zeros(3)  # of which keys, values (as one head attends to them), queries were seen
+        self.tokens = zeros(3)  # that gave keys and values, as each query head of a KV head attends to them, and queries
 
     def tensors(self) -> list[Tensor]:
         """Returns the sums themselves, to be reduced over ranks in place."""
@@ -158,7 +162,7 @@ class MomentSums:
         moments, queries = {}, self.queries / of_queries
         for number in self.keys:
             size = self.kv_heads // number
-            means = self.keys[number] / of_keys, self.values[number] / (of_values * size)
+            means = self.keys[number] / (of_keys * size), self.values[number] / (of_values * size)
             if not all(bool(mean.isfinite().all()) for mean in (*means, queries)):
                 raise ValueError(f"batches: {name} gives NaN or infinite values")
             keys, values = (mean.view(number, size, mean.shape[1] // size, size, -1) for mean in means)
@@ -168,6 +172,30 @@ class MomentSums:
 
 class StopForward(BaseException):
     """Ends the forward pass of an attention module at the consumer layer of its heads."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """A call of an attention function, which can be repeated with other values."""
+
+    function: Callable[..., tuple[Tensor, Any]]
+    module: nn.Module
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    options: Mapping[str, Any]
+    output: Tensor
+
+    def attend(self, values: Tensor) -> Tensor:
+        """Returns the sums of values, `[examples, KV heads, tokens, width]`, that each query head attends to."""
+        return self.function(self.module, self.query, self.key, values, **self.options)[0]
+
+    def differentiable(self) -> "AttentionCall":
+        """Returns the call with copies of tensors of inference mode, which autograd cannot save."""
+        query, key, options = tree_map_only(
+            Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, (self.query, self.key, self.options)
+        )
+        return replace(self, query=query, key=key, options=options)
 
 
 class _Listener:
@@ -182,8 +210,12 @@ class _Listener:
         self._device = next(model.parameters()).device if weight.is_meta else weight.device
         self._sums: MomentSums | None = None  # made at the first call, as those of other blocks have gone by then
         self.masks: Callable[[], Mapping[str, Tensor]] = dict
-        self._read: list[Tensor] | None = None  # what the linear behind the heads is given, once for each shift
-        self._unshifted = False
+        self._inside = set(model.get_submodule(projections.name).modules())
+        self._weighted: bool | None = None  # whether by the weights of an attention function, as the first call tells
+        self._observing = False
+        self._keys: Tensor | None = None  # of the current call, `[tokens, KV heads * width]`
+        self._read: list[Tensor] | None = None  # inputs of the consumer layer in the current call, once for each shift of values
+        self._calls: list[AttentionCall] = []
 
     def summed(self) -> MomentSums:
         """Returns the sums, zero if the attention module was not called."""
@@ -204,69 +236,144 @@ class _Listener:
             yield
 
     def _visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Runs the forward pass with the values of each other head of the group, and unchanged."""
-        self._read, size, rows = [], self._size, self._projections.v
-        linear, heads = self._model.get_submodule(rows.linear), range(self._projections.kv_heads)
-        for shift in range(1, size):
-            moved = moved_values(linear, rows, [head // size * size + (head + shift) % size for head in heads])
-            with replaced({linear: moved}), suppress(StopForward):
-                forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
-        self._unshifted = True
+        """Runs the forward pass, and adds its keys and values."""
+        again = [copy_cache(value) for value in args], {name: copy_cache(value) for name, value in kwargs.items()}
+        self._read, self._calls, self._observing = [], [], True
         try:
-            return forward(*args, **kwargs)
+            with attention_functions_as(self._called):
+                output = forward(*args, **kwargs)
+            self._observing = False
+            if self._read:
+                own = self._read[0]
+                self._weighted = self._is_weighted(own) if self._weighted is None else self._weighted
+                self._add_weighted(self._calls[0], own) if self._weighted else self._add_shifted(forward, *again)
         finally:
-            self._unshifted, self._read = False, None
+            self._keys, self._read, self._calls, self._observing = None, None, [], False
+        return output
+
+    def _called(
+        self,
+        function: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Notes a call of an attention function by this module; other threads may run other modules."""
+        options["attention_mask"] = attention_mask
+        result = function(module, query, key, value, **options)
+        if module in self._inside:
+            self._calls.append(AttentionCall(function, module, query, key, value, options, result[0]))
+        return result
 
     def _projected(self, linear: str, module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        """Adds keys or queries, or both if a linear layer produces them."""
-        if not self._unshifted:
+        """Adds queries, and notes keys."""
+        if not self._observing:
             return
-        if (handing := repeat_layout_of(module)) is not None:
-            output = handing.undo_repeat(output)
+        if (layout := repeat_layout_of(module)) is not None:
+            output = layout.undo_repeat(output)
         outputs, projections, sums = self._tokens_that_count(output, linear), self._projections, self.summed()
-        with full_precision():
-            if linear == projections.k.linear:
-                for number, total in sums.keys.items():
-                    _add_products(total, outputs[:, projections.k.index.reshape(number, -1)].transpose(0, 1))
-                sums.tokens[0] += len(outputs)
-            if linear == projections.q.linear:
-                index = projections.q.index.reshape(sums.kv_heads, -1, sums.queries.shape[1])
-                _add_products(sums.queries, outputs[:, index].transpose(0, 1).flatten(1, 2))
-                sums.tokens[2] += len(outputs)
+        if linear == projections.k.linear:
+            self._keys = outputs[:, projections.k.index.flatten()]
+        if linear == projections.q.linear:
+            index = projections.q.index.reshape(sums.kv_heads, -1, sums.queries.shape[1])
+            _add_products(sums.queries, outputs[:, index].transpose(0, 1).flatten(1, 2))
+            sums.tokens[2] += len(outputs)
 
     def _attended(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         projections = self._projections
         if self._read is None:
             raise ValueError(f"{projections.name} is not called as a module, so its values cannot be recorded")
+        if self._observing and self._read:
+            raise ValueError(f"{projections.name} reads its heads several times in one call, so its values cannot be recorded")
         index = projections.o.index.reshape(self._fewest, self._size, projections.queries, -1)
         self._read.append(self._tokens_that_count(args[0], projections.o.linear)[:, index])
-        if not self._unshifted:
+        if not self._observing:
             raise StopForward
-        if len(self._read) != self._size:
-            raise ValueError(f"{projections.name} reads its heads several times in one call, so its values cannot be recorded")
-        shifts, sums = [self._read[-1], *self._read[:-1]], self.summed()  # the attention as it is comes last
-        with full_precision():  # whatever the fit has set
-            for number, total in sums.values.items():
-                self._add_values(total, projections.kv_heads // number, shifts)
-            sums.tokens[1] += shifts[0].shape[0] * projections.queries
-        self._read = []
 
-    def _add_values(self, total: Tensor, size: int, shifts: Sequence[Tensor]) -> None:
-        """Adds products of the values, as each head of the group attends to them."""
-        for head in range(self._size):  # whose query heads attend
-            first = head // size * size
-            values = [shifts[(other - head) % self._size][:, :, head] for other in range(first, first + size)]
-            stacked = torch.stack(values, 3)  # [tokens, fewest groups, query heads, values of, width]
-            flat = stacked.transpose(0, 1).reshape(self._fewest, -1, total.shape[1])
-            _add_products(total.view(self._fewest, -1, *total.shape[1:])[:, head // size], flat)
+    def _is_weighted(self, read: Tensor) -> bool:
+        """Returns True if the module called one attention function, and the consumer layer read its output."""
+        if len(self._calls) != 1:
+            return False
+        (call,), projections = self._calls, self._projections
+        if call.query.shape[1] != len(projections.q.index) or call.key.shape[3] != projections.k.index.shape[1]:
+            return False
+        same = math.prod(call.output.shape[2:]) == math.prod(read.shape[1:])
+        return same and torch.equal(self._by_group(call.output), read)
+
+    def _by_group(self, output: Tensor) -> Tensor:
+        """Returns what query heads attend to, `[tokens, groups, heads, queries, width]`."""
+        rows = self._tokens_that_count(output.flatten(2), self._projections.o.linear)
+        return rows.reshape(len(rows), self._fewest, self._size, self._projections.queries, output.shape[3])
+
+    def _add_weighted(self, call: AttentionCall, own: Tensor) -> None:
+        """Adds keys and values by the attention weights of a call, whose output is the first of them."""
+        kv_heads, sums = self._projections.kv_heads, self.summed()
+        examples, _, tokens, _ = call.key.shape
+        repeats = call.key.shape[1] // kv_heads  # of heads that the module has repeated for their queries
+
+        def shifts(heads: Tensor) -> list[Tensor]:
+            grouped_heads = heads[:, ::repeats].reshape(examples, self._fewest, self._size, tokens, -1)
+            moved = (grouped_heads.roll(-shift, 2).flatten(1, 2) for shift in range(1, self._size))
+            return [self._by_group(call.attend(heads.repeat_interleave(repeats, 1))) for heads in moved]
+
+        self._add_received(sums.values, [own, *shifts(call.value)])
+        # a constant changes no covariance unless weights do not add up to 1, and large sums would be rounded more
+        constant = 0 if call.options.get("s_aux") is not None else call.key.mean((0, 2), keepdim=True)
+        keys = call.key - constant
+        self._add_received(sums.keys, [self._by_group(call.attend(keys)), *shifts(keys)], -1)
+        with torch.inference_mode(False), torch.enable_grad():  # the gradient of the sum over queries is the sum of their weights
+            values = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device, requires_grad=True)
+            (weights,) = torch.autograd.grad(self._by_group(call.differentiable().attend(values))[..., 0].sum(), values)
+        weights = weights[..., 0].to(own.dtype).reshape(examples, kv_heads, repeats, tokens).sum(2)
+        keys = keys[:, ::repeats].to(own.dtype)
+        for number, total in sums.keys.items():
+            of_group = weights.reshape(examples, number, -1, tokens).sum(2)
+            by_group = keys.reshape(examples, number, kv_heads // number, tokens, -1)
+            rows = by_group.transpose(2, 3).flatten(3)  # [examples, groups, tokens, heads * width]
+            _add_products(total, (rows * of_group.clamp_min(0).sqrt()[..., None]).transpose(0, 1).flatten(1, 2))
+        sums.tokens[:2] += len(own) * self._projections.queries
+
+    def _add_shifted(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Adds keys, and values as further forward passes give them, with those of each other head of the group."""
+        projections, sums, size = self._projections, self.summed(), self._size
+        linear, heads = self._model.get_submodule(projections.v.linear), range(projections.kv_heads)
+        for shift in range(1, size):
+            moved = moved_values(linear, projections.v, [head // size * size + (head + shift) % size for head in heads])
+            with replaced({linear: moved}), suppress(StopForward):
+                forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
+        read = self._read or []
+        self._add_received(sums.values, read)
+        if self._keys is not None:
+            for number, total in sums.keys.items():
+                queries = projections.queries * projections.kv_heads // number
+                _add_products(
+                    total, self._keys.reshape(len(self._keys), number, self._keys.shape[1] // number).transpose(0, 1), queries
+                )
+            sums.tokens[0] += len(self._keys) * projections.queries
+        sums.tokens[1] += len(read[0]) * projections.queries
+
+    def _add_received(self, totals: Mapping[int, Tensor], shifts: Sequence[Tensor], sign: int = 1) -> None:
+        """Adds products of what query heads receive from each head of their group; a shift is the distance of that head."""
+        for number, total in totals.items():
+            size = self._projections.kv_heads // number
+            for head in range(self._size):  # whose query heads attend
+                first = head // size * size
+                received = [shifts[(other - head) % self._size][:, :, head] for other in range(first, first + size)]
+                stacked = torch.stack(received, 3)  # [tokens, fewest groups, query heads, heads, width]
+                flat = stacked.transpose(0, 1).reshape(self._fewest, -1, total.shape[1])
+                _add_products(total.view(self._fewest, -1, *total.shape[1:])[:, head // size], flat, sign)
 
     def _tokens_that_count(self, tensor: Tensor, linear: str) -> Tensor:
         """Returns the non-padding tokens as rows, in float32 or wider."""
-        tensor, mask = tensor.detach().flatten(0, -2), self.masks().get(linear)
+        tensor, mask = tensor.flatten(0, -2), self.masks().get(linear)
         if mask is not None and mask.numel() == len(tensor):
-            tensor = tensor[mask.flatten()]
+            tensor = tensor[mask.flatten().clone()]  # autograd may save it, and it may come from inference mode
         return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _add_products(total: Tensor, values: Tensor) -> None:
-    total.add_((values.mT @ values).to(total.device))
+def _add_products(total: Tensor, values: Tensor, factor: int = 1) -> None:
+    with full_precision():  # whatever the training run has set
+        total.add_((values.mT @ values).to(total.device), alpha=factor)

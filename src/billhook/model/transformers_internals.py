@@ -1,12 +1,17 @@
 """Private names of transformers, whose existence a test checks."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from billhook.engine.loader_internals import LOADED
+from billhook.engine.state import overridden
 from billhook.model.config_fields import configs_of
 
 ATTENTION = "_attn_implementation_internal"
@@ -26,6 +31,14 @@ def attention_of(config: PretrainedConfig) -> str | None:
 def set_attention(config: PretrainedConfig, implementation: str) -> None:
     """Sets the attention implementation, also to custom ones."""
     config._attn_implementation = implementation
+
+
+@contextmanager
+def attention_functions_as(wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Calls the wrapper with the attention function and its arguments, within the context."""
+    function_of = ALL_ATTENTION_FUNCTIONS.get_interface
+    with overridden(ALL_ATTENTION_FUNCTIONS, get_interface=lambda *names: partial(wrapper, function_of(*names))):
+        yield
 
 
 def has_sdpa(kind: type[nn.Module]) -> bool:

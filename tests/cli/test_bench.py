@@ -97,7 +97,7 @@ def test_what_is_assumed_or_missing_is_said(tmp_path, capsys, monkeypatch):
     transformers.Qwen3MoeConfig(**sizes, architectures=["Qwen3MoeForCausalLM"]).save_pretrained(tmp_path / "moe")
     bench(tmp_path / "bert", tmp_path / "moe", "--random", *QUICK)
     printed = capsys.readouterr().out
-    assert "prefill only: bert predicts no next token" in printed
+    assert "prefill only, without next-token prediction: bert" in printed
     assert "decode " not in printed
     assert "ideal: all experts of moe count as read in each step" in printed
 

@@ -268,7 +268,7 @@ def _notes(
         if _experts(model):
             mixtures.append(name)
     if no_decoding:
-        lines.append(f"prefill only: {', '.join(no_decoding)} predicts no next token")
+        lines.append(f"prefill only, without next-token prediction: {', '.join(no_decoding)}")
     if any(row.peak_bytes is None for row in rows):
         lines.append("peak MB: not available on this system")
     elif models[0].device.type == "cpu":

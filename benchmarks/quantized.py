@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/quantized.py MODEL DATA WORK --out quantized.md --plot quantized.png
 
-The pruned models are made in WORK: `bh.shrink` and `bh.convert_kv_heads` with repair, on 12 windows of 512 tokens of each of two
-texts and 8 that the model generates (a quarter of those in `shrink.py`). Each model is written as a GGUF file of F16 and
-quantized by llama.cpp, without an importance matrix. Perplexity is llama.cpp's own, of the windows of `measured.py` (16 of
+The pruned models are made in WORK, with repair, on 12 windows of 512 tokens of each of two texts and 8 that the model
+generates (a quarter of those in `shrink.py`): uniform ones lose MLP channels, non-uniform ones what `bh.shrink` chooses without
+an evolutionary search, and the last KV heads (`bh.convert_kv_heads`). Each model is written as a GGUF file of F16 and quantized
+by llama.cpp, without an importance matrix. Perplexity is llama.cpp's own, of the windows of `measured.py` (16 of
 FOLDOC's test text, 32 of WikiText-2's, 512 tokens each). Prefill (480 tokens) and decoding (63 tokens) are measured in
 interleaved rounds on one thread, as ratios to the dense model in F16 in the same round. WORK keeps every result, so that an
 interrupted run goes on; `--speed` measures speeds alone, once all perplexities are there, since they need a quiet machine.
@@ -29,10 +30,10 @@ from billhook.serving.written import write_gguf
 MODELS = {
     "dense": None,
     "1 of 3 KV heads": None,
-    "85 %, uniform": {"budget": bh.Budget(params=0.85)},
-    "85 %, non-uniform": {"budget": bh.Budget(params=0.85), "layers": "free"},
-    "71 %, uniform": {"budget": bh.Budget(params=0.71)},
-    "71 %, non-uniform": {"budget": bh.Budget(params=0.71), "layers": "free", "search": bh.Search(generations=0)},
+    "85 %, uniform": bh.Amount(params=0.85, kv_heads=0.0),
+    "85 %, non-uniform": bh.Budget(params=0.85),
+    "71 %, uniform": bh.Amount(params=0.71, kv_heads=0.0),
+    "71 %, non-uniform": bh.Budget(params=0.71),
 }
 KINDS = {name: ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M") if name == "dense" else ("F16", "Q8_0", "Q4_K_M") for name in MODELS}
 COLUMNS = ["model", "weights", "MB", "FOLDOC", "WikiText-2", "prefill", "decoding", "KV bytes per token"]
@@ -48,10 +49,16 @@ def folder_of(options, name):
         torch.manual_seed(0)
         model = bh.load(str(options.model), dtype="float32")
         batches = calibration(options, model, 12, 8)
-        if MODELS[name] is None:
+        amount = MODELS[name]
+        if amount is None:
             bh.convert_kv_heads(model, 1, "svd", batches, repair=bh.RepairConfig())
+        elif isinstance(amount, bh.Amount):
+            plan = bh.plan(model, bh.OBS(), batches, amount=amount)
+            bh.apply(model, plan, weights=bh.repair(model, plan, batches))
+            print(plan, flush=True)
         else:
-            print(bh.shrink(model, batches=batches, variant_cache=options.work / "variants", **MODELS[name]), flush=True)
+            cache, search = options.work / "variants", bh.Search(generations=0)
+            print(bh.shrink(model, amount, batches, layers="free", search=search, variant_cache=cache), flush=True)
         bh.save(model, folder, AutoTokenizer.from_pretrained(options.model))
     return folder
 
@@ -120,8 +127,8 @@ def draw(results, plot):
         sizes = [result["bytes"] / 1e6 for _, result in points]
         losses = [math.sqrt(math.prod(result[text] / dense[text] for text in TESTS)) for _, result in points]
         axes.plot(sizes, losses, "o-", label=name, linewidth=2.5 if name == "dense" else 1.2)
-        for (kind, _), size, loss in zip(points, sizes, losses, strict=True):
-            axes.annotate(kind, (size, loss), textcoords="offset points", xytext=(4, 4), fontsize=6)
+        for number, ((kind, _), size, loss) in enumerate(zip(points, sizes, losses, strict=True)):
+            axes.annotate(kind, (size, loss), textcoords="offset points", xytext=(4, 4 if number % 2 else -9), fontsize=6)
     axes.set(xlabel="MB on disk", ylabel="perplexity relative to the dense model in F16\n(geometric mean of two texts)")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -244,9 +244,9 @@ class _Listener:
                 output = forward(*args, **kwargs)
             self._observing = False
             if self._read:
-                own = self._read[0]
-                self._weighted = self._is_weighted(own) if self._weighted is None else self._weighted
-                self._add_weighted(self._calls[0], own) if self._weighted else self._add_shifted(forward, *again)
+                unshifted = self._read[0]
+                self._weighted = self._is_weighted(unshifted) if self._weighted is None else self._weighted
+                self._add_weighted(self._calls[0], unshifted) if self._weighted else self._add_shifted(forward, *again)
         finally:
             self._keys, self._read, self._calls, self._observing = None, None, [], False
         return output
@@ -308,7 +308,7 @@ class _Listener:
         rows = self._tokens_that_count(output.flatten(2), self._projections.o.linear)
         return rows.reshape(len(rows), self._fewest, self._size, self._projections.queries, output.shape[3])
 
-    def _add_weighted(self, call: AttentionCall, own: Tensor) -> None:
+    def _add_weighted(self, call: AttentionCall, unshifted: Tensor) -> None:
         """Adds keys and values by the attention weights of a call, whose output is the first of them."""
         kv_heads, sums = self._projections.kv_heads, self.summed()
         examples, _, tokens, _ = call.key.shape
@@ -319,7 +319,7 @@ class _Listener:
             moved = (grouped_heads.roll(-shift, 2).flatten(1, 2) for shift in range(1, self._size))
             return [self._by_group(call.attend(heads.repeat_interleave(repeats, 1))) for heads in moved]
 
-        self._add_received(sums.values, [own, *shifts(call.value)])
+        self._add_received(sums.values, [unshifted, *shifts(call.value)])
         # a constant changes no covariance unless weights do not add up to 1, and large sums would be rounded more
         constant = 0 if call.options.get("s_aux") is not None else call.key.mean((0, 2), keepdim=True)
         keys = call.key - constant
@@ -327,14 +327,14 @@ class _Listener:
         with torch.inference_mode(False), torch.enable_grad():  # the gradient of the sum over queries is the sum of their weights
             values = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device, requires_grad=True)
             (weights,) = torch.autograd.grad(self._by_group(call.differentiable().attend(values))[..., 0].sum(), values)
-        weights = weights[..., 0].to(own.dtype).reshape(examples, kv_heads, repeats, tokens).sum(2)
-        keys = keys[:, ::repeats].to(own.dtype)
+        weights = weights[..., 0].to(unshifted.dtype).reshape(examples, kv_heads, repeats, tokens).sum(2)
+        keys = keys[:, ::repeats].to(unshifted.dtype)
         for number, total in sums.keys.items():
             of_group = weights.reshape(examples, number, -1, tokens).sum(2)
             by_group = keys.reshape(examples, number, kv_heads // number, tokens, -1)
             rows = by_group.transpose(2, 3).flatten(3)  # [examples, groups, tokens, heads * width]
             _add_products(total, (rows * of_group.clamp_min(0).sqrt()[..., None]).transpose(0, 1).flatten(1, 2))
-        sums.tokens[:2] += len(own) * self._projections.queries
+        sums.tokens[:2] += len(unshifted) * self._projections.queries
 
     def _add_shifted(self, forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Adds keys, and values as further forward passes give them, with those of each other head of the group."""

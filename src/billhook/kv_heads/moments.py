@@ -237,7 +237,9 @@ class _Listener:
 
     def _visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs the forward pass, and adds its keys and values."""
-        again = [copy_cache(value) for value in args], {name: copy_cache(value) for name, value in kwargs.items()}
+        again: tuple[Sequence[Any], Mapping[str, Any]] = [], {}  # the arguments, if the forward pass may have to run once more
+        if not self._weighted:
+            again = [copy_cache(value) for value in args], {name: copy_cache(value) for name, value in kwargs.items()}
         self._read, self._calls, self._observing = [], [], True
         try:
             with attention_functions_as(self._called):

@@ -37,6 +37,15 @@ FAMILIES = {
 }
 
 
+def longrope(length: int = 128) -> dict[str, object]:
+    """Permuted and repeated rotary frequencies of heads of 16, one of them slower and one without positions."""
+    base, order = 10000.0, [3, 0, 7, 1, 6, 6, 5, 4]
+    factors = [base ** ((slot - own) / 8) for own, slot in enumerate(order)]
+    factors[-2:] = [factors[-2] * 3, 1e9]
+    one = {"rope_type": "longrope", "rope_theta": base, "factor": 1.0, "attention_factor": 1.0}
+    return one | {"short_factor": factors, "long_factor": factors, "original_max_position_embeddings": length}
+
+
 def small(family: str, **changes: object) -> PreTrainedModel:
     """A random model of a family."""
     torch.manual_seed(0)

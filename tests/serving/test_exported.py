@@ -13,7 +13,7 @@ from billhook.serving.written import export_gguf
 from kit import serving
 from kit.cli import pytestmark as quiet
 from kit.fits import trainer
-from kit.serving import beside, saved, small
+from kit.serving import beside, longrope, saved, small
 
 pytestmark = [*serving.pytestmark, *quiet, pytest.mark.filterwarnings("ignore:You defined a `validation_step`")]
 IDS = list(range(3, 40))
@@ -71,6 +71,27 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, fast):
     with pytest.raises(ValueError, match="gguf: '.*model' cannot be converted: the folder has no tokenizer"):
         export_gguf(tmp_path / "model", tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_rotary_factors_hold_beyond_the_original_length(tmp_path, fast):
+    folder, out = saved(tmp_path, "llama", rope_parameters=longrope(32), max_position_embeddings=32), tmp_path / "out.gguf"
+    export_gguf(folder, out)
+    read = gguf.GGUFReader(out)
+    (factors,) = [one.data.tolist() for one in read.tensors if one.name == "rope_freqs.weight"]
+    assert factors == pytest.approx(longrope()["short_factor"])
+    assert not any(key.startswith("llama.rope.scaling") for key in read.fields)
+    assert torch.allclose(logits(out), expected(folder), atol=1e-4 * float(expected(folder).abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("qwen3", {}), ("llama", {"long_factor": [1.0] * 8}), ("llama", {"attention_factor": 2.0})],
+    ids=lambda case: case if isinstance(case, str) else next(iter(case), "equal"),
+)
+def test_rotary_factors_that_llama_cpp_would_ignore_are_refused(family, changes, tmp_path, fast):
+    folder = saved(tmp_path, family, rope_parameters=longrope() | changes)
+    with pytest.raises(ValueError, match="cannot be converted: llama.cpp: its converter drops longrope factors, and "):
+        export_gguf(folder, tmp_path / "out.gguf")
 
 
 @pytest.mark.parametrize(

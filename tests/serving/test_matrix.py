@@ -56,12 +56,12 @@ WAYS = [kv_heads, heads, channels, residual, blocks, differ, lora]
 
 TOKENIZER = "llama.cpp's converter cannot read the tokenizer (FileNotFoundError: "
 NO = {
-    ("qwen3", differ): "llama.cpp has no architecture for qwen3 whose layers may differ",
-    ("gemma2", differ): "llama.cpp has no architecture for gemma2 whose layers may differ",
+    ("qwen3", differ): "llama.cpp's architecture deci does not compute qwen3",
+    ("gemma2", differ): "llama.cpp's architecture deci does not compute gemma2",
     (
         "gemma2",
         heads,
-    ): "llama.cpp has no architecture for gemma2 whose layers may differ",  # whose config wants heads that divide its width
+    ): "llama.cpp's architecture deci does not compute gemma2",  # whose config wants heads that divide its width
     ("gemma2", blocks): "from token 17 of 32",  # llama.cpp takes every second layer for one that looks back without limit
 }
 """What llama.cpp cannot run."""

@@ -12,7 +12,7 @@ from billhook.serving.check import ServeResult, serve_check
 from billhook.serving.engine import LlamaCpp
 from billhook.serving.worker import Missing, Worker, WorkerError
 from kit import serving
-from kit.serving import saved
+from kit.serving import longrope, saved
 
 pytestmark = serving.pytestmark
 
@@ -55,6 +55,17 @@ def test_another_activation_than_the_engine_computes(tmp_path, converter):
     assert not found.supported
     assert found.reason.startswith("logits differ by ")
     assert "of 32; greedy tokens differ after " in found.reason
+
+
+@pytest.mark.daily("llama", "qwen2")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "mixtral", "seed_oss", "phi3"])
+def test_each_rotary_frequency_has_its_own_factor(family, tmp_path, converter):
+    changes = {} if family in ("llama", "qwen2", "phi3") else {"head_dim": 16}
+    saved(tmp_path, family, rope_parameters=longrope(), **changes)
+    found = serve_check(tmp_path, converter=converter, tokens=64, new_tokens=8, quantized=())
+    assert found.supported, found
+    assert found.difference < 1e-4
+    assert ("architecture deci" in found.reason) == (family in ("qwen2", "seed_oss"))  # whose own code reads no factors
 
 
 def test_a_window_that_the_engine_does_not_know(tmp_path, converter):

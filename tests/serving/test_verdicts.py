@@ -16,6 +16,7 @@ from billhook.model.meta import read_config
 from billhook.pruning.planning import prune_units
 from billhook.serving.engines import GPUS, Verdict, can_split, engines, grouped, multiple_of, verdicts
 from kit.families import build, llama
+from kit.serving import longrope
 from kit.shaped import uneven_llama
 
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8}
@@ -121,6 +122,23 @@ def test_layers_that_differ_and_that_deci_does_not_compute(change):
     for name, value in change.items():
         setattr(config, name, value)
     assert said("LlamaForCausalLM", config, entry=entry)["llama.cpp"].supported is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "refusing"),
+    [
+        ("LlamaForCausalLM", {}, set()),
+        ("Qwen2ForCausalLM", {}, set()),
+        ("Qwen3ForCausalLM", {}, {"llama.cpp"}),
+        ("MixtralForCausalLM", {}, {"SGLang"}),
+        ("LlamaForCausalLM", {"original_max_position_embeddings": 64}, {"vLLM", "SGLang"}),  # which scale attention then
+        ("LlamaForCausalLM", {"attention_factor": 2.0}, {"llama.cpp"}),
+    ],
+)
+def test_factors_of_rotary_frequencies(kind, changes, refusing):
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
+    config = getattr(transformers, kind).config_class(**sizes, max_position_embeddings=128, rope_parameters=longrope() | changes)
+    assert {engine for engine, one in said(kind, config).items() if not one.supported} == refusing
 
 
 def test_heads_that_are_handed_out(tmp_path):

@@ -1,6 +1,7 @@
 """llama.cpp's converter from Hugging Face folders to GGUF, run with its own gguf-py."""
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -57,7 +58,14 @@ class Converter:
         beside = os.pathsep.join([str(self.path.parent / "gguf-py"), *filter(None, [os.environ.get("PYTHONPATH")])])
         self._worker = Worker("run_converter", [str(self.path)], {"PYTHONPATH": beside, "HF_HUB_OFFLINE": "1"})
 
-    def convert(self, folder: str | Path, out: str | Path, dtype: DType = "f32", vocabulary: bool = True) -> str | None:
+    def convert(
+        self,
+        folder: str | Path,
+        out: str | Path,
+        dtype: DType = "f32",
+        vocabulary: bool = True,
+        factors: Sequence[float] | None = None,
+    ) -> str | None:
         """Writes a folder as a GGUF file.
 
         Args:
@@ -65,6 +73,7 @@ class Converter:
             out: Output file.
             dtype: Data type of matrices.
             vocabulary: If False, writes only the number of tokens; an engine then works with token ids.
+            factors: Divisors of rotary frequencies at all lengths, written if the converter writes none. Defaults to None.
 
         Returns:
             `"gpt-2"` if the converter does not know the tokenizer, and it splits text as GPT-2's does. None otherwise.
@@ -72,7 +81,8 @@ class Converter:
         Raises:
             WorkerError: If the converter fails. The message has the reason.
         """
-        answer: dict[str, Any] = self._worker.ask(folder=str(folder), out=str(out), dtype=dtype, vocabulary=vocabulary)
+        request = {"folder": str(folder), "out": str(out), "dtype": dtype, "vocabulary": vocabulary, "factors": factors}
+        answer: dict[str, Any] = self._worker.ask(**request)
         return answer.get("split")
 
     def __enter__(self) -> Self:

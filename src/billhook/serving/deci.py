@@ -16,9 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook.model.repeat_kv import repeat_layout_of
 from billhook.serving.converter import DType
-from billhook.serving.engines import deci_limitation
+from billhook.serving.engines import deci_limitation, misread
 
-SHAPED = "llama.cpp's converter cannot express its heads and widths"
+SHAPED = "its converter cannot express its heads and widths"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 TYPES: dict[DType, Any] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -41,7 +41,7 @@ class Layer(NamedTuple):
 def unsupported_reason(model: PreTrainedModel) -> str | None:
     """Returns the reason why `deci` cannot compute a model, or None if it can."""
     if (reason := deci_limitation(model.config)) is not None:
-        return f"{SHAPED}, and {reason}"
+        return f"llama.cpp: {misread(type(model).__name__, model.config) or SHAPED}, and {reason}"
     if any(repeat_layout_of(module) is not None for module in model.modules()):
         return "its attention modules store fewer KV heads than their class computes with, which llama.cpp does not support"
     return None

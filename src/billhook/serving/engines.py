@@ -147,19 +147,23 @@ def _unexpressed(entry: Mapping[str, Any], config: PretrainedConfig) -> str:
 def _verdict(engine: Engine, kind: str, config: PretrainedConfig, shape: str, notes: Sequence[str]) -> Verdict:
     review, sizes = engines(), Sizes.of(config)
     sentences, release = review["sentences"], review["releases"][engine]
-    if engine == "llama.cpp" and (shape == DIFFER or (not shape and misreads_heads(config))) and deci_limitation(config) is None:
-        reason = sentences["deci"].format(reason=shape or sentences["instead_of"], release=release)
-        return Verdict(engine, True, reason, tuple(notes))
+    if engine == "llama.cpp" and (why := shape if shape == DIFFER else "" if shape else misread(kind, config)):
+        if limitation := deci_limitation(config):
+            return Verdict(engine, False, f"{why}, and {limitation}")
+        return Verdict(engine, True, sentences["deci"].format(reason=why, release=release), tuple(notes))
     if shape:
         return Verdict(engine, False, sentences["billhook_shape"].format(shape=shape))
     if kind not in review["files"]:
         return Verdict(engine, None, sentences["unknown"].format(kind=kind))
     files, every = review["files"][kind], review["all_models"]
     file = files.get(engine) or every[engine]
-    cited = f"{kind if engine in files else every['class']}, {file} ({release})"
+    runs = kind if engine in files else every["class"]
+    cited = f"{runs}, {file} ({release})"
     if kind in review["computes_head_dim"][engine] and not sizes.splits_hidden_size:
         return Verdict(engine, False, sentences["computes_head_dim"].format(cited=cited, **sizes._asdict()))
     if engine != "llama.cpp":
+        if rope_factors(config) and (runs not in review["reads_longrope"][engine] or _extends(config)):
+            return Verdict(engine, False, sentences["reads_longrope"].format(cited=cited))
         return Verdict(engine, True, cited, (_parallel(sizes, file in review["copies_no_kv_heads"]), *notes))
     for field in review["has_no_biases"][engine].get(kind, ()):
         if _field(config, field) is True:
@@ -172,9 +176,43 @@ def _verdict(engine: Engine, kind: str, config: PretrainedConfig, shape: str, no
     return Verdict(engine, True, cited, (*windows, _quants(sizes), *notes))
 
 
-def misreads_heads(config: PretrainedConfig) -> bool:
-    """Tests if llama.cpp's converter assumes a wrong head dimension, as for Phi-3."""
-    return config.model_type in engines()["deci"]["instead_of"] and not Sizes.of(config).splits_hidden_size
+def misread(kind: str, config: PretrainedConfig) -> str:
+    """Returns the reason why llama.cpp's converter misreads a model, or an empty string.
+
+    The architecture `deci` may compute such a model (see `deci_limitation`).
+    """
+    review = engines()
+    written, sentences = review["reads_longrope"], review["sentences"]
+    if config.model_type in review["deci"]["instead_of"] and not Sizes.of(config).splits_hidden_size:
+        return str(sentences["instead_of"])
+    if _rope(config).get("rope_type") != "longrope" or kind in written["llama.cpp's converter"]:
+        return ""
+    return "" if kind in written["llama.cpp"] and rope_factors(config) else str(sentences["drops_longrope"])
+
+
+def rope_factors(config: PretrainedConfig) -> list[float] | None:
+    """Returns longrope's divisors of rotary frequencies if they hold at all lengths.
+
+    None if the config has another type, other factors for long texts, or scaled attention.
+    """
+    rope = _rope(config)
+    equal = rope.get("rope_type") == "longrope" and rope.get("short_factor") == rope.get("long_factor")
+    return rope.get("short_factor") if equal and rope.get("attention_factor") == 1 else None
+
+
+def _rope(config: PretrainedConfig) -> dict[str, Any]:
+    """Returns the rotary parameters of a config, empty if it has none."""
+    rope = _field(text_config(config), "rope_parameters")
+    return rope if isinstance(rope, dict) else {}
+
+
+def _extends(config: PretrainedConfig) -> bool:
+    """Tests if the maximum length exceeds longrope's original length.
+
+    vLLM and SGLang then scale attention.
+    """
+    length = _field(text_config(config), "max_position_embeddings")
+    return bool(length > _rope(config).get("original_max_position_embeddings", length))
 
 
 def deci_limitation(config: PretrainedConfig) -> str | None:
@@ -182,12 +220,12 @@ def deci_limitation(config: PretrainedConfig) -> str | None:
 
     Its layers may differ, and it computes the same as a Llama, and so as every family that differs only in storage order.
     """
-    deci, rope = engines()["deci"], getattr(config, "rope_parameters", None)
-    rope = rope if isinstance(rope, dict) else {}
+    deci, rope = engines()["deci"], _rope(config)
     needs = {"model_type": config.model_type, "hidden_act": getattr(config, "hidden_act", None)}
-    needs |= {"rope_type": rope.get("rope_type", "default"), "partial_rotary_factor": rope.get("partial_rotary_factor", 1)}
+    needs["rope_type"] = "default" if rope_factors(config) else rope.get("rope_type", "default")
+    needs |= {"partial_rotary_factor": rope.get("partial_rotary_factor", 1)}
     unsupported = next((field for field, value in needs.items() if value not in deci["supports"][field]), None)
-    return deci["limitations"][unsupported].format(rope=rope, **needs) if unsupported else None
+    return deci["limitations"][unsupported].format(**needs) if unsupported else None
 
 
 def _quants(sizes: Sizes) -> str:

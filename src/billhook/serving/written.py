@@ -13,7 +13,7 @@ from billhook.model.preprocessors import FILES
 from billhook.model.shaped import has_shape_entry, load_as, readable
 from billhook.serving.converter import Converter, DType
 from billhook.serving.engine import Kind, LlamaCpp
-from billhook.serving.engines import misreads_heads
+from billhook.serving.engines import misread, rope_factors
 from billhook.serving.worker import WorkerError
 
 
@@ -50,12 +50,13 @@ def write_gguf(folder: str, out: str | Path, converter: Converter, dtype: DType 
         WorkerError: If the converter fails. The message has the reason.
     """
     check_checkpoint(folder)
-    if has_shape_entry(folder) or misreads_heads(read_config(folder)):
+    config = read_config(folder)
+    if has_shape_entry(folder) or misread((config.architectures or [""])[0], config):
         by = "billhook as architecture deci, with sizes per layer"
         convert = partial(_write_shaped, folder, out, converter, dtype)
     else:
         by = "llama.cpp's converter"
-        convert = partial(converter.convert, folder, out, dtype)
+        convert = partial(converter.convert, folder, out, dtype, factors=rope_factors(config))
     if not any((Path(folder) / name).is_file() for name in (*FILES, "tokenizer.model")):
         reason = "the folder has no tokenizer"
         if not ids_only:
@@ -85,7 +86,7 @@ def _write_shaped(folder: str, out: str | Path, converter: Converter, dtype: DTy
     with tempfile.TemporaryDirectory() as near:
         small, template = Path(near, Path(folder).resolve().name), Path(near, "template.gguf")
         save_template(model, Path(folder), small)
-        split = converter.convert(small, template, "f32", vocabulary)
+        split = converter.convert(small, template, "f32", vocabulary, rope_factors(model.config))
         write_deci(model, template, Path(out), dtype)
     return split
 

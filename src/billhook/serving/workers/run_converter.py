@@ -1,4 +1,4 @@
-"""Runs llama.cpp's converter for each request: `{"folder", "out", "dtype", "vocabulary"}`."""
+"""Runs llama.cpp's converter for each request: `{"folder", "out", "dtype", "vocabulary", "factors"}`."""
 
 import contextlib
 import importlib.util
@@ -8,6 +8,8 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def main(path: Path) -> None:
@@ -29,7 +31,14 @@ def main(path: Path) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
 
-def convert(converter: Any, folder: str, out: str, dtype: str, vocabulary: bool) -> dict[str, Any]:  # noqa: ANN401 - a module
+def convert(
+    converter: Any,  # noqa: ANN401 - a module
+    folder: str,
+    out: str,
+    dtype: str,
+    vocabulary: bool,
+    factors: list[float] | None,
+) -> dict[str, Any]:
     """Converts a folder with or without its vocabulary; returns an added text splitting."""
     errors = _Errors()
     logging.getLogger("hf-to-gguf").addHandler(errors)
@@ -40,6 +49,10 @@ def convert(converter: Any, folder: str, out: str, dtype: str, vocabulary: bool)
         if not vocabulary:
             kind = _kind(converter, folder)
             stack.enter_context(_replaced(kind, "set_vocab", _no_vocabulary))
+        if factors:
+            kind = _kind(converter, folder)
+            extended = _with_factors(kind.generate_extra_tensors, factors)
+            stack.enter_context(_replaced(kind, "generate_extra_tensors", extended))
         known = text_model.get_vocab_base_pre
         stack.enter_context(_replaced(text_model, "get_vocab_base_pre", _split(known, added)))
         try:
@@ -62,6 +75,18 @@ def _no_vocabulary(self: Any) -> None:  # noqa: ANN401 - a model of the converte
     key = f"{self.gguf_writer.arch}.vocab_size"
     if not any(key in part for part in self.gguf_writer.kv_data):
         self.gguf_writer.add_vocab_size(self.hparams["vocab_size"])
+
+
+def _with_factors(known: Any, factors: list[float]) -> Any:  # noqa: ANN401 - a method of the converter
+    """Adds divisors of rotary frequencies if the converter writes none."""
+
+    def tensors(self: Any) -> list[tuple[str, torch.Tensor]]:  # noqa: ANN401
+        if written := list(known(self)):
+            return written  # Phi-3's, for short and long texts
+        self.rope_parameters["rope_type"] = "default"  # for longrope, llama.cpp would not load this tensor
+        return [("rope_freqs.weight", torch.tensor(factors, dtype=torch.float32))]
+
+    return tensors
 
 
 def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method of the converter

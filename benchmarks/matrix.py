@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import tomllib
@@ -39,24 +40,36 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     lines = [f"| set | Python | {' | '.join(SHOWN)} | tests | on |", f"|{'---|' * (len(SHOWN) + 4)}"]
     failed = 0
-    for name in options.sets:
-        code, cells = run(name, options.out / name, options.python, options.torch, options.processes)
-        lines.append(f"| {' | '.join([name, *cells, time.strftime('%Y-%m-%d')])} |")
+    with ThreadPoolExecutor() as pool:  # pip needs one core
+        made = [pool.submit(make, name, options.out / name, options.python, options.torch) for name in options.sets]
+    for name, versions in zip(options.sets, made, strict=True):
+        cells = versions.result()
+        code, tests = run(options.out / name, options.processes)
+        lines.append(f"| {' | '.join([name, *cells, tests, time.strftime('%Y-%m-%d')])} |")
         print(lines[-1], flush=True)
         failed = failed or code
     (options.out / "matrix.md").write_text("\n".join(lines) + "\n")
     sys.exit(failed)
 
 
-def run(name: str, folder: Path, python: str, torch: str, processes: str) -> tuple[int, list[str]]:
-    """Makes the environment of a set and tests with it; returns pytest's exit code, the versions, and how many tests passed."""
+def make(name: str, folder: Path, python: str, torch: str) -> list[str]:
+    """Makes the environment of a set, and returns its versions."""
     subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
-    own, pins = str(folder / "bin" / "python"), folder / "pins.txt"
+    own, pins = python_in(folder), folder / "pins.txt"
     pins.write_text("\n".join(constraints(name, torch)) + "\n")
     pip = [own, "-m", "pip", "install", "-q", "-c", str(pins)]
     subprocess.run([*pip, "-e", str(ROOT), *TOOLS], check=True)
-    versions = subprocess.run([own, "-c", ASK, *SHOWN], check=True, capture_output=True, text=True).stdout.split()
-    command = [own, "-m", "pytest", "-m", "fast", "-W", "default", "-n", processes, "-p", "no:cacheprovider"]
+    return subprocess.run([own, "-c", ASK, *SHOWN], check=True, capture_output=True, text=True).stdout.split()
+
+
+def python_in(folder: Path) -> str:
+    """Returns the interpreter of an environment."""
+    return str(folder / "bin" / "python")
+
+
+def run(folder: Path, processes: str) -> tuple[int, str]:
+    """Tests with an environment; returns pytest's exit code, and how many tests passed."""
+    command = [python_in(folder), "-m", "pytest", "-m", "fast", "-W", "default", "-n", processes, "-p", "no:cacheprovider"]
     tests = subprocess.run(
         [*command, *(f"tests/{one}" for one in CORE)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -64,7 +77,7 @@ def run(name: str, folder: Path, python: str, torch: str, processes: str) -> tup
     last = tests.stdout.strip().splitlines()[-1]
     if tests.returncode:
         print(tests.stdout[-6000:], flush=True)
-    return tests.returncode, [*versions, ", ".join(re.findall(r"\d+ (?:passed|failed|errors?)", last)) or last]
+    return tests.returncode, ", ".join(re.findall(r"\d+ (?:passed|failed|errors?)", last)) or last
 
 
 def constraints(name: str, torch: str) -> list[str]:

@@ -45,7 +45,7 @@ loads.load_all()
 
 
 pytestmark = pytest.mark.slow
-OF_FOUR = SCRIPT.partition("from")[0] + "from kit.four import fit_four\nfit_four()\n"
+OF_FOUR = SCRIPT.partition("from")[0] + "from kit.four import fork_four\nfork_four()\n"
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def of_four(request, files, tmp_path_factory):
     return folder
 
 
-@pytest.mark.daily("two nodes of two", "KV heads by svd")
+@pytest.mark.daily("KV heads by svd")
 @pytest.mark.parametrize("name", FOUR)
 def test_four_processes_change_shapes_as_one_does(of_four, files, tmp_path, name):
     alike, (state, (_, told)) = torch.load(of_four / f"{name}.pt", weights_only=True)

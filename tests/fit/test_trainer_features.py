@@ -110,7 +110,7 @@ def unmeasured(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.daily("wanda-in place", "structure-in place")
+@pytest.mark.daily("structure-in place")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
 """Fits under FSDP2 by four processes: side by side, or as two nodes of two."""
 
+import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 import billhook as bh
+from kit.forked import forked_ranks
 from kit.settings import Descends, fit
 from kit.sharding import ADAPTED, GIVEN, SOME, Own, shapes
 
@@ -32,7 +36,7 @@ FOUR = {
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, importance=bh.Taylor(), repair=None, **EACH), of_two_nodes
     ),
     "KV heads by svd": shapes(lambda: bh.KVHeadConversion(2, at=2, method="svd", **ENOUGH), of_two_nodes),
-    "KV heads that turn and move": shapes(
+    "KV heads that turn and move, on two nodes": shapes(
         lambda: bh.KVHeadConversion(2, at=3, method="aligned", over=2, **ENOUGH), of_two_nodes
     ),
     "masked adapters": replace(ADAPTED, batch=4, told=lambda one: one.events),
@@ -42,3 +46,11 @@ FOUR = {
 def fit_four() -> None:
     """What each of four processes runs."""
     fit(FOUR, 4)
+    torch.distributed.barrier()
+
+
+def fork_four() -> None:
+    """Forks four processes, so that what they need is imported once."""
+    _, out, _ = json.loads(sys.argv[1])
+    ended = forked_ranks(fit_four, 4, lambda number: Path(out, f"{number}.log"), seconds=400)
+    assert all(code == 0 for code, _ in ended), ended

@@ -10,8 +10,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-gc.freeze()  # what has been imported by now: so that collecting at each new peak is cheap, in scripts, too
-
 LEAST = 2**12
 """Bytes of what counts."""
 
@@ -22,6 +20,8 @@ class Held(TorchDispatchMode):
     def __init__(self, tensors=(), but=None):
         """Counts these too; not what is mapped from a file, or from those of a folder."""
         super().__init__()
+        gc.collect()
+        gc.freeze()  # what is there by now: so that collecting at each new peak is cheap
         self.most, self._known, self._but = 0, {}, but
         for one in tensors:
             self._look(one)

@@ -237,6 +237,7 @@ WORKS |= {"files: offload": (offloaded_from_files, 0), "files: perplexity": (mea
 
 def main():
     torch.set_num_threads(1)
+    gc.freeze()  # what has been imported by now: so that collecting at each block is cheap
     watched = Watched()
     registered = Registered()
     surgery._move = lambda *_: None  # a tensor may go to another device in its place on torch's own devices alone

@@ -109,7 +109,7 @@ def fit(data, module=None, ckpt_path=None, callbacks=(), **options):
     return module, trainer
 
 
-@pytest.mark.daily("False-False-0-5", "True-True-0-13", "True-False-0-26", "False-True-0-18", "*-2-*")
+@pytest.mark.daily("False-False-0-5", "True-True-0-13", "True-False-0-26", "False-True-0-18", "False-True-2-5", "True-True-2-18")
 @pytest.mark.parametrize(
     ("streaming", "ask", "num_workers", "stop"),
     [

@@ -31,6 +31,8 @@ ROWS = {
     "first": {"method": "first"},
     "random": {"method": "random"},
     "aligned": {"method": "aligned"},
+    "mean, renorm": {"method": bh.kv_methods.Mean(renorm=True)},
+    "aligned, renorm": {"method": bh.kv_methods.Aligned(renorm=True)},
     "svd": {"method": "svd"},
     "aligned, similar": {"method": bh.kv_methods.Aligned("similar")},
     "svd, similar": {"method": bh.kv_methods.SVD("similar")},

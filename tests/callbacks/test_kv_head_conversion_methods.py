@@ -24,6 +24,7 @@ WAYS = {
     "svd": {"method": "svd"},
     "auto": {"method": "auto"},
     "mean, similar": {"method": bh.kv_methods.Mean("similar")},
+    "mean, renorm": {"method": bh.kv_methods.Mean(renorm=True)},
     "mean, repaired": {"repair": RepairConfig()},
     "svd, similar, repaired": {"method": bh.kv_methods.SVD("similar"), "repair": RepairConfig()},
 }

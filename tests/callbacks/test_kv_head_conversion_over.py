@@ -211,6 +211,7 @@ class TestRefused:
         [
             ({"at": "start"}, "over=3 needs steps before the conversion"),
             ({"method": "svd"}, "over=3 is not supported by method='svd', .* Use 'mean', 'first', or 'aligned'"),
+            ({"method": bh.kv_methods.Mean(renorm=True)}, "over=3 is not supported by method='mean, norms restored'"),
             ({"method": "auto"}, "not supported by method='auto'"),
             ({"method": "random"}, "not supported by method='random'"),
             ({"repair": RepairConfig()}, "over=3 cannot be combined with repair"),

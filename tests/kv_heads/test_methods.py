@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, dataclass
 
+import peft
 import pytest
 import torch
 from jsonargparse import ArgumentParser
@@ -109,6 +110,50 @@ class TestContract:
 
 def test_every_short_name_has_its_class():
     assert sorted(METHODS.values(), key=lambda kind: kind.__name__) == EVERY
+
+
+def norms(model, heads):
+    """Frobenius norms of the heads of each projection, `[projections, heads]`."""
+    linears = [linear for layer in model.model.layers for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj)]
+    return torch.stack([linear.weight.detach().view(heads, -1).norm(dim=1) for linear in linears])
+
+
+class TestNorms:
+    def test_a_mean_has_the_root_mean_square_of_its_members_and_nothing_else_changes(self):
+        model = build("llama")
+        plain = copy.deepcopy(model)
+        expected = norms(model, 4).view(-1, 2, 2).square().mean(-1).sqrt()
+        bh.convert_kv_heads(plain, 2, "mean")
+        bh.convert_kv_heads(model, 2, bh.kv_methods.Mean(renorm=True))
+        torch.testing.assert_close(norms(model, 2), expected)
+        factors = expected / norms(plain, 2)
+        assert factors.min() > 1.2
+        for name, value in plain.state_dict().items():
+            if "k_proj" in name or "v_proj" in name:
+                factor = factors[2 * int(name.split(".")[2]) + ("v_proj" in name)]
+                value = (value.view(2, -1) * factor[:, None]).view_as(value)
+            torch.testing.assert_close(model.state_dict()[name], value)
+
+    def test_aligned_heads_have_it_too_as_turns_keep_norms(self):
+        model = build("llama")
+        expected = norms(model, 4).view(-1, 2, 2).square().mean(-1).sqrt()
+        bh.convert_kv_heads(model, 2, bh.kv_methods.Aligned(renorm=True))
+        torch.testing.assert_close(norms(model, 2), expected)
+
+    def test_heads_that_cancel_out_stay_zero(self):
+        model = build("llama")
+        with torch.no_grad():
+            for layer in model.model.layers:
+                heads = layer.self_attn.k_proj.weight.view(2, 2, -1)
+                heads[:, 1] = -heads[:, 0]
+        bh.convert_kv_heads(model, 2, bh.kv_methods.Mean(renorm=True))
+        assert not any(layer.self_attn.k_proj.weight.any() for layer in model.model.layers)
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+
+    def test_lora_is_refused(self):
+        model = peft.get_peft_model(build("llama"), peft.LoraConfig(r=2, target_modules=["k_proj"]))
+        with pytest.raises(ValueError, match="with LoRA attached to .*k_proj"):
+            bh.convert_kv_heads(model, 2, bh.kv_methods.Mean(renorm=True))
 
 
 class TestFromAFileOfTheUsersOwn:

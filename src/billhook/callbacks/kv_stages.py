@@ -61,8 +61,7 @@ def check_over(over: int | float, at: Sequence[At | Schedule], method: KVMethod,
         raise ValueError(f"over={over} cannot be combined with repair, because gradual conversion leaves no error. Remove one.")
     if not method.has_path:
         raise ValueError(
-            f"over={over} is not supported by method='{method.name}', which does not interpolate. Use 'mean', 'first', or "
-            "'aligned'."
+            f"over={over} is not supported by method='{method}', which does not interpolate. Use 'mean', 'first', or 'aligned'."
         )
 
 

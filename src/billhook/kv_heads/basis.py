@@ -50,6 +50,7 @@ def _bases(metric: Tensor, moments: Tensor, symmetry: Symmetry, method: Reconstr
             one_head = method.reconstruct(*_of_block(group_metric, moments[number], block))
             block.put(basis[number], one_head.basis)
             block.put(shared[number], one_head.shared)
+        shared[number] *= method.factor(moments[number], shared[number])
         group_lost, group_total = _loss(group_metric, moments[number], basis[number], shared[number])
         lost, total = lost + group_lost, total + group_total
     return Bases(basis.flatten(0, 1), shared.flatten(0, 1), groups, lost / total if total else 0.0)

@@ -44,13 +44,16 @@ class KVMethod(ABC):
 
     Attributes:
         least_batches: Minimum number of batches; with two or more, some are held out.
-        has_path: Whether gradual conversion works, as with `KVHeadConversion(over=)`.
         pools_adapters: Whether LoRA's B can be pooled like the weight: pooling is linear, and the same for both.
     """
 
     least_batches: ClassVar[int] = 0
-    has_path: ClassVar[bool] = True
     pools_adapters: ClassVar[bool] = True
+
+    @property
+    def has_path(self) -> bool:
+        """True if gradual conversion can interpolate toward the pooled heads."""
+        return True
 
     @property
     def turns(self) -> bool:
@@ -140,12 +143,59 @@ class Reconstructing(KVMethod):
         """Returns the mean of the heads, which are equal by then."""
         return mean(heads)
 
+    def factor(self, moments: Tensor, shared: Tensor) -> Tensor | float:
+        """Returns the number by which the pooled head is multiplied, besides P; 1 for most methods.
+
+        Args:
+            moments: Gram matrices of the heads, E[k_i k_j^T], `[heads, width, heads, width]`, of all dimensions.
+            shared: P, `[heads, width, width]`.
+        """
+        return 1.0
+
     def __str__(self) -> str:
         return self.name if self.grouping == "consecutive" else f"{self.name}, similar heads grouped"
 
 
+TINY = 1e-12
+"""Smallest eigenvalue relative to the largest, or square relative to those of its parts: float64 resolves no less."""
+
+
 @dataclass(frozen=True)
-class Mean(Reconstructing):
+class Averaging(Reconstructing):
+    """A method whose pooled head is the mean of the heads, in their bases or in others.
+
+    Args:
+        grouping: Heads that share a group: `"consecutive"` or `"similar"` heads.
+        renorm: If True, multiplies the pooled head by c = (mean over heads of E||k_j||^2 / E||kbar||^2)^1/2, which gives it the
+            root mean square of its members. Without batches, these are the Frobenius norms of their weights.
+    """
+
+    renorm: bool = False
+
+    @property
+    def turns(self) -> bool:
+        """True if heads are first rotated, reordered, or rescaled."""
+        return self.renorm or super().turns
+
+    @property
+    def has_path(self) -> bool:
+        """False with `renorm`, because interpolation ends at the mean."""
+        return not self.renorm
+
+    def factor(self, moments: Tensor, shared: Tensor) -> Tensor | float:
+        """Returns c with `renorm`; 1 if the heads cancel out."""
+        if not self.renorm:
+            return 1.0
+        members = torch.einsum("jaja->", moments) / len(moments)
+        pooled = torch.einsum("iab,ibjc,jac->", shared, moments, shared)
+        return (members / pooled).sqrt() if pooled > TINY * members else 1.0
+
+    def __str__(self) -> str:
+        return super().__str__() + ", norms restored" * self.renorm
+
+
+@dataclass(frozen=True)
+class Mean(Averaging):
     """Pools the heads of a group to their mean, as in the GQA paper.
 
     W_group = 1/J sum over j of W_j.
@@ -155,6 +205,8 @@ class Mean(Reconstructing):
     Args:
         grouping: Heads that share a group: `"consecutive"` heads, or `"similar"` heads, whose mean loses least. Query heads are
             reordered along.
+        renorm: If True, the pooled head gets the root mean square of its members, because heads that differ cancel out in part.
+            Defaults to False, the paper's mean.
 
     Example:
         >>> import billhook as bh
@@ -175,7 +227,7 @@ ROUNDS = 100
 
 
 @dataclass(frozen=True)
-class Aligned(Reconstructing):
+class Aligned(Averaging):
     """Rotates the heads of a group toward each other, and takes their mean.
 
     Queries and outputs are rotated along, so that the rotations alone change nothing. Without batches, the rotations follow from
@@ -191,6 +243,7 @@ class Aligned(Reconstructing):
     Args:
         grouping: Heads that share a group: `"consecutive"` heads, or `"similar"` heads, which align best. Query heads are
             reordered along.
+        renorm: If True, the pooled head gets the root mean square of its members. Defaults to False.
 
     Example:
         >>> import billhook as bh
@@ -212,10 +265,6 @@ class Aligned(Reconstructing):
             if (turns - before).abs().max() < 1e-9:
                 break
         return Reconstruction(turns.mH, turns / count)
-
-
-TINY = 1e-12
-"""Smallest eigenvalue relative to the largest: float64 resolves no less."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +298,7 @@ class SVD(Reconstructing):
     """
 
     least_batches: ClassVar[int] = 1
-    has_path: ClassVar[bool] = False
+    has_path = False
 
     def reconstruct(self, metric: Tensor, moments: Tensor) -> Reconstruction:
         """Returns B and P from the first eigenvectors of the stacked Gram matrices."""
@@ -291,7 +340,7 @@ class Auto(KVMethod):
     """
 
     least_batches: ClassVar[int] = 2
-    has_path: ClassVar[bool] = False
+    has_path = False
     turns = True
     candidates = (Mean(), Aligned(), SVD(), Aligned("similar"), SVD("similar"))
 
@@ -322,7 +371,7 @@ class RandomHeads(KVMethod):
     """
 
     seed: int = 0
-    has_path: ClassVar[bool] = False
+    has_path = False
     pools_adapters: ClassVar[bool] = False
 
     @property

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from billhook import Export, KVHeadConversion, RepairConfig, Report, summary
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.config import kv_heads_by_layer
-from billhook.kv_heads.convert import ready_weights
+from billhook.kv_heads.convert import equal_heads
 from billhook.kv_heads.methods import SVD
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.kv_methods import Mean
@@ -21,7 +21,7 @@ from kit.fits import data, module, same, trainer, weights
 from kit.kv_zoo import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
-QUICK = {"calibration": 4, "measure_batches": 0}
+QUICK = {"method": "mean", "calibration": 4, "measure_batches": 0}
 FOUR = {"num_hidden_layers": 4, "intermediate_size": 16}
 STEPS = MultiStep([0.25, 0.75, 1.0], [1, 3, 4])
 
@@ -80,13 +80,13 @@ def test_each_event_sees_the_model_as_it_then_is(files, tmp_path):
     callback = conversion(at, method="svd", repair=RepairConfig(), calibration=batches)
     trainer(tmp_path, [Still(), callback], max_steps=3).fit(lit, data(files))
     for name in reversed(list(kv_heads_by_layer(hand))):
-        given, told = ready_weights(Attentions(hand, {name: 2}), SVD(), [(one, None) for one in batches], RepairConfig())
-        apply(hand, plan_kv_heads(hand, 2, layers=[name]), weights=given)
+        given = equal_heads(Attentions(hand, {name: 2}), SVD(), [(one, None) for one in batches], RepairConfig())
+        apply(hand, plan_kv_heads(hand, 2, layers=[name]), weights=given.values)
     for name, value in hand.state_dict().items():
         torch.testing.assert_close(
             lit.model.state_dict()[name], value, atol=1e-5, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
-    assert [event["what"] for event in callback.events] == [f"4 -> 2 KV heads in 1 of 2 attention modules ({told})"] * 2
+    assert [event["what"] for event in callback.events] == [f"4 -> 2 KV heads in 1 of 2 attention modules ({given.how})"] * 2
 
 
 def test_resumed_equals_straight_through(files, tmp_path):

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 import billhook as bh
 from billhook.engine.comm import MESSAGE, Comm
 from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.convert import ready_weights
+from billhook.kv_heads.convert import equal_heads
 from kit import prunes
 from kit.families import tokens
 from kit.fits import trainer
@@ -103,8 +103,8 @@ def test_heads(model):
     groups = {f"model.layers.{number}.self_attn": 2 for number in range(len(model.model.layers))}
     found = sent_in(
         model,
-        lambda model, comm: ready_weights(
-            Attentions(model, groups, comm), bh.kv_methods.SVD(), [(batch, None) for batch in batches()], None
+        lambda model, comm: equal_heads(
+            Attentions(model, groups, comm), bh.kv_methods.SVD(frequencies="fixed"), [(batch, None) for batch in batches()], None
         ),
     )
     assert len(found) == 3
@@ -156,12 +156,11 @@ def test_weights_become_zero_where_blocks_are_gathered_in_turn(tmp_path, alone, 
     assert sum(sent) - reckoned in range(zeros + 1)
 
 
+FIXED = bh.kv_methods.SVD(frequencies="fixed")
 KV = {
     "mean": (lambda given: bh.KVHeadConversion(2, at=1, measure_batches=0), 1, 0),
-    "svd": (lambda given: bh.KVHeadConversion(2, at=1, method="svd", calibration=given, measure_batches=0), 6, 2),
-    "repair": (
-        lambda given: bh.KVHeadConversion(2, 1, "svd", bh.RepairConfig(), calibration=given, measure_batches=0), 8, 6
-    ),
+    "svd": (lambda given: bh.KVHeadConversion(2, 1, FIXED, calibration=given, measure_batches=0), 6, 2),
+    "repair": (lambda given: bh.KVHeadConversion(2, 1, FIXED, bh.RepairConfig(), calibration=given, measure_batches=0), 8, 6),
 }  # fmt: skip
 
 

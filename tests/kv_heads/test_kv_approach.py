@@ -99,8 +99,7 @@ def test_values_that_are_not_finite_are_refused_before_anything_changes():
 def test_heads_that_cannot_change_places_are_refused():
     """A position bias knows heads by their number."""
     model = zoo("t5")
-    names = dict.fromkeys(plan_kv_heads(model, 2).layers, 2)
-    check_ready(model, names, Aligned())
-    check_ready(model, names, Auto())
+    check_ready(model, plan_kv_heads(model, 2, Aligned()))
+    check_ready(model, plan_kv_heads(model, 2, Auto()))
     with pytest.raises(ValueError, match="grouping='similar' reorders heads"):
-        check_ready(model, names, Aligned("similar"))
+        check_ready(model, plan_kv_heads(model, 2, Aligned("similar")))

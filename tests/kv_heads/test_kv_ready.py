@@ -10,11 +10,13 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import billhook as bh
 from billhook.engine.batches import Run
 from billhook.engine.comm import SINGLE_PROCESS
-from billhook.kv_heads.attentions import distance_between
+from billhook.engine.lazy import LazyTensors
 from billhook.kv_heads.convert import Attentions, best_method
+from billhook.kv_heads.distance import EqualHeads, distance_between
 from billhook.kv_heads.layout import find_projections, read
 from billhook.kv_heads.methods import SVD, Aligned, Auto, Mean, method_of
 from billhook.kv_heads.symmetry import Symmetries
+from billhook.model.rotary import set_rope_parameters
 from billhook.repairs.repair import RepairConfig
 from billhook.tracing.trace import trace
 from kit import kv_zoo
@@ -44,10 +46,12 @@ def trained():
 
 
 def changed(model, new):
-    """A copy with other parameters."""
+    """A copy with other parameters and rotary frequencies."""
     model = copy.deepcopy(model)
+    if new.rope is not None:
+        set_rope_parameters(model, new.rope)
     with torch.no_grad():
-        for name, value in new.items():
+        for name, value in new.values.items():
             model.get_parameter(name).copy_(value)
     return model
 
@@ -71,11 +75,12 @@ def test_auto_takes_what_stays_nearest_on_held_out_batches(monkeypatch):
     chosen, losses = best_method(attentions, METHODS, trials_of(attentions.model, parts), None)
     assert list(losses) == METHODS == list(Auto().candidates)
     with torch.no_grad():
-        for new, expected in zip(compared, losses.values(), strict=True):
-            assert divergence(attentions.model, changed(attentions.model, new), held_out) == pytest.approx(expected, rel=1e-4)
+        for method, new in zip(losses, (new for new in compared if new.values), strict=True):  # not those of frequencies alone
+            near = divergence(attentions.model, changed(attentions.model, new), held_out)
+            assert near == pytest.approx(losses[method], rel=1e-4)
     seen = trials_of(attentions.model, [part for part in parts if part is not held_out])
-    for name, value in attentions.equal(SVD(), attentions.moments(seen, "consecutive")).items():
-        torch.testing.assert_close(value, compared[2][name])
+    for name, value in attentions.equal(Aligned(), attentions.moments(seen, "consecutive")).items():
+        torch.testing.assert_close(value, compared[1].values[name])
     assert chosen == min(losses, key=losses.get)
     assert losses[SVD()] < losses[Aligned()] < losses[Mean()]
     assert losses[chosen] <= losses[SVD()]
@@ -120,14 +125,14 @@ def test_repair_brings_a_trained_model_nearer_to_what_it_was_on_text_it_has_not_
     attentions, parts, unseen = trained()
     model, trials = attentions.model, trials_of(attentions.model, parts)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    new = attentions.equal(method_of(start), attentions.moments(trials, "consecutive"))
+    new = EqualHeads(attentions.equal(method_of(start), attentions.moments(trials, "consecutive")))
     better = attentions.repaired(new, trials, RepairConfig())
-    assert better.modules.keys() == new.modules.keys() | set(attentions.downs)
+    assert better.values.modules.keys() == new.values.modules.keys() | set(attentions.downs)
     assert len(attentions.downs) == 4
     far, near = (distance(changed(model, one), model, unseen) for one in (new, better))
     assert near < (0.97 if start == "svd" else 0.75) * far
     for place in attentions.projections.values():  # what makes heads is as it was given: still equal in their groups
-        assert torch.equal(better[f"{place.v.linear}.weight"], new[f"{place.v.linear}.weight"])
+        assert torch.equal(better.values[f"{place.v.linear}.weight"], new.values[f"{place.v.linear}.weight"])
         stacks = read(changed(model, better), place)
         torch.testing.assert_close(stacks.k[0::2], stacks.k[1::2])
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -140,7 +145,7 @@ def test_repair_works_where_each_block_ends_in_a_norm_and_with_gpt2s_linears(fam
     attentions = attentions_of(model, 4)
     assert len(attentions.downs) == 2
     trials = [Run(lambda ids=ids: model(ids).logits.sum()) for ids in parts]
-    new = attentions.equal(Mean(), attentions.moments(trials, "consecutive"))
+    new = EqualHeads(attentions.equal(Mean(), attentions.moments(trials, "consecutive")))
     for repair in (RepairConfig(), RepairConfig(compensate=False)):
         better = attentions.repaired(new, trials, repair)
         far, near = (distance(changed(model, one), model, tokens(8, 24)) for one in (new, better))
@@ -153,7 +158,7 @@ def test_a_module_that_is_called_in_every_layer_can_be_converted_but_not_repaire
         attentions_of(model, 4),
         [Run(lambda: model(tokens(4, 12)).logits.sum()) for _ in range(3)],
     )
-    new = attentions.equal(SVD(), attentions.moments(trials, "consecutive"))
+    new = EqualHeads(attentions.equal(SVD(), attentions.moments(trials, "consecutive")))
     assert distance(changed(model, new), model, tokens()) > 0
     with pytest.raises(ValueError, match=r"repair: .*attention.* is called several times in a run, so it cannot be compared"):
         attentions.repaired(new, trials, RepairConfig())
@@ -162,11 +167,11 @@ def test_a_module_that_is_called_in_every_layer_can_be_converted_but_not_repaire
 def test_the_distance_is_the_mean_of_batches_and_leaves_the_model_as_it_is():
     model, parts = llama(), [tokens(2, 9) for _ in range(3)]
     attentions = attentions_of(model, 2)
-    new = attentions.equal(Mean(), attentions.moments([], "consecutive"))
-    before = copy.deepcopy(model.state_dict())
+    new = EqualHeads(attentions.equal(Mean(), attentions.moments([], "consecutive")))
+    before, same = copy.deepcopy(model.state_dict()), EqualHeads(LazyTensors({}))
     for autocast in (False, True):  # which keeps the weights that it has cast
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
-            found = [attentions.distance(one, trials_of(model, parts)) for one in ({}, new, {})]
+            found = [attentions.distance(one, trials_of(model, parts)) for one in (same, new, same)]
             expected = [divergence(model, changed(model, new), ids) for ids in parts]
         assert found == pytest.approx([0, sum(expected) / 3, 0], rel=1e-5)
         assert found[1] > 1e-6
@@ -177,10 +182,10 @@ def test_without_pooling_nothing_changes_and_without_data_weights_are_looked_at(
     model, ids = model_of("llama", 4), tokens()
     attentions = attentions_of(model, 2)
     for moments in (attentions.moments([], "consecutive"), attentions.moments(trials_of(model, [ids]), "consecutive")):
-        new = attentions.equal(Aligned(), moments, pool=False)
+        new = EqualHeads(attentions.equal(Aligned(), moments, pool=False))
         assert distance(changed(model, new), model, ids) < 1e-6
     whole = attentions.moments([], "similar")
-    new = attentions.equal(Aligned("similar"), whole, pool=False)
+    new = EqualHeads(attentions.equal(Aligned("similar"), whole, pool=False))
     assert distance(changed(model, new), model, ids) < 1e-6
 
 

@@ -14,7 +14,7 @@ from billhook.engine.passes import blockwise
 from billhook.engine.shards import ShardStore
 from billhook.engine.walk import blocks_of
 from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.convert import ready_weights, turned_weights
+from billhook.kv_heads.convert import equal_heads, turned_weights
 from billhook.kv_heads.methods import method_of
 from billhook.kv_heads.moments import MomentSums
 from billhook.kv_heads.plan import plan_kv_heads
@@ -43,15 +43,15 @@ def both(mesh, family="llama"):
 def test_heads_are_made_ready_as_in_memory(mesh, family, method, repair, monkeypatch):
     plain, sharded, groups, batches = both(mesh, family)
     asked = method_of(METHODS[method]), batches, repair
-    expected, how = ready_weights(Attentions(plain, groups), *asked)
+    expected = equal_heads(Attentions(plain, groups), *asked)
     monkeypatch.setattr(ShardStore, "all_loaded", None)
     with blockwise(sharded):
-        found, how_found = ready_weights(Attentions(sharded, groups, Comm(lambda tensor: tensor)), *asked)
-        assert changed_names(sharded, found) == changed_names(plain, expected)
-    assert how_found == how
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=name)
+        found = equal_heads(Attentions(sharded, groups, Comm(lambda tensor: tensor)), *asked)
+        assert changed_names(sharded, found.values) == changed_names(plain, expected.values)
+    assert (found.how, found.rope) == (expected.how, expected.rope)
+    assert found.values.keys() == expected.values.keys()
+    for name, value in expected.values.items():
+        torch.testing.assert_close(found.values[name], value, msg=name)
 
 
 def test_moments_of_an_attention_go_with_its_block(mesh, monkeypatch):
@@ -65,8 +65,8 @@ def test_moments_of_an_attention_go_with_its_block(mesh, monkeypatch):
 
     monkeypatch.setattr(MomentSums, "__init__", begun)
     with blockwise(sharded):
-        ready_weights(Attentions(sharded, groups, Comm(lambda tensor: tensor)), bh.kv_methods.SVD(), batches, None)
-    assert most == [1] * len(groups)
+        equal_heads(Attentions(sharded, groups, Comm(lambda tensor: tensor)), bh.kv_methods.SVD(), batches, None)
+    assert most == [1] * 2 * len(groups)  # what frequencies keep, then the heads
 
 
 def test_heads_are_turned_as_in_memory(mesh):

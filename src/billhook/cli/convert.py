@@ -1,13 +1,12 @@
 """`billhook convert`: reduces the KV heads of a checkpoint."""
 
-from billhook.arguments import check_int
 from billhook.callbacks.kv_heads import HINT
 from billhook.cli.examples import Examples
 from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches, repair_limits
 from billhook.cli.streamed import refit_bytes
-from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, ready
+from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, heads_and_method, ready
 from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.plan import apply
@@ -20,11 +19,12 @@ def convert(
     out: str,
     examples: Examples,
     num_key_value_heads: int | None = None,
-    method: KVMethod | Name = "mean",
+    method: KVMethod | Name | None = None,
     repair: RepairConfig | None = None,
     layers: list[int | str] | None = None,
     encoder: bool = False,
     dry_run: bool = False,
+    kv_cache_bytes: float | None = None,
 ) -> None:
     """Converts a model to grouped-query or multi-query attention, and saves it.
 
@@ -40,30 +40,32 @@ def convert(
             heads and of query heads.
         method: Pooling method for the heads of a group: "mean" (the paper's), "first", or "random", which need no data;
             "aligned", for which data is optional; "svd" or "auto", which stay closest to the dense model; or any `KVMethod`,
-            including a custom class.
+            including a custom class. Defaults to "svd" with kv_cache_bytes, or else to "auto" with data, and to "mean" without.
         repair: Least-squares repair of attention output projections and MLPs (see `RepairConfig`). Defaults to null, which keeps
             the old weights.
         layers: Attention modules to convert, by name or by number in forward order, from 0, such as `0 1`. Defaults to all.
         encoder: If true, also converts the encoder of an encoder-decoder. The paper does not.
         dry_run: If true, prints the plan and writes nothing.
+        kv_cache_bytes: Largest share of the KV cache that stays, in (0, 1), instead of `num_key_value_heads`. If it is less than
+            one head, heads become narrower.
 
     Raises:
         ValueError: If an argument is not legal, or the model cannot be converted, before anything is written.
     """
-    if num_key_value_heads is None:
-        raise ValueError("num_key_value_heads=None: pass the number of KV heads to keep, such as 1 for multi-query attention.")
-    check_int("num_key_value_heads", num_key_value_heads)
-    method = method_of(method)
-    check_repair(method, repair)
-    least, needed_by = batches_needed(method, repair)
-    calibrates = least > 0 or (method.turns and examples.data is not None)
+    if (num_key_value_heads is None) == (kv_cache_bytes is None):
+        raise ValueError("Pass num_key_value_heads, such as 1 for multi-query attention, or kv_cache_bytes, such as 0.17.")
+    named = method_of("svd" if method is None and kv_cache_bytes is not None else method, examples.data is not None)
+    check_repair(named, repair)
+    least, needed_by = batches_needed(named, repair)
+    calibrates = least > 0 or (named.turns and examples.data is not None)
     work = OneShot(model, out, examples, refits=repair is not None, calibrates=calibrates, streams=True)
-    plan = plan_kv_heads(work.model, num_key_value_heads, method, layers, encoder)
+    heads, method = heads_and_method(work.model, num_key_value_heads, kv_cache_bytes, named, examples.data is not None)
+    plan = plan_kv_heads(work.model, heads, method, layers, encoder)
     passes, statistics, known = 1, 0, None
     if calibrates:
         check_examples(work, least, needed_by)
     if method.turns or repair is not None:
-        known = check_ready(work.model, dict.fromkeys(plan.layers, plan.after), method, repair)
+        known = check_ready(work.model, plan, repair)
         passes += known.passes(method, repair)
         statistics = known.bytes(method)
     solved, sums = (0, 0) if repair is None else refit_bytes(work.model, work.parts)

@@ -1,13 +1,15 @@
 """Bases in which a single head represents a group, and the grouping that loses least."""
 
 import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from billhook.kv_heads.frequencies import Slots
 from billhook.kv_heads.layout import HeadTensors
-from billhook.kv_heads.methods import Reconstructing, Reconstruction
+from billhook.kv_heads.methods import SVD, Reconstructing, Reconstruction
 from billhook.kv_heads.moments import Moments, grouped
 from billhook.kv_heads.symmetry import Block, Symmetries, Symmetry, in_order
 
@@ -33,27 +35,57 @@ class Bases(Reconstruction):
     lost: float
 
 
-def find_bases(tensors: HeadTensors, moments: Moments, symmetries: Symmetries, method: Reconstructing) -> tuple[Bases, Bases]:
-    """Returns the bases of keys and values; dimensions that may not be mixed are averaged."""
+def find_bases(
+    tensors: HeadTensors, moments: Moments, symmetries: Symmetries, method: Reconstructing, slots: Slots | None = None
+) -> tuple[Bases, Bases]:
+    """Returns the bases of keys and values; dimensions that may not be mixed are averaged.
+
+    With slots, new keys rotate at the frequencies of the slots.
+    """
     outputs = grouped(tensors.o, len(tensors.k))
     readers = torch.einsum("jhoa,jhob->jab", outputs, outputs)
-    keys = _bases(moments.queries, moments.keys, symmetries.keys, method)
-    return keys, _bases(readers, moments.values, symmetries.values, method)
+    key_blocks, value_blocks = _unchanged(symmetries.keys), _unchanged(symmetries.values)
+    if slots is not None:
+        key_blocks = slots.blocks
+    if slots is not None and slots.keys:
+        value_blocks = [(old, Block(old.real[: len(slots.keys)])) for old in symmetries.values]
+    keys = _bases(moments.queries, moments.keys, key_blocks, method)
+    return keys, _bases(readers, moments.values, value_blocks, method)
 
 
-def _bases(metric: Tensor, moments: Tensor, symmetry: Symmetry, method: Reconstructing) -> Bases:
+def _unchanged(symmetry: Symmetry) -> list[tuple[Block, Block]]:
+    """Pairs each block of an old head with itself."""
+    return [(block, block) for block in symmetry]
+
+
+def _bases(metric: Tensor, moments: Tensor, blocks: Sequence[tuple[Block, Block]], method: Reconstructing) -> Bases:
     groups, size, width = moments.shape[:3]
     basis = torch.eye(width, dtype=torch.float64, device=metric.device).repeat(groups, size, 1, 1)
+    for old, _ in blocks:
+        basis[:, :, [*old.real, *old.imaginary]] = 0
     shared, lost, total = basis / size, 0.0, 0.0
     for number, group_metric in enumerate(grouped(metric, groups)):
-        for block in symmetry:
-            one_head = method.reconstruct(*_of_block(group_metric, moments[number], block))
-            block.put(basis[number], one_head.basis)
-            block.put(shared[number], one_head.shared)
+        for old, new in blocks:
+            if not new.real:  # a band without a slot
+                continue
+            of_block = _of_block(group_metric, moments[number], old)
+            rank = (len(new.real),) if isinstance(method, SVD) else ()
+            one_head = method.reconstruct(*of_block, *rank)
+            old.put(basis[number], one_head.basis, new)
+            new.put(shared[number], one_head.shared, old)
         shared[number] *= method.factor(moments[number], shared[number])
         group_lost, group_total = _loss(group_metric, moments[number], basis[number], shared[number])
         lost, total = lost + group_lost, total + group_total
     return Bases(basis.flatten(0, 1), shared.flatten(0, 1), groups, lost / total if total else 0.0)
+
+
+def key_spectra(moments: Moments, method: SVD, blocks: Sequence[Block]) -> list[Tensor]:
+    """Returns for each block of keys the sum over groups of its spectra (see `SVD.spectrum`)."""
+    spectra = list[Tensor]()
+    for block in blocks:
+        groups = zip(grouped(moments.queries, len(moments.keys)), moments.keys, strict=True)
+        spectra.append(torch.stack([method.spectrum(*_of_block(metric, keys, block)) for metric, keys in groups]).sum(0))
+    return spectra
 
 
 def _of_block(metric: Tensor, moments: Tensor, block: Block) -> tuple[Tensor, Tensor]:
@@ -64,10 +96,11 @@ def _of_block(metric: Tensor, moments: Tensor, block: Block) -> tuple[Tensor, Te
     r, i = list(block.real), list(block.imaginary)
     if not i:
         return metric[:, r][:, :, r], moments[:, r][:, :, :, r]
-    square = metric[:, r, r] + metric[:, i, i]
-    real = moments[:, r][:, :, :, r] + moments[:, i][:, :, :, i]
-    imaginary = moments[:, i][:, :, :, r] - moments[:, r][:, :, :, i]
-    return torch.complex(square, torch.zeros_like(square))[:, :, None], torch.complex(real, imaginary)
+
+    def as_complex(part: Callable[[list[int], list[int]], Tensor]) -> Tensor:
+        return torch.complex(part(r, r) + part(i, i), part(i, r) - part(r, i))
+
+    return as_complex(lambda a, b: metric[:, a][:, :, b]), as_complex(lambda a, b: moments[:, a][:, :, :, b])
 
 
 def _loss(metric: Tensor, moments: Tensor, basis: Tensor, shared: Tensor) -> tuple[float, float]:

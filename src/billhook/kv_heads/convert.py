@@ -8,30 +8,45 @@ To convert `before` KV heads into `after`, each new head replaces a group of `be
 reads KV head h // (query heads / KV heads), so the query heads of consecutive KV heads share the new one.
 """
 
+import copy
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
-from billhook.arguments import check_int, check_types
+from billhook.arguments import check_fraction, check_int, check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Loss, Run
 from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.methods import KVMethod, Name, Reconstructing, method_of
+from billhook.kv_heads.config import kv_heads_of
+from billhook.kv_heads.distance import EqualHeads
+from billhook.kv_heads.frequencies import Band, Slots
+from billhook.kv_heads.head_width import scaled_queries
+from billhook.kv_heads.methods import SVD, KVMethod, Name, Reconstructing, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
+from billhook.kv_heads.pooling import first
+from billhook.kv_heads.proof import TOLERANCE, small_copy
+from billhook.model.config_fields import field as config_field
+from billhook.model.config_fields import text_config
 from billhook.model.find import check_changeable, check_values, find_transformer
+from billhook.model.inputs import make_inputs, outputs_match
 from billhook.model.plan import Weights, apply
+from billhook.model.rotary import set_rope_parameters
 from billhook.model.surgery import changed_names, check_replaceable
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import not_refitted_message
 
+STEP = 8
+"""The width of narrower heads is a multiple of this, which suits kernels."""
 BatchAndLoss = tuple[Any, Loss | None]
 """A batch, and a function of model and batch that returns the loss; None for the model's own loss."""
 
@@ -58,12 +73,13 @@ def best_method(
             if repair is not None and besides:
                 new = attentions.repaired(new, seen, repair)
             distances[method] = attentions.distance(new, held_out)
+    distances = {method: distances[method] for method in methods if method in distances}
     return min(distances, key=lambda method: math.inf if math.isnan(distances[method]) else distances[method]), distances
 
 
-def ready_weights(
+def equal_heads(
     attentions: Attentions, method: KVMethod, batches: Iterable[BatchAndLoss], repair: RepairConfig | None
-) -> tuple[LazyTensors, str]:
+) -> EqualHeads:
     """Returns the parameters with equal heads in each group, and a description of the method.
 
     Args:
@@ -80,15 +96,18 @@ def ready_weights(
     if number < least:
         why = "because some are held out" if least > 1 else "to compute statistics of the heads"
         raise ValueError(f"batches: {what} needs at least {least}, {why}; got {number:g}")
-    how = str(method)
+    how, notes = str(method), list[str]()
     if len(method.candidates) > 1:
-        chosen, _ = best_method(attentions, [chosen, *others], trials, repair)
+        chosen, losses = best_method(attentions, [chosen, *others], trials, repair)
         how = f"{method}: {chosen}"
+        notes.append("distances on held-out batches: " + "; ".join(f"{each} {loss:.3g}" for each, loss in losses.items()))
     ((_, new),) = attentions.reconstructed([chosen], trials)
-    if repair is None:
-        return new, how
-    new = attentions.repaired(new, trials, repair)
-    return new, "; ".join(filter(None, [f"{how}, repaired", not_refitted_message(attentions.not_refitted)]))
+    notes.append(new.how)
+    if repair is not None:
+        new = attentions.repaired(new, trials, repair)
+        how += ", repaired"
+        notes.append(not_refitted_message(attentions.not_refitted))
+    return replace(new, how="; ".join(filter(None, [how, *notes])))
 
 
 def batches_needed(method: KVMethod, repair: RepairConfig | None) -> tuple[int, str]:
@@ -98,15 +117,37 @@ def batches_needed(method: KVMethod, repair: RepairConfig | None) -> tuple[int, 
     return method.least_batches, f"method='{method.name}'"
 
 
-def check_ready(model: nn.Module, groups: Mapping[str, int], method: KVMethod, repair: RepairConfig | None = None) -> Attentions:
-    """Returns the attention modules of a model.
+def check_ready(model: PreTrainedModel, plan: KVHeadPlan, repair: RepairConfig | None = None) -> Attentions:
+    """Returns the attention modules of a plan.
 
-    Raises a ValueError if no candidate method suits them.
+    Raises a ValueError if no candidate method suits them, or the model cannot have narrower heads.
     """
-    attentions = Attentions(model, groups)
-    attentions.allowed(method.candidates)
+    attentions = Attentions(model, dict.fromkeys(plan.layers, plan.after))
+    attentions.allowed(plan.method.candidates)
     attentions.check_adapters(repair)
+    widths = {method.head_dim for method in plan.method.candidates if isinstance(method, SVD)} - {None}
+    rotation, _ = attentions.rotation if widths else (None, "")
+    for head_dim in widths:
+        if rotation is not None and head_dim is not None and head_dim < 2 * len(rotation.pairs):
+            count = head_dim // 2
+            slots = Slots(rotation, tuple(Band((n,), rotation.frequencies[n]) for n in range(count)), (1,) * count)
+            _prove_narrower(model, plan.narrowed(model, slots.keys, rotation.rope(model, slots.frequencies)), slots)
     return attentions
+
+
+def _prove_narrower(model: PreTrainedModel, plan: KVHeadPlan, slots: Slots) -> None:
+    """Raises a ValueError if a small copy with narrower heads computes otherwise."""
+    small = small_copy(model)
+    trial = plan_kv_heads(small, plan.after, "first").narrowed(small, slots.keys, plan.rope)
+    values = {name: cut.spread(cut.pool(small.get_parameter(name).detach(), first)) for name, cut in trial.parameters.items()}
+    wide, inputs = copy.deepcopy(small), make_inputs(small)
+    set_rope_parameters(wide, slots.rotation.rope(small, slots.padded))
+    wide.load_state_dict(values, strict=False)
+    trial.change(small, scaled_queries(small, trial.layers, trial.shape, values))
+    with torch.no_grad():
+        same = outputs_match([wide(**inputs)[0]], [small(**inputs)[0]], TOLERANCE)
+    if not same:
+        raise ValueError(f"head_dim={len(slots.keys)}: the code of {type(model).__name__} does not follow with narrower heads")
 
 
 def turned_weights(
@@ -128,20 +169,23 @@ def turned_weights(
 
 def convert_kv_heads(
     model: nn.Module,
-    num_key_value_heads: int,
-    method: KVMethod | Name = "mean",
+    num_key_value_heads: int | None = None,
+    method: KVMethod | Name | None = None,
     batches: Batches | None = None,
     optimizers: Optimizer | Iterable[Optimizer] = (),
     repair: RepairConfig | None = None,
     layers: Collection[int | str] | None = None,
     encoder: bool = False,
+    kv_cache_bytes: float | None = None,
 ) -> KVHeadPlan:
     """Converts attention to fewer KV heads (GQA, or MQA with one KV head), in place.
 
     Args:
         model: A Hugging Face model, or a module that contains one.
-        num_key_value_heads: New number of KV heads. It must divide both the old number and the query heads.
-        method: Pooling method for the heads of a group: a `KVMethod`, or a name.
+        num_key_value_heads: New number of KV heads. It must divide both the old number and the query heads. Defaults to what
+            `kv_cache_bytes` allows.
+        method: Pooling method for the heads of a group: a `KVMethod`, or a name. Defaults to `"svd"` with `kv_cache_bytes`, or
+            else to `"auto"` with batches, and to `"mean"` without.
 
             - `"mean"`: the mean (the paper's choice); `"first"`: the first head; `"random"`: drawn like new weights (both are the
               paper's ablations, section 3.3).
@@ -165,6 +209,8 @@ def convert_kv_heads(
             heads. While layers differ, the config keeps the old number.
         encoder: If True, also converts the encoder's self-attention of an encoder-decoder, which the paper leaves out (section
             3.1). An encoder-only model is always converted.
+        kv_cache_bytes: Largest share of the KV cache that stays, in (0, 1), instead of `num_key_value_heads`. If it is less than
+            one head, heads become narrower (see `kv_methods.SVD`).
 
     Returns:
         The plan that was applied.
@@ -181,18 +227,46 @@ def convert_kv_heads(
           model.layers.*.self_attn.k_proj.weight  256 -> 64 along dimension 0, in each of 4
           model.layers.*.self_attn.v_proj.weight  256 -> 64 along dimension 0, in each of 4
     """
-    check_int("num_key_value_heads", num_key_value_heads)
     check_types(convert_kv_heads, locals())
-    method = method_of(method)
+    heads, method = heads_and_method(model, num_key_value_heads, kv_cache_bytes, method, batches is not None)
     check_repair(method, repair)
     check_changeable(model)
     trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     check_replaceable(model, trained_by)
-    plan = plan_kv_heads(model, num_key_value_heads, method, layers, encoder)
+    plan = plan_kv_heads(model, heads, method, layers, encoder)
     with store_of(model).restored_on_error():  # covers both steps: a second call resumes from the first
         plan, weights, _ = ready(model, plan, batches, repair)
         apply(model, plan, trained_by, weights)
     return plan
+
+
+def heads_and_method(
+    model: nn.Module, heads: int | None, kv_cache_bytes: float | None, method: KVMethod | Name | None, has_data: bool
+) -> tuple[int, KVMethod]:
+    """Returns the number of KV heads and the method, also for a share of the KV cache.
+
+    Raises:
+        ValueError: If not exactly one of both is given, or no head is small enough.
+    """
+    if (heads is None) == (kv_cache_bytes is None):
+        what = f"num_key_value_heads={heads!r}, kv_cache_bytes={kv_cache_bytes!r}"
+        raise ValueError(f"{what}: pass the number of KV heads, such as 1 for multi-query attention, or a share of the KV cache.")
+    named = method_of("svd" if method is None and heads is None else method, has_data)
+    if heads is not None:
+        check_int("num_key_value_heads", heads)
+        return heads, named
+    check_fraction("kv_cache_bytes", kv_cache_bytes, "(0, 1)")
+    config, before, share = find_transformer(model).config, kv_heads_of(model), float(kv_cache_bytes or 0)
+    queries = config_field(config.get_text_config(decoder=True), "num_attention_heads") or before
+    fitting_heads = [n for n in range(1, before) if before % n == queries % n == 0 and n <= share * before]
+    if fitting_heads:
+        return fitting_heads[-1], named
+    width = getattr(text_config(config), "head_dim", None) or 0
+    head_dim = int(share * before * width) // STEP * STEP
+    if not head_dim or not isinstance(named, SVD):
+        least = f"{1 / before:.3f}, one of {before} KV heads" + (f", or {STEP} dimensions of it with 'svd'" if width else "")
+        raise ValueError(f"kv_cache_bytes={kv_cache_bytes} must be at least {least}.")
+    return 1, replace(named, head_dim=head_dim)
 
 
 def ready(
@@ -212,10 +286,19 @@ def ready(
     model = find_transformer(model)
     least, _ = batches_needed(plan.method, repair)
     calibration = read_batches(batches, model) if least or batches is not None else ()
-    attentions = attentions or Attentions(model, dict.fromkeys(plan.layers, plan.after))
-    weights, how = ready_weights(attentions, plan.method, [(batch, None) for batch in calibration], repair)
+    attentions = attentions or check_ready(model, plan, repair)
+    new = equal_heads(attentions, plan.method, [(batch, None) for batch in calibration], repair)
+    plan, weights = fitting(model, plan, new)
     restart = changed_names(model, weights) if store_of(model).trains else ()
-    return replace(plan, restart=tuple(restart)), weights, how
+    return replace(plan, restart=tuple(restart)), weights, new.how
+
+
+def fitting(model: PreTrainedModel, plan: KVHeadPlan, new: EqualHeads) -> tuple[KVHeadPlan, LazyTensors]:
+    """Returns the plan with the frequencies and the width of new heads, and its weights."""
+    if new.slots is None or not new.slots.keys:
+        return plan.starting_from(plan.restart, new.rope), new.values
+    plan = plan.narrowed(model, new.slots.keys, new.slots.rotation.rope(model, new.slots.frequencies))
+    return plan, scaled_queries(model, plan.layers, plan.shape, new.values)
 
 
 def check_repair(method: KVMethod, repair: RepairConfig | None) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.arguments import check_one_of
+from billhook.arguments import check_fraction, check_int, check_one_of
 from billhook.kv_heads.pooling import Pooled, first, mean, pooling
 from billhook.model.plan import subclasses
 from billhook.model.surgery import Change
@@ -286,9 +286,23 @@ class SVD(Reconstructing):
 
     A metric that is zero counts as the identity. If all Gram matrices are zero, nothing can be lost, and the mean is used.
 
+    With rotary embeddings, the pairs of dimensions of the new head go to the frequencies that keep the most in all layers (see
+    `frequencies`). The model is then saved with `rope_type="longrope"`, which states the frequency of each pair. If its class
+    cannot state them, if a norm follows the projections, or if only some layers are converted, each frequency keeps a pair.
+
     Args:
         grouping: Heads that share a group: `"consecutive"` heads, or `"similar"` heads, which one head reconstructs best. Query
             heads are reordered along.
+        frequencies: If `"free"`, pairs of dimensions go to the frequencies that keep the most. Frequencies that are nearly equal
+            over the context become equal, and the slowest become 0. If `"fixed"`, each frequency keeps a pair.
+        context: Number of tokens over which frequencies count as nearly equal. Defaults to `max_position_embeddings`.
+        tolerance: Highest relative increase of the dense model's perplexity by equal frequencies alone. It is measured on rows of
+            `context` tokens, or as many as the batches have.
+        head_dim: New width of all heads, even and smaller than now. Queries, keys, and values then have fewer dimensions, and
+            the KV cache can be smaller than one head of the old width. Defaults to None, which keeps the width.
+
+    Raises:
+        ValueError: If an argument is not legal.
 
     Example:
         >>> import billhook as bh, torch
@@ -299,22 +313,67 @@ class SVD(Reconstructing):
 
     least_batches: ClassVar[int] = 1
     has_path = False
+    frequencies: Literal["free", "fixed"] = "free"
+    context: int | None = None
+    tolerance: float = 0.02
+    head_dim: int | None = None
 
-    def reconstruct(self, metric: Tensor, moments: Tensor) -> Reconstruction:
-        """Returns B and P from the first eigenvectors of the stacked Gram matrices."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of("frequencies", self.frequencies, Literal["free", "fixed"])
+        if self.context is not None:
+            check_int("context", self.context)
+        check_fraction("tolerance", self.tolerance, "[0, 1)")
+        if self.head_dim is not None:
+            check_int("head_dim", self.head_dim, 2)
+            if self.head_dim % 2 or self.frequencies == "fixed":
+                raise ValueError(f"head_dim={self.head_dim} must be even, and needs frequencies='free'")
+
+    def reconstruct(self, metric: Tensor, moments: Tensor, rank: int | None = None) -> Reconstruction:
+        """Returns B and P from the first eigenvectors of the stacked Gram matrices.
+
+        Args:
+            metric: As in `Reconstructing`.
+            moments: As in `Reconstructing`.
+            rank: Width of the new head. Defaults to that of the heads. B is `[heads, width, rank]`, P `[heads, rank, width]`.
+        """
         count, width = moments.shape[:2]
+        rank = width if rank is None else rank
         root, inverse = _roots(metric)
-        stacked = torch.einsum("iab,ibjc,jcd->iajd", root, moments, root).reshape(count * width, count * width)
-        values, vectors = torch.linalg.eigh((stacked + stacked.mH) / 2)
+        values, vectors = torch.linalg.eigh(_stacked(root, moments))
         if not values[-1] > torch.finfo(values.dtype).tiny:
-            return Mean().reconstruct(metric, moments)
-        scale = values[-width:].clamp_min(TINY * values[-1]).pow(-0.25)
-        top = vectors[:, -width:].reshape(count, width, width)
+            mean = Mean().reconstruct(metric, moments)
+            return Reconstruction(_resized(mean.basis, width, rank), _resized(mean.shared, rank, width))
+        top, values = vectors.flip(1)[:, :rank].reshape(count, width, rank), values.flip(0)[:rank]
+        scale = values.clamp_min(TINY * values.max()).pow(-0.25)
         shared = scale[None, :, None] * (top.mH @ root)
         basis = inverse @ top / scale
         within = torch.einsum("iab,ibjc,jdc->ad", shared, moments, shared.conj())
         factor = (torch.einsum("jaja->", moments).real / count / within.diagonal().sum().real).sqrt()
         return Reconstruction(basis / factor, shared * factor)
+
+    def __str__(self) -> str:
+        return super().__str__() + ("" if self.head_dim is None else f", head_dim {self.head_dim}")
+
+    def spectrum(self, metric: Tensor, moments: Tensor) -> Tensor:
+        """Returns the eigenvalues l, falling. A head of width w keeps the sum of the w first."""
+        root, _ = _roots(metric)
+        size, values = torch.linalg.eigvalsh(metric).max(), torch.linalg.eigvalsh(_stacked(root, moments))
+        spectrum: Tensor = (size * values).flip(0).clamp_min(0)
+        return spectrum
+
+
+def _stacked(root: Tensor, moments: Tensor) -> Tensor:
+    """Returns E[T T^H], `[heads * width, heads * width]`."""
+    stacked = torch.einsum("iab,ibjc,jcd->iajd", root, moments, root).flatten(2).flatten(0, 1)
+    return (stacked + stacked.mH) / 2
+
+
+def _resized(matrices: Tensor, rows: int, columns: int) -> Tensor:
+    """Returns matrices with the first rows and columns, or more with zeros."""
+    new = matrices.new_zeros(len(matrices), rows, columns)
+    new[:, : matrices.shape[1], : matrices.shape[2]] = matrices[:, :rows, :columns]
+    return new
 
 
 def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
@@ -432,8 +491,13 @@ METHODS: dict[Name, type[KVMethod]] = {
 }
 
 
-def method_of(method: KVMethod | Name) -> KVMethod:
-    """Returns the method, made with its defaults if only its short name is given."""
+def method_of(method: KVMethod | Name | None, has_data: bool = False) -> KVMethod:
+    """Returns the method, made with its defaults if only its short name is given.
+
+    None is the best on held-out batches with calibration data, and the paper's mean without.
+    """
+    if method is None:
+        return Auto() if has_data else Mean()
     if isinstance(method, KVMethod):
         return method
     check_one_of("method", method, Name)

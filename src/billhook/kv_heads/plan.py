@@ -4,8 +4,8 @@ The model is not changed.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
 
@@ -31,14 +31,16 @@ from billhook.kv_heads.config import (
     inside_encoder,
     kv_heads_by_layer,
 )
+from billhook.kv_heads.head_width import narrowed
 from billhook.kv_heads.layout import find_kv
 from billhook.kv_heads.methods import KVMethod, Name, method_of, read_method
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.kv_heads.proof import KVWay, prove
-from billhook.model.config_fields import field
+from billhook.model.config_fields import field as config_field
 from billhook.model.find import check_plain, find_transformer
 from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights, check_weights
+from billhook.model.rotary import RopeParameters, are_rope_parameters
 from billhook.model.shape import Shape, record_shape, set_shape, shape_of
 from billhook.model.surgery import Change, UpdateOptimizers, change_blockwise, restored_on_error, update_optimizers
 from billhook.tracing.show import name_pattern
@@ -66,6 +68,8 @@ class KVHeadPlan(ShapePlan):
         before caching them.
         layers: Names of the attention modules to convert.
         restart: Parameters whose optimizer state restarts, because they are refitted or in a new basis.
+        rope: New rotary parameters of the config; empty if they stay.
+        keys: Positions of the dimensions of a query or key that stay, if heads become narrower (see `head_width`).
     """
 
     kind: ClassVar[str] = "kv_heads"
@@ -79,6 +83,29 @@ class KVHeadPlan(ShapePlan):
     saves_cache: bool
     layers: tuple[str, ...]
     restart: tuple[str, ...] = ()
+    rope: RopeParameters = field(default_factory=dict)
+    keys: tuple[int, ...] = ()
+
+    def starting_from(self, restart: Iterable[str], rope: RopeParameters | None) -> Self:
+        """Returns the plan for new values of parameters and new rotary parameters."""
+        shape = replace(self.shape, rope=dict(rope or self.shape.rope))
+        return replace(self, restart=tuple(restart), rope=rope or {}, shape=shape)
+
+    def narrowed(self, model: PreTrainedModel, keys: Sequence[int], rope: RopeParameters) -> Self:
+        """Returns the plan with narrower heads.
+
+        Args:
+            model: The model.
+            keys: Positions of the dimensions of a query or key that stay.
+            rope: Rotary parameters for the new width.
+
+        Raises:
+            ValueError: If the model's class cannot be built with narrower heads.
+        """
+        if self.way != "config":
+            raise ValueError(f"head_dim: {self.model} has no config field for its number of KV heads")
+        parameters, shape = narrowed(model, self.layers, (self.parameters, self.shape), keys, rope)
+        return replace(self, parameters=parameters, shape=shape, keys=tuple(keys), rope=dict(rope))
 
     @property
     def words(self) -> str:
@@ -95,6 +122,8 @@ class KVHeadPlan(ShapePlan):
             "method": {type(self.method).__name__: dict(vars(self.method))},
             "layers": list(self.layers),
             "restart": list(self.restart),
+            "rope": dict(self.rope),
+            "keys": list(self.keys),
         }
 
     @classmethod
@@ -106,7 +135,12 @@ class KVHeadPlan(ShapePlan):
         plan = plan_kv_heads(model, plain.get("after", 0), read_method(plain.get("method")), layers)
         if (plan.model, plan.before, plan.layers) != (plain.get("model"), plain.get("before"), tuple(layers or ())):
             raise ValueError(f"plan: it was made for a different model than this {plan.model} with {plan.before} KV heads")
-        return replace(plan, restart=tuple(restart or ()))  # type: ignore[return-value]
+        rope = plain.get("rope", {})
+        if not isinstance(rope, dict) or (rope and not are_rope_parameters(rope)):
+            raise ValueError("plan: rope must be the rope_parameters of a config, as KVHeadPlan.to_json makes them")
+        if keys := plain.get("keys"):
+            plan = plan.narrowed(find_transformer(model), keys, rope)
+        return plan.starting_from(restart or (), rope)  # type: ignore[return-value]
 
     def _renderables(self) -> list[RenderableType]:
         cache = "the KV cache shrinks" if self.saves_cache else "the KV cache stays as it is"
@@ -177,7 +211,7 @@ def plan_kv_heads(
         return _plan_under_adapters(model, heads, method, layers, encoder)
     stated = config_heads(model) if layers is None and not shape_of(model).handed else None
     if stated is not None:
-        check_kv_heads(heads, stated, field(model.config.get_text_config(decoder=True), "num_attention_heads") or stated)
+        check_kv_heads(heads, stated, config_field(model.config.get_text_config(decoder=True), "num_attention_heads") or stated)
     attentions = find_kv(model)
     chosen = choose(model, attentions, heads, layers, encoder)
     if stated is None:

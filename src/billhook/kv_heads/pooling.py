@@ -44,7 +44,8 @@ class Pooled:
 
     Attributes:
         dim: Dimension that holds its heads.
-        index: By old position, the position in the new tensor; old positions with equal new ones are pooled.
+        index: By old position, the position in the new tensor, or -1 if it is dropped; old positions with equal new ones are
+            pooled.
     """
 
     dim: int
@@ -56,12 +57,14 @@ class Pooled:
     @cached_property
     def counts(self) -> Indices:
         """By new position, the number of old positions: int64."""
-        return np.bincount(np.asarray(self.index))
+        index = np.asarray(self.index)
+        return np.bincount(index[index >= 0])
 
     @cached_property
     def groups(self) -> list[tuple[Indices, Indices]]:
         """New positions with equally many old ones, and these, `[old per new, new]`, in order."""
-        order, starts = np.argsort(np.asarray(self.index), kind="stable"), np.cumsum(self.counts) - self.counts
+        index = np.asarray(self.index)
+        order, starts = np.argsort(index, kind="stable")[(index < 0).sum() :], np.cumsum(self.counts) - self.counts
         groups = []
         for count in np.unique(self.counts).tolist():
             new = np.flatnonzero(self.counts == count)
@@ -98,8 +101,10 @@ class Pooled:
         return new
 
     def spread(self, tensor: Tensor) -> Tensor:
-        """Returns a new tensor at the old positions, with pooled values repeated."""
-        return tensor.index_select(self.dim, self._on(tensor.device)[1])
+        """Returns a new tensor at the old positions, with 0 at dropped ones."""
+        index = self._on(tensor.device)[1]
+        spread = tensor.index_select(self.dim, index.clamp_min(0))
+        return spread.index_fill(self.dim, (index < 0).nonzero().flatten(), 0) if min(self.index) < 0 else spread
 
 
 Shrunk = tuple[dict[str, Pooled], Shape]

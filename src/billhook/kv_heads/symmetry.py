@@ -50,36 +50,41 @@ class Block:
 
     Attributes:
         real: Their positions in the head.
-        imaginary: Position of the second dimension, if two dimensions may only be rotated and scaled together, as a complex
-            number; `real` is then the position of the first.
+        imaginary: Positions of second dimensions, if pairs of dimensions may only be mixed as complex numbers; `real` has then
+            those of the first.
     """
 
     real: tuple[int, ...]
     imaginary: tuple[int, ...] = ()
 
-    def put(self, matrices: Tensor, mix: Tensor) -> None:
+    def put(self, matrices: Tensor, mix: Tensor, columns: "Block | None" = None) -> None:
         """Writes a block's matrices into `[heads, width, width]`.
 
         A complex number a + ib as [[a, -b], [b, a]].
+
+        Args:
+            matrices: The matrices to change.
+            mix: Matrices of the block, or a single one.
+            columns: Positions of columns; by default those of rows.
         """
-        r, i = torch.tensor(self.real), torch.tensor(self.imaginary, dtype=torch.int64)
+        columns = columns or self
+        r, i = torch.tensor(self.real)[:, None], torch.tensor(self.imaginary, dtype=torch.int64)[:, None]
+        to_r, to_i = torch.tensor(columns.real, dtype=torch.int64), torch.tensor(columns.imaginary, dtype=torch.int64)
         if not self.imaginary:
-            matrices[:, r[:, None], r] = mix
+            matrices[:, r, to_r] = mix
             return
-        matrices[:, r[:, None], r] = matrices[:, i[:, None], i] = mix.real
-        matrices[:, r[:, None], i] = -mix.imag
-        matrices[:, i[:, None], r] = mix.imag
+        matrices[:, r, to_r] = matrices[:, i, to_i] = mix.real
+        matrices[:, r, to_i] = -mix.imag
+        matrices[:, i, to_r] = mix.imag
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """Draws a matrix, or a complex number, that mixes the dimensions.
+        """Draws a matrix that mixes the dimensions, complex for pairs.
 
         Not orthogonal, well conditioned.
         """
-        if self.imaginary:
-            angle, size = torch.rand(2, generator=generator, dtype=torch.float64) + 0.3
-            return torch.polar(size, 3 * angle)
         count = len(self.real)
-        square: Tensor = torch.linalg.qr(torch.randn(count, count, generator=generator, dtype=torch.float64)).Q
+        drawn = torch.randn(2, count, count, generator=generator, dtype=torch.float64)
+        square: Tensor = torch.linalg.qr(torch.complex(*drawn) if self.imaginary else drawn[0]).Q
         return square * (0.5 + torch.rand(count, generator=generator, dtype=torch.float64))
 
 
@@ -241,35 +246,60 @@ def find_symmetries(model: nn.Module, projections: Mapping[str, Projections]) ->
 
     It runs the model once, and each attention module about four times.
     """
+    return {name: _symmetries(probe) for name, probe in _probes(model, projections)}
+
+
+def keys_mix(model: nn.Module, projections: Mapping[str, Projections], symmetry: Symmetry) -> bool:
+    """Returns whether keys may be mixed by the blocks of a symmetry."""
+    generator = torch.Generator().manual_seed(0)
+    for _, attention in _probes(model, projections):
+        with attention.as_float64():
+            count, width = attention.projections.k.index.shape
+            if not _comparing(attention, generator)[1](_mixed_keys, _drawn(count, width, symmetry, generator)):
+                return False
+    return True
+
+
+def _probes(model: nn.Module, projections: Mapping[str, Projections]) -> Iterator[tuple[str, AttentionProbe]]:
+    """Yields each attention module with the arguments that the model passes, by name."""
     with evaluating_without_grad(model), ExitStack() as stack:
         for config in configs_of(model):
             if attention_of(config) not in (None, "eager", "sdpa"):  # other kernels know no float64
                 stack.enter_context(overridden(config, **{ATTENTION: "sdpa"}))
         calls = see_calls(model, projections)
-        symmetries = {}
         for name, attention in projections.items():
             store_of(model).load(model.get_submodule(name))
-            symmetries[name] = _symmetries(AttentionProbe(model, attention, calls[name]))
-        return symmetries
+            yield name, AttentionProbe(model, attention, calls[name])
+
+
+Same = Callable[[Transform, Transform], bool]
+Passes = Callable[[Callable[[Tensor, int], Transform], Tensor], bool]
+
+
+def _comparing(attention: AttentionProbe, generator: torch.Generator) -> tuple[Same, Passes]:
+    """Draws weights, and returns tests whether a change of heads keeps the outputs."""
+    queries = attention.projections.queries
+    attention.draw(generator)
+    expected = attention()
+
+    def same(transform: Transform, inverse: Transform) -> bool:
+        attention.change(transform)
+        output = attention()
+        attention.change(inverse)
+        return bool((output - expected).double().norm() <= TOLERANCE * expected.double().norm())
+
+    def passes(mix: Callable[[Tensor, int], Transform], matrix: Tensor) -> bool:
+        matrix = matrix.to(attention.device)
+        return same(mix(matrix, queries), mix(torch.linalg.inv(matrix), queries))
+
+    return same, passes
 
 
 def _symmetries(attention: AttentionProbe) -> Symmetries:
     generator, projections = torch.Generator().manual_seed(0), attention.projections
     queries = projections.queries
     with attention.as_float64():
-        attention.draw(generator)
-        expected = attention()
-
-        def same(transform: Transform, inverse: Transform) -> bool:
-            attention.change(transform)
-            output = attention()
-            attention.change(inverse)
-            return bool((output - expected).double().norm() <= TOLERANCE * expected.double().norm())
-
-        def passes(mix: Callable[[Tensor, int], Transform], matrix: Tensor) -> bool:
-            matrix = matrix.to(attention.device)
-            return same(mix(matrix, queries), mix(torch.linalg.inv(matrix), queries))
-
+        same, passes = _comparing(attention, generator)
         (count, width), (_, value_width) = projections.k.index.shape, projections.v.index.shape
         # another factor for each head, which no norm over all heads lets pass
         factors = torch.linspace(0.5, 2, count, dtype=torch.float64)[:, None, None] * torch.eye(width, dtype=torch.float64)

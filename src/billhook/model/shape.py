@@ -18,6 +18,7 @@ from billhook.model.config_fields import Fields, build_class_on_meta, fields_of,
 from billhook.model.constants import Numbers, derived_constants, set_constants
 from billhook.model.layers import is_linear
 from billhook.model.repeat_kv import RepeatLayout, repeat_layout_of, set_repeat_layout
+from billhook.model.rotary import are_rope_parameters, rope_parameters, set_rope_parameters
 from billhook.model.surgery import restored_on_error
 
 _REMOVED = "_billhook_removed"  # on a module list: removed blocks without weights, by original number
@@ -108,6 +109,7 @@ class Shape:
         lists: Config fields that are lists of plain values, such as one value per block.
         blocks: Original count and remaining numbers of blocks, by module list that has lost blocks.
         handed: Layouts of repeated heads, by linear layer. None if unknown.
+        rope: Rotary parameters of the text config, for all layers. Empty if unknown.
     """
 
     tensors: dict[str, tuple[int, ...]]
@@ -116,11 +118,12 @@ class Shape:
     lists: dict[str, list[Any]] = field(default_factory=dict)
     blocks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     handed: dict[str, RepeatLayout] | None = None
+    rope: dict[str, Any] = field(default_factory=dict)
 
     def over(self, other: "Shape") -> "Shape":
         """Returns a complete shape with the values of this shape over another."""
-        parts = {part: vars(other)[part] | stated for part, stated in vars(self).items() if part != "handed"}
-        return Shape(**parts, handed=other.handed if self.handed is None else self.handed)
+        parts = {part: vars(other)[part] | stated for part, stated in vars(self).items() if part not in ("handed", "rope")}
+        return Shape(**parts, handed=other.handed if self.handed is None else self.handed, rope=self.rope or other.rope)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, for any checkpoint format."""
@@ -131,6 +134,7 @@ class Shape:
             "lists": _map_values(list, self.lists),
             "blocks": {name: [first, list(numbers)] for name, (first, numbers) in self.blocks.items()},
             "handed": _map_values(RepeatLayout.to_list, self.handed or {}),
+            "rope": copy.deepcopy(self.rope),
         }
 
     @classmethod
@@ -144,6 +148,7 @@ class Shape:
             dict(plain.get("lists", {})),
             {name: (first, tuple(numbers)) for name, (first, numbers) in plain.get("blocks", {}).items()},
             _map_values(RepeatLayout.from_list, plain.get("handed", {})),
+            copy.deepcopy(plain.get("rope", {})),
         )
 
 
@@ -169,6 +174,9 @@ def check_plain_shape(plain: object) -> None:
         for name, value in stated.items():
             if not isinstance(name, str) or not holds(name, value):
                 raise ValueError(f"shape.{part}: {str(name)[:200]} is {str(value)[:80]!r}, but must be {legal}.")
+    rope = plain.get("rope", {}) if isinstance(plain, Mapping) else {}
+    if not isinstance(rope, dict) or (rope and not are_rope_parameters(rope)):
+        raise ValueError(f"shape.rope is {str(rope)[:80]!r}, but must be the rope_parameters of a config.")
 
 
 def _is_size(_: str, size: object) -> bool:
@@ -200,7 +208,14 @@ def shape_of(model: nn.Module) -> Shape:
             f"model: {packed} is a {type(state[packed]).__name__}, not a tensor, as in layers quantized by torch.ao. Change the "
             "model before it is quantized."
         )
-    shape = Shape({name: tuple(tensor.shape) for name, tensor in state.items()}, {}, {}, blocks=removed_blocks(model), handed={})
+    shape = Shape(
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        {},
+        {},
+        blocks=removed_blocks(model),
+        handed={},
+        rope=rope_parameters(model),
+    )
     for name, module, attr in _numbers(model):
         shape.attributes[name] = getattr(module, attr)
     for name, value in _fields(model).items():
@@ -297,9 +312,13 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
     new_fields: Fields = shape.config | shape.lists
-    if changed := {name: new_fields[name] for name, value in _fields(model).items() if new_fields.get(name, value) != value}:
+    rope = shape.rope and shape.rope != rope_parameters(model)
+    changed = {name: new_fields[name] for name, value in _fields(model).items() if new_fields.get(name, value) != value}
+    if changed or rope:
         before = copy.deepcopy(model.config)
         set_fields(cast(PretrainedConfig, model.config), changed)
+        if rope:  # after the width of a head, which says how many frequencies there are
+            set_rope_parameters(model, shape.rope)
         if isinstance(model, PreTrainedModel):
             set_constants(model, changed_constants(model, cast(PretrainedConfig, before)))
 

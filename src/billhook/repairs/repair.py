@@ -106,6 +106,7 @@ def repair_linears(
     new_params: LazyTensors | None = None,
     progress: OnProgress | None = None,
     left: list[str] | None = None,
+    dense: Sequence[Run] | None = None,
 ) -> LazyTensors:
     """Refits linear layers that lose inputs, and returns their new parameters.
 
@@ -127,6 +128,7 @@ def repair_linears(
             error relative to the dense model, which does not change.
         progress: Callback with the number of refitted layers and the total.
         left: List to which the names of layers without a refit are added.
+        dense: The same batches as the dense model runs them, if that differs.
 
     Returns:
         Weight and bias of each layer by parameter name, with zeros for removed inputs, in its dtype and layout. A layer with
@@ -157,7 +159,7 @@ def repair_linears(
         visitor = RepairVisitor(
             observed, kept, predecessors, trials, repair.ridges, parts, held_out, comm, new_params, progress, store
         )
-        forwards = forwards * (2 if predecessors else 1)
+        forwards += [run.visit for run in dense or trials] if predecessors else []
         if not store.holds_all and orderly and not repeated:
             step = store.step(f"{repair} {sources} {_fingerprint(kept)}", partial(runs_fingerprint, trials))
             with step, activation_files(store) as visitor.files, spilled_outputs(visitor.files, model):

@@ -27,8 +27,8 @@ from billhook.shrinking.pooled_consumers import refit_consumers
 from billhook.shrinking.scope import SearchScope
 from billhook.shrinking.variants import UNFITTED, VariantCache, staged
 
-METHOD = SVD()
-"""Pooling method."""
+METHOD = SVD(frequencies="fixed")
+"""Pooling method. Variants of each layer are combined, and all layers rotate with the same frequencies."""
 ByNumber = dict[str, dict[int, LazyTensors]]
 """Parameters by attention module and number of KV heads."""
 

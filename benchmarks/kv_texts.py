@@ -1,0 +1,111 @@
+"""One KV head for three of a real model, measured on two texts that methods and training see, and on one that nothing sees.
+
+`OMP_NUM_THREADS=1 python benchmarks/kv_texts.py MODEL DATA WORK --out kv_texts.md` writes the table; `measured.py` says what is
+in DATA. The methods see half of `--examples` windows of `--window` tokens of each of two training texts, and training draws
+rows of 2 x 128 tokens from the rest of both (AdamW as in `kv_heads.py`). Perplexity is that of the first 12 windows of 512
+tokens of each test text, and of Python's own library (the modules of its `asyncio`), in float32. Models without repair are
+trained. Questions are asked of repaired models. What WORK holds is not measured again.
+"""
+
+import argparse
+import asyncio
+import copy
+import json
+from pathlib import Path
+
+import torch
+from measured import CALIBRATION, QUESTIONS, TESTS, Lines, answered, batches, perplexity, windows
+from transformers import AutoTokenizer
+
+import billhook as bh
+from kv_heads import train
+
+SVD = bh.kv_methods.SVD
+ROWS = {
+    "dense": None,
+    "`svd`, frequencies fixed": SVD(frequencies="fixed"),
+    "`svd`": SVD(),
+    "`svd`, context 2,048": SVD(context=2048),
+    "`svd`, context 512": SVD(context=512),
+    "`svd`, context 2,048, half a head": SVD(context=2048, head_dim=32),
+}
+COLUMNS = ("one KV head", *TESTS, "Python", *QUESTIONS)
+
+
+def tests(options):
+    """The first windows of each test text."""
+    rows = {name: windows(options, text, 12, drawn=False) for name, (text, _) in TESTS.items()}
+    source = options.work / "python.txt"
+    source.write_text("\n".join(file.read_text() for file in sorted(Path(asyncio.__file__).parent.glob("*.py"))))
+    return rows | {"python": windows(options, source.resolve(), 12, drawn=False)}
+
+
+def trained(options, model, steps):
+    """The model after some steps on what the methods have not seen."""
+    rest = [windows(options, text, None, options.window)[options.examples // 2 :].flatten() for text in CALIBRATION.values()]
+    settings = argparse.Namespace(steps=steps, batch=2, length=128, lr=3e-4)
+    shortest = min(map(len, rest))
+    return train(model, torch.cat([ids[:shortest] for ids in rest]), settings)
+
+
+def measured(options, name):
+    """The perplexities of a row right after, repaired, and after training, and its answers, each measured once."""
+    file = options.work / f"{''.join(filter(str.isalnum, name))} {options.examples} {options.window}.json"
+    known, rows = json.loads(file.read_text()) if file.exists() else {}, tests(options)
+    shown = [windows(options, text, options.examples // 2, options.window) for text in CALIBRATION.values()]
+    seen = [batch for source, text in zip(CALIBRATION, shown, strict=True) for batch in batches(text, source)]
+
+    def measure(state, make):
+        if state not in known:
+            model = make()
+            known[state] = {text: perplexity(model, own) for text, own in rows.items()}
+            if state == "repaired" or (name == "dense" and state == "before"):
+                folder = file.with_suffix("")
+                bh.save(model, folder)
+                AutoTokenizer.from_pretrained(options.model).save_pretrained(folder)
+                known[state] |= answered(options, folder) if options.ask else {}
+            file.write_text(json.dumps(known))
+            print(name, state, known[state], flush=True)
+
+    def converted(repair=None):
+        model = bh.load(str(options.model), dtype="float32")
+        if ROWS[name] is not None:
+            bh.convert_kv_heads(model, 1, ROWS[name], seen, repair=repair)
+        return model
+
+    model = converted()
+    measure("before", lambda: model)
+    if name != "dense":
+        measure("repaired", lambda: converted(bh.RepairConfig()))
+    for steps in options.steps:
+        measure(f"after {steps} steps", lambda steps=steps: trained(options, copy.deepcopy(model), steps))
+    return known
+
+
+def main():
+    """Every row that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("model", "data", "work"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--steps", type=int, nargs="*", default=[60])
+    parser.add_argument("--ask", action="store_true", help="asks questions of repaired models")
+    parser.add_argument("--only", nargs="*", default=list(ROWS), choices=ROWS)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
+    lines, dense = Lines(options.out, COLUMNS), None
+    for name in options.only:
+        known = measured(options, name)
+        dense = known["before"] if name == "dense" else dense
+        for state, texts in known.items():
+            ratios = [
+                f"{texts[text]:,.2f}" + (f" ({texts[text] / dense[text]:.2f})" if dense else "") for text in (*TESTS, "python")
+            ]
+            lines.add([f"{name}, {state}", *ratios, *(f"{texts[text]:.3f}" if text in texts else "" for text in QUESTIONS)])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The rotary frequencies of a KV head that replaces several.
+
+A head of width d has d / 2 slots: pairs of dimensions that rotate at one frequency. The head that replaces J others need not have
+a slot for each frequency. A frequency whose pairs matter little in all heads gets none, and another one several, up to J. Slots
+of one frequency hold any complex mixture of the pairs that rotate at it, so neighboring frequencies are first made equal, as a
+band, if that changes angles little over the context of the model. The slowest become 0, and hold any real mixture.
+
+The model with such frequencies computes otherwise as before, and `rope_type="longrope"` states any of them. Related: FreqFold and
+RoRoPE (TransMLA, https://arxiv.org/abs/2502.07864), EliteKV (https://arxiv.org/abs/2503.01586), and MHA2MLA
+(https://arxiv.org/abs/2502.14837) also mix or omit frequencies, but by real factors, or for another architecture.
+"""
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from billhook.kv_heads.layout import Projections
+from billhook.kv_heads.symmetry import Block, Symmetry, keys_mix
+from billhook.model.rotary import longrope, rope_parameters, rotary_embeddings, with_modules, with_rope_parameters
+
+EXACT = ("default", "linear", "llama3", "yarn", "longrope")
+"""Rotary types with the same frequencies for texts of all lengths, provided that both lists of a longrope are equal."""
+
+STILL = 2e-9
+"""Largest frequency that counts as 0: what `longrope` states for it."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Pairs of each head that rotate at one frequency, or at 0.
+
+    Attributes:
+        pairs: Their numbers.
+        frequency: Radians per token.
+    """
+
+    pairs: tuple[int, ...]
+    frequency: float
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How the keys of a model rotate.
+
+    Attributes:
+        frequencies: Radians per token of each pair, in the order of the model.
+        scaling: Factor of all cosines and sines.
+        pairs: The two positions of each pair in a head.
+        rest: Positions that do not rotate.
+    """
+
+    frequencies: tuple[float, ...]
+    scaling: float
+    pairs: tuple[tuple[int, int], ...]
+    rest: tuple[int, ...]
+
+    def block(self, numbers: Sequence[int], frequency: float) -> Block:
+        """Returns the positions of pairs, and of the rest if the frequency is 0."""
+        first, second = tuple(self.pairs[n][0] for n in numbers), tuple(self.pairs[n][1] for n in numbers)
+        return Block(first, second) if frequency else Block(self.rest + first + second)
+
+    def within(self, bands: Sequence[Band]) -> list[float]:
+        """Returns the frequency of each pair, equal within a band."""
+        of_pair = {pair: band.frequency for band in bands for pair in band.pairs}
+        return [of_pair[pair] for pair in range(len(of_pair))]
+
+    def rope(self, model: nn.Module, frequencies: Sequence[float]) -> dict[str, Any]:
+        """Returns the rotary parameters that give pairs these frequencies."""
+        return longrope(model, torch.tensor(frequencies, dtype=torch.float64), self.scaling)
+
+
+def find_rotation(model: nn.Module, projections: Mapping[str, Projections], symmetries: Sequence[Symmetry]) -> Rotation:
+    """Finds how keys rotate, and proves that the model's code follows other rotary parameters.
+
+    Args:
+        model: The model.
+        projections: Its attention modules.
+        symmetries: The symmetry of the keys of each attention module.
+
+    Raises:
+        ValueError: If its frequencies cannot be chosen.
+    """
+    stated, modules = rope_parameters(model), rotary_embeddings(model)
+    if not stated or not modules:
+        raise ValueError("its config has no rope_parameters for all layers")
+    lists = [name for name, value in stated.items() if isinstance(value, list)]
+    if stated["rope_type"] not in EXACT or (lists and stated.get("short_factor") != stated.get("long_factor")):
+        raise ValueError(f"rope_type='{stated['rope_type']}' ({', '.join(stated)}) permits no other frequencies")
+    pairs = [block for block in symmetries[0] if block.imaginary]
+    if len(set(symmetries)) > 1 or not pairs:
+        raise ValueError("its keys pass a norm, or do not rotate equally in all layers")
+    frequencies = [frequency if frequency > STILL else 0.0 for frequency in modules[0].get_buffer("inv_freq").tolist()]
+    if len(pairs) != len(frequencies):
+        raise ValueError(f"it has {len(frequencies)} frequencies, but {len(pairs)} pairs of dimensions rotate")
+    rest = tuple(position for block in symmetries[0] if not block.imaginary for position in block.real)
+    positions = tuple((block.real[0], block.imaginary[0]) for block in pairs)
+    scaling: Any = modules[0].attention_scaling
+    rotation = Rotation(tuple(frequencies), float(scaling), positions, rest)
+    _check_follows(model, projections, rotation)
+    return rotation
+
+
+def _check_follows(model: nn.Module, projections: Mapping[str, Projections], rotation: Rotation) -> None:
+    """Raises a ValueError if the model's code does not follow other frequencies.
+
+    A third of them are equal, and a third are 0, so keys must mix within both.
+    """
+    numbers = range(len(rotation.frequencies))
+    slow = rotation.frequencies[len(numbers) // 2]  # of fast ones, float32 would round the angles differently
+    frequencies = [(slow, 0.0, rotation.frequencies[n])[n % 3] for n in numbers]
+    blocks = [rotation.block(numbers[0::3], 1.0), rotation.block(numbers[1::3], 0.0)]
+    blocks += [rotation.block([n], 1.0) for n in numbers[2::3]]
+    others = with_rope_parameters(model, rotation.rope(model, frequencies))
+    for module in others.values():
+        if not torch.allclose(module.get_buffer("inv_freq").cpu().double(), torch.tensor(frequencies).double(), 1e-5, 1e-8):
+            raise ValueError(f"{type(module).__name__} does not follow rope_type='longrope'")
+    first = dict([next(iter(projections.items()))])
+    if not with_modules(others, lambda: keys_mix(model, first, tuple(blocks))):
+        raise ValueError("its keys do not rotate as its rope_parameters state")
+
+
+def bands_within(rotation: Rotation, angle: float) -> tuple[Band, ...]:
+    """Returns bands of frequencies that change by at most `angle` radians per token."""
+    order = sorted(range(len(rotation.frequencies)), key=rotation.frequencies.__getitem__)
+    bands, taken = list[Band](), list[int]()
+    if slow := [n for n in order if rotation.frequencies[n] <= angle]:
+        bands.append(Band(tuple(sorted(slow)), 0.0))
+    for number in order[len(slow) :]:
+        if taken and rotation.frequencies[number] - rotation.frequencies[taken[0]] > 2 * angle:
+            bands.append(_band(rotation, taken))
+            taken = []
+        taken.append(number)
+    return (*bands, *([_band(rotation, taken)] if taken else []))
+
+
+def _band(rotation: Rotation, numbers: Sequence[int]) -> Band:
+    ends = rotation.frequencies[numbers[0]], rotation.frequencies[numbers[-1]]
+    return Band(tuple(sorted(numbers)), ends[0] if ends[0] == ends[1] else sum(ends) / 2)
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The frequencies of the slots of a new head, and the pairs that each may hold.
+
+    Attributes:
+        rotation: How the old heads rotate.
+        bands: The bands of the old heads.
+        counts: Number of slots of each band.
+    """
+
+    rotation: Rotation
+    bands: tuple[Band, ...]
+    counts: tuple[int, ...]
+
+    @property
+    def frequencies(self) -> list[float]:
+        """Radians per token of each slot, from fast to slow."""
+        counted = zip(self.bands, self.counts, strict=True)
+        return sorted((band.frequency for band, count in counted for _ in range(count)), reverse=True)
+
+    @property
+    def padded(self) -> list[float]:
+        """The same, with 0 for pairs of an old head that the new one does not have."""
+        return self.frequencies + [0.0] * (len(self.rotation.pairs) - sum(self.counts))
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """Positions of the slots, if there are fewer than an old head has pairs."""
+        slots = self.rotation.pairs[: sum(self.counts)]
+        return tuple(sorted(position for pair in slots for position in pair)) if len(slots) < len(self.rotation.pairs) else ()
+
+    @property
+    def blocks(self) -> list[tuple[Block, Block]]:
+        """Positions of each band, in an old head and in the new head."""
+        blocks, first = list[tuple[Block, Block]](), 0
+        for band, count in sorted(zip(self.bands, self.counts, strict=True), key=lambda pair: -pair[0].frequency):
+            new = self.rotation.block(range(first, first + count), band.frequency)
+            blocks.append((self.rotation.block(band.pairs, band.frequency), new))
+            first += count
+        if self.rotation.rest and self.bands[0].frequency:
+            blocks.append((Block(self.rotation.rest), Block(self.rotation.rest)))
+        return blocks
+
+
+def allot(rotation: Rotation, bands: Sequence[Band], spectra: Sequence[Tensor], count: int | None = None) -> Slots:
+    """Gives each slot of a new head to the band where it keeps the most.
+
+    Args:
+        rotation: How the old heads rotate.
+        count: Number of slots. Defaults to the number of pairs of an old head.
+        bands: The bands of the old heads.
+        spectra: By band, the eigenvalues of `SVD.spectrum`, falling. A slot takes one of a band, and keeps half of it, as the
+            phases of queries and keys differ; or two of the band with frequency 0.
+    """
+    gains = list[tuple[float, int]]()
+    for number, (band, spectrum) in enumerate(zip(bands, spectra, strict=True)):
+        kept = spectrum / 2 if band.frequency else spectrum[len(rotation.rest) :].reshape(-1, 2).sum(1)
+        gains += [(float(gain), number) for gain in kept]
+    best = heapq.nlargest(count or len(rotation.pairs), gains)
+    taken = {number: len(list(some)) for number, some in groupby(sorted(number for _, number in best))}
+    return Slots(rotation, tuple(bands), tuple(taken.get(number, 0) for number in range(len(bands))))

@@ -115,13 +115,17 @@ def _check_follows(model: nn.Module, projections: Mapping[str, Projections], rot
     frequencies = [(slow, 0.0, rotation.frequencies[n])[n % 3] for n in numbers]
     blocks = [rotation.block(numbers[0::3], 1.0), rotation.block(numbers[1::3], 0.0)]
     blocks += [rotation.block([n], 1.0) for n in numbers[2::3]]
-    others = with_rope_parameters(model, rotation.rope(model, frequencies))
-    for module in others.values():
-        if not torch.allclose(module.get_buffer("inv_freq").cpu().double(), torch.tensor(frequencies).double(), 1e-5, 1e-8):
-            raise ValueError(f"{type(module).__name__} does not follow rope_type='longrope'")
     first = dict([next(iter(projections.items()))])
-    if not with_modules(others, lambda: keys_mix(model, first, tuple(blocks))):
-        raise ValueError("its keys do not rotate as its rope_parameters state")
+    try:
+        others = with_rope_parameters(model, rotation.rope(model, frequencies))
+        mixes = with_modules(others, lambda: keys_mix(model, first, tuple(blocks)))
+    except Exception as error:  # whatever a class of models raises
+        raise ValueError(
+            f"{type(model).__name__} does not accept rope_type='longrope' ({type(error).__name__}: {error})"
+        ) from error
+    rounded = torch.tensor(frequencies, dtype=torch.float64), 1e-5, 1e-8
+    if not mixes or not all(torch.allclose(m.get_buffer("inv_freq").cpu().double(), *rounded) for m in others.values()):
+        raise ValueError(f"{type(model).__name__} does not follow rope_type='longrope'")
 
 
 def bands_within(rotation: Rotation, angle: float) -> tuple[Band, ...]:

@@ -140,12 +140,12 @@ def _prove_narrower(model: PreTrainedModel, plan: KVHeadPlan, slots: Slots) -> N
     small = small_copy(model)
     trial = plan_kv_heads(small, plan.after, "first").narrowed(small, slots.keys, plan.rope)
     values = {name: cut.spread(cut.pool(small.get_parameter(name).detach(), first)) for name, cut in trial.parameters.items()}
-    wide, inputs = copy.deepcopy(small), make_inputs(small)
-    set_rope_parameters(wide, slots.rotation.rope(small, slots.padded))
-    wide.load_state_dict(values, strict=False)
+    uncut, inputs = copy.deepcopy(small), make_inputs(small)
+    set_rope_parameters(uncut, slots.rotation.rope(small, slots.padded))
+    uncut.load_state_dict(values, strict=False)
     trial.change(small, scaled_queries(small, trial.layers, trial.shape, values))
     with torch.no_grad():
-        same = outputs_match([wide(**inputs)[0]], [small(**inputs)[0]], TOLERANCE)
+        same = outputs_match([uncut(**inputs)[0]], [small(**inputs)[0]], TOLERANCE)
     if not same:
         raise ValueError(f"head_dim={len(slots.keys)}: the code of {type(model).__name__} does not follow with narrower heads")
 

@@ -61,7 +61,10 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
 def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, monkeypatch, command, given, says, dry):
     for name in ("batches", "measure"):
         monkeypatch.setattr(f"billhook.cli.one_shot.OneShot.{name}", lambda self: pytest.fail("too late"))
-    cuts = CUTS | {"convert": ["--num_key_value_heads", "1", "--repair", "{}"], "prune": ["--sparsity", "0.5", "--match", "{}"]}
+    cuts = CUTS | {
+        "convert": ["--num_key_value_heads", "1", "--method", "mean", "--repair", "{}"],
+        "prune": ["--sparsity", "0.5", "--match", "{}"],
+    }
     must = ["--repair", "RepairConfig"] if command in ("shrink", "prune-structure") else []
     with pytest.raises(SystemExit, match=says):
         main([command, str(small), str(tmp_path / "out"), *cuts[command], *must, *given, *dry, *option(files)])

@@ -275,7 +275,7 @@ class TestRefused:
         with pytest.raises(ValueError, match="One KV head is the minimum"):
             convert_kv_heads(llama(num_key_value_heads=1), 1)
 
-    @pytest.mark.parametrize("heads", [0, -1, True, "2", 2.0, None])
+    @pytest.mark.parametrize("heads", [0, -1, True, "2", 2.0])
     def test_what_is_no_number_of_heads(self, heads):
         with pytest.raises(ValueError, match=f"num_key_value_heads={heads!r} must be a whole number of at least 1"):
             convert_kv_heads(llama(), heads)

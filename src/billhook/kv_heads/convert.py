@@ -227,6 +227,8 @@ def convert_kv_heads(
           model.layers.*.self_attn.k_proj.weight  256 -> 64 along dimension 0, in each of 4
           model.layers.*.self_attn.v_proj.weight  256 -> 64 along dimension 0, in each of 4
     """
+    if num_key_value_heads is not None:
+        check_int("num_key_value_heads", num_key_value_heads)
     check_types(convert_kv_heads, locals())
     heads, method = heads_and_method(model, num_key_value_heads, kv_cache_bytes, method, batches is not None)
     check_repair(method, repair)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.arguments import check_fraction, check_int, check_one_of
+from billhook.arguments import check_fraction, check_int, check_one_of, check_types
 from billhook.kv_heads.pooling import Pooled, first, mean, pooling
 from billhook.model.plan import subclasses
 from billhook.model.surgery import Change
@@ -119,6 +119,7 @@ class Reconstructing(KVMethod):
 
     def __post_init__(self) -> None:
         check_one_of("grouping", self.grouping, Grouping)
+        check_types(type(self), vars(self))
 
     @property
     def turns(self) -> bool:

@@ -158,9 +158,11 @@ def test_what_stands_in_between_is_noticed(trick, expected):
     assert freedoms_of(model) == [expected] * 2
 
 
-@pytest.mark.parametrize("family", ["llama", "gptj", "t5", "albert"])
-def test_the_model_stays_as_it_is(family):
-    model = (llama() if family == "llama" else kv_zoo.build(family)).train()
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((one, torch.float32) for one in ("llama", "gptj", "t5", "albert")), ("llama", torch.float64)]
+)
+def test_the_model_stays_as_it_is(family, dtype):
+    model = (llama() if family == "llama" else kv_zoo.build(family)).to(dtype).train()
     places = find_projections(model, trace(model))
     tensors = [(one, one.data, one.data_ptr(), one.dtype) for one in (*model.parameters(), *model.buffers())]
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()

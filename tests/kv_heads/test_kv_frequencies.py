@@ -176,6 +176,21 @@ def test_the_shape_and_the_plan_carry_the_frequencies():
         ModelPlan.from_json(plan.to_json() | {"rope": {"rope_theta": 1.0}}, other)
 
 
+def test_where_nothing_is_lost_frequencies_do_not_become_equal():
+    """Heads that are equal but for a complex factor of each pair, as a band would not be."""
+    model = llama(**HEADS).double()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            for linear in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                heads = linear.weight.view(4, WIDTH, -1)
+                heads.copy_(heads[:1] * torch.tensor([1.0, -0.5, 2.0, 3.0]).view(4, 1, 1))
+    ids = tokens()
+    before = model(ids).logits
+    plan = bh.convert_kv_heads(model, 1, SVD(tolerance=0.5), batches())
+    assert plan.rope == {}
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-9, atol=1e-9)
+
+
 def test_a_converted_model_is_converted_again():
     model = llama(**HEADS)
     first = bh.convert_kv_heads(model, 2, SVD(context=16, tolerance=0.5), batches())

@@ -22,7 +22,7 @@ from billhook.engine.passes import SideBySide, runs_blockwise
 from billhook.engine.store import store_of
 from billhook.kv_heads.basis import find_bases, in_bases, key_spectra, pooled, similar_order
 from billhook.kv_heads.distance import EqualHeads, distances
-from billhook.kv_heads.frequencies import Band, Rotation, Slots, allot, bands_within, find_rotation
+from billhook.kv_heads.frequencies import Band, Rotation, Slots, allot, bands_within, find_rotation, lost
 from billhook.kv_heads.layout import HeadTensors, Projections, find_projections, read, written
 from billhook.kv_heads.methods import SVD, Grouping, KVMethod, Reconstructing
 from billhook.kv_heads.moments import MomentPass, Moments, gather, weight_moments
@@ -42,6 +42,8 @@ With 0.5, tokens of SmolLM2 beyond 4,096 of 8,192 lose 0.6 %, and 5.7 % with 1.
 """
 TEXT = {"input_ids", "attention_mask", "labels"}
 """Inputs of batches of text, whose tokens can be joined to longer rows."""
+NOTHING = 1e-9
+"""Share of keys that counts as nothing, so that frequencies need not become equal."""
 MOST = 2048
 """Maximum number of tokens in a row that compares frequencies, as all logits of a row are in memory."""
 
@@ -207,17 +209,24 @@ class Attentions:
         """Returns the parameters with slots at the frequencies that keep the most."""
         bands, how = self._bands(method, rotation, trials)
         turning = rotating_with(self.model, rotation.rope(self.model, rotation.within(bands)), trials)
-        blocks = [rotation.block(band.pairs, band.frequency) for band in bands]
-        count = None if method.head_dim is None else method.head_dim // 2
+        separate, count = bands_within(rotation, 0), None if method.head_dim is None else method.head_dim // 2
+        blocks = [rotation.block(band.pairs, band.frequency) for band in (*bands, *separate)]
+
+        def chosen(spectra: Sequence[Tensor]) -> Slots:
+            of_separate = spectra[len(bands) :]
+            slots = allot(rotation, separate, of_separate, count)
+            if lost(slots, of_separate) > NOTHING:
+                slots = allot(rotation, bands, spectra[: len(bands)], count)
+            return self._comm.decide(lambda: slots)
+
         if self._blockwise(turning):
-            spectra = self._spectra_by_block(method, blocks, turning)
-            slots = self._comm.decide(lambda: allot(rotation, bands, spectra, count))
+            slots = chosen(self._spectra_by_block(method, blocks, turning))
             ((_, values),) = self._with_frequencies([method], turning, slots)
         else:
             moments = self.moments(turning, method.grouping)
-            spectra = self._sum(self._spectra(name, method, of_heads, blocks) for name, of_heads in moments.items())
-            slots = self._comm.decide(lambda: allot(rotation, bands, spectra, count))
+            slots = chosen(self._sum(self._spectra(name, method, of_heads, blocks) for name, of_heads in moments.items()))
             values = self.equal(method, moments, slots=slots)
+        how = how if slots.bands == bands else ""
         unchanged = slots.padded == list(rotation.frequencies)
         return EqualHeads(values, None if unchanged else rotation.rope(self.model, slots.padded), how, slots)
 

@@ -201,10 +201,23 @@ def allot(rotation: Rotation, bands: Sequence[Band], spectra: Sequence[Tensor], 
         spectra: By band, the eigenvalues of `SVD.spectrum`, falling. A slot takes one of a band, and keeps half of it, as the
             phases of queries and keys differ; or two of the band with frequency 0.
     """
-    gains = list[tuple[float, int]]()
-    for number, (band, spectrum) in enumerate(zip(bands, spectra, strict=True)):
-        kept = spectrum / 2 if band.frequency else spectrum[len(rotation.rest) :].reshape(-1, 2).sum(1)
-        gains += [(float(gain), number) for gain in kept]
+    gains = [(gain, number) for number, of_band in enumerate(_gains(rotation, bands, spectra)) for gain in of_band]
     best = heapq.nlargest(count or len(rotation.pairs), gains)
     taken = {number: len(list(some)) for number, some in groupby(sorted(number for _, number in best))}
     return Slots(rotation, tuple(bands), tuple(taken.get(number, 0) for number in range(len(bands))))
+
+
+def lost(slots: Slots, spectra: Sequence[Tensor]) -> float:
+    """Returns the share of what bands keep in all slots that these slots do not keep."""
+    gains = _gains(slots.rotation, slots.bands, spectra)
+    total = sum(map(sum, gains))
+    return sum(sum(of_band[count:]) for of_band, count in zip(gains, slots.counts, strict=True)) / total if total else 0.0
+
+
+def _gains(rotation: Rotation, bands: Sequence[Band], spectra: Sequence[Tensor]) -> list[list[float]]:
+    """Returns what each further slot of a band keeps, falling."""
+    gains = list[list[float]]()
+    for band, spectrum in zip(bands, spectra, strict=True):
+        kept = spectrum / 2 if band.frequency else spectrum[len(rotation.rest) :].reshape(-1, 2).sum(1)
+        gains.append(kept.tolist())
+    return gains

@@ -215,7 +215,7 @@ def _as_float64(value: Any) -> Any:  # noqa: ANN401 - a tensor or a cache
     if isinstance(value, Cache):  # which the call writes to
         return copy.deepcopy(value)
     tensor = value.detach().to(float64_device(value.device))
-    tensor = tensor.double() if tensor.is_floating_point() else tensor
+    tensor = tensor.to(torch.float64, copy=True) if tensor.is_floating_point() else tensor  # a probe draws other weights
     return nn.Parameter(tensor, requires_grad=False) if isinstance(value, nn.Parameter) else tensor
 
 

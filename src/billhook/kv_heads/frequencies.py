@@ -208,14 +208,14 @@ def allot(rotation: Rotation, bands: Sequence[Band], spectra: Sequence[Tensor], 
 
 
 def lost(slots: Slots, spectra: Sequence[Tensor]) -> float:
-    """Returns the share of what bands keep in all slots that these slots do not keep."""
+    """Returns the share of keys, as queries see them, that slots do not keep."""
     gains = _gains(slots.rotation, slots.bands, spectra)
     total = sum(map(sum, gains))
     return sum(sum(of_band[count:]) for of_band, count in zip(gains, slots.counts, strict=True)) / total if total else 0.0
 
 
 def _gains(rotation: Rotation, bands: Sequence[Band], spectra: Sequence[Tensor]) -> list[list[float]]:
-    """Returns what each further slot of a band keeps, falling."""
+    """Returns the gain of each further slot of a band, falling."""
     gains = list[list[float]]()
     for band, spectrum in zip(bands, spectra, strict=True):
         kept = spectrum / 2 if band.frequency else spectrum[len(rotation.rest) :].reshape(-1, 2).sum(1)

@@ -145,7 +145,7 @@ class Reconstructing(KVMethod):
         return mean(heads)
 
     def factor(self, moments: Tensor, shared: Tensor) -> Tensor | float:
-        """Returns the number by which the pooled head is multiplied, besides P; 1 for most methods.
+        """Returns the factor of the pooled head besides P; 1 for most methods.
 
         Args:
             moments: Gram matrices of the heads, E[k_i k_j^T], `[heads, width, heads, width]`, of all dimensions.

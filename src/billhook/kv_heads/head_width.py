@@ -63,8 +63,7 @@ def _field(model: PreTrainedModel) -> str:
 
 
 def _config(model: PreTrainedModel, shape: Shape, width: int, rope: RopeParameters) -> PretrainedConfig:
-    known = {name: value for name, value in shape.config.items() if name != "head_dim"}
-    config = with_fields(model.config, known | {_field(model): width})
+    config = with_fields(model.config, shape.config | {_field(model): width})
     text: Any = text_config(config)
     text.rope_parameters = copy.deepcopy(dict(rope))
     return config

@@ -297,8 +297,8 @@ class SVD(Reconstructing):
         frequencies: If `"free"`, pairs of dimensions go to the frequencies that keep the most. Frequencies that are nearly equal
             over the context become equal, and the slowest become 0. If `"fixed"`, each frequency keeps a pair.
         context: Number of tokens over which frequencies count as nearly equal. Defaults to `max_position_embeddings`.
-        tolerance: Highest relative increase of the dense model's perplexity by equal frequencies alone. It is measured on rows of
-            `context` tokens, or as many as the batches have.
+        tolerance: Highest relative increase of the dense model's perplexity by equal frequencies alone, as its KL divergence
+            predicts. It is measured on rows of `context` tokens, at most 2,048, or as many as the batches have.
         head_dim: New width of all heads, even and smaller than now. Queries, keys, and values then have fewer dimensions, and
             the KV cache can be smaller than one head of the old width. Defaults to None, which keeps the width.
 

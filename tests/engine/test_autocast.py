@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import billhook as bh
 from billhook.engine.sharding import unsharded
 from billhook.engine.walk import Site, Visitor, Walk
-from billhook.sparsity.matching import BlockMatching
+from billhook.repairs.matching import BlockMatching
 from billhook.units.gates import zero_units
 from kit import prunes, shrinks
 from kit.families import llama, tokens
@@ -72,6 +72,7 @@ ACTS = {
     "RepairConfig": repaired,
     "svd": converted(method="svd"),
     "svd, repaired": converted(method="svd", repair=bh.RepairConfig()),
+    "svd, matched": converted(method="svd", repair=bh.RepairConfig(match=BlockMatching(steps=4))),
     "Taylor": scored(bh.Taylor(), "head"),
     "OBS": scored(bh.OBS(), "channel"),
     "Ablation": scored(bh.importance.Ablation(), "head"),
@@ -94,7 +95,16 @@ def acted(act, cache):
 
 
 @pytest.mark.daily(
-    "walk by block", "walk by layer", "SparseGPT", "BlockMatching", "RepairConfig", "svd", "Taylor", "shrink", "zeros for units"
+    "walk by block",
+    "walk by layer",
+    "SparseGPT",
+    "BlockMatching",
+    "RepairConfig",
+    "svd",
+    "svd, matched",
+    "Taylor",
+    "shrink",
+    "zeros for units",
 )
 @pytest.mark.parametrize("name", ACTS)
 def test_what_autocast_keeps_changes_nothing(name):

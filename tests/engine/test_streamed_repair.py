@@ -11,6 +11,7 @@ from billhook.engine.passes import ActivationFiles
 from billhook.engine.store import store_of
 from kit import stopped
 
+MATCHED = bh.RepairConfig(match=bh.criteria.BlockMatching(steps=3))
 KINDS = {
     transformers.LlamaForCausalLM: {"kv_heads": 0.5, "channels": 0.25},
     transformers.GPT2LMHeadModel: {"heads": 0.5, "channels": 0.25},
@@ -37,9 +38,11 @@ def repaired(model, how=None):
     return model
 
 
-@pytest.mark.daily("compensating-LlamaForCausalLM", "independent-T5*")
+@pytest.mark.daily("compensating-LlamaForCausalLM", "independent-T5*", "matched-*")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("how", [bh.RepairConfig(), bh.RepairConfig(compensate=False)], ids=["compensating", "independent"])
+@pytest.mark.parametrize(
+    "how", [bh.RepairConfig(), bh.RepairConfig(compensate=False), MATCHED], ids=["compensating", "independent", "matched"]
+)
 def test_repaired_with_the_same_bytes(tmp_path, kind, how):
     torch.manual_seed(0)
     kind(small_config(kind.config_class)).eval().save_pretrained(tmp_path / "dense")
@@ -59,24 +62,26 @@ def test_the_same_bytes_where_all_that_may_rests_in_files(tmp_path, kind, monkey
     kind(small_config(kind.config_class)).eval().save_pretrained(tmp_path / "dense")
     streamed = bh.stream(tmp_path / "dense", tmp_path / "out")
     store_of(streamed).spill_folder = str(tmp_path)
-    bh.save(repaired(streamed), tmp_path / "out")
-    bh.save(repaired(bh.load(tmp_path / "dense")), tmp_path / "in memory")
+    bh.save(repaired(streamed, MATCHED), tmp_path / "out")
+    bh.save(repaired(bh.load(tmp_path / "dense"), MATCHED), tmp_path / "in memory")
     assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
     assert any(len(shape) == 2 for shape in mapped), "moments"
     assert not list(tmp_path.glob("billhook_*"))
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("blocks", [2, 6], ids=["while refitting", "while cutting"])
-def test_stopped_and_called_again(tmp_path, monkeypatch, blocks):
+@pytest.mark.daily("while matching")
+@pytest.mark.parametrize(
+    ("blocks", "how"), [(2, None), (6, None), (6, MATCHED)], ids=["while refitting", "while cutting", "while matching"]
+)
+def test_stopped_and_called_again(tmp_path, monkeypatch, blocks, how):
     written, go_on = stopped.stop_after(blocks, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        repaired(bh.stream("tiny", tmp_path / "out"))
+        repaired(bh.stream("tiny", tmp_path / "out"), how)
     go_on()
-    model = repaired(bh.stream("tiny", tmp_path / "out"))
+    model = repaired(bh.stream("tiny", tmp_path / "out"), how)
     bh.save(model, tmp_path / "out")
-    assert written == [f"model.layers.{number}" for number in (0, 1, 2, 3)] * 2
-    assert same(tmp_path / "out", repaired(bh.load("tiny")))
+    assert written == [f"model.layers.{number}" for number in (0, 1, 2, 3)] * (2 if how is None else 3)
+    assert same(tmp_path / "out", repaired(bh.load("tiny"), how))
 
 
 def test_the_model_stays_as_it_is(tmp_path):

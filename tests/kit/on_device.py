@@ -220,6 +220,7 @@ FILES = {
     "match": (pruned(bh.Wanda(), match=FEW), 1e-5),
     "repair": (repaired, 1e-5),
     "KV heads by SVD, repaired": (converted("svd", repair=bh.RepairConfig()), 1e-5),
+    "KV heads by SVD, matched": (converted("svd", repair=bh.RepairConfig(match=FEW)), 1e-5),
     "KV heads by the best": (converted("auto"), 1e-5),
     "OBS": (removed(bh.OBS(), channels=0.5), 1e-5),
     "OutputNorm": (removed(bh.OutputNorm(), heads=0.5), 0),

@@ -46,12 +46,19 @@ def batches(model):
     return [one | {"labels": tokens(6, 8)} for one in found] if model.config.is_encoder_decoder else found
 
 
-@pytest.mark.daily("llama-*", "t5-True", "mixtral-False")
-@pytest.mark.parametrize("compensate", [True, False])
+REPAIRS = {
+    "compensating": bh.RepairConfig(),
+    "independent": bh.RepairConfig(compensate=False),
+    "matched": bh.RepairConfig(match=bh.criteria.BlockMatching(steps=3)),
+}
+
+
+@pytest.mark.daily("llama-*", "t5-compensating", "mixtral-independent", "mixtral-matched")
+@pytest.mark.parametrize("how", REPAIRS)
 @pytest.mark.parametrize("family", MODELS)
-def test_as_in_memory_a_block_at_a_time(mesh, family, compensate, monkeypatch):
+def test_as_in_memory_a_block_at_a_time(mesh, family, how, monkeypatch):
     plain, sharded = both(mesh, family)
-    plan, given, repair = cut(plain), batches(plain), bh.RepairConfig(compensate)
+    plan, given, repair = cut(plain), batches(plain), REPAIRS[how]
     expected = bh.repair(plain, plan, given, repair)
     monkeypatch.setattr(ShardStore, "all_loaded", None)
     with blockwise(sharded):

@@ -8,8 +8,8 @@ from torch import nn
 
 import billhook as bh
 from billhook.model.layers import prunable, weight_of
+from billhook.repairs.matching import ADAM_BETAS, BlockMatching, BlockSample, BlockTuning
 from billhook.sparsity.masks import sparsity_of
-from billhook.sparsity.matching import ADAM_BETAS, BlockMatching, BlockSample, BlockTuning
 from kit import prunes
 from kit.families import llama, tokens
 from kit.sparsity import batches_of, family, masks_of

@@ -23,7 +23,7 @@ from billhook.engine.store import store_of
 from billhook.kv_heads.basis import find_bases, in_bases, key_spectra, pooled, similar_order
 from billhook.kv_heads.distance import EqualHeads, distances
 from billhook.kv_heads.frequencies import Band, Rotation, Slots, allot, bands_within, find_rotation, lost
-from billhook.kv_heads.layout import HeadTensors, Projections, find_projections, read, written
+from billhook.kv_heads.layout import HeadTensors, Projections, find_projections, read, ties_of, written
 from billhook.kv_heads.methods import SVD, Grouping, KVMethod, Reconstructing
 from billhook.kv_heads.moments import MomentPass, Moments, gather, weight_moments
 from billhook.kv_heads.symmetry import Block, find_symmetries, in_order
@@ -31,6 +31,7 @@ from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
 from billhook.model.layers import is_linear, size_of
 from billhook.model.rotary import rotating_with
+from billhook.repairs.matching import Tie
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.tracing.trace import trace
 from billhook.units.find import find_heads
@@ -353,8 +354,11 @@ class Attentions:
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
         pruned = rotating_with(self.model, new.rope, trials)
+        ties = dict[str, Tie]()
+        for name, attention in self.projections.items():
+            ties |= ties_of(self.model, attention, self.groups[name])
         fitted = repair_linears(
-            self.model, kept, pruned, repair, self._comm, new_params=new.values, left=self.not_refitted, dense=trials
+            self.model, kept, pruned, repair, self._comm, new.values, left=self.not_refitted, dense=trials, ties=ties
         )
         return replace(new, values=new.values | fitted)
 

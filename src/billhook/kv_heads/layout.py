@@ -2,9 +2,9 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from billhook.engine.batches import check_one_device
 from billhook.linalg import in_float64
-from billhook.model.layers import is_linear, matrix_of, to_parameters
+from billhook.model.layers import is_linear, matrix_of, to_layout, to_parameters
 from billhook.model.repeat_kv import Indices, repeat_layout_of
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member, common_module
@@ -243,6 +243,25 @@ def moved_values(linear: nn.Module, rows: HeadRows, order: Sequence[int]) -> dic
         if tensor is not None:
             tensor[rows.index] = tensor[rows.index[list(order)]]  # in its own dtype: this runs for each batch and head of a group
     return to_parameters(linear, weight, bias)
+
+
+def ties_of(model: nn.Module, projections: Projections, groups: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Returns functions that average a gradient over the KV heads of each group, by parameter name."""
+    ties = dict[str, Callable[[Tensor], Tensor]]()
+    for linear in dict.fromkeys((projections.k.linear, projections.v.linear)):
+        heads = [rows for rows in (projections.k, projections.v) if rows.linear == linear]
+        ties |= {
+            f"{linear}.{name}": partial(_averaged, model.get_submodule(linear), heads, groups) for name in ("weight", "bias")
+        }
+    return ties
+
+
+def _averaged(linear: nn.Module, heads: Sequence[HeadRows], groups: int, gradient: Tensor) -> Tensor:
+    matrix = to_layout(linear, gradient).clone() if gradient.dim() > 1 else gradient.clone()
+    for rows in heads:
+        of_groups = matrix[rows.index.reshape(groups, -1, *rows.index.shape[1:])]
+        matrix[rows.index] = of_groups.mean(1, keepdim=True).expand_as(of_groups).flatten(0, 1)
+    return to_layout(linear, matrix) if gradient.dim() > 1 else matrix
 
 
 def _copied(linear: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -29,6 +29,7 @@ from billhook.engine.store import store_of
 from billhook.engine.walk import Site, Walk, find_sites
 from billhook.model.layers import size_of
 from billhook.progress import OnProgress
+from billhook.repairs.matching import BlockMatching, Tie, match_blocks
 from billhook.repairs.residuals import NoRepair, check_tokens, not_refitted_message, too_few_tokens_message
 from billhook.repairs.visitor import LinearCalls, RepairVisitor, combine_calls, record_calls, residual_order
 
@@ -47,18 +48,20 @@ class RepairConfig:
         held_out: Fraction of the calibration batches over all ranks, at least one, that choose the ridge penalty; in (0, 1).
             With several sources (see `Calibration`), each source is held out in turn instead.
         ridges: Candidate ridge penalties, as shares of each input's mean square (or variance, if there is a bias).
+        match: Settings of block-wise reconstruction, which then tunes all weights and norms of each block. None skips it.
 
     Raises:
         ValueError: If the fraction is not between 0 and 1, or there is no ridge penalty, or one is below 0.0001.
 
     Example:
         >>> RepairConfig(compensate=False, ridges=[0.1, 1.0])
-        RepairConfig(compensate=False, held_out=0.2, ridges=[0.1, 1.0])
+        RepairConfig(compensate=False, held_out=0.2, ridges=[0.1, 1.0], match=None)
     """
 
     compensate: bool = True
     held_out: float = 0.2
     ridges: Sequence[float] = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    match: BlockMatching | None = None
 
     def __post_init__(self) -> None:
         check_types(RepairConfig, vars(self))
@@ -107,6 +110,7 @@ def repair_linears(
     progress: OnProgress | None = None,
     left: list[str] | None = None,
     dense: Sequence[Run] | None = None,
+    ties: Mapping[str, Tie] | None = None,
 ) -> LazyTensors:
     """Refits linear layers that lose inputs, and returns their new parameters.
 
@@ -129,10 +133,12 @@ def repair_linears(
         progress: Callback with the number of refitted layers and the total.
         left: List to which the names of layers without a refit are added.
         dense: The same batches as the dense model runs them, if that differs.
+        ties: Changes of gradients by parameter name, for `RepairConfig.match`.
 
     Returns:
         Weight and bias of each layer by parameter name, with zeros for removed inputs, in its dtype and layout. A layer with
-        fewer tokens than kept inputs is not refitted, and a warning names it.
+        fewer tokens than kept inputs is not refitted, and a warning names it. With `RepairConfig.match`, also all other
+        parameters that were tuned.
 
     Raises:
         ValueError: If masks, batches, inputs, or `new_params` do not fit, or a layer in `new_params` is called more than once in
@@ -177,7 +183,9 @@ def repair_linears(
         warnings.warn(not_refitted_message(not_refitted), stacklevel=2)
     if left is not None:
         left += not_refitted
-    return new
+    if repair.match is None:
+        return new
+    return match_blocks(model, LazyTensors.of(new_params or {}) | new, trials, repair.match, comm, dense, ties, progress)
 
 
 def _shown(

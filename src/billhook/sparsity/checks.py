@@ -21,10 +21,10 @@ from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Sequential, find_sites
 from billhook.model.layers import active_in, adjacent_inputs, is_convolution, prunable
 from billhook.model.meta import to_meta
+from billhook.repairs.matching import BlockMatching
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
-from billhook.sparsity.matching import BlockMatching
 from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.visitor import raise_called_again
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from billhook.arguments import check_one_of, check_types
 from billhook.engine.walk import Sequential
 from billhook.model.layers import Convolutions
+from billhook.repairs.matching import BlockMatching
 from billhook.sparsity.allocation import Allocation
-from billhook.sparsity.matching import BlockMatching
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,369 @@
+"""Block-wise reconstruction: tunes the blocks of a changed model to reproduce the dense blocks' outputs.
+
+As the transformer matching of 3BASiL (Makni, Meng & Mazumder, 2025, https://arxiv.org/abs/2603.01376), EBFT (Guo et al., 2024,
+https://arxiv.org/abs/2402.12419), and the regional optimization of Wanda++ (Yang et al., 2025,
+https://arxiv.org/abs/2503.04992).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from billhook.arguments import check_fraction, check_int, check_number, check_types
+from billhook.engine.batches import Run, runs_fingerprint
+from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine.lazy import LazyTensors
+from billhook.engine.passes import activation_files, spilled_outputs
+from billhook.engine.state import evaluating_without_grad, fresh_autocast_cache, overridden
+from billhook.engine.store import BlockStore, store_of
+from billhook.engine.trees import tree_leaves, tree_map_only
+from billhook.engine.walk import Arguments, Site, Visitor, Walk, copy_cache, separable_blocks
+from billhook.linalg import float64_device
+from billhook.model.layers import is_adapter
+from billhook.progress import OnProgress
+
+Tie = Callable[[Tensor], Tensor]
+"""Changes the gradient of a parameter, so that equal values stay equal."""
+EVALUATIONS = 5
+"""Evaluations on held-out batches during the steps of a block."""
+ADAM_BETAS = 0.9, 0.99
+"""Adam's betas, low because steps are few."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSample:
+    """A block's input for a batch, and its target output.
+
+    Attributes:
+        inputs: Arguments and keywords of the block, computed by pruned blocks before it.
+        goal: Output of the dense block, computed by dense blocks before it.
+        counts: Mask of non-padding tokens, bool, in the shape of the goal without its last dimension; None if all count.
+    """
+
+    inputs: Arguments
+    goal: Tensor
+    counts: Tensor | None
+
+
+@dataclass(frozen=True)
+class BlockMatching:
+    """Tunes the kept weights of each block with Adam to reproduce the dense block's output.
+
+    A criterion prunes one linear layer at a time, and a repair refits one at a time. Block-wise reconstruction then compensates
+    for the errors of all layers of the block, and of all blocks before it. It tunes pruned weights, or, after a repair, all
+    weights and norms of the block. The error of a token is the squared difference, divided by the squared output of the dense
+    block. Some batches are held out, and each block keeps the state with the lowest held-out error, so that error never
+    increases. As in 3BASiL (Makni, Meng & Mazumder, 2025, https://arxiv.org/abs/2603.01376), EBFT
+    (https://arxiv.org/abs/2402.12419), and Wanda++ (https://arxiv.org/abs/2503.04992).
+
+    A step runs a block forward and backward on a batch. Tuned weights are float32, and rounded once at the end.
+
+    Args:
+        steps: Adam steps for each block. Defaults to the number of batches that are not held out.
+        lr: Maximum step size, as a share of the root mean square of a layer's kept weights. It rises during the first half of
+            the steps, then falls to zero.
+        held_out: Fraction of the batches to hold out, in (0, 1); at least one batch.
+        seed: Seed for the order of batches.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Example:
+        >>> import billhook as bh
+        >>> model, batches = bh.load("tiny"), [{"input_ids": torch.arange(i, i + 32)[None]} for i in range(4)]
+        >>> plan = bh.prune(model, bh.Wanda(), batches, sparsity=0.5, options=bh.PruneOptions(match=bh.criteria.BlockMatching()))
+    """
+
+    steps: int | None = None
+    lr: float = 0.02
+    held_out: float = 0.125
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(BlockMatching, vars(self))
+        check_int("steps", 1 if self.steps is None else self.steps)
+        check_number("lr", self.lr, above=0)
+        check_fraction("held_out", self.held_out, "(0, 1)", "the batches")
+        check_int("seed", self.seed, 0)
+
+    def is_held_out(self, count: int) -> list[bool]:
+        """Returns, for `count` batches, True for each that is held out, evenly spaced."""
+        num_held_out = min(max(1, round(self.held_out * count)), count - 1)
+        held_out = {int((number + 0.5) * count / num_held_out) for number in range(num_held_out)}
+        return [batch in held_out for batch in range(count)]
+
+
+class BlockTuning:
+    """Tunes the kept weights of a block.
+
+    Args:
+        matching: Settings.
+        block: The block, whose parameters do not change.
+        weights: Weights to tune, by parameter name in the block, in memory layout.
+        keeps: Masks of these weights, bool.
+        comm: The ranks, each with its own samples.
+        ties: Change the gradients of some weights, so that weights that are equal stay equal.
+    """
+
+    def __init__(
+        self,
+        matching: BlockMatching,
+        block: nn.Module,
+        weights: Mapping[str, Tensor],
+        keeps: Mapping[str, Tensor],
+        comm: Comm = SINGLE_PROCESS,
+        ties: Mapping[str, Tie] | None = None,
+    ) -> None:
+        self.matching, self.block, self.keeps, self.comm, self.ties = matching, block, keeps, comm, ties or {}
+        self.tuned = {name: _as_float32(weight).detach().clone().requires_grad_() for name, weight in weights.items()}
+        fixed = chain(block.named_parameters(), block.named_buffers())
+        self.fixed = {name: _as_float32(tensor.detach()) for name, tensor in fixed if name not in weights}
+        self.device = next(iter(self.tuned.values())).device
+
+    def __call__(self, tune: Sequence[BlockSample], held_out: Sequence[BlockSample]) -> dict[str, Tensor]:
+        """Tunes on samples, and returns the float32 weights with the lowest held-out error."""
+        steps = self.matching.steps
+        if steps is None:  # a step for each batch; with several ranks the average number of batches
+            batches, ranks = self.comm(torch.tensor([float(len(tune)), 1.0], device=self.device))
+            steps = math.ceil(float(batches / ranks))
+        groups = []
+        for name, weight in self.tuned.items():
+            mean_square = weight.detach().square().sum() / self.keeps[name].sum().clamp(min=1)
+            groups.append({"params": [weight], "lr": 0.0, "most": self.matching.lr * math.sqrt(float(mean_square))})
+        optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS)
+        order, queue = torch.Generator().manual_seed(self.matching.seed), list[int]()
+        evaluated_steps = {steps * evaluation // EVALUATIONS for evaluation in range(1, EVALUATIONS + 1)}
+        inner = getattr(self.block, "_orig_mod", self.block)  # the module inside torch.compile's wrapper
+        with overridden(self.block, forward=partial(type(inner).forward, inner)):
+            best, state = self._measured(held_out), self._state()
+            for step in range(1, steps + 1 if best else 1):
+                queue = queue or torch.randperm(len(tune), generator=order).tolist()
+                share = 1 - abs((2 * step - 1) / steps - 1)  # of the maximum step size: linear warmup and decay
+                for group in optimizer.param_groups:
+                    group["lr"] = share * group["most"]
+                self._step(optimizer, tune[queue.pop()])
+                if step in evaluated_steps and (error := self._measured(held_out)) < best:
+                    best, state = error, self._state()
+        return state
+
+    def _step(self, optimizer: torch.optim.Adam, sample: BlockSample) -> None:
+        with torch.enable_grad():
+            error, count = self._error(sample)
+            gradients = torch.autograd.grad(error / count, list(self.tuned.values()), allow_unused=True)
+        for (name, weight), gradient in zip(self.tuned.items(), gradients, strict=True):
+            gradient = torch.zeros_like(weight) if gradient is None else gradient * self.keeps[name]
+            weight.grad = self.ties[name](gradient) if name in self.ties else gradient
+        self.comm.sum_(*(weight.grad for weight in self.tuned.values() if weight.grad is not None))
+        optimizer.step()
+
+    @torch.no_grad()
+    def _measured(self, samples: Sequence[BlockSample]) -> float:
+        """Returns the mean error of the tokens of samples, on all ranks."""
+        device = float64_device(self.device)
+        sums = torch.stack([torch.stack(self._error(sample)).to(device).double() for sample in samples]).sum(0)
+        error, count = self.comm(sums)
+        return float(error / count)
+
+    def _error(self, sample: BlockSample) -> tuple[Tensor, Tensor]:
+        """Returns the summed error of tokens, and their number."""
+        inputs = sample.inputs, sample.goal, sample.counts
+        (args, kwargs), goal, counts = tree_map_only(Tensor, lambda tensor: _as_float32(tensor.to(self.device)), inputs)
+        args, kwargs = tuple(map(copy_cache, args)), {name: copy_cache(value) for name, value in kwargs.items()}
+        with fresh_autocast_cache():  # Adam changes weights in place, so autocast's cached casts are stale
+            output = hidden_state(functional_call(self.block, self.tuned | self.fixed, args, kwargs))
+        assert output is not None, "it has come out before"
+        size = goal.square().sum(-1)
+        errors = (output - goal).square().sum(-1) / torch.where(size > 0, size, 1)
+        errors = errors if counts is None else errors[counts]
+        return errors.sum(), torch.tensor(float(errors.numel()), device=errors.device).clamp(min=1)
+
+    def _state(self) -> dict[str, Tensor]:
+        return {name: weight.detach().clone() for name, weight in self.tuned.items()}
+
+
+def hidden_state(output: object) -> Tensor | None:
+    """Returns the hidden states that a block returns: its first floating-point tensor."""
+    return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+
+
+def _as_float32(tensor: Tensor) -> Tensor:
+    """Returns floating-point tensors in float32, as normal tensors that can have gradients."""
+    tensor = tensor.clone() if tensor.is_inference() else tensor
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+@torch.no_grad()
+def match_blocks(
+    model: nn.Module,
+    values: LazyTensors,
+    runs: Sequence[Run],
+    matching: BlockMatching,
+    comm: Comm = SINGLE_PROCESS,
+    dense: Sequence[Run] | None = None,
+    ties: Mapping[str, Tie] | None = None,
+    progress: OnProgress | None = None,
+) -> LazyTensors:
+    """Tunes each block of a model with changed parameters to reproduce the dense block's output.
+
+    All weights and norms of a block are tuned, after all blocks before it. Zeros stay zero, and layers with adapters do not
+    change. The model does not change, either. Next to it, memory holds the new weights, and for each batch the input of a block
+    and both outputs; these can spill to disk (`BlockStore.spill_folder`). Blocks that reproduce the dense output exactly, are
+    called several times, or share parameters with other modules are not tuned.
+
+    Args:
+        model: The dense model.
+        values: Changed parameters by name. Zeros are removed units or weights.
+        runs: The batches, at least two on each rank, some of which are held out.
+        matching: Settings.
+        comm: The ranks, each with its own batches.
+        dense: The same batches as the dense model runs them, if that differs.
+        ties: Changes of gradients by parameter name.
+        progress: Callback with the number of completed blocks and the total.
+
+    Returns:
+        The values, tuned, and all other tuned parameters, in their dtypes.
+    """
+    store, dense = store_of(model), dense or runs
+    with evaluating_without_grad(model):
+        matcher = _BlockMatcher(model, store, values, runs, matching, comm, ties or {}, progress)
+        step = store.step(f"{matching} {values.key}", partial(runs_fingerprint, runs))
+        with step, activation_files(store) as files, spilled_outputs(files, model, matcher.blocks.values()):
+            Walk(list(matcher.sites()), matcher, comm, matcher.enter)([run.visit for run in (*runs, *dense)])
+            matcher.stage()
+            store.release()
+    return values | matcher.new
+
+
+class _BlockMatcher(Visitor):
+    """Tunes each block that all runs have left. The second half of the runs is dense."""
+
+    ends = 1  # one run continues to its end, to detect blocks that are called again
+
+    def __init__(
+        self,
+        model: nn.Module,
+        store: BlockStore,
+        values: LazyTensors,
+        runs: Sequence[Run],
+        matching: BlockMatching,
+        comm: Comm,
+        ties: Mapping[str, Tie],
+        progress: OnProgress | None,
+    ) -> None:
+        self._model, self._store, self._values, self._runs, self._comm = model, store, values, runs, comm
+        self._matching, self._ties, self._progress = matching, ties, progress
+        self.untouched = range(len(runs), 2 * len(runs))
+        holders = [((module, name), own) for module in model.modules() for name, own in module.named_parameters(recurse=False)]
+        separable = separable_blocks(model, holders)
+        self.blocks = {name: module for name, module in model.named_modules() if module in separable}
+        self.new, self._tuned = LazyTensors({}), dict[str, Tensor]()
+        self._block: nn.Module | None = None  # the block that runs are in, if blocks are loaded on demand
+        self._outputs: dict[int, tuple[Arguments, Tensor]] = {}  # by run
+
+    def sites(self) -> Iterator[Site]:
+        """Yields the stops: where a block begins and ends, and modules outside of blocks that have new values."""
+        inside = dict[nn.Module, str]()
+        for name, block in self.blocks.items():
+            modules = {f"{name}.{part}".rstrip("."): module for part, module in block.named_modules()}
+            inside |= dict.fromkeys(block.modules(), name)
+            changed = {part: module for part, module in modules.items() if part in self._values.modules}
+            yield Site(block, changed, done=True)
+            yield Site(block, modules, out=True)
+        for name in self._values.modules:
+            module = self._model.get_submodule(name)
+            if module not in inside:
+                yield Site(module, {name: module}, done=True)
+
+    def enter(self, module: nn.Module) -> None:
+        """Loads the block of a module, after staging the block that all runs have left."""
+        block = self._store.owner.get(module)
+        if block is not None and block is not self._block:
+            self.stage()
+            self._block = block
+            self._store.load(block)
+            values, _ = self._store.staged(block) or (LazyTensors({}), None)
+            self._tuned = {name: values[name] for name in values}
+
+    def stage(self) -> None:
+        """Stages the tuned parameters of the current block, or of all blocks of a model in memory, and drops them."""
+        self.new |= self._store.stage(self._block, self._tuned)
+        self._tuned, self._block = {}, None
+
+    def on_exit(self, run: int, arguments: Arguments, output: object) -> None:
+        """Records the input and output of a block."""
+        if (state := hidden_state(output)) is not None:
+            self._outputs[run] = arguments, state
+
+    def on_reentry(self, site: Site) -> None:
+        """Raises if a block is called again after it was tuned."""
+        if site.out:
+            raise_block_called_again(next(iter(site.linears)))
+
+    def complete(self, site: Site) -> None:
+        """Tunes the block that all runs have left."""
+        outputs, count, samples, name = self._outputs, len(self._runs), list[BlockSample](), next(iter(site.linears))
+        self._outputs = {}
+        for run in range(count):
+            if run in outputs and (dense := run + count) in outputs:
+                (inputs, output), (_, goal) = outputs[run], outputs[dense]
+                if output.shape == goal.shape:
+                    samples.append(BlockSample(inputs, goal, self._counts(name, goal, run)))
+        # each rank needs samples to tune on and samples to hold out
+        too_few = self._comm(torch.tensor([float(len(samples) < 2)], device=self._comm.device))
+        known = any(part in self._tuned for part, _ in self._parameters(site))
+        if not known and not too_few:
+            self._tune(site, samples)
+        if self._progress is not None:
+            self._progress(list(self.blocks).index(name) + 1, len(self.blocks))
+
+    def _counts(self, block: str, goal: Tensor, run: int) -> Tensor | None:
+        """Returns the mask of non-padding tokens that fits an output; those of the block's layers come first."""
+        masks = self._runs[run].tokens
+        for name in sorted(masks, key=lambda name: not name.startswith(f"{block}.")):
+            if masks[name].shape == goal.shape[:-1]:
+                return masks[name].to(goal.device)
+        return None
+
+    def _parameters(self, site: Site) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields the parameters of a block that are tuned, except those of layers with adapters and of embeddings."""
+        adapted = tuple(f"{name}." for name, module in site.linears.items() if is_adapter(module))
+        for name, module in site.linears.items():
+            if not f"{name}.".startswith(adapted) and not isinstance(module, nn.Embedding):
+                for part, parameter in module.named_parameters(recurse=False):
+                    if parameter.is_floating_point():
+                        yield f"{name}.{part}", parameter
+
+    def _tune(self, site: Site, samples: Sequence[BlockSample]) -> None:
+        parts: tuple[list[BlockSample], list[BlockSample]] = ([], [])
+        for sample, is_held_out in zip(samples, self._matching.is_held_out(len(samples)), strict=True):
+            parts[is_held_out].append(sample)
+        prefix, parameters = f"{next(iter(site.linears))}.", dict(self._parameters(site))
+        start = {name: self._values[name] if name in self._values else value.detach() for name, value in parameters.items()}
+        weights = {name.removeprefix(prefix): value.to(parameters[name].device) for name, value in start.items()}
+        keeps = {name: value != 0 for name, value in weights.items()}
+        ties = {name.removeprefix(prefix): tie for name, tie in self._ties.items() if name in parameters}
+        with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
+            tuned = BlockTuning(self._matching, site.module, weights, keeps, self._comm, ties)(*parts)
+        self._tuned |= {f"{prefix}{name}": value.to(weights[name].dtype) for name, value in tuned.items()}
+
+    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
+        """Returns the new parameters of a stop: changed, or tuned where runs have left a block."""
+        new = {name: self._values.of_module(name) for name in site.linears}
+        for name in site.linears if site.out else ():
+            tuned = {part: f"{name}.{part}" for part, _ in site.linears[name].named_parameters(recurse=False)}
+            new[name] |= {part: self._tuned[full] for part, full in tuned.items() if full in self._tuned}
+        return new
+
+
+def raise_block_called_again(linear: str) -> NoReturn:
+    """Raises for a linear layer that would be pruned before another call."""
+    raise ValueError(
+        f"match: {linear} is called again after its block, or shares its weight. Exclude it with skip, or do not use match."
+    )

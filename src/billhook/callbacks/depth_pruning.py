@@ -10,18 +10,20 @@ from torch.optim import Optimizer
 from billhook.arguments import check_types
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event
-from billhook.fit.ranks import check_identical, comm_of
+from billhook.fit.ranks import check_close, check_identical, comm_of
 from billhook.fit.run import At, check_at, round_targets
 from billhook.fit.shape_event import ShapeCallback
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, make_run
 from billhook.model.find import find_transformer
-from billhook.model.plan import apply_plan
+from billhook.model.plan import Weights, apply_plan
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.planning import count_blocks, plan_amount
+from billhook.pruning.repair import RepairOption, repair_if_requested
 from billhook.schedules import Schedule
-from billhook.units.find import find_units
+from billhook.tracing.trace import trace
+from billhook.units.find import find_units, units_of
 
 
 class DepthPruning(ShapeCallback):
@@ -40,6 +42,8 @@ class DepthPruning(ShapeCallback):
         greedy: If True, removes one block at a time and rescores the rest. Costs one scoring pass per removed block.
         first: Number of blocks to protect at the start of each stack.
         last: Number of blocks to protect at the end of each stack.
+        repair: Least-squares repair of the output layers of blocks behind removed ones (see `RepairConfig`). `"auto"` uses
+            `RepairConfig()` if there are enough examples. Defaults to None, which keeps the old weights, as in the paper.
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
@@ -60,6 +64,7 @@ class DepthPruning(ShapeCallback):
         greedy: bool = False,
         first: int = 0,
         last: int = 0,
+        repair: RepairOption = None,
         calibration: CalibrationLike = None,
         measure_batches: int | None = None,
     ) -> None:
@@ -72,7 +77,7 @@ class DepthPruning(ShapeCallback):
         check_at(at)
         self.blocks, self.first, self.last = blocks, first, last
         self.amount = Amount(blocks=blocks, first=first, last=last)
-        self.importance, self.at, self.greedy = importance or BlockInfluence(), at, greedy
+        self.importance, self.at, self.greedy, self.repair = importance or BlockInfluence(), at, greedy, repair
         self.plan: BlockPlan | None = None
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
@@ -111,23 +116,28 @@ class DepthPruning(ShapeCallback):
 
     def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, optimizers: list[Optimizer]) -> str:
         """Ranks the blocks and removes the least important; returns a description."""
-        self.plan = plan = self._plan(trainer, pl_module)
-        check_identical(trainer, "DepthPruning", "the blocks to remove", plan.units)
-        apply_plan(pl_module, plan, optimizers)
+        self.plan, weights, how = self._plan(trainer, pl_module)
+        plan = self.plan
+        apply_plan(pl_module, plan, optimizers, weights)
         self.last_event_step, self.last_target = step, 1.0
         before, after = _total(plan.before), _total(plan.after)
         removed = "; ".join(f"{', '.join(map(str, numbers))} of {name}" for name, numbers in plan.units.items()) or "none"
-        return f"{before} -> {after} blocks ({type(self.importance).__name__}): without {removed}"
+        return f"{before} -> {after} blocks ({type(self.importance).__name__}{how}): without {removed}"
 
-    def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> BlockPlan:
-        """Plans the removal of blocks, identically on all ranks."""
-        model = find_transformer(pl_module)
-        stacks = find_units(model, "block")
+    def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[BlockPlan, Weights | None, str]:
+        """Plans the removal of blocks, identically on all ranks; returns also repaired weights, and a description of these."""
+        model, comm = find_transformer(pl_module), comm_of(trainer)
+        units = find_units(model, "block")
+        if self.repair is not None:  # whose consumer layers need their non-padding tokens
+            units |= units_of(model, trace(model), ["head", "channel"])
         with self.calibration.undisturbed(pl_module), trainer.precision_plugin.forward_context():
-            runs = [make_run(model, stacks, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
-            plan = plan_amount(model, self.amount, self.importance, runs, greedy=self.greedy, comm=comm_of(trainer))
-        assert isinstance(plan, BlockPlan)
-        return plan
+            runs = [make_run(model, units, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
+            plan = plan_amount(model, self.amount, self.importance, runs, greedy=self.greedy, comm=comm)
+            assert isinstance(plan, BlockPlan)
+            check_identical(trainer, "DepthPruning", "the blocks to remove", plan.units)
+            weights, why = repair_if_requested(model, plan, runs, self.repair, comm)
+            check_close(trainer, "DepthPruning", "the repaired weights", model, weights or {})
+        return plan, weights, f", {'repaired' if weights else why}" if weights or why else ""
 
 
 def _total(counts: Mapping[str, Sequence[int]]) -> int:

@@ -5,7 +5,7 @@ from billhook.cli.examples import Examples
 from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches, repair_limits
-from billhook.cli.streamed import refit_bytes
+from billhook.cli.streamed import refit_bytes, repair_step
 from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, heads_and_method, ready
 from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import plan_kv_heads
@@ -68,12 +68,12 @@ def convert(
         known = check_ready(work.model, plan, repair)
         passes += known.passes(method, repair)
         statistics = known.bytes(method)
-    solved, sums = (0, 0) if repair is None else refit_bytes(work.model, work.parts)
+    solved, sums = refit_bytes(work.model, repair, work.parts)
     work.spill(max(statistics, solved), sums, 0 if repair is None else 2)
     steps = [f"convert {plan.before} KV heads to {plan.after} in {len(plan.layers)} attention modules (method: {plan.method})"]
     if repair is not None and known is not None:
         limits = repair_limits(work, known.widths, meta_batches(work), required=True)
-        steps.append(limits or "refit attention output projections and MLPs by least squares")
+        steps.append(limits or repair_step(repair, "attention output projections and MLPs"))
     work.print_plan(*steps, work.calibration_step, passes=passes)
     if dry_run:
         work.print_dry_run(plan.text())

@@ -9,15 +9,17 @@ from transformers import PreTrainedModel
 from billhook.arguments import check_int
 from billhook.cli.examples import Examples
 from billhook.cli.one_shot import OneShot
-from billhook.cli.refit import REFIT_STEP, meta_batches, remaining_inputs, repair_limits
+from billhook.cli.refit import meta_batches, remaining_inputs, repair_limits
 from billhook.cli.streamed import (
     BLOCK_PASSES,
     REMOVE_PASSES,
-    REPAIR_PASSES,
+    ZEROS_PASSES,
     Passes,
     batch_count,
     check_scored,
     refit_bytes,
+    repair_passes,
+    repair_step,
     statistics_bytes,
 )
 from billhook.engine.batches import Batch
@@ -92,8 +94,8 @@ def prune_structure(
             Defaults to `OutputNorm`, or to `Taylor` if some units have no consumer layer of their own, such as experts. With
             `stream`, one without gradients.
         rounds: Number of score-and-prune rounds.
-        repair: Least-squares repair of the consumer layers. "auto" uses `RepairConfig()` if linear layers read the units and
-            there are enough examples. null keeps the old weights.
+        repair: Least-squares repair of consumer layers, and of the output layers of blocks behind removed ones. "auto" uses
+            `RepairConfig()` if linear layers read the units and there are enough examples. null keeps the old weights.
         dry_run: If true, prints the first plan and writes nothing.
 
     Raises:
@@ -103,15 +105,17 @@ def prune_structure(
     check_scored(examples, block_importance, importance)
     work = OneShot(model, out, examples, refits=repair is not None, streams=True)
     passes, batches_to_score = Passes(), batch_count(work.example_counts.values(), examples.batch_size)
-    steps, repair_step, kept, needed = list[str](), "", None, None
+    steps, expected_limits, kept, needed = list[str](), "", None, None
     if amount.blocks_only is not None:
         stacks, removed = count_blocks(work.model, amount.blocks_only)
         block_importance = block_importance or BlockInfluence()
         block_rounds = sum(removed.values()) if amount.greedy else 1
         passes.add_scoring(block_rounds, block_importance, sum(map(Units.count, stacks.values())), batches_to_score)
-        passes.known += BLOCK_PASSES
+        passes.known += BLOCK_PASSES + (repair is not None) * ZEROS_PASSES + repair_passes(repair)
         one_by_one = " one at a time" * amount.greedy
         steps.append(f"remove blocks{one_by_one}: blocks={amount.blocks} (importance: {block_importance})")
+        if repair is not None:
+            steps.append(repair_step(repair, "output layers of blocks behind them"))
     if amount.within_blocks is not None:
         check_kinds(work.model, amount.within_blocks.kinds)
         search = RatioSearch(work.model, amount.within_blocks)
@@ -123,11 +127,11 @@ def prune_structure(
         check_scored(examples, importance)
         count = sum(units.count(amount.per) for units in removable.values())
         passes.add_scoring(rounds, importance, count, batches_to_score)
-        passes.known += rounds * (REMOVE_PASSES + REPAIR_PASSES * (repair is not None))
+        passes.known += rounds * (REMOVE_PASSES + repair_passes(repair))
         steps.append(_units_step(amount, amount.within_blocks, importance, rounds))
         if needed is not None:
-            repair_step = repair_limits(work, needed, meta_batches(work), repair != "auto") or REFIT_STEP
-            steps.append(repair_step)
+            expected_limits = repair_limits(work, needed, meta_batches(work), repair != "auto")
+            steps.append(expected_limits or repair_step(repair, "consumer layers"))
     work.print_plan(*steps, work.calibration_step, passes=passes.known, exact=repair != "auto", unknown=passes.unknown)
     needs_data = any(scorer.needs_data for scorer in (block_importance, importance) if scorer is not None)
     if dry_run and needs_data and work.must_generate:
@@ -135,11 +139,11 @@ def prune_structure(
         return
     batches = work.batches() if needs_data or not dry_run else []
     if examples.stream:  # after reading text, whose memory is free again
-        solved, sums = (0, 0) if repair is None else refit_bytes(work.model, work.parts, kept)
+        solved, sums = refit_bytes(work.model, repair, work.parts, kept if amount.blocks_only is None else None)
         work.spill(max(statistics_bytes(work.model, importance), solved), sums, 0 if repair is None else 2)
     if needed is not None and not dry_run:
         limits = repair_limits(work, needed, batches, repair != "auto")
-        if limits and limits != repair_step:
+        if limits and limits != expected_limits:
             print(limits)  # a text is shorter than requested
     before = None if dry_run else work.measure()
     plans, words, refitted, not_refitted = list[dict[str, Any]](), list[str](), False, list[str]()
@@ -149,9 +153,8 @@ def prune_structure(
             work.print_dry_run(plan.text())
             return
         print(plan.text())
-        with progress_bar("refitting", "linear layers") as progress:
-            plan_repair = repair if plan.kind == "units" else None
-            weights, why = repair_if_requested(work.model, plan, rows, plan_repair, progress=progress)
+        with progress_bar("refitting", "layers") as progress:
+            weights, why = repair_if_requested(work.model, plan, rows, repair, progress=progress)
         if why:
             print(why)
             not_refitted.append(why)
@@ -207,6 +210,7 @@ def prune_blocks(
     greedy: bool = False,
     first: int = 0,
     last: int = 0,
+    repair: RepairOption = None,
     dry_run: bool = False,
 ) -> None:
     """Removes the least important blocks of a model, and saves it.
@@ -226,6 +230,8 @@ def prune_blocks(
         greedy: If true, removes one block at a time and rescores the rest. Costs one scoring pass per removed block.
         first: Number of blocks to protect at the start of each stack.
         last: Number of blocks to protect at the end of each stack.
+        repair: Least-squares repair of the output layers of blocks behind removed ones (see `RepairConfig`). "auto" uses
+            `RepairConfig()` if there are enough examples. Defaults to null, which keeps the old weights, as in the paper.
         dry_run: If true, prints the plan and writes nothing.
 
     Raises:
@@ -234,4 +240,4 @@ def prune_blocks(
     if not blocks:
         raise ValueError(f"blocks={blocks}: pass the number of blocks to remove, or a fraction in (0, 1), with --blocks.")
     amount = RemoveOptions(blocks=blocks, first=first, last=last, greedy=greedy)
-    prune_structure(model, out, amount, examples, block_importance=importance, repair=None, dry_run=dry_run)
+    prune_structure(model, out, amount, examples, block_importance=importance, repair=repair, dry_run=dry_run)

@@ -11,9 +11,6 @@ from billhook.pruning.cut import Cut
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.residuals import NoRepair
 
-REFIT_STEP = "refit consumer layers by least squares"
-"""The line of a plan about repair."""
-
 
 def meta_batches(work: OneShot) -> list[Batch]:
     """Returns batches without values, of the size of the calibration batches."""

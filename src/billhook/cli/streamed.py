@@ -16,11 +16,13 @@ from billhook.importance.blocks import BlockInfluence
 from billhook.importance.obs import OBS
 from billhook.importance.score import Importance, check_supports_streaming
 from billhook.model.layers import prunable, weight_of
+from billhook.pruning.repair import RepairOption
+from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import MAX_OUTPUTS
 from billhook.sparsity.criteria import Criterion
 
-REPAIR_PASSES = 2
-"""Passes that find the linear layers which run, and refit them."""
+ZEROS_PASSES = 2
+"""Passes that compare the model without some blocks with the one in which their output layers are zero."""
 REMOVE_PASSES = 3
 """Passes that mask units, remove them, and compare the results."""
 BLOCK_PASSES = 12
@@ -34,6 +36,17 @@ SOLVER_COPIES = 8
 """Matrices of the size of a slice of weight rows in a refit: six of conjugate gradients, the residual, and mixtures of it."""
 OBS_BYTES = 4 + 8
 """Bytes per pair of inputs in OBS: a float32 and a float64 matrix."""
+
+
+def repair_passes(repair: RepairOption) -> int:
+    """Returns the number of passes of a repair: to find the linear layers that run, to refit them, and to match blocks."""
+    return 0 if repair is None else 2 + (isinstance(repair, RepairConfig) and repair.match is not None)
+
+
+def repair_step(repair: RepairOption, what: str) -> str:
+    """Returns the line of a plan about a repair of some layers."""
+    match = repair.match if isinstance(repair, RepairConfig) else None
+    return f"refit {what} by least squares" + (f", then reconstruct each block with {match}" if match is not None else "")
 
 
 def batch_count(example_counts: Iterable[int], batch_size: int) -> int:
@@ -128,16 +141,21 @@ def _scorer_bytes(scorer: Criterion | Importance | None, columns: int) -> int:
     return OBS_BYTES * columns**2 if isinstance(scorer, OBS) else 0
 
 
-def refit_bytes(model: PreTrainedModel, parts: int, kept: Mapping[str, int] | None = None) -> tuple[int, int]:
-    """Returns the bytes of the largest refit, and of its Gram matrices (spillable).
+def refit_bytes(
+    model: PreTrainedModel, repair: RepairOption, parts: int, kept: Mapping[str, int] | None = None
+) -> tuple[int, int]:
+    """Returns the bytes of the largest refit or reconstruction, and of the Gram matrices (spillable).
 
     Args:
         model: The model.
+        repair: The repair; None needs no bytes.
         parts: Number of parts of the data with Gram matrices of their own.
         kept: Number of inputs that each refitted linear layer keeps. Defaults to all inputs of all layers.
     """
     largest_refit = largest_gram = 0
-    for name, layer in prunable(model).items():
+    if isinstance(repair, RepairConfig) and repair.match is not None:
+        largest_refit = reconstruction_bytes(model)
+    for name, layer in prunable(model).items() if repair is not None else ():
         rows, columns = weight_of(layer).shape
         if kept is not None:
             columns = kept.get(name, 0)

@@ -1,6 +1,6 @@
-"""Repairs a plan of units: refits consumer layers to compensate for removed units."""
+"""Repairs a plan: refits linear layers to compensate for removed units or blocks."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Literal
 
@@ -17,9 +17,13 @@ from billhook.model.find import check_stored, check_values, find_transformer
 from billhook.model.layers import is_adapter, is_linear, size_of
 from billhook.model.plan import ModelPlan, Weights
 from billhook.progress import OnProgress
+from billhook.pruning.block_plan import BlockPlan
+from billhook.pruning.block_writers import block_writers, why_not_zeros, writers_behind, zero_weights
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
+from billhook.tracing.trace import trace
+from billhook.units.find import units_of
 
 RepairOption = RepairConfig | Literal["auto"] | None
 """Repair settings: explicit, `"auto"` (repairs if there are enough tokens), or None (off)."""
@@ -45,7 +49,7 @@ def repair_if_requested(
     not_repaired = list[str]()
     config = how if isinstance(how, RepairConfig) else None
     try:
-        weights = repair_with(model, _unit_plan(plan), batches, config, comm, progress=progress, not_repaired=not_repaired)
+        weights = _repaired(model, plan, batches, config, comm, progress, not_repaired)
     except NoRepair as error:
         if config is not None:
             raise
@@ -61,14 +65,14 @@ def repair(
     reduce: Reduce | None = None,
     progress: OnProgress | None = None,
 ) -> Weights:
-    """Returns least-squares weights that compensate for the units a plan removes.
+    """Returns least-squares weights that compensate for the units or blocks a plan removes.
 
-    Each consumer layer is refitted in turn, on its inputs after all earlier layers were pruned and refitted. The model is not
-    changed; pass the result to `apply`.
+    Each consumer layer of removed units, or output layer of a block behind a removed one, is refitted in turn, on its inputs
+    after all earlier layers were pruned and refitted. The model is not changed; pass the result to `apply`.
 
     Args:
         model: The model that the plan was made for, unchanged since.
-        plan: A plan of units.
+        plan: A plan of units or blocks.
         batches: Calibration data: at least two batches (dictionaries of forward inputs) or a `Calibration`. Use a few times as
             many tokens as an MLP has channels. Padding (`attention_mask`) is ignored.
         how: Repair settings. Defaults to `RepairConfig()`.
@@ -91,15 +95,62 @@ def repair(
         >>> bh.apply(model, plan, weights=weights)
     """
     check_types(repair, locals())
-    unit_plan = _unit_plan(plan)
-    unit_plan.check_made_for(model)
-    return repair_with(model, unit_plan, batches, how, Comm.of(reduce, model), progress=progress)
+    plan.check_made_for(model)
+    return _repaired(model, plan, batches, how, Comm.of(reduce, model), progress)
 
 
-def _unit_plan(plan: ModelPlan) -> UnitPlan:
-    if not isinstance(plan, UnitPlan):
-        raise ValueError(f"plan: repair supports plans of units, got a plan of {plan.kind}")
-    return plan
+def _repaired(
+    model: nn.Module,
+    plan: ModelPlan,
+    batches: Batches,
+    how: RepairConfig | None,
+    comm: Comm,
+    progress: OnProgress | None,
+    not_repaired: list[str] | None = None,
+) -> LazyTensors:
+    if isinstance(plan, UnitPlan):
+        return repair_with(model, plan, batches, how, comm, progress=progress, not_repaired=not_repaired)
+    if not isinstance(plan, BlockPlan):
+        raise ValueError(f"plan: repair supports plans of units and of blocks, got a plan of {plan.kind}")
+    return _repaired_blocks(model, plan, batches, how, comm, progress, not_repaired)
+
+
+def _repaired_blocks(
+    model: nn.Module,
+    plan: BlockPlan,
+    batches: Batches,
+    how: RepairConfig | None,
+    comm: Comm,
+    progress: OnProgress | None,
+    not_repaired: list[str] | None,
+) -> LazyTensors:
+    """Refits the output layers of blocks behind removed ones. Removed blocks have zeros in theirs instead."""
+    check_values(model, streamed=True)
+    subject = find_transformer(model)
+    units, removed, behind = units_of(subject, trace(subject), ["head", "channel"]), list[str](), list[str]()
+    for stack, numbers in plan.units.items():
+        writers = block_writers(subject, stack, units)
+        removed += [name for number in numbers for name in writers[number]]
+        behind += writers_behind(writers, numbers)
+    if why := why_not_zeros(subject, plan.units, removed):
+        raise NoRepair(f"repair: {why}")
+    if not behind:
+        raise NoRepair("repair: no linear layer runs after the removed blocks, so none can compensate for them")
+    modules = {name: subject.get_submodule(name) for name in behind}
+    kept = {_stored(subject, name): torch.ones(size_of(layer)[1], dtype=torch.bool) for name, layer in modules.items()}
+    zeros = zero_weights(subject, [_stored(subject, name) for name in removed])
+    weights = repair_linears(subject, kept, _runs(subject, modules, batches), how, comm, zeros, progress, not_repaired)
+    gone = tuple(f"{stack}.{number}." for stack, numbers in plan.units.items() for number in numbers)
+    return weights.without([name for name in weights if name.startswith(gone)])
+
+
+def _runs(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches) -> list[Run]:
+    """Returns runs that know the non-padding tokens of some layers, by the name of the layer with the weight."""
+    stored, runs = {name: _stored(model, name) for name in modules}, list[Run]()
+    for batch in read_batches(batches, model):
+        run = batch if isinstance(batch, Run) else run_with_loss(model, modules, batch)
+        runs.append(replace(run, tokens={stored.get(name, name): mask for name, mask in run.tokens.items()}))
+    return runs
 
 
 def repair_with(
@@ -143,14 +194,10 @@ def repair_with(
     modules = dict[str, nn.Module]()
     for layer in plan.all_units.values():
         modules |= zip(layer.readers, map(subject.get_submodule, layer.readers), strict=True)
-    stored, keep = dict[str, str](), dict[str, Tensor]()
+    keep = dict[str, Tensor]()
     for reader, is_kept in kept_inputs.items():
-        modules[reader], stored[reader] = subject.get_submodule(reader), _stored(subject, reader)
-        keep[stored[reader]] = is_kept
-    runs = []
-    for batch in read_batches(batches, subject):
-        run = batch if isinstance(batch, Run) else run_with_loss(subject, modules, batch)
-        runs.append(replace(run, tokens={stored.get(reader, reader): mask for reader, mask in run.tokens.items()}))
+        modules[reader], keep[_stored(subject, reader)] = subject.get_submodule(reader), is_kept
+    runs = _runs(subject, modules, batches)
     return repair_linears(subject, keep, runs, how, comm, new_params or None, progress, not_repaired)
 
 

@@ -149,6 +149,8 @@ class BlockTuning:
                 for group in optimizer.param_groups:
                     group["lr"] = share * group["most"]
                 self._step(optimizer, tune[queue.pop()])
+                if step == 1 and not any(weight.grad.any() for weight in self.tuned.values() if weight.grad is not None):
+                    break  # the block is removed: its output layers are zero
                 if step in evaluated_steps and (error := self._measured(held_out)) < best:
                     best, state = error, self._state()
         return state

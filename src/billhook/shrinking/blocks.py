@@ -11,17 +11,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.store import store_of
 from billhook.model.costs import cost_of
-from billhook.model.inputs import outputs_match, run_outputs, tolerance
-from billhook.model.layers import is_linear
 from billhook.pruning.block_plan import BlockPlan, checked_block_plan, find_block_plan, without_blocks
+from billhook.pruning.block_writers import block_writers, why_not_zeros, writers_behind, zero_weights
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.modules import PrunableModule
-from billhook.shrinking.variants import zero_weights
-from billhook.units.blocks import block_of, skipping
+from billhook.units.blocks import block_of
 from billhook.units.find import find_units, units_of
-from billhook.units.units import Units
 
 
 @dataclass(frozen=True)
@@ -49,14 +45,14 @@ class Blocks:
         model: The model.
         stack: Name of the block stack; empty if no block is removable.
         removable: The removable blocks; at least one block of the stack always stays.
-        writers: By block name, the linear layers that write its output to the residual stream.
+        writers: By block number, the linear layers that write its output to the residual stream.
         why: Reason why no block is removable; empty if there is one.
     """
 
     model: PreTrainedModel
     stack: str = ""
     removable: list[Block] = field(default_factory=list)
-    writers: dict[str, list[str]] = field(default_factory=dict)
+    writers: dict[int, list[str]] = field(default_factory=dict)
     why: str = ""
     _refusals: dict[tuple[int, ...], str] = field(default_factory=dict)
 
@@ -88,17 +84,11 @@ class Blocks:
 
     def zeros(self, removed: Sequence[Block]) -> LazyTensors:
         """Returns zero weights with which removed blocks write nothing to the residual stream."""
-        return zero_weights(self.model, [name for block in removed for name in self.writers[block.name]])
+        return zero_weights(self.model, [name for block in removed for name in self.writers[block.number]])
 
     def behind(self, removed: Sequence[Block]) -> list[str]:
         """Returns the output layers of the kept blocks after the first removed block."""
-        if not removed:
-            return []
-        numbers, linears = [block.number for block in removed], list[str]()
-        for number, writers in enumerate(self.writers.values()):
-            if number > numbers[0] and number not in numbers:
-                linears += writers
-        return linears
+        return writers_behind(self.writers, [block.number for block in removed])
 
 
 def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModule]) -> Blocks:
@@ -116,7 +106,7 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
         return Blocks(model, why=f"{' and '.join(stacks)} are separate block stacks")
     ((stack, numbered),) = stacks.items()
     count = numbered.count()
-    blocks = Blocks(model, stack, writers=_writers(model, stack, count, units))
+    blocks = Blocks(model, stack, writers=block_writers(model, stack, units))
     inside = defaultdict[int, list[PrunableModule]](list)
     for module in modules:
         where = {block_of(search.units[name].name, [stack]) for name in module.names}
@@ -130,7 +120,7 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
         if shape not in costs:
             costs[shape] = _cost_of(search, target, {stack: [number]})
         cost = costs[shape]
-        why = cost if isinstance(cost, str) else _computes(blocks, name, number)
+        why = cost if isinstance(cost, str) else why_not_zeros(model, {stack: [number]}, blocks.writers[number])
         if not why and isinstance(cost, int):
             blocks.removable.append(Block(name, number, tuple(module.name for module in inside[number]), cost))
         blocks.why = blocks.why or why
@@ -145,20 +135,6 @@ def _shape(block: nn.Module, modules: Sequence[PrunableModule]) -> object:
     return type(block), parameters, tuple(module.unit_cost for module in modules)
 
 
-def _writers(model: PreTrainedModel, stack: str, count: int, units: Mapping[str, Units]) -> dict[str, list[str]]:
-    """Returns by block the linear layers that write to the residual stream."""
-    writers: dict[str, list[str]] = {f"{stack}.{number} block": [] for number in range(count)}
-    for module_units in units.values():
-        for consumer in module_units.readers:
-            where = block_of(consumer, [stack])
-            if where is None or not is_linear(model.get_submodule(consumer)):
-                continue
-            linears = writers[f"{stack}.{where[1]} block"]
-            if consumer not in linears:
-                linears.append(consumer)
-    return writers
-
-
 def _cost_of(search: RatioSearch, target: str, chosen: Mapping[str, list[int]]) -> int | str:
     """Returns the cost of a block, or the reason why the config cannot express its removal."""
     try:
@@ -166,14 +142,3 @@ def _cost_of(search: RatioSearch, target: str, chosen: Mapping[str, list[int]]) 
     except ValueError as error:
         return str(error)
     return int(getattr(search.now, target)) - int(cost_of(smaller, target) or 0)
-
-
-def _computes(blocks: Blocks, name: str, number: int) -> str:
-    """Returns why a block with zeroed output layers changes the output; empty if it does not."""
-    model = blocks.model
-    with skipping(model, {blocks.stack: [number]}):
-        expected = run_outputs(model)
-    with store_of(model).computing_with(zero_weights(model, blocks.writers[name])):
-        zeros_alone = run_outputs(model)
-    same = outputs_match(expected, zeros_alone, tolerance(model))
-    return "" if same else f"{name} changes the output even if the layers after its heads and channels are zero"

@@ -103,7 +103,8 @@ def measure(
     scores = broadcast(score(model, units, importance, fitted, per="kv_head"))
     settings: list[object] = [str(repair), search.amount.round_to, len(fitted)]
     cache_folder = folder and folder / cache_key(model, settings, scores, [*fitted, *held_out])
-    cache = VariantCache(model, cache_folder, scope.blocks.writers)
+    writers = {block.name: scope.blocks.writers[block.number] for block in scope.blocks.removable}
+    cache = VariantCache(model, cache_folder, writers)
     if progress.reused is not None:
         progress.reused(len(cache.errors))
     progress.enter("refitting variants")

@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from billhook.importance.obs import RepeatedCall, watch_blockwise
 from billhook.importance.score import make_run
 from billhook.linalg import float64_device
 from billhook.model.layers import matrix_of, to_parameters
+from billhook.pruning.block_writers import zero_weights
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.least_squares import bias_shift, choose_ridge, errors_without_refit, residual_error, solve_ridge
 from billhook.repairs.repair import RepairConfig
@@ -154,12 +154,6 @@ def staged(model: nn.Module, weights: Mapping[str, Tensor]) -> LazyTensors:
     if isinstance(weights, LazyTensors):  # which rest
         return weights
     return store_of(model).stage(None, weights, device=torch.device("cpu"))
-
-
-def zero_weights(model: PreTrainedModel, linears: Sequence[str]) -> LazyTensors:
-    """Returns zero parameters for linear layers, created when they are read."""
-    values = by_parameter({name: dict(model.get_submodule(name).named_parameters(recurse=False)) for name in linears})
-    return LazyTensors({name: partial(torch.zeros_like, value.data) for name, value in values.items()})
 
 
 def cache_key(model: PreTrainedModel, settings: object, scores: Mapping[str, Tensor], batches: Sequence[Any]) -> str:

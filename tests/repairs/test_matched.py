@@ -60,6 +60,26 @@ def test_units_go_and_the_model_is_nearer_to_the_dense_one(family):
     assert distances[1] < 0.97 * distances[0]
 
 
+def test_blocks_go_and_those_behind_them_make_up_for_it(tmp_path):
+    dense = bh.load("tiny")
+    batches, plan, distances = batches_for(dense), bh.pruning.plan_units(dense, {"model.layers": [1]}, "block"), []
+    for how in (None, bh.RepairConfig(), bh.RepairConfig(match=FEW)):
+        model = bh.stream("tiny", tmp_path / str(len(distances))) if how and how.match else copy.deepcopy(dense)
+        weights = None if how is None else bh.repair(model, plan, batches, how)
+        assert not [name for name in weights or () if name.startswith(("model.layers.0.", "model.layers.1."))]
+        bh.apply(model, plan, weights=weights)
+        assert model.config.num_hidden_layers == 3
+        distances.append(far(model, dense, batches))
+    assert distances[2] < 0.97 * distances[1] < 0.97 * distances[0]
+
+
+def test_the_last_block_has_none_behind_it():
+    dense = build("llama")
+    plan = bh.pruning.plan_units(dense, {"model.layers": [1]}, "block")
+    with pytest.raises(ValueError, match="no linear layer runs after the removed blocks, so none can compensate"):
+        bh.repair(dense, plan, batches_for(dense))
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("method", ["mean", "svd", bh.kv_methods.SVD("similar")], ids=str)
 def test_heads_of_a_group_stay_equal(groups, method):

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from billhook.display import text_table
+from billhook.engine.lazy import LazyTensors
 from billhook.engine.state import uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.config_fields import Fields, build_on_meta, set_fields, with_fields
@@ -24,7 +25,7 @@ from billhook.model.inputs import cached_outputs, outputs_match, run_outputs, to
 from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights, with_weights
 from billhook.model.shape import block_numbers, keep_blocks, record_shape, shape_of
-from billhook.model.surgery import UpdateOptimizers, restored_on_error
+from billhook.model.surgery import UpdateOptimizers, change_blockwise, restored_on_error
 from billhook.pruning.block_fields import BlockNumbers, find_block_fields
 from billhook.units.blocks import block_of, find_blocks, skipping
 from billhook.units.units import UnitKind
@@ -106,7 +107,12 @@ class BlockPlan(ShapePlan):
     def change(self, model: nn.Module, weights: Weights | None = None) -> UpdateOptimizers:
         """Removes the blocks; see `ShapePlan.change`."""
         subject = find_transformer(model)
-        with with_weights(subject, weights):
+        with store_of(subject).restored_on_error():
+            with with_weights(subject, weights):
+                if weights is None or store_of(subject).holds_all:
+                    return partial(_forget, _remove(subject, self))
+                # blocks store their new values under their old names, before these change
+                change_blockwise(subject, {}, f"values for {self.units} {LazyTensors.of(weights).key}")
             return partial(_forget, _remove(subject, self))
 
     def _renderables(self) -> list[RenderableType]:

@@ -47,7 +47,7 @@ def zero_weights(model: nn.Module, linears: Iterable[str]) -> LazyTensors:
 
 
 def _zeros(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter.data)  # which a store may have replaced since
+    return torch.zeros_like(parameter.data, device="cpu" if parameter.is_meta else None)  # meta: its block is not loaded
 
 
 def why_not_zeros(model: nn.Module, blocks: Mapping[str, Sequence[int]], writers: Iterable[str]) -> str:

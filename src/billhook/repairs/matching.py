@@ -353,7 +353,9 @@ class _BlockMatcher(Visitor):
         ties = {name.removeprefix(prefix): tie for name, tie in self._ties.items() if name in parameters}
         with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
             tuned = BlockTuning(self._matching, site.module, weights, keeps, self._comm, ties)(*parts)
-        self._tuned |= {f"{prefix}{name}": value.to(weights[name].dtype) for name, value in tuned.items()}
+        new = {name: value.to(weights[name].dtype) for name, value in tuned.items()}
+        if not all(torch.equal(value, weights[name]) for name, value in new.items()):
+            self._tuned |= {f"{prefix}{name}": value for name, value in new.items()}
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new parameters of a stop: changed, or tuned where runs have left a block."""

@@ -60,25 +60,24 @@ def read(model, linear, batches):
 
 
 @pytest.mark.parametrize("kind", ["channel", "head"])
-def test_errors_are_those_of_least_squares_on_the_other_source(kind):
+def test_errors_are_those_of_least_squares_on_the_other_batches(kind):
     model, batches = llama(), texts()
     made = Made(model, batches)
     layer = made.layer(kind)
     reader = made.units[layer.name].readers[0]
-    inputs, weight = read(model, reader, batches), model.get_submodule(reader).weight.detach().double()
+    (choosing,), weight = bh.RepairConfig().chooses(len(batches)), model.get_submodule(reader).weight.detach().double()
+    (held_out,) = read(model, reader, batches[choosing : choosing + 1]).values()
+    fit = torch.cat(list(read(model, reader, [batch for batch in batches if batch is not batches[choosing]]).values()))
     for kept in layer.levels[1:]:
         lost = torch.tensor(made.removed(layer, kept)[layer.name])
         stays = ~torch.isin(torch.from_numpy(made.units[layer.name].index), lost)
-        error = whole = 0.0
-        for fit, held_out in (("one", "two"), ("two", "one")):
-            kept_inputs = inputs[fit][:, stays]
-            pull = (1e-4 * kept_inputs.square().sum(0)).sqrt().diag()  # towards the old weights, as more rows to fit
-            rows = torch.cat([kept_inputs, pull])
-            solution = torch.linalg.lstsq(rows, torch.cat([inputs[fit] @ weight.T, pull @ weight.T[stays]])).solution
-            target = inputs[held_out] @ weight.T
-            error += float((target - inputs[held_out][:, stays] @ solution).square().sum(1).mean())
-            whole += float(target.square().sum(1).mean())
-        assert made.cache.errors[layer.name, kept] == pytest.approx(error / whole, rel=1e-4, abs=1e-7)
+        kept_inputs = fit[:, stays]
+        pull = (1e-4 * kept_inputs.square().sum(0)).sqrt().diag()  # towards the old weights, as more rows to fit
+        rows = torch.cat([kept_inputs, pull])
+        solution = torch.linalg.lstsq(rows, torch.cat([fit @ weight.T, pull @ weight.T[stays]])).solution
+        target = held_out @ weight.T
+        error = float((target - held_out[:, stays] @ solution).square().sum() / target.square().sum())
+        assert made.cache.errors[layer.name, kept] == pytest.approx(error, rel=1e-4, abs=1e-7)
 
 
 def test_weights_are_fitted_to_all_batches_and_read_nothing_that_is_lost():

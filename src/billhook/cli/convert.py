@@ -68,7 +68,7 @@ def convert(
         known = check_ready(work.model, plan, repair)
         passes += known.passes(method, repair)
         statistics = known.bytes(method)
-    solved, sums = refit_bytes(work.model, repair, work.parts)
+    solved, sums = refit_bytes(work.model, repair)
     work.spill(max(statistics, solved), sums, 0 if repair is None else 2)
     steps = [f"convert {plan.before} KV heads to {plan.after} in {len(plan.layers)} attention modules (method: {plan.method})"]
     if repair is not None and known is not None:

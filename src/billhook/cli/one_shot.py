@@ -234,11 +234,6 @@ class OneShot:
         """Number of calibration examples of each source; labeled data has no name."""
         return {"": self._labeled.count} if self.metric == "accuracy" else self.calibration.examples(self.length)
 
-    @property
-    def parts(self) -> int:
-        """Number of parts that a refit holds out in turn: sources, or two halves of one source."""
-        return max(2, len(self.calibration.named)) if self.metric == "perplexity" else 2
-
     def print_plan(self, *steps: str, passes: int = 1, exact: bool = True, unknown: Sequence[object] = ()) -> None:
         """Prints the steps of the command before it runs them.
 

@@ -139,7 +139,7 @@ def prune_structure(
         return
     batches = work.batches() if needs_data or not dry_run else []
     if examples.stream:  # after reading text, whose memory is free again
-        solved, sums = refit_bytes(work.model, repair, work.parts, kept if amount.blocks_only is None else None)
+        solved, sums = refit_bytes(work.model, repair, kept if amount.blocks_only is None else None)
         work.spill(max(statistics_bytes(work.model, importance), solved), sums, 0 if repair is None else 2)
     if needed is not None and not dry_run:
         limits = repair_limits(work, needed, batches, repair != "auto")

@@ -141,15 +141,12 @@ def _scorer_bytes(scorer: Criterion | Importance | None, columns: int) -> int:
     return OBS_BYTES * columns**2 if isinstance(scorer, OBS) else 0
 
 
-def refit_bytes(
-    model: PreTrainedModel, repair: RepairOption, parts: int, kept: Mapping[str, int] | None = None
-) -> tuple[int, int]:
+def refit_bytes(model: PreTrainedModel, repair: RepairOption, kept: Mapping[str, int] | None = None) -> tuple[int, int]:
     """Returns the bytes of the largest refit or reconstruction, and of the Gram matrices (spillable).
 
     Args:
         model: The model.
         repair: The repair; None needs no bytes.
-        parts: Number of parts of the data with Gram matrices of their own.
         kept: Number of inputs that each refitted linear layer keeps. Defaults to all inputs of all layers.
     """
     largest_refit = largest_gram = 0
@@ -161,7 +158,7 @@ def refit_bytes(
             columns = kept.get(name, 0)
         weights = 2 * model.dtype.itemsize * rows * columns  # the old and the new weight
         largest_refit = max(largest_refit, 8 * columns * (columns + SOLVER_COPIES * min(rows, MAX_OUTPUTS)) + weights)
-        largest_gram = max(largest_gram, 8 * parts * columns * (columns + rows))
+        largest_gram = max(largest_gram, 8 * 2 * columns * (columns + rows))
     return largest_refit, largest_gram
 
 

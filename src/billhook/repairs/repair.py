@@ -8,7 +8,6 @@ of several layers are added up, as in the residual stream, a layer also compensa
 import hashlib
 import math
 import warnings
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
@@ -46,7 +45,7 @@ class RepairConfig:
         compensate: If True, a layer also compensates for the errors of earlier layers in the residual stream. Runs each batch a
             second time, through the dense model.
         held_out: Fraction of the calibration batches over all ranks, at least one, that choose the ridge penalty; in (0, 1).
-            With several sources (see `Calibration`), each source is held out in turn instead.
+            They are evenly spaced, so that they come from all sources.
         ridges: Candidate ridge penalties, as shares of each input's mean square (or variance, if there is a bias).
         match: Settings of block-wise reconstruction, which then tunes all weights and norms of each block. None skips it.
 
@@ -80,24 +79,18 @@ class RepairConfig:
         chosen = self.chooses(count)
         return {run for run, number in enumerate(numbers) if number in chosen}
 
-    def parts(self, sources: Sequence[str], comm: Comm = SINGLE_PROCESS) -> tuple[list[int], list[int]]:
-        """Returns the part of the data of each run, and the parts to hold out in turn.
-
-        Parts are the sources of all ranks' runs. With a single source they are the runs that choose the ridge penalty, and all
-        others.
+    def parts(self, runs: int, comm: Comm = SINGLE_PROCESS) -> list[int]:
+        """Returns for each run of this rank the part of the data: 1 if it chooses the ridge penalty, or else 0.
 
         Raises:
             NoRepair: If no run is left to fit to, or to choose the ridge penalty.
         """
-        ranks = comm.gather(list(sources))
-        names = sorted(set(chain.from_iterable(ranks)), key=lambda source: zlib.crc32(source.encode()))
-        if len(names) > 1:
-            return list(map(names.index, sources)), list(range(len(names)))
-        count, numbers = comm.batch_numbers(list(map(len, ranks)))
+        ranks = comm.gather(runs)
+        count, numbers = comm.batch_numbers(ranks)
         if not (chosen := self.chooses(count)):
-            total = sum(map(len, ranks))
+            total = sum(ranks)
             raise NoRepair(f"batches: repair needs at least two batches, because some choose the ridge penalty, got {total}.")
-        return [int(number in chosen) for number in numbers], [1]
+        return [int(number in chosen) for number in numbers]
 
 
 def repair_linears(
@@ -152,7 +145,7 @@ def repair_linears(
         forwards.append(trial.visit)
         sources.append(trial.source)
     store, with_new_params = store_of(model), set(new_params.modules if new_params is not None else ())
-    parts, held_out = repair.parts(sources, comm)
+    parts = repair.parts(len(trials), comm)
     log_single_source(model, sources)
     with evaluating_without_grad(model):
         calls, orderly = _shown(model, every, forwards, comm)
@@ -162,9 +155,7 @@ def repair_linears(
             _check_given(new_params, every, calls.calls, repeated)
             predecessors = dict.fromkeys(layers) | predecessors
         observed = _in_order(every, {*predecessors, *with_new_params, *layers})
-        visitor = RepairVisitor(
-            observed, kept, predecessors, trials, repair.ridges, parts, held_out, comm, new_params, progress, store
-        )
+        visitor = RepairVisitor(observed, kept, predecessors, trials, repair.ridges, parts, comm, new_params, progress, store)
         forwards += [run.visit for run in dense or trials] if predecessors else []
         if not store.holds_all and orderly and not repeated:
             step = store.step(f"{repair} {sources} {_fingerprint(kept)}", partial(runs_fingerprint, trials))

@@ -188,14 +188,11 @@ Fold = tuple[Sequence[ResidualStatistics], ResidualStatistics]
 """Data for the choice of a ridge penalty: parts to fit, and a held-out part."""
 
 
-def make_folds(parts: Sequence[ResidualStatistics], held_out: Sequence[int]) -> list[Fold]:
-    """Returns folds that hold out each of some parts in turn, if both sides have tokens."""
-    tokens, folds = torch.stack([part.tokens for part in parts]).tolist(), list[Fold]()
-    for number in held_out:
-        others = [part for other, part in enumerate(parts) if other != number and tokens[other]]
-        if others and tokens[number]:
-            folds.append((others, parts[number]))
-    return folds
+def make_folds(parts: Sequence[ResidualStatistics]) -> list[Fold]:
+    """Returns the fold that holds out the last part, if both sides have tokens."""
+    *others, held_out = parts
+    tokens = torch.stack([part.tokens for part in parts]).tolist()
+    return [(others, held_out)] if all(tokens) else []
 
 
 def as_float(tensor: Tensor) -> Tensor:

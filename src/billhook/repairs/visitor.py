@@ -176,8 +176,7 @@ class RepairVisitor(Visitor):
         predecessors: For layers that share a sum, the layer that was added before. See `residual_order`.
         runs: The batches, with the non-padding tokens of each layer.
         ridges: Candidate ridge penalties.
-        parts: Part of the data of each run.
-        held_out: Parts to hold out in turn.
+        parts: Part of the data of each run: 1 if it chooses the ridge penalty, or else 0.
         comm: The ranks.
         new_params: New parameters of layers, except in runs of the dense model.
         progress: Callback with the number of refitted layers and the total.
@@ -196,7 +195,6 @@ class RepairVisitor(Visitor):
         runs: Sequence[Run],
         ridges: Sequence[float],
         parts: Sequence[int],
-        held_out: Sequence[int],
         comm: Comm,
         new_params: LazyTensors | None,
         progress: OnProgress | None,
@@ -205,7 +203,7 @@ class RepairVisitor(Visitor):
         self.files: ActivationFiles | None = None
         self._progress, self._done = progress, set[str]()
         self._modules, self._kept, self._predecessors, self._runs = layers, kept, predecessors, runs
-        self._ridges, self._parts, self._held_out, self._comm = ridges, parts, held_out, comm
+        self._ridges, self._parts, self._comm = ridges, parts, comm
         self._new_params, self._store = new_params or LazyTensors({}), store
         self._block: nn.Module | None = None  # the block that runs are in
         self.new = LazyTensors({})
@@ -314,7 +312,7 @@ class RepairVisitor(Visitor):
     def _add(self, name: str, inputs: Tensor, residual: Tensor | None, run: int, weights: Tensor | None) -> None:
         """Adds a call of a layer, with its residual; by default the output of removed inputs."""
         linear, counts = self._linears[name], non_padding(self._runs[run], name, inputs)
-        linear.begin(max(*self._held_out, 1) + 1, self.files)
+        linear.begin(2, self.files)
         linear.norms.add(inputs, counts)
         if residual is None and len(linear.removed_index):
             residual = as_float(inputs[..., linear.removed_index]) @ as_float(linear.start[0][:, linear.removed_index]).t()
@@ -343,7 +341,7 @@ class RepairVisitor(Visitor):
 
     def _refit(self, name: str) -> None:
         linear = self._linears[name]
-        linear.begin(max(*self._held_out, 1) + 1, self.files)  # a rank may have no inputs
+        linear.begin(2, self.files)  # a rank may have no inputs
         for buffer in linear.buffers:
             buffer.flush()
         parts, linear.statistics, linear.buffers = linear.statistics, [], []
@@ -353,7 +351,7 @@ class RepairVisitor(Visitor):
         if bad.any():
             first = int(bad.nonzero()[0])
             raise ValueError(f"{name}: {int(bad.sum())} input features contain NaN or infinity, the first is feature {first}.")
-        folds = make_folds(parts, self._held_out)
+        folds = make_folds(parts)
         if folds and sum(part.tokens for part in parts) >= len(linear.kept_index):
             weight, bias = linear.start
             remaining = weight[:, linear.kept_index].to(parts[0].tokens.device)

@@ -38,20 +38,20 @@ def refit_consumers(
         model: The model; it stays unchanged.
         projections: The projections, by attention module.
         variants: By attention module and number of KV heads, the parameters with equal heads in each group.
-        runs: Batches, at least two. Each source is held out in turn, or some batches if there is one source.
+        runs: Batches, at least two, some of which are held out.
         repair: Ridge penalties and held-out fraction of the refits.
     """
-    parts, held_out = repair.parts([run.source for run in runs])
+    parts = repair.parts(len(runs))
     refits = dict[str, _PooledConsumerRefit]()
     with evaluating_without_grad(model), ExitStack() as stack:
         for name, of_attention in projections.items():
-            refits[name] = _PooledConsumerRefit(model, of_attention, variants[name], max(parts) + 1)
+            refits[name] = _PooledConsumerRefit(model, of_attention, variants[name])
             stack.enter_context(refits[name].listening())
         for run, part in zip(runs, parts, strict=True):
             for refit in refits.values():
                 refit.run, refit.part = run, part
             run.visit()
-    return {name: refit.refitted(held_out, repair.ridges) for name, refit in refits.items()}
+    return {name: refit.refitted(repair.ridges) for name, refit in refits.items()}
 
 
 class _PooledConsumerRefit:
@@ -60,12 +60,12 @@ class _PooledConsumerRefit:
     run: Run
     part: int
 
-    def __init__(self, model: nn.Module, projections: Projections, variants: Mapping[int, LazyTensors], parts: int) -> None:
+    def __init__(self, model: nn.Module, projections: Projections, variants: Mapping[int, LazyTensors]) -> None:
         self._model, self._projections, self._candidates = model, projections, variants
         self._linear = projections.o.linear
         self._reader = model.get_submodule(self._linear)
         (rows, columns), device = size_of(self._reader), self._reader.get_parameter("weight").device
-        self._moments = {number: [ResidualStatistics(rows, columns, device) for _ in range(parts)] for number in variants}
+        self._moments = {number: [ResidualStatistics(rows, columns, device) for _ in range(2)] for number in variants}
         self._inputs: Tensor | None = None
         self._stops = False
 
@@ -78,7 +78,7 @@ class _PooledConsumerRefit:
             stack.enter_context(overridden(attention, forward=partial(self._visit, attention.forward)))
             yield
 
-    def refitted(self, held_out: Sequence[int], ridges: Sequence[float]) -> dict[int, LazyTensors]:
+    def refitted(self, ridges: Sequence[float]) -> dict[int, LazyTensors]:
         """Returns by variant the new parameters of the consumer layer.
 
         Empty if nothing can be held out.
@@ -89,7 +89,7 @@ class _PooledConsumerRefit:
             device = float64_device(weight.device)  # the CPU where the device has no float64
             weight, bias = weight.to(device), None if bias is None else bias.to(device)
             new = dict[str, Tensor]()
-            if folds := make_folds(parts, held_out):
+            if folds := make_folds(parts):
                 tensors = to_parameters(self._reader, *refit_linear(weight, bias, folds, parts, ridges))
                 new = by_parameter({self._linear: tensors})
             refitted[number] = staged(self._model, new) if new else LazyTensors({})

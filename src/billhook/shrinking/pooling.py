@@ -64,11 +64,8 @@ class HeadPooling:
             done: Callback after each module.
         """
         attentions, cache = self.attentions, self.cache
-        runs, sources = list[Run](), set[str]()
-        for batch in batches:
-            runs.append(batch if isinstance(batch, Run) else attentions.trial(batch))
-            sources.add(runs[-1].source)
-        parts = len(sources) + 2 if repair is not None else 0
+        runs = [batch if isinstance(batch, Run) else attentions.trial(batch) for batch in batches]
+        parts = 2 if repair is not None else 0
         missing, sizes = dict[PrunableModule, list[int]](), dict[PrunableModule, int]()
         for module in modules:
             numbers = [kept for kept in self.sizes.get(module.name, ()) if (pooled_name(module), kept) not in cache.errors]

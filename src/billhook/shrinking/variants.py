@@ -189,12 +189,12 @@ def fill_cache(
         modules: The modules.
         units: Their units.
         scores: Scores of the units; the lowest are removed.
-        runs: Batches, at least two. Each source is held out in turn, or some batches if there is one source.
+        runs: Batches, at least two, some of which are held out.
         repair: Ridge penalties and held-out fraction of the refits; None keeps the old weights.
         done: Callback after each module.
     """
     model, how = cache.model, repair or RepairConfig()
-    parts, held_out = how.parts([run.source for run in runs])
+    parts = how.parts(len(runs))
     missing = dict[PrunableModule, list[int]]()
     for module in modules:
         levels = [kept for kept in module.levels if kept < module.count and (module.name, kept) not in cache.errors]
@@ -205,7 +205,7 @@ def fill_cache(
 
     def note(run: int, _: str, linear: str, inputs: Tensor, tokens: Tensor | None) -> None:
         if linear not in moments:
-            moments[linear] = [ResidualStatistics(1, inputs.shape[-1], inputs.device) for _ in range(max(parts) + 1)]
+            moments[linear] = [ResidualStatistics(1, inputs.shape[-1], inputs.device) for _ in range(2)]
         fits = tokens is not None and tokens.shape == inputs.shape[:-1]
         moments[linear][parts[run]].add(inputs, keep=tokens if fits else None)
 
@@ -215,7 +215,7 @@ def fill_cache(
             if not set(linears) <= set(passed):
                 continue
             waiting.remove(module)
-            refits = {name: ConsumerRefit(model, name, moments.pop(name, ()), held_out) for name in linears}
+            refits = {name: ConsumerRefit(model, name, moments.pop(name, ())) for name in linears}
             _add_variants(cache, module, missing[module], units, scores, refits, how.ridges if repair else ())
             del refits  # before the Gram matrices of the next module exist
             done()
@@ -298,14 +298,13 @@ class ConsumerRefit:
     Args:
         model: The model.
         name: Name of the linear layer.
-        parts: Gram matrices of its inputs, one for each part of the batches.
-        held_out: Indices of the parts that are held out in turn.
+        parts: Gram matrices of its inputs: of the batches to fit to, and of those that are held out.
     """
 
-    def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[ResidualStatistics], held_out: Sequence[int]) -> None:
+    def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[ResidualStatistics]) -> None:
         _check(name, parts)
         self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
-        self._parts, self._held_out = parts, held_out
+        self._parts = parts
         weight, bias = self._matrix()
         self._centred = bias is not None
         _, folds = self._without(torch.zeros(weight.shape[1], dtype=torch.bool))
@@ -339,7 +338,7 @@ class ConsumerRefit:
         """Returns the Gram matrices of the kept inputs by part, and the folds."""
         weight, _ = self._matrix()
         parts = [part.after_removal(weight, keep.to(weight.device)) for part in self._parts]
-        return parts, make_folds(parts, self._held_out)
+        return parts, make_folds(parts)
 
     def _change(self, parts: Sequence[ResidualStatistics]) -> Tensor:
         """Returns the update of the weight; zero if the ridge penalty is too small for a solution."""

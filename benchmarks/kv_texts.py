@@ -4,7 +4,7 @@
 in DATA. The methods see half of `--examples` windows of `--window` tokens of each of two training texts, and training draws
 rows of 2 x 128 tokens from the rest of both (AdamW as in `kv_heads.py`). Perplexity is that of the first 12 windows of 512
 tokens of each test text, and of Python's own library (the modules of its `asyncio`), in float32. Models without repair are
-trained. Questions are asked of repaired models. What WORK holds is not measured again.
+trained. Questions are asked of repaired and matched models. What WORK holds is not measured again.
 """
 
 import argparse
@@ -29,6 +29,7 @@ ROWS = {
     "`svd`, context 512": SVD(context=512),
     "`svd`, context 2,048, half a head": SVD(context=2048, head_dim=32),
 }
+REPAIRS = {"repaired": bh.RepairConfig(), "matched": bh.RepairConfig(match=bh.criteria.BlockMatching())}
 COLUMNS = ("one KV head", *TESTS, "Python", *QUESTIONS)
 
 
@@ -59,8 +60,8 @@ def measured(options, name):
         if state not in known:
             model = make()
             known[state] = {text: perplexity(model, own) for text, own in rows.items()}
-            if state == "repaired" or (name == "dense" and state == "before"):
-                folder = file.with_suffix("")
+            if state in ("repaired", "matched") or (name == "dense" and state == "before"):
+                folder = file.with_name(f"{file.stem} {state}")
                 bh.save(model, folder)
                 AutoTokenizer.from_pretrained(options.model).save_pretrained(folder)
                 known[state] |= answered(options, folder) if options.ask else {}
@@ -76,7 +77,9 @@ def measured(options, name):
     model = converted()
     measure("before", lambda: model)
     if name != "dense":
-        measure("repaired", lambda: converted(bh.RepairConfig()))
+        for state, repair in REPAIRS.items():
+            if state in options.repairs:
+                measure(state, lambda repair=repair: converted(repair))
     for steps in options.steps:
         measure(f"after {steps} steps", lambda steps=steps: trained(options, copy.deepcopy(model), steps))
     return known
@@ -90,6 +93,7 @@ def main():
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--steps", type=int, nargs="*", default=[60])
+    parser.add_argument("--repairs", nargs="*", default=list(REPAIRS), choices=REPAIRS)
     parser.add_argument("--ask", action="store_true", help="asks questions of repaired models")
     parser.add_argument("--only", nargs="*", default=list(ROWS), choices=ROWS)
     parser.add_argument("--out", type=Path)

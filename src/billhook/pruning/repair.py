@@ -140,8 +140,8 @@ def _repaired_blocks(
     kept = {_stored(subject, name): torch.ones(size_of(layer)[1], dtype=torch.bool) for name, layer in modules.items()}
     zeros = zero_weights(subject, [_stored(subject, name) for name in removed])
     weights = repair_linears(subject, kept, _runs(subject, modules, batches), how, comm, zeros, progress, not_repaired)
-    gone = tuple(f"{stack}.{number}." for stack, numbers in plan.units.items() for number in numbers)
-    return weights.without([name for name in weights if name.startswith(gone)])
+    removed_blocks = tuple(f"{stack}.{number}." for stack, numbers in plan.units.items() for number in numbers)
+    return weights.without([name for name in weights if name.startswith(removed_blocks)])
 
 
 def _runs(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches) -> list[Run]:

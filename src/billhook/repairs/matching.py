@@ -7,7 +7,7 @@ https://arxiv.org/abs/2503.04992).
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import NoReturn
@@ -33,6 +33,7 @@ Tie = Callable[[Tensor], Tensor]
 """Changes the gradient of a parameter, so that equal values stay equal."""
 EVALUATIONS = 5
 """Evaluations on held-out batches during the steps of a block."""
+PRUNED_LR, REPAIRED_LR = 0.02, 0.01
 ADAM_BETAS = 0.9, 0.99
 """Adam's betas, low because steps are few."""
 
@@ -68,7 +69,8 @@ class BlockMatching:
     Args:
         steps: Adam steps for each block. Defaults to the number of batches that are not held out.
         lr: Maximum step size, as a share of the root mean square of a layer's kept weights. It rises during the first half of
-            the steps, then falls to zero.
+            the steps, then falls to zero. Defaults to 0.02 for pruned weights, and to 0.01 after a repair, where all weights are
+            tuned.
         held_out: Fraction of the batches to hold out, in (0, 1); at least one batch.
         seed: Seed for the order of batches.
 
@@ -82,14 +84,14 @@ class BlockMatching:
     """
 
     steps: int | None = None
-    lr: float = 0.02
+    lr: float | None = None
     held_out: float = 0.125
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_types(BlockMatching, vars(self))
         check_int("steps", 1 if self.steps is None else self.steps)
-        check_number("lr", self.lr, above=0)
+        check_number("lr", PRUNED_LR if self.lr is None else self.lr, above=0)
         check_fraction("held_out", self.held_out, "(0, 1)", "the batches")
         check_int("seed", self.seed, 0)
 
@@ -136,7 +138,9 @@ class BlockTuning:
         groups = []
         for name, weight in self.tuned.items():
             mean_square = weight.detach().square().sum() / self.keeps[name].sum().clamp(min=1)
-            groups.append({"params": [weight], "lr": 0.0, "most": self.matching.lr * math.sqrt(float(mean_square))})
+            groups.append(
+                {"params": [weight], "lr": 0.0, "most": (self.matching.lr or PRUNED_LR) * math.sqrt(float(mean_square))}
+            )
         optimizer = torch.optim.Adam(groups, betas=ADAM_BETAS)
         order, queue = torch.Generator().manual_seed(self.matching.seed), list[int]()
         evaluated_steps = {steps * evaluation // EVALUATIONS for evaluation in range(1, EVALUATIONS + 1)}
@@ -260,10 +264,12 @@ class _BlockMatcher(Visitor):
         progress: OnProgress | None,
     ) -> None:
         self._model, self._store, self._values, self._runs, self._comm = model, store, values, runs, comm
-        self._matching, self._ties, self._progress = matching, ties, progress
+        self._matching, self._ties, self._progress = replace(matching, lr=matching.lr or REPAIRED_LR), ties, progress
         self.untouched = range(len(runs), 2 * len(runs))
-        holders = [((module, name), own) for module in model.modules() for name, own in module.named_parameters(recurse=False)]
-        separable = separable_blocks(model, holders)
+        holders = {
+            (module, name): parameter for module in model.modules() for name, parameter in module.named_parameters(recurse=False)
+        }
+        separable = separable_blocks(model, holders.items())
         self.blocks = {name: module for name, module in model.named_modules() if module in separable}
         self.new, self._tuned = LazyTensors({}), dict[str, Tensor]()
         self._block: nn.Module | None = None  # the block that runs are in, if blocks are loaded on demand

@@ -35,7 +35,7 @@ def test_a_refit_takes_one_matrix_beside_the_moments(bias):
     x, weight = inputs(), torch.randn(ROWS, WIDTH)
     parts = seen(x, torch.randn(len(x), ROWS))
     with Alive() as alive:
-        refit_linear(weight, bias, [([parts[0]], parts[1])], parts, [0.01, 0.1])
+        refit_linear(weight, bias, parts, [0.01, 0.1])
     assert MATRIX <= alive.most < MATRIX + 3 * OWED
 
 
@@ -53,7 +53,7 @@ def test_a_limit_of_memory_reckons_what_a_refit_takes(zeros, few, monkeypatch):
     assert sum(own.nbytes for part in parts for own in part.tensors()) <= 1.01 * sums
     with Alive() as alive:
         left = weight.clone()  # what is left of a weight is a copy
-        refit_linear(left, None, [([parts[0]], parts[1])], parts, [0.01, 0.1], support=support if zeros else None)
+        refit_linear(left, None, parts, [0.01, 0.1], support=support if zeros else None)
     assert solved / 3 < alive.most <= solved
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from billhook.repairs import least_squares, residuals
+from billhook.repairs import residuals
 from billhook.repairs.least_squares import choose_ridge, refit_linear, residual_error, solve_ridge
 from billhook.repairs.residuals import ResidualStatistics, TokenBuffer
 
@@ -11,46 +11,46 @@ RIDGES = (0.001, 0.01, 0.1, 1.0, 10.0)
 ROWS, WIDTH = 300, 24
 
 
-def folds(noise, biased=False):
-    """Moments of two parts of data that differ by noise, as a fold and as all data."""
+def parts_of(noise, biased=False):
+    """Moments of two parts of data that differ by noise."""
     torch.manual_seed(0)
     turn, found = torch.randn(WIDTH, ROWS), []
     for tokens in (30, 400):
         x = torch.randn(tokens, WIDTH) @ torch.randn(WIDTH, WIDTH).tril() + biased
         found.append(ResidualStatistics(ROWS, WIDTH))
         found[-1].add(x, x @ turn / 5 + noise * torch.randn(tokens, ROWS) + biased)
-    return [([found[0]], found[1])], found
+    return found
 
 
-def error_of(parts, held_out, biased, ridge):
-    return residual_error(solve_ridge(parts, biased, ridge), parts, held_out, biased)
+def error_of(parts, biased, ridge):
+    return residual_error(solve_ridge(parts[:1], biased, ridge), parts[:1], parts[1], biased)
 
 
 def test_few_outputs_stay_as_they_are():
-    (([part], _),), _ = folds(1.0)
+    part, _ = parts_of(1.0)
     assert part.mixed() is part
 
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_mixtures_err_as_all_outputs_do(monkeypatch, biased):
     monkeypatch.setattr(residuals, "MAX_OUTPUTS", 100)
-    exact, _ = folds(1.0, biased)
-    mixed = least_squares._mixed(exact)
-    assert mixed[0][0][0].residual_products.shape == (100, WIDTH)
+    exact = parts_of(1.0, biased)
+    mixed = [part.mixed() for part in exact]
+    assert mixed[0].residual_products.shape == (100, WIDTH)
     for ridge in RIDGES:
-        whole, some = (error_of(*one[0], biased, ridge) for one in (exact, mixed))
+        whole, some = (error_of(parts, biased, ridge) for parts in (exact, mixed))
         assert some == pytest.approx(whole, rel=0.25)
 
 
 def test_mixtures_choose_the_same_ridges(monkeypatch):
     chosen = []
     for noise in (0.0, 1.0, 10.0, 100.0):
-        parts, every = folds(noise)
+        parts = parts_of(noise)
         weight = torch.randn(ROWS, WIDTH)
-        exact = refit_linear(weight, None, parts, every, RIDGES)[0]
+        exact = refit_linear(weight, None, parts, RIDGES)[0]
         with monkeypatch.context() as patched:
             patched.setattr(residuals, "MAX_OUTPUTS", 100)
-            assert torch.equal(refit_linear(weight, None, parts, every, RIDGES)[0], exact)
+            assert torch.equal(refit_linear(weight, None, parts, RIDGES)[0], exact)
         chosen.append(choose_ridge(parts, False, RIDGES))
     assert len(set(chosen)) > 2
 

@@ -63,7 +63,7 @@ def lacking(weight, keep, x, owed=0.0):
 def refitted(weight, bias, keep, fit, held_out, ridges):
     """Refits what is kept to moments of it; zero for the rest."""
     new = torch.zeros_like(weight)
-    new[:, keep], bias = refit_linear(weight[:, keep], bias, [([fit], held_out)], [fit, held_out], ridges)
+    new[:, keep], bias = refit_linear(weight[:, keep], bias, [fit, held_out], ridges)
     return new, bias
 
 
@@ -89,11 +89,11 @@ def test_a_ridge_too_small_for_moments_without_an_inverse_is_skipped():
     fit, held_out = moments(x[:300]), moments(x[300:])
     products = fit.products
     products -= 0.005 * x[:300].square().mean() * 300 * torch.ones(24, 24) + 0.2 * torch.diag(products.diagonal())
-    fold = [fit.after_removal(weight, keep)], held_out.after_removal(weight, keep)
-    solved = [ridge for ridge in RIDGES if solve_ridge(fold[0], False, ridge).isfinite().all()]
+    parts = [part.after_removal(weight, keep) for part in (fit, held_out)]
+    solved = [ridge for ridge in RIDGES if solve_ridge(parts[:1], False, ridge).isfinite().all()]
     assert 0 < len(solved) < len(RIDGES)
-    assert choose_ridge([fold], False, RIDGES) in {*solved, math.inf}
-    new, _ = refit_linear(weight, None, [([fit], held_out)], [fit, held_out], RIDGES)
+    assert choose_ridge(parts, False, RIDGES) in {*solved, math.inf}
+    new, _ = refit_linear(weight, None, [fit, held_out], RIDGES)
     assert new.isfinite().all()
     nearly = (1000 + 0.001 * x).float().split(300)
     constant = [moments(own, owed=due) for own, due in (lacking(weight, keep, one) for one in nearly)]
@@ -188,32 +188,11 @@ def test_the_ridge_is_the_one_that_errs_least_on_held_out_data():
             moments(seen, owed=due) for seen, due in (lacking(weight, keep, x, owed), lacking(weight, keep, new, late))
         )
         errors = [(new @ (weight - by_lstsq(weight, keep, x, ridge, owed)).t() + late).norm() for ridge in ridges]
-        chosen.add(choose_ridge([([fit], held_out)], False, ridges))
-        assert choose_ridge([([fit], held_out)], False, ridges) == ridges[int(torch.stack(errors).argmin())]
+        chosen.add(choose_ridge([fit, held_out], False, ridges))
+        assert choose_ridge([fit, held_out], False, ridges) == ridges[int(torch.stack(errors).argmin())]
     assert len(chosen) > 1
     unlike = moments(torch.randn(500, 24).double() * torch.where(keep, 1, 1e-3)).after_removal(weight, keep)
-    assert choose_ridge([([moments(inputs(tokens=8)).after_removal(weight, keep)], unlike)], False, ridges) == float("inf")
-
-
-def test_of_several_sources_each_is_held_out_in_turn():
-    """The ridge errs least on the mean of what share of its loss each source keeps, when it is fitted on the others."""
-    weight, keep = torch.randn(10, 24).double(), kept(24, 7)
-    common = torch.split(inputs(tokens=660), [60, 500, 100])
-    sources = [x + 0.5 * torch.randn_like(x) @ torch.randn(24, 24).double() for x in common]
-    shares = torch.zeros(len(RIDGES), dtype=torch.float64)
-    for number, held_out in enumerate(sources):
-        others = torch.cat([x for place, x in enumerate(sources) if place != number])
-        lost = (held_out @ (weight * ~keep).t()).square().sum()
-        left = [(held_out @ (weight - by_lstsq(weight, keep, others, ridge)).t()).square().sum() / lost for ridge in RIDGES]
-        shares += torch.stack(left)
-    best = RIDGES[int(shares.argmin())]
-    assert RIDGES.index(best) > 0
-    lost = [moments(own, owed=due) for own, due in (lacking(weight, keep, x) for x in sources)]
-    turns = [([one for one in lost if one is not own], own) for own in lost]
-    assert choose_ridge(turns, False, RIDGES) == best
-    found = torch.zeros_like(weight)
-    found[:, keep], _ = refit_linear(weight[:, keep], None, turns, lost, RIDGES)
-    torch.testing.assert_close(found, by_lstsq(weight, keep, torch.cat(sources), best), rtol=1e-6, atol=1e-6)
+    assert choose_ridge([moments(inputs(tokens=8)).after_removal(weight, keep), unlike], False, ridges) == float("inf")
 
 
 def case(family, number=4, length=40):

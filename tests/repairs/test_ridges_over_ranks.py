@@ -40,17 +40,15 @@ def tried(monkeypatch):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("held_out", [[1], [0, 1, 2]])
 @pytest.mark.parametrize("biased", [False, True])
-def test_each_tries_its_share(ranks, held_out, biased, tried):
+def test_each_tries_its_share(ranks, biased, tried):
     parts, weight, bias = parts_of(3), torch.randn(6, 12), torch.randn(6) if biased else None
-    folds = [([one for place, one in enumerate(parts) if place != number], parts[number]) for number in held_out]
-    alone = refit_linear(weight, bias, folds, parts, RIDGES)
-    assert tried.pop(threading.get_ident()) == len(RIDGES) * len(held_out)
-    for own in Ranks(ranks).run(lambda _, reduce: refit_linear(weight, bias, folds, parts, RIDGES, reduce)):
+    alone = refit_linear(weight, bias, parts, RIDGES)
+    assert tried.pop(threading.get_ident()) == len(RIDGES)
+    for own in Ranks(ranks).run(lambda _, reduce: refit_linear(weight, bias, parts, RIDGES, reduce)):
         assert torch.equal(own[0], alone[0])
         assert bias is None or torch.equal(own[1], alone[1])
-    assert set(tried.values()) == {len(RIDGES) * len(held_out) // ranks}
+    assert set(tried.values()) == {len(RIDGES) // ranks}
 
 
 @pytest.fixture
@@ -78,7 +76,7 @@ def rows(monkeypatch):
 def test_each_solves_for_its_outputs(ranks, pruned, biased, rows):
     parts, weight, bias = parts_of(2, rows=8), torch.randn(8, 12), torch.randn(8) if biased else None
     support = torch.rand(8, 12) < 0.7 if pruned else None
-    given = weight * (1 if support is None else support), bias, [([parts[0]], parts[1])], parts, RIDGES
+    given = weight * (1 if support is None else support), bias, parts, RIDGES
     alone = refit_linear(*given, support=support)
     every = rows.pop(threading.get_ident())
     assert every == (16 if pruned else 8)  # on a support it is also seen whether it helps
@@ -96,7 +94,7 @@ def test_each_solves_for_its_outputs(ranks, pruned, biased, rows):
 def test_ranks_have_rows_of_their_own_when_there_are_many(monkeypatch):
     monkeypatch.setattr(least_squares, "MAX_OUTPUTS", 3)
     parts, weight = parts_of(2, rows=7), torch.randn(7, 12)
-    given = weight, None, [([parts[0]], parts[1])], parts, RIDGES
+    given = weight, None, parts, RIDGES
     alone = refit_linear(*given)
     for own in Ranks(2).run(lambda _, reduce: refit_linear(*given, reduce)):
         torch.testing.assert_close(own[0], alone[0])
@@ -106,9 +104,8 @@ def test_a_ridge_without_a_solution_has_none_on_any_rank():
     parts, weight = parts_of(2), torch.randn(6, 12)
     for part in parts:  # which rounding has made indefinite
         part.products -= 0.2 * torch.diag(part.products.diagonal())
-    folds = [([parts[0]], parts[1])]
-    solved = [bool(solve_ridge(folds[0][0], False, ridge).isfinite().all()) for ridge in RIDGES]
+    solved = [bool(solve_ridge(parts[:1], False, ridge).isfinite().all()) for ridge in RIDGES]
     assert 0 < sum(solved) < len(RIDGES)
-    alone = refit_linear(weight, None, folds, parts, RIDGES)
-    for own in Ranks(3).run(lambda _, reduce: refit_linear(weight, None, folds, parts, RIDGES, reduce)):
+    alone = refit_linear(weight, None, parts, RIDGES)
+    for own in Ranks(3).run(lambda _, reduce: refit_linear(weight, None, parts, RIDGES, reduce)):
         assert torch.equal(own[0], alone[0])

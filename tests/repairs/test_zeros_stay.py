@@ -32,7 +32,7 @@ def test_each_row_is_least_squares_on_its_own_support(biased, ridge, monkeypatch
     support[3] = False
     weight *= support
     bias, parts = torch.randn(7).double() if biased else None, [seen(x[:200], owed[:200]), seen(x[200:], owed[200:])]
-    new, shift = refit_linear(weight, bias, [([parts[0]], parts[1])], parts, [ridge], support=support)
+    new, shift = refit_linear(weight, bias, parts, [ridge], support=support)
     mean, due = (x.mean(0), owed.mean(0)) if biased else (0.0, 0.0)
     for row, own in enumerate(support):
         scale = ((x - mean)[:, own].square().sum(0) * ridge).sqrt()
@@ -49,7 +49,7 @@ def test_where_it_helps_no_held_out_data_weights_stay():
     support = torch.rand(7, 20) < 0.05  # on which nothing can be made up for that is elsewhere, too
     weight *= support
     parts = [seen(x[:200], owed[:200]), seen(x[200:], -owed[200:])]
-    new, _ = refit_linear(weight, None, [([parts[0]], parts[1])], parts, [0.01, 1.0], support=support)
+    new, _ = refit_linear(weight, None, parts, [0.01, 1.0], support=support)
     assert torch.equal(new, weight)
 
 

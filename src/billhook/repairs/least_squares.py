@@ -14,7 +14,7 @@ from torch import Tensor
 
 from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.linalg import conjugate_gradients, ridge_solver
-from billhook.repairs.residuals import ALL_ROWS, MAX_OUTPUTS, Fold, ResidualStatistics, as_float
+from billhook.repairs.residuals import ALL_ROWS, MAX_OUTPUTS, ResidualStatistics, as_float
 
 Solve = Callable[[slice], Tensor]
 """Function of some output rows that returns their weight update, `[outputs, in_features]`, float64."""
@@ -24,29 +24,27 @@ CG_STEPS = 30
 
 
 def best_ridge(ridges: Sequence[float], baseline: Tensor, errors: Tensor) -> float:
-    """Returns the ridge penalty with the lowest held-out error; infinity if none helps.
+    """Returns the ridge penalty with the lowest held-out error; infinity if none is below `baseline`, without a refit.
 
-    Args:
-        ridges: Ridge penalties.
-        baseline: Error of each fold without a refit, `[folds]`.
-        errors: Error with each ridge penalty, `[ridges, folds]`; NaN without a solution.
+    Errors are NaN without a solution.
     """
-    shares: list[float] = (errors / baseline.clamp(min=torch.finfo(torch.float64).tiny)).mean(1).tolist()  # one host sync
-    solved = ((share, ridge) for share, ridge in zip(shares, ridges, strict=True) if not math.isnan(share))
-    return min([(1.0, math.inf), *solved], key=lambda pair: pair[0])[1]
+    least, *solved = [baseline.item(), *errors.tolist()]
+    pairs = [(error, ridge) for error, ridge in zip(solved, ridges, strict=True) if not math.isnan(error)]
+    return min([(least, math.inf), *pairs], key=lambda pair: pair[0])[1]
 
 
-def choose_ridge(folds: Sequence[Fold], about_means: bool, ridges: Sequence[float], comm: Comm = SINGLE_PROCESS) -> float:
-    """Chooses the ridge penalty by held-out error, on the first rank; infinity if none helps."""
-    errors = folds[0][1].tokens.new_zeros(len(ridges), len(folds))  # NaN without a solution
-    trials = [(row, column) for row in range(len(ridges)) for column in range(len(folds))]
-    for (row, column), is_own in zip(trials, comm.owned_pieces([1.0] * len(trials)), strict=True):
+def choose_ridge(
+    parts: Sequence[ResidualStatistics], about_means: bool, ridges: Sequence[float], comm: Comm = SINGLE_PROCESS
+) -> float:
+    """Chooses the ridge penalty by the error on the last part, on the first rank; infinity if none helps."""
+    *fit, held_out = parts
+    errors = held_out.tokens.new_zeros(len(ridges))  # NaN without a solution
+    for number, is_own in enumerate(comm.owned_pieces([1.0] * len(ridges))):
         if is_own:
-            parts, held_out = folds[column]
-            errors[row, column] = residual_error(solve_ridge(parts, about_means, ridges[row]), parts, held_out, about_means)
+            errors[number] = residual_error(solve_ridge(fit, about_means, ridges[number]), fit, held_out, about_means)
     comm.sum_(errors)
     # decided on the first rank, because ranks may round sums differently
-    return comm.decide(lambda: best_ridge(ridges, errors_without_refit(folds, about_means), errors))
+    return comm.decide(lambda: best_ridge(ridges, error_without_refit(parts, about_means), errors))
 
 
 def solve_ridge(parts: Sequence[ResidualStatistics], about_means: bool, ridge: float) -> Tensor:
@@ -62,8 +60,7 @@ def solve_ridge(parts: Sequence[ResidualStatistics], about_means: bool, ridge: f
 def refit_linear(
     weight: Tensor,
     bias: Tensor | None,
-    folds: Sequence[Fold],
-    all_parts: Sequence[ResidualStatistics],
+    parts: Sequence[ResidualStatistics],
     ridges: Sequence[float],
     comm: Comm = SINGLE_PROCESS,
     support: Tensor | None = None,
@@ -71,8 +68,8 @@ def refit_linear(
     """Refits weight and bias of a layer so that its output also contains the residual r.
 
     W' = W + M, with M = E r x^T (H + ridge D)^-1 from the statistics of all remaining inputs x: H = E x x^T with diagonal D. A
-    bias absorbs the mean of the residual, b' = b + E r - M E x, float64, and M the rest. The ridge penalty is chosen on held-out
-    data, and M is solved on all data; if that has no solution, the next larger penalty is used. Next to the statistics, memory
+    bias absorbs the mean of the residual, b' = b + E r - M E x, float64, and M the rest. The ridge penalty is chosen on the last
+    part, and M is solved on all parts; if that has no solution, the next larger penalty is used. Next to the statistics, memory
     holds half of an in_features^2 matrix and `MAX_OUTPUTS` rows like the weight's for each part; with a support, a full such
     matrix and six of such rows. For layers with many outputs, penalties are tried on random mixtures of outputs
     (`ResidualStatistics.mixed`). Ranks have equal statistics, and divide trials and output rows.
@@ -81,33 +78,24 @@ def refit_linear(
     the support; if M on the support does not reduce the held-out error, M is zero.
     """
     about_means = bias is not None
-    ridge = choose_ridge(_mixed(folds), about_means, ridges, comm)
+    # with a limited number of outputs
+    ridge = choose_ridge([part.mixed() for part in parts], about_means, ridges, comm)
     if support is None:
         solve = _solve_directly(
-            all_parts, about_means, sorted({ridge, math.inf, *(larger for larger in ridges if larger > ridge)}), comm
+            parts, about_means, sorted({ridge, math.inf, *(larger for larger in ridges if larger > ridge)}), comm
         )
     else:
-        errors = _support_errors(folds, about_means, ridge, support, comm)
-        helps = comm.decide(lambda: best_ridge([ridge], errors_without_refit(folds, about_means), errors[None]) == ridge)
-        solve = _solve_on_support(all_parts, about_means, ridge if helps else math.inf, support)
-    new, shift = torch.zeros_like(weight), torch.zeros_like(all_parts[0].residual_sums)
+        error = _support_error(parts, about_means, ridge, support, comm)
+        helps = comm.decide(lambda: best_ridge([ridge], error_without_refit(parts, about_means), error[None]) == ridge)
+        solve = _solve_on_support(parts, about_means, ridge if helps else math.inf, support)
+    new, shift = torch.zeros_like(weight), torch.zeros_like(parts[0].residual_sums)
     for rows in comm.owned_rows(len(weight), MAX_OUTPUTS):  # ranks divide the rows
         update = solve(rows)
-        shift[rows] = bias_shift(update, all_parts, rows)
+        shift[rows] = bias_shift(update, parts, rows)
         new[rows] = update.add_(weight[rows])
     total = as_float(new)
     comm.sum_(total, *([shift] if about_means else []))
     return total.to(weight.dtype), None if bias is None else bias.double() + shift
-
-
-def _mixed(folds: Sequence[Fold]) -> list[Fold]:
-    """Returns folds whose parts have a limited number of outputs."""
-    mixed = dict[ResidualStatistics, ResidualStatistics]()
-    for others, held_out in folds:
-        for part in (*others, held_out):
-            if part not in mixed:
-                mixed[part] = part.mixed()
-    return [([mixed[part] for part in others], mixed[held_out]) for others, held_out in folds]
 
 
 def _solve_directly(parts: Sequence[ResidualStatistics], about_means: bool, ridges: Sequence[float], comm: Comm) -> Solve:
@@ -117,9 +105,10 @@ def _solve_directly(parts: Sequence[ResidualStatistics], about_means: bool, ridg
     return lambda rows: solve(_residual_gram(parts, about_means, rows))
 
 
-def errors_without_refit(folds: Sequence[Fold], about_means: bool) -> Tensor:
-    """Computes the error on the held-out data of each fold, `[folds]`, without a refit."""
-    return torch.stack([held_out.error(None, _means(parts)[1] if about_means else None) for parts, held_out in folds])
+def error_without_refit(parts: Sequence[ResidualStatistics], about_means: bool) -> Tensor:
+    """Computes the error on the last part without a refit."""
+    *fit, held_out = parts
+    return held_out.error(None, _means(fit)[1] if about_means else None)
 
 
 def _gram(parts: Sequence[ResidualStatistics], about_means: bool) -> Tensor:
@@ -158,17 +147,13 @@ def _solve_on_support(parts: Sequence[ResidualStatistics], about_means: bool, ri
     return solve
 
 
-def _support_errors(folds: Sequence[Fold], about_means: bool, ridge: float, support: Tensor, comm: Comm) -> Tensor:
-    """Computes the held-out error of each fold with an update on a support, `[folds]`.
-
-    Ranks divide the rows.
-    """
-    errors = folds[0][1].tokens.new_zeros(len(folds))
-    for number, (parts, held_out) in enumerate(folds):
-        solve = _solve_on_support(parts, about_means, ridge, support)
-        for rows in comm.owned_rows(len(support), MAX_OUTPUTS):
-            errors[number] += residual_error(solve(rows), parts, held_out, about_means, rows)
-    return comm(errors)
+def _support_error(parts: Sequence[ResidualStatistics], about_means: bool, ridge: float, support: Tensor, comm: Comm) -> Tensor:
+    """Computes the error on the last part with an update on a support. Ranks divide the rows."""
+    *fit, held_out = parts
+    error, solve = held_out.tokens.new_zeros(()), _solve_on_support(fit, about_means, ridge, support)
+    for rows in comm.owned_rows(len(support), MAX_OUTPUTS):
+        error += residual_error(solve(rows), fit, held_out, about_means, rows)
+    return comm(error)
 
 
 def residual_error(

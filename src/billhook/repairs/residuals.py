@@ -184,15 +184,9 @@ class TokenBuffer:
         self._inputs, self._residuals, self._weights, self._tokens = [], [], [], 0
 
 
-Fold = tuple[Sequence[ResidualStatistics], ResidualStatistics]
-"""Data for the choice of a ridge penalty: parts to fit, and a held-out part."""
-
-
-def make_folds(parts: Sequence[ResidualStatistics]) -> list[Fold]:
-    """Returns the fold that holds out the last part, if both sides have tokens."""
-    *others, held_out = parts
-    tokens = torch.stack([part.tokens for part in parts]).tolist()
-    return [(others, held_out)] if all(tokens) else []
+def can_choose(parts: Sequence[ResidualStatistics]) -> bool:
+    """Returns whether there are tokens to fit to, and held-out tokens to choose the ridge penalty."""
+    return all(torch.stack([part.tokens for part in parts]).tolist())
 
 
 def as_float(tensor: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from billhook.linalg import float64_device, widest_float
 from billhook.model.layers import is_pruned, matrix_of, to_layout, to_parameters
 from billhook.progress import OnProgress
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.residuals import ResidualStatistics, TokenBuffer, as_float, make_folds, non_padding
+from billhook.repairs.residuals import ResidualStatistics, TokenBuffer, as_float, can_choose, non_padding
 
 ADD: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
 SAME: frozenset[Any] = frozenset({dropout, torch.dropout, Tensor.to, Tensor.contiguous})
@@ -351,12 +351,11 @@ class RepairVisitor(Visitor):
         if bad.any():
             first = int(bad.nonzero()[0])
             raise ValueError(f"{name}: {int(bad.sum())} input features contain NaN or infinity, the first is feature {first}.")
-        folds = make_folds(parts)
-        if folds and sum(part.tokens for part in parts) >= len(linear.kept_index):
+        if can_choose(parts) and sum(part.tokens for part in parts) >= len(linear.kept_index):
             weight, bias = linear.start
             remaining = weight[:, linear.kept_index].to(parts[0].tokens.device)
             bias = None if bias is None else bias.to(remaining.device)
-            kept, bias = refit_linear(remaining, bias, folds, parts, self._ridges, self._comm, _support(remaining))
+            kept, bias = refit_linear(remaining, bias, parts, self._ridges, self._comm, _support(remaining))
             fitted = torch.zeros_like(weight)
             fitted[:, linear.kept_index] = kept.to(fitted.device)
             linear.fitted = to_parameters(linear.module, fitted, bias)

@@ -21,7 +21,7 @@ from billhook.linalg import float64_device
 from billhook.model.layers import matrix_of, size_of, to_layout, to_parameters
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.repair import RepairConfig
-from billhook.repairs.residuals import ResidualStatistics, as_float, make_folds, non_padding
+from billhook.repairs.residuals import ResidualStatistics, as_float, can_choose, non_padding
 from billhook.shrinking.variants import staged
 
 
@@ -89,8 +89,8 @@ class _PooledConsumerRefit:
             device = float64_device(weight.device)  # the CPU where the device has no float64
             weight, bias = weight.to(device), None if bias is None else bias.to(device)
             new = dict[str, Tensor]()
-            if folds := make_folds(parts):
-                tensors = to_parameters(self._reader, *refit_linear(weight, bias, folds, parts, ridges))
+            if can_choose(parts):
+                tensors = to_parameters(self._reader, *refit_linear(weight, bias, parts, ridges))
                 new = by_parameter({self._linear: tensors})
             refitted[number] = staged(self._model, new) if new else LazyTensors({})
         return refitted

@@ -33,9 +33,9 @@ from billhook.linalg import float64_device
 from billhook.model.layers import matrix_of, to_parameters
 from billhook.pruning.block_writers import zero_weights
 from billhook.pruning.target import RatioSearch
-from billhook.repairs.least_squares import bias_shift, choose_ridge, errors_without_refit, residual_error, solve_ridge
+from billhook.repairs.least_squares import bias_shift, choose_ridge, error_without_refit, residual_error, solve_ridge
 from billhook.repairs.repair import RepairConfig
-from billhook.repairs.residuals import Fold, ResidualStatistics, check_tokens, make_folds
+from billhook.repairs.residuals import ResidualStatistics, check_tokens
 from billhook.shrinking.modules import PrunableModule, any_removed, consumers_of, removed_units, units_by_name
 from billhook.units.units import Units
 
@@ -307,24 +307,23 @@ class ConsumerRefit:
         self._parts = parts
         weight, bias = self._matrix()
         self._centred = bias is not None
-        _, folds = self._without(torch.zeros(weight.shape[1], dtype=torch.bool))
-        self.total = float(errors_without_refit(folds, self._centred).sum())
+        nothing = self._without(torch.zeros(weight.shape[1], dtype=torch.bool))
+        self.total = float(error_without_refit(nothing, self._centred))
 
     def choose(self, keep: Tensor, ridges: Sequence[float]) -> None:
         """Chooses the ridge penalty with the lowest held-out error.
 
         Without choices, the layer is not refitted.
         """
-        _, folds = self._without(keep)
-        self._ridge = choose_ridge(folds, self._centred, ridges)
+        self._ridge = choose_ridge(self._without(keep), self._centred, ridges)
 
     def refitted(self, keep: Tensor) -> tuple[float, dict[str, Tensor]]:
         """Returns the held-out error E |W x - W' x|^2, and parameters fitted to all batches.
 
         If the layer has a bias, which corrects means, the error is about the means.
         """
-        parts, folds = self._without(keep)
-        error = float(sum(residual_error(self._change(fit), fit, held_out, self._centred) for fit, held_out in folds))
+        *fit, held_out = parts = self._without(keep)
+        error = float(residual_error(self._change(fit), fit, held_out, self._centred))
         weight, bias = self._matrix()
         change = self._change(parts)
         if bias is not None and self._ridge < math.inf:
@@ -334,11 +333,10 @@ class ConsumerRefit:
         new[:, keep] = change + weight[:, keep]
         return error, to_parameters(self.linear, new, bias)
 
-    def _without(self, keep: Tensor) -> tuple[list[ResidualStatistics], list[Fold]]:
-        """Returns the Gram matrices of the kept inputs by part, and the folds."""
+    def _without(self, keep: Tensor) -> list[ResidualStatistics]:
+        """Returns the Gram matrices of the kept inputs by part."""
         weight, _ = self._matrix()
-        parts = [part.after_removal(weight, keep.to(weight.device)) for part in self._parts]
-        return parts, make_folds(parts)
+        return [part.after_removal(weight, keep.to(weight.device)) for part in self._parts]
 
     def _change(self, parts: Sequence[ResidualStatistics]) -> Tensor:
         """Returns the update of the weight; zero if the ridge penalty is too small for a solution."""

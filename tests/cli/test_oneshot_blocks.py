@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import transformers
 
 import billhook as bh
@@ -46,6 +47,24 @@ def test_in_greedy_order(small, files, tmp_path, capsys):
     assert record["plans"] == json.loads(json.dumps([plan.to_json()]))
     assert record["importance"]["greedy"] is True
     assert "remove blocks one at a time: blocks=2 (importance: BlockInfluence())" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "match", [[], ["--repair.match", "BlockMatching", "--repair.match.steps", "2"]], ids=["refitted", "matched"]
+)
+def test_blocks_behind_make_up_for_it(small, files, tmp_path, capsys, match):
+    options = ["--last", "1", "--repair", "RepairConfig", *match, *SHORT, *option(files)]
+    main(["prune-blocks", str(small), str(tmp_path / "out"), "--blocks", "1", *options])
+    said, record = capsys.readouterr().out, record_of(tmp_path / "out")
+    assert "refit output layers of blocks behind them by least squares" in said
+    assert ("then reconstruct each block with BlockMatching(steps=2" in said) == bool(match)
+    assert "RepairConfig(" in record["importance"]["repair"]
+    assert ("BlockMatching(" in record["importance"]["repair"]) == bool(match)
+    plain = bh.load(small)
+    bh.apply(plain, bh.ModelPlan.from_json(record["plans"][0], plain))
+    repaired = bh.load(tmp_path / "out")
+    last = "model.layers.1.mlp.down_proj.weight"
+    assert not torch.equal(plain.get_parameter(last), repaired.get_parameter(last))
 
 
 def test_a_greedy_order_of_nothing_is_refused(small, tmp_path):

@@ -85,7 +85,13 @@ def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
 
 
 @pytest.mark.daily(
-    "channels", "blocks", "heads in rounds, after masks", "KV heads that turn and move", "a rank without batches, repaired"
+    "channels",
+    "blocks",
+    "heads in rounds, after masks",
+    "KV heads that turn and move",
+    "a rank without batches, repaired",
+    "blocks, matched",
+    "KV heads, matched",
 )
 @pytest.mark.parametrize("name", SHAPES)
 def test_two_processes_change_shapes_as_one_does(of_two, files, tmp_path, name):
@@ -96,8 +102,9 @@ def test_two_processes_change_shapes_as_one_does(of_two, files, tmp_path, name):
     assert events[-1]["before"]["params"] > events[-1]["after"]["params"]
     assert state.keys() == single.keys()
     for own, value in single.items():
-        if "bfloat16" in name:  # which AdamW makes much of where gradients are small
-            assert (state[own] - value).abs().mean() < 5e-3, own
+        # AdamW makes much of rounding where gradients are small, and two ranks match blocks in steps of two batches
+        if "bfloat16" in name or "matched" in name:
+            assert (state[own] - value).abs().mean() < (2e-2 if "matched" in name else 5e-3), own
         else:
             torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
 

@@ -210,6 +210,13 @@ def lacking(of, **own):
 
 
 SHAPES |= lacking(OfFirst(LONGER), batch=4)
+MATCHED = bh.RepairConfig(match=bh.criteria.BlockMatching(steps=3))
+LONG = SOME | {"calibration": list(torch.randint(3, 60, (6, 1, 4, 12), generator=torch.Generator().manual_seed(6))), "at": 2}
+SHAPES |= {
+    "channels, matched": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=MATCHED, **LONG)),
+    "blocks, matched": shapes(lambda: bh.DepthPruning(1, last=1, repair=MATCHED, **LONG)),
+    "KV heads, matched": shapes(lambda: bh.KVHeadConversion(2, method="svd", repair=MATCHED, **LONG)),
+}
 
 
 ROUNDED = "KV heads, by svd"

@@ -1,6 +1,7 @@
 """The DepthPruning callback: removes whole blocks during training."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import lightning.pytorch as pl
@@ -8,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_types
+from billhook.engine.passes import blockwise
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event
 from billhook.fit.ranks import check_close, check_identical, comm_of
@@ -126,17 +128,19 @@ class DepthPruning(ShapeCallback):
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[BlockPlan, Weights | None, str]:
         """Plans the removal of blocks, identically on all ranks; returns also repaired weights, and a description of these."""
-        model, comm = find_transformer(pl_module), comm_of(trainer)
+        model = find_transformer(pl_module)
         units = find_units(model, "block")
         if self.repair is not None:  # whose consumer layers need their non-padding tokens
             units |= units_of(model, trace(model), ["head", "channel"])
         with self.calibration.undisturbed(pl_module), trainer.precision_plugin.forward_context():
             runs = [make_run(model, units, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
-            plan = plan_amount(model, self.amount, self.importance, runs, greedy=self.greedy, comm=comm)
+            plan = plan_amount(model, self.amount, self.importance, runs, greedy=self.greedy, comm=comm_of(trainer))
             assert isinstance(plan, BlockPlan)
             check_identical(trainer, "DepthPruning", "the blocks to remove", plan.units)
-            weights, why = repair_if_requested(model, plan, runs, self.repair, comm)
-            check_close(trainer, "DepthPruning", "the repaired weights", model, weights or {})
+            with blockwise(pl_module) if self.repair is not None else nullcontext():
+                comm = comm_of(trainer, self.calibration.shared(trainer))
+                weights, why = repair_if_requested(model, plan, runs, self.repair, comm)
+                check_close(trainer, "DepthPruning", "the repaired weights", model, weights or {})
         return plan, weights, f", {'repaired' if weights else why}" if weights or why else ""
 
 

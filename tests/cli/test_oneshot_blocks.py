@@ -50,21 +50,21 @@ def test_in_greedy_order(small, files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "match", [[], ["--repair.match", "BlockMatching", "--repair.match.steps", "2"]], ids=["refitted", "matched"]
+    "match", [[], ["--repair.match", "BlockMatching", "--repair.match.steps", "20"]], ids=["refitted", "matched"]
 )
-def test_blocks_behind_make_up_for_it(small, files, tmp_path, capsys, match):
-    options = ["--last", "1", "--repair", "RepairConfig", *match, *SHORT, *option(files)]
-    main(["prune-blocks", str(small), str(tmp_path / "out"), "--blocks", "1", *options])
+def test_blocks_behind_make_up_for_it(files, tmp_path, capsys, match):
+    options = ["--last", "1", "--repair", "RepairConfig", *match, "--examples", "24", "--length", "64", "--evaluate", "5"]
+    main(["prune-blocks", "tiny", str(tmp_path / "out"), "--blocks", "1", *options, *option(files)])
     said, record = capsys.readouterr().out, record_of(tmp_path / "out")
     assert "refit output layers of blocks behind them by least squares" in said
-    assert ("then reconstruct each block with BlockMatching(steps=2" in said) == bool(match)
+    assert ("then reconstruct each block with BlockMatching(steps=20" in said) == bool(match)
     assert "RepairConfig(" in record["importance"]["repair"]
     assert ("BlockMatching(" in record["importance"]["repair"]) == bool(match)
-    plain = bh.load(small)
+    plain = bh.load("tiny")
     bh.apply(plain, bh.ModelPlan.from_json(record["plans"][0], plain))
     repaired = bh.load(tmp_path / "out")
     changed = {name for name, value in repaired.named_parameters() if not torch.equal(value, plain.get_parameter(name))}
-    assert "model.layers.1.self_attn.o_proj.weight" in changed
+    assert "model.layers.2.self_attn.o_proj.weight" in changed
     assert any("norm" in name for name in changed) == bool(match)
 
 

@@ -65,7 +65,6 @@ def test_blocks_behind_make_up_for_it(files, tmp_path, capsys, match):
     repaired = bh.load(tmp_path / "out")
     changed = {name for name, value in repaired.named_parameters() if not torch.equal(value, plain.get_parameter(name))}
     assert "model.layers.2.self_attn.o_proj.weight" in changed
-    assert any("norm" in name for name in changed) == bool(match)
 
 
 def test_a_greedy_order_of_nothing_is_refused(small, tmp_path):

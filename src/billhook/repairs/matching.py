@@ -147,7 +147,7 @@ class BlockTuning:
         inner = getattr(self.block, "_orig_mod", self.block)  # the module inside torch.compile's wrapper
         with overridden(self.block, forward=partial(type(inner).forward, inner)):
             best, state = self._measured(held_out), self._state()
-            for step in range(1, steps + 1 if best else 1):
+            for step in range(1, steps + 1):
                 queue = queue or torch.randperm(len(tune), generator=order).tolist()
                 share = 1 - abs((2 * step - 1) / steps - 1)  # of the maximum step size: linear warmup and decay
                 for group in optimizer.param_groups:
@@ -317,16 +317,17 @@ class _BlockMatcher(Visitor):
     def complete(self, site: Site) -> None:
         """Tunes the block that all runs have left."""
         outputs, count, samples, name = self._outputs, len(self._runs), list[BlockSample](), next(iter(site.linears))
-        self._outputs = {}
+        self._outputs, differ = {}, False
         for run in range(count):
             if run in outputs and (dense := run + count) in outputs:
                 (inputs, output), (_, goal) = outputs[run], outputs[dense]
                 if output.shape == goal.shape:
                     samples.append(BlockSample(inputs, goal, self._counts(name, goal, run)))
+                    differ |= not torch.equal(output, goal)
         # each rank needs samples to tune on and samples to hold out
-        too_few = self._comm(torch.tensor([float(len(samples) < 2)], device=self._comm.device))
+        too_few, changed = self._comm(torch.tensor([float(len(samples) < 2), float(differ)], device=self._comm.device)).tolist()
         known = any(part in self._tuned for part, _ in self._parameters(site))
-        if not known and not too_few:
+        if changed and not known and not too_few:
             self._tune(site, samples)
         if self._progress is not None:
             self._progress(list(self.blocks).index(name) + 1, len(self.blocks))

@@ -34,6 +34,8 @@ Tie = Callable[[Tensor], Tensor]
 EVALUATIONS = 5
 """Evaluations on held-out batches during the steps of a block."""
 PRUNED_LR, REPAIRED_LR = 0.02, 0.01
+LEAST_STEPS = 120
+"""Steps after a repair. On 32 windows, SmolLM2 with one KV head is nearer to the dense model after 112 steps than after 28."""
 ADAM_BETAS = 0.9, 0.99
 """Adam's betas, low because steps are few."""
 
@@ -67,7 +69,8 @@ class BlockMatching:
     A step runs a block forward and backward on a batch. Tuned weights are float32, and rounded once at the end.
 
     Args:
-        steps: Adam steps for each block. Defaults to the number of batches that are not held out.
+        steps: Adam steps for each block. Defaults to the number of batches that are not held out; after a repair, where all
+            weights are tuned, to at least 120.
         lr: Maximum step size, as a share of the root mean square of a layer's kept weights. It rises during the first half of
             the steps, then falls to zero. Defaults to 0.02 for pruned weights, and to 0.01 after a repair, where all weights are
             tuned.
@@ -112,6 +115,7 @@ class BlockTuning:
         keeps: Masks of these weights, bool.
         comm: The ranks, each with its own samples.
         ties: Change the gradients of some weights, so that weights that are equal stay equal.
+        least_steps: Minimum number of steps, if the settings do not state a number.
     """
 
     def __init__(
@@ -122,8 +126,10 @@ class BlockTuning:
         keeps: Mapping[str, Tensor],
         comm: Comm = SINGLE_PROCESS,
         ties: Mapping[str, Tie] | None = None,
+        least_steps: int = 1,
     ) -> None:
         self.matching, self.block, self.keeps, self.comm, self.ties = matching, block, keeps, comm, ties or {}
+        self.least_steps = least_steps
         self.tuned = {name: _as_float32(weight).detach().clone().requires_grad_() for name, weight in weights.items()}
         fixed = chain(block.named_parameters(), block.named_buffers())
         self.fixed = {name: _as_float32(tensor.detach()) for name, tensor in fixed if name not in weights}
@@ -134,7 +140,7 @@ class BlockTuning:
         steps = self.matching.steps
         if steps is None:  # a step for each batch; with several ranks the average number of batches
             batches, ranks = self.comm(torch.tensor([float(len(tune)), 1.0], device=self.device))
-            steps = math.ceil(float(batches / ranks))
+            steps = max(math.ceil(float(batches / ranks)), self.least_steps)
         groups = []
         for name, weight in self.tuned.items():
             mean_square = weight.detach().square().sum() / self.keeps[name].sum().clamp(min=1)
@@ -359,7 +365,7 @@ class _BlockMatcher(Visitor):
         keeps = {name: value != 0 for name, value in weights.items()}
         ties = {name.removeprefix(prefix): tie for name, tie in self._ties.items() if name in parameters}
         with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
-            tuned = BlockTuning(self._matching, site.module, weights, keeps, self._comm, ties)(*parts)
+            tuned = BlockTuning(self._matching, site.module, weights, keeps, self._comm, ties, LEAST_STEPS)(*parts)
         new = {name: value.to(weights[name].dtype) for name, value in tuned.items()}
         if not all(torch.equal(value, weights[name]) for name, value in new.items()):
             self._tuned |= {f"{prefix}{name}": value for name, value in new.items()}

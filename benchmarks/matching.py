@@ -1,0 +1,67 @@
+"""A quarter of the channels, or six blocks, of a real model removed, repaired, and matched, on three texts.
+
+`OMP_NUM_THREADS=1 python benchmarks/matching.py MODEL DATA WORK --out matching.md` writes the table; `measured.py` says what is
+in DATA. Channels are ranked by `OutputNorm` and blocks by `BlockInfluence`, and all methods see half of `--examples` windows of
+512 tokens of each of two training texts. Perplexity is that of `kv_texts.py`: the first 12 windows of 512 tokens of each test
+text, and of Python's own library, which nothing has seen, in float32. What WORK holds is not measured again.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from kv_texts import REPAIRS, tests
+from measured import CALIBRATION, TESTS, Lines, batches, perplexity, windows
+
+import billhook as bh
+
+AMOUNTS = {
+    "a quarter of the channels": {"importance": bh.OutputNorm(), "amount": bh.Amount(channels=0.25, round_to=1)},
+    "6 blocks": {"importance": bh.importance.BlockInfluence(), "amount": bh.Amount(blocks=6)},
+}
+
+
+def measured(options, name):
+    """The perplexities of a row as it is cut, repaired, and matched, each measured once."""
+    file = options.work / f"{name} {options.examples}.json"
+    known, rows = json.loads(file.read_text()) if file.exists() else {}, tests(options)
+    shown = [windows(options, text, options.examples // 2) for text in CALIBRATION.values()]
+    seen = [batch for source, text in zip(CALIBRATION, shown, strict=True) for batch in batches(text, source)]
+    for state, repair in ({"before": None} | REPAIRS).items():
+        if state not in known and (name in AMOUNTS or state == "before"):
+            model = bh.load(str(options.model), dtype="float32")
+            start = time.process_time()
+            if name in AMOUNTS:
+                plan = bh.plan(model, batches=seen, **AMOUNTS[name])
+                bh.apply(model, plan, weights=None if repair is None else bh.repair(model, plan, seen, repair))
+            known[state] = {text: perplexity(model, ids) for text, ids in rows.items()}
+            known[state] |= {"seconds": time.process_time() - start, "parameters": model.num_parameters()}
+            file.write_text(json.dumps(known))
+            print(name, state, known[state], flush=True)
+    return known
+
+
+def main():
+    """Every row that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("model", "data", "work"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--only", nargs="*", default=list(AMOUNTS), choices=AMOUNTS)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
+    lines, dense = Lines(options.out, ("removed", "parameters", *TESTS, "Python", "CPU s")), None
+    for name in ("dense", *options.only):
+        for state, row in measured(options, name).items():
+            dense = dense or row
+            ratios = [f"{row[text]:.2f} ({row[text] / dense[text]:.2f})" for text in (*TESTS, "python")]
+            share = f"{row['parameters'] / dense['parameters']:.1%}"
+            lines.add([f"{name}, {state}", share, *ratios, f"{row['seconds']:.0f}"])
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,7 @@ from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.passes import SideBySide, runs_blockwise
 from billhook.engine.store import store_of
+from billhook.engine.walk import blocks_of
 from billhook.kv_heads.basis import find_bases, in_bases, key_spectra, pooled, similar_order
 from billhook.kv_heads.distance import EqualHeads, distances
 from billhook.kv_heads.frequencies import Band, Rotation, Slots, allot, bands_within, find_rotation, lost
@@ -30,7 +31,7 @@ from billhook.kv_heads.symmetry import Block, find_symmetries, in_order
 from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
 from billhook.model.layers import is_linear, size_of
-from billhook.model.rotary import rotating_with
+from billhook.model.rotary import rotary_embeddings, rotating_with
 from billhook.repairs.matching import Tie
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.tracing.trace import trace
@@ -354,6 +355,10 @@ class Attentions:
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
         pruned = rotating_with(self.model, new.rope, trials)
+        inside = {module for block in blocks_of(self.model) for module in block.modules()}
+        if repair.match is not None and new.rope is not None and not inside.isdisjoint(rotary_embeddings(self.model)):
+            kind = type(self.model).__name__  # tuning runs a block alone, and the module in it keeps the old frequencies
+            raise ValueError(f"match: the blocks of {kind} rotate keys themselves. Use SVD(frequencies='fixed').")
         ties = dict[str, Tie]()
         for name, attention in self.projections.items():
             ties |= ties_of(self.model, attention, self.groups[name])

@@ -1,8 +1,8 @@
 """Block-wise reconstruction: tunes the blocks of a changed model to reproduce the dense blocks' outputs.
 
 As the transformer matching of 3BASiL (Makni, Meng & Mazumder, 2025, https://arxiv.org/abs/2603.01376), EBFT (Guo et al., 2024,
-https://arxiv.org/abs/2402.12419), and the regional optimization of Wanda++ (Yang et al., 2025,
-https://arxiv.org/abs/2503.04992).
+https://arxiv.org/abs/2402.12419), the regional optimization of Wanda++ (Yang et al., 2025, https://arxiv.org/abs/2503.04992), and
+the block-local distillation of Puzzle (Bercovich et al., 2024, https://arxiv.org/abs/2411.19146).
 """
 
 import math

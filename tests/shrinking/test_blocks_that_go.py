@@ -15,6 +15,7 @@ from billhook.engine.batches import Batch, runs_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.target import RatioSearch
+from billhook.repairs.matching import BlockMatching
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.blocks import Block, find_blocks
 from billhook.shrinking.divergence import Divergence, split_batches
@@ -112,11 +113,15 @@ def searched(model, layers, params, repair=None):
     return measured, search_within(measured, fitted, repair, bh.Search(generations=1, candidates=2), 0, candidates.limit)
 
 
-@pytest.mark.daily("free")
+MATCHED = RepairConfig(match=BlockMatching(steps=20))
+
+
+@pytest.mark.daily("refitted-free", "matched-free")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
-def test_removed_computes_what_masked_does_with_the_repaired_weights(layers):
+@pytest.mark.parametrize("repair", [RepairConfig(), MATCHED], ids=["refitted", "matched"])
+def test_removed_computes_what_masked_does_with_the_repaired_weights(repair, layers):
     model = uneven(idle=[1])
-    work, found = searched(model, layers, model.num_parameters() - int(1.6 * size_of_block(model)), RepairConfig())
+    work, found = searched(model, layers, model.num_parameters() - int(1.6 * size_of_block(model)), repair)
     planned, ids = found.planned, tokens()
     masked = copy.deepcopy(model)
     masked.load_state_dict(masked.state_dict() | dict(planned.weights))
@@ -133,13 +138,14 @@ def test_removed_computes_what_masked_does_with_the_repaired_weights(layers):
     assert [name for name in planned.weights if f"{LAYERS}.1." in name] == []
 
 
-def test_the_blocks_behind_make_up_for_one_that_goes():
+@pytest.mark.parametrize("repair", [RepairConfig(), MATCHED], ids=["refitted", "matched"])
+def test_the_blocks_behind_make_up_for_one_that_goes(repair):
     model = uneven()
     fitted, held_out = split_batches(texts())
     candidates = SearchScope.find(model, Amount(params=model.num_parameters() - size_of_block(model)), uniform=False)
     kept = {layer.name: 0 if ".1." in layer.name else layer.count for layer in candidates.modules} | {f"{LAYERS}.1 block": 0}
     measured = Measurement(candidates, {}, None, None, {}, None, Progress())
-    planned, lost = plan(measured, candidates.limit, kept, fitted, RepairConfig()), []
+    planned, lost = plan(measured, candidates.limit, kept, fitted, repair), []
     assert not planned.units.units
     assert {int(name.split(".")[2]) for name in planned.weights} == {2, 3}
     for weights in ({}, dict(planned.weights)):

@@ -119,7 +119,7 @@ def plan(
     weights, not_repaired = equal, ""
     if repair is not None and (units.units or extra):
         refitted, not_repaired = refitted_if_enough(scope.model, units, fitted, repair, equal | zeros, extra)
-        weights = equal | refitted
+        weights = equal | refitted.without(zeros)  # removed blocks take no new values
     rebased = [name for name in changed_names(scope.model, weights) if name in equal] if heads else []
     pooled = [replace(of_heads, restart=_inside(rebased, of_heads.layers)) for of_heads in planned.merged]
     return replace(planned, weights=weights or None, merged=tuple(pooled), not_refitted=not_repaired)

@@ -127,7 +127,7 @@ class DepthPruning(ShapeCallback):
         return f"{before} -> {after} blocks ({type(self.importance).__name__}{how}): without {removed}"
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[BlockPlan, Weights | None, str]:
-        """Plans the removal of blocks, identically on all ranks; returns also repaired weights, and a description of these."""
+        """Returns a plan of the blocks to remove, repaired weights, and a description of these."""
         model = find_transformer(pl_module)
         units = find_units(model, "block")
         if self.repair is not None:  # whose consumer layers need their non-padding tokens

@@ -39,7 +39,7 @@ OBS_BYTES = 4 + 8
 
 
 def repair_passes(repair: RepairOption) -> int:
-    """Returns the number of passes of a repair: to find the linear layers that run, to refit them, and to match blocks."""
+    """Returns the number of passes that find, refit, and match layers."""
     return 0 if repair is None else 2 + (isinstance(repair, RepairConfig) and repair.match is not None)
 
 

@@ -246,7 +246,7 @@ def moved_values(linear: nn.Module, rows: HeadRows, order: Sequence[int]) -> dic
 
 
 def ties_of(model: nn.Module, projections: Projections, groups: int) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Returns functions that average a gradient over the KV heads of each group, by parameter name."""
+    """Returns functions that average the gradient of a parameter over each group of KV heads."""
     ties = dict[str, Callable[[Tensor], Tensor]]()
     for linear in dict.fromkeys((projections.k.linear, projections.v.linear)):
         heads = [rows for rows in (projections.k, projections.v) if rows.linear == linear]

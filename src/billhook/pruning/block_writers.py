@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.store import store_of
@@ -50,8 +51,8 @@ def _zeros(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter.data, device="cpu" if parameter.is_meta else None)  # meta: its block is not loaded
 
 
-def why_not_zeros(model: nn.Module, blocks: Mapping[str, Sequence[int]], writers: Iterable[str]) -> str:
-    """Returns why blocks with zeroed writers do not compute what the model computes without them; empty if they do."""
+def why_not_zeros(model: PreTrainedModel, blocks: Mapping[str, Sequence[int]], writers: Iterable[str]) -> str:
+    """Returns why zeroed writers do not equal the removal of blocks; empty if they do."""
     with skipping(model, blocks):
         expected = run_outputs(model)
     with store_of(model).computing_with(zero_weights(model, writers)):

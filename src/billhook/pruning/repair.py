@@ -124,7 +124,7 @@ def _repaired_blocks(
     progress: OnProgress | None,
     not_repaired: list[str] | None,
 ) -> LazyTensors:
-    """Refits the output layers of blocks behind removed ones. Removed blocks have zeros in theirs instead."""
+    """Refits the output layers of blocks behind removed ones, whose own are zero."""
     check_values(model, streamed=True)
     subject = find_transformer(model)
     units, removed, behind = units_of(subject, trace(subject), ["head", "channel"]), list[str](), list[str]()
@@ -145,7 +145,7 @@ def _repaired_blocks(
 
 
 def _runs(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches) -> list[Run]:
-    """Returns runs that know the non-padding tokens of some layers, by the name of the layer with the weight."""
+    """Returns runs with the non-padding tokens of some layers, named by their base layers."""
     stored, runs = {name: _stored(model, name) for name in modules}, list[Run]()
     for batch in read_batches(batches, model):
         run = batch if isinstance(batch, Run) else run_with_loss(model, modules, batch)

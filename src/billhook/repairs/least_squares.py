@@ -36,7 +36,7 @@ def best_ridge(ridges: Sequence[float], baseline: Tensor, errors: Tensor) -> flo
 def choose_ridge(
     parts: Sequence[ResidualStatistics], about_means: bool, ridges: Sequence[float], comm: Comm = SINGLE_PROCESS
 ) -> float:
-    """Chooses the ridge penalty by the error on the last part, on the first rank; infinity if none helps."""
+    """Chooses the ridge penalty by the error on the last part; infinity if none helps."""
     *fit, held_out = parts
     errors = held_out.tokens.new_zeros(len(ridges))  # NaN without a solution
     for number, is_own in enumerate(comm.owned_pieces([1.0] * len(ridges))):

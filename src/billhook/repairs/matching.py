@@ -282,7 +282,7 @@ class _BlockMatcher(Visitor):
         self._outputs: dict[int, tuple[Arguments, Tensor]] = {}  # by run
 
     def sites(self) -> Iterator[Site]:
-        """Yields the stops: where a block begins and ends, and modules outside of blocks that have new values."""
+        """Yields the beginning and end of each block, and changed modules outside of blocks."""
         inside = dict[nn.Module, str]()
         for name, block in self.blocks.items():
             modules = {f"{name}.{part}".rstrip("."): module for part, module in block.named_modules()}
@@ -306,7 +306,7 @@ class _BlockMatcher(Visitor):
             self._tuned = {name: values[name] for name in values}
 
     def stage(self) -> None:
-        """Stages the tuned parameters of the current block, or of all blocks of a model in memory, and drops them."""
+        """Stages the tuned parameters of the current block, or of a model in memory."""
         self.new |= self._store.stage(self._block, self._tuned)
         self._tuned, self._block = {}, None
 
@@ -339,7 +339,7 @@ class _BlockMatcher(Visitor):
             self._progress(list(self.blocks).index(name) + 1, len(self.blocks))
 
     def _counts(self, block: str, goal: Tensor, run: int) -> Tensor | None:
-        """Returns the mask of non-padding tokens that fits an output; those of the block's layers come first."""
+        """Returns the mask of non-padding tokens that fits an output, preferably the block's."""
         masks = self._runs[run].tokens
         for name in sorted(masks, key=lambda name: not name.startswith(f"{block}.")):
             if masks[name].shape == goal.shape[:-1]:
@@ -347,7 +347,7 @@ class _BlockMatcher(Visitor):
         return None
 
     def _parameters(self, site: Site) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields the parameters of a block that are tuned, except those of layers with adapters and of embeddings."""
+        """Yields the parameters to tune: all but those of embeddings and layers with adapters."""
         adapted = tuple(f"{name}." for name, module in site.linears.items() if is_adapter(module))
         for name, module in site.linears.items():
             if not f"{name}.".startswith(adapted) and not isinstance(module, nn.Embedding):

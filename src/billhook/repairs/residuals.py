@@ -185,7 +185,7 @@ class TokenBuffer:
 
 
 def can_choose(parts: Sequence[ResidualStatistics]) -> bool:
-    """Returns whether there are tokens to fit to, and held-out tokens to choose the ridge penalty."""
+    """Returns whether there are tokens to fit to and tokens that are held out."""
     return all(torch.stack([part.tokens for part in parts]).tolist())
 
 

@@ -142,7 +142,7 @@ def _scorer_bytes(scorer: Criterion | Importance | None, columns: int) -> int:
 
 
 def refit_bytes(model: PreTrainedModel, repair: RepairOption, kept: Mapping[str, int] | None = None) -> tuple[int, int]:
-    """Returns the bytes of the largest refit or reconstruction, and of the Gram matrices (spillable).
+    """Returns the bytes of the largest refit, and of its Gram matrices (spillable).
 
     Args:
         model: The model.

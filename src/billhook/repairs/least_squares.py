@@ -24,9 +24,9 @@ CG_STEPS = 30
 
 
 def best_ridge(ridges: Sequence[float], baseline: Tensor, errors: Tensor) -> float:
-    """Returns the ridge penalty with the lowest held-out error; infinity if none is below `baseline`, without a refit.
+    """Returns the ridge penalty with the lowest held-out error; infinity if none helps.
 
-    Errors are NaN without a solution.
+    Without a solution, an error is NaN. Without a refit, it is `baseline`.
     """
     least, *solved = [baseline.item(), *errors.tolist()]
     pairs = [(error, ridge) for error, ridge in zip(solved, ridges, strict=True) if not math.isnan(error)]

@@ -1,4 +1,4 @@
-"""Block-wise reconstruction: tunes the blocks of a changed model to reproduce the dense blocks' outputs.
+"""Block-wise reconstruction: tunes blocks to reproduce the dense blocks' outputs.
 
 As the transformer matching of 3BASiL (Makni, Meng & Mazumder, 2025, https://arxiv.org/abs/2603.01376), EBFT (Guo et al., 2024,
 https://arxiv.org/abs/2402.12419), the regional optimization of Wanda++ (Yang et al., 2025, https://arxiv.org/abs/2503.04992), and
@@ -222,7 +222,7 @@ def match_blocks(
     ties: Mapping[str, Tie] | None = None,
     progress: OnProgress | None = None,
 ) -> LazyTensors:
-    """Tunes each block of a model with changed parameters to reproduce the dense block's output.
+    """Tunes each block of a changed model to reproduce the dense block's output.
 
     All weights and norms of a block are tuned, after all blocks before it. Zeros stay zero, and layers with adapters do not
     change. The model does not change, either. Next to it, memory holds the new weights, and for each batch the input of a block
@@ -347,7 +347,7 @@ class _BlockMatcher(Visitor):
         return None
 
     def _parameters(self, site: Site) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yields the parameters to tune: all but those of embeddings and layers with adapters."""
+        """Yields the parameters to tune, which exclude embeddings and layers with adapters."""
         adapted = tuple(f"{name}." for name, module in site.linears.items() if is_adapter(module))
         for name, module in site.linears.items():
             if not f"{name}.".startswith(adapted) and not isinstance(module, nn.Embedding):

@@ -80,7 +80,7 @@ class RepairConfig:
         return {run for run, number in enumerate(numbers) if number in chosen}
 
     def parts(self, runs: int, comm: Comm = SINGLE_PROCESS) -> list[int]:
-        """Returns for each run of this rank the part of the data: 1 if it chooses the ridge penalty, or else 0.
+        """Returns 1 for each run of this rank that chooses the ridge penalty, and 0 otherwise.
 
         Raises:
             NoRepair: If no run is left to fit to, or to choose the ridge penalty.

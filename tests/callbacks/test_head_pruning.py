@@ -769,3 +769,29 @@ def test_a_checkpoint_in_which_heads_are_masked_is_exported_as_it_computes(files
     torch.save(hostile, tmp_path / "hostile.ckpt")
     with pytest.raises(ValueError, match="has no head 99"):
         export(tmp_path / "hostile.ckpt", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"ratio": bh.schedules.Linear(final=0.5, end=0.5, every=2), "remove": "rounds"}], ids=["at once", "in rounds"]
+)
+@pytest.mark.parametrize("match", [None, bh.criteria.BlockMatching(steps=20)], ids=["refitted", "matched"])
+def test_consumers_make_up_for_heads_that_go(files, tmp_path, how, match):
+    def after(repair):
+        callback = pruning(**{"ratio": 0.5, "calibration": 24} | how, repair=repair)
+        lit = module()
+        lit.lr = 0.0
+        before = [copy.deepcopy(lit.model), tokens(8, 16)]
+        trainer(tmp_path, [callback], max_steps=6).fit(lit, data(files))
+        with torch.no_grad():
+            return float((lit.model(before[1]).logits - before[0].eval()(before[1]).logits).norm()), callback.events[-1]["what"]
+
+    (plain, told_plainly), (repaired, told) = after(None), after(bh.RepairConfig(match=match))
+    assert "repaired" in told
+    assert "repaired" not in told_plainly
+    assert repaired < plain
+
+
+@pytest.mark.parametrize("how", [{"remove": "never"}, {"ratio": bh.schedules.Linear(final=0.5), "remove": "end"}])
+def test_a_repair_of_masked_heads_is_refused(how):
+    with pytest.raises(ValueError, match=r"repair='auto' cannot be combined with remove='(never'|end' and several rounds)"):
+        pruning(**{"ratio": 0.5} | how, repair="auto")

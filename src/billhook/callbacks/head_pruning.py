@@ -17,18 +17,22 @@ from billhook.arguments import check_fraction, check_one_of, check_types
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_masking import HeadMasking
 from billhook.callbacks.head_ranking import HeadRanking, HeadRecord
-from billhook.fit.calibration import CalibrationLike, FitCalibration
+from billhook.engine.passes import blockwise
+from billhook.fit.calibration import CalibrationLike, FitCalibration, gradient_precision
 from billhook.fit.event import Event, log_event
 from billhook.fit.measure import measure
-from billhook.fit.ranks import check_identical, fail_together
+from billhook.fit.ranks import check_close, check_identical, comm_of, fail_together
 from billhook.fit.run import At, callbacks_of, check_at, round_targets
 from billhook.fit.shape_event import check_no_shape_changes
 from billhook.importance.gate_gradient import GateGradient
-from billhook.importance.score import Importance
+from billhook.importance.score import Importance, make_run
 from billhook.model.find import find_transformer
+from billhook.model.plan import ModelPlan, Weights, apply_plan
 from billhook.plots.style import Plot
 from billhook.pruning.choice import HeadOptions
-from billhook.pruning.planning import prune_units
+from billhook.pruning.plan import UnitPlan
+from billhook.pruning.planning import plan_units
+from billhook.pruning.repair import RepairOption, repair_if_requested
 from billhook.schedules import Schedule
 from billhook.units.find import find_units
 
@@ -142,6 +146,9 @@ class HeadPruning(HeadMasking):
             `"never"`, which zeroes their consumer weights at the end of training. Defaults to `"end"`.
         stop: Criterion for undoing a round and ending pruning, as in the paper (which starts from a trained model). Defaults to
             None (off).
+        repair: Least-squares repair of the consumer layers when heads are removed (see `RepairConfig`). `"auto"` uses
+            `RepairConfig()` if there are enough examples. Defaults to None, which keeps the old weights, as in the paper. With
+            several rounds, it requires `remove="rounds"`, because training adapts to masked heads.
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
@@ -160,6 +167,7 @@ class HeadPruning(HeadMasking):
         options: HeadOptions | None = None,
         remove: Remove = "end",
         stop: StopWhenWorse | None = None,
+        repair: RepairOption = None,
         calibration: CalibrationLike = None,
         measure_batches: int | None = None,
     ) -> None:
@@ -177,7 +185,11 @@ class HeadPruning(HeadMasking):
             raise ValueError(
                 f"measure_batches=0 disables the validation that monitor={stop.monitor!r} needs. Use None or a positive number."
             )
-        self.ratio, self.at, self.remove, self.stop = ratio, at, remove, stop
+        several = isinstance(ratio, Schedule) or isinstance(at, Schedule)
+        if repair is not None and (remove == "never" or (remove == "end" and several)):
+            removal = f"remove={remove!r}" + " and several rounds" * several
+            raise ValueError(f"repair={repair!r} cannot be combined with {removal}. Use remove='rounds'.")
+        self.ratio, self.at, self.remove, self.stop, self.repair = ratio, at, remove, stop, repair
         self.cuts_tensors, self.per = remove != "never", self.options.per
         self.importance = importance or GateGradient()
         self.ranks = HeadRanking(self.importance, self.options, remove != "never")
@@ -197,8 +209,8 @@ class HeadPruning(HeadMasking):
 
     @property
     def needs_data(self) -> bool:
-        """True if the importance uses batches."""
-        return self.ranks.importance.needs_data
+        """True if the importance or the repair uses batches."""
+        return self.ranks.importance.needs_data or self.repair is not None
 
     @property
     def only_at_start(self) -> bool:
@@ -260,7 +272,7 @@ class HeadPruning(HeadMasking):
                     what += f", undone: {self.stop.monitor} {value:g}, at best {self.best:g}"
                     after = before
                 self.best = self.stop.best(self.stop.value(after), self.best)
-            change = partial(self._finish, pl_module, step, worse, what)
+            change = partial(self._finish, trainer, pl_module, step, worse, what)
             if self.heads and (self.remove == "rounds" or (self.remove == "end" and (worse or step == max(self._steps)))):
                 event = self.reshape(trainer, pl_module, before, change)
             else:
@@ -278,15 +290,38 @@ class HeadPruning(HeadMasking):
         """Returns the change, without the metric of a round that was undone."""
         return str(event["what"]).partition(": ")[0]
 
-    def _finish(self, module: nn.Module, step: int, worse: bool, what: str, optimizers: list[Optimizer] | None = None) -> str:
+    def _repaired(self, trainer: pl.Trainer, module: pl.LightningModule, plan: ModelPlan) -> tuple[Weights | None, str]:
+        """Returns weights that compensate for the heads that a plan removes, and a description of these."""
+        if self.repair is None:
+            return None, ""
+        model = find_transformer(module)
+        with self.calibration.undisturbed(module), gradient_precision(trainer), blockwise(module):
+            runs = [make_run(model, find_units(model, "head"), *pair) for pair in self.calibration.pairs(trainer, module)]
+            comm = comm_of(trainer, self.calibration.shared(trainer))
+            weights, why = repair_if_requested(model, plan, runs, self.repair, comm)
+            check_close(trainer, "HeadPruning", "the repaired weights", model, weights or {})
+        return weights, f", {'repaired' if weights else why}"
+
+    def _finish(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        step: int,
+        worse: bool,
+        what: str,
+        optimizers: list[Optimizer] | None = None,
+    ) -> str:
         """Ends a round, removing masked heads if optimizers are given; returns a description."""
         if optimizers is not None:
             self.unmask()
-            plan = prune_units(module, self.heads, optimizers, per=self.per)
+            plan = plan_units(module, self.heads, per=self.per)
+            assert isinstance(plan, UnitPlan)
+            weights, how = self._repaired(trainer, module, plan)
+            apply_plan(module, plan, optimizers, weights)
             self.record.removed(self.heads)
             self.heads = {}
             before, after = (sum(lengths[0] for lengths in counts.values()) for counts in (plan.before, plan.after))
-            removed = f"{before} -> {after} attention heads ({type(self.ranks.importance).__name__})"
+            removed = f"{before} -> {after} attention heads ({type(self.ranks.importance).__name__}{how})"
             what = f"{removed}; {what}" if worse else removed
         self.last_event_step, self.last_target, self._stopped = step, self._steps[step], worse
         self._steps = {} if worse else self._steps

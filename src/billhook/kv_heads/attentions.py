@@ -387,9 +387,10 @@ class Attentions:
 
     def passes(self, method: KVMethod, repair: RepairConfig | None) -> int:
         """Returns how often the blocks of a model in files are read at most until heads are equal."""
-        refit = 0 if repair is None else 2 + (repair.match is not None)  # to see what is called, to refit, and to match blocks
+        refit = 0 if repair is None else 2  # to see what is called, and to refit
         moving = any(map(_moves_frequencies, method.candidates)) and self.rotation[0] is not None
-        last = 1 + 2 * moving + refit  # to compare frequencies, and to see what each of them keeps
+        match = repair is not None and repair.match is not None
+        last = 1 + 2 * moving + refit + match  # to compare frequencies, and to see what each of them keeps
         if len(method.candidates) == 1:
             return last
         allowed = [m for m in self.allowed(method.candidates) if m.grouping == "consecutive" or self.may_group]

@@ -57,9 +57,10 @@ def best_method(
     """Returns the method that stays closest to the held-out outputs, and all distances.
 
     Outputs are compared because the loss varies by chance more than two good methods differ. The held-out batches also choose a
-    repair's ridge penalty. Each method is repaired before the comparison if more than one other batch remains.
+    repair's ridge penalty. Each method is repaired, but not matched, before the comparison if more than one other batch remains.
     """
     choosing = attentions.choosing(len(trials), repair)
+    repair = repair and replace(repair, match=None)
     some, besides = attentions.summed(len(choosing), len(attentions.choosing(len(trials) - len(choosing), repair)))
     if not some:
         raise ValueError(f"batches: 'auto' needs at least 2, because some are held out; got {len(trials)} here")

@@ -80,6 +80,12 @@ def test_the_last_block_has_none_behind_it():
         bh.repair(dense, plan, batches_for(dense))
 
 
+def test_a_plan_of_other_changes_is_refused():
+    dense = build("llama")
+    with pytest.raises(ValueError, match=r"plan: repair supports plans of units and of blocks, got a plan of kv_heads"):
+        bh.repair(dense, plan_kv_heads(dense, 2), batches_for(dense))
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("method", ["mean", "svd", bh.kv_methods.SVD("similar")], ids=str)
 def test_heads_of_a_group_stay_equal(groups, method):

@@ -331,11 +331,6 @@ class TestPlan:
         with pytest.raises(ValueError, match=message):
             bh.pruning.plan_units(deep(), blocks, "block")
 
-    def test_nothing_makes_up_for_a_block(self):
-        model = deep()
-        with pytest.raises(ValueError, match="plan: repair supports plans of units, got a plan of blocks"):
-            bh.repair(model, bh.pruning.plan_units(model, [1], "block"), [{"input_ids": tokens()}])
-
     def test_blocks_are_planned_alone(self):
         with pytest.raises(ValueError, match="blocks cannot be combined with other kinds"):
             bh.pruning.plan_units(deep(), {0: [0]}, ["head", "block"])

@@ -51,7 +51,7 @@ def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
         "generating text": (5 * 17, 5 * 17, "tokens"),  # what it is measured on, the last
         "measuring": (5, 5, "examples"),
         "scoring": (6, 6, "batches"),
-        "refitting": (2, 2, "linear layers"),
+        "refitting": (2, 2, "layers"),
         "measuring again": (5, 5, "examples"),
         "saving and verifying": None,
     }

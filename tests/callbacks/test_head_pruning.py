@@ -771,6 +771,7 @@ def test_a_checkpoint_in_which_heads_are_masked_is_exported_as_it_computes(files
         export(tmp_path / "hostile.ckpt", tmp_path / "other")
 
 
+@pytest.mark.daily("matched-at once", "refitted-in rounds")
 @pytest.mark.parametrize(
     "how", [{}, {"ratio": bh.schedules.Linear(final=0.5, end=0.5, every=2), "remove": "rounds"}], ids=["at once", "in rounds"]
 )

@@ -40,6 +40,7 @@ def cut(model):
     return bh.plan(model, bh.importance.WeightNorm(), **kinds)
 
 
+@pytest.mark.daily("llama", "t5")
 @pytest.mark.parametrize("family", KINDS)
 def test_units_go_and_the_model_is_nearer_to_the_dense_one(family):
     torch.manual_seed(0)
@@ -86,6 +87,7 @@ def test_a_plan_of_other_changes_is_refused():
         bh.repair(dense, plan_kv_heads(dense, 2), batches_for(dense))
 
 
+@pytest.mark.daily("svd-2", "*similar*-1")
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("method", ["mean", "svd", bh.kv_methods.SVD("similar")], ids=str)
 def test_heads_of_a_group_stay_equal(groups, method):

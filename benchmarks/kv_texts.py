@@ -3,8 +3,8 @@
 `OMP_NUM_THREADS=1 python benchmarks/kv_texts.py MODEL DATA WORK --out kv_texts.md` writes the table; `measured.py` says what is
 in DATA. The methods see half of `--examples` windows of `--window` tokens of each of two training texts, and training draws
 rows of 2 x 128 tokens from the rest of both (AdamW as in `kv_heads.py`). Perplexity is that of the first 12 windows of 512
-tokens of each test text, and of Python's own library (the modules of its `asyncio`), in float32. Models without repair are
-trained. Questions are asked of repaired and matched models. What WORK holds is not measured again.
+tokens of each test text, and of Python's own library (the modules of its `asyncio`), in float32. Models without repair, and
+matched ones, are trained. Questions are asked of repaired and matched models. What WORK holds is not measured again.
 """
 
 import argparse
@@ -68,6 +68,9 @@ def measured(options, name):
             file.write_text(json.dumps(known))
             print(name, state, known[state], flush=True)
 
+    def saved(state):
+        return bh.load(file.with_name(f"{file.stem} {state}"), dtype="float32")
+
     def converted(repair=None):
         model = bh.load(str(options.model), dtype="float32")
         if ROWS[name] is not None:
@@ -82,6 +85,8 @@ def measured(options, name):
                 measure(state, lambda repair=repair: converted(repair))
     for steps in options.steps:
         measure(f"after {steps} steps", lambda steps=steps: trained(options, copy.deepcopy(model), steps))
+        if "matched" in known:
+            measure(f"matched, after {steps} steps", lambda steps=steps: trained(options, saved("matched"), steps))
     return known
 
 

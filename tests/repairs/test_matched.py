@@ -185,6 +185,18 @@ def test_ranks_come_to_the_same(ranks):
         assert all(torch.equal(value, other[name]) for name, value in first.items())
 
 
+def test_a_rank_with_one_batch_is_refused_on_all_ranks():
+    dense = build("llama")
+    batches, plan = batches_for(dense, 4), cut(dense)
+    copies = [copy.deepcopy(dense) for _ in range(2)]
+
+    def one(rank, reduce):
+        return bh.repair(copies[rank], plan, [batches[:3], batches[3:]][rank], bh.RepairConfig(match=FEW), reduce=reduce)
+
+    with pytest.raises(ValueError, match="match needs at least two batches on each rank .*, got (3|1) on this rank"):
+        Ranks(2).run(one)
+
+
 def test_adapters_and_what_is_beneath_them_stay(monkeypatch):
     from peft import LoraConfig, get_peft_model
 

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -15,6 +15,7 @@ from billhook.engine.batches import check_one_device
 from billhook.linalg import in_float64
 from billhook.model.layers import is_linear, matrix_of, to_layout, to_parameters
 from billhook.model.repeat_kv import Indices, repeat_layout_of
+from billhook.repairs.matching import Tie
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member, common_module
 from billhook.tracing.roles import Attention, Part
@@ -245,9 +246,9 @@ def moved_values(linear: nn.Module, rows: HeadRows, order: Sequence[int]) -> dic
     return to_parameters(linear, weight, bias)
 
 
-def ties_of(model: nn.Module, projections: Projections, groups: int) -> dict[str, Callable[[Tensor], Tensor]]:
+def ties_of(model: nn.Module, projections: Projections, groups: int) -> dict[str, Tie]:
     """Returns functions that average the gradient of a parameter over each group of KV heads."""
-    ties = dict[str, Callable[[Tensor], Tensor]]()
+    ties = dict[str, Tie]()
     for linear in dict.fromkeys((projections.k.linear, projections.v.linear)):
         heads = [rows for rows in (projections.k, projections.v) if rows.linear == linear]
         ties |= {

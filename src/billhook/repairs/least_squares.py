@@ -28,7 +28,7 @@ def best_ridge(ridges: Sequence[float], baseline: Tensor, errors: Tensor) -> flo
 
     Without a solution, an error is NaN. Without a refit, it is `baseline`.
     """
-    least, *solved = [baseline.item(), *errors.tolist()]
+    least, *solved = torch.cat([baseline[None], errors]).tolist()  # one host sync
     pairs = [(error, ridge) for error, ridge in zip(solved, ridges, strict=True) if not math.isnan(error)]
     return min([(least, math.inf), *pairs], key=lambda pair: pair[0])[1]
 
@@ -78,7 +78,7 @@ def refit_linear(
     the support; if M on the support does not reduce the held-out error, M is zero.
     """
     about_means = bias is not None
-    # with a limited number of outputs
+    # penalties are tried on a limited number of outputs
     ridge = choose_ridge([part.mixed() for part in parts], about_means, ridges, comm)
     if support is None:
         solve = _solve_directly(

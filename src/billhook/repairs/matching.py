@@ -379,6 +379,14 @@ class _BlockMatcher(Visitor):
         return new
 
 
+def too_few_batches(count: int, comm: Comm) -> ValueError:
+    """Returns the error for a rank with fewer than two batches, named with this rank's number."""
+    per_rank, this_rank = ("", "") if comm is SINGLE_PROCESS else (" on each rank", " on this rank")
+    return ValueError(
+        f"batches: match needs at least two batches{per_rank} (it holds some out), got {count}{this_rank}. Use smaller batches."
+    )
+
+
 def raise_block_called_again(linear: str) -> NoReturn:
     """Raises for a linear layer that would be pruned before another call."""
     raise ValueError(

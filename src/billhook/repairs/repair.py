@@ -28,7 +28,7 @@ from billhook.engine.store import store_of
 from billhook.engine.walk import Site, Walk, find_sites
 from billhook.model.layers import size_of
 from billhook.progress import OnProgress
-from billhook.repairs.matching import BlockMatching, Tie, match_blocks
+from billhook.repairs.matching import BlockMatching, Tie, match_blocks, too_few_batches
 from billhook.repairs.residuals import NoRepair, check_tokens, not_refitted_message, too_few_tokens_message
 from billhook.repairs.visitor import LinearCalls, RepairVisitor, combine_calls, record_calls, residual_order
 
@@ -146,6 +146,8 @@ def repair_linears(
         sources.append(trial.source)
     store, with_new_params = store_of(model), set(new_params.modules if new_params is not None else ())
     parts = repair.parts(len(trials), comm)
+    if repair.match is not None and any(count < 2 for count in comm.gather(len(trials))):
+        raise too_few_batches(len(trials), comm)
     log_single_source(model, sources)
     with evaluating_without_grad(model):
         calls, orderly = _shown(model, every, forwards, comm)

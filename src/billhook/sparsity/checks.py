@@ -21,7 +21,7 @@ from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Sequential, find_sites
 from billhook.model.layers import active_in, adjacent_inputs, is_convolution, prunable
 from billhook.model.meta import to_meta
-from billhook.repairs.matching import BlockMatching
+from billhook.repairs.matching import BlockMatching, too_few_batches
 from billhook.sparsity.allocation import Allocation, Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
@@ -125,11 +125,7 @@ def make_runs(
     if not count:
         raise ValueError(f"batches is empty: {problem} Pass at least one batch.")
     if any_too_few:
-        per_rank, here = ("", "") if comm is SINGLE_PROCESS else (" on each rank", " on this rank")
-        raise ValueError(
-            f"batches: match needs at least two batches{per_rank} (it holds some out), got {len(runs)}{here}. Use smaller "
-            "batches."
-        )
+        raise too_few_batches(len(runs), comm)
     return runs
 
 

@@ -10,6 +10,7 @@ import torch
 import billhook as bh
 from billhook.calibration.calibration import read_batches
 from billhook.calibration.examples import pack
+from billhook.calibration.reading import load_splits
 from billhook.model.preprocessors import tokenizer_of
 from kit.families import llama
 from kit.losses import BUILD
@@ -43,6 +44,25 @@ def test_shares_rows_and_names(model, file, play):
     assert [(batch.source, *batch["input_ids"].shape) for batch in batches] == [
         *[("play", 3, 32)] * 2, ("play", 2, 32), ("other", 3, 32), ("other", 1, 32), ("generated", 3, 32), ("generated", 1, 32),
     ]  # fmt: skip
+
+
+def test_the_packaged_text_is_of_ten_kinds_and_its_splits_share_none(model):
+    splits = load_splits("mixed")
+    train, rest = splits["train"], splits["validation"]
+    assert set(train["kind"]) == set(rest["kind"])
+    assert len(set(train["kind"])) == 10
+    texts = [*train["text"], *rest["text"]]
+    assert len(set(texts)) == len(texts)
+    assert 100_000 < len("".join(texts).encode()) < 200_000
+    for kind in set(train["kind"]):  # has its share of the characters
+        own = [text for text, of in zip(train["text"], train["kind"], strict=True) if of == kind]
+        assert 0.08 < len("".join(own)) / len("".join(train["text"])) < 0.12
+    given = bh.Calibration("mixed", tokens=64 * 8, length=64)
+    read, left_out = given.read(model), given.held_out(model, 4)
+    assert [(batch.source, *batch["input_ids"].shape) for batch in read + left_out] == [("mixed", 1, 64)] * 12
+    start = tokenizer_of(model).decode(left_out[0]["input_ids"][0])
+    assert any(start[:100] in text for text in rest["text"])
+    assert 20 < bh.evaluate(model, "mixed", length=64, examples=4).perplexity < 2048
 
 
 def test_the_seed_decides_which_rows(model, play):

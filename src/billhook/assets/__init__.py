@@ -1,4 +1,4 @@
-"""Packaged defaults: a tiny pretrained Llama with tokenizer, and public-domain text."""
+"""Packaged defaults: a tiny pretrained Llama with tokenizer, its training text, and text of ten kinds."""
 
 from pathlib import Path
 
@@ -10,6 +10,10 @@ def model_path(name: str) -> str:
     return str(_HERE / "model") if name == "tiny" else name
 
 
-def text_files() -> dict[str, str]:
-    """Returns the packaged text as Parquet files by split, with a work per row of `text`."""
-    return {split: str(_HERE / f"{split}.parquet") for split in ("train", "validation")}
+def text_files(name: str = "tiny") -> dict[str, str]:
+    """Returns the files of a packaged text by split, with a document per row of `text`; empty for any other name.
+
+    `"tiny"` is Shakespeare's works, on which the tiny model was trained. `"mixed"` is calibration text of ten kinds.
+    """
+    files = {"tiny": "{}.parquet", "mixed": "mixed_{}.jsonl"}.get(name)
+    return {split: str(_HERE / files.format(split)) for split in ("train", "validation")} if files else {}

@@ -19,7 +19,7 @@ TIMEOUT = 10.0
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
 Data: TypeAlias = str | dict[str, str | list[str]]
-"""`"tiny"`, a Hub name (`"name"` or `"name:config"`), a folder, a file, a glob, or files by split."""
+"""`"tiny"`, `"mixed"`, a Hub name (`"name"` or `"name:config"`), a folder, a file, a glob, or files by split."""
 if TYPE_CHECKING:
     import datasets
 
@@ -56,8 +56,6 @@ def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:
     check_data(data)
     if is_table(data):
         return _loaded(data, streaming)
-    if data == "tiny":
-        return _read("parquet", {split: [file] for split, file in text_files().items()}, streaming)
     if isinstance(files := _files_or_name(data), dict):
         return _read(_one_kind(files), files, streaming)
     splits = dict(datasets.load_dataset(*files, streaming=streaming))
@@ -69,8 +67,6 @@ def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:
 def check_available(data: Data, name: str = "data") -> None:
     """Raises if files are missing or empty, or a folder or data set cannot be found."""
     check_data(data, name)
-    if data == "tiny":
-        return
     if isinstance(files := _files_or_name(data, name), dict):
         _one_kind(files)
         return
@@ -111,6 +107,8 @@ def _ask_hub(data: str, argument: str) -> None:
 
 def _files_or_name(data: Data, argument: str = "data") -> dict[str, list[str]] | tuple[str, str | None]:
     """Returns files by split; for a folder or a data set, its name and config."""
+    if isinstance(data, str) and (packaged := text_files(data)):
+        return {split: [file] for split, file in packaged.items()}
     if isinstance(data, str) and not Path(data).is_dir() and (has_magic(data) or _kind(data) or Path(data).is_file()):
         data = {"train": data}
     if isinstance(data, dict):

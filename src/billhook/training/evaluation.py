@@ -84,7 +84,7 @@ def evaluate(
 
     Args:
         model: A causal language model, which is not changed.
-        text: A file (.txt, .jsonl, .csv, .parquet), or `"tiny"` (the packaged text). It is split into blocks.
+        text: A file (.txt, .jsonl, .csv, .parquet), or `"tiny"` or `"mixed"` (packaged texts). It is split into blocks.
         questions: Question files in JSON Lines: `{"context": "Question: ...", "choices": ["one", "two"], "label": 1}`.
         tokenizer: Name or folder of a tokenizer. Defaults to the model's.
         length: Length of a block in tokens. Defaults to 2048, or the model's context length if that is shorter.
@@ -130,7 +130,7 @@ def encoded(
 
 def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
     """Splits a text into blocks of `length` tokens."""
-    file = text_files()["validation"] if text == "tiny" else text
+    file = text_files(text).get("validation", text)
     data = TextDataModule({"test": file}, tokenizer, block_size=length, column=column, loss_on="all")
     data.setup("test")
     return data.splits["test"]

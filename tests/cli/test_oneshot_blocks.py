@@ -57,7 +57,7 @@ def test_blocks_behind_make_up_for_it(files, tmp_path, capsys, match):
     main(["prune-blocks", "tiny", str(tmp_path / "out"), "--blocks", "1", *options, *option(files)])
     said, record = capsys.readouterr().out, record_of(tmp_path / "out")
     assert "refit output layers of blocks behind them by least squares" in said
-    assert ("then reconstruct each block with BlockMatching(steps=20" in said) == bool(match)
+    assert ("then reconstruct each block in 20 steps (takes about " in said) == bool(match)
     assert "RepairConfig(" in record["importance"]["repair"]
     assert ("BlockMatching(" in record["importance"]["repair"]) == bool(match)
     plain = bh.load("tiny")

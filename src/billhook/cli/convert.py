@@ -5,7 +5,7 @@ from billhook.cli.examples import Examples
 from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches, repair_limits
-from billhook.cli.streamed import refit_bytes, repair_step
+from billhook.cli.streamed import refit_bytes
 from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, heads_and_method, ready
 from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import plan_kv_heads
@@ -73,7 +73,7 @@ def convert(
     steps = [f"convert {plan.before} KV heads to {plan.after} in {len(plan.layers)} attention modules (method: {plan.method})"]
     if repair is not None and known is not None:
         limits = repair_limits(work, known.widths, meta_batches(work), required=True)
-        steps.append(limits or repair_step(repair, "attention output projections and MLPs"))
+        steps.append(limits or work.repair_step(repair, "attention output projections and MLPs"))
     work.print_plan(*steps, work.calibration_step, passes=passes)
     if dry_run:
         work.print_dry_run(plan.text())

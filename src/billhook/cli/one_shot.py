@@ -22,7 +22,7 @@ from billhook.checkpoints.equivalent import saved_cache_bytes
 from billhook.checkpoints.save import load, save
 from billhook.cli.examples import EXAMPLES, Examples, LabeledData, TextOptions
 from billhook.cli.machine import device_of, file_progress, model_progress
-from billhook.cli.streamed import check_streamed, io_summary
+from billhook.cli.streamed import batch_count, check_streamed, io_summary
 from billhook.engine.batches import Batch
 from billhook.engine.memory import fits
 from billhook.engine.state import evaluating
@@ -35,6 +35,9 @@ from billhook.model.layers import PRUNED, prunable, weight_of
 from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor
 from billhook.model.streamed import stream
 from billhook.progress import format_duration, progress_bar
+from billhook.pruning.repair import RepairOption
+from billhook.repairs.matching import EVALUATIONS, LEAST_STEPS, BlockMatching
+from billhook.repairs.repair import RepairConfig
 from billhook.report.degradation import DenseReference, TextDegradation, accuracy, degradation_table, degradation_warning
 from billhook.report.generation import generates
 from billhook.report.predictions import BYTES as PREDICTIONS
@@ -233,6 +236,26 @@ class OneShot:
     def example_counts(self) -> dict[str, int]:
         """Number of calibration examples of each source; labeled data has no name."""
         return {"": self._labeled.count} if self.metric == "accuracy" else self.calibration.examples(self.length)
+
+    def repair_step(self, repair: RepairOption, what: str) -> str:
+        """Returns the line of the plan about a repair of some layers."""
+        refit = f"refit {what} by least squares"
+        if not isinstance(repair, RepairConfig) or repair.match is None:
+            return refit
+        return f"{refit}, then {self.matching_step(repair.match, LEAST_STEPS)}"
+
+    def matching_step(self, matching: BlockMatching, least_steps: int = 0) -> str:
+        """Returns the line of the plan about block-wise reconstruction, with its time and memory."""
+        batches = batch_count(self.example_counts.values(), self.options.batch_size)
+        held_out = sum(matching.is_held_out(batches))
+        steps = matching.num_steps(batches - held_out, least_steps)
+        # two runs of the model; for each block, forward and backward per step, and the held-out batches before and in between
+        passes = 2 + (3 * steps + (1 + EVALUATIONS) * held_out) / batches
+        memory = ""
+        if not self.of_images:  # each example's input of a block, its output, and its target
+            numbers = sum(self.example_counts.values()) * self.length * text_config(self.model.config).hidden_size
+            memory = f" and {3 * numbers * self.model.dtype.itemsize / 1e6:,.1f} MB"
+        return f"reconstruct each block in {steps} steps (takes about {passes:.1f} calibration passes{memory})"
 
     def print_plan(self, *steps: str, passes: int = 1, exact: bool = True, unknown: Sequence[object] = ()) -> None:
         """Prints the steps of the command before it runs them.

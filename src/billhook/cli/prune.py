@@ -68,7 +68,7 @@ def prune(
         check_examples(work, 2, "match")
     layers = check_pruning(work.model, criterion, pattern, options)
     step = f"prune linear layers to {100 * amount:.4g}% sparsity ({pattern}) with {criterion}"
-    steps = ["permute channels"] * permute + [step] + [f"reconstruct each pruned block with {match}"] * (match is not None)
+    steps = ["permute channels"] * permute + [step] + ([] if match is None else [work.matching_step(match)])
     if (
         not work.of_images
         and solves_for_weights(criterion)

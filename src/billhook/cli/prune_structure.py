@@ -19,7 +19,6 @@ from billhook.cli.streamed import (
     check_scored,
     refit_bytes,
     repair_passes,
-    repair_step,
     statistics_bytes,
 )
 from billhook.engine.batches import Batch
@@ -115,7 +114,7 @@ def prune_structure(
         one_by_one = " one at a time" * amount.greedy
         steps.append(f"remove blocks{one_by_one}: blocks={amount.blocks} (importance: {block_importance})")
         if repair is not None:
-            steps.append(repair_step(repair, "output layers of blocks behind them"))
+            steps.append(work.repair_step(repair, "output layers of blocks behind them"))
     if amount.within_blocks is not None:
         check_kinds(work.model, amount.within_blocks.kinds)
         search = RatioSearch(work.model, amount.within_blocks)
@@ -131,7 +130,7 @@ def prune_structure(
         steps.append(_units_step(amount, amount.within_blocks, importance, rounds))
         if needed is not None:
             expected_limits = repair_limits(work, needed, meta_batches(work), repair != "auto")
-            steps.append(expected_limits or repair_step(repair, "consumer layers"))
+            steps.append(expected_limits or work.repair_step(repair, "consumer layers"))
     work.print_plan(*steps, work.calibration_step, passes=passes.known, exact=repair != "auto", unknown=passes.unknown)
     needs_data = any(scorer.needs_data for scorer in (block_importance, importance) if scorer is not None)
     if dry_run and needs_data and work.must_generate:

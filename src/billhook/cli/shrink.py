@@ -26,6 +26,8 @@ from billhook.engine.batches import Batch
 from billhook.fit.run import isolated_rng
 from billhook.plots.pareto import pareto
 from billhook.progress import OnProgress, progress_bar
+from billhook.repairs.matching import LEAST_STEPS
+from billhook.repairs.repair import RepairConfig
 from billhook.report.generation import generates
 from billhook.report.speed import Phase
 from billhook.shrinking.divergence import split_batches
@@ -277,6 +279,8 @@ def shrink(
         needed = tokens_needed(scope.search, scope.modules)
         limits = repair_limits(work, needed, fitted, search.repair != "auto")
         steps += [limits] * bool(limits)
+        if isinstance(search.repair, RepairConfig) and search.repair.match is not None:
+            steps.append(work.matching_step(search.repair.match, LEAST_STEPS))
     if recovery.recover:
         steps.append(f"train for {recovery.recover:,} recovery steps")
     work.print_plan(*steps, work.calibration_step)

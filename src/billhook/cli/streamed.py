@@ -43,12 +43,6 @@ def repair_passes(repair: RepairOption) -> int:
     return 0 if repair is None else 2 + (isinstance(repair, RepairConfig) and repair.match is not None)
 
 
-def repair_step(repair: RepairOption, what: str) -> str:
-    """Returns the line of a plan about a repair of some layers."""
-    match = repair.match if isinstance(repair, RepairConfig) else None
-    return f"refit {what} by least squares" + (f", then reconstruct each block with {match}" if match is not None else "")
-
-
 def batch_count(example_counts: Iterable[int], batch_size: int) -> int:
     """Returns the number of batches, given the number of examples of each source.
 

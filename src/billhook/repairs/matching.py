@@ -98,6 +98,10 @@ class BlockMatching:
         check_fraction("held_out", self.held_out, "(0, 1)", "the batches")
         check_int("seed", self.seed, 0)
 
+    def num_steps(self, batches: float, least_steps: int = 0) -> int:
+        """Returns the number of steps for a block, given the number of batches that are not held out."""
+        return self.steps or max(math.ceil(batches), least_steps)
+
     def is_held_out(self, count: int) -> list[bool]:
         """Returns, for `count` batches, True for each that is held out, evenly spaced."""
         num_held_out = min(max(1, round(self.held_out * count)), count - 1)
@@ -137,10 +141,8 @@ class BlockTuning:
 
     def __call__(self, tune: Sequence[BlockSample], held_out: Sequence[BlockSample]) -> dict[str, Tensor]:
         """Tunes on samples, and returns the float32 weights with the lowest held-out error."""
-        steps = self.matching.steps
-        if steps is None:  # a step for each batch; with several ranks the average number of batches
-            batches, ranks = self.comm(torch.tensor([float(len(tune)), 1.0], device=self.device))
-            steps = max(math.ceil(float(batches / ranks)), self.least_steps)
+        batches, ranks = self.comm(torch.tensor([float(len(tune)), 1.0], device=self.device))
+        steps = self.matching.num_steps(float(batches / ranks), self.least_steps)
         groups = []
         for name, weight in self.tuned.items():
             mean_square = weight.detach().square().sum() / self.keeps[name].sum().clamp(min=1)

@@ -157,8 +157,8 @@ def test_the_plan_says_that_an_own_importance_reads_as_often_as_it_needs(files, 
 
 def test_the_plan_says_how_often_is_read_at_most_where_linears_may_not_be_refitted(files, tmp_path, capsys, read):
     dense = small_llama(tmp_path / "dense", num_hidden_layers=4)
-    asked = ["--channels", "0.25", "--length", "2", "--examples", "3", "--evaluate", "5", "--batch_size", "1", "--generated", "0"]
-    main(["prune-structure", str(dense), str(tmp_path / "out"), *asked, *option(files), "--stream"])
+    asked = ["--channels", "0.25", "--length", "2", "--examples", "3", "--evaluate", "5", "--batch_size", "1"]
+    main(["prune-structure", str(dense), str(tmp_path / "out"), *asked, "--supplement", "0", *option(files), "--stream"])
     said = re.search(r"stream 4 blocks in at most (\d+) passes", capsys.readouterr().out)
     often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
     assert int(said[1]) // 2 < often - 1 <= int(said[1])

@@ -54,7 +54,7 @@ def test_in_greedy_order(small, files, tmp_path, capsys):
 )
 def test_blocks_behind_make_up_for_it(files, tmp_path, capsys, match):
     options = ["--last", "1", "--repair", "RepairConfig", *match, "--examples", "24", "--length", "64", "--evaluate", "5"]
-    main(["prune-blocks", "tiny", str(tmp_path / "out"), "--blocks", "1", *options, *option(files)])
+    main(["prune-blocks", "tiny", str(tmp_path / "out"), "--blocks", "1", "--supplement", "0", *options, *option(files)])
     said, record = capsys.readouterr().out, record_of(tmp_path / "out")
     assert "refit output layers of blocks behind them by least squares" in said
     assert ("then reconstruct each block in 20 steps (takes about " in said) == bool(match)

@@ -59,11 +59,12 @@ def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, caps
     bh.convert_kv_heads(dense, 2)
     with torch.no_grad():
         assert torch.equal(bh.load(tmp_path / "out")(IDS).logits, dense(IDS).logits)
-    assert [(one["source"], one["inside"]) for one in record["degradation"]] == [("generated", False)]
+    measured = [(one["source"], one["inside"]) for one in record["degradation"]]
+    assert measured == [("mixed", False), ("generated", False)]
     assert "calibration" not in record
     said = capsys.readouterr().out
     assert "convert 4 KV heads to 2 in 2 attention modules (method: mean)\n  no calibration data needed\n" in said
-    assert "on 2 self-generated examples (--data FILE uses your text)\n" in said
+    assert "on 2 examples per text (--data FILE uses your text)\n" in said
     assert "method='svd' starts much closer" in said
 
 

@@ -19,7 +19,7 @@ def small(tmp_path_factory):
     return small_llama(tmp_path_factory.mktemp("small"))
 
 
-TOO_FEW = ["--examples", "4", "--length", "5", "--evaluate", "0", "--generated", "0"]
+TOO_FEW = ["--examples", "4", "--length", "5", "--evaluate", "0", "--supplement", "0"]
 FEW_TOKENS = "--examples 4 --length 5 gives"
 SEARCH = ["--generations", "0", "--importance", "WeightNorm"]
 CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels", "0.5"]}
@@ -106,7 +106,7 @@ def test_few_tokens_for_a_criterion_that_solves_for_weights_are_said_before_the_
 
 
 def test_one_batch_of_several_examples_is_enough(small, files, tmp_path):
-    how = ["--channels", "0.5", "--repair", "RepairConfig", "--evaluate", "0", "--generated", "0"]
+    how = ["--channels", "0.5", "--repair", "RepairConfig", "--evaluate", "0", "--supplement", "0"]
     how += ["--examples", "8", "--length", "16"]
     assert run("prune-structure", small, tmp_path / "out", *how, *option(files))["importance"]["repair"]
 

@@ -49,14 +49,15 @@ def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
         f"loading {small}": None,
         "reading text": None,
         "generating text": (5 * 17, 5 * 17, "tokens"),  # what it is measured on, the last
-        "measuring": (5, 5, "examples"),
+        "measuring": (10, 10, "examples"),
         "scoring": (6, 6, "batches"),
         "refitting": (2, 2, "layers"),
-        "measuring again": (5, 5, "examples"),
+        "measuring again": (10, 10, "examples"),
         "saving and verifying": None,
     }
     said = capsys.readouterr().out
-    calibration = re.search(r"calibrate on 6 examples of \d+ tokens \(source: self-generated text\)", said)
+    sources = r"\(sources: 3 from packaged text, 3 from self-generated text\)"
+    calibration = re.search(rf"calibrate on 6 examples of \d+ tokens {sources}", said)
     assert calibration
     plan = [
         f"Model: {small} (",
@@ -104,15 +105,15 @@ def test_what_may_follow_can_be_run(small, files, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("words", "plan", "tokens"),
     [
-        (["prune", "--sparsity", "0.5"], False, "176"),  # 6 rows of 16 to be shown, and 5 to be measured on
+        (["prune", "--sparsity", "0.5"], False, "128"),  # 3 of 6 rows of 16 to be shown, and 5 to be measured on
         (["prune", "--sparsity", "0.5", "--criterion", "Magnitude"], True, "80"),
-        (["prune-heads", "--ratio", "0.5"], False, "176"),
+        (["prune-heads", "--ratio", "0.5"], False, "128"),
         (["prune-heads", "--ratio", "0.5", "--importance", "WeightNorm"], True, "80"),
-        (["prune-blocks", "--blocks", "1"], False, "176"),
-        (["prune-structure", "--channels", "0.5"], False, "176"),
-        (["prune-structure", "--channels", "0.5", "--importance", "WeightNorm"], True, "176"),
+        (["prune-blocks", "--blocks", "1"], False, "128"),
+        (["prune-structure", "--channels", "0.5"], False, "128"),
+        (["prune-structure", "--channels", "0.5", "--importance", "WeightNorm"], True, "128"),
         (["convert", "--num_key_value_heads", "1"], True, "80"),
-        (["shrink", "--params", "0.92"], True, "176"),
+        (["shrink", "--params", "0.92"], True, "128"),
     ],
 )
 def test_a_dry_run_has_the_model_write_nothing_and_says_how_much_it(small, tmp_path, monkeypatch, capsys, words, plan, tokens):
@@ -124,7 +125,7 @@ def test_a_dry_run_has_the_model_write_nothing_and_says_how_much_it(small, tmp_p
     main([command, str(small), str(tmp_path / "out"), *more, *SHORT, "--dry_run"])
     said = capsys.readouterr().out
     assert said.index(f"save to {tmp_path / 'out'}") < said.index(f"Dry run: {tmp_path / 'out'} was not written.")
-    uses = "calibration and evaluation" if tokens == "176" else "evaluation"
+    uses = "calibration and evaluation" if tokens == "128" else "evaluation"
     assert f"the model first generates {tokens} tokens for {uses}." in said
     assert ("With --data FILE, a dry run prints the whole plan." in said) == (not plan)
     assert (said.count("\n\n") == 2) == plan
@@ -164,7 +165,7 @@ def test_how_long_the_examples_take_is_said_before(small, tmp_path, monkeypatch,
     main(line)
     assert told == [8, 16]
     plan = capsys.readouterr().out.partition("\n\n")[0]
-    times = "about 2 min per calibration pass over 6 examples (3x with gradients)", "about 3 min to measure 5 examples twice"
+    times = "about 2 min per calibration pass over 6 examples (3x with gradients)", "about 7 min to measure 10 examples twice"
     assert plan.endswith("\n  ".join(times))
 
 

@@ -1,6 +1,7 @@
 """Commands with `--stream`: the same checkpoint and figures as in memory."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -38,14 +39,14 @@ def ran(command, model, out, *arguments):
             "auto",
             "--repair",
             "RepairConfig",
-            "--generated",
+            "--supplement",
             "0",
             "--batch_size",
             "1",
         ],
         ["prune-blocks", "--blocks", "1"],
         ["prune-heads", "--ratio", "0.5", "--importance", "OutputNorm"],
-        ["prune-structure", "--channels", "0.25", "--blocks", "1", "--importance", "OBS", "--generated", "0"],
+        ["prune-structure", "--channels", "0.25", "--blocks", "1", "--importance", "OBS", "--supplement", "0"],
     ],
     ids=lambda a: a[0],
 )
@@ -61,14 +62,21 @@ def test_the_same_as_in_memory(small, files, tmp_path, capsys, arguments):
     assert not (tmp_path / ".b.parts").exists()
 
 
-def test_what_reads_no_text_needs_none(small, tmp_path):
+def test_without_data_it_reads_packaged_text_and_the_model_writes_none(small, tmp_path):
     asked = ["--sparsity", "0.5", "--criterion", "Magnitude", "--evaluate", "0"]
     for name, how in (("a", []), ("b", ["--stream"])):
         ran("prune", small, tmp_path / name, *asked, *how)
     found = [bh.load(tmp_path / name).state_dict() for name in "ab"]
     assert all(torch.equal(found[1][name], one) for name, one in found[0].items())
-    with pytest.raises(SystemExit, match=f"data=None {GENERATES}"):
-        ran("prune", small, tmp_path / "c", *asked[:-2], "--stream")  # it would be measured
+    ran("prune", small, tmp_path / "c", "--sparsity", "0.5", "--examples", "6", "--length", "16", "--evaluate", "2", "--stream")
+    record = json.loads((tmp_path / "c" / "billhook.json").read_text())
+    assert record["calibration"]["sources"] == "mixed"
+    assert [(one["source"], one["inside"], one["rows"]) for one in record["degradation"]] == [("mixed", True, 2)]
+    shutil.copytree(small, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(SystemExit, match="data=None: '.*bare' has no tokenizer to read text with. Pass --tokenizer and --data."):
+        ran("prune", tmp_path / "bare", tmp_path / "d", "--sparsity", "0.5", "--stream")
+    ran("prune", tmp_path / "bare", tmp_path / "d", "--sparsity", "0.5", "--examples", "2", "--length", "8", "--evaluate", "1")
+    assert json.loads((tmp_path / "d" / "billhook.json").read_text())["calibration"]["sources"] == "generated"
 
 
 def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, tmp_path, monkeypatch):
@@ -98,7 +106,7 @@ def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatc
     made, zeros = [], ActivationFiles.zeros
     monkeypatch.setattr(ActivationFiles, "zeros", lambda *given, **dtype: made.append(given[1:]) or zeros(*given, **dtype))
     asked = ["--channels", "0.25", "--importance", "WeightNorm", "--stream", "--memory", "1GiB"]
-    text = ["--length", "32", "--examples", "8", "--batch_size", "1", "--evaluate", "5", *option(files)]
+    text = ["--length", "32", "--examples", "8", "--batch_size", "1", "--evaluate", "5", "--supplement", "0", *option(files)]
     tokens, logits = 8 * 32, 4 * 32 * bh.load(small).config.vocab_size
     for name, more in (("both", []), ("cut", ["--repair", "null"])):
         ran("prune-structure", small, tmp_path / name, *text, *asked, *more)
@@ -124,7 +132,6 @@ def test_memory_that_is_too_little(small, files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "refusal"),
     [
-        (["prune", "--sparsity", "0.5"], f"data=None {GENERATES}"),
         (["prune", "--sparsity", "0.5", "--data", "generated"], f"data='generated' {GENERATES}"),
         (["prune", "--sparsity", "0.5", "--data", "tiny", "--offload", "true"], "offload=True keeps the model in memory"),
         (

@@ -85,7 +85,7 @@ def test_a_target_in_rounds(small, files, tmp_path):
 
 def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
     """By default, and better than not, on text that it has not seen."""
-    text = ["--generated", "0", *option(files)]
+    text = ["--supplement", "0", *option(files)]
     arguments = ["--channels", "0.5", "--length", "16", "--examples", "24", "--evaluate", "8", *text]
     repaired, not_repaired = prune(small, tmp_path / "one", *arguments), prune(small, tmp_path / "other", *arguments, *OFF)
     assert repaired["importance"]["repair"].startswith("RepairConfig(")
@@ -100,15 +100,15 @@ def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
         assert torch.equal(bh.load(tmp_path / "one")(rows[:2]).logits, dense(rows[:2]).logits)
 
 
-def test_beside_one_text_linears_are_refitted_to_what_the_model_writes(small, files, tmp_path):
+def test_beside_one_text_linears_are_refitted_to_other_text(small, files, tmp_path):
     record = prune(small, tmp_path / "out", "--channels", "0.5", *SHORT, *option(files))
     read, inside = record["calibration"], {one["source"]: one["inside"] for one in record["degradation"]}
-    assert (read["sources"], read["weights"]) == ([without_folders(files), "generated"], [0.75, 0.25])
-    assert inside == {Path(files["train"]).stem: True, "generated": False}
+    assert (read["sources"], read["weights"]) == ([without_folders(files), "mixed", "generated"], [0.5, 0.25, 0.25])
+    assert inside == {Path(files["train"]).stem: True, "mixed": False, "generated": False}
     dense = bh.load(small)
-    text = bh.Calibration([files, "generated"], [3, 1], 6 * 16, 16, 4, tokenizer=str(small))
+    text = bh.Calibration([files, "mixed", "generated"], [2, 1, 1], 6 * 16, 16, 2, tokenizer=str(small))
     batches = [Batch(one | {"labels": one["input_ids"]}, one.source) for one in text.read(dense)]
-    assert [len(one["input_ids"]) for one in batches] == [4, 2]
+    assert [len(one["input_ids"]) for one in batches] == [2, 1, 2, 2]
     plan = bh.plan(dense, bh.OutputNorm(), batches, channels=0.5)
     bh.apply(dense, plan, weights=bh.repair(dense, plan, batches))
     with torch.no_grad():
@@ -119,9 +119,9 @@ def test_beside_one_text_linears_are_refitted_to_what_the_model_writes(small, fi
 @pytest.mark.parametrize(
     ("given", "weights", "rows"),
     [
-        ([], [0.375, 0.375, 0.25], [3, 3, 2]),
-        (["--generated", "0"], None, [4, 4]),
-        (["--generated", "0.5"], [0.25, 0.25, 0.5], [2, 2, 4]),
+        ([], [0.25, 0.25, 0.25, 0.25], [2, 2, 2, 2]),
+        (["--supplement", "0"], None, [4, 4]),
+        (["--supplement", "0.25"], [0.375, 0.375, 0.125, 0.125], [3, 3, 1, 1]),
         (OFF, None, [4, 4]),
     ],
 )
@@ -130,11 +130,11 @@ def test_several_texts_share_what_the_model_does_not_write(small, two_texts, tmp
     monkeypatch.setattr(Calibration, "read", lambda self, *all: read.append(whole(self, *all)) or read[-1])
     sizes = ["--length", "16", "--examples", "8", "--evaluate", "2", "--batch_size", "1"]
     record = prune(small, tmp_path / "out", "--channels", "0.5", *sizes, "--data", json.dumps(two_texts), *given)
-    named = [*two_texts, "generated"] if weights else two_texts
+    named = [*two_texts, "mixed", "generated"] if weights else two_texts
     assert (record["calibration"]["sources"], record["calibration"]["weights"]) == (without_folders(named), weights)
     assert list(Counter(source_of(one) for one in read[0]).values()) == rows
     inside = {one["source"]: one["inside"] for one in record["degradation"]}
-    assert inside == {"one": True, "other": True, "generated": False}
+    assert inside == {"one": True, "other": True, "generated": False} | ({"mixed": False} if weights else {})
 
 
 def test_with_what_the_model_writes_among_the_texts_shares_are_equal(small, two_texts, tmp_path):
@@ -154,7 +154,7 @@ def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
 
 @pytest.mark.nightly
 def test_blocks_and_then_what_is_within(small, files, tmp_path):
-    record = prune(small, tmp_path / "out", "--blocks", "1", "--channels", "0.5", "--generated", "0", *SHORT, *option(files))
+    record = prune(small, tmp_path / "out", "--blocks", "1", "--channels", "0.5", "--supplement", "0", *SHORT, *option(files))
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert (again.config.num_hidden_layers, again.config.intermediate_size) == (1, 24)
     dense, batches = bh.load(small), drawn(blocks(files["train"]), 4)
@@ -177,12 +177,12 @@ def test_blocks_and_then_what_is_within(small, files, tmp_path):
             "params=10 \\(10\\) is out of reach. Reachable: [0-9,]+ to [0-9,]+\\. .*; did you mean 0.1\\?",
         ),
         (["--channels", "0.5", "--rounds", "0"], "rounds=0 must be a whole number of at least 1"),
-        (["--channels", "0.5", "--generated", "0.5"], "generated=0.5 is a share next to text files, but data=None"),
+        (["--channels", "0.5", "--supplement", "0.5"], "supplement=0.5 is a share next to text files, but data=None"),
         (
-            ["--channels", "0.5", "--generated", "0.5", "--data", "[a.txt, generated]"],
-            r"generated=0.5 is a share next to text files, but data=\['a.txt', 'generated'\]",
+            ["--channels", "0.5", "--supplement", "0.5", "--data", "[a.txt, generated]"],
+            r"supplement=0.5 is a share next to text files, but data=\['a.txt', 'generated'\]",
         ),
-        (["--channels", "0.5", "--generated", "1"], r"generated=1.0 must be in \[0, 1\)"),
+        (["--channels", "0.5", "--supplement", "1"], r"supplement=1.0 must be in \[0, 1\)"),
         (["--blocks", "-1"], "blocks=-1 must be a whole number of at least 0"),
         (["--channels", "0.5", "--evaluate", "-1"], "evaluate=-1 must be a whole number of at least 0"),
     ],

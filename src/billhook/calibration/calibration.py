@@ -27,6 +27,8 @@ Source: TypeAlias = str | dict[str, str | list[str]]
 """A source: `"generated"`, `"tiny"`, a file, a glob, a folder, a Hub name, or files by split."""
 Sources: TypeAlias = Source | Table | Sequence[Source | Table]
 """One source or several; in Python also objects of `datasets`."""
+MIXED = "mixed"
+"""Name of the packaged text of ten kinds."""
 SHOWN = 4
 """Most files of a split that appear in the name of a source."""
 
@@ -49,8 +51,8 @@ def name_sources(sources: Sources, taken: Collection[str] = ()) -> dict[str, Sou
     by_name = dict[str, Source | Table]()
     for source in listed:
         name = _of_object(source, {*by_name, *taken}) if is_table(source) else _of_files(source)
-        if name == GENERATED and source != GENERATED:
-            raise ValueError(f"sources: '{source}' has the reserved name '{GENERATED}' (self-generated text). Rename the file.")
+        if name in (GENERATED, MIXED) and source != name:
+            raise ValueError(f"sources: '{source}' has the reserved name '{name}'. Rename the file.")
         if name in by_name or any(source is another for another in by_name.values()):
             raise ValueError(
                 f"sources={sources!r}: '{name}' occurs twice. Name each source once, and rename files with equal names."
@@ -93,7 +95,7 @@ def _of_object(source: Table, taken: Collection[str]) -> str:
     info = (source["train"] if isinstance(source, Mapping) else source).info
     name = (info.dataset_name if info.dataset_name != info.builder_name else None) or "dataset"  # of files it is "json"
     numbered = chain([name], (f"{name} {number}" for number in count(2)))
-    return next(candidate for candidate in numbered if candidate not in {*taken, GENERATED})
+    return next(candidate for candidate in numbered if candidate not in {*taken, GENERATED, MIXED})
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,12 @@ class Calibration:
     A model that is pruned and repaired on one domain degrades on others. Use sources like the text that the model is for.
 
     Args:
-        sources: One source or several: `"generated"` (self-generated text), `"tiny"` (the built-in text), a file (.txt, .jsonl,
-            .csv, .parquet), a glob (`"chats/*.jsonl"`), a folder, a Hub name (`"name"` or `"name:config"`), or files by split;
-            in Python also a `Dataset` or `DatasetDict`, named after its `info.dataset_name`, or `"dataset"`. Calibration uses
-            the split `train`; `held_out` uses `test` or `validation`. Without the column `column`, examples are chats (column
-            `messages` or `conversations`) or pairs (`prompt` and `response`); both go through the chat template, with the column
-            `tools` if there is one.
+        sources: One source or several: `"generated"` (self-generated text), `"mixed"` (packaged text of ten kinds), `"tiny"`
+            (Shakespeare), a file (.txt, .jsonl, .csv, .parquet), a glob (`"chats/*.jsonl"`), a folder, a Hub name (`"name"` or
+            `"name:config"`), or files by split; in Python also a `Dataset` or `DatasetDict`, named after its
+            `info.dataset_name`, or `"dataset"`. Calibration uses the split `train`; `held_out` uses `test` or `validation`.
+            Without the column `column`, examples are chats (column `messages` or `conversations`) or pairs (`prompt` and
+            `response`); both go through the chat template, with the column `tools` if there is one.
         weights: Share of the tokens for each source, in the same order. Defaults to equal shares.
         tokens: Total number of tokens over all sources. A source that is shorter than its share is used in full.
         length: Tokens per example. Defaults to the context length of the model, at most 512.
@@ -248,17 +250,17 @@ def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
 
 SINGLE_SOURCE = (
     "Repair uses a single source of calibration data, so the model may degrade on other text. "
-    'Use bh.Calibration([..., "generated"]) to add self-generated text.'
+    'Use bh.Calibration([..., "mixed", "generated"]) to add packaged and self-generated text.'
 )
 
 ONLY_SELF_GENERATED = (
     "KV heads are pooled on self-generated text only, which represents other text poorly. "
-    'Add text from your domain, such as bh.Calibration(["train.txt", "generated"]).'
+    'Add text from your domain, such as bh.Calibration(["train.txt", "mixed"]).'
 )
 
 
 def log_single_source(model: nn.Module, sources: Collection[str]) -> None:
-    """Logs once that a language model is fitted to a single source, unless self-generated.
+    """Logs once that a language model is fitted to a single source of one kind of text.
 
     A log line, not a warning: one source is right for a model that will read no other text.
 
@@ -266,7 +268,8 @@ def log_single_source(model: nn.Module, sources: Collection[str]) -> None:
         model: The model.
         sources: Source names of all batches; empty if batches have none.
     """
-    if len(set(sources)) == 1 and GENERATED not in sources and isinstance(model, PreTrainedModel) and can_generate(model):
+    is_single = len({*sources}) == 1 and not {GENERATED, MIXED} & {*sources}
+    if is_single and isinstance(model, PreTrainedModel) and can_generate(model):
         log_once(SINGLE_SOURCE)
 
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int
+from billhook.calibration.calibration import MIXED
 from billhook.calibration.generated import DEFAULT_LENGTH, GENERATED
 from billhook.calibration.reading import Data, check_available
 from billhook.cli import images
@@ -30,17 +31,18 @@ class TextOptions:
 
     Args:
         data: Calibration data (split train) and evaluation data (split test, else validation, else other examples): "generated"
-            for self-generated text, "tiny", a file or glob, a Hub name, a folder, files by split such as
-            '{train: a.txt, test: b.txt}', or several of these with equal shares, such as `generated a.txt`. For a text
-            classifier, a table with texts and labels. For an image classifier, a folder with one subfolder per class, or a table
-            such as `.parquet` files. Defaults to self-generated text.
+            for self-generated text, "mixed" for packaged text of ten kinds, "tiny", a file or glob, a Hub name, a folder, files
+            by split such as '{train: a.txt, test: b.txt}', or several of these with equal shares, such as `generated a.txt`. For
+            a text classifier, a table with texts and labels. For an image classifier, a folder with one subfolder per class, or a
+            table such as `.parquet` files. Defaults to "mixed" and "generated" in equal parts, or "mixed" with `stream`.
         also: Further text files to evaluate on.
         tokenizer: Folder or Hub name of the tokenizer, if `model` has none. It is saved with the result.
         column: Column of the text. Without it, chats in `messages` or `conversations`, or `prompt` and `response`, are used.
         length: Tokens per example. Defaults to the model's maximum, but at most 512, or 2048 for `prune` with `data`.
-        examples: Number of calibration examples, drawn with `seed`. Defaults to 128, or 40 if all are self-generated.
-        generated: Share of self-generated examples next to the texts of `data`, in [0, 1). Defaults to 0.25 if linear layers are
-            refitted, so that they are not fitted to these texts only, otherwise 0. Not with "generated" in `data`.
+        examples: Number of calibration examples, drawn with `seed`. Defaults to 128, or 80 without `data`.
+        supplement: Share of "mixed" and "generated" examples next to the texts of `data`, in [0, 1); only "mixed" with `stream`.
+            Defaults to 0.5 if linear layers are refitted, so that they are not fitted to these texts only, otherwise 0. Not with
+            "mixed" or "generated" in `data`.
         batch_size: Examples per batch.
         evaluate: Number of examples of each text to measure perplexity or accuracy on. 0 disables it.
         seed: Seed for drawing examples and for self-generated text.
@@ -64,7 +66,7 @@ class TextOptions:
     column: str = "text"
     length: int | None = None
     examples: int | None = None
-    generated: float | None = None
+    supplement: float | None = None
     batch_size: int = 1
     evaluate: int = 64
     seed: int = 0
@@ -79,18 +81,19 @@ class TextOptions:
         check_int("examples", 1 if self.examples is None else self.examples)
         check_int("batch_size", self.batch_size)
         check_int("evaluate", self.evaluate, 0)
-        if self.generated is not None:
-            check_fraction("generated", self.generated, "[0, 1)")
-            if self.generated and not self.only_files:
+        if self.supplement is not None:
+            check_fraction("supplement", self.supplement, "[0, 1)")
+            if self.supplement and not self.only_files:
                 raise ValueError(
-                    f"generated={self.generated} is a share next to text files, but data={self.data!r}. Pass a file with --data, "
-                    "or remove --generated."
+                    f"supplement={self.supplement} is a share next to text files, but data={self.data!r}. Pass a file with "
+                    "--data, or remove --supplement."
                 )
 
     @property
     def only_files(self) -> bool:
-        """True if texts are given, and self-generated text is not one of them."""
-        return self.data is not None and GENERATED not in (self.data if isinstance(self.data, list) else [self.data])
+        """True if texts are given, and none of them is "mixed" or "generated"."""
+        texts = self.data if isinstance(self.data, list) else [self.data]
+        return self.data is not None and MIXED not in texts and GENERATED not in texts
 
     def check_sources(self) -> None:
         """Raises if a text does not exist."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from billhook.arguments import parse_memory
 from billhook.assets import model_path
 from billhook.atomic_folder import check_not_source, check_target, replacement_note
-from billhook.calibration.calibration import Calibration, check_other_texts, evaluation_batches, num_self_generated
+from billhook.calibration.calibration import MIXED, Calibration, check_other_texts, evaluation_batches, num_self_generated
 from billhook.calibration.generated import GENERATED, can_generate, check_can_generate
 from billhook.checkpoints.equivalent import saved_cache_bytes
 from billhook.checkpoints.save import load, save
@@ -46,10 +46,10 @@ WARMUP_TOKENS = 8
 """Tokens of a first example that is not timed: it also pays for initialization."""
 LONG = 120.0
 """Seconds from which the expected time is printed."""
-GENERATED_EXAMPLES = 40
-"""Default number of self-generated examples."""
-GENERATED_SHARE = 0.25
-"""Default share of self-generated examples if linear layers are refitted on text files."""
+DEFAULT_EXAMPLES = 40
+"""Number of examples of each default text, without data."""
+SUPPLEMENT = 0.5
+"""Default share of other text if linear layers are refitted on text files."""
 
 Before = DenseReference | float | None
 """Measurement of the dense model: predictions on texts, an accuracy, or None."""
@@ -112,7 +112,7 @@ class OneShot:
         out: Output folder.
         options: Data and device options.
         offload: If True, keeps the model in CPU memory and computes block by block on the device.
-        refits: If True, linear layers are refitted; text files are then supplemented with self-generated text.
+        refits: If True, linear layers are refitted; text files are then supplemented with other text.
         calibrates: If False, the method uses no data. A model that generates no text is then not measured.
         streams: If False, the command does not support streamed models.
 
@@ -155,7 +155,9 @@ class OneShot:
         classifies = isinstance(options, Examples) and self._labeled.is_classifier
         self.metric = "accuracy" if classifies or self.of_images else "perplexity"
         self.uses_data = calibrates or options.data is not None or (self.metric == "perplexity" and can_generate(self.model))
-        self.generated_share = self._generated_share(refits)
+        default = SUPPLEMENT if refits and options.only_files and can_generate(self.model) else 0.0
+        self._supplement = default if options.supplement is None else options.supplement
+        self._check_source()
         if self.metric == "perplexity":
             check_other_texts(self.calibration, options.also)
 
@@ -169,34 +171,37 @@ class OneShot:
         """Number of zero weights of the dense model by name; None if unknown."""
         return zeros_by_name(self.model)
 
-    def _generated_share(self, refits: bool) -> float:
-        """Returns the share of self-generated examples next to text files."""
-        share = self.options.generated
-        try:
-            check_can_generate(self.model)
-        except ValueError as error:
-            if self.options.data is None and self.uses_data:
+    def _check_source(self) -> None:
+        """Raises if there is neither data nor a default text."""
+        if self.options.data is None and self.uses_data:
+            try:
+                check_can_generate(self.model)
+            except ValueError as error:
                 raise ValueError(f"data=None: {error}. Pass a file with --data.") from error
-            if share:
-                raise ValueError(f"generated={share}: {error}") from error
-            return 0.0
-        if share is None:
-            share = GENERATED_SHARE if refits and self.options.only_files and not self.options.stream else 0.0
-        return share
+            if self.options.stream and GENERATED in self.other_texts:
+                raise ValueError(f"data=None: '{self.name}' has no tokenizer to read text with. Pass --tokenizer and --data.")
+
+    @cached_property
+    def other_texts(self) -> list[str]:
+        """Packaged and self-generated text that the command uses without data, or next to it."""
+        if self.options.data is not None and not self._supplement:
+            return []
+        reads = may_have_preprocessor(self.options.tokenizer or self.name)
+        writes = can_generate(self.model) and not self.options.stream
+        return [MIXED] * reads + [GENERATED] * (writes or not reads)
 
     @cached_property
     def calibration(self) -> Calibration:
         """Calibration data, as the options describe it."""
-        options = self.options
-        sources: Any = GENERATED if options.data is None else options.data
-        weights = None
-        if self.generated_share:
-            files = sources if isinstance(sources, list) else [sources]
-            sources = [*files, GENERATED]
-            weights = [(1 - self.generated_share) / len(files)] * len(files) + [self.generated_share]
-        count = options.examples or (GENERATED_EXAMPLES if options.data is None else EXAMPLES)
+        options, others, weights = self.options, self.other_texts, None
+        texts: Any = options.data if isinstance(options.data, list) else [options.data] * (options.data is not None)
+        if texts and others:
+            share = self._supplement
+            weights = [(1 - share) / len(texts)] * len(texts) + [share / len(others)] * len(others)
+        sources = [*texts, *others]
+        count = options.examples or (EXAMPLES if texts else DEFAULT_EXAMPLES * len(others))
         return Calibration(
-            sources,
+            sources if len(sources) > 1 else sources[0],
             weights,
             count * self.length,
             self.length,
@@ -271,7 +276,7 @@ class OneShot:
         if self.metric == "accuracy":
             examples = f"{self.options.evaluate} examples"
         elif not data:
-            examples = f"{self.options.evaluate} self-generated examples (--data FILE uses your text)"
+            examples += " (--data FILE uses your text)"
         measure = [f"measure {self.metric} before and after, on {examples}"] if self._measures else []
         store, more = store_of(self.model), 2 * self._measures
         streams = [] if store.holds_all else [io_summary(store, passes + more, exact, unknown)]
@@ -314,7 +319,7 @@ class OneShot:
         if self.metric == "accuracy":
             return f"calibrate on {self._labeled.count} examples (source: {self._labeled.source('train')})"
         counts = self.example_counts
-        names = {name: "self-generated text" if name == GENERATED else name for name in counts}
+        names = {name: {GENERATED: "self-generated text", MIXED: "packaged text"}.get(name, name) for name in counts}
         sources = f"source: {next(iter(names.values()))}"
         if len(counts) > 1:
             sources = "sources: " + ", ".join(f"{count} from {names[name]}" for name, count in counts.items())
@@ -335,8 +340,8 @@ class OneShot:
 
     @property
     def must_generate(self) -> bool:
-        """True if all calibration data is self-generated; a dry run does not generate it."""
-        return self.calibrates and self.metric == "perplexity" and self.options.data is None
+        """True if calibration data is self-generated by default; a dry run does not generate it."""
+        return self.calibrates and self.options.data is None and GENERATED in self.other_texts
 
     def print_dry_run(self, plan: str = "") -> None:
         """Prints the plan of a dry run, and how many tokens the command would generate."""
@@ -377,8 +382,8 @@ class OneShot:
                 with progress_bar("reading text"):
                     own = not self.options.stream
                     rows = evaluation_batches(self.calibration, self.model, self.options.evaluate, self.options.also, written=own)
-                supplement = GENERATED if self.generated_share else None
-                calibrated = [name for name in self.calibration.named if name != supplement] if self.calibrates else []
+                texts = self.options.data and self.other_texts  # text next to the data is not what the model is for
+                calibrated = [name for name in self.calibration.named if name not in (texts or ())] if self.calibrates else []
                 with model_progress(self.model, "measuring", "examples") as progress:
                     return DenseReference(self.model, rows, calibrated, progress=progress)
             batches = self._labeled.measured_batches()
@@ -443,7 +448,7 @@ class OneShot:
             return self._labeled.training_loader(batch_size, generator)
         measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, DenseReference) else set()
         batches: list[Any] = list(calibrated)
-        if files := [source for name, source in self.calibration.named.items() if name != GENERATED]:
+        if files := [source for name, source in self.calibration.named.items() if name not in (GENERATED, MIXED)]:
             tokens = (examples + len(measured)) * self.length
             batches += replace(self.calibration, sources=files, weights=None, tokens=tokens).read(self.model)
         rows = dict[tuple[int, ...], dict[str, torch.Tensor]]()  # each example once

@@ -109,10 +109,10 @@ def check_streamed(options: TextOptions, streams: bool, offload: bool, uses_data
     if offload:
         raise ValueError("offload=True keeps the model in memory and cannot be combined with stream=True. Use one of them.")
     sources = options.data if isinstance(options.data, list) else [options.data]
-    if uses_data and (options.generated or None in sources or GENERATED in sources):
+    if uses_data and GENERATED in sources:
         raise ValueError(
             f"data={options.data!r} is not supported with stream=True: to generate text, a streamed model would be read once per "
-            "token. Pass a text file with --data."
+            "token. Remove it from --data."
         )
 
 

@@ -1,20 +1,20 @@
 """One KV head for three of a real model, measured on two texts that methods and training see, and on one that nothing sees.
 
 `OMP_NUM_THREADS=1 python benchmarks/kv_texts.py MODEL DATA WORK --out kv_texts.md` writes the table; `measured.py` says what is
-in DATA. The methods see half of `--examples` windows of `--window` tokens of each of two training texts, and training draws
-rows of 2 x 128 tokens from the rest of both (AdamW as in `kv_heads.py`). Perplexity is that of the first 12 windows of 512
-tokens of each test text, and of Python's own library (the modules of its `asyncio`), in float32. Models without repair, and
-matched ones, are trained. Questions are asked of repaired and matched models. What WORK holds is not measured again.
+in DATA. The methods see `--examples` windows of `--window` tokens: half of each of two training texts, or with `--supplement` a
+quarter of each, of packaged, and of self-generated text, as commands do. Training draws rows of 2 x 128 tokens from the rest of
+both texts (AdamW as in `kv_heads.py`). Perplexity is that of the first 12 windows of 512 tokens of each test text, and of
+Python's own library (the modules of its `asyncio`), in float32. What WORK holds is not measured again.
 """
 
 import argparse
 import asyncio
-import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
-from measured import CALIBRATION, QUESTIONS, TESTS, Lines, answered, batches, perplexity, windows
+from measured import CALIBRATION, QUESTIONS, TESTS, Lines, answered, perplexity, shown, windows
 from transformers import AutoTokenizer
 
 import billhook as bh
@@ -29,7 +29,7 @@ ROWS = {
     "`svd`, context 512": SVD(context=512),
     "`svd`, context 2,048, half a head": SVD(context=2048, head_dim=32),
 }
-REPAIRS = {"repaired": bh.RepairConfig(), "matched": bh.RepairConfig(match=bh.criteria.BlockMatching())}
+STATES = {"before": None, "repaired": bh.RepairConfig(), "matched": bh.RepairConfig(match=bh.criteria.BlockMatching())}
 COLUMNS = ("one KV head", *TESTS, "Python", *QUESTIONS)
 
 
@@ -50,43 +50,36 @@ def trained(options, model, steps):
 
 
 def measured(options, name):
-    """The perplexities of a row right after, repaired, and after training, and its answers, each measured once."""
-    file = options.work / f"{''.join(filter(str.isalnum, name))} {options.examples} {options.window}.json"
-    known, rows = json.loads(file.read_text()) if file.exists() else {}, tests(options)
-    shown = [windows(options, text, options.examples // 2, options.window) for text in CALIBRATION.values()]
-    seen = [batch for source, text in zip(CALIBRATION, shown, strict=True) for batch in batches(text, source)]
+    """The perplexities of a row in each state, after training too, and its answers, each measured once."""
+    size = f"{options.examples} {options.window}{' supplement' * options.supplement}"
+    file = options.work / f"{''.join(filter(str.isalnum, name))} {size}.json"
+    known, texts = json.loads(file.read_text()) if file.exists() else {}, tests(options)
 
     def measure(state, make):
-        if state not in known:
+        folder, row = file.with_name(f"{file.stem} {state}"), known.get(state, {})
+        if not row:
             model = make()
-            known[state] = {text: perplexity(model, own) for text, own in rows.items()}
-            if state in ("repaired", "matched") or (name == "dense" and state == "before"):
-                folder = file.with_name(f"{file.stem} {state}")
-                bh.save(model, folder)
-                AutoTokenizer.from_pretrained(options.model).save_pretrained(folder)
-                known[state] |= answered(options, folder) if options.ask else {}
-            file.write_text(json.dumps(known))
-            print(name, state, known[state], flush=True)
+            row |= {text: perplexity(model, rows) for text, rows in texts.items()}
+            bh.save(model, folder)
+            AutoTokenizer.from_pretrained(options.model).save_pretrained(folder)
+        row |= answered(options, folder) if options.ask and folder.exists() else {}
+        known[state] = row
+        file.write_text(json.dumps(known))
+        print(name, state, row, flush=True)
 
-    def saved(state):
-        return bh.load(file.with_name(f"{file.stem} {state}"), dtype="float32")
-
-    def converted(repair=None):
+    def converted(state):
         model = bh.load(str(options.model), dtype="float32")
         if ROWS[name] is not None:
-            bh.convert_kv_heads(model, 1, ROWS[name], seen, repair=repair)
+            bh.convert_kv_heads(model, 1, ROWS[name], shown(options), repair=STATES[state])
         return model
 
-    model = converted()
-    measure("before", lambda: model)
-    if name != "dense":
-        for state, repair in REPAIRS.items():
-            if state in options.repairs:
-                measure(state, lambda repair=repair: converted(repair))
-    for steps in options.steps:
-        measure(f"after {steps} steps", lambda steps=steps: trained(options, copy.deepcopy(model), steps))
-        if "matched" in known:
-            measure(f"matched, after {steps} steps", lambda steps=steps: trained(options, saved("matched"), steps))
+    def continued(state, steps):
+        return trained(options, bh.load(file.with_name(f"{file.stem} {state}"), dtype="float32"), steps)
+
+    for state in ["before"] if name == "dense" else options.states:
+        measure(state, partial(converted, state))
+        for steps in options.steps:
+            measure(f"{state}, after {steps} steps", partial(continued, state, steps))
     return known
 
 
@@ -98,8 +91,9 @@ def main():
     parser.add_argument("--examples", type=int, default=16)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--steps", type=int, nargs="*", default=[60])
-    parser.add_argument("--repairs", nargs="*", default=list(REPAIRS), choices=REPAIRS)
-    parser.add_argument("--ask", action="store_true", help="asks questions of repaired models")
+    parser.add_argument("--supplement", action="store_true", help="also shows packaged and self-generated text")
+    parser.add_argument("--states", nargs="*", default=list(STATES), choices=STATES)
+    parser.add_argument("--ask", action="store_true", help="asks questions")
     parser.add_argument("--only", nargs="*", default=list(ROWS), choices=ROWS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -1,8 +1,9 @@
 """A quarter of the channels, or six blocks, of a real model removed, repaired, and matched, on three texts.
 
 `OMP_NUM_THREADS=1 python benchmarks/matching.py MODEL DATA WORK --out matching.md` writes the table; `measured.py` says what is
-in DATA. Channels are ranked by `OutputNorm` and blocks by `BlockInfluence`, and all methods see half of `--examples` windows of
-512 tokens of each of two training texts. Perplexity is that of `kv_texts.py`: the first 12 windows of 512 tokens of each test
+in DATA. Channels are ranked by `OutputNorm` and blocks by `BlockInfluence`, and all methods see `--examples` windows of 512
+tokens: half of each of two training texts, or with `--supplement` a quarter of each, of packaged, and of self-generated text, as
+commands do. Perplexity is that of `kv_texts.py`: the first 12 windows of 512 tokens of each test
 text, and of Python's own library, which nothing has seen, in float32. What WORK holds is not measured again.
 """
 
@@ -12,8 +13,8 @@ import time
 from pathlib import Path
 
 import torch
-from kv_texts import REPAIRS, tests
-from measured import CALIBRATION, TESTS, Lines, batches, perplexity, windows
+from kv_texts import STATES, tests
+from measured import TESTS, Lines, perplexity, shown
 
 import billhook as bh
 
@@ -25,15 +26,14 @@ AMOUNTS = {
 
 def measured(options, name):
     """The perplexities of a row as it is cut, repaired, and matched, each measured once."""
-    file = options.work / f"{name} {options.examples}.json"
+    file = options.work / f"{name} {options.examples}{' supplement' * options.supplement}.json"
     known, rows = json.loads(file.read_text()) if file.exists() else {}, tests(options)
-    shown = [windows(options, text, options.examples // 2) for text in CALIBRATION.values()]
-    seen = [batch for source, text in zip(CALIBRATION, shown, strict=True) for batch in batches(text, source)]
-    for state, repair in ({"before": None} | REPAIRS).items():
-        if state not in known and (name in AMOUNTS or state == "before"):
+    for state, repair in STATES.items():
+        if state not in known and (state in options.states if name in AMOUNTS else state == "before"):
             model = bh.load(str(options.model), dtype="float32")
             start = time.process_time()
             if name in AMOUNTS:
+                seen = shown(options)
                 plan = bh.plan(model, batches=seen, **AMOUNTS[name])
                 bh.apply(model, plan, weights=None if repair is None else bh.repair(model, plan, seen, repair))
             known[state] = {text: perplexity(model, ids) for text, ids in rows.items()}
@@ -49,6 +49,9 @@ def main():
     for name in ("model", "data", "work"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--supplement", action="store_true", help="also shows packaged and self-generated text")
+    parser.add_argument("--states", nargs="*", default=list(STATES), choices=STATES)
     parser.add_argument("--only", nargs="*", default=list(AMOUNTS), choices=AMOUNTS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

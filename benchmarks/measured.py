@@ -56,6 +56,16 @@ def calibration(options, model, texts=48, own=32):
     return shown + batches(written(options, model, own)[:own], "generated")
 
 
+def shown(options):
+    """`--examples` windows in equal parts: of each text, and with `--supplement` of `mixed` and of what the model has written."""
+    count, model = options.examples // (4 if options.supplement else 2), bh.load(str(options.model), dtype="float32")
+    rows = {name: windows(options, text, count, options.window) for name, text in CALIBRATION.items()}
+    if options.supplement:
+        read = bh.Calibration("mixed", tokens=count * options.window, length=options.window).read(model)
+        rows |= {"mixed": torch.cat([batch["input_ids"] for batch in read]), "generated": written(options, model, count)[:count]}
+    return [batch for name, own in rows.items() for batch in batches(own, name)]
+
+
 def perplexity(model, rows):
     """Exp of the mean over all predictions."""
     with torch.no_grad():

@@ -96,7 +96,9 @@ def test_it_is_what_methods_are_shown_where_nothing_is_given(monkeypatch):
     bh.plan(model, channels=0.5)
     bh.convert_kv_heads(model, 1, "svd")
     bh.prune(model, sparsity=0.5)
-    assert seen == [bh.Calibration()] * 3
+    assert seen == [bh.Calibration()] * 3, "it has no tokenizer"
+    bh.plan(bh.load("tiny"), channels=0.5)
+    assert seen[3] == bh.Calibration(["mixed", "generated"], tokens=80 * 512)
 
 
 @pytest.mark.parametrize(("of", "arguments", "said"), [

@@ -238,14 +238,23 @@ Batches: TypeAlias = Iterable[Any] | Calibration
 
 
 def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
-    """Returns the batches, reads a `Calibration`, or generates text by default."""
+    """Returns the batches, or reads a `Calibration`: by default of packaged and self-generated text, as commands do."""
     if batches is None:
         try:
             check_can_generate(find_transformer(model))
         except ValueError as error:
             raise ValueError(f"batches=None: {str(error).removesuffix('.')}. Pass batches.") from error
-        batches = Calibration()
+        batches = _default(find_transformer(model))
     return check_batches(batches.read(model) if isinstance(batches, Calibration) else batches)
+
+
+def _default(model: PreTrainedModel) -> Calibration:
+    """Returns packaged and self-generated text, or only the latter if the model has no tokenizer."""
+    try:
+        tokenizer_of(model)
+    except (ValueError, OSError):
+        return Calibration()
+    return Calibration([MIXED, GENERATED], tokens=2 * Calibration.tokens)
 
 
 SINGLE_SOURCE = (

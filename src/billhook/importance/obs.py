@@ -98,7 +98,7 @@ class OBS(Importance):
     The score is the root of the mean over tokens of min |W x - W' x|^2 over all W' that do not use the unit: tr(W_u^T W_u
     ([H^-1]_uu)^-1), with H = sum of x x^T. This is the saliency of the optimal brain surgeon, for structures as in ZipLM,
     equation 2, and matches pruning with `RepairConfig`. It needs no loss and no gradients. Use calibration data of several
-    sources, or add self-generated text (`Calibration([..., "generated"])`).
+    sources, or add other text (`Calibration([..., "mixed", "generated"])`).
 
     Costs: a forward pass for each batch and pass; a float32 matrix `[in_features, in_features]` for each consumer layer of a
     pass, one more in float64, and an inverse of each. With several ranks, scores are averaged over ranks. With `passes=1`, if

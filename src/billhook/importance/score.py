@@ -116,7 +116,7 @@ def score(
         importance: Any `Importance`, such as `GateGradient()`, `Taylor()`, `OBS()`, or for blocks `BlockInfluence()`.
         batches: Calibration data: batches (dictionaries of forward inputs, including labels) or a `Calibration`. A causal
             language model uses its inputs as labels if there are none. Padding is ignored. A `Run` has its own loss. Defaults to
-            self-generated text for language models.
+            `"mixed"` and `"generated"` text for language models.
         loss: Function of model and batch that returns the loss. Defaults to the loss that the model returns.
         normalize: If True, divides the scores of each module by their L2 norm, as Michel et al. (1905.10650) do for heads.
         per: For heads, a score for each `"head"` (query head), or for each `"kv_head"` together with its query heads.

@@ -197,8 +197,8 @@ def convert_kv_heads(
 
             Dimensions that a norm or gate between projection and product does not let rotate are averaged.
         batches: Calibration batches (dictionaries of forward inputs, some thousand tokens) or a `Calibration`, for `"svd"`,
-            `"auto"`, `"aligned"`, and `repair`. `"auto"` and `repair` hold out some of them. Defaults to self-generated text
-            where they are needed.
+            `"auto"`, `"aligned"`, and `repair`. `"auto"` and `repair` hold out some of them. Defaults to `"mixed"` and
+            `"generated"` text where they are needed.
         optimizers: The optimizer or optimizers that train the model. First moments are pooled like the weights. Second moments
             (of Adam, AdamW, RMSprop, Adadelta, Adagrad) are pooled and multiplied by G^2 for groups of G heads. The gradient of
             a pooled head is the sum of its heads' gradients, and

@@ -59,7 +59,8 @@ def plan(
         importance: Scores the units: any `Importance`. Defaults to `OutputNorm()`; to `Taylor()` for units without consumer
             layers of their own, such as experts; to `BlockInfluence()` for blocks.
         batches: Calibration data: dictionaries of forward inputs with labels, or a `Calibration`. A causal language model uses
-            its inputs as labels if there are none. Padding (`attention_mask`) is ignored. Defaults to self-generated text.
+            its inputs as labels if there are none. Padding (`attention_mask`) is ignored. Defaults to `"mixed"`
+            and `"generated"` text.
         heads: Fraction of query heads to remove, in [0, 1), the same number from every KV head.
         kv_heads: Fraction of KV heads to remove, with their query heads.
         channels: Fraction of MLP channels to remove.

@@ -64,7 +64,7 @@ def shrink(
         model: A Hugging Face model with `logits`, or a module that contains one.
         budget: The budget, such as `Budget(params=0.8)`.
         batches: Calibration batches (dictionaries of forward inputs) or a `Calibration`: at least three examples, and two of each
-            source. Defaults to self-generated text for language models.
+            source. Defaults to `"mixed"` and `"generated"` text for language models.
         layers: `"uniform"` keeps the same number of channels in all MLP modules and of heads in all attention modules, which
             gives a standard checkpoint. `"free"` lets each module keep its own number. Both may remove blocks.
         search: Search settings, such as `Search(generations=0)`. Defaults to `Search()`.

@@ -70,7 +70,8 @@ def prune(
             batches.
         criterion: Scores the weights. Defaults to `Wanda()`.
         batches: Calibration data: batches (dictionaries, tuples, or tensors of forward inputs) or a `Calibration`. Padding
-            (`attention_mask`, `decoder_attention_mask`) is ignored. Defaults to self-generated text for language models.
+            (`attention_mask`, `decoder_attention_mask`) is ignored. Defaults to `"mixed"` and `"generated"` text for language
+            models.
         sparsity: Fraction of each linear layer's weights to zero, in [0, 1). None with an N:M pattern.
         pattern: `"unstructured"`, or `"N:M"` to keep N of every M consecutive inputs; in a convolution, of M channels at a
             kernel position.

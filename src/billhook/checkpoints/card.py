@@ -271,4 +271,6 @@ def _quality(record: Mapping[str, Any]) -> list[str]:
         pairs = [with_error(text[name], text[f"{name}_error"]) for name in ("ratio", "kl")]
         rows.append([text["source"], where, text["before"], text["after"], *pairs])
     parts = [table(["perplexity on", "", "before", "after", "ratio", "KL"], rows), LEGEND] if rows else []
+    if rows and all(text["inside"] for text in degradation):
+        parts.append("Only text of the calibration sources was measured. Other text may degrade more.")
     return [when, *parts] if when and parts else parts

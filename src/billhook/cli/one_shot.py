@@ -382,8 +382,7 @@ class OneShot:
                 with progress_bar("reading text"):
                     own = not self.options.stream
                     rows = evaluation_batches(self.calibration, self.model, self.options.evaluate, self.options.also, written=own)
-                texts = self.options.data and self.other_texts  # text next to the data is not what the model is for
-                calibrated = [name for name in self.calibration.named if name not in (texts or ())] if self.calibrates else []
+                calibrated = list(self.calibration.named) if self.calibrates else []
                 with model_progress(self.model, "measuring", "examples") as progress:
                     return DenseReference(self.model, rows, calibrated, progress=progress)
             batches = self._labeled.measured_batches()

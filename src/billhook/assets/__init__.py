@@ -1,4 +1,4 @@
-"""Packaged defaults: a tiny pretrained Llama with tokenizer, its training text, and text of ten kinds."""
+"""Packaged defaults: a tiny pretrained Llama, its training text, and calibration text."""
 
 from pathlib import Path
 
@@ -11,9 +11,10 @@ def model_path(name: str) -> str:
 
 
 def text_files(name: str = "tiny") -> dict[str, str]:
-    """Returns the files of a packaged text by split, with a document per row of `text`; empty for any other name.
+    """Returns the files of a packaged text by split; empty for any other name.
 
-    `"tiny"` is Shakespeare's works, on which the tiny model was trained. `"mixed"` is calibration text of ten kinds.
+    Each row of `text` is a document. `"tiny"` is Shakespeare's works, on which the tiny model was trained. `"mixed"` is
+    calibration text of ten kinds.
     """
     files = {"tiny": "{}.parquet", "mixed": "mixed_{}.jsonl"}.get(name)
     return {split: str(_HERE / files.format(split)) for split in ("train", "validation")} if files else {}

@@ -238,7 +238,7 @@ Batches: TypeAlias = Iterable[Any] | Calibration
 
 
 def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
-    """Returns the batches, or reads a `Calibration`: by default of packaged and self-generated text, as commands do."""
+    """Returns the batches, or reads a `Calibration`, by default of packaged and generated text."""
     if batches is None:
         try:
             check_can_generate(find_transformer(model))
@@ -249,7 +249,7 @@ def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
 
 
 def _default(model: PreTrainedModel) -> Calibration:
-    """Returns packaged and self-generated text, or only the latter if the model has no tokenizer."""
+    """Returns packaged and self-generated text, only the latter without a tokenizer."""
     try:
         tokenizer_of(model)
     except (ValueError, OSError):

@@ -1,14 +1,14 @@
 """One KV head for three of a real model, measured on two texts that methods and training see, and on one that nothing sees.
 
 `OMP_NUM_THREADS=1 python benchmarks/kv_texts.py MODEL DATA WORK --out kv_texts.md` writes the table; `measured.py` says what is
-in DATA. The methods see `--examples` windows of `--window` tokens: half of each of two training texts, or with `--supplement` a
-quarter of each, of packaged, and of self-generated text, as commands do. Training draws rows of 2 x 128 tokens from the rest of
-both texts (AdamW as in `kv_heads.py`). Perplexity is that of the first 12 windows of 512 tokens of each test text, and of
-Python's own library (the modules of its `asyncio`), in float32. What WORK holds is not measured again.
+in DATA. The methods see windows of `--window` tokens of `--texts` (see `matching.py`). Training draws rows of 2 x 128 tokens
+from the rest of both texts (AdamW as in `kv_heads.py`). Perplexity is that of the first 12 windows of 512 tokens of each test
+text, and of Python's own library (the modules of its `asyncio`), in float32. What WORK holds is not measured again.
 """
 
 import argparse
 import asyncio
+import email
 import json
 from functools import partial
 from pathlib import Path
@@ -30,20 +30,25 @@ ROWS = {
     "`svd`, context 2,048, half a head": SVD(context=2048, head_dim=32),
 }
 STATES = {"before": None, "repaired": bh.RepairConfig(), "matched": bh.RepairConfig(match=bh.criteria.BlockMatching())}
+SEEN = 64
+"""Most windows of a text that methods see."""
 COLUMNS = ("one KV head", *TESTS, "Python", *QUESTIONS)
 
 
-def tests(options):
-    """The first windows of each test text."""
-    rows = {name: windows(options, text, 12, drawn=False) for name, (text, _) in TESTS.items()}
-    source = options.work / "python.txt"
-    source.write_text("\n".join(file.read_text() for file in sorted(Path(asyncio.__file__).parent.glob("*.py"))))
-    return rows | {"python": windows(options, source.resolve(), 12, drawn=False)}
+def tests(options, left_out):
+    """Windows of each test text and of Python's library, or of training text that nothing sees and of other modules."""
+    package, count = (email, 8) if left_out else (asyncio, 12)
+    rows = {name: windows(options, text, count, drawn=False) for name, (text, _) in TESTS.items()}
+    if left_out:
+        rows = {name: windows(options, text, 130 + count)[130:] for name, text in CALIBRATION.items()}
+    source = options.work / f"{package.__name__}.txt"
+    source.write_text("\n".join(file.read_text() for file in sorted(Path(package.__file__).parent.glob("*.py"))))
+    return rows | {"python": windows(options, source.resolve(), count, drawn=False)}
 
 
 def trained(options, model, steps):
     """The model after some steps on what the methods have not seen."""
-    rest = [windows(options, text, None, options.window)[options.examples // 2 :].flatten() for text in CALIBRATION.values()]
+    rest = [windows(options, text, None, options.window)[SEEN:].flatten() for text in CALIBRATION.values()]
     settings = argparse.Namespace(steps=steps, batch=2, length=128, lr=3e-4)
     shortest = min(map(len, rest))
     return train(model, torch.cat([ids[:shortest] for ids in rest]), settings)
@@ -51,15 +56,15 @@ def trained(options, model, steps):
 
 def measured(options, name):
     """The perplexities of a row in each state, after training too, and its answers, each measured once."""
-    size = f"{options.examples} {options.window}{' supplement' * options.supplement}"
-    file = options.work / f"{''.join(filter(str.isalnum, name))} {size}.json"
-    known, texts = json.loads(file.read_text()) if file.exists() else {}, tests(options)
+    texts = f"{' '.join(options.texts)} {options.window}".replace(":", "_")
+    file = options.work / f"{''.join(filter(str.isalnum, name))} {texts}.json"
+    known, rows = json.loads(file.read_text()) if file.exists() else {}, tests(options, left_out=False)
 
     def measure(state, make):
         folder, row = file.with_name(f"{file.stem} {state}"), known.get(state, {})
         if not row:
             model = make()
-            row |= {text: perplexity(model, rows) for text, rows in texts.items()}
+            row |= {text: perplexity(model, own) for text, own in rows.items()}
             bh.save(model, folder)
             AutoTokenizer.from_pretrained(options.model).save_pretrained(folder)
         row |= answered(options, folder) if options.ask and folder.exists() else {}
@@ -88,10 +93,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "data", "work"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--examples", type=int, default=16)
+    parser.add_argument("--texts", nargs="*", default=["foldoc:8", "wikitext:8"])
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--steps", type=int, nargs="*", default=[60])
-    parser.add_argument("--supplement", action="store_true", help="also shows packaged and self-generated text")
     parser.add_argument("--states", nargs="*", default=list(STATES), choices=STATES)
     parser.add_argument("--ask", action="store_true", help="asks questions")
     parser.add_argument("--only", nargs="*", default=list(ROWS), choices=ROWS)

@@ -1,10 +1,10 @@
 """A quarter of the channels, or six blocks, of a real model removed, repaired, and matched, on three texts.
 
 `OMP_NUM_THREADS=1 python benchmarks/matching.py MODEL DATA WORK --out matching.md` writes the table; `measured.py` says what is
-in DATA. Channels are ranked by `OutputNorm` and blocks by `BlockInfluence`, and all methods see `--examples` windows of 512
-tokens: half of each of two training texts, or with `--supplement` a quarter of each, of packaged, and of self-generated text, as
-commands do. Perplexity is that of `kv_texts.py`: the first 12 windows of 512 tokens of each test
-text, and of Python's own library, which nothing has seen, in float32. What WORK holds is not measured again.
+in DATA. Channels are ranked by `OutputNorm` and blocks by `BlockInfluence`. All methods see windows of 512 tokens of `--texts`:
+`foldoc` and `wikitext` are training text, `mixed` is packaged, and `generated` is the model's own. Perplexity is that of
+`kv_texts.py`: the first 12 windows of each test text, and of Python's own library, which nothing has seen, in float32; with
+`--left-out`, of training text that nothing has seen, and of other modules. What WORK holds is not measured again.
 """
 
 import argparse
@@ -26,8 +26,8 @@ AMOUNTS = {
 
 def measured(options, name):
     """The perplexities of a row as it is cut, repaired, and matched, each measured once."""
-    file = options.work / f"{name} {options.examples}{' supplement' * options.supplement}.json"
-    known, rows = json.loads(file.read_text()) if file.exists() else {}, tests(options)
+    file = options.work / f"{name} {' '.join(options.texts)}{' left out' * options.left_out}.json".replace(":", "_")
+    known, rows = json.loads(file.read_text()) if file.exists() else {}, tests(options, options.left_out)
     for state, repair in STATES.items():
         if state not in known and (state in options.states if name in AMOUNTS else state == "before"):
             model = bh.load(str(options.model), dtype="float32")
@@ -48,9 +48,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("model", "data", "work"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--texts", nargs="*", default=["foldoc:32", "wikitext:32"])
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--supplement", action="store_true", help="also shows packaged and self-generated text")
+    parser.add_argument("--left-out", action="store_true", help="measures on training text, for choices")
     parser.add_argument("--states", nargs="*", default=list(STATES), choices=STATES)
     parser.add_argument("--only", nargs="*", default=list(AMOUNTS), choices=AMOUNTS)
     parser.add_argument("--out", type=Path)

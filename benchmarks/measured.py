@@ -16,6 +16,7 @@ from torch.nn.functional import kl_div
 from transformers import AutoTokenizer
 
 import billhook as bh
+from billhook.calibration.reading import load_splits
 from billhook.engine.batches import Batch
 from billhook.report.speed import measure_speed
 
@@ -57,12 +58,18 @@ def calibration(options, model, texts=48, own=32):
 
 
 def shown(options):
-    """`--examples` windows in equal parts: of each text, and with `--supplement` of `mixed` and of what the model has written."""
-    count, model = options.examples // (4 if options.supplement else 2), bh.load(str(options.model), dtype="float32")
-    rows = {name: windows(options, text, count, options.window) for name, text in CALIBRATION.items()}
-    if options.supplement:
-        read = bh.Calibration("mixed", tokens=count * options.window, length=options.window).read(model)
-        rows |= {"mixed": torch.cat([batch["input_ids"] for batch in read]), "generated": written(options, model, count)[:count]}
+    """Windows of each of `--texts`: `foldoc:16`, `mixed:16`, `generated:16`, or `mixed-python-code:16`, without these kinds."""
+    rows, length = {}, options.window
+    for name, count in ((name, int(count)) for name, count in (text.split(":") for text in options.texts)):
+        if name in CALIBRATION:
+            rows[name] = windows(options, CALIBRATION[name], count, length)
+        elif name == "generated":
+            rows[name] = written(options, bh.load(str(options.model), dtype="float32"), count)[:count]
+        else:
+            kinds, model = name.split("-")[1:], bh.load(str(options.model), dtype="float32")
+            table = load_splits("mixed")["train"].filter(lambda row, kinds=kinds: row["kind"] not in kinds)
+            read = bh.Calibration(table, tokens=count * length, length=length).read(model)
+            rows[name] = torch.cat([batch["input_ids"] for batch in read])
     return [batch for name, own in rows.items() for batch in batches(own, name)]
 
 

@@ -26,7 +26,8 @@ def small(tmp_path_factory):
 
 
 def test_by_svd_with_perplexity_before_and_after(small, files, tmp_path, capsys):
-    record = convert(small, tmp_path / "out", "--num_key_value_heads", "1", "--method", "svd", *SHORT, *option(files))
+    how = ["--num_key_value_heads", "1", "--method", "svd", "--supplement", "0"]
+    record = convert(small, tmp_path / "out", *how, *SHORT, *option(files))
     dense, held_out = bh.load(small), blocks(files["validation"])[:5]
     assert record["perplexity"]["before"] == pytest.approx(perplexity(dense, held_out), rel=1e-4)
     plan = bh.convert_kv_heads(dense, 1, "svd", drawn(blocks(files["train"]), 3))

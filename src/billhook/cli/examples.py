@@ -41,8 +41,8 @@ class TextOptions:
         length: Tokens per example. Defaults to the model's maximum, but at most 512, or 2048 for `prune` with `data`.
         examples: Number of calibration examples, drawn with `seed`. Defaults to 128, or 80 without `data`.
         supplement: Share of "mixed" and "generated" examples next to the texts of `data`, in [0, 1); only "mixed" with `stream`.
-            Defaults to 0.5 if linear layers are refitted, so that they are not fitted to these texts only, otherwise 0. Not with
-            "mixed" or "generated" in `data`.
+            Defaults to 0.5 if layers are refitted or KV heads are fitted, so that these texts are not all they fit, otherwise 0.
+            Not with "mixed" or "generated" in `data`.
         batch_size: Examples per batch.
         evaluate: Number of examples of each text to measure perplexity or accuracy on. 0 disables it.
         seed: Seed for drawing examples and for self-generated text.

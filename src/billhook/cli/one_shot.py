@@ -49,7 +49,7 @@ LONG = 120.0
 DEFAULT_EXAMPLES = 40
 """Number of examples of each default text, without data."""
 SUPPLEMENT = 0.5
-"""Default share of other text if linear layers are refitted on text files."""
+"""Default share of other text if weights are fitted to text files."""
 
 Before = DenseReference | float | None
 """Measurement of the dense model: predictions on texts, an accuracy, or None."""
@@ -112,7 +112,7 @@ class OneShot:
         out: Output folder.
         options: Data and device options.
         offload: If True, keeps the model in CPU memory and computes block by block on the device.
-        refits: If True, linear layers are refitted; text files are then supplemented with other text.
+        refits: If True, weights are fitted to the text; text files are then supplemented with other text.
         calibrates: If False, the method uses no data. A model that generates no text is then not measured.
         streams: If False, the command does not support streamed models.
 

@@ -131,6 +131,34 @@ def test_all_layers_alike_are_what_convert_kv_heads_makes(repair):
     assert model.config.num_key_value_heads == expected.config.num_key_value_heads == 1
 
 
+def test_layers_alike_share_the_frequencies_that_convert_kv_heads_chooses(tmp_path):
+    model, expected = bh.load("tiny", dtype="float32"), bh.load("tiny", dtype="float32")
+    batches = bh.Calibration("tiny", tokens=9 * 64, length=64).read(model)
+    bh.convert_kv_heads(expected, 2, "svd", split_batches(batches)[0])
+    shrunk = shrinks.shrink(model, batches, kv_cache_bytes=0.25, repair=None, **FEW)
+    assert [(plan.after, plan.rope["rope_type"]) for plan in shrunk.merged] == [(2, "longrope")]
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-3, atol=1e-4)
+    assert model.config.rope_parameters == expected.config.rope_parameters
+    bh.save(model, tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_pooled_heads_stay_equal_where_blocks_are_matched():
+    model = bh.load("tiny", dtype="float32")
+    fitted, held_out = split_batches(bh.Calibration("tiny", tokens=12 * 64, length=64).read(model))
+    work = measure(SearchScope.find(model, Amount(kv_cache_bytes=0.25), True), fitted, held_out, bh.importance.WeightNorm(), None)
+    values = []
+    for match in (None, bh.criteria.BlockMatching(steps=10)):
+        kept = {layer.name: 2 for layer in work.scope.modules}
+        values.append(plan(work, work.scope.limit, kept, fitted, bh.RepairConfig(match=match)).weights)
+    for name in ("model.layers.1.self_attn.k_proj.weight", "model.layers.1.self_attn.v_proj.weight"):
+        refitted, matched = (of_all[name].view(2, 4, 32, -1) for of_all in values)
+        assert not torch.equal(matched, refitted)
+        assert torch.equal(matched, matched[:, :1].expand_as(matched))
+
+
 def measured(model, layers="free", **options):
     """What candidates lose, with the batches."""
     fitted, held_out = split_batches(texts())

@@ -355,8 +355,7 @@ class Attentions:
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
         pruned = rotating_with(self.model, new.rope, trials)
-        inside = {module for block in blocks_of(self.model) for module in block.modules()}
-        if repair.match is not None and new.rope is not None and not inside.isdisjoint(rotary_embeddings(self.model)):
+        if repair.match is not None and new.rope is not None and self.rotates_in_blocks:
             kind = type(self.model).__name__  # tuning runs a block alone, and the module in it keeps the old frequencies
             raise ValueError(f"match: the blocks of {kind} rotate keys themselves. Use SVD(frequencies='fixed').")
         ties = dict[str, Tie]()
@@ -366,6 +365,12 @@ class Attentions:
             self.model, kept, pruned, repair, self._comm, new.values, left=self.not_refitted, dense=trials, ties=ties
         )
         return replace(new, values=new.values | fitted)
+
+    @property
+    def rotates_in_blocks(self) -> bool:
+        """True if blocks have their own rotary modules, which `rotating_with` does not reach when one runs alone."""
+        inside = {module for block in blocks_of(self.model) for module in block.modules()}
+        return not inside.isdisjoint(rotary_embeddings(self.model))
 
     @property
     def widths(self) -> dict[str, int]:

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
+from billhook.kv_heads.distance import EqualHeads
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.model.costs import cost_of, costs_of
 from billhook.model.find import check_changeable, find_transformer
 from billhook.model.layers import is_linear
 from billhook.model.plan import ShapePlan, Weights, with_weights, without_inference_tensors
+from billhook.model.rotary import RopeParameters, rotating
 from billhook.model.surgery import UpdateOptimizers, change_blockwise, changed_names, restored_on_error
 from billhook.pruning.amount import TARGETS, RowLength
 from billhook.pruning.block_plan import BlockPlan, without_blocks
@@ -28,12 +30,13 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import try_removal
 from billhook.pruning.repair import repair_with
 from billhook.pruning.target import RatioSearch, row_lengths
+from billhook.repairs.matching import Tie
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
 from billhook.shrinking.blocks import Block
 from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import removed_units, uniform_groups
-from billhook.shrinking.pooling import pooling_plans
+from billhook.shrinking.pooling import FREE, METHOD, pooling_plans
 from billhook.shrinking.scope import SearchScope
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
@@ -116,12 +119,19 @@ def plan(
     if heads:
         units = UnitPlan.of(find_cut(scope.model, search.structure, search.units, numbers))  # of the model before pooling
         extra = _output_layers(search, zeros.modules)
-    weights, not_repaired = equal, ""
+    new, ties = EqualHeads(equal), dict[str, Tie]()
+    if pooling is not None and heads:
+        new, ties = pooling.with_frequencies(heads, equal, fitted, measurement.divergence), pooling.ties(heads)
+    weights, not_repaired = new.values, ""
     if repair is not None and (units.units or extra):
-        refitted, not_repaired = refitted_if_enough(scope.model, units, fitted, repair, equal | zeros, extra)
-        weights = equal | refitted.without(zeros)  # removed blocks take no new values
-    rebased = [name for name in changed_names(scope.model, weights) if name in equal] if heads else []
-    pooled = [replace(of_heads, restart=_inside(rebased, of_heads.layers)) for of_heads in planned.merged]
+        changes = new.values | zeros
+        refitted, not_repaired = refitted_if_enough(scope.model, units, fitted, repair, changes, extra, new.rope, ties)
+        weights = new.values | refitted.without(zeros)  # removed blocks take no new values
+    rebased = [name for name in changed_names(scope.model, weights) if name in new.values] if heads else []
+    method, pooled = METHOD if new.rope is None else FREE, list[KVHeadPlan]()
+    for of_heads in planned.merged:
+        restart = _inside(rebased, of_heads.layers)
+        pooled.append(replace(of_heads.starting_from(restart, new.rope), method=method))
     return replace(planned, weights=weights or None, merged=tuple(pooled), not_refitted=not_repaired)
 
 
@@ -199,7 +209,14 @@ def _row_lengths(search: RatioSearch, cut: Cut) -> tuple[RowLength, ...]:
 
 
 def refitted_if_enough(
-    model: nn.Module, units: UnitPlan, fitted: Sequence[Any], repair: RepairConfig, new: LazyTensors, refit: Collection[str]
+    model: nn.Module,
+    units: UnitPlan,
+    fitted: Sequence[Any],
+    repair: RepairConfig,
+    new: LazyTensors,
+    refit: Collection[str],
+    rope: RopeParameters | None = None,
+    ties: Mapping[str, Tie] | None = None,
 ) -> tuple[LazyTensors, str]:
     """Refits like `repair_with`, or warns and skips the refit if there are too few tokens.
 
@@ -208,7 +225,7 @@ def refitted_if_enough(
     """
     left = list[str]()
     try:
-        weights = repair_with(model, units, fitted, repair, new_params=new, also=refit, not_repaired=left)
+        weights = repair_with(model, units, fitted, repair, new_params=new, also=refit, not_repaired=left, rope=rope, ties=ties)
     except NoRepair as error:
         words = f"not repaired: {strip_argument(error)}"
         warnings.warn(words, stacklevel=2)
@@ -221,6 +238,8 @@ def simulated(model: PreTrainedModel, planned: ShrinkPlan) -> Iterator[None]:
     """Runs the model as if a plan had been applied, within a `with` block."""
     with ExitStack() as stack:
         stack.enter_context(store_of(model).computing_with(LazyTensors.of(planned.weights or {})))
+        for of_heads in planned.merged[:1]:  # all rotate with the same frequencies
+            stack.enter_context(rotating(model, of_heads.rope))
         for cut in planned.cuts:
             if cut.units:
                 stack.enter_context(mask(model, cut))

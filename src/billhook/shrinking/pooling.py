@@ -7,19 +7,25 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run
 from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.memory import memory_to_hold
+from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
+from billhook.kv_heads.distance import EqualHeads
+from billhook.kv_heads.layout import ties_of
 from billhook.kv_heads.methods import SVD
 from billhook.kv_heads.moments import gather
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.costs import kv_cache_bytes
 from billhook.model.layers import matrix_of
 from billhook.model.meta import to_meta
+from billhook.model.rotary import rotating
 from billhook.model.shape import set_shape
+from billhook.repairs.matching import Tie
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.modules import PrunableModule, uniform_groups
@@ -28,7 +34,9 @@ from billhook.shrinking.scope import SearchScope
 from billhook.shrinking.variants import UNFITTED, VariantCache, staged
 
 METHOD = SVD(frequencies="fixed")
-"""Pooling method. Variants of each layer are combined, and all layers rotate with the same frequencies."""
+"""Pooling method of variants. Those of each layer are combined, and all layers rotate with the same frequencies."""
+FREE = SVD()
+"""Pooling method if all layers keep as many heads."""
 ByNumber = dict[str, dict[int, LazyTensors]]
 """Parameters by attention module and number of KV heads."""
 
@@ -64,7 +72,7 @@ class HeadPooling:
             done: Callback after each module.
         """
         attentions, cache = self.attentions, self.cache
-        runs = [batch if isinstance(batch, Run) else attentions.trial(batch) for batch in batches]
+        runs = self._runs(batches)
         parts = 2 if repair is not None else 0
         missing, sizes = dict[PrunableModule, list[int]](), dict[PrunableModule, int]()
         for module in modules:
@@ -136,6 +144,38 @@ class HeadPooling:
             with self.cache.assembled(dict.fromkeys(names, kept)):
                 together.append(divergence.mean())
         return together[0] < together[1]
+
+    @torch.no_grad()
+    def with_frequencies(
+        self, heads: Mapping[str, int], fixed: LazyTensors, batches: Sequence[Any], divergence: Divergence
+    ) -> EqualHeads:
+        """Returns pooled heads with other rotary frequencies, if these lose less than `fixed` ones.
+
+        Layers share the frequencies, so all attention modules must keep the same number of heads.
+        """
+        model, kept = self.attentions.model, EqualHeads(fixed)
+        if heads.keys() != self.attentions.projections.keys() or len(set(heads.values())) > 1:
+            return kept
+        attentions = Attentions(model, heads)
+        if attentions.rotation[0] is None or attentions.rotates_in_blocks:
+            return kept
+        ((_, free),) = attentions.reconstructed([FREE], self._runs(batches))
+        free = replace(free, values=free.values.without([name for name in free.values if name not in fixed]))
+        losses = list[float]()
+        for heads_of_all in (kept, free):
+            with store_of(model).computing_with(heads_of_all.values), rotating(model, heads_of_all.rope):
+                losses.append(divergence.mean())
+        return free if losses[1] < losses[0] else kept
+
+    def _runs(self, batches: Sequence[Any]) -> list[Run]:
+        return [batch if isinstance(batch, Run) else self.attentions.trial(batch) for batch in batches]
+
+    def ties(self, heads: Mapping[str, int]) -> dict[str, Tie]:
+        """Returns functions that average the gradients of pooled heads, which have to stay equal."""
+        ties = dict[str, Tie]()
+        for name, number in heads.items():
+            ties |= ties_of(self.attentions.model, self.attentions.projections[name], number)
+        return ties
 
     def weights(self, module: PrunableModule, kept: int) -> LazyTensors:
         """Returns the parameters with equal heads, before the refit of the consumer layer."""

@@ -238,7 +238,7 @@ Batches: TypeAlias = Iterable[Any] | Calibration
 
 
 def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
-    """Returns the batches, or reads a `Calibration`, by default of packaged and generated text."""
+    """Returns the batches, or reads a `Calibration`, by default the one of commands."""
     if batches is None:
         try:
             check_can_generate(find_transformer(model))

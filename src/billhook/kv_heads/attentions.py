@@ -368,7 +368,7 @@ class Attentions:
 
     @property
     def rotates_in_blocks(self) -> bool:
-        """True if blocks have their own rotary modules, which `rotating_with` does not reach when one runs alone."""
+        """True if blocks have rotary modules, which stay as they are when a block runs alone."""
         inside = {module for block in blocks_of(self.model) for module in block.modules()}
         return not inside.isdisjoint(rotary_embeddings(self.model))
 

@@ -112,7 +112,7 @@ def frequencies_of(parameters: RopeParameters) -> Tensor:
 
 @contextmanager
 def rotating(model: nn.Module, parameters: RopeParameters | None) -> Iterator[None]:
-    """Computes with other rotary parameters within a `with` block; None changes nothing."""
+    """Computes with other rotary parameters in a `with` block; None changes nothing."""
     with ExitStack() as stack:
         for module, other in with_rope_parameters(model, parameters or {}).items() if parameters else ():
             stack.enter_context(overridden(module, forward=other))

@@ -171,7 +171,7 @@ class HeadPooling:
         return [batch if isinstance(batch, Run) else self.attentions.trial(batch) for batch in batches]
 
     def ties(self, heads: Mapping[str, int]) -> dict[str, Tie]:
-        """Returns functions that average the gradients of pooled heads, which have to stay equal."""
+        """Returns functions that average the gradients of pooled heads."""
         ties = dict[str, Tie]()
         for name, number in heads.items():
             ties |= ties_of(self.attentions.model, self.attentions.projections[name], number)

@@ -261,6 +261,14 @@ def test_choices_are_said(small, tmp_path, capsys, argument, value):
     assert not (tmp_path / "out").exists()
 
 
+def test_text_beside_labels_is_refused(classifier, table, tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"supplement=0.5: BertForSequenceClassification needs labels, so it takes no other text"
+    ):
+        main(["prune-heads", str(classifier), str(tmp_path / "out"), "--ratio", "0.5", "--supplement", "0.5", *option(table)])
+    assert not (tmp_path / "out").exists()
+
+
 def test_models_whose_heads_cannot_go(files, tmp_path):
     config = transformers.BloomConfig(vocab_size=2048, hidden_size=32, n_layer=2, n_head=4)
     for name, model, message in (

@@ -155,6 +155,9 @@ class OneShot:
         classifies = isinstance(options, Examples) and self._labeled.is_classifier
         self.metric = "accuracy" if classifies or self.of_images else "perplexity"
         self.uses_data = calibrates or options.data is not None or (self.metric == "perplexity" and can_generate(self.model))
+        if options.supplement and self.metric == "accuracy":
+            kind = type(self.model).__name__
+            raise ValueError(f"supplement={options.supplement}: {kind} needs labels, so it takes no other text.")
         default = SUPPLEMENT if refits and options.only_files and can_generate(self.model) else 0.0
         self._supplement = default if options.supplement is None else options.supplement
         self._check_source()

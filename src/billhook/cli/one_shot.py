@@ -134,7 +134,7 @@ class OneShot:
         check_not_source(model_path(name), out)
         options.check_sources()
         if options.stream:
-            check_streamed(options, streams, offload, calibrates or options.evaluate > 0)
+            check_streamed(options, streams, offload)
         self.name, self.out, self.options, self.calibrates = name, out, options, calibrates
         self.device = torch.device("cpu") if options.stream and options.device == "auto" else device_of(options.device)
         with file_progress(f"opening {name}" if options.stream else f"loading {name}"):

@@ -95,21 +95,20 @@ def scoring_passes(importance: Importance, units: int, batches: int) -> int | No
     return passes * batches if isinstance(importance, Ablation) else passes
 
 
-def check_streamed(options: TextOptions, streams: bool, offload: bool, uses_data: bool) -> None:
+def check_streamed(options: TextOptions, streams: bool, offload: bool) -> None:
     """Raises if a command cannot run on a streamed model.
 
     Args:
         options: Data options of the command.
         streams: True if the command supports streamed models.
         offload: Option of the command.
-        uses_data: True if the model runs on any text.
     """
     if not streams:
         raise ValueError("stream=True is not supported by this command, which needs gradients or all weights. Remove --stream.")
     if offload:
         raise ValueError("offload=True keeps the model in memory and cannot be combined with stream=True. Use one of them.")
     sources = options.data if isinstance(options.data, list) else [options.data]
-    if uses_data and GENERATED in sources:
+    if GENERATED in sources:
         raise ValueError(
             f"data={options.data!r} is not supported with stream=True: to generate text, a streamed model would be read once per "
             "token. Remove it from --data."

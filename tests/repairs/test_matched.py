@@ -17,7 +17,7 @@ from kit.ranks import Ranks
 
 FEW = BlockMatching(steps=40, lr=0.02)
 KINDS = {
-    "llama": lambda: bh.load("tiny"),
+    "llama": lambda: bh.load("tiny", dtype="float32"),
     "mixtral": lambda: build("mixtral", num_key_value_heads=8),
     "gpt2": lambda: BUILD["gpt2"]().eval(),
     "t5": lambda: BUILD["t5"]().eval(),
@@ -62,10 +62,10 @@ def test_units_go_and_the_model_is_nearer_to_the_dense_one(family):
 
 
 def test_blocks_go_and_those_behind_them_make_up_for_it(tmp_path):
-    dense = bh.load("tiny")
+    dense = bh.load("tiny", dtype="float32")
     batches, plan, distances = batches_for(dense), bh.pruning.plan_units(dense, {"model.layers": [1]}, "block"), []
     for how in (None, bh.RepairConfig(), bh.RepairConfig(match=FEW)):
-        model = bh.stream("tiny", tmp_path / str(len(distances))) if how and how.match else copy.deepcopy(dense)
+        model = bh.stream("tiny", tmp_path / str(len(distances)), dtype="float32") if how and how.match else copy.deepcopy(dense)
         weights = None if how is None else bh.repair(model, plan, batches, how)
         assert not [name for name in weights or () if name.startswith(("model.layers.0.", "model.layers.1."))]
         bh.apply(model, plan, weights=weights)

@@ -145,6 +145,7 @@ def test_layers_alike_share_the_frequencies_that_convert_kv_heads_chooses(tmp_pa
     assert torch.equal(logits(again), logits(model))
 
 
+@pytest.mark.nightly
 def test_pooled_heads_stay_equal_where_blocks_are_matched():
     model = bh.load("tiny", dtype="float32")
     fitted, held_out = split_batches(bh.Calibration("tiny", tokens=12 * 64, length=64).read(model))

@@ -79,15 +79,15 @@ def test_then_zeros(tmp_path):
         bh.prune(model, bh.Wanda(), stopped.batches(), sparsity=0.5)
         return model
 
-    bh.load("tiny").save_pretrained(tmp_path / "dense")
+    bh.load("tiny", dtype="float32").save_pretrained(tmp_path / "dense")
     bh.save(both(bh.stream(tmp_path / "dense", tmp_path / "out")), tmp_path / "out")
-    assert same(tmp_path / "out", both(bh.load("tiny")))
+    assert same(tmp_path / "out", both(bh.load("tiny", dtype="float32")))
 
 
 @pytest.mark.daily("svd")
 @pytest.mark.parametrize("method", ["mean", "aligned", "svd", "auto"])
 def test_repaired_with_the_same_bytes(tmp_path, method):
-    dense, streamed = bh.load("tiny"), bh.stream("tiny", tmp_path / "out")
+    dense, streamed = bh.load("tiny", dtype="float32"), bh.stream("tiny", tmp_path / "out", dtype="float32")
     for model in (dense, streamed):
         bh.convert_kv_heads(model, 2, method, texts(), repair=bh.RepairConfig())
     bh.save(streamed, tmp_path / "out")
@@ -127,11 +127,11 @@ def test_stopped_at_each_block_and_called_again(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             own, _ = stopped.stop_after(1, patch)
             with pytest.raises(KeyboardInterrupt):
-                work(bh.stream("tiny", tmp_path / "out"))
+                work(bh.stream("tiny", tmp_path / "out", dtype="float32"))
             made += own
-    bh.save(work(bh.stream("tiny", tmp_path / "out")), tmp_path / "out")
+    bh.save(work(bh.stream("tiny", tmp_path / "out", dtype="float32")), tmp_path / "out")
     assert made == [f"model.layers.{number % 4}" for number in range(every - 1)]
-    assert same(tmp_path / "out", work(bh.load("tiny")))
+    assert same(tmp_path / "out", work(bh.load("tiny", dtype="float32")))
 
 
 def test_another_family_with_transposed_linears(tmp_path):
@@ -145,7 +145,7 @@ def test_another_family_with_transposed_linears(tmp_path):
 
 
 def test_refused(tmp_path):
-    model = bh.stream("tiny", tmp_path / "out")
+    model = bh.stream("tiny", tmp_path / "out", dtype="float32")
     with pytest.raises(ValueError, match="batches: method='auto' needs at least 2, because some are held out; got 1"):
         bh.convert_kv_heads(model, 2, "auto", stopped.batches()[:1])
     with pytest.raises(ValueError, match="batches: repair needs at least 2, because some are held out; got 1"):

@@ -76,16 +76,16 @@ def test_the_same_bytes_where_all_that_may_rests_in_files(tmp_path, kind, monkey
 def test_stopped_and_called_again(tmp_path, monkeypatch, blocks, how):
     written, go_on = stopped.stop_after(blocks, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
-        repaired(bh.stream("tiny", tmp_path / "out"), how)
+        repaired(bh.stream("tiny", tmp_path / "out", dtype="float32"), how)
     go_on()
-    model = repaired(bh.stream("tiny", tmp_path / "out"), how)
+    model = repaired(bh.stream("tiny", tmp_path / "out", dtype="float32"), how)
     bh.save(model, tmp_path / "out")
     assert written == [f"model.layers.{number}" for number in (0, 1, 2, 3)] * (2 if how is None else 3)
-    assert same(tmp_path / "out", repaired(bh.load("tiny"), how))
+    assert same(tmp_path / "out", repaired(bh.load("tiny", dtype="float32"), how))
 
 
 def test_the_model_stays_as_it_is(tmp_path):
-    model, dense = bh.stream("tiny", tmp_path / "out"), bh.load("tiny")
+    model, dense = bh.stream("tiny", tmp_path / "out", dtype="float32"), bh.load("tiny", dtype="float32")
     plan, batches = bh.pruning.plan_units(model, {0: [3]}, "channel"), given(dense)
     new = bh.repair(model, plan, batches)
     expected = bh.repair(dense, plan, batches)
@@ -97,7 +97,7 @@ def test_the_model_stays_as_it_is(tmp_path):
 
 
 def test_too_few_tokens(tmp_path):
-    model = bh.stream("tiny", tmp_path / "out")
+    model = bh.stream("tiny", tmp_path / "out", dtype="float32")
     plan = bh.pruning.plan_units(model, {0: [3]}, "channel")
     with pytest.raises(ValueError, match=r"batches: repair of \S+ needs at least \d+ non-padding tokens"):
         bh.repair(model, plan, [{"input_ids": torch.arange(8)[None]}] * 2)

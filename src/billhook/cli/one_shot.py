@@ -263,7 +263,7 @@ class OneShot:
         if not self.of_images:  # each example's input of a block, its output, and its target
             numbers = sum(self.example_counts.values()) * self.length * text_config(self.model.config).hidden_size
             memory = f" and {3 * numbers * self.model.dtype.itemsize / 1e6:,.1f} MB"
-        return f"reconstruct each block in {steps} steps (takes about {passes:.1f} calibration passes{memory})"
+        return f"reconstruct each block in {steps} steps (takes about {passes:.3g} calibration passes{memory})"
 
     def print_plan(self, *steps: str, passes: int = 1, exact: bool = True, unknown: Sequence[object] = ()) -> None:
         """Prints the steps of the command before it runs them.

@@ -32,7 +32,6 @@ from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
 from billhook.model.layers import is_linear, size_of
 from billhook.model.rotary import rotary_embeddings, rotating_with
-from billhook.repairs.matching import Tie
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.tracing.trace import trace
 from billhook.units.find import find_heads
@@ -358,9 +357,7 @@ class Attentions:
         if repair.match is not None and new.rope is not None and self.rotates_in_blocks:
             kind = type(self.model).__name__  # tuning runs a block alone, and the module in it keeps the old frequencies
             raise ValueError(f"match: the blocks of {kind} rotate keys themselves. Use SVD(frequencies='fixed').")
-        ties = dict[str, Tie]()
-        for name, attention in self.projections.items():
-            ties |= ties_of(self.model, attention, self.groups[name])
+        ties = ties_of(self.model, self.projections, self.groups)
         fitted = repair_linears(
             self.model, kept, pruned, repair, self._comm, new.values, left=self.not_refitted, dense=trials, ties=ties
         )

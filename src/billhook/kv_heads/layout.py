@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -246,14 +246,20 @@ def moved_values(linear: nn.Module, rows: HeadRows, order: Sequence[int]) -> dic
     return to_parameters(linear, weight, bias)
 
 
-def ties_of(model: nn.Module, projections: Projections, groups: int) -> dict[str, Tie]:
-    """Returns functions that average the gradient of a parameter over each group of KV heads."""
+def ties_of(model: nn.Module, projections: Mapping[str, Projections], groups: Mapping[str, int]) -> dict[str, Tie]:
+    """Returns functions that average the gradient of a parameter over each group of KV heads.
+
+    Args:
+        model: The model.
+        projections: The attention modules.
+        groups: Number of groups by module; others have no ties.
+    """
     ties = dict[str, Tie]()
-    for linear in dict.fromkeys((projections.k.linear, projections.v.linear)):
-        heads = [rows for rows in (projections.k, projections.v) if rows.linear == linear]
-        ties |= {
-            f"{linear}.{name}": partial(_averaged, model.get_submodule(linear), heads, groups) for name in ("weight", "bias")
-        }
+    for module in projections.keys() & groups.keys():
+        k, v, number = projections[module].k, projections[module].v, groups[module]
+        for linear in dict.fromkeys((k.linear, v.linear)):
+            averaged = partial(_averaged, model.get_submodule(linear), [rows for rows in (k, v) if rows.linear == linear], number)
+            ties |= {f"{linear}.{name}": averaged for name in ("weight", "bias")}
     return ties
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
 from billhook.kv_heads.distance import EqualHeads
+from billhook.kv_heads.layout import ties_of
 from billhook.kv_heads.plan import KVHeadPlan
 from billhook.model.costs import cost_of, costs_of
 from billhook.model.find import check_changeable, find_transformer
@@ -121,7 +122,8 @@ def plan(
         extra = _output_layers(search, zeros.modules)
     new, ties = EqualHeads(equal), dict[str, Tie]()
     if pooling is not None and heads:
-        new, ties = pooling.with_frequencies(heads, equal, fitted, measurement.divergence), pooling.ties(heads)
+        new = pooling.with_frequencies(heads, equal, fitted, measurement.divergence)
+        ties = ties_of(scope.model, pooling.attentions.projections, heads)
     weights, not_repaired = new.values, ""
     if repair is not None and (units.units or extra):
         changes = new.values | zeros

@@ -16,7 +16,6 @@ from billhook.engine.memory import memory_to_hold
 from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.distance import EqualHeads
-from billhook.kv_heads.layout import ties_of
 from billhook.kv_heads.methods import SVD
 from billhook.kv_heads.moments import gather
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
@@ -25,7 +24,6 @@ from billhook.model.layers import matrix_of
 from billhook.model.meta import to_meta
 from billhook.model.rotary import rotating
 from billhook.model.shape import set_shape
-from billhook.repairs.matching import Tie
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.modules import PrunableModule, uniform_groups
@@ -162,20 +160,13 @@ class HeadPooling:
         ((_, free),) = attentions.reconstructed([FREE], self._runs(batches))
         free = replace(free, values=free.values.without([name for name in free.values if name not in fixed]))
         losses = list[float]()
-        for heads_of_all in (kept, free):
-            with store_of(model).computing_with(heads_of_all.values), rotating(model, heads_of_all.rope):
+        for new in (kept, free):
+            with store_of(model).computing_with(new.values), rotating(model, new.rope):
                 losses.append(divergence.mean())
         return free if losses[1] < losses[0] else kept
 
     def _runs(self, batches: Sequence[Any]) -> list[Run]:
         return [batch if isinstance(batch, Run) else self.attentions.trial(batch) for batch in batches]
-
-    def ties(self, heads: Mapping[str, int]) -> dict[str, Tie]:
-        """Returns functions that average the gradients of pooled heads."""
-        ties = dict[str, Tie]()
-        for name, number in heads.items():
-            ties |= ties_of(self.attentions.model, self.attentions.projections[name], number)
-        return ties
 
     def weights(self, module: PrunableModule, kept: int) -> LazyTensors:
         """Returns the parameters with equal heads, before the refit of the consumer layer."""

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measured import CALIBRATION, QUESTIONS, TESTS, Lines, answered, perplexity, shown, windows
+from measured import CALIBRATION, QUESTIONS, TESTS, Lines, answered, perplexity, python, shown, windows
 from transformers import AutoTokenizer
 
 import billhook as bh
@@ -28,8 +28,10 @@ ROWS = {
     "`svd`, context 2,048": SVD(context=2048),
     "`svd`, context 512": SVD(context=512),
     "`svd`, context 2,048, half a head": SVD(context=2048, head_dim=32),
+    "`svd`, context 512, half a head": SVD(context=512, head_dim=32),
 }
 STATES = {"before": None, "repaired": bh.RepairConfig(), "matched": bh.RepairConfig(match=bh.criteria.BlockMatching())}
+STATES["matched in 30 steps"] = bh.RepairConfig(match=bh.criteria.BlockMatching(steps=30))
 SEEN = 64
 """Most windows of a text that methods see."""
 COLUMNS = ("one KV head", *TESTS, "Python", *QUESTIONS)
@@ -41,9 +43,7 @@ def tests(options, left_out):
     rows = {name: windows(options, text, count, drawn=False) for name, (text, _) in TESTS.items()}
     if left_out:
         rows = {name: windows(options, text, 130 + count)[130:] for name, text in CALIBRATION.items()}
-    source = options.work / f"{package.__name__}.txt"
-    source.write_text("\n".join(file.read_text() for file in sorted(Path(package.__file__).parent.glob("*.py"))))
-    return rows | {"python": windows(options, source.resolve(), count, drawn=False)}
+    return rows | {"python": python(options, package, count)}
 
 
 def trained(options, model, steps):

@@ -1,11 +1,13 @@
-"""Measures a saved smaller model as a user meets it: two texts, questions, speed beside the dense model, and what loads it.
+"""Measures a saved smaller model as a user meets it: three texts, questions, speed beside the dense model, and what loads it.
 
 Shared by `shrink.py` and `equal_size.py`, whose DATA holds `foldoc/foldoc_{train,test}.txt`, `wikitext-2/{valid,test}.txt` and
-`zeroshot/{arc_easy,piqa}.jsonl`. Perplexity is that of the first 16 windows of 512 tokens of FOLDOC's test text and the first 32
-of WikiText-2's, in float32; ARC-easy and PIQA are accuracies on the first 150 questions, by `billhook evaluate`; reading (a
-prompt of 512 tokens) and writing (16 more) are times against the dense model's, in interleaved rounds, one thread.
+`zeroshot/{arc_easy,piqa}.jsonl`. Perplexity is that of the first 16 windows of 512 tokens of FOLDOC's test text, the first 32 of
+WikiText-2's, and the first 12 of Python's own library (the modules of its `asyncio`), which nothing has seen, in float32;
+ARC-easy and PIQA are accuracies on the first 150 questions, by `billhook evaluate`; reading (a prompt of 512 tokens) and writing
+(16 more) are times against the dense model's, in interleaved rounds, one thread.
 """
 
+import asyncio
 import json
 import math
 import subprocess
@@ -23,7 +25,18 @@ from billhook.report.speed import measure_speed
 QUESTIONS = ("arc_easy", "piqa")
 CALIBRATION = {"foldoc": "foldoc/foldoc_train.txt", "wikitext": "wikitext-2/valid.txt"}
 TESTS = {"foldoc": ("foldoc/foldoc_test.txt", 16), "wikitext": ("wikitext-2/test.txt", 32)}
-COLUMNS = ("parameters", "KV bytes per token", "FOLDOC", "WikiText-2", "ARC-easy", "PIQA", "reads", "writes", "loads by")
+COLUMNS = (
+    "parameters",
+    "KV bytes per token",
+    "FOLDOC",
+    "WikiText-2",
+    "Python",
+    "ARC-easy",
+    "PIQA",
+    "reads",
+    "writes",
+    "loads by",
+)
 
 
 def windows(options, text, count, length=512, drawn=True):
@@ -32,6 +45,13 @@ def windows(options, text, count, length=512, drawn=True):
     ids = torch.tensor(tokenizer((options.data / text).read_text(), add_special_tokens=False)["input_ids"])
     rows = ids[: len(ids) // length * length].view(-1, length)
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]] if drawn else rows[:count]
+
+
+def python(options, package=asyncio, count=12):
+    """The first rows of the source of a package of Python's library."""
+    source = options.work / f"{package.__name__}.txt"
+    source.write_text("\n".join(file.read_text() for file in sorted(Path(package.__file__).parent.glob("*.py"))))
+    return windows(options, source.resolve(), count, drawn=False)
 
 
 def written(options, model, count=40):
@@ -122,6 +142,7 @@ def _figures(options, folder):
     rows = measure_speed([dense, model], [1], [512], rounds=9)
     speeds = {row.phase: 1 / row.speed_up for row in rows if row.model}
     texts = {name: perplexity(model, windows(options, text, count, drawn=False)) for name, (text, count) in TESTS.items()}
+    texts["python"] = perplexity(model, python(options))
     summary, shaped = bh.summary(model), "billhook" in json.loads((folder / "config.json").read_text())
     sizes = {"params": summary.params / bh.summary(dense).params, "kv_cache_bytes": summary.kv_cache_bytes}
     return sizes | speeds | texts | {"loads": "billhook" if shaped else "transformers"}
@@ -129,7 +150,7 @@ def _figures(options, folder):
 
 def cells(found, dense):
     """The cells of a row of a table, as `COLUMNS`."""
-    texts = [f"{found[name]:,.2f} ({found[name] / dense[name]:.2f})" for name in TESTS]
+    texts = [f"{found[name]:,.2f} ({found[name] / dense[name]:.2f})" if name in found else "" for name in (*TESTS, "python")]
     answers = [f"{found[name]:.3f}" if name in found else "" for name in QUESTIONS]
     times = [f"{found[phase]:.2f}" for phase in ("prefill", "decode")]
     return [f"{found['params']:.1%}", f"{found['kv_cache_bytes']:,}", *texts, *answers, *times, found["loads"]]

@@ -1,12 +1,12 @@
-"""A real model made smaller by one command's defaults, on two domains, on questions, and after a little training.
+"""A real model made smaller by one command's defaults, on three domains, on questions, and after a little training.
 
 `OMP_NUM_THREADS=1 python benchmarks/shrink.py MODEL DATA WORK --out shrink.md` writes the table; `measured.py` says what is in
 DATA, and how each row is measured. WORK keeps what the model writes, the libraries, the smaller models and a file of figures for
 each row, so that an interrupted run goes on. `--only` takes rows by name.
 
-Calibration, "texts": 48 windows of 512 tokens each of FOLDOC's training text and of WikiText-2's validation text, drawn at
-random, and 32 that the model has written (what `billhook shrink --data a.txt b.txt` takes by default); "generated": 40 that it
-has written, and nothing else (what it takes where it is given no data); "generated, 128": so many (`--examples 128`). All that
+Calibration, "texts": 32 windows of 512 tokens each of FOLDOC's training text and of WikiText-2's validation text, drawn at
+random, and 32 each of packaged text and of what the model has written (as `billhook shrink --data a.txt b.txt`); "matched": the
+same, with block-wise reconstruction; "generated": 40 that it has written, and nothing else; "generated, 128": so many. All that
 is chosen, as ridges, levels and sizes, is chosen on these. `--matmul medium` multiplies in bfloat16 where a CPU can: the
 model's forwards, not sums of squares nor solving; what is measured in the end is in float32 either way. "+ N steps": of 2 x
 256 tokens of the two texts, taught by the dense model (`--recover`); the dense model is trained in the same way for
@@ -18,10 +18,11 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from measured import COLUMNS, Lines, calibration, cells, figures, windows
+from measured import COLUMNS, Lines, calibration, cells, figures, shown, windows
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
@@ -44,10 +45,11 @@ SHRINKS = {
 }
 CONVERTED = "1 of 3 KV heads by svd"
 STEPS, OWN = 300, {"generated": 40, "generated, 128": 128}
+MATCHED = bh.RepairConfig(match=bh.criteria.BlockMatching())
 ROWS = [
     "dense",
-    *(f"{size} | {texts}" for size in [*SHRINKS, CONVERTED] for texts in ("texts", *OWN)),
-    *(f"{size} | texts + {STEPS} steps" for size in SHRINKS if "generations" not in size),
+    *(f"{size} | {texts}" for size in [*SHRINKS, CONVERTED] for texts in ("texts", "matched", *OWN)),
+    *(f"{size} | {texts} + {STEPS} steps" for size in SHRINKS for texts in ("texts", "matched")),
     f"dense | texts + {STEPS} steps",
 ]
 
@@ -57,11 +59,14 @@ def make(options, size, texts):
     model = bh.load(str(options.model), dtype="float32")
     if size == "dense":
         return model
-    shown = calibration(options, model, 0, OWN[texts]) if texts in OWN else calibration(options, model)
+    seen = calibration(options, model, 0, OWN[texts]) if texts in OWN else shown(options)
     if size == CONVERTED:
-        bh.convert_kv_heads(model, 1, "svd", shown, repair=bh.RepairConfig())
+        bh.convert_kv_heads(model, 1, "svd", seen, repair=MATCHED if texts == "matched" else bh.RepairConfig())
         return model
-    shrunk = bh.shrink(model, batches=shown, variant_cache=options.work / "variant_cache", progress=_progress, **SHRINKS[size])
+    settings = dict(SHRINKS[size])
+    if texts == "matched":
+        settings["search"] = replace(settings.get("search", bh.Search()), repair=MATCHED)
+    shrunk = bh.shrink(model, batches=seen, variant_cache=options.work / "variant_cache", progress=_progress, **settings)
     print(shrunk, flush=True)
     (options.work / f"{size} {texts} found.json".replace(" ", "_")).write_text(json.dumps(shrunk.to_json()))
     return model
@@ -85,14 +90,14 @@ def save(options, row):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.set_float32_matmul_precision(options.matmul)
-    start, (size, _, shown) = time.process_time(), row.partition(" | ")
-    before, _, training = shown.partition(" + ")
+    start, (size, _, texts) = time.process_time(), row.partition(" | ")
+    before, _, training = texts.partition(" + ")
     if training:
         first = options.model if size == "dense" else folder_of(options, f"{size} | {before}")
         model = bh.load(str(first), dtype="float32")
         recovered(options, model, STEPS)
     else:
-        model = make(options, size, shown)
+        model = make(options, size, texts)
     bh.save(model, folder_of(options, row), AutoTokenizer.from_pretrained(options.model))
     (options.work / f"{folder_of(options, row).name}.seconds").write_text(f"{time.process_time() - start:.0f}")
 
@@ -108,6 +113,8 @@ def main():
     for name in ("model", "data", "work"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--only", nargs="*", default=ROWS, choices=ROWS)
+    parser.add_argument("--texts", nargs="*", default=["foldoc:32", "wikitext:32", "mixed:32", "generated:32"])
+    parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--lr", type=float, help="of the training")
     parser.add_argument("--matmul", default="highest", choices=("highest", "medium"), help="precision of float32 products")
     parser.add_argument("--out", type=Path)
@@ -125,8 +132,8 @@ def main():
             subprocess.run([sys.executable, *sys.argv, "--row", row], check=True)
         found = figures(options, folder_of(options, row))
         dense = dense or found
-        size, _, shown = row.partition(" | ")
-        table.add([size, shown, *cells(found, dense), f"{int(seconds.read_text()):,}"])
+        size, _, texts = row.partition(" | ")
+        table.add([size, texts, *cells(found, dense), f"{int(seconds.read_text()):,}"])
 
 
 if __name__ == "__main__":

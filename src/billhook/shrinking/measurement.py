@@ -101,7 +101,7 @@ def measure(
     divergence = Divergence(model, runs_of(model, held_out), broadcast)
     units = units_by_name(modules, search.units)
     scores = broadcast(score(model, units, importance, fitted, per="kv_head"))
-    settings: list[object] = [str(repair), search.amount.round_to, len(fitted)]
+    settings: list[object] = [str(repair and replace(repair, match=None)), search.amount.round_to, len(fitted)]
     cache_folder = folder and folder / cache_key(model, settings, scores, [*fitted, *held_out])
     writers = {block.name: scope.blocks.writers[block.number] for block in scope.blocks.removable}
     cache = VariantCache(model, cache_folder, writers)
